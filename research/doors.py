@@ -1,0 +1,82 @@
+"""Command lines: parsing that names what is wrong, and one way out for user errors."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from research.config import Config, flat, from_config_dict, help_text
+from research.errors import UserError, nearest
+
+CONFIG_HELP = """
+Any knob of the config can be set on the command line; the config file says what
+differs from these defaults:
+
+{knobs}
+"""
+
+
+def define_config() -> None:
+    """The `--config=FILE.py` flag with its `--config.KNOB=VALUE` overrides."""
+    config_flags.DEFINE_config_file("config", None, "config file, see configs/")
+
+
+def parse(argv: Sequence[str], usage: str, *, has_config: bool) -> None:
+    """Parses into `absl.flags.FLAGS`; `--help` prints `usage` and exits with 0.
+
+    Raises:
+      UserError: an unknown flag or knob, or a value of the wrong type.
+    """
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
+        sys.stdout.write(_help(usage, has_config))
+        sys.exit(0)
+    if has_config:
+        _check_overrides(argv[1:])
+    try:
+        rest = flags.FLAGS(list(argv))
+    except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{error}; see --help") from error
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
+
+
+def _help(usage: str, has_config: bool) -> str:
+    own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
+    listed = "\n".join(
+        f"  --{flag.name}={flag.default!r}\n      {flag.help}"
+        for flag in own
+        if flag.name != "config"
+    )
+    knobs = CONFIG_HELP.format(knobs=help_text()) if has_config else ""
+    return f"{usage.strip()}\n\n{listed}\n{knobs}"
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """The nearest name for a mistyped knob; absl would show a traceback."""
+    knobs = flat(Config())
+    for argument in argv:
+        name = argument.partition("=")[0].lstrip("-")
+        if name.startswith("config.") and name[len("config.") :] not in knobs:
+            raise UserError(
+                f"--{name} is not a knob"
+                f"{nearest(name, [f'config.{knob}' for knob in knobs])}; --help lists "
+                "them all"
+            )
+
+
+def config_from_flags() -> Config:
+    """The frozen config of the `--config` flag."""
+    if flags.FLAGS.config is None:
+        raise UserError("--config=FILE.py is missing, e.g. configs/finetune_dolly.py")
+    return from_config_dict(flags.FLAGS.config)
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+    """Calls `main(sys.argv)`; a UserError ends in one message and exit code 2."""
+    try:
+        sys.exit(main(sys.argv))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

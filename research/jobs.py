@@ -1,0 +1,91 @@
+"""From a config and an opened base model to a job with its parameters."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from research import mesh as meshes
+from research import optim, trainable
+from research.base import Base
+from research.config import Config
+from research.errors import UserError
+from research.models.transformer import Model, Options
+from research.step import Job, abstract_params
+from research.weights import load_params
+
+Params = dict[str, Any]
+
+
+def make_job(config: Config, base: Base, mesh: Mesh) -> Job:
+    """Model, optimizer and split of the parameters; no array is made.
+
+    Raises:
+      UserError: rows, targets or dimensions do not fit the model or the mesh.
+    """
+    _check_rows(config, base, mesh)
+    options = Options(
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        scan_unroll=config.model.scan_unroll,
+        attention_block=config.model.attention_block,
+        constrain=meshes.constrain(mesh),
+    )
+    model = Model(base.architecture, options)
+    meshes.shardings(model.specs, mesh)
+    return Job(
+        model=model,
+        trainable=trainable.make(config, model.specs),
+        optimizer=optim.make_optimizer(config.optim, config.steps),
+        mesh=mesh,
+        loss_chunk=config.model.loss_chunk,
+        seed=config.seed,
+    )
+
+
+def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
+    longest = base.architecture.max_position
+    if config.data.seq_len > longest:
+        raise UserError(
+            f"config.data.seq_len is {config.data.seq_len}; the base model's context "
+            f"is {longest}"
+        )
+    if base.tokenizer.vocab_size > base.architecture.vocab:
+        raise UserError(
+            f"the tokenizer has {base.tokenizer.vocab_size} ids and the model "
+            f"{base.architecture.vocab}: they do not belong together"
+        )
+    shards = meshes.batch_shards(mesh)
+    rows = config.data.microbatch_size or config.data.batch_size
+    if rows % shards:
+        raise UserError(
+            f"a forward pass has {rows} rows (config.data.microbatch_size, or "
+            f"batch_size) and the mesh splits a batch into {shards} (data*fsdp): use "
+            f"a multiple of {shards}"
+        )
+
+
+def load_base(job: Job, base: Base, dtype: Any) -> Params:
+    """The base model's parameters in their shardings."""
+    shardings = meshes.shardings(job.model.specs, job.mesh)
+    return load_params(base.tensors, job.model.specs, shardings, dtype)
+
+
+def load_start(job: Job, base: Base) -> tuple[Params, Params]:
+    """What is trained, at its start in float32, and what is frozen."""
+    if job.trainable.frozen_specs:
+        frozen = load_base(job, base, job.trainable.frozen_dtype)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
+        init = jax.jit(
+            lambda key: job.trainable.init(key, frozen), out_shardings=shardings
+        )
+        return init(jax.random.key(job.seed)), frozen
+    return load_base(job, base, jnp.float32), {}
+
+
+def matrix_count(job: Job, paths: Any) -> int:
+    """Matrices under `paths`, each layer of a stack counted."""
+    specs = [job.model.specs[path] for path in paths]
+    return sum(math.prod(spec.shape[: spec.stacked]) for spec in specs)

@@ -1,0 +1,137 @@
+"""A weight is a value: an array, or a small pytree that knows how to be contracted.
+
+This is the bottom of the code base. A model multiplies only through `contract`,
+`lookup` and `transpose`, so a transform such as LoRA (`lora.py`) changes what a
+model computes by swapping leaves of its parameters, and the model never learns of
+it. `jit`, `scan`, `remat`, `vmap` and sharding follow because leaves are pytrees.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is known of a parameter before it exists.
+
+    Attributes:
+      shape: its full shape, stacking axes first.
+      axes: one logical name per axis; `mesh.py` maps names to mesh axes.
+      n_in: how many axes, after the stacking ones, `contract` sums over.
+        0 marks a parameter that is not a matrix (a norm's scale).
+      stacked: how many leading axes count copies (1 for scanned layers).
+      std: standard deviation of its random initialisation; 0 gives ones.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    n_in: int = 1
+    stacked: int = 0
+    std: float = 0.02
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.shape[self.stacked : self.stacked + self.n_in]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """`base + scale * a @ b`, kept in factors so that no full matrix is formed.
+
+    With dropout, `key` is not None and the adapter's input is dropped at `rate`
+    (Hu et al. 2021, arXiv:2106.09685, section 4.1 and its reference code).
+
+    Attributes:
+      base: the frozen weight, shape `[*stack, *in, *out]`.
+      a: `[*stack, *in, rank]`.
+      b: `[*stack, rank, *out]`.
+      scale: `[*stack]`, alpha / rank.
+      key: `[*stack]` typed PRNG keys, or None for no dropout.
+      rate: share of adapter inputs dropped.
+    """
+
+    base: "Matrix"
+    a: Array
+    b: Array
+    scale: Array
+    key: Array | None = None
+    rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+
+Matrix = Array | LowRank
+
+
+def contract(x: Array, w: Matrix, n_in: int = 1) -> Array:
+    """Sum the last `n_in` axes of `x` with the first `n_in` of `w`, in `x.dtype`.
+
+    Args:
+      x: `[*batch, *in]`.
+      w: `[*in, *out]`, an array or a `LowRank` without stacking axes.
+      n_in: the number of summed axes.
+
+    Returns:
+      `[*batch, *out]` in the dtype of `x`: weights are cast, never activations.
+    """
+    if isinstance(w, LowRank):
+        low = contract(_dropout(x, w), w.a, n_in) * w.scale.astype(x.dtype)
+        return contract(x, w.base, n_in) + contract(low, w.b)
+    first = x.ndim - n_in
+    summed = (tuple(range(first, x.ndim)), tuple(range(n_in)))
+    return jax.lax.dot_general(x, w.astype(x.dtype), (summed, ((), ())))
+
+
+def lookup(w: Matrix, ids: Array, dtype: jnp.dtype) -> Array:
+    """Rows `ids` of a `[vocabulary, *out]` matrix, cast to `dtype`.
+
+    Equal to contracting one-hot rows with `w`. LoRA dropout does not apply: a
+    one-hot input has nothing to drop but whole tokens.
+    """
+    if isinstance(w, LowRank):
+        low = lookup(w.a, ids, dtype) * w.scale.astype(dtype)
+        return lookup(w.base, ids, dtype) + contract(low, w.b)
+    return jnp.take(w, ids, axis=0).astype(dtype)
+
+
+def transpose(w: Matrix) -> Matrix:
+    """A two-axis matrix with input and output swapped (a tied vocabulary head)."""
+    if isinstance(w, LowRank):
+        return dataclasses.replace(
+            w, base=transpose(w.base), a=transpose(w.b), b=transpose(w.a)
+        )
+    return w.T
+
+
+def materialize(w: Matrix) -> Array:
+    """`w` as one array in the base's dtype; the sum is formed in float32.
+
+    Leading axes that `w.scale` has are treated as stacked copies.
+    """
+    if not isinstance(w, LowRank):
+        return w
+    base = materialize(w.base)
+    delta = product(w.a, w.b, w.scale)
+    return (base.astype(jnp.float32) + delta).astype(base.dtype)
+
+
+def product(a: Array, b: Array, scale: Array) -> Array:
+    """`scale * a @ b` in float32 for factors with `scale.ndim` stacking axes."""
+
+    def one(a: Array, b: Array, scale: Array) -> Array:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.tensordot(a, b, axes=1, precision="highest") * scale
+
+    for _ in range(scale.ndim):
+        one = jax.vmap(one)
+    return one(a, b, scale)
+
+
+def _dropout(x: Array, w: LowRank) -> Array:
+    if w.key is None or w.rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(w.key, 1.0 - w.rate, x.shape)
+    return jnp.where(keep, x / (1.0 - w.rate), jnp.zeros_like(x))

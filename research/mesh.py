@@ -1,0 +1,161 @@
+"""The device mesh, and the one table from logical axis names to mesh axes."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from research.config import MeshConfig
+from research.errors import UserError
+from research.matrix import Spec
+
+Array = jax.Array
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Where each logical axis of a parameter or an activation is split. An axis that is
+# not in this table is an error: forgetting one must not replicate it silently.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "norm": None,
+    "layers": None,
+    "rank": None,
+    "batch": BATCH_AXES,
+    "length": None,
+    "hidden": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor over all devices.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    if any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"mesh {_shown(sizes)}: a size is -1 (the rest) or at least 1")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh {_shown(sizes)}: only one axis can be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"mesh {_shown(sizes)} does not fit {len(devices)} devices; the sizes must "
+            f"multiply to {len(devices)}, and one of them may be -1"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes[axis] for axis in AXES)
+    if devices == list(jax.devices()):
+        # Lays neighbours of the mesh on neighbours of the network.
+        return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def partition(axes: Sequence[str], path: str = "activation") -> PartitionSpec:
+    """The mesh axes of logical `axes`.
+
+    Raises:
+      ValueError: an axis without a rule, or two that want the same mesh axis.
+    """
+    for axis in axes:
+        if axis not in RULES:
+            raise ValueError(f"{path}: axis {axis!r} has no rule in mesh.RULES")
+    split = [RULES[axis] for axis in axes]
+    used = [name for entry in split if entry for name in _names(entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"{path}: axes {tuple(axes)} map to a mesh axis twice ({used}); give one of "
+            "them another name in mesh.RULES"
+        )
+    return PartitionSpec(*split)
+
+
+def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry
+
+
+def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """`NamedSharding`s in the place of the `Spec`s of a (nested) dictionary.
+
+    Raises:
+      UserError: a dimension does not divide by its mesh axes.
+    """
+
+    def one(path: str, spec: Any) -> Any:
+        if not isinstance(spec, Spec):
+            return {key: one(f"{path}.{key}", inner) for key, inner in spec.items()}
+        where = partition(spec.axes, path)
+        for size, name, entry in zip(spec.shape, spec.axes, where, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in _names(entry or ()))
+            if size % ways:
+                raise UserError(
+                    f"{path}: axis {name!r} of size {size} does not divide over "
+                    f"{'*'.join(_names(entry))}={ways}; use a size of {_divisors(size)} "
+                    f"for config.mesh.{_names(entry)[-1]}"
+                )
+        return NamedSharding(mesh, where)
+
+    return {path: one(path, spec) for path, spec in specs.items()}
+
+
+def _divisors(size: int) -> str:
+    divisors = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
+    return ", ".join(map(str, divisors))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, *, microbatched: bool = False) -> NamedSharding:
+    """Of `[batch, seq]`, or of `[microbatch, batch, seq]`."""
+    where = partition(("batch", "length"))
+    return NamedSharding(mesh, PartitionSpec(None, *where) if microbatched else where)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(mesh: Mesh) -> Callable[[Array, Sequence[str]], Array]:
+    """A function that pins an activation to the split its axis names ask for."""
+
+    def pin(x: Array, axes: Sequence[str]) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(axes)))
+
+    return pin
+
+
+def to_global(batch: Any, mesh: Mesh, microbatches: int | None = None) -> Any:
+    """This process's NumPy rows as part of global arrays; no host holds them all.
+
+    Args:
+      batch: a pytree of `[local batch, seq]`.
+      microbatches: split the batch into that many, `[microbatch, batch, seq]`;
+        rows of one process stay with its devices in every microbatch.
+    """
+    sharding = batch_sharding(mesh, microbatched=microbatches is not None)
+
+    def place(x: np.ndarray) -> Array:
+        if microbatches is not None:
+            x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,65 @@
+"""The layers of a Llama decoder block. `Linear` is the sole caller of `contract`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.matrix import Matrix, Spec, contract, lookup
+
+Array = jax.Array
+
+
+class Parameter(nnx.Param):
+    """A parameter that carries its `Spec` (shape, axis names) as metadata."""
+
+
+def make_parameter(spec: Spec, rngs: nnx.Rngs) -> Parameter:
+    """Normal with `spec.std`, or ones where it is 0; float32."""
+    if spec.std == 0.0:
+        return Parameter(jnp.ones(spec.shape, jnp.float32), spec=spec)
+    value = spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32)
+    return Parameter(value, spec=spec)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel` over `spec.n_in` axes, without a bias (the family has none)."""
+
+    def __init__(self, spec: Spec, rngs: nnx.Rngs):
+        self.kernel = make_parameter(spec, rngs)
+        self.n_in = spec.n_in
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.kernel.get_value()
+
+    def __call__(self, x: Array) -> Array:
+        return contract(x, self.matrix, self.n_in)
+
+
+class Embedding(nnx.Module):
+    """Rows of a `[V, D]` table."""
+
+    def __init__(self, spec: Spec, rngs: nnx.Rngs):
+        self.table = make_parameter(spec, rngs)
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.table.get_value()
+
+    def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
+        return lookup(self.matrix, ids, dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; computed in float32."""
+
+    def __init__(self, spec: Spec, eps: float, rngs: nnx.Rngs):
+        self.scale = make_parameter(spec, rngs)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x_32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x_32 * x_32, axis=-1, keepdims=True)
+        normed = x_32 * jax.lax.rsqrt(mean_square + self.eps)
+        scale = self.scale.get_value().astype(jnp.float32)
+        return (normed * scale).astype(x.dtype)

@@ -1,0 +1,280 @@
+"""The Llama decoder in Flax NNX, and the pure function the rest of the code calls.
+
+NNX ends here: above this file a model is `Model.apply(params, ...)` on a flat
+dictionary `{"layers.mlp.up.kernel": leaf, ...}` whose leaves are arrays or any
+other `matrix.Matrix`. Axis letters: see `attention.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.matrix import Matrix, Spec, transpose
+from research.models import attention
+from research.models.layers import Embedding, Linear, Parameter, RMSNorm
+from research.models.presets import Architecture
+
+Array = jax.Array
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the model is computed; none of these changes what it computes.
+
+    Attributes:
+      dtype: of activations and of weights as they enter a matrix product.
+      remat: what the backward pass recomputes; a key of `REMAT_POLICIES`.
+      scan_unroll: layers per iteration of the scan; the layer count unrolls it.
+      attention_block: queries per block of packed attention.
+      constrain: pins an activation to the mesh by its axis names.
+    """
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+    attention_block: int = 128
+    constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far, for decoding.
+
+    Attributes:
+      k, v: `[L, B, S, K, H]`.
+      filled: int32 scalar, slots in use; slot i holds the token at position i.
+    """
+
+    k: Array
+    v: Array
+    filled: Array
+
+
+class Attention(nnx.Module):
+    def __init__(self, a: Architecture, rngs: nnx.Rngs):
+        q, kv = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        std = a.embed**-0.5
+        self.query = Linear(Spec((a.embed, a.heads, a.head_dim), q, std=std), rngs)
+        self.key = Linear(Spec((a.embed, a.kv_heads, a.head_dim), kv, std=std), rngs)
+        self.value = Linear(Spec((a.embed, a.kv_heads, a.head_dim), kv, std=std), rngs)
+        out = Spec(
+            (a.heads, a.head_dim, a.embed),
+            ("heads", "head_dim", "embed"),
+            n_in=2,
+            std=(a.heads * a.head_dim) ** -0.5,
+        )
+        self.output = Linear(out, rngs)
+
+    def __call__(self, x_BTD, rope, segments_BT, block):
+        q_BTNH = attention.rotate(self.query(x_BTD), rope)
+        k_BTKH = attention.rotate(self.key(x_BTD), rope)
+        mixed = attention.packed_attention(
+            q_BTNH, k_BTKH, self.value(x_BTD), segments_BT, block
+        )
+        return self.output(mixed)
+
+    def decode(self, x_BTD, rope, k_BSKH, v_BSKH, start):
+        """Attends to the cache and the new tokens; returns them written into it."""
+        q_BTNH = attention.rotate(self.query(x_BTD), rope)
+        new_k = attention.rotate(self.key(x_BTD), rope).astype(k_BSKH.dtype)
+        new_v = self.value(x_BTD).astype(v_BSKH.dtype)
+        k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, new_k, start, 1)
+        v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, new_v, start, 1)
+        index_T = start + jnp.arange(x_BTD.shape[1])
+        allowed_TS = index_T[:, None] >= jnp.arange(k_BSKH.shape[1])[None, :]
+        allowed_BTS = jnp.broadcast_to(allowed_TS, (x_BTD.shape[0], *allowed_TS.shape))
+        mixed = attention.attend(q_BTNH, k_BSKH, v_BSKH, allowed_BTS)
+        return self.output(mixed), (k_BSKH, v_BSKH)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: Shazeer 2020, arXiv:2002.05202, section 2."""
+
+    def __init__(self, a: Architecture, rngs: nnx.Rngs):
+        up = Spec((a.embed, a.mlp), ("embed", "mlp"), std=a.embed**-0.5)
+        down = Spec((a.mlp, a.embed), ("mlp", "embed"), std=a.mlp**-0.5)
+        self.gate = Linear(up, rngs)
+        self.up = Linear(up, rngs)
+        self.down = Linear(down, rngs)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    def __init__(self, a: Architecture, rngs: nnx.Rngs):
+        norm = Spec((a.embed,), ("norm",), n_in=0, std=0.0)
+        self.attention_norm = RMSNorm(norm, a.norm_eps, rngs)
+        self.attention = Attention(a, rngs)
+        self.mlp_norm = RMSNorm(norm, a.norm_eps, rngs)
+        self.mlp = GatedMLP(a, rngs)
+
+    def __call__(self, x_BTD, rope, segments_BT, block):
+        x_BTD += self.attention(self.attention_norm(x_BTD), rope, segments_BT, block)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+    def decode(self, x_BTD, rope, k_BSKH, v_BSKH, start):
+        mixed, kv = self.attention.decode(
+            self.attention_norm(x_BTD), rope, k_BSKH, v_BSKH, start
+        )
+        x_BTD += mixed
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+
+
+class Transformer(nnx.Module):
+    def __init__(self, a: Architecture, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=a.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make_layers(rngs: nnx.Rngs) -> Block:
+            return Block(a, rngs)
+
+        # The head is tied in most small models: std must suit logits and inputs.
+        table = Spec((a.vocab, a.embed), ("vocab", "embed"), std=a.embed**-0.5)
+        self.embedding = Embedding(table, rngs)
+        self.layers = make_layers(rngs)
+        norm = Spec((a.embed,), ("norm",), n_in=0, std=0.0)
+        self.final_norm = RMSNorm(norm, a.norm_eps, rngs)
+        if not a.tied_head:
+            head = Spec((a.embed, a.vocab), ("embed", "vocab"), std=a.embed**-0.5)
+            self.head = Linear(head, rngs)
+        self.architecture = a
+
+    @property
+    def head_matrix(self) -> Matrix:
+        """`[D, V]`: contracting hidden states with it gives logits."""
+        if self.architecture.tied_head:
+            return transpose(self.embedding.matrix)
+        return self.head.matrix
+
+    def hidden(self, tokens_BT, positions_BT, segments_BT, options: Options) -> Array:
+        rope = self._rope(positions_BT)
+        graph, layers = nnx.split(self.layers)
+
+        # Without the pin, a partitioner may split activations as the weights are.
+        def pin(x_BTD):
+            return options.constrain(x_BTD, ("batch", "length", "hidden"))
+
+        def body(x_BTD, layer):
+            block = nnx.merge(graph, layer)
+            x_BTD = block(x_BTD, rope, segments_BT, options.attention_block)
+            return pin(x_BTD), None
+
+        policy = REMAT_POLICIES[options.remat]
+        if policy is not None:
+            # Inside a scan the barrier that prevents common-subexpression
+            # elimination is not needed and only costs speed.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x_BTD = pin(self.embedding(tokens_BT, options.dtype))
+        x_BTD, _ = jax.lax.scan(body, x_BTD, layers, unroll=options.scan_unroll)
+        return self.final_norm(x_BTD)
+
+    def decode(self, tokens_BT, cache: Cache, options: Options):
+        start = cache.filled
+        positions_BT = start + jnp.broadcast_to(
+            jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+        )
+        rope = self._rope(positions_BT)
+        graph, layers = nnx.split(self.layers)
+
+        def body(x_BTD, layer_and_cache):
+            layer, k, v = layer_and_cache
+            return nnx.merge(graph, layer).decode(x_BTD, rope, k, v, start)
+
+        x_BTD = self.embedding(tokens_BT, options.dtype)
+        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, cache.k, cache.v))
+        filled = start + tokens_BT.shape[1]
+        return self.final_norm(x_BTD), Cache(k=k, v=v, filled=filled)
+
+    def _rope(self, positions_BT: Array) -> tuple[Array, Array]:
+        frequencies = attention.rope_frequencies(self.architecture)
+        return attention.rope_tables(positions_BT, frequencies)
+
+
+class Model:
+    """The decoder as pure functions of a flat parameter dictionary.
+
+    Attributes:
+      architecture: its shape.
+      specs: `{path: Spec}` for every parameter, in the order of the paths.
+    """
+
+    def __init__(self, architecture: Architecture, options: Options = Options()):
+        self.architecture = architecture
+        self.options = options
+        module = nnx.eval_shape(lambda: Transformer(architecture, nnx.Rngs(0)))
+        self._graph, state = nnx.split(module)
+        self._variables = dict(nnx.to_flat_state(state))
+        self.specs = {
+            ".".join(path): _stacked_spec(variable)
+            for path, variable in sorted(self._variables.items())
+        }
+
+    def with_options(self, **changes: Any) -> "Model":
+        """The same architecture, computed another way."""
+        return Model(self.architecture, dataclasses.replace(self.options, **changes))
+
+    def init(self, key: Array) -> Params:
+        """Random float32 parameters."""
+        module = Transformer(self.architecture, nnx.Rngs(key))
+        flat = nnx.to_flat_state(nnx.split(module)[1])
+        return {".".join(path): variable.get_value() for path, variable in flat}
+
+    def hidden(
+        self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array
+    ) -> Array:
+        """Final hidden states `[B, T, D]` of packed rows, in `options.dtype`."""
+        module = self._bind(params)
+        return module.hidden(tokens_BT, positions_BT, segments_BT, self.options)
+
+    def head(self, params: Params) -> Matrix:
+        """The `[D, V]` vocabulary head of these parameters."""
+        return self._bind(params).head_matrix
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` tokens, in `options.dtype`."""
+        a = self.architecture
+        shape = (a.layers, batch, length, a.kv_heads, a.head_dim)
+        zeros = jnp.zeros(shape, self.options.dtype)
+        return Cache(k=zeros, v=zeros, filled=jnp.zeros((), jnp.int32))
+
+    def decode(
+        self, params: Params, tokens_BT: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Hidden states `[B, T, D]` of the next T tokens, and the longer cache."""
+        return self._bind(params).decode(tokens_BT, cache, self.options)
+
+    def _bind(self, params: Params) -> Transformer:
+        if params.keys() != self.specs.keys():
+            odd = sorted(params.keys() ^ self.specs.keys())
+            raise ValueError(f"parameters and model differ in: {', '.join(odd)}")
+        state = nnx.from_flat_state(
+            [
+                (path, variable.replace(params[".".join(path)]))
+                for path, variable in self._variables.items()
+            ]
+        )
+        return nnx.merge(self._graph, state)
+
+
+def _stacked_spec(variable: Parameter) -> Spec:
+    """The metadata holds one layer's spec; `nnx.vmap` has stacked the value."""
+    spec: Spec = variable.get_metadata()["spec"]
+    stacked = len(variable.get_value().shape) - len(spec.shape)
+    return dataclasses.replace(
+        spec,
+        shape=tuple(variable.get_value().shape),
+        axes=("layers",) * stacked + spec.axes,
+        stacked=stacked,
+    )

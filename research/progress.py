@@ -1,0 +1,105 @@
+"""What a person watching sees: a live bar in a terminal, plain lines elsewhere."""
+
+import logging
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "eval_loss": "eval {:.3f}",
+    "learning_rate": "lr {:.1e}",
+    "grad_norm": "norm {:.2f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "trained_tokens_per_s": "{:,.0f} trained/s",
+    "mfu": "MFU {:.0%}",
+    "memory_gb": "{:.1f} GB",
+}
+
+
+def summary(values: dict[str, Any]) -> str:
+    """`loss 1.234  eval 1.300  ...` of what is known."""
+    known = {k: v for k, v in values.items() if k in SHOWN and v is not None}
+    return "  ".join(form.format(known[k]) for k, form in SHOWN.items() if k in known)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+class _Remaining(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"ETA {task.fields['eta']}", style="cyan")
+
+
+class ProgressView:
+    """Steps done, time left and the latest numbers.
+
+    The time left counts from this process's own steps, evaluations included.
+    """
+
+    def __init__(self, console: Console, mode: str, first: int, total: int):
+        self._first, self._total = first, total
+        self._begun = time.monotonic()
+        self._values: dict[str, Any] = {}
+        live = mode == "bar" or (mode == "auto" and console.is_terminal)
+        self._progress: Progress | None = None
+        if live:
+            self._progress = Progress(
+                SpinnerColumn(),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TimeElapsedColumn(),
+                _Remaining(),
+                TextColumn("{task.fields[summary]}"),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "train", total=total, completed=first, summary="compiling", eta="-"
+            )
+
+    def update(self, step: int, values: dict[str, Any], *, line: bool = True) -> None:
+        """Shows `values` with what was shown before; `line`: worth a line of its own."""
+        self._values.update(values)
+        eta = self._eta(step)
+        if self._progress:
+            self._progress.update(
+                self._task, completed=step, summary=summary(self._values), eta=eta
+            )
+        elif line:
+            logging.info(
+                "step %*d/%d  ETA %s  %s",
+                len(str(self._total)),
+                step,
+                self._total,
+                eta,
+                summary(self._values),
+            )
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first
+        if done < 1:
+            return "-"
+        per_step = (time.monotonic() - self._begun) / done
+        return duration(per_step * (self._total - step))
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()

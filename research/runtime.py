@@ -1,0 +1,100 @@
+"""Process start: distributed set-up, compilation cache, logging, device facts."""
+
+import logging
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from research.config import RuntimeConfig
+from research.errors import UserError
+
+# Dense bf16 FLOP/s of one device, by the start of `device_kind`, from the vendors'
+# data sheets. Without an entry MFU is not shown: a guess would be worse.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def start(config: RuntimeConfig) -> None:
+    """Call once, before the first array."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    for chatty in ("jax", "absl", "orbax", "httpx", "datasets", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if config.distributed:
+        jax.distributed.initialize()
+    if jax.process_index() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+    _use_compilation_cache(config.compilation_cache)
+
+
+def _use_compilation_cache(folder: str) -> None:
+    if not folder:
+        return
+    if folder == "auto":
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(home) / "research" / "compiled")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"compilation cache {folder} cannot be made ({error}); choose another "
+            "with --config.runtime.compilation_cache=, or none with an empty one"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:
+    """FLOP/s that all devices could do at best, or None where it is not known.
+
+    A CPU has no data sheet worth the name: its peak is what a large matrix product
+    in `dtype` reaches here and now.
+    """
+    devices = jax.devices()
+    if config.peak_tflops > 0:
+        return config.peak_tflops * 1e12 * len(devices)
+    if devices[0].platform == "cpu":
+        return _measured_matmul_flops(dtype)
+    kind = devices[0].device_kind
+    known = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    return known[0] * len(devices) if known else None
+
+
+def _measured_matmul_flops(dtype: str) -> float:
+    """Of one process's cores; virtual devices share them."""
+    size = 1536
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        multiply(x).block_until_ready()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the first device, or of the process on CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,30 @@
+"""Trains a model: `python -m research.train --config=configs/finetune_dolly.py`.
+
+Reads as a table of contents: config, mesh, model, data, doctor, loop, report.
+"""
+
+from collections.abc import Sequence
+
+from research import doors
+
+USAGE = """
+python -m research.train --config=FILE.py [--config.KNOB=VALUE ...]
+
+Trains what the config says, with progress, and leaves checkpoints, metrics, a plot
+and a report in its run_dir. Called again, it resumes, or says that it is done.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    doors.define_config()
+    doors.parse(argv, USAGE, has_config=True)
+    config = doors.config_from_flags()
+    # Only now: importing JAX takes longer than saying what is wrong with a flag.
+    from research.training import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    doors.run(main)

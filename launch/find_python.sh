@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Prints the interpreter to build the environment with: $PYTHON, or the newest of
-# 3.13, 3.12, 3.11 on PATH or among the interpreters of pyenv and uv. Newer is faster
-# here: Python 3.12 and up get JAX 0.12, whose bf16 on CPU is 1.6 times JAX 0.10's.
+# find_python.sh [VERSION ...]: prints the interpreter to build an environment with.
+# That is $PYTHON, or the first of the versions (default 3.13 3.12 3.11) found on PATH
+# or among the interpreters of pyenv and uv. Newer is faster here: Python 3.12 and up
+# get JAX 0.12, whose bf16 on CPU is 1.6 times JAX 0.10's.
 set -u
+versions=("$@")
+[ $# -gt 0 ] || versions=(3.13 3.12 3.11)
 
 works() {  # works INTERPRETER VERSION: it runs, is that version, and can make a venv
   "$1" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" \
@@ -10,14 +13,14 @@ works() {  # works INTERPRETER VERSION: it runs, is that version, and can make a
 }
 
 if [ -n "${PYTHON:-}" ]; then
-  for version in 3.13 3.12 3.11; do
+  for version in "${versions[@]}"; do
     if works "$PYTHON" "$version"; then command -v "$PYTHON"; exit 0; fi
   done
-  echo "error: PYTHON=$PYTHON is not a Python 3.11, 3.12 or 3.13 with venv" >&2
+  echo "error: PYTHON=$PYTHON is not a Python of ${versions[*]} with venv" >&2
   exit 1
 fi
 
-for version in 3.13 3.12 3.11; do
+for version in "${versions[@]}"; do
   candidates=("python$version" python3
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/python
     "${UV_PYTHON_INSTALL_DIR:-$HOME/.local/share/uv/python}"/cpython-"$version"*/bin/python3)
@@ -26,8 +29,8 @@ for version in 3.13 3.12 3.11; do
   done
 done
 
-cat >&2 <<'END'
-error: no Python 3.13, 3.12 or 3.11 with the venv module was found on PATH, in pyenv or
+cat >&2 <<END
+error: no Python of ${versions[*]} with the venv module was found on PATH, in pyenv or
 in uv. Install one (apt-get install python3.12-venv, pyenv install 3.13, or
 uv python install 3.13), or name one: make finetune PYTHON=/path/to/python3.12
 END

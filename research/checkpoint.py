@@ -36,7 +36,12 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, identity: dict[str, str]
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        identity: dict[str, str],
+        *,
+        read_only: bool = False,
     ):
         keep = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
@@ -51,7 +56,9 @@ class Checkpointer:
                     ),
                 ]
             ),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
             enable_async_checkpointing=True,
         )
         self._identity = identity
@@ -66,13 +73,18 @@ class Checkpointer:
         self._manager.close()
 
     @property
+    def steps(self) -> list[int]:
+        """All kept steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     @property
     def best_step(self) -> int | None:
         """The kept step with the lowest held-out loss, if one was measured."""
-        metrics = {s: self._manager.metrics(s) for s in self._manager.all_steps()}
+        metrics = {s: self._manager.metrics(s) for s in self.steps}
         losses = {step: found["loss"] for step, found in metrics.items() if found}
         return min(losses, key=losses.__getitem__) if losses else None
 

@@ -37,9 +37,15 @@ def parse(argv: Sequence[str], usage: str, *, has_config: bool) -> None:
     try:
         rest = flags.FLAGS(list(argv))
     except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{error}; see --help") from error
+        raise UserError(f"{_without_dump(error)}; see --help") from error
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
+
+
+def _without_dump(error: Exception) -> str:
+    """The message without the listing of all fields that ml_collections adds."""
+    said, dump, rest = str(error).partition(". Other fields present")
+    return f"{said}. {rest.splitlines()[-1]}" if dump else said
 
 
 def _help(usage: str, has_config: bool) -> str:
@@ -68,9 +74,14 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 def config_from_flags() -> Config:
     """The frozen config of the `--config` flag."""
-    if flags.FLAGS.config is None:
-        raise UserError("--config=FILE.py is missing, e.g. configs/finetune_dolly.py")
-    return from_config_dict(flags.FLAGS.config)
+    try:
+        config = flags.FLAGS.config
+        if config is None:
+            raise UserError("--config=FILE.py is missing; see configs/ and --help")
+        return from_config_dict(config)
+    except OSError as error:
+        name = next((a for a in sys.argv if a.startswith("--config=")), "--config")
+        raise UserError(f"{name} cannot be loaded: {error.__cause__}") from error
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:

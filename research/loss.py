@@ -60,7 +60,7 @@ def chunked_token_losses(
     chunk: int,
     shards: int = 1,
 ) -> Array:
-    """Cross entropy `[B, T]` where the weight is not zero, 0 elsewhere (no gradient)."""
+    """Cross entropy `[B, T]` where the weight is not zero, 0 elsewhere. No gradient."""
     hidden, targets, weights = _per_shard(shards, hidden_BTD, targets_BT, weights_BT)
 
     def visit(losses, index, hidden, targets, weights):

@@ -63,7 +63,19 @@ class LowRank:
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-Matrix = Array | LowRank
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A two-axis matrix used from its other side, without a copy in that layout.
+
+    Attributes:
+      of: `[out, in]`, such as an embedding table used as vocabulary head.
+    """
+
+    of: "Matrix"
+
+
+Matrix = Array | LowRank | Transposed
 
 
 def contract(x: Array, w: Matrix, n_in: int = 1) -> Array:
@@ -80,6 +92,9 @@ def contract(x: Array, w: Matrix, n_in: int = 1) -> Array:
     if isinstance(w, LowRank):
         low = contract(_dropout(x, w), w.a, n_in) * w.scale.astype(x.dtype)
         return contract(x, w.base, n_in) + contract(low, w.b)
+    if isinstance(w, Transposed):
+        along = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, w.of.astype(x.dtype), along)
     first = x.ndim - n_in
     summed = (tuple(range(first, x.ndim)), tuple(range(n_in)))
     return jax.lax.dot_general(x, w.astype(x.dtype), (summed, ((), ())))
@@ -103,7 +118,9 @@ def transpose(w: Matrix) -> Matrix:
         return dataclasses.replace(
             w, base=transpose(w.base), a=transpose(w.b), b=transpose(w.a)
         )
-    return w.T
+    if isinstance(w, Transposed):
+        return w.of
+    return Transposed(w)
 
 
 def materialize(w: Matrix) -> Array:
@@ -111,6 +128,8 @@ def materialize(w: Matrix) -> Array:
 
     Leading axes that `w.scale` has are treated as stacked copies.
     """
+    if isinstance(w, Transposed):
+        return materialize(w.of).T
     if not isinstance(w, LowRank):
         return w
     base = materialize(w.base)

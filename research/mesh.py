@@ -80,8 +80,8 @@ def partition(axes: Sequence[str], path: str = "activation") -> PartitionSpec:
     used = [name for entry in split if entry for name in _names(entry)]
     if len(used) != len(set(used)):
         raise ValueError(
-            f"{path}: axes {tuple(axes)} map to a mesh axis twice ({used}); give one of "
-            "them another name in mesh.RULES"
+            f"{path}: axes {tuple(axes)} map to a mesh axis twice ({used}); give one "
+            "of them another name in mesh.RULES"
         )
     return PartitionSpec(*split)
 
@@ -105,9 +105,9 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
             ways = math.prod(mesh.shape[axis] for axis in _names(entry or ()))
             if size % ways:
                 raise UserError(
-                    f"{path}: axis {name!r} of size {size} does not divide over "
-                    f"{'*'.join(_names(entry))}={ways}; use a size of {_divisors(size)} "
-                    f"for config.mesh.{_names(entry)[-1]}"
+                    f"{path}: axis {name!r} of size {size} does not divide "
+                    f"over {'*'.join(_names(entry))}={ways}; for "
+                    f"config.mesh.{_names(entry)[-1]} use {_divisors(size)}"
                 )
         return NamedSharding(mesh, where)
 

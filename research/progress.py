@@ -76,7 +76,7 @@ class ProgressView:
             )
 
     def update(self, step: int, values: dict[str, Any], *, line: bool = True) -> None:
-        """Shows `values` with what was shown before; `line`: worth a line of its own."""
+        """Shows `values` beside the earlier ones; `line`: worth a line of its own."""
         self._values.update(values)
         eta = self._eta(step)
         if self._progress:

@@ -30,6 +30,7 @@ def plot(folder: Path, title: str) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     lines = read_metrics(folder)
     train = [line for line in lines if line["kind"] == "train"]
@@ -52,6 +53,7 @@ def plot(folder: Path, title: str) -> Path:
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)

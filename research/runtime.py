@@ -36,7 +36,7 @@ def start(config: RuntimeConfig) -> None:
         level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
     for chatty in ("jax", "absl", "orbax", "httpx", "datasets", "huggingface_hub"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     if config.distributed:
         jax.distributed.initialize()
     if jax.process_index() > 0:

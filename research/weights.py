@@ -37,6 +37,22 @@ HF_NAMES = {
     "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj.weight",
 }
 
+# llama.cpp's name -> Hugging Face's, without prefix and layer.
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
 
 def to_hf_layout(path: str, kernel: np.ndarray) -> np.ndarray:
     """One layer's parameter as Hugging Face stores it: matrices are [out, in]."""
@@ -55,7 +71,7 @@ def from_hf_layout(path: str, tensor: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 class TensorFile(Protocol):
-    """Tensors by Hugging Face name. `fingerprint` tells one file's bytes from another's."""
+    """Tensors by Hugging Face name; `fingerprint` is the sha256 of the files."""
 
     fingerprint: str
 
@@ -109,21 +125,6 @@ class GGUFFile:
     are put back. Its metadata stands in for `config.json` and for the tokenizer.
     """
 
-    NAMES = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-
     def __init__(self, file: Path):
         import gguf
 
@@ -140,9 +141,9 @@ class GGUFFile:
 
     def _hf_name(self, name: str) -> str:
         parts = name.split(".")
-        if parts[0] == "blk" and parts[2] in self.NAMES:
-            return f"model.layers.{parts[1]}.{self.NAMES[parts[2]]}.{parts[3]}"
-        return f"{self.NAMES.get(parts[0], parts[0])}.{'.'.join(parts[1:])}"
+        if parts[0] == "blk" and parts[2] in GGUF_NAMES:
+            return f"model.layers.{parts[1]}.{GGUF_NAMES[parts[2]]}.{parts[3]}"
+        return f"{GGUF_NAMES.get(parts[0], parts[0])}.{'.'.join(parts[1:])}"
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         # GGUF counts dimensions from the fastest.

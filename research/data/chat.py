@@ -21,6 +21,13 @@ from research.errors import UserError
 # the template's output only: rows are never part of what is searched.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 
+DOLLY_HEADERS = {
+    "system": "",
+    "user": "### Instruction:\n",
+    "assistant": "### Response:\n",
+}
+DOLLY_INPUT = "\n\n### Input:\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -33,7 +40,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Ids of one record and whether each is trained; `fixed` counts template ids."""
+    """Ids of one record, and whether each is trained."""
 
     ids: list[int]
     trained: list[bool]
@@ -54,7 +61,11 @@ class ChatFormat:
                 "the base model has no chat template of its own; use "
                 "--config.data.template=dolly"
             )
-        self._render = _jinja(tokenizer) if template == "chat" else _dolly(tokenizer)
+        self._render = (
+            _JinjaTemplate(tokenizer)
+            if template == "chat"
+            else _DollyTemplate(tokenizer)
+        )
         self._skeleton = functools.cache(self._cut)
         closing = self._skeleton(("user", "assistant"), False)[-1].ids
         self.stop_ids = frozenset({closing[-1], tokenizer.eos} - {None})
@@ -64,16 +75,24 @@ class ChatFormat:
 
         Returns None where even without any context the record is too long.
         """
-        texts = self._texts(record, record.context)
-        encoded = self._assemble(record, texts)
+        encoded = self.encode_many([record])[0]
         if budget is None or len(encoded.ids) <= budget:
             return encoded
-        return self._with_less_context(record, len(encoded.ids) - budget, budget)
+        return self.shorten(record, encoded, budget)
+
+    def encode_many(self, records: Sequence[Record]) -> list[Encoded]:
+        """Ids and masks, tokenised together on all cores."""
+        texts = [self._texts(record, record.context) for record in records]
+        ids = iter(self._tokenizer.encode_texts(list(itertools.chain(*texts))))
+        return [
+            self._assemble(record, [next(ids) for _ in of_record])
+            for record, of_record in zip(records, texts, strict=True)
+        ]
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
         """Ids up to where the answer to the last user turn begins."""
         record = Record(tuple(turns), context, "", "prompt")
-        texts = self._texts(record, context)
+        texts = self._tokenizer.encode_texts(self._texts(record, context))
         roles = tuple(turn.role for turn in self._turns(record))
         return [
             i
@@ -81,20 +100,19 @@ class ChatFormat:
             for i in (piece.ids if piece.turn is None else texts[piece.turn])
         ]
 
-    def _with_less_context(
-        self, record: Record, excess: int, budget: int
-    ) -> Encoded | None:
+    def shorten(self, record: Record, encoded: Encoded, budget: int) -> Encoded | None:
         """Drops the context's end, in as few tries as re-tokenising allows."""
+        excess = len(encoded.ids) - budget
         context = self._tokenizer.encode_texts([record.context])[0]
         while context:
             context = context[: max(len(context) - excess, 0)]
             # A cut inside a character leaves a replacement mark at the end.
             text = self._tokenizer.decode(context, skip_control=False)
             shorter = text.rstrip("\ufffd").strip()
-            encoded = self._assemble(record, self._texts(record, shorter))
+            encoded = self.encode(dataclasses.replace(record, context=shorter))
             if len(encoded.ids) <= budget:
                 return encoded
-            excess = max(len(encoded.ids) - budget, 1)
+            excess = len(encoded.ids) - budget
         return None
 
     def _turns(self, record: Record) -> tuple[Turn, ...]:
@@ -102,7 +120,8 @@ class ChatFormat:
             return (Turn("system", self._system), *record.turns)
         return record.turns
 
-    def _texts(self, record: Record, context: str) -> list[list[int]]:
+    def _texts(self, record: Record, context: str) -> list[str]:
+        """What fills the holes; the context goes with the first user turn."""
         texts = []
         first = True
         for turn in self._turns(record):
@@ -111,7 +130,7 @@ class ChatFormat:
                 text = self._render.with_context(text, context)
                 first = False
             texts.append(text)
-        return self._tokenizer.encode_texts(texts)
+        return texts
 
     def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
         ids: list[int] = []
@@ -167,7 +186,7 @@ class ChatFormat:
         ]
 
 
-class _jinja:
+class _JinjaTemplate:
     """The model's own template, run in Jinja's sandbox."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -205,15 +224,8 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-class _dolly:
+class _DollyTemplate:
     """Instruction, input and response headers, as Alpaca and Dolly were trained."""
-
-    HEADERS = {
-        "system": "",
-        "user": "### Instruction:\n",
-        "assistant": "### Response:\n",
-    }
-    INPUT = "\n\n### Input:\n"
 
     def __init__(self, tokenizer: Tokenizer):
         if not tokenizer.eos_token:
@@ -225,11 +237,11 @@ class _dolly:
         parts = [self._start]
         for turn in turns:
             end = self._end if turn.role == "assistant" else ""
-            parts.append(f"{self.HEADERS[turn.role]}{turn.text}{end}\n\n")
-        return "".join(itertools.chain(parts, [self.HEADERS["assistant"]] * prompt))
+            parts.append(f"{DOLLY_HEADERS[turn.role]}{turn.text}{end}\n\n")
+        return "".join(itertools.chain(parts, [DOLLY_HEADERS["assistant"]] * prompt))
 
-    @classmethod
-    def with_context(cls, text: str, context: str) -> str:
+    @staticmethod
+    def with_context(text: str, context: str) -> str:
         # Written as text on purpose: a row that holds this header reads the same,
         # and can do no more than that.
-        return f"{text}{cls.INPUT}{context}" if context else text
+        return f"{text}{DOLLY_INPUT}{context}" if context else text

@@ -124,10 +124,9 @@ def _tokenize(
     budget = config.data.seq_len + 1  # n positions predict n ids of n + 1
     number = {category: i for i, category in enumerate(categories)}
     kept, documents, truncated = [], [], 0
-    for record in records:
-        encoded = chat_format.encode(record)
+    for record, encoded in zip(records, chat_format.encode_many(records), strict=True):
         if len(encoded.ids) > budget and config.data.overlength == "truncate":
-            encoded = chat_format.encode(record, budget)
+            encoded = chat_format.shorten(record, encoded, budget)
             truncated += encoded is not None
         if encoded is None or len(encoded.ids) > budget:
             dropped["too long"] += 1

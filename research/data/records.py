@@ -46,7 +46,7 @@ class Record:
     where: str
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row that cannot be trained on; `reason` is what such rows are counted by."""
 
     def __init__(self, reason: str, where: str, detail: str):
@@ -54,8 +54,8 @@ class BadRow(ValueError):
         self.reason = reason
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yields `(where, row)` for every row; a `BadRow` stands for an unreadable one.
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:
+    """Yields `(where, row)` for every row; a `BadRowError` is an unreadable one.
 
     Raises:
       UserError: the file is missing, unreadable or of an unknown kind.
@@ -87,18 +87,18 @@ def _read_jsonl(file: Iterable[bytes], name: str) -> Iterator[tuple[str, Any]]:
             yield where, _parse_json_row(line, where)
 
 
-def _parse_json_row(line: bytes, where: str) -> dict[str, Any] | BadRow:
+def _parse_json_row(line: bytes, where: str) -> dict[str, Any] | BadRowError:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        return BadRow("not JSON", where, f"not a JSON object in UTF-8 ({error})")
+        return BadRowError("not JSON", where, f"not a JSON object in UTF-8 ({error})")
     return _as_object(row, where)
 
 
-def _as_object(row: Any, where: str) -> dict[str, Any] | BadRow:
+def _as_object(row: Any, where: str) -> dict[str, Any] | BadRowError:
     if isinstance(row, dict):
         return row
-    return BadRow("not JSON", where, f"a JSON {type(row).__name__}, not an object")
+    return BadRowError("not JSON", where, f"a JSON {type(row).__name__}, not an object")
 
 
 def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -124,7 +124,7 @@ def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
             if None in row or None in row.values():
                 yield (
                     where,
-                    BadRow("not CSV", where, "not as many fields as the header"),
+                    BadRowError("not CSV", where, "not as many fields as the header"),
                 )
             else:
                 yield where, row
@@ -152,7 +152,7 @@ def to_record(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Record
 
     Raises:
       UserError: a mapped column does not exist (the mapping is wrong, not the row).
-      BadRow: this row cannot be used: wrong types, or an empty answer.
+      BadRowError: this row cannot be used: wrong types, or an empty answer.
     """
     if columns.messages in row and columns.response not in row:
         turns, context = _chat_turns(row[columns.messages], where), ""
@@ -165,11 +165,11 @@ def to_record(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Record
         )
         context = _text(row, columns.context, where)
         if not turns[0].text and not context:
-            raise BadRow(
+            raise BadRowError(
                 "empty instruction", where, "instruction and context are empty"
             )
     if not turns[-1].text:
-        raise BadRow("empty response", where, "the response is empty")
+        raise BadRowError("empty response", where, "the response is empty")
     return Record(turns, context, _text(row, columns.category, where), where)
 
 
@@ -186,29 +186,29 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRow(
+        raise BadRowError(
             "wrong type", where, f"{column} is {type(value).__name__}, not text"
         )
     # A lone surrogate is legal JSON and no legal text: no tokenizer takes it.
     if not value.isascii() and value != value.encode("utf-8", "replace").decode():
-        raise BadRow("not Unicode", where, f"{column} has a lone surrogate")
+        raise BadRowError("not Unicode", where, f"{column} has a lone surrogate")
     return value.strip()
 
 
 def _chat_turns(messages: Any, where: str) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not messages:
-        raise BadRow("wrong type", where, "messages is not a list of messages")
+        raise BadRowError("wrong type", where, "messages is not a list of messages")
     turns = []
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise BadRow(
+            raise BadRowError(
                 "wrong type", where, f"a message needs a role of {', '.join(ROLES)}"
             )
         turns.append(Turn(message["role"], _text(message, "content", where)))
     roles = [turn.role for turn in turns]
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        raise BadRow(
+        raise BadRowError(
             "not alternating",
             where,
             f"messages must alternate user and assistant, not {' '.join(roles)}",

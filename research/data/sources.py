@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from research.config import DataConfig
-from research.data.records import BadRow, Record, read_rows, to_record
+from research.data.records import BadRowError, Record, read_rows, to_record
 from research.errors import UserError
 
 HUB_DATASET = "databricks/databricks-dolly-15k"
@@ -58,10 +58,10 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     for where, row in raw:
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
         try:
-            if isinstance(row, BadRow):
+            if isinstance(row, BadRowError):
                 raise row
             records.append(to_record(row, config.columns, where))
-        except BadRow as bad:
+        except BadRowError as bad:
             unreadable = not bad.reason.startswith("empty")
             if unreadable and config.bad_lines == "stop":
                 raise UserError(

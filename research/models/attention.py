@@ -6,6 +6,8 @@ Legend of the axis letters used in names, here and in `transformer.py`:
     N query heads   K key/value heads   G = N / K queries that share a key   H head_dim
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -75,31 +77,119 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> A
     return mixed.reshape(batch, length, heads, width)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def packed_attention(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segments_BT: Array,
-    block: int,
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, block: int
 ) -> Array:
     """Causal attention within each document of a packed row.
 
     Queries go in blocks of `block` tokens and see only the keys up to their own
-    block's end, so about half of the row's square is never computed. Exact for
-    any `block`.
+    block's end, so about half of the row's square is never computed. The backward
+    pass makes the probabilities again from the saved normalizers (Dao 2023,
+    arXiv:2307.08691, section 3.1), so no `[T, T]` array is kept. Exact for any
+    `block`.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `q_BTNH`.
     """
-    length = q_BTNH.shape[1]
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        order_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
-        outputs.append(
-            attend(
-                q_BTNH[:, start:stop],
-                k_BTKH[:, :stop],
-                v_BTKH[:, :stop],
-                same_BTS & order_TS,
-            )
+    return _packed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, block)[0]
+
+
+def _heads_first(x_BTNH: Array, kv_heads: int) -> Array:
+    """`[B, T, N, H]` to `[B, K, G, T, H]`: one matrix a head."""
+    batch, length, heads, width = x_BTNH.shape
+    x = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    return x.transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x_BKGTH: Array) -> Array:
+    batch, kv_heads, group, length, width = x_BKGTH.shape
+    x = x_BKGTH.transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, length, kv_heads * group, width)
+
+
+def _block_logits(q_BKGTH, k_BKSH, segments_BT, start, stop):
+    """Scaled, masked float32 logits of queries `start:stop` and the keys they see."""
+    logits = jnp.einsum(
+        "BKGTH,BKSH->BKGTS",
+        q_BKGTH[:, :, :, start:stop] * q_BKGTH.shape[-1] ** -0.5,
+        k_BKSH[:, :, :stop],
+        preferred_element_type=jnp.float32,
+    )
+    order_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+    same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
+    return jnp.where((same_BTS & order_TS)[:, None, None], logits, MASKED)
+
+
+def _blocks(length: int, block: int) -> list[tuple[int, int]]:
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def _packed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, block):
+    kv_heads = k_BTKH.shape[2]
+    q = _heads_first(q_BTNH, kv_heads)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    outputs, normalizers = [], []
+    for start, stop in _blocks(q_BTNH.shape[1], block):
+        logits = _block_logits(q, k, segments_BT, start, stop)
+        # Every query sees itself: the largest logit is never the mask.
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jnp.einsum(
+            "BKGTS,BKSH->BKGTH",
+            weights.astype(v.dtype),
+            v[:, :, :stop],
+            preferred_element_type=jnp.float32,
         )
-    return jnp.concatenate(outputs, axis=1)
+        outputs.append((mixed / total).astype(q.dtype))
+        normalizers.append(largest + jnp.log(total))
+    output = _heads_last(jnp.concatenate(outputs, axis=3))
+    residuals = (
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        segments_BT,
+        output,
+        jnp.concatenate(normalizers, axis=3),
+    )
+    return output, residuals
+
+
+def _packed_backward(block, residuals, d_output_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, output_BTNH, normalizer = residuals
+    kv_heads = k_BTKH.shape[2]
+    q, output, d_output = (
+        _heads_first(x, kv_heads) for x in (q_BTNH, output_BTNH, d_output_BTNH)
+    )
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    along = jnp.sum(
+        d_output.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True
+    )
+    scale = q.shape[-1] ** -0.5
+    d_q = []
+    d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    for start, stop in _blocks(q_BTNH.shape[1], block):
+        here = slice(start, stop)
+        logits = _block_logits(q, k, segments_BT, start, stop)
+        weights = jnp.exp(logits - normalizer[:, :, :, here])
+        d_weights = jnp.einsum(
+            "BKGTH,BKSH->BKGTS",
+            d_output[:, :, :, here],
+            v[:, :, :stop],
+            preferred_element_type=jnp.float32,
+        )
+        d_logits = weights * (d_weights - along[:, :, :, here]) * scale
+        d_logits, weights = d_logits.astype(q.dtype), weights.astype(q.dtype)
+        d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_logits, k[:, :, :stop]))
+        into = functools.partial(jnp.einsum, "BKGTS,BKGTH->BKSH")
+        d_k = d_k.at[:, :, :stop].add(into(d_logits, q[:, :, :, here]))
+        d_v = d_v.at[:, :, :stop].add(into(weights, d_output[:, :, :, here]))
+    d_k, d_v = (
+        d.transpose(0, 2, 1, 3).astype(x.dtype)
+        for d, x in ((d_k, k_BTKH), (d_v, v_BTKH))
+    )
+    return _heads_last(jnp.concatenate(d_q, axis=3)), d_k, d_v, None
+
+
+packed_attention.defvjp(_packed_forward, _packed_backward)

@@ -1,0 +1,130 @@
+"""LoRA throughput against TRL + PEFT, both sides in turn on the same machine.
+
+    make bench FLAGS="--data=path/to/dolly.jsonl.gz"
+
+Rounds of: this trainer; TRL padded; TRL packed. Each side takes real Dolly rows, rank 16
+on every linear layer, rows of at most 512 tokens, batches of about 4k tokens, and the
+dtype that is faster for it here (`--dtypes` tries both). Prints real (non-padding) tokens
+per second, peak memory and the ratios, medians over the rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+WARMUP_STEPS = 2
+
+
+def run_ours(data: str, dtype: str, steps: int, microbatch: int) -> dict[str, Any]:
+    """Trains through the real command and reads its `metrics.jsonl`."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        command = [
+            sys.executable,
+            "-m",
+            "research.train",
+            "--config=configs/finetune_dolly.py",
+            f"--config.run_dir={run_dir}",
+            f"--config.data.path={data}",
+            f"--config.model.dtype={dtype}",
+            f"--config.steps={steps + WARMUP_STEPS}",
+            "--config.data.batch_size=8",
+            f"--config.data.microbatch_size={microbatch}",
+            "--config.data.seq_len=512",
+            "--config.lora.rank=16",
+            "--config.data.max_rows=2000",
+            "--config.data.held_out=8",
+            "--config.eval.every=1000",
+            "--config.eval.prompts=1",
+            "--config.eval.max_new_tokens=1",
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    counted = [x for x in lines if x["kind"] == "train" and x["step"] > WARMUP_STEPS]
+    seconds = sum(x["step_s"] for x in counted)
+    return {
+        "real_tokens_per_s": sum(x["tokens"] for x in counted) / seconds,
+        "trained_tokens_per_s": sum(x["trained_tokens"] for x in counted) / seconds,
+        "peak_rss_gb": counted[-1]["memory_gb"],
+    }
+
+
+def run_trl(
+    python: str, data: str, dtype: str, steps: int, packing: bool
+) -> dict[str, Any]:
+    """One run of `trl_side.py` under its own interpreter."""
+    command = [
+        python,
+        str(ROOT / "tests/bench/trl_side.py"),
+        f"--data={data}",
+        "--rows=512",
+        f"--dtype={dtype}",
+        "--packing" if packing else "--no-packing",
+        f"--steps={steps + WARMUP_STEPS}",
+    ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="Dolly rows, .jsonl or .jsonl.gz")
+    parser.add_argument("--torch-python", required=True, help="with TRL installed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="counted steps a run")
+    parser.add_argument("--microbatch", type=int, default=2)
+    parser.add_argument("--dtypes", default="bfloat16", help="comma-separated")
+    arguments = parser.parse_args()
+    data = str(Path(arguments.data).resolve())
+    python = str(Path(arguments.torch_python).absolute())
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _ in range(arguments.rounds):
+        for dtype in arguments.dtypes.split(","):
+            steps = arguments.steps
+            sides = {
+                "ours": lambda d=dtype, n=steps: run_ours(
+                    data, d, n, arguments.microbatch
+                ),
+                "TRL padded": lambda d=dtype, n=steps: run_trl(
+                    python, data, d, n, packing=False
+                ),
+                "TRL packed": lambda d=dtype, n=steps: run_trl(
+                    python, data, d, n, packing=True
+                ),
+            }
+            for name, side in sides.items():
+                found = side()
+                results.setdefault((name, dtype), []).append(found)
+                print(name, dtype, json.dumps(found), flush=True)
+    show(results)
+
+
+def show(results: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """Medians by side in its better dtype, then the ratios."""
+
+    def median(runs: list[dict[str, Any]], name: str) -> float:
+        return statistics.median(run[name] for run in runs)
+
+    best: dict[str, tuple[float, float]] = {}
+    for (name, dtype), runs in results.items():
+        speed, memory = (median(runs, k) for k in ("real_tokens_per_s", "peak_rss_gb"))
+        print(f"{name:12s} {dtype:10s} {speed:7.1f} real tokens/s  {memory:5.2f} GB")
+        if speed > best.get(name, (0.0, 0.0))[0]:
+            best[name] = (speed, memory)
+    ours = best.pop("ours")
+    for name, theirs in best.items():
+        print(
+            f"ours / {name}: {ours[0] / theirs[0]:.2f} times the real tokens/s, "
+            f"{ours[1] / theirs[1]:.2f} of the memory"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The chunked loss is the plain loss, at a fraction of its memory and work."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.loss import chunked_token_losses, weighted_loss
+from research.matrix import LowRank, materialize, transpose
+
+B, T, D, V = 8, 24, 40, 96
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.float32(RNG.normal(size=(B, T, D)))
+HEAD = jnp.float32(0.3 * RNG.normal(size=(D, V)))
+TARGETS = jnp.int32(RNG.integers(0, V, (B, T)))
+
+WEIGHTS = {
+    "none": np.zeros((B, T)),
+    "all": np.ones((B, T)),
+    "some": RNG.integers(0, 2, (B, T)),
+    "fractions": RNG.uniform(0, 1, (B, T)) * RNG.integers(0, 2, (B, T)),
+    # Chunks are counted by the fullest shard: the others run past their ends.
+    "one row": np.arange(B)[:, None] * np.ones(T) == 5,
+    "one token": np.arange(B * T).reshape(B, T) == 77,
+}
+
+
+def plain_loss(hidden, head, weights):
+    logits = hidden @ materialize(head)
+    picked = jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, -1) - picked))
+
+
+def chunked_loss(hidden, head, weights, chunk=16, shards=1):
+    return weighted_loss(hidden, head, TARGETS, weights, chunk=chunk, shards=shards)
+
+
+plain_gradients = jax.jit(jax.value_and_grad(plain_loss, (0, 1)))
+chunked_gradients = jax.jit(
+    jax.value_and_grad(chunked_loss, (0, 1)), static_argnames=("chunk", "shards")
+)
+
+
+def close(actual, expected):
+    """Within 1e-5 of the largest value of each leaf."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        scale = max(float(np.abs(e).max()), 1e-30)
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    "chunk, shards", [(1, 1), (7, 1), (16, 2), (10, 8), (1000, 4)], ids=str
+)
+def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
+    for name, values in WEIGHTS.items():
+        weights = jnp.float32(values)
+        found = chunked_gradients(HIDDEN, HEAD, weights, chunk=chunk, shards=shards)
+        close(found, plain_gradients(HIDDEN, HEAD, weights))
+        assert (float(found[0]) > 0) == (name != "none")
+
+
+def test_gradients_follow_what_the_loss_is_multiplied_by():
+    weights = jnp.float32(WEIGHTS["some"])
+    slope = jax.grad(lambda h: 3.0 * chunked_loss(h, HEAD, weights))(HIDDEN)
+    close(slope, 3.0 * plain_gradients(HIDDEN, HEAD, weights)[1][0])
+
+
+def test_a_tied_head_gets_both_parts_of_its_gradient():
+    """Where the table makes the hidden states too, both uses add up."""
+    weights = jnp.float32(WEIGHTS["some"])
+    ids = jnp.int32(RNG.integers(0, V, (B, T)))
+
+    def tied(loss):
+        return jax.grad(lambda table: loss(table[ids], transpose(table), weights))
+
+    close(tied(chunked_loss)(HEAD.T), tied(plain_loss)(HEAD.T))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_lora_on_the_head_gets_the_gradient_of_its_factors(tied):
+    weights = jnp.float32(WEIGHTS["some"])
+    inputs, outputs = (V, D) if tied else (D, V)
+    factors = {
+        "a": jnp.float32(0.3 * RNG.normal(size=(inputs, 4))),
+        "b": jnp.float32(0.3 * RNG.normal(size=(4, outputs))),
+    }
+
+    def with_factors(loss):
+        def of(factors):
+            base = HEAD.T if tied else HEAD
+            head = LowRank(base, **factors, scale=jnp.float32(2.0))
+            return loss(HIDDEN, transpose(head) if tied else head, weights)
+
+        return jax.value_and_grad(of)
+
+    close(with_factors(chunked_loss)(factors), with_factors(plain_loss)(factors))
+
+
+def test_token_losses_are_plain_where_weighted_and_zero_elsewhere():
+    weights = jnp.float32(WEIGHTS["fractions"])
+    logits = np.array(HIDDEN @ HEAD)
+    picked = np.take_along_axis(logits, np.array(TARGETS)[..., None], -1)[..., 0]
+    plain = np.log(np.exp(logits).sum(-1)) - picked
+    for shards in (1, 4):
+        found = chunked_token_losses(
+            HIDDEN, HEAD, TARGETS, weights, chunk=10, shards=shards
+        )
+        close(found, plain * (WEIGHTS["fractions"] != 0))
+
+
+def test_bfloat16_is_summed_in_float32():
+    """A sum of 192 losses of about 5 in bfloat16 would be off by several."""
+    weights = jnp.float32(WEIGHTS["all"])
+    hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
+    total, slopes = chunked_gradients(hidden, head, weights, chunk=10, shards=1)
+    assert total.dtype == jnp.float32
+    assert [slope.dtype for slope in slopes] == [jnp.bfloat16, jnp.bfloat16]
+    exact = plain_loss(HIDDEN, HEAD, weights)
+    assert abs(float(total - exact)) < 2e-3 * float(exact)
+
+
+def shapes_in(function, *arguments):
+    """Every array shape in the program as it goes to the compiler."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    found = re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
+    return {tuple(map(int, dims.split("x")[:-1])) for dims in found}
+
+
+def rows_of_logits(shapes):
+    """Most positions that some array holds vocabulary scores of."""
+    scores = [s for s in shapes if s[-1] == V and s != (D, V)]
+    return max((int(np.prod(shape[:-1])) for shape in scores), default=0)
+
+
+def test_logits_of_the_whole_batch_never_exist():
+    weights = jnp.float32(WEIGHTS["all"])
+    for shards in (1, 4):
+
+        def slopes(hidden, head, weights, shards=shards):
+            def loss(hidden, head):
+                return chunked_loss(hidden, head, weights, 3, shards)
+
+            return jax.grad(loss, (0, 1))(hidden, head)
+
+        shapes = shapes_in(slopes, HIDDEN, HEAD, weights)
+        assert rows_of_logits(shapes) == 3 * shards
+    whole = shapes_in(jax.grad(plain_loss, (0, 1)), HIDDEN, HEAD, weights)
+    assert rows_of_logits(whole) == B * T, "this test can see logits"
+
+
+def head_products(function, *arguments):
+    """How many matrix products give an array of the head's size."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    head = rf"-> tensor<(?:{D}x{V}|{V}x{D})xf32>"
+    return len(re.findall(rf"dot_general.*{head}", text))
+
+
+def test_gradient_of_a_frozen_head_is_not_formed():
+    weights = jnp.float32(WEIGHTS["some"])
+    frozen = jax.grad(lambda hidden: chunked_loss(hidden, HEAD, weights))
+    assert head_products(frozen, HIDDEN) == 0
+    trained = jax.grad(lambda head: chunked_loss(HIDDEN, head, weights))
+    assert head_products(trained, HEAD) == 1, "this test can see the product"
+
+    def adapted(factors):
+        return chunked_loss(HIDDEN, LowRank(HEAD, *factors, jnp.ones(())), weights)
+
+    factors = (jnp.ones((D, 4)), jnp.ones((4, V)))
+    assert head_products(jax.grad(adapted), factors) == 0

@@ -24,7 +24,7 @@ def make_samplers(
 ) -> dict[str, Sampler]:
     """`tuned`, and `base`: what is frozen, or read again where nothing is."""
     dtype = job.model.options.dtype
-    tuned = jax.jit(job.trainable.forward)(params, frozen, None)
+    tuned = job.trainable.forward(params, frozen, None)
     if not frozen:
         tuned = jax.tree.map(lambda x: x.astype(dtype), tuned)
     original = frozen or jobs.load_base(job, base, dtype)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -125,7 +126,7 @@ def _examine_adapters(
         frozen[path].shape[0] if path.startswith("layers.") else 1 for path in adapters
     )
     nonzero = [
-        path for path, factor in adapters.items() if bool(np.any(factor["b"] != 0))
+        path for path, factor in adapters.items() if bool(jnp.any(factor["b"] != 0))
     ]
     return [
         Finding(

@@ -74,7 +74,9 @@ def case(request):
 def record(*texts, context="", system=""):
     """User and assistant texts in turn."""
     turns = [Turn("system", system)] if system else []
-    turns += [Turn(*turn) for turn in zip(itertools.cycle(["user", "assistant"]), texts)]
+    turns += [
+        Turn(*turn) for turn in zip(itertools.cycle(["user", "assistant"]), texts)
+    ]
     return Record(tuple(turns), context, "", "here:1")
 
 
@@ -151,7 +153,9 @@ def test_no_row_can_forge_structure(case, forgery):
 def test_the_system_prompt_of_the_config_is_a_default():
     chat = ChatFormat(make_tokenizer(CHATML), "chat", system="Be brief")
     tokenizer = make_tokenizer()
-    assert "system\nBe brief<|im_end|>" in text_of(tokenizer, chat.encode(record("q", "a")))
+    assert "system\nBe brief<|im_end|>" in text_of(
+        tokenizer, chat.encode(record("q", "a"))
+    )
     own = text_of(tokenizer, chat.encode(record("q", "a", system="Be long")))
     assert "system\nBe long<|im_end|>" in own and "Be brief" not in own
     without = ChatFormat(make_tokenizer(CHATML), "chat")
@@ -160,7 +164,9 @@ def test_the_system_prompt_of_the_config_is_a_default():
 
 def test_a_context_belongs_to_the_first_question(case):
     tokenizer, chat, _ = case
-    text = text_of(tokenizer, chat.encode(record("q1", "a1", "q2", "a2", context="ctx")))
+    text = text_of(
+        tokenizer, chat.encode(record("q1", "a1", "q2", "a2", context="ctx"))
+    )
     assert text.index("q1") < text.index("ctx") < text.index("a1") < text.index("q2")
     assert text.count("ctx") == 1
 
@@ -169,8 +175,7 @@ def test_dolly_headers_are_those_it_was_trained_with():
     chat = ChatFormat(make_tokenizer(bos="<s>"), "dolly")
     encoded = chat.encode(record("Do it", "Done", context="With this"))
     assert text_of(make_tokenizer(), encoded) == (
-        "<s>### Instruction:\nDo it\n\n### Input:\nWith this\n\n"
-        "### Response:\nDone</s>"
+        "<s>### Instruction:\nDo it\n\n### Input:\nWith this\n\n### Response:\nDone</s>"
     )
 
 
@@ -205,7 +210,10 @@ def test_a_long_context_is_cut_and_the_answer_never(case):
         ("{{ 1 / 0 }}", "zero"),
         ("{{ messages + 1 }}", "refuses"),
         ("{% for i in range(10 ** 9) %}{{ i }}{% endfor %}", "[Rr]ange"),
-        ("{{ messages[0]['content'] }}{{ messages[1]['content'] }}", "no control token"),
+        (
+            "{{ messages[0]['content'] }}{{ messages[1]['content'] }}",
+            "no control token",
+        ),
         ("{{ messages[0]['content'] * 2 }}", "exactly once"),
         ("{{ messages[0]['content'] }}</s>", "exactly once"),
         ("", "no chat template of its own"),
@@ -238,7 +246,9 @@ def test_dolly_needs_an_end_token():
 def test_text_and_template_views_differ_in_control_tokens_only():
     tokenizer = make_tokenizer()
     assert tokenizer.encode_texts(["<s>a"])[0] != tokenizer.encode_template("<s>a")
-    assert tokenizer.encode_texts(["plain a"])[0] == tokenizer.encode_template("plain a")
+    assert tokenizer.encode_texts(["plain a"])[0] == tokenizer.encode_template(
+        "plain a"
+    )
     assert tokenizer.encode_template("<s>")[0] in tokenizer.control_ids
     assert tokenizer.decode(tokenizer.encode_template("<s>a</s>")) == "a"
 
@@ -269,7 +279,7 @@ def test_a_folders_padding_and_truncation_do_not_reach_the_ids(tmp_path):
 
 
 def gguf_metadata(**changes):
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["ab", "<s>", "</s>", "<u>"]
+    tokens = [*pre_tokenizers.ByteLevel.alphabet(), "ab", "<s>", "</s>", "<u>"]
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
@@ -291,7 +301,9 @@ def test_a_gguf_tokenizer_is_built_from_its_metadata():
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (257, 258, 260)
 
 
-@pytest.mark.parametrize("changes", [{"model": "llama"}, {"pre": "unheard-of"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"model": "llama"}, {"pre": "unheard-of"}], ids=str
+)
 def test_a_gguf_tokenizer_of_another_kind_is_refused(changes):
     with pytest.raises(UserError, match="Hugging Face folder"):
         from_gguf_metadata(gguf_metadata(**changes))

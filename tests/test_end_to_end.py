@@ -60,7 +60,8 @@ def get_config():
     config.runtime.peak_tflops = 0.05
     return config
 """
-TWO_STEPS = ("--config.steps=2", "--config.eval.prompts=1", "--config.data.held_out=4")
+# As many steps as the others make: another number is another program to compile.
+FEW_ROWS = ("--config.eval.prompts=1", "--config.data.held_out=4")
 QUESTION = "Are whales fish?"
 
 
@@ -159,9 +160,9 @@ def step_line(step):
 
 
 def snapshot(folder):
-    """Every file with its bytes and time; None where there is no such folder."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    known = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+    """Every file with its bytes; None where there is no such folder."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    known = {file: file.read_bytes() for file in files}
     return known if folder.exists() else None
 
 
@@ -217,64 +218,30 @@ def unbroken(place, results):
 
 
 @chain
-def again(place, results):
-    results("unbroken")
-    before = snapshot(place.run_dir("unbroken"))
-    finished = place.train("unbroken")
-    return finished, before, snapshot(place.run_dir("unbroken"))
-
-
-@chain
-def interrupted(place, results):
-    return [
-        place.stop("interrupted", step_line(3), signal.SIGINT),
-        place.stop("interrupted", step_line(9), signal.SIGTERM),
-        place.train("interrupted"),
-    ]
-
-
-@chain
-def killed(place, results):
-    """Before its first checkpoint, and when the second was just begun."""
-    return [
-        place.stop("killed", step_line(1), signal.SIGKILL),
-        place.stop("killed", step_line(11), signal.SIGKILL),
-        place.train("killed"),
-    ]
-
-
-@chain
 def remeshed(place, results):
     """Begun on eight devices, ended on one."""
     sizes = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     return [
-        place.stop("remeshed", step_line(8), signal.SIGINT, *sizes, devices=8),
+        place.stop("remeshed", step_line(8), signal.SIGTERM, *sizes, devices=8),
         place.train("remeshed"),
+    ]
+
+
+@chain
+def broken(place, results):
+    """Killed before a checkpoint, stopped, killed between checkpoints, finished."""
+    never = "--config.checkpoint.every=1000"
+    return [
+        place.stop("broken", step_line(1), signal.SIGKILL, never),
+        place.stop("broken", step_line(3), signal.SIGINT),
+        place.stop("broken", step_line(11), signal.SIGKILL),
+        place.train("broken"),
     ]
 
 
 @chain
 def hurried(place, results):
     return place.stop("hurried", "data:", signal.SIGINT)
-
-
-@chain
-def talks(place, results):
-    results("unbroken")
-    chat = f"{QUESTION}\n\n{QUESTION}\nWhy?\n"
-    return {
-        "prompt": place.generate("unbroken", f"--prompt={QUESTION}"),
-        "chat": place.generate("unbroken", stdin=chat),
-        "compare": place.generate("unbroken", f"--prompt={QUESTION}", "--compare"),
-        "best": place.generate("unbroken", f"--prompt={QUESTION}", "--step=best"),
-    }
-
-
-@chain
-def full(place, results):
-    flags = ("--config.trainable=full", "--config.model.dtype=bfloat16", *TWO_STEPS)
-    trained = place.train("full", *flags)
-    return trained, place.generate("full", f"--prompt={QUESTION}", "--compare")
 
 
 ROWS = [
@@ -296,16 +263,17 @@ COLUMNS = {
 
 @chain
 def own_csv(place, results):
-    with (place.folder / "own.csv").open("w", newline="") as file:
+    with (place.folder / "own.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ROWS[0])
         writer.writeheader()
         writer.writerows(ROWS)
     mapped = [f"--config.data.columns.{k}={v}" for k, v in COLUMNS.items()]
-    return place.train("csv", "--config.data.path=own.csv", *mapped, *TWO_STEPS)
+    return place.train("csv", "--config.data.path=own.csv", *mapped, *FEW_ROWS)
 
 
 @chain
-def own_messages(place, results):
+def own_chats(place, results):
+    """Chat rows, and full fine-tuning in bfloat16."""
     with gzip.open(place.folder / "own.jsonl.gz", "wt") as file:
         for row in ROWS:
             turns = [
@@ -316,7 +284,14 @@ def own_messages(place, results):
                 {"role": "assistant", "content": row["answer"]},
             ]
             print(json.dumps({"messages": turns}), file=file)
-    return place.train("messages", "--config.data.path=own.jsonl.gz", *TWO_STEPS)
+    full = (
+        "--config.trainable=full",
+        "--config.model.dtype=bfloat16",
+        "--config.steps=2",
+    )
+    path = "--config.data.path=own.jsonl.gz"
+    trained = place.train("chats", path, *full, *FEW_ROWS)
+    return trained, place.generate("chats", f"--prompt={QUESTION}", "--compare")
 
 
 @chain
@@ -328,7 +303,26 @@ def long_prompts(place, results):
             print(json.dumps(row | {"response": f"Much of {i}."}), file=file)
     truncate = "--config.data.overlength=truncate"
     path = "--config.data.path=long.jsonl"
-    return place.train("long", path, truncate, *TWO_STEPS)
+    return place.train("long", path, truncate, *FEW_ROWS)
+
+
+@chain
+def again(place, results):
+    results("unbroken")
+    before = snapshot(place.run_dir("unbroken"))
+    finished = place.train("unbroken")
+    return finished, before, snapshot(place.run_dir("unbroken"))
+
+
+@chain
+def talks(place, results):
+    results("unbroken")
+    chat = f"{QUESTION}\n\n{QUESTION}\nWhy?\n"
+    return {
+        "chat": place.generate("unbroken", stdin=chat),
+        "compare": place.generate("unbroken", f"--prompt={QUESTION}", "--compare"),
+        "best": place.generate("unbroken", f"--prompt={QUESTION}", "--step=best"),
+    }
 
 
 # -- a training run ------------------------------------------------------------------
@@ -346,7 +340,7 @@ def test_doctor_tells_the_facts_of_the_run(place, unbroken):
     assert f"sha256 {identity['tokenizer'][:12]}" in told
     assert f"sha256 {identity['data'][:12]}" in told
     for file in (ROOT / "research/data/sample").iterdir():
-        assert f"{file.stem} {len(file.read_text().splitlines())}" in told
+        assert f"{file.stem} {len(file.read_text('utf-8').splitlines())}" in told
     weights = tiny_model.random_weights(seed=0)
     adapted = [tensor for name, tensor in weights.items() if "proj" in name]
     assert f"{len(adapted)} matrices under 7 paths" in told
@@ -370,7 +364,7 @@ def test_first_row_marks_the_answer_and_its_end_and_nothing_else(unbroken):
     rows = [
         json.loads(line)
         for file in (ROOT / "research/data/sample").iterdir()
-        for line in file.read_text().splitlines()
+        for line in file.read_text("utf-8").splitlines()
     ]
     expected = [
         f"marked: <|im_start|>user {row['instruction']} {row['context']}<|im_end|> "
@@ -409,7 +403,7 @@ def test_held_out_loss_falls(place, unbroken):
     assert mean == pytest.approx(after["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("run", ["unbroken", "interrupted", "killed"])
+@pytest.mark.parametrize("run", ["unbroken", "broken"])
 def test_metrics_have_every_step_exactly_once(place, run, request):
     request.getfixturevalue(run)
     assert [x["step"] for x in place.lines(run, "train")] == [*range(1, STEPS + 1)]
@@ -508,38 +502,35 @@ def final_state(place, run):
     return jax.tree.map(lambda x: np.asarray(x).tobytes(), restored.state)
 
 
-def test_signals_stop_a_run_between_steps_with_its_own_exit_code(interrupted):
-    first, second, last = interrupted
-    assert [x.code for x in interrupted] == [75, 75, 0], last.err
-    for stopped, resumed in ((first, second), (second, last)):
-        (step,) = re.findall(r"stopped after step (\d+)", stopped.err)
-        assert f"step {step} restored" in resumed.err
-        assert re.findall(r"^step +(\d+)/", stopped.err, re.M)[-1] == step
-        assert re.findall(r"^step +(\d+)/", resumed.err, re.M)[0] == str(int(step) + 1)
+def test_sigint_stops_between_steps_and_the_same_command_goes_on(broken):
+    stopped, resumed = broken[1:3]
+    assert stopped.code == 75, stopped.err
+    (step,) = re.findall(r"stopped after step (\d+)", stopped.err)
+    assert re.findall(r"^step +(\d+)/", stopped.err, re.M)[-1] == step
+    assert f"step {step} restored" in resumed.err
+    assert re.findall(r"^step +(\d+)/", resumed.err, re.M)[0] == str(int(step) + 1)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(killed):
-    _, second, last = killed
-    assert [x.code for x in killed] == [-signal.SIGKILL, -signal.SIGKILL, 0], last.err
-    assert "restored" not in second.err
-    assert 0 < int(re.findall(r"step (\d+) restored", last.err)[0]) < 12
+def test_a_killed_run_goes_on_from_its_last_checkpoint(broken):
+    assert [x.code for x in broken[::2]] == [-signal.SIGKILL, -signal.SIGKILL]
+    assert "restored" not in broken[1].err, "there was no checkpoint yet"
+    assert broken[3].code == 0, broken[3].err
+    assert 4 < int(re.findall(r"step (\d+) restored", broken[3].err)[0]) < STEPS
 
 
-@pytest.mark.parametrize("run", ["interrupted", "killed"])
-def test_a_broken_run_equals_the_unbroken_one_exactly(place, unbroken, run, request):
-    request.getfixturevalue(run)
-    assert numbers(place, run) == numbers(place, "unbroken")
+def test_a_broken_run_equals_the_unbroken_one_exactly(place, unbroken, broken):
+    assert numbers(place, "broken") == numbers(place, "unbroken")
     # Adapters and optimizer, byte by byte.
-    assert final_state(place, run) == final_state(place, "unbroken")
+    assert final_state(place, "broken") == final_state(place, "unbroken")
 
 
 def test_eight_devices_train_as_one_does(place, unbroken, remeshed):
     assert [x.code for x in remeshed] == [75, 0], remeshed[0].err + remeshed[1].err
     assert "data=2, fsdp=2, tensor=2" in remeshed[0].out
     one, eight = (place.lines(run, "train") for run in ("unbroken", "remeshed"))
-    for name in ("loss", "grad_norm"):
+    for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
         expected = [x[name] for x in one]
-        np.testing.assert_allclose([x[name] for x in eight], expected, rtol=1e-5)
+        np.testing.assert_allclose([x[name] for x in eight], expected, rtol=rtol)
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(place, hurried):
@@ -551,23 +542,19 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(place, hurried):
 # -- talking to a run ----------------------------------------------------------------
 
 
-def test_a_prompt_is_answered(talks):
-    assert talks["prompt"].code == 0, talks["prompt"].err
-    assert len(talks["prompt"].out) > 1
+def test_compare_shows_the_base_and_the_tuned_answer(talks):
+    assert talks["compare"].code == 0, talks["compare"].err
+    base, _, tuned = talks["compare"].out.partition("--- tuned\n")
+    assert base.startswith("--- base\n")
+    assert len(tuned) > 1
+    assert base != f"--- base\n{tuned}"
 
 
 def test_greedy_answers_repeat_and_an_empty_line_forgets(talks):
-    chat, answer = talks["chat"], talks["prompt"].out
-    assert chat.code == 0, chat.err
-    assert chat.out.startswith(answer + answer)
-    assert len(chat.out) > len(answer + answer) + 1, "the third is answered, too"
-
-
-def test_compare_shows_base_and_tuned(talks):
-    base, _, tuned = talks["compare"].out.partition("--- tuned\n")
-    assert base.startswith("--- base\n")
-    assert tuned == talks["prompt"].out
-    assert base != f"--- base\n{tuned}"
+    assert talks["chat"].code == 0, talks["chat"].err
+    answer = talks["compare"].out.partition("--- tuned\n")[2]
+    assert talks["chat"].out.startswith(answer + answer)
+    assert len(talks["chat"].out) > 2 * len(answer) + 2, "the third is answered, too"
 
 
 def test_best_is_the_kept_step_with_the_lowest_held_out_loss(place, talks):
@@ -584,12 +571,12 @@ def test_best_is_the_kept_step_with_the_lowest_held_out_loss(place, talks):
 # -- other trainings -----------------------------------------------------------------
 
 
-def test_full_fine_tuning_trains_and_talks(place, full):
-    trained, talk = full
+def test_full_fine_tuning_trains_and_talks(place, own_chats):
+    trained, talk = own_chats
     assert trained.code == 0, trained.err
     everything = sum(x.size for x in tiny_model.random_weights(seed=0).values())
     assert f"{everything:,} trained" in trained.out
-    before, after = place.lines("full", "eval")
+    before, after = place.lines("chats", "eval")
     assert after["loss"] < before["loss"]
     assert talk.code == 0, talk.err
     base, _, tuned = talk.out.partition("--- tuned\n")
@@ -606,9 +593,8 @@ def test_own_csv_with_mapped_columns_trains(place, own_csv):
     assert place.lines("csv", "eval")[-1]["by_category"].keys() == {"doubles", "sums"}
 
 
-def test_own_chats_train_on_every_answer(place, own_messages):
-    assert own_messages.code == 0, own_messages.err
-    shown = own_messages.out.partition("marked:")[2]
+def test_own_chats_train_on_every_answer(place, own_chats):
+    shown = own_chats[0].out.partition("marked:")[2]
     assert re.search(
         r"<\|im_start\|>system\nBe brief\.<\|im_end\|>\n"
         r"<\|im_start\|>user\nHello\.<\|im_end\|>\n"
@@ -617,7 +603,7 @@ def test_own_chats_train_on_every_answer(place, own_messages):
         r"<\|im_start\|>assistant\n\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]",
         shown,
     ), shown
-    assert len(place.lines("messages", "train")) == 2
+    assert len(place.lines("chats", "train")) == 2
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):
@@ -627,9 +613,9 @@ def test_every_file_format_gives_the_same_records(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     (tmp_path / "rows.jsonl").write_text(lines)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS, ensure_ascii=False))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, ensure_ascii=False), "utf-8")
     (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
-    with (tmp_path / "rows.csv").open("w", newline="") as file:
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ROWS[0])
         writer.writeheader()
         writer.writerows(ROWS)
@@ -680,12 +666,6 @@ REFUSALS = {
     "malformed line": bad_file(
         "torn.jsonl", GOOD + GOOD + '{"instruction":\n', "torn.jsonl:3", "bad_lines"
     ),
-    "wrong type in a row": bad_file(
-        "typed.jsonl", GOOD + '{"instruction": 5, "response": "x"}', "typed.jsonl:2"
-    ),
-    "torn csv": bad_file(
-        "torn.csv", "instruction,response\na,b\nc\n", "torn.csv:3", "header"
-    ),
     "unknown column": bad_file(
         "columns.jsonl",
         GOOD,
@@ -697,15 +677,7 @@ REFUSALS = {
     "no usable row": bad_file(
         "none.jsonl", GOOD.replace("b", ""), "none.jsonl", "no usable row"
     ),
-    "not parquet": bad_file("x.parquet", "no", "x.parquet", "parquet"),
-    "unknown kind of file": bad_file("x.txt", "no", "x.txt", ".jsonl", ".csv"),
     "all too long": Refusal(("--config.data.seq_len=8",), ("config.data.seq_len=8",)),
-    "above the context": Refusal(
-        ("--config.data.seq_len=1024",), ("config.data.seq_len is 1024", "512")
-    ),
-    "nothing left to train": Refusal(
-        ("--config.data.held_out=5000",), ("5000", "512", "config.data.held_out")
-    ),
     "unknown target": Refusal(
         ("--config.lora.targets=('quary',)",),
         ("'quary'", "'query'", "layers.attention.query.kernel", "layers.mlp.up.kernel"),
@@ -724,9 +696,6 @@ REFUSALS = {
         ("kv_heads", "size 2", "tensor=4", "config.mesh.tensor", "1, 2"),
         devices=8,
     ),
-    "mesh wider than the batch": Refusal(
-        ("--config.mesh.data=8",), ("4 rows", "multiple of 8"), devices=8
-    ),
     "missing weights": Refusal(
         ("--config.model.weights=absent",), ("'absent'", "hub://", "pkg://")
     ),
@@ -734,9 +703,6 @@ REFUSALS = {
         ("--config.model.weights=misfit",),
         ("do not fit", "mlp.gate_proj.weight", "[128, 64]", "[96, 64]"),
         prepare="misfit",
-    ),
-    "torn weights": Refusal(
-        ("--config.model.weights=torn",), ("model.safetensors",), prepare="torn"
     ),
     "another config": Refusal(("--config.seed=1",), ("seed: 0 -> 1",), prepare="copy"),
     "another base": Refusal((), ("base model:", "run_dir"), prepare="base"),
@@ -768,6 +734,9 @@ REFUSALS = {
         files=(("mistyped.py", CONFIG.replace("lora.rank", "lora.rnak")),),
     ),
     "missing config": Refusal(("--config=absent.py",), ("absent.py",)),
+    "no config": Refusal(
+        ("--config.steps=3",), ("--config=FILE.py",), command="bare train"
+    ),
     "stray argument": Refusal(("steps=3",), ("'steps=3'",)),
     "talk: no run": Refusal(
         ("--run=runs/absent",), ("runs/absent", "config.json"), command="generate"
@@ -792,8 +761,8 @@ def refuse(place, results, name, case):
     run = name.replace(" ", "-").replace(":", "").replace("'", "")
     for file, text in case.files:
         (place.folder / file).write_text(text)
-    if case.prepare in ("misfit", "torn"):
-        damage_model(place.folder / "model", place.folder / case.prepare)
+    if case.prepare == "misfit":
+        make_misfit(place.folder / "model", place.folder / "misfit")
     if case.prepare in ("copy", "base", "checkpoint"):
         results("unbroken")
         shutil.copytree(place.run_dir("unbroken"), place.run_dir(run))
@@ -801,22 +770,19 @@ def refuse(place, results, name, case):
     if case.prepare in ("base", "checkpoint"):
         place = change_base(place, run, everywhere=case.prepare == "checkpoint")
     before = snapshot(place.run_dir(run))
-    if case.command == "generate":
-        known = [f"--run=runs/{run}"] if case.prepare else []
-        finished = place.run("generate", *known, *case.flags)
-    else:
+    if case.command == "train":
         finished = place.train(run, *case.flags, devices=case.devices)
+    else:
+        known = [f"--run=runs/{run}"] if case.prepare else []
+        module = case.command.removeprefix("bare ")
+        finished = place.run(module, *known, *case.flags)
     return finished, before == snapshot(place.run_dir(run))
 
 
-def damage_model(model, copy):
+def make_misfit(model, copy):
     shutil.copytree(model, copy)
-    if copy.name == "misfit":
-        config = tiny_model.CONFIG | {"intermediate_size": 96}
-        (copy / "config.json").write_text(json.dumps(config))
-    else:
-        weights = copy / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1000])
+    config = tiny_model.CONFIG | {"intermediate_size": 96}
+    (copy / "config.json").write_text(json.dumps(config))
 
 
 def change_base(place, run, everywhere):
@@ -829,7 +795,7 @@ def change_base(place, run, everywhere):
         identity = moved.run_dir(run) / "identity.json"
         now = open_base(str(moved.folder / "model")).fingerprint
         said = json.loads(identity.read_text())
-        identity.write_text(json.dumps(said | {"base model": now}))
+        identity.write_text(json.dumps(said | {"base model": now}, indent=2))
     return moved
 
 

@@ -1,4 +1,4 @@
-"""The shape of the code itself: imports only go down, files and functions stay short."""
+"""The shape of the code: imports only go down, files and functions stay short."""
 
 import ast
 import functools

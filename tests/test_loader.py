@@ -55,6 +55,12 @@ def test_packing_uses_each_document_once_and_fills_no_row_over(seed):
     assert sum(emptiest) > 64
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_takes_the_tightest_row(seed):
+    """4 belongs to the 6: beside the 5, it would leave no room for both 3 and 2."""
+    assert len(pack(np.array([5, 3, 6, 2, 4]), 10, seed)) == 2
+
+
 def test_packing_depends_on_the_seed_alone():
     lengths = np.random.default_rng(0).integers(1, 33, 200)
     assert pack(lengths, 64, 1) == pack(lengths, 64, 1)
@@ -230,7 +236,7 @@ def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2):
     config = Config(data=DataConfig(path=str(dolly_path)))
     dataset = load_dataset(config, chat)
     assert len(dataset.rows.records) > 14_000 and len(dataset.categories) == 8
-    assert dataset.train.fill > 0.95
+    assert dataset.train.fill > 0.99
     share = dataset.train.trained_tokens / dataset.train.real_tokens
     assert 0.2 < share < 0.8
     for document in dataset.train.documents:

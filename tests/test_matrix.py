@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close
 
 from research.matrix import LowRank, contract, lookup, materialize, transpose
 
@@ -27,10 +28,6 @@ def low_rank(shape, n_in=1, stack=(), rank=3, seed=0, **changes):
 
 def inputs(*shape):
     return jnp.float32(np.random.default_rng(9).normal(size=shape))
-
-
-def close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +53,13 @@ def test_lookup_is_contract_of_one_hot_rows():
     close(lookup(w, ids, jnp.float32), contract(jax.nn.one_hot(ids, 11), w))
 
 
-def test_transpose_swaps_input_and_output():
-    w = low_rank((11, 5))
-    x = inputs(2, 5)
-    close(contract(x, transpose(w)), x @ materialize(w).T)
+@pytest.mark.parametrize("kind", ["array", "factors"])
+def test_transpose_swaps_input_and_output(kind):
+    w = low_rank((11, 5)) if kind == "factors" else low_rank((11, 5)).base
+    whole = np.array(materialize(w))
+    close(contract(inputs(2, 5), transpose(w)), inputs(2, 5) @ whole.T)
+    close(materialize(transpose(w)), whole.T)
+    close(contract(inputs(2, 11), transpose(transpose(w))), inputs(2, 11) @ whole)
 
 
 def test_weights_are_cast_and_activations_are_not():
@@ -76,7 +76,7 @@ def test_scan_over_a_stack_visits_each_layer():
     looped = inputs(2, 7)
     for layer in materialize(w):
         looped = looped @ layer
-    np.testing.assert_allclose(scanned, looped, rtol=1e-4)
+    close(scanned, looped)
 
 
 def test_dropout_acts_only_with_a_key_and_only_on_the_adapter():

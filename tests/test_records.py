@@ -14,7 +14,12 @@ from research.errors import UserError
 
 ROWS = [
     {"instruction": "Say é", "context": "", "response": "é", "category": "a"},
-    {"instruction": "Two\nlines", "context": "c, d", "response": '"2"', "category": "b"},
+    {
+        "instruction": "Two\nlines",
+        "context": "c, d",
+        "response": '"2"',
+        "category": "b",
+    },
     {"instruction": " padded ", "context": "x", "response": "y\n", "category": "a"},
 ]
 GOOD = '{"instruction": "i", "response": "r"}'
@@ -129,10 +134,18 @@ def test_a_context_alone_is_an_instruction(tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("rows.json", '[{"instruction": 1},\n oops]', r"rows\.json:2: not a JSON array"),
+        (
+            "rows.json",
+            '[{"instruction": 1},\n oops]',
+            r"rows\.json:2: not a JSON array",
+        ),
         ("rows.json", '{"instruction": 1}', r"rows\.json:1: .* array of objects"),
         ("rows.csv", 'instruction,response\ni,r\n"open,r\n', r"rows\.csv:\d"),
-        ("rows.csv", "instruction,response\ni,r\ni,r,more\n", r"rows\.csv:3: not as many"),
+        (
+            "rows.csv",
+            "instruction,response\ni,r\ni,r,more\n",
+            r"rows\.csv:3: not as many",
+        ),
         ("rows.csv", "instruction,response\ni,r\ni\n", r"rows\.csv:3: not as many"),
         ("rows.csv", b"instruction,response\n\xff,r\n", r"rows\.csv:"),
         ("rows.parquet", b"PAR1 no PAR1", r"rows\.parquet is not readable parquet"),
@@ -205,7 +218,7 @@ def sample():
 
 
 def test_the_embedded_sample_is_what_it_says(sample):
-    assert sample.origin.startswith("embedded sample (512 rows")
+    assert sample.origin.startswith("embedded sample")
     assert len(sample.records) == 512 and not sample.dropped
     assert list(sample.categories()) == [
         "brainstorming", "classification", "closed_qa", "creative_writing",

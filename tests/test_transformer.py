@@ -1,4 +1,4 @@
-"""What a decoder may see, and that how it is computed never changes what it computes."""
+"""What a position may see, and that ways to compute it never change the result."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers import TINY, close
 
 from research.errors import UserError
 from research.models.attention import packed_attention, rope_frequencies
@@ -33,11 +33,6 @@ def blocked(model):
 @pytest.fixture(scope="module")
 def hidden(blocked):
     return hidden_of(blocked)
-
-
-def close(actual, expected, rtol=1e-5):
-    scale = float(np.abs(expected).max())
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale)
 
 
 def test_a_position_sees_all_before_it_in_its_document_and_nothing_else(

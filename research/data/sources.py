@@ -5,8 +5,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import logging
-import socket
-import urllib.parse
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
     rows = _hub_rows(config.hub_timeout)
     if rows is not None:
         return f"hub {HUB_DATASET}", rows
-    return "embedded sample (512 rows written for this project)", _embedded_rows()
+    return "embedded sample", _embedded_rows()
 
 
 def _embedded_rows() -> Iterator[tuple[str, Any]]:
@@ -100,50 +99,47 @@ def _embedded_rows() -> Iterator[tuple[str, Any]]:
 def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
     """All rows of Dolly through `datasets`, or None where the hub cannot be had.
 
-    A machine without a route fails in milliseconds and one behind a silent firewall
-    after `timeout` seconds: so we knock first, since the client itself retries for
-    minutes. Rows that `datasets` has cached are found without knocking.
+    Rows that were downloaded before are found without asking. Else we knock first
+    and give up after `timeout` seconds: the client itself would retry for minutes.
     """
-    cached = _load_dolly(offline=True)
-    if cached is None and _reachable(timeout):
-        cached = _load_dolly(offline=False)
-    if cached is None:
-        return None
-    return [(f"{HUB_DATASET}:{i}", row) for i, row in enumerate(cached, start=1)]
-
-
-def _load_dolly(offline: bool) -> Any:
     from huggingface_hub import constants
 
-    if offline and not _in_hub_cache(Path(constants.HF_HUB_CACHE)):
+    folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
+    offline = (Path(constants.HF_HUB_CACHE) / folder).is_dir()
+    if not offline and not _hub_answers(timeout):
         return None
     import datasets
 
     try:
         config = datasets.DownloadConfig(local_files_only=offline)
-        return datasets.load_dataset(HUB_DATASET, split="train", download_config=config)
+        rows = datasets.load_dataset(HUB_DATASET, split="train", download_config=config)
     except Exception as error:  # The hub's client raises a dozen unrelated kinds.
-        logging.warning("hub: %s not loaded (%s)", HUB_DATASET, error)
+        logging.warning("data: hub %s not loaded (%s)", HUB_DATASET, error)
         return None
+    return [(f"{HUB_DATASET}:{i}", row) for i, row in enumerate(rows, start=1)]
 
 
-def _in_hub_cache(cache: Path) -> bool:
-    return (cache / f"datasets--{HUB_DATASET.replace('/', '--')}").is_dir()
+def _hub_answers(timeout: float) -> bool:
+    """Whether the hub knows the data set, decided within `timeout` seconds.
 
+    Asked in a thread, since looking up a name has no time limit of its own.
+    """
+    import huggingface_hub
 
-def _reachable(timeout: float) -> bool:
-    from huggingface_hub import constants
+    found: list[bool] = []
 
-    if constants.HF_HUB_OFFLINE:
-        return False
-    url = urllib.parse.urlparse(constants.ENDPOINT)
-    port = url.port or (443 if url.scheme == "https" else 80)
-    try:
-        socket.create_connection((url.hostname, port), timeout=timeout).close()
-    except OSError as error:
-        logging.info("data: hub %s is out of reach (%s)", url.hostname, error)
-        return False
-    return True
+    def ask() -> None:
+        try:
+            huggingface_hub.HfApi().dataset_info(HUB_DATASET, timeout=timeout)
+            found.append(True)
+        except Exception as error:  # As above.
+            first_line = str(error).partition("\n")[0]
+            logging.info("data: the hub is out of reach (%s)", first_line)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(found)
 
 
 def split_stratified(

@@ -54,6 +54,8 @@ def open_base(name: str, hub_timeout: float = 5.0) -> Base:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{config_file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file} is not a JSON object")
     return Base(
         name,
         from_hf_config(config),

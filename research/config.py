@@ -192,7 +192,18 @@ def _check(c: Config) -> None:
     for path, value in positive.items():
         if not value > 0:
             raise UserError(f"config.{path} is {value}; it must be greater than 0")
+    not_negative = {
+        "seed": c.seed,
+        "data.max_rows": c.data.max_rows,
+        "optim.weight_decay": c.optim.weight_decay,
+        "optim.clip_norm": c.optim.clip_norm,
+    }
+    for path, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"config.{path} is {value}; it must not be negative")
     for path, value, top in (
+        ("optim.b1", c.optim.b1, 0.9999),
+        ("optim.b2", c.optim.b2, 0.9999),
         ("lora.dropout", c.lora.dropout, 0.99),
         ("optim.warmup", c.optim.warmup, 1.0),
         ("optim.final", c.optim.final, 1.0),
@@ -310,7 +321,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return tuple(_coerce(inner, item, path) for item in value)
     if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if origin is None and type(value) is hint:
+    if origin is None and type(value) is hint and hint is not float:
         return value
     shown = hint.__name__ if origin is None else str(hint)
     raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be {shown}")

@@ -43,12 +43,17 @@ def adapter_specs(
     """
     matrices = {path: spec for path, spec in specs.items() if spec.n_in > 0}
     targets = trees.select(matrices, config.targets)
+    if not targets:
+        raise UserError("config.lora.targets is empty: nothing would be trained")
     ranks = _by_pattern(targets, config.rank_pattern, config.rank)
     factors = {}
     for path in targets:
         spec, rank = matrices[path], int(ranks[path])
-        if rank < 1:
-            raise UserError(f"lora rank for {path} is {rank}; it must be at least 1")
+        if rank < 1 or rank != ranks[path]:
+            raise UserError(
+                f"lora rank for {path} is {ranks[path]}; it must be a whole number "
+                "from 1"
+            )
         split = spec.stacked + spec.n_in
         stack, stack_axes = spec.shape[: spec.stacked], spec.axes[: spec.stacked]
         a = dataclasses.replace(
@@ -172,11 +177,12 @@ def _by_pattern(
     numbers = {}
     for override in overrides:
         pattern, equals, number = override.rpartition("=")
+        numbers.pop(pattern, None)  # so that it counts as the last
         try:
             numbers[pattern] = float(number)
         except ValueError:
             equals = ""
-        if not equals or numbers[pattern] <= 0:
+        if not equals or not 0 < numbers[pattern] < math.inf:
             raise UserError(
                 f"{override!r} is not 'pattern=number' with a number above 0, "
                 "such as 'mlp=4'"

@@ -133,7 +133,7 @@ def materialize(w: Matrix) -> Array:
     if not isinstance(w, LowRank):
         return w
     base = materialize(w.base)
-    delta = product(w.a, w.b, w.scale)
+    delta = product(materialize(w.a), materialize(w.b), w.scale)
     return (base.astype(jnp.float32) + delta).astype(base.dtype)
 
 

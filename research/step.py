@@ -111,7 +111,7 @@ def train_step(
         "weight": weight,
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
     }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -133,8 +133,8 @@ def eval_step(
     )
     member = jax.nn.one_hot(batch.groups, groups, axis=0)
     return {
-        "loss": jnp.sum(member * token_losses * batch.weights, axis=(1, 2)),
-        "weight": jnp.sum(member * batch.weights, axis=(1, 2)),
+        "loss": jnp.sum(member * (token_losses * batch.weights)[None], axis=(1, 2)),
+        "weight": jnp.sum(member * batch.weights[None], axis=(1, 2)),
     }
 
 

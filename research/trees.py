@@ -36,7 +36,13 @@ def select(paths: Iterable[str], patterns: Sequence[str]) -> dict[str, str]:
     paths = list(paths)
     chosen: dict[str, str] = {}
     for pattern in patterns:
-        matched = [path for path in paths if re.search(pattern, path)]
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"pattern {pattern!r} is no regular expression: {error}"
+            ) from error
+        matched = [path for path in paths if expression.search(path)]
         if not matched:
             hint = nearest(pattern, _words(paths))
             raise UserError(

@@ -88,8 +88,11 @@ class SafetensorsFolder:
 
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = [folder / name for name in sorted(set(names))]
+            try:
+                names = json.loads(index.read_text())["weight_map"].values()
+                files = [folder / name for name in sorted(set(names))]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is not an index: {error!r}") from error
         else:
             files = sorted(folder.glob("*.safetensors"))
         missing = [file.name for file in files if not file.is_file()]

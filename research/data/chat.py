@@ -209,7 +209,7 @@ class _JinjaTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=prompt, **self._names
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # A template can fail in any way code can.
             roles = " ".join(turn.role for turn in turns)
             raise UserError(
                 f"the chat template refuses the messages {roles}: {error}"

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:
         with opener(path, "rb") as file:
             kinds = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
             yield from kinds[plain.suffix](file, path.name)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data file {path} cannot be read: {error}") from error
 
 
@@ -90,7 +91,7 @@ def _read_jsonl(file: Iterable[bytes], name: str) -> Iterator[tuple[str, Any]]:
 def _parse_json_row(line: bytes, where: str) -> dict[str, Any] | BadRowError:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return BadRowError("not JSON", where, f"not a JSON object in UTF-8 ({error})")
     return _as_object(row, where)
 
@@ -104,7 +105,7 @@ def _as_object(row: Any, where: str) -> dict[str, Any] | BadRowError:
 def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(file.read().decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{name}:{line}: not a JSON array ({error})") from error
     if not isinstance(rows, list):
@@ -115,9 +116,8 @@ def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(
-        io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True
-    )
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    reader = csv.DictReader(text, strict=True)
     try:
         for row in reader:
             where = f"{name}:{reader.line_num}"
@@ -130,6 +130,8 @@ def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
                 yield where, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{name}:{reader.line_num + 1}: {error}") from error
+    finally:
+        text.detach()  # The caller opened the file, and closes it.
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -47,6 +47,8 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str = "",
     ):
+        inner.no_padding()
+        inner.no_truncation()
         serialized = inner.to_str()
         self._template_view = inner
         self._text_view = _without_control_tokens(serialized)
@@ -85,8 +87,6 @@ def _without_control_tokens(serialized: str) -> tokenizers.Tokenizer:
         token["special"] = True
     view = tokenizers.Tokenizer.from_str(json.dumps(rules))
     view.encode_special_tokens = True
-    view.no_padding()
-    view.no_truncation()
     return view
 
 
@@ -98,10 +98,7 @@ def from_folder(folder: Path) -> Tokenizer:
     """
     settings = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
-    if file.is_file():
-        inner = tokenizers.Tokenizer.from_file(str(file))
-    else:
-        inner = _converted(folder)
+    inner = _from_file(file) if file.is_file() else _converted(folder)
     template = settings.get("chat_template") or ""
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default", "")
@@ -134,8 +131,20 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
+def _from_file(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises nothing more specific.
+        raise UserError(f"{file} is not a tokenizer: {error}") from error
+
+
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is not a JSON object: {error}") from error
 
 
 def _token_text(token: Any) -> str | None:

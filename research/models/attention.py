@@ -46,7 +46,7 @@ def _scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
 
 def rope_tables(positions_BT: Array, frequencies: Array) -> tuple[Array, Array]:
     """Cosines and sines `[B, T, 1, H / 2]` in float32, made once for all layers."""
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
@@ -118,7 +118,7 @@ def _block_logits(q_BKGTH, k_BKSH, segments_BT, start, stop):
     )
     order_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
     same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
-    return jnp.where((same_BTS & order_TS)[:, None, None], logits, MASKED)
+    return jnp.where((same_BTS & order_TS[None])[:, None, None], logits, MASKED)
 
 
 def _blocks(length: int, block: int) -> list[tuple[int, int]]:

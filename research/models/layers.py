@@ -62,4 +62,4 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(x_32 * x_32, axis=-1, keepdims=True)
         normed = x_32 * jax.lax.rsqrt(mean_square + self.eps)
         scale = self.scale.get_value().astype(jnp.float32)
-        return (normed * scale).astype(x.dtype)
+        return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)

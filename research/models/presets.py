@@ -5,6 +5,13 @@ from typing import Any
 
 from research.errors import UserError
 
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -106,6 +113,9 @@ def from_hf_config(config: dict[str, Any]) -> Architecture:
             "(Llama 2 and 3, SmolLM2, TinyLlama, Mistral)"
         )
     _refuse_unknown_computation(config)
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
     heads = config["num_attention_heads"]
     theta, scaling = _rope(config)
     return Architecture(

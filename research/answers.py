@@ -76,9 +76,16 @@ def answer_prompts(
     samplers = make_samplers(job, base, params, frozen)
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
     answers = []
-    for record in pick_records(dataset.held_out_records, config.eval.prompts):
+    # A context that training cut to fit may be too long to be asked about in full.
+    room = job.model.architecture.max_position - sampling.max_new_tokens
+    prompts = {
+        record.where: chat.encode_prompt(record.turns[:-1], record.context)
+        for record in dataset.held_out_records
+    }
+    fitting = [r for r in dataset.held_out_records if len(prompts[r.where]) <= room]
+    for record in pick_records(fitting, config.eval.prompts):
         *asked, reference = record.turns
-        prompt = chat.encode_prompt(asked, record.context)
+        prompt = prompts[record.where]
         texts = {
             name: base.tokenizer.decode(
                 list(sampler.stream(prompt, sampling, chat.stop_ids))

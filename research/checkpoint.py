@@ -56,6 +56,9 @@ class Checkpointer:
                     ),
                 ]
             ),
+            # Without it metrics are neither written nor read, whatever is preserved.
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,

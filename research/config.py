@@ -186,6 +186,8 @@ def _check(c: Config) -> None:
         "data.held_out": c.data.held_out,
         "optim.learning_rate": c.optim.learning_rate,
         "eval.every": c.eval.every,
+        "eval.max_new_tokens": c.eval.max_new_tokens,
+        "data.hub_timeout": c.data.hub_timeout,
         "checkpoint.every": c.checkpoint.every,
         "checkpoint.keep_last": c.checkpoint.keep_last,
     }
@@ -197,6 +199,10 @@ def _check(c: Config) -> None:
         "data.max_rows": c.data.max_rows,
         "optim.weight_decay": c.optim.weight_decay,
         "optim.clip_norm": c.optim.clip_norm,
+        "optim.eps": c.optim.eps,
+        "eval.prompts": c.eval.prompts,
+        "checkpoint.keep_best": c.checkpoint.keep_best,
+        "runtime.peak_tflops": c.runtime.peak_tflops,
     }
     for path, value in not_negative.items():
         if value < 0:

@@ -43,9 +43,11 @@ def parse(argv: Sequence[str], usage: str, *, has_config: bool) -> None:
 
 
 def _without_dump(error: Exception) -> str:
-    """The message without the listing of all fields that ml_collections adds."""
+    """The message without the field list or traceback that ml_collections adds."""
     said, dump, rest = str(error).partition(". Other fields present")
-    return f"{said}. {rest.splitlines()[-1]}" if dump else said
+    said = f"{said}. {rest.splitlines()[-1]}" if dump else said
+    where, traceback, rest = said.partition("Traceback (most recent call last):")
+    return f"{where.split()[1]} {rest.splitlines()[-1]}" if traceback else said
 
 
 def _help(usage: str, has_config: bool) -> str:
@@ -62,6 +64,8 @@ def _help(usage: str, has_config: bool) -> str:
 def _check_overrides(argv: Sequence[str]) -> None:
     """The nearest name for a mistyped knob; absl would show a traceback."""
     knobs = flat(Config())
+    if not any(a.partition("=")[0].lstrip("-") == "config" for a in argv):
+        raise UserError("--config=FILE.py is missing; see configs/ and --help")
     for argument in argv:
         name = argument.partition("=")[0].lstrip("-")
         if name.startswith("config.") and name[len("config.") :] not in knobs:
@@ -79,9 +83,14 @@ def config_from_flags() -> Config:
         if config is None:
             raise UserError("--config=FILE.py is missing; see configs/ and --help")
         return from_config_dict(config)
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # A config file is code: it can fail in any way.
         name = next((a for a in sys.argv if a.startswith("--config=")), "--config")
-        raise UserError(f"{name} cannot be loaded: {error.__cause__}") from error
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{name} cannot be loaded: {type(cause).__name__}: {cause}"
+        ) from error
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:

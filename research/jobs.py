@@ -52,6 +52,11 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
             f"config.data.seq_len is {config.data.seq_len}; the base model's context "
             f"is {longest}"
         )
+    if config.eval.max_new_tokens >= longest:
+        raise UserError(
+            f"config.eval.max_new_tokens is {config.eval.max_new_tokens}; it must be "
+            f"less than the base model's context, {longest}"
+        )
     if base.tokenizer.vocab_size > base.architecture.vocab:
         raise UserError(
             f"the tokenizer has {base.tokenizer.vocab_size} ids and the model "

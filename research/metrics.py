@@ -77,8 +77,8 @@ class MetricsFile:
         from tensorboardX import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
-        # At the step itself only what training wrote: evaluation is done again.
+        # From step 0 everything is done again, its evaluation too.
+        kept = [x for x in read_metrics(folder) if 0 < first_step >= x["step"]]
         lines = [json.dumps(line) + "\n" for line in kept]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(lines), encoding="utf-8")

@@ -41,8 +41,11 @@ class RunDir:
             )
         try:
             return from_json(self._config.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self._config} is not readable: {error}") from error
+        except ValueError as error:  # Of JSON, of UTF-8, or our own of a field.
+            raise UserError(
+                f"{self._config} is not a config of this version: {error}; choose "
+                "another run directory"
+            ) from error
 
     def check_config(self, config: Config) -> None:
         """Refuses a folder that holds a run of another config, or anything else."""
@@ -71,11 +74,13 @@ class RunDir:
         return json.loads(self._identity.read_text(encoding="utf-8"))
 
     def create(self, config: Config, identity: dict[str, str]) -> None:
-        """Makes the folder and writes down whose it is.
+        """Makes the folder and writes down whose it is; an existing run is left alone.
 
         Raises:
           UserError: the disk says no.
         """
+        if self.exists:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # The config last: it is the mark of a run directory.

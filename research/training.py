@@ -108,11 +108,16 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
         first, run.state = restored.step, restored.state
         batches.set_state(restored.position["data"])
         clock = metrics.Clock(restored.position["elapsed"])
+        run.eval_loss = restored.position["eval_loss"]
     log = StepLog(run, clock, first)
     step_fn = step.jit_train_step(job)
 
     def save(number: int, state: step.TrainState) -> None:
-        position = {"data": batches.get_state(), "elapsed": clock.elapsed}
+        position = {
+            "data": batches.get_state(),
+            "elapsed": clock.elapsed,
+            "eval_loss": run.eval_loss,
+        }
         checkpointer.save(number, state, position, run.eval_loss)
 
     with loop.StopRequest() as stop:

@@ -4,6 +4,7 @@ import os
 
 # Before JAX starts, and before the hub's client reads its settings.
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+os.environ |= {"JAX_NUMPY_RANK_PROMOTION": "raise"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 import importlib.util

@@ -4,8 +4,8 @@
 
 Rounds of: this trainer, TRL padded, TRL packed, and both TRL sides once more with one
 row a forward pass (gradient accumulation), which is not TRL's default but its fastest
-here. Each side takes real Dolly rows, rank 16 on every linear layer, rows of at most 512
-tokens, optimizer batches of 8 rows, and the dtype that is faster for it (`--dtypes`
+here. Each side takes real Dolly rows, rank 16 on every linear layer, at most 512
+tokens a row, optimizer batches of 8 rows, and the dtype that is faster for it (`--dtypes`
 tries several). Prints real (non-padding) tokens per second, peak memory of the process
 and the ratios, medians over the rounds.
 """

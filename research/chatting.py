@@ -39,7 +39,7 @@ def open_run(path: str, which: str) -> OpenRun:
     """
     folder = RunDir(path)
     config = folder.config()
-    runtime.start(config.runtime)
+    runtime.start(dataclasses.replace(config.runtime, distributed=False))
     base = open_base(config.model.weights, config.data.hub_timeout)
     identity = folder.identity() | {
         "base model": base.fingerprint,
@@ -113,9 +113,12 @@ class Conversation:
                 _write("\n")
                 return
             if line:
-                self.say(line)
-            else:
-                self._history = {name: [] for name in self._names}
+                try:
+                    self.say(line)
+                    continue
+                except UserError as error:  # Longer than the model's context.
+                    _write(f"{error}; starting afresh\n")
+            self._history = {name: [] for name in self._names}
 
 
 def _write(text: str) -> None:

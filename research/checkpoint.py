@@ -135,9 +135,6 @@ class Checkpointer:
         logging.info("checkpoint: step %d restored", step)
         return Restored(step, state, meta["position"])
 
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
 
 def check_identity(saved: dict[str, str], now: dict[str, str], what: str) -> None:
     """Raises UserError naming each part (base model, data ...) that differs."""

@@ -40,7 +40,7 @@ class ModelConfig:
     scan_unroll: int = knob(1, "layers per iteration of the layer scan", fixed=False)
     attention_block: int = knob(128, "queries per block of attention", fixed=False)
     loss_chunk: int = knob(
-        256, "positions per product with the vocabulary head", fixed=False
+        128, "positions per product with the vocabulary head", fixed=False
     )
 
 
@@ -86,6 +86,11 @@ class DataConfig:
     held_out: int = knob(64, "rows kept for evaluation, stratified by category")
     max_rows: int = knob(0, "use only that many rows, seeded; 0: all")
     hub_timeout: float = knob(5.0, "seconds to wait for the hub", fixed=False)
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Packed rows per forward pass, over all devices."""
+        return self.microbatch_size or self.batch_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +162,18 @@ class Config:
 
 
 def _check(c: Config) -> None:
-    """What no single field can say of itself."""
+    """What the types do not say."""
+    _check_choices(c)
+    _check_ranges(c)
+    rows = c.data.rows_per_pass
+    if rows < 0 or c.data.batch_size % rows:
+        raise UserError(
+            f"config.data.microbatch_size is {rows}; it must divide "
+            f"config.data.batch_size, which is {c.data.batch_size}"
+        )
+
+
+def _check_choices(c: Config) -> None:
     choices = {
         "trainable": (c.trainable, ("lora", "full")),
         "model.dtype": (c.model.dtype, ("bfloat16", "float32")),
@@ -174,6 +190,9 @@ def _check(c: Config) -> None:
                 f"config.{path} is {value!r}; it must be one of "
                 f"{', '.join(allowed)}{nearest(value, allowed)}"
             )
+
+
+def _check_ranges(c: Config) -> None:
     positive = {
         "steps": c.steps,
         "lora.rank": c.lora.rank,
@@ -216,12 +235,6 @@ def _check(c: Config) -> None:
     ):
         if not 0.0 <= value <= top:
             raise UserError(f"config.{path} is {value}; it must be in 0 to {top}")
-    rows = c.data.microbatch_size or c.data.batch_size
-    if rows < 0 or c.data.batch_size % rows:
-        raise UserError(
-            f"config.data.microbatch_size is {rows}; it must divide "
-            f"config.data.batch_size, which is {c.data.batch_size}"
-        )
 
 
 def defaults() -> "ml_collections.ConfigDict":

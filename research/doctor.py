@@ -6,6 +6,7 @@ checked here on the real data and parameters, and the findings are shown as a ta
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from research import mesh as meshes
 from research import trees
 from research.base import Base
 from research.config import Config
 from research.data.chat import ChatFormat
-from research.data.loader import Dataset
+from research.data.loader import Dataset, Split
 from research.errors import UserError
 from research.step import Job, TrainState
+
+TEST_ROW = 64  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,34 @@ class Finding:
     remedy: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskCount:
+    """What the built batches say of the loss mask, in positions and documents."""
+
+    real: int
+    trained: int
+    documents: int
+    ends: int
+
+
+def _examine_mask(split: Split, stop_ids: frozenset[int]) -> MaskCount:
+    """Counts over the very batches that training will see, not over their sources."""
+    real = trained = documents = ends = 0
+    stops = list(stop_ids)
+    for start in range(0, len(split.rows), 64):
+        batch = split.batch(split.rows[start : start + 64])
+        following = np.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+        last = (batch.segments > 0) & (batch.segments != following)
+        stopped = np.isin(batch.targets, stops) & (batch.weights > 0)
+        real += int((batch.segments > 0).sum())
+        trained += int((batch.weights > 0).sum())
+        documents += int(last.sum())
+        ends += int((last & stopped).sum())
+    return MaskCount(real, trained, documents, ends)
+
+
 def examine_data(config: Config, dataset: Dataset, chat: ChatFormat) -> list[Finding]:
-    """What the data says of itself, before any parameter is read."""
+    """What the data says of itself."""
     train, held = dataset.train, dataset.held_out
     categories = ", ".join(
         f"{name or '(none)'} {n}" for name, n in dataset.rows.categories().items()
@@ -44,11 +74,8 @@ def examine_data(config: Config, dataset: Dataset, chat: ChatFormat) -> list[Fin
     dropped = ", ".join(f"{n} {why}" for why, n in sorted(dataset.dropped.items()))
     dropped += f", {dataset.truncated} contexts truncated" if dataset.truncated else ""
     told = "".join(f"\n  {example}" for example in dataset.examples)
-    share = train.trained_tokens / max(train.real_tokens, 1)
-    stops = [
-        int(document.ids[-1]) in chat.stop_ids and bool(document.trained[-1])
-        for document in train.documents
-    ]
+    mask = _examine_mask(train, chat.stop_ids)
+    share = mask.trained / max(mask.real, 1)
     return [
         Finding("data", f"{dataset.rows.origin}, sha256 {dataset.rows.sha256[:12]}"),
         Finding("rows", f"{len(dataset.rows.records)}: {categories}"),
@@ -60,15 +87,15 @@ def examine_data(config: Config, dataset: Dataset, chat: ChatFormat) -> list[Fin
         ),
         Finding(
             "trained tokens",
-            f"{train.trained_tokens:,} of {train.real_tokens:,} ({share:.1%})",
+            f"{mask.trained:,} of {mask.real:,} ({share:.1%})",
             ok=0.0 < share < 1.0,
             remedy="a share of 0 or 1 means the loss mask is broken: check "
             "config.data.template and the columns",
         ),
         Finding(
             "end token",
-            f"trained in {sum(stops)} of {len(stops)} documents",
-            ok=all(stops),
+            f"trained in {mask.ends:,} of {mask.documents:,} documents",
+            ok=mask.ends == mask.documents,
             remedy="an answer whose end is not trained never stops: check the "
             "tokenizer's eos token and config.data.template",
         ),
@@ -111,34 +138,58 @@ def examine_model(
         ),
     ]
     if frozen:
-        findings[2:2] = _examine_adapters(state.params, frozen)
+        findings[2:2] = _examine_adapters(job, state, frozen)
     return findings
 
 
 def _examine_adapters(
-    adapters: dict[str, Any], frozen: dict[str, Any]
+    job: Job, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
     paths = "\n".join(
         f"  {path} {tuple(frozen[path].shape)} rank {factor['a'].shape[-1]}"
-        for path, factor in adapters.items()
+        for path, factor in state.params.items()
     )
     matrices = sum(
-        frozen[path].shape[0] if path.startswith("layers.") else 1 for path in adapters
+        math.prod(spec.shape[: spec.stacked])
+        for spec in (job.model.specs[path] for path in state.params)
     )
-    nonzero = [
-        path for path, factor in adapters.items() if bool(jnp.any(factor["b"] != 0))
-    ]
+    specs = sum(len(factor) for factor in job.trainable.specs.values())
+    leaves = len(jax.tree.leaves(state.params))
+    differing = _differing_outputs(job, state.params, frozen)
     return [
         Finding(
-            "lora targets", f"{matrices} matrices under {len(adapters)} paths\n{paths}"
+            "lora targets",
+            f"{matrices} matrices under {len(state.params)} paths\n{paths}",
         ),
         Finding(
             "lora at step 0",
-            "every B is zero: adapted model = base model",
-            ok=not nonzero,
-            remedy=f"adapters do not start at the base model: {', '.join(nonzero)}",
+            f"adapted and base model differ in {differing:,} outputs of a test row",
+            ok=differing == 0,
+            remedy="adapters must start as an exact no-op: B is not zero",
+        ),
+        Finding(
+            "frozen weights",
+            f"in no optimizer state: {leaves} trained arrays, {specs} of adapters",
+            ok=leaves == specs,
+            remedy="the trained state holds more than adapters: this would be full "
+            "fine-tuning under the name of LoRA",
         ),
     ]
+
+
+def _differing_outputs(job: Job, params: Any, frozen: dict[str, Any]) -> int:
+    """Runs one row of arbitrary ids through both models and compares bit by bit."""
+    tokens = np.arange(TEST_ROW, dtype=np.int32)[None] % job.model.architecture.vocab
+    tokens = np.repeat(tokens, meshes.batch_shards(job.mesh), axis=0)
+    segments = np.ones_like(tokens)
+
+    @jax.jit
+    def outputs(weights: Any) -> jax.Array:
+        return job.model.hidden(weights, tokens, tokens, segments)
+
+    base = outputs(frozen)
+    adapted = outputs(job.trainable.forward(params, frozen, None))
+    return int(jnp.sum(base != adapted))
 
 
 def show(console: Console, findings: Sequence[Finding]) -> None:

@@ -100,6 +100,9 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except PermissionError as error:
+        sys.stderr.write(f"error: no permission: {error}; check the path's owner\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

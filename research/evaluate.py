@@ -1,7 +1,6 @@
 """Held-out loss, exact: sums over all tokens first, one division at the end."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,10 +20,6 @@ class Evaluation:
     loss: float
     by_category: dict[str, float]
     tokens: dict[str, int]
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
 
 
 def evaluate(

@@ -1,6 +1,5 @@
 """From a config and an opened base model to a job with its parameters."""
 
-import math
 from typing import Any
 
 import jax
@@ -63,7 +62,7 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
             f"{base.architecture.vocab}: they do not belong together"
         )
     shards = meshes.batch_shards(mesh)
-    rows = config.data.microbatch_size or config.data.batch_size
+    rows = config.data.rows_per_pass
     if rows % shards:
         raise UserError(
             f"a forward pass has {rows} rows (config.data.microbatch_size, or "
@@ -88,9 +87,3 @@ def load_start(job: Job, base: Base) -> tuple[Params, Params]:
         )
         return init(jax.random.key(job.seed)), frozen
     return load_base(job, base, jnp.float32), {}
-
-
-def matrix_count(job: Job, paths: Any) -> int:
-    """Matrices under `paths`, each layer of a stack counted."""
-    specs = [job.model.specs[path] for path in paths]
-    return sum(math.prod(spec.shape[: spec.stacked]) for spec in specs)

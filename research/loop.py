@@ -38,11 +38,16 @@ class Action:
 class StopRequest:
     """Set by the first SIGINT or SIGTERM; the second SIGINT ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, listen: bool = True) -> None:
+        self._listen = listen
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        # Several processes would have to agree on the step they stop at; until they
+        # do, a signal ends them and the last checkpoint counts.
+        if not self._listen:
+            return self
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)

@@ -143,19 +143,34 @@ def constrain(mesh: Mesh) -> Callable[[Array, Sequence[str]], Array]:
     return pin
 
 
-def to_global(batch: Any, mesh: Mesh, microbatches: int | None = None) -> Any:
+def local_rows(mesh: Mesh, rows: int, microbatches: int = 1) -> list[int]:
+    """Which of a global batch's `rows` this process's devices hold, in order.
+
+    Read off the sharding: processes that a tensor axis joins hold the same rows.
+    """
+    size = rows // microbatches
+    held = batch_sharding(mesh).addressable_devices_indices_map((size, 1))
+    mine = sorted({i for where in held.values() for i in range(size)[where[0]]})
+    return [m * size + i for m in range(microbatches) for i in mine]
+
+
+def to_global(
+    batch: Any, mesh: Mesh, microbatches: int | None = None, rows: int | None = None
+) -> Any:
     """This process's NumPy rows as part of global arrays; no host holds them all.
 
     Args:
-      batch: a pytree of `[local batch, seq]`.
-      microbatches: split the batch into that many, `[microbatch, batch, seq]`;
-        rows of one process stay with its devices in every microbatch.
+      batch: a pytree of `[local rows, seq]`, the rows that `local_rows` names.
+      microbatches: split the batch into that many, `[microbatch, batch, seq]`.
+      rows: of the global batch; by default this process has them all.
     """
     sharding = batch_sharding(mesh, microbatched=microbatches is not None)
 
     def place(x: np.ndarray) -> Array:
+        shape: tuple[int, ...] = (rows or x.shape[0], *x.shape[1:])
         if microbatches is not None:
             x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x)
+            shape = (microbatches, shape[0] // microbatches, *shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(place, batch)

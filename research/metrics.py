@@ -85,7 +85,7 @@ class MetricsFile:
         temporary.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1
+            str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0
         )
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

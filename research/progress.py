@@ -4,7 +4,9 @@ import logging
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,7 +14,6 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TextColumn,
     TimeElapsedColumn,
 )
 from rich.text import Text
@@ -66,23 +67,38 @@ class ProgressView:
                 BarColumn(bar_width=20),
                 TimeElapsedColumn(),
                 _Remaining(),
-                TextColumn("{task.fields[summary]}"),
                 console=console,
-                refresh_per_second=4,
             )
-            self._progress.start()
             self._task = self._progress.add_task(
-                "train", total=total, completed=first, summary="compiling", eta="-"
+                "train", total=total, completed=first, eta="-"
             )
+            # The numbers have rows of their own: beside the bar they would not fit
+            # an ordinary terminal.
+            self._live = Live(self, console=console, refresh_per_second=4)
+            self._live.start()
+            # Log lines must go through the console, or they tear the bar.
+            self._handlers = logging.getLogger().handlers[:]
+            logging.getLogger().handlers[:] = [
+                RichHandler(
+                    console=console,
+                    show_time=False,
+                    show_level=False,
+                    show_path=False,
+                    markup=False,
+                    highlighter=None,
+                )
+            ]
+
+    def __rich__(self) -> Group:
+        numbers = summary(self._values) or "compiling"
+        return Group(self._progress, Text(numbers, style="dim"))
 
     def update(self, step: int, values: dict[str, Any], *, line: bool = True) -> None:
         """Shows `values` beside the earlier ones; `line`: worth a line of its own."""
         self._values.update(values)
         eta = self._eta(step)
         if self._progress:
-            self._progress.update(
-                self._task, completed=step, summary=summary(self._values), eta=eta
-            )
+            self._progress.update(self._task, completed=step, eta=eta)
         elif line:
             logging.info(
                 "step %*d/%d  ETA %s  %s",
@@ -102,4 +118,5 @@ class ProgressView:
 
     def close(self) -> None:
         if self._progress:
-            self._progress.stop()
+            self._live.stop()
+            logging.getLogger().handlers[:] = self._handlers

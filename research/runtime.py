@@ -26,7 +26,7 @@ PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
+    "NVIDIA L4 ": 121e12,
 }
 
 
@@ -73,7 +73,7 @@ def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:
     if devices[0].platform == "cpu":
         return _measured_matmul_flops(dtype)
     kind = devices[0].device_kind
-    known = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    known = [peak for name, peak in PEAK_FLOPS.items() if f"{kind} ".startswith(name)]
     return known[0] * len(devices) if known else None
 
 

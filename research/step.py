@@ -20,6 +20,8 @@ Array = jax.Array
 Params = dict[str, Any]
 Metrics = dict[str, Array]
 
+DROPOUT_STREAM = 2**31 - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ def train_step(
       `tokens` (real tokens), `pairs` (queries with each key they may see),
       `grad_norm` (before clipping).
     """
-    key = jax.random.fold_in(jax.random.key(job.seed), state.step)
+    # Another stream than the initialisation, which folds small numbers in, too.
+    dropout = jax.random.fold_in(jax.random.key(job.seed), DROPOUT_STREAM)
+    key = jax.random.fold_in(dropout, state.step)
 
     def accumulate(carry, microbatch_and_key):
         microbatch, key = microbatch_and_key

@@ -1,6 +1,6 @@
 """Trains a model: `python -m research.train --config=configs/finetune_dolly.py`.
 
-Reads as a table of contents: config, mesh, model, data, doctor, loop, report.
+The door alone; what a run is made of stands in `training.py`.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ class Run:
     """A run that has passed its doctor: everything the loop needs.
 
     Attributes:
-      eval_loss: of the last evaluation, what `keep_best` judges by.
+      evaluated: step and loss of the last evaluation, what `keep_best` judges by.
     """
 
     config: Config
@@ -37,10 +37,10 @@ class Run:
     chat: ChatFormat
     dataset: Dataset
     job: step.Job
-    state: step.TrainState
+    state: step.TrainState | None
     frozen: dict[str, Any]
     console: Console
-    eval_loss: float | None = None
+    evaluated: tuple[int, float] | None = None
 
 
 def train(config: Config) -> int:
@@ -64,7 +64,8 @@ def train(config: Config) -> int:
         "data": run.dataset.rows.sha256,
     }
     folder.check_identity(identity)
-    folder.create(config, identity)
+    if jax.process_index() == 0:
+        folder.create(config, identity)
     with Checkpointer(folder.checkpoints, config.checkpoint, identity) as checkpointer:
         done = fit(run, checkpointer)
     if done < config.steps:
@@ -95,32 +96,29 @@ def prepare(config: Config, folder: RunDir) -> Run:
 def fit(run: Run, checkpointer: Checkpointer) -> int:
     """Restores, loops, saves; returns the number of updates made in all."""
     config, job = run.config, run.job
+    rows = mesh.local_rows(job.mesh, config.data.batch_size, microbatches(config))
     batches = BatchIterator(
-        run.dataset.train,
-        config.data.batch_size,
-        config.seed,
-        jax.process_index(),
-        jax.process_count(),
+        run.dataset.train, config.data.batch_size, config.seed, rows
     )
     first, clock = 0, metrics.Clock()
-    restored = checkpointer.restore(step.abstract_state(job))
+    abstract = step.abstract_state(job)
+    if checkpointer.latest_step is not None:
+        run.state = None  # Room for the one that is read.
+    restored = checkpointer.restore(abstract)
     if restored:
         first, run.state = restored.step, restored.state
         batches.set_state(restored.position["data"])
         clock = metrics.Clock(restored.position["elapsed"])
-        run.eval_loss = restored.position["eval_loss"]
     log = StepLog(run, clock, first)
     step_fn = step.jit_train_step(job)
 
     def save(number: int, state: step.TrainState) -> None:
-        position = {
-            "data": batches.get_state(),
-            "elapsed": clock.elapsed,
-            "eval_loss": run.eval_loss,
-        }
-        checkpointer.save(number, state, position, run.eval_loss)
+        position = {"data": batches.get_state(), "elapsed": clock.elapsed}
+        known, loss = run.evaluated or (-1, None)
+        # Only a loss of these very parameters says how good they are.
+        checkpointer.save(number, state, position, loss if known == number else None)
 
-    with loop.StopRequest() as stop:
+    with loop.StopRequest(listen=jax.process_count() == 1) as stop:
         try:
             run.state, done = loop.run(
                 state=run.state,
@@ -142,19 +140,23 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
     return done
 
 
+def microbatches(config: Config) -> int:
+    """Forward passes per optimizer step."""
+    return config.data.batch_size // config.data.rows_per_pass
+
+
 def _on_devices(batches: Iterator[Any], run: Run) -> Iterator[Any]:
-    rows = run.config.data.microbatch_size or run.config.data.batch_size
-    microbatches = run.config.data.batch_size // rows
+    rows, parts = run.config.data.batch_size, microbatches(run.config)
     for batch in batches:
-        yield mesh.to_global(batch, run.job.mesh, microbatches)
+        yield mesh.to_global(batch, run.job.mesh, parts, rows)
 
 
 def make_evaluation(run: Run, log: "StepLog") -> Any:
     """The action that evaluates all held-out rows and logs the result."""
-    rows = run.config.data.microbatch_size or run.config.data.batch_size
-    split = run.dataset.held_out
-    local = eval_batches(split, rows, jax.process_index(), jax.process_count())
-    batches = [mesh.to_global(batch, run.job.mesh) for batch in local]
+    rows = run.config.data.rows_per_pass
+    mine = mesh.local_rows(run.job.mesh, rows)
+    local = eval_batches(run.dataset.held_out, rows, mine)
+    batches = [mesh.to_global(batch, run.job.mesh, rows=rows) for batch in local]
     eval_fn = step.jit_eval_step(run.job, len(run.dataset.categories))
 
     def action(number: int, state: step.TrainState) -> None:
@@ -163,7 +165,7 @@ def make_evaluation(run: Run, log: "StepLog") -> Any:
             batches,
             run.dataset.categories,
         )
-        run.eval_loss = found.loss
+        run.evaluated = (number, found.loss)
         log.evaluation(number, found)
 
     return action

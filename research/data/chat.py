@@ -6,6 +6,7 @@ follows from which piece an id came from. Nothing is ever searched for in the id
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 from collections.abc import Sequence
@@ -31,11 +32,19 @@ DOLLY_INPUT = "\n\n### Input:\n"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of ids: words of the template, or the text of turn `turn`."""
+    """A stretch of ids: words of the template, or the text of turn `turn`.
+
+    Attributes:
+      ids: of words; empty for a turn.
+      turn: index of the turn whose text goes here.
+      trained: whether these ids count in the loss.
+      lead: white space of the template that is tokenised with the turn's text.
+    """
 
     ids: tuple[int, ...]
     turn: int | None
     trained: bool
+    lead: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +131,13 @@ class ChatFormat:
 
     def _texts(self, record: Record, context: str) -> list[str]:
         """What fills the holes; the context goes with the first user turn."""
-        texts = []
-        first = True
-        for turn in self._turns(record):
-            text = turn.text
-            if first and turn.role == "user":
-                text = self._render.with_context(text, context)
-                first = False
-            texts.append(text)
-        return texts
+        turns = self._turns(record)
+        skeleton = self._skeleton(tuple(turn.role for turn in turns), False)
+        leads = {piece.turn: piece.lead for piece in skeleton}
+        asked = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        texts = [turn.text for turn in turns]
+        texts[asked] = self._render.with_context(texts[asked], context)
+        return [leads.get(i, "") + text for i, text in enumerate(texts)]
 
     def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
         ids: list[int] = []
@@ -145,15 +152,15 @@ class ChatFormat:
     def _cut(self, roles: tuple[str, ...], prompt: bool) -> list[Piece]:
         """The template for these roles, as pieces.
 
-        Training pieces end with the end token of the last answer: what a template
-        writes after it is never trained and would only take room.
+        An answer starts where the generation prompt ends: what the template writes
+        from there on, the model will have to write. Training pieces end with the end
+        token of the last answer: what follows is never trained and only takes room.
         """
         holes = [f"{OPEN}{i}{CLOSE}" for i in range(len(roles))]
         turns = [Turn(r, hole) for r, hole in zip(roles, holes, strict=True)]
-        rendered = self._render(turns, prompt)
+        rest = self._render(turns, prompt)
         pieces: list[Piece] = []
         answered = False
-        rest = rendered
         for index, (turn, hole) in enumerate(zip(turns, holes, strict=True)):
             words, found, rest = rest.partition(hole)
             if not found or hole in rest:
@@ -161,16 +168,38 @@ class ChatFormat:
                     f"the chat template does not write the {turn.role} message of "
                     f"{' '.join(roles)} exactly once; use --config.data.template=dolly"
                 )
-            pieces += self._words(words, answered)
+            if turn.role == "assistant":
+                words, lead = self._split_prompt(words, turns[:index])
+            else:
+                bare = words.rstrip()
+                words, lead = bare, words[len(bare) :]
+            pieces += self._words(words, answered, first=index == 0)
             answered = turn.role == "assistant"
-            pieces.append(Piece((), index, answered))
+            pieces.append(Piece((), index, answered, lead))
         if prompt:
             return pieces + self._words(rest, answered)
         return pieces + self._words(rest, answered)[:1]
 
-    def _words(self, words: str, after_answer: bool) -> list[Piece]:
+    def _split_prompt(self, words: str, asked: Sequence[Turn]) -> tuple[str, str]:
+        """Words before an answer: those of the generation prompt, and the rest."""
+        if not asked:
+            return words, ""
+        prompt = self._render(asked, True).rpartition(asked[-1].text)[2]
+        lead = words.removeprefix(prompt)
+        if lead == words or lead.strip():
+            raise UserError(
+                "the chat template's generation prompt is not how it writes an answer; "
+                "use --config.data.template=dolly"
+            )
+        return prompt, lead
+
+    def _words(
+        self, words: str, after_answer: bool, *, first: bool = False
+    ) -> list[Piece]:
         """Template words; after an answer, its end token is trained, the rest not."""
-        ids = self._tokenizer.encode_template(words)
+        if not words and not after_answer:
+            return []
+        ids = self._tokenizer.encode_template(words, first=first)
         if not after_answer:
             return [Piece(tuple(ids), None, False)]
         control = self._tokenizer.control_ids
@@ -194,6 +223,7 @@ class _JinjaTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _today
         try:
             self._template = environment.from_string(tokenizer.chat_template)
         except jinja2.TemplateError as error:
@@ -207,7 +237,11 @@ class _JinjaTemplate:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=prompt, **self._names
+                messages=messages,
+                add_generation_prompt=prompt,
+                tools=None,
+                documents=None,
+                **self._names,
             )
         except Exception as error:  # A template can fail in any way code can.
             roles = " ".join(turn.role for turn in turns)
@@ -218,6 +252,11 @@ class _JinjaTemplate:
     @staticmethod
     def with_context(text: str, context: str) -> str:
         return f"{text}\n\n{context}" if context else text
+
+
+def _today(form: str) -> str:
+    """A fixed day: the ids of a row must not depend on when it is read."""
+    return datetime.date(2026, 1, 1).strftime(form)
 
 
 def _refuse(message: str) -> None:

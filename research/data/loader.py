@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from research.data.packing import Document, build_batch, pack
 from research.data.records import Record
 from research.data.sources import Rows, load_rows, split_stratified
 from research.errors import UserError
+
+# More than any run reaches. Grain's own "for ever" overflows in batches of one.
+ENDLESS_EPOCHS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +149,8 @@ def _tokenize(
 class BatchIterator:
     """Endless training batches of this process's rows.
 
-    Grain orders, repeats and prefetches row *numbers*; each process then builds
-    only its own rows of a global batch, whatever the number of processes. Every
+    Grain orders and repeats row *numbers*, and each process builds only its own rows
+    of a global batch, so the stream is the same for any number of processes. Every
     epoch is a new permutation of the packed rows.
     """
 
@@ -156,23 +159,22 @@ class BatchIterator:
         split: Split,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        mine: Sequence[int] | None = None,
     ):
+        """Args:
+        split: the packed rows.
+        batch_size: rows of a global batch.
+        seed: of the order.
+        mine: which rows of a global batch this process builds; by default all.
+        """
         import grain
 
-        if batch_size % process_count:
-            raise UserError(
-                f"config.data.batch_size={batch_size} does not divide over "
-                f"{process_count} processes"
-            )
-        local = batch_size // process_count
-        mine = slice(process_index * local, (process_index + 1) * local)
-
         def rows_of(numbers: Any) -> Batch:
-            return split.batch([split.rows[int(i)] for i in numbers[mine]])
+            chosen = numbers if mine is None else numbers[list(mine)]
+            return split.batch([split.rows[int(i)] for i in chosen])
 
-        order = grain.MapDataset.range(len(split.rows)).seed(seed).shuffle().repeat()
+        numbers = grain.MapDataset.range(len(split.rows)).seed(seed)
+        order = numbers.shuffle().repeat(ENDLESS_EPOCHS)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         batches = order.batch(batch_size).map(rows_of)
         self._iterator = iter(batches.to_iter_dataset(options))
@@ -192,16 +194,16 @@ class BatchIterator:
 
 
 def eval_batches(
-    split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
+    split: Split, batch_size: int, mine: Sequence[int] | None = None
 ) -> list[Batch]:
-    """Every row once, in order; the last batch is filled up with empty rows."""
-    local = batch_size // process_count
+    """Every row once, in order; the last batch is filled up with empty rows.
+
+    `mine` says which rows of each global batch this process builds; by default all.
+    """
     batches = []
     for start in range(0, len(split.rows), batch_size):
         rows = split.rows[start : start + batch_size]
         rows = rows + [[]] * (batch_size - len(rows))
-        batches.append(
-            split.batch(rows[process_index * local : (process_index + 1) * local])
-        )
+        batches.append(split.batch(rows if mine is None else [rows[i] for i in mine]))
     logging.info("data: %d held-out batches of %d rows", len(batches), batch_size)
     return batches

@@ -116,7 +116,7 @@ def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.DictReader(text, strict=True)
     try:
         for row in reader:
@@ -170,8 +170,8 @@ def to_record(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Record
             raise BadRowError(
                 "empty instruction", where, "instruction and context are empty"
             )
-    if not turns[-1].text:
-        raise BadRowError("empty response", where, "the response is empty")
+    if not all(turn.text for turn in turns if turn.role == "assistant"):
+        raise BadRowError("empty response", where, "a response is empty")
     return Record(turns, context, _text(row, columns.category, where), where)
 
 

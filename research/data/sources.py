@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from research.config import DataConfig
+from research.config import ColumnsConfig, DataConfig
 from research.data.records import BadRowError, Record, read_rows, to_record
-from research.errors import UserError
+from research.errors import UserError, nearest
 
 HUB_DATASET = "databricks/databricks-dolly-15k"
 
@@ -52,6 +53,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     origin, raw = _resolve(config)
     digest = hashlib.sha256()
     records: list[Record] = []
+    seen: set[str] = set()
     dropped: collections.Counter[str] = collections.Counter()
     examples: list[str] = []
     for where, row in raw:
@@ -59,6 +61,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
         try:
             if isinstance(row, BadRowError):
                 raise row
+            seen.update(row)
             records.append(to_record(row, config.columns, where))
         except BadRowError as bad:
             unreadable = not bad.reason.startswith("empty")
@@ -69,6 +72,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
                 ) from bad
             dropped[bad.reason] += 1
             examples.append(str(bad))
+    _check_columns(config.columns, seen)
     if not records:
         left_out = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise UserError(f"{origin} has no usable row ({left_out or 'it is empty'})")
@@ -78,6 +82,17 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
         "data: %s, %d rows, sha256 %s", origin, len(records), digest.hexdigest()
     )
     return Rows(origin, digest.hexdigest(), records, dict(dropped), examples[:5])
+
+
+def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
+    """A column that was named on purpose and is in no row is a typo."""
+    for field in dataclasses.fields(columns):
+        name = getattr(columns, field.name)
+        if seen and name != field.default and name not in seen:
+            raise UserError(
+                f"config.data.columns.{field.name} is {name!r}, and no row has such a "
+                f"column{nearest(name, seen)}; the rows have {', '.join(sorted(seen))}"
+            )
 
 
 def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
@@ -99,20 +114,22 @@ def _embedded_rows() -> Iterator[tuple[str, Any]]:
 def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
     """All rows of Dolly through `datasets`, or None where the hub cannot be had.
 
-    Rows that were downloaded before are found without asking. Else we knock first
-    and give up after `timeout` seconds: the client itself would retry for minutes.
+    We knock first and give up after `timeout` seconds: the client itself would
+    retry for minutes. Without the hub, rows that were downloaded before will do.
     """
     from huggingface_hub import constants
 
-    folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
-    offline = (Path(constants.HF_HUB_CACHE) / folder).is_dir()
-    if not offline and not _hub_answers(timeout):
-        return None
+    if not _hub_answers(timeout):
+        folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
+        if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():
+            return None
+        # Before `datasets` is imported: it reads this once, and then never asks.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
     import datasets
 
     try:
-        config = datasets.DownloadConfig(local_files_only=offline)
-        rows = datasets.load_dataset(HUB_DATASET, split="train", download_config=config)
+        rows = datasets.load_dataset(HUB_DATASET, split="train")
     except Exception as error:  # The hub's client raises a dozen unrelated kinds.
         logging.warning("data: hub %s not loaded (%s)", HUB_DATASET, error)
         return None

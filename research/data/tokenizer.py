@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from research.errors import UserError
 
-# llama.cpp's names for how text is cut before byte-pair encoding.
+# How Llama 3 cuts text before byte-pair encoding, from its tokenizer.json.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,6 +52,12 @@ class Tokenizer:
         serialized = inner.to_str()
         self._template_view = inner
         self._text_view = _without_control_tokens(serialized)
+        # A line break, where a tokenizer treats the start of a text as special.
+        alone, after = (inner.encode(x, add_special_tokens=False) for x in "a\n")
+        both = inner.encode("\na", add_special_tokens=False).ids
+        marks_starts = both[len(after.ids) :] != alone.ids
+        self._lead = "\n" if marks_starts else ""
+        self._lead_ids = len(after.ids) if marks_starts else 0
         self.bos_token, self.eos_token = bos or "", eos or ""
         self.bos = inner.token_to_id(bos) if bos else None
         self.eos = inner.token_to_id(eos) if eos else None
@@ -68,13 +74,23 @@ class Tokenizer:
         return self._template_view.get_vocab_size(with_added_tokens=True)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of plain text; control tokens in it are text, nothing is added."""
-        encodings = self._text_view.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Ids of plain text; control tokens in it are text, nothing is added.
 
-    def encode_template(self, text: str) -> list[int]:
-        """Ids of a template's own words, in which control tokens are parsed."""
-        return self._template_view.encode(text, add_special_tokens=False).ids
+        Texts are read as the continuation of a line: a SentencePiece tokenizer
+        would otherwise write a word boundary in front of each.
+        """
+        led = [self._lead + text for text in texts]
+        encodings = self._text_view.encode_batch(led, add_special_tokens=False)
+        return [encoding.ids[self._lead_ids :] for encoding in encodings]
+
+    def encode_template(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of a template's own words, in which control tokens are parsed.
+
+        `first`: the words open the document, and are no continuation.
+        """
+        lead, skipped = ("", 0) if first else (self._lead, self._lead_ids)
+        led = self._template_view.encode(lead + text, add_special_tokens=False)
+        return led.ids[skipped:]
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = True) -> str:
         return self._template_view.decode(list(ids), skip_special_tokens=skip_control)
@@ -158,7 +174,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
       UserError: the file's tokenizer is of another kind.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    cut = metadata.get("tokenizer.ggml.pre", "default")
+    cut = metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or cut not in _pre_tokenizers():
         raise UserError(
             f"the GGUF tokenizer is {kind!r} cut as {cut!r}; byte-level BPE (gpt2) cut "
@@ -203,7 +219,6 @@ def _pre_tokenizers() -> dict[str, pre_tokenizers.PreTokenizer]:
     )
     digits = pre_tokenizers.Digits(individual_digits=True)
     return {
-        "default": byte_level,
         "gpt-2": byte_level,
         "smollm": pre_tokenizers.Sequence([digits, byte_level]),
         "llama-bpe": llama3,

@@ -1,4 +1,6 @@
-"""The layers of a Llama decoder block. `Linear` is the sole caller of `contract`."""
+"""The layers of a Llama decoder block. Only `Linear` multiplies."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +60,29 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x_32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x_32 * x_32, axis=-1, keepdims=True)
-        normed = x_32 * jax.lax.rsqrt(mean_square + self.eps)
-        scale = self.scale.get_value().astype(jnp.float32)
-        return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+        return _normalized(x, self.scale.get_value(), self.eps)
+
+
+# What is cheap to compute is made again on the way back: its float32 intermediates
+# would cost more to keep, layer by layer, than to recompute.
+_recomputed = functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.nothing_saveable,
+    prevent_cse=False,
+)
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _normalized(x: Array, scale: Array, eps: float) -> Array:
+    x_32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x_32 * x_32, axis=-1, keepdims=True)
+    normed = x_32 * jax.lax.rsqrt(mean_square + eps)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return (normed * scale).astype(x.dtype)
+
+
+@_recomputed
+def gated(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`, computed in float32."""
+    gate_32, up_32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return (jax.nn.silu(gate_32) * up_32).astype(up.dtype)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from research.matrix import Matrix, Spec, transpose
 from research.models import attention
-from research.models.layers import Embedding, Linear, Parameter, RMSNorm
+from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
 from research.models.presets import Architecture
 
 Array = jax.Array
@@ -110,7 +110,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(down, rngs)
 
     def __call__(self, x_BTD: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(gated(self.gate(x_BTD), self.up(x_BTD)))
 
 
 class Block(nnx.Module):

@@ -5,14 +5,15 @@
 Rounds of: this trainer, TRL padded, TRL packed, and both TRL sides once more with one
 row a forward pass (gradient accumulation), which is not TRL's default but its fastest
 here. Each side takes real Dolly rows, rank 16 on every linear layer, at most 512
-tokens a row, optimizer batches of 8 rows, and the dtype that is faster for it (`--dtypes`
-tries several). Prints real (non-padding) tokens per second, peak memory of the process
-and the ratios, medians over the rounds.
+tokens a row, optimizer batches of 8 rows, and the dtype that is faster for it
+(`--dtypes` tries several). Prints real (non-padding) tokens per second, peak memory of
+the process and the ratios, medians over the rounds.
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -73,7 +74,11 @@ def run_trl(
         f"--micro-batch={microbatch}",
         f"--steps={steps + WARMUP_STEPS}",
     ]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    # Our Makefile's allocator settings are no part of TRL's set-up.
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

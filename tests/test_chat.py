@@ -81,12 +81,16 @@ def record(*texts, context="", system=""):
 
 
 def trained_parts(tokenizer, encoded):
-    """The text of every unbroken run of trained ids."""
+    """The text of every unbroken run of trained ids.
+
+    Without the white space in front: Mistral's own template writes a space with the
+    answer, and a model has to learn to write it.
+    """
     runs = itertools.groupby(
         zip(encoded.ids, encoded.trained, strict=True), key=lambda pair: pair[1]
     )
     return [
-        tokenizer.decode([i for i, _ in run], skip_control=False)
+        tokenizer.decode([i for i, _ in run], skip_control=False).lstrip()
         for trained, run in runs
         if trained
     ]
@@ -211,7 +215,7 @@ def test_a_long_context_is_cut_and_the_answer_never(case):
         ("{{ messages + 1 }}", "refuses"),
         ("{% for i in range(10 ** 9) %}{{ i }}{% endfor %}", "[Rr]ange"),
         (
-            "{{ messages[0]['content'] }}{{ messages[1]['content'] }}",
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
             "no control token",
         ),
         ("{{ messages[0]['content'] * 2 }}", "exactly once"),

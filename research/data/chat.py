@@ -186,7 +186,7 @@ class ChatFormat:
             return words, ""
         prompt = self._render(asked, True).rpartition(asked[-1].text)[2]
         lead = words.removeprefix(prompt)
-        if lead == words or lead.strip():
+        if not words.startswith(prompt) or lead.strip():
             raise UserError(
                 "the chat template's generation prompt is not how it writes an answer; "
                 "use --config.data.template=dolly"

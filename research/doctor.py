@@ -27,6 +27,7 @@ from research.errors import UserError
 from research.step import Job, TrainState
 
 TEST_ROW = 64  # tokens
+SHOWN = 4  # left-out rows in the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,9 @@ def examine_data(config: Config, dataset: Dataset, chat: ChatFormat) -> list[Fin
     )
     dropped = ", ".join(f"{n} {why}" for why, n in sorted(dataset.dropped.items()))
     dropped += f", {dataset.truncated} contexts truncated" if dataset.truncated else ""
-    told = "".join(f"\n  {example}" for example in dataset.examples)
+    told = "".join(f"\n  {example}" for example in dataset.examples[:SHOWN])
+    more = len(dataset.examples) - SHOWN
+    told += f"\n  and {more} more, see left_out.txt in the run directory" * (more > 0)
     mask = _examine_mask(train, chat.stop_ids)
     share = mask.trained / max(mask.real, 1)
     return [

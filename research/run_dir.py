@@ -73,8 +73,12 @@ class RunDir:
     def identity(self) -> dict[str, str]:
         return json.loads(self._identity.read_text(encoding="utf-8"))
 
-    def create(self, config: Config, identity: dict[str, str]) -> None:
+    def create(
+        self, config: Config, identity: dict[str, str], left_out: list[str]
+    ) -> None:
         """Makes the folder and writes down whose it is; an existing run is left alone.
+
+        `left_out` says `file:line: why` of every row that is not trained whole.
 
         Raises:
           UserError: the disk says no.
@@ -85,6 +89,9 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             # The config last: it is the mark of a run directory.
             self._identity.write_text(json.dumps(identity, indent=2), encoding="utf-8")
+            (self.path / "left_out.txt").write_text(
+                "".join(f"{line}\n" for line in left_out), encoding="utf-8"
+            )
             self._config.write_text(to_json(config), encoding="utf-8")
         except OSError as error:
             raise UserError(

@@ -65,7 +65,7 @@ def train(config: Config) -> int:
     }
     folder.check_identity(identity)
     if jax.process_index() == 0:
-        folder.create(config, identity)
+        folder.create(config, identity, run.dataset.examples)
     with Checkpointer(folder.checkpoints, config.checkpoint, identity) as checkpointer:
         done = fit(run, checkpointer)
     if done < config.steps:

@@ -82,7 +82,7 @@ class ChatFormat:
     def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
         """Ids and mask; with `budget`, the context is cut to fit that many ids.
 
-        Returns None where even without any context the record is too long.
+        Returns None where no word of the context would be left.
         """
         encoded = self.encode_many([record])[0]
         if budget is None or len(encoded.ids) <= budget:
@@ -118,6 +118,8 @@ class ChatFormat:
             # A cut inside a character leaves a replacement mark at the end.
             text = self._tokenizer.decode(context, skip_control=False)
             shorter = text.rstrip("\ufffd").strip()
+            if not shorter:
+                return None  # Nothing is left that the answer could rest on.
             encoded = self.encode(dataclasses.replace(record, context=shorter))
             if len(encoded.ids) <= budget:
                 return encoded

@@ -62,7 +62,7 @@ class Dataset:
       held_out_records: the held-out rows as text, for prompts.
       dropped: rows left out, by reason, reading and tokenising together.
       truncated: rows kept with a shorter context.
-      examples: `file:line: what` of some of them.
+      examples: `file:line: what` of each, and of each row that was cut.
     """
 
     rows: Rows
@@ -108,7 +108,7 @@ def load_dataset(config: Config, chat_format: ChatFormat) -> Dataset:
         held_out_records=sides["held_out"][0],
         dropped=dict(dropped),
         truncated=truncated,
-        examples=examples[:8],
+        examples=examples,
     )
 
 
@@ -130,7 +130,9 @@ def _tokenize(
     for record, encoded in zip(records, chat_format.encode_many(records), strict=True):
         if len(encoded.ids) > budget and config.data.overlength == "truncate":
             encoded = chat_format.shorten(record, encoded, budget)
-            truncated += encoded is not None
+            if encoded is not None:
+                truncated += 1
+                examples.append(f"{record.where}: context cut to fit")
         if encoded is None or len(encoded.ids) > budget:
             dropped["too long"] += 1
             examples.append(f"{record.where}: longer than {config.data.seq_len} tokens")

@@ -29,7 +29,7 @@ class Rows:
       sha256: of the raw rows' text, to tell one data set from another.
       records: the usable rows, in the source's order.
       dropped: how many rows were left out, by reason.
-      examples: the first few of those, as `file:line: what is wrong`.
+      examples: each of those, as `file:line: what is wrong`.
     """
 
     origin: str
@@ -81,7 +81,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     logging.info(
         "data: %s, %d rows, sha256 %s", origin, len(records), digest.hexdigest()
     )
-    return Rows(origin, digest.hexdigest(), records, dict(dropped), examples[:5])
+    return Rows(origin, digest.hexdigest(), records, dict(dropped), examples)
 
 
 def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:

@@ -187,11 +187,13 @@ def test_a_long_context_is_cut_and_the_answer_never(case):
     tokenizer, chat, end = case
     made = record("Summarise", "An answer of é", context="wörds " * 40 + "end")
     whole, bare = chat.encode(made), chat.encode(record("Summarise", "An answer of é"))
+    least = chat.encode(record("Summarise", "An answer of é", context="wörds"))
     outcomes = set()
     for budget in (*range(len(bare.ids) - 3, len(whole.ids), 7), len(whole.ids)):
         encoded = chat.encode(made, budget)
         if encoded is None:
-            assert budget < len(bare.ids)
+            # Without a word of its context, a row would teach to answer from nothing.
+            assert budget < len(least.ids)
         else:
             assert len(encoded.ids) <= budget
             assert trained_parts(tokenizer, encoded) == [f"An answer of é{end}"]

@@ -83,7 +83,7 @@ class DataConfig:
         "truncate", "rows above seq_len: truncate their context, or drop them"
     )
     bad_lines: str = knob("stop", "lines that cannot be read: stop, or skip and count")
-    held_out: int = knob(64, "rows kept for evaluation, stratified by category")
+    held_out: int = knob(48, "rows kept for evaluation, stratified by category")
     max_rows: int = knob(0, "use only that many rows, seeded; 0: all")
     hub_timeout: float = knob(5.0, "seconds to wait for the hub", fixed=False)
 

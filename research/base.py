@@ -1,6 +1,7 @@
-"""A base model as it is named in a config: its shape, tokenizer and tensors."""
+"""The model a run starts from: its shape, tokenizer and tensors, if it has any."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import logging
@@ -8,9 +9,11 @@ from pathlib import Path
 
 from research.data import tokenizer as tokenizers
 from research.errors import UserError
+from research.models import presets
 from research.models.presets import Architecture, from_hf_config
 from research.weights import GGUFFile, SafetensorsFolder, TensorFile
 
+EXPORTED = "model"  # The folder of a run in which its model is written for others.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -20,29 +23,50 @@ class Base:
 
     Attributes:
       name: as the config has it.
-      architecture: from `config.json` or the GGUF metadata.
-      tokenizer: likewise.
-      tensors: readable by Hugging Face name.
+      architecture: from `config.json`, the GGUF metadata or a preset.
+      tokenizer: the model's own, or what a random one is to be trained with.
+      tensors: readable by Hugging Face name; None: the weights start at random.
     """
 
     name: str
     architecture: Architecture
     tokenizer: tokenizers.Tokenizer
-    tensors: TensorFile
+    tensors: TensorFile | None
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the weight files."""
+        """sha256 of the weight files, or of the shape of random weights."""
+        if self.tensors is None:
+            return hashlib.sha256(repr(self.architecture).encode()).hexdigest()
         return self.tensors.fingerprint
+
+
+def random_base(preset: str, tokenizer: tokenizers.Tokenizer) -> Base:
+    """The shape `preset` for random weights and the vocabulary of `tokenizer`.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    architecture = presets.preset(preset, tokenizer.vocab_size)
+    return Base(f"random {preset}", architecture, tokenizer, None)
 
 
 def open_base(name: str, hub_timeout: float = 5.0) -> Base:
     """Opens `pkg://package/file.gguf`, a `.gguf` file, a folder, or `hub://owner/name`.
 
+    A run's folder stands for the model it has exported.
+
     Raises:
       UserError: it is not there, or not of the Llama family.
     """
     path = _locate(name, hub_timeout)
+    if (path / EXPORTED / "config.json").is_file():
+        path = path / EXPORTED
+    elif (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} is a run without an exported model: run python -m research.export "
+            f"--run={path}, or train it with --config.export=True"
+        )
     if path.is_file():
         file = GGUFFile(path)
         tokenizer = tokenizers.from_gguf_metadata(file.metadata)

@@ -2,29 +2,51 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from research import jobs, mesh, runtime, step
-from research.answers import make_samplers, stream_text
-from research.base import Base, open_base
+from research.answers import Model, base_model, tuned_model
+from research.base import Base
 from research.checkpoint import Checkpointer
 from research.config import Config, MeshConfig
-from research.data.chat import ChatFormat
 from research.data.records import Turn
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.sampling import Sampler, Sampling
+from research.tasks.opening import open_start, prompt_format
+from research.tasks.protocol import PromptFormat
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenRun:
-    """Both models of a run, and how to talk to them."""
+    """A run's parameters on one device, and how to talk to it."""
 
+    config: Config
     base: Base
-    chat: ChatFormat
-    samplers: dict[str, Sampler]
+    job: step.Job
+    params: dict[str, Any]
+    frozen: dict[str, Any]
+
+    @property
+    def prompts(self) -> PromptFormat:
+        return prompt_format(self.config, self.base)
+
+    def models(self, compare: bool) -> dict[str, Model]:
+        """`tuned`, and `base` before it if they are to be compared.
+
+        Raises:
+          UserError: there is no base model: the run began with random weights.
+        """
+        start = (self.job, self.base, Sampler(self.job.model))
+        found = {"tuned": tuned_model(*start, self.params, self.frozen)}
+        if not compare:
+            return found
+        base = base_model(*start, self.frozen)
+        if base is None:
+            raise UserError("--compare: this run began with random weights, no model")
+        return {"base": base, **found}
 
 
 def open_run(path: str, which: str) -> OpenRun:
@@ -40,7 +62,7 @@ def open_run(path: str, which: str) -> OpenRun:
     folder = RunDir(path)
     config = folder.config()
     runtime.start(dataclasses.replace(config.runtime, distributed=False))
-    base = open_base(config.model.weights, config.data.hub_timeout)
+    base = open_start(config, folder)
     identity = folder.identity() | {
         "base model": base.fingerprint,
         "tokenizer": base.tokenizer.fingerprint,
@@ -51,9 +73,7 @@ def open_run(path: str, which: str) -> OpenRun:
     state = _restore(folder, config, identity, job, which)
     dtype = job.trainable.frozen_dtype
     frozen = jobs.load_base(job, base, dtype) if job.trainable.frozen_specs else {}
-    samplers = make_samplers(job, base, state.params, frozen)
-    chat = ChatFormat(base.tokenizer, config.data.template, config.data.system)
-    return OpenRun(base, chat, samplers)
+    return OpenRun(config, base, job, state.params, frozen)
 
 
 def _restore(
@@ -77,27 +97,29 @@ def _restore(
 class Conversation:
     """Says and answers, remembering what was said."""
 
-    def __init__(self, run: OpenRun, sampling: Sampling, names: Sequence[str]):
-        self._run = run
+    def __init__(self, run: OpenRun, sampling: Sampling, *, compare: bool):
+        self._prompts = run.prompts
+        self._models = run.models(compare)
         self._sampling = sampling
-        self._names = names
-        self._history: dict[str, list[Turn]] = {name: [] for name in names}
+        self._history: dict[str, list[Turn]] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts afresh."""
+        self._history = {name: [] for name in self._models}
 
     def say(self, prompt: str, context: str = "") -> None:
         """Streams each model's answer to standard output."""
-        for name in self._names:
+        for name, model in self._models.items():
             history = self._history[name]
             text = f"{prompt}\n\n{context}" if history and context else prompt
             history.append(Turn("user", text))
-            if len(self._names) > 1:
+            if len(self._models) > 1:
                 _write(f"--- {name}\n")
             first_context = context if len(history) == 1 else ""
-            ids = self._run.chat.encode_prompt(history, first_context)
-            stream = self._run.samplers[name].stream(
-                ids, self._sampling, self._run.chat.stop_ids
-            )
+            ids = self._prompts.encode_prompt(history, first_context)
             answer = ""
-            for piece in stream_text(stream, self._run.base.tokenizer):
+            for piece in model.stream(ids, self._sampling, self._prompts.stop_ids):
                 answer += piece
                 _write(piece)
             _write("\n")
@@ -118,7 +140,7 @@ class Conversation:
                     continue
                 except UserError as error:  # Longer than the model's context.
                     _write(f"{error}; starting afresh\n")
-            self._history = {name: [] for name in self._names}
+            self.forget()
 
 
 def _write(text: str) -> None:

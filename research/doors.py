@@ -7,8 +7,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from research.config import Config, flat, from_config_dict, help_text
+from research.config import Config, from_config_dict, help_text
 from research.errors import UserError, nearest
+from research.knobs import flat
 
 CONFIG_HELP = """
 Any knob of the config can be set on the command line; the config file says what

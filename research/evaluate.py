@@ -1,7 +1,8 @@
 """Held-out loss, exact: sums over all tokens first, one division at the end."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,30 +14,47 @@ class Evaluation:
 
     Attributes:
       loss: nats per trained token over everything.
-      by_category: the same per category; a category without tokens is left out.
-      tokens: trained tokens per category.
+      by_group: the same per group; a group without tokens is left out.
+      tokens: trained tokens per group.
+      bits_per_byte: bits per UTF-8 byte of text, which does not depend on the
+        tokenizer; None where the held-out rows are not whole texts.
+      bits_by_group: the same per group.
     """
 
     loss: float
-    by_category: dict[str, float]
+    by_group: dict[str, float]
     tokens: dict[str, int]
+    bits_per_byte: float | None = None
+    bits_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def evaluate(
     eval_fn: Callable[[Any], dict[str, Any]],
     batches: Sequence[Any],
-    categories: Sequence[str],
+    groups: Sequence[str],
+    text_bytes: Mapping[str, int],
 ) -> Evaluation:
-    """Runs `eval_fn` (batch to per-category sums) over all batches."""
-    loss = np.zeros(len(categories), np.float64)
-    weight = np.zeros(len(categories), np.float64)
+    """Runs `eval_fn` (batch to sums by group) over all batches.
+
+    `text_bytes` are the bytes of the held-out text by group, or nothing.
+    """
+    loss = np.zeros(len(groups), np.float64)
+    weight = np.zeros(len(groups), np.float64)
     # Dispatch all first, then read: a read waits for the device.
     for sums in [eval_fn(batch) for batch in batches]:
         loss += np.asarray(sums["loss"], np.float64)
         weight += np.asarray(sums["weight"], np.float64)
-    seen = [i for i in range(len(categories)) if weight[i] > 0]
+    seen = [i for i in range(len(groups)) if weight[i] > 0]
+    bits = {
+        groups[i]: float(loss[i] / math.log(2) / text_bytes[groups[i]])
+        for i in seen
+        if text_bytes.get(groups[i])
+    }
+    total = sum(text_bytes[name] for name in bits)
     return Evaluation(
         loss=float(loss.sum() / max(weight.sum(), 1.0)),
-        by_category={categories[i]: float(loss[i] / weight[i]) for i in seen},
-        tokens={categories[i]: int(weight[i]) for i in seen},
+        by_group={groups[i]: float(loss[i] / weight[i]) for i in seen},
+        tokens={groups[i]: int(weight[i]) for i in seen},
+        bits_per_byte=float(loss.sum() / math.log(2) / total) if total else None,
+        bits_by_group=bits,
     )

@@ -11,7 +11,8 @@ USAGE = """
 python -m research.generate --run=RUN_DIR [--prompt="..."] [--context="..."] [--compare]
 
 Streams the tuned model's answer to --prompt; without --prompt it is a chat (an empty
-line forgets the conversation, end of input leaves). The run directory is enough.
+line forgets the conversation, end of input leaves). A run that was pre-trained on raw
+text goes on writing the prompt instead. The run directory is enough.
 """
 
 flags.DEFINE_string("run", "", "run directory that research.train made")
@@ -42,10 +43,9 @@ def main(argv: Sequence[str]) -> int:
     from research.sampling import Sampling
 
     sampling = Sampling(f.temperature, f.top_p, f.max_new_tokens, f.seed)
-    names = ("base", "tuned") if f.compare else ("tuned",)
-    conversation = Conversation(open_run(f.run, f.step), sampling, names)
+    conversation = Conversation(open_run(f.run, f.step), sampling, compare=f.compare)
     if f.prompt is not None:
-        conversation.say(f.prompt.strip(), f.context.strip())
+        conversation.say(f.prompt, f.context.strip())
     else:
         conversation.interact()
     return 0

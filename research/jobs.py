@@ -18,8 +18,10 @@ from research.weights import load_params
 Params = dict[str, Any]
 
 
-def make_job(config: Config, base: Base, mesh: Mesh) -> Job:
+def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
     """Model, optimizer and split of the parameters; no array is made.
+
+    `groups`: how many groups losses are reported by.
 
     Raises:
       UserError: rows, targets or dimensions do not fit the model or the mesh.
@@ -34,12 +36,15 @@ def make_job(config: Config, base: Base, mesh: Mesh) -> Job:
     )
     model = Model(base.architecture, options)
     meshes.shardings(model.specs, mesh)
+    split = trainable.make(config, model.specs)
     return Job(
         model=model,
-        trainable=trainable.make(config, model.specs),
-        optimizer=optim.make_optimizer(config.optim, config.steps),
+        trainable=split,
+        optimizer=optim.make_optimizer(config.optim, config.steps, split.specs),
         mesh=mesh,
         loss_chunk=config.model.loss_chunk,
+        groups=groups,
+        z_loss=config.optim.z_loss,
         seed=config.seed,
     )
 
@@ -72,9 +77,15 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
 
 
 def load_base(job: Job, base: Base, dtype: Any) -> Params:
-    """The base model's parameters in their shardings."""
+    """The base model's parameters in their shardings: read, or drawn at random."""
     shardings = meshes.shardings(job.model.specs, job.mesh)
-    return load_params(base.tensors, job.model.specs, shardings, dtype)
+    if base.tensors is not None:
+        return load_params(base.tensors, job.model.specs, shardings, dtype)
+
+    def init(key: jax.Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), job.model.init(key))
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(job.seed))
 
 
 def load_start(job: Job, base: Base) -> tuple[Params, Params]:

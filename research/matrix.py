@@ -7,6 +7,7 @@ it. `jit`, `scan`, `remat`, `vmap` and sharding follow because leaves are pytree
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,20 @@ class Spec:
     @property
     def in_shape(self) -> tuple[int, ...]:
         return self.shape[self.stacked : self.stacked + self.n_in]
+
+    @property
+    def as_matrix(self) -> "Spec":
+        """The same values as `[*stack, in, out]`, split by the first axis of each."""
+        if not self.n_in:
+            return self
+        middle = self.stacked + self.n_in
+        ends = (math.prod(self.in_shape), math.prod(self.shape[middle:]))
+        return dataclasses.replace(
+            self,
+            shape=(*self.shape[: self.stacked], *ends),
+            axes=(*self.axes[: self.stacked + 1], self.axes[middle]),
+            n_in=1,
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -114,6 +114,26 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     return {path: one(path, spec) for path, spec in specs.items()}
 
 
+def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedSharding:
+    """Of an array made from a parameter by summing some of its axes away.
+
+    Optimizers keep such arrays: moments in the parameter's own shape, Adafactor's
+    statistics of the rows and columns of its matrices. What is left keeps the split
+    it had; an array that is no part of the parameter lies on every device.
+    """
+    for candidate in (spec, spec.as_matrix):
+        kept: list[Any] = []
+        axes = list(zip(candidate.shape, partition(candidate.axes), strict=True))
+        for size in shape:
+            while axes and axes[0][0] != size:
+                axes.pop(0)
+            if axes:
+                kept.append(axes.pop(0)[1])
+        if len(kept) == len(shape):
+            return NamedSharding(mesh, PartitionSpec(*kept))
+    return replicated(mesh)
+
+
 def _divisors(size: int) -> str:
     divisors = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
     return ", ".join(map(str, divisors))

@@ -21,8 +21,10 @@ from rich.text import Text
 SHOWN = {
     "loss": "loss {:.3f}",
     "eval_loss": "eval {:.3f}",
+    "bits_per_byte": "{:.3f} bits/byte",
     "learning_rate": "lr {:.1e}",
     "grad_norm": "norm {:.2f}",
+    "skipped": "skipped {}",
     "tokens_per_s": "{:,.0f} tok/s",
     "trained_tokens_per_s": "{:,.0f} trained/s",
     "mfu": "MFU {:.0%}",

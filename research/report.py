@@ -46,10 +46,12 @@ def plot(folder: Path, title: str) -> Path:
     )
     left.set(xlabel="step", ylabel="loss, nats per trained token", title=title)
     left.legend()
-    for category in sorted({c for line in held for c in line["by_category"]}):
-        values = [line["by_category"].get(category, math.nan) for line in held]
-        right.plot(eval_steps, values, "o-", markersize=3, label=category or "(none)")
-    right.set(xlabel="step", title="held-out loss per category")
+    key = "bits_by_group" if is_text(held) else "by_group"
+    for group in sorted({name for line in held for name in line[key]}):
+        values = [line[key].get(group, math.nan) for line in held]
+        right.plot(eval_steps, values, "o-", markersize=3, label=group or "(none)")
+    what = "held-out bits per byte" if is_text(held) else "held-out loss per category"
+    right.set(xlabel="step", title=what)
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -71,16 +73,34 @@ def _smoothed(values: list[float], decay: float = 0.85) -> list[float]:
     return smoothed
 
 
-def table_rows(folder: Path) -> list[list[str]]:
-    """Category, tokens, loss and perplexity before and after, change."""
+def is_text(held: list[dict[str, Any]]) -> bool:
+    """Whether these evaluations are of whole texts, in bits per byte too."""
+    return held[-1]["bits_per_byte"] is not None
+
+
+def table(folder: Path) -> list[list[str]]:
+    """A header, and a row a group: losses and perplexities before and after."""
     held = [line for line in read_metrics(folder) if line["kind"] == "eval"]
     before, after = held[0], held[-1]
+    text = is_text(held)
+    first, last = ("start", "end") if text else ("base", "tuned")
+    header = ["source" if text else "category", "tokens", f"loss {first}", last]
+    header += [f"ppl {first}", last, "change"]
     rows = [
-        _row(c or "(none)", before["tokens"][c], before["by_category"][c], loss)
-        for c, loss in sorted(after["by_category"].items())
+        _row(name or "(none)", before["tokens"][name], before["by_group"][name], loss)
+        for name, loss in sorted(after["by_group"].items())
     ]
-    total = sum(before["tokens"].values())
-    return [*rows, _row("all", total, before["loss"], after["loss"])]
+    rows.append(
+        _row("all", sum(before["tokens"].values()), before["loss"], after["loss"])
+    )
+    if text:
+        header += [f"bits/byte {first}", last]
+        names = sorted(after["by_group"])
+        pairs = [[x["bits_by_group"][n] for x in (before, after)] for n in names]
+        pairs.append([x["bits_per_byte"] for x in (before, after)])
+        for row, pair in zip(rows, pairs, strict=True):
+            row += [f"{value:.3f}" for value in pair]
+    return [header, *rows]
 
 
 def _row(name: str, tokens: int, before: float, after: float) -> list[str]:
@@ -95,16 +115,15 @@ def _row(name: str, tokens: int, before: float, after: float) -> list[str]:
     ]
 
 
-HEADER = ["category", "tokens", "loss base", "tuned", "ppl base", "tuned", "change"]
-
-
 def show_table(console: Console, folder: Path) -> None:
-    table = Table(title="held-out responses, base against tuned", title_justify="left")
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in table_rows(folder):
-        table.add_row(*row, style="bold" if row[0] == "all" else "")
-    console.print(table)
+    header, *rows = table(folder)
+    shown = Table(title=f"held out, {header[2][5:]} and {header[3]}")
+    shown.title_justify = "left"
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*row, style="bold" if row[0] == "all" else "")
+    console.print(shown)
 
 
 def show_answers(console: Console, answers: list[Answer]) -> None:
@@ -119,17 +138,28 @@ def show_answers(console: Console, answers: list[Answer]) -> None:
         console.print(side_by_side)
 
 
-def write_markdown(folder: Path, answers: list[Answer], facts: dict[str, Any]) -> Path:
-    """`report.md`: the same for reading later."""
-    lines = [f"# {folder.name}", "", "![loss](loss.png)", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", f"| {' | '.join(HEADER)} |", "|---" + "|---:" * 6 + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in table_rows(folder)]
+def answers_as_markdown(answers: list[Answer]) -> list[str]:
+    lines: list[str] = []
     for answer in answers:
         lines += ["", f"## A held-out prompt: {answer.category}", ""]
         for name in ("prompt", "base", "adapted", "reference"):
-            quoted = getattr(answer, name).replace("\n", "\n> ")
-            lines += [f"**{name}**", "", f"> {quoted}", ""]
+            lines += [f"**{name}**", "", quoted(getattr(answer, name)), ""]
+    return lines
+
+
+def quoted(text: str) -> str:
+    """A Markdown quotation that keeps line breaks."""
+    return "> " + text.replace("\n", "\n> ")
+
+
+def write_markdown(folder: Path, facts: dict[str, Any], said: list[str]) -> Path:
+    """`report.md`: the same for reading later; `said` is what the model said."""
+    header, *rows = table(folder)
+    lines = [f"# {folder.name}", "", "![loss](loss.png)", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", f"| {' | '.join(header)} |"]
+    lines += ["|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines + said) + "\n", encoding="utf-8")
     return path

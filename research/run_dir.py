@@ -1,6 +1,8 @@
 """The folder of one run: what lies where, whose it is, whether it is done."""
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from research.checkpoint import check_identity
@@ -16,6 +18,7 @@ class RunDir:
             raise UserError("config.run_dir is empty; name a folder for this run")
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
         self._config = self.path / "config.json"
         self._identity = self.path / "identity.json"
         self._complete = self.path / "complete.json"
@@ -73,25 +76,26 @@ class RunDir:
     def identity(self) -> dict[str, str]:
         return json.loads(self._identity.read_text(encoding="utf-8"))
 
+    @contextlib.contextmanager
     def create(
-        self, config: Config, identity: dict[str, str], left_out: list[str]
-    ) -> None:
-        """Makes the folder and writes down whose it is; an existing run is left alone.
+        self, config: Config, identity: dict[str, str], left_out: Sequence[str]
+    ) -> Iterator[None]:
+        """Makes the folder and writes down whose it is.
 
-        `left_out` says `file:line: why` of every row that is not trained whole.
+        The body may write more; only after it is this a run directory. `left_out`
+        says `file:line: why` of every row that is not trained whole.
 
         Raises:
           UserError: the disk says no.
         """
-        if self.exists:
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # The config last: it is the mark of a run directory.
             self._identity.write_text(json.dumps(identity, indent=2), encoding="utf-8")
             (self.path / "left_out.txt").write_text(
                 "".join(f"{line}\n" for line in left_out), encoding="utf-8"
             )
+            yield
+            # The config last: it is the mark of a run directory.
             self._config.write_text(to_json(config), encoding="utf-8")
         except OSError as error:
             raise UserError(

@@ -1,7 +1,6 @@
 """Process start: distributed set-up, compilation cache, logging, device facts."""
 
 import logging
-import os
 import resource
 import statistics
 import sys
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from research import caches
 from research.config import RuntimeConfig
 from research.errors import UserError
 
@@ -51,8 +51,7 @@ def _use_compilation_cache(folder: str) -> None:
     if not folder:
         return
     if folder == "auto":
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(home) / "research" / "compiled")
+        folder = str(caches.user_cache() / "compiled")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -39,16 +39,19 @@ class Sampling:
 
 
 class Sampler:
-    """Streams token ids from one model and its parameters."""
+    """Streams token ids from a model; each of its shapes is compiled once."""
 
-    def __init__(self, model: Model, params: dict[str, Any]):
+    def __init__(self, model: Model):
         self._model = model
-        self._params = params
         self._prefill = jax.jit(functools.partial(_prefill, model))
         self._advance = jax.jit(functools.partial(_advance, model), donate_argnums=2)
 
     def stream(
-        self, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]
+        self,
+        params: dict[str, Any],
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop_ids: frozenset[int],
     ) -> Iterator[int]:
         """Yields new ids until one of `stop_ids` (not yielded) or the limit.
 
@@ -66,14 +69,14 @@ class Sampler:
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, : len(prompt)] = prompt
         cache = self._model.init_cache(1, room)
-        logits, cache = self._prefill(self._params, tokens, cache, len(prompt))
+        logits, cache = self._prefill(params, tokens, cache, len(prompt))
         key = jax.random.key(sampling.seed)
         for index in range(sampling.max_new_tokens):
             token = choose(logits, sampling, jax.random.fold_in(key, index))
             if int(token[0]) in stop_ids:
                 return
             yield int(token[0])
-            logits, cache = self._advance(self._params, token, cache)
+            logits, cache = self._advance(params, token, cache)
 
 
 def choose(logits_BV: Array, sampling: Sampling, key: Array) -> Array:

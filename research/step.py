@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from research import loss as losses
 from research import mesh as meshes
+from research import optim, trees
 from research.batch import Batch
 from research.matrix import Spec
 from research.models.transformer import Model
@@ -49,6 +50,8 @@ class Job:
       optimizer: of optax.
       mesh: of devices.
       loss_chunk: positions per product with the vocabulary head.
+      groups: how many groups losses are reported by.
+      z_loss: see `loss.weighted_loss`.
       seed: of dropout.
     """
 
@@ -57,13 +60,15 @@ class Job:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     loss_chunk: int
+    groups: int = 1
+    z_loss: float = 0.0
     seed: int = 0
 
 
-def loss_sum(
+def loss_sums(
     job: Job, params: Params, frozen: Params, batch: Batch, key: Array | None
-) -> Array:
-    """Weighted sum of the cross entropies of one microbatch, in nats."""
+) -> tuple[Array, Array]:
+    """Of one microbatch: the objective, and the cross entropies by group, in nats."""
     weights = job.trainable.forward(params, frozen, key)
     hidden = job.model.hidden(weights, batch.tokens, batch.positions, batch.segments)
     return losses.weighted_loss(
@@ -71,8 +76,11 @@ def loss_sum(
         job.model.head(weights),
         batch.targets,
         batch.weights,
+        batch.groups,
+        n_groups=job.groups,
         chunk=job.loss_chunk,
         shards=meshes.batch_shards(job.mesh),
+        z_loss=job.z_loss,
     )
 
 
@@ -86,8 +94,9 @@ def train_step(
 
     Returns:
       The next state, and `loss` (nats per trained token), `weight` (trained tokens),
-      `tokens` (real tokens), `pairs` (queries with each key they may see),
-      `grad_norm` (before clipping).
+      `group_loss` and `group_weight` (sums, `[groups]`), `tokens` (real tokens),
+      `pairs` (queries with each key they may see), `grad_norm` (before clipping),
+      `skipped` (updates left out so far, where `optim.skip_outliers` is in use).
     """
     # Another stream than the initialisation, which folds small numbers in, too.
     dropout = jax.random.fold_in(jax.random.key(job.seed), DROPOUT_STREAM)
@@ -95,35 +104,45 @@ def train_step(
 
     def accumulate(carry, microbatch_and_key):
         microbatch, key = microbatch_and_key
-        value, gradient = jax.value_and_grad(
-            lambda params: loss_sum(job, params, frozen, microbatch, key)
+        (_, by_group), gradient = jax.value_and_grad(
+            lambda params: loss_sums(job, params, frozen, microbatch, key), has_aux=True
         )(state.params)
-        total, gradients = carry
-        return (total + value, jax.tree.map(jnp.add, gradients, gradient)), None
+        return jax.tree.map(jnp.add, carry, (by_group, gradient)), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     keys = jax.random.split(key, batch.tokens.shape[0])
-    (total, gradients), _ = jax.lax.scan(
-        accumulate, (jnp.zeros((), jnp.float32), zeros), (batch, keys)
+    (by_group, gradients), _ = jax.lax.scan(
+        accumulate, (jnp.zeros(job.groups, jnp.float32), zeros), (batch, keys)
     )
     weight = jnp.sum(batch.weights)
     scale = 1.0 / jnp.maximum(weight, 1.0)
     gradients = jax.tree.map(lambda g: g * scale, gradients)
-    updates, opt_state = job.optimizer.update(gradients, state.opt_state, state.params)
+    loss = jnp.sum(by_group) * scale
+    optimizer = optax.with_extra_args_support(job.optimizer)
+    updates, opt_state = optimizer.update(
+        gradients, state.opt_state, state.params, loss=loss
+    )
     metrics = {
-        "loss": total * scale,
+        "loss": loss,
         "weight": weight,
+        "group_loss": by_group,
+        "group_weight": _by_group(job, batch.weights, batch.groups),
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
         "grad_norm": optax.tree.norm(gradients),
+        **optim.read_skipped(opt_state),
     }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def eval_step(
-    job: Job, groups: int, params: Params, frozen: Params, batch: Batch
-) -> Metrics:
+def _by_group(job: Job, values: Array, groups: Array) -> Array:
+    """Sums `values` into `[groups]`."""
+    member = jax.nn.one_hot(groups, job.groups, axis=0)
+    return jnp.sum(member * values[None], axis=range(1, member.ndim))
+
+
+def eval_step(job: Job, params: Params, frozen: Params, batch: Batch) -> Metrics:
     """Sums per group over one `[batch, seq]` batch: `loss` and `weight`, `[groups]`."""
     weights = job.trainable.forward(params, frozen, None)
     hidden = job.model.hidden(weights, batch.tokens, batch.positions, batch.segments)
@@ -135,10 +154,9 @@ def eval_step(
         chunk=job.loss_chunk,
         shards=meshes.batch_shards(job.mesh),
     )
-    member = jax.nn.one_hot(batch.groups, groups, axis=0)
     return {
-        "loss": jnp.sum(member * (token_losses * batch.weights)[None], axis=(1, 2)),
-        "weight": jnp.sum(member * batch.weights[None], axis=(1, 2)),
+        "loss": _by_group(job, token_losses * batch.weights, batch.groups),
+        "weight": _by_group(job, batch.weights, batch.groups),
     }
 
 
@@ -161,17 +179,24 @@ def abstract_params(job: Job) -> Params:
 
 
 def state_shardings(job: Job) -> TrainState:
-    """Optimizer leaves lie as the parameters they belong to, others on every device."""
+    """Optimizer leaves lie as the parameters they belong to, others on every device.
+
+    Whatever the optimizer, a leaf's path ends in the path of its parameter.
+    """
     params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
     everywhere = meshes.replicated(job.mesh)
+    specs, _ = trees.flatten(job.trainable.specs)
+
+    def place(path: Any, leaf: Any) -> Any:
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        names = [".".join(keys[i:]) for i in range(len(keys))]
+        spec = next((specs[name] for name in names if name in specs), None)
+        if spec is None:
+            return everywhere
+        return meshes.reduced_sharding(leaf.shape, spec, job.mesh)
+
     abstract = jax.eval_shape(lambda p: init_state(job, p), abstract_params(job))
-    opt_state = optax.tree_utils.tree_map_params(
-        job.optimizer,
-        lambda _, sharding: sharding,
-        abstract.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
+    opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)
     return TrainState(everywhere, params, opt_state)
 
 
@@ -208,11 +233,11 @@ def jit_train_step(
     )
 
 
-def jit_eval_step(job: Job, groups: int) -> Callable[[Params, Params, Batch], Metrics]:
+def jit_eval_step(job: Job) -> Callable[[Params, Params, Batch], Metrics]:
     state = state_shardings(job)
     frozen = meshes.shardings(job.trainable.frozen_specs, job.mesh)
     return jax.jit(
-        lambda params, frozen, batch: eval_step(job, groups, params, frozen, batch),
+        lambda params, frozen, batch: eval_step(job, params, frozen, batch),
         in_shardings=(state.params, frozen, meshes.batch_sharding(job.mesh)),
         out_shardings=meshes.replicated(job.mesh),
     )

@@ -2,23 +2,25 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from research import doctor, jobs, loop, mesh, metrics, report, runtime, step
-from research.answers import answer_prompts
-from research.base import Base, open_base
+from research import doctor, exporting, jobs, loop, mesh, metrics, report, runtime, step
+from research.answers import base_model, tuned_model
+from research.base import EXPORTED, Base
 from research.checkpoint import Checkpointer
 from research.config import Config
-from research.data.chat import ChatFormat
-from research.data.loader import BatchIterator, Dataset, eval_batches, load_dataset
-from research.evaluate import Evaluation, evaluate
-from research.optim import make_schedule
-from research.progress import ProgressView, duration
+from research.data.bpe import save_tokenizer
+from research.evaluate import evaluate
+from research.progress import duration
 from research.run_dir import RunDir
+from research.sampling import Sampler
+from research.step_log import StepLog
+from research.tasks import opening
+from research.tasks.protocol import Task
 
 RESUMABLE = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again.
 
@@ -34,9 +36,9 @@ class Run:
     config: Config
     folder: RunDir
     base: Base
-    chat: ChatFormat
-    dataset: Dataset
+    task: Task
     job: step.Job
+    sampler: Sampler
     state: step.TrainState | None
     frozen: dict[str, Any]
     console: Console
@@ -61,11 +63,12 @@ def train(config: Config) -> int:
     identity = {
         "base model": run.base.fingerprint,
         "tokenizer": run.base.tokenizer.fingerprint,
-        "data": run.dataset.rows.sha256,
+        "data": run.task.sha256,
     }
     folder.check_identity(identity)
-    if jax.process_index() == 0:
-        folder.create(config, identity, run.dataset.examples)
+    if jax.process_index() == 0 and not folder.exists:
+        with folder.create(config, identity, run.task.left_out):
+            save_tokenizer(run.base.tokenizer, folder.tokenizer)
     with Checkpointer(folder.checkpoints, config.checkpoint, identity) as checkpointer:
         done = fit(run, checkpointer)
     if done < config.steps:
@@ -76,30 +79,29 @@ def train(config: Config) -> int:
 
 
 def prepare(config: Config, folder: RunDir) -> Run:
-    """Opens, loads and examines everything; writes nothing."""
+    """Opens, loads and examines everything; writes nothing into `folder`."""
     console = Console()
-    base = open_base(config.model.weights, config.data.hub_timeout)
+    base = opening.open_start(config, folder)
+    # Before the data is read: what does not fit the mesh is said at once.
     job = jobs.make_job(config, base, mesh.make_mesh(config.mesh))
-    chat = ChatFormat(base.tokenizer, config.data.template, config.data.system)
-    dataset = load_dataset(config, chat)
+    task = opening.load_task(config, base)
+    job = dataclasses.replace(job, groups=len(task.groups))
     params, frozen = jobs.load_start(job, base)
     state = step.jit_init(job)(params)
-    findings = doctor.examine_model(base, job, state, frozen)
-    findings += doctor.examine_data(config, dataset, chat)
+    findings = doctor.examine_model(base, job, state, frozen) + task.examine()
     if jax.process_index() == 0:
         doctor.show(console, findings)
-        doctor.show_first_row(console, dataset, base)
+        task.show_first_row(console)
     doctor.require_healthy(findings)
-    return Run(config, folder, base, chat, dataset, job, state, frozen, console)
+    sampler = Sampler(job.model)
+    return Run(config, folder, base, task, job, sampler, state, frozen, console)
 
 
 def fit(run: Run, checkpointer: Checkpointer) -> int:
     """Restores, loops, saves; returns the number of updates made in all."""
     config, job = run.config, run.job
-    rows = mesh.local_rows(job.mesh, config.data.batch_size, microbatches(config))
-    batches = BatchIterator(
-        run.dataset.train, config.data.batch_size, config.seed, rows
-    )
+    mine = mesh.local_rows(job.mesh, config.data.batch_size, microbatches(config))
+    batches = run.task.batches(mine)
     first, clock = 0, metrics.Clock()
     abstract = step.abstract_state(job)
     if checkpointer.latest_step is not None:
@@ -109,7 +111,15 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
         first, run.state = restored.step, restored.state
         batches.set_state(restored.position["data"])
         clock = metrics.Clock(restored.position["elapsed"])
-    log = StepLog(run, clock, first)
+    log = StepLog(
+        config,
+        run.folder.path,
+        run.console,
+        clock,
+        count_flops(run),
+        run.task.groups,
+        first,
+    )
     step_fn = runtime.announce_first_call(step.jit_train_step(job), "first step")
 
     def save(number: int, state: step.TrainState) -> None:
@@ -128,6 +138,9 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
                 step_fn=lambda state, batch: step_fn(state, run.frozen, batch),
                 actions=[
                     loop.Action(config.eval.every, make_evaluation(run, log), True),
+                    loop.Action(
+                        config.eval.samples_every or config.steps, make_sampling(run)
+                    ),
                     loop.Action(config.checkpoint.every, save),
                 ],
                 log=log,
@@ -145,25 +158,37 @@ def microbatches(config: Config) -> int:
     return config.data.batch_size // config.data.rows_per_pass
 
 
+def count_flops(run: Run) -> metrics.FlopCount:
+    """What a step of this run needs, for MFU."""
+    return metrics.count_flops(
+        run.base.architecture,
+        trained=sum(x.size for x in jax.tree.leaves(run.state.params)),
+        full=not run.frozen,
+    )
+
+
 def _on_devices(batches: Iterator[Any], run: Run) -> Iterator[Any]:
     rows, parts = run.config.data.batch_size, microbatches(run.config)
     for batch in batches:
         yield mesh.to_global(batch, run.job.mesh, parts, rows)
 
 
-def make_evaluation(run: Run, log: "StepLog") -> Any:
+Action = Callable[[int, step.TrainState], None]
+
+
+def make_evaluation(run: Run, log: StepLog) -> Action:
     """The action that evaluates all held-out rows and logs the result."""
     rows = run.config.data.rows_per_pass
-    mine = mesh.local_rows(run.job.mesh, rows)
-    local = eval_batches(run.dataset.held_out, rows, mine)
+    local = run.task.held_out(rows, mesh.local_rows(run.job.mesh, rows))
     batches = [mesh.to_global(batch, run.job.mesh, rows=rows) for batch in local]
-    eval_fn = step.jit_eval_step(run.job, len(run.dataset.categories))
+    eval_fn = step.jit_eval_step(run.job)
 
     def action(number: int, state: step.TrainState) -> None:
         found = evaluate(
             lambda batch: eval_fn(state.params, run.frozen, batch),
             batches,
-            run.dataset.categories,
+            run.task.groups,
+            run.task.held_out_bytes,
         )
         run.evaluated = (number, found.loss)
         log.evaluation(number, found)
@@ -171,93 +196,48 @@ def make_evaluation(run: Run, log: "StepLog") -> Any:
     return action
 
 
-class StepLog:
-    """Turns a step's sums into lines, TensorBoard points and the progress view."""
+def make_sampling(run: Run) -> Action:
+    """The action that lets the model so far say something."""
 
-    def __init__(self, run: Run, clock: metrics.Clock, first: int):
-        config = run.config
-        self._clock = clock
-        self._schedule = make_schedule(config.optim, config.steps)
-        self._flops = metrics.count_flops(
-            run.base.architecture,
-            trained=sum(x.size for x in jax.tree.leaves(run.state.params)),
-            full=not run.frozen,
-        )
-        self._peak = runtime.peak_flops(config.runtime, config.model.dtype)
-        leader = jax.process_index() == 0
-        self._file = metrics.MetricsFile(run.folder.path, first) if leader else None
-        mode = config.runtime.progress if leader else "none"
-        self._view = ProgressView(run.console, mode, first, config.steps)
+    def action(number: int, state: step.TrainState) -> None:
+        model = tuned_model(run.job, run.base, run.sampler, state.params, run.frozen)
+        run.task.sample(number, model, run.folder.path)
 
-    def __call__(self, number: int, sums: step.Metrics) -> None:
-        values = {name: float(value) for name, value in sums.items()}
-        self._clock.tick()
-        seconds = self._clock.last
-        flops = self._flops.step(values["tokens"], values["weight"], values["pairs"])
-        line = {
-            "loss": values["loss"],
-            "learning_rate": float(self._schedule(number)),
-            "grad_norm": values["grad_norm"],
-            "tokens": int(values["tokens"]),
-            "trained_tokens": int(values["weight"]),
-            "step_s": seconds,
-            "elapsed_s": self._clock.elapsed,
-            "tokens_per_s": values["tokens"] / seconds,
-            "trained_tokens_per_s": values["weight"] / seconds,
-            "mfu": flops / seconds / self._peak if self._peak else None,
-            "memory_gb": runtime.peak_memory_bytes() / 1e9,
-        }
-        if self._file:
-            self._file.write(number, "train", line)
-        self._view.update(number, line)
-
-    def evaluation(self, number: int, found: Evaluation) -> None:
-        line = dataclasses.asdict(found)
-        if self._file:
-            self._file.write(number, "eval", line)
-        self._view.update(number, {"eval_loss": found.loss}, line=False)
-        logging.info("step %d  held-out loss %.4f", number, found.loss)
-
-    def close(self) -> None:
-        self._view.close()
-        if self._file:
-            self._file.close()
+    return action
 
 
 def finish(run: Run) -> None:
-    """The plot, the table and the answers."""
-    answers = answer_prompts(
-        run.config,
-        run.job,
-        run.base,
-        run.chat,
-        run.dataset,
-        run.state.params,
-        run.frozen,
-    )
+    """The plot, the table, what the model says, and the model for others."""
+    folder = run.folder.path
+    arguments = (run.job, run.base, run.sampler)
+    tuned = tuned_model(*arguments, run.state.params, run.frozen)
+    base = base_model(*arguments, run.frozen)
+    said = run.task.conclude(run.console, base, tuned, folder)
+    if run.config.export:
+        weights = run.job.trainable.forward(run.state.params, run.frozen, None)
+        exporting.export(run.job.model, weights, run.base.tokenizer, folder / EXPORTED)
     if jax.process_index() > 0:
         return
-    folder = run.folder.path
     lines = [x for x in metrics.read_metrics(folder) if x["kind"] == "train"]
     seconds = lines[-1]["elapsed_s"]
     facts = {
         "base model": run.base.name,
-        "data": f"{run.dataset.rows.origin}, {len(run.dataset.rows.records)} rows",
+        "data": run.task.origin,
         "steps": run.config.steps,
         "training time": duration(seconds),
         "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
         "peak memory, GB": round(lines[-1]["memory_gb"], 2),
     }
     report.plot(folder, folder.name)
-    report.show_answers(run.console, answers)
     report.show_table(run.console, folder)
-    report.write_markdown(folder, answers, facts)
+    report.write_markdown(folder, facts, said)
     run.folder.mark_complete(facts)
     logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
     logging.info(
         "done: %s/loss.png, %s/report.md; talk to it with\n"
-        "  python -m research.generate --run=%s --compare",
+        "  python -m research.generate --run=%s%s",
         folder,
         folder,
         folder,
+        " --compare" if base else "",
     )

@@ -36,12 +36,7 @@ def select(paths: Iterable[str], patterns: Sequence[str]) -> dict[str, str]:
     paths = list(paths)
     chosen: dict[str, str] = {}
     for pattern in patterns:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"pattern {pattern!r} is no regular expression: {error}"
-            ) from error
+        expression = _compile(pattern)
         matched = [path for path in paths if expression.search(path)]
         if not matched:
             hint = nearest(pattern, _words(paths))
@@ -51,6 +46,24 @@ def select(paths: Iterable[str], patterns: Sequence[str]) -> dict[str, str]:
             )
         chosen.update(dict.fromkeys(matched, pattern))
     return {path: chosen[path] for path in paths if path in chosen}
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether any pattern is found in `path`.
+
+    Raises:
+      UserError: a pattern is no regular expression.
+    """
+    return any(_compile(pattern).search(path) for pattern in patterns)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"pattern {pattern!r} is no regular expression: {error}"
+        ) from error
 
 
 def _words(paths: Iterable[str]) -> list[str]:

@@ -14,20 +14,25 @@ from research.config import (
     OptimConfig,
     defaults,
     fixed_differences,
-    flat,
     from_config_dict,
     from_json,
     help_text,
     to_json,
 )
 from research.errors import UserError
+from research.knobs import flat
 
 # Where any other value of the same type would not do.
 OTHER = {
     "trainable": "full",
     "model.dtype": "float32",
     "model.remat": "dots",
+    "data.kind": "text",
     "data.source": "dolly",
+    "text.undecodable": "skip",
+    "text.held_out_share": 0.25,
+    "optim.name": "muon",
+    "optim.schedule": "wsd",
     "data.template": "dolly",
     "data.overlength": "drop",
     "data.bad_lines": "skip",
@@ -228,7 +233,8 @@ def test_every_field_that_changes_the_result_is_fixed():
         "model.loss_chunk", "data.hub_timeout", "mesh.data", "mesh.fsdp",
         "mesh.tensor", "eval.prompts", "eval.max_new_tokens", "checkpoint.every",
         "checkpoint.keep_last", "checkpoint.keep_best", "runtime.compilation_cache",
-        "runtime.peak_tflops", "runtime.progress", "runtime.distributed",
+        "runtime.peak_tflops", "runtime.progress", "runtime.distributed", "export",
+        "eval.text_prompts", "eval.samples_every", "text.cache_dir",
     }  # fmt: skip
     lines = fixed_differences(Config(), from_config_dict(changed()))
     found = {line.partition(":")[0] for line in lines}

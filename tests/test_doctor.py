@@ -25,24 +25,28 @@ def split(trained, last=STOP):
     return Split(documents, [[0, 1], [2]], 10)
 
 
+def count(split):
+    return doctor.count_mask([split.batch(split.rows)], frozenset({STOP}))
+
+
 def test_a_sound_mask_is_counted_from_the_batches():
-    found = doctor._examine_mask(split([0, 0, 0, 1, 1]), frozenset({STOP}))
+    found = count(split([0, 0, 0, 1, 1]))
     assert found == doctor.MaskCount(real=12, trained=6, documents=3, ends=3)
 
 
 @pytest.mark.parametrize("mask", [[0, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
 def test_an_untrained_end_is_seen(mask):
-    assert doctor._examine_mask(split(mask), frozenset({STOP})).ends == 0
+    assert count(split(mask)).ends == 0
 
 
 def test_another_last_token_is_seen():
-    found = doctor._examine_mask(split([0, 0, 0, 1, 1], last=5), frozenset({STOP}))
+    found = count(split([0, 0, 0, 1, 1], last=5))
     assert found.ends == 0
 
 
 def test_masks_of_all_or_nothing_are_seen():
     for value in (0, 1):
-        found = doctor._examine_mask(split([value] * 5), frozenset({STOP}))
+        found = count(split([value] * 5))
         assert found.trained in (0, found.real)
 
 
@@ -52,7 +56,9 @@ def lora_job():
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = Model(TINY)
     parts = trainable.make(config, model.specs)
-    job = step.Job(model, parts, optim.make_optimizer(config.optim, 2), mesh, 8)
+    job = step.Job(
+        model, parts, optim.make_optimizer(config.optim, 2, parts.specs), mesh, 8
+    )
     base = random_params(model.specs)
     return job, base, parts.init(jax.random.key(0), base)
 

@@ -1,220 +1,38 @@
-"""The real commands in processes of their own, on a tiny model: `train`, `generate`.
-
-What takes long runs once, in the background, two processes at a time: see `chain`.
-"""
+"""Fine-tuning through the real commands: `train`, `generate`; see `commands.py`."""
 
 import collections
 import csv
 import dataclasses
 import gzip
 import json
-import os
 import re
-import shutil
 import signal
 import struct
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_model
+from commands import (
+    EVALUATIONS,
+    FEW_ROWS,
+    QUESTION,
+    RANK,
+    ROOT,
+    STEPS,
+    chain,
+    snapshot,
+    step_line,
+)
 
 from research import jobs, mesh
 from research.base import open_base
 from research.checkpoint import Checkpointer
-from research.config import Config, DataConfig, MeshConfig, flat
+from research.config import Config, DataConfig, MeshConfig
 from research.data.sources import load_rows
+from research.knobs import flat
 from research.run_dir import RunDir
 from research.step import abstract_state
-
-ROOT = Path(__file__).parents[1]
-TIMEOUT = 300
-STEPS, EVAL_EVERY, RANK = 16, 6, 4
-EVALUATIONS = sorted({*range(0, STEPS, EVAL_EVERY), STEPS})
-
-CONFIG = f"""
-from research.config import defaults
-
-def get_config():
-    config = defaults()
-    config.model.weights = "model"
-    config.model.dtype = "float32"
-    config.steps = {STEPS}
-    config.lora.rank = {RANK}
-    config.lora.dropout = 0.1
-    config.data.seq_len = 256
-    config.data.overlength = "drop"
-    config.data.batch_size = 8
-    config.data.microbatch_size = 4
-    config.data.held_out = 128
-    config.optim.learning_rate = 1e-2
-    config.eval.every = {EVAL_EVERY}
-    config.eval.max_new_tokens = 16
-    config.checkpoint.every = 5
-    config.runtime.peak_tflops = 0.05
-    return config
-"""
-# As many steps as the others make: another number is another program to compile.
-FEW_ROWS = ("--config.eval.prompts=1", "--config.data.held_out=4")
-QUESTION = "Are whales fish?"
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A process that has ended; `out` and `err` are its two streams."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-
-class Place:
-    """A folder with `model` and `config.py`, and commands that run in it."""
-
-    def __init__(self, folder, cache):
-        self.folder, self.cache = folder, cache
-
-    def _popen(self, module, flags, devices):
-        settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
-        env |= {
-            "PYTHONPATH": str(ROOT),
-            "XDG_CACHE_HOME": str(self.cache),
-            "HF_HOME": str(self.cache),
-            "HF_HUB_OFFLINE": "1",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "COLUMNS": "160",
-        }
-        return subprocess.Popen(
-            [sys.executable, "-m", f"research.{module}", *flags],
-            cwd=self.folder,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def run(self, module, *flags, stdin="", devices=1):
-        begun = time.monotonic()
-        with self._popen(module, flags, devices) as process:
-            try:
-                out, err = process.communicate(stdin.encode(), timeout=TIMEOUT)
-            finally:
-                process.kill()
-        seconds = time.monotonic() - begun
-        return Finished(process.returncode, out.decode(), err.decode(), seconds)
-
-    def train(self, run, *flags, **options):
-        return self.run("train", *self._train_flags(run), *flags, **options)
-
-    def generate(self, run, *flags, **options):
-        limit = "--max_new_tokens=16"
-        return self.run("generate", f"--run=runs/{run}", limit, *flags, **options)
-
-    def _train_flags(self, run):
-        return "--config=config.py", f"--config.run_dir=runs/{run}"
-
-    def stop(self, run, said, number, *flags, devices=1):
-        """Trains and sends signal `number` at the first line that matches `said`."""
-        begun, err = time.monotonic(), []
-        with self._popen(
-            "train", (*self._train_flags(run), *flags), devices
-        ) as process:
-            guard = threading.Timer(TIMEOUT, process.kill)
-            guard.start()
-            # What it prints must not fill the pipe while the other one is read.
-            printed = ThreadPoolExecutor(1).submit(process.stdout.read)
-            sent = False
-            for line in process.stderr:
-                err.append(line.decode())
-                if not sent and re.match(said, err[-1]):
-                    process.send_signal(number)
-                    sent = True
-            code = process.wait()
-            guard.cancel()
-        seconds = time.monotonic() - begun
-        return Finished(code, printed.result().decode(), "".join(err), seconds)
-
-    def run_dir(self, run):
-        return self.folder / "runs" / run
-
-    def lines(self, run, kind):
-        text = (self.run_dir(run) / "metrics.jsonl").read_text()
-        return [x for x in map(json.loads, text.splitlines()) if x["kind"] == kind]
-
-    def saved_steps(self, run):
-        folder = self.run_dir(run) / "checkpoints"
-        return sorted(int(x.name) for x in folder.iterdir() if x.name.isdigit())
-
-
-def step_line(step):
-    return rf"step +{step}/{STEPS} "
-
-
-def snapshot(folder):
-    """Every file with its bytes; None where there is no such folder."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    known = {file: file.read_bytes() for file in files}
-    return known if folder.exists() else None
-
-
-CHAINS = {}
-
-
-def chain(function):
-    """A module fixture `function(place, results)` that runs in the background.
-
-    All that the chosen tests ask for start with the first of them; `results(name)`
-    waits for another one, which must stand above.
-    """
-    name = function.__name__
-    CHAINS[name] = function
-
-    @pytest.fixture(scope="module", name=name)
-    def fixture(results):
-        return results(name)
-
-    return fixture
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    tiny_model.make_tiny_model(folder / "model")
-    (folder / "config.py").write_text(CONFIG)
-    return Place(folder, tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def results(request, place):
-    wanted = {name for item in request.session.items for name in item.fixturenames}
-    futures = {}
-
-    def result(name):
-        return futures[name].result()
-
-    pool = ThreadPoolExecutor(2)
-    for name, function in CHAINS.items():
-        if name in wanted:
-            futures[name] = pool.submit(function, place, result)
-    if "refusals" in wanted:
-        for name, case in REFUSALS.items():
-            futures[name] = pool.submit(refuse, place, result, name, case)
-    yield result
-    pool.shutdown(cancel_futures=True)
-
-
-@chain
-def unbroken(place, results):
-    return place.train("unbroken", "--config.runtime.peak_tflops=0")
 
 
 @chain
@@ -399,7 +217,7 @@ def test_held_out_loss_falls(place, unbroken):
     before, *_, after = place.lines("unbroken", "eval")
     assert after["loss"] < 0.9 * before["loss"]
     total = sum(after["tokens"].values())
-    mean = sum(n * after["by_category"][c] for c, n in after["tokens"].items()) / total
+    mean = sum(n * after["by_group"][c] for c, n in after["tokens"].items()) / total
     assert mean == pytest.approx(after["loss"], rel=1e-6)
 
 
@@ -482,7 +300,7 @@ def numbers(place, run):
         (x["step"], x["loss"], x["grad_norm"], x["learning_rate"], x["tokens"])
         for x in place.lines(run, "train")
     ]
-    held = {x["step"]: (x["loss"], x["by_category"]) for x in place.lines(run, "eval")}
+    held = {x["step"]: (x["loss"], x["by_group"]) for x in place.lines(run, "eval")}
     return train, held
 
 
@@ -491,7 +309,7 @@ def final_state(place, run):
     config = folder.config()
     job = jobs.make_job(
         config,
-        open_base(str(place.folder / config.model.weights)),
+        open_base(str(place.folder / config.model.init_from)),
         mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
     )
     with Checkpointer(
@@ -590,7 +408,7 @@ def test_own_csv_with_mapped_columns_trains(place, own_csv):
     assert re.search(r"What is (\d+) plus \1\?", shown)
     assert re.search(r"Adding \d+ doubles it\.<\|im_end\|>", own_csv.out)
     assert re.search(r"\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]", shown)
-    assert place.lines("csv", "eval")[-1]["by_category"].keys() == {"doubles", "sums"}
+    assert place.lines("csv", "eval")[-1]["by_group"].keys() == {"doubles", "sums"}
 
 
 def test_own_chats_train_on_every_answer(place, own_chats):
@@ -637,186 +455,6 @@ def test_prompts_longer_than_the_context_do_not_lose_the_report(place, long_prom
     assert (place.run_dir("long") / "report.md").is_file()
 
 
-# -- what is refused -----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Flags, what the message must name, and what has to be there first."""
-
-    flags: tuple[str, ...]
-    names: tuple[str, ...]
-    files: tuple[tuple[str, str], ...] = ()
-    prepare: str = ""
-    devices: int = 1
-    command: str = "train"
-
-
-def bad_file(name, text, *names, flags=()):
-    path = f"--config.data.path={name}"
-    return Refusal((path, *flags), names, files=((name, text),))
-
-
-GOOD = '{"instruction": "a", "response": "b"}\n'
-
-REFUSALS = {
-    "missing data": Refusal(
-        ("--config.data.path=absent.jsonl",), ("absent.jsonl", "config.data.path")
-    ),
-    "malformed line": bad_file(
-        "torn.jsonl", GOOD + GOOD + '{"instruction":\n', "torn.jsonl:3", "bad_lines"
-    ),
-    "unknown column": bad_file(
-        "columns.jsonl",
-        GOOD,
-        "columns.response",
-        "'anser'",
-        "'instruction', 'response'",
-        flags=("--config.data.columns.response=anser",),
-    ),
-    "no usable row": bad_file(
-        "none.jsonl", GOOD.replace("b", ""), "none.jsonl", "no usable row"
-    ),
-    "all too long": Refusal(("--config.data.seq_len=8",), ("config.data.seq_len=8",)),
-    "unknown target": Refusal(
-        ("--config.lora.targets=('quary',)",),
-        ("'quary'", "'query'", "layers.attention.query.kernel", "layers.mlp.up.kernel"),
-    ),
-    "broken pattern": Refusal(("--config.lora.targets=('mlp(',)",), ("mlp(",)),
-    "rank 0": Refusal(("--config.lora.rank=0",), ("config.lora.rank", "0")),
-    "negative seed": Refusal(("--config.seed=-1",), ("config.seed", "-1")),
-    "mistyped choice": Refusal(
-        ("--config.model.dtype=bfloat",), ("config.model.dtype", "'bfloat16'")
-    ),
-    "mesh for other devices": Refusal(
-        ("--config.mesh.data=3",), ("data=3", "8 devices"), devices=8
-    ),
-    "mesh that cuts heads": Refusal(
-        ("--config.mesh.tensor=4",),
-        ("kv_heads", "size 2", "tensor=4", "config.mesh.tensor", "1, 2"),
-        devices=8,
-    ),
-    "missing weights": Refusal(
-        ("--config.model.weights=absent",), ("'absent'", "hub://", "pkg://")
-    ),
-    "weights that do not fit": Refusal(
-        ("--config.model.weights=misfit",),
-        ("do not fit", "mlp.gate_proj.weight", "[128, 64]", "[96, 64]"),
-        prepare="misfit",
-    ),
-    "another config": Refusal(("--config.seed=1",), ("seed: 0 -> 1",), prepare="copy"),
-    "another base": Refusal((), ("base model:", "run_dir"), prepare="base"),
-    "another base's checkpoint": Refusal(
-        (), ("checkpoint", "base model:"), prepare="checkpoint"
-    ),
-    "run_dir under a file": Refusal(
-        ("--config.run_dir=config.py/run",), ("config.py/run", "--config.run_dir")
-    ),
-    "run_dir of something else": Refusal(
-        ("--config.run_dir=model",), ("model/config.json",)
-    ),
-    "run_dir that is a file": Refusal(
-        ("--config.run_dir=config.py",), ("config.py", "--config.run_dir")
-    ),
-    "no run_dir": Refusal(("--config.run_dir=",), ("config.run_dir",)),
-    "mistyped knob": Refusal(
-        ("--config.lora.rnak=4",), ("config.lora.rnak", "'config.lora.rank'")
-    ),
-    "wrong type": Refusal(("--config.steps=many",), ("config.steps", "'many'")),
-    "wrong type in the config": Refusal(
-        ("--config=typed.py",),
-        ("rank", "four", "int"),
-        files=(("typed.py", CONFIG.replace(f"= {RANK}", "= 'four'")),),
-    ),
-    "mistyped knob in the config": Refusal(
-        ("--config=mistyped.py",),
-        ("rnak", "rank"),
-        files=(("mistyped.py", CONFIG.replace("lora.rank", "lora.rnak")),),
-    ),
-    "missing config": Refusal(("--config=absent.py",), ("absent.py",)),
-    "no config": Refusal(
-        ("--config.steps=3",), ("--config=FILE.py",), command="bare train"
-    ),
-    "stray argument": Refusal(("steps=3",), ("'steps=3'",)),
-    "talk: no run": Refusal(
-        ("--run=runs/absent",), ("runs/absent", "config.json"), command="generate"
-    ),
-    "talk: no run named": Refusal(("--prompt=x",), ("--run",), command="generate"),
-    "talk: unknown step": Refusal(
-        ("--step=7", "--prompt=x"), ("'7'", str(STEPS)), prepare="copy",
-        command="generate",
-    ),
-    "talk: another base": Refusal(
-        ("--prompt=x",), ("base model:",), prepare="base", command="generate"
-    ),
-    "talk: too long a prompt": Refusal(
-        (f"--prompt={'word ' * 200}",), ("512",), prepare="copy", command="generate"
-    ),
-    "talk: mistyped flag": Refusal(("--promt=x",), ("promt",), command="generate"),
-}  # fmt: skip
-
-
-def refuse(place, results, name, case):
-    """Runs it; returns how it ended and whether its run directory is as it was."""
-    run = name.replace(" ", "-").replace(":", "").replace("'", "")
-    for file, text in case.files:
-        (place.folder / file).write_text(text)
-    if case.prepare == "misfit":
-        make_misfit(place.folder / "model", place.folder / "misfit")
-    if case.prepare in ("copy", "base", "checkpoint"):
-        results("unbroken")
-        shutil.copytree(place.run_dir("unbroken"), place.run_dir(run))
-        (place.run_dir(run) / "complete.json").unlink()
-    if case.prepare in ("base", "checkpoint"):
-        place = change_base(place, run, everywhere=case.prepare == "checkpoint")
-    before = snapshot(place.run_dir(run))
-    if case.command == "train":
-        finished = place.train(run, *case.flags, devices=case.devices)
-    else:
-        known = [f"--run=runs/{run}"] if case.prepare else []
-        module = case.command.removeprefix("bare ")
-        finished = place.run(module, *known, *case.flags)
-    return finished, before == snapshot(place.run_dir(run))
-
-
-def make_misfit(model, copy):
-    shutil.copytree(model, copy)
-    config = tiny_model.CONFIG | {"intermediate_size": 96}
-    (copy / "config.json").write_text(json.dumps(config))
-
-
-def change_base(place, run, everywhere):
-    """The run moved to where `model` is another; `everywhere`: its papers say so."""
-    moved = Place(place.folder / f"moved-{run}", place.cache)
-    tiny_model.make_tiny_model(moved.folder / "model", seed=1)
-    shutil.copy(place.folder / "config.py", moved.folder)
-    shutil.move(place.run_dir(run), moved.run_dir(run))
-    if everywhere:
-        identity = moved.run_dir(run) / "identity.json"
-        now = open_base(str(moved.folder / "model")).fingerprint
-        said = json.loads(identity.read_text())
-        identity.write_text(json.dumps(said | {"base model": now}, indent=2))
-    return moved
-
-
-@pytest.fixture(scope="module")
-def refusals(results):
-    return results
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refused_with_one_message_and_nothing_written(name, refusals, unbroken):
-    finished, untouched = refusals(name)
-    said = finished.err
-    assert finished.code == 2, said
-    assert "Traceback" not in said
-    assert len(re.findall("^error: ", said, re.M)) == 1, said
-    message = said.partition("error: ")[2]
-    for part in REFUSALS[name].names:
-        assert part in message
-    assert untouched
-
-
 # -- the doors -----------------------------------------------------------------------
 
 
@@ -829,72 +467,3 @@ def test_help_is_quick_and_names_everything(place, module):
         assert f"--config.{knob}=" in finished.out
     for flag in ("run", "prompt", "step", "compare") if module == "generate" else ():
         assert f"--{flag}=" in finished.out
-
-
-def test_make_help_lists_every_target():
-    make = shutil.which("make") or pytest.skip("no make here")
-    # Under `make test` these would make it talk of a make within a make.
-    apart = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-    finished = subprocess.run(
-        [make, "help"], cwd=ROOT, capture_output=True, text=True, check=True, env=apart
-    )
-    (phony,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)
-    told = dict(line.split("\t") for line in finished.stdout.splitlines())
-    assert set(told) == set(phony.split())
-    assert all(text.strip() for text in told.values())
-
-
-VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-@pytest.fixture
-def bare(tmp_path):
-    """A PATH with an old Python alone, and an empty HOME."""
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    (bin_folder / "cat").symlink_to(shutil.which("cat"))
-    old = bin_folder / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    return {"PATH": str(bin_folder), "HOME": str(tmp_path / "home")}
-
-
-def find_python(env):
-    return subprocess.run(
-        [shutil.which("bash"), ROOT / "launch/find_python.sh"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_no_usable_python_is_said_with_what_to_do(bare):
-    finished = find_python(bare)
-    assert (finished.returncode, finished.stdout) == (1, "")
-    assert finished.stderr.startswith("error: no Python of 3.13 3.12 3.11")
-    for remedy in ("apt-get install", "pyenv install", "uv python", "PYTHON="):
-        assert remedy in finished.stderr
-
-
-def test_a_named_python_is_taken_or_refused_but_never_replaced(bare):
-    finished = find_python(bare | {"PYTHON": "nonsense"})
-    assert (finished.returncode, finished.stdout) == (1, "")
-    assert finished.stderr.startswith("error: PYTHON=nonsense")
-    finished = find_python(bare | {"PYTHON": sys.executable})
-    assert finished.stdout.strip() == sys.executable
-
-
-@pytest.mark.parametrize(
-    "inner",
-    [
-        f".pyenv/versions/{VERSION}.7/bin/python",
-        f".local/share/uv/python/cpython-{VERSION}.7-linux-x86_64-gnu/bin/python3",
-    ],
-    ids=["pyenv", "uv"],
-)
-def test_an_interpreter_off_the_path_is_found(bare, inner):
-    hidden = Path(bare["HOME"]) / inner
-    hidden.parent.mkdir(parents=True)
-    hidden.symlink_to(sys.executable)
-    finished = find_python(bare)
-    assert finished.stdout.strip() == str(hidden), finished.stderr

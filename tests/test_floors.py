@@ -11,20 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "research"
 
-# A file imports only lower floors; `models` and `data` are packages on floor 2, whose
-# files may import their own siblings.
+# A file imports only lower floors; `models`, `data` and `tasks` are packages on one
+# floor each, whose files may import their own siblings.
 FLOORS = {
     "errors": -1,  # under everything, so that anyone can raise for the user
-    "matrix": 0, "config": 0, "batch": 0, "trees": 0,
-    "runtime": 1, "mesh": 1, "progress": 1,
-    "models": 2, "data": 2,
-    "lora": 3, "weights": 3, "metrics": 3,
-    "trainable": 4, "loss": 4, "optim": 4, "base": 4, "report": 4,
-    "step": 5, "sampling": 5,
-    "checkpoint": 6, "evaluate": 6, "jobs": 6, "doctor": 6,
-    "loop": 7, "run_dir": 7, "answers": 7,
-    "training": 8, "chatting": 8, "doors": 8,
-    "train": 9, "generate": 9,
+    "knobs": 0, "matrix": 0, "batch": 0, "caches": 0,
+    "config": 1, "trees": 1,
+    "runtime": 2, "mesh": 2, "progress": 2,
+    "models": 3, "data": 3,
+    "lora": 4, "weights": 4, "metrics": 4,
+    "trainable": 5, "loss": 5, "optim": 5, "base": 5, "report": 5,
+    "step": 6, "sampling": 6,
+    "checkpoint": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,
+    "loop": 8, "run_dir": 8, "answers": 8, "step_log": 8,
+    "tasks": 9,
+    "training": 10, "chatting": 10, "doors": 10,
+    "train": 11, "generate": 11, "export": 11, "tokenize": 11,
 }  # fmt: skip
 
 FILES = sorted(f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py")
@@ -152,10 +154,11 @@ from research.models.transformer import Model
 
 config = Config()
 model = Model(PRESETS["tiny"])
+split = trainable.make(config, model.specs)
 job = step.Job(
     model,
-    trainable.make(config, model.specs),
-    optim.make_optimizer(config.optim, config.steps),
+    split,
+    optim.make_optimizer(config.optim, config.steps, split.specs),
     mesh.make_mesh(MeshConfig(), jax.devices()[:1]),
     loss_chunk=8,
 )

@@ -16,6 +16,7 @@ RNG = np.random.default_rng(0)
 HIDDEN = jnp.float32(RNG.normal(size=(B, T, D)))
 HEAD = jnp.float32(0.3 * RNG.normal(size=(D, V)))
 TARGETS = jnp.int32(RNG.integers(0, V, (B, T)))
+GROUPS = jnp.int32(RNG.integers(0, 3, (B, T)))
 
 WEIGHTS = {
     "none": np.zeros((B, T)),
@@ -28,14 +29,29 @@ WEIGHTS = {
 }
 
 
-def plain_loss(hidden, head, weights):
+def plain_loss(hidden, head, weights, z_loss=0.0):
     logits = hidden @ materialize(head)
     picked = jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, -1) - picked))
+    normalizer = jax.nn.logsumexp(logits, -1)
+    return jnp.sum(weights * (normalizer - picked + z_loss * normalizer**2))
 
 
-def chunked_loss(hidden, head, weights, chunk=16, shards=1):
-    return weighted_loss(hidden, head, TARGETS, weights, chunk=chunk, shards=shards)
+def both_losses(hidden, head, weights, chunk=16, shards=1, z_loss=0.0):
+    return weighted_loss(
+        hidden,
+        head,
+        TARGETS,
+        weights,
+        GROUPS,
+        n_groups=4,
+        chunk=chunk,
+        shards=shards,
+        z_loss=z_loss,
+    )
+
+
+def chunked_loss(hidden, head, weights, chunk=16, shards=1, z_loss=0.0):
+    return both_losses(hidden, head, weights, chunk, shards, z_loss)[0]
 
 
 plain_gradients = jax.jit(jax.value_and_grad(plain_loss, (0, 1)))
@@ -53,6 +69,29 @@ def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
         found = chunked_gradients(HIDDEN, HEAD, weights, chunk=chunk, shards=shards)
         close(found, plain_gradients(HIDDEN, HEAD, weights))
         assert (float(found[0]) > 0) == (name != "none")
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_groups_split_the_cross_entropy_and_leave_z_loss_out(z_loss):
+    for name, values in WEIGHTS.items():
+        weights = jnp.float32(values)
+        total, by_group = both_losses(HIDDEN, HEAD, weights, 10, 4, z_loss)
+        expected = [plain_loss(HIDDEN, HEAD, weights * (g == GROUPS)) for g in range(4)]
+        close(by_group, jnp.stack(expected))
+        assert z_loss == 0.0 or (float(total) > float(by_group.sum())) == (
+            name != "none"
+        )
+
+
+def test_z_loss_and_its_gradient_are_the_plain_ones():
+    weights = jnp.float32(WEIGHTS["fractions"])
+    found, expected = (
+        jax.value_and_grad(lambda h, w, f=loss: f(h, w, weights, z_loss=0.1), (0, 1))(
+            HIDDEN, HEAD
+        )
+        for loss in (chunked_loss, plain_loss)
+    )
+    close(found, expected)
 
 
 def test_gradients_follow_what_the_loss_is_multiplied_by():

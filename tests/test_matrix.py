@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import close
 
-from research.matrix import LowRank, contract, lookup, materialize, transpose
+from research.matrix import LowRank, Spec, contract, lookup, materialize, transpose
 
 
 def low_rank(shape, n_in=1, stack=(), rank=3, seed=0, **changes):
@@ -98,3 +98,13 @@ def test_dropout_keeps_the_mean():
     tolerance = 5 * np.std(dropped, axis=0) / 4000**0.5
     assert (np.abs(np.mean(dropped, axis=0) - contract(x, w)) < tolerance).all()
     assert np.std(dropped, axis=0).min() > 0.1
+
+
+def test_a_kernel_as_a_matrix_keeps_stack_values_and_split():
+    spec = Spec((2, 40, 8, 10), ("layers", "embed", "heads", "head_dim"), stacked=1)
+    assert spec.as_matrix.shape == (2, 40, 80)
+    assert spec.as_matrix.axes == ("layers", "embed", "heads")
+    out = Spec((8, 10, 40), ("heads", "head_dim", "embed"), n_in=2)
+    assert (out.as_matrix.shape, out.as_matrix.axes) == ((80, 40), ("heads", "embed"))
+    norm = Spec((40,), ("norm",), n_in=0)
+    assert norm.as_matrix is norm

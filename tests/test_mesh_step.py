@@ -57,9 +57,10 @@ def make_job(model, kind, sizes, dtype="float32"):
             constrain=meshes.constrain(mesh), dtype=jnp.dtype(dtype)
         ),
         trainable=dataclasses.replace(made, forward=forward),
-        optimizer=optim.make_optimizer(OPTIM, steps=10),
+        optimizer=optim.make_optimizer(OPTIM, 10, made.specs),
         mesh=mesh,
         loss_chunk=5,
+        groups=4,
     )
     return job, traced
 
@@ -84,7 +85,7 @@ def run(model, params, batch):
         metrics, traces = [], []
         for _ in range(3):
             state, found = train(state, frozen, on_mesh)
-            metrics.append({name: float(value) for name, value in found.items()})
+            metrics.append(jax.tree.map(np.asarray, found))
             traces.append(len(traced))
         return types.SimpleNamespace(
             job=job, frozen=frozen, first=first, state=state, metrics=metrics,
@@ -144,6 +145,10 @@ def test_metrics_are_what_their_names_say(run, model, params, batch):
     assert found["tokens"] == (batch.segments != 0).sum()
     plain = (plain_token_losses(model, params, batch) * batch.weights).sum()
     np.testing.assert_allclose(found["loss"], plain / batch.weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(found["group_loss"].sum(), plain, rtol=1e-5)
+    for group in range(4):
+        inside = batch.weights[batch.groups == group].sum()
+        assert found["group_weight"][group] == inside
 
 
 def test_eval_sums_each_group_once(model, params, batch):
@@ -151,7 +156,7 @@ def test_eval_sums_each_group_once(model, params, batch):
     batch = dataclasses.replace(batch, weights=np.float32(batch.weights * shares))
     job, _ = make_job(model, "full", (2, 2, 2))
     placed = place(params, model.specs, job.mesh)
-    evaluate = step.jit_eval_step(job, groups=4)
+    evaluate = step.jit_eval_step(job)
     found = evaluate(placed, {}, meshes.to_global(batch, job.mesh))
     plain = plain_token_losses(model, params, batch) * batch.weights
     for group in range(4):
@@ -383,5 +388,5 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     assert len(seen) == 4
     assert loss(1, 1) in seen
     one = Batch(ids[0], ids[0], np.ones((1, 4), np.float32), ids[0], ids[0], ids[0])
-    found = step.eval_step(job, 1, params, {}, one)
+    found = step.eval_step(job, params, {}, one)
     np.testing.assert_allclose(found["loss"], 4 * np.log(2.0), rtol=1e-6)

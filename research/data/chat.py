@@ -100,7 +100,8 @@ class ChatFormat:
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
         """Ids up to where the answer to the last user turn begins."""
-        record = Record(tuple(turns), context, "", "prompt")
+        stripped = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
+        record = Record(stripped, context, "", "prompt")
         texts = self._tokenizer.encode_texts(self._texts(record, context))
         roles = tuple(turn.role for turn in self._turns(record))
         return [

@@ -3,21 +3,18 @@
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from research.batch import Batch
 from research.config import Config
 from research.data.chat import ChatFormat
+from research.data.order import OrderedBatches, endless
 from research.data.packing import Document, build_batch, pack
 from research.data.records import Record
 from research.data.sources import Rows, load_rows, split_stratified
 from research.errors import UserError
-
-# More than any run reaches. Grain's own "for ever" overflows in batches of one.
-ENDLESS_EPOCHS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +145,8 @@ def _tokenize(
     return kept, documents, truncated
 
 
-class BatchIterator:
-    """Endless training batches of this process's rows.
-
-    Grain orders and repeats row *numbers*, and each process builds only its own rows
-    of a global batch, so the stream is the same for any number of processes. Every
-    epoch is a new permutation of the packed rows.
-    """
+class BatchIterator(OrderedBatches):
+    """Endless training batches; every epoch is a new permutation of packed rows."""
 
     def __init__(
         self,
@@ -169,30 +161,11 @@ class BatchIterator:
         seed: of the order.
         mine: which rows of a global batch this process builds; by default all.
         """
-        import grain
 
-        def rows_of(numbers: Any) -> Batch:
-            chosen = numbers if mine is None else numbers[list(mine)]
-            return split.batch([split.rows[int(i)] for i in chosen])
+        def rows_of(numbers: np.ndarray) -> Batch:
+            return split.batch([split.rows[int(i)] for i in numbers])
 
-        numbers = grain.MapDataset.range(len(split.rows)).seed(seed)
-        order = numbers.shuffle().repeat(ENDLESS_EPOCHS)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        batches = order.batch(batch_size).map(rows_of)
-        self._iterator = iter(batches.to_iter_dataset(options))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, Any]:
-        """Position, as JSON-able data."""
-        return self._iterator.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
+        super().__init__(endless(0, len(split.rows), seed), rows_of, batch_size, mine)
 
 
 def eval_batches(

@@ -1,13 +1,12 @@
 """Rows as people write them: the record every source is turned into, and readers.
 
 A file may be `.jsonl`, `.json` (one array), `.csv` or `.parquet`, the first three
-also with `.gz`. What is wrong with a row is said as `file:line`.
+also with `.gz`, `.bz2` or `.zst`. What is wrong with a row is said as `file:line`.
 """
 
 import contextlib
 import csv
 import dataclasses
-import gzip
 import io
 import json
 import zlib
@@ -16,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from research.config import ColumnsConfig
+from research.data.files import COMPRESSED, kind_of, open_bytes
 from research.errors import UserError, nearest
 
 ROLES = ("system", "user", "assistant")
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+# The library's own limit, 128 KiB, is less than a document may have.
+LONGEST_FIELD = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,42 +57,57 @@ class BadRowError(ValueError):
         self.reason = reason
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:
+def read_rows(
+    path: Path, *, errors: str = "strict", column: str = ""
+) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:
     """Yields `(where, row)` for every row; a `BadRowError` is an unreadable one.
+
+    Args:
+      path: the file.
+      errors: what becomes of bytes that are not UTF-8, as in `bytes.decode`; in CSV
+        they are always kept as surrogates.
+      column: where a format can read one column alone, read only this one, and in
+        small portions, since it may be long.
 
     Raises:
       UserError: the file is missing, unreadable or of an unknown kind.
     """
     if not path.is_file():
         raise UserError(f"data file {path} does not exist; check config.data.path")
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    if plain.suffix not in FORMATS:
+    kind = kind_of(path)
+    if kind not in FORMATS or (kind == ".parquet" and path.suffix in COMPRESSED):
         raise UserError(
             f"data file {path} is of an unknown kind; it must end in "
-            f"{', '.join(FORMATS)}, the first three also with .gz"
+            f"{', '.join(FORMATS)}, the first three also with {', '.join(COMPRESSED)}"
         )
     try:
-        if plain.suffix == ".parquet":
-            yield from _read_parquet(path)
+        if kind == ".parquet":
+            yield from _read_parquet(path, column)
             return
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            kinds = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-            yield from kinds[plain.suffix](file, path.name)
+        with open_bytes(path) as file:
+            if kind == ".csv":
+                yield from _read_csv(file, path.name)
+            else:
+                read = {".jsonl": _read_jsonl, ".json": _read_json}[kind]
+                yield from read(file, path.name, errors)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data file {path} cannot be read: {error}") from error
 
 
-def _read_jsonl(file: Iterable[bytes], name: str) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(
+    file: Iterable[bytes], name: str, errors: str
+) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, start=1):
         where = f"{name}:{number}"
         if line.strip():
-            yield where, _parse_json_row(line, where)
+            yield where, _parse_json_row(line, where, errors)
 
 
-def _parse_json_row(line: bytes, where: str) -> dict[str, Any] | BadRowError:
+def _parse_json_row(
+    line: bytes, where: str, errors: str
+) -> dict[str, Any] | BadRowError:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig", errors))
     except (ValueError, RecursionError) as error:
         return BadRowError("not JSON", where, f"not a JSON object in UTF-8 ({error})")
     return _as_object(row, where)
@@ -102,9 +119,9 @@ def _as_object(row: Any, where: str) -> dict[str, Any] | BadRowError:
     return BadRowError("not JSON", where, f"a JSON {type(row).__name__}, not an object")
 
 
-def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _read_json(file: Any, name: str, errors: str) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(file.read().decode("utf-8-sig"))
+        rows = json.loads(file.read().decode("utf-8-sig", errors))
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{name}:{line}: not a JSON array ({error})") from error
@@ -117,6 +134,7 @@ def _read_json(file: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    csv.field_size_limit(LONGEST_FIELD)
     reader = csv.DictReader(text, strict=True)
     try:
         for row in reader:
@@ -134,14 +152,16 @@ def _read_csv(file: Any, name: str) -> Iterator[tuple[str, Any]]:
         text.detach()  # The caller opened the file, and closes it.
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         number = 0
         with contextlib.closing(pyarrow.parquet.ParquetFile(path)) as file:
-            for batch in file.iter_batches():
+            alone = column in file.schema_arrow.names
+            portion = {"batch_size": 256, "columns": [column]} if alone else {}
+            for batch in file.iter_batches(**portion):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path.name}: row {number}", row

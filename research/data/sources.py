@@ -6,7 +6,6 @@ import hashlib
 import importlib.resources
 import logging
 import os
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from research.config import ColumnsConfig, DataConfig
+from research.data.hub import knock
 from research.data.records import BadRowError, Record, read_rows, to_record
 from research.errors import UserError, nearest
 
@@ -119,7 +119,7 @@ def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
     """
     from huggingface_hub import constants
 
-    if not _hub_answers(timeout):
+    if not knock(HUB_DATASET, "dataset", timeout).revision:
         folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
         if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():
             return None
@@ -134,29 +134,6 @@ def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
         logging.warning("data: hub %s not loaded (%s)", HUB_DATASET, error)
         return None
     return [(f"{HUB_DATASET}:{i}", row) for i, row in enumerate(rows, start=1)]
-
-
-def _hub_answers(timeout: float) -> bool:
-    """Whether the hub knows the data set, decided within `timeout` seconds.
-
-    Asked in a thread, since looking up a name has no time limit of its own.
-    """
-    import huggingface_hub
-
-    found: list[bool] = []
-
-    def ask() -> None:
-        try:
-            huggingface_hub.HfApi().dataset_info(HUB_DATASET, timeout=timeout)
-            found.append(True)
-        except Exception as error:  # As above.
-            first_line = str(error).partition("\n")[0]
-            logging.info("data: the hub is out of reach (%s)", first_line)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(found)
 
 
 def split_stratified(

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from research.errors import UserError
+from research.errors import UserError, nearest
 
 NEEDED = (
     "vocab_size",
@@ -58,6 +58,7 @@ class Architecture:
             )
 
 
+# Sizes count the vocabulary given here; pre-training takes its tokenizer's instead.
 PRESETS = {
     "tiny": Architecture(
         vocab=256,
@@ -68,6 +69,38 @@ PRESETS = {
         kv_heads=4,
         head_dim=16,
         tied_head=True,
+    ),
+    "llama-6m": Architecture(
+        vocab=4096,
+        embed=256,
+        mlp=768,
+        layers=6,
+        heads=4,
+        kv_heads=4,
+        head_dim=64,
+        tied_head=True,
+    ),
+    "llama-125m": Architecture(
+        vocab=32768,
+        embed=768,
+        mlp=2048,
+        layers=14,
+        heads=12,
+        kv_heads=4,
+        head_dim=64,
+        tied_head=True,
+    ),
+    "llama-1b": Architecture(
+        vocab=128256,
+        embed=2048,
+        mlp=8192,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        tied_head=True,
+        rope_theta=500000.0,
+        max_position=8192,
     ),
     "smollm2-135m": Architecture(
         vocab=49152,
@@ -95,6 +128,54 @@ PRESETS = {
         max_position=131072,
     ),
 }
+
+
+def preset(name: str, vocab: int) -> Architecture:
+    """The shape `name` with room for `vocab` ids.
+
+    The table is rounded up to a multiple of 128, so that it splits over a mesh and
+    fills an accelerator's tiles; ids above `vocab` never occur.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(
+            f"config.model.preset is {name!r}{nearest(name, PRESETS)}; it must be one "
+            f"of {', '.join(PRESETS)}"
+        )
+    return dataclasses.replace(PRESETS[name], vocab=-(-vocab // 128) * 128)
+
+
+def to_hf_config(a: Architecture) -> dict[str, Any]:
+    """The `config.json` that Hugging Face's Llama reads; undone by `from_hf_config`."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rope_theta}
+    if a.rope_scaling.kind != "default":
+        rope |= {"rope_type": a.rope_scaling.kind, "factor": a.rope_scaling.factor}
+    if a.rope_scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": a.rope_scaling.low_freq_factor,
+            "high_freq_factor": a.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": a.rope_scaling.original_max_position,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": a.vocab,
+        "hidden_size": a.embed,
+        "intermediate_size": a.mlp,
+        "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": a.norm_eps,
+        "rope_parameters": rope,
+        "rope_theta": a.rope_theta,
+        "max_position_embeddings": a.max_position,
+        "tie_word_embeddings": a.tied_head,
+        "torch_dtype": "float32",
+    }
 
 
 def from_hf_config(config: dict[str, Any]) -> Architecture:

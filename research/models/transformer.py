@@ -73,7 +73,7 @@ class Attention(nnx.Module):
             (a.heads, a.head_dim, a.embed),
             ("heads", "head_dim", "embed"),
             n_in=2,
-            std=(a.heads * a.head_dim) ** -0.5,
+            std=(a.heads * a.head_dim * 2 * a.layers) ** -0.5,
         )
         self.output = Linear(out, rngs)
 
@@ -104,7 +104,9 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, a: Architecture, rngs: nnx.Rngs):
         up = Spec((a.embed, a.mlp), ("embed", "mlp"), std=a.embed**-0.5)
-        down = Spec((a.mlp, a.embed), ("mlp", "embed"), std=a.mlp**-0.5)
+        down = Spec(
+            (a.mlp, a.embed), ("mlp", "embed"), std=(a.mlp * 2 * a.layers) ** -0.5
+        )
         self.gate = Linear(up, rngs)
         self.up = Linear(up, rngs)
         self.down = Linear(down, rngs)
@@ -134,6 +136,13 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
+    """Embedding, blocks, norm and head, at their random start.
+
+    Matrices are normal with variance 1 / fan-in (LeCun et al. 1998, section 4.6);
+    what writes into the residual stream is smaller by sqrt(2 * layers), so that the
+    stream does not grow with depth (Radford et al. 2019, GPT-2, section 2.3).
+    """
+
     def __init__(self, a: Architecture, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=a.layers)
         @nnx.vmap(in_axes=0, out_axes=0)

@@ -1,0 +1,10 @@
+"""Where things are kept that can be made again."""
+
+import os
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """`research` in the user's cache folder; nothing is made here."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "research"

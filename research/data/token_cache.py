@@ -1,0 +1,315 @@
+"""Documents are tokenised once, into a folder that any number of runs can share.
+
+The inputs are cut into units, and the processes of a run share the units. A unit
+becomes shards of about `SHARD_BYTES` of text; a shard that is finished is never made
+again, so a killed build costs at most the shards in work.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from research.config import TextConfig
+from research.data import documents
+from research.data.documents import Input, Piece, Source
+from research.data.encoding import encoded
+from research.data.files import remove_leftovers
+from research.data.identity import cache_folder, cannot_write, source_key
+from research.data.layout import Layout, is_held_out
+from research.data.shards import (
+    Manifest,
+    Shard,
+    Totals,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError
+
+FORMAT = 1
+UNIT_BYTES = 16 << 20
+SHARD_BYTES = 16 << 20
+SECONDS_BETWEEN_LINES = 5.0
+# Another process that finishes no shard for so long is taken for dead or for one that
+# writes elsewhere: its units are then made here, too.
+PATIENCE = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedSource:
+    """A finished cache.
+
+    Attributes:
+      name: of the source.
+      folder: where the shards are.
+      manifest: what they hold.
+      layout: what stands around documents.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    layout: Layout
+
+
+def open_cache(
+    source: Source,
+    tokenizer: Tokenizer,
+    config: TextConfig,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> CachedSource:
+    """The tokenised source, made first where it is not there.
+
+    With several processes each makes its share of the units, and returns when all
+    are there.
+
+    Raises:
+      UserError: an input cannot be read or used, or the folder cannot be written.
+    """
+    layout = Layout.of(tokenizer)
+    cache = cache_folder(config)
+    key = source_key(source, cache, _settings(tokenizer, layout, config))
+    folder = cache / "tokens" / f"{source.name}-{key[:16]}"
+    manifest = read_manifest(folder, key)
+    if manifest is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            build = _Build(source, tokenizer, layout, config.held_out_share, folder)
+            manifest = build.run(key, process_index, process_count)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+    total = manifest.total("train") + manifest.total("held")
+    if not total.documents:
+        left_out = ", ".join(f"{n} {why}" for why, n in manifest.left_out().items())
+        raise UserError(
+            f"text source {source.name}={source.where} has no readable text "
+            f"(left out: {left_out or 'nothing'})"
+        )
+    return CachedSource(source.name, folder, manifest, layout)
+
+
+def _settings(tokenizer: Tokenizer, layout: Layout, config: TextConfig) -> dict:
+    return {
+        "format": FORMAT,
+        "sizes": [documents.PIECE_BYTES, UNIT_BYTES, SHARD_BYTES],
+        "tokenizer": tokenizer.fingerprint,
+        "layout": dataclasses.astuple(layout),
+        "held_out_share": config.held_out_share,
+    }
+
+
+def units_of(inputs: Iterable[Input]) -> list[list[Input]]:
+    """Neighbours together up to about `UNIT_BYTES`; what is larger stands alone."""
+    units: list[list[Input]] = []
+    room = 0
+    for item in inputs:
+        if not units or item.size > room:
+            units.append([])
+            room = UNIT_BYTES
+        units[-1].append(item)
+        room -= item.size
+    return units
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Step:
+    """A piece on its way into a shard; without a piece, only the end of a unit."""
+
+    unit: int
+    number: int
+    piece: Piece | None
+    size: int
+    held: bool
+    closes: bool
+    last: bool
+    left_out: dict[str, int]
+
+
+class _Growing:
+    """A shard in work: ids and counts, and no text."""
+
+    def __init__(self) -> None:
+        self.data = (bytearray(), bytearray())
+        self._documents, self._bytes, self._pieces = [0, 0], [0, 0], 0
+        self._tokens = [0, 0]
+        self._held_lengths: list[int] = []
+        self._held_continues = False
+
+    def add(self, step: _Step, ids: np.ndarray) -> None:
+        """Takes a piece that was tokenised."""
+        side = int(step.held)
+        self.data[side].extend(ids.tobytes())
+        self._pieces += 1
+        self._documents[side] += step.piece.starts
+        self._tokens[side] += len(ids)
+        self._bytes[side] += step.size
+        if step.held:
+            if step.piece.starts or not self._held_lengths:
+                self._held_continues |= not step.piece.starts
+                self._held_lengths.append(0)
+            self._held_lengths[-1] += step.size
+
+    def shard(self, end: _Step) -> Shard:
+        """What its JSON will say, given its last step."""
+        train, held = (
+            Totals(*counts)
+            for counts in zip(self._documents, self._tokens, self._bytes, strict=True)
+        )
+        return Shard(
+            unit=end.unit,
+            number=end.number,
+            pieces=self._pieces,
+            train=train,
+            held=held,
+            held_lengths=self._held_lengths,
+            held_continues=self._held_continues,
+            sha256=[hashlib.sha256(data).hexdigest() for data in self.data],
+            last=end.last,
+            left_out=end.left_out,
+        )
+
+
+class _Build:
+    """Makes the shards of a source that are not there."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        layout: Layout,
+        held_out_share: float,
+        folder: Path,
+    ):
+        self._source = source
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._share = held_out_share
+        self._folder = folder
+        self._units = units_of(source.inputs)
+        self._seen, self._alone = 0, False
+        self._begun = self._said = time.monotonic()
+
+    def run(self, key: str, process_index: int, process_count: int) -> Manifest:
+        """Makes this process's units, waits for the others', writes the manifest."""
+        count = len(self._units)
+        logging.info(
+            "text: tokenising %s (%s), %d files in %d units, into %s",
+            self._source.name, self._source.where, len(self._source.inputs), count,
+            self._folder,
+        )  # fmt: skip
+        self._make(range(process_index, count, process_count))
+        shards = self._wait_for(range(count))
+        manifest = Manifest(key, self._layout.dtype, shards)
+        write_manifest(self._folder, manifest)
+        self._sum_up(manifest)
+        return manifest
+
+    def _make(self, units: Iterable[int]) -> None:
+        growing = _Growing()
+        for step, ids in encoded(
+            (step for unit in units for step in self._steps(unit)),
+            lambda step: step.piece.text if step.piece else "",
+            self._tokenizer,
+            self._layout.dtype,
+        ):
+            if step.piece:
+                growing.add(step, self._layout.frame(step.piece, ids))
+            if step.closes:
+                shard = growing.shard(step)
+                write_shard(self._folder, shard, growing.data, self._layout.dtype)
+                growing = _Growing()
+
+    def _steps(self, unit: int) -> Iterator[_Step]:
+        """The pieces of a unit that are in no finished shard."""
+        if self._finished(unit):
+            return
+        left_out: collections.Counter[str] = collections.Counter()
+        pieces = self._source.read(self._units[unit], left_out)
+        number, taken, filled, held = 0, 0, 0, False
+        done = read_shard(self._folder, unit, 0, self._layout.dtype)
+        piece = next(pieces, None)
+        if piece is None:
+            yield _Step(unit, 0, None, 0, False, True, True, dict(left_out))
+        while piece is not None:
+            following = next(pieces, None)
+            last = following is None
+            if piece.starts:
+                held = is_held_out(piece, self._share)
+            text = piece.text
+            size = len(text) if text.isascii() else len(text.encode())
+            taken, filled = taken + 1, filled + size
+            if done is None:
+                closes = last or filled >= SHARD_BYTES
+                counts = dict(left_out) if last else {}
+                yield _Step(unit, number, piece, size, held, closes, last, counts)
+            else:
+                closes = taken == done.pieces
+            self._tell(size)
+            if closes:
+                number, taken, filled = number + 1, 0, 0
+                done = read_shard(self._folder, unit, number, self._layout.dtype)
+            piece = following
+
+    def _finished(self, unit: int) -> list[Shard]:
+        """All shards of a unit, or none where it is not finished."""
+        shards: list[Shard] = []
+        while not shards or not shards[-1].last:
+            shard = read_shard(self._folder, unit, len(shards), self._layout.dtype)
+            if shard is None:
+                return []
+            shards.append(shard)
+        return shards
+
+    def _wait_for(self, units: Iterable[int]) -> list[Shard]:
+        """The shards of all units in order; others' are waited for, to a point."""
+        shards: list[Shard] = []
+        for unit in units:
+            found, files = self._finished(unit), -1
+            while not found:
+                now = len(list(self._folder.glob("u*.json")))
+                if now != files:
+                    files, deadline = now, time.monotonic() + PATIENCE
+                if self._alone or time.monotonic() > deadline:
+                    if not self._alone:
+                        logging.info("text: nobody makes unit %d; made here", unit)
+                    self._alone = True
+                    self._make([unit])
+                else:
+                    time.sleep(0.1)
+                found = self._finished(unit)
+            shards += found
+        return shards
+
+    def _tell(self, size: int) -> None:
+        self._seen += size
+        now = time.monotonic()
+        if now - self._said < SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        speed = self._seen / (now - self._begun)
+        total = self._source.text_bytes
+        of = f" of {total / 1e6:.0f}" if total else ""
+        left = f", {max(total - self._seen, 0) / speed:.0f} s left" if total else ""
+        logging.info(
+            "text: %s, %.0f%s MB tokenised, %.2f MB/s%s",
+            self._source.name, self._seen / 1e6, of, speed / 1e6, left,
+        )  # fmt: skip
+
+    def _sum_up(self, manifest: Manifest) -> None:
+        total = manifest.total("train") + manifest.total("held")
+        logging.info(
+            "text: %s tokenised: %d documents, %d tokens, %d bytes, %.2f bytes a "
+            "token, %.1f s",
+            self._source.name, total.documents, total.tokens, total.bytes,
+            total.bytes / max(total.tokens, 1), time.monotonic() - self._begun,
+        )  # fmt: skip

@@ -1,0 +1,47 @@
+"""Which task a config asks for: the one place that reads `config.data.kind`."""
+
+import jax
+
+from research.base import Base, open_base, random_base
+from research.config import Config
+from research.data import tokenizer as tokenizers
+from research.data.chat import ChatFormat
+from research.data.tokenizer_choice import open_tokenizer
+from research.run_dir import RunDir
+from research.tasks.instructions import InstructionTask
+from research.tasks.protocol import PromptFormat, Task
+from research.tasks.text import PlainFormat, TextTask
+
+
+def open_start(config: Config, folder: RunDir) -> Base:
+    """The model a run starts from; a run that exists keeps its own tokenizer.
+
+    Raises:
+      UserError: it is not there, or does not fit.
+    """
+    if config.model.init_from:
+        return open_base(config.model.init_from, config.data.hub_timeout)
+    if folder.exists:
+        tokenizer = tokenizers.from_folder(folder.tokenizer)
+    else:
+        tokenizer = open_tokenizer(config)
+    return random_base(config.model.preset, tokenizer)
+
+
+def load_task(config: Config, base: Base) -> Task:
+    """Reads the data of `config`.
+
+    Raises:
+      UserError: it cannot be read, or nothing is left to train on.
+    """
+    if config.data.kind == "text":
+        processes = (jax.process_index(), jax.process_count())
+        return TextTask(config, base.tokenizer, processes)
+    return InstructionTask(config, base.tokenizer, base.architecture.max_position)
+
+
+def prompt_format(config: Config, base: Base) -> PromptFormat:
+    """How prompts are put to a model trained by `config`."""
+    if config.data.kind == "text":
+        return PlainFormat(base.tokenizer)
+    return ChatFormat(base.tokenizer, config.data.template, config.data.system)

@@ -1,0 +1,48 @@
+"""Trains a tokenizer: `python -m research.tokenize --source=docs=folder --out=tok`."""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from research import doors
+from research.errors import UserError
+
+USAGE = """
+python -m research.tokenize --source=NAME=WHERE [--source=...] --vocab=4096 --out=FOLDER
+
+Trains a byte-level BPE on the sources, and says how many bytes a token stands for on
+each. The folder can be given as --config.text.tokenizer=FOLDER, and to transformers.
+WHERE is stdlib, a file, a folder or hub://owner/name[:subset][@split].
+"""
+
+flags.DEFINE_multi_string("source", [], "text to train on, name=where; repeatable")
+flags.DEFINE_integer("vocab", 4096, "ids, at least 257")
+flags.DEFINE_string("out", "", "folder to write tokenizer.json to")
+flags.DEFINE_string("column", "text", "column with the text, in files of rows")
+flags.DEFINE_string(
+    "undecodable", "stop", "documents not in UTF-8: stop, skip, replace"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    doors.parse(argv, USAGE, has_config=False)
+    f = flags.FLAGS
+    if not f.source:
+        raise UserError("--source=NAME=WHERE is missing, e.g. --source=code=stdlib")
+    if not f.out:
+        raise UserError("--out=FOLDER is missing, e.g. --out=runs/tokenizer")
+    from research.config import Config, TextConfig
+    from research.data.tokenizer_choice import make_tokenizer
+
+    text = TextConfig(
+        sources=tuple(f.source), column=f.column, undecodable=f.undecodable
+    )
+    for name, size, tokens in make_tokenizer(Config(text=text), f.vocab, f.out):
+        print(f"{name}: {size / tokens:.3f} bytes a token, over {size} bytes")
+    print(f"tokenizer written to {f.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    doors.run(main)

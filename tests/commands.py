@@ -1,0 +1,214 @@
+"""The real commands in processes of their own, on a tiny model, and what they left.
+
+What takes long runs once, in the background, two processes at a time: see `chain`.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tiny_model
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 300
+STEPS, EVAL_EVERY, RANK = 16, 6, 4
+EVALUATIONS = sorted({*range(0, STEPS, EVAL_EVERY), STEPS})
+
+CONFIG = f"""
+from research.config import defaults
+
+def get_config():
+    config = defaults()
+    config.model.init_from = "model"
+    config.model.dtype = "float32"
+    config.steps = {STEPS}
+    config.lora.rank = {RANK}
+    config.lora.dropout = 0.1
+    config.data.seq_len = 256
+    config.data.overlength = "drop"
+    config.data.batch_size = 8
+    config.data.microbatch_size = 4
+    config.data.held_out = 128
+    config.optim.learning_rate = 1e-2
+    config.eval.every = {EVAL_EVERY}
+    config.eval.max_new_tokens = 16
+    config.checkpoint.every = 5
+    config.runtime.peak_tflops = 0.05
+    return config
+"""
+# As many steps as the others make: another number is another program to compile.
+FEW_ROWS = ("--config.eval.prompts=1", "--config.data.held_out=4")
+QUESTION = "Are whales fish?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A process that has ended; `out` and `err` are its two streams."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Place:
+    """A folder with `model` and `config.py`, and commands that run in it."""
+
+    def __init__(self, folder, cache):
+        self.folder, self.cache = folder, cache
+
+    def _popen(self, module, flags, devices):
+        settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
+        env |= {
+            "PYTHONPATH": str(ROOT),
+            "XDG_CACHE_HOME": str(self.cache),
+            "HF_HOME": str(self.cache),
+            "HF_HUB_OFFLINE": "1",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "COLUMNS": "160",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", f"research.{module}", *flags],
+            cwd=self.folder,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, module, *flags, stdin="", devices=1):
+        begun = time.monotonic()
+        with self._popen(module, flags, devices) as process:
+            try:
+                out, err = process.communicate(stdin.encode(), timeout=TIMEOUT)
+            finally:
+                process.kill()
+        seconds = time.monotonic() - begun
+        return Finished(process.returncode, out.decode(), err.decode(), seconds)
+
+    def train(self, run, *flags, **options):
+        return self.run("train", *self._train_flags(run), *flags, **options)
+
+    def generate(self, run, *flags, **options):
+        limit = "--max_new_tokens=16"
+        return self.run("generate", f"--run=runs/{run}", limit, *flags, **options)
+
+    def _train_flags(self, run):
+        return "--config=config.py", f"--config.run_dir=runs/{run}"
+
+    def stop(self, run, said, number, *flags, devices=1):
+        """Trains and sends signal `number` at the first line that matches `said`."""
+        every = (*self._train_flags(run), *flags)
+        return self.stop_at(every, said, number, devices=devices)
+
+    def stop_at(self, flags, said, number, *, devices=1):
+        """As `stop`, with all of the flags."""
+        begun, err = time.monotonic(), []
+        with self._popen("train", flags, devices) as process:
+            guard = threading.Timer(TIMEOUT, process.kill)
+            guard.start()
+            # What it prints must not fill the pipe while the other one is read.
+            printed = ThreadPoolExecutor(1).submit(process.stdout.read)
+            sent = False
+            for line in process.stderr:
+                err.append(line.decode())
+                if not sent and re.match(said, err[-1]):
+                    process.send_signal(number)
+                    sent = True
+            code = process.wait()
+            guard.cancel()
+        seconds = time.monotonic() - begun
+        return Finished(code, printed.result().decode(), "".join(err), seconds)
+
+    def run_dir(self, run):
+        return self.folder / "runs" / run
+
+    def lines(self, run, kind):
+        text = (self.run_dir(run) / "metrics.jsonl").read_text()
+        return [x for x in map(json.loads, text.splitlines()) if x["kind"] == kind]
+
+    def saved_steps(self, run):
+        folder = self.run_dir(run) / "checkpoints"
+        return sorted(int(x.name) for x in folder.iterdir() if x.name.isdigit())
+
+
+def step_line(step):
+    return rf"step +{step}/{STEPS} "
+
+
+def snapshot(folder):
+    """Every file with its bytes; None where there is no such folder."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    known = {file: file.read_bytes() for file in files}
+    return known if folder.exists() else None
+
+
+# What runs in the background, by the fixture that asks for it.
+CHAINS = {}
+
+
+def chain(function):
+    """A fixture `function(place, results)` that runs in the background.
+
+    All that the chosen tests ask for start with the first of them; `results(name)`
+    waits for another one, which must be registered before.
+    """
+    name = function.__name__
+    CHAINS[name] = {name: function}
+
+    @pytest.fixture(scope="session", name=name)
+    def fixture(results):
+        return results(name)
+
+    return fixture
+
+
+def chains(name, functions):
+    """A fixture that gives `results` for many functions by their names."""
+    CHAINS[name] = functions
+
+    @pytest.fixture(scope="session", name=name)
+    def fixture(results):
+        return results
+
+    return fixture
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    tiny_model.make_tiny_model(folder / "model")
+    (folder / "config.py").write_text(CONFIG)
+    return Place(folder, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def results(request, place):
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    futures = {}
+
+    def result(name):
+        return futures[name].result()
+
+    pool = ThreadPoolExecutor(2)
+    for fixture, functions in CHAINS.items():
+        for name, function in functions.items():
+            if fixture in wanted:
+                futures[name] = pool.submit(function, place, result)
+    yield result
+    pool.shutdown(cancel_futures=True)
+
+
+@chain
+def unbroken(place, results):
+    return place.train("unbroken", "--config.runtime.peak_tflops=0")

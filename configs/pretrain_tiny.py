@@ -18,6 +18,8 @@ def get_config():
     config.steps = 700
     config.model.init_from = ""
     config.model.preset = "llama-6m"
+    config.model.scan_unroll = 6
+    config.model.loss_chunk = 512
     config.data.kind = "text"
     config.data.seq_len = 256
     config.data.batch_size = 16

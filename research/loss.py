@@ -129,7 +129,7 @@ def _chunk_loss(n_groups, z_loss, hidden, head, targets, weights, groups):
     """Of one chunk: the objective, and the cross entropies by group."""
     entropies, normalizers = token_losses(hidden, head, targets)
     member = jax.nn.one_hot(groups, n_groups)
-    by_group = jnp.einsum("sc,scg->g", entropies * weights, member)
+    by_group = jnp.sum((entropies * weights)[..., None] * member, axis=(0, 1))
     objective = jnp.sum(entropies * weights)
     if z_loss:
         objective += z_loss * jnp.sum(normalizers**2 * weights)

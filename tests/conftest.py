@@ -12,6 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Fixtures of all tests that run commands.
+from commands import place as place
+from commands import results as results
+from commands import unbroken as unbroken
 from helpers import TINY, random_params
 
 from research.base import open_base

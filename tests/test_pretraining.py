@@ -238,11 +238,11 @@ def test_a_pretrained_run_goes_on_writing_a_prompt(written):
 
 
 def sources(*texts):
-    return "--config.text.sources=(" + ",".join(f"'{text}'" for text in texts) + ",)"
+    return f"--config.text.sources={texts!r}"
 
 
 def mixture(*texts):
-    return "--config.text.mixture=(" + ",".join(f"'{text}'" for text in texts) + ",)"
+    return f"--config.text.mixture={texts!r}"
 
 
 TEXT_REFUSALS = {
@@ -250,7 +250,7 @@ TEXT_REFUSALS = {
         (mixture("code=1", "wrods=1"),), ("wrods", "words")
     ),
     "negative weight": Refusal((mixture("code=1", "words=-1"),), ("words", "-1")),
-    "weights of zero": Refusal((mixture("code=0", "words=0"),), ("0",)),
+    "weights of zero": Refusal((mixture("code=0", "words=0"),), ("zeros",)),
     "weight that is no number": Refusal((mixture("code=much"),), ("much",)),
     "source that is not there": Refusal((sources("x=absent"), mixture()), ("absent",)),
     "corpus smaller than a batch": Refusal(

@@ -95,11 +95,11 @@ class TextData:
     def train_iterator(
         self, batch_size: int, seed: int, mine: Sequence[int] | None = None
     ) -> TrainingBatches:
-        """Endless batches of rows; `mine` are this process's of each global batch.
+        """Endless batches of rows; `mine` are this process's of each global batch."""
+        return self.training(batch_size, seed, mine)
 
-        Raises:
-          UserError: there are fewer rows than a batch has.
-        """
+    def require_rows(self, batch_size: int) -> None:
+        """Raises UserError where there are fewer rows than a batch has."""
         if self.train and self.rows < batch_size:
             tokens = sum(totals.tokens for totals in self.train.values())
             needed = batch_size * self.row_format.seq_len + 1
@@ -108,7 +108,6 @@ class TextData:
                 f"rows of {self.row_format.seq_len} needs {needed}; give more text, or "
                 "lower config.data.batch_size or config.data.seq_len"
             )
-        return self.training(batch_size, seed, mine)
 
     def sample_batch(self, rows: int) -> Batch:
         """The first training rows, for looking at."""

@@ -55,6 +55,7 @@ class TextTask:
         self._config = config
         self._tokenizer = tokenizer
         self._data = load_text(config, tokenizer, *processes)
+        self._data.require_rows(config.data.batch_size)
         self.groups = self._data.groups
         self.origin = self._data.origin
         self.sha256 = self._data.sha256

@@ -18,7 +18,6 @@ def get_config():
     config.steps = 700
     config.model.init_from = ""
     config.model.preset = "llama-6m"
-    config.model.scan_unroll = 6
     config.model.loss_chunk = 512
     config.data.kind = "text"
     config.data.seq_len = 256

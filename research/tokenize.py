@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if not f.out:
         raise UserError("--out=FOLDER is missing, e.g. --out=runs/tokenizer")
     from research.config import Config, TextConfig
-    from research.data.tokenizer_choice import make_tokenizer
+    from research.data.text.tokenizer_choice import make_tokenizer
 
     text = TextConfig(
         sources=tuple(f.source), column=f.column, undecodable=f.undecodable

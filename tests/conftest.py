@@ -20,7 +20,7 @@ from commands import unbroken as unbroken
 from helpers import TINY, random_params
 
 from research.base import open_base
-from research.data.packing import Document, build_batch, pack
+from research.data.instructions.packing import Document, build_batch, pack
 from research.models.transformer import Model
 
 

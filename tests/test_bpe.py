@@ -11,13 +11,13 @@ import pytest
 import tokenizers
 from text_helpers import make_texts, text_config, with_bos, write_texts
 
-from research.data import tokenizer_choice
 from research.data.bpe import END, byte_tokenizer, save_tokenizer, train_bpe
-from research.data.documents import Piece
-from research.data.layout import is_held_out
-from research.data.text_sources import open_sources
+from research.data.text import tokenizer_choice
+from research.data.text.documents import Piece
+from research.data.text.layout import is_held_out
+from research.data.text.sources import open_sources
+from research.data.text.tokenizer_choice import open_tokenizer, training_texts
 from research.data.tokenizer import from_file, from_folder
-from research.data.tokenizer_choice import open_tokenizer, training_texts
 from research.errors import UserError
 
 TEXTS = make_texts(60)

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from research.data.chat import CLOSE, OPEN, ChatFormat
+from research.data.instructions.chat import CLOSE, OPEN, ChatFormat
 from research.data.records import Record, Turn
 from research.data.tokenizer import Tokenizer, from_folder, from_gguf_metadata
 from research.errors import UserError

@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from research.data.chat import ChatFormat
+from research.data.instructions.chat import ChatFormat
 from research.data.records import Record, Turn
 from research.data.tokenizer import Tokenizer as Ours
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from text_helpers import make_texts, text_config, with_bos, write_texts
 
-from research.data import token_cache
 from research.data.bpe import byte_tokenizer
-from research.data.corpus import TokenStream, load_text
-from research.data.documents import Piece
-from research.data.layout import Layout, lay_rows
-from research.data.text_sources import open_sources
-from research.data.token_cache import open_cache
+from research.data.text import token_cache
+from research.data.text.corpus import TokenStream, load_text
+from research.data.text.documents import Piece
+from research.data.text.layout import Layout, lay_rows
+from research.data.text.sources import open_sources
+from research.data.text.token_cache import open_cache
 from research.errors import UserError
 
 FIELDS = ("tokens", "targets", "weights", "segments", "positions", "groups")
@@ -98,7 +98,7 @@ def test_a_stream_is_read_at_any_place(place):
 
 
 def test_few_files_are_open_at_a_time(place, monkeypatch):
-    monkeypatch.setattr("research.data.corpus.OPEN_FILES", 2)
+    monkeypatch.setattr("research.data.text.corpus.OPEN_FILES", 2)
     config = config_of(place, "a")
     (source,) = open_sources(config)
     tokens = TokenStream(open_cache(source, PLAIN, config.text), "train")

@@ -11,8 +11,8 @@ from helpers import TINY, random_params
 from research import doctor, optim, step, trainable
 from research import mesh as meshes
 from research.config import Config, LoRAConfig, MeshConfig
-from research.data.loader import Split
-from research.data.packing import Document
+from research.data.instructions.loader import Split
+from research.data.instructions.packing import Document
 from research.errors import UserError
 from research.models.transformer import Model
 

@@ -17,9 +17,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from text_helpers import make_texts, text_config, write_texts
 
-from research.data import documents
 from research.data.hub import knock
-from research.data.text_sources import open_sources
+from research.data.text import documents
+from research.data.text.sources import open_sources
 from research.errors import UserError
 
 TEXTS = make_texts(20)
@@ -280,7 +280,7 @@ def test_a_hub_data_set_is_streamed_by_subset_split_and_revision(tmp_path, monke
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     answer = types.SimpleNamespace(revision="abc", reason="")
-    monkeypatch.setattr("research.data.text_sources.knock", lambda *_: answer)
+    monkeypatch.setattr("research.data.text.sources.knock", lambda *_: answer)
     found, _ = read(tmp_path, "hub://o/n:en@test")
     assert texts_of(found) == TEXTS and found[1][1] == "o/n: row 2"
     assert asked == {

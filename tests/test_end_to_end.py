@@ -29,7 +29,7 @@ from research import jobs, mesh
 from research.base import open_base
 from research.checkpoint import Checkpointer
 from research.config import Config, DataConfig, MeshConfig
-from research.data.sources import load_rows
+from research.data.instructions.sources import load_rows
 from research.knobs import flat
 from research.run_dir import RunDir
 from research.step import abstract_state
@@ -157,7 +157,7 @@ def test_doctor_tells_the_facts_of_the_run(place, unbroken):
     assert f"base model model, sha256 {identity['base model'][:12]}" in told
     assert f"sha256 {identity['tokenizer'][:12]}" in told
     assert f"sha256 {identity['data'][:12]}" in told
-    for file in (ROOT / "research/data/sample").iterdir():
+    for file in (ROOT / "research/data/instructions/sample").iterdir():
         assert f"{file.stem} {len(file.read_text('utf-8').splitlines())}" in told
     weights = tiny_model.random_weights(seed=0)
     adapted = [tensor for name, tensor in weights.items() if "proj" in name]
@@ -181,7 +181,7 @@ def test_first_row_marks_the_answer_and_its_end_and_nothing_else(unbroken):
     shown = " ".join(unbroken.out.split())
     rows = [
         json.loads(line)
-        for file in (ROOT / "research/data/sample").iterdir()
+        for file in (ROOT / "research/data/instructions/sample").iterdir()
         for line in file.read_text("utf-8").splitlines()
     ]
     expected = [

@@ -8,10 +8,15 @@ import pytest
 from tiny_model import make_tiny_model
 
 from research.config import Config, DataConfig
-from research.data.chat import ChatFormat
-from research.data.loader import BatchIterator, Split, eval_batches, load_dataset
-from research.data.packing import Document, build_batch, pack
-from research.data.sources import load_rows
+from research.data.instructions.chat import ChatFormat
+from research.data.instructions.loader import (
+    BatchIterator,
+    Split,
+    eval_batches,
+    load_dataset,
+)
+from research.data.instructions.packing import Document, build_batch, pack
+from research.data.instructions.sources import load_rows
 from research.data.tokenizer import from_folder
 from research.errors import UserError
 

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from research.config import ColumnsConfig, DataConfig
+from research.data.instructions.sources import load_rows, split_stratified
 from research.data.records import Turn, read_rows, to_record
-from research.data.sources import load_rows, split_stratified
 from research.errors import UserError
 
 ROWS = [

@@ -8,12 +8,12 @@ import pytest
 from test_corpus import FIELDS, same, take
 from text_helpers import make_texts, text_config, with_bos, write_texts
 
-from research.data import documents, stream
 from research.data.bpe import byte_tokenizer
-from research.data.corpus import TokenStream, load_text
-from research.data.layout import is_held_out
-from research.data.text_sources import open_sources
-from research.data.token_cache import open_cache
+from research.data.text import documents, stream
+from research.data.text.corpus import TokenStream, load_text
+from research.data.text.layout import is_held_out
+from research.data.text.sources import open_sources
+from research.data.text.token_cache import open_cache
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 

@@ -16,13 +16,13 @@ import pytest
 import tokenizers
 from text_helpers import make_texts, text_config, with_bos, write_texts
 
-from research.data import documents, identity, token_cache
 from research.data.bpe import byte_tokenizer, train_bpe
-from research.data.corpus import TokenStream
-from research.data.documents import Piece, Source
-from research.data.layout import is_held_out
-from research.data.text_sources import open_sources
-from research.data.token_cache import open_cache, units_of
+from research.data.text import documents, identity, token_cache
+from research.data.text.corpus import TokenStream
+from research.data.text.documents import Piece, Source
+from research.data.text.layout import is_held_out
+from research.data.text.sources import open_sources
+from research.data.text.token_cache import open_cache, units_of
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 
@@ -173,7 +173,7 @@ def test_the_memo_of_hashes_may_be_lost_or_broken(tmp_path, corpus):
 
 KILLED = """
 import os, pathlib, sys, time
-from research.data import documents, token_cache
+from research.data.text import documents, token_cache
 from test_token_cache import build
 documents.PIECE_BYTES, token_cache.SHARD_BYTES = 200, 1500
 token_cache.UNIT_BYTES = 4000

@@ -11,8 +11,8 @@ from research import report
 from research.answers import Model
 from research.batch import Batch
 from research.config import Config
-from research.data.chat import ChatFormat
-from research.data.loader import BatchIterator, eval_batches, load_dataset
+from research.data.instructions.chat import ChatFormat
+from research.data.instructions.loader import BatchIterator, eval_batches, load_dataset
 from research.data.records import Record
 from research.data.tokenizer import Tokenizer
 from research.doctor import Finding, count_mask, epochs

@@ -5,8 +5,8 @@ import jax
 from research.base import Base, open_base, random_base
 from research.config import Config
 from research.data import tokenizer as tokenizers
-from research.data.chat import ChatFormat
-from research.data.tokenizer_choice import open_tokenizer
+from research.data.instructions.chat import ChatFormat
+from research.data.text.tokenizer_choice import open_tokenizer
 from research.run_dir import RunDir
 from research.tasks.instructions import InstructionTask
 from research.tasks.protocol import PromptFormat, Task

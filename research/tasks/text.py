@@ -13,9 +13,9 @@ from rich.text import Text
 from research.answers import Model
 from research.batch import Batch
 from research.config import Config
-from research.data.corpus import load_text
-from research.data.layout import Layout
 from research.data.records import Turn
+from research.data.text.corpus import load_text
+from research.data.text.layout import Layout
 from research.data.tokenizer import Tokenizer
 from research.doctor import Finding, epochs
 from research.sampling import Sampling

@@ -9,11 +9,11 @@ import numpy as np
 
 from research.batch import Batch
 from research.config import Config
-from research.data.chat import ChatFormat
+from research.data.instructions.chat import ChatFormat
+from research.data.instructions.packing import Document, build_batch, pack
+from research.data.instructions.sources import Rows, load_rows, split_stratified
 from research.data.order import OrderedBatches, endless
-from research.data.packing import Document, build_batch, pack
 from research.data.records import Record
-from research.data.sources import Rows, load_rows, split_stratified
 from research.errors import UserError
 
 

@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 from research.batch import Batch
-from research.data.documents import Piece
+from research.data.text.documents import Piece
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from research.batch import Batch
-from research.data.layout import Layout, lay_rows
-from research.data.shards import Totals
+from research.data.text.layout import Layout, lay_rows
+from research.data.text.shards import Totals
 from research.errors import UserError
 
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from research.batch import Batch
 from research.config import Config
-from research.data.documents import Piece, Source
-from research.data.encoding import encoded
-from research.data.layout import Layout, is_held_out
-from research.data.mixture import mixture_weights
-from research.data.shards import Totals
-from research.data.text import RowFormat, Stretch, TextData, check_held_out
+from research.data.text.dataset import RowFormat, Stretch, TextData, check_held_out
+from research.data.text.documents import Piece, Source
+from research.data.text.encoding import encoded
+from research.data.text.layout import Layout, is_held_out
+from research.data.text.mixture import mixture_weights
+from research.data.text.shards import Totals
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from research.config import Config
 from research.data.bpe import SMALLEST, byte_tokenizer, save_tokenizer, train_bpe
-from research.data.documents import Input, Source
 from research.data.hub import knock
-from research.data.identity import cache_folder, cannot_write, source_key
-from research.data.layout import is_held_out
-from research.data.text_sources import open_sources
+from research.data.text.documents import Input, Source
+from research.data.text.identity import cache_folder, cannot_write, source_key
+from research.data.text.layout import is_held_out
+from research.data.text.sources import open_sources
 from research.data.tokenizer import Tokenizer, from_file, from_folder
 from research.errors import UserError, nearest
 

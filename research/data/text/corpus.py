@@ -13,13 +13,13 @@ import numpy as np
 
 from research.batch import Batch
 from research.config import Config
-from research.data.mixture import mixture_weights
 from research.data.order import OrderedBatches, endless
-from research.data.shards import Totals
-from research.data.stream import load_streamed
-from research.data.text import RowFormat, Stretch, TextData, check_held_out
-from research.data.text_sources import open_sources
-from research.data.token_cache import CachedSource, open_cache
+from research.data.text.dataset import RowFormat, Stretch, TextData, check_held_out
+from research.data.text.mixture import mixture_weights
+from research.data.text.shards import Totals
+from research.data.text.sources import open_sources
+from research.data.text.stream import load_streamed
+from research.data.text.token_cache import CachedSource, open_cache
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from research.caches import user_cache
 from research.config import TextConfig
-from research.data.documents import Source
 from research.data.files import write_whole
+from research.data.text.documents import Source
 from research.errors import UserError
 
 MEMO = "hashes.json"

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from research.config import TextConfig
-from research.data import documents
-from research.data.documents import Input, Piece, Source
-from research.data.encoding import encoded
 from research.data.files import remove_leftovers
-from research.data.identity import cache_folder, cannot_write, source_key
-from research.data.layout import Layout, is_held_out
-from research.data.shards import (
+from research.data.text import documents
+from research.data.text.documents import Input, Piece, Source
+from research.data.text.encoding import encoded
+from research.data.text.identity import cache_folder, cannot_write, source_key
+from research.data.text.layout import Layout, is_held_out
+from research.data.text.shards import (
     Manifest,
     Shard,
     Totals,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from research.config import Config
-from research.data.documents import Input, Source, hub_parts
 from research.data.hub import knock
+from research.data.text.documents import Input, Source, hub_parts
 from research.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

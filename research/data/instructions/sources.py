@@ -105,7 +105,7 @@ def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
 
 
 def _embedded_rows() -> Iterator[tuple[str, Any]]:
-    folder = importlib.resources.files("research.data") / "sample"
+    folder = importlib.resources.files("research.data.instructions") / "sample"
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         with importlib.resources.as_file(file) as path:
             yield from read_rows(path)

@@ -102,15 +102,30 @@ def test_plain_text_comes_in_pieces_that_make_it_up(
 ):
     monkeypatch.setattr(documents, "PIECE_BYTES", limit)
     text = "".join(TEXTS) + "longwithoutaspace" * 20 + "é" * 33
-    path = tmp_path / f"book.txt{packed}"
+    path = tmp_path / "shelf" / f"book.txt{packed}"
+    path.parent.mkdir()
     path.write_bytes(PACK[packed](text.encode()))
-    assert read(tmp_path, path)[0] == [(text, path.name)]
+    assert read(tmp_path, path.parent)[0] == [(text, path.name)]
+
+
+def test_a_plain_file_by_itself_is_many_documents_that_make_it_up(
+    tmp_path, monkeypatch
+):
+    """With one document there would be nothing to hold out."""
+    monkeypatch.setattr(documents, "PART_BYTES", 100)
+    path = tmp_path / "book.txt"
+    path.write_text("".join(TEXTS))
+    found = texts_of(read(tmp_path, path)[0])
+    assert "".join(found) == "".join(TEXTS)
+    assert len(found) > 10 and max(map(len, found)) <= 100
 
 
 def test_pieces_end_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 64)
-    (tmp_path / "a.txt").write_text("some words in a line\r\n" * 50, newline="")
-    (source,) = open_sources(text_config(tmp_path, f"s={tmp_path / 'a.txt'}"))
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some words in a line\r\n" * 50, newline="")
+    (source,) = open_sources(text_config(tmp_path, f"s={folder}"))
     pieces = list(source.read(source.inputs, collections.Counter()))
     assert len(pieces) == 25 and all(p.text.endswith("line\r\n") for p in pieces)
 

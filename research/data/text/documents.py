@@ -1,7 +1,9 @@
 """Raw text: the documents in a source, a piece at a time.
 
 A document is a plain-text file, or a row of a file of rows. Long ones come in pieces
-cut at line ends, so that memory does not depend on the size of anything.
+cut at line ends, so that memory does not depend on the size of anything. A plain-text
+file that is a source by itself counts as many documents, cut at line ends, too: else
+there would be nothing to hold out.
 """
 
 import codecs
@@ -18,6 +20,7 @@ from research.data.records import FORMATS, BadRowError, read_rows
 from research.errors import UserError, nearest
 
 PIECE_BYTES = 128 << 10
+PART_BYTES = 16 << 10  # Of a file that is a source by itself.
 HEAD_BYTES = 4096  # What is binary shows a NUL byte in as many.
 RECORD_FILES = (".array_record", ".arrayrecord")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -181,7 +184,7 @@ class _Reading:
         """A document that is in memory already."""
         if not text:
             self._left_out["empty"] += 1
-        yield from _in_pieces([text], where)
+        yield from _in_pieces([text], where, PIECE_BYTES)
 
     def _of_plain_text(self, item: Input) -> Iterator[Piece]:
         policy = self._source.undecodable
@@ -196,7 +199,11 @@ class _Reading:
         else:
             errors = "replace" if policy == "replace" else "strict"
             try:
-                yield from _in_pieces(_decoded(item.path, errors), item.name)
+                chunks = _decoded(item.path, errors)
+                if self._source.is_folder:
+                    yield from _in_pieces(chunks, item.name, PIECE_BYTES)
+                else:
+                    yield from _in_parts(chunks, item.name)
             except _UndecodableError as bad:
                 self._keep(f"{item.name}:{bad.offset}", "a byte here is not UTF-8")
 
@@ -273,13 +280,19 @@ def _decodes(path: Path) -> bool:
     return True
 
 
-def _in_pieces(chunks: Iterable[str], where: str) -> Iterator[Piece]:
+def _in_parts(chunks: Iterable[str], where: str) -> Iterator[Piece]:
+    """Documents of about `PART_BYTES` from one file."""
+    for piece in _in_pieces(chunks, where, PART_BYTES):
+        yield dataclasses.replace(piece, starts=True, ends=True)
+
+
+def _in_pieces(chunks: Iterable[str], where: str, size: int) -> Iterator[Piece]:
     """One document's text, cut behind line ends, else behind spaces, else anywhere."""
     rest, starts = "", True
     for chunk in chunks:
         text, at = rest + chunk, 0
-        while len(text) - at > PIECE_BYTES:
-            most = at + PIECE_BYTES
+        while len(text) - at > size:
+            most = at + size
             end = (
                 text.rfind("\n", at, most) + 1 or text.rfind(" ", at, most) + 1 or most
             )

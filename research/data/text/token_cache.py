@@ -77,7 +77,7 @@ def open_cache(
     """
     layout = Layout.of(tokenizer)
     cache = cache_folder(config)
-    key = source_key(source, cache, _settings(tokenizer, layout, config))
+    key = source_key(source, cache, _settings(source, tokenizer, layout, config))
     folder = cache / "tokens" / f"{source.name}-{key[:16]}"
     manifest = read_manifest(folder, key)
     if manifest is None:
@@ -98,10 +98,13 @@ def open_cache(
     return CachedSource(source.name, folder, manifest, layout)
 
 
-def _settings(tokenizer: Tokenizer, layout: Layout, config: TextConfig) -> dict:
+def _settings(
+    source: Source, tokenizer: Tokenizer, layout: Layout, config: TextConfig
+) -> dict:
     return {
         "format": FORMAT,
-        "sizes": [documents.PIECE_BYTES, UNIT_BYTES, SHARD_BYTES],
+        "sizes": [documents.PIECE_BYTES, documents.PART_BYTES, UNIT_BYTES, SHARD_BYTES],
+        "folder": source.is_folder,
         "tokenizer": tokenizer.fingerprint,
         "layout": dataclasses.astuple(layout),
         "held_out_share": config.held_out_share,

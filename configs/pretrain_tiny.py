@@ -15,26 +15,25 @@ def get_config():
     config.run_dir = "runs/pretrain_tiny"
     config.trainable = "full"
     config.export = True
-    config.steps = 700
+    config.steps = 900
     config.model.init_from = ""
     config.model.preset = "llama-6m"
     config.model.loss_chunk = 512
     config.data.kind = "text"
     config.data.seq_len = 256
-    config.data.batch_size = 16
+    config.data.batch_size = 8
     config.text.sources = ("stdlib=stdlib",)
     config.text.tokenizer = "bpe:4096"
     config.text.held_out_share = 0.03
-    config.optim.name = "muon"
     config.optim.learning_rate = 3e-3
     config.optim.b2 = 0.95
     config.optim.weight_decay = 0.1
     config.optim.schedule = "wsd"
     config.optim.decay = 0.4
     config.optim.final = 0.05
-    config.eval.every = 100
-    config.eval.samples_every = 100
+    config.eval.every = 150
+    config.eval.samples_every = 300
     config.eval.max_new_tokens = 64
     config.eval.text_prompts = ("def ", "import ", '"""Return')
-    config.checkpoint.every = 200
+    config.checkpoint.every = 300
     return config

@@ -30,13 +30,11 @@ FIELDS = ("tokens", "targets", "weights", "segments", "positions")
 
 
 def read_config(steps: int | None) -> Any:
-    """`configs/pretrain_tiny.py` with AdamW, which torch has too."""
+    """`configs/pretrain_tiny.py`, which needs nothing that torch has not."""
     from configs import pretrain_tiny
     from research.config import from_config_dict
 
     config = pretrain_tiny.get_config()
-    config.optim.name = "adamw"
-    config.optim.learning_rate = 1.5e-3
     config.export = False
     if steps is not None:
         config.steps = steps
@@ -88,8 +86,6 @@ def run_ours(config: Any, dtype: str) -> dict[str, Any]:
             "--config=configs/pretrain_tiny.py",
             f"--config.run_dir={run_dir}",
             f"--config.model.dtype={dtype}",
-            f"--config.optim.name={config.optim.name}",
-            f"--config.optim.learning_rate={config.optim.learning_rate}",
             f"--config.steps={config.steps}",
             "--config.export=False",
             "--config.eval.every=100000",

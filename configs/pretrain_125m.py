@@ -29,6 +29,7 @@ def get_config():
     config.text.sources = ("web=hub://HuggingFaceFW/fineweb-edu:sample-10BT",)
     config.text.tokenizer = "hub://HuggingFaceTB/SmolLM2-135M"
     config.text.undecodable = "skip"
+    config.text.cache = False  # Already shuffled, and read about once.
     config.text.held_out_share = 0.001
     config.text.held_out_bytes = 5_000_000
     config.optim.learning_rate = 6e-4

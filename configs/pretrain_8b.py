@@ -28,6 +28,7 @@ def get_config():
     config.text.sources = ("web=hub://HuggingFaceFW/fineweb",)
     config.text.tokenizer = "hub://unsloth/Llama-3.1-8B"
     config.text.undecodable = "skip"
+    config.text.cache = False  # Already shuffled, and read about once.
     config.text.held_out_share = 0.001
     config.text.held_out_bytes = 5_000_000
     config.optim.learning_rate = 3e-4

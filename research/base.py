@@ -5,9 +5,11 @@ import hashlib
 import importlib.util
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from research.data import tokenizer as tokenizers
+from research.data.hub import knock
 from research.errors import UserError
 from research.models import presets
 from research.models.presets import Architecture, from_hf_config
@@ -47,7 +49,7 @@ def random_base(preset: str, tokenizer: tokenizers.Tokenizer) -> Base:
     Raises:
       UserError: there is no such preset.
     """
-    architecture = presets.preset(preset, tokenizer.vocab_size)
+    architecture = presets.preset(preset, tokenizer.largest_id + 1)
     return Base(f"random {preset}", architecture, tokenizer, None)
 
 
@@ -59,18 +61,44 @@ def open_base(name: str, hub_timeout: float = 5.0) -> Base:
     Raises:
       UserError: it is not there, or not of the Llama family.
     """
-    path = _locate(name, hub_timeout)
-    if (path / EXPORTED / "config.json").is_file():
-        path = path / EXPORTED
-    elif (path / "checkpoints").is_dir():
-        raise UserError(
-            f"{path} is a run without an exported model: run python -m research.export "
-            f"--run={path}, or train it with --config.export=True"
-        )
+    path = _exported(_locate(name, hub_timeout, HUB_FILES))
     if path.is_file():
         file = GGUFFile(path)
         tokenizer = tokenizers.from_gguf_metadata(file.metadata)
         return Base(name, from_hf_config(file.hf_config()), tokenizer, file)
+    return Base(
+        name,
+        _read_config(name, path),
+        tokenizers.from_folder(path),
+        SafetensorsFolder(path),
+    )
+
+
+def open_architecture(name: str, hub_timeout: float = 5.0) -> Architecture:
+    """The shape of what `open_base` opens; needs neither its weights nor tokenizer.
+
+    Raises:
+      UserError: it is not there, or not of the Llama family.
+    """
+    path = _exported(_locate(name, hub_timeout, ("config.json",)))
+    if path.is_file():
+        return from_hf_config(GGUFFile(path).hf_config())
+    return _read_config(name, path)
+
+
+def _exported(path: Path) -> Path:
+    """The model of a run's folder; any other path as it is."""
+    if (path / EXPORTED / "config.json").is_file():
+        return path / EXPORTED
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} is a run without an exported model: run python -m research.export "
+            f"--run={path}, or train it with --config.export=True"
+        )
+    return path
+
+
+def _read_config(name: str, path: Path) -> Architecture:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise UserError(f"base model {name}: {path} has no config.json")
@@ -80,19 +108,15 @@ def open_base(name: str, hub_timeout: float = 5.0) -> Base:
         raise UserError(f"{config_file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_file} is not a JSON object")
-    return Base(
-        name,
-        from_hf_config(config),
-        tokenizers.from_folder(path),
-        SafetensorsFolder(path),
-    )
+    return from_hf_config(config)
 
 
-def _locate(name: str, hub_timeout: float) -> Path:
+def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
+    """Where it is; of a model on the hub, `files` are fetched."""
     if name.startswith("pkg://"):
         return _in_package(name)
     if name.startswith("hub://"):
-        return _from_hub(name.removeprefix("hub://"), hub_timeout)
+        return _from_hub(name.removeprefix("hub://"), hub_timeout, files)
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -119,19 +143,21 @@ def _in_package(name: str) -> Path:
     raise UserError(f"base model {name}: package {package} has no file {inner}")
 
 
-def _from_hub(name: str, timeout: float) -> Path:
+def _from_hub(name: str, timeout: float, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         found = huggingface_hub.snapshot_download(
-            name, allow_patterns=HUB_FILES, local_files_only=True
+            name, allow_patterns=files, local_files_only=True
         )
         logging.info("model: %s found in the hub's local cache", name)
     except LocalEntryNotFoundError:
         try:
-            huggingface_hub.HfApi().model_info(name, timeout=timeout)
-            found = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)
+            answer = knock(name, "model", timeout)
+            if not answer.revision:
+                raise ConnectionError(answer.reason)
+            found = huggingface_hub.snapshot_download(name, allow_patterns=files)
         except Exception as error:  # Network, access and naming errors differ widely.
             raise UserError(
                 f"base model hub://{name} cannot be fetched ({error}); check the name "

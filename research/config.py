@@ -31,7 +31,12 @@ class ModelConfig:
         "none", "what the backward pass recomputes: none, dots or full", fixed=False
     )
     scan_unroll: int = knob(1, "layers per iteration of the layer scan", fixed=False)
-    attention_block: int = knob(128, "queries per block of attention", fixed=False)
+    attention: str = knob(
+        "auto", "attention kernel: auto, xla, cudnn (GPU) or splash (TPU)", fixed=False
+    )
+    attention_block: int = knob(
+        128, "queries per block of attention, in xla", fixed=False
+    )
     loss_chunk: int = knob(
         128, "positions per product with the vocabulary head", fixed=False
     )
@@ -148,9 +153,13 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    replica: int = knob(
+        1, "copies on other slices or hosts, which split the batch", fixed=False
+    )
     data: int = knob(-1, "copies that split the batch; -1: the rest", fixed=False)
     fsdp: int = knob(1, "splits the batch and every matrix", fixed=False)
     tensor: int = knob(1, "splits heads, MLP and vocabulary", fixed=False)
+    context: int = knob(1, "splits the tokens of a row", fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +196,10 @@ class RuntimeConfig:
     distributed: bool = knob(
         False, "join the other processes of a multi-host run", fixed=False
     )
+    topology: str = knob(
+        "", "TPUs the config is meant for, as v5e:4x4; research.plan asks", fixed=False
+    )
+    slices: int = knob(1, "how many of those, joined by the network", fixed=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +263,7 @@ def _check_choices(c: Config) -> None:
             ("cosine", "linear", "wsd", "constant"),
         ),
         "model.dtype": (c.model.dtype, ("bfloat16", "float32")),
+        "model.attention": (c.model.attention, ("auto", "xla", "cudnn", "splash")),
         "model.remat": (c.model.remat, ("none", "dots", "full")),
         "data.source": (c.data.source, ("dolly",)),
         "data.template": (c.data.template, ("chat", "dolly")),
@@ -278,6 +292,7 @@ def _check_ranges(c: Config) -> None:
         "data.held_out": c.data.held_out,
         "optim.learning_rate": c.optim.learning_rate,
         "optim.skip_window": c.optim.skip_window,
+        "runtime.slices": c.runtime.slices,
         "text.held_out_share": c.text.held_out_share,
         "text.held_out_bytes": c.text.held_out_bytes,
         "eval.every": c.eval.every,

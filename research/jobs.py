@@ -1,5 +1,6 @@
 """From a config and an opened base model to a job with its parameters."""
 
+import logging
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from research import optim, trainable
 from research.base import Base
 from research.config import Config
 from research.errors import UserError
+from research.models import kernels
 from research.models.transformer import Model, Options
+from research.sharded_attention import make_attend
 from research.step import Job, abstract_params
 from research.weights import load_params
 
@@ -31,7 +34,9 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
-        attention_block=config.model.attention_block,
+        attend=make_attend(
+            mesh, _kernel(config, base, mesh), config.model.attention_block
+        ),
         constrain=meshes.constrain(mesh),
     )
     model = Model(base.architecture, options)
@@ -49,8 +54,29 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
     )
 
 
+def _kernel(config: Config, base: Base, mesh: Mesh) -> str:
+    """The attention kernel for the devices of this mesh, and why, in the log."""
+    device = mesh.devices.flat[0]
+    choice = kernels.choose(
+        config.model.attention,
+        device.platform,
+        dtype=jnp.dtype(config.model.dtype),
+        head_dim=base.architecture.head_dim,
+        length=config.data.seq_len,
+        capability=getattr(device, "compute_capability", "0.0"),
+    )
+    logging.info("attention: %s (%s)", choice.kernel, choice.reason)
+    return choice.kernel
+
+
 def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
     longest = base.architecture.max_position
+    stretches = mesh.shape["context"]
+    if config.data.seq_len % stretches:
+        raise UserError(
+            f"config.data.seq_len is {config.data.seq_len}, and config.mesh.context="
+            f"{stretches} splits each row: use a multiple of {stretches}"
+        )
     if config.data.seq_len > longest:
         raise UserError(
             f"config.data.seq_len is {config.data.seq_len}; the base model's context "
@@ -61,10 +87,10 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
             f"config.eval.max_new_tokens is {config.eval.max_new_tokens}; it must be "
             f"less than the base model's context, {longest}"
         )
-    if base.tokenizer.vocab_size > base.architecture.vocab:
+    if base.tokenizer.largest_id >= base.architecture.vocab:
         raise UserError(
-            f"the tokenizer has {base.tokenizer.vocab_size} ids and the model "
-            f"{base.architecture.vocab}: they do not belong together"
+            f"the tokenizer has ids up to {base.tokenizer.largest_id} and the model "
+            f"{base.architecture.vocab} of them: they do not belong together"
         )
     shards = meshes.batch_shards(mesh)
     rows = config.data.rows_per_pass

@@ -38,7 +38,7 @@ def weighted_loss(
     *,
     n_groups: int,
     chunk: int,
-    shards: int = 1,
+    shards: tuple[int, int] = (1, 1),
     z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
     """The objective, and the sum of weight times cross entropy of each group.
@@ -51,8 +51,8 @@ def weighted_loss(
       groups_BT: int32 below `n_groups`, what each position is reported under.
       chunk: positions per head product and shard; bounds memory at
         `shards * chunk * V` logits.
-      shards: into how many parts the mesh splits the batch. Positions are gathered
-        within a part, so no hidden state crosses devices.
+      shards: into how many parts the mesh splits the batch, and each row. Positions
+        are gathered within a part, so no hidden state crosses devices.
       z_loss: weight of the squared log-normaliser, which keeps logits from drifting
         (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 
@@ -73,7 +73,7 @@ def chunked_token_losses(
     weights_BT: Array,
     *,
     chunk: int,
-    shards: int = 1,
+    shards: tuple[int, int] = (1, 1),
 ) -> Array:
     """Cross entropy `[B, T]` where the weight is not zero, 0 elsewhere. No gradient."""
     hidden, targets, weights = _per_shard(shards, hidden_BTD, targets_BT, weights_BT)
@@ -84,15 +84,29 @@ def chunked_token_losses(
 
     empty = jnp.zeros(weights.shape, jnp.float32)
     losses = _for_each_chunk(visit, empty, weights, (hidden, targets, weights), chunk)
-    return losses.reshape(weights_BT.shape)
+    return _whole(shards, losses, weights_BT.shape)
 
 
-def _per_shard(shards: int, *arrays: Array) -> tuple[Array, ...]:
-    """`[B, T, ...]` to `[shards, B / shards * T, ...]`: a split that moves no data."""
-    return tuple(
-        x.reshape(shards, x.shape[0] // shards * x.shape[1], *x.shape[2:])
-        for x in arrays
-    )
+def _per_shard(shards: tuple[int, int], *arrays: Array) -> tuple[Array, ...]:
+    """`[B, T, ...]` to `[parts, positions of a part, ...]`: a split that moves no data.
+
+    A part is one of `shards[0]` groups of rows and one of `shards[1]` stretches.
+    """
+    rows, stretches = shards
+
+    def split(x: Array) -> Array:
+        batch, length, *rest = x.shape
+        x = x.reshape(rows, batch // rows, stretches, length // stretches, *rest)
+        return x.swapaxes(1, 2).reshape(rows * stretches, -1, *rest)
+
+    return tuple(map(split, arrays))
+
+
+def _whole(shards: tuple[int, int], x: Array, shape: tuple[int, ...]) -> Array:
+    """Undoes `_per_shard` for `[B, T]` of `shape`."""
+    rows, stretches = shards
+    x = x.reshape(rows, stretches, shape[0] // rows, shape[1] // stretches)
+    return x.swapaxes(1, 2).reshape(shape)
 
 
 def _for_each_chunk(visit, carry, weights, arrays, chunk):

@@ -121,6 +121,10 @@ def _multiply(x: Array, w: Array, n_in: int, flipped: bool) -> Array:
     comes in the weight's own order of axes: left to itself JAX asks for it
     transposed, which on CPU costs five times as much in bfloat16.
     """
+    return _dot(x, w, n_in, flipped)
+
+
+def _dot(x: Array, w: Array, n_in: int, flipped: bool) -> Array:
     rank, first = len(w.shape), x.ndim - n_in
     into = range(rank - n_in, rank) if flipped else range(n_in)
     summed = (tuple(range(first, x.ndim)), tuple(into))
@@ -128,7 +132,8 @@ def _multiply(x: Array, w: Array, n_in: int, flipped: bool) -> Array:
 
 
 def _multiply_forward(x, w, n_in, flipped):
-    y = _multiply(x.value, w.value, n_in, flipped)
+    # Not `_multiply`: a remat policy must see the product to keep it.
+    y = _dot(x.value, w.value, n_in, flipped)
     # A frozen weight gets no gradient, and needs no input kept for it.
     kept = (x.value if w.perturbed else None, w.value if x.perturbed else None)
     return y, (*kept, jnp.zeros(0, w.value.dtype))

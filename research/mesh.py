@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import MeshConfig
@@ -14,8 +15,9 @@ from research.matrix import Spec
 
 Array = jax.Array
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+# Of a mesh, outermost first: neighbours in `context` talk most, replicas least.
+AXES = ("replica", "data", "fsdp", "tensor", "context")
+BATCH_AXES = ("replica", "data", "fsdp")
 
 # Where each logical axis of a parameter or an activation is split. An axis that is
 # not in this table is an error: forgetting one must not replicate it silently.
@@ -30,19 +32,23 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "rank": None,
     "batch": BATCH_AXES,
-    "length": None,
+    "length": "context",
     "hidden": None,
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor over all devices.
+    """A mesh with `AXES` over all devices.
+
+    On several slices, or on several hosts that are as many as `replica`, each holds
+    whole replicas: only those talk over the slower network between them.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or would cut
+        through slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     if any(size == 0 or size < -1 for size in sizes.values()):
         raise UserError(f"mesh {_shown(sizes)}: a size is -1 (the rest) or at least 1")
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -57,10 +63,40 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if free:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes[axis] for axis in AXES)
+    granules = _granules(devices, sizes["replica"])
+    if granules > 1:
+        if sizes["replica"] != granules:
+            raise UserError(
+                f"mesh {_shown(sizes)} on {granules} slices: every other axis would "
+                f"cross the network between them; use config.mesh.replica={granules}"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]),
+            (granules, 1, 1, 1, 1),
+            devices,
+            process_is_granule=not _slices(devices) > 1,
+        )
+        return Mesh(grid, AXES)
     if devices == list(jax.devices()):
         # Lays neighbours of the mesh on neighbours of the network.
-        return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(shape, AXES, axis_types=kinds)
     return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _granules(devices: Sequence[Any], replicas: int) -> int:
+    """Groups of devices with a faster network inside than between them: slices, or
+    else processes, where there are as many as replicas; 1 where it does not matter."""
+    slices = _slices(devices)
+    if slices > 1:
+        return slices
+    processes = len({device.process_index for device in devices})
+    return processes if 1 < processes == replicas else 1
 
 
 def _shown(sizes: Mapping[str, int]) -> str:
@@ -140,8 +176,13 @@ def _divisors(size: int) -> str:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits a batch."""
+    """Into how many parts the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def shards(mesh: Mesh) -> tuple[int, int]:
+    """Into how many parts the mesh splits the rows of a batch, and each row."""
+    return batch_shards(mesh), mesh.shape["context"]
 
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool = False) -> NamedSharding:
@@ -166,10 +207,12 @@ def constrain(mesh: Mesh) -> Callable[[Array, Sequence[str]], Array]:
 def local_rows(mesh: Mesh, rows: int, microbatches: int = 1) -> list[int]:
     """Which of a global batch's `rows` this process's devices hold, in order.
 
-    Read off the sharding: processes that a tensor axis joins hold the same rows.
+    Read off the sharding: processes that a tensor or context axis joins hold the
+    same rows.
     """
     size = rows // microbatches
-    held = batch_sharding(mesh).addressable_devices_indices_map((size, 1))
+    by_rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    held = by_rows.addressable_devices_indices_map((size,))
     mine = sorted({i for where in held.values() for i in range(size)[where[0]]})
     return [m * size + i for m in range(microbatches) for i in mine]
 
@@ -184,13 +227,20 @@ def to_global(
       microbatches: split the batch into that many, `[microbatch, batch, seq]`.
       rows: of the global batch; by default this process has them all.
     """
+    lead = () if microbatches is None else (microbatches,)
     sharding = batch_sharding(mesh, microbatched=microbatches is not None)
+    total = (rows or jax.tree.leaves(batch)[0].shape[0]) // (microbatches or 1)
+    place_of = {row: i for i, row in enumerate(local_rows(mesh, total))}
 
     def place(x: np.ndarray) -> Array:
-        shape: tuple[int, ...] = (rows or x.shape[0], *x.shape[1:])
-        if microbatches is not None:
-            x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
-            shape = (microbatches, shape[0] // microbatches, *shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
+        local = np.asarray(x).reshape(*lead, -1, *x.shape[1:])
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[len(lead)].indices(total)
+            here = slice(place_of[start], place_of[start] + stop - start)
+            return local[(*index[: len(lead)], here, *index[len(lead) + 1 :])]
+
+        shape = (*lead, total, *x.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, read)
 
     return jax.tree.map(place, batch)

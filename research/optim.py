@@ -55,15 +55,16 @@ def make_optimizer(
     chain = [
         _direction(config, specs),
         optax.add_decayed_weights(config.weight_decay, _decayed(config, specs)),
-        # Update n (from 0) is trained at the rate of n + 1: the first one counts.
-        optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
     ]
     if config.clip_norm > 0:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    optimizer = optax.with_extra_args_support(optax.chain(*chain))
+    step = optax.with_extra_args_support(optax.chain(*chain))
     if config.skip_spread > 0:
-        return skip_outliers(optimizer, config.skip_spread, config.skip_window)
-    return optimizer
+        step = skip_outliers(step, config.skip_spread, config.skip_window)
+    # Update n (from 0) is trained at the rate of n + 1: the first one counts. Outside
+    # of the guard: the schedule goes on through steps that are skipped.
+    rate = optax.scale_by_learning_rate(lambda count: schedule(count + 1))
+    return optax.chain(step, rate)
 
 
 def _direction(
@@ -153,7 +154,9 @@ def _on_matrices(
 def _decayed(config: OptimConfig, specs: dict[str, Any]) -> Any:
     """Which parameters weight decay reaches: not those `no_decay` names."""
     paths, structure = trees.flatten(specs)
-    # A pattern may match nothing here: adapters have no norm scales.
+    # The default may match nothing: adapters have no norm scales. Others are typos.
+    named = [p for p in config.no_decay if p not in OptimConfig().no_decay]
+    trees.select(paths, named)
     spared = {p for p in paths if trees.matches(p, config.no_decay)}
     return trees.unflatten(structure, {p: p not in spared for p in paths})
 
@@ -222,6 +225,7 @@ def _limit(recent: Array, filled: Array, spread: float) -> Array:
 
 def read_skipped(opt_state: Any) -> dict[str, Array]:
     """`{"skipped": updates left out so far}`, or nothing where none ever is."""
-    if isinstance(opt_state, SkipState):
-        return {"skipped": opt_state.skipped}
+    for part in opt_state if isinstance(opt_state, tuple) else ():
+        if isinstance(part, SkipState):
+            return {"skipped": part.skipped}
     return {}

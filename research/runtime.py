@@ -1,6 +1,7 @@
 """Process start: distributed set-up, compilation cache, logging, device facts."""
 
 import logging
+import os
 import resource
 import statistics
 import sys
@@ -41,10 +42,32 @@ def start(config: RuntimeConfig) -> None:
     for chatty in ("jax", "absl", "orbax", "httpx", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if config.distributed:
-        jax.distributed.initialize()
+        _join_processes()
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
     _use_compilation_cache(config.compilation_cache)
+
+
+def _join_processes() -> None:
+    """Finds the other processes: named in the environment, or as the cluster says.
+
+    Raises:
+      UserError: neither says where they are, or they do not answer.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, index = (os.environ.get(name) for name in names)
+    try:
+        if address and count and index:
+            jax.distributed.initialize(address, int(count), int(index))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"config.runtime.distributed is set, and the other processes cannot be "
+            f"joined ({first_line}); on a cluster that JAX does not know, set "
+            f"{', '.join(names)} for each"
+        ) from error
 
 
 def _use_compilation_cache(folder: str) -> None:

@@ -79,7 +79,7 @@ def loss_sums(
         batch.groups,
         n_groups=job.groups,
         chunk=job.loss_chunk,
-        shards=meshes.batch_shards(job.mesh),
+        shards=meshes.shards(job.mesh),
         z_loss=job.z_loss,
     )
 
@@ -96,6 +96,7 @@ def train_step(
       The next state, and `loss` (nats per trained token), `weight` (trained tokens),
       `group_loss` and `group_weight` (sums, `[groups]`), `tokens` (real tokens),
       `pairs` (queries with each key they may see), `grad_norm` (before clipping),
+      `batch_hash` (of what was trained on, the same on every mesh),
       `skipped` (updates left out so far, where `optim.skip_outliers` is in use).
     """
     # Another stream than the initialisation, which folds small numbers in, too.
@@ -130,10 +131,26 @@ def train_step(
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
         "grad_norm": optax.tree.norm(gradients),
+        "batch_hash": hash_batch(batch),
         **optim.read_skipped(opt_state),
     }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def hash_batch(batch: Batch) -> Array:
+    """uint32 that another id, order, target or weight almost surely changes.
+
+    A sum of products modulo 2**32 (multilinear hashing: Lemire and Kaser 2014,
+    arXiv:1202.4961), which no split over devices can reorder.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for salt, field in enumerate((batch.tokens, batch.targets, batch.segments), 1):
+        place = jax.lax.iota(jnp.uint32, field.size).reshape(field.shape)
+        factor = (place * jnp.uint32(2654435761) + jnp.uint32(salt)) | jnp.uint32(1)
+        total += jnp.sum((field.astype(jnp.uint32) + 1) * factor, dtype=jnp.uint32)
+    weights = jax.lax.bitcast_convert_type(batch.weights, jnp.uint32)
+    return total + jnp.sum(weights * place, dtype=jnp.uint32)
 
 
 def _by_group(job: Job, values: Array, groups: Array) -> Array:
@@ -152,7 +169,7 @@ def eval_step(job: Job, params: Params, frozen: Params, batch: Batch) -> Metrics
         batch.targets,
         batch.weights,
         chunk=job.loss_chunk,
-        shards=meshes.batch_shards(job.mesh),
+        shards=meshes.shards(job.mesh),
     )
     return {
         "loss": _by_group(job, token_losses * batch.weights, batch.groups),

@@ -59,6 +59,7 @@ class StepLog:
             "learning_rate": float(self._schedule(number)),
             "grad_norm": values["grad_norm"],
             "tokens": int(values["tokens"]),
+            "batch_hash": int(found["batch_hash"]),
             "trained_tokens": int(values["weight"]),
             "step_s": seconds,
             "elapsed_s": self._clock.elapsed,

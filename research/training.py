@@ -80,7 +80,7 @@ def train(config: Config) -> int:
 
 def prepare(config: Config, folder: RunDir) -> Run:
     """Opens, loads and examines everything; writes nothing into `folder`."""
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     base = opening.open_start(config, folder)
     # Before the data is read: what does not fit the mesh is said at once.
     job = jobs.make_job(config, base, mesh.make_mesh(config.mesh))
@@ -89,9 +89,8 @@ def prepare(config: Config, folder: RunDir) -> Run:
     params, frozen = jobs.load_start(job, base)
     state = step.jit_init(job)(params)
     findings = doctor.examine_model(base, job, state, frozen) + task.examine()
-    if jax.process_index() == 0:
-        doctor.show(console, findings)
-        task.show_first_row(console)
+    doctor.show(console, findings)
+    task.show_first_row(console)
     doctor.require_healthy(findings)
     sampler = Sampler(job.model)
     return Run(config, folder, base, task, job, sampler, state, frozen, console)
@@ -138,10 +137,11 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
                 step_fn=lambda state, batch: step_fn(state, run.frozen, batch),
                 actions=[
                     loop.Action(config.eval.every, make_evaluation(run, log), True),
+                    loop.Action(config.checkpoint.every, save),
+                    # After the save: a sample that fails must not cost a step.
                     loop.Action(
                         config.eval.samples_every or config.steps, make_sampling(run)
                     ),
-                    loop.Action(config.checkpoint.every, save),
                 ],
                 log=log,
                 resume_clock=clock.resume,
@@ -211,8 +211,9 @@ def finish(run: Run) -> None:
     folder = run.folder.path
     arguments = (run.job, run.base, run.sampler)
     tuned = tuned_model(*arguments, run.state.params, run.frozen)
-    base = base_model(*arguments, run.frozen)
-    said = run.task.conclude(run.console, base, tuned, folder)
+    said = run.task.conclude(
+        run.console, lambda: base_model(*arguments, run.frozen), tuned, folder
+    )
     if run.config.export:
         weights = run.job.trainable.forward(run.state.params, run.frozen, None)
         exporting.export(run.job.model, weights, run.base.tokenizer, folder / EXPORTED)
@@ -239,5 +240,5 @@ def finish(run: Run) -> None:
         folder,
         folder,
         folder,
-        " --compare" if base else "",
+        " --compare" if run.base.tensors else "",
     )

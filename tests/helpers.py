@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.config import MeshConfig
 from research.models.presets import Architecture
 
 # No two sizes are equal, so that swapped axes show; what a mesh splits divides by 4.
@@ -17,6 +18,11 @@ TINY = Architecture(
     head_dim=10,
     tied_head=False,
 )
+
+
+def mesh_sizes(data=1, fsdp=1, tensor=1, replica=1, context=1):
+    """A `MeshConfig`, the axes that most tests split first."""
+    return MeshConfig(replica, data, fsdp, tensor, context)
 
 
 def random_params(specs, seed=0):

@@ -227,7 +227,8 @@ def test_the_door_trains_and_measures(tmp_path, corpus):
     for flags, said in (
         ([], "--source=NAME=WHERE is missing"),
         ([f"--source=s={corpus}"], "--out=FOLDER is missing"),
-        ([f"--source=s={corpus}", "--vocab=9", f"--out={out}"], "257"),
+        ([f"--source=s={corpus}", "--vocab=9", f"--out={tmp_path / 'new'}"], "257"),
+        ([f"--source=s={corpus}", f"--out={out}"], "exists; name a folder"),
     ):
         failed = call(*flags)
         assert failed.returncode == 2 and said in failed.stderr

@@ -27,6 +27,7 @@ OTHER = {
     "trainable": "full",
     "model.dtype": "float32",
     "model.remat": "dots",
+    "model.attention": "splash",
     "data.kind": "text",
     "data.source": "dolly",
     "text.undecodable": "skip",
@@ -234,7 +235,8 @@ def test_every_field_that_changes_the_result_is_fixed():
         "mesh.tensor", "eval.prompts", "eval.max_new_tokens", "checkpoint.every",
         "checkpoint.keep_last", "checkpoint.keep_best", "runtime.compilation_cache",
         "runtime.peak_tflops", "runtime.progress", "runtime.distributed", "export",
-        "eval.text_prompts", "eval.samples_every", "text.cache_dir",
+        "eval.text_prompts", "eval.samples_every", "text.cache_dir", "mesh.replica",
+        "mesh.context", "model.attention", "runtime.topology", "runtime.slices",
     }  # fmt: skip
     lines = fixed_differences(Config(), from_config_dict(changed()))
     found = {line.partition(":")[0] for line in lines}

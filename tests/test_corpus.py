@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from text_helpers import make_texts, text_config, with_bos, write_texts
 
+from research.config import DataConfig
 from research.data.bpe import byte_tokenizer
 from research.data.text import token_cache
 from research.data.text.corpus import TokenStream, load_text
@@ -321,13 +322,15 @@ def test_processes_share_the_held_out_rows(place, processes):
 
 
 def test_too_little_text_is_said_with_what_is_there_and_needed(place):
-    data = load(place, "b", data={"seq_len": 4000})
-    tokens = data.train["b"].tokens
-    with pytest.raises(UserError, match=rf"{tokens} training tokens.*needs 64001"):
-        data.train_iterator(16, 0)
+    tokens = load(place, "b").train["b"].tokens
+    needed = 4000 * DataConfig().batch_size + 1
+    said = rf"{tokens} training tokens.*needs {needed}"
+    with pytest.raises(UserError, match=said):
+        load(place, "b", data={"seq_len": 4000})
     (tmp := place / "tiny").mkdir(exist_ok=True)
     write_texts(tmp, make_texts(12, longest=4))
-    data = load(place, ["a", "tiny"], data={"seq_len": 900}, mixture=["a=1", "tiny=1"])
+    sizes = {"seq_len": 900, "batch_size": 2}
+    data = load(place, ["a", "tiny"], data=sizes, mixture=["a=1", "tiny=1"])
     with pytest.raises(UserError, match=r"wants tiny, which has \d+ training tokens"):
         data.train_iterator(2, 0)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from helpers import random_adapters, random_params
+from helpers import mesh_sizes, random_adapters, random_params
 
 from research import exporting, jobs, lora, trainable
 from research import mesh as meshes
@@ -67,7 +67,7 @@ def test_adapters_are_added_in(base, tmp_path):
 
 
 def test_shards_of_a_mesh_make_the_same_files(base, tmp_path):
-    mesh = meshes.make_mesh(MeshConfig(2, 2, 2))
+    mesh = meshes.make_mesh(mesh_sizes(2, 2, 2))
     job = make_job(base, "full", mesh)
     params = random_params(job.model.specs)
     placed = jax.device_put(params, meshes.shardings(job.model.specs, mesh))

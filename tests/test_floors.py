@@ -20,6 +20,7 @@ FLOORS = {
     "runtime": 2, "mesh": 2, "progress": 2,
     "models": 3, "data": 3,
     "lora": 4, "weights": 4, "metrics": 4,
+    "sharded_attention": 4,
     "trainable": 5, "loss": 5, "optim": 5, "base": 5, "report": 5,
     "step": 6, "sampling": 6,
     "checkpoint": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,

@@ -36,7 +36,7 @@ def plain_loss(hidden, head, weights, z_loss=0.0):
     return jnp.sum(weights * (normalizer - picked + z_loss * normalizer**2))
 
 
-def both_losses(hidden, head, weights, chunk=16, shards=1, z_loss=0.0):
+def both_losses(hidden, head, weights, chunk=16, shards=(1, 1), z_loss=0.0):
     return weighted_loss(
         hidden,
         head,
@@ -50,7 +50,7 @@ def both_losses(hidden, head, weights, chunk=16, shards=1, z_loss=0.0):
     )
 
 
-def chunked_loss(hidden, head, weights, chunk=16, shards=1, z_loss=0.0):
+def chunked_loss(hidden, head, weights, chunk=16, shards=(1, 1), z_loss=0.0):
     return both_losses(hidden, head, weights, chunk, shards, z_loss)[0]
 
 
@@ -61,7 +61,17 @@ chunked_gradients = jax.jit(
 
 
 @pytest.mark.parametrize(
-    "chunk, shards", [(1, 1), (7, 1), (16, 2), (10, 8), (1000, 4)], ids=str
+    "chunk, shards",
+    [
+        (1, (1, 1)),
+        (7, (1, 1)),
+        (16, (2, 1)),
+        (10, (8, 1)),
+        (1000, (4, 1)),
+        (10, (2, 4)),
+        (3, (1, 8)),
+    ],
+    ids=str,
 )
 def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
     for name, values in WEIGHTS.items():
@@ -75,7 +85,7 @@ def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
 def test_groups_split_the_cross_entropy_and_leave_z_loss_out(z_loss):
     for name, values in WEIGHTS.items():
         weights = jnp.float32(values)
-        total, by_group = both_losses(HIDDEN, HEAD, weights, 10, 4, z_loss)
+        total, by_group = both_losses(HIDDEN, HEAD, weights, 10, (4, 2), z_loss)
         expected = [plain_loss(HIDDEN, HEAD, weights * (g == GROUPS)) for g in range(4)]
         close(by_group, jnp.stack(expected))
         assert z_loss == 0.0 or (float(total) > float(by_group.sum())) == (
@@ -136,7 +146,7 @@ def test_token_losses_are_plain_where_weighted_and_zero_elsewhere():
     logits = np.array(HIDDEN @ HEAD)
     picked = np.take_along_axis(logits, np.array(TARGETS)[..., None], -1)[..., 0]
     plain = np.log(np.exp(logits).sum(-1)) - picked
-    for shards in (1, 4):
+    for shards in ((1, 1), (4, 1), (2, 3)):
         found = chunked_token_losses(
             HIDDEN, HEAD, TARGETS, weights, chunk=10, shards=shards
         )
@@ -147,7 +157,7 @@ def test_bfloat16_is_summed_in_float32():
     """A sum of 192 losses of about 5 in bfloat16 would be off by several."""
     weights = jnp.float32(WEIGHTS["all"])
     hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
-    total, slopes = chunked_gradients(hidden, head, weights, chunk=10, shards=1)
+    total, slopes = chunked_gradients(hidden, head, weights, chunk=10, shards=(1, 1))
     assert total.dtype == jnp.float32
     assert [slope.dtype for slope in slopes] == [jnp.bfloat16, jnp.bfloat16]
     exact = plain_loss(HIDDEN, HEAD, weights)
@@ -169,7 +179,7 @@ def rows_of_logits(shapes):
 
 def test_logits_of_the_whole_batch_never_exist():
     weights = jnp.float32(WEIGHTS["all"])
-    for shards in (1, 4):
+    for shards in ((1, 1), (2, 2)):
 
         def slopes(hidden, head, weights, shards=shards):
             def loss(hidden, head):
@@ -178,7 +188,7 @@ def test_logits_of_the_whole_batch_never_exist():
             return jax.grad(loss, (0, 1))(hidden, head)
 
         shapes = shapes_in(slopes, HIDDEN, HEAD, weights)
-        assert rows_of_logits(shapes) == 3 * shards
+        assert rows_of_logits(shapes) == 3 * shards[0] * shards[1]
     whole = shapes_in(jax.grad(plain_loss, (0, 1)), HIDDEN, HEAD, weights)
     assert rows_of_logits(whole) == B * T, "this test can see logits"
 

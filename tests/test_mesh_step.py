@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import TINY, close, random_adapters
+from helpers import TINY, close, mesh_sizes, random_adapters
 from jax.sharding import PartitionSpec as P
 
 from research import mesh as meshes
@@ -24,6 +24,7 @@ from research.config import Config, LoRAConfig, MeshConfig, ModelConfig, OptimCo
 from research.errors import UserError
 from research.matrix import Spec, contract
 from research.models.transformer import Model
+from research.sharded_attention import make_attend
 
 ONE = (1, 1, 1)
 # A large eps: Adam turns rounding in a gradient near zero into a full-size update.
@@ -44,7 +45,7 @@ def make_job(model, kind, sizes, dtype="float32"):
     config = Config(
         trainable=kind, model=ModelConfig(dtype=dtype), lora=LORA, optim=OPTIM
     )
-    mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    mesh = meshes.make_mesh(mesh_sizes(*sizes), jax.devices()[: math.prod(sizes)])
     made = trainable.make(config, model.specs)
     traced = []
 
@@ -54,7 +55,9 @@ def make_job(model, kind, sizes, dtype="float32"):
 
     job = step.Job(
         model=model.with_options(
-            constrain=meshes.constrain(mesh), dtype=jnp.dtype(dtype)
+            constrain=meshes.constrain(mesh),
+            attend=make_attend(mesh, "xla", 7),
+            dtype=jnp.dtype(dtype),
         ),
         trainable=dataclasses.replace(made, forward=forward),
         optimizer=optim.make_optimizer(OPTIM, 10, made.specs),
@@ -102,10 +105,25 @@ def assert_same_training(found, expected):
     close(found.state, expected.state)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+# data, fsdp, tensor, replica, context; and microbatches.
+MESHES = {
+    "full": [
+        ((8, 1, 1), 1),
+        ((1, 8, 1), 1),
+        ((2, 2, 2), 2),
+        ((1, 2, 4), 1),
+        ((1, 1, 1, 1, 8), 1),
+        ((1, 1, 2, 1, 4), 2),
+        ((2, 1, 2, 2, 1), 1),
+        ((1, 2, 1, 2, 2), 1),
+    ],
+    "lora": [((1, 8, 1), 1), ((2, 2, 2), 2), ((1, 2, 4), 1), ((1, 2, 1, 2, 2), 2)],
+}
+
+
 @pytest.mark.parametrize(
-    "sizes, microbatches",
-    [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2), ((1, 2, 4), 1)],
+    "kind, sizes, microbatches",
+    [(kind, *case) for kind, cases in MESHES.items() for case in cases],
     ids=str,
 )
 def test_every_mesh_trains_as_one_device(run, kind, sizes, microbatches):
@@ -258,7 +276,7 @@ def test_fsdp_leaves_no_matrix_whole(run):
 def test_a_size_that_does_not_divide_names_path_axis_and_remedy(changes, sizes, said):
     specs = Model(dataclasses.replace(TINY, **changes)).specs
     with pytest.raises(UserError, match=said):
-        meshes.shardings(specs, meshes.make_mesh(MeshConfig(*sizes)))
+        meshes.shardings(specs, meshes.make_mesh(mesh_sizes(*sizes)))
 
 
 def test_an_axis_without_a_rule_is_not_replicated_silently():
@@ -278,12 +296,12 @@ def test_two_axes_cannot_have_one_mesh_axis():
 )
 def test_mesh_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(UserError, match=f"data={sizes[0]}, fsdp={sizes[1]}"):
-        meshes.make_mesh(MeshConfig(*sizes))
+        meshes.make_mesh(mesh_sizes(*sizes))
 
 
 def test_the_rest_of_the_devices_is_found():
-    assert meshes.make_mesh(MeshConfig(-1, 2, 2)).shape == {
-        "data": 2, "fsdp": 2, "tensor": 2,
+    assert meshes.make_mesh(mesh_sizes(-1, 2, 2)).shape == {
+        "replica": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1,
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import pytest
 from helpers import TINY, close
 
 from research.errors import UserError
-from research.models.attention import packed_attention, rope_frequencies
+from research.models.attention import rope_frequencies
+from research.models.kernels import packed_attention
 from research.models.presets import RopeScaling
 from research.models.transformer import Model
 
@@ -20,6 +21,13 @@ POSITIONS = np.concatenate([np.arange(n) for n in (*DOCUMENTS, 4)])[None]
 TOKENS = np.random.default_rng(0).permutation(TINY.vocab)[None, :24]
 
 
+def in_blocks(block):
+    def attend(q, k, v, segments):
+        return packed_attention(q, k, v, segments, segments, kernel="xla", block=block)
+
+    return attend
+
+
 def hidden_of(model):
     return jax.jit(lambda params, *packed: model.hidden(params, *packed))
 
@@ -27,7 +35,7 @@ def hidden_of(model):
 @pytest.fixture(scope="module")
 def blocked(model):
     """Blocks of 7 divide nothing here: edges of blocks and documents all differ."""
-    return model.with_options(attention_block=7)
+    return model.with_options(attend=in_blocks(7))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,7 @@ def test_only_distances_between_positions_count(hidden, params):
 
 @pytest.mark.parametrize("block", [5, 100])
 def test_attention_block_does_not_change_results(model, hidden, params, block):
-    found = hidden_of(model.with_options(attention_block=block))
+    found = hidden_of(model.with_options(attend=in_blocks(block)))
     expected = hidden(params, TOKENS, POSITIONS, SEGMENTS)
     close(found(params, TOKENS, POSITIONS, SEGMENTS), expected)
 
@@ -114,9 +122,7 @@ def test_attention_and_its_own_gradient_are_the_plain_ones(block):
         outputs, backward = jax.vjp(attention, q, k, v)
         return outputs, *backward(probe)
 
-    found = outputs_and_gradients(
-        lambda q, k, v: packed_attention(q, k, v, segments, block)
-    )
+    found = outputs_and_gradients(lambda q, k, v: in_blocks(block)(q, k, v, segments))
     plain = outputs_and_gradients(lambda q, k, v: plain_attention(q, k, v, segments))
     for actual, expected in zip(found, plain, strict=True):
         close(actual, expected)

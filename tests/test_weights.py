@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import TINY, random_params
+from helpers import TINY, mesh_sizes, random_params
 from safetensors.numpy import save_file
 
 from research.base import open_base
@@ -98,7 +98,7 @@ def test_a_folder_loads_bit_for_bit(folder, model, params):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_sharded_loading_equals_one_device(folder, model, params, sizes):
-    mesh = make_mesh(MeshConfig(*sizes))
+    mesh = make_mesh(mesh_sizes(*sizes))
     found = load(folder, model, mesh)
     assert_same(found, params)
     for path, sharding in shardings(model.specs, mesh).items():

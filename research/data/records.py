@@ -165,7 +165,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path.name}: row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"data file {path} is not readable parquet: {error}") from error
 
 

@@ -77,22 +77,49 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> A
     return mixed.reshape(batch, length, heads, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def packed_attention(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, block: int
 ) -> Array:
-    """Causal attention within each document of a packed row.
+    """`blocked_attention` of whole rows to themselves."""
+    return blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, block)
+
+
+def blocked_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    q_segments_BT: Array,
+    k_segments_BS: Array,
+    block: int,
+    offset: int | Array = 0,
+) -> Array:
+    """Causal attention within each document of a packed row, in plain XLA.
+
+    Query i stands at index `offset + i` of the row that the keys fill, S >= offset
+    + T, and must carry the segment of that key: it then sees itself at least.
 
     Queries go in blocks of `block` tokens and see only the keys up to their own
-    block's end, so about half of the row's square is never computed. The backward
-    pass makes the probabilities again from the saved normalizers (Dao 2023,
-    arXiv:2307.08691, section 3.1), so no `[T, T]` array is kept. Exact for any
-    `block`.
+    block's end, so about half of the row's square is never computed; where
+    `offset` is traced that end is not known and a block computes all keys. The
+    backward pass makes the probabilities again from the saved normalizers (Dao
+    2023, arXiv:2307.08691, section 3.1), so no `[T, S]` array is kept. Exact for
+    any `block`.
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
     """
-    return _packed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, block)[0]
+    static, traced = (offset, None) if isinstance(offset, int) else (None, offset)
+    return _blocked(
+        q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced, block, static
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _blocked(
+    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced, block, static
+):
+    arrays = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced)
+    return _blocked_forward(*arrays, block, static)[0]
 
 
 def _heads_first(x_BTNH: Array, kv_heads: int) -> Array:
@@ -108,30 +135,45 @@ def _heads_last(x_BKGTH: Array) -> Array:
     return x.reshape(batch, length, kv_heads * group, width)
 
 
-def _block_logits(q_BKGTH, k_BKSH, segments_BT, start, stop):
-    """Scaled, masked float32 logits of queries `start:stop` and the keys they see."""
+def _block_logits(q_BKGTH, k_BKSH, segments, offset, here, reach):
+    """Scaled, masked float32 logits of the queries `here` and the keys they see."""
+    q_segments_BT, k_segments_BS = segments
     logits = jnp.einsum(
         "BKGTH,BKSH->BKGTS",
-        q_BKGTH[:, :, :, start:stop] * q_BKGTH.shape[-1] ** -0.5,
-        k_BKSH[:, :, :stop],
+        q_BKGTH[:, :, :, here] * q_BKGTH.shape[-1] ** -0.5,
+        k_BKSH[:, :, :reach],
         preferred_element_type=jnp.float32,
     )
-    order_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-    same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
+    order_TS = _index(offset, here)[:, None] >= jnp.arange(reach)[None, :]
+    same_BTS = q_segments_BT[:, here, None] == k_segments_BS[:, None, :reach]
     return jnp.where((same_BTS & order_TS[None])[:, None, None], logits, MASKED)
 
 
-def _blocks(length: int, block: int) -> list[tuple[int, int]]:
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+def _index(offset: int | Array, here: slice) -> Array:
+    """Where the queries `here` stand in their row; a constant if `offset` is one."""
+    if isinstance(offset, int):
+        return jnp.arange(offset + here.start, offset + here.stop)
+    return offset + jnp.arange(here.start, here.stop)
 
 
-def _packed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, block):
-    kv_heads = k_BTKH.shape[2]
-    q = _heads_first(q_BTNH, kv_heads)
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+def _blocks(queries: int, keys: int, block: int, static: int | None):
+    """Of each block: the slice of its queries, and how many keys it must compute."""
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
+        yield slice(start, stop), keys if static is None else static + stop
+
+
+def _blocked_forward(
+    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced, block, static
+):
+    segments = (q_segments_BT, k_segments_BS)
+    q = _heads_first(q_BTNH, k_BSKH.shape[2])
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
     outputs, normalizers = [], []
-    for start, stop in _blocks(q_BTNH.shape[1], block):
-        logits = _block_logits(q, k, segments_BT, start, stop)
+    offset = traced if static is None else static
+    sizes = (q_BTNH.shape[1], k_BSKH.shape[1])
+    for here, reach in _blocks(*sizes, block, static):
+        logits = _block_logits(q, k, segments, offset, here, reach)
         # Every query sees itself: the largest logit is never the mask.
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
@@ -139,57 +181,52 @@ def _packed_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, block):
         mixed = jnp.einsum(
             "BKGTS,BKSH->BKGTH",
             weights.astype(v.dtype),
-            v[:, :, :stop],
+            v[:, :, :reach],
             preferred_element_type=jnp.float32,
         )
         outputs.append((mixed / total).astype(q.dtype))
         normalizers.append(largest + jnp.log(total))
     output = _heads_last(jnp.concatenate(outputs, axis=3))
-    residuals = (
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        segments_BT,
-        output,
-        jnp.concatenate(normalizers, axis=3),
-    )
-    return output, residuals
+    normalizer = jnp.concatenate(normalizers, axis=3)
+    return output, (q_BTNH, k_BSKH, v_BSKH, segments, traced, output, normalizer)
 
 
-def _packed_backward(block, residuals, d_output_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, output_BTNH, normalizer = residuals
-    kv_heads = k_BTKH.shape[2]
+def _blocked_backward(block, static, residuals, d_output_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, segments, traced, output_BTNH, normalizer = residuals
+    kv_heads = k_BSKH.shape[2]
     q, output, d_output = (
         _heads_first(x, kv_heads) for x in (q_BTNH, output_BTNH, d_output_BTNH)
     )
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
     along = jnp.sum(
         d_output.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True
     )
     scale = q.shape[-1] ** -0.5
     d_q = []
     d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    for start, stop in _blocks(q_BTNH.shape[1], block):
-        here = slice(start, stop)
-        logits = _block_logits(q, k, segments_BT, start, stop)
+    offset = traced if static is None else static
+    sizes = (q_BTNH.shape[1], k_BSKH.shape[1])
+    for here, reach in _blocks(*sizes, block, static):
+        logits = _block_logits(q, k, segments, offset, here, reach)
         weights = jnp.exp(logits - normalizer[:, :, :, here])
         d_weights = jnp.einsum(
             "BKGTH,BKSH->BKGTS",
             d_output[:, :, :, here],
-            v[:, :, :stop],
+            v[:, :, :reach],
             preferred_element_type=jnp.float32,
         )
         d_logits = weights * (d_weights - along[:, :, :, here]) * scale
         d_logits, weights = d_logits.astype(q.dtype), weights.astype(q.dtype)
-        d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_logits, k[:, :, :stop]))
+        d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_logits, k[:, :, :reach]))
         into = functools.partial(jnp.einsum, "BKGTS,BKGTH->BKSH")
-        d_k = d_k.at[:, :, :stop].add(into(d_logits, q[:, :, :, here]))
-        d_v = d_v.at[:, :, :stop].add(into(weights, d_output[:, :, :, here]))
+        d_k = d_k.at[:, :, :reach].add(into(d_logits, q[:, :, :, here]))
+        d_v = d_v.at[:, :, :reach].add(into(weights, d_output[:, :, :, here]))
     d_k, d_v = (
         d.transpose(0, 2, 1, 3).astype(x.dtype)
-        for d, x in ((d_k, k_BTKH), (d_v, v_BTKH))
+        for d, x in ((d_k, k_BSKH), (d_v, v_BSKH))
     )
-    return _heads_last(jnp.concatenate(d_q, axis=3)), d_k, d_v, None
+    d_q = _heads_last(jnp.concatenate(d_q, axis=3))
+    return d_q, d_k, d_v, None, None, None
 
 
-packed_attention.defvjp(_packed_forward, _packed_backward)
+_blocked.defvjp(_blocked_forward, _blocked_backward)

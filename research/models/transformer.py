@@ -15,6 +15,7 @@ from flax import nnx
 
 from research.matrix import Matrix, Spec, transpose
 from research.models import attention
+from research.models.kernels import packed_attention
 from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
 from research.models.presets import Architecture
 
@@ -28,6 +29,15 @@ REMAT_POLICIES = {
 }
 
 
+def attend_whole_rows(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array
+) -> Array:
+    """Plain attention of rows that lie whole on one device."""
+    return packed_attention(
+        q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, kernel="xla", block=128
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How the model is computed; none of these changes what it computes.
@@ -36,14 +46,14 @@ class Options:
       dtype: of activations and of weights as they enter a matrix product.
       remat: what the backward pass recomputes; a key of `REMAT_POLICIES`.
       scan_unroll: layers per iteration of the scan; the layer count unrolls it.
-      attention_block: queries per block of packed attention.
+      attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`.
       constrain: pins an activation to the mesh by its axis names.
     """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
-    attention_block: int = 128
+    attend: Callable[[Array, Array, Array, Array], Array] = attend_whole_rows
     constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
 
 
@@ -77,13 +87,10 @@ class Attention(nnx.Module):
         )
         self.output = Linear(out, rngs)
 
-    def __call__(self, x_BTD, rope, segments_BT, block):
+    def __call__(self, x_BTD, rope, segments_BT, attend):
         q_BTNH = attention.rotate(self.query(x_BTD), rope)
         k_BTKH = attention.rotate(self.key(x_BTD), rope)
-        mixed = attention.packed_attention(
-            q_BTNH, k_BTKH, self.value(x_BTD), segments_BT, block
-        )
-        return self.output(mixed)
+        return self.output(attend(q_BTNH, k_BTKH, self.value(x_BTD), segments_BT))
 
     def decode(self, x_BTD, rope, k_BSKH, v_BSKH, start):
         """Attends to the cache and the new tokens; returns them written into it."""
@@ -123,8 +130,8 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(norm, a.norm_eps, rngs)
         self.mlp = GatedMLP(a, rngs)
 
-    def __call__(self, x_BTD, rope, segments_BT, block):
-        x_BTD += self.attention(self.attention_norm(x_BTD), rope, segments_BT, block)
+    def __call__(self, x_BTD, rope, segments_BT, attend):
+        x_BTD += self.attention(self.attention_norm(x_BTD), rope, segments_BT, attend)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
     def decode(self, x_BTD, rope, k_BSKH, v_BSKH, start):
@@ -177,7 +184,7 @@ class Transformer(nnx.Module):
 
         def body(x_BTD, layer):
             block = nnx.merge(graph, layer)
-            x_BTD = block(x_BTD, rope, segments_BT, options.attention_block)
+            x_BTD = block(x_BTD, rope, segments_BT, options.attend)
             return pin(x_BTD), None
 
         policy = REMAT_POLICIES[options.remat]

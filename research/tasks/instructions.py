@@ -1,6 +1,6 @@
 """Instruction tuning: rows of requests and answers, and three of them asked again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +127,13 @@ class InstructionTask:
         """Nothing: answers are compared at the end."""
 
     def conclude(
-        self, console: Console, base: Model | None, model: Model, folder: Path
+        self,
+        console: Console,
+        base: Callable[[], Model | None],
+        model: Model,
+        folder: Path,
     ) -> list[str]:
-        answers = self._answer(base, model)
+        answers = self._answer(base(), model)
         report.show_answers(console, answers)
         return report.answers_as_markdown(answers)
 

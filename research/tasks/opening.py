@@ -1,4 +1,4 @@
-"""Which task a config asks for: the one place that reads `config.data.kind`."""
+"""Which task a config asks for, and what a run of it starts from."""
 
 import jax
 
@@ -6,6 +6,7 @@ from research.base import Base, open_base, random_base
 from research.config import Config
 from research.data import tokenizer as tokenizers
 from research.data.instructions.chat import ChatFormat
+from research.data.text.sources import check_text
 from research.data.text.tokenizer_choice import open_tokenizer
 from research.run_dir import RunDir
 from research.tasks.instructions import InstructionTask
@@ -19,6 +20,8 @@ def open_start(config: Config, folder: RunDir) -> Base:
     Raises:
       UserError: it is not there, or does not fit.
     """
+    if config.data.kind == "text":
+        check_text(config.text)  # A typo must not wait for a tokenizer.
     if config.model.init_from:
         return open_base(config.model.init_from, config.data.hub_timeout)
     if folder.exists:
@@ -34,10 +37,11 @@ def load_task(config: Config, base: Base) -> Task:
     Raises:
       UserError: it cannot be read, or nothing is left to train on.
     """
+    longest = base.architecture.max_position
     if config.data.kind == "text":
         processes = (jax.process_index(), jax.process_count())
-        return TextTask(config, base.tokenizer, processes)
-    return InstructionTask(config, base.tokenizer, base.architecture.max_position)
+        return TextTask(config, base.tokenizer, longest, processes)
+    return InstructionTask(config, base.tokenizer, longest)
 
 
 def prompt_format(config: Config, base: Base) -> PromptFormat:

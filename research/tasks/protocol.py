@@ -1,6 +1,6 @@
 """What a training run asks of its job: the only things in which jobs differ."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +65,13 @@ class Task(Protocol):
         """Called now and then with the model so far."""
 
     def conclude(
-        self, console: Console, base: Model | None, model: Model, folder: Path
+        self,
+        console: Console,
+        base: Callable[[], Model | None],
+        model: Model,
+        folder: Path,
     ) -> list[str]:
-        """Shows what the model says at the end; returns it as lines of Markdown."""
+        """Shows what the model says at the end; returns it as lines of Markdown.
+
+        `base` loads the model that training began from, if there was one.
+        """

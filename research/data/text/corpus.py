@@ -162,6 +162,7 @@ class _Corpus:
             training=self._batches,
             first_rows=self._first_rows,
         )
+        data.require_rows(self._config.data.batch_size)
         check_held_out(self._config.text.held_out_share, data.held_out)
         return data
 

@@ -158,7 +158,7 @@ def check_held_out(config_share: float, evaluated: dict[str, Totals]) -> None:
         raise UserError(
             f"no document of {', '.join(without)} was kept for evaluation at "
             f"config.text.held_out_share={config_share:g}; raise it, or give more "
-            "documents (a plain-text file is one)"
+            "documents"
         )
     for name in without:
         logging.warning(

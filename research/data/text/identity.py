@@ -97,5 +97,5 @@ def _add_to_memo(cache: Path, entries: Mapping[str, list[Any]]) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         memo = {**_read_memo(cache), **entries}
         write_whole(cache / MEMO, json.dumps(memo).encode())
-    except OSError as error:
-        raise cannot_write(cache, error) from error
+    except OSError:
+        return  # It only saves time: a cache can be read-only, and finished.

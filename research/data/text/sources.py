@@ -6,14 +6,44 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from research.config import Config
+from research.config import Config, TextConfig
 from research.data.hub import knock
 from research.data.text.documents import Input, Source, hub_parts
+from research.data.text.mixture import mixture_weights
 from research.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 STDLIB_LARGEST = 300_000  # What is larger was generated.
+
+
+def check_text(config: TextConfig) -> None:
+    """Reads the names of sources and mixture, and nothing else.
+
+    Raises:
+      UserError: they do not fit.
+    """
+    mixture_weights(config, list(_places(config)))
+
+
+def _places(config: TextConfig) -> dict[str, str]:
+    """`{name: where}`."""
+    if not config.sources:
+        raise UserError("config.text.sources is empty; give name=where at least once")
+    places: dict[str, str] = {}
+    for written in config.sources:
+        name, equals, where = written.partition("=")
+        if not equals or not where or not NAME.fullmatch(name):
+            raise UserError(
+                f"config.text.sources has {written!r}; write name=where, where the "
+                "name is made of letters, digits, '_', '.' and '-'"
+            )
+        if name in places:
+            raise UserError(
+                f"config.text.sources has two named {name!r}; rename one of them"
+            )
+        places[name] = where
+    return places
 
 
 def open_sources(config: Config) -> list[Source]:
@@ -22,27 +52,16 @@ def open_sources(config: Config) -> list[Source]:
     Raises:
       UserError: a source is not `name=where`, or is not there.
     """
-    if not config.text.sources:
-        raise UserError("config.text.sources is empty; give name=where at least once")
-    sources: dict[str, Source] = {}
-    for written in config.text.sources:
-        name, equals, where = written.partition("=")
-        if not equals or not where or not NAME.fullmatch(name):
-            raise UserError(
-                f"config.text.sources has {written!r}; write name=where, where the "
-                "name is made of letters, digits, '_', '.' and '-'"
-            )
-        if name in sources:
-            raise UserError(
-                f"config.text.sources has two named {name!r}; rename one of them"
-            )
+    sources, text = [], config.text
+    for name, where in _places(text).items():
         inputs, revision = _locate(name, where, config.data.hub_timeout)
-        text = config.text
-        sources[name] = Source(
-            name, where, inputs, revision, text.column, text.undecodable,
-            config.data.bad_lines,
+        sources.append(
+            Source(
+                name, where, inputs, revision, text.column, text.undecodable,
+                config.data.bad_lines,
+            )
         )  # fmt: skip
-    return list(sources.values())
+    return sources
 
 
 def _locate(name: str, where: str, timeout: float) -> tuple[tuple[Input, ...], str]:
@@ -76,7 +95,11 @@ def _locate(name: str, where: str, timeout: float) -> tuple[tuple[Input, ...], s
 def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Input]:
     """Files whose every relative part is wanted, in the order of their names."""
     found = []
-    for at, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"text folder {folder} cannot be read: {error}") from error
+
+    for at, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if wanted(name)]
         found += [Path(at, name) for name in names if wanted(name)]
     for path in sorted(found, key=lambda path: path.relative_to(folder).parts):

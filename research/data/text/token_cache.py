@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,6 +87,10 @@ def open_cache(
             remove_leftovers(folder)
             build = _Build(source, tokenizer, layout, config.held_out_share, folder)
             manifest = build.run(key, process_index, process_count)
+        except UserError:
+            # Mended text has another key: these shards would never be used.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         except OSError as error:
             raise cannot_write(folder, error) from error
     total = manifest.total("train") + manifest.total("held")

@@ -72,12 +72,9 @@ def make_tokenizer(
     sources = open_sources(config)
     share = config.text.held_out_share
     made = train_bpe(training_texts(sources, share), size)
-    try:
-        save_tokenizer(made, Path(out).expanduser())
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error}); choose another --out"
-        ) from error
+    folder = Path(out).expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _keep(made, folder)
     for source in sources:
         read = tokens = 0
         for text in _spread(source, MEASURED_BYTES, share):

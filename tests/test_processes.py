@@ -1,0 +1,78 @@
+"""Two real processes of four devices each train as one process of eight does."""
+
+import socket
+
+import pytest
+from commands import chain
+from test_pretraining import STEPS, make_corpus, pretrain
+
+MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.context=2")
+PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@chain
+def one_process(place, results):
+    results("pretrained")
+    return pretrain(place, "one-process", *MESH, *PLAIN, devices=8)
+
+
+@chain
+def two_processes(place, results):
+    make_corpus(place)
+    results("pretrained")
+    flags = (
+        "--config=pretrain.py",
+        "--config.run_dir=runs/two-processes",
+        "--config.runtime.distributed=True",
+        *MESH,
+        *PLAIN,
+    )
+    address = f"localhost:{free_port()}"
+    return place.run_together(
+        [
+            {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            }
+            for index in range(2)
+        ],
+        flags,
+        devices=4,
+    )
+
+
+def test_two_processes_train_the_same_steps_on_the_same_data(
+    place, one_process, two_processes
+):
+    assert one_process.code == 0, one_process.err
+    for finished in two_processes:
+        assert finished.code == 0, finished.err
+    alone, together = (
+        place.lines(run, "train") for run in ("one-process", "two-processes")
+    )
+    assert len(alone) == len(together) == STEPS
+    for one, two in zip(alone, together, strict=True):
+        assert one["batch_hash"] == two["batch_hash"]
+        assert one["tokens"] == two["tokens"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    held = [place.lines(run, "eval")[-1] for run in ("one-process", "two-processes")]
+    assert held[1]["loss"] == pytest.approx(held[0]["loss"], rel=1e-5)
+
+
+def test_hashes_of_different_batches_differ(place, one_process):
+    hashes = [line["batch_hash"] for line in place.lines("one-process", "train")]
+    assert len(set(hashes)) == STEPS
+
+
+def test_only_the_first_process_speaks(two_processes):
+    first, second = two_processes
+    assert "held-out loss" in first.err
+    assert "held-out loss" not in second.err and "doctor" not in second.out

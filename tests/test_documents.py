@@ -318,3 +318,15 @@ def test_a_hub_that_hangs_is_given_up(monkeypatch):
     assert not answer.revision and "0.2 seconds" in answer.reason
     assert time.monotonic() - begun < 2
     hang.set()
+
+
+def test_a_folder_of_code_is_read_around_its_settings(tmp_path):
+    """With `bad_lines=skip`; else the odd file is named."""
+    folder = write_texts(tmp_path / "code", TEXTS[:3])
+    (folder / "package.json").write_text('{"name": "x"}')
+    (folder / "table.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"package\.json:1"):
+        read(tmp_path, folder)
+    found, left_out = read(tmp_path, folder, data={"bad_lines": "skip"})
+    assert texts_of(found) == TEXTS[:3]
+    assert left_out == {"no rows with the text column": 2}

@@ -94,7 +94,7 @@ def formula(q, k, v, d_output):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(6, 2), (2, 2)], ids=str)
 def test_each_kernel_is_the_formula_outputs_and_gradients(kernel, heads):
     arrays = draw(*heads)
     found = outputs_and_gradients(
@@ -105,7 +105,7 @@ def test_each_kernel_is_the_formula_outputs_and_gradients(kernel, heads):
         close(actual, expected)
 
 
-@pytest.mark.parametrize("block", [70, 150, 1000])
+@pytest.mark.parametrize("block", [70, 1000])
 def test_the_block_of_xla_does_not_change_its_results(block):
     arrays = draw(4, 2)
     found = outputs_and_gradients(
@@ -180,12 +180,10 @@ def test_each_kernel_runs_on_a_mesh_that_splits_rows_heads_and_tokens(kernel):
 @pytest.mark.parametrize(
     ("kernel", "offset", "unread"),
     [
-        ("xla", 100, 200),
-        ("splash", 100, 200),
         ("cudnn", 100, 200),
         ("splash", np.int32(100), 256),
     ],
-    ids=["xla", "splash", "cudnn", "splash traced"],
+    ids=["static", "traced"],
 )
 def test_keys_of_the_future_are_never_read(kernel, offset, unread):
     """NaN spreads from whatever is computed with it, masked or not."""

@@ -1,7 +1,7 @@
 """Endless training batches in an order that can be saved and shared."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -9,6 +9,18 @@ from research.batch import Batch
 
 # More than any run reaches. Grain's own "for ever" overflows in batches of one.
 ENDLESS_EPOCHS = 1_000_000_000
+
+
+class Batches(Protocol):
+    """Endless training batches and a position that can be saved."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class OrderedBatches:

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import re
 import time
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils, topologies

@@ -1,27 +1,16 @@
 """What a training run asks of its job: the only things in which jobs differ."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 
 from research.answers import Model
 from research.batch import Batch
+from research.data.order import Batches
 from research.data.records import Turn
 from research.doctor import Finding
-
-
-class Batches(Protocol):
-    """Endless training batches whose position can be saved."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class PromptFormat(Protocol):

@@ -14,6 +14,7 @@ from rich.text import Text
 from research.answers import Model
 from research.batch import Batch
 from research.config import Config
+from research.data.order import Batches
 from research.data.records import Turn
 from research.data.text.corpus import load_text
 from research.data.text.layout import Layout
@@ -21,7 +22,6 @@ from research.data.tokenizer import Tokenizer
 from research.doctor import Finding, epochs
 from research.errors import UserError
 from research.sampling import Sampling
-from research.tasks.protocol import Batches
 
 SHOWN = 400  # characters of the first row
 # Greedy samples of a small model repeat themselves; these vary, and stay likely.

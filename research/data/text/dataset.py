@@ -2,27 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from research.batch import Batch
+from research.data.order import Batches
 from research.data.text.layout import Layout, lay_rows
 from research.data.text.shards import Totals
 from research.errors import UserError
-
-
-class TrainingBatches(Protocol):
-    """Endless batches and a position that can be saved."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +75,14 @@ class TextData:
     left_out: dict[str, int]
     row_format: RowFormat = dataclasses.field(repr=False)
     evaluated: list[Stretch] = dataclasses.field(repr=False)
-    training: Callable[[int, int, Sequence[int] | None], TrainingBatches] = (
-        dataclasses.field(repr=False)
+    training: Callable[[int, int, Sequence[int] | None], Batches] = dataclasses.field(
+        repr=False
     )
     first_rows: Callable[[int], Batch] = dataclasses.field(repr=False)
 
     def train_iterator(
         self, batch_size: int, seed: int, mine: Sequence[int] | None = None
-    ) -> TrainingBatches:
+    ) -> Batches:
         """Endless batches of rows; `mine` are this process's of each global batch."""
         return self.training(batch_size, seed, mine)
 

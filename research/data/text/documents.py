@@ -1,7 +1,7 @@
 """Raw text: the documents in a source, a piece at a time.
 
 A document is a plain-text file, or a row of a file of rows. Long ones come in pieces
-cut at line ends, so that memory does not depend on the size of anything. A plain-text
+cut at line ends, so that memory does not depend on the size of a plain-text file. A
 file that is a source by itself counts as many documents, cut at line ends, too: else
 there would be nothing to hold out.
 """
@@ -128,7 +128,7 @@ class _Reading:
             rows = read_rows(
                 item.path, errors="surrogateescape", column=self._source.column
             )
-            yield from self._of_rows(rows)
+            yield from self._of_row_file(rows)
         elif kind in RECORD_FILES:
             yield from self._of_records(item)
         else:
@@ -136,6 +136,15 @@ class _Reading:
                 yield from self._of_plain_text(item)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{item.path} cannot be read: {error}") from error
+
+    def _of_row_file(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
+        """Of a folder with other things than text, such as a settings.json."""
+        try:
+            yield from self._of_rows(rows)
+        except UserError:
+            if not self._source.is_folder or self._source.bad_lines == "stop":
+                raise
+            self._left_out["no rows with the text column"] += 1
 
     def _of_rows(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
         column = self._source.column

@@ -43,4 +43,5 @@ def get_config():
     config.eval.text_prompts = ("The", "In 1969,", "To make bread,")
     config.checkpoint.every = 1000
     config.mesh.data = -1
+    config.runtime.topology = "v5e:2x4"
     return config

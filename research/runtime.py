@@ -14,24 +14,9 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from research import caches
+from research import caches, chips
 from research.config import RuntimeConfig
 from research.errors import UserError
-
-# Dense bf16 FLOP/s of one device, by the start of `device_kind`, from the vendors'
-# data sheets. Without an entry MFU is not shown: a guess would be worse.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4 ": 121e12,
-}
 
 
 def start(config: RuntimeConfig) -> None:
@@ -117,9 +102,8 @@ def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:
         return config.peak_tflops * 1e12 * len(devices)
     if devices[0].platform == "cpu":
         return _measured_matmul_flops(dtype)
-    kind = devices[0].device_kind
-    known = [peak for name, peak in PEAK_FLOPS.items() if f"{kind} ".startswith(name)]
-    return known[0] * len(devices) if known else None
+    chip = chips.by_device_kind(devices[0].device_kind)
+    return chip.flops * len(devices) if chip else None
 
 
 def _measured_matmul_flops(dtype: str) -> float:

@@ -1,7 +1,9 @@
 """Configs are strict: what is not exactly a field of the right type is an error."""
 
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -242,3 +244,22 @@ def test_every_field_that_changes_the_result_is_fixed():
     found = {line.partition(":")[0] for line in lines}
     # There is only one data source yet, so it cannot differ.
     assert found == flat(Config()).keys() - free - {"data.source"}
+
+
+SHIPPED = sorted(
+    file.stem
+    for file in (Path(__file__).parents[1] / "configs").glob("*.py")
+    if file.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_a_lab_note_that_holds(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = from_config_dict(module.get_config())
+    assert config.run_dir == f"runs/{name}"
+    assert f"--config=configs/{name}.py" in module.__doc__
+    for part in ("Hardware:", "Duration:", "Expect:"):
+        assert part in module.__doc__
+    told = module.__doc__.partition("Duration:")[2]
+    assert "TODO" not in told and ("measured" in told or "planned" in told)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "research"
 # floor each, whose files may import their own siblings.
 FLOORS = {
     "errors": -1,  # under everything, so that anyone can raise for the user
-    "knobs": 0, "matrix": 0, "batch": 0, "caches": 0,
+    "knobs": 0, "matrix": 0, "batch": 0, "caches": 0, "chips": 0,
     "config": 1, "trees": 1,
     "runtime": 2, "mesh": 2, "progress": 2,
     "models": 3, "data": 3,
@@ -25,9 +25,9 @@ FLOORS = {
     "step": 6, "sampling": 6,
     "checkpoint": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,
     "loop": 8, "run_dir": 8, "answers": 8, "step_log": 8,
-    "tasks": 9,
+    "tasks": 9, "planning": 9,
     "training": 10, "chatting": 10, "doors": 10,
-    "train": 11, "generate": 11, "export": 11, "tokenize": 11,
+    "train": 11, "generate": 11, "export": 11, "tokenize": 11, "plan": 11,
 }  # fmt: skip
 
 FILES = sorted(f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py")

@@ -94,9 +94,8 @@ def formula(q, k, v, d_output):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("heads", [(6, 2), (2, 2)], ids=str)
-def test_each_kernel_is_the_formula_outputs_and_gradients(kernel, heads):
-    arrays = draw(*heads)
+def test_each_kernel_is_the_formula_outputs_and_gradients(kernel):
+    arrays = draw(6, 2)
     found = outputs_and_gradients(
         *arrays, SEGMENTS, SEGMENTS, kernel=kernel, static=0, block=BLOCK
     )
@@ -117,7 +116,8 @@ def test_the_block_of_xla_does_not_change_its_results(block):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_half_precision_is_near_the_formula(kernel):
-    arrays = draw(4, 2, jnp.bfloat16)
+    """Also with as many keys as queries, which Splash computes another way."""
+    arrays = draw(2, 2, jnp.bfloat16)
     found = outputs_and_gradients(
         *arrays, SEGMENTS, SEGMENTS, kernel=kernel, static=0, block=BLOCK
     )
@@ -127,16 +127,14 @@ def test_half_precision_is_near_the_formula(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
-def test_shards_of_the_context_are_the_whole(kernel, traced):
-    """Each shard has its queries and all keys; 150 is no multiple of any block."""
+def test_shards_of_the_context_are_the_whole(kernel):
+    """Each shard has its queries and all keys; both are odd and fit no block."""
     q, k, v, d_output = draw(4, 2)
     parts = []
-    for offset in (0, 150):
-        here = np.s_[:, offset : offset + 150]
+    for offset, end in ((0, 149), (149, LENGTH)):
+        here = np.s_[:, offset:end]
         arrays = (q[here], k, v, d_output[here], SEGMENTS[here], SEGMENTS)
-        where = {"offset": np.int32(offset)} if traced else {"static": offset}
-        options = {"kernel": kernel, "block": BLOCK, **where}
+        options = {"kernel": kernel, "block": BLOCK, "static": offset}
         parts.append(outputs_and_gradients(*arrays, **options))
     outputs, d_q, d_k, d_v = zip(*parts, strict=True)
     whole = [np.concatenate(x, 1) for x in (outputs, d_q)] + [sum(d_k), sum(d_v)]
@@ -252,8 +250,9 @@ def test_cudnn_becomes_its_calls_on_a_gpu(monkeypatch):
     # JAX refuses an odd length in the backward pass.
     text = calls(length=255)[1]
     assert "tensor<2x1x256x256xbf16>" in text
-    # No gradient of the mask: a fourth result of that shape would cost its memory.
-    assert not re.search(r"Backward.*-> \(.*tensor<2x1x256x256xbf16>.*\)", text)
+    # A gradient of the mask would be a fourth result; JAX 0.10 computes it for all.
+    if jax.__version_info__ >= (0, 12):
+        assert not re.search(r"Backward.*-> \(.*tensor<2x1x256x256xbf16>.*\)", text)
 
 
 def chosen(kernel, platform, **changes):

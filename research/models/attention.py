@@ -77,13 +77,6 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> A
     return mixed.reshape(batch, length, heads, width)
 
 
-def packed_attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, block: int
-) -> Array:
-    """`blocked_attention` of whole rows to themselves."""
-    return blocked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, block)
-
-
 def blocked_attention(
     q_BTNH: Array,
     k_BSKH: Array,

@@ -189,7 +189,7 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset) -> Arra
 
     `jax.nn.dot_product_attention` has no segments; its lengths of rows describe one
     document each. The mask becomes an additive `[B, 1, T, S]` in the dtype of the
-    queries, without a gradient since it starts as booleans.
+    queries, without a gradient since it starts as booleans (JAX 0.10 makes one).
     """
     length = q_BTNH.shape[1]
     # The backward pass of a masked call takes even lengths only.

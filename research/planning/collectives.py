@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,7 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,6 @@ class Collective:
       times: how often a step runs it.
       members: which devices take part, as indices into the mesh; those of the first
         group, all groups being alike.
-      crossing: between slices, over the network; `members` then name one of each.
     """
 
     kind: str
@@ -36,7 +37,6 @@ class Collective:
     nbytes: int
     times: float
     members: tuple[int, ...]
-    crossing: bool = False
 
     @property
     def label(self) -> str:
@@ -151,15 +151,42 @@ def _groups(instruction: Instruction, count: int) -> list[list[int]]:
     if listed:
         groups = re.findall(r"\{([\d,\s]+)\}", listed[1])
         return [[int(i) for i in g.split(",")] for g in groups] or [list(range(count))]
-    tiled = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    tiled = re.search(rf"replica_groups={_IOTA}", text)
+    if tiled:
+        return _iota(tiled.groups())
+    named = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? "
+        r"\{([^}]*)\}",
+        text,
     )
-    if not tiled:
-        return [[]]
-    shape, source, order = ([int(n) for n in (t or "").split(",") if n] for t in
-                            tiled.groups())  # fmt: skip
+    return _named_groups(named) if named else [[]]
+
+
+def _iota(parts: Sequence[str | None]) -> list[list[int]]:
+    """`[groups,size]<=[dims]T(order)`: the numbers from 0, transposed and cut."""
+    shape, source, order = (
+        [int(n) for n in (part or "").split(",") if n] for part in parts
+    )
     ids = np.arange(np.prod(source)).reshape(source)
     return ids.transpose(order or range(len(source))).reshape(shape).tolist()
+
+
+def _named_groups(found: re.Match[str]) -> list[list[int]]:
+    """`mesh['a'=4,'b'=2] {'a'}`: groups along axes, or parts of axes `'a':(2)2`."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+    ids = np.arange(math.prod(sizes.values()))
+    if found[2]:  # Not in the order of their numbers.
+        ids = np.array(_iota(found.groups()[1:4]))
+    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[5])
+    shape, grouped = [], []
+    for name, size in sizes.items():
+        part = next((c for c in chosen if c[0] == name), None)
+        before, here = (int(part[1] or 1), int(part[2] or size)) if part else (size, 1)
+        grouped += [len(shape) + 1]
+        shape += [before, here, size // before // here]
+    ids = np.moveaxis(ids.reshape(shape), grouped, range(-len(grouped), 0))
+    members = math.prod(shape[i] for i in grouped)
+    return ids.reshape(-1, members).tolist()
 
 
 def _rings(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
@@ -202,6 +229,4 @@ def _read_crossing(
     members = tuple(slices.index(s) for s in sorted(set(slices)))
     axes = _axes([members], np.arange(mesh.size), mesh)
     kind = kind.lower().replace("_", "-")
-    return Collective(
-        kind, axes, instruction.arrays[0].nbytes, times, members, crossing=True
-    )
+    return Collective(kind, axes, instruction.arrays[0].nbytes, times, members)

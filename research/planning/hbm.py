@@ -1,5 +1,6 @@
 """Bytes that a compiled step reads from and writes to memory, by its instructions."""
 
+import re
 from collections.abc import Iterator
 
 from research.planning.hlo import Computation, Instruction, Module, executions
@@ -10,6 +11,7 @@ FREE = frozenset((
     "conditional", "call", "after-all", "partition-id", "replica-id", "opt-barrier",
     "async-start",
 ))  # fmt: skip
+RENAMES = frozenset(("bitcast", "copy", "reshape", "convert"))
 SLICES = frozenset(("dynamic-slice", "slice", "gather", "slice-start"))
 
 
@@ -33,6 +35,11 @@ def _touched(module: Module, instruction: Instruction, within: Computation) -> f
         return 0
     if opcode == "fusion":
         return _touched_by_fusion(module, instruction, within)
+    if opcode.endswith("-start"):
+        # Its result names both ends of the transfer; the smaller one is moved.
+        ends = [array for array in instruction.arrays[:2] if array.nbytes]
+        moved = min((array.nbytes for array in ends), default=0)
+        return moved * sum(not array.fast for array in ends)
     if opcode in SLICES:
         # Its result, read at one place and written at another.
         return sum(a.nbytes for a in instruction.arrays[:1]) * 2
@@ -55,43 +62,68 @@ def _touched_by_fusion(
     module: Module, fusion: Instruction, within: Computation
 ) -> float:
     body = module.computations[fusion.called[0]]
-    parameters = {int(i.inside): i for i in body.values() if i.opcode == "parameter"}
+    handed_on = _handed_on(fusion, body)
     read = sum(
-        _read(body, parameters[index])
+        _read(module, body, index)
         for index, name in enumerate(fusion.operands)
-        if _slow(within[name])
+        if index not in handed_on.values() and _slow(within[name])
     )
-    return read + _written(body, fusion)
+    return read + sum(
+        _written(module, body, index, array.nbytes)
+        for index, array in enumerate(fusion.arrays)
+        if index not in handed_on and not array.fast
+    )
 
 
-def _read(body: Computation, parameter: Instruction) -> float:
+def _handed_on(fusion: Instruction, body: Computation) -> dict[int, int]:
+    """Results that are operands as they were: buffers of a collective under way."""
+    under_way = ("AsyncCollectiveStart", '"flag_start"')
+    if not any(word in i.attributes for i in body.values() for word in under_way):
+        return {}
+    pairs = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", fusion.attributes)
+    found = re.findall(r"\{(\d*)\}: \((\d+)", pairs[1]) if pairs else []
+    # The one that is done has no index: what it gathered counts here.
+    return {int(out): int(operand) for out, operand in found if out}
+
+
+def _read(module: Module, body: Computation, index: int) -> float:
     """Of one operand of a fusion: the slices of it, or all."""
-    users = [i for i in body.values() if parameter.name in i.operands]
-    while len(users) == 1 and users[0].opcode in ("bitcast", "copy", "reshape"):
-        again = users[0].name
-        users = [i for i in body.values() if again in i.operands]
-    if users and all(u.opcode in SLICES for u in users):
-        return sum(u.nbytes for u in users)
-    in_place = [u for u in users if u.opcode == "dynamic-update-slice"]
-    if users and len(in_place) == len(users):
-        return sum(0 if u.operands[0] == parameter.name else u.nbytes for u in users)
-    return parameter.nbytes
-
-
-def _written(body: Computation, fusion: Instruction) -> float:
-    """The result of a fusion, but for what it hands on or updates in place."""
-    root = next(i for i in body.values() if i.root)
-    parts = [root]
-    if root.opcode == "tuple":
-        parts = [body[name] for name in root.operands]
+    parameter = next(
+        i for i in body.values() if i.opcode == "parameter" and int(i.inside) == index
+    )
     total = 0.0
-    for part, array in zip(parts, fusion.arrays, strict=False):
-        while part.opcode in ("bitcast", "copy", "convert") and part.operands:
-            part = body[part.operands[0]]
-        if array.fast or part.opcode == "parameter":
-            continue
-        if part.opcode == "dynamic-update-slice":
-            total += body[part.operands[1]].nbytes
-        else:
-            total += array.nbytes
-    return total
+    name = parameter.name
+    for user in _users(body, name):
+        at = user.operands.index(name)
+        if user.opcode == "fusion":
+            inner = module.computations[user.called[0]]
+            total += _read(module, inner, at)
+        elif user.opcode in SLICES:
+            total += user.nbytes
+        elif user.opcode in RENAMES and _users(body, user.name):
+            renamed = [u.opcode in SLICES for u in _users(body, user.name)]
+            sliced = sum(u.nbytes for u in _users(body, user.name))
+            total += sliced if all(renamed) else parameter.nbytes
+        elif user.opcode != "dynamic-update-slice" or at != 0:
+            total += parameter.nbytes
+    return min(total, parameter.nbytes)
+
+
+def _users(body: Computation, name: str) -> list[Instruction]:
+    return [i for i in body.values() if name in i.operands]
+
+
+def _written(module: Module, body: Computation, index: int, nbytes: int) -> float:
+    """One result of a fusion: the part that it updates in place, or all."""
+    part = next(i for i in body.values() if i.root)
+    if part.opcode == "tuple":
+        part = body[part.operands[index]]
+    while part.opcode in RENAMES:
+        part = body[part.operands[0]]
+    if part.opcode == "parameter":
+        return 0
+    if part.opcode == "dynamic-update-slice":
+        return body[part.operands[1]].nbytes
+    if part.opcode == "fusion" and len(part.arrays) == 1:
+        return _written(module, module.computations[part.called[0]], 0, nbytes)
+    return nbytes

@@ -19,6 +19,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LINE = re.compile(r"^  (ROOT )?%[\w.\-]+ = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
 
@@ -108,9 +109,8 @@ def parse(text: str) -> Module:
         if header:
             here = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            here = None
-        elif here is not None and " = " in line:
+        elif here is not None and _LINE.match(line):
+            # Nothing ends a computation: kernels carry texts with braces of their own.
             instruction = _parse_line(line)
             here[instruction.name] = instruction
     if not entry:
@@ -206,13 +206,28 @@ def trip_count(
     compare = next(i for i in condition.values() if i.root)
     if compare.opcode != "compare" or compare.attribute("direction") != "LT":
         return None
-    start_and_bound = [
-        _constant(condition, name, (computation, loop)) for name in compare.operands
-    ]
-    if None in start_and_bound:
+    counter, bound = compare.operands
+    start = _constant(condition, counter, (computation, loop))
+    end = _constant(condition, bound, (computation, loop))
+    if start is None or end is None:
         return None
-    start, bound = start_and_bound
-    return max(0, bound - start)
+    return max(0, math.ceil((end - start) / _step(module, loop, condition[counter])))
+
+
+def _step(module: Module, loop: Instruction, counter: Instruction) -> int:
+    """What a loop adds to its counter; XLA unrolls some of its own."""
+    body = module.computations[_called_as(loop, "body")]
+    root = next(i for i in body.values() if i.root)
+    index = int(counter.attribute("index") or 0)
+    if root.opcode != "tuple":
+        return 1
+    after = body[root.operands[index]]
+    while after.opcode in ("copy", "bitcast"):
+        after = body[after.operands[0]]
+    if after.opcode != "add":
+        return 1
+    steps = [_constant(body, name, None) for name in after.operands]
+    return next((n for n in steps if n), 1)
 
 
 def _constant(

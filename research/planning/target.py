@@ -71,9 +71,9 @@ class PlannedDevice:
 
 
 def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Coordinates, the first the fastest, as TPUs are numbered."""
+    """Coordinates, the first the fastest and always three, as TPUs are numbered."""
     coords = []
-    for size in shape:
+    for size in (*shape, 1, 1, 1)[:3]:
         index, here = divmod(index, size)
         coords.append(here)
     return tuple(coords)

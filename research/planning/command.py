@@ -1,0 +1,70 @@
+"""What `python -m research.plan` does, once its flags are read."""
+
+import dataclasses
+import logging
+import sys
+
+from rich.console import Console
+
+from research import runtime
+from research.config import Config
+from research.planning import compiled, dry_job, planner, report
+from research.planning.planner import Plan
+from research.planning.search import search
+from research.planning.target import Target, parse_device, parse_topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A plan that is asked for; see `research/plan.py` for the flags."""
+
+    config: Config
+    topology: str
+    slices: int
+    device: str
+    search: bool
+    json: str
+    preset: str
+
+
+def run(request: Request) -> int:
+    """Plans and shows; returns 0 if it fits, 1 if not.
+
+    Raises:
+      UserError: whatever the user can mend.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    config, console = request.config, Console()
+    target = _target(request)
+    architecture = dry_job.find_architecture(config, request.preset)
+    devices = [] if request.device else compiled.topology_devices(target)
+
+    def plan(config: Config) -> Plan:
+        if devices:
+            return planner.plan_compiled(config, architecture, target, devices)
+        return planner.plan_estimate(config, architecture, target)
+
+    if request.search:
+        # Every candidate would say which attention kernel it takes.
+        logging.getLogger().setLevel(logging.WARNING)
+        found = search(config, architecture, target, plan if devices else None)
+        plans = found.plans
+        report.show_search(console, plans, found.refused)
+    else:
+        plans = [plan(config)]
+        report.show(console, plans[0])
+    if request.json:
+        report.write_json(request.json, plans)
+    return 0 if plans[0].fits else 1
+
+
+def _target(request: Request) -> Target:
+    if not request.device:
+        return parse_topology(request.topology, request.slices)
+    is_cpu = request.device.partition(":")[0] == "cpu"
+    config = request.config
+    flops = runtime.peak_flops(config.runtime, config.model.dtype) if is_cpu else 0.0
+    return parse_device(request.device, request.slices, flops or 0.0)

@@ -1,0 +1,65 @@
+"""FLOPs of a planned step: what it needs, and what the program computes again."""
+
+import dataclasses
+
+from research import metrics, trees
+from research.planning.dry_job import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Of one step, over all devices.
+
+    Attributes:
+      model: what the step needs; MFU counts these (`metrics.FlopCount`).
+      recomputed: forward products that the backward pass makes again.
+    """
+
+    model: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        return self.model + self.recomputed
+
+
+def count_flops(inputs: Inputs) -> Flops:
+    """Of rows that each are one document, every token of which is trained.
+
+    The most a row can cost: shorter documents attend to less, and in instruction data
+    the head is computed for the answers alone.
+    """
+    config, a = inputs.config, inputs.architecture
+    trained = trees.count(inputs.state.params)
+    count = metrics.count_flops(a, trained, full=not inputs.frozen)
+    tokens = inputs.tokens
+    pairs = tokens * (config.data.seq_len + 1) / 2
+    again_per_token, again_per_pair = recomputed(inputs, count, trained)
+    return Flops(
+        model=count.step(tokens, tokens, pairs),
+        recomputed=again_per_token * tokens + again_per_pair * pairs,
+    )
+
+
+def recomputed(
+    inputs: Inputs, count: metrics.FlopCount, trained: int
+) -> tuple[float, float]:
+    """FLOPs again, per token and per pair of query and key.
+
+    Attention makes its scores again on the way back whatever the policy, one of the
+    two products of its forward pass; `dots` keeps the products of weights but not
+    attention's, `full` keeps neither (the head is outside of what is rematerialised).
+    """
+    forward_pair = count.per_pair / 3
+    again = forward_pair / 2
+    remat = inputs.config.model.remat
+    if remat == "none":
+        return 0.0, again
+    if remat == "dots":
+        return 0.0, again + forward_pair
+    # A third of a full step is its forward pass; of a LoRA step half of the frozen
+    # products, and a third of the adapters'.
+    adapters = 6.0 * trained if inputs.frozen else 0.0
+    frozen_share = 2 if inputs.frozen else 3
+    body = (count.per_token - adapters) / frozen_share + adapters / 3
+    return body, again + forward_pair

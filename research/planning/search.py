@@ -1,0 +1,139 @@
+"""The largest micro-batch and the best layouts: estimated all, compiled the best."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+from research.config import Config, MeshConfig
+from research.errors import UserError
+from research.models.presets import Architecture
+from research.planning import planner
+from research.planning.planner import Plan
+from research.planning.target import Target
+
+REMATS = ("none", "dots", "full")
+# Compiling takes about a minute each, an estimate milliseconds.
+COMPILED = 3
+SHOWN = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search has found.
+
+    Attributes:
+      plans: the fastest first, those that do not fit last.
+      refused: how many more layouts there were.
+    """
+
+    plans: list[Plan]
+    refused: int
+
+
+def search(
+    config: Config,
+    architecture: Architecture,
+    target: Target,
+    compile_plan: Callable[[Config], Plan] | None = None,
+) -> Found:
+    """Tries mesh layouts and remat policies, each with the largest micro-batch.
+
+    The batch of a step stays as it is. `replica` stays with the slices, and `context`
+    is tried only where there are fewer rows than devices.
+
+    Args:
+      config: to start from.
+      architecture: of its model.
+      target: the chips.
+      compile_plan: compiles one config; the best estimates are checked by it.
+
+    Raises:
+      UserError: no layout divides the model and the batch.
+    """
+    tried, refused, fitting = 0, 0, []
+    nearest: Plan | None = None
+    for mesh in layouts(config, target):
+        for remat in REMATS:
+            tried += 1
+            plan, smallest = _largest(config, architecture, target, mesh, remat)
+            if plan is not None:
+                fitting.append(plan)
+                continue
+            refused += 1
+            if smallest and (nearest is None or smallest.needed < nearest.needed):
+                nearest = smallest
+    if not fitting and nearest is None:
+        raise UserError(
+            f"none of {tried} layouts on {target.name} divides {config.data.batch_size}"
+            " rows and the model's dimensions; try another config.data.batch_size"
+        )
+    fitting.sort(key=_slowness)
+    best = fitting[:SHOWN] or [nearest]
+    refused += len(fitting) - len(fitting[:SHOWN]) - (not fitting)
+    if compile_plan is not None:
+        best = _check(best, compile_plan)
+    return Found(best, refused)
+
+
+def _slowness(plan: Plan) -> tuple[bool, float, float]:
+    """Between full and no overlap: halfway; then the one that needs less memory."""
+    middle = (plan.best.seconds + plan.worst.seconds) / 2
+    return (not plan.fits, round(middle, 6), plan.needed)
+
+
+def layouts(config: Config, target: Target) -> Iterator[MeshConfig]:
+    """Meshes of all devices, powers of two along data, fsdp, tensor and context."""
+    replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
+    each = target.count // replica
+    rows = config.data.batch_size
+    for tensor in _powers(min(each, 16)):
+        for context in _powers(each // tensor):
+            rest = each // tensor // context
+            if context > 1 and replica * rest * context <= rows:
+                continue
+            for fsdp in _powers(rest):
+                if each == tensor * context * fsdp * (rest // fsdp):
+                    yield MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+
+def _largest(
+    config: Config,
+    architecture: Architecture,
+    target: Target,
+    mesh: MeshConfig,
+    remat: str,
+) -> tuple[Plan | None, Plan | None]:
+    """The plan with the largest micro-batch that fits, and that with the smallest."""
+    shards = mesh.replica * mesh.data * mesh.fsdp
+    rows = config.data.batch_size
+    sizes = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
+    smallest = None
+    for size in reversed(sizes):
+        tried = dataclasses.replace(
+            config,
+            mesh=mesh,
+            model=dataclasses.replace(config.model, remat=remat),
+            data=dataclasses.replace(config.data, microbatch_size=size),
+        )
+        try:
+            plan = planner.plan_estimate(tried, architecture, target)
+        except UserError:
+            return None, None
+        if plan.fits:
+            return plan, plan
+        smallest = plan
+    return None, smallest
+
+
+def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:
+    """Compiles the best until `COMPILED` are; what the compiler says comes first."""
+    checked = []
+    for number, plan in enumerate(plans[:COMPILED], 1):
+        logging.warning("compiling %d of %d", number, min(COMPILED, len(plans)))
+        checked.append(compile_plan(plan.config))
+    checked.sort(key=_slowness)
+    return [*checked, *plans[len(checked) :]]

@@ -10,6 +10,7 @@ from absl import flags
 
 from research import doors
 from research.errors import UserError
+from research.planning.environment import ENVIRONMENT
 
 USAGE = """
 python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
@@ -43,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
             "no chips are named: give --topology=v5e:4x4, --device=h100:8 or "
             "--device=cpu, or set config.runtime.topology"
         )
-    # JAX runs on the CPU beside the compiler, which must not look for its TPUs.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ |= ENVIRONMENT
     from research.planning import command
 
     slices = f.slices or config.runtime.slices

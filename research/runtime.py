@@ -3,11 +3,14 @@
 import logging
 import os
 import resource
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -18,6 +21,8 @@ from research import caches, chips
 from research.config import RuntimeConfig
 from research.errors import UserError
 
+_interrupted = threading.Event()
+
 
 def start(config: RuntimeConfig) -> None:
     """Call once, before the first array."""
@@ -26,11 +31,28 @@ def start(config: RuntimeConfig) -> None:
     )
     for chatty in ("jax", "absl", "orbax", "httpx", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     if config.distributed:
         _join_processes()
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
     _use_compilation_cache(config.compilation_cache)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raises KeyboardInterrupt if one has been lost on the way.
+
+    Python drops what is raised while it runs a destructor: a Ctrl-C that falls into
+    one would be forgotten, and a run begin that nobody wants any more.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _join_processes() -> None:

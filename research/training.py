@@ -66,6 +66,7 @@ def train(config: Config) -> int:
         "data": run.task.sha256,
     }
     folder.check_identity(identity)
+    runtime.raise_if_interrupted()
     if jax.process_index() == 0 and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
             save_tokenizer(run.base.tokenizer, folder.tokenizer)

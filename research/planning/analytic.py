@@ -147,9 +147,10 @@ def estimate_collectives(inputs: Inputs) -> list[Collective]:
     else:
         add("reduce-scatter", ("fsdp",), layer * width, a.layers * passes)
         add("reduce-scatter", ("fsdp",), head * width, head_chunks(inputs) * passes)
-    shard = device_bytes(inputs.state.params)
+    # Scattered over `fsdp` first, whole adapters too.
+    shard = trees.count(inputs.state.params) / shape["fsdp"] / shape["tensor"]
     for axis in ("context", "data", "replica"):
-        add("all-reduce", (axis,), shard * width / FLOAT32, passes)
+        add("all-reduce", (axis,), shard * width, passes)
     return found
 
 

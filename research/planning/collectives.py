@@ -15,7 +15,6 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
-_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,42 +150,52 @@ def _groups(instruction: Instruction, count: int) -> list[list[int]]:
     if listed:
         groups = re.findall(r"\{([\d,\s]+)\}", listed[1])
         return [[int(i) for i in g.split(",")] for g in groups] or [list(range(count))]
-    tiled = re.search(rf"replica_groups={_IOTA}", text)
+    tiled = re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    )
     if tiled:
-        return _iota(tiled.groups())
+        shape = [int(n) for n in tiled[1].split(",")]
+        return _iota(tiled[2], tiled[3]).reshape(shape).tolist()
     named = re.search(
-        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? "
-        r"\{([^}]*)\}",
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}",
         text,
     )
-    return _named_groups(named) if named else [[]]
+    return _named_groups(*named.groups()) if named else [[]]
 
 
-def _iota(parts: Sequence[str | None]) -> list[list[int]]:
-    """`[groups,size]<=[dims]T(order)`: the numbers from 0, transposed and cut."""
-    shape, source, order = (
-        [int(n) for n in (part or "").split(",") if n] for part in parts
-    )
-    ids = np.arange(np.prod(source)).reshape(source)
-    return ids.transpose(order or range(len(source))).reshape(shape).tolist()
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 in `shape`, its axes in `order`: `4,2` and `1,0` transpose."""
+    sizes = [int(n) for n in shape.split(",")]
+    axes = [int(n) for n in order.split(",")] if order else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
 
 
-def _named_groups(found: re.Match[str]) -> list[list[int]]:
-    """`mesh['a'=4,'b'=2] {'a'}`: groups along axes, or parts of axes `'a':(2)2`."""
-    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+def _named_groups(axes: str, order: str | None, chosen: str) -> list[list[int]]:
+    """Groups along axes of a mesh, or along parts of them.
+
+    Args:
+      axes: `'a'=4,'b'=2`.
+      order: of the devices, where it is not that of their numbers: `[4,2]T(1,0)`, or
+        all of them.
+      chosen: `'a'`, or `'a':(2)2` for the part of size 2 after one of size 2.
+    """
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values()))
-    if found[2]:  # Not in the order of their numbers.
-        ids = np.array(_iota(found.groups()[1:4]))
-    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[5])
-    shape, grouped = [], []
+    tiled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order or "")
+    if tiled:
+        ids = _iota(*tiled.groups())
+    elif order:
+        ids = np.array([int(n) for n in order.split(",")])
+    parts = {p[0]: p for p in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)}
+    shape: list[int] = []
+    grouped = []
     for name, size in sizes.items():
-        part = next((c for c in chosen if c[0] == name), None)
-        before, here = (int(part[1] or 1), int(part[2] or size)) if part else (size, 1)
-        grouped += [len(shape) + 1]
-        shape += [before, here, size // before // here]
+        _, before, here = parts.get(name, (name, str(size), "1"))
+        grouped.append(len(shape) + 1)
+        shape += [int(before or 1), int(here or size)]
+        shape.append(size // shape[-2] // shape[-1])
     ids = np.moveaxis(ids.reshape(shape), grouped, range(-len(grouped), 0))
-    members = math.prod(shape[i] for i in grouped)
-    return ids.reshape(-1, members).tolist()
+    return ids.reshape(-1, math.prod(shape[i] for i in grouped)).tolist()
 
 
 def _rings(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:

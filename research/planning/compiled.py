@@ -5,11 +5,12 @@ import importlib.util
 import logging
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import Mesh
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
 
 from research import mesh as meshes
 from research import step
@@ -109,19 +110,27 @@ def topology_devices(target: Target) -> list[jax.Device]:
     return devices
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
-    """The mesh that training makes of these devices.
+def make_mesh(config: MeshConfig, target: Target, devices: Sequence[Any]) -> Mesh:
+    """The mesh that training makes of these devices, or stand-ins for them.
 
     Raises:
-      UserError: its sizes do not multiply to their number.
+      UserError: its sizes do not multiply to their number, or do not lie on the torus.
     """
-    mesh = meshes.make_mesh(config, devices)
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if devices[0].platform != "tpu" or len(slices) > 1:
-        return mesh
-    # What `jax.make_mesh` does with the devices of a machine.
-    grid = mesh_utils.create_device_mesh(mesh.devices.shape, devices)
-    return Mesh(grid, mesh.axis_names)
+    try:
+        mesh = meshes.make_mesh(config, devices)
+        if not target.shape or target.slices > 1:
+            return mesh
+        # What training does with all devices of its own slice.
+        kinds = (AxisType.Auto,) * len(mesh.axis_names)
+        return jax.make_mesh(
+            mesh.devices.shape, mesh.axis_names, axis_types=kinds, devices=devices
+        )
+    except NotImplementedError as error:
+        axes = ", ".join(f"{a}={n}" for a, n in dataclasses.asdict(config).items())
+        raise UserError(
+            f"mesh {axes} cannot be laid on {target.name}: each size must be a product "
+            "of whole axes of the torus"
+        ) from error
 
 
 def lower(inputs: Inputs) -> jax.stages.Lowered:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from research.config import Config
@@ -73,14 +74,14 @@ class Plan:
 
 
 def plan_compiled(
-    config: Config, architecture: Architecture, target: Target, devices: list[Any]
+    config: Config, architecture: Architecture, target: Target, devices: Sequence[Any]
 ) -> Plan:
     """Compiles the train step for `devices` of `compiled.topology_devices`.
 
     Raises:
       UserError: rows or dimensions do not fit the model or the mesh.
     """
-    mesh = compiled.make_mesh(config.mesh, devices)
+    mesh = compiled.make_mesh(config.mesh, target, devices)
     inputs = dry_job.make_inputs(config, architecture, mesh)
     logging.info("compiling the train step for %s", target.name)
     result = compiled.compile_step(inputs, analytic.head_chunks(inputs))
@@ -100,7 +101,7 @@ def plan_estimate(config: Config, architecture: Architecture, target: Target) ->
     Raises:
       UserError: rows or dimensions do not fit the model or the mesh.
     """
-    mesh = compiled.make_mesh(config.mesh, target.devices())
+    mesh = compiled.make_mesh(config.mesh, target, target.devices())
     inputs = dry_job.make_inputs(config, architecture, mesh)
     memory = analytic.estimate_memory(inputs)
     return _assemble(

@@ -15,6 +15,8 @@ REMATS = ("none", "dots", "full")
 # Compiling takes about a minute each, an estimate milliseconds.
 COMPILED = 3
 SHOWN = 12
+# More ways would leave a product too little to do.
+WIDEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,22 +84,21 @@ def _slowness(plan: Plan) -> tuple[bool, float, float]:
 
 
 def layouts(config: Config, target: Target) -> Iterator[MeshConfig]:
-    """Meshes of all devices, powers of two along data, fsdp, tensor and context."""
+    """Every split of all devices over data, fsdp, tensor and context."""
     replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
     each = target.count // replica
     rows = config.data.batch_size
-    for tensor in _powers(min(each, 16)):
-        for context in _powers(each // tensor):
+    for tensor in (n for n in _divisors(each) if n <= WIDEST):
+        for context in _divisors(each // tensor):
             rest = each // tensor // context
             if context > 1 and replica * rest * context <= rows:
                 continue
-            for fsdp in _powers(rest):
-                if each == tensor * context * fsdp * (rest // fsdp):
-                    yield MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
+            for fsdp in _divisors(rest):
+                yield MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
 
 
-def _powers(most: int) -> list[int]:
-    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _largest(

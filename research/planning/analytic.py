@@ -121,7 +121,7 @@ def estimate_collectives(inputs: Inputs) -> list[Collective]:
     a, width = inputs.architecture, compute_width(inputs)
     shape, tokens = mesh.shape, device_tokens(inputs)
     layer = layer_matrices(a) / shape["tensor"]
-    head = a.embed * a.vocab / shape["tensor"]
+    head, chunks = a.embed * a.vocab / shape["tensor"], head_chunks(inputs)
     stream = tokens * a.embed * width
     again = inputs.config.model.remat == "full"
     found: list[Collective] = []
@@ -134,7 +134,7 @@ def estimate_collectives(inputs: Inputs) -> list[Collective]:
 
     # Forward and backward pass each gather a layer's weights, whatever the remat.
     add("all-gather", ("fsdp",), layer * width, 2 * a.layers * passes)
-    add("all-gather", ("fsdp",), head * width, head_chunks(inputs) * passes)
+    add("all-gather", ("fsdp",), head * width, chunks * passes)
     add("all-to-all", ("fsdp",), stream, passes)
     # Heads and MLP each end in a sum over `tensor`, and begin with one on the way back.
     add("all-reduce", ("tensor",), stream, (4 + again) * a.layers * passes)
@@ -146,11 +146,13 @@ def estimate_collectives(inputs: Inputs) -> list[Collective]:
         add("reduce-scatter", ("fsdp",), trained * width, passes)
     else:
         add("reduce-scatter", ("fsdp",), layer * width, a.layers * passes)
-        add("reduce-scatter", ("fsdp",), head * width, head_chunks(inputs) * passes)
-    # Scattered over `fsdp` first, whole adapters too.
+        add("reduce-scatter", ("fsdp",), head * width, chunks * passes)
+    # Scattered over `fsdp` first, whole adapters too; the head's after every chunk.
     shard = trees.count(inputs.state.params) / shape["fsdp"] / shape["tensor"]
+    head_again = 0 if inputs.frozen else head / shape["fsdp"] * (chunks - 1)
     for axis in ("context", "data", "replica"):
         add("all-reduce", (axis,), shard * width, passes)
+        add("all-reduce", (axis,), head_again * width, passes)
     return found
 
 

@@ -98,11 +98,12 @@ def _read(execution: Execution, mesh: Mesh) -> Collective | None:
     groups = _groups(instruction, len(local))
     nbytes = _payload(instruction)
     if kind == "reduce-scatter":
-        nbytes *= len(groups[0])
+        nbytes *= len(groups[0]) or 1
     if kind == "all-reduce" and execution.fused and _scatters(execution):
         kind = "reduce-scatter"
     axes = _axes(groups, local, mesh)
-    members = tuple(int(local[i]) for i in groups[0]) if axes != ("?",) else (0, 1)
+    # Groups of a spelling yet unknown stay in the table, as some two devices.
+    members = tuple(int(local[i]) for i in groups[0]) or (0, 1)
     return Collective(kind, axes, nbytes, times, members)
 
 

@@ -12,7 +12,7 @@ FREE = frozenset((
     "async-start",
 ))  # fmt: skip
 RENAMES = frozenset(("bitcast", "copy", "reshape", "convert"))
-SLICES = frozenset(("dynamic-slice", "slice", "gather", "slice-start"))
+SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 
 
 def count_bytes(module: Module, unknown_trips: float = 1.0) -> float:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from research import trees
 from research.config import Config
 from research.models.presets import Architecture
 from research.planning import analytic, compiled, dry_job
@@ -140,6 +141,6 @@ def _assemble(
         roofline=line,
         best=predictions[0],
         worst=predictions[1],
-        trained=counting.trees.count(inputs.state.params),
-        frozen=counting.trees.count(inputs.frozen),
+        trained=trees.count(inputs.state.params),
+        frozen=trees.count(inputs.frozen),
     )

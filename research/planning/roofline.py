@@ -89,7 +89,8 @@ def make_roofline(
             dcn += times * across / chip.network
         speed = link_speed(members, target)
         if inside > 1 and speed:
-            ici += times * wire_bytes(kind, nbytes, inside) / speed
+            reach = _reach(members, target)
+            ici += times * wire_bytes(kind, nbytes, inside, reach) / speed
     return Roofline(
         compute=flops.total / (target.count * chip.flops) if chip.flops else 0.0,
         hbm=moved / chip.hbm_bandwidth if chip.hbm_bandwidth else 0.0,
@@ -113,19 +114,27 @@ def predict(
     )
 
 
-def wire_bytes(kind: str, nbytes: float, n: int) -> float:
+def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
     """Bytes that the links of one device carry in one direction of a line or ring.
 
     Of an array of `nbytes` over n devices a gather receives, and a scatter sends, the
-    parts of the n - 1 others; an all-reduce does both. An all-to-all goes a quarter of
-    the way round on average. (https://jax-ml.github.io/scaling-book/sharding.)
+    parts of the n - 1 others; an all-reduce does both. In an all-to-all of a torus
+    each part is handed on a quarter of the way round each of its axes, which are
+    `reach` devices long together. (https://jax-ml.github.io/scaling-book/sharding.)
     """
     others = nbytes * (n - 1) / n
     if kind == "all-reduce":
         return 2 * others
-    if kind in ("all-to-all", "ragged-all-to-all"):
-        return nbytes * n / 4
+    if kind in ("all-to-all", "ragged-all-to-all") and reach:
+        return nbytes * reach / 4
     return nbytes if kind == "collective-permute" else others
+
+
+def _reach(members: list[Any], target: Target) -> int:
+    """Lengths of the torus axes along which devices differ, added up; 0 in a switch."""
+    axes = range(len(target.shape))
+    extents = [len({d.coords[axis] for d in members}) for axis in axes]
+    return sum(extent for extent in extents if extent > 1)
 
 
 def _domain(device: Any, target: Target) -> int:

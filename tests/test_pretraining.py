@@ -269,8 +269,9 @@ def test_continued_pretraining_keeps_the_models_own_tokenizer(place, continued):
 
 
 def test_a_pretrained_run_goes_on_writing_a_prompt(written):
+    """Eight tokens after twelve steps may well be blanks: anything written counts."""
     plain, compared = written
-    assert plain.code == 0 and plain.out.strip(), plain.err
+    assert plain.code == 0 and plain.out.removesuffix("\n"), plain.err
     assert compared.code == 2 and "random weights" in compared.err
 
 

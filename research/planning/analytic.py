@@ -147,13 +147,26 @@ def estimate_collectives(inputs: Inputs) -> list[Collective]:
     else:
         add("reduce-scatter", ("fsdp",), layer * width, a.layers * passes)
         add("reduce-scatter", ("fsdp",), head * width, chunks * passes)
-    # Scattered over `fsdp` first, whole adapters too; the head's after every chunk.
-    shard = trees.count(inputs.state.params) / shape["fsdp"] / shape["tensor"]
-    head_again = 0 if inputs.frozen else head / shape["fsdp"] * (chunks - 1)
+    reduced = _reduced_bytes(inputs, layer, head)
     for axis in ("context", "data", "replica"):
-        add("all-reduce", (axis,), shard * width, passes)
-        add("all-reduce", (axis,), head_again * width, passes)
+        add("all-reduce", (axis,), reduced, passes)
     return found
+
+
+def _reduced_bytes(inputs: Inputs, layer: float, head: float) -> float:
+    """Of the gradients that copies of the parameters add up after a forward pass.
+
+    Scattered over `fsdp` first, whole adapters too. A head that lies in parts is added
+    up after every chunk; else its sum waits, like the embedding's in float32.
+    """
+    width, fsdp = compute_width(inputs), inputs.job.mesh.shape["fsdp"]
+    if inputs.frozen:
+        tensor = inputs.job.mesh.shape["tensor"]
+        return trees.count(inputs.state.params) / tensor / fsdp * width
+    body = inputs.architecture.layers * layer * width
+    if fsdp == 1:
+        return body + 2 * head * FLOAT32
+    return (body + head * head_chunks(inputs) * width) / fsdp
 
 
 def axis_members(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:

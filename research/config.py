@@ -193,6 +193,9 @@ class RuntimeConfig:
         0.0, "device peak for MFU; 0: from a table, or measured on CPU", fixed=False
     )
     progress: str = knob("auto", "auto, bar or lines", fixed=False)
+    offload_optimizer: bool = knob(
+        False, "the optimizer's state lies in the host's memory", fixed=False
+    )
     distributed: bool = knob(
         False, "join the other processes of a multi-host run", fixed=False
     )

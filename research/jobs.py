@@ -51,6 +51,7 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
         groups=groups,
         z_loss=config.optim.z_loss,
         seed=config.seed,
+        offload=config.runtime.offload_optimizer,
     )
 
 

@@ -18,6 +18,8 @@ Array = jax.Array
 # Of a mesh, outermost first: neighbours in `context` talk most, replicas least.
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")
+# As JAX names the memory of a host that its devices read by themselves.
+HOST_MEMORY = "pinned_host"
 
 # Where each logical axis of a parameter or an activation is split. An axis that is
 # not in this table is an error: forgetting one must not replicate it silently.
@@ -168,6 +170,22 @@ def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedShard
         if len(kept) == len(shape):
             return NamedSharding(mesh, PartitionSpec(*kept))
     return replicated(mesh)
+
+
+def on_host(sharding: NamedSharding) -> NamedSharding:
+    """The same split, each part in the memory of its device's host.
+
+    Raises:
+      UserError: the backend has no such memory.
+    """
+    device = sharding.mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"config.runtime.offload_optimizer needs a memory {HOST_MEMORY}; "
+            f"{device.platform} has {', '.join(kinds)}: switch it off"
+        )
+    return sharding.with_memory_kind(HOST_MEMORY)
 
 
 def _divisors(size: int) -> str:

@@ -53,6 +53,7 @@ class Job:
       groups: how many groups losses are reported by.
       z_loss: see `loss.weighted_loss`.
       seed: of dropout.
+      offload: the optimizer's state lies in the host's memory between updates.
     """
 
     model: Model
@@ -63,6 +64,7 @@ class Job:
     groups: int = 1
     z_loss: float = 0.0
     seed: int = 0
+    offload: bool = False
 
 
 def loss_sums(
@@ -120,9 +122,10 @@ def train_step(
     gradients = jax.tree.map(lambda g: g * scale, gradients)
     loss = jnp.sum(by_group) * scale
     optimizer = optax.with_extra_args_support(job.optimizer)
-    updates, opt_state = optimizer.update(
-        gradients, state.opt_state, state.params, loss=loss
-    )
+    before = state.opt_state
+    if job.offload:
+        before = jax.device_put(before, jax.memory.Space.Device)
+    updates, opt_state = optimizer.update(gradients, before, state.params, loss=loss)
     metrics = {
         "loss": loss,
         "weight": weight,
@@ -210,7 +213,8 @@ def state_shardings(job: Job) -> TrainState:
         spec = next((specs[name] for name in names if name in specs), None)
         if spec is None:
             return everywhere
-        return meshes.reduced_sharding(leaf.shape, spec, job.mesh)
+        sharding = meshes.reduced_sharding(leaf.shape, spec, job.mesh)
+        return meshes.on_host(sharding) if job.offload else sharding
 
     abstract = jax.eval_shape(lambda p: init_state(job, p), abstract_params(job))
     opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)

@@ -20,7 +20,15 @@ from jax.sharding import PartitionSpec as P
 from research import mesh as meshes
 from research import optim, step, trainable
 from research.batch import Batch
-from research.config import Config, LoRAConfig, MeshConfig, ModelConfig, OptimConfig
+from research.checkpoint import Checkpointer
+from research.config import (
+    CheckpointConfig,
+    Config,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from research.errors import UserError
 from research.matrix import Spec, contract
 from research.models.transformer import Model
@@ -74,11 +82,12 @@ def place(values, specs, mesh):
 
 @pytest.fixture(scope="module")
 def run(model, params, batch):
-    """`run(kind, sizes, microbatches)`: three steps and all one can ask about them."""
+    """`run(kind, sizes, microbatches)`: five steps and all one can ask about them."""
 
     @functools.cache
-    def three_steps(kind, sizes, microbatches):
+    def five_steps(kind, sizes, microbatches, offload):
         job, traced = make_job(model, kind, sizes)
+        job = dataclasses.replace(job, offload=offload)
         lora = kind == "lora"
         frozen = place(params, model.specs, job.mesh) if lora else {}
         start = random_adapters(job.trainable.specs) if lora else params
@@ -86,7 +95,7 @@ def run(model, params, batch):
         state, train = first, step.jit_train_step(job)
         on_mesh = meshes.to_global(batch, job.mesh, microbatches)
         metrics, traces = [], []
-        for _ in range(3):
+        for _ in range(5):
             state, found = train(state, frozen, on_mesh)
             metrics.append(jax.tree.map(np.asarray, found))
             traces.append(len(traced))
@@ -95,8 +104,8 @@ def run(model, params, batch):
             traces=traces, compiled=train._cache_size(),
         )  # fmt: skip
 
-    return lambda kind, sizes=ONE, microbatches=1: three_steps(
-        kind, sizes, microbatches
+    return lambda kind, sizes=ONE, microbatches=1, offload=False: five_steps(
+        kind, sizes, microbatches, offload
     )
 
 
@@ -141,7 +150,7 @@ def test_training_moves_what_it_should(run, params, kind):
     found = run(kind)
     losses = [metrics["loss"] for metrics in found.metrics]
     assert losses[2] < losses[1] < losses[0]
-    assert int(found.state.step) == 3
+    assert int(found.state.step) == 5
     start = params if kind == "full" else random_adapters(found.job.trainable.specs)
     for before, after in zip(
         jax.tree.leaves(start), jax.tree.leaves(found.state.params), strict=True
@@ -244,6 +253,22 @@ def test_the_state_stays_where_it_was_put(run, kind):
             assert leaf.sharding.shard_shape(leaf.shape) == parts[leaf.shape]
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_no_stack_of_matrices_is_ever_gathered_whole(model, batch, kind):
+    """In the compiled program of one device: a layer's matrix at a time, no more."""
+    lowered = lower_step(model, batch, kind, (1, 8, 1), "float32")
+    text = lowered.compile().as_text()
+    seen = set(re.findall(r"[a-z]+\d+\[([\d,]+)\]", text))
+    stacks = [spec for spec in model.specs.values() if spec.stacked and spec.n_in]
+    assert len(stacks) == 7
+    for spec in stacks:
+        assert ",".join(map(str, spec.shape)) not in seen
+        # This test can see such arrays: a device's part of the stack is there.
+        axes = zip(spec.shape, spec.axes, strict=True)
+        part = [size // 8 if name == "embed" else size for size, name in axes]
+        assert ",".join(map(str, part)) in seen
+
+
 def test_fsdp_leaves_no_matrix_whole(run):
     found = run("full", (1, 8, 1))
     for path, leaf in found.state.params.items():
@@ -253,6 +278,32 @@ def test_fsdp_leaves_no_matrix_whole(run):
     for path, leaf in lora.frozen.items():
         share = math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
         assert share == (1.0 if "norm" in path else 1 / 8), path
+
+
+def test_an_offloaded_optimizer_lies_on_the_host_and_trains_the_same(run):
+    found, plain = run("full", (1, 2, 4), offload=True), run("full", (1, 2, 4))
+    assert_same_training(found, plain)
+    for leaf in jax.tree.leaves((found.first.opt_state, found.state.opt_state)):
+        on_host = leaf.sharding.memory_kind == meshes.HOST_MEMORY
+        assert on_host == (leaf.ndim > 0)
+    params = jax.tree.leaves(found.state.params)
+    assert meshes.HOST_MEMORY not in {leaf.sharding.memory_kind for leaf in params}
+
+
+@pytest.mark.parametrize("before, after", [(True, True), (True, False), (False, True)])
+def test_a_checkpoint_goes_to_either_memory(run, tmp_path, before, after):
+    """Byte for byte, whichever memory it came from."""
+    found = run("full", (1, 2, 4), offload=before)
+    wanted = step.abstract_state(dataclasses.replace(found.job, offload=after))
+    with Checkpointer(tmp_path, CheckpointConfig(), {}) as checkpointer:
+        checkpointer.save(5, found.state, {}, None)
+    with Checkpointer(tmp_path, CheckpointConfig(), {}) as checkpointer:
+        restored = checkpointer.restore(wanted).state
+    for old, new, abstract in zip(
+        *map(jax.tree.leaves, (found.state, restored, wanted)), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
+        assert new.sharding.memory_kind == abstract.sharding.memory_kind
 
 
 @pytest.mark.parametrize(
@@ -305,8 +356,8 @@ def test_the_rest_of_the_devices_is_found():
     }  # fmt: skip
 
 
-def lowered_step(model, batch, kind, sizes, dtype):
-    """The program of a step as it goes to the compiler, and its abstract results."""
+def lower_step(model, batch, kind, sizes, dtype):
+    """The program of a step as it goes to the compiler."""
     job, _ = make_job(model, kind, sizes, dtype)
     arguments = (
         step.abstract_state(job),
@@ -316,7 +367,12 @@ def lowered_step(model, batch, kind, sizes, dtype):
         },
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch),
     )
-    lowered = step.jit_train_step(job).lower(*arguments)
+    return step.jit_train_step(job).lower(*arguments)
+
+
+def lowered_step(model, batch, kind, sizes, dtype):
+    """Its text, and its abstract results."""
+    lowered = lower_step(model, batch, kind, sizes, dtype)
     return lowered.as_text(), lowered.out_info
 
 

@@ -4,6 +4,7 @@ Needs libtpu, which announces itself at every start of JAX: it lies in a folder 
 own, and nothing else runs with it. Takes about a minute a program.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -161,6 +162,17 @@ def test_two_slices_meet_in_the_adapters_alone(plan):
     assert 0 < made.roofline.dcn < 2 * estimate.roofline.dcn
     # Adapters of 11 M parameters, not the 1.2 G of the model.
     assert between[0].nbytes < 4 * made.trained
+
+
+def test_an_offloaded_optimizer_is_not_on_the_chip(plan):
+    config = big_config(rows=16, mesh=MeshConfig(data=1, fsdp=4))
+    runtime = dataclasses.replace(config.runtime, offload_optimizer=True)
+    away = dataclasses.replace(config, runtime=runtime)
+    here, _ = plan("here", config, ONE_B, "v5e:2x2")
+    there, _ = plan("there", away, ONE_B, "v5e:2x2")
+    moments = 2 * there.memory.trained
+    assert there.memory.optimizer < 1e6 < moments
+    assert there.needed < here.needed - 0.5 * moments
 
 
 def test_an_oversized_step_is_a_plan_that_does_not_fit(plan):

@@ -15,7 +15,7 @@ from research import trees
 from research.models.presets import Architecture
 from research.planning.collectives import Collective
 from research.planning.compiled import Memory
-from research.planning.dry_job import Inputs, device_bytes
+from research.planning.dry_job import Inputs, device_bytes, optimizer_bytes
 
 FLOAT32 = 4
 # Times that each value of a layer's activations, and each of its gathered weights,
@@ -29,7 +29,7 @@ def estimate_memory(inputs: Inputs) -> Memory:
     return Memory(
         frozen=device_bytes(inputs.frozen),
         trained=device_bytes(inputs.state.params),
-        optimizer=device_bytes((inputs.state.opt_state, inputs.state.step)),
+        optimizer=optimizer_bytes(inputs),
         batch=device_bytes(inputs.batch),
         temporaries=_temporaries(inputs),
     )

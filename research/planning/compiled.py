@@ -18,7 +18,7 @@ from research.config import MeshConfig
 from research.errors import UserError
 from research.planning import hbm, hlo
 from research.planning.collectives import Collective, find_collectives
-from research.planning.dry_job import Inputs, device_bytes
+from research.planning.dry_job import Inputs, device_bytes, optimizer_bytes
 from research.planning.target import Target
 
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -169,7 +169,7 @@ def split_memory(inputs: Inputs, stats: Any) -> Memory:
     arguments = {
         "frozen": device_bytes(inputs.frozen),
         "trained": device_bytes(inputs.state.params),
-        "optimizer": device_bytes((inputs.state.opt_state, inputs.state.step)),
+        "optimizer": optimizer_bytes(inputs),
         "batch": device_bytes(inputs.batch),
     }
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes

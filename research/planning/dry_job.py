@@ -126,7 +126,20 @@ def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Input
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     batch = Batch(ids, ids, weights, ids, ids, ids)
-    return Inputs(config, job, step.abstract_state(job), frozen, batch)
+    # JAX gives a stand-in for a device no memory of its host.
+    real = isinstance(mesh.devices.flat[0], jax.Device)
+    state = step.abstract_state(
+        job if real else dataclasses.replace(job, offload=False)
+    )
+    return Inputs(config, job, state, frozen, batch)
+
+
+def optimizer_bytes(inputs: Inputs) -> int:
+    """What one device holds of the optimizer's state between steps."""
+    leaves = jax.tree.leaves((inputs.state.opt_state, inputs.state.step))
+    if inputs.job.offload:
+        leaves = [leaf for leaf in leaves if not leaf.ndim]
+    return device_bytes(leaves)
 
 
 def device_bytes(tree: Any) -> int:

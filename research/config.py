@@ -193,6 +193,8 @@ class RuntimeConfig:
         0.0, "device peak for MFU; 0: from a table, or measured on CPU", fixed=False
     )
     progress: str = knob("auto", "auto, bar or lines", fixed=False)
+    profile_from: int = knob(0, "first step to trace; 0: none", fixed=False)
+    profile_steps: int = knob(3, "how many steps to trace", fixed=False)
     offload_optimizer: bool = knob(
         False, "the optimizer's state lies in the host's memory", fixed=False
     )
@@ -296,6 +298,7 @@ def _check_ranges(c: Config) -> None:
         "optim.learning_rate": c.optim.learning_rate,
         "optim.skip_window": c.optim.skip_window,
         "runtime.slices": c.runtime.slices,
+        "runtime.profile_steps": c.runtime.profile_steps,
         "text.held_out_share": c.text.held_out_share,
         "text.held_out_bytes": c.text.held_out_bytes,
         "eval.every": c.eval.every,

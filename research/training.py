@@ -8,7 +8,18 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from research import doctor, exporting, jobs, loop, mesh, metrics, report, runtime, step
+from research import (
+    doctor,
+    exporting,
+    jobs,
+    loop,
+    mesh,
+    metrics,
+    profiling,
+    report,
+    runtime,
+    step,
+)
 from research.answers import base_model, tuned_model
 from research.base import EXPORTED, Base
 from research.checkpoint import Checkpointer
@@ -128,14 +139,23 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
         # Only a loss of these very parameters says how good they are.
         checkpointer.save(number, state, position, loss if known == number else None)
 
-    with loop.StopRequest(listen=jax.process_count() == 1) as stop:
+    with (
+        loop.StopRequest(listen=jax.process_count() == 1) as stop,
+        profiling.trace_steps(
+            lambda state, batch: step_fn(state, run.frozen, batch),
+            run.folder.path,
+            first,
+            config.runtime.profile_from,
+            config.runtime.profile_steps,
+        ) as traced_step,
+    ):
         try:
             run.state, done = loop.run(
                 state=run.state,
                 first=first,
                 total=config.steps,
                 batches=_on_devices(batches, run),
-                step_fn=lambda state, batch: step_fn(state, run.frozen, batch),
+                step_fn=traced_step,
                 actions=[
                     loop.Action(config.eval.every, make_evaluation(run, log), True),
                     loop.Action(config.checkpoint.every, save),

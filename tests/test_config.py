@@ -239,7 +239,7 @@ def test_every_field_that_changes_the_result_is_fixed():
         "runtime.peak_tflops", "runtime.progress", "runtime.distributed", "export",
         "eval.text_prompts", "eval.samples_every", "text.cache_dir", "mesh.replica",
         "mesh.context", "model.attention", "runtime.topology", "runtime.slices",
-        "runtime.offload_optimizer",
+        "runtime.offload_optimizer", "runtime.profile_from", "runtime.profile_steps",
     }  # fmt: skip
     lines = fixed_differences(Config(), from_config_dict(changed()))
     found = {line.partition(":")[0] for line in lines}

@@ -24,7 +24,7 @@ FLOORS = {
     "trainable": 5, "loss": 5, "optim": 5, "base": 5, "report": 5,
     "step": 6, "sampling": 6,
     "checkpoint": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,
-    "loop": 8, "run_dir": 8, "answers": 8, "step_log": 8,
+    "loop": 8, "profiling": 8, "run_dir": 8, "answers": 8, "step_log": 8,
     "tasks": 9, "planning": 9,
     "training": 10, "chatting": 10, "doors": 10,
     "train": 11, "generate": 11, "export": 11, "tokenize": 11, "plan": 11,

@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 
+from research.config import RuntimeConfig
+
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @contextlib.contextmanager
 def trace_steps(
-    step_fn: StepFn, folder: Path, first: int, begin: int, count: int
+    step_fn: StepFn, folder: Path, first: int, config: RuntimeConfig
 ) -> Iterator[StepFn]:
-    """`step_fn` as it was, the updates `begin` to `begin + count - 1` of it traced.
+    """`step_fn` as it was, with those of its updates traced that `config` asks for.
 
     Leaving the context closes a trace that is still open: what a run that stops early
     has seen is kept.
@@ -24,9 +26,9 @@ def trace_steps(
       step_fn: of one update.
       folder: of the trace: `plugins/profile/TIME/` within it.
       first: updates that the run has made before.
-      begin: the first update to trace, counted from 1; 0: none.
-      count: how many.
+      config: `profile_from`, counted from 1, and `profile_steps`.
     """
+    begin, count = config.profile_from, config.profile_steps
     if not begin:
         yield step_fn
         return
@@ -42,16 +44,16 @@ def trace_steps(
 
     def traced(state: Any, batch: Any) -> tuple[Any, Any]:
         nonlocal made, tracing
+        # Closed as the next step begins, so that the wait counts as the step's own.
+        if tracing and made == begin + count - 1:
+            close(state)
         if made + 1 == begin:
-            # Steps that were dispatched before are not part of it.
-            jax.block_until_ready(state)
+            jax.block_until_ready(state)  # The step before is no part of it.
             jax.profiler.start_trace(folder)
             tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=made + 1):
             result = step_fn(state, batch)
         made += 1
-        if made == begin + count - 1 and tracing:
-            close(result)
         return result
 
     try:

@@ -114,10 +114,9 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
     mine = mesh.local_rows(job.mesh, config.data.batch_size, microbatches(config))
     batches = run.task.batches(mine)
     first, clock = 0, metrics.Clock()
-    abstract = step.abstract_state(job)
     if checkpointer.latest_step is not None:
         run.state = None  # Room for the one that is read.
-    restored = checkpointer.restore(abstract)
+    restored = checkpointer.restore(step.abstract_state(job))
     if restored:
         first, run.state = restored.step, restored.state
         batches.set_state(restored.position["data"])
@@ -131,7 +130,6 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
         run.task.groups,
         first,
     )
-    step_fn = runtime.announce_first_call(step.jit_train_step(job), "first step")
 
     def save(number: int, state: step.TrainState) -> None:
         position = {"data": batches.get_state(), "elapsed": clock.elapsed}
@@ -142,12 +140,8 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
     with (
         loop.StopRequest(listen=jax.process_count() == 1) as stop,
         profiling.trace_steps(
-            lambda state, batch: step_fn(state, run.frozen, batch),
-            run.folder.path,
-            first,
-            config.runtime.profile_from,
-            config.runtime.profile_steps,
-        ) as traced_step,
+            make_step(run), run.folder.path, first, config.runtime
+        ) as step_fn,
     ):
         try:
             run.state, done = loop.run(
@@ -155,7 +149,7 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
                 first=first,
                 total=config.steps,
                 batches=_on_devices(batches, run),
-                step_fn=traced_step,
+                step_fn=step_fn,
                 actions=[
                     loop.Action(config.eval.every, make_evaluation(run, log), True),
                     loop.Action(config.checkpoint.every, save),
@@ -172,6 +166,12 @@ def fit(run: Run, checkpointer: Checkpointer) -> int:
         finally:
             log.close()
     return done
+
+
+def make_step(run: Run) -> profiling.StepFn:
+    """The train step over this run's frozen parameters; its first call is announced."""
+    jitted = runtime.announce_first_call(step.jit_train_step(run.job), "first step")
+    return lambda state, batch: jitted(state, run.frozen, batch)
 
 
 def microbatches(config: Config) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from research.config import RuntimeConfig
 from research.profiling import trace_steps
 
 
@@ -17,6 +18,10 @@ def traced_steps(folder):
     events = json.loads(gzip.decompress(packed.read_bytes()))["traceEvents"]
     steps = (event for event in events if event.get("name") == "train")
     return sorted(int(event["args"]["step_num"]) for event in steps)
+
+
+def asked(begin, count):
+    return RuntimeConfig(profile_from=begin, profile_steps=count)
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def train(step_fn, first, total):
 
 @pytest.mark.parametrize("first", [0, 2], ids=["fresh", "resumed"])
 def test_the_steps_asked_for_are_traced(step_fn, tmp_path, first):
-    with trace_steps(step_fn, tmp_path, first, begin=4, count=2) as traced:
+    with trace_steps(step_fn, tmp_path, first, asked(4, 2)) as traced:
         train(traced, first, 8)
     assert traced_steps(tmp_path) == [4, 5]
 
@@ -41,7 +46,7 @@ def test_the_steps_asked_for_are_traced(step_fn, tmp_path, first):
 def test_a_run_that_stops_early_keeps_what_it_has_seen(step_fn, tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
-        trace_steps(step_fn, tmp_path, 0, begin=2, count=9) as traced,
+        trace_steps(step_fn, tmp_path, 0, asked(2, 9)) as traced,
     ):
         train(traced, 0, 4)
         raise KeyboardInterrupt
@@ -51,6 +56,6 @@ def test_a_run_that_stops_early_keeps_what_it_has_seen(step_fn, tmp_path):
 @pytest.mark.parametrize("first, begin", [(0, 0), (5, 3), (0, 99)])
 def test_nothing_is_written_where_no_step_is_asked_for(step_fn, tmp_path, first, begin):
     """None, one of a run before, or one that is never made."""
-    with trace_steps(step_fn, tmp_path, first, begin=begin, count=2) as traced:
+    with trace_steps(step_fn, tmp_path, first, asked(begin, 2)) as traced:
         train(traced, first, 8)
     assert not list(tmp_path.iterdir())

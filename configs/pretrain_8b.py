@@ -24,5 +24,5 @@ def get_config():
     config.optim.learning_rate = 3e-4
     config.mesh.fsdp = -1
     config.mesh.data = 1
-    config.runtime.topology = "v5p:8x8x4"
+    config.runtime.topology = "v5p:4x8x8"
     return config

@@ -46,8 +46,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     whole replicas: only those talk over the slower network between them.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or would cut
-        through slices.
+      UserError: the sizes do not multiply to the number of devices, would cut
+        through slices, or cannot be laid on their network.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -66,24 +66,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes[axis] for axis in AXES)
     granules = _granules(devices, sizes["replica"])
-    if granules > 1:
-        if sizes["replica"] != granules:
-            raise UserError(
-                f"mesh {_shown(sizes)} on {granules} slices: every other axis would "
-                f"cross the network between them; use config.mesh.replica={granules}"
-            )
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *shape[1:]),
-            (granules, 1, 1, 1, 1),
-            devices,
-            process_is_granule=not _slices(devices) > 1,
+    if granules > 1 and sizes["replica"] != granules:
+        raise UserError(
+            f"mesh {_shown(sizes)} on {granules} slices: every other axis would "
+            f"cross the network between them; use config.mesh.replica={granules}"
         )
-        return Mesh(grid, AXES)
-    if devices == list(jax.devices()):
-        # Lays neighbours of the mesh on neighbours of the network.
-        kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(shape, AXES, axis_types=kinds)
-    return Mesh(np.array(devices).reshape(shape), AXES)
+    try:
+        return Mesh(_lay(shape, devices, granules), AXES)
+    except NotImplementedError as error:
+        raise UserError(
+            f"mesh {_shown(sizes)} cannot be laid on the network of {len(devices)} "
+            f"{devices[0].device_kind}: use sizes that divide the lengths of its torus"
+        ) from error
+
+
+def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndarray:
+    """Devices in `shape`, neighbours of the mesh on neighbours of the network."""
+    if granules == 1:
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]),
+        (granules, 1, 1, 1, 1),
+        devices,
+        process_is_granule=not _slices(devices) > 1,
+        allow_split_physical_axes=True,
+    )
 
 
 def _slices(devices: Sequence[Any]) -> int:
@@ -93,9 +102,10 @@ def _slices(devices: Sequence[Any]) -> int:
 
 def _granules(devices: Sequence[Any], replicas: int) -> int:
     """Groups of devices with a faster network inside than between them: slices, or
-    else processes, where there are as many as replicas; 1 where it does not matter."""
+    else processes, where there are as many as replicas; 1 where it does not matter,
+    as within a TPU slice, whose hosts are no borders of its network."""
     slices = _slices(devices)
-    if slices > 1:
+    if slices > 1 or devices[0].platform == "tpu":
         return slices
     processes = len({device.process_index for device in devices})
     return processes if 1 < processes == replicas else 1

@@ -152,8 +152,9 @@ def hash_batch(batch: Batch) -> Array:
         place = jax.lax.iota(jnp.uint32, field.size).reshape(field.shape)
         factor = (place * jnp.uint32(2654435761) + jnp.uint32(salt)) | jnp.uint32(1)
         total += jnp.sum((field.astype(jnp.uint32) + 1) * factor, dtype=jnp.uint32)
-    weights = jax.lax.bitcast_convert_type(batch.weights, jnp.uint32)
-    return total + jnp.sum(weights * place, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(batch.weights, jnp.uint32)
+    # Round numbers end in zeros, which a product modulo 2**32 would lose.
+    return total + jnp.sum((bits ^ (bits >> 16)) * factor, dtype=jnp.uint32)
 
 
 def _by_group(job: Job, values: Array, groups: Array) -> Array:

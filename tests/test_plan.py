@@ -1,11 +1,14 @@
 """Plans without a compiler, and the step that the compiler is given."""
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import io
 import json
 import math
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -16,7 +19,14 @@ from rich.console import Console
 from research import chips, jobs, runtime, step
 from research import mesh as meshes
 from research.base import open_architecture, open_base, random_base
-from research.config import Config, DataConfig, MeshConfig, ModelConfig, TextConfig
+from research.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+    from_config_dict,
+)
 from research.data.bpe import byte_tokenizer
 from research.errors import UserError
 from research.planning import analytic, compiled, dry_job, planner, report
@@ -198,9 +208,27 @@ def test_search_compiles_the_best_and_believes_the_compiler():
         return dataclasses.replace(plan, source="compiled", needed=needed)
 
     found = searching.search(big_config(), ONE_B, target, compile_plan)
-    assert len(asked) == searching.COMPILED
+    assert len(asked) == searching.COMPILED + 1
     assert [p.source for p in found.plans[:3]] == ["compiled"] * 3
-    assert found.plans[0].config != asked[0] == found.plans[2].config
+    assert found.plans[0].config == asked[1]
+    assert found.plans[-1].config == asked[0] and not found.plans[-1].fits
+
+
+def test_search_goes_on_where_the_compiler_refuses_the_first():
+    target = parse_device("l4:8")
+    asked = []
+
+    def compile_plan(config):
+        asked.append(config)
+        plan = planner.plan_estimate(config, ONE_B, target)
+        needed = 30e9 if len(asked) <= searching.COMPILED else plan.needed
+        return dataclasses.replace(plan, source="compiled", needed=needed)
+
+    plans = searching.search(big_config(), ONE_B, target, compile_plan).plans
+    assert len(asked) == 2 * searching.COMPILED
+    assert [p.source for p in plans[:3]] == ["compiled"] * 3 and plans[0].fits
+    fits = [plan.fits for plan in plans]
+    assert fits == sorted(fits, reverse=True) and fits.count(False) == 3
 
 
 def test_search_that_fits_nothing_shows_what_is_nearest():
@@ -253,6 +281,7 @@ def test_targets():
         (parse_device, "h10:8", "did you mean 'h100'"),
         (parse_device, "h100:none", "h100:8, v5e:4x4 or cpu"),
         (parse_device, "h100:0", "h100:8, v5e:4x4 or cpu"),
+        (functools.partial(parse_device, slices=-1), "h100:8", "--slices is -1"),
         (parse_device, "v5e:17", "slices of v5e are"),
     ],
 )
@@ -330,8 +359,40 @@ def test_without_libtpu_one_line_says_where_to_get_it(place):
     assert "pip install libtpu" in done.err and "--device=v5e:4x4" in done.err
 
 
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_slice_a_shipped_config_names_exists_and_takes_its_mesh(file):
+    module = importlib.import_module(f"configs.{file.stem}")
+    config = from_config_dict(module.get_config())
+    if config.runtime.topology:
+        target = parse_topology(config.runtime.topology, config.runtime.slices)
+        assert meshes.make_mesh(config.mesh, target.devices()).size == target.count
+
+
+@pytest.mark.parametrize(
+    "topology, slices, mesh",
+    [
+        ("v6e:4x4", 1, MeshConfig(1, 1, 2, 2, 4)),
+        ("v5e:4x4", 2, MeshConfig(2, 1, 8, 2)),
+        ("v5p:4x4x4", 1, MeshConfig(16, 1, 4)),
+        ("v5p:4x4x4", 2, MeshConfig(2, 4, 4, 2, 2)),
+    ],
+    ids=str,
+)
+def test_axes_of_any_size_lie_on_a_torus(topology, slices, mesh):
+    """Each device once; and where there are several slices, no replica on two."""
+    target = parse_topology(topology, slices)
+    laid = meshes.make_mesh(mesh, target.devices()).devices
+    assert sorted(device.id for device in laid.flat) == list(range(target.count))
+    if slices > 1:
+        for replica in laid:
+            assert len({device.slice_index for device in replica.flat}) == 1
+
+
 def test_devices_of_a_target_make_the_meshes_of_training():
     """Stand-ins and real devices alike: the same sizes from the same config."""
     target = parse_device("h100:8")
-    planned = compiled.make_mesh(MESH, target, target.devices())
+    planned = meshes.make_mesh(MESH, target.devices())
     assert planned.shape == meshes.make_mesh(MESH, jax.devices()).shape

@@ -270,7 +270,7 @@ def test_memory_traffic_grows_with_the_trips_of_a_loop():
             "memory space hbm. Used 33.11G of 15.75G hbm. Exceeded hbm capacity",
             33.11,
         ),
-        ("INTERNAL: Mosaic failed. Used 3.0G of 16.0M vmem", None),
+        ("RESOURCE_EXHAUSTED: Mosaic failed. Used 3.0G of 16.0M vmem", None),
         ("RESOURCE_EXHAUSTED: too many of something else", None),
     ],
 )

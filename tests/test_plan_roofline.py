@@ -7,8 +7,9 @@ import pytest
 from plan_helpers import EIGHT_B, big_config
 
 from research import chips, metrics
+from research import mesh as meshes
 from research.models.presets import Architecture
-from research.planning import analytic, compiled, dry_job, roofline
+from research.planning import analytic, dry_job, roofline
 from research.planning.collectives import Collective
 from research.planning.flops import Flops, count_flops
 from research.planning.target import parse_device
@@ -47,7 +48,7 @@ def test_flops_of_a_step_and_what_remat_repeats():
     def flops(kind, remat):
         target = parse_device("h100:8")
         config = big_config(kind, remat=remat)
-        mesh = compiled.make_mesh(config.mesh, target, target.devices())
+        mesh = meshes.make_mesh(config.mesh, target.devices())
         return count_flops(dry_job.make_inputs(config, EIGHT_B, mesh))
 
     tokens, pairs = 64 * 2048, 64 * 2048 * 2049 / 2

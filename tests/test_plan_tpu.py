@@ -15,6 +15,7 @@ import jax
 import pytest
 from plan_helpers import EIGHT_B, ONE_B, big_config
 
+from research import mesh as meshes
 from research.config import MeshConfig, from_config_dict
 from research.models.presets import PRESETS
 from research.planning import compiled, dry_job, planner
@@ -100,22 +101,20 @@ def test_no_parameter_lies_whole_on_a_chip_that_should_hold_a_part(shipped, name
     config = load(name)
     shape = dry_job.find_architecture(config, SHAPES.get(name, ""))
     devices = made.target.devices()
-    mesh = compiled.make_mesh(config.mesh, made.target, devices)
+    mesh = meshes.make_mesh(config.mesh, devices)
     inputs = dry_job.make_inputs(config, shape, mesh)
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    state = (inputs.frozen, inputs.state.params, inputs.state.opt_state)
-    if not inputs.frozen:
-        for leaf in jax.tree.leaves(state):
-            if math.prod(leaf.shape) > 1e6:
-                here = math.prod(leaf.sharding.shard_shape(leaf.shape))
-                assert here == math.prod(leaf.shape) / parts
+    # Adapters are small, and split along one of their two sides only.
+    split = inputs.frozen or (inputs.state.params, inputs.state.opt_state)
+    large = [x for x in jax.tree.leaves(split) if math.prod(x.shape) > 1e6]
+    assert len(large) >= 9
+    for leaf in large:
+        here = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert here == math.prod(leaf.shape) / parts
     # The program's own arguments are no larger than these parts.
     memory = made.memory
     arguments = memory.frozen + memory.trained + memory.optimizer + memory.batch
     assert 0 <= memory.padding < 0.2 * arguments
-    assert memory.frozen + memory.trained + memory.optimizer == sum(
-        dry_job.device_bytes(tree) for tree in (inputs.frozen, inputs.state)
-    )
 
 
 PAIRS = {

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from commands import chain
-from test_pretraining import STEPS, make_corpus, pretrain
+from test_pretraining import STEPS, pretrain
 
 MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.context=2")
 PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")
@@ -24,7 +24,6 @@ def one_process(place, results):
 
 @chain
 def two_processes(place, results):
-    make_corpus(place)
     results("pretrained")
     flags = (
         "--config=pretrain.py",

@@ -54,7 +54,10 @@ def _temporaries(inputs: Inputs) -> float:
     at_layer = width * (2 * matrices + tokens * kept_per_token(inputs, "none"))
     if inputs.microbatches > 1:  # And the sum so far.
         gradients *= 2
-    return gradients + kept + max(at_head, at_layer)
+    at_update = gradients
+    if inputs.job.offload:  # All moments come back at once.
+        at_update += device_bytes(inputs.state.opt_state)
+    return max(gradients + kept + max(at_head, at_layer), at_update)
 
 
 def kept_per_token(inputs: Inputs, remat: str) -> float:

@@ -5,16 +5,12 @@ import importlib.util
 import logging
 import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
-from research import mesh as meshes
 from research import step
-from research.config import MeshConfig
 from research.errors import UserError
 from research.planning import hbm, hlo
 from research.planning.collectives import Collective, find_collectives
@@ -24,7 +20,7 @@ from research.planning.target import Target
 _SIZE = r"([\d.]+)([KMGT]?)"
 _NEEDED = (
     rf"total memory required for HLO temporaries \({_SIZE}\)",
-    rf"Used {_SIZE} of",
+    rf"Used {_SIZE} of [\d.]+[KMGT]? hbm",
     rf"total hbm usage >= {_SIZE}",
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -110,29 +106,6 @@ def topology_devices(target: Target) -> list[jax.Device]:
     return devices
 
 
-def make_mesh(config: MeshConfig, target: Target, devices: Sequence[Any]) -> Mesh:
-    """The mesh that training makes of these devices, or stand-ins for them.
-
-    Raises:
-      UserError: its sizes do not multiply to their number, or do not lie on the torus.
-    """
-    try:
-        mesh = meshes.make_mesh(config, devices)
-        if not target.shape or target.slices > 1:
-            return mesh
-        # What training does with all devices of its own slice.
-        kinds = (AxisType.Auto,) * len(mesh.axis_names)
-        return jax.make_mesh(
-            mesh.devices.shape, mesh.axis_names, axis_types=kinds, devices=devices
-        )
-    except NotImplementedError as error:
-        axes = ", ".join(f"{a}={n}" for a, n in dataclasses.asdict(config).items())
-        raise UserError(
-            f"mesh {axes} cannot be laid on {target.name}: each size must be a product "
-            "of whole axes of the torus"
-        ) from error
-
-
 def lower(inputs: Inputs) -> jax.stages.Lowered:
     """The train step of training, lowered for the devices of its mesh."""
     jitted = step.jit_train_step(inputs.job)
@@ -145,6 +118,9 @@ def compile_step(inputs: Inputs, unknown_trips: float) -> Compiled:
     Args:
       inputs: of the job, on a mesh of topology devices.
       unknown_trips: see `hlo.executions`.
+
+    Raises:
+      UserError: the compiler refuses it for another reason than its memory.
     """
     begun = time.monotonic()
     lowered = lower(inputs)
@@ -154,7 +130,8 @@ def compile_step(inputs: Inputs, unknown_trips: float) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         needed = read_needed(str(error))
         if needed is None:
-            raise
+            first_line = str(error).partition("\n")[0]
+            raise UserError(f"the compiler refuses the step: {first_line}") from error
         return Compiled(None, needed, [], 0.0, time.monotonic() - begun)
     seconds = time.monotonic() - begun
     memory = split_memory(inputs, compiled.memory_analysis())

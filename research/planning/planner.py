@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from research import mesh as meshes
 from research import trees
 from research.config import Config
 from research.models.presets import Architecture
@@ -82,7 +83,7 @@ def plan_compiled(
     Raises:
       UserError: rows or dimensions do not fit the model or the mesh.
     """
-    mesh = compiled.make_mesh(config.mesh, target, devices)
+    mesh = meshes.make_mesh(config.mesh, devices)
     inputs = dry_job.make_inputs(config, architecture, mesh)
     logging.info("compiling the train step for %s", target.name)
     result = compiled.compile_step(inputs, analytic.head_chunks(inputs))
@@ -102,7 +103,7 @@ def plan_estimate(config: Config, architecture: Architecture, target: Target) ->
     Raises:
       UserError: rows or dimensions do not fit the model or the mesh.
     """
-    mesh = compiled.make_mesh(config.mesh, target, target.devices())
+    mesh = meshes.make_mesh(config.mesh, target.devices())
     inputs = dry_job.make_inputs(config, architecture, mesh)
     memory = analytic.estimate_memory(inputs)
     return _assemble(

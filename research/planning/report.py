@@ -154,6 +154,13 @@ def _show_prediction(console: Console, plan: Plan) -> None:
             f"{plan.config.steps:,} steps take {_between(*times)}, "
             f"{_between(*hours)} chip-hours",
         ]
+    if plan.config.runtime.offload_optimizer:
+        lines.append(
+            "not counted: the time that the optimizer's state takes from the host's "
+            "memory and back"
+        )
+    if plan.config.model.dtype == "float32":
+        lines.append("the peak is that of bfloat16; float32 products are slower")
     lines.append(f"[dim]assumed: {ASSUMED}[/]")
     console.print("\n".join(lines), highlight=False)
 

@@ -131,10 +131,13 @@ def _largest(
 
 
 def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:
-    """Compiles the best until `COMPILED` are; what the compiler says comes first."""
-    checked = []
-    for number, plan in enumerate(plans[:COMPILED], 1):
-        logging.warning("compiling %d of %d", number, min(COMPILED, len(plans)))
+    """Compiles the best until `COMPILED` fit; those that do come first."""
+    checked: list[Plan] = []
+    for plan in plans[: 2 * COMPILED]:
+        if sum(p.fits for p in checked) == COMPILED:
+            break
+        logging.warning("compiling %s, the best not yet compiled", plan.mesh)
         checked.append(compile_plan(plan.config))
     checked.sort(key=_slowness)
-    return [*checked, *plans[len(checked) :]]
+    found = [*checked, *plans[len(checked) :]]
+    return sorted(found, key=lambda plan: not plan.fits)

@@ -92,10 +92,14 @@ def parse_topology(text: str, slices: int = 1) -> Target:
             f"--topology is {text!r}; {chip.name} is known as "
             f"{', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
         )
-    if slices < 1:
-        raise UserError(f"--slices is {slices}; it must be at least 1")
+    _check_slices(slices)
     sizes = tuple(int(n) for n in shape.split("x"))
     return Target(chip, math.prod(sizes) * slices, slices, sizes)
+
+
+def _check_slices(slices: int) -> None:
+    if slices < 1:
+        raise UserError(f"--slices is {slices}; it must be at least 1")
 
 
 def _exists(chip: Chip, shape: str) -> bool:
@@ -124,6 +128,7 @@ def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> Target:
     name, _, size = text.partition(":")
     if "x" in size:
         return parse_topology(text, slices)
+    _check_slices(slices)
     if size and not (size.isascii() and size.isdigit() and int(size)):
         raise UserError(f"--device is {text!r}; write it as h100:8, v5e:4x4 or cpu")
     count = int(size or 1)

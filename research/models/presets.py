@@ -127,6 +127,19 @@ PRESETS = {
         rope_scaling=RopeScaling(kind="llama3", factor=8.0),
         max_position=131072,
     ),
+    "llama3.1-70b": Architecture(
+        vocab=128256,
+        embed=8192,
+        mlp=28672,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        tied_head=False,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+        max_position=131072,
+    ),
 }
 
 

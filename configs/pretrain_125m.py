@@ -24,7 +24,7 @@ def get_config():
     config.data.kind = "text"
     config.data.seq_len = 1024
     config.data.batch_size = 256
-    config.data.microbatch_size = 0
+    config.data.microbatch_size = 128
     config.data.hub_timeout = 30.0
     config.text.sources = ("web=hub://HuggingFaceFW/fineweb-edu:sample-10BT",)
     config.text.tokenizer = "hub://HuggingFaceTB/SmolLM2-135M"

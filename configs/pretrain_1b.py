@@ -18,6 +18,7 @@ def get_config():
     config.model.remat = "full"
     config.data.seq_len = 2048
     config.data.batch_size = 512
+    config.data.microbatch_size = 0
     config.text.sources = ("web=hub://HuggingFaceFW/fineweb-edu:sample-100BT",)
     config.text.tokenizer = "hub://unsloth/Llama-3.2-1B"
     config.optim.learning_rate = 3e-4

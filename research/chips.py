@@ -41,6 +41,7 @@ class Chip:
       shapes: of the slices one can rent; empty for what has no torus.
       ring: length at which an axis of the torus closes to a ring, or multiples of it.
       source: see above.
+      capability: compute capability of a GPU, which its kernels ask for.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Chip:
     shapes: tuple[str, ...] = ()
     ring: int = 0
     source: str = ""
+    capability: str = "0.0"
 
     @property
     def platform(self) -> str:
@@ -84,18 +86,19 @@ CHIPS: Mapping[str, Chip] = {
         ),
         Chip(
             "a100", "NVIDIA A100", 312e12, 80e9, 2.039e12, 3e11, 2.5e10, 8,
-            source="nvidia",
+            source="nvidia", capability="8.0",
         ),
         Chip(
             "h100", "NVIDIA H100", 989e12, 80e9, 3.35e12, 4.5e11, 5e10, 8,
-            source="nvidia",
+            source="nvidia", capability="9.0",
         ),
         Chip(
             "h200", "NVIDIA H200", 989e12, 141e9, 4.8e12, 4.5e11, 5e10, 8,
-            source="nvidia",
+            source="nvidia", capability="9.0",
         ),
         Chip(
-            "l4", "NVIDIA L4", 121e12, 24e9, 3e11, 3.2e10, 6.25e9, 8, source="nvidia"
+            "l4", "NVIDIA L4", 121e12, 24e9, 3e11, 3.2e10, 6.25e9, 8,
+            source="nvidia", capability="8.9",
         ),
     )
 }  # fmt: skip

@@ -35,7 +35,7 @@ class ModelConfig:
         "auto", "attention kernel: auto, xla, cudnn (GPU) or splash (TPU)", fixed=False
     )
     attention_block: int = knob(
-        128, "queries per block of attention, in xla", fixed=False
+        128, "tokens per block of attention, in xla", fixed=False
     )
     loss_chunk: int = knob(
         128, "positions per product with the vocabulary head", fixed=False

@@ -98,8 +98,8 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
     if rows % shards:
         raise UserError(
             f"a forward pass has {rows} rows (config.data.microbatch_size, or "
-            f"batch_size) and the mesh splits a batch into {shards} (data*fsdp): use "
-            f"a multiple of {shards}"
+            f"batch_size) and the mesh splits a batch into {shards} "
+            f"({'*'.join(meshes.BATCH_AXES)}): use a multiple of {shards}"
         )
 
 

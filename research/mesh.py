@@ -61,6 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh {_shown(sizes)} does not fit {len(devices)} devices; the sizes must "
             f"multiply to {len(devices)}, and one of them may be -1"
+            f"{_nearest_sizes(sizes, len(devices))}"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
@@ -78,6 +79,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {_shown(sizes)} cannot be laid on the network of {len(devices)} "
             f"{devices[0].device_kind}: use sizes that divide the lengths of its torus"
         ) from error
+
+
+def _nearest_sizes(sizes: Mapping[str, int], devices: int) -> str:
+    """What one axis alone would have to be to fit; empty: changing one will not do."""
+    fitting = []
+    for axis, asked in sizes.items():
+        others = math.prod(n for name, n in sizes.items() if name != axis and n != -1)
+        if asked == -1 or devices % others:
+            continue
+        exact = -1 not in sizes.values()
+        possible = [devices // others] if exact else _divisors(devices // others)
+        nearest = min(possible, key=lambda n: abs(n - asked))
+        fitting.append(f"config.mesh.{axis}={nearest}")
+    return f": try {' or '.join(fitting)}" if fitting else ""
 
 
 def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndarray:
@@ -155,7 +170,8 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
                 raise UserError(
                     f"{path}: axis {name!r} of size {size} does not divide "
                     f"over {'*'.join(_names(entry))}={ways}; for "
-                    f"config.mesh.{_names(entry)[-1]} use {_divisors(size)}"
+                    f"config.mesh.{_names(entry)[-1]} use "
+                    f"{', '.join(map(str, _divisors(size, 64)))}"
                 )
         return NamedSharding(mesh, where)
 
@@ -198,9 +214,8 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
     return sharding.with_memory_kind(HOST_MEMORY)
 
 
-def _divisors(size: int) -> str:
-    divisors = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
-    return ", ".join(map(str, divisors))
+def _divisors(size: int, most: int | None = None) -> list[int]:
+    return [n for n in range(1, min(size, most or size) + 1) if size % n == 0]
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -19,7 +19,8 @@ python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
 Compiles the real train step for TPUs that are not there (pip install libtpu, in an
 environment of its own) and says what a chip's memory would hold, what chips send to
 each other, how fast the run can be at best and what it costs. --device estimates the
-same by formula, for any chip, without a compiler. No weight or data is read.
+same by formula, for any chip, without a compiler. No weight or data is read. Numbers
+are of chips: the cloud's name v5p-512 counts cores, and is --topology=v5p:4x8x8.
 """
 
 flags.DEFINE_string("topology", "", "TPU slice; default config.runtime.topology")

@@ -180,8 +180,9 @@ def test_each_kernel_runs_on_a_mesh_that_splits_rows_heads_and_tokens(kernel):
     [
         ("cudnn", 100, 200),
         ("splash", np.int32(100), 256),
+        ("xla", np.int32(100), 256),
     ],
-    ids=["static", "traced"],
+    ids=["static", "traced", "traced-xla"],
 )
 def test_keys_of_the_future_are_never_read(kernel, offset, unread):
     """NaN spreads from whatever is computed with it, masked or not."""
@@ -204,6 +205,23 @@ def test_a_block_of_xla_reads_no_key_past_its_own_end():
     output = jax.jit(functools.partial(attend, "xla"))(q, k, v, SEGMENTS, SEGMENTS)
     assert np.isfinite(output[:, :BLOCK]).all()
     assert np.isnan(output[:, BLOCK : 2 * BLOCK]).all()
+
+
+def test_xla_reads_no_block_of_earlier_documents():
+    """The cost follows documents: what lies before the first one is never visited."""
+    q, k, v, d_output = draw(4, 2)
+    segments = np.repeat([[1, 2, 3]], [140, 120, 40], axis=1).repeat(ROWS, axis=0)
+    earlier = (np.arange(LENGTH) < BLOCK)[None, :, None, None]
+    k, v = (jnp.where(earlier, jnp.nan, x) for x in (k, v))
+    # Block 1 holds the end of the first document, block 2 nothing of it.
+    late = np.s_[:, 2 * BLOCK :]
+    arrays = (q[late], k, v, d_output[late], segments[late], segments)
+    options = {"kernel": "xla", "block": BLOCK, "offset": np.int32(2 * BLOCK)}
+    for x in outputs_and_gradients(*arrays, **options):
+        assert np.isfinite(x).all()
+    whole = attend("xla", q, k, v, segments, segments)
+    assert np.isnan(whole[:, BLOCK : BLOCK + 12]).all()
+    assert np.isfinite(whole[:, 2 * BLOCK :]).all()
 
 
 def lowered(platform, kernel, *, length=256, traced=False):

@@ -7,6 +7,7 @@ Legend of the axis letters used in names, here and in `transformer.py`:
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,30 +90,60 @@ def blocked_attention(
     """Causal attention within each document of a packed row, in plain XLA.
 
     Query i stands at index `offset + i` of the row that the keys fill, S >= offset
-    + T, and must carry the segment of that key: it then sees itself at least.
+    + T, and must carry the segment of that key: it then sees itself at least. The
+    tokens of a document lie beside each other.
 
-    Queries go in blocks of `block` tokens and see only the keys up to their own
-    block's end, so about half of the row's square is never computed; where
-    `offset` is traced that end is not known and a block computes all keys. The
-    backward pass makes the probabilities again from the saved normalizers (Dao
-    2023, arXiv:2307.08691, section 3.1), so no `[T, S]` array is kept. Exact for
-    any `block`.
+    Queries and keys go in blocks of `block` tokens. A block of queries visits the
+    blocks of keys from the start of its first document to its own end, so the cost
+    follows the documents, not the square of the row; softmax is summed up on the way
+    and made again in the backward pass from the saved normalizers (Dao 2023,
+    arXiv:2307.08691, section 3.1), so no `[T, S]` array is kept. Exact for any
+    `block`: a key that is masked adds exactly zero, visited or not.
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
     """
-    static, traced = (offset, None) if isinstance(offset, int) else (None, offset)
-    return _blocked(
-        q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced, block, static
+    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    block = min(block, length)
+    # Segments below zero are nobody's: what is padded sees and is seen by no token.
+    q, q_segments = _fill(block, q_BTNH, q_segments_BT, -1)
+    k, k_segments = _fill(block, k_BSKH, k_segments_BS, -2)
+    v, _ = _fill(block, v_BSKH, k_segments_BS, -2)
+    rows = _Rows(
+        q_segments,
+        k_segments,
+        jnp.asarray(offset, jnp.int32),
+        *_visited(k_segments, length, keys, block, offset),
     )
+    return _blocked(q, k, v, rows, block)[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _blocked(
-    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced, block, static
-):
-    arrays = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced)
-    return _blocked_forward(*arrays, block, static)[0]
+class _Rows(NamedTuple):
+    """Where queries and keys stand, and which blocks of keys each block visits."""
+
+    q_segments: Array
+    k_segments: Array
+    offset: Array
+    first: Array
+    end: Array
+
+
+def _fill(block: int, x: Array, segments: Array, nobody: int) -> tuple[Array, Array]:
+    more = -x.shape[1] % block
+    x = jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)])
+    return x, jnp.pad(segments, [(0, 0), (0, more)], constant_values=nobody)
+
+
+def _visited(
+    k_segments_BS: Array, length: int, keys: int, block: int, offset: int | Array
+) -> tuple[Array, Array]:
+    """Of each block of queries: its first block of keys in any row, and the end."""
+    index = jnp.arange(k_segments_BS.shape[1])
+    begins = jnp.diff(k_segments_BS, axis=1, prepend=k_segments_BS[:, :1]) != 0
+    start_BS = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    first_query = offset + jnp.arange(0, length, block)
+    first = jnp.min(jnp.take(start_BS, first_query, axis=1), axis=0) // block
+    return first, -(-jnp.minimum(first_query + block, keys) // block)
 
 
 def _heads_first(x_BTNH: Array, kv_heads: int) -> Array:
@@ -128,98 +159,119 @@ def _heads_last(x_BKGTH: Array) -> Array:
     return x.reshape(batch, length, kv_heads * group, width)
 
 
-def _block_logits(q_BKGTH, k_BKSH, segments, offset, here, reach):
-    """Scaled, masked float32 logits of the queries `here` and the keys they see."""
-    q_segments_BT, k_segments_BS = segments
+def _part(x: Array, number: Array, block: int, axis: int) -> Array:
+    """Block `number` of `x`; axis 2 of keys and 3 of queries with heads first."""
+    return jax.lax.dynamic_slice_in_dim(x, number * block, block, axis)
+
+
+def _put(x: Array, part: Array, number: Array, block: int, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, number * block, axis)
+
+
+def _logits(q_BKGTH: Array, k_BKSH: Array, rows: _Rows, i: Array, j: Array) -> Array:
+    """Masked float32 logits of the scaled queries of block i and the keys of j."""
+    block = k_BKSH.shape[2]
     logits = jnp.einsum(
-        "BKGTH,BKSH->BKGTS",
-        q_BKGTH[:, :, :, here] * q_BKGTH.shape[-1] ** -0.5,
-        k_BKSH[:, :, :reach],
-        preferred_element_type=jnp.float32,
+        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
     )
-    order_TS = _index(offset, here)[:, None] >= jnp.arange(reach)[None, :]
-    same_BTS = q_segments_BT[:, here, None] == k_segments_BS[:, None, :reach]
+    index = jnp.arange(block)
+    order_TS = (rows.offset + i * block + index)[:, None] >= (j * block + index)[None]
+    q_segments_BT = _part(rows.q_segments, i, block, 1)
+    k_segments_BS = _part(rows.k_segments, j, block, 1)
+    same_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
     return jnp.where((same_BTS & order_TS[None])[:, None, None], logits, MASKED)
 
 
-def _index(offset: int | Array, here: slice) -> Array:
-    """Where the queries `here` stand in their row; a constant if `offset` is one."""
-    if isinstance(offset, int):
-        return jnp.arange(offset + here.start, offset + here.stop)
-    return offset + jnp.arange(here.start, here.stop)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: _Rows, block: int
+) -> Array:
+    return _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block)[0]
 
 
-def _blocks(queries: int, keys: int, block: int, static: int | None):
-    """Of each block: the slice of its queries, and how many keys it must compute."""
-    for start in range(0, queries, block):
-        stop = min(start + block, queries)
-        yield slice(start, stop), keys if static is None else static + stop
-
-
-def _blocked_forward(
-    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, traced, block, static
-):
-    segments = (q_segments_BT, k_segments_BS)
-    q = _heads_first(q_BTNH, k_BSKH.shape[2])
+def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block):
+    q = _heads_first(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH.shape[2])
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
-    outputs, normalizers = [], []
-    offset = traced if static is None else static
-    sizes = (q_BTNH.shape[1], k_BSKH.shape[1])
-    for here, reach in _blocks(*sizes, block, static):
-        logits = _block_logits(q, k, segments, offset, here, reach)
-        # Every query sees itself: the largest logit is never the mask.
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = jnp.einsum(
-            "BKGTS,BKSH->BKGTH",
-            weights.astype(v.dtype),
-            v[:, :, :reach],
-            preferred_element_type=jnp.float32,
+
+    def queries(i, carry):
+        output, normalizer = carry
+        q_block = _part(q, i, block, 3)
+
+        def keys(j, carry):
+            largest, total, mixed = carry
+            logits = _logits(q_block, _part(k, j, block, 2), rows, i, j)
+            larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
+            # What a row sums up before its first key is in reach counts as ones, and
+            # is wiped out here by the first that is.
+            weights, keep = jnp.exp(logits - larger), jnp.exp(largest - larger)
+            total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+            mixed = mixed * keep + jnp.einsum(
+                "BKGTS,BKSH->BKGTH",
+                weights.astype(v.dtype),
+                _part(v, j, block, 2),
+                preferred_element_type=jnp.float32,
+            )
+            return larger, total, mixed
+
+        none = jnp.zeros((*q_block.shape[:-1], 1), jnp.float32)
+        start = (none + MASKED, none, jnp.zeros(q_block.shape, jnp.float32))
+        largest, total, mixed = jax.lax.fori_loop(
+            rows.first[i], rows.end[i], keys, start
         )
-        outputs.append((mixed / total).astype(q.dtype))
-        normalizers.append(largest + jnp.log(total))
-    output = _heads_last(jnp.concatenate(outputs, axis=3))
-    normalizer = jnp.concatenate(normalizers, axis=3)
-    return output, (q_BTNH, k_BSKH, v_BSKH, segments, traced, output, normalizer)
+        mixed = _heads_last((mixed / total).astype(q.dtype))
+        return (
+            _put(output, mixed, i, block, 1),
+            _put(normalizer, largest + jnp.log(total), i, block, 3),
+        )
+
+    empty = jnp.zeros_like(q_BTNH), jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+    blocks = q_BTNH.shape[1] // block
+    output, normalizer = jax.lax.fori_loop(0, blocks, queries, empty)
+    return output, (q_BTNH, k_BSKH, v_BSKH, rows, output, normalizer)
 
 
-def _blocked_backward(block, static, residuals, d_output_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, segments, traced, output_BTNH, normalizer = residuals
-    kv_heads = k_BSKH.shape[2]
-    q, output, d_output = (
-        _heads_first(x, kv_heads) for x in (q_BTNH, output_BTNH, d_output_BTNH)
-    )
+def _blocked_backward(block, residuals, d_output_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, rows, output_BTNH, normalizer = residuals
+    kv_heads, scale = k_BSKH.shape[2], q_BTNH.shape[-1] ** -0.5
+    q = _heads_first(q_BTNH * scale, kv_heads)
+    d_output = _heads_first(d_output_BTNH, kv_heads)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
-    along = jnp.sum(
-        d_output.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True
-    )
-    scale = q.shape[-1] ** -0.5
-    d_q = []
-    d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    offset = traced if static is None else static
-    sizes = (q_BTNH.shape[1], k_BSKH.shape[1])
-    for here, reach in _blocks(*sizes, block, static):
-        logits = _block_logits(q, k, segments, offset, here, reach)
-        weights = jnp.exp(logits - normalizer[:, :, :, here])
-        d_weights = jnp.einsum(
-            "BKGTH,BKSH->BKGTS",
-            d_output[:, :, :, here],
-            v[:, :, :reach],
-            preferred_element_type=jnp.float32,
-        )
-        d_logits = weights * (d_weights - along[:, :, :, here]) * scale
-        d_logits, weights = d_logits.astype(q.dtype), weights.astype(q.dtype)
-        d_q.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_logits, k[:, :, :reach]))
-        into = functools.partial(jnp.einsum, "BKGTS,BKGTH->BKSH")
-        d_k = d_k.at[:, :, :reach].add(into(d_logits, q[:, :, :, here]))
-        d_v = d_v.at[:, :, :reach].add(into(weights, d_output[:, :, :, here]))
-    d_k, d_v = (
-        d.transpose(0, 2, 1, 3).astype(x.dtype)
-        for d, x in ((d_k, k_BSKH), (d_v, v_BSKH))
-    )
-    d_q = _heads_last(jnp.concatenate(d_q, axis=3))
-    return d_q, d_k, d_v, None, None, None
+    product = d_output_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32)
+    along = _heads_first(jnp.sum(product, axis=-1, keepdims=True), kv_heads)
+    mix = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def queries(i, carry):
+        d_q, d_k, d_v = carry
+        parts = (_part(x, i, block, 3) for x in (q, d_output, normalizer, along))
+        q_block, d_block, normalizer_block, along_block = parts
+
+        def keys(j, carry):
+            d_q_block, d_k, d_v = carry
+            k_block, v_block = _part(k, j, block, 2), _part(v, j, block, 2)
+            logits = _logits(q_block, k_block, rows, i, j)
+            weights = jnp.exp(logits - normalizer_block)
+            d_weights = mix("BKGTH,BKSH->BKGTS", d_block, v_block)
+            d_logits = (weights * (d_weights - along_block)).astype(q.dtype)
+            weights = weights.astype(q.dtype)
+            d_q_block += mix("BKGTS,BKSH->BKGTH", d_logits, k_block)
+            d_k_block = mix("BKGTS,BKGTH->BKSH", d_logits, q_block)
+            d_v_block = mix("BKGTS,BKGTH->BKSH", weights, d_block)
+            d_k = _put(d_k, _part(d_k, j, block, 2) + d_k_block, j, block, 2)
+            d_v = _put(d_v, _part(d_v, j, block, 2) + d_v_block, j, block, 2)
+            return d_q_block, d_k, d_v
+
+        start = jnp.zeros(q_block.shape, jnp.float32), d_k, d_v
+        d_q_block, d_k, d_v = jax.lax.fori_loop(rows.first[i], rows.end[i], keys, start)
+        d_q_block = _heads_last((d_q_block * scale).astype(q.dtype))
+        return _put(d_q, d_q_block, i, block, 1), d_k, d_v
+
+    empty = (
+        jnp.zeros_like(q_BTNH), *(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    )  # fmt: skip
+    blocks = q_BTNH.shape[1] // block
+    d_q, d_k, d_v = jax.lax.fori_loop(0, blocks, queries, empty)
+    d_k, d_v = (d.transpose(0, 2, 1, 3).astype(k.dtype) for d in (d_k, d_v))
+    return d_q, d_k, d_v, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -143,10 +143,10 @@ def packed_attention(
 
     Args:
       kernel: one of `KERNELS`; `choose` says which works.
-      block: queries per block of `xla`; the others choose their own.
+      block: tokens per block of `xla`; the others choose their own.
       offset: a Python int, or an int32 scalar where it is known only to the running
-        program (a shard of the context axis). `xla` and `cudnn` then compute every
-        pair of a query and a key; `splash` still skips those of the future.
+        program (a shard of the context axis). `cudnn` then computes every pair of a
+        query and a key; `xla` and `splash` still skip those of the future.
       interpret: runs `splash` without a TPU, slowly, for tests.
 
     Returns:

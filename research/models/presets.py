@@ -143,11 +143,11 @@ PRESETS = {
 }
 
 
-def preset(name: str, vocab: int) -> Architecture:
-    """The shape `name` with room for `vocab` ids.
+def preset(name: str, vocab: int = 0) -> Architecture:
+    """The shape `name` with room for `vocab` ids, or for as many as it was made with.
 
-    The table is rounded up to a multiple of 128, so that it splits over a mesh and
-    fills an accelerator's tiles; ids above `vocab` never occur.
+    The table of embeddings is rounded up to a multiple of 128, so that it splits over
+    a mesh and fills an accelerator's tiles; ids above `vocab` never occur.
 
     Raises:
       UserError: there is no such preset.
@@ -157,7 +157,8 @@ def preset(name: str, vocab: int) -> Architecture:
             f"config.model.preset is {name!r}{nearest(name, PRESETS)}; it must be one "
             f"of {', '.join(PRESETS)}"
         )
-    return dataclasses.replace(PRESETS[name], vocab=-(-vocab // 128) * 128)
+    known = PRESETS[name]
+    return dataclasses.replace(known, vocab=-(-(vocab or known.vocab) // 128) * 128)
 
 
 def to_hf_config(a: Architecture) -> dict[str, Any]:

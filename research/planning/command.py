@@ -39,6 +39,8 @@ def run(request: Request) -> int:
     logging.getLogger("jax").setLevel(logging.ERROR)
     config, console = request.config, Console()
     target = _target(request)
+    if request.json:
+        report.check_json(request.json)
     architecture = dry_job.find_architecture(config, request.preset)
     devices = [] if request.device else compiled.topology_devices(target)
 

@@ -85,10 +85,9 @@ def find_architecture(config: Config, override: str = "") -> Architecture:
                 f"{', '.join(PRESETS)}"
             ) from error
     name = override or config.model.preset
-    known = preset(name, 1) and PRESETS[name]
     if config.model.init_from or config.data.kind != "text":
-        return known
-    return preset(name, _vocabulary(config) or known.vocab)
+        return preset(name)
+    return preset(name, _vocabulary(config))
 
 
 def _vocabulary(config: Config) -> int:

@@ -13,14 +13,17 @@ class Flops:
     Attributes:
       model: what the step needs; MFU counts these (`metrics.FlopCount`).
       recomputed: forward products that the backward pass makes again.
+      waited: that devices could do while they wait for those with the last part of
+        each row, whose queries see the most keys; 0 without a context axis.
     """
 
     model: float
     recomputed: float
+    waited: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.model + self.recomputed
+        return self.model + self.recomputed + self.waited
 
 
 def count_flops(inputs: Inputs) -> Flops:
@@ -35,9 +38,13 @@ def count_flops(inputs: Inputs) -> Flops:
     tokens = inputs.tokens
     pairs = tokens * (config.data.seq_len + 1) / 2
     again_per_token, again_per_pair = recomputed(inputs, count, trained)
+    # Of n parts of a causal square the last has 2n - 1 of the n * n small squares.
+    parts = inputs.job.mesh.shape["context"]
+    uneven = (2 * parts - 1) / parts - 1
     return Flops(
         model=count.step(tokens, tokens, pairs),
         recomputed=again_per_token * tokens + again_per_pair * pairs,
+        waited=uneven * (count.per_pair + again_per_pair) * pairs,
     )
 
 

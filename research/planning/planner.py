@@ -32,7 +32,8 @@ class Plan:
       target: the chips.
       config: what is planned.
       mesh: size of each axis above 1.
-      source: `compiled` or `estimated`.
+      source: `compiled`; `estimated`; or `refused` by the compiler for the memory that
+        it needs, so that traffic is estimated.
       seconds: that compiling took.
       memory: by what it holds; None where the compiler only said it is too much.
       needed: bytes of a device.
@@ -87,12 +88,13 @@ def plan_compiled(
     inputs = dry_job.make_inputs(config, architecture, mesh)
     logging.info("compiling the train step for %s", target.name)
     result = compiled.compile_step(inputs, analytic.head_chunks(inputs))
-    found, moved = result.collectives, result.moved
+    source, found, moved = "compiled", result.collectives, result.moved
     if result.memory is None:
+        source = "refused"
         found = analytic.estimate_collectives(inputs)
         moved = analytic.estimate_moved(inputs)
     return _assemble(
-        inputs, target, "compiled", result.seconds, result.memory, result.needed,
+        inputs, target, source, result.seconds, result.memory, result.needed,
         found, moved,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "assumed": ASSUMED,
         "chip_source": chip.source,
     }
+
+
+def check_json(path: str) -> None:
+    """Before minutes of compiling: whether `write_json` could write there.
+
+    Raises:
+      UserError: not so.
+    """
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"--json={path} cannot be written: no folder, or no permission")
 
 
 def write_json(path: str, plans: list[Plan]) -> None:
@@ -154,6 +166,10 @@ def _show_prediction(console: Console, plan: Plan) -> None:
             f"{plan.config.steps:,} steps take {_between(*times)}, "
             f"{_between(*hours)} chip-hours",
         ]
+    if plan.mesh.get("context", 1) > 1:
+        lines.append(
+            "compute is that of the last part of each row, which attends to the most"
+        )
     if plan.config.runtime.offload_optimizer:
         lines.append(
             "not counted: the time that the optimizer's state takes from the host's "

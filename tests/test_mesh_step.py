@@ -269,6 +269,33 @@ def test_the_state_stays_where_it_was_put(run, kind):
             assert leaf.sharding.shard_shape(leaf.shape) == parts[leaf.shape]
 
 
+def gathered(lowered):
+    """Results of all collectives that make an array whole again, by their sizes."""
+    text = lowered.compile().as_text()
+    found = re.findall(r"= (?:\()?\w+\[([\d,]+)\].*? all-(?:gather|to-all)\(", text)
+    return [tuple(map(int, sizes.split(","))) for sizes in found]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_tensor_axis_gathers_no_parameter(model, batch, kind):
+    """Each device multiplies by its own part; activations are what travels."""
+    made = gathered(lower_step(model, batch, kind, (2, 1, 4), "float32"))
+    shapes = {spec.shape[spec.stacked :] for spec in model.specs.values() if spec.n_in}
+    sizes = {math.prod(shape) for shape in shapes}
+    assert not [shape for shape in made if math.prod(shape) in sizes]
+    # This test can see them: with fsdp every matrix is gathered.
+    made = gathered(lower_step(model, batch, kind, (1, 8, 1), "float32"))
+    assert {math.prod(shape) for shape in made} >= sizes
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_context_axis_gathers_keys_values_and_segments_alone(model, batch, kind):
+    made = gathered(lower_step(model, batch, kind, (1, 1, 1, 1, 8), "float32"))
+    rows, length = batch.tokens.shape
+    keys = rows * length * TINY.kv_heads * TINY.head_dim
+    assert {math.prod(shape) for shape in made} == {keys, rows * length}
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_no_stack_of_matrices_is_ever_gathered_whole(model, batch, kind):
     """In the compiled program of one device: a layer's matrix at a time, no more."""
@@ -364,6 +391,19 @@ def test_two_axes_cannot_have_one_mesh_axis():
 def test_mesh_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(UserError, match=f"data={sizes[0]}, fsdp={sizes[1]}"):
         meshes.make_mesh(mesh_sizes(*sizes))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (-1, 3, 1), (1, 16, 1), (2, 2, 1), (1, 4, 4), (-1, 1, 5)]
+)
+def test_sizes_that_an_error_names_fit(sizes):
+    with pytest.raises(UserError, match="try ") as raised:
+        meshes.make_mesh(mesh_sizes(*sizes))
+    said = re.findall(r"config\.mesh\.(\w+)=(\d+)", str(raised.value))
+    assert said
+    for axis, size in said:
+        mended = dataclasses.replace(mesh_sizes(*sizes), **{axis: int(size)})
+        assert meshes.make_mesh(mended).size == jax.device_count()
 
 
 def test_the_rest_of_the_devices_is_found():

@@ -7,10 +7,12 @@ import importlib.util
 import io
 import json
 import math
+import re
 import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tiny_model
 from plan_helpers import EIGHT_B, ONE_B, big_config
@@ -18,7 +20,8 @@ from rich.console import Console
 
 from research import chips, jobs, runtime, step
 from research import mesh as meshes
-from research.base import open_architecture, open_base, random_base
+from research.base import Base, open_architecture, open_base, random_base
+from research.batch import Batch
 from research.config import (
     Config,
     DataConfig,
@@ -349,6 +352,23 @@ def test_the_door_says_what_does_not_fit_and_what_is_wrong(place):
     )
 
 
+def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
+    config = tiny_config(folder, microbatch_size=2)
+    mesh = meshes.make_mesh(MeshConfig(replica=2, data=2, fsdp=2))
+    said = r"has 2 rows .*splits a batch into 8 \(replica\*data\*fsdp\).*multiple of 8"
+    with pytest.raises(UserError, match=said):
+        jobs.make_job(config, open_base(str(folder)), mesh)
+
+
+def test_a_plan_that_cannot_be_written_is_not_made(tmp_path):
+    """Said before a compile of minutes."""
+    report.check_json(str(tmp_path / "plan.json"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "missing/plan.json", tmp_path, tmp_path / "file/plan.json"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            report.check_json(str(path))
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed"
 )
@@ -360,6 +380,35 @@ def test_without_libtpu_one_line_says_where_to_get_it(place):
 
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_config_is_planned_as_it_is_trained(file):
+    """Line by line; training's side takes its shardings where its loaders do."""
+    module = importlib.import_module(f"configs.{file.stem}")
+    config = from_config_dict(module.get_config())
+    preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
+    shape = dry_job.find_architecture(config, preset)
+    # The mesh of the config is of a slice; its axes on the devices that are here.
+    devices = jax.devices()[: math.gcd(8, config.data.rows_per_pass)]
+    mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
+    inputs = dry_job.make_inputs(config, shape, mesh)
+    base = Base("trained", shape, byte_tokenizer(), None)
+    job = jobs.make_job(config, base, mesh, inputs.job.groups)
+    whole = meshes.shardings(job.model.specs, mesh)
+    frozen = {
+        path: jax.ShapeDtypeStruct(
+            spec.shape, job.trainable.frozen_dtype, sharding=whole[path]
+        )
+        for path, spec in job.model.specs.items()
+        if path in job.trainable.frozen_specs
+    }
+    rows = config.data.batch_size, config.data.seq_len
+    ids, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+    passes = config.data.batch_size // config.data.rows_per_pass
+    batch = meshes.to_global(Batch(ids, ids, weights, ids, ids, ids), mesh, passes)
+    trained = step.jit_train_step(job).lower(step.abstract_state(job), frozen, batch)
+    assert compiled.lower(inputs).as_text() == trained.as_text()
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

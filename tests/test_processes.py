@@ -2,8 +2,12 @@
 
 import socket
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from commands import chain
+from helpers import close
 from test_pretraining import STEPS, pretrain
 
 MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.context=2")
@@ -64,6 +68,31 @@ def test_two_processes_train_the_same_steps_on_the_same_data(
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     held = [place.lines(run, "eval")[-1] for run in ("one-process", "two-processes")]
     assert held[1]["loss"] == pytest.approx(held[0]["loss"], rel=1e-5)
+
+
+def saved_state(place, run):
+    """Everything in the last checkpoint, on one device, whichever mesh wrote it."""
+    item = place.run_dir(run) / "checkpoints" / str(STEPS) / "state"
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            checkpointer.metadata(item).item_metadata.tree,
+        )
+        return checkpointer.restore(item, wanted)
+
+
+def test_two_processes_end_with_the_same_parameters_and_moments(
+    place, one_process, two_processes
+):
+    alone, together = (
+        saved_state(place, run) for run in ("one-process", "two-processes")
+    )
+    assert jax.tree.structure(alone) == jax.tree.structure(together)
+    assert len(jax.tree.leaves(alone)) > 20
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(alone))
+    # Adam turns rounding in a gradient near zero into a full-size update.
+    close(together, alone, rtol=1e-4)
 
 
 def test_hashes_of_different_batches_differ(place, one_process):

@@ -76,7 +76,10 @@ def check_json(path: str) -> None:
       UserError: not so.
     """
     file = Path(path)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    holder = file if file.exists() else file.parent
+    # A file may be written to, and yet hold no other one.
+    kind_fits = file.is_file() if file.exists() else holder.is_dir()
+    if not kind_fits or not os.access(holder, os.W_OK):
         raise UserError(f"--json={path} cannot be written: no folder, or no permission")
 
 

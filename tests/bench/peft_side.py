@@ -1,0 +1,173 @@
+"""The other side of `accelerator_lora.py`: transformers' Llama, PEFT and torch's SDPA.
+
+Run by an interpreter that has torch, transformers and peft, never imported by the rest
+of the project. Random weights of a given shape in bfloat16, rank-r adapters on every
+linear layer but the head, AdamW, the loss that transformers computes from labels; the
+same random rows as our side. Prints one JSON line on stdout.
+
+    python tests/bench/peft_side.py --shape=config.json --rows=16 --micro=2 --seq=2048
+
+A row is one document: SDPA needs no mask then, which is its fastest case. Adapters are
+float32 under autocast, as `Trainer(bf16=True)` trains them, or bfloat16 without it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Read by the Hugging Face libraries while they are imported, so set before they are.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import peft
+import torch
+import transformers
+from random_rows import random_rows
+
+IGNORED_LABEL = -100
+
+
+def make_model(
+    shape: Path, device: torch.device, rank: int, adapters: str, recompute: bool
+) -> Any:
+    """A Llama of random weights with adapters, ready to train."""
+    fields = json.loads(shape.read_text(encoding="utf-8"))
+    config = transformers.LlamaConfig.from_dict(fields)
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=torch.bfloat16
+        )
+    if recompute:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    lora = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with device:
+        wrapped = peft.get_peft_model(
+            model, lora, autocast_adapter_dtype=adapters == "float32"
+        )
+    return wrapped.train()
+
+
+def make_rows(
+    arguments: argparse.Namespace, vocab: int, device: torch.device
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
+    """Ids and labels of each pass of a step, and how many labels count."""
+    shape = arguments.rows, arguments.seq
+    drawn = random_rows(shape, vocab, arguments.trained)
+    ids = torch.from_numpy(drawn["tokens"]).long()
+    weights = torch.from_numpy(drawn["weights"])
+    # A label is the id at its own place; transformers shifts them against the logits.
+    counts = torch.zeros(shape, dtype=torch.bool)
+    counts[:, 1:] = weights[:, :-1] > 0
+    labels = torch.where(counts, ids, IGNORED_LABEL)
+    ids, labels = ids.to(device), labels.to(device)
+    parts = zip(ids.split(arguments.micro), labels.split(arguments.micro), strict=True)
+    return list(parts), int(counts.sum())
+
+
+def train_steps(
+    arguments: argparse.Namespace, model: Any, vocab: int
+) -> tuple[list[float], int, float]:
+    """Seconds of each counted step, the labels that count, and the last loss."""
+    device = next(model.parameters()).device
+    passes, counted = make_rows(arguments, vocab, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=fused)
+    autocast = arguments.adapters == "float32"
+    seconds, last = [], 0.0
+    for _ in range(arguments.warmup + arguments.steps):
+        begun = time.perf_counter()
+        total = torch.zeros((), device=device)
+        for ids, labels in passes:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                loss = model(
+                    input_ids=ids,
+                    labels=labels,
+                    num_items_in_batch=counted,
+                    use_cache=False,
+                ).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # Waits for the device.
+        last = total.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return seconds[arguments.warmup :], counted, last
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory in use: of the card, or of the process on CPU (Linux gives KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", type=Path, required=True, help="config.json of a Llama")
+    add("--rows", type=int, default=16, help="rows of an optimizer step")
+    add("--micro", type=int, default=1, help="rows of a pass; divides --rows")
+    add("--seq", type=int, default=2048, help="tokens of a row")
+    add("--trained", type=float, default=1.0, help="share of positions with a loss")
+    add("--rank", type=int, default=16)
+    add("--adapters", choices=("float32", "bfloat16"), default="float32")
+    add("--recompute", action=argparse.BooleanOptionalAction, default=False)
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--steps", type=int, default=5, help="that count")
+    add("--warmup", type=int, default=2, help="steps that do not count")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write(
+            f"error: torch {torch.__version__} of {sys.executable} finds no GPU; "
+            "install a build for CUDA there, or try --device=cpu\n"
+        )
+        sys.exit(2)
+    device = torch.device(arguments.device)
+    model = make_model(
+        arguments.shape,
+        device,
+        arguments.rank,
+        arguments.adapters,
+        arguments.recompute,
+    )
+    seconds, counted, loss = train_steps(arguments, model, model.config.vocab_size)
+    step_s = statistics.median(seconds)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    found = {
+        "device": name,
+        "tokens_per_s": arguments.rows * arguments.seq / step_s,
+        "step_s": step_s,
+        "memory_gb": peak_bytes(device) / 1e9,
+        "positions": counted,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "loss": loss,
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "transformers", "peft")
+        },
+    }
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

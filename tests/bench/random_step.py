@@ -1,0 +1,236 @@
+"""The real train step of a config on random weights and random tokens: its speed.
+
+    python tests/bench/random_step.py --rows=4 --seq=256
+
+Needs neither data nor weights nor a network: everything else is what training runs,
+on one device, whose peak the MFU counts against (CPUs have no data sheet: MFU is -).
+Seconds are the median of the steps after a warm-up. Memory is the most that the device
+(on CPU: the process) held, the drawing of the weights included. On CPU set the
+GLIBC_TUNABLES of the Makefile, as `make` does for training.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import jax
+import numpy as np
+from random_rows import random_rows
+
+from research import chips, doors, jobs, metrics, runtime, step, trees
+from research import mesh as meshes
+from research.base import Base
+from research.batch import Batch
+from research.config import Config, from_config_dict
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError
+from research.models.presets import Architecture
+from research.planning import dry_job
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one step of a config takes on one device.
+
+    Attributes:
+      device: as JAX names it.
+      tokens_per_s: of all tokens in the rows; random rows have no padding.
+      step_s: seconds of one optimizer update.
+      flops_per_s: FLOPs that the model needs, see `metrics.FlopCount`, a second.
+      mfu: those as a share of the device's peak; None where that is not known.
+      memory_gb: peak, in 10**9 bytes.
+      positions: that carry a loss, of a step.
+      trained: scalars that are trained.
+      loss: of the last step, which tells a broken step from a fast one.
+    """
+
+    device: str
+    tokens_per_s: float
+    step_s: float
+    flops_per_s: float
+    mfu: float | None
+    memory_gb: float
+    positions: int
+    trained: int
+    loss: float
+
+
+def read_config(path: str, changes: dict[str, Any]) -> Config:
+    """A config file with other knobs, as `--config.KNOB=VALUE` would set them.
+
+    Raises:
+      UserError: there is no such file or knob, or a value does not fit.
+    """
+    file = Path(path) if Path(path).is_file() else ROOT / path
+    if not file.is_file():
+        raise UserError(f"--config={path} is not a file; see configs/")
+    config = runpy.run_path(str(file))["get_config"]()
+    for knob, value in changes.items():
+        try:
+            config.update_from_flattened_dict({knob: value})
+        except (KeyError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"knob {knob}={value!r}: {reason}") from error
+    return from_config_dict(config)
+
+
+def make_batch(inputs: dry_job.Inputs, trained: float, documents: int) -> Batch:
+    """Random rows for a step, on its device."""
+    passes, rows, seq = inputs.batch.tokens.shape
+    vocab = inputs.architecture.vocab
+    drawn = random_rows((passes * rows, seq), vocab, trained, documents)
+    groups = np.zeros((passes * rows, seq), np.int32)
+    return meshes.to_global(Batch(groups=groups, **drawn), inputs.job.mesh, passes)
+
+
+def measure(
+    config: Config,
+    architecture: Architecture,
+    *,
+    trained: float,
+    documents: int,
+    steps: int,
+    warmup: int,
+) -> Measured:
+    """Draws weights and rows, runs `warmup` steps and times `steps` more.
+
+    Args:
+      config: whose `data` says how many rows, and how many a pass.
+      architecture: of the model.
+      trained: share of the positions that carry a loss.
+      documents: of each row.
+      steps: that count.
+      warmup: that do not; the first of them compiles.
+    """
+    device = jax.devices()[0]
+    mesh = meshes.make_mesh(config.mesh, [device])
+    inputs = dry_job.make_inputs(config, architecture, mesh)
+    # Weights that are drawn need no tokenizer, rows that are drawn neither.
+    base = Base("random", architecture, cast(Tokenizer, None), None)
+    params, frozen = jobs.load_start(inputs.job, base)
+    state = step.jit_init(inputs.job)(params)
+    del params
+    batch = make_batch(inputs, trained, documents)
+    train = step.jit_train_step(inputs.job)
+    seconds: list[float] = []
+    for _ in range(warmup + steps):
+        begun = time.perf_counter()
+        state, sums = train(state, frozen, batch)
+        jax.block_until_ready((state, sums))
+        seconds.append(time.perf_counter() - begun)
+    step_s = statistics.median(seconds[warmup:])
+    count = trees.count(state.params)
+    flops = metrics.count_flops(architecture, count, full=config.trainable == "full")
+    needed = flops.step(*(float(sums[name]) for name in ("tokens", "weight", "pairs")))
+    peak = peak_flops(config, device)
+    return Measured(
+        device=device.device_kind,
+        tokens_per_s=float(sums["tokens"]) / step_s,
+        step_s=step_s,
+        flops_per_s=needed / step_s,
+        mfu=needed / step_s / peak if peak else None,
+        memory_gb=runtime.peak_memory_bytes() / 1e9,
+        positions=int(sums["weight"]),
+        trained=count,
+        loss=float(sums["loss"]),
+    )
+
+
+def peak_flops(config: Config, device: jax.Device) -> float | None:
+    """Of one device: `runtime.peak_tflops`, else its data sheet's."""
+    if config.runtime.peak_tflops > 0:
+        return config.runtime.peak_tflops * 1e12
+    chip = chips.by_device_kind(device.device_kind)
+    return chip.flops if chip else None
+
+
+def describe(found: Measured, config: Config, name: str) -> str:
+    """One line with what was run and how fast it was."""
+    data = config.data
+    tokens = data.batch_size * data.seq_len
+    mfu = "-" if found.mfu is None else f"{found.mfu:.1%}"
+    return (
+        f"{name}, {data.batch_size} x {data.seq_len} in passes of {data.rows_per_pass},"
+        f" {found.positions / tokens:.0%} of the positions trained, "
+        f"{config.model.dtype}, {found.device}: {found.tokens_per_s:,.0f} tokens/s, "
+        f"{found.step_s:.3f} s a step, {found.flops_per_s / 1e12:.3g} TFLOP/s, "
+        f"MFU {mfu}, {found.memory_gb:.2f} GB"
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", default="configs/finetune_dolly.py", help="file in configs/")
+    add("--preset", default="", help="a shape in place of the config's own model")
+    add("--rows", type=int, default=4, help="rows of an optimizer step")
+    add("--micro", type=int, default=0, help="rows of a forward pass; 0: all")
+    add("--seq", type=int, default=256, help="tokens of a row")
+    add("--trained", type=float, default=1.0, help="share of positions with a loss")
+    add("--documents", type=int, default=1, help="of each row, equally long")
+    add("--steps", type=int, default=5, help="that count")
+    add("--warmup", type=int, default=2, help="steps that do not count")
+    add(
+        "--knob",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="any other knob of the config, as model.remat=full; may be repeated",
+    )
+    add("--json", action="store_true", help="print the numbers for a program")
+    arguments = parser.parse_args(argv)
+    if min(arguments.steps, arguments.warmup, arguments.documents) < 1:
+        raise UserError("--steps, --warmup and --documents must be at least 1")
+    if not 0 < arguments.trained <= 1:
+        raise UserError(f"--trained={arguments.trained} is no share above 0, up to 1")
+    return arguments
+
+
+def value_of(text: str) -> Any:
+    """A number, a bool or a tuple where `text` spells one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv[1:])
+    given = dict(pair.partition("=")[::2] for pair in arguments.knob)
+    changes = {
+        "data.batch_size": arguments.rows,
+        "data.microbatch_size": arguments.micro,
+        "data.seq_len": arguments.seq,
+        **{knob: value_of(text) for knob, text in given.items()},
+    }
+    config = read_config(arguments.config, changes)
+    runtime.start(config.runtime)
+    found = measure(
+        config,
+        dry_job.find_architecture(config, arguments.preset),
+        trained=arguments.trained,
+        documents=arguments.documents,
+        steps=arguments.steps,
+        warmup=arguments.warmup,
+    )
+    name = " ".join(filter(None, (Path(arguments.config).stem, arguments.preset)))
+    as_json = json.dumps(dataclasses.asdict(found))
+    print(as_json if arguments.json else describe(found, config, name), flush=True)
+
+
+if __name__ == "__main__":
+    doors.run(main)

@@ -27,6 +27,11 @@ class ModelConfig:
     )
     preset: str = knob("", "shape by name, for random weights")
     dtype: str = knob("bfloat16", "compute dtype: bfloat16 or float32")
+    param_dtype: str = knob(
+        "float32",
+        "dtype of all trained parameters in full training, and of their moments: "
+        "float32 or bfloat16, which halves memory and rounds small updates away",
+    )
     remat: str = knob(
         "none", "what the backward pass recomputes: none, dots or full", fixed=False
     )
@@ -249,6 +254,16 @@ def _check(c: Config) -> None:
             "config.trainable is 'lora' and config.model.init_from is empty: adapters "
             "need a trained model; use --config.trainable=full"
         )
+    if c.trainable == "lora" and c.model.param_dtype != "float32":
+        raise UserError(
+            f"config.model.param_dtype is {c.model.param_dtype!r}: adapters are "
+            "trained in float32, and frozen weights follow config.model.dtype"
+        )
+    if c.runtime.profile_from > c.steps:
+        raise UserError(
+            f"config.runtime.profile_from is {c.runtime.profile_from} and config.steps "
+            f"{c.steps}: no step would be traced"
+        )
     rows = c.data.rows_per_pass
     if rows < 0 or c.data.batch_size % rows:
         raise UserError(
@@ -268,6 +283,7 @@ def _check_choices(c: Config) -> None:
             ("cosine", "linear", "wsd", "constant"),
         ),
         "model.dtype": (c.model.dtype, ("bfloat16", "float32")),
+        "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16")),
         "model.attention": (c.model.attention, ("auto", "xla", "cudnn", "splash")),
         "model.remat": (c.model.remat, ("none", "dots", "full")),
         "data.source": (c.data.source, ("dolly",)),
@@ -322,6 +338,7 @@ def _check_ranges(c: Config) -> None:
         "eval.samples_every": c.eval.samples_every,
         "checkpoint.keep_best": c.checkpoint.keep_best,
         "runtime.peak_tflops": c.runtime.peak_tflops,
+        "runtime.profile_from": c.runtime.profile_from,
     }
     for path, value in not_negative.items():
         if value < 0:

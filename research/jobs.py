@@ -13,6 +13,7 @@ from research.base import Base
 from research.config import Config
 from research.errors import UserError
 from research.models import kernels
+from research.models.presets import Architecture
 from research.models.transformer import Model, Options
 from research.sharded_attention import make_attend
 from research.step import Job, abstract_params
@@ -35,7 +36,7 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
         remat=config.model.remat,
         scan_unroll=config.model.scan_unroll,
         attend=make_attend(
-            mesh, _kernel(config, base, mesh), config.model.attention_block
+            mesh, _announced_kernel(config, base, mesh), config.model.attention_block
         ),
         constrain=meshes.constrain(mesh),
     )
@@ -55,17 +56,28 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
     )
 
 
-def _kernel(config: Config, base: Base, mesh: Mesh) -> str:
-    """The attention kernel for the devices of this mesh, and why, in the log."""
+def choose_kernel(
+    config: Config, architecture: Architecture, mesh: Mesh
+) -> kernels.Choice:
+    """The attention kernel for the devices of this mesh.
+
+    Raises:
+      UserError: they cannot run the one that is asked for.
+    """
     device = mesh.devices.flat[0]
-    choice = kernels.choose(
+    return kernels.choose(
         config.model.attention,
         device.platform,
         dtype=jnp.dtype(config.model.dtype),
-        head_dim=base.architecture.head_dim,
+        head_dim=architecture.head_dim,
         length=config.data.seq_len,
+        rows=config.data.rows_per_pass // meshes.batch_shards(mesh),
         capability=getattr(device, "compute_capability", "0.0"),
     )
+
+
+def _announced_kernel(config: Config, base: Base, mesh: Mesh) -> str:
+    choice = choose_kernel(config, base.architecture, mesh)
     logging.info("attention: %s (%s)", choice.kernel, choice.reason)
     return choice.kernel
 
@@ -116,7 +128,7 @@ def load_base(job: Job, base: Base, dtype: Any) -> Params:
 
 
 def load_start(job: Job, base: Base) -> tuple[Params, Params]:
-    """What is trained, at its start in float32, and what is frozen."""
+    """What is trained, at its start, and what is frozen."""
     if job.trainable.frozen_specs:
         frozen = load_base(job, base, job.trainable.frozen_dtype)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
@@ -124,4 +136,4 @@ def load_start(job: Job, base: Base) -> tuple[Params, Params]:
             lambda key: job.trainable.init(key, frozen), out_shardings=shardings
         )
         return init(jax.random.key(job.seed)), frozen
-    return load_base(job, base, jnp.float32), {}
+    return load_base(job, base, job.trainable.dtype), {}

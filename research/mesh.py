@@ -67,10 +67,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes[axis] for axis in AXES)
     granules = _granules(devices, sizes["replica"])
-    if granules > 1 and sizes["replica"] != granules:
+    if sizes["replica"] % granules:
         raise UserError(
-            f"mesh {_shown(sizes)} on {granules} slices: every other axis would "
-            f"cross the network between them; use config.mesh.replica={granules}"
+            f"mesh {_shown(sizes)} on {granules} slices: other axes would cross the "
+            f"network between them; use config.mesh.replica={granules} or a multiple"
         )
     try:
         return Mesh(_lay(shape, devices, granules), AXES)
@@ -102,7 +102,7 @@ def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndar
             shape, devices, allow_split_physical_axes=True
         )
     return mesh_utils.create_hybrid_device_mesh(
-        (1, *shape[1:]),
+        (shape[0] // granules, *shape[1:]),
         (granules, 1, 1, 1, 1),
         devices,
         process_is_granule=not _slices(devices) > 1,

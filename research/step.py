@@ -31,7 +31,7 @@ class TrainState:
 
     Attributes:
       step: int32, optimizer updates completed.
-      params: what is trained, float32.
+      params: what is trained.
       opt_state: of optax.
     """
 
@@ -112,14 +112,17 @@ def train_step(
         )(state.params)
         return jax.tree.map(jnp.add, carry, (by_group, gradient)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    # Of parameters in bfloat16, too: many small terms would be rounded away.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
     keys = jax.random.split(key, batch.tokens.shape[0])
     (by_group, gradients), _ = jax.lax.scan(
         accumulate, (jnp.zeros(job.groups, jnp.float32), zeros), (batch, keys)
     )
     weight = jnp.sum(batch.weights)
     scale = 1.0 / jnp.maximum(weight, 1.0)
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    gradients = jax.tree.map(
+        lambda g, p: (g * scale).astype(p.dtype), gradients, state.params
+    )
     loss = jnp.sum(by_group) * scale
     optimizer = optax.with_extra_args_support(job.optimizer)
     before = state.opt_state
@@ -191,7 +194,7 @@ def abstract_params(job: Job) -> Params:
     shardings = meshes.shardings(job.trainable.specs, job.mesh)
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(
-            spec.shape, jnp.float32, sharding=sharding
+            spec.shape, job.trainable.dtype, sharding=sharding
         ),
         job.trainable.specs,
         shardings,

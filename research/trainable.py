@@ -26,7 +26,8 @@ class Trainable:
       specs: of what is trained, a (nested) dictionary of `Spec`.
       frozen_specs: of what is not.
       frozen_dtype: dtype the frozen parameters are kept in.
-      init: `(key, base) -> params`, the float32 start of what is trained.
+      dtype: of what is trained, and of its moments.
+      init: `(key, base) -> params`, the start of what is trained.
       forward: `(params, frozen, key) -> model parameters`; `key` switches LoRA
         dropout on and is None in evaluation.
     """
@@ -34,6 +35,7 @@ class Trainable:
     specs: dict[str, Any]
     frozen_specs: Mapping[str, Spec]
     frozen_dtype: Any
+    dtype: Any
     init: Callable[[Array, Params], Params]
     forward: Callable[[Params, Params, Array | None], Params]
 
@@ -49,6 +51,7 @@ def make(config: Config, specs: Mapping[str, Spec]) -> Trainable:
             specs=lora.adapter_specs(specs, config.lora),
             frozen_specs=specs,
             frozen_dtype=jnp.dtype(config.model.dtype),
+            dtype=jnp.dtype(jnp.float32),
             init=lambda key, base: lora.init(key, specs, config.lora),
             forward=lambda params, frozen, key: lora.adapt(
                 frozen, params, config.lora, key
@@ -58,6 +61,7 @@ def make(config: Config, specs: Mapping[str, Spec]) -> Trainable:
         specs=dict(specs),
         frozen_specs={},
         frozen_dtype=jnp.dtype(config.model.dtype),
+        dtype=jnp.dtype(config.model.param_dtype),
         init=lambda key, base: base,
         forward=lambda params, frozen, key: params,
     )

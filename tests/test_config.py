@@ -28,6 +28,7 @@ from research.knobs import flat
 OTHER = {
     "trainable": "full",
     "model.dtype": "float32",
+    "model.param_dtype": "bfloat16",
     "model.remat": "dots",
     "model.attention": "splash",
     "data.kind": "text",

@@ -79,6 +79,20 @@ def test_adapters_that_change_the_base_model_are_seen(lora_job):
     assert failed(job, step.init_state(job, moved), base) == ["lora at step 0"]
 
 
+def test_adapters_over_other_weights_are_seen(lora_job):
+    """No bit tells: with and without adapters the program is the same."""
+    job, base, adapters = lora_job
+
+    right = job.trainable.forward
+
+    def shifted(params, frozen, key):
+        return right(params, jax.tree.map(lambda w: 1.01 * w, frozen), key)
+
+    wrong = dataclasses.replace(job.trainable, forward=shifted)
+    job = dataclasses.replace(job, trainable=wrong)
+    assert failed(job, step.init_state(job, adapters), base) == ["lora at step 0"]
+
+
 def test_more_trained_than_adapters_is_seen(lora_job):
     job, base, adapters = lora_job
     path = next(iter(adapters))

@@ -296,6 +296,7 @@ def chosen(kernel, platform, **changes):
         ("gpu", {"capability": "gfx942"}, "xla", "NVIDIA GPU, this one is gfx942"),
         ("gpu", {"length": 32768}, "cudnn", "gpu"),
         ("gpu", {"length": 65536}, "xla", r"one row of 65536 takes 8\.0 GiB"),
+        ("gpu", {"length": 32768, "rows": 4}, "xla", r"4 rows of 32768 takes 8\.0 GiB"),
         ("cpu", {"capability": "0.0"}, "xla", "the only one on cpu"),
     ],
 )  # fmt: skip

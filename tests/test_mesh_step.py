@@ -442,6 +442,39 @@ def test_bfloat16_compute_keeps_float32_adapters_and_moments(model, batch):
     assert len(factors) > 50 and set(factors) == {("bf16", "bf16")}
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, name):
+    """Of every optimizer; gradients are added up in float32 all the same."""
+    config = Config(
+        trainable="full",
+        model=ModelConfig(param_dtype="bfloat16"),
+        optim=OptimConfig(name=name),
+    )
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    made = trainable.make(config, model.specs)
+    job = step.Job(
+        model=model.with_options(attend=make_attend(mesh, "xla", 7)),
+        trainable=made,
+        optimizer=optim.make_optimizer(config.optim, 10, made.specs),
+        mesh=mesh,
+        loss_chunk=5,
+        groups=4,
+    )
+    state = step.abstract_state(job)
+    asked = jnp.dtype("bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {asked}
+    several = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch
+    )
+    train = jax.jit(functools.partial(step.train_step, job)).trace(state, {}, several)
+    after, _ = train.out_info
+    for old, new in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    # The first loop is that over microbatches; Muon has one of its own after it.
+    sums = next(eqn for eqn in train.jaxpr.eqns if eqn.primitive.name == "scan")
+    assert {str(var.aval.dtype) for var in sums.outvars} == {"float32"}
+
+
 def product_shapes(text):
     found = re.findall(r"dot_general.*-> tensor<((?:\d+x)+)[a-z]", text)
     return [tuple(map(int, dims.split("x")[:-1])) for dims in found]
@@ -496,7 +529,7 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
 
     made = trainable.Trainable(
         specs={"w": Spec((1,), ("norm",), n_in=0)}, frozen_specs={},
-        frozen_dtype=None, init=None, forward=forward,
+        frozen_dtype=None, dtype=None, init=None, forward=forward,
     )  # fmt: skip
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     job = step.Job(Noise(), made, optax.sgd(0.0), mesh, loss_chunk=4)

@@ -34,6 +34,9 @@ from research.data.bpe import byte_tokenizer
 from research.errors import UserError
 from research.planning import analytic, compiled, dry_job, planner, report
 from research.planning import search as searching
+from research.planning.collectives import Collective
+from research.planning.flops import Flops
+from research.planning.roofline import make_roofline
 from research.planning.target import parse_device, parse_topology
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -241,6 +244,47 @@ def test_search_that_fits_nothing_shows_what_is_nearest():
         searching.search(big_config(rows=4), EIGHT_B, parse_device("l4:3"))
 
 
+def test_search_keeps_its_plans_when_the_compiler_refuses_one():
+    asked = []
+
+    def compile_plan(config):
+        asked.append(config)
+        if len(asked) == 2:
+            raise UserError("an operation that the compiler does not know")
+        plan = planner.plan_estimate(config, ONE_B, parse_device("l4:8"))
+        return dataclasses.replace(plan, source="compiled")
+
+    found = searching.search(big_config(), ONE_B, parse_device("l4:8"), compile_plan)
+    configs = [plan.config for plan in found.plans]
+    assert asked[1] not in configs and {*asked} - {*configs} == {asked[1]}
+    assert len(asked) == searching.COMPILED + 1
+
+
+def test_search_says_what_stands_against_every_layout():
+    with pytest.raises(UserError, match=r"none of .*seq_len is 1000000.*context is"):
+        searching.search(big_config(seq=1000000), ONE_B, parse_device("l4:8"))
+
+
+def test_cudnn_pays_for_its_mask():
+    config = big_config(rows=32, mesh=MeshConfig(data=1, fsdp=8), seq=32768)
+    target = parse_device("h100:8")
+    needed = {}
+    for kernel in ("auto", "xla", "cudnn"):
+        model = dataclasses.replace(config.model, attention=kernel)
+        asked = dataclasses.replace(config, model=model)
+        needed[kernel] = planner.plan_estimate(asked, EIGHT_B, target).needed
+    assert needed["auto"] == needed["xla"]
+    assert needed["cudnn"] - needed["xla"] == 3 * (32 // 8) * 32768**2
+
+
+def test_a_permute_takes_one_axis_of_the_torus():
+    target = parse_topology("v5p:4x4x4")
+    mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=64), target.devices())
+    permute = Collective("collective-permute", ("fsdp",), 90_000, 1, tuple(range(64)))
+    made = make_roofline(Flops(0.0, 0.0), 0.0, [permute], target, mesh)
+    assert made.ici == pytest.approx(90_000 / (2 * target.chip.link))
+
+
 # Chips and their names.
 
 
@@ -286,6 +330,10 @@ def test_targets():
         (parse_device, "h100:0", "h100:8, v5e:4x4 or cpu"),
         (functools.partial(parse_device, slices=-1), "h100:8", "--slices is -1"),
         (parse_device, "v5e:17", "slices of v5e are"),
+        (parse_device, "v5e:3x7", "--device is 'v5e:3x7'; v5e is known as"),
+        (parse_device, "h100:2x4", "--device is 'h100:2x4'; write it as h100:8"),
+        (parse_device, "cpu:2x2", "--device is 'cpu:2x2'; write it as"),
+        (parse_device, "v5f:2x2", "--device is 'v5f:2x2'; 'v5f' is none of"),
     ],
 )
 def test_a_name_that_does_not_exist_lists_those_that_do(parse, name, told):
@@ -427,6 +475,7 @@ def test_the_slice_a_shipped_config_names_exists_and_takes_its_mesh(file):
         ("v5e:4x4", 2, MeshConfig(2, 1, 8, 2)),
         ("v5p:4x4x4", 1, MeshConfig(16, 1, 4)),
         ("v5p:4x4x4", 2, MeshConfig(2, 4, 4, 2, 2)),
+        ("v5e:4x4", 2, MeshConfig(4, 1, 8)),
     ],
     ids=str,
 )

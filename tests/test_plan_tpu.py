@@ -95,6 +95,11 @@ def test_a_shipped_config_sends_what_its_mesh_says(shipped, name):
         assert 0.8 * expected < sent < 1.6 * expected
 
 
+def test_a_large_step_on_256_chips_is_planned_in_three_minutes(shipped):
+    made, _ = shipped("pretrain_8b")
+    assert made.target.count == 256 and made.seconds < 180
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_parameter_lies_whole_on_a_chip_that_should_hold_a_part(shipped, name):
     made, _ = shipped(name)

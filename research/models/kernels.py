@@ -21,8 +21,8 @@ KERNELS = ("xla", "cudnn", "splash")
 
 GPUS = ("gpu", "cuda")
 
-# The mask of cuDNN is an array of two bytes for each (query, key) pair of a row:
-# past this, `auto` prefers the blocked kernel, which keeps nothing of that size.
+# The mask of cuDNN is an array of two bytes for each (query, key) pair of a device's
+# rows: past this, `auto` prefers the blocked kernel, which keeps nothing that large.
 CUDNN_MASK_BYTES = 2**31
 
 # A TPU vector register has 128 lanes, and Splash wants whole ones of every length.
@@ -44,6 +44,7 @@ def choose(
     dtype: Any,
     head_dim: int,
     length: int,
+    rows: int = 1,
     capability: str = "8.0",
 ) -> Choice:
     """Picks the kernel of `packed_attention` for a platform.
@@ -54,6 +55,7 @@ def choose(
       dtype: of queries, keys and values.
       head_dim: width of one head.
       length: tokens of a whole row, over all shards of the context axis.
+      rows: that a device holds in a forward pass.
       capability: of a GPU, `device.compute_capability`.
 
     Raises:
@@ -64,7 +66,7 @@ def choose(
         hint = nearest(kernel, ("auto", *KERNELS))
         raise UserError(f"attention kernel {kernel!r} is not one of {known}{hint}")
     if kernel == "auto":
-        return _automatic(platform, dtype, head_dim, length, capability)
+        return _automatic(platform, dtype, head_dim, length, rows, capability)
     lacks = None
     if kernel == "cudnn":
         lacks = _cudnn_lacks(platform, dtype, head_dim, capability)
@@ -78,14 +80,15 @@ def choose(
     return Choice(kernel, "asked for")
 
 
-def _automatic(platform, dtype, head_dim, length, capability) -> Choice:
+def _automatic(platform, dtype, head_dim, length, rows, capability) -> Choice:
     if platform == "tpu":
         best, lacks = "splash", _splash_lacks(platform, dtype)
     elif platform in GPUS:
         best, lacks = "cudnn", _cudnn_lacks(platform, dtype, head_dim, capability)
-        mask = 2 * length**2
+        mask = 2 * rows * length**2
         if lacks is None and mask > CUDNN_MASK_BYTES:
-            lacks = f"its mask of one row of {length} takes {mask / 2**30:.1f} GiB"
+            many = "one row" if rows == 1 else f"{rows} rows"
+            lacks = f"its mask of {many} of {length} takes {mask / 2**30:.1f} GiB"
     else:
         return Choice("xla", f"the only one on {platform}")
     if lacks is None:

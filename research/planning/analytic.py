@@ -10,8 +10,8 @@ import math
 import numpy as np
 from jax.sharding import Mesh
 
+from research import jobs, trees
 from research import mesh as meshes
-from research import trees
 from research.models.presets import Architecture
 from research.planning.collectives import Collective
 from research.planning.compiled import Memory
@@ -52,12 +52,21 @@ def _temporaries(inputs: Inputs) -> float:
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = layer_matrices(a) / tensor
     at_layer = width * (2 * matrices + tokens * kept_per_token(inputs, "none"))
+    at_layer += _mask_bytes(inputs)
     if inputs.microbatches > 1:  # And the sum so far.
         gradients *= 2
     at_update = gradients
     if inputs.job.offload:  # All moments come back at once.
         at_update += device_bytes(inputs.state.opt_state)
     return max(gradients + kept + max(at_head, at_layer), at_update)
+
+
+def _mask_bytes(inputs: Inputs) -> float:
+    """Of cuDNN's attention: booleans and two bytes for each query and key of a row."""
+    mesh = inputs.job.mesh
+    choice = jobs.choose_kernel(inputs.config, inputs.architecture, mesh)
+    length = inputs.config.data.seq_len
+    return 3 * device_tokens(inputs) * length if choice.kernel == "cudnn" else 0.0
 
 
 def kept_per_token(inputs: Inputs, remat: str) -> float:

@@ -59,7 +59,7 @@ def run(request: Request) -> int:
         plans = [plan(config)]
         report.show(console, plans[0])
     if request.json:
-        report.write_json(request.json, plans)
+        report.write_json(request.json, plans if request.search else plans[0])
     return 0 if plans[0].fits else 1
 
 

@@ -32,7 +32,7 @@ class Memory:
 
     Attributes:
       frozen: parameters that are not trained.
-      trained: float32 parameters that are.
+      trained: parameters that are.
       optimizer: its moments, and what else is in the state.
       batch: of one step.
       temporaries: activations, gradients, gathered weights.

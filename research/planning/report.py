@@ -15,7 +15,7 @@ from research.planning.planner import USABLE, Plan
 
 MEANINGS = {
     "frozen": "parameters that are not trained",
-    "trained": "parameters that are, float32",
+    "trained": "parameters that are",
     "optimizer": "its moments and counters",
     "batch": "of one step",
     "temporaries": "activations, gradients, gathered weights",
@@ -83,14 +83,15 @@ def check_json(path: str) -> None:
         raise UserError(f"--json={path} cannot be written: no folder, or no permission")
 
 
-def write_json(path: str, plans: list[Plan]) -> None:
-    """One plan as an object, several as a list.
+def write_json(path: str, plans: Plan | list[Plan]) -> None:
+    """One plan as an object, those of a search as a list, however many it found.
 
     Raises:
       UserError: the file cannot be written.
     """
-    objects = [to_json(plan) for plan in plans]
-    text = json.dumps(objects[0] if len(objects) == 1 else objects, indent=2)
+    is_list = isinstance(plans, list)
+    values = [to_json(plan) for plan in plans] if is_list else to_json(plans)
+    text = json.dumps(values, indent=2)
     try:
         Path(path).write_text(text + "\n", encoding="utf-8")
     except OSError as error:

@@ -88,6 +88,9 @@ def make_roofline(
             across = wire_bytes(kind, nbytes / inside, domains)
             dcn += times * across / chip.network
         speed = link_speed(members, target)
+        if kind == "collective-permute" and target.shape:
+            # One hop to the next device: at most both directions of one axis.
+            speed = min(speed, 2 * chip.link)
         if inside > 1 and speed:
             reach = _reach(members, target)
             ici += times * wire_bytes(kind, nbytes, inside, reach) / speed

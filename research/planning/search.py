@@ -1,5 +1,6 @@
 """The largest micro-batch and the best layouts: estimated all, compiled the best."""
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
@@ -53,11 +54,17 @@ def search(
       UserError: no layout divides the model and the batch.
     """
     tried, refused, fitting = 0, 0, []
+    causes: collections.Counter[str] = collections.Counter()
     nearest: Plan | None = None
     for mesh in layouts(config, target):
         for remat in REMATS:
             tried += 1
-            plan, smallest = _largest(config, architecture, target, mesh, remat)
+            try:
+                plan, smallest = _largest(config, architecture, target, mesh, remat)
+            except UserError as error:
+                causes[str(error)] += 1
+                refused += 1
+                continue
             if plan is not None:
                 fitting.append(plan)
                 continue
@@ -65,6 +72,12 @@ def search(
             if smallest and (nearest is None or smallest.needed < nearest.needed):
                 nearest = smallest
     if not fitting and nearest is None:
+        if causes.total() == tried:
+            cause, count = causes.most_common(1)[0]
+            raise UserError(
+                f"none of {tried} layouts on {target.name} can be: {count} of them "
+                f"because {cause}"
+            )
         raise UserError(
             f"none of {tried} layouts on {target.name} divides {config.data.batch_size}"
             " rows and the model's dimensions; try another config.data.batch_size"
@@ -108,7 +121,11 @@ def _largest(
     mesh: MeshConfig,
     remat: str,
 ) -> tuple[Plan | None, Plan | None]:
-    """The plan with the largest micro-batch that fits, and that with the smallest."""
+    """The plan with the largest micro-batch that fits, and that with the smallest.
+
+    Raises:
+      UserError: the layout does not divide the model, or nothing can.
+    """
     shards = mesh.replica * mesh.data * mesh.fsdp
     rows = config.data.batch_size
     sizes = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
@@ -120,10 +137,7 @@ def _largest(
             model=dataclasses.replace(config.model, remat=remat),
             data=dataclasses.replace(config.data, microbatch_size=size),
         )
-        try:
-            plan = planner.plan_estimate(tried, architecture, target)
-        except UserError:
-            return None, None
+        plan = planner.plan_estimate(tried, architecture, target)
         if plan.fits:
             return plan, plan
         smallest = plan
@@ -131,13 +145,27 @@ def _largest(
 
 
 def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:
-    """Compiles the best until `COMPILED` fit; those that do come first."""
+    """Compiles the best until `COMPILED` fit; those that do come first.
+
+    Raises:
+      UserError: the compiler refuses every one of them.
+    """
     checked: list[Plan] = []
+    tried = 0
+    refusal: UserError | None = None
     for plan in plans[: 2 * COMPILED]:
         if sum(p.fits for p in checked) == COMPILED:
             break
         logging.warning("compiling %s, the best not yet compiled", plan.mesh)
-        checked.append(compile_plan(plan.config))
+        tried += 1
+        try:
+            checked.append(compile_plan(plan.config))
+        except UserError as error:
+            # The plans made so far took minutes: they are kept.
+            logging.warning("left out: %s", error)
+            refusal = error
+    if refusal and not checked:
+        raise refusal
     checked.sort(key=_slowness)
-    found = [*checked, *plans[len(checked) :]]
+    found = [*checked, *plans[tried:]]
     return sorted(found, key=lambda plan: not plan.fits)

@@ -80,17 +80,17 @@ def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(coords)
 
 
-def parse_topology(text: str, slices: int = 1) -> Target:
-    """`v5e:4x4` as a target of whole TPU slices.
+def parse_topology(text: str, slices: int = 1, flag: str = "--topology") -> Target:
+    """`v5e:4x4`, as `flag` gives it, as a target of whole TPU slices.
 
     Raises:
       UserError: there is no such chip, or it is not rented in that shape.
     """
-    chip = _chip(text, [c for c in CHIPS.values() if c.shapes], "--topology")
+    chip = _chip(text, [c for c in CHIPS.values() if c.shapes], flag)
     shape = text.partition(":")[2]
     if not _exists(chip, shape):
         raise UserError(
-            f"--topology is {text!r}; {chip.name} is known as "
+            f"{flag} is {text!r}; {chip.name} is known as "
             f"{', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
         )
     _check_slices(slices)
@@ -127,15 +127,17 @@ def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> Target:
       UserError: there is no such chip, or no such number of them.
     """
     name, _, size = text.partition(":")
-    if "x" in size:
-        return parse_topology(text, slices)
     _check_slices(slices)
+    if "x" in size and name in CHIPS and CHIPS[name].shapes:
+        return parse_topology(text, slices, "--device")
+    if name != "cpu":
+        _chip(text, list(CHIPS.values()), "--device", more=("cpu",))
     if size and not (size.isascii() and size.isdigit() and int(size)):
         raise UserError(f"--device is {text!r}; write it as h100:8, v5e:4x4 or cpu")
     count = int(size or 1)
     if name == "cpu":
         return Target(_this_machine(count, cpu_flops), count)
-    chip = _chip(text, list(CHIPS.values()), "--device", more=("cpu",))
+    chip = CHIPS[name]
     if not chip.shapes:
         return Target(chip, count * slices, slices)
     fitting = [s for s in chip.shapes if math.prod(map(int, s.split("x"))) == count]

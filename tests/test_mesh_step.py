@@ -323,6 +323,20 @@ def test_fsdp_leaves_no_matrix_whole(run):
         assert share == (1.0 if "norm" in path else 1 / 8), path
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_tensor_axis_leaves_no_matrix_whole(model, kind):
+    """Nor the base under adapters, nor a moment; one factor of a pair stays whole."""
+    job, _ = make_job(model, kind, (1, 1, 4))
+    where = meshes.shardings(model.specs, job.mesh)
+    for path, spec in model.specs.items():
+        part = math.prod(where[path].shard_shape(spec.shape)) / math.prod(spec.shape)
+        assert part == (1.0 if "norm" in path else 1 / 4), path
+    state = step.abstract_state(job)
+    matrices = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 1]
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in matrices)
+    assert held < (0.7 if kind == "lora" else 0.3) * sum(x.size for x in matrices)
+
+
 def test_an_offloaded_optimizer_lies_on_the_host_and_trains_the_same(run):
     found, plain = run("full", (1, 2, 4), offload=True), run("full", (1, 2, 4))
     assert_same_training(found, plain)

@@ -269,38 +269,49 @@ def test_the_state_stays_where_it_was_put(run, kind):
             assert leaf.sharding.shard_shape(leaf.shape) == parts[leaf.shape]
 
 
-def gathered(lowered):
+@pytest.fixture(scope="module")
+def compiled_text(model, batch):
+    """`compiled_text(kind, sizes)`: the program of one device."""
+
+    @functools.cache
+    def text(kind, sizes):
+        return lower_step(model, batch, kind, sizes, "float32").compile().as_text()
+
+    return text
+
+
+def gathered(text):
     """Results of all collectives that make an array whole again, by their sizes."""
-    text = lowered.compile().as_text()
     found = re.findall(r"= (?:\()?\w+\[([\d,]+)\].*? all-(?:gather|to-all)\(", text)
     return [tuple(map(int, sizes.split(","))) for sizes in found]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_tensor_axis_gathers_no_parameter(model, batch, kind):
+def test_a_tensor_axis_gathers_no_parameter(model, compiled_text, kind):
     """Each device multiplies by its own part; activations are what travels."""
-    made = gathered(lower_step(model, batch, kind, (2, 1, 4), "float32"))
+    made = gathered(compiled_text(kind, (2, 1, 4)))
     shapes = {spec.shape[spec.stacked :] for spec in model.specs.values() if spec.n_in}
     sizes = {math.prod(shape) for shape in shapes}
     assert not [shape for shape in made if math.prod(shape) in sizes]
     # This test can see them: with fsdp every matrix is gathered.
-    made = gathered(lower_step(model, batch, kind, (1, 8, 1), "float32"))
+    made = gathered(compiled_text(kind, (1, 8, 1)))
     assert {math.prod(shape) for shape in made} >= sizes
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_context_axis_gathers_keys_values_and_segments_alone(model, batch, kind):
-    made = gathered(lower_step(model, batch, kind, (1, 1, 1, 1, 8), "float32"))
+def test_a_context_axis_gathers_keys_values_and_segments_alone(
+    batch, compiled_text, kind
+):
+    made = gathered(compiled_text(kind, (1, 1, 1, 1, 8)))
     rows, length = batch.tokens.shape
     keys = rows * length * TINY.kv_heads * TINY.head_dim
     assert {math.prod(shape) for shape in made} == {keys, rows * length}
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_no_stack_of_matrices_is_ever_gathered_whole(model, batch, kind):
+def test_no_stack_of_matrices_is_ever_gathered_whole(model, compiled_text, kind):
     """In the compiled program of one device: a layer's matrix at a time, no more."""
-    lowered = lower_step(model, batch, kind, (1, 8, 1), "float32")
-    text = lowered.compile().as_text()
+    text = compiled_text(kind, (1, 8, 1))
     seen = set(re.findall(r"[a-z]+\d+\[([\d,]+)\]", text))
     stacks = [spec for spec in model.specs.values() if spec.stacked and spec.n_in]
     assert len(stacks) == 7

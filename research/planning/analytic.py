@@ -44,7 +44,9 @@ def _temporaries(inputs: Inputs) -> float:
     """
     a, width = inputs.architecture, compute_width(inputs)
     tensor, tokens = inputs.job.mesh.shape["tensor"], device_tokens(inputs)
-    gradients = device_bytes(inputs.state.params)
+    # Added up in float32, whatever the parameters are.
+    share = FLOAT32 // inputs.job.trainable.dtype.itemsize
+    gradients = share * device_bytes(inputs.state.params)
     remat = inputs.config.model.remat
     kept = tokens * a.layers * width * kept_per_token(inputs, remat)
     head = a.embed * a.vocab / tensor

@@ -9,12 +9,12 @@ import jax
 from research import jobs, mesh, runtime, step
 from research.answers import Model, base_model, tuned_model
 from research.base import Base
-from research.checkpoint import Checkpointer
 from research.config import Config, MeshConfig
 from research.data.records import Turn
 from research.errors import UserError
 from research.run_dir import RunDir
 from research.sampling import Sampler, Sampling
+from research.saving.manager import Checkpointer
 from research.tasks.opening import open_start, prompt_format
 from research.tasks.protocol import PromptFormat
 

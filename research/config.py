@@ -10,7 +10,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from research.errors import UserError, nearest
+from research.knob_checks import check
 from research.knobs import build, fields, flat, knob, to_config_dict
 
 if TYPE_CHECKING:
@@ -154,6 +154,12 @@ class OptimConfig:
         "above the mean of recent ones, or not finite; 0: never",
     )
     skip_window: int = knob(128, "how many recent steps those are")
+    rollbacks: int = knob(
+        0,
+        "how often a loss or gradient norm that is not finite sends the run back to "
+        "its last checkpoint, to go on without that batch; then it stops",
+        fixed=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +191,11 @@ class CheckpointConfig:
     every: int = knob(20, "steps between checkpoints", fixed=False)
     keep_last: int = knob(2, "newest checkpoints kept", fixed=False)
     keep_best: int = knob(1, "checkpoints kept for their eval loss", fixed=False)
+    on_error: str = knob(
+        "stop",
+        "after a save that failed, as on a full disk: stop or go_on",
+        fixed=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +211,15 @@ class RuntimeConfig:
     progress: str = knob("auto", "auto, bar or lines", fixed=False)
     profile_from: int = knob(0, "first step to trace; 0: none", fixed=False)
     profile_steps: int = knob(3, "how many steps to trace", fixed=False)
+    grad_norms: bool = knob(
+        False, "write down the gradient norm of every parameter, too", fixed=False
+    )
+    watchdog_s: float = knob(
+        1800.0,
+        "seconds without progress, or without word from another process, after which "
+        "a process says where it hangs and ends; 0: never",
+        fixed=False,
+    )
     offload_optimizer: bool = knob(
         False, "the optimizer's state lies in the host's memory", fixed=False
     )
@@ -219,6 +239,12 @@ class Config:
     export: bool = knob(
         False, "at the end, write the model as a Hugging Face folder", fixed=False
     )
+    accept: tuple[str, ...] = knob(
+        (),
+        "what may differ from the run that is gone on with, as ('data', 'seed'): base "
+        "model, tokenizer, data or knobs by name; recorded in run.json",
+        fixed=False,
+    )
     steps: int = knob(100, "optimizer updates in all")
     seed: int = knob(0, "of initialisation, split, packing, order and dropout")
     model: ModelConfig = ModelConfig()
@@ -232,128 +258,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
-        _check(self)
-
-
-def _check(c: Config) -> None:
-    """What the types do not say."""
-    _check_choices(c)
-    _check_ranges(c)
-    if not c.model.init_from and not c.model.preset:
-        raise UserError(
-            "config.model.init_from and config.model.preset are both empty: name a "
-            "model to start from, or the shape of a random one"
-        )
-    if c.data.kind == "instructions" and not c.model.init_from:
-        raise UserError(
-            "config.data.kind is 'instructions' and config.model.init_from is empty: "
-            "instruction tuning starts from a model, whose tokenizer it uses"
-        )
-    if c.trainable == "lora" and not c.model.init_from:
-        raise UserError(
-            "config.trainable is 'lora' and config.model.init_from is empty: adapters "
-            "need a trained model; use --config.trainable=full"
-        )
-    if c.trainable == "lora" and c.model.param_dtype != "float32":
-        raise UserError(
-            f"config.model.param_dtype is {c.model.param_dtype!r}: adapters are "
-            "trained in float32, and frozen weights follow config.model.dtype"
-        )
-    if c.runtime.profile_from > c.steps:
-        raise UserError(
-            f"config.runtime.profile_from is {c.runtime.profile_from} and config.steps "
-            f"{c.steps}: no step would be traced"
-        )
-    rows = c.data.rows_per_pass
-    if rows < 0 or c.data.batch_size % rows:
-        raise UserError(
-            f"config.data.microbatch_size is {rows}; it must divide "
-            f"config.data.batch_size, which is {c.data.batch_size}"
-        )
-
-
-def _check_choices(c: Config) -> None:
-    choices = {
-        "trainable": (c.trainable, ("lora", "full")),
-        "data.kind": (c.data.kind, ("instructions", "text")),
-        "text.undecodable": (c.text.undecodable, ("stop", "skip", "replace")),
-        "optim.name": (c.optim.name, ("adamw", "adafactor", "lion", "muon")),
-        "optim.schedule": (
-            c.optim.schedule,
-            ("cosine", "linear", "wsd", "constant"),
-        ),
-        "model.dtype": (c.model.dtype, ("bfloat16", "float32")),
-        "model.param_dtype": (c.model.param_dtype, ("float32", "bfloat16")),
-        "model.attention": (c.model.attention, ("auto", "xla", "cudnn", "splash")),
-        "model.remat": (c.model.remat, ("none", "dots", "full")),
-        "data.source": (c.data.source, ("dolly",)),
-        "data.template": (c.data.template, ("chat", "dolly")),
-        "data.overlength": (c.data.overlength, ("truncate", "drop")),
-        "data.bad_lines": (c.data.bad_lines, ("stop", "skip")),
-        "runtime.progress": (c.runtime.progress, ("auto", "bar", "lines")),
-    }
-    for path, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(
-                f"config.{path} is {value!r}; it must be one of "
-                f"{', '.join(allowed)}{nearest(value, allowed)}"
-            )
-
-
-def _check_ranges(c: Config) -> None:
-    positive = {
-        "steps": c.steps,
-        "lora.rank": c.lora.rank,
-        "lora.alpha": c.lora.alpha,
-        "model.scan_unroll": c.model.scan_unroll,
-        "model.attention_block": c.model.attention_block,
-        "model.loss_chunk": c.model.loss_chunk,
-        "data.seq_len": c.data.seq_len,
-        "data.batch_size": c.data.batch_size,
-        "data.held_out": c.data.held_out,
-        "optim.learning_rate": c.optim.learning_rate,
-        "optim.skip_window": c.optim.skip_window,
-        "runtime.slices": c.runtime.slices,
-        "runtime.profile_steps": c.runtime.profile_steps,
-        "text.held_out_share": c.text.held_out_share,
-        "text.held_out_bytes": c.text.held_out_bytes,
-        "eval.every": c.eval.every,
-        "eval.max_new_tokens": c.eval.max_new_tokens,
-        "data.hub_timeout": c.data.hub_timeout,
-        "checkpoint.every": c.checkpoint.every,
-        "checkpoint.keep_last": c.checkpoint.keep_last,
-    }
-    for path, value in positive.items():
-        if not value > 0:
-            raise UserError(f"config.{path} is {value}; it must be greater than 0")
-    not_negative = {
-        "seed": c.seed,
-        "data.max_rows": c.data.max_rows,
-        "optim.weight_decay": c.optim.weight_decay,
-        "optim.clip_norm": c.optim.clip_norm,
-        "optim.eps": c.optim.eps,
-        "optim.z_loss": c.optim.z_loss,
-        "optim.skip_spread": c.optim.skip_spread,
-        "eval.prompts": c.eval.prompts,
-        "eval.samples_every": c.eval.samples_every,
-        "checkpoint.keep_best": c.checkpoint.keep_best,
-        "runtime.peak_tflops": c.runtime.peak_tflops,
-        "runtime.profile_from": c.runtime.profile_from,
-    }
-    for path, value in not_negative.items():
-        if value < 0:
-            raise UserError(f"config.{path} is {value}; it must not be negative")
-    for path, value, top in (
-        ("optim.b1", c.optim.b1, 0.9999),
-        ("optim.b2", c.optim.b2, 0.9999),
-        ("lora.dropout", c.lora.dropout, 0.99),
-        ("optim.warmup", c.optim.warmup, 1.0),
-        ("optim.decay", c.optim.decay, 1.0),
-        ("optim.final", c.optim.final, 1.0),
-        ("text.held_out_share", c.text.held_out_share, 0.5),
-    ):
-        if not 0.0 <= value <= top:
-            raise UserError(f"config.{path} is {value}; it must be in 0 to {top}")
+        check(self)
 
 
 def defaults() -> "ml_collections.ConfigDict":
@@ -389,11 +294,11 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def fixed_differences(old: Config, new: Config) -> list[str]:
-    """Lines `field: old -> new` for fields that a resumed run must not change."""
+def fixed_differences(old: Config, new: Config) -> dict[str, str]:
+    """`old -> new` by knob, of those that a resumed run must not change."""
     before = flat(old)
-    return [
-        f"{path}: {before[path]!r} -> {value!r}"
+    return {
+        path: f"{before[path]!r} -> {value!r}"
         for path, field, value in fields(new)
         if field.metadata["fixed"] and before[path] != value and path != "run_dir"
-    ]
+    }

@@ -95,12 +95,12 @@ def config_from_flags() -> Config:
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
-    """Calls `main(sys.argv)`; a UserError ends in one message and exit code 2."""
+    """Calls `main(sys.argv)`; a UserError ends in one message and its exit code."""
     try:
         sys.exit(main(sys.argv))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except PermissionError as error:
         sys.stderr.write(f"error: no permission: {error}; check the path's owner\n")
         sys.exit(2)

@@ -1,16 +1,48 @@
-"""The one exception a user can mend."""
+"""Exceptions that a message explains, and the exit code that each ends with."""
 
 import difflib
 from collections.abc import Iterable
+
+STUCK = 6  # No progress, or another process is gone.
+PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal; the same command goes on.
 
 
 class UserError(ValueError):
     """Something the user gave is wrong: says what was asked, found, and to change.
 
     The doors (`train.py`, `generate.py`) print its message without a traceback and
-    exit with code 2. Anything else that is raised is a bug of ours and keeps its
+    exit with `exit_code`. Anything else that is raised is a bug of ours and keeps its
     traceback.
     """
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """Update `step` gave a number that is not finite; `batch` is its batch's."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, step: int, batch: int):
+        super().__init__(message)
+        self.step = step
+        self.batch = batch
+
+
+class SaveError(UserError):
+    """What belongs to `step` could not be written to disk."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+class DamagedError(UserError):
+    """No checkpoint of a run can be trusted."""
+
+    exit_code = 5
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -33,10 +33,12 @@ def evaluate(
     batches: Sequence[Any],
     groups: Sequence[str],
     text_bytes: Mapping[str, int],
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Runs `eval_fn` (batch to sums by group) over all batches.
 
-    `text_bytes` are the bytes of the held-out text by group, or nothing.
+    `text_bytes` are the bytes of the held-out text by group, or nothing;
+    `sign_of_life` is called after each batch.
     """
     loss = np.zeros(len(groups), np.float64)
     weight = np.zeros(len(groups), np.float64)
@@ -44,6 +46,7 @@ def evaluate(
     for sums in [eval_fn(batch) for batch in batches]:
         loss += np.asarray(sums["loss"], np.float64)
         weight += np.asarray(sums["weight"], np.float64)
+        sign_of_life()
     seen = [i for i in range(len(groups)) if weight[i] > 0]
     bits = {
         groups[i]: float(loss[i] / math.log(2) / text_bytes[groups[i]])

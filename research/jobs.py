@@ -53,6 +53,7 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
         z_loss=config.optim.z_loss,
         seed=config.seed,
         offload=config.runtime.offload_optimizer,
+        grad_norms=config.runtime.grad_norms,
     )
 
 

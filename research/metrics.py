@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ class MetricsFile:
         flat = trees.flatten(values)[0] if values else {}
         for name, value in flat.items():
             self._board.add_scalar(f"{kind}/{name}".replace(".", "/"), value, step)
+
+    def sync(self) -> None:
+        """Until what was written would outlive a loss of power."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -1,13 +1,20 @@
-"""The folder of one run: what lies where, whose it is, whether it is done."""
+"""The folder of one run: what lies where, whose it is, who writes it, what is done."""
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from research.checkpoint import check_identity
+import filelock
+
 from research.config import Config, fixed_differences, from_json, to_json
-from research.errors import UserError
+from research.errors import UserError, nearest
+from research.knobs import flat
+from research.saving.identity import Identity, check_identity
+
+IDENTITY_PARTS = ("base model", "tokenizer", "data")
 
 
 class RunDir:
@@ -19,9 +26,14 @@ class RunDir:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
+        self.history = self.path / "run.json"
         self._config = self.path / "config.json"
         self._identity = self.path / "identity.json"
         self._complete = self.path / "complete.json"
+        self._left_out = self.path / "left_out.txt"
+        self._holder = self.path / "lock.holder"
+        # The system frees it with the process, however that ends, on a dead host, too.
+        self._lock = filelock.FileLock(self.path / "lock")
 
     @property
     def exists(self) -> bool:
@@ -50,58 +62,135 @@ class RunDir:
                 "another run directory"
             ) from error
 
-    def check_config(self, config: Config) -> None:
-        """Refuses a folder that holds a run of another config, or anything else."""
+    def check_config(self, config: Config) -> dict[str, str]:
+        """Refuses a folder that holds a run of another config, or anything else.
+
+        Returns:
+          `old -> new` by knob, of those that differ and are in `config.accept`.
+        """
+        known = (*IDENTITY_PARTS, *flat(config))
+        for name in config.accept:
+            if name not in known:
+                raise UserError(
+                    f"config.accept names {name!r}{nearest(name, known)}; it takes "
+                    f"{', '.join(IDENTITY_PARTS)} and knobs such as 'data.seq_len'"
+                )
+        if ".." in self.path.parts:
+            raise UserError(
+                f"config.run_dir is {self.path}; a path with '..' is refused: name the "
+                "folder itself"
+            )
         if self.exists:
             differences = fixed_differences(self.config(), config)
-            if differences:
+            refused = differences.keys() - set(config.accept)
+            if refused:
                 raise UserError(
                     f"{self.path} holds a run with another config:\n  "
-                    + "\n  ".join(differences)
-                    + "\nchoose another --config.run_dir, or remove the folder"
+                    + "\n  ".join(f"{k}: {differences[k]}" for k in sorted(refused))
+                    + "\nchoose another --config.run_dir, remove the folder, or go on "
+                    "with the difference by naming it in --config.accept"
                 )
-        elif self.path.exists() and (
-            not self.path.is_dir() or any(self.path.iterdir())
-        ):
+            return differences
+        if self.path.exists() and (not self.path.is_dir() or self._has_strangers()):
             raise UserError(
                 f"{self.path} exists and is not a run directory; choose another "
                 "--config.run_dir"
             )
+        return {}
 
-    def check_identity(self, identity: dict[str, str]) -> None:
-        """Refuses to go on with another base model, tokenizer or data set."""
-        if self._identity.is_file():
-            check_identity(self.identity(), identity, f"the run in {self.path}")
+    def _has_strangers(self) -> bool:
+        """Whether anything lies here that no creation broken off half-way leaves."""
+        ours = {self._identity, self._left_out, self.tokenizer, self._holder}
+        ours |= {Path(self._lock.lock_file)}
+        return any(
+            path.with_name(path.name.removesuffix(".tmp")) not in ours
+            for path in self.path.iterdir()
+        )
 
-    def identity(self) -> dict[str, str]:
+    def check_identity(
+        self, identity: Identity, accept: Sequence[str] = ()
+    ) -> dict[str, str]:
+        """Refuses to go on with another base model, tokenizer or data set.
+
+        Returns:
+          `old -> new` by part, of those that differ and were accepted.
+        """
+        if not self._identity.is_file():
+            return {}
+        what = f"the run in {self.path}"
+        return check_identity(self.identity(), identity, what, accept)
+
+    def lock(self) -> None:
+        """Keeps other trainers out until this process ends.
+
+        Raises:
+          UserError: another one is at work here, or the folder cannot be written.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+            _write(self._holder, f"{socket.gethostname()}, process {os.getpid()}")
+        except filelock.Timeout:
+            holder = "an unknown process"
+            with contextlib.suppress(OSError):
+                holder = self._holder.read_text(encoding="utf-8")
+            raise UserError(
+                f"{self.path} is being trained in by another process ({holder}): wait "
+                "for it, stop it, or choose another --config.run_dir"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> UserError:
+        return UserError(
+            f"run directory {self.path} cannot be written: {error}; give back the "
+            "right to write it, make room, or choose another --config.run_dir"
+        )
+
+    def identity(self) -> Identity:
         return json.loads(self._identity.read_text(encoding="utf-8"))
 
     @contextlib.contextmanager
     def create(
-        self, config: Config, identity: dict[str, str], left_out: Sequence[str]
+        self, config: Config, identity: Identity, left_out: Sequence[str]
     ) -> Iterator[None]:
-        """Makes the folder and writes down whose it is.
+        """Makes the folder, locks it and writes down whose it is.
 
         The body may write more; only after it is this a run directory. `left_out`
         says `file:line: why` of every row that is not trained whole.
 
         Raises:
-          UserError: the disk says no.
+          UserError: the disk says no, or another process was faster.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._identity.write_text(json.dumps(identity, indent=2), encoding="utf-8")
-            (self.path / "left_out.txt").write_text(
-                "".join(f"{line}\n" for line in left_out), encoding="utf-8"
-            )
+            self.lock()
+            if self.exists:  # Made since `check_config` looked.
+                raise UserError(f"{self.path} holds a run since just now; try again")
+            self.update(identity, left_out)
             yield
             # The config last: it is the mark of a run directory.
-            self._config.write_text(to_json(config), encoding="utf-8")
+            _write(self._config, to_json(config))
         except OSError as error:
-            raise UserError(
-                f"run directory {self.path} cannot be written: {error}; choose another "
-                "--config.run_dir"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def update(
+        self,
+        identity: Identity,
+        left_out: Sequence[str],
+        config: Config | None = None,
+    ) -> None:
+        """Writes down whose the run is from now on."""
+        _write(self._identity, json.dumps(identity, indent=2))
+        _write(self._left_out, "".join(f"{line}\n" for line in left_out))
+        if config is not None:
+            _write(self._config, to_json(config))
 
     def mark_complete(self, facts: dict[str, object]) -> None:
-        self._complete.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        _write(self._complete, json.dumps(facts, indent=2))
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -3,15 +3,13 @@
 import logging
 import os
 import resource
-import signal
 import statistics
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,53 +19,64 @@ from research import caches, chips
 from research.config import RuntimeConfig
 from research.errors import UserError
 
-_interrupted = threading.Event()
-
 
 def start(config: RuntimeConfig) -> None:
     """Call once, before the first array."""
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
-    for chatty in ("jax", "absl", "orbax", "httpx", "datasets", "huggingface_hub"):
+    for chatty in ("jax", "orbax", "httpx", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _interrupt)
+    # Orbax logs through absl the tracebacks of errors that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if config.distributed:
-        _join_processes()
+        _join_processes(config.watchdog_s)
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
     _use_compilation_cache(config.compilation_cache)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
+def process_age() -> float:
+    """Seconds since the start of the process, the interpreter's own included."""
+    return time.time() - psutil.Process().create_time()
 
 
-def raise_if_interrupted() -> None:
-    """Raises KeyboardInterrupt if one has been lost on the way.
+def abandon(error: BaseException, code: int) -> NoReturn:
+    """Ends one process of several, now.
 
-    Python drops what is raised while it runs a destructor: a Ctrl-C that falls into
-    one would be forgotten, and a run begin that nobody wants any more.
+    An orderly end waits for the others, who wait for this one in a collective.
     """
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
+    if isinstance(error, UserError):
+        sys.stderr.write(f"error: {error}\n")
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        # The others know each other through this one: let them say their own errors.
+        time.sleep(1.0)
+    os._exit(code)
 
 
-def _join_processes() -> None:
+def _join_processes(watchdog_s: float) -> None:
     """Finds the other processes: named in the environment, or as the cluster says.
+
+    JAX kills a process without a word of what it was doing when another one has not
+    been heard of; our own watchdog, which says it, comes first.
 
     Raises:
       UserError: neither says where they are, or they do not answer.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, index = (os.environ.get(name) for name in names)
+    patience = int(max(100, watchdog_s + 60))
     try:
         if address and count and index:
-            jax.distributed.initialize(address, int(count), int(index))
+            jax.distributed.initialize(
+                address, int(count), int(index), heartbeat_timeout_seconds=patience
+            )
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=patience)
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(
@@ -106,8 +115,9 @@ def announce_first_call(function: Callable[..., Any], name: str) -> Callable[...
         result = function(*args)
         if waiting:
             waiting = False
-            age = time.time() - psutil.Process().create_time()
-            logging.info("%s begun %.1f s after the start of the process", name, age)
+            logging.info(
+                "%s begun %.1f s after the start of the process", name, process_age()
+            )
         return result
 
     return call

@@ -54,6 +54,7 @@ class Job:
       z_loss: see `loss.weighted_loss`.
       seed: of dropout.
       offload: the optimizer's state lies in the host's memory between updates.
+      grad_norms: the step also gives the gradient norm of each parameter.
     """
 
     model: Model
@@ -65,6 +66,7 @@ class Job:
     z_loss: float = 0.0
     seed: int = 0
     offload: bool = False
+    grad_norms: bool = False
 
 
 def loss_sums(
@@ -99,7 +101,8 @@ def train_step(
       `group_loss` and `group_weight` (sums, `[groups]`), `tokens` (real tokens),
       `pairs` (queries with each key they may see), `grad_norm` (before clipping),
       `batch_hash` (of what was trained on, the same on every mesh),
-      `skipped` (updates left out so far, where `optim.skip_outliers` is in use).
+      `skipped` (updates left out so far, where `optim.skip_outliers` is in use),
+      `grad_norm_by_path` (where `job.grad_norms` asks for it).
     """
     # Another stream than the initialisation, which folds small numbers in, too.
     dropout = jax.random.fold_in(jax.random.key(job.seed), DROPOUT_STREAM)
@@ -136,12 +139,20 @@ def train_step(
         "group_weight": _by_group(job, batch.weights, batch.groups),
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
-        "grad_norm": optax.tree.norm(gradients),
+        **_gradient_norms(job, gradients),
         "batch_hash": hash_batch(batch),
         **optim.read_skipped(opt_state),
     }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _gradient_norms(job: Job, gradients: Params) -> dict[str, Any]:
+    norms: dict[str, Any] = {"grad_norm": optax.tree.norm(gradients)}
+    if job.grad_norms:
+        by_path = trees.flatten(gradients)[0]
+        norms["grad_norm_by_path"] = {p: optax.tree.norm(g) for p, g in by_path.items()}
+    return norms
 
 
 def hash_batch(batch: Batch) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from rich.console import Console
 
 from research import metrics, runtime
 from research.config import Config
+from research.errors import DivergedError, SaveError
 from research.evaluate import Evaluation
 from research.optim import make_schedule
+from research.phases import Phases
 from research.progress import ProgressView
 from research.step import Metrics
 
@@ -30,8 +33,11 @@ class StepLog:
         flops: metrics.FlopCount,
         groups: Sequence[str],
         first: int,
+        phases: Phases,
     ):
         self._clock = clock
+        self._phases = phases
+        self._leaves_out = config.optim.skip_spread > 0
         self._flops = flops
         self._groups = groups
         self._schedule: Callable[[int], Any] = make_schedule(config.optim, config.steps)
@@ -41,9 +47,17 @@ class StepLog:
         mode = config.runtime.progress if leader else "none"
         self._view = ProgressView(console, mode, first, config.steps)
 
-    def __call__(self, number: int, sums: Metrics) -> None:
-        """Of update `number`."""
-        found = {name: np.asarray(value) for name, value in sums.items()}
+    def __call__(self, number: int, batch: int, sums: Metrics) -> None:
+        """Of update `number`, made from the batch numbered `batch`.
+
+        Raises:
+          DivergedError: its loss or gradient norm is not finite.
+          SaveError: it could not be written down.
+        """
+        found = dict(sums)
+        by_path = found.pop("grad_norm_by_path", {})
+        norms = {path: float(norm) for path, norm in by_path.items()}
+        found = {name: np.asarray(value) for name, value in found.items()}
         losses, weights = found.pop("group_loss"), found.pop("group_weight")
         values = {name: float(value) for name, value in found.items()}
         self._clock.tick()
@@ -67,18 +81,65 @@ class StepLog:
             "trained_tokens_per_s": values["weight"] / seconds,
             "mfu": flops / seconds / self._peak if self._peak else None,
             "memory_gb": runtime.peak_memory_bytes() / 1e9,
+            "goodput": self._goodput(),
         }
         if "skipped" in values:
             line["skipped"] = int(values["skipped"])
-        if self._file:
-            self._file.write(number, "train", line)
+        if norms:
+            line["grad_norm_by_path"] = norms
+        self._write(number, "train", line)
         self._view.update(number, line)
+        # A step that is left out has changed nothing.
+        if not self._leaves_out:
+            self._require_finite(number, batch, line, norms)
+
+    def _goodput(self) -> float:
+        """Share of this process's life so far that were steps."""
+        seconds = self._phases.seconds
+        return seconds["step"] / sum(seconds.values())
+
+    def _require_finite(
+        self, number: int, batch: int, line: dict[str, Any], norms: dict[str, float]
+    ) -> None:
+        loss, norm = line["loss"], line["grad_norm"]
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        if norms:
+            odd = [path for path, value in norms.items() if not math.isfinite(value)]
+            where = f"gradients not finite: {', '.join(odd) or 'none alone'}"
+        else:
+            where = "--config.runtime.grad_norms=True says of which parameters"
+        raise DivergedError(
+            f"step {number} gave loss {loss} and gradient norm {norm} (batch {batch}, "
+            f"batch_hash {line['batch_hash']}; {where}); the checkpoints before are as "
+            "they were: lower config.optim.learning_rate, look at the batch, or leave "
+            "such batches out with --config.optim.rollbacks=3",
+            number,
+            batch,
+        )
+
+    def _write(self, number: int, kind: str, line: dict[str, Any]) -> None:
+        if not self._file:
+            return
+        try:
+            self._file.write(number, kind, line)
+        except OSError as error:
+            raise SaveError(
+                f"the metrics of step {number} could not be written: {error}; make "
+                "room or give back the right to write, then start the same command "
+                "again",
+                number,
+            ) from error
+
+    def sync(self) -> None:
+        """Until all that was written would outlive a loss of power."""
+        if self._file:
+            self._file.sync()
 
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Of the held-out rows after update `number`."""
         line = dataclasses.asdict(found)
-        if self._file:
-            self._file.write(number, "eval", line)
+        self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
         self._view.update(number, shown, line=False)
         bits = found.bits_per_byte

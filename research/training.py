@@ -2,58 +2,27 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from rich.console import Console
 
-from research import (
-    doctor,
-    exporting,
-    jobs,
-    loop,
-    mesh,
-    metrics,
-    profiling,
-    report,
-    runtime,
-    step,
-)
+from research import doctor, exporting, jobs, mesh, metrics, report, runtime, step
 from research.answers import base_model, tuned_model
-from research.base import EXPORTED, Base
-from research.checkpoint import Checkpointer
+from research.base import EXPORTED
 from research.config import Config
 from research.data.bpe import save_tokenizer
-from research.evaluate import evaluate
+from research.errors import PREEMPTED, STUCK, DivergedError
+from research.fitting import Run, fit, tell
+from research.history import History
+from research.phases import Phases
 from research.progress import duration
 from research.run_dir import RunDir
 from research.sampling import Sampler
-from research.step_log import StepLog
+from research.saving.disk import require_room
+from research.saving.manager import Checkpointer
+from research.stopping import INTERRUPTED, Preempted, StopRequest
 from research.tasks import opening
-from research.tasks.protocol import Task
-
-RESUMABLE = 75  # EX_TEMPFAIL: stopped by a signal, run the same command again.
-
-
-@dataclasses.dataclass
-class Run:
-    """A run that has passed its doctor: everything the loop needs.
-
-    Attributes:
-      evaluated: step and loss of the last evaluation, what `keep_best` judges by.
-    """
-
-    config: Config
-    folder: RunDir
-    base: Base
-    task: Task
-    job: step.Job
-    sampler: Sampler
-    state: step.TrainState | None
-    frozen: dict[str, Any]
-    console: Console
-    evaluated: tuple[int, float] | None = None
+from research.watchdog import Watchdog
 
 
 def train(config: Config) -> int:
@@ -63,34 +32,98 @@ def train(config: Config) -> int:
       UserError: whatever the user can mend; nothing is written then.
     """
     runtime.start(config.runtime)
+    phases = Phases(runtime.process_age())
     folder = RunDir(config.run_dir)
-    folder.check_config(config)
+    changed = folder.check_config(config)
     if folder.is_complete:
         logging.info(
             "%s is complete; its report: %s/report.md", folder.path, folder.path
         )
         return 0
-    run = prepare(config, folder)
+    history = History(folder.history, phases)
+    with StopRequest(phases) as stop:
+        try:
+            code, cause = _train(config, folder, changed, history, phases, stop)
+        except Preempted as error:
+            code = _interrupted(error, folder)
+            cause = f"{error} outside of training steps"
+        except BaseException as error:
+            code = getattr(error, "exit_code", 1)
+            history.end(f"{type(error).__name__}: {error}".partition("\n")[0], code)
+            # All processes see the same loss; any other error may be one's own.
+            if jax.process_count() > 1 and not isinstance(error, DivergedError):
+                runtime.abandon(error, code)
+            raise
+    history.end(cause, code)
+    return code
+
+
+def _interrupted(error: Preempted, folder: RunDir) -> int:
+    if folder.exists:
+        logging.info("stopped by %s; the same command goes on", error)
+        return PREEMPTED
+    logging.info("stopped by %s before there was anything to save", error)
+    return INTERRUPTED
+
+
+def _train(
+    config: Config,
+    folder: RunDir,
+    changed: dict[str, str],
+    history: History,
+    phases: Phases,
+    stop: StopRequest,
+) -> tuple[int, str]:
+    """Returns the exit code, and why it ends."""
+    leads = jax.process_index() == 0
+    if leads and folder.exists:
+        folder.lock()
+    run = prepare(config, folder, history, phases)
     identity = {
         "base model": run.base.fingerprint,
         "tokenizer": run.base.tokenizer.fingerprint,
         "data": run.task.sha256,
     }
-    folder.check_identity(identity)
-    runtime.raise_if_interrupted()
-    if jax.process_index() == 0 and not folder.exists:
+    changed |= folder.check_identity(identity, config.accept)
+    require_room(folder.checkpoints, step.abstract_state(run.job), config.checkpoint)
+    stop.raise_if_lost()
+    if leads and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
             save_tokenizer(run.base.tokenizer, folder.tokenizer)
-    with Checkpointer(folder.checkpoints, config.checkpoint, identity) as checkpointer:
-        done = fit(run, checkpointer)
+    elif leads and changed:
+        folder.update(identity, run.task.left_out, config)
+    history.accept(changed)
+    watchdog = Watchdog(
+        phases,
+        config.runtime.watchdog_s,
+        jax.process_index(),
+        lambda cause: history.end(cause, STUCK),
+    )
+    checkpointer = Checkpointer(
+        folder.checkpoints,
+        config.checkpoint,
+        identity,
+        accept={*history.accepted, *config.accept},
+        report=lambda what: tell(run, what),
+        committed=history.commit,
+    )
+    with watchdog, checkpointer:
+        done = fit(run, checkpointer, stop)
     if done < config.steps:
-        logging.info("stopped after step %d; the same command goes on from there", done)
-        return RESUMABLE
+        name = stop.signal.name
+        logging.info(
+            "%s: stopped after step %d, which is saved; the same command goes on from "
+            "there",
+            name,
+            done,
+        )
+        return PREEMPTED, f"{name} after step {done}"
+    phases.enter("finish")
     finish(run)
-    return 0
+    return 0, "done"
 
 
-def prepare(config: Config, folder: RunDir) -> Run:
+def prepare(config: Config, folder: RunDir, history: History, phases: Phases) -> Run:
     """Opens, loads and examines everything; writes nothing into `folder`."""
     console = Console(quiet=jax.process_index() > 0)
     base = opening.open_start(config, folder)
@@ -104,127 +137,19 @@ def prepare(config: Config, folder: RunDir) -> Run:
     doctor.show(console, findings)
     task.show_first_row(console)
     doctor.require_healthy(findings)
-    sampler = Sampler(job.model)
-    return Run(config, folder, base, task, job, sampler, state, frozen, console)
-
-
-def fit(run: Run, checkpointer: Checkpointer) -> int:
-    """Restores, loops, saves; returns the number of updates made in all."""
-    config, job = run.config, run.job
-    mine = mesh.local_rows(job.mesh, config.data.batch_size, microbatches(config))
-    batches = run.task.batches(mine)
-    first, clock = 0, metrics.Clock()
-    if checkpointer.latest_step is not None:
-        run.state = None  # Room for the one that is read.
-    restored = checkpointer.restore(step.abstract_state(job))
-    if restored:
-        first, run.state = restored.step, restored.state
-        batches.set_state(restored.position["data"])
-        clock = metrics.Clock(restored.position["elapsed"])
-    log = StepLog(
-        config,
-        run.folder.path,
-        run.console,
-        clock,
-        count_flops(run),
-        run.task.groups,
-        first,
+    return Run(
+        config=config,
+        folder=folder,
+        base=base,
+        task=task,
+        job=job,
+        sampler=Sampler(job.model),
+        state=state,
+        frozen=frozen,
+        console=console,
+        phases=phases,
+        history=history,
     )
-
-    def save(number: int, state: step.TrainState) -> None:
-        position = {"data": batches.get_state(), "elapsed": clock.elapsed}
-        known, loss = run.evaluated or (-1, None)
-        # Only a loss of these very parameters says how good they are.
-        checkpointer.save(number, state, position, loss if known == number else None)
-
-    with (
-        loop.StopRequest(listen=jax.process_count() == 1) as stop,
-        profiling.trace_steps(
-            make_step(run), run.folder.path, first, config.runtime
-        ) as step_fn,
-    ):
-        try:
-            run.state, done = loop.run(
-                state=run.state,
-                first=first,
-                total=config.steps,
-                batches=_on_devices(batches, run),
-                step_fn=step_fn,
-                actions=[
-                    loop.Action(config.eval.every, make_evaluation(run, log), True),
-                    loop.Action(config.checkpoint.every, save),
-                    # After the save: a sample that fails must not cost a step.
-                    loop.Action(
-                        config.eval.samples_every or config.steps, make_sampling(run)
-                    ),
-                ],
-                log=log,
-                resume_clock=clock.resume,
-                stop=stop,
-            )
-            save(done, run.state)
-        finally:
-            log.close()
-    return done
-
-
-def make_step(run: Run) -> profiling.StepFn:
-    """The train step over this run's frozen parameters; its first call is announced."""
-    jitted = runtime.announce_first_call(step.jit_train_step(run.job), "first step")
-    return lambda state, batch: jitted(state, run.frozen, batch)
-
-
-def microbatches(config: Config) -> int:
-    """Forward passes per optimizer step."""
-    return config.data.batch_size // config.data.rows_per_pass
-
-
-def count_flops(run: Run) -> metrics.FlopCount:
-    """What a step of this run needs, for MFU."""
-    return metrics.count_flops(
-        run.base.architecture,
-        trained=sum(x.size for x in jax.tree.leaves(run.state.params)),
-        full=not run.frozen,
-    )
-
-
-def _on_devices(batches: Iterator[Any], run: Run) -> Iterator[Any]:
-    rows, parts = run.config.data.batch_size, microbatches(run.config)
-    for batch in batches:
-        yield mesh.to_global(batch, run.job.mesh, parts, rows)
-
-
-Action = Callable[[int, step.TrainState], None]
-
-
-def make_evaluation(run: Run, log: StepLog) -> Action:
-    """The action that evaluates all held-out rows and logs the result."""
-    rows = run.config.data.rows_per_pass
-    local = run.task.held_out(rows, mesh.local_rows(run.job.mesh, rows))
-    batches = [mesh.to_global(batch, run.job.mesh, rows=rows) for batch in local]
-    eval_fn = step.jit_eval_step(run.job)
-
-    def action(number: int, state: step.TrainState) -> None:
-        found = evaluate(
-            lambda batch: eval_fn(state.params, run.frozen, batch),
-            batches,
-            run.task.groups,
-            run.task.held_out_bytes,
-        )
-        run.evaluated = (number, found.loss)
-        log.evaluation(number, found)
-
-    return action
-
-
-def make_sampling(run: Run) -> Action:
-    """The action that lets the model so far say something."""
-
-    def action(number: int, state: step.TrainState) -> None:
-        model = tuned_model(run.job, run.base, run.sampler, state.params, run.frozen)
-        run.task.sample(number, model, run.folder.path)
-
-    return action
 
 
 def finish(run: Run) -> None:
@@ -249,6 +174,7 @@ def finish(run: Run) -> None:
         "training time": duration(seconds),
         "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
         "peak memory, GB": round(lines[-1]["memory_gb"], 2),
+        "goodput": str(run.history.goodput()),
     }
     report.plot(folder, folder.name)
     report.show_table(run.console, folder)

@@ -165,8 +165,11 @@ def step_line(step):
 
 
 def snapshot(folder):
-    """Every file with its bytes; None where there is no such folder."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    """Every file with its bytes; None where there is no such folder.
+
+    Whose turn it was to write is no part of what a run holds.
+    """
+    files = [f for f in folder.rglob("*") if f.is_file() and f.stem != "lock"]
     known = {file: file.read_bytes() for file in files}
     return known if folder.exists() else None
 

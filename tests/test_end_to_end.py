@@ -27,11 +27,11 @@ from commands import (
 
 from research import jobs, mesh
 from research.base import open_base
-from research.checkpoint import Checkpointer
 from research.config import Config, DataConfig, MeshConfig
 from research.data.instructions.sources import load_rows
 from research.knobs import flat
 from research.run_dir import RunDir
+from research.saving.manager import Checkpointer
 from research.step import abstract_state
 
 

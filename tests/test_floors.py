@@ -15,19 +15,21 @@ PACKAGE = ROOT / "research"
 # floor each, whose files may import their own siblings.
 FLOORS = {
     "errors": -1,  # under everything, so that anyone can raise for the user
-    "knobs": 0, "matrix": 0, "batch": 0, "caches": 0, "chips": 0,
-    "config": 1, "trees": 1,
+    "knobs": 0, "knob_checks": 0, "matrix": 0, "batch": 0, "caches": 0, "chips": 0,
+    "phases": 0,
+    "config": 1, "trees": 1, "watchdog": 1, "stopping": 1, "history": 1,
     "runtime": 2, "mesh": 2, "progress": 2,
     "models": 3, "data": 3,
     "lora": 4, "weights": 4, "metrics": 4,
-    "sharded_attention": 4,
+    "sharded_attention": 4, "feed": 4,
     "trainable": 5, "loss": 5, "optim": 5, "base": 5, "report": 5,
     "step": 6, "sampling": 6,
-    "checkpoint": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,
+    "saving": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,
     "loop": 8, "profiling": 8, "run_dir": 8, "answers": 8, "step_log": 8,
     "tasks": 9, "planning": 9,
-    "training": 10, "chatting": 10, "doors": 10,
-    "train": 11, "generate": 11, "export": 11, "tokenize": 11, "plan": 11,
+    "fitting": 10, "chatting": 10, "doors": 10,
+    "training": 11,
+    "train": 12, "generate": 12, "export": 12, "tokenize": 12, "plan": 12,
 }  # fmt: skip
 
 FILES = sorted(f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py")

@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from research import mesh as meshes
 from research import optim, step, trainable
 from research.batch import Batch
-from research.checkpoint import Checkpointer
 from research.config import (
     CheckpointConfig,
     Config,
@@ -32,6 +31,7 @@ from research.config import (
 from research.errors import UserError
 from research.matrix import Spec, contract
 from research.models.transformer import Model
+from research.saving.manager import Checkpointer
 from research.sharded_attention import make_attend
 
 ONE = (1, 1, 1)

@@ -92,7 +92,7 @@ def test_two_processes_end_with_the_same_parameters_and_moments(
     assert len(jax.tree.leaves(alone)) > 20
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(alone))
     # Adam turns rounding in a gradient near zero into a full-size update.
-    close(together, alone, rtol=1e-4)
+    close(together, alone, rtol=1e-3)
 
 
 def test_hashes_of_different_batches_differ(place, one_process):

@@ -1,0 +1,145 @@
+"""Checksums beside a checkpoint's files, written before Orbax's commit mark.
+
+Orbax restores array data with a flipped bit without a word. So each folder of a
+checkpoint is sealed by a `sums.json`: size and xxh3 of every file below it, but of a
+folder that is sealed itself only of its `sums.json`. Each process seals what it wrote
+alone (`ocdbt.process_N`), the first process the little that is left: the cost does
+not grow with the number of hosts. The seal is written before the rename that commits,
+so a committed checkpoint without one is damaged, too.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import xxhash
+from orbax.checkpoint.path import atomicity
+
+SEAL = "sums.json"
+COMMITTED = "commit_success.txt"  # Orbax's own name for it.
+PORTION = 1 << 22  # bytes read at a time
+
+
+def checksum(path: Path) -> list[Any]:
+    """`[bytes, xxh3 as hex]` of a file, read in portions."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        while portion := file.read(PORTION):
+            digest.update(portion)
+            size += len(portion)
+    return [size, digest.hexdigest()]
+
+
+def seal(folder: Path) -> None:
+    """Writes the `sums.json` of `folder`; nothing below it may change any more."""
+    files = {str(f.relative_to(folder)): checksum(f) for f in _own_files(folder)}
+    text = json.dumps({"files": files, "sum": _sum_of(files)})
+    with (folder / SEAL).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """Files that the seal of `folder` lists, in one order."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != SEAL:
+            yield path
+        elif path.is_dir():
+            sealed = path / SEAL
+            yield from [sealed] if sealed.exists() else _own_files(path)
+
+
+def _sum_of(files: dict[str, list[Any]]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def find_damage(folder: Path, index: int = 0, count: int = 1) -> list[str]:
+    """What is wrong with the files of a sealed folder, a line each; none: intact.
+
+    Args:
+      folder: of one checkpoint.
+      index: which share of the files to read.
+      count: of how many shares; all read the seals, which are small.
+    """
+    problems: list[str] = []
+    expected = list(_listed(folder, folder, problems))
+    for path, (size, digest) in expected[index::count]:
+        name = path.relative_to(folder)
+        try:
+            found = checksum(path)
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+            continue
+        if found[0] != size:
+            problems.append(f"{name}: {found[0]:,} bytes instead of {size:,}")
+        elif found[1] != digest:
+            problems.append(f"{name}: bytes have changed")
+    return problems
+
+
+def _listed(
+    top: Path, folder: Path, problems: list[str]
+) -> Iterator[tuple[Path, list[Any]]]:
+    """Every file with its checksum, those of sealed folders below included."""
+    try:
+        # Bytes that are no text and numbers that are no numbers, too.
+        found = json.loads((folder / SEAL).read_bytes())
+        files, known = found["files"], found["sum"]
+        if _sum_of(files) != known:
+            raise ValueError("it does not match its own sum")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        where = (folder / SEAL).relative_to(top)
+        problems.append(f"{where}: {getattr(error, 'strerror', None) or error}")
+        return
+    for name, sums in sorted(files.items()):
+        path = folder / name
+        yield path, sums
+        if path.name == SEAL:
+            yield from _listed(top, path.parent, problems)
+
+
+class SealedPath(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary folder, sealed before the rename that makes it final."""
+
+    async def finalize(self) -> None:
+        folder, final = Path(self.get()), Path(self.get_final())
+        await asyncio.to_thread(_commit, folder, final)
+
+    @classmethod
+    def from_final(cls, final_path: Any, **options: Any) -> "SealedPath":
+        # Times of start and commit, which would be written after the seal.
+        options["checkpoint_metadata_store"] = None
+        return super().from_final(final_path, **options)
+
+
+def _commit(folder: Path, final: Path) -> None:
+    (folder / COMMITTED).write_text(final.name, encoding="utf-8")
+    seal(folder)
+    folder.rename(final)
+    # The rename, too, must outlive a loss of power.
+    parent = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+class SealedArrays(ocp.handlers.StandardCheckpointHandler):
+    """Orbax's handler of array trees; each process seals the files it wrote alone."""
+
+    async def async_save(self, directory: Any, *args: Any, **options: Any) -> list[Any]:
+        futures = await super().async_save(directory, *args, **options) or []
+
+        def seal_own() -> None:
+            path = directory if isinstance(directory, os.PathLike) else directory.path
+            own = Path(path) / f"ocdbt.process_{jax.process_index()}"
+            if own.is_dir():
+                seal(own)
+
+        return [ocp.future.ChainedFuture(futures, seal_own)]

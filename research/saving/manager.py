@@ -1,0 +1,312 @@
+"""Saving and restoring with Orbax: state, data position, and whose they are."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from research.config import CheckpointConfig
+from research.errors import DamagedError, SaveError, UserError
+from research.saving.identity import Identity, check_identity
+from research.saving.integrity import SealedArrays, SealedPath, find_damage
+from research.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back.
+
+    Attributes:
+      step: optimizer updates it holds.
+      state: in the shardings that were asked for.
+      position: what `save` was given.
+    """
+
+    step: int
+    state: TrainState
+    position: dict[str, Any]
+
+
+class Checkpointer:
+    """Checkpoints of one run: the newest `keep_last`, and the `keep_best` by loss.
+
+    Saving is asynchronous: the arrays are copied, training goes on, and `wait` waits
+    for the last save, as leaving the context does. Damaged checkpoints are moved to
+    `damaged/` beside the folder, and the next newest one is used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        identity: Identity,
+        *,
+        accept: Collection[str] = (),
+        report: Callable[[str], None] = logging.warning,
+        committed: Callable[[int], None] = lambda step: None,
+        read_only: bool = False,
+    ):
+        """Args:
+        folder: of all checkpoints.
+        config: how many are kept.
+        identity: what a checkpoint must have been made with.
+        accept: parts of it that may differ.
+        report: told of what a person should know.
+        committed: told of each step that is on disk for good.
+        read_only: nothing is written, moved or removed.
+        """
+        self._folder = folder.absolute()
+        self._config = config
+        self._identity = identity
+        self._accept = accept
+        self._report = report
+        self._committed = committed
+        self._read_only = read_only
+        self._pending: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(
+                [
+                    keep.LatestN(self._config.keep_last),
+                    keep.BestN(
+                        get_metric_fn=lambda metrics: metrics["loss"],
+                        reverse=True,
+                        n=self._config.keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            # Without it metrics are neither written nor read, whatever is preserved.
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=not self._read_only,
+            enable_async_checkpointing=True,
+            temporary_path_class=SealedPath,
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        arrays, json_files = SealedArrays(), ocp.JsonCheckpointHandler()
+        for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            registry.add("state", args, arrays)
+        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            registry.add("meta", args, json_files)
+        try:
+            return ocp.CheckpointManager(
+                self._folder, options=options, handler_registry=registry
+            )
+        except OSError as error:
+            raise UserError(
+                f"{self._folder} cannot be used for checkpoints: {error}; give back "
+                "the right to read and write it, or choose another --config.run_dir"
+            ) from error
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        try:
+            self.wait()
+        except SaveError as failed:
+            if error is None:
+                raise
+            # The first error is the one to show; this one must not be lost either.
+            self._report(str(failed))
+        finally:
+            with contextlib.suppress(Exception):  # What failed has been said.
+                self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """All kept steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest_step(self) -> int | None:
+        return max(self.steps, default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The kept step with the lowest held-out loss, if one was measured."""
+        metrics = {s: self._manager.metrics(s) for s in self.steps}
+        losses = {step: found["loss"] for step, found in metrics.items() if found}
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, Any],
+        eval_loss: float | None,
+    ) -> None:
+        """Starts saving; a step that is already saved is left alone.
+
+        Raises:
+          SaveError: this save could not begin, or the one before it has failed.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        meta = {"identity": self._identity, "position": position}
+        with self._naming(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics=None if eval_loss is None else {"loss": eval_loss},
+            )
+            self._pending = step
+
+    def check(self) -> None:
+        """Learns of a save that has ended, without waiting for one that has not.
+
+        Raises:
+          SaveError: it has failed.
+        """
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is on disk for good.
+
+        Raises:
+          SaveError: it is not; what it left is removed, older steps are as they were.
+        """
+        if self._pending is None:
+            return
+        step = self._pending
+        with self._naming(step):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if not (self._folder / str(step)).is_dir():
+                raise OSError("Orbax says it is done, and there is nothing")
+        self._pending = None
+        self._committed(step)
+
+    @contextlib.contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        """Turns whatever a save of `step` raises into a SaveError, and cleans up."""
+        try:
+            yield
+        except Exception as error:  # TensorStore, Orbax and the disk raise many kinds.
+            self._pending = None
+            self._reopen(step)
+            cause = f"{type(error).__name__}: {error}".splitlines()
+            left = ", ".join(map(str, self.steps)) or "none"
+            raise SaveError(
+                f"step {step} could not be saved: {cause[0][:300]}; checkpoints left: "
+                f"{left}; make room or give back the right to write {self._folder}, "
+                "then start the same command again",
+                step,
+            ) from error
+
+    def _reopen(self, step: int) -> None:
+        """A manager that has failed knows steps that do not exist, and lost threads."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        if jax.process_index() == 0:
+            for torn in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(torn, ignore_errors=True)
+        with contextlib.suppress(UserError):
+            self._manager = self._open()
+
+    def restore(
+        self, abstract_state: TrainState, step: int | None = None
+    ) -> Restored | None:
+        """The checkpoint of `step`, by default the newest intact one.
+
+        None where there is none at all.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore into.
+
+        Raises:
+          DamagedError: the one that was asked for is damaged, or all are.
+          UserError: it was saved over another base model, tokenizer or data set, or
+            for parameters of other shapes.
+        """
+        if step is not None:
+            self._require_intact(step)
+            return self._read(step, abstract_state)
+        found = self.steps
+        while (step := self.latest_step) is not None:
+            damage = self.damage(step)
+            if not damage:
+                return self._read(step, abstract_state)
+            self._set_aside(step, damage)
+        if found:
+            raise DamagedError(
+                f"all checkpoints in {self._folder} are damaged (steps "
+                f"{', '.join(map(str, found))}, see above); nothing was overwritten: "
+                "bring a copy back, or choose another --config.run_dir"
+            )
+        return None
+
+    def damage(self, step: int) -> list[str]:
+        """What is wrong with the files of `step`; each process reads its share."""
+        count = jax.process_count()
+        mine = find_damage(self._folder / str(step), jax.process_index(), count)
+        if count == 1 or not _anywhere(bool(mine)):
+            return mine
+        return mine or ["another process found damage in its share of the files"]
+
+    def _require_intact(self, step: int) -> None:
+        if damage := self.damage(step):
+            raise DamagedError(
+                f"checkpoint {step} in {self._folder} is damaged:\n  "
+                + "\n  ".join(damage[:5])
+                + "\nchoose another step"
+            )
+
+    def _set_aside(self, step: int, damage: list[str]) -> None:
+        """Keeps a damaged checkpoint where no restore looks, and says so."""
+        if self._read_only:
+            self._require_intact(step)
+        target = self._folder.parent / "damaged" / f"{step}-{time.time_ns():x}"
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        self._report(
+            f"checkpoint {step} is damaged and was moved to {target}: "
+            + "; ".join(damage[:5])
+            + (f"; and {len(damage) - 5} more" if len(damage) > 5 else "")
+        )
+        self._manager.reload()
+
+    def _read(self, step: int, abstract_state: TrainState) -> Restored:
+        meta = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )["meta"]
+        what = f"checkpoint {step}"
+        check_identity(meta["identity"], self._identity, what, self._accept)
+        state = ocp.args.StandardRestore(abstract_state)
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(state=state))
+        except ValueError as error:  # Orbax's, of shapes or of the tree.
+            first_line = str(error).strip().partition("\n")[0][:300]
+            raise UserError(
+                f"{what} holds other parameters than this run trains ({first_line}); "
+                "give back the model and LoRA shape that it was made with"
+            ) from error
+        logging.info("checkpoint: step %d restored", step)
+        return Restored(step, found["state"], meta["position"])
+
+
+def _anywhere(found: bool) -> bool:
+    """Whether any process has `found`; all must ask."""
+    return bool(np.max(multihost_utils.process_allgather(np.array(found))))

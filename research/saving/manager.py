@@ -95,6 +95,8 @@ class Checkpointer:
             read_only=self._read_only,
             create=not self._read_only,
             enable_async_checkpointing=True,
+            # A folder that cannot be made would be waited for, for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             temporary_path_class=SealedPath,
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()

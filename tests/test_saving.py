@@ -1,0 +1,343 @@
+"""Checkpoints are whole or known to be damaged, and a failed save is one's own."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from research.config import CheckpointConfig
+from research.errors import DamagedError, SaveError, UserError
+from research.saving import integrity
+from research.saving.disk import require_room
+from research.saving.integrity import find_damage
+from research.saving.manager import Checkpointer
+
+# Of a save that fails Orbax leaves futures behind whose errors nobody asks for.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
+
+IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
+POSITION = {"data": {"next": 7}, "pulled": 7, "elapsed": 1.5}
+KEEP = CheckpointConfig(keep_last=3, keep_best=0)
+
+
+def make_state(step, rows=64):
+    """Split over eight devices, a moment beside it, and a counter on all of them."""
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    values = np.random.default_rng(step).normal(size=(rows, 16)).astype(np.float32)
+    split = NamedSharding(mesh, PartitionSpec("x"))
+    return {
+        "params": {"w": jax.device_put(values, split)},
+        "moment": {"w": jax.device_put(-values, split)},
+        "step": jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec())),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def equal(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def open_checkpoints(folder, **options):
+    return Checkpointer(folder / "checkpoints", KEEP, IDENTITY, **options)
+
+
+def save_steps(folder, *steps):
+    with open_checkpoints(folder) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, make_state(step), POSITION, None)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_steps(folder, 1, 2, 3)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def files_of(folder):
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def flip_one(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_checkpoint_comes_back_byte_for_byte(saved):
+    with open_checkpoints(saved, read_only=True) as checkpointer:
+        found = checkpointer.restore(abstract(make_state(0)))
+    assert found.step == 3 and found.position == POSITION
+    assert equal(found.state, make_state(3))
+
+
+def test_every_file_is_under_a_seal(saved):
+    folder = saved / "checkpoints" / "3"
+    for file in files_of(folder):
+        if file.stat().st_size:
+            before = file.read_bytes()
+            flip_one(file)
+            assert find_damage(folder), f"{file} has changed and nobody saw it"
+            file.write_bytes(before)
+    assert find_damage(folder) == []
+
+
+def damage(path, generator):
+    """A flipped bit, a file cut short, or one that is gone; says which."""
+    kind = generator.choice(["flip", "truncate", "delete"])
+    data = bytearray(path.read_bytes())
+    if kind == "delete" or not data:
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(data[: generator.randrange(len(data))])
+    else:
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(data)
+    return f"{kind} of {path.name}"
+
+
+def test_none_of_200_damages_is_restored_silently(saved):
+    """Each is seen; without the seals most flips in arrays are not."""
+    folder, generator = saved / "checkpoints" / "3", random.Random(0)
+    files = files_of(folder)
+    for _ in range(200):
+        path = generator.choice(files)
+        before = path.read_bytes()
+        what = damage(path, generator)
+        assert find_damage(folder), f"{what} went unnoticed"
+        path.write_bytes(before)
+    assert find_damage(folder) == []
+
+
+def test_each_process_reads_its_share_and_together_all(saved, monkeypatch):
+    read = []
+    checksum = integrity.checksum
+    monkeypatch.setattr(
+        integrity, "checksum", lambda path: read.append(path) or checksum(path)
+    )
+    folder = saved / "checkpoints" / "3"
+    shares = []
+    for index in range(4):
+        read.clear()
+        assert find_damage(folder, index, 4) == []
+        shares.append(set(read))
+    everything = set(files_of(folder)) - {folder / "sums.json"}
+    assert set.union(*shares) == everything
+    assert sum(map(len, shares)) == len(everything)
+
+
+def test_a_damaged_newest_step_is_set_aside_and_the_next_one_used(copy):
+    flip_one(next((copy / "checkpoints/3/state/ocdbt.process_0/d").iterdir()))
+    said, before = [], len(files_of(copy / "checkpoints/3"))
+    with open_checkpoints(copy, report=said.append) as checkpointer:
+        found = checkpointer.restore(abstract(make_state(0)))
+        assert checkpointer.steps == [1, 2]
+    assert found.step == 2 and equal(found.state, make_state(2))
+    (line,) = said
+    assert "checkpoint 3 is damaged" in line and "bytes have changed" in line
+    (aside,) = (copy / "damaged").iterdir()
+    assert aside.name.startswith("3-") and str(aside) in line
+    assert len(files_of(aside)) == before
+
+
+def test_when_all_are_damaged_nothing_is_restored_or_overwritten(copy):
+    for step in (1, 2, 3):
+        (copy / f"checkpoints/{step}/sums.json").unlink()
+    before = len(files_of(copy))
+    with (
+        open_checkpoints(copy, report=lambda what: None) as checkpointer,
+        pytest.raises(DamagedError, match=r"all checkpoints .* damaged"),
+    ):
+        checkpointer.restore(abstract(make_state(0)))
+    assert len(files_of(copy)) == before
+    assert len(list((copy / "damaged").iterdir())) == 3
+
+
+def test_a_reader_moves_nothing(copy):
+    flip_one(copy / "checkpoints/3/meta/metadata")
+    before = files_of(copy)
+    with open_checkpoints(copy, read_only=True) as checkpointer:
+        for step in (None, 3):
+            with pytest.raises(DamagedError, match="checkpoint 3"):
+                checkpointer.restore(abstract(make_state(0)), step)
+        assert checkpointer.restore(abstract(make_state(0)), 1).step == 1
+    assert files_of(copy) == before
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_another_identity_is_refused_or_accepted_by_name(saved, part):
+    other = {**IDENTITY, part: "other"}
+    folder = saved / "checkpoints"
+    with (
+        Checkpointer(folder, KEEP, other, read_only=True) as checkpointer,
+        pytest.raises(UserError, match=f"{part}: . -> other"),
+    ):
+        checkpointer.restore(abstract(make_state(0)))
+    options = {"read_only": True, "accept": [part]}
+    with Checkpointer(folder, KEEP, other, **options) as checkpointer:
+        assert checkpointer.restore(abstract(make_state(0))).step == 3
+
+
+def test_other_shapes_are_the_users_error(saved):
+    with (
+        open_checkpoints(saved, read_only=True) as checkpointer,
+        pytest.raises(UserError, match="other parameters"),
+    ):
+        checkpointer.restore(abstract(make_state(0, rows=128)))
+
+
+# -- disks ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk():
+    """A function after which no file grows over so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_said_of_the_step_it_hit(tmp_path, full_disk):
+    done = []
+    with open_checkpoints(tmp_path, committed=done.append) as checkpointer:
+        checkpointer.save(1, make_state(1), POSITION, None)
+        checkpointer.save(2, make_state(2), POSITION, None)
+        checkpointer.wait()
+        full_disk(1000)
+        with pytest.raises(SaveError, match="step 3 could not be saved") as failed:
+            checkpointer.save(3, make_state(3), POSITION, None)
+            checkpointer.wait()
+        assert failed.value.step == 3 and failed.value.exit_code == 4
+        assert "checkpoints left: 1, 2" in str(failed.value)
+        # Nothing half-written, and the older ones as they were.
+        assert sorted(x.name for x in (tmp_path / "checkpoints").iterdir()) == [
+            "1",
+            "2",
+        ]
+        assert not find_damage(tmp_path / "checkpoints/2")
+        full_disk(resource.RLIM_INFINITY)
+        # With room again the same run saves again.
+        checkpointer.save(4, make_state(4), POSITION, None)
+        checkpointer.wait()
+    assert done == [1, 2, 4]
+
+
+def test_a_save_that_fails_is_learnt_without_waiting_for_the_next(tmp_path, full_disk):
+    with open_checkpoints(tmp_path) as checkpointer:
+        full_disk(1000)
+        with pytest.raises(SaveError, match="step 5"):
+            checkpointer.save(5, make_state(5), POSITION, None)
+            for _ in range(200):
+                checkpointer.check()
+                time.sleep(0.05)
+
+
+def test_leaving_waits_for_the_save_and_says_when_it_failed(tmp_path, full_disk):
+    with open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), POSITION, None)
+    assert not find_damage(tmp_path / "checkpoints/1")
+    with (
+        pytest.raises(SaveError, match="step 2"),
+        open_checkpoints(tmp_path) as checkpointer,
+    ):
+        full_disk(1000)
+        checkpointer.save(2, make_state(2), POSITION, None)
+
+
+@pytest.mark.parametrize("left", [SystemExit, KeyboardInterrupt, ZeroDivisionError])
+def test_the_first_error_is_shown_and_the_last_save_kept(tmp_path, left):
+    with pytest.raises(left), open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), POSITION, None)
+        raise left
+    assert not find_damage(tmp_path / "checkpoints/1")
+
+
+def test_the_first_error_is_shown_when_the_save_fails_too(tmp_path, full_disk):
+    said = []
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_checkpoints(tmp_path, report=said.append) as checkpointer,
+    ):
+        full_disk(1000)
+        checkpointer.save(1, make_state(1), POSITION, None)
+        raise ZeroDivisionError
+    assert "step 1 could not be saved" in said[0]
+
+
+def test_a_folder_that_is_gone_is_a_failed_save(tmp_path):
+    with open_checkpoints(tmp_path) as checkpointer:
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").write_text("")
+        with pytest.raises(SaveError, match="step 1"):
+            checkpointer.save(1, make_state(1), POSITION, None)
+            checkpointer.wait()
+
+
+def test_checkpoints_that_cannot_fit_are_refused_before_the_run(tmp_path):
+    state = {"w": jax.ShapeDtypeStruct((1 << 40, 1 << 10), jnp.float32)}
+    with pytest.raises(UserError, match="keep_last=2, keep_best=1"):
+        require_room(tmp_path / "run" / "checkpoints", state, CheckpointConfig())
+    require_room(tmp_path / "run", abstract(make_state(0)), CheckpointConfig())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_slow_disk_holds_no_step_up(tmp_path, monkeypatch):
+    """Steps go on while a save takes a second; only the next save waits for it."""
+    seal = integrity.seal
+    monkeypatch.setattr(integrity, "seal", lambda path: time.sleep(0.5) or seal(path))
+
+    def steps():
+        begun = time.perf_counter()
+        for _ in range(20):
+            time.sleep(0.01)  # A device at work: the host is free.
+            checkpointer.check()
+        return time.perf_counter() - begun
+
+    with open_checkpoints(tmp_path) as checkpointer:
+        alone = steps()
+        checkpointer.save(1, make_state(1), POSITION, None)
+        beside = steps()
+        assert not (tmp_path / "checkpoints/1").exists(), "the disk was not slow"
+        checkpointer.wait()
+    assert beside < 1.1 * alone
+
+
+def test_a_checkpoint_without_a_seal_was_never_committed(copy):
+    (copy / "checkpoints/3/state/sums.json").unlink()
+    problems = find_damage(copy / "checkpoints/3")
+    assert any("state/sums.json" in line for line in problems)
+
+
+def test_a_forged_seal_does_not_match_itself(copy):
+    file = copy / "checkpoints/3/meta/sums.json"
+    found = json.loads(file.read_text())
+    found["files"]["metadata"][0] += 1
+    file.write_text(json.dumps(found))
+    problems = find_damage(copy / "checkpoints/3")
+    assert any("does not match its own sum" in line for line in problems)

@@ -52,6 +52,8 @@ def train(config: Config) -> int:
             history.end(f"{type(error).__name__}: {error}".partition("\n")[0], code)
             # All processes see the same loss; any other error may be one's own.
             if jax.process_count() > 1 and not isinstance(error, DivergedError):
+                rank = jax.process_index()
+                logging.error("process %d failed in phase %r", rank, phases.name)
                 runtime.abandon(error, code)
             raise
     history.end(cause, code)
@@ -118,6 +120,7 @@ def _train(
             done,
         )
         return PREEMPTED, f"{name} after step {done}"
+    stop.raise_if_lost()  # All is saved; the report can wait.
     phases.enter("finish")
     finish(run)
     return 0, "done"

@@ -3,10 +3,12 @@
 What takes long runs once, in the background, two processes at a time: see `chain`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -59,13 +61,81 @@ class Finished:
     seconds: float
 
 
+class Running:
+    """A process whose two streams are read as it goes on."""
+
+    def __init__(self, command, **options):
+        self._begun = time.monotonic()
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self._process = subprocess.Popen(command, **pipes, **options)
+        self._guard = threading.Timer(TIMEOUT, self._process.kill)
+        self._guard.start()
+        self._streams = {"out": self._process.stdout, "err": self._process.stderr}
+        self._said = {"out": [], "err": []}
+        self._news = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(name,)) for name in self._streams
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name):
+        for line in self._streams[name]:
+            with self._news:
+                self._said[name].append(line.decode())
+                self._news.notify_all()
+
+    def wait_for(self, said):
+        """Until a line of standard error matches, or the process has ended."""
+        with self._news:
+            seen = 0
+            while True:
+                lines = self._said["err"]
+                if any(re.match(said, line) for line in lines[seen:]):
+                    return
+                seen = len(lines)
+                self._news.wait(0.1)
+                if self._process.poll() is not None and len(lines) == seen:
+                    return
+
+    def wait(self, seconds):
+        """Whether it has ended within so many seconds."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def finish(self, stdin=""):
+        """Waits for its end."""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(stdin.encode())
+                self._process.stdin.close()
+            self._process.wait()
+        finally:
+            self._process.kill()
+            self._guard.cancel()
+        for reader in self._readers:
+            reader.join()
+        for stream in self._streams.values():
+            stream.close()
+        seconds = time.monotonic() - self._begun
+        out, err = ("".join(self._said[name]) for name in ("out", "err"))
+        return Finished(self._process.returncode, out, err, seconds)
+
+
 class Place:
     """A folder with `model` and `config.py`, and commands that run in it."""
 
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache
 
-    def _popen(self, module, flags, devices, more=None):
+    def start(self, module, *flags, devices=1, more=None, program=None):
+        """A command that runs; `program` is Python that goes before it."""
         settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
         env |= {
@@ -78,40 +148,33 @@ class Place:
             "COLUMNS": "160",
             **(more or {}),
         }
-        return subprocess.Popen(
-            [sys.executable, "-m", f"research.{module}", *flags],
-            cwd=self.folder,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        name = f"research.{module}"
+        run = f"import runpy\nrunpy.run_module({name!r}, {{}}, '__main__', True)"
+        how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
+        return Running([sys.executable, *how, *flags], cwd=self.folder, env=env)
 
-    def run(self, module, *flags, stdin="", devices=1):
-        begun = time.monotonic()
-        with self._popen(module, flags, devices) as process:
-            try:
-                out, err = process.communicate(stdin.encode(), timeout=TIMEOUT)
-            finally:
-                process.kill()
-        seconds = time.monotonic() - begun
-        return Finished(process.returncode, out.decode(), err.decode(), seconds)
+    def run(self, module, *flags, stdin="", **options):
+        return self.start(module, *flags, **options).finish(stdin)
 
-    def run_together(self, environments, flags, *, devices):
-        """Trains in one process for each of `environments`, all at the same time."""
-        begun = time.monotonic()
-        running = [self._popen("train", flags, devices, env) for env in environments]
-        pool = ThreadPoolExecutor(len(running))
-        said = [pool.submit(p.communicate, timeout=TIMEOUT) for p in running]
-        try:
-            streams = [future.result() for future in said]
-        finally:
-            for process in running:
-                process.kill()
-        seconds = time.monotonic() - begun
+    def start_together(self, count, *flags, devices=4, programs=None):
+        """Trains in `count` processes that find each other; returns them, running."""
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            address = f"localhost:{listener.getsockname()[1]}"
         return [
-            Finished(process.wait(), out.decode(), err.decode(), seconds)
-            for process, (out, err) in zip(running, streams, strict=True)
+            self.start(
+                "train",
+                *flags,
+                "--config.runtime.distributed=True",
+                devices=devices,
+                program=(programs or {}).get(index),
+                more={
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(index),
+                },
+            )
+            for index in range(count)
         ]
 
     def train(self, run, *flags, **options):
@@ -131,22 +194,10 @@ class Place:
 
     def stop_at(self, flags, said, number, *, devices=1):
         """As `stop`, with all of the flags."""
-        begun, err = time.monotonic(), []
-        with self._popen("train", flags, devices) as process:
-            guard = threading.Timer(TIMEOUT, process.kill)
-            guard.start()
-            # What it prints must not fill the pipe while the other one is read.
-            printed = ThreadPoolExecutor(1).submit(process.stdout.read)
-            sent = False
-            for line in process.stderr:
-                err.append(line.decode())
-                if not sent and re.match(said, err[-1]):
-                    process.send_signal(number)
-                    sent = True
-            code = process.wait()
-            guard.cancel()
-        seconds = time.monotonic() - begun
-        return Finished(code, printed.result().decode(), "".join(err), seconds)
+        process = self.start("train", *flags, devices=devices)
+        process.wait_for(said)
+        process.send(number)
+        return process.finish()
 
     def run_dir(self, run):
         return self.folder / "runs" / run

@@ -1,7 +1,5 @@
 """Two real processes of four devices each train as one process of eight does."""
 
-import socket
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -14,12 +12,6 @@ MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.contex
 PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 @chain
 def one_process(place, results):
     results("pretrained")
@@ -29,26 +21,10 @@ def one_process(place, results):
 @chain
 def two_processes(place, results):
     results("pretrained")
-    flags = (
-        "--config=pretrain.py",
-        "--config.run_dir=runs/two-processes",
-        "--config.runtime.distributed=True",
-        *MESH,
-        *PLAIN,
+    running = place.start_together(
+        2, "--config=pretrain.py", "--config.run_dir=runs/two-processes", *MESH, *PLAIN
     )
-    address = f"localhost:{free_port()}"
-    return place.run_together(
-        [
-            {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            }
-            for index in range(2)
-        ],
-        flags,
-        devices=4,
-    )
+    return [process.finish() for process in running]
 
 
 def test_two_processes_train_the_same_steps_on_the_same_data(

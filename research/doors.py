@@ -24,8 +24,13 @@ def define_config() -> None:
     config_flags.DEFINE_config_file("config", None, "config file, see configs/")
 
 
-def parse(argv: Sequence[str], usage: str, *, has_config: bool) -> None:
+def parse(
+    argv: Sequence[str], usage: str, *, has_config: bool, verbs: Sequence[str] = ()
+) -> str:
     """Parses into `absl.flags.FLAGS`; `--help` prints `usage` and exits with 0.
+
+    Returns:
+      The word among the arguments that is one of `verbs`, by default the first.
 
     Raises:
       UserError: an unknown flag or knob, or a value of the wrong type.
@@ -39,8 +44,11 @@ def parse(argv: Sequence[str], usage: str, *, has_config: bool) -> None:
         rest = flags.FLAGS(list(argv))
     except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
         raise UserError(f"{_without_dump(error)}; see --help") from error
-    if rest[1:]:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags start with --")
+    for word in rest[1:]:
+        if word not in verbs or len(rest) > 2:
+            known = f" (or one of {', '.join(verbs)})" if verbs else ""
+            raise UserError(f"unexpected argument {word!r}; flags start with --{known}")
+    return rest[1] if rest[1:] else next(iter(verbs), "")
 
 
 def _without_dump(error: Exception) -> str:

@@ -30,6 +30,7 @@ FLOORS = {
     "fitting": 10, "chatting": 10, "doors": 10,
     "training": 11,
     "train": 12, "generate": 12, "export": 12, "tokenize": 12, "plan": 12,
+    "checkpoints": 12,
 }  # fmt: skip
 
 FILES = sorted(f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py")

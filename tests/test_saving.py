@@ -1,5 +1,6 @@
 """Checkpoints are whole or known to be damaged, and a failed save is one's own."""
 
+import contextlib
 import json
 import random
 import resource
@@ -213,24 +214,29 @@ def test_other_shapes_are_the_users_error(saved):
 # -- disks ---------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """A function after which no file grows over so many bytes."""
+    """Within it no file grows over 1000 bytes: pytest's own, too, so keep it short."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_full_disk_is_said_of_the_step_it_hit(tmp_path, full_disk):
+def test_a_full_disk_is_said_of_the_step_it_hit(tmp_path):
     done = []
     with open_checkpoints(tmp_path, committed=done.append) as checkpointer:
         checkpointer.save(1, make_state(1), POSITION, None)
         checkpointer.save(2, make_state(2), POSITION, None)
         checkpointer.wait()
-        full_disk(1000)
-        with pytest.raises(SaveError, match="step 3 could not be saved") as failed:
+        with (
+            full_disk(),
+            pytest.raises(SaveError, match="step 3 could not be saved") as failed,
+        ):
             checkpointer.save(3, make_state(3), POSITION, None)
             checkpointer.wait()
         assert failed.value.step == 3 and failed.value.exit_code == 4
@@ -241,32 +247,33 @@ def test_a_full_disk_is_said_of_the_step_it_hit(tmp_path, full_disk):
             "2",
         ]
         assert not find_damage(tmp_path / "checkpoints/2")
-        full_disk(resource.RLIM_INFINITY)
         # With room again the same run saves again.
         checkpointer.save(4, make_state(4), POSITION, None)
         checkpointer.wait()
     assert done == [1, 2, 4]
 
 
-def test_a_save_that_fails_is_learnt_without_waiting_for_the_next(tmp_path, full_disk):
-    with open_checkpoints(tmp_path) as checkpointer:
-        full_disk(1000)
-        with pytest.raises(SaveError, match="step 5"):
-            checkpointer.save(5, make_state(5), POSITION, None)
-            for _ in range(200):
-                checkpointer.check()
-                time.sleep(0.05)
+def test_a_save_that_fails_is_learnt_without_waiting_for_the_next(tmp_path):
+    with (
+        open_checkpoints(tmp_path) as checkpointer,
+        full_disk(),
+        pytest.raises(SaveError, match="step 5"),
+    ):
+        checkpointer.save(5, make_state(5), POSITION, None)
+        for _ in range(200):
+            checkpointer.check()
+            time.sleep(0.05)
 
 
-def test_leaving_waits_for_the_save_and_says_when_it_failed(tmp_path, full_disk):
+def test_leaving_waits_for_the_save_and_says_when_it_failed(tmp_path):
     with open_checkpoints(tmp_path) as checkpointer:
         checkpointer.save(1, make_state(1), POSITION, None)
     assert not find_damage(tmp_path / "checkpoints/1")
     with (
         pytest.raises(SaveError, match="step 2"),
+        full_disk(),
         open_checkpoints(tmp_path) as checkpointer,
     ):
-        full_disk(1000)
         checkpointer.save(2, make_state(2), POSITION, None)
 
 
@@ -278,13 +285,13 @@ def test_the_first_error_is_shown_and_the_last_save_kept(tmp_path, left):
     assert not find_damage(tmp_path / "checkpoints/1")
 
 
-def test_the_first_error_is_shown_when_the_save_fails_too(tmp_path, full_disk):
+def test_the_first_error_is_shown_when_the_save_fails_too(tmp_path):
     said = []
     with (
         pytest.raises(ZeroDivisionError),
+        full_disk(),
         open_checkpoints(tmp_path, report=said.append) as checkpointer,
     ):
-        full_disk(1000)
         checkpointer.save(1, make_state(1), POSITION, None)
         raise ZeroDivisionError
     assert "step 1 could not be saved" in said[0]

@@ -51,7 +51,7 @@ plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slic
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)
 
 soak: $(VENV)/tested  ## kill real runs 50 times, stop and hang pairs of processes
-	$(BIN)/python -m pytest -m soak $(FLAGS)
+	$(BIN)/python -m pytest -m soak -rP $(FLAGS)
 
 orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orbax allowed
 	$(PIP) --no-deps --target $(VENV)-orbax --upgrade orbax-checkpoint==0.12.0

@@ -12,6 +12,8 @@ from research.base import Base
 from research.config import Config, MeshConfig
 from research.data.records import Turn
 from research.errors import UserError
+from research.history import History
+from research.phases import Phases
 from research.run_dir import RunDir
 from research.sampling import Sampler, Sampling
 from research.saving.manager import Checkpointer
@@ -80,7 +82,11 @@ def _restore(
     folder: RunDir, config: Config, identity: dict[str, str], job: step.Job, which: str
 ) -> step.TrainState:
     with Checkpointer(
-        folder.checkpoints, config.checkpoint, identity, read_only=True
+        folder.checkpoints,
+        config.checkpoint,
+        identity,
+        accept=set(History(folder.history, Phases()).accepted),
+        read_only=True,
     ) as checkpointer:
         known = checkpointer.steps
         number = checkpointer.best_step if which == "best" else checkpointer.latest_step

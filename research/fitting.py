@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from research import jobs, loop, mesh, metrics, profiling, runtime, step
 from research.answers import tuned_model
 from research.base import Base
 from research.config import Config
-from research.errors import DamagedError, DivergedError, SaveError
+from research.errors import DamagedError, DivergedError, SaveError, UserError
 from research.evaluate import evaluate
 from research.feed import Feed
 from research.history import History
@@ -50,8 +51,15 @@ class Run:
     evaluated: tuple[int, float] | None = None
 
 
-def fit(run: Run, checkpointer: Checkpointer, stop: StopRequest) -> int:
+def fit(
+    run: Run,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    restored: Callable[[], None],
+) -> int:
     """Trains to the last step, or until a signal; returns the updates made in all.
+
+    `restored` is called when the state is there, before anything is written.
 
     Raises:
       DivergedError: a number was not finite, more often than `optim.rollbacks`.
@@ -60,7 +68,7 @@ def fit(run: Run, checkpointer: Checkpointer, stop: StopRequest) -> int:
     """
     while True:
         try:
-            return _fit_once(run, checkpointer, stop)
+            return _fit_once(run, checkpointer, stop, restored)
         except DivergedError as error:
             made = len(run.history.skipped)
             if made >= run.config.optim.rollbacks:
@@ -83,9 +91,15 @@ def tell(run: Run, what: str) -> None:
     run.history.event(what)
 
 
-def _fit_once(run: Run, checkpointer: Checkpointer, stop: StopRequest) -> int:
+def _fit_once(
+    run: Run,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    restored: Callable[[], None],
+) -> int:
     config = run.config
     first, position = _restore(run, checkpointer)
+    restored()
     if not first:
         run.evaluated = None
     clock = metrics.Clock((position or {"elapsed": 0.0})["elapsed"])
@@ -150,11 +164,16 @@ def _restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] 
     restored = checkpointer.restore(step.abstract_state(run.job))
     if restored:
         run.state = restored.state
+        if restored.step > run.config.steps:
+            raise UserError(
+                f"{run.folder.path} has made {restored.step} steps, and config.steps "
+                f"is {run.config.steps}: give at least {restored.step}"
+            )
         return restored.step, restored.position
-    if run.history.saved:
+    if run.history.saved or checkpointer.has_set_aside:
         raise DamagedError(
-            f"{run.folder.history} says that step {run.history.saved} was saved, and "
-            f"{run.folder.checkpoints} has no checkpoint: bring it back, or remove "
+            f"step {run.history.saved} was saved, as {run.folder.history} says, and "
+            f"{run.folder.checkpoints} has no checkpoint: bring one back, or remove "
             f"{run.folder} to begin anew"
         )
     if run.state is None:
@@ -234,8 +253,9 @@ class Saver:
         self._log.sync()
         position = self._feed.position | {"elapsed": self._clock.elapsed}
         known, loss = self._run.evaluated or (-1, None)
-        # Only a loss of these very parameters says how good they are.
-        eval_loss = loss if known == number else None
+        # Only a loss of these very parameters says how good they are, and NaN nothing.
+        judged = known == number and loss is not None and math.isfinite(loss)
+        eval_loss = loss if judged else None
         self._checkpointer.save(number, state, position, eval_loss)
 
     def _tolerate(self, action: Callable[[], None]) -> None:

@@ -164,8 +164,9 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("fields of other types")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not the history of a run ({error}); remove it, and the run "
-            "goes on without its history"
+            f"{path} is not the history of a run ({error}); bring a copy back: it "
+            "says which batches were left out and what was accepted. Removed, the "
+            "run goes on without"
         ) from error
     return found
 

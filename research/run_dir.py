@@ -33,7 +33,7 @@ class RunDir:
         self._left_out = self.path / "left_out.txt"
         self._holder = self.path / "lock.holder"
         # The system frees it with the process, however that ends, on a dead host, too.
-        self._lock = filelock.FileLock(self.path / "lock")
+        self._lock = filelock.FileLock(self.path / "lock", fallback_to_soft=False)
 
     @property
     def exists(self) -> bool:
@@ -100,8 +100,8 @@ class RunDir:
 
     def _has_strangers(self) -> bool:
         """Whether anything lies here that no creation broken off half-way leaves."""
-        ours = {self._identity, self._left_out, self.tokenizer, self._holder}
-        ours |= {Path(self._lock.lock_file)}
+        ours = {self._config, self._identity, self._left_out, self.tokenizer}
+        ours |= {self._holder, Path(self._lock.lock_file)}
         return any(
             path.with_name(path.name.removesuffix(".tmp")) not in ours
             for path in self.path.iterdir()

@@ -1,9 +1,10 @@
 """What is written down of a step: metrics.jsonl, TensorBoard, the progress view."""
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class StepLog:
         first: int,
         phases: Phases,
     ):
+        self._number = first
         self._clock = clock
         self._phases = phases
         self._leaves_out = config.optim.skip_spread > 0
@@ -121,20 +123,27 @@ class StepLog:
     def _write(self, number: int, kind: str, line: dict[str, Any]) -> None:
         if not self._file:
             return
-        try:
+        self._number = number
+        with self._attributed():
             self._file.write(number, kind, line)
-        except OSError as error:
-            raise SaveError(
-                f"the metrics of step {number} could not be written: {error}; make "
-                "room or give back the right to write, then start the same command "
-                "again",
-                number,
-            ) from error
 
     def sync(self) -> None:
         """Until all that was written would outlive a loss of power."""
         if self._file:
-            self._file.sync()
+            with self._attributed():
+                self._file.sync()
+
+    @contextlib.contextmanager
+    def _attributed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"the metrics of step {self._number} could not be written: {error}; "
+                "make room or give back the right to write, then start the same "
+                "command again",
+                self._number,
+            ) from error
 
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Of the held-out rows after update `number`."""
@@ -149,4 +158,6 @@ class StepLog:
     def close(self) -> None:
         self._view.close()
         if self._file:
-            self._file.close()
+            # What could not be written has been said by `_write` or `sync`.
+            with contextlib.suppress(OSError):
+                self._file.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import signal
 
 import jax
 from rich.console import Console
@@ -65,7 +66,7 @@ def _interrupted(error: Preempted, folder: RunDir) -> int:
         logging.info("stopped by %s; the same command goes on", error)
         return PREEMPTED
     logging.info("stopped by %s before there was anything to save", error)
-    return INTERRUPTED
+    return PREEMPTED if error.signal == signal.SIGTERM else INTERRUPTED
 
 
 def _train(
@@ -92,9 +93,14 @@ def _train(
     if leads and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
             save_tokenizer(run.base.tokenizer, folder.tokenizer)
-    elif leads and changed:
-        folder.update(identity, run.task.left_out, config)
-    history.accept(changed)
+
+    def record() -> None:
+        """What was accepted holds once a checkpoint has been restored with it."""
+        history.accept(changed)
+        if leads and changed:
+            folder.update(identity, run.task.left_out, config)
+        changed.clear()
+
     watchdog = Watchdog(
         phases,
         config.runtime.watchdog_s,
@@ -110,15 +116,11 @@ def _train(
         committed=history.commit,
     )
     with watchdog, checkpointer:
-        done = fit(run, checkpointer, stop)
+        done = fit(run, checkpointer, stop, record)
     if done < config.steps:
         name = stop.signal.name
-        logging.info(
-            "%s: stopped after step %d, which is saved; the same command goes on from "
-            "there",
-            name,
-            done,
-        )
+        said = "%s: stopped after step %d, which is saved; the same command goes on"
+        logging.info(said, name, done)
         return PREEMPTED, f"{name} after step {done}"
     stop.raise_if_lost()  # All is saved; the report can wait.
     phases.enter("finish")

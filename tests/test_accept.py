@@ -35,7 +35,10 @@ def accepted(place, results):
     allowed = place.start("train", *FLAGS, "--config.accept=('data',)")
     allowed.wait_for(r"step +9/")
     allowed.send(15)
-    return first, refused, allowed.finish(), place.run("train", *FLAGS)
+    allowed = allowed.finish()
+    shorter = "--config.steps=4", "--config.accept=('steps',)"
+    fewer = place.run("train", *FLAGS, *shorter)
+    return first, refused, allowed, place.run("train", *FLAGS), fewer
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_other_data_is_refused_by_name(accepted):
 
 
 def test_an_override_goes_on_and_is_recorded(place, accepted, history):
-    allowed, last = accepted[2:]
+    allowed, last, _ = accepted[2:]
     assert allowed.code == 75, allowed.err
     assert re.search(r"step \d+ restored", allowed.err)
     # It was said once; the run is now one of the other data.
@@ -67,3 +70,9 @@ def test_an_override_goes_on_and_is_recorded(place, accepted, history):
 def test_what_was_refused_is_no_start_of_the_run(history):
     causes = [start["cause"] for start in history["starts"]]
     assert len(causes) == 3 and causes[-1] == "done"
+
+
+def test_fewer_steps_than_were_made_are_refused_and_change_nothing(accepted):
+    last, fewer = accepted[3:]
+    assert fewer.code == 2 and "give at least" in fewer.err, fewer.err
+    assert last.code == 0, "the refused steps were written down"

@@ -205,3 +205,9 @@ def test_steps_done_twice_and_later_starts_count_as_restart():
     assert found.by_phase["step"] == 60.0 + 30.0
     assert found.by_phase["restart"] == 40.0 + 20.0 + 30.0
     assert found.total == 190.0
+
+
+def test_a_creation_broken_off_at_its_last_file_is_gone_on_with(tmp_path):
+    """Killed between the config's temporary file and its rename."""
+    (tmp_path / "config.json.tmp").write_text("{")
+    RunDir(tmp_path).check_config(Config(run_dir=str(tmp_path)))

@@ -1,6 +1,7 @@
 """Checkpoints are whole or known to be damaged, and a failed save is one's own."""
 
 import contextlib
+import errno
 import json
 import random
 import resource
@@ -163,6 +164,17 @@ def test_a_damaged_newest_step_is_set_aside_and_the_next_one_used(copy):
     (aside,) = (copy / "damaged").iterdir()
     assert aside.name.startswith("3-") and str(aside) in line
     assert len(files_of(aside)) == before
+
+
+def test_a_checkpoint_without_the_right_to_read_it_is_not_set_aside(copy, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(integrity, "checksum", refuse)
+    before = sorted(x.name for x in (copy / "checkpoints").iterdir())
+    with open_checkpoints(copy) as checkpointer, pytest.raises(PermissionError):
+        checkpointer.restore(abstract(make_state(0)))
+    assert sorted(x.name for x in (copy / "checkpoints").iterdir()) == before
 
 
 def test_when_all_are_damaged_nothing_is_restored_or_overwritten(copy):

@@ -6,7 +6,7 @@ import signal
 import pytest
 from commands import chain
 from kills import kill_again_and_again
-from test_end_to_end import final_state, numbers
+from test_end_to_end import final_state
 from test_pretraining import STEP_LINE
 from test_survival import HANG, OFTEN, check_equal, start_pair
 
@@ -62,6 +62,7 @@ def check_kills(ended):
     survived = [x for x in kills if x.code == -signal.SIGKILL]
     assert {x.code for x in kills} <= {-signal.SIGKILL, 0}, kills[-1].err
     assert last.code == 0, last.err
+    assert len(survived) >= 0.8 * len(kills)
     return len(survived)
 
 
@@ -73,7 +74,7 @@ def test_fine_tuning_survives_25_kills(place, unbroken, killed_often):
 
 def test_pretraining_survives_25_kills(place, pretraining_killed_often):
     print("kills survived:", check_kills(pretraining_killed_often))
-    assert numbers(place, "pretraining-often") == numbers(place, "pretrained")
+    check_equal(place, "pretraining-often", "pretrained")
 
 
 @pytest.mark.parametrize("how", ["raises", "sleeps", "stops", "dies"])

@@ -162,6 +162,7 @@ def test_a_dead_process_ends_the_other_which_says_where_it_was(pair):
     assert survivor.seconds < 120
 
 
+@pytest.mark.soak
 def test_a_hung_process_ends_all_with_their_stacks(stuck):
     waiting, hung = stuck
     assert hung.code == STUCK

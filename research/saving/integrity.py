@@ -9,6 +9,7 @@ so a committed checkpoint without one is damaged, too.
 """
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from orbax.checkpoint.path import atomicity
 SEAL = "sums.json"
 COMMITTED = "commit_success.txt"  # Orbax's own name for it.
 PORTION = 1 << 22  # bytes read at a time
+# What the disk says of files that are gone or cannot be read back. Another error says
+# nothing of the bytes, and sets no checkpoint aside.
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 
 
 def checksum(path: Path) -> list[Any]:
@@ -66,6 +70,9 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> list[str]:
       folder: of one checkpoint.
       index: which share of the files to read.
       count: of how many shares; all read the seals, which are small.
+
+    Raises:
+      OSError: no right to read them, or the system is at its limits.
     """
     problems: list[str] = []
     expected = list(_listed(folder, folder, problems))
@@ -74,6 +81,8 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> list[str]:
         try:
             found = checksum(path)
         except OSError as error:
+            if error.errno not in LOST:
+                raise
             problems.append(f"{name}: {error.strerror}")
             continue
         if found[0] != size:
@@ -94,6 +103,8 @@ def _listed(
         if _sum_of(files) != known:
             raise ValueError("it does not match its own sum")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno not in LOST:
+            raise
         where = (folder / SEAL).relative_to(top)
         problems.append(f"{where}: {getattr(error, 'strerror', None) or error}")
         return

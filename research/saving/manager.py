@@ -65,6 +65,7 @@ class Checkpointer:
         read_only: nothing is written, moved or removed.
         """
         self._folder = folder.absolute()
+        self._aside = self._folder.parent / "damaged"
         self._config = config
         self._identity = identity
         self._accept = accept
@@ -129,6 +130,11 @@ class Checkpointer:
         finally:
             with contextlib.suppress(Exception):  # What failed has been said.
                 self._manager.close()
+
+    @property
+    def has_set_aside(self) -> bool:
+        """Whether a damaged checkpoint of this run was ever moved away."""
+        return self._aside.is_dir()
 
     @property
     def steps(self) -> list[int]:
@@ -206,17 +212,22 @@ class Checkpointer:
         except Exception as error:  # TensorStore, Orbax and the disk raise many kinds.
             self._pending = None
             self._reopen(step)
-            cause = f"{type(error).__name__}: {error}".splitlines()
-            left = ", ".join(map(str, self.steps)) or "none"
-            raise SaveError(
-                f"step {step} could not be saved: {cause[0][:300]}; checkpoints left: "
-                f"{left}; make room or give back the right to write {self._folder}, "
-                "then start the same command again",
-                step,
-            ) from error
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int, error: Exception) -> SaveError:
+        cause = f"{type(error).__name__}: {error}".splitlines()
+        left = ", ".join(map(str, self.steps)) or "none"
+        return SaveError(
+            f"step {step} could not be saved: {cause[0][:300]}; checkpoints left: "
+            f"{left}; make room or give back the right to write {self._folder}, then "
+            "start the same command again",
+            step,
+        )
 
     def _reopen(self, step: int) -> None:
         """A manager that has failed knows steps that do not exist, and lost threads."""
+        if jax.process_count() > 1:
+            return  # Orbax would wait for the others; this process ends at once.
         with contextlib.suppress(Exception):
             self._manager.close()
         if jax.process_index() == 0:
@@ -277,7 +288,7 @@ class Checkpointer:
         """Keeps a damaged checkpoint where no restore looks, and says so."""
         if self._read_only:
             self._require_intact(step)
-        target = self._folder.parent / "damaged" / f"{step}-{time.time_ns():x}"
+        target = self._aside / f"{step}-{time.time_ns():x}"
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)

@@ -47,7 +47,13 @@ def machine():
     return " ".join([jax.__version__, *(x for x in FEATURES if x in flags)])
 
 
-SMALL = ("--config.steps=100", "--config.eval.every=1000", "--config.eval.prompts=1")
+SMALL = (
+    "--config.steps=100",
+    "--config.eval.every=1000",
+    "--config.eval.prompts=1",
+    "--config.data.batch_size=2",
+    "--config.data.microbatch_size=1",
+)
 JOBS = {
     "lora": ("--config.data.held_out=16",),
     "full": (

@@ -81,10 +81,9 @@ def pretrained(place, results):
 
 @chain
 def pretrained_in_parts(place, results):
-    """The same, stopped and killed, each after a checkpoint; then finished."""
+    """The same, killed after a checkpoint; then finished."""
     results("pretrained")
     flags = ("--config=pretrain.py", "--config.run_dir=runs/parts")
-    place.stop_at(flags, STEP_LINE.format(4), signal.SIGINT)
     place.stop_at(flags, STEP_LINE.format(8), signal.SIGKILL)
     return pretrain(place, "parts")
 

@@ -10,7 +10,7 @@ from test_end_to_end import final_state
 from test_pretraining import STEP_LINE
 from test_survival import HANG, OFTEN, check_equal, start_pair
 
-from research.errors import PREEMPTED
+from research.errors import PREEMPTED, SaveError
 
 pytestmark = pytest.mark.soak
 
@@ -29,6 +29,16 @@ def pretraining_killed_often(place, results):
     return kill_again_and_again(place, flags, 25, seed=2)
 
 
+# From the second batch on no file of this process grows: its disk is full.
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+""" + HANG.format(
+    what="resource.setrlimit(resource.RLIMIT_FSIZE, "
+    "(1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
+)
+
+
 @chain
 def pairs(place, results):
     """How two processes end when the second one fails, by what it does."""
@@ -44,6 +54,8 @@ def pairs(place, results):
         first = running[0].finish()
         running[1].send(signal.SIGCONT)
         ended[name] = [first, running[1].finish()]
+    running = start_pair(place, "full", programs={1: FULL_DISK})
+    ended["fills"] = [process.finish() for process in running]
     return ended
 
 
@@ -77,13 +89,25 @@ def test_pretraining_survives_25_kills(place, pretraining_killed_often):
     check_equal(place, "pretraining-often", "pretrained")
 
 
-@pytest.mark.parametrize("how", ["raises", "sleeps", "stops", "dies"])
+@pytest.mark.parametrize("how", ["raises", "sleeps", "stops", "dies", "fills"])
 def test_a_failing_process_ends_the_other(pairs, how):
     first, second = pairs[how]
     assert first.code not in (0, PREEMPTED), first.err
     assert re.search("process 0 .* in phase ", first.err), first.err
     assert second.code != 0
     assert first.seconds < 120
+
+
+def test_a_dead_process_ends_the_other_with_its_stacks(pairs):
+    survivor, dead = pairs["dies"]
+    assert dead.code == -signal.SIGKILL
+    assert "fitting.py" in survivor.err, "no stack"
+
+
+def test_a_full_disk_at_one_process_is_said_at_once(place, pairs):
+    _, full = pairs["fills"]
+    assert full.code == SaveError.exit_code, full.err
+    assert re.search(r"step \d+ could not be saved: .*too large", full.err), full.err
 
 
 def test_ctrl_c_at_one_process_stops_both_at_one_step(place, interrupted_pair):

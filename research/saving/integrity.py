@@ -12,7 +12,7 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,11 @@ def _commit(folder: Path, final: Path) -> None:
 class SealedArrays(ocp.handlers.StandardCheckpointHandler):
     """Orbax's handler of array trees; each process seals the files it wrote alone."""
 
+    def __init__(self, failed: Callable[[Exception], None] = lambda error: None):
+        """`failed` is told at once what Orbax raises when all processes know."""
+        super().__init__()
+        self._failed = failed
+
     async def async_save(self, directory: Any, *args: Any, **options: Any) -> list[Any]:
         futures = await super().async_save(directory, *args, **options) or []
 
@@ -153,4 +158,22 @@ class SealedArrays(ocp.handlers.StandardCheckpointHandler):
             if own.is_dir():
                 seal(own)
 
-        return [ocp.future.ChainedFuture(futures, seal_own)]
+        return [_Told(ocp.future.ChainedFuture(futures, seal_own), self._failed)]
+
+
+class _Told:
+    """An Orbax future that tells `failed` what its result raises."""
+
+    def __init__(self, future: ocp.future.Future, failed: Callable[[Exception], None]):
+        self._future = future
+        self._failed = failed
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._failed(error)
+            raise
+
+    def cancel(self) -> None:
+        self._future.cancel()

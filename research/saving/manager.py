@@ -20,6 +20,8 @@ from research.saving.identity import Identity, check_identity
 from research.saving.integrity import SealedArrays, SealedPath, find_damage
 from research.step import TrainState
 
+POLL = 0.02  # seconds between two looks at a save that is waited for
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -73,6 +75,8 @@ class Checkpointer:
         self._committed = committed
         self._read_only = read_only
         self._pending: int | None = None
+        # Of this process: one of several that fails waits for the others in Orbax.
+        self._failed: Exception | None = None
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -101,7 +105,7 @@ class Checkpointer:
             temporary_path_class=SealedPath,
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        arrays, json_files = SealedArrays(), ocp.JsonCheckpointHandler()
+        arrays, json_files = SealedArrays(self._fail), ocp.JsonCheckpointHandler()
         for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
             registry.add("state", args, arrays)
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
@@ -128,8 +132,10 @@ class Checkpointer:
             # The first error is the one to show; this one must not be lost either.
             self._report(str(failed))
         finally:
-            with contextlib.suppress(Exception):  # What failed has been said.
-                self._manager.close()
+            # Orbax would close it with the others, who know nothing of a failure here.
+            if not (self._failed and jax.process_count() > 1):
+                with contextlib.suppress(Exception):  # What failed has been said.
+                    self._manager.close()
 
     @property
     def has_set_aside(self) -> bool:
@@ -184,7 +190,9 @@ class Checkpointer:
         Raises:
           SaveError: it has failed.
         """
-        if self._pending is not None and not self._manager.is_saving_in_progress():
+        if self._pending is None:
+            return
+        if self._failed or not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -197,12 +205,26 @@ class Checkpointer:
             return
         step = self._pending
         with self._naming(step):
+            self._wait_for_own()
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if not (self._folder / str(step)).is_dir():
                 raise OSError("Orbax says it is done, and there is nothing")
         self._pending = None
         self._committed(step)
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = error
+
+    def _wait_for_own(self) -> None:
+        """With several processes: raises this one's failure as soon as it is known.
+
+        Orbax raises it when all have come to a barrier, where they wait for this one.
+        """
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if self._failed:
+                raise self._failed
+            time.sleep(POLL)
 
     @contextlib.contextmanager
     def _naming(self, step: int) -> Iterator[None]:
@@ -215,10 +237,12 @@ class Checkpointer:
             raise self._failure(step, error) from error
 
     def _failure(self, step: int, error: Exception) -> SaveError:
-        cause = f"{type(error).__name__}: {error}".splitlines()
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if len(cause) > 300:  # TensorStore's begin with a path, and end with the cause.
+            cause = f"{cause[:60]} ... {cause[-240:]}"
         left = ", ".join(map(str, self.steps)) or "none"
         return SaveError(
-            f"step {step} could not be saved: {cause[0][:300]}; checkpoints left: "
+            f"step {step} could not be saved: {cause}; checkpoints left: "
             f"{left}; make room or give back the right to write {self._folder}, then "
             "start the same command again",
             step,
@@ -233,6 +257,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for torn in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(torn, ignore_errors=True)
+        self._failed = None
         with contextlib.suppress(UserError):
             self._manager = self._open()
 

@@ -45,9 +45,11 @@ def main(argv: Sequence[str]) -> int:
     folder.config()  # Or it is no run.
     if verb == "export-step":
         return _export(f.run, f.step, f.out)
+    if verb == "prune":
+        folder.lock()  # A trainer removes and counts its own.
     found = inspect(folder.checkpoints)
     if verb == "prune":
-        return _prune(folder, found, f.keep_last, f.keep_best)
+        return _prune(found, f.keep_last, f.keep_best)
     _show(folder, found)
     return _verify(found) if verb == "verify" else 0
 
@@ -84,9 +86,7 @@ def _verify(found: "list[Checkpoint]") -> int:
     return 0
 
 
-def _prune(
-    folder: "RunDir", found: "list[Checkpoint]", keep_last: int, keep_best: int
-) -> int:
+def _prune(found: "list[Checkpoint]", keep_last: int, keep_best: int) -> int:
     from research.saving.inspection import superfluous
 
     if keep_last < 1 or keep_best < 0:
@@ -95,7 +95,6 @@ def _prune(
         raise DamagedError(
             "every checkpoint is damaged: prune would leave none, so it removes none"
         )
-    folder.lock()  # A trainer removes and counts its own.
     gone = superfluous(found, keep_last, keep_best)
     for each in gone:
         shutil.rmtree(each.folder)

@@ -130,7 +130,10 @@ class History:
         temporary = self._path.with_suffix(".tmp")
         text = json.dumps(self._found, indent=1, ensure_ascii=False)
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(self._path)
         except OSError as error:
             if required:

@@ -179,7 +179,8 @@ class RunDir:
         left_out: Sequence[str],
         config: Config | None = None,
     ) -> None:
-        """Writes down whose the run is from now on."""
+        """Writes down whose the run is from now on; it may have steps to make again."""
+        self._complete.unlink(missing_ok=True)
         _write(self._identity, json.dumps(identity, indent=2))
         _write(self._left_out, "".join(f"{line}\n" for line in left_out))
         if config is not None:

@@ -36,7 +36,7 @@ def train(config: Config) -> int:
     phases = Phases(runtime.process_age())
     folder = RunDir(config.run_dir)
     changed = folder.check_config(config)
-    if folder.is_complete:
+    if folder.is_complete and not changed:
         logging.info(
             "%s is complete; its report: %s/report.md", folder.path, folder.path
         )
@@ -49,7 +49,8 @@ def train(config: Config) -> int:
             code = _interrupted(error, folder)
             cause = f"{error} outside of training steps"
         except BaseException as error:
-            code = getattr(error, "exit_code", 1)
+            known = 2 if isinstance(error, PermissionError) else 1
+            code = getattr(error, "exit_code", known)
             history.end(f"{type(error).__name__}: {error}".partition("\n")[0], code)
             # All processes see the same loss; any other error may be one's own.
             if jax.process_count() > 1 and not isinstance(error, DivergedError):

@@ -38,7 +38,9 @@ def accepted(place, results):
     allowed = allowed.finish()
     shorter = "--config.steps=4", "--config.accept=('steps',)"
     fewer = place.run("train", *FLAGS, *shorter)
-    return first, refused, allowed, place.run("train", *FLAGS), fewer
+    last = place.run("train", *FLAGS)
+    longer = "--config.steps=18", "--config.accept=('steps',)"
+    return first, refused, allowed, last, fewer, place.run("train", *FLAGS, *longer)
 
 
 @pytest.fixture
@@ -55,12 +57,12 @@ def test_other_data_is_refused_by_name(accepted):
 
 
 def test_an_override_goes_on_and_is_recorded(place, accepted, history):
-    allowed, last, _ = accepted[2:]
+    allowed, last, _, _ = accepted[2:]
     assert allowed.code == 75, allowed.err
     assert re.search(r"step \d+ restored", allowed.err)
     # It was said once; the run is now one of the other data.
     assert last.code == 0, last.err
-    assert history["accepted"].keys() == {"data"}
+    assert history["accepted"].keys() == {"data", "steps"}
     old, new = history["accepted"]["data"].split(" -> ")
     identity = json.loads((place.run_dir("accept") / "identity.json").read_text())
     assert identity["data"] == new != old
@@ -69,10 +71,20 @@ def test_an_override_goes_on_and_is_recorded(place, accepted, history):
 
 def test_what_was_refused_is_no_start_of_the_run(history):
     causes = [start["cause"] for start in history["starts"]]
-    assert len(causes) == 3 and causes[-1] == "done"
+    assert len(causes) == 4 and causes[2:] == ["done", "done"]
 
 
 def test_fewer_steps_than_were_made_are_refused_and_change_nothing(accepted):
-    last, fewer = accepted[3:]
+    last, fewer = accepted[3:5]
     assert fewer.code == 2 and "give at least" in fewer.err, fewer.err
     assert last.code == 0, "the refused steps were written down"
+
+
+def test_a_complete_run_goes_on_to_more_steps(place, accepted):
+    longer = accepted[5]
+    assert longer.code == 0, longer.err
+    assert "step 16 restored" in longer.err
+    lines = place.lines("accept", "train")
+    assert [line["step"] for line in lines] == list(range(1, 19))
+    again = place.run("train", *FLAGS, "--config.steps=18")
+    assert again.code == 0 and "is complete" in again.err, again.err

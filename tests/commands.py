@@ -156,7 +156,7 @@ class Place:
     def run(self, module, *flags, stdin="", **options):
         return self.start(module, *flags, **options).finish(stdin)
 
-    def start_together(self, count, *flags, devices=4, programs=None):
+    def start_together(self, count, *flags, devices=2, programs=None):
         """Trains in `count` processes that find each other; returns them, running."""
         with socket.socket() as listener:
             listener.bind(("localhost", 0))

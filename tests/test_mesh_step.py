@@ -121,12 +121,10 @@ MESHES = {
         ((1, 8, 1), 1),
         ((2, 2, 2), 2),
         ((1, 2, 4), 1),
-        ((1, 1, 1, 1, 8), 1),
         ((1, 1, 2, 1, 4), 2),
-        ((2, 1, 2, 2, 1), 1),
         ((1, 2, 1, 2, 2), 1),
     ],
-    "lora": [((1, 8, 1), 1), ((2, 2, 2), 2), ((1, 2, 4), 1), ((1, 2, 1, 2, 2), 2)],
+    "lora": [((2, 2, 2), 2), ((1, 2, 4), 1), ((1, 2, 1, 2, 2), 2)],
 }
 
 
@@ -139,10 +137,9 @@ def test_every_mesh_trains_as_one_device(run, kind, sizes, microbatches):
     assert_same_training(run(kind, sizes, microbatches), run(kind))
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_splitting_the_batch_changes_nothing(run, microbatches):
+def test_splitting_the_batch_changes_nothing(run):
     """The rows' weights are uneven: a mean of means would differ."""
-    assert_same_training(run("lora", ONE, microbatches), run("lora"))
+    assert_same_training(run("lora", ONE, 4), run("lora"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

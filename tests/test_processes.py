@@ -1,4 +1,4 @@
-"""Two real processes of four devices each train as one process of eight does."""
+"""Two real processes of two devices each train as one process of four does."""
 
 import jax
 import numpy as np
@@ -8,14 +8,14 @@ from commands import chain
 from helpers import close
 from test_pretraining import STEPS, pretrain
 
-MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.context=2")
+MESH = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
 PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")
 
 
 @chain
 def one_process(place, results):
     results("pretrained")
-    return pretrain(place, "one-process", *MESH, *PLAIN, devices=8)
+    return pretrain(place, "one-process", *MESH, *PLAIN, devices=4)
 
 
 @chain

@@ -1,7 +1,7 @@
 """What lies in the environment never gets out: no log, file or error has it."""
 
 import pytest
-from commands import FEW_ROWS, chain
+from commands import chain
 
 SECRETS = {
     name: f"canary-{index}-of-the-environment"
@@ -28,7 +28,7 @@ def with_secrets(place, results):
 
     (place.folder / "bad-row.jsonl").write_text('{"instruction": "a", "response": 3}')
     return {
-        "whole": train("secrets", "--config.steps=2", *FEW_ROWS),
+        "whole": train("secrets", "--config.steps=2", "--config.eval.prompts=1"),
         "bad row": train("secrets-row", "--config.data.path=bad-row.jsonl"),
         "hub": train("secrets-hub", "--config.model.init_from=hub://nobody/nothing"),
     }

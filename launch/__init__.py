@@ -1,0 +1,1 @@
+"""Starts the programs of `research` on one machine or many."""

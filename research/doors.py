@@ -98,7 +98,8 @@ def config_from_flags() -> Config:
         name = next((a for a in sys.argv if a.startswith("--config=")), "--config")
         cause = error.__cause__ or error
         raise UserError(
-            f"{name} cannot be loaded: {type(cause).__name__}: {cause}"
+            f"{name} cannot be loaded: {type(cause).__name__}: "
+            + " ".join(str(cause).split())
         ) from error
 
 

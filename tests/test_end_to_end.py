@@ -342,6 +342,7 @@ def test_a_broken_run_equals_the_unbroken_one_exactly(place, unbroken, broken):
     assert final_state(place, "broken") == final_state(place, "unbroken")
 
 
+@pytest.mark.soak
 def test_eight_devices_train_as_one_does(place, unbroken, remeshed):
     assert [x.code for x in remeshed] == [75, 0], remeshed[0].err + remeshed[1].err
     assert "data=2, fsdp=2, tensor=2" in remeshed[0].out

@@ -7,7 +7,7 @@ import pytest
 from commands import chain
 from kills import kill_again_and_again
 from test_end_to_end import final_state
-from test_pretraining import STEP_LINE
+from test_pretraining import STEP_LINE, pretrain
 from test_survival import HANG, OFTEN, check_equal, start_pair
 
 from research.errors import PREEMPTED, SaveError
@@ -22,10 +22,24 @@ def killed_often(place, results):
     return kill_again_and_again(place, flags, 25, seed=1)
 
 
+# So many steps that a run is not done before its last kill.
+LONG = (
+    "--config.steps=150",
+    "--config.eval.every=50",
+    "--config.eval.samples_every=50",
+)
+
+
+@chain
+def long_pretrained(place, results):
+    results("pretrained")
+    return pretrain(place, "long", *LONG)
+
+
 @chain
 def pretraining_killed_often(place, results):
     results("pretrained")
-    flags = ("--config=pretrain.py", "--config.run_dir=runs/pretraining-often")
+    flags = ("--config=pretrain.py", "--config.run_dir=runs/pretraining-often", *LONG)
     return kill_again_and_again(place, flags, 25, seed=2)
 
 
@@ -84,9 +98,12 @@ def test_fine_tuning_survives_25_kills(place, unbroken, killed_often):
     assert final_state(place, "often") == final_state(place, "unbroken")
 
 
-def test_pretraining_survives_25_kills(place, pretraining_killed_often):
+def test_pretraining_survives_25_kills(
+    place, long_pretrained, pretraining_killed_often
+):
+    assert long_pretrained.code == 0, long_pretrained.err
     print("kills survived:", check_kills(pretraining_killed_often))
-    check_equal(place, "pretraining-often", "pretrained")
+    check_equal(place, "pretraining-often", "long")
 
 
 @pytest.mark.parametrize("how", ["raises", "sleeps", "stops", "dies", "fills"])

@@ -1,0 +1,39 @@
+"""One file a target: `HELP`, `TOOLS`, `add_flags`, `plan` and `run`.
+
+A target turns a job into a `Plan`; `run` carries it out. To add one, add a file.
+"""
+
+import argparse
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Protocol
+
+from launch.job import Job, Plan
+
+
+class Target(Protocol):
+    """What a file here offers.
+
+    Attributes:
+      HELP: one line.
+      TOOLS: programs it calls, and for each what to install.
+    """
+
+    HELP: str
+    TOOLS: Mapping[str, str]
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def plan(self, job: Job, options: argparse.Namespace) -> Plan: ...
+
+    def run(self, plan: Plan, options: argparse.Namespace) -> int: ...
+
+
+def names() -> list[str]:
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in found)
+
+
+def find(name: str) -> Target:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

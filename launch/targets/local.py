@@ -1,0 +1,111 @@
+"""Processes on this machine, which find each other; started again when they fail."""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+from launch import policy
+from launch.job import Job, Plan
+from research.errors import UserError
+
+HELP = "processes on this machine"
+TOOLS: Mapping[str, str] = {}
+POLL = 0.1  # seconds between two looks at the processes
+PATIENCE = 60.0  # seconds that the others have to end after one has failed
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=1, help="default: 1")
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="after failures; default: 3"
+    )
+    parser.add_argument(
+        "--port", type=int, default=0, help="of the first process; default: a free one"
+    )
+
+
+def plan(job: Job, options: argparse.Namespace) -> Plan:
+    if options.processes < 1:
+        raise UserError(f"--processes is {options.processes}; it must be at least 1")
+    command = job.command(sys.executable)
+    if options.processes == 1:
+        return Plan({}, [command])
+    command.append("--config.runtime.distributed=true")
+    address = f"localhost:{options.port or free_port()}"
+    env = [
+        {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(options.processes),
+            "JAX_PROCESS_ID": str(index),
+        }
+        for index in range(options.processes)
+    ]
+    return Plan({}, [command] * options.processes, env)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def run(plan: Plan, options: argparse.Namespace) -> int:
+    """Until the run is done or must not be tried again; returns its exit code.
+
+    A signal to the launcher goes to every process, and ends the restarts.
+    """
+    logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
+    group = Group()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, group.forward)
+    left = options.restarts
+    while True:
+        code = group.run(plan)
+        if group.told is not None or not policy.again(code, left):
+            return code
+        left -= code != policy.PREEMPTED
+        logging.info("ended with code %d; once more, %d failures left", code, left)
+
+
+class Group:
+    """The processes of one start.
+
+    Attributes:
+      told: the signal that this launcher was given, if any.
+    """
+
+    def __init__(self) -> None:
+        self.told: int | None = None
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        self.told = number
+        for process in self._running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def run(self, plan: Plan) -> int:
+        """Starts every command at once; returns the code that says most."""
+        env = plan.env or [{}] * len(plan.commands)
+        self._running = [
+            # A group of its own: the terminal's Ctrl-C comes once, through `forward`.
+            subprocess.Popen(command, env=os.environ | own, process_group=0)
+            for command, own in zip(plan.commands, env, strict=True)
+        ]
+        failed_at = None
+        while any(process.poll() is None for process in self._running):
+            if failed_at is None and any(x.returncode for x in self._running):
+                failed_at = time.monotonic()
+            # They leave by themselves when another has failed, with their stacks.
+            if failed_at and time.monotonic() - failed_at > PATIENCE:
+                for process in self._running:
+                    process.kill()
+            time.sleep(POLL)
+        return policy.worst([process.returncode for process in self._running])

@@ -1,0 +1,80 @@
+"""A Slurm job: told before its time is over, it saves, is queued again and goes on."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.job import Job, Plan
+from research.errors import PREEMPTED, UserError
+
+HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"
+TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on Debian)"}
+
+# Options go to sbatch as arguments, never into the script: no name can be a directive.
+TEMPLATE = """#!/bin/bash
+# A trainer that was preempted has saved: the same job goes on where it was.
+cd {folder} || exit 2
+srun --kill-on-bad-exit=0 {command} &
+step=$!
+trap 'kill -TERM "$step"' TERM
+wait "$step"; code=$?
+# The trap ends the first wait; the step is still saving then.
+while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
+if [ "$code" -eq {preempted} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
+    parser.add_argument("--processes-per-node", type=int, default=1, help="default: 1")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
+    parser.add_argument("--time", default="", help="limit, as sbatch has it: 4:00:00")
+    parser.add_argument(
+        "--grace", type=int, default=120, help="seconds to save in; default: 120"
+    )
+    parser.add_argument("--partition", default="", help="default: the cluster's")
+    parser.add_argument("--account", default="", help="default: the user's")
+    parser.add_argument("--name", default="", help="default: the run directory's")
+
+
+def plan(job: Job, options: argparse.Namespace) -> Plan:
+    for flag in ("nodes", "processes_per_node", "grace"):
+        if getattr(options, flag) < 1:
+            shown = flag.replace("_", "-")
+            raise UserError(
+                f"--{shown} is {getattr(options, flag)}; it must be at least 1"
+            )
+    run_dir = Path(job.config.run_dir)
+    script = run_dir.with_name(f"{run_dir.name}.slurm.sh")
+    command = job.command(sys.executable)
+    if options.nodes * options.processes_per_node > 1:
+        command.append("--config.runtime.distributed=true")
+    text = TEMPLATE.format(
+        folder=shlex.quote(os.getcwd()),
+        command=shlex.join(command),
+        preempted=PREEMPTED,
+    )
+    chosen = {
+        "job-name": options.name or run_dir.name,
+        "nodes": options.nodes,
+        "ntasks-per-node": options.processes_per_node,
+        "gpus-per-node": options.gpus_per_node or "",
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "signal": f"B:TERM@{options.grace}",
+        "output": f"{run_dir}.slurm.log",
+        "open-mode": "append",
+    }
+    flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]
+    return Plan({script: text}, [["sbatch", "--requeue", *flags, str(script)]])
+
+
+def run(plan: Plan, options: argparse.Namespace) -> int:
+    plan.write_files()
+    return subprocess.run(plan.commands[0], check=False).returncode

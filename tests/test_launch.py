@@ -1,0 +1,147 @@
+"""What a launch would do, and that nothing a user names can do more."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+from launch import policy
+from research.errors import PREEMPTED, STUCK
+
+NASTY = (
+    "a b",
+    "it's",
+    '"',
+    "$(touch canary)",
+    "`touch canary`",
+    "a;touch canary",
+    "x\ny",
+)
+CONFIG = f"--config={ROOT}/configs/finetune_dolly.py"
+RECORD = """#!{python}
+import json, sys
+with open({file!r}, "a") as out:
+    out.write(json.dumps(sys.argv) + "\\n")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """`fake(tool)` puts a program on PATH that writes down its argv; `fake.calls()`."""
+    folder, file = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+
+    def make(tool):
+        path = folder / tool
+        path.write_text(RECORD.format(python=sys.executable, file=str(file)))
+        path.chmod(0o755)
+
+    make.calls = lambda: [json.loads(x) for x in file.read_text().splitlines()]
+    return make
+
+
+def launch(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def files(folder):
+    return {x.relative_to(folder) for x in folder.rglob("*") if x.name != "calls"}
+
+
+@pytest.mark.parametrize("target", ["local", "slurm"])
+def test_a_dry_run_shows_and_does_nothing(tmp_path, fake, target):
+    fake("sbatch")
+    before = files(tmp_path)
+    done = launch(tmp_path, target, "--dry-run", "--", CONFIG, "--config.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert f"-m research.train {CONFIG} --config.steps=3" in done.stdout
+    assert files(tmp_path) == before and not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("name", [*NASTY, "x\ntouch canary"])
+def test_no_name_breaks_out_of_a_slurm_script(tmp_path, fake, name):
+    """The script runs for real, with an `srun` that writes down what reaches it."""
+    for tool in ("sbatch", "srun", "scontrol"):
+        fake(tool)
+    run_dir = f"--config.run_dir=runs/{name}"
+    done = launch(
+        tmp_path, "slurm", "--nodes=2", f"--name={name}", "--", CONFIG, run_dir
+    )
+    assert done.returncode == 0, done.stderr
+    (submitted,) = fake.calls()
+    assert f"--job-name={name}" in submitted
+    subprocess.run(["bash", submitted[-1]], cwd=tmp_path, check=True)
+    srun = fake.calls()[-1]
+    assert run_dir in srun and "--config.runtime.distributed=true" in srun
+    assert not list(tmp_path.rglob("canary"))
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck on PATH")
+def test_the_slurm_script_is_clean(tmp_path):
+    done = launch(tmp_path, "slurm", "--dry-run", "--", CONFIG)
+    script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("sbatch")]
+    subprocess.run(["shellcheck", "-"], input=script, text=True, check=True)
+
+
+def slurm_script(tmp_path, code):
+    """Runs the script with an `srun` that ends so; returns its code and the calls."""
+    launch(tmp_path, "slurm", "--", CONFIG, "--config.run_dir=runs/a")
+    (tmp_path / "bin/srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "bin/srun").chmod(0o755)
+    script = tmp_path / "runs/a.slurm.sh"
+    env = os.environ | {"SLURM_JOB_ID": "17"}
+    return subprocess.run(["bash", script], env=env, check=False).returncode
+
+
+@pytest.mark.parametrize("code, requeued", [(0, False), (PREEMPTED, True), (3, False)])
+def test_slurm_queues_again_what_was_preempted_and_nothing_else(
+    tmp_path, fake, code, requeued
+):
+    for tool in ("sbatch", "scontrol"):
+        fake(tool)
+    assert slurm_script(tmp_path, code) == code
+    asked = [call[1:] for call in fake.calls() if call[0].endswith("scontrol")]
+    assert asked == ([["requeue", "17"]] if requeued else [])
+
+
+BAD = {
+    "unknown target": (("locl", "--", CONFIG), "'locl'"),
+    "missing tool": (("slurm", "--", CONFIG), "slurm-client"),
+    "no trainer": (("local",), "--config=FILE.py"),
+    "mistyped knob": (("local", "--", CONFIG, "--config.lora.rnak=3"), "lora.rank"),
+    "missing config": (("local", "--", "--config=absent.py"), "absent.py"),
+    "mistyped flag": (("slurm", "--noodles=2", "--", CONFIG), "--noodles"),
+    "no process": (("local", "--processes=0", "--", CONFIG), "--processes is 0"),
+}
+
+
+@pytest.mark.parametrize("arguments, said", BAD.values(), ids=list(BAD))
+def test_bad_input_is_one_line_and_nothing_is_made(tmp_path, fake, arguments, said):
+    before = files(tmp_path)
+    done = launch(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert files(tmp_path) == before
+
+
+def test_what_a_person_must_mend_is_not_tried_again():
+    assert not any(policy.again(code, 3) for code in (0, 2, 3, 4, 5, 130))
+    assert policy.again(PREEMPTED, 0)
+    for code in (1, -9, 137, STUCK):
+        assert policy.again(code, 1) and not policy.again(code, 0)
+
+
+def test_of_several_ends_the_one_that_failed_is_told():
+    assert policy.worst([0, 0]) == 0
+    assert policy.worst([PREEMPTED, PREEMPTED]) == PREEMPTED
+    assert policy.worst([PREEMPTED, -9]) == -9
+    assert policy.worst([STUCK, 4]) == 4

@@ -134,8 +134,19 @@ class Place:
     def __init__(self, folder, cache):
         self.folder, self.cache = folder, cache
 
-    def start(self, module, *flags, devices=1, more=None, program=None):
-        """A command that runs; `program` is Python that goes before it."""
+    def start(self, module, *flags, program=None, **options):
+        """A command of `research` that runs; `program` is Python that goes before."""
+        name = f"research.{module}"
+        run = f"import runpy\nrunpy.run_module({name!r}, {{}}, '__main__', True)"
+        how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
+        return self.start_python(*how, *flags, **options)
+
+    def launch(self, own, training, **options):
+        """`python -m launch`, to its end."""
+        running = self.start_python("-m", "launch", *own, "--", *training, **options)
+        return running.finish()
+
+    def start_python(self, *arguments, devices=1, more=None):
         settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
         env |= {
@@ -148,10 +159,7 @@ class Place:
             "COLUMNS": "160",
             **(more or {}),
         }
-        name = f"research.{module}"
-        run = f"import runpy\nrunpy.run_module({name!r}, {{}}, '__main__', True)"
-        how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
-        return Running([sys.executable, *how, *flags], cwd=self.folder, env=env)
+        return Running([sys.executable, *arguments], cwd=self.folder, env=env)
 
     def run(self, module, *flags, stdin="", **options):
         return self.start(module, *flags, **options).finish(stdin)

@@ -143,6 +143,7 @@ def test_goodput_counts_every_start(place, terminated):
     assert float(parts["restart"]) > float(parts["start"]), "three of four starts"
 
 
+@pytest.mark.soak
 def test_two_processes_agree_on_the_step_they_stop_at(place, pair):
     stopped, last = pair
     assert [process.code for process in stopped] == [PREEMPTED] * 2, stopped[0].err

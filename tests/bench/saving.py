@@ -10,9 +10,12 @@ the commit; `sealed` is the checksums' share of that, and `checked` of a restore
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp

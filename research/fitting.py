@@ -98,7 +98,7 @@ def _fit_once(
     restored: Callable[[], None],
 ) -> int:
     config = run.config
-    first, position = _restore(run, checkpointer)
+    first, position = restore(run, checkpointer)
     restored()
     if not first:
         run.evaluated = None
@@ -153,7 +153,7 @@ def _fit_once(
     return done
 
 
-def _restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] | None]:
+def restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] | None]:
     """Puts the newest intact checkpoint into `run.state`; returns its step, position.
 
     Step 0 only where nothing was ever saved: whoever takes a loss of all checkpoints

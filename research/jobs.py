@@ -128,10 +128,12 @@ def load_base(job: Job, base: Base, dtype: Any) -> Params:
     return jax.jit(init, out_shardings=shardings)(jax.random.key(job.seed))
 
 
-def load_start(job: Job, base: Base) -> tuple[Params, Params]:
-    """What is trained, at its start, and what is frozen."""
+def load_start(
+    job: Job, base: Base, frozen: Params | None = None
+) -> tuple[Params, Params]:
+    """What is trained, at its start, and what is frozen (or is there already)."""
     if job.trainable.frozen_specs:
-        frozen = load_base(job, base, job.trainable.frozen_dtype)
+        frozen = frozen or load_base(job, base, job.trainable.frozen_dtype)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
         init = jax.jit(
             lambda key: job.trainable.init(key, frozen), out_shardings=shardings

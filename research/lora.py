@@ -98,23 +98,57 @@ def adapt(
       config: gives alpha, and the dropout rate that `key` switches on.
       key: a typed PRNG key for LoRA dropout, or None (evaluation).
     """
-    alphas = _by_pattern(adapters, config.alpha_pattern, config.alpha)
+    ranks = {path: factor["a"].shape[-1] for path, factor in adapters.items()}
+    key = key if config.dropout > 0.0 else None
+    return attach(params, adapters, settings(ranks, config), key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The numbers of a `LoRAConfig` that a forward pass uses; they may be traced.
+
+    Attributes:
+      scales: alpha / rank by path.
+      streams: by path, a number of its own for the dropout's keys.
+      dropout: share of adapter inputs dropped.
+    """
+
+    scales: dict[str, Array | float]
+    streams: dict[str, Array | int]
+    dropout: Array | float
+
+
+def settings(ranks: Mapping[str, int], config: LoRAConfig) -> Settings:
+    """What `config` comes to for adapters of these ranks, by path."""
+    alphas = _by_pattern(ranks, config.alpha_pattern, config.alpha)
+    return Settings(
+        scales={path: alphas[path] / rank for path, rank in ranks.items()},
+        streams={path: index for index, path in enumerate(sorted(ranks))},
+        dropout=config.dropout,
+    )
+
+
+def attach(
+    params: Params, adapters: Adapters, settings: Settings, key: Array | None = None
+) -> Params:
+    """As `adapt`, of settings that need not follow from the factors' shapes."""
     adapted = dict(params)
-    for index, (path, factor) in enumerate(sorted(adapters.items())):
+    for path, factor in sorted(adapters.items()):
         if path not in params:
             raise ValueError(f"adapter for {path!r}, which the model does not have")
-        stack, rank = _stack_and_rank(params[path], factor)
-        keys = None
-        if key is not None and config.dropout > 0.0:
-            keys = jax.random.split(jax.random.fold_in(key, index), stack)
+        stack, keys = _stack(params[path], factor), None
+        if key is not None:
+            own = jax.random.fold_in(key, settings.streams[path])
+            keys = jax.random.split(own, stack)
             keys = keys if stack else keys.reshape(())
         adapted[path] = LowRank(
             base=params[path],
             a=factor["a"],
             b=factor["b"],
-            scale=jnp.full(stack, alphas[path] / rank, jnp.float32),
+            scale=jnp.full(stack, settings.scales[path], jnp.float32),
             key=keys,
-            rate=config.dropout if keys is not None else 0.0,
+            rate=None if keys is None else jnp.full(stack, settings.dropout),
         )
     return adapted
 
@@ -191,15 +225,15 @@ def _by_pattern(
     return {path: numbers.get(chosen.get(path), default) for path in paths}
 
 
-def _stack_and_rank(leaf: Any, factor: dict[str, Array]) -> tuple[tuple, int]:
-    """Stacking shape and rank, from shapes alone.
+def _stack(leaf: Any, factor: dict[str, Array]) -> tuple[int, ...]:
+    """The stacking shape, from shapes alone.
 
     `a` is `[*stack, *in, rank]` and `b` `[*stack, rank, *out]`, so together they
     have the base's axes, two for the rank, and the stack twice.
     """
     a, b = factor["a"], factor["b"]
     stacked = a.ndim + b.ndim - 2 - len(leaf.shape)
-    return tuple(leaf.shape[:stacked]), a.shape[-1]
+    return tuple(leaf.shape[:stacked])
 
 
 def _subtract(leaf: Any) -> Any:

@@ -59,8 +59,8 @@ class Spec:
 class LowRank:
     """`base + scale * a @ b`, kept in factors so that no full matrix is formed.
 
-    With dropout, `key` is not None and the adapter's input is dropped at `rate`
-    (Hu et al. 2021, arXiv:2106.09685, section 4.1 and its reference code).
+    With dropout, `key` and `rate` are not None and the adapter's input is dropped at
+    `rate` (Hu et al. 2021, arXiv:2106.09685, section 4.1 and its reference code).
 
     Attributes:
       base: the frozen weight, shape `[*stack, *in, *out]`.
@@ -68,7 +68,8 @@ class LowRank:
       b: `[*stack, rank, *out]`.
       scale: `[*stack]`, alpha / rank.
       key: `[*stack]` typed PRNG keys, or None for no dropout.
-      rate: share of adapter inputs dropped.
+      rate: `[*stack]`, share of adapter inputs dropped. An array, since adapters that
+        are trained together differ in it.
     """
 
     base: "Matrix"
@@ -76,7 +77,7 @@ class LowRank:
     b: Array
     scale: Array
     key: Array | None = None
-    rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+    rate: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +208,8 @@ def product(a: Array, b: Array, scale: Array) -> Array:
 
 
 def _dropout(x: Array, w: LowRank) -> Array:
-    if w.key is None or w.rate == 0.0:
+    if w.key is None:
         return x
-    keep = jax.random.bernoulli(w.key, 1.0 - w.rate, x.shape)
-    return jnp.where(keep, x / (1.0 - w.rate), jnp.zeros_like(x))
+    share = 1.0 - jnp.asarray(w.rate, jnp.float32)
+    keep = jax.random.bernoulli(w.key, share, x.shape)
+    return jnp.where(keep, x / share.astype(x.dtype), jnp.zeros_like(x))

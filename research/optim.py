@@ -39,7 +39,10 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, specs: dict[str, Any]
+    config: OptimConfig,
+    steps: int,
+    specs: dict[str, Any],
+    schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain: outlier guard, norm clipping, the optimizer of `config.name`.
 
@@ -47,11 +50,12 @@ def make_optimizer(
       config: of the recipe.
       steps: of the whole run, for the schedule.
       specs: of what is trained, a (nested) dictionary of `Spec`.
+      schedule: instead of the one of `config`, see `make_schedule`.
 
     Raises:
       UserError: a pattern of `no_decay` is no regular expression.
     """
-    schedule = make_schedule(config, steps)
+    schedule = schedule or make_schedule(config, steps)
     chain = [
         _direction(config, specs),
         optax.add_decayed_weights(config.weight_decay, _decayed(config, specs)),

@@ -35,8 +35,11 @@ class StepLog:
         groups: Sequence[str],
         first: int,
         phases: Phases,
+        name: str = "",
     ):
+        """`name` is said where several runs speak in one log."""
         self._number = first
+        self._name = f"{name}  " if name else ""
         self._clock = clock
         self._phases = phases
         self._leaves_out = config.optim.skip_spread > 0
@@ -153,7 +156,9 @@ class StepLog:
         self._view.update(number, shown, line=False)
         bits = found.bits_per_byte
         more = f"  {bits:.4f} bits per byte" if bits is not None else ""
-        logging.info("step %d  held-out loss %.4f%s", number, found.loss, more)
+        logging.info(
+            "%sstep %d  held-out loss %.4f%s", self._name, number, found.loss, more
+        )
 
     def close(self) -> None:
         self._view.close()

@@ -20,6 +20,7 @@ from research.progress import duration
 from research.run_dir import RunDir
 from research.sampling import Sampler
 from research.saving.disk import require_room
+from research.saving.identity import Identity
 from research.saving.manager import Checkpointer
 from research.stopping import INTERRUPTED, Preempted, StopRequest
 from research.tasks import opening
@@ -83,41 +84,19 @@ def _train(
     if leads and folder.exists:
         folder.lock()
     run = prepare(config, folder, history, phases)
-    identity = {
-        "base model": run.base.fingerprint,
-        "tokenizer": run.base.tokenizer.fingerprint,
-        "data": run.task.sha256,
-    }
-    changed |= folder.check_identity(identity, config.accept)
-    require_room(folder.checkpoints, step.abstract_state(run.job), config.checkpoint)
     stop.raise_if_lost()
-    if leads and not folder.exists:
-        with folder.create(config, identity, run.task.left_out):
-            save_tokenizer(run.base.tokenizer, folder.tokenizer)
-
-    def record() -> None:
-        """What was accepted holds once a checkpoint has been restored with it."""
-        history.accept(changed)
-        if leads and changed:
-            folder.update(identity, run.task.left_out, config)
-        changed.clear()
-
+    identity = claim(run, changed)
     watchdog = Watchdog(
         phases,
         config.runtime.watchdog_s,
         jax.process_index(),
         lambda cause: history.end(cause, STUCK),
     )
-    checkpointer = Checkpointer(
-        folder.checkpoints,
-        config.checkpoint,
-        identity,
-        accept={*history.accepted, *config.accept},
-        report=lambda what: tell(run, what),
-        committed=history.commit,
-    )
+    checkpointer = open_checkpoints(run, identity)
     with watchdog, checkpointer:
-        done = fit(run, checkpointer, stop, record)
+        done = fit(
+            run, checkpointer, stop, lambda: record_accepted(run, identity, changed)
+        )
     if done < config.steps:
         name = stop.signal.name
         said = "%s: stopped after step %d, which is saved; the same command goes on"
@@ -127,6 +106,47 @@ def _train(
     phases.enter("finish")
     finish(run)
     return 0, "done"
+
+
+def claim(run: Run, changed: dict[str, str]) -> Identity:
+    """Makes the folder the run's own, or sees that it is; returns whose it is.
+
+    What differs and was accepted is added to `changed`.
+
+    Raises:
+      UserError: it belongs to other data, or the disk has no room.
+    """
+    config, folder = run.config, run.folder
+    identity = {
+        "base model": run.base.fingerprint,
+        "tokenizer": run.base.tokenizer.fingerprint,
+        "data": run.task.sha256,
+    }
+    changed |= folder.check_identity(identity, config.accept)
+    require_room(folder.checkpoints, step.abstract_state(run.job), config.checkpoint)
+    if jax.process_index() == 0 and not folder.exists:
+        with folder.create(config, identity, run.task.left_out):
+            save_tokenizer(run.base.tokenizer, folder.tokenizer)
+    return identity
+
+
+def record_accepted(run: Run, identity: Identity, changed: dict[str, str]) -> None:
+    """What was accepted holds once a checkpoint has been restored with it."""
+    run.history.accept(changed)
+    if jax.process_index() == 0 and changed:
+        run.folder.update(identity, run.task.left_out, run.config)
+    changed.clear()
+
+
+def open_checkpoints(run: Run, identity: Identity) -> Checkpointer:
+    return Checkpointer(
+        run.folder.checkpoints,
+        run.config.checkpoint,
+        identity,
+        accept={*run.history.accepted, *run.config.accept},
+        report=lambda what: tell(run, what),
+        committed=run.history.commit,
+    )
 
 
 def prepare(config: Config, folder: RunDir, history: History, phases: Phases) -> Run:

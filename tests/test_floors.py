@@ -29,8 +29,9 @@ FLOORS = {
     "tasks": 9, "planning": 9,
     "fitting": 10, "chatting": 10, "doors": 10,
     "training": 11,
+    "together": 12,
     "train": 12, "generate": 12, "export": 12, "tokenize": 12, "plan": 12,
-    "checkpoints": 12,
+    "checkpoints": 12, "train_together": 13,
 }  # fmt: skip
 
 FILES = sorted(f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py")

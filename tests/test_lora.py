@@ -220,7 +220,7 @@ def test_dropout_needs_a_key_and_differs_by_layer_and_matrix(model, params):
     leaves = [leaf for leaf in keyed.values() if isinstance(leaf, LowRank)]
     keys = np.concatenate([jax.random.key_data(leaf.key) for leaf in leaves])
     assert len(np.unique(keys, axis=0)) == TINY.layers * len(adapters)
-    assert {leaf.rate for leaf in leaves} == {0.5}
+    assert {float(r) for leaf in leaves for r in np.ravel(leaf.rate)} == {0.5}
 
 
 def test_dropout_reaches_the_scanned_layers(model, params, batch):

@@ -1,0 +1,156 @@
+"""What may differ between runs that train together, and a run's numbers as arrays.
+
+Adapters are padded with zeros to the largest rank, and with whole pairs of zeros where
+a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A holds the
+row of B beside it as a factor, and the other way round, and an optimizer that works on
+each element alone (`OPTIMIZERS`) makes no step from a gradient of zero.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import lora, trees
+from research.config import Config
+from research.errors import UserError
+from research.knobs import flat
+from research.matrix import Spec
+from research.optim import make_schedule
+
+Array = jax.Array
+Factors = dict[str, dict[str, Spec]]
+
+# Adafactor's means and Muon's products would see the zeros of the padding.
+OPTIMIZERS = ("adamw", "lion")
+MAY_DIFFER = frozenset(
+    {
+        "run_dir",
+        "seed",
+        *(f"lora.{x}" for x in ("rank", "alpha", "dropout", "targets")),
+        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern")),
+        *(f"optim.{x}" for x in ("learning_rate", "schedule", "warmup", "decay")),
+        "optim.final",
+    }
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What a step of one run does not share with the others; stacked by `vmap`.
+
+    Attributes:
+      seed: int32, of dropout.
+      rates: `[steps]`, learning rate of each update.
+      settings: of its adapters, for every path that any run adapts.
+    """
+
+    seed: Array
+    rates: Array
+    settings: lora.Settings
+
+
+def check(configs: Sequence[Config]) -> None:
+    """Refuses what cannot train as one program.
+
+    Raises:
+      UserError: it names the knob, and the runs.
+    """
+    first = configs[0]
+    known = flat(first)
+    for config in configs:
+        for path, value in flat(config).items():
+            if value != known[path] and path not in MAY_DIFFER:
+                raise UserError(
+                    f"{first.run_dir} has {path}={known[path]!r} and {config.run_dir} "
+                    f"{value!r}: runs that train together may differ in "
+                    f"{', '.join(sorted(MAY_DIFFER))} alone"
+                )
+    folders = [config.run_dir for config in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"two runs have the run directory {folder!r}")
+    asked = {
+        "trainable": (first.trainable, ("lora",)),
+        "optim.name": (first.optim.name, OPTIMIZERS),
+        "optim.rollbacks": (first.optim.rollbacks, (0,)),
+        "runtime.distributed": (first.runtime.distributed, (False,)),
+        "runtime.offload_optimizer": (first.runtime.offload_optimizer, (False,)),
+        "runtime.profile_from": (first.runtime.profile_from, (0,)),
+    }
+    for path, (found, allowed) in asked.items():
+        if found not in allowed:
+            shown = " or ".join(map(repr, allowed))
+            raise UserError(
+                f"config.{path} is {found!r}; runs train together only with {shown}: "
+                "train each with research.train"
+            )
+
+
+def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
+    """The factors of all runs at once: of each path those of the largest rank."""
+    largest: Factors = {}
+    for config in configs:
+        for path, pair in lora.adapter_specs(specs, config.lora).items():
+            if path not in largest or _rank(pair) > _rank(largest[path]):
+                largest[path] = pair
+    return {path: largest[path] for path in specs if path in largest}
+
+
+def _rank(pair: Mapping[str, Spec]) -> int:
+    return pair["a"].shape[-1]
+
+
+def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> Member:
+    """The numbers of one run, over the paths of `factors`."""
+    own = lora.adapter_specs(specs, config.lora)
+    found = lora.settings(
+        {path: _rank(pair) for path, pair in own.items()}, config.lora
+    )
+    schedule = make_schedule(config.optim, config.steps)
+    return Member(
+        seed=jnp.int32(config.seed),
+        rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
+        settings=lora.Settings(
+            scales={p: jnp.float32(found.scales.get(p, 0.0)) for p in factors},
+            # Where it has no adapter any stream will do: what is dropped is zero.
+            streams={p: jnp.uint32(found.streams.get(p, 0)) for p in factors},
+            dropout=jnp.float32(found.dropout),
+        ),
+    )
+
+
+def stack(parts: Sequence[Any]) -> Any:
+    """Trees of one shape as one tree with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def widen(own: Any, wide: Any) -> Any:
+    """A run's state in the shapes of `wide` (abstract), zeros where it has nothing."""
+    known, _ = trees.flatten(own)
+    leaves, structure = trees.flatten(wide)
+
+    def one(path: str, leaf: Any) -> Array:
+        value = np.zeros(leaf.shape, leaf.dtype)
+        if path in known:
+            value[tuple(map(slice, known[path].shape))] = known[path]
+        return jnp.asarray(value)
+
+    return trees.unflatten(structure, {p: one(p, x) for p, x in leaves.items()})
+
+
+def narrow(wide: Any, index: int, own: Any) -> Any:
+    """Run `index` of the stacked state `wide`, as `own` (abstract, with shardings)."""
+    known, _ = trees.flatten(wide)
+    leaves, structure = trees.flatten(own)
+
+    def one(path: str, leaf: Any) -> Array:
+        # Copied before the next step donates it.
+        value = np.asarray(known[path][index])
+        return jax.device_put(value[tuple(map(slice, leaf.shape))], leaf.sharding)
+
+    return trees.unflatten(structure, {p: one(p, x) for p, x in leaves.items()})

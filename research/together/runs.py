@@ -1,0 +1,158 @@
+"""From configs to run directories: opens, resumes, trains and reports them together.
+
+Each run keeps its own folder, lock, history, metrics, checkpoints and report, as if
+it had trained alone; `research.train` goes on with any of them.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+
+from research import doctor, jobs, runtime, step, training
+from research import mesh as meshes
+from research.config import Config
+from research.errors import PREEMPTED, STUCK, DivergedError
+from research.fitting import Run, restore
+from research.history import History
+from research.phases import Phases
+from research.run_dir import RunDir
+from research.sampling import Sampler
+from research.saving.manager import Checkpointer
+from research.stopping import StopRequest
+from research.tasks import opening
+from research.together import fitting, members
+from research.watchdog import Watchdog
+
+
+def train(configs: Sequence[Config]) -> int:
+    """Trains all to their last step; returns the exit code, the worst of the runs'.
+
+    Raises:
+      UserError: whatever the user can mend; nothing is written then.
+    """
+    members.check(configs)
+    runtime.start(configs[0].runtime)
+    phases = Phases(runtime.process_age())
+    waiting = []
+    for config in configs:
+        folder = RunDir(config.run_dir)
+        changed = folder.check_config(config)
+        if folder.is_complete and not changed:
+            logging.info("%s is complete", folder.path)
+            continue
+        waiting.append((config, folder, changed))
+    if not waiting:
+        return 0
+    with StopRequest(phases) as stop:
+        runs = prepare([(c, f) for c, f, _ in waiting], phases)
+        stop.raise_if_lost()
+        with _recorded(runs):
+            return _train(runs, [changed for _, _, changed in waiting], stop)
+
+
+@contextlib.contextmanager
+def _recorded(runs: Sequence[Run]) -> Iterator[None]:
+    """Whatever ends all of them at once is the end of each."""
+    try:
+        yield
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+        for run in runs:
+            run.history.end(f"{type(error).__name__}: {error}".partition("\n")[0], code)
+        raise
+
+
+def prepare(wanted: Sequence[tuple[Config, RunDir]], phases: Phases) -> list[Run]:
+    """Opens base and data once; writes nothing. Runs of one seed share their rows."""
+    shared = wanted[0][0]
+    for _, folder in wanted:
+        if folder.exists:
+            folder.lock()
+    base = opening.open_start(shared, wanted[0][1])
+    mesh = meshes.make_mesh(shared.mesh)
+    tasks = {}
+    runs: list[Run] = []
+    for config, folder in wanted:
+        job = jobs.make_job(config, base, mesh)
+        if config.seed not in tasks:
+            tasks[config.seed] = opening.load_task(config, base)
+        task = tasks[config.seed]
+        job = dataclasses.replace(job, groups=len(task.groups))
+        params, frozen = jobs.load_start(job, base, runs[0].frozen if runs else None)
+        run = Run(
+            config=config,
+            folder=folder,
+            base=base,
+            task=task,
+            job=job,
+            sampler=Sampler(job.model),
+            state=step.jit_init(job)(params),
+            frozen=frozen,
+            console=Console(quiet=bool(runs)),
+            phases=phases,
+            history=History(folder.history, phases),
+        )
+        _examine(run)
+        runs.append(run)
+    return runs
+
+
+def _examine(run: Run) -> None:
+    findings = doctor.examine_model(run.base, run.job, run.state, run.frozen)
+    findings += run.task.examine()
+    doctor.show(run.console, findings)
+    run.task.show_first_row(run.console)
+    doctor.require_healthy(findings)
+
+
+def _train(
+    runs: Sequence[Run], changed: Sequence[dict[str, str]], stop: StopRequest
+) -> int:
+    shared, phases = runs[0].config, runs[0].phases
+    identities = [training.claim(*pair) for pair in zip(runs, changed, strict=True)]
+
+    def stuck(cause: str) -> None:
+        for run in runs:
+            run.history.end(cause, STUCK)
+
+    code = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Watchdog(phases, shared.runtime.watchdog_s, 0, stuck))
+        opened: list[tuple[Run, Checkpointer, int, dict | None]] = []
+        for run, identity, change in zip(runs, identities, changed, strict=True):
+            checkpointer = training.open_checkpoints(run, identity)
+            stack.enter_context(checkpointer)
+            first, position = restore(run, checkpointer)
+            training.record_accepted(run, identity, change)
+            opened.append((run, checkpointer, first, position))
+        # A kill between two saves leaves runs at different steps: these go on apart.
+        for first, group in itertools.groupby(
+            sorted(opened, key=lambda part: part[2]), key=lambda part: part[2]
+        ):
+            if not stop.signal:
+                pack = fitting.Pack(
+                    [fitting.Member(run, ckpt, at) for run, ckpt, _, at in group], first
+                )
+                code = max(code, _finish(pack, pack.fit(stop), stop))
+    return PREEMPTED if stop.signal else code
+
+
+def _finish(pack: fitting.Pack, done: int, stop: StopRequest) -> int:
+    """Reports of the runs that are done; returns the exit code."""
+    code = 0
+    for member in pack.members:
+        run, history = member.run, member.run.history
+        if member.failed:
+            history.end(str(member.failed).partition("\n")[0], DivergedError.exit_code)
+            code = DivergedError.exit_code
+        elif done < run.config.steps:
+            history.end(f"{stop.signal.name} after step {done}", PREEMPTED)
+        else:
+            run.phases.enter("finish")
+            training.finish(run)
+            history.end("done", 0)
+    return code

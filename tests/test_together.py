@@ -1,0 +1,143 @@
+"""Runs that train as one program equal the same runs, each trained alone."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from commands import STEPS, chain
+from test_end_to_end import final_state
+
+from research.errors import PREEMPTED
+
+# Every knob that may differ does; two runs share a seed, and so their rows.
+RUNS = {
+    "small": {"lora.rank": 2, "seed": 1},
+    "large": {
+        "lora.rank": 5,
+        "lora.alpha": 3.0,
+        "lora.dropout": 0.3,
+        "lora.targets": ["attention"],
+        "optim.learning_rate": 3e-3,
+        "optim.schedule": "linear",
+        "seed": 2,
+    },
+    "pattern": {
+        "lora.targets": ["mlp", "query"],
+        "lora.rank_pattern": ["mlp=3"],
+        "lora.alpha_pattern": ["down=40"],
+        "seed": 1,
+    },
+}
+SHARED = ("--config=config.py", "--config.eval.prompts=1")
+
+
+def flags(place, folder):
+    runs = [
+        {"run_dir": f"runs/{folder}-{name}", **changes}
+        for name, changes in RUNS.items()
+    ]
+    file = place.folder / f"{folder}.json"
+    file.write_text(json.dumps(runs))
+    return *SHARED, f"--runs={file.name}"
+
+
+@chain
+def alone(place, results):
+    results("unbroken")
+    return [
+        place.run(
+            "train",
+            *SHARED,
+            f"--config.run_dir=runs/alone-{name}",
+            *(
+                f"--config.{k}={tuple(v) if isinstance(v, list) else v}"
+                for k, v in changes.items()
+            ),
+        )
+        for name, changes in RUNS.items()
+    ]
+
+
+@chain
+def together(place, results):
+    """Stopped by a signal on the way."""
+    results("unbroken")
+    command = flags(place, "together")
+    stopped = place.start("train_together", *command)
+    stopped.wait_for(rf"step +7/{STEPS} ")
+    stopped.send(signal.SIGTERM)
+    return stopped.finish(), place.run("train_together", *command)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_each_run_equals_itself_alone(place, alone, together, name):
+    assert [x.code for x in alone] == [0] * len(RUNS), alone[-1].err
+    stopped, last = together
+    assert stopped.code == PREEMPTED, stopped.err
+    assert last.code == 0, last.err
+    for kind in ("train", "eval"):
+        one = place.lines(f"alone-{name}", kind)
+        other = place.lines(f"together-{name}", kind)
+        assert [x["step"] for x in one] == [x["step"] for x in other]
+        for a, b in zip(one, other, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert b["by_group"] == pytest.approx(a["by_group"], rel=1e-5)
+            if kind == "train":
+                assert a["batch_hash"] == b["batch_hash"]
+                assert a["learning_rate"] == b["learning_rate"]
+                assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_is_that_of_the_run_alone(place, alone, together, name):
+    """Of its own rank and targets: no padding is left."""
+    one, other = (final_state(place, f"{x}-{name}") for x in ("alone", "together"))
+    assert one.params.keys() == other.params.keys()
+    shapes = [
+        {p: {k: len(v) for k, v in pair.items()} for p, pair in x.params.items()}
+        for x in (one, other)
+    ]
+    assert shapes[0] == shapes[1]
+    for path, pair in one.params.items():
+        for side, values in pair.items():
+            a, b = (
+                np.frombuffer(x, np.float32) for x in (values, other.params[path][side])
+            )
+            np.testing.assert_allclose(b, a, atol=2e-3, err_msg=f"{path}.{side}")
+
+
+def test_they_are_ordinary_run_directories(place, together):
+    """Complete, reported, and not trained again."""
+    again = place.run("train_together", *flags(place, "together"))
+    assert again.code == 0 and again.err.count("is complete") == len(RUNS)
+    for name in RUNS:
+        folder = place.run_dir(f"together-{name}")
+        assert {"report.md", "loss.png", "complete.json"} <= {
+            x.name for x in folder.iterdir()
+        }
+        history = json.loads((folder / "run.json").read_text())
+        assert [x["cause"] for x in history["starts"]][-1] == "done"
+        answer = place.generate(f"together-{name}", "--prompt=Hello")
+        assert answer.code == 0, answer.err
+
+
+BAD = {
+    "another knob": ([{"steps": 3, "run_dir": "runs/x"}], "may differ in"),
+    "mistyped knob": ([{"lora.rnak": 3}], "'lora.rank'"),
+    "one folder twice": ([{"run_dir": "runs/x"}] * 2, "two runs"),
+    "wrong type": ([{"lora.rank": "many"}], "run 1: config.lora.rank"),
+    "no list": ({}, "list of objects"),
+}
+
+
+@pytest.mark.parametrize("runs, said", BAD.values(), ids=list(BAD))
+def test_what_cannot_train_together_is_refused(place, runs, said):
+    (place.folder / "bad.json").write_text(json.dumps(runs))
+    if isinstance(runs, list) and "steps" in runs[0]:
+        runs.append({"run_dir": "runs/y"})
+        (place.folder / "bad.json").write_text(json.dumps(runs))
+    done = place.run("train_together", *SHARED, "--runs=bad.json")
+    assert done.code == 2 and said in done.err, done.err
+    assert "Traceback" not in done.err
+    assert not place.run_dir("x").exists()

@@ -1,0 +1,98 @@
+"""Eight LoRA runs of SmolLM2 as one program, against the same runs one by one.
+
+    python tests/bench/together.py --steps=20
+
+Whole processes on both sides: start-up, compilation, evaluation, checkpoints and
+reports are counted. Prints wall time and peak memory of both, their ratios, and the
+largest relative difference between two runs' losses (bfloat16: they round apart).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = [(rank, seed) for seed in (0, 1) for rank in (4, 8, 16, 32)]
+
+
+def run(module: str, *flags: str) -> tuple[float, float]:
+    """Wall seconds, and peak memory in GB, of one command."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", f"research.{module}", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with {status}")
+    return time.perf_counter() - begun, usage.ru_maxrss / 1e6
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=2)
+    options = parser.parse_args()
+    shared = [
+        "--config=configs/finetune_dolly.py",
+        f"--config.steps={options.steps}",
+        f"--config.data.seq_len={options.seq_len}",
+        f"--config.data.batch_size={options.batch}",
+        f"--config.data.microbatch_size={options.batch}",
+        "--config.data.held_out=16",
+        "--config.eval.prompts=1",
+        "--config.eval.max_new_tokens=16",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # Neither side may find the other's programs in the cache.
+        caches = [
+            f"--config.runtime.compilation_cache={folder / side}-cache"
+            for side in ("alone", "together")
+        ]
+        alone = [
+            run(
+                "train", *shared, caches[0],
+                f"--config.lora.rank={rank}", f"--config.seed={seed}",
+                f"--config.run_dir={folder}/alone-{rank}-{seed}",
+            )
+            for rank, seed in RUNS
+        ]  # fmt: skip
+        print("alone, s:", " ".join(f"{s:.0f}" for s, _ in alone), flush=True)
+        runs = [
+            {"run_dir": f"{folder}/together-{r}-{s}", "lora.rank": r, "seed": s}
+            for r, s in RUNS
+        ]
+        (folder / "runs.json").write_text(json.dumps(runs))
+        file = f"--runs={folder / 'runs.json'}"
+        seconds, memory = run("train_together", *shared, caches[1], file)
+        apart = max(
+            abs(a - b) / a
+            for rank, seed in RUNS
+            for a, b in zip(
+                losses(folder / f"alone-{rank}-{seed}"),
+                losses(folder / f"together-{rank}-{seed}"),
+                strict=True,
+            )
+        )
+    total, largest = sum(s for s, _ in alone), max(m for _, m in alone)
+    print(
+        f"{len(RUNS)} runs of {options.steps} steps: one by one {total:.0f} s and "
+        f"{largest:.2f} GB, together {seconds:.0f} s and {memory:.2f} GB: "
+        f"{seconds / total:.2f} of the time, {memory / largest:.2f} of one run's "
+        f"memory; losses within {apart:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from research import provenance
 from research.errors import UserError
 from research.phases import NAMES, Phases
 
@@ -72,6 +73,7 @@ class History:
                 "pid": os.getpid(),
                 "processes": jax.process_count(),
                 "devices": f"{len(devices)} {devices[0].device_kind}",
+                "provenance": provenance.describe(),
                 "first": first,
                 "step": first,
                 "redone": 0,

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny_model
 
@@ -106,6 +107,10 @@ class Running:
             return False
         return True
 
+    def children(self):
+        """Processes it has started, first to last."""
+        return psutil.Process(self._process.pid).children()
+
     def send(self, number):
         self._process.send_signal(number)
 
@@ -141,10 +146,13 @@ class Place:
         how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
         return self.start_python(*how, *flags, **options)
 
+    def start_launch(self, own, training, **options):
+        """`python -m launch`, running."""
+        return self.start_python("-m", "launch", *own, "--", *training, **options)
+
     def launch(self, own, training, **options):
         """`python -m launch`, to its end."""
-        running = self.start_python("-m", "launch", *own, "--", *training, **options)
-        return running.finish()
+        return self.start_launch(own, training, **options).finish()
 
     def start_python(self, *arguments, devices=1, more=None):
         settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")

@@ -1,5 +1,6 @@
 """What takes too long for every day: 50 kills, and pairs that fail in every way."""
 
+import json
 import re
 import signal
 
@@ -8,7 +9,7 @@ from commands import chain
 from kills import kill_again_and_again
 from test_end_to_end import final_state
 from test_pretraining import STEP_LINE, pretrain
-from test_survival import HANG, OFTEN, check_equal, start_pair
+from test_survival import HANG, OFTEN, PAIR, check_equal, start_pair
 
 from research.errors import PREEMPTED, SaveError
 
@@ -83,6 +84,17 @@ def interrupted_pair(place, results):
     return stopped, [process.finish() for process in start_pair(place, "interrupted")]
 
 
+@chain
+def launched(place, results):
+    """Started by the launcher; the second of its processes is killed."""
+    results("two_processes")
+    training = (*PAIR, "--config.run_dir=runs/launched")
+    launcher = place.start_launch(("local", "--processes=2"), training, devices=2)
+    launcher.wait_for(STEP_LINE.format(7))
+    launcher.children()[1].kill()
+    return launcher.finish()
+
+
 def check_kills(ended):
     *kills, last = ended
     survived = [x for x in kills if x.code == -signal.SIGKILL]
@@ -132,3 +144,13 @@ def test_ctrl_c_at_one_process_stops_both_at_one_step(place, interrupted_pair):
     assert [x.code for x in stopped] == [PREEMPTED] * 2, stopped[0].err
     assert [x.code for x in last] == [0, 0], last[0].err
     check_equal(place, "interrupted", "two-processes")
+
+
+def test_the_launcher_starts_again_what_has_lost_a_process(place, launched):
+    """All of them, and the run ends as if nothing had happened."""
+    assert launched.code == 0, launched.err
+    assert launched.err.count("once more") == 1
+    assert re.search(r"step \d+ restored", launched.err)
+    check_equal(place, "launched", "two-processes")
+    starts = json.loads((place.run_dir("launched") / "run.json").read_text())["starts"]
+    assert len(starts) == 2 and starts[-1]["cause"] == "done"

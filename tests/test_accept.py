@@ -10,9 +10,7 @@ FLAGS = (
     "--config=config.py",
     "--config.run_dir=runs/accept",
     "--config.data.path=changing.jsonl",
-    "--config.data.batch_size=2",
-    "--config.data.microbatch_size=2",
-    "--config.data.held_out=4",
+    "--config.data.held_out=6",
     "--config.eval.prompts=1",
     "--config.checkpoint.every=2",
 )
@@ -22,12 +20,14 @@ def write_rows(place, word):
     with (place.folder / "changing.jsonl").open("w") as out:
         for n in range(60):
             row = {"instruction": f"Count to {n}.", "response": f"{n} {word}. " * 6}
-            print(json.dumps(row), file=out)
+            # As many categories as the sample has: the program is compiled already.
+            print(json.dumps(row | {"category": "abcdefgh"[n % 8]}), file=out)
 
 
 @chain
 def accepted(place, results):
     """Stopped by SIGTERM, then other rows: refused, accepted, done; and further."""
+    results("unbroken")
     write_rows(place, "words")
     first = place.stop_at(FLAGS, r"step +6/", 15)
     write_rows(place, "other words")

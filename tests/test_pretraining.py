@@ -226,6 +226,7 @@ def test_a_broken_pretraining_equals_the_unbroken_one(
     assert exported[0] == exported[1]
 
 
+@pytest.mark.soak
 def test_a_stream_without_a_cache_trains_on_any_mesh(place, streamed):
     assert streamed.code == 0, streamed.err
     held = place.lines("streamed", "eval")

@@ -119,6 +119,7 @@ def test_a_run_killed_at_random_ends_as_the_unbroken_one(place, unbroken, killed
     assert all("without a word" in start["cause"] for start in starts[:-1])
 
 
+@pytest.mark.soak
 def test_sigterm_in_any_phase_saves_and_asks_to_be_resumed(place, unbroken, terminated):
     compiling, saving, reporting, last = terminated
     for stopped in (compiling, saving, reporting):
@@ -134,6 +135,7 @@ def test_sigterm_in_any_phase_saves_and_asks_to_be_resumed(place, unbroken, term
     assert causes[3] == "done"
 
 
+@pytest.mark.soak
 def test_goodput_counts_every_start(place, terminated):
     report = (place.run_dir("terminated") / "report.md").read_text()
     found = re.search(r"goodput\W+([\d.]+)% of ([\d,]+) s: (.*)", report)

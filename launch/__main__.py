@@ -21,8 +21,7 @@ def main(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(own)
     config = check_training_flags(training)
     target = targets.find(options.target)
-    job = Job(tuple(training), config)
-    plan = target.plan(job, options)
+    plan = target.plan([Job.of_run(training, config)], options)
     if options.dry_run:
         sys.stdout.write(plan.text())
         return 0

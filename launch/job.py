@@ -1,6 +1,7 @@
 """What is launched, and what launching it takes: commands and files, not yet used."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,19 +16,41 @@ from research.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training run.
+    """One command of a trainer: a run, or several that train as one program.
 
     Attributes:
-      flags: of research.train, as they were given.
-      config: what they come to.
+      name: told apart by it from the others of a launch; may be any text.
+      flags: of the trainer, as they were given.
+      config: what they come to; of several runs, what they share.
+      module: the trainer.
+      beside: where files about the job go; a suffix is added to its name.
     """
 
+    name: str
     flags: tuple[str, ...]
     config: Config
+    module: str = "research.train"
+    beside: Path = Path()
 
-    def command(self, python: str) -> list[str]:
+    @classmethod
+    def of_run(cls, flags: Sequence[str], config: Config, name: str = "") -> "Job":
+        """A job of one run, named by its folder."""
+        folder = Path(config.run_dir)
+        return cls(name or folder.name, tuple(flags), config, beside=folder)
+
+    def command(self, python: str, *, distributed: bool = False) -> list[str]:
         """The trainer's argv; each of several processes runs the same."""
-        return [python, "-m", "research.train", *self.flags]
+        own = [python, "-m", self.module, *self.flags]
+        return [*own, "--config.runtime.distributed=true"] if distributed else own
+
+    def file(self, suffix: str) -> Path:
+        """Beside the run's folder, never in it: that one the trainer makes."""
+        return self.beside.with_name(self.beside.name + suffix)
+
+    def label(self, longest: int = 40) -> str:
+        """The name as clouds allow them: `[a-z]([-a-z0-9]*[a-z0-9])?`, RFC 1035."""
+        plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return (plain if plain[:1].isalpha() else f"run-{plain}")[:longest].strip("-")
 
 
 @dataclasses.dataclass(frozen=True)

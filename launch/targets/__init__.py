@@ -1,12 +1,12 @@
 """One file a target: `HELP`, `TOOLS`, `add_flags`, `plan` and `run`.
 
-A target turns a job into a `Plan`; `run` carries it out. To add one, add a file.
+A target turns jobs into a `Plan`; `run` carries it out. To add one, add a file.
 """
 
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from launch.job import Job, Plan
@@ -25,7 +25,7 @@ class Target(Protocol):
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None: ...
 
-    def plan(self, job: Job, options: argparse.Namespace) -> Plan: ...
+    def plan(self, jobs: Sequence[Job], options: argparse.Namespace) -> Plan: ...
 
     def run(self, plan: Plan, options: argparse.Namespace) -> int: ...
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from launch import policy
@@ -31,23 +31,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan(job: Job, options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+    """Of one job, to run; of several, to show: `launch.sweep` takes them in turn."""
     if options.processes < 1:
         raise UserError(f"--processes is {options.processes}; it must be at least 1")
-    command = job.command(sys.executable)
-    if options.processes == 1:
-        return Plan({}, [command])
-    command.append("--config.runtime.distributed=true")
-    address = f"localhost:{options.port or free_port()}"
-    env = [
-        {
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(options.processes),
-            "JAX_PROCESS_ID": str(index),
-        }
-        for index in range(options.processes)
-    ]
-    return Plan({}, [command] * options.processes, env)
+    many = options.processes > 1
+    commands = [job.command(sys.executable, distributed=many) for job in jobs]
+    if not many:
+        return Plan({}, commands)
+    env = []
+    for _ in jobs:
+        address = f"localhost:{options.port or free_port()}"
+        env += [
+            {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(options.processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+            for index in range(options.processes)
+        ]
+    return Plan({}, [c for c in commands for _ in range(options.processes)], env)
 
 
 def free_port() -> int:

@@ -5,8 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from launch.job import Job, Plan
 from research.errors import PREEMPTED, UserError
@@ -18,7 +17,10 @@ TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on D
 TEMPLATE = """#!/bin/bash
 # A trainer that was preempted has saved: the same job goes on where it was.
 cd {folder} || exit 2
-srun --kill-on-bad-exit=0 {command} &
+case "${{SLURM_ARRAY_TASK_ID:-0}}" in
+{cases}
+esac
+srun --kill-on-bad-exit=0 "${{command[@]}}" &
 step=$!
 trap 'kill -TERM "$step"' TERM
 wait "$step"; code=$?
@@ -42,25 +44,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="default: the run directory's")
 
 
-def plan(job: Job, options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+    """One job, or an array of several."""
     for flag in ("nodes", "processes_per_node", "grace"):
         if getattr(options, flag) < 1:
             shown = flag.replace("_", "-")
             raise UserError(
                 f"--{shown} is {getattr(options, flag)}; it must be at least 1"
             )
-    run_dir = Path(job.config.run_dir)
-    script = run_dir.with_name(f"{run_dir.name}.slurm.sh")
-    command = job.command(sys.executable)
-    if options.nodes * options.processes_per_node > 1:
-        command.append("--config.runtime.distributed=true")
+    first, several = jobs[0], len(jobs) > 1
+    beside = first.file("").parent / "slurm-array" if several else first.beside
+    script = beside.with_name(f"{beside.name}.slurm.sh")
+    many = options.nodes * options.processes_per_node > 1
+    commands = [job.command(sys.executable, distributed=many) for job in jobs]
+    cases = [
+        f"{index}) command=({shlex.join(command)}) ;;"
+        for index, command in enumerate(commands)
+    ]
     text = TEMPLATE.format(
-        folder=shlex.quote(os.getcwd()),
-        command=shlex.join(command),
-        preempted=PREEMPTED,
+        folder=shlex.quote(os.getcwd()), cases="\n".join(cases), preempted=PREEMPTED
     )
     chosen = {
-        "job-name": options.name or run_dir.name,
+        "job-name": options.name or (beside.parent.name if several else first.name),
+        "array": f"0-{len(jobs) - 1}" if several else "",
         "nodes": options.nodes,
         "ntasks-per-node": options.processes_per_node,
         "gpus-per-node": options.gpus_per_node or "",
@@ -68,7 +74,7 @@ def plan(job: Job, options: argparse.Namespace) -> Plan:
         "partition": options.partition,
         "account": options.account,
         "signal": f"B:TERM@{options.grace}",
-        "output": f"{run_dir}.slurm.log",
+        "output": f"{beside}.slurm{'.%a' if several else ''}.log",
         "open-mode": "append",
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]

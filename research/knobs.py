@@ -7,13 +7,15 @@ import dataclasses
 import math
 import typing
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from research.errors import UserError, nearest
 
 if TYPE_CHECKING:
     # Only the doors need it: the core must run on a bare accelerator image.
     import ml_collections
+
+T = TypeVar("T")
 
 
 def knob(default: Any, help: str, *, fixed: bool = True) -> Any:
@@ -79,6 +81,28 @@ def build(cls: type, values: Any, path: str) -> Any:
             for name, hint in hints.items()
         }
     )
+
+
+def changed(config: T, changes: Mapping[str, Any], where: str) -> T:
+    """`config` with other values of some knobs, `{"lora.rank": 8}`.
+
+    Raises:
+      UserError: there is no such knob, or the value does not fit; it begins `where`.
+    """
+    values = to_config_dict(config).to_dict()
+    known = flat(config)
+    for name, value in changes.items():
+        if name not in known:
+            raise UserError(f"{where}: {name!r} is not a knob{nearest(name, known)}")
+        *groups, last = name.split(".")
+        group = values
+        for part in groups:
+            group = group[part]
+        group[last] = value
+    try:
+        return build(type(config), values, "config")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

@@ -6,26 +6,26 @@ The door alone; what it opens stands in `together/`.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from research import doors
 from research.config import Config
-from research.errors import UserError, nearest
-from research.knobs import build, flat, to_config_dict
+from research.errors import UserError
+from research.knobs import changed
 
 USAGE = """
 python -m research.train_together --config=FILE.py [--config.KNOB=VALUE ...]
     --runs=RUNS.json
 
 RUNS.json is a list of objects such as {"run_dir": "runs/a", "lora.rank": 8}: what each
-run changes in the config. Runs may differ in rank, alpha, dropout and targets of their
-adapters, learning rate, schedule and seed. They share the frozen weights, one
-compilation and each step, and leave the run directories that research.train would.
+run changes in the config; --runs takes the list itself, too. Runs may differ in rank,
+alpha, dropout and targets of their adapters, learning rate, schedule and seed. They
+share the frozen weights, one compilation and each step, and leave the run directories
+that research.train would.
 """
 
-flags.DEFINE_string("runs", "", "JSON file: a list of objects, knob -> value")
+flags.DEFINE_string("runs", "", "JSON list of objects, knob -> value, or its file")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,16 +39,22 @@ def main(argv: Sequence[str]) -> int:
     return train(configs)
 
 
-def read_runs(file: str, shared: Config) -> list[Config]:
-    """The configs of all runs in `file`, each `shared` with its own changes.
+def read_runs(given: str, shared: Config) -> list[Config]:
+    """The configs of all runs in `given`, each `shared` with its own changes.
+
+    Args:
+      given: a JSON list, or the file it is in.
+      shared: what is not changed.
 
     Raises:
       UserError: the file is not there or not of this form, or a knob is none.
     """
-    if not file:
+    if not given:
         raise UserError("--runs=RUNS.json is missing; see --help")
+    file = "[...]" if given.lstrip().startswith("[") else given
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        text = given if file != given else Path(file).read_text(encoding="utf-8")
+        found = json.loads(text)
     except OSError as error:
         raise UserError(f"--runs: {error}") from error
     except ValueError as error:
@@ -56,26 +62,9 @@ def read_runs(file: str, shared: Config) -> list[Config]:
     if not (isinstance(found, list) and found and all(type(x) is dict for x in found)):
         raise UserError(f"--runs={file} must hold a list of objects, one a run")
     return [
-        _changed(shared, changes, f"--runs={file}, run {number}")
+        changed(shared, changes, f"--runs={file}, run {number}")
         for number, changes in enumerate(found, 1)
     ]
-
-
-def _changed(shared: Config, changes: dict[str, Any], where: str) -> Config:
-    values = to_config_dict(shared).to_dict()
-    known = flat(shared)
-    for knob, value in changes.items():
-        if knob not in known:
-            raise UserError(f"{where}: {knob!r} is not a knob{nearest(knob, known)}")
-        *groups, name = knob.split(".")
-        group = values
-        for part in groups:
-            group = group[part]
-        group[name] = value
-    try:
-        return build(Config, values, "config")
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 if __name__ == "__main__":

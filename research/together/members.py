@@ -1,9 +1,9 @@
-"""What may differ between runs that train together, and a run's numbers as arrays.
+"""What runs that train together do not share, as arrays.
 
 Adapters are padded with zeros to the largest rank, and with whole pairs of zeros where
 a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A holds the
 row of B beside it as a factor, and the other way round, and an optimizer that works on
-each element alone (`OPTIMIZERS`) makes no step from a gradient of zero.
+each element alone (`compatible.OPTIMIZERS`) makes no step from a gradient of zero.
 """
 
 import dataclasses
@@ -16,26 +16,11 @@ import numpy as np
 
 from research import lora, trees
 from research.config import Config
-from research.errors import UserError
-from research.knobs import flat
 from research.matrix import Spec
 from research.optim import make_schedule
 
 Array = jax.Array
 Factors = dict[str, dict[str, Spec]]
-
-# Adafactor's means and Muon's products would see the zeros of the padding.
-OPTIMIZERS = ("adamw", "lion")
-MAY_DIFFER = frozenset(
-    {
-        "run_dir",
-        "seed",
-        *(f"lora.{x}" for x in ("rank", "alpha", "dropout", "targets")),
-        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern")),
-        *(f"optim.{x}" for x in ("learning_rate", "schedule", "warmup", "decay")),
-        "optim.final",
-    }
-)
 
 
 @jax.tree_util.register_dataclass
@@ -52,43 +37,6 @@ class Member:
     seed: Array
     rates: Array
     settings: lora.Settings
-
-
-def check(configs: Sequence[Config]) -> None:
-    """Refuses what cannot train as one program.
-
-    Raises:
-      UserError: it names the knob, and the runs.
-    """
-    first = configs[0]
-    known = flat(first)
-    for config in configs:
-        for path, value in flat(config).items():
-            if value != known[path] and path not in MAY_DIFFER:
-                raise UserError(
-                    f"{first.run_dir} has {path}={known[path]!r} and {config.run_dir} "
-                    f"{value!r}: runs that train together may differ in "
-                    f"{', '.join(sorted(MAY_DIFFER))} alone"
-                )
-    folders = [config.run_dir for config in configs]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise UserError(f"two runs have the run directory {folder!r}")
-    asked = {
-        "trainable": (first.trainable, ("lora",)),
-        "optim.name": (first.optim.name, OPTIMIZERS),
-        "optim.rollbacks": (first.optim.rollbacks, (0,)),
-        "runtime.distributed": (first.runtime.distributed, (False,)),
-        "runtime.offload_optimizer": (first.runtime.offload_optimizer, (False,)),
-        "runtime.profile_from": (first.runtime.profile_from, (0,)),
-    }
-    for path, (found, allowed) in asked.items():
-        if found not in allowed:
-            shown = " or ".join(map(repr, allowed))
-            raise UserError(
-                f"config.{path} is {found!r}; runs train together only with {shown}: "
-                "train each with research.train"
-            )
 
 
 def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:

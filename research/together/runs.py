@@ -24,7 +24,7 @@ from research.sampling import Sampler
 from research.saving.manager import Checkpointer
 from research.stopping import StopRequest
 from research.tasks import opening
-from research.together import fitting, members
+from research.together import compatible, fitting
 from research.watchdog import Watchdog
 
 
@@ -34,7 +34,7 @@ def train(configs: Sequence[Config]) -> int:
     Raises:
       UserError: whatever the user can mend; nothing is written then.
     """
-    members.check(configs)
+    compatible.check(configs)
     runtime.start(configs[0].runtime)
     phases = Phases(runtime.process_age())
     waiting = []

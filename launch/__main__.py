@@ -1,10 +1,9 @@
 """Starts a training run somewhere: `python -m launch TARGET -- --config=...`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from launch import targets
+from launch import starting, targets
 from launch.job import Job, check_training_flags
 from research import doors
 from research.errors import UserError
@@ -21,12 +20,7 @@ def main(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(own)
     config = check_training_flags(training)
     target = targets.find(options.target)
-    plan = target.plan([Job.of_run(training, config)], options)
-    if options.dry_run:
-        sys.stdout.write(plan.text())
-        return 0
-    plan.require_tools(target.TOOLS)
-    return target.run(plan, options)
+    return starting.start(target, [Job.of_run(training, config)], options)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -44,15 +38,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     raise UserError("nothing to train: put -- --config=FILE.py after the target")
 
 
-class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are ours: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see python -m launch --help")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = starting.Parser(
         prog="python -m launch",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,10 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         own = known.add_parser(
             name, help=target.HELP, description=target.HELP, allow_abbrev=False
         )
-        own.add_argument(
-            "--dry-run", action="store_true", help="show, and do nothing else"
-        )
-        target.add_flags(own)
+        starting.add_flags(own, target)
     return parser
 
 

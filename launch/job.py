@@ -39,7 +39,16 @@ class Job:
         return cls(name or folder.name, tuple(flags), config, beside=folder)
 
     def command(self, python: str, *, distributed: bool = False) -> list[str]:
-        """The trainer's argv; each of several processes runs the same."""
+        """The trainer's argv; each of several processes runs the same.
+
+        Raises:
+          UserError: runs that train together have one process.
+        """
+        if distributed and self.module == "research.train_together":
+            raise UserError(
+                f"{self.name} train as one program, and only in one process: give "
+                "--together=1, or one process"
+            )
         own = [python, "-m", self.module, *self.flags]
         return [*own, "--config.runtime.distributed=true"] if distributed else own
 

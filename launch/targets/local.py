@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import IO
 
 from launch import policy
 from launch.job import Job, Plan
@@ -65,41 +66,83 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
     A signal to the launcher goes to every process, and ends the restarts.
     """
     logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
-    group = Group()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, group.forward)
-    left = options.restarts
-    while True:
-        code = group.run(plan)
-        if group.told is not None or not policy.again(code, left):
-            return code
-        left -= code != policy.PREEMPTED
-        logging.info("ended with code %d; once more, %d failures left", code, left)
+    with Group() as group:
+        return group.train(plan, options.restarts)
 
 
 class Group:
-    """The processes of one start.
+    """Processes that train one run, started again when that is worth it.
+
+    Entered, it takes the signals that this process is sent.
 
     Attributes:
-      told: the signal that this launcher was given, if any.
+      told: the last of them, if any.
     """
 
     def __init__(self) -> None:
         self.told: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def forward(self, number: int, frame: FrameType | None) -> None:
+    def __enter__(self) -> "Group":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         self.told = number
         for process in self._running:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def run(self, plan: Plan) -> int:
-        """Starts every command at once; returns the code that says most."""
+    def train(
+        self,
+        plan: Plan,
+        restarts: int,
+        output: IO[bytes] | None = None,
+        watch: Callable[[], None] = lambda: None,
+        inherit: Sequence[int] = (),
+    ) -> int:
+        """Starts every command at once, and again; returns the last exit code.
+
+        Args:
+          plan: one command a process.
+          restarts: after failures; a preemption costs none.
+          output: where they write to; by default where the launcher does.
+          watch: called now and then.
+          inherit: file descriptors that they have, too.
+        """
+        while True:
+            code = self._run_once(plan, output, watch, inherit)
+            if self.told is not None or not policy.again(code, restarts):
+                return code
+            restarts -= code != policy.PREEMPTED
+            logging.info(
+                "ended with code %d; once more, %d failures left", code, restarts
+            )
+
+    def _run_once(
+        self,
+        plan: Plan,
+        output: IO[bytes] | None,
+        watch: Callable[[], None],
+        inherit: Sequence[int],
+    ) -> int:
+        """Returns the code that says most."""
         env = plan.env or [{}] * len(plan.commands)
         self._running = [
-            # A group of its own: the terminal's Ctrl-C comes once, through `forward`.
-            subprocess.Popen(command, env=os.environ | own, process_group=0)
+            subprocess.Popen(
+                command,
+                env=os.environ | own,
+                stdout=output,
+                stderr=output,
+                pass_fds=inherit,
+                # Of its own: the terminal's Ctrl-C comes once, through `_forward`.
+                process_group=0,
+            )
             for command, own in zip(plan.commands, env, strict=True)
         ]
         failed_at = None
@@ -110,5 +153,6 @@ class Group:
             if failed_at and time.monotonic() - failed_at > PATIENCE:
                 for process in self._running:
                     process.kill()
+            watch()
             time.sleep(POLL)
         return policy.worst([process.returncode for process in self._running])

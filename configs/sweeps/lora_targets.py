@@ -1,0 +1,22 @@
+"""Which layers should adapters of rank 16 be on: attention, MLP, or both?
+
+python -m launch.sweep --sweep=configs/sweeps/lora_targets.py
+"""
+
+from configs.sweeps import small
+from launch.sweeps.spec import Sweep, listed
+
+
+def get_sweep():
+    return Sweep(
+        config=small.CONFIG,
+        changes=small.SIZES,
+        axes=[
+            listed(
+                "lora.targets",
+                all={"lora.targets": ("attention", "mlp")},
+                attention={"lora.targets": ("attention",)},
+                mlp={"lora.targets": ("mlp",)},
+            )
+        ],
+    )

@@ -1,0 +1,197 @@
+"""What the runs of a sweep have written down, as the rows of its report."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.sweeps import runs, statistics
+from launch.sweeps.statistics import Comparison, Interval
+from research.errors import UserError
+from research.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+      state: `done`, or how far it is and why it ended.
+      curve: `(step, metric)` of each evaluation.
+      value: the metric at the end, None before it.
+      seconds: of training steps; a run of several together has its share of them.
+      tokens: real ones, padding left out.
+      chip_hours: the seconds times the devices it had.
+    """
+
+    name: str
+    point: tuple[str, ...]
+    seed: int
+    command: tuple[str, ...]
+    state: str
+    curve: tuple[tuple[int, float], ...]
+    value: float | None
+    seconds: float
+    tokens: int
+    chip_hours: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One point of the sweep, over its seeds.
+
+    Attributes:
+      found: of the seeds that are done; None where none is.
+      comparison: with the baseline; None for the baseline, and without shared seeds.
+      verdict: in words.
+      seconds, tokens, chip_hours: means over the runs that are done.
+    """
+
+    point: tuple[str, ...]
+    results: tuple[Result, ...]
+    found: Interval | None
+    comparison: Comparison | None
+    verdict: str
+    seconds: float
+    tokens: float
+    chip_hours: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A sweep and what came out of it.
+
+    Attributes:
+      sweep: the content of `sweep.json`.
+      rows: in the order of the axes.
+    """
+
+    folder: Path
+    sweep: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def baseline(self) -> tuple[str, ...]:
+        return tuple(self.sweep["baseline"])
+
+    @property
+    def axes(self) -> list[str]:
+        return [axis["name"] for axis in self.sweep["axes"]]
+
+
+def load(folder: Path) -> Report:
+    """Reads `sweep.json` and every run's files.
+
+    Raises:
+      UserError: there is no sweep, or its metric is not what the runs measure.
+    """
+    sweep = runs.read(folder)
+    found = [_read(folder, run, sweep["metric"]) for run in sweep["runs"]]
+    points = dict.fromkeys(result.point for result in found)
+    by_point = {p: tuple(r for r in found if r.point == p) for p in points}
+    baseline = tuple(sweep["baseline"])
+    known = _by_seed(by_point.get(baseline, ()))
+    others = [point for point in points if point != baseline]
+    compared = [statistics.compare(_by_seed(by_point[p]), known) for p in others]
+    adjusted = statistics.holm([c.p if c else 1.0 for c in compared])
+    said = {
+        point: (c, statistics.verdict(c, p, len(others)))
+        for point, c, p in zip(others, compared, adjusted, strict=True)
+    }
+    rows = [
+        _row(point, results, *said.get(point, (None, "baseline")))
+        for point, results in by_point.items()
+    ]
+    return Report(folder, sweep, tuple(rows))
+
+
+def _by_seed(results: Sequence[Result]) -> dict[int, float]:
+    return {r.seed: r.value for r in results if r.value is not None}
+
+
+def _row(
+    point: tuple[str, ...],
+    results: tuple[Result, ...],
+    comparison: Comparison | None,
+    verdict: str,
+) -> Row:
+    done = [r for r in results if r.value is not None]
+    missing = len(results) - len(done)
+    if missing:
+        verdict += f"; {missing} of {len(results)} runs not done"
+
+    def mean(what: str) -> float:
+        return sum(getattr(r, what) for r in done) / len(done) if done else math.nan
+
+    return Row(
+        point=point,
+        results=results,
+        found=statistics.interval([r.value for r in done]) if done else None,
+        comparison=comparison,
+        verdict=verdict,
+        seconds=mean("seconds"),
+        tokens=mean("tokens"),
+        chip_hours=mean("chip_hours"),
+    )
+
+
+def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
+    place = folder / run["name"]
+    lines = read_metrics(place)
+    train = [line for line in lines if line["kind"] == "train"]
+    curve = [
+        (line["step"], _metric(line, metric, run["name"]))
+        for line in lines
+        if line["kind"] == "eval"
+    ]
+    is_done = (place / "complete.json").is_file() and bool(curve)
+    seconds = train[-1]["elapsed_s"] if train else 0.0
+    history = _history(place)
+    return Result(
+        name=run["name"],
+        point=tuple(run["point"]),
+        seed=run["seed"],
+        command=tuple(run["command"]),
+        state="done" if is_done else _state(train, run["steps"], history),
+        curve=tuple(curve),
+        value=curve[-1][1] if is_done else None,
+        seconds=seconds,
+        tokens=sum(line["tokens"] for line in train),
+        chip_hours=seconds * _devices(history) / 3600,
+    )
+
+
+def _metric(line: dict[str, Any], metric: str, name: str) -> float:
+    """`loss`, `bits_per_byte` or `by_group.NAME` of an evaluation."""
+    group, _, key = metric.partition(".")
+    found = line.get(group)
+    if key and isinstance(found, dict):
+        found = found.get(key)
+    if not isinstance(found, int | float):
+        raise UserError(
+            f"the sweep is judged by {metric!r}, and {name} does not measure it: it "
+            f"has loss and {', '.join('by_group.' + k for k in line['by_group'])}"
+        )
+    return float(found)
+
+
+def _history(place: Path) -> list[dict[str, Any]]:
+    """The starts in a run's `run.json`."""
+    try:
+        return json.loads((place / "run.json").read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def _state(train: list[dict[str, Any]], steps: int, starts: list[dict]) -> str:
+    if not starts:
+        return "not begun"
+    made = train[-1]["step"] if train else 0
+    return f"step {made} of {steps}: {starts[-1]['cause'] or 'running, or killed'}"
+
+
+def _devices(starts: list[dict[str, Any]]) -> int:
+    """Of the last start: `8 TPU v5e`; one where no start is known."""
+    return int(starts[-1]["devices"].split()[0]) if starts else 1

@@ -1,0 +1,212 @@
+"""The report says what metrics.jsonl says: every number is worked out here anew."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from scipy import stats
+
+from launch.sweeps import page, plots, results, runs
+from launch.sweeps.spec import Sweep, grid, listed
+from research.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = str(ROOT / "configs" / "finetune_dolly.py")
+EFFECT = {"4": 0.3, "8": 0.0, "16": -0.2, "<b>|": 0.001}
+STEPS = (0, 10, 20)
+
+
+def metrics(rng, effect, seed):
+    """Lines of a run of 20 steps on a split whose level the seed decides."""
+    level, lines = 3.0 + seed, []
+    for step in range(1, 21):
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "elapsed_s": 2.5 * step,
+                "tokens": 90 + seed,
+            }
+        )
+    for step in STEPS:
+        loss = level + effect * step / 20 + rng.normalvariate(0, 0.004)
+        lines.append(
+            {"kind": "eval", "step": step, "loss": loss, "by_group": {"qa": 1.5}}
+        )
+    return sorted(lines, key=lambda line: line["step"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three seeds of four ranks; the last run of the first point is not done."""
+    points = {name: {"lora.rank": 1 + i} for i, name in enumerate(EFFECT)}
+    sweep = Sweep(
+        config=CONFIG,
+        axes=[listed("lora.rank", **points)],
+        baseline={"lora.rank": "8"},
+        question="Is <script> quoted?",
+    )
+    found = runs.expand(sweep, tmp_path)
+    runs.write(tmp_path, sweep, "s.py", found)
+    rng = random.Random(0)
+    for run in found:
+        run.folder.mkdir()
+        lines = metrics(rng, EFFECT[run.point[0]], run.config.seed)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run.folder / "metrics.jsonl").write_text(text)
+        starts = [{"devices": "8 TPU v5e", "cause": "SIGTERM after step 20"}]
+        (run.folder / "run.json").write_text(json.dumps({"starts": starts}))
+        if run is not found[2]:
+            (run.folder / "complete.json").write_text("{}")
+    return tmp_path
+
+
+def read(place):
+    return [json.loads(x) for x in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_losses(folder):
+    """By label and seed, read without the code under test."""
+    found = {}
+    for run in json.loads((folder / "sweep.json").read_text())["runs"]:
+        place = folder / run["name"]
+        lines = read(place)
+        held = [x["loss"] for x in lines if x["kind"] == "eval"]
+        if (place / "complete.json").exists():
+            found.setdefault(run["point"][0], {})[run["seed"]] = held[-1]
+    return found
+
+
+def table(folder):
+    lines = (folder / "report.md").read_text().splitlines()
+    rows = [re.split(r"(?<!\\)\|", x)[1:-1] for x in lines if x.startswith("|")]
+    return {row[0].strip(): [cell.strip() for cell in row] for row in rows[2:]}
+
+
+def test_the_table_is_that_of_the_metrics(folder):
+    page.write(folder)
+    rows, losses = table(folder), last_losses(folder)
+    assert len(rows) == len(losses) == 4
+    for label, by_seed in losses.items():
+        _, seeds, mean, _, against, between, _, time, tokens, hours = rows[
+            label.replace("|", "\\|")
+        ]
+        assert int(seeds) == len(by_seed)
+        assert float(mean) == pytest.approx(np.mean(list(by_seed.values())), abs=6e-5)
+        assert time == "0:50"
+        mine = [20 * (90 + seed) for seed in by_seed]
+        assert float(tokens.replace(",", "")) == pytest.approx(np.mean(mine), abs=0.6)
+        assert float(hours) == pytest.approx(50 * 8 / 3600, abs=6e-4)
+        if label == "8":
+            assert against == "-"
+            continue
+        shared = sorted(by_seed.keys() & losses["8"].keys())
+        a, b = ([x[seed] for seed in shared] for x in (by_seed, losses["8"]))
+        assert float(against) == pytest.approx(np.subtract(a, b).mean(), abs=6e-5)
+        low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+        shown = [float(x) for x in between.split(" to ")]
+        assert shown == pytest.approx([low, high], abs=6e-5)
+
+
+def test_the_verdicts_are_in_words(folder):
+    page.write(folder)
+    verdicts = {label: row[6] for label, row in table(folder).items()}
+    assert verdicts["8"] == "baseline"
+    assert re.fullmatch(r"better than the baseline by 0\.(19|20)\d\d", verdicts["16"])
+    assert verdicts["4"].endswith("1 of 3 runs not done")
+    assert verdicts["<b>\\|"] == "not distinguishable at 3 seeds"
+
+
+def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
+    page.write(folder)
+    text = (folder / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text and "<b>|" not in text
+    assert text.count("<svg") == 2
+    assert not re.search(r'(src|href)="(https?:)?//', text)
+    assert not re.search(r"<(link|img|script)", text)
+    for run in json.loads((folder / "sweep.json").read_text())["runs"]:
+        assert f"--config.run_dir={folder / run['name']}" in text
+
+
+def test_curves_and_bands_are_the_seeds(folder, monkeypatch):
+    """What is drawn is compared with the files, not the picture."""
+    drawn, band = {}, plots._band
+
+    def draw(axes, found, style):
+        drawn.setdefault(style["label"], found)
+        band(axes, found, style)
+
+    monkeypatch.setattr(plots, "_band", draw)
+    report = results.load(folder)
+    plots.curves(report)
+    for name, curves in drawn.items():
+        row = next(x for x in report.rows if x.point == (name,))
+        for result, curve in zip(row.results, curves, strict=True):
+            lines = read(folder / result.name)
+            assert curve == {x["step"]: x["loss"] for x in lines if x["kind"] == "eval"}
+
+
+def test_numbers_have_a_scale_and_names_have_none():
+    def positions(*labels):
+        return plots._positions({"points": {label: {} for label in labels}})
+
+    assert positions("4", "16", "64") == ({"4": 4.0, "16": 16.0, "64": 64.0}, "log")
+    assert positions("1", "2", "3")[1] == "linear"
+    assert positions("attention", "mlp") == ({"attention": 0.0, "mlp": 1.0}, "")
+
+
+def test_another_metric_and_one_that_is_not_measured(tmp_path, folder):
+    path = folder / "sweep.json"
+    sweep = json.loads(path.read_text())
+    path.write_text(json.dumps(sweep | {"metric": "by_group.qa"}))
+    assert all(r.value == 1.5 for row in results.load(folder).rows for r in row.results
+               if r.state == "done")  # fmt: skip
+    path.write_text(json.dumps(sweep | {"metric": "bits_per_byte"}))
+    with pytest.raises(UserError, match=r"has loss and by_group\.qa"):
+        results.load(folder)
+
+
+def test_nothing_done_yet_is_a_report_too(tmp_path):
+    sweep = Sweep(config=CONFIG, axes=[grid("lora.rank", 4, 8)], seeds=(0,))
+    runs.write(tmp_path, sweep, "s.py", runs.expand(sweep, tmp_path))
+    page.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "0 of 2 runs are done" in text and "not begun" in text
+
+
+def report(folder, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.report", *flags], cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_writes_and_shows(folder):
+    done = report(folder, f"--sweep={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "better than the baseline" in done.stdout
+    assert str(Path(folder) / "report.html") in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--sweep=absent",), "absent has no sweep.json"),
+        (("--sweep=x/lora_rank.py",), "runs/sweeps/lora_rank has no sweep.json"),
+        ((), "--sweep"),
+        (("--swep=a",), "--swep"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, said):
+    done = report(tmp_path, *flags)
+    assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())

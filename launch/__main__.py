@@ -1,10 +1,11 @@
 """Starts a training run somewhere: `python -m launch TARGET -- --config=...`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
-from launch import targets
+from launch import gate, settings, targets
 from launch.job import Job, check_training_flags
 from research import doors
 from research.errors import UserError
@@ -12,20 +13,33 @@ from research.errors import UserError
 USAGE = """
 What stands after -- goes to research.train as it is. --dry-run shows the commands and
 the files a target would use, and does nothing else. `TARGET --help` has its own flags.
+--settings=list shows what compilers and libraries can be told, chip by chip.
 """
+LIST = "--settings=list"
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     own, training = split(argv[1:])
+    if LIST in own:
+        sys.stdout.write(settings.table())
+        return 0
     options = make_parser().parse_args(own)
     config = check_training_flags(training)
     target = targets.find(options.target)
-    plan = target.plan([Job.of_run(training, config)], options)
+    rented = gate.chips(target, config, options)
+    chip = rented[0].partition(":")[0] if rented else ""
+    env = settings.environment(chip, options.settings.split(","))
+    job = dataclasses.replace(Job.of_run(training, config), env=env)
+    plan = target.plan([job], options)
+    if not options.dry_run:
+        plan.require_tools(target.TOOLS)
+    # The slowest check comes last, and before anything is written or run.
+    if found := gate.check(target, rented, config, options):
+        sys.stderr.write(f"launch: {found}\n")
     if options.dry_run:
         sys.stdout.write(plan.text())
         return 0
-    plan.require_tools(target.TOOLS)
     return target.run(plan, options)
 
 
@@ -39,7 +53,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if "--" in own:
         middle = own.index("--")
         return own[:middle], own[middle + 1 :]
-    if not own or {"-h", "--help"} & set(own):
+    if not own or {"-h", "--help", LIST} & set(own):
         return own or ["--help"], []
     raise UserError("nothing to train: put -- --config=FILE.py after the target")
 
@@ -67,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
         own.add_argument(
             "--dry-run", action="store_true", help="show, and do nothing else"
         )
+        own.add_argument(
+            "--settings",
+            default="default",
+            help="default, none, or names of --settings=list, with commas between",
+        )
+        gate.add_flags(own)
         target.add_flags(own)
     return parser
 

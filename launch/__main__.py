@@ -1,9 +1,10 @@
 """Starts a training run somewhere: `python -m launch TARGET -- --config=...`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from launch import starting, targets
+from launch import settings, starting, targets
 from launch.job import Job, check_training_flags
 from research import doors
 from research.errors import UserError
@@ -11,12 +12,17 @@ from research.errors import UserError
 USAGE = """
 What stands after -- goes to research.train as it is. --dry-run shows the commands and
 the files a target would use, and does nothing else. `TARGET --help` has its own flags.
+--settings=list shows what compilers and libraries can be told, chip by chip.
 """
+LIST = "--settings=list"
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     own, training = split(argv[1:])
+    if LIST in own:
+        sys.stdout.write(settings.table())
+        return 0
     options = make_parser().parse_args(own)
     config = check_training_flags(training)
     target = targets.find(options.target)
@@ -33,7 +39,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if "--" in own:
         middle = own.index("--")
         return own[:middle], own[middle + 1 :]
-    if not own or {"-h", "--help"} & set(own):
+    if not own or {"-h", "--help", LIST} & set(own):
         return own or ["--help"], []
     raise UserError("nothing to train: put -- --config=FILE.py after the target")
 

@@ -24,6 +24,7 @@ class Job:
       config: what they come to; of several runs, what they share.
       module: the trainer.
       beside: where files about the job go; a suffix is added to its name.
+      env: variables that must be set before it starts; see `launch/settings.py`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Job:
     config: Config
     module: str = "research.train"
     beside: Path = Path()
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_run(cls, flags: Sequence[str], config: Config, name: str = "") -> "Job":
@@ -51,6 +53,12 @@ class Job:
             )
         own = [python, "-m", self.module, *self.flags]
         return [*own, "--config.runtime.distributed=true"] if distributed else own
+
+    def setting_env(self, command: Sequence[str]) -> list[str]:
+        """The argv that runs `command` with the job's variables, without a shell."""
+        if not self.env:
+            return list(command)
+        return ["env", *(f"{k}={v}" for k, v in self.env.items()), *command]
 
     def file(self, suffix: str) -> Path:
         """Beside the run's folder, never in it: that one the trainer makes."""

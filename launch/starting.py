@@ -1,9 +1,11 @@
 """What every launch does between reading its flags and running its commands."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
+from launch import gate, settings
 from launch.job import Job
 from launch.targets import Target
 from research.errors import UserError
@@ -21,6 +23,12 @@ def add_flags(parser: argparse.ArgumentParser, target: Target) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="show, and do nothing else"
     )
+    parser.add_argument(
+        "--settings",
+        default="default",
+        help="default, none, or names of --settings=list, with commas between",
+    )
+    gate.add_flags(parser)
     target.add_flags(parser)
 
 
@@ -30,9 +38,17 @@ def start(target: Target, jobs: Sequence[Job], options: argparse.Namespace) -> i
     Raises:
       UserError: a flag or the config does not fit the target, or a tool is missing.
     """
+    rented = gate.chips(target, jobs[0].config, options)
+    chip = rented[0].partition(":")[0] if rented else ""
+    env = settings.environment(chip, options.settings.split(","))
+    jobs = [dataclasses.replace(job, env=env) for job in jobs]
     plan = target.plan(jobs, options)
+    if not options.dry_run:
+        plan.require_tools(target.TOOLS)
+    # The slowest check comes last, and before anything is written or run.
+    for found in gate.check(target, rented, [job.config for job in jobs], options):
+        sys.stderr.write(f"launch: {found}\n")
     if options.dry_run:
         sys.stdout.write(plan.text())
         return 0
-    plan.require_tools(target.TOOLS)
     return target.run(plan, options)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from research import caches, chips
+from research import caches, chips, processes
 from research.config import RuntimeConfig
 from research.errors import UserError
 
@@ -67,23 +67,32 @@ def _join_processes(watchdog_s: float) -> None:
     Raises:
       UserError: neither says where they are, or they do not answer.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, count, index = (os.environ.get(name) for name in names)
-    patience = int(max(100, watchdog_s + 60))
+    found = processes.resolve(os.environ)
+    if found and found.count == 1:
+        logging.info("processes: %s: nobody to join", found)
+        return
+    # Where all is named, nothing is to be detected; None stands for what JAX finds.
+    named = (found.address, found.count, found.index) if found else (None, None, None)
+    source = found.source if found else processes.detected()
+    devices = processes.local_devices(os.environ)
     try:
-        if address and count and index:
-            jax.distributed.initialize(
-                address, int(count), int(index), heartbeat_timeout_seconds=patience
-            )
-        else:
-            jax.distributed.initialize(heartbeat_timeout_seconds=patience)
+        jax.distributed.initialize(
+            *named,
+            devices,
+            cluster_detection_method="deactivate" if found else None,
+            heartbeat_timeout_seconds=int(max(100, watchdog_s + 60)),
+        )
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(
             f"config.runtime.distributed is set, and the other processes cannot be "
             f"joined ({first_line}); on a cluster that JAX does not know, set "
-            f"{', '.join(names)} for each"
+            f"{', '.join(processes.EXPLICIT)} for each"
         ) from error
+    joined = processes.joined(source)
+    logging.info("processes: %s", joined)
+    if not found:
+        processes.check_slices(os.environ, joined.count)
 
 
 def _use_compilation_cache(folder: str) -> None:

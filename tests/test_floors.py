@@ -16,7 +16,7 @@ PACKAGE = ROOT / "research"
 FLOORS = {
     "errors": -1,  # under everything, so that anyone can raise for the user
     "knobs": 0, "knob_checks": 0, "matrix": 0, "batch": 0, "caches": 0, "chips": 0,
-    "phases": 0, "provenance": 0,
+    "phases": 0, "provenance": 0, "processes": 0,
     "config": 1, "trees": 1, "watchdog": 1, "stopping": 1, "history": 1,
     "runtime": 2, "mesh": 2, "progress": 2,
     "models": 3, "data": 3,

@@ -265,7 +265,7 @@ def test_bad_input_is_one_line_and_nothing_is_made(tmp_path, flags, knob, said):
     (tmp_path / "s.py").write_text(SWEEP.format(knob=knob))
     done = subprocess.run(
         [sys.executable, "-m", "launch.sweep", "--sweep=s.py", *flags],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": str(tmp_path)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

@@ -1,6 +1,9 @@
 """One file a target: `HELP`, `TOOLS`, `add_flags`, `plan` and `run`.
 
 A target turns jobs into a `Plan`; `run` carries it out. To add one, add a file.
+
+One that rents machines also has `chips(options, config)`: what they are, as
+`("v5e:4x4", slices)`, or None where it does not know. The gate asks the planner.
 """
 
 import argparse

@@ -39,12 +39,13 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     many = options.processes > 1
     commands = [job.command(sys.executable, distributed=many) for job in jobs]
     if not many:
-        return Plan({}, commands)
+        return Plan({}, commands, [job.env for job in jobs])
     env = []
-    for _ in jobs:
+    for job in jobs:
         address = f"localhost:{options.port or free_port()}"
         env += [
             {
+                **job.env,
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(options.processes),
                 "JAX_PROCESS_ID": str(index),

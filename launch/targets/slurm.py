@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from launch.job import Job, Plan
-from research.errors import PREEMPTED, UserError
+from research.chips import CHIPS
+from research.config import Config
+from research.errors import PREEMPTED, UserError, nearest
 
 HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"
 TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on Debian)"}
@@ -35,6 +37,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="default: 1")
     parser.add_argument("--processes-per-node", type=int, default=1, help="default: 1")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--device",
+        default="",
+        help="what a GPU is, as h100: the run is planned for it before it is launched",
+    )
     parser.add_argument("--time", default="", help="limit, as sbatch has it: 4:00:00")
     parser.add_argument(
         "--grace", type=int, default=120, help="seconds to save in; default: 120"
@@ -42,6 +49,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", default="", help="default: the cluster's")
     parser.add_argument("--account", default="", help="default: the user's")
     parser.add_argument("--name", default="", help="default: the run directory's")
+
+
+def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
+    """The GPUs of all nodes; None where `--device` does not say what they are."""
+    if not options.device:
+        return None
+    known = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
+    if options.device not in known:
+        raise UserError(
+            f"--device is {options.device!r}{nearest(options.device, known)}; it is "
+            f"one of {', '.join(known)}"
+        )
+    if options.gpus_per_node < 1:
+        raise UserError(
+            f"--device={options.device} needs --gpus-per-node; it is "
+            f"{options.gpus_per_node}"
+        )
+    return f"{options.device}:{options.nodes * options.gpus_per_node}", 1
 
 
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
@@ -56,7 +81,9 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     beside = first.file("").parent / "slurm-array" if several else first.beside
     script = beside.with_name(f"{beside.name}.slurm.sh")
     many = options.nodes * options.processes_per_node > 1
-    commands = [job.command(sys.executable, distributed=many) for job in jobs]
+    commands = [
+        job.setting_env(job.command(sys.executable, distributed=many)) for job in jobs
+    ]
     cases = [
         f"{index}) command=({shlex.join(command)}) ;;"
         for index, command in enumerate(commands)

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import pytest
 from commands import chain, snapshot
 from test_end_to_end import final_state
 from test_saving import flip_one

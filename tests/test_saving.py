@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -389,25 +390,19 @@ def test_checkpoints_that_cannot_fit_are_refused_before_the_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_slow_disk_holds_no_step_up(tmp_path, monkeypatch):
-    """Steps go on while a save takes a second; only the next save waits for it."""
-    seal = integrity.seal
-    monkeypatch.setattr(integrity, "seal", lambda path: time.sleep(0.5) or seal(path))
-
-    def steps():
-        begun = time.perf_counter()
-        for _ in range(20):
-            time.sleep(0.01)  # A device at work: the host is free.
-            checkpointer.check()
-        return time.perf_counter() - begun
-
-    with open_checkpoints(tmp_path) as checkpointer:
-        alone = steps()
-        checkpointer.save(1, make_state(1), POSITION, None)
-        beside = steps()
-        assert not (tmp_path / "checkpoints/1").exists(), "the disk was not slow"
-        checkpointer.wait()
-    assert beside < 1.1 * alone
+@pytest.mark.parametrize("missing", [0, 1])
+def test_room_is_counted_to_the_byte(tmp_path, monkeypatch, missing):
+    """For three checkpoints of 1000 bytes, of which there are 300 already."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "old").write_bytes(b"x" * 300)
+    state = {"w": jax.ShapeDtypeStruct((250,), jnp.float32)}
+    free = SimpleNamespace(free=3 * 1000 - 300 - missing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    refused = pytest.raises(UserError, match=r"3 checkpoints of .* do not fit")
+    keep = CheckpointConfig(keep_last=1, keep_best=1)
+    with refused if missing else contextlib.nullcontext():
+        require_room(folder, state, keep)
 
 
 def test_a_checkpoint_without_a_seal_was_never_committed(copy):

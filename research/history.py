@@ -203,13 +203,21 @@ class Goodput:
         """Of the wall time, in steps that were kept."""
         return self.by_phase["step"] / self.total if self.total else 0.0
 
+    @property
+    def parts(self) -> list[tuple[str, float]]:
+        """Phases and their seconds, the longest first; without what is next to none."""
+        known = [x for x in self.by_phase.items() if x[1] >= 1e-4 * self.total > 0]
+        return sorted(known, key=lambda part: -part[1])
+
+    def line(self) -> dict[str, Any]:
+        """As `metrics.jsonl` has it."""
+        seconds = {name: round(s, 3) for name, s in self.by_phase.items()}
+        return {"goodput": self.share, "total_s": self.total, "seconds": seconds}
+
     def __str__(self) -> str:
         if not self.total:
             return "nothing yet"
-        parts = sorted(self.by_phase.items(), key=lambda item: -item[1])
-        shown = [
-            f"{k} {s / self.total:.1%}" for k, s in parts if s >= 1e-4 * self.total
-        ]
+        shown = [f"{name} {s / self.total:.1%}" for name, s in self.parts]
         return f"{self.share:.1%} of {self.total:,.0f} s: {', '.join(shown)}"
 
 

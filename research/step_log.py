@@ -155,7 +155,8 @@ class StepLog:
 
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Of the held-out rows after update `number`."""
-        line = dataclasses.asdict(found)
+        # Where the wall time of this process went so far, by phase.
+        line = dataclasses.asdict(found) | {"seconds": self._phases.seconds}
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
         self._view.update(number, shown, line=False)

@@ -11,7 +11,7 @@ from research.answers import base_model, tuned_model
 from research.base import EXPORTED
 from research.config import Config
 from research.data.bpe import save_tokenizer
-from research.errors import PREEMPTED, STUCK, DivergedError
+from research.errors import PREEMPTED, STUCK, DivergedError, SaveError
 from research.fitting import Run, fit, tell
 from research.history import History
 from research.phases import Phases
@@ -168,7 +168,23 @@ def prepare(config: Config, folder: RunDir, history: History, phases: Phases) ->
 
 
 def finish(run: Run) -> None:
-    """The plot, the table, what the model says, and the model for others."""
+    """The plot, the table, what the model says, and the model for others.
+
+    Raises:
+      SaveError: they could not be written; the last step is saved all the same.
+    """
+    try:
+        _finish(run)
+    except OSError as error:
+        raise SaveError(
+            f"all {run.config.steps} steps are saved, and the report could not be "
+            f"written: {error}; make room or give back the right to write, then start "
+            "the same command again",
+            run.config.steps,
+        ) from error
+
+
+def _finish(run: Run) -> None:
     folder = run.folder.path
     arguments = (run.job, run.base, run.sampler)
     tuned = tuned_model(*arguments, run.state.params, run.frozen)
@@ -181,7 +197,8 @@ def finish(run: Run) -> None:
     if jax.process_index() > 0:
         return
     lines = [x for x in metrics.read_metrics(folder) if x["kind"] == "train"]
-    seconds = lines[-1]["elapsed_s"]
+    seconds, goodput = lines[-1]["elapsed_s"], run.history.goodput()
+    metrics.append_line(folder, run.config.steps, "goodput", goodput.line())
     facts = {
         "base model": run.base.name,
         "data": run.task.origin,
@@ -189,11 +206,12 @@ def finish(run: Run) -> None:
         "training time": duration(seconds),
         "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
         "peak memory, GB": round(lines[-1]["memory_gb"], 2),
-        "goodput": str(run.history.goodput()),
+        "goodput": str(goodput),
     }
     report.plot(folder, folder.name)
     report.show_table(run.console, folder)
-    report.write_markdown(folder, facts, said)
+    report.show_time(run.console, goodput.parts)
+    report.write_markdown(folder, facts, said, goodput.parts)
     run.folder.mark_complete(facts)
     logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
     logging.info(

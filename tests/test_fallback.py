@@ -1,14 +1,17 @@
 """A full disk and damaged checkpoints under the real command: on exactly, or not."""
 
 import json
+import re
 import shutil
 
-from commands import chain, snapshot
+import pytest
+from commands import STEPS, chain, snapshot
 from test_end_to_end import final_state
 from test_saving import flip_one
 from test_survival import check_equal
 
 from research.errors import DamagedError, SaveError
+from research.phases import NAMES
 from research.saving.integrity import find_damage
 
 # From step 15 on no file grows over so many bytes: metrics still fit, arrays do not.
@@ -48,6 +51,10 @@ def fallen_back(place, results):
     return (full, kept, size), (gone_on, state), (lost, before)
 
 
+def history_of(place, run):
+    return json.loads((place.run_dir(run) / "run.json").read_text())
+
+
 def names(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
@@ -74,10 +81,32 @@ def test_with_room_and_the_newest_damaged_it_ends_as_the_unbroken_run(
     assert state == final_state(place, "unbroken")
     (aside,) = (place.run_dir("fallback") / "damaged").iterdir()
     assert aside.name.startswith("10-")
-    found = json.loads((place.run_dir("fallback") / "run.json").read_text())
+    found = history_of(place, "fallback")
     assert [x["exit_code"] for x in found["starts"]] == [SaveError.exit_code, 0]
     assert [(x["first"], x["step"]) for x in found["starts"]] == [(0, 15), (5, 16)]
     assert any("checkpoint 10 is damaged" in x["what"] for x in found["events"])
+
+
+def test_the_metrics_and_the_report_say_where_the_time_went(place, fallen_back):
+    """Over all starts: the second one, and steps 6 to 15 done twice, are restart."""
+    (line,) = place.lines("fallback", "goodput")
+    seconds = line["seconds"]
+    assert line["step"] == STEPS and seconds.keys() == {*NAMES, "restart"}
+    assert sum(seconds.values()) == pytest.approx(line["total_s"], abs=0.01)
+    assert line["goodput"] == pytest.approx(seconds["step"] / line["total_s"], abs=1e-4)
+    first, second = history_of(place, "fallback")["starts"]
+    repeated = first["seconds"]["step"] * 10 / 15
+    assert seconds["restart"] == pytest.approx(
+        second["seconds"]["start"] + repeated, abs=0.01
+    )
+    report = (place.run_dir("fallback") / "report.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| ([\d,.]+) \| [\d.]+% \|$", report, re.M))
+    for name, value in rows.items():
+        assert float(value.replace(",", "")) == pytest.approx(seconds[name], abs=0.051)
+    assert {"start", "compile", "step", "save", "restart"} <= rows.keys()
+    assert "wall time, all starts" in fallen_back[1][0].out
+    for line in place.lines("fallback", "eval"):
+        assert line["seconds"].keys() == set(NAMES) and line["seconds"]["start"] > 0
 
 
 def test_when_all_are_damaged_it_stops_each_time_and_overwrites_nothing(
@@ -103,6 +132,6 @@ def test_when_all_are_damaged_it_stops_each_time_and_overwrites_nothing(
             path = aside.joinpath(*rest)
         assert moved.pop(path.relative_to(run)) == data, f"{path} was changed"
     assert not [x for x in moved if x.parts[0] != "damaged"], "something was written"
-    causes = json.loads((run / "run.json").read_text())["starts"][-2:]
+    causes = history_of(place, "lost")["starts"][-2:]
     assert all(x["cause"].startswith("DamagedError") for x in causes)
     assert all(x["exit_code"] == DamagedError.exit_code for x in causes)

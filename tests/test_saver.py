@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from test_saving import IDENTITY, POSITION, abstract, equal, make_state
 
-from research import loop, metrics
+from research import loop, metrics, training
 from research.config import CheckpointConfig, Config, RuntimeConfig
 from research.errors import DamagedError, DivergedError, SaveError, UserError
 from research.fitting import Saver, restore
@@ -245,6 +245,16 @@ def test_metrics_that_cannot_be_opened_are_said(tmp_path, monkeypatch):
     with pytest.raises(SaveError) as failed:
         make_log(tmp_path, first=7)
     check_one_line(failed, "the metrics of step 7")
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    def refuse(run):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "report.md")
+
+    monkeypatch.setattr(training, "_finish", refuse)
+    with pytest.raises(SaveError) as failed:
+        training.finish(make_run(tmp_path))
+    check_one_line(failed, "steps are saved", "report.md")
 
 
 # -- a run whose checkpoints are gone ------------------------------------------------

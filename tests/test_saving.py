@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import ROOT
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import CheckpointConfig
@@ -213,6 +215,62 @@ def test_a_step_with_damaged_metrics_is_set_aside(copy, how, step):
     assert f"checkpoint {step} is damaged and was moved" in line and "metrics" in line
     (aside,) = (copy / "damaged").iterdir()
     assert aside.name.startswith(f"{step}-")
+
+
+TWO = """
+import sys
+import jax
+address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(address, 2, index)
+import numpy as np
+from pathlib import Path
+from jax.experimental import multihost_utils
+from commands import ROOT
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_saving import IDENTITY, KEEP, abstract
+from research.errors import DamagedError
+from research.saving.manager import Checkpointer
+
+split = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+values = np.arange(64, dtype=np.float32)
+state = {"w": jax.make_array_from_callback((64,), split, lambda i: values[i])}
+folder = Path(folder) / "checkpoints"
+
+def reopen(*damaged):
+    for step in damaged if index == 0 else ():
+        (folder / str(step) / "metrics" / "metrics").write_bytes(b"")
+    multihost_utils.sync_global_devices(f"damaged {damaged}")
+    with Checkpointer(folder, KEEP, IDENTITY) as checkpointer:
+        return checkpointer.restore(abstract(state)).step
+
+with Checkpointer(folder, KEEP, IDENTITY) as checkpointer:
+    for step in (1, 2, 3):
+        checkpointer.save(step, state, {}, 2.5)
+print("restored", reopen(1, 3))
+try:
+    reopen(2)
+except DamagedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.soak
+def test_two_processes_agree_on_what_is_set_aside(place, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    running = [
+        place.start_python("-c", TWO, address, str(index), str(tmp_path), more=more)
+        for index in range(2)
+    ]
+    for process in running:
+        finished = process.finish()
+        assert finished.code == 0, finished.err
+        restored, refused = finished.out.splitlines()[-2:]
+        assert restored == "restored 2" and "are damaged (steps 2," in refused
+    aside = sorted(x.name[0] for x in (tmp_path / "damaged").iterdir())
+    assert aside == ["1", "2", "3"]
 
 
 def test_when_the_metrics_of_all_are_damaged_nothing_is_restored(copy):

@@ -114,7 +114,7 @@ def _fit_once(
         run.phases,
     )
     feed = make_feed(run, position)
-    run.history.begin(first)
+    run.history.go_on(first)
     saver = Saver(run, checkpointer, log, feed, clock)
     with (
         stop.noting(),

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import math
 import os
 import socket
 from pathlib import Path
@@ -56,13 +57,11 @@ class History:
             self.accepted[name] = change
             self.event(f"accepted: {name}: {change}")
 
-    def begin(self, first: int) -> None:
-        """This process goes on from step `first`; again, after a rollback."""
-        starts = self._found["starts"]
+    def begin(self) -> None:
+        """This process has the run to itself; called again, nothing happens."""
         if self._begun:
-            starts[-1]["redone"] += starts[-1]["step"] - first
-            starts[-1]["step"] = first
             return
+        starts = self._found["starts"]
         if starts and starts[-1]["cause"] is None:
             starts[-1]["cause"] = UNKNOWN
         devices = jax.devices()
@@ -74,8 +73,8 @@ class History:
                 "processes": jax.process_count(),
                 "devices": f"{len(devices)} {devices[0].device_kind}",
                 "provenance": provenance.describe(),
-                "first": first,
-                "step": first,
+                "first": None,  # Unless it comes as far as its first step.
+                "step": None,
                 "redone": 0,
                 "seconds": self._phases.seconds,
                 "ended": None,
@@ -84,6 +83,16 @@ class History:
             }
         )
         self._begun = True
+        self._write()
+
+    def go_on(self, first: int) -> None:
+        """From step `first`; again, after a rollback."""
+        start = self._found["starts"][-1]
+        if start["first"] is None:
+            start["first"] = first
+        else:
+            start["redone"] += start["step"] - first
+        start["step"] = first
         self._write()
 
     def note(self, step: int) -> None:
@@ -194,31 +203,39 @@ class Goodput:
         """Of the wall time, in steps that were kept."""
         return self.by_phase["step"] / self.total if self.total else 0.0
 
+    @property
+    def parts(self) -> list[tuple[str, float]]:
+        """Phases and their seconds, the longest first; without what is next to none."""
+        known = [x for x in self.by_phase.items() if x[1] >= 1e-4 * self.total > 0]
+        return sorted(known, key=lambda part: -part[1])
+
+    def line(self) -> dict[str, Any]:
+        """As `metrics.jsonl` has it."""
+        seconds = {name: round(s, 3) for name, s in self.by_phase.items()}
+        return {"goodput": self.share, "total_s": self.total, "seconds": seconds}
+
     def __str__(self) -> str:
         if not self.total:
             return "nothing yet"
-        parts = sorted(self.by_phase.items(), key=lambda item: -item[1])
-        shown = [
-            f"{k} {s / self.total:.1%}" for k, s in parts if s >= 1e-4 * self.total
-        ]
+        shown = [f"{name} {s / self.total:.1%}" for name, s in self.parts]
         return f"{self.share:.1%} of {self.total:,.0f} s: {', '.join(shown)}"
 
 
 def goodput(starts: list[dict[str, Any]]) -> Goodput:
     """Of the `starts` of a `run.json`."""
     by_phase = dict.fromkeys((*NAMES, "restart"), 0.0)
-    for index, start in enumerate(starts):
+    lowest = math.inf  # Where a later start went on from: what lies above was lost.
+    for index, start in reversed(list(enumerate(starts))):
         spent = dict(start["seconds"])
         if index:
             by_phase["restart"] += spent.pop("start")
-        redone = start["redone"]
-        made = start["step"] - start["first"] + redone
-        if index + 1 < len(starts):
-            redone += max(start["step"] - starts[index + 1]["first"], 0)
-        if made > 0:
-            lost = spent["step"] * redone / made
+        if start["first"] is not None:
+            made = start["step"] - start["first"] + start["redone"]
+            redone = min(start["redone"] + max(start["step"] - lowest, 0), made)
+            lost = spent["step"] * redone / made if made else 0.0
             spent["step"] -= lost
             by_phase["restart"] += lost
+            lowest = min(lowest, start["first"])
         for name, seconds in spent.items():
             by_phase[name] += seconds
     return Goodput(sum(by_phase.values()), by_phase)

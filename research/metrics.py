@@ -107,6 +107,13 @@ class MetricsFile:
         self._board.close()
 
 
+def append_line(folder: Path, step: int, kind: str, values: dict[str, Any]) -> None:
+    """To a `metrics.jsonl` that no run has open."""
+    line = json.dumps({"step": step, "kind": kind, **values}, ensure_ascii=False)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All complete lines; a last line torn by a kill is left out."""
     path = folder / "metrics.jsonl"

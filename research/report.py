@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,43 @@ def quoted(text: str) -> str:
     return "> " + text.replace("\n", "\n> ")
 
 
-def write_markdown(folder: Path, facts: dict[str, Any], said: list[str]) -> Path:
-    """`report.md`: the same for reading later; `said` is what the model said."""
-    header, *rows = table(folder)
+def show_time(console: Console, seconds: Sequence[tuple[str, float]]) -> None:
+    """The table of where the wall time of a run went, by phase."""
+    header, *rows = time_table(seconds)
+    shown = Table(title="wall time, all starts", title_justify="left")
+    for name in header:
+        shown.add_column(name, justify="left" if name == "phase" else "right")
+    for row in rows:
+        shown.add_row(*row, style="bold" if row[0] == "step" else "")
+    console.print(shown)
+
+
+def time_table(seconds: Sequence[tuple[str, float]]) -> list[list[str]]:
+    """A header, and a row a phase."""
+    total = sum(s for _, s in seconds) or 1.0
+    rows = [[name, f"{s:,.1f}", f"{s / total:.1%}"] for name, s in seconds]
+    return [["phase", "seconds", "share"], *rows]
+
+
+def write_markdown(
+    folder: Path,
+    facts: dict[str, Any],
+    said: list[str],
+    seconds: Sequence[tuple[str, float]],
+) -> Path:
+    """`report.md`: the same for reading later.
+
+    Args:
+      facts: lines of the beginning, by name.
+      said: lines of what the model said.
+      seconds: of wall time, by phase.
+    """
     lines = [f"# {folder.name}", "", "![loss](loss.png)", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", f"| {' | '.join(header)} |"]
-    lines += ["|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    for header, *rows in (table(folder), time_table(seconds)):
+        lines += ["", f"| {' | '.join(header)} |"]
+        lines += ["|---" + "|---:" * (len(header) - 1) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     path = folder / "report.md"
     path.write_text("\n".join(lines + said) + "\n", encoding="utf-8")
     return path

@@ -37,7 +37,11 @@ class StepLog:
         phases: Phases,
         name: str = "",
     ):
-        """`name` is said where several runs speak in one log."""
+        """`name` is said where several runs speak in one log.
+
+        Raises:
+          SaveError: the files of the metrics cannot be written.
+        """
         self._number = first
         self._name = f"{name}  " if name else ""
         self._clock = clock
@@ -48,7 +52,8 @@ class StepLog:
         self._schedule: Callable[[int], Any] = make_schedule(config.optim, config.steps)
         self._peak = runtime.peak_flops(config.runtime, config.model.dtype)
         leader = jax.process_index() == 0
-        self._file = metrics.MetricsFile(folder, first) if leader else None
+        with self._attributed():
+            self._file = metrics.MetricsFile(folder, first) if leader else None
         mode = config.runtime.progress if leader else "none"
         self._view = ProgressView(console, mode, first, config.steps)
 
@@ -150,7 +155,8 @@ class StepLog:
 
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Of the held-out rows after update `number`."""
-        line = dataclasses.asdict(found)
+        # Where the wall time of this process went so far, by phase.
+        line = dataclasses.asdict(found) | {"seconds": self._phases.seconds}
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
         self._view.update(number, shown, line=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import signal
 
 import jax
 from rich.console import Console
@@ -12,7 +11,7 @@ from research.answers import base_model, tuned_model
 from research.base import EXPORTED
 from research.config import Config
 from research.data.bpe import save_tokenizer
-from research.errors import PREEMPTED, STUCK, DivergedError
+from research.errors import PREEMPTED, STUCK, DivergedError, SaveError
 from research.fitting import Run, fit, tell
 from research.history import History
 from research.phases import Phases
@@ -22,7 +21,8 @@ from research.sampling import Sampler
 from research.saving.disk import require_room
 from research.saving.identity import Identity
 from research.saving.manager import Checkpointer
-from research.stopping import INTERRUPTED, Preempted, StopRequest
+from research.starts import Starts
+from research.stopping import Preempted, StopRequest
 from research.tasks import opening
 from research.watchdog import Watchdog
 
@@ -42,17 +42,15 @@ def train(config: Config) -> int:
             "%s is complete; its report: %s/report.md", folder.path, folder.path
         )
         return 0
-    history = History(folder.history, phases)
+    starts = Starts(phases)
     with StopRequest(phases) as stop:
         try:
+            history = starts.open(folder)
             code, cause = _train(config, folder, changed, history, phases, stop)
         except Preempted as error:
-            code = _interrupted(error, folder)
-            cause = f"{error} outside of training steps"
+            return starts.ended_by(error)
         except BaseException as error:
-            known = 2 if isinstance(error, PermissionError) else 1
-            code = getattr(error, "exit_code", known)
-            history.end(f"{type(error).__name__}: {error}".partition("\n")[0], code)
+            code = starts.ended_by(error)
             # All processes see the same loss; any other error may be one's own.
             if jax.process_count() > 1 and not isinstance(error, DivergedError):
                 rank = jax.process_index()
@@ -61,14 +59,6 @@ def train(config: Config) -> int:
             raise
     history.end(cause, code)
     return code
-
-
-def _interrupted(error: Preempted, folder: RunDir) -> int:
-    if folder.exists:
-        logging.info("stopped by %s; the same command goes on", error)
-        return PREEMPTED
-    logging.info("stopped by %s before there was anything to save", error)
-    return PREEMPTED if error.signal == signal.SIGTERM else INTERRUPTED
 
 
 def _train(
@@ -80,9 +70,6 @@ def _train(
     stop: StopRequest,
 ) -> tuple[int, str]:
     """Returns the exit code, and why it ends."""
-    leads = jax.process_index() == 0
-    if leads and folder.exists:
-        folder.lock()
     run = prepare(config, folder, history, phases)
     stop.raise_if_lost()
     identity = claim(run, changed)
@@ -111,7 +98,8 @@ def _train(
 def claim(run: Run, changed: dict[str, str]) -> Identity:
     """Makes the folder the run's own, or sees that it is; returns whose it is.
 
-    What differs and was accepted is added to `changed`.
+    The history of a new run begins here. What differs and was accepted is added to
+    `changed`.
 
     Raises:
       UserError: it belongs to other data, or the disk has no room.
@@ -127,6 +115,7 @@ def claim(run: Run, changed: dict[str, str]) -> Identity:
     if jax.process_index() == 0 and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
             save_tokenizer(run.base.tokenizer, folder.tokenizer)
+    run.history.begin()
     return identity
 
 
@@ -179,7 +168,23 @@ def prepare(config: Config, folder: RunDir, history: History, phases: Phases) ->
 
 
 def finish(run: Run) -> None:
-    """The plot, the table, what the model says, and the model for others."""
+    """The plot, the table, what the model says, and the model for others.
+
+    Raises:
+      SaveError: they could not be written; the last step is saved all the same.
+    """
+    try:
+        _finish(run)
+    except OSError as error:
+        raise SaveError(
+            f"all {run.config.steps} steps are saved, and the report could not be "
+            f"written: {error}; make room or give back the right to write, then start "
+            "the same command again",
+            run.config.steps,
+        ) from error
+
+
+def _finish(run: Run) -> None:
     folder = run.folder.path
     arguments = (run.job, run.base, run.sampler)
     tuned = tuned_model(*arguments, run.state.params, run.frozen)
@@ -192,7 +197,8 @@ def finish(run: Run) -> None:
     if jax.process_index() > 0:
         return
     lines = [x for x in metrics.read_metrics(folder) if x["kind"] == "train"]
-    seconds = lines[-1]["elapsed_s"]
+    seconds, goodput = lines[-1]["elapsed_s"], run.history.goodput()
+    metrics.append_line(folder, run.config.steps, "goodput", goodput.line())
     facts = {
         "base model": run.base.name,
         "data": run.task.origin,
@@ -200,11 +206,12 @@ def finish(run: Run) -> None:
         "training time": duration(seconds),
         "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
         "peak memory, GB": round(lines[-1]["memory_gb"], 2),
-        "goodput": str(run.history.goodput()),
+        "goodput": str(goodput),
     }
     report.plot(folder, folder.name)
     report.show_table(run.console, folder)
-    report.write_markdown(folder, facts, said)
+    report.show_time(run.console, goodput.parts)
+    report.write_markdown(folder, facts, said, goodput.parts)
     run.folder.mark_complete(facts)
     logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
     logging.info(

@@ -16,6 +16,8 @@ from typing import Any
 from research.errors import STUCK
 from research.phases import Phases
 
+PATIENCE = 5.0  # seconds that the cause may take to be written down
+
 
 class Watchdog:
     """Watches `phases` while it is entered."""
@@ -71,8 +73,14 @@ class Watchdog:
             "--config.runtime.watchdog_s gives slow steps more time\n"
         )
         sys.stderr.flush()
+        # A disk that hangs may be the cause, and would hold this thread up, too.
+        telling = threading.Thread(target=self._tell, args=(cause,), daemon=True)
+        telling.start()
+        telling.join(PATIENCE)
+        os._exit(STUCK)  # Nothing else ends a thread that waits in C++.
+
+    def _tell(self, cause: str) -> None:
         try:
             self._told(cause)
-        except Exception as error:  # A disk that hangs or is full may be the cause.
+        except Exception as error:  # Of a disk that is full, say.
             logging.error("and this could not be written down: %s", error)
-        os._exit(STUCK)  # Nothing else ends a thread that waits in C++.

@@ -233,12 +233,16 @@ def step_line(step):
     return rf"step +{step}/{STEPS} "
 
 
-def snapshot(folder):
+def snapshot(folder, *besides):
     """Every file with its bytes; None where there is no such folder.
 
-    Whose turn it was to write is no part of what a run holds.
+    Whose turn it was to write is no part of what a run holds; no more are `besides`.
     """
-    files = [f for f in folder.rglob("*") if f.is_file() and f.stem != "lock"]
+    files = [
+        f
+        for f in folder.rglob("*")
+        if f.is_file() and f.stem != "lock" and f.name not in besides
+    ]
     known = {file: file.read_bytes() for file in files}
     return known if folder.exists() else None
 

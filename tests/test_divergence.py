@@ -4,15 +4,17 @@ The base model has one embedding that is infinite, and one row of the data its t
 """
 
 import json
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
-from commands import chain
+from commands import STEPS, chain
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from research.errors import DivergedError
+from research.errors import PREEMPTED, DivergedError
 
 FLAGS = (
     "--config=config.py",
@@ -24,7 +26,6 @@ FLAGS = (
     "--config.eval.prompts=1",
     "--config.eval.every=100",
     "--config.checkpoint.every=2",
-    "--config.steps=12",
 )
 
 
@@ -46,16 +47,31 @@ def make_poisoned(place):
             print(json.dumps(row), file=out)
 
 
+# So that a signal after a step finds the run before its last one.
+SLOW_DATA = """
+import time
+from research import feed
+pull = feed.Feed.__next__
+def pull_late(self):
+    time.sleep(0.3)
+    return pull(self)
+feed.Feed.__next__ = pull_late
+"""
+
+
 @chain
 def diverged(place, results):
-    """Stopped by the row, and then allowed to leave its batch out."""
+    """Stopped by the row; allowed to leave its batch out, stopped again, to the end."""
     make_poisoned(place)
     flags = (*FLAGS, "--config.model.init_from=poisoned")
     where = "--config.run_dir=runs/diverged"
     stopped = place.run("train", *flags, where, "--config.runtime.grad_norms=True")
     kept = place.saved_steps("diverged"), place.lines("diverged", "train")
-    rolled = place.run("train", *flags, where, "--config.optim.rollbacks=1")
-    return stopped, *kept, rolled
+    allowed = (*flags, where, "--config.optim.rollbacks=1")
+    rolled = place.start("train", *allowed, program=SLOW_DATA)
+    rolled.wait_for(rf"step +{kept[1][-1]['step'] + 1}/")
+    rolled.send(signal.SIGTERM)
+    return stopped, *kept, rolled.finish(), place.run("train", *allowed)
 
 
 @chain
@@ -70,7 +86,7 @@ def bad_step(diverged):
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_it_came_of(diverged, bad_step):
-    stopped, saved, lines, _ = diverged
+    stopped, saved, lines = diverged[:3]
     assert stopped.code == DivergedError.exit_code, stopped.err
     last = stopped.err.splitlines()[-1]
     assert last.startswith(f"error: step {bad_step} gave loss nan")
@@ -92,17 +108,27 @@ def test_norms_of_every_parameter_are_written_on_request(diverged):
 
 
 def test_a_rollback_leaves_the_batch_out_and_goes_on(place, diverged, bad_step, clean):
-    rolled = diverged[3]
-    assert rolled.code == 0, rolled.err
+    rolled, last = diverged[3:]
+    assert rolled.code == PREEMPTED and "rollback 1 of" in rolled.err, rolled.err
+    (reached,) = map(int, re.findall(r"stopped after step (\d+)", rolled.err))
+    assert bad_step < reached < STEPS
+    assert last.code == 0, last.err
+    assert f"step {reached} restored" in last.err and "rollback" not in last.err
     found = json.loads((place.run_dir("diverged") / "run.json").read_text())
     assert found["skipped_batches"] == [bad_step - 1]
     assert any("rollback 1 of" in event["what"] for event in found["events"])
     assert "DivergedError" in found["starts"][0]["cause"]
     lines = place.lines("diverged", "train")
-    assert [x["step"] for x in lines] == [*range(1, 13)]
+    assert [x["step"] for x in lines] == [*range(1, STEPS + 1)]
     assert all(np.isfinite(x["loss"]) for x in lines)
     # The batches of a run that never met it, without that one.
     assert clean.code == 0, clean.err
-    hashes = [x["batch_hash"] for x in place.lines("clean", "train")]
+    expected = place.lines("clean", "train")
+    hashes = [x["batch_hash"] for x in expected]
     del hashes[bad_step - 1]
-    assert [x["batch_hash"] for x in lines][:11] == hashes
+    assert [x["batch_hash"] for x in lines][: STEPS - 1] == hashes
+    # And its steps, up to there.
+    assert bad_step > 2
+    for one, other in zip(lines[: bad_step - 1], expected, strict=False):
+        assert one["loss"] == other["loss"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)

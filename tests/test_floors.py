@@ -27,7 +27,7 @@ FLOORS = {
     "saving": 7, "evaluate": 7, "jobs": 7, "doctor": 7, "exporting": 7,
     "loop": 8, "profiling": 8, "run_dir": 8, "answers": 8, "step_log": 8,
     "tasks": 9, "planning": 9,
-    "fitting": 10, "chatting": 10, "doors": 10,
+    "fitting": 10, "chatting": 10, "doors": 10, "starts": 10,
     "training": 11,
     "together": 12,
     "train": 12, "generate": 12, "export": 12, "tokenize": 12, "plan": 12,

@@ -381,7 +381,7 @@ def other_data(place, results):
     run = place.run_dir("altered")
     shutil.copytree(place.run_dir("pretrained"), run)
     (run / "complete.json").unlink()
-    before = snapshot(run)
+    before = snapshot(run, "run.json")
     words = place.folder / "words.jsonl"
     kept = words.read_bytes()
     moved = type(place)(place.folder / "elsewhere", place.cache)
@@ -390,7 +390,7 @@ def other_data(place, results):
     shutil.copy(place.folder / "pretrain.py", moved.folder)
     shutil.move(run, moved.run_dir("altered"))
     finished = pretrain(moved, "altered")
-    after = snapshot(moved.run_dir("altered"))
+    after = snapshot(moved.run_dir("altered"), "run.json")
     return finished, list(before.values()) == list(after.values())
 
 

@@ -142,14 +142,15 @@ def refuse(place, results, name, case):
         (place.run_dir(run) / "complete.json").unlink()
     if case.prepare in ("base", "checkpoint"):
         place = change_base(place, run, everywhere=case.prepare == "checkpoint")
-    before = snapshot(place.run_dir(run))
+    # A start that gets as far as the data is kept, by its cause.
+    before = snapshot(place.run_dir(run), "run.json")
     if case.command == "train":
         finished = place.train(run, *case.flags, devices=case.devices)
     else:
         known = [f"--run=runs/{run}"] if case.prepare else []
         module = case.command.removeprefix("bare ")
         finished = place.run(module, *known, *case.flags)
-    return finished, before == snapshot(place.run_dir(run))
+    return finished, before == snapshot(place.run_dir(run), "run.json")
 
 
 def make_misfit(model, copy):

@@ -11,10 +11,12 @@ import pytest
 from commands import ROOT
 
 from research.config import Config, DataConfig, LoRAConfig, ModelConfig
-from research.errors import UserError
+from research.errors import PREEMPTED, DamagedError, UserError
 from research.history import Goodput, History, goodput
 from research.phases import NAMES, Phases
 from research.run_dir import RunDir
+from research.starts import Starts
+from research.stopping import INTERRUPTED, Preempted
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
 
@@ -33,6 +35,8 @@ def folder(tmp_path):
 HOLD = """
 import sys, time
 from research.run_dir import RunDir
+from research.starts import Starts
+from research.stopping import INTERRUPTED, Preempted
 folder = RunDir(sys.argv[1])
 folder.lock()
 print("held", flush=True)
@@ -140,13 +144,15 @@ def test_a_mistyped_exception_names_the_nearest(folder):
 def test_the_history_keeps_every_start_and_its_cause(folder):
     phases = Phases(3.0)
     first = History(folder.history, phases)
-    first.begin(0)
+    first.begin()
+    first.go_on(0)
     first.note(7)
     first.commit(5)
     # Killed here; the next one finds no word of it.
     second = History(folder.history, phases)
     assert second.saved == 5
-    second.begin(5)
+    second.begin()
+    second.go_on(5)
     second.skip(6)
     second.accept({"data": "a -> b"})
     second.end("SIGTERM after step 6", 75)
@@ -161,6 +167,58 @@ def test_the_history_keeps_every_start_and_its_cause(folder):
     assert "accepted: data: a -> b" in found["events"][0]["what"]
 
 
+def test_a_start_that_ends_before_its_first_step_is_kept(folder):
+    """With what it was made of, and without a word of steps."""
+    phases = Phases(3.0)
+    failed = Starts(phases)
+    failed.open(folder)
+    assert failed.ended_by(DamagedError("all are damaged\nsee above")) == 5
+    folder._lock.release()
+    stopped = Starts(phases)
+    stopped.open(folder)
+    assert stopped.ended_by(Preempted(signal.SIGINT)) == PREEMPTED
+    one, two = json.loads(folder.history.read_text())["starts"]
+    assert (one["cause"], one["exit_code"]) == ("DamagedError: all are damaged", 5)
+    assert (two["cause"], two["exit_code"]) == ("SIGINT outside of training steps", 75)
+    for start in (one, two):
+        assert start["first"] is start["step"] is None
+        assert start["provenance"]["packages"]["jax"] and start["ended"]
+        assert start["seconds"]["start"] >= 3.0
+    assert goodput([one, two]).by_phase["restart"] >= 3.0
+
+
+def test_a_run_is_read_only_under_its_lock(folder, monkeypatch):
+    """Whoever holds it may just now leave a batch out."""
+    lock = folder.lock
+
+    def lock_late():
+        History(folder.history, Phases()).skip(4)
+        lock()
+
+    monkeypatch.setattr(folder, "lock", lock_late)
+    assert Starts(Phases()).open(folder).skipped == [4]
+
+
+def test_what_is_refused_the_lock_is_not_written_down(folder):
+    other = RunDir(folder.path)
+    other.lock()
+    starts = Starts(Phases())
+    with pytest.raises(UserError, match="another process") as refused:
+        starts.open(folder)
+    assert starts.ended_by(refused.value) == 2
+    assert not folder.history.exists()
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
+)
+def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
+    starts = Starts(Phases())
+    history = starts.open(RunDir(tmp_path / "run"))
+    assert starts.ended_by(Preempted(number)) == code
+    assert history.goodput().total == 0 and not list(tmp_path.iterdir())
+
+
 def test_a_history_that_is_none_is_the_users_error(folder):
     folder.history.write_text('{"starts": 3}')
     with pytest.raises(UserError, match=r"run\.json"):
@@ -169,7 +227,8 @@ def test_a_history_that_is_none_is_the_users_error(folder):
 
 def test_a_history_that_cannot_be_written_stops_nothing(folder, monkeypatch, caplog):
     history = History(folder.history, Phases())
-    history.begin(0)
+    history.begin()
+    history.go_on(0)
     folder.history.with_suffix(".tmp").mkdir()
     history.note(3)
     assert "could not be written" in caplog.text
@@ -205,6 +264,19 @@ def test_steps_done_twice_and_later_starts_count_as_restart():
     assert found.by_phase["step"] == 60.0 + 30.0
     assert found.by_phase["restart"] == 40.0 + 20.0 + 30.0
     assert found.total == 190.0
+
+
+def test_steps_are_lost_to_any_later_start_and_only_once():
+    found = goodput(
+        [
+            start(0, 10, {"step": 100.0}),
+            start(None, None, {"start": 5.0}),  # Ended before it knew its first step.
+            start(10, 12, {"step": 20.0}),
+            start(6, 16, {"step": 100.0}),  # The checkpoint of step 10 was damaged.
+        ]
+    )
+    assert found.by_phase["step"] == 60.0 + 0.0 + 100.0
+    assert found.by_phase["restart"] == 40.0 + 5.0 + 20.0
 
 
 def test_a_creation_broken_off_at_its_last_file_is_gone_on_with(tmp_path):

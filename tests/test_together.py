@@ -1,5 +1,6 @@
 """Runs that train as one program equal the same runs, each trained alone."""
 
+import dataclasses
 import json
 import signal
 
@@ -9,7 +10,11 @@ from commands import STEPS, chain
 from test_end_to_end import final_state
 from test_survival import check_equal
 
+from research.config import Config
 from research.errors import PREEMPTED
+from research.run_dir import RunDir
+from research.stopping import Preempted
+from research.together import runs
 
 # Every kind of knob that may differ does.
 RUNS = {
@@ -33,12 +38,12 @@ SHARED = ("--config=config.py", "--config.eval.prompts=1")
 
 
 def flags(place, folder):
-    runs = [
+    wanted = [
         {"run_dir": f"runs/{folder}-{name}", **changes}
         for name, changes in RUNS.items()
     ]
     file = place.folder / f"{folder}.json"
-    file.write_text(json.dumps(runs))
+    file.write_text(json.dumps(wanted))
     return *SHARED, f"--runs={file.name}"
 
 
@@ -138,6 +143,35 @@ def test_a_stopped_pack_goes_on_exactly(place, together, together_in_parts):
         assert whole == parts
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["prepare", "_train"])
+def test_a_signal_outside_of_the_steps_asks_to_be_started_again(
+    tmp_path, monkeypatch, where, number
+):
+    """As `research.train` does: what starts it again goes by the exit code."""
+    folders = [RunDir(tmp_path / name) for name in "ab"]
+    for folder in folders if where == "_train" else folders[:1]:
+        with folder.create(Config(), {}, []):
+            pass
+        folder._lock.release()
+
+    def interrupted(*_):
+        raise Preempted(number)
+
+    monkeypatch.setattr(runs.runtime, "start", lambda config: None)
+    monkeypatch.setattr(runs, "prepare", lambda *_: [])
+    monkeypatch.setattr(runs, where, interrupted)
+    configs = [dataclasses.replace(Config(), run_dir=str(f.path)) for f in folders]
+    assert runs.train(configs) == PREEMPTED
+    for folder in folders:
+        if folder.exists:
+            (start,) = json.loads(folder.history.read_text())["starts"]
+            assert start["cause"] == f"{number.name} outside of training steps"
+            assert start["exit_code"] == PREEMPTED
+        else:
+            assert not folder.path.exists()
+
+
 BAD = {
     "another knob": ([{"steps": 3, "run_dir": "runs/x"}], "may differ in"),
     "mistyped knob": ([{"lora.rnak": 3}], "'lora.rank'"),
@@ -147,12 +181,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("runs, said", BAD.values(), ids=list(BAD))
-def test_what_cannot_train_together_is_refused(place, runs, said):
-    (place.folder / "bad.json").write_text(json.dumps(runs))
-    if isinstance(runs, list) and "steps" in runs[0]:
-        runs.append({"run_dir": "runs/y"})
-        (place.folder / "bad.json").write_text(json.dumps(runs))
+@pytest.mark.parametrize("wanted, said", BAD.values(), ids=list(BAD))
+def test_what_cannot_train_together_is_refused(place, wanted, said):
+    (place.folder / "bad.json").write_text(json.dumps(wanted))
+    if isinstance(wanted, list) and "steps" in wanted[0]:
+        wanted.append({"run_dir": "runs/y"})
+        (place.folder / "bad.json").write_text(json.dumps(wanted))
     done = place.run("train_together", *SHARED, "--runs=bad.json")
     assert done.code == 2 and said in done.err, done.err
     assert "Traceback" not in done.err

@@ -33,17 +33,21 @@ class Checkpoint:
 
 def inspect(folder: Path) -> list[Checkpoint]:
     """All checkpoints of a run, oldest first; every byte of them is read."""
-    steps = [x for x in folder.glob("*") if x.name.isdigit()]
-    return [_inspect_one(path) for path in sorted(steps, key=lambda x: int(x.name))]
+    return [_inspect_one(path) for path in step_folders(folder)]
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The folders of committed steps, oldest first; none where there is no `folder`."""
+    steps = [x for x in folder.glob("*") if x.name.isdecimal() and x.is_dir()]
+    return sorted(steps, key=lambda x: int(x.name))
 
 
 def _inspect_one(folder: Path) -> Checkpoint:
-    try:
-        loss = json.loads((folder / "metrics" / "metrics").read_bytes())["loss"]
-    except (OSError, ValueError, KeyError, TypeError):  # None measured, or damaged.
-        loss = None
-    saved = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
     damage = tuple(find_damage(folder))
+    metrics, loss = folder / "metrics" / "metrics", None
+    if metrics.is_file() and not damage:
+        loss = json.loads(metrics.read_bytes())["loss"]
+    saved = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
     return Checkpoint(int(folder.name), folder, size_of(folder), saved, loss, damage)
 
 

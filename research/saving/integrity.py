@@ -63,19 +63,22 @@ def _sum_of(files: dict[str, list[Any]]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 
-def find_damage(folder: Path, index: int = 0, count: int = 1) -> list[str]:
+def find_damage(
+    folder: Path, index: int = 0, count: int = 1, item: str = ""
+) -> list[str]:
     """What is wrong with the files of a sealed folder, a line each; none: intact.
 
     Args:
       folder: of one checkpoint.
       index: which share of the files to read.
       count: of how many shares; all read the seals, which are small.
+      item: the folder below that is looked at, with the seal above it; by default all.
 
     Raises:
       OSError: no right to read them, or the system is at its limits.
     """
     problems: list[str] = []
-    expected = list(_listed(folder, folder, problems))
+    expected = list(_listed(folder, folder, problems, item))
     for path, (size, digest) in expected[index::count]:
         name = path.relative_to(folder)
         try:
@@ -93,7 +96,7 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> list[str]:
 
 
 def _listed(
-    top: Path, folder: Path, problems: list[str]
+    top: Path, folder: Path, problems: list[str], item: str
 ) -> Iterator[tuple[Path, list[Any]]]:
     """Every file with its checksum, those of sealed folders below included."""
     try:
@@ -110,9 +113,11 @@ def _listed(
         return
     for name, sums in sorted(files.items()):
         path = folder / name
+        if item and (top / item) not in path.parents:
+            continue
         yield path, sums
         if path.name == SEAL:
-            yield from _listed(top, path.parent, problems)
+            yield from _listed(top, path.parent, problems, item)
 
 
 class SealedPath(atomicity.AtomicRenameTemporaryPath):

@@ -17,10 +17,12 @@ from jax.experimental import multihost_utils
 from research.config import CheckpointConfig
 from research.errors import DamagedError, SaveError, UserError
 from research.saving.identity import Identity, check_identity
+from research.saving.inspection import step_folders
 from research.saving.integrity import SealedArrays, SealedPath, find_damage
 from research.step import TrainState
 
 POLL = 0.02  # seconds between two looks at a save that is waited for
+METRICS = "metrics"  # Orbax's own name for the item.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Checkpointer:
         self._pending: int | None = None
         # Of this process: one of several that fails waits for the others in Orbax.
         self._failed: Exception | None = None
+        self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -98,6 +101,8 @@ class Checkpointer:
             best_mode="min",
             cleanup_tmp_directories=not self._read_only,
             read_only=self._read_only,
+            # Who moves nothing must not stumble over metrics that are damaged.
+            lightweight_initialize=self._read_only,
             create=not self._read_only,
             enable_async_checkpointing=True,
             # A folder that cannot be made would be waited for, for minutes.
@@ -111,6 +116,8 @@ class Checkpointer:
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             registry.add("meta", args, json_files)
         try:
+            if not self._read_only:
+                self._set_unreadable_aside()
             return ocp.CheckpointManager(
                 self._folder, options=options, handler_registry=registry
             )
@@ -119,6 +126,24 @@ class Checkpointer:
                 f"{self._folder} cannot be used for checkpoints: {error}; give back "
                 "the right to read and write it, or choose another --config.run_dir"
             ) from error
+
+    def _set_unreadable_aside(self) -> None:
+        """Moves steps away whose metrics are damaged: Orbax reads those of every step.
+
+        It would fail in them, or choose the best by them. The first process looks; the
+        others open what it has left.
+        """
+        found: dict[int, list[str]] = {}
+        if jax.process_index() == 0:
+            steps = [int(path.name) for path in step_folders(self._folder)]
+            found = {s: problems for s in steps if (problems := self._misjudged(s))}
+        for step, problems in found.items():
+            self._move_aside(step, problems)
+        self._lost += _agreed(list(found))
+
+    def _misjudged(self, step: int) -> list[str]:
+        """What is wrong with the files of the loss that `step` is judged by."""
+        return find_damage(self._folder / str(step), item=METRICS)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -154,7 +179,8 @@ class Checkpointer:
     @property
     def best_step(self) -> int | None:
         """The kept step with the lowest held-out loss, if one was measured."""
-        metrics = {s: self._manager.metrics(s) for s in self.steps}
+        intact = [step for step in self.steps if not self._misjudged(step)]
+        metrics = {step: self._manager.metrics(step) for step in intact}
         losses = {step: found["loss"] for step, found in metrics.items() if found}
         return min(losses, key=losses.__getitem__) if losses else None
 
@@ -279,7 +305,7 @@ class Checkpointer:
         if step is not None:
             self._require_intact(step)
             return self._read(step, abstract_state)
-        found = self.steps
+        found = sorted({*self._lost, *self.steps})
         while (step := self.latest_step) is not None:
             damage = self.damage(step)
             if not damage:
@@ -313,18 +339,21 @@ class Checkpointer:
         """Keeps a damaged checkpoint where no restore looks, and says so."""
         if self._read_only:
             self._require_intact(step)
-        target = self._aside / f"{step}-{time.time_ns():x}"
         if jax.process_index() == 0:
-            target.parent.mkdir(exist_ok=True)
-            (self._folder / str(step)).rename(target)
+            self._move_aside(step, damage)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        self._manager.reload()
+
+    def _move_aside(self, step: int, damage: list[str]) -> None:
+        target = self._aside / f"{step}-{time.time_ns():x}"
+        target.parent.mkdir(exist_ok=True)
+        (self._folder / str(step)).rename(target)
         self._report(
             f"checkpoint {step} is damaged and was moved to {target}: "
             + "; ".join(damage[:5])
             + (f"; and {len(damage) - 5} more" if len(damage) > 5 else "")
         )
-        self._manager.reload()
 
     def _read(self, step: int, abstract_state: TrainState) -> Restored:
         meta = self._manager.restore(
@@ -343,6 +372,15 @@ class Checkpointer:
             ) from error
         logging.info("checkpoint: step %d restored", step)
         return Restored(step, found["state"], meta["position"])
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """What the first process gives; all must ask."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.zeros(count, np.int32) if jax.process_index() else np.array(steps, "i4")
+    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
 
 
 def _anywhere(found: bool) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -22,7 +22,8 @@ from research.phases import Phases
 from research.run_dir import RunDir
 from research.sampling import Sampler
 from research.saving.manager import Checkpointer
-from research.stopping import StopRequest
+from research.starts import Starts
+from research.stopping import Preempted, StopRequest
 from research.tasks import opening
 from research.together import compatible, fitting
 from research.watchdog import Watchdog
@@ -37,7 +38,7 @@ def train(configs: Sequence[Config]) -> int:
     compatible.check(configs)
     runtime.start(configs[0].runtime)
     phases = Phases(runtime.process_age())
-    waiting = []
+    waiting: list[tuple[Config, RunDir, dict[str, str]]] = []
     for config in configs:
         folder = RunDir(config.run_dir)
         changed = folder.check_config(config)
@@ -47,36 +48,31 @@ def train(configs: Sequence[Config]) -> int:
         waiting.append((config, folder, changed))
     if not waiting:
         return 0
+    starts = Starts(phases)
     with StopRequest(phases) as stop:
-        runs = prepare([(c, f) for c, f, _ in waiting], phases)
-        stop.raise_if_lost()
-        with _recorded(runs):
+        try:
+            wanted = [(c, f, starts.open(f)) for c, f, _ in waiting]
+            runs = prepare(wanted, phases)
+            stop.raise_if_lost()
             return _train(runs, [changed for _, _, changed in waiting], stop)
+        except BaseException as error:
+            # Whatever ends all of them at once is the end of each.
+            code = starts.ended_by(error)
+            if isinstance(error, Preempted):
+                return code
+            raise
 
 
-@contextlib.contextmanager
-def _recorded(runs: Sequence[Run]) -> Iterator[None]:
-    """Whatever ends all of them at once is the end of each."""
-    try:
-        yield
-    except BaseException as error:
-        code = getattr(error, "exit_code", 1)
-        for run in runs:
-            run.history.end(f"{type(error).__name__}: {error}".partition("\n")[0], code)
-        raise
-
-
-def prepare(wanted: Sequence[tuple[Config, RunDir]], phases: Phases) -> list[Run]:
+def prepare(
+    wanted: Sequence[tuple[Config, RunDir, History]], phases: Phases
+) -> list[Run]:
     """Opens base and data once; writes nothing. Runs of one seed share their rows."""
     shared = wanted[0][0]
-    for _, folder in wanted:
-        if folder.exists:
-            folder.lock()
     base = opening.open_start(shared, wanted[0][1])
     mesh = meshes.make_mesh(shared.mesh)
     tasks = {}
     runs: list[Run] = []
-    for config, folder in wanted:
+    for config, folder, history in wanted:
         job = jobs.make_job(config, base, mesh)
         if config.seed not in tasks:
             tasks[config.seed] = opening.load_task(config, base)
@@ -94,7 +90,7 @@ def prepare(wanted: Sequence[tuple[Config, RunDir]], phases: Phases) -> list[Run
             frozen=frozen,
             console=Console(quiet=bool(runs)),
             phases=phases,
-            history=History(folder.history, phases),
+            history=history,
         )
         _examine(run)
         runs.append(run)

@@ -70,7 +70,7 @@ def test_a_dry_run_shows_and_does_nothing(tmp_path, fake, target):
 @pytest.mark.parametrize("name", [*NASTY, "x\ntouch canary"])
 def test_no_name_breaks_out_of_a_slurm_script(tmp_path, fake, name):
     """The script runs for real, with an `srun` that writes down what reaches it."""
-    for tool in ("sbatch", "srun", "scontrol"):
+    for tool in ("sbatch", "srun", "scontrol", "squeue"):
         fake(tool)
     run_dir = f"--config.run_dir=runs/{name}"
     done = launch(
@@ -80,7 +80,7 @@ def test_no_name_breaks_out_of_a_slurm_script(tmp_path, fake, name):
     (submitted,) = fake.calls()
     assert f"--job-name={name}" in submitted
     subprocess.run(["bash", submitted[-1]], cwd=tmp_path, check=True)
-    srun = fake.calls()[-1]
+    (srun,) = (call for call in fake.calls() if call[0].endswith("srun"))
     assert run_dir in srun and "--config.runtime.distributed=true" in srun
     assert not list(tmp_path.rglob("canary"))
 
@@ -92,25 +92,67 @@ def test_the_slurm_script_is_clean(tmp_path):
     subprocess.run(["shellcheck", "-"], input=script, text=True, check=True)
 
 
-def slurm_script(tmp_path, code):
-    """Runs the script with an `srun` that ends so; returns its code and the calls."""
+def slurm_script(tmp_path, code, **more):
+    """Runs the script with an `srun` that ends so; returns its code."""
     launch(tmp_path, "slurm", "--", CONFIG, "--config.run_dir=runs/a")
-    (tmp_path / "bin/srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "bin/srun").write_text(f"#!/bin/sh\n{SIGNALLED}exit {code}\n")
     (tmp_path / "bin/srun").chmod(0o755)
     script = tmp_path / "runs/a.slurm.sh"
-    env = os.environ | {"SLURM_JOB_ID": "17"}
+    env = os.environ | {"SLURM_JOB_ID": "17"} | more
     return subprocess.run(["bash", script], env=env, check=False).returncode
 
 
-@pytest.mark.parametrize("code, requeued", [(0, False), (PREEMPTED, True), (3, False)])
+# As Slurm does when it ends a job: the shell is told, too.
+SIGNALLED = "kill -TERM $PPID\n"
+
+
+@pytest.mark.parametrize(
+    "code, state, requeued",
+    [
+        (0, "RUNNING None", False),
+        (PREEMPTED, "RUNNING None", True),
+        (PREEMPTED, "COMPLETING TimeLimit", True),
+        (PREEMPTED, "COMPLETING None", False),  # scancel
+        (PREEMPTED, "", False),
+        (2, "RUNNING None", False),
+        (3, "COMPLETING TimeLimit", False),
+    ],
+)
 def test_slurm_queues_again_what_was_preempted_and_nothing_else(
-    tmp_path, fake, code, requeued
+    tmp_path, fake, code, state, requeued
 ):
     for tool in ("sbatch", "scontrol"):
         fake(tool)
+    says(tmp_path, "squeue", state)
     assert slurm_script(tmp_path, code) == code
     asked = [call[1:] for call in fake.calls() if call[0].endswith("scontrol")]
     assert asked == ([["requeue", "17"]] if requeued else [])
+
+
+def says(tmp_path, tool, text):
+    path = tmp_path / "bin" / tool
+    path.write_text(f"#!/bin/sh\necho '{text}'\n")
+    path.chmod(0o755)
+
+
+def test_slurm_queues_again_one_of_an_array_by_both_its_numbers(tmp_path, fake):
+    """The array's number is also the job's of the last that started."""
+    for tool in ("sbatch", "scontrol"):
+        fake(tool)
+    says(tmp_path, "squeue", "RUNNING None")
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "0"}
+    assert slurm_script(tmp_path, PREEMPTED, **array) == PREEMPTED
+    assert fake.calls()[-1][1:] == ["requeue", "17_0"]
+
+
+def test_slurm_signals_the_trainers_and_puts_nothing_into_a_name(tmp_path, fake):
+    fake("sbatch")
+    launch(tmp_path, "slurm", "--", CONFIG, "--config.run_dir=runs/100%j")
+    (submitted,) = fake.calls()
+    # srun, told to end by a shell that was signalled (`B:`), kills the trainers.
+    assert "--signal=TERM@120" in submitted
+    assert "--output=runs/100%%j.slurm.log" in submitted
+    assert submitted[-1] == "runs/100%j.slurm.sh"
 
 
 BAD = {
@@ -120,12 +162,16 @@ BAD = {
     "mistyped knob": (("local", "--", CONFIG, "--config.lora.rnak=3"), "lora.rank"),
     "missing config": (("local", "--", "--config=absent.py"), "absent.py"),
     "mistyped flag": (("slurm", "--noodles=2", "--", CONFIG), "--noodles"),
+    "backslash": (("slurm", "--", CONFIG, r"--config.run_dir=a\b"), "backslash"),
     "no process": (("local", "--processes=0", "--", CONFIG), "--processes is 0"),
 }
 
 
 @pytest.mark.parametrize("arguments, said", BAD.values(), ids=list(BAD))
-def test_bad_input_is_one_line_and_nothing_is_made(tmp_path, fake, arguments, said):
+def test_bad_input_is_one_line_and_nothing_is_made(
+    tmp_path, fake, monkeypatch, arguments, said
+):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # Nobody's own Slurm is there.
     before = files(tmp_path)
     done = launch(tmp_path, *arguments)
     assert done.returncode == 2

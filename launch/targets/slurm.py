@@ -22,13 +22,17 @@ cd {folder} || exit 2
 case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 {cases}
 esac
-srun --kill-on-bad-exit=0 "${{command[@]}}" &
-step=$!
-trap 'kill -TERM "$step"' TERM
-wait "$step"; code=$?
-# The trap ends the first wait; the step is still saving then.
-while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
-if [ "$code" -eq {preempted} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# Slurm signals the trainers itself: srun kills them when it is told to end, and the job
+# ends with this shell.
+trap : TERM
+srun --kill-on-bad-exit=0 "${{command[@]}}"
+code=$?
+# By both numbers: that of the job may stand for all of an array.
+job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
+# What a person cancels must not come back, and what Slurm requeues does so by itself.
+case "$code $(squeue --noheader --format='%T %r' --jobs="$job")" in
+'{preempted} RUNNING '* | '{preempted} '*' TimeLimit') scontrol requeue "$job" ;;
+esac
 exit "$code"
 """
 
@@ -79,6 +83,11 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
             )
     first, several = jobs[0], len(jobs) > 1
     beside = first.file("").parent / "slurm-array" if several else first.beside
+    if "\\" in str(beside):
+        raise UserError(
+            f"{beside} has a backslash, which Slurm takes out of a log's name; choose "
+            "another --config.run_dir"
+        )
     script = beside.with_name(f"{beside.name}.slurm.sh")
     many = options.nodes * options.processes_per_node > 1
     commands = [
@@ -91,6 +100,8 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     text = TEMPLATE.format(
         folder=shlex.quote(os.getcwd()), cases="\n".join(cases), preempted=PREEMPTED
     )
+    # What % begins in a log's name is replaced by Slurm, and %% by one %.
+    log = str(beside).replace("%", "%%")
     chosen = {
         "job-name": options.name or (beside.parent.name if several else first.name),
         "array": f"0-{len(jobs) - 1}" if several else "",
@@ -100,8 +111,8 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
-        "signal": f"B:TERM@{options.grace}",
-        "output": f"{beside}.slurm{'.%a' if several else ''}.log",
+        "signal": f"TERM@{options.grace}",
+        "output": f"{log}.slurm{'.%a' if several else ''}.log",
         "open-mode": "append",
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]

@@ -51,7 +51,10 @@ def train(configs: Sequence[Config]) -> int:
         runs = prepare([(c, f) for c, f, _ in waiting], phases)
         stop.raise_if_lost()
         with _recorded(runs):
-            return _train(runs, [changed for _, _, changed in waiting], stop)
+            code = _train(runs, [changed for _, _, changed in waiting], stop)
+    if code == PREEMPTED:
+        runtime.leave(code)
+    return code
 
 
 @contextlib.contextmanager

@@ -166,6 +166,23 @@ def test_sigterm_before_a_run_listens_asks_to_be_resumed(module):
         assert b"the same command goes on" in child.stderr.read()
 
 
+HANGING_READER = """
+import concurrent.futures, sys, time
+from research import runtime
+concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
+sys.stdout.write("the last words")
+runtime.leave(75)
+"""
+
+
+def test_nobody_waits_for_a_reader_that_hangs():
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING_READER], cwd=ROOT, stdout=subprocess.PIPE
+    ) as child:
+        said, _ = child.communicate(timeout=60)
+    assert child.returncode == PREEMPTED and said == b"the last words"
+
+
 HELD = """
 import hashlib
 from research.phases import Phases

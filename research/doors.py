@@ -1,5 +1,7 @@
 """Command lines: parsing that names what is wrong, and one way out for user errors."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from research.config import Config, from_config_dict, help_text
-from research.errors import UserError, nearest
+from research.errors import PREEMPTED, UserError, nearest
 from research.knobs import flat
 
 CONFIG_HELP = """
@@ -101,6 +103,22 @@ def config_from_flags() -> Config:
             f"{name} cannot be loaded: {type(cause).__name__}: "
             + " ".join(str(cause).split())
         ) from error
+
+
+def resume_after_sigterm() -> None:
+    """From here on SIGTERM ends this process at once, with the code that asks for it.
+
+    Imports and the search for other processes take many seconds in which there is
+    nothing to save; whoever has more to lose listens in its own way from then on.
+    """
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    # No buffered stream: the signal may have come within a write to one.
+    said = b"stopped by SIGTERM outside of training; the same command goes on\n"
+    os.write(sys.stderr.fileno(), said)
+    os._exit(PREEMPTED)
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:

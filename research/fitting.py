@@ -113,7 +113,7 @@ def _fit_once(
         first,
         run.phases,
     )
-    feed = make_feed(run, position)
+    feed = make_feed(run, stop, position)
     run.history.go_on(first)
     saver = Saver(run, checkpointer, log, feed, clock)
     with (
@@ -182,7 +182,7 @@ def restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] |
     return 0, None
 
 
-def make_feed(run: Run, position: dict[str, Any] | None) -> Feed:
+def make_feed(run: Run, stop: StopRequest, position: dict[str, Any] | None) -> Feed:
     """This process's rows of the batches, as global arrays."""
     config, job = run.config, run.job
     rows, parts = config.data.batch_size, microbatches(config)
@@ -193,6 +193,7 @@ def make_feed(run: Run, position: dict[str, Any] | None) -> Feed:
         run.history.skipped,
         run.phases,
         position,
+        stop.wait,
     )
 
 

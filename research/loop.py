@@ -70,7 +70,7 @@ def run(
     phases.enter("compile")
     for step in range(first, total + 1):
         due = [action for action in actions if action.is_due(step, first, total)]
-        ending = step == total or stop.is_due(step)
+        ending = step == total or stop.is_due()
         if pending and (due or ending):
             log(*pending)
             pending = None
@@ -83,7 +83,7 @@ def run(
             resume_clock()
         try:
             batch = next(feed)
-        except Preempted:  # In the wait for data; nothing is half done.
+        except Preempted:  # In the wait for data; no process has begun the step.
             if pending:
                 log(*pending)
             break

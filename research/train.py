@@ -17,6 +17,7 @@ and a report in its run_dir. Called again, it resumes, or says that it is done.
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    doors.resume_after_sigterm()
     doors.define_config()
     doors.parse(argv, USAGE, has_config=True)
     config = doors.config_from_flags()

@@ -30,6 +30,7 @@ flags.DEFINE_string("runs", "", "JSON list of objects, knob -> value, or its fil
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    doors.resume_after_sigterm()
     doors.define_config()
     doors.parse(argv, USAGE, has_config=True)
     configs = read_runs(flags.FLAGS.runs, doors.config_from_flags())

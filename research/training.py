@@ -58,6 +58,8 @@ def train(config: Config) -> int:
                 runtime.abandon(error, code)
             raise
     history.end(cause, code)
+    if code == PREEMPTED:
+        runtime.leave(code)
     return code
 
 

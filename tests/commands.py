@@ -86,16 +86,17 @@ class Running:
                 self._said[name].append(line.decode())
                 self._news.notify_all()
 
-    def wait_for(self, said):
-        """Until a line of standard error matches, or the process has ended."""
+    def wait_for(self, said, seconds=TIMEOUT):
+        """Until a line of standard error matches, it has ended, or time is over."""
+        over = time.monotonic() + seconds
         with self._news:
             seen = 0
-            while True:
+            while time.monotonic() < over:
                 lines = self._said["err"]
                 if any(re.match(said, line) for line in lines[seen:]):
                     return
                 seen = len(lines)
-                self._news.wait(0.1)
+                self._news.wait(0.05)
                 if self._process.poll() is not None and len(lines) == seen:
                     return
 

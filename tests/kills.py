@@ -1,9 +1,25 @@
-"""Kills a training at random moments, and in the middle of a save, until it is done."""
+"""Meets a training in a phase of its work, and kills it there again and again."""
 
 import random
+import re
 import signal
 
-# Before a command: its saves take long enough to be met.
+# Before a command: it says which phase it enters, and how often it has. Data is so slow
+# that a signal can meet the wait for it.
+SAYS_PHASES = """
+import collections, sys, time
+from research import phases
+enter, count = phases.Phases.enter, collections.Counter()
+def told(self, name):
+    enter(self, name)
+    count[name] += 1
+    sys.stderr.write(f"phase {name} {count[name]}\\n")
+    sys.stderr.flush()
+    time.sleep(0.02 * (name == "data"))
+phases.Phases.enter = told
+"""
+
+# Its saves take long enough to be met.
 SLOW_DISK = """
 import time
 from research.saving import integrity
@@ -14,34 +30,56 @@ def slow(folder):
 integrity.seal = slow
 """
 
+# In turn: at a random moment of the start, in a phase, and in a half-written save.
+AIMS = ("start", "compile", "step", "half", "evaluate", "data", "save")
+
 
 def kill_again_and_again(place, flags, kills, *, seed=0):
     """Trains with `flags`, killed `kills` times, and then to the end.
 
-    In turn a kill falls at a random moment of the start (imports, loading, compiling,
-    the first evaluation), shortly after a step, and into a save.
-
     Returns:
-      How each start ended.
+      How each start ended; all but the last one were killed.
     """
     generator, ended = random.Random(seed), []
     (where,) = [f.partition("=")[2] for f in flags if f.startswith("--config.run_dir=")]
+    checkpoints = place.folder / where / "checkpoints"
     for number in range(kills):
-        process = place.start("train", *flags, program=SLOW_DISK)
-        if number % 3 == 0:
-            process.wait(generator.uniform(0.5, 8.0))
-        elif number % 3 == 1:
-            process.wait_for(r"step +\d+/")
-            process.wait(generator.uniform(0.0, 0.3))
-        else:
-            wait_for_a_save(process, place.folder / where / "checkpoints")
+        process = place.start("train", *flags, program=SAYS_PHASES + SLOW_DISK)
+        _meet(process, AIMS[number % len(AIMS)], generator, checkpoints)
         process.send(signal.SIGKILL)
         ended.append(process.finish())
+        short = f"kill {number + 1} of {kills} came too late: the run is too short"
+        assert ended[-1].code == -signal.SIGKILL, f"{short}\n{ended[-1].err}"
     return [*ended, place.run("train", *flags)]
+
+
+def _meet(process, aim, generator, checkpoints):
+    if aim == "start":
+        process.wait_for("phase step", generator.uniform(0.5, 8.0))
+    elif aim == "half":
+        wait_for_a_save(process, checkpoints)
+    elif aim == "data":
+        process.wait_for(f"phase data {generator.randint(1, 4)}")
+        process.wait(generator.uniform(0.0, 0.01))
+    else:
+        # The second one: the first is left for an evaluation or the first batch.
+        often = {"compile": 2, "step": generator.randint(1, 4)}.get(aim, 1)
+        process.wait_for(f"phase {aim} {often}")
+        process.wait(generator.uniform(0.0, 0.2))
+
+
+def phase_of(finished):
+    """The one it was in when it ended; `start` before it said any."""
+    return (["start", *re.findall(r"^phase (\w+)", finished.err, re.M)])[-1]
 
 
 def wait_for_a_save(process, checkpoints):
     """Until a folder is half written, or the process has ended."""
     while not process.wait(0.002):
-        if list(checkpoints.glob("*.orbax-checkpoint-tmp*")):
+        if torn(checkpoints):
             return
+
+
+def torn(checkpoints):
+    """What is left of saves that were broken off, or goes on."""
+    return list(checkpoints.glob("*.orbax-checkpoint-tmp*"))

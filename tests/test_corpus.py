@@ -203,6 +203,29 @@ def test_processes_together_have_the_batch_of_one(place, processes, mixture):
             np.testing.assert_array_equal(together, getattr(expected, field))
 
 
+@pytest.mark.parametrize("before, after", [(1, 2), (1, 4), (2, 1), (4, 2)])
+def test_other_processes_go_on_with_an_epoch_and_miss_no_row(place, before, after):
+    data, whole = load(place), sorted(rows_of(place))
+
+    def spread(processes):
+        local = 8 // processes
+        mine = [range(i * local, (i + 1) * local) for i in range(processes)]
+        return [data.train_iterator(8, 0, rows) for rows in mine]
+
+    def take_together(parts, count):
+        return [row for _ in range(count) for p in parts for row in rows_in([next(p)])]
+
+    first, then = spread(before), spread(after)
+    begun = take_together(first, 10)
+    (state, *others) = [part.get_state() for part in first]
+    assert all(other == state for other in others) and len(whole) > 80
+    for part in then:
+        part.set_state(json.loads(json.dumps(state)))
+    rows = begun + take_together(then, 2 * len(whole) // 8 - 9)
+    for epoch in (rows[: len(whole)], rows[len(whole) : 2 * len(whole)]):
+        assert sorted(epoch) == whole
+
+
 @pytest.mark.parametrize("weights, share", [((1, 3), 0.75), ((0.1, 0.1), 0.5)])
 def test_a_mixture_has_its_shares_and_each_source_its_epochs(place, weights, share):
     mixture = [f"{n}={w}" for n, w in zip("ab", weights, strict=True)]

@@ -163,6 +163,38 @@ def test_processes_together_have_the_batch_of_one(split, processes):
         assert {len(piece.tokens) for piece in pieces} == {8 // processes}
 
 
+@pytest.mark.parametrize("before, after", [(1, 2), (1, 4), (2, 1), (4, 2)])
+def test_other_processes_go_on_with_an_epoch_and_miss_no_row(split, before, after):
+    """Each example exactly once, whoever has begun the epoch and whoever ends it."""
+    count = len(split.rows)
+    first, then = spread(split, before), spread(split, after)
+    begun = [take_together(first) for _ in range(2)]
+    (state, *others) = [part.get_state() for part in first]
+    assert all(other == state for other in others)
+    for part in then:
+        part.set_state(json.loads(json.dumps(state)))
+    ended = [take_together(then) for _ in range(2 * count // 8)]
+    rows = [row for batch in begun + ended for row in batch]
+    whole = sorted(rows_in([split.batch(split.rows)]))
+    assert count > 16 and len(rows) >= 2 * count
+    for epoch in (rows[:count], rows[count : 2 * count]):
+        assert sorted(epoch) == whole
+
+
+def spread(split, processes, batch_size=8):
+    """The iterators of so many processes, each with its rows of a batch."""
+    local = batch_size // processes
+    return [
+        BatchIterator(split, batch_size, 0, range(i * local, (i + 1) * local))
+        for i in range(processes)
+    ]
+
+
+def take_together(parts):
+    """The rows of the next batch, first to last."""
+    return [row for part in parts for row in rows_in([next(part)])]
+
+
 def test_batches_of_one_row_come_too(split):
     rows = rows_in(take(BatchIterator(split, 1, seed=0), len(split.rows)))
     assert sorted(rows) == sorted(rows_in([split.batch(split.rows)]))

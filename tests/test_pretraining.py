@@ -8,7 +8,10 @@ import signal
 
 import pytest
 from commands import ROOT, chain, chains, snapshot
+from kills import SAYS_PHASES, SLOW_DISK, torn, wait_for_a_save
 from test_refusals import Refusal
+
+from research.errors import PREEMPTED
 
 STEPS = 12
 PRETRAIN = f"""
@@ -81,11 +84,17 @@ def pretrained(place, results):
 
 @chain
 def pretrained_in_parts(place, results):
-    """The same, killed after a checkpoint; then finished."""
+    """The same, stopped in an evaluation, killed in a save, and finished."""
     results("pretrained")
     flags = ("--config=pretrain.py", "--config.run_dir=runs/parts")
-    place.stop_at(flags, STEP_LINE.format(8), signal.SIGKILL)
-    return pretrain(place, "parts")
+    stopped = place.start("train", *flags, program=SAYS_PHASES)
+    stopped.wait_for("phase evaluate 2")
+    stopped.send(signal.SIGTERM)
+    stopped = stopped.finish()
+    killed = place.start("train", *flags, program=SLOW_DISK)
+    wait_for_a_save(killed, place.run_dir("parts") / "checkpoints")
+    killed.send(signal.SIGKILL)
+    return stopped, killed.finish(), pretrain(place, "parts")
 
 
 @chain
@@ -213,11 +222,15 @@ def numbers(place, run):
     return trained, held
 
 
-@pytest.mark.soak
 def test_a_broken_pretraining_equals_the_unbroken_one(
     place, pretrained, pretrained_in_parts
 ):
-    assert pretrained_in_parts.code == 0, pretrained_in_parts.err
+    stopped, killed, last = pretrained_in_parts
+    assert stopped.code == PREEMPTED, stopped.err
+    assert "stopped after step 4, which is saved" in stopped.err
+    assert killed.code == -signal.SIGKILL and "step 4 restored" in killed.err
+    assert last.code == 0, last.err
+    assert torn(place.run_dir("parts") / "checkpoints") == []
     assert numbers(place, "parts") == numbers(place, "pretrained")
     exported = [
         (place.run_dir(run) / "model" / "model.safetensors").read_bytes()

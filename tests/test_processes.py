@@ -46,9 +46,9 @@ def test_two_processes_train_the_same_steps_on_the_same_data(
     assert held[1]["loss"] == pytest.approx(held[0]["loss"], rel=1e-5)
 
 
-def saved_state(place, run):
-    """Everything in the last checkpoint, on one device, whichever mesh wrote it."""
-    item = place.run_dir(run) / "checkpoints" / str(STEPS) / "state"
+def saved_state(place, run, step=STEPS):
+    """Everything in a checkpoint, on one device, whichever mesh wrote it."""
+    item = place.run_dir(run) / "checkpoints" / str(step) / "state"
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         wanted = jax.tree.map(

@@ -99,3 +99,9 @@ def loss_after(on_mesh, checkpoints, params, batch):
 def test_the_next_loss_is_the_same(loss_after, target):
     expected = loss_after("full", (1, 1, 1), (1, 1, 1))
     assert loss_after("full", (1, 8, 1), target) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_next_loss_of_adapters_is_the_same(loss_after):
+    expected = loss_after("lora", (1, 1, 1), (1, 1, 1))
+    found = loss_after("lora", (1, 8, 1), (2, 2, 2))
+    assert found == pytest.approx(expected, rel=1e-6)

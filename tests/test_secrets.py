@@ -1,7 +1,12 @@
 """What lies in the environment never gets out: no log, file or error has it."""
 
+import contextlib
+import http.server
+import threading
+
 import pytest
 from commands import chain
+from test_survival import HANG
 
 SECRETS = {
     name: f"canary-{index}-of-the-environment"
@@ -18,20 +23,62 @@ SECRETS = {
 }
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Keeps what each request carried, and lets nobody in."""
+
+    carried = ()
+
+    def do_GET(self):
+        self.carried.append(self.headers.get("Authorization", ""))
+        self.send_response(401)
+        self.send_header("X-Error-Message", "Invalid username or password.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def refusing_hub():
+    """Gives the environment that leads to it, and the list of what came with tokens."""
+    carried = []
+    handler = type("Hub", (Hub,), {"carried": carried})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}, carried
+        server.shutdown()
+
+
 @chain
 def with_secrets(place, results):
-    """A run that ends, and two that fail: at a bad row, and at the hub."""
+    """A run that ends, and some that fail: at a row, at the hub, and by a bug of ours.
 
-    def train(run, *flags):
+    Returns:
+      How each command ended, by name, and what the hub was sent.
+    """
+
+    def train(run, *flags, hub=(), program=None):
         where = ("--config=config.py", f"--config.run_dir=runs/{run}")
-        return place.run("train", *where, *flags, more=SECRETS)
+        more = SECRETS | dict(hub)
+        return place.run("train", *where, *flags, more=more, program=program)
 
     (place.folder / "bad-row.jsonl").write_text('{"instruction": "a", "response": 3}')
-    return {
-        "whole": train("secrets", "--config.steps=2", "--config.eval.prompts=1"),
+    few = ("--config.steps=2", "--config.eval.prompts=1")
+    flags = ("--config=config.py", "--config.run_dir=runs/secrets-slurm")
+    ended = {
+        "whole": train("secrets", *few),
+        "bug": train("secrets-bug", program=HANG.format(what="1 / 0")),
         "bad row": train("secrets-row", "--config.data.path=bad-row.jsonl"),
-        "hub": train("secrets-hub", "--config.model.init_from=hub://nobody/nothing"),
+        "slurm": place.launch(("slurm", "--dry-run"), flags, more=SECRETS),
     }
+    nobody = "--config.model.init_from=hub://nobody/nothing"
+    with refusing_hub() as (there, carried):
+        ended["hub"] = train("secrets-hub", nobody, hub=there)
+    return ended, carried
 
 
 def leaks(data):
@@ -42,15 +89,37 @@ def test_the_search_of_this_file_finds():
     assert leaks(b"x" + SECRETS["HF_TOKEN"].encode() + b"\0") == ["HF_TOKEN"]
 
 
-@pytest.mark.parametrize("name, code", [("whole", 0), ("bad row", 2), ("hub", 2)])
+@pytest.mark.parametrize(
+    "name, code", [("whole", 0), ("bug", 1), ("bad row", 2), ("hub", 2), ("slurm", 0)]
+)
 def test_nothing_is_printed(with_secrets, name, code):
-    finished = with_secrets[name]
+    finished = with_secrets[0][name]
     assert finished.code == code, finished.err
     assert leaks((finished.out + finished.err).encode()) == []
 
 
+def test_the_failures_were_those_that_could_tell(with_secrets):
+    """The token went to the hub and was refused; the bug showed where it was."""
+    ended, carried = with_secrets
+    assert f"Bearer {SECRETS['HF_TOKEN']}" in carried
+    assert "401" in ended["hub"].err
+    assert "Traceback" in ended["bug"].err and "ZeroDivisionError" in ended["bug"].err
+    assert "#!/bin/bash" in ended["slurm"].out
+
+
+def contents(folder):
+    """Bytes of all files below; other commands make and remove some meanwhile."""
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            yield file, file.read_bytes()
+
+
 def test_nothing_is_written(place, with_secrets):
-    files = [x for x in place.run_dir("secrets").rglob("*") if x.is_file()]
+    found = [pair for f in (place.folder, place.cache) for pair in contents(f)]
+    run = place.run_dir("secrets")
+    names = {file.name for file, _ in found if run in file.parents}
     kinds = {"run.json", "config.json", "metrics.jsonl", "report.md", "sums.json"}
-    assert kinds < {x.name for x in files}
-    assert {str(x): found for x in files if (found := leaks(x.read_bytes()))} == {}
+    assert kinds < names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert any(place.cache in file.parents for file, _ in found)
+    assert {str(file): there for file, data in found if (there := leaks(data))} == {}

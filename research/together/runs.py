@@ -54,13 +54,15 @@ def train(configs: Sequence[Config]) -> int:
             wanted = [(c, f, starts.open(f)) for c, f, _ in waiting]
             runs = prepare(wanted, phases)
             stop.raise_if_lost()
-            return _train(runs, [changed for _, _, changed in waiting], stop)
+            code = _train(runs, [changed for _, _, changed in waiting], stop)
         except BaseException as error:
             # Whatever ends all of them at once is the end of each.
             code = starts.ended_by(error)
-            if isinstance(error, Preempted):
-                return code
-            raise
+            if not isinstance(error, Preempted):
+                raise
+    if code == PREEMPTED:
+        runtime.leave(code)
+    return code
 
 
 def prepare(

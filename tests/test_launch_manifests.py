@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 
@@ -102,36 +103,51 @@ def test_a_jobset_runs_the_words_that_were_given(cloud_job, name):
 
 
 def ends(jobset, code, conditions=()):
-    """What becomes of a pod that ends so: the action of the first rule it meets."""
+    """What becomes of a JobSet one of whose pods ends so, by Kubernetes' rules.
+
+    The first pod rule that is met counts; a Job that it fails says which one it was,
+    and the first rule of the JobSet that this meets counts.
+    """
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    for rule in job["podFailurePolicy"]["rules"]:
-        codes = rule.get("onExitCodes")
-        if codes and code in codes["values"] and codes["operator"] == "In":
+    reason, message = "BackoffLimitExceeded", "Job has reached its limit"
+    assert job["backoffLimit"] == 0  # One that counts is one too many.
+    for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        codes = rule.get("onExitCodes", {"values": ()})["values"]
+        if code in codes or any(
+            x in rule.get("onPodConditions", ()) for x in conditions
+        ):
+            if rule["action"] == "Ignore":
+                return "ReplacePod"
+            reason = "PodFailurePolicy"
+            message = f"Container failed, matching FailJob rule at index {index}"
+            break
+    for rule in jobset["spec"]["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        said = any(re.search(pattern, message) for pattern in patterns)
+        if reason in rule["onJobFailureReasons"] and said:
             return rule["action"]
-        if any(x in rule.get("onPodConditions", []) for x in conditions):
-            return rule["action"]
-    return "Count"
+    return "RestartJobSet"
 
 
-def test_a_jobset_ends_as_the_policy_says(cloud_job):
-    jobset = rendered("gke", cloud_job("a"), "--restarts=5")
+@pytest.mark.parametrize("flags", SHAPES.values(), ids=SHAPES)
+def test_a_jobset_ends_as_the_policy_says(cloud_job, flags):
+    jobset = rendered("gke", cloud_job("a"), *flags, "--restarts=5")
+    # A pod alone is replaced; of several all begin again. Neither is a retry.
+    command = pod_of(jobset)["containers"][0]["command"]
+    several = "--config.runtime.distributed=true" in command
+    free = "RestartJobSetAndIgnoreMaxRestarts" if several else "ReplacePod"
     for code in policy.FINAL - {0}:
-        assert ends(jobset, code) == "FailJob"
+        assert ends(jobset, code) == "FailJobSet"
     disrupted = {"type": "DisruptionTarget", "status": "True"}
-    assert ends(jobset, PREEMPTED) == ends(jobset, 137, [disrupted]) == "Ignore"
-    assert ends(jobset, 4, [disrupted]) == "FailJob"
+    assert ends(jobset, PREEMPTED) == ends(jobset, 137, [disrupted]) == free
+    assert ends(jobset, 4, [disrupted]) == "FailJobSet"
     for code in (1, STUCK, 134, 137):
-        assert policy.again(code, 1) and ends(jobset, code) == "Count"
-    # One that counts is one too many, and the JobSet starts again; a final one is not
-    # tried by it either. The rules want pods that are never started again in place.
+        assert policy.again(code, 1) and ends(jobset, code) == "RestartJobSet"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
+    # The rules want pods that are never started again in place.
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
+    assert job["completionMode"] == "Indexed"
     assert job["template"]["spec"]["restartPolicy"] == "Never"
-    failure = jobset["spec"]["failurePolicy"]
-    assert failure["maxRestarts"] == 5
-    (rule,) = failure["rules"]
-    assert rule["action"] == "FailJobSet"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
 def test_hosts_of_a_slice_are_pods_and_each_asks_for_its_chips(cloud_job):

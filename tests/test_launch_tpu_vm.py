@@ -141,6 +141,7 @@ def test_secrets_are_read_there_and_written_nowhere(worker, fake):
     vm.do("train")
     ((_, env),) = vm.seen()
     assert env["HF_TOKEN"] == "canary"
+    assert "--project=a b" in fake.calls()[-1]
     (vm.home / "research/seen.json").unlink()
     vm.do("tail")
     kept = [x for x in vm.home.rglob("*") if x.is_file()]

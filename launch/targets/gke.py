@@ -1,12 +1,14 @@
 """A JobSet on GKE, queued by Kueue: `kubectl apply`, and the cluster does the rest.
 
-Preempted pods are replaced and cost nothing; what a person must mend ends the JobSet;
-any other failure starts all its pods again, `--restarts` times.
+A preemption costs nothing; what a person must mend ends the JobSet; any other failure
+starts all its pods again, `--restarts` times. A pod alone is replaced by its Job. Of
+several all start again together: one alone would meet the others' old coordinator.
 
 Sources:
   jobset  https://jobset.sigs.k8s.io/docs: DNS names of pods are JOBSET-JOB-REPLICA-
           INDEX.JOBSET; `exclusive-topology` gives each slice a node pool of its own;
-          a JobSet rule sees why a Job failed (`PodFailurePolicy`), not its exit code.
+          a JobSet rule sees why a Job failed (`PodFailurePolicy`) and, since JobSet
+          0.10, its message, which ends with the index of the pod rule that was met.
   job     https://kubernetes.io/docs/concepts/workloads/controllers/job: rules of a
           `podFailurePolicy` count from the first; it needs `restartPolicy: Never`, and
           makes the replacement wait until the pod has ended.
@@ -141,7 +143,8 @@ def manifest(
     queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     where = _gpus(name, options) if options.gpus_per_node else _tpus(job, options)
     hosts, count = where["hosts"], options.slices
-    command = job.command("python", distributed=hosts * count > 1)
+    several = hosts * count > 1
+    command = job.command("python", distributed=several)
     container = {
         "name": "trainer",
         "image": options.image,
@@ -169,7 +172,7 @@ def manifest(
         "parallelism": hosts,
         "completions": hosts,
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": POD_RULES},
+        "podFailurePolicy": {"rules": _pod_rules(several)},
         "template": {
             "metadata": {"labels": labels},
             "spec": _without_empty(where["network"] | pod),
@@ -187,29 +190,41 @@ def manifest(
         "kind": "JobSet",
         "metadata": _without_empty(metadata),
         "spec": {
-            "failurePolicy": {"maxRestarts": options.restarts, "rules": [SET_RULE]},
+            "failurePolicy": {
+                "maxRestarts": options.restarts,
+                "rules": _set_rules(several),
+            },
             "replicatedJobs": [replicas],
         },
     }
 
 
-# The codes first: a pod that was disrupted may also have failed to save.
-POD_RULES: list[Manifest] = [
-    {
-        "action": "FailJob",
-        "onExitCodes": {"operator": "In", "values": sorted(policy.FINAL - {0})},
-    },
-    {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
-    {
-        "action": "Ignore",
-        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-    },
-]
-SET_RULE: Manifest = {
-    "name": "final",
-    "action": "FailJobSet",
-    "onJobFailureReasons": ["PodFailurePolicy"],
-}
+def _pod_rules(several: bool) -> list[Manifest]:
+    """What becomes of a pod's Job; the first rule that is met counts."""
+    preempted = "FailJob" if several else "Ignore"
+    return [
+        # The codes first: a pod that was disrupted may also have failed to save.
+        {
+            "action": "FailJob",
+            "onExitCodes": {"operator": "In", "values": sorted(policy.FINAL - {0})},
+        },
+        {"action": preempted, "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
+        {
+            "action": preempted,
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        },
+    ]
+
+
+def _set_rules(several: bool) -> list[Manifest]:
+    """What becomes of the JobSet when a pod rule has failed one of its Jobs."""
+    met: Manifest = {"onJobFailureReasons": ["PodFailurePolicy"]}
+    final = {"name": "final", "action": "FailJobSet"} | met
+    if not several:
+        return [final]
+    first = {"onJobFailureMessagePatterns": ["matching FailJob rule at index 0$"]}
+    again = "RestartJobSetAndIgnoreMaxRestarts"
+    return [final | first, {"name": "preempted", "action": again} | met]
 
 
 def _tpus(job: Job, options: argparse.Namespace) -> Manifest:

@@ -17,6 +17,8 @@ import pytest
 from commands import place as place
 from commands import results as results
 from commands import unbroken as unbroken
+from fake_tools import cloud_job as cloud_job
+from fake_tools import fake as fake
 from helpers import TINY, random_params
 
 from research.base import open_base

@@ -123,8 +123,7 @@ def test_only_targets_that_rent_are_asked():
     rented = gate.chips(renting, too_large, options())
     with pytest.raises(UserError, match="l4:8"):
         gate.check(renting, rented, [too_large], options())
-    (unchecked,) = gate.check(renting, rented, [too_large], options(no_fit_check=True))
-    assert "not checked" in unchecked
+    assert gate.check(renting, rented, [too_large], options(no_fit_check=True)) == []
     assert "not checked" in gate.check(renting, None, [too_large], options())[0]
 
 
@@ -167,7 +166,6 @@ def test_a_launch_that_does_not_fit_makes_nothing(slurm, more):
 def test_an_overridden_one_is_launched(slurm):
     done, calls = slurm("--device=l4", "--gpus-per-node=1", gate.OVERRIDE)
     assert done.returncode == 0 and len(calls) == 1
-    assert "not checked" in done.stderr
 
 
 def test_one_that_fits_is_launched_in_the_users_own_environment(slurm):

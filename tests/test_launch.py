@@ -1,60 +1,16 @@
 """What a launch would do, and that nothing a user names can do more."""
 
-import json
 import os
-import shutil
 import subprocess
-import sys
 
 import pytest
-from commands import ROOT
+from fake_tools import NASTY, ROOT, files, launch
+from shell import SHELLCHECK, check
 
 from launch import policy
 from research.errors import PREEMPTED, STUCK
 
-NASTY = (
-    "a b",
-    "it's",
-    '"',
-    "$(touch canary)",
-    "`touch canary`",
-    "a;touch canary",
-    "x\ny",
-)
 CONFIG = f"--config={ROOT}/configs/finetune_dolly.py"
-RECORD = """#!{python}
-import json, sys
-with open({file!r}, "a") as out:
-    out.write(json.dumps(sys.argv) + "\\n")
-"""
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """`fake(tool)` puts a program on PATH that writes down its argv; `fake.calls()`."""
-    folder, file = tmp_path / "bin", tmp_path / "calls"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
-
-    def make(tool):
-        path = folder / tool
-        path.write_text(RECORD.format(python=sys.executable, file=str(file)))
-        path.chmod(0o755)
-
-    make.calls = lambda: [json.loads(x) for x in file.read_text().splitlines()]
-    return make
-
-
-def launch(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *arguments],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def files(folder):
-    return {x.relative_to(folder) for x in folder.rglob("*") if x.name != "calls"}
 
 
 @pytest.mark.parametrize("target", ["local", "slurm"])
@@ -85,11 +41,10 @@ def test_no_name_breaks_out_of_a_slurm_script(tmp_path, fake, name):
     assert not list(tmp_path.rglob("canary"))
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck on PATH")
+@SHELLCHECK
 def test_the_slurm_script_is_clean(tmp_path):
     done = launch(tmp_path, "slurm", "--dry-run", "--", CONFIG)
-    script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("sbatch")]
-    subprocess.run(["shellcheck", "-"], input=script, text=True, check=True)
+    check(done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("sbatch")])
 
 
 def slurm_script(tmp_path, code, **more):
@@ -171,7 +126,7 @@ BAD = {
 def test_bad_input_is_one_line_and_nothing_is_made(
     tmp_path, fake, monkeypatch, arguments, said
 ):
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # Nobody's own Slurm is there.
+    monkeypatch.setenv("PATH", str(fake.folder))  # Slurm may be on this machine.
     before = files(tmp_path)
     done = launch(tmp_path, *arguments)
     assert done.returncode == 2

@@ -1,0 +1,305 @@
+"""A JobSet on GKE, queued by Kueue: `kubectl apply`, and the cluster does the rest.
+
+A preemption costs nothing; what a person must mend ends the JobSet; any other failure
+starts all its pods again, `--restarts` times. A pod alone is replaced by its Job. Of
+several all start again together: one alone would meet the others' old coordinator.
+
+Sources:
+  jobset  https://jobset.sigs.k8s.io/docs: DNS names of pods are JOBSET-JOB-REPLICA-
+          INDEX.JOBSET; `exclusive-topology` gives each slice a node pool of its own;
+          a JobSet rule sees why a Job failed (`PodFailurePolicy`) and, since JobSet
+          0.10, its message, which ends with the index of the pod rule that was met.
+  job     https://kubernetes.io/docs/concepts/workloads/controllers/job: rules of a
+          `podFailurePolicy` count from the first; it needs `restartPolicy: Never`, and
+          makes the replacement wait until the pod has ended.
+  kueue   https://kueue.sigs.k8s.io/docs/tasks/run/jobsets: it reads the label, and sets
+          and clears `suspend` by itself: that field is left out here.
+  jax     jax/_src/clusters/cloud_tpu_cluster.py: on TPUs JAX reads TPU_WORKER_ID,
+          TPU_WORKER_HOSTNAMES and, of several slices, MEGASCALE_*; GKE sets them in
+          the pods of a JobSet that ask for google.com/tpu.
+  xpk     github.com/AI-Hypercomputer/xpk: its label, and the name `slice-job`, make
+          `xpk workload list` and its dashboards see the job.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from launch import policy, shipping, slices
+from launch.job import Job, Plan
+from research.chips import CHIPS
+from research.config import Config
+from research.errors import PREEMPTED, UserError
+
+HELP = "a JobSet on a GKE cluster, TPU slices or GPU nodes; --image holds this code"
+TOOLS: Mapping[str, str] = {
+    "kubectl": "gcloud components install kubectl, then gcloud container clusters "
+    "get-credentials CLUSTER"
+}
+PORT = 8482  # of the first process of GPU nodes, for the others
+TASK = "slice-job"
+DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+Manifest = dict[str, Any]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image", default="", help="with this code as its working directory; required"
+    )
+    parser.add_argument("--queue", default="", help="Kueue's local queue")
+    parser.add_argument("--namespace", default="default", help="default: default")
+    parser.add_argument(
+        "--topology", default="", help="v5e:4x4; default: config.runtime.topology"
+    )
+    parser.add_argument("--slices", type=int, default=1, help="default: 1")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=0, help="GPU nodes instead of TPUs"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="of GPUs; default: 1")
+    parser.add_argument(
+        "--gpu", default="", help="node selector gke-accelerator: nvidia-h100-80gb"
+    )
+    parser.add_argument(
+        "--grace", type=int, default=120, help="seconds to save in; default: 120"
+    )
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="after failures; default: 3"
+    )
+    parser.add_argument(
+        "--volume", action="append", default=[], metavar="CLAIM:/PATH",
+        help="a persistent volume claim; run directories lie in the first; required",
+    )  # fmt: skip
+    shipping.add_secret_flag(
+        parser, "a Secret of the namespace, whose keys become environment variables"
+    )
+
+
+def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
+    """What the nodes have; None for GPUs that `--gpu` does not name, or we not know."""
+    if not options.gpus_per_node:
+        topology = options.topology or config.runtime.topology
+        chosen = slices.named(topology, "--topology=v5e:4x4")
+        return f"{chosen.chip.name}:{chosen.shape}", options.slices
+    words = options.gpu.split("-")
+    known = [c.name for c in CHIPS.values() if c.platform == "gpu" and c.name in words]
+    return (f"{known[0]}:{options.nodes * options.gpus_per_node}", 1) if known else None
+
+
+def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+    """A manifest for each job."""
+    if not options.image:
+        raise UserError("no image: give --image=REGISTRY/NAME:TAG, which has this code")
+    shipping.check_counts(
+        options,
+        {"slices": 1, "gpus_per_node": 0, "nodes": 1, "grace": 1, "restarts": 0},
+    )
+    shipping.check_secrets(options.secret, DNS_NAME)
+    volumes = _volumes(options.volume)
+    files, commands = {}, []
+    for name, job in zip(shipping.names(jobs), jobs, strict=True):
+        there = shipping.stored(shipping.portable(job, "gke"), volumes[0][1])
+        file = job.file(".jobset.yaml")
+        files[file] = yaml.safe_dump(
+            manifest(name, there, options, volumes), sort_keys=False, allow_unicode=True
+        )
+        commands.append(["kubectl", "apply", f"--filename={file}"])
+    return Plan(files, commands)
+
+
+def run(plan: Plan, options: argparse.Namespace) -> int:
+    plan.write_files()
+    for command in plan.commands:
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            return done.returncode
+    where = f"--namespace={options.namespace}"
+    sys.stderr.write(
+        f"kubectl get jobsets {where} shows them; kubectl logs {where} --follow "
+        "--selector=jobset.sigs.k8s.io/jobset-name=NAME follows one\n"
+    )
+    return 0
+
+
+def _volumes(given: Sequence[str]) -> list[tuple[str, str]]:
+    """Claims, and where they are mounted.
+
+    Raises:
+      UserError: there is none, or one is not `CLAIM:/PATH`.
+    """
+    if not given:
+        raise UserError(
+            "no volume: a pod's disk goes with it; give --volume=CLAIM:/PATH for the "
+            "run directory"
+        )
+    volumes = []
+    for text in given:
+        claim, _, path = text.partition(":")
+        if not DNS_NAME.fullmatch(claim) or not re.fullmatch(r"/[^:]+", path):
+            raise UserError(f"--volume is {text!r}; write it as CLAIM:/PATH")
+        volumes.append((claim, path))
+    return volumes
+
+
+def manifest(
+    name: str,
+    job: Job,
+    options: argparse.Namespace,
+    volumes: Sequence[tuple[str, str]],
+) -> Manifest:
+    """A JobSet called `name`, as data."""
+    labels = {"xpk.google.com/workload": name}
+    queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
+    where = _gpus(name, options) if options.gpus_per_node else _tpus(job, options)
+    hosts, count = where["hosts"], options.slices
+    several = hosts * count > 1
+    command = job.command("python", distributed=several)
+    container = {
+        "name": "trainer",
+        "image": options.image,
+        "command": [_unexpanded(word) for word in command],
+        "env": [*_variables(job.env), *where["env"]],
+        "envFrom": [{"secretRef": {"name": secret}} for secret in options.secret],
+        "resources": {"limits": where["limits"]},
+        "volumeMounts": [
+            {"name": f"volume-{index}", "mountPath": path}
+            for index, (_, path) in enumerate(volumes)
+        ],
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": options.grace,
+        "nodeSelector": where["nodes"],
+        "containers": [_without_empty(container)],
+        "volumes": [
+            {"name": f"volume-{index}", "persistentVolumeClaim": {"claimName": claim}}
+            for index, (claim, _) in enumerate(volumes)
+        ],
+    }
+    task = {
+        "completionMode": "Indexed",
+        "parallelism": hosts,
+        "completions": hosts,
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": _pod_rules(several)},
+        "template": {
+            "metadata": {"labels": labels},
+            "spec": _without_empty(where["network"] | pod),
+        },
+    }
+    replicas = {"name": TASK, "replicas": count, "template": {"spec": task}}
+    metadata = {
+        "name": name,
+        "namespace": options.namespace,
+        "labels": queue | labels,
+        "annotations": where["annotations"],
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": _without_empty(metadata),
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": options.restarts,
+                "rules": _set_rules(several),
+            },
+            "replicatedJobs": [replicas],
+        },
+    }
+
+
+def _pod_rules(several: bool) -> list[Manifest]:
+    """What becomes of a pod's Job; the first rule that is met counts."""
+    preempted = "FailJob" if several else "Ignore"
+    return [
+        # The codes first: a pod that was disrupted may also have failed to save.
+        {
+            "action": "FailJob",
+            "onExitCodes": {"operator": "In", "values": sorted(policy.FINAL - {0})},
+        },
+        {"action": preempted, "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
+        {
+            "action": preempted,
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        },
+    ]
+
+
+def _set_rules(several: bool) -> list[Manifest]:
+    """What becomes of the JobSet when a pod rule has failed one of its Jobs."""
+    met: Manifest = {"onJobFailureReasons": ["PodFailurePolicy"]}
+    final = {"name": "final", "action": "FailJobSet"} | met
+    if not several:
+        return [final]
+    first = {"onJobFailureMessagePatterns": ["matching FailJob rule at index 0$"]}
+    again = "RestartJobSetAndIgnoreMaxRestarts"
+    return [final | first, {"name": "preempted", "action": again} | met]
+
+
+def _tpus(job: Job, options: argparse.Namespace) -> Manifest:
+    """What depends on the hardware."""
+    topology = options.topology or job.config.runtime.topology
+    chosen = slices.named(topology, "--topology=v5e:4x4")
+    if chosen.hosts == 1 and options.slices > 1:
+        raise UserError(
+            f"--slices is {options.slices}, and {topology} has one host: GKE joins "
+            "slices of several hosts only"
+        )
+    # Slices talk over the hosts' own network interfaces, which are faster.
+    direct = {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    pool = {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    return {
+        "hosts": chosen.hosts,
+        "env": [],
+        "limits": {"google.com/tpu": chosen.chips // chosen.hosts},
+        "nodes": {
+            "cloud.google.com/gke-tpu-accelerator": chosen.family.gke,
+            "cloud.google.com/gke-tpu-topology": chosen.shape,
+        },
+        "network": direct if options.slices > 1 else {},
+        "annotations": pool if chosen.hosts > 1 else {},
+    }
+
+
+def _gpus(name: str, options: argparse.Namespace) -> Manifest:
+    """As `_tpus`. No cluster of GPUs tells JAX of its hosts: we do."""
+    if options.slices > 1:
+        raise UserError("--slices is for TPUs; with --gpus-per-node give --nodes")
+    first = f"{name}-{TASK}-0-0.{name}:{PORT}"
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    env = [
+        {"name": "JAX_COORDINATOR_ADDRESS", "value": first},
+        {"name": "JAX_NUM_PROCESSES", "value": str(options.nodes)},
+        {
+            "name": "JAX_PROCESS_ID",
+            "valueFrom": {"fieldRef": {"fieldPath": index}},
+        },
+    ]
+    kind = {"cloud.google.com/gke-accelerator": options.gpu} if options.gpu else {}
+    return {
+        "hosts": options.nodes,
+        "env": env if options.nodes > 1 else [],
+        "limits": {"nvidia.com/gpu": options.gpus_per_node},
+        "nodes": kind,
+        "network": {},
+        "annotations": {},
+    }
+
+
+def _variables(values: Mapping[str, str]) -> list[Manifest]:
+    return [{"name": k, "value": _unexpanded(v)} for k, v in values.items()]
+
+
+def _unexpanded(word: str) -> str:
+    """Kubernetes replaces `$(NAME)` in a command by a variable, and `$$` by `$`."""
+    return word.replace("$", "$$")
+
+
+def _without_empty(fields: Manifest) -> Manifest:
+    return {name: value for name, value in fields.items() if value not in ({}, [])}

@@ -1,0 +1,174 @@
+"""A managed job of SkyPilot: it finds the cloud, and recovers what was preempted.
+
+Sources: https://docs.skypilot.co/en/latest/reference/yaml-spec.html (of version 0.14:
+`job_recovery.recover_on_exit_codes` starts again without counting, `workdir` is sent as
+it is on disk, a secret without a value is asked for with `--secret NAME`), and
+https://docs.skypilot.co/en/latest/running-jobs/distributed-jobs.html (hosts of a TPU
+slice count as nodes). Processes find each other by `research/processes.py`.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from launch import shipping, slices
+from launch.job import Job, Plan
+from research import provenance
+from research.chips import CHIPS
+from research.config import Config
+from research.errors import PREEMPTED, UserError
+
+HELP = "a managed job of SkyPilot, on TPUs or GPUs of any cloud it knows"
+TOOLS: Mapping[str, str] = {"sky": 'pip install "skypilot[gcp]", then sky check'}
+MOUNT = "/mnt/research"
+# Sky mounts gs:// with gcsfuse, which can rename a folder: checkpoints need that.
+BUCKET = re.compile(r"gs://[a-z0-9][-a-z0-9_.]*[a-z0-9]")
+ENVIRONMENT = '"$HOME/research-env"'
+
+RUN = """exec {environment}/bin/python {arguments}
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accelerators",
+        default="",
+        help="H100:8 or tpu-v5litepod-16; default: from config.runtime.topology",
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="of GPUs; default: 1")
+    parser.add_argument("--infra", default="", help="gcp/us-west4; default: any")
+    parser.add_argument("--spot", action="store_true", help="may be preempted")
+    parser.add_argument(
+        "--bucket", default="", help="gs://NAME for run directories; required"
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        help="after failures; Sky counts a person's mistakes among them; default: 0",
+    )
+    shipping.add_secret_flag(
+        parser, "a variable of this shell's environment that the job gets, too"
+    )
+
+
+def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
+    """What the nodes have; None for GPUs that we do not know."""
+    given, _, count = options.accelerators.partition(":")
+    if given and not given.startswith("tpu-"):
+        known = given.lower() in CHIPS and (count or "1").isdigit()
+        number = int(count or 1) * options.nodes if known else 0
+        return (f"{given.lower()}:{number}", 1) if known else None
+    chosen = _slice(given, config)
+    return f"{chosen.chip.name}:{chosen.shape}", 1
+
+
+def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+    """A managed job for each."""
+    shipping.check_counts(options, {"nodes": 1, "restarts": 0})
+    shipping.check_secrets(options.secret)
+    if not BUCKET.fullmatch(options.bucket):
+        raise UserError(
+            f"--bucket is {options.bucket!r}; a machine's disk goes with it: name a "
+            "bucket for run directories, gs://NAME"
+        )
+    files, commands = {}, []
+    secrets = [flag for secret in options.secret for flag in ("--secret", secret)]
+    for name, job in zip(shipping.names(jobs), jobs, strict=True):
+        there = shipping.stored(shipping.portable(job, "skypilot"), MOUNT)
+        file = job.file(".sky.yaml")
+        files[file] = yaml.dump(
+            task(name, there, options),
+            Dumper=_Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+        )
+        commands.append(
+            ["sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(file)]
+        )
+    return Plan(files, commands)
+
+
+def run(plan: Plan, options: argparse.Namespace) -> int:
+    """Submits, and leaves the rest to Sky: `sky jobs queue`, `sky jobs logs`."""
+    absent = [name for name in options.secret if name not in os.environ]
+    if absent:
+        raise UserError(f"--secret={absent[0]}: no such variable in the environment")
+    plan.write_files()
+    codes = [subprocess.run(x, check=False).returncode for x in plan.commands]
+    return next((code for code in codes if code), 0)
+
+
+def task(name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Sky's YAML of a job called `name`, as data."""
+    accelerators, hosts = _accelerators(job, options)
+    platform = "tpu" if accelerators.startswith("tpu-") else "cuda13"
+    many = options.nodes * hosts > 1
+    arguments = job.command("python", distributed=many)[1:]
+    resources = {
+        "accelerators": accelerators,
+        "use_spot": options.spot,
+        "job_recovery": {
+            "max_restarts_on_errors": options.restarts,
+            "recover_on_exit_codes": [PREEMPTED],
+        },
+    }
+    return {
+        "name": name,
+        "workdir": str(shipping.ROOT),
+        "num_nodes": options.nodes,
+        "resources": ({"infra": options.infra} if options.infra else {}) | resources,
+        "file_mounts": {MOUNT: {"source": options.bucket, "mode": "MOUNT"}},
+        "envs": {
+            provenance.CODE_VERSION: provenance.code_version(shipping.ROOT),
+            **job.env,
+        },
+        **({"secrets": dict.fromkeys(options.secret)} if options.secret else {}),
+        "setup": f"bash launch/install.sh {ENVIRONMENT} 'jax[{platform}]'\n",
+        "run": RUN.format(
+            environment=ENVIRONMENT,
+            arguments=shlex.join(arguments),
+        ),
+    }
+
+
+def _accelerators(job: Job, options: argparse.Namespace) -> tuple[str, int]:
+    """As Sky names them, and on how many hosts one node of Sky's has them.
+
+    Raises:
+      UserError: there is no such TPU, or several nodes of them.
+    """
+    given = options.accelerators
+    if given and not given.startswith("tpu-"):
+        return given, 1
+    chosen = _slice(given, job.config)
+    if options.nodes > 1:
+        raise UserError(
+            f"--nodes is {options.nodes}; a TPU slice is one node of SkyPilot's"
+        )
+    name = slices.default_type(chosen, "--config.runtime.topology")
+    return f"tpu-{name}", chosen.hosts
+
+
+def _slice(given: str, config: Config) -> slices.Slice:
+    if given:
+        return slices.of_type(given.removeprefix("tpu-"), "--accelerators=tpu-TYPE")
+    return slices.named(config.runtime.topology, "--accelerators=H100:8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Scripts as blocks, where YAML can write them so."""
+
+
+def _script(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _script)

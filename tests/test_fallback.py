@@ -65,7 +65,6 @@ def test_a_full_disk_stops_the_run_and_says_at_which_step(fallen_back):
     last = full.err.splitlines()[-1]
     assert last.startswith("error: step 15 could not be saved: "), full.err
     assert "too large" in last and "checkpoints left: 5, 10" in last
-    assert "Traceback" not in full.err
     assert kept == {"5": [], "10": []}, "older ones damaged, or halves left behind"
     assert 0 < size < 40_000, "it was the metrics that did not fit"
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import statistics
+import threading
 import time
 from types import SimpleNamespace
 
@@ -278,10 +279,10 @@ def test_a_run_that_was_saved_never_begins_at_step_0(tmp_path, trace):
 # -- a slow disk ---------------------------------------------------------------------
 
 
-def train(run, checkpointer, step_fn, state, steps, every):
-    """`steps` real steps, saved every so many; what `Log` was told when."""
-    log, phases = Log(), Phases()
-    saver, taken, mark = make_saver(run, checkpointer, log), [], [0.0]
+def train(run, checkpointer, step_fn, state, steps, every, told):
+    """`steps` real steps, saved every so many: was a save under way, and seconds."""
+    log, taken, mark = Log(), [], [0.0]
+    saver = make_saver(run, checkpointer, log)
     seen = saver.watching(log)
 
     def timed(number, batch, loss):
@@ -289,7 +290,8 @@ def train(run, checkpointer, step_fn, state, steps, every):
         seen(number, batch, loss)
         now = time.perf_counter()
         taken.append((begun_beside and is_saving(checkpointer), now - mark[0]))
-        mark[0] = now
+        told(number)
+        mark[0] = time.perf_counter()
 
     def resume():
         mark[0] = time.perf_counter()
@@ -304,25 +306,26 @@ def train(run, checkpointer, step_fn, state, steps, every):
         log=timed,
         resume_clock=resume,
         stop=SimpleNamespace(is_due=lambda step: False),
-        phases=phases,
+        phases=Phases(),
     )
     return taken[1:]
 
 
 def test_a_slow_disk_holds_no_step_up_but_the_next_save(tmp_path, monkeypatch):
-    """The very steps, log and saves of a run, with a disk that takes a second."""
-    seal = integrity.seal
-    slow = [1.0, 1.0, 0.0]
+    """The very steps, log and saves of a run; each save takes as long as 30 of them."""
+    seal, writable = integrity.seal, threading.Event()
 
     def seal_slowly(folder):
         if folder.parent.name == "checkpoints":
-            time.sleep(slow.pop(0))
+            assert writable.wait(60)
         seal(folder)
 
-    monkeypatch.setattr(integrity, "seal", seal_slowly)
+    def told(number):
+        # In turn: what else this machine does slows steps of both kinds.
+        writable.set() if number % 50 >= 30 else writable.clear()
 
     def work(x):
-        time.sleep(0.02)  # As an accelerator does: whatever else the host is busy with.
+        time.sleep(0.02)  # As an accelerator does: the host is free.
         return x
 
     @jax.jit
@@ -330,17 +333,19 @@ def test_a_slow_disk_holds_no_step_up_but_the_next_save(tmp_path, monkeypatch):
         w = jax.pure_callback(work, state["w"], state["w"])
         return {"w": w + 1.0}, w.sum()
 
+    monkeypatch.setattr(integrity, "seal", seal_slowly)
     run, state = make_run(tmp_path), {"w": jnp.zeros((512, 512))}
     with open_checkpoints(run) as checkpointer:
-        taken = train(run, checkpointer, lambda s, _: update(s), state, 160, 80)
-        assert run.history.saved == 80 and is_saving(checkpointer)
-        begun = time.perf_counter()
-        make_saver(run, checkpointer)(161, state)
-        assert time.perf_counter() - begun > 0.5
-        assert run.history.saved == 160
+        taken = train(run, checkpointer, lambda s, _: update(s), state, 200, 50, told)
+        assert run.history.saved == 150 and is_saving(checkpointer)
+        opening = threading.Timer(0.5, writable.set)
+        opening.start()
+        make_saver(run, checkpointer)(201, state)
+        assert writable.is_set(), "the next save did not wait for the one before"
+        assert run.history.saved == 200
     beside = [seconds for saving, seconds in taken if saving]
     alone = [seconds for saving, seconds in taken if not saving]
-    assert min(len(beside), len(alone)) > 20, "the disk was not slow"
+    assert len(beside) > 60 and len(alone) > 60
     assert statistics.median(beside) < 1.1 * statistics.median(alone)
 
 

@@ -47,16 +47,23 @@ def test_the_slurm_script_is_clean(tmp_path):
     check(done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("sbatch")])
 
 
-def slurm_script(tmp_path, code, **more):
-    """Runs the script with an `srun` that ends so; returns its code."""
+def slurm_script(tmp_path, *codes, first="", **more):
+    """Runs the script with an `srun` that ends so, and so; returns its own code."""
     launch(tmp_path, "slurm", "--", CONFIG, "--config.run_dir=runs/a")
-    (tmp_path / "bin/srun").write_text(f"#!/bin/sh\n{SIGNALLED}exit {code}\n")
+    (tmp_path / "codes").write_text(" ".join(map(str, codes)))
+    (tmp_path / "bin/srun").write_text(f"#!/bin/sh\n{first}{SRUN}")
     (tmp_path / "bin/srun").chmod(0o755)
     script = tmp_path / "runs/a.slurm.sh"
     env = os.environ | {"SLURM_JOB_ID": "17"} | more
-    return subprocess.run(["bash", script], env=env, check=False).returncode
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=env, check=False)
+    return done.returncode
 
 
+# What is left of the codes stands in a file: the next one is taken.
+SRUN = """read code rest < codes
+echo "$rest" > codes
+exit "$code"
+"""
 # As Slurm does when it ends a job: the shell is told, too.
 SIGNALLED = "kill -TERM $PPID\n"
 
@@ -79,9 +86,26 @@ def test_slurm_queues_again_what_was_preempted_and_nothing_else(
     for tool in ("sbatch", "scontrol"):
         fake(tool)
     says(tmp_path, "squeue", state)
-    assert slurm_script(tmp_path, code) == code
+    assert slurm_script(tmp_path, code, first=SIGNALLED) == code
     asked = [call[1:] for call in fake.calls() if call[0].endswith("scontrol")]
     assert asked == ([["requeue", "17"]] if requeued else [])
+
+
+@pytest.mark.parametrize(
+    "codes, left",
+    [
+        ((1, 134, 0, 0), "0"),
+        ((STUCK, 137, 1, 1, 0), "0"),
+        *(((code, 0), "0") for code in (0, 2, 3, 4, 5, 130)),
+    ],
+)
+def test_slurm_starts_again_what_failed_three_times(tmp_path, fake, codes, left):
+    """In the same job: what a person must mend is not tried again."""
+    for tool in ("sbatch", "squeue"):
+        fake(tool)
+    wanted = codes[-2]
+    assert slurm_script(tmp_path, *codes) == wanted
+    assert (tmp_path / "codes").read_text().split() == [left]
 
 
 def says(tmp_path, tool, text):

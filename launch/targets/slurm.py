@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from launch import policy
 from launch.job import Job, Plan
 from research.chips import CHIPS
 from research.config import Config
@@ -24,9 +25,12 @@ case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 esac
 # Slurm signals the trainers itself: srun kills them when it is told to end, and the job
 # ends with this shell.
-trap : TERM
-srun --kill-on-bad-exit=0 "${{command[@]}}"
-code=$?
+left={restarts}
+trap 'left=0' TERM
+while srun --kill-on-bad-exit=0 "${{command[@]}}"; code=$?; [ "$left" -gt 0 ]; do
+    case $code in {over}) break ;; esac
+    left=$((left - 1))
+done
 # By both numbers: that of the job may stand for all of an array.
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 # What a person cancels must not come back, and what Slurm requeues does so by itself.
@@ -49,6 +53,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", default="", help="limit, as sbatch has it: 4:00:00")
     parser.add_argument(
         "--grace", type=int, default=120, help="seconds to save in; default: 120"
+    )
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="after failures; default: 3"
     )
     parser.add_argument("--partition", default="", help="default: the cluster's")
     parser.add_argument("--account", default="", help="default: the user's")
@@ -97,8 +104,13 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         f"{index}) command=({shlex.join(command)}) ;;"
         for index, command in enumerate(commands)
     ]
+    over = policy.FINAL | {PREEMPTED}
     text = TEMPLATE.format(
-        folder=shlex.quote(os.getcwd()), cases="\n".join(cases), preempted=PREEMPTED
+        folder=shlex.quote(os.getcwd()),
+        cases="\n".join(cases),
+        preempted=PREEMPTED,
+        restarts=options.restarts,
+        over=" | ".join(map(str, sorted(over))),
     )
     # What % begins in a log's name is replaced by Slurm, and %% by one %.
     log = str(beside).replace("%", "%%")

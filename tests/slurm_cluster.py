@@ -46,6 +46,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+SchedulerParameters=sched_interval=1
 NodeName={nodes[0]} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName={nodes[1]} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=all Nodes=ALL Default=YES State=UP

@@ -21,11 +21,11 @@ pytestmark = [
     ),
 ]
 
-STEPS = 60
+STEPS = 36
 LATER = STEP_LINE.replace("12", str(STEPS))
 TRAINING = (
     "--config=pretrain.py", *PLAIN, f"--config.steps={STEPS}",
-    "--config.eval.every=30", f"--config.eval.samples_every={STEPS}",
+    "--config.eval.every=18", f"--config.eval.samples_every={STEPS}",
     "--config.eval.text_prompts=('def ',)", "--config.checkpoint.every=50",
     "--config.runtime.watchdog_s=60",
 )  # fmt: skip
@@ -102,7 +102,7 @@ def test_two_processes_preempted_twice_end_as_the_unbroken_two(little, place):
     number = little.train("100%j")
     little.wait_for_step("100%j.slurm", 4)
     little.cluster.call("scancel", "--signal=TERM", number)
-    little.wait_for_step("100%j.slurm", 40)
+    little.wait_for_step("100%j.slurm", 20)
     little.cluster.call("scontrol", "requeue", number)
     ended = little.cluster.wait_until_over(number)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), ended

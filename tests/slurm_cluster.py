@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 
@@ -131,10 +132,12 @@ class Cluster:
         return [each for each in psutil.process_iter() if self._is_mine(each)]
 
     def _is_mine(self, process):
+        # slurmstepd writes its title over the first names: psutil then sees none.
         try:
-            return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]
-        except psutil.Error:
+            known = Path(f"/proc/{process.pid}/environ").read_bytes()
+        except OSError:  # It has ended, or is another user's.
             return False
+        return f"SLURM_CONF={self.env['SLURM_CONF']}\0".encode() in known
 
     def processes(self):
         """Command lines of all that belongs to it."""

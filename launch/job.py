@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -117,5 +118,13 @@ def check_training_flags(arguments: Sequence[str]) -> Config:
     """
     if "config" not in flags.FLAGS:
         doors.define_config()
-    doors.parse(["research.train", *arguments], "", has_config=True)
-    return doors.config_from_flags()
+    for name in [x for x in flags.FLAGS if x.startswith("config.")]:
+        delattr(flags.FLAGS, name)  # Overrides of a call before.
+    argv = ["research.train", *arguments]
+    before = sys.argv
+    sys.argv = argv  # Where ml_collections looks for overrides.
+    try:
+        doors.parse(argv, "", has_config=True)
+        return doors.config_from_flags()
+    finally:
+        sys.argv = before

@@ -3,6 +3,7 @@
 import ast
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -64,7 +65,12 @@ def imports(node):
 
 @pytest.mark.parametrize("file", FILES + LAUNCHER, ids=dotted)
 def test_the_package_has_nothing_that_runs_what_it_reads(file):
-    assert list(offences(file.read_text())) == []
+    text = file.read_text()
+    found = list(offences(text))
+    if file.parent.name == "targets":  # Manifests are written, and none is read.
+        assert not re.search(r"yaml\.\w*(load|parse|Loader)", text)
+        found = [name for name in found if name != "yaml"]
+    assert found == []
 
 
 @pytest.mark.parametrize(

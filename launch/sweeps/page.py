@@ -5,8 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader
-from jinja2.sandbox import SandboxedEnvironment
+import jinja2.sandbox
 
 from launch.sweeps import plots, results, statistics
 from launch.sweeps.results import Report, Row
@@ -36,14 +35,14 @@ def write(folder: Path) -> list[Path]:
 
 
 def _render(name: str, report: Report, pictures: dict[str, str]) -> str:
-    environment = SandboxedEnvironment(
-        loader=FileSystemLoader(TEMPLATES),
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         autoescape=name.endswith(".html"),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(f"{name}.jinja").render(
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
         sweep=report.sweep,
         name=report.folder.name,
         header=header(report),

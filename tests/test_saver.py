@@ -305,7 +305,7 @@ def train(run, checkpointer, step_fn, state, steps, every, told):
         actions=[loop.Action("save", every, saver)],
         log=timed,
         resume_clock=resume,
-        stop=SimpleNamespace(is_due=lambda step: False),
+        stop=SimpleNamespace(is_due=lambda: False),
         phases=Phases(),
     )
     return taken[1:]

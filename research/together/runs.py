@@ -55,11 +55,12 @@ def train(configs: Sequence[Config]) -> int:
             runs = prepare(wanted, phases)
             stop.raise_if_lost()
             code = _train(runs, [changed for _, _, changed in waiting], stop)
+        except Preempted as error:
+            return starts.ended_by(error)
         except BaseException as error:
             # Whatever ends all of them at once is the end of each.
-            code = starts.ended_by(error)
-            if not isinstance(error, Preempted):
-                raise
+            starts.ended_by(error)
+            raise
     if code == PREEMPTED:
         runtime.leave(code)
     return code

@@ -10,6 +10,7 @@ import numpy as np
 
 from launch.sweeps import statistics
 from launch.sweeps.results import Report, Result, Row
+from launch.sweeps.statistics import Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -35,7 +36,7 @@ def curves(report: Report) -> str:
         left.set(xlabel="step", ylabel=report.sweep["metric"], title="held out")
         right.axhline(0, color="0.4", linewidth=1)
         right.set(xlabel="step", title=f"minus {label(report.baseline)}, same seed")
-        left.legend(fontsize=7)
+        left.legend(fontsize=7, title=", ".join(report.axes), title_fontsize=7)
         for one in axes:
             one.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -66,45 +67,63 @@ def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) 
 
 
 def along(report: Report, index: int) -> str:
-    """The metric at the end along axis `index`, a line for each of the other points."""
+    """The end along axis `index`, a line for each of the other points.
+
+    Left the metric, right its paired difference to the baseline: where seeds differ
+    more than points do, only the right one tells points apart.
+    """
     axis = report.sweep["axes"][index]
-    labels = list(axis["points"])
     positions, scale = _positions(axis)
     lines: dict[tuple[str, ...], list[Row]] = {}
-    for row in report.rows:
+    for row in sorted(report.rows, key=lambda row: positions[row.point[index]]):
         if row.found:
             rest = (*row.point[:index], *row.point[index + 1 :])
             lines.setdefault(rest, []).append(row)
 
     def draw(axes: Sequence[Axes]) -> None:
-        (one,) = axes
+        left, right = axes
         for number, (rest, rows) in enumerate(lines.items()):
-            rows = sorted(rows, key=lambda row: positions[row.point[index]])
-            at = [positions[row.point[index]] for row in rows]
             color = f"C{number % 10}"
-            for x, row in zip(at, rows, strict=True):
+            style = {
+                "color": color,
+                "label": label(rest) if rest else None,
+                "fmt": "o-" if scale else "o",
+            }
+            at = {positions[row.point[index]]: row for row in rows}
+            for x, row in at.items():
                 values = [r.value for r in row.results if r.value is not None]
-                one.plot([x] * len(values), values, ".", color=color, alpha=0.5)
-            halves = [row.found.half for row in rows]
-            one.errorbar(
-                at,
-                [row.found.mean for row in rows],
-                yerr=halves if all(map(math.isfinite, halves)) else None,
-                fmt="o-" if scale else "o",
-                capsize=3,
-                color=color,
-                label=label(rest) if rest else None,
-            )
-        if scale:
-            one.set_xscale(scale)
-        one.set_xticks([positions[x] for x in labels], labels)
-        one.minorticks_off()
+                left.plot(
+                    [x] * len(values), values, ".", color=style["color"], alpha=0.5
+                )
+            _bars(left, {x: row.found for x, row in at.items()}, style)
+            compared = {
+                x: r.comparison.difference for x, r in at.items() if r.comparison
+            }
+            _bars(right, compared, style)
         percent = round(100 * statistics.LEVEL)
-        one.set(xlabel=axis["name"], ylabel=f"{report.sweep['metric']}, {percent} %")
+        left.set(ylabel=f"{report.sweep['metric']}, {percent} %", title="held out")
+        right.axhline(0, color="0.4", linewidth=1)
+        right.set(title=f"minus {label(report.baseline)}, same seed, {percent} %")
+        for one in axes:
+            if scale:
+                one.set_xscale(scale)
+            one.set_xticks([*positions.values()], [*positions])
+            one.minorticks_off()
+            one.set(xlabel=axis["name"])
+            one.margins(x=0.1)
         if len(lines) > 1:
-            one.legend(fontsize=7)
+            left.legend(fontsize=7)
 
-    return _picture(1, draw)
+    return _picture(2, draw)
+
+
+def _bars(axes: Axes, found: Mapping[float, Interval], style: dict[str, Any]) -> None:
+    """Means and their intervals, where there are any, by place on the axis."""
+    if not found:
+        return
+    halves = [x.half if math.isfinite(x.half) else 0.0 for x in found.values()]
+    means = [x.mean for x in found.values()]
+    axes.errorbar([*found], means, yerr=halves, capsize=3, **style)
 
 
 def _positions(axis: dict[str, Any]) -> tuple[dict[str, float], str]:

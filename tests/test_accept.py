@@ -6,6 +6,8 @@ import re
 import pytest
 from commands import chain
 
+pytestmark = pytest.mark.soak
+
 FLAGS = (
     "--config=config.py",
     "--config.run_dir=runs/accept",

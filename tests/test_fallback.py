@@ -14,6 +14,8 @@ from research.errors import DamagedError, SaveError
 from research.phases import NAMES
 from research.saving.integrity import find_damage
 
+pytestmark = pytest.mark.soak
+
 # From step 15 on no file grows over so many bytes: metrics still fit, arrays do not.
 FULL_DISK = """
 import resource, signal

@@ -59,7 +59,7 @@ def send_to(running, moment, number):
     sends Ctrl-C to all.
     """
     if moment == "start":
-        running[0].wait_for("data: ")
+        running[0].wait_for("(data|text): ")
     else:
         running[0].wait_for(MOMENTS[moment])
     if moment in ("data", "late"):

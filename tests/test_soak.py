@@ -14,7 +14,7 @@ from kills import kill_again_and_again, phase_of, torn
 from test_end_to_end import numbers
 from test_pretraining import STEP_LINE, pretrain
 from test_processes import saved_state
-from test_survival import HANG, PAIR, check_equal, hashes, start_pair
+from test_survival import HANG, LIMIT, PAIR, check_equal, hashes, start_pair
 
 from research.errors import PREEMPTED, SaveError
 
@@ -70,7 +70,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 # What the others need at most beyond the watchdog's limit: it looks every 1.5 s, and
 # they write down their stacks on a busy machine.
 SLACK = 20
-LIMIT = 15  # `watchdog_s` of a pair
 
 
 @chain

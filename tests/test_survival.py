@@ -40,7 +40,9 @@ def terminated(place, results):
     return compiling, saving, reporting, place.run("train", *flags)
 
 
-PAIR = ("--config=pretrain.py", *MESH, *PLAIN, "--config.runtime.watchdog_s=15")
+# Seconds: a busy machine compiles, without a sign of life, for twenty.
+LIMIT = 45
+PAIR = ("--config=pretrain.py", *MESH, *PLAIN, f"--config.runtime.watchdog_s={LIMIT}")
 
 
 def start_pair(place, run, *flags, **options):

@@ -8,9 +8,9 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,9 +156,15 @@ class Place:
         return self.start_launch(own, training, **options).finish()
 
     def start_python(self, *arguments, devices=1, more=None):
+        env = self._environment(devices, more or {})
+        # The tests in this process have the first right to a core: all end together.
+        command = ["nice", "-n", "10", sys.executable, *arguments]
+        return Running(command, cwd=self.folder, env=env)
+
+    def _environment(self, devices, more):
         settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
-        env |= {
+        return env | {
             "PYTHONPATH": str(ROOT),
             "XDG_CACHE_HOME": str(self.cache),
             "HF_HOME": str(self.cache),
@@ -166,49 +172,46 @@ class Place:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "COLUMNS": "160",
-            **(more or {}),
+            **more,
         }
-        # The tests in this process have the first right to a core: all end together.
-        command = ["nice", "-n", "10", sys.executable, *arguments]
-        return Running(command, cwd=self.folder, env=env)
 
-    def run(self, module, *flags, stdin="", **options):
-        return self.start(module, *flags, **options).finish(stdin)
+    def run_short(self, commands):
+        """Short commands one after another, in forks of one process (`forking.py`).
 
-    def start_together(self, count, *flags, devices=2, programs=None):
-        """Trains in `count` processes that find each other; returns them, running."""
-        with socket.socket() as listener:
-            listener.bind(("localhost", 0))
-            address = f"localhost:{listener.getsockname()[1]}"
-        return [
-            self.start(
-                "train",
-                *flags,
-                "--config.runtime.distributed=True",
-                devices=devices,
-                program=(programs or {}).get(index),
-                more={
-                    "JAX_COORDINATOR_ADDRESS": address,
-                    "JAX_NUM_PROCESSES": str(count),
-                    "JAX_PROCESS_ID": str(index),
-                },
-            )
-            for index in range(count)
-        ]
+        Args:
+          commands: (place, module, flags, devices) by name.
+
+        Returns:
+          How each of them has ended, by name.
+        """
+        written = Path(tempfile.mkdtemp(dir=self.folder))
+        lines, ended = [], {}
+        for i, (place, module, flags, devices) in enumerate(commands.values()):
+            command = {"module": module, "flags": flags, "devices": devices}
+            where = {"folder": str(place.folder), "said": str(written / str(i))}
+            lines.append(json.dumps(command | where))
+        forking = self.start_python(str(ROOT / "tests" / "forking.py"))
+        done = forking.finish("\n".join(lines) + "\n")
+        assert done.code == 0, done.err
+        told = map(json.loads, done.out.splitlines())
+        for i, (name, how) in enumerate(zip(commands, told, strict=True)):
+            out, err = ((written / f"{i}.{x}").read_text() for x in ("out", "err"))
+            ended[name] = Finished(out=out, err=err, **how)
+        return ended
 
     def train(self, run, *flags, **options):
-        return self.run("train", *self._train_flags(run), *flags, **options)
+        return self.run("train", *self.train_flags(run), *flags, **options)
 
     def generate(self, run, *flags, **options):
         limit = "--max_new_tokens=16"
         return self.run("generate", f"--run=runs/{run}", limit, *flags, **options)
 
-    def _train_flags(self, run):
+    def train_flags(self, run):
         return "--config=config.py", f"--config.run_dir=runs/{run}"
 
     def stop(self, run, said, number, *flags, devices=1):
         """Trains and sends signal `number` at the first line that matches `said`."""
-        every = (*self._train_flags(run), *flags)
+        every = (*self.train_flags(run), *flags)
         return self.stop_at(every, said, number, devices=devices)
 
     def stop_at(self, flags, said, number, *, devices=1):

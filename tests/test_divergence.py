@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 
 from research.errors import PREEMPTED, DivergedError
 
+pytestmark = pytest.mark.soak
+
 FLAGS = (
     "--config=config.py",
     "--config.data.path=poisoned.jsonl",

@@ -60,12 +60,14 @@ def hurried(place, results):
     return place.stop("hurried", "data:", signal.SIGINT)
 
 
+KINDS = 8
 ROWS = [
     {
         "question": f"What is {i} plus {i}?",
         "passage": f"Adding {i} doubles it." if i % 3 == 0 else "",
         "answer": f"It is {2 * i}, as «anyone» knows.",
-        "kind": "sums" if i % 2 else "doubles",
+        # As many kinds as the sample has: the program is compiled already.
+        "kind": f"kind {i % KINDS}",
     }
     for i in range(40)
 ]
@@ -114,7 +116,7 @@ def own_chats(place, results):
 def long_prompts(place, results):
     """Contexts that training cuts to fit and that do not fit as prompts."""
     with (place.folder / "long.jsonl").open("w") as file:
-        for i in range(12):
+        for i in range(16):
             row = {"instruction": f"What of {i}?", "context": "word " * 150}
             print(json.dumps(row | {"response": f"Much of {i}."}), file=file)
     truncate = "--config.data.overlength=truncate"
@@ -401,12 +403,13 @@ def test_full_fine_tuning_trains_and_talks(place, own_chats):
 
 def test_own_csv_with_mapped_columns_trains(place, own_csv):
     assert own_csv.code == 0, own_csv.err
-    assert f"{len(ROWS)}: doubles 20, sums 20" in own_csv.out
+    assert f"{len(ROWS)}: kind 0 5, kind 1 5, kind 2 5," in own_csv.out
     shown = own_csv.out.partition("marked:")[2]
     assert re.search(r"What is (\d+) plus \1\?", shown)
     assert re.search(r"Adding \d+ doubles it\.<\|im_end\|>", own_csv.out)
     assert re.search(r"\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]", shown)
-    assert place.lines("csv", "eval")[-1]["by_group"].keys() == {"doubles", "sums"}
+    groups = place.lines("csv", "eval")[-1]["by_group"].keys()
+    assert groups and groups < {f"kind {i}" for i in range(KINDS)}, "4 held out"
 
 
 def test_own_chats_train_on_every_answer(place, own_chats):

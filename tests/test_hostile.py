@@ -236,7 +236,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
         data = ((row(response="x" * 5000) + "\n") * count).encode()
         path.write_bytes(gzip.compress(data, 1) if suffix else data)
         peaks.append(peak_of_reading(path))
-    assert peaks[1] < 1.2 * peaks[0]
+    # 10 MB more to read. Threads that watch other commands need some of it, too.
+    assert peaks[1] - peaks[0] < len(data) / 20
 
 
 def test_what_is_skipped_is_not_kept(tmp_path):

@@ -40,14 +40,6 @@ OPTIM = OptimConfig(learning_rate=1e-2, eps=1e-2, clip_norm=1.0)
 LORA = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Halves this file's time: partitioning stays, LLVM does less to the result."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_job(model, kind, sizes, dtype="float32"):
     """A job, and how often its forward pass was traced so far."""
     config = Config(

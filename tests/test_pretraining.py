@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from commands import ROOT, chain, chains, snapshot
+from commands import ROOT, chain, snapshot
 from kills import SAYS_PHASES, SLOW_DISK, torn, wait_for_a_save
 from test_refusals import Refusal
 
@@ -253,6 +253,7 @@ def test_another_tokenizer_does_not_resume_a_run(place, swapped):
         assert named in finished.err.partition("error: ")[2]
 
 
+@pytest.mark.soak
 def test_skipped_steps_are_counted_and_told(place, continued):
     """A spread of almost nothing skips about half of the steps, once 32 are known."""
     assert continued.code == 0, continued.err
@@ -263,6 +264,7 @@ def test_skipped_steps_are_counted_and_told(place, continued):
 # -- what comes after ----------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_instruction_tuning_starts_from_the_pretrained_model(place, tuned_after):
     assert tuned_after.code == 0, tuned_after.err
     held = place.lines("tuned", "eval")
@@ -271,6 +273,7 @@ def test_instruction_tuning_starts_from_the_pretrained_model(place, tuned_after)
     assert re.search(r"base model\W+runs/pretrained", tuned_after.out)
 
 
+@pytest.mark.soak
 def test_continued_pretraining_keeps_the_models_own_tokenizer(place, continued):
     assert continued.code == 0, continued.err
     assert re.search(r"tokenizer\W+259 ids", continued.out)
@@ -343,17 +346,36 @@ TEXT_REFUSALS = {
 }
 
 
-def refuse(place, results, name, case):
+@chain
+def refused_text(place, results):
+    """How each ended, whether it made a run directory, and files of its cache."""
     results("pretrained")
-    run = name.replace(" ", "-")
-    for file, text in case.files:
-        (place.folder / file).parent.mkdir(exist_ok=True)
-        (place.folder / file).write_bytes(text.encode("utf-8", "surrogateescape"))
-    cache = place.folder / f"cache-{run}"
-    flags = (f"--config.text.cache_dir={cache}", *case.flags)
-    finished = pretrain(place, run, *flags)
-    left = [f for f in cache.rglob("*") if f.is_file()] if cache.exists() else []
-    return finished, place.run_dir(run).exists(), left
+    commands = {}
+    for name, case in TEXT_REFUSALS.items():
+        for file, text in case.files:
+            (place.folder / file).parent.mkdir(exist_ok=True)
+            encoded = text.encode("utf-8", "surrogateescape")
+            (place.folder / file).write_bytes(encoded)
+        cache = f"--config.text.cache_dir={cache_of(place, name)}"
+        flags = "--config=pretrain.py", f"--config.run_dir={run_of(place, name)}"
+        commands[name] = place, "train", (*flags, cache, *case.flags), 1
+    ended = place.run_short(commands)
+    return {
+        name: (
+            finished,
+            run_of(place, name).exists(),
+            [f for f in cache_of(place, name).rglob("*") if f.is_file()],
+        )
+        for name, finished in ended.items()
+    }
+
+
+def run_of(place, name):
+    return place.run_dir(name.replace(" ", "-"))
+
+
+def cache_of(place, name):
+    return place.folder / f"cache-{name.replace(' ', '-')}"
 
 
 def made_whole(file):
@@ -361,18 +383,9 @@ def made_whole(file):
     return (file.parent / "manifest.json").exists()
 
 
-def refuse_by(name):
-    return lambda place, results: refuse(place, results, name, TEXT_REFUSALS[name])
-
-
-text_refusals = chains(
-    "text_refusals", {name: refuse_by(name) for name in TEXT_REFUSALS}
-)
-
-
 @pytest.mark.parametrize("name", TEXT_REFUSALS)
-def test_bad_text_is_refused_with_one_message(name, text_refusals, pretrained):
-    finished, made, left = text_refusals(name)
+def test_bad_text_is_refused_with_one_message(name, refused_text):
+    finished, made, left = refused_text[name]
     assert finished.code == 2, finished.err
     assert "Traceback" not in finished.err
     assert len(re.findall("^error: ", finished.err, re.M)) == 1, finished.err

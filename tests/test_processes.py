@@ -1,4 +1,4 @@
-"""Two launched processes of two devices each train as one of four does."""
+"""Two launched processes of two devices each train as one of one device does."""
 
 import jax
 import numpy as np
@@ -6,16 +6,10 @@ import orbax.checkpoint as ocp
 import pytest
 from commands import chain
 from helpers import close
-from test_pretraining import STEPS, pretrain
+from test_pretraining import STEPS
 
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
 PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")
-
-
-@chain
-def one_process(place, results):
-    results("pretrained")
-    return pretrain(place, "one-process", *MESH, *PLAIN, devices=4)
 
 
 @chain
@@ -29,12 +23,12 @@ def two_processes(place, results):
 
 
 def test_two_processes_train_the_same_steps_on_the_same_data(
-    place, one_process, two_processes
+    place, pretrained, two_processes
 ):
-    assert one_process.code == 0, one_process.err
+    assert pretrained.code == 0, pretrained.err
     assert two_processes.code == 0, two_processes.err
     alone, together = (
-        place.lines(run, "train") for run in ("one-process", "two-processes")
+        place.lines(run, "train") for run in ("pretrained", "two-processes")
     )
     assert len(alone) == len(together) == STEPS
     for one, two in zip(alone, together, strict=True):
@@ -42,7 +36,7 @@ def test_two_processes_train_the_same_steps_on_the_same_data(
         assert one["tokens"] == two["tokens"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-    held = [place.lines(run, "eval")[-1] for run in ("one-process", "two-processes")]
+    held = [place.lines(run, "eval")[-1] for run in ("pretrained", "two-processes")]
     assert held[1]["loss"] == pytest.approx(held[0]["loss"], rel=1e-5)
 
 
@@ -59,10 +53,10 @@ def saved_state(place, run, step=STEPS):
 
 
 def test_two_processes_end_with_the_same_parameters_and_moments(
-    place, one_process, two_processes
+    place, pretrained, two_processes
 ):
     alone, together = (
-        saved_state(place, run) for run in ("one-process", "two-processes")
+        saved_state(place, run) for run in ("pretrained", "two-processes")
     )
     assert jax.tree.structure(alone) == jax.tree.structure(together)
     assert len(jax.tree.leaves(alone)) > 20
@@ -71,8 +65,8 @@ def test_two_processes_end_with_the_same_parameters_and_moments(
     close(together, alone, rtol=1e-3)
 
 
-def test_hashes_of_different_batches_differ(place, one_process):
-    hashes = [line["batch_hash"] for line in place.lines("one-process", "train")]
+def test_hashes_of_different_batches_differ(place, pretrained):
+    hashes = [line["batch_hash"] for line in place.lines("pretrained", "train")]
     assert len(set(hashes)) == STEPS
 
 

@@ -1,14 +1,13 @@
 """What is refused: one message with the remedy, exit code 2, nothing written."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
 
 import pytest
 import tiny_model
-from commands import CONFIG, RANK, STEPS, Place, chains, snapshot
+from commands import CONFIG, RANK, STEPS, Place, chain, snapshot
 
 from research.base import open_base
 
@@ -129,28 +128,44 @@ REFUSALS = {
 }  # fmt: skip
 
 
-def refuse(place, results, name, case):
-    """Runs it; returns how it ended and whether its run directory is as it was."""
-    run = name.replace(" ", "-").replace(":", "").replace("'", "")
+@chain
+def refused(place, results):
+    """How each ended, and whether its run directory was as before."""
+    results("unbroken")
+    make_misfit(place.folder / "model", place.folder / "misfit")
+    commands, before = {}, {}
+    for name, case in REFUSALS.items():
+        there, module, flags = prepare(place, name, case)
+        commands[name] = there, module, flags, case.devices
+        # A start that gets as far as the data is kept, by its cause.
+        before[name] = snapshot(there.run_dir(run_of(name)), "run.json")
+    ended = place.run_short(commands)
+    return {
+        name: (ended[name], known == snapshot(there.run_dir(run_of(name)), "run.json"))
+        for (name, known), (there, *_) in zip(
+            before.items(), commands.values(), strict=True
+        )
+    }
+
+
+def run_of(name):
+    return name.replace(" ", "-").replace(":", "").replace("'", "")
+
+
+def prepare(place, name, case):
+    """Makes what has to be there; returns where to run which module with what flags."""
+    run = run_of(name)
     for file, text in case.files:
         (place.folder / file).write_text(text)
-    if case.prepare == "misfit":
-        make_misfit(place.folder / "model", place.folder / "misfit")
     if case.prepare in ("copy", "base", "checkpoint"):
-        results("unbroken")
         shutil.copytree(place.run_dir("unbroken"), place.run_dir(run))
         (place.run_dir(run) / "complete.json").unlink()
     if case.prepare in ("base", "checkpoint"):
         place = change_base(place, run, everywhere=case.prepare == "checkpoint")
-    # A start that gets as far as the data is kept, by its cause.
-    before = snapshot(place.run_dir(run), "run.json")
     if case.command == "train":
-        finished = place.train(run, *case.flags, devices=case.devices)
-    else:
-        known = [f"--run=runs/{run}"] if case.prepare else []
-        module = case.command.removeprefix("bare ")
-        finished = place.run(module, *known, *case.flags)
-    return finished, before == snapshot(place.run_dir(run), "run.json")
+        return place, "train", (*place.train_flags(run), *case.flags)
+    known = [f"--run=runs/{run}"] if case.prepare else []
+    return place, case.command.removeprefix("bare "), (*known, *case.flags)
 
 
 def make_misfit(model, copy):
@@ -173,18 +188,9 @@ def change_base(place, run, everywhere):
     return moved
 
 
-refusals = chains(
-    "refusals",
-    {
-        name: functools.partial(refuse, name=name, case=case)
-        for name, case in REFUSALS.items()
-    },
-)
-
-
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refused_with_one_message_and_nothing_written(name, refusals, unbroken):
-    finished, untouched = refusals(name)
+def test_refused_with_one_message_and_nothing_written(name, refused):
+    finished, untouched = refused[name]
     said = finished.err
     assert finished.code == 2, said
     assert "Traceback" not in said

@@ -67,7 +67,7 @@ def with_secrets(place, results):
         return place.run("train", *where, *flags, more=more, program=program)
 
     (place.folder / "bad-row.jsonl").write_text('{"instruction": "a", "response": 3}')
-    few = ("--config.steps=2", "--config.eval.prompts=1")
+    few = ("--config.eval.prompts=1",)
     flags = ("--config=config.py", "--config.run_dir=runs/secrets-slurm")
     ended = {
         "whole": train("secrets", *few),

@@ -309,6 +309,7 @@ def swept(place, results):
     return [place.start_python(*command).finish() for _ in range(2)]
 
 
+@pytest.mark.soak
 def test_a_real_sweep_trains_all_it_can_and_says_what_failed(place, swept):
     first, again = swept
     folder = place.folder / "runs" / "sweeps" / "real"

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,30 @@ class Place:
             "COLUMNS": "160",
             **more,
         }
+
+    def run(self, module, *flags, stdin="", **options):
+        return self.start(module, *flags, **options).finish(stdin)
+
+    def start_together(self, count, *flags, devices=2, programs=None):
+        """Trains in `count` processes that find each other; returns them, running."""
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            address = f"localhost:{listener.getsockname()[1]}"
+        return [
+            self.start(
+                "train",
+                *flags,
+                "--config.runtime.distributed=True",
+                devices=devices,
+                program=(programs or {}).get(index),
+                more={
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(index),
+                },
+            )
+            for index in range(count)
+        ]
 
     def run_short(self, commands):
         """Short commands one after another, in forks of one process (`forking.py`).

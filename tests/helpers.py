@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from research.config import MeshConfig
 from research.models.presets import Architecture
@@ -50,3 +51,8 @@ def close(actual, expected, rtol=1e-5):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         scale = max(float(np.abs(e).max()), 1e-30)
         np.testing.assert_allclose(a, e, rtol=0, atol=rtol * scale)
+
+
+def in_soak(*values):
+    """A case of `pytest.mark.parametrize` for `make soak` alone."""
+    return pytest.param(*values, marks=pytest.mark.soak)

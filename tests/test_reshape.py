@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from helpers import in_soak
 from test_mesh_step import make_job, place
 
 from research import mesh as meshes
@@ -66,7 +67,7 @@ def restore(folder, abstract):
 
 @pytest.mark.parametrize("target", RESTORED_ON, ids=str)
 @pytest.mark.parametrize("source", SAVED_ON, ids=str)
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", in_soak("lora")])
 def test_parameters_and_optimizer_come_back(on_mesh, checkpoints, kind, source, target):
     _, abstract = on_mesh(kind, target)
     found = restore(checkpoints(kind, source), abstract)

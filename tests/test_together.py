@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 from commands import CHAINS, STEPS, chain
+from helpers import in_soak
 from test_end_to_end import final_state
 from test_survival import check_equal
 
@@ -81,7 +82,7 @@ def together_in_parts(place, results):
     return stopped.finish(), place.run("train_together", *command)
 
 
-EITHER = [pytest.param("large", marks=pytest.mark.soak), "pattern"]
+EITHER = [in_soak("large"), "pattern"]
 
 
 @pytest.mark.parametrize("name", EITHER)

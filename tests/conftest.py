@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import CHAINS
 
 # Fixtures of all tests that run commands.
 from commands import place as place
@@ -27,6 +28,17 @@ from helpers import TINY, random_params
 from research.base import open_base
 from research.data.instructions.packing import Document, build_batch, pack
 from research.models.transformer import Model
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of commands come last: those run beside the others until then."""
+    items.sort(key=lambda item: bool(CHAINS.keys() & {*item.fixturenames}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_in_background(request):
+    if any(CHAINS.keys() & {*item.fixturenames} for item in request.session.items):
+        request.getfixturevalue("results")
 
 
 @pytest.fixture(scope="session")

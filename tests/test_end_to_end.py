@@ -451,6 +451,7 @@ def test_every_file_format_gives_the_same_records(tmp_path):
     assert all(records == first for records in found.values())
 
 
+@pytest.mark.soak
 def test_prompts_longer_than_the_context_do_not_lose_the_report(place, long_prompts):
     assert long_prompts.code == 0, long_prompts.err
     assert (place.run_dir("long") / "report.md").is_file()

@@ -7,6 +7,7 @@ import pytest
 from commands import chain
 from helpers import close
 from test_pretraining import STEPS
+from test_pretraining import pretrained as pretrained
 
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
 PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")

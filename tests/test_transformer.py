@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, close
+from helpers import TINY, close, in_soak
 
 from research.errors import UserError
 from research.models.attention import rope_frequencies
@@ -144,7 +144,7 @@ def value_and_gradient(model, params):
 
 @pytest.mark.parametrize(
     "options",
-    [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}],
+    [in_soak({"remat": "full"}), {"remat": "dots"}, {"scan_unroll": 2}],
     ids=["full", "dots", "unrolled"],
 )
 def test_remat_and_unrolling_do_not_change_results(

@@ -55,7 +55,8 @@ def check(
     Raises:
       UserError: a config does not fit, or nobody can know.
     """
-    if options.no_fit_check or not hasattr(target, "chips"):
+    rents = getattr(target, "rents", lambda options: True)
+    if options.no_fit_check or not hasattr(target, "chips") or not rents(options):
         return []
     if rented is None:
         return ["whether it fits is not checked: the target names no chips"]

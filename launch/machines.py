@@ -24,6 +24,8 @@ COMING = (
 # Empty: it is not there any more.
 LOST = ("", "PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDING", "SUSPENDED", "DELETING")
 INTERRUPTED = 130
+NO_CONNECTION = 255  # of ssh itself, whatever becomes of the trainer
+LONGEST = 20  # times SETTLE, between two tries to make a machine again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
     """Does the steps, all machines at once; returns the exit code that says most.
 
     Args:
-      restarts: of a trainer that failed; what was lost is made again without limit.
+      restarts: of a trainer that failed; what was lost is made again without limit,
+        and a lost connection looked through again.
       whole: from the making to the deleting, with what goes wrong between them.
     """
     calls = Calls()
@@ -146,7 +149,8 @@ class Life:
             if state is None:
                 self._say("gcloud does not say what became of it: it was left alone")
                 return code
-            ended = policy.PREEMPTED if state in LOST else code
+            gone = state in LOST or (state in READY and code == NO_CONNECTION)
+            ended = policy.PREEMPTED if gone else code
             if not policy.again(ended, self._left):
                 break
             self._left -= ended != policy.PREEMPTED
@@ -181,8 +185,16 @@ class Life:
         if "delete" not in self._machine.steps:
             self._say("it is kept as it is")
             return 1
-        deleted = self._do("delete") if state else 0
-        return deleted or self._do("create")
+        if deleted := self._do("delete") if state else 0:
+            return deleted
+        # There is seldom room at once where something has just been taken away.
+        pauses = 1
+        while code := self._do("create"):
+            self._say(f"not made again yet, code {code}: tried until it is")
+            if self._calls.told.wait(min(pauses, LONGEST) * SETTLE):
+                return code
+            pauses *= 2
+        return 0
 
     def _state(self) -> str | None:
         """A word of the cloud's, empty where the machine is gone; None if unknown."""

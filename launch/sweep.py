@@ -38,17 +38,17 @@ def main(argv: Sequence[str]) -> int:
     wanted = [
         unit for unit in units.make_units(found, at_once, folder) if not unit.is_done
     ]
+    runs.check_folder(folder, found)
     if options.dry_run:
         done = sum(run.is_done for run in found)
         sys.stdout.write(f"# {len(found)} runs, {done} done; {len(wanted)} commands\n")
-    else:
-        runs.check_folder(folder, found)
-        if target is local:
-            plans = [local.plan([unit.job], options) for unit in wanted]
-            runs.write(folder, sweep, options.sweep, found)
-            return train(wanted, plans, found, folder, options)
+    elif target is local:
+        plans = [local.plan([unit.job], options) for unit in wanted]
+        runs.write(folder, sweep, options.sweep, found)
+        return train(wanted, plans, found, folder, options)
     code = starting.start(target, [u.job for u in wanted], options) if wanted else 0
-    if not (code or options.dry_run):
+    # Whatever the end: what has been submitted is to be found by the report.
+    if wanted and not options.dry_run:
         runs.write(folder, sweep, options.sweep, found)
     return code
 
@@ -62,7 +62,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
     """The target, and the flags it has."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = starting.Parser(
+        prog="python -m launch.sweep", add_help=False, allow_abbrev=False
+    )
     first.add_argument("--target", default="local")
     name = first.parse_known_args(arguments)[0].target
     known = targets.names()
@@ -88,14 +90,14 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
     parser.add_argument(
         "--together",
         type=int,
-        default=0,
+        default=None,
         help="most runs in one program; default: 8 on this machine, 1 elsewhere",
     )
     starting.add_flags(parser, target)
     options = parser.parse_args(arguments)
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")
-    if options.together < 0:
+    if options.together is not None and options.together < 1:
         raise UserError(f"--together is {options.together}; it must be at least 1")
     return target, options
 

@@ -18,6 +18,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class LonelyError(UserError):
+    """The other processes of a run do not answer; they may, when it is tried again."""
+
+    exit_code = STUCK
+
+
 class DivergedError(UserError):
     """Update `step` gave a number that is not finite; `batch` is its batch's."""
 

@@ -17,7 +17,7 @@ import psutil
 
 from research import caches, chips, processes
 from research.config import RuntimeConfig
-from research.errors import UserError
+from research.errors import LonelyError, UserError
 
 
 def start(config: RuntimeConfig) -> None:
@@ -78,7 +78,8 @@ def _join_processes(watchdog_s: float) -> None:
     been heard of; our own watchdog, which says it, comes first.
 
     Raises:
-      UserError: neither says where they are, or they do not answer.
+      UserError: neither says where they are.
+      LonelyError: they do not answer.
     """
     found = processes.resolve(os.environ)
     if found and found.count == 1:
@@ -97,7 +98,9 @@ def _join_processes(watchdog_s: float) -> None:
         )
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
-        raise UserError(
+        # Whoever waits for a slow machine may find it at the next start.
+        kind = UserError if isinstance(error, ValueError) else LonelyError
+        raise kind(
             f"config.runtime.distributed is set, and the other processes cannot be "
             f"joined ({first_line}); on a cluster that JAX does not know, set "
             f"{', '.join(processes.EXPLICIT)} for each"

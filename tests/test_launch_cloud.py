@@ -54,6 +54,8 @@ BAD = {
     "no zone": ("tpu-vm", ("--zone=",), {}, "--zone="),
     "no such type": ("tpu-vm", ("--type=v5e-16",), {}, "v5litepod-16"),
     "run would be lost": ("tpu-vm", ("--bucket=",), {}, "--bucket=NAME"),
+    "run on the VM's own disk": (
+        "tpu-vm", ("--bucket=",), {"run_dir": "/home/me/x"}, "--bucket=NAME"),
     "run leads out": ("tpu-vm", (), {"run_dir": "../x"}, "must lie in"),
     "no such topology": ("tpu-vm", (), {"topology": "v5e:3x3"}, "v5e:4x4"),
     "shape without a type": ("tpu-vm", (), {"topology": "v5p:4x4x12"}, "no acc"),
@@ -66,7 +68,7 @@ BAD = {
     "one host, two slices": (
         "gke", ("--topology=v5e:2x4", "--slices=2"), {}, "one host"),
     "slices of GPUs": ("gke", ("--gpus-per-node=8", "--slices=2"), {}, "--nodes"),
-    "no slice": ("gke", ("--slices=0",), {}, "--slices is 0"),
+    "no slice": ("gke", ("--slices=-1",), {}, "--slices is -1"),
     "run outside the volume": ("gke", (), {"run_dir": "/elsewhere/x"}, "/shelf"),
     "a Secret's value": ("gke", ("--secret=hf_Oops",), {}, "never a value"),
     "no bucket": ("skypilot", ("--bucket=",), {}, "gs://NAME"),

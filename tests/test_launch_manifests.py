@@ -15,6 +15,7 @@ from shell import SHELLCHECK, check
 
 from launch import policy
 from launch.targets import find
+from research import provenance
 from research.errors import PREEMPTED, STUCK
 
 EXPANDED = (*NASTY, "$(HOME)", "$$(HOME)", "$$", "a$", "${HOME}", "$(HOME")
@@ -164,7 +165,8 @@ def test_hosts_of_a_slice_are_pods_and_each_asks_for_its_chips(cloud_job):
         assert container["resources"]["limits"] == {"google.com/tpu": chips}
         several = "--config.runtime.distributed=true" in container["command"]
         assert several == (hosts > 1)
-        assert "env" not in container  # GKE tells JAX of TPUs.
+        # GKE tells JAX of TPUs.
+        assert [x["name"] for x in container["env"]] == [provenance.CODE_VERSION]
 
 
 def test_gpu_pods_find_each_other(cloud_job):
@@ -179,14 +181,14 @@ def test_gpu_pods_find_each_other(cloud_job):
     assert task["template"]["spec"]["completions"] == 3
 
 
-def test_each_job_is_applied(tmp_path, fake, monkeypatch, cloud_job):
+def test_each_job_is_created(tmp_path, fake, monkeypatch, cloud_job):
     fake("kubectl")
     monkeypatch.chdir(tmp_path)
     options = options_of("gke")
     plan = find("gke").plan([cloud_job("a b"), cloud_job("c")], options)
     assert find("gke").run(plan, options) == 0
     for call in fake.calls():
-        assert call[1] == "apply"
+        assert call[1] == "create"
         with open(call[2].partition("=")[2]) as file:
             assert yaml.safe_load(file)["kind"] == "JobSet"
     fake.answer("kubectl", "apply", code=3)

@@ -250,8 +250,8 @@ LIVES = {
         [*MAKE, "train", "tail", "describe", "train", "tail", "delete"],
     ),
     "a connection lost": (
-        ("--restarts=1",), [READY, ("tail", {"code": 255, "times": 1})], 0,
-        [*MAKE, "train", "tail", "describe", "train", "tail", "delete"],
+        ("--restarts=0",), [READY, ("tail", {"code": 255, "times": 3})], 0,
+        [*MAKE, *["train", "tail", "describe"] * 3, "train", "tail", "delete"],
     ),
     "failing": (
         ("--restarts=1",), [READY, ("tail", {"code": 1})], 1,
@@ -259,6 +259,20 @@ LIVES = {
     ),
     "a person's to mend": (
         (), [READY, ("tail", {"code": 3})], 3, [*MAKE, "train", "tail", "delete"],
+    ),
+    "no room to make it again": (
+        ("--restarts=0",),
+        [
+            ("tail", {"code": 255, "times": 1}),
+            ("describe", {"out": "READY\n", "times": 1}),
+            ("describe", {"code": 1, "err": "NOT_FOUND: gone", "times": 1}),
+            READY,
+            ("create", {"code": 0, "times": 1}),
+            ("create", {"code": 1, "times": 2}),
+        ],
+        0,
+        [*MAKE, "train", "tail", "describe", "create", "create", *MAKE, "train",
+         "tail", "delete"],
     ),
     "a name that is taken": ((), [("create", {"code": 1})], 1, ["create"]),
     "no word from gcloud": (

@@ -102,6 +102,7 @@ def test_the_next_loss_is_the_same(loss_after, target):
     assert loss_after("full", (1, 8, 1), target) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.soak
 def test_the_next_loss_of_adapters_is_the_same(loss_after):
     expected = loss_after("lora", (1, 1, 1), (1, 1, 1))
     found = loss_after("lora", (1, 8, 1), (2, 2, 2))

@@ -18,7 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 # The same runs give the same bytes.
-STYLE = {"svg.hashsalt": "sweep", "svg.fonttype": "none", "font.size": 9}
+STYLE = {
+    "svg.hashsalt": "sweep",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    # A label is a person's: two $ in it begin no formula.
+    "text.parse_math": False,
+}
 
 
 def curves(report: Report) -> str:

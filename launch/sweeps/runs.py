@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -216,30 +217,41 @@ def check_folder(folder: Path, runs: Sequence[SweepRun]) -> None:
 
 
 def write(folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]) -> None:
-    """`sweep.json`: all that a report needs to know beside the runs' own folders."""
+    """`sweep.json`: all that a report needs to know beside the runs' own folders.
+
+    Runs of the same points with other seeds that are listed there stay in the list.
+    """
+    listed = {run.name: _entry(run) for run in runs}
+    known = read(folder)["runs"] if (folder / "sweep.json").is_file() else []
+    points = {run.point for run in runs}
+    for run in known:
+        if tuple(run["point"]) in points:
+            listed.setdefault(run["name"], run)
     text = {
         "file": file,
         "question": sweep.question,
         "metric": sweep.metric,
         "axes": [dataclasses.asdict(axis) for axis in sweep.axes],
         "baseline": baseline(sweep),
-        "seeds": list(sweep.seeds),
-        "runs": [
-            {
-                "name": run.name,
-                "point": run.point,
-                "seed": run.config.seed,
-                "steps": run.config.steps,
-                "command": run.command,
-            }
-            for run in runs
-        ],
+        "seeds": sorted({run["seed"] for run in listed.values()}),
+        "runs": list(listed.values()),
     }
     path = folder / "sweep.json"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    # Other workers write the same file at the same time.
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(text, indent=1, ensure_ascii=False), "utf-8")
     temporary.replace(path)
+
+
+def _entry(run: SweepRun) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "point": run.point,
+        "seed": run.config.seed,
+        "steps": run.config.steps,
+        "command": run.command,
+    }
 
 
 def read(folder: Path) -> dict[str, Any]:

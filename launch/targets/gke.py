@@ -1,4 +1,4 @@
-"""A JobSet on GKE, queued by Kueue: `kubectl apply`, and the cluster does the rest.
+"""A JobSet on GKE, queued by Kueue: `kubectl create`, and the cluster does the rest.
 
 A preemption costs nothing; what a person must mend ends the JobSet; any other failure
 starts all its pods again, `--restarts` times. A pod alone is replaced by its Job. Of
@@ -32,6 +32,7 @@ import yaml
 
 from launch import policy, shipping, slices
 from launch.job import Job, Plan
+from research import provenance
 from research.chips import CHIPS
 from research.config import Config
 from research.errors import PREEMPTED, UserError
@@ -56,7 +57,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", default="", help="v5e:4x4; default: config.runtime.topology"
     )
-    parser.add_argument("--slices", type=int, default=1, help="default: 1")
+    parser.add_argument(
+        "--slices", type=int, default=0, help="default: config.runtime.slices"
+    )
     parser.add_argument(
         "--gpus-per-node", type=int, default=0, help="GPU nodes instead of TPUs"
     )
@@ -84,7 +87,7 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     if not options.gpus_per_node:
         topology = options.topology or config.runtime.topology
         chosen = slices.named(topology, "--topology=v5e:4x4")
-        return f"{chosen.chip.name}:{chosen.shape}", options.slices
+        return f"{chosen.chip.name}:{chosen.shape}", _slices(options, config)
     words = options.gpu.split("-")
     known = [c.name for c in CHIPS.values() if c.platform == "gpu" and c.name in words]
     return (f"{known[0]}:{options.nodes * options.gpus_per_node}", 1) if known else None
@@ -96,7 +99,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         raise UserError("no image: give --image=REGISTRY/NAME:TAG, which has this code")
     shipping.check_counts(
         options,
-        {"slices": 1, "gpus_per_node": 0, "nodes": 1, "grace": 1, "restarts": 0},
+        {"slices": 0, "gpus_per_node": 0, "nodes": 1, "grace": 1, "restarts": 0},
     )
     shipping.check_secrets(options.secret, DNS_NAME)
     volumes = _volumes(options.volume)
@@ -107,7 +110,8 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         files[file] = yaml.safe_dump(
             manifest(name, there, options, volumes), sort_keys=False, allow_unicode=True
         )
-        commands.append(["kubectl", "apply", f"--filename={file}"])
+        # Not `apply`: to a JobSet that has ended it does nothing, and says so with 0.
+        commands.append(["kubectl", "create", f"--filename={file}"])
     return Plan(files, commands)
 
 
@@ -116,6 +120,10 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
     for command in plan.commands:
         done = subprocess.run(command, check=False)
         if done.returncode:
+            sys.stderr.write(
+                "a JobSet of that name that has ended is not started again: kubectl "
+                "delete jobset NAME, then the same command\n"
+            )
             return done.returncode
     where = f"--namespace={options.namespace}"
     sys.stderr.write(
@@ -155,14 +163,19 @@ def manifest(
     labels = {"xpk.google.com/workload": name}
     queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     where = _gpus(name, options) if options.gpus_per_node else _tpus(job, options)
-    hosts, count = where["hosts"], options.slices
+    hosts, count = where["hosts"], where["slices"]
     several = hosts * count > 1
     command = job.command("python", distributed=several)
     container = {
         "name": "trainer",
         "image": options.image,
         "command": [_unexpanded(word) for word in command],
-        "env": [*_variables(job.env), *where["env"]],
+        # What code it was, a run can say by its image alone.
+        "env": [
+            *_variables({provenance.CODE_VERSION: f"image {options.image}"}),
+            *_variables(job.env),
+            *where["env"],
+        ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in options.secret],
         "resources": {"limits": where["limits"]},
         "volumeMounts": [
@@ -244,9 +257,10 @@ def _tpus(job: Job, options: argparse.Namespace) -> Manifest:
     """What depends on the hardware."""
     topology = options.topology or job.config.runtime.topology
     chosen = slices.named(topology, "--topology=v5e:4x4")
-    if chosen.hosts == 1 and options.slices > 1:
+    count = _slices(options, job.config)
+    if chosen.hosts == 1 and count > 1:
         raise UserError(
-            f"--slices is {options.slices}, and {topology} has one host: GKE joins "
+            f"--slices is {count}, and {topology} has one host: GKE joins "
             "slices of several hosts only"
         )
     # Slices talk over the hosts' own network interfaces, which are faster.
@@ -256,15 +270,20 @@ def _tpus(job: Job, options: argparse.Namespace) -> Manifest:
     }
     return {
         "hosts": chosen.hosts,
+        "slices": count,
         "env": [],
         "limits": {"google.com/tpu": chosen.chips // chosen.hosts},
         "nodes": {
             "cloud.google.com/gke-tpu-accelerator": chosen.family.gke,
             "cloud.google.com/gke-tpu-topology": chosen.shape,
         },
-        "network": direct if options.slices > 1 else {},
+        "network": direct if count > 1 else {},
         "annotations": pool if chosen.hosts > 1 else {},
     }
+
+
+def _slices(options: argparse.Namespace, config: Config) -> int:
+    return options.slices or config.runtime.slices
 
 
 def _gpus(name: str, options: argparse.Namespace) -> Manifest:
@@ -284,6 +303,7 @@ def _gpus(name: str, options: argparse.Namespace) -> Manifest:
     kind = {"cloud.google.com/gke-accelerator": options.gpu} if options.gpu else {}
     return {
         "hosts": options.nodes,
+        "slices": 1,
         "env": env if options.nodes > 1 else [],
         "limits": {"nvidia.com/gpu": options.gpus_per_node},
         "nodes": kind,

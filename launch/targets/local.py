@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO
 
-from launch import policy
+from launch import policy, shipping
 from launch.job import Job, Plan
-from research.errors import UserError
 
 HELP = "processes on this machine"
 TOOLS: Mapping[str, str] = {}
@@ -34,8 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """Of one job, to run; of several, to show: `launch.sweep` takes them in turn."""
-    if options.processes < 1:
-        raise UserError(f"--processes is {options.processes}; it must be at least 1")
+    shipping.check_counts(options, {"processes": 1, "restarts": 0})
     many = options.processes > 1
     commands = [job.command(sys.executable, distributed=many) for job in jobs]
     if not many:
@@ -134,8 +132,9 @@ class Group:
     ) -> int:
         """Returns the code that says most."""
         env = plan.env or [{}] * len(plan.commands)
-        self._running = [
-            subprocess.Popen(
+        self._running = []
+        for command, own in zip(plan.commands, env, strict=True):
+            process = subprocess.Popen(
                 command,
                 env=os.environ | own,
                 stdout=output,
@@ -144,8 +143,10 @@ class Group:
                 # Of its own: the terminal's Ctrl-C comes once, through `_forward`.
                 process_group=0,
             )
-            for command, own in zip(plan.commands, env, strict=True)
-        ]
+            self._running.append(process)
+            # It came between the last look and this start.
+            if self.told is not None:
+                process.send_signal(self.told)
         failed_at = None
         while any(process.poll() is None for process in self._running):
             if failed_at is None and any(x.returncode for x in self._running):

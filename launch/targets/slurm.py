@@ -6,8 +6,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from launch import policy
+from launch import policy, shipping
 from launch.job import Job, Plan
 from research.chips import CHIPS
 from research.config import Config
@@ -82,12 +83,8 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
 
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """One job, or an array of several."""
-    for flag in ("nodes", "processes_per_node", "grace"):
-        if getattr(options, flag) < 1:
-            shown = flag.replace("_", "-")
-            raise UserError(
-                f"--{shown} is {getattr(options, flag)}; it must be at least 1"
-            )
+    least = {"nodes": 1, "processes_per_node": 1, "grace": 1, "restarts": 0}
+    shipping.check_counts(options, least)
     first, several = jobs[0], len(jobs) > 1
     beside = first.file("").parent / "slurm-array" if several else first.beside
     if "\\" in str(beside):
@@ -115,7 +112,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     # What % begins in a log's name is replaced by Slurm, and %% by one %.
     log = str(beside).replace("%", "%%")
     chosen = {
-        "job-name": options.name or (beside.parent.name if several else first.name),
+        "job-name": options.name or (_sweep_name(beside) if several else first.name),
         "array": f"0-{len(jobs) - 1}" if several else "",
         "nodes": options.nodes,
         "ntasks-per-node": options.processes_per_node,
@@ -124,11 +121,18 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         "partition": options.partition,
         "account": options.account,
         "signal": f"TERM@{options.grace}",
-        "output": f"{log}.slurm{'.%a' if several else ''}.log",
+        # Of an array the job, too: in the next one an index is another run.
+        "output": f"{log}.slurm{'.%A.%a' if several else ''}.log",
         "open-mode": "append",
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]
     return Plan({script: text}, [["sbatch", "--requeue", *flags, str(script)]])
+
+
+def _sweep_name(beside: Path) -> str:
+    """Of the folder whose `logs` hold what is beside the jobs."""
+    folder = beside.parent
+    return (folder.parent if folder.name == "logs" else folder).name
 
 
 def run(plan: Plan, options: argparse.Namespace) -> int:

@@ -141,6 +141,11 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int]:
     return f"{chosen.chip.name}:{chosen.shape}", 1
 
 
+def rents(options: argparse.Namespace) -> bool:
+    """Whether this command makes a VM; its other parts need no check of the fit."""
+    return "create" in STEPS[options.do]
+
+
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """A VM for each job."""
     if not options.zone:
@@ -184,15 +189,13 @@ def worker_script(
     Raises:
       UserError: the run would be lost with the VM, or its hosts would not share it.
     """
-    elsewhere = not options.bucket and os.path.isabs(job.config.run_dir)
     lost = chosen.hosts > 1 or (options.do == "run" and not options.keep)
-    if lost and not options.bucket and not elsewhere:
+    if lost and not options.bucket:
         raise UserError(
             f"{chosen.hosts} host(s) of {chosen.type} keep {job.config.run_dir} on "
-            "their own disks: give --bucket=NAME, or an absolute --config.run_dir="
+            "their own disks, which go with the VM: give --bucket=NAME"
         )
-    if not elsewhere:
-        job = shipping.stored(job, FOLDER)
+    job = shipping.stored(job, FOLDER)
     arguments = job.command("python", distributed=chosen.hosts > 1)[1:]
     variables = f"{shlex.join(job.setting_env([]))} " if job.env else ""
     project = f" --project={shlex.quote(options.project)}" if options.project else ""

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_model
+from helpers import in_soak
 from plan_helpers import EIGHT_B, ONE_B, big_config
 from rich.console import Console
 

@@ -191,7 +191,7 @@ def test_each_job_is_created(tmp_path, fake, monkeypatch, cloud_job):
         assert call[1] == "create"
         with open(call[2].partition("=")[2]) as file:
             assert yaml.safe_load(file)["kind"] == "JobSet"
-    fake.answer("kubectl", "apply", code=3)
+    fake.answer("kubectl", "create", code=3)
     assert find("gke").run(plan, options) == 3
 
 

@@ -10,7 +10,7 @@ import tarfile
 import time
 
 import pytest
-from fake_tools import COMMIT, NASTY, ROOT, options_of
+from fake_tools import COMMIT, NASTY, ROOT, launch, options_of
 from shell import SHELLCHECK, check
 
 from launch import machines
@@ -316,6 +316,20 @@ def test_parts_can_be_done_apart(cloud, fake):
         assert cloud(f"--do={do}") == (0, seen)
     fake.answer("gcloud", "tail", code=3)
     assert cloud("--do=tail")[0] == 3
+
+
+def test_only_what_rents_is_planned(tmp_path, fake):
+    """From the door: a VM must be deleted even if its config fits nothing."""
+    fake("gcloud")
+    fake.git()
+    config = f"--config={ROOT}/configs/pretrain_8b.py"
+    flags = ("--zone=z", "--bucket=b", "--type=v5litepod-4")
+    refused = launch(tmp_path, "tpu-vm", *flags, "--", config)
+    assert refused.returncode == 2 and "--no-fit-check" in refused.stderr
+    assert not [x for x in fake.calls() if x[0].endswith("gcloud")]
+    done = launch(tmp_path, "tpu-vm", "--do=delete", *flags, "--", config)
+    assert done.returncode == 0, done.stderr
+    assert [verb(x) for x in fake.calls() if x[0].endswith("gcloud")] == ["delete"]
 
 
 def test_each_job_has_a_vm_and_a_log(tmp_path, cloud, fake):

@@ -19,8 +19,9 @@ from commands import ROOT
 from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster
 
+from launch import policy
 from research import processes, runtime
-from research.errors import UserError
+from research.errors import LonelyError, UserError
 
 # JAX's own, where it reads the metadata.
 pytestmark = pytest.mark.filterwarnings("ignore:'maxsplit' is passed as positional")
@@ -296,6 +297,24 @@ BAD = {
 def test_what_is_incomplete_is_named(join, environment, said):
     with pytest.raises(UserError, match=said) as error:
         join(**environment)
+    assert "\n" not in str(error.value)
+
+
+def test_processes_that_do_not_answer_may_at_the_next_start(join, monkeypatch):
+    """A machine that comes late is nothing that a person must mend."""
+
+    def silent():
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier\nmore")
+
+    client = types.SimpleNamespace(connect=silent)
+    monkeypatch.setattr(
+        distributed._jax,
+        "get_distributed_runtime_client",
+        lambda address, index, **_: client,
+    )
+    with pytest.raises(LonelyError, match="DEADLINE_EXCEEDED") as error:
+        join(**named())
+    assert policy.again(error.value.exit_code, 1)
     assert "\n" not in str(error.value)
 
 

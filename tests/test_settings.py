@@ -13,6 +13,7 @@ from commands import ROOT
 from launch import settings
 from launch.job import Job
 from launch.targets import local, slurm
+from research import provenance
 from research.chips import CHIPS
 from research.config import Config
 from research.errors import UserError
@@ -20,6 +21,12 @@ from research.planning import planner
 from research.planning.environment import ENVIRONMENT
 
 ALL = settings.SETTINGS.values()
+
+
+@pytest.mark.parametrize("setting", ALL, ids=settings.SETTINGS)
+def test_what_is_set_is_kept_in_the_runs_history(setting):
+    told = provenance.describe({setting.variable: setting.value})
+    assert told["environment"] == {setting.variable: setting.value}
 
 
 @pytest.mark.parametrize("setting", ALL, ids=settings.SETTINGS)

@@ -114,9 +114,9 @@ def test_of_an_array_only_what_was_preempted_is_queued_again(little, place):
     """Slurm gives one of an array the number of all of it: the last to start."""
     number = little.submit("-c", SUBMIT)
     alone, stopped, cancelled, wrong = (f"{number}_{index}" for index in range(4))
-    little.wait_for_step("slurm-array.slurm.2", 4)
+    little.wait_for_step(f"slurm-array.slurm.{number}.2", 4)
     little.cluster.call("scancel", cancelled)
-    little.wait_for_step("slurm-array.slurm.1", 4)
+    little.wait_for_step(f"slurm-array.slurm.{number}.1", 4)
     little.cluster.call("scancel", "--signal=TERM", stopped)
     ended = {
         each: little.cluster.wait_until_over(each)
@@ -127,6 +127,6 @@ def test_of_an_array_only_what_was_preempted_is_queued_again(little, place):
         ("COMPLETED", "0"), ("COMPLETED", "1"), ("CANCELLED", "0"), ("FAILED", "0")
     ]  # fmt: skip
     assert ended[wrong]["ExitCode"] == f"{UserError.exit_code}:0"
-    assert "absent" in little.said("slurm-array.slurm.3")
+    assert "absent" in little.said(f"slurm-array.slurm.{number}.3")
     assert causes(place, "cancelled") == ["SIGTERM"]
     check_equal(place, "stopped", "alone")

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, chain
 
+from launch import sweep as sweep_door
 from launch.job import Plan
 from launch.sweeps import runs, spec, units
 from launch.sweeps.spec import Sweep, choice, grid, listed, log, sampled
@@ -283,6 +285,46 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
     other = dataclasses.replace(sweep, changes={"steps": 3})
     with pytest.raises(UserError, match="rank-4_seed-0 is another run"):
         runs.check_folder(folder, expand(other, folder=folder))
+
+
+def test_the_list_keeps_what_others_have_put_there(tmp_path):
+    """Another worker's seeds stay, and a point that is no more goes."""
+    for ranks, seeds in (((4, 8, 16), (0,)), ((4, 8), (1, 2))):
+        sweep = make(grid("lora.rank", *ranks), seeds=seeds)
+        runs.write(tmp_path, sweep, "s.py", expand(sweep, folder=tmp_path))
+    listed = runs.read(tmp_path)
+    assert {(x["point"][0], x["seed"]) for x in listed["runs"]} == {
+        (rank, seed) for rank in ("4", "8") for seed in (0, 1, 2)
+    }
+    assert listed["seeds"] == [0, 1, 2]
+    assert [x.name for x in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def test_a_sweep_goes_to_a_cluster_as_one_array(tmp_path, fake, monkeypatch):
+    """Named as the sweep is; listed for the report even if it was not taken."""
+    fake("sbatch")
+    monkeypatch.chdir(tmp_path)
+    Path("s.py").write_text(SWEEP.format(knob="lora.rank"))
+    command = ["launch.sweep", "--sweep=s.py", "--target=slurm"]
+    assert sweep_door.main([*command, "--dry-run"]) == 0
+    assert not Path("runs").exists() and not fake.calls()
+    fake.answer("sbatch", "--requeue", code=1)
+    assert sweep_door.main(command) == 1
+    (call,) = fake.calls()
+    assert {"--job-name=s", "--array=0-5"} <= set(call)
+    assert any(x.startswith("--output=") and x.endswith(".%A.%a.log") for x in call)
+    assert len(runs.read(Path("runs/sweeps/s"))["runs"]) == 6
+    (tmp_path / "runs/sweeps/s/rank-4_seed-0").mkdir()
+    (tmp_path / "runs/sweeps/s/rank-4_seed-0/complete.json").touch()
+    assert sweep_door.main(command) == 1
+    assert "--array=0-4" in fake.calls()[1], "what is done was sent again"
+
+
+def test_a_signal_before_a_start_reaches_what_is_started(tmp_path):
+    with Group() as group:
+        group.told = signal.SIGTERM
+        plan = Plan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
+        assert group.train(plan, restarts=3) == -signal.SIGTERM
 
 
 # For real: two ranks as one program, and a run that diverges.

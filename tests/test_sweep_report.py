@@ -19,7 +19,7 @@ from research.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CONFIG = str(ROOT / "configs" / "finetune_dolly.py")
-EFFECT = {"4": 0.3, "8": 0.0, "16": -0.2, "<b>|": 0.001}
+EFFECT = {"4": 0.3, "8": 0.0, "16": -0.2, "<b>|$a_b_c$": 0.001}
 STEPS = (0, 10, 20)
 
 
@@ -121,7 +121,7 @@ def test_the_verdicts_are_in_words(folder):
     assert verdicts["8"] == "baseline"
     assert re.fullmatch(r"better than the baseline by 0\.(19|20)\d\d", verdicts["16"])
     assert verdicts["4"].endswith("1 of 3 runs not done")
-    assert verdicts["<b>\\|"] == "not distinguishable at 3 seeds"
+    assert verdicts["<b>\\|$a_b_c$"] == "not distinguishable at 3 seeds"
 
 
 def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
@@ -129,6 +129,7 @@ def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
     text = (folder / "report.html").read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "<b>|" not in text
     assert text.count("<svg") == 2
+    assert "$a_b_c$" in (folder / "curves.svg").read_text(), "read as a formula"
     assert not re.search(r'(src|href)="(https?:)?//', text)
     assert not re.search(r"<(link|img|script)", text)
     for run in json.loads((folder / "sweep.json").read_text())["runs"]:

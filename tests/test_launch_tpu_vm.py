@@ -10,7 +10,7 @@ import tarfile
 import time
 
 import pytest
-from fake_tools import COMMIT, NASTY, ROOT, launch, options_of
+from fake_tools import COMMIT, NASTY, ROOT, options_of
 from shell import SHELLCHECK, check
 
 from launch import machines
@@ -322,12 +322,20 @@ def test_only_what_rents_is_planned(tmp_path, fake):
     """From the door: a VM must be deleted even if its config fits nothing."""
     fake("gcloud")
     fake.git()
-    config = f"--config={ROOT}/configs/pretrain_8b.py"
     flags = ("--zone=z", "--bucket=b", "--type=v5litepod-4")
-    refused = launch(tmp_path, "tpu-vm", *flags, "--", config)
+    config = f"--config={ROOT}/configs/pretrain_8b.py"
+
+    def start(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "launch", "tpu-vm", *flags, *more, "--", config],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    refused = start()
     assert refused.returncode == 2 and "--no-fit-check" in refused.stderr
     assert not [x for x in fake.calls() if x[0].endswith("gcloud")]
-    done = launch(tmp_path, "tpu-vm", "--do=delete", *flags, "--", config)
+    done = start("--do=delete")
     assert done.returncode == 0, done.stderr
     assert [verb(x) for x in fake.calls() if x[0].endswith("gcloud")] == ["delete"]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from commands import chains
 from kills import SAYS_PHASES, torn
+from test_divergence import SLOW_DATA
 from test_end_to_end import final_state
 from test_processes import saved_state
 from test_survival import check_equal, start_pair
@@ -23,7 +24,7 @@ from research.errors import PREEMPTED
 # nothing on a busy machine. JAX alone looks for a SIGTERM once a second.
 GRACE = 20
 
-# The file system does not answer, from the fifth batch on.
+# The file system does not answer when the fifth batch is waited for. After SAYS_PHASES.
 READER_HANGS = """
 import time
 from research.data import order
@@ -32,7 +33,10 @@ def hanging(self, numbers, rows_of, *rest):
     asked = []
     def rows(wanted):
         asked.append(wanted)
-        time.sleep({seconds} * (len(asked) == 5))
+        if {seconds} and len(asked) == 5:
+            while count["data"] < 5:  # Batches are read ahead.
+                time.sleep(0.01)
+            time.sleep({seconds})
         return rows_of(wanted)
     make(self, numbers, rows, *rest)
 order.OrderedBatches.__init__ = hanging
@@ -73,8 +77,10 @@ def send_to(running, moment, number):
 
 def programs_of(count, moment):
     hanging = {"data": [1000] * count, "late": [6] + [0] * (count - 1)}
+    # Two hear of a SIGTERM after a second or two, when twelve quick steps are over.
+    slow = SLOW_DATA if count == 2 else ""
     return {
-        rank: SAYS_PHASES + READER_HANGS.format(seconds=seconds)
+        rank: SAYS_PHASES + slow + READER_HANGS.format(seconds=seconds)
         for rank, seconds in enumerate(hanging.get(moment, [0] * count))
     }
 

@@ -50,7 +50,7 @@ bench-accelerator: $(VENV)/tested  ## kernels, MFU, and LoRA against PEFT on a G
 plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slice for it
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)
 
-soak: $(VENV)/tested orbax-oldest  ## kill real runs 50 times, stop and hang pairs of processes
+soak: $(VENV)/tested orbax-oldest  ## what takes long: 50 kills, pairs that fail in every way, a small Slurm
 	$(BIN)/python -m pytest -m soak -rP $(FLAGS)
 
 orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orbax allowed

@@ -58,14 +58,18 @@ def _meet(process, aim, generator, checkpoints):
         process.wait_for("phase step", generator.uniform(0.5, 8.0))
     elif aim == "half":
         wait_for_a_save(process, checkpoints)
-    elif aim == "data":
-        process.wait_for(f"phase data {generator.randint(1, 4)}")
-        process.wait(generator.uniform(0.0, 0.01))
     else:
-        # The second one: the first is left for an evaluation or the first batch.
-        often = {"compile": 2, "step": generator.randint(1, 4)}.get(aim, 1)
+        # Far enough that some saves are committed, and the next start goes on from one.
+        # Two steps are saved at a time; a step enters its phase twice.
+        often = {
+            "compile": 2,  # The first is left for an evaluation or the first batch.
+            "data": generator.randint(1, 8),
+            "step": generator.randint(1, 16),
+            "evaluate": generator.randint(1, 2),
+            "save": generator.randint(1, 3),
+        }[aim]
         process.wait_for(f"phase {aim} {often}")
-        process.wait(generator.uniform(0.0, 0.2))
+        process.wait(generator.uniform(0.0, 0.01 if aim == "data" else 0.2))
 
 
 def phase_of(finished):

@@ -121,7 +121,7 @@ def long_prompts(place, results):
             print(json.dumps(row | {"response": f"Much of {i}."}), file=file)
     truncate = "--config.data.overlength=truncate"
     path = "--config.data.path=long.jsonl"
-    return place.train("long", path, truncate, *FEW_ROWS)
+    return place.train("long-prompts", path, truncate, *FEW_ROWS)
 
 
 @chain
@@ -454,7 +454,7 @@ def test_every_file_format_gives_the_same_records(tmp_path):
 @pytest.mark.soak
 def test_prompts_longer_than_the_context_do_not_lose_the_report(place, long_prompts):
     assert long_prompts.code == 0, long_prompts.err
-    assert (place.run_dir("long") / "report.md").is_file()
+    assert (place.run_dir("long-prompts") / "report.md").is_file()
 
 
 # -- the doors -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.soak
 
 
 # So many steps that no run is done before its last kill, and each phase is met.
-STEPS = 150
+STEPS = 250
 LONG = (
     f"--config.steps={STEPS}",
     "--config.checkpoint.every=2",
@@ -135,7 +135,11 @@ def check_kills(place, run, ended):
     assert last.code == 0, last.err
     assert torn(place.run_dir(run) / "checkpoints") == []
     met = collections.Counter(map(phase_of, kills))
-    print(f"{run}: {len(kills)} kills survived:", dict(met))
+    begun = [re.search(r"step (\d+) restored", x.err) for x in (*kills, last)]
+    went_on = sorted({int(found[1]) for found in begun if found})
+    assert len(went_on) > 5, "too few starts went on from a checkpoint"
+    assert went_on[-1] < STEPS, "the last kill came when all was done"
+    print(f"{run}: {len(kills)} kills survived:", dict(met), "resumed at", went_on)
     assert len(kills) == 25
     assert {"start", "compile", "data", "step", "evaluate", "save"} <= set(met)
 

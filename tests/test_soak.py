@@ -22,7 +22,7 @@ pytestmark = pytest.mark.soak
 
 
 # So many steps that no run is done before its last kill, and each phase is met.
-STEPS = 250
+STEPS = 150
 LONG = (
     f"--config.steps={STEPS}",
     "--config.checkpoint.every=2",

@@ -19,6 +19,18 @@ def told(self, name):
 phases.Phases.enter = told
 """
 
+# So that a signal after a step finds the run before its last one; two processes hear of
+# a SIGTERM after a second or two.
+SLOW_DATA = """
+import time
+from research import feed
+pull = feed.Feed.__next__
+def pull_late(self):
+    time.sleep(0.3)
+    return pull(self)
+feed.Feed.__next__ = pull_late
+"""
+
 # Its saves take long enough to be met.
 SLOW_DISK = """
 import time

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 from commands import STEPS, chain
+from kills import SLOW_DATA
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -47,18 +48,6 @@ def make_poisoned(place):
             if n == 33:
                 row["response"] = "A wave ~ here."
             print(json.dumps(row), file=out)
-
-
-# So that a signal after a step finds the run before its last one.
-SLOW_DATA = """
-import time
-from research import feed
-pull = feed.Feed.__next__
-def pull_late(self):
-    time.sleep(0.3)
-    return pull(self)
-feed.Feed.__next__ = pull_late
-"""
 
 
 @chain

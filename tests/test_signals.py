@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 from commands import chains
-from kills import SAYS_PHASES, torn
-from test_divergence import SLOW_DATA
+from kills import SAYS_PHASES, SLOW_DATA, torn
 from test_end_to_end import final_state
 from test_processes import saved_state
 from test_survival import check_equal, start_pair

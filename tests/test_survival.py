@@ -6,7 +6,13 @@ import signal
 
 import pytest
 from commands import chain
-from kills import SAYS_PHASES, SLOW_DISK, kill_again_and_again, wait_for_a_save
+from kills import (
+    SAYS_PHASES,
+    SLOW_DATA,
+    SLOW_DISK,
+    kill_again_and_again,
+    wait_for_a_save,
+)
 from test_end_to_end import final_state, numbers
 from test_pretraining import STEP_LINE
 from test_processes import MESH, PLAIN
@@ -54,7 +60,7 @@ def start_pair(place, run, *flags, **options):
 def pair(place, results):
     """SIGTERM to one of them, and to the end."""
     results("two_processes")
-    running = start_pair(place, "pair")
+    running = start_pair(place, "pair", programs=dict.fromkeys((0, 1), SLOW_DATA))
     running[0].wait_for(STEP_LINE.format(7))
     running[1].send(signal.SIGTERM)
     stopped = [process.finish() for process in running]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config import CheckpointConfig
@@ -99,6 +100,15 @@ def test_a_checkpoint_comes_back_byte_for_byte(saved):
         found = checkpointer.restore(abstract(make_state(0)))
     assert found.step == 3 and found.position == POSITION
     assert equal(found.state, make_state(3))
+
+
+def test_a_save_asks_nothing_of_the_preemption_service(tmp_path, monkeypatch):
+    """It picks the moment to stop at by what it was asked last, see `stopping`."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpointer(tmp_path, KEEP, IDENTITY) as checkpointer:
+        checkpointer.save(1, make_state(1), POSITION, 2.5)
+    assert (tmp_path / "1").is_dir() and asked == []
 
 
 def test_every_file_is_under_a_seal(saved):

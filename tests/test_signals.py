@@ -21,7 +21,7 @@ from research.errors import PREEMPTED
 
 # Seconds from the signal to the end: a step or an evaluation, and a save, of a model of
 # nothing on a busy machine. JAX alone looks for a SIGTERM once a second.
-GRACE = 20
+GRACE = 30
 
 # The file system does not answer when the fifth batch is waited for. After SAYS_PHASES.
 READER_HANGS = """

@@ -40,6 +40,19 @@ class Restored:
     position: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which decides nothing about signals."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `StopRequest` alone asks JAX's preemption service.
+
+        Orbax would ask, in each save, about the moment that has the step's number. The
+        service picks the moment to stop at by what it was asked last, so a SIGTERM in a
+        save would be agreed for a moment that is over, and never come.
+        """
+        return False
+
+
 class Checkpointer:
     """Checkpoints of one run: the newest `keep_last`, and the `keep_best` by loss.
 
@@ -82,7 +95,7 @@ class Checkpointer:
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> "_Manager":
         keep = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(
@@ -118,9 +131,7 @@ class Checkpointer:
         try:
             if not self._read_only:
                 self._set_unreadable_aside()
-            return ocp.CheckpointManager(
-                self._folder, options=options, handler_registry=registry
-            )
+            return _Manager(self._folder, options=options, handler_registry=registry)
         except OSError as error:
             raise UserError(
                 f"{self._folder} cannot be used for checkpoints: {error}; give back "

@@ -147,7 +147,6 @@ def test_they_are_ordinary_run_directories(place, together):
 
 
 @pytest.mark.soak
-@pytest.mark.soak
 def test_a_stopped_pack_goes_on_exactly(place, together, together_in_parts):
     stopped, last = together_in_parts
     assert stopped.code == PREEMPTED, stopped.err

@@ -73,17 +73,25 @@ def names(jobs: Sequence[Job]) -> list[str]:
 
 
 def local_files(job: Job) -> list[str]:
-    """The files of a portable job."""
+    """The files of a portable job, from the root of the code."""
     pairs = (flag.partition("=") for flag in job.flags)
-    return [v.partition(":")[0] for n, _, v in pairs if n.lstrip("-") in LOCAL_FILES]
+    found = [v.partition(":")[0] for n, _, v in pairs if n.lstrip("-") in LOCAL_FILES]
+    rows = job.config.data.path
+    return [*found, rows] if rows and not Path(rows).is_absolute() else found
 
 
 def stored(job: Job, folder: str) -> Job:
     """The job with its run directory in `folder` there, which outlives its machines.
 
     Raises:
-      UserError: the run directory leads out of it.
+      UserError: the run directory leads out of it, or the rows lie on this machine.
     """
+    rows = Path(job.config.data.path)
+    if rows.is_absolute() and rows.exists() and not rows.is_relative_to(folder):
+        raise UserError(
+            f"--config.data.path is {rows}, on this machine; where the run is going "
+            f"there are the code and {folder}: copy the rows there, or commit them"
+        )
     wanted = posixpath.normpath(posixpath.join(folder, job.config.run_dir))
     if not wanted.startswith(folder.rstrip("/") + "/"):
         raise UserError(

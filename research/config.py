@@ -226,6 +226,13 @@ class RuntimeConfig:
     distributed: bool = knob(
         False, "join the other processes of a multi-host run", fixed=False
     )
+    coordinator_address: str = knob(
+        "",
+        "HOST:PORT of process 0, where neither the cluster nor JAX_* variables say it",
+        fixed=False,
+    )
+    num_processes: int = knob(0, "processes of the run, named with it", fixed=False)
+    process_id: int = knob(-1, "number of this one, from 0, named with it", fixed=False)
     topology: str = knob(
         "", "TPUs the config is meant for, as v5e:4x4; research.plan asks", fixed=False
     )

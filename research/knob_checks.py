@@ -38,6 +38,12 @@ def check(c: Any) -> None:
             f"config.runtime.profile_from is {c.runtime.profile_from} and config.steps "
             f"{c.steps}: no step would be traced"
         )
+    named = c.runtime.coordinator_address, c.runtime.num_processes
+    if not c.runtime.distributed and (any(named) or c.runtime.process_id >= 0):
+        raise UserError(
+            "config.runtime.coordinator_address, num_processes or process_id is set "
+            "and config.runtime.distributed is not: set it, too, to join the others"
+        )
     rows = c.data.rows_per_pass
     if rows < 0 or c.data.batch_size % rows:
         raise UserError(

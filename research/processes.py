@@ -1,8 +1,8 @@
 """Where the processes of a run find each other, and which devices each one takes.
 
-Three places are asked in turn: variables that name everything, SkyPilot's variables,
-and JAX's own detection, which knows Slurm, TPUs on GKE and Compute Engine, Kubernetes
-and Open MPI (`jax.distributed.initialize`).
+Four places are asked in turn: flags and variables that name everything, SkyPilot's
+variables, and JAX's own detection, which knows Slurm, TPUs on GKE and Compute Engine,
+Kubernetes and Open MPI (`jax.distributed.initialize`).
 
 Sources of what the variables mean:
   JAX       https://docs.jax.dev/en/latest/jax.distributed.html
@@ -13,7 +13,7 @@ Sources of what the variables mean:
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # JAX has no public way to ask what it would detect, or what it has joined.
 from jax._src import clusters, distributed
@@ -55,24 +55,31 @@ class Processes:
         )
 
 
-def resolve(environment: Mapping[str, str]) -> Processes | None:
-    """What the environment says, or None where JAX is to find out by itself.
+def resolve(
+    environment: Mapping[str, str], flags: Mapping[str, str]
+) -> Processes | None:
+    """What flags or environment say, or None where JAX is to find out by itself.
 
     On a TPU slice SkyPilot's ranks are not used: libtpu numbers the hosts, and JAX
     asks the same source.
 
+    Args:
+      environment: of this process.
+      flags: address, count and index by the names of their flags; "" where not given.
+
     Raises:
-      UserError: what it says is incomplete or contradicts itself.
+      UserError: what is said is incomplete or contradicts itself.
     """
-    explicit = {name: environment.get(name, "") for name in EXPLICIT}
-    if any(explicit.values()):
-        return _explicit(explicit)
+    variables = {name: environment.get(name, "") for name in EXPLICIT}
+    for given, source in ((flags, "flags"), (variables, "JAX_* variables")):
+        if any(given.values()):
+            return _explicit(given, source)
     if environment.get("SKYPILOT_NODE_IPS") and not _on_tpu():
         return _skypilot(environment)
     return None
 
 
-def _explicit(given: Mapping[str, str]) -> Processes:
+def _explicit(given: Mapping[str, str], source: str) -> Processes:
     missing = [name for name, value in given.items() if not value]
     if missing:
         there = [name for name, value in given.items() if value]
@@ -80,10 +87,11 @@ def _explicit(given: Mapping[str, str]) -> Processes:
             f"{' and '.join(there)} {_is(there)} set, {' and '.join(missing)} "
             f"{_is(missing)} not: set all three, or none where the cluster tells"
         )
-    address, count, index = given.values()
+    (where, address), (_, count), (_, index) = given.items()
     if not re.fullmatch(r".+:\d+", address):
-        raise UserError(f"{EXPLICIT[0]} is {address!r}; it must be HOST:PORT")
-    return _checked(address, count, index, EXPLICIT[1:], "JAX_* variables")
+        raise UserError(f"{where} is {address!r}; it must be HOST:PORT")
+    _, *names = given
+    return _checked(address, count, index, names, source)
 
 
 def _skypilot(environment: Mapping[str, str]) -> Processes:
@@ -108,7 +116,7 @@ def _skypilot(environment: Mapping[str, str]) -> Processes:
 
 
 def _checked(
-    address: str, count: str, index: str, names: tuple[str, str], source: str
+    address: str, count: str, index: str, names: Sequence[str], source: str
 ) -> Processes:
     for name, value in zip(names, (count, index), strict=True):
         if not (value.isascii() and value.isdigit()):

@@ -30,7 +30,7 @@ def start(config: RuntimeConfig) -> None:
     # Orbax logs through absl the tracebacks of errors that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if config.distributed:
-        _join_processes(config.watchdog_s)
+        _join_processes(config)
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
     _use_compilation_cache(config.compilation_cache)
@@ -71,8 +71,8 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _join_processes(watchdog_s: float) -> None:
-    """Finds the other processes: named in the environment, or as the cluster says.
+def _join_processes(config: RuntimeConfig) -> None:
+    """Finds the other processes: by flags or environment, or as the cluster says.
 
     JAX kills a process without a word of what it was doing when another one has not
     been heard of; our own watchdog, which says it, comes first.
@@ -81,7 +81,14 @@ def _join_processes(watchdog_s: float) -> None:
       UserError: neither says where they are.
       LonelyError: they do not answer.
     """
-    found = processes.resolve(os.environ)
+    flags = {
+        "config.runtime.coordinator_address": config.coordinator_address,
+        "config.runtime.num_processes": str(config.num_processes or ""),
+        "config.runtime.process_id": (
+            str(config.process_id) if config.process_id != -1 else ""
+        ),
+    }
+    found = processes.resolve(os.environ, flags)
     if found and found.count == 1:
         logging.info("processes: %s: nobody to join", found)
         return
@@ -94,7 +101,7 @@ def _join_processes(watchdog_s: float) -> None:
             *named,
             devices,
             cluster_detection_method="deactivate" if found else None,
-            heartbeat_timeout_seconds=int(max(100, watchdog_s + 60)),
+            heartbeat_timeout_seconds=int(max(100, config.watchdog_s + 60)),
         )
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
@@ -102,8 +109,8 @@ def _join_processes(watchdog_s: float) -> None:
         kind = UserError if isinstance(error, ValueError) else LonelyError
         raise kind(
             f"config.runtime.distributed is set, and the other processes cannot be "
-            f"joined ({first_line}); on a cluster that JAX does not know, set "
-            f"{', '.join(processes.EXPLICIT)} for each"
+            f"joined ({first_line}); on a cluster that JAX does not know, give each "
+            f"{', '.join(flags)}, or set {', '.join(processes.EXPLICIT)}"
         ) from error
     joined = processes.joined(source)
     logging.info("processes: %s", joined)

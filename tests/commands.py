@@ -189,13 +189,11 @@ class Place:
                 "train",
                 *flags,
                 "--config.runtime.distributed=True",
+                f"--config.runtime.coordinator_address={address}",
+                f"--config.runtime.num_processes={count}",
+                f"--config.runtime.process_id={index}",
                 devices=devices,
                 program=(programs or {}).get(index),
-                more={
-                    "JAX_COORDINATOR_ADDRESS": address,
-                    "JAX_NUM_PROCESSES": str(count),
-                    "JAX_PROCESS_ID": str(index),
-                },
             )
             for index in range(count)
         ]

@@ -243,7 +243,8 @@ def test_every_field_that_changes_the_result_is_fixed():
         "mesh.context", "model.attention", "runtime.topology", "runtime.slices",
         "runtime.offload_optimizer", "runtime.profile_from", "runtime.profile_steps",
         "accept", "optim.rollbacks", "checkpoint.on_error", "runtime.grad_norms",
-        "runtime.watchdog_s",
+        "runtime.watchdog_s", "runtime.coordinator_address", "runtime.num_processes",
+        "runtime.process_id",
     }  # fmt: skip
     found = fixed_differences(Config(), from_config_dict(changed())).keys()
     # There is only one data source yet, so it cannot differ.

@@ -71,6 +71,8 @@ BAD = {
     "no slice": ("gke", ("--slices=-1",), {}, "--slices is -1"),
     "run outside the volume": ("gke", (), {"run_dir": "/elsewhere/x"}, "/shelf"),
     "a Secret's value": ("gke", ("--secret=hf_Oops",), {}, "never a value"),
+    "rows of this machine": ("tpu-vm", (), {"rows": __file__}, "copy the rows there"),
+    "rows not in the volume": ("gke", (), {"rows": __file__}, "/shelf: copy"),
     "no bucket": ("skypilot", ("--bucket=",), {}, "gs://NAME"),
     "a bucket that cannot rename": ("skypilot", ("--bucket=s3://b",), {}, "gs://"),
     "several TPU nodes": ("skypilot", ("--nodes=2",), {}, "--nodes is 2"),
@@ -132,6 +134,7 @@ def test_a_missing_tool_is_named_with_what_to_install(
 GIT = {
     "changed": ("status", {"out": " M a.py\n"}, "commit or stash"),
     "uncommitted config": ("ls-files", {"code": 1}, "configs/finetune_8b.py"),
+    "uncommitted rows": ("-- rows.jsonl", {"code": 1}, "rows.jsonl is not in it"),
     "no repository": ("--show-toplevel", {"code": 128}, "no git repository"),
 }
 
@@ -143,7 +146,8 @@ def test_what_git_archive_would_leave_behind_is_refused(
     fake("git")
     fake.answer("git", when, **answer)
     fake.answer("git", "--show-toplevel", out=f"{ROOT}\n")
-    done = launch(tmp_path, "tpu-vm", *FLAGS["tpu-vm"], "--dry-run", "--", CONFIG)
+    rows = "--config.data.path=rows.jsonl"
+    done = launch(tmp_path, "tpu-vm", *FLAGS["tpu-vm"], "--dry-run", "--", CONFIG, rows)
     assert done.returncode == 2 and said in done.stderr
 
 

@@ -207,7 +207,7 @@ def test_a_step_is_traced_and_compiled_once(run, kind):
 
 
 def test_state_is_donated_and_frozen_is_kept(run, params):
-    found = run("lora", (2, 2, 2), 2)
+    found = run("lora", (1, 2, 4))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(found.first))
     assert found.frozen.keys() == params.keys()
     for path, leaf in found.frozen.items():

@@ -43,14 +43,6 @@ from research.planning.target import parse_device, parse_topology
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Plans are read off shapes: how fast a step would run here does not matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_model.make_tiny_model(tmp_path_factory.mktemp("plan") / "model")

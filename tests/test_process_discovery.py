@@ -21,6 +21,7 @@ from jax._src.clusters import cloud_tpu_cluster, cluster
 
 from launch import policy
 from research import processes, runtime
+from research.config import RuntimeConfig
 from research.errors import LonelyError, UserError
 
 # JAX's own, where it reads the metadata.
@@ -58,13 +59,13 @@ def join(monkeypatch, caplog):
     )
     caplog.set_level("INFO")
 
-    def run(**environment):
+    def run(flags=None, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(distributed, "global_state", distributed.State())
         calls.clear()
         taken.clear()
-        runtime._join_processes(60.0)
+        runtime._join_processes(RuntimeConfig(watchdog_s=60.0, **(flags or {})))
         if not calls:
             return None
         address, index = next(c[1:] for c in calls if c[0] == "client")
@@ -270,6 +271,30 @@ def test_explicit_variables_come_first(join, around):
     assert join(**around, **named()) == ("host:1234", 4, 2)
     assert join.gpus() == "all", "JAX has detected a cluster, too"
     assert "4 by JAX_* variables, this one is number 2" in join.log.text
+
+
+FLAGS = {"coordinator_address": "other:99", "num_processes": 3, "process_id": 0}
+
+
+@pytest.mark.parametrize("around", [{}, slurm(("a,b", 2), 0), sky(0), named()])
+def test_flags_come_before_all_else(join, around):
+    assert join(FLAGS, **around) == ("other:99", 3, 0)
+    assert "3 by flags, this one is number 0" in join.log.text
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"num_processes": 0}, r"config\.runtime\.num_processes is not: set all three"),
+        ({"process_id": -1}, r"config\.runtime\.process_id is not: set all three"),
+        ({"process_id": -2}, r"config\.runtime\.process_id is '-2'"),
+        ({"process_id": 3}, "process_id is 3 and config.runtime.num_processes is 3"),
+        ({"coordinator_address": "other"}, "coordinator_address is 'other'.*HOST:PORT"),
+    ],
+)
+def test_flags_that_are_incomplete_are_named(join, changes, said):
+    with pytest.raises(UserError, match=said):
+        join(FLAGS | changes)
 
 
 def test_one_explicit_process_has_nobody_to_join(join):

@@ -56,6 +56,9 @@ REFUSALS = {
     ),
     "broken pattern": Refusal(("--config.lora.targets=('mlp(',)",), ("mlp(",)),
     "rank 0": Refusal(("--config.lora.rank=0",), ("config.lora.rank", "0")),
+    "an address and nobody to join": Refusal(
+        ("--config.runtime.coordinator_address=a:1",), ("config.runtime.distributed",)
+    ),
     "negative seed": Refusal(("--config.seed=-1",), ("config.seed", "-1")),
     "mistyped choice": Refusal(
         ("--config.model.dtype=bfloat",), ("config.model.dtype", "'bfloat16'")

@@ -26,6 +26,7 @@ LOST = ("", "PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDING", "SUSPENDED", "DE
 INTERRUPTED = 130
 NO_CONNECTION = 255  # of ssh itself, whatever becomes of the trainer
 LONGEST = 20  # times SETTLE, between two tries to make a machine again
+SILENT = 120  # lost connections one after another, about an hour, to give up after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
       whole: from the making to the deleting, with what goes wrong between them.
     """
     calls = Calls()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # The last is that of a terminal that is gone.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, calls.forward)
     code = calls.do(plan.before, None)
     if code:
@@ -96,7 +98,7 @@ class Calls:
     def forward(self, number: int, frame: FrameType | None) -> None:
         self.told.set()
         for process in list(self._running):
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def do(self, commands: Sequence[Sequence[str]], log: Path | None) -> int:
         """In order, up to the first that fails; returns its exit code."""
@@ -135,6 +137,7 @@ class Life:
     def __init__(self, machine: Machine, calls: Calls, restarts: int) -> None:
         self._machine, self._calls, self._left = machine, calls, restarts
         self._prepared = False
+        self._silent = 0
 
     def live(self) -> int:
         """Returns the trainer's exit code, or that of the command that failed."""
@@ -149,7 +152,7 @@ class Life:
             if state is None:
                 self._say("gcloud does not say what became of it: it was left alone")
                 return code
-            gone = state in LOST or (state in READY and code == NO_CONNECTION)
+            gone = state in LOST or (state in READY and self._is_cut_off(code))
             ended = policy.PREEMPTED if gone else code
             if not policy.again(ended, self._left):
                 break
@@ -161,6 +164,14 @@ class Life:
         if not self._calls.told.is_set():
             self._do("delete")
         return code
+
+    def _is_cut_off(self, code: int) -> bool:
+        """Whether only the connection was lost, to a machine that once answered.
+
+        One that never did may never: a closed port, or a key that is missing.
+        """
+        self._silent = self._silent + 1 if code == NO_CONNECTION else 0
+        return self._prepared and 0 < self._silent <= SILENT
 
     def _do(self, step: str) -> int:
         """A step that is not among the machine's is done."""

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import os
 import posixpath
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from launch.job import Job
 from research import provenance
+from research.config import Config
 from research.errors import UserError
 
 ROOT = provenance.ROOT
@@ -80,18 +82,40 @@ def local_files(job: Job) -> list[str]:
     return [*found, rows] if rows and not Path(rows).is_absolute() else found
 
 
+def inputs(config: Config) -> dict[str, str]:
+    """The knobs that may name a file or folder to read; see `research/config.py`."""
+    found = {"model.init_from": config.model.init_from}
+    if config.data.kind == "instructions":
+        return {**found, "data.path": config.data.path}
+    found["text.tokenizer"] = config.text.tokenizer
+    for source in config.text.sources:
+        name, _, where = source.partition("=")
+        found[f"text.sources ({name})"] = where
+    return found
+
+
+def _sent(file: str) -> bool:
+    """Whether it is part of the code: in git's index, or there is no git to ask."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", "--", file]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode != 1
+    except FileNotFoundError:
+        return True
+
+
 def stored(job: Job, folder: str) -> Job:
     """The job with its run directory in `folder` there, which outlives its machines.
 
     Raises:
-      UserError: the run directory leads out of it, or the rows lie on this machine.
+      UserError: the run directory leads out of it, or what the run reads is here.
     """
-    rows = Path(job.config.data.path)
-    if rows.is_absolute() and rows.exists() and not rows.is_relative_to(folder):
-        raise UserError(
-            f"--config.data.path is {rows}, on this machine; where the run is going "
-            f"there are the code and {folder}: copy the rows there, or commit them"
-        )
+    for knob, place in inputs(job.config).items():
+        at_home = os.path.exists(place) and not Path(place).is_relative_to(folder)
+        if at_home and (os.path.isabs(place) or not _sent(place)):
+            raise UserError(
+                f"--config.{knob} is {place}, on this machine; where the run is going "
+                f"there are the code and {folder}: copy it there, or commit it"
+            )
     wanted = posixpath.normpath(posixpath.join(folder, job.config.run_dir))
     if not wanted.startswith(folder.rstrip("/") + "/"):
         raise UserError(
@@ -117,8 +141,7 @@ def committed(jobs: Sequence[Job], target: str) -> str:
             "it: commit or stash them"
         )
     for file in dict.fromkeys(file for job in jobs for file in local_files(job)):
-        command = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", "--", file]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
+        if not _sent(file):
             raise UserError(f"{target} sends the last commit; {file} is not in it")
     return version
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 
 from research.chips import CHIPS, Chip
+from research.config import Config
 from research.errors import UserError
 from research.planning.target import parse_topology
 
@@ -98,6 +99,22 @@ def of_type(text: str, flag: str) -> Slice:
     if text not in known:
         raise UserError(f"{flag} is {text!r}; it must be one of {', '.join(known)}")
     return known[text]
+
+
+def only(config: Config, type_: str, flag: str, example: str) -> Slice:
+    """The one slice of a job: `type_`, as `flag` gives it, or else the config's.
+
+    Raises:
+      UserError: there is no such slice, or the config wants several.
+    """
+    if config.runtime.slices > 1:
+        raise UserError(
+            f"config.runtime.slices is {config.runtime.slices}, and a job has one "
+            "slice here: launch it on gke, which joins several, or set it to 1"
+        )
+    if type_:
+        return of_type(type_, flag)
+    return named(config.runtime.topology, example)
 
 
 def default_type(chosen: Slice, flag: str) -> str:

@@ -32,6 +32,22 @@ def add_flags(parser: argparse.ArgumentParser, target: Target) -> None:
     target.add_flags(parser)
 
 
+def with_settings(
+    target: Target, jobs: Sequence[Job], options: argparse.Namespace
+) -> list[Job]:
+    """The jobs with the variables that `--settings` comes to on the target's chips.
+
+    Raises:
+      UserError: one of the names is no setting, or is not for these chips.
+    """
+    if not jobs:
+        return []
+    rented = gate.chips(target, jobs[0].config, options)
+    chip = rented[0].partition(":")[0] if rented else ""
+    env = settings.environment(chip, options.settings.split(","))
+    return [dataclasses.replace(job, env=env) for job in jobs]
+
+
 def start(target: Target, jobs: Sequence[Job], options: argparse.Namespace) -> int:
     """Runs the jobs, or shows what that would take; returns the exit code.
 
@@ -39,9 +55,7 @@ def start(target: Target, jobs: Sequence[Job], options: argparse.Namespace) -> i
       UserError: a flag or the config does not fit the target, or a tool is missing.
     """
     rented = gate.chips(target, jobs[0].config, options)
-    chip = rented[0].partition(":")[0] if rented else ""
-    env = settings.environment(chip, options.settings.split(","))
-    jobs = [dataclasses.replace(job, env=env) for job in jobs]
+    jobs = with_settings(target, jobs, options)
     plan = target.plan(jobs, options)
     if not options.dry_run:
         plan.require_tools(target.TOOLS)

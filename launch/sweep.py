@@ -38,12 +38,13 @@ def main(argv: Sequence[str]) -> int:
     wanted = [
         unit for unit in units.make_units(found, at_once, folder) if not unit.is_done
     ]
-    runs.check_folder(folder, found)
+    runs.check_folder(folder, sweep, found)
     if options.dry_run:
         done = sum(run.is_done for run in found)
         sys.stdout.write(f"# {len(found)} runs, {done} done; {len(wanted)} commands\n")
     elif target is local:
-        plans = [local.plan([unit.job], options) for unit in wanted]
+        jobs = starting.with_settings(local, [unit.job for unit in wanted], options)
+        plans = [local.plan([job], options) for job in jobs]
         runs.write(folder, sweep, options.sweep, found)
         return train(wanted, plans, found, folder, options)
     code = starting.start(target, [u.job for u in wanted], options) if wanted else 0

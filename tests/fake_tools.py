@@ -10,7 +10,7 @@ import pytest
 
 from launch.__main__ import make_parser
 from launch.job import Job
-from research.config import Config, DataConfig, RuntimeConfig
+from research.config import Config, DataConfig, ModelConfig, RuntimeConfig
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -124,11 +124,12 @@ def files(folder):
 def cloud_job():
     """`cloud_job(name)`: for a TPU v5e:4x4, its run directory named by it."""
 
-    def make(name, run_dir="", topology="v5e:4x4", rows=""):
+    def make(name, run_dir="", topology="v5e:4x4", rows="", slices=1, start="hub"):
         own = Config(
             run_dir=run_dir or f"runs/{name}",
             data=DataConfig(path=rows),
-            runtime=RuntimeConfig(topology=topology),
+            model=ModelConfig(init_from=start),
+            runtime=RuntimeConfig(topology=topology, slices=slices),
         )
         flags = (f"--config={ROOT}/configs/finetune_8b.py", f"--note={name}")
         return Job.of_run(flags, own, name)

@@ -115,7 +115,10 @@ def test_flax_stays_inside_the_models():
         assert "flax" not in tops or module.startswith("research.models."), module
 
 
-@pytest.mark.parametrize("file", FILES, ids=dotted)
+LAUNCHER = sorted((PACKAGE.parent / "launch").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", [*FILES, *LAUNCHER], ids=dotted)
 def test_files_and_functions_are_short(file):
     text = file.read_text()
     assert len(text.splitlines()) <= 400

@@ -71,10 +71,14 @@ BAD = {
     "no slice": ("gke", ("--slices=-1",), {}, "--slices is -1"),
     "run outside the volume": ("gke", (), {"run_dir": "/elsewhere/x"}, "/shelf"),
     "a Secret's value": ("gke", ("--secret=hf_Oops",), {}, "never a value"),
-    "rows of this machine": ("tpu-vm", (), {"rows": __file__}, "copy the rows there"),
+    "rows of this machine": ("tpu-vm", (), {"rows": __file__}, "copy it there"),
+    "a model of this machine": ("skypilot", (), {"start": str(ROOT)}, "init_from"),
     "rows not in the volume": ("gke", (), {"rows": __file__}, "/shelf: copy"),
     "no bucket": ("skypilot", ("--bucket=",), {}, "gs://NAME"),
     "a bucket that cannot rename": ("skypilot", ("--bucket=s3://b",), {}, "gs://"),
+    "several slices": ("tpu-vm", (), {"slices": 2}, "launch it on gke"),
+    "several of SkyPilot": (
+        "skypilot", ("--accelerators=tpu-v5litepod-16",), {"slices": 2}, "on gke"),
     "several TPU nodes": ("skypilot", ("--nodes=2",), {}, "--nodes is 2"),
 }  # fmt: skip
 
@@ -149,6 +153,21 @@ def test_what_git_archive_would_leave_behind_is_refused(
     rows = "--config.data.path=rows.jsonl"
     done = launch(tmp_path, "tpu-vm", *FLAGS["tpu-vm"], "--dry-run", "--", CONFIG, rows)
     assert done.returncode == 2 and said in done.stderr
+
+
+@pytest.mark.parametrize("target", TOOLS)
+def test_a_run_of_this_machine_is_no_start_elsewhere(
+    tmp_path, fake, monkeypatch, cloud_job, target
+):
+    """A folder beside the code that git does not know is not sent with it."""
+    fake.git()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    job = cloud_job("a", start="runs/mine")
+    assert find(target).plan([job], options_of(target)).commands
+    fake.answer("git", "-- runs/mine", code=1)
+    with pytest.raises(UserError, match="init_from is runs/mine, on this machine"):
+        find(target).plan([job], options_of(target))
 
 
 @pytest.mark.parametrize("target", TOOLS)

@@ -191,8 +191,11 @@ def test_each_job_is_created(tmp_path, fake, monkeypatch, cloud_job):
         assert call[1] == "create"
         with open(call[2].partition("=")[2]) as file:
             assert yaml.safe_load(file)["kind"] == "JobSet"
-    fake.answer("kubectl", "create", code=3)
+    fake.answer("kubectl", "a-b.jobset.yaml", code=3)
+    fake.answer("kubectl", "a b.jobset.yaml", code=3)
+    before = len(fake.calls())
     assert find("gke").run(plan, options) == 3
+    assert len(fake.calls()) == before + 2, "one that is refused keeps no other back"
 
 
 @pytest.mark.parametrize("name", NASTY)

@@ -195,7 +195,8 @@ def cloud(tmp_path, fake, monkeypatch, cloud_job):
     fake("gcloud")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machines, "SETTLE", 0.0)
-    handlers = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {x: signal.getsignal(x) for x in taken}
 
     def run(*flags, names=("a",)):
         options = options_of("tpu-vm", *flags)
@@ -253,6 +254,10 @@ LIVES = {
         ("--restarts=0",), [READY, ("tail", {"code": 255, "times": 3})], 0,
         [*MAKE, *["train", "tail", "describe"] * 3, "train", "tail", "delete"],
     ),
+    "a VM that never answers": (
+        ("--restarts=1",), [READY, ("scp", {"code": 255})], 255,
+        ["create", *["describe", "scp", "describe"] * 2, "delete"],
+    ),
     "failing": (
         ("--restarts=1",), [READY, ("tail", {"code": 1})], 1,
         [*MAKE, *["train", "tail", "describe"] * 2, "delete"],
@@ -299,6 +304,21 @@ def test_a_vm_is_used_and_deleted(cloud, fake, flags, answers, code, verbs):
     for when, answer in answers:
         fake.answer("gcloud", when, **answer)
     assert cloud(*flags) == (code, verbs)
+
+
+def test_a_vm_that_answers_no_more_is_not_rented_for_ever(cloud, fake, monkeypatch):
+    monkeypatch.setattr(machines, "SILENT", 2)
+    fake.answer("gcloud", *READY[:1], **READY[1])
+    fake.answer("gcloud", "tail", code=255)
+    seen = [*MAKE, *["train", "tail", "describe"] * 3, "delete"]
+    assert cloud("--restarts=0") == (255, seen)
+
+
+def test_more_flags_go_to_the_making(cloud, fake):
+    fake.answer("gcloud", "describe", out="READY\n")
+    cloud("--create=--network=a b", "--create=--reserved")
+    (made,) = [x for x in fake.calls() if "create" in x]
+    assert {"--network=a b", "--reserved"} <= set(made)
 
 
 def test_parts_can_be_done_apart(cloud, fake):

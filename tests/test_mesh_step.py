@@ -297,7 +297,7 @@ def test_a_context_axis_gathers_keys_values_and_segments_alone(
     assert {math.prod(shape) for shape in made} == {keys, rows * length}
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", in_soak("full")])
 def test_no_stack_of_matrices_is_ever_gathered_whole(model, compiled_text, kind):
     """In the compiled program of one device: a layer's matrix at a time, no more."""
     text = compiled_text(kind, (1, 8, 1))
@@ -312,10 +312,13 @@ def test_no_stack_of_matrices_is_ever_gathered_whole(model, compiled_text, kind)
         assert ",".join(map(str, part)) in seen
 
 
-def test_fsdp_leaves_no_matrix_whole(run):
-    full, lora = run("full", (1, 8, 1)), run("lora", (1, 2, 4))
-    for path, leaf in [*full.state.params.items(), *lora.frozen.items()]:
-        share = math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
+def test_fsdp_leaves_no_matrix_whole(run, model):
+    eight = meshes.shardings(model.specs, meshes.make_mesh(mesh_sizes(1, 8, 1)))
+    held = [(p, eight[p], spec.shape) for p, spec in model.specs.items()]
+    frozen = run("lora", (1, 2, 4)).frozen
+    held += [(path, leaf.sharding, leaf.shape) for path, leaf in frozen.items()]
+    for path, sharding, shape in held:
+        share = math.prod(sharding.shard_shape(shape)) / math.prod(shape)
         assert share == (1.0 if "norm" in path else 1 / 8), path
 
 

@@ -1,19 +1,21 @@
 """Sweeps: what they come to, who trains what, and bad input. Trainers are fakes here
 but in the last part, which trains for real."""
 
-import dataclasses
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from commands import ROOT, chain
 
+from launch import settings
 from launch import sweep as sweep_door
 from launch.job import Plan
 from launch.sweeps import runs, spec, units
@@ -27,7 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 CONFIG = str(ROOT / "configs" / "finetune_dolly.py")
 RANKS = grid("lora.rank", 4, 8)
-SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+SHIPPED = [
+    file
+    for file in sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+    if file.stem not in ("__init__", "small")
+]
 
 
 def make(*axes, **more):
@@ -87,8 +93,6 @@ def test_random_points_are_the_same_every_time():
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.stem)
 def test_shipped_sweeps_expand(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if file.stem in ("__init__", "small"):
-        return
     found = expand(spec.load(str(file)))
     assert len(found) >= 6 and len(spec.load(str(file)).question) > 20
 
@@ -197,6 +201,21 @@ def test_a_failed_run_is_tried_again_and_told_and_stops_no_other(tmp_path):
     assert len(trained(tmp_path)) == 9
 
 
+def test_a_pack_is_given_up_only_where_all_that_is_left_of_it_has_failed(tmp_path):
+    """Another worker's one failure takes the others of the pack with it no more."""
+    found = expand(make(), folder=str(tmp_path))
+    (unit,) = units.make_units(found, 8, tmp_path)
+    with Group() as group:
+        worker = Worker([unit], found, tmp_path, group)
+        (tmp_path / "claims").mkdir()
+        for run in found:
+            assert not worker._failed(unit), run.name
+            mark = json.dumps({"name": run.name, "code": 3, "log": "l"})
+            (tmp_path / "claims" / f"{run.name}.failed").write_text(mark)
+        assert worker._failed(unit)
+        assert worker.failures.keys() == {run.name for run in found}
+
+
 def test_a_dead_worker_holds_nothing_and_its_trainer_what_it_trains(tmp_path):
     """The trainer outlives it; the next worker waits for that run, and no longer."""
     slow = WORK.format(tests=str(ROOT / "tests"), folder=str(tmp_path), most=1, code=0)
@@ -279,12 +298,51 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
     sweep = make()
     folder = tmp_path / "sweep"
     runs.write(folder, sweep, "s.py", expand(sweep, folder=folder))
-    runs.check_folder(folder, expand(sweep, folder=folder))
-    more = dataclasses.replace(sweep, seeds=(0, 1, 2))
-    runs.check_folder(folder, expand(more, folder=folder))
-    other = dataclasses.replace(sweep, changes={"steps": 3})
-    with pytest.raises(UserError, match="rank-4_seed-0 is another run"):
-        runs.check_folder(folder, expand(other, folder=folder))
+    for more in (make(seeds=(7,)), make(grid("lora.rank", 4, 8, 16))):
+        runs.check_folder(folder, more, expand(more, folder=folder))
+
+
+def named(label, rank):
+    return listed("lora.rank", **{"4": {"lora.rank": 4}, label: {"lora.rank": rank}})
+
+
+OTHERS = {
+    # None of their runs has a name that is known: only what is shared tells.
+    "steps": (make(seeds=(7,), changes={"steps": 3}), "whose runs share --config="),
+    "a label": (make(named("8", 9), seeds=(7,)), r"lora\.rank=8 is .*8"),
+    "axes": (make(grid("optim.learning_rate", 1e-3, 1e-4)), "over lora.rank"),
+}
+
+
+@pytest.mark.parametrize("other, said", OTHERS.values(), ids=OTHERS)
+def test_runs_that_cannot_be_compared_do_not_share_a_folder(tmp_path, other, said):
+    sweep = make()
+    runs.write(tmp_path, sweep, "s.py", expand(sweep, folder=tmp_path))
+    before = (tmp_path / "sweep.json").read_bytes()
+    for refuse in (
+        lambda: runs.check_folder(tmp_path, other, expand(other, folder=tmp_path)),
+        lambda: runs.write(tmp_path, other, "s.py", expand(other, folder=tmp_path)),
+    ):
+        with pytest.raises(UserError, match=f"holds a sweep .*{said}"):
+            refuse()
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_settings_reach_the_trainers_of_this_machine(tmp_path, monkeypatch):
+    """And a name that is none is refused, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    Path("s.py").write_text(SWEEP.format(knob="lora.rank"))
+    given = []
+    monkeypatch.setattr(
+        sweep_door, "train", lambda wanted, plans, *_: given.extend(plans) or 0
+    )
+    command = ["launch.sweep", "--sweep=s.py"]
+    with pytest.raises(UserError, match="typo"):
+        sweep_door.main([*command, "--settings=typo"])
+    assert not Path("runs").exists()
+    setting, *_ = [x for x in settings.SETTINGS if x.startswith("gpu-")]
+    assert sweep_door.main([*command, f"--settings={setting}"]) == 0
+    assert given and all(env for plan in given for env in plan.env)
 
 
 def test_the_list_keeps_what_others_have_put_there(tmp_path):
@@ -297,7 +355,7 @@ def test_the_list_keeps_what_others_have_put_there(tmp_path):
         (rank, seed) for rank in ("4", "8") for seed in (0, 1, 2)
     }
     assert listed["seeds"] == [0, 1, 2]
-    assert [x.name for x in tmp_path.iterdir()] == ["sweep.json"]
+    assert [x.name for x in tmp_path.glob("*.json")] == ["sweep.json"]
 
 
 def test_a_sweep_goes_to_a_cluster_as_one_array(tmp_path, fake, monkeypatch):
@@ -318,6 +376,15 @@ def test_a_sweep_goes_to_a_cluster_as_one_array(tmp_path, fake, monkeypatch):
     (tmp_path / "runs/sweeps/s/rank-4_seed-0/complete.json").touch()
     assert sweep_door.main(command) == 1
     assert "--array=0-4" in fake.calls()[1], "what is done was sent again"
+
+
+def test_a_terminal_that_is_gone_stops_what_was_started():
+    before = signal.getsignal(signal.SIGHUP)
+    with Group() as group:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        plan = Plan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
+        assert group.train(plan, restarts=3) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_signal_before_a_start_reaches_what_is_started(tmp_path):

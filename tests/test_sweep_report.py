@@ -61,7 +61,14 @@ def folder(tmp_path):
         lines = metrics(rng, EFFECT[run.point[0]], run.config.seed)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run.folder / "metrics.jsonl").write_text(text)
-        starts = [{"devices": "8 TPU v5e", "cause": "SIGTERM after step 20"}]
+        starts = [
+            {
+                "devices": "8 TPU v5e",
+                "cause": "SIGTERM after step 20",
+                "code": "0123456789abcdef",
+                "packages": {"jax": "0.12"},
+            }
+        ]
         (run.folder / "run.json").write_text(json.dumps({"starts": starts}))
         if run is not found[2]:
             (run.folder / "complete.json").write_text("{}")
@@ -95,9 +102,14 @@ def test_the_table_is_that_of_the_metrics(folder):
     rows, losses = table(folder), last_losses(folder)
     assert len(rows) == len(losses) == 4
     for label, by_seed in losses.items():
-        _, seeds, mean, _, against, between, _, time, tokens, hours = rows[
+        _, seeds, mean, spread, against, between, _, time, tokens, hours = rows[
             label.replace("|", "\\|")
         ]
+        values = list(by_seed.values())
+        mean_of, sem = np.mean(values), stats.sem(values)
+        own = stats.t.interval(0.95, len(values) - 1, mean_of, sem)
+        shown = [float(x) for x in spread.split(" to ")]
+        assert shown == pytest.approx(own, abs=6e-5)
         assert int(seeds) == len(by_seed)
         assert float(mean) == pytest.approx(np.mean(list(by_seed.values())), abs=6e-5)
         assert time == "0:50"
@@ -154,6 +166,48 @@ def test_curves_and_bands_are_the_seeds(folder, monkeypatch):
             assert curve == {x["step"]: x["loss"] for x in lines if x["kind"] == "eval"}
 
 
+def test_along_an_axis_stand_means_and_differences_with_their_intervals(
+    folder, monkeypatch
+):
+    drawn, bars = [], plots._bars
+
+    def draw(axes, found, style):
+        drawn.append(found)
+        bars(axes, found, style)
+
+    monkeypatch.setattr(plots, "_bars", draw)
+    report = results.load(folder)
+    plots.along(report, 0)
+    left, right = drawn
+    losses, places = last_losses(folder), {name: i for i, name in enumerate(EFFECT)}
+    assert left.keys() == set(places.values())
+    for name, by_seed in losses.items():
+        values = list(by_seed.values())
+        found = left[places[name]]
+        assert found.mean == pytest.approx(np.mean(values))
+        half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+        assert found.half == pytest.approx(half)
+        if name != "8":
+            shared = by_seed.keys() & losses["8"].keys()
+            apart = [by_seed[seed] - losses["8"][seed] for seed in shared]
+            assert right[places[name]].mean == pytest.approx(np.mean(apart))
+    assert right.keys() == left.keys() - {places["8"]}
+
+
+def test_runs_that_were_not_made_alike_are_told(folder):
+    page.write(folder)
+    text = (folder / "report.md").read_text()
+    assert "All by code 0123456789ab, JAX 0.12, 8 TPU v5e." in text
+    place = next(folder.glob("*seed-1")) / "run.json"
+    other = json.loads(place.read_text())
+    other["starts"][-1]["code"] = "fedcba9876543210"
+    place.write_text(json.dumps(other))
+    page.write(folder)
+    text = (folder / "report.md").read_text()
+    assert "not made alike" in text and "1 by code fedcba987654" in text
+    assert "not made alike" in (folder / "report.html").read_text()
+
+
 def test_numbers_have_a_scale_and_names_have_none():
     def positions(*labels):
         return plots._positions({"points": {label: {} for label in labels}})
@@ -172,6 +226,18 @@ def test_another_metric_and_one_that_is_not_measured(tmp_path, folder):
     path.write_text(json.dumps(sweep | {"metric": "bits_per_byte"}))
     with pytest.raises(UserError, match=r"has loss and by_group\.qa"):
         results.load(folder)
+
+
+def test_one_run_that_lacks_the_metric_does_not_end_the_report(folder):
+    path = folder / "sweep.json"
+    sweep = json.loads(path.read_text()) | {"metric": "by_group.qa"}
+    path.write_text(json.dumps(sweep))
+    name = sweep["runs"][0]["name"]
+    metrics = folder / name / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('{"qa": 1.5}', "{}"))
+    found = {r.name: r for row in results.load(folder).rows for r in row.results}
+    assert found[name].value is None and found[name].state == results.UNMEASURED
+    assert sum(r.state == "done" for r in found.values()) == len(found) - 2
 
 
 def test_nothing_done_yet_is_a_report_too(tmp_path):

@@ -13,7 +13,7 @@ from test_end_to_end import final_state
 from test_survival import check_equal
 
 from research.config import Config
-from research.errors import PREEMPTED
+from research.errors import PREEMPTED, DivergedError
 from research.run_dir import RunDir
 from research.stopping import Preempted
 from research.together import runs
@@ -34,7 +34,11 @@ RUNS = {
         "lora.targets": ["mlp", "query"],
         "lora.rank_pattern": ["mlp=3"],
         "lora.alpha_pattern": ["down=40"],
-        "seed": 1,
+        "optim.schedule": "wsd",
+        "optim.warmup": 0.2,
+        "optim.decay": 0.4,
+        # Of one seed with the plain one: they share their rows.
+        "seed": 0,
     },
 }
 SHARED = ("--config=config.py", "--config.eval.prompts=1")
@@ -188,8 +192,29 @@ def test_a_signal_outside_of_the_steps_asks_to_be_started_again(
             assert not folder.path.exists()
 
 
+@pytest.mark.soak
+def test_a_pack_of_which_all_diverge_does_not_train_on(place, results):
+    results("unbroken")
+    both = {"optim.learning_rate": 1e30}
+    wanted = [{"run_dir": f"runs/lost-{seed}", "seed": seed, **both} for seed in (0, 1)]
+    (place.folder / "lost.json").write_text(json.dumps(wanted))
+    done = place.run(
+        "train_together", *SHARED, "--runs=lost.json", "--config.optim.clip_norm=0"
+    )
+    assert done.code == DivergedError.exit_code, done.err
+    assert "Traceback" not in done.err
+    for seed in (0, 1):
+        lines = place.lines(f"lost-{seed}", "train")
+        assert 0 < len(lines) < STEPS // 2
+        history = json.loads((place.run_dir(f"lost-{seed}") / "run.json").read_text())
+        assert history["starts"][-1]["exit_code"] == DivergedError.exit_code
+
+
 BAD = {
-    "another knob": ([{"steps": 3, "run_dir": "runs/x"}], "may differ in"),
+    "another knob": (
+        [{"steps": 3, "run_dir": "runs/x"}, {"run_dir": "runs/y"}],
+        "may differ in",
+    ),
     "mistyped knob": ([{"lora.rnak": 3}], "'lora.rank'"),
     "one folder twice": ([{"run_dir": "runs/x"}] * 2, "two runs"),
     "wrong type": ([{"lora.rank": "many"}], "run 1: config.lora.rank"),
@@ -197,13 +222,20 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("wanted, said", BAD.values(), ids=list(BAD))
-def test_what_cannot_train_together_is_refused(place, wanted, said):
-    (place.folder / "bad.json").write_text(json.dumps(wanted))
-    if isinstance(wanted, list) and "steps" in wanted[0]:
-        wanted.append({"run_dir": "runs/y"})
-        (place.folder / "bad.json").write_text(json.dumps(wanted))
-    done = place.run("train_together", *SHARED, "--runs=bad.json")
+@pytest.fixture(scope="module")
+def refused(place):
+    commands = {}
+    for number, (name, (wanted, _)) in enumerate(BAD.items()):
+        file = place.folder / f"bad-{number}.json"
+        file.write_text(json.dumps(wanted))
+        flags = (*SHARED, f"--runs={file.name}")
+        commands[name] = (place, "train_together", flags, 1)
+    return place.run_short(commands)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_train_together_is_refused(place, refused, name):
+    done, said = refused[name], BAD[name][1]
     assert done.code == 2 and said in done.err, done.err
     assert "Traceback" not in done.err
     assert not place.run_dir("x").exists()

@@ -48,6 +48,7 @@ def _render(name: str, report: Report, pictures: dict[str, str]) -> str:
         header=header(report),
         rows=[(row, cells(report, row)) for row in report.rows],
         pictures=pictures,
+        origins=report.origins,
         done=sum(r.state == "done" for row in report.rows for r in row.results),
         count=sum(len(row.results) for row in report.rows),
         command=shlex.join,

@@ -1,5 +1,6 @@
 """What the runs of a sweep have written down, as the rows of its report."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -11,6 +12,8 @@ from launch.sweeps import runs, statistics
 from launch.sweeps.statistics import Comparison, Interval
 from research.errors import UserError
 from research.metrics import read_metrics
+
+UNMEASURED = "its evaluations do not have the metric"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Result:
       seconds: of training steps; a run of several together has its share of them.
       tokens: real ones, padding left out.
       chip_hours: the seconds times the devices it had.
+      origin: code, JAX and devices of its last start; empty before the first.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Result:
     seconds: float
     tokens: int
     chip_hours: float
+    origin: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,12 @@ class Report:
     def axes(self) -> list[str]:
         return [axis["name"] for axis in self.sweep["axes"]]
 
+    @property
+    def origins(self) -> dict[str, int]:
+        """What the runs that are done were made with, and how many by each."""
+        done = [r for row in self.rows for r in row.results if r.value is not None]
+        return dict(collections.Counter(result.origin for result in done))
+
 
 def load(folder: Path) -> Report:
     """Reads `sweep.json` and every run's files.
@@ -89,6 +100,11 @@ def load(folder: Path) -> Report:
     """
     sweep = runs.read(folder)
     found = [_read(folder, run, sweep["metric"]) for run in sweep["runs"]]
+    if any(r.state == UNMEASURED for r in found) and not any(r.curve for r in found):
+        raise UserError(
+            f"the sweep is judged by {sweep['metric']!r}, which none of its runs "
+            f"measures: {_measured(folder, sweep['runs'])}"
+        )
     points = dict.fromkeys(result.point for result in found)
     by_point = {p: tuple(r for r in found if r.point == p) for p in points}
     baseline = tuple(sweep["baseline"])
@@ -141,12 +157,11 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
     place = folder / run["name"]
     lines = read_metrics(place)
     train = [line for line in lines if line["kind"] == "train"]
-    curve = [
-        (line["step"], _metric(line, metric, run["name"]))
-        for line in lines
-        if line["kind"] == "eval"
-    ]
-    is_done = (place / "complete.json").is_file() and bool(curve)
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    values = [(line["step"], _metric(line, metric)) for line in evaluated]
+    curve = [(step, value) for step, value in values if value is not None]
+    complete = (place / "complete.json").is_file()
+    is_done = complete and bool(curve)
     seconds = train[-1]["elapsed_s"] if train else 0.0
     history = _history(place)
     return Result(
@@ -154,27 +169,39 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
         point=tuple(run["point"]),
         seed=run["seed"],
         command=tuple(run["command"]),
-        state="done" if is_done else _state(train, run["steps"], history),
+        state=(
+            "done"
+            if is_done
+            else UNMEASURED
+            if evaluated and not curve
+            else _state(train, run["steps"], history)
+        ),
         curve=tuple(curve),
         value=curve[-1][1] if is_done else None,
         seconds=seconds,
         tokens=sum(line["tokens"] for line in train),
         chip_hours=seconds * _devices(history) / 3600,
+        origin=_origin(history),
     )
 
 
-def _metric(line: dict[str, Any], metric: str, name: str) -> float:
-    """`loss`, `bits_per_byte` or `by_group.NAME` of an evaluation."""
+def _metric(line: dict[str, Any], metric: str) -> float | None:
+    """`loss`, `bits_per_byte` or `by_group.NAME` of an evaluation; None: not there."""
     group, _, key = metric.partition(".")
     found = line.get(group)
     if key and isinstance(found, dict):
         found = found.get(key)
-    if not isinstance(found, int | float):
-        raise UserError(
-            f"the sweep is judged by {metric!r}, and {name} does not measure it: it "
-            f"has loss and {', '.join('by_group.' + k for k in line['by_group'])}"
-        )
-    return float(found)
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
+    """What the first run with an evaluation could be judged by."""
+    for run in listed:
+        for line in read_metrics(folder / run["name"]):
+            if line["kind"] == "eval":
+                groups = ", ".join(f"by_group.{name}" for name in line["by_group"])
+                return f"{run['name']} has loss and {groups}"
+    return "none has an evaluation"
 
 
 def _history(place: Path) -> list[dict[str, Any]]:
@@ -190,6 +217,14 @@ def _state(train: list[dict[str, Any]], steps: int, starts: list[dict]) -> str:
         return "not begun"
     made = train[-1]["step"] if train else 0
     return f"step {made} of {steps}: {starts[-1]['cause'] or 'running, or killed'}"
+
+
+def _origin(starts: list[dict[str, Any]]) -> str:
+    if not starts:
+        return ""
+    start = starts[-1]
+    code, jax = start.get("code", "unknown"), start.get("packages", {}).get("jax", "?")
+    return f"code {code[:12]}, JAX {jax}, {start['devices']}"
 
 
 def _devices(starts: list[dict[str, Any]]) -> int:

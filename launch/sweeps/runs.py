@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from launch.job import check_training_flags
 from launch.sweeps.spec import Axis, Sweep
@@ -198,22 +199,37 @@ def _require_distinct(runs: Sequence[SweepRun]) -> None:
             )
 
 
-def check_folder(folder: Path, runs: Sequence[SweepRun]) -> None:
-    """Refuses a folder in which the same names stand for other runs.
+def check_folder(folder: Path, sweep: Sweep, runs: Sequence[SweepRun]) -> None:
+    """Refuses a folder whose runs cannot be compared with these.
+
+    More seeds and more values on an axis are welcome; what all runs share, and what a
+    name or a label stands for, must be the same: a report takes means over them.
 
     Raises:
-      UserError: it names one.
+      UserError: it says what differs.
     """
     if not (folder / "sweep.json").is_file():
         return
-    before = {x["name"]: x["command"] for x in read(folder)["runs"]}
+    known = read(folder)
+    before = {x["name"]: x["command"] for x in known["runs"]}
+    points = {axis["name"]: axis["points"] for axis in known["axes"]}
+    found = ""
+    if points.keys() != {axis.name for axis in sweep.axes}:
+        found = f"over {', '.join(points)}"
+    elif known["shared"] != [*runs[0].shared]:
+        found = f"whose runs share {shlex.join(known['shared'])}"
+    for axis in sweep.axes:
+        for label, changes in points.get(axis.name, {}).items():
+            own = axis.points.get(label, changes)
+            if json.dumps(own) != json.dumps(changes):
+                found = f"in which {axis.name}={label} is {changes}"
     for run in runs:
         if before.get(run.name, run.command) != run.command:
-            raise UserError(
-                f"{folder} holds a sweep in which {run.name} is another run "
-                f"({shlex.join(before[run.name])}); choose another --folder, or remove "
-                "it"
-            )
+            found = f"in which {run.name} is {shlex.join(before[run.name])}"
+    if found:
+        raise UserError(
+            f"{folder} holds a sweep {found}: choose another --folder, or remove it"
+        )
 
 
 def write(folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]) -> None:
@@ -221,26 +237,38 @@ def write(folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]) -> No
 
     Runs of the same points with other seeds that are listed there stay in the list.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Other workers read and write the same file at the same time.
+    with filelock.FileLock(folder / "sweep.json.lock"):
+        check_folder(folder, sweep, runs)
+        _write(folder / "sweep.json", _merged(folder, sweep, file, runs))
+
+
+def _merged(
+    folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]
+) -> dict[str, Any]:
     listed = {run.name: _entry(run) for run in runs}
     known = read(folder)["runs"] if (folder / "sweep.json").is_file() else []
     points = {run.point for run in runs}
     for run in known:
         if tuple(run["point"]) in points:
             listed.setdefault(run["name"], run)
-    text = {
+    return {
         "file": file,
         "question": sweep.question,
         "metric": sweep.metric,
         "axes": [dataclasses.asdict(axis) for axis in sweep.axes],
+        "shared": runs[0].shared,
         "baseline": baseline(sweep),
         "seeds": sorted({run["seed"] for run in listed.values()}),
         "runs": list(listed.values()),
     }
-    path = folder / "sweep.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    # Other workers write the same file at the same time.
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(text, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """At once: a report may read it meanwhile."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
     temporary.replace(path)
 
 

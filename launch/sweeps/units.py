@@ -49,7 +49,8 @@ def make_units(runs: Sequence[SweepRun], most: int, folder: Path) -> list[Unit]:
 
 def _unit(runs: tuple[SweepRun, ...], folder: Path) -> Unit:
     first, more = runs[0], len(runs) - 1
-    name = f"{first.name}{f' and {more} more' if more else ''}"
+    # Clouds and queues show it beside the jobs of other sweeps.
+    name = f"{folder.name} {first.name}{f' and {more} more' if more else ''}"
     beside = folder / "logs" / first.name
     if not more:
         return Unit(runs, Job(name, first.flags, first.config, beside=beside))

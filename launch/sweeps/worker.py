@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -128,15 +129,18 @@ class Worker:
             self.failures[run.name] = found
             mark.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
             logging.error("%s failed with code %d; see %s", run.name, code, log)
+        if len(unit.runs) > 1 and not any(run.is_done for run in unit.runs):
+            half = math.ceil(len(unit.runs) / 2)
+            logging.error("none of them is done: --together=%d takes less memory", half)
 
     def _failed(self, unit: Unit) -> bool:
-        """Whether a worker has tried it in vain since this one began."""
+        """Whether all that is left of it was tried in vain since this one began."""
         for run in unit.runs:
             mark = self._mark(run)
             with contextlib.suppress(OSError, ValueError, TypeError):
                 if not run.is_done and mark.stat().st_mtime >= self._begun:
                     self.failures[run.name] = Failure(**json.loads(mark.read_text()))
-        return any(run.name in self.failures for run in unit.runs)
+        return all(run.is_done or run.name in self.failures for run in unit.runs)
 
     def _mark(self, run: SweepRun) -> Path:
         return self._folder / "claims" / f"{run.name}.failed"

@@ -116,15 +116,16 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
 
 
 def run(plan: Plan, options: argparse.Namespace) -> int:
+    """Submits all, whatever becomes of one; returns the first code that is not 0."""
     plan.write_files()
-    for command in plan.commands:
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            sys.stderr.write(
-                "a JobSet of that name that has ended is not started again: kubectl "
-                "delete jobset NAME, then the same command\n"
-            )
-            return done.returncode
+    codes = [subprocess.run(x, check=False).returncode for x in plan.commands]
+    if any(codes):
+        sys.stderr.write(
+            f"{sum(map(bool, codes))} of {len(codes)} were refused; a JobSet of that "
+            "name that has ended is not started again: kubectl delete jobset NAME, "
+            "then the same command\n"
+        )
+        return next(code for code in codes if code)
     where = f"--namespace={options.namespace}"
     sys.stderr.write(
         f"kubectl get jobsets {where} shows them; kubectl logs {where} --follow "
@@ -165,29 +166,12 @@ def manifest(
     where = _gpus(name, options) if options.gpus_per_node else _tpus(job, options)
     hosts, count = where["hosts"], where["slices"]
     several = hosts * count > 1
-    command = job.command("python", distributed=several)
-    container = {
-        "name": "trainer",
-        "image": options.image,
-        "command": [_unexpanded(word) for word in command],
-        # What code it was, a run can say by its image alone.
-        "env": [
-            *_variables({provenance.CODE_VERSION: f"image {options.image}"}),
-            *_variables(job.env),
-            *where["env"],
-        ],
-        "envFrom": [{"secretRef": {"name": secret}} for secret in options.secret],
-        "resources": {"limits": where["limits"]},
-        "volumeMounts": [
-            {"name": f"volume-{index}", "mountPath": path}
-            for index, (_, path) in enumerate(volumes)
-        ],
-    }
+    container = _container(job, options, volumes, where, several)
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": options.grace,
         "nodeSelector": where["nodes"],
-        "containers": [_without_empty(container)],
+        "containers": [container],
         "volumes": [
             {"name": f"volume-{index}", "persistentVolumeClaim": {"claimName": claim}}
             for index, (claim, _) in enumerate(volumes)
@@ -223,6 +207,34 @@ def manifest(
             "replicatedJobs": [replicas],
         },
     }
+
+
+def _container(
+    job: Job,
+    options: argparse.Namespace,
+    volumes: Sequence[tuple[str, str]],
+    where: Manifest,
+    several: bool,
+) -> Manifest:
+    command = job.command("python", distributed=several)
+    container = {
+        "name": "trainer",
+        "image": options.image,
+        "command": [_unexpanded(word) for word in command],
+        # What code it was, a run can say by its image alone.
+        "env": [
+            *_variables({provenance.CODE_VERSION: f"image {options.image}"}),
+            *_variables(job.env),
+            *where["env"],
+        ],
+        "envFrom": [{"secretRef": {"name": secret}} for secret in options.secret],
+        "resources": {"limits": where["limits"]},
+        "volumeMounts": [
+            {"name": f"volume-{index}", "mountPath": path}
+            for index, (_, path) in enumerate(volumes)
+        ],
+    }
+    return _without_empty(container)
 
 
 def _pod_rules(several: bool) -> list[Manifest]:

@@ -83,19 +83,21 @@ class Group:
         self._running: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "Group":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._forward)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.told = number
+        # A terminal that is gone asks to stop, as a cluster does: trainers know that.
+        self.told = signal.SIGTERM if number == signal.SIGHUP else number
         for process in self._running:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(self.told)
 
     def train(
         self,

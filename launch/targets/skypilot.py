@@ -157,9 +157,8 @@ def _accelerators(job: Job, options: argparse.Namespace) -> tuple[str, int]:
 
 
 def _slice(given: str, config: Config) -> slices.Slice:
-    if given:
-        return slices.of_type(given.removeprefix("tpu-"), "--accelerators=tpu-TYPE")
-    return slices.named(config.runtime.topology, "--accelerators=H100:8")
+    type_, flag = given.removeprefix("tpu-"), "--accelerators=tpu-TYPE"
+    return slices.only(config, type_, flag, "--accelerators=H100:8")
 
 
 class _Dumper(yaml.SafeDumper):

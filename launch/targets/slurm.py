@@ -61,6 +61,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", default="", help="default: the cluster's")
     parser.add_argument("--account", default="", help="default: the user's")
     parser.add_argument("--name", default="", help="default: the run directory's")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="FLAG",
+        help="more of sbatch's flags, each as --sbatch=--cpus-per-task=8",
+    )  # fmt: skip
 
 
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
@@ -126,6 +130,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         "open-mode": "append",
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]
+    flags += options.sbatch
     return Plan({script: text}, [["sbatch", "--requeue", *flags, str(script)]])
 
 

@@ -123,6 +123,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bucket", default="", help="mounted for run directories, all hosts see it"
     )
+    parser.add_argument(
+        "--create", action="append", default=[], metavar="FLAG",
+        help="more of gcloud's flags for it, each as --create=--network=NAME",
+    )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="do not delete the VM")
     parser.add_argument(
         "--restarts", type=int, default=3, help="after failures; default: 3"
@@ -157,9 +161,10 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         steps = ["delete"]
     jobs = [shipping.portable(job, "tpu-vm") for job in jobs]
     chosen = [_slice(job.config, options) for job in jobs]
-    archive = os.path.abspath(jobs[0].beside.with_name("research.tar.gz"))
     files, made = {}, []
     version = shipping.committed(jobs, "tpu-vm") if "push" in steps else ""
+    # By the commit: a machine that is made again gets the code of its own launch.
+    archive = os.path.abspath(jobs[0].beside.with_name(f"research-{version}.tar.gz"))
     for name, job, each in zip(shipping.names(jobs), jobs, chosen, strict=True):
         script = job.file(".tpu-vm.sh")
         if "push" in steps:
@@ -169,7 +174,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         log = job.file(".tpu-vm.log") if len(jobs) > 1 else None
         made.append(machines.Machine(name, commands, log))
     send = ["git", "-C", str(shipping.ROOT), "archive", "--format=tar.gz"]
-    before = [[*send, f"--output={archive}", "HEAD"]] if "push" in steps else []
+    before = [[*send, f"--output={archive}", version]] if "push" in steps else []
     flat = [command for m in made for step in m.steps.values() for command in step]
     return machines.MachinesPlan(files, [*before, *flat], before=before, machines=made)
 
@@ -216,9 +221,7 @@ def worker_script(
 
 
 def _slice(config: Config, options: argparse.Namespace) -> slices.Slice:
-    if options.type:
-        return slices.of_type(options.type, "--type")
-    return slices.named(config.runtime.topology, "--type=v5litepod-16")
+    return slices.only(config, options.type, "--type", "--type=v5litepod-16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +247,7 @@ def _commands(
         f"--accelerator-type={type_}",
         "--scopes=https://www.googleapis.com/auth/cloud-platform",
         *(["--spot"] if options.spot else []),
+        *options.create,
     ]
     if options.queued:
         group, state = "queued-resources", "state.state"

@@ -88,8 +88,8 @@ class Place:
 class Pack:
     """Runs at one step, as one program."""
 
-    def __init__(self, members: Sequence[Member], first: int):
-        self.members, self._first = members, first
+    def __init__(self, members: Sequence[Member], first: int, stop: StopRequest):
+        self.members, self._first, self._stop = members, first, stop
         runs = [member.run for member in members]
         self._config, job = runs[0].config, runs[0].job
         configs = [run.config for run in runs]
@@ -117,6 +117,7 @@ class Pack:
         self._clock = metrics.Clock()
         self._feeds = self._make_feeds()
         self._logs, self._savers = [], []
+        self._last = first
         for index, member in enumerate(members):
             self._add_writers(index, member)
 
@@ -150,6 +151,7 @@ class Pack:
                 member.run.history.skipped,
                 self._phases,
                 member.position,
+                self._stop.wait,
             )
             for member in self.members
         ]
@@ -159,10 +161,10 @@ class Pack:
         placed = [meshes.to_global(batch, self._mesh, parts) for batch in batches]
         return self._stack[parts is not None](placed)
 
-    def fit(self, stop: StopRequest) -> int:
-        """To the last step, or until a signal; returns the updates made in all.
+    def fit(self) -> int:
+        """Until the last step, a signal or nobody is left; returns the updates made.
 
-        Every run's `state` is then its last one.
+        The `state` of every run that has not failed is then its last one.
         """
         config = self._config
         state = self._start()
@@ -170,7 +172,7 @@ class Pack:
             member.run.history.go_on(self._first)
         jitted = together.jit_train_step(self._group)
         step_fn = runtime.announce_first_call(jitted, "first step")
-        with stop.noting():
+        with self._stop.noting():
             try:
                 state, done = loop.run(
                     state=state,
@@ -193,13 +195,17 @@ class Pack:
                     ],
                     log=self._log,
                     resume_clock=self._clock.resume,
-                    stop=stop,
+                    stop=self._stop,
                     phases=self._phases,
                 )
                 with self._phases.during("save"):
                     for index, member in self._alive():
                         member.run.state = self._state_of(index, state)
                         self._savers[index].finish(done, member.run.state)
+            except DivergedError:
+                if self._alive():
+                    raise
+                done = self._last
             finally:
                 for log in self._logs:
                     log.close()
@@ -220,6 +226,7 @@ class Pack:
     def _log(self, number: int, batch: int, sums: step.Metrics) -> None:
         found = jax.tree.map(np.asarray, sums)
         self._clock.tick()
+        self._last = number
         for index, member in self._alive():
             mine = jax.tree.map(lambda x, i=index: x[i], found)
             write = self._savers[index].watching(self._logs[index])
@@ -228,6 +235,8 @@ class Pack:
             except DivergedError as error:
                 logging.error("%s: %s", member.run.config.run_dir, error)
                 member.failed = error
+                if not self._alive():
+                    raise
 
     def _evaluation(self) -> Callable[[int, step.TrainState], None]:
         rows = self._config.data.rows_per_pass

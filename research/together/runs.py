@@ -133,10 +133,9 @@ def _train(
             sorted(opened, key=lambda part: part[2]), key=lambda part: part[2]
         ):
             if not stop.signal:
-                pack = fitting.Pack(
-                    [fitting.Member(run, ckpt, at) for run, ckpt, _, at in group], first
-                )
-                code = max(code, _finish(pack, pack.fit(stop), stop))
+                members = [fitting.Member(run, ckpt, at) for run, ckpt, _, at in group]
+                pack = fitting.Pack(members, first, stop)
+                code = max(code, _finish(pack, pack.fit(), stop))
     return PREEMPTED if stop.signal else code
 
 

@@ -34,7 +34,7 @@ def run(module: str, *flags: str) -> tuple[float, float]:
 
 def losses(folder: Path) -> list[float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def main() -> None:

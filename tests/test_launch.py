@@ -29,12 +29,11 @@ def test_no_name_breaks_out_of_a_slurm_script(tmp_path, fake, name):
     for tool in ("sbatch", "srun", "scontrol", "squeue"):
         fake(tool)
     run_dir = f"--config.run_dir=runs/{name}"
-    done = launch(
-        tmp_path, "slurm", "--nodes=2", f"--name={name}", "--", CONFIG, run_dir
-    )
+    own = ("--nodes=2", f"--name={name}", f"--sbatch=--comment={name}")
+    done = launch(tmp_path, "slurm", *own, "--", CONFIG, run_dir)
     assert done.returncode == 0, done.stderr
     (submitted,) = fake.calls()
-    assert f"--job-name={name}" in submitted
+    assert {f"--job-name={name}", f"--comment={name}"} <= set(submitted)
     subprocess.run(["bash", submitted[-1]], cwd=tmp_path, check=True)
     (srun,) = (call for call in fake.calls() if call[0].endswith("srun"))
     assert run_dir in srun and "--config.runtime.distributed=true" in srun

@@ -136,10 +136,13 @@ class Running:
 
 
 class Place:
-    """A folder with `model` and `config.py`, and commands that run in it."""
+    """A folder with `model` and `config.py`, and commands that run in it.
 
-    def __init__(self, folder, cache):
-        self.folder, self.cache = folder, cache
+    With `quick`, their programs are compiled in half the time, see `conftest.py`.
+    """
+
+    def __init__(self, folder, cache, quick):
+        self.folder, self.cache, self.quick = folder, cache, quick
 
     def start(self, module, *flags, program=None, **options):
         """A command of `research` that runs; `program` is Python that goes before."""
@@ -171,6 +174,7 @@ class Place:
             "HF_HOME": str(self.cache),
             "HF_HUB_OFFLINE": "1",
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(self.quick)),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "COLUMNS": "160",
             **more,
@@ -306,11 +310,13 @@ def chains(name, functions):
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def place(request, tmp_path_factory):
+    """In `make soak` commands compile as they do for users."""
     folder = tmp_path_factory.mktemp("place")
     tiny_model.make_tiny_model(folder / "model")
     (folder / "config.py").write_text(CONFIG)
-    return Place(folder, tmp_path_factory.mktemp("cache"))
+    quick = "not soak" in request.config.option.markexpr
+    return Place(folder, tmp_path_factory.mktemp("cache"), quick)
 
 
 @pytest.fixture(scope="session")

@@ -144,6 +144,10 @@ class Place:
     def __init__(self, folder, cache, quick):
         self.folder, self.cache, self.quick = folder, cache, quick
 
+    def beside(self, name):
+        """Another folder of the same kind."""
+        return Place(self.folder / name, self.cache, self.quick)
+
     def start(self, module, *flags, program=None, **options):
         """A command of `research` that runs; `program` is Python that goes before."""
         name = f"research.{module}"

@@ -410,7 +410,7 @@ def other_data(place, results):
     before = snapshot(run, "run.json")
     words = place.folder / "words.jsonl"
     kept = words.read_bytes()
-    moved = type(place)(place.folder / "elsewhere", place.cache)
+    moved = place.beside("elsewhere")
     shutil.copytree(place.folder / "code", moved.folder / "code")
     (moved.folder / "words.jsonl").write_bytes(kept.replace(b"square", b"SQUARE"))
     shutil.copy(place.folder / "pretrain.py", moved.folder)

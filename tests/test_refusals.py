@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import tiny_model
-from commands import CONFIG, RANK, STEPS, Place, chain, snapshot
+from commands import CONFIG, RANK, STEPS, chain, snapshot
 
 from research.base import open_base
 
@@ -179,7 +179,7 @@ def make_misfit(model, copy):
 
 def change_base(place, run, everywhere):
     """The run moved to where `model` is another; `everywhere`: its papers say so."""
-    moved = Place(place.folder / f"moved-{run}", place.cache, place.quick)
+    moved = place.beside(f"moved-{run}")
     tiny_model.make_tiny_model(moved.folder / "model", seed=1)
     shutil.copy(place.folder / "config.py", moved.folder)
     shutil.move(place.run_dir(run), moved.run_dir(run))

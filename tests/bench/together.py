@@ -1,10 +1,10 @@
 """Eight LoRA runs of SmolLM2 as one program, against the same runs one by one.
 
-    python tests/bench/together.py --steps=20
+    python tests/bench/together.py --steps=20 --dtype=float32
 
 Whole processes on both sides: start-up, compilation, evaluation, checkpoints and
 reports are counted. Prints wall time and peak memory of both, their ratios, and the
-largest relative difference between two runs' losses (bfloat16: they round apart).
+largest relative difference between two runs' losses (in bfloat16 they round apart).
 """
 
 import argparse
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     shared = [
         "--config=configs/finetune_dolly.py",
@@ -49,6 +50,7 @@ def main() -> None:
         f"--config.data.seq_len={options.seq_len}",
         f"--config.data.batch_size={options.batch}",
         f"--config.data.microbatch_size={options.batch}",
+        f"--config.model.dtype={options.dtype}",
         "--config.data.held_out=16",
         "--config.eval.prompts=1",
         "--config.eval.max_new_tokens=16",
@@ -90,7 +92,8 @@ def main() -> None:
         f"{len(RUNS)} runs of {options.steps} steps: one by one {total:.0f} s and "
         f"{largest:.2f} GB, together {seconds:.0f} s and {memory:.2f} GB: "
         f"{seconds / total:.2f} of the time, {memory / largest:.2f} of one run's "
-        f"memory; losses within {apart:.1e}"
+        f"memory, {memory / sum(m for _, m in alone):.2f} of all runs' at once; "
+        f"losses within {apart:.1e}"
     )
 
 

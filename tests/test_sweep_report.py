@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import ROOT
@@ -14,6 +15,7 @@ from scipy import stats
 
 from launch.sweeps import page, plots, results, runs
 from launch.sweeps.spec import Sweep, grid, listed
+from research import provenance
 from research.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 CONFIG = str(ROOT / "configs" / "finetune_dolly.py")
 EFFECT = {"4": 0.3, "8": 0.0, "16": -0.2, "<b>|$a_b_c$": 0.001}
 STEPS = (0, 10, 20)
+CODE = "0123456789abcdef"
 
 
 def metrics(rng, effect, seed):
@@ -65,8 +68,7 @@ def folder(tmp_path):
             {
                 "devices": "8 TPU v5e",
                 "cause": "SIGTERM after step 20",
-                "code": "0123456789abcdef",
-                "packages": {"jax": "0.12"},
+                "provenance": provenance.describe({provenance.CODE_VERSION: CODE}),
             }
         ]
         (run.folder / "run.json").write_text(json.dumps({"starts": starts}))
@@ -197,10 +199,11 @@ def test_along_an_axis_stand_means_and_differences_with_their_intervals(
 def test_runs_that_were_not_made_alike_are_told(folder):
     page.write(folder)
     text = (folder / "report.md").read_text()
-    assert "All by code 0123456789ab, JAX 0.12, 8 TPU v5e." in text
+    made = f"code {CODE[:12]}, JAX {jax.__version__}, 8 TPU v5e"
+    assert f"All by {made}." in text
     place = next(folder.glob("*seed-1")) / "run.json"
     other = json.loads(place.read_text())
-    other["starts"][-1]["code"] = "fedcba9876543210"
+    other["starts"][-1]["provenance"]["code"] = "fedcba9876543210"
     place.write_text(json.dumps(other))
     page.write(folder)
     text = (folder / "report.md").read_text()

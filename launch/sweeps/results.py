@@ -222,9 +222,9 @@ def _state(train: list[dict[str, Any]], steps: int, starts: list[dict]) -> str:
 def _origin(starts: list[dict[str, Any]]) -> str:
     if not starts:
         return ""
-    start = starts[-1]
-    code, jax = start.get("code", "unknown"), start.get("packages", {}).get("jax", "?")
-    return f"code {code[:12]}, JAX {jax}, {start['devices']}"
+    made = starts[-1]["provenance"]
+    jax = made["packages"]["jax"]
+    return f"code {made['code'][:12]}, JAX {jax}, {starts[-1]['devices']}"
 
 
 def _devices(starts: list[dict[str, Any]]) -> int:

@@ -96,11 +96,10 @@ def inputs(config: Config) -> dict[str, str]:
 
 def _sent(file: str) -> bool:
     """Whether it is part of the code: in git's index, or there is no git to ask."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", "--", file]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode != 1
-    except FileNotFoundError:
+    if provenance.code_version(ROOT) == "unknown":
         return True
+    command = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", "--", file]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def stored(job: Job, folder: str) -> Job:

@@ -98,7 +98,10 @@ def loss_after(on_mesh, checkpoints, params, batch):
 
 @pytest.mark.parametrize(
     "target",
-    [(8, 1, 1), (1, 4, 1), (1, 1, 2), *map(in_soak, [(2, 2, 2), (1, 2, 1, 2, 2)])],
+    [
+        *[(8, 1, 1), (1, 4, 1), (1, 1, 2)],
+        *map(in_soak, [(2, 2, 2), (1, 2, 1, 2, 2), (2, 1, 2)]),
+    ],
     ids=str,
 )
 def test_the_next_loss_is_the_same(loss_after, target):

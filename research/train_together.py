@@ -21,11 +21,14 @@ python -m research.train_together --config=FILE.py [--config.KNOB=VALUE ...]
 RUNS.json is a list of objects such as {"run_dir": "runs/a", "lora.rank": 8}: what each
 run changes in the config; --runs takes the list itself, too. Runs may differ in rank,
 alpha, dropout and targets of their adapters, learning rate, schedule and seed. They
-share the frozen weights, one compilation and each step, and leave the run directories
-that research.train would.
+share the frozen weights and one compilation, and leave the run directories that
+research.train would. How many take a step as one batched product says --at_once: 0 for
+what suits the device, all on an accelerator and one after another on a CPU.
 """
 
 flags.DEFINE_string("runs", "", "JSON list of objects, knob -> value, or its file")
+
+flags.DEFINE_integer("at_once", 0, "runs in one product; 0: what suits", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now: importing JAX takes longer than saying what is wrong with a flag.
     from research.together.runs import train
 
-    return train(configs)
+    return train(configs, flags.FLAGS.at_once or None)
 
 
 def read_runs(given: str, shared: Config) -> list[Config]:

@@ -142,7 +142,8 @@ class Running:
 class Place:
     """A folder with `model` and `config.py`, and commands that run in it.
 
-    With `quick`, their programs are compiled in half the time, see `conftest.py`.
+    With `quick`, programs are compiled in half the time, see `conftest.py`, and run
+    several times as long; but not that of `config.py`, which is many commands' own.
     """
 
     def __init__(self, folder, cache, quick):
@@ -168,10 +169,12 @@ class Place:
         return self.start_launch(own, training, **options).finish()
 
     def start_python(self, *arguments, devices=1, more=None):
-        env = self._environment(devices, more or {})
+        own = {"--config=config.py", "research.train"} <= {*arguments}
+        quick = self.quick and not own
+        env = self._environment(devices, more or {}, quick)
         return Running([sys.executable, *arguments], cwd=self.folder, env=env)
 
-    def _environment(self, devices, more):
+    def _environment(self, devices, more, quick):
         settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
         env = {k: v for k, v in ENVIRONMENT.items() if not k.startswith(settings)}
         return env | {
@@ -180,7 +183,7 @@ class Place:
             "HF_HOME": str(self.cache),
             "HF_HUB_OFFLINE": "1",
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(self.quick)),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "COLUMNS": "160",
             **more,

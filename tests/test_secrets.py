@@ -61,6 +61,8 @@ def with_secrets(place, results):
       How each command ended, by name, and what the hub was sent.
     """
 
+    results("unbroken")
+
     def train(run, *flags, hub=(), program=None):
         where = ("--config=config.py", f"--config.run_dir=runs/{run}")
         more = SECRETS | dict(hub)

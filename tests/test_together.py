@@ -77,16 +77,28 @@ CHAINS["alone"] = {
 }
 
 
+VMAPPED = f"--at_once={len(RUNS)}"
+
+
 @chain
 def together(place, results):
     results("unbroken")
-    return place.run("train_together", *flags(place, "together"))
+    return place.run("train_together", *flags(place, "together"), VMAPPED)
+
+
+@chain
+def together_in_turn(place, results):
+    """One after another, as a CPU does it unasked, and two and the one that is left."""
+    return {
+        n: place.run("train_together", *flags(place, f"turn{n}"), f"--at_once={n}")
+        for n in (0, 2)
+    }
 
 
 @chain
 def together_in_parts(place, results):
     results("together")
-    command = flags(place, "parts")
+    command = *flags(place, "parts"), VMAPPED
     stopped = place.start("train_together", *command)
     stopped.wait_for(rf"step +7/{STEPS} ")
     stopped.send(signal.SIGTERM)
@@ -101,9 +113,20 @@ def test_each_run_equals_itself_alone(place, results, together, name):
     alone = results(f"alone-{name}")
     assert alone.code == 0, alone.err
     assert together.code == 0, together.err
+    check_same_numbers(place, alone_of(name), f"together-{name}")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("at_once", [0, 2])
+def test_runs_in_turn_are_runs_under_vmap(place, together, together_in_turn, at_once):
+    assert together_in_turn[at_once].code == 0, together_in_turn[at_once].err
+    for name in RUNS:
+        check_same_numbers(place, f"turn{at_once}-{name}", f"together-{name}")
+
+
+def check_same_numbers(place, *runs):
     for kind in ("train", "eval"):
-        one = place.lines(alone_of(name), kind)
-        other = place.lines(f"together-{name}", kind)
+        one, other = (place.lines(run, kind) for run in runs)
         assert [x["step"] for x in one] == [x["step"] for x in other]
         for a, b in zip(one, other, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)

@@ -41,6 +41,8 @@ class InstructionTask:
         self.sha256 = rows.sha256
         self.left_out = self._data.examples
         self.held_out_bytes: dict[str, int] = {}
+        # Runs that train together and share their rows ask the base model once.
+        self._base_said: dict[str, str] = {}
 
     def batches(self, mine: Sequence[int]) -> BatchIterator:
         config = self._config
@@ -151,12 +153,10 @@ class InstructionTask:
         answers = []
         for record in pick_records(fitting, self._config.eval.prompts):
             *asked, reference = record.turns
-            told = [
-                model.answer(
-                    prompts[record.where], sampling, self._chat.stop_ids
-                ).strip()
-                for model in (base, tuned)
-            ]
+            ask = prompts[record.where], sampling, self._chat.stop_ids
+            if record.where not in self._base_said:
+                self._base_said[record.where] = base.answer(*ask).strip()
+            told = self._base_said[record.where], tuned.answer(*ask).strip()
             shown = asked[-1].text + (f"\n\n{record.context}" if record.context else "")
             category = record.category or "(none)"
             answers.append(report.Answer(category, shown, *told, reference.text))

@@ -88,7 +88,13 @@ class Place:
 class Pack:
     """Runs at one step, as one program."""
 
-    def __init__(self, members: Sequence[Member], first: int, stop: StopRequest):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        first: int,
+        stop: StopRequest,
+        at_once: int | None = None,
+    ):
         self.members, self._first, self._stop = members, first, stop
         runs = [member.run for member in members]
         self._config, job = runs[0].config, runs[0].job
@@ -103,6 +109,7 @@ class Pack:
             dataclasses.replace(job, groups=groups),
             factors,
             any(config.lora.dropout > 0 for config in configs),
+            at_once or together.default_at_once(len(runs), jax.default_backend()),
         )
         self._own = [step.abstract_state(run.job) for run in runs]
         numbers = arrays.stack([arrays.member(c, specs, factors) for c in configs])
@@ -251,8 +258,10 @@ class Pack:
         groups = self._group.job.groups
 
         def action(number: int, state: step.TrainState) -> None:
+            measured = self._measured_by(number)
+            chosen = tuple(sorted(set(measured)))
             dispatched = [
-                eval_fn(self._numbers, state.params, self._frozen, batch)
+                eval_fn(self._numbers, state.params, self._frozen, batch, chosen)
                 for batch in batches
             ]
             found = []
@@ -260,9 +269,9 @@ class Pack:
                 found.append(jax.tree.map(np.asarray, sums))
                 self._phases.sign_of_life()
             for index, member in self._alive():
-                run = member.run
+                run, row = member.run, chosen.index(measured[index])
                 result = evaluate(
-                    lambda sums, i=index: {name: x[i] for name, x in sums.items()},
+                    lambda sums, i=row: {name: x[i] for name, x in sums.items()},
                     found,
                     [*run.task.groups, *[""] * (groups - len(run.task.groups))],
                     run.task.held_out_bytes,
@@ -271,6 +280,18 @@ class Pack:
                 self._logs[index].evaluation(number, result)
 
         return action
+
+    def _measured_by(self, number: int) -> list[int]:
+        """Of each run the one whose held-out loss it has, too.
+
+        Before the first step that is any run of the same rows: adapters are an exact
+        no-op then, as the doctor has seen, and all runs are the base model.
+        """
+        every = list(range(len(self.members)))
+        if number or self._group.at_once > 1:
+            return every
+        tasks = [id(member.run.task) for member in self.members]
+        return [tasks.index(tasks[index]) for index in every]
 
     def _save(self, number: int, state: step.TrainState) -> None:
         for index, _ in self._alive():

@@ -29,8 +29,12 @@ from research.together import compatible, fitting
 from research.watchdog import Watchdog
 
 
-def train(configs: Sequence[Config]) -> int:
+def train(configs: Sequence[Config], at_once: int | None = None) -> int:
     """Trains all to their last step; returns the exit code, the worst of the runs'.
+
+    Args:
+      configs: of the runs.
+      at_once: how many are under one `vmap`; None for what suits the device.
 
     Raises:
       UserError: whatever the user can mend; nothing is written then.
@@ -54,7 +58,7 @@ def train(configs: Sequence[Config]) -> int:
             wanted = [(c, f, starts.open(f)) for c, f, _ in waiting]
             runs = prepare(wanted, phases)
             stop.raise_if_lost()
-            code = _train(runs, [changed for _, _, changed in waiting], stop)
+            code = _train(runs, [change for _, _, change in waiting], stop, at_once)
         except Preempted as error:
             return starts.ended_by(error)
         except BaseException as error:
@@ -82,13 +86,14 @@ def prepare(
         task = tasks[config.seed]
         job = dataclasses.replace(job, groups=len(task.groups))
         params, frozen = jobs.load_start(job, base, runs[0].frozen if runs else None)
+        sampler = runs[0].sampler if runs else Sampler(job.model)
         run = Run(
             config=config,
             folder=folder,
             base=base,
             task=task,
             job=job,
-            sampler=Sampler(job.model),
+            sampler=sampler,
             state=step.jit_init(job)(params),
             frozen=frozen,
             console=Console(quiet=bool(runs)),
@@ -109,7 +114,10 @@ def _examine(run: Run) -> None:
 
 
 def _train(
-    runs: Sequence[Run], changed: Sequence[dict[str, str]], stop: StopRequest
+    runs: Sequence[Run],
+    changed: Sequence[dict[str, str]],
+    stop: StopRequest,
+    at_once: int | None,
 ) -> int:
     shared, phases = runs[0].config, runs[0].phases
     identities = [training.claim(*pair) for pair in zip(runs, changed, strict=True)]
@@ -134,7 +142,7 @@ def _train(
         ):
             if not stop.signal:
                 members = [fitting.Member(run, ckpt, at) for run, ckpt, _, at in group]
-                pack = fitting.Pack(members, first, stop)
+                pack = fitting.Pack(members, first, stop, at_once)
                 code = max(code, _finish(pack, pack.fit(), stop))
     return PREEMPTED if stop.signal else code
 

@@ -1,13 +1,17 @@
-"""The step of several runs: that of one run, under `vmap` over all that differs.
+"""The step of several runs: that of one run, mapped over all that differs.
 
-The frozen base has no axis for the runs: each product with it is one larger product.
+The frozen base has no axis for the runs: where they are mapped by `vmap`, each product
+with it is one larger product. That pays where a product of one run leaves the device
+idle. A CPU is busy with one, and takes longer for the loops of all than for one after
+another: a trip count of the data turns into a selection over all runs.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research import lora, optim, step, trainable
@@ -28,20 +32,32 @@ class Group:
       config: what all of them share; the rest of it is not used.
       job: of one run, over the adapters of all.
       dropout: whether any run has some; without, no random bits are drawn.
+      at_once: runs under one `vmap`; these parts go one after another.
     """
 
     config: Config
     job: step.Job
     dropout: bool
+    at_once: int
 
 
-def make_group(config: Config, job: step.Job, factors: Factors, dropout: bool) -> Group:
+def make_group(
+    config: Config, job: step.Job, factors: Factors, dropout: bool, at_once: int
+) -> Group:
     """`job` may be that of any of the runs."""
     wide = dataclasses.replace(job.trainable, specs=factors)
     optimizer = optim.make_optimizer(config.optim, config.steps, factors)
     return Group(
-        config, dataclasses.replace(job, trainable=wide, optimizer=optimizer), dropout
+        config=config,
+        job=dataclasses.replace(job, trainable=wide, optimizer=optimizer),
+        dropout=dropout,
+        at_once=at_once,
     )
+
+
+def default_at_once(runs: int, platform: str) -> int:
+    """All of them, but on a CPU one; `tests/bench/together.py` measures it."""
+    return 1 if platform == "cpu" else runs
 
 
 def bind(group: Group, member: Member) -> step.Job:
@@ -75,16 +91,34 @@ def train_step(
     def one(member: Member, state: step.TrainState, batch: Batch) -> Any:
         return step.train_step(bind(group, member), state, frozen, batch)
 
-    return jax.vmap(one)(members, states, batches)
+    return _over_runs(group, one, members, states, batches)
 
 
 def eval_step(
-    group: Group, members: Member, params: Params, frozen: Params, batches: Batch
+    group: Group,
+    members: Member,
+    params: Params,
+    frozen: Params,
+    batches: Batch,
+    chosen: Sequence[int],
 ) -> step.Metrics:
+    """As `research.step.eval_step`, of the chosen runs alone, in that order."""
+
     def one(member: Member, params: Params, batch: Batch) -> step.Metrics:
         return step.eval_step(bind(group, member), params, frozen, batch)
 
-    return jax.vmap(one)(members, params, batches)
+    every = (members, params, batches)
+    some = jax.tree.map(lambda x: jnp.stack([x[index] for index in chosen]), every)
+    return _over_runs(group, one, *some)
+
+
+def _over_runs(group: Group, one: Callable[..., Any], *stacked: Any) -> Any:
+    """`one` for each run, as many at once as `group` says."""
+    if group.at_once >= len(jax.tree.leaves(stacked)[0]):
+        return jax.vmap(one)(*stacked)
+    # A batch of one would be under `vmap`, too.
+    width = group.at_once if group.at_once > 1 else None
+    return jax.lax.map(lambda run: one(*run), stacked, batch_size=width)
 
 
 def stacked(shardings: Any) -> Any:
@@ -114,7 +148,7 @@ def jit_train_step(group: Group) -> Callable[..., Any]:
 
 
 def jit_eval_step(group: Group) -> Callable[..., step.Metrics]:
-    """Called as `(members, params, frozen, batches)`."""
+    """Called as `(members, params, frozen, batches, chosen)`."""
     states = stacked(step.state_shardings(group.job))
     everywhere = meshes.replicated(group.job.mesh)
     frozen = meshes.shardings(group.job.trainable.frozen_specs, group.job.mesh)
@@ -125,4 +159,5 @@ def jit_eval_step(group: Group) -> Callable[..., step.Metrics]:
             batch_shardings(group, microbatched=False),
         ),
         out_shardings=everywhere,
+        static_argnums=4,
     )  # fmt: skip

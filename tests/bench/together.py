@@ -3,7 +3,8 @@
     python tests/bench/together.py --steps=20 --dtype=float32
 
 Whole processes on both sides: start-up, compilation, evaluation, checkpoints and
-reports are counted. Prints wall time and peak memory of both, their ratios, and the
+reports are counted. Prints wall time and peak memory of both, their ratios, how much of
+the time the steps took, what the ratio would be at other numbers of steps, and the
 largest relative difference between two runs' losses (in bfloat16 they round apart).
 """
 
@@ -32,9 +33,18 @@ def run(module: str, *flags: str) -> tuple[float, float]:
     return time.perf_counter() - begun, usage.ru_maxrss / 1e6
 
 
+def lines(folder: Path, kind: str) -> list[dict]:
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in every if line["kind"] == kind]
+
+
 def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [line["loss"] for line in lines(folder, "train")]
+
+
+def step_seconds(folder: Path) -> float:
+    """Of the whole process, whichever of its runs this is."""
+    return lines(folder, "goodput")[-1]["seconds"]["step"]
 
 
 def main() -> None:
@@ -87,6 +97,10 @@ def main() -> None:
                 strict=True,
             )
         )
+        steps = (
+            sum(step_seconds(folder / f"alone-{r}-{s}") for r, s in RUNS),
+            step_seconds(folder / "together-{}-{}".format(*RUNS[0])),
+        )
     total, largest = sum(s for s, _ in alone), max(m for _, m in alone)
     print(
         f"{len(RUNS)} runs of {options.steps} steps: one by one {total:.0f} s and "
@@ -95,6 +109,11 @@ def main() -> None:
         f"memory, {memory / sum(m for _, m in alone):.2f} of all runs' at once; "
         f"losses within {apart:.1e}"
     )
+    print(f"of which steps: one by one {steps[0]:.0f} s, together {steps[1]:.0f} s")
+    for number in (5, 10, 20, 50, 200):
+        share = number / options.steps - 1
+        ratio = (seconds + share * steps[1]) / (total + share * steps[0])
+        print(f"at {number} steps, reckoned from these: {ratio:.2f} of the time")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def init(key: Array, specs: Mapping[str, Spec], config: LoRAConfig) -> Adapters:
 
 def _uniform(key: Array, spec: Spec, bound: float) -> Array:
     # Drawn as rows, the same numbers: a CPU takes seconds to compile the random bits of
-    # three axes. What a mesh splits is the first axis of a row; that stays split.
+    # three axes. What a mesh splits of A is its first input axis, the first of a row:
+    # `mesh.RULES` splits no other, and no device has the whole factor.
     rows = (*spec.shape[: spec.stacked], math.prod(spec.shape[spec.stacked :]))
     drawn = jax.random.uniform(key, rows, jnp.float32, -bound, bound)
     return drawn.reshape(spec.shape)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now: importing JAX takes longer than saying what is wrong with a flag.
     from research.together.runs import train
 
-    return train(configs, flags.FLAGS.at_once or None)
+    return train(configs, flags.FLAGS.at_once)
 
 
 def read_runs(given: str, shared: Config) -> list[Config]:

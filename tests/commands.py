@@ -143,7 +143,7 @@ class Place:
     """A folder with `model` and `config.py`, and commands that run in it.
 
     With `quick`, programs are compiled in half the time, see `conftest.py`, and run
-    several times as long; but not that of `config.py`, which is many commands' own.
+    several times as long. Commands say otherwise where it matters.
     """
 
     def __init__(self, folder, cache, quick):
@@ -153,12 +153,15 @@ class Place:
         """Another folder of the same kind."""
         return Place(self.folder / name, self.cache, self.quick)
 
-    def start(self, module, *flags, program=None, **options):
+    def start(self, module, *flags, program=None, quick=None, **options):
         """A command of `research` that runs; `program` is Python that goes before."""
+        if quick is None:
+            # Many commands train by that config: they share what is compiled once.
+            quick = module != "train" or "--config=config.py" not in flags
         name = f"research.{module}"
         run = f"import runpy\nrunpy.run_module({name!r}, {{}}, '__main__', True)"
         how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
-        return self.start_python(*how, *flags, **options)
+        return self.start_python(*how, *flags, quick=quick, **options)
 
     def start_launch(self, own, training, **options):
         """`python -m launch`, running."""
@@ -168,10 +171,8 @@ class Place:
         """`python -m launch`, to its end."""
         return self.start_launch(own, training, **options).finish()
 
-    def start_python(self, *arguments, devices=1, more=None):
-        own = {"--config=config.py", "research.train"} <= {*arguments}
-        quick = self.quick and not own
-        env = self._environment(devices, more or {}, quick)
+    def start_python(self, *arguments, devices=1, more=None, quick=True):
+        env = self._environment(devices, more or {}, self.quick and quick)
         return Running([sys.executable, *arguments], cwd=self.folder, env=env)
 
     def _environment(self, devices, more, quick):

@@ -6,7 +6,7 @@ import os
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
 os.environ |= {"JAX_NUMPY_RANK_PROMOTION": "raise"}
 # Halves the time: partitioning stays, LLVM does less to the result. Properties hold for
-# any compiler. Commands do so, too, but in `make soak` and where digits are kept.
+# any compiler. Commands mostly do so, too, but not in `make soak`: `commands.Place`.
 os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 

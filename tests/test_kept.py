@@ -82,8 +82,7 @@ def train_kept(place, results, name):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (place.folder / "kept.jsonl").write_text(text)
     # What is kept is of programs as users have them.
-    more = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    done = place.train(f"kept-{name}", *SMALL, *JOBS[name], more=more)
+    done = place.train(f"kept-{name}", *SMALL, *JOBS[name], quick=False)
     assert done.code == 0, done.err
     found = [x["loss"] for x in place.lines(f"kept-{name}", "train")]
     if RECORD:

@@ -428,12 +428,15 @@ SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
     [in_soak(x) if x.stem == "finetune_dolly_full" else x for x in SHIPPED],
     ids=lambda file: file.stem,
 )
-def test_a_shipped_config_is_planned_as_it_is_trained(file):
+def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
     """Line by line; training's side takes its shardings where its loaders do."""
     module = importlib.import_module(f"configs.{file.stem}")
     config = from_config_dict(module.get_config())
-    preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
-    shape = dry_job.find_architecture(config, preset)
+    if config.model.init_from == ModelConfig().init_from:
+        shape = request.getfixturevalue("smollm2").architecture
+    else:
+        preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
+        shape = dry_job.find_architecture(config, preset)
     # The mesh of the config is of a slice; its axes on the devices that are here.
     devices = jax.devices()[: math.gcd(8, config.data.rows_per_pass)]
     mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
@@ -454,6 +457,12 @@ def test_a_shipped_config_is_planned_as_it_is_trained(file):
     batch = meshes.to_global(Batch(ids, ids, weights, ids, ids, ids), mesh, passes)
     trained = step.jit_train_step(job).lower(step.abstract_state(job), frozen, batch)
     assert compiled.lower(inputs).as_text() == trained.as_text()
+
+
+@pytest.mark.soak
+def test_the_planner_finds_the_shape_of_the_default_model(smollm2):
+    """It reads no weights; the parser of the file's description takes seconds."""
+    assert dry_job.find_architecture(Config(), "") == smollm2.architecture
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

@@ -5,7 +5,7 @@ import re
 import signal
 
 import pytest
-from commands import STEPS, chain
+from commands import EVALUATIONS, STEPS, chain
 from kills import (
     SAYS_PHASES,
     SLOW_DATA,
@@ -107,6 +107,8 @@ def test_a_run_killed_at_random_ends_as_the_unbroken_one(place, unbroken, killed
     assert [x.code for x in kills] == [-signal.SIGKILL] * 4, kills[-1].err
     assert last.code == 0, last.err
     assert 1 < int(re.findall(r"step (\d+) restored", last.err)[0]) < STEPS
+    for kind, steps in (("train", [*range(1, STEPS + 1)]), ("eval", EVALUATIONS)):
+        assert [line["step"] for line in place.lines("killed", kind)] == steps
     check_equal(place, "killed", "unbroken")
     assert final_state(place, "killed") == final_state(place, "unbroken")
     starts = history(place, "killed")["starts"]

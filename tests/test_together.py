@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import signal
 
 import numpy as np
@@ -77,28 +78,26 @@ CHAINS["alone"] = {
 }
 
 
-VMAPPED = f"--at_once={len(RUNS)}"
-
-
 @chain
 def together(place, results):
+    """One after another, as a CPU does it unasked."""
     results("unbroken")
-    return place.run("train_together", *flags(place, "together"), VMAPPED)
+    return place.run("train_together", *flags(place, "together"))
 
 
 @chain
-def together_in_turn(place, results):
-    """One after another, as a CPU does it unasked, and two and the one that is left."""
+def vmapped(place, results):
+    """All at once, as accelerators do it; and two, and the one that is left."""
     return {
-        n: place.run("train_together", *flags(place, f"turn{n}"), f"--at_once={n}")
-        for n in (0, 2)
+        n: place.run("train_together", *flags(place, f"vmap{n}"), f"--at_once={n}")
+        for n in (len(RUNS), 2)
     }
 
 
 @chain
 def together_in_parts(place, results):
     results("together")
-    command = *flags(place, "parts"), VMAPPED
+    command = flags(place, "parts")
     stopped = place.start("train_together", *command)
     stopped.wait_for(rf"step +7/{STEPS} ")
     stopped.send(signal.SIGTERM)
@@ -117,11 +116,11 @@ def test_each_run_equals_itself_alone(place, results, together, name):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("at_once", [0, 2])
-def test_runs_in_turn_are_runs_under_vmap(place, together, together_in_turn, at_once):
-    assert together_in_turn[at_once].code == 0, together_in_turn[at_once].err
+@pytest.mark.parametrize("at_once", [len(RUNS), 2])
+def test_runs_under_vmap_are_runs_in_turn(place, together, vmapped, at_once):
+    assert vmapped[at_once].code == 0, vmapped[at_once].err
     for name in RUNS:
-        check_same_numbers(place, f"turn{at_once}-{name}", f"together-{name}")
+        check_same_numbers(place, f"vmap{at_once}-{name}", f"together-{name}")
 
 
 def check_same_numbers(place, *runs):
@@ -171,6 +170,19 @@ def test_they_are_ordinary_run_directories(place, together):
         }
         history = json.loads((folder / "run.json").read_text())
         assert [x["cause"] for x in history["starts"]][-1] == "done"
+
+
+def test_the_base_model_is_asked_once_and_quoted_by_all(place, unbroken, together):
+    """Those of one seed share their prompts; one alone asks for itself."""
+    first = base_answers(place, "unbroken")[:1]
+    assert first == base_answers(place, "together-plain")
+    assert first == base_answers(place, "together-pattern")
+    assert first != base_answers(place, "together-large")
+
+
+def base_answers(place, run):
+    report = (place.run_dir(run) / "report.md").read_text()
+    return re.findall(r"\*\*base\*\*\n\n((?:> .*\n)+)", report)
 
 
 @pytest.mark.soak

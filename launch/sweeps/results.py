@@ -160,8 +160,8 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
     evaluated = [line for line in lines if line["kind"] == "eval"]
     values = [(line["step"], _metric(line, metric)) for line in evaluated]
     curve = [(step, value) for step, value in values if value is not None]
-    complete = (place / "complete.json").is_file()
-    is_done = complete and bool(curve)
+    is_done = bool(curve) and (place / "complete.json").is_file()
+    is_unmeasured = bool(evaluated) and not curve
     seconds = train[-1]["elapsed_s"] if train else 0.0
     history = _history(place)
     return Result(
@@ -169,13 +169,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
         point=tuple(run["point"]),
         seed=run["seed"],
         command=tuple(run["command"]),
-        state=(
-            "done"
-            if is_done
-            else UNMEASURED
-            if evaluated and not curve
-            else _state(train, run["steps"], history)
-        ),
+        state=_state(is_done, is_unmeasured, train, run["steps"], history),
         curve=tuple(curve),
         value=curve[-1][1] if is_done else None,
         seconds=seconds,
@@ -212,7 +206,17 @@ def _history(place: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _state(train: list[dict[str, Any]], steps: int, starts: list[dict]) -> str:
+def _state(
+    is_done: bool,
+    is_unmeasured: bool,
+    train: list[dict[str, Any]],
+    steps: int,
+    starts: list[dict[str, Any]],
+) -> str:
+    if is_done:
+        return "done"
+    if is_unmeasured:
+        return UNMEASURED
     if not starts:
         return "not begun"
     made = train[-1]["step"] if train else 0

@@ -2,6 +2,6 @@
 
 compatible which runs can
 members    what they do not share, as arrays
-step       the train and evaluation step of all of them, by `vmap`
+step       the train and evaluation step of all of them, under `vmap` or in turn
 runs       from configs to run directories: open, resume, train, report
 """

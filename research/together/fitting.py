@@ -93,7 +93,7 @@ class Pack:
         members: Sequence[Member],
         first: int,
         stop: StopRequest,
-        at_once: int | None = None,
+        at_once: int = 0,
     ):
         self.members, self._first, self._stop = members, first, stop
         runs = [member.run for member in members]
@@ -109,7 +109,7 @@ class Pack:
             dataclasses.replace(job, groups=groups),
             factors,
             any(config.lora.dropout > 0 for config in configs),
-            at_once or together.default_at_once(len(runs), jax.default_backend()),
+            at_once,
         )
         self._own = [step.abstract_state(run.job) for run in runs]
         numbers = arrays.stack([arrays.member(c, specs, factors) for c in configs])
@@ -282,10 +282,11 @@ class Pack:
         return action
 
     def _measured_by(self, number: int) -> list[int]:
-        """Of each run the one whose held-out loss it has, too.
+        """For each run the index of the one whose evaluation stands for it.
 
-        Before the first step that is any run of the same rows: adapters are an exact
-        no-op then, as the doctor has seen, and all runs are the base model.
+        Before the first step that is the first of the same rows: adapters are an exact
+        no-op then, as the doctor has seen, and all runs are the base model. Where all
+        are one product the others cost little, and no second program is compiled.
         """
         every = list(range(len(self.members)))
         if number or self._group.at_once > 1:

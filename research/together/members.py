@@ -26,7 +26,7 @@ Factors = dict[str, dict[str, Spec]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """What a step of one run does not share with the others; stacked by `vmap`.
+    """What a step of one run does not share with the others; stacked over the runs.
 
     Attributes:
       seed: int32, of dropout.

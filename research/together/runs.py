@@ -29,12 +29,12 @@ from research.together import compatible, fitting
 from research.watchdog import Watchdog
 
 
-def train(configs: Sequence[Config], at_once: int | None = None) -> int:
+def train(configs: Sequence[Config], at_once: int = 0) -> int:
     """Trains all to their last step; returns the exit code, the worst of the runs'.
 
     Args:
       configs: of the runs.
-      at_once: how many are under one `vmap`; None for what suits the device.
+      at_once: how many are under one `vmap`; 0 for what suits the device.
 
     Raises:
       UserError: whatever the user can mend; nothing is written then.
@@ -117,7 +117,7 @@ def _train(
     runs: Sequence[Run],
     changed: Sequence[dict[str, str]],
     stop: StopRequest,
-    at_once: int | None,
+    at_once: int,
 ) -> int:
     shared, phases = runs[0].config, runs[0].phases
     identities = [training.claim(*pair) for pair in zip(runs, changed, strict=True)]

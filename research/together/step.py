@@ -2,12 +2,13 @@
 
 The frozen base has no axis for the runs: where they are mapped by `vmap`, each product
 with it is one larger product. That pays where a product of one run leaves the device
-idle. A CPU is busy with one, and takes longer for the loops of all than for one after
-another: a trip count of the data turns into a selection over all runs.
+idle. A CPU is busy with one, and takes longer for the loops of all: one whose trip
+count depends on the data then runs to the longest, and selects in every round.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from research.together.members import Factors, Member
 
 Array = jax.Array
 Params = dict[str, Any]
+
+ALL = sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Group:
 def make_group(
     config: Config, job: step.Job, factors: Factors, dropout: bool, at_once: int
 ) -> Group:
-    """`job` may be that of any of the runs."""
+    """`job` may be that of any of the runs; `at_once` 0 takes what suits its device."""
+    if not at_once:
+        is_cpu = job.mesh.devices.flat[0].platform == "cpu"
+        at_once = 1 if is_cpu else ALL
     wide = dataclasses.replace(job.trainable, specs=factors)
     optimizer = optim.make_optimizer(config.optim, config.steps, factors)
     return Group(
@@ -53,11 +59,6 @@ def make_group(
         dropout=dropout,
         at_once=at_once,
     )
-
-
-def default_at_once(runs: int, platform: str) -> int:
-    """All of them, but on a CPU one; `tests/bench/together.py` measures it."""
-    return 1 if platform == "cpu" else runs
 
 
 def bind(group: Group, member: Member) -> step.Job:
@@ -100,25 +101,27 @@ def eval_step(
     params: Params,
     frozen: Params,
     batches: Batch,
-    chosen: Sequence[int],
+    chosen: tuple[int, ...],
 ) -> step.Metrics:
     """As `research.step.eval_step`, of the chosen runs alone, in that order."""
 
     def one(member: Member, params: Params, batch: Batch) -> step.Metrics:
         return step.eval_step(bind(group, member), params, frozen, batch)
 
-    every = (members, params, batches)
-    some = jax.tree.map(lambda x: jnp.stack([x[index] for index in chosen]), every)
-    return _over_runs(group, one, *some)
+    stacked = (members, params, batches)
+    if len(chosen) < members.seed.size:
+        stacked = jax.tree.map(lambda x: jnp.stack([x[i] for i in chosen]), stacked)
+    return _over_runs(group, one, *stacked)
 
 
 def _over_runs(group: Group, one: Callable[..., Any], *stacked: Any) -> Any:
     """`one` for each run, as many at once as `group` says."""
-    if group.at_once >= len(jax.tree.leaves(stacked)[0]):
+    runs = len(jax.tree.leaves(stacked)[0])
+    if group.at_once == 1:  # Not a batch of one, which would be under `vmap`.
+        return jax.lax.map(lambda run: one(*run), stacked)
+    if group.at_once >= runs:
         return jax.vmap(one)(*stacked)
-    # A batch of one would be under `vmap`, too.
-    width = group.at_once if group.at_once > 1 else None
-    return jax.lax.map(lambda run: one(*run), stacked, batch_size=width)
+    return jax.lax.map(lambda run: one(*run), stacked, batch_size=group.at_once)
 
 
 def stacked(shardings: Any) -> Any:

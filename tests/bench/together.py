@@ -4,8 +4,9 @@
 
 Whole processes on both sides: start-up, compilation, evaluation, checkpoints and
 reports are counted. Prints wall time and peak memory of both, their ratios, how much of
-the time the steps took, what the ratio would be at other numbers of steps, and the
-largest relative difference between two runs' losses (in bfloat16 they round apart).
+the time the steps took, what the ratio would be at other numbers of steps and no more
+saves or evaluations, and the largest relative difference between two runs' losses (in
+bfloat16 they round apart).
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--at-once", type=int, default=0, help="as train_together")
     options = parser.parse_args()
     shared = [
         "--config=configs/finetune_dolly.py",
@@ -87,7 +89,8 @@ def main() -> None:
         ]
         (folder / "runs.json").write_text(json.dumps(runs))
         file = f"--runs={folder / 'runs.json'}"
-        seconds, memory = run("train_together", *shared, caches[1], file)
+        at_once = f"--at_once={options.at_once}"
+        seconds, memory = run("train_together", *shared, caches[1], file, at_once)
         apart = max(
             abs(a - b) / a
             for rank, seed in RUNS
@@ -111,8 +114,8 @@ def main() -> None:
     )
     print(f"of which steps: one by one {steps[0]:.0f} s, together {steps[1]:.0f} s")
     for number in (5, 10, 20, 50, 200):
-        share = number / options.steps - 1
-        ratio = (seconds + share * steps[1]) / (total + share * steps[0])
+        more = number / options.steps - 1
+        ratio = (seconds + more * steps[1]) / (total + more * steps[0])
         print(f"at {number} steps, reckoned from these: {ratio:.2f} of the time")
 
 

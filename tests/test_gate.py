@@ -11,6 +11,7 @@ import types
 
 import pytest
 from commands import ROOT
+from helpers import in_soak
 from plan_helpers import big_config
 
 from launch import gate
@@ -154,7 +155,7 @@ def slurm(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize("more", [(), in_soak(("--dry-run",))], ids=["run", "dry run"])
 def test_a_launch_that_does_not_fit_makes_nothing(slurm, more):
     done, calls = slurm("--device=l4", "--gpus-per-node=1", *more)
     assert done.returncode == 2 and not done.stdout and not calls

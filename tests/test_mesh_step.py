@@ -129,6 +129,7 @@ def test_every_mesh_trains_as_one_device(run, kind, sizes, microbatches):
     assert_same_training(run(kind, sizes, microbatches), run(kind))
 
 
+@pytest.mark.soak
 def test_splitting_the_batch_changes_nothing(run):
     """The rows' weights are uneven: a mean of means would differ."""
     assert_same_training(run("lora", ONE, 4), run("lora"))

@@ -249,8 +249,8 @@ def test_a_damaged_gguf_file_is_the_users_error(tmp_path, kind):
         GGUFFile(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
-def test_a_truncated_gguf_file_is_the_users_error(tmp_path, kept):
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_a_truncated_gguf_file_is_the_users_error(tmp_path, share):
     """Cut in the description, and in the tensors: a download that broke off."""
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_token_list([f"token {n}" for n in range(100)])
@@ -261,7 +261,7 @@ def test_a_truncated_gguf_file_is_the_users_error(tmp_path, kept):
     writer.close()
     GGUFFile(tmp_path / "model.gguf")
     whole = (tmp_path / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(whole[: int(kept * len(whole))])
+    (tmp_path / "model.gguf").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match=r"model\.gguf is not a GGUF file"):
         GGUFFile(tmp_path / "model.gguf")
 

@@ -55,7 +55,7 @@ soak: $(VENV)/tested orbax-oldest  ## what takes long: 50 kills, pairs that fail
 
 orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orbax allowed
 	$(PIP) --no-deps --target $(VENV)-orbax --upgrade orbax-checkpoint==0.12.0
-	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_saving.py -k "not slow"
+	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_saving.py tests/test_saving_fails.py -k "not slow"
 	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_kept.py -k checkpoint
 
 format: $(VENV)/tested  ## let ruff mend what it can

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 from commands import STEPS, chain, snapshot
+from small_states import flip_one
 from test_end_to_end import final_state
-from test_saving import flip_one
 from test_survival import check_equal
 
 from research.errors import DamagedError, SaveError

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from commands import CHAINS, chain
-from test_saving import IDENTITY, KEEP, POSITION, abstract, equal, make_state
+from small_states import IDENTITY, KEEP, POSITION, abstract, equal, make_state
 
 from research.saving.integrity import find_damage
 from research.saving.manager import Checkpointer

@@ -9,32 +9,19 @@ import json
 import math
 import re
 import types
-from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 import tiny_model
-from helpers import in_soak
 from plan_helpers import EIGHT_B, ONE_B, big_config
 from rich.console import Console
 
 from research import chips, jobs, runtime, step
 from research import mesh as meshes
-from research.base import Base, open_architecture, open_base, random_base
-from research.batch import Batch
-from research.config import (
-    Config,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    TextConfig,
-    from_config_dict,
-)
+from research.base import open_architecture, open_base, random_base
+from research.config import Config, DataConfig, MeshConfig, ModelConfig, TextConfig
 from research.data.bpe import byte_tokenizer
 from research.errors import UserError
 from research.planning import analytic, compiled, dry_job, planner, report
-from research.planning import search as searching
 from research.planning.collectives import Collective
 from research.planning.flops import Flops
 from research.planning.roofline import make_roofline
@@ -176,86 +163,6 @@ def test_what_fits_is_below_the_limit_and_what_does_not_says_so():
         console = Console(record=True, width=120, file=io.StringIO())
         report.show(console, plan)
         assert words in console.export_text()
-
-
-def test_search_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch():
-    target = parse_device("l4:8")
-    config = big_config(rows=128)
-    found = searching.search(config, ONE_B, target)
-    assert 1 < len(found.plans) <= searching.SHOWN
-    middles = [(p.best.seconds + p.worst.seconds) / 2 for p in found.plans]
-    assert middles == sorted(middles)
-    for plan in found.plans[:4]:
-        assert plan.fits and plan.config.data.batch_size == 128
-        assert math.prod(plan.mesh.values()) == 8
-        if plan.micro_rows < 128:
-            data = dataclasses.replace(
-                plan.config.data, microbatch_size=2 * plan.micro_rows
-            )
-            wider = dataclasses.replace(plan.config, data=data)
-            assert not planner.plan_estimate(wider, ONE_B, target).fits
-
-
-def test_search_compiles_the_best_and_believes_the_compiler():
-    target = parse_device("l4:8")
-    asked = []
-
-    def compile_plan(config):
-        asked.append(config)
-        plan = planner.plan_estimate(config, ONE_B, target)
-        needed = 30e9 if len(asked) == 1 else plan.needed
-        return dataclasses.replace(plan, source="compiled", needed=needed)
-
-    found = searching.search(big_config(), ONE_B, target, compile_plan)
-    assert len(asked) == searching.COMPILED + 1
-    assert [p.source for p in found.plans[:3]] == ["compiled"] * 3
-    assert found.plans[0].config == asked[1]
-    assert found.plans[-1].config == asked[0] and not found.plans[-1].fits
-
-
-def test_search_goes_on_where_the_compiler_refuses_the_first():
-    target = parse_device("l4:8")
-    asked = []
-
-    def compile_plan(config):
-        asked.append(config)
-        plan = planner.plan_estimate(config, ONE_B, target)
-        needed = 30e9 if len(asked) <= searching.COMPILED else plan.needed
-        return dataclasses.replace(plan, source="compiled", needed=needed)
-
-    plans = searching.search(big_config(), ONE_B, target, compile_plan).plans
-    assert len(asked) == 2 * searching.COMPILED
-    assert [p.source for p in plans[:3]] == ["compiled"] * 3 and plans[0].fits
-    fits = [plan.fits for plan in plans]
-    assert fits == sorted(fits, reverse=True) and fits.count(False) == 3
-
-
-def test_search_that_fits_nothing_shows_what_is_nearest():
-    found = searching.search(big_config(rows=8), EIGHT_B, parse_device("l4:2"))
-    assert len(found.plans) == 1 and not found.plans[0].fits
-    with pytest.raises(UserError, match=r"none of .* divides 4 rows"):
-        searching.search(big_config(rows=4), EIGHT_B, parse_device("l4:3"))
-
-
-def test_search_keeps_its_plans_when_the_compiler_refuses_one():
-    asked = []
-
-    def compile_plan(config):
-        asked.append(config)
-        if len(asked) == 2:
-            raise UserError("an operation that the compiler does not know")
-        plan = planner.plan_estimate(config, ONE_B, parse_device("l4:8"))
-        return dataclasses.replace(plan, source="compiled")
-
-    found = searching.search(big_config(), ONE_B, parse_device("l4:8"), compile_plan)
-    configs = [plan.config for plan in found.plans]
-    assert asked[1] not in configs and {*asked} - {*configs} == {asked[1]}
-    assert len(asked) == searching.COMPILED + 1
-
-
-def test_search_says_what_stands_against_every_layout():
-    with pytest.raises(UserError, match=r"none of .*seq_len is 1000000.*context is"):
-        searching.search(big_config(seq=1000000), ONE_B, parse_device("l4:8"))
 
 
 def test_cudnn_pays_for_its_mask():
@@ -418,85 +325,3 @@ def test_without_libtpu_one_line_says_where_to_get_it(place):
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert "pip install libtpu" in done.err and "--device=v5e:4x4" in done.err
-
-
-SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
-
-
-@pytest.mark.parametrize(
-    "file",
-    [in_soak(x) if x.stem == "finetune_dolly_full" else x for x in SHIPPED],
-    ids=lambda file: file.stem,
-)
-def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
-    """Line by line; training's side takes its shardings where its loaders do."""
-    module = importlib.import_module(f"configs.{file.stem}")
-    config = from_config_dict(module.get_config())
-    if config.model.init_from == ModelConfig().init_from:
-        shape = request.getfixturevalue("smollm2").architecture
-    else:
-        preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
-        shape = dry_job.find_architecture(config, preset)
-    # The mesh of the config is of a slice; its axes on the devices that are here.
-    devices = jax.devices()[: math.gcd(8, config.data.rows_per_pass)]
-    mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
-    inputs = dry_job.make_inputs(config, shape, mesh)
-    base = Base("trained", shape, byte_tokenizer(), None)
-    job = jobs.make_job(config, base, mesh, inputs.job.groups)
-    whole = meshes.shardings(job.model.specs, mesh)
-    frozen = {
-        path: jax.ShapeDtypeStruct(
-            spec.shape, job.trainable.frozen_dtype, sharding=whole[path]
-        )
-        for path, spec in job.model.specs.items()
-        if path in job.trainable.frozen_specs
-    }
-    rows = config.data.batch_size, config.data.seq_len
-    ids, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
-    passes = config.data.batch_size // config.data.rows_per_pass
-    batch = meshes.to_global(Batch(ids, ids, weights, ids, ids, ids), mesh, passes)
-    trained = step.jit_train_step(job).lower(step.abstract_state(job), frozen, batch)
-    assert compiled.lower(inputs).as_text() == trained.as_text()
-
-
-@pytest.mark.soak
-def test_the_planner_finds_the_shape_of_the_default_model(smollm2):
-    """It reads no weights; the parser of the file's description takes seconds."""
-    assert dry_job.find_architecture(Config(), "") == smollm2.architecture
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_the_slice_a_shipped_config_names_exists_and_takes_its_mesh(file):
-    module = importlib.import_module(f"configs.{file.stem}")
-    config = from_config_dict(module.get_config())
-    if config.runtime.topology:
-        target = parse_topology(config.runtime.topology, config.runtime.slices)
-        assert meshes.make_mesh(config.mesh, target.devices()).size == target.count
-
-
-@pytest.mark.parametrize(
-    "topology, slices, mesh",
-    [
-        ("v6e:4x4", 1, MeshConfig(1, 1, 2, 2, 4)),
-        ("v5e:4x4", 2, MeshConfig(2, 1, 8, 2)),
-        ("v5p:4x4x4", 1, MeshConfig(16, 1, 4)),
-        ("v5p:4x4x4", 2, MeshConfig(2, 4, 4, 2, 2)),
-        ("v5e:4x4", 2, MeshConfig(4, 1, 8)),
-    ],
-    ids=str,
-)
-def test_axes_of_any_size_lie_on_a_torus(topology, slices, mesh):
-    """Each device once; and where there are several slices, no replica on two."""
-    target = parse_topology(topology, slices)
-    laid = meshes.make_mesh(mesh, target.devices()).devices
-    assert sorted(device.id for device in laid.flat) == list(range(target.count))
-    if slices > 1:
-        for replica in laid:
-            assert len({device.slice_index for device in replica.flat}) == 1
-
-
-def test_devices_of_a_target_make_the_meshes_of_training():
-    """Stand-ins and real devices alike: the same sizes from the same config."""
-    target = parse_device("h100:8")
-    planned = meshes.make_mesh(MESH, target.devices())
-    assert planned.shape == meshes.make_mesh(MESH, jax.devices()).shape

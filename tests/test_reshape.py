@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import in_soak
-from test_mesh_step import make_job, place
+from step_jobs import make_job, spread
 
 from research import mesh as meshes
 from research import step
@@ -87,7 +87,7 @@ def loss_after(on_mesh, checkpoints, params, batch):
     def loss(kind, source, target):
         job, abstract = on_mesh(kind, target)
         state = restore(checkpoints(kind, source), abstract)
-        frozen = place(params, job.model.specs, job.mesh) if kind == "lora" else {}
+        frozen = spread(params, job.model.specs, job.mesh) if kind == "lora" else {}
         sums = step.jit_eval_step(job)(
             state.params, frozen, meshes.to_global(batch, job.mesh)
         )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
-from test_saving import IDENTITY, POSITION, abstract, equal, make_state
+from small_states import IDENTITY, POSITION, abstract, equal, make_state
 
 from research import loop, metrics, training
 from research.config import CheckpointConfig, Config, RuntimeConfig

@@ -27,7 +27,6 @@ what suits the device, all on an accelerator and one after another on a CPU.
 """
 
 flags.DEFINE_string("runs", "", "JSON list of objects, knob -> value, or its file")
-
 flags.DEFINE_integer("at_once", 0, "runs in one product; 0: what suits", lower_bound=0)
 
 

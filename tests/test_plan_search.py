@@ -30,16 +30,21 @@ def test_search_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch():
             assert not planner.plan_estimate(wider, ONE_B, target).fits
 
 
-def test_search_compiles_the_best_and_believes_the_compiler():
-    target = parse_device("l4:8")
-    asked = []
+def compiler(target, asked, refused):
+    """It needs too much memory for the first `refused` configs that it is asked for."""
 
     def compile_plan(config):
         asked.append(config)
         plan = planner.plan_estimate(config, ONE_B, target)
-        needed = 30e9 if len(asked) == 1 else plan.needed
+        needed = 30e9 if len(asked) <= refused else plan.needed
         return dataclasses.replace(plan, source="compiled", needed=needed)
 
+    return compile_plan
+
+
+def test_search_compiles_the_best_and_believes_the_compiler():
+    target, asked = parse_device("l4:8"), []
+    compile_plan = compiler(target, asked, refused=1)
     found = searching.search(big_config(), ONE_B, target, compile_plan)
     assert len(asked) == searching.COMPILED + 1
     assert [p.source for p in found.plans[:3]] == ["compiled"] * 3
@@ -48,15 +53,8 @@ def test_search_compiles_the_best_and_believes_the_compiler():
 
 
 def test_search_goes_on_where_the_compiler_refuses_the_first():
-    target = parse_device("l4:8")
-    asked = []
-
-    def compile_plan(config):
-        asked.append(config)
-        plan = planner.plan_estimate(config, ONE_B, target)
-        needed = 30e9 if len(asked) <= searching.COMPILED else plan.needed
-        return dataclasses.replace(plan, source="compiled", needed=needed)
-
+    target, asked = parse_device("l4:8"), []
+    compile_plan = compiler(target, asked, refused=searching.COMPILED)
     plans = searching.search(big_config(), ONE_B, target, compile_plan).plans
     assert len(asked) == 2 * searching.COMPILED
     assert [p.source for p in plans[:3]] == ["compiled"] * 3 and plans[0].fits

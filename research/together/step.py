@@ -2,8 +2,8 @@
 
 The frozen base has no axis for the runs: where they are mapped by `vmap`, each product
 with it is one larger product. That pays where a product of one run leaves the device
-idle. A CPU is busy with one, and takes longer for the loops of all: one whose trip
-count depends on the data then runs to the longest, and selects in every round.
+idle. A CPU is busy with one, and `vmap` has a price: a loop whose trip count depends on
+the data runs to the longest of all, and selects in every round.
 """
 
 import dataclasses

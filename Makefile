@@ -55,8 +55,8 @@ soak: $(VENV)/tested orbax-oldest  ## what takes long: 50 kills, pairs that fail
 
 orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orbax allowed
 	$(PIP) --no-deps --target $(VENV)-orbax --upgrade orbax-checkpoint==0.12.0
-	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_saving.py tests/test_saving_fails.py -k "not slow"
-	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/test_kept.py -k checkpoint
+	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/checkpoints/test_saving.py tests/checkpoints/test_saving_fails.py -k "not slow"
+	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/checkpoints/test_kept.py -k checkpoint
 
 format: $(VENV)/tested  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -64,17 +64,17 @@ format: $(VENV)/tested  ## let ruff mend what it can
 clean:  ## forget the environments (runs stay)
 	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax
 
-$(VENV)/python-chosen: launch/find_python.sh
+$(VENV)/python-chosen: launch/setup/find_python.sh
 	@rm -rf $(VENV)
-	@python=$$(PYTHON="$(PYTHON)" bash launch/find_python.sh) || exit 1; \
+	@python=$$(PYTHON="$(PYTHON)" bash launch/setup/find_python.sh) || exit 1; \
 	echo "environment: $$python -> $(VENV)"; \
 	"$$python" -m venv $(VENV) && touch $@
 
 # Torch is for references and comparisons alone, in an environment of its own: the
 # pinned CPU build exists for Python 3.11.
-$(VENV)-torch/python-chosen: launch/find_python.sh
+$(VENV)-torch/python-chosen: launch/setup/find_python.sh
 	@rm -rf $(VENV)-torch
-	@python=$$(bash launch/find_python.sh 3.11) || exit 1; \
+	@python=$$(bash launch/setup/find_python.sh 3.11) || exit 1; \
 	"$$python" -m venv $(VENV)-torch && touch $@
 
 $(VENV)-torch/golden: $(VENV)-torch/python-chosen tests/golden/requirements.txt

@@ -1,1 +1,3 @@
-"""Starts the programs of `research` on one machine or many."""
+"""`python -m launch TARGET`: starts training here or elsewhere. Imports `research`,
+never the other way round.
+"""

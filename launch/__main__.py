@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch import settings, starting, targets
-from launch.job import Job, check_training_flags
-from research import doors
-from research.errors import UserError
+from launch import targets
+from launch.jobs import compiler_settings, launcher
+from launch.jobs.launch_job import Job, check_training_flags
+from research.config import command_line
+from research.core.errors import UserError
 
 USAGE = """
 What stands after -- goes to research.train as it is. --dry-run shows the commands and
@@ -21,12 +22,12 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     own, training = split(argv[1:])
     if LIST in own:
-        sys.stdout.write(settings.table())
+        sys.stdout.write(compiler_settings.table())
         return 0
     options = make_parser().parse_args(own)
     config = check_training_flags(training)
     target = targets.find(options.target)
-    return starting.start(target, [Job.of_run(training, config)], options)
+    return launcher.start(target, [Job.of_run(training, config)], options)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -45,7 +46,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = starting.Parser(
+    parser = launcher.Parser(
         prog="python -m launch",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,9 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
         own = known.add_parser(
             name, help=target.HELP, description=target.HELP, allow_abbrev=False
         )
-        starting.add_flags(own, target)
+        launcher.add_flags(own, target)
     return parser
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    command_line.run(main)

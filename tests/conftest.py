@@ -25,8 +25,8 @@ from fake_tools import cloud_job as cloud_job
 from fake_tools import fake as fake
 from helpers import TINY, random_params
 
-from research.base import open_base
 from research.data.instructions.packing import Document, build_batch, pack
+from research.formats.base_model import open_base
 from research.models.transformer import Model
 
 

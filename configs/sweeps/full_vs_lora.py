@@ -7,7 +7,7 @@ single rate would compare the rates.
 """
 
 from configs.sweeps import small
-from launch.sweeps.spec import Sweep, listed
+from launch.sweep import Sweep, listed
 
 
 def get_sweep():

@@ -4,7 +4,7 @@ python -m launch.sweep --sweep=configs/sweeps/learning_rate.py
 """
 
 from configs.sweeps import small
-from launch.sweeps.spec import Sweep, grid
+from launch.sweep import Sweep, grid
 
 
 def get_sweep():

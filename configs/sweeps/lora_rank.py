@@ -7,7 +7,7 @@ the first step.
 """
 
 from configs.sweeps import small
-from launch.sweeps.spec import Sweep, listed
+from launch.sweep import Sweep, listed
 
 
 def get_sweep():

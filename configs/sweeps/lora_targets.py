@@ -4,7 +4,7 @@ python -m launch.sweep --sweep=configs/sweeps/lora_targets.py
 """
 
 from configs.sweeps import small
-from launch.sweeps.spec import Sweep, listed
+from launch.sweep import Sweep, listed
 
 
 def get_sweep():

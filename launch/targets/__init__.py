@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from launch.job import Job, Plan
+from launch.jobs.launch_job import Job, Plan
 
 
 class Target(Protocol):

@@ -30,12 +30,13 @@ from typing import Any
 
 import yaml
 
-from launch import policy, shipping, slices
-from launch.job import Job, Plan
-from research import provenance
-from research.chips import CHIPS
-from research.config import Config
-from research.errors import PREEMPTED, UserError
+from launch.clouds import code_upload, tpu_slices
+from launch.jobs import restart_policy
+from launch.jobs.launch_job import Job, Plan
+from research.config.run_config import Config
+from research.core.errors import PREEMPTED, UserError
+from research.parallel.chips import CHIPS
+from research.runs import provenance
 
 HELP = "a JobSet on a GKE cluster, TPU slices or GPU nodes; --image holds this code"
 TOOLS: Mapping[str, str] = {
@@ -77,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--volume", action="append", default=[], metavar="CLAIM:/PATH",
         help="a persistent volume claim; run directories lie in the first; required",
     )  # fmt: skip
-    shipping.add_secret_flag(
+    code_upload.add_secret_flag(
         parser, "a Secret of the namespace, whose keys become environment variables"
     )
 
@@ -86,7 +87,7 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     """What the nodes have; None for GPUs that `--gpu` does not name, or we not know."""
     if not options.gpus_per_node:
         topology = options.topology or config.runtime.topology
-        chosen = slices.named(topology, "--topology=v5e:4x4")
+        chosen = tpu_slices.named(topology, "--topology=v5e:4x4")
         return f"{chosen.chip.name}:{chosen.shape}", _slices(options, config)
     words = options.gpu.split("-")
     known = [c.name for c in CHIPS.values() if c.platform == "gpu" and c.name in words]
@@ -97,15 +98,15 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """A manifest for each job."""
     if not options.image:
         raise UserError("no image: give --image=REGISTRY/NAME:TAG, which has this code")
-    shipping.check_counts(
+    code_upload.check_counts(
         options,
         {"slices": 0, "gpus_per_node": 0, "nodes": 1, "grace": 1, "restarts": 0},
     )
-    shipping.check_secrets(options.secret, DNS_NAME)
+    code_upload.check_secrets(options.secret, DNS_NAME)
     volumes = _volumes(options.volume)
     files, commands = {}, []
-    for name, job in zip(shipping.names(jobs), jobs, strict=True):
-        there = shipping.stored(shipping.portable(job, "gke"), volumes[0][1])
+    for name, job in zip(code_upload.names(jobs), jobs, strict=True):
+        there = code_upload.stored(code_upload.portable(job, "gke"), volumes[0][1])
         file = job.file(".jobset.yaml")
         files[file] = yaml.safe_dump(
             manifest(name, there, options, volumes), sort_keys=False, allow_unicode=True
@@ -244,7 +245,10 @@ def _pod_rules(several: bool) -> list[Manifest]:
         # The codes first: a pod that was disrupted may also have failed to save.
         {
             "action": "FailJob",
-            "onExitCodes": {"operator": "In", "values": sorted(policy.FINAL - {0})},
+            "onExitCodes": {
+                "operator": "In",
+                "values": sorted(restart_policy.FINAL - {0}),
+            },
         },
         {"action": preempted, "onExitCodes": {"operator": "In", "values": [PREEMPTED]}},
         {
@@ -268,7 +272,7 @@ def _set_rules(several: bool) -> list[Manifest]:
 def _tpus(job: Job, options: argparse.Namespace) -> Manifest:
     """What depends on the hardware."""
     topology = options.topology or job.config.runtime.topology
-    chosen = slices.named(topology, "--topology=v5e:4x4")
+    chosen = tpu_slices.named(topology, "--topology=v5e:4x4")
     count = _slices(options, job.config)
     if chosen.hosts == 1 and count > 1:
         raise UserError(

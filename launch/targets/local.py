@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO
 
-from launch import policy, shipping
-from launch.job import Job, Plan
+from launch.clouds import code_upload
+from launch.jobs import restart_policy
+from launch.jobs.launch_job import Job, Plan
 
 HELP = "processes on this machine"
 TOOLS: Mapping[str, str] = {}
@@ -33,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """Of one job, to run; of several, to show: `launch.sweep` takes them in turn."""
-    shipping.check_counts(options, {"processes": 1, "restarts": 0})
+    code_upload.check_counts(options, {"processes": 1, "restarts": 0})
     many = options.processes > 1
     commands = [job.command(sys.executable, distributed=many) for job in jobs]
     if not many:
@@ -118,9 +119,9 @@ class Group:
         """
         while True:
             code = self._run_once(plan, output, watch, inherit)
-            if self.told is not None or not policy.again(code, restarts):
+            if self.told is not None or not restart_policy.again(code, restarts):
                 return code
-            restarts -= code != policy.PREEMPTED
+            restarts -= code != restart_policy.PREEMPTED
             logging.info(
                 "ended with code %d; once more, %d failures left", code, restarts
             )
@@ -159,4 +160,4 @@ class Group:
                     process.kill()
             watch()
             time.sleep(POLL)
-        return policy.worst([process.returncode for process in self._running])
+        return restart_policy.worst([process.returncode for process in self._running])

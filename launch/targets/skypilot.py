@@ -17,12 +17,12 @@ from typing import Any
 
 import yaml
 
-from launch import shipping, slices
-from launch.job import Job, Plan
-from research import provenance
-from research.chips import CHIPS
-from research.config import Config
-from research.errors import PREEMPTED, UserError
+from launch.clouds import code_upload, tpu_slices
+from launch.jobs.launch_job import Job, Plan
+from research.config.run_config import Config
+from research.core.errors import PREEMPTED, UserError
+from research.parallel.chips import CHIPS
+from research.runs import provenance
 
 HELP = "a managed job of SkyPilot, on TPUs or GPUs of any cloud it knows"
 TOOLS: Mapping[str, str] = {"sky": 'pip install "skypilot[gcp]", then sky check'}
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="after failures; Sky counts a person's mistakes among them; default: 0",
     )
-    shipping.add_secret_flag(
+    code_upload.add_secret_flag(
         parser, "a variable of this shell's environment that the job gets, too"
     )
 
@@ -71,8 +71,8 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
 
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """A managed job for each."""
-    shipping.check_counts(options, {"nodes": 1, "restarts": 0})
-    shipping.check_secrets(options.secret)
+    code_upload.check_counts(options, {"nodes": 1, "restarts": 0})
+    code_upload.check_secrets(options.secret)
     if not BUCKET.fullmatch(options.bucket):
         raise UserError(
             f"--bucket is {options.bucket!r}; a machine's disk goes with it: name a "
@@ -80,8 +80,8 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         )
     files, commands = {}, []
     secrets = [flag for secret in options.secret for flag in ("--secret", secret)]
-    for name, job in zip(shipping.names(jobs), jobs, strict=True):
-        there = shipping.stored(shipping.portable(job, "skypilot"), MOUNT)
+    for name, job in zip(code_upload.names(jobs), jobs, strict=True):
+        there = code_upload.stored(code_upload.portable(job, "skypilot"), MOUNT)
         file = job.file(".sky.yaml")
         files[file] = yaml.dump(
             task(name, there, options),
@@ -121,16 +121,16 @@ def task(name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "name": name,
-        "workdir": str(shipping.ROOT),
+        "workdir": str(code_upload.ROOT),
         "num_nodes": options.nodes,
         "resources": ({"infra": options.infra} if options.infra else {}) | resources,
         "file_mounts": {MOUNT: {"source": options.bucket, "mode": "MOUNT"}},
         "envs": {
-            provenance.CODE_VERSION: provenance.code_version(shipping.ROOT),
+            provenance.CODE_VERSION: provenance.code_version(code_upload.ROOT),
             **job.env,
         },
         **({"secrets": dict.fromkeys(options.secret)} if options.secret else {}),
-        "setup": f"bash launch/install.sh {ENVIRONMENT} 'jax[{platform}]'\n",
+        "setup": f"bash launch/setup/install.sh {ENVIRONMENT} 'jax[{platform}]'\n",
         "run": RUN.format(
             environment=ENVIRONMENT,
             arguments=shlex.join(arguments),
@@ -152,13 +152,13 @@ def _accelerators(job: Job, options: argparse.Namespace) -> tuple[str, int]:
         raise UserError(
             f"--nodes is {options.nodes}; a TPU slice is one node of SkyPilot's"
         )
-    name = slices.default_type(chosen, "--config.runtime.topology")
+    name = tpu_slices.default_type(chosen, "--config.runtime.topology")
     return f"tpu-{name}", chosen.hosts
 
 
-def _slice(given: str, config: Config) -> slices.Slice:
+def _slice(given: str, config: Config) -> tpu_slices.Slice:
     type_, flag = given.removeprefix("tpu-"), "--accelerators=tpu-TYPE"
-    return slices.only(config, type_, flag, "--accelerators=H100:8")
+    return tpu_slices.only(config, type_, flag, "--accelerators=H100:8")
 
 
 class _Dumper(yaml.SafeDumper):

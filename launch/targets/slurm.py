@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch import policy, shipping
-from launch.job import Job, Plan
-from research.chips import CHIPS
-from research.config import Config
-from research.errors import PREEMPTED, UserError, nearest
+from launch.clouds import code_upload
+from launch.jobs import restart_policy
+from launch.jobs.launch_job import Job, Plan
+from research.config.run_config import Config
+from research.core.errors import PREEMPTED, UserError, nearest
+from research.parallel.chips import CHIPS
 
 HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"
 TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on Debian)"}
@@ -88,7 +89,7 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
 def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """One job, or an array of several."""
     least = {"nodes": 1, "processes_per_node": 1, "grace": 1, "restarts": 0}
-    shipping.check_counts(options, least)
+    code_upload.check_counts(options, least)
     first, several = jobs[0], len(jobs) > 1
     beside = first.file("").parent / "slurm-array" if several else first.beside
     if "\\" in str(beside):
@@ -105,7 +106,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         f"{index}) command=({shlex.join(command)}) ;;"
         for index, command in enumerate(commands)
     ]
-    over = policy.FINAL | {PREEMPTED}
+    over = restart_policy.FINAL | {PREEMPTED}
     text = TEMPLATE.format(
         folder=shlex.quote(os.getcwd()),
         cases="\n".join(cases),

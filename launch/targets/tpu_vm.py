@@ -19,11 +19,11 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from launch import machines, shipping, slices
-from launch.job import Job, Plan
-from research import provenance
-from research.config import Config
-from research.errors import PREEMPTED, UserError
+from launch.clouds import code_upload, rented_machines, tpu_slices
+from launch.jobs.launch_job import Job, Plan
+from research.config.run_config import Config
+from research.core.errors import PREEMPTED, UserError
+from research.runs import provenance
 
 HELP = "a TPU VM for each job, on Google Cloud: this commit, made and deleted by gcloud"
 TOOLS: Mapping[str, str] = {
@@ -55,7 +55,7 @@ install_it() {{
   mkdir research
   tar -xzf research.tar.gz -C research
   sudo install -d -o "$(id -un)" {folder}
-{mount}  bash research/launch/install.sh "$HOME/research-env" 'jax[tpu]'
+{mount}  bash research/launch/setup/install.sh "$HOME/research-env" 'jax[tpu]'
 }}
 
 case "$1" in
@@ -134,7 +134,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--do", choices=STEPS, default="run", help="a part of it; default: run"
     )
-    shipping.add_secret_flag(
+    code_upload.add_secret_flag(
         parser, "a secret of Secret Manager, read on the VM into a variable of its name"
     )
 
@@ -154,40 +154,42 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     """A VM for each job."""
     if not options.zone:
         raise UserError("no zone: give --zone=us-west4-a, or where you have TPUs")
-    shipping.check_counts(options, {"restarts": 0})
-    shipping.check_secrets(options.secret)
+    code_upload.check_counts(options, {"restarts": 0})
+    code_upload.check_secrets(options.secret)
     steps = [step for step in STEPS[options.do] if step != "delete" or not options.keep]
     if options.do == "delete":
         steps = ["delete"]
-    jobs = [shipping.portable(job, "tpu-vm") for job in jobs]
+    jobs = [code_upload.portable(job, "tpu-vm") for job in jobs]
     chosen = [_slice(job.config, options) for job in jobs]
     files, made = {}, []
-    version = shipping.committed(jobs, "tpu-vm") if "push" in steps else ""
+    version = code_upload.committed(jobs, "tpu-vm") if "push" in steps else ""
     # By the commit: a machine that is made again gets the code of its own launch.
     archive = os.path.abspath(jobs[0].beside.with_name(f"research-{version}.tar.gz"))
-    for name, job, each in zip(shipping.names(jobs), jobs, chosen, strict=True):
+    for name, job, each in zip(code_upload.names(jobs), jobs, chosen, strict=True):
         script = job.file(".tpu-vm.sh")
         if "push" in steps:
             files[script] = worker_script(job, each, version, options)
         known = _commands(name, each, [archive, os.path.abspath(script)], options)
         commands = {step: known[step] for step in steps}
         log = job.file(".tpu-vm.log") if len(jobs) > 1 else None
-        made.append(machines.Machine(name, commands, log))
-    send = ["git", "-C", str(shipping.ROOT), "archive", "--format=tar.gz"]
+        made.append(rented_machines.Machine(name, commands, log))
+    send = ["git", "-C", str(code_upload.ROOT), "archive", "--format=tar.gz"]
     before = [[*send, f"--output={archive}", version]] if "push" in steps else []
     flat = [command for m in made for step in m.steps.values() for command in step]
-    return machines.MachinesPlan(files, [*before, *flat], before=before, machines=made)
+    return rented_machines.MachinesPlan(
+        files, [*before, *flat], before=before, machines=made
+    )
 
 
 def run(plan: Plan, options: argparse.Namespace) -> int:
     """Until all is done, or a signal to this launcher: then the VMs live on."""
     logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
     plan.write_files()
-    return machines.run(plan, options.restarts, whole=options.do == "run")
+    return rented_machines.run(plan, options.restarts, whole=options.do == "run")
 
 
 def worker_script(
-    job: Job, chosen: slices.Slice, version: str, options: argparse.Namespace
+    job: Job, chosen: tpu_slices.Slice, version: str, options: argparse.Namespace
 ) -> str:
     """What runs on each worker.
 
@@ -200,7 +202,7 @@ def worker_script(
             f"{chosen.hosts} host(s) of {chosen.type} keep {job.config.run_dir} on "
             "their own disks, which go with the VM: give --bucket=NAME"
         )
-    job = shipping.stored(job, FOLDER)
+    job = code_upload.stored(job, FOLDER)
     arguments = job.command("python", distributed=chosen.hosts > 1)[1:]
     variables = f"{shlex.join(job.setting_env([]))} " if job.env else ""
     project = f" --project={shlex.quote(options.project)}" if options.project else ""
@@ -220,8 +222,8 @@ def worker_script(
     )
 
 
-def _slice(config: Config, options: argparse.Namespace) -> slices.Slice:
-    return slices.only(config, options.type, "--type", "--type=v5litepod-16")
+def _slice(config: Config, options: argparse.Namespace) -> tpu_slices.Slice:
+    return tpu_slices.only(config, options.type, "--type", "--type=v5litepod-16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,12 +238,15 @@ class _Gcloud:
 
 
 def _commands(
-    name: str, chosen: slices.Slice, sent: Sequence[str], options: argparse.Namespace
+    name: str,
+    chosen: tpu_slices.Slice,
+    sent: Sequence[str],
+    options: argparse.Namespace,
 ) -> dict[str, list[list[str]]]:
     """The commands of each step; what the worker's shell reads is written here only."""
     project = [f"--project={options.project}"] if options.project else []
     gcloud = _Gcloud([f"--zone={options.zone}", *project])
-    type_ = slices.default_type(chosen, "--config.runtime.topology")
+    type_ = tpu_slices.default_type(chosen, "--config.runtime.topology")
     software = options.runtime_version or chosen.family.runtime
     wanted = [
         f"--accelerator-type={type_}",

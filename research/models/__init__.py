@@ -1,0 +1,3 @@
+"""Decoder models in Flax NNX: architecture, layers, attention. Only this room imports
+Flax.
+"""

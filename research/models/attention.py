@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.models.presets import Architecture, RopeScaling
+from research.models.architecture import Architecture, RopeScaling
 
 Array = jax.Array
 

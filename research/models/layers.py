@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.matrix import Matrix, Spec, contract, lookup
+from research.weights.contraction import Matrix, contract, lookup
+from research.weights.parameter_spec import Spec
 
 Array = jax.Array
 

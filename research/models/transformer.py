@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.matrix import Matrix, Spec, transpose
 from research.models import attention
-from research.models.kernels import packed_attention
+from research.models.architecture import Architecture
+from research.models.attention_kernels import packed_attention
 from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
-from research.models.presets import Architecture
+from research.weights.contraction import Matrix, transpose
+from research.weights.parameter_spec import Spec
 
 Array = jax.Array
 Params = dict[str, Any]

@@ -1,0 +1,3 @@
+"""A task is what differs between jobs: its rows, its objective, its metrics, its
+samples.
+"""

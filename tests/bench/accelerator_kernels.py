@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from random_rows import random_rows
 
-from research import doors
-from research.errors import UserError
-from research.models.kernels import KERNELS, choose, packed_attention
+from research.config import command_line
+from research.core.errors import UserError
+from research.models.attention_kernels import KERNELS, choose, packed_attention
 
 # bfloat16 keeps 8 bits; a sum over a row of products of rounded values stays within
 # some of them. The tests hold every kernel to the same share of the largest value.
@@ -135,4 +135,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    command_line.run(main)

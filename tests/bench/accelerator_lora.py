@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import trials
 from trials import Trial
 
-from research import doors
-from research.errors import UserError
-from research.models.presets import preset, to_hf_config
+from research.config import command_line
+from research.core.errors import UserError
+from research.models.architecture import preset, to_hf_config
 
 GOAL = 1.5
 SHAPE = "llama3.1-8b"
@@ -160,4 +160,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    command_line.run(main)

@@ -20,10 +20,10 @@ import trials
 from random_step import read_config
 from trials import Device, Trial
 
-from research import doors
-from research.errors import UserError
-from research.models import kernels
-from research.planning.dry_job import find_architecture
+from research.config import command_line
+from research.core.errors import UserError
+from research.models import attention_kernels
+from research.plan.abstract_run import find_architecture
 
 GOAL = 0.5
 
@@ -34,7 +34,7 @@ def working_kernels(arguments: argparse.Namespace, device: Device) -> list[str]:
     width = find_architecture(config, arguments.preset).head_dim
 
     def choose(kernel: str) -> str:
-        return kernels.choose(
+        return attention_kernels.choose(
             kernel,
             device.platform,
             dtype=config.model.dtype,
@@ -44,7 +44,7 @@ def working_kernels(arguments: argparse.Namespace, device: Device) -> list[str]:
         ).kernel
 
     found = [choose("auto")]
-    for kernel in kernels.KERNELS:
+    for kernel in attention_kernels.KERNELS:
         try:
             found.append(choose(kernel))
         except UserError:
@@ -106,4 +106,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    command_line.run(main)

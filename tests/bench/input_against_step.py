@@ -27,7 +27,7 @@ GOAL = 20
 
 def read_config(name: str, **data: int) -> Any:
     """The shipped config as the trainer sees it, with other `data` knobs."""
-    from research.config import from_config_dict
+    from research.config.run_config import from_config_dict
 
     config = importlib.import_module(f"configs.{name}").get_config()
     for knob, value in data.items():
@@ -37,11 +37,11 @@ def read_config(name: str, **data: int) -> Any:
 
 def pulled(config: Any, seconds: float) -> float:
     """Tokens a second of the iterator that training pulls from, on one core."""
-    from research.run_dir import RunDir
-    from research.tasks import opening
+    from research.runs.run_directory import RunDir
+    from research.tasks import task_registry
 
-    base = opening.open_start(config, RunDir("/nonexistent"))
-    task = opening.load_task(config, base)
+    base = task_registry.open_start(config, RunDir("/nonexistent"))
+    task = task_registry.load_task(config, base)
     batches = task.batches(list(range(config.data.batch_size)))
     next(batches)
     cores = os.sched_getaffinity(0)
@@ -72,9 +72,9 @@ def trained(name: str, steps: int) -> float:
 
 def host_need() -> tuple[str, float]:
     """Tokens a second of one host of `HOST_JOB`'s slice when everything overlaps."""
-    from research.models.presets import preset
-    from research.planning import planner
-    from research.planning.target import parse_topology
+    from research.models.architecture import preset
+    from research.plan import planner
+    from research.plan.planned_devices import parse_topology
 
     config = read_config(HOST_JOB)
     target = parse_topology(config.runtime.topology)

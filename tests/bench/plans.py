@@ -18,12 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from research.config import Config, MeshConfig, from_config_dict
-from research.models.presets import PRESETS
-from research.planning import compiled, planner
-from research.planning.environment import ENVIRONMENT
-from research.planning.planner import Plan
-from research.planning.target import parse_topology
+from research.config.run_config import Config, MeshConfig, from_config_dict
+from research.models.architecture import PRESETS
+from research.plan import planner
+from research.plan.compiled import compile_step
+from research.plan.compiled.libtpu_environment import ENVIRONMENT
+from research.plan.planned_devices import parse_topology
+from research.plan.planner import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def make_plan(row: Row, compiling: bool) -> Plan:
     target = parse_topology(row.topology, row.slices)
     arguments = (row.read(), PRESETS[row.preset], target)
     if compiling:
-        devices = compiled.topology_devices(target)
+        devices = compile_step.topology_devices(target)
         return planner.plan_compiled(*arguments, devices)
     return planner.plan_estimate(*arguments)
 

@@ -32,7 +32,7 @@ FIELDS = ("tokens", "targets", "weights", "segments", "positions")
 def read_config(steps: int | None) -> Any:
     """`configs/pretrain_tiny.py`, which needs nothing that torch has not."""
     from configs import pretrain_tiny
-    from research.config import from_config_dict
+    from research.config.run_config import from_config_dict
 
     config = pretrain_tiny.get_config()
     config.export = False
@@ -43,16 +43,18 @@ def read_config(steps: int | None) -> Any:
 
 def prepare(config: Any, folder: Path) -> None:
     """Writes the first weights, all batches and the learning rates for torch."""
-    from research import exporting, jobs, mesh
-    from research.optim import make_schedule
-    from research.run_dir import RunDir
-    from research.tasks import opening
+    from research.formats import huggingface_export
+    from research.parallel import mesh
+    from research.runs.run_directory import RunDir
+    from research.tasks import task_registry
+    from research.train.step import definition
+    from research.train.step.schedules import make_schedule
 
-    base = opening.open_start(config, RunDir(folder / "none"))
-    job = jobs.make_job(config, base, mesh.make_mesh(config.mesh))
-    task = opening.load_task(config, base)
-    params, _ = jobs.load_start(job, base)
-    exporting.export(job.model, params, base.tokenizer, folder / "model")
+    base = task_registry.open_start(config, RunDir(folder / "none"))
+    job = definition.make_job(config, base, mesh.make_mesh(config.mesh))
+    task = task_registry.load_task(config, base)
+    params, _ = definition.load_start(job, base)
+    huggingface_export.export(job.model, params, base.tokenizer, folder / "model")
     rows = list(range(config.data.batch_size))
     batches = task.batches(rows)
     save(folder / "train.npz", [next(batches) for _ in range(config.steps)])

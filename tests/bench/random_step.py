@@ -27,15 +27,19 @@ import jax
 import numpy as np
 from random_rows import random_rows
 
-from research import chips, doors, jobs, metrics, runtime, step, trees
-from research import mesh as meshes
-from research.base import Base
-from research.batch import Batch
-from research.config import Config, from_config_dict
-from research.data.tokenizer import Tokenizer
-from research.errors import UserError
-from research.models.presets import Architecture
-from research.planning import dry_job
+from research.config import command_line
+from research.config.run_config import Config, from_config_dict
+from research.core.errors import UserError
+from research.data.token_batch import Batch
+from research.formats.base_model import Base
+from research.models.architecture import Architecture
+from research.parallel import chips, runtime
+from research.parallel import mesh as meshes
+from research.plan import abstract_run
+from research.tokenize.tokenizer import Tokenizer
+from research.train import throughput
+from research.train.step import definition, train_step
+from research.weights import parameter_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +90,7 @@ def read_config(path: str, changes: dict[str, Any]) -> Config:
     return from_config_dict(config)
 
 
-def make_batch(inputs: dry_job.Inputs, trained: float, documents: int) -> Batch:
+def make_batch(inputs: abstract_run.Inputs, trained: float, documents: int) -> Batch:
     """Random rows for a step, on its device."""
     passes, rows, seq = inputs.batch.tokens.shape
     vocab = inputs.architecture.vocab
@@ -116,14 +120,14 @@ def measure(
     """
     device = jax.devices()[0]
     mesh = meshes.make_mesh(config.mesh, [device])
-    inputs = dry_job.make_inputs(config, architecture, mesh)
+    inputs = abstract_run.make_inputs(config, architecture, mesh)
     # Weights that are drawn need no tokenizer, rows that are drawn neither.
     base = Base("random", architecture, cast(Tokenizer, None), None)
-    params, frozen = jobs.load_start(inputs.job, base)
-    state = step.jit_init(inputs.job)(params)
+    params, frozen = definition.load_start(inputs.job, base)
+    state = train_step.jit_init(inputs.job)(params)
     del params
     batch = make_batch(inputs, trained, documents)
-    train = step.jit_train_step(inputs.job)
+    train = train_step.jit_train_step(inputs.job)
     seconds: list[float] = []
     for _ in range(warmup + steps):
         begun = time.perf_counter()
@@ -131,8 +135,8 @@ def measure(
         jax.block_until_ready((state, sums))
         seconds.append(time.perf_counter() - begun)
     step_s = statistics.median(seconds[warmup:])
-    count = trees.count(state.params)
-    flops = metrics.count_flops(architecture, count, full=config.trainable == "full")
+    count = parameter_paths.count(state.params)
+    flops = throughput.count_flops(architecture, count, full=config.trainable == "full")
     needed = flops.step(*(float(sums[name]) for name in ("tokens", "weight", "pairs")))
     peak = peak_flops(config, device)
     return Measured(
@@ -221,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     runtime.start(config.runtime)
     found = measure(
         config,
-        dry_job.find_architecture(config, arguments.preset),
+        abstract_run.find_architecture(config, arguments.preset),
         trained=arguments.trained,
         documents=arguments.documents,
         steps=arguments.steps,
@@ -233,4 +237,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    doors.run(main)
+    command_line.run(main)

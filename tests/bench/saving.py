@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.config import CheckpointConfig
-from research.saving import integrity
-from research.saving.manager import Checkpointer
+from research.checkpoints import checksums
+from research.checkpoints.checkpointer import Checkpointer
+from research.config.run_config import CheckpointConfig
 
 
 def make_state(megabytes: int) -> dict[str, jax.Array]:
@@ -45,8 +45,8 @@ def timed(function) -> float:
 def one_round(state, abstract) -> dict[str, float]:
     """Seconds of one save and one restore, and of the checksums in both."""
     folder, sealing = Path(tempfile.mkdtemp()), []
-    seal = integrity.seal
-    integrity.seal = lambda path: sealing.append(timed(lambda: seal(path)))
+    seal = checksums.seal
+    checksums.seal = lambda path: sealing.append(timed(lambda: seal(path)))
     try:
         with Checkpointer(folder, CheckpointConfig(), {}) as checkpointer:
             blocked = timed(lambda: checkpointer.save(1, state, {}, None))
@@ -54,7 +54,7 @@ def one_round(state, abstract) -> dict[str, float]:
             checked = timed(lambda: checkpointer.damage(1))
             restored = timed(lambda: checkpointer.restore(abstract))
     finally:
-        integrity.seal = seal
+        checksums.seal = seal
         shutil.rmtree(folder)
     return {
         "blocked": blocked,

@@ -24,12 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from research.config import Config, DataConfig, TextConfig
-from research.data.bpe import save_tokenizer, train_bpe
-from research.data.text.corpus import load_text
-from research.data.text.sources import open_sources
-from research.data.text.tokenizer_choice import training_texts
-from research.data.tokenizer import from_folder
+from research.config.run_config import Config, DataConfig, TextConfig
+from research.data.text.choose_tokenizer import training_texts
+from research.data.text.text_sources import open_sources
+from research.data.text.tokenized_corpus import load_text
+from research.tokenize.tokenizer import from_folder
+from research.tokenize.tokenizer_training import save_tokenizer, train_bpe
 
 SEQ_LENS = (256, 2048)
 PLAIN_BYTES = 10_000_000

@@ -1,0 +1,1 @@
+"""Instruction rows: read, split, tokenise, pack into batches."""

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from research.batch import Batch
+from research.data.token_batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Raw text: read, tokenise once into a shared cache (or stream), cut into rows."""

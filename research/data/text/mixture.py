@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from research.config import TextConfig
-from research.errors import UserError, nearest
+from research.config.run_config import TextConfig
+from research.core.errors import UserError, nearest
 
 
 def mixture_weights(config: TextConfig, names: Sequence[str]) -> dict[str, float]:

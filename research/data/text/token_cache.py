@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from research.config import TextConfig
-from research.data.files import remove_leftovers
-from research.data.text import documents
-from research.data.text.documents import Input, Piece, Source
-from research.data.text.encoding import encoded
-from research.data.text.identity import cache_folder, cannot_write, source_key
-from research.data.text.layout import Layout, is_held_out
-from research.data.text.shards import (
+from research.config.run_config import TextConfig
+from research.core.atomic_files import remove_leftovers
+from research.core.errors import UserError
+from research.data.text import document_readers
+from research.data.text.document_readers import Input, Piece, Source
+from research.data.text.parallel_tokenization import encoded
+from research.data.text.row_layout import Layout, is_held_out
+from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
+from research.data.text.token_shards import (
     Manifest,
     Shard,
     Totals,
@@ -32,8 +33,7 @@ from research.data.text.shards import (
     write_manifest,
     write_shard,
 )
-from research.data.tokenizer import Tokenizer
-from research.errors import UserError
+from research.tokenize.tokenizer import Tokenizer
 
 FORMAT = 1
 UNIT_BYTES = 16 << 20
@@ -108,7 +108,12 @@ def _settings(
 ) -> dict:
     return {
         "format": FORMAT,
-        "sizes": [documents.PIECE_BYTES, documents.PART_BYTES, UNIT_BYTES, SHARD_BYTES],
+        "sizes": [
+            document_readers.PIECE_BYTES,
+            document_readers.PART_BYTES,
+            UNIT_BYTES,
+            SHARD_BYTES,
+        ],
         "folder": source.is_folder,
         "tokenizer": tokenizer.fingerprint,
         "layout": dataclasses.astuple(layout),

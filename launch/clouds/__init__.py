@@ -1,0 +1,1 @@
+"""What cloud targets share: TPU slices, rented machines, upload of code and data."""

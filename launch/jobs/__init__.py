@@ -1,0 +1,1 @@
+"""What every launch shares: the job, its checks, compiler settings, restart policy."""

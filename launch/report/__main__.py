@@ -1,0 +1,64 @@
+"""Reports what came out of a sweep: `python -m launch.report --sweep=...`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.jobs import launcher
+from research.config import command_line
+from research.core.errors import UserError
+
+USAGE = """
+Writes report.html and report.md into the folder of a sweep, from what its runs have
+written down so far, and shows the second one. Runs that are not done are named.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = launcher.Parser(
+        prog="python -m launch.report",
+        description=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--sweep", default="", help="the sweep's file, or the folder of its runs"
+    )
+    parser.add_argument(
+        "--folder", default="", help="of its runs; default: runs/sweeps/NAME"
+    )
+    options = parser.parse_args(argv[1:])
+    if not options.sweep:
+        parser.error("--sweep=FILE.py is missing")
+    folder = find(options.sweep, options.folder)
+    # Only now: a mistyped flag is answered before Matplotlib is imported.
+    from launch.report import sweep_page
+
+    written = sweep_page.write(folder)
+    sys.stdout.write(written[-1].read_text(encoding="utf-8").partition("\n![")[0])
+    sys.stdout.write(f"\n{' '.join(map(str, written))}\n")
+    return 0
+
+
+def find(sweep: str, folder: str) -> Path:
+    """The folder with `sweep.json`.
+
+    Raises:
+      UserError: there is none.
+    """
+    given = Path(sweep)
+    place = Path(folder) if folder else given
+    if given.suffix == ".py" and not folder:
+        place = Path("runs/sweeps") / given.stem
+    if not (place / "sweep.json").is_file():
+        raise UserError(
+            f"--sweep={sweep}: {place} has no sweep.json; run python -m launch.sweep "
+            "first, or name the folder of its runs"
+        )
+    return place
+
+
+if __name__ == "__main__":
+    command_line.run(main)

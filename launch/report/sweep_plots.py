@@ -1,0 +1,163 @@
+"""The report's pictures, as SVG text."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from launch.report import statistics
+from launch.report.statistics import Interval
+from launch.report.sweep_results import Report, Result, Row
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+# The same runs give the same bytes.
+STYLE = {
+    "svg.hashsalt": "sweep",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    # A label is a person's: two $ in it begin no formula.
+    "text.parse_math": False,
+}
+
+
+def curves(report: Report) -> str:
+    """The metric over the steps, and its paired difference to the baseline."""
+    by_point = {row.point: row.results for row in report.rows}
+    baseline = {r.seed: dict(r.curve) for r in by_point.get(report.baseline, ())}
+
+    def draw(axes: Sequence[Axes]) -> None:
+        left, right = axes
+        for index, (point, results) in enumerate(by_point.items()):
+            style = {"color": f"C{index % 10}", "label": label(point)}
+            _band(left, [dict(r.curve) for r in results], style)
+            if point != report.baseline:
+                _band(right, [_against(r, baseline) for r in results], style)
+        left.set(xlabel="step", ylabel=report.sweep["metric"], title="held out")
+        right.axhline(0, color="0.4", linewidth=1)
+        right.set(xlabel="step", title=f"minus {label(report.baseline)}, same seed")
+        left.legend(fontsize=7, title=", ".join(report.axes), title_fontsize=7)
+        for one in axes:
+            one.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return _picture(2, draw)
+
+
+def _against(result: Result, baseline: Mapping[int, dict[int, float]]) -> dict:
+    known = baseline.get(result.seed, {})
+    return {step: value - known[step] for step, value in result.curve if step in known}
+
+
+def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
+    """Mean over the seeds, and from the lowest to the highest of them."""
+    by_step: dict[int, list[float]] = {}
+    for curve in found:
+        for step, value in curve.items():
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(by_step)
+    axes.plot(steps, [np.mean(by_step[s]) for s in steps], "o-", markersize=3, **style)
+    axes.fill_between(
+        steps,
+        [min(by_step[s]) for s in steps],
+        [max(by_step[s]) for s in steps],
+        color=style["color"],
+        alpha=0.15,
+        linewidth=0,
+    )
+
+
+def along(report: Report, index: int) -> str:
+    """The end along axis `index`, a line for each of the other points.
+
+    Left the metric, right its paired difference to the baseline: where seeds differ
+    more than points do, only the right one tells points apart.
+    """
+    axis = report.sweep["axes"][index]
+    positions, scale = _positions(axis)
+    lines: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(report.rows, key=lambda row: positions[row.point[index]]):
+        if row.found:
+            rest = (*row.point[:index], *row.point[index + 1 :])
+            lines.setdefault(rest, []).append(row)
+
+    def draw(axes: Sequence[Axes]) -> None:
+        left, right = axes
+        for number, (rest, rows) in enumerate(lines.items()):
+            color = f"C{number % 10}"
+            style = {
+                "color": color,
+                "label": label(rest) if rest else None,
+                "fmt": "o-" if scale else "o",
+            }
+            at = {positions[row.point[index]]: row for row in rows}
+            for x, row in at.items():
+                values = [r.value for r in row.results if r.value is not None]
+                left.plot(
+                    [x] * len(values), values, ".", color=style["color"], alpha=0.5
+                )
+            _bars(left, {x: row.found for x, row in at.items()}, style)
+            compared = {
+                x: r.comparison.difference for x, r in at.items() if r.comparison
+            }
+            _bars(right, compared, style)
+        percent = round(100 * statistics.LEVEL)
+        left.set(ylabel=f"{report.sweep['metric']}, {percent} %", title="held out")
+        right.axhline(0, color="0.4", linewidth=1)
+        right.set(title=f"minus {label(report.baseline)}, same seed, {percent} %")
+        for one in axes:
+            if scale:
+                one.set_xscale(scale)
+            one.set_xticks([*positions.values()], [*positions])
+            one.minorticks_off()
+            one.set(xlabel=axis["name"])
+            one.margins(x=0.1)
+        if len(lines) > 1:
+            left.legend(fontsize=7)
+
+    return _picture(2, draw)
+
+
+def _bars(axes: Axes, found: Mapping[float, Interval], style: dict[str, Any]) -> None:
+    """Means and their intervals, where there are any, by place on the axis."""
+    if not found:
+        return
+    halves = [x.half if math.isfinite(x.half) else 0.0 for x in found.values()]
+    means = [x.mean for x in found.values()]
+    axes.errorbar([*found], means, yerr=halves, capsize=3, **style)
+
+
+def _positions(axis: dict[str, Any]) -> tuple[dict[str, float], str]:
+    """Where each label stands, and the scale; empty where labels have no order."""
+    labels = list(axis["points"])
+    try:
+        numbers = {name: float(name) for name in labels}
+    except ValueError:
+        return {name: float(i) for i, name in enumerate(labels)}, ""
+    low, high = min(numbers.values()), max(numbers.values())
+    return numbers, "log" if high >= 8 * low > 0 else "linear"
+
+
+def label(point: Sequence[str]) -> str:
+    return ", ".join(point)
+
+
+def _picture(count: int, draw: Callable[[Sequence[Axes]], None]) -> str:
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(
+            1, count, figsize=(5.2 * count, 3.6), squeeze=False
+        )
+        draw(axes[0])
+        for one in axes[0]:
+            one.grid(alpha=0.3)
+        figure.tight_layout()
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    # Without the head of an XML file it can stand in a page.
+    return text.getvalue()[text.getvalue().index("<svg") :]

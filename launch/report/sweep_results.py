@@ -1,0 +1,237 @@
+"""What the runs of a sweep have written down, as the rows of its report."""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.report import statistics
+from launch.report.statistics import Comparison, Interval
+from launch.sweep import sweep_runs
+from research.core.errors import UserError
+from research.runs.metrics_file import read_metrics
+
+UNMEASURED = "its evaluations do not have the metric"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+      state: `done`, or how far it is and why it ended.
+      curve: `(step, metric)` of each evaluation.
+      value: the metric at the end, None before it.
+      seconds: of training steps; a run of several together has its share of them.
+      tokens: real ones, padding left out.
+      chip_hours: the seconds times the devices it had.
+      origin: code, JAX and devices of its last start; empty before the first.
+    """
+
+    name: str
+    point: tuple[str, ...]
+    seed: int
+    command: tuple[str, ...]
+    state: str
+    curve: tuple[tuple[int, float], ...]
+    value: float | None
+    seconds: float
+    tokens: int
+    chip_hours: float
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One point of the sweep, over its seeds.
+
+    Attributes:
+      found: of the seeds that are done; None where none is.
+      comparison: with the baseline; None for the baseline, and without shared seeds.
+      verdict: in words.
+      seconds, tokens, chip_hours: means over the runs that are done.
+    """
+
+    point: tuple[str, ...]
+    results: tuple[Result, ...]
+    found: Interval | None
+    comparison: Comparison | None
+    verdict: str
+    seconds: float
+    tokens: float
+    chip_hours: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A sweep and what came out of it.
+
+    Attributes:
+      sweep: the content of `sweep.json`.
+      rows: in the order of the axes.
+    """
+
+    folder: Path
+    sweep: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def baseline(self) -> tuple[str, ...]:
+        return tuple(self.sweep["baseline"])
+
+    @property
+    def axes(self) -> list[str]:
+        return [axis["name"] for axis in self.sweep["axes"]]
+
+    @property
+    def origins(self) -> dict[str, int]:
+        """What the runs that are done were made with, and how many by each."""
+        done = [r for row in self.rows for r in row.results if r.value is not None]
+        return dict(collections.Counter(result.origin for result in done))
+
+
+def load(folder: Path) -> Report:
+    """Reads `sweep.json` and every run's files.
+
+    Raises:
+      UserError: there is no sweep, or its metric is not what the runs measure.
+    """
+    sweep = sweep_runs.read(folder)
+    found = [_read(folder, run, sweep["metric"]) for run in sweep["runs"]]
+    if any(r.state == UNMEASURED for r in found) and not any(r.curve for r in found):
+        raise UserError(
+            f"the sweep is judged by {sweep['metric']!r}, which none of its runs "
+            f"measures: {_measured(folder, sweep['runs'])}"
+        )
+    points = dict.fromkeys(result.point for result in found)
+    by_point = {p: tuple(r for r in found if r.point == p) for p in points}
+    baseline = tuple(sweep["baseline"])
+    known = _by_seed(by_point.get(baseline, ()))
+    others = [point for point in points if point != baseline]
+    compared = [statistics.compare(_by_seed(by_point[p]), known) for p in others]
+    adjusted = statistics.holm([c.p if c else 1.0 for c in compared])
+    said = {
+        point: (c, statistics.verdict(c, p, len(others)))
+        for point, c, p in zip(others, compared, adjusted, strict=True)
+    }
+    rows = [
+        _row(point, results, *said.get(point, (None, "baseline")))
+        for point, results in by_point.items()
+    ]
+    return Report(folder, sweep, tuple(rows))
+
+
+def _by_seed(results: Sequence[Result]) -> dict[int, float]:
+    return {r.seed: r.value for r in results if r.value is not None}
+
+
+def _row(
+    point: tuple[str, ...],
+    results: tuple[Result, ...],
+    comparison: Comparison | None,
+    verdict: str,
+) -> Row:
+    done = [r for r in results if r.value is not None]
+    missing = len(results) - len(done)
+    if missing:
+        verdict += f"; {missing} of {len(results)} runs not done"
+
+    def mean(what: str) -> float:
+        return sum(getattr(r, what) for r in done) / len(done) if done else math.nan
+
+    return Row(
+        point=point,
+        results=results,
+        found=statistics.interval([r.value for r in done]) if done else None,
+        comparison=comparison,
+        verdict=verdict,
+        seconds=mean("seconds"),
+        tokens=mean("tokens"),
+        chip_hours=mean("chip_hours"),
+    )
+
+
+def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
+    place = folder / run["name"]
+    lines = read_metrics(place)
+    train = [line for line in lines if line["kind"] == "train"]
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    values = [(line["step"], _metric(line, metric)) for line in evaluated]
+    curve = [(step, value) for step, value in values if value is not None]
+    is_done = bool(curve) and (place / "complete.json").is_file()
+    is_unmeasured = bool(evaluated) and not curve
+    seconds = train[-1]["elapsed_s"] if train else 0.0
+    history = _history(place)
+    return Result(
+        name=run["name"],
+        point=tuple(run["point"]),
+        seed=run["seed"],
+        command=tuple(run["command"]),
+        state=_state(is_done, is_unmeasured, train, run["steps"], history),
+        curve=tuple(curve),
+        value=curve[-1][1] if is_done else None,
+        seconds=seconds,
+        tokens=sum(line["tokens"] for line in train),
+        chip_hours=seconds * _devices(history) / 3600,
+        origin=_origin(history),
+    )
+
+
+def _metric(line: dict[str, Any], metric: str) -> float | None:
+    """`loss`, `bits_per_byte` or `by_group.NAME` of an evaluation; None: not there."""
+    group, _, key = metric.partition(".")
+    found = line.get(group)
+    if key and isinstance(found, dict):
+        found = found.get(key)
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
+    """What the first run with an evaluation could be judged by."""
+    for run in listed:
+        for line in read_metrics(folder / run["name"]):
+            if line["kind"] == "eval":
+                groups = ", ".join(f"by_group.{name}" for name in line["by_group"])
+                return f"{run['name']} has loss and {groups}"
+    return "none has an evaluation"
+
+
+def _history(place: Path) -> list[dict[str, Any]]:
+    """The starts in a run's `run.json`."""
+    try:
+        return json.loads((place / "run.json").read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def _state(
+    is_done: bool,
+    is_unmeasured: bool,
+    train: list[dict[str, Any]],
+    steps: int,
+    starts: list[dict[str, Any]],
+) -> str:
+    if is_done:
+        return "done"
+    if is_unmeasured:
+        return UNMEASURED
+    if not starts:
+        return "not begun"
+    made = train[-1]["step"] if train else 0
+    return f"step {made} of {steps}: {starts[-1]['cause'] or 'running, or killed'}"
+
+
+def _origin(starts: list[dict[str, Any]]) -> str:
+    if not starts:
+        return ""
+    made = starts[-1]["provenance"]
+    jax = made["packages"]["jax"]
+    return f"code {made['code'][:12]}, JAX {jax}, {starts[-1]['devices']}"
+
+
+def _devices(starts: list[dict[str, Any]]) -> int:
+    """Of the last start: `8 TPU v5e`; one where no start is known."""
+    return int(starts[-1]["devices"].split()[0]) if starts else 1

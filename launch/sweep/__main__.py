@@ -1,0 +1,141 @@
+"""Runs an ablation sweep: `python -m launch.sweep --sweep=configs/sweeps/NAME.py`."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import targets
+from launch.jobs import launcher
+from launch.jobs.launch_job import Plan
+from launch.sweep import run_grouping, sweep_runs, sweep_spec
+from launch.sweep.run_grouping import Unit
+from launch.sweep.sweep_runs import SweepRun
+from launch.targets import Target, local
+from research.config import command_line
+from research.core.errors import UserError, nearest
+
+USAGE = """
+Trains every run of a sweep that is not done, and says which failed: called again it
+tries those once more. Runs that differ only in their adapters, learning rate, schedule
+or seed train as one program. Any number of these commands may work on one folder.
+`--config.KNOB=VALUE` after -- changes all runs. python -m launch.report shows what came
+out.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 all runs are done, or given to the target."""
+    own, overrides = split(argv[1:])
+    target, options = parse(own)
+    sweep = sweep_spec.load(options.sweep)
+    if options.seeds:
+        sweep = dataclasses.replace(sweep, seeds=read_seeds(options.seeds))
+    folder = Path(options.folder or f"runs/sweeps/{Path(options.sweep).stem}")
+    found = sweep_runs.expand(sweep, folder, overrides)
+    at_once = options.together or (8 if target is local else 1)
+    wanted = [
+        unit
+        for unit in run_grouping.make_units(found, at_once, folder)
+        if not unit.is_done
+    ]
+    sweep_runs.check_folder(folder, sweep, found)
+    if options.dry_run:
+        done = sum(run.is_done for run in found)
+        sys.stdout.write(f"# {len(found)} runs, {done} done; {len(wanted)} commands\n")
+    elif target is local:
+        jobs = launcher.with_settings(local, [unit.job for unit in wanted], options)
+        plans = [local.plan([job], options) for job in jobs]
+        sweep_runs.write(folder, sweep, options.sweep, found)
+        return train(wanted, plans, found, folder, options)
+    code = launcher.start(target, [u.job for u in wanted], options) if wanted else 0
+    # Whatever the end: what has been submitted is to be found by the report.
+    if wanted and not options.dry_run:
+        sweep_runs.write(folder, sweep, options.sweep, found)
+    return code
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The launcher's flags, and those of all runs, after the first `--`."""
+    own = list(arguments)
+    middle = own.index("--") if "--" in own else len(own)
+    return own[:middle], own[middle + 1 :]
+
+
+def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
+    """The target, and the flags it has."""
+    first = launcher.Parser(
+        prog="python -m launch.sweep", add_help=False, allow_abbrev=False
+    )
+    first.add_argument("--target", default="local")
+    name = first.parse_known_args(arguments)[0].target
+    known = targets.names()
+    if name not in known:
+        raise UserError(
+            f"--target={name} is none of {', '.join(known)}{nearest(name, known)}"
+        )
+    target = targets.find(name)
+    parser = launcher.Parser(
+        prog="python -m launch.sweep",
+        description=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sweep", default="", help="file, see configs/sweeps/")
+    parser.add_argument(
+        "--target", default="local", help=f"{', '.join(known)}; default: local"
+    )
+    parser.add_argument(
+        "--folder", default="", help="of all runs; default: runs/sweeps/NAME"
+    )
+    parser.add_argument("--seeds", default="", help="instead of the sweep's: 0,1,2")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=None,
+        help="most runs in one program; default: 8 on this machine, 1 elsewhere",
+    )
+    launcher.add_flags(parser, target)
+    options = parser.parse_args(arguments)
+    if not options.sweep:
+        parser.error("--sweep=FILE.py is missing")
+    if options.together is not None and options.together < 1:
+        raise UserError(f"--together is {options.together}; it must be at least 1")
+    return target, options
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise UserError(f"--seeds is {text!r}; write it as 0,1,2") from None
+
+
+def train(
+    wanted: Sequence[Unit],
+    plans: Sequence[Plan],
+    found: Sequence[SweepRun],
+    folder: Path,
+    options: argparse.Namespace,
+) -> int:
+    """On this machine, until all is done or has failed."""
+    # Only now: a mistyped flag is answered before JAX is imported.
+    from launch.report import sweep_page
+    from launch.sweep.sweep_worker import Worker
+
+    logging.basicConfig(level=logging.INFO, format="sweep: %(message)s")
+    with local.Group() as group:
+        worker = Worker(wanted, found, folder, group)
+        code = worker.work(plans, options.restarts)
+    if group.told is None:
+        for path in sweep_page.write(folder):
+            logging.info("report: %s", path)
+    else:
+        logging.info("stopped; the same command goes on")
+    return code
+
+
+if __name__ == "__main__":
+    command_line.run(main)

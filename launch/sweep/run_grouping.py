@@ -1,0 +1,72 @@
+"""What of a sweep is started as one command: a run, or several as one program."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.jobs.launch_job import Job
+from launch.sweep.sweep_runs import SweepRun
+from research.config.knobs import flat
+from research.train_together import compatibility
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Runs that are started together, and the job that trains them."""
+
+    runs: tuple[SweepRun, ...]
+    job: Job
+
+    @property
+    def is_done(self) -> bool:
+        return all(run.is_done for run in self.runs)
+
+
+def make_units(runs: Sequence[SweepRun], most: int, folder: Path) -> list[Unit]:
+    """All runs in as few programs as may be, of at most `most` runs each.
+
+    Which runs share a program does not depend on which are done: workers that start
+    later see the same units.
+    """
+    groups: dict[str, list[SweepRun]] = {}
+    for run in runs:
+        alone = most == 1 or compatibility.why_alone(run.config)
+        key = run.name if alone else repr(compatibility.shared(run.config))
+        groups.setdefault(key, []).append(run)
+    units = []
+    for group in groups.values():
+        # Programs of equal size: none waits for the largest.
+        count = math.ceil(len(group) / most)
+        size = math.ceil(len(group) / count)
+        units += [
+            _unit(tuple(group[begin : begin + size]), folder)
+            for begin in range(0, len(group), size)
+        ]
+    return units
+
+
+def _unit(runs: tuple[SweepRun, ...], folder: Path) -> Unit:
+    first, more = runs[0], len(runs) - 1
+    # Clouds and queues show it beside the jobs of other sweeps.
+    name = f"{folder.name} {first.name}{f' and {more} more' if more else ''}"
+    beside = folder / "logs" / first.name
+    if not more:
+        return Unit(runs, Job(name, first.flags, first.config, beside=beside))
+    changes = json.dumps([dict(run.changes) for run in runs], ensure_ascii=False)
+    return Unit(
+        runs,
+        Job(
+            name,
+            (*first.shared, f"--runs={changes}"),
+            _largest(runs).config,
+            module="research.train_together",
+            beside=beside,
+        ),
+    )
+
+
+def _largest(runs: Sequence[SweepRun]) -> SweepRun:
+    """The run that needs most memory; the planner asks for it."""
+    return max(runs, key=lambda run: flat(run.config)["lora.rank"])

@@ -1,0 +1,295 @@
+"""The runs that a sweep comes to, each with its folder, config and command."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from launch.jobs.launch_job import check_training_flags
+from launch.sweep.sweep_spec import Axis, Sweep
+from research.config.knobs import changed, flat
+from research.config.run_config import Config
+from research.core.errors import UserError, nearest
+
+# What a sweep gives to each run itself.
+OWN = ("seed", "run_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder.
+      point: its label on each axis.
+      changes: what it changes in the config that all runs share.
+      config: what that comes to.
+      shared: flags of the trainer that all runs have.
+    """
+
+    name: str
+    point: tuple[str, ...]
+    changes: Mapping[str, Any]
+    config: Config
+    shared: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of `research.train`, for this run alone."""
+        return (*self.shared, *(flag(*change) for change in self.changes.items()))
+
+    @property
+    def command(self) -> list[str]:
+        """That trains it alone."""
+        return ["python", "-m", "research.train", *self.flags]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "complete.json").is_file()
+
+
+def flag(knob: str, value: Any) -> str:
+    """A knob as the command line has it."""
+    return f"--config.{knob}={tuple(value) if isinstance(value, list) else value}"
+
+
+def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[SweepRun]:
+    """All runs, point by point, and each point's seeds in turn.
+
+    Args:
+      sweep: what varies.
+      folder: where run directories go.
+      overrides: `--config.KNOB=VALUE`, in all runs.
+
+    Raises:
+      UserError: an axis, seed or override is wrong, or two runs have one name.
+    """
+    _check(sweep)
+    changes = _without_overridden(sweep, overrides)
+    shared = (
+        f"--config={sweep.config}",
+        *(flag(*change) for change in changes.items()),
+        *overrides,
+    )
+    base = changed(
+        check_training_flags([f"--config={sweep.config}", *overrides]),
+        changes,
+        "the sweep's changes",
+    )
+    runs = []
+    for labels in itertools.product(*(axis.points for axis in sweep.axes)):
+        point: dict[str, Any] = {}
+        for axis, label in zip(sweep.axes, labels, strict=True):
+            point |= axis.points[label]
+        for seed in sweep.seeds:
+            name = _name(sweep.axes, labels, seed)
+            own = {**point, "seed": seed, "run_dir": str(folder / name)}
+            where = f"run {name} of the sweep"
+            runs.append(SweepRun(name, labels, own, changed(base, own, where), shared))
+    _require_distinct(runs)
+    return runs
+
+
+def _check(sweep: Sweep) -> None:
+    known = flat(Config())
+    owners: dict[str, str] = {}
+    for axis in sweep.axes:
+        if len(axis.points) < 2:
+            raise UserError(
+                f"axis {axis.name!r} has {len(axis.points)} value(s): there is nothing "
+                "to compare; give two or more, or put it into the sweep's changes"
+            )
+        for knob in {knob for point in axis.points.values() for knob in point}:
+            if knob not in known:
+                raise UserError(
+                    f"axis {axis.name!r}: {knob!r} is not a field of the config"
+                    f"{nearest(knob, known)}"
+                )
+            if knob in OWN:
+                raise UserError(f"axis {axis.name!r} varies {knob!r}: use seeds=")
+            if owners.setdefault(knob, axis.name) != axis.name:
+                raise UserError(
+                    f"axes {owners[knob]!r} and {axis.name!r} both vary {knob!r}"
+                )
+    names = [axis.name for axis in sweep.axes]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"the axes are {names}: name one or more, each once")
+    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
+        raise UserError(f"the seeds are {list(sweep.seeds)}: give each once")
+    metrics = ("loss", "bits_per_byte", "by_group.NAME")
+    if sweep.metric not in metrics and not sweep.metric.startswith("by_group."):
+        raise UserError(
+            f"the metric {sweep.metric!r} is none of {', '.join(metrics)}"
+            f"{nearest(sweep.metric, metrics)}"
+        )
+    baseline(sweep)
+
+
+def baseline(sweep: Sweep) -> tuple[str, ...]:
+    """The point that others are compared with, a label an axis.
+
+    Raises:
+      UserError: it names what is not on the axes.
+    """
+    names = [axis.name for axis in sweep.axes]
+    for name in sweep.baseline:
+        if name not in names:
+            raise UserError(f"the baseline names {name!r}{nearest(name, names)}")
+    labels = []
+    for axis in sweep.axes:
+        label = sweep.baseline.get(axis.name, next(iter(axis.points)))
+        if label not in axis.points:
+            raise UserError(
+                f"the baseline has {axis.name}={label!r}{nearest(label, axis.points)}; "
+                f"the axis has {', '.join(axis.points)}"
+            )
+        labels.append(label)
+    return tuple(labels)
+
+
+def _without_overridden(sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any]:
+    """The sweep's changes that the command line does not take back."""
+    varied = {k for axis in sweep.axes for point in axis.points.values() for k in point}
+    given = set()
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        knob = name.removeprefix("--config.")
+        if knob == name or not equals:
+            raise UserError(
+                f"{override!r} does not go with a sweep: write --config.KNOB=VALUE"
+            )
+        if knob in varied:
+            raise UserError(f"{override!r}: that knob is an axis of the sweep")
+        if knob in OWN:
+            raise UserError(
+                f"{override!r}: each run has its own; see --seeds and --folder"
+            )
+        given.add(knob)
+    return {knob: v for knob, v in sweep.changes.items() if knob not in given}
+
+
+def _name(axes: Sequence[Axis], labels: Sequence[str], seed: int) -> str:
+    parts = [
+        f"{axis.name.rpartition('.')[2]}-{label}"
+        for axis, label in zip(axes, labels, strict=True)
+    ]
+    plain = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.") for part in parts]
+    return "_".join([*plain, f"seed-{seed}"])
+
+
+def _require_distinct(runs: Sequence[SweepRun]) -> None:
+    seen: dict[str, SweepRun] = {}
+    for run in runs:
+        # Some file systems take two spellings for one.
+        other = seen.setdefault(run.name.casefold(), run)
+        if other is not run:
+            raise UserError(
+                f"two runs are called {run.name!r}: {other.point} and {run.point}; "
+                "choose labels that differ in letters and digits"
+            )
+
+
+def check_folder(folder: Path, sweep: Sweep, runs: Sequence[SweepRun]) -> None:
+    """Refuses a folder whose runs cannot be compared with these.
+
+    More seeds and more values on an axis are welcome; what all runs share, and what a
+    name or a label stands for, must be the same: a report takes means over them.
+
+    Raises:
+      UserError: it says what differs.
+    """
+    if not (folder / "sweep.json").is_file():
+        return
+    known = read(folder)
+    before = {x["name"]: x["command"] for x in known["runs"]}
+    points = {axis["name"]: axis["points"] for axis in known["axes"]}
+    found = ""
+    if points.keys() != {axis.name for axis in sweep.axes}:
+        found = f"over {', '.join(points)}"
+    elif known["shared"] != [*runs[0].shared]:
+        found = f"whose runs share {shlex.join(known['shared'])}"
+    for axis in sweep.axes:
+        for label, changes in points.get(axis.name, {}).items():
+            own = axis.points.get(label, changes)
+            if json.dumps(own) != json.dumps(changes):
+                found = f"in which {axis.name}={label} is {changes}"
+    for run in runs:
+        if before.get(run.name, run.command) != run.command:
+            found = f"in which {run.name} is {shlex.join(before[run.name])}"
+    if found:
+        raise UserError(
+            f"{folder} holds a sweep {found}: choose another --folder, or remove it"
+        )
+
+
+def write(folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]) -> None:
+    """`sweep.json`: all that a report needs to know beside the runs' own folders.
+
+    Runs of the same points with other seeds that are listed there stay in the list.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Other workers read and write the same file at the same time.
+    with filelock.FileLock(folder / "sweep.json.lock"):
+        check_folder(folder, sweep, runs)
+        _write(folder / "sweep.json", _merged(folder, sweep, file, runs))
+
+
+def _merged(
+    folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]
+) -> dict[str, Any]:
+    listed = {run.name: _entry(run) for run in runs}
+    known = read(folder)["runs"] if (folder / "sweep.json").is_file() else []
+    points = {run.point for run in runs}
+    for run in known:
+        if tuple(run["point"]) in points:
+            listed.setdefault(run["name"], run)
+    return {
+        "file": file,
+        "question": sweep.question,
+        "metric": sweep.metric,
+        "axes": [dataclasses.asdict(axis) for axis in sweep.axes],
+        "shared": runs[0].shared,
+        "baseline": baseline(sweep),
+        "seeds": sorted({run["seed"] for run in listed.values()}),
+        "runs": list(listed.values()),
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """At once: a report may read it meanwhile."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+    temporary.replace(path)
+
+
+def _entry(run: SweepRun) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "point": run.point,
+        "seed": run.config.seed,
+        "steps": run.config.steps,
+        "command": run.command,
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+      UserError: there is none, or it is not one of ours.
+    """
+    path = folder / "sweep.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not the folder of a sweep: {error}") from error

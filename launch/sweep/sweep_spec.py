@@ -1,0 +1,149 @@
+"""What a sweep file says: a config, axes to vary it along, seeds, and a metric."""
+
+import dataclasses
+import importlib.util
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.core.errors import UserError
+
+Changes = Mapping[str, Any]
+Draw = Callable[[random.Random], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One thing that varies.
+
+    Attributes:
+      name: in tables and names of runs.
+      points: what each of its values changes, by label, `{"16": {"lora.rank": 16}}`.
+    """
+
+    name: str
+    points: Mapping[str, Changes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The runs that answer one question: every combination, with every seed.
+
+    Attributes:
+      config: file of the config that all start from.
+      axes: crossed with each other.
+      seeds: of each combination; comparisons are paired by them.
+      changes: of the config, in all runs.
+      baseline: what the others are compared with, `{axis: label}`; of an axis that is
+        not named the first label.
+      metric: of the last evaluation: loss, bits_per_byte or by_group.NAME; less is
+        better.
+      question: a paragraph for the report; by default the file's docstring.
+    """
+
+    config: str
+    axes: Sequence[Axis]
+    seeds: Sequence[int] = (0, 1, 2)
+    changes: Changes = dataclasses.field(default_factory=dict)
+    baseline: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metric: str = "loss"
+    question: str = ""
+
+
+def grid(knob: str, *values: Any) -> Axis:
+    """These values of one knob."""
+    return Axis(knob, _labelled([{knob: value} for value in values]))
+
+
+def listed(name: str, **points: Changes) -> Axis:
+    """Values that change several knobs, or none: `full={"trainable": "full"}`."""
+    return Axis(name, points)
+
+
+def sampled(name: str, count: int, seed: int, **draws: Draw) -> Axis:
+    """Random search: `count` points, each knob drawn on its own.
+
+    A knob's dots are written as two underscores: `optim__learning_rate=log(1e-5, 1e-3)`
+    (Bergstra and Bengio 2012, Random Search for Hyper-Parameter Optimization).
+    """
+    rng = random.Random(seed)
+    knobs = {knob.replace("__", "."): draw for knob, draw in draws.items()}
+    points = [{knob: draw(rng) for knob, draw in knobs.items()} for _ in range(count)]
+    return Axis(name, _labelled(points))
+
+
+def log(low: float, high: float) -> Draw:
+    """Between the two, all orders of magnitude alike; of three digits."""
+    return lambda rng: float(
+        f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}"
+    )
+
+
+def uniform(low: float, high: float) -> Draw:
+    """Between the two; of three digits."""
+    return lambda rng: float(f"{rng.uniform(low, high):.3g}")
+
+
+def choice(*values: Any) -> Draw:
+    """One of these."""
+    return lambda rng: rng.choice(values)
+
+
+def _labelled(points: Sequence[Changes]) -> dict[str, Changes]:
+    """By label; two points of one label are refused where runs are named.
+
+    Raises:
+      UserError: two points are the same.
+    """
+    found: dict[str, Changes] = {}
+    for point in points:
+        several = len(point) > 1
+        label = " ".join(
+            f"{knob.rpartition('.')[2]}={shown(value)}" if several else shown(value)
+            for knob, value in point.items()
+        )
+        if label in found:
+            raise UserError(f"two values of an axis are {label!r}; give each once")
+        found[label] = point
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value as tables show it."""
+    if isinstance(value, tuple | list):
+        return "+".join(map(shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def load(file: str) -> Sweep:
+    """What `get_sweep()` of a sweep file returns.
+
+    Raises:
+      UserError: there is no such file or function, or it fails.
+    """
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(
+            f"--sweep={file} is no sweep file: give one such as "
+            "configs/sweeps/lora_rank.py"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        found = module.get_sweep()
+    except UserError as error:
+        raise UserError(f"--sweep={file}: {error}") from error
+    except Exception as error:  # A sweep file is code: it can fail in any way.
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"--sweep={file} cannot be loaded: {type(error).__name__}: {said}"
+        ) from error
+    if not isinstance(found, Sweep):
+        raise UserError(f"--sweep={file}: get_sweep() must return a Sweep")
+    question = found.question or " ".join(
+        (module.__doc__ or "").split("\n\n")[0].split()
+    )
+    return dataclasses.replace(found, question=question)

@@ -1,0 +1,199 @@
+"""Trains what is not done of a sweep on this machine; any number may do so at once.
+
+Each run has a lock file that the worker holds, and its trainer beside it: the system
+frees it when both have ended, however they do. A library's lock could not be inherited.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launch.jobs import restart_policy
+from launch.jobs.launch_job import Plan
+from launch.sweep.run_grouping import Unit
+from launch.sweep.sweep_runs import SweepRun
+from launch.targets.local import Group
+from research.core.errors import PREEMPTED
+from research.report.progress_view import duration
+from research.runs.metrics_file import read_metrics
+
+POLL = 2.0  # seconds between two looks at what other workers have
+WORD = 30.0  # seconds between two lines of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A run that was tried and is not done."""
+
+    name: str
+    code: int
+    log: str
+
+
+class Worker:
+    """Pulls units until none is left.
+
+    Attributes:
+      failures: of this worker and, since it began, of others.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        runs: Sequence[SweepRun],
+        folder: Path,
+        group: Group,
+    ):
+        """`units` are to be done of `runs`, which are all of the sweep's."""
+        self._units, self._runs = units, runs
+        self._folder, self._group = folder, group
+        self._begun = time.time()
+        self._trained = 0.0  # Steps of this worker, and
+        self._spent = 0.0  # the seconds they took, start-up included.
+        self.failures: dict[str, Failure] = {}
+
+    def work(self, plans: Sequence[Plan], restarts: int) -> int:
+        """Trains all units but those that others train; returns the exit code.
+
+        `plans` has the commands of each unit.
+        """
+        logging.info("%s", self._standing())
+        waiting = list(zip(self._units, plans, strict=True))
+        while waiting and self._group.told is None:
+            left = []
+            for unit, plan in waiting:
+                if self._group.told is not None or unit.is_done or self._failed(unit):
+                    continue
+                with self._claim(unit) as locks:
+                    if not locks:
+                        left.append((unit, plan))
+                    elif not unit.is_done:
+                        self._train(unit, plan, restarts, locks)
+            if len(left) == len(waiting):
+                time.sleep(POLL)  # All that is left is with other workers.
+            waiting = left
+        if self._group.told is not None:
+            return PREEMPTED
+        return restart_policy.worst(
+            [failure.code for failure in self.failures.values()]
+        )
+
+    @contextlib.contextmanager
+    def _claim(self, unit: Unit) -> Iterator[list[int]]:
+        """The locks of all its runs, as file descriptors; none if one is taken."""
+        claims = self._folder / "claims"
+        claims.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            locks = []
+            # In one order everywhere: of two workers that overlap one gets all.
+            for name in sorted(run.name for run in unit.runs):
+                lock = os.open(claims / name, os.O_RDWR | os.O_CREAT, 0o644)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    locks = []
+                    break
+                locks.append(lock)
+            yield locks
+
+    def _train(
+        self, unit: Unit, plan: Plan, restarts: int, locks: Sequence[int]
+    ) -> None:
+        log = unit.job.file(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        logging.info("training %s; what it says is in %s", unit.job.name, log)
+        begun, before = time.monotonic(), self._steps(unit)
+        watch = Watch(self, unit, begun, before)
+        with log.open("ab") as output:
+            code = self._group.train(plan, restarts, output, watch, locks)
+        self._trained += self._steps(unit) - before
+        self._spent += time.monotonic() - begun
+        if self._group.told is None:
+            self._judge(unit, code, log)
+        logging.info("%s%s", self._standing(), self._to_go())
+
+    def _judge(self, unit: Unit, code: int, log: Path) -> None:
+        for run in unit.runs:
+            mark = self._mark(run)
+            if run.is_done:
+                mark.unlink(missing_ok=True)
+                continue
+            # A pack whose other runs are done ends with the code of the worst.
+            found = Failure(run.name, code or 1, str(log))
+            self.failures[run.name] = found
+            mark.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+            logging.error("%s failed with code %d; see %s", run.name, code, log)
+        if len(unit.runs) > 1 and not any(run.is_done for run in unit.runs):
+            half = math.ceil(len(unit.runs) / 2)
+            logging.error("none of them is done: --together=%d takes less memory", half)
+
+    def _failed(self, unit: Unit) -> bool:
+        """Whether all that is left of it was tried in vain since this one began."""
+        for run in unit.runs:
+            mark = self._mark(run)
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                if not run.is_done and mark.stat().st_mtime >= self._begun:
+                    self.failures[run.name] = Failure(**json.loads(mark.read_text()))
+        return all(run.is_done or run.name in self.failures for run in unit.runs)
+
+    def _mark(self, run: SweepRun) -> Path:
+        return self._folder / "claims" / f"{run.name}.failed"
+
+    def _standing(self) -> str:
+        done = sum(run.is_done for run in self._runs)
+        failed = len(self.failures)
+        return f"{done} of {len(self._runs)} runs are done" + (
+            f", {failed} failed" if failed else ""
+        )
+
+    def _steps(self, unit: Unit) -> float:
+        """Updates made so far, of all runs of a unit."""
+        return sum(last_step(run) for run in unit.runs)
+
+    def _to_go(self, more: float = 0.0, seconds: float = 0.0) -> str:
+        """How long the rest takes at the pace so far."""
+        trained, spent = self._trained + more, self._spent + seconds
+        left = sum(run.config.steps - last_step(run) for run in self._runs)
+        if not (trained and left):
+            return ""
+        return f"; about {duration(left * spent / trained)} to go for one worker"
+
+
+@dataclasses.dataclass
+class Watch:
+    """Says now and then how far a unit is."""
+
+    worker: Worker
+    unit: Unit
+    begun: float
+    before: float
+    said: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self.said < WORD:
+            return
+        self.said = now
+        made = self.worker._steps(self.unit) - self.before
+        first = self.unit.runs[0]
+        logging.info(
+            "%s: step %d/%d%s",
+            self.unit.job.name,
+            last_step(first),
+            first.config.steps,
+            self.worker._to_go(made, now - self.begun),
+        )
+
+
+def last_step(run: SweepRun) -> int:
+    """The last one in its metrics; 0 before the first."""
+    lines = read_metrics(run.folder)
+    return max((x["step"] for x in lines if x["kind"] == "train"), default=0)

@@ -1,0 +1,119 @@
+"""Shows and checks a run's checkpoints: `python -m research.checkpoints --run=...`."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from research.config import command_line
+from research.core.errors import DamagedError, UserError
+
+if TYPE_CHECKING:
+    from research.checkpoints.checkpoint_listing import Checkpoint
+    from research.runs.run_directory import RunDir
+
+USAGE = """
+python -m research.checkpoints --run=RUN_DIR [list | verify | export-step | prune]
+
+list (the default) shows step, size, time, held-out loss, and whether every byte is as
+it was written. verify says what is damaged, and then exits with code 5. export-step
+writes --step as a Hugging Face folder --out. prune removes all but the newest
+--keep_last and the best --keep_best, and what is damaged.
+"""
+VERBS = ("list", "verify", "export-step", "prune")
+
+flags.DEFINE_string("run", "", "run directory that research.train made")
+flags.DEFINE_string("step", "latest", "of export-step: latest, best, or a step number")
+flags.DEFINE_string("out", "", "of export-step: folder to write")
+flags.DEFINE_integer("keep_last", 1, "of prune: newest checkpoints to keep")
+flags.DEFINE_integer("keep_best", 1, "of prune: checkpoints to keep for their loss")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    verb = command_line.parse(argv, USAGE, has_config=False, verbs=VERBS)
+    f = flags.FLAGS
+    if not f.run:
+        raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
+    from research.checkpoints.checkpoint_listing import inspect
+    from research.runs.run_directory import RunDir
+
+    folder = RunDir(f.run)
+    folder.config()  # Or it is no run.
+    if verb == "export-step":
+        return _export(f.run, f.step, f.out)
+    if verb == "prune":
+        folder.lock()  # A trainer removes and counts its own.
+    found = inspect(folder.checkpoints)
+    if verb == "prune":
+        return _prune(found, f.keep_last, f.keep_best)
+    _show(folder, found)
+    return _verify(found) if verb == "verify" else 0
+
+
+def _show(folder: "RunDir", found: "list[Checkpoint]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{folder.path}: {len(found)} checkpoints")
+    for name in ("step", "MB", "saved", "held-out loss", "files"):
+        table.add_column(name, justify="right")
+    for each in found:
+        table.add_row(
+            str(each.step),
+            f"{each.size / 1e6:,.1f}",
+            f"{each.saved:%Y-%m-%d %H:%M:%S}",
+            "-" if each.loss is None else f"{each.loss:.4f}",
+            "damaged" if each.damage else "verified",
+        )
+    Console().print(table)
+
+
+def _verify(found: "list[Checkpoint]") -> int:
+    damaged = [x for x in found if x.damage]
+    for each in damaged:
+        for line in each.damage:
+            sys.stdout.write(f"step {each.step}: {line}\n")
+    if damaged:
+        raise DamagedError(
+            f"{len(damaged)} of {len(found)} checkpoints are damaged; training sets "
+            "them aside and uses the newest that is whole, prune removes them"
+        )
+    sys.stdout.write(f"all {len(found)} checkpoints are whole\n")
+    return 0
+
+
+def _prune(found: "list[Checkpoint]", keep_last: int, keep_best: int) -> int:
+    from research.checkpoints.checkpoint_listing import superfluous
+
+    if keep_last < 1 or keep_best < 0:
+        raise UserError("--keep_last must be at least 1, --keep_best at least 0")
+    if found and all(x.damage for x in found):
+        raise DamagedError(
+            "every checkpoint is damaged: prune would leave none, so it removes none"
+        )
+    gone = superfluous(found, keep_last, keep_best)
+    for each in gone:
+        shutil.rmtree(each.folder)
+        sys.stdout.write(f"removed step {each.step}, {each.size / 1e6:,.1f} MB\n")
+    sys.stdout.write(f"{len(found) - len(gone)} kept\n")
+    return 0
+
+
+def _export(run: str, step: str, out: str) -> int:
+    if not out or Path(out).exists():
+        raise UserError(f"--out={out} must name a folder that does not exist yet")
+    from research.formats.huggingface_export import export
+    from research.generate.chat import open_run
+
+    found = open_run(run, step)
+    weights = found.job.trainable.forward(found.params, found.frozen, None)
+    export(found.job.model, weights, found.base.tokenizer, Path(out), "float32")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,399 @@
+"""Saving and restoring with Orbax: state, data position, and whose they are."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from research.checkpoints.checkpoint_listing import step_folders
+from research.checkpoints.checksums import SealedArrays, SealedPath, find_damage
+from research.checkpoints.run_identity import Identity, check_identity
+from research.config.run_config import CheckpointConfig
+from research.core.errors import DamagedError, SaveError, UserError
+from research.train.step.train_step import TrainState
+
+POLL = 0.02  # seconds between two looks at a save that is waited for
+METRICS = "metrics"  # Orbax's own name for the item.
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back.
+
+    Attributes:
+      step: optimizer updates it holds.
+      state: in the shardings that were asked for.
+      position: what `save` was given.
+    """
+
+    step: int
+    state: TrainState
+    position: dict[str, Any]
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which decides nothing about signals."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `StopRequest` alone asks JAX's preemption service.
+
+        Orbax would ask, in each save, about the moment that has the step's number. The
+        service picks the moment to stop at by what it was asked last, so a SIGTERM in a
+        save would be agreed for a moment that is over, and never come.
+        """
+        return False
+
+
+class Checkpointer:
+    """Checkpoints of one run: the newest `keep_last`, and the `keep_best` by loss.
+
+    Saving is asynchronous: the arrays are copied, training goes on, and `wait` waits
+    for the last save, as leaving the context does. Damaged checkpoints are moved to
+    `damaged/` beside the folder, and the next newest one is used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        identity: Identity,
+        *,
+        accept: Collection[str] = (),
+        report: Callable[[str], None] = logging.warning,
+        committed: Callable[[int], None] = lambda step: None,
+        read_only: bool = False,
+    ):
+        """Args:
+        folder: of all checkpoints.
+        config: how many are kept.
+        identity: what a checkpoint must have been made with.
+        accept: parts of it that may differ.
+        report: told of what a person should know.
+        committed: told of each step that is on disk for good.
+        read_only: nothing is written, moved or removed.
+        """
+        self._folder = folder.absolute()
+        self._aside = self._folder.parent / "damaged"
+        self._config = config
+        self._identity = identity
+        self._accept = accept
+        self._report = report
+        self._committed = committed
+        self._read_only = read_only
+        self._pending: int | None = None
+        # Of this process: one of several that fails waits for the others in Orbax.
+        self._failed: Exception | None = None
+        self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
+        self._manager = self._open()
+
+    def _open(self) -> "_Manager":
+        keep = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(
+                [
+                    keep.LatestN(self._config.keep_last),
+                    keep.BestN(
+                        get_metric_fn=lambda metrics: metrics["loss"],
+                        reverse=True,
+                        n=self._config.keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            # Without it metrics are neither written nor read, whatever is preserved.
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            # Who moves nothing must not stumble over metrics that are damaged.
+            lightweight_initialize=self._read_only,
+            create=not self._read_only,
+            enable_async_checkpointing=True,
+            # A folder that cannot be made would be waited for, for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=SealedPath,
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        arrays, json_files = SealedArrays(self._fail), ocp.JsonCheckpointHandler()
+        for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            registry.add("state", args, arrays)
+        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            registry.add("meta", args, json_files)
+        try:
+            if not self._read_only:
+                self._set_unreadable_aside()
+            return _Manager(self._folder, options=options, handler_registry=registry)
+        except OSError as error:
+            raise UserError(
+                f"{self._folder} cannot be used for checkpoints: {error}; give back "
+                "the right to read and write it, or choose another --config.run_dir"
+            ) from error
+
+    def _set_unreadable_aside(self) -> None:
+        """Moves steps away whose metrics are damaged: Orbax reads those of every step.
+
+        It would fail in them, or choose the best by them. The first process looks; the
+        others open what it has left.
+        """
+        found: dict[int, list[str]] = {}
+        if jax.process_index() == 0:
+            steps = [int(path.name) for path in step_folders(self._folder)]
+            found = {s: problems for s in steps if (problems := self._misjudged(s))}
+        for step, problems in found.items():
+            self._move_aside(step, problems)
+        self._lost += _agreed(list(found))
+
+    def _misjudged(self, step: int) -> list[str]:
+        """What is wrong with the files of the loss that `step` is judged by."""
+        return find_damage(self._folder / str(step), item=METRICS)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        try:
+            self.wait()
+        except SaveError as failed:
+            if error is None:
+                raise
+            # The first error is the one to show; this one must not be lost either.
+            self._report(str(failed))
+        finally:
+            # Orbax would close it with the others, who know nothing of a failure here.
+            if not (self._failed and jax.process_count() > 1):
+                with contextlib.suppress(Exception):  # What failed has been said.
+                    self._manager.close()
+
+    @property
+    def has_set_aside(self) -> bool:
+        """Whether a damaged checkpoint of this run was ever moved away."""
+        return self._aside.is_dir()
+
+    @property
+    def steps(self) -> list[int]:
+        """All kept steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest_step(self) -> int | None:
+        return max(self.steps, default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The kept step with the lowest held-out loss, if one was measured."""
+        intact = [step for step in self.steps if not self._misjudged(step)]
+        metrics = {step: self._manager.metrics(step) for step in intact}
+        losses = {step: found["loss"] for step, found in metrics.items() if found}
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, Any],
+        eval_loss: float | None,
+    ) -> None:
+        """Starts saving; a step that is already saved is left alone.
+
+        Raises:
+          SaveError: this save could not begin, or the one before it has failed.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        meta = {"identity": self._identity, "position": position}
+        with self._naming(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics=None if eval_loss is None else {"loss": eval_loss},
+            )
+            self._pending = step
+
+    def check(self) -> None:
+        """Learns of a save that has ended, without waiting for one that has not.
+
+        Raises:
+          SaveError: it has failed.
+        """
+        if self._pending is None:
+            return
+        if self._failed or not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is on disk for good.
+
+        Raises:
+          SaveError: it is not; what it left is removed, older steps are as they were.
+        """
+        if self._pending is None:
+            return
+        step = self._pending
+        with self._naming(step):
+            self._wait_for_own()
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if not (self._folder / str(step)).is_dir():
+                raise OSError("Orbax says it is done, and there is nothing")
+        self._pending = None
+        self._committed(step)
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = error
+
+    def _wait_for_own(self) -> None:
+        """With several processes: raises this one's failure as soon as it is known.
+
+        Orbax raises it when all have come to a barrier, where they wait for this one.
+        """
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if self._failed:
+                raise self._failed
+            time.sleep(POLL)
+
+    @contextlib.contextmanager
+    def _naming(self, step: int) -> Iterator[None]:
+        """Turns whatever a save of `step` raises into a SaveError, and cleans up."""
+        try:
+            yield
+        except Exception as error:  # TensorStore, Orbax and the disk raise many kinds.
+            self._pending = None
+            self._reopen(step)
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int, error: Exception) -> SaveError:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if len(cause) > 300:  # TensorStore's begin with a path, and end with the cause.
+            cause = f"{cause[:60]} ... {cause[-240:]}"
+        left = ", ".join(map(str, self.steps)) or "none"
+        return SaveError(
+            f"step {step} could not be saved: {cause}; checkpoints left: "
+            f"{left}; make room or give back the right to write {self._folder}, then "
+            "start the same command again",
+            step,
+        )
+
+    def _reopen(self, step: int) -> None:
+        """A manager that has failed knows steps that do not exist, and lost threads."""
+        if jax.process_count() > 1:
+            return  # Orbax would wait for the others; this process ends at once.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        if jax.process_index() == 0:
+            for torn in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(torn, ignore_errors=True)
+        self._failed = None
+        with contextlib.suppress(UserError):
+            self._manager = self._open()
+
+    def restore(
+        self, abstract_state: TrainState, step: int | None = None
+    ) -> Restored | None:
+        """The checkpoint of `step`, by default the newest intact one.
+
+        None where there is none at all.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore into.
+
+        Raises:
+          DamagedError: the one that was asked for is damaged, or all are.
+          UserError: it was saved over another base model, tokenizer or data set, or
+            for parameters of other shapes.
+        """
+        if step is not None:
+            self._require_intact(step)
+            return self._read(step, abstract_state)
+        found = sorted({*self._lost, *self.steps})
+        while (step := self.latest_step) is not None:
+            damage = self.damage(step)
+            if not damage:
+                return self._read(step, abstract_state)
+            self._set_aside(step, damage)
+        if found:
+            raise DamagedError(
+                f"all checkpoints in {self._folder} are damaged (steps "
+                f"{', '.join(map(str, found))}, see above); nothing was overwritten: "
+                "bring a copy back, or choose another --config.run_dir"
+            )
+        return None
+
+    def damage(self, step: int) -> list[str]:
+        """What is wrong with the files of `step`; each process reads its share."""
+        count = jax.process_count()
+        mine = find_damage(self._folder / str(step), jax.process_index(), count)
+        if count == 1 or not _anywhere(bool(mine)):
+            return mine
+        return mine or ["another process found damage in its share of the files"]
+
+    def _require_intact(self, step: int) -> None:
+        if damage := self.damage(step):
+            raise DamagedError(
+                f"checkpoint {step} in {self._folder} is damaged:\n  "
+                + "\n  ".join(damage[:5])
+                + "\nchoose another step"
+            )
+
+    def _set_aside(self, step: int, damage: list[str]) -> None:
+        """Keeps a damaged checkpoint where no restore looks, and says so."""
+        if self._read_only:
+            self._require_intact(step)
+        if jax.process_index() == 0:
+            self._move_aside(step, damage)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        self._manager.reload()
+
+    def _move_aside(self, step: int, damage: list[str]) -> None:
+        target = self._aside / f"{step}-{time.time_ns():x}"
+        target.parent.mkdir(exist_ok=True)
+        (self._folder / str(step)).rename(target)
+        self._report(
+            f"checkpoint {step} is damaged and was moved to {target}: "
+            + "; ".join(damage[:5])
+            + (f"; and {len(damage) - 5} more" if len(damage) > 5 else "")
+        )
+
+    def _read(self, step: int, abstract_state: TrainState) -> Restored:
+        meta = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )["meta"]
+        what = f"checkpoint {step}"
+        check_identity(meta["identity"], self._identity, what, self._accept)
+        state = ocp.args.StandardRestore(abstract_state)
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(state=state))
+        except ValueError as error:  # Orbax's, of shapes or of the tree.
+            first_line = str(error).strip().partition("\n")[0][:300]
+            raise UserError(
+                f"{what} holds other parameters than this run trains ({first_line}); "
+                "give back the model and LoRA shape that it was made with"
+            ) from error
+        logging.info("checkpoint: step %d restored", step)
+        return Restored(step, found["state"], meta["position"])
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """What the first process gives; all must ask."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.zeros(count, np.int32) if jax.process_index() else np.array(steps, "i4")
+    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
+
+
+def _anywhere(found: bool) -> bool:
+    """Whether any process has `found`; all must ask."""
+    return bool(np.max(multihost_utils.process_allgather(np.array(found))))

@@ -1,0 +1,75 @@
+"""Endless training batches in an order that can be saved and shared."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from research.data.token_batch import Batch
+
+# More than any run reaches. Grain's own "for ever" overflows in batches of one.
+ENDLESS_EPOCHS = 1_000_000_000
+
+
+class Batches(Protocol):
+    """Endless training batches and a position that can be saved."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class OrderedBatches:
+    """Endless training batches of this process's rows.
+
+    Grain orders and repeats row *numbers*, and each process builds only its own rows
+    of a global batch, so the stream is the same for any number of processes.
+    """
+
+    def __init__(
+        self,
+        order: Any,
+        rows_of: Callable[[np.ndarray], Batch],
+        batch_size: int,
+        mine: Sequence[int] | None = None,
+    ):
+        """Args:
+        order: a grain `MapDataset` of row numbers.
+        rows_of: makes rows from their numbers.
+        batch_size: rows of a global batch.
+        mine: which rows of a global batch this process builds; by default all.
+        """
+        import grain
+
+        def batch_of(numbers: Any) -> Batch:
+            return rows_of(numbers if mine is None else numbers[list(mine)])
+
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        batches = order.batch(batch_size).map(batch_of)
+        self._iterator = iter(batches.to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position, as JSON-able data."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
+
+
+def endless(first: int, count: int, seed: int) -> Any:
+    """A grain `MapDataset` of `first` to `first + count`: every epoch is another
+    permutation, worked out number by number."""
+    import grain
+
+    numbers = grain.MapDataset.range(first, first + count).seed(seed)
+    return numbers.shuffle().repeat(ENDLESS_EPOCHS)

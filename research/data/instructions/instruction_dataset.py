@@ -1,0 +1,184 @@
+"""Rows to batches: tokenise, split, pack, order; a position that can be saved."""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.data.batch_order import OrderedBatches, endless
+from research.data.instructions.packing import Document, build_batch, pack
+from research.data.instructions.row_selection import Rows, load_rows, split_stratified
+from research.data.token_batch import Batch
+from research.tokenize.chat_template import ChatFormat
+from research.tokenize.conversation import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Packed documents of one side.
+
+    Attributes:
+      documents: tokenised records.
+      rows: indices of the documents that share each row.
+      seq_len: positions of a row.
+    """
+
+    documents: list[Document]
+    rows: list[list[int]]
+    seq_len: int
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(document.slots for document in self.documents)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(int(document.trained[1:].sum()) for document in self.documents)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' positions that hold a token."""
+        return self.real_tokens / (len(self.rows) * self.seq_len)
+
+    def batch(self, rows: list[list[int]]) -> Batch:
+        return build_batch(rows, self.documents, self.seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Both sides of a source, and what was left out.
+
+    Attributes:
+      rows: the source as read.
+      categories: names of the groups that documents are numbered by.
+      train, held_out: the packed sides.
+      held_out_records: the held-out rows as text, for prompts.
+      dropped: rows left out, by reason, reading and tokenising together.
+      truncated: rows kept with a shorter context.
+      examples: `file:line: what` of each, and of each row that was cut.
+    """
+
+    rows: Rows
+    categories: list[str]
+    train: Split
+    held_out: Split
+    held_out_records: list[Record]
+    dropped: dict[str, int]
+    truncated: int
+    examples: list[str]
+
+
+def load_dataset(config: Config, chat_format: ChatFormat) -> Dataset:
+    """Reads, splits, tokenises and packs `config.data`.
+
+    Raises:
+      UserError: the data cannot be read, or nothing is left to train on.
+    """
+    rows = load_rows(config.data, config.seed)
+    held, rest = split_stratified(rows.records, config.data.held_out, config.seed)
+    categories = sorted({record.category for record in rows.records})
+    dropped: collections.Counter[str] = collections.Counter(rows.dropped)
+    examples = list(rows.examples)
+    sides, truncated = {}, 0
+    for name, records in (("train", rest), ("held_out", held)):
+        kept, documents, cut = _tokenize(
+            records, categories, chat_format, config, dropped, examples
+        )
+        truncated += cut
+        if not documents:
+            raise UserError(
+                f"no {name} row fits config.data.seq_len={config.data.seq_len}; "
+                "raise it, or check the rows reported as too long"
+            )
+        lengths = np.array([document.slots for document in documents])
+        packed = pack(lengths, config.data.seq_len, config.seed)
+        sides[name] = (kept, Split(documents, packed, config.data.seq_len))
+    return Dataset(
+        rows=rows,
+        categories=categories,
+        train=sides["train"][1],
+        held_out=sides["held_out"][1],
+        held_out_records=sides["held_out"][0],
+        dropped=dict(dropped),
+        truncated=truncated,
+        examples=examples,
+    )
+
+
+def _tokenize(
+    records: list[Record],
+    categories: list[str],
+    chat_format: ChatFormat,
+    config: Config,
+    dropped: collections.Counter[str],
+    examples: list[str],
+) -> tuple[list[Record], list[Document], int]:
+    """Records that fit, their documents, and how many contexts were cut to fit.
+
+    Rows that do not fit are counted into `dropped` and told in `examples`.
+    """
+    budget = config.data.seq_len + 1  # n positions predict n ids of n + 1
+    number = {category: i for i, category in enumerate(categories)}
+    kept, documents, truncated = [], [], 0
+    for record, encoded in zip(records, chat_format.encode_many(records), strict=True):
+        if len(encoded.ids) > budget and config.data.overlength == "truncate":
+            encoded = chat_format.shorten(record, encoded, budget)
+            if encoded is not None:
+                truncated += 1
+                examples.append(f"{record.where}: context cut to fit")
+        if encoded is None or len(encoded.ids) > budget:
+            dropped["too long"] += 1
+            examples.append(f"{record.where}: longer than {config.data.seq_len} tokens")
+            continue
+        kept.append(record)
+        documents.append(
+            Document(
+                np.array(encoded.ids, np.int32),
+                np.array(encoded.trained, bool),
+                number[record.category],
+            )
+        )
+    return kept, documents, truncated
+
+
+class BatchIterator(OrderedBatches):
+    """Endless training batches; every epoch is a new permutation of packed rows."""
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        mine: Sequence[int] | None = None,
+    ):
+        """Args:
+        split: the packed rows.
+        batch_size: rows of a global batch.
+        seed: of the order.
+        mine: which rows of a global batch this process builds; by default all.
+        """
+
+        def rows_of(numbers: np.ndarray) -> Batch:
+            return split.batch([split.rows[int(i)] for i in numbers])
+
+        super().__init__(endless(0, len(split.rows), seed), rows_of, batch_size, mine)
+
+
+def eval_batches(
+    split: Split, batch_size: int, mine: Sequence[int] | None = None
+) -> list[Batch]:
+    """Every row once, in order; the last batch is filled up with empty rows.
+
+    `mine` says which rows of each global batch this process builds; by default all.
+    """
+    batches = []
+    for start in range(0, len(split.rows), batch_size):
+        rows = split.rows[start : start + batch_size]
+        rows = rows + [[]] * (batch_size - len(rows))
+        batches.append(split.batch(rows if mine is None else [rows[i] for i in mine]))
+    logging.info("data: %d held-out batches of %d rows", len(batches), batch_size)
+    return batches

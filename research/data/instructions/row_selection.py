@@ -1,0 +1,170 @@
+"""Where rows come from, in which order, and what was left out on the way."""
+
+import collections
+import dataclasses
+import hashlib
+import importlib.resources
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.config.run_config import ColumnsConfig, DataConfig
+from research.core.errors import UserError, nearest
+from research.core.hub_access import knock
+from research.data.row_readers import BadRowError, read_rows, to_record
+from research.tokenize.conversation import Record
+
+HUB_DATASET = "databricks/databricks-dolly-15k"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a source gave.
+
+    Attributes:
+      origin: where it came from, for people.
+      sha256: of the raw rows' text, to tell one data set from another.
+      records: the usable rows, in the source's order.
+      dropped: how many rows were left out, by reason.
+      examples: each of those, as `file:line: what is wrong`.
+    """
+
+    origin: str
+    sha256: str
+    records: list[Record]
+    dropped: dict[str, int]
+    examples: list[str]
+
+    def categories(self) -> dict[str, int]:
+        return dict(
+            sorted(collections.Counter(r.category for r in self.records).items())
+        )
+
+
+def load_rows(config: DataConfig, seed: int) -> Rows:
+    """The rows of `config.source`: an explicit path, the hub, the embedded sample.
+
+    Raises:
+      UserError: a bad file, column mapping or row, or nothing left.
+    """
+    origin, raw = _resolve(config)
+    digest = hashlib.sha256()
+    records: list[Record] = []
+    seen: set[str] = set()
+    dropped: collections.Counter[str] = collections.Counter()
+    examples: list[str] = []
+    for where, row in raw:
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            seen.update(row)
+            records.append(to_record(row, config.columns, where))
+        except BadRowError as bad:
+            unreadable = not bad.reason.startswith("empty")
+            if unreadable and config.bad_lines == "stop":
+                raise UserError(
+                    f"{bad}; mend it, or skip and count such rows with "
+                    "--config.data.bad_lines=skip"
+                ) from bad
+            dropped[bad.reason] += 1
+            examples.append(str(bad))
+    _check_columns(config.columns, seen)
+    if not records:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        raise UserError(f"{origin} has no usable row ({left_out or 'it is empty'})")
+    if 0 < config.max_rows < len(records):
+        records = split_stratified(records, config.max_rows, seed)[0]
+    logging.info(
+        "data: %s, %d rows, sha256 %s", origin, len(records), digest.hexdigest()
+    )
+    return Rows(origin, digest.hexdigest(), records, dict(dropped), examples)
+
+
+def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
+    """A column that was named on purpose and is in no row is a typo."""
+    for field in dataclasses.fields(columns):
+        name = getattr(columns, field.name)
+        if seen and name != field.default and name not in seen:
+            raise UserError(
+                f"config.data.columns.{field.name} is {name!r}, and no row has such a "
+                f"column{nearest(name, seen)}; the rows have {', '.join(sorted(seen))}"
+            )
+
+
+def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
+    if config.path:
+        return config.path, read_rows(Path(config.path).expanduser())
+    rows = _hub_rows(config.hub_timeout)
+    if rows is not None:
+        return f"hub {HUB_DATASET}", rows
+    return "embedded sample", _embedded_rows()
+
+
+def _embedded_rows() -> Iterator[tuple[str, Any]]:
+    folder = importlib.resources.files("research.data.instructions") / "sample"
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        with importlib.resources.as_file(file) as path:
+            yield from read_rows(path)
+
+
+def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
+    """All rows of Dolly through `datasets`, or None where the hub cannot be had.
+
+    We knock first and give up after `timeout` seconds: the client itself would
+    retry for minutes. Without the hub, rows that were downloaded before will do.
+    """
+    from huggingface_hub import constants
+
+    if not knock(HUB_DATASET, "dataset", timeout).revision:
+        folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
+        if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():
+            return None
+        # Before `datasets` is imported: it reads this once, and then never asks.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(HUB_DATASET, split="train")
+    except Exception as error:  # The hub's client raises a dozen unrelated kinds.
+        logging.warning("data: hub %s not loaded (%s)", HUB_DATASET, error)
+        return None
+    return [(f"{HUB_DATASET}:{i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def split_stratified(
+    records: list[Record], count: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """`count` records drawn evenly from each category by size, and the rest.
+
+    Largest remainders decide the odd ones; the draw depends on `seed` alone, and
+    both parts keep the order of `records`.
+
+    Raises:
+      UserError: nothing would be left over.
+    """
+    if count >= len(records):
+        raise UserError(
+            f"{count} rows are asked for and there are {len(records)}: lower "
+            "config.data.held_out or give more rows"
+        )
+    by_category: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        by_category.setdefault(record.category, []).append(index)
+    shares = {c: count * len(rows) / len(records) for c, rows in by_category.items()}
+    quota = {c: int(share) for c, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda c: (quota[c] - shares[c], c))
+    for category in by_remainder[: count - sum(quota.values())]:
+        quota[category] += 1
+    rng = np.random.default_rng(seed)
+    drawn: set[int] = set()
+    for category in sorted(by_category):
+        rows = by_category[category]
+        drawn.update(rng.permutation(rows)[: quota[category]].tolist())
+    chosen = [record for i, record in enumerate(records) if i in drawn]
+    return chosen, [record for i, record in enumerate(records) if i not in drawn]

@@ -1,0 +1,213 @@
+"""The tokenizer that `config.text.tokenizer` names, made or fetched where need be."""
+
+import bisect
+import collections
+import importlib.metadata
+import itertools
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from research.config.run_config import Config
+from research.core.errors import UserError, nearest
+from research.core.hub_access import knock
+from research.data.text.document_readers import Input, Source
+from research.data.text.row_layout import is_held_out
+from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
+from research.data.text.text_sources import open_sources
+from research.tokenize.tokenizer import Tokenizer, from_file, from_folder
+from research.tokenize.tokenizer_training import (
+    SMALLEST,
+    byte_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
+
+FORMAT = 1
+# More text hardly changes the merges of a vocabulary that a language model has.
+TRAINING_BYTES = 64 << 20
+MEASURED_BYTES = 4 << 20
+FEWEST_STEPS = 64
+HUB_FILES = ["tokenizer*", "*.model", "special_tokens_map.json", "*.jinja", "*.txt"]
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """What `config.text.tokenizer` asks for.
+
+    A BPE is trained on the training side of `config.text.sources`, and kept in the
+    cache folder: the next run with the same text reads it.
+
+    Raises:
+      UserError: there is no such tokenizer, or it cannot be read or trained.
+    """
+    asked = config.text.tokenizer
+    kind, _, size = asked.partition(":")
+    if asked == "byte":
+        return byte_tokenizer()
+    if kind == "bpe":
+        return _open_bpe(config, _vocabulary(asked, size))
+    if asked.startswith("hub://"):
+        return from_folder(_fetched(asked, config.data.hub_timeout))
+    path = Path(asked).expanduser()
+    if path.is_file():
+        return from_file(path)
+    if path.is_dir():
+        return from_folder(path)
+    raise UserError(
+        f"config.text.tokenizer is {asked!r}, and no such file or folder exists; give "
+        f"byte, bpe:SIZE, a tokenizer.json, a folder or hub://owner/name"
+        f"{nearest(asked, ('byte', 'bpe:4096'))}"
+    )
+
+
+def make_tokenizer(
+    config: Config, size: int, out: str
+) -> Iterator[tuple[str, int, int]]:
+    """Trains a BPE on the sources of `config`, and writes it into the folder `out`.
+
+    Yields:
+      Name, bytes and tokens of each source, over at most `MEASURED_BYTES`.
+
+    Raises:
+      UserError: a source cannot be read, or the folder cannot be written.
+    """
+    sources = open_sources(config)
+    share = config.text.held_out_share
+    made = train_bpe(training_texts(sources, share), size)
+    folder = Path(out).expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _keep(made, folder)
+    for source in sources:
+        read = tokens = 0
+        for text in _spread(source, MEASURED_BYTES, share):
+            read += len(text.encode())
+            tokens += len(made.encode_texts([text])[0])
+        yield source.name, read, max(tokens, 1)
+
+
+def _vocabulary(asked: str, size: str) -> int:
+    if not size.isascii() or not size.isdigit() or int(size) < SMALLEST:
+        raise UserError(
+            f"config.text.tokenizer is {asked!r}; the size in bpe:SIZE must be a "
+            f"number of at least {SMALLEST}: 256 bytes and the end of a document"
+        )
+    return int(size)
+
+
+def _open_bpe(config: Config, size: int) -> Tokenizer:
+    cache = cache_folder(config.text)
+    sources = open_sources(config)
+    settings = {
+        "format": FORMAT,
+        "size": size,
+        "bytes": TRAINING_BYTES,
+        "held_out_share": config.text.held_out_share,
+        "library": importlib.metadata.version("tokenizers"),
+    }
+    for source in sources:
+        settings["sources"] = source_key(source, cache, settings)
+    folder = cache / "tokenizers" / f"bpe{size}-{settings['sources'][:16]}"
+    if not folder.is_dir():
+        begun = time.monotonic()
+        logging.info("text: training a tokenizer of %d ids", size)
+        texts = training_texts(sources, config.text.held_out_share)
+        made = train_bpe(texts, size)
+        _keep(made, folder)
+        logging.info(
+            "text: tokenizer of %d ids trained in %.1f s, kept in %s",
+            made.vocab_size, time.monotonic() - begun, folder,
+        )  # fmt: skip
+    return from_folder(folder)
+
+
+def _keep(tokenizer: Tokenizer, folder: Path) -> None:
+    """Seen by others whole or not at all; where another was first, its copy stays."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        save_tokenizer(tokenizer, temporary)
+        temporary.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise cannot_write(folder.parent, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def training_texts(sources: Iterable[Source], held_out_share: float) -> Iterator[str]:
+    """Up to `TRAINING_BYTES` of training text, from all over the sources.
+
+    Raises:
+      UserError: there is no text at all.
+    """
+    sources = list(sources)
+    found = False
+    for source in sources:
+        room = TRAINING_BYTES // len(sources)
+        for piece in _spread(source, room, held_out_share):
+            found = True
+            yield piece
+    if not found:
+        raise UserError(
+            f"{', '.join(f'{s.name}={s.where}' for s in sources)} has no text to train "
+            "a tokenizer on; give other config.text.sources"
+        )
+
+
+def _spread(source: Source, room: int, held_out_share: float) -> Iterator[str]:
+    """Text of a source, from all over it where all would be too much."""
+    own = 0.0
+    for item, part in _parts(source.inputs, room):
+        # What one input lacks, the next may have.
+        own += part
+        for text in _training_pieces(source, item, held_out_share):
+            if own < 1:
+                break
+            yield text[: int(own)]
+            own -= len(text[: int(own)])
+
+
+def _parts(inputs: Sequence[Input], room: int) -> list[tuple[Input, float]]:
+    """Inputs at equal steps of bytes, and how much of each makes up `room`."""
+    ends = list(itertools.accumulate(item.size for item in inputs))
+    total = ends[-1]
+    if total <= room:
+        parts = [item.size / total if total else 1 / len(inputs) for item in inputs]
+        return [(i, room * part) for i, part in zip(inputs, parts, strict=True)]
+    count = max(len(inputs) * room // total, FEWEST_STEPS)
+    hits = collections.Counter(
+        bisect.bisect_right(ends, k * total // count) for k in range(count)
+    )
+    return [(inputs[i], room * n / count) for i, n in sorted(hits.items())]
+
+
+def _training_pieces(source: Source, item: Input, share: float) -> Iterator[str]:
+    held = False
+    for piece in source.read([item], collections.Counter()):
+        held = is_held_out(piece, share) if piece.starts else held
+        if not held:
+            yield piece.text
+
+
+def _fetched(asked: str, timeout: float) -> Path:
+    """The tokenizer's files alone, from the hub or what it gave before."""
+    import huggingface_hub
+
+    name = asked.removeprefix("hub://")
+    answer = knock(name, "model", timeout)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=HUB_FILES,
+                revision=answer.revision or None,
+                local_files_only=not answer.revision,
+            )
+        )
+    except Exception as error:  # The hub's client raises a dozen unrelated kinds.
+        raise UserError(
+            f"tokenizer {asked} cannot be fetched ({answer.reason or error}); check "
+            "its name, or give a local folder as config.text.tokenizer"
+        ) from error

@@ -1,0 +1,119 @@
+"""How documents become one stream of ids, and how the stream becomes rows.
+
+Every document starts with one id that text never encodes to, so the borders between
+documents can be read off the stream, and no index of them is needed.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from research.core.errors import UserError
+from research.data.text.document_readers import Piece
+from research.data.token_batch import Batch
+from research.tokenize.tokenizer import Tokenizer
+
+HELD_OUT_SALT = b"research/held-out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What stands around a document.
+
+    Attributes:
+      start: id in front of each document.
+      end: id behind each, or None where the next document's `start` ends it.
+      dtype: of ids on disk, little-endian `<u2` or `<u4`.
+    """
+
+    start: int
+    end: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Layout":
+        """`bos ... eos` where the tokenizer adds a bos to documents, else `eos ...`.
+
+        Raises:
+          UserError: the tokenizer has no id that ends a document.
+        """
+        if tokenizer.eos is None:
+            raise UserError(
+                "the tokenizer names no eos_token, and documents are told apart by it; "
+                "name one in its tokenizer_config.json"
+            )
+        dtype = "<u2" if tokenizer.largest_id < 1 << 16 else "<u4"
+        # Where both are one token, an eos in front and a bos behind look alike.
+        if tokenizer.add_bos and tokenizer.bos not in (None, tokenizer.eos):
+            return cls(tokenizer.bos, tokenizer.eos, dtype)
+        return cls(tokenizer.eos, None, dtype)
+
+    def frame(self, piece: Piece, ids: np.ndarray) -> np.ndarray:
+        """A piece's ids with what stands in front of and behind its document.
+
+        Raises:
+          UserError: text encodes to the id that should mark where documents start.
+        """
+        if (ids == self.start).any():
+            raise UserError(
+                f"{piece.where}: the tokenizer makes id {self.start} of plain text, "
+                "and documents are told apart by it; choose another tokenizer"
+            )
+        front = [self.start] if piece.starts else []
+        back = [self.end] if piece.ends and self.end is not None else []
+        if not front and not back:
+            return ids
+        return np.concatenate([front, ids, back]).astype(ids.dtype)
+
+
+def is_held_out(first: Piece, share: float) -> bool:
+    """The side of a document, by its first piece: equal texts share a side.
+
+    It depends on nothing else, so that runs with other seeds evaluate the same text.
+    """
+    digest = hashlib.blake2b(first.text.encode(), digest_size=8, key=HELD_OUT_SALT)
+    return int.from_bytes(digest.digest(), "big") < share * (1 << 64)
+
+
+def lay_rows(
+    ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray, layout: Layout,
+    isolate: bool,
+) -> Batch:  # fmt: skip
+    """A batch of stretches of the stream.
+
+    Args:
+      ids: integer `[B, T + 1]`; each row predicts its last T ids from its first T.
+      lengths: `[B]`, how many predictions of each row are real; the rest is padding.
+      groups: `[B]`, what each row's losses are reported under.
+      layout: what marks the start of a document.
+      isolate: whether attention stays within a document.
+
+    Returns:
+      Arrays `[B, T]`. A row may start within a document; that one's positions count
+      from the start of the row.
+    """
+    tokens, targets = ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
+    at = np.arange(tokens.shape[1], dtype=np.int32)
+    real = at < lengths[:, None]
+    positions = np.broadcast_to(at, tokens.shape)
+    segments, weights = np.ones_like(tokens), real.astype(np.float32)
+    if isolate:
+        starts = tokens == layout.start
+        starts[:, 0] = True
+        segments = np.cumsum(starts, axis=1, dtype=np.int32)
+        positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
+        if layout.end is not None:
+            # Which document comes next has nothing to do with this one.
+            weights *= targets != layout.start
+    blank = ~real
+    for array in (tokens, targets, segments):
+        array[blank] = 0
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        weights=weights,
+        segments=segments,
+        positions=np.where(blank, 0, positions).astype(np.int32),
+        groups=np.where(blank, 0, groups[:, None]).astype(np.int32),
+    )

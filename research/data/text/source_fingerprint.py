@@ -1,0 +1,101 @@
+"""What a source is, bit for bit: a key that changes when anything in it does."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from research.config.run_config import TextConfig
+from research.core.atomic_files import write_whole
+from research.core.cache_folders import user_cache
+from research.core.errors import UserError
+from research.data.text.document_readers import Source
+
+MEMO = "hashes.json"
+# A file that changed this recently may change again within the clock's resolution.
+FRESH_NS = 2 * 10**9
+
+
+def cache_folder(config: TextConfig) -> Path:
+    """Where tokenised sources are kept; it need not exist."""
+    if config.cache_dir == "auto":
+        return user_cache()
+    return Path(config.cache_dir).expanduser()
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the cache folder {folder} cannot be written ({error}); make space or choose "
+        "another with --config.text.cache_dir="
+    )
+
+
+def source_key(source: Source, cache: Path, settings: Mapping[str, Any]) -> str:
+    """sha256 over the settings, every input's name and every input's bytes.
+
+    Bytes that were hashed before are not read again while a file's size and time of
+    change stay what they were.
+    """
+    parts = {
+        **settings,
+        "column": source.column,
+        "undecodable": source.undecodable,
+        "bad_lines": source.bad_lines,
+        "inputs": _input_hashes(source, cache),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _input_hashes(source: Source, cache: Path) -> list[list[str]]:
+    if source.revision:
+        return [[source.where, source.revision]]
+    known = _read_memo(cache)
+    fresh: dict[str, list[Any]] = {}
+    hashes, said = [], time.monotonic()
+    for number, item in enumerate(source.inputs, start=1):
+        path = os.path.abspath(item.path)
+        try:
+            stat = os.stat(path)
+            stamp = [stat.st_size, stat.st_mtime_ns]
+            if known.get(path, [])[:2] != stamp:
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                fresh[path] = known[path] = [*stamp, digest]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        hashes.append([item.name, known[path][2]])
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            logging.info(
+                "text: %s, hashed %d of %d files", source.name, number,
+                len(source.inputs),
+            )  # fmt: skip
+    now = time.time_ns()
+    settled = {p: entry for p, entry in fresh.items() if now - entry[1] > FRESH_NS}
+    if settled:
+        _add_to_memo(cache, settled)
+    return hashes
+
+
+def _read_memo(cache: Path) -> dict[str, list[Any]]:
+    try:
+        memo = json.loads((cache / MEMO).read_text(encoding="utf-8"))
+        return {
+            path: [int(size), int(at), str(d)] for path, (size, at, d) in memo.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # It only saves time.
+
+
+def _add_to_memo(cache: Path, entries: Mapping[str, list[Any]]) -> None:
+    """Of two that add at one time, one may lose its entries, and hashes them again."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        memo = {**_read_memo(cache), **entries}
+        write_whole(cache / MEMO, json.dumps(memo).encode())
+    except OSError:
+        return  # It only saves time: a cache can be read-only, and finished.

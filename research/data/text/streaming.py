@@ -1,0 +1,260 @@
+"""Text tokenised on the way into training, in the order of its sources; no cache.
+
+For text that is read about once, or that has no room on disk beside itself. Every
+process tokenises all of it, and keeps its own rows.
+"""
+
+import collections
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.data.text.document_readers import Piece, Source
+from research.data.text.mixture import mixture_weights
+from research.data.text.parallel_tokenization import encoded
+from research.data.text.row_layout import Layout, is_held_out
+from research.data.text.text_dataset import RowFormat, Stretch, TextData, check_held_out
+from research.data.text.token_shards import Totals
+from research.data.token_batch import Batch
+from research.tokenize.tokenizer import Tokenizer
+
+# Less at a time than for a cache: the first batch waits for the first of these.
+BATCH_BYTES = 512 << 10
+# The search for held-out documents ends after this much text, or this many times what
+# their share lets expect.
+SEARCH_BYTES = 64 << 20
+SEARCH_FACTOR = 20
+
+
+def load_streamed(
+    config: Config, sources: list[Source], tokenizer: Tokenizer
+) -> TextData:
+    """Reads the documents to evaluate, and no more until training begins.
+
+    Raises:
+      UserError: a source, its text or the mixture cannot be used.
+    """
+    layout = Layout.of(tokenizer)
+    text = config.text
+    names = [source.name for source in sources]
+    row_format = RowFormat(config.data.seq_len, text.isolate, layout)
+    weights = mixture_weights(text, names) or _by_size(sources)
+    left_out: collections.Counter[str] = collections.Counter()
+    evaluated = [
+        _held_out(source, tokenizer, layout, config, left_out) for source in sources
+    ]
+
+    def batches(size: int, seed: int, mine: Sequence[int] | None) -> StreamedBatches:
+        readers = [
+            _Reader(source, tokenizer, layout, text.held_out_share)
+            for source in sources
+        ]
+        shares = [weights[name] for name in names]
+        return StreamedBatches(readers, shares, row_format, size, mine)
+
+    held_out = {
+        name: stretch.totals for name, stretch in zip(names, evaluated, strict=True)
+    }
+    check_held_out(text.held_out_share, held_out)
+    return TextData(
+        groups=names,
+        origin=", ".join(f"{s.name} ({s.where}), streamed" for s in sources),
+        sha256=_identity(config, sources, tokenizer, evaluated),
+        train={},
+        held_out=held_out,
+        rows=0,
+        held_out_bytes={name: totals.bytes for name, totals in held_out.items()},
+        left_out=dict(left_out),
+        row_format=row_format,
+        evaluated=evaluated,
+        training=batches,
+        first_rows=lambda rows: next(batches(rows, 0, None)),
+    )
+
+
+class _Reader:
+    """Endless training ids of one source, from any position.
+
+    A position is `[pass over the source, piece within it, id within the piece]`.
+    """
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, layout: Layout, share: float
+    ):
+        self._source = source
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._share = share
+        self.seek([0, 0, 0])
+
+    def seek(self, position: Sequence[int]) -> None:
+        """Continues from a position; what is before it is read, not tokenised."""
+        around, index, offset = position
+        self._ahead = encoded(
+            self._pieces(around, index),
+            lambda item: item[2].text,
+            self._tokenizer,
+            self._layout.dtype,
+            BATCH_BYTES,
+        )
+        self._here: collections.deque[tuple[int, int, np.ndarray]]
+        self._here = collections.deque()
+        self._position = list(position)
+        self._there = -offset
+
+    @property
+    def position(self) -> list[int]:
+        """Of the next row's first id."""
+        return list(self._position)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `[count + 1]` ids; the last is the first of the next row."""
+        while self._there <= count:
+            (around, index, piece), ids = next(self._ahead)
+            ids = self._layout.frame(piece, ids)
+            self._here.append((around, index, ids))
+            self._there += len(ids)
+        offset, missing = self._position[2], count + 1
+        parts = []
+        for _, _, ids in self._here:
+            parts.append(ids[offset : offset + missing])
+            missing -= len(parts[-1])
+            offset = 0
+            if not missing:
+                break
+        self._advance(count)
+        return np.concatenate(parts)
+
+    def _advance(self, count: int) -> None:
+        offset = self._position[2] + count
+        while offset >= len(self._here[0][2]):
+            offset -= len(self._here.popleft()[2])
+        self._position = [*self._here[0][:2], offset]
+        self._there -= count
+
+    def _pieces(self, around: int, index: int) -> Iterator[tuple[int, int, Piece]]:
+        for turn in itertools.count(around):
+            held, found = False, False
+            pieces = self._source.read(self._source.inputs, collections.Counter())
+            for number, piece in enumerate(pieces):
+                held = is_held_out(piece, self._share) if piece.starts else held
+                found |= not held
+                if not held and (turn > around or number >= index):
+                    yield turn, number, piece
+            if not found:
+                raise UserError(
+                    f"text source {self._source.name}={self._source.where} has no text "
+                    "to train on; give more, or lower config.text.held_out_share"
+                )
+
+
+class StreamedBatches:
+    """Endless batches; rows come from the sources in turn, by their weights."""
+
+    def __init__(
+        self,
+        readers: list[_Reader],
+        weights: list[float],
+        row_format: RowFormat,
+        batch_size: int,
+        mine: Sequence[int] | None,
+    ):
+        self._readers = readers
+        self._weights = np.array(weights)
+        self._format = row_format
+        self._size = batch_size
+        self._mine = range(batch_size) if mine is None else mine
+        self._taken = np.zeros(len(readers), np.int64)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        length = self._format.seq_len
+        ids = np.empty((self._size, length + 1), self._format.layout.dtype)
+        groups = np.empty(self._size, np.int32)
+        for i in range(self._size):
+            # Whichever is furthest behind its share of the rows so far.
+            behind = self._weights * (self._taken.sum() + 1) - self._taken
+            groups[i] = np.argmax(behind)
+            ids[i] = self._readers[groups[i]].take(length)
+            self._taken[groups[i]] += 1
+        own = list(self._mine)
+        return self._format.batch(ids[own], np.full(len(own), length), groups[own])
+
+    def get_state(self) -> dict[str, Any]:
+        """Position, as JSON-able data."""
+        return {
+            "rows": self._taken.tolist(),
+            "positions": [reader.position for reader in self._readers],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._taken = np.array(state["rows"], np.int64)
+        for reader, position in zip(self._readers, state["positions"], strict=True):
+            reader.seek(position)
+
+
+def _by_size(sources: list[Source]) -> dict[str, float]:
+    """Shares by bytes on disk, or equal ones where a size is not known."""
+    sizes = [sum(item.size for item in source.inputs) for source in sources]
+    if not all(sizes):
+        sizes = [1] * len(sources)
+    return {s.name: n / sum(sizes) for s, n in zip(sources, sizes, strict=True)}
+
+
+def _held_out(
+    source: Source,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    config: Config,
+    left_out: collections.Counter[str],
+) -> Stretch:
+    """The first held-out documents, whole, until there are `held_out_bytes`."""
+    text = config.text
+    expected = text.held_out_bytes / max(text.held_out_share, 1e-9)
+    room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
+    found: list[np.ndarray] = []
+    documents, size, held = 0, 0, False
+    for piece in source.read(source.inputs, left_out):
+        between = piece.starts or not held
+        if between and (size >= text.held_out_bytes or room <= 0):
+            break
+        if piece.starts:
+            held = is_held_out(piece, text.held_out_share)
+            documents += held
+        room -= len(piece.text)
+        if held:
+            (ids,) = tokenizer.encode_arrays([piece.text], layout.dtype)
+            found.append(layout.frame(piece, ids))
+            size += len(piece.text.encode())
+    ids = np.concatenate(found) if found else np.empty(0, layout.dtype)
+    return Stretch(
+        Totals(documents, len(ids), size),
+        lambda start, count: ids[start : start + count],
+    )
+
+
+def _identity(
+    config: Config, sources: list[Source], tokenizer: Tokenizer, held: list[Stretch]
+) -> str:
+    """Of names, sizes and the evaluated text: nobody has read the rest yet."""
+    parts = {
+        "tokenizer": tokenizer.fingerprint,
+        "held_out_share": config.text.held_out_share,
+        "policies": [config.text.undecodable, config.data.bad_lines],
+        "sources": [
+            [s.name, s.column, s.revision, [[i.name, i.size] for i in s.inputs]]
+            for s in sources
+        ],
+    }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for stretch in held:
+        digest.update(stretch.read(0, stretch.totals.tokens).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Pre-training text as a run sees it, cached or streamed."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from research.core.errors import UserError
+from research.data.batch_order import Batches
+from research.data.text.row_layout import Layout, lay_rows
+from research.data.text.token_shards import Totals
+from research.data.token_batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Held-out documents of one source, whole and one behind the other.
+
+    Attributes:
+      totals: of these documents.
+      read: `read(start, count)` gives `[count]` of their ids.
+    """
+
+    totals: Totals
+    read: Callable[[int, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """What every row has in common.
+
+    Attributes:
+      seq_len: predictions of a row.
+      isolate: whether attention stays within a document.
+      layout: what marks the documents.
+    """
+
+    seq_len: int
+    isolate: bool
+    layout: Layout
+
+    def batch(self, ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> Batch:
+        """See `lay_rows`."""
+        return lay_rows(ids, lengths, groups, self.layout, self.isolate)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Both sides of all sources.
+
+    Attributes:
+      groups: source names; `Batch.groups` counts along them.
+      origin: where the text came from, for people.
+      sha256: of the tokenised text, to tell one data set from another.
+      train: totals by source; empty where the text is streamed and nobody knows.
+      held_out: totals by source of all that is kept from training; streamed: of
+        what is evaluated.
+      rows: different training rows; 0 where the text is streamed.
+      held_out_bytes: UTF-8 bytes by source of exactly the documents evaluated.
+      left_out: how many documents were left out, by reason.
+      row_format: what the rows look like.
+      evaluated: the held-out documents of each source, in the order of `groups`.
+      training: `training(batch_size, seed, mine)` gives the training batches.
+      first_rows: `first_rows(n)` gives training rows in the order of the sources.
+    """
+
+    groups: list[str]
+    origin: str
+    sha256: str
+    train: dict[str, Totals]
+    held_out: dict[str, Totals]
+    rows: int
+    held_out_bytes: dict[str, int]
+    left_out: dict[str, int]
+    row_format: RowFormat = dataclasses.field(repr=False)
+    evaluated: list[Stretch] = dataclasses.field(repr=False)
+    training: Callable[[int, int, Sequence[int] | None], Batches] = dataclasses.field(
+        repr=False
+    )
+    first_rows: Callable[[int], Batch] = dataclasses.field(repr=False)
+
+    def train_iterator(
+        self, batch_size: int, seed: int, mine: Sequence[int] | None = None
+    ) -> Batches:
+        """Endless batches of rows; `mine` are this process's of each global batch."""
+        return self.training(batch_size, seed, mine)
+
+    def require_rows(self, batch_size: int) -> None:
+        """Raises UserError where there are fewer rows than a batch has."""
+        if self.train and self.rows < batch_size:
+            tokens = sum(totals.tokens for totals in self.train.values())
+            needed = batch_size * self.row_format.seq_len + 1
+            raise UserError(
+                f"the text has {tokens} training tokens, and a batch of {batch_size} "
+                f"rows of {self.row_format.seq_len} needs {needed}; give more text, or "
+                "lower config.data.batch_size or config.data.seq_len"
+            )
+
+    def sample_batch(self, rows: int) -> Batch:
+        """The first training rows, for looking at."""
+        return self.first_rows(rows)
+
+    def held_out_batches(
+        self, batch_size: int, mine: Sequence[int] | None = None
+    ) -> list[Batch]:
+        """The evaluated documents, each byte predicted once; empty rows fill up.
+
+        `mine` says which rows of each global batch this process builds.
+        """
+        rows = [
+            (
+                group,
+                start,
+                min(self.row_format.seq_len, stretch.totals.tokens - 1 - start),
+            )
+            for group, stretch in enumerate(self.evaluated)
+            for start in range(0, stretch.totals.tokens - 1, self.row_format.seq_len)
+        ]
+        batches = []
+        for first in range(0, len(rows), batch_size):
+            chosen = rows[first : first + batch_size]
+            chosen += [(0, 0, 0)] * (batch_size - len(chosen))
+            own = chosen if mine is None else [chosen[i] for i in mine]
+            batches.append(self._evaluation_batch(own))
+        logging.info("text: %d held-out batches of %d rows", len(batches), batch_size)
+        return batches
+
+    def _evaluation_batch(self, rows: list[tuple[int, int, int]]) -> Batch:
+        ids = np.zeros((len(rows), self.row_format.seq_len + 1), np.int32)
+        for i, (group, start, count) in enumerate(rows):
+            if count:
+                ids[i, : count + 1] = self.evaluated[group].read(start, count + 1)
+        groups, _, lengths = np.array(rows, np.int32).reshape(-1, 3).T
+        return self.row_format.batch(ids, lengths, groups)
+
+
+def check_held_out(config_share: float, evaluated: dict[str, Totals]) -> None:
+    """Says which sources cannot be evaluated.
+
+    Raises:
+      UserError: none can.
+    """
+    without = [name for name, totals in evaluated.items() if not totals.documents]
+    if len(without) == len(evaluated):
+        raise UserError(
+            f"no document of {', '.join(without)} was kept for evaluation at "
+            f"config.text.held_out_share={config_share:g}; raise it, or give more "
+            "documents"
+        )
+    for name in without:
+        logging.warning(
+            "text: no document of %s was kept for evaluation; raise "
+            "config.text.held_out_share",
+            name,
+        )

@@ -1,0 +1,193 @@
+"""Tokenised sources on disk: pairs of files that are there whole, or not there.
+
+A shard is one stretch of a source: its training ids, its held-out ids, and a JSON
+that is written last and says what both must be. So whatever has a JSON is finished,
+and a writer may be killed at any time.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.core.atomic_files import sync_folder, write_whole
+
+MANIFEST = "manifest.json"
+SIDES = ("train", "held")
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Documents, ids with their marks, and bytes of UTF-8 text."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What a shard's JSON says.
+
+    Attributes:
+      unit, number: which stretch it is; numbers count up within a unit.
+      pieces: how many pieces of text it holds.
+      train, held: totals of each side; a document counts where it starts.
+      held_lengths: bytes of each held-out document, in order.
+      held_continues: whether the first of these began in the shard before.
+      sha256: of the ids of each side.
+      last: whether the unit ends here.
+      left_out: only of the last, counts over the unit by reason.
+    """
+
+    unit: int
+    number: int
+    pieces: int
+    train: Totals
+    held: Totals
+    held_lengths: list[int]
+    held_continues: bool
+    sha256: list[str]
+    last: bool
+    left_out: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return f"u{self.unit:06d}-s{self.number:06d}"
+
+    def file(self, folder: Path, side: str, dtype: str) -> Path:
+        """The ids of one of `SIDES`, flat."""
+        return folder / f"{self.name}.{side}.{'u16' if dtype == '<u2' else 'u32'}"
+
+    def totals(self, side: str) -> Totals:
+        return self.train if side == "train" else self.held
+
+    def is_whole(self, folder: Path, dtype: str) -> bool:
+        """Whether both files have the size they must have."""
+        width = np.dtype(dtype).itemsize
+        try:
+            return all(
+                self.file(folder, side, dtype).stat().st_size
+                == self.totals(side).tokens * width
+                for side in SIDES
+            )
+        except OSError:
+            return False
+
+
+def read_shard(folder: Path, unit: int, number: int, dtype: str) -> Shard | None:
+    """A finished shard, or None."""
+    try:
+        text = (folder / f"u{unit:06d}-s{number:06d}.json").read_text(encoding="utf-8")
+        shard = _from_dict(json.loads(text))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return shard if shard.is_whole(folder, dtype) else None
+
+
+def write_shard(
+    folder: Path, shard: Shard, ids: Sequence[bytes | bytearray], dtype: str
+) -> None:
+    """Writes the ids of both sides, and then the JSON.
+
+    Raises:
+      OSError: no space or no permission.
+    """
+    for side, data in zip(SIDES, ids, strict=True):
+        write_whole(shard.file(folder, side, dtype), data)
+    sync_folder(folder)
+    text = json.dumps(dataclasses.asdict(shard))
+    write_whole(folder / f"{shard.name}.json", text.encode())
+
+
+def _from_dict(values: dict[str, Any]) -> Shard:
+    sides = {side: Totals(**values[side]) for side in SIDES}
+    return Shard(**{**values, **sides})
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All of a finished source.
+
+    Attributes:
+      key: of what was tokenised, by what and how.
+      dtype: of the ids.
+      shards: in the order of the stream.
+    """
+
+    key: str
+    dtype: str
+    shards: list[Shard]
+
+    def total(self, side: str) -> Totals:
+        return sum((shard.totals(side) for shard in self.shards), Totals())
+
+    def left_out(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            for reason, count in shard.left_out.items():
+                counts[reason] = counts.get(reason, 0) + count
+        return counts
+
+    def held_lengths(self) -> list[int]:
+        """Bytes of every held-out document, in the order of the held-out stream."""
+        lengths: list[int] = []
+        for shard in self.shards:
+            own = shard.held_lengths
+            if shard.held_continues:
+                lengths[-1] += own[0]
+                own = own[1:]
+            lengths += own
+        return lengths
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids: equal for equal streams, however they were made."""
+        hashes = "".join(digest for shard in self.shards for digest in shard.sha256)
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def read_manifest(folder: Path, key: str) -> Manifest | None:
+    """A finished source whose every file has the right size, or None.
+
+    Where a file is damaged, the manifest and the shard's JSON go, too, so that this
+    shard is made again and the others are kept.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        shards = [_from_dict(shard) for shard in values["shards"]]
+        manifest = Manifest(values["key"], values["dtype"], shards)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if manifest.key != key:
+        return None
+    damaged = [s for s in manifest.shards if not s.is_whole(folder, manifest.dtype)]
+    for shard in damaged:
+        logging.warning("text: %s in %s is damaged and made again", shard.name, folder)
+        (folder / f"{shard.name}.json").unlink(missing_ok=True)
+    if damaged:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        return None
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Raises OSError: no space or no permission."""
+    sync_folder(folder)
+    text = json.dumps(dataclasses.asdict(manifest))
+    write_whole(folder / MANIFEST, text.encode())

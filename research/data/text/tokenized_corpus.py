@@ -1,0 +1,243 @@
+"""Tokenised sources as rows for training, read in any order at any size."""
+
+import bisect
+import collections
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.data.batch_order import OrderedBatches, endless
+from research.data.text.mixture import mixture_weights
+from research.data.text.streaming import load_streamed
+from research.data.text.text_dataset import RowFormat, Stretch, TextData, check_held_out
+from research.data.text.text_sources import open_sources
+from research.data.text.token_cache import CachedSource, open_cache
+from research.data.text.token_shards import Totals
+from research.data.token_batch import Batch
+from research.tokenize.tokenizer import Tokenizer
+
+OPEN_FILES = 64
+SCAN_TOKENS = 1 << 18
+
+
+class TokenStream:
+    """One side of a cached source as one long stream of ids.
+
+    Files are read at a position, and not mapped: pages of a map that were touched
+    count as memory of the process until someone else needs them.
+    """
+
+    def __init__(self, cached: CachedSource, side: str):
+        """`side` is `train` or `held`."""
+        manifest = cached.manifest
+        self._dtype = np.dtype(manifest.dtype)
+        shards = [s for s in manifest.shards if s.totals(side).tokens]
+        self._paths = [s.file(cached.folder, side, manifest.dtype) for s in shards]
+        counts = [s.totals(side).tokens for s in shards]
+        self._starts = [0, *itertools.accumulate(counts)]
+        self._handles: collections.OrderedDict[int, int] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", {}).values():
+            os.close(handle)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids `[count]` from position `start`, which must be there.
+
+        Raises:
+          UserError: a file is gone or shorter than it was.
+        """
+        if not 0 <= start <= start + count <= len(self):
+            raise ValueError(f"{start} to {start + count} of {len(self)}")
+        out = np.empty(count, self._dtype)
+        filled = 0
+        number = bisect.bisect_right(self._starts, start) - 1
+        while filled < count:
+            at = start + filled - self._starts[number]
+            there = self._starts[number + 1] - self._starts[number] - at
+            part = out[filled : filled + min(there, count - filled)]
+            self._fill(number, at * self._dtype.itemsize, part)
+            filled += len(part)
+            number += 1
+        return out
+
+    def _fill(self, number: int, offset: int, part: np.ndarray) -> None:
+        view = memoryview(part).cast("B")
+        try:
+            with self._lock:
+                while view:
+                    got = os.preadv(self._handle(number), [view], offset)
+                    if not got:
+                        raise OSError("it is shorter than it was")
+                    view, offset = view[got:], offset + got
+        except OSError as error:
+            raise UserError(
+                f"tokenised text {self._paths[number]} cannot be read ({error}); start "
+                "again, and what is damaged is made again"
+            ) from error
+
+    def _handle(self, number: int) -> int:
+        handle = self._handles.get(number)
+        if handle is None:
+            handle = os.open(self._paths[number], os.O_RDONLY)
+            self._handles[number] = handle
+            if len(self._handles) > OPEN_FILES:
+                os.close(self._handles.popitem(last=False)[1])
+        self._handles.move_to_end(number)
+        return handle
+
+
+def load_text(
+    config: Config,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TextData:
+    """The sources of `config.text`, tokenised now or earlier, or on the way.
+
+    Raises:
+      UserError: a source, its text or the mixture cannot be used.
+    """
+    sources = open_sources(config)
+    # Before hours of tokenising: a typo should not wait for them.
+    mixture_weights(config.text, [source.name for source in sources])
+    if not config.text.cache:
+        return load_streamed(config, sources, tokenizer)
+    cached = [
+        open_cache(source, tokenizer, config.text, process_index, process_count)
+        for source in sources
+    ]
+    return _Corpus(config, cached).text_data(
+        ", ".join(f"{source.name} ({source.where})" for source in sources)
+    )
+
+
+class _Corpus:
+    """All cached sources; their training rows are numbered one after the other."""
+
+    def __init__(self, config: Config, cached: list[CachedSource]):
+        self._config = config
+        self._cached = cached
+        self._names = [c.name for c in cached]
+        text = config.text
+        self._format = RowFormat(config.data.seq_len, text.isolate, cached[0].layout)
+        self._streams = [TokenStream(c, "train") for c in cached]
+        self._rows = [
+            max(len(stream) - 1, 0) // config.data.seq_len for stream in self._streams
+        ]
+        self._offsets = np.cumsum([0, *self._rows])
+        self._weights = mixture_weights(text, self._names)
+
+    def text_data(self, origin: str) -> TextData:
+        manifests = [c.manifest for c in self._cached]
+        evaluated = [self._evaluated(c) for c in self._cached]
+        left_out: collections.Counter[str] = collections.Counter()
+        for manifest in manifests:
+            left_out.update(manifest.left_out())
+        digests = "".join(f"{m.key}{m.sha256}" for m in manifests)
+        data = TextData(
+            groups=self._names,
+            origin=origin,
+            sha256=hashlib.sha256(digests.encode()).hexdigest(),
+            train=self._by_name(m.total("train") for m in manifests),
+            held_out=self._by_name(m.total("held") for m in manifests),
+            rows=sum(
+                n for n, used in zip(self._rows, self._used(), strict=True) if used
+            ),
+            held_out_bytes=self._by_name(e.totals.bytes for e in evaluated),
+            left_out=dict(left_out),
+            row_format=self._format,
+            evaluated=evaluated,
+            training=self._batches,
+            first_rows=self._first_rows,
+        )
+        data.require_rows(self._config.data.batch_size)
+        check_held_out(self._config.text.held_out_share, data.held_out)
+        return data
+
+    def _by_name(self, values: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip(self._names, values, strict=True))
+
+    def _used(self) -> list[bool]:
+        return [not self._weights or self._weights[name] > 0 for name in self._names]
+
+    def _batches(
+        self, batch_size: int, seed: int, mine: Sequence[int] | None
+    ) -> OrderedBatches:
+        return OrderedBatches(self._order(seed), self._batch, batch_size, mine)
+
+    def _order(self, seed: int) -> Any:
+        import grain
+
+        if not self._weights:
+            return endless(0, sum(self._rows), seed)
+        chosen = [i for i, used in enumerate(self._used()) if used]
+        for i in chosen:
+            if not self._rows[i]:
+                raise UserError(
+                    f"config.text.mixture wants {self._names[i]}, which has "
+                    f"{len(self._streams[i])} training tokens and no row of "
+                    f"{self._format.seq_len}; give it more text or the weight 0"
+                )
+        return grain.MapDataset.mix(
+            [
+                endless(
+                    int(self._offsets[i]), self._rows[i], _seed_of(seed, self._names[i])
+                )
+                for i in chosen
+            ],
+            [self._weights[self._names[i]] for i in chosen],
+        )
+
+    def _batch(self, numbers: np.ndarray) -> Batch:
+        length = self._format.seq_len
+        groups = np.searchsorted(self._offsets, numbers, side="right") - 1
+        ids = np.empty((len(numbers), length + 1), self._format.layout.dtype)
+        for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
+            row = int(number - self._offsets[group])
+            ids[i] = self._streams[group].read(row * length, length + 1)
+        return self._format.batch(ids, np.full(len(numbers), length), groups)
+
+    def _first_rows(self, count: int) -> Batch:
+        return self._batch(np.arange(min(count, sum(self._rows))))
+
+    def _evaluated(self, cached: CachedSource) -> Stretch:
+        """Whole documents in order, up to `held_out_bytes`, and at least one."""
+        stream = TokenStream(cached, "held")
+        lengths = cached.manifest.held_lengths()
+        ends = np.cumsum(lengths)
+        enough = np.searchsorted(ends, self._config.text.held_out_bytes) + 1
+        count = min(int(enough), len(lengths))
+        tokens = _end_of(stream, count, len(lengths), cached.layout.start)
+        return Stretch(Totals(count, tokens, sum(lengths[:count])), stream.read)
+
+
+def _end_of(stream: TokenStream, count: int, documents: int, start: int) -> int:
+    """How many ids the first `count` of a stream's documents have."""
+    if count == documents:
+        return len(stream)
+    seen = 0
+    for at in range(0, len(stream), SCAN_TOKENS):
+        ids = stream.read(at, min(SCAN_TOKENS, len(stream) - at))
+        starts = np.flatnonzero(ids == start)
+        if seen + len(starts) > count:
+            return at + int(starts[count - seen])
+        seen += len(starts)
+    raise ValueError(f"{documents} documents were written, and {seen} are there")
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """Of a source: two must not be shuffled alike."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")

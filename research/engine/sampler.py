@@ -1,0 +1,116 @@
+"""Autoregressive decoding: prefill, then one token at a time."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.errors import UserError
+from research.models.transformer import Cache, Model
+from research.weights.contraction import contract
+
+Array = jax.Array
+
+# Prompts are padded to a multiple of this, so that few lengths are ever compiled.
+PROMPT_BUCKET = 64
+CACHE_BUCKET = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: 0 takes the likeliest token.
+      top_p: smallest set of tokens with this probability (nucleus sampling,
+        Holtzman et al. 2020, arXiv:1904.09751); 1 takes all.
+      max_new_tokens: the answer's limit.
+      seed: of the draw.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+class Sampler:
+    """Streams token ids from a model; each of its shapes is compiled once."""
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._prefill = jax.jit(functools.partial(_prefill, model))
+        self._advance = jax.jit(functools.partial(_advance, model), donate_argnums=2)
+
+    def stream(
+        self,
+        params: dict[str, Any],
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+    ) -> Iterator[int]:
+        """Yields new ids until one of `stop_ids` (not yielded) or the limit.
+
+        Raises:
+          UserError: prompt and answer are longer than the model's context.
+        """
+        longest = self._model.architecture.max_position
+        if len(prompt) + sampling.max_new_tokens > longest:
+            raise UserError(
+                f"{len(prompt)} prompt tokens and {sampling.max_new_tokens} new ones "
+                f"exceed the model's context of {longest}"
+            )
+        padded = _round_up(len(prompt), PROMPT_BUCKET)
+        room = _round_up(padded + sampling.max_new_tokens, CACHE_BUCKET)
+        tokens = np.zeros((1, padded), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        cache = self._model.init_cache(1, room)
+        logits, cache = self._prefill(params, tokens, cache, len(prompt))
+        key = jax.random.key(sampling.seed)
+        for index in range(sampling.max_new_tokens):
+            token = choose(logits, sampling, jax.random.fold_in(key, index))
+            if int(token[0]) in stop_ids:
+                return
+            yield int(token[0])
+            logits, cache = self._advance(params, token, cache)
+
+
+def choose(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
+    """Next ids `[B]` from float32 logits."""
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_p < 1.0:
+        ordered = jnp.sort(logits_BV, axis=-1)[:, ::-1]
+        above = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        # The likeliest token always stays: its own probability is not "before" it.
+        before = above - jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.where(before < sampling.top_p, ordered, jnp.inf)
+        threshold = jnp.min(kept, axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= threshold, logits_BV, -jnp.inf)
+    return jax.random.categorical(key, logits_BV, axis=-1)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return (n + multiple - 1) // multiple * multiple
+
+
+def _prefill(
+    model: Model, params: dict[str, Any], tokens_BT: Array, cache: Cache, length: Array
+) -> tuple[Array, Cache]:
+    """Logits after the first `length` tokens; the padding's slots are written over."""
+    hidden, cache = model.decode(params, tokens_BT, cache)
+    last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
+    logits = contract(last, model.head(params)).astype(jnp.float32)
+    return logits, dataclasses.replace(cache, filled=jnp.int32(length))
+
+
+def _advance(
+    model: Model, params: dict[str, Any], token_B: Array, cache: Cache
+) -> tuple[Array, Cache]:
+    hidden, cache = model.decode(params, token_B[:, None], cache)
+    return contract(hidden[:, 0], model.head(params)).astype(jnp.float32), cache

@@ -1,0 +1,1 @@
+"""`python -m research.export`: write the model of a run for other tools."""

@@ -1,0 +1,47 @@
+"""Writes a run's model for other tools: `python -m research.export --run=runs/x`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from research.config import command_line
+from research.core.errors import UserError
+
+USAGE = """
+python -m research.export --run=RUN_DIR [--out=FOLDER] [--step=latest] [--dtype=float32]
+
+Writes a Hugging Face folder (config.json, safetensors, tokenizer); adapters are added
+into the weights. By default it lies in RUN_DIR/model, where --config.model.init_from=
+RUN_DIR finds it.
+"""
+
+flags.DEFINE_string("run", "", "run directory that research.train made")
+flags.DEFINE_string("out", "", "folder to write; by default RUN_DIR/model")
+flags.DEFINE_string("step", "latest", "checkpoint: latest, best, or a step number")
+flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of the file"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    command_line.parse(argv, USAGE, has_config=False)
+    f = flags.FLAGS
+    if not f.run:
+        raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
+    from research.formats.base_model import EXPORTED
+    from research.formats.huggingface_export import export
+    from research.generate.chat import open_run
+
+    out = Path(f.out) if f.out else Path(f.run) / EXPORTED
+    if f.out and out.exists():
+        raise UserError(f"--out={f.out} exists; name a folder that does not")
+    run = open_run(f.run, f.step)
+    weights = run.job.trainable.forward(run.params, run.frozen, None)
+    export(run.job.model, weights, run.base.tokenizer, out, f.dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

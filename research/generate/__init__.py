@@ -1,0 +1,1 @@
+"""`python -m research.generate`: talk to a run."""

@@ -1,0 +1,302 @@
+"""Packed causal attention by the best kernel a backend has, behind one function.
+
+Axis letters: see `attention.py`. All kernels compute the same function; `xla` runs
+anywhere and is the measure of the others. Arrays are those of one device: under a
+mesh the caller wraps the call in `jax.shard_map`, with `check_vma=False` for
+`splash`, whose Pallas calls do not say over which axes their outputs vary.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.core.errors import UserError, nearest
+from research.models.attention import blocked_attention
+
+Array = jax.Array
+
+KERNELS = ("xla", "cudnn", "splash")
+
+GPUS = ("gpu", "cuda")
+
+# The mask of cuDNN is an array of two bytes for each (query, key) pair of a device's
+# rows: past this, `auto` prefers the blocked kernel, which keeps nothing that large.
+CUDNN_MASK_BYTES = 2**31
+
+# A TPU vector register has 128 lanes, and Splash wants whole ones of every length.
+# Two blocks of 512 and their scores fit the fast memory of every TPU since v4.
+LANES, SPLASH_BLOCK = 128, 512
+
+
+class Choice(NamedTuple):
+    """A kernel that works where it was chosen, and why, for the log."""
+
+    kernel: str
+    reason: str
+
+
+def choose(
+    kernel: str,
+    platform: str,
+    *,
+    dtype: Any,
+    head_dim: int,
+    length: int,
+    rows: int = 1,
+    capability: str = "8.0",
+) -> Choice:
+    """Picks the kernel of `packed_attention` for a platform.
+
+    Args:
+      kernel: what the user asks for: one of `KERNELS`, or `auto`.
+      platform: of the devices that will run it: `tpu`, `gpu`, `cuda`, `cpu`, ...
+      dtype: of queries, keys and values.
+      head_dim: width of one head.
+      length: tokens of a whole row, over all shards of the context axis.
+      rows: that a device holds in a forward pass.
+      capability: of a GPU, `device.compute_capability`.
+
+    Raises:
+      UserError: an explicit `kernel` is unknown, or cannot work here.
+    """
+    if kernel not in ("auto", *KERNELS):
+        known = ", ".join(("auto", *KERNELS))
+        hint = nearest(kernel, ("auto", *KERNELS))
+        raise UserError(f"attention kernel {kernel!r} is not one of {known}{hint}")
+    if kernel == "auto":
+        return _automatic(platform, dtype, head_dim, length, rows, capability)
+    lacks = None
+    if kernel == "cudnn":
+        lacks = _cudnn_lacks(platform, dtype, head_dim, capability)
+    elif kernel == "splash":
+        lacks = _splash_lacks(platform, dtype)
+    if lacks is not None:
+        raise UserError(
+            f"attention kernel {kernel!r} cannot work here: {lacks}; "
+            "take 'auto' or 'xla'"
+        )
+    return Choice(kernel, "asked for")
+
+
+def _automatic(platform, dtype, head_dim, length, rows, capability) -> Choice:
+    if platform == "tpu":
+        best, lacks = "splash", _splash_lacks(platform, dtype)
+    elif platform in GPUS:
+        best, lacks = "cudnn", _cudnn_lacks(platform, dtype, head_dim, capability)
+        mask = 2 * rows * length**2
+        if lacks is None and mask > CUDNN_MASK_BYTES:
+            many = "one row" if rows == 1 else f"{rows} rows"
+            lacks = f"its mask of {many} of {length} takes {mask / 2**30:.1f} GiB"
+    else:
+        return Choice("xla", f"the only one on {platform}")
+    if lacks is None:
+        return Choice(best, f"the best on {platform}")
+    return Choice("xla", f"no {best}: {lacks}")
+
+
+def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
+    """What cuDNN's fused attention asks for and does not find; None: nothing.
+
+    The limits are those that JAX 0.10 to 0.12 checks itself when it traces the call
+    (`check_is_flash_attention`), in words that do not say what to change.
+    """
+    version = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    if platform not in GPUS:
+        return f"it needs an NVIDIA GPU, this is {platform}"
+    if version is None:
+        return f"it needs an NVIDIA GPU, this one is {capability}"
+    major = int(version[1])
+    if major < 8:
+        return f"it needs compute capability 8.0 (Ampere), this GPU has {capability}"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
+    widest = 256 if major >= 9 else 128
+    if head_dim % 8 or head_dim > widest:
+        return f"head_dim must be a multiple of 8 up to {widest}, it is {head_dim}"
+    return None
+
+
+def _splash_lacks(platform, dtype) -> str | None:
+    if platform != "tpu":
+        return f"it needs a TPU, this is {platform}"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        return f"it computes in bfloat16 or float32, not in {jnp.dtype(dtype)}"
+    return None
+
+
+def packed_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    q_segments_BT: Array,
+    k_segments_BS: Array,
+    *,
+    kernel: str,
+    block: int,
+    offset: int | Array = 0,
+    interpret: bool = False,
+) -> Array:
+    """Causal attention within each document of packed rows, with grouped heads.
+
+    Query i stands at index `offset + i` of the row that the keys fill, S >= offset
+    + T, and must carry the segment of that key. Padding is a document of its own:
+    its outputs are finite and mean nothing.
+
+    Args:
+      kernel: one of `KERNELS`; `choose` says which works.
+      block: tokens per block of `xla`; the others choose their own.
+      offset: a Python int, or an int32 scalar where it is known only to the running
+        program (a shard of the context axis). `cudnn` then computes every pair of a
+        query and a key; `xla` and `splash` still skip those of the future.
+      interpret: runs `splash` without a TPU, slowly, for tests.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `q_BTNH`.
+    """
+    if isinstance(offset, int):
+        # No query sees past the last one's own key.
+        end = offset + q_BTNH.shape[1]
+        k_BSKH, v_BSKH, k_segments_BS = (
+            x[:, :end] for x in (k_BSKH, v_BSKH, k_segments_BS)
+        )
+    arrays = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS)
+    if kernel == "xla":
+        return blocked_attention(*arrays, block, offset)
+    if kernel == "cudnn":
+        return _cudnn(*arrays, offset)
+    if kernel == "splash":
+        return _splash(*arrays, offset, interpret)
+    raise ValueError(f"no attention kernel {kernel!r}: it is one of {KERNELS}")
+
+
+def _pad_tokens(multiple: int, *arrays: Array) -> list[Array]:
+    """`[B, T, ...]` up to a multiple of tokens, more of the last one.
+
+    A copy of the last query sees the key of the last query: no row of scores is all
+    masked. A copied key stands after every query that counts.
+    """
+    return [
+        jnp.pad(
+            x,
+            [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2),
+            mode="edge",
+        )
+        for x in arrays
+    ]
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset) -> Array:
+    """NVIDIA's fused attention, documents as a mask.
+
+    `jax.nn.dot_product_attention` has no segments; its lengths of rows describe one
+    document each. The mask becomes an additive `[B, 1, T, S]` in the dtype of the
+    queries, without a gradient since it starts as booleans (JAX 0.10 makes one).
+    """
+    length = q_BTNH.shape[1]
+    # The backward pass of a masked call takes even lengths only.
+    q, q_segments = _pad_tokens(2, q_BTNH, q_segments_BT)
+    k, v, k_segments = _pad_tokens(2, k_BSKH, v_BSKH, k_segments_BS)
+    mask_BTS = q_segments[:, :, None] == k_segments[:, None, :]
+    # cuDNN skips the upper triangle when told so, and draws it from the first key.
+    triangle = isinstance(offset, int) and offset == 0
+    if not triangle:
+        index_T = offset + jnp.arange(q.shape[1])
+        mask_BTS &= (index_T[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
+    mixed = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask_BTS[:, None],
+        is_causal=triangle,
+        implementation="cudnn",
+    )
+    return mixed[:, :length]
+
+
+def _splash(
+    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset, interpret
+) -> Array:
+    """The TPU kernel of `jax.experimental.pallas`, skipping blocks of the future."""
+    # Importing Pallas takes time that no other kernel should pay.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+
+    length, width = q_BTNH.shape[1], q_BTNH.shape[-1]
+    q, q_segments = _pad_tokens(LANES, q_BTNH * width**-0.5, q_segments_BT)
+    k, v, k_segments = _pad_tokens(LANES, k_BSKH, v_BSKH, k_segments_BS)
+    queries, keys = q.shape[1], k.shape[1]
+    block_q, block_k = (_splash_block(n) for n in (queries, keys))
+    by_query, by_key = _schedule(offset, queries, keys, block_q, block_k)
+    kernel = splash.SplashAttentionKernel(
+        by_query,
+        by_query,
+        by_key,
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
+        ),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=_sees,
+        interpret=interpret,
+    )
+
+    def row(q_NTH, k_KSH, v_KSH, q_segments_T, k_segments_S):
+        segments = splash.SegmentIds(q_segments_T, k_segments_S)
+        return kernel(q_NTH, k_KSH, v_KSH, segments)
+
+    mixed = jax.vmap(row)(
+        *(x.transpose(0, 2, 1, 3) for x in (q, k, v)), q_segments, k_segments
+    )
+    return mixed.transpose(0, 2, 1, 3)[:, :length]
+
+
+def _sees(q_index: Array, k_index: Array) -> Array:
+    return q_index >= k_index
+
+
+def _splash_block(length: int) -> int:
+    sizes = range(LANES, SPLASH_BLOCK + 1, LANES)
+    return max(size for size in sizes if length % size == 0)
+
+
+def _schedule(offset, queries: int, keys: int, block_q: int, block_k: int):
+    """Which blocks Splash computes, for its passes by query and its pass by key.
+
+    Splash makes this from a mask it knows when it traces; a shard of the context
+    axis knows its offset only when it runs, and Splash reads the schedule there.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask_info as mask_info,
+    )
+
+    q_block, k_block = jnp.arange(queries // block_q), jnp.arange(keys // block_k)
+    last_query = offset + (q_block + 1) * block_q - 1
+    runs = last_query[:, None] >= (k_block * block_k)[None, :]
+    # A skipped step names the block to fetch in the meantime: the one after it that
+    # runs, which is the first key of the next queries, or the first query that sees
+    # these keys.
+    next_k = jnp.where(runs, k_block[None, :], 0)
+    next_q = jnp.where(runs, q_block[:, None], jnp.argmax(runs, axis=0)[None, :])
+    index_T = (offset + jnp.arange(queries)).astype(jnp.int32)
+    # Scalar memory is small: a byte and a half-word for each pair of blocks.
+    return tuple(
+        mask_info.MaskInfo(
+            data_next=following.astype(jnp.int16)[None],
+            mask_next=None,
+            block_mask=runs.astype(jnp.int8)[None],
+            partial_mask_blocks=None,
+            q_sequence=index_T,
+        )
+        for following in (next_k, next_q)
+    )

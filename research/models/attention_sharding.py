@@ -1,0 +1,55 @@
+"""Attention on a mesh: what each device computes, and which keys it must fetch.
+
+Rows lie over the batch axes, heads over `tensor`, the tokens of a row over `context`.
+Queries stay where they are; with a `context` axis each device gathers the keys and
+values of its rows (Llama 3, arXiv:2407.21783, section 3.3.2), which with grouped heads
+are a fraction of the queries, so attention is exact and documents stay apart.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from research.models.attention_kernels import packed_attention
+from research.parallel import mesh as meshes
+
+Array = jax.Array
+Attend = Callable[[Array, Array, Array, Array], Array]
+
+
+def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
+    """Causal attention within documents, `attend(q, k, v, segments)` on global arrays.
+
+    Args:
+      mesh: of all devices.
+      kernel: a name that `kernels.packed_attention` takes.
+      block: queries per block, in the plain kernel.
+    """
+
+    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        offset: Array | int = 0
+        k_segments = segments
+        if mesh.shape["context"] > 1:
+            offset = jax.lax.axis_index("context") * q.shape[1]
+            k, v, k_segments = (
+                jax.lax.all_gather(x, "context", axis=1, tiled=True)
+                for x in (k, v, segments)
+            )
+        return packed_attention(
+            q, k, v, segments, k_segments, kernel=kernel, block=block, offset=offset
+        )
+
+    if mesh.size == 1:
+        return local
+    heads = meshes.partition(("batch", "length", "heads", "head_dim"))
+    keys = meshes.partition(("batch", "length", "kv_heads", "head_dim"))
+    rows: PartitionSpec = meshes.partition(("batch", "length"))
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, keys, keys, rows),
+        out_specs=heads,
+        # Pallas kernels do not say how their results vary over the mesh.
+        check_vma=False,
+    )

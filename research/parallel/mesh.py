@@ -1,0 +1,289 @@
+"""The device mesh, and the one table from logical axis names to mesh axes."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from research.config.run_config import MeshConfig
+from research.core.errors import UserError
+from research.weights.parameter_spec import Spec
+
+Array = jax.Array
+
+# Of a mesh, outermost first: neighbours in `context` talk most, replicas least.
+AXES = ("replica", "data", "fsdp", "tensor", "context")
+BATCH_AXES = ("replica", "data", "fsdp")
+# As JAX names the memory of a host that its devices read by themselves.
+HOST_MEMORY = "pinned_host"
+
+# Where each logical axis of a parameter or an activation is split. An axis that is
+# not in this table is an error: forgetting one must not replicate it silently.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "norm": None,
+    "layers": None,
+    "rank": None,
+    "batch": BATCH_AXES,
+    "length": "context",
+    "hidden": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with `AXES` over all devices.
+
+    On several slices, or on several hosts that are as many as `replica`, each holds
+    whole replicas: only those talk over the slower network between them.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, would cut
+        through slices, or cannot be laid on their network.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    if any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"mesh {_shown(sizes)}: a size is -1 (the rest) or at least 1")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh {_shown(sizes)}: only one axis can be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"mesh {_shown(sizes)} does not fit {len(devices)} devices; the sizes must "
+            f"multiply to {len(devices)}, and one of them may be -1"
+            f"{_nearest_sizes(sizes, len(devices))}"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes[axis] for axis in AXES)
+    granules = _granules(devices, sizes["replica"])
+    if sizes["replica"] % granules:
+        raise UserError(
+            f"mesh {_shown(sizes)} on {granules} slices: other axes would cross the "
+            f"network between them; use config.mesh.replica={granules} or a multiple"
+        )
+    try:
+        return Mesh(_lay(shape, devices, granules), AXES)
+    except NotImplementedError as error:
+        raise UserError(
+            f"mesh {_shown(sizes)} cannot be laid on the network of {len(devices)} "
+            f"{devices[0].device_kind}: use sizes that divide the lengths of its torus"
+        ) from error
+
+
+def _nearest_sizes(sizes: Mapping[str, int], devices: int) -> str:
+    """What one axis alone would have to be to fit; empty: changing one will not do."""
+    fitting = []
+    for axis, asked in sizes.items():
+        others = math.prod(n for name, n in sizes.items() if name != axis and n != -1)
+        if asked == -1 or devices % others:
+            continue
+        exact = -1 not in sizes.values()
+        possible = [devices // others] if exact else _divisors(devices // others)
+        nearest = min(possible, key=lambda n: abs(n - asked))
+        fitting.append(f"config.mesh.{axis}={nearest}")
+    return f": try {' or '.join(fitting)}" if fitting else ""
+
+
+def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndarray:
+    """Devices in `shape`, neighbours of the mesh on neighbours of the network."""
+    if granules == 1:
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // granules, *shape[1:]),
+        (granules, 1, 1, 1, 1),
+        devices,
+        process_is_granule=not _slices(devices) > 1,
+        allow_split_physical_axes=True,
+    )
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _granules(devices: Sequence[Any], replicas: int) -> int:
+    """Groups of devices with a faster network inside than between them: slices, or
+    else processes, where there are as many as replicas; 1 where it does not matter,
+    as within a TPU slice, whose hosts are no borders of its network."""
+    slices = _slices(devices)
+    if slices > 1 or devices[0].platform == "tpu":
+        return slices
+    processes = len({device.process_index for device in devices})
+    return processes if 1 < processes == replicas else 1
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def partition(axes: Sequence[str], path: str = "activation") -> PartitionSpec:
+    """The mesh axes of logical `axes`.
+
+    Raises:
+      ValueError: an axis without a rule, or two that want the same mesh axis.
+    """
+    for axis in axes:
+        if axis not in RULES:
+            raise ValueError(f"{path}: axis {axis!r} has no rule in mesh.RULES")
+    split = [RULES[axis] for axis in axes]
+    used = [name for entry in split if entry for name in _names(entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"{path}: axes {tuple(axes)} map to a mesh axis twice ({used}); give one "
+            "of them another name in mesh.RULES"
+        )
+    return PartitionSpec(*split)
+
+
+def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry
+
+
+def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """`NamedSharding`s in the place of the `Spec`s of a (nested) dictionary.
+
+    Raises:
+      UserError: a dimension does not divide by its mesh axes.
+    """
+
+    def one(path: str, spec: Any) -> Any:
+        if not isinstance(spec, Spec):
+            return {key: one(f"{path}.{key}", inner) for key, inner in spec.items()}
+        where = partition(spec.axes, path)
+        for size, name, entry in zip(spec.shape, spec.axes, where, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in _names(entry or ()))
+            if size % ways:
+                raise UserError(
+                    f"{path}: axis {name!r} of size {size} does not divide "
+                    f"over {'*'.join(_names(entry))}={ways}; for "
+                    f"config.mesh.{_names(entry)[-1]} use "
+                    f"{', '.join(map(str, _divisors(size, 64)))}"
+                )
+        return NamedSharding(mesh, where)
+
+    return {path: one(path, spec) for path, spec in specs.items()}
+
+
+def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedSharding:
+    """Of an array made from a parameter by summing some of its axes away.
+
+    Optimizers keep such arrays: moments in the parameter's own shape, Adafactor's
+    statistics of the rows and columns of its matrices. What is left keeps the split
+    it had; an array that is no part of the parameter lies on every device.
+    """
+    for candidate in (spec, spec.as_matrix):
+        kept: list[Any] = []
+        axes = list(zip(candidate.shape, partition(candidate.axes), strict=True))
+        for size in shape:
+            while axes and axes[0][0] != size:
+                axes.pop(0)
+            if axes:
+                kept.append(axes.pop(0)[1])
+        if len(kept) == len(shape):
+            return NamedSharding(mesh, PartitionSpec(*kept))
+    return replicated(mesh)
+
+
+def on_host(sharding: NamedSharding) -> NamedSharding:
+    """The same split, each part in the memory of its device's host.
+
+    Raises:
+      UserError: the backend has no such memory.
+    """
+    device = sharding.mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"config.runtime.offload_optimizer needs a memory {HOST_MEMORY}; "
+            f"{device.platform} has {', '.join(kinds)}: switch it off"
+        )
+    return sharding.with_memory_kind(HOST_MEMORY)
+
+
+def _divisors(size: int, most: int | None = None) -> list[int]:
+    return [n for n in range(1, min(size, most or size) + 1) if size % n == 0]
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def shards(mesh: Mesh) -> tuple[int, int]:
+    """Into how many parts the mesh splits the rows of a batch, and each row."""
+    return batch_shards(mesh), mesh.shape["context"]
+
+
+def batch_sharding(mesh: Mesh, *, microbatched: bool = False) -> NamedSharding:
+    """Of `[batch, seq]`, or of `[microbatch, batch, seq]`."""
+    where = partition(("batch", "length"))
+    return NamedSharding(mesh, PartitionSpec(None, *where) if microbatched else where)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(mesh: Mesh) -> Callable[[Array, Sequence[str]], Array]:
+    """A function that pins an activation to the split its axis names ask for."""
+
+    def pin(x: Array, axes: Sequence[str]) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(axes)))
+
+    return pin
+
+
+def local_rows(mesh: Mesh, rows: int, microbatches: int = 1) -> list[int]:
+    """Which of a global batch's `rows` this process's devices hold, in order.
+
+    Read off the sharding: processes that a tensor or context axis joins hold the
+    same rows.
+    """
+    size = rows // microbatches
+    by_rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    held = by_rows.addressable_devices_indices_map((size,))
+    mine = sorted({i for where in held.values() for i in range(size)[where[0]]})
+    return [m * size + i for m in range(microbatches) for i in mine]
+
+
+def to_global(
+    batch: Any, mesh: Mesh, microbatches: int | None = None, rows: int | None = None
+) -> Any:
+    """This process's NumPy rows as part of global arrays; no host holds them all.
+
+    Args:
+      batch: a pytree of `[local rows, seq]`, the rows that `local_rows` names.
+      microbatches: split the batch into that many, `[microbatch, batch, seq]`.
+      rows: of the global batch; by default this process has them all.
+    """
+    lead = () if microbatches is None else (microbatches,)
+    sharding = batch_sharding(mesh, microbatched=microbatches is not None)
+    total = (rows or jax.tree.leaves(batch)[0].shape[0]) // (microbatches or 1)
+    place_of = {row: i for i, row in enumerate(local_rows(mesh, total))}
+
+    def place(x: np.ndarray) -> Array:
+        local = np.asarray(x).reshape(*lead, -1, *x.shape[1:])
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[len(lead)].indices(total)
+            here = slice(place_of[start], place_of[start] + stop - start)
+            return local[(*index[: len(lead)], here, *index[len(lead) + 1 :])]
+
+        shape = (*lead, total, *x.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return jax.tree.map(place, batch)

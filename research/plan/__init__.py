@@ -1,0 +1,3 @@
+"""`python -m research.plan`: memory, traffic and speed of a config on chips that are
+not here.
+"""

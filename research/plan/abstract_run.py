@@ -1,0 +1,149 @@
+"""The job that training would make, and the shapes its step takes: no array, no data.
+
+Only the tokenizer and the weights of the base model are missing. Neither shapes the
+step: the one gives its vocabulary, the other its values.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.data.text.choose_tokenizer import open_tokenizer
+from research.data.token_batch import Batch
+from research.formats.base_model import Base, open_architecture
+from research.models.architecture import PRESETS, Architecture, preset
+from research.parallel import mesh as meshes
+from research.tokenize.tokenizer import Tokenizer
+from research.train.step import definition, train_step
+
+# Dolly's; of rows not read yet nobody knows, and two metrics alone have this shape.
+CATEGORIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A job and the abstract arguments of its train step, with their shardings.
+
+    Attributes:
+      config: what it is of.
+      job: the very one of training.
+      state: of `step.jit_train_step`, as are the next two.
+      frozen: parameters that are not trained.
+      batch: `[microbatch, rows, seq]`.
+    """
+
+    config: Config
+    job: train_step.Job
+    state: train_step.TrainState
+    frozen: dict[str, Any]
+    batch: Batch
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.job.model.architecture
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.config.data.batch_size * self.config.data.seq_len
+
+    @property
+    def microbatches(self) -> int:
+        return self.config.data.batch_size // self.config.data.rows_per_pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """All that a job asks of its tokenizer."""
+
+    largest_id: int
+
+
+def find_architecture(config: Config, override: str = "") -> Architecture:
+    """The shape of the model that `config` trains.
+
+    Args:
+      config: whose `model` names a model or a preset.
+      override: a preset that stands for the named model.
+
+    Raises:
+      UserError: the model is out of reach, or no preset is called so.
+    """
+    if config.model.init_from and not override:
+        try:
+            return open_architecture(config.model.init_from, config.data.hub_timeout)
+        except UserError as error:
+            raise UserError(
+                f"{error}; its shape alone is needed: --preset=NAME gives one of "
+                f"{', '.join(PRESETS)}"
+            ) from error
+    name = override or config.model.preset
+    if config.model.init_from or config.data.kind != "text":
+        return preset(name)
+    return preset(name, _vocabulary(config))
+
+
+def _vocabulary(config: Config) -> int:
+    """Ids of `config.text.tokenizer`; 0 where only fetching it would tell."""
+    asked = config.text.tokenizer
+    kind, _, size = asked.partition(":")
+    if kind == "bpe" and size.isdigit():
+        return int(size)
+    if asked == "byte" or Path(asked).expanduser().exists():
+        return open_tokenizer(config).largest_id + 1
+    return 0
+
+
+def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Inputs:
+    """The job of `config` on `mesh`, and what its step takes.
+
+    Raises:
+      UserError: rows, targets or dimensions do not fit the model or the mesh.
+    """
+    stand_in = cast(Tokenizer, _Vocabulary(architecture.vocab - 1))
+    base = Base("planned", architecture, stand_in, None)
+    is_text = config.data.kind == "text"
+    groups = len(config.text.sources) if is_text else CATEGORIES
+    job = definition.make_job(config, base, mesh, groups)
+    shardings = meshes.shardings(job.trainable.frozen_specs, mesh)
+    frozen = {
+        path: jax.ShapeDtypeStruct(
+            spec.shape, job.trainable.frozen_dtype, sharding=shardings[path]
+        )
+        for path, spec in job.trainable.frozen_specs.items()
+    }
+    data = config.data
+    shape = (data.batch_size // data.rows_per_pass, data.rows_per_pass, data.seq_len)
+    split = meshes.batch_sharding(mesh, microbatched=True)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+    batch = Batch(ids, ids, weights, ids, ids, ids)
+    # JAX gives a stand-in for a device no memory of its host.
+    real = isinstance(mesh.devices.flat[0], jax.Device)
+    state = train_step.abstract_state(
+        job if real else dataclasses.replace(job, offload=False)
+    )
+    return Inputs(config, job, state, frozen, batch)
+
+
+def optimizer_bytes(inputs: Inputs) -> int:
+    """What one device holds of the optimizer's state between steps."""
+    leaves = jax.tree.leaves((inputs.state.opt_state, inputs.state.step))
+    if inputs.job.offload:
+        leaves = [leaf for leaf in leaves if not leaf.ndim]
+    return device_bytes(leaves)
+
+
+def device_bytes(tree: Any) -> int:
+    """What one device holds of a tree of shapes with shardings, without padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,1 @@
+"""A step as the TPU compiler builds it: memory, traffic, collectives."""

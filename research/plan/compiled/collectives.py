@@ -1,0 +1,242 @@
+"""What a compiled step sends between devices: kind, mesh axes, bytes, how often."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from research.plan.compiled.hlo_text import Execution, Instruction, Module, executions
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective, as one device sees it.
+
+    Attributes:
+      kind: of `KINDS`.
+      axes: of the mesh, along which its devices differ.
+      nbytes: of the whole array it makes or consumes: what an all-gather ends with,
+        what a reduce-scatter starts from, what all others hold.
+      times: how often a step runs it.
+      members: which devices take part, as indices into the mesh; those of the first
+        group, all groups being alike.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    nbytes: int
+    times: float
+    members: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return "*".join(self.axes) or "?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind and axes, added up over a step.
+
+    Attributes:
+      count: how many run.
+      nbytes: see `Collective.nbytes`.
+    """
+
+    kind: str
+    axes: str
+    count: float
+    nbytes: float
+
+
+def find_collectives(
+    module: Module, mesh: Mesh, unknown_trips: float = 1.0
+) -> list[Collective]:
+    """All collectives of a program compiled for `mesh`.
+
+    Args:
+      module: parsed; of several slices it is the program of one.
+      mesh: the program is partitioned over.
+      unknown_trips: iterations of loops whose number only the data decide.
+    """
+    found = []
+    for execution in executions(module, unknown_trips):
+        collective = _read(execution, mesh)
+        if collective is not None and len(collective.members) > 1:
+            found.append(collective)
+    return found
+
+
+def summarize(found: Iterable[Collective]) -> list[Traffic]:
+    """By kind and axes, the largest first."""
+    count: dict[tuple[str, str], float] = collections.Counter()
+    nbytes: dict[tuple[str, str], float] = collections.Counter()
+    for collective in found:
+        key = (collective.kind, collective.label)
+        count[key] += collective.times
+        nbytes[key] += collective.times * collective.nbytes
+    rows = [Traffic(*key, count[key], nbytes[key]) for key in count]
+    return sorted(rows, key=lambda row: -row.nbytes)
+
+
+def _read(execution: Execution, mesh: Mesh) -> Collective | None:
+    instruction, times = execution.instruction, execution.times
+    if instruction.opcode == "send":
+        return _read_crossing(instruction, times, mesh)
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS or _goes_on(instruction):
+        return None
+    local = _first_slice(mesh)
+    groups = _groups(instruction, len(local))
+    nbytes = _payload(instruction)
+    if kind == "reduce-scatter":
+        nbytes *= len(groups[0]) or 1
+    if kind == "all-reduce" and execution.fused and _scatters(execution):
+        kind = "reduce-scatter"
+    axes = _axes(groups, local, mesh)
+    # Groups of a spelling yet unknown stay in the table, as some two devices.
+    members = tuple(int(local[i]) for i in groups[0]) or (0, 1)
+    return Collective(kind, axes, nbytes, times, members)
+
+
+def _goes_on(instruction: Instruction) -> bool:
+    """A later stretch of a collective that runs beside products, on TPU.
+
+    Such a collective stands in several fusions; the first says `flag_start` is -1.
+    """
+    flag = re.search(r'"flag_start":"(-?\d+)"', instruction.attributes)
+    return flag is not None and flag[1] != "-1"
+
+
+def _scatters(execution: Execution) -> bool:
+    """TPUs write a reduce-scatter as a fusion of an all-reduce and a slice of it."""
+    name = execution.instruction.name
+    return any(
+        i.root and i.opcode == "dynamic-slice" and name in i.operands
+        for i in execution.computation.values()
+    )
+
+
+def _payload(instruction: Instruction) -> int:
+    """Bytes of the result; of a start, whose result holds the operand too, without."""
+    arrays = instruction.arrays
+    if instruction.opcode == "collective-permute-start":
+        return arrays[1].nbytes
+    if instruction.opcode == "all-gather-start":
+        return sum(array.nbytes for array in arrays[len(arrays) // 2 :])
+    return instruction.nbytes
+
+
+def _first_slice(mesh: Mesh) -> np.ndarray:
+    """Indices of the devices of one slice, in the order the program numbers them."""
+    slices = [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]
+    return np.flatnonzero(np.array(slices) == slices[0])
+
+
+def _groups(instruction: Instruction, count: int) -> list[list[int]]:
+    """Groups of program-local devices; a single empty one where they are unreadable."""
+    text = instruction.attributes
+    pairs = re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text)
+    if pairs:
+        return _rings(re.findall(r"\{(\d+),(\d+)\}", pairs[0]))
+    listed = re.search(r"replica_groups=\{([{}\d,\s]*)\}", text)
+    if listed:
+        groups = re.findall(r"\{([\d,\s]+)\}", listed[1])
+        return [[int(i) for i in g.split(",")] for g in groups] or [list(range(count))]
+    tiled = re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    )
+    if tiled:
+        shape = [int(n) for n in tiled[1].split(",")]
+        return _iota(tiled[2], tiled[3]).reshape(shape).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}",
+        text,
+    )
+    return _named_groups(*named.groups()) if named else [[]]
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 in `shape`, its axes in `order`: `4,2` and `1,0` transpose."""
+    sizes = [int(n) for n in shape.split(",")]
+    axes = [int(n) for n in order.split(",")] if order else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
+
+
+def _named_groups(axes: str, order: str | None, chosen: str) -> list[list[int]]:
+    """Groups along axes of a mesh, or along parts of them.
+
+    Args:
+      axes: `'a'=4,'b'=2`.
+      order: of the devices, where it is not that of their numbers: `[4,2]T(1,0)`, or
+        all of them.
+      chosen: `'a'`, or `'a':(2)2` for the part of size 2 after one of size 2.
+    """
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = np.arange(math.prod(sizes.values()))
+    tiled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order or "")
+    if tiled:
+        ids = _iota(*tiled.groups())
+    elif order:
+        ids = np.array([int(n) for n in order.split(",")])
+    parts = {p[0]: p for p in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)}
+    shape: list[int] = []
+    grouped = []
+    for name, size in sizes.items():
+        _, before, here = parts.get(name, (name, str(size), "1"))
+        grouped.append(len(shape) + 1)
+        shape += [int(before or 1), int(here or size)]
+        shape.append(size // shape[-2] // shape[-1])
+    ids = np.moveaxis(ids.reshape(shape), grouped, range(-len(grouped), 0))
+    return ids.reshape(-1, math.prod(shape[i] for i in grouped)).tolist()
+
+
+def _rings(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Devices that a permutation connects, directly or through others."""
+    target = {int(a): int(b) for a, b in pairs}
+    rings, seen = [], set()
+    for start in sorted(target):
+        if start in seen:
+            continue
+        ring, here = [start], target[start]
+        while here not in (*ring, None) and here not in seen:
+            ring.append(here)
+            here = target.get(here)
+        seen.update(ring)
+        rings.append(ring)
+    return rings or [[]]
+
+
+def _axes(
+    groups: Sequence[Sequence[int]], local: np.ndarray, mesh: Mesh
+) -> tuple[str, ...]:
+    """Mesh axes along which the devices of any group differ; `?`: unreadable."""
+    if not groups[0]:
+        return ("?",)
+    differing = np.zeros(mesh.devices.ndim, bool)
+    for group in groups:
+        where = np.unravel_index(local[np.array(group)], mesh.devices.shape)
+        differing |= [len(set(coordinate.tolist())) > 1 for coordinate in where]
+    return tuple(a for a, d in zip(mesh.axis_names, differing, strict=True) if d)
+
+
+def _read_crossing(
+    instruction: Instruction, times: float, mesh: Mesh
+) -> Collective | None:
+    """A transfer between slices, which a TPU program hands to its hosts."""
+    kind = instruction.attribute("_xla_megascale_transfer_type")
+    if not kind:
+        return None
+    slices = [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]
+    members = tuple(slices.index(s) for s in sorted(set(slices)))
+    axes = _axes([members], np.arange(mesh.size), mesh)
+    kind = kind.lower().replace("_", "-")
+    return Collective(kind, axes, instruction.arrays[0].nbytes, times, members)

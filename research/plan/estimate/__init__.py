@@ -1,0 +1,1 @@
+"""A step by formula: memory, FLOPs, roofline."""

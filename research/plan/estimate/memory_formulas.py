@@ -1,0 +1,191 @@
+"""A step's memory and traffic by formula, where nothing is compiled.
+
+The arguments of the step are exact: their shapes and shardings are. What lives only
+within it is estimated after what XLA keeps on TPU, to a tenth of the compiler's total
+where the two were compared (tests/tpu/test_plan_tpu.py).
+"""
+
+import math
+
+import numpy as np
+from jax.sharding import Mesh
+
+from research.models.architecture import Architecture
+from research.parallel import mesh as meshes
+from research.plan.abstract_run import Inputs, device_bytes, optimizer_bytes
+from research.plan.compiled.collectives import Collective
+from research.plan.compiled.compile_step import Memory
+from research.train.step import definition
+from research.weights import parameter_paths
+
+FLOAT32 = 4
+# Times that each value of a layer's activations, and each of its gathered weights,
+# goes to or from memory in a step; fitted to what compiled steps do.
+ACTIVATION_TRIPS = 12
+WEIGHT_TRIPS = 6
+
+
+def estimate_memory(inputs: Inputs) -> Memory:
+    """Bytes of one device, without the padding of layouts and the program."""
+    return Memory(
+        frozen=device_bytes(inputs.frozen),
+        trained=device_bytes(inputs.state.params),
+        optimizer=optimizer_bytes(inputs),
+        batch=device_bytes(inputs.batch),
+        temporaries=_temporaries(inputs),
+    )
+
+
+def _temporaries(inputs: Inputs) -> float:
+    """Gradients, what the forward pass leaves, and the larger of two moments.
+
+    The one is the head: its gathered matrix, and the logits of a chunk in float32 and
+    as gradients. The other is a layer on the way back: its gathered matrices and the
+    next one's, and its activations.
+    """
+    a, width = inputs.architecture, compute_width(inputs)
+    tensor, tokens = inputs.job.mesh.shape["tensor"], device_tokens(inputs)
+    # Added up in float32, whatever the parameters are.
+    share = FLOAT32 // inputs.job.trainable.dtype.itemsize
+    gradients = share * device_bytes(inputs.state.params)
+    remat = inputs.config.model.remat
+    kept = tokens * a.layers * width * kept_per_token(inputs, remat)
+    head = a.embed * a.vocab / tensor
+    logits = min(inputs.job.loss_chunk, tokens) * a.vocab / tensor
+    at_head = head * width + logits * (FLOAT32 + width)
+    matrices = layer_matrices(a) / tensor
+    at_layer = width * (2 * matrices + tokens * kept_per_token(inputs, "none"))
+    at_layer += _mask_bytes(inputs)
+    if inputs.microbatches > 1:  # And the sum so far.
+        gradients *= 2
+    at_update = gradients
+    if inputs.job.offload:  # All moments come back at once.
+        at_update += device_bytes(inputs.state.opt_state)
+    return max(gradients + kept + max(at_head, at_layer), at_update)
+
+
+def _mask_bytes(inputs: Inputs) -> float:
+    """Of cuDNN's attention: booleans and two bytes for each query and key of a row."""
+    mesh = inputs.job.mesh
+    choice = definition.choose_kernel(inputs.config, inputs.architecture, mesh)
+    length = inputs.config.data.seq_len
+    return 3 * device_tokens(inputs) * length if choice.kernel == "cudnn" else 0.0
+
+
+def kept_per_token(inputs: Inputs, remat: str) -> float:
+    """Values per token that a layer's forward pass leaves for its backward pass.
+
+    `full` leaves the layer's input. `dots` also leaves the products of weights: the
+    queries, keys and values, the attention's result, gate and up. `none` leaves the
+    inputs of all products, and what attention and the gate need.
+    """
+    a, tensor = inputs.architecture, inputs.job.mesh.shape["tensor"]
+    tile = 128 if inputs.job.mesh.devices.flat[0].platform == "tpu" else 1
+    # A TPU's attention kernel keeps its heads in whole tiles.
+    head_dim = math.ceil(a.head_dim / tile) * tile
+    split = (a.heads * head_dim, a.kv_heads * head_dim, a.mlp)
+    queries, keys, mlp = (size / tensor for size in split)
+    if remat == "full":
+        return a.embed
+    if remat == "dots":
+        return 2 * a.embed + queries + 2 * keys + 2 * mlp
+    return 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp
+
+
+def layer_matrices(a: Architecture) -> int:
+    """Weights of one layer."""
+    attention = 2 * a.embed * (a.heads + a.kv_heads) * a.head_dim
+    return attention + 3 * a.embed * a.mlp
+
+
+def device_tokens(inputs: Inputs) -> float:
+    """Of one forward pass, on one device."""
+    data = inputs.config.data
+    shards = math.prod(meshes.shards(inputs.job.mesh))
+    return data.rows_per_pass * data.seq_len / shards
+
+
+def compute_width(inputs: Inputs) -> int:
+    """Bytes of a value as it enters a product."""
+    return inputs.job.model.options.dtype.itemsize
+
+
+def head_chunks(inputs: Inputs) -> int:
+    """Products with the vocabulary head in a forward pass, if every token counts."""
+    return math.ceil(device_tokens(inputs) / inputs.job.loss_chunk)
+
+
+def estimate_moved(inputs: Inputs) -> float:
+    """Bytes to and from one device's memory in a step."""
+    a, width = inputs.architecture, compute_width(inputs)
+    tensor, tokens = inputs.job.mesh.shape["tensor"], device_tokens(inputs)
+    activations = tokens * kept_per_token(inputs, "none") * ACTIVATION_TRIPS
+    weights = layer_matrices(a) / tensor * WEIGHT_TRIPS
+    head = a.embed * a.vocab / tensor * head_chunks(inputs) * WEIGHT_TRIPS / 2
+    logits = tokens * a.vocab / tensor * (FLOAT32 / width + 1) * 2
+    a_pass = width * (a.layers * (activations + weights) + head + logits)
+    # Adam reads parameter, gradient and moments, and writes all but the gradient.
+    state = (inputs.state.params, inputs.state.opt_state)
+    update = 2 * device_bytes(state) + device_bytes(inputs.state.params)
+    return inputs.microbatches * a_pass + update
+
+
+def estimate_collectives(inputs: Inputs) -> list[Collective]:
+    """What a device sends and receives in a step, by mesh axis."""
+    mesh, passes = inputs.job.mesh, inputs.microbatches
+    a, width = inputs.architecture, compute_width(inputs)
+    shape, tokens = mesh.shape, device_tokens(inputs)
+    layer = layer_matrices(a) / shape["tensor"]
+    head, chunks = a.embed * a.vocab / shape["tensor"], head_chunks(inputs)
+    stream = tokens * a.embed * width
+    again = inputs.config.model.remat == "full"
+    found: list[Collective] = []
+
+    def add(kind: str, axes: tuple[str, ...], nbytes: float, times: float) -> None:
+        split = tuple(axis for axis in axes if shape[axis] > 1)
+        if split and nbytes:
+            members = axis_members(mesh, split)
+            found.append(Collective(kind, split, round(nbytes), times, members))
+
+    # Forward and backward pass each gather a layer's weights, whatever the remat.
+    add("all-gather", ("fsdp",), layer * width, 2 * a.layers * passes)
+    add("all-gather", ("fsdp",), head * width, chunks * passes)
+    add("all-to-all", ("fsdp",), stream, passes)
+    # Heads and MLP each end in a sum over `tensor`, and begin with one on the way back.
+    add("all-reduce", ("tensor",), stream, (4 + again) * a.layers * passes)
+    rows = tokens * shape["context"] * a.kv_heads * a.head_dim / shape["tensor"]
+    add("all-gather", ("context",), 2 * rows * width, (1 + again) * a.layers * passes)
+    add("reduce-scatter", ("context",), 2 * rows * width, a.layers * passes)
+    if inputs.frozen:
+        trained = parameter_paths.count(inputs.state.params) / shape["tensor"]
+        add("reduce-scatter", ("fsdp",), trained * width, passes)
+    else:
+        add("reduce-scatter", ("fsdp",), layer * width, a.layers * passes)
+        add("reduce-scatter", ("fsdp",), head * width, chunks * passes)
+    reduced = _reduced_bytes(inputs, layer, head)
+    for axis in ("context", "data", "replica"):
+        add("all-reduce", (axis,), reduced, passes)
+    return found
+
+
+def _reduced_bytes(inputs: Inputs, layer: float, head: float) -> float:
+    """Of the gradients that copies of the parameters add up after a forward pass.
+
+    Scattered over `fsdp` first, whole adapters too. A head that lies in parts is added
+    up after every chunk; else its sum waits, like the embedding's in float32.
+    """
+    width, fsdp = compute_width(inputs), inputs.job.mesh.shape["fsdp"]
+    if inputs.frozen:
+        tensor = inputs.job.mesh.shape["tensor"]
+        return parameter_paths.count(inputs.state.params) / tensor / fsdp * width
+    body = inputs.architecture.layers * layer * width
+    if fsdp == 1:
+        return body + 2 * head * FLOAT32
+    return (body + head * head_chunks(inputs) * width) / fsdp
+
+
+def axis_members(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Indices of the devices that share all but `axes` with the first one."""
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    return tuple(ids[index].ravel().tolist())

@@ -1,0 +1,169 @@
+"""How long a step takes at best: compute, memory, links and network, each alone."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from research.plan.compiled.collectives import Collective
+from research.plan.estimate.flops import Flops
+from research.plan.planned_devices import Target
+
+DAY = 86_400
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step on one device; 0 where the chip's figure is not known.
+
+    Attributes:
+      compute: all products, recomputed ones too, at the chip's peak.
+      hbm: bytes to and from its memory.
+      ici: collectives inside of a slice or host.
+      dcn: those between them.
+    """
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def overlapped(self) -> float:
+        """When all four run beside each other: no step is faster."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def summed(self) -> float:
+        """When each waits for the others."""
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def bound_by(self) -> str:
+        """The name of the longest."""
+        seconds = dataclasses.asdict(self)
+        return max(seconds, key=lambda name: seconds[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a run costs when its steps take `seconds`."""
+
+    seconds: float
+    mfu: float
+    tokens_per_second: float
+    days: float
+    chip_hours: float
+
+
+def make_roofline(
+    flops: Flops,
+    moved: float,
+    collectives: Iterable[Collective],
+    target: Target,
+    mesh: Mesh,
+) -> Roofline:
+    """Seconds of a step.
+
+    Args:
+      flops: of the whole step.
+      moved: bytes to and from one device's memory.
+      collectives: of one device.
+      target: the chips.
+      mesh: of them, or of stand-ins.
+    """
+    chip = target.chip
+    ici = dcn = 0.0
+    devices = list(mesh.devices.flat)
+    for collective in collectives:
+        members = [devices[i] for i in collective.members]
+        domains = len({_domain(device, target) for device in members})
+        # Over the network each device of a slice or host sends its share alone.
+        inside = len(members) // domains
+        kind, times, nbytes = collective.kind, collective.times, collective.nbytes
+        if domains > 1 and chip.network:
+            across = wire_bytes(kind, nbytes / inside, domains)
+            dcn += times * across / chip.network
+        speed = link_speed(members, target)
+        if kind == "collective-permute" and target.shape:
+            # One hop to the next device: at most both directions of one axis.
+            speed = min(speed, 2 * chip.link)
+        if inside > 1 and speed:
+            reach = _reach(members, target)
+            ici += times * wire_bytes(kind, nbytes, inside, reach) / speed
+    return Roofline(
+        compute=flops.total / (target.count * chip.flops) if chip.flops else 0.0,
+        hbm=moved / chip.hbm_bandwidth if chip.hbm_bandwidth else 0.0,
+        ici=ici,
+        dcn=dcn,
+    )
+
+
+def predict(
+    seconds: float, flops: Flops, tokens: int, steps: int, target: Target
+) -> Prediction:
+    """Of a run whose every step takes `seconds`."""
+    total = seconds * steps
+    peak = target.count * target.chip.flops * seconds
+    return Prediction(
+        seconds=seconds,
+        mfu=flops.model / peak if peak else 0.0,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        days=total / DAY,
+        chip_hours=total / 3600 * target.count,
+    )
+
+
+def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
+    """Bytes that the links of one device carry in one direction of a line or ring.
+
+    Of an array of `nbytes` over n devices a gather receives, and a scatter sends, the
+    parts of the n - 1 others; an all-reduce does both. In an all-to-all of a torus
+    each part is handed on a quarter of the way round each of its axes, which are
+    `reach` devices long together. (https://jax-ml.github.io/scaling-book/sharding.)
+    """
+    others = nbytes * (n - 1) / n
+    if kind == "all-reduce":
+        return 2 * others
+    if kind in ("all-to-all", "ragged-all-to-all") and reach:
+        return nbytes * reach / 4
+    return nbytes if kind == "collective-permute" else others
+
+
+def _reach(members: list[Any], target: Target) -> int:
+    """Lengths of the torus axes along which devices differ, added up; 0 in a switch."""
+    axes = range(len(target.shape))
+    extents = [len({d.coords[axis] for d in members}) for axis in axes]
+    return sum(extent for extent in extents if extent > 1)
+
+
+def _domain(device: Any, target: Target) -> int:
+    """Which slice, or else host, a device belongs to."""
+    if target.shape:
+        return getattr(device, "slice_index", 0) or 0
+    return device.process_index
+
+
+def link_speed(members: list[Any], target: Target) -> float:
+    """Bytes/s with which a group of devices of one slice or host can be crossed.
+
+    Each axis of the torus along which they differ adds its links: two where it closes
+    to a ring, one on a line, whose ends bound it; a share of them where the group
+    skips devices that belong to others.
+    """
+    link = target.chip.link
+    if not target.shape:
+        return link
+    coords = np.array([d.coords[: len(target.shape)] for d in members])
+    speed = 0.0
+    for axis, size in enumerate(target.shape):
+        places = np.unique(coords[:, axis])
+        if len(places) < 2:
+            continue
+        stride = int(np.diff(places).min())
+        rounds = len(places) * stride == size and target.closes(axis)
+        speed += link * (2 if rounds else 1) / stride
+    return speed or math.inf

@@ -1,0 +1,171 @@
+"""The largest micro-batch and the best layouts: estimated all, compiled the best."""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+from research.config.run_config import Config, MeshConfig
+from research.core.errors import UserError
+from research.models.architecture import Architecture
+from research.plan import planner
+from research.plan.planned_devices import Target
+from research.plan.planner import Plan
+
+REMATS = ("none", "dots", "full")
+# Compiling takes about a minute each, an estimate milliseconds.
+COMPILED = 3
+SHOWN = 12
+# More ways would leave a product too little to do.
+WIDEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search has found.
+
+    Attributes:
+      plans: the fastest first, those that do not fit last.
+      refused: how many more layouts there were.
+    """
+
+    plans: list[Plan]
+    refused: int
+
+
+def search(
+    config: Config,
+    architecture: Architecture,
+    target: Target,
+    compile_plan: Callable[[Config], Plan] | None = None,
+) -> Found:
+    """Tries mesh layouts and remat policies, each with the largest micro-batch.
+
+    The batch of a step stays as it is. `replica` stays with the slices, and `context`
+    is tried only where there are fewer rows than devices.
+
+    Args:
+      config: to start from.
+      architecture: of its model.
+      target: the chips.
+      compile_plan: compiles one config; the best estimates are checked by it.
+
+    Raises:
+      UserError: no layout divides the model and the batch.
+    """
+    tried, refused, fitting = 0, 0, []
+    causes: collections.Counter[str] = collections.Counter()
+    nearest: Plan | None = None
+    for mesh in layouts(config, target):
+        for remat in REMATS:
+            tried += 1
+            try:
+                plan, smallest = _largest(config, architecture, target, mesh, remat)
+            except UserError as error:
+                causes[str(error)] += 1
+                refused += 1
+                continue
+            if plan is not None:
+                fitting.append(plan)
+                continue
+            refused += 1
+            if smallest and (nearest is None or smallest.needed < nearest.needed):
+                nearest = smallest
+    if not fitting and nearest is None:
+        if causes.total() == tried:
+            cause, count = causes.most_common(1)[0]
+            raise UserError(
+                f"none of {tried} layouts on {target.name} can be: {count} of them "
+                f"because {cause}"
+            )
+        raise UserError(
+            f"none of {tried} layouts on {target.name} divides {config.data.batch_size}"
+            " rows and the model's dimensions; try another config.data.batch_size"
+        )
+    fitting.sort(key=_slowness)
+    best = fitting[:SHOWN] or [nearest]
+    refused += len(fitting) - len(fitting[:SHOWN]) - (not fitting)
+    if compile_plan is not None:
+        best = _check(best, compile_plan)
+    return Found(best, refused)
+
+
+def _slowness(plan: Plan) -> tuple[bool, float, float]:
+    """Between full and no overlap: halfway; then the one that needs less memory."""
+    middle = (plan.best.seconds + plan.worst.seconds) / 2
+    return (not plan.fits, round(middle, 6), plan.needed)
+
+
+def layouts(config: Config, target: Target) -> Iterator[MeshConfig]:
+    """Every split of all devices over data, fsdp, tensor and context."""
+    replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
+    each = target.count // replica
+    rows = config.data.batch_size
+    for tensor in (n for n in _divisors(each) if n <= WIDEST):
+        for context in _divisors(each // tensor):
+            rest = each // tensor // context
+            if context > 1 and replica * rest * context <= rows:
+                continue
+            for fsdp in _divisors(rest):
+                yield MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _largest(
+    config: Config,
+    architecture: Architecture,
+    target: Target,
+    mesh: MeshConfig,
+    remat: str,
+) -> tuple[Plan | None, Plan | None]:
+    """The plan with the largest micro-batch that fits, and that with the smallest.
+
+    Raises:
+      UserError: the layout does not divide the model, or nothing can.
+    """
+    shards = mesh.replica * mesh.data * mesh.fsdp
+    rows = config.data.batch_size
+    sizes = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
+    smallest = None
+    for size in reversed(sizes):
+        tried = dataclasses.replace(
+            config,
+            mesh=mesh,
+            model=dataclasses.replace(config.model, remat=remat),
+            data=dataclasses.replace(config.data, microbatch_size=size),
+        )
+        plan = planner.plan_estimate(tried, architecture, target)
+        if plan.fits:
+            return plan, plan
+        smallest = plan
+    return None, smallest
+
+
+def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:
+    """Compiles the best until `COMPILED` fit; those that do come first.
+
+    Raises:
+      UserError: the compiler refuses every one of them.
+    """
+    checked: list[Plan] = []
+    tried = 0
+    refusal: UserError | None = None
+    for plan in plans[: 2 * COMPILED]:
+        if sum(p.fits for p in checked) == COMPILED:
+            break
+        logging.warning("compiling %s, the best not yet compiled", plan.mesh)
+        tried += 1
+        try:
+            checked.append(compile_plan(plan.config))
+        except UserError as error:
+            # The plans made so far took minutes: they are kept.
+            logging.warning("left out: %s", error)
+            refusal = error
+    if refusal and not checked:
+        raise refusal
+    checked.sort(key=_slowness)
+    found = [*checked, *plans[tried:]]
+    return sorted(found, key=lambda plan: not plan.fits)

@@ -1,0 +1,73 @@
+"""What `python -m research.plan` does, once its flags are read."""
+
+import dataclasses
+import logging
+import sys
+
+from rich.console import Console
+
+from research.config.run_config import Config
+from research.parallel import runtime
+from research.plan import abstract_run, plan_tables, planner
+from research.plan.compiled import compile_step
+from research.plan.layout_search import search
+from research.plan.planned_devices import Target, parse_device, parse_topology
+from research.plan.planner import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A plan that is asked for; see `research/plan.py` for the flags."""
+
+    config: Config
+    topology: str
+    slices: int
+    device: str
+    search: bool
+    json: str
+    preset: str
+
+
+def run(request: Request) -> int:
+    """Plans and shows; returns 0 if it fits, 1 if not.
+
+    Raises:
+      UserError: whatever the user can mend.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    config, console = request.config, Console()
+    target = _target(request)
+    if request.json:
+        plan_tables.check_json(request.json)
+    architecture = abstract_run.find_architecture(config, request.preset)
+    devices = [] if request.device else compile_step.topology_devices(target)
+
+    def plan(config: Config) -> Plan:
+        if devices:
+            return planner.plan_compiled(config, architecture, target, devices)
+        return planner.plan_estimate(config, architecture, target)
+
+    if request.search:
+        # Every candidate would say which attention kernel it takes.
+        logging.getLogger().setLevel(logging.WARNING)
+        found = search(config, architecture, target, plan if devices else None)
+        plans = found.plans
+        plan_tables.show_search(console, plans, found.refused)
+    else:
+        plans = [plan(config)]
+        plan_tables.show(console, plans[0])
+    if request.json:
+        plan_tables.write_json(request.json, plans if request.search else plans[0])
+    return 0 if plans[0].fits else 1
+
+
+def _target(request: Request) -> Target:
+    if not request.device:
+        return parse_topology(request.topology, request.slices)
+    is_cpu = request.device.partition(":")[0] == "cpu"
+    config = request.config
+    flops = runtime.peak_flops(config.runtime, config.model.dtype) if is_cpu else 0.0
+    return parse_device(request.device, request.slices, flops or 0.0)

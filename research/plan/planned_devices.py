@@ -1,0 +1,166 @@
+"""What a plan is for: which chips, how many, and how they are joined."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import psutil
+
+from research.core.errors import UserError, nearest
+from research.parallel.chips import CHIPS, Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The devices of a plan.
+
+    Attributes:
+      chip: each of them.
+      count: in all.
+      slices: groups of `count / slices`, joined by the network.
+      shape: of the torus of a slice; empty where there is none.
+    """
+
+    chip: Chip
+    count: int
+    slices: int = 1
+    shape: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        size = "x".join(map(str, self.shape)) or str(self.count // self.slices)
+        return f"{self.slices} x {self.chip.name}:{size}".removeprefix("1 x ")
+
+    def closes(self, axis: int) -> bool:
+        """Whether an axis of the torus is a ring, not a line."""
+        ring = self.chip.ring
+        whole = [n for n in self.shape if n % ring == 0]
+        if len(self.shape) == 3:
+            return len(whole) == 3
+        return self.shape[axis] % ring == 0
+
+    def devices(self) -> list["PlannedDevice"]:
+        """Stand-ins for the devices, in the order JAX lists real ones."""
+        each = self.count // self.slices
+        return [
+            PlannedDevice(
+                id=i,
+                process_index=i // self.chip.hosted,
+                slice_index=i // each,
+                coords=_unravel(i % each, self.shape),
+                platform=self.chip.platform,
+                device_kind=self.chip.kind,
+                compute_capability=self.chip.capability,
+            )
+            for i in range(self.count)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedDevice:
+    """What meshes and kernel choices ask of a `jax.Device`, without one."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, ...]
+    platform: str
+    device_kind: str
+    core_on_chip: int = 0
+    compute_capability: str = "0.0"
+
+
+def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Coordinates, the first the fastest and always three, as TPUs are numbered."""
+    coords = []
+    for size in (*shape, 1, 1, 1)[:3]:
+        index, here = divmod(index, size)
+        coords.append(here)
+    return tuple(coords)
+
+
+def parse_topology(text: str, slices: int = 1, flag: str = "--topology") -> Target:
+    """`v5e:4x4`, as `flag` gives it, as a target of whole TPU slices.
+
+    Raises:
+      UserError: there is no such chip, or it is not rented in that shape.
+    """
+    chip = _chip(text, [c for c in CHIPS.values() if c.shapes], flag)
+    shape = text.partition(":")[2]
+    if not _exists(chip, shape):
+        raise UserError(
+            f"{flag} is {text!r}; {chip.name} is known as "
+            f"{', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
+        )
+    _check_slices(slices)
+    sizes = tuple(int(n) for n in shape.split("x"))
+    return Target(chip, math.prod(sizes) * slices, slices, sizes)
+
+
+def _check_slices(slices: int) -> None:
+    if slices < 1:
+        raise UserError(f"--slices is {slices}; it must be at least 1")
+
+
+def _exists(chip: Chip, shape: str) -> bool:
+    """In the table, or whole cubes in ascending order up to the largest slice."""
+    if shape in chip.shapes:
+        return True
+    if chip.ring != 4 or not re.fullmatch(r"\d+x\d+x\d+", shape):
+        return False
+    sizes = [int(n) for n in shape.split("x")]
+    largest = max(math.prod(map(int, s.split("x"))) for s in chip.shapes)
+    cubes = all(n and n % chip.ring == 0 for n in sizes)
+    return cubes and sizes == sorted(sizes) and math.prod(sizes) <= largest
+
+
+def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> Target:
+    """`h100:8`, `v5e:4x4`, `v5p:64` or `cpu` as a target.
+
+    Args:
+      text: a chip, and how many of them.
+      slices: of TPUs.
+      cpu_flops: FLOP/s of this machine, all cores together.
+
+    Raises:
+      UserError: there is no such chip, or no such number of them.
+    """
+    name, _, size = text.partition(":")
+    _check_slices(slices)
+    if "x" in size and name in CHIPS and CHIPS[name].shapes:
+        return parse_topology(text, slices, "--device")
+    if name != "cpu":
+        _chip(text, list(CHIPS.values()), "--device", more=("cpu",))
+    if size and not (size.isascii() and size.isdigit() and int(size)):
+        raise UserError(f"--device is {text!r}; write it as h100:8, v5e:4x4 or cpu")
+    count = int(size or 1)
+    if name == "cpu":
+        return Target(_this_machine(count, cpu_flops), count)
+    chip = CHIPS[name]
+    if not chip.shapes:
+        return Target(chip, count * slices, slices)
+    fitting = [s for s in chip.shapes if math.prod(map(int, s.split("x"))) == count]
+    if not fitting:
+        raise UserError(
+            f"--device is {text!r}; slices of {chip.name} are "
+            f"{', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
+        )
+    return parse_topology(f"{name}:{fitting[0]}", slices)
+
+
+def _chip(text: str, known: list[Chip], flag: str, more: Sequence[str] = ()) -> Chip:
+    name = text.partition(":")[0]
+    names = [c.name for c in known]
+    if name not in names:
+        raise UserError(
+            f"{flag} is {text!r}; {name!r} is none of {', '.join([*names, *more])}"
+            f"{nearest(name, names)}"
+        )
+    return CHIPS[name]
+
+
+def _this_machine(count: int, flops: float) -> Chip:
+    """A CPU as `count` devices that share its cores and memory."""
+    memory = psutil.virtual_memory().total
+    return Chip("cpu", "cpu", flops / count, memory / count, 0.0, 0.0, 0.0, count)

@@ -1,0 +1,1 @@
+"""Data turned into what people look at: terminal tables, progress, plots, Markdown."""

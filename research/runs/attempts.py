@@ -1,0 +1,63 @@
+"""The starts of runs in one process: locked, written down, and how they end."""
+
+import logging
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+from research.core.errors import PREEMPTED
+from research.runs.run_directory import RunDir
+from research.runs.run_history import History
+from research.runs.stop_signals import INTERRUPTED, Preempted
+from research.runs.wall_time import Phases
+
+
+class Starts:
+    """What this process starts, be it one run or several that train together."""
+
+    def __init__(self, phases: Phases):
+        self._phases = phases
+        self._folders: list[RunDir] = []
+        self._histories: list[History] = []
+
+    def open(self, folder: RunDir) -> History:
+        """The history of a run, as nobody else can change it any more.
+
+        A run that exists is locked first, and this start of it written down: whatever
+        ends it from here on, before its first step too, is found again.
+
+        Raises:
+          UserError: another process is at work in it, or its history is not one.
+        """
+        self._folders.append(folder)
+        exists = folder.exists
+        if exists and jax.process_index() == 0:
+            folder.lock()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("run directory locked")
+        history = History(folder.history, self._phases)
+        self._histories.append(history)
+        if exists:
+            history.begin()
+        return history
+
+    def ended_by(self, error: BaseException) -> int:
+        """Writes down what ended all that have not ended; returns the exit code."""
+        if isinstance(error, Preempted):
+            code = self._interrupted(error)
+            cause = f"{error} outside of training steps"
+        else:
+            known = 2 if isinstance(error, PermissionError) else 1
+            code = getattr(error, "exit_code", known)
+            cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        for history in self._histories:
+            history.end(cause, code)
+        return code
+
+    def _interrupted(self, error: Preempted) -> int:
+        if any(folder.exists for folder in self._folders):
+            logging.info("stopped by %s; the same command goes on", error)
+            return PREEMPTED
+        logging.info("stopped by %s before there was anything to save", error)
+        return PREEMPTED if error.signal == signal.SIGTERM else INTERRUPTED

@@ -1,0 +1,289 @@
+"""A record into ids and which of them are trained, by how it is put together.
+
+A template is cut once into words of its own and holes for the row's text. Words and
+holes are tokenised apart: control tokens exist only in the words, and the loss mask
+follows from which piece an id came from. Nothing is ever searched for in the ids.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jinja2
+import jinja2.sandbox
+
+from research.core.errors import UserError
+from research.tokenize.conversation import Record, Turn
+from research.tokenize.tokenizer import Tokenizer
+
+# Private-use characters mark the holes while a template is rendered. They are in
+# the template's output only: rows are never part of what is searched.
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+
+DOLLY_HEADERS = {
+    "system": "",
+    "user": "### Instruction:\n",
+    "assistant": "### Response:\n",
+}
+DOLLY_INPUT = "\n\n### Input:\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A stretch of ids: words of the template, or the text of turn `turn`.
+
+    Attributes:
+      ids: of words; empty for a turn.
+      turn: index of the turn whose text goes here.
+      trained: whether these ids count in the loss.
+      lead: white space of the template that is tokenised with the turn's text.
+    """
+
+    ids: tuple[int, ...]
+    turn: int | None
+    trained: bool
+    lead: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Ids of one record, and whether each is trained."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+class ChatFormat:
+    """How conversations become ids, for one tokenizer and template.
+
+    Attributes:
+      stop_ids: ids at which an answer ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, system: str = ""):
+        self._tokenizer = tokenizer
+        self._system = system
+        if template == "chat" and not tokenizer.chat_template:
+            raise UserError(
+                "the base model has no chat template of its own; use "
+                "--config.data.template=dolly"
+            )
+        self._render = (
+            _JinjaTemplate(tokenizer)
+            if template == "chat"
+            else _DollyTemplate(tokenizer)
+        )
+        self._skeleton = functools.cache(self._cut)
+        closing = self._skeleton(("user", "assistant"), False)[-1].ids
+        self.stop_ids = frozenset({closing[-1], tokenizer.eos} - {None})
+
+    def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
+        """Ids and mask; with `budget`, the context is cut to fit that many ids.
+
+        Returns None where no word of the context would be left.
+        """
+        encoded = self.encode_many([record])[0]
+        if budget is None or len(encoded.ids) <= budget:
+            return encoded
+        return self.shorten(record, encoded, budget)
+
+    def encode_many(self, records: Sequence[Record]) -> list[Encoded]:
+        """Ids and masks, tokenised together on all cores."""
+        texts = [self._texts(record, record.context) for record in records]
+        ids = iter(self._tokenizer.encode_texts(list(itertools.chain(*texts))))
+        return [
+            self._assemble(record, [next(ids) for _ in of_record])
+            for record, of_record in zip(records, texts, strict=True)
+        ]
+
+    def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
+        """Ids up to where the answer to the last user turn begins."""
+        stripped = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
+        record = Record(stripped, context, "", "prompt")
+        texts = self._tokenizer.encode_texts(self._texts(record, context))
+        roles = tuple(turn.role for turn in self._turns(record))
+        return [
+            i
+            for piece in self._skeleton(roles, True)
+            for i in (piece.ids if piece.turn is None else texts[piece.turn])
+        ]
+
+    def shorten(self, record: Record, encoded: Encoded, budget: int) -> Encoded | None:
+        """Drops the context's end, in as few tries as re-tokenising allows."""
+        excess = len(encoded.ids) - budget
+        context = self._tokenizer.encode_texts([record.context])[0]
+        while context:
+            context = context[: max(len(context) - excess, 0)]
+            # A cut inside a character leaves a replacement mark at the end.
+            text = self._tokenizer.decode(context, skip_control=False)
+            shorter = text.rstrip("\ufffd").strip()
+            if not shorter:
+                return None  # Nothing is left that the answer could rest on.
+            encoded = self.encode(dataclasses.replace(record, context=shorter))
+            if len(encoded.ids) <= budget:
+                return encoded
+            excess = len(encoded.ids) - budget
+        return None
+
+    def _turns(self, record: Record) -> tuple[Turn, ...]:
+        if self._system and record.turns[0].role != "system":
+            return (Turn("system", self._system), *record.turns)
+        return record.turns
+
+    def _texts(self, record: Record, context: str) -> list[str]:
+        """What fills the holes; the context goes with the first user turn."""
+        turns = self._turns(record)
+        skeleton = self._skeleton(tuple(turn.role for turn in turns), False)
+        leads = {piece.turn: piece.lead for piece in skeleton}
+        asked = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        texts = [turn.text for turn in turns]
+        texts[asked] = self._render.with_context(texts[asked], context)
+        return [leads.get(i, "") + text for i, text in enumerate(texts)]
+
+    def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
+        ids: list[int] = []
+        trained: list[bool] = []
+        roles = tuple(turn.role for turn in self._turns(record))
+        for piece in self._skeleton(roles, False):
+            part = piece.ids if piece.turn is None else texts[piece.turn]
+            ids.extend(part)
+            trained.extend([piece.trained] * len(part))
+        return Encoded(ids, trained)
+
+    def _cut(self, roles: tuple[str, ...], prompt: bool) -> list[Piece]:
+        """The template for these roles, as pieces.
+
+        An answer starts where the generation prompt ends: what the template writes
+        from there on, the model will have to write. Training pieces end with the end
+        token of the last answer: what follows is never trained and only takes room.
+        """
+        holes = [f"{OPEN}{i}{CLOSE}" for i in range(len(roles))]
+        turns = [Turn(r, hole) for r, hole in zip(roles, holes, strict=True)]
+        rest = self._render(turns, prompt)
+        pieces: list[Piece] = []
+        answered = False
+        for index, (turn, hole) in enumerate(zip(turns, holes, strict=True)):
+            words, found, rest = rest.partition(hole)
+            if not found or hole in rest:
+                raise UserError(
+                    f"the chat template does not write the {turn.role} message of "
+                    f"{' '.join(roles)} exactly once; use --config.data.template=dolly"
+                )
+            if turn.role == "assistant":
+                words, lead = self._split_prompt(words, turns[:index])
+            else:
+                bare = words.rstrip()
+                words, lead = bare, words[len(bare) :]
+            pieces += self._words(words, answered, first=index == 0)
+            answered = turn.role == "assistant"
+            pieces.append(Piece((), index, answered, lead))
+        if prompt:
+            return pieces + self._words(rest, answered)
+        return pieces + self._words(rest, answered)[:1]
+
+    def _split_prompt(self, words: str, asked: Sequence[Turn]) -> tuple[str, str]:
+        """Words before an answer: those of the generation prompt, and the rest."""
+        if not asked:
+            return words, ""
+        prompt = self._render(asked, True).rpartition(asked[-1].text)[2]
+        lead = words.removeprefix(prompt)
+        if not words.startswith(prompt) or lead.strip():
+            raise UserError(
+                "the chat template's generation prompt is not how it writes an answer; "
+                "use --config.data.template=dolly"
+            )
+        return prompt, lead
+
+    def _words(
+        self, words: str, after_answer: bool, *, first: bool = False
+    ) -> list[Piece]:
+        """Template words; after an answer, its end token is trained, the rest not."""
+        if not words and not after_answer:
+            return []
+        ids = self._tokenizer.encode_template(words, first=first)
+        if not after_answer:
+            return [Piece(tuple(ids), None, False)]
+        control = self._tokenizer.control_ids
+        end = next((n for n, i in enumerate(ids, 1) if i in control), None)
+        if end is None:
+            raise UserError(
+                "the chat template writes no control token after an answer, so a "
+                "model could not learn to stop; use --config.data.template=dolly"
+            )
+        return [
+            Piece(tuple(ids[:end]), None, True),
+            Piece(tuple(ids[end:]), None, False),
+        ]
+
+
+class _JinjaTemplate:
+    """The model's own template, run in Jinja's sandbox."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _today
+        try:
+            self._template = environment.from_string(tokenizer.chat_template)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template is broken: {error}") from error
+        self._names = {
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+        }
+
+    def __call__(self, turns: Sequence[Turn], prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=prompt,
+                tools=None,
+                documents=None,
+                **self._names,
+            )
+        except Exception as error:  # A template can fail in any way code can.
+            roles = " ".join(turn.role for turn in turns)
+            raise UserError(
+                f"the chat template refuses the messages {roles}: {error}"
+            ) from error
+
+    @staticmethod
+    def with_context(text: str, context: str) -> str:
+        return f"{text}\n\n{context}" if context else text
+
+
+def _today(form: str) -> str:
+    """A fixed day: the ids of a row must not depend on when it is read."""
+    return datetime.date(2026, 1, 1).strftime(form)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class _DollyTemplate:
+    """Instruction, input and response headers, as Alpaca and Dolly were trained."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        if not tokenizer.eos_token:
+            raise UserError("the dolly template needs a tokenizer with an end token")
+        self._start = tokenizer.bos_token if tokenizer.add_bos else ""
+        self._end = tokenizer.eos_token
+
+    def __call__(self, turns: Sequence[Turn], prompt: bool) -> str:
+        parts = [self._start]
+        for turn in turns:
+            end = self._end if turn.role == "assistant" else ""
+            parts.append(f"{DOLLY_HEADERS[turn.role]}{turn.text}{end}\n\n")
+        return "".join(itertools.chain(parts, [DOLLY_HEADERS["assistant"]] * prompt))
+
+    @staticmethod
+    def with_context(text: str, context: str) -> str:
+        # Written as text on purpose: a row that holds this header reads the same,
+        # and can do no more than that.
+        return f"{text}{DOLLY_INPUT}{context}" if context else text

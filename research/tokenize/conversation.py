@@ -1,0 +1,30 @@
+"""A training row as a conversation: the form every row source is turned into."""
+
+import dataclasses
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message; `role` is one of `ROLES`."""
+
+    role: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One training row: a conversation that ends with an answer.
+
+    Attributes:
+      turns: the messages in order.
+      context: material that belongs to the first user turn, or "".
+      category: what its loss is reported under, or "".
+      where: `file:line`, for messages to the user.
+    """
+
+    turns: tuple[Turn, ...]
+    context: str
+    category: str
+    where: str

@@ -1,0 +1,1 @@
+"""`python -m research.train`: one run, or a pack of runs, from config to report."""

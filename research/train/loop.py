@@ -1,0 +1,95 @@
+"""The training loop. It knows no model: it counts steps and keeps one order.
+
+The order is law: evaluate and save, then pull data, then step, then log the step
+before. So a checkpoint never holds a batch that was pulled and not trained, and
+writing a log never keeps the devices waiting.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from research.runs.stop_signals import Preempted, StopRequest
+from research.runs.wall_time import Phases
+from research.train.device_batches import Feed
+
+State = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """Something done between steps.
+
+    Attributes:
+      phase: what the time it takes is counted as.
+      every: runs when the step is a multiple of it, and at the last step.
+      run: called with (step, state).
+      at_start: also runs before the first step of a fresh run.
+    """
+
+    phase: str
+    every: int
+    run: Callable[[int, State], None]
+    at_start: bool = False
+
+    def is_due(self, step: int, first: int, total: int) -> bool:
+        if step == first:
+            return self.at_start and step == 0
+        return step % self.every == 0 or step == total
+
+
+def run(
+    *,
+    state: State,
+    first: int,
+    total: int,
+    feed: Feed,
+    step_fn: Callable[[State, Any], tuple[State, Any]],
+    actions: Sequence[Action],
+    log: Callable[[int, int, Any], None],
+    resume_clock: Callable[[], None],
+    stop: StopRequest,
+    phases: Phases,
+) -> tuple[State, int]:
+    """Trains from step `first` to `total`, or until `stop` is due.
+
+    Args:
+      state: after `first` updates.
+      feed: device batches, positioned at step `first`.
+      step_fn: dispatches one update.
+      log: called with (step, number of its batch, metrics) once the step after has
+        been dispatched, or before an action.
+      resume_clock: called after actions, whose time is not the steps'.
+      stop: asked before every step.
+      phases: told what is done when.
+
+    Returns:
+      The state and the number of updates it holds.
+    """
+    pending: tuple[int, int, Any] | None = None
+    phases.enter("compile")
+    for step in range(first, total + 1):
+        due = [action for action in actions if action.is_due(step, first, total)]
+        ending = step == total or stop.is_due()
+        if pending and (due or ending):
+            log(*pending)
+            pending = None
+        for action in due:
+            with phases.during(action.phase):
+                action.run(step, state)
+        if ending:
+            break
+        if due:
+            resume_clock()
+        try:
+            batch = next(feed)
+        except Preempted:  # In the wait for data; no process has begun the step.
+            if pending:
+                log(*pending)
+            break
+        state, metrics = step_fn(state, batch)
+        phases.enter("step")
+        if pending:
+            log(*pending)
+        pending = (step + 1, feed.number, metrics)
+    return state, step

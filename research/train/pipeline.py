@@ -1,0 +1,234 @@
+"""One training run, start to report. Reads as the table of contents of `research`."""
+
+import dataclasses
+import logging
+
+import jax
+from rich.console import Console
+
+from research.checkpoints.checkpointer import Checkpointer
+from research.checkpoints.disk_space import require_room
+from research.checkpoints.run_identity import Identity
+from research.config.run_config import Config
+from research.core.errors import PREEMPTED, STUCK, DivergedError, SaveError
+from research.engine.sampler import Sampler
+from research.engine.text_generation import base_model, tuned_model
+from research.formats import huggingface_export
+from research.formats.base_model import EXPORTED
+from research.parallel import mesh, runtime
+from research.report import run_report
+from research.report.progress_view import duration
+from research.runs.attempts import Starts
+from research.runs.run_directory import RunDir
+from research.runs.run_history import History
+from research.runs.stop_signals import Preempted, StopRequest
+from research.runs.wall_time import Phases
+from research.runs.watchdog import Watchdog
+from research.tasks import task_registry
+from research.tokenize.tokenizer_training import save_tokenizer
+from research.train import doctor, throughput
+from research.train.fit import Run, fit, tell
+from research.train.step import definition, train_step
+
+
+def train(config: Config) -> int:
+    """Trains `config` to its last step and reports; returns the exit code.
+
+    Raises:
+      UserError: whatever the user can mend; nothing is written then.
+    """
+    runtime.start(config.runtime)
+    phases = Phases(runtime.process_age())
+    folder = RunDir(config.run_dir)
+    changed = folder.check_config(config)
+    if folder.is_complete and not changed:
+        logging.info(
+            "%s is complete; its report: %s/report.md", folder.path, folder.path
+        )
+        return 0
+    starts = Starts(phases)
+    with StopRequest(phases) as stop:
+        try:
+            history = starts.open(folder)
+            code, cause = _train(config, folder, changed, history, phases, stop)
+        except Preempted as error:
+            return starts.ended_by(error)
+        except BaseException as error:
+            code = starts.ended_by(error)
+            # All processes see the same loss; any other error may be one's own.
+            if jax.process_count() > 1 and not isinstance(error, DivergedError):
+                rank = jax.process_index()
+                logging.error("process %d failed in phase %r", rank, phases.name)
+                runtime.abandon(error, code)
+            raise
+    history.end(cause, code)
+    if code == PREEMPTED:
+        runtime.leave(code)
+    return code
+
+
+def _train(
+    config: Config,
+    folder: RunDir,
+    changed: dict[str, str],
+    history: History,
+    phases: Phases,
+    stop: StopRequest,
+) -> tuple[int, str]:
+    """Returns the exit code, and why it ends."""
+    run = prepare(config, folder, history, phases)
+    stop.raise_if_lost()
+    identity = claim(run, changed)
+    watchdog = Watchdog(
+        phases,
+        config.runtime.watchdog_s,
+        jax.process_index(),
+        lambda cause: history.end(cause, STUCK),
+    )
+    checkpointer = open_checkpoints(run, identity)
+    with watchdog, checkpointer:
+        done = fit(
+            run, checkpointer, stop, lambda: record_accepted(run, identity, changed)
+        )
+    if done < config.steps:
+        name = stop.signal.name
+        said = "%s: stopped after step %d, which is saved; the same command goes on"
+        logging.info(said, name, done)
+        return PREEMPTED, f"{name} after step {done}"
+    stop.raise_if_lost()  # All is saved; the report can wait.
+    phases.enter("finish")
+    finish(run)
+    return 0, "done"
+
+
+def claim(run: Run, changed: dict[str, str]) -> Identity:
+    """Makes the folder the run's own, or sees that it is; returns whose it is.
+
+    The history of a new run begins here. What differs and was accepted is added to
+    `changed`.
+
+    Raises:
+      UserError: it belongs to other data, or the disk has no room.
+    """
+    config, folder = run.config, run.folder
+    identity = {
+        "base model": run.base.fingerprint,
+        "tokenizer": run.base.tokenizer.fingerprint,
+        "data": run.task.sha256,
+    }
+    changed |= folder.check_identity(identity, config.accept)
+    require_room(
+        folder.checkpoints, train_step.abstract_state(run.job), config.checkpoint
+    )
+    if jax.process_index() == 0 and not folder.exists:
+        with folder.create(config, identity, run.task.left_out):
+            save_tokenizer(run.base.tokenizer, folder.tokenizer)
+    run.history.begin()
+    return identity
+
+
+def record_accepted(run: Run, identity: Identity, changed: dict[str, str]) -> None:
+    """What was accepted holds once a checkpoint has been restored with it."""
+    run.history.accept(changed)
+    if jax.process_index() == 0 and changed:
+        run.folder.update(identity, run.task.left_out, run.config)
+    changed.clear()
+
+
+def open_checkpoints(run: Run, identity: Identity) -> Checkpointer:
+    return Checkpointer(
+        run.folder.checkpoints,
+        run.config.checkpoint,
+        identity,
+        accept={*run.history.accepted, *run.config.accept},
+        report=lambda what: tell(run, what),
+        committed=run.history.commit,
+    )
+
+
+def prepare(config: Config, folder: RunDir, history: History, phases: Phases) -> Run:
+    """Opens, loads and examines everything; writes nothing into `folder`."""
+    console = Console(quiet=jax.process_index() > 0)
+    base = task_registry.open_start(config, folder)
+    # Before the data is read: what does not fit the mesh is said at once.
+    job = definition.make_job(config, base, mesh.make_mesh(config.mesh))
+    task = task_registry.load_task(config, base)
+    job = dataclasses.replace(job, groups=len(task.groups))
+    params, frozen = definition.load_start(job, base)
+    state = train_step.jit_init(job)(params)
+    findings = doctor.examine_model(base, job, state, frozen) + task.examine()
+    doctor.show(console, findings)
+    task.show_first_row(console)
+    doctor.require_healthy(findings)
+    return Run(
+        config=config,
+        folder=folder,
+        base=base,
+        task=task,
+        job=job,
+        sampler=Sampler(job.model),
+        state=state,
+        frozen=frozen,
+        console=console,
+        phases=phases,
+        history=history,
+    )
+
+
+def finish(run: Run) -> None:
+    """The plot, the table, what the model says, and the model for others.
+
+    Raises:
+      SaveError: they could not be written; the last step is saved all the same.
+    """
+    try:
+        _finish(run)
+    except OSError as error:
+        raise SaveError(
+            f"all {run.config.steps} steps are saved, and the report could not be "
+            f"written: {error}; make room or give back the right to write, then start "
+            "the same command again",
+            run.config.steps,
+        ) from error
+
+
+def _finish(run: Run) -> None:
+    folder = run.folder.path
+    arguments = (run.job, run.base, run.sampler)
+    tuned = tuned_model(*arguments, run.state.params, run.frozen)
+    said = run.task.conclude(
+        run.console, lambda: base_model(*arguments, run.frozen), tuned, folder
+    )
+    if run.config.export:
+        weights = run.job.trainable.forward(run.state.params, run.frozen, None)
+        huggingface_export.export(
+            run.job.model, weights, run.base.tokenizer, folder / EXPORTED
+        )
+    if jax.process_index() > 0:
+        return
+    lines = [x for x in throughput.read_metrics(folder) if x["kind"] == "train"]
+    seconds, goodput = lines[-1]["elapsed_s"], run.history.goodput()
+    throughput.append_line(folder, run.config.steps, "goodput", goodput.line())
+    facts = {
+        "base model": run.base.name,
+        "data": run.task.origin,
+        "steps": run.config.steps,
+        "training time": duration(seconds),
+        "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
+        "peak memory, GB": round(lines[-1]["memory_gb"], 2),
+        "goodput": str(goodput),
+    }
+    run_report.plot(folder, folder.name)
+    run_report.show_table(run.console, folder)
+    run_report.show_time(run.console, goodput.parts)
+    run_report.write_markdown(folder, facts, said, goodput.parts)
+    run.folder.mark_complete(facts)
+    logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
+    logging.info(
+        "done: %s/loss.png, %s/report.md; talk to it with\n"
+        "  python -m research.generate --run=%s%s",
+        folder,
+        folder,
+        folder,
+        " --compare" if run.base.tensors else "",
+    )

@@ -1,0 +1,1 @@
+"""One optimizer update as one jitted program: state, step, optimizers, schedules."""

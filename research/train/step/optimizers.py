@@ -1,0 +1,212 @@
+"""Schedules, the optimizers of optax by name, and the guard against outlier steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from research.config.run_config import OptimConfig
+from research.train.step.schedules import make_schedule
+from research.weights import parameter_paths
+from research.weights.parameter_spec import Spec
+
+Array = jax.Array
+
+
+def make_optimizer(
+    config: OptimConfig,
+    steps: int,
+    specs: dict[str, Any],
+    schedule: optax.Schedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The chain: outlier guard, norm clipping, the optimizer of `config.name`.
+
+    Args:
+      config: of the recipe.
+      steps: of the whole run, for the schedule.
+      specs: of what is trained, a (nested) dictionary of `Spec`.
+      schedule: instead of the one of `config`, see `make_schedule`.
+
+    Raises:
+      UserError: a pattern of `no_decay` is no regular expression.
+    """
+    schedule = schedule or make_schedule(config, steps)
+    chain = [
+        _direction(config, specs),
+        optax.add_decayed_weights(config.weight_decay, _decayed(config, specs)),
+    ]
+    if config.clip_norm > 0:
+        chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    step = optax.with_extra_args_support(optax.chain(*chain))
+    if config.skip_spread > 0:
+        step = skip_outliers(step, config.skip_spread, config.skip_window)
+    # Update n (from 0) is trained at the rate of n + 1: the first one counts. Outside
+    # of the guard: the schedule goes on through steps that are skipped.
+    rate = optax.scale_by_learning_rate(lambda count: schedule(count + 1))
+    return optax.chain(step, rate)
+
+
+def _direction(
+    config: OptimConfig, specs: dict[str, Any]
+) -> optax.GradientTransformation:
+    """The step before decay and learning rate, of about unit size per element."""
+    if config.name == "adafactor":
+        # Shazeer and Stern 2018, arXiv:1804.04235, sections 3 and 6, without its
+        # relative step sizes: the learning rate means what it means for the others.
+        return _on_matrices(
+            optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+                optax.clip_by_block_rms(1.0),
+            ),
+            specs,
+        )
+    if config.name == "lion":  # Chen et al. 2023, arXiv:2302.06675.
+        return optax.scale_by_lion(config.b1, config.b2)
+    # Kingma and Ba 2015, arXiv:1412.6980; with the decay outside of it, AdamW
+    # (Loshchilov and Hutter 2019, arXiv:1711.05101).
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return adam if config.name == "adamw" else _muon(adam, specs)
+
+
+def _muon(
+    adam: optax.GradientTransformation, specs: dict[str, Any]
+) -> optax.GradientTransformation:
+    """Orthogonalised momentum for the matrices of layers; tables and norms take `adam`.
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, scaled to the size
+    of AdamW's updates (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+    """
+
+    def axes(spec: Spec) -> Any:
+        if not _is_layer_matrix(spec):
+            return optax.MaskedNode()
+        middle = spec.stacked + spec.n_in
+        return MuonDimensionNumbers(
+            reduction_axis=tuple(range(spec.stacked, middle)),
+            output_axis=tuple(range(middle, len(spec.shape))),
+        )
+
+    def size(update: Array, spec: Spec) -> Array:
+        if not _is_layer_matrix(spec):
+            return update
+        return update * (0.2 * max(spec.as_matrix.shape[-2:]) ** 0.5)
+
+    by_kind = {
+        "muon": scale_by_muon(
+            weight_dimension_numbers=lambda _: jax.tree.map(axes, specs)
+        ),
+        "adam": adam,
+    }
+    labels = jax.tree.map(lambda s: "muon" if _is_layer_matrix(s) else "adam", specs)
+    return optax.chain(
+        optax.partition(by_kind, labels),
+        optax.stateless(lambda updates, _: jax.tree.map(size, updates, specs)),
+    )
+
+
+def _is_layer_matrix(spec: Spec) -> bool:
+    return spec.n_in > 0 and spec.stacked > 0
+
+
+def _on_matrices(
+    inner: optax.GradientTransformation, specs: dict[str, Any]
+) -> optax.GradientTransformation:
+    """`inner` sees every kernel as the matrix it is, `[*stack, in, out]`.
+
+    Else an optimizer with row and column statistics would take heads for rows.
+    """
+
+    def merged(tree: Any) -> Any:
+        return jax.tree.map(lambda x, s: x.reshape(s.as_matrix.shape), tree, specs)
+
+    def init(params: Any) -> Any:
+        return inner.init(merged(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(merged(updates), state, merged(params))
+        split = jax.tree.map(lambda x, s: x.reshape(s.shape), updates, specs)
+        return split, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _decayed(config: OptimConfig, specs: dict[str, Any]) -> Any:
+    """Which parameters weight decay reaches: not those `no_decay` names."""
+    paths, structure = parameter_paths.flatten(specs)
+    # The default may match nothing: adapters have no norm scales. Others are typos.
+    named = [p for p in config.no_decay if p not in OptimConfig().no_decay]
+    parameter_paths.select(paths, named)
+    spared = {p for p in paths if parameter_paths.matches(p, config.no_decay)}
+    return parameter_paths.unflatten(structure, {p: p not in spared for p in paths})
+
+
+class SkipState(NamedTuple):
+    """Recent losses and gradient norms, how many there were, and updates skipped."""
+
+    losses: Array
+    norms: Array
+    seen: Array
+    skipped: Array
+    inner: Any
+
+
+def skip_outliers(
+    inner: optax.GradientTransformationExtraArgs, spread: float, window: int
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves an update out whose loss or gradient norm jumps, or is not finite.
+
+    It jumps when it lies more than `spread` standard deviations above the mean of the
+    last `window` finite ones (OLMo 2, arXiv:2501.00656, section 3, calls the idea
+    skipping spikes). Before there are `window / 4` of them only what is not finite is
+    skipped. Neither parameters nor moments see a skipped step; its values still join
+    the recent ones, so that a new level is accepted in time.
+    """
+
+    def init(params: Any) -> SkipState:
+        recent = jnp.zeros(window, jnp.float32)
+        zero = jnp.zeros((), jnp.int32)
+        return SkipState(recent, recent, zero, zero, inner.init(params))
+
+    def update(
+        gradients: Any, state: SkipState, params: Any = None, *, loss: Array, **extra
+    ) -> tuple[Any, SkipState]:
+        norm = optax.tree.norm(gradients)
+        filled = jnp.arange(window) < state.seen
+        jumps = [
+            value > _limit(recent, filled, spread)
+            for value, recent in ((loss, state.losses), (norm, state.norms))
+        ]
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        known = state.seen >= max(2, window // 4)
+        skip = ~finite | (known & (jumps[0] | jumps[1]))
+        clean = jax.tree.map(lambda g: jnp.where(skip, 0.0, g), gradients)
+        updates, after = inner.update(clean, state.inner, params, **extra)
+        slot = state.seen % window
+        return jax.tree.map(lambda u: jnp.where(skip, 0.0, u), updates), SkipState(
+            jnp.where(finite, state.losses.at[slot].set(loss), state.losses),
+            jnp.where(finite, state.norms.at[slot].set(norm), state.norms),
+            state.seen + finite,
+            state.skipped + skip,
+            jax.tree.map(
+                lambda old, new: jnp.where(skip, old, new), state.inner, after
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _limit(recent: Array, filled: Array, spread: float) -> Array:
+    count = jnp.maximum(jnp.sum(filled), 1)
+    mean = jnp.sum(recent * filled) / count
+    variance = jnp.sum((recent - mean) ** 2 * filled) / count
+    return mean + spread * jnp.sqrt(variance)
+
+
+def read_skipped(opt_state: Any) -> dict[str, Array]:
+    """`{"skipped": updates left out so far}`, or nothing where none ever is."""
+    for part in opt_state if isinstance(opt_state, tuple) else ():
+        if isinstance(part, SkipState):
+            return {"skipped": part.skipped}
+    return {}

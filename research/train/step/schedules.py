@@ -1,0 +1,29 @@
+"""Learning-rate schedules by name."""
+
+import optax
+
+from research.config.run_config import OptimConfig
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The learning rate of update n, counted from 1, as a function of n.
+
+    Linear warm-up, then to `final` times the peak at the last step: a cosine
+    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, without restarts), a line, or
+    the peak kept until a linear decay at the end (wsd: Hu et al. 2024,
+    arXiv:2404.06395, section 4); or constant after the warm-up.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    peak, rest = config.learning_rate, max(1, steps - warmup)
+    end = config.final * peak
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, end, rest)
+    elif config.schedule == "wsd":
+        decay = min(rest, max(1, round(config.decay * steps)))
+        after = optax.linear_schedule(peak, end, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, after], [warmup])

@@ -1,0 +1,280 @@
+"""The train and evaluation step: pure functions, and the jit with their shardings."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from research.data.token_batch import Batch
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.tasks import cross_entropy as losses
+from research.train.step import optimizers
+from research.weights import parameter_paths
+from research.weights.parameter_spec import Spec
+from research.weights.trainable import Trainable
+
+Array = jax.Array
+Params = dict[str, Any]
+Metrics = dict[str, Array]
+
+DROPOUT_STREAM = 2**31 - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds: saved, restored and donated as one.
+
+    Attributes:
+      step: int32, optimizer updates completed.
+      params: what is trained.
+      opt_state: of optax.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a step is made of. Holds no arrays.
+
+    Attributes:
+      model: with its compute options.
+      trainable: the split into trained and frozen.
+      optimizer: of optax.
+      mesh: of devices.
+      loss_chunk: positions per product with the vocabulary head.
+      groups: how many groups losses are reported by.
+      z_loss: see `loss.weighted_loss`.
+      seed: of dropout.
+      offload: the optimizer's state lies in the host's memory between updates.
+      grad_norms: the step also gives the gradient norm of each parameter.
+    """
+
+    model: Model
+    trainable: Trainable
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    loss_chunk: int
+    groups: int = 1
+    z_loss: float = 0.0
+    seed: int = 0
+    offload: bool = False
+    grad_norms: bool = False
+
+
+def loss_sums(
+    job: Job, params: Params, frozen: Params, batch: Batch, key: Array | None
+) -> tuple[Array, Array]:
+    """Of one microbatch: the objective, and the cross entropies by group, in nats."""
+    weights = job.trainable.forward(params, frozen, key)
+    hidden = job.model.hidden(weights, batch.tokens, batch.positions, batch.segments)
+    return losses.weighted_loss(
+        hidden,
+        job.model.head(weights),
+        batch.targets,
+        batch.weights,
+        batch.groups,
+        n_groups=job.groups,
+        chunk=job.loss_chunk,
+        shards=meshes.shards(job.mesh),
+        z_loss=job.z_loss,
+    )
+
+
+def train_step(
+    job: Job, state: TrainState, frozen: Params, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update from a `[microbatch, batch, seq]` batch.
+
+    Loss and gradient are summed over microbatches and devices and divided once by
+    the sum of all weights, so neither depends on how the batch was split.
+
+    Returns:
+      The next state, and `loss` (nats per trained token), `weight` (trained tokens),
+      `group_loss` and `group_weight` (sums, `[groups]`), `tokens` (real tokens),
+      `pairs` (queries with each key they may see), `grad_norm` (before clipping),
+      `batch_hash` (of what was trained on, the same on every mesh),
+      `skipped` (updates left out so far, where `optim.skip_outliers` is in use),
+      `grad_norm_by_path` (where `job.grad_norms` asks for it).
+    """
+    # Another stream than the initialisation, which folds small numbers in, too.
+    dropout = jax.random.fold_in(jax.random.key(job.seed), DROPOUT_STREAM)
+    key = jax.random.fold_in(dropout, state.step)
+
+    def accumulate(carry, microbatch_and_key):
+        microbatch, key = microbatch_and_key
+        (_, by_group), gradient = jax.value_and_grad(
+            lambda params: loss_sums(job, params, frozen, microbatch, key), has_aux=True
+        )(state.params)
+        return jax.tree.map(jnp.add, carry, (by_group, gradient)), None
+
+    # Of parameters in bfloat16, too: many small terms would be rounded away.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    keys = jax.random.split(key, batch.tokens.shape[0])
+    (by_group, gradients), _ = jax.lax.scan(
+        accumulate, (jnp.zeros(job.groups, jnp.float32), zeros), (batch, keys)
+    )
+    weight = jnp.sum(batch.weights)
+    scale = 1.0 / jnp.maximum(weight, 1.0)
+    gradients = jax.tree.map(
+        lambda g, p: (g * scale).astype(p.dtype), gradients, state.params
+    )
+    loss = jnp.sum(by_group) * scale
+    optimizer = optax.with_extra_args_support(job.optimizer)
+    before = state.opt_state
+    if job.offload:
+        before = jax.device_put(before, jax.memory.Space.Device)
+    updates, opt_state = optimizer.update(gradients, before, state.params, loss=loss)
+    metrics = {
+        "loss": loss,
+        "weight": weight,
+        "group_loss": by_group,
+        "group_weight": _by_group(job, batch.weights, batch.groups),
+        "tokens": jnp.sum(batch.segments != 0),
+        "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
+        **_gradient_norms(job, gradients),
+        "batch_hash": hash_batch(batch),
+        **optimizers.read_skipped(opt_state),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _gradient_norms(job: Job, gradients: Params) -> dict[str, Any]:
+    norms: dict[str, Any] = {"grad_norm": optax.tree.norm(gradients)}
+    if job.grad_norms:
+        by_path = parameter_paths.flatten(gradients)[0]
+        norms["grad_norm_by_path"] = {p: optax.tree.norm(g) for p, g in by_path.items()}
+    return norms
+
+
+def hash_batch(batch: Batch) -> Array:
+    """uint32 that another id, order, target or weight almost surely changes.
+
+    A sum of products modulo 2**32 (multilinear hashing: Lemire and Kaser 2014,
+    arXiv:1202.4961), which no split over devices can reorder.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for salt, field in enumerate((batch.tokens, batch.targets, batch.segments), 1):
+        place = jax.lax.iota(jnp.uint32, field.size).reshape(field.shape)
+        factor = (place * jnp.uint32(2654435761) + jnp.uint32(salt)) | jnp.uint32(1)
+        total += jnp.sum((field.astype(jnp.uint32) + 1) * factor, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(batch.weights, jnp.uint32)
+    # Round numbers end in zeros, which a product modulo 2**32 would lose.
+    return total + jnp.sum((bits ^ (bits >> 16)) * factor, dtype=jnp.uint32)
+
+
+def _by_group(job: Job, values: Array, groups: Array) -> Array:
+    """Sums `values` into `[groups]`."""
+    member = jax.nn.one_hot(groups, job.groups, axis=0)
+    return jnp.sum(member * values[None], axis=range(1, member.ndim))
+
+
+def eval_step(job: Job, params: Params, frozen: Params, batch: Batch) -> Metrics:
+    """Sums per group over one `[batch, seq]` batch: `loss` and `weight`, `[groups]`."""
+    weights = job.trainable.forward(params, frozen, None)
+    hidden = job.model.hidden(weights, batch.tokens, batch.positions, batch.segments)
+    token_losses = losses.chunked_token_losses(
+        hidden,
+        job.model.head(weights),
+        batch.targets,
+        batch.weights,
+        chunk=job.loss_chunk,
+        shards=meshes.shards(job.mesh),
+    )
+    return {
+        "loss": _by_group(job, token_losses * batch.weights, batch.groups),
+        "weight": _by_group(job, batch.weights, batch.groups),
+    }
+
+
+def init_state(job: Job, params: Params) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), params, job.optimizer.init(params))
+
+
+def abstract_params(job: Job) -> Params:
+    """Shapes of what is trained, each with its sharding."""
+    shardings = meshes.shardings(job.trainable.specs, job.mesh)
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(
+            spec.shape, job.trainable.dtype, sharding=sharding
+        ),
+        job.trainable.specs,
+        shardings,
+        is_leaf=lambda leaf: isinstance(leaf, Spec),
+    )
+
+
+def state_shardings(job: Job) -> TrainState:
+    """Optimizer leaves lie as the parameters they belong to, others on every device.
+
+    Whatever the optimizer, a leaf's path ends in the path of its parameter.
+    """
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
+    everywhere = meshes.replicated(job.mesh)
+    specs, _ = parameter_paths.flatten(job.trainable.specs)
+
+    def place(path: Any, leaf: Any) -> Any:
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        names = [".".join(keys[i:]) for i in range(len(keys))]
+        spec = next((specs[name] for name in names if name in specs), None)
+        if spec is None:
+            return everywhere
+        sharding = meshes.reduced_sharding(leaf.shape, spec, job.mesh)
+        return meshes.on_host(sharding) if job.offload else sharding
+
+    abstract = jax.eval_shape(lambda p: init_state(job, p), abstract_params(job))
+    opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)
+    return TrainState(everywhere, params, opt_state)
+
+
+def abstract_state(job: Job) -> TrainState:
+    """Shapes and shardings of the whole state: the target of a restore."""
+    abstract = jax.eval_shape(lambda p: init_state(job, p), abstract_params(job))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        abstract,
+        state_shardings(job),
+    )
+
+
+def jit_init(job: Job) -> Callable[[Params], TrainState]:
+    return jax.jit(
+        lambda params: init_state(job, params), out_shardings=state_shardings(job)
+    )
+
+
+def jit_train_step(
+    job: Job,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """The one jit of training: explicit shardings, donated state, frozen kept."""
+    state = state_shardings(job)
+    frozen = meshes.shardings(job.trainable.frozen_specs, job.mesh)
+    batch = meshes.batch_sharding(job.mesh, microbatched=True)
+    return jax.jit(
+        lambda state, frozen, batch: train_step(job, state, frozen, batch),
+        in_shardings=(state, frozen, batch),
+        out_shardings=(state, meshes.replicated(job.mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(job: Job) -> Callable[[Params, Params, Batch], Metrics]:
+    state = state_shardings(job)
+    frozen = meshes.shardings(job.trainable.frozen_specs, job.mesh)
+    return jax.jit(
+        lambda params, frozen, batch: eval_step(job, params, frozen, batch),
+        in_shardings=(state.params, frozen, meshes.batch_sharding(job.mesh)),
+        out_shardings=meshes.replicated(job.mesh),
+    )

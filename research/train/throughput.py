@@ -1,0 +1,65 @@
+"""Numbers of a run: throughput, FLOPs, and the files they are written to."""
+
+import dataclasses
+import time
+
+from research.models.architecture import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """FLOPs that a training step needs, whatever the program spends.
+
+    A product with a frozen matrix of P parameters costs 2P forward and 2P for the
+    gradient of its input; a trained one 2P more for its own gradient. Recomputation
+    and padding are not counted, the head only where the loss has weight (Chowdhery
+    et al. 2022, arXiv:2204.02311, appendix B, adjusted for LoRA and packing).
+
+    Attributes:
+      per_token: of everything a real token passes but the head and attention.
+      per_weight: of the head, per trained token.
+      per_pair: of attention scores and mixing, per (query, key) pair.
+    """
+
+    per_token: float
+    per_weight: float
+    per_pair: float
+
+    def step(self, tokens: float, weight: float, pairs: float) -> float:
+        """FLOPs of one update."""
+        return (
+            self.per_token * tokens + self.per_weight * weight + self.per_pair * pairs
+        )
+
+
+def count_flops(architecture: Architecture, trained: int, *, full: bool) -> FlopCount:
+    """FLOPs for an architecture with `trained` scalars; `full`: all of the model."""
+    a = architecture
+    attention = 2 * a.embed * (a.heads + a.kv_heads) * a.head_dim
+    body = a.layers * (attention + 3 * a.embed * a.mlp)
+    head = a.vocab * a.embed
+    return FlopCount(
+        per_token=6.0 * body if full else 4.0 * body + 6.0 * trained,
+        per_weight=(6.0 if full else 4.0) * head,
+        per_pair=12.0 * a.layers * a.heads * a.head_dim,
+    )
+
+
+class Clock:
+    """Seconds spent in steps, so far and in the last step."""
+
+    def __init__(self, elapsed: float = 0.0):
+        self.elapsed = elapsed
+        self.last = 0.0
+        self._mark = time.perf_counter()
+
+    def resume(self) -> None:
+        """What happened since the last tick was not a step."""
+        self._mark = time.perf_counter()
+
+    def tick(self) -> None:
+        """A step ended now."""
+        now = time.perf_counter()
+        self.last = now - self._mark
+        self.elapsed += self.last
+        self._mark = now

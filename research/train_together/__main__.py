@@ -1,0 +1,74 @@
+"""Trains several LoRA runs as one program: `python -m research.train_together`.
+
+The door alone; what it opens stands in `together/`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from research.config import command_line
+from research.config.knobs import changed
+from research.config.run_config import Config
+from research.core.errors import UserError
+
+USAGE = """
+python -m research.train_together --config=FILE.py [--config.KNOB=VALUE ...]
+    --runs=RUNS.json
+
+RUNS.json is a list of objects such as {"run_dir": "runs/a", "lora.rank": 8}: what each
+run changes in the config; --runs takes the list itself, too. Runs may differ in rank,
+alpha, dropout and targets of their adapters, learning rate, schedule and seed. They
+share the frozen weights and one compilation, and leave the run directories that
+research.train would. How many take a step as one batched product says --at_once: 0 for
+what suits the device, all on an accelerator and one after another on a CPU.
+"""
+
+flags.DEFINE_string("runs", "", "JSON list of objects, knob -> value, or its file")
+flags.DEFINE_integer("at_once", 0, "runs in one product; 0: what suits", lower_bound=0)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    command_line.resume_after_sigterm()
+    command_line.define_config()
+    command_line.parse(argv, USAGE, has_config=True)
+    configs = read_runs(flags.FLAGS.runs, command_line.config_from_flags())
+    # Only now: importing JAX takes longer than saying what is wrong with a flag.
+    from research.train_together.pack_pipeline import train
+
+    return train(configs, flags.FLAGS.at_once)
+
+
+def read_runs(given: str, shared: Config) -> list[Config]:
+    """The configs of all runs in `given`, each `shared` with its own changes.
+
+    Args:
+      given: a JSON list, or the file it is in.
+      shared: what is not changed.
+
+    Raises:
+      UserError: the file is not there or not of this form, or a knob is none.
+    """
+    if not given:
+        raise UserError("--runs=RUNS.json is missing; see --help")
+    file = "[...]" if given.lstrip().startswith("[") else given
+    try:
+        text = given if file != given else Path(file).read_text(encoding="utf-8")
+        found = json.loads(text)
+    except OSError as error:
+        raise UserError(f"--runs: {error}") from error
+    except ValueError as error:
+        raise UserError(f"--runs={file} is no JSON: {error}") from error
+    if not (isinstance(found, list) and found and all(type(x) is dict for x in found)):
+        raise UserError(f"--runs={file} must hold a list of objects, one a run")
+    return [
+        changed(shared, changes, f"--runs={file}, run {number}")
+        for number, changes in enumerate(found, 1)
+    ]
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,69 @@
+"""Which runs can train as one program. Imports no JAX: launchers ask, too."""
+
+from collections.abc import Iterable, Sequence
+
+from research.config.knobs import flat
+from research.config.run_config import Config
+from research.core.errors import UserError
+
+# Adafactor's means and Muon's products would see the zeros of the padding.
+OPTIMIZERS = ("adamw", "lion")
+MAY_DIFFER = frozenset(
+    {
+        "run_dir",
+        "seed",
+        *(f"lora.{x}" for x in ("rank", "alpha", "dropout", "targets")),
+        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern")),
+        *(f"optim.{x}" for x in ("learning_rate", "schedule", "warmup", "decay")),
+        "optim.final",
+    }
+)
+
+
+def check(configs: Sequence[Config]) -> None:
+    """Refuses what cannot train as one program.
+
+    Raises:
+      UserError: it names the knob, and the runs.
+    """
+    first = configs[0]
+    if refusal := why_alone(first):
+        raise UserError(refusal)
+    known = shared(first)
+    for config in configs:
+        for path, value in shared(config).items():
+            if value != known[path]:
+                raise UserError(
+                    f"{first.run_dir} has {path}={known[path]!r} and {config.run_dir} "
+                    f"{value!r}: runs that train together may differ in "
+                    f"{', '.join(sorted(MAY_DIFFER))} alone"
+                )
+    folders = [config.run_dir for config in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"two runs have the run directory {folder!r}")
+
+
+def shared(config: Config) -> dict[str, object]:
+    """The knobs that must be the same in all runs of a program."""
+    return {k: v for k, v in flat(config).items() if k not in MAY_DIFFER}
+
+
+def why_alone(config: Config) -> str:
+    """Why a run can only train alone; empty if it can train with others."""
+    asked: dict[str, tuple[object, Iterable[object]]] = {
+        "trainable": (config.trainable, ("lora",)),
+        "optim.name": (config.optim.name, OPTIMIZERS),
+        "optim.rollbacks": (config.optim.rollbacks, (0,)),
+        "runtime.distributed": (config.runtime.distributed, (False,)),
+        "runtime.offload_optimizer": (config.runtime.offload_optimizer, (False,)),
+        "runtime.profile_from": (config.runtime.profile_from, (0,)),
+    }
+    for path, (found, allowed) in asked.items():
+        if found not in allowed:
+            values = " or ".join(map(repr, allowed))
+            return (
+                f"config.{path} is {found!r}; runs train together only with {values}: "
+                "train each with research.train"
+            )
+    return ""

@@ -1,0 +1,109 @@
+"""What runs that train together do not share, as arrays.
+
+Adapters are padded with zeros to the largest rank, and with whole pairs of zeros where
+a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A holds the
+row of B beside it as a factor, and the other way round, and an optimizer that works on
+each element alone (`compatible.OPTIMIZERS`) makes no step from a gradient of zero.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.config.run_config import Config
+from research.train.step.schedules import make_schedule
+from research.weights import parameter_paths
+from research.weights.adapters import lora
+from research.weights.parameter_spec import Spec
+
+Array = jax.Array
+Factors = dict[str, dict[str, Spec]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What a step of one run does not share with the others; stacked over the runs.
+
+    Attributes:
+      seed: int32, of dropout.
+      rates: `[steps]`, learning rate of each update.
+      settings: of its adapters, for every path that any run adapts.
+    """
+
+    seed: Array
+    rates: Array
+    settings: lora.Settings
+
+
+def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
+    """The factors of all runs at once: of each path those of the largest rank."""
+    largest: Factors = {}
+    for config in configs:
+        for path, pair in lora.adapter_specs(specs, config.lora).items():
+            if path not in largest or _rank(pair) > _rank(largest[path]):
+                largest[path] = pair
+    return {path: largest[path] for path in specs if path in largest}
+
+
+def _rank(pair: Mapping[str, Spec]) -> int:
+    return pair["a"].shape[-1]
+
+
+def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> Member:
+    """The numbers of one run, over the paths of `factors`."""
+    own = lora.adapter_specs(specs, config.lora)
+    found = lora.settings(
+        {path: _rank(pair) for path, pair in own.items()}, config.lora
+    )
+    schedule = make_schedule(config.optim, config.steps)
+    return Member(
+        seed=jnp.int32(config.seed),
+        rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
+        settings=lora.Settings(
+            scales={p: jnp.float32(found.scales.get(p, 0.0)) for p in factors},
+            # Where it has no adapter any stream will do: what is dropped is zero.
+            streams={p: jnp.uint32(found.streams.get(p, 0)) for p in factors},
+            dropout=jnp.float32(found.dropout),
+        ),
+    )
+
+
+def stack(parts: Sequence[Any]) -> Any:
+    """Trees of one shape as one tree with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def widen(own: Any, wide: Any) -> Any:
+    """A run's state in the shapes of `wide` (abstract), zeros where it has nothing."""
+    known, _ = parameter_paths.flatten(own)
+    leaves, structure = parameter_paths.flatten(wide)
+
+    def one(path: str, leaf: Any) -> Array:
+        value = np.zeros(leaf.shape, leaf.dtype)
+        if path in known:
+            value[tuple(map(slice, known[path].shape))] = known[path]
+        return jnp.asarray(value)
+
+    return parameter_paths.unflatten(
+        structure, {p: one(p, x) for p, x in leaves.items()}
+    )
+
+
+def narrow(wide: Any, index: int, own: Any) -> Any:
+    """Run `index` of the stacked state `wide`, as `own` (abstract, with shardings)."""
+    known, _ = parameter_paths.flatten(wide)
+    leaves, structure = parameter_paths.flatten(own)
+
+    def one(path: str, leaf: Any) -> Array:
+        # Copied before the next step donates it.
+        value = np.asarray(known[path][index])
+        return jax.device_put(value[tuple(map(slice, leaf.shape))], leaf.sharding)
+
+    return parameter_paths.unflatten(
+        structure, {p: one(p, x) for p, x in leaves.items()}
+    )

@@ -1,0 +1,1 @@
+"""One file per kind of adapter: functions from parameters to parameters."""

@@ -1,0 +1,324 @@
+"""Checkpoints are whole or known to be damaged."""
+
+import errno
+import json
+import random
+import shutil
+import socket
+
+import pytest
+from commands import ROOT
+from jax.experimental import multihost_utils
+from small_states import (
+    FUTURES,
+    IDENTITY,
+    KEEP,
+    LOSSES,
+    POSITION,
+    abstract,
+    equal,
+    flip_one,
+    make_state,
+    open_checkpoints,
+    save_steps,
+)
+
+from research.checkpoints import checksums
+from research.checkpoints.checkpointer import Checkpointer
+from research.checkpoints.checksums import find_damage
+from research.core.errors import DamagedError, UserError
+
+pytestmark = FUTURES
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 1, 2 and 3, the first of them the best."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_steps(folder, 1, 2, 3)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def files_of(folder):
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_checkpoint_comes_back_byte_for_byte(saved):
+    with open_checkpoints(saved, read_only=True) as checkpointer:
+        found = checkpointer.restore(abstract(make_state(0)))
+    assert found.step == 3 and found.position == POSITION
+    assert equal(found.state, make_state(3))
+
+
+def test_a_save_asks_nothing_of_the_preemption_service(tmp_path, monkeypatch):
+    """It picks the moment to stop at by what it was asked last, see `stopping`."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpointer(tmp_path, KEEP, IDENTITY) as checkpointer:
+        checkpointer.save(1, make_state(1), POSITION, 2.5)
+    assert (tmp_path / "1").is_dir() and asked == []
+
+
+def test_every_file_is_under_a_seal(saved):
+    folder = saved / "checkpoints" / "3"
+    for file in files_of(folder):
+        if file.stat().st_size:
+            before = file.read_bytes()
+            flip_one(file)
+            assert find_damage(folder), f"{file} has changed and nobody saw it"
+            file.write_bytes(before)
+    assert find_damage(folder) == []
+
+
+def damage(path, generator):
+    """A flipped bit, a file cut short, or one that is gone; says which."""
+    kind = generator.choice(["flip", "truncate", "delete"])
+    data = bytearray(path.read_bytes())
+    if kind == "delete" or not data:
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(data[: generator.randrange(len(data))])
+    else:
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(data)
+    return f"{kind} of {path.name}"
+
+
+def test_none_of_200_damages_is_restored_silently(saved):
+    """Each is seen; without the seals most flips in arrays are not."""
+    folder, generator = saved / "checkpoints" / "3", random.Random(0)
+    files = files_of(folder)
+    with open_checkpoints(saved, read_only=True) as checkpointer:
+        for number in range(200):
+            path = generator.choice(files)
+            before = path.read_bytes()
+            what = damage(path, generator)
+            assert find_damage(folder), f"{what} went unnoticed"
+            with pytest.raises(DamagedError):
+                checkpointer.restore(abstract(make_state(0)), 3)
+            if number % 10 == 0:  # The next start, which finds it.
+                said = []
+                with open_checkpoints(saved, report=said.append) as started:
+                    assert started.restore(abstract(make_state(0))).step == 2, what
+                (aside,) = (saved / "damaged").iterdir()
+                assert "checkpoint 3 is damaged" in said[0] and aside.name[0] == "3"
+                aside.rename(folder)
+                (saved / "damaged").rmdir()
+            path.write_bytes(before)
+        assert checkpointer.restore(abstract(make_state(0)), 3).step == 3
+
+
+def test_each_process_reads_its_share_and_together_all(saved, monkeypatch):
+    read = []
+    checksum = checksums.checksum
+    monkeypatch.setattr(
+        checksums, "checksum", lambda path: read.append(path) or checksum(path)
+    )
+    folder = saved / "checkpoints" / "3"
+    shares = []
+    for index in range(4):
+        read.clear()
+        assert find_damage(folder, index, 4) == []
+        shares.append(set(read))
+    everything = set(files_of(folder)) - {folder / "sums.json"}
+    assert set.union(*shares) == everything
+    assert sum(map(len, shares)) == len(everything)
+
+
+def test_a_damaged_newest_step_is_set_aside_and_the_next_one_used(copy):
+    flip_one(next((copy / "checkpoints/3/state/ocdbt.process_0/d").iterdir()))
+    said, before = [], len(files_of(copy / "checkpoints/3"))
+    with open_checkpoints(copy, report=said.append) as checkpointer:
+        found = checkpointer.restore(abstract(make_state(0)))
+        assert checkpointer.steps == [1, 2]
+    assert found.step == 2 and equal(found.state, make_state(2))
+    (line,) = said
+    assert "checkpoint 3 is damaged" in line and "bytes have changed" in line
+    (aside,) = (copy / "damaged").iterdir()
+    assert aside.name.startswith("3-") and str(aside) in line
+    assert len(files_of(aside)) == before
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:5]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe{"),
+    "another digit": lambda path: path.write_text(path.read_text().replace("2", "3")),
+    "another key": lambda path: path.write_text('{"lass": 2.5}'),
+    "gone": lambda path: path.unlink(),
+    "gone with its folder": lambda path: shutil.rmtree(path.parent),
+}
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["oldest", "newest"])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_step_with_damaged_metrics_is_set_aside(copy, how, step):
+    """Orbax reads those of all steps when it opens; it fails in them, or believes."""
+    DAMAGES[how](copy / f"checkpoints/{step}/metrics/metrics")
+    others = [x for x in LOSSES if x != step]
+    # Who only reads moves nothing, and judges by what is whole.
+    with open_checkpoints(copy, read_only=True) as reader:
+        assert reader.steps == [1, 2, 3] and reader.best_step == min(others)
+        with pytest.raises(DamagedError, match=f"checkpoint {step}"):
+            reader.restore(abstract(make_state(0)), step)
+    assert not (copy / "damaged").exists()
+    said = []
+    with open_checkpoints(copy, report=said.append) as checkpointer:
+        assert checkpointer.steps == others and checkpointer.best_step == min(others)
+        found = checkpointer.restore(abstract(make_state(0)))
+        assert found.step == max(others) and equal(found.state, make_state(found.step))
+        assert [checkpointer.damage(x) for x in others] == [[], []]
+        checkpointer.save(4, make_state(4), POSITION, 2.0)
+    (line,) = said
+    assert f"checkpoint {step} is damaged and was moved" in line and "metrics" in line
+    (aside,) = (copy / "damaged").iterdir()
+    assert aside.name.startswith(f"{step}-")
+
+
+TWO = """
+import sys
+import jax
+address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(address, 2, index)
+import numpy as np
+from pathlib import Path
+from jax.experimental import multihost_utils
+from commands import ROOT
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from small_states import IDENTITY, KEEP, abstract
+from research.core.errors import DamagedError
+from research.checkpoints.checkpointer import Checkpointer
+
+split = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+values = np.arange(64, dtype=np.float32)
+state = {"w": jax.make_array_from_callback((64,), split, lambda i: values[i])}
+folder = Path(folder) / "checkpoints"
+
+def reopen(*damaged):
+    for step in damaged if index == 0 else ():
+        (folder / str(step) / "metrics" / "metrics").write_bytes(b"")
+    multihost_utils.sync_global_devices(f"damaged {damaged}")
+    with Checkpointer(folder, KEEP, IDENTITY) as checkpointer:
+        return checkpointer.restore(abstract(state)).step
+
+with Checkpointer(folder, KEEP, IDENTITY) as checkpointer:
+    for step in (1, 2, 3):
+        checkpointer.save(step, state, {}, 2.5)
+print("restored", reopen(1, 3))
+try:
+    reopen(2)
+except DamagedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.soak
+def test_two_processes_agree_on_what_is_set_aside(place, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    running = [
+        place.start_python("-c", TWO, address, str(index), str(tmp_path), more=more)
+        for index in range(2)
+    ]
+    for process in running:
+        finished = process.finish()
+        assert finished.code == 0, finished.err
+        restored, refused = finished.out.splitlines()[-2:]
+        assert restored == "restored 2" and "are damaged (steps 2," in refused
+    aside = sorted(x.name[0] for x in (tmp_path / "damaged").iterdir())
+    assert aside == ["1", "2", "3"]
+
+
+def test_when_the_metrics_of_all_are_damaged_nothing_is_restored(copy):
+    for step in LOSSES:
+        DAMAGES["empty"](copy / f"checkpoints/{step}/metrics/metrics")
+    with (
+        open_checkpoints(copy, report=lambda what: None) as checkpointer,
+        pytest.raises(DamagedError, match=r"all .* damaged \(steps 1, 2, 3"),
+    ):
+        checkpointer.restore(abstract(make_state(0)))
+
+
+def test_a_checkpoint_without_the_right_to_read_it_is_not_set_aside(copy, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checksums, "checksum", refuse)
+    before = sorted(x.name for x in (copy / "checkpoints").iterdir())
+    with pytest.raises(UserError, match="give back the right to read"):
+        open_checkpoints(copy)
+    with (
+        open_checkpoints(copy, read_only=True) as checkpointer,
+        pytest.raises(PermissionError),
+    ):
+        checkpointer.restore(abstract(make_state(0)))
+    assert sorted(x.name for x in (copy / "checkpoints").iterdir()) == before
+
+
+def test_when_all_are_damaged_nothing_is_restored_or_overwritten(copy):
+    for step in (1, 2, 3):
+        (copy / f"checkpoints/{step}/sums.json").unlink()
+    before = len(files_of(copy))
+    with (
+        open_checkpoints(copy, report=lambda what: None) as checkpointer,
+        pytest.raises(DamagedError, match=r"all checkpoints .* damaged"),
+    ):
+        checkpointer.restore(abstract(make_state(0)))
+    assert len(files_of(copy)) == before
+    assert len(list((copy / "damaged").iterdir())) == 3
+
+
+def test_a_reader_moves_nothing(copy):
+    flip_one(copy / "checkpoints/3/meta/metadata")
+    before = files_of(copy)
+    with open_checkpoints(copy, read_only=True) as checkpointer:
+        for step in (None, 3):
+            with pytest.raises(DamagedError, match="checkpoint 3"):
+                checkpointer.restore(abstract(make_state(0)), step)
+        assert checkpointer.restore(abstract(make_state(0)), 1).step == 1
+    assert files_of(copy) == before
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_another_identity_is_refused_or_accepted_by_name(saved, part):
+    other = {**IDENTITY, part: "other"}
+    folder = saved / "checkpoints"
+    with (
+        Checkpointer(folder, KEEP, other, read_only=True) as checkpointer,
+        pytest.raises(UserError, match=f"{part}: . -> other"),
+    ):
+        checkpointer.restore(abstract(make_state(0)))
+    options = {"read_only": True, "accept": [part]}
+    with Checkpointer(folder, KEEP, other, **options) as checkpointer:
+        assert checkpointer.restore(abstract(make_state(0))).step == 3
+
+
+def test_other_shapes_are_the_users_error(saved):
+    with (
+        open_checkpoints(saved, read_only=True) as checkpointer,
+        pytest.raises(UserError, match="other parameters"),
+    ):
+        checkpointer.restore(abstract(make_state(0, rows=128)))
+
+
+def test_a_checkpoint_without_a_seal_was_never_committed(copy):
+    (copy / "checkpoints/3/sums.json").unlink()
+    (problem,) = find_damage(copy / "checkpoints/3")
+    assert problem.startswith("sums.json: No such file")
+
+
+def test_a_forged_seal_does_not_match_itself(copy):
+    file = copy / "checkpoints/3/sums.json"
+    found = json.loads(file.read_text())
+    next(iter(found["files"].values()))[0] += 1
+    file.write_text(json.dumps(found))
+    (problem,) = find_damage(copy / "checkpoints/3")
+    assert "does not match its own sum" in problem

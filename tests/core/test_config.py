@@ -1,0 +1,270 @@
+"""Configs are strict: what is not exactly a field of the right type is an error."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from research.config.knobs import flat
+from research.config.run_config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    defaults,
+    fixed_differences,
+    from_config_dict,
+    from_json,
+    help_text,
+    to_json,
+)
+from research.core.errors import UserError
+
+# Where any other value of the same type would not do.
+OTHER = {
+    "trainable": "full",
+    "model.dtype": "float32",
+    "model.param_dtype": "bfloat16",
+    "model.remat": "dots",
+    "model.attention": "splash",
+    "data.kind": "text",
+    "checkpoint.on_error": "go_on",
+    "data.source": "dolly",
+    "text.undecodable": "skip",
+    "text.held_out_share": 0.25,
+    "optim.name": "muon",
+    "optim.schedule": "wsd",
+    "data.template": "dolly",
+    "data.overlength": "drop",
+    "data.bad_lines": "skip",
+    "data.microbatch_size": 3,
+    "data.batch_size": 9,
+    "runtime.progress": "lines",
+}
+
+
+def other(path, value):
+    """A value that is allowed and not the default."""
+    if path in OTHER:
+        return OTHER[path]
+    if isinstance(value, tuple):
+        return (*value, "more=2")
+    if isinstance(value, str):
+        return value + "ü"
+    if isinstance(value, bool):
+        return not value
+    return value + 2 if isinstance(value, int) else value / 2 + 0.125
+
+
+def set_in(config, path, value):
+    *groups, name = path.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = value
+
+
+def changed():
+    """A config dict in which no field has its default."""
+    config = defaults()
+    for path, value in flat(Config()).items():
+        set_in(config, path, other(path, value))
+    return config
+
+
+def as_dict(**changes):
+    return json.loads(to_json(Config())) | changes
+
+
+def test_every_field_round_trips():
+    config = from_config_dict(changed())
+    for path, default in flat(Config()).items():
+        expected = other(path, default)
+        assert flat(config)[path] == expected, path
+        assert expected != default or path == "data.source", path
+    assert from_json(to_json(config)) == config
+    assert from_config_dict(defaults()) == Config() == from_json(to_json(Config()))
+
+
+def test_a_config_is_frozen_and_its_dict_is_locked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().steps = 3
+    with pytest.raises(AttributeError, match="stepz"):
+        defaults().stepz = 3
+    with pytest.raises(TypeError):
+        defaults().steps = "three"
+
+
+@pytest.mark.parametrize(
+    "group, name, near",
+    [("", "stepz", "steps"), ("lora", "rnak", "rank"), ("data", "seqlen", "seq_len")],
+)
+def test_an_unknown_field_names_the_nearest(group, name, near):
+    values = as_dict()
+    (values[group] if group else values)[name] = 1
+    where = f"config.{group}.{name}" if group else f"config.{name}"
+    with pytest.raises(UserError, match=rf"{where} is not .*did you mean '{near}'\?"):
+        from_json(json.dumps(values))
+    config = defaults().unlock()
+    set_in(config, f"{group}.{name}" if group else name, 1)
+    with pytest.raises(UserError, match=near):
+        from_config_dict(config)
+
+
+@pytest.mark.parametrize("path", flat(Config()))
+def test_a_missing_field_is_named(path):
+    *groups, name = path.split(".")
+    values = inner = as_dict()
+    for group in groups:
+        inner = inner[group]
+    del inner[name]
+    where = ".".join(["config", *groups])
+    with pytest.raises(UserError, match=rf"^{where} lacks {name}"):
+        from_json(json.dumps(values))
+
+
+WRONG = {
+    int: ["8", 8.0, True, None, [8]],
+    float: ["0.5", True, None, float("nan"), float("inf")],
+    bool: ["True", 1, 0, None],
+    str: [8, None, ["x"]],
+    tuple: ["mlp", 3, None, [3], [["mlp"]]],
+}
+
+
+@pytest.mark.parametrize("path", flat(Config()))
+def test_a_value_of_another_type_is_refused(path):
+    values = as_dict()
+    for wrong in WRONG[type(flat(Config())[path])]:
+        set_in(values, path, wrong)
+        with pytest.raises(UserError, match=f"^config.{path} is"):
+            from_json(json.dumps(values))
+
+
+def test_only_whole_numbers_become_floats_and_lists_tuples():
+    values = as_dict()
+    values["optim"]["learning_rate"] = 1
+    values["lora"]["targets"] = ["query"]
+    config = from_json(json.dumps(values))
+    assert type(config.optim.learning_rate) is float
+    assert config.lora.targets == ("query",)
+
+
+@pytest.mark.parametrize("group", ["lora", "data.columns"])
+def test_a_group_must_be_a_group(group):
+    values = as_dict()
+    set_in(values, group, 3)
+    with pytest.raises(UserError, match=f"config.{group} is 3; it must be a group"):
+        from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("trainable", "Lora", "lora, full.*did you mean 'lora'"),
+        ("model.dtype", "bf16", "bfloat16, float32"),
+        ("model.remat", "some", "none, dots, full"),
+        ("data.source", "doly", "did you mean 'dolly'"),
+        ("data.template", "alpaca", "chat, dolly"),
+        ("data.overlength", "cut", "truncate, drop"),
+        ("data.bad_lines", "ignore", "stop, skip"),
+        ("runtime.progress", "rich", "auto, bar, lines"),
+        ("steps", 0, "greater than 0"),
+        ("lora.rank", 0, "greater than 0"),
+        ("lora.alpha", -1.0, "greater than 0"),
+        ("data.seq_len", -1, "greater than 0"),
+        ("data.batch_size", 0, "greater than 0"),
+        ("optim.learning_rate", 0.0, "greater than 0"),
+        ("lora.dropout", 1.0, "0 to 0.99"),
+        ("lora.dropout", -0.1, "0 to 0.99"),
+        ("optim.warmup", 1.5, "0 to 1"),
+        ("optim.final", -0.5, "0 to 1"),
+        ("data.microbatch_size", 3, "divide config.data.batch_size, which is 8"),
+        ("data.microbatch_size", -2, "config.data.microbatch_size is -2"),
+        # What NumPy or optax would refuse much later, or never.
+        ("seed", -1, "seed"),
+        ("optim.b1", 1.0, "b1"),
+        ("optim.b2", -0.1, "b2"),
+        ("optim.clip_norm", -1.0, "clip_norm"),
+        ("optim.weight_decay", -0.1, "weight_decay"),
+        ("data.max_rows", -1, "max_rows"),
+    ],
+)
+def test_a_value_out_of_range_says_what_is_allowed(path, value, said):
+    config = defaults()
+    set_in(config, path, value)
+    with pytest.raises(UserError, match=said) as raised:
+        from_config_dict(config)
+    assert f"config.{path}" in str(raised.value)
+
+
+def test_microbatches_that_divide_are_allowed():
+    for rows in (0, 1, 2, 4, 8):
+        assert Config(data=DataConfig(microbatch_size=rows)).data.batch_size == 8
+
+
+def test_help_names_every_knob_with_its_default_and_meaning():
+    lines = help_text().splitlines()
+    for path, value in flat(Config()).items():
+        flag = f"  --config.{path}={json.dumps(value, ensure_ascii=False)}"
+        assert lines.count(flag) == 1, path
+        assert len(lines[lines.index(flag) + 1].split()) >= 2, path
+    assert len(lines) == 2 * len(flat(Config()))
+
+
+def test_a_resumed_run_may_change_how_it_runs_and_not_what():
+    old = Config(run_dir="here")
+    free = Config(
+        run_dir="there",
+        model=ModelConfig(remat="full", scan_unroll=2, attention_block=64),
+        mesh=MeshConfig(data=2, fsdp=2),
+        checkpoint=CheckpointConfig(every=5),
+    )
+    assert fixed_differences(old, free) == {}
+    new = dataclasses.replace(free, seed=1, optim=OptimConfig(learning_rate=1e-3))
+    assert fixed_differences(old, new) == {
+        "seed": "0 -> 1",
+        "optim.learning_rate": "0.0005 -> 0.001",
+    }
+
+
+def test_every_field_that_changes_the_result_is_fixed():
+    """All that is not listed here; a new knob has to be thought about."""
+    free = {
+        "run_dir", "model.remat", "model.scan_unroll", "model.attention_block",
+        "model.loss_chunk", "data.hub_timeout", "mesh.data", "mesh.fsdp",
+        "mesh.tensor", "eval.prompts", "eval.max_new_tokens", "checkpoint.every",
+        "checkpoint.keep_last", "checkpoint.keep_best", "runtime.compilation_cache",
+        "runtime.peak_tflops", "runtime.progress", "runtime.distributed", "export",
+        "eval.text_prompts", "eval.samples_every", "text.cache_dir", "mesh.replica",
+        "mesh.context", "model.attention", "runtime.topology", "runtime.slices",
+        "runtime.offload_optimizer", "runtime.profile_from", "runtime.profile_steps",
+        "accept", "optim.rollbacks", "checkpoint.on_error", "runtime.grad_norms",
+        "runtime.watchdog_s", "runtime.coordinator_address", "runtime.num_processes",
+        "runtime.process_id",
+    }  # fmt: skip
+    found = fixed_differences(Config(), from_config_dict(changed())).keys()
+    # There is only one data source yet, so it cannot differ.
+    assert found == flat(Config()).keys() - free - {"data.source"}
+
+
+SHIPPED = sorted(
+    file.stem
+    for file in (Path(__file__).parents[2] / "configs").glob("*.py")
+    if file.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_a_lab_note_that_holds(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = from_config_dict(module.get_config())
+    assert config.run_dir == f"runs/{name}"
+    assert f"--config=configs/{name}.py" in module.__doc__
+    for part in ("Hardware:", "Duration:", "Expect:"):
+        assert part in module.__doc__
+    told = module.__doc__.partition("Duration:")[2]
+    assert "TODO" not in told and ("measured" in told or "planned" in told)

@@ -1,0 +1,377 @@
+"""Rows are the stream, cut; every epoch has each once; held-out text stays out."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from text_helpers import make_texts, text_config, with_bos, write_texts
+
+from research.config.run_config import DataConfig
+from research.core.errors import UserError
+from research.data.text import token_cache
+from research.data.text.document_readers import Piece
+from research.data.text.row_layout import Layout, lay_rows
+from research.data.text.text_sources import open_sources
+from research.data.text.token_cache import open_cache
+from research.data.text.tokenized_corpus import TokenStream, load_text
+from research.tokenize.tokenizer_training import byte_tokenizer
+
+FIELDS = ("tokens", "targets", "weights", "segments", "positions", "groups")
+PLAIN = byte_tokenizer()
+MARKED = with_bos(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two sources of several shards, tokenised once."""
+    folder = tmp_path_factory.mktemp("corpora")
+    write_texts(folder / "a", make_texts(150, seed=1))
+    write_texts(folder / "b", make_texts(60, seed=2))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    monkeypatch.setattr(token_cache, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(token_cache, "UNIT_BYTES", 20_000)
+
+
+def config_of(place, names="ab", data=None, **text):
+    return text_config(place, *(f"{n}={place / n}" for n in names), data=data, **text)
+
+
+def load(place, names="ab", tokenizer=PLAIN, data=None, **text):
+    return load_text(config_of(place, names, data, **text), tokenizer)
+
+
+def streams(place, names="ab", side="train", tokenizer=PLAIN, **text):
+    config = config_of(place, names, **text)
+    found = []
+    for source in open_sources(config):
+        tokens = TokenStream(open_cache(source, tokenizer, config.text), side)
+        found.append(tokens.read(0, len(tokens)))
+    return found
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(left, right):
+    return all((getattr(left, f) == getattr(right, f)).all() for f in FIELDS)
+
+
+def rows_in(batches):
+    """Each row's tokens and targets, as bytes."""
+    return [
+        tokens.tobytes() + targets.tobytes()
+        for batch in batches
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
+    ]
+
+
+def rows_of(place, names="ab"):
+    """All rows there should be, as in `rows_in`."""
+    rows = []
+    for ids in streams(place, names):
+        for start in range(0, len(ids) - 32, 32):
+            row = ids[start : start + 33].astype(np.int32)
+            rows.append(row[:-1].tobytes() + row[1:].tobytes())
+    return rows
+
+
+def test_a_stream_is_read_at_any_place(place):
+    (whole,) = streams(place, "a")
+    config = config_of(place, "a")
+    (source,) = open_sources(config)
+    cached = open_cache(source, PLAIN, config.text)
+    assert len(cached.manifest.shards) > 3
+    tokens = TokenStream(cached, "train")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        start, end = np.sort(rng.integers(0, len(tokens) + 1, 2))
+        part = tokens.read(int(start), int(end - start))
+        np.testing.assert_array_equal(part, whole[start:end])
+    for start, count in ((-1, 1), (0, len(tokens) + 1), (len(tokens), 1)):
+        with pytest.raises(ValueError):
+            tokens.read(start, count)
+
+
+def test_few_files_are_open_at_a_time(place, monkeypatch):
+    monkeypatch.setattr("research.data.text.tokenized_corpus.OPEN_FILES", 2)
+    config = config_of(place, "a")
+    (source,) = open_sources(config)
+    tokens = TokenStream(open_cache(source, PLAIN, config.text), "train")
+    whole = tokens.read(0, len(tokens))
+    for start in (len(tokens) - 9, 0, len(tokens) // 2, 5):
+        np.testing.assert_array_equal(tokens.read(start, 9), whole[start : start + 9])
+    assert len(tokens._handles) == 2
+
+
+def expected_row(ids, layout, isolate, length):
+    """What a row must be, said slowly."""
+    fields = {field: [] for field in FIELDS[:5]}
+    segment, position = 1, 0
+    for i in range(len(ids) - 1):
+        if isolate and i and ids[i] == layout.start:
+            segment, position = segment + 1, 0
+        crosses = isolate and layout.end is not None and ids[i + 1] == layout.start
+        values = (ids[i], ids[i + 1], 0 if crosses else 1, segment, position)
+        for field, value in zip(FIELDS, values, strict=False):
+            fields[field].append(value if i < length else 0)
+        position += 1
+    return fields
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
+def test_rows_say_where_documents_begin(tokenizer, isolate):
+    layout = Layout.of(tokenizer)
+    rng = np.random.default_rng(0)
+    pieces = [Piece("x", True, True, "")] * 200
+    documents = [
+        layout.frame(p, rng.integers(0, 200, rng.integers(1, 9))) for p in pieces
+    ]
+    stream = np.concatenate(documents)
+    ids = np.stack([stream[at : at + 17] for at in range(40)])
+    lengths = rng.choice([16, 16, 0, 5], 40)
+    groups = rng.integers(0, 3, 40)
+    batch = lay_rows(ids.astype("<u2"), lengths, groups, layout, isolate)
+    for i in range(40):
+        expected = expected_row(ids[i], layout, isolate, lengths[i])
+        for field, values in expected.items():
+            np.testing.assert_array_equal(getattr(batch, field)[i], values, field)
+        shown = [groups[i]] * lengths[i] + [0] * (16 - lengths[i])
+        np.testing.assert_array_equal(batch.groups[i], shown)
+    for field in FIELDS:
+        dtype = np.float32 if field == "weights" else np.int32
+        assert getattr(batch, field).dtype == dtype
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_every_epoch_has_each_row_once_in_another_order(place, batch_size):
+    whole = rows_of(place)
+    data = load(place)
+    assert data.rows == len(whole) > 200
+    batches = take(data.train_iterator(batch_size, 0), 3 * len(whole) // batch_size + 1)
+    rows = rows_in(batches)
+    epochs = [rows[i * len(whole) : (i + 1) * len(whole)] for i in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(whole)
+    assert len({tuple(epoch) for epoch in (whole, *epochs)}) == 4
+    groups = {row: int(b.groups[0, 0]) for b in batches for row in rows_in([b])[:1]}
+    only_b = set(rows_of(place, "b")) - set(rows_of(place, "a"))
+    assert all(group == (row in only_b) for row, group in groups.items())
+
+
+def test_the_order_depends_on_the_seed_alone(place):
+    first = rows_in(take(load(place).train_iterator(4, 0), 20))
+    assert rows_in(take(load(place).train_iterator(4, 0), 20)) == first
+    assert rows_in(take(load(place).train_iterator(4, 1), 20)) != first
+
+
+@pytest.mark.parametrize("mixture", [(), ("a=1", "b=3")])
+@pytest.mark.parametrize("taken", [0, 3, 60])
+def test_a_restored_position_continues_bit_for_bit(place, taken, mixture):
+    data = load(place, mixture=mixture)
+    iterator = data.train_iterator(8, 0)
+    take(iterator, taken)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 12)
+    fresh = load(place, mixture=mixture).train_iterator(8, 0)
+    take(fresh, 5)
+    fresh.set_state(state)
+    assert all(map(same, take(fresh, 12), expected))
+
+
+@pytest.mark.parametrize("mixture", [(), ("a=1", "b=3")])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_together_have_the_batch_of_one(place, processes, mixture):
+    data = load(place, mixture=mixture)
+    local = 8 // processes
+    parts = [
+        data.train_iterator(8, 0, range(i * local, (i + 1) * local))
+        for i in range(processes)
+    ]
+    whole = data.train_iterator(8, 0)
+    for _ in range(6):
+        pieces = [next(part) for part in parts]
+        expected = next(whole)
+        for field in FIELDS:
+            together = np.concatenate([getattr(piece, field) for piece in pieces])
+            np.testing.assert_array_equal(together, getattr(expected, field))
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (1, 4), (2, 1), (4, 2)])
+def test_other_processes_go_on_with_an_epoch_and_miss_no_row(place, before, after):
+    data, whole = load(place), sorted(rows_of(place))
+
+    def spread(processes):
+        local = 8 // processes
+        mine = [range(i * local, (i + 1) * local) for i in range(processes)]
+        return [data.train_iterator(8, 0, rows) for rows in mine]
+
+    def take_together(parts, count):
+        return [row for _ in range(count) for p in parts for row in rows_in([next(p)])]
+
+    first, then = spread(before), spread(after)
+    begun = take_together(first, 10)
+    (state, *others) = [part.get_state() for part in first]
+    assert all(other == state for other in others) and len(whole) > 80
+    for part in then:
+        part.set_state(json.loads(json.dumps(state)))
+    rows = begun + take_together(then, 2 * len(whole) // 8 - 9)
+    for epoch in (rows[: len(whole)], rows[len(whole) : 2 * len(whole)]):
+        assert sorted(epoch) == whole
+
+
+@pytest.mark.parametrize("weights, share", [((1, 3), 0.75), ((0.1, 0.1), 0.5)])
+def test_a_mixture_has_its_shares_and_each_source_its_epochs(place, weights, share):
+    mixture = [f"{n}={w}" for n, w in zip("ab", weights, strict=True)]
+    data = load(place, mixture=mixture)
+    own = rows_of(place, "b")
+    batches = take(data.train_iterator(8, 0), int(2 * len(own) / share) // 8 + 1)
+    groups = np.concatenate([batch.groups[:, 0] for batch in batches])
+    assert abs(groups.mean() - share) < 0.01
+    running = np.cumsum(groups) - share * np.arange(1, len(groups) + 1)
+    assert np.abs(running).max() < 2, "evenly all along"
+    rows = [r for r, g in zip(rows_in(batches), groups, strict=True) if g]
+    epochs = rows[: len(own)], rows[len(own) : 2 * len(own)]
+    assert sorted(epochs[0]) == sorted(own) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+def test_a_source_of_weight_0_is_only_evaluated(place):
+    data = load(place, mixture=["a=0", "b=2"])
+    assert data.rows == len(rows_of(place, "b"))
+    batches = take(data.train_iterator(8, 0), 20)
+    assert all((batch.groups == 1).all() for batch in batches)
+    assert set(data.held_out_bytes) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "mixture, said",
+    [
+        (["a=1", "c=1"], r"no source is named 'c'.*has a, b"),
+        (["a=1"], "no weight for b"),
+        (["a=1", "a=2", "b=1"], "names 'a' twice"),
+        (["a=-1", "b=1"], "at least 0"),
+        (["a=nan", "b=1"], "at least 0"),
+        (["a=inf", "b=1"], "at least 0"),
+        (["a=much", "b=1"], "must be a number"),
+        (["a=0", "b=0"], "all zeros"),
+        (["a", "b=0"], "write name=weight"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_said(place, mixture, said):
+    with pytest.raises(UserError, match=said):
+        load(place, mixture=mixture)
+
+
+def test_a_mistyped_source_has_a_suggestion(tmp_path):
+    folder = write_texts(tmp_path / "c", make_texts(30))
+    config = text_config(tmp_path, f"stories={folder}", mixture=["storys=1"])
+    with pytest.raises(UserError, match="did you mean 'stories'"):
+        load_text(config, PLAIN)
+
+
+def documents_of(ids, layout):
+    starts = np.flatnonzero(ids == layout.start)
+    return [part.tobytes() for part in np.split(ids, starts)[1:]]
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
+def test_held_out_documents_are_in_no_training_row(place, tokenizer):
+    layout = Layout.of(tokenizer)
+    sides = [
+        {
+            document
+            for ids in streams(place, "ab", side, tokenizer)
+            for document in documents_of(ids, layout)
+        }
+        for side in ("train", "held")
+    ]
+    assert len(sides[0]) + len(sides[1]) == 210 and not sides[0] & sides[1]
+    assert len(sides[1]) > 8
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
+@pytest.mark.parametrize("limit", [1, 900, 10**9])
+def test_each_byte_of_the_held_out_documents_is_predicted_once(
+    place, tokenizer, limit, isolate
+):
+    data = load(place, "ab", tokenizer, held_out_bytes=limit, isolate=isolate)
+    layout = Layout.of(tokenizer)
+    batches = data.held_out_batches(8)
+    assert {batch.tokens.shape for batch in batches} == {(8, 32)}
+    for group, ids in enumerate(streams(place, "ab", "held", tokenizer)):
+        predicted = np.concatenate(
+            [b.targets[(b.weights > 0) & (b.groups == group)] for b in batches]
+        )
+        marks = (layout.start, layout.end)
+        text = bytes_of(predicted[~np.isin(predicted, [m for m in marks if m])])
+        whole = [
+            bytes_of(np.frombuffer(d, "<u2")[1:]) for d in documents_of(ids, layout)
+        ]
+        whole = [d for d in whole if d]
+        count = data.evaluated[group].totals.documents
+        assert text == b"".join(whole[:count])
+        assert len(text) == data.held_out_bytes[data.groups[group]]
+        assert count == len(whole) or len(text) >= limit
+        assert len(b"".join(whole[: count - 1])) < limit, "no more than needed"
+        assert data.held_out[data.groups[group]].documents == len(whole)
+
+
+def bytes_of(ids):
+    return PLAIN.decode([int(i) for i in ids if i < 256]).encode()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_held_out_rows(place, processes):
+    data = load(place)
+    local = 8 // processes
+    parts = [
+        data.held_out_batches(8, range(i * local, (i + 1) * local))
+        for i in range(processes)
+    ]
+    for pieces, whole in zip(
+        zip(*parts, strict=True), data.held_out_batches(8), strict=True
+    ):
+        for field in FIELDS:
+            together = np.concatenate([getattr(piece, field) for piece in pieces])
+            np.testing.assert_array_equal(together, getattr(whole, field))
+
+
+def test_too_little_text_is_said_with_what_is_there_and_needed(place):
+    tokens = load(place, "b").train["b"].tokens
+    needed = 4000 * DataConfig().batch_size + 1
+    said = rf"{tokens} training tokens.*needs {needed}"
+    with pytest.raises(UserError, match=said):
+        load(place, "b", data={"seq_len": 4000})
+    (tmp := place / "tiny").mkdir(exist_ok=True)
+    write_texts(tmp, make_texts(12, longest=4))
+    sizes = {"seq_len": 900, "batch_size": 2}
+    data = load(place, ["a", "tiny"], data=sizes, mixture=["a=1", "tiny=1"])
+    with pytest.raises(UserError, match=r"wants tiny, which has \d+ training tokens"):
+        data.train_iterator(2, 0)
+
+
+def test_nothing_held_out_is_said(place):
+    with pytest.raises(UserError, match=r"held_out_share=1e-09; raise it"):
+        load(place, held_out_share=1e-9)
+
+
+def test_the_data_says_what_it_is(place):
+    data = load(place, "ab")
+    assert data.groups == ["a", "b"] and str(place / "a") in data.origin
+    for name, count in (("a", 150), ("b", 60)):
+        both = data.train[name] + data.held_out[name]
+        assert both.documents == count and both.tokens == both.bytes + count
+    assert load(place, "ab").sha256 == data.sha256
+    assert load(place, "a").sha256 != data.sha256
+    assert load(place, "ab", MARKED).sha256 != data.sha256
+    first = data.sample_batch(3)
+    np.testing.assert_array_equal(first.tokens.ravel(), streams(place, "a")[0][:96])
+    assert dataclasses.is_dataclass(data) and "<function" not in repr(data)

@@ -1,0 +1,332 @@
+"""Every kind of file gives its documents, whole and in order, or says what is wrong."""
+
+import bz2
+import collections
+import csv
+import gzip
+import io
+import json
+import sys
+import threading
+import time
+import types
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from text_helpers import make_texts, text_config, write_texts
+
+from research.core.errors import UserError
+from research.core.hub_access import knock
+from research.data.text import document_readers
+from research.data.text.text_sources import open_sources
+
+TEXTS = make_texts(20)
+PACK = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True),
+}
+
+
+def read(tmp_path, where, **changes):
+    """Documents as `(text, where)`, and what was left out."""
+    (source,) = open_sources(text_config(tmp_path, f"s={where}", **changes))
+    left_out = collections.Counter()
+    found, parts = [], None
+    for piece in source.read(source.inputs, left_out):
+        assert piece.text and len(piece.text) <= document_readers.PIECE_BYTES
+        assert piece.starts == (parts is None)
+        parts = [] if piece.starts else parts
+        parts.append(piece.text)
+        if piece.ends:
+            found.append(("".join(parts), piece.where))
+            parts = None
+    assert parts is None, "the last document ends"
+    return found, dict(left_out)
+
+
+def texts_of(found):
+    return [text for text, _ in found]
+
+
+def in_csv(texts):
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([["id", "text"], *enumerate(texts)])
+    return out.getvalue()
+
+
+ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+CONTENT = {
+    ".jsonl": "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+    ".json": json.dumps(ROWS),
+    ".csv": in_csv(TEXTS),
+}
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("kind", CONTENT)
+def test_files_of_rows_give_a_document_a_row(tmp_path, monkeypatch, kind, packed):
+    monkeypatch.setattr(document_readers, "PIECE_BYTES", 50)
+    path = tmp_path / f"rows{kind}{packed}"
+    path.write_bytes(PACK[packed](CONTENT[kind].encode()))
+    found, left_out = read(tmp_path, path)
+    assert texts_of(found) == TEXTS and not left_out
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+def test_long_rows_come_in_pieces(tmp_path, kind):
+    texts = ["line of a long document\n" * 20_000, "short"]
+    rows = [{"text": text} for text in texts]
+    content = {".jsonl": "\n".join(map(json.dumps, rows)), ".json": json.dumps(rows)}
+    (tmp_path / f"a{kind}").write_text(content.get(kind) or in_csv(texts), newline="")
+    assert texts_of(read(tmp_path, tmp_path / f"a{kind}")[0]) == texts
+
+
+def test_parquet_and_array_records_do_too(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for text in TEXTS:
+        writer.write(text.encode())
+    writer.close()
+    for name in ("a.parquet", "a.array_record"):
+        assert texts_of(read(tmp_path, tmp_path / name)[0]) == TEXTS
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("limit", [7, 64, 1000])
+def test_plain_text_comes_in_pieces_that_make_it_up(
+    tmp_path, monkeypatch, packed, limit
+):
+    monkeypatch.setattr(document_readers, "PIECE_BYTES", limit)
+    text = "".join(TEXTS) + "longwithoutaspace" * 20 + "é" * 33
+    path = tmp_path / "shelf" / f"book.txt{packed}"
+    path.parent.mkdir()
+    path.write_bytes(PACK[packed](text.encode()))
+    assert read(tmp_path, path.parent)[0] == [(text, path.name)]
+
+
+def test_a_plain_file_by_itself_is_many_documents_that_make_it_up(
+    tmp_path, monkeypatch
+):
+    """With one document there would be nothing to hold out."""
+    monkeypatch.setattr(document_readers, "PART_BYTES", 100)
+    path = tmp_path / "book.txt"
+    path.write_text("".join(TEXTS))
+    found = texts_of(read(tmp_path, path)[0])
+    assert "".join(found) == "".join(TEXTS)
+    assert len(found) > 10 and max(map(len, found)) <= 100
+
+
+def test_pieces_end_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(document_readers, "PIECE_BYTES", 64)
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some words in a line\r\n" * 50, newline="")
+    (source,) = open_sources(text_config(tmp_path, f"s={folder}"))
+    pieces = list(source.read(source.inputs, collections.Counter()))
+    assert len(pieces) == 25 and all(p.text.endswith("line\r\n") for p in pieces)
+
+
+def test_a_folder_is_read_in_order_without_what_is_hidden_or_binary(tmp_path):
+    folder = write_texts(tmp_path / "corpus" / "b", TEXTS[:3])
+    write_texts(tmp_path / "corpus" / ".git", ["hidden"])
+    corpus = tmp_path / "corpus"
+    (corpus / "a.md").write_text("first")
+    (corpus / "c.jsonl").write_text('{"text": "row"}\n')
+    (corpus / ".hidden").write_text("hidden")
+    (corpus / "z.bin").write_bytes(b"text\0more")
+    (corpus / "z.gz").write_bytes(gzip.compress(b"\0" * 10))
+    (corpus / "empty").write_bytes(b"")
+    (folder / "broken").symlink_to("nowhere")
+    found, left_out = read(tmp_path, corpus)
+    assert texts_of(found) == ["first", *TEXTS[:3], "row"]
+    assert [where for _, where in found][:2] == ["a.md", "b/00000.txt"]
+    assert left_out == {"binary file": 2, "empty": 1}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read(tmp_path, tmp_path / "a.txt")[0] == [("hello", "a.txt")]
+
+
+@pytest.mark.parametrize("before", [0, 5, 60, 61, 64, 200])
+def test_bytes_that_are_not_utf8_stop_or_are_skipped_or_replaced(
+    tmp_path, monkeypatch, before
+):
+    monkeypatch.setattr(document_readers, "PIECE_BYTES", 64)
+    folder = write_texts(tmp_path / "c", ["good"])
+    (folder / "bad").write_bytes(b"\xef\xbb\xbf" + b"x" * before + b"\xc3(" + b"y" * 99)
+    with pytest.raises(UserError, match=rf"^bad:{before + 3}: .*undecodable=skip"):
+        read(tmp_path, folder)
+    found, left_out = read(tmp_path, folder, undecodable="skip")
+    assert texts_of(found) == ["good"] and left_out == {"not UTF-8": 1}
+    found, left_out = read(tmp_path, folder, undecodable="replace")
+    assert texts_of(found)[1] == "x" * before + "\ufffd(" + "y" * 99 and not left_out
+
+
+BAD_ROWS = {
+    "rows.jsonl": b'{"text": "good"}\n{"text": "\xff!"}\n',
+    "rows.json": b'[{"text": "good"}, {"text": "\xff!"}]',
+    "rows.csv": b"text\ngood\n\xff!\n",
+    "escaped.jsonl": b'{"text": "good"}\n{"text": "\\ud800!"}\n',
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_are_not_utf8_do_likewise(tmp_path, name):
+    (tmp_path / name).write_bytes(BAD_ROWS[name])
+    with pytest.raises(UserError, match=rf"^{name}:.*undecodable=skip"):
+        read(tmp_path, tmp_path / name)
+    found, left_out = read(tmp_path, tmp_path / name, undecodable="skip")
+    assert texts_of(found) == ["good"] and left_out == {"not UTF-8": 1}
+    found, _ = read(tmp_path, tmp_path / name, undecodable="replace")
+    assert texts_of(found) == ["good", "\ufffd!"]
+
+
+def test_records_that_are_not_utf8_do_likewise(tmp_path):
+    path = tmp_path / "a.arrayrecord"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in (b"good", b"b\xff", b""):
+        writer.write(record)
+    writer.close()
+    with pytest.raises(UserError, match=r"^a\.arrayrecord: record 2: byte 1 "):
+        read(tmp_path, path)
+    found, left_out = read(tmp_path, path, undecodable="skip")
+    assert texts_of(found) == ["good"] and left_out == {"not UTF-8": 1, "empty": 1}
+    assert texts_of(read(tmp_path, path, undecodable="replace")[0])[1] == "b\ufffd"
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"text": "cut', "not JSON"),
+        ("[1]", "not JSON"),
+        ('{"text": 3}', "wrong type"),
+        ('{"text": null}', "wrong type"),
+    ],
+)
+def test_bad_lines_stop_with_their_number_or_are_counted(tmp_path, line, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "good"}}\n\n{line}\n{{"text": ""}}\n')
+    with pytest.raises(UserError, match=r"^rows\.jsonl:3: .*bad_lines=skip"):
+        read(tmp_path, path)
+    found, left_out = read(tmp_path, path, data={"bad_lines": "skip"})
+    assert texts_of(found) == ["good"] and left_out == {reason: 1, "empty": 1}
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_a_missing_column_is_named_with_its_nearest(tmp_path, kind):
+    path = tmp_path / f"rows{kind}"
+    if kind == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_text(CONTENT[kind])
+    with pytest.raises(UserError, match=r"^rows.*\d: no column 'txet'.*mean 'text'"):
+        read(tmp_path, path, column="txet")
+
+
+def test_the_standard_library_is_python_without_its_tests(tmp_path):
+    (source,) = open_sources(text_config(tmp_path, "s=stdlib"))
+    names = [item.name for item in source.inputs]
+    assert names == sorted(names, key=lambda name: name.split("/"))
+    assert "json/decoder.py" in names and "pydoc_data/topics.py" not in names
+    folders = {part for name in names for part in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "site-packages", "__pycache__"}
+    found, left_out = read(tmp_path, "stdlib")
+    assert len(found) > 400 and set(left_out) <= {"empty"}
+    assert source.text_bytes > 5e6
+
+
+@pytest.mark.parametrize(
+    "sources, said",
+    [
+        ([], "is empty"),
+        (["stdlib"], "write name=where"),
+        (["a/b=stdlib"], "letters, digits"),
+        (["=stdlib"], "letters, digits"),
+        (["a="], "write name=where"),
+        (["a=stdlib", "a=stdlib"], "two named 'a'"),
+        (["a=/nowhere/at/all"], "does not exist"),
+    ],
+)
+def test_sources_that_cannot_be_are_said(tmp_path, sources, said):
+    with pytest.raises(UserError, match=said):
+        open_sources(text_config(tmp_path, *sources))
+
+
+def test_a_folder_without_files_is_said(tmp_path):
+    write_texts(tmp_path / "c" / ".hidden", ["x"])
+    with pytest.raises(UserError, match="has no files"):
+        open_sources(text_config(tmp_path, f"a={tmp_path / 'c'}"))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_damaged_files_are_named(tmp_path, name, damage):
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        packed = PACK[path.suffix]((CONTENT[".jsonl"] * 50).encode())
+        path.write_bytes(packed)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"noise" * 99)
+    with pytest.raises(UserError, match=path.name):
+        read(tmp_path, path)
+
+
+def test_a_hub_out_of_reach_is_said_within_seconds(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"out of reach.*local file"):
+        open_sources(text_config(tmp_path, "a=hub://no/where"))
+    assert time.monotonic() - begun < 5
+
+
+def test_a_hub_data_set_is_streamed_by_subset_split_and_revision(tmp_path, monkeypatch):
+    asked = {}
+
+    def load_dataset(name, subset, **others):
+        asked.update(others, name=name, subset=subset)
+        return iter(ROWS)
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    answer = types.SimpleNamespace(revision="abc", reason="")
+    monkeypatch.setattr("research.data.text.text_sources.knock", lambda *_: answer)
+    found, _ = read(tmp_path, "hub://o/n:en@test")
+    assert texts_of(found) == TEXTS and found[1][1] == "o/n: row 2"
+    assert asked == {
+        "name": "o/n",
+        "subset": "en",
+        "split": "test",
+        "revision": "abc",
+        "streaming": True,
+    }
+    fake.load_dataset = lambda *_, **__: 1 / 0
+    with pytest.raises(UserError, match=r"cannot be read .*division"):
+        read(tmp_path, "hub://o/n")
+
+
+def test_a_hub_that_hangs_is_given_up(monkeypatch):
+    hang = threading.Event()
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: hang.wait())
+    begun = time.monotonic()
+    answer = knock("a/b", "dataset", 0.2)
+    assert not answer.revision and "0.2 seconds" in answer.reason
+    assert time.monotonic() - begun < 2
+    hang.set()
+
+
+def test_a_folder_of_code_is_read_around_its_settings(tmp_path):
+    """With `bad_lines=skip`; else the odd file is named."""
+    folder = write_texts(tmp_path / "code", TEXTS[:3])
+    (folder / "package.json").write_text('{"name": "x"}')
+    (folder / "table.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"package\.json:1"):
+        read(tmp_path, folder)
+    found, left_out = read(tmp_path, folder, data={"bad_lines": "skip"})
+    assert texts_of(found) == TEXTS[:3]
+    assert left_out == {"no rows with the text column": 2}

@@ -1,0 +1,298 @@
+"""Every document is laid out once per epoch, whatever the number of processes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tiny_model import make_tiny_model
+
+from research.config.run_config import Config, DataConfig
+from research.core.errors import UserError
+from research.data.instructions.instruction_dataset import (
+    BatchIterator,
+    Split,
+    eval_batches,
+    load_dataset,
+)
+from research.data.instructions.packing import Document, build_batch, pack
+from research.data.instructions.row_selection import load_rows
+from research.tokenize.chat_template import ChatFormat
+from research.tokenize.tokenizer import from_folder
+
+FIELDS = ("tokens", "targets", "weights", "segments", "positions", "groups")
+
+
+def random_documents(count=60, longest=33, seed=0):
+    """Ids are unique over all documents, so a batch tells where each came from."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, longest, count)
+    starts = np.cumsum(lengths) - lengths
+    return [
+        Document(
+            np.arange(start, start + n).astype(np.int32),
+            np.arange(n) >= rng.integers(1, n),
+            int(rng.integers(0, 5)),
+        )
+        for start, n in zip(starts, lengths, strict=True)
+    ]
+
+
+def slots(documents):
+    return np.array([document.slots for document in documents])
+
+
+@pytest.fixture(scope="module")
+def split():
+    documents = random_documents()
+    return Split(documents, pack(slots(documents), 32, seed=0), 32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_uses_each_document_once_and_fills_no_row_over(seed):
+    lengths = np.random.default_rng(seed).integers(1, 65, 500)
+    rows = pack(lengths, 64, seed)
+    assert sorted(index for row in rows for index in row) == list(range(500))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    assert max(filled) <= 64
+    # No two rows could have shared one: best fit never leaves such a pair.
+    emptiest = sorted(filled)[:2]
+    assert sum(emptiest) > 64
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_takes_the_tightest_row(seed):
+    """4 belongs to the 6: beside the 5, it would leave no room for both 3 and 2."""
+    assert len(pack(np.array([5, 3, 6, 2, 4]), 10, seed)) == 2
+
+
+def test_packing_depends_on_the_seed_alone():
+    lengths = np.random.default_rng(0).integers(1, 33, 200)
+    assert pack(lengths, 64, 1) == pack(lengths, 64, 1)
+    assert pack(lengths, 64, 1) != pack(lengths, 64, 2)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0], [3, 65]], ids=str)
+def test_packing_refuses_what_cannot_lie_in_a_row(lengths):
+    with pytest.raises(ValueError, match="1 to 64"):
+        pack(np.array(lengths), 64, 0)
+
+
+def test_a_row_is_its_documents_side_by_side(split):
+    batch = split.batch(split.rows)
+    for field in FIELDS:
+        array = getattr(batch, field)
+        assert array.shape == (len(split.rows), 32)
+        assert array.dtype == (np.float32 if field == "weights" else np.int32)
+    for i, row in enumerate(split.rows):
+        for number, index in enumerate(row, start=1):
+            document = split.documents[index]
+            at = batch.segments[i] == number
+            np.testing.assert_array_equal(batch.tokens[i, at], document.ids[:-1])
+            np.testing.assert_array_equal(batch.targets[i, at], document.ids[1:])
+            np.testing.assert_array_equal(batch.weights[i, at], document.trained[1:])
+            np.testing.assert_array_equal(batch.positions[i, at], range(at.sum()))
+            assert (batch.groups[i, at] == document.group).all()
+            assert (np.diff(np.flatnonzero(at)) == 1).all(), "in one piece"
+        padding = batch.segments[i] == 0
+        for field in FIELDS:
+            assert not getattr(batch, field)[i, padding].any(), field
+
+
+def test_the_split_counts_what_is_in_its_batches(split):
+    batch = split.batch(split.rows)
+    assert split.real_tokens == (batch.segments != 0).sum()
+    assert split.trained_tokens == batch.weights.sum() > 0
+    assert split.fill == (batch.segments != 0).mean()
+
+
+def rows_in(batches):
+    """Each row of a list of batches, as its tokens' bytes."""
+    return [row.tobytes() for batch in batches for row in batch.tokens]
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(left, right):
+    return all((getattr(left, f) == getattr(right, f)).all() for f in FIELDS)
+
+
+def test_an_epoch_has_each_row_once_and_the_next_another_order(split):
+    whole = sorted(rows_in([split.batch(split.rows)]))
+    count = len(split.rows)
+    # A batch may hold the end of an epoch and the start of the next.
+    rows = rows_in(take(BatchIterator(split, 4, seed=0), count))
+    epochs = [rows[i * count : (i + 1) * count] for i in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == whole
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_order_depends_on_the_seed_alone(split):
+    first = rows_in(take(BatchIterator(split, 4, seed=0), 8))
+    assert rows_in(take(BatchIterator(split, 4, seed=0), 8)) == first
+    assert rows_in(take(BatchIterator(split, 4, seed=1), 8)) != first
+
+
+@pytest.mark.parametrize("taken", [0, 3, 11])
+def test_a_restored_position_continues_bit_for_bit(split, taken):
+    iterator = BatchIterator(split, 4, seed=0)
+    take(iterator, taken)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 12)
+    fresh = BatchIterator(split, 4, seed=0)
+    take(fresh, 5)
+    fresh.set_state(state)
+    assert all(map(same, take(fresh, 12), expected))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_have_the_batch_of_one(split, processes):
+    local = 8 // processes
+    parts = [
+        BatchIterator(split, 8, 0, range(i * local, (i + 1) * local))
+        for i in range(processes)
+    ]
+    whole = BatchIterator(split, 8, seed=0)
+    for _ in range(6):
+        pieces = [next(part) for part in parts]
+        together = np.concatenate([piece.tokens for piece in pieces])
+        np.testing.assert_array_equal(together, next(whole).tokens)
+        assert {len(piece.tokens) for piece in pieces} == {8 // processes}
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (1, 4), (2, 1), (4, 2)])
+def test_other_processes_go_on_with_an_epoch_and_miss_no_row(split, before, after):
+    """Each example exactly once, whoever has begun the epoch and whoever ends it."""
+    count = len(split.rows)
+    first, then = spread(split, before), spread(split, after)
+    begun = [take_together(first) for _ in range(2)]
+    (state, *others) = [part.get_state() for part in first]
+    assert all(other == state for other in others)
+    for part in then:
+        part.set_state(json.loads(json.dumps(state)))
+    ended = [take_together(then) for _ in range(2 * count // 8)]
+    rows = [row for batch in begun + ended for row in batch]
+    whole = sorted(rows_in([split.batch(split.rows)]))
+    assert count > 16 and len(rows) >= 2 * count
+    for epoch in (rows[:count], rows[count : 2 * count]):
+        assert sorted(epoch) == whole
+
+
+def spread(split, processes, batch_size=8):
+    """The iterators of so many processes, each with its rows of a batch."""
+    local = batch_size // processes
+    return [
+        BatchIterator(split, batch_size, 0, range(i * local, (i + 1) * local))
+        for i in range(processes)
+    ]
+
+
+def take_together(parts):
+    """The rows of the next batch, first to last."""
+    return [row for part in parts for row in rows_in([next(part)])]
+
+
+def test_batches_of_one_row_come_too(split):
+    rows = rows_in(take(BatchIterator(split, 1, seed=0), len(split.rows)))
+    assert sorted(rows) == sorted(rows_in([split.batch(split.rows)]))
+
+
+def test_a_batch_larger_than_an_epoch_still_comes(split):
+    batch = next(BatchIterator(split, 4 * len(split.rows), seed=0))
+    assert sorted(set(rows_in([batch]))) == sorted(rows_in([split.batch(split.rows)]))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_sees_each_row_once_and_empty_rows_besides(split, processes):
+    local = 8 // processes
+    parts = [
+        eval_batches(split, 8, range(i * local, (i + 1) * local))
+        for i in range(processes)
+    ]
+    assert {len(part) for part in parts} == {-(-len(split.rows) // 8)}
+    batches = [batch for part in parts for batch in part]
+    assert {len(batch.tokens) for batch in batches} == {8 // processes}
+    filled = [
+        tokens.tobytes()
+        for batch in batches
+        for tokens, segments in zip(batch.tokens, batch.segments, strict=True)
+        if segments.any()
+    ]
+    assert sorted(filled) == sorted(rows_in([split.batch(split.rows)]))
+    assert sum(batch.weights.sum() for batch in batches) == split.trained_tokens
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = make_tiny_model(tmp_path_factory.mktemp("base") / "model")
+    return ChatFormat(from_folder(folder), "chat")
+
+
+def config_of(**changes):
+    return Config(data=DataConfig(**{"seq_len": 1024, "max_rows": 96} | changes))
+
+
+def test_a_dataset_holds_every_row_on_one_side(chat):
+    config = config_of(held_out=16)
+    dataset = load_dataset(config, chat)
+    assert len(dataset.held_out.documents) == len(dataset.held_out_records) == 16
+    assert len(dataset.train.documents) == 80 and not dataset.dropped
+    sides = [
+        {document.ids.tobytes() for document in side.documents}
+        for side in (dataset.train, dataset.held_out)
+    ]
+    assert not sides[0] & sides[1]
+    expected = {
+        np.array(encoded.ids, np.int32).tobytes()
+        for encoded in chat.encode_many(load_rows(config.data, config.seed).records)
+    }
+    assert sides[0] | sides[1] == expected
+    names = [dataset.categories[d.group] for d in dataset.held_out.documents]
+    assert names == [record.category for record in dataset.held_out_records]
+    assert sorted(set(names)) == dataset.categories
+
+
+def test_rows_that_are_too_long_are_cut_or_counted(chat):
+    config = config_of(seq_len=400, held_out=8)
+    cut = load_dataset(config, chat)
+    data = dataclasses.replace(config.data, overlength="drop")
+    dropped = load_dataset(dataclasses.replace(config, data=data), chat)
+    assert cut.truncated > 0 and dropped.truncated == 0
+    assert dropped.dropped["too long"] == cut.dropped["too long"] + cut.truncated
+    for dataset in (cut, dropped):
+        sides = (dataset.train, dataset.held_out)
+        kept = sum(len(side.documents) for side in sides)
+        assert kept + dataset.dropped["too long"] == 96
+        lengths = [slots(side.documents).max() for side in sides]
+        assert max(lengths) <= 400
+        for side in sides:
+            # The answer is whole: its end is the last id, and it is trained.
+            ends = {d.ids[-1].item() for d in side.documents if d.trained[-1]}
+            assert ends <= chat.stop_ids and all(d.trained[-1] for d in side.documents)
+
+
+def test_a_row_length_that_nothing_fits_is_the_users_error(chat):
+    with pytest.raises(UserError, match=r"config\.data\.seq_len=8"):
+        load_dataset(config_of(seq_len=8), chat)
+
+
+def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2):
+    chat = ChatFormat(smollm2.tokenizer, "chat")
+    config = Config(data=DataConfig(path=str(dolly_path), max_rows=5_000))
+    dataset = load_dataset(config, chat)
+    assert len(dataset.rows.records) > 4_700 and len(dataset.categories) == 8
+    assert dataset.train.fill > 0.99
+    share = dataset.train.trained_tokens / dataset.train.real_tokens
+    assert 0.2 < share < 0.8
+    for document in dataset.train.documents:
+        assert document.slots <= 512
+        assert document.trained[-1] and document.ids[-1] == smollm2.tokenizer.eos
+        assert not document.trained[0]
+
+
+def test_build_batch_of_nothing_is_padding():
+    batch = build_batch([[], []], [], 8)
+    assert batch.tokens.shape == (2, 8) and not batch.segments.any()

@@ -1,0 +1,303 @@
+"""Rows of every kind of file become the same records, or an error that says where."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from research.config.run_config import ColumnsConfig, DataConfig
+from research.core.errors import UserError
+from research.data.instructions.row_selection import load_rows, split_stratified
+from research.data.row_readers import read_rows, to_record
+from research.tokenize.conversation import Turn
+
+ROWS = [
+    {"instruction": "Say é", "context": "", "response": "é", "category": "a"},
+    {
+        "instruction": "Two\nlines",
+        "context": "c, d",
+        "response": '"2"',
+        "category": "b",
+    },
+    {"instruction": " padded ", "context": "x", "response": "y\n", "category": "a"},
+]
+GOOD = '{"instruction": "i", "response": "r"}'
+
+
+def write(path, content):
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def as_csv(rows):
+    lines = [[f'"{v.replace(chr(34), chr(34) * 2)}"' for v in r.values()] for r in rows]
+    return "\r\n".join(",".join(line) for line in [ROWS[0].keys(), *lines])
+
+
+CONTENT = {
+    ".jsonl": "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+    ".json": json.dumps(ROWS),
+    ".csv": as_csv(ROWS),
+}
+
+
+def load(path, seed=0, **changes):
+    return load_rows(DataConfig(path=str(path), **changes), seed)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte order mark"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("kind", CONTENT)
+def test_every_text_format_gives_the_same_records(tmp_path, kind, suffix, mark):
+    path = write(tmp_path / f"rows{kind}{suffix}", mark + CONTENT[kind])
+    check_rows(load(path).records)
+
+
+def test_parquet_gives_the_same_records(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    check_rows(load(path).records)
+
+
+def check_rows(records):
+    found = [
+        (*(turn.text for turn in record.turns), record.context, record.category)
+        for record in records
+    ]
+    assert found == [
+        ("Say é", "é", "", "a"),
+        ("Two\nlines", '"2"', "c, d", "b"),
+        ("padded", "y", "x", "a"),
+    ]
+    assert [turn.role for turn in records[0].turns] == ["user", "assistant"]
+
+
+def test_rows_of_messages_are_conversations(tmp_path):
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": f"text {i}"} for i, role in enumerate(roles)]
+    path = write(tmp_path / "rows.jsonl", json.dumps({"messages": messages}))
+    (record,) = load(path).records
+    expected = tuple(Turn(role, f"text {i}") for i, role in enumerate(roles))
+    assert record.turns == expected and record.context == ""
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"instruction": "i", ', "not JSON"),
+        ("[1, 2]", "not JSON"),
+        (b'{"instruction": "\xff", "response": "r"}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"instruction": ' + "1" * 5000 + ', "response": "r"}', "not JSON"),
+        ('{"instruction": 3, "response": "r"}', "wrong type"),
+        ('{"instruction": "i", "response": ["r"]}', "wrong type"),
+        ('{"instruction": "\\ud800", "response": "r"}', "not Unicode"),
+        ('{"messages": "hello"}', "wrong type"),
+        ('{"messages": []}', "wrong type"),
+        ('{"messages": [{"role": "robot", "content": "c"}]}', "wrong type"),
+        ('{"messages": [{"role": "assistant", "content": "c"}]}', "not alternating"),
+        ('{"messages": [{"role": "user", "content": "c"}]}', "not alternating"),
+        ('{"messages": [{"role": "system", "content": "c"}]}', "not alternating"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_line_stops_with_its_number_or_is_counted(tmp_path, row, reason):
+    row = row if isinstance(row, bytes) else row.encode()
+    content = b"\n".join([GOOD.encode(), b"", row, GOOD.encode()])
+    path = write(tmp_path / "rows.jsonl", content)
+    with pytest.raises(UserError, match=r"^rows\.jsonl:3: .*bad_lines=skip"):
+        load(path)
+    rows = load(path, bad_lines="skip")
+    assert rows.dropped == {reason: 1} and len(rows.records) == 2
+    assert rows.examples[0].startswith("rows.jsonl:3: ")
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"instruction": "i", "response": " "}', "empty response"),
+        ('{"instruction": "", "context": null, "response": "r"}', "empty instruction"),
+    ],
+)
+def test_empty_rows_are_counted_and_never_stop(tmp_path, row, reason):
+    rows = load(write(tmp_path / "rows.jsonl", f"{row}\n{GOOD}"))
+    assert rows.dropped == {reason: 1} and len(rows.records) == 1
+
+
+def test_a_context_alone_is_an_instruction(tmp_path):
+    row = '{"instruction": "", "context": "c", "response": "r"}'
+    assert load(write(tmp_path / "rows.jsonl", row)).records[0].context == "c"
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        (
+            "rows.json",
+            '[{"instruction": 1},\n oops]',
+            r"rows\.json:2: not a JSON array",
+        ),
+        ("rows.json", '{"instruction": 1}', r"rows\.json:1: .* array of objects"),
+        ("rows.csv", 'instruction,response\ni,r\n"open,r\n', r"rows\.csv:\d"),
+        (
+            "rows.csv",
+            "instruction,response\ni,r\ni,r,more\n",
+            r"rows\.csv:3: not as many",
+        ),
+        ("rows.csv", "instruction,response\ni,r\ni\n", r"rows\.csv:3: not as many"),
+        ("rows.csv", b"instruction,response\n\xff,r\n", r"rows\.csv:"),
+        ("rows.parquet", b"PAR1 no PAR1", r"rows\.parquet is not readable parquet"),
+        ("rows.jsonl", "", "has no usable row"),
+        ("rows.txt", "hello", "unknown kind; it must end in .jsonl, .json"),
+        ("rows.parquet.gz", b"", "."),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, said):
+    with pytest.raises(UserError, match=said):
+        load(write(tmp_path / name, content))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
+        load(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "flipped", "not gzip"])
+def test_a_damaged_archive_is_the_users_error(tmp_path, kind):
+    lines = "\n".join(json.dumps({**ROWS[1], "context": str(i**9)}) for i in range(500))
+    whole = gzip.compress(lines.encode())
+    middle = len(whole) // 2
+    damaged = {
+        "cut short": whole[:middle],
+        "flipped": whole[:middle] + bytes(b ^ 255 for b in whole[middle:]),
+        "not gzip": lines.encode(),
+    }
+    (tmp_path / "rows.jsonl.gz").write_bytes(damaged[kind])
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz cannot be read"):
+        load(tmp_path / "rows.jsonl.gz")
+
+
+def test_columns_are_mapped_and_a_wrong_mapping_names_the_nearest(tmp_path):
+    row = '{"question": "q", "passage": "p", "answer": "a", "kind": "k"}'
+    path = write(tmp_path / "rows.jsonl", row)
+    columns = ColumnsConfig("question", "passage", "answer", "kind")
+    (record,) = load(path, columns=columns).records
+    assert record.turns == (Turn("user", "q"), Turn("assistant", "a"))
+    assert (record.context, record.category) == ("p", "k")
+    wrong = ColumnsConfig(instruction="question", response="anwser")
+    for bad_lines in ("stop", "skip"):
+        # The mapping is wrong, not the row: skipping would leave nothing.
+        with pytest.raises(UserError, match=r"'anwser'.*did you mean 'answer'") as said:
+            load(path, columns=wrong, bad_lines=bad_lines)
+        assert "config.data.columns.response" in str(said.value)
+
+
+def test_where_names_every_row(tmp_path):
+    path = write(tmp_path / "rows.jsonl", CONTENT[".jsonl"])
+    assert [where for where, _ in read_rows(path)] == [
+        "rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:5",
+    ]  # fmt: skip
+
+
+def test_the_digest_follows_the_rows(tmp_path):
+    path = write(tmp_path / "rows.jsonl", CONTENT[".jsonl"])
+    copy = write(tmp_path / "copy.jsonl.gz", CONTENT[".jsonl"])
+    other = write(tmp_path / "other.jsonl", CONTENT[".jsonl"].replace("é", "è"))
+    assert load(path).sha256 == load(copy).sha256 != load(other).sha256
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Without a network or a cache of the hub, as the environment here has it."""
+    return load_rows(DataConfig(), seed=0)
+
+
+def test_the_embedded_sample_is_what_it_says(sample):
+    assert sample.origin.startswith("embedded sample")
+    assert len(sample.records) == 512 and not sample.dropped
+    assert list(sample.categories()) == [
+        "brainstorming", "classification", "closed_qa", "creative_writing",
+        "general_qa", "information_extraction", "open_qa", "summarization",
+    ]  # fmt: skip
+    assert min(sample.categories().values()) >= 40
+
+
+def test_no_sample_row_is_there_twice(sample):
+    """By words alone, so that neither case nor punctuation hides a copy."""
+
+    def words(text):
+        kept = "".join(c if c.isalnum() else " " for c in text.lower())
+        return " ".join(kept.split())
+
+    for texts in (
+        [words(r.turns[0].text + r.context) for r in sample.records],
+        [words(r.context) for r in sample.records if r.context],
+    ):
+        assert len(set(texts)) == len(texts)
+
+
+def test_sample_rows_have_a_context_where_their_category_needs_one(sample):
+    for record in sample.records:
+        needs = {"closed_qa", "information_extraction", "summarization"}
+        assert (record.category not in needs) or record.context, record.where
+        if record.category in ("open_qa", "general_qa"):
+            assert not record.context, record.where
+
+
+def test_no_sample_row_is_of_the_real_dolly(sample, dolly_path):
+    """Its licence differs: no answer and no passage of it may be copied."""
+
+    def texts(record):
+        return {t for t in (record.turns[1].text, record.context) if len(t) > 20}
+
+    dolly = load(dolly_path, bad_lines="skip").records
+    theirs = set().union(*map(texts, dolly))
+    assert len(theirs) > 14_000
+    for record in sample.records:
+        assert not texts(record) & theirs, record.where
+
+
+def records_of(counts):
+    rows = [category for category, n in counts.items() for _ in range(n)]
+    return [
+        to_record({**ROWS[0], "category": c}, ColumnsConfig(), f"rows:{i}")
+        for i, c in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 7, 10, 33])
+def test_the_split_is_disjoint_whole_and_proportional(count):
+    counts = {"a": 50, "b": 30, "c": 13, "d": 7}
+    records = records_of(counts)
+    held, rest = split_stratified(records, count, seed=3)
+    assert len(held) == count
+    assert sorted(held + rest, key=records.index) == records
+    for part in (held, rest):
+        assert part == sorted(part, key=records.index), "the order is kept"
+    for category, n in counts.items():
+        drawn = sum(record.category == category for record in held)
+        assert abs(drawn - count * n / 100) < 1
+
+
+def test_the_split_depends_on_the_seed_alone():
+    records = records_of({"a": 50, "b": 50})
+    first = split_stratified(records, 20, seed=0)
+    assert split_stratified(records, 20, seed=0) == first
+    assert split_stratified(records, 20, seed=1) != first
+
+
+def test_a_split_that_leaves_nothing_is_refused():
+    with pytest.raises(UserError, match=r"config\.data\.held_out"):
+        split_stratified(records_of({"a": 5}), 5, seed=0)
+
+
+def test_max_rows_draws_from_every_category(sample):
+    few = load_rows(DataConfig(max_rows=16), seed=0)
+    assert few.categories() == dict.fromkeys(sample.categories(), 2)
+    assert few.records != load_rows(DataConfig(max_rows=16), seed=1).records

@@ -1,0 +1,222 @@
+"""Nothing is launched that cannot fit, and a refusal says what to change."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+from commands import ROOT
+from helpers import in_soak
+from plan_helpers import big_config
+
+from launch.jobs import plan_check
+from research.config.run_config import MeshConfig
+from research.core.errors import UserError
+
+CONFIG = f"--config={ROOT}/configs/pretrain_1b.py"
+RECORD = """#!{python}
+import json, os, sys
+with open({file!r}, "a") as out:
+    out.write(json.dumps([sys.argv, dict(os.environ)]) + "\\n")
+"""
+
+
+def refusal(config, *arguments, **named):
+    with pytest.raises(UserError) as caught:
+        plan_check.require_fit(config, *arguments, **named)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def test_what_fits_is_told():
+    found = plan_check.require_fit(big_config(micro=16), "v5e:4x4")
+    needed, usable = map(float, re.findall(r"([\d.]+) GiB", found))
+    assert 0 < needed < usable == 14.5
+    assert "v5e:4x4" in found
+
+
+def test_what_does_not_fit_is_refused_by_its_numbers():
+    said = refusal(big_config(remat="none"), "l4:8")
+    needed, usable = map(float, re.findall(r"([\d.]+) GiB", said)[:2])
+    assert needed > usable == 20.6
+    assert "l4:8" in said and plan_check.OVERRIDE in said
+
+
+# What must be changed, by the knob, and shapes of which nothing else helps.
+TIGHT = {
+    "data.microbatch_size": (big_config(remat="none"), "l4:8", "llama-1b"),
+    "mesh.fsdp": (big_config(micro=4, mesh=MeshConfig(data=-1)), "v5e:2x2", ""),
+    "model.remat": (
+        big_config(micro=16, rows=16, remat="none"), "v5e:4x4", "llama3.1-8b"
+    ),
+    "runtime.offload_optimizer": (
+        big_config(micro=8, rows=8, seq=2048), "v5e:2x4", "llama3.1-8b"
+    ),
+    "mesh.data": (
+        big_config(mesh=MeshConfig(replica=2, fsdp=1, data=-1)), "v5e:2x2", ""
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("knob", TIGHT)
+def test_the_remedy_of_a_refusal_does_make_it_fit(knob):
+    config, device, preset = TIGHT[knob]
+    slices = config.mesh.replica
+    said = refusal(config, device, slices, preset)
+    assert "it fits with" in said
+    knobs = dict(re.findall(r"--config\.([\w.]+)=(\w+)", said))
+    assert knob in knobs
+    read = {"True": True, "full": "full"}
+    mended = plan_check._with(
+        config, {k: read.get(v) or int(v) for k, v in knobs.items()}
+    )
+    assert "fits" in plan_check.require_fit(mended, device, slices, preset)
+
+
+def test_where_no_knob_helps_it_takes_more_chips():
+    said = refusal(big_config(), "v5e:2x2", preset="llama3.1-70b")
+    assert "take more chips; with --config." in said
+
+
+BROKEN = {
+    "mesh": (big_config(mesh=MeshConfig(tensor=3, fsdp=-1)), "h100:8", "h100:8: mesh"),
+    "rows": (big_config(rows=64), "h100:6", "multiple of 6"),
+    "heads": (big_config(mesh=MeshConfig(tensor=64)), "h100:64", "kv_heads"),
+    "chip": (big_config(), "h10:8", "'h100'"),
+    "slice": (big_config(), "v5e:3x3", "v5e:2x4"),
+}
+
+
+@pytest.mark.parametrize("config, device, said", BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_split_is_refused(config, device, said):
+    assert said in refusal(config, device)
+
+
+def test_an_unknown_shape_is_refused_until_it_is_given():
+    config = big_config("lora", micro=16)
+    said = refusal(config, "v5e:4x4")
+    assert "cannot be known" in said and "--preset=NAME" in said
+    assert plan_check.OVERRIDE in said
+    assert "fits" in plan_check.require_fit(config, "v5e:4x4", preset="llama-1b")
+
+
+def test_the_environment_stays_as_it_was():
+    before = dict(os.environ)
+    plan_check.require_fit(big_config(micro=16), "v5e:4x4")
+    refusal(big_config(remat="none"), "l4:8")
+    assert dict(os.environ) == before
+
+
+def options(**given):
+    return argparse.Namespace(**{"no_fit_check": False, "preset": "", **given})
+
+
+def test_only_targets_that_rent_are_asked():
+    too_large = big_config(remat="none")
+    local = types.SimpleNamespace()
+    assert plan_check.chips(local, too_large, options()) is None
+    assert plan_check.check(local, None, [too_large], options()) == []
+    renting = types.SimpleNamespace(chips=lambda options, config: ("l4:8", 1))
+    rented = plan_check.chips(renting, too_large, options())
+    with pytest.raises(UserError, match="l4:8"):
+        plan_check.check(renting, rented, [too_large], options())
+    assert (
+        plan_check.check(renting, rented, [too_large], options(no_fit_check=True)) == []
+    )
+    assert "not checked" in plan_check.check(renting, None, [too_large], options())[0]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """`slurm(*own)` launches with a fake `sbatch`; gives the end and its calls."""
+    folder, file = tmp_path / "bin", tmp_path / "bin" / "calls"
+    folder.mkdir()
+    (folder / "sbatch").write_text(RECORD.format(python=sys.executable, file=str(file)))
+    (folder / "sbatch").chmod(0o755)
+    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*own):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "slurm", *own, "--", CONFIG],
+            cwd=tmp_path, check=False, capture_output=True, text=True,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(ROOT),
+                "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+            },
+        )  # fmt: skip
+        lines = file.read_text().splitlines() if file.exists() else []
+        return done, [json.loads(line) for line in lines]
+
+    run.made = lambda: sorted(x.name for x in tmp_path.iterdir())
+    return run
+
+
+@pytest.mark.parametrize("more", [(), in_soak(("--dry-run",))], ids=["run", "dry run"])
+def test_a_launch_that_does_not_fit_makes_nothing(slurm, more):
+    done, calls = slurm("--device=l4", "--gpus-per-node=1", *more)
+    assert done.returncode == 2 and not done.stdout and not calls
+    (line,) = done.stderr.splitlines()
+    assert "GiB usable per chip on l4:1" in line
+    assert slurm.made() == ["bin"]
+
+
+def test_an_overridden_one_is_launched(slurm):
+    done, calls = slurm("--device=l4", "--gpus-per-node=1", plan_check.OVERRIDE)
+    assert done.returncode == 0 and len(calls) == 1
+
+
+def test_one_that_fits_is_launched_in_the_users_own_environment(slurm):
+    """What the planner and JAX's import set must not reach the job."""
+    done, ((_, environment),) = slurm("--device=h100", "--gpus-per-node=8", "--nodes=2")
+    assert done.returncode == 0, done.stderr
+    assert "fits" in done.stderr and "h100:16" in done.stderr
+    assert not {"JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"} & environment.keys()
+
+
+QUICK = """
+import sys
+from launch import __main__ as door
+from research.core.errors import UserError
+try:
+    door.main(["launch", *sys.argv[1:]])
+except UserError as error:
+    print(error)
+assert "jax" not in sys.modules, "a mistyped flag has waited for JAX"
+"""
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        (["--device=h10"], "did you mean 'h100'?"),
+        (["--device=h100"], "needs --gpus-per-node"),
+        (["--settings=gpu-cublass"], "did you mean 'gpu-cublas'?"),
+        (["--device=h100", "--gpus-per-node=8", "--nodes=0"], "--nodes is 0"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_without_jax(own, said):
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, "slurm", *own, "--", CONFIG],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+def test_a_config_says_what_it_is_of():
+    """The plan is of the config that is launched, not of the file's defaults."""
+    small = dataclasses.replace(
+        big_config(), data=dataclasses.replace(big_config().data, microbatch_size=16)
+    )
+    more = plan_check.require_fit(big_config(micro=32), "v5e:4x4")
+    less = plan_check.require_fit(small, "v5e:4x4")
+    numbers = [float(re.findall(r"([\d.]+) GiB", x)[0]) for x in (less, more)]
+    assert numbers[0] < numbers[1]

@@ -1,0 +1,283 @@
+"""The report says what metrics.jsonl says: every number is worked out here anew."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from commands import ROOT
+from scipy import stats
+
+from launch.report import sweep_page, sweep_plots, sweep_results
+from launch.sweep import sweep_runs
+from launch.sweep.sweep_spec import Sweep, grid, listed
+from research.core.errors import UserError
+from research.runs import provenance
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = str(ROOT / "configs" / "finetune_dolly.py")
+EFFECT = {"4": 0.3, "8": 0.0, "16": -0.2, "<b>|$a_b_c$": 0.001}
+STEPS = (0, 10, 20)
+CODE = "0123456789abcdef"
+
+
+def metrics(rng, effect, seed):
+    """Lines of a run of 20 steps on a split whose level the seed decides."""
+    level, lines = 3.0 + seed, []
+    for step in range(1, 21):
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "elapsed_s": 2.5 * step,
+                "tokens": 90 + seed,
+            }
+        )
+    for step in STEPS:
+        loss = level + effect * step / 20 + rng.normalvariate(0, 0.004)
+        lines.append(
+            {"kind": "eval", "step": step, "loss": loss, "by_group": {"qa": 1.5}}
+        )
+    return sorted(lines, key=lambda line: line["step"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three seeds of four ranks; the last run of the first point is not done."""
+    points = {name: {"lora.rank": 1 + i} for i, name in enumerate(EFFECT)}
+    sweep = Sweep(
+        config=CONFIG,
+        axes=[listed("lora.rank", **points)],
+        baseline={"lora.rank": "8"},
+        question="Is <script> quoted?",
+    )
+    found = sweep_runs.expand(sweep, tmp_path)
+    sweep_runs.write(tmp_path, sweep, "s.py", found)
+    rng = random.Random(0)
+    for run in found:
+        run.folder.mkdir()
+        lines = metrics(rng, EFFECT[run.point[0]], run.config.seed)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run.folder / "metrics.jsonl").write_text(text)
+        starts = [
+            {
+                "devices": "8 TPU v5e",
+                "cause": "SIGTERM after step 20",
+                "provenance": provenance.describe({provenance.CODE_VERSION: CODE}),
+            }
+        ]
+        (run.folder / "run.json").write_text(json.dumps({"starts": starts}))
+        if run is not found[2]:
+            (run.folder / "complete.json").write_text("{}")
+    return tmp_path
+
+
+def read(place):
+    return [json.loads(x) for x in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_losses(folder):
+    """By label and seed, read without the code under test."""
+    found = {}
+    for run in json.loads((folder / "sweep.json").read_text())["runs"]:
+        place = folder / run["name"]
+        lines = read(place)
+        held = [x["loss"] for x in lines if x["kind"] == "eval"]
+        if (place / "complete.json").exists():
+            found.setdefault(run["point"][0], {})[run["seed"]] = held[-1]
+    return found
+
+
+def table(folder):
+    lines = (folder / "report.md").read_text().splitlines()
+    rows = [re.split(r"(?<!\\)\|", x)[1:-1] for x in lines if x.startswith("|")]
+    return {row[0].strip(): [cell.strip() for cell in row] for row in rows[2:]}
+
+
+def test_the_table_is_that_of_the_metrics(folder):
+    sweep_page.write(folder)
+    rows, losses = table(folder), last_losses(folder)
+    assert len(rows) == len(losses) == 4
+    for label, by_seed in losses.items():
+        _, seeds, mean, spread, against, between, _, time, tokens, hours = rows[
+            label.replace("|", "\\|")
+        ]
+        values = list(by_seed.values())
+        mean_of, sem = np.mean(values), stats.sem(values)
+        own = stats.t.interval(0.95, len(values) - 1, mean_of, sem)
+        shown = [float(x) for x in spread.split(" to ")]
+        assert shown == pytest.approx(own, abs=6e-5)
+        assert int(seeds) == len(by_seed)
+        assert float(mean) == pytest.approx(np.mean(list(by_seed.values())), abs=6e-5)
+        assert time == "0:50"
+        mine = [20 * (90 + seed) for seed in by_seed]
+        assert float(tokens.replace(",", "")) == pytest.approx(np.mean(mine), abs=0.6)
+        assert float(hours) == pytest.approx(50 * 8 / 3600, abs=6e-4)
+        if label == "8":
+            assert against == "-"
+            continue
+        shared = sorted(by_seed.keys() & losses["8"].keys())
+        a, b = ([x[seed] for seed in shared] for x in (by_seed, losses["8"]))
+        assert float(against) == pytest.approx(np.subtract(a, b).mean(), abs=6e-5)
+        low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+        shown = [float(x) for x in between.split(" to ")]
+        assert shown == pytest.approx([low, high], abs=6e-5)
+
+
+def test_the_verdicts_are_in_words(folder):
+    sweep_page.write(folder)
+    verdicts = {label: row[6] for label, row in table(folder).items()}
+    assert verdicts["8"] == "baseline"
+    assert re.fullmatch(r"better than the baseline by 0\.(19|20)\d\d", verdicts["16"])
+    assert verdicts["4"].endswith("1 of 3 runs not done")
+    assert verdicts["<b>\\|$a_b_c$"] == "not distinguishable at 3 seeds"
+
+
+def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
+    sweep_page.write(folder)
+    text = (folder / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text and "<b>|" not in text
+    assert text.count("<svg") == 2
+    assert "$a_b_c$" in (folder / "curves.svg").read_text(), "read as a formula"
+    assert not re.search(r'(src|href)="(https?:)?//', text)
+    assert not re.search(r"<(link|img|script)", text)
+    for run in json.loads((folder / "sweep.json").read_text())["runs"]:
+        assert f"--config.run_dir={folder / run['name']}" in text
+
+
+def test_curves_and_bands_are_the_seeds(folder, monkeypatch):
+    """What is drawn is compared with the files, not the picture."""
+    drawn, band = {}, sweep_plots._band
+
+    def draw(axes, found, style):
+        drawn.setdefault(style["label"], found)
+        band(axes, found, style)
+
+    monkeypatch.setattr(sweep_plots, "_band", draw)
+    report = sweep_results.load(folder)
+    sweep_plots.curves(report)
+    for name, curves in drawn.items():
+        row = next(x for x in report.rows if x.point == (name,))
+        for result, curve in zip(row.results, curves, strict=True):
+            lines = read(folder / result.name)
+            assert curve == {x["step"]: x["loss"] for x in lines if x["kind"] == "eval"}
+
+
+def test_along_an_axis_stand_means_and_differences_with_their_intervals(
+    folder, monkeypatch
+):
+    drawn, bars = [], sweep_plots._bars
+
+    def draw(axes, found, style):
+        drawn.append(found)
+        bars(axes, found, style)
+
+    monkeypatch.setattr(sweep_plots, "_bars", draw)
+    report = sweep_results.load(folder)
+    sweep_plots.along(report, 0)
+    left, right = drawn
+    losses, places = last_losses(folder), {name: i for i, name in enumerate(EFFECT)}
+    assert left.keys() == set(places.values())
+    for name, by_seed in losses.items():
+        values = list(by_seed.values())
+        found = left[places[name]]
+        assert found.mean == pytest.approx(np.mean(values))
+        half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+        assert found.half == pytest.approx(half)
+        if name != "8":
+            shared = by_seed.keys() & losses["8"].keys()
+            apart = [by_seed[seed] - losses["8"][seed] for seed in shared]
+            assert right[places[name]].mean == pytest.approx(np.mean(apart))
+    assert right.keys() == left.keys() - {places["8"]}
+
+
+def test_runs_that_were_not_made_alike_are_told(folder):
+    sweep_page.write(folder)
+    text = (folder / "report.md").read_text()
+    made = f"code {CODE[:12]}, JAX {jax.__version__}, 8 TPU v5e"
+    assert f"All by {made}." in text
+    place = next(folder.glob("*seed-1")) / "run.json"
+    other = json.loads(place.read_text())
+    other["starts"][-1]["provenance"]["code"] = "fedcba9876543210"
+    place.write_text(json.dumps(other))
+    sweep_page.write(folder)
+    text = (folder / "report.md").read_text()
+    assert "not made alike" in text and "1 by code fedcba987654" in text
+    assert "not made alike" in (folder / "report.html").read_text()
+
+
+def test_numbers_have_a_scale_and_names_have_none():
+    def positions(*labels):
+        return sweep_plots._positions({"points": {label: {} for label in labels}})
+
+    assert positions("4", "16", "64") == ({"4": 4.0, "16": 16.0, "64": 64.0}, "log")
+    assert positions("1", "2", "3")[1] == "linear"
+    assert positions("attention", "mlp") == ({"attention": 0.0, "mlp": 1.0}, "")
+
+
+def test_another_metric_and_one_that_is_not_measured(tmp_path, folder):
+    path = folder / "sweep.json"
+    sweep = json.loads(path.read_text())
+    path.write_text(json.dumps(sweep | {"metric": "by_group.qa"}))
+    results = [r for row in sweep_results.load(folder).rows for r in row.results]
+    assert all(r.value == 1.5 for r in results if r.state == "done")
+    path.write_text(json.dumps(sweep | {"metric": "bits_per_byte"}))
+    with pytest.raises(UserError, match=r"has loss and by_group\.qa"):
+        sweep_results.load(folder)
+
+
+def test_one_run_that_lacks_the_metric_does_not_end_the_report(folder):
+    path = folder / "sweep.json"
+    sweep = json.loads(path.read_text()) | {"metric": "by_group.qa"}
+    path.write_text(json.dumps(sweep))
+    name = sweep["runs"][0]["name"]
+    metrics = folder / name / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('{"qa": 1.5}', "{}"))
+    found = {r.name: r for row in sweep_results.load(folder).rows for r in row.results}
+    assert found[name].value is None and found[name].state == sweep_results.UNMEASURED
+    assert sum(r.state == "done" for r in found.values()) == len(found) - 2
+
+
+def test_nothing_done_yet_is_a_report_too(tmp_path):
+    sweep = Sweep(config=CONFIG, axes=[grid("lora.rank", 4, 8)], seeds=(0,))
+    sweep_runs.write(tmp_path, sweep, "s.py", sweep_runs.expand(sweep, tmp_path))
+    sweep_page.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "0 of 2 runs are done" in text and "not begun" in text
+
+
+def report(folder, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.report", *flags], cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_writes_and_shows(folder):
+    done = report(folder, f"--sweep={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "better than the baseline" in done.stdout
+    assert str(Path(folder) / "report.html") in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--sweep=absent",), "absent has no sweep.json"),
+        (("--sweep=x/lora_rank.py",), "runs/sweeps/lora_rank has no sweep.json"),
+        ((), "--sweep"),
+        (("--swep=a",), "--swep"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, said):
+    done = report(tmp_path, *flags)
+    assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())

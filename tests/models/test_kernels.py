@@ -1,0 +1,338 @@
+"""Every attention kernel computes what the formula says, wherever it runs.
+
+No GPU and no TPU here: Splash runs in Pallas' interpreter; of cuDNN the very call is
+made, with JAX's own plain implementation behind it; both are lowered for the real
+platforms.
+"""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import PartitionSpec
+
+from research.core.errors import UserError
+from research.models import attention_kernels
+from research.models.attention_kernels import KERNELS, choose, packed_attention
+
+ROWS, LENGTH, WIDTH = 2, 300, 8
+# Splash takes blocks of 128, of which the row has three, the last of them padded;
+# as many as `xla` is given, and no document ends where a block does.
+BLOCK = 128
+DOCUMENTS = np.repeat([1, 2, 3, 0], [100, 43, 137, 20])
+SEGMENTS = np.stack([DOCUMENTS, np.ones(LENGTH, np.int64)]).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def as_if_accelerated(monkeypatch):
+    """What this machine lacks: a Splash grid of several blocks, and cuDNN."""
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
+    plain = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return plain(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+
+
+def attend(kernel, *arrays, offset=0, block=BLOCK):
+    return packed_attention(
+        *arrays, kernel=kernel, block=block, offset=offset, interpret=True
+    )
+
+
+def draw(heads, kv_heads, dtype=np.float32):
+    """Queries, keys, values and the gradient of the output, all of whole rows."""
+    rng = np.random.default_rng(3)
+    counts = (heads, kv_heads, kv_heads, heads)
+    drawn = (rng.normal(size=(ROWS, LENGTH, n, WIDTH)) for n in counts)
+    return [jnp.asarray(x, dtype) for x in drawn]
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "static", "block"))
+def outputs_and_gradients(
+    q, k, v, d_output, q_segments, k_segments, *, kernel, offset=0, static=None, block
+):
+    """Output and gradients of q, k, v; `offset` is traced unless `static` is given."""
+
+    def attention(q, k, v):
+        arrays = (q, k, v, q_segments, k_segments)
+        at = offset if static is None else static
+        return attend(kernel, *arrays, offset=at, block=block)
+
+    output, backward = jax.vjp(attention, q, k, v)
+    return output, *backward(d_output)
+
+
+def formula(q, k, v, d_output):
+    """The same of whole rows in float64, all scores at once, heads one by one."""
+    q, k, v, d_output = (np.asarray(x, np.float64) for x in (q, k, v, d_output))
+    output, d_q = np.zeros_like(q), np.zeros_like(q)
+    d_k, d_v = np.zeros_like(k), np.zeros_like(v)
+    group = q.shape[2] // k.shape[2]
+    for row, head in np.ndindex(ROWS, q.shape[2]):
+        at, shared = (row, slice(None), head), (row, slice(None), head // group)
+        same = SEGMENTS[row][:, None] == SEGMENTS[row][None, :]
+        seen = same & np.tri(LENGTH, dtype=bool)
+        scores = np.exp(q[at] @ k[shared].T / WIDTH**0.5) * seen
+        weights = scores / scores.sum(1, keepdims=True)
+        output[at] = weights @ v[shared]
+        d_weights = d_output[at] @ v[shared].T
+        inner = (d_weights * weights).sum(1, keepdims=True)
+        d_scores = weights * (d_weights - inner) / WIDTH**0.5
+        d_q[at] = d_scores @ k[shared]
+        d_k[shared] += d_scores.T @ q[at]
+        d_v[shared] += weights.T @ d_output[at]
+    return output, d_q, d_k, d_v
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_kernel_is_the_formula_outputs_and_gradients(kernel):
+    arrays = draw(6, 2)
+    found = outputs_and_gradients(
+        *arrays, SEGMENTS, SEGMENTS, kernel=kernel, static=0, block=BLOCK
+    )
+    # `close` refuses what is not finite, so padding is finite too.
+    for actual, expected in zip(found, formula(*arrays), strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("block", [70, 1000])
+def test_the_block_of_xla_does_not_change_its_results(block):
+    arrays = draw(4, 2)
+    found = outputs_and_gradients(
+        *arrays, SEGMENTS, SEGMENTS, kernel="xla", static=0, block=block
+    )
+    for actual, expected in zip(found, formula(*arrays), strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_half_precision_is_near_the_formula(kernel):
+    """Also with as many keys as queries, which Splash computes another way."""
+    arrays = draw(2, 2, jnp.bfloat16)
+    found = outputs_and_gradients(
+        *arrays, SEGMENTS, SEGMENTS, kernel=kernel, static=0, block=BLOCK
+    )
+    for actual, expected in zip(found, formula(*arrays), strict=True):
+        assert actual.dtype == jnp.bfloat16
+        close(np.float32(actual), expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_shards_of_the_context_are_the_whole(kernel):
+    """Each shard has its queries and all keys; both are odd and fit no block."""
+    q, k, v, d_output = draw(4, 2)
+    parts = []
+    for offset, end in ((0, 149), (149, LENGTH)):
+        here = np.s_[:, offset:end]
+        arrays = (q[here], k, v, d_output[here], SEGMENTS[here], SEGMENTS)
+        options = {"kernel": kernel, "block": BLOCK, "static": offset}
+        parts.append(outputs_and_gradients(*arrays, **options))
+    outputs, d_q, d_k, d_v = zip(*parts, strict=True)
+    whole = [np.concatenate(x, 1) for x in (outputs, d_q)] + [sum(d_k), sum(d_v)]
+    for actual, expected in zip(whole, formula(q, k, v, d_output), strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_kernel_runs_on_a_mesh_that_splits_rows_heads_and_tokens(kernel):
+    q, k, v, d_output = draw(4, 2)
+    devices = np.array(jax.devices()).reshape(2, 2, 2)
+    mesh = jax.sharding.Mesh(devices, ("rows", "heads", "context"))
+    split = PartitionSpec("rows", "context", "heads")
+
+    def local(q, k, v, segments):
+        offset = jax.lax.axis_index("context") * q.shape[1]
+        k, v, k_segments = (
+            jax.lax.all_gather(x, "context", axis=1, tiled=True)
+            for x in (k, v, segments)
+        )
+        return attend(kernel, q, k, v, segments, k_segments, offset=offset)
+
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split, split, split, PartitionSpec("rows", "context")),
+        out_specs=split,
+        check_vma=False,
+    )
+
+    @jax.jit
+    def run(q, k, v, d_output):
+        output, backward = jax.vjp(lambda *x: sharded(*x, SEGMENTS), q, k, v)
+        return output, *backward(d_output)
+
+    found = run(q, k, v, d_output)
+    for actual, expected in zip(found, formula(q, k, v, d_output), strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "offset", "unread"),
+    [
+        ("cudnn", 100, 200),
+        ("splash", np.int32(100), 256),
+        ("xla", np.int32(100), 256),
+    ],
+    ids=["static", "traced", "traced-xla"],
+)
+def test_keys_of_the_future_are_never_read(kernel, offset, unread):
+    """NaN spreads from whatever is computed with it, masked or not."""
+    q, k, v, d_output = draw(2, 2)
+    future = (np.arange(LENGTH) >= unread)[None, :, None, None]
+    k, v = (jnp.where(future, jnp.nan, x) for x in (k, v))
+    here = np.s_[:, 100:200]
+    arrays = (q[here], k, v, d_output[here], SEGMENTS[here], SEGMENTS)
+    where = "static" if isinstance(offset, int) else "offset"
+    options = {"kernel": kernel, "block": BLOCK, where: offset}
+    found = outputs_and_gradients(*arrays, **options)
+    for x in found:
+        assert np.isfinite(x).all()
+
+
+def test_a_block_of_xla_reads_no_key_past_its_own_end():
+    """Where its blocks end decides what a NaN at token 128 reaches."""
+    q, k, v, _ = draw(2, 2)
+    v = v.at[:, BLOCK].set(jnp.nan)
+    output = jax.jit(functools.partial(attend, "xla"))(q, k, v, SEGMENTS, SEGMENTS)
+    assert np.isfinite(output[:, :BLOCK]).all()
+    assert np.isnan(output[:, BLOCK : 2 * BLOCK]).all()
+
+
+def test_xla_reads_no_block_of_earlier_documents():
+    """The cost follows documents: what lies before the first one is never visited."""
+    q, k, v, d_output = draw(4, 2)
+    segments = np.repeat([[1, 2, 3]], [140, 120, 40], axis=1).repeat(ROWS, axis=0)
+    earlier = (np.arange(LENGTH) < BLOCK)[None, :, None, None]
+    k, v = (jnp.where(earlier, jnp.nan, x) for x in (k, v))
+    # Block 1 holds the end of the first document, block 2 nothing of it.
+    late = np.s_[:, 2 * BLOCK :]
+    arrays = (q[late], k, v, d_output[late], segments[late], segments)
+    options = {"kernel": "xla", "block": BLOCK, "offset": np.int32(2 * BLOCK)}
+    for x in outputs_and_gradients(*arrays, **options):
+        assert np.isfinite(x).all()
+    whole = attend("xla", q, k, v, segments, segments)
+    assert np.isnan(whole[:, BLOCK : BLOCK + 12]).all()
+    assert np.isfinite(whole[:, 2 * BLOCK :]).all()
+
+
+def lowered(platform, kernel, *, length=256, traced=False):
+    """The program of a gradient for `platform`, which need not be here."""
+    rows = [jax.ShapeDtypeStruct((2, length), jnp.int32)] * 2
+    q, k = (
+        jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for heads in (8, 4)
+    )
+
+    def loss(q, k, v, q_segments, k_segments, offset):
+        arrays = (q, k, v, q_segments, k_segments)
+        at = offset if traced else 0
+        mixed = packed_attention(*arrays, kernel=kernel, block=128, offset=at)
+        return mixed.astype(jnp.float32).sum()
+
+    traced_program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(
+        q, k, k, *rows, jax.ShapeDtypeStruct((), jnp.int32)
+    )
+    return traced_program.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_splash_becomes_three_kernels_on_a_tpu():
+    for traced in (False, True):
+        text = lowered("tpu", "splash", traced=traced)
+        assert text.count("custom_call @tpu_custom_call") == 3
+        for part in ("fwd_segmented_residuals", "dq_segmented", "dkv_segmented"):
+            assert f"splash_mha_{part}" in text
+
+
+def test_cudnn_becomes_its_calls_on_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    there = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", there)
+
+    def calls(**options):
+        text = lowered("cuda", "cudnn", **options)
+        names = re.findall(r"custom_call @__cudnn\$(\w+)", text)
+        assert names == ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
+        return set(re.findall(r"mask_type\W+22: \W+22(\w+)", text)), text
+
+    # The triangle is cuDNN's where it can be, and in the mask where it cannot.
+    assert calls()[0] == {"CAUSAL"}
+    assert calls(traced=True)[0] == {"NO_MASK"}
+    # JAX refuses an odd length in the backward pass.
+    text = calls(length=255)[1]
+    assert "tensor<2x1x256x256xbf16>" in text
+    # A gradient of the mask would be a fourth result; JAX 0.10 computes it for all.
+    if jax.__version_info__ >= (0, 12):
+        assert not re.search(r"Backward.*-> \(.*tensor<2x1x256x256xbf16>.*\)", text)
+
+
+def chosen(kernel, platform, **changes):
+    facts = {"dtype": jnp.bfloat16, "head_dim": 128, "length": 2048}
+    return choose(kernel, platform, **(facts | {"capability": "9.0"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "kernel", "reason"),
+    [
+        ("tpu", {}, "splash", "tpu"),
+        ("tpu", {"dtype": "float32"}, "splash", "tpu"),
+        ("tpu", {"dtype": "float16"}, "xla", "no splash: .* not in float16"),
+        ("gpu", {}, "cudnn", "gpu"),
+        ("cuda", {"head_dim": 256}, "cudnn", "cuda"),
+        ("gpu", {"dtype": "float32"}, "xla", "no cudnn: .* not in float32"),
+        ("gpu", {"head_dim": 100}, "xla", "multiple of 8 up to 256, it is 100"),
+        (
+            "gpu", {"head_dim": 256, "capability": "8.9"}, "xla",
+            "multiple of 8 up to 128, it is 256",
+        ),
+        ("gpu", {"capability": "7.5"}, "xla", r"8\.0 \(Ampere\), this GPU has 7\.5"),
+        ("gpu", {"capability": "gfx942"}, "xla", "NVIDIA GPU, this one is gfx942"),
+        ("gpu", {"length": 32768}, "cudnn", "gpu"),
+        ("gpu", {"length": 65536}, "xla", r"one row of 65536 takes 8\.0 GiB"),
+        ("gpu", {"length": 32768, "rows": 4}, "xla", r"4 rows of 32768 takes 8\.0 GiB"),
+        ("cpu", {"capability": "0.0"}, "xla", "the only one on cpu"),
+    ],
+)  # fmt: skip
+def test_auto_takes_the_best_kernel_that_works_and_says_why(
+    platform, changes, kernel, reason
+):
+    found = chosen("auto", platform, **changes)
+    assert found.kernel == kernel
+    assert re.search(reason, found.reason)
+
+
+def test_an_explicit_kernel_is_taken_where_it_works():
+    assert chosen("xla", "tpu").kernel == "xla"
+    assert chosen("splash", "tpu").kernel == "splash"
+    # Length is a matter of taste, not of what works.
+    assert chosen("cudnn", "gpu", length=65536).kernel == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "platform", "changes", "message"),
+    [
+        ("cudnn", "cpu", {}, "'cudnn' cannot work here: it needs an NVIDIA GPU, this"),
+        ("cudnn", "gpu", {"dtype": "float32"}, "in bfloat16 or float16, not in float3"),
+        ("splash", "gpu", {}, "it needs a TPU, this is gpu; take 'auto' or 'xla'"),
+        ("splesh", "tpu", {}, r"auto, xla, cudnn, splash \(did you mean 'splash'\?\)"),
+    ],
+)
+def test_an_explicit_kernel_that_cannot_work_is_refused(
+    kernel, platform, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        chosen(kernel, platform, **changes)
+
+
+def test_only_a_kernel_can_be_run():
+    """`auto` is an answer of `choose`, which knows the platform; a model does not."""
+    q, k, v, _ = draw(2, 2)
+    with pytest.raises(ValueError, match="'auto'"):
+        attend("auto", q, k, v, SEGMENTS, SEGMENTS)

@@ -1,0 +1,116 @@
+"""What one mesh has saved another one goes on with, byte for byte."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from helpers import in_soak
+from step_jobs import make_job, spread
+
+from research.checkpoints.checkpointer import Checkpointer
+from research.config.run_config import CheckpointConfig
+from research.parallel import mesh as meshes
+from research.train.step import train_step
+
+# data, fsdp, tensor, replica, context.
+SAVED_ON = [(1, 8, 1), (4, 1, 2), (1, 2, 4), (1, 1, 1)]
+RESTORED_ON = [
+    (8, 1, 1), (2, 2, 2), (1, 2, 1, 2, 2), (1, 4, 1), (2, 1, 2), (1, 1, 2), (1, 1, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_mesh(model):
+    """`on_mesh(kind, sizes)`: a job, and the shapes of its state there."""
+
+    @functools.cache
+    def job_of(kind, sizes):
+        job, _ = make_job(model, kind, sizes)
+        return job, train_step.abstract_state(job)
+
+    return job_of
+
+
+@pytest.fixture(scope="module")
+def checkpoints(on_mesh, tmp_path_factory):
+    """`checkpoints(kind, sizes)`: a state of random values, saved from there."""
+
+    @functools.cache
+    def save(kind, sizes):
+        folder = tmp_path_factory.mktemp("saved")
+        _, abstract = on_mesh(kind, sizes)
+        values = random_values(abstract)
+        state = jax.tree.map(
+            lambda x, leaf: jax.device_put(x, leaf.sharding), values, abstract
+        )
+        with Checkpointer(folder, CheckpointConfig(), {}) as checkpointer:
+            checkpointer.save(3, state, {"data": 1}, None)
+        return folder
+
+    return save
+
+
+def random_values(abstract):
+    rng = np.random.default_rng(4)
+    return jax.tree.map(
+        lambda leaf: np.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype),
+        abstract,
+    )
+
+
+def restore(folder, abstract):
+    with Checkpointer(folder, CheckpointConfig(), {}, read_only=True) as checkpointer:
+        return checkpointer.restore(abstract).state
+
+
+@pytest.mark.parametrize("target", RESTORED_ON, ids=str)
+@pytest.mark.parametrize("source", SAVED_ON, ids=str)
+@pytest.mark.parametrize("kind", ["full", in_soak("lora")])
+def test_parameters_and_optimizer_come_back(on_mesh, checkpoints, kind, source, target):
+    _, abstract = on_mesh(kind, target)
+    found = restore(checkpoints(kind, source), abstract)
+    expected = random_values(abstract)
+    leaves = (jax.tree.leaves(tree) for tree in (found, expected, abstract))
+    for new, old, leaf in zip(*leaves, strict=True):
+        assert np.asarray(new).tobytes() == old.tobytes()
+        assert new.sharding == leaf.sharding
+        assert len(new.sharding.device_set) == math.prod(target)
+
+
+@pytest.fixture(scope="module")
+def loss_after(on_mesh, checkpoints, params, batch):
+    """`loss_after(kind, source, target)`: of a batch, by the restored parameters."""
+
+    @functools.cache
+    def loss(kind, source, target):
+        job, abstract = on_mesh(kind, target)
+        state = restore(checkpoints(kind, source), abstract)
+        frozen = spread(params, job.model.specs, job.mesh) if kind == "lora" else {}
+        sums = train_step.jit_eval_step(job)(
+            state.params, frozen, meshes.to_global(batch, job.mesh)
+        )
+        return float(sums["loss"].sum() / sums["weight"].sum())
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *[(8, 1, 1), (1, 4, 1), (1, 1, 2)],
+        *map(in_soak, [(2, 2, 2), (1, 2, 1, 2, 2), (2, 1, 2)]),
+    ],
+    ids=str,
+)
+def test_the_next_loss_is_the_same(loss_after, target):
+    expected = loss_after("full", (1, 1, 1), (1, 1, 1))
+    assert loss_after("full", (1, 8, 1), target) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.soak
+def test_the_next_loss_of_adapters_is_the_same(loss_after):
+    expected = loss_after("lora", (1, 1, 1), (1, 1, 1))
+    found = loss_after("lora", (1, 8, 1), (2, 2, 2))
+    assert found == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,336 @@
+"""Plans without a compiler, and the step that the compiler is given."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import math
+import re
+import types
+
+import pytest
+import tiny_model
+from plan_helpers import EIGHT_B, ONE_B, big_config
+from rich.console import Console
+
+from research.config.run_config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+)
+from research.core.errors import UserError
+from research.formats.base_model import open_architecture, open_base, random_base
+from research.parallel import chips, runtime
+from research.parallel import mesh as meshes
+from research.plan import abstract_run, plan_tables, planner
+from research.plan.compiled import compile_step
+from research.plan.compiled.collectives import Collective
+from research.plan.estimate import memory_formulas
+from research.plan.estimate.flops import Flops
+from research.plan.estimate.roofline import make_roofline
+from research.plan.planned_devices import parse_device, parse_topology
+from research.tokenize.tokenizer_training import byte_tokenizer
+from research.train.step import definition, train_step
+
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.make_tiny_model(tmp_path_factory.mktemp("plan") / "model")
+
+
+def tiny_config(folder, kind="lora", **data):
+    """Of the tiny model: LoRA on instructions, or pre-training of its shape."""
+    if kind == "lora":
+        model, rows = ModelConfig(init_from=str(folder)), "instructions"
+    else:
+        model, rows = ModelConfig(init_from="", preset="tiny"), "text"
+    data = {"seq_len": 32, "batch_size": 8, "microbatch_size": 4} | data
+    return Config(
+        trainable=kind,
+        model=model,
+        mesh=MESH,
+        data=DataConfig(kind=rows, **data),
+        text=TextConfig(tokenizer="byte"),
+    )
+
+
+# The step that is planned.
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_lowered_program_is_that_of_training(folder, kind):
+    """Planner: a shape and no tokenizer; training: the opened base model."""
+    config = tiny_config(folder, kind)
+    mesh = meshes.make_mesh(MESH)
+    shape = abstract_run.find_architecture(config)
+    inputs = abstract_run.make_inputs(config, shape, mesh)
+    if kind == "lora":
+        base, groups = open_base(str(folder)), abstract_run.CATEGORIES
+    else:
+        base, groups = random_base("tiny", byte_tokenizer()), 1
+    job = definition.make_job(config, base, mesh, groups)
+    params, frozen = definition.load_start(job, base)
+    state = train_step.jit_init(job)(params)
+    trained = train_step.jit_train_step(job).lower(state, frozen, inputs.batch)
+    assert compile_step.lower(inputs).as_text() == trained.as_text()
+
+
+@pytest.fixture(scope="module")
+def planned(folder):
+    """The inputs and the compiled step of a LoRA job, on eight CPU devices."""
+    config = tiny_config(folder)
+    architecture = open_architecture(str(folder))
+    inputs = abstract_run.make_inputs(config, architecture, meshes.make_mesh(MESH))
+    return inputs, compile_step.lower(inputs).compile()
+
+
+def test_memory_is_split_without_rest(planned):
+    inputs, program = planned
+    real = program.memory_analysis()
+    sizes = {n: getattr(real, n) for n in dir(real) if n.endswith("_size_in_bytes")}
+    # A CPU keeps its code elsewhere and pads nothing.
+    assert sizes["generated_code_size_in_bytes"] == 0
+    sizes["generated_code_size_in_bytes"] = 1 << 20
+    sizes["argument_size_in_bytes"] += 1 << 10
+    stats = types.SimpleNamespace(**sizes)
+    memory = compile_step.split_memory(inputs, stats)
+    assert (memory.padding, memory.program) == (1 << 10, 1 << 20)
+    assert memory.total == pytest.approx(
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    # The norms, of 64 values each, lie whole on all devices.
+    matrices = sum(
+        math.prod(x.shape) * 2 for p, x in inputs.frozen.items() if "norm" not in p
+    )
+    norms = sum(math.prod(x.shape) * 2 for p, x in inputs.frozen.items() if "norm" in p)
+    assert memory.frozen == matrices / 4 + norms
+    assert memory.optimizer == pytest.approx(2 * memory.trained, abs=16)
+    assert memory.batch == 6 * 4 * 8 * 32 / 4
+
+
+def test_the_estimate_takes_the_same_arguments(planned):
+    inputs, program = planned
+    exact = compile_step.split_memory(inputs, program.memory_analysis())
+    estimate = memory_formulas.estimate_memory(inputs)
+    for part in ("frozen", "trained", "optimizer", "batch"):
+        assert getattr(estimate, part) == getattr(exact, part)
+
+
+# Estimates.
+
+
+def test_collectives_of_a_mesh_are_on_its_axes():
+    mesh = MeshConfig(replica=2, data=1, fsdp=4, tensor=4, context=4)
+    plan = planner.plan_estimate(
+        big_config(mesh=mesh), ONE_B, parse_device("v5p:4x4x4", 2)
+    )
+    kinds = {(row.kind, row.axes) for row in plan.traffic}
+    assert kinds == {
+        ("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-to-all", "fsdp"),
+        ("all-reduce", "tensor"), ("all-gather", "context"),
+        ("reduce-scatter", "context"), ("all-reduce", "context"),
+        ("all-reduce", "replica"),
+    }  # fmt: skip
+    assert plan.roofline.ici > 0
+    # Each chip's share of the gradients, once over the network in bfloat16.
+    shared = 2 * sum(row.nbytes for row in plan.traffic if row.axes == "replica") / 2
+    assert plan.roofline.dcn == pytest.approx(shared / 6.25e9)
+    # The 4,096 tokens of a chip go through the head in four chunks.
+    layers = ONE_B.layers * memory_formulas.layer_matrices(ONE_B)
+    head = ONE_B.embed * ONE_B.vocab
+    assert shared == pytest.approx(2 * (layers + 4 * head) / 16)
+
+
+def test_lora_sends_next_to_nothing_between_slices():
+    mesh = MeshConfig(replica=2, data=1, fsdp=16)
+    target = parse_device("v5e:4x4", 2)
+    full, lora = (
+        planner.plan_estimate(big_config(kind, mesh=mesh), ONE_B, target)
+        for kind in ("full", "lora")
+    )
+    assert lora.roofline.dcn < full.roofline.dcn / 9
+    assert lora.memory.frozen * 2 == pytest.approx(full.memory.trained)
+
+
+def test_what_fits_is_below_the_limit_and_what_does_not_says_so():
+    target = parse_device("l4:8")
+    small = planner.plan_estimate(big_config(micro=8), ONE_B, target)
+    large = planner.plan_estimate(big_config(remat="none", seq=8192), ONE_B, target)
+    assert small.fits and small.needed <= 0.92 * 24e9
+    assert not large.fits and large.needed > 0.92 * 24e9
+    for plan, words in ((small, "fits:"), (large, "does not fit:")):
+        console = Console(record=True, width=120, file=io.StringIO())
+        plan_tables.show(console, plan)
+        assert words in console.export_text()
+
+
+def test_cudnn_pays_for_its_mask():
+    config = big_config(rows=32, mesh=MeshConfig(data=1, fsdp=8), seq=32768)
+    target = parse_device("h100:8")
+    needed = {}
+    for kernel in ("auto", "xla", "cudnn"):
+        model = dataclasses.replace(config.model, attention=kernel)
+        asked = dataclasses.replace(config, model=model)
+        needed[kernel] = planner.plan_estimate(asked, EIGHT_B, target).needed
+    assert needed["auto"] == needed["xla"]
+    assert needed["cudnn"] - needed["xla"] == 3 * (32 // 8) * 32768**2
+
+
+def test_a_permute_takes_one_axis_of_the_torus():
+    target = parse_topology("v5p:4x4x4")
+    mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=64), target.devices())
+    permute = Collective("collective-permute", ("fsdp",), 90_000, 1, tuple(range(64)))
+    made = make_roofline(Flops(0.0, 0.0), 0.0, [permute], target, mesh)
+    assert made.ici == pytest.approx(90_000 / (2 * target.chip.link))
+
+
+# Chips and their names.
+
+
+def test_the_table_of_chips_is_that_of_the_running_devices():
+    kinds = {
+        "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
+        "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H200": 989e12, "NVIDIA L4": 121e12,
+    }  # fmt: skip
+    for kind, flops in kinds.items():
+        assert chips.by_device_kind(kind).flops == flops
+    assert chips.by_device_kind("NVIDIA L40S") is None
+    assert all(
+        c.source and c.hbm and c.link and c.network for c in chips.CHIPS.values()
+    )
+    config = Config().runtime
+    assert runtime.peak_flops(dataclasses.replace(config, peak_tflops=2), "x") == 16e12
+
+
+def test_targets():
+    target = parse_topology("v5e:4x4", 2)
+    assert (target.count, target.shape, target.name) == (32, (4, 4), "2 x v5e:4x4")
+    assert parse_topology("v5p:4x8x12").count == 384
+    assert parse_device("v5p:64").shape == (4, 4, 4)
+    assert parse_device("h100").count == 1
+    devices = target.devices()
+    assert devices[17].coords == (1, 0, 0) and devices[17].slice_index == 1
+
+
+@pytest.mark.parametrize(
+    ("parse", "name", "told"),
+    [
+        (parse_topology, "v5e:3x7", "known as v5e:1x1, v5e:2x2"),
+        (parse_topology, "v5e:32x32", "v5e:16x16"),
+        (parse_topology, "v5p:8x8x4", "v5p:4x8x8"),
+        (parse_topology, "v5p:0x4x4", "known as"),
+        (parse_topology, "v5f:4x4", "did you mean 'v5"),
+        (parse_topology, "h100:8", "none of v4, v5e, v5p, v6e"),
+        (parse_topology, "", "none of v4"),
+        (parse_device, "h10:8", "did you mean 'h100'"),
+        (parse_device, "h100:none", "h100:8, v5e:4x4 or cpu"),
+        (parse_device, "h100:0", "h100:8, v5e:4x4 or cpu"),
+        (functools.partial(parse_device, slices=-1), "h100:8", "--slices is -1"),
+        (parse_device, "v5e:17", "slices of v5e are"),
+        (parse_device, "v5e:3x7", "--device is 'v5e:3x7'; v5e is known as"),
+        (parse_device, "h100:2x4", "--device is 'h100:2x4'; write it as h100:8"),
+        (parse_device, "cpu:2x2", "--device is 'cpu:2x2'; write it as"),
+        (parse_device, "v5f:2x2", "--device is 'v5f:2x2'; 'v5f' is none of"),
+    ],
+)
+def test_a_name_that_does_not_exist_lists_those_that_do(parse, name, told):
+    with pytest.raises(UserError, match=told) as raised:
+        parse(name)
+    assert "\n" not in str(raised.value)
+
+
+# The model's shape, without the model.
+
+
+def test_shapes_without_weights_or_tokenizer(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    config = dataclasses.replace(
+        tiny_config(folder), model=ModelConfig(init_from=str(tmp_path))
+    )
+    shape = abstract_run.find_architecture(config)
+    assert shape == open_base(str(folder)).architecture
+    assert abstract_run.find_architecture(config, "llama-1b") == ONE_B
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab"),
+    [("byte", 384), ("bpe:5000", 5120), ("hub://owner/name", 128256)],
+)
+def test_the_vocabulary_is_the_tokenizers_where_that_is_cheap(tokenizer, vocab):
+    config = big_config()
+    text = dataclasses.replace(config.text, tokenizer=tokenizer)
+    config = dataclasses.replace(config, text=text)
+    assert abstract_run.find_architecture(config).vocab == vocab
+
+
+def test_a_model_out_of_reach_asks_for_a_preset():
+    config = big_config("lora")
+    with pytest.raises(UserError, match=r"hub://o/n .*--preset=NAME.*llama3.1-8b"):
+        abstract_run.find_architecture(config)
+    with pytest.raises(UserError, match="did you mean 'llama-1b'"):
+        abstract_run.find_architecture(config, "lama-1b")
+
+
+# The door.
+
+
+def test_the_door_estimates_without_a_compiler(place):
+    flags = ("--config=config.py", "--device=h100:4", "--json=plan.json")
+    done = place.run("plan", *flags, "--config.mesh.fsdp=2")
+    assert (done.code, done.err.count("Traceback")) == (0, 0), done.err
+    assert "fits" in done.out and "tokens/s" in done.out
+    plan = json.loads((place.folder / "plan.json").read_text())
+    assert plan["mesh"] == {"data": 2, "fsdp": 2}
+    assert plan["fits"] and plan["source"] == "estimated"
+    assert plan["hbm_needed"] == sum(plan["memory"].values())
+    assert plan["best"]["mfu"] > plan["not_overlapped"]["mfu"] > 0
+
+
+def test_the_door_says_what_does_not_fit_and_what_is_wrong(place):
+    big = ("--preset=llama3.1-8b", "--config.trainable=full")
+    done = place.run("plan", "--config=config.py", "--device=l4:4", *big)
+    assert (done.code, "does not fit" in done.out) == (1, True), done.err
+    done = place.run("plan", "--config=config.py")
+    assert (done.code, done.out) == (2, "")
+    assert (
+        done.err.startswith("error: no chips are named") and done.err.count("\n") == 1
+    )
+
+
+def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
+    config = tiny_config(folder, microbatch_size=2)
+    mesh = meshes.make_mesh(MeshConfig(replica=2, data=2, fsdp=2))
+    said = r"has 2 rows .*splits a batch into 8 \(replica\*data\*fsdp\).*multiple of 8"
+    with pytest.raises(UserError, match=said):
+        definition.make_job(config, open_base(str(folder)), mesh)
+
+
+def test_a_plan_that_cannot_be_written_is_not_made(tmp_path):
+    """Said before a compile of minutes."""
+    plan_tables.check_json(str(tmp_path / "plan.json"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "missing/plan.json", tmp_path, tmp_path / "file/plan.json"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            plan_tables.check_json(str(path))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed"
+)
+def test_without_libtpu_one_line_says_where_to_get_it(place):
+    done = place.run("plan", "--config=config.py", "--topology=v5e:4x4")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert "pip install libtpu" in done.err and "--device=v5e:4x4" in done.err

@@ -1,0 +1,106 @@
+"""Shipped configs are planned as they are trained, on slices that exist."""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import in_soak
+
+from research.config.run_config import Config, MeshConfig, ModelConfig, from_config_dict
+from research.data.token_batch import Batch
+from research.formats.base_model import Base
+from research.parallel import mesh as meshes
+from research.plan import abstract_run
+from research.plan.compiled import compile_step
+from research.plan.planned_devices import parse_device, parse_topology
+from research.tokenize.tokenizer_training import byte_tokenizer
+from research.train.step import definition, train_step
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [in_soak(x) if x.stem == "finetune_dolly_full" else x for x in SHIPPED],
+    ids=lambda file: file.stem,
+)
+def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
+    """Line by line; training's side takes its shardings where its loaders do."""
+    module = importlib.import_module(f"configs.{file.stem}")
+    config = from_config_dict(module.get_config())
+    if config.model.init_from == ModelConfig().init_from:
+        shape = request.getfixturevalue("smollm2").architecture
+    else:
+        preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
+        shape = abstract_run.find_architecture(config, preset)
+    # The mesh of the config is of a slice; its axes on the devices that are here.
+    devices = jax.devices()[: math.gcd(8, config.data.rows_per_pass)]
+    mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
+    inputs = abstract_run.make_inputs(config, shape, mesh)
+    base = Base("trained", shape, byte_tokenizer(), None)
+    job = definition.make_job(config, base, mesh, inputs.job.groups)
+    whole = meshes.shardings(job.model.specs, mesh)
+    frozen = {
+        path: jax.ShapeDtypeStruct(
+            spec.shape, job.trainable.frozen_dtype, sharding=whole[path]
+        )
+        for path, spec in job.model.specs.items()
+        if path in job.trainable.frozen_specs
+    }
+    rows = config.data.batch_size, config.data.seq_len
+    ids, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+    passes = config.data.batch_size // config.data.rows_per_pass
+    batch = meshes.to_global(Batch(ids, ids, weights, ids, ids, ids), mesh, passes)
+    trained = train_step.jit_train_step(job).lower(
+        train_step.abstract_state(job), frozen, batch
+    )
+    assert compile_step.lower(inputs).as_text() == trained.as_text()
+
+
+@pytest.mark.soak
+def test_the_planner_finds_the_shape_of_the_default_model(smollm2):
+    """It reads no weights; the parser of the file's description takes seconds."""
+    assert abstract_run.find_architecture(Config(), "") == smollm2.architecture
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_slice_a_shipped_config_names_exists_and_takes_its_mesh(file):
+    module = importlib.import_module(f"configs.{file.stem}")
+    config = from_config_dict(module.get_config())
+    if config.runtime.topology:
+        target = parse_topology(config.runtime.topology, config.runtime.slices)
+        assert meshes.make_mesh(config.mesh, target.devices()).size == target.count
+
+
+@pytest.mark.parametrize(
+    "topology, slices, mesh",
+    [
+        ("v6e:4x4", 1, MeshConfig(1, 1, 2, 2, 4)),
+        ("v5e:4x4", 2, MeshConfig(2, 1, 8, 2)),
+        ("v5p:4x4x4", 1, MeshConfig(16, 1, 4)),
+        ("v5p:4x4x4", 2, MeshConfig(2, 4, 4, 2, 2)),
+        ("v5e:4x4", 2, MeshConfig(4, 1, 8)),
+    ],
+    ids=str,
+)
+def test_axes_of_any_size_lie_on_a_torus(topology, slices, mesh):
+    """Each device once; and where there are several slices, no replica on two."""
+    target = parse_topology(topology, slices)
+    laid = meshes.make_mesh(mesh, target.devices()).devices
+    assert sorted(device.id for device in laid.flat) == list(range(target.count))
+    if slices > 1:
+        for replica in laid:
+            assert len({device.slice_index for device in replica.flat}) == 1
+
+
+def test_devices_of_a_target_make_the_meshes_of_training():
+    """Stand-ins and real devices alike: the same sizes from the same config."""
+    target = parse_device("h100:8")
+    sizes = MeshConfig(data=2, fsdp=2, tensor=2)
+    planned = meshes.make_mesh(sizes, target.devices())
+    assert planned.shape == meshes.make_mesh(sizes, jax.devices()).shape

@@ -1,0 +1,189 @@
+"""What the TPU compiler says of every shipped config: `make plan-check`.
+
+Needs libtpu, which announces itself at every start of JAX: it lies in a folder of its
+own, and nothing else runs with it. Takes about a minute a program.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from plan_helpers import EIGHT_B, ONE_B, big_config
+
+from research.config.run_config import MeshConfig, from_config_dict
+from research.models.architecture import PRESETS
+from research.parallel import mesh as meshes
+from research.plan import abstract_run, planner
+from research.plan.compiled import compile_step
+from research.plan.compiled.libtpu_environment import ENVIRONMENT
+from research.plan.planned_devices import parse_topology
+
+pytestmark = [
+    pytest.mark.tpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+    ),
+    pytest.mark.filterwarnings("default"),
+]
+
+# The models of configs that start from one on the hub.
+SHAPES = {"finetune_8b": "llama3.1-8b"}
+ROOT = Path(__file__).parents[2]
+
+
+def load(name):
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+
+
+SHIPPED = [
+    file.stem
+    for file in sorted((ROOT / "configs").glob("[a-z]*.py"))
+    if load(file.stem).runtime.topology
+]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """Compiles what it is asked for, once."""
+    os.environ |= ENVIRONMENT
+    made = {}
+
+    def make(key, config, architecture, topology, slices=1):
+        if key not in made:
+            target = parse_topology(topology, slices)
+            devices = compile_step.topology_devices(target)
+            arguments = (config, architecture, target)
+            made[key] = (
+                planner.plan_compiled(*arguments, devices),
+                planner.plan_estimate(*arguments),
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def shipped(plan):
+    def make(name):
+        config = load(name)
+        shape = abstract_run.find_architecture(config, SHAPES.get(name, ""))
+        where = config.runtime
+        return plan(name, config, shape, where.topology, where.slices)
+
+    return make
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_fits_its_topology(shipped, name):
+    made, _ = shipped(name)
+    assert made.fits, f"{made.needed / made.target.chip.hbm:.0%} of the memory"
+    assert made.memory.total == made.needed
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_sends_what_its_mesh_says(shipped, name):
+    """In kinds the compiler may choose; along no other axes, and not much more."""
+    made, estimate = shipped(name)
+    assert {a for row in made.traffic for a in row.axes.split("*")} <= set(made.mesh)
+    for axis in made.mesh:
+        sent = sum(row.nbytes for row in made.traffic if axis in row.axes.split("*"))
+        expected = sum(row.nbytes for row in estimate.traffic if row.axes == axis)
+        assert 0.8 * expected < sent < 1.6 * expected
+
+
+def test_a_large_step_on_256_chips_is_planned_in_three_minutes(shipped):
+    made, _ = shipped("pretrain_8b")
+    assert made.target.count == 256 and made.seconds < 180
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_parameter_lies_whole_on_a_chip_that_should_hold_a_part(shipped, name):
+    made, _ = shipped(name)
+    config = load(name)
+    shape = abstract_run.find_architecture(config, SHAPES.get(name, ""))
+    devices = made.target.devices()
+    mesh = meshes.make_mesh(config.mesh, devices)
+    inputs = abstract_run.make_inputs(config, shape, mesh)
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    # Adapters are small, and split along one of their two sides only.
+    split = inputs.frozen or (inputs.state.params, inputs.state.opt_state)
+    large = [x for x in jax.tree.leaves(split) if math.prod(x.shape) > 1e6]
+    assert len(large) >= 9
+    for leaf in large:
+        here = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert here == math.prod(leaf.shape) / parts
+    # The program's own arguments are no larger than these parts.
+    memory = made.memory
+    arguments = memory.frozen + memory.trained + memory.optimizer + memory.batch
+    assert 0 <= memory.padding < 0.2 * arguments
+
+
+PAIRS = {
+    "135M full, v5e-16, 4 x 4, nothing recomputed": (
+        big_config(rows=64, seq=1024, remat="none", mesh=MeshConfig(data=4, fsdp=4)),
+        PRESETS["smollm2-135m"],
+        "v5e:4x4",
+    ),
+    "1B full, v5e-16, 2 micro-batches": (
+        big_config(rows=64, micro=32, mesh=MeshConfig(data=1, fsdp=16)),
+        ONE_B,
+        "v5e:4x4",
+    ),
+    "1B full, v6e-8, dots": (
+        big_config(rows=16, remat="dots", mesh=MeshConfig(data=1, fsdp=8)),
+        ONE_B,
+        "v6e:2x4",
+    ),
+    "8B LoRA, v5e-16": (
+        big_config("lora", rows=16, mesh=MeshConfig(data=1, fsdp=16)),
+        EIGHT_B,
+        "v5e:4x4",
+    ),
+    "8B full, v5p-64": (
+        big_config(rows=64, seq=8192, mesh=MeshConfig(data=1, fsdp=64)),
+        EIGHT_B,
+        "v5p:4x4x4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_estimate_is_within_a_tenth_of_the_compiler(plan, name):
+    made, estimate = plan(name, *PAIRS[name])
+    print(f"{name}: {made.needed / 2**30:.2f} GiB, {estimate.needed / 2**30:.2f}")
+    assert estimate.needed == pytest.approx(made.needed, rel=0.1)
+
+
+def test_two_slices_meet_in_the_adapters_alone(plan):
+    config = big_config("lora", rows=16, mesh=MeshConfig(2, 1, 4))
+    made, estimate = plan("slices", config, ONE_B, "v5e:2x2", 2)
+    between = [row for row in made.traffic if row.axes == "replica"]
+    assert [row.kind for row in between] == ["all-reduce"]
+    assert 0 < made.roofline.dcn < 2 * estimate.roofline.dcn
+    # Adapters of 11 M parameters, not the 1.2 G of the model.
+    assert between[0].nbytes < 4 * made.trained
+
+
+def test_an_offloaded_optimizer_is_not_on_the_chip(plan):
+    config = big_config(rows=16, mesh=MeshConfig(data=1, fsdp=4))
+    runtime = dataclasses.replace(config.runtime, offload_optimizer=True)
+    away = dataclasses.replace(config, runtime=runtime)
+    here, _ = plan("here", config, ONE_B, "v5e:2x2")
+    there, _ = plan("there", away, ONE_B, "v5e:2x2")
+    moments = 2 * there.memory.trained
+    assert there.memory.optimizer < 1e6 < moments
+    assert there.needed < here.needed - 0.5 * moments
+
+
+def test_an_oversized_step_is_a_plan_that_does_not_fit(plan):
+    """Its arguments alone are 14.8 of 15.75 GB."""
+    config = big_config(rows=1, mesh=MeshConfig())
+    made, _ = plan("oversized", config, ONE_B, "v5e:1x1")
+    assert made.memory is None and not made.fits
+    arguments = 12 * made.trained
+    assert arguments < made.needed < 3 * arguments

@@ -1,0 +1,285 @@
+"""One trainer at a time, the same run or a named difference, and its history."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
+from research.core.errors import PREEMPTED, DamagedError, UserError
+from research.runs.attempts import Starts
+from research.runs.run_directory import RunDir
+from research.runs.run_history import Goodput, History, goodput
+from research.runs.stop_signals import INTERRUPTED, Preempted
+from research.runs.wall_time import NAMES, Phases
+
+IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    found = RunDir(tmp_path / "run")
+    with found.create(Config(), IDENTITY, ["rows.jsonl:3: empty"]):
+        found.tokenizer.mkdir()
+    found._lock.release()
+    return found
+
+
+# -- the lock ------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from research.runs.run_directory import RunDir
+from research.runs.attempts import Starts
+from research.runs.stop_signals import INTERRUPTED, Preempted
+folder = RunDir(sys.argv[1])
+folder.lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_trainer_is_refused_until_the_first_is_dead(folder):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    with holder, contextlib.ExitStack() as stack:
+        stack.callback(holder.kill)
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"another process .*process {holder.pid}"):
+            RunDir(folder.path).lock()
+        holder.send_signal(signal.SIGKILL)
+    RunDir(folder.path).lock()
+
+
+def test_two_that_begin_at_once_do_not_both_begin(tmp_path):
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    first.check_config(Config())
+    second.check_config(Config())
+    with (
+        first.create(Config(), IDENTITY, []),
+        pytest.raises(UserError, match="another"),
+        second.create(Config(), IDENTITY, []),
+    ):
+        pass
+    first._lock.release()
+    late = second.create(Config(), IDENTITY, [])
+    with pytest.raises(UserError, match="holds a run since just now"), late:
+        pass
+
+
+def test_a_creation_that_was_killed_is_begun_again(tmp_path):
+    folder = RunDir(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), folder.create(Config(), IDENTITY, []):
+        (folder.tokenizer).mkdir()
+        raise ZeroDivisionError
+    assert not folder.exists
+    folder._lock.release()
+    again = RunDir(tmp_path / "run")
+    assert again.check_config(Config()) == {}
+    with again.create(Config(), IDENTITY, []):
+        pass
+    assert again.exists
+
+
+def test_a_folder_with_anything_else_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not a run directory"):
+        RunDir(tmp_path / "run").check_config(Config())
+
+
+def test_a_path_upwards_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'\.\.' is refused"):
+        RunDir(tmp_path / "runs" / ".." / "x").check_config(Config())
+
+
+# -- the guard -----------------------------------------------------------------------
+
+OTHERS = {
+    "data.template": Config(data=DataConfig(template="dolly")),
+    "data.path": Config(data=DataConfig(path="other.jsonl")),
+    "data.seq_len": Config(data=DataConfig(seq_len=256)),
+    "seed": Config(seed=1),
+    "model.init_from": Config(model=ModelConfig(init_from="other")),
+    "lora.rank": Config(lora=LoRAConfig(rank=8)),
+    "lora.targets": Config(lora=LoRAConfig(targets=("mlp",))),
+}
+
+
+@pytest.mark.parametrize("knob", OTHERS)
+def test_another_config_is_refused_by_name_or_accepted(folder, knob):
+    other = OTHERS[knob]
+    with pytest.raises(UserError, match=rf"{knob}: .* -> ") as refused:
+        folder.check_config(other)
+    assert "--config.accept" in str(refused.value)
+    accepted = folder.check_config(dataclasses.replace(other, accept=(knob,)))
+    assert accepted.keys() == {knob} and " -> " in accepted[knob]
+    with pytest.raises(UserError, match=rf"{knob}: "):
+        folder.check_config(dataclasses.replace(other, accept=("data.held_out",)))
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_another_identity_is_refused_by_name_or_accepted(folder, part):
+    other = IDENTITY | {part: "other"}
+    with pytest.raises(UserError, match=rf"{part}: {IDENTITY[part]} -> other"):
+        folder.check_identity(other)
+    accepted = {part: f"{IDENTITY[part]} -> other"}
+    assert folder.check_identity(other, [part]) == accepted
+
+
+def test_a_mistyped_exception_names_the_nearest(folder):
+    with pytest.raises(UserError, match=r"did you mean 'tokenizer'"):
+        folder.check_config(Config(accept=("tokeniser",)))
+
+
+# -- the history ---------------------------------------------------------------------
+
+
+def test_the_history_keeps_every_start_and_its_cause(folder):
+    phases = Phases(3.0)
+    first = History(folder.history, phases)
+    first.begin()
+    first.go_on(0)
+    first.note(7)
+    first.commit(5)
+    # Killed here; the next one finds no word of it.
+    second = History(folder.history, phases)
+    assert second.saved == 5
+    second.begin()
+    second.go_on(5)
+    second.skip(6)
+    second.accept({"data": "a -> b"})
+    second.end("SIGTERM after step 6", 75)
+    second.end("later", 1)
+    found = json.loads(folder.history.read_text())
+    one, two = found["starts"]
+    assert (one["first"], one["step"], one["exit_code"]) == (0, 7, None)
+    assert "without a word" in one["cause"]
+    assert (two["cause"], two["exit_code"]) == ("SIGTERM after step 6", 75)
+    third = History(folder.history, phases)
+    assert third.skipped == [6] and third.accepted == {"data": "a -> b"}
+    assert "accepted: data: a -> b" in found["events"][0]["what"]
+
+
+def test_a_start_that_ends_before_its_first_step_is_kept(folder):
+    """With what it was made of, and without a word of steps."""
+    phases = Phases(3.0)
+    failed = Starts(phases)
+    failed.open(folder)
+    assert failed.ended_by(DamagedError("all are damaged\nsee above")) == 5
+    folder._lock.release()
+    stopped = Starts(phases)
+    stopped.open(folder)
+    assert stopped.ended_by(Preempted(signal.SIGINT)) == PREEMPTED
+    one, two = json.loads(folder.history.read_text())["starts"]
+    assert (one["cause"], one["exit_code"]) == ("DamagedError: all are damaged", 5)
+    assert (two["cause"], two["exit_code"]) == ("SIGINT outside of training steps", 75)
+    for start in (one, two):
+        assert start["first"] is start["step"] is None
+        assert start["provenance"]["packages"]["jax"] and start["ended"]
+        assert start["seconds"]["start"] >= 3.0
+    assert goodput([one, two]).by_phase["restart"] >= 3.0
+
+
+def test_a_run_is_read_only_under_its_lock(folder, monkeypatch):
+    """Whoever holds it may just now leave a batch out."""
+    lock = folder.lock
+
+    def lock_late():
+        History(folder.history, Phases()).skip(4)
+        lock()
+
+    monkeypatch.setattr(folder, "lock", lock_late)
+    assert Starts(Phases()).open(folder).skipped == [4]
+
+
+def test_what_is_refused_the_lock_is_not_written_down(folder):
+    other = RunDir(folder.path)
+    other.lock()
+    starts = Starts(Phases())
+    with pytest.raises(UserError, match="another process") as refused:
+        starts.open(folder)
+    assert starts.ended_by(refused.value) == 2
+    assert not folder.history.exists()
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
+)
+def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
+    starts = Starts(Phases())
+    history = starts.open(RunDir(tmp_path / "run"))
+    assert starts.ended_by(Preempted(number)) == code
+    assert history.goodput().total == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_history_that_is_none_is_the_users_error(folder):
+    folder.history.write_text('{"starts": 3}')
+    with pytest.raises(UserError, match=r"run\.json"):
+        History(folder.history, Phases())
+
+
+def test_a_history_that_cannot_be_written_stops_nothing(folder, monkeypatch, caplog):
+    history = History(folder.history, Phases())
+    history.begin()
+    history.go_on(0)
+    folder.history.with_suffix(".tmp").mkdir()
+    history.note(3)
+    assert "could not be written" in caplog.text
+    with pytest.raises(OSError):
+        history.skip(1)  # What would not be remembered would not be exact.
+
+
+def start(first, last, seconds, redone=0):
+    times = dict.fromkeys(NAMES, 0.0) | seconds
+    return {"first": first, "step": last, "redone": redone, "seconds": times}
+
+
+def test_goodput_is_the_share_of_steps_that_were_kept():
+    found = goodput([start(0, 10, {"start": 10.0, "step": 60.0, "save": 30.0})])
+    assert found == Goodput(
+        100.0,
+        dict.fromkeys((*NAMES, "restart"), 0.0)
+        | {"start": 10.0, "step": 60.0, "save": 30.0},
+    )
+    assert found.share == 0.6
+
+
+def test_steps_done_twice_and_later_starts_count_as_restart():
+    found = goodput(
+        [
+            start(0, 10, {"start": 10.0, "step": 100.0}),  # Saved at 6: four are lost.
+            start(
+                6, 16, {"start": 20.0, "step": 60.0}, redone=10
+            ),  # And half by a rollback.
+        ]
+    )
+    assert found.by_phase["start"] == 10.0
+    assert found.by_phase["step"] == 60.0 + 30.0
+    assert found.by_phase["restart"] == 40.0 + 20.0 + 30.0
+    assert found.total == 190.0
+
+
+def test_steps_are_lost_to_any_later_start_and_only_once():
+    found = goodput(
+        [
+            start(0, 10, {"step": 100.0}),
+            start(None, None, {"start": 5.0}),  # Ended before it knew its first step.
+            start(10, 12, {"step": 20.0}),
+            start(6, 16, {"step": 100.0}),  # The checkpoint of step 10 was damaged.
+        ]
+    )
+    assert found.by_phase["step"] == 60.0 + 0.0 + 100.0
+    assert found.by_phase["restart"] == 40.0 + 5.0 + 20.0
+
+
+def test_a_creation_broken_off_at_its_last_file_is_gone_on_with(tmp_path):
+    """Killed between the config's temporary file and its rename."""
+    (tmp_path / "config.json.tmp").write_text("{")
+    RunDir(tmp_path).check_config(Config(run_dir=str(tmp_path)))

@@ -1,0 +1,212 @@
+"""A signal is noted between steps, raised elsewhere, and never lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from commands import ROOT
+
+from research.core.errors import PREEMPTED
+from research.runs import stop_signals
+from research.runs.stop_signals import INTERRUPTED, Preempted, StopRequest
+from research.runs.wall_time import Phases
+
+
+@pytest.fixture
+def phases():
+    return Phases()
+
+
+@pytest.fixture
+def stop(phases):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest(phases) as request:
+        yield request
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    for _ in range(1000):  # The handler runs between two of these.
+        pass
+
+
+class Dropped:
+    def __del__(self):
+        send(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_in_a_destructor_is_raised_later(stop):
+    stop.raise_if_lost()
+    Dropped()
+    with pytest.raises(KeyboardInterrupt):
+        stop.raise_if_lost()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_the_loop_is_raised_at_once(stop, number):
+    with pytest.raises(Preempted, match=number.name):
+        send(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_loop_is_noted(stop, phases, number):
+    with stop.noting():
+        for phase in ("compile", "step", "evaluate", "save"):
+            phases.enter(phase)
+            stop.signal = None
+            assert not stop.is_due()
+            if number == signal.SIGTERM or phase == "compile":  # A second one ends.
+                send(number)
+                assert stop.is_due() and stop.signal == number
+
+
+def test_a_signal_breaks_off_a_wait_for_data(stop, phases):
+    begun = time.monotonic()
+    with stop.noting(), pytest.raises(Preempted), phases.during("data"):
+        sender = subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -TERM {os.getpid()}"])
+        with sender:
+            time.sleep(30)
+    assert time.monotonic() - begun < 10
+    assert phases.name == "start"
+
+
+def test_a_signal_before_the_wait_for_data_is_not_waited_with(stop, phases):
+    with stop.noting():
+        assert not stop.is_due()
+        send(signal.SIGTERM)
+        with pytest.raises(Preempted), phases.during("data"):
+            stop.wait(lambda: pytest.fail("waited"))
+
+
+class Service:
+    """What tells several processes the moment to stop at, as JAX's own does it."""
+
+    def __init__(self):
+        self.asked, self.agreed = [], None
+
+    def reached_preemption_sync_point(self, moment):
+        self.asked.append(moment)
+        return moment == self.agreed
+
+    def notice(self, *others):
+        """One past the last moment that any process has asked about."""
+        self.agreed = max([self.asked[-1], *others]) + 1
+
+
+@pytest.fixture
+def service(monkeypatch):
+    found = Service()
+    monkeypatch.setattr(stop_signals, "multihost_utils", found)
+    monkeypatch.setattr(stop_signals.jax, "process_count", lambda: 2)
+    return found
+
+
+def test_every_process_asks_about_every_moment(service, phases):
+    """However long its waits for data are: none can leap over the agreed one."""
+    with StopRequest(phases) as stop:
+        for seconds in (0, 1.5, 0):
+            assert not stop.is_due()
+            assert stop.wait(lambda seconds=seconds: time.sleep(seconds) or 7) == 7
+    assert service.asked == list(range(3 * stop_signals.MOMENTS + 1))
+
+
+def test_a_wait_in_which_all_stand_is_broken_off(service, phases):
+    with StopRequest(phases) as stop:
+        assert not stop.is_due()
+        begun = time.monotonic()
+        sender = threading.Timer(0.5, service.notice)
+        sender.start()
+        with pytest.raises(Preempted):
+            stop.wait(lambda: time.sleep(30))
+    assert time.monotonic() - begun < 10 and stop.signal == signal.SIGTERM
+
+
+def test_a_batch_for_a_step_that_another_has_begun_is_waited_for(service, phases):
+    with StopRequest(phases) as stop:
+        assert not stop.is_due()
+        threading.Timer(0.5, service.notice, [1 + stop_signals.MOMENTS]).start()
+        assert stop.wait(lambda: time.sleep(2) or "late") == "late"
+        assert not stop.is_due(), "the other one has asked about this moment"
+        with pytest.raises(Preempted):
+            stop.wait(lambda: "never used")
+
+
+IMPORTS_FOR_EVER = """
+import runpy, sys, time
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            print("importing", flush=True)
+            time.sleep(1000)
+sys.meta_path.insert(0, Finder())
+runpy.run_module({module!r}, {{}}, "__main__", True)
+"""
+
+
+@pytest.mark.parametrize("module", ["train", "train_together"])
+def test_sigterm_before_a_run_listens_asks_to_be_resumed(module):
+    program = IMPORTS_FOR_EVER.format(module=f"research.{module}")
+    flags = ["--config=configs/finetune_dolly.py"]
+    flags += ['--runs=[{"run_dir": "runs/a"}]'] * (module == "train_together")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        assert child.stdout.readline() == b"importing\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == PREEMPTED
+        assert b"the same command goes on" in child.stderr.read()
+
+
+HANGING_READER = """
+import concurrent.futures, sys, time
+from research import runtime
+concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
+sys.stdout.write("the last words")
+runtime.leave(75)
+"""
+
+
+def test_nobody_waits_for_a_reader_that_hangs():
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING_READER], cwd=ROOT, stdout=subprocess.PIPE
+    ) as child:
+        said, _ = child.communicate(timeout=60)
+    assert child.returncode == PREEMPTED and said == b"the last words"
+
+
+HELD = """
+import hashlib
+from research.runs.wall_time import Phases
+from research.runs.stop_signals import StopRequest
+
+with StopRequest(Phases()) as stop, stop.noting():
+    print("ready", flush=True)
+    # Python runs no handler before this C call returns, in minutes.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
+"""
+
+
+def test_the_second_interrupt_ends_a_process_that_is_held_in_a_c_call():
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        child.stdout.readline()
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(10) == INTERRUPTED
+        assert b"stopped at once" in child.stderr.read()

@@ -1,0 +1,213 @@
+"""The shape of the code: rooms in one order, names that mean one thing, short files."""
+
+import ast
+import collections
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE, LAUNCHER = ROOT / "research", ROOT / "launch"
+
+# A room imports only itself and rooms to its left. A `__main__.py` is a door: it may
+# import anything, and nothing imports it.
+ROOMS = (
+    "core", "config", "weights", "parallel", "models", "tokenize", "formats", "data",
+    "engine", "tasks", "checkpoints", "runs", "report", "train", "train_together",
+    "generate", "export", "plan",
+)  # fmt: skip
+MOST_ROOMS, MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 12, 400, 60
+
+
+def files_of(folder):
+    return sorted(f for f in folder.rglob("*.py") if f.name != "__init__.py")
+
+
+FILES = files_of(PACKAGE)
+
+
+def dotted(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {dotted(file): file for file in FILES}
+
+
+@functools.cache
+def imported(file):
+    """Modules named by any import statement of a file, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update(inner & MODULES.keys() or {node.module})
+    return names
+
+
+def room(module):
+    return module.split(".")[1]
+
+
+def test_every_entry_is_a_room_with_a_docstring():
+    entries = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    assert entries - {"__init__.py"} == set(ROOMS)
+    assert len(entries) <= MOST_ROOMS
+    for init in [*PACKAGE.rglob("__init__.py"), *LAUNCHER.rglob("__init__.py")]:
+        assert ast.get_docstring(ast.parse(init.read_text())), init
+
+
+def test_no_folder_has_more_files_than_a_reader_can_scan():
+    for top in (PACKAGE, LAUNCHER):
+        for folder in (top, *(p for p in top.rglob("*") if p.is_dir())):
+            count = len(list(folder.glob("*.py")))
+            assert count <= MOST_FILES, f"{folder} has {count} files: nest some"
+
+
+def test_rooms_import_only_rooms_before_them():
+    wrong = [
+        f"{module} imports {other}"
+        for module, file in MODULES.items()
+        if file.name != "__main__.py"
+        for other in imported(file)
+        if other.startswith("research.")
+        and ROOMS.index(room(other)) > ROOMS.index(room(module))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_imports_a_door():
+    for file in [*FILES, *files_of(LAUNCHER)]:
+        assert not [m for m in imported(file) if m.endswith("__main__")], file
+
+
+def test_imports_have_no_cycle():
+    finished = set()
+
+    def visit(module, trail):
+        assert module not in trail, f"cycle: {' -> '.join((*trail, module))}"
+        if module not in finished:
+            for other in imported(MODULES[module]) & MODULES.keys():
+                visit(other, (*trail, module))
+            finished.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_a_name_stands_for_one_thing():
+    """No two files, and no two classes, of the whole repository share a name."""
+    files, classes = collections.defaultdict(list), collections.defaultdict(list)
+    for file in [*FILES, *files_of(LAUNCHER)]:
+        if file.name != "__main__.py":
+            files[file.name].append(dotted(file))
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes[node.name].append(dotted(file))
+    twice = {k: v for k, v in (files | classes).items() if len(v) > 1}
+    assert not twice, twice
+
+
+def test_research_knows_no_config_launcher_or_test():
+    for module, file in MODULES.items():
+        tops = {name.split(".")[0] for name in imported(file)}
+        assert not tops & {"configs", "launch", "tests", "conftest"}, module
+
+
+def test_flax_stays_inside_the_models():
+    for module, file in MODULES.items():
+        tops = {name.split(".")[0] for name in imported(file)}
+        assert "flax" not in tops or room(module) == "models", module
+
+
+def test_files_and_functions_are_short():
+    for file in [*FILES, *files_of(LAUNCHER), *files_of(ROOT / "configs")]:
+        text = file.read_text()
+        assert len(text.splitlines()) <= MOST_LINES, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno
+                assert length < MOST_FUNCTION_LINES, f"{file}: {node.name}"
+
+
+def test_no_test_imports_another_test():
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = getattr(node, "module", None) or ""
+            assert not module.split(".")[-1].startswith("test_"), file
+
+
+def run_blocked(allowed, program):
+    """Runs a program in which every other third-party package cannot be imported."""
+    blocker = f"""
+import sys
+import {", ".join(allowed)}
+
+class Blocker:
+    known = sys.stdlib_module_names | {{m.split(".")[0] for m in sys.modules}}
+    # What JAX itself imports late; `research` is what is tested.
+    known |= {{"scipy", "opt_einsum", "research"}}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in self.known:
+            raise ImportError(f"{{name}} is not part of a bare image")
+
+sys.meta_path.insert(0, Blocker())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", blocker + program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+CORE_PROGRAM = """
+import jax
+from research.config.run_config import Config, MeshConfig
+from research.data.token_batch import Batch
+from research.models.architecture import PRESETS
+from research.models.transformer import Model
+from research.parallel import mesh
+from research.train.step import optimizers, train_step
+from research.weights import trainable
+
+config = Config()
+model = Model(PRESETS["tiny"])
+split = trainable.make(config, model.specs)
+job = train_step.Job(
+    model,
+    split,
+    optimizers.make_optimizer(config.optim, config.steps, split.specs),
+    mesh.make_mesh(MeshConfig(), jax.devices()[:1]),
+    loss_chunk=8,
+)
+frozen = {p: jax.ShapeDtypeStruct(s.shape, "bfloat16") for p, s in model.specs.items()}
+ids = jax.ShapeDtypeStruct((1, 2, 16), "int32")
+weights = jax.ShapeDtypeStruct((1, 2, 16), "float32")
+batch = Batch(ids, ids, weights, ids, ids, ids)
+abstract = train_step.abstract_state(job)
+lowered = train_step.jit_train_step(job).lower(abstract, frozen, batch)
+print(len(lowered.as_text()))
+"""
+
+
+def test_the_core_runs_on_a_bare_accelerator_image():
+    """A step is made from jax, flax, optax and numpy alone, late imports included."""
+    assert int(run_blocked(("jax.numpy", "flax.nnx", "optax"), CORE_PROGRAM)) > 10_000
+
+
+def test_adapters_need_no_flax():
+    run_blocked(("jax.numpy",), "import research.weights.adapters.lora")
+
+
+def test_the_blocker_of_this_file_blocks():
+    with pytest.raises(AssertionError, match="not part of a bare image"):
+        run_blocked(("jax.numpy",), "import flax")

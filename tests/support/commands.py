@@ -1,0 +1,361 @@
+"""The real commands in processes of their own, on a tiny model, and what they left.
+
+What takes long runs once, in the background, two processes at a time: see `chain`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_model
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 300
+# A test may have changed a variable when a chain in the background starts a process.
+ENVIRONMENT = dict(os.environ)
+STEPS, EVAL_EVERY, RANK = 16, 6, 4
+EVALUATIONS = sorted({*range(0, STEPS, EVAL_EVERY), STEPS})
+
+CONFIG = f"""
+from research.config import defaults
+
+def get_config():
+    config = defaults()
+    config.model.init_from = "model"
+    config.model.dtype = "float32"
+    config.steps = {STEPS}
+    config.lora.rank = {RANK}
+    config.lora.dropout = 0.1
+    config.data.seq_len = 256
+    config.data.overlength = "drop"
+    config.data.batch_size = 8
+    config.data.microbatch_size = 4
+    config.data.held_out = 128
+    config.optim.learning_rate = 1e-2
+    config.eval.every = {EVAL_EVERY}
+    config.eval.max_new_tokens = 16
+    config.checkpoint.every = 5
+    config.runtime.peak_tflops = 0.05
+    return config
+"""
+# As many steps as the others make: another number is another program to compile.
+FEW_ROWS = ("--config.eval.prompts=1", "--config.data.held_out=4")
+QUESTION = "Are whales fish?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A process that has ended; `out` and `err` are its two streams."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Running:
+    """A process whose two streams are read as it goes on."""
+
+    def __init__(self, command, **options):
+        self._begun = time.monotonic()
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self._process = subprocess.Popen(command, **pipes, **options)
+        # The tests in this process have the first right to a core: all end together.
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
+        self._guard = threading.Timer(TIMEOUT, self._process.kill)
+        self._guard.start()
+        self._streams = {"out": self._process.stdout, "err": self._process.stderr}
+        self._said = {"out": [], "err": []}
+        self._news = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(name,)) for name in self._streams
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name):
+        for line in self._streams[name]:
+            with self._news:
+                self._said[name].append(line.decode())
+                self._news.notify_all()
+
+    def wait_for(self, said, seconds=TIMEOUT):
+        """Until a line of standard error matches, it has ended, or time is over."""
+        over = time.monotonic() + seconds
+        with self._news:
+            seen = 0
+            while time.monotonic() < over:
+                lines = self._said["err"]
+                if any(re.match(said, line) for line in lines[seen:]):
+                    return
+                seen = len(lines)
+                self._news.wait(0.05)
+                if self._process.poll() is not None and len(lines) == seen:
+                    return
+
+    def wait(self, seconds):
+        """Whether it has ended within so many seconds."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def children(self):
+        """Processes it has started, first to last."""
+        return psutil.Process(self._process.pid).children()
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def finish(self, stdin=""):
+        """Waits for its end."""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(stdin.encode())
+                self._process.stdin.close()
+            self._process.wait()
+        finally:
+            self._process.kill()
+            self._guard.cancel()
+        for reader in self._readers:
+            reader.join()
+        for stream in self._streams.values():
+            stream.close()
+        seconds = time.monotonic() - self._begun
+        out, err = ("".join(self._said[name]) for name in ("out", "err"))
+        return Finished(self._process.returncode, out, err, seconds)
+
+
+class Place:
+    """A folder with `model` and `config.py`, and commands that run in it.
+
+    With `quick`, programs are compiled in half the time, see `conftest.py`, and run
+    several times as long. Commands say otherwise where it matters.
+    """
+
+    def __init__(self, folder, cache, quick):
+        self.folder, self.cache, self.quick = folder, cache, quick
+
+    def beside(self, name):
+        """Another folder of the same kind."""
+        return Place(self.folder / name, self.cache, self.quick)
+
+    def start(self, module, *flags, program=None, quick=None, **options):
+        """A command of `research` that runs; `program` is Python that goes before."""
+        if quick is None:
+            # Many commands train by that config: they share what is compiled once.
+            quick = module != "train" or "--config=config.py" not in flags
+        name = f"research.{module}"
+        run = f"import runpy\nrunpy.run_module({name!r}, {{}}, '__main__', True)"
+        how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
+        return self.start_python(*how, *flags, quick=quick, **options)
+
+    def start_launch(self, own, training, **options):
+        """`python -m launch`, running."""
+        return self.start_python("-m", "launch", *own, "--", *training, **options)
+
+    def launch(self, own, training, **options):
+        """`python -m launch`, to its end."""
+        return self.start_launch(own, training, **options).finish()
+
+    def start_python(self, *arguments, devices=1, more=None, quick=True):
+        env = self._environment(devices, more or {}, self.quick and quick)
+        return Running([sys.executable, *arguments], cwd=self.folder, env=env)
+
+    def _environment(self, devices, more, quick):
+        settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
+        env = {k: v for k, v in ENVIRONMENT.items() if not k.startswith(settings)}
+        return env | {
+            "PYTHONPATH": str(ROOT),
+            "XDG_CACHE_HOME": str(self.cache),
+            "HF_HOME": str(self.cache),
+            "HF_HUB_OFFLINE": "1",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "COLUMNS": "160",
+            **more,
+        }
+
+    def run(self, module, *flags, stdin="", **options):
+        return self.start(module, *flags, **options).finish(stdin)
+
+    def start_together(self, count, *flags, devices=2, programs=None):
+        """Trains in `count` processes that find each other; returns them, running."""
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            address = f"localhost:{listener.getsockname()[1]}"
+        return [
+            self.start(
+                "train",
+                *flags,
+                "--config.runtime.distributed=True",
+                f"--config.runtime.coordinator_address={address}",
+                f"--config.runtime.num_processes={count}",
+                f"--config.runtime.process_id={index}",
+                devices=devices,
+                program=(programs or {}).get(index),
+            )
+            for index in range(count)
+        ]
+
+    def run_short(self, commands):
+        """Short commands one after another, in forks of one process (`forking.py`).
+
+        Args:
+          commands: (place, module, flags, devices) by name.
+
+        Returns:
+          How each of them has ended, by name.
+        """
+        written = Path(tempfile.mkdtemp(dir=self.folder))
+        lines, ended = [], {}
+        for i, (place, module, flags, devices) in enumerate(commands.values()):
+            command = {"module": module, "flags": flags, "devices": devices}
+            where = {"folder": str(place.folder), "said": str(written / str(i))}
+            lines.append(json.dumps(command | where))
+        forking = self.start_python(str(ROOT / "tests" / "support" / "forking.py"))
+        done = forking.finish("\n".join(lines) + "\n")
+        assert done.code == 0, done.err
+        told = map(json.loads, done.out.splitlines())
+        for i, (name, how) in enumerate(zip(commands, told, strict=True)):
+            out, err = ((written / f"{i}.{x}").read_text() for x in ("out", "err"))
+            ended[name] = Finished(out=out, err=err, **how)
+        return ended
+
+    def train(self, run, *flags, **options):
+        return self.run("train", *self.train_flags(run), *flags, **options)
+
+    def generate(self, run, *flags, **options):
+        limit = "--max_new_tokens=16"
+        return self.run("generate", f"--run=runs/{run}", limit, *flags, **options)
+
+    def train_flags(self, run):
+        return "--config=config.py", f"--config.run_dir=runs/{run}"
+
+    def stop(self, run, said, number, *flags, devices=1):
+        """Trains and sends signal `number` at the first line that matches `said`."""
+        every = (*self.train_flags(run), *flags)
+        return self.stop_at(every, said, number, devices=devices)
+
+    def stop_at(self, flags, said, number, *, devices=1):
+        """As `stop`, with all of the flags."""
+        process = self.start("train", *flags, devices=devices)
+        process.wait_for(said)
+        process.send(number)
+        return process.finish()
+
+    def run_dir(self, run):
+        return self.folder / "runs" / run
+
+    def lines(self, run, kind):
+        text = (self.run_dir(run) / "metrics.jsonl").read_text()
+        return [x for x in map(json.loads, text.splitlines()) if x["kind"] == kind]
+
+    def saved_steps(self, run):
+        folder = self.run_dir(run) / "checkpoints"
+        return sorted(int(x.name) for x in folder.iterdir() if x.name.isdigit())
+
+
+def step_line(step):
+    return rf"step +{step}/{STEPS} "
+
+
+def snapshot(folder, *besides):
+    """Every file with its bytes; None where there is no such folder.
+
+    Whose turn it was to write is no part of what a run holds; no more are `besides`.
+    """
+    files = [
+        f
+        for f in folder.rglob("*")
+        if f.is_file() and f.stem != "lock" and f.name not in besides
+    ]
+    known = {file: file.read_bytes() for file in files}
+    return known if folder.exists() else None
+
+
+# What runs in the background, by the fixture that asks for it.
+CHAINS = {}
+
+
+def chain(function):
+    """A fixture `function(place, results)` that runs in the background.
+
+    All that the chosen tests ask for start with the first of them; `results(name)`
+    waits for another one, which must be registered before.
+    """
+    name = function.__name__
+    CHAINS[name] = {name: function}
+
+    @pytest.fixture(scope="session", name=name)
+    def fixture(results):
+        return results(name)
+
+    return fixture
+
+
+def chains(name, functions):
+    """A fixture that gives `results` for many functions by their names."""
+    CHAINS[name] = functions
+
+    @pytest.fixture(scope="session", name=name)
+    def fixture(results):
+        return results
+
+    return fixture
+
+
+@pytest.fixture(scope="session")
+def place(request, tmp_path_factory):
+    """In `make soak` commands compile as they do for users."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_model.make_tiny_model(folder / "model")
+    (folder / "config.py").write_text(CONFIG)
+    chosen = request.config.option.markexpr
+    quick = "soak" not in chosen.replace("not soak", "")
+    return Place(folder, tmp_path_factory.mktemp("cache"), quick)
+
+
+@pytest.fixture(scope="session")
+def results(request, place):
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    known = {n: f for functions in CHAINS.values() for n, f in functions.items()}
+    futures, lock = {}, threading.Lock()
+
+    def result(name):
+        with lock:
+            if unasked := name not in futures:
+                futures[name] = Future()
+        if unasked:  # By a chosen test; another chain goes on from it.
+            try:
+                futures[name].set_result(known[name](place, result))
+            except Exception as error:
+                futures[name].set_exception(error)
+        return futures[name].result()
+
+    pool = ThreadPoolExecutor(2)
+    for fixture, functions in CHAINS.items():
+        for name, function in functions.items():
+            if fixture in wanted:
+                futures[name] = pool.submit(function, place, result)
+    yield result
+    pool.shutdown(cancel_futures=True)
+
+
+@chain
+def unbroken(place, results):
+    return place.train("unbroken", "--config.runtime.peak_tflops=0")

@@ -1,0 +1,52 @@
+"""Small corpora and configs for the tests of pre-training text."""
+
+import numpy as np
+import tokenizers
+from tokenizers import processors
+
+from research.config.run_config import Config, DataConfig, TextConfig
+from research.tokenize.tokenizer import Tokenizer
+
+WORDS = ["alpha", "béta", "λ", "日本", "x = 1", "return", "\t", "42", "🙂", "the"]
+
+
+def make_texts(count, seed=0, longest=60):
+    """Different documents of words, line ends and characters of 1 to 4 bytes."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for i in range(count):
+        words = rng.choice(WORDS, rng.integers(1, longest))
+        ends = rng.choice([" ", "\n"], len(words), p=[0.7, 0.3])
+        text = "".join(w + e for w, e in zip(words, ends, strict=True))
+        texts.append(f"{i}: {text}")
+    return texts
+
+
+def write_texts(folder, texts):
+    """One plain-text file a document, in the order of their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i:05d}.txt").write_bytes(text.encode())
+    return folder
+
+
+def text_config(tmp_path, *sources, data=None, **text):
+    """A config whose cache lies beside the sources, in the temporary folder."""
+    settings = {"sources": tuple(sources), "tokenizer": "byte", "held_out_share": 0.1}
+    settings |= {"cache_dir": str(tmp_path / "cache")} | text
+    return Config(
+        data=DataConfig(**{"seq_len": 32, "hub_timeout": 0.5} | (data or {})),
+        text=TextConfig(**settings),
+    )
+
+
+def with_bos(tokenizer, unused=0):
+    """The tokenizer with a bos in front of documents, and so many unused ids."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    inner.add_tokens([f"unused{i}" for i in range(unused)])
+    inner.add_special_tokens(["<s>"])
+    bos = inner.token_to_id("<s>")
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    return Tokenizer(inner, bos="<s>", eos=tokenizer.eos_token, add_bos=True)

@@ -1,0 +1,216 @@
+"""The chunked loss is the plain loss, at a fraction of its memory and work."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close
+
+from research.tasks.cross_entropy import chunked_token_losses, weighted_loss
+from research.weights.contraction import LowRank, materialize, transpose
+
+B, T, D, V = 8, 24, 40, 96
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.float32(RNG.normal(size=(B, T, D)))
+HEAD = jnp.float32(0.3 * RNG.normal(size=(D, V)))
+TARGETS = jnp.int32(RNG.integers(0, V, (B, T)))
+GROUPS = jnp.int32(RNG.integers(0, 3, (B, T)))
+
+WEIGHTS = {
+    "none": np.zeros((B, T)),
+    "all": np.ones((B, T)),
+    "some": RNG.integers(0, 2, (B, T)),
+    "fractions": RNG.uniform(0, 1, (B, T)) * RNG.integers(0, 2, (B, T)),
+    # Chunks are counted by the fullest shard: the others run past their ends.
+    "one row": np.arange(B)[:, None] * np.ones(T) == 5,
+    "one token": np.arange(B * T).reshape(B, T) == 77,
+}
+
+
+def plain_loss(hidden, head, weights, z_loss=0.0):
+    logits = hidden @ materialize(head)
+    picked = jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+    normalizer = jax.nn.logsumexp(logits, -1)
+    return jnp.sum(weights * (normalizer - picked + z_loss * normalizer**2))
+
+
+def both_losses(hidden, head, weights, chunk=16, shards=(1, 1), z_loss=0.0):
+    return weighted_loss(
+        hidden,
+        head,
+        TARGETS,
+        weights,
+        GROUPS,
+        n_groups=4,
+        chunk=chunk,
+        shards=shards,
+        z_loss=z_loss,
+    )
+
+
+def chunked_loss(hidden, head, weights, chunk=16, shards=(1, 1), z_loss=0.0):
+    return both_losses(hidden, head, weights, chunk, shards, z_loss)[0]
+
+
+plain_gradients = jax.jit(jax.value_and_grad(plain_loss, (0, 1)))
+chunked_gradients = jax.jit(
+    jax.value_and_grad(chunked_loss, (0, 1)), static_argnames=("chunk", "shards")
+)
+
+
+@pytest.mark.parametrize(
+    "chunk, shards",
+    [
+        (1, (1, 1)),
+        (7, (1, 1)),
+        (16, (2, 1)),
+        (10, (8, 1)),
+        (1000, (4, 1)),
+        (10, (2, 4)),
+        (3, (1, 8)),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
+    for name, values in WEIGHTS.items():
+        weights = jnp.float32(values)
+        found = chunked_gradients(HIDDEN, HEAD, weights, chunk=chunk, shards=shards)
+        close(found, plain_gradients(HIDDEN, HEAD, weights))
+        assert (float(found[0]) > 0) == (name != "none")
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_groups_split_the_cross_entropy_and_leave_z_loss_out(z_loss):
+    for name, values in WEIGHTS.items():
+        weights = jnp.float32(values)
+        total, by_group = both_losses(HIDDEN, HEAD, weights, 10, (4, 2), z_loss)
+        expected = [plain_loss(HIDDEN, HEAD, weights * (g == GROUPS)) for g in range(4)]
+        close(by_group, jnp.stack(expected))
+        assert z_loss == 0.0 or (float(total) > float(by_group.sum())) == (
+            name != "none"
+        )
+
+
+def test_z_loss_and_its_gradient_are_the_plain_ones():
+    weights = jnp.float32(WEIGHTS["fractions"])
+    found, expected = (
+        jax.value_and_grad(lambda h, w, f=loss: f(h, w, weights, z_loss=0.1), (0, 1))(
+            HIDDEN, HEAD
+        )
+        for loss in (chunked_loss, plain_loss)
+    )
+    close(found, expected)
+
+
+def test_gradients_follow_what_the_loss_is_multiplied_by():
+    weights = jnp.float32(WEIGHTS["some"])
+    slope = jax.grad(lambda h: 3.0 * chunked_loss(h, HEAD, weights))(HIDDEN)
+    close(slope, 3.0 * plain_gradients(HIDDEN, HEAD, weights)[1][0])
+
+
+def test_a_tied_head_gets_both_parts_of_its_gradient():
+    """Where the table makes the hidden states too, both uses add up."""
+    weights = jnp.float32(WEIGHTS["some"])
+    ids = jnp.int32(RNG.integers(0, V, (B, T)))
+
+    def tied(loss):
+        return jax.grad(lambda table: loss(table[ids], transpose(table), weights))
+
+    close(tied(chunked_loss)(HEAD.T), tied(plain_loss)(HEAD.T))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_lora_on_the_head_gets_the_gradient_of_its_factors(tied):
+    weights = jnp.float32(WEIGHTS["some"])
+    inputs, outputs = (V, D) if tied else (D, V)
+    factors = {
+        "a": jnp.float32(0.3 * RNG.normal(size=(inputs, 4))),
+        "b": jnp.float32(0.3 * RNG.normal(size=(4, outputs))),
+    }
+
+    def with_factors(loss):
+        def of(factors):
+            base = HEAD.T if tied else HEAD
+            head = LowRank(base, **factors, scale=jnp.float32(2.0))
+            return loss(HIDDEN, transpose(head) if tied else head, weights)
+
+        return jax.value_and_grad(of)
+
+    close(with_factors(chunked_loss)(factors), with_factors(plain_loss)(factors))
+
+
+def test_token_losses_are_plain_where_weighted_and_zero_elsewhere():
+    weights = jnp.float32(WEIGHTS["fractions"])
+    logits = np.array(HIDDEN @ HEAD)
+    picked = np.take_along_axis(logits, np.array(TARGETS)[..., None], -1)[..., 0]
+    plain = np.log(np.exp(logits).sum(-1)) - picked
+    for shards in ((1, 1), (4, 1), (2, 3)):
+        found = chunked_token_losses(
+            HIDDEN, HEAD, TARGETS, weights, chunk=10, shards=shards
+        )
+        close(found, plain * (WEIGHTS["fractions"] != 0))
+
+
+def test_bfloat16_is_summed_in_float32():
+    """A sum of 192 losses of about 5 in bfloat16 would be off by several."""
+    weights = jnp.float32(WEIGHTS["all"])
+    hidden, head = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
+    total, slopes = chunked_gradients(hidden, head, weights, chunk=10, shards=(1, 1))
+    assert total.dtype == jnp.float32
+    assert [slope.dtype for slope in slopes] == [jnp.bfloat16, jnp.bfloat16]
+    exact = plain_loss(HIDDEN, HEAD, weights)
+    assert abs(float(total - exact)) < 2e-3 * float(exact)
+
+
+def shapes_in(function, *arguments):
+    """Every array shape in the program as it goes to the compiler."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    found = re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
+    return {tuple(map(int, dims.split("x")[:-1])) for dims in found}
+
+
+def rows_of_logits(shapes):
+    """Most positions that some array holds vocabulary scores of."""
+    scores = [s for s in shapes if s[-1] == V and s != (D, V)]
+    return max((int(np.prod(shape[:-1])) for shape in scores), default=0)
+
+
+def test_logits_of_the_whole_batch_never_exist():
+    weights = jnp.float32(WEIGHTS["all"])
+    for shards in ((1, 1), (2, 2)):
+
+        def slopes(hidden, head, weights, shards=shards):
+            def loss(hidden, head):
+                return chunked_loss(hidden, head, weights, 3, shards)
+
+            return jax.grad(loss, (0, 1))(hidden, head)
+
+        shapes = shapes_in(slopes, HIDDEN, HEAD, weights)
+        assert rows_of_logits(shapes) == 3 * shards[0] * shards[1]
+    whole = shapes_in(jax.grad(plain_loss, (0, 1)), HIDDEN, HEAD, weights)
+    assert rows_of_logits(whole) == B * T, "this test can see logits"
+
+
+def head_products(function, *arguments):
+    """How many matrix products give an array of the head's size.
+
+    In the traced program: what is formed only to be thrown away counts as well.
+    """
+    text = str(jax.make_jaxpr(function)(*arguments))
+    return len(re.findall(rf":f32\[(?:{D},{V}|{V},{D})\] = dot_general", text))
+
+
+def test_gradient_of_a_frozen_head_is_not_formed():
+    weights = jnp.float32(WEIGHTS["some"])
+    frozen = jax.grad(lambda hidden: chunked_loss(hidden, HEAD, weights))
+    assert head_products(frozen, HIDDEN) == 0
+    trained = jax.grad(lambda head: chunked_loss(HIDDEN, head, weights))
+    assert head_products(trained, HEAD) == 1, "this test can see the product"
+
+    def adapted(factors):
+        return chunked_loss(HIDDEN, LowRank(HEAD, *factors, jnp.ones(())), weights)
+
+    factors = (jnp.ones((D, 4)), jnp.ones((4, V)))
+    assert head_products(jax.grad(adapted), factors) == 0

@@ -1,0 +1,109 @@
+"""Each check of the doctor fails when what it looks for is there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, random_params
+
+from research.config.run_config import Config, LoRAConfig, MeshConfig
+from research.core.errors import UserError
+from research.data.instructions.instruction_dataset import Split
+from research.data.instructions.packing import Document
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.train import doctor
+from research.train.step import optimizers, train_step
+from research.weights import trainable
+
+STOP = 7
+
+
+def split(trained, last=STOP):
+    ids = np.array([1, 2, 3, 4, last], np.int32)
+    documents = [Document(ids, np.array(trained, bool), 0)] * 3
+    return Split(documents, [[0, 1], [2]], 10)
+
+
+def count(split):
+    return doctor.count_mask([split.batch(split.rows)], frozenset({STOP}))
+
+
+def test_a_sound_mask_is_counted_from_the_batches():
+    found = count(split([0, 0, 0, 1, 1]))
+    assert found == doctor.MaskCount(real=12, trained=6, documents=3, ends=3)
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
+def test_an_untrained_end_is_seen(mask):
+    assert count(split(mask)).ends == 0
+
+
+def test_another_last_token_is_seen():
+    found = count(split([0, 0, 0, 1, 1], last=5))
+    assert found.ends == 0
+
+
+def test_masks_of_all_or_nothing_are_seen():
+    for value in (0, 1):
+        found = count(split([value] * 5))
+        assert found.trained in (0, found.real)
+
+
+@pytest.fixture(scope="module")
+def lora_job():
+    config = Config(lora=LoRAConfig(rank=2))
+    mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    model = Model(TINY)
+    parts = trainable.make(config, model.specs)
+    job = train_step.Job(
+        model, parts, optimizers.make_optimizer(config.optim, 2, parts.specs), mesh, 8
+    )
+    base = random_params(model.specs)
+    return job, base, parts.init(jax.random.key(0), base)
+
+
+def failed(job, state, frozen):
+    return [f.name for f in doctor._examine_adapters(job, state, frozen) if not f.ok]
+
+
+def test_fresh_adapters_pass(lora_job):
+    job, base, adapters = lora_job
+    assert failed(job, train_step.init_state(job, adapters), base) == []
+
+
+def test_adapters_that_change_the_base_model_are_seen(lora_job):
+    job, base, adapters = lora_job
+    path = next(iter(adapters))
+    moved = adapters | {path: adapters[path] | {"b": adapters[path]["b"] + 0.1}}
+    assert failed(job, train_step.init_state(job, moved), base) == ["lora at step 0"]
+
+
+def test_adapters_over_other_weights_are_seen(lora_job):
+    """No bit tells: with and without adapters the program is the same."""
+    job, base, adapters = lora_job
+
+    right = job.trainable.forward
+
+    def shifted(params, frozen, key):
+        return right(params, jax.tree.map(lambda w: 1.01 * w, frozen), key)
+
+    wrong = dataclasses.replace(job.trainable, forward=shifted)
+    job = dataclasses.replace(job, trainable=wrong)
+    assert failed(job, train_step.init_state(job, adapters), base) == ["lora at step 0"]
+
+
+def test_more_trained_than_adapters_is_seen(lora_job):
+    job, base, adapters = lora_job
+    path = next(iter(adapters))
+    more = adapters | {path: adapters[path] | {"w": jnp.zeros(3)}}
+    state = dataclasses.replace(train_step.init_state(job, adapters), params=more)
+    assert failed(job, state, base) == ["frozen weights"]
+
+
+def test_a_failed_finding_stops_the_run_with_its_remedy():
+    findings = [doctor.Finding("a", "fine"), doctor.Finding("b", "odd", False, "mend")]
+    with pytest.raises(UserError, match=r"b: odd\n    mend"):
+        doctor.require_healthy(findings)

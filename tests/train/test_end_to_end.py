@@ -1,0 +1,464 @@
+"""Fine-tuning through the real commands: `train`, `generate`; see `commands.py`."""
+
+import collections
+import csv
+import dataclasses
+import gzip
+import json
+import re
+import signal
+import struct
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+from commands import (
+    EVALUATIONS,
+    FEW_ROWS,
+    QUESTION,
+    RANK,
+    ROOT,
+    STEPS,
+    chain,
+    snapshot,
+    step_line,
+)
+
+from research.checkpoints.checkpointer import Checkpointer
+from research.config.knobs import flat
+from research.config.run_config import Config, DataConfig, MeshConfig
+from research.data.instructions.row_selection import load_rows
+from research.formats.base_model import open_base
+from research.parallel import mesh
+from research.runs.run_directory import RunDir
+from research.train.step import definition
+from research.train.step.train_step import abstract_state
+
+
+@chain
+def remeshed(place, results):
+    """Begun on eight devices, ended on one."""
+    sizes = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    return [
+        place.stop("remeshed", step_line(8), signal.SIGTERM, *sizes, devices=8),
+        place.train("remeshed"),
+    ]
+
+
+@chain
+def broken(place, results):
+    """Stopped by Ctrl-C, and finished."""
+    return [place.stop("broken", step_line(3), signal.SIGINT), place.train("broken")]
+
+
+@chain
+def hurried(place, results):
+    return place.stop("hurried", "data:", signal.SIGINT)
+
+
+KINDS = 8
+ROWS = [
+    {
+        "question": f"What is {i} plus {i}?",
+        "passage": f"Adding {i} doubles it." if i % 3 == 0 else "",
+        "answer": f"It is {2 * i}, as «anyone» knows.",
+        # As many kinds as the sample has: the program is compiled already.
+        "kind": f"kind {i % KINDS}",
+    }
+    for i in range(40)
+]
+COLUMNS = {
+    "instruction": "question",
+    "context": "passage",
+    "response": "answer",
+    "category": "kind",
+}
+
+
+@chain
+def own_csv(place, results):
+    results("unbroken")
+    with (place.folder / "own.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    mapped = [f"--config.data.columns.{k}={v}" for k, v in COLUMNS.items()]
+    return place.train("csv", "--config.data.path=own.csv", *mapped, *FEW_ROWS)
+
+
+@chain
+def own_chats(place, results):
+    """Chat rows, and full fine-tuning in bfloat16."""
+    with gzip.open(place.folder / "own.jsonl.gz", "wt") as file:
+        for row in ROWS:
+            turns = [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hello."},
+                {"role": "assistant", "content": "Ask."},
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+            print(json.dumps({"messages": turns}), file=file)
+    full = (
+        "--config.trainable=full",
+        "--config.model.dtype=bfloat16",
+        "--config.steps=2",
+    )
+    path = "--config.data.path=own.jsonl.gz"
+    # Two steps alone: compiling takes longer than they do.
+    trained = place.train("chats", path, *full, *FEW_ROWS, quick=True)
+    return trained, place.generate("chats", f"--prompt={QUESTION}", "--compare")
+
+
+@chain
+def long_prompts(place, results):
+    """Contexts that training cuts to fit and that do not fit as prompts."""
+    with (place.folder / "long.jsonl").open("w") as file:
+        for i in range(16):
+            row = {"instruction": f"What of {i}?", "context": "word " * 150}
+            print(json.dumps(row | {"response": f"Much of {i}."}), file=file)
+    truncate = "--config.data.overlength=truncate"
+    path = "--config.data.path=long.jsonl"
+    return place.train("long-prompts", path, truncate, *FEW_ROWS)
+
+
+@chain
+def again(place, results):
+    results("unbroken")
+    before = snapshot(place.run_dir("unbroken"))
+    finished = place.train("unbroken")
+    return finished, before, snapshot(place.run_dir("unbroken"))
+
+
+@chain
+def talks(place, results):
+    results("unbroken")
+    chat = f"{QUESTION}\n\n{QUESTION}\nWhy?\n"
+    return {
+        "chat": place.generate("unbroken", stdin=chat),
+        "compare": place.generate("unbroken", f"--prompt={QUESTION}", "--compare"),
+        "best": place.generate("unbroken", f"--prompt={QUESTION}", "--step=best"),
+    }
+
+
+# -- a training run ------------------------------------------------------------------
+
+
+def test_training_succeeds_and_warns_of_nothing(unbroken):
+    assert unbroken.code == 0, unbroken.err
+    assert not re.search("warning|traceback", unbroken.err + unbroken.out, re.I)
+
+
+def test_doctor_tells_the_facts_of_the_run(place, unbroken):
+    told = " ".join(re.sub("[│|]", " ", unbroken.out).split())
+    identity = json.loads((place.run_dir("unbroken") / "identity.json").read_text())
+    assert f"base model model, sha256 {identity['base model'][:12]}" in told
+    assert f"sha256 {identity['tokenizer'][:12]}" in told
+    assert f"sha256 {identity['data'][:12]}" in told
+    for file in (ROOT / "research/data/instructions/sample").iterdir():
+        assert f"{file.stem} {len(file.read_text('utf-8').splitlines())}" in told
+    weights = tiny_model.random_weights(seed=0)
+    adapted = [tensor for name, tensor in weights.items() if "proj" in name]
+    assert f"{len(adapted)} matrices under 7 paths" in told
+    for path in ("attention.query", "attention.output", "mlp.down"):
+        assert re.search(rf"layers\.{path}\.kernel \([\d, ]+\) rank {RANK}", told)
+    trained = sum(RANK * sum(tensor.shape) for tensor in adapted)
+    frozen = sum(tensor.size for tensor in weights.values())
+    assert f"{trained:,} trained" in told
+    assert f"{frozen:,} frozen" in told
+    assert "mesh replica=1, data=1, fsdp=1, tensor=1, context=1 on cpu" in told
+    part, whole, share = re.search(
+        r"trained tokens ([\d,]+) of ([\d,]+) \(([\d.]+)%\)", told
+    ).groups()
+    part, whole = (int(x.replace(",", "")) for x in (part, whole))
+    assert 0 < part < whole
+    assert f"{100 * part / whole:.1f}" == share
+
+
+def test_first_row_marks_the_answer_and_its_end_and_nothing_else(unbroken):
+    shown = " ".join(unbroken.out.split())
+    rows = [
+        json.loads(line)
+        for file in (ROOT / "research/data/instructions/sample").iterdir()
+        for line in file.read_text("utf-8").splitlines()
+    ]
+    expected = [
+        f"marked: <|im_start|>user {row['instruction']} {row['context']}<|im_end|> "
+        f"<|im_start|>assistant [[{row['response']}<|im_end|>]]"
+        for row in rows
+    ]
+    squeezed = [" ".join(x.replace(" <|im_end", "<|im_end").split()) for x in expected]
+    assert any(x in shown for x in squeezed), unbroken.out
+
+
+def test_a_plain_line_for_every_step(place, unbroken):
+    form = re.compile(
+        rf"step +(\d+)/{STEPS}  ETA \d+:\d\d  loss (\S+)  eval (\S+)  lr (\S+)  "
+        r"norm (\S+)  [\d,]+ tok/s  [\d,]+ trained/s  MFU \d+%  \d+\.\d GB$",
+        re.M,
+    )
+    train = place.lines("unbroken", "train")
+    assert [found.group(1, 2, 4, 5) for found in form.finditer(unbroken.err)] == [
+        (
+            str(line["step"]),
+            f"{line['loss']:.3f}",
+            f"{line['learning_rate']:.1e}",
+            f"{line['grad_norm']:.2f}",
+        )
+        for line in train
+    ]
+    assert all(x["tokens"] > x["trained_tokens"] > 0 for x in train)
+    assert all(x["elapsed_s"] >= x["step_s"] > 0 for x in train)
+
+
+def test_held_out_loss_falls(place, unbroken):
+    before, *_, after = place.lines("unbroken", "eval")
+    assert after["loss"] < 0.9 * before["loss"]
+    total = sum(after["tokens"].values())
+    mean = sum(n * after["by_group"][c] for c, n in after["tokens"].items()) / total
+    assert mean == pytest.approx(after["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("run", ["unbroken", "broken"])
+def test_metrics_have_every_step_exactly_once(place, unbroken, broken, run):
+    assert [x["step"] for x in place.lines(run, "train")] == [*range(1, STEPS + 1)]
+    assert [x["step"] for x in place.lines(run, "eval")] == EVALUATIONS
+
+
+def test_run_folder_holds_what_people_look_at(place, unbroken):
+    from PIL import Image
+
+    folder = place.run_dir("unbroken")
+    assert json.loads((folder / "config.json").read_text())["steps"] == STEPS
+    with Image.open(folder / "loss.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+    kept = place.saved_steps("unbroken")
+    assert STEPS in kept
+    assert len(kept) <= Config().checkpoint.keep_last + Config().checkpoint.keep_best
+
+
+def test_tensorboard_has_the_same_losses_as_the_metrics(place, unbroken):
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = collections.defaultdict(dict)
+    (file,) = (place.run_dir("unbroken") / "tensorboard").iterdir()
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (size,) = struct.unpack_from("<Q", data, at)
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        at += size + 16
+        for value in event.summary.value:
+            found[value.tag][event.step] = value.simple_value
+    for kind in ("train", "eval"):
+        expected = {x["step"]: x["loss"] for x in place.lines("unbroken", kind)}
+        assert found[f"{kind}/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_report_has_a_row_per_category_and_three_answers(place, unbroken):
+    text = (place.run_dir("unbroken") / "report.md").read_text()
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (
+            line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line
+        )
+    }
+    before, *_, after = place.lines("unbroken", "eval")
+    assert {"category", "all", *after["tokens"]} < set(rows)
+    total = sum(after["tokens"].values())
+    assert rows["all"][:3] == [
+        f"{total:,}",
+        f"{before['loss']:.3f}",
+        f"{after['loss']:.3f}",
+    ]
+    asked = text.count("## A held-out prompt")
+    assert asked == Config().eval.prompts == 3
+    for name in ("prompt", "base", "adapted", "reference"):
+        assert text.count(f"**{name}**") == asked
+    assert "![loss](loss.png)" in text
+
+
+# -- again, and after an interruption ------------------------------------------------
+
+
+def test_a_complete_run_is_left_alone(unbroken, again):
+    finished, before, after = again
+    assert finished.code == 0
+    assert "complete" in finished.err
+    assert finished.out == ""
+    assert before == after
+    assert finished.seconds < unbroken.seconds / 2
+
+
+def numbers(place, run):
+    """What must not depend on how often a run was broken off."""
+    train = [
+        (x["step"], x["loss"], x["grad_norm"], x["learning_rate"], x["tokens"])
+        for x in place.lines(run, "train")
+    ]
+    held = {x["step"]: (x["loss"], x["by_group"]) for x in place.lines(run, "eval")}
+    return train, held
+
+
+def final_state(place, run):
+    folder = RunDir(place.run_dir(run))
+    config = folder.config()
+    job = definition.make_job(
+        config,
+        open_base(str(place.folder / config.model.init_from)),
+        mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
+    )
+    with Checkpointer(
+        folder.checkpoints, config.checkpoint, folder.identity(), read_only=True
+    ) as checkpointer:
+        restored = checkpointer.restore(abstract_state(job))
+    assert restored.step == int(restored.state.step) == STEPS
+    return jax.tree.map(lambda x: np.asarray(x).tobytes(), restored.state)
+
+
+def test_sigint_stops_between_steps_and_the_same_command_goes_on(broken):
+    stopped, resumed = broken
+    assert stopped.code == 75, stopped.err
+    (step,) = re.findall(r"stopped after step (\d+)", stopped.err)
+    assert re.findall(r"^step +(\d+)/", stopped.err, re.M)[-1] == step
+    assert f"step {step} restored" in resumed.err
+    assert re.findall(r"^step +(\d+)/", resumed.err, re.M)[0] == str(int(step) + 1)
+    assert resumed.code == 0, resumed.err
+
+
+def test_a_broken_run_equals_the_unbroken_one_exactly(place, unbroken, broken):
+    assert numbers(place, "broken") == numbers(place, "unbroken")
+    # Adapters and optimizer, byte by byte.
+    assert final_state(place, "broken") == final_state(place, "unbroken")
+
+
+@pytest.mark.soak
+def test_eight_devices_train_as_one_does(place, unbroken, remeshed):
+    assert [x.code for x in remeshed] == [75, 0], remeshed[0].err + remeshed[1].err
+    assert "data=2, fsdp=2, tensor=2" in remeshed[0].out
+    one, eight = (place.lines(run, "train") for run in ("unbroken", "remeshed"))
+    for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        expected = [x[name] for x in one]
+        np.testing.assert_allclose([x[name] for x in eight], expected, rtol=rtol)
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing_behind(place, hurried):
+    assert hurried.code not in (0, 75)
+    assert "Traceback" not in hurried.err
+    assert not place.run_dir("hurried").exists()
+
+
+# -- talking to a run ----------------------------------------------------------------
+
+
+def test_compare_shows_the_base_and_the_tuned_answer(talks):
+    assert talks["compare"].code == 0, talks["compare"].err
+    base, _, tuned = talks["compare"].out.partition("--- tuned\n")
+    assert base.startswith("--- base\n")
+    assert len(tuned) > 1
+    assert base != f"--- base\n{tuned}"
+
+
+def test_greedy_answers_repeat_and_an_empty_line_forgets(talks):
+    assert talks["chat"].code == 0, talks["chat"].err
+    answer = talks["compare"].out.partition("--- tuned\n")[2]
+    assert talks["chat"].out.startswith(answer + answer)
+    assert len(talks["chat"].out) > 2 * len(answer) + 2, "the third is answered, too"
+
+
+def test_best_is_the_kept_step_with_the_lowest_held_out_loss(place, talks):
+    assert talks["best"].code == 0, talks["best"].err
+    held = {x["step"]: x["loss"] for x in place.lines("unbroken", "eval")}
+    known = {
+        step: held[max(x for x in held if x <= step)]
+        for step in place.saved_steps("unbroken")
+    }
+    (restored,) = re.findall(r"step (\d+) restored", talks["best"].err)
+    assert known[int(restored)] == min(known.values())
+
+
+# -- other trainings -----------------------------------------------------------------
+
+
+def test_full_fine_tuning_trains_and_talks(place, own_chats):
+    trained, talk = own_chats
+    assert trained.code == 0, trained.err
+    everything = sum(x.size for x in tiny_model.random_weights(seed=0).values())
+    assert f"{everything:,} trained" in trained.out
+    before, after = place.lines("chats", "eval")
+    assert after["loss"] < before["loss"]
+    assert talk.code == 0, talk.err
+    base, _, tuned = talk.out.partition("--- tuned\n")
+    assert base != f"--- base\n{tuned}"
+
+
+def test_own_csv_with_mapped_columns_trains(place, own_csv):
+    assert own_csv.code == 0, own_csv.err
+    assert f"{len(ROWS)}: kind 0 5, kind 1 5, kind 2 5," in own_csv.out
+    shown = own_csv.out.partition("marked:")[2]
+    assert re.search(r"What is (\d+) plus \1\?", shown)
+    assert re.search(r"Adding \d+ doubles it\.<\|im_end\|>", own_csv.out)
+    assert re.search(r"\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]", shown)
+    groups = place.lines("csv", "eval")[-1]["by_group"].keys()
+    assert groups and groups < {f"kind {i}" for i in range(KINDS)}, "4 held out"
+
+
+def test_own_chats_train_on_every_answer(place, own_chats):
+    shown = own_chats[0].out.partition("marked:")[2]
+    assert re.search(
+        r"<\|im_start\|>system\nBe brief\.<\|im_end\|>\n"
+        r"<\|im_start\|>user\nHello\.<\|im_end\|>\n"
+        r"<\|im_start\|>assistant\n\[\[Ask\.<\|im_end\|>]]\n"
+        r"<\|im_start\|>user\nWhat is (\d+) plus \1\?<\|im_end\|>\n"
+        r"<\|im_start\|>assistant\n\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]",
+        shown,
+    ), shown
+    assert len(place.lines("chats", "train")) == 2
+
+
+def test_every_file_format_gives_the_same_records(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, ensure_ascii=False), "utf-8")
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    columns = dataclasses.replace(DataConfig().columns, **COLUMNS)
+    found = {}
+    for file in tmp_path.iterdir():
+        records = load_rows(DataConfig(path=str(file), columns=columns), 0).records
+        found[file.name] = [(x.turns, x.context, x.category) for x in records]
+    assert len(found) == 6
+    first = found["rows.jsonl"]
+    assert len(first) == len(ROWS)
+    assert first[3][0][1].text == ROWS[3]["answer"]
+    assert all(records == first for records in found.values())
+
+
+@pytest.mark.soak
+def test_prompts_longer_than_the_context_do_not_lose_the_report(place, long_prompts):
+    assert long_prompts.code == 0, long_prompts.err
+    assert (place.run_dir("long-prompts") / "report.md").is_file()
+
+
+# -- the doors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["train", "generate"])
+def test_help_is_quick_and_names_everything(place, module):
+    finished = place.run(module, "--help")
+    assert finished.code == 0
+    assert finished.seconds < 3
+    for knob in flat(Config()) if module == "train" else ():
+        assert f"--config.{knob}=" in finished.out
+    for flag in ("run", "prompt", "step", "compare") if module == "generate" else ():
+        assert f"--{flag}=" in finished.out

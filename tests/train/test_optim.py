@@ -1,0 +1,263 @@
+"""Schedules, what each optimizer moves and decays, and the guard against spikes."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, mesh_sizes, random_params
+
+from research.config.run_config import Config, OptimConfig
+from research.core.errors import UserError
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.train.step import train_step
+from research.train.step.optimizers import make_optimizer, read_skipped, skip_outliers
+from research.train.step.schedules import make_schedule
+from research.weights import trainable
+
+
+def test_the_rate_warms_up_peaks_and_ends_at_its_share():
+    config = OptimConfig(learning_rate=1e-3, warmup=0.1, final=0.1)
+    rate = np.array([make_schedule(config, 100)(n) for n in range(101)])
+    assert rate.argmax() == 10
+    np.testing.assert_allclose(rate[[0, 5, 10, 100]], [0, 5e-4, 1e-3, 1e-4], rtol=1e-5)
+    assert (np.diff(rate[10:]) < 0).all()
+    np.testing.assert_allclose(rate[55], (1e-3 + 1e-4) / 2, rtol=1e-5)
+
+
+def rates_of(schedule, **changes):
+    config = OptimConfig(learning_rate=1.0, warmup=0.1, final=0.1, schedule=schedule)
+    config = dataclasses.replace(config, **changes)
+    return np.array([make_schedule(config, 100)(n) for n in range(101)])
+
+
+def test_each_schedule_has_its_shape_after_the_warm_up():
+    linear, constant = rates_of("linear"), rates_of("constant")
+    np.testing.assert_allclose(linear[[10, 55, 100]], [1, 0.55, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(constant[10:], 1.0, rtol=1e-6)
+    wsd = rates_of("wsd", decay=0.3)
+    np.testing.assert_allclose(wsd[10:71], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(wsd[[85, 100]], [0.55, 0.1], rtol=1e-5)
+    warm_ups = [rates_of(name)[:11] for name in ("cosine", "linear", "wsd", "constant")]
+    np.testing.assert_allclose(warm_ups, [np.linspace(0, 1, 11)] * 4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_no_run_is_too_short_for_a_schedule(steps, warmup, schedule):
+    schedule = make_schedule(OptimConfig(warmup=warmup, schedule=schedule), steps)
+    rates = np.array([schedule(n) for n in range(1, steps + 1)])
+    assert np.isfinite(rates).all() and (rates > 0).all()
+
+
+def moved(config, gradient, params):
+    optimizer = make_optimizer(config, 10, params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    return jax.tree.map(float, jax.tree.map(jnp.mean, updates))
+
+
+def test_the_first_update_is_not_lost_to_a_rate_of_zero():
+    config = OptimConfig(learning_rate=1e-2, warmup=0.5, clip_norm=0.0)
+    update = moved(config, {"w": jnp.ones(3)}, {"w": jnp.ones(3)})
+    # Adam's first update has the size of the rate: one fifth of the peak.
+    np.testing.assert_allclose(update["w"], -2e-3, rtol=1e-3)
+
+
+def test_weight_decay_spares_norms():
+    params = {
+        "final_norm.scale": jnp.ones(4),
+        "layers.mlp_norm.scale": jnp.ones((2, 4)),
+        "layers.mlp.up.kernel": jnp.ones((2, 4, 4)),
+    }
+    still = jax.tree.map(jnp.zeros_like, params)
+    update = moved(OptimConfig(weight_decay=0.5), still, params)
+    assert update["final_norm.scale"] == update["layers.mlp_norm.scale"] == 0
+    assert update["layers.mlp.up.kernel"] < 0
+
+
+def test_weight_decay_reaches_the_factors_of_adapters():
+    params = {"mlp.up.kernel": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}
+    still = jax.tree.map(jnp.zeros_like, params)
+    update = moved(OptimConfig(weight_decay=0.5), still, params)["mlp.up.kernel"]
+    assert update["a"] < 0 and update["b"] < 0
+
+
+def test_clipping_is_by_the_norm_of_all_gradients_together():
+    """A large eps makes AdamW's update follow the gradient's size."""
+    params = {"u": jnp.zeros(1), "w": jnp.zeros(1)}
+    gradient = {"u": jnp.full(1, 30.0), "w": jnp.full(1, 40.0)}
+    free = moved(OptimConfig(eps=1e6, clip_norm=0.0), gradient, params)
+    clipped = moved(OptimConfig(eps=1e6, clip_norm=1.0), gradient, params)
+    for name in params:
+        np.testing.assert_allclose(clipped[name], free[name] / 50, rtol=1e-3)
+
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+
+
+@pytest.fixture(scope="module")
+def specs():
+    return Model(TINY).specs
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_decays_matrices_and_spares_what_is_named(name, specs):
+    params = random_params(specs)
+    still = jax.tree.map(jnp.zeros_like, params)
+
+    def updates(**changes):
+        config = OptimConfig(
+            name=name, learning_rate=0.1, warmup=0.0, clip_norm=0.0, **changes
+        )
+        optimizer = make_optimizer(config, 10, specs)
+        return jax.jit(optimizer.update)(still, optimizer.init(params), params)[0]
+
+    rate = make_schedule(OptimConfig(learning_rate=0.1, warmup=0.0), 10)(1)
+    decayed = updates(weight_decay=0.5)
+    for path, update in decayed.items():
+        expected = 0.0 if path.endswith("scale") else -0.5 * rate * params[path]
+        np.testing.assert_allclose(update, expected, rtol=1e-4, err_msg=path)
+    spared = updates(weight_decay=0.5, no_decay=("scale$", "embedding"))
+    assert not np.any(spared["embedding.table"])
+    assert np.any(spared["head.kernel"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_downhill_at_about_its_rate(name, specs):
+    """Against the gradient, by a size that the rate alone sets, not the gradient's."""
+    params = random_params(specs)
+    slope = random_params(specs, seed=1)
+    config = OptimConfig(name=name, learning_rate=0.01, warmup=0.0, schedule="constant")
+    optimizer = make_optimizer(config, 10, specs)
+    update, _ = jax.jit(optimizer.update)(slope, optimizer.init(params), params)
+    for path, moved in update.items():
+        assert float(jnp.vdot(moved, slope[path])) < 0, path
+        size = float(jnp.sqrt(jnp.mean(moved**2)))
+        assert 0.001 < size < 0.02, path
+
+
+def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_tables_to_adam(specs):
+    params = jax.tree.map(jnp.zeros_like, random_params(specs))
+    config = OptimConfig(name="muon", learning_rate=1.0, warmup=0.0, clip_norm=0.0)
+    optimizer = make_optimizer(config, 10, specs)
+    slope = random_params(specs, seed=1)
+    update, _ = jax.jit(optimizer.update)(slope, optimizer.init(params), params)
+    for path, spec in specs.items():
+        if not spec.n_in:
+            continue
+        inputs = math.prod(spec.in_shape)
+        layers = np.array(update[path]).reshape(
+            math.prod(spec.shape[: spec.stacked]), inputs, -1
+        )
+        values = [np.linalg.svd(one, compute_uv=False) for one in layers]
+        spread = max(np.quantile(s, 0.9) / np.quantile(s, 0.3) for s in values)
+        # Of a random matrix about 2 to 4; Newton and Schulz make them nearly equal.
+        assert (spread < 1.7) == bool(spec.stacked), (path, spread)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_are_split_as_their_parameters(name, specs):
+    """Nothing as large as a matrix lies whole on a device."""
+    config = Config(trainable="full", optim=OptimConfig(name=name))
+    mesh = meshes.make_mesh(mesh_sizes(1, 8))
+    wide = dataclasses.replace(TINY, embed=256, mlp=512, vocab=768, head_dim=32)
+    model = Model(wide)
+    job = train_step.Job(
+        model,
+        trainable.make(config, model.specs),
+        make_optimizer(config.optim, 10, model.specs),
+        mesh,
+        loss_chunk=5,
+    )
+    state = train_step.abstract_state(job)
+    norms = max(math.prod(s.shape) for s in model.specs.values() if not s.n_in)
+    for leaf in jax.tree.leaves(state):
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert part <= max(math.prod(leaf.shape) / 8, norms * 2, 1024), leaf
+    if name == "adafactor":
+        moments = sum(math.prod(x.shape) for x in jax.tree.leaves(state.opt_state))
+        whole = sum(math.prod(s.shape) for s in model.specs.values())
+        assert moments < whole / 10, "row and column statistics only"
+
+
+def test_a_pattern_that_is_no_expression_is_refused(specs):
+    with pytest.raises(UserError, match="no regular expression"):
+        make_optimizer(OptimConfig(no_decay=("(",)), 10, specs)
+
+
+def guarded(values, spread=4.0, window=8):
+    """Trains one number on `(loss, gradient)` pairs; what was skipped, and where."""
+    import optax
+
+    optimizer = skip_outliers(
+        optax.with_extra_args_support(optax.adam(0.1)), spread, window
+    )
+    params = {"w": jnp.zeros(())}
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    skipped, states = [], []
+    for loss, slope in values:
+        before = int(state.skipped)
+        moved, state = update(
+            {"w": jnp.float32(slope)}, state, params, loss=jnp.float32(loss)
+        )
+        if int(state.skipped) > before:
+            skipped.append(len(states))
+            assert float(moved["w"]) == 0.0
+        states.append((float(moved["w"]), jax.tree.map(np.array, state.inner)))
+    return skipped, states, state
+
+
+CALM = [(2.0 + 0.1 * math.sin(n), 1.0 + 0.1 * math.cos(n)) for n in range(20)]
+
+
+def test_a_calm_run_skips_nothing():
+    assert guarded(CALM)[0] == []
+
+
+@pytest.mark.parametrize(
+    "spike", [(9.0, 1.0), (2.0, 9.0), (math.nan, 1.0), (2.0, math.inf)], ids=str
+)
+def test_a_spike_is_skipped_and_leaves_no_trace_in_the_moments(spike):
+    skipped, states, state = guarded([*CALM, spike, *CALM])
+    assert skipped == [20]
+    jax.tree.map(np.testing.assert_array_equal, states[20][1], states[19][1])
+    assert read_skipped((state,)) == {"skipped": 1}
+    assert read_skipped((state.inner,)) == {}
+
+
+def test_before_enough_is_known_only_what_is_not_finite_is_skipped():
+    assert guarded([(2.0, 1.0), (50.0, 30.0)])[0] == []
+    assert guarded([(math.nan, 1.0), (2.0, 1.0)])[0] == [0]
+
+
+def test_a_new_level_is_accepted_in_time():
+    skipped, _, _ = guarded([*CALM, *[(9.0, 1.0)] * 8])
+    assert skipped[0] == 20 and len(skipped) < 8
+
+
+def test_the_schedule_goes_on_through_skipped_steps(specs):
+    """Else a run that skipped some would end above its last rate."""
+    params = random_params(specs)
+    config = OptimConfig(
+        name="lion", warmup=0.0, schedule="linear", final=0.0, clip_norm=0.0,
+        learning_rate=1.0, skip_spread=5.0,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, 10, specs)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    slope = jax.tree.map(jnp.ones_like, params)
+    sizes = []
+    for loss in (1.0, math.nan, 1.0):
+        moved, state = update(slope, state, params, loss=jnp.float32(loss))
+        sizes.append(float(jnp.abs(moved["head.kernel"]).max()))
+    rate = make_schedule(config, 10)
+    np.testing.assert_allclose(sizes, [rate(1), 0.0, rate(3)], rtol=1e-5)
+
+
+def test_a_pattern_that_spares_nothing_is_refused(specs):
+    with pytest.raises(UserError, match="matches no parameter"):
+        make_optimizer(OptimConfig(no_decay=("scale$", "embeding")), 10, specs)

@@ -1,0 +1,290 @@
+"""LoRA changes what a model computes, exactly as its formula says, and nothing else."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import TINY, close, random_adapters, random_params
+
+from research.config.run_config import LoRAConfig
+from research.core.errors import UserError
+from research.models.transformer import Model
+from research.weights.adapters import lora
+from research.weights.contraction import LowRank, contract
+
+EVERYTHING = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
+TIED = Model(dataclasses.replace(TINY, tied_head=True))
+
+
+def trained_adapters(specs, config, seed=5):
+    return random_adapters(lora.adapter_specs(specs, config), seed)
+
+
+def zero_adapters(specs, config):
+    adapters = trained_adapters(specs, config)
+    return {p: {"a": f["a"], "b": jnp.zeros_like(f["b"])} for p, f in adapters.items()}
+
+
+@functools.cache
+def jitted_logits(model):
+    """Compiled once per model and kind of parameters, whichever test asks first."""
+
+    @jax.jit
+    def logits(params, batch):
+        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        return contract(hidden, model.head(params))
+
+    return logits
+
+
+@pytest.mark.parametrize(
+    "tied, dtype", [(False, jnp.bfloat16), (True, jnp.float32)], ids=str
+)
+def test_zero_b_is_bit_identical_to_the_base(model, batch, tied, dtype):
+    model = (TIED if tied else model).with_options(dtype=dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), random_params(model.specs))
+    adapted = lora.adapt(params, zero_adapters(model.specs, EVERYTHING), EVERYTHING)
+    logits = jitted_logits(model)
+    assert (logits(params, batch) == logits(adapted, batch)).all()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_adapted_equals_merged_and_differs_from_the_base(model, batch, tied):
+    model = TIED if tied else model
+    params = random_params(model.specs)
+    adapters = trained_adapters(model.specs, EVERYTHING)
+    logits = jitted_logits(model)
+    merged = logits(lora.merge(params, adapters, EVERYTHING), batch)
+    close(logits(lora.adapt(params, adapters, EVERYTHING), batch), merged)
+    assert np.abs(merged - logits(params, batch)).max() > 0.1
+
+
+def test_every_target_alone_changes_the_output(model, params, batch):
+    logits = jitted_logits(model)
+    base = logits(params, batch)
+    adapters = trained_adapters(model.specs, EVERYTHING)
+    for path, factor in adapters.items():
+        merged = lora.merge(params, {path: factor}, EVERYTHING)
+        assert np.abs(logits(merged, batch) - base).max() > 1e-3, path
+
+
+def test_unmerge_undoes_merge_and_neither_touches_its_input(model, params):
+    adapters = trained_adapters(model.specs, EVERYTHING)
+    before = jax.tree.map(np.array, params)
+    merged = lora.merge(params, adapters, EVERYTHING)
+    back = lora.unmerge(merged, adapters, EVERYTHING)
+    for path, value in before.items():
+        np.testing.assert_allclose(back[path], value, rtol=0, atol=1e-5, err_msg=path)
+        np.testing.assert_array_equal(params[path], value, err_msg=path)
+        assert np.abs(merged[path] - value).max() > 0.1 or path not in adapters, path
+
+
+def test_gradient_of_factors_is_the_gradient_through_the_merged_form(model, batch):
+    """`adapt` never forms W + AB, `lift` does: the chain rule makes them agree."""
+    params = random_params(model.specs)
+    adapters = trained_adapters(model.specs, EVERYTHING)
+    direction = np.random.default_rng(3).normal(size=(8, 24, TINY.vocab))
+
+    def score(params):
+        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        return jnp.sum(contract(hidden, model.head(params)) * jnp.float32(direction))
+
+    def adapted(params, adapters):
+        return score(lora.adapt(params, adapters, EVERYTHING))
+
+    lifted = lora.lift(score, EVERYTHING)
+    factored = jax.jit(jax.grad(adapted, argnums=1))(params, adapters)
+    formed = jax.jit(jax.grad(lifted, argnums=1))(params, adapters)
+    for path in adapters:
+        for factor in ("a", "b"):
+            assert np.abs(formed[path][factor]).max() > 0
+            close(factored[path][factor], formed[path][factor], rtol=1e-4)
+
+
+def test_factors_have_the_stack_the_axes_and_the_names_of_their_base(model):
+    factors = lora.adapter_specs(model.specs, EVERYTHING)
+    layers, embed, heads, head_dim = TINY.layers, TINY.embed, TINY.heads, TINY.head_dim
+    query = factors["layers.attention.query.kernel"]
+    assert query["a"].shape == (layers, embed, 4)
+    assert query["a"].axes == ("layers", "embed", "rank")
+    assert query["b"].shape == (layers, 4, heads, head_dim)
+    assert query["b"].axes == ("layers", "rank", "heads", "head_dim")
+    output = factors["layers.attention.output.kernel"]
+    assert output["a"].shape == (layers, heads, head_dim, 4)
+    assert output["a"].axes == ("layers", "heads", "head_dim", "rank")
+    assert output["b"].axes == ("layers", "rank", "embed")
+    assert factors["embedding.table"]["a"].axes == ("vocab", "rank")
+    # Norm scales are no matrices, whatever a pattern says.
+    assert {p for p in model.specs if "norm" not in p} == set(factors)
+
+
+def test_init_is_uniform_by_fan_in_and_starts_at_the_base(model):
+    config = LoRAConfig(rank=64, targets=("output", "mlp.down"))
+    adapters = lora.init(jax.random.key(0), model.specs, config)
+    fan_in = {"attention.output": TINY.heads * TINY.head_dim, "mlp.down": TINY.mlp}
+    for name, inputs in fan_in.items():
+        factor = adapters[f"layers.{name}.kernel"]
+        assert not factor["b"].any()
+        bound = inputs**-0.5
+        assert 0.98 * bound < np.abs(factor["a"]).max() <= bound
+        np.testing.assert_allclose(np.std(factor["a"]), bound / 3**0.5, rtol=0.05)
+        assert (factor["a"][0] != factor["a"][1]).any(), "layers start different"
+
+
+def test_rank_pattern_overrides_and_the_last_match_wins(model):
+    config = LoRAConfig(rank=4, rank_pattern=("mlp=2", r"mlp\.down=6"))
+    factors = lora.adapter_specs(model.specs, config)
+    ranks = {path.split(".")[2]: f["a"].shape[-1] for path, f in factors.items()}
+    assert ranks == {
+        "query": 4, "key": 4, "value": 4, "output": 4, "gate": 2, "up": 2, "down": 6,
+    }  # fmt: skip
+    again = ("mlp=2", r"mlp\.down=6", "mlp=3")
+    factors = lora.adapter_specs(model.specs, LoRAConfig(rank_pattern=again))
+    assert factors["layers.mlp.down.kernel"]["a"].shape[-1] == 3
+
+
+def test_alpha_pattern_scales_its_matches_only(model, params):
+    config = LoRAConfig(rank=4, alpha=8.0, alpha_pattern=(r"mlp\.up=2",))
+    adapted = lora.adapt(params, zero_adapters(model.specs, config), config)
+    assert (adapted["layers.mlp.up.kernel"].scale == 2 / 4).all()
+    assert (adapted["layers.mlp.down.kernel"].scale == 8 / 4).all()
+
+
+@pytest.mark.parametrize(
+    "override", ["mlp", "mlp=", "mlp=x", "mlp=0", "mlp=-1", "mlp=nan", "mlp=4.5"]
+)
+def test_a_rank_that_is_no_whole_positive_number_is_refused(model, override):
+    with pytest.raises(UserError, match="mlp"):
+        lora.adapter_specs(model.specs, LoRAConfig(rank_pattern=(override,)))
+
+
+def test_a_pattern_that_matches_nothing_lists_the_paths(model):
+    with pytest.raises(UserError) as raised:
+        lora.adapter_specs(model.specs, LoRAConfig(targets=("mlp", "quary")))
+    assert "'quary' matches no parameter (did you mean 'query'?)" in str(raised.value)
+    for path in model.specs:
+        assert "norm" in path or path in str(raised.value)
+    with pytest.raises(UserError, match="embedding"):
+        # Matched against what is adapted: elsewhere it would do nothing.
+        lora.adapter_specs(model.specs, LoRAConfig(rank_pattern=("embedding=2",)))
+
+
+@pytest.mark.parametrize("targets", [(), ("*",), ("mlp(",)], ids=str)
+def test_targets_that_are_no_patterns_are_the_users_error(model, targets):
+    with pytest.raises(UserError):
+        lora.adapter_specs(model.specs, LoRAConfig(targets=targets))
+
+
+def test_an_adapter_for_another_model_is_refused(model, params):
+    adapters = zero_adapters(TIED.specs, EVERYTHING)
+    with pytest.raises(ValueError, match="elsewhere"):
+        lora.adapt(params, {"elsewhere": adapters["embedding.table"]}, EVERYTHING)
+
+
+def test_count_is_rank_times_inputs_plus_outputs(model):
+    adapters = zero_adapters(model.specs, EVERYTHING)
+    expected = 0
+    for path in adapters:
+        spec = model.specs[path]
+        split = spec.stacked + spec.n_in
+        ends = math.prod(spec.in_shape) + math.prod(spec.shape[split:])
+        expected += math.prod(spec.shape[: spec.stacked]) * 4 * ends
+    assert lora.count(adapters) == expected
+
+
+def test_vmap_over_three_adapters_is_three_runs(model, params, batch):
+    config = LoRAConfig(rank=4, targets=("query", "output", "mlp"))
+    three = [trained_adapters(model.specs, config, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *three)
+
+    def run(adapters):
+        return jitted_logits(model)(lora.adapt(params, adapters, config), batch)
+
+    together = jax.vmap(run)(stacked)
+    for i, adapters in enumerate(three):
+        close(together[i], run(adapters))
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_dropout_needs_a_key_and_differs_by_layer_and_matrix(model, params):
+    config = LoRAConfig(rank=4, dropout=0.5)
+    adapters = zero_adapters(model.specs, config)
+    for path, leaf in lora.adapt(params, adapters, config).items():
+        assert not isinstance(leaf, LowRank) or leaf.key is None, path
+    keyed = lora.adapt(params, adapters, config, jax.random.key(0))
+    leaves = [leaf for leaf in keyed.values() if isinstance(leaf, LowRank)]
+    keys = np.concatenate([jax.random.key_data(leaf.key) for leaf in leaves])
+    assert len(np.unique(keys, axis=0)) == TINY.layers * len(adapters)
+    assert {float(r) for leaf in leaves for r in np.ravel(leaf.rate)} == {0.5}
+
+
+def test_dropout_reaches_the_scanned_layers(model, params, batch):
+    config = LoRAConfig(rank=4, dropout=0.5, targets=(r"mlp\.up",))
+    adapters = trained_adapters(model.specs, config)
+
+    @jax.jit
+    def logits(key):
+        return jitted_logits(model)(lora.adapt(params, adapters, config, key), batch)
+
+    first, again = logits(jax.random.key(0)), logits(jax.random.key(0))
+    assert (first == again).all()
+    assert np.abs(first - logits(jax.random.key(1))).max() > 0.1
+
+
+def check_lifted(function, params):
+    """Zero B is the identity, and training only the factors lowers the loss."""
+    config = LoRAConfig(rank=4, alpha=4.0, targets=("kernel",))
+    adapters = lora.init(jax.random.key(0), lora.specs_of(params), config)
+    assert [path.split(".")[:2] for path in adapters] == [
+        ["dense0", "kernel"],
+        ["dense1", "kernel"],
+    ]
+    lifted = lora.lift(function, config)
+    x = jnp.float32(np.random.default_rng(0).normal(size=(16, 6)))
+    assert (lifted(params, adapters, x) == function(params, x)).all()
+
+    @jax.jit
+    def descend(adapters):
+        def loss(adapters):
+            return jnp.mean((lifted(params, adapters, x) - x) ** 2)
+
+        value, slope = jax.value_and_grad(loss)(adapters)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, adapters, slope), value
+
+    losses = []
+    for _ in range(30):
+        adapters, value = descend(adapters)
+        losses.append(float(value))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_lift_trains_a_flax_model_that_is_not_ours():
+    class MLP(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense0 = nnx.Linear(6, 8, rngs=rngs)
+            self.dense1 = nnx.Linear(8, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense1(nnx.relu(self.dense0(x)))
+
+    graph, state = nnx.split(MLP(nnx.Rngs(0)))
+    check_lifted(lambda state, x: nnx.merge(graph, state)(x), state)
+
+
+def test_lift_trains_a_plain_function_of_nested_parameters():
+    rng = np.random.default_rng(1)
+    params = {
+        "dense0": {"kernel": jnp.float32(rng.normal(size=(6, 8))), "bias": jnp.ones(8)},
+        "dense1": {"kernel": jnp.float32(rng.normal(size=(8, 6)))},
+    }
+
+    def apply(params, x):
+        hidden = x @ params["dense0"]["kernel"] + params["dense0"]["bias"][None]
+        return jnp.tanh(hidden) @ params["dense1"]["kernel"]
+
+    check_lifted(apply, params)

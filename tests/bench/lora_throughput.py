@@ -2,12 +2,15 @@
 
     make bench FLAGS="--data=path/to/dolly.jsonl.gz"
 
-Rounds of: this trainer, TRL padded, TRL packed, and both TRL sides once more with one
-row a forward pass (gradient accumulation), which is not TRL's default but its fastest
-here. Each side takes real Dolly rows, rank 16 on every linear layer, at most 512
-tokens a row, optimizer batches of 8 rows, and the dtype that is faster for it
-(`--dtypes` tries several). Prints real (non-padding) tokens per second, peak memory of
-the process and the ratios, medians over the rounds.
+Each round runs this trainer, TRL padded and TRL packed. `--one-row` adds both TRL
+sides with one row per forward pass (gradient accumulation), which is not TRL's default
+but its fastest setting here. Every side trains on real Dolly rows with rank 16 on every
+linear layer, at most 512 tokens per row, and optimizer batches of 8 rows, in the dtype
+that is faster for it (`--dtypes` tries several).
+
+Every side runs under every allocator setting of `ALLOCATORS`, so each ratio compares
+two processes with the same setting. The script prints real (non-padding) tokens per
+second, the peak memory of the process, and the ratios; figures are medians over rounds.
 """
 
 import argparse
@@ -23,9 +26,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP_STEPS = 2
+# Runs by allocator, side and dtype.
+Results = dict[tuple[str, str, str], list[dict[str, Any]]]
+# The second is what the Makefile sets for us: freed memory is kept, on huge pages.
+ALLOCATORS = {
+    "plain malloc": "",
+    "huge pages": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0"
+    ":glibc.malloc.trim_threshold=100000000000",
+}
 
 
-def run_ours(data: str, dtype: str, steps: int, microbatch: int) -> dict[str, Any]:
+def environment(tunables: str) -> dict[str, str]:
+    """This process's variables with the allocator setting that both sides share."""
+    others = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    return others | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+
+
+def run_ours(
+    data: str, dtype: str, steps: int, tunables: str, microbatch: int
+) -> dict[str, Any]:
     """Trains through the real command and reads its `metrics.jsonl`."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -48,7 +67,8 @@ def run_ours(data: str, dtype: str, steps: int, microbatch: int) -> dict[str, An
             "--config.eval.prompts=1",
             "--config.eval.max_new_tokens=1",
         ]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        env = environment(tunables)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr, env=env)
         text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     counted = [x for x in lines if x["kind"] == "train" and x["step"] > WARMUP_STEPS]
@@ -61,7 +81,13 @@ def run_ours(data: str, dtype: str, steps: int, microbatch: int) -> dict[str, An
 
 
 def run_trl(
-    python: str, data: str, dtype: str, steps: int, packing: bool, microbatch: int
+    python: str,
+    data: str,
+    dtype: str,
+    steps: int,
+    tunables: str,
+    packing: bool,
+    microbatch: int,
 ) -> dict[str, Any]:
     """One run of `trl_side.py` under its own interpreter."""
     command = [
@@ -74,10 +100,9 @@ def run_trl(
         f"--micro-batch={microbatch}",
         f"--steps={steps + WARMUP_STEPS}",
     ]
-    # Our Makefile's allocator settings are no part of TRL's set-up.
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    env = environment(tunables)
     done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        command, check=True, stdout=subprocess.PIPE, text=True, env=env
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -91,46 +116,51 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=2)
     parser.add_argument("--dtypes", default="bfloat16", help="comma-separated")
     parser.add_argument(
-        "--defaults-only",
+        "--one-row",
         action="store_true",
-        help="leave out TRL with one row a pass, which is not its default",
+        help="also run TRL with one row per forward pass, which is not its default",
     )
     arguments = parser.parse_args()
     data = str(Path(arguments.data).resolve())
     python = str(Path(arguments.torch_python).absolute())
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    results: Results = {}
     sides = {"ours": functools.partial(run_ours, data, microbatch=arguments.microbatch)}
     shapes = [(False, 8), (True, 8), (False, 1), (True, 1)]
-    for packing, microbatch in shapes[: 2 if arguments.defaults_only else 4]:
+    for packing, microbatch in shapes[: 4 if arguments.one_row else 2]:
         name = "TRL packed" if packing else "TRL padded"
         sides[name if microbatch == 8 else f"{name}, 1 row a pass"] = functools.partial(
             run_trl, python, data, packing=packing, microbatch=microbatch
         )
     for _ in range(arguments.rounds):
         for dtype in arguments.dtypes.split(","):
-            for name, side in sides.items():
-                found = side(dtype=dtype, steps=arguments.steps)
-                results.setdefault((name, dtype), []).append(found)
-                print(name, dtype, json.dumps(found), flush=True)
-    show(results)
+            for allocator, tunables in ALLOCATORS.items():
+                for name, side in sides.items():
+                    found = side(dtype=dtype, steps=arguments.steps, tunables=tunables)
+                    results.setdefault((allocator, name, dtype), []).append(found)
+                    print(allocator, name, dtype, json.dumps(found), flush=True)
+    for allocator in ALLOCATORS:
+        show(allocator, results)
 
 
-def show(results: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-    """Medians by side in its better dtype, then the ratios."""
+def show(allocator: str, results: Results) -> None:
+    """Prints, for one allocator setting, each side's better dtype and the ratios."""
 
     def median(runs: list[dict[str, Any]], name: str) -> float:
         return statistics.median(run[name] for run in runs)
 
+    print(f"both sides with {allocator}:")
     best: dict[str, tuple[float, float]] = {}
-    for (name, dtype), runs in results.items():
+    for (setting, name, dtype), runs in results.items():
+        if setting != allocator:
+            continue
         speed, memory = (median(runs, k) for k in ("real_tokens_per_s", "peak_rss_gb"))
-        print(f"{name:24s} {dtype:10s} {speed:7.1f} real tokens/s  {memory:5.2f} GB")
+        print(f"  {name:24s} {dtype:10s} {speed:7.1f} real tokens/s  {memory:5.2f} GB")
         if speed > best.get(name, (0.0, 0.0))[0]:
             best[name] = (speed, memory)
     ours = best.pop("ours")
     for name, theirs in best.items():
         print(
-            f"ours / {name}: {ours[0] / theirs[0]:.2f} times the real tokens/s, "
+            f"  ours / {name}: {ours[0] / theirs[0]:.2f} times the real tokens/s, "
             f"{ours[1] / theirs[1]:.2f} of the memory"
         )
 

@@ -16,6 +16,7 @@ from research.config.run_config import Config
 from research.core.errors import DivergedError, SaveError
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
+from research.runs import metrics_file
 from research.runs.wall_time import Phases
 from research.train import throughput
 from research.train.evaluation import Evaluation
@@ -54,7 +55,7 @@ class StepLog:
         self._peak = runtime.peak_flops(config.runtime, config.model.dtype)
         leader = jax.process_index() == 0
         with self._attributed():
-            self._file = throughput.MetricsFile(folder, first) if leader else None
+            self._file = metrics_file.MetricsFile(folder, first) if leader else None
         mode = config.runtime.progress if leader else "none"
         self._view = ProgressView(console, mode, first, config.steps)
 

@@ -18,6 +18,7 @@ from research.formats.base_model import EXPORTED
 from research.parallel import mesh, runtime
 from research.report import run_report
 from research.report.progress_view import duration
+from research.runs import metrics_file
 from research.runs.attempts import Starts
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
@@ -26,7 +27,7 @@ from research.runs.wall_time import Phases
 from research.runs.watchdog import Watchdog
 from research.tasks import task_registry
 from research.tokenize.tokenizer_training import save_tokenizer
-from research.train import doctor, throughput
+from research.train import doctor
 from research.train.fit import Run, fit, tell
 from research.train.step import definition, train_step
 
@@ -206,9 +207,9 @@ def _finish(run: Run) -> None:
         )
     if jax.process_index() > 0:
         return
-    lines = [x for x in throughput.read_metrics(folder) if x["kind"] == "train"]
+    lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]
     seconds, goodput = lines[-1]["elapsed_s"], run.history.goodput()
-    throughput.append_line(folder, run.config.steps, "goodput", goodput.line())
+    metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
     facts = {
         "base model": run.base.name,
         "data": run.task.origin,

@@ -19,6 +19,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
 from research.config.run_config import CheckpointConfig, Config, RuntimeConfig
 from research.core.errors import DamagedError, DivergedError, SaveError, UserError
+from research.runs import metrics_file
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.runs.wall_time import Phases
@@ -390,5 +391,5 @@ def test_of_two_groups_the_one_that_is_not_finite_is_named(tmp_path):
     assert "batch 4, batch_hash 77" in said
     assert "gradients not finite: layers.mlp.down)" in said
     # It is written down before it stops the run.
-    (line,) = throughput.read_metrics(tmp_path)
+    (line,) = metrics_file.read_metrics(tmp_path)
     assert line["step"] == 5 and line["grad_norm_by_path"]["layers.mlp.up"] == 1.5

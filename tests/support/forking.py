@@ -16,8 +16,8 @@ import time
 import traceback
 
 # What the commands import, but for the modules with their flags.
-import research.answers
-import research.training  # noqa: F401
+import research.engine.text_generation
+import research.train.pipeline  # noqa: F401
 
 
 def main():

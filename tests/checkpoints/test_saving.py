@@ -223,7 +223,7 @@ def test_two_processes_agree_on_what_is_set_aside(place, tmp_path):
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
-    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     running = [
         place.start_python("-c", TWO, address, str(index), str(tmp_path), more=more)
         for index in range(2)

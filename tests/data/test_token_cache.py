@@ -185,10 +185,10 @@ build(pathlib.Path(sys.argv[1]), sys.argv[2])
 
 def killed_build(tmp_path, corpus, shards):
     """Kills a build once so many shards are there; returns what they were."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1] / "support"
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path), str(corpus)],
-        env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parents[1]}"},
     )
     pattern = "tokens/*/u*.json"
     while child.poll() is None:

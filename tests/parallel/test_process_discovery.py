@@ -346,7 +346,7 @@ def test_processes_that_do_not_answer_may_at_the_next_start(join, monkeypatch):
 PROGRAM = """
 import json
 import jax
-from research import runtime
+from research.parallel import runtime
 from research.config.run_config import RuntimeConfig
 runtime.start(RuntimeConfig(distributed=True, compilation_cache=""))
 print(json.dumps([jax.process_index(), jax.process_count()]))

@@ -168,7 +168,7 @@ def test_sigterm_before_a_run_listens_asks_to_be_resumed(module):
 
 HANGING_READER = """
 import concurrent.futures, sys, time
-from research import runtime
+from research.parallel import runtime
 concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
 sys.stdout.write("the last words")
 runtime.leave(75)

@@ -69,13 +69,13 @@ def pair(place, results):
 
 HANG = """
 import time
-from research import feed
-pull = feed.Feed.__next__
+from research.train import device_batches
+pull = device_batches.Feed.__next__
 def hang(self):
     if self.number == 2:
         {what}
     return pull(self)
-feed.Feed.__next__ = hang
+device_batches.Feed.__next__ = hang
 """
 
 

@@ -11,7 +11,7 @@ from research.core.errors import STUCK
 
 HANGING = """
 import sys, time
-from research import watchdog
+from research.runs import watchdog
 from research.runs.wall_time import Phases
 
 watchdog.PATIENCE = 0.5

@@ -8,38 +8,38 @@ import signal
 # that a signal can meet the wait for it.
 SAYS_PHASES = """
 import collections, sys, time
-from research import phases
-enter, count = phases.Phases.enter, collections.Counter()
+from research.runs import wall_time
+enter, count = wall_time.Phases.enter, collections.Counter()
 def told(self, name):
     enter(self, name)
     count[name] += 1
     sys.stderr.write(f"phase {name} {count[name]}\\n")
     sys.stderr.flush()
     time.sleep(0.02 * (name == "data"))
-phases.Phases.enter = told
+wall_time.Phases.enter = told
 """
 
 # So that a signal after a step finds the run before its last one; two processes hear of
 # a SIGTERM after a second or two.
 SLOW_DATA = """
 import time
-from research import feed
-pull = feed.Feed.__next__
+from research.train import device_batches
+pull = device_batches.Feed.__next__
 def pull_late(self):
     time.sleep(0.3)
     return pull(self)
-feed.Feed.__next__ = pull_late
+device_batches.Feed.__next__ = pull_late
 """
 
 # Its saves take long enough to be met.
 SLOW_DISK = """
 import time
-from research.saving import integrity
-seal = integrity.seal
+from research.checkpoints import checksums
+seal = checksums.seal
 def slow(folder):
     time.sleep(0.2)
     seal(folder)
-integrity.seal = slow
+checksums.seal = slow
 """
 
 # In turn: at a random moment of the start, in a phase, and in a half-written save.

@@ -94,10 +94,10 @@ print(train_bpe(iter(make_texts(60)), 300).fingerprint)
 
 
 def test_training_gives_the_same_in_every_process():
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "support"
     done = subprocess.run(
         [sys.executable, "-c", TRAINING],
-        env={"PYTHONPATH": f"{here}:{here.parent}", "PYTHONHASHSEED": "7"},
+        env={"PYTHONPATH": f"{here}:{here.parents[1]}", "PYTHONHASHSEED": "7"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == made()["bpe"].fingerprint

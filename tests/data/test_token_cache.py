@@ -173,9 +173,9 @@ def test_the_memo_of_hashes_may_be_lost_or_broken(tmp_path, corpus):
 
 KILLED = """
 import os, pathlib, sys, time
-from research.data.text import documents, token_cache
+from research.data.text import document_readers, token_cache
 from test_token_cache import build
-documents.PIECE_BYTES, token_cache.SHARD_BYTES = 200, 1500
+document_readers.PIECE_BYTES, token_cache.SHARD_BYTES = 200, 1500
 token_cache.UNIT_BYTES = 4000
 fsync = os.fsync
 os.fsync = lambda handle: time.sleep(0.004) or fsync(handle)  # Room to be killed in.
@@ -185,10 +185,11 @@ build(pathlib.Path(sys.argv[1]), sys.argv[2])
 
 def killed_build(tmp_path, corpus, shards):
     """Kills a build once so many shards are there; returns what they were."""
-    folder = Path(__file__).parents[1] / "support"
+    here = Path(__file__).parent
+    paths = (here, here.parent / "support", here.parents[1])
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path), str(corpus)],
-        env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parents[1]}"},
+        env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},
     )
     pattern = "tokens/*/u*.json"
     while child.poll() is None:

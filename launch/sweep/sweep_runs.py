@@ -15,6 +15,7 @@ from launch.jobs.launch_job import check_training_flags
 from launch.sweep.sweep_spec import Axis, Sweep
 from research.config.knobs import changed, flat
 from research.config.run_config import Config
+from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
 
 # What a sweep gives to each run itself.
@@ -266,10 +267,7 @@ def _merged(
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """At once: a report may read it meanwhile."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _entry(run: SweepRun) -> dict[str, Any]:

@@ -1,3 +1,3 @@
-"""The floor that every room stands on: errors, file writes, cache folders, hub access.
-Imports no other room.
+"""The floor that every room stands on: errors, atomic file writes, cache folders, hub
+access. Imports no other room.
 """

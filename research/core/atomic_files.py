@@ -1,23 +1,31 @@
-"""Files on disk: opened whatever they are compressed with, written all or nothing."""
+"""Atomic writes, for all rooms: a file is complete and on disk, or it is not there."""
 
 import contextlib
 import fcntl
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp"
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
-def write_whole(path: Path, data: bytes | bytearray) -> None:
-    """Writes a file that is seen by others complete and on disk, or not at all.
+def write_whole(path: Path, content: bytes | bytearray | str) -> None:
+    """Writes a file that others see complete or not at all, even after a power loss.
+
+    The file is synced before the rename that publishes it, the folder after it.
+
+    Args:
+      path: replaced if it exists.
+      content: bytes, or text that is written as UTF-8.
 
     Raises:
-      OSError: no space or no permission.
+      OSError: no space or no permission; `path` is then as it was.
     """
+    data = content.encode() if isinstance(content, str) else content
     while True:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
                 if not _claim(file, temporary):
@@ -26,14 +34,15 @@ def write_whole(path: Path, data: bytes | bytearray) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
-                return
+            _sync_folder(path.parent)
+            return
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in a folder are on disk, too, after this."""
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # Some network file systems cannot.
@@ -42,23 +51,32 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files whose writer is gone.
+def intended_name(path: Path) -> str:
+    """The name that a temporary file of `write_whole` was to get, or `path.name`."""
+    found = TEMPORARY.fullmatch(path.name)
+    return found["name"] if found else path.name
 
-    A writer holds a lock on its file, and the lock dies with it however it dies.
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files whose writer is dead.
+
+    A writer locks its temporary file. The system releases the lock when the writer
+    dies, however it dies.
     """
-    for path in folder.glob(f".*{TEMPORARY}"):
+    for path in folder.glob(".*.tmp"):
+        if not TEMPORARY.fullmatch(path.name):
+            continue
         with contextlib.suppress(OSError), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
 
 
 def _claim(file: Any, path: Path) -> bool:
-    """Locks a fresh file; False where a clean-up came between making and locking."""
+    """Locks a new file; False if a clean-up removed it before it was locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # Nothing can be locked here, so nobody cleans up, either.
+        return True  # This file system has no locks, so nobody cleans up either.
     return path.exists() and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino

@@ -1,4 +1,4 @@
-"""Asking the hub with a time limit: its own client would retry for minutes."""
+"""The Hugging Face hub, asked with a time limit: its own client retries for minutes."""
 
 import dataclasses
 import logging
@@ -6,39 +6,44 @@ import threading
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the hub said about a name.
+class HubReply:
+    """The hub's reply about a name.
 
     Attributes:
-      revision: the commit it stands at, or "" where the hub did not know or answer.
-      reason: one line, why there is no revision.
+      revision: the commit that the name stands for; "" if the hub did not know the
+        name or did not reply.
+      reason: why there is no revision, in one line.
     """
 
     revision: str
     reason: str
 
 
-def knock(name: str, kind: str, timeout: float) -> Answer:
-    """Asks for a `dataset` or a `model`, decided within `timeout` seconds.
+def ask_hub(name: str, kind: str, timeout: float) -> HubReply:
+    """Asks for the revision of a repository.
 
-    Asked in a thread, since looking up a name has no time limit of its own.
+    Args:
+      name: `owner/name`.
+      kind: `dataset` or `model`.
+      timeout: seconds after which the hub counts as out of reach.
     """
     import huggingface_hub
 
-    found: list[Answer] = []
+    replies: list[HubReply] = []
 
     def ask() -> None:
         try:
             info = huggingface_hub.HfApi().repo_info(
                 name, repo_type=kind, timeout=timeout
             )
-            found.append(Answer(info.sha or "main", ""))
+            replies.append(HubReply(info.sha or "main", ""))
         except Exception as error:  # The hub's client raises a dozen unrelated kinds.
             first_line = str(error).partition("\n")[0]
-            logging.info("data: the hub is out of reach (%s)", first_line)
-            found.append(Answer("", first_line or type(error).__name__))
+            logging.info("hub: out of reach (%s)", first_line)
+            replies.append(HubReply("", first_line or type(error).__name__))
 
+    # In a thread: the look-up of the host name has no time limit of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
-    return found[0] if found else Answer("", f"no answer in {timeout:g} seconds")
+    return replies[0] if replies else HubReply("", f"no reply in {timeout:g} seconds")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from research.core.errors import UserError
-from research.core.hub_access import knock
+from research.core.hub_access import ask_hub
 from research.formats.gguf_file import GGUFFile
 from research.formats.safetensors_folder import SafetensorsFolder
 from research.formats.tensor_file import TensorFile
@@ -156,7 +156,7 @@ def _from_hub(name: str, timeout: float, files: Sequence[str]) -> Path:
         logging.info("model: %s found in the hub's local cache", name)
     except LocalEntryNotFoundError:
         try:
-            answer = knock(name, "model", timeout)
+            answer = ask_hub(name, "model", timeout)
             if not answer.revision:
                 raise ConnectionError(answer.reason)
             found = huggingface_hub.snapshot_download(name, allow_patterns=files)

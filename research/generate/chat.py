@@ -13,9 +13,9 @@ from research.engine.sampler import Sampler, Sampling
 from research.engine.text_generation import Model, base_model, tuned_model
 from research.formats.base_model import Base
 from research.parallel import mesh, runtime
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.runs.wall_time import Phases
 from research.tasks.task_protocol import PromptFormat
 from research.tasks.task_registry import open_start, prompt_format
 from research.tokenize.conversation import Turn
@@ -92,7 +92,7 @@ def _restore(
         folder.checkpoints,
         config.checkpoint,
         identity,
-        accept=set(History(folder.history, Phases()).accepted),
+        accept=set(History(folder.history, PhaseTimer()).accepted),
         read_only=True,
     ) as checkpointer:
         known = checkpointer.steps

@@ -7,16 +7,16 @@ import jax
 from jax.experimental import multihost_utils
 
 from research.core.errors import PREEMPTED
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.runs.stop_signals import INTERRUPTED, Preempted
-from research.runs.wall_time import Phases
 
 
 class Starts:
     """What this process starts, be it one run or several that train together."""
 
-    def __init__(self, phases: Phases):
+    def __init__(self, phases: PhaseTimer):
         self._phases = phases
         self._folders: list[RunDir] = []
         self._histories: list[History] = []

@@ -5,30 +5,30 @@ import os
 from pathlib import Path
 from typing import Any
 
+from research.core.atomic_files import write_whole
 from research.weights import parameter_paths
 
 
 class MetricsFile:
-    """`metrics.jsonl` (one object a line, `step` in each) and TensorBoard files."""
+    """`metrics.jsonl` (one JSON object per line, each with `step`) and TensorBoard."""
 
     def __init__(self, folder: Path, first_step: int):
-        """Opens both, forgetting what lies after `first_step` (a resumed run)."""
+        """Opens both files and drops everything after `first_step`.
+
+        A run that begins at step 0 drops all lines: it evaluates step 0 again.
+        """
         from tensorboardX import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        # From step 0 everything is done again, its evaluation too.
         kept = [x for x in read_metrics(folder) if 0 < first_step >= x["step"]]
-        lines = [json.dumps(line) + "\n" for line in kept]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0
         )
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Appends `values` (numbers, or one dictionary of numbers deep)."""
+        """Appends `values`: numbers, or dictionaries of numbers one level deep."""
         line = {"step": step, "kind": kind, **values}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -37,7 +37,7 @@ class MetricsFile:
             self._board.add_scalar(f"{kind}/{name}".replace(".", "/"), value, step)
 
     def sync(self) -> None:
-        """Until what was written would outlive a loss of power."""
+        """Waits until all lines would survive a power loss."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -46,14 +46,14 @@ class MetricsFile:
 
 
 def append_line(folder: Path, step: int, kind: str, values: dict[str, Any]) -> None:
-    """To a `metrics.jsonl` that no run has open."""
+    """Appends to a `metrics.jsonl` that no run has open."""
     line = json.dumps({"step": step, "kind": kind, **values}, ensure_ascii=False)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line torn by a kill is left out."""
+    """Reads all complete lines, without a last line that a kill has torn."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []

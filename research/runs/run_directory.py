@@ -1,4 +1,4 @@
-"""The folder of one run: what lies where, whose it is, who writes it, what is done."""
+"""The folder of one run: its files, its identity, its lock, and its completion mark."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import filelock
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.knobs import flat
 from research.config.run_config import Config, fixed_differences, from_json, to_json
+from research.core.atomic_files import intended_name, remove_leftovers, write_whole
 from research.core.errors import UserError, nearest
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
@@ -21,9 +22,17 @@ class RunDir:
     """Paths and marks of `config.run_dir`. Nothing is created before `create`."""
 
     def __init__(self, path: str | Path):
+        """`path` may begin with `~`.
+
+        Raises:
+          UserError: `path` is empty, or names the home folder of an unknown user.
+        """
         if not str(path):
             raise UserError("config.run_dir is empty; name a folder for this run")
-        self.path = Path(path)
+        try:
+            self.path = Path(path).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"config.run_dir is {path}: {error}") from error
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.history = self.path / "run.json"
@@ -32,8 +41,12 @@ class RunDir:
         self._complete = self.path / "complete.json"
         self._left_out = self.path / "left_out.txt"
         self._holder = self.path / "lock.holder"
-        # The system frees it with the process, however that ends, on a dead host, too.
+        # The system releases the lock when the process ends, however it ends, and
+        # when its host dies.
         self._lock = filelock.FileLock(self.path / "lock", fallback_to_soft=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     @property
     def exists(self) -> bool:
@@ -41,14 +54,14 @@ class RunDir:
 
     @property
     def is_complete(self) -> bool:
-        """The run reached its last step and wrote its report."""
+        """Whether the run has reached its last step and written its report."""
         return self._complete.is_file()
 
     def config(self) -> Config:
-        """What the run was started with.
+        """The config that the run was started with.
 
         Raises:
-          UserError: this is no run directory, or not one of this version.
+          UserError: this is not a run directory, or not one of this version.
         """
         if not self.exists:
             raise UserError(
@@ -66,7 +79,11 @@ class RunDir:
         """Refuses a folder that holds a run of another config, or anything else.
 
         Returns:
-          `old -> new` by knob, of those that differ and are in `config.accept`.
+          `old -> new` by knob, for knobs that differ and are in `config.accept`.
+
+        Raises:
+          UserError: a knob differs and is not accepted, `config.accept` names an
+            unknown knob, or the folder cannot become a run directory.
         """
         known = (*IDENTITY_PARTS, *flat(config))
         for name in config.accept:
@@ -87,8 +104,8 @@ class RunDir:
                 raise UserError(
                     f"{self.path} holds a run with another config:\n  "
                     + "\n  ".join(f"{k}: {differences[k]}" for k in sorted(refused))
-                    + "\nchoose another --config.run_dir, remove the folder, or go on "
-                    "with the difference by naming it in --config.accept"
+                    + "\nchoose another --config.run_dir, remove the folder, or accept "
+                    "the difference by naming it in --config.accept"
                 )
             return differences
         if self.path.exists() and (not self.path.is_dir() or self._has_strangers()):
@@ -99,21 +116,19 @@ class RunDir:
         return {}
 
     def _has_strangers(self) -> bool:
-        """Whether anything lies here that no creation broken off half-way leaves."""
+        """Whether the folder holds files that an interrupted creation cannot leave."""
         ours = {self._config, self._identity, self._left_out, self.tokenizer}
         ours |= {self._holder, Path(self._lock.lock_file)}
-        return any(
-            path.with_name(path.name.removesuffix(".tmp")) not in ours
-            for path in self.path.iterdir()
-        )
+        names = {path.name for path in ours}
+        return any(intended_name(path) not in names for path in self.path.iterdir())
 
     def check_identity(
         self, identity: Identity, accept: Sequence[str] = ()
     ) -> dict[str, str]:
-        """Refuses to go on with another base model, tokenizer or data set.
+        """Refuses another base model, tokenizer or dataset than the run has.
 
         Returns:
-          `old -> new` by part, of those that differ and were accepted.
+          `old -> new` by part, for parts that differ and are accepted.
         """
         if not self._identity.is_file():
             return {}
@@ -124,11 +139,12 @@ class RunDir:
         """Keeps other trainers out until this process ends.
 
         Raises:
-          UserError: another one is at work here, or the folder cannot be written.
+          UserError: another process trains here, or the folder cannot be written.
         """
         try:
             self._lock.acquire(timeout=0)
-            _write(self._holder, f"{socket.gethostname()}, process {os.getpid()}")
+            remove_leftovers(self.path)
+            write_whole(self._holder, f"{socket.gethostname()}, process {os.getpid()}")
         except filelock.Timeout:
             holder = "an unknown process"
             with contextlib.suppress(OSError):
@@ -153,13 +169,18 @@ class RunDir:
     def create(
         self, config: Config, identity: Identity, left_out: Sequence[str]
     ) -> Iterator[None]:
-        """Makes the folder, locks it and writes down whose it is.
+        """Makes and locks the folder and writes its identity.
 
-        The body may write more; only after it is this a run directory. `left_out`
-        says `file:line: why` of every row that is not trained whole.
+        The body of the `with` may write more files. The folder becomes a run directory
+        only after the body has ended.
+
+        Args:
+          config: what the run is started with.
+          identity: fingerprints of base model, tokenizer and dataset.
+          left_out: `file:line: why` for every row that is dropped or shortened.
 
         Raises:
-          UserError: the disk says no, or another process was faster.
+          UserError: the disk refuses, or another process was faster.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -168,8 +189,8 @@ class RunDir:
                 raise UserError(f"{self.path} holds a run since just now; try again")
             self.update(identity, left_out)
             yield
-            # The config last: it is the mark of a run directory.
-            _write(self._config, to_json(config))
+            # The config comes last: it marks the folder as a run directory.
+            write_whole(self._config, to_json(config))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -179,19 +200,12 @@ class RunDir:
         left_out: Sequence[str],
         config: Config | None = None,
     ) -> None:
-        """Writes down whose the run is from now on; it may have steps to make again."""
+        """Replaces identity, dropped rows and config; the run is then incomplete."""
         self._complete.unlink(missing_ok=True)
-        _write(self._identity, json.dumps(identity, indent=2))
-        _write(self._left_out, "".join(f"{line}\n" for line in left_out))
+        write_whole(self._identity, json.dumps(identity, indent=2))
+        write_whole(self._left_out, "".join(f"{line}\n" for line in left_out))
         if config is not None:
-            _write(self._config, to_json(config))
+            write_whole(self._config, to_json(config))
 
     def mark_complete(self, facts: dict[str, object]) -> None:
-        _write(self._complete, json.dumps(facts, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is killed."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        write_whole(self._complete, json.dumps(facts, indent=2))

@@ -1,4 +1,4 @@
-"""`run.json`: every start of a run and how it ended, and what happened to it."""
+"""`run.json`: every start of a run, how it ended, and the events in between."""
 
 import dataclasses
 import datetime
@@ -12,27 +12,28 @@ from typing import Any
 
 import jax
 
+from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.runs import provenance
-from research.runs.wall_time import NAMES, Phases
+from research.runs.phase_timer import PHASES, PhaseTimer
 
 UNKNOWN = "ended without a word: killed, or the machine went down"
 
 
 class History:
-    """What is known of a run beyond its metrics; the first process writes it.
+    """The record of a run in `run.json`. Only the first process writes it.
 
     Attributes:
-      saved: the last step that was on disk for good, 0 if none ever was.
-      skipped: numbers of batches that are left out, see `feed.Feed`.
-      accepted: `old -> new` by name of what the user let differ.
+      saved: the last step that was committed to disk, 0 if none was.
+      skipped: numbers of the batches that training drops, see `device_batches.Feed`.
+      accepted: `old -> new` by name, for differences that the user accepted.
     """
 
-    def __init__(self, path: Path, phases: Phases):
-        """Reads what there is.
+    def __init__(self, path: Path, phases: PhaseTimer):
+        """Reads the file if it exists.
 
         Raises:
-          UserError: the file is not one of ours.
+          UserError: the file is not a run history.
         """
         self._path = path
         self._phases = phases
@@ -52,13 +53,13 @@ class History:
         return self._found["accepted"]
 
     def accept(self, differences: dict[str, str]) -> None:
-        """What differs from the run's beginning, `old -> new` by name, at a wish."""
+        """Records `differences` to the start of the run, `old -> new` by name."""
         for name, change in differences.items():
             self.accepted[name] = change
             self.event(f"accepted: {name}: {change}")
 
     def begin(self) -> None:
-        """This process has the run to itself; called again, nothing happens."""
+        """Adds this start of the run, once. The caller holds the lock."""
         if self._begun:
             return
         starts = self._found["starts"]
@@ -73,7 +74,7 @@ class History:
                 "processes": jax.process_count(),
                 "devices": f"{len(devices)} {devices[0].device_kind}",
                 "provenance": provenance.describe(),
-                "first": None,  # Unless it comes as far as its first step.
+                "first": None,  # Until its first step is known.
                 "step": None,
                 "redone": 0,
                 "seconds": self._phases.seconds,
@@ -85,8 +86,8 @@ class History:
         self._begun = True
         self._write()
 
-    def go_on(self, first: int) -> None:
-        """From step `first`; again, after a rollback."""
+    def resume_from(self, first: int) -> None:
+        """Records that training starts at step `first`, also after a rollback."""
         start = self._found["starts"][-1]
         if start["first"] is None:
             start["first"] = first
@@ -96,7 +97,7 @@ class History:
         self._write()
 
     def note(self, step: int) -> None:
-        """Updates done so far."""
+        """Records `step`, the updates that are done."""
         if self._begun:
             self._found["starts"][-1] |= {
                 "step": step,
@@ -105,22 +106,22 @@ class History:
             self._write()
 
     def commit(self, step: int) -> None:
-        """A checkpoint of `step` is on disk for good."""
+        """Records that the checkpoint of `step` is committed."""
         self._found["saved"] = step
         self._write()
 
     def event(self, what: str) -> None:
-        """Something a person should find again."""
+        """Records an event that a person should find later."""
         self._found["events"].append({"at": _now(), "what": what})
         self._write()
 
     def skip(self, batch: int) -> None:
-        """From now on `batch` is left out."""
+        """Records that training drops batch `batch` from now on."""
         self.skipped.append(batch)
         self._write(required=True)
 
     def end(self, cause: str, exit_code: int) -> None:
-        """Of this start; the first cause that is given counts."""
+        """Records how this start ended; a second call changes nothing."""
         if self._begun and self._found["starts"][-1]["cause"] is None:
             self._found["starts"][-1] |= {
                 "ended": _now(),
@@ -131,25 +132,20 @@ class History:
             self._write()
 
     def goodput(self) -> "Goodput":
-        """Over all starts."""
+        """The goodput over all starts."""
         return goodput(self._found["starts"])
 
     def _write(self, *, required: bool = False) -> None:
-        # Before `begin` there may be no folder, and never one without a run.
+        # Before `begin` there may be no folder, and this must not make one.
         if jax.process_index() > 0 or not self._path.parent.is_dir():
             return
-        temporary = self._path.with_suffix(".tmp")
-        text = json.dumps(self._found, indent=1, ensure_ascii=False)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
+            text = json.dumps(self._found, indent=1, ensure_ascii=False)
+            write_whole(self._path, text)
         except OSError as error:
             if required:
                 raise
-            # A run is worth more than its history: a checkpoint may still fit.
+            # The run matters more than its history: a checkpoint may still fit.
             logging.error("%s could not be written: %s", self._path, error)
 
 
@@ -158,10 +154,10 @@ def _now() -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's content, or that of a run that has not begun.
+    """Reads a `run.json`; without a file, the history of a run that has not begun.
 
     Raises:
-      UserError: the file is not one of ours.
+      UserError: the file is not a run history.
     """
     empty = {
         "starts": [],
@@ -178,21 +174,21 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("fields of other types")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not the history of a run ({error}); bring a copy back: it "
-            "says which batches were left out and what was accepted. Removed, the "
-            "run goes on without"
+            f"{path} is not the history of a run ({error}); restore a copy: it says "
+            "which batches were dropped and which differences were accepted. If you "
+            "remove it, the run resumes without them"
         ) from error
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Where a run's wall time went, in seconds; what it stood still is not counted.
+    """The wall time of a run by phase, in seconds. Time between starts is not counted.
 
     Attributes:
-      total: lived by all of its starts.
-      by_phase: `step` holds only steps that were kept, `restart` every start but the
-        first and all steps that had to be done again.
+      total: sum over all starts.
+      by_phase: `step` holds only steps that were kept. `restart` holds all starts but
+        the first, and all steps that were done again.
     """
 
     total: float
@@ -200,17 +196,17 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Of the wall time, in steps that were kept."""
+        """The fraction of the wall time that was spent in steps that were kept."""
         return self.by_phase["step"] / self.total if self.total else 0.0
 
     @property
     def parts(self) -> list[tuple[str, float]]:
-        """Phases and their seconds, the longest first; without what is next to none."""
+        """Phases and their seconds, longest first, without those below 0.01 %."""
         known = [x for x in self.by_phase.items() if x[1] >= 1e-4 * self.total > 0]
         return sorted(known, key=lambda part: -part[1])
 
     def line(self) -> dict[str, Any]:
-        """As `metrics.jsonl` has it."""
+        """The values of the `goodput` line in `metrics.jsonl`."""
         seconds = {name: round(s, 3) for name, s in self.by_phase.items()}
         return {"goodput": self.share, "total_s": self.total, "seconds": seconds}
 
@@ -222,9 +218,9 @@ class Goodput:
 
 
 def goodput(starts: list[dict[str, Any]]) -> Goodput:
-    """Of the `starts` of a `run.json`."""
-    by_phase = dict.fromkeys((*NAMES, "restart"), 0.0)
-    lowest = math.inf  # Where a later start went on from: what lies above was lost.
+    """Computes the goodput from the `starts` of a `run.json`."""
+    by_phase = dict.fromkeys((*PHASES, "restart"), 0.0)
+    lowest = math.inf  # Where later starts resumed: steps above it were lost.
     for index, start in reversed(list(enumerate(starts))):
         spent = dict(start["seconds"])
         if index:

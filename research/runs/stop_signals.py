@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from research.runs.wall_time import Phases
+from research.runs.phase_timer import PhaseTimer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
 # At which processes can agree to stop, by step. A second apart in a wait, later a tenth
@@ -50,7 +50,7 @@ class StopRequest:
       signal: the one that asked; None so far.
     """
 
-    def __init__(self, phases: Phases):
+    def __init__(self, phases: PhaseTimer):
         self._phases = phases
         self._alone = jax.process_count() == 1
         self._noting = False

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from research.core.errors import STUCK
-from research.runs.wall_time import Phases
+from research.runs.phase_timer import PhaseTimer
 
 PATIENCE = 5.0  # seconds that the cause may take to be written down
 
@@ -23,7 +23,7 @@ class Watchdog:
     """Watches `phases` while it is entered."""
 
     def __init__(
-        self, phases: Phases, limit: float, rank: int, told: Callable[[str], None]
+        self, phases: PhaseTimer, limit: float, rank: int, told: Callable[[str], None]
     ):
         """Args:
         phases: what gives the signs of life.

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from research.config.run_config import Config
+from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.data.batch_order import Batches
 from research.data.text.row_layout import Layout
@@ -193,6 +194,4 @@ def write_samples(folder: Path, step: int, lines: list[dict[str, Any]]) -> None:
     """Adds the samples of `step`; those of a step done again replace the old ones."""
     kept = [line for line in read_samples(folder) if line["step"] < step]
     text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept + lines)
-    temporary = folder / "samples.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / "samples.jsonl")
+    write_whole(folder / "samples.jsonl", text)

@@ -5,7 +5,7 @@ from typing import Any
 
 from research.data.batch_order import Batches
 from research.data.token_batch import Batch
-from research.runs.wall_time import Phases
+from research.runs.phase_timer import PhaseTimer
 
 Numbered = tuple[int, Batch]
 
@@ -23,7 +23,7 @@ class Feed:
         batches: Batches,
         to_devices: Callable[[Any], Any],
         skip: Collection[int],
-        phases: Phases,
+        phases: PhaseTimer,
         position: dict[str, Any] | None = None,
         wait: Callable[[Callable[[], Numbered]], Numbered] = lambda pull: pull(),
     ):

@@ -17,10 +17,10 @@ from research.engine.sampler import Sampler
 from research.engine.text_generation import tuned_model
 from research.formats.base_model import Base
 from research.parallel import mesh, runtime
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.runs.stop_signals import StopRequest
-from research.runs.wall_time import Phases
 from research.tasks.task_protocol import Task
 from research.train import loop, profiling, throughput
 from research.train.device_batches import Feed
@@ -48,7 +48,7 @@ class Run:
     state: train_step.TrainState | None
     frozen: dict[str, Any]
     console: Console
-    phases: Phases
+    phases: PhaseTimer
     history: History
     evaluated: tuple[int, float] | None = None
 
@@ -116,7 +116,7 @@ def _fit_once(
         run.phases,
     )
     feed = make_feed(run, stop, position)
-    run.history.go_on(first)
+    run.history.resume_from(first)
     saver = Saver(run, checkpointer, log, feed, clock)
     with (
         stop.noting(),

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from research.runs.phase_timer import PhaseTimer
 from research.runs.stop_signals import Preempted, StopRequest
-from research.runs.wall_time import Phases
 from research.train.device_batches import Feed
 
 State = Any
@@ -49,7 +49,7 @@ def run(
     log: Callable[[int, int, Any], None],
     resume_clock: Callable[[], None],
     stop: StopRequest,
-    phases: Phases,
+    phases: PhaseTimer,
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
 

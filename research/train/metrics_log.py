@@ -17,7 +17,7 @@ from research.core.errors import DivergedError, SaveError
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file
-from research.runs.wall_time import Phases
+from research.runs.phase_timer import PhaseTimer
 from research.train import throughput
 from research.train.evaluation import Evaluation
 from research.train.step.schedules import make_schedule
@@ -36,7 +36,7 @@ class StepLog:
         flops: throughput.FlopCount,
         groups: Sequence[str],
         first: int,
-        phases: Phases,
+        phases: PhaseTimer,
         name: str = "",
     ):
         """`name` is said where several runs speak in one log.

@@ -20,10 +20,10 @@ from research.report import run_report
 from research.report.progress_view import duration
 from research.runs import metrics_file
 from research.runs.attempts import Starts
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.runs.stop_signals import Preempted, StopRequest
-from research.runs.wall_time import Phases
 from research.runs.watchdog import Watchdog
 from research.tasks import task_registry
 from research.tokenize.tokenizer_training import save_tokenizer
@@ -39,7 +39,7 @@ def train(config: Config) -> int:
       UserError: whatever the user can mend; nothing is written then.
     """
     runtime.start(config.runtime)
-    phases = Phases(runtime.process_age())
+    phases = PhaseTimer(runtime.process_age())
     folder = RunDir(config.run_dir)
     changed = folder.check_config(config)
     if folder.is_complete and not changed:
@@ -73,7 +73,7 @@ def _train(
     folder: RunDir,
     changed: dict[str, str],
     history: History,
-    phases: Phases,
+    phases: PhaseTimer,
     stop: StopRequest,
 ) -> tuple[int, str]:
     """Returns the exit code, and why it ends."""
@@ -147,7 +147,9 @@ def open_checkpoints(run: Run, identity: Identity) -> Checkpointer:
     )
 
 
-def prepare(config: Config, folder: RunDir, history: History, phases: Phases) -> Run:
+def prepare(
+    config: Config, folder: RunDir, history: History, phases: PhaseTimer
+) -> Run:
     """Opens, loads and examines everything; writes nothing into `folder`."""
     console = Console(quiet=jax.process_index() > 0)
     base = task_registry.open_start(config, folder)

@@ -178,7 +178,7 @@ class Pack:
         config = self._config
         state = self._start()
         for member in self.members:
-            member.run.history.go_on(self._first)
+            member.run.history.resume_from(self._first)
         jitted = together.jit_train_step(self._group)
         step_fn = runtime.announce_first_call(jitted, "first step")
         with self._stop.noting():

@@ -19,10 +19,10 @@ from research.engine.sampler import Sampler
 from research.parallel import mesh as meshes
 from research.parallel import runtime
 from research.runs.attempts import Starts
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.runs.stop_signals import Preempted, StopRequest
-from research.runs.wall_time import Phases
 from research.runs.watchdog import Watchdog
 from research.tasks import task_registry
 from research.train import doctor, pipeline
@@ -43,7 +43,7 @@ def train(configs: Sequence[Config], at_once: int = 0) -> int:
     """
     compatibility.check(configs)
     runtime.start(configs[0].runtime)
-    phases = Phases(runtime.process_age())
+    phases = PhaseTimer(runtime.process_age())
     waiting: list[tuple[Config, RunDir, dict[str, str]]] = []
     for config in configs:
         folder = RunDir(config.run_dir)
@@ -73,7 +73,7 @@ def train(configs: Sequence[Config], at_once: int = 0) -> int:
 
 
 def prepare(
-    wanted: Sequence[tuple[Config, RunDir, History]], phases: Phases
+    wanted: Sequence[tuple[Config, RunDir, History]], phases: PhaseTimer
 ) -> list[Run]:
     """Opens base and data once; writes nothing. Runs of one seed share their rows."""
     shared = wanted[0][0]

@@ -20,9 +20,9 @@ from research.checkpoints.checksums import find_damage
 from research.config.run_config import CheckpointConfig, Config, RuntimeConfig
 from research.core.errors import DamagedError, DivergedError, SaveError, UserError
 from research.runs import metrics_file
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.runs.wall_time import Phases
 from research.train import loop, pipeline, throughput
 from research.train.fit import Saver, restore
 from research.train.metrics_log import StepLog
@@ -59,9 +59,9 @@ class Log:
 
 def make_run(folder, **checkpoint):
     run_dir = RunDir(folder)
-    history = History(run_dir.history, Phases())
+    history = History(run_dir.history, PhaseTimer())
     history.begin()
-    history.go_on(0)
+    history.resume_from(0)
     config = Config(checkpoint=CheckpointConfig(**checkpoint))
     return SimpleNamespace(
         config=config, folder=run_dir, history=history, evaluated=None
@@ -307,7 +307,7 @@ def train(run, checkpointer, step_fn, state, steps, every, told):
         log=timed,
         resume_clock=resume,
         stop=SimpleNamespace(is_due=lambda: False),
-        phases=Phases(),
+        phases=PhaseTimer(),
     )
     return taken[1:]
 
@@ -363,7 +363,7 @@ def make_log(folder, first=0):
         throughput.FlopCount(1.0, 1.0, 1.0),
         ["all"],
         first,
-        Phases(),
+        PhaseTimer(),
     )
 
 

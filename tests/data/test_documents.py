@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from text_helpers import make_texts, text_config, write_texts
 
 from research.core.errors import UserError
-from research.core.hub_access import knock
+from research.core.hub_access import ask_hub
 from research.data.text import document_readers
 from research.data.text.text_sources import open_sources
 
@@ -295,7 +295,7 @@ def test_a_hub_data_set_is_streamed_by_subset_split_and_revision(tmp_path, monke
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     answer = types.SimpleNamespace(revision="abc", reason="")
-    monkeypatch.setattr("research.data.text.text_sources.knock", lambda *_: answer)
+    monkeypatch.setattr("research.data.text.text_sources.ask_hub", lambda *_: answer)
     found, _ = read(tmp_path, "hub://o/n:en@test")
     assert texts_of(found) == TEXTS and found[1][1] == "o/n: row 2"
     assert asked == {
@@ -314,7 +314,7 @@ def test_a_hub_that_hangs_is_given_up(monkeypatch):
     hang = threading.Event()
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: hang.wait())
     begun = time.monotonic()
-    answer = knock("a/b", "dataset", 0.2)
+    answer = ask_hub("a/b", "dataset", 0.2)
     assert not answer.revision and "0.2 seconds" in answer.reason
     assert time.monotonic() - begun < 2
     hang.set()

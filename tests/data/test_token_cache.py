@@ -209,7 +209,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, corpus, shards):
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in kept}
     folder = next((tmp_path / "cache" / "tokens").iterdir())
     assert not (folder / "manifest.json").exists()
-    (folder / ".half-written.tmp").write_bytes(b"from a writer that died")
+    (folder / f".half-written.{0:032x}.tmp").write_bytes(b"from a writer that died")
     resumed = build(tmp_path, corpus)
     assert len(before) >= 2 * shards
     for path, (data, inode) in before.items():
@@ -323,7 +323,7 @@ def test_two_runs_may_build_the_same_cache_at_once(tmp_path, corpus):
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, corpus):
     folder = build(tmp_path, corpus).folder
     (folder / "manifest.json").unlink()
-    dead, alive = folder / ".a.tmp", folder / ".b.tmp"
+    dead, alive = folder / f".a.{10:032x}.tmp", folder / f".b.{11:032x}.tmp"
     dead.write_bytes(b"x")
     with open(alive, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

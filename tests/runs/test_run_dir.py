@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import ROOT
@@ -13,10 +15,10 @@ from commands import ROOT
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.core.errors import PREEMPTED, DamagedError, UserError
 from research.runs.attempts import Starts
+from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import Goodput, History, goodput
 from research.runs.stop_signals import INTERRUPTED, Preempted
-from research.runs.wall_time import NAMES, Phases
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
 
@@ -142,17 +144,17 @@ def test_a_mistyped_exception_names_the_nearest(folder):
 
 
 def test_the_history_keeps_every_start_and_its_cause(folder):
-    phases = Phases(3.0)
+    phases = PhaseTimer(3.0)
     first = History(folder.history, phases)
     first.begin()
-    first.go_on(0)
+    first.resume_from(0)
     first.note(7)
     first.commit(5)
     # Killed here; the next one finds no word of it.
     second = History(folder.history, phases)
     assert second.saved == 5
     second.begin()
-    second.go_on(5)
+    second.resume_from(5)
     second.skip(6)
     second.accept({"data": "a -> b"})
     second.end("SIGTERM after step 6", 75)
@@ -169,7 +171,7 @@ def test_the_history_keeps_every_start_and_its_cause(folder):
 
 def test_a_start_that_ends_before_its_first_step_is_kept(folder):
     """With what it was made of, and without a word of steps."""
-    phases = Phases(3.0)
+    phases = PhaseTimer(3.0)
     failed = Starts(phases)
     failed.open(folder)
     assert failed.ended_by(DamagedError("all are damaged\nsee above")) == 5
@@ -192,17 +194,17 @@ def test_a_run_is_read_only_under_its_lock(folder, monkeypatch):
     lock = folder.lock
 
     def lock_late():
-        History(folder.history, Phases()).skip(4)
+        History(folder.history, PhaseTimer()).skip(4)
         lock()
 
     monkeypatch.setattr(folder, "lock", lock_late)
-    assert Starts(Phases()).open(folder).skipped == [4]
+    assert Starts(PhaseTimer()).open(folder).skipped == [4]
 
 
 def test_what_is_refused_the_lock_is_not_written_down(folder):
     other = RunDir(folder.path)
     other.lock()
-    starts = Starts(Phases())
+    starts = Starts(PhaseTimer())
     with pytest.raises(UserError, match="another process") as refused:
         starts.open(folder)
     assert starts.ended_by(refused.value) == 2
@@ -213,7 +215,7 @@ def test_what_is_refused_the_lock_is_not_written_down(folder):
     "number, code", [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
 )
 def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
-    starts = Starts(Phases())
+    starts = Starts(PhaseTimer())
     history = starts.open(RunDir(tmp_path / "run"))
     assert starts.ended_by(Preempted(number)) == code
     assert history.goodput().total == 0 and not list(tmp_path.iterdir())
@@ -222,14 +224,15 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
 def test_a_history_that_is_none_is_the_users_error(folder):
     folder.history.write_text('{"starts": 3}')
     with pytest.raises(UserError, match=r"run\.json"):
-        History(folder.history, Phases())
+        History(folder.history, PhaseTimer())
 
 
 def test_a_history_that_cannot_be_written_stops_nothing(folder, monkeypatch, caplog):
-    history = History(folder.history, Phases())
+    history = History(folder.history, PhaseTimer())
     history.begin()
-    history.go_on(0)
-    folder.history.with_suffix(".tmp").mkdir()
+    history.resume_from(0)
+    folder.history.unlink()
+    folder.history.mkdir()  # No file can replace a folder.
     history.note(3)
     assert "could not be written" in caplog.text
     with pytest.raises(OSError):
@@ -237,7 +240,7 @@ def test_a_history_that_cannot_be_written_stops_nothing(folder, monkeypatch, cap
 
 
 def start(first, last, seconds, redone=0):
-    times = dict.fromkeys(NAMES, 0.0) | seconds
+    times = dict.fromkeys(PHASES, 0.0) | seconds
     return {"first": first, "step": last, "redone": redone, "seconds": times}
 
 
@@ -245,7 +248,7 @@ def test_goodput_is_the_share_of_steps_that_were_kept():
     found = goodput([start(0, 10, {"start": 10.0, "step": 60.0, "save": 30.0})])
     assert found == Goodput(
         100.0,
-        dict.fromkeys((*NAMES, "restart"), 0.0)
+        dict.fromkeys((*PHASES, "restart"), 0.0)
         | {"start": 10.0, "step": 60.0, "save": 30.0},
     )
     assert found.share == 0.6
@@ -279,7 +282,50 @@ def test_steps_are_lost_to_any_later_start_and_only_once():
     assert found.by_phase["restart"] == 40.0 + 5.0 + 20.0
 
 
-def test_a_creation_broken_off_at_its_last_file_is_gone_on_with(tmp_path):
+def test_a_creation_broken_off_at_its_last_file_is_begun_again_too(tmp_path):
     """Killed between the config's temporary file and its rename."""
-    (tmp_path / "config.json.tmp").write_text("{")
-    RunDir(tmp_path).check_config(Config(run_dir=str(tmp_path)))
+    torn = tmp_path / f".config.json.{7:032x}.tmp"
+    torn.write_text("{")
+    folder = RunDir(tmp_path)
+    assert folder.check_config(Config(run_dir=str(tmp_path))) == {}
+    with folder.create(Config(), IDENTITY, []):
+        assert not torn.exists()  # Its writer is dead.
+    folder._lock.release()
+
+
+def test_every_mark_of_a_run_is_synced_before_its_rename(tmp_path, monkeypatch):
+    """With the folder after it, so that a power loss keeps the old file or the new."""
+    calls, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def fsync(handle):
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}"))))
+        real_fsync(handle)
+
+    def replace(old, new):
+        calls.append(("replace", Path(old), Path(new)))
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = RunDir(tmp_path / "run")
+    with folder.create(Config(), IDENTITY, []):
+        pass
+    History(folder.history, PhaseTimer()).begin()
+    folder.mark_complete({})
+    folder._lock.release()
+    replaced = {
+        new.name: i for i, (kind, *_, new) in enumerate(calls) if kind[0] == "r"
+    }
+    marks = {"config.json", "identity.json", "complete.json", "run.json"}
+    assert marks <= replaced.keys()
+    for index in replaced.values():
+        assert calls[index - 1] == ("fsync", calls[index][1])
+        assert calls[index + 1] == ("fsync", folder.path)
+
+
+def test_a_tilde_in_the_run_directory_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDir("~/runs/x").path == tmp_path / "runs" / "x"
+    assert str(RunDir("~/runs/x")) == f"{tmp_path}/runs/x"
+    with pytest.raises(UserError, match=r"config\.run_dir is ~nobody-here"):
+        RunDir("~nobody-here/x")

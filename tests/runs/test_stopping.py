@@ -12,13 +12,13 @@ from commands import ROOT
 
 from research.core.errors import PREEMPTED
 from research.runs import stop_signals
+from research.runs.phase_timer import PhaseTimer
 from research.runs.stop_signals import INTERRUPTED, Preempted, StopRequest
-from research.runs.wall_time import Phases
 
 
 @pytest.fixture
 def phases():
-    return Phases()
+    return PhaseTimer()
 
 
 @pytest.fixture
@@ -185,10 +185,10 @@ def test_nobody_waits_for_a_reader_that_hangs():
 
 HELD = """
 import hashlib
-from research.runs.wall_time import Phases
+from research.runs.phase_timer import PhaseTimer
 from research.runs.stop_signals import StopRequest
 
-with StopRequest(Phases()) as stop, stop.noting():
+with StopRequest(PhaseTimer()) as stop, stop.noting():
     print("ready", flush=True)
     # Python runs no handler before this C call returns, in minutes.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)

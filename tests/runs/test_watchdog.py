@@ -12,7 +12,7 @@ from research.core.errors import STUCK
 HANGING = """
 import sys, time
 from research.runs import watchdog
-from research.runs.wall_time import Phases
+from research.runs.phase_timer import PhaseTimer
 
 watchdog.PATIENCE = 0.5
 
@@ -24,7 +24,7 @@ def tell(cause):
 def wait_for_a_dead_peer():
     time.sleep(60)
 
-phases = Phases()
+phases = PhaseTimer()
 phases.enter("step")
 with watchdog.Watchdog(phases, 0.3, 7, tell):
     wait_for_a_dead_peer()

@@ -8,15 +8,15 @@ import signal
 # that a signal can meet the wait for it.
 SAYS_PHASES = """
 import collections, sys, time
-from research.runs import wall_time
-enter, count = wall_time.Phases.enter, collections.Counter()
+from research.runs import phase_timer
+enter, count = phase_timer.PhaseTimer.enter, collections.Counter()
 def told(self, name):
     enter(self, name)
     count[name] += 1
     sys.stderr.write(f"phase {name} {count[name]}\\n")
     sys.stderr.flush()
     time.sleep(0.02 * (name == "data"))
-wall_time.Phases.enter = told
+phase_timer.PhaseTimer.enter = told
 """
 
 # So that a signal after a step finds the run before its last one; two processes hear of

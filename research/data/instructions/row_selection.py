@@ -14,7 +14,7 @@ import numpy as np
 
 from research.config.run_config import ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
-from research.core.hub_access import knock
+from research.core.hub_access import ask_hub
 from research.data.row_readers import BadRowError, read_rows, to_record
 from research.tokenize.conversation import Record
 
@@ -115,12 +115,12 @@ def _embedded_rows() -> Iterator[tuple[str, Any]]:
 def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
     """All rows of Dolly through `datasets`, or None where the hub cannot be had.
 
-    We knock first and give up after `timeout` seconds: the client itself would
-    retry for minutes. Without the hub, rows that were downloaded before will do.
+    The hub is asked first, for `timeout` seconds at most: its own client would retry
+    for minutes. Without the hub, rows that were downloaded before are used.
     """
     from huggingface_hub import constants
 
-    if not knock(HUB_DATASET, "dataset", timeout).revision:
+    if not ask_hub(HUB_DATASET, "dataset", timeout).revision:
         folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
         if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
-from research.core.hub_access import knock
+from research.core.hub_access import ask_hub
 from research.data.text.document_readers import Input, Source
 from research.data.text.row_layout import is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
@@ -196,7 +196,7 @@ def _fetched(asked: str, timeout: float) -> Path:
     import huggingface_hub
 
     name = asked.removeprefix("hub://")
-    answer = knock(name, "model", timeout)
+    answer = ask_hub(name, "model", timeout)
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -96,6 +96,6 @@ def _add_to_memo(cache: Path, entries: Mapping[str, list[Any]]) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         memo = {**_read_memo(cache), **entries}
-        write_whole(cache / MEMO, json.dumps(memo).encode())
+        write_whole(cache / MEMO, json.dumps(memo))
     except OSError:
         return  # It only saves time: a cache can be read-only, and finished.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from research.config.run_config import Config, TextConfig
 from research.core.errors import UserError
-from research.core.hub_access import knock
+from research.core.hub_access import ask_hub
 from research.data.text.document_readers import Input, Source, hub_parts
 from research.data.text.mixture import mixture_weights
 
@@ -69,7 +69,7 @@ def _locate(name: str, where: str, timeout: float) -> tuple[tuple[Input, ...], s
         return tuple(_stdlib()), ""
     if where.startswith("hub://"):
         owner_name = hub_parts(where)[0]
-        answer = knock(owner_name, "dataset", timeout)
+        answer = ask_hub(owner_name, "dataset", timeout)
         if not answer.revision:
             raise UserError(
                 f"text source {name}={where} is out of reach ({answer.reason}); give a "

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from research.core.atomic_files import sync_folder, write_whole
+from research.core.atomic_files import write_whole
 
 MANIFEST = "manifest.json"
 SIDES = ("train", "held")
@@ -108,9 +108,8 @@ def write_shard(
     """
     for side, data in zip(SIDES, ids, strict=True):
         write_whole(shard.file(folder, side, dtype), data)
-    sync_folder(folder)
     text = json.dumps(dataclasses.asdict(shard))
-    write_whole(folder / f"{shard.name}.json", text.encode())
+    write_whole(folder / f"{shard.name}.json", text)
 
 
 def _from_dict(values: dict[str, Any]) -> Shard:
@@ -188,6 +187,4 @@ def read_manifest(folder: Path, key: str) -> Manifest | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Raises OSError: no space or no permission."""
-    sync_folder(folder)
-    text = json.dumps(dataclasses.asdict(manifest))
-    write_whole(folder / MANIFEST, text.encode())
+    write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest)))

@@ -1,25 +1,32 @@
-"""What a run is doing now, and where its wall time has gone."""
+"""The wall time of a run by phase, and the signs of life that the watchdog reads."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
-# In the order a run meets them; `step` alone is what one pays for.
-NAMES = ("start", "compile", "step", "data", "evaluate", "save", "sample", "finish")
+# In the order in which a run meets them. Only `step` is useful work.
+PHASES = (
+    *("start", "compile", "step", "data"),
+    *("evaluate", "save", "sample", "finish"),
+)
 
 
-class Phases:
-    """Exactly one phase at a time; each second belongs to one of them."""
+class PhaseTimer:
+    """Charges each second to exactly one phase.
+
+    Attributes:
+      name: the current phase.
+    """
 
     def __init__(self, age: float = 0.0):
-        """`age`: seconds that the process has lived so far, which were its start."""
-        self.name = NAMES[0]
-        self._seconds = dict.fromkeys(NAMES, 0.0)
+        """`age`: seconds since the process began, charged to `start`."""
+        self.name = PHASES[0]
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._seconds[self.name] = age
         self._entered = self._sign = time.monotonic()
 
     def enter(self, name: str) -> None:
-        """Leaves the phase before.
+        """Leaves the current phase and enters `name`.
 
         Raises:
           KeyError: there is no such phase.
@@ -31,7 +38,7 @@ class Phases:
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Enters a phase, and afterwards the one before again."""
+        """Enters a phase, and returns to the current one afterwards."""
         before = self.name
         self.enter(name)
         try:
@@ -40,7 +47,7 @@ class Phases:
             self.enter(before)
 
     def sign_of_life(self) -> None:
-        """Within a phase, something has been done."""
+        """Notes that the current phase makes progress."""
         self._sign = time.monotonic()
 
     @property
@@ -50,7 +57,7 @@ class Phases:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By phase, the present one included."""
+        """Seconds by phase, those of the current phase included."""
         now = time.monotonic()
         more = {self.name: self._seconds[self.name] + now - self._entered}
         return {name: round(s, 3) for name, s in (self._seconds | more).items()}

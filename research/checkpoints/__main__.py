@@ -110,8 +110,8 @@ def _export(run: str, step: str, out: str) -> int:
     from research.generate.chat import open_run
 
     found = open_run(run, step)
-    weights = found.job.trainable.forward(found.params, found.frozen, None)
-    export(found.job.model, weights, found.base.tokenizer, Path(out), "float32")
+    weights = found.definition.trainable.forward(found.params, found.frozen, None)
+    export(found.definition.model, weights, found.base.tokenizer, Path(out), "float32")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A model that answers: parameters of a job, a sampler, text as it comes."""
+"""A model that answers: parameters of a definition, a sampler, text as it comes."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ import jax
 from research.engine.sampler import Sampler, Sampling
 from research.formats.base_model import Base
 from research.tokenize.tokenizer import Tokenizer
-from research.train.step import definition
-from research.train.step.train_step import Job
+from research.train.step.definition_from_config import load_base
+from research.train.step.train_step import StepDefinition
 
 Params = dict[str, Any]
 
@@ -38,24 +38,30 @@ class Model:
 
 
 def tuned_model(
-    job: Job, base: Base, sampler: Sampler, params: Params, frozen: Params
+    definition: StepDefinition,
+    base: Base,
+    sampler: Sampler,
+    params: Params,
+    frozen: Params,
 ) -> Model:
-    """The model as trained so far, in the job's compute dtype."""
-    weights = job.trainable.forward(params, frozen, None)
+    """The model as trained so far, in the model's compute dtype."""
+    weights = definition.trainable.forward(params, frozen, None)
     if not frozen:
-        dtype = job.model.options.dtype
+        dtype = definition.model.options.dtype
         weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     return Model(sampler, weights, base.tokenizer)
 
 
-def base_model(job: Job, base: Base, sampler: Sampler, frozen: Params) -> Model | None:
+def base_model(
+    definition: StepDefinition, base: Base, sampler: Sampler, frozen: Params
+) -> Model | None:
     """The model it started from: what is frozen, or read again where nothing is.
 
     None where there was none: the weights began at random.
     """
     if base.tensors is None:
         return None
-    weights = frozen or definition.load_base(job, base, job.model.options.dtype)
+    weights = frozen or load_base(definition, base, definition.model.options.dtype)
     return Model(sampler, weights, base.tokenizer)
 
 

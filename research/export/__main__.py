@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     if f.out and out.exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
     run = open_run(f.run, f.step)
-    weights = run.job.trainable.forward(run.params, run.frozen, None)
-    export(run.job.model, weights, run.base.tokenizer, out, f.dtype)
+    weights = run.definition.trainable.forward(run.params, run.frozen, None)
+    export(run.definition.model, weights, run.base.tokenizer, out, f.dtype)
     return 0
 
 

@@ -19,7 +19,8 @@ from research.runs.run_history import History
 from research.tasks.task_protocol import PromptFormat
 from research.tasks.task_registry import open_start, prompt_format
 from research.tokenize.conversation import Turn
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import load_base, make_step_definition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class OpenRun:
 
     config: Config
     base: Base
-    job: train_step.Job
+    definition: train_step.StepDefinition
     params: dict[str, Any]
     frozen: dict[str, Any]
 
@@ -42,7 +43,7 @@ class OpenRun:
         Raises:
           UserError: there is no base model: the run began with random weights.
         """
-        start = (self.job, self.base, Sampler(self.job.model))
+        start = (self.definition, self.base, Sampler(self.definition.model))
         found = {"tuned": tuned_model(*start, self.params, self.frozen)}
         if not compare:
             return found
@@ -72,20 +73,20 @@ def open_run(path: str, which: str) -> OpenRun:
     }
     folder.check_identity(identity)
     one_device = mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    job = definition.make_job(config, base, one_device)
-    state = _restore(folder, config, identity, job, which)
-    dtype = job.trainable.frozen_dtype
+    definition = make_step_definition(config, base, one_device)
+    state = _restore(folder, config, identity, definition, which)
+    dtype = definition.trainable.frozen_dtype
     frozen = (
-        definition.load_base(job, base, dtype) if job.trainable.frozen_specs else {}
+        load_base(definition, base, dtype) if definition.trainable.frozen_specs else {}
     )
-    return OpenRun(config, base, job, state.params, frozen)
+    return OpenRun(config, base, definition, state.params, frozen)
 
 
 def _restore(
     folder: RunDir,
     config: Config,
     identity: dict[str, str],
-    job: train_step.Job,
+    definition: train_step.StepDefinition,
     which: str,
 ) -> train_step.TrainState:
     with Checkpointer(
@@ -104,7 +105,7 @@ def _restore(
                 f"{folder.path} has no checkpoint {which!r}; it has steps "
                 f"{', '.join(map(str, known)) or 'none yet'}"
             )
-        return checkpointer.restore(train_step.abstract_state(job), number).state
+        return checkpointer.restore(train_step.abstract_state(definition), number).state
 
 
 class Conversation:

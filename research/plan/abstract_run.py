@@ -1,4 +1,4 @@
-"""The job that training would make, and the shapes its step takes: no array, no data.
+"""The step that training would define, and the shapes it takes: no array, no data.
 
 Only the tokenizer and the weights of the base model are missing. Neither shapes the
 step: the one gives its vocabulary, the other its values.
@@ -21,7 +21,8 @@ from research.formats.base_model import Base, open_architecture
 from research.models.architecture import PRESETS, Architecture, preset
 from research.parallel import mesh as meshes
 from research.tokenize.tokenizer import Tokenizer
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import make_step_definition
 
 # Dolly's; of rows not read yet nobody knows, and two metrics alone have this shape.
 CATEGORIES = 8
@@ -29,25 +30,25 @@ CATEGORIES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A job and the abstract arguments of its train step, with their shardings.
+    """A step's definition and its abstract arguments, with their shardings.
 
     Attributes:
       config: what it is of.
-      job: the very one of training.
+      definition: the very one of training.
       state: of `step.jit_train_step`, as are the next two.
       frozen: parameters that are not trained.
       batch: `[microbatch, rows, seq]`.
     """
 
     config: Config
-    job: train_step.Job
+    definition: train_step.StepDefinition
     state: train_step.TrainState
     frozen: dict[str, Any]
     batch: Batch
 
     @property
     def architecture(self) -> Architecture:
-        return self.job.model.architecture
+        return self.definition.model.architecture
 
     @property
     def tokens(self) -> int:
@@ -61,7 +62,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """All that a job asks of its tokenizer."""
+    """All that a step definition reads of the tokenizer."""
 
     largest_id: int
 
@@ -102,7 +103,7 @@ def _vocabulary(config: Config) -> int:
 
 
 def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Inputs:
-    """The job of `config` on `mesh`, and what its step takes.
+    """The step definition of `config` on `mesh`, and what the step takes.
 
     Raises:
       UserError: rows, targets or dimensions do not fit the model or the mesh.
@@ -111,13 +112,13 @@ def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Input
     base = Base("planned", architecture, stand_in, None)
     is_text = config.data.kind == "text"
     groups = len(config.text.sources) if is_text else CATEGORIES
-    job = definition.make_job(config, base, mesh, groups)
-    shardings = meshes.shardings(job.trainable.frozen_specs, mesh)
+    definition = make_step_definition(config, base, mesh, groups)
+    shardings = meshes.shardings(definition.trainable.frozen_specs, mesh)
     frozen = {
         path: jax.ShapeDtypeStruct(
-            spec.shape, job.trainable.frozen_dtype, sharding=shardings[path]
+            spec.shape, definition.trainable.frozen_dtype, sharding=shardings[path]
         )
-        for path, spec in job.trainable.frozen_specs.items()
+        for path, spec in definition.trainable.frozen_specs.items()
     }
     data = config.data
     shape = (data.batch_size // data.rows_per_pass, data.rows_per_pass, data.seq_len)
@@ -128,15 +129,15 @@ def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Input
     # JAX gives a stand-in for a device no memory of its host.
     real = isinstance(mesh.devices.flat[0], jax.Device)
     state = train_step.abstract_state(
-        job if real else dataclasses.replace(job, offload=False)
+        definition if real else dataclasses.replace(definition, offload=False)
     )
-    return Inputs(config, job, state, frozen, batch)
+    return Inputs(config, definition, state, frozen, batch)
 
 
 def optimizer_bytes(inputs: Inputs) -> int:
     """What one device holds of the optimizer's state between steps."""
     leaves = jax.tree.leaves((inputs.state.opt_state, inputs.state.step))
-    if inputs.job.offload:
+    if inputs.definition.offload:
         leaves = [leaf for leaf in leaves if not leaf.ndim]
     return device_bytes(leaves)
 

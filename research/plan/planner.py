@@ -127,7 +127,7 @@ def _assemble(
     found: list[Collective],
     moved: float,
 ) -> Plan:
-    mesh = inputs.job.mesh
+    mesh = inputs.definition.mesh
     flops = counting.count_flops(inputs)
     line = rooflines.make_roofline(flops, moved, found, target, mesh)
     predictions = [

@@ -22,7 +22,7 @@ from research.core.errors import UserError
 from research.data.token_batch import Batch
 from research.formats.base_model import Base
 from research.parallel import mesh as meshes
-from research.train.step.train_step import Job, TrainState
+from research.train.step.train_step import StepDefinition, TrainState
 from research.weights import parameter_paths
 
 TEST_ROW = 64  # tokens
@@ -73,7 +73,7 @@ def epochs(config: Config, rows: int) -> Finding:
 
 
 def examine_model(
-    base: Base, job: Job, state: TrainState, frozen: dict[str, Any]
+    base: Base, definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
     """What is trained and where it lies."""
     trained, kept = parameter_paths.count(state.params), parameter_paths.count(frozen)
@@ -94,17 +94,17 @@ def examine_model(
         ),
         Finding(
             "mesh",
-            ", ".join(f"{axis}={n}" for axis, n in job.mesh.shape.items())
+            ", ".join(f"{axis}={n}" for axis, n in definition.mesh.shape.items())
             + f" on {jax.devices()[0].device_kind}",
         ),
     ]
     if frozen:
-        findings[2:2] = _examine_adapters(job, state, frozen)
+        findings[2:2] = _examine_adapters(definition, state, frozen)
     return findings
 
 
 def _examine_adapters(
-    job: Job, state: TrainState, frozen: dict[str, Any]
+    definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
     paths = "\n".join(
         f"  {path} {tuple(frozen[path].shape)} rank {factor['a'].shape[-1]}"
@@ -112,12 +112,12 @@ def _examine_adapters(
     )
     matrices = sum(
         math.prod(spec.shape[: spec.stacked])
-        for spec in (job.model.specs[path] for path in state.params)
+        for spec in (definition.model.specs[path] for path in state.params)
     )
-    specs = sum(len(factor) for factor in job.trainable.specs.values())
+    specs = sum(len(factor) for factor in definition.trainable.specs.values())
     leaves = len(jax.tree.leaves(state.params))
-    differing, distance = _compare_outputs(job, state.params, frozen)
-    rounding = float(jnp.finfo(job.model.options.dtype).eps) ** 0.5
+    differing, distance = _compare_outputs(definition, state.params, frozen)
+    rounding = float(jnp.finfo(definition.model.options.dtype).eps) ** 0.5
     return [
         Finding(
             "lora targets",
@@ -142,7 +142,7 @@ def _examine_adapters(
 
 
 def _compare_outputs(
-    job: Job, params: Any, frozen: dict[str, Any]
+    definition: StepDefinition, params: Any, frozen: dict[str, Any]
 ) -> tuple[int, float]:
     """Runs one row of arbitrary ids with the adapters, with zeros, and without.
 
@@ -152,16 +152,18 @@ def _compare_outputs(
       as a share of its norm. That one is another program, whose products the compiler
       may round in another order: it cannot be held to bits on every processor.
     """
-    tokens = np.arange(TEST_ROW, dtype=np.int32)[None] % job.model.architecture.vocab
-    tokens = np.repeat(tokens, meshes.batch_shards(job.mesh), axis=0)
+    tokens = (
+        np.arange(TEST_ROW, dtype=np.int32)[None] % definition.model.architecture.vocab
+    )
+    tokens = np.repeat(tokens, meshes.batch_shards(definition.mesh), axis=0)
     segments = np.ones_like(tokens)
 
     @jax.jit
     def outputs(weights: Any) -> jax.Array:
-        return job.model.hidden(weights, tokens, tokens, segments)
+        return definition.model.hidden(weights, tokens, tokens, segments)
 
     def adapted(adapters: Any) -> jax.Array:
-        return outputs(job.trainable.forward(adapters, frozen, None))
+        return outputs(definition.trainable.forward(adapters, frozen, None))
 
     found, base = adapted(params), outputs(frozen)
     differing = int(jnp.sum(found != adapted(jax.tree.map(jnp.zeros_like, params))))

@@ -26,7 +26,8 @@ from research.train import loop, profiling, throughput
 from research.train.device_batches import Feed
 from research.train.evaluation import evaluate
 from research.train.metrics_log import StepLog
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import load_start
 
 NOTE_EVERY = 10.0  # seconds between the updates of run.json
 
@@ -43,7 +44,7 @@ class Run:
     folder: RunDir
     base: Base
     task: Task
-    job: train_step.Job
+    definition: train_step.StepDefinition
     sampler: Sampler
     state: train_step.TrainState | None
     frozen: dict[str, Any]
@@ -163,7 +164,7 @@ def restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] |
     """
     if checkpointer.latest_step is not None:
         run.state = None  # Room for the one that is read.
-    restored = checkpointer.restore(train_step.abstract_state(run.job))
+    restored = checkpointer.restore(train_step.abstract_state(run.definition))
     if restored:
         run.state = restored.state
         if restored.step > run.config.steps:
@@ -179,19 +180,19 @@ def restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] |
             f"{run.folder} to begin anew"
         )
     if run.state is None:
-        params, run.frozen = definition.load_start(run.job, run.base)
-        run.state = train_step.jit_init(run.job)(params)
+        params, run.frozen = load_start(run.definition, run.base)
+        run.state = train_step.jit_init(run.definition)(params)
     return 0, None
 
 
 def make_feed(run: Run, stop: StopRequest, position: dict[str, Any] | None) -> Feed:
     """This process's rows of the batches, as global arrays."""
-    config, job = run.config, run.job
+    config, definition = run.config, run.definition
     rows, parts = config.data.batch_size, microbatches(config)
-    mine = mesh.local_rows(job.mesh, rows, parts)
+    mine = mesh.local_rows(definition.mesh, rows, parts)
     return Feed(
         run.task.batches(mine),
-        lambda batch: mesh.to_global(batch, job.mesh, parts, rows),
+        lambda batch: mesh.to_global(batch, definition.mesh, parts, rows),
         run.history.skipped,
         run.phases,
         position,
@@ -277,7 +278,7 @@ class Saver:
 def make_step(run: Run) -> profiling.StepFn:
     """The train step over this run's frozen parameters; its first call is announced."""
     jitted = runtime.announce_first_call(
-        train_step.jit_train_step(run.job), "first step"
+        train_step.jit_train_step(run.definition), "first step"
     )
     return lambda state, batch: jitted(state, run.frozen, batch)
 
@@ -302,9 +303,9 @@ Action = Callable[[int, train_step.TrainState], None]
 def make_evaluation(run: Run, log: StepLog) -> Action:
     """The action that evaluates all held-out rows and logs the result."""
     rows = run.config.data.rows_per_pass
-    local = run.task.held_out(rows, mesh.local_rows(run.job.mesh, rows))
-    batches = [mesh.to_global(batch, run.job.mesh, rows=rows) for batch in local]
-    eval_fn = train_step.jit_eval_step(run.job)
+    local = run.task.held_out(rows, mesh.local_rows(run.definition.mesh, rows))
+    batches = [mesh.to_global(batch, run.definition.mesh, rows=rows) for batch in local]
+    eval_fn = train_step.jit_eval_step(run.definition)
 
     def action(number: int, state: train_step.TrainState) -> None:
         found = evaluate(
@@ -324,7 +325,9 @@ def make_sampling(run: Run) -> Action:
     """The action that lets the model so far say something."""
 
     def action(number: int, state: train_step.TrainState) -> None:
-        model = tuned_model(run.job, run.base, run.sampler, state.params, run.frozen)
+        model = tuned_model(
+            run.definition, run.base, run.sampler, state.params, run.frozen
+        )
         run.task.sample(number, model, run.folder.path)
 
     return action

@@ -29,7 +29,8 @@ from research.tasks import task_registry
 from research.tokenize.tokenizer_training import save_tokenizer
 from research.train import doctor
 from research.train.fit import Run, fit, tell
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import load_start, make_step_definition
 
 
 def train(config: Config) -> int:
@@ -119,7 +120,7 @@ def claim(run: Run, changed: dict[str, str]) -> Identity:
     }
     changed |= folder.check_identity(identity, config.accept)
     require_room(
-        folder.checkpoints, train_step.abstract_state(run.job), config.checkpoint
+        folder.checkpoints, train_step.abstract_state(run.definition), config.checkpoint
     )
     if jax.process_index() == 0 and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
@@ -154,12 +155,12 @@ def prepare(
     console = Console(quiet=jax.process_index() > 0)
     base = task_registry.open_start(config, folder)
     # Before the data is read: what does not fit the mesh is said at once.
-    job = definition.make_job(config, base, mesh.make_mesh(config.mesh))
+    definition = make_step_definition(config, base, mesh.make_mesh(config.mesh))
     task = task_registry.load_task(config, base)
-    job = dataclasses.replace(job, groups=len(task.groups))
-    params, frozen = definition.load_start(job, base)
-    state = train_step.jit_init(job)(params)
-    findings = doctor.examine_model(base, job, state, frozen) + task.examine()
+    definition = dataclasses.replace(definition, groups=len(task.groups))
+    params, frozen = load_start(definition, base)
+    state = train_step.jit_init(definition)(params)
+    findings = doctor.examine_model(base, definition, state, frozen) + task.examine()
     doctor.show(console, findings)
     task.show_first_row(console)
     doctor.require_healthy(findings)
@@ -168,8 +169,8 @@ def prepare(
         folder=folder,
         base=base,
         task=task,
-        job=job,
-        sampler=Sampler(job.model),
+        definition=definition,
+        sampler=Sampler(definition.model),
         state=state,
         frozen=frozen,
         console=console,
@@ -197,15 +198,15 @@ def finish(run: Run) -> None:
 
 def _finish(run: Run) -> None:
     folder = run.folder.path
-    arguments = (run.job, run.base, run.sampler)
+    arguments = (run.definition, run.base, run.sampler)
     tuned = tuned_model(*arguments, run.state.params, run.frozen)
     said = run.task.conclude(
         run.console, lambda: base_model(*arguments, run.frozen), tuned, folder
     )
     if run.config.export:
-        weights = run.job.trainable.forward(run.state.params, run.frozen, None)
+        weights = run.definition.trainable.forward(run.state.params, run.frozen, None)
         huggingface_export.export(
-            run.job.model, weights, run.base.tokenizer, folder / EXPORTED
+            run.definition.model, weights, run.base.tokenizer, folder / EXPORTED
         )
     if jax.process_index() > 0:
         return

@@ -99,23 +99,23 @@ class Pack:
     ):
         self.members, self._first, self._stop = members, first, stop
         runs = [member.run for member in members]
-        self._config, job = runs[0].config, runs[0].job
+        self._config, definition = runs[0].config, runs[0].definition
         configs = [run.config for run in runs]
-        self._mesh, self._frozen = job.mesh, runs[0].frozen
+        self._mesh, self._frozen = definition.mesh, runs[0].frozen
         self._phases = runs[0].phases
-        specs = job.model.specs
+        specs = definition.model.specs
         factors = arrays.union(specs, configs)
-        groups = max(run.job.groups for run in runs)
+        groups = max(run.definition.groups for run in runs)
         self._group = together.make_group(
             self._config,
-            dataclasses.replace(job, groups=groups),
+            dataclasses.replace(definition, groups=groups),
             factors,
             any(config.lora.dropout > 0 for config in configs),
             at_once,
         )
-        self._own = [train_step.abstract_state(run.job) for run in runs]
+        self._own = [train_step.abstract_state(run.definition) for run in runs]
         numbers = arrays.stack([arrays.member(c, specs, factors) for c in configs])
-        self._numbers = jax.device_put(numbers, meshes.replicated(job.mesh))
+        self._numbers = jax.device_put(numbers, meshes.replicated(definition.mesh))
         self._stack = {
             split: jax.jit(
                 arrays.stack,
@@ -221,8 +221,8 @@ class Pack:
         return done
 
     def _start(self) -> train_step.TrainState:
-        wide = train_step.abstract_state(self._group.job)
-        shardings = together.stacked(train_step.state_shardings(self._group.job))
+        wide = train_step.abstract_state(self._group.definition)
+        shardings = together.stacked(train_step.state_shardings(self._group.definition))
         states = [arrays.widen(m.run.state, wide) for m in self.members]
         return jax.device_put(arrays.stack(states), shardings)
 
@@ -259,7 +259,7 @@ class Pack:
             for number in range(longest)
         ]
         eval_fn = together.jit_eval_step(self._group)
-        groups = self._group.job.groups
+        groups = self._group.definition.groups
 
         def action(number: int, state: train_step.TrainState) -> None:
             measured = self._measured_by(number)

@@ -27,7 +27,8 @@ from research.runs.watchdog import Watchdog
 from research.tasks import task_registry
 from research.train import doctor, pipeline
 from research.train.fit import Run, restore
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import load_start, make_step_definition
 from research.train_together import compatibility, pack_fit
 
 
@@ -82,23 +83,21 @@ def prepare(
     tasks = {}
     runs: list[Run] = []
     for config, folder, history in wanted:
-        job = definition.make_job(config, base, mesh)
+        definition = make_step_definition(config, base, mesh)
         if config.seed not in tasks:
             tasks[config.seed] = task_registry.load_task(config, base)
         task = tasks[config.seed]
-        job = dataclasses.replace(job, groups=len(task.groups))
-        params, frozen = definition.load_start(
-            job, base, runs[0].frozen if runs else None
-        )
-        sampler = runs[0].sampler if runs else Sampler(job.model)
+        definition = dataclasses.replace(definition, groups=len(task.groups))
+        params, frozen = load_start(definition, base, runs[0].frozen if runs else None)
+        sampler = runs[0].sampler if runs else Sampler(definition.model)
         run = Run(
             config=config,
             folder=folder,
             base=base,
             task=task,
-            job=job,
+            definition=definition,
             sampler=sampler,
-            state=train_step.jit_init(job)(params),
+            state=train_step.jit_init(definition)(params),
             frozen=frozen,
             console=Console(quiet=bool(runs)),
             phases=phases,
@@ -110,7 +109,7 @@ def prepare(
 
 
 def _examine(run: Run) -> None:
-    findings = doctor.examine_model(run.base, run.job, run.state, run.frozen)
+    findings = doctor.examine_model(run.base, run.definition, run.state, run.frozen)
     findings += run.task.examine()
     doctor.show(run.console, findings)
     run.task.show_first_row(run.console)

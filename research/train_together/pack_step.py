@@ -36,37 +36,41 @@ class Group:
 
     Attributes:
       config: what all of them share; the rest of it is not used.
-      job: of one run, over the adapters of all.
+      definition: of one run, over the adapters of all.
       dropout: whether any run has some; without, no random bits are drawn.
       at_once: runs under one `vmap`; these parts go one after another.
     """
 
     config: Config
-    job: step.Job
+    definition: step.StepDefinition
     dropout: bool
     at_once: int
 
 
 def make_group(
-    config: Config, job: step.Job, factors: Factors, dropout: bool, at_once: int
+    config: Config,
+    definition: step.StepDefinition,
+    factors: Factors,
+    dropout: bool,
+    at_once: int,
 ) -> Group:
-    """`job` may be that of any of the runs; `at_once` 0 takes what suits its device."""
+    """`definition` is that of any run; `at_once` 0 takes what suits its device."""
     if not at_once:
-        is_cpu = job.mesh.devices.flat[0].platform == "cpu"
+        is_cpu = definition.mesh.devices.flat[0].platform == "cpu"
         at_once = 1 if is_cpu else ALL
-    wide = dataclasses.replace(job.trainable, specs=factors)
+    wide = dataclasses.replace(definition.trainable, specs=factors)
     optimizer = optimizers.make_optimizer(config.optim, config.steps, factors)
     return Group(
         config=config,
-        job=dataclasses.replace(job, trainable=wide, optimizer=optimizer),
+        definition=dataclasses.replace(definition, trainable=wide, optimizer=optimizer),
         dropout=dropout,
         at_once=at_once,
     )
 
 
-def bind(group: Group, member: Member) -> step.Job:
-    """The job of one run; its numbers may be traced."""
-    split: trainable.Trainable = group.job.trainable
+def bind(group: Group, member: Member) -> step.StepDefinition:
+    """The step definition of one run; its numbers may be traced."""
+    split: trainable.Trainable = group.definition.trainable
     config = group.config
 
     def forward(params: Params, frozen: Params, key: Array | None) -> Params:
@@ -74,7 +78,7 @@ def bind(group: Group, member: Member) -> step.Job:
         return lora.attach(frozen, params, member.settings, key)
 
     return dataclasses.replace(
-        group.job,
+        group.definition,
         trainable=dataclasses.replace(split, forward=forward),
         optimizer=optimizers.make_optimizer(
             config.optim, config.steps, split.specs, lambda n: member.rates[n - 1]
@@ -135,14 +139,18 @@ def stacked(shardings: Any) -> Any:
 
 
 def batch_shardings(group: Group, *, microbatched: bool) -> Any:
-    return stacked(meshes.batch_sharding(group.job.mesh, microbatched=microbatched))
+    return stacked(
+        meshes.batch_sharding(group.definition.mesh, microbatched=microbatched)
+    )
 
 
 def jit_train_step(group: Group) -> Callable[..., Any]:
     """Called as `(members, states, frozen, batches)`; the states are donated."""
-    states = stacked(step.state_shardings(group.job))
-    everywhere = meshes.replicated(group.job.mesh)
-    frozen = meshes.shardings(group.job.trainable.frozen_specs, group.job.mesh)
+    states = stacked(step.state_shardings(group.definition))
+    everywhere = meshes.replicated(group.definition.mesh)
+    frozen = meshes.shardings(
+        group.definition.trainable.frozen_specs, group.definition.mesh
+    )
     return jax.jit(
         lambda *arguments: train_step(group, *arguments),
         in_shardings=(
@@ -155,9 +163,11 @@ def jit_train_step(group: Group) -> Callable[..., Any]:
 
 def jit_eval_step(group: Group) -> Callable[..., step.Metrics]:
     """Called as `(members, params, frozen, batches, chosen)`."""
-    states = stacked(step.state_shardings(group.job))
-    everywhere = meshes.replicated(group.job.mesh)
-    frozen = meshes.shardings(group.job.trainable.frozen_specs, group.job.mesh)
+    states = stacked(step.state_shardings(group.definition))
+    everywhere = meshes.replicated(group.definition.mesh)
+    frozen = meshes.shardings(
+        group.definition.trainable.frozen_specs, group.definition.mesh
+    )
     return jax.jit(
         lambda *arguments: eval_step(group, *arguments),
         in_shardings=(

@@ -20,7 +20,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A job's split of the parameters.
+    """A run's split of the parameters.
 
     Attributes:
       specs: of what is trained, a (nested) dictionary of `Spec`.

@@ -47,14 +47,19 @@ def prepare(config: Any, folder: Path) -> None:
     from research.parallel import mesh
     from research.runs.run_directory import RunDir
     from research.tasks import task_registry
-    from research.train.step import definition
+    from research.train.step.definition_from_config import (
+        load_start,
+        make_step_definition,
+    )
     from research.train.step.schedules import make_schedule
 
     base = task_registry.open_start(config, RunDir(folder / "none"))
-    job = definition.make_job(config, base, mesh.make_mesh(config.mesh))
+    definition = make_step_definition(config, base, mesh.make_mesh(config.mesh))
     task = task_registry.load_task(config, base)
-    params, _ = definition.load_start(job, base)
-    huggingface_export.export(job.model, params, base.tokenizer, folder / "model")
+    params, _ = load_start(definition, base)
+    huggingface_export.export(
+        definition.model, params, base.tokenizer, folder / "model"
+    )
     rows = list(range(config.data.batch_size))
     batches = task.batches(rows)
     save(folder / "train.npz", [next(batches) for _ in range(config.steps)])

@@ -38,7 +38,8 @@ from research.parallel import mesh as meshes
 from research.plan import abstract_run
 from research.tokenize.tokenizer import Tokenizer
 from research.train import throughput
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import load_start
 from research.weights import parameter_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +97,9 @@ def make_batch(inputs: abstract_run.Inputs, trained: float, documents: int) -> B
     vocab = inputs.architecture.vocab
     drawn = random_rows((passes * rows, seq), vocab, trained, documents)
     groups = np.zeros((passes * rows, seq), np.int32)
-    return meshes.to_global(Batch(groups=groups, **drawn), inputs.job.mesh, passes)
+    return meshes.to_global(
+        Batch(groups=groups, **drawn), inputs.definition.mesh, passes
+    )
 
 
 def measure(
@@ -123,11 +126,11 @@ def measure(
     inputs = abstract_run.make_inputs(config, architecture, mesh)
     # Weights that are drawn need no tokenizer, rows that are drawn neither.
     base = Base("random", architecture, cast(Tokenizer, None), None)
-    params, frozen = definition.load_start(inputs.job, base)
-    state = train_step.jit_init(inputs.job)(params)
+    params, frozen = load_start(inputs.definition, base)
+    state = train_step.jit_init(inputs.definition)(params)
     del params
     batch = make_batch(inputs, trained, documents)
-    train = train_step.jit_train_step(inputs.job)
+    train = train_step.jit_train_step(inputs.definition)
     seconds: list[float] = []
     for _ in range(warmup + steps):
         begun = time.perf_counter()

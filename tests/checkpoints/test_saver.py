@@ -269,10 +269,12 @@ def test_a_run_that_was_saved_never_begins_at_step_0(tmp_path, trace):
         run.history.commit(5)
     else:
         (run.folder.path / "damaged").mkdir()
-    job, run.state = object(), object()  # Nothing is read, nor made anew.
-    run.job = job
+    definition, run.state = object(), object()  # Nothing is read, nor made anew.
+    run.definition = definition
     with open_checkpoints(run) as checkpointer, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("research.train.fit.step.abstract_state", lambda job: {})
+        patch.setattr(
+            "research.train.fit.train_step.abstract_state", lambda definition: {}
+        )
         with pytest.raises(DamagedError, match="no checkpoint: bring one back"):
             restore(run, checkpointer)
 

@@ -16,8 +16,8 @@ from research.formats.base_model import EXPORTED, open_base
 from research.models.architecture import PRESETS, from_hf_config, to_hf_config
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.train.step import definition
-from research.train.step.train_step import Job
+from research.train.step.definition_from_config import load_base
+from research.train.step.train_step import StepDefinition
 from research.weights import trainable
 from research.weights.adapters import lora
 
@@ -32,17 +32,17 @@ def read_back(folder, base):
     """The parameters of an exported folder, through the ordinary reader."""
     again = open_base(str(folder))
     assert again.architecture == base.architecture
-    job = make_job(again, "full")
-    return again, definition.load_base(job, again, jnp.float32)
+    definition = make_step_definition(again, "full")
+    return again, load_base(definition, again, jnp.float32)
 
 
-def make_job(base, kind, mesh=None):
+def make_step_definition(base, kind, mesh=None):
     model = Model(base.architecture)
     config = Config(
         trainable=kind, model=ModelConfig(dtype="float32"), lora=LoRAConfig(rank=2)
     )
     mesh = mesh or meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return Job(model, trainable.make(config, model.specs), None, mesh, 8)
+    return StepDefinition(model, trainable.make(config, model.specs), None, mesh, 8)
 
 
 def test_every_parameter_comes_back_bit_for_bit(base, tmp_path):
@@ -59,11 +59,13 @@ def test_every_parameter_comes_back_bit_for_bit(base, tmp_path):
 
 
 def test_adapters_are_added_in(base, tmp_path):
-    job = make_job(base, "lora")
-    frozen = random_params(job.model.specs)
-    adapters = random_adapters(job.trainable.specs)
-    weights = job.trainable.forward(adapters, frozen, None)
-    huggingface_export.export(job.model, weights, base.tokenizer, tmp_path / "out")
+    definition = make_step_definition(base, "lora")
+    frozen = random_params(definition.model.specs)
+    adapters = random_adapters(definition.trainable.specs)
+    weights = definition.trainable.forward(adapters, frozen, None)
+    huggingface_export.export(
+        definition.model, weights, base.tokenizer, tmp_path / "out"
+    )
     _, found = read_back(tmp_path / "out", base)
     merged = lora.merge(frozen, adapters, LoRAConfig(rank=2))
     for path, value in merged.items():
@@ -73,11 +75,13 @@ def test_adapters_are_added_in(base, tmp_path):
 
 def test_shards_of_a_mesh_make_the_same_files(base, tmp_path):
     mesh = meshes.make_mesh(mesh_sizes(2, 2, 2))
-    job = make_job(base, "full", mesh)
-    params = random_params(job.model.specs)
-    placed = jax.device_put(params, meshes.shardings(job.model.specs, mesh))
+    definition = make_step_definition(base, "full", mesh)
+    params = random_params(definition.model.specs)
+    placed = jax.device_put(params, meshes.shardings(definition.model.specs, mesh))
     for name, values in (("one", params), ("eight", placed)):
-        huggingface_export.export(job.model, values, base.tokenizer, tmp_path / name)
+        huggingface_export.export(
+            definition.model, values, base.tokenizer, tmp_path / name
+        )
     one, eight = (tmp_path / name / "model.safetensors" for name in ("one", "eight"))
     assert one.read_bytes() == eight.read_bytes()
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from helpers import TINY, mesh_sizes
 from jax.sharding import PartitionSpec as P
-from step_jobs import make_job
+from step_definitions import make_definition
 
 from research.core.errors import UserError
 from research.models.transformer import Model
@@ -17,10 +17,10 @@ from research.train.step import train_step
 
 
 def test_adapters_lie_as_their_base_kernels(model):
-    job, _ = make_job(model, "lora", (2, 2, 2))
+    definition, _ = make_definition(model, "lora", (2, 2, 2))
     found = {
         f"{path.split('.')[-2]}.{name}": sharding.spec
-        for path, factors in train_step.state_shardings(job).params.items()
+        for path, factors in train_step.state_shardings(definition).params.items()
         for name, sharding in factors.items()
     }
     assert found["query.a"] == P(None, "fsdp", None)
@@ -36,12 +36,12 @@ def test_adapters_lie_as_their_base_kernels(model):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_tensor_axis_leaves_no_matrix_whole(model, kind):
     """Nor the base under adapters, nor a moment; one factor of a pair stays whole."""
-    job, _ = make_job(model, kind, (1, 1, 4))
-    where = meshes.shardings(model.specs, job.mesh)
+    definition, _ = make_definition(model, kind, (1, 1, 4))
+    where = meshes.shardings(model.specs, definition.mesh)
     for path, spec in model.specs.items():
         part = math.prod(where[path].shard_shape(spec.shape)) / math.prod(spec.shape)
         assert part == (1.0 if "norm" in path else 1 / 4), path
-    state = train_step.abstract_state(job)
+    state = train_step.abstract_state(definition)
     matrices = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 1]
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in matrices)
     assert held < (0.7 if kind == "lora" else 0.3) * sum(x.size for x in matrices)

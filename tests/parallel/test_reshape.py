@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import in_soak
-from step_jobs import make_job, spread
+from step_definitions import make_definition, spread
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import CheckpointConfig
@@ -23,12 +23,12 @@ RESTORED_ON = [
 
 @pytest.fixture(scope="module")
 def on_mesh(model):
-    """`on_mesh(kind, sizes)`: a job, and the shapes of its state there."""
+    """`on_mesh(kind, sizes)`: a definition, and the shapes of its state there."""
 
     @functools.cache
     def job_of(kind, sizes):
-        job, _ = make_job(model, kind, sizes)
-        return job, train_step.abstract_state(job)
+        definition, _ = make_definition(model, kind, sizes)
+        return definition, train_step.abstract_state(definition)
 
     return job_of
 
@@ -85,11 +85,15 @@ def loss_after(on_mesh, checkpoints, params, batch):
 
     @functools.cache
     def loss(kind, source, target):
-        job, abstract = on_mesh(kind, target)
+        definition, abstract = on_mesh(kind, target)
         state = restore(checkpoints(kind, source), abstract)
-        frozen = spread(params, job.model.specs, job.mesh) if kind == "lora" else {}
-        sums = train_step.jit_eval_step(job)(
-            state.params, frozen, meshes.to_global(batch, job.mesh)
+        frozen = (
+            spread(params, definition.model.specs, definition.mesh)
+            if kind == "lora"
+            else {}
+        )
+        sums = train_step.jit_eval_step(definition)(
+            state.params, frozen, meshes.to_global(batch, definition.mesh)
         )
         return float(sums["loss"].sum() / sums["weight"].sum())
 

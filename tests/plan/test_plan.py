@@ -34,7 +34,8 @@ from research.plan.estimate.flops import Flops
 from research.plan.estimate.roofline import make_roofline
 from research.plan.planned_devices import parse_device, parse_topology
 from research.tokenize.tokenizer_training import byte_tokenizer
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import load_start, make_step_definition
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -74,16 +75,16 @@ def test_the_lowered_program_is_that_of_training(folder, kind):
         base, groups = open_base(str(folder)), abstract_run.CATEGORIES
     else:
         base, groups = random_base("tiny", byte_tokenizer()), 1
-    job = definition.make_job(config, base, mesh, groups)
-    params, frozen = definition.load_start(job, base)
-    state = train_step.jit_init(job)(params)
-    trained = train_step.jit_train_step(job).lower(state, frozen, inputs.batch)
+    definition = make_step_definition(config, base, mesh, groups)
+    params, frozen = load_start(definition, base)
+    state = train_step.jit_init(definition)(params)
+    trained = train_step.jit_train_step(definition).lower(state, frozen, inputs.batch)
     assert compile_step.lower(inputs).as_text() == trained.as_text()
 
 
 @pytest.fixture(scope="module")
 def planned(folder):
-    """The inputs and the compiled step of a LoRA job, on eight CPU devices."""
+    """The inputs and the compiled step of a LoRA definition, on eight CPU devices."""
     config = tiny_config(folder)
     architecture = open_architecture(str(folder))
     inputs = abstract_run.make_inputs(config, architecture, meshes.make_mesh(MESH))
@@ -314,7 +315,7 @@ def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
     mesh = meshes.make_mesh(MeshConfig(replica=2, data=2, fsdp=2))
     said = r"has 2 rows .*splits a batch into 8 \(replica\*data\*fsdp\).*multiple of 8"
     with pytest.raises(UserError, match=said):
-        definition.make_job(config, open_base(str(folder)), mesh)
+        make_step_definition(config, open_base(str(folder)), mesh)
 
 
 def test_a_plan_that_cannot_be_written_is_not_made(tmp_path):

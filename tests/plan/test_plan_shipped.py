@@ -19,7 +19,8 @@ from research.plan import abstract_run
 from research.plan.compiled import compile_step
 from research.plan.planned_devices import parse_device, parse_topology
 from research.tokenize.tokenizer_training import byte_tokenizer
-from research.train.step import definition, train_step
+from research.train.step import train_step
+from research.train.step.definition_from_config import make_step_definition
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
 
@@ -43,21 +44,21 @@ def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
     mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
     inputs = abstract_run.make_inputs(config, shape, mesh)
     base = Base("trained", shape, byte_tokenizer(), None)
-    job = definition.make_job(config, base, mesh, inputs.job.groups)
-    whole = meshes.shardings(job.model.specs, mesh)
+    definition = make_step_definition(config, base, mesh, inputs.definition.groups)
+    whole = meshes.shardings(definition.model.specs, mesh)
     frozen = {
         path: jax.ShapeDtypeStruct(
-            spec.shape, job.trainable.frozen_dtype, sharding=whole[path]
+            spec.shape, definition.trainable.frozen_dtype, sharding=whole[path]
         )
-        for path, spec in job.model.specs.items()
-        if path in job.trainable.frozen_specs
+        for path, spec in definition.model.specs.items()
+        if path in definition.trainable.frozen_specs
     }
     rows = config.data.batch_size, config.data.seq_len
     ids, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
     passes = config.data.batch_size // config.data.rows_per_pass
     batch = meshes.to_global(Batch(ids, ids, weights, ids, ids, ids), mesh, passes)
-    trained = train_step.jit_train_step(job).lower(
-        train_step.abstract_state(job), frozen, batch
+    trained = train_step.jit_train_step(definition).lower(
+        train_step.abstract_state(definition), frozen, batch
     )
     assert compile_step.lower(inputs).as_text() == trained.as_text()
 

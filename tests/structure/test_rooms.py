@@ -182,7 +182,7 @@ from research.weights import trainable
 config = Config()
 model = Model(PRESETS["tiny"])
 split = trainable.make(config, model.specs)
-job = train_step.Job(
+definition = train_step.StepDefinition(
     model,
     split,
     optimizers.make_optimizer(config.optim, config.steps, split.specs),
@@ -193,8 +193,8 @@ frozen = {p: jax.ShapeDtypeStruct(s.shape, "bfloat16") for p, s in model.specs.i
 ids = jax.ShapeDtypeStruct((1, 2, 16), "int32")
 weights = jax.ShapeDtypeStruct((1, 2, 16), "float32")
 batch = Batch(ids, ids, weights, ids, ids, ids)
-abstract = train_step.abstract_state(job)
-lowered = train_step.jit_train_step(job).lower(abstract, frozen, batch)
+abstract = train_step.abstract_state(definition)
+lowered = train_step.jit_train_step(definition).lower(abstract, frozen, batch)
 print(len(lowered.as_text()))
 """
 

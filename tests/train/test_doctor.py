@@ -58,49 +58,57 @@ def lora_job():
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = Model(TINY)
     parts = trainable.make(config, model.specs)
-    job = train_step.Job(
+    definition = train_step.StepDefinition(
         model, parts, optimizers.make_optimizer(config.optim, 2, parts.specs), mesh, 8
     )
     base = random_params(model.specs)
-    return job, base, parts.init(jax.random.key(0), base)
+    return definition, base, parts.init(jax.random.key(0), base)
 
 
-def failed(job, state, frozen):
-    return [f.name for f in doctor._examine_adapters(job, state, frozen) if not f.ok]
+def failed(definition, state, frozen):
+    return [
+        f.name for f in doctor._examine_adapters(definition, state, frozen) if not f.ok
+    ]
 
 
 def test_fresh_adapters_pass(lora_job):
-    job, base, adapters = lora_job
-    assert failed(job, train_step.init_state(job, adapters), base) == []
+    definition, base, adapters = lora_job
+    assert failed(definition, train_step.init_state(definition, adapters), base) == []
 
 
 def test_adapters_that_change_the_base_model_are_seen(lora_job):
-    job, base, adapters = lora_job
+    definition, base, adapters = lora_job
     path = next(iter(adapters))
     moved = adapters | {path: adapters[path] | {"b": adapters[path]["b"] + 0.1}}
-    assert failed(job, train_step.init_state(job, moved), base) == ["lora at step 0"]
+    assert failed(definition, train_step.init_state(definition, moved), base) == [
+        "lora at step 0"
+    ]
 
 
 def test_adapters_over_other_weights_are_seen(lora_job):
     """No bit tells: with and without adapters the program is the same."""
-    job, base, adapters = lora_job
+    definition, base, adapters = lora_job
 
-    right = job.trainable.forward
+    right = definition.trainable.forward
 
     def shifted(params, frozen, key):
         return right(params, jax.tree.map(lambda w: 1.01 * w, frozen), key)
 
-    wrong = dataclasses.replace(job.trainable, forward=shifted)
-    job = dataclasses.replace(job, trainable=wrong)
-    assert failed(job, train_step.init_state(job, adapters), base) == ["lora at step 0"]
+    wrong = dataclasses.replace(definition.trainable, forward=shifted)
+    definition = dataclasses.replace(definition, trainable=wrong)
+    assert failed(definition, train_step.init_state(definition, adapters), base) == [
+        "lora at step 0"
+    ]
 
 
 def test_more_trained_than_adapters_is_seen(lora_job):
-    job, base, adapters = lora_job
+    definition, base, adapters = lora_job
     path = next(iter(adapters))
     more = adapters | {path: adapters[path] | {"w": jnp.zeros(3)}}
-    state = dataclasses.replace(train_step.init_state(job, adapters), params=more)
-    assert failed(job, state, base) == ["frozen weights"]
+    state = dataclasses.replace(
+        train_step.init_state(definition, adapters), params=more
+    )
+    assert failed(definition, state, base) == ["frozen weights"]
 
 
 def test_a_failed_finding_stops_the_run_with_its_remedy():

@@ -32,7 +32,7 @@ from research.data.instructions.row_selection import load_rows
 from research.formats.base_model import open_base
 from research.parallel import mesh
 from research.runs.run_directory import RunDir
-from research.train.step import definition
+from research.train.step.definition_from_config import make_step_definition
 from research.train.step.train_step import abstract_state
 
 
@@ -305,7 +305,7 @@ def numbers(place, run):
 def final_state(place, run):
     folder = RunDir(place.run_dir(run))
     config = folder.config()
-    job = definition.make_job(
+    definition = make_step_definition(
         config,
         open_base(str(place.folder / config.model.init_from)),
         mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
@@ -313,7 +313,7 @@ def final_state(place, run):
     with Checkpointer(
         folder.checkpoints, config.checkpoint, folder.identity(), read_only=True
     ) as checkpointer:
-        restored = checkpointer.restore(abstract_state(job))
+        restored = checkpointer.restore(abstract_state(definition))
     assert restored.step == int(restored.state.step) == STEPS
     return jax.tree.map(lambda x: np.asarray(x).tobytes(), restored.state)
 

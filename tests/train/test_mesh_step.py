@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import close, in_soak, mesh_sizes, random_adapters
-from step_jobs import ONE, make_job, spread
+from step_definitions import ONE, make_definition, spread
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import CheckpointConfig, MeshConfig
@@ -32,22 +32,24 @@ def run(model, params, batch):
 
     @functools.cache
     def five_steps(kind, sizes, microbatches, offload):
-        job, traced = make_job(model, kind, sizes)
-        job = dataclasses.replace(job, offload=offload)
+        definition, traced = make_definition(model, kind, sizes)
+        definition = dataclasses.replace(definition, offload=offload)
         lora = kind == "lora"
-        frozen = spread(params, model.specs, job.mesh) if lora else {}
-        start = random_adapters(job.trainable.specs) if lora else params
-        first = train_step.jit_init(job)(spread(start, job.trainable.specs, job.mesh))
-        state, train = first, train_step.jit_train_step(job)
-        on_mesh = meshes.to_global(batch, job.mesh, microbatches)
+        frozen = spread(params, model.specs, definition.mesh) if lora else {}
+        start = random_adapters(definition.trainable.specs) if lora else params
+        first = train_step.jit_init(definition)(
+            spread(start, definition.trainable.specs, definition.mesh)
+        )
+        state, train = first, train_step.jit_train_step(definition)
+        on_mesh = meshes.to_global(batch, definition.mesh, microbatches)
         metrics, traces = [], []
         for _ in range(5):
             state, found = train(state, frozen, on_mesh)
             metrics.append(jax.tree.map(np.asarray, found))
             traces.append(len(traced))
         return types.SimpleNamespace(
-            job=job, frozen=frozen, first=first, state=state, metrics=metrics,
-            traces=traces, compiled=train._cache_size(),
+            definition=definition, frozen=frozen, first=first, state=state,
+            metrics=metrics, traces=traces, compiled=train._cache_size(),
         )  # fmt: skip
 
     return lambda kind, sizes=ONE, microbatches=1, offload=False: five_steps(
@@ -95,7 +97,9 @@ def test_training_moves_what_it_should(run, params, kind):
     losses = [metrics["loss"] for metrics in found.metrics]
     assert losses[2] < losses[1] < losses[0]
     assert int(found.state.step) == 5
-    start = params if kind == "full" else random_adapters(found.job.trainable.specs)
+    start = (
+        params if kind == "full" else random_adapters(found.definition.trainable.specs)
+    )
     for before, after in zip(
         jax.tree.leaves(start), jax.tree.leaves(found.state.params), strict=True
     ):
@@ -125,10 +129,10 @@ def test_metrics_are_what_their_names_say(run, model, params, batch):
 def test_eval_sums_each_group_once(model, params, batch):
     shares = np.random.default_rng(0).uniform(0.5, 1.0, batch.weights.shape)
     batch = dataclasses.replace(batch, weights=np.float32(batch.weights * shares))
-    job, _ = make_job(model, "full", (2, 2, 2))
-    placed = spread(params, model.specs, job.mesh)
-    evaluate = train_step.jit_eval_step(job)
-    found = evaluate(placed, {}, meshes.to_global(batch, job.mesh))
+    definition, _ = make_definition(model, "full", (2, 2, 2))
+    placed = spread(params, model.specs, definition.mesh)
+    evaluate = train_step.jit_eval_step(definition)
+    found = evaluate(placed, {}, meshes.to_global(batch, definition.mesh))
     plain = plain_token_losses(model, params, batch) * batch.weights
     for group in range(4):
         inside = batch.groups == group
@@ -181,7 +185,7 @@ def test_a_lora_state_holds_adapters_and_their_moments_only(run):
 def test_the_state_stays_where_it_was_put(run, kind):
     """Moments lie as their parameters, before and after a step."""
     found = run(kind, (1, 2, 4))
-    wanted = train_step.abstract_state(found.job)
+    wanted = train_step.abstract_state(found.definition)
     for leaf, abstract in zip(
         jax.tree.leaves(found.state), jax.tree.leaves(wanted), strict=True
     ):
@@ -220,7 +224,9 @@ def test_an_offloaded_optimizer_lies_on_the_host_and_trains_the_same(run):
 def test_a_checkpoint_goes_to_either_memory(run, tmp_path, before, after):
     """Byte for byte, whichever memory it came from."""
     found = run("full", (1, 2, 4), offload=before)
-    wanted = train_step.abstract_state(dataclasses.replace(found.job, offload=after))
+    wanted = train_step.abstract_state(
+        dataclasses.replace(found.definition, offload=after)
+    )
     with Checkpointer(tmp_path, CheckpointConfig(), {}) as checkpointer:
         checkpointer.save(5, found.state, {}, None)
     with Checkpointer(tmp_path, CheckpointConfig(), {}) as checkpointer:
@@ -251,16 +257,18 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
         frozen_dtype=None, dtype=None, init=None, forward=forward,
     )  # fmt: skip
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-    job = train_step.Job(Noise(), made, optax.sgd(0.0), mesh, loss_chunk=4)
+    definition = train_step.StepDefinition(
+        Noise(), made, optax.sgd(0.0), mesh, loss_chunk=4
+    )
     ids = np.zeros((2, 1, 4), np.int32)
-    train = jax.jit(functools.partial(train_step.train_step, job))
+    train = jax.jit(functools.partial(train_step.train_step, definition))
 
     params = {"w": jnp.ones(1)}
 
     def loss(steps, microbatch):
         weights = np.zeros(ids.shape, np.float32)
         weights[microbatch] = 1.0
-        state = train_step.init_state(job, params)
+        state = train_step.init_state(definition, params)
         state = dataclasses.replace(state, step=jnp.int32(steps))
         return float(
             train(state, {}, Batch(ids, ids, weights, ids, ids, ids))[1]["loss"]
@@ -270,5 +278,5 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     assert len(seen) == 4
     assert loss(1, 1) in seen
     one = Batch(ids[0], ids[0], np.ones((1, 4), np.float32), ids[0], ids[0], ids[0])
-    found = train_step.eval_step(job, params, {}, one)
+    found = train_step.eval_step(definition, params, {}, one)
     np.testing.assert_allclose(found["loss"], 4 * np.log(2.0), rtol=1e-6)

@@ -166,14 +166,14 @@ def test_moments_are_split_as_their_parameters(name, specs):
     mesh = meshes.make_mesh(mesh_sizes(1, 8))
     wide = dataclasses.replace(TINY, embed=256, mlp=512, vocab=768, head_dim=32)
     model = Model(wide)
-    job = train_step.Job(
+    definition = train_step.StepDefinition(
         model,
         trainable.make(config, model.specs),
         make_optimizer(config.optim, 10, model.specs),
         mesh,
         loss_chunk=5,
     )
-    state = train_step.abstract_state(job)
+    state = train_step.abstract_state(definition)
     norms = max(math.prod(s.shape) for s in model.specs.values() if not s.n_in)
     for leaf in jax.tree.leaves(state):
         part = math.prod(leaf.sharding.shard_shape(leaf.shape))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import TINY, in_soak
-from step_jobs import ONE, make_job
+from step_definitions import ONE, make_definition
 
 from research.config.run_config import Config, MeshConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
@@ -73,16 +73,16 @@ def test_no_stack_of_matrices_is_ever_gathered_whole(model, compiled_text, kind)
 
 def lower_step(model, batch, kind, sizes, dtype):
     """The program of a step as it goes to the compiler."""
-    job, _ = make_job(model, kind, sizes, dtype)
+    definition, _ = make_definition(model, kind, sizes, dtype)
     arguments = (
-        train_step.abstract_state(job),
+        train_step.abstract_state(definition),
         {
-            path: jax.ShapeDtypeStruct(spec.shape, job.trainable.frozen_dtype)
-            for path, spec in job.trainable.frozen_specs.items()
+            path: jax.ShapeDtypeStruct(spec.shape, definition.trainable.frozen_dtype)
+            for path, spec in definition.trainable.frozen_specs.items()
         },
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch),
     )
-    return train_step.jit_train_step(job).lower(*arguments)
+    return train_step.jit_train_step(definition).lower(*arguments)
 
 
 def lowered_step(model, batch, kind, sizes, dtype):
@@ -111,7 +111,7 @@ def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, n
     )
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     made = trainable.make(config, model.specs)
-    job = train_step.Job(
+    definition = train_step.StepDefinition(
         model=model.with_options(attend=make_attend(mesh, "xla", 7)),
         trainable=made,
         optimizer=optimizers.make_optimizer(config.optim, 10, made.specs),
@@ -119,13 +119,13 @@ def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, n
         loss_chunk=5,
         groups=4,
     )
-    state = train_step.abstract_state(job)
+    state = train_step.abstract_state(definition)
     asked = jnp.dtype("bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {asked}
     several = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch
     )
-    train = jax.jit(functools.partial(train_step.train_step, job)).trace(
+    train = jax.jit(functools.partial(train_step.train_step, definition)).trace(
         state, {}, several
     )
     after, _ = train.out_info

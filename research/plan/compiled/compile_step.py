@@ -108,7 +108,7 @@ def topology_devices(target: Target) -> list[jax.Device]:
 
 def lower(inputs: Inputs) -> jax.stages.Lowered:
     """The train step of training, lowered for the devices of its mesh."""
-    jitted = train_step.jit_train_step(inputs.job)
+    jitted = train_step.jit_train_step(inputs.definition)
     return jitted.lower(inputs.state, inputs.frozen, inputs.batch)
 
 
@@ -116,7 +116,7 @@ def compile_step(inputs: Inputs, unknown_trips: float) -> Compiled:
     """Compiles the train step, and reads what it needs from the result.
 
     Args:
-      inputs: of the job, on a mesh of topology devices.
+      inputs: of the step, on a mesh of topology devices.
       unknown_trips: see `hlo.executions`.
 
     Raises:
@@ -136,7 +136,7 @@ def compile_step(inputs: Inputs, unknown_trips: float) -> Compiled:
     seconds = time.monotonic() - begun
     memory = split_memory(inputs, compiled.memory_analysis())
     module = hlo_text.parse(compiled.as_text())
-    found = find_collectives(module, inputs.job.mesh, unknown_trips)
+    found = find_collectives(module, inputs.definition.mesh, unknown_trips)
     moved = hbm_traffic.count_bytes(module, unknown_trips)
     return Compiled(memory, memory.total, found, moved, seconds)
 

@@ -40,7 +40,7 @@ def count_flops(inputs: Inputs) -> Flops:
     pairs = tokens * (config.data.seq_len + 1) / 2
     again_per_token, again_per_pair = recomputed(inputs, count, trained)
     # Of n parts of a causal square the last has 2n - 1 of the n * n small squares.
-    parts = inputs.job.mesh.shape["context"]
+    parts = inputs.definition.mesh.shape["context"]
     uneven = (2 * parts - 1) / parts - 1
     return Flops(
         model=count.step(tokens, tokens, pairs),

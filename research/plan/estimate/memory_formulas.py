@@ -15,7 +15,7 @@ from research.parallel import mesh as meshes
 from research.plan.abstract_run import Inputs, device_bytes, optimizer_bytes
 from research.plan.compiled.collectives import Collective
 from research.plan.compiled.compile_step import Memory
-from research.train.step import definition
+from research.train.step.definition_from_config import choose_kernel
 from research.weights import parameter_paths
 
 FLOAT32 = 4
@@ -44,14 +44,14 @@ def _temporaries(inputs: Inputs) -> float:
     next one's, and its activations.
     """
     a, width = inputs.architecture, compute_width(inputs)
-    tensor, tokens = inputs.job.mesh.shape["tensor"], device_tokens(inputs)
+    tensor, tokens = inputs.definition.mesh.shape["tensor"], device_tokens(inputs)
     # Added up in float32, whatever the parameters are.
-    share = FLOAT32 // inputs.job.trainable.dtype.itemsize
+    share = FLOAT32 // inputs.definition.trainable.dtype.itemsize
     gradients = share * device_bytes(inputs.state.params)
     remat = inputs.config.model.remat
     kept = tokens * a.layers * width * kept_per_token(inputs, remat)
     head = a.embed * a.vocab / tensor
-    logits = min(inputs.job.loss_chunk, tokens) * a.vocab / tensor
+    logits = min(inputs.definition.loss_chunk, tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = layer_matrices(a) / tensor
     at_layer = width * (2 * matrices + tokens * kept_per_token(inputs, "none"))
@@ -59,15 +59,15 @@ def _temporaries(inputs: Inputs) -> float:
     if inputs.microbatches > 1:  # And the sum so far.
         gradients *= 2
     at_update = gradients
-    if inputs.job.offload:  # All moments come back at once.
+    if inputs.definition.offload:  # All moments come back at once.
         at_update += device_bytes(inputs.state.opt_state)
     return max(gradients + kept + max(at_head, at_layer), at_update)
 
 
 def _mask_bytes(inputs: Inputs) -> float:
     """Of cuDNN's attention: booleans and two bytes for each query and key of a row."""
-    mesh = inputs.job.mesh
-    choice = definition.choose_kernel(inputs.config, inputs.architecture, mesh)
+    mesh = inputs.definition.mesh
+    choice = choose_kernel(inputs.config, inputs.architecture, mesh)
     length = inputs.config.data.seq_len
     return 3 * device_tokens(inputs) * length if choice.kernel == "cudnn" else 0.0
 
@@ -79,8 +79,8 @@ def kept_per_token(inputs: Inputs, remat: str) -> float:
     queries, keys and values, the attention's result, gate and up. `none` leaves the
     inputs of all products, and what attention and the gate need.
     """
-    a, tensor = inputs.architecture, inputs.job.mesh.shape["tensor"]
-    tile = 128 if inputs.job.mesh.devices.flat[0].platform == "tpu" else 1
+    a, tensor = inputs.architecture, inputs.definition.mesh.shape["tensor"]
+    tile = 128 if inputs.definition.mesh.devices.flat[0].platform == "tpu" else 1
     # A TPU's attention kernel keeps its heads in whole tiles.
     head_dim = math.ceil(a.head_dim / tile) * tile
     split = (a.heads * head_dim, a.kv_heads * head_dim, a.mlp)
@@ -101,24 +101,24 @@ def layer_matrices(a: Architecture) -> int:
 def device_tokens(inputs: Inputs) -> float:
     """Of one forward pass, on one device."""
     data = inputs.config.data
-    shards = math.prod(meshes.shards(inputs.job.mesh))
+    shards = math.prod(meshes.shards(inputs.definition.mesh))
     return data.rows_per_pass * data.seq_len / shards
 
 
 def compute_width(inputs: Inputs) -> int:
     """Bytes of a value as it enters a product."""
-    return inputs.job.model.options.dtype.itemsize
+    return inputs.definition.model.options.dtype.itemsize
 
 
 def head_chunks(inputs: Inputs) -> int:
     """Products with the vocabulary head in a forward pass, if every token counts."""
-    return math.ceil(device_tokens(inputs) / inputs.job.loss_chunk)
+    return math.ceil(device_tokens(inputs) / inputs.definition.loss_chunk)
 
 
 def estimate_moved(inputs: Inputs) -> float:
     """Bytes to and from one device's memory in a step."""
     a, width = inputs.architecture, compute_width(inputs)
-    tensor, tokens = inputs.job.mesh.shape["tensor"], device_tokens(inputs)
+    tensor, tokens = inputs.definition.mesh.shape["tensor"], device_tokens(inputs)
     activations = tokens * kept_per_token(inputs, "none") * ACTIVATION_TRIPS
     weights = layer_matrices(a) / tensor * WEIGHT_TRIPS
     head = a.embed * a.vocab / tensor * head_chunks(inputs) * WEIGHT_TRIPS / 2
@@ -132,7 +132,7 @@ def estimate_moved(inputs: Inputs) -> float:
 
 def estimate_collectives(inputs: Inputs) -> list[Collective]:
     """What a device sends and receives in a step, by mesh axis."""
-    mesh, passes = inputs.job.mesh, inputs.microbatches
+    mesh, passes = inputs.definition.mesh, inputs.microbatches
     a, width = inputs.architecture, compute_width(inputs)
     shape, tokens = mesh.shape, device_tokens(inputs)
     layer = layer_matrices(a) / shape["tensor"]
@@ -174,9 +174,9 @@ def _reduced_bytes(inputs: Inputs, layer: float, head: float) -> float:
     Scattered over `fsdp` first, whole adapters too. A head that lies in parts is added
     up after every chunk; else its sum waits, like the embedding's in float32.
     """
-    width, fsdp = compute_width(inputs), inputs.job.mesh.shape["fsdp"]
+    width, fsdp = compute_width(inputs), inputs.definition.mesh.shape["fsdp"]
     if inputs.frozen:
-        tensor = inputs.job.mesh.shape["tensor"]
+        tensor = inputs.definition.mesh.shape["tensor"]
         return parameter_paths.count(inputs.state.params) / tensor / fsdp * width
     body = inputs.architecture.layers * layer * width
     if fsdp == 1:

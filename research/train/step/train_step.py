@@ -42,7 +42,7 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class StepDefinition:
     """Everything a step is made of. Holds no arrays.
 
     Attributes:
@@ -71,26 +71,32 @@ class Job:
 
 
 def loss_sums(
-    job: Job, params: Params, frozen: Params, batch: Batch, key: Array | None
+    definition: StepDefinition,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Array | None,
 ) -> tuple[Array, Array]:
     """Of one microbatch: the objective, and the cross entropies by group, in nats."""
-    weights = job.trainable.forward(params, frozen, key)
-    hidden = job.model.hidden(weights, batch.tokens, batch.positions, batch.segments)
+    weights = definition.trainable.forward(params, frozen, key)
+    hidden = definition.model.hidden(
+        weights, batch.tokens, batch.positions, batch.segments
+    )
     return losses.weighted_loss(
         hidden,
-        job.model.head(weights),
+        definition.model.head(weights),
         batch.targets,
         batch.weights,
         batch.groups,
-        n_groups=job.groups,
-        chunk=job.loss_chunk,
-        shards=meshes.shards(job.mesh),
-        z_loss=job.z_loss,
+        n_groups=definition.groups,
+        chunk=definition.loss_chunk,
+        shards=meshes.shards(definition.mesh),
+        z_loss=definition.z_loss,
     )
 
 
 def train_step(
-    job: Job, state: TrainState, frozen: Params, batch: Batch
+    definition: StepDefinition, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update from a `[microbatch, batch, seq]` batch.
 
@@ -103,16 +109,17 @@ def train_step(
       `pairs` (queries with each key they may see), `grad_norm` (before clipping),
       `batch_hash` (of what was trained on, the same on every mesh),
       `skipped` (updates left out so far, where `optim.skip_outliers` is in use),
-      `grad_norm_by_path` (where `job.grad_norms` asks for it).
+      `grad_norm_by_path` (where `definition.grad_norms` asks for it).
     """
     # Another stream than the initialisation, which folds small numbers in, too.
-    dropout = jax.random.fold_in(jax.random.key(job.seed), DROPOUT_STREAM)
+    dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
     key = jax.random.fold_in(dropout, state.step)
 
     def accumulate(carry, microbatch_and_key):
         microbatch, key = microbatch_and_key
         (_, by_group), gradient = jax.value_and_grad(
-            lambda params: loss_sums(job, params, frozen, microbatch, key), has_aux=True
+            lambda params: loss_sums(definition, params, frozen, microbatch, key),
+            has_aux=True,
         )(state.params)
         return jax.tree.map(jnp.add, carry, (by_group, gradient)), None
 
@@ -120,7 +127,7 @@ def train_step(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
     keys = jax.random.split(key, batch.tokens.shape[0])
     (by_group, gradients), _ = jax.lax.scan(
-        accumulate, (jnp.zeros(job.groups, jnp.float32), zeros), (batch, keys)
+        accumulate, (jnp.zeros(definition.groups, jnp.float32), zeros), (batch, keys)
     )
     weight = jnp.sum(batch.weights)
     scale = 1.0 / jnp.maximum(weight, 1.0)
@@ -128,19 +135,19 @@ def train_step(
         lambda g, p: (g * scale).astype(p.dtype), gradients, state.params
     )
     loss = jnp.sum(by_group) * scale
-    optimizer = optax.with_extra_args_support(job.optimizer)
+    optimizer = optax.with_extra_args_support(definition.optimizer)
     before = state.opt_state
-    if job.offload:
+    if definition.offload:
         before = jax.device_put(before, jax.memory.Space.Device)
     updates, opt_state = optimizer.update(gradients, before, state.params, loss=loss)
     metrics = {
         "loss": loss,
         "weight": weight,
         "group_loss": by_group,
-        "group_weight": _by_group(job, batch.weights, batch.groups),
+        "group_weight": _by_group(definition, batch.weights, batch.groups),
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
-        **_gradient_norms(job, gradients),
+        **_gradient_norms(definition, gradients),
         "batch_hash": hash_batch(batch),
         **optimizers.read_skipped(opt_state),
     }
@@ -148,9 +155,9 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _gradient_norms(job: Job, gradients: Params) -> dict[str, Any]:
+def _gradient_norms(definition: StepDefinition, gradients: Params) -> dict[str, Any]:
     norms: dict[str, Any] = {"grad_norm": optax.tree.norm(gradients)}
-    if job.grad_norms:
+    if definition.grad_norms:
         by_path = parameter_paths.flatten(gradients)[0]
         norms["grad_norm_by_path"] = {p: optax.tree.norm(g) for p, g in by_path.items()}
     return norms
@@ -172,56 +179,62 @@ def hash_batch(batch: Batch) -> Array:
     return total + jnp.sum((bits ^ (bits >> 16)) * factor, dtype=jnp.uint32)
 
 
-def _by_group(job: Job, values: Array, groups: Array) -> Array:
+def _by_group(definition: StepDefinition, values: Array, groups: Array) -> Array:
     """Sums `values` into `[groups]`."""
-    member = jax.nn.one_hot(groups, job.groups, axis=0)
+    member = jax.nn.one_hot(groups, definition.groups, axis=0)
     return jnp.sum(member * values[None], axis=range(1, member.ndim))
 
 
-def eval_step(job: Job, params: Params, frozen: Params, batch: Batch) -> Metrics:
+def eval_step(
+    definition: StepDefinition, params: Params, frozen: Params, batch: Batch
+) -> Metrics:
     """Sums per group over one `[batch, seq]` batch: `loss` and `weight`, `[groups]`."""
-    weights = job.trainable.forward(params, frozen, None)
-    hidden = job.model.hidden(weights, batch.tokens, batch.positions, batch.segments)
+    weights = definition.trainable.forward(params, frozen, None)
+    hidden = definition.model.hidden(
+        weights, batch.tokens, batch.positions, batch.segments
+    )
     token_losses = losses.chunked_token_losses(
         hidden,
-        job.model.head(weights),
+        definition.model.head(weights),
         batch.targets,
         batch.weights,
-        chunk=job.loss_chunk,
-        shards=meshes.shards(job.mesh),
+        chunk=definition.loss_chunk,
+        shards=meshes.shards(definition.mesh),
     )
     return {
-        "loss": _by_group(job, token_losses * batch.weights, batch.groups),
-        "weight": _by_group(job, batch.weights, batch.groups),
+        "loss": _by_group(definition, token_losses * batch.weights, batch.groups),
+        "weight": _by_group(definition, batch.weights, batch.groups),
     }
 
 
-def init_state(job: Job, params: Params) -> TrainState:
+def init_state(definition: StepDefinition, params: Params) -> TrainState:
     """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), params, job.optimizer.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, definition.optimizer.init(params)
+    )
 
 
-def abstract_params(job: Job) -> Params:
+def abstract_params(definition: StepDefinition) -> Params:
     """Shapes of what is trained, each with its sharding."""
-    shardings = meshes.shardings(job.trainable.specs, job.mesh)
+    shardings = meshes.shardings(definition.trainable.specs, definition.mesh)
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(
-            spec.shape, job.trainable.dtype, sharding=sharding
+            spec.shape, definition.trainable.dtype, sharding=sharding
         ),
-        job.trainable.specs,
+        definition.trainable.specs,
         shardings,
         is_leaf=lambda leaf: isinstance(leaf, Spec),
     )
 
 
-def state_shardings(job: Job) -> TrainState:
+def state_shardings(definition: StepDefinition) -> TrainState:
     """Optimizer leaves lie as the parameters they belong to, others on every device.
 
     Whatever the optimizer, a leaf's path ends in the path of its parameter.
     """
-    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
-    everywhere = meshes.replicated(job.mesh)
-    specs, _ = parameter_paths.flatten(job.trainable.specs)
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(definition))
+    everywhere = meshes.replicated(definition.mesh)
+    specs, _ = parameter_paths.flatten(definition.trainable.specs)
 
     def place(path: Any, leaf: Any) -> Any:
         keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
@@ -229,52 +242,59 @@ def state_shardings(job: Job) -> TrainState:
         spec = next((specs[name] for name in names if name in specs), None)
         if spec is None:
             return everywhere
-        sharding = meshes.reduced_sharding(leaf.shape, spec, job.mesh)
-        return meshes.on_host(sharding) if job.offload else sharding
+        sharding = meshes.reduced_sharding(leaf.shape, spec, definition.mesh)
+        return meshes.on_host(sharding) if definition.offload else sharding
 
-    abstract = jax.eval_shape(lambda p: init_state(job, p), abstract_params(job))
+    abstract = jax.eval_shape(
+        lambda p: init_state(definition, p), abstract_params(definition)
+    )
     opt_state = jax.tree_util.tree_map_with_path(place, abstract.opt_state)
     return TrainState(everywhere, params, opt_state)
 
 
-def abstract_state(job: Job) -> TrainState:
+def abstract_state(definition: StepDefinition) -> TrainState:
     """Shapes and shardings of the whole state: the target of a restore."""
-    abstract = jax.eval_shape(lambda p: init_state(job, p), abstract_params(job))
+    abstract = jax.eval_shape(
+        lambda p: init_state(definition, p), abstract_params(definition)
+    )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding
         ),
         abstract,
-        state_shardings(job),
+        state_shardings(definition),
     )
 
 
-def jit_init(job: Job) -> Callable[[Params], TrainState]:
+def jit_init(definition: StepDefinition) -> Callable[[Params], TrainState]:
     return jax.jit(
-        lambda params: init_state(job, params), out_shardings=state_shardings(job)
+        lambda params: init_state(definition, params),
+        out_shardings=state_shardings(definition),
     )
 
 
 def jit_train_step(
-    job: Job,
+    definition: StepDefinition,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The one jit of training: explicit shardings, donated state, frozen kept."""
-    state = state_shardings(job)
-    frozen = meshes.shardings(job.trainable.frozen_specs, job.mesh)
-    batch = meshes.batch_sharding(job.mesh, microbatched=True)
+    state = state_shardings(definition)
+    frozen = meshes.shardings(definition.trainable.frozen_specs, definition.mesh)
+    batch = meshes.batch_sharding(definition.mesh, microbatched=True)
     return jax.jit(
-        lambda state, frozen, batch: train_step(job, state, frozen, batch),
+        lambda state, frozen, batch: train_step(definition, state, frozen, batch),
         in_shardings=(state, frozen, batch),
-        out_shardings=(state, meshes.replicated(job.mesh)),
+        out_shardings=(state, meshes.replicated(definition.mesh)),
         donate_argnums=0,
     )
 
 
-def jit_eval_step(job: Job) -> Callable[[Params, Params, Batch], Metrics]:
-    state = state_shardings(job)
-    frozen = meshes.shardings(job.trainable.frozen_specs, job.mesh)
+def jit_eval_step(
+    definition: StepDefinition,
+) -> Callable[[Params, Params, Batch], Metrics]:
+    state = state_shardings(definition)
+    frozen = meshes.shardings(definition.trainable.frozen_specs, definition.mesh)
     return jax.jit(
-        lambda params, frozen, batch: eval_step(job, params, frozen, batch),
-        in_shardings=(state.params, frozen, meshes.batch_sharding(job.mesh)),
-        out_shardings=meshes.replicated(job.mesh),
+        lambda params, frozen, batch: eval_step(definition, params, frozen, batch),
+        in_shardings=(state.params, frozen, meshes.batch_sharding(definition.mesh)),
+        out_shardings=meshes.replicated(definition.mesh),
     )

@@ -1,4 +1,4 @@
-"""From a config and an opened base model to a job with its parameters."""
+"""From a config and an opened base model to a step definition and its parameters."""
 
 import logging
 from typing import Any
@@ -17,13 +17,15 @@ from research.models.attention_sharding import make_attend
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
-from research.train.step.train_step import Job, abstract_params
+from research.train.step.train_step import StepDefinition, abstract_params
 from research.weights import trainable
 
 Params = dict[str, Any]
 
 
-def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
+def make_step_definition(
+    config: Config, base: Base, mesh: Mesh, groups: int = 1
+) -> StepDefinition:
     """Model, optimizer and split of the parameters; no array is made.
 
     `groups`: how many groups losses are reported by.
@@ -44,7 +46,7 @@ def make_job(config: Config, base: Base, mesh: Mesh, groups: int = 1) -> Job:
     model = Model(base.architecture, options)
     meshes.shardings(model.specs, mesh)
     split = trainable.make(config, model.specs)
-    return Job(
+    return StepDefinition(
         model=model,
         trainable=split,
         optimizer=optimizers.make_optimizer(config.optim, config.steps, split.specs),
@@ -117,27 +119,31 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
         )
 
 
-def load_base(job: Job, base: Base, dtype: Any) -> Params:
+def load_base(definition: StepDefinition, base: Base, dtype: Any) -> Params:
     """The base model's parameters in their shardings: read, or drawn at random."""
-    shardings = meshes.shardings(job.model.specs, job.mesh)
+    shardings = meshes.shardings(definition.model.specs, definition.mesh)
     if base.tensors is not None:
-        return load_params(base.tensors, job.model.specs, shardings, dtype)
+        return load_params(base.tensors, definition.model.specs, shardings, dtype)
 
     def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), job.model.init(key))
+        return jax.tree.map(lambda x: x.astype(dtype), definition.model.init(key))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(job.seed))
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(definition.seed))
 
 
 def load_start(
-    job: Job, base: Base, frozen: Params | None = None
+    definition: StepDefinition, base: Base, frozen: Params | None = None
 ) -> tuple[Params, Params]:
     """What is trained, at its start, and what is frozen (or is there already)."""
-    if job.trainable.frozen_specs:
-        frozen = frozen or load_base(job, base, job.trainable.frozen_dtype)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(job))
-        init = jax.jit(
-            lambda key: job.trainable.init(key, frozen), out_shardings=shardings
+    if definition.trainable.frozen_specs:
+        frozen = frozen or load_base(
+            definition, base, definition.trainable.frozen_dtype
         )
-        return init(jax.random.key(job.seed)), frozen
-    return load_base(job, base, job.trainable.dtype), {}
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, abstract_params(definition)
+        )
+        init = jax.jit(
+            lambda key: definition.trainable.init(key, frozen), out_shardings=shardings
+        )
+        return init(jax.random.key(definition.seed)), frozen
+    return load_base(definition, base, definition.trainable.dtype), {}

@@ -19,8 +19,8 @@ OPTIM = OptimConfig(learning_rate=1e-2, eps=1e-2, clip_norm=1.0)
 LORA = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
 
 
-def make_job(model, kind, sizes, dtype="float32"):
-    """A job, and how often its forward pass was traced so far."""
+def make_definition(model, kind, sizes, dtype="float32"):
+    """A definition, and how often its forward pass was traced so far."""
     config = Config(
         trainable=kind, model=ModelConfig(dtype=dtype), lora=LORA, optim=OPTIM
     )
@@ -32,7 +32,7 @@ def make_job(model, kind, sizes, dtype="float32"):
         traced.append(1)
         return made.forward(*arguments)
 
-    job = train_step.Job(
+    definition = train_step.StepDefinition(
         model=model.with_options(
             constrain=meshes.constrain(mesh),
             attend=make_attend(mesh, "xla", 7),
@@ -44,7 +44,7 @@ def make_job(model, kind, sizes, dtype="float32"):
         loss_chunk=5,
         groups=4,
     )
-    return job, traced
+    return definition, traced
 
 
 def spread(values, specs, mesh):

@@ -1,1 +1,1 @@
-"""Data turned into what people look at: terminal tables, progress, plots, Markdown."""
+"""Shows data to people: terminal, plot, Markdown. It computes and decides nothing."""

@@ -1,11 +1,6 @@
-"""Instruction tuning: rows of requests and answers, and three of them asked again."""
+"""Instruction tuning: only answers are trained; some are compared at the end."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import numpy as np
-from rich.console import Console
-from rich.text import Text
 
 from research.config.run_config import Config
 from research.data.instructions.instruction_dataset import (
@@ -16,17 +11,18 @@ from research.data.instructions.instruction_dataset import (
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import Model
-from research.report import run_report
+from research.tasks.findings import Finding, count_epochs, count_mask
+from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
-from research.train.doctor import Finding, count_mask, epochs
 
-SHOWN = 4  # left-out rows in the doctor's table
+SHOWN = 4  # dropped rows in the doctor's table
 
 
 class InstructionTask:
-    """`config.data` as a `protocol.Task`."""
+    """The `Task` of `config.data`."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, longest: int):
         """Reads, tokenises and packs; `longest` is the model's context.
@@ -45,8 +41,8 @@ class InstructionTask:
         self.sha256 = rows.sha256
         self.left_out = self._data.examples
         self.held_out_bytes: dict[str, int] = {}
-        # Runs that train together and share their rows ask the base model once.
-        self._base_said: dict[str, str] = {}
+        # Runs that train together share their task, and so the base model's answers.
+        self._base_answers: dict[str, str] = {}
 
     def batches(self, mine: Sequence[int]) -> BatchIterator:
         config = self._config
@@ -64,28 +60,43 @@ class InstructionTask:
         )
         return [
             Finding("data", f"{data.rows.origin}, sha256 {data.rows.sha256[:12]}"),
-            Finding("rows", f"{len(data.rows.records)}: {categories}"),
-            Finding("left out", self._left_out()),
+            Finding(
+                "rows",
+                f"{len(data.rows.records)}: {categories}",
+                numbers={"rows": len(data.rows.records)},
+            ),
+            Finding(
+                "dropped",
+                self._dropped(),
+                numbers={**data.dropped, "truncated": data.truncated},
+            ),
             Finding(
                 "split",
                 f"{len(train.documents)} documents train in {len(train.rows)} rows of "
                 f"{train.seq_len} ({train.fill:.1%} full), "
                 f"{len(data.held_out.documents)} held out",
+                numbers={
+                    "train_documents": len(train.documents),
+                    "train_rows": len(train.rows),
+                    "fill": train.fill,
+                    "held_out_documents": len(data.held_out.documents),
+                },
             ),
             *self._examine_mask(),
-            epochs(self._config, len(train.rows)),
+            count_epochs(self._config, len(train.rows)),
         ]
 
-    def _left_out(self) -> str:
+    def _dropped(self) -> str:
         data = self._data
         counts = [f"{n} {why}" for why, n in sorted(data.dropped.items())]
-        counts += [f"{data.truncated} contexts truncated"] * (data.truncated > 0)
-        told = "".join(f"\n  {example}" for example in data.examples[:SHOWN])
+        if data.truncated:
+            counts.append(f"{data.truncated} contexts truncated")
+        lines = [", ".join(counts) or "none"]
+        lines += [f"  {example}" for example in data.examples[:SHOWN]]
         more = len(data.examples) - SHOWN
-        told += f"\n  and {more} more, see left_out.txt in the run directory" * (
-            more > 0
-        )
-        return (", ".join(counts) or "none") + told
+        if more > 0:
+            lines.append(f"  and {more} more, see left_out.txt in the run directory")
+        return "\n".join(lines)
 
     def _examine_mask(self) -> list[Finding]:
         train = self._data.train
@@ -99,6 +110,7 @@ class InstructionTask:
                 ok=0.0 < share < 1.0,
                 remedy="a share of 0 or 1 means the loss mask is broken: check "
                 "config.data.template and the columns",
+                numbers={"trained": mask.trained, "real": mask.real},
             ),
             Finding(
                 "end token",
@@ -106,48 +118,32 @@ class InstructionTask:
                 ok=mask.ends == mask.documents,
                 remedy="an answer whose end is not trained never stops: check the "
                 "tokenizer's eos token and config.data.template",
+                numbers={"trained": mask.ends, "documents": mask.documents},
             ),
         ]
 
-    def show_first_row(self, console: Console) -> None:
-        """What is trained stands in green between brackets."""
-        train, text = self._data.train, Text()
-        for index in train.rows[0]:
-            document = train.documents[index]
-            edges = np.flatnonzero(np.diff(document.trained)) + 1
-            for ids, mask in zip(
-                np.split(document.ids, edges),
-                np.split(document.trained, edges),
-                strict=True,
-            ):
-                words = self._tokenizer.decode(ids.tolist(), skip_control=False)
-                if mask[0]:
-                    text.append("[[" + words + "]]", "bold green")
-                else:
-                    text.append(words, "dim")
-            text.append("\n" + "-" * 8 + "\n", "dim")
-        console.print(Text("first packed row, [[trained]] tokens marked:", "bold"))
-        console.print(text)
+    def preview(self, count: int) -> list[PreviewRow]:
+        train = self._data.train
+        rows = train.rows[:count]
+        return preview_rows(
+            train.batch(rows),
+            self.groups,
+            lambda ids: self._tokenizer.decode(ids, skip_control=False),
+            lambda row, number: train.documents[rows[row][number]].where,
+        )
 
-    def sample(self, step: int, model: Model, folder: Path) -> None:
+    def sample(self, step: int, model: Model) -> list[Sample]:
         """Nothing: answers are compared at the end."""
+        return []
 
     def conclude(
-        self,
-        console: Console,
-        base: Callable[[], Model | None],
-        model: Model,
-        folder: Path,
-    ) -> list[str]:
-        answers = self._answer(base(), model)
-        run_report.show_answers(console, answers)
-        return run_report.answers_as_markdown(answers)
-
-    def _answer(self, base: Model, tuned: Model) -> list[run_report.Answer]:
-        """Greedy answers of both models to held-out prompts."""
+        self, base: Callable[[], Model | None], model: Model
+    ) -> list[ComparedAnswer]:
+        """Greedy answers of both models to held-out prompts of several categories."""
+        before = base()
         sampling = Sampling(max_new_tokens=self._config.eval.max_new_tokens)
         records = self._data.held_out_records
-        # A context that training cut to fit may be too long to be asked in full.
+        # Training may have cut a context to fit; as a prompt it can still be too long.
         room = self._longest - sampling.max_new_tokens
         prompts = {
             record.where: self._chat.encode_prompt(record.turns[:-1], record.context)
@@ -157,13 +153,20 @@ class InstructionTask:
         answers = []
         for record in pick_records(fitting, self._config.eval.prompts):
             *asked, reference = record.turns
-            ask = prompts[record.where], sampling, self._chat.stop_ids
-            if record.where not in self._base_said:
-                self._base_said[record.where] = base.answer(*ask).strip()
-            told = self._base_said[record.where], tuned.answer(*ask).strip()
-            shown = asked[-1].text + (f"\n\n{record.context}" if record.context else "")
-            category = record.category or "(none)"
-            answers.append(run_report.Answer(category, shown, *told, reference.text))
+            request = prompts[record.where], sampling, self._chat.stop_ids
+            if record.where not in self._base_answers:
+                self._base_answers[record.where] = before.answer(*request).strip()
+            context = f"\n\n{record.context}" if record.context else ""
+            answers.append(
+                ComparedAnswer(
+                    group=record.category,
+                    where=record.where,
+                    prompt=asked[-1].text + context,
+                    base=self._base_answers[record.where],
+                    tuned=model.answer(*request).strip(),
+                    reference=reference.text,
+                )
+            )
         return answers
 
 

@@ -1,18 +1,12 @@
-"""Pre-training: raw text by source, and what the model writes as it learns."""
+"""Pre-training: raw text by source, and samples that the model writes as it learns."""
 
-import json
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from research.config.run_config import Config
-from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.data.batch_order import Batches
 from research.data.text.row_layout import Layout
@@ -20,17 +14,18 @@ from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import Model
+from research.tasks.findings import Finding, count_epochs
+from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tokenize.conversation import Turn
 from research.tokenize.tokenizer import Tokenizer
-from research.train.doctor import Finding, epochs
 
-SHOWN = 400  # characters of the first row
 # Greedy samples of a small model repeat themselves; these vary, and stay likely.
 TEMPERATURE, TOP_P = 0.8, 0.95
 
 
 class PlainFormat:
-    """A prompt is the beginning of a document, which the model goes on writing."""
+    """A prompt is the beginning of a document, which the model continues."""
 
     def __init__(self, tokenizer: Tokenizer):
         layout = Layout.of(tokenizer)
@@ -45,7 +40,7 @@ class PlainFormat:
 
 
 class TextTask:
-    """`config.text` as a `protocol.Task`."""
+    """The `Task` of `config.text`."""
 
     def __init__(
         self,
@@ -54,9 +49,13 @@ class TextTask:
         longest: int,
         processes: tuple[int, int],
     ):
-        """Tokenises what is not yet.
+        """Tokenises the text, or opens what was tokenised before.
 
-        `longest` is the model's context; `processes` this one's index, and how many.
+        Args:
+          config: the run's.
+          tokenizer: the base model's.
+          longest: the model's context in tokens.
+          processes: the index of this process, and how many there are.
 
         Raises:
           UserError: a source cannot be read, or there is too little text.
@@ -101,6 +100,11 @@ class TextTask:
                 f"{total.documents:,} documents, {total.tokens:,} tokens, "
                 f"{total.bytes:,} bytes ({total.bytes / max(total.tokens, 1):.2f} a "
                 "token)",
+                numbers={
+                    "documents": total.documents,
+                    "tokens": total.tokens,
+                    "bytes": total.bytes,
+                },
             )
             for name, total in data.train.items()
         ]
@@ -108,18 +112,27 @@ class TextTask:
             f"{name} {n:,} bytes" for name, n in data.held_out_bytes.items()
         )
         findings += [
-            Finding("left out", ", ".join(self.left_out) or "none"),
-            Finding("held out", held),
-            *self._examine_rows(data.sample_batch(self._config.data.batch_size)),
+            Finding(
+                "dropped",
+                ", ".join(self.left_out) or "none",
+                numbers=data.left_out,
+            ),
+            Finding("held out", held, numbers=data.held_out_bytes),
+            *self._examine_rows(self._first_batch),
         ]
         if data.rows:
-            findings.append(epochs(self._config, data.rows))
+            findings.append(count_epochs(self._config, data.rows))
         return findings
+
+    @functools.cached_property
+    def _first_batch(self) -> Batch:
+        """As many rows as a step has. Streamed text is read and tokenised for it."""
+        return self._data.sample_batch(self._config.data.batch_size)
 
     def _examine_rows(self, batch: Batch) -> list[Finding]:
         real = np.asarray(batch.segments) > 0
         share = float((batch.weights > 0)[real].mean())
-        # Text that is not encoded as it will be read back is not what was given.
+        # A tokenizer that loses text would train on other text than the user gave.
         words = self._tokenizer.decode(np.asarray(batch.tokens)[0].tolist())
         again = self._tokenizer.decode(self._tokenizer.encode_texts([words])[0])
         return [
@@ -128,6 +141,7 @@ class TextTask:
                 f"{share:.1%} of the first {batch.tokens.shape[0]} rows",
                 ok=share > 0.5,
                 remedy="pre-training counts nearly every token: this mask is broken",
+                numbers={"share": share},
             ),
             Finding(
                 "tokenizer round trip",
@@ -138,60 +152,32 @@ class TextTask:
             ),
         ]
 
-    def show_first_row(self, console: Console) -> None:
-        tokens = self._data.sample_batch(1).tokens[0]
-        words = self._tokenizer.decode(tokens.tolist(), skip_control=False)
-        console.print(Text(f"first row, {SHOWN} characters of it:", "bold"))
-        console.print(Text(words[:SHOWN], "dim"))
+    def preview(self, count: int) -> list[PreviewRow]:
+        """The first rows in the order of the sources; at most a batch of them."""
+        first = {
+            field.name: np.asarray(getattr(self._first_batch, field.name))[:count]
+            for field in dataclasses.fields(Batch)
+        }
+        return preview_rows(
+            Batch(**first),
+            self.groups,
+            lambda ids: self._tokenizer.decode(ids, skip_control=False),
+            lambda row, number: f"training row {row + 1}, document {number + 1}",
+        )
 
-    def sample(self, step: int, model: Model, folder: Path) -> None:
-        """Goes on writing each of `config.eval.text_prompts`; adds to samples.jsonl."""
+    def sample(self, step: int, model: Model) -> list[Sample]:
+        """Continues each of `config.eval.text_prompts`."""
         config = self._config.eval
         sampling = Sampling(
             TEMPERATURE, TOP_P, config.max_new_tokens, self._config.seed
         )
-        lines = []
-        for prompt, ids in self._prompts.items():
-            text = model.answer(ids, sampling, self._plain.stop_ids)
-            lines.append({"step": step, "prompt": prompt, "text": text})
-        # Every process must compute; one of them writes.
-        if jax.process_index() == 0:
-            write_samples(folder, step, lines)
+        return [
+            Sample(step, prompt, model.answer(ids, sampling, self._plain.stop_ids))
+            for prompt, ids in self._prompts.items()
+        ]
 
     def conclude(
-        self,
-        console: Console,
-        base: Callable[[], Model | None],
-        model: Model,
-        folder: Path,
-    ) -> list[str]:
-        said: list[str] = []
-        by_prompt: dict[str, list[dict[str, Any]]] = {}
-        for line in read_samples(folder):
-            by_prompt.setdefault(line["prompt"], []).append(line)
-        for prompt, lines in by_prompt.items():
-            said += ["", f"## What it writes after `{prompt!r}`", ""]
-            shown = Text()
-            for line in lines:
-                shown.append(f"step {line['step']}\n", "bold")
-                shown.append(prompt, "dim")
-                shown.append(line["text"] + "\n\n")
-                fenced = (prompt + line["text"]).replace("```", "'''")
-                said += [f"Step {line['step']}:", "", "```", fenced, "```", ""]
-            console.print(Panel(shown, title="samples", title_align="left"))
-        return said
-
-
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl, `step`, `prompt` and `text` in each."""
-    path = folder / "samples.jsonl"
-    if not path.is_file():
+        self, base: Callable[[], Model | None], model: Model
+    ) -> list[ComparedAnswer]:
+        """Nothing: raw text has no prompts with a reference answer."""
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def write_samples(folder: Path, step: int, lines: list[dict[str, Any]]) -> None:
-    """Adds the samples of `step`; those of a step done again replace the old ones."""
-    kept = [line for line in read_samples(folder) if line["step"] < step]
-    text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept + lines)
-    write_whole(folder / "samples.jsonl", text)

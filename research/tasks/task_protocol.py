@@ -1,16 +1,18 @@
-"""What a training run asks of its job: the only things in which jobs differ."""
+"""The methods that a training run calls on its task: all that tasks differ in.
+
+A task returns data and prints nothing. `research.report` shows what it returns.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
-
-from rich.console import Console
 
 from research.data.batch_order import Batches
 from research.data.token_batch import Batch
 from research.engine.text_generation import Model
+from research.tasks.findings import Finding
+from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.row_preview import PreviewRow
 from research.tokenize.conversation import Turn
-from research.train.doctor import Finding
 
 
 class PromptFormat(Protocol):
@@ -45,22 +47,22 @@ class Task(Protocol):
         """Every held-out row once, in batches of `rows`."""
 
     def examine(self) -> list[Finding]:
-        """What the doctor says of the rows."""
+        """What the doctor should know of the rows; one that is not ok stops the run."""
 
-    def show_first_row(self, console: Console) -> None:
-        """The first packed row as text."""
+    def preview(self, count: int) -> list[PreviewRow]:
+        """The first `count` training rows, or fewer where there are fewer."""
 
-    def sample(self, step: int, model: Model, folder: Path) -> None:
-        """Called now and then with the model so far."""
+    def sample(self, step: int, model: Model) -> list[Sample]:
+        """Text that the model writes after `step` updates; empty for most tasks.
+
+        All processes call it, since all must compute.
+        """
 
     def conclude(
-        self,
-        console: Console,
-        base: Callable[[], Model | None],
-        model: Model,
-        folder: Path,
-    ) -> list[str]:
-        """Shows what the model says at the end; returns it as lines of Markdown.
+        self, base: Callable[[], Model | None], model: Model
+    ) -> list[ComparedAnswer]:
+        """Answers of both models to held-out prompts; empty where there are none.
 
-        `base` loads the model that training began from, if there was one.
+        `base` loads the model that training began from, or gives None where the
+        weights began at random. All processes call it.
         """

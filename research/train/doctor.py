@@ -1,81 +1,79 @@
 """A run proves itself before it starts.
 
-Silent wrongness is what costs people weeks: masks that are all zero or all one,
-adapters that reach nothing, an end token that is never trained. Each of these is
-checked here on the real data and parameters, and the findings are shown as a table.
+A silent defect costs people weeks: a mask that is all zero or all one, adapters that
+reach nothing, an end token that is never trained. The doctor looks for each of these
+in the real data and parameters. It returns its findings as data.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from research.config.run_config import Config
 from research.core.errors import UserError
-from research.data.token_batch import Batch
 from research.formats.base_model import Base
 from research.parallel import mesh as meshes
+from research.runs import display_files
+from research.tasks.findings import Finding
+from research.tasks.row_preview import PreviewRow
+from research.tasks.task_protocol import Task
 from research.train.step.train_step import StepDefinition, TrainState
 from research.weights import parameter_paths
 
 TEST_ROW = 64  # tokens
+PREVIEW_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """One row of the table. `remedy`: what to do when `ok` is false."""
+class Examination:
+    """The data that the doctor found, and rows to look at.
 
-    name: str
-    value: str
-    ok: bool = True
-    remedy: str = ""
+    Attributes:
+      findings: of the model, then of the rows.
+      preview: the first training rows.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class MaskCount:
-    """What the built batches say of the loss mask, in positions and documents."""
-
-    real: int
-    trained: int
-    documents: int
-    ends: int
+    findings: Sequence[Finding]
+    preview: Sequence[PreviewRow]
 
 
-def count_mask(batches: Iterable[Batch], stop_ids: frozenset[int]) -> MaskCount:
-    """Counts over the very batches that training will see, not over their sources."""
-    real = trained = documents = ends = 0
-    stops = list(stop_ids)
-    for batch in batches:
-        following = np.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
-        last = (batch.segments > 0) & (batch.segments != following)
-        stopped = np.isin(batch.targets, stops) & (batch.weights > 0)
-        real += int((batch.segments > 0).sum())
-        trained += int((batch.weights > 0).sum())
-        documents += int(last.sum())
-        ends += int((last & stopped).sum())
-    return MaskCount(real, trained, documents, ends)
+def examine(
+    base: Base,
+    definition: StepDefinition,
+    state: TrainState,
+    frozen: dict[str, Any],
+    task: Task,
+) -> Examination:
+    """Examines a run that is ready to start; decides nothing."""
+    findings = examine_model(base, definition, state, frozen) + task.examine()
+    return Examination(findings, task.preview(PREVIEW_ROWS))
 
 
-def epochs(config: Config, rows: int) -> Finding:
-    """How often the run passes over `rows` training rows."""
-    drawn = config.steps * config.data.batch_size
-    return Finding(
-        "epochs",
-        f"{drawn / rows:.2f}: {config.steps} steps of {config.data.batch_size} rows",
-    )
+def save(folder: Path, examination: Examination) -> None:
+    """Writes `doctor.json` and `preview.json` into the run directory.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        display_files.write_findings(folder, examination.findings)
+        display_files.write_preview(folder, examination.preview)
+    except OSError as error:
+        raise UserError(
+            f"run directory {folder} cannot be written: {error}; make room, or allow "
+            "writing, then start the same command again"
+        ) from error
 
 
 def examine_model(
     base: Base, definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
-    """What is trained and where it lies."""
+    """Says what is trained and where it lies, and checks that adapters are a no-op."""
     trained, kept = parameter_paths.count(state.params), parameter_paths.count(frozen)
     findings = [
         Finding("base model", f"{base.name}, sha256 {base.fingerprint[:12]}"),
@@ -91,6 +89,12 @@ def examine_model(
             f"{kept:,} frozen ({parameter_paths.nbytes(frozen):,} bytes)",
             ok=trained > 0,
             remedy="nothing is trained: check config.lora.targets",
+            numbers={
+                "trained": trained,
+                "trained_bytes": parameter_paths.nbytes(state),
+                "frozen": kept,
+                "frozen_bytes": parameter_paths.nbytes(frozen),
+            },
         ),
         Finding(
             "mesh",
@@ -122,6 +126,7 @@ def _examine_adapters(
         Finding(
             "lora targets",
             f"{matrices} matrices under {len(state.params)} paths\n{paths}",
+            numbers={"matrices": matrices, "paths": len(state.params)},
         ),
         Finding(
             "lora at step 0",
@@ -130,6 +135,7 @@ def _examine_adapters(
             ok=differing == 0 and distance < rounding,
             remedy="adapters must start as an exact no-op: B is not zero, or they lie "
             "over other weights than the base model's",
+            numbers={"differing": differing, "distance": distance},
         ),
         Finding(
             "frozen weights",
@@ -172,19 +178,11 @@ def _compare_outputs(
     return differing, float(norm)
 
 
-def show(console: Console, findings: Sequence[Finding]) -> None:
-    table = Table(title="doctor", show_header=False, title_justify="left")
-    for finding in findings:
-        mark = Text("ok", "green") if finding.ok else Text("FAILED", "bold red")
-        table.add_row(mark, finding.name, Text(finding.value))
-    console.print(table)
-
-
 def require_healthy(findings: Sequence[Finding]) -> None:
     """Raises UserError with the remedies of all failed findings."""
     failed = [finding for finding in findings if not finding.ok]
     if failed:
         raise UserError(
             "the doctor stops this run:\n"
-            + "\n".join(f"  {f.name}: {f.value}\n    {f.remedy}" for f in failed)
+            + "\n".join(f"  {f.name}: {f.text}\n    {f.remedy}" for f in failed)
         )

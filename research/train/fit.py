@@ -17,6 +17,7 @@ from research.engine.sampler import Sampler
 from research.engine.text_generation import tuned_model
 from research.formats.base_model import Base
 from research.parallel import mesh, runtime
+from research.runs import display_files
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
@@ -24,6 +25,7 @@ from research.runs.stop_signals import StopRequest
 from research.tasks.task_protocol import Task
 from research.train import loop, profiling, throughput
 from research.train.device_batches import Feed
+from research.train.doctor import Examination
 from research.train.evaluation import evaluate
 from research.train.metrics_log import StepLog
 from research.train.step import train_step
@@ -48,6 +50,7 @@ class Run:
     sampler: Sampler
     state: train_step.TrainState | None
     frozen: dict[str, Any]
+    examination: Examination
     console: Console
     phases: PhaseTimer
     history: History
@@ -322,12 +325,14 @@ def make_evaluation(run: Run, log: StepLog) -> Action:
 
 
 def make_sampling(run: Run) -> Action:
-    """The action that lets the model so far say something."""
+    """The action that adds the task's samples to the run directory."""
 
     def action(number: int, state: train_step.TrainState) -> None:
         model = tuned_model(
             run.definition, run.base, run.sampler, state.params, run.frozen
         )
-        run.task.sample(number, model, run.folder.path)
+        samples = run.task.sample(number, model)
+        if samples and jax.process_index() == 0:
+            display_files.add_samples(run.folder.path, number, samples)
 
     return action

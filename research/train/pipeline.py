@@ -16,9 +16,11 @@ from research.engine.text_generation import base_model, tuned_model
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED
 from research.parallel import mesh, runtime
-from research.report import run_report
+from research.report import terminal
+from research.report.final_report import write_report
 from research.report.progress_view import duration
-from research.runs import metrics_file
+from research.report.run_results import read_results
+from research.runs import display_files, metrics_file
 from research.runs.attempts import Starts
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
@@ -125,6 +127,8 @@ def claim(run: Run, changed: dict[str, str]) -> Identity:
     if jax.process_index() == 0 and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
             save_tokenizer(run.base.tokenizer, folder.tokenizer)
+    if jax.process_index() == 0:
+        doctor.save(folder.path, run.examination)
     run.history.begin()
     return identity
 
@@ -160,10 +164,10 @@ def prepare(
     definition = dataclasses.replace(definition, groups=len(task.groups))
     params, frozen = load_start(definition, base)
     state = train_step.jit_init(definition)(params)
-    findings = doctor.examine_model(base, definition, state, frozen) + task.examine()
-    doctor.show(console, findings)
-    task.show_first_row(console)
-    doctor.require_healthy(findings)
+    examination = doctor.examine(base, definition, state, frozen, task)
+    terminal.show_findings(console, examination.findings)
+    terminal.show_preview(console, examination.preview)
+    doctor.require_healthy(examination.findings)
     return Run(
         config=config,
         folder=folder,
@@ -173,6 +177,7 @@ def prepare(
         sampler=Sampler(definition.model),
         state=state,
         frozen=frozen,
+        examination=examination,
         console=console,
         phases=phases,
         history=history,
@@ -200,14 +205,13 @@ def _finish(run: Run) -> None:
     folder = run.folder.path
     arguments = (run.definition, run.base, run.sampler)
     tuned = tuned_model(*arguments, run.state.params, run.frozen)
-    said = run.task.conclude(
-        run.console, lambda: base_model(*arguments, run.frozen), tuned, folder
-    )
+    # The export first: nothing that only shows results may cost it.
     if run.config.export:
         weights = run.definition.trainable.forward(run.state.params, run.frozen, None)
         huggingface_export.export(
             run.definition.model, weights, run.base.tokenizer, folder / EXPORTED
         )
+    answers = run.task.conclude(lambda: base_model(*arguments, run.frozen), tuned)
     if jax.process_index() > 0:
         return
     lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]
@@ -222,10 +226,11 @@ def _finish(run: Run) -> None:
         "peak memory, GB": round(lines[-1]["memory_gb"], 2),
         "goodput": str(goodput),
     }
-    run_report.plot(folder, folder.name)
-    run_report.show_table(run.console, folder)
-    run_report.show_time(run.console, goodput.parts)
-    run_report.write_markdown(folder, facts, said, goodput.parts)
+    display_files.write_answers(folder, answers)
+    results = read_results(folder, facts, goodput.parts)
+    failed = write_report(run.console, folder, results)
+    if failed:
+        facts["missing in the report"] = "; ".join(failed)
     run.folder.mark_complete(facts)
     logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
     logging.info(

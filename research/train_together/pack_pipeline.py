@@ -18,6 +18,7 @@ from research.core.errors import PREEMPTED, STUCK, DivergedError
 from research.engine.sampler import Sampler
 from research.parallel import mesh as meshes
 from research.parallel import runtime
+from research.report import terminal
 from research.runs.attempts import Starts
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
@@ -90,6 +91,7 @@ def prepare(
         definition = dataclasses.replace(definition, groups=len(task.groups))
         params, frozen = load_start(definition, base, runs[0].frozen if runs else None)
         sampler = runs[0].sampler if runs else Sampler(definition.model)
+        state = train_step.jit_init(definition)(params)
         run = Run(
             config=config,
             folder=folder,
@@ -97,23 +99,18 @@ def prepare(
             task=task,
             definition=definition,
             sampler=sampler,
-            state=train_step.jit_init(definition)(params),
+            state=state,
             frozen=frozen,
+            examination=doctor.examine(base, definition, state, frozen, task),
             console=Console(quiet=bool(runs)),
             phases=phases,
             history=history,
         )
-        _examine(run)
+        terminal.show_findings(run.console, run.examination.findings)
+        terminal.show_preview(run.console, run.examination.preview)
+        doctor.require_healthy(run.examination.findings)
         runs.append(run)
     return runs
-
-
-def _examine(run: Run) -> None:
-    findings = doctor.examine_model(run.base, run.definition, run.state, run.frozen)
-    findings += run.task.examine()
-    doctor.show(run.console, findings)
-    run.task.show_first_row(run.console)
-    doctor.require_healthy(findings)
 
 
 def _train(

@@ -14,6 +14,8 @@ from research.data.instructions.instruction_dataset import Split
 from research.data.instructions.packing import Document
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.tasks import findings
+from research.tasks.findings import Finding
 from research.train import doctor
 from research.train.step import optimizers, train_step
 from research.weights import trainable
@@ -28,12 +30,12 @@ def split(trained, last=STOP):
 
 
 def count(split):
-    return doctor.count_mask([split.batch(split.rows)], frozenset({STOP}))
+    return findings.count_mask([split.batch(split.rows)], frozenset({STOP}))
 
 
 def test_a_sound_mask_is_counted_from_the_batches():
     found = count(split([0, 0, 0, 1, 1]))
-    assert found == doctor.MaskCount(real=12, trained=6, documents=3, ends=3)
+    assert found == findings.MaskCount(real=12, trained=6, documents=3, ends=3)
 
 
 @pytest.mark.parametrize("mask", [[0, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
@@ -112,6 +114,6 @@ def test_more_trained_than_adapters_is_seen(lora_job):
 
 
 def test_a_failed_finding_stops_the_run_with_its_remedy():
-    findings = [doctor.Finding("a", "fine"), doctor.Finding("b", "odd", False, "mend")]
+    found = [Finding("a", "fine"), Finding("b", "odd", False, "mend")]
     with pytest.raises(UserError, match=r"b: odd\n    mend"):
-        doctor.require_healthy(findings)
+        doctor.require_healthy(found)

@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import gzip
+import io
 import json
 import re
 import signal
@@ -24,14 +25,20 @@ from commands import (
     snapshot,
     step_line,
 )
+from rich.console import Console
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.knobs import flat
-from research.config.run_config import Config, DataConfig, MeshConfig
+from research.config.run_config import Config, DataConfig, MeshConfig, ModelConfig
+from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import load_rows
 from research.formats.base_model import open_base
 from research.parallel import mesh
+from research.report import terminal
+from research.report.run_results import read_results
+from research.runs.display_files import read_findings, read_preview
 from research.runs.run_directory import RunDir
+from research.tokenize.chat_template import ChatFormat
 from research.train.step.definition_from_config import make_step_definition
 from research.train.step.train_step import abstract_state
 
@@ -192,6 +199,55 @@ def test_first_row_marks_the_answer_and_its_end_and_nothing_else(unbroken):
     assert any(x in shown for x in squeezed), unbroken.out
 
 
+def test_the_run_directory_holds_what_the_terminal_showed(place, unbroken):
+    """Rendered from `doctor.json`, `preview.json` and `answers.json` alone."""
+    folder = place.run_dir("unbroken")
+    shown = io.StringIO()
+    console = Console(file=shown, width=160)
+    findings = read_findings(folder)
+    terminal.show_findings(console, findings)
+    terminal.show_preview(console, read_preview(folder))
+    assert unbroken.out.startswith(shown.getvalue())
+    results = read_results(folder, {}, [])
+    assert len(results.answers) == Config().eval.prompts
+    terminal.show_results(console, results)
+    assert unbroken.out.startswith(shown.getvalue())
+    doctor = json.loads((folder / "doctor.json").read_text())
+    assert doctor["ok"] and len(doctor["findings"]) == len(findings) > 8
+    [counted] = [f.numbers for f in findings if f.name == "trained tokens"]
+    assert 0 < counted["trained"] < counted["real"]
+
+
+def test_the_preview_has_the_marks_of_the_batch_that_is_trained(place, unbroken):
+    """Built again from the run's own config and data, and compared bit by bit."""
+    config = dataclasses.replace(
+        RunDir(place.run_dir("unbroken")).config(),
+        model=ModelConfig(init_from=str(place.folder / "model")),
+    )
+    base = open_base(str(place.folder / "model"))
+    chat = ChatFormat(base.tokenizer, config.data.template, config.data.system)
+    train = load_dataset(config, chat).train
+    preview = read_preview(place.run_dir("unbroken"))
+    assert len(preview) == 4
+    batch = train.batch(train.rows[:4])
+    for i, row in enumerate(preview):
+        ids, targets, trained = [], [], []
+        for document in row.documents:
+            spans = document.spans
+            own = [token for span in spans for token in span.ids]
+            marks = [span.trained for span in spans for _ in span.ids]
+            assert not marks[0] and {x.trained for x in spans} == {False, True}
+            assert document.where.endswith(tuple("0123456789"))
+            assert f"{document.group}.jsonl:" in document.where
+            ids, targets = ids + own[:-1], targets + own[1:]
+            trained += marks[1:]
+        real = len(ids)
+        np.testing.assert_array_equal(batch.tokens[i, :real], ids)
+        np.testing.assert_array_equal(batch.targets[i, :real], targets)
+        np.testing.assert_array_equal(batch.weights[i, :real], trained)
+        assert not batch.weights[i, real:].any() and not batch.segments[i, real:].any()
+
+
 def test_a_plain_line_for_every_step(place, unbroken):
     form = re.compile(
         rf"step +(\d+)/{STEPS}  ETA \d+:\d\d  loss (\S+)  eval (\S+)  lr (\S+)  "
@@ -275,7 +331,7 @@ def test_report_has_a_row_per_category_and_three_answers(place, unbroken):
     ]
     asked = text.count("## A held-out prompt")
     assert asked == Config().eval.prompts == 3
-    for name in ("prompt", "base", "adapted", "reference"):
+    for name in ("prompt", "base", "tuned", "reference"):
         assert text.count(f"**{name}**") == asked
     assert "![loss](loss.png)" in text
 

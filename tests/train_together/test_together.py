@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import signal
 
 import numpy as np
@@ -15,6 +14,7 @@ from test_survival import check_equal
 
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, DivergedError
+from research.runs.display_files import read_answers
 from research.runs.run_directory import RunDir
 from research.runs.stop_signals import Preempted
 from research.train_together import pack_pipeline
@@ -184,8 +184,7 @@ def test_the_base_model_is_asked_once_and_quoted_by_all(place, unbroken, togethe
 
 
 def base_answers(place, run):
-    report = (place.run_dir(run) / "report.md").read_text()
-    return re.findall(r"\*\*base\*\*\n\n((?:> .*\n)+)", report)
+    return [answer.base for answer in read_answers(place.run_dir(run))]
 
 
 @pytest.mark.soak

@@ -140,6 +140,7 @@ def _tokenize(
                 np.array(encoded.ids, np.int32),
                 np.array(encoded.trained, bool),
                 number[record.category],
+                record.where,
             )
         )
     return kept, documents, truncated

@@ -15,12 +15,14 @@ class Document:
     Attributes:
       ids: int32 `[n]`.
       trained: bool `[n]`, whether predicting this id counts in the loss.
-      group: what its loss is reported under.
+      group: number of the category that its loss is reported under.
+      where: `file:line` of the record.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     group: int
+    where: str = ""
 
     @property
     def slots(self) -> int:

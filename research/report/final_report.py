@@ -1,0 +1,49 @@
+"""The report of a run that is done, in all its forms."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from research.core.atomic_files import write_whole
+from research.report import loss_plot, markdown_report, terminal
+from research.report.run_results import RunResults
+
+
+def write_report(console: Console, folder: Path, results: RunResults) -> list[str]:
+    """Shows `results` in the terminal, and writes `loss.png` and `report.md`.
+
+    A report must never cost a run that has trained to its last step. So a defect in
+    one part is logged with its traceback, and the other parts are still made.
+
+    Args:
+      console: the terminal.
+      folder: the run directory.
+      results: the data to show.
+
+    Returns:
+      One line for each part that failed.
+
+    Raises:
+      OSError: the folder cannot be written; another call may succeed.
+    """
+    markdown = folder / "report.md"
+    parts: dict[str, Callable[[], None]] = {
+        "the terminal": lambda: terminal.show_results(console, results),
+        "loss.png": lambda: loss_plot.draw_loss(results, folder / "loss.png"),
+        "report.md": lambda: write_whole(
+            markdown,
+            markdown_report.format_report(results).encode("utf-8", "backslashreplace"),
+        ),
+    }
+    failed = []
+    for name, make in parts.items():
+        try:
+            make()
+        except OSError:
+            raise
+        except Exception as error:
+            logging.exception("the report has no part for %s", name)
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+    return failed

@@ -1,0 +1,49 @@
+"""The results of a run, read from its directory: the input of every final report."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.runs.display_files import read_answers, read_samples
+from research.runs.metrics_file import read_metrics
+from research.tasks.model_answers import ComparedAnswer, Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResults:
+    """Everything that the report of a run shows.
+
+    Attributes:
+      name: the title.
+      facts: one value a name, such as the base model and the tokens per second.
+      train: the lines of kind `train` in `metrics.jsonl`, one a step.
+      evaluations: the lines of kind `eval`, in the order of their steps.
+      wall_time: seconds by phase, the longest first.
+      answers: held-out prompts, answered by both models.
+      samples: continuations that were written during training.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    train: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    wall_time: Sequence[tuple[str, float]]
+    answers: Sequence[ComparedAnswer]
+    samples: Sequence[Sample]
+
+
+def read_results(
+    folder: Path, facts: Mapping[str, Any], wall_time: Sequence[tuple[str, float]]
+) -> RunResults:
+    """Reads `metrics.jsonl`, `answers.json` and `samples.jsonl` of a run directory."""
+    lines = read_metrics(folder)
+    return RunResults(
+        name=folder.name,
+        facts=facts,
+        train=[line for line in lines if line["kind"] == "train"],
+        evaluations=[line for line in lines if line["kind"] == "eval"],
+        wall_time=wall_time,
+        answers=read_answers(folder),
+        samples=read_samples(folder),
+    )

@@ -1,0 +1,100 @@
+"""Data shown in the terminal.
+
+Everything that comes from data, folders or models is passed as `rich.text.Text`,
+which prints it as it is: `[/bold]` in a category is no markup.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from research.report import result_tables
+from research.report.run_results import RunResults
+from research.tasks.findings import Finding
+from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.row_preview import PreviewRow
+
+# Long texts are cut, where all of a row is trained as well. `preview.json` has all.
+MOST_CHARACTERS = 4000
+
+
+def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """The doctor's table."""
+    table = Table(title="doctor", show_header=False, title_justify="left")
+    for finding in findings:
+        mark = Text("ok", "green") if finding.ok else Text("FAILED", "bold red")
+        table.add_row(mark, Text(finding.name), Text(finding.text))
+    console.print(table)
+
+
+def show_preview(console: Console, rows: Sequence[PreviewRow]) -> None:
+    """The first row; trained tokens are green and stand between double brackets."""
+    if not rows:
+        return
+    text = Text()
+    for document in rows[0].documents:
+        for span in document.spans:
+            if span.trained:
+                text.append(f"[[{span.text}]]", "bold green")
+            else:
+                text.append(span.text, "dim")
+        text.append("\n" + "-" * 8 + "\n", "dim")
+    hidden = len(text) - MOST_CHARACTERS
+    if hidden > 0:
+        text.right_crop(hidden)
+        text.append(f"\n... and {hidden:,} characters more in preview.json", "dim")
+    console.print(Text("first packed row, [[trained]] tokens marked:", "bold"))
+    console.print(text)
+
+
+def show_results(console: Console, results: RunResults) -> None:
+    """Answers, samples and tables of a run that is done."""
+    for answer in results.answers:
+        _show_answer(console, answer)
+    for prompt in dict.fromkeys(sample.prompt for sample in results.samples):
+        _show_samples(console, [s for s in results.samples if s.prompt == prompt])
+    losses = result_tables.tabulate_losses(results.evaluations)
+    _show_table(console, "held out, first and last", losses, bold="all")
+    times = result_tables.tabulate_wall_time(results.wall_time)
+    _show_table(console, "wall time, all starts", times, bold="step")
+
+
+def _show_answer(console: Console, answer: ComparedAnswer) -> None:
+    group = Text(answer.group or "(none)")
+    console.print(Panel(Text(answer.prompt), title=group, style="dim"))
+    columns = {
+        "base": answer.base,
+        "tuned": answer.tuned,
+        "reference": answer.reference,
+    }
+    table = Table(show_lines=True, expand=True)
+    for name in columns:
+        table.add_column(name, ratio=1)
+    table.add_row(*map(Text, columns.values()))
+    console.print(table)
+
+
+def _show_samples(console: Console, samples: Sequence[Sample]) -> None:
+    text = Text()
+    for sample in samples:
+        text.append(f"step {sample.step}\n", "bold")
+        text.append(sample.prompt, "dim")
+        text.append(sample.text + "\n\n")
+    console.print(Panel(text, title="samples", title_align="left"))
+
+
+def _show_table(
+    console: Console, title: str, table: result_tables.Table, bold: str
+) -> None:
+    if not table:
+        return
+    header, *rows = table
+    shown = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        shown.add_column(Text(name), justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*map(Text, row), style="bold" if row[0] == bold else "")
+    console.print(shown)

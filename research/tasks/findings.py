@@ -1,0 +1,78 @@
+"""What the doctor and the tasks report before a run starts, as data."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from research.config.run_config import Config
+from research.data.token_batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One fact that was checked, or only stated, before the first step.
+
+    `dataclasses.asdict` gives an entry of `findings` in `doctor.json`.
+
+    Attributes:
+      name: what was checked, a few words.
+      text: the result for people; may have several lines.
+      ok: False stops the run.
+      remedy: what the user should do where `ok` is False, else "".
+      numbers: the figures that `text` states, by name, for programs.
+    """
+
+    name: str
+    text: str
+    ok: bool = True
+    remedy: str = ""
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Finding":
+        """Undoes `dataclasses.asdict`."""
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskCount:
+    """Counts over the loss mask of built batches.
+
+    Attributes:
+      real: positions that hold a token.
+      trained: those of them whose prediction counts in the loss.
+      documents: documents.
+      ends: documents whose last prediction is a trained stop id.
+    """
+
+    real: int
+    trained: int
+    documents: int
+    ends: int
+
+
+def count_mask(batches: Iterable[Batch], stop_ids: frozenset[int]) -> MaskCount:
+    """Counts the batches that training will see, not the rows they were made from."""
+    real = trained = documents = ends = 0
+    stops = list(stop_ids)
+    for batch in batches:
+        following = np.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+        last = (batch.segments > 0) & (batch.segments != following)
+        stopped = np.isin(batch.targets, stops) & (batch.weights > 0)
+        real += int((batch.segments > 0).sum())
+        trained += int((batch.weights > 0).sum())
+        documents += int(last.sum())
+        ends += int((last & stopped).sum())
+    return MaskCount(real, trained, documents, ends)
+
+
+def count_epochs(config: Config, rows: int) -> Finding:
+    """How often the run passes over `rows` training rows."""
+    drawn = config.steps * config.data.batch_size
+    return Finding(
+        "epochs",
+        f"{drawn / rows:.2f}: {config.steps} steps of {config.data.batch_size} rows",
+        numbers={"epochs": drawn / rows, "rows": rows},
+    )

@@ -1,0 +1,161 @@
+"""Names and texts of users reach people letter by letter, and no report costs a run."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from research.report import final_report, loss_plot, markdown_report, terminal
+from research.report.result_tables import tabulate_losses
+from research.report.run_results import RunResults, read_results
+from research.runs import display_files
+from research.tasks.findings import Finding
+from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan
+
+HOSTILE = ["[/x]", r"$\R$", "a|b", "_x", "# h", "", "**b** <i>&amp; ~~s~~", "[bold]y"]
+
+
+def evaluation(step, groups, **more):
+    losses = {group: 2.0 + step + i for i, group in enumerate(groups)}
+    tokens = {group: 10 + i for i, group in enumerate(groups)}
+    line = {"step": step, "kind": "eval", "loss": 3.0 + step, "by_group": losses}
+    return line | {"tokens": tokens, "bits_per_byte": None, "bits_by_group": {}} | more
+
+
+def results(groups, text=HOSTILE[0], **more):
+    values = {
+        "name": r"$\R$ [/x]|",
+        "facts": {"data": "[/x] $\\R$ a|b"},
+        "train": [{"step": i, "loss": 5.0 - i, "kind": "train"} for i in (1, 2, 3)],
+        "evaluations": [evaluation(0, groups), evaluation(3, groups)],
+        "wall_time": [("step", 3.0), ("start", 1.0)],
+        "answers": [ComparedAnswer(g, "f:1", text, text, text, text) for g in groups],
+        "samples": [Sample(3, text, text)],
+    }
+    return RunResults(**values | more)
+
+
+def screen(show, *arguments, width=200):
+    file = io.StringIO()
+    show(Console(file=file, width=width), *arguments)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("group", HOSTILE)
+def test_a_hostile_name_is_shown_as_it_is(tmp_path, group):
+    found = results([group, "plain"], text=group + "\n```\n" + group)
+    assert (group or "(none)") in screen(terminal.show_results, found)
+    loss_plot.draw_loss(found, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    lines = markdown_report.format_report(found).splitlines()
+    cells = [x for x in lines if x.startswith("|") and x.count("|")]
+    # A pipe within a cell is escaped: as many cells in all rows of a table.
+    assert {x.replace(r"\|", "").count("|") for x in cells} == {8, 4}
+    # Inside a fence nothing is Markdown; a fence in the text does not end it.
+    assert lines.count("````text") == 6 * 2 - 2 and "```" in lines
+
+
+def test_every_special_sign_of_markdown_is_escaped():
+    signs = markdown_report.escaped(r"\ ` * [ ] < > | $ ~ & # _a_ b" "\n# c")
+    assert signs == r"\\ \` \* \[ \] \< \> \| \$ \~ \& \# \_a\_ b \# c"
+    assert markdown_report.escaped("closed_qa") == "closed_qa"
+
+
+def test_findings_and_previews_print_markup_as_text():
+    assert "[/x]" in screen(terminal.show_findings, [Finding("[/x]", "[red]y[/z]")])
+    span = PreviewSpan((1,), "[/x]", True)
+    row = PreviewRow((PreviewDocument("[/x]", "f:1", (span,)),))
+    assert "[[[/x]]]" in screen(terminal.show_preview, [row])
+
+
+def test_a_long_row_is_cut_and_says_so():
+    span = PreviewSpan((1,), "word " * 3000, False)
+    row = PreviewRow((PreviewDocument("g", "f:1", (span,)),))
+    shown = screen(terminal.show_preview, [row])
+    assert len(shown) < 4500 and "characters more in preview.json" in shown
+
+
+def test_losses_of_two_data_sets_are_not_compared():
+    """Evaluations before the data changed: other groups, or other tokens in them."""
+    old, new = evaluation(0, ["a", "b"]), [evaluation(s, ["b", "c"]) for s in (4, 8)]
+    header, *rows = tabulate_losses([old, *new])
+    assert [row[0] for row in rows] == ["b", "c", "all"]
+    assert rows[-1][2:4] == ["7.000", "11.000"] and header[2] == "loss base"
+    fewer = evaluation(0, ["b", "c"], tokens={"b": 1, "c": 2})
+    assert tabulate_losses([fewer, *new]) == [header, *rows]
+    assert tabulate_losses([]) == []
+
+
+def test_text_has_bits_per_byte():
+    bits = {"bits_per_byte": 1.25, "bits_by_group": {"a": 1.5}}
+    header, row, total = tabulate_losses([evaluation(s, ["a"], **bits) for s in (0, 2)])
+    assert header[-2:] == ["bits/byte start", "end"]
+    assert (row[-2:], total[-2:]) == (["1.500"] * 2, ["1.250"] * 2)
+
+
+def drawn_groups(tmp_path, monkeypatch, groups):
+    drawn = []
+    monkeypatch.setattr(loss_plot, "_finish_axes", drawn.append)
+    loss_plot.draw_loss(results(groups), tmp_path / "loss.png")
+    right = drawn[1]
+    return [x.get_text() for x in right.get_legend().get_texts()], right.get_title()
+
+
+def test_the_plot_names_every_group(tmp_path, monkeypatch):
+    """A label that begins with an underscore is hidden by default."""
+    names, title = drawn_groups(tmp_path, monkeypatch, HOSTILE)
+    assert names == [name or "(none)" for name in sorted(HOSTILE)]
+    assert title == "held-out loss per category"
+
+
+def test_many_groups_are_a_plot_of_the_largest(tmp_path, monkeypatch):
+    groups = [f"id{i:03}" for i in range(60)]
+    names, title = drawn_groups(tmp_path, monkeypatch, groups)
+    assert names == groups[-20:] and title.endswith("20 largest of 60")
+
+
+def test_a_defect_in_one_part_costs_no_other(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise KeyError("defect")
+
+    monkeypatch.setattr(loss_plot, "draw_loss", fail)
+    console = Console(file=io.StringIO())
+    failed = final_report.write_report(console, tmp_path, results(["a"]))
+    assert failed == ["loss.png: KeyError: 'defect'"] and "Traceback" in caplog.text
+    assert "# " in (tmp_path / "report.md").read_text()
+    assert "held out" in console.file.getvalue()
+
+
+def test_a_full_disk_is_no_defect(tmp_path):
+    with pytest.raises(OSError):
+        final_report.write_report(
+            Console(file=io.StringIO()), tmp_path / "gone", results(["a"])
+        )
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    findings = [Finding("a", "b\nc", False, "d", {"n": 1.5}), Finding("\udcff", "x")]
+    spans = (PreviewSpan((1, 2), "\u2028x", False), PreviewSpan((3,), "y", True))
+    rows = [PreviewRow((PreviewDocument("g", "f:1", spans),))]
+    answers = results(HOSTILE).answers
+    display_files.write_findings(tmp_path, findings)
+    display_files.write_preview(tmp_path, rows)
+    display_files.write_answers(tmp_path, answers)
+    assert display_files.read_findings(tmp_path) == findings
+    assert display_files.read_preview(tmp_path) == rows
+    assert read_results(tmp_path, {}, []).answers == answers
+    assert json.loads((tmp_path / "doctor.json").read_text())["ok"] is False
+
+
+def test_a_step_made_again_replaces_its_samples(tmp_path):
+    display_files.add_samples(tmp_path, 0, [])
+    assert not list(tmp_path.iterdir())
+    first = [Sample(step, "p\u2028", str(step)) for step in (1, 2, 3)]
+    for sample in first:
+        display_files.add_samples(tmp_path, sample.step, [sample])
+    again = dataclasses.replace(first[1], text="again")
+    display_files.add_samples(tmp_path, 2, [again])
+    assert display_files.read_samples(tmp_path) == [first[0], again]

@@ -20,7 +20,7 @@ class Finding:
       name: what was checked, a few words.
       text: the result for people; may have several lines.
       ok: False stops the run.
-      remedy: what the user should do where `ok` is False, else "".
+      remedy: what the user should do where `ok` is False.
       numbers: the figures that `text` states, by name, for programs.
     """
 

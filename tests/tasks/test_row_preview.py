@@ -15,7 +15,7 @@ def tokens_of(document):
 
 
 def check(batch, rows):
-    """Against the batch itself: inputs, targets, weights, groups, position by position."""
+    """Compares inputs, targets, weights and groups with the batch, by position."""
     assert len(rows) == batch.tokens.shape[0]
     for i, row in enumerate(rows):
         at = 0
@@ -52,7 +52,7 @@ def test_packed_rows_with_masks(batch):
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("end", [None, 2])
 def test_rows_of_text(isolate, end):
-    """With `isolate` and an end mark, what a next document starts with is not trained."""
+    """An isolated document that has an end does not predict the start of the next."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 9, (6, 33)).astype("<u2")
     lengths, groups = np.array([32, 32, 32, 7, 1, 0]), np.arange(6) % 3

@@ -6,16 +6,19 @@ final; a preemption costs nothing, and every other end is tried a few times.
 
 from research.core.errors import (
     PREEMPTED,
+    STOPPED,
     DamagedError,
     DivergedError,
     SaveError,
     UserError,
 )
 
-# 130: a person's Ctrl-C before there was anything to save.
+# 130: a person's Ctrl-C before there was anything to save. A person who asks a run to
+# stop does not want it started again.
 FINAL = {
     0,
     130,
+    STOPPED,
     *(kind.exit_code for kind in (UserError, DivergedError, SaveError, DamagedError)),
 }
 

@@ -133,7 +133,7 @@ def train(
         for path in sweep_page.write(folder):
             logging.info("report: %s", path)
     else:
-        logging.info("stopped; the same command goes on")
+        logging.info("stopped; the same command resumes the run")
     return code
 
 

@@ -116,7 +116,7 @@ def resume_after_sigterm() -> None:
 
 def _end(number: int, frame: object) -> None:
     # No buffered stream: the signal may have come within a write to one.
-    said = b"stopped by SIGTERM outside of training; the same command goes on\n"
+    said = b"stopped by SIGTERM outside of training; the same command resumes the run\n"
     os.write(sys.stderr.fileno(), said)
     os._exit(PREEMPTED)
 

@@ -3,8 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 7  # Stopped by a request and saved: the same command resumes the run.
 STUCK = 6  # No progress, or another process is gone.
-PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal; the same command goes on.
+PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal; the same command resumes the run.
 
 
 class UserError(ValueError):

@@ -57,7 +57,7 @@ class Starts:
 
     def _interrupted(self, error: Preempted) -> int:
         if any(folder.exists for folder in self._folders):
-            logging.info("stopped by %s; the same command goes on", error)
+            logging.info("stopped by %s; the same command resumes the run", error)
             return PREEMPTED
         logging.info("stopped by %s before there was anything to save", error)
         return PREEMPTED if error.signal == signal.SIGTERM else INTERRUPTED

@@ -1,6 +1,7 @@
 """The folder of one run: its files, its identity, its lock, and its completion mark."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -155,6 +156,17 @@ class RunDir:
             ) from None
         except (OSError, NotImplementedError) as error:
             raise self._unwritable(error) from error
+
+    def is_training(self) -> bool:
+        """Whether a trainer holds the lock of this folder now."""
+        if not Path(self._lock.lock_file).is_file():
+            return False
+        with open(self._lock.lock_file) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def _unwritable(self, error: Exception) -> UserError:
         return UserError(

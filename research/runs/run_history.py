@@ -115,6 +115,11 @@ class History:
         self._found["events"].append({"at": _now(), "what": what})
         self._write()
 
+    def answer_request(self, answer: dict[str, Any]) -> None:
+        """Keeps the answer to a request, see `control_requests`."""
+        self._found.setdefault("requests", []).append(answer)
+        self._write()
+
     def skip(self, batch: int) -> None:
         """Records that training drops batch `batch` from now on."""
         self.skipped.append(batch)

@@ -69,7 +69,7 @@ class Watchdog:
         sys.stderr.write(f"error: {cause}; this is where its threads are:\n")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.write(
-            "the same command goes on from the last checkpoint; a longer "
+            "the same command resumes the run from the last checkpoint; a longer "
             "--config.runtime.watchdog_s gives slow steps more time\n"
         )
         sys.stderr.flush()

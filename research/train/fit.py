@@ -18,7 +18,9 @@ from research.engine.text_generation import tuned_model
 from research.formats.base_model import Base
 from research.parallel import mesh, runtime
 from research.runs import display_files
+from research.runs.control_requests import CHECKPOINT, SAMPLE
 from research.runs.phase_timer import PhaseTimer
+from research.runs.request_listener import RequestListener
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.runs.stop_signals import StopRequest
@@ -122,7 +124,9 @@ def _fit_once(
     feed = make_feed(run, stop, position)
     run.history.resume_from(first)
     saver = Saver(run, checkpointer, log, feed, clock)
+    answered = {run.folder.path: run.history.answer_request}
     with (
+        RequestListener(answered, run.definition.mesh) as requests,
         stop.noting(),
         profiling.trace_steps(
             make_step(run), run.folder.path, first, config.runtime
@@ -135,28 +139,41 @@ def _fit_once(
                 total=config.steps,
                 feed=feed,
                 step_fn=step_fn,
-                actions=[
-                    loop.Action(
-                        "evaluate", config.eval.every, make_evaluation(run, log), True
-                    ),
-                    loop.Action("save", config.checkpoint.every, saver),
-                    # After the save: a sample that fails must not cost a step.
-                    loop.Action(
-                        "sample",
-                        config.eval.samples_every or config.steps,
-                        make_sampling(run),
-                    ),
-                ],
+                actions=make_actions(run, log, saver),
                 log=saver.watching(log),
                 resume_clock=clock.resume,
                 stop=stop,
+                requests=requests,
                 phases=run.phases,
             )
             with run.phases.during("save"):
                 saver.finish(done, run.state)
+            requests.answer(done)
         finally:
             log.close()
     return done
+
+
+def make_actions(run: Run, log: StepLog, saver: "Saver") -> list[loop.Action]:
+    """The things done between steps, in their order."""
+    config = run.config
+    return [
+        loop.Action("evaluate", config.eval.every, make_evaluation(run, log), True),
+        loop.Action(
+            "save",
+            config.checkpoint.every,
+            saver,
+            request=CHECKPOINT,
+            settle=saver.wait,
+        ),
+        # After the save: a sample that fails must not cost a step.
+        loop.Action(
+            "sample",
+            config.eval.samples_every or config.steps,
+            make_sampling(run),
+            request=SAMPLE,
+        ),
+    ]
 
 
 def restore(run: Run, checkpointer: Checkpointer) -> tuple[int, dict[str, Any] | None]:
@@ -230,6 +247,10 @@ class Saver:
         self._tolerate(self._checkpointer.wait)
         self._tolerate(lambda: self._save(number, state))
         self._note(number)
+
+    def wait(self) -> None:
+        """Until the save in progress is on disk, or has failed and is tolerated."""
+        self._tolerate(self._checkpointer.wait)
 
     def finish(self, number: int, state: train_step.TrainState) -> None:
         """The last save, on disk for good when this returns.

@@ -6,10 +6,12 @@ writing a log never keeps the devices waiting.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from research.runs.control_requests import STOP
 from research.runs.phase_timer import PhaseTimer
+from research.runs.request_listener import RequestListener
 from research.runs.stop_signals import Preempted, StopRequest
 from research.train.device_batches import Feed
 
@@ -24,6 +26,9 @@ class Action:
       phase: what the time it takes is counted as.
       every: runs when the step is a multiple of it, and at the last step.
       run: called with (step, state).
+      request: the kind of request that makes it run at once, or "".
+      settle: returns when what `run` began is done; called before a request is
+        answered.
       at_start: also runs before the first step of a fresh run.
     """
 
@@ -31,8 +36,14 @@ class Action:
     every: int
     run: Callable[[int, State], None]
     at_start: bool = False
+    request: str = ""
+    settle: Callable[[], None] = lambda: None
 
-    def is_due(self, step: int, first: int, total: int) -> bool:
+    def is_due(
+        self, step: int, first: int, total: int, requested: Collection[str] = ()
+    ) -> bool:
+        if self.request in requested:
+            return True
         if step == first:
             return self.at_start and step == 0
         return step % self.every == 0 or step == total
@@ -49,6 +60,7 @@ def run(
     log: Callable[[int, int, Any], None],
     resume_clock: Callable[[], None],
     stop: StopRequest,
+    requests: RequestListener,
     phases: PhaseTimer,
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
@@ -60,7 +72,7 @@ def run(
       log: called with (step, number of its batch, metrics) once the step after has
         been dispatched, or before an action.
       resume_clock: called after actions, whose time is not the steps'.
-      stop: asked before every step.
+      stop, requests: both are polled before every step.
       phases: told what is done when.
 
     Returns:
@@ -69,8 +81,9 @@ def run(
     pending: tuple[int, int, Any] | None = None
     phases.enter("compile")
     for step in range(first, total + 1):
-        due = [action for action in actions if action.is_due(step, first, total)]
-        ending = step == total or stop.is_due()
+        requested = requests.agreed()
+        due = [a for a in actions if a.is_due(step, first, total, requested)]
+        ending = step == total or stop.is_due() or STOP in requested
         if pending and (due or ending):
             log(*pending)
             pending = None
@@ -78,7 +91,11 @@ def run(
             with phases.during(action.phase):
                 action.run(step, state)
         if ending:
-            break
+            break  # The caller answers, when the last save is on disk.
+        if requested:
+            for action in due:
+                action.settle()
+            requests.answer(step)
         if due:
             resume_clock()
         try:

@@ -10,7 +10,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.disk_space import require_room
 from research.checkpoints.run_identity import Identity
 from research.config.run_config import Config
-from research.core.errors import PREEMPTED, STUCK, DivergedError, SaveError
+from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError, SaveError
 from research.engine.sampler import Sampler
 from research.engine.text_generation import base_model, tuned_model
 from research.formats import huggingface_export
@@ -95,10 +95,12 @@ def _train(
             run, checkpointer, stop, lambda: record_accepted(run, identity, changed)
         )
     if done < config.steps:
-        name = stop.signal.name
-        said = "%s: stopped after step %d, which is saved; the same command goes on"
+        said = "%s: stopped after step %d, which is saved; "
+        said += "the same command resumes the run"
+        name = stop.signal.name if stop.signal else "stop request"
         logging.info(said, name, done)
-        return PREEMPTED, f"{name} after step {done}"
+        code = PREEMPTED if stop.signal else STOPPED
+        return code, f"{name} after step {done}"
     stop.raise_if_lost()  # All is saved; the report can wait.
     phases.enter("finish")
     finish(run)

@@ -14,6 +14,8 @@ from research.core.errors import DivergedError
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.parallel import runtime
+from research.runs.control_requests import CHECKPOINT, SAMPLE
+from research.runs.request_listener import RequestListener
 from research.runs.stop_signals import StopRequest
 from research.train import fit, loop, throughput
 from research.train.device_batches import Feed
@@ -181,7 +183,10 @@ class Pack:
             member.run.history.resume_from(self._first)
         jitted = together.jit_train_step(self._group)
         step_fn = runtime.announce_first_call(jitted, "first step")
-        with self._stop.noting():
+        answered = {
+            m.run.folder.path: m.run.history.answer_request for m in self.members
+        }
+        with RequestListener(answered, self._mesh) as requests, self._stop.noting():
             try:
                 state, done = loop.run(
                     state=state,
@@ -195,22 +200,31 @@ class Pack:
                         loop.Action(
                             "evaluate", config.eval.every, self._evaluation(), True
                         ),
-                        loop.Action("save", config.checkpoint.every, self._save),
+                        loop.Action(
+                            "save",
+                            config.checkpoint.every,
+                            self._save,
+                            request=CHECKPOINT,
+                            settle=self._settle,
+                        ),
                         loop.Action(
                             "sample",
                             config.eval.samples_every or config.steps,
                             self._sample,
+                            request=SAMPLE,
                         ),
                     ],
                     log=self._log,
                     resume_clock=self._clock.resume,
                     stop=self._stop,
+                    requests=requests,
                     phases=self._phases,
                 )
                 with self._phases.during("save"):
                     for index, member in self._alive():
                         member.run.state = self._state_of(index, state)
                         self._savers[index].finish(done, member.run.state)
+                requests.answer(done)
             except DivergedError:
                 if self._alive():
                     raise
@@ -301,6 +315,10 @@ class Pack:
     def _save(self, number: int, state: train_step.TrainState) -> None:
         for index, _ in self._alive():
             self._savers[index](number, self._state_of(index, state))
+
+    def _settle(self) -> None:
+        for index, _ in self._alive():
+            self._savers[index].wait()
 
     def _sample(self, number: int, state: train_step.TrainState) -> None:
         for index, member in self._alive():

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import Config
-from research.core.errors import PREEMPTED, STUCK, DivergedError
+from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
 from research.engine.sampler import Sampler
 from research.parallel import mesh as meshes
 from research.parallel import runtime
@@ -144,7 +144,9 @@ def _train(
                 members = [pack_fit.Member(run, ckpt, at) for run, ckpt, _, at in group]
                 pack = pack_fit.Pack(members, first, stop, at_once)
                 code = max(code, _finish(pack, pack.fit(), stop))
-    return PREEMPTED if stop.signal else code
+    if stop.signal:
+        return PREEMPTED
+    return code
 
 
 def _finish(pack: pack_fit.Pack, done: int, stop: StopRequest) -> int:
@@ -156,7 +158,10 @@ def _finish(pack: pack_fit.Pack, done: int, stop: StopRequest) -> int:
             history.end(str(member.failed).partition("\n")[0], DivergedError.exit_code)
             code = DivergedError.exit_code
         elif done < run.config.steps:
-            history.end(f"{stop.signal.name} after step {done}", PREEMPTED)
+            end = PREEMPTED if stop.signal else STOPPED
+            name = stop.signal.name if stop.signal else "stop request"
+            history.end(f"{name} after step {done}", end)
+            code = max(code, end)
         else:
             run.phases.enter("finish")
             pipeline.finish(run)

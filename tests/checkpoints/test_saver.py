@@ -243,7 +243,7 @@ def test_metrics_that_cannot_be_opened_are_said(tmp_path, monkeypatch):
     def refuse(folder, first):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
-    monkeypatch.setattr(throughput, "MetricsFile", refuse)
+    monkeypatch.setattr(metrics_file, "MetricsFile", refuse)
     with pytest.raises(SaveError) as failed:
         make_log(tmp_path, first=7)
     check_one_line(failed, "the metrics of step 7")
@@ -310,6 +310,7 @@ def train(run, checkpointer, step_fn, state, steps, every, told):
         resume_clock=resume,
         stop=SimpleNamespace(is_due=lambda: False),
         phases=PhaseTimer(),
+        requests=SimpleNamespace(agreed=frozenset),
     )
     return taken[1:]
 

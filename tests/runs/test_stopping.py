@@ -163,7 +163,7 @@ def test_sigterm_before_a_run_listens_asks_to_be_resumed(module):
         assert child.stdout.readline() == b"importing\n"
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == PREEMPTED
-        assert b"the same command goes on" in child.stderr.read()
+        assert b"the same command resumes the run" in child.stderr.read()
 
 
 HANGING_READER = """

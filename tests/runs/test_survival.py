@@ -121,7 +121,7 @@ def test_sigterm_in_any_phase_saves_and_asks_to_be_resumed(place, unbroken, term
     compiling, saving, reporting, last = terminated
     for stopped in (compiling, saving, reporting):
         assert stopped.code == PREEMPTED, stopped.err
-        assert "the same command goes on" in stopped.err.splitlines()[-1]
+        assert "the same command resumes the run" in stopped.err.splitlines()[-1]
     assert "stopped after step 1," in compiling.err
     assert "step 1 restored" in saving.err
     assert last.code == 0, last.err

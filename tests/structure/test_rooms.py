@@ -17,7 +17,7 @@ PACKAGE, LAUNCHER = ROOT / "research", ROOT / "launch"
 ROOMS = (
     "core", "config", "weights", "parallel", "models", "tokenize", "formats", "data",
     "engine", "tasks", "checkpoints", "runs", "report", "train", "train_together",
-    "generate", "export", "plan",
+    "generate", "export", "plan", "control",
 )  # fmt: skip
 MOST_ROOMS, MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 12, 400, 60
 

@@ -69,9 +69,8 @@ def run(
       state: after `first` updates.
       feed: device batches, positioned at step `first`.
       step_fn: dispatches one update.
-      log: called with (step, number of its batch, metrics) once the step after has
-        been dispatched, or before an action.
-      resume_clock: called after actions, whose time is not the steps'.
+      log: called with (step, batch number, metrics) after the next step is dispatched.
+      resume_clock: called after actions, which do not count as step time.
       stop, requests: both are polled before every step.
       phases: told what is done when.
 

@@ -196,24 +196,7 @@ class Pack:
                     step_fn=lambda state, batch: step_fn(
                         self._numbers, state, self._frozen, batch
                     ),
-                    actions=[
-                        loop.Action(
-                            "evaluate", config.eval.every, self._evaluation(), True
-                        ),
-                        loop.Action(
-                            "save",
-                            config.checkpoint.every,
-                            self._save,
-                            request=CHECKPOINT,
-                            settle=self._settle,
-                        ),
-                        loop.Action(
-                            "sample",
-                            config.eval.samples_every or config.steps,
-                            self._sample,
-                            request=SAMPLE,
-                        ),
-                    ],
+                    actions=self._actions(),
                     log=self._log,
                     resume_clock=self._clock.resume,
                     stop=self._stop,
@@ -315,6 +298,25 @@ class Pack:
     def _save(self, number: int, state: train_step.TrainState) -> None:
         for index, _ in self._alive():
             self._savers[index](number, self._state_of(index, state))
+
+    def _actions(self) -> list[loop.Action]:
+        config = self._config
+        return [
+            loop.Action("evaluate", config.eval.every, self._evaluation(), True),
+            loop.Action(
+                "save",
+                config.checkpoint.every,
+                self._save,
+                request=CHECKPOINT,
+                settle=self._settle,
+            ),
+            loop.Action(
+                "sample",
+                config.eval.samples_every or config.steps,
+                self._sample,
+                request=SAMPLE,
+            ),
+        ]
 
     def _settle(self) -> None:
         for index, _ in self._alive():

@@ -25,7 +25,7 @@ from fake_tools import cloud_job as cloud_job
 from fake_tools import fake as fake
 from helpers import TINY, random_params
 
-from research.data.instructions.packing import Document, build_batch, pack
+from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.formats.base_model import open_base
 from research.models.transformer import Model
 
@@ -57,7 +57,7 @@ def batch():
     rng = np.random.default_rng(1)
     lengths = rng.integers(3, 22, 24)
     documents = [
-        Document(
+        TokenizedDocument(
             rng.integers(0, 96, n, np.int32), np.arange(n) >= n * rng.random(), i % 3
         )
         for i, n in enumerate(lengths)

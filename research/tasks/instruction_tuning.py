@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from research.config.run_config import Config
+from research.data.batch_order import Batches
 from research.data.instructions.instruction_dataset import (
-    BatchIterator,
     eval_batches,
     load_dataset,
+    training_batches,
 )
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
@@ -44,9 +45,9 @@ class InstructionTask:
         # Runs that train together share their task, and so the base model's answers.
         self._base_answers: dict[str, str] = {}
 
-    def batches(self, mine: Sequence[int]) -> BatchIterator:
+    def batches(self, mine: Sequence[int]) -> Batches:
         config = self._config
-        return BatchIterator(
+        return training_batches(
             self._data.train, config.data.batch_size, config.seed, mine
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.batch_order import Batches
-from research.data.text.row_layout import Layout
+from research.data.text.row_layout import DocumentMarks
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
@@ -28,10 +28,10 @@ class PlainFormat:
     """A prompt is the beginning of a document, which the model continues."""
 
     def __init__(self, tokenizer: Tokenizer):
-        layout = Layout.of(tokenizer)
+        marks = DocumentMarks.of(tokenizer)
         self._tokenizer = tokenizer
-        self._start = layout.start
-        self.stop_ids = frozenset({layout.start, tokenizer.eos})
+        self._start = marks.start
+        self.stop_ids = frozenset({marks.start, tokenizer.eos})
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
         """Ids of the last turn, after the mark that every document begins with."""

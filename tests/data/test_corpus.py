@@ -10,8 +10,8 @@ from text_helpers import make_texts, text_config, with_bos, write_texts
 from research.config.run_config import DataConfig
 from research.core.errors import UserError
 from research.data.text import token_cache
-from research.data.text.document_readers import Piece
-from research.data.text.row_layout import Layout, lay_rows
+from research.data.text.document_readers import DocumentPiece
+from research.data.text.row_layout import DocumentMarks, lay_rows
 from research.data.text.text_sources import open_sources
 from research.data.text.token_cache import open_cache
 from research.data.text.tokenized_corpus import TokenStream, load_text
@@ -109,14 +109,14 @@ def test_few_files_are_open_at_a_time(place, monkeypatch):
     assert len(tokens._handles) == 2
 
 
-def expected_row(ids, layout, isolate, length):
+def expected_row(ids, marks, isolate, length):
     """What a row must be, said slowly."""
     fields = {field: [] for field in FIELDS[:5]}
     segment, position = 1, 0
     for i in range(len(ids) - 1):
-        if isolate and i and ids[i] == layout.start:
+        if isolate and i and ids[i] == marks.start:
             segment, position = segment + 1, 0
-        crosses = isolate and layout.end is not None and ids[i + 1] == layout.start
+        crosses = isolate and marks.end is not None and ids[i + 1] == marks.start
         values = (ids[i], ids[i + 1], 0 if crosses else 1, segment, position)
         for field, value in zip(FIELDS, values, strict=False):
             fields[field].append(value if i < length else 0)
@@ -127,19 +127,19 @@ def expected_row(ids, layout, isolate, length):
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
 def test_rows_say_where_documents_begin(tokenizer, isolate):
-    layout = Layout.of(tokenizer)
+    marks = DocumentMarks.of(tokenizer)
     rng = np.random.default_rng(0)
-    pieces = [Piece("x", True, True, "")] * 200
+    pieces = [DocumentPiece("x", True, True, "")] * 200
     documents = [
-        layout.frame(p, rng.integers(0, 200, rng.integers(1, 9))) for p in pieces
+        marks.frame(p, rng.integers(0, 200, rng.integers(1, 9))) for p in pieces
     ]
     stream = np.concatenate(documents)
     ids = np.stack([stream[at : at + 17] for at in range(40)])
     lengths = rng.choice([16, 16, 0, 5], 40)
     groups = rng.integers(0, 3, 40)
-    batch = lay_rows(ids.astype("<u2"), lengths, groups, layout, isolate)
+    batch = lay_rows(ids.astype("<u2"), lengths, groups, marks, isolate)
     for i in range(40):
-        expected = expected_row(ids[i], layout, isolate, lengths[i])
+        expected = expected_row(ids[i], marks, isolate, lengths[i])
         for field, values in expected.items():
             np.testing.assert_array_equal(getattr(batch, field)[i], values, field)
         shown = [groups[i]] * lengths[i] + [0] * (16 - lengths[i])
@@ -276,19 +276,19 @@ def test_a_mistyped_source_has_a_suggestion(tmp_path):
         load_text(config, PLAIN)
 
 
-def documents_of(ids, layout):
-    starts = np.flatnonzero(ids == layout.start)
+def documents_of(ids, marks):
+    starts = np.flatnonzero(ids == marks.start)
     return [part.tobytes() for part in np.split(ids, starts)[1:]]
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
 def test_held_out_documents_are_in_no_training_row(place, tokenizer):
-    layout = Layout.of(tokenizer)
+    marks = DocumentMarks.of(tokenizer)
     sides = [
         {
             document
             for ids in streams(place, "ab", side, tokenizer)
-            for document in documents_of(ids, layout)
+            for document in documents_of(ids, marks)
         }
         for side in ("train", "held")
     ]
@@ -303,17 +303,17 @@ def test_each_byte_of_the_held_out_documents_is_predicted_once(
     place, tokenizer, limit, isolate
 ):
     data = load(place, "ab", tokenizer, held_out_bytes=limit, isolate=isolate)
-    layout = Layout.of(tokenizer)
+    marks = DocumentMarks.of(tokenizer)
     batches = data.held_out_batches(8)
     assert {batch.tokens.shape for batch in batches} == {(8, 32)}
     for group, ids in enumerate(streams(place, "ab", "held", tokenizer)):
         predicted = np.concatenate(
             [b.targets[(b.weights > 0) & (b.groups == group)] for b in batches]
         )
-        marks = (layout.start, layout.end)
-        text = bytes_of(predicted[~np.isin(predicted, [m for m in marks if m])])
+        own = [m for m in (marks.start, marks.end) if m]
+        text = bytes_of(predicted[~np.isin(predicted, own)])
         whole = [
-            bytes_of(np.frombuffer(d, "<u2")[1:]) for d in documents_of(ids, layout)
+            bytes_of(np.frombuffer(d, "<u2")[1:]) for d in documents_of(ids, marks)
         ]
         whole = [d for d in whole if d]
         count = data.evaluated[group].totals.documents

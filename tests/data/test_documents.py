@@ -36,7 +36,7 @@ def read(tmp_path, where, **changes):
     (source,) = open_sources(text_config(tmp_path, f"s={where}", **changes))
     left_out = collections.Counter()
     found, parts = [], None
-    for piece in source.read(source.inputs, left_out):
+    for piece in source.read(source.files, left_out):
         assert piece.text and len(piece.text) <= document_readers.PIECE_BYTES
         assert piece.starts == (parts is None)
         parts = [] if piece.starts else parts
@@ -126,7 +126,7 @@ def test_pieces_end_at_line_ends(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "a.txt").write_text("some words in a line\r\n" * 50, newline="")
     (source,) = open_sources(text_config(tmp_path, f"s={folder}"))
-    pieces = list(source.read(source.inputs, collections.Counter()))
+    pieces = list(source.read(source.files, collections.Counter()))
     assert len(pieces) == 25 and all(p.text.endswith("line\r\n") for p in pieces)
 
 
@@ -230,7 +230,7 @@ def test_a_missing_column_is_named_with_its_nearest(tmp_path, kind):
 
 def test_the_standard_library_is_python_without_its_tests(tmp_path):
     (source,) = open_sources(text_config(tmp_path, "s=stdlib"))
-    names = [item.name for item in source.inputs]
+    names = [item.name for item in source.files]
     assert names == sorted(names, key=lambda name: name.split("/"))
     assert "json/decoder.py" in names and "pydoc_data/topics.py" not in names
     folders = {part for name in names for part in name.split("/")[:-1]}

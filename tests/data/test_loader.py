@@ -10,12 +10,12 @@ from tiny_model import make_tiny_model
 from research.config.run_config import Config, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import (
-    BatchIterator,
-    Split,
+    PackedDocuments,
     eval_batches,
     load_dataset,
+    training_batches,
 )
-from research.data.instructions.packing import Document, build_batch, pack
+from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.data.instructions.row_selection import load_rows
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.tokenizer import from_folder
@@ -29,7 +29,7 @@ def random_documents(count=60, longest=33, seed=0):
     lengths = rng.integers(2, longest, count)
     starts = np.cumsum(lengths) - lengths
     return [
-        Document(
+        TokenizedDocument(
             np.arange(start, start + n).astype(np.int32),
             np.arange(n) >= rng.integers(1, n),
             int(rng.integers(0, 5)),
@@ -45,7 +45,7 @@ def slots(documents):
 @pytest.fixture(scope="module")
 def split():
     documents = random_documents()
-    return Split(documents, pack(slots(documents), 32, seed=0), 32)
+    return PackedDocuments(documents, pack(slots(documents), 32, seed=0), 32)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -123,7 +123,7 @@ def test_an_epoch_has_each_row_once_and_the_next_another_order(split):
     whole = sorted(rows_in([split.batch(split.rows)]))
     count = len(split.rows)
     # A batch may hold the end of an epoch and the start of the next.
-    rows = rows_in(take(BatchIterator(split, 4, seed=0), count))
+    rows = rows_in(take(training_batches(split, 4, seed=0), count))
     epochs = [rows[i * count : (i + 1) * count] for i in range(4)]
     for epoch in epochs:
         assert sorted(epoch) == whole
@@ -131,18 +131,18 @@ def test_an_epoch_has_each_row_once_and_the_next_another_order(split):
 
 
 def test_the_order_depends_on_the_seed_alone(split):
-    first = rows_in(take(BatchIterator(split, 4, seed=0), 8))
-    assert rows_in(take(BatchIterator(split, 4, seed=0), 8)) == first
-    assert rows_in(take(BatchIterator(split, 4, seed=1), 8)) != first
+    first = rows_in(take(training_batches(split, 4, seed=0), 8))
+    assert rows_in(take(training_batches(split, 4, seed=0), 8)) == first
+    assert rows_in(take(training_batches(split, 4, seed=1), 8)) != first
 
 
 @pytest.mark.parametrize("taken", [0, 3, 11])
 def test_a_restored_position_continues_bit_for_bit(split, taken):
-    iterator = BatchIterator(split, 4, seed=0)
+    iterator = training_batches(split, 4, seed=0)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 12)
-    fresh = BatchIterator(split, 4, seed=0)
+    fresh = training_batches(split, 4, seed=0)
     take(fresh, 5)
     fresh.set_state(state)
     assert all(map(same, take(fresh, 12), expected))
@@ -152,10 +152,10 @@ def test_a_restored_position_continues_bit_for_bit(split, taken):
 def test_processes_together_have_the_batch_of_one(split, processes):
     local = 8 // processes
     parts = [
-        BatchIterator(split, 8, 0, range(i * local, (i + 1) * local))
+        training_batches(split, 8, 0, range(i * local, (i + 1) * local))
         for i in range(processes)
     ]
-    whole = BatchIterator(split, 8, seed=0)
+    whole = training_batches(split, 8, seed=0)
     for _ in range(6):
         pieces = [next(part) for part in parts]
         together = np.concatenate([piece.tokens for piece in pieces])
@@ -185,7 +185,7 @@ def spread(split, processes, batch_size=8):
     """The iterators of so many processes, each with its rows of a batch."""
     local = batch_size // processes
     return [
-        BatchIterator(split, batch_size, 0, range(i * local, (i + 1) * local))
+        training_batches(split, batch_size, 0, range(i * local, (i + 1) * local))
         for i in range(processes)
     ]
 
@@ -196,12 +196,12 @@ def take_together(parts):
 
 
 def test_batches_of_one_row_come_too(split):
-    rows = rows_in(take(BatchIterator(split, 1, seed=0), len(split.rows)))
+    rows = rows_in(take(training_batches(split, 1, seed=0), len(split.rows)))
     assert sorted(rows) == sorted(rows_in([split.batch(split.rows)]))
 
 
 def test_a_batch_larger_than_an_epoch_still_comes(split):
-    batch = next(BatchIterator(split, 4 * len(split.rows), seed=0))
+    batch = next(training_batches(split, 4 * len(split.rows), seed=0))
     assert sorted(set(rows_in([batch]))) == sorted(rows_in([split.batch(split.rows)]))
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from research.config.run_config import ColumnsConfig, DataConfig
 from research.core.errors import UserError
+from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import load_rows, split_stratified
-from research.data.row_readers import read_rows, to_record
+from research.data.row_readers import read_rows
 from research.tokenize.conversation import Turn
 
 ROWS = [

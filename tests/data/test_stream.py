@@ -79,7 +79,7 @@ def test_what_lies_before_a_position_is_not_tokenised(place, monkeypatch):
     state = iterator.get_state()
     index = state["positions"][0][1]
     (source,) = open_sources(config_of(place, "a"))
-    pieces = [p.text for p in source.read(source.inputs, collections.Counter())]
+    pieces = [p.text for p in source.read(source.files, collections.Counter())]
     fresh = load(place, "a").train_iterator(4, 0)
     seen = []
     encode = Tokenizer.encode_arrays
@@ -139,9 +139,9 @@ def test_the_search_for_held_out_documents_ends(place, monkeypatch):
     monkeypatch.setattr(streaming, "SEARCH_BYTES", 500)
     monkeypatch.setattr(streaming, "SEARCH_FACTOR", 0)
     read = []
-    pieces = streaming.Source.read
+    pieces = streaming.TextSource.read
     monkeypatch.setattr(
-        streaming.Source, "read",
+        streaming.TextSource, "read",
         lambda *args: (read.append(p) or p for p in pieces(*args)),
     )  # fmt: skip
     with pytest.raises(UserError, match="held_out_share"):
@@ -158,7 +158,7 @@ def test_text_without_anything_to_train_on_is_said(tmp_path):
 
 
 def piece_of(text):
-    return document_readers.Piece(text, True, True, "")
+    return document_readers.DocumentPiece(text, True, True, "")
 
 
 def test_the_data_says_what_it_is(place):

@@ -18,7 +18,7 @@ from text_helpers import make_texts, text_config, with_bos, write_texts
 
 from research.core.errors import UserError
 from research.data.text import document_readers, source_fingerprint, token_cache
-from research.data.text.document_readers import Piece, Source
+from research.data.text.document_readers import DocumentPiece, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
 from research.data.text.token_cache import open_cache, units_of
@@ -72,13 +72,13 @@ def held(text):
     first = text[:limit]
     if len(text) > limit:
         first = first[: first.rfind("\n") + 1 or first.rfind(" ") + 1 or limit]
-    return is_held_out(Piece(first, True, False, ""), SHARE)
+    return is_held_out(DocumentPiece(first, True, False, ""), SHARE)
 
 
 def decoded(cached, side, tokenizer):
     """The documents of a stream, as text again."""
     ids = stream(cached, side)
-    starts = np.flatnonzero(ids == cached.layout.start)
+    starts = np.flatnonzero(ids == cached.marks.start)
     assert len(starts) == 0 or starts[0] == 0
     parts = np.split(ids, starts[1:])
     return [tokenizer.decode(part.tolist()) for part in parts]
@@ -91,7 +91,7 @@ def test_every_document_is_whole_and_on_its_side(tmp_path, corpus, kind):
     if kind in ("bos", "wide"):
         tokenizer = with_bos(tokenizer, 70_000 if kind == "wide" else 0)
     cached = build(tmp_path, corpus, tokenizer)
-    assert cached.layout.dtype == ("<u4" if kind == "wide" else "<u2")
+    assert cached.marks.dtype == ("<u4" if kind == "wide" else "<u2")
     sides = {"train": [], "held": []}
     for text in texts:
         sides["held" if held(text) else "train"].append(text)
@@ -101,7 +101,7 @@ def test_every_document_is_whole_and_on_its_side(tmp_path, corpus, kind):
         ids, totals = stream(cached, side), cached.manifest.total(side)
         assert totals.tokens == len(ids) and totals.documents == len(expected)
         assert totals.bytes == sum(len(text.encode()) for text in expected)
-        ends = 0 if cached.layout.end is None else (ids == cached.layout.end).sum()
+        ends = 0 if cached.marks.end is None else (ids == cached.marks.end).sum()
         assert ends == (len(expected) if kind in ("bos", "wide") else 0)
     lengths = [len(text.encode()) for text in sides["held"]]
     assert cached.manifest.held_lengths() == lengths
@@ -127,7 +127,7 @@ def test_equal_documents_share_a_side(tmp_path):
 
 def test_units_are_neighbours_up_to_a_size_in_order(corpus):
     items = [
-        document_readers.Input(f"{n}", Path(f"{n}"), size)
+        document_readers.SourceFile(f"{n}", Path(f"{n}"), size)
         for n, size in enumerate([1000, 2000, 1500, 9000, 10, 3990, 1])
     ]
     units = [[item.size for item in unit] for unit in units_of(items)]
@@ -140,7 +140,7 @@ def test_a_finished_cache_is_opened_without_reading_the_inputs(
     for path in corpus.iterdir():
         os.utime(path, (1, 1))
     first = build(tmp_path, corpus)
-    monkeypatch.setattr(Source, "read", lambda *_: 1 / 0)
+    monkeypatch.setattr(TextSource, "read", lambda *_: 1 / 0)
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: 1 / 0)
     assert build(tmp_path, corpus).manifest == first.manifest
 
@@ -233,7 +233,7 @@ def test_shards_that_are_kept_are_not_tokenised_again(tmp_path, corpus, monkeypa
         lambda self, texts, dtype: seen.extend(texts) or encode(self, texts, dtype),
     )  # fmt: skip
     assert files_of(build(tmp_path, corpus)) == expected
-    again = sum((shard.train + shard.held for shard in lost), token_cache.Totals())
+    again = sum((shard.train + shard.held for shard in lost), token_cache.TextTotals())
     assert sum(len(text.encode()) for text in seen) == again.bytes
 
 

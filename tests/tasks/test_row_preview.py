@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from research.data.text.row_layout import Layout, lay_rows
+from research.data.text.row_layout import DocumentMarks, lay_rows
 from research.tasks.row_preview import preview_rows
 
 GROUPS = ["a", "b", "c"]
@@ -56,7 +56,7 @@ def test_rows_of_text(isolate, end):
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 9, (6, 33)).astype("<u2")
     lengths, groups = np.array([32, 32, 32, 7, 1, 0]), np.arange(6) % 3
-    batch = lay_rows(ids, lengths, groups, Layout(1, end, "<u2"), isolate)
+    batch = lay_rows(ids, lengths, groups, DocumentMarks(1, end, "<u2"), isolate)
     rows = preview(batch)
     check(batch, rows)
     assert (len(rows[0].documents) > 1) == isolate and not rows[-1].documents

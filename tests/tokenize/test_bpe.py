@@ -14,7 +14,7 @@ from text_helpers import make_texts, text_config, with_bos, write_texts
 from research.core.errors import UserError
 from research.data.text import choose_tokenizer
 from research.data.text.choose_tokenizer import open_tokenizer, training_texts
-from research.data.text.document_readers import Piece
+from research.data.text.document_readers import DocumentPiece
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
 from research.tokenize.tokenizer import from_file, from_folder
@@ -213,7 +213,9 @@ def test_training_text_is_all_where_that_is_little(tmp_path):
     (small,) = open_sources(text_config(tmp_path, f"s={tmp_path / 'small'}"))
     assert list(training_texts([small], 1e-9)) == TEXTS
     some = list(training_texts([small], 0.3))
-    assert some == [t for t in TEXTS if not is_held_out(Piece(t, True, True, ""), 0.3)]
+    assert some == [
+        t for t in TEXTS if not is_held_out(DocumentPiece(t, True, True, ""), 0.3)
+    ]
     assert len(some) < len(TEXTS)
 
 

@@ -10,8 +10,8 @@ from helpers import TINY, random_params
 
 from research.config.run_config import Config, LoRAConfig, MeshConfig
 from research.core.errors import UserError
-from research.data.instructions.instruction_dataset import Split
-from research.data.instructions.packing import Document
+from research.data.instructions.instruction_dataset import PackedDocuments
+from research.data.instructions.packing import TokenizedDocument
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.tasks import findings
@@ -25,8 +25,8 @@ STOP = 7
 
 def split(trained, last=STOP):
     ids = np.array([1, 2, 3, 4, last], np.int32)
-    documents = [Document(ids, np.array(trained, bool), 0)] * 3
-    return Split(documents, [[0, 1], [2]], 10)
+    documents = [TokenizedDocument(ids, np.array(trained, bool), 0)] * 3
+    return PackedDocuments(documents, [[0, 1], [2]], 10)
 
 
 def count(split):

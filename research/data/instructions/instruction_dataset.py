@@ -10,15 +10,19 @@ import numpy as np
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
-from research.data.instructions.packing import Document, build_batch, pack
-from research.data.instructions.row_selection import Rows, load_rows, split_stratified
+from research.data.instructions.packing import TokenizedDocument, build_batch, pack
+from research.data.instructions.row_selection import (
+    LoadedRows,
+    load_rows,
+    split_stratified,
+)
 from research.data.token_batch import Batch
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class PackedDocuments:
     """Packed documents of one side.
 
     Attributes:
@@ -27,7 +31,7 @@ class Split:
       seq_len: positions of a row.
     """
 
-    documents: list[Document]
+    documents: list[TokenizedDocument]
     rows: list[list[int]]
     seq_len: int
 
@@ -49,7 +53,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class InstructionDataset:
     """Both sides of a source, and what was left out.
 
     Attributes:
@@ -62,17 +66,17 @@ class Dataset:
       examples: `file:line: what` of each, and of each row that was cut.
     """
 
-    rows: Rows
+    rows: LoadedRows
     categories: list[str]
-    train: Split
-    held_out: Split
+    train: PackedDocuments
+    held_out: PackedDocuments
     held_out_records: list[Record]
     dropped: dict[str, int]
     truncated: int
     examples: list[str]
 
 
-def load_dataset(config: Config, chat_format: ChatFormat) -> Dataset:
+def load_dataset(config: Config, chat_format: ChatFormat) -> InstructionDataset:
     """Reads, splits, tokenises and packs `config.data`.
 
     Raises:
@@ -96,8 +100,8 @@ def load_dataset(config: Config, chat_format: ChatFormat) -> Dataset:
             )
         lengths = np.array([document.slots for document in documents])
         packed = pack(lengths, config.data.seq_len, config.seed)
-        sides[name] = (kept, Split(documents, packed, config.data.seq_len))
-    return Dataset(
+        sides[name] = (kept, PackedDocuments(documents, packed, config.data.seq_len))
+    return InstructionDataset(
         rows=rows,
         categories=categories,
         train=sides["train"][1],
@@ -116,7 +120,7 @@ def _tokenize(
     config: Config,
     dropped: collections.Counter[str],
     examples: list[str],
-) -> tuple[list[Record], list[Document], int]:
+) -> tuple[list[Record], list[TokenizedDocument], int]:
     """Records that fit, their documents, and how many contexts were cut to fit.
 
     Rows that do not fit are counted into `dropped` and told in `examples`.
@@ -136,7 +140,7 @@ def _tokenize(
             continue
         kept.append(record)
         documents.append(
-            Document(
+            TokenizedDocument(
                 np.array(encoded.ids, np.int32),
                 np.array(encoded.trained, bool),
                 number[record.category],
@@ -146,31 +150,29 @@ def _tokenize(
     return kept, documents, truncated
 
 
-class BatchIterator(OrderedBatches):
-    """Endless training batches; every epoch is a new permutation of packed rows."""
+def training_batches(
+    split: PackedDocuments,
+    batch_size: int,
+    seed: int,
+    mine: Sequence[int] | None = None,
+) -> OrderedBatches:
+    """Endless training batches; every epoch is another permutation of the rows.
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        seed: int,
-        mine: Sequence[int] | None = None,
-    ):
-        """Args:
-        split: the packed rows.
-        batch_size: rows of a global batch.
-        seed: of the order.
-        mine: which rows of a global batch this process builds; by default all.
-        """
+    Args:
+      split: the packed rows.
+      batch_size: rows of a global batch.
+      seed: of the order.
+      mine: the rows of a global batch that this process builds; by default all.
+    """
 
-        def rows_of(numbers: np.ndarray) -> Batch:
-            return split.batch([split.rows[int(i)] for i in numbers])
+    def rows_of(numbers: np.ndarray) -> Batch:
+        return split.batch([split.rows[int(i)] for i in numbers])
 
-        super().__init__(endless(0, len(split.rows), seed), rows_of, batch_size, mine)
+    return OrderedBatches(endless(0, len(split.rows), seed), rows_of, batch_size, mine)
 
 
 def eval_batches(
-    split: Split, batch_size: int, mine: Sequence[int] | None = None
+    split: PackedDocuments, batch_size: int, mine: Sequence[int] | None = None
 ) -> list[Batch]:
     """Every row once, in order; the last batch is filled up with empty rows.
 

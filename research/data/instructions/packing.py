@@ -9,7 +9,7 @@ from research.data.token_batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class TokenizedDocument:
     """One tokenised record.
 
     Attributes:
@@ -74,7 +74,7 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int) -> list[list[int]]:
 
 
 def build_batch(
-    rows: list[list[int]], documents: list[Document], seq_len: int
+    rows: list[list[int]], documents: list[TokenizedDocument], seq_len: int
 ) -> Batch:
     """Lays documents side by side in NumPy rows; a missing tail is padding."""
     shape = (len(rows), seq_len)

@@ -15,14 +15,15 @@ import numpy as np
 from research.config.run_config import ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
-from research.data.row_readers import BadRowError, read_rows, to_record
+from research.data.instructions.row_columns import to_record
+from research.data.row_readers import BadRowError, read_rows
 from research.tokenize.conversation import Record
 
 HUB_DATASET = "databricks/databricks-dolly-15k"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class LoadedRows:
     """What a source gave.
 
     Attributes:
@@ -45,7 +46,7 @@ class Rows:
         )
 
 
-def load_rows(config: DataConfig, seed: int) -> Rows:
+def load_rows(config: DataConfig, seed: int) -> LoadedRows:
     """The rows of `config.source`: an explicit path, the hub, the embedded sample.
 
     Raises:
@@ -82,7 +83,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     logging.info(
         "data: %s, %d rows, sha256 %s", origin, len(records), digest.hexdigest()
     )
-    return Rows(origin, digest.hexdigest(), records, dict(dropped), examples)
+    return LoadedRows(origin, digest.hexdigest(), records, dict(dropped), examples)
 
 
 def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:

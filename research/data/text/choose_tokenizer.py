@@ -14,7 +14,7 @@ from pathlib import Path
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
-from research.data.text.document_readers import Input, Source
+from research.data.text.document_readers import SourceFile, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
 from research.data.text.text_sources import open_sources
@@ -136,7 +136,9 @@ def _keep(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def training_texts(sources: Iterable[Source], held_out_share: float) -> Iterator[str]:
+def training_texts(
+    sources: Iterable[TextSource], held_out_share: float
+) -> Iterator[str]:
     """Up to `TRAINING_BYTES` of training text, from all over the sources.
 
     Raises:
@@ -156,10 +158,10 @@ def training_texts(sources: Iterable[Source], held_out_share: float) -> Iterator
         )
 
 
-def _spread(source: Source, room: int, held_out_share: float) -> Iterator[str]:
+def _spread(source: TextSource, room: int, held_out_share: float) -> Iterator[str]:
     """Text of a source, from all over it where all would be too much."""
     own = 0.0
-    for item, part in _parts(source.inputs, room):
+    for item, part in _parts(source.files, room):
         # What one input lacks, the next may have.
         own += part
         for text in _training_pieces(source, item, held_out_share):
@@ -169,21 +171,23 @@ def _spread(source: Source, room: int, held_out_share: float) -> Iterator[str]:
             own -= len(text[: int(own)])
 
 
-def _parts(inputs: Sequence[Input], room: int) -> list[tuple[Input, float]]:
+def _parts(files: Sequence[SourceFile], room: int) -> list[tuple[SourceFile, float]]:
     """Inputs at equal steps of bytes, and how much of each makes up `room`."""
-    ends = list(itertools.accumulate(item.size for item in inputs))
+    ends = list(itertools.accumulate(item.size for item in files))
     total = ends[-1]
     if total <= room:
-        parts = [item.size / total if total else 1 / len(inputs) for item in inputs]
-        return [(i, room * part) for i, part in zip(inputs, parts, strict=True)]
-    count = max(len(inputs) * room // total, FEWEST_STEPS)
+        parts = [item.size / total if total else 1 / len(files) for item in files]
+        return [(i, room * part) for i, part in zip(files, parts, strict=True)]
+    count = max(len(files) * room // total, FEWEST_STEPS)
     hits = collections.Counter(
         bisect.bisect_right(ends, k * total // count) for k in range(count)
     )
-    return [(inputs[i], room * n / count) for i, n in sorted(hits.items())]
+    return [(files[i], room * n / count) for i, n in sorted(hits.items())]
 
 
-def _training_pieces(source: Source, item: Input, share: float) -> Iterator[str]:
+def _training_pieces(
+    source: TextSource, item: SourceFile, share: float
+) -> Iterator[str]:
     held = False
     for piece in source.read([item], collections.Counter()):
         held = is_held_out(piece, share) if piece.starts else held

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError, nearest
-from research.data.compressed_files import kind_of, open_bytes
-from research.data.row_readers import FORMATS, BadRowError, read_rows
+from research.data.compressed_files import COMPRESSED, kind_of, open_bytes
+from research.data.row_readers import READERS, BadRowError, read_rows
 
 PIECE_BYTES = 128 << 10
 PART_BYTES = 16 << 10  # Of a file that is a source by itself.
@@ -27,7 +27,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A part of a document, of about `PIECE_BYTES` at most; never empty.
 
     Attributes:
@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Input:
+class SourceFile:
     """One file.
 
     Attributes:
@@ -58,7 +58,7 @@ class Input:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TextSource:
     """Text under one name.
 
     Attributes:
@@ -73,7 +73,7 @@ class Source:
 
     name: str
     where: str
-    inputs: tuple[Input, ...]
+    files: tuple[SourceFile, ...]
     revision: str
     column: str
     undecodable: str
@@ -86,24 +86,27 @@ class Source:
     @property
     def text_bytes(self) -> int:
         """About how much text there is; 0 where only reading would tell."""
-        plain = all(
-            kind_of(i.path) == i.path.suffix
-            and i.path.suffix not in (".parquet", *RECORD_FILES)
-            for i in self.inputs
-        )
-        return sum(i.size for i in self.inputs) if plain else 0
+        plain = all(_is_plain(item.path) for item in self.files)
+        return sum(i.size for i in self.files) if plain else 0
 
     def read(
-        self, inputs: Iterable[Input], left_out: collections.Counter[str]
-    ) -> Iterator[Piece]:
+        self, files: Iterable[SourceFile], left_out: collections.Counter[str]
+    ) -> Iterator[DocumentPiece]:
         """The documents of some of `inputs`; what is left out is counted by reason.
 
         Raises:
           UserError: something cannot be read, or is not text and must not be skipped.
         """
-        reading = _Reading(self, left_out)
-        for item in inputs:
+        reading = _DocumentReader(self, left_out)
+        for item in files:
             yield from reading.pieces(item)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether the bytes on disk are about as many as those of the text within."""
+    reader = READERS.get(path.suffix)
+    known = reader.is_plain if reader else path.suffix not in RECORD_FILES
+    return known and path.suffix not in COMPRESSED
 
 
 def hub_parts(where: str) -> tuple[str, str, str]:
@@ -113,18 +116,18 @@ def hub_parts(where: str) -> tuple[str, str, str]:
     return name, subset, split or "train"
 
 
-class _Reading:
+class _DocumentReader:
     """One pass over inputs: how each kind of file becomes pieces."""
 
-    def __init__(self, source: Source, left_out: collections.Counter[str]):
+    def __init__(self, source: TextSource, left_out: collections.Counter[str]):
         self._source = source
         self._left_out = left_out
 
-    def pieces(self, item: Input) -> Iterator[Piece]:
+    def pieces(self, item: SourceFile) -> Iterator[DocumentPiece]:
         kind = kind_of(item.path)
         if self._source.revision:
             yield from self._of_rows(self._hub_rows())
-        elif kind in FORMATS:
+        elif kind in READERS:
             rows = read_rows(
                 item.path, errors="surrogateescape", column=self._source.column
             )
@@ -137,7 +140,7 @@ class _Reading:
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{item.path} cannot be read: {error}") from error
 
-    def _of_row_file(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
+    def _of_row_file(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPiece]:
         """Of a folder with other things than text, such as a settings.json."""
         try:
             yield from self._of_rows(rows)
@@ -146,7 +149,7 @@ class _Reading:
                 raise
             self._left_out["no rows with the text column"] += 1
 
-    def _of_rows(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
+    def _of_rows(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPiece]:
         column = self._source.column
         for where, row in rows:
             if not isinstance(row, BadRowError) and column not in row:
@@ -189,13 +192,13 @@ class _Reading:
             self._left_out["not UTF-8"] += 1
         return self._source.undecodable == "replace"
 
-    def _of_text(self, text: str, where: str) -> Iterator[Piece]:
+    def _of_text(self, text: str, where: str) -> Iterator[DocumentPiece]:
         """A document that is in memory already."""
         if not text:
             self._left_out["empty"] += 1
         yield from _in_pieces([text], where, PIECE_BYTES)
 
-    def _of_plain_text(self, item: Input) -> Iterator[Piece]:
+    def _of_plain_text(self, item: SourceFile) -> Iterator[DocumentPiece]:
         policy = self._source.undecodable
         with open_bytes(item.path) as file:
             head = file.read(HEAD_BYTES)
@@ -216,7 +219,7 @@ class _Reading:
             except _UndecodableError as bad:
                 self._keep(f"{item.name}:{bad.offset}", "a byte here is not UTF-8")
 
-    def _of_records(self, item: Input) -> Iterator[Piece]:
+    def _of_records(self, item: SourceFile) -> Iterator[DocumentPiece]:
         from array_record.python.array_record_module import ArrayRecordReader
 
         reader = ArrayRecordReader(str(item.path))
@@ -289,13 +292,13 @@ def _decodes(path: Path) -> bool:
     return True
 
 
-def _in_parts(chunks: Iterable[str], where: str) -> Iterator[Piece]:
+def _in_parts(chunks: Iterable[str], where: str) -> Iterator[DocumentPiece]:
     """Documents of about `PART_BYTES` from one file."""
     for piece in _in_pieces(chunks, where, PART_BYTES):
         yield dataclasses.replace(piece, starts=True, ends=True)
 
 
-def _in_pieces(chunks: Iterable[str], where: str, size: int) -> Iterator[Piece]:
+def _in_pieces(chunks: Iterable[str], where: str, size: int) -> Iterator[DocumentPiece]:
     """One document's text, cut behind line ends, else behind spaces, else anywhere."""
     rest, starts = "", True
     for chunk in chunks:
@@ -305,8 +308,8 @@ def _in_pieces(chunks: Iterable[str], where: str, size: int) -> Iterator[Piece]:
             end = (
                 text.rfind("\n", at, most) + 1 or text.rfind(" ", at, most) + 1 or most
             )
-            yield Piece(text[at:end], starts, False, where)
+            yield DocumentPiece(text[at:end], starts, False, where)
             starts, at = False, end
         rest = text[at:]
     if rest:
-        yield Piece(rest, starts, True, where)
+        yield DocumentPiece(rest, starts, True, where)

@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 from research.core.errors import UserError
-from research.data.text.document_readers import Piece
+from research.data.text.document_readers import DocumentPiece
 from research.data.token_batch import Batch
 from research.tokenize.tokenizer import Tokenizer
 
@@ -18,8 +18,8 @@ HELD_OUT_SALT = b"research/held-out"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """What stands around a document.
+class DocumentMarks:
+    """The ids in front of and behind every document.
 
     Attributes:
       start: id in front of each document.
@@ -32,7 +32,7 @@ class Layout:
     dtype: str
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Layout":
+    def of(cls, tokenizer: Tokenizer) -> "DocumentMarks":
         """`bos ... eos` where the tokenizer adds a bos to documents, else `eos ...`.
 
         Raises:
@@ -49,8 +49,8 @@ class Layout:
             return cls(tokenizer.bos, tokenizer.eos, dtype)
         return cls(tokenizer.eos, None, dtype)
 
-    def frame(self, piece: Piece, ids: np.ndarray) -> np.ndarray:
-        """A piece's ids with what stands in front of and behind its document.
+    def frame(self, piece: DocumentPiece, ids: np.ndarray) -> np.ndarray:
+        """A piece's ids with the marks in front of and behind its document.
 
         Raises:
           UserError: text encodes to the id that should mark where documents start.
@@ -67,7 +67,7 @@ class Layout:
         return np.concatenate([front, ids, back]).astype(ids.dtype)
 
 
-def is_held_out(first: Piece, share: float) -> bool:
+def is_held_out(first: DocumentPiece, share: float) -> bool:
     """The side of a document, by its first piece: equal texts share a side.
 
     It depends on nothing else, so that runs with other seeds evaluate the same text.
@@ -77,7 +77,7 @@ def is_held_out(first: Piece, share: float) -> bool:
 
 
 def lay_rows(
-    ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray, layout: Layout,
+    ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray, marks: DocumentMarks,
     isolate: bool,
 ) -> Batch:  # fmt: skip
     """A batch of stretches of the stream.
@@ -86,7 +86,7 @@ def lay_rows(
       ids: integer `[B, T + 1]`; each row predicts its last T ids from its first T.
       lengths: `[B]`, how many predictions of each row are real; the rest is padding.
       groups: `[B]`, what each row's losses are reported under.
-      layout: what marks the start of a document.
+      marks: the ids around each document.
       isolate: whether attention stays within a document.
 
     Returns:
@@ -99,13 +99,13 @@ def lay_rows(
     positions = np.broadcast_to(at, tokens.shape)
     segments, weights = np.ones_like(tokens), real.astype(np.float32)
     if isolate:
-        starts = tokens == layout.start
+        starts = tokens == marks.start
         starts[:, 0] = True
         segments = np.cumsum(starts, axis=1, dtype=np.int32)
         positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
-        if layout.end is not None:
+        if marks.end is not None:
             # Which document comes next has nothing to do with this one.
-            weights *= targets != layout.start
+            weights *= targets != marks.start
     blank = ~real
     for array in (tokens, targets, segments):
         array[blank] = 0
@@ -117,3 +117,22 @@ def lay_rows(
         positions=np.where(blank, 0, positions).astype(np.int32),
         groups=np.where(blank, 0, groups[:, None]).astype(np.int32),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """The properties that all rows of a run have in common.
+
+    Attributes:
+      seq_len: predictions of a row.
+      isolate: whether attention stays within a document.
+      marks: the ids around each document.
+    """
+
+    seq_len: int
+    isolate: bool
+    marks: DocumentMarks
+
+    def batch(self, ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> Batch:
+        """Calls `lay_rows`."""
+        return lay_rows(ids, lengths, groups, self.marks, self.isolate)

@@ -13,7 +13,7 @@ from research.config.run_config import TextConfig
 from research.core.atomic_files import write_whole
 from research.core.cache_folders import user_cache
 from research.core.errors import UserError
-from research.data.text.document_readers import Source
+from research.data.text.document_readers import TextSource
 
 MEMO = "hashes.json"
 # A file that changed this recently may change again within the clock's resolution.
@@ -34,7 +34,7 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
     )
 
 
-def source_key(source: Source, cache: Path, settings: Mapping[str, Any]) -> str:
+def source_key(source: TextSource, cache: Path, settings: Mapping[str, Any]) -> str:
     """sha256 over the settings, every input's name and every input's bytes.
 
     Bytes that were hashed before are not read again while a file's size and time of
@@ -45,18 +45,18 @@ def source_key(source: Source, cache: Path, settings: Mapping[str, Any]) -> str:
         "column": source.column,
         "undecodable": source.undecodable,
         "bad_lines": source.bad_lines,
-        "inputs": _input_hashes(source, cache),
+        "inputs": _file_hashes(source, cache),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _input_hashes(source: Source, cache: Path) -> list[list[str]]:
+def _file_hashes(source: TextSource, cache: Path) -> list[list[str]]:
     if source.revision:
         return [[source.where, source.revision]]
     known = _read_memo(cache)
     fresh: dict[str, list[Any]] = {}
     hashes, said = [], time.monotonic()
-    for number, item in enumerate(source.inputs, start=1):
+    for number, item in enumerate(source.files, start=1):
         path = os.path.abspath(item.path)
         try:
             stat = os.stat(path)
@@ -72,7 +72,7 @@ def _input_hashes(source: Source, cache: Path) -> list[list[str]]:
             said = time.monotonic()
             logging.info(
                 "text: %s, hashed %d of %d files", source.name, number,
-                len(source.inputs),
+                len(source.files),
             )  # fmt: skip
     now = time.time_ns()
     settled = {p: entry for p, entry in fresh.items() if now - entry[1] > FRESH_NS}

@@ -15,12 +15,12 @@ import numpy as np
 
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.data.text.document_readers import Piece, Source
-from research.data.text.mixture import mixture_weights
+from research.data.text.document_readers import DocumentPiece, TextSource
 from research.data.text.parallel_tokenization import encoded
-from research.data.text.row_layout import Layout, is_held_out
-from research.data.text.text_dataset import RowFormat, Stretch, TextData, check_held_out
-from research.data.text.token_shards import Totals
+from research.data.text.row_layout import DocumentMarks, RowLayout, is_held_out
+from research.data.text.text_dataset import HeldOutText, TextData, check_held_out
+from research.data.text.text_sources import mixture_weights
+from research.data.text.token_shards import TextTotals
 from research.data.token_batch import Batch
 from research.tokenize.tokenizer import Tokenizer
 
@@ -33,30 +33,29 @@ SEARCH_FACTOR = 20
 
 
 def load_streamed(
-    config: Config, sources: list[Source], tokenizer: Tokenizer
+    config: Config, sources: list[TextSource], tokenizer: Tokenizer
 ) -> TextData:
     """Reads the documents to evaluate, and no more until training begins.
 
     Raises:
       UserError: a source, its text or the mixture cannot be used.
     """
-    layout = Layout.of(tokenizer)
+    marks = DocumentMarks.of(tokenizer)
     text = config.text
     names = [source.name for source in sources]
-    row_format = RowFormat(config.data.seq_len, text.isolate, layout)
+    row_layout = RowLayout(config.data.seq_len, text.isolate, marks)
     weights = mixture_weights(text, names) or _by_size(sources)
     left_out: collections.Counter[str] = collections.Counter()
     evaluated = [
-        _held_out(source, tokenizer, layout, config, left_out) for source in sources
+        _held_out(source, tokenizer, marks, config, left_out) for source in sources
     ]
 
     def batches(size: int, seed: int, mine: Sequence[int] | None) -> StreamedBatches:
         readers = [
-            _Reader(source, tokenizer, layout, text.held_out_share)
-            for source in sources
+            _Reader(source, tokenizer, marks, text.held_out_share) for source in sources
         ]
         shares = [weights[name] for name in names]
-        return StreamedBatches(readers, shares, row_format, size, mine)
+        return StreamedBatches(readers, shares, row_layout, size, mine)
 
     held_out = {
         name: stretch.totals for name, stretch in zip(names, evaluated, strict=True)
@@ -71,7 +70,7 @@ def load_streamed(
         rows=0,
         held_out_bytes={name: totals.bytes for name, totals in held_out.items()},
         left_out=dict(left_out),
-        row_format=row_format,
+        row_layout=row_layout,
         evaluated=evaluated,
         training=batches,
         first_rows=lambda rows: next(batches(rows, 0, None)),
@@ -85,11 +84,15 @@ class _Reader:
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, layout: Layout, share: float
+        self,
+        source: TextSource,
+        tokenizer: Tokenizer,
+        marks: DocumentMarks,
+        share: float,
     ):
         self._source = source
         self._tokenizer = tokenizer
-        self._layout = layout
+        self._layout = marks
         self._share = share
         self.seek([0, 0, 0])
 
@@ -138,10 +141,12 @@ class _Reader:
         self._position = [*self._here[0][:2], offset]
         self._there -= count
 
-    def _pieces(self, around: int, index: int) -> Iterator[tuple[int, int, Piece]]:
+    def _pieces(
+        self, around: int, index: int
+    ) -> Iterator[tuple[int, int, DocumentPiece]]:
         for turn in itertools.count(around):
             held, found = False, False
-            pieces = self._source.read(self._source.inputs, collections.Counter())
+            pieces = self._source.read(self._source.files, collections.Counter())
             for number, piece in enumerate(pieces):
                 held = is_held_out(piece, self._share) if piece.starts else held
                 found |= not held
@@ -161,13 +166,13 @@ class StreamedBatches:
         self,
         readers: list[_Reader],
         weights: list[float],
-        row_format: RowFormat,
+        row_layout: RowLayout,
         batch_size: int,
         mine: Sequence[int] | None,
     ):
         self._readers = readers
         self._weights = np.array(weights)
-        self._format = row_format
+        self._row_layout = row_layout
         self._size = batch_size
         self._mine = range(batch_size) if mine is None else mine
         self._taken = np.zeros(len(readers), np.int64)
@@ -176,8 +181,8 @@ class StreamedBatches:
         return self
 
     def __next__(self) -> Batch:
-        length = self._format.seq_len
-        ids = np.empty((self._size, length + 1), self._format.layout.dtype)
+        length = self._row_layout.seq_len
+        ids = np.empty((self._size, length + 1), self._row_layout.marks.dtype)
         groups = np.empty(self._size, np.int32)
         for i in range(self._size):
             # Whichever is furthest behind its share of the rows so far.
@@ -186,7 +191,7 @@ class StreamedBatches:
             ids[i] = self._readers[groups[i]].take(length)
             self._taken[groups[i]] += 1
         own = list(self._mine)
-        return self._format.batch(ids[own], np.full(len(own), length), groups[own])
+        return self._row_layout.batch(ids[own], np.full(len(own), length), groups[own])
 
     def get_state(self) -> dict[str, Any]:
         """Position, as JSON-able data."""
@@ -201,28 +206,28 @@ class StreamedBatches:
             reader.seek(position)
 
 
-def _by_size(sources: list[Source]) -> dict[str, float]:
+def _by_size(sources: list[TextSource]) -> dict[str, float]:
     """Shares by bytes on disk, or equal ones where a size is not known."""
-    sizes = [sum(item.size for item in source.inputs) for source in sources]
+    sizes = [sum(item.size for item in source.files) for source in sources]
     if not all(sizes):
         sizes = [1] * len(sources)
     return {s.name: n / sum(sizes) for s, n in zip(sources, sizes, strict=True)}
 
 
 def _held_out(
-    source: Source,
+    source: TextSource,
     tokenizer: Tokenizer,
-    layout: Layout,
+    marks: DocumentMarks,
     config: Config,
     left_out: collections.Counter[str],
-) -> Stretch:
+) -> HeldOutText:
     """The first held-out documents, whole, until there are `held_out_bytes`."""
     text = config.text
     expected = text.held_out_bytes / max(text.held_out_share, 1e-9)
     room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
     found: list[np.ndarray] = []
     documents, size, held = 0, 0, False
-    for piece in source.read(source.inputs, left_out):
+    for piece in source.read(source.files, left_out):
         between = piece.starts or not held
         if between and (size >= text.held_out_bytes or room <= 0):
             break
@@ -231,18 +236,21 @@ def _held_out(
             documents += held
         room -= len(piece.text)
         if held:
-            (ids,) = tokenizer.encode_arrays([piece.text], layout.dtype)
-            found.append(layout.frame(piece, ids))
+            (ids,) = tokenizer.encode_arrays([piece.text], marks.dtype)
+            found.append(marks.frame(piece, ids))
             size += len(piece.text.encode())
-    ids = np.concatenate(found) if found else np.empty(0, layout.dtype)
-    return Stretch(
-        Totals(documents, len(ids), size),
+    ids = np.concatenate(found) if found else np.empty(0, marks.dtype)
+    return HeldOutText(
+        TextTotals(documents, len(ids), size),
         lambda start, count: ids[start : start + count],
     )
 
 
 def _identity(
-    config: Config, sources: list[Source], tokenizer: Tokenizer, held: list[Stretch]
+    config: Config,
+    sources: list[TextSource],
+    tokenizer: Tokenizer,
+    held: list[HeldOutText],
 ) -> str:
     """Of names, sizes and the evaluated text: nobody has read the rest yet."""
     parts = {
@@ -250,7 +258,7 @@ def _identity(
         "held_out_share": config.text.held_out_share,
         "policies": [config.text.undecodable, config.data.bad_lines],
         "sources": [
-            [s.name, s.column, s.revision, [[i.name, i.size] for i in s.inputs]]
+            [s.name, s.column, s.revision, [[i.name, i.size] for i in s.files]]
             for s in sources
         ],
     }

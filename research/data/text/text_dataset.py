@@ -8,13 +8,13 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.data.batch_order import Batches
-from research.data.text.row_layout import Layout, lay_rows
-from research.data.text.token_shards import Totals
+from research.data.text.row_layout import RowLayout
+from research.data.text.token_shards import TextTotals
 from research.data.token_batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class HeldOutText:
     """Held-out documents of one source, whole and one behind the other.
 
     Attributes:
@@ -22,27 +22,8 @@ class Stretch:
       read: `read(start, count)` gives `[count]` of their ids.
     """
 
-    totals: Totals
+    totals: TextTotals
     read: Callable[[int, int], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowFormat:
-    """What every row has in common.
-
-    Attributes:
-      seq_len: predictions of a row.
-      isolate: whether attention stays within a document.
-      layout: what marks the documents.
-    """
-
-    seq_len: int
-    isolate: bool
-    layout: Layout
-
-    def batch(self, ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> Batch:
-        """See `lay_rows`."""
-        return lay_rows(ids, lengths, groups, self.layout, self.isolate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +49,13 @@ class TextData:
     groups: list[str]
     origin: str
     sha256: str
-    train: dict[str, Totals]
-    held_out: dict[str, Totals]
+    train: dict[str, TextTotals]
+    held_out: dict[str, TextTotals]
     rows: int
     held_out_bytes: dict[str, int]
     left_out: dict[str, int]
-    row_format: RowFormat = dataclasses.field(repr=False)
-    evaluated: list[Stretch] = dataclasses.field(repr=False)
+    row_layout: RowLayout = dataclasses.field(repr=False)
+    evaluated: list[HeldOutText] = dataclasses.field(repr=False)
     training: Callable[[int, int, Sequence[int] | None], Batches] = dataclasses.field(
         repr=False
     )
@@ -90,10 +71,10 @@ class TextData:
         """Raises UserError where there are fewer rows than a batch has."""
         if self.train and self.rows < batch_size:
             tokens = sum(totals.tokens for totals in self.train.values())
-            needed = batch_size * self.row_format.seq_len + 1
+            needed = batch_size * self.row_layout.seq_len + 1
             raise UserError(
                 f"the text has {tokens} training tokens, and a batch of {batch_size} "
-                f"rows of {self.row_format.seq_len} needs {needed}; give more text, or "
+                f"rows of {self.row_layout.seq_len} needs {needed}; give more text, or "
                 "lower config.data.batch_size or config.data.seq_len"
             )
 
@@ -112,10 +93,10 @@ class TextData:
             (
                 group,
                 start,
-                min(self.row_format.seq_len, stretch.totals.tokens - 1 - start),
+                min(self.row_layout.seq_len, stretch.totals.tokens - 1 - start),
             )
             for group, stretch in enumerate(self.evaluated)
-            for start in range(0, stretch.totals.tokens - 1, self.row_format.seq_len)
+            for start in range(0, stretch.totals.tokens - 1, self.row_layout.seq_len)
         ]
         batches = []
         for first in range(0, len(rows), batch_size):
@@ -127,15 +108,15 @@ class TextData:
         return batches
 
     def _evaluation_batch(self, rows: list[tuple[int, int, int]]) -> Batch:
-        ids = np.zeros((len(rows), self.row_format.seq_len + 1), np.int32)
+        ids = np.zeros((len(rows), self.row_layout.seq_len + 1), np.int32)
         for i, (group, start, count) in enumerate(rows):
             if count:
                 ids[i, : count + 1] = self.evaluated[group].read(start, count + 1)
         groups, _, lengths = np.array(rows, np.int32).reshape(-1, 3).T
-        return self.row_format.batch(ids, lengths, groups)
+        return self.row_layout.batch(ids, lengths, groups)
 
 
-def check_held_out(config_share: float, evaluated: dict[str, Totals]) -> None:
+def check_held_out(config_share: float, evaluated: dict[str, TextTotals]) -> None:
     """Says which sources cannot be evaluated.
 
     Raises:

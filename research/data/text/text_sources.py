@@ -1,16 +1,16 @@
-"""Where raw text comes from: sources by name, and the files of each."""
+"""The sources of raw text: their names, the files of each, and their shares."""
 
+import math
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from research.config.run_config import Config, TextConfig
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
-from research.data.text.document_readers import Input, Source, hub_parts
-from research.data.text.mixture import mixture_weights
+from research.data.text.document_readers import SourceFile, TextSource, hub_parts
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -46,7 +46,7 @@ def _places(config: TextConfig) -> dict[str, str]:
     return places
 
 
-def open_sources(config: Config) -> list[Source]:
+def open_sources(config: Config) -> list[TextSource]:
     """The sources of `config.text`, listed and not yet read.
 
     Raises:
@@ -54,17 +54,19 @@ def open_sources(config: Config) -> list[Source]:
     """
     sources, text = [], config.text
     for name, where in _places(text).items():
-        inputs, revision = _locate(name, where, config.data.hub_timeout)
+        files, revision = _locate(name, where, config.data.hub_timeout)
         sources.append(
-            Source(
-                name, where, inputs, revision, text.column, text.undecodable,
+            TextSource(
+                name, where, files, revision, text.column, text.undecodable,
                 config.data.bad_lines,
             )
         )  # fmt: skip
     return sources
 
 
-def _locate(name: str, where: str, timeout: float) -> tuple[tuple[Input, ...], str]:
+def _locate(
+    name: str, where: str, timeout: float
+) -> tuple[tuple[SourceFile, ...], str]:
     if where == "stdlib":
         return tuple(_stdlib()), ""
     if where.startswith("hub://"):
@@ -75,24 +77,24 @@ def _locate(name: str, where: str, timeout: float) -> tuple[tuple[Input, ...], s
                 f"text source {name}={where} is out of reach ({answer.reason}); give a "
                 "local file or folder, or more time with --config.data.hub_timeout="
             )
-        return (Input(owner_name, Path(where), 0),), answer.revision
+        return (SourceFile(owner_name, Path(where), 0),), answer.revision
     path = Path(where).expanduser()
     if path.is_file():
-        return (Input(path.name, path, path.stat().st_size),), ""
+        return (SourceFile(path.name, path, path.stat().st_size),), ""
     if not path.is_dir():
         raise UserError(
             f"text source {name}={where} does not exist; give stdlib, a file, a folder "
             "or hub://owner/name"
         )
-    inputs = tuple(_files_under(path, lambda name: not name.startswith(".")))
-    if not inputs:
+    files = tuple(_files_under(path, lambda name: not name.startswith(".")))
+    if not files:
         raise UserError(
             f"text source {name}={where} has no files; hidden ones do not count"
         )
-    return inputs, ""
+    return files, ""
 
 
-def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Input]:
+def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[SourceFile]:
     """Files whose every relative part is wanted, in the order of their names."""
     found = []
 
@@ -105,12 +107,58 @@ def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Input]
     for path in sorted(found, key=lambda path: path.relative_to(folder).parts):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
-            yield Input(name, path, path.stat().st_size)
+            yield SourceFile(name, path, path.stat().st_size)
 
 
-def _stdlib() -> Iterator[Input]:
+def _stdlib() -> Iterator[SourceFile]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     for item in _files_under(folder, lambda name: name not in STDLIB_SKIPPED):
         generated = item.path.name.startswith("_sysconfigdata")
         if item.path.suffix == ".py" and not generated and item.size < STDLIB_LARGEST:
             yield item
+
+
+def mixture_weights(config: TextConfig, names: Sequence[str]) -> dict[str, float]:
+    """Shares by source name that sum to 1, or nothing where `mixture` is empty.
+
+    Raises:
+      UserError: a name or a weight that cannot be, or a source without a weight.
+    """
+    weights: dict[str, float] = {}
+    for written in config.mixture:
+        name, equals, number = written.partition("=")
+        if not equals:
+            raise UserError(f"config.text.mixture has {written!r}; write name=weight")
+        if name not in names:
+            raise UserError(
+                f"config.text.mixture has {written!r}, and no source is named {name!r}"
+                f"{nearest(name, names)}; config.text.sources has {', '.join(names)}"
+            )
+        if name in weights:
+            raise UserError(f"config.text.mixture names {name!r} twice; keep one")
+        weights[name] = _weight(written, number)
+    if not weights:
+        return {}
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise UserError(
+            f"config.text.mixture has no weight for {', '.join(missing)}; give one, "
+            f"or {missing[0]}=0 to only evaluate on it"
+        )
+    total = sum(weights.values())
+    if total <= 0:
+        raise UserError("config.text.mixture is all zeros; raise at least one weight")
+    return {name: weights[name] / total for name in names}
+
+
+def _weight(written: str, number: str) -> float:
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise UserError(
+            f"config.text.mixture has {written!r}; the weight must be a number of at "
+            "least 0"
+        )
+    return weight

@@ -20,14 +20,14 @@ from research.config.run_config import TextConfig
 from research.core.atomic_files import remove_leftovers
 from research.core.errors import UserError
 from research.data.text import document_readers
-from research.data.text.document_readers import Input, Piece, Source
+from research.data.text.document_readers import DocumentPiece, SourceFile, TextSource
 from research.data.text.parallel_tokenization import encoded
-from research.data.text.row_layout import Layout, is_held_out
+from research.data.text.row_layout import DocumentMarks, is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
 from research.data.text.token_shards import (
-    Manifest,
-    Shard,
-    Totals,
+    TextTotals,
+    TokenManifest,
+    TokenShard,
     read_manifest,
     read_shard,
     write_manifest,
@@ -57,12 +57,12 @@ class CachedSource:
 
     name: str
     folder: Path
-    manifest: Manifest
-    layout: Layout
+    manifest: TokenManifest
+    marks: DocumentMarks
 
 
 def open_cache(
-    source: Source,
+    source: TextSource,
     tokenizer: Tokenizer,
     config: TextConfig,
     process_index: int = 0,
@@ -76,16 +76,16 @@ def open_cache(
     Raises:
       UserError: an input cannot be read or used, or the folder cannot be written.
     """
-    layout = Layout.of(tokenizer)
+    marks = DocumentMarks.of(tokenizer)
     cache = cache_folder(config)
-    key = source_key(source, cache, _settings(source, tokenizer, layout, config))
+    key = source_key(source, cache, _settings(source, tokenizer, marks, config))
     folder = cache / "tokens" / f"{source.name}-{key[:16]}"
     manifest = read_manifest(folder, key)
     if manifest is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            build = _Build(source, tokenizer, layout, config.held_out_share, folder)
+            build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
             manifest = build.run(key, process_index, process_count)
         except UserError:
             # Mended text has another key: these shards would never be used.
@@ -100,11 +100,11 @@ def open_cache(
             f"text source {source.name}={source.where} has no readable text "
             f"(left out: {left_out or 'nothing'})"
         )
-    return CachedSource(source.name, folder, manifest, layout)
+    return CachedSource(source.name, folder, manifest, marks)
 
 
 def _settings(
-    source: Source, tokenizer: Tokenizer, layout: Layout, config: TextConfig
+    source: TextSource, tokenizer: Tokenizer, marks: DocumentMarks, config: TextConfig
 ) -> dict:
     return {
         "format": FORMAT,
@@ -116,16 +116,16 @@ def _settings(
         ],
         "folder": source.is_folder,
         "tokenizer": tokenizer.fingerprint,
-        "layout": dataclasses.astuple(layout),
+        "layout": dataclasses.astuple(marks),
         "held_out_share": config.held_out_share,
     }
 
 
-def units_of(inputs: Iterable[Input]) -> list[list[Input]]:
+def units_of(files: Iterable[SourceFile]) -> list[list[SourceFile]]:
     """Neighbours together up to about `UNIT_BYTES`; what is larger stands alone."""
-    units: list[list[Input]] = []
+    units: list[list[SourceFile]] = []
     room = 0
-    for item in inputs:
+    for item in files:
         if not units or item.size > room:
             units.append([])
             room = UNIT_BYTES
@@ -140,7 +140,7 @@ class _Step:
 
     unit: int
     number: int
-    piece: Piece | None
+    piece: DocumentPiece | None
     size: int
     held: bool
     closes: bool
@@ -148,7 +148,7 @@ class _Step:
     left_out: dict[str, int]
 
 
-class _Growing:
+class _OpenShard:
     """A shard in work: ids and counts, and no text."""
 
     def __init__(self) -> None:
@@ -172,13 +172,13 @@ class _Growing:
                 self._held_lengths.append(0)
             self._held_lengths[-1] += step.size
 
-    def shard(self, end: _Step) -> Shard:
+    def shard(self, end: _Step) -> TokenShard:
         """What its JSON will say, given its last step."""
         train, held = (
-            Totals(*counts)
+            TextTotals(*counts)
             for counts in zip(self._documents, self._tokens, self._bytes, strict=True)
         )
-        return Shard(
+        return TokenShard(
             unit=end.unit,
             number=end.number,
             pieces=self._pieces,
@@ -192,43 +192,43 @@ class _Growing:
         )
 
 
-class _Build:
+class _CacheBuild:
     """Makes the shards of a source that are not there."""
 
     def __init__(
         self,
-        source: Source,
+        source: TextSource,
         tokenizer: Tokenizer,
-        layout: Layout,
+        marks: DocumentMarks,
         held_out_share: float,
         folder: Path,
     ):
         self._source = source
         self._tokenizer = tokenizer
-        self._layout = layout
+        self._layout = marks
         self._share = held_out_share
         self._folder = folder
-        self._units = units_of(source.inputs)
+        self._units = units_of(source.files)
         self._seen, self._alone = 0, False
         self._begun = self._said = time.monotonic()
 
-    def run(self, key: str, process_index: int, process_count: int) -> Manifest:
+    def run(self, key: str, process_index: int, process_count: int) -> TokenManifest:
         """Makes this process's units, waits for the others', writes the manifest."""
         count = len(self._units)
         logging.info(
             "text: tokenising %s (%s), %d files in %d units, into %s",
-            self._source.name, self._source.where, len(self._source.inputs), count,
+            self._source.name, self._source.where, len(self._source.files), count,
             self._folder,
         )  # fmt: skip
         self._make(range(process_index, count, process_count))
         shards = self._wait_for(range(count))
-        manifest = Manifest(key, self._layout.dtype, shards)
+        manifest = TokenManifest(key, self._layout.dtype, shards)
         write_manifest(self._folder, manifest)
         self._sum_up(manifest)
         return manifest
 
     def _make(self, units: Iterable[int]) -> None:
-        growing = _Growing()
+        shard_in_work = _OpenShard()
         for step, ids in encoded(
             (step for unit in units for step in self._steps(unit)),
             lambda step: step.piece.text if step.piece else "",
@@ -236,11 +236,11 @@ class _Build:
             self._layout.dtype,
         ):
             if step.piece:
-                growing.add(step, self._layout.frame(step.piece, ids))
+                shard_in_work.add(step, self._layout.frame(step.piece, ids))
             if step.closes:
-                shard = growing.shard(step)
-                write_shard(self._folder, shard, growing.data, self._layout.dtype)
-                growing = _Growing()
+                shard = shard_in_work.shard(step)
+                write_shard(self._folder, shard, shard_in_work.data, self._layout.dtype)
+                shard_in_work = _OpenShard()
 
     def _steps(self, unit: int) -> Iterator[_Step]:
         """The pieces of a unit that are in no finished shard."""
@@ -273,9 +273,9 @@ class _Build:
                 done = read_shard(self._folder, unit, number, self._layout.dtype)
             piece = following
 
-    def _finished(self, unit: int) -> list[Shard]:
+    def _finished(self, unit: int) -> list[TokenShard]:
         """All shards of a unit, or none where it is not finished."""
-        shards: list[Shard] = []
+        shards: list[TokenShard] = []
         while not shards or not shards[-1].last:
             shard = read_shard(self._folder, unit, len(shards), self._layout.dtype)
             if shard is None:
@@ -283,9 +283,9 @@ class _Build:
             shards.append(shard)
         return shards
 
-    def _wait_for(self, units: Iterable[int]) -> list[Shard]:
+    def _wait_for(self, units: Iterable[int]) -> list[TokenShard]:
         """The shards of all units in order; others' are waited for, to a point."""
-        shards: list[Shard] = []
+        shards: list[TokenShard] = []
         for unit in units:
             found, files = self._finished(unit), -1
             while not found:
@@ -318,7 +318,7 @@ class _Build:
             self._source.name, self._seen / 1e6, of, speed / 1e6, left,
         )  # fmt: skip
 
-    def _sum_up(self, manifest: Manifest) -> None:
+    def _sum_up(self, manifest: TokenManifest) -> None:
         total = manifest.total("train") + manifest.total("held")
         logging.info(
             "text: %s tokenised: %d documents, %d tokens, %d bytes, %.2f bytes a "

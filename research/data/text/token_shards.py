@@ -23,15 +23,15 @@ SIDES = ("train", "held")
 
 
 @dataclasses.dataclass(frozen=True)
-class Totals:
+class TextTotals:
     """Documents, ids with their marks, and bytes of UTF-8 text."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
 
-    def __add__(self, other: "Totals") -> "Totals":
-        return Totals(
+    def __add__(self, other: "TextTotals") -> "TextTotals":
+        return TextTotals(
             self.documents + other.documents,
             self.tokens + other.tokens,
             self.bytes + other.bytes,
@@ -39,7 +39,7 @@ class Totals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class TokenShard:
     """What a shard's JSON says.
 
     Attributes:
@@ -56,8 +56,8 @@ class Shard:
     unit: int
     number: int
     pieces: int
-    train: Totals
-    held: Totals
+    train: TextTotals
+    held: TextTotals
     held_lengths: list[int]
     held_continues: bool
     sha256: list[str]
@@ -72,7 +72,7 @@ class Shard:
         """The ids of one of `SIDES`, flat."""
         return folder / f"{self.name}.{side}.{'u16' if dtype == '<u2' else 'u32'}"
 
-    def totals(self, side: str) -> Totals:
+    def totals(self, side: str) -> TextTotals:
         return self.train if side == "train" else self.held
 
     def is_whole(self, folder: Path, dtype: str) -> bool:
@@ -88,7 +88,7 @@ class Shard:
             return False
 
 
-def read_shard(folder: Path, unit: int, number: int, dtype: str) -> Shard | None:
+def read_shard(folder: Path, unit: int, number: int, dtype: str) -> TokenShard | None:
     """A finished shard, or None."""
     try:
         text = (folder / f"u{unit:06d}-s{number:06d}.json").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def read_shard(folder: Path, unit: int, number: int, dtype: str) -> Shard | None
 
 
 def write_shard(
-    folder: Path, shard: Shard, ids: Sequence[bytes | bytearray], dtype: str
+    folder: Path, shard: TokenShard, ids: Sequence[bytes | bytearray], dtype: str
 ) -> None:
     """Writes the ids of both sides, and then the JSON.
 
@@ -112,13 +112,13 @@ def write_shard(
     write_whole(folder / f"{shard.name}.json", text)
 
 
-def _from_dict(values: dict[str, Any]) -> Shard:
-    sides = {side: Totals(**values[side]) for side in SIDES}
-    return Shard(**{**values, **sides})
+def _from_dict(values: dict[str, Any]) -> TokenShard:
+    sides = {side: TextTotals(**values[side]) for side in SIDES}
+    return TokenShard(**{**values, **sides})
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class TokenManifest:
     """All of a finished source.
 
     Attributes:
@@ -129,10 +129,10 @@ class Manifest:
 
     key: str
     dtype: str
-    shards: list[Shard]
+    shards: list[TokenShard]
 
-    def total(self, side: str) -> Totals:
-        return sum((shard.totals(side) for shard in self.shards), Totals())
+    def total(self, side: str) -> TextTotals:
+        return sum((shard.totals(side) for shard in self.shards), TextTotals())
 
     def left_out(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -159,7 +159,7 @@ class Manifest:
         return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def read_manifest(folder: Path, key: str) -> Manifest | None:
+def read_manifest(folder: Path, key: str) -> TokenManifest | None:
     """A finished source whose every file has the right size, or None.
 
     Where a file is damaged, the manifest and the shard's JSON go, too, so that this
@@ -169,7 +169,7 @@ def read_manifest(folder: Path, key: str) -> Manifest | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         shards = [_from_dict(shard) for shard in values["shards"]]
-        manifest = Manifest(values["key"], values["dtype"], shards)
+        manifest = TokenManifest(values["key"], values["dtype"], shards)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if manifest.key != key:
@@ -185,6 +185,6 @@ def read_manifest(folder: Path, key: str) -> Manifest | None:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: TokenManifest) -> None:
     """Raises OSError: no space or no permission."""
     write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest)))

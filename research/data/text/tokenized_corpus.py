@@ -14,12 +14,12 @@ import numpy as np
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
-from research.data.text.mixture import mixture_weights
+from research.data.text.row_layout import RowLayout
 from research.data.text.streaming import load_streamed
-from research.data.text.text_dataset import RowFormat, Stretch, TextData, check_held_out
-from research.data.text.text_sources import open_sources
+from research.data.text.text_dataset import HeldOutText, TextData, check_held_out
+from research.data.text.text_sources import mixture_weights, open_sources
 from research.data.text.token_cache import CachedSource, open_cache
-from research.data.text.token_shards import Totals
+from research.data.text.token_shards import TextTotals
 from research.data.token_batch import Batch
 from research.tokenize.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ class _Corpus:
         self._cached = cached
         self._names = [c.name for c in cached]
         text = config.text
-        self._format = RowFormat(config.data.seq_len, text.isolate, cached[0].layout)
+        self._row_layout = RowLayout(config.data.seq_len, text.isolate, cached[0].marks)
         self._streams = [TokenStream(c, "train") for c in cached]
         self._rows = [
             max(len(stream) - 1, 0) // config.data.seq_len for stream in self._streams
@@ -157,7 +157,7 @@ class _Corpus:
             ),
             held_out_bytes=self._by_name(e.totals.bytes for e in evaluated),
             left_out=dict(left_out),
-            row_format=self._format,
+            row_layout=self._row_layout,
             evaluated=evaluated,
             training=self._batches,
             first_rows=self._first_rows,
@@ -188,7 +188,7 @@ class _Corpus:
                 raise UserError(
                     f"config.text.mixture wants {self._names[i]}, which has "
                     f"{len(self._streams[i])} training tokens and no row of "
-                    f"{self._format.seq_len}; give it more text or the weight 0"
+                    f"{self._row_layout.seq_len}; give it more text or the weight 0"
                 )
         return grain.MapDataset.mix(
             [
@@ -201,26 +201,26 @@ class _Corpus:
         )
 
     def _batch(self, numbers: np.ndarray) -> Batch:
-        length = self._format.seq_len
+        length = self._row_layout.seq_len
         groups = np.searchsorted(self._offsets, numbers, side="right") - 1
-        ids = np.empty((len(numbers), length + 1), self._format.layout.dtype)
+        ids = np.empty((len(numbers), length + 1), self._row_layout.marks.dtype)
         for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
             row = int(number - self._offsets[group])
             ids[i] = self._streams[group].read(row * length, length + 1)
-        return self._format.batch(ids, np.full(len(numbers), length), groups)
+        return self._row_layout.batch(ids, np.full(len(numbers), length), groups)
 
     def _first_rows(self, count: int) -> Batch:
         return self._batch(np.arange(min(count, sum(self._rows))))
 
-    def _evaluated(self, cached: CachedSource) -> Stretch:
+    def _evaluated(self, cached: CachedSource) -> HeldOutText:
         """Whole documents in order, up to `held_out_bytes`, and at least one."""
         stream = TokenStream(cached, "held")
         lengths = cached.manifest.held_lengths()
         ends = np.cumsum(lengths)
         enough = np.searchsorted(ends, self._config.text.held_out_bytes) + 1
         count = min(int(enough), len(lengths))
-        tokens = _end_of(stream, count, len(lengths), cached.layout.start)
-        return Stretch(Totals(count, tokens, sum(lengths[:count])), stream.read)
+        tokens = _end_of(stream, count, len(lengths), cached.marks.start)
+        return HeldOutText(TextTotals(count, tokens, sum(lengths[:count])), stream.read)
 
 
 def _end_of(stream: TokenStream, count: int, documents: int, start: int) -> int:

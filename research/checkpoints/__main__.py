@@ -107,11 +107,12 @@ def _export(run: str, step: str, out: str) -> int:
     if not out or Path(out).exists():
         raise UserError(f"--out={out} must name a folder that does not exist yet")
     from research.formats.huggingface_export import export
-    from research.generate.chat import open_run
+    from research.parallel import runtime
+    from research.runs.reopen import reopen
 
-    found = open_run(run, step)
-    weights = found.definition.trainable.forward(found.params, found.frozen, None)
-    export(found.definition.model, weights, found.base.tokenizer, Path(out), "float32")
+    runtime.start_alone()
+    opened = reopen(run, step=step)
+    export(opened.model, opened.weights, opened.base.tokenizer, Path(out), "float32")
     return 0
 
 

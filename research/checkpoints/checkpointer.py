@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from research.checkpoints.checkpoint_listing import step_folders
-from research.checkpoints.checksums import SealedArrays, SealedPath, find_damage
+from research.checkpoints.checksums import find_damage
+from research.checkpoints.orbax_manager import Manager, open_manager
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.run_config import CheckpointConfig
 from research.core.errors import DamagedError, SaveError, UserError
-from research.train.step.train_step import TrainState
 
 POLL = 0.02  # seconds between two looks at a save that is waited for
 METRICS = "metrics"  # Orbax's own name for the item.
@@ -31,26 +31,13 @@ class Restored:
 
     Attributes:
       step: optimizer updates it holds.
-      state: in the shardings that were asked for.
-      position: what `save` was given.
+      state: the tree that was saved, in the shardings of the request.
+      position: the data position that `save` was given.
     """
 
     step: int
-    state: TrainState
+    state: Any
     position: dict[str, Any]
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, which decides nothing about signals."""
-
-    def reached_preemption(self, step: int) -> bool:
-        """Never: `StopRequest` alone asks JAX's preemption service.
-
-        Orbax would ask, in each save, about the moment that has the step's number. The
-        service picks the moment to stop at by what it was asked last, so a SIGTERM in a
-        save would be agreed for a moment that is over, and never come.
-        """
-        return False
 
 
 class Checkpointer:
@@ -95,43 +82,13 @@ class Checkpointer:
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
 
-    def _open(self) -> "_Manager":
-        keep = ocp.checkpoint_managers
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep.AnyPreservationPolicy(
-                [
-                    keep.LatestN(self._config.keep_last),
-                    keep.BestN(
-                        get_metric_fn=lambda metrics: metrics["loss"],
-                        reverse=True,
-                        n=self._config.keep_best,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
-            # Without it metrics are neither written nor read, whatever is preserved.
-            best_fn=lambda metrics: metrics["loss"],
-            best_mode="min",
-            cleanup_tmp_directories=not self._read_only,
-            read_only=self._read_only,
-            # Who moves nothing must not stumble over metrics that are damaged.
-            lightweight_initialize=self._read_only,
-            create=not self._read_only,
-            enable_async_checkpointing=True,
-            # A folder that cannot be made would be waited for, for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            temporary_path_class=SealedPath,
-        )
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        arrays, json_files = SealedArrays(self._fail), ocp.JsonCheckpointHandler()
-        for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
-            registry.add("state", args, arrays)
-        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
-            registry.add("meta", args, json_files)
+    def _open(self) -> Manager:
         try:
             if not self._read_only:
                 self._set_unreadable_aside()
-            return _Manager(self._folder, options=options, handler_registry=registry)
+            return open_manager(
+                self._folder, self._config, self._fail, read_only=self._read_only
+            )
         except OSError as error:
             raise UserError(
                 f"{self._folder} cannot be used for checkpoints: {error}; give back "
@@ -198,7 +155,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: Any,
         position: dict[str, Any],
         eval_loss: float | None,
     ) -> None:
@@ -298,9 +255,7 @@ class Checkpointer:
         with contextlib.suppress(UserError):
             self._manager = self._open()
 
-    def restore(
-        self, abstract_state: TrainState, step: int | None = None
-    ) -> Restored | None:
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
         """The checkpoint of `step`, by default the newest intact one.
 
         None where there is none at all.
@@ -329,6 +284,28 @@ class Checkpointer:
                 "bring a copy back, or choose another --config.run_dir"
             )
         return None
+
+    def restore_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
+        """Reads only some entries of the saved tree; the others take no memory.
+
+        Args:
+          step: of the checkpoint. All its files are checked first, in small portions.
+          abstract_part: entry of the saved tree -> shapes, dtypes and shardings. A
+            dtype that differs from the saved one casts.
+
+        Raises:
+          DamagedError: the checkpoint is damaged.
+          UserError: it was saved over another base model or tokenizer, or for
+            parameters of other shapes.
+        """
+        self._require_intact(step)
+        self._meta(step)
+        restored = ocp.args.PyTreeRestore(
+            abstract_part,
+            ocp.checkpoint_utils.construct_restore_args(abstract_part),
+            partial_restore=True,
+        )
+        return self._restore_state(step, restored)
 
     def damage(self, step: int) -> list[str]:
         """What is wrong with the files of `step`; each process reads its share."""
@@ -366,23 +343,31 @@ class Checkpointer:
             + (f"; and {len(damage) - 5} more" if len(damage) > 5 else "")
         )
 
-    def _read(self, step: int, abstract_state: TrainState) -> Restored:
+    def _read(self, step: int, abstract_state: Any) -> Restored:
+        meta = self._meta(step)
+        state = self._restore_state(step, ocp.args.StandardRestore(abstract_state))
+        return Restored(step, state, meta["position"])
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Reads identity and position saved with `step`, and checks the identity."""
         meta = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )["meta"]
         what = f"checkpoint {step}"
         check_identity(meta["identity"], self._identity, what, self._accept)
-        state = ocp.args.StandardRestore(abstract_state)
+        return meta
+
+    def _restore_state(self, step: int, request: ocp.args.CheckpointArgs) -> Any:
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=state))
+            found = self._manager.restore(step, args=ocp.args.Composite(state=request))
         except ValueError as error:  # Orbax's, of shapes or of the tree.
             first_line = str(error).strip().partition("\n")[0][:300]
             raise UserError(
-                f"{what} holds other parameters than this run trains ({first_line}); "
-                "give back the model and LoRA shape that it was made with"
+                f"checkpoint {step} holds other parameters than this run trains "
+                f"({first_line}); go back to the model and LoRA shape of the run"
             ) from error
         logging.info("checkpoint: step %d restored", step)
-        return Restored(step, found["state"], meta["position"])
+        return found["state"]
 
 
 def _agreed(steps: list[int]) -> list[int]:

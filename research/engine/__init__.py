@@ -1,1 +1,1 @@
-"""A model that answers prompts: sampling and decoding."""
+"""A model that answers prompts: decoding, sampling, streaming. Knows no training."""

@@ -1,4 +1,4 @@
-"""Autoregressive decoding: prefill, then one token at a time."""
+"""Autoregressive decoding: one prefill of the prompt, then one token at a time."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from research.weights.contraction import contract
 
 Array = jax.Array
 
-# Prompts are padded to a multiple of this, so that few lengths are ever compiled.
+# Prompts and caches are padded to multiples of these, so that few lengths compile.
 PROMPT_BUCKET = 64
 CACHE_BUCKET = 256
 
@@ -25,11 +25,11 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-      temperature: 0 takes the likeliest token.
-      top_p: smallest set of tokens with this probability (nucleus sampling,
-        Holtzman et al. 2020, arXiv:1904.09751); 1 takes all.
-      max_new_tokens: the answer's limit.
-      seed: of the draw.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_p: draws from the smallest set of tokens that has this probability (nucleus
+        sampling, Holtzman et al. 2020, arXiv:1904.09751); 1 draws from all tokens.
+      max_new_tokens: the longest answer, in tokens.
+      seed: of the random draw.
     """
 
     temperature: float = 0.0
@@ -39,10 +39,14 @@ class Sampling:
 
 
 class Sampler:
-    """Streams token ids from a model; each of its shapes is compiled once."""
+    """Streams token ids from a model. Each shape compiles once.
+
+    Attributes:
+      model: the decoder; parameters are passed to each call.
+    """
 
     def __init__(self, model: Model):
-        self._model = model
+        self.model = model
         self._prefill = jax.jit(functools.partial(_prefill, model))
         self._advance = jax.jit(functools.partial(_advance, model), donate_argnums=2)
 
@@ -53,12 +57,18 @@ class Sampler:
         sampling: Sampling,
         stop_ids: frozenset[int],
     ) -> Iterator[int]:
-        """Yields new ids until one of `stop_ids` (not yielded) or the limit.
+        """Yields new ids until one of `stop_ids`, which is not yielded, or the limit.
+
+        Args:
+          params: of the model, by path, on one device or sharded.
+          prompt: ids.
+          sampling: how ids are chosen, and how many at most.
+          stop_ids: ids that end the answer.
 
         Raises:
-          UserError: prompt and answer are longer than the model's context.
+          UserError: prompt and answer exceed the model's context.
         """
-        longest = self._model.architecture.max_position
+        longest = self.model.architecture.max_position
         if len(prompt) + sampling.max_new_tokens > longest:
             raise UserError(
                 f"{len(prompt)} prompt tokens and {sampling.max_new_tokens} new ones "
@@ -68,7 +78,7 @@ class Sampler:
         room = _round_up(padded + sampling.max_new_tokens, CACHE_BUCKET)
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, : len(prompt)] = prompt
-        cache = self._model.init_cache(1, room)
+        cache = self.model.init_cache(1, room)
         logits, cache = self._prefill(params, tokens, cache, len(prompt))
         key = jax.random.key(sampling.seed)
         for index in range(sampling.max_new_tokens):
@@ -80,14 +90,14 @@ class Sampler:
 
 
 def choose(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
-    """Next ids `[B]` from float32 logits."""
+    """Chooses the next ids `[B]` from float32 logits `[B, V]`."""
     if sampling.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_p < 1.0:
         ordered = jnp.sort(logits_BV, axis=-1)[:, ::-1]
         above = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # The likeliest token always stays: its own probability is not "before" it.
+        # `before` excludes a token's own probability, so the likeliest always stays.
         before = above - jax.nn.softmax(ordered, axis=-1)
         kept = jnp.where(before < sampling.top_p, ordered, jnp.inf)
         threshold = jnp.min(kept, axis=-1, keepdims=True)
@@ -102,7 +112,10 @@ def _round_up(n: int, multiple: int) -> int:
 def _prefill(
     model: Model, params: dict[str, Any], tokens_BT: Array, cache: Cache, length: Array
 ) -> tuple[Array, Cache]:
-    """Logits after the first `length` tokens; the padding's slots are written over."""
+    """Logits `[B, V]` after the first `length` tokens, and the cache.
+
+    The cache counts `length` slots as filled; later tokens overwrite the padding.
+    """
     hidden, cache = model.decode(params, tokens_BT, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
     logits = contract(last, model.head(params)).astype(jnp.float32)

@@ -1,23 +1,30 @@
-"""A model that answers: parameters of a definition, a sampler, text as it comes."""
+"""Text from parameters: a sampler, a tokenizer, and pieces of text as they come."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from research.engine.sampler import Sampler, Sampling
 from research.formats.base_model import Base
+from research.formats.load_parameters import load_base
 from research.tokenize.tokenizer import Tokenizer
-from research.train.step.definition_from_config import load_base
-from research.train.step.train_step import StepDefinition
+from research.weights.trainable import Trainable
 
 Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """Parameters to sample from, and the tokenizer of their ids."""
+class TextGenerator:
+    """Answers prompts.
+
+    Attributes:
+      sampler: of the model.
+      params: of the model, by path; a matrix may carry an adapter.
+      tokenizer: of the model's ids.
+    """
 
     sampler: Sampler
     params: Params
@@ -26,47 +33,55 @@ class Model:
     def stream(
         self, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]
     ) -> Iterator[str]:
-        """The answer to the ids of `prompt`, piece by piece."""
+        """Yields the answer to the ids of `prompt` in pieces of whole characters.
+
+        Raises:
+          UserError: prompt and answer exceed the model's context.
+        """
         ids = self.sampler.stream(self.params, prompt, sampling, stop_ids)
         return stream_text(ids, self.tokenizer)
 
     def answer(
         self, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]
     ) -> str:
-        """The whole answer."""
+        """Returns the whole answer to the ids of `prompt`."""
         return "".join(self.stream(prompt, sampling, stop_ids))
 
 
-def tuned_model(
-    definition: StepDefinition,
-    base: Base,
+def tuned_generator(
     sampler: Sampler,
+    trainable: Trainable,
     params: Params,
     frozen: Params,
-) -> Model:
-    """The model as trained so far, in the model's compute dtype."""
-    weights = definition.trainable.forward(params, frozen, None)
+    tokenizer: Tokenizer,
+) -> TextGenerator:
+    """Generates with the trained parameters `params` over the `frozen` ones.
+
+    Fully trained parameters are cast to the compute dtype once, not at every token.
+    """
+    weights = trainable.forward(params, frozen, None)
     if not frozen:
-        dtype = definition.model.options.dtype
+        dtype = sampler.model.options.dtype
         weights = jax.tree.map(lambda x: x.astype(dtype), weights)
-    return Model(sampler, weights, base.tokenizer)
+    return TextGenerator(sampler, weights, tokenizer)
 
 
-def base_model(
-    definition: StepDefinition, base: Base, sampler: Sampler, frozen: Params
-) -> Model | None:
-    """The model it started from: what is frozen, or read again where nothing is.
+def base_generator(
+    sampler: Sampler, base: Base, mesh: Mesh, frozen: Params
+) -> TextGenerator | None:
+    """Generates with the base model: the `frozen` parameters, or the base read again.
 
-    None where there was none: the weights began at random.
+    Returns None if training began with random parameters.
     """
     if base.tensors is None:
         return None
-    weights = frozen or load_base(definition, base, definition.model.options.dtype)
-    return Model(sampler, weights, base.tokenizer)
+    dtype = sampler.model.options.dtype
+    weights = frozen or load_base(base, sampler.model, mesh, dtype, seed=0)
+    return TextGenerator(sampler, weights, base.tokenizer)
 
 
 def stream_text(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Pieces of text as ids come; waits until a character is whole."""
+    """Yields text as ids come; a character waits until all its ids are there."""
     seen: list[int] = []
     shown = ""
     for token in ids:

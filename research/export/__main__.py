@@ -32,14 +32,15 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
     from research.formats.base_model import EXPORTED
     from research.formats.huggingface_export import export
-    from research.generate.chat import open_run
+    from research.parallel import runtime
+    from research.runs.reopen import reopen
 
     out = Path(f.out) if f.out else Path(f.run) / EXPORTED
     if f.out and out.exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
-    run = open_run(f.run, f.step)
-    weights = run.definition.trainable.forward(run.params, run.frozen, None)
-    export(run.definition.model, weights, run.base.tokenizer, out, f.dtype)
+    runtime.start_alone()
+    run = reopen(f.run, step=f.step)
+    export(run.model, run.weights, run.base.tokenizer, out, f.dtype)
     return 0
 
 

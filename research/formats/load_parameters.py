@@ -12,10 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from research.core.errors import UserError
+from research.formats.base_model import Base
 from research.formats.tensor_file import TensorFile
 from research.formats.tensor_names import HF_NAMES, from_hf_layout, to_hf_layout
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
 from research.weights.parameter_spec import Spec
 
 Array = jax.Array
@@ -54,6 +58,28 @@ def check_shapes(tensors: TensorFile, specs: Mapping[str, Spec]) -> None:
 def _tensor_names(path: str, spec: Spec) -> list[str]:
     copies = spec.shape[0] if spec.stacked else 1
     return [HF_NAMES[path].format(i) for i in range(copies)]
+
+
+def load_base(
+    base: Base, model: Model, mesh: Mesh, dtype: Any, seed: int
+) -> dict[str, Array]:
+    """The parameters of a base model in their shardings.
+
+    Args:
+      base: opened; without tensors the parameters are drawn at random.
+      model: of `base.architecture`.
+      mesh: the devices to shard over.
+      dtype: of the result.
+      seed: of the random draw, which is the same on every mesh.
+    """
+    shardings = meshes.shardings(model.specs, mesh)
+    if base.tensors is not None:
+        return load_params(base.tensors, model.specs, shardings, dtype)
+
+    def init(key: Array) -> dict[str, Array]:
+        return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 def load_params(

@@ -40,10 +40,14 @@ def main(argv: Sequence[str]) -> int:
     if f.prompt is not None and not (f.prompt.strip() or f.context.strip()):
         raise UserError("--prompt is empty")
     from research.engine.sampler import Sampling
-    from research.generate.chat import Conversation, open_run
+    from research.generate.chat import Conversation
+    from research.parallel import runtime
+    from research.runs.reopen import reopen
 
     sampling = Sampling(f.temperature, f.top_p, f.max_new_tokens, f.seed)
-    conversation = Conversation(open_run(f.run, f.step), sampling, compare=f.compare)
+    runtime.start_alone()
+    run = reopen(f.run, step=f.step, in_compute_dtype=True)
+    conversation = Conversation(run, sampling, compare=f.compare)
     if f.prompt is not None:
         conversation.say(f.prompt, f.context.strip())
     else:

@@ -178,6 +178,22 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     return {path: one(path, spec) for path, spec in specs.items()}
 
 
+def abstract_arrays(specs: Mapping[str, Any], mesh: Mesh, dtype: Any) -> dict[str, Any]:
+    """Shapes with shardings in the place of the `Spec`s of a (nested) dictionary.
+
+    Raises:
+      UserError: a dimension does not divide by its mesh axes.
+    """
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(
+            spec.shape, dtype, sharding=sharding
+        ),
+        dict(specs),
+        shardings(specs, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, Spec),
+    )
+
+
 def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedSharding:
     """Of an array made from a parameter by summing some of its axes away.
 

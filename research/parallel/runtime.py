@@ -37,6 +37,14 @@ def start(config: RuntimeConfig) -> None:
     _use_compilation_cache(config.compilation_cache)
 
 
+def start_alone() -> None:
+    """Starts a command that uses only the devices of its own process.
+
+    Such a command has no config. Its compiled programs are kept in the user's cache.
+    """
+    start(RuntimeConfig(distributed=False))
+
+
 def process_age() -> float:
     """Seconds since the start of the process, the interpreter's own included."""
     return time.time() - psutil.Process().create_time()

@@ -54,6 +54,14 @@ class RunDir:
         return self._config.is_file()
 
     @property
+    def own_tokenizer(self) -> Path | None:
+        """The folder of the tokenizer that the run was made with; None if it is new.
+
+        A creation that was interrupted may have written only a part of it.
+        """
+        return self.tokenizer if self.exists else None
+
+    @property
     def is_complete(self) -> bool:
         """Whether the run has reached its last step and written its report."""
         return self._complete.is_file()

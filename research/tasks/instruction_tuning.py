@@ -11,7 +11,7 @@ from research.data.instructions.instruction_dataset import (
 )
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
-from research.engine.text_generation import Model
+from research.engine.text_generation import TextGenerator
 from research.tasks.findings import Finding, count_epochs, count_mask
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
@@ -133,12 +133,12 @@ class InstructionTask:
             lambda row, number: train.documents[rows[row][number]].where,
         )
 
-    def sample(self, step: int, model: Model) -> list[Sample]:
+    def sample(self, step: int, model: TextGenerator) -> list[Sample]:
         """Nothing: answers are compared at the end."""
         return []
 
     def conclude(
-        self, base: Callable[[], Model | None], model: Model
+        self, base: Callable[[], TextGenerator | None], model: TextGenerator
     ) -> list[ComparedAnswer]:
         """Greedy answers of both models to held-out prompts of several categories."""
         before = base()

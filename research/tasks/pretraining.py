@@ -13,7 +13,7 @@ from research.data.text.row_layout import DocumentMarks
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
-from research.engine.text_generation import Model
+from research.engine.text_generation import TextGenerator
 from research.tasks.findings import Finding, count_epochs
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
@@ -165,7 +165,7 @@ class TextTask:
             lambda row, number: f"training row {row + 1}, document {number + 1}",
         )
 
-    def sample(self, step: int, model: Model) -> list[Sample]:
+    def sample(self, step: int, model: TextGenerator) -> list[Sample]:
         """Continues each of `config.eval.text_prompts`."""
         config = self._config.eval
         sampling = Sampling(
@@ -177,7 +177,7 @@ class TextTask:
         ]
 
     def conclude(
-        self, base: Callable[[], Model | None], model: Model
+        self, base: Callable[[], TextGenerator | None], model: TextGenerator
     ) -> list[ComparedAnswer]:
         """Nothing: raw text has no prompts with a reference answer."""
         return []

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from research.data.batch_order import Batches
 from research.data.token_batch import Batch
-from research.engine.text_generation import Model
+from research.engine.text_generation import TextGenerator
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
@@ -52,14 +52,14 @@ class Task(Protocol):
     def preview(self, count: int) -> list[PreviewRow]:
         """The first `count` training rows, or fewer where there are fewer."""
 
-    def sample(self, step: int, model: Model) -> list[Sample]:
+    def sample(self, step: int, model: TextGenerator) -> list[Sample]:
         """Text that the model writes after `step` updates; empty for most tasks.
 
         All processes call it, since all must compute.
         """
 
     def conclude(
-        self, base: Callable[[], Model | None], model: Model
+        self, base: Callable[[], TextGenerator | None], model: TextGenerator
     ) -> list[ComparedAnswer]:
         """Answers of both models to held-out prompts; empty where there are none.
 

@@ -14,7 +14,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import Config
 from research.core.errors import DamagedError, DivergedError, SaveError, UserError
 from research.engine.sampler import Sampler
-from research.engine.text_generation import tuned_model
+from research.engine.text_generation import tuned_generator
 from research.formats.base_model import Base
 from research.parallel import mesh, runtime
 from research.runs import display_files
@@ -349,10 +349,14 @@ def make_sampling(run: Run) -> Action:
     """The action that adds the task's samples to the run directory."""
 
     def action(number: int, state: train_step.TrainState) -> None:
-        model = tuned_model(
-            run.definition, run.base, run.sampler, state.params, run.frozen
+        generator = tuned_generator(
+            run.sampler,
+            run.definition.trainable,
+            state.params,
+            run.frozen,
+            run.base.tokenizer,
         )
-        samples = run.task.sample(number, model)
+        samples = run.task.sample(number, generator)
         if samples and jax.process_index() == 0:
             display_files.add_samples(run.folder.path, number, samples)
 

@@ -12,7 +12,7 @@ from research.checkpoints.run_identity import Identity
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError, SaveError
 from research.engine.sampler import Sampler
-from research.engine.text_generation import base_model, tuned_model
+from research.engine.text_generation import base_generator, tuned_generator
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED
 from research.parallel import mesh, runtime
@@ -159,7 +159,7 @@ def prepare(
 ) -> Run:
     """Opens, loads and examines everything; writes nothing into `folder`."""
     console = Console(quiet=jax.process_index() > 0)
-    base = task_registry.open_start(config, folder)
+    base = task_registry.open_start(config, folder.own_tokenizer)
     # Before the data is read: what does not fit the mesh is said at once.
     definition = make_step_definition(config, base, mesh.make_mesh(config.mesh))
     task = task_registry.load_task(config, base)
@@ -205,15 +205,20 @@ def finish(run: Run) -> None:
 
 def _finish(run: Run) -> None:
     folder = run.folder.path
-    arguments = (run.definition, run.base, run.sampler)
-    tuned = tuned_model(*arguments, run.state.params, run.frozen)
+    definition, base = run.definition, run.base
+    trainable = definition.trainable
+    tuned = tuned_generator(
+        run.sampler, trainable, run.state.params, run.frozen, base.tokenizer
+    )
     # The export first: nothing that only shows results may cost it.
     if run.config.export:
-        weights = run.definition.trainable.forward(run.state.params, run.frozen, None)
+        weights = trainable.forward(run.state.params, run.frozen, None)
         huggingface_export.export(
-            run.definition.model, weights, run.base.tokenizer, folder / EXPORTED
+            definition.model, weights, base.tokenizer, folder / EXPORTED
         )
-    answers = run.task.conclude(lambda: base_model(*arguments, run.frozen), tuned)
+    answers = run.task.conclude(
+        lambda: base_generator(run.sampler, base, definition.mesh, run.frozen), tuned
+    )
     if jax.process_index() > 0:
         return
     lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]

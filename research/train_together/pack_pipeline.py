@@ -79,7 +79,7 @@ def prepare(
 ) -> list[Run]:
     """Opens base and data once; writes nothing. Runs of one seed share their rows."""
     shared = wanted[0][0]
-    base = task_registry.open_start(shared, wanted[0][1])
+    base = task_registry.open_start(shared, wanted[0][1].own_tokenizer)
     mesh = meshes.make_mesh(shared.mesh)
     tasks = {}
     runs: list[Run] = []

@@ -37,10 +37,9 @@ def read_config(name: str, **data: int) -> Any:
 
 def pulled(config: Any, seconds: float) -> float:
     """Tokens a second of the iterator that training pulls from, on one core."""
-    from research.runs.run_directory import RunDir
     from research.tasks import task_registry
 
-    base = task_registry.open_start(config, RunDir("/nonexistent"))
+    base = task_registry.open_start(config)
     task = task_registry.load_task(config, base)
     batches = task.batches(list(range(config.data.batch_size)))
     next(batches)

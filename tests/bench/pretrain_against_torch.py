@@ -45,7 +45,6 @@ def prepare(config: Any, folder: Path) -> None:
     """Writes the first weights, all batches and the learning rates for torch."""
     from research.formats import huggingface_export
     from research.parallel import mesh
-    from research.runs.run_directory import RunDir
     from research.tasks import task_registry
     from research.train.step.definition_from_config import (
         load_start,
@@ -53,7 +52,7 @@ def prepare(config: Any, folder: Path) -> None:
     )
     from research.train.step.schedules import make_schedule
 
-    base = task_registry.open_start(config, RunDir(folder / "none"))
+    base = task_registry.open_start(config)
     definition = make_step_definition(config, base, mesh.make_mesh(config.mesh))
     task = task_registry.load_task(config, base)
     params, _ = load_start(definition, base)

@@ -13,10 +13,10 @@ from research.config.run_config import Config, LoRAConfig, MeshConfig, ModelConf
 from research.core.errors import UserError
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
+from research.formats.load_parameters import load_base
 from research.models.architecture import PRESETS, from_hf_config, to_hf_config
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.train.step.definition_from_config import load_base
 from research.train.step.train_step import StepDefinition
 from research.weights import trainable
 from research.weights.adapters import lora
@@ -33,7 +33,7 @@ def read_back(folder, base):
     again = open_base(str(folder))
     assert again.architecture == base.architecture
     definition = make_step_definition(again, "full")
-    return again, load_base(definition, again, jnp.float32)
+    return again, load_base(again, definition.model, definition.mesh, jnp.float32, 0)
 
 
 def make_step_definition(base, kind, mesh=None):

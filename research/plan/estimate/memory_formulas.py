@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.models.architecture import Architecture
+from research.models.make_model import choose_kernel
 from research.parallel import mesh as meshes
 from research.plan.abstract_run import Inputs, device_bytes, optimizer_bytes
 from research.plan.compiled.collectives import Collective
 from research.plan.compiled.compile_step import Memory
-from research.train.step.definition_from_config import choose_kernel
 from research.weights import parameter_paths
 
 FLOAT32 = 4

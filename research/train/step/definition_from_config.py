@@ -1,20 +1,15 @@
 """From a config and an opened base model to a step definition and its parameters."""
 
-import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.formats.base_model import Base
-from research.formats.load_parameters import load_params
-from research.models import attention_kernels
-from research.models.architecture import Architecture
-from research.models.attention_sharding import make_attend
-from research.models.transformer import Model, Options
+from research.formats.load_parameters import load_base
+from research.models.make_model import make_model
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
 from research.train.step.train_step import StepDefinition, abstract_params
@@ -34,17 +29,7 @@ def make_step_definition(
       UserError: rows, targets or dimensions do not fit the model or the mesh.
     """
     _check_rows(config, base, mesh)
-    options = Options(
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        scan_unroll=config.model.scan_unroll,
-        attend=make_attend(
-            mesh, _announced_kernel(config, base, mesh), config.model.attention_block
-        ),
-        constrain=meshes.constrain(mesh),
-    )
-    model = Model(base.architecture, options)
-    meshes.shardings(model.specs, mesh)
+    model = make_model(config, base.architecture, mesh)
     split = trainable.make(config, model.specs)
     return StepDefinition(
         model=model,
@@ -58,32 +43,6 @@ def make_step_definition(
         offload=config.runtime.offload_optimizer,
         grad_norms=config.runtime.grad_norms,
     )
-
-
-def choose_kernel(
-    config: Config, architecture: Architecture, mesh: Mesh
-) -> attention_kernels.Choice:
-    """The attention kernel for the devices of this mesh.
-
-    Raises:
-      UserError: they cannot run the one that is asked for.
-    """
-    device = mesh.devices.flat[0]
-    return attention_kernels.choose(
-        config.model.attention,
-        device.platform,
-        dtype=jnp.dtype(config.model.dtype),
-        head_dim=architecture.head_dim,
-        length=config.data.seq_len,
-        rows=config.data.rows_per_pass // meshes.batch_shards(mesh),
-        capability=getattr(device, "compute_capability", "0.0"),
-    )
-
-
-def _announced_kernel(config: Config, base: Base, mesh: Mesh) -> str:
-    choice = choose_kernel(config, base.architecture, mesh)
-    logging.info("attention: %s (%s)", choice.kernel, choice.reason)
-    return choice.kernel
 
 
 def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
@@ -119,31 +78,21 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
         )
 
 
-def load_base(definition: StepDefinition, base: Base, dtype: Any) -> Params:
-    """The base model's parameters in their shardings: read, or drawn at random."""
-    shardings = meshes.shardings(definition.model.specs, definition.mesh)
-    if base.tensors is not None:
-        return load_params(base.tensors, definition.model.specs, shardings, dtype)
-
-    def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), definition.model.init(key))
-
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(definition.seed))
-
-
 def load_start(
     definition: StepDefinition, base: Base, frozen: Params | None = None
 ) -> tuple[Params, Params]:
     """What is trained, at its start, and what is frozen (or is there already)."""
-    if definition.trainable.frozen_specs:
-        frozen = frozen or load_base(
-            definition, base, definition.trainable.frozen_dtype
+
+    def load(dtype: Any) -> Params:
+        return load_base(
+            base, definition.model, definition.mesh, dtype, definition.seed
         )
-        shardings = jax.tree.map(
-            lambda leaf: leaf.sharding, abstract_params(definition)
-        )
-        init = jax.jit(
-            lambda key: definition.trainable.init(key, frozen), out_shardings=shardings
-        )
-        return init(jax.random.key(definition.seed)), frozen
-    return load_base(definition, base, definition.trainable.dtype), {}
+
+    if not definition.trainable.frozen_specs:
+        return load(definition.trainable.dtype), {}
+    frozen = frozen or load(definition.trainable.frozen_dtype)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(definition))
+    init = jax.jit(
+        lambda key: definition.trainable.init(key, frozen), out_shardings=shardings
+    )
+    return init(jax.random.key(definition.seed)), frozen

@@ -15,7 +15,6 @@ from research.parallel import mesh as meshes
 from research.tasks import cross_entropy as losses
 from research.train.step import optimizers
 from research.weights import parameter_paths
-from research.weights.parameter_spec import Spec
 from research.weights.trainable import Trainable
 
 Array = jax.Array
@@ -216,15 +215,8 @@ def init_state(definition: StepDefinition, params: Params) -> TrainState:
 
 def abstract_params(definition: StepDefinition) -> Params:
     """Shapes of what is trained, each with its sharding."""
-    shardings = meshes.shardings(definition.trainable.specs, definition.mesh)
-    return jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(
-            spec.shape, definition.trainable.dtype, sharding=sharding
-        ),
-        definition.trainable.specs,
-        shardings,
-        is_leaf=lambda leaf: isinstance(leaf, Spec),
-    )
+    trainable = definition.trainable
+    return meshes.abstract_arrays(trainable.specs, definition.mesh, trainable.dtype)
 
 
 def state_shardings(definition: StepDefinition) -> TrainState:

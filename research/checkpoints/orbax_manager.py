@@ -1,0 +1,78 @@
+"""Orbax's checkpoint manager, set up for our checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from research.checkpoints.checksums import SealedArrays, SealedPath
+from research.config.run_config import CheckpointConfig
+
+
+class Manager(ocp.CheckpointManager):
+    """A manager that leaves signals to `StopRequest`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `StopRequest` alone asks JAX's preemption service.
+
+        In each save Orbax would ask whether to stop at a moment with the number of the
+        step. The service derives the moment to stop at from the last number that it
+        was asked about. A SIGTERM during a save would then be agreed for a moment that
+        has passed, and the run would never stop.
+        """
+        return False
+
+
+def open_manager(
+    folder: Path,
+    config: CheckpointConfig,
+    failed: Callable[[Exception], None],
+    *,
+    read_only: bool,
+) -> Manager:
+    """Opens the checkpoints in `folder`.
+
+    Args:
+      folder: absolute.
+      config: how many checkpoints are kept.
+      failed: called with the error of an asynchronous save, as soon as it fails.
+      read_only: nothing is written, moved or removed.
+
+    Raises:
+      OSError: the folder cannot be read, or be written unless `read_only`.
+    """
+    keep = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=keep.AnyPreservationPolicy(
+            [
+                keep.LatestN(config.keep_last),
+                keep.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    reverse=True,
+                    n=config.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        ),
+        # Without it Orbax neither writes nor reads metrics.
+        best_fn=lambda metrics: metrics["loss"],
+        best_mode="min",
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        # A reader sets nothing aside, so damaged metrics must not stop it here.
+        lightweight_initialize=read_only,
+        create=not read_only,
+        enable_async_checkpointing=True,
+        # Orbax would wait minutes for a folder that cannot be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        temporary_path_class=SealedPath,
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    arrays, json_files = SealedArrays(failed), ocp.JsonCheckpointHandler()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        registry.add("state", args, arrays)
+    partial = ocp.handlers.PyTreeCheckpointHandler()
+    registry.add("state", ocp.args.PyTreeRestore, partial)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add("meta", args, json_files)
+    return Manager(folder, options=options, handler_registry=registry)

@@ -1,0 +1,203 @@
+"""Opens a run directory for use: its parameters, on the devices of this machine.
+
+Nothing here depends on the machine that trained the run. The attention kernel, the mesh
+and the memory choices are those of this machine, and the optimizer state stays on disk.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from research.checkpoints.checkpointer import Checkpointer
+from research.config.run_config import Config, MeshConfig, RuntimeConfig
+from research.core.errors import UserError
+from research.engine.sampler import Sampler
+from research.engine.text_generation import (
+    TextGenerator,
+    base_generator,
+    tuned_generator,
+)
+from research.formats.base_model import Base
+from research.formats.load_parameters import load_base
+from research.models.make_model import make_model
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.runs.phase_timer import PhaseTimer
+from research.runs.run_directory import RunDir
+from research.runs.run_history import History
+from research.tasks.task_protocol import PromptFormat
+from research.tasks.task_registry import open_start, prompt_format
+from research.weights import trainable
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReopenedRun:
+    """The parameters of a run, sharded over a mesh.
+
+    Attributes:
+      config: of the run, with the choices of this machine; see `for_this_machine`.
+      base: the base model that training began with.
+      model: the decoder on `mesh`.
+      mesh: devices that hold the parameters.
+      trainable: the split into trained and frozen parameters.
+      params: trained parameters as restored; for LoRA the adapters.
+      frozen: frozen parameters; empty after full training.
+    """
+
+    config: Config
+    base: Base
+    model: Model
+    mesh: Mesh
+    trainable: trainable.Trainable
+    params: Params
+    frozen: Params
+
+    @property
+    def weights(self) -> Params:
+        """Parameters of the model by path; adapters are attached, not added in."""
+        return self.trainable.forward(self.params, self.frozen, None)
+
+    @property
+    def prompts(self) -> PromptFormat:
+        """The format of prompts that the run was trained with."""
+        return prompt_format(self.config, self.base)
+
+    def generators(self, *, compare: bool = False) -> dict[str, TextGenerator]:
+        """The generator `tuned`; with `compare` the generator `base` before it.
+
+        Raises:
+          UserError: there is no base model, because training began at random.
+        """
+        sampler, tokenizer = Sampler(self.model), self.base.tokenizer
+        tuned = tuned_generator(
+            sampler, self.trainable, self.params, self.frozen, tokenizer
+        )
+        if not compare:
+            return {"tuned": tuned}
+        base = base_generator(sampler, self.base, self.mesh, self.frozen)
+        if base is None:
+            raise UserError("--compare: this run began with random weights, no model")
+        return {"base": base, "tuned": tuned}
+
+
+def reopen(
+    run: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    step: str = "latest",
+    in_compute_dtype: bool = False,
+) -> ReopenedRun:
+    """Opens a finished or running run; writes nothing.
+
+    Args:
+      run: the run directory.
+      mesh: devices to shard the parameters over; by default `fitting_mesh` of all
+        devices of this process.
+      step: the checkpoint: `latest`, `best`, or a step number.
+      in_compute_dtype: restores fully trained parameters in `config.model.dtype`, in
+        which text is generated: half the memory where that is bfloat16.
+
+    Raises:
+      UserError: there is no such run or checkpoint, its base model has changed, or a
+        parameter does not divide over `mesh`.
+      DamagedError: the checkpoint is damaged.
+    """
+    folder = RunDir(run)
+    config = for_this_machine(folder.config())
+    base = open_start(config, folder.own_tokenizer)
+    identity = folder.identity() | {
+        "base model": base.fingerprint,
+        "tokenizer": base.tokenizer.fingerprint,
+    }
+    folder.check_identity(identity)
+    specs = Model(base.architecture).specs
+    split = trainable.make(config, specs)
+    mesh = mesh or fitting_mesh({**specs, "trained": split.specs}, jax.local_devices())
+    model = make_model(config, base.architecture, mesh)
+    dtype = split.dtype
+    if in_compute_dtype and not split.frozen_specs:
+        dtype = model.options.dtype
+    wanted = meshes.abstract_arrays(split.specs, mesh, dtype)
+    with _checkpoints(folder, config, identity) as checkpoints:
+        number = _choose_step(folder, checkpoints, step)
+        params = checkpoints.restore_part(number, {"params": wanted})["params"]
+    frozen: Params = {}
+    if split.frozen_specs:
+        frozen = load_base(base, model, mesh, split.frozen_dtype, config.seed)
+    return ReopenedRun(config, base, model, mesh, split, params, frozen)
+
+
+def for_this_machine(config: Config) -> Config:
+    """The config without the choices that suit only the machine that trained.
+
+    The kernel is chosen anew, nothing is offloaded or recomputed, and the compilation
+    cache is that of this user.
+    """
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, attention="auto", remat="none"),
+        mesh=MeshConfig(),
+        runtime=RuntimeConfig(distributed=False),
+    )
+
+
+def fitting_mesh(specs: Mapping[str, Any], devices: Sequence[Any]) -> Mesh:
+    """A mesh over as many of `devices` as the parameters divide over.
+
+    Decoding reads every parameter for every token. A split over `tensor` lets each
+    device read its own part, so `tensor` is as large as the shapes allow, and `fsdp`
+    takes the rest.
+
+    Args:
+      specs: `Spec`s of all parameters, in a (nested) dictionary.
+      devices: of this process.
+    """
+    total = len(devices)
+    for count in (n for n in range(total, 1, -1) if total % n == 0):
+        for tensor in (n for n in range(count, 0, -1) if count % n == 0):
+            sizes = MeshConfig(data=1, fsdp=count // tensor, tensor=tensor)
+            try:
+                mesh = meshes.make_mesh(sizes, devices[:count])
+                meshes.shardings(specs, mesh)
+            except UserError:  # These sizes do not fit the shapes or the network.
+                continue
+            logging.info("reopen: %d of %d devices, tensor=%d", count, total, tensor)
+            return mesh
+    return meshes.make_mesh(MeshConfig(data=1), devices[:1])
+
+
+def _checkpoints(
+    folder: RunDir, config: Config, identity: dict[str, str]
+) -> Checkpointer:
+    return Checkpointer(
+        folder.checkpoints,
+        config.checkpoint,
+        identity,
+        accept=set(History(folder.history, PhaseTimer()).accepted),
+        read_only=True,
+    )
+
+
+def _choose_step(folder: RunDir, checkpoints: Checkpointer, step: str) -> int:
+    """The number of the checkpoint `step`.
+
+    Raises:
+      UserError: the run has no such checkpoint; the message lists those it has.
+    """
+    known = checkpoints.steps
+    number = checkpoints.best_step if step == "best" else checkpoints.latest_step
+    if step not in ("latest", "best"):
+        number = int(step) if step.isdecimal() else None
+    if number not in known:
+        raise UserError(
+            f"{folder.path} has no checkpoint {step!r}; it has steps "
+            f"{', '.join(map(str, known)) or 'none yet'}"
+        )
+    return number

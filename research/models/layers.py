@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.weights.contraction import Matrix, contract, lookup
+from research.weights.contraction import contract, lookup
 from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 

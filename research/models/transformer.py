@@ -17,8 +17,9 @@ from research.models import attention
 from research.models.architecture import Architecture
 from research.models.attention_kernels import packed_attention
 from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
-from research.weights.contraction import Matrix, transpose
+from research.weights.contraction import transpose
 from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 Params = dict[str, Any]

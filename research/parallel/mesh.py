@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
+from research.weights import parameter_paths
 from research.weights.parameter_spec import Spec
 
 Array = jax.Array
@@ -154,15 +155,13 @@ def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """`NamedSharding`s in the place of the `Spec`s of a (nested) dictionary.
+    """`NamedSharding`s in the place of the `Spec`s of a tree.
 
     Raises:
       UserError: a dimension does not divide by its mesh axes.
     """
 
-    def one(path: str, spec: Any) -> Any:
-        if not isinstance(spec, Spec):
-            return {key: one(f"{path}.{key}", inner) for key, inner in spec.items()}
+    def one(path: str, spec: Spec) -> NamedSharding:
         where = partition(spec.axes, path)
         for size, name, entry in zip(spec.shape, spec.axes, where, strict=True):
             ways = math.prod(mesh.shape[axis] for axis in _names(entry or ()))
@@ -175,7 +174,9 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
                 )
         return NamedSharding(mesh, where)
 
-    return {path: one(path, spec) for path, spec in specs.items()}
+    flat, structure = parameter_paths.flatten(dict(specs))
+    found = {path: one(path, spec) for path, spec in flat.items()}
+    return parameter_paths.unflatten(structure, found)
 
 
 def abstract_arrays(specs: Mapping[str, Any], mesh: Mesh, dtype: Any) -> dict[str, Any]:

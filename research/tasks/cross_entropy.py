@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.weights.contraction import Matrix, contract
+from research.weights.contraction import contract
+from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 

@@ -1,3 +1,4 @@
-"""Values that stand where arrays stand in a model: low-rank, transposed, quantised;
-and the adapters made of them.
+"""Parameters before and after they exist: their names and shapes, the values that may
+stand where an array stands (plain, transposed, low-rank, later quantized), and the
+adapters. Imports JAX and NumPy only.
 """

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from research.core.errors import UserError, nearest
+from research.weights.representations.leaf import Leaf
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -23,12 +24,12 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def unflatten(structure: Any, flat: dict[str, Any]) -> Any:
-    """Undoes `flatten`; the dictionary must be in its order."""
+    """Undoes `flatten`; the dictionary must have the order that `flatten` gave it."""
     return jax.tree_util.tree_unflatten(structure, list(flat.values()))
 
 
 def select(paths: Iterable[str], patterns: Sequence[str]) -> dict[str, str]:
-    """Which of `paths` match, by `re.search`: `{path: last pattern that matches}`.
+    """The `paths` that `re.search` matches: `{path: last pattern that matches it}`.
 
     Raises:
       UserError: a pattern matches nothing; the message lists the paths.
@@ -52,7 +53,7 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
     """Whether any pattern is found in `path`.
 
     Raises:
-      UserError: a pattern is no regular expression.
+      UserError: a pattern is not a regular expression.
     """
     return any(_compile(pattern).search(path) for pattern in patterns)
 
@@ -62,7 +63,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"pattern {pattern!r} is no regular expression: {error}"
+            f"pattern {pattern!r} is not a regular expression: {error}"
         ) from error
 
 
@@ -71,12 +72,16 @@ def _words(paths: Iterable[str]) -> list[str]:
 
 
 def count(tree: Any) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Number of scalars in a tree of arrays, shapes or `Leaf`s.
+
+    A `Leaf` counts as the array that it stands for, however it is stored.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Leaf))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or `jax.ShapeDtypeStruct`s, over all devices."""
+    """Stored bytes of a tree of arrays or `jax.ShapeDtypeStruct`s, on all devices."""
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )

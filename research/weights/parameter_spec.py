@@ -1,4 +1,10 @@
-"""What is known of a parameter before it exists: shape, axis names, initialisation."""
+"""The description of a parameter before it exists: shape, axis names, initialisation.
+
+A leaf of several arrays is described by the leaf itself with a `Spec` in the place of
+each array: `{"a": Spec, "b": Spec}` for the factors of an adapter, or an instance of a
+`Leaf` class whose fields are `Spec`s. A tree of specs therefore has the very structure
+of the tree of values, and `jax.tree.map` makes shapes, shardings or values of it.
+"""
 
 import dataclasses
 import math
@@ -6,15 +12,17 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is known of a parameter before it exists.
+    """One array of a parameter before it exists.
 
     Attributes:
       shape: its full shape, stacking axes first.
       axes: one logical name per axis; `mesh.py` maps names to mesh axes.
-      n_in: how many axes, after the stacking ones, `contract` sums over.
+      n_in: number of axes, after the stacking ones, that `contract` sums over.
         0 marks a parameter that is not a matrix (a norm's scale).
-      stacked: how many leading axes count copies (1 for scanned layers).
+      stacked: number of leading axes that count copies (1 for scanned layers).
       std: standard deviation of its random initialisation; 0 gives ones.
+      dtype: name of its dtype, where that is fixed (codes of a quantized weight);
+        None for the dtype of the tree that it belongs to.
     """
 
     shape: tuple[int, ...]
@@ -22,6 +30,7 @@ class Spec:
     n_in: int = 1
     stacked: int = 0
     std: float = 0.02
+    dtype: str | None = None
 
     @property
     def in_shape(self) -> tuple[int, ...]:

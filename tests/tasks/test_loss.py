@@ -9,7 +9,8 @@ import pytest
 from helpers import close
 
 from research.tasks.cross_entropy import chunked_token_losses, weighted_loss
-from research.weights.contraction import LowRank, materialize, transpose
+from research.weights.contraction import materialize, transpose
+from research.weights.representations.low_rank import LowRank
 
 B, T, D, V = 8, 24, 40, 96
 RNG = np.random.default_rng(0)

@@ -185,7 +185,7 @@ def test_moments_are_split_as_their_parameters(name, specs):
 
 
 def test_a_pattern_that_is_no_expression_is_refused(specs):
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="not a regular expression"):
         make_optimizer(OptimConfig(no_decay=("(",)), 10, specs)
 
 

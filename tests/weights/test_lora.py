@@ -15,7 +15,8 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.weights.adapters import lora
-from research.weights.contraction import LowRank, contract
+from research.weights.contraction import contract
+from research.weights.representations.low_rank import LowRank
 
 EVERYTHING = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
 TIED = Model(dataclasses.replace(TINY, tied_head=True))

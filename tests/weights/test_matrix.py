@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 from helpers import close
 
-from research.weights.contraction import (
-    LowRank,
-    contract,
-    lookup,
-    materialize,
-    transpose,
-)
+from research.weights.contraction import contract, lookup, materialize, transpose
 from research.weights.parameter_spec import Spec
+from research.weights.representations.low_rank import LowRank
 
 
 def low_rank(shape, n_in=1, stack=(), rank=3, seed=0, **changes):
@@ -67,6 +62,9 @@ def test_transpose_swaps_input_and_output(kind):
     close(contract(inputs(2, 5), transpose(w)), inputs(2, 5) @ whole.T)
     close(materialize(transpose(w)), whole.T)
     close(contract(inputs(2, 11), transpose(transpose(w))), inputs(2, 11) @ whole)
+    assert transpose(w).shape == whole.T.shape
+    ids = jnp.array([[0, 4], [4, 1]])
+    close(lookup(transpose(w), ids, jnp.float32), whole.T[ids])
 
 
 def test_weights_are_cast_and_activations_are_not():

@@ -8,7 +8,7 @@ model exactly. Nothing here computes a forward pass:
     params = adapt(base, adapters, config)        # leaves swapped for LowRank
     params = merge(base, adapters, config)        # or plain arrays, for deployment
 
-Models that multiply through `matrix.contract` take `adapt`ed parameters as they are,
+Models that multiply through `contract` take `adapt`ed parameters as they are,
 and no full-size gradient is ever formed. For any other function of parameters there
 is `lift`, which merges inside; it forms the full weight gradient on the way back,
 about as costly as full fine-tuning in time, and still trains only the factors.
@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
-from research.weights.contraction import LowRank, materialize, product
+from research.weights.contraction import materialize
 from research.weights.parameter_spec import Spec
+from research.weights.representations.low_rank import LowRank
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -246,5 +247,4 @@ def _stack(leaf: Any, factor: dict[str, Array]) -> tuple[int, ...]:
 def _subtract(leaf: Any) -> Any:
     if not isinstance(leaf, LowRank):
         return leaf
-    delta = product(leaf.a, leaf.b, leaf.scale)
-    return (leaf.base.astype(jnp.float32) - delta).astype(leaf.base.dtype)
+    return (leaf.base.astype(jnp.float32) - leaf.update()).astype(leaf.base.dtype)

@@ -1,0 +1,3 @@
+"""One file for each way to hold a weight: as a plain array, as a transposed view, as a
+base with a low-rank update. A quantized (4-bit) weight is one more file here.
+"""

@@ -32,13 +32,13 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 when the job has done what was requested."""
     flags.DEFINE_string("run", "", "run directory in which a job trains")
     flags.DEFINE_float("wait", 600.0, "seconds to wait for the answer", lower_bound=0)
-    from research.runs.control_requests import (
+    from research.runs.run_directory import RunDir
+    from research.runs.steering.control_requests import (
         KINDS,
         answer_to,
         withdraw,
         write_request,
     )
-    from research.runs.run_directory import RunDir
 
     kind = command_line.parse(argv, USAGE, has_config=False, verbs=("", *KINDS))
     if not flags.FLAGS.run or not kind:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _give_up(folder: "RunDir", kind: str, name: str, withdrawn: bool) -> int:
     """Says why there is no answer; returns the exit code."""
-    from research.runs.control_requests import answer_to
+    from research.runs.steering.control_requests import answer_to
 
     if not folder.is_training() and (answer := answer_to(folder.history, name)):
         sys.stdout.write(f"{kind}: {answer['answer']}\n")

@@ -18,12 +18,12 @@ from research.engine.text_generation import tuned_generator
 from research.formats.base_model import Base
 from research.parallel import mesh, runtime
 from research.runs import display_files
-from research.runs.control_requests import CHECKPOINT, SAMPLE
 from research.runs.phase_timer import PhaseTimer
-from research.runs.request_listener import RequestListener
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.runs.stop_signals import StopRequest
+from research.runs.steering.control_requests import CHECKPOINT, SAMPLE
+from research.runs.steering.request_listener import RequestListener
+from research.runs.steering.stop_signals import StopRequest
 from research.tasks.task_protocol import Task
 from research.train import loop, profiling, throughput
 from research.train.device_batches import Feed

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from research.runs.control_requests import STOP
 from research.runs.phase_timer import PhaseTimer
-from research.runs.request_listener import RequestListener
-from research.runs.stop_signals import Preempted, StopRequest
+from research.runs.steering.control_requests import STOP
+from research.runs.steering.request_listener import RequestListener
+from research.runs.steering.stop_signals import Preempted, StopRequest
 from research.train.device_batches import Feed
 
 State = Any

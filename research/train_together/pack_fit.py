@@ -14,9 +14,9 @@ from research.core.errors import DivergedError
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.parallel import runtime
-from research.runs.control_requests import CHECKPOINT, SAMPLE
-from research.runs.request_listener import RequestListener
-from research.runs.stop_signals import StopRequest
+from research.runs.steering.control_requests import CHECKPOINT, SAMPLE
+from research.runs.steering.request_listener import RequestListener
+from research.runs.steering.stop_signals import StopRequest
 from research.train import fit, loop, throughput
 from research.train.device_batches import Feed
 from research.train.evaluation import evaluate

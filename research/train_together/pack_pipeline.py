@@ -23,8 +23,8 @@ from research.runs.attempts import Starts
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.runs.stop_signals import Preempted, StopRequest
-from research.runs.watchdog import Watchdog
+from research.runs.steering.stop_signals import Preempted, StopRequest
+from research.runs.steering.watchdog import Watchdog
 from research.tasks import task_registry
 from research.train import doctor, pipeline
 from research.train.fit import Run, restore

@@ -7,8 +7,13 @@ import pytest
 from commands import STEPS, chain, step_line
 
 from research.core.errors import STOPPED, UserError
-from research.runs.control_requests import KINDS, pending, withdraw, write_request
-from research.runs.request_listener import RequestListener
+from research.runs.steering.control_requests import (
+    KINDS,
+    pending,
+    withdraw,
+    write_request,
+)
+from research.runs.steering.request_listener import RequestListener
 
 # Three commands fit between the first steps and the last one.
 SLOW = """

@@ -11,9 +11,9 @@ import pytest
 from commands import ROOT
 
 from research.core.errors import PREEMPTED
-from research.runs import stop_signals
 from research.runs.phase_timer import PhaseTimer
-from research.runs.stop_signals import INTERRUPTED, Preempted, StopRequest
+from research.runs.steering import stop_signals
+from research.runs.steering.stop_signals import INTERRUPTED, Preempted, StopRequest
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_nobody_waits_for_a_reader_that_hangs():
 HELD = """
 import hashlib
 from research.runs.phase_timer import PhaseTimer
-from research.runs.stop_signals import StopRequest
+from research.runs.steering.stop_signals import StopRequest
 
 with StopRequest(PhaseTimer()) as stop, stop.noting():
     print("ready", flush=True)

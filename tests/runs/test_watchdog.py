@@ -11,7 +11,7 @@ from research.core.errors import STUCK
 
 HANGING = """
 import sys, time
-from research.runs import watchdog
+from research.runs.steering import watchdog
 from research.runs.phase_timer import PhaseTimer
 
 watchdog.PATIENCE = 0.5

@@ -16,7 +16,7 @@ from research.config.run_config import Config
 from research.core.errors import PREEMPTED, DivergedError
 from research.runs.display_files import read_answers
 from research.runs.run_directory import RunDir
-from research.runs.stop_signals import Preempted
+from research.runs.steering.stop_signals import Preempted
 from research.train_together import pack_pipeline
 
 # Every kind of knob that may differ does.

@@ -1,0 +1,1 @@
+"""What stops or steers a running job: signals, request files, and the watchdog."""

@@ -1,1 +1,1 @@
-"""Rows and raw text into batches, in an order that a checkpoint can save."""
+"""Turns rows and raw text into batches, in an order that a checkpoint can save."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from research.data.token_batch import Batch
 
-# More than any run reaches. Grain's own "for ever" overflows in batches of one.
+# No run reaches so many. Grain's own endless repeat overflows with batches of one row.
 ENDLESS_EPOCHS = 1_000_000_000
 
 
@@ -39,9 +39,9 @@ class OrderedBatches:
     ):
         """Args:
         order: a grain `MapDataset` of row numbers.
-        rows_of: makes rows from their numbers.
+        rows_of: builds a batch from row numbers `[n]`.
         batch_size: rows of a global batch.
-        mine: which rows of a global batch this process builds; by default all.
+        mine: the rows of a global batch that this process builds; by default all.
         """
         import grain
 
@@ -59,7 +59,7 @@ class OrderedBatches:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Position, as JSON-able data."""
+        """The position as JSON data."""
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -67,8 +67,10 @@ class OrderedBatches:
 
 
 def endless(first: int, count: int, seed: int) -> Any:
-    """A grain `MapDataset` of `first` to `first + count`: every epoch is another
-    permutation, worked out number by number."""
+    """A grain `MapDataset` over row numbers `first` to `first + count`, repeated.
+
+    Every epoch is another permutation. Grain computes each number when it is needed.
+    """
     import grain
 
     numbers = grain.MapDataset.range(first, first + count).seed(seed)

@@ -1,4 +1,4 @@
-"""Files on disk opened as plain bytes, whatever they are compressed with."""
+"""Opens compressed files as plain bytes; the ending of the name decides how."""
 
 import bz2
 import gzip
@@ -10,7 +10,7 @@ COMPRESSED = (".gz", ".bz2", ".zst")
 
 
 def open_bytes(path: Path) -> Any:
-    """A binary stream of the decompressed bytes, by the name's last ending.
+    """A binary stream of the decompressed bytes, chosen by the name's last ending.
 
     Reading from it raises OSError, EOFError or zlib.error where the file is damaged.
     """
@@ -26,5 +26,5 @@ def open_bytes(path: Path) -> Any:
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says what is inside, e.g. `.jsonl` of `rows.jsonl.zst`."""
+    """The ending of the file within, such as `.jsonl` for `rows.jsonl.zst`."""
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix

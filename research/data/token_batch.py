@@ -1,6 +1,6 @@
-"""The contract between data and model: one batch type for every job.
+"""The batch: the contract between data and model, one type for every task.
 
-Pre-training and instruction tuning differ only in `weights`.
+Batches of pre-training and of instruction tuning differ only in `weights`.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ class Batch:
       weights: float32, how much each target counts in the loss; 0 is ignored.
       segments: int32, 1, 2, ... for the documents of a row, 0 for padding.
       positions: int32, index of each token within its document.
-      groups: int32, what each target is reported under (a Dolly category); the
-        loss itself never reads it.
+      groups: int32, number of the category or source that each target's loss is
+        reported under; the loss itself never reads it.
     """
 
     tokens: Array

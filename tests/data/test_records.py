@@ -1,5 +1,6 @@
 """Rows of every kind of file become the same records, or an error that says where."""
 
+import collections
 import gzip
 import json
 
@@ -7,11 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from research.config.run_config import ColumnsConfig, DataConfig
+from research.config.run_config import ColumnsConfig, Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import load_rows, split_stratified
-from research.data.row_readers import read_rows
+from research.data.row_readers import READERS, RowReader, read_rows
+from research.data.text.text_sources import open_sources
 from research.tokenize.conversation import Turn
 
 ROWS = [
@@ -302,3 +304,30 @@ def test_max_rows_draws_from_every_category(sample):
     few = load_rows(DataConfig(max_rows=16), seed=0)
     assert few.categories() == dict.fromkeys(sample.categories(), 2)
     assert few.records != load_rows(DataConfig(max_rows=16), seed=1).records
+
+
+def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
+    """`.xlsx` is a binary format: no compression, and its size is not that of text."""
+
+    def read(path, errors, column):
+        for number, line in enumerate(path.read_text().split("\n"), start=1):
+            names = ("instruction", "response", "text")
+            cells = zip(names, line.split(";"), strict=True)
+            yield f"{path.name}: row {number}", dict(cells)
+
+    monkeypatch.setitem(READERS, ".xlsx", RowReader(read, is_plain=False))
+    path = tmp_path / "rows.xlsx"
+    path.write_text("a;b;c\nd;e;f")
+    rows = load_rows(DataConfig(path=str(path)), 0)
+    assert [r.turns[-1].text for r in rows.records] == ["b", "e"]
+    config = Config(text=TextConfig(sources=(f"own={path}",)))
+    [source] = open_sources(config)
+    pieces = list(source.read(source.files, collections.Counter()))
+    assert [(p.text, p.where) for p in pieces] == [
+        ("c", "rows.xlsx: row 1"),
+        ("f", "rows.xlsx: row 2"),
+    ]
+    assert source.text_bytes == 0
+    packed = path.rename(tmp_path / "rows.xlsx.gz")
+    with pytest.raises(UserError, match=r"kind.*xlsx; \.jsonl, \.json, \.csv may"):
+        load_rows(DataConfig(path=str(packed)), 0)

@@ -348,7 +348,7 @@ def test_text_that_is_none_is_said(tmp_path):
     folder = write_texts(tmp_path / "c", ["", ""])
     (folder / "image").write_bytes(b"\0\1\2")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no readable text \(left out: "):
+        with pytest.raises(UserError, match=r"no readable text \(dropped: "):
             build(tmp_path, folder)
 
 

@@ -1,1 +1,1 @@
-"""Instruction rows: read, split, tokenise, pack into batches."""
+"""Instruction data: rows are read, split, tokenised and packed into batches."""

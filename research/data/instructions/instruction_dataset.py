@@ -1,4 +1,4 @@
-"""Rows to batches: tokenise, split, pack, order; a position that can be saved."""
+"""The instruction dataset: rows tokenised, split, packed and ordered for training."""
 
 import collections
 import dataclasses
@@ -23,10 +23,10 @@ from research.tokenize.conversation import Record
 
 @dataclasses.dataclass(frozen=True)
 class PackedDocuments:
-    """Packed documents of one side.
+    """The packed documents of one side, training or held out.
 
     Attributes:
-      documents: tokenised records.
+      documents: the tokenised records.
       rows: indices of the documents that share each row.
       seq_len: positions of a row.
     """
@@ -54,16 +54,16 @@ class PackedDocuments:
 
 @dataclasses.dataclass(frozen=True)
 class InstructionDataset:
-    """Both sides of a source, and what was left out.
+    """Both sides of the rows, and the rows that were dropped.
 
     Attributes:
-      rows: the source as read.
-      categories: names of the groups that documents are numbered by.
+      rows: the rows as they were read.
+      categories: their categories; `TokenizedDocument.group` numbers them.
       train, held_out: the packed sides.
       held_out_records: the held-out rows as text, for prompts.
-      dropped: rows left out, by reason, reading and tokenising together.
-      truncated: rows kept with a shorter context.
-      examples: `file:line: what` of each, and of each row that was cut.
+      dropped: how many rows were dropped, by reason.
+      truncated: how many rows were kept with a shorter context.
+      examples: `file:line: reason` for each row that was dropped or cut.
     """
 
     rows: LoadedRows
@@ -121,9 +121,11 @@ def _tokenize(
     dropped: collections.Counter[str],
     examples: list[str],
 ) -> tuple[list[Record], list[TokenizedDocument], int]:
-    """Records that fit, their documents, and how many contexts were cut to fit.
+    """Tokenises records.
 
-    Rows that do not fit are counted into `dropped` and told in `examples`.
+    Returns:
+      The records that fit, their documents, and how many contexts were cut to fit.
+      `dropped` and `examples` get those that do not fit.
     """
     budget = config.data.seq_len + 1  # n positions predict n ids of n + 1
     number = {category: i for i, category in enumerate(categories)}
@@ -174,9 +176,9 @@ def training_batches(
 def eval_batches(
     split: PackedDocuments, batch_size: int, mine: Sequence[int] | None = None
 ) -> list[Batch]:
-    """Every row once, in order; the last batch is filled up with empty rows.
+    """Every row once, in order; empty rows pad the last batch.
 
-    `mine` says which rows of each global batch this process builds; by default all.
+    `mine` are the rows of each global batch that this process builds; by default all.
     """
     batches = []
     for start in range(0, len(split.rows), batch_size):

@@ -1,4 +1,4 @@
-"""Documents into fixed rows: which share a row, and what a row looks like."""
+"""Packs documents into rows of one length, and builds batches of such rows."""
 
 import collections
 import dataclasses
@@ -26,17 +26,16 @@ class TokenizedDocument:
 
     @property
     def slots(self) -> int:
-        """Positions it takes in a row: each but the last id predicts the next."""
+        """Positions that it takes in a row: every id but the last predicts the next."""
         return len(self.ids) - 1
 
 
 def pack(lengths: np.ndarray, seq_len: int, seed: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: which documents share each row.
+    """Chooses the documents of each row by best-fit decreasing bin packing.
 
     Johnson et al. 1974, doi:10.1137/0203025. Ties are broken by a seeded shuffle,
-    so that the company a document keeps depends on the seed, not on its place in
-    the file; rows are full enough (over 99 % on Dolly at 512) that the rest of a
-    row is not worth a smarter search.
+    so that the seed, and not the order of a file, decides which documents share a row.
+    Rows are over 99 % full on Dolly at 512, so a better search would gain little.
 
     Args:
       lengths: slots of each document, each in 1 to `seq_len`.
@@ -76,7 +75,7 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int) -> list[list[int]]:
 def build_batch(
     rows: list[list[int]], documents: list[TokenizedDocument], seq_len: int
 ) -> Batch:
-    """Lays documents side by side in NumPy rows; a missing tail is padding."""
+    """Lays documents side by side in rows `[rows, seq_len]`; the rest is padding."""
     shape = (len(rows), seq_len)
     batch = Batch(
         tokens=np.zeros(shape, np.int32),

@@ -9,7 +9,7 @@ from research.tokenize.conversation import ROLES, Record, Turn
 
 
 def to_record(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Record:
-    """Maps a row's columns to a `Record`.
+    """Makes a `Record` from the columns of a row.
 
     Raises:
       UserError: a mapped column does not exist (the mapping is wrong, not the row).
@@ -50,7 +50,7 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
         raise BadRowError(
             "wrong type", where, f"{column} is {type(value).__name__}, not text"
         )
-    # A lone surrogate is legal JSON and no legal text: no tokenizer takes it.
+    # JSON allows a lone surrogate, but no tokenizer accepts it.
     if not value.isascii() and value != value.encode("utf-8", "replace").decode():
         raise BadRowError("not Unicode", where, f"{column} has a lone surrogate")
     return value.strip()

@@ -1,4 +1,4 @@
-"""Where rows come from, in which order, and what was left out on the way."""
+"""Loads instruction rows from a file, the hub or the embedded sample; splits them."""
 
 import collections
 import dataclasses
@@ -24,14 +24,14 @@ HUB_DATASET = "databricks/databricks-dolly-15k"
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRows:
-    """What a source gave.
+    """The usable rows of a source.
 
     Attributes:
-      origin: where it came from, for people.
+      origin: the file or dataset, for people.
       sha256: of the raw rows' text, to tell one data set from another.
       records: the usable rows, in the source's order.
-      dropped: how many rows were left out, by reason.
-      examples: each of those, as `file:line: what is wrong`.
+      dropped: how many rows were dropped, by reason.
+      examples: `file:line: reason` for each of them.
     """
 
     origin: str
@@ -47,10 +47,10 @@ class LoadedRows:
 
 
 def load_rows(config: DataConfig, seed: int) -> LoadedRows:
-    """The rows of `config.source`: an explicit path, the hub, the embedded sample.
+    """Loads the rows of `config.path`, else of the hub, else of the embedded sample.
 
     Raises:
-      UserError: a bad file, column mapping or row, or nothing left.
+      UserError: a file, a column or a row cannot be used, or no row is usable.
     """
     origin, raw = _resolve(config)
     digest = hashlib.sha256()
@@ -69,7 +69,7 @@ def load_rows(config: DataConfig, seed: int) -> LoadedRows:
             unreadable = not bad.reason.startswith("empty")
             if unreadable and config.bad_lines == "stop":
                 raise UserError(
-                    f"{bad}; mend it, or skip and count such rows with "
+                    f"{bad}; fix it, or skip and count such rows with "
                     "--config.data.bad_lines=skip"
                 ) from bad
             dropped[bad.reason] += 1
@@ -87,7 +87,7 @@ def load_rows(config: DataConfig, seed: int) -> LoadedRows:
 
 
 def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
-    """A column that was named on purpose and is in no row is a typo."""
+    """Raises UserError for a column that the user named and that no row has."""
     for field in dataclasses.fields(columns):
         name = getattr(columns, field.name)
         if seen and name != field.default and name not in seen:
@@ -125,7 +125,7 @@ def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
         folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
         if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():
             return None
-        # Before `datasets` is imported: it reads this once, and then never asks.
+        # `datasets` reads this once, when it is imported.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
     import datasets
@@ -141,17 +141,20 @@ def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
 def split_stratified(
     records: list[Record], count: int, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """`count` records drawn evenly from each category by size, and the rest.
+    """Draws `count` records, from each category in proportion to its size.
 
-    Largest remainders decide the odd ones; the draw depends on `seed` alone, and
-    both parts keep the order of `records`.
+    Largest remainders decide how fractions are rounded. The draw depends on `seed`
+    alone.
+
+    Returns:
+      The drawn records and the others, both in the order of `records`.
 
     Raises:
-      UserError: nothing would be left over.
+      UserError: no record would remain.
     """
     if count >= len(records):
         raise UserError(
-            f"{count} rows are asked for and there are {len(records)}: lower "
+            f"{count} rows should be held out of {len(records)}: lower "
             "config.data.held_out or give more rows"
         )
     by_category: dict[str, list[int]] = {}

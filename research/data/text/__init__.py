@@ -1,1 +1,1 @@
-"""Raw text: read, tokenise once into a shared cache (or stream), cut into rows."""
+"""Raw text: tokenised once into a shared cache, or streamed, and cut into rows."""

@@ -1,4 +1,4 @@
-"""The tokenizer that `config.text.tokenizer` names, made or fetched where need be."""
+"""Opens the tokenizer that `config.text.tokenizer` names, or makes it first."""
 
 import bisect
 import collections
@@ -27,7 +27,7 @@ from research.tokenize.tokenizer_training import (
 )
 
 FORMAT = 1
-# More text hardly changes the merges of a vocabulary that a language model has.
+# More text hardly changes the merges of a vocabulary of usual size.
 TRAINING_BYTES = 64 << 20
 MEASURED_BYTES = 4 << 20
 FEWEST_STEPS = 64
@@ -35,10 +35,10 @@ HUB_FILES = ["tokenizer*", "*.model", "special_tokens_map.json", "*.jinja", "*.t
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """What `config.text.tokenizer` asks for.
+    """Opens the tokenizer of `config.text.tokenizer`.
 
-    A BPE is trained on the training side of `config.text.sources`, and kept in the
-    cache folder: the next run with the same text reads it.
+    A BPE is trained on the training side of `config.text.sources` and kept in the cache
+    folder, where the next run with the same text finds it.
 
     Raises:
       UserError: there is no such tokenizer, or it cannot be read or trained.
@@ -124,7 +124,7 @@ def _open_bpe(config: Config, size: int) -> Tokenizer:
 
 
 def _keep(tokenizer: Tokenizer, folder: Path) -> None:
-    """Seen by others whole or not at all; where another was first, its copy stays."""
+    """Saves it so that others see all or nothing; the first of two writers wins."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         save_tokenizer(tokenizer, temporary)
@@ -159,10 +159,10 @@ def training_texts(
 
 
 def _spread(source: TextSource, room: int, held_out_share: float) -> Iterator[str]:
-    """Text of a source, from all over it where all would be too much."""
+    """At most about `room` characters, taken from all over a source."""
     own = 0.0
     for item, part in _parts(source.files, room):
-        # What one input lacks, the next may have.
+        # A file that is shorter than its part leaves the rest to the next one.
         own += part
         for text in _training_pieces(source, item, held_out_share):
             if own < 1:
@@ -172,7 +172,7 @@ def _spread(source: TextSource, room: int, held_out_share: float) -> Iterator[st
 
 
 def _parts(files: Sequence[SourceFile], room: int) -> list[tuple[SourceFile, float]]:
-    """Inputs at equal steps of bytes, and how much of each makes up `room`."""
+    """Files at equal steps of bytes, and how much text to take from each."""
     ends = list(itertools.accumulate(item.size for item in files))
     total = ends[-1]
     if total <= room:
@@ -196,7 +196,7 @@ def _training_pieces(
 
 
 def _fetched(asked: str, timeout: float) -> Path:
-    """The tokenizer's files alone, from the hub or what it gave before."""
+    """Fetches only the tokenizer's files from the hub, or finds them in its cache."""
     import huggingface_hub
 
     name = asked.removeprefix("hub://")

@@ -1,9 +1,9 @@
-"""Raw text: the documents in a source, a piece at a time.
+"""Reads the documents of a source of raw text, one piece at a time.
 
-A document is a plain-text file, or a row of a file of rows. Long ones come in pieces
-cut at line ends, so that memory does not depend on the size of a plain-text file. A
-file that is a source by itself counts as many documents, cut at line ends, too: else
-there would be nothing to hold out.
+A document is a plain-text file, or one row of a row file. A long document comes in
+pieces that are cut at line ends, so that memory does not depend on the size of a file.
+A plain-text file that is a source by itself is cut into many documents at line ends,
+because a single document could not be split into training and held-out text.
 """
 
 import codecs
@@ -20,8 +20,8 @@ from research.data.compressed_files import COMPRESSED, kind_of, open_bytes
 from research.data.row_readers import READERS, BadRowError, read_rows
 
 PIECE_BYTES = 128 << 10
-PART_BYTES = 16 << 10  # Of a file that is a source by itself.
-HEAD_BYTES = 4096  # What is binary shows a NUL byte in as many.
+PART_BYTES = 16 << 10  # A document of a file that is a source by itself.
+HEAD_BYTES = 4096  # A binary file has a NUL byte among the first so many.
 RECORD_FILES = (".array_record", ".arrayrecord")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -31,7 +31,7 @@ class DocumentPiece:
     """A part of a document, of about `PIECE_BYTES` at most; never empty.
 
     Attributes:
-      text: what it says.
+      text: its characters.
       starts, ends: whether it is the first and the last of its document.
       where: `file:line`, for messages to the user.
     """
@@ -44,11 +44,11 @@ class DocumentPiece:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file.
+    """One file of a source.
 
     Attributes:
-      name: relative to the source's folder; the whole of a hub data set is one input.
-      path: where it is.
+      name: relative to the source's folder; a hub dataset counts as one file.
+      path: its place on disk, or the hub address.
       size: bytes on disk; 0 on the hub.
     """
 
@@ -59,14 +59,14 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Text under one name.
+    """One source of text, as `config.text.sources` names it.
 
     Attributes:
-      name: what the user calls it.
-      where: what the user wrote behind the name.
-      inputs: its files, in the order of their names.
-      revision: of a hub data set, else "".
-      column: the column of files of rows that holds the text.
+      name: the name that the user gave.
+      where: the place that the user wrote behind the name.
+      files: its files, in the order of their names.
+      revision: the commit of a hub dataset, else "".
+      column: the column of row files that holds the text.
       undecodable: stop, skip or replace.
       bad_lines: stop or skip.
     """
@@ -85,14 +85,14 @@ class TextSource:
 
     @property
     def text_bytes(self) -> int:
-        """About how much text there is; 0 where only reading would tell."""
+        """About how many bytes of text there are; 0 where the sizes do not tell."""
         plain = all(_is_plain(item.path) for item in self.files)
         return sum(i.size for i in self.files) if plain else 0
 
     def read(
         self, files: Iterable[SourceFile], left_out: collections.Counter[str]
     ) -> Iterator[DocumentPiece]:
-        """The documents of some of `inputs`; what is left out is counted by reason.
+        """Reads the documents of some of the `files`, and counts those that it drops.
 
         Raises:
           UserError: something cannot be read, or is not text and must not be skipped.
@@ -103,7 +103,7 @@ class TextSource:
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether the bytes on disk are about as many as those of the text within."""
+    """Whether a file is about as large as the text in it."""
     reader = READERS.get(path.suffix)
     known = reader.is_plain if reader else path.suffix not in RECORD_FILES
     return known and path.suffix not in COMPRESSED
@@ -117,7 +117,7 @@ def hub_parts(where: str) -> tuple[str, str, str]:
 
 
 class _DocumentReader:
-    """One pass over inputs: how each kind of file becomes pieces."""
+    """One pass over files: cuts each kind of file into pieces."""
 
     def __init__(self, source: TextSource, left_out: collections.Counter[str]):
         self._source = source
@@ -141,7 +141,7 @@ class _DocumentReader:
                 raise UserError(f"{item.path} cannot be read: {error}") from error
 
     def _of_row_file(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPiece]:
-        """Of a folder with other things than text, such as a settings.json."""
+        """Reads a row file; one in a folder may hold no text, such as settings.json."""
         try:
             yield from self._of_rows(rows)
         except UserError:
@@ -169,23 +169,23 @@ class _DocumentReader:
             yield from self._of_text(text, where)
 
     def _bad_row(self, found: Any, where: str) -> None:
-        """Stops or counts, where a row has no text."""
+        """Raises an error for a row without text, or counts it."""
         bad = found
         if not isinstance(found, BadRowError):
             detail = f"{self._source.column} is {type(found).__name__}, not text"
             bad = BadRowError("wrong type", where, detail)
         if self._source.bad_lines == "stop":
             raise UserError(
-                f"{bad}; mend it, or skip and count such rows with "
+                f"{bad}; fix it, or skip and count such rows with "
                 "--config.data.bad_lines=skip"
             )
         self._left_out[bad.reason] += 1
 
     def _keep(self, where: str, what: str) -> bool:
-        """Whether a document that is not all text is kept; else it is counted."""
+        """Whether to keep a document that is not valid UTF-8; counts it if not."""
         if self._source.undecodable == "stop":
             raise UserError(
-                f"{where}: {what}; mend it, or choose --config.text.undecodable=skip "
+                f"{where}: {what}; fix it, or choose --config.text.undecodable=skip "
                 "or replace"
             )
         if self._source.undecodable == "skip":
@@ -193,7 +193,7 @@ class _DocumentReader:
         return self._source.undecodable == "replace"
 
     def _of_text(self, text: str, where: str) -> Iterator[DocumentPiece]:
-        """A document that is in memory already."""
+        """Cuts a document that is in memory already."""
         if not text:
             self._left_out["empty"] += 1
         yield from _in_pieces([text], where, PIECE_BYTES)
@@ -259,7 +259,7 @@ class _DocumentReader:
 
 
 class _UndecodableError(ValueError):
-    """Bytes that are not UTF-8, `offset` bytes into the decompressed file."""
+    """The byte at `offset` of the decompressed file is not UTF-8."""
 
     def __init__(self, offset: int):
         super().__init__(offset)
@@ -267,7 +267,7 @@ class _UndecodableError(ValueError):
 
 
 def _decoded(path: Path, errors: str) -> Iterator[str]:
-    """A file's text in chunks, without a byte order mark."""
+    """The text of a file in chunks, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     position = 0
     with open_bytes(path) as file:
@@ -293,13 +293,13 @@ def _decodes(path: Path) -> bool:
 
 
 def _in_parts(chunks: Iterable[str], where: str) -> Iterator[DocumentPiece]:
-    """Documents of about `PART_BYTES` from one file."""
+    """Cuts one file into documents of about `PART_BYTES`."""
     for piece in _in_pieces(chunks, where, PART_BYTES):
         yield dataclasses.replace(piece, starts=True, ends=True)
 
 
 def _in_pieces(chunks: Iterable[str], where: str, size: int) -> Iterator[DocumentPiece]:
-    """One document's text, cut behind line ends, else behind spaces, else anywhere."""
+    """Cuts one document behind line ends, else behind spaces, else anywhere."""
     rest, starts = "", True
     for chunk in chunks:
         text, at = rest + chunk, 0

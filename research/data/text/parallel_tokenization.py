@@ -1,4 +1,4 @@
-"""Text to ids on all cores, with the reading of text beside it."""
+"""Tokenises on all cores while the next texts are read."""
 
 import collections
 import os
@@ -12,10 +12,10 @@ from research.tokenize.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 
-# Enough pieces for each core, and little next to what a model takes: the library
-# keeps about a hundred bytes a token until a batch is converted.
+# Enough pieces for every core. The library keeps about a hundred bytes a token until
+# a batch is converted, so this stays small beside a model.
 BATCH_BYTES = (1 << 20) * min(max(os.cpu_count() or 1, 2), 32)
-# Two at a time, so that no core waits for the longest piece of a batch.
+# Two batches at a time, so that no core waits for the longest piece of one.
 WORKERS = 2
 
 
@@ -26,10 +26,10 @@ def encoded(
     dtype: Any,
     batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[tuple[Item, np.ndarray]]:
-    """Each item with the ids of its text, in order, a few batches ahead.
+    """Yields each item with the ids of its text, in order, a few batches ahead.
 
-    The library encodes without Python's lock and on all cores; meanwhile the next
-    texts are read and the last ids are used.
+    The library encodes on all cores without Python's lock. Meanwhile this thread reads
+    the next texts, and the caller uses the last ids.
     """
     waiting: collections.deque[tuple[list[Item], Future[list[np.ndarray]]]]
     waiting = collections.deque()

@@ -1,7 +1,7 @@
-"""How documents become one stream of ids, and how the stream becomes rows.
+"""Joins documents into one stream of ids, and cuts the stream into rows.
 
-Every document starts with one id that text never encodes to, so the borders between
-documents can be read off the stream, and no index of them is needed.
+Every document starts with an id that text never encodes to. So the stream itself shows
+where documents begin, and no index is needed.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class DocumentMarks:
 
     Attributes:
       start: id in front of each document.
-      end: id behind each, or None where the next document's `start` ends it.
+      end: id behind each document, or None where the next `start` ends it.
       dtype: of ids on disk, little-endian `<u2` or `<u4`.
     """
 
@@ -40,11 +40,11 @@ class DocumentMarks:
         """
         if tokenizer.eos is None:
             raise UserError(
-                "the tokenizer names no eos_token, and documents are told apart by it; "
+                "the tokenizer names no eos_token, and it marks where documents start; "
                 "name one in its tokenizer_config.json"
             )
         dtype = "<u2" if tokenizer.largest_id < 1 << 16 else "<u4"
-        # Where both are one token, an eos in front and a bos behind look alike.
+        # If both were one id, the start and the end of a document would look alike.
         if tokenizer.add_bos and tokenizer.bos not in (None, tokenizer.eos):
             return cls(tokenizer.bos, tokenizer.eos, dtype)
         return cls(tokenizer.eos, None, dtype)
@@ -58,7 +58,7 @@ class DocumentMarks:
         if (ids == self.start).any():
             raise UserError(
                 f"{piece.where}: the tokenizer makes id {self.start} of plain text, "
-                "and documents are told apart by it; choose another tokenizer"
+                "and it marks where documents start; choose another tokenizer"
             )
         front = [self.start] if piece.starts else []
         back = [self.end] if piece.ends and self.end is not None else []
@@ -68,9 +68,9 @@ class DocumentMarks:
 
 
 def is_held_out(first: DocumentPiece, share: float) -> bool:
-    """The side of a document, by its first piece: equal texts share a side.
+    """Whether a document is held out, by its first piece: equal texts share a side.
 
-    It depends on nothing else, so that runs with other seeds evaluate the same text.
+    Nothing else matters, so runs with other seeds evaluate the same text.
     """
     digest = hashlib.blake2b(first.text.encode(), digest_size=8, key=HELD_OUT_SALT)
     return int.from_bytes(digest.digest(), "big") < share * (1 << 64)
@@ -80,7 +80,7 @@ def lay_rows(
     ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray, marks: DocumentMarks,
     isolate: bool,
 ) -> Batch:  # fmt: skip
-    """A batch of stretches of the stream.
+    """A batch of rows that were cut from the stream.
 
     Args:
       ids: integer `[B, T + 1]`; each row predicts its last T ids from its first T.
@@ -104,7 +104,7 @@ def lay_rows(
         segments = np.cumsum(starts, axis=1, dtype=np.int32)
         positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
         if marks.end is not None:
-            # Which document comes next has nothing to do with this one.
+            # The next document does not follow from this one.
             weights *= targets != marks.start
     blank = ~real
     for array in (tokens, targets, segments):

@@ -1,4 +1,4 @@
-"""What a source is, bit for bit: a key that changes when anything in it does."""
+"""The fingerprint of a source: a key that changes when any byte of it changes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ FRESH_NS = 2 * 10**9
 
 
 def cache_folder(config: TextConfig) -> Path:
-    """Where tokenised sources are kept; it need not exist."""
+    """The folder of tokenised sources, which may not exist yet."""
     if config.cache_dir == "auto":
         return user_cache()
     return Path(config.cache_dir).expanduser()
@@ -35,10 +35,9 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
 
 
 def source_key(source: TextSource, cache: Path, settings: Mapping[str, Any]) -> str:
-    """sha256 over the settings, every input's name and every input's bytes.
+    """sha256 over the settings and over the name and the bytes of every file.
 
-    Bytes that were hashed before are not read again while a file's size and time of
-    change stay what they were.
+    A file is not read again while its size and its time of change stay the same.
     """
     parts = {
         **settings,
@@ -88,14 +87,14 @@ def _read_memo(cache: Path) -> dict[str, list[Any]]:
             path: [int(size), int(at), str(d)] for path, (size, at, d) in memo.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # It only saves time.
+        return {}  # The memo only saves time.
 
 
 def _add_to_memo(cache: Path, entries: Mapping[str, list[Any]]) -> None:
-    """Of two that add at one time, one may lose its entries, and hashes them again."""
+    """Adds entries. Of two concurrent writers one loses its own, and hashes again."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         memo = {**_read_memo(cache), **entries}
         write_whole(cache / MEMO, json.dumps(memo))
     except OSError:
-        return  # It only saves time: a cache can be read-only, and finished.
+        return  # The memo only saves time, and a finished cache may be read-only.

@@ -1,7 +1,7 @@
-"""Text tokenised on the way into training, in the order of its sources; no cache.
+"""Tokenises text while training reads it, in the order of its sources, without a cache.
 
-For text that is read about once, or that has no room on disk beside itself. Every
-process tokenises all of it, and keeps its own rows.
+This suits text that is read about once, or text that is too large to be stored twice.
+Every process tokenises all of it and keeps its own rows.
 """
 
 import collections
@@ -24,10 +24,10 @@ from research.data.text.token_shards import TextTotals
 from research.data.token_batch import Batch
 from research.tokenize.tokenizer import Tokenizer
 
-# Less at a time than for a cache: the first batch waits for the first of these.
+# Smaller than for a cache, because training waits for the first of them.
 BATCH_BYTES = 512 << 10
-# The search for held-out documents ends after this much text, or this many times what
-# their share lets expect.
+# The search for held-out documents ends after this much text, or after this multiple
+# of the text that should hold enough of them.
 SEARCH_BYTES = 64 << 20
 SEARCH_FACTOR = 20
 
@@ -35,7 +35,7 @@ SEARCH_FACTOR = 20
 def load_streamed(
     config: Config, sources: list[TextSource], tokenizer: Tokenizer
 ) -> TextData:
-    """Reads the documents to evaluate, and no more until training begins.
+    """Reads the documents to evaluate. Training reads the rest later.
 
     Raises:
       UserError: a source, its text or the mixture cannot be used.
@@ -78,7 +78,7 @@ def load_streamed(
 
 
 class _Reader:
-    """Endless training ids of one source, from any position.
+    """An endless stream of the training ids of one source; it can start anywhere.
 
     A position is `[pass over the source, piece within it, id within the piece]`.
     """
@@ -97,7 +97,7 @@ class _Reader:
         self.seek([0, 0, 0])
 
     def seek(self, position: Sequence[int]) -> None:
-        """Continues from a position; what is before it is read, not tokenised."""
+        """Continues from a position; earlier text is read again, but not tokenised."""
         around, index, offset = position
         self._ahead = encoded(
             self._pieces(around, index),
@@ -113,11 +113,11 @@ class _Reader:
 
     @property
     def position(self) -> list[int]:
-        """Of the next row's first id."""
+        """The position of the next row's first id."""
         return list(self._position)
 
     def take(self, count: int) -> np.ndarray:
-        """The next `[count + 1]` ids; the last is the first of the next row."""
+        """The next ids `[count + 1]`; the last is also the first of the next row."""
         while self._there <= count:
             (around, index, piece), ids = next(self._ahead)
             ids = self._layout.frame(piece, ids)
@@ -160,7 +160,7 @@ class _Reader:
 
 
 class StreamedBatches:
-    """Endless batches; rows come from the sources in turn, by their weights."""
+    """Endless batches; each row comes from the source that its weights put next."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class StreamedBatches:
         ids = np.empty((self._size, length + 1), self._row_layout.marks.dtype)
         groups = np.empty(self._size, np.int32)
         for i in range(self._size):
-            # Whichever is furthest behind its share of the rows so far.
+            # The source that is furthest behind its share of the rows so far.
             behind = self._weights * (self._taken.sum() + 1) - self._taken
             groups[i] = np.argmax(behind)
             ids[i] = self._readers[groups[i]].take(length)
@@ -194,7 +194,7 @@ class StreamedBatches:
         return self._row_layout.batch(ids[own], np.full(len(own), length), groups[own])
 
     def get_state(self) -> dict[str, Any]:
-        """Position, as JSON-able data."""
+        """The position as JSON data."""
         return {
             "rows": self._taken.tolist(),
             "positions": [reader.position for reader in self._readers],
@@ -207,7 +207,7 @@ class StreamedBatches:
 
 
 def _by_size(sources: list[TextSource]) -> dict[str, float]:
-    """Shares by bytes on disk, or equal ones where a size is not known."""
+    """Shares by bytes on disk, or equal shares where a size is unknown."""
     sizes = [sum(item.size for item in source.files) for source in sources]
     if not all(sizes):
         sizes = [1] * len(sources)
@@ -221,7 +221,7 @@ def _held_out(
     config: Config,
     left_out: collections.Counter[str],
 ) -> HeldOutText:
-    """The first held-out documents, whole, until there are `held_out_bytes`."""
+    """The first held-out documents, each whole, up to about `held_out_bytes`."""
     text = config.text
     expected = text.held_out_bytes / max(text.held_out_share, 1e-9)
     room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
@@ -252,7 +252,7 @@ def _identity(
     tokenizer: Tokenizer,
     held: list[HeldOutText],
 ) -> str:
-    """Of names, sizes and the evaluated text: nobody has read the rest yet."""
+    """sha256 over names, sizes and the evaluated text; the rest is still unread."""
     parts = {
         "tokenizer": tokenizer.fingerprint,
         "held_out_share": config.text.held_out_share,

@@ -1,4 +1,4 @@
-"""Pre-training text as a run sees it, cached or streamed."""
+"""Text for pre-training, cached or streamed: training batches and held-out batches."""
 
 import dataclasses
 import logging
@@ -15,11 +15,11 @@ from research.data.token_batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutText:
-    """Held-out documents of one source, whole and one behind the other.
+    """Held-out documents of one source, whole and in order.
 
     Attributes:
       totals: of these documents.
-      read: `read(start, count)` gives `[count]` of their ids.
+      read: `read(start, count)` gives ids `[count]`.
     """
 
     totals: TextTotals
@@ -28,19 +28,19 @@ class HeldOutText:
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """Both sides of all sources.
+    """The training side and the held-out side of all sources.
 
     Attributes:
-      groups: source names; `Batch.groups` counts along them.
-      origin: where the text came from, for people.
+      groups: source names; `Batch.groups` numbers them.
+      origin: the sources and their places, for people.
       sha256: of the tokenised text, to tell one data set from another.
-      train: totals by source; empty where the text is streamed and nobody knows.
-      held_out: totals by source of all that is kept from training; streamed: of
-        what is evaluated.
+      train: totals by source; empty for streamed text, which nobody has counted.
+      held_out: totals by source of the documents that are kept from training; where
+        the text is streamed, only of those that are evaluated.
       rows: different training rows; 0 where the text is streamed.
       held_out_bytes: UTF-8 bytes by source of exactly the documents evaluated.
-      left_out: how many documents were left out, by reason.
-      row_format: what the rows look like.
+      left_out: how many documents were dropped, by reason.
+      row_layout: the shape of every row.
       evaluated: the held-out documents of each source, in the order of `groups`.
       training: `training(batch_size, seed, mine)` gives the training batches.
       first_rows: `first_rows(n)` gives training rows in the order of the sources.
@@ -64,7 +64,7 @@ class TextData:
     def train_iterator(
         self, batch_size: int, seed: int, mine: Sequence[int] | None = None
     ) -> Batches:
-        """Endless batches of rows; `mine` are this process's of each global batch."""
+        """Endless batches; `mine` are the rows of each that this process builds."""
         return self.training(batch_size, seed, mine)
 
     def require_rows(self, batch_size: int) -> None:
@@ -79,15 +79,15 @@ class TextData:
             )
 
     def sample_batch(self, rows: int) -> Batch:
-        """The first training rows, for looking at."""
+        """The first training rows, for people to look at."""
         return self.first_rows(rows)
 
     def held_out_batches(
         self, batch_size: int, mine: Sequence[int] | None = None
     ) -> list[Batch]:
-        """The evaluated documents, each byte predicted once; empty rows fill up.
+        """The evaluated documents, each byte predicted once; the last batch is padded.
 
-        `mine` says which rows of each global batch this process builds.
+        `mine` are the rows of each global batch that this process builds.
         """
         rows = [
             (
@@ -117,10 +117,10 @@ class TextData:
 
 
 def check_held_out(config_share: float, evaluated: dict[str, TextTotals]) -> None:
-    """Says which sources cannot be evaluated.
+    """Warns of each source that has no held-out document.
 
     Raises:
-      UserError: none can.
+      UserError: no source has one.
     """
     without = [name for name, totals in evaluated.items() if not totals.documents]
     if len(without) == len(evaluated):

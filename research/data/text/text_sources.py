@@ -14,14 +14,14 @@ from research.data.text.document_readers import SourceFile, TextSource, hub_part
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-STDLIB_LARGEST = 300_000  # What is larger was generated.
+STDLIB_LARGEST = 300_000  # Larger files were generated.
 
 
 def check_text(config: TextConfig) -> None:
-    """Reads the names of sources and mixture, and nothing else.
+    """Checks the names in `sources` and `mixture` without reading any file.
 
     Raises:
-      UserError: they do not fit.
+      UserError: a name is malformed, or the two do not match.
     """
     mixture_weights(config, list(_places(config)))
 
@@ -47,10 +47,10 @@ def _places(config: TextConfig) -> dict[str, str]:
 
 
 def open_sources(config: Config) -> list[TextSource]:
-    """The sources of `config.text`, listed and not yet read.
+    """Lists the files of all sources in `config.text`; reads none of them.
 
     Raises:
-      UserError: a source is not `name=where`, or is not there.
+      UserError: a source is not `name=where`, or does not exist.
     """
     sources, text = [], config.text
     for name, where in _places(text).items():
@@ -95,7 +95,7 @@ def _locate(
 
 
 def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[SourceFile]:
-    """Files whose every relative part is wanted, in the order of their names."""
+    """Files in the order of their names, if every part of the path is wanted."""
     found = []
 
     def refuse(error: OSError) -> None:
@@ -119,10 +119,11 @@ def _stdlib() -> Iterator[SourceFile]:
 
 
 def mixture_weights(config: TextConfig, names: Sequence[str]) -> dict[str, float]:
-    """Shares by source name that sum to 1, or nothing where `mixture` is empty.
+    """Shares by source name that sum to 1; empty where `mixture` is empty.
 
     Raises:
-      UserError: a name or a weight that cannot be, or a source without a weight.
+      UserError: an unknown name, a weight that is not a number of at least 0, or a
+        source without a weight.
     """
     weights: dict[str, float] = {}
     for written in config.mixture:

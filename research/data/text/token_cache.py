@@ -1,4 +1,4 @@
-"""Documents are tokenised once, into a folder that any number of runs can share.
+"""Tokenises a source once, into a folder that any number of runs share.
 
 The inputs are cut into units, and the processes of a run share the units. A unit
 becomes shards of about `SHARD_BYTES` of text; a shard that is finished is never made
@@ -39,20 +39,20 @@ FORMAT = 1
 UNIT_BYTES = 16 << 20
 SHARD_BYTES = 16 << 20
 SECONDS_BETWEEN_LINES = 5.0
-# Another process that finishes no shard for so long is taken for dead or for one that
-# writes elsewhere: its units are then made here, too.
+# If another process finishes no shard for so many seconds, it is dead or writes to
+# another disk. This process then makes its units, too.
 PATIENCE = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedSource:
-    """A finished cache.
+    """The finished cache of one source.
 
     Attributes:
-      name: of the source.
-      folder: where the shards are.
-      manifest: what they hold.
-      layout: what stands around documents.
+      name: the name of the source.
+      folder: holds the shards.
+      manifest: lists the shards.
+      marks: the ids around each document.
     """
 
     name: str
@@ -68,10 +68,10 @@ def open_cache(
     process_index: int = 0,
     process_count: int = 1,
 ) -> CachedSource:
-    """The tokenised source, made first where it is not there.
+    """Opens the tokenised source; tokenises it first where no cache of it exists.
 
-    With several processes each makes its share of the units, and returns when all
-    are there.
+    With several processes each makes its share of the units and returns once all
+    units exist.
 
     Raises:
       UserError: an input cannot be read or used, or the folder cannot be written.
@@ -88,7 +88,7 @@ def open_cache(
             build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
             manifest = build.run(key, process_index, process_count)
         except UserError:
-            # Mended text has another key: these shards would never be used.
+            # Corrected text has another key, so nobody would use these shards.
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
@@ -98,7 +98,7 @@ def open_cache(
         left_out = ", ".join(f"{n} {why}" for why, n in manifest.left_out().items())
         raise UserError(
             f"text source {source.name}={source.where} has no readable text "
-            f"(left out: {left_out or 'nothing'})"
+            f"(dropped: {left_out or 'nothing'})"
         )
     return CachedSource(source.name, folder, manifest, marks)
 
@@ -122,7 +122,7 @@ def _settings(
 
 
 def units_of(files: Iterable[SourceFile]) -> list[list[SourceFile]]:
-    """Neighbours together up to about `UNIT_BYTES`; what is larger stands alone."""
+    """Groups neighbouring files up to `UNIT_BYTES`; a larger file stands alone."""
     units: list[list[SourceFile]] = []
     room = 0
     for item in files:
@@ -136,7 +136,7 @@ def units_of(files: Iterable[SourceFile]) -> list[list[SourceFile]]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Step:
-    """A piece on its way into a shard; without a piece, only the end of a unit."""
+    """A piece to add to a shard; a step without a piece only ends a unit."""
 
     unit: int
     number: int
@@ -149,7 +149,7 @@ class _Step:
 
 
 class _OpenShard:
-    """A shard in work: ids and counts, and no text."""
+    """A shard that is being made: ids and counts, but no text."""
 
     def __init__(self) -> None:
         self.data = (bytearray(), bytearray())
@@ -159,7 +159,7 @@ class _OpenShard:
         self._held_continues = False
 
     def add(self, step: _Step, ids: np.ndarray) -> None:
-        """Takes a piece that was tokenised."""
+        """Adds a tokenised piece."""
         side = int(step.held)
         self.data[side].extend(ids.tobytes())
         self._pieces += 1
@@ -173,7 +173,7 @@ class _OpenShard:
             self._held_lengths[-1] += step.size
 
     def shard(self, end: _Step) -> TokenShard:
-        """What its JSON will say, given its last step."""
+        """The finished shard, given its last step."""
         train, held = (
             TextTotals(*counts)
             for counts in zip(self._documents, self._tokens, self._bytes, strict=True)
@@ -193,7 +193,7 @@ class _OpenShard:
 
 
 class _CacheBuild:
-    """Makes the shards of a source that are not there."""
+    """Makes the missing shards of a source."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class _CacheBuild:
         self._begun = self._said = time.monotonic()
 
     def run(self, key: str, process_index: int, process_count: int) -> TokenManifest:
-        """Makes this process's units, waits for the others', writes the manifest."""
+        """Makes this process's units, waits for the others, writes the manifest."""
         count = len(self._units)
         logging.info(
             "text: tokenising %s (%s), %d files in %d units, into %s",
@@ -243,7 +243,7 @@ class _CacheBuild:
                 shard_in_work = _OpenShard()
 
     def _steps(self, unit: int) -> Iterator[_Step]:
-        """The pieces of a unit that are in no finished shard."""
+        """The pieces of a unit that no finished shard holds."""
         if self._finished(unit):
             return
         left_out: collections.Counter[str] = collections.Counter()
@@ -274,7 +274,7 @@ class _CacheBuild:
             piece = following
 
     def _finished(self, unit: int) -> list[TokenShard]:
-        """All shards of a unit, or none where it is not finished."""
+        """All shards of a unit, or an empty list while it is unfinished."""
         shards: list[TokenShard] = []
         while not shards or not shards[-1].last:
             shard = read_shard(self._folder, unit, len(shards), self._layout.dtype)
@@ -284,7 +284,7 @@ class _CacheBuild:
         return shards
 
     def _wait_for(self, units: Iterable[int]) -> list[TokenShard]:
-        """The shards of all units in order; others' are waited for, to a point."""
+        """The shards of all units in order; waits `PATIENCE` for other processes."""
         shards: list[TokenShard] = []
         for unit in units:
             found, files = self._finished(unit), -1
@@ -294,7 +294,7 @@ class _CacheBuild:
                     files, deadline = now, time.monotonic() + PATIENCE
                 if self._alone or time.monotonic() > deadline:
                     if not self._alone:
-                        logging.info("text: nobody makes unit %d; made here", unit)
+                        logging.info("text: unit %d is made here, too", unit)
                     self._alone = True
                     self._make([unit])
                 else:

@@ -1,8 +1,8 @@
-"""Tokenised sources on disk: pairs of files that are there whole, or not there.
+"""The files of a tokenised source: shards, and a manifest that lists them.
 
-A shard is one stretch of a source: its training ids, its held-out ids, and a JSON
-that is written last and says what both must be. So whatever has a JSON is finished,
-and a writer may be killed at any time.
+A shard is one part of a source: a file of training ids, a file of held-out ids, and a
+JSON file that is written last and states the size of both. A shard that has its JSON is
+finished, so a writer may be killed at any time.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ SIDES = ("train", "held")
 
 @dataclasses.dataclass(frozen=True)
 class TextTotals:
-    """Documents, ids with their marks, and bytes of UTF-8 text."""
+    """Counts of documents, of ids with their marks, and of bytes of UTF-8 text."""
 
     documents: int = 0
     tokens: int = 0
@@ -40,17 +40,17 @@ class TextTotals:
 
 @dataclasses.dataclass(frozen=True)
 class TokenShard:
-    """What a shard's JSON says.
+    """The content of a shard's JSON.
 
     Attributes:
-      unit, number: which stretch it is; numbers count up within a unit.
-      pieces: how many pieces of text it holds.
+      unit, number: its place in the source; numbers count up within a unit.
+      pieces: the number of pieces of text in it.
       train, held: totals of each side; a document counts where it starts.
       held_lengths: bytes of each held-out document, in order.
       held_continues: whether the first of these began in the shard before.
       sha256: of the ids of each side.
       last: whether the unit ends here.
-      left_out: only of the last, counts over the unit by reason.
+      left_out: in the last shard, dropped documents of the unit, counted by reason.
     """
 
     unit: int
@@ -69,14 +69,14 @@ class TokenShard:
         return f"u{self.unit:06d}-s{self.number:06d}"
 
     def file(self, folder: Path, side: str, dtype: str) -> Path:
-        """The ids of one of `SIDES`, flat."""
+        """The file with the ids of one of `SIDES`, one behind the other."""
         return folder / f"{self.name}.{side}.{'u16' if dtype == '<u2' else 'u32'}"
 
     def totals(self, side: str) -> TextTotals:
         return self.train if side == "train" else self.held
 
     def is_whole(self, folder: Path, dtype: str) -> bool:
-        """Whether both files have the size they must have."""
+        """Whether both files have the stated size."""
         width = np.dtype(dtype).itemsize
         try:
             return all(
@@ -101,7 +101,7 @@ def read_shard(folder: Path, unit: int, number: int, dtype: str) -> TokenShard |
 def write_shard(
     folder: Path, shard: TokenShard, ids: Sequence[bytes | bytearray], dtype: str
 ) -> None:
-    """Writes the ids of both sides, and then the JSON.
+    """Writes the ids of both sides, then the JSON.
 
     Raises:
       OSError: no space or no permission.
@@ -119,12 +119,12 @@ def _from_dict(values: dict[str, Any]) -> TokenShard:
 
 @dataclasses.dataclass(frozen=True)
 class TokenManifest:
-    """All of a finished source.
+    """All shards of a finished source.
 
     Attributes:
-      key: of what was tokenised, by what and how.
-      dtype: of the ids.
-      shards: in the order of the stream.
+      key: `source_key` of the text, the tokenizer and the settings.
+      dtype: type of the ids.
+      shards: the shards in the order of the text.
     """
 
     key: str
@@ -154,16 +154,16 @@ class TokenManifest:
 
     @property
     def sha256(self) -> str:
-        """Of the ids: equal for equal streams, however they were made."""
+        """sha256 of the ids; equal for equal ids, however they are split into units."""
         hashes = "".join(digest for shard in self.shards for digest in shard.sha256)
         return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def read_manifest(folder: Path, key: str) -> TokenManifest | None:
-    """A finished source whose every file has the right size, or None.
+    """The manifest of a finished source whose files all have the right size, or None.
 
-    Where a file is damaged, the manifest and the shard's JSON go, too, so that this
-    shard is made again and the others are kept.
+    If a file is damaged, this removes the manifest and the shard's JSON, so that only
+    this shard is made again.
     """
     path = folder / MANIFEST
     try:

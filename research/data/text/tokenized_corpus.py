@@ -1,4 +1,4 @@
-"""Tokenised sources as rows for training, read in any order at any size."""
+"""Cached sources as rows for training, which can be read in any order."""
 
 import bisect
 import collections
@@ -30,8 +30,8 @@ SCAN_TOKENS = 1 << 18
 class TokenStream:
     """One side of a cached source as one long stream of ids.
 
-    Files are read at a position, and not mapped: pages of a map that were touched
-    count as memory of the process until someone else needs them.
+    Files are read and not mapped into memory: touched pages of a map count as memory
+    of the process until the system needs them.
     """
 
     def __init__(self, cached: CachedSource, side: str):
@@ -53,10 +53,10 @@ class TokenStream:
             os.close(handle)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids `[count]` from position `start`, which must be there.
+        """Ids `[count]` from position `start` on; the range must lie in the stream.
 
         Raises:
-          UserError: a file is gone or shorter than it was.
+          UserError: a file is missing or shorter than it was.
         """
         if not 0 <= start <= start + count <= len(self):
             raise ValueError(f"{start} to {start + count} of {len(self)}")
@@ -84,7 +84,7 @@ class TokenStream:
         except OSError as error:
             raise UserError(
                 f"tokenised text {self._paths[number]} cannot be read ({error}); start "
-                "again, and what is damaged is made again"
+                "again; damaged files are then made again"
             ) from error
 
     def _handle(self, number: int) -> int:
@@ -104,13 +104,13 @@ def load_text(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TextData:
-    """The sources of `config.text`, tokenised now or earlier, or on the way.
+    """Opens the sources of `config.text`, cached or streamed; makes caches first.
 
     Raises:
       UserError: a source, its text or the mixture cannot be used.
     """
     sources = open_sources(config)
-    # Before hours of tokenising: a typo should not wait for them.
+    # A typo should be reported now, and not after hours of tokenising.
     mixture_weights(config.text, [source.name for source in sources])
     if not config.text.cache:
         return load_streamed(config, sources, tokenizer)
@@ -124,7 +124,7 @@ def load_text(
 
 
 class _Corpus:
-    """All cached sources; their training rows are numbered one after the other."""
+    """All cached sources; their training rows are numbered consecutively."""
 
     def __init__(self, config: Config, cached: list[CachedSource]):
         self._config = config
@@ -224,7 +224,7 @@ class _Corpus:
 
 
 def _end_of(stream: TokenStream, count: int, documents: int, start: int) -> int:
-    """How many ids the first `count` of a stream's documents have."""
+    """The number of ids in the first `count` documents of a stream."""
     if count == documents:
         return len(stream)
     seen = 0
@@ -238,6 +238,6 @@ def _end_of(stream: TokenStream, count: int, documents: int, start: int) -> int:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    """Of a source: two must not be shuffled alike."""
+    """A seed for one source, so that no two sources are shuffled alike."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 from research.core.errors import UserError
 from research.core.hub_access import ask_hub
 from research.formats.gguf_file import GGUFFile
-from research.formats.safetensors_folder import SafetensorsFolder
+from research.formats.huggingface_weights import HuggingFaceWeights, read_hf_config
 from research.formats.tensor_file import TensorFile
-from research.models import architecture as presets
-from research.models.architecture import Architecture, from_hf_config
+from research.models import presets
+from research.models.architecture import Architecture
 from research.tokenize import tokenizer as tokenizers
 
 EXPORTED = "model"  # The folder of a run in which its model is written for others.
@@ -28,8 +27,8 @@ class Base:
     Attributes:
       name: as the config has it.
       architecture: from `config.json`, the GGUF metadata or a preset.
-      tokenizer: the model's own, or what a random one is to be trained with.
-      tensors: readable by Hugging Face name; None: the weights start at random.
+      tokenizer: the model's own, or the one that a random model will be trained with.
+      tensors: its weight files; None if the weights start at random.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Base:
     def fingerprint(self) -> str:
         """sha256 of the weight files, or of the shape of random weights."""
         if self.tensors is None:
-            return hashlib.sha256(repr(self.architecture).encode()).hexdigest()
+            return hashlib.sha256(self.architecture.describe().encode()).hexdigest()
         return self.tensors.fingerprint
 
 
@@ -58,38 +57,36 @@ def random_base(preset: str, tokenizer: tokenizers.Tokenizer) -> Base:
 def open_base(name: str, hub_timeout: float = 5.0) -> Base:
     """Opens `pkg://package/file.gguf`, a `.gguf` file, a folder, or `hub://owner/name`.
 
-    A run's folder stands for the model it has exported.
+    A run's folder stands for the model that the run has exported.
 
     Raises:
-      UserError: it is not there, or not of the Llama family.
+      UserError: it is absent or damaged, or no family of models covers it.
     """
     path = _exported(_locate(name, hub_timeout, HUB_FILES))
     if path.is_file():
         file = GGUFFile(path)
+        architecture = file.read_architecture()
         tokenizer = tokenizers.from_gguf_metadata(file.metadata)
-        return Base(name, from_hf_config(file.hf_config()), tokenizer, file)
-    return Base(
-        name,
-        _read_config(name, path),
-        tokenizers.from_folder(path),
-        SafetensorsFolder(path),
-    )
+        return Base(name, architecture, tokenizer, file)
+    architecture = read_hf_config(path)
+    tokenizer = tokenizers.from_folder(path)
+    return Base(name, architecture, tokenizer, HuggingFaceWeights(path))
 
 
 def open_architecture(name: str, hub_timeout: float = 5.0) -> Architecture:
-    """The shape of what `open_base` opens; needs neither its weights nor tokenizer.
+    """The shape of the model that `open_base` opens, without weights and tokenizer.
 
     Raises:
-      UserError: it is not there, or not of the Llama family.
+      UserError: it is absent or damaged, or no family of models covers it.
     """
     path = _exported(_locate(name, hub_timeout, ("config.json",)))
     if path.is_file():
-        return from_hf_config(GGUFFile(path).hf_config())
-    return _read_config(name, path)
+        return GGUFFile(path).read_architecture()
+    return read_hf_config(path)
 
 
 def _exported(path: Path) -> Path:
-    """The model of a run's folder; any other path as it is."""
+    """The model in the folder of a run; any other path unchanged."""
     if (path / EXPORTED / "config.json").is_file():
         return path / EXPORTED
     if (path / "checkpoints").is_dir():
@@ -100,21 +97,8 @@ def _exported(path: Path) -> Path:
     return path
 
 
-def _read_config(name: str, path: Path) -> Architecture:
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"base model {name}: {path} has no config.json")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{config_file} is not a JSON object")
-    return from_hf_config(config)
-
-
 def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
-    """Where it is; of a model on the hub, `files` are fetched."""
+    """The path of the model; `files` are downloaded if it is on the hub."""
     if name.startswith("pkg://"):
         return _in_package(name)
     if name.startswith("hub://"):
@@ -129,7 +113,7 @@ def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
 
 
 def _in_package(name: str) -> Path:
-    """Finds the file without importing the package: its code is none of ours."""
+    """Finds the file without importing the package, whose code must not run."""
     package, _, inner = name.removeprefix("pkg://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     for folder in (spec and spec.submodule_search_locations) or ():

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.core.errors import UserError
-from research.formats.tensor_names import HF_NAMES, to_hf_layout
-from research.models.architecture import to_hf_config
+from research.models.families.family_registry import family_of, to_hf_config
+from research.models.families.stored_tensor import used
 from research.models.transformer import Model
 from research.tokenize.tokenizer import Tokenizer
 from research.tokenize.tokenizer_training import save_tokenizer
@@ -46,12 +46,11 @@ def export(
       UserError: the disk says no.
     """
     writer = _Writer(folder, np.dtype(jax.numpy.dtype(dtype)))
-    for path, spec in model.specs.items():
-        copies = spec.shape[0] if spec.stacked else 1
-        for layer in range(copies):
-            one = _fetch(weights[path], layer if spec.stacked else None)
+    for stored in used(family_of(model.architecture).hf_tensors, model.specs):
+        for name, index in stored.names(model.specs):
+            values = [_fetch(weights[path], index) for path in stored.paths]
             if writer.leading:
-                writer.add(HF_NAMES[path].format(layer), to_hf_layout(path, one))
+                writer.add(name, stored.pack(values, model.specs))
     if not writer.leading:
         return
     config = to_hf_config(model.architecture) | {"torch_dtype": dtype}
@@ -63,21 +62,18 @@ def export(
     logging.info("export: %s, %s", folder, dtype)
 
 
-def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
+def _fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     """One layer of a parameter on every host, adapters added in."""
     sharding = jax.tree.leaves(leaf)[0].sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    if layer is None:
-        return np.asarray(_jit_pick(sharding, False)(leaf, 0))
-    return np.asarray(_jit_pick(sharding, True)(leaf, layer))
+    return np.asarray(_jit_pick(sharding)(leaf, index))
 
 
 @functools.cache
-def _jit_pick(sharding: Any, stacked: bool) -> Any:
-    def pick(leaf: Any, layer: Any) -> jax.Array:
-        one = jax.tree.map(lambda x: x[layer], leaf) if stacked else leaf
-        return materialize(one)
+def _jit_pick(sharding: Any) -> Any:
+    def pick(leaf: Any, index: tuple[Any, ...]) -> jax.Array:
+        return materialize(jax.tree.map(lambda x: x[index], leaf) if index else leaf)
 
     return jax.jit(pick, out_shardings=sharding)
 

@@ -1,12 +1,11 @@
-"""Open weights into sharded parameters: one name table, three kinds of files.
+"""Open weights into sharded parameters, whatever the format of the files.
 
-A Hugging Face folder (safetensors, one file or many) and a GGUF file are read through
-the same two methods, `shape` and `read`, under Hugging Face's tensor names. A stacked
-parameter is filled layer by layer into the slices that this process's devices hold, so
-a host never holds more than its own share of one parameter and one tensor of a file.
-Nothing here unpickles, and nothing runs code that came with weights.
+A stacked parameter is filled tensor by tensor into the slices that this process's
+devices hold, so a host never holds more than its own share of one parameter and one
+tensor of a file. Nothing here unpickles, and nothing runs code that came with weights.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,47 +16,13 @@ from jax.sharding import Mesh
 from research.core.errors import UserError
 from research.formats.base_model import Base
 from research.formats.tensor_file import TensorFile
-from research.formats.tensor_names import HF_NAMES, from_hf_layout, to_hf_layout
+from research.models.families.family_registry import family_of
+from research.models.families.stored_tensor import StoredTensor, used
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.weights.parameter_spec import Spec
 
 Array = jax.Array
-
-
-def check_shapes(tensors: TensorFile, specs: Mapping[str, Spec]) -> None:
-    """Every parameter has its tensors, of its shape, and no tensor is left over.
-
-    Raises:
-      UserError: names the first missing, misshapen or extra tensors.
-    """
-    found = dict(tensors.shapes())
-    wrong = []
-    for path, spec in specs.items():
-        one = np.empty(spec.shape[spec.stacked :], np.bool_)
-        expected = to_hf_layout(path, one).shape
-        for name in _tensor_names(path, spec):
-            shape = found.pop(name, None)
-            if shape is None:
-                wrong.append(f"{name} is missing")
-            elif shape != expected:
-                wrong.append(f"{name} is {list(shape)}, not {list(expected)}")
-    # Old exports carry the rotary table, which is computed here.
-    wrong += [
-        f"{name} is not part of this model"
-        for name in found
-        if not name.endswith("rotary_emb.inv_freq")
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(
-            f"the weights do not fit their config: {'; '.join(wrong[:5])}{more}"
-        )
-
-
-def _tensor_names(path: str, spec: Spec) -> list[str]:
-    copies = spec.shape[0] if spec.stacked else 1
-    return [HF_NAMES[path].format(i) for i in range(copies)]
 
 
 def load_base(
@@ -74,7 +39,7 @@ def load_base(
     """
     shardings = meshes.shardings(model.specs, mesh)
     if base.tensors is not None:
-        return load_params(base.tensors, model.specs, shardings, dtype)
+        return load_params(base.tensors, model, shardings, dtype)
 
     def init(key: Array) -> dict[str, Array]:
         return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
@@ -83,49 +48,110 @@ def load_base(
 
 
 def load_params(
-    tensors: TensorFile,
-    specs: Mapping[str, Spec],
-    shardings: Mapping[str, Any],
-    dtype: Any,
+    tensors: TensorFile, model: Model, shardings: Mapping[str, Any], dtype: Any
 ) -> dict[str, Array]:
     """All parameters, each made directly in its sharding.
 
     Args:
       tensors: an open file.
-      specs: of the model.
+      model: of the architecture that lies in the file.
       shardings: `jax.sharding.Sharding` by path.
       dtype: of the result.
+
+    Raises:
+      UserError: the file does not hold this model.
     """
-    check_shapes(tensors, specs)
+    check_tensors(tensors, model)
+    layout = used(tensors.layout(family_of(model.architecture)), model.specs)
+    stored = {path: tensor for tensor in layout for path in tensor.paths}
     return {
-        path: _load_one(tensors, path, spec, shardings[path], np.dtype(dtype))
-        for path, spec in specs.items()
+        path: _load_one(
+            tensors, stored[path], path, model.specs, shardings[path], np.dtype(dtype)
+        )
+        for path in model.specs
     }
+
+
+def check_tensors(tensors: TensorFile, model: Model) -> None:
+    """Checks that every parameter has its tensors, and that no tensor remains.
+
+    Raises:
+      UserError: names the first missing, misshapen or extra tensors.
+    """
+    family = family_of(model.architecture)
+    layout = tensors.layout(family)
+    found, wrong = dict(tensors.shapes()), []
+    for stored in used(layout, model.specs):
+        expected = stored.shape(model.specs)
+        for name, _ in stored.names(model.specs):
+            shape = found.pop(name, None)
+            if shape is None:
+                wrong.append(f"{name} is missing")
+            elif shape != expected:
+                wrong.append(f"{name} is {list(shape)}, not {list(expected)}")
+    if model.architecture.tied_head:
+        found.pop(_copied_head(tensors, layout), None)
+    wrong += [
+        f"{name} is not part of this model"
+        for name in found
+        if not name.endswith(family.ignored_tensors)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"the weights do not fit their config: {'; '.join(wrong[:5])}{more}"
+        )
+
+
+def _copied_head(tensors: TensorFile, layout: tuple[StoredTensor, ...]) -> str | None:
+    """The name of a head that a file has although the embeddings are tied.
+
+    Many tools write both. A head of its own must not be dropped silently.
+
+    Raises:
+      UserError: it differs from the embeddings.
+    """
+    names = {path: stored.name for stored in layout for path in stored.paths}
+    head, table = names["head.kernel"], names["embedding.table"]
+    if not {head, table} <= tensors.shapes().keys():
+        return None
+    if not np.array_equal(tensors.read(head), tensors.read(table)):
+        raise UserError(
+            f"the config ties the head to the embeddings, but {head} differs from "
+            f"{table}; if the head is the model's own, set tie_word_embeddings to "
+            f"false in config.json, or else remove {head}"
+        )
+    logging.info("weights: %s repeats %s, and is not read", head, table)
+    return head
 
 
 def _load_one(
-    tensors: TensorFile, path: str, spec: Spec, sharding: Any, dtype: np.dtype
+    tensors: TensorFile,
+    stored: StoredTensor,
+    path: str,
+    specs: Mapping[str, Spec],
+    sharding: Any,
+    dtype: np.dtype,
 ) -> Array:
     """Fills each distinct slice that this process holds, one file tensor at a time."""
-    by_device = sharding.addressable_devices_indices_map(spec.shape)
-    slices = {
-        tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
-        for index in by_device.values()
+    shape = specs[path].shape
+    by_device = {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
     buffers = {
         bounds: np.empty([stop - start for start, stop in bounds], dtype)
-        for bounds in slices
+        for bounds in by_device.values()
     }
-    for layer, name in enumerate(_tensor_names(path, spec)):
-        tensor = from_hf_layout(path, tensors.read(name), spec)
+    for name, index in stored.names(specs):
+        value = stored.unpack(path, tensors.read(name), specs)
         for bounds, buffer in buffers.items():
-            inner = tuple(slice(*b) for b in bounds[spec.stacked :])
-            if not spec.stacked:
-                buffer[...] = tensor[inner]
-            elif bounds[0][0] <= layer < bounds[0][1]:
-                buffer[layer - bounds[0][0]] = tensor[inner]
-    arrays = []
-    for device, index in by_device.items():
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
-        arrays.append(jax.device_put(buffers[bounds], device))
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+            outer, inner = bounds[: len(index)], bounds[len(index) :]
+            held = zip(outer, index, strict=True)
+            if all(start <= i < stop for (start, stop), i in held):
+                place = tuple(i - b[0] for i, b in zip(index, outer, strict=True))
+                buffer[place] = value[tuple(slice(*b) for b in inner)]
+    arrays = [
+        jax.device_put(buffers[bounds], device) for device, bounds in by_device.items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

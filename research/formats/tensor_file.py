@@ -1,4 +1,4 @@
-"""What a file of tensors offers, whatever its format."""
+"""The interface of a file of tensors, whatever its format."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,15 +7,26 @@ from typing import Protocol
 
 import numpy as np
 
+from research.models.families.family import Family
+from research.models.families.stored_tensor import StoredTensor
+
 
 class TensorFile(Protocol):
-    """Tensors by Hugging Face name; `fingerprint` is the sha256 of the files."""
+    """Tensors under the names of the format; `fingerprint` is the files' sha256."""
 
     fingerprint: str
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """One whole tensor."""
+        ...
+
+    def layout(self, family: Family) -> tuple[StoredTensor, ...]:
+        """How a model of `family` lies in files of this format."""
+        ...
 
 
 def fingerprint_files(files: list[Path]) -> str:

@@ -78,6 +78,29 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> A
     return mixed.reshape(batch, length, heads, width)
 
 
+def attend_cached(
+    k_BSKH: Array,
+    v_BSKH: Array,
+    start: Array,
+    q_BTNH: Array,
+    new_k_BTKH: Array,
+    new_v_BTKH: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Attends to the cache and the new tokens, which go into slots from `start` on.
+
+    Returns:
+      `[B, T, N, H]`, and the longer cache: keys and values `[B, S, K, H]`.
+    """
+    new_k, new_v = new_k_BTKH.astype(k_BSKH.dtype), new_v_BTKH.astype(v_BSKH.dtype)
+    k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, new_k, start, 1)
+    v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, new_v, start, 1)
+    batch, length = q_BTNH.shape[:2]
+    index_T = start + jnp.arange(length)
+    allowed_TS = index_T[:, None] >= jnp.arange(k_BSKH.shape[1])[None, :]
+    allowed_BTS = jnp.broadcast_to(allowed_TS, (batch, *allowed_TS.shape))
+    return attend(q_BTNH, k_BSKH, v_BSKH, allowed_BTS), (k_BSKH, v_BSKH)
+
+
 def blocked_attention(
     q_BTNH: Array,
     k_BSKH: Array,

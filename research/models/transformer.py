@@ -1,11 +1,13 @@
-"""The Llama decoder in Flax NNX, and the pure function the rest of the code calls.
+"""The decoder in Flax NNX, and the pure functions that the rest of the code calls.
 
 NNX ends here: above this file a model is `Model.apply(params, ...)` on a flat
 dictionary `{"layers.mlp.up.kernel": leaf, ...}` whose leaves are arrays or any
-other `matrix.Matrix`. Axis letters: see `attention.py`.
+other `contraction.Matrix`. There is one Block; what a family changes in it is a switch
+of `Architecture`. Axis letters: see `attention.py`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,23 +91,11 @@ class Attention(nnx.Module):
         )
         self.output = Linear(out, rngs)
 
-    def __call__(self, x_BTD, rope, segments_BT, attend):
+    def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
         q_BTNH = attention.rotate(self.query(x_BTD), rope)
         k_BTKH = attention.rotate(self.key(x_BTD), rope)
-        return self.output(attend(q_BTNH, k_BTKH, self.value(x_BTD), segments_BT))
-
-    def decode(self, x_BTD, rope, k_BSKH, v_BSKH, start):
-        """Attends to the cache and the new tokens; returns them written into it."""
-        q_BTNH = attention.rotate(self.query(x_BTD), rope)
-        new_k = attention.rotate(self.key(x_BTD), rope).astype(k_BSKH.dtype)
-        new_v = self.value(x_BTD).astype(v_BSKH.dtype)
-        k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, new_k, start, 1)
-        v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, new_v, start, 1)
-        index_T = start + jnp.arange(x_BTD.shape[1])
-        allowed_TS = index_T[:, None] >= jnp.arange(k_BSKH.shape[1])[None, :]
-        allowed_BTS = jnp.broadcast_to(allowed_TS, (x_BTD.shape[0], *allowed_TS.shape))
-        mixed = attention.attend(q_BTNH, k_BSKH, v_BSKH, allowed_BTS)
-        return self.output(mixed), (k_BSKH, v_BSKH)
+        mixed_BTNH, cache = attend(q_BTNH, k_BTKH, self.value(x_BTD))
+        return self.output(mixed_BTNH), cache
 
 
 class GatedMLP(nnx.Module):
@@ -132,16 +122,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(norm, a.norm_eps, rngs)
         self.mlp = GatedMLP(a, rngs)
 
-    def __call__(self, x_BTD, rope, segments_BT, attend):
-        x_BTD += self.attention(self.attention_norm(x_BTD), rope, segments_BT, attend)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
-
-    def decode(self, x_BTD, rope, k_BSKH, v_BSKH, start):
-        mixed, kv = self.attention.decode(
-            self.attention_norm(x_BTD), rope, k_BSKH, v_BSKH, start
-        )
-        x_BTD += mixed
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kv
+    def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
+        """`attend(q, k, v)` gives mixed values, and the layer's cache or None."""
+        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), rope, attend)
+        x_BTD += mixed_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
 class Transformer(nnx.Module):
@@ -180,13 +165,15 @@ class Transformer(nnx.Module):
         rope = self._rope(positions_BT)
         graph, layers = nnx.split(self.layers)
 
+        def attend(q_BTNH, k_BTKH, v_BTKH):
+            return options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT), None
+
         # Without the pin, a partitioner may split activations as the weights are.
         def pin(x_BTD):
             return options.constrain(x_BTD, ("batch", "length", "hidden"))
 
         def body(x_BTD, layer):
-            block = nnx.merge(graph, layer)
-            x_BTD = block(x_BTD, rope, segments_BT, options.attend)
+            x_BTD, _ = nnx.merge(graph, layer)(x_BTD, rope, attend)
             return pin(x_BTD), None
 
         policy = REMAT_POLICIES[options.remat]
@@ -208,7 +195,8 @@ class Transformer(nnx.Module):
 
         def body(x_BTD, layer_and_cache):
             layer, k, v = layer_and_cache
-            return nnx.merge(graph, layer).decode(x_BTD, rope, k, v, start)
+            attend = functools.partial(attention.attend_cached, k, v, start)
+            return nnx.merge(graph, layer)(x_BTD, rope, attend)
 
         x_BTD = self.embedding(tokens_BT, options.dtype)
         x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, cache.k, cache.v))

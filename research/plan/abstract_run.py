@@ -18,7 +18,8 @@ from research.core.errors import UserError
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.data.token_batch import Batch
 from research.formats.base_model import Base, open_architecture
-from research.models.architecture import PRESETS, Architecture, preset
+from research.models.architecture import Architecture
+from research.models.presets import PRESETS, preset
 from research.parallel import mesh as meshes
 from research.tokenize.tokenizer import Tokenizer
 from research.train.step import train_step

@@ -25,7 +25,8 @@ from trials import Trial
 
 from research.config import command_line
 from research.core.errors import UserError
-from research.models.architecture import preset, to_hf_config
+from research.models.families.family_registry import to_hf_config
+from research.models.presets import preset
 
 GOAL = 1.5
 SHAPE = "llama3.1-8b"

@@ -71,7 +71,7 @@ def trained(name: str, steps: int) -> float:
 
 def host_need() -> tuple[str, float]:
     """Tokens a second of one host of `HOST_JOB`'s slice when everything overlaps."""
-    from research.models.architecture import preset
+    from research.models.presets import preset
     from research.plan import planner
     from research.plan.planned_devices import parse_topology
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from research.config.run_config import Config, MeshConfig, from_config_dict
-from research.models.architecture import PRESETS
+from research.models.presets import PRESETS
 from research.plan import planner
 from research.plan.compiled import compile_step
 from research.plan.compiled.libtpu_environment import ENVIRONMENT

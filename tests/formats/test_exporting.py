@@ -14,7 +14,8 @@ from research.core.errors import UserError
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
 from research.formats.load_parameters import load_base
-from research.models.architecture import PRESETS, from_hf_config, to_hf_config
+from research.models.families.family_registry import from_hf_config, to_hf_config
+from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.train.step.train_step import StepDefinition

@@ -1,5 +1,6 @@
 """Weights come in whole, in place, in the right layout, or not at all."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -16,9 +17,11 @@ from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 from research.formats.base_model import open_base
 from research.formats.gguf_file import GGUFFile
-from research.formats.load_parameters import check_shapes, load_params
-from research.formats.safetensors_folder import SafetensorsFolder
-from research.formats.tensor_names import HF_NAMES, from_hf_layout, to_hf_layout
+from research.formats.huggingface_weights import HuggingFaceWeights
+from research.formats.load_parameters import check_tensors, load_params
+from research.models.families.llama import GGUF_TENSORS, HF_TENSORS
+from research.models.families.stored_tensor import used
+from research.models.transformer import Model
 from research.parallel.mesh import make_mesh, shardings
 from research.weights.contraction import contract
 
@@ -36,22 +39,20 @@ HF_CONFIG = {
 }
 
 
-def hf_tensors(model, params):
-    """A model's parameters as a Hugging Face folder names and lays them out."""
-    tensors = {}
-    for path, spec in model.specs.items():
-        values = (
-            np.array(params[path]) if spec.stacked else np.array(params[path])[None]
-        )
-        for layer, value in enumerate(values):
-            name = HF_NAMES[path].format(layer)
-            tensors[name] = np.ascontiguousarray(to_hf_layout(path, value))
-    return tensors
+def file_tensors(model, params, layout=HF_TENSORS):
+    """A model's parameters as the files of a format name and lay them out."""
+    return {
+        name: np.ascontiguousarray(stored.pack([np.array(params[path])[index]], specs))
+        for specs in [model.specs]
+        for stored in used(layout, specs)
+        for path in stored.paths
+        for name, index in stored.names(specs)
+    }
 
 
 @pytest.fixture(scope="module")
 def tensors(model, params):
-    return hf_tensors(model, params)
+    return file_tensors(model, params)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def folder(tmp_path, tensors):
 def load(folder, model, mesh=None, dtype=np.float32):
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1])
     where = shardings(model.specs, mesh)
-    return load_params(SafetensorsFolder(folder), model.specs, where, dtype)
+    return load_params(HuggingFaceWeights(folder), model, where, dtype)
 
 
 def assert_same(found, expected):
@@ -74,11 +75,13 @@ def assert_same(found, expected):
 
 def test_layouts_are_inverses_and_multiply_alike(model, params):
     """Hugging Face computes x @ W.T with all heads flat; `contract` does the same."""
-    for path, spec in model.specs.items():
+    for stored in HF_TENSORS:
+        (path,) = stored.paths
+        spec = model.specs[path]
         ours = np.array(params[path][0] if spec.stacked else params[path])
-        theirs = to_hf_layout(path, ours)
-        np.testing.assert_array_equal(from_hf_layout(path, theirs, spec), ours)
-        if spec.n_in and path != "embedding.table":
+        theirs = stored.pack([ours], model.specs)
+        np.testing.assert_array_equal(stored.unpack(path, theirs, model.specs), ours)
+        if stored.transposed:
             x = np.random.default_rng(0).normal(size=(3, *spec.in_shape))
             x = x.astype(np.float32)
             product = contract(jax.numpy.array(x), jax.numpy.array(ours), spec.n_in)
@@ -146,7 +149,28 @@ def test_a_tensor_that_does_not_fit_is_named(
 def test_the_rotary_table_of_old_exports_is_no_extra_tensor(tmp_path, tensors, model):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(5, np.float32)}
     save_file(tensors | old, tmp_path / "model.safetensors")
-    check_shapes(SafetensorsFolder(tmp_path), model.specs)
+    check_tensors(HuggingFaceWeights(tmp_path), model)
+
+
+@pytest.fixture(scope="module")
+def tied():
+    model = Model(dataclasses.replace(TINY, tied_head=True))
+    return model, random_params(model.specs)
+
+
+def test_a_head_that_repeats_tied_embeddings_is_accepted(tmp_path, tied, caplog):
+    """Many tools write both."""
+    model, params = tied
+    tensors = file_tensors(model, params)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_file(tensors | head, tmp_path / "model.safetensors")
+    with caplog.at_level("INFO"):
+        assert_same(load(tmp_path, model), params)
+    assert "lm_head.weight repeats model.embed_tokens.weight" in caplog.text
+    head["lm_head.weight"] = head["lm_head.weight"] + np.float32(1e-3)
+    save_file(tensors | head, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
+        load(tmp_path, model)
 
 
 class Trap:
@@ -202,6 +226,72 @@ def test_a_shard_that_is_not_there_is_named(folder, model):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.safetensors"):
         load(folder, model)
+
+
+@pytest.mark.parametrize("name", ["../other/x.safetensors", "/etc/x.safetensors"])
+def test_an_index_may_not_point_outside_its_folder(folder, model, name):
+    index = {"weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"{name}, which lies outside its folder"):
+        load(folder, model)
+
+
+def write_gguf(file, tensors, **metadata):
+    """A llama.cpp file, as its own converter lays out a Llama."""
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, value in metadata.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"llama.{name.replace('__', '.')}", value)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GGUF_METADATA = {
+    "embedding_length": TINY.embed,
+    "feed_forward_length": TINY.mlp,
+    "block_count": TINY.layers,
+    "attention__head_count": TINY.heads,
+    "attention__head_count_kv": TINY.kv_heads,
+    "attention__key_length": TINY.head_dim,
+    "attention__layer_norm_rms_epsilon": 1e-5,
+}
+
+
+def test_a_gguf_file_loads_bit_for_bit(tmp_path, model, params):
+    tensors = file_tensors(model, params, GGUF_TENSORS)
+    for layer in range(TINY.layers):
+        for name, heads in (("q", TINY.heads), ("k", TINY.kv_heads)):
+            rows = file_tensors(model, params)[
+                f"model.layers.{layer}.self_attn.{name}_proj.weight"
+            ]
+            # The permutation of llama.cpp's converter, in its own words.
+            permuted = rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2)
+            tensors[f"blk.{layer}.attn_{name}.weight"] = np.ascontiguousarray(
+                permuted.reshape(rows.shape)
+            )
+    write_gguf(tmp_path / "x.gguf", tensors, **GGUF_METADATA)
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert file.read_architecture() == TINY
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = load_params(file, model, dict.fromkeys(model.specs, here), np.float32)
+    assert_same(found, params)
+
+
+def test_a_gguf_file_without_key_value_heads_has_one_for_each_query(tmp_path):
+    metadata = {k: v for k, v in GGUF_METADATA.items() if "kv" not in k}
+    tensors = {"token_embd.weight": np.zeros((TINY.vocab, TINY.embed), np.float32)}
+    write_gguf(tmp_path / "x.gguf", tensors, **metadata)
+    shape = GGUFFile(tmp_path / "x.gguf").read_architecture()
+    assert shape.kv_heads == shape.heads == TINY.heads
+    assert shape.tied_head
+    del metadata["block_count"]
+    write_gguf(tmp_path / "x.gguf", tensors, **metadata)
+    with pytest.raises(UserError, match=r"x\.gguf lacks block_count"):
+        GGUFFile(tmp_path / "x.gguf").read_architecture()
 
 
 @pytest.fixture
@@ -277,11 +367,11 @@ def test_a_base_model_that_is_not_there_says_what_to_do(name, said):
 
 
 def test_the_fingerprint_follows_the_bytes(folder, tensors):
-    before = SafetensorsFolder(folder).fingerprint
-    assert SafetensorsFolder(folder).fingerprint == before
+    before = HuggingFaceWeights(folder).fingerprint
+    assert HuggingFaceWeights(folder).fingerprint == before
     changed = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}
     save_file(changed, folder / "model.safetensors")
-    assert SafetensorsFolder(folder).fingerprint != before
+    assert HuggingFaceWeights(folder).fingerprint != before
 
 
 def test_random_params_would_show_a_lost_tensor(model, params):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
+from research.formats.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import load_params
-from research.formats.safetensors_folder import SafetensorsFolder
-from research.models.architecture import from_hf_config
+from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
 from research.weights.contraction import contract
 
@@ -32,7 +32,7 @@ def load(tensors, architecture):
     model = Model(architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(model.specs, here)
-    return model, load_params(tensors, model.specs, shardings, np.float32)
+    return model, load_params(tensors, model, shardings, np.float32)
 
 
 def whole_row(x):
@@ -78,7 +78,7 @@ def check_greedy(model, params, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_families_match_hugging_face(family):
     expected = np.load(GOLDEN / family / "expected.npz")
-    tensors = SafetensorsFolder(GOLDEN / family)
+    tensors = HuggingFaceWeights(GOLDEN / family)
     model, params = load(tensors, architecture_of(family))
     logits = make_logits(model)(params, expected["tokens"])
     difference = np.abs(logits - expected["logits"]).max()

@@ -16,7 +16,7 @@ import pytest
 from plan_helpers import EIGHT_B, ONE_B, big_config
 
 from research.config.run_config import MeshConfig, from_config_dict
-from research.models.architecture import PRESETS
+from research.models.presets import PRESETS
 from research.parallel import mesh as meshes
 from research.plan import abstract_run, planner
 from research.plan.compiled import compile_step

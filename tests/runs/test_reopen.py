@@ -29,7 +29,7 @@ from research.core.errors import UserError
 from research.engine.sampler import Sampling
 from research.formats.base_model import open_base
 from research.models import attention_kernels, attention_sharding
-from research.models.architecture import PRESETS
+from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.runs.reopen import fitting_mesh, reopen

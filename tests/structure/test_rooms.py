@@ -173,7 +173,7 @@ CORE_PROGRAM = """
 import jax
 from research.config.run_config import Config, MeshConfig
 from research.data.token_batch import Batch
-from research.models.architecture import PRESETS
+from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh
 from research.train.step import optimizers, train_step

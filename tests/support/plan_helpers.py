@@ -1,7 +1,7 @@
 """Configs of large models for the tests of plans; shapes are given beside them."""
 
 from research.config.run_config import Config, DataConfig, MeshConfig, ModelConfig
-from research.models.architecture import PRESETS
+from research.models.presets import PRESETS
 
 ONE_B, EIGHT_B = PRESETS["llama-1b"], PRESETS["llama3.1-8b"]
 

@@ -1,0 +1,91 @@
+"""The config and weights of a Hugging Face folder, read one tensor at a time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from research.core.errors import UserError
+from research.formats.tensor_file import fingerprint_files
+from research.models.architecture import Architecture
+from research.models.families.family import Family
+from research.models.families.family_registry import from_hf_config
+from research.models.families.stored_tensor import StoredTensor
+
+
+def read_hf_config(folder: Path) -> Architecture:
+    """The shape that the folder's `config.json` describes.
+
+    Raises:
+      UserError: it is absent, damaged, or describes a model of no known family.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return from_hf_config(config, str(file))
+
+
+class HuggingFaceWeights:
+    """The `*.safetensors` of a Hugging Face folder: one file, or an index of many.
+
+    Raises:
+      UserError: there are none, or one is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+
+        files = _weight_files(folder)
+        self._handles = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except Exception as error:  # SafetensorError, or an error of mmap.
+                raise UserError(f"{file} is not a safetensors file: {error}") from error
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
+        self.fingerprint = fingerprint_files(files)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {
+            name: tuple(handle.get_slice(name).get_shape())
+            for name, handle in self._handles.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        return self._handles[name].get_tensor(name)
+
+    def layout(self, family: Family) -> tuple[StoredTensor, ...]:
+        return family.hf_tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+            paths = [Path(name) for name in sorted(set(names))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index: {error!r}") from error
+        outside = [p for p in paths if p.is_absolute() or ".." in p.parts]
+        if outside:
+            raise UserError(
+                f"{index} names the file {outside[0]}, which lies outside its folder; "
+                "an index may name files of its own folder only"
+            )
+        files = [folder / path for path in paths]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        problem = f"lacks {', '.join(missing)}" if missing else "has no .safetensors"
+        pickled = " (pickled .bin weights are never read)"
+        raise UserError(
+            f"{folder} {problem}{pickled if list(folder.glob('*.bin')) else ''}"
+        )
+    return files

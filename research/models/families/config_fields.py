@@ -1,0 +1,131 @@
+"""Fields of another tool's config file, checked as they are read."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError
+from research.models.architecture import Architecture, RopeScaling
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class ConfigFields:
+    """A JSON object whose getters check types; null counts as absent.
+
+    Every getter raises a UserError that names the file, the field, what was found and
+    what is right. A getter without a default needs the field.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._values = {k: v for k, v in values.items() if v is not None}
+        self.where = where
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The unchecked value."""
+        return self._values.get(name, default)
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._needed(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(name, "a whole number of at least 1")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._needed(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number above 0")
+        if not 0 < value < math.inf:
+            raise self._wrong(name, "a number above 0")
+        return float(value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        value = self._needed(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def group(self, *names: str) -> "ConfigFields":
+        """The objects `names` as one: later ones win, absent ones are empty."""
+        together: dict[str, Any] = {}
+        for name in names:
+            value = self._values.get(name, {})
+            if not isinstance(value, dict):
+                raise self._wrong(name, "an object with named fields, or null")
+            together |= value
+        present = [name for name in names if name in self._values] or names
+        return ConfigFields(together, f"{self.where}, in {' and '.join(present)}")
+
+    def only(self, name: str, allowed: Any) -> None:
+        """Refuses any value but `allowed` and an absent one.
+
+        A model that computes something else must not load as if it did not.
+        """
+        if self._values.get(name, allowed) != allowed:
+            raise self._wrong(name, f"{allowed!r}, the only value computed here")
+
+    def _needed(self, name: str, default: Any) -> Any:
+        value = self._values.get(name, default)
+        if value is None:
+            raise UserError(f"{self.where} lacks {name}")
+        return value
+
+    def _wrong(self, name: str, right: str) -> UserError:
+        found = self._values[name]
+        return UserError(f"{self.where}: {name} is {found!r}; it must be {right}")
+
+
+def read_rope(fields: ConfigFields) -> tuple[float, RopeScaling]:
+    """Base and scaling of the rotary embedding.
+
+    Both spellings are understood: `rope_parameters` (transformers 5), and `rope_theta`
+    with `rope_scaling` (before).
+
+    Raises:
+      UserError: a field is malformed, or asks for a scaling that is not computed.
+    """
+    rope = fields.group("rope_scaling", "rope_parameters")
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+    for group in (fields, rope):
+        group.only("partial_rotary_factor", 1.0)
+    for layers in ("full_attention", "sliding_attention"):
+        rope.only(layers, None)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UserError(
+            f"{rope.where}: rope_type is {kind!r}; it must be one of "
+            f"{', '.join(ROPE_TYPES)}"
+        )
+    if kind == "default":
+        return theta, RopeScaling()
+    if kind == "linear":
+        return theta, RopeScaling(kind=kind, factor=rope.number("factor"))
+    original = "original_max_position_embeddings"
+    longest = fields.integer("max_position_embeddings", 2048)
+    return theta, RopeScaling(
+        kind=kind,
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        # As transformers reads it: outside the object first, then inside.
+        original_max_position=fields.integer(original, rope.integer(original, longest)),
+    )
+
+
+def write_rope(a: Architecture) -> dict[str, Any]:
+    """What `read_rope` reads, in both spellings: each reader knows only its own."""
+    scaling = a.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.kind}
+    if scaling.kind != "default":
+        rope["factor"] = scaling.factor
+    if scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return {
+        "rope_theta": a.rope_theta,
+        "rope_scaling": None if scaling.kind == "default" else rope,
+        "rope_parameters": rope | {"rope_theta": a.rope_theta},
+    }

@@ -1,0 +1,71 @@
+"""All families, and the ways to find one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.errors import UserError, nearest
+from research.models.architecture import Architecture
+from research.models.families import llama, mistral
+from research.models.families.config_fields import ConfigFields
+from research.models.families.family import Family
+
+# By `model_type`. Where two share llama.cpp's name, its files are read as the first.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY)
+}
+
+
+def from_hf_config(
+    config: Mapping[str, Any], where: str = "config.json"
+) -> Architecture:
+    """The shape that a Hugging Face `config.json` describes.
+
+    Args:
+      config: the content of the file.
+      where: the file, for messages.
+
+    Raises:
+      UserError: no family has its `model_type`, a field is missing or malformed, or
+        the model computes something that the Block does not.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise _unknown(f"{where}: model_type is {kind!r}", str(kind), FAMILIES)
+    shape = FAMILIES[kind].from_hf_config(ConfigFields(config, where))
+    return dataclasses.replace(shape, family=kind)
+
+
+def to_hf_config(architecture: Architecture) -> dict[str, Any]:
+    """The `config.json` of a shape; undone by `from_hf_config`."""
+    return family_of(architecture).to_hf_config(architecture)
+
+
+def family_of(architecture: Architecture) -> Family:
+    """The family whose files hold models of this shape."""
+    return FAMILIES[architecture.family]
+
+
+def find_gguf_family(architecture: Any, where: str) -> Family:
+    """The family of llama.cpp's `general.architecture`.
+
+    Raises:
+      UserError: there is none.
+    """
+    known: dict[str, Family] = {}
+    for family in FAMILIES.values():
+        known.setdefault(family.gguf_architecture, family)
+    known.pop("", None)
+    if architecture not in known:
+        said = f"{where}: general.architecture is {architecture!r}"
+        raise _unknown(said, str(architecture), known)
+    return known[architecture]
+
+
+def _unknown(said: str, name: str, known: Mapping[str, Family]) -> UserError:
+    families = "; ".join(f"{name} ({f.members})" for name, f in known.items())
+    return UserError(
+        f"{said}{nearest(name, known)}, and no such family is known. The families are: "
+        f"{families}. Choose a base model of one of these, or add the family as one "
+        "file in research/models/families and a line in family_registry.py"
+    )

@@ -1,0 +1,108 @@
+"""Shapes for random weights, by the names that `config.model.preset` takes."""
+
+import dataclasses
+
+from research.core.errors import UserError, nearest
+from research.models.architecture import Architecture, RopeScaling
+
+# Sizes count the vocabulary given here; pre-training takes its tokenizer's instead.
+PRESETS = {
+    "tiny": Architecture(
+        vocab=256,
+        embed=64,
+        mlp=128,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=16,
+        tied_head=True,
+    ),
+    "llama-6m": Architecture(
+        vocab=4096,
+        embed=256,
+        mlp=768,
+        layers=6,
+        heads=4,
+        kv_heads=4,
+        head_dim=64,
+        tied_head=True,
+    ),
+    "llama-125m": Architecture(
+        vocab=32768,
+        embed=768,
+        mlp=2048,
+        layers=14,
+        heads=12,
+        kv_heads=4,
+        head_dim=64,
+        tied_head=True,
+    ),
+    "llama-1b": Architecture(
+        vocab=128256,
+        embed=2048,
+        mlp=8192,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        tied_head=True,
+        rope_theta=500000.0,
+        max_position=8192,
+    ),
+    "smollm2-135m": Architecture(
+        vocab=49152,
+        embed=576,
+        mlp=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        tied_head=True,
+        rope_theta=100000.0,
+        max_position=8192,
+    ),
+    "llama3.1-8b": Architecture(
+        vocab=128256,
+        embed=4096,
+        mlp=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        tied_head=False,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+        max_position=131072,
+    ),
+    "llama3.1-70b": Architecture(
+        vocab=128256,
+        embed=8192,
+        mlp=28672,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        tied_head=False,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+        max_position=131072,
+    ),
+}
+
+
+def preset(name: str, vocab: int = 0) -> Architecture:
+    """The shape `name` with room for `vocab` ids, or for as many as it was made with.
+
+    The table of embeddings is rounded up to a multiple of 128, so that it splits over
+    a mesh and fills an accelerator's tiles; ids above `vocab` never occur.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(
+            f"config.model.preset is {name!r}{nearest(name, PRESETS)}; it must be one "
+            f"of {', '.join(PRESETS)}"
+        )
+    known = PRESETS[name]
+    return dataclasses.replace(known, vocab=-(-(vocab or known.vocab) // 128) * 128)

@@ -8,7 +8,7 @@ too many, one too few or one of another type is an error with the nearest name.
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from research.config.cross_knob_rules import check
 from research.config.knobs import build, fields, flat, knob, to_config_dict
@@ -49,6 +49,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
+    kind: str = knob("lora", "kind of adapter, a name of those in research.weights")
     rank: int = knob(16, "inner dimension of the adapters")
     alpha: float = knob(32.0, "adapters count alpha / rank")
     dropout: float = knob(0.0, "share of adapter inputs dropped while training")
@@ -284,8 +285,26 @@ def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
 
 
 def from_json(text: str) -> Config:
-    """Undoes `to_json`."""
-    return build(Config, json.loads(text), "config")
+    """Undoes `to_json`.
+
+    A knob that an older version did not write gets its default, so the default of a
+    new knob must keep what older runs did.
+
+    Raises:
+      UserError: a field is unknown, of another type or out of range.
+    """
+    values = json.loads(text)
+    return build(Config, _filled(dataclasses.asdict(Config()), values), "config")
+
+
+def _filled(known: dict[str, Any], values: Any) -> Any:
+    """`values`, with what they lack taken from `known`, group by group."""
+    if not isinstance(values, dict):
+        return values
+    groups = {name for name in values if isinstance(known.get(name), dict)}
+    return (
+        known | values | {name: _filled(known[name], values[name]) for name in groups}
+    )
 
 
 def to_json(config: Config) -> str:

@@ -102,7 +102,7 @@ def examine_model(
             + f" on {jax.devices()[0].device_kind}",
         ),
     ]
-    if frozen:
+    if definition.trainable.kind is not None:
         findings[2:2] = _examine_adapters(definition, state, frozen)
     return findings
 
@@ -110,31 +110,33 @@ def examine_model(
 def _examine_adapters(
     definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
+    kind = definition.trainable.kind
     paths = "\n".join(
-        f"  {path} {tuple(frozen[path].shape)} rank {factor['a'].shape[-1]}"
-        for path, factor in state.params.items()
+        f"  {path} {tuple(frozen[path].shape)} rank {kind.rank(factors)}"
+        for path, factors in state.params.items()
     )
     matrices = sum(
         math.prod(spec.shape[: spec.stacked])
         for spec in (definition.model.specs[path] for path in state.params)
     )
-    specs = sum(len(factor) for factor in definition.trainable.specs.values())
+    specs = len(jax.tree.leaves(definition.trainable.specs))
     leaves = len(jax.tree.leaves(state.params))
     differing, distance = _compare_outputs(definition, state.params, frozen)
     rounding = float(jnp.finfo(definition.model.options.dtype).eps) ** 0.5
     return [
         Finding(
-            "lora targets",
+            f"{kind.name} targets",
             f"{matrices} matrices under {len(state.params)} paths\n{paths}",
             numbers={"matrices": matrices, "paths": len(state.params)},
         ),
         Finding(
-            "lora at step 0",
+            f"{kind.name} at step 0",
             f"adapters change {differing:,} outputs of a test row, and the base model "
             f"without them is {distance:.1e} away",
             ok=differing == 0 and distance < rounding,
-            remedy="adapters must start as an exact no-op: B is not zero, or they lie "
-            "over other weights than the base model's",
+            remedy="adapters must start as an exact no-op: they differ from the no-op "
+            f"state of {kind.name}, or they lie over other weights than the base "
+            "model's",
             numbers={"differing": differing, "distance": distance},
         ),
         Finding(
@@ -142,7 +144,7 @@ def _examine_adapters(
             f"in no optimizer state: {leaves} trained arrays, {specs} of adapters",
             ok=leaves == specs,
             remedy="the trained state holds more than adapters: this would be full "
-            "fine-tuning under the name of LoRA",
+            f"fine-tuning under the name of {kind.name}",
         ),
     ]
 
@@ -150,13 +152,14 @@ def _examine_adapters(
 def _compare_outputs(
     definition: StepDefinition, params: Any, frozen: dict[str, Any]
 ) -> tuple[int, float]:
-    """Runs one row of arbitrary ids with the adapters, with zeros, and without.
+    """Runs one row of arbitrary ids with the adapters, with them off, and without.
 
     Returns:
-      How many outputs differ in any bit from those of adapters that are all zero,
-      which the very same program computes; and how far they are from the base model,
-      as a share of its norm. That one is another program, whose products the compiler
-      may round in another order: it cannot be held to bits on every processor.
+      The number of outputs that differ in any bit from those of adapters in their
+      no-op state, which the same compiled program computes; and their distance from
+      the base model's outputs, as a share of the norm of those. The base model is
+      another program, whose products the compiler may round in another order, so its
+      outputs cannot be compared bit for bit on every processor.
     """
     tokens = (
         np.arange(TEST_ROW, dtype=np.int32)[None] % definition.model.architecture.vocab
@@ -172,7 +175,8 @@ def _compare_outputs(
         return outputs(definition.trainable.forward(adapters, frozen, None))
 
     found, base = adapted(params), outputs(frozen)
-    differing = int(jnp.sum(found != adapted(jax.tree.map(jnp.zeros_like, params))))
+    off = definition.trainable.kind.off(params, frozen)
+    differing = int(jnp.sum(found != adapted(off)))
     wide = base.astype(jnp.float32)
     norm = jnp.linalg.norm(found.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)
     return differing, float(norm)

@@ -16,8 +16,10 @@ import numpy as np
 
 from research.config.run_config import Config
 from research.train.step.schedules import make_schedule
+from research.train.step.train_step import TrainState
 from research.weights import parameter_paths
-from research.weights.adapters import lora
+from research.weights.adapters.adapter_kind import AdapterKind, Settings
+from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
 
 Array = jax.Array
@@ -37,34 +39,26 @@ class Member:
 
     seed: Array
     rates: Array
-    settings: lora.Settings
+    settings: Settings
 
 
 def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
-    """The factors of all runs at once: of each path those of the largest rank."""
-    largest: Factors = {}
-    for config in configs:
-        for path, pair in lora.adapter_specs(specs, config.lora).items():
-            if path not in largest or _rank(pair) > _rank(largest[path]):
-                largest[path] = pair
-    return {path: largest[path] for path in specs if path in largest}
-
-
-def _rank(pair: Mapping[str, Spec]) -> int:
-    return pair["a"].shape[-1]
+    """The factors of all runs at once: for each path those of the largest rank."""
+    kind = find_kind(configs[0].lora.kind)
+    return kind.union(specs, [config.lora for config in configs])
 
 
 def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> Member:
     """The numbers of one run, over the paths of `factors`."""
-    own = lora.adapter_specs(specs, config.lora)
-    found = lora.settings(
-        {path: _rank(pair) for path, pair in own.items()}, config.lora
-    )
+    kind = find_kind(config.lora.kind)
+    own = kind.specs(specs, config.lora)
+    ranks = {path: kind.rank(factors) for path, factors in own.items()}
+    found = kind.settings(ranks, config.lora)
     schedule = make_schedule(config.optim, config.steps)
     return Member(
         seed=jnp.int32(config.seed),
         rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
-        settings=lora.Settings(
+        settings=Settings(
             scales={p: jnp.float32(found.scales.get(p, 0.0)) for p in factors},
             # Where it has no adapter any stream will do: what is dropped is zero.
             streams={p: jnp.uint32(found.streams.get(p, 0)) for p in factors},
@@ -78,20 +72,13 @@ def stack(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
-def widen(own: Any, wide: Any) -> Any:
-    """A run's state in the shapes of `wide` (abstract), zeros where it has nothing."""
-    known, _ = parameter_paths.flatten(own)
-    leaves, structure = parameter_paths.flatten(wide)
+def widen(own: TrainState, wide: TrainState, kind: AdapterKind) -> TrainState:
+    """A run's state in the shapes of `wide` (abstract).
 
-    def one(path: str, leaf: Any) -> Array:
-        value = np.zeros(leaf.shape, leaf.dtype)
-        if path in known:
-            value[tuple(map(slice, known[path].shape))] = known[path]
-        return jnp.asarray(value)
-
-    return parameter_paths.unflatten(
-        structure, {p: one(p, x) for p, x in leaves.items()}
-    )
+    Moments and the like are padded with zeros; `kind` pads the adapters.
+    """
+    padded = parameter_paths.pad_with_zeros(own, wide)
+    return dataclasses.replace(padded, params=kind.pad(own.params, wide.params))
 
 
 def narrow(wide: Any, index: int, own: Any) -> Any:

@@ -220,7 +220,8 @@ class Pack:
     def _start(self) -> train_step.TrainState:
         wide = train_step.abstract_state(self._group.definition)
         shardings = together.stacked(train_step.state_shardings(self._group.definition))
-        states = [arrays.widen(m.run.state, wide) for m in self.members]
+        kind = self._group.definition.trainable.kind
+        states = [arrays.widen(m.run.state, wide, kind) for m in self.members]
         return jax.device_put(arrays.stack(states), shardings)
 
     def _state_of(

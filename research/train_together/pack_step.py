@@ -22,7 +22,6 @@ from research.train.step import optimizers
 from research.train.step import train_step as step
 from research.train_together.pack_arrays import Factors, Member
 from research.weights import trainable
-from research.weights.adapters import lora
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -75,7 +74,7 @@ def bind(group: Group, member: Member) -> step.StepDefinition:
 
     def forward(params: Params, frozen: Params, key: Array | None) -> Params:
         key = key if group.dropout else None
-        return lora.attach(frozen, params, member.settings, key)
+        return split.kind.attach(frozen, params, member.settings, key)
 
     return dataclasses.replace(
         group.definition,

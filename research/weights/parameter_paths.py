@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from research.core.errors import UserError, nearest
 from research.weights.representations.leaf import Leaf
@@ -69,6 +71,26 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 def _words(paths: Iterable[str]) -> list[str]:
     return sorted({word for path in paths for word in path.split(".")})
+
+
+def pad_with_zeros(own: Any, wide: Any) -> Any:
+    """`own` in the shapes of `wide`: values first on every axis, then zeros.
+
+    Paths of `wide` that `own` lacks are zero. `wide` holds shapes or `Spec`s; the
+    dtypes are those of `own`, else of `wide`, else float32.
+    """
+    known, _ = flatten(own)
+    leaves, structure = flatten(wide)
+
+    def one(path: str, leaf: Any) -> jax.Array:
+        old = known.get(path)
+        dtype = getattr(leaf if old is None else old, "dtype", None) or np.float32
+        value = np.zeros(leaf.shape, dtype)
+        if old is not None:
+            value[tuple(map(slice, old.shape))] = old
+        return jnp.asarray(value)
+
+    return unflatten(structure, {path: one(path, x) for path, x in leaves.items()})
 
 
 def count(tree: Any) -> int:

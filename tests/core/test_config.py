@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from research.config.knobs import flat
+from research.config.knobs import build, flat
 from research.config.run_config import (
     CheckpointConfig,
     Config,
@@ -123,7 +123,9 @@ def test_a_missing_field_is_named(path):
     del inner[name]
     where = ".".join(["config", *groups])
     with pytest.raises(UserError, match=rf"^{where} lacks {name}"):
-        from_json(json.dumps(values))
+        build(Config, values, "config")
+    # The run directory of a version that did not have the knob.
+    assert flat(from_json(json.dumps(values)))[path] == flat(Config())[path]
 
 
 WRONG = {

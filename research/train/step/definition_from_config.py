@@ -92,7 +92,5 @@ def load_start(
         return load(definition.trainable.dtype), {}
     frozen = frozen or load(definition.trainable.frozen_dtype)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(definition))
-    init = jax.jit(
-        lambda key: definition.trainable.init(key, frozen), out_shardings=shardings
-    )
-    return init(jax.random.key(definition.seed)), frozen
+    init = jax.jit(definition.trainable.init, out_shardings=shardings)
+    return init(jax.random.key(definition.seed), frozen), frozen

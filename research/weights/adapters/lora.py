@@ -8,54 +8,37 @@ model exactly. Nothing here computes a forward pass:
     params = adapt(base, adapters, config)        # leaves swapped for LowRank
     params = merge(base, adapters, config)        # or plain arrays, for deployment
 
-Models that multiply through `contract` take `adapt`ed parameters as they are,
-and no full-size gradient is ever formed. For any other function of parameters there
-is `lift`, which merges inside; it forms the full weight gradient on the way back,
-about as costly as full fine-tuning in time, and still trains only the factors.
+Models that multiply through `contract` take `adapt`ed parameters as they are, and no
+full-size gradient is ever formed. For any other function of parameters there is
+`lift`, which merges inside. It forms the full weight gradient on the way back, which
+costs about as much time as full fine-tuning, and still trains only the factors.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from research.config.run_config import LoRAConfig
-from research.core.errors import UserError
 from research.weights import parameter_paths
-from research.weights.contraction import materialize
+from research.weights.adapters.adapter_kind import AdapterKind, Adapters, Factors
 from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
 
 Array = jax.Array
-Params = dict[str, Any]
-Adapters = dict[str, dict[str, Array]]
 
 
-def adapter_specs(
-    specs: Mapping[str, Spec], config: LoRAConfig
-) -> dict[str, dict[str, Spec]]:
-    """Shapes and axis names of the factors, derived from the base matrices'.
+class LoRA(AdapterKind):
+    """Factors `a` and `b` of a low-rank update. Zero factors are its no-op state."""
 
-    Raises:
-      UserError: a target pattern matches no matrix, or a rank is not positive.
-    """
-    matrices = {path: spec for path, spec in specs.items() if spec.n_in > 0}
-    targets = parameter_paths.select(matrices, config.targets)
-    if not targets:
-        raise UserError("config.lora.targets is empty: nothing would be trained")
-    ranks = _by_pattern(targets, config.rank_pattern, config.rank)
-    factors = {}
-    for path in targets:
-        spec, rank = matrices[path], int(ranks[path])
-        if rank < 1 or rank != ranks[path]:
-            raise UserError(
-                f"lora rank for {path} is {ranks[path]}; it must be a whole number "
-                "from 1"
-            )
+    name = "lora"
+
+    def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         split = spec.stacked + spec.n_in
         stack, stack_axes = spec.shape[: spec.stacked], spec.axes[: spec.stacked]
         a = dataclasses.replace(
@@ -69,116 +52,67 @@ def adapter_specs(
             axes=(*stack_axes, "rank", *spec.axes[split:]),
             n_in=1,
         )
-        factors[path] = {"a": a, "b": b}
-    return factors
+        return {"a": a, "b": b}
+
+    def init_matrix(
+        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None
+    ) -> Factors:
+        """A uniform in +-1/sqrt(fan_in), as PEFT draws it, and B zero."""
+        a = specs["a"]
+        bound = math.prod(a.in_shape) ** -0.5
+        # Drawn as rows, which gives the same numbers: a CPU takes seconds to compile
+        # the random bits of three axes. A mesh splits only the first input axis of A
+        # (`mesh.RULES`), which is the first of a row, so no device has all of A.
+        rows = (*a.shape[: a.stacked], math.prod(a.shape[a.stacked :]))
+        drawn = jax.random.uniform(key, rows, jnp.float32, -bound, bound)
+        b = jnp.zeros(specs["b"].shape, jnp.float32)
+        return {"a": drawn.reshape(a.shape), "b": b}
+
+    def attach_matrix(
+        self,
+        base: Matrix,
+        factors: Factors,
+        scale: Array,
+        key: Array | None,
+        rate: Array | None,
+    ) -> Leaf:
+        return LowRank(base, factors["a"], factors["b"], scale, key, rate)
+
+    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
+        return jax.tree.map(jnp.zeros_like, factors)
+
+    def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
+        return (merged.astype(jnp.float32) - adapted.update()).astype(merged.dtype)
+
+    def rank(self, factors: Mapping[str, Any]) -> int:
+        return factors["a"].shape[-1]
+
+    def stack_axes(self, base: Any, factors: Mapping[str, Any]) -> int:
+        # `a` is `[*stack, *in, rank]` and `b` `[*stack, rank, *out]`: together they
+        # have the axes of the base, two for the rank, and the stack once more.
+        axes = len(factors["a"].shape) + len(factors["b"].shape)
+        return axes - 2 - len(base.shape)
+
+
+LORA = LoRA()
+
+adapter_specs = LORA.specs
+adapt = LORA.adapt
+merge = LORA.merge
+unmerge = LORA.unmerge
+count = LORA.count
 
 
 def init(key: Array, specs: Mapping[str, Spec], config: LoRAConfig) -> Adapters:
-    """Float32 factors: A uniform in +-1/sqrt(fan_in) (as PEFT has it), B zero."""
-    adapters = {}
-    for index, (path, factor) in enumerate(adapter_specs(specs, config).items()):
-        bound = math.prod(factor["a"].in_shape) ** -0.5
-        own = jax.random.fold_in(key, index)
-        adapters[path] = {
-            "a": _uniform(own, factor["a"], bound),
-            "b": jnp.zeros(factor["b"].shape, jnp.float32),
-        }
-    return adapters
-
-
-def _uniform(key: Array, spec: Spec, bound: float) -> Array:
-    # Drawn as rows, the same numbers: a CPU takes seconds to compile the random bits of
-    # three axes. What a mesh splits of A is its first input axis, the first of a row:
-    # `mesh.RULES` splits no other, and no device has the whole factor.
-    rows = (*spec.shape[: spec.stacked], math.prod(spec.shape[spec.stacked :]))
-    drawn = jax.random.uniform(key, rows, jnp.float32, -bound, bound)
-    return drawn.reshape(spec.shape)
-
-
-def adapt(
-    params: Params, adapters: Adapters, config: LoRAConfig, key: Array | None = None
-) -> Params:
-    """`params` with every adapted leaf swapped for a `LowRank`; computes nothing.
-
-    Args:
-      params: the flat base parameters; not changed.
-      adapters: what `init` made, trained or not.
-      config: gives alpha, and the dropout rate that `key` switches on.
-      key: a typed PRNG key for LoRA dropout, or None (evaluation).
-    """
-    ranks = {path: factor["a"].shape[-1] for path, factor in adapters.items()}
-    key = key if config.dropout > 0.0 else None
-    return attach(params, adapters, settings(ranks, config), key)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The numbers of a `LoRAConfig` that a forward pass uses; they may be traced.
-
-    Attributes:
-      scales: alpha / rank by path.
-      streams: by path, a number of its own for the dropout's keys.
-      dropout: share of adapter inputs dropped.
-    """
-
-    scales: dict[str, Array | float]
-    streams: dict[str, Array | int]
-    dropout: Array | float
-
-
-def settings(ranks: Mapping[str, int], config: LoRAConfig) -> Settings:
-    """What `config` comes to for adapters of these ranks, by path."""
-    alphas = _by_pattern(ranks, config.alpha_pattern, config.alpha)
-    return Settings(
-        scales={path: alphas[path] / rank for path, rank in ranks.items()},
-        streams={path: index for index, path in enumerate(sorted(ranks))},
-        dropout=config.dropout,
-    )
-
-
-def attach(
-    params: Params, adapters: Adapters, settings: Settings, key: Array | None = None
-) -> Params:
-    """As `adapt`, of settings that need not follow from the factors' shapes."""
-    adapted = dict(params)
-    for path, factor in sorted(adapters.items()):
-        if path not in params:
-            raise ValueError(f"adapter for {path!r}, which the model does not have")
-        stack, keys = _stack(params[path], factor), None
-        if key is not None:
-            own = jax.random.fold_in(key, settings.streams[path])
-            keys = jax.random.split(own, stack)
-            keys = keys if stack else keys.reshape(())
-        adapted[path] = LowRank(
-            base=params[path],
-            a=factor["a"],
-            b=factor["b"],
-            scale=jnp.full(stack, settings.scales[path], jnp.float32),
-            key=keys,
-            rate=None if keys is None else jnp.full(stack, settings.dropout),
-        )
-    return adapted
-
-
-def merge(params: Params, adapters: Adapters, config: LoRAConfig) -> Params:
-    """Plain arrays with the adapters added in, each in its base leaf's dtype."""
-    adapted = adapt(params, adapters, config)
-    return {path: materialize(leaf) for path, leaf in adapted.items()}
-
-
-def unmerge(params: Params, adapters: Adapters, config: LoRAConfig) -> Params:
-    """Undoes `merge` up to rounding in the parameters' dtype."""
-    adapted = adapt(params, adapters, config)
-    return {path: _subtract(leaf) for path, leaf in adapted.items()}
+    """Float32 factors: A uniform in +-1/sqrt(fan_in) (as PEFT draws it), B zero."""
+    return LORA.init(key, specs, config)
 
 
 def lift(function: Callable[..., Any], config: LoRAConfig) -> Callable[..., Any]:
     """`function(params, ...)` as `lifted(params, adapters, ...)`, for any pytree.
 
-    Works for models that know nothing of `contract` (another Flax module, a plain
-    function). `params` may be nested; adapters are keyed by dotted path, see
-    `specs_of`.
+    Works for models that do not use `contract` (another Flax module, a plain function).
+    `params` may be nested; adapters are keyed by dotted path, see `specs_of`.
     """
 
     @functools.wraps(function)
@@ -205,46 +139,3 @@ def specs_of(params: Any) -> dict[str, Spec]:
         )
         for path, leaf in flat.items()
     }
-
-
-def count(adapters: Adapters) -> int:
-    """Number of trained scalars."""
-    return parameter_paths.count(adapters)
-
-
-def _by_pattern(
-    paths: Mapping[str, Any], overrides: Sequence[str], default: float
-) -> dict[str, float]:
-    """One number a path: that of the last `pattern=number` matching it, or default."""
-    numbers = {}
-    for override in overrides:
-        pattern, equals, number = override.rpartition("=")
-        numbers.pop(pattern, None)  # so that it counts as the last
-        try:
-            numbers[pattern] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not 0 < numbers[pattern] < math.inf:
-            raise UserError(
-                f"{override!r} is not 'pattern=number' with a number above 0, "
-                "such as 'mlp=4'"
-            )
-    chosen = parameter_paths.select(paths, tuple(numbers))
-    return {path: numbers.get(chosen.get(path), default) for path in paths}
-
-
-def _stack(leaf: Any, factor: dict[str, Array]) -> tuple[int, ...]:
-    """The stacking shape, from shapes alone.
-
-    `a` is `[*stack, *in, rank]` and `b` `[*stack, rank, *out]`, so together they
-    have the base's axes, two for the rank, and the stack twice.
-    """
-    a, b = factor["a"], factor["b"]
-    stacked = a.ndim + b.ndim - 2 - len(leaf.shape)
-    return tuple(leaf.shape[:stacked])
-
-
-def _subtract(leaf: Any) -> Any:
-    if not isinstance(leaf, LowRank):
-        return leaf
-    return (leaf.base.astype(jnp.float32) - leaf.update()).astype(leaf.base.dtype)

@@ -1,0 +1,294 @@
+"""The protocol of an adapter kind, and the parts that all kinds share.
+
+A kind says what one matrix gets: which arrays, how they start, which `Leaf` they make
+of the frozen weight, and their no-op state. The choice of targets, ranks and scales by
+path, merging, packing and counting follow here for every kind.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.config.run_config import LoRAConfig
+from research.core.errors import UserError
+from research.weights import parameter_paths
+from research.weights.contraction import materialize
+from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Leaf, Matrix
+
+Array = jax.Array
+Params = dict[str, Any]
+Factors = dict[str, Array]
+Adapters = dict[str, Factors]
+AdapterSpecs = dict[str, dict[str, Spec]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The numbers of a `LoRAConfig` that a forward pass uses; they may be traced.
+
+    Attributes:
+      scales: alpha / rank by path.
+      streams: by path, the number that tells its dropout keys from those of others.
+      dropout: share of adapter inputs dropped.
+    """
+
+    scales: dict[str, Array | float]
+    streams: dict[str, Array | int]
+    dropout: Array | float
+
+
+class AdapterKind(abc.ABC):
+    """One kind of adapter. Instances hold no arrays.
+
+    Throughout, `factors` are the arrays of one adapted path by name, and `adapters`
+    are the factors of all paths, float32.
+
+    Attributes:
+      name: value of `config.lora.kind`.
+    """
+
+    name: str
+
+    # What a kind says about one matrix.
+
+    @abc.abstractmethod
+    def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
+        """Shapes and axis names of the factors of the matrix `spec`.
+
+        Each factor has the stacking axes of `spec` first.
+        """
+
+    @abc.abstractmethod
+    def init_matrix(
+        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None
+    ) -> Factors:
+        """The start of the factors: a no-op, exactly.
+
+        Args:
+          key: of this path alone.
+          specs: what `matrix_specs` gave.
+          base: the frozen weight, with its stacking axes; None where the caller has
+            none at hand (`lora.init`).
+        """
+
+    @abc.abstractmethod
+    def attach_matrix(
+        self,
+        base: Matrix,
+        factors: Factors,
+        scale: Array,
+        key: Array | None,
+        rate: Array | None,
+    ) -> Leaf:
+        """The leaf that stands for the adapted weight. Computes nothing.
+
+        Args:
+          base: the frozen weight, `[*stack, *in, *out]`.
+          factors: as `matrix_specs` describes them.
+          scale: `[*stack]`, alpha / rank.
+          key: `[*stack]` keys of dropout, or None for no dropout.
+          rate: `[*stack]`, share of adapter inputs dropped; None with `key`.
+        """
+
+    @abc.abstractmethod
+    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
+        """Factors of the same shapes with which the adapted weight is `base`."""
+
+    @abc.abstractmethod
+    def rank(self, factors: Mapping[str, Any]) -> int:
+        """The rank of these factors (arrays or specs)."""
+
+    @abc.abstractmethod
+    def stack_axes(self, base: Any, factors: Mapping[str, Any]) -> int:
+        """The number of stacking axes, from shapes alone."""
+
+    def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
+        """The frozen weight, from the merged one; `adapted` has `merged` as its base.
+
+        Raises:
+          UserError: adapters of this kind cannot be taken out again.
+        """
+        raise UserError(
+            f"adapters of kind {self.name!r} cannot be taken out of merged weights"
+        )
+
+    # What follows for whole models.
+
+    def specs(self, specs: Mapping[str, Spec], config: LoRAConfig) -> AdapterSpecs:
+        """Shapes and axis names of all adapters of a model with parameters `specs`.
+
+        Raises:
+          UserError: a target pattern matches no matrix, or a rank is not positive.
+        """
+        matrices = {path: spec for path, spec in specs.items() if spec.n_in > 0}
+        targets = parameter_paths.select(matrices, config.targets)
+        if not targets:
+            raise UserError("config.lora.targets is empty: nothing would be trained")
+        ranks = _by_pattern(targets, config.rank_pattern, config.rank)
+        adapters = {}
+        for path in targets:
+            rank = int(ranks[path])
+            if rank < 1 or rank != ranks[path]:
+                raise UserError(
+                    f"lora rank for {path} is {ranks[path]}; it must be a whole number "
+                    "from 1"
+                )
+            adapters[path] = self.matrix_specs(matrices[path], rank)
+        return adapters
+
+    def init(
+        self,
+        key: Array,
+        specs: Mapping[str, Spec],
+        config: LoRAConfig,
+        base: Mapping[str, Matrix] = MappingProxyType({}),
+    ) -> Adapters:
+        """All adapters at their start, float32.
+
+        Args:
+          key: a typed PRNG key.
+          specs: of the model's parameters.
+          config: gives targets and ranks.
+          base: the frozen parameters, for kinds that start from their values.
+        """
+        return {
+            path: self.init_matrix(
+                jax.random.fold_in(key, index), factors, base.get(path)
+            )
+            for index, (path, factors) in enumerate(self.specs(specs, config).items())
+        }
+
+    def settings(self, ranks: Mapping[str, int], config: LoRAConfig) -> Settings:
+        """The numbers that `config` gives adapters of these ranks, by path."""
+        alphas = _by_pattern(ranks, config.alpha_pattern, config.alpha)
+        return Settings(
+            scales={path: alphas[path] / rank for path, rank in ranks.items()},
+            streams={path: index for index, path in enumerate(sorted(ranks))},
+            dropout=config.dropout,
+        )
+
+    def attach(
+        self,
+        params: Params,
+        adapters: Adapters,
+        settings: Settings,
+        key: Array | None = None,
+    ) -> Params:
+        """As `adapt`, with settings that may not follow from the shapes of factors."""
+        adapted = dict(params)
+        for path, factors in sorted(adapters.items()):
+            if path not in params:
+                raise ValueError(f"adapter for {path!r}, which the model does not have")
+            base = params[path]
+            stack = tuple(base.shape[: self.stack_axes(base, factors)])
+            keys = rate = None
+            if key is not None:
+                own = jax.random.fold_in(key, settings.streams[path])
+                keys = jax.random.split(own, stack)
+                keys = keys if stack else keys.reshape(())
+                rate = jnp.full(stack, settings.dropout)
+            scale = jnp.full(stack, settings.scales[path], jnp.float32)
+            adapted[path] = self.attach_matrix(base, factors, scale, keys, rate)
+        return adapted
+
+    def adapt(
+        self,
+        params: Params,
+        adapters: Adapters,
+        config: LoRAConfig,
+        key: Array | None = None,
+    ) -> Params:
+        """`params` with a `Leaf` in the place of every adapted weight.
+
+        Args:
+          params: the flat base parameters; not changed.
+          adapters: what `init` made, trained or not.
+          config: gives alpha, and the dropout rate.
+          key: a typed PRNG key that switches dropout on; None in evaluation.
+        """
+        ranks = {path: self.rank(factors) for path, factors in adapters.items()}
+        key = key if config.dropout > 0.0 else None
+        return self.attach(params, adapters, self.settings(ranks, config), key)
+
+    def merge(self, params: Params, adapters: Adapters, config: LoRAConfig) -> Params:
+        """Plain arrays with the adapters added in, each in its base leaf's dtype."""
+        adapted = self.adapt(params, adapters, config)
+        return {path: materialize(leaf) for path, leaf in adapted.items()}
+
+    def unmerge(self, params: Params, adapters: Adapters, config: LoRAConfig) -> Params:
+        """Undoes `merge`, up to rounding in the dtype of the parameters.
+
+        Raises:
+          UserError: adapters of this kind cannot be taken out again.
+        """
+        adapted = self.adapt(params, adapters, config)
+        return {
+            path: self.unmerge_matrix(leaf, adapted[path]) if path in adapters else leaf
+            for path, leaf in params.items()
+        }
+
+    def off(self, adapters: Adapters, base: Params) -> Adapters:
+        """Adapters of the same shapes that change nothing."""
+        return {
+            path: self.off_matrix(factors, base[path])
+            for path, factors in adapters.items()
+        }
+
+    def union(
+        self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]
+    ) -> AdapterSpecs:
+        """Shapes that hold the adapters of every config: the largest rank by path.
+
+        Raises:
+          UserError: adapters of this kind cannot be padded to common shapes.
+        """
+        largest: AdapterSpecs = {}
+        for config in configs:
+            for path, own in self.specs(specs, config).items():
+                if path not in largest or self.rank(own) > self.rank(largest[path]):
+                    largest[path] = own
+        return {path: largest[path] for path in specs if path in largest}
+
+    def pad(self, adapters: Adapters, wide: AdapterSpecs) -> Adapters:
+        """The same adapters in the shapes that `union` gave.
+
+        The padding changes no output and gets no gradient, so it stays as it is.
+        """
+        return parameter_paths.pad_with_zeros(adapters, wide)
+
+    def count(self, adapters: Adapters) -> int:
+        """Number of trained scalars."""
+        return parameter_paths.count(adapters)
+
+
+def _by_pattern(
+    paths: Mapping[str, Any], overrides: Sequence[str], default: float
+) -> dict[str, float]:
+    """One number a path: that of the last `pattern=number` that matches, or default.
+
+    Raises:
+      UserError: an override has another form, or its pattern matches no path.
+    """
+    numbers = {}
+    for override in overrides:
+        pattern, equals, number = override.rpartition("=")
+        numbers.pop(pattern, None)  # A repeated pattern counts as the last one.
+        try:
+            numbers[pattern] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 < numbers[pattern] < math.inf:
+            raise UserError(
+                f"{override!r} is not 'pattern=number' with a number above 0, "
+                "such as 'mlp=4'"
+            )
+    chosen = parameter_paths.select(paths, tuple(numbers))
+    return {path: numbers.get(chosen.get(path), default) for path in paths}

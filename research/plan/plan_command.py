@@ -8,11 +8,12 @@ from rich.console import Console
 
 from research.config.run_config import Config
 from research.parallel import runtime
-from research.plan import abstract_run, plan_tables, planner
+from research.plan import abstract_run, plan_json, planner
 from research.plan.compiled import compile_step
 from research.plan.layout_search import search
 from research.plan.planned_devices import Target, parse_device, parse_topology
 from research.plan.planner import Plan
+from research.report import plan_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ def run(request: Request) -> int:
     config, console = request.config, Console()
     target = _target(request)
     if request.json:
-        plan_tables.check_json(request.json)
+        plan_json.check_json(request.json)
     architecture = abstract_run.find_architecture(config, request.preset)
     devices = [] if request.device else compile_step.topology_devices(target)
 
@@ -54,14 +55,14 @@ def run(request: Request) -> int:
         # Every candidate would say which attention kernel it takes.
         logging.getLogger().setLevel(logging.WARNING)
         found = search(config, architecture, target, plan if devices else None)
-        plans = found.plans
+        plans = [plan_json.to_json(plan) for plan in found.plans]
         plan_tables.show_search(console, plans, found.refused)
     else:
-        plans = [plan(config)]
-        plan_tables.show(console, plans[0])
+        plans = [plan_json.to_json(plan(config))]
+        plan_tables.show_plan(console, plans[0])
     if request.json:
-        plan_tables.write_json(request.json, plans if request.search else plans[0])
-    return 0 if plans[0].fits else 1
+        plan_json.write_json(request.json, plans if request.search else plans[0])
+    return 0 if plans[0]["fits"] else 1
 
 
 def _target(request: Request) -> Target:

@@ -26,13 +26,14 @@ from research.core.errors import UserError
 from research.formats.base_model import open_architecture, open_base, random_base
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
-from research.plan import abstract_run, plan_tables, planner
+from research.plan import abstract_run, plan_json, planner
 from research.plan.compiled import compile_step
 from research.plan.compiled.collectives import Collective
 from research.plan.estimate import memory_formulas
 from research.plan.estimate.flops import Flops
 from research.plan.estimate.roofline import make_roofline
 from research.plan.planned_devices import parse_device, parse_topology
+from research.report import plan_tables
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
@@ -171,7 +172,7 @@ def test_what_fits_is_below_the_limit_and_what_does_not_says_so():
     assert not large.fits and large.needed > 0.92 * 24e9
     for plan, words in ((small, "fits:"), (large, "does not fit:")):
         console = Console(record=True, width=120, file=io.StringIO())
-        plan_tables.show(console, plan)
+        plan_tables.show_plan(console, plan_json.to_json(plan))
         assert words in console.export_text()
 
 
@@ -297,6 +298,9 @@ def test_the_door_estimates_without_a_compiler(place):
     assert plan["fits"] and plan["source"] == "estimated"
     assert plan["hbm_needed"] == sum(plan["memory"].values())
     assert plan["best"]["mfu"] > plan["not_overlapped"]["mfu"] > 0
+    shown = io.StringIO()
+    plan_tables.show_plan(Console(file=shown, width=160), plan)
+    assert shown.getvalue() == done.out, "the file has all that the terminal shows"
 
 
 def test_the_door_says_what_does_not_fit_and_what_is_wrong(place):
@@ -320,11 +324,11 @@ def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
 
 def test_a_plan_that_cannot_be_written_is_not_made(tmp_path):
     """Said before a compile of minutes."""
-    plan_tables.check_json(str(tmp_path / "plan.json"))
+    plan_json.check_json(str(tmp_path / "plan.json"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "missing/plan.json", tmp_path, tmp_path / "file/plan.json"):
         with pytest.raises(UserError, match=re.escape(str(path))):
-            plan_tables.check_json(str(path))
+            plan_json.check_json(str(path))
 
 
 @pytest.mark.skipif(

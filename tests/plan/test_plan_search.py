@@ -1,15 +1,19 @@
 """The search of the planner: what it takes, and where the compiler knows better."""
 
 import dataclasses
+import io
+import json
 import math
 
 import pytest
 from plan_helpers import EIGHT_B, ONE_B, big_config
+from rich.console import Console
 
 from research.core.errors import UserError
 from research.plan import layout_search as searching
-from research.plan import planner
+from research.plan import plan_json, planner
 from research.plan.planned_devices import parse_device
+from research.report import plan_tables
 
 
 def test_search_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch():
@@ -40,6 +44,19 @@ def compiler(target, asked, refused):
         return dataclasses.replace(plan, source="compiled", needed=needed)
 
     return compile_plan
+
+
+def test_a_search_is_shown_from_its_data():
+    found = searching.search(big_config(), ONE_B, parse_device("l4:8"))
+    plans = json.loads(json.dumps([plan_json.to_json(plan) for plan in found.plans]))
+    shown = io.StringIO()
+    plan_tables.show_search(Console(file=shown, width=160), plans, found.refused)
+    lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
+    for plan in plans:
+        mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
+        start = f"{mesh} {plan['remat']} {plan['microbatch_rows']} "
+        assert any(line.startswith(start) for line in lines), start
+    assert lines[-1].startswith(f"{found.refused} more")
 
 
 def test_search_compiles_the_best_and_believes_the_compiler():

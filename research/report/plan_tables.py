@@ -1,0 +1,187 @@
+"""Plans in the terminal, from the data that `research.plan --json` writes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PlanData = dict[str, Any]  # `research.plan.plan_json.to_json` lists the fields.
+
+MEANINGS = {
+    "frozen": "parameters that are not trained",
+    "trained": "parameters that are trained",
+    "optimizer": "the optimizer's moments and counters",
+    "batch": "the batch of one step",
+    "temporaries": "activations, gradients, gathered weights",
+    "padding": "padding of all arguments to the chip's tiles",
+    "program": "the compiled program",
+}
+PARTS = {
+    "compute": "all products at the chip's peak",
+    "hbm": "reads and writes of its memory",
+    "ici": "collectives within a slice or host",
+    "dcn": "collectives over the network",
+}
+
+
+def show_plan(console: Console, plan: PlanData) -> None:
+    """Everything about one plan."""
+    trained, frozen = (plan["parameters"][x] / 1e6 for x in ("trained", "frozen"))
+    made = plan["source"]
+    if plan["compile_seconds"]:
+        made += f" in {plan['compile_seconds']:.0f} s"
+    console.print(
+        Text.assemble(
+            (plan["target"], "bold"),
+            f", {plan['chips']} chips, mesh {_mesh(plan)}; {trained:,.1f} M parameters "
+            f"trained, {frozen:,.1f} M frozen; {plan['batch_rows']} rows of "
+            f"{plan['seq_len']} a step in passes of {plan['microbatch_rows']}, remat "
+            f"{plan['remat']} ({made})",
+        )
+    )
+    if plan["memory"]:
+        console.print(_memory_table(plan))
+    console.print(_verdict(plan))
+    if plan["collectives"]:
+        console.print(_collectives_table(plan))
+    console.print(_time_table(plan))
+    _show_prediction(console, plan)
+
+
+def _verdict(plan: PlanData) -> Text:
+    sizes = f"{_size(plan['hbm_needed'])} of {_size(plan['hbm_usable'])}"
+    share = f"{sizes}, {plan['hbm_share']:.0%}"
+    if plan["fits"]:
+        return Text.assemble(("fits", "bold green"), f": {share}")
+    return Text.assemble(
+        ("does not fit", "bold red"),
+        f": {share}, and at most {plan['hbm_share_limit']:.0%} should be; try more "
+        "fsdp or tensor, a smaller config.data.microbatch_size, or "
+        "config.model.remat=full",
+    )
+
+
+def _memory_table(plan: PlanData) -> Table:
+    table = _table("bytes per chip", "", "size", "share", "what")
+    for name, value in plan["memory"].items():
+        if value:
+            share = f"{value / plan['hbm_usable']:.1%}"
+            table.add_row(name, _size(value), share, MEANINGS[name])
+    return table
+
+
+def _collectives_table(plan: PlanData) -> Table:
+    table = _table("collectives of a step, per chip", "kind", "axes", "count", "bytes")
+    for row in plan["collectives"]:
+        count, size = f"{row['count']:,.0f}", _size(row["nbytes"])
+        table.add_row(row["kind"], row["axes"], count, size)
+    return table
+
+
+def _time_table(plan: PlanData) -> Table:
+    table = _table("a step at best", "", "seconds", "share", "what")
+    longest = plan["roofline"]["overlapped"]
+    for name, meaning in PARTS.items():
+        value = plan["roofline"][name]
+        if value:
+            table.add_row(name, f"{value:.4g}", f"{value / longest:.0%}", meaning)
+    return table
+
+
+def _show_prediction(console: Console, plan: PlanData) -> None:
+    flops, best, worst = plan["flops"], plan["best"], plan["not_overlapped"]
+    lines = [
+        f"FLOPs of a step: {flops['model']:.3g} for the model, "
+        f"{flops['recomputed']:.3g} again in the backward pass (remat {plan['remat']})"
+    ]
+    if plan["roofline"]["overlapped"]:
+        mfu = _between(f"{worst['mfu']:.1%}", f"{best['mfu']:.1%}")
+        speeds = [f"{x['tokens_per_second']:,.0f}" for x in (worst, best)]
+        times = [_format_days(x["days"]) for x in (best, worst)]
+        hours = [f"{x['chip_hours']:,.1f}" for x in (best, worst)]
+        lines += [
+            f"bound by {plan['roofline']['bound_by']}; MFU at best {mfu}, tokens/s "
+            f"{_between(*speeds)} (from no overlap to all)",
+            f"{plan['steps']:,} steps take {_between(*times)}, "
+            f"{_between(*hours)} chip-hours",
+        ]
+    lines += plan["notes"]
+    console.print(Text("\n".join(lines)))
+    console.print(Text(f"assumed: {plan['assumed']}", "dim"))
+
+
+def show_search(console: Console, plans: Sequence[PlanData], refused: int) -> None:
+    """Plans beside each other, the fastest that fits first.
+
+    Args:
+      console: the terminal.
+      plans: the plans that a search has found.
+      refused: how many more layouts it tried.
+    """
+    table = _table(
+        f"layouts on {plans[0]['target']}, the fastest that fit first",
+        "mesh", "remat", "rows", "HBM", "MFU", "bound", "takes", "by",
+    )  # fmt: skip
+    for plan in plans:
+        table.add_row(
+            _mesh(plan),
+            plan["remat"],
+            str(plan["microbatch_rows"]),
+            Text(f"{plan['hbm_share']:.0%}", "" if plan["fits"] else "red"),
+            f"{plan['not_overlapped']['mfu']:.0%}-{plan['best']['mfu']:.0%}",
+            plan["roofline"]["bound_by"],
+            _format_days(plan["best"]["days"]),
+            plan["source"],
+        )
+    console.print(table)
+    if not plans[0]["fits"]:
+        none_fits = ("none fits", "bold red")
+        console.print(Text.assemble(none_fits, "; the one that needs least is shown"))
+    lines = [
+        "rows: the largest micro-batch that fits; MFU: from no overlap to all; takes: "
+        "at best"
+    ]
+    if refused:
+        lines.append(
+            f"{refused} more are slower, do not fit or do not divide the model"
+        )
+    console.print(Text("\n".join(lines)))
+
+
+def _mesh(plan: PlanData) -> str:
+    return " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items()) or "one device"
+
+
+def _between(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for column in columns:
+        words = column in ("", "kind", "axes", "what", "mesh", "remat", "bound", "by")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    return table
+
+
+def _size(nbytes: float) -> str:
+    if nbytes >= 2**30 / 100:
+        return f"{nbytes / 2**30:,.2f} GiB"
+    return f"{nbytes / 2**20:,.2f} MiB"
+
+
+def _format_days(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.1f} d"
+    hours = 24 * days
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"

@@ -109,10 +109,12 @@ def _export(run: str, step: str, out: str) -> int:
     from research.formats.huggingface_export import export
     from research.parallel import runtime
     from research.runs.reopen import reopen
+    from research.tasks.task_registry import exported_tokenizer
 
     runtime.start_alone()
     opened = reopen(run, step=step)
-    export(opened.model, opened.weights, opened.base.tokenizer, Path(out), "float32")
+    tokenizer = exported_tokenizer(opened.config, opened.base)
+    export(opened.model, opened.weights, tokenizer, Path(out), "float32")
     return 0
 
 

@@ -34,13 +34,15 @@ def main(argv: Sequence[str]) -> int:
     from research.formats.huggingface_export import export
     from research.parallel import runtime
     from research.runs.reopen import reopen
+    from research.tasks.task_registry import exported_tokenizer
 
     out = Path(f.out) if f.out else Path(f.run) / EXPORTED
     if f.out and out.exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
     runtime.start_alone()
     run = reopen(f.run, step=f.step)
-    export(run.model, run.weights, run.base.tokenizer, out, f.dtype)
+    tokenizer = exported_tokenizer(run.config, run.base)
+    export(run.model, run.weights, tokenizer, out, f.dtype)
     return 0
 
 

@@ -10,8 +10,8 @@ from research.core.errors import UserError
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
-from research.models.families.family import Family
 from research.models.families.family_registry import find_gguf_family, from_hf_config
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 
@@ -50,7 +50,7 @@ class GGUFFile:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         return values.reshape(self.shapes()[name])
 
-    def layout(self, family: Family) -> tuple[StoredTensor, ...]:
+    def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.gguf_tensors
 
     def read_architecture(self) -> Architecture:

@@ -9,8 +9,8 @@ import numpy as np
 from research.core.errors import UserError
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
-from research.models.families.family import Family
 from research.models.families.family_registry import from_hf_config
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 
@@ -61,7 +61,7 @@ class HuggingFaceWeights:
     def read(self, name: str) -> np.ndarray:
         return self._handles[name].get_tensor(name)
 
-    def layout(self, family: Family) -> tuple[StoredTensor, ...]:
+    def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.hf_tensors
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from research.models.families.family import Family
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 
@@ -24,7 +24,7 @@ class TensorFile(Protocol):
         """One whole tensor."""
         ...
 
-    def layout(self, family: Family) -> tuple[StoredTensor, ...]:
+    def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         """How a model of `family` lies in files of this format."""
         ...
 

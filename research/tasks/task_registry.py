@@ -12,7 +12,7 @@ from research.tasks.instruction_tuning import InstructionTask
 from research.tasks.pretraining import PlainFormat, TextTask
 from research.tasks.task_protocol import PromptFormat, Task
 from research.tokenize import tokenizer as tokenizers
-from research.tokenize.chat_template import ChatFormat
+from research.tokenize.chat_template import ChatFormat, dolly_template
 
 
 def open_start(config: Config, own_tokenizer: Path | None = None) -> Base:
@@ -55,3 +55,10 @@ def prompt_format(config: Config, base: Base) -> PromptFormat:
     if config.data.kind == "text":
         return PlainFormat(base.tokenizer)
     return ChatFormat(base.tokenizer, config.data.template, config.data.system)
+
+
+def exported_tokenizer(config: Config, base: Base) -> tokenizers.Tokenizer:
+    """The tokenizer to export: its chat template is the one that training used."""
+    if config.data.kind == "text" or config.data.template != "dolly":
+        return base.tokenizer
+    return base.tokenizer.with_chat_template(dolly_template(base.tokenizer))

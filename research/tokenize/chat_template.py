@@ -1,14 +1,15 @@
-"""A record into ids and which of them are trained, by how it is put together.
+"""A conversation as ids, and which of the ids are trained.
 
-A template is cut once into words of its own and holes for the row's text. Words and
-holes are tokenised apart: control tokens exist only in the words, and the loss mask
-follows from which piece an id came from. Nothing is ever searched for in the ids.
+A template is cut once into its own words and holes for the texts of the turns. Words
+and texts are tokenised apart: control tokens exist only in the words, and the loss mask
+follows from the part that an id came from. The ids are never searched for anything.
 """
 
 import dataclasses
 import datetime
 import functools
 import itertools
+import json
 from collections.abc import Sequence
 
 import jinja2
@@ -18,8 +19,8 @@ from research.core.errors import UserError
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer import Tokenizer
 
-# Private-use characters mark the holes while a template is rendered. They are in
-# the template's output only: rows are never part of what is searched.
+# Private-use characters mark the holes while a template is rendered. Only the rendered
+# template is searched for them, and no text of a row is in it.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 
 DOLLY_HEADERS = {
@@ -30,13 +31,33 @@ DOLLY_HEADERS = {
 DOLLY_INPUT = "\n\n### Input:\n"
 
 
+def dolly_template(tokenizer: Tokenizer) -> str:
+    """The headers that Alpaca and Dolly were trained with, as a Jinja template.
+
+    Raises:
+      UserError: the tokenizer has no token that could end an answer.
+    """
+    if not tokenizer.eos_token:
+        raise UserError("the dolly template needs a tokenizer with an end token")
+    return (
+        ("{{ bos_token }}" if tokenizer.add_bos else "")
+        + "{% set headers = "
+        + json.dumps(DOLLY_HEADERS)
+        + " %}{% for message in messages %}"
+        "{{ headers[message['role']] + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{{ '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ headers['assistant'] }}{% endif %}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A stretch of ids: words of the template, or the text of turn `turn`.
+class TemplatePart:
+    """A part of a template that was cut: words of its own, or a hole for a text.
 
     Attributes:
-      ids: of words; empty for a turn.
-      turn: index of the turn whose text goes here.
+      ids: of the words; empty for a hole.
+      turn: index of the turn whose text fills the hole; None for words.
       trained: whether these ids count in the loss.
       lead: white space of the template that is tokenised with the turn's text.
     """
@@ -65,24 +86,23 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: str, system: str = ""):
         self._tokenizer = tokenizer
         self._system = system
-        if template == "chat" and not tokenizer.chat_template:
+        source, self._before_context = tokenizer.chat_template, "\n\n"
+        if template == "dolly":
+            source, self._before_context = dolly_template(tokenizer), DOLLY_INPUT
+        if not source:
             raise UserError(
                 "the base model has no chat template of its own; use "
                 "--config.data.template=dolly"
             )
-        self._render = (
-            _JinjaTemplate(tokenizer)
-            if template == "chat"
-            else _DollyTemplate(tokenizer)
-        )
+        self._render = _JinjaTemplate(source, tokenizer)
         self._skeleton = functools.cache(self._cut)
         closing = self._skeleton(("user", "assistant"), False)[-1].ids
         self.stop_ids = frozenset({closing[-1], tokenizer.eos} - {None})
 
     def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
-        """Ids and mask; with `budget`, the context is cut to fit that many ids.
+        """Ids and mask; a context is shortened until they are at most `budget`.
 
-        Returns None where no word of the context would be left.
+        Returns None if no word of the context would remain.
         """
         encoded = self.encode_many([record])[0]
         if budget is None or len(encoded.ids) <= budget:
@@ -90,7 +110,7 @@ class ChatFormat:
         return self.shorten(record, encoded, budget)
 
     def encode_many(self, records: Sequence[Record]) -> list[Encoded]:
-        """Ids and masks, tokenised together on all cores."""
+        """Ids and masks of many records, tokenised on all cores."""
         texts = [self._texts(record, record.context) for record in records]
         ids = iter(self._tokenizer.encode_texts(list(itertools.chain(*texts))))
         return [
@@ -99,19 +119,19 @@ class ChatFormat:
         ]
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
-        """Ids up to where the answer to the last user turn begins."""
+        """Ids up to the beginning of the answer to the last user turn."""
         stripped = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
         record = Record(stripped, context, "", "prompt")
         texts = self._tokenizer.encode_texts(self._texts(record, context))
         roles = tuple(turn.role for turn in self._turns(record))
         return [
             i
-            for piece in self._skeleton(roles, True)
-            for i in (piece.ids if piece.turn is None else texts[piece.turn])
+            for part in self._skeleton(roles, True)
+            for i in (part.ids if part.turn is None else texts[part.turn])
         ]
 
     def shorten(self, record: Record, encoded: Encoded, budget: int) -> Encoded | None:
-        """Drops the context's end, in as few tries as re-tokenising allows."""
+        """Drops the end of the context; None if no word of it would remain."""
         excess = len(encoded.ids) - budget
         context = self._tokenizer.encode_texts([record.context])[0]
         while context:
@@ -120,7 +140,7 @@ class ChatFormat:
             text = self._tokenizer.decode(context, skip_control=False)
             shorter = text.rstrip("\ufffd").strip()
             if not shorter:
-                return None  # Nothing is left that the answer could rest on.
+                return None  # The answer would rest on nothing.
             encoded = self.encode(dataclasses.replace(record, context=shorter))
             if len(encoded.ids) <= budget:
                 return encoded
@@ -133,36 +153,39 @@ class ChatFormat:
         return record.turns
 
     def _texts(self, record: Record, context: str) -> list[str]:
-        """What fills the holes; the context goes with the first user turn."""
+        """The texts that fill the holes; the context follows the first user turn."""
         turns = self._turns(record)
         skeleton = self._skeleton(tuple(turn.role for turn in turns), False)
-        leads = {piece.turn: piece.lead for piece in skeleton}
+        leads = {part.turn: part.lead for part in skeleton}
         asked = next(i for i, turn in enumerate(turns) if turn.role == "user")
         texts = [turn.text for turn in turns]
-        texts[asked] = self._render.with_context(texts[asked], context)
+        if context:
+            # A row can hold the header of an input in its text: it reads the same,
+            # and can do no more than that.
+            texts[asked] += self._before_context + context
         return [leads.get(i, "") + text for i, text in enumerate(texts)]
 
     def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
         ids: list[int] = []
         trained: list[bool] = []
         roles = tuple(turn.role for turn in self._turns(record))
-        for piece in self._skeleton(roles, False):
-            part = piece.ids if piece.turn is None else texts[piece.turn]
-            ids.extend(part)
-            trained.extend([piece.trained] * len(part))
+        for part in self._skeleton(roles, False):
+            new = part.ids if part.turn is None else texts[part.turn]
+            ids.extend(new)
+            trained.extend([part.trained] * len(new))
         return Encoded(ids, trained)
 
-    def _cut(self, roles: tuple[str, ...], prompt: bool) -> list[Piece]:
-        """The template for these roles, as pieces.
+    def _cut(self, roles: tuple[str, ...], prompt: bool) -> list[TemplatePart]:
+        """The template for these roles, as parts.
 
-        An answer starts where the generation prompt ends: what the template writes
-        from there on, the model will have to write. Training pieces end with the end
-        token of the last answer: what follows is never trained and only takes room.
+        An answer starts where the generation prompt ends, because the model will have
+        to write everything from there on. The parts for training end with the end
+        token of the last answer: later words are not trained and only take room.
         """
         holes = [f"{OPEN}{i}{CLOSE}" for i in range(len(roles))]
         turns = [Turn(r, hole) for r, hole in zip(roles, holes, strict=True)]
         rest = self._render(turns, prompt)
-        pieces: list[Piece] = []
+        parts: list[TemplatePart] = []
         answered = False
         for index, (turn, hole) in enumerate(zip(turns, holes, strict=True)):
             words, found, rest = rest.partition(hole)
@@ -176,15 +199,15 @@ class ChatFormat:
             else:
                 bare = words.rstrip()
                 words, lead = bare, words[len(bare) :]
-            pieces += self._words(words, answered, first=index == 0)
+            parts += self._words(words, answered, first=index == 0)
             answered = turn.role == "assistant"
-            pieces.append(Piece((), index, answered, lead))
+            parts.append(TemplatePart((), index, answered, lead))
         if prompt:
-            return pieces + self._words(rest, answered)
-        return pieces + self._words(rest, answered)[:1]
+            return parts + self._words(rest, answered)
+        return parts + self._words(rest, answered)[:1]
 
     def _split_prompt(self, words: str, asked: Sequence[Turn]) -> tuple[str, str]:
-        """Words before an answer: those of the generation prompt, and the rest."""
+        """Words before an answer: the generation prompt, and the white space after."""
         if not asked:
             return words, ""
         prompt = self._render(asked, True).rpartition(asked[-1].text)[2]
@@ -198,13 +221,13 @@ class ChatFormat:
 
     def _words(
         self, words: str, after_answer: bool, *, first: bool = False
-    ) -> list[Piece]:
-        """Template words; after an answer, its end token is trained, the rest not."""
+    ) -> list[TemplatePart]:
+        """Words as parts; after an answer, they are trained up to its end token."""
         if not words and not after_answer:
             return []
         ids = self._tokenizer.encode_template(words, first=first)
         if not after_answer:
-            return [Piece(tuple(ids), None, False)]
+            return [TemplatePart(tuple(ids), None, False)]
         control = self._tokenizer.control_ids
         end = next((n for n, i in enumerate(ids, 1) if i in control), None)
         if end is None:
@@ -213,22 +236,22 @@ class ChatFormat:
                 "model could not learn to stop; use --config.data.template=dolly"
             )
         return [
-            Piece(tuple(ids[:end]), None, True),
-            Piece(tuple(ids[end:]), None, False),
+            TemplatePart(tuple(ids[:end]), None, True),
+            TemplatePart(tuple(ids[end:]), None, False),
         ]
 
 
 class _JinjaTemplate:
-    """The model's own template, run in Jinja's sandbox."""
+    """A chat template, run in Jinja's sandbox."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, source: str, tokenizer: Tokenizer):
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _today
         try:
-            self._template = environment.from_string(tokenizer.chat_template)
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"the model's chat template is broken: {error}") from error
         self._names = {
@@ -252,10 +275,6 @@ class _JinjaTemplate:
                 f"the chat template refuses the messages {roles}: {error}"
             ) from error
 
-    @staticmethod
-    def with_context(text: str, context: str) -> str:
-        return f"{text}\n\n{context}" if context else text
-
 
 def _today(form: str) -> str:
     """A fixed day: the ids of a row must not depend on when it is read."""
@@ -264,26 +283,3 @@ def _today(form: str) -> str:
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-class _DollyTemplate:
-    """Instruction, input and response headers, as Alpaca and Dolly were trained."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        if not tokenizer.eos_token:
-            raise UserError("the dolly template needs a tokenizer with an end token")
-        self._start = tokenizer.bos_token if tokenizer.add_bos else ""
-        self._end = tokenizer.eos_token
-
-    def __call__(self, turns: Sequence[Turn], prompt: bool) -> str:
-        parts = [self._start]
-        for turn in turns:
-            end = self._end if turn.role == "assistant" else ""
-            parts.append(f"{DOLLY_HEADERS[turn.role]}{turn.text}{end}\n\n")
-        return "".join(itertools.chain(parts, [DOLLY_HEADERS["assistant"]] * prompt))
-
-    @staticmethod
-    def with_context(text: str, context: str) -> str:
-        # Written as text on purpose: a row that holds this header reads the same,
-        # and can do no more than that.
-        return f"{text}{DOLLY_INPUT}{context}" if context else text

@@ -1,4 +1,4 @@
-"""A training row as a conversation: the form every row source is turned into."""
+"""A training row as a conversation, the one form of rows from every source."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ class Record:
 
     Attributes:
       turns: the messages in order.
-      context: material that belongs to the first user turn, or "".
-      category: what its loss is reported under, or "".
+      context: a passage that belongs to the first user turn, or "".
+      category: the group under which its loss is reported, or "".
       where: `file:line`, for messages to the user.
     """
 

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from research.core.errors import UserError
 
-# How Llama 3 cuts text before byte-pair encoding, from its tokenizer.json.
+# How Llama 3 splits text before byte-pair encoding, from its tokenizer.json.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,10 +31,10 @@ class Tokenizer:
     """Two views of one vocabulary: for text, and for templates.
 
     In text, `<|im_end|>` is ten ordinary characters; in a template it is the control
-    token. So no row of data can forge the structure around it.
+    token. So no row of data can forge the structure around its text.
 
     Attributes:
-      bos, eos: ids, or None where the model has none.
+      bos, eos: ids, or None if the model has none.
       add_bos: whether a document of plain text starts with `bos`.
       chat_template: the model's own Jinja template, or "".
       fingerprint: sha256 over vocabulary, rules and template.
@@ -54,7 +54,8 @@ class Tokenizer:
         serialized = inner.to_str()
         self._template_view = inner
         self._text_view = _without_control_tokens(serialized)
-        # A line break, where a tokenizer treats the start of a text as special.
+        # Some tokenizers treat the start of a text as special: a line break goes in
+        # front of it, whose ids are dropped.
         alone, after = (inner.encode(x, add_special_tokens=False) for x in "a\n")
         both = inner.encode("\na", add_special_tokens=False).ids
         marks_starts = both[len(after.ids) :] != alone.ids
@@ -71,29 +72,39 @@ class Tokenizer:
         parts = (serialized, chat_template, self.bos_token, self.eos_token)
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same vocabulary and rules, with another chat template."""
+        return Tokenizer(
+            tokenizers.Tokenizer.from_str(self._template_view.to_str()),
+            bos=self.bos_token or None,
+            eos=self.eos_token or None,
+            add_bos=self.add_bos,
+            chat_template=template,
+        )
+
     @property
     def vocab_size(self) -> int:
         return self._template_view.get_vocab_size(with_added_tokens=True)
 
     @property
     def largest_id(self) -> int:
-        """At least `vocab_size - 1`; more where the numbering has gaps."""
+        """At least `vocab_size - 1`; more if the numbering has gaps."""
         return max(self._template_view.get_vocab(with_added_tokens=True).values())
 
     def to_json(self) -> str:
-        """As in a `tokenizer.json`."""
+        """The content of a `tokenizer.json`."""
         return self._template_view.to_str(pretty=True)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of plain text; control tokens in it are text, nothing is added.
+        """Ids of plain texts; control tokens in them are text, and none is added.
 
-        Texts are read as the continuation of a line: a SentencePiece tokenizer
-        would otherwise write a word boundary in front of each.
+        Texts are read as the continuation of a line: a SentencePiece tokenizer would
+        otherwise write a word boundary in front of each.
         """
         return [encoding.ids[self._lead_ids :] for encoding in self._encoded(texts)]
 
     def encode_arrays(self, texts: Sequence[str], dtype: Any) -> list[np.ndarray]:
-        """What `encode_texts` gives, as `[n]` arrays, in a fraction of its memory."""
+        """The ids of `encode_texts` as `[n]` arrays, in a fraction of the memory."""
         return [
             np.array(encoding.ids, dtype)[self._lead_ids :]
             for encoding in self._encoded(texts)
@@ -106,7 +117,9 @@ class Tokenizer:
     def encode_template(self, text: str, *, first: bool = False) -> list[int]:
         """Ids of a template's own words, in which control tokens are parsed.
 
-        `first`: the words open the document, and are no continuation.
+        Args:
+          text: the words.
+          first: whether they open the document; or else they continue a line.
         """
         lead, skipped = ("", 0) if first else (self._lead, self._lead_ids)
         led = self._template_view.encode(lead + text, add_special_tokens=False)
@@ -117,7 +130,7 @@ class Tokenizer:
 
 
 def _without_control_tokens(serialized: str) -> tokenizers.Tokenizer:
-    """A copy that reads every added token as the characters it is made of."""
+    """A copy that reads every added token as the characters of its name."""
     rules = json.loads(serialized)
     for token in rules.get("added_tokens", ()):
         token["special"] = True
@@ -130,7 +143,7 @@ def from_folder(folder: Path) -> Tokenizer:
     """Reads a Hugging Face model folder's tokenizer.
 
     Raises:
-      UserError: the folder has none that can be read without running code.
+      UserError: it has none, or none that can be read without running its code.
     """
     settings = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
@@ -147,8 +160,8 @@ def from_folder(folder: Path) -> Tokenizer:
 def from_file(file: Path) -> Tokenizer:
     """Reads a `tokenizer.json` of any name, for text without templates.
 
-    A `tokenizer_config.json` beside it says which tokens begin and end a document;
-    without one, the end is a token of a name that many models use.
+    A `tokenizer_config.json` beside it names the tokens that begin and end a document.
+    Without one, a token whose name is in `END_NAMES` ends it.
 
     Raises:
       UserError: the file cannot be read, or has no token that ends a document.
@@ -189,10 +202,10 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
             folder, trust_remote_code=False, local_files_only=True
         )
         return copy.deepcopy(loaded.backend_tokenizer)
-    except Exception as error:  # Its converters raise whatever their parsers do.
+    except Exception as error:  # Its converters raise whatever their parsers raise.
         raise UserError(
-            f"{folder} has no tokenizer.json and transformers cannot convert what "
-            f"it has ({error}); save one with tokenizer.save_pretrained()"
+            f"{folder} has no tokenizer.json, and transformers cannot convert the "
+            f"files there ({error}); save one with tokenizer.save_pretrained()"
         ) from error
 
 
@@ -226,9 +239,9 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     cut = metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or cut not in _pre_tokenizers():
         raise UserError(
-            f"the GGUF tokenizer is {kind!r} cut as {cut!r}; byte-level BPE (gpt2) cut "
-            f"as {', '.join(_pre_tokenizers())} can be built. Use the model's Hugging "
-            "Face folder instead"
+            f"the GGUF file's tokenizer is {kind!r} and splits text as {cut!r}; gpt2 "
+            f"(byte-level BPE) that splits as {', '.join(_pre_tokenizers())} can be "
+            "built. Use the model's Hugging Face folder instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ", 1)) for m in metadata["tokenizer.ggml.merges"]]

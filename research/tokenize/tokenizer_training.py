@@ -1,4 +1,4 @@
-"""Tokenizers made here: of bytes alone, or trained on text."""
+"""Makes tokenizers, of bytes alone or trained on text, and saves them."""
 
 import json
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from research.core.errors import UserError
 from research.tokenize.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
-SMALLEST = 257  # All bytes, and the end.
+SMALLEST = 257  # All bytes, and END.
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One id a byte, and one for the end of a document."""
+    """A tokenizer with one id for each byte, and one for the end of a document."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -28,17 +28,18 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's cut, in which every digit stands alone.
+    """Trains byte-level BPE that splits text as GPT-2, and every digit apart.
 
-    The same texts give the same tokenizer.
+    The same texts give the same tokenizer. Sennrich et al. 2016, arXiv:1508.07909;
+    the bytes: Radford et al. 2019 (GPT-2), section 2.2.
 
     Raises:
       UserError: `vocab_size` has no room for every byte.
     """
     if vocab_size < SMALLEST:
         raise UserError(
-            f"a vocabulary of {vocab_size} is asked for; the 256 bytes and the end of "
-            f"a document need {SMALLEST}, so ask for at least that, or for byte"
+            f"a vocabulary of {vocab_size} ids is too small: the 256 bytes and the end "
+            f"of a document need {SMALLEST}; set at least that, or use byte"
         )
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -59,7 +60,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes what `transformers` and `from_folder` read: two JSON files.
+    """Writes the two JSON files that `transformers` and `from_folder` read.
 
     Raises:
       OSError: the folder cannot be written.
@@ -68,7 +69,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     rules = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     starts = rules.encode("a").ids[:1]
     if tokenizer.add_bos and starts != [tokenizer.bos]:
-        # A GGUF file says this beside the rules, a tokenizer.json within them.
+        # A GGUF file has this beside the rules, a tokenizer.json within them.
         rules.post_processor = processors.TemplateProcessing(
             single=f"{tokenizer.bos_token} $A",
             special_tokens=[(tokenizer.bos_token, tokenizer.bos)],

@@ -214,7 +214,10 @@ def _finish(run: Run) -> None:
     if run.config.export:
         weights = trainable.forward(run.state.params, run.frozen, None)
         huggingface_export.export(
-            definition.model, weights, base.tokenizer, folder / EXPORTED
+            definition.model,
+            weights,
+            task_registry.exported_tokenizer(run.config, base),
+            folder / EXPORTED,
         )
     answers = run.task.conclude(
         lambda: base_generator(run.sampler, base, definition.mesh, run.frozen), tuned

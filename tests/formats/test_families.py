@@ -17,7 +17,7 @@ from research.formats.huggingface_export import export
 from research.formats.load_parameters import load_base
 from research.models.architecture import Architecture
 from research.models.families import family_registry
-from research.models.families.family import Family
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 from research.models.presets import PRESETS
 from research.models.transformer import Model
@@ -60,7 +60,7 @@ def toy_tensor(name, *paths, **rules):
     return StoredTensor(name, paths, **rules)
 
 
-TOY = Family(
+TOY = ModelFamily(
     model_type="toy",
     members="none",
     from_hf_config=read_toy,

@@ -5,9 +5,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from research.tokenize.chat_template import ChatFormat
+from research.tokenize.chat_template import ChatFormat, dolly_template
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer import Tokenizer as Ours
+from research.tokenize.tokenizer import from_folder
+from research.tokenize.tokenizer_training import save_tokenizer
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
@@ -109,3 +111,21 @@ def test_ids_are_those_of_apply_chat_template(kind, template, count):
     assert encoded.ids[: len(prompt)] == prompt
     assert not encoded.trained[len(prompt) - 1]
     assert all(encoded.trained[len(prompt) :])
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_an_exported_dolly_template_gives_the_prompts_of_training(add_bos, tmp_path):
+    """Other tools prompt a model that was tuned with `template=dolly` as we do."""
+    ours = Ours(trained(byte_level()), bos="<s>", eos="</s>", add_bos=add_bos)
+    save_tokenizer(ours.with_chat_template(dolly_template(ours)), tmp_path)
+    assert from_folder(tmp_path).add_bos == add_bos
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    chat = ChatFormat(ours, "dolly")
+    for turns in (TURNS[:1], TURNS[:3], [("system", "Be there"), *TURNS[:3]]):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        ids = theirs.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == chat.encode_prompt([Turn(*turn) for turn in turns])
+        assert ours.decode(ids, skip_control=False).count("<s>") == add_bos

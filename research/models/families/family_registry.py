@@ -8,10 +8,10 @@ from research.core.errors import UserError, nearest
 from research.models.architecture import Architecture
 from research.models.families import llama, mistral
 from research.models.families.config_fields import ConfigFields
-from research.models.families.family import Family
+from research.models.families.model_family import ModelFamily
 
 # By `model_type`. Where two share llama.cpp's name, its files are read as the first.
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family for family in (llama.FAMILY, mistral.FAMILY)
 }
 
@@ -41,18 +41,18 @@ def to_hf_config(architecture: Architecture) -> dict[str, Any]:
     return family_of(architecture).to_hf_config(architecture)
 
 
-def family_of(architecture: Architecture) -> Family:
+def family_of(architecture: Architecture) -> ModelFamily:
     """The family whose files hold models of this shape."""
     return FAMILIES[architecture.family]
 
 
-def find_gguf_family(architecture: Any, where: str) -> Family:
+def find_gguf_family(architecture: Any, where: str) -> ModelFamily:
     """The family of llama.cpp's `general.architecture`.
 
     Raises:
       UserError: there is none.
     """
-    known: dict[str, Family] = {}
+    known: dict[str, ModelFamily] = {}
     for family in FAMILIES.values():
         known.setdefault(family.gguf_architecture, family)
     known.pop("", None)
@@ -62,7 +62,7 @@ def find_gguf_family(architecture: Any, where: str) -> Family:
     return known[architecture]
 
 
-def _unknown(said: str, name: str, known: Mapping[str, Family]) -> UserError:
+def _unknown(said: str, name: str, known: Mapping[str, ModelFamily]) -> UserError:
     families = "; ".join(f"{name} ({f.members})" for name, f in known.items())
     return UserError(
         f"{said}{nearest(name, known)}, and no such family is known. The families are: "

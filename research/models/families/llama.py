@@ -4,7 +4,7 @@ from typing import Any
 
 from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields, read_rope, write_rope
-from research.models.families.family import Family
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 
@@ -102,7 +102,7 @@ GGUF_TENSORS = (
     matrix("blk.{}.ffn_down.weight", "layers.mlp.down.kernel"),
 )
 
-FAMILY = Family(
+FAMILY = ModelFamily(
     model_type="llama",
     members="Llama 2 and 3, SmolLM2, TinyLlama",
     from_hf_config=from_hf_config,

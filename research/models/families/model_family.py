@@ -10,7 +10,7 @@ from research.models.families.stored_tensor import StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """One family of models.
 
     Attributes:

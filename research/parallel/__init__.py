@@ -1,3 +1,3 @@
-"""Devices, processes and where each array lies: the mesh, its rules, chips, start of
-processes.
+"""Devices and processes: the mesh and its sharding rules, the table of chips, and the
+start of a process. Knows parameters only by their `Spec`.
 """

@@ -1,15 +1,15 @@
-"""What one accelerator can do: the one table of peaks, memories and bandwidths.
+"""The table of accelerators: peak FLOP/s, memory and bandwidths of one chip.
 
 Sources, by the name in `Chip.source`:
   cloud    https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: the tables of key
-           specifications (a chip's ICI bandwidth is there the sum over its ports, in
-           both directions; here one port, one direction) and of the supported shapes.
-  book     https://jax-ml.github.io/scaling-book/tpus: ICI and DCN bytes/s, and where a
-           torus closes.
-  libtpu   the HBM that its compiler says is available (libtpu 0.0.52): what it keeps
-           for itself is taken off.
+           specifications and of the supported shapes. The ICI bandwidth given there is
+           the sum over all ports and both directions; here it is one port, one way.
+  book     https://jax-ml.github.io/scaling-book/tpus: ICI and DCN bytes/s, and the
+           lengths at which a torus closes.
+  libtpu   the HBM that its compiler reports as available (libtpu 0.0.52), which
+           excludes what the compiler reserves.
   nvidia   the data sheets of A100, H100, H200 and L4, dense bf16; NVLink and network
-           card as in DGX A100 and DGX H100.
+           cards as in DGX A100 and DGX H100.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ class Chip:
     """One device as JAX counts them; bandwidths in bytes/s, one direction.
 
     Attributes:
-      name: as users write it.
-      kind: how JAX's `device_kind` begins.
+      name: the name that users write.
+      kind: the beginning of JAX's `device_kind`.
       flops: dense bf16 FLOP/s.
-      hbm: bytes of memory that a program can have.
-      hbm_bandwidth: of that memory.
-      link: of one link of a TPU's torus, or of a GPU into its NVLink switch.
-      network: of the network between slices or hosts, a device's share.
-      hosted: devices of one host, which for GPUs is one NVLink switch.
-      shapes: of the slices one can rent; empty for what has no torus.
-      ring: length at which an axis of the torus closes to a ring, or multiples of it.
-      source: see above.
-      capability: compute capability of a GPU, which its kernels ask for.
+      hbm: bytes of memory that a program can use.
+      hbm_bandwidth: bandwidth of that memory.
+      link: bandwidth of one link of a TPU's torus, or of a GPU to its NVLink switch.
+      network: a device's share of the bandwidth between slices or hosts.
+      hosted: number of devices of one host; for GPUs, of one NVLink switch.
+      shapes: shapes of the slices on offer; empty for chips without a torus.
+      ring: an axis of the torus closes to a ring at multiples of this length.
+      source: the sources of the numbers, see the top of this file.
+      capability: compute capability of a GPU, by which its kernels are chosen.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Chip:
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        # An axis of v4 and v5p closes only in slices of whole 4x4x4 cubes.
+        # An axis of a v4 or v5p slice closes only where the slice is whole 4x4x4 cubes.
         Chip(
             "v4", "TPU v4", 275e12, 30.5 * GIB, 1.2e12, 4.5e10, 6.25e9, 4, CUBES, 4,
             "cloud; book; libtpu, twice a core's",
@@ -105,9 +105,10 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def by_device_kind(kind: str) -> Chip | None:
-    """The chip that JAX names so, or None where it is not in the table."""
+    """The chip of JAX's `device_kind`, or None where the table does not have it."""
     spelled = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
     kind = spelled.get(kind, kind)
-    # Whole words: `NVIDIA L4` is no L40. The longest: v5p's name begins v5e's.
+    # Whole words, because an L40 is not an L4. The longest match, because the kind of
+    # v5p is the beginning of that of v5e.
     matching = [c for c in CHIPS.values() if re.match(rf"{c.kind}\b", kind)]
     return max(matching, key=lambda chip: len(chip.kind), default=None)

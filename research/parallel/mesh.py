@@ -16,14 +16,16 @@ from research.weights.parameter_spec import Spec
 
 Array = jax.Array
 
-# Of a mesh, outermost first: neighbours in `context` talk most, replicas least.
+# The axes of a mesh, outermost first: neighbours in `context` exchange most, replicas
+# least.
 AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH_AXES = ("replica", "data", "fsdp")
-# As JAX names the memory of a host that its devices read by themselves.
+# JAX's name for memory of a host that its devices can read directly.
 HOST_MEMORY = "pinned_host"
 
-# Where each logical axis of a parameter or an activation is split. An axis that is
-# not in this table is an error: forgetting one must not replicate it silently.
+# The mesh axes over which each logical axis of a parameter or an activation is split.
+# An axis that is missing here is an error, because replicating it silently would hide
+# the omission.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "embed": "fsdp",
@@ -43,12 +45,17 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with `AXES` over all devices.
 
-    On several slices, or on several hosts that are as many as `replica`, each holds
-    whole replicas: only those talk over the slower network between them.
+    On several slices, or on as many hosts as there are replicas, each slice or host
+    holds whole replicas, so only replicas exchange data over the slower network
+    between them.
+
+    Args:
+      config: the size of each axis; one may be -1, which takes the rest.
+      devices: by default all devices of all processes.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, would cut
-        through slices, or cannot be laid on their network.
+      UserError: the sizes do not multiply to the number of devices, would split an
+        axis other than `replica` over slices, or do not fit the devices' network.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -83,21 +90,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _nearest_sizes(sizes: Mapping[str, int], devices: int) -> str:
-    """What one axis alone would have to be to fit; empty: changing one will not do."""
+    """Advice: the sizes that fit when one axis changes; empty where none does."""
     fitting = []
     for axis, asked in sizes.items():
         others = math.prod(n for name, n in sizes.items() if name != axis and n != -1)
         if asked == -1 or devices % others:
             continue
         exact = -1 not in sizes.values()
-        possible = [devices // others] if exact else _divisors(devices // others)
+        possible = [devices // others] if exact else divisors(devices // others)
         nearest = min(possible, key=lambda n: abs(n - asked))
         fitting.append(f"config.mesh.{axis}={nearest}")
     return f": try {' or '.join(fitting)}" if fitting else ""
 
 
 def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndarray:
-    """Devices in `shape`, neighbours of the mesh on neighbours of the network."""
+    """Devices in `shape`, so that neighbours in the mesh are neighbours in the network.
+
+    Raises:
+      NotImplementedError: JAX cannot map this shape to the network.
+    """
     if granules == 1:
         return mesh_utils.create_device_mesh(
             shape, devices, allow_split_physical_axes=True
@@ -112,14 +123,17 @@ def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndar
 
 
 def _slices(devices: Sequence[Any]) -> int:
-    """How many TPU slices the devices are of."""
+    """The number of TPU slices that the devices belong to."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _granules(devices: Sequence[Any], replicas: int) -> int:
-    """Groups of devices with a faster network inside than between them: slices, or
-    else processes, where there are as many as replicas; 1 where it does not matter,
-    as within a TPU slice, whose hosts are no borders of its network."""
+    """The number of groups whose inner network is faster than the one between them.
+
+    The groups are the slices, or else the processes where there are as many processes
+    as replicas. The number is 1 where placement does not matter, as within one TPU
+    slice: its network does not end at the border of a host.
+    """
     slices = _slices(devices)
     if slices > 1 or devices[0].platform == "tpu":
         return slices
@@ -135,7 +149,7 @@ def partition(axes: Sequence[str], path: str = "activation") -> PartitionSpec:
     """The mesh axes of logical `axes`.
 
     Raises:
-      ValueError: an axis without a rule, or two that want the same mesh axis.
+      ValueError: an axis has no rule, or two axes are split over the same mesh axis.
     """
     for axis in axes:
         if axis not in RULES:
@@ -170,7 +184,7 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
                     f"{path}: axis {name!r} of size {size} does not divide "
                     f"over {'*'.join(_names(entry))}={ways}; for "
                     f"config.mesh.{_names(entry)[-1]} use "
-                    f"{', '.join(map(str, _divisors(size, 64)))}"
+                    f"{', '.join(map(str, divisors(size, 64)))}"
                 )
         return NamedSharding(mesh, where)
 
@@ -180,27 +194,33 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def abstract_arrays(specs: Mapping[str, Any], mesh: Mesh, dtype: Any) -> dict[str, Any]:
-    """Shapes with shardings in the place of the `Spec`s of a (nested) dictionary.
+    """Shapes with shardings in the place of the `Spec`s of a tree.
+
+    `dtype` is that of every array whose `Spec` does not fix another.
 
     Raises:
       UserError: a dimension does not divide by its mesh axes.
     """
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(
-            spec.shape, dtype, sharding=sharding
+            spec.shape, spec.dtype or dtype, sharding=sharding
         ),
         dict(specs),
         shardings(specs, mesh),
-        is_leaf=lambda leaf: isinstance(leaf, Spec),
     )
 
 
 def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedSharding:
-    """Of an array made from a parameter by summing some of its axes away.
+    """The sharding of an array that sums some axes of a parameter away.
 
-    Optimizers keep such arrays: moments in the parameter's own shape, Adafactor's
-    statistics of the rows and columns of its matrices. What is left keeps the split
-    it had; an array that is no part of the parameter lies on every device.
+    Optimizers keep such arrays: moments in the parameter's own shape, and Adafactor's
+    statistics of the rows and columns of its matrices. The axes that remain keep their
+    split. An array whose shape does not follow from the parameter is replicated.
+
+    Args:
+      shape: of the array.
+      spec: of the parameter.
+      mesh: that the parameter is sharded over.
     """
     for candidate in (spec, spec.as_matrix):
         kept: list[Any] = []
@@ -216,7 +236,7 @@ def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedShard
 
 
 def on_host(sharding: NamedSharding) -> NamedSharding:
-    """The same split, each part in the memory of its device's host.
+    """The same split, with each part in the memory of its device's host.
 
     Raises:
       UserError: the backend has no such memory.
@@ -226,27 +246,28 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
     if HOST_MEMORY not in kinds:
         raise UserError(
             f"config.runtime.offload_optimizer needs a memory {HOST_MEMORY}; "
-            f"{device.platform} has {', '.join(kinds)}: switch it off"
+            f"{device.platform} has {', '.join(kinds)}: set it to False"
         )
     return sharding.with_memory_kind(HOST_MEMORY)
 
 
-def _divisors(size: int, most: int | None = None) -> list[int]:
+def divisors(size: int, most: int | None = None) -> list[int]:
+    """The divisors of `size` in order, up to `most`."""
     return [n for n in range(1, min(size, most or size) + 1) if size % n == 0]
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits the rows of a batch."""
+    """The number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shards(mesh: Mesh) -> tuple[int, int]:
-    """Into how many parts the mesh splits the rows of a batch, and each row."""
+    """The numbers of parts into which the mesh splits the rows, and each row."""
     return batch_shards(mesh), mesh.shape["context"]
 
 
 def batch_sharding(mesh: Mesh, *, microbatched: bool = False) -> NamedSharding:
-    """Of `[batch, seq]`, or of `[microbatch, batch, seq]`."""
+    """The sharding of `[batch, seq]`, or of `[microbatch, batch, seq]`."""
     where = partition(("batch", "length"))
     return NamedSharding(mesh, PartitionSpec(None, *where) if microbatched else where)
 
@@ -256,7 +277,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(mesh: Mesh) -> Callable[[Array, Sequence[str]], Array]:
-    """A function that pins an activation to the split its axis names ask for."""
+    """A function that pins an activation to the sharding that its axis names give."""
 
     def pin(x: Array, axes: Sequence[str]) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(axes)))
@@ -265,10 +286,15 @@ def constrain(mesh: Mesh) -> Callable[[Array, Sequence[str]], Array]:
 
 
 def local_rows(mesh: Mesh, rows: int, microbatches: int = 1) -> list[int]:
-    """Which of a global batch's `rows` this process's devices hold, in order.
+    """The indices of the rows that this process's devices hold, in order.
 
-    Read off the sharding: processes that a tensor or context axis joins hold the
-    same rows.
+    They follow from the sharding: processes that a tensor or context axis joins hold
+    the same rows.
+
+    Args:
+      mesh: over all processes.
+      rows: number of rows of the global batch.
+      microbatches: number of parts into which the step splits the batch.
     """
     size = rows // microbatches
     by_rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -280,12 +306,16 @@ def local_rows(mesh: Mesh, rows: int, microbatches: int = 1) -> list[int]:
 def to_global(
     batch: Any, mesh: Mesh, microbatches: int | None = None, rows: int | None = None
 ) -> Any:
-    """This process's NumPy rows as part of global arrays; no host holds them all.
+    """Global arrays from the NumPy rows of each process; no host holds all rows.
 
     Args:
       batch: a pytree of `[local rows, seq]`, the rows that `local_rows` names.
-      microbatches: split the batch into that many, `[microbatch, batch, seq]`.
-      rows: of the global batch; by default this process has them all.
+      mesh: over all processes.
+      microbatches: number of parts; the result is then `[microbatch, batch, seq]`.
+      rows: number of rows of the global batch; by default this process has them all.
+
+    Returns:
+      A pytree of `jax.Array`s of shape `[rows, seq]`, or with the microbatches first.
     """
     lead = () if microbatches is None else (microbatches,)
     sharding = batch_sharding(mesh, microbatched=microbatches is not None)

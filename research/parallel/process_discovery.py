@@ -1,10 +1,10 @@
 """Where the processes of a run find each other, and which devices each one takes.
 
-Four places are asked in turn: flags and variables that name everything, SkyPilot's
-variables, and JAX's own detection, which knows Slurm, TPUs on GKE and Compute Engine,
-Kubernetes and Open MPI (`jax.distributed.initialize`).
+Four sources count, in this order: flags, the JAX_* variables, SkyPilot's variables, and
+JAX's own detection (`jax.distributed.initialize`), which knows Slurm, TPUs on GKE and
+Compute Engine, Kubernetes and Open MPI.
 
-Sources of what the variables mean:
+Meaning of the variables:
   JAX       https://docs.jax.dev/en/latest/jax.distributed.html
   SkyPilot  https://docs.skypilot.co/en/latest/running-jobs/environment-variables.html
   Slurm     https://slurm.schedmd.com/srun.html, output environment variables
@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 
-# JAX has no public way to ask what it would detect, or what it has joined.
+# JAX has no public function that returns what it detects, or what it has joined.
 from jax._src import clusters, distributed
 
 from research.core.errors import UserError
@@ -28,7 +28,7 @@ NAMES = {
     "K8sCluster": "Kubernetes",
     "OmpiCluster": "Open MPI",
 }
-# The ports from which JAX takes one for a Slurm job; two jobs seldom share one.
+# JAX takes the port of a Slurm job from this range, so two jobs seldom share one.
 FIRST_PORT, PORTS = 61440, 4096
 
 
@@ -38,9 +38,9 @@ class Processes:
 
     Attributes:
       address: `host:port` of the coordinator, which process 0 starts.
-      count: of processes.
-      index: of this one.
-      source: who says so.
+      count: number of processes.
+      index: number of this process, from 0.
+      source: where this is known from, for messages.
     """
 
     address: str
@@ -58,17 +58,17 @@ class Processes:
 def resolve(
     environment: Mapping[str, str], flags: Mapping[str, str]
 ) -> Processes | None:
-    """What flags or environment say, or None where JAX is to find out by itself.
+    """The processes that flags or the environment name; None leaves it to JAX.
 
-    On a TPU slice SkyPilot's ranks are not used: libtpu numbers the hosts, and JAX
-    asks the same source.
+    On a TPU slice the ranks of SkyPilot are not used, because libtpu numbers the hosts
+    and JAX follows libtpu.
 
     Args:
-      environment: of this process.
+      environment: variables of this process.
       flags: address, count and index by the names of their flags; "" where not given.
 
     Raises:
-      UserError: what is said is incomplete or contradicts itself.
+      UserError: the flags or variables are incomplete or contradict each other.
     """
     variables = {name: environment.get(name, "") for name in EXPLICIT}
     for given, source in ((flags, "flags"), (variables, "JAX_* variables")):
@@ -85,7 +85,7 @@ def _explicit(given: Mapping[str, str], source: str) -> Processes:
         there = [name for name, value in given.items() if value]
         raise UserError(
             f"{' and '.join(there)} {_is(there)} set, {' and '.join(missing)} "
-            f"{_is(missing)} not: set all three, or none where the cluster tells"
+            f"{_is(missing)} not: set all three, or none where JAX knows the cluster"
         )
     (where, address), (_, count), (_, index) = given.items()
     if not re.fullmatch(r".+:\d+", address):
@@ -95,17 +95,17 @@ def _explicit(given: Mapping[str, str], source: str) -> Processes:
 
 
 def _skypilot(environment: Mapping[str, str]) -> Processes:
-    """One process a node: it takes all of the node's devices."""
+    """SkyPilot starts one process per node, which takes all devices of the node."""
     names = ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK")
     hosts = environment["SKYPILOT_NODE_IPS"].split()
-    # Older releases give no number: https://docs.skypilot.co/en/v0.5.0
+    # Older releases do not set the number: https://docs.skypilot.co/en/v0.5.0
     count = environment.get(names[0]) or str(len(hosts))
     if count != str(len(hosts)):
         raise UserError(
             f"SKYPILOT_NUM_NODES is {count!r}, and SKYPILOT_NODE_IPS has {len(hosts)} "
-            "addresses; unset them, or give what SkyPilot gave"
+            "addresses; unset both, or restore the values that SkyPilot set"
         )
-    # Tasks may share a cluster, each with a coordinator of its own.
+    # Several tasks may share a cluster. Each needs a coordinator of its own.
     task = environment.get("SKYPILOT_TASK_ID", "")
     port = environment.get("JAX_COORDINATOR_PORT") or str(
         FIRST_PORT + zlib.crc32(task.encode()) % PORTS
@@ -139,7 +139,7 @@ def _on_tpu() -> bool:
 
 
 def detected() -> str:
-    """What JAX takes this place for, asked in its order; empty where it knows none."""
+    """The name of the cluster that JAX detects; empty where it detects none."""
     for kind in clusters.ClusterEnv._cluster_types:
         if not kind.opt_in_only_method and kind.is_env_present():
             return NAMES.get(kind.__name__, kind.__name__)
@@ -147,7 +147,7 @@ def detected() -> str:
 
 
 def joined(source: str) -> Processes:
-    """What `jax.distributed.initialize` has settled on."""
+    """The processes that `jax.distributed.initialize` has joined."""
     state = distributed.global_state
     return Processes(
         str(state.coordinator_address), state.num_processes, state.process_id, source
@@ -155,24 +155,29 @@ def joined(source: str) -> Processes:
 
 
 def check_slices(environment: Mapping[str, str], count: int) -> None:
-    """On TPUs, that SkyPilot started one slice, and no slice trains apart.
+    """Checks on TPUs that SkyPilot started one slice, so no slice trains on its own.
+
+    Args:
+      environment: variables of this process.
+      count: processes that JAX has joined.
 
     Raises:
-      UserError: its nodes are more hosts than the slice that JAX has joined.
+      UserError: SkyPilot started more hosts than the slice has.
     """
     nodes = environment.get("SKYPILOT_NUM_NODES", str(count))
     if nodes != str(count):
         raise UserError(
             f"SkyPilot started {nodes} hosts, and the TPU slice of this one has "
-            f"{count}: its nodes are slices that nothing joins; ask for num_nodes: 1 "
-            "of a larger slice"
+            f"{count}: each node is a slice of its own, and nothing joins them; set "
+            "num_nodes: 1 and choose a larger slice"
         )
 
 
 def local_devices(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs that a task of Slurm sees are its own; None: all, or no GPU.
+    """The indices of a Slurm task's own GPUs, among those that it sees.
 
-    JAX by itself takes one GPU a task and leaves the others of the node unused.
+    None leaves the choice to JAX: there is no Slurm task, or no GPU. Within a task, JAX
+    would take one GPU and leave the other GPUs of the node unused.
 
     Raises:
       UserError: the tasks of this node cannot share its GPUs evenly.
@@ -182,21 +187,21 @@ def local_devices(environment: Mapping[str, str]) -> list[int] | None:
     if not (visible and tasks) or environment.get("JAX_LOCAL_DEVICE_IDS"):
         return None
     on_node = int(environment.get("SLURM_GPUS_ON_NODE") or len(visible))
-    # With --gpus-per-task a task sees none but its own.
+    # With --gpus-per-task a task sees only its own GPUs.
     if tasks == 1 or len(visible) * tasks == on_node:
         return list(range(len(visible)))
     share, rest = divmod(len(visible), tasks)
     if rest or not share:
         raise UserError(
-            f"{tasks} tasks of this node see {len(visible)} GPUs, which they cannot "
-            "share evenly; change --processes-per-node or --gpus-per-node"
+            f"{tasks} tasks of this node see {len(visible)} GPUs and cannot share them "
+            "evenly; change --processes-per-node or --gpus-per-node"
         )
     first = int(environment["SLURM_LOCALID"]) * share
     return list(range(first, first + share))
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
-    """Tasks of this step on this node, of `2(x3),1`; 0 where there is no such step."""
+    """Tasks of this Slurm step on this node, from `2(x3),1`; 0 without a step."""
     wanted = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_LOCALID")
     counts, node, local = (environment.get(name, "") for name in wanted)
     if not (counts and node and local):

@@ -1,4 +1,4 @@
-"""Process start: distributed set-up, compilation cache, logging, device facts."""
+"""The start and the end of a process, its compilation cache, and its device's facts."""
 
 import logging
 import os
@@ -22,13 +22,21 @@ from research.parallel import chips, process_discovery
 
 
 def start(config: RuntimeConfig) -> None:
-    """Call once, before the first array."""
+    """Sets up logging, joins the other processes, and sets the compilation cache.
+
+    Call it once, before the first array is made.
+
+    Raises:
+      UserError: the config does not lead to the other processes, or the folder of the
+        compilation cache cannot be made.
+      LonelyError: the other processes do not answer.
+    """
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
     for chatty in ("jax", "orbax", "httpx", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    # Orbax logs through absl the tracebacks of errors that it also raises.
+    # Orbax raises its errors and also logs their tracebacks through absl.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if config.distributed:
         _join_processes(config)
@@ -46,14 +54,15 @@ def start_alone() -> None:
 
 
 def process_age() -> float:
-    """Seconds since the start of the process, the interpreter's own included."""
+    """Seconds since the process started, including the start of the interpreter."""
     return time.time() - psutil.Process().create_time()
 
 
 def abandon(error: BaseException, code: int) -> NoReturn:
-    """Ends one process of several, now.
+    """Ends this process of several at once, with `error` on standard error.
 
-    An orderly end waits for the others, who wait for this one in a collective.
+    An orderly end would wait for the other processes, and those wait for this one in
+    a collective.
     """
     if isinstance(error, UserError):
         sys.stderr.write(f"error: {error}\n")
@@ -62,16 +71,16 @@ def abandon(error: BaseException, code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        # The others know each other through this one: let them say their own errors.
+        # Process 0 is the coordinator. The others get time to report their errors.
         time.sleep(1.0)
     os._exit(code)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process for good when all is saved; with others, together with them.
+    """Ends this process when everything is saved, together with the other processes.
 
-    An orderly end waits for every thread, and one that reads data may hang: nobody
-    who has asked a process to stop waits that long.
+    An orderly end would wait for every thread, and a thread that reads data may hang.
+    The sender of a stop signal does not wait that long.
     """
     if jax.process_count() > 1:
         jax.distributed.shutdown()
@@ -81,14 +90,15 @@ def leave(code: int) -> NoReturn:
 
 
 def _join_processes(config: RuntimeConfig) -> None:
-    """Finds the other processes: by flags or environment, or as the cluster says.
+    """Joins the processes that flags, the environment or the cluster name.
 
-    JAX kills a process without a word of what it was doing when another one has not
-    been heard of; our own watchdog, which says it, comes first.
+    JAX kills a process when the heartbeats of another one stop, and does not report
+    what the process was doing. The heartbeat timeout is therefore longer than that of
+    our watchdog, which does report it.
 
     Raises:
-      UserError: neither says where they are.
-      LonelyError: they do not answer.
+      UserError: nothing says where the other processes are.
+      LonelyError: the other processes do not answer.
     """
     flags = {
         "config.runtime.coordinator_address": config.coordinator_address,
@@ -99,9 +109,9 @@ def _join_processes(config: RuntimeConfig) -> None:
     }
     found = process_discovery.resolve(os.environ, flags)
     if found and found.count == 1:
-        logging.info("processes: %s: nobody to join", found)
+        logging.info("processes: %s: none to join", found)
         return
-    # Where all is named, nothing is to be detected; None stands for what JAX finds.
+    # JAX detects the values that are None.
     named = (found.address, found.count, found.index) if found else (None, None, None)
     source = found.source if found else process_discovery.detected()
     devices = process_discovery.local_devices(os.environ)
@@ -114,7 +124,7 @@ def _join_processes(config: RuntimeConfig) -> None:
         )
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
-        # Whoever waits for a slow machine may find it at the next start.
+        # A machine that is only slow may answer at the next start.
         kind = UserError if isinstance(error, ValueError) else LonelyError
         raise kind(
             f"config.runtime.distributed is set, and the other processes cannot be "
@@ -140,15 +150,15 @@ def _use_compilation_cache(folder: str) -> None:
             "with --config.runtime.compilation_cache=, or none with an empty one"
         ) from error
     jax.config.update("jax_compilation_cache_dir", folder)
-    # The many small programs, too: reading them saves a warm start a fifth of its time.
+    # Small programs are cached too: reading them saves a fifth of a warm start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def announce_first_call(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`function`, and one line in the log when its first call is under way.
+    """`function`, which logs one line when its first call returns.
 
-    A jitted function returns from its first call once it is compiled, or read from
-    the compilation cache, and has been given to the devices.
+    The first call of a jitted function returns when the program is compiled, or read
+    from the compilation cache, and has been given to the devices.
     """
     waiting = True
 
@@ -166,10 +176,9 @@ def announce_first_call(function: Callable[..., Any], name: str) -> Callable[...
 
 
 def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:
-    """FLOP/s that all devices could do at best, or None where it is not known.
+    """The peak FLOP/s of all devices together, or None where it is not known.
 
-    A CPU has no data sheet worth the name: its peak is what a large matrix product
-    in `dtype` reaches here and now.
+    The peak of a CPU is measured: the FLOP/s of a large matrix product in `dtype`.
     """
     devices = jax.devices()
     if config.peak_tflops > 0:
@@ -181,7 +190,7 @@ def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:
 
 
 def _measured_matmul_flops(dtype: str) -> float:
-    """Of one process's cores; virtual devices share them."""
+    """FLOP/s of the cores of this process, which its virtual devices share."""
     size = 1536
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: x @ x)
@@ -195,7 +204,7 @@ def _measured_matmul_flops(dtype: str) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far: of the first device, or of the process on CPU."""
+    """Peak memory in use, in bytes: of the first device, or of the process on CPU."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -114,18 +114,13 @@ def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Input
     is_text = config.data.kind == "text"
     groups = len(config.text.sources) if is_text else CATEGORIES
     definition = make_step_definition(config, base, mesh, groups)
-    shardings = meshes.shardings(definition.trainable.frozen_specs, mesh)
-    frozen = {
-        path: jax.ShapeDtypeStruct(
-            spec.shape, definition.trainable.frozen_dtype, sharding=shardings[path]
-        )
-        for path, spec in definition.trainable.frozen_specs.items()
-    }
+    split = definition.trainable
+    frozen = meshes.abstract_arrays(split.frozen_specs, mesh, split.frozen_dtype)
     data = config.data
     shape = (data.batch_size // data.rows_per_pass, data.rows_per_pass, data.seq_len)
-    split = meshes.batch_sharding(mesh, microbatched=True)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+    rows = meshes.batch_sharding(mesh, microbatched=True)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
     batch = Batch(ids, ids, weights, ids, ids, ids)
     # JAX gives a stand-in for a device no memory of its host.
     real = isinstance(mesh.devices.flat[0], jax.Device)

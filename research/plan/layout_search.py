@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from research.config.run_config import Config, MeshConfig
 from research.core.errors import UserError
 from research.models.architecture import Architecture
+from research.parallel import mesh as meshes
 from research.plan import planner
 from research.plan.planned_devices import Target
 from research.plan.planner import Plan
@@ -101,17 +102,13 @@ def layouts(config: Config, target: Target) -> Iterator[MeshConfig]:
     replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
     each = target.count // replica
     rows = config.data.batch_size
-    for tensor in (n for n in _divisors(each) if n <= WIDEST):
-        for context in _divisors(each // tensor):
+    for tensor in (n for n in meshes.divisors(each) if n <= WIDEST):
+        for context in meshes.divisors(each // tensor):
             rest = each // tensor // context
             if context > 1 and replica * rest * context <= rows:
                 continue
-            for fsdp in _divisors(rest):
+            for fsdp in meshes.divisors(rest):
                 yield MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _largest(

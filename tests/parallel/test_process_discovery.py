@@ -246,7 +246,7 @@ def test_skypilot_takes_every_gpu_of_a_node(join):
 
 def test_one_node_of_skypilot_has_nobody_to_join(join):
     assert join(**sky(0, ("10.0.0.4",))) is None
-    assert "nobody to join" in join.log.text
+    assert "none to join" in join.log.text
 
 
 def test_skypilot_on_a_tpu_pod_leaves_it_to_the_pod(join, tpu):

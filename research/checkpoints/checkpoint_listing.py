@@ -1,4 +1,4 @@
-"""What checkpoints a run has: size, loss, whole or damaged, and which can go."""
+"""The checkpoints of a run: size, loss, damage, and which ones can be removed."""
 
 import dataclasses
 import datetime
@@ -16,11 +16,11 @@ class Checkpoint:
 
     Attributes:
       step: optimizer updates it holds.
-      folder: where it lies.
+      folder: its folder.
       size: bytes on disk.
-      saved: when.
-      loss: held-out loss of these very parameters, where it was measured.
-      damage: what is wrong with its files; nothing if it is whole.
+      saved: local time of the save.
+      loss: held-out loss of exactly these parameters, if it was measured.
+      damage: one line per damaged file; empty if the checkpoint is intact.
     """
 
     step: int
@@ -32,12 +32,12 @@ class Checkpoint:
 
 
 def inspect(folder: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, oldest first; every byte of them is read."""
+    """Lists all checkpoints in `folder`, oldest first, and reads every byte of them."""
     return [_inspect_one(path) for path in step_folders(folder)]
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The folders of committed steps, oldest first; none where there is no `folder`."""
+    """The folders of committed steps, oldest first; none if `folder` does not exist."""
     steps = [x for x in folder.glob("*") if x.name.isdecimal() and x.is_dir()]
     return sorted(steps, key=lambda x: int(x.name))
 
@@ -54,9 +54,9 @@ def _inspect_one(folder: Path) -> Checkpoint:
 def superfluous(
     found: Sequence[Checkpoint], keep_last: int, keep_best: int
 ) -> list[Checkpoint]:
-    """All but the newest `keep_last` and the best `keep_best` of those that are whole.
+    """The checkpoints to remove: all but the newest `keep_last` and best `keep_best`.
 
-    Damaged ones go as well: they can never be restored.
+    Damaged checkpoints do not count and are removed: they can never be restored.
     """
     whole = [x for x in found if not x.damage]
     measured = sorted((x for x in whole if x.loss is not None), key=lambda x: x.loss)

@@ -1,4 +1,4 @@
-"""Saving and restoring with Orbax: state, data position, and whose they are."""
+"""Saving and restoring with Orbax: any tree of arrays, data position and identity."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from research.checkpoints.run_identity import Identity, check_identity
 from research.config.run_config import CheckpointConfig
 from research.core.errors import DamagedError, SaveError, UserError
 
-POLL = 0.02  # seconds between two looks at a save that is waited for
+POLL = 0.02  # seconds between two looks at a pending save
 METRICS = "metrics"  # Orbax's own name for the item.
 
 
@@ -43,9 +43,9 @@ class Restored:
 class Checkpointer:
     """Checkpoints of one run: the newest `keep_last`, and the `keep_best` by loss.
 
-    Saving is asynchronous: the arrays are copied, training goes on, and `wait` waits
-    for the last save, as leaving the context does. Damaged checkpoints are moved to
-    `damaged/` beside the folder, and the next newest one is used.
+    Saving is asynchronous: the arrays are copied, and training continues. `wait` waits
+    for the last save; leaving the context waits, too. Damaged checkpoints are moved to
+    `damaged/` beside the folder, and the newest intact one is used.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Checkpointer:
         read_only: bool = False,
     ):
         """Args:
-        folder: of all checkpoints.
+        folder: holds all checkpoints.
         config: how many are kept.
-        identity: what a checkpoint must have been made with.
-        accept: parts of it that may differ.
-        report: told of what a person should know.
-        committed: told of each step that is on disk for good.
+        identity: fingerprints that a checkpoint must have been saved with.
+        accept: parts of the identity that may differ.
+        report: called with messages that a person should read.
+        committed: called with each step once it is committed to disk.
         read_only: nothing is written, moved or removed.
         """
         self._folder = folder.absolute()
@@ -77,7 +77,7 @@ class Checkpointer:
         self._committed = committed
         self._read_only = read_only
         self._pending: int | None = None
-        # Of this process: one of several that fails waits for the others in Orbax.
+        # The failure of this process. Orbax raises it only when all processes meet.
         self._failed: Exception | None = None
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
@@ -96,10 +96,10 @@ class Checkpointer:
             ) from error
 
     def _set_unreadable_aside(self) -> None:
-        """Moves steps away whose metrics are damaged: Orbax reads those of every step.
+        """Moves steps with damaged metrics away, since Orbax reads all metrics.
 
-        It would fail in them, or choose the best by them. The first process looks; the
-        others open what it has left.
+        Orbax would fail, or choose the best step by a wrong loss. The first process
+        checks; the others then open what is left.
         """
         found: dict[int, list[str]] = {}
         if jax.process_index() == 0:
@@ -110,7 +110,7 @@ class Checkpointer:
         self._lost += _agreed(list(found))
 
     def _misjudged(self, step: int) -> list[str]:
-        """What is wrong with the files of the loss that `step` is judged by."""
+        """The damage to the file with the held-out loss of `step`."""
         return find_damage(self._folder / str(step), item=METRICS)
 
     def __enter__(self) -> "Checkpointer":
@@ -122,12 +122,12 @@ class Checkpointer:
         except SaveError as failed:
             if error is None:
                 raise
-            # The first error is the one to show; this one must not be lost either.
+            # The first error is raised; this one must not get lost either.
             self._report(str(failed))
         finally:
-            # Orbax would close it with the others, who know nothing of a failure here.
+            # Closing waits for the other processes, which do not know of the failure.
             if not (self._failed and jax.process_count() > 1):
-                with contextlib.suppress(Exception):  # What failed has been said.
+                with contextlib.suppress(Exception):  # A failure is already reported.
                     self._manager.close()
 
     @property
@@ -159,10 +159,16 @@ class Checkpointer:
         position: dict[str, Any],
         eval_loss: float | None,
     ) -> None:
-        """Starts saving; a step that is already saved is left alone.
+        """Starts to save, unless the step is already saved.
+
+        Args:
+          step: optimizer updates that `state` holds.
+          state: a tree of arrays.
+          position: the data position, as JSON.
+          eval_loss: held-out loss of exactly this state, if it was measured.
 
         Raises:
-          SaveError: this save could not begin, or the one before it has failed.
+          SaveError: this save could not begin, or the one before it failed.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -179,10 +185,10 @@ class Checkpointer:
             self._pending = step
 
     def check(self) -> None:
-        """Learns of a save that has ended, without waiting for one that has not.
+        """Finishes a save that has ended; does not wait for one that is under way.
 
         Raises:
-          SaveError: it has failed.
+          SaveError: the save failed.
         """
         if self._pending is None:
             return
@@ -190,10 +196,10 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last save is on disk for good.
+        """Waits until the last save is committed to disk.
 
         Raises:
-          SaveError: it is not; what it left is removed, older steps are as they were.
+          SaveError: the save failed. Its files are removed; older steps are unchanged.
         """
         if self._pending is None:
             return
@@ -203,7 +209,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if not (self._folder / str(step)).is_dir():
-                raise OSError("Orbax says it is done, and there is nothing")
+                raise OSError("Orbax reports success, but the checkpoint is not there")
         self._pending = None
         self._committed(step)
 
@@ -211,9 +217,9 @@ class Checkpointer:
         self._failed = error
 
     def _wait_for_own(self) -> None:
-        """With several processes: raises this one's failure as soon as it is known.
+        """With several processes, raises a failure of this one as soon as it happens.
 
-        Orbax raises it when all have come to a barrier, where they wait for this one.
+        Orbax raises it only behind a barrier, where all others wait for this process.
         """
         while jax.process_count() > 1 and self._manager.is_saving_in_progress():
             if self._failed:
@@ -222,7 +228,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _naming(self, step: int) -> Iterator[None]:
-        """Turns whatever a save of `step` raises into a SaveError, and cleans up."""
+        """Turns any error of a save of `step` into a SaveError, and cleans up."""
         try:
             yield
         except Exception as error:  # TensorStore, Orbax and the disk raise many kinds.
@@ -232,7 +238,7 @@ class Checkpointer:
 
     def _failure(self, step: int, error: Exception) -> SaveError:
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if len(cause) > 300:  # TensorStore's begin with a path, and end with the cause.
+        if len(cause) > 300:  # TensorStore puts a path first and the cause last.
             cause = f"{cause[:60]} ... {cause[-240:]}"
         left = ", ".join(map(str, self.steps)) or "none"
         return SaveError(
@@ -243,9 +249,9 @@ class Checkpointer:
         )
 
     def _reopen(self, step: int) -> None:
-        """A manager that has failed knows steps that do not exist, and lost threads."""
+        """Replaces a failed manager, which lists torn steps and has dead threads."""
         if jax.process_count() > 1:
-            return  # Orbax would wait for the others; this process ends at once.
+            return  # Orbax would wait for the others, and this process ends at once.
         with contextlib.suppress(Exception):
             self._manager.close()
         if jax.process_index() == 0:
@@ -256,16 +262,18 @@ class Checkpointer:
             self._manager = self._open()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
-        """The checkpoint of `step`, by default the newest intact one.
-
-        None where there is none at all.
+        """Reads the checkpoint of `step`, by default the newest intact one.
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore into.
+          step: must be intact; None takes the newest intact step.
+
+        Returns:
+          None if there is no checkpoint at all.
 
         Raises:
-          DamagedError: the one that was asked for is damaged, or all are.
-          UserError: it was saved over another base model, tokenizer or data set, or
+          DamagedError: the requested checkpoint is damaged, or all checkpoints are.
+          UserError: it was saved over another base model, tokenizer or dataset, or
             for parameters of other shapes.
         """
         if step is not None:
@@ -281,7 +289,7 @@ class Checkpointer:
             raise DamagedError(
                 f"all checkpoints in {self._folder} are damaged (steps "
                 f"{', '.join(map(str, found))}, see above); nothing was overwritten: "
-                "bring a copy back, or choose another --config.run_dir"
+                "restore a copy, or choose another --config.run_dir"
             )
         return None
 
@@ -308,7 +316,7 @@ class Checkpointer:
         return self._restore_state(step, restored)
 
     def damage(self, step: int) -> list[str]:
-        """What is wrong with the files of `step`; each process reads its share."""
+        """The damage to the files of `step`; each process reads its share of them."""
         count = jax.process_count()
         mine = find_damage(self._folder / str(step), jax.process_index(), count)
         if count == 1 or not _anywhere(bool(mine)):
@@ -324,7 +332,7 @@ class Checkpointer:
             )
 
     def _set_aside(self, step: int, damage: list[str]) -> None:
-        """Keeps a damaged checkpoint where no restore looks, and says so."""
+        """Moves a damaged checkpoint out of reach of every restore, and reports it."""
         if self._read_only:
             self._require_intact(step)
         if jax.process_index() == 0:
@@ -371,7 +379,7 @@ class Checkpointer:
 
 
 def _agreed(steps: list[int]) -> list[int]:
-    """What the first process gives; all must ask."""
+    """The `steps` of the first process; every process must call this."""
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
@@ -380,5 +388,5 @@ def _agreed(steps: list[int]) -> list[int]:
 
 
 def _anywhere(found: bool) -> bool:
-    """Whether any process has `found`; all must ask."""
+    """Whether `found` holds in any process; every process must call this."""
     return bool(np.max(multihost_utils.process_allgather(np.array(found))))

@@ -1,11 +1,11 @@
 """Checksums beside a checkpoint's files, written before Orbax's commit mark.
 
-Orbax restores array data with a flipped bit without a word. So each folder of a
-checkpoint is sealed by a `sums.json`: size and xxh3 of every file below it, but of a
-folder that is sealed itself only of its `sums.json`. Each process seals what it wrote
-alone (`ocdbt.process_N`), the first process the little that is left: the cost does
-not grow with the number of hosts. The seal is written before the rename that commits,
-so a committed checkpoint without one is damaged, too.
+Orbax restores array data with a flipped bit and reports no error. So a `sums.json`
+seals each folder of a checkpoint: it lists size and xxh3 of every file below. Of a
+subfolder with a seal of its own it lists only that seal. Each process seals the folder
+that it alone wrote (`ocdbt.process_N`), and the first process seals the few remaining
+files, so the cost does not grow with the number of hosts. The seal is written before
+the rename that commits, so a committed checkpoint without a seal is damaged.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ import xxhash
 from orbax.checkpoint.path import atomicity
 
 SEAL = "sums.json"
-COMMITTED = "commit_success.txt"  # Orbax's own name for it.
+COMMITTED = "commit_success.txt"  # The name that Orbax uses.
 PORTION = 1 << 22  # bytes read at a time
-# What the disk says of files that are gone or cannot be read back. Another error says
-# nothing of the bytes, and sets no checkpoint aside.
+# Errors of files that are missing or unreadable. Any other error tells nothing about
+# the bytes, and sets no checkpoint aside.
 LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 
 
@@ -40,7 +40,7 @@ def checksum(path: Path) -> list[Any]:
 
 
 def seal(folder: Path) -> None:
-    """Writes the `sums.json` of `folder`; nothing below it may change any more."""
+    """Writes the `sums.json` of `folder`, after which no file below may change."""
     files = {str(f.relative_to(folder)): checksum(f) for f in _own_files(folder)}
     text = json.dumps({"files": files, "sum": _sum_of(files)})
     with (folder / SEAL).open("w", encoding="utf-8") as file:
@@ -50,7 +50,7 @@ def seal(folder: Path) -> None:
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """Files that the seal of `folder` lists, in one order."""
+    """Yields the files that the seal of `folder` lists, in a fixed order."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != SEAL:
             yield path
@@ -66,16 +66,17 @@ def _sum_of(files: dict[str, list[Any]]) -> str:
 def find_damage(
     folder: Path, index: int = 0, count: int = 1, item: str = ""
 ) -> list[str]:
-    """What is wrong with the files of a sealed folder, a line each; none: intact.
+    """Lists the damage to a sealed folder, one line per file; empty if it is intact.
 
     Args:
-      folder: of one checkpoint.
-      index: which share of the files to read.
-      count: of how many shares; all read the seals, which are small.
-      item: the folder below that is looked at, with the seal above it; by default all.
+      folder: holds one checkpoint.
+      index: the share of the files to read.
+      count: the number of shares. Every share includes the seals, which are small.
+      item: a subfolder; only its files and the seals above it are checked. By default
+        all files are.
 
     Raises:
-      OSError: no right to read them, or the system is at its limits.
+      OSError: the files may not be read, or the system is at its limits.
     """
     problems: list[str] = []
     expected = list(_listed(folder, folder, problems, item))
@@ -98,9 +99,9 @@ def find_damage(
 def _listed(
     top: Path, folder: Path, problems: list[str], item: str
 ) -> Iterator[tuple[Path, list[Any]]]:
-    """Every file with its checksum, those of sealed folders below included."""
+    """Yields every file with its checksum, files of sealed subfolders included."""
     try:
-        # Bytes that are no text and numbers that are no numbers, too.
+        # Damage may turn text into other bytes, and numbers into other values.
         found = json.loads((folder / SEAL).read_bytes())
         files, known = found["files"], found["sum"]
         if _sum_of(files) != known:
@@ -129,7 +130,7 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 
     @classmethod
     def from_final(cls, final_path: Any, **options: Any) -> "SealedPath":
-        # Times of start and commit, which would be written after the seal.
+        # Orbax would write the times of start and commit after the seal.
         options["checkpoint_metadata_store"] = None
         return super().from_final(final_path, **options)
 
@@ -138,7 +139,7 @@ def _commit(folder: Path, final: Path) -> None:
     (folder / COMMITTED).write_text(final.name, encoding="utf-8")
     seal(folder)
     folder.rename(final)
-    # The rename, too, must outlive a loss of power.
+    # The rename must survive a power loss, too.
     parent = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
@@ -147,10 +148,10 @@ def _commit(folder: Path, final: Path) -> None:
 
 
 class SealedArrays(ocp.handlers.StandardCheckpointHandler):
-    """Orbax's handler of array trees; each process seals the files it wrote alone."""
+    """Orbax's handler of array trees, which seals the files of each process."""
 
     def __init__(self, failed: Callable[[Exception], None] = lambda error: None):
-        """`failed` is told at once what Orbax raises when all processes know."""
+        """`failed` is called at once with an error that Orbax raises only later."""
         super().__init__()
         self._failed = failed
 
@@ -167,7 +168,7 @@ class SealedArrays(ocp.handlers.StandardCheckpointHandler):
 
 
 class _Told:
-    """An Orbax future that tells `failed` what its result raises."""
+    """An Orbax future that passes the error of its result to `failed`."""
 
     def __init__(self, future: ocp.future.Future, failed: Callable[[Exception], None]):
         self._future = future

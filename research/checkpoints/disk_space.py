@@ -1,4 +1,4 @@
-"""Whether the checkpoints of a run fit on its disk."""
+"""The size of checkpoints, and a check that they fit on the disk."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from research.weights import parameter_paths
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below; of one that is being changed, about that."""
+    """Bytes of all files below `folder`, roughly if it is being changed."""
     total = 0
     for file in folder.rglob("*"):
         try:
@@ -23,10 +23,15 @@ def size_of(folder: Path) -> int:
 
 
 def require_room(folder: Path, abstract_state: Any, config: CheckpointConfig) -> None:
-    """Counts what is kept, and the one that is written before another is removed.
+    """Checks that all kept checkpoints fit, and one more while it is being written.
+
+    Args:
+      folder: of the checkpoints; it may not exist yet.
+      abstract_state: shapes and dtypes of one checkpoint.
+      config: how many are kept.
 
     Raises:
-      UserError: the disk has less room than that.
+      UserError: the disk has less room.
     """
     if jax.process_index() > 0:
         return
@@ -40,6 +45,6 @@ def require_room(folder: Path, abstract_state: Any, config: CheckpointConfig) ->
         raise UserError(
             f"{folder} has room for {free / 1e9:,.3f} GB and {count} checkpoints of "
             f"{one / 1e9:,.3f} GB do not fit (config.checkpoint.keep_last="
-            f"{config.keep_last}, keep_best={config.keep_best}, and one in the "
-            "making): keep fewer, make room, or choose another --config.run_dir"
+            f"{config.keep_last}, keep_best={config.keep_best}, and one that is "
+            "being written): keep fewer, make room, or choose another --config.run_dir"
         )

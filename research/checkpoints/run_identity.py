@@ -1,4 +1,4 @@
-"""Whose a run or a checkpoint is: fingerprints of base model, tokenizer and data."""
+"""The identity of a run or checkpoint: fingerprints of base model, tokenizer, data."""
 
 from collections.abc import Collection, Mapping
 
@@ -13,13 +13,19 @@ def check_identity(
     what: str,
     accept: Collection[str] = (),
 ) -> dict[str, str]:
-    """Refuses parts that differ, unless they are accepted.
+    """Refuses parts that differ and are not accepted.
+
+    Args:
+      saved: the identity of the run or checkpoint.
+      now: the identity to compare with.
+      what: names the run or checkpoint in messages.
+      accept: parts that may differ.
 
     Returns:
-      `old -> new` by part, of those that differ and were accepted.
+      `old -> new` by part, for parts that differ and are accepted.
 
     Raises:
-      UserError: naming each other part (base model, tokenizer, data) that differs.
+      UserError: names each part (base model, tokenizer, data) that is refused.
     """
     odd = {
         part: f"{saved.get(part)} -> {now[part]}"
@@ -30,7 +36,7 @@ def check_identity(
     if refused:
         raise UserError(
             f"{what} was made with something else:\n" + "\n".join(refused) + "\n"
-            "give back what it was made with, choose another --config.run_dir, or go "
-            "on with the difference by naming it in --config.accept"
+            "restore what it was made with, choose another --config.run_dir, or accept "
+            "the difference by naming it in --config.accept"
         )
     return odd

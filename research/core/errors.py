@@ -9,24 +9,23 @@ PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal; the same command resumes the
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: says what was asked, found, and to change.
+    """An error that the user can fix: what was requested, what was found, what to do.
 
-    The doors (`train.py`, `generate.py`) print its message without a traceback and
-    exit with `exit_code`. Anything else that is raised is a bug of ours and keeps its
-    traceback.
+    The commands print its message without a traceback and exit with `exit_code`. Any
+    other exception is a bug of ours and keeps its traceback.
     """
 
     exit_code = 2
 
 
 class LonelyError(UserError):
-    """The other processes of a run do not answer; they may, when it is tried again."""
+    """The other processes of a run do not answer; a later try may succeed."""
 
     exit_code = STUCK
 
 
 class DivergedError(UserError):
-    """Update `step` gave a number that is not finite; `batch` is its batch's."""
+    """Update `step`, on batch number `batch`, gave a number that is not finite."""
 
     exit_code = 3
 
@@ -37,7 +36,7 @@ class DivergedError(UserError):
 
 
 class SaveError(UserError):
-    """What belongs to `step` could not be written to disk."""
+    """Files that belong to `step` could not be written to disk."""
 
     exit_code = 4
 
@@ -47,7 +46,7 @@ class SaveError(UserError):
 
 
 class DamagedError(UserError):
-    """No checkpoint of a run can be trusted."""
+    """A checkpoint is damaged, and no intact one can take its place."""
 
     exit_code = 5
 

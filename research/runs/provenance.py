@@ -1,4 +1,4 @@
-"""What a start of a run was made of: code, command, packages, environment."""
+"""The provenance of a start: code version, command, packages, environment."""
 
 import importlib.metadata
 import os
@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Set by whoever ships the code without its repository, as `launch` does.
+# Set by a launcher that ships the code without its repository.
 CODE_VERSION = "RESEARCH_CODE_VERSION"
 PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("transformers", "tokenizers", "datasets", "grain", "safetensors"),
 )
-# Variables whose values decide how a program computes, and hold no secret.
+# Variables that decide how a program computes and hold no secret.
 SHOWN = re.compile(
     r"JAX_\w+|XLA_\w+|LIBTPU_INIT_ARGS|TPU_PREMAPPED_BUFFER_SIZE|NCCL_\w+|"
     r"GLIBC_TUNABLES|CUDA_VISIBLE_DEVICES|"
@@ -28,9 +28,11 @@ ROOT = Path(__file__).parents[2]
 def describe(
     environment: Mapping[str, str] = os.environ, root: Path = ROOT
 ) -> dict[str, Any]:
-    """JSON-able: `code`, `command`, `python`, `packages`, `environment`, `secrets`.
+    """Describes this process for `run.json`.
 
-    Of variables that look like secrets only the names are told.
+    Returns:
+      JSON values `code`, `command`, `python`, `packages`, `environment`, and `secrets`:
+      the names of variables that look like secrets, without their values.
     """
     return {
         "code": environment.get(CODE_VERSION) or code_version(root),
@@ -47,9 +49,9 @@ def describe(
 
 
 def code_version(root: Path) -> str:
-    """The commit that `root` is checked out at, `-dirty` where files differ from it.
+    """The commit of `root`, with `-dirty` if tracked files differ from it.
 
-    `unknown` where there is no repository, or no git.
+    Returns `unknown` if `root` is not a repository, or git is missing.
     """
 
     def git(*arguments: str) -> str:
@@ -59,7 +61,7 @@ def code_version(root: Path) -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return "unknown"  # A repository around an installed package.
+            return "unknown"  # This repository only contains the installed package.
         dirty = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):

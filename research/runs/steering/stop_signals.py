@@ -1,13 +1,14 @@
-"""Signals: SIGTERM and the first Ctrl-C ask a run to stop, the second makes it.
+"""Signals: SIGTERM and the first Ctrl-C request a stop, the second Ctrl-C forces it.
 
-In the training loop a signal is noted, and the run stops between two steps. While a
-lone process waits for data, or does anything outside the loop, it is raised at once.
-Several processes must agree on the step they stop at: JAX's preemption service tells
-all of them of a SIGTERM that reached one, and picks the moment. Moments are numbered
-by how often it was asked, and all ask equally often: once before each step, and
-`MOMENTS - 1` times in each wait for data. So a wait is broken off where all wait for
-the batch of one step; where another process has already begun that step, its arrays
-are half given away, and the batch must come.
+In the training loop a signal is noted, and the run stops between two steps. A process
+that runs alone raises it at once while it waits for data, and outside the loop.
+
+Several processes must stop at the same step. JAX's preemption service tells all of
+them about a SIGTERM that reached one, and picks a moment for the stop. A moment is the
+number of a query to the service, so all processes must query equally often: once before
+each step, and `MOMENTS - 1` times in each wait for data. They leave a wait early only
+if all of them wait for the batch of the same step. If one has already begun that step,
+its state is donated to the step, and the batch must arrive first.
 """
 
 import concurrent.futures
@@ -28,15 +29,15 @@ from jax.experimental import multihost_utils
 from research.runs.phase_timer import PhaseTimer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
-# At which processes can agree to stop, by step. A second apart in a wait, later a tenth
-# of what was waited: half an hour in all. The service counts in 32 bits.
+# Queries per step. In a wait they are at first one second apart, later a tenth of the
+# time waited so far: half an hour in all. The service counts queries in 32 bits.
 MOMENTS = 64
 
 Value = TypeVar("Value")
 
 
 class Preempted(KeyboardInterrupt):
-    """Raised in the main thread by a signal; no `except Exception` catches it."""
+    """A stop by signal, raised in the main thread. No `except Exception` catches it."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)
@@ -44,10 +45,10 @@ class Preempted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Listens while it is entered.
+    """Listens to signals within its `with` block.
 
     Attributes:
-      signal: the one that asked; None so far.
+      signal: the signal that requested the stop; None before it came.
     """
 
     def __init__(self, phases: PhaseTimer):
@@ -61,16 +62,16 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if not self._alone:
-            # The service drops a notice that comes before anybody has asked.
+            # The service drops a signal that comes before its first query.
             multihost_utils.reached_preemption_sync_point(self._moment)
         if threading.current_thread() is not threading.main_thread():
             return self
-        # SIGTERM of several processes belongs to JAX's preemption service.
+        # With several processes SIGTERM belongs to JAX's preemption service.
         mine = [signal.SIGINT, signal.SIGTERM] if self._alone else [signal.SIGINT]
         for number in mine:
             self._before[number] = signal.signal(number, self._handle)
-        # Python's handlers wait until C++ returns, and a compilation takes long: this
-        # thread counts the Ctrl-Cs as they come.
+        # Python runs handlers only after C++ returns, and a compilation takes long.
+        # This thread counts each Ctrl-C at once.
         self._write.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._count, name="signals", daemon=True).start()
@@ -81,7 +82,7 @@ class StopRequest:
             signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._write.close()  # Ends the thread, which closes the other end.
+        self._write.close()  # Ends the thread, which closes the other socket.
 
     def _count(self) -> None:
         interrupts = 0
@@ -93,7 +94,7 @@ class StopRequest:
                 if interrupts == 1 and not self._alone:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if interrupts == 2:
-                    sys.stderr.write("stopped at once; the last checkpoint counts\n")
+                    sys.stderr.write("stopped at once; the last checkpoint is kept\n")
                     sys.stderr.flush()
                     os._exit(INTERRUPTED)
 
@@ -105,7 +106,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
-        """Within it a signal is noted, and raised only in a wait for data."""
+        """Notes signals within the block, and raises them only in a wait for data."""
         self.raise_if_lost()
         self._noting = True
         try:
@@ -114,25 +115,25 @@ class StopRequest:
             self._noting = False
 
     def raise_if_lost(self) -> None:
-        """Raises `Preempted` if one was lost on its way.
+        """Raises `Preempted` again if Python has dropped it.
 
-        Python drops what is raised while it runs a destructor: a Ctrl-C that falls
-        into one would be forgotten.
+        Python drops exceptions that are raised in a destructor, so a Ctrl-C in that
+        moment would be forgotten.
         """
         if self._alone and self.signal is not None:
             raise Preempted(self.signal)
 
     def is_due(self) -> bool:
-        """Whether to stop before another step; all processes get the same answer.
+        """Whether to stop before the next step; the same in all processes.
 
-        Every process asks once before each.
+        Every process calls this once before each step.
         """
         if self._alone:
             return self.signal is not None
         return self._agreed()
 
     def _agreed(self) -> bool:
-        """Whether this is the moment at which all stop; each asks about each moment."""
+        """Whether all processes stop at this moment; all query every moment."""
         self._moment += 1
         if not multihost_utils.reached_preemption_sync_point(self._moment):
             return False
@@ -140,19 +141,19 @@ class StopRequest:
         return True
 
     def wait(self, pull: Callable[[], Value]) -> Value:
-        """What `pull` returns; every process calls this once between two steps.
+        """Returns `pull()`; every process calls this once between two steps.
 
         Raises:
-          Preempted: a signal came first, to a lone process or while all waited.
+          Preempted: a signal came first, and this process is alone or all were waiting.
         """
         if self._alone:
-            self.raise_if_lost()  # It came since the step before, and was only noted.
+            self.raise_if_lost()  # A signal may have been noted since the last step.
             return pull()
         begun, pulled = time.monotonic(), _in_thread(pull)
         for _ in range(MOMENTS - 1):
             if self._agreed():
                 raise Preempted(self.signal or signal.SIGTERM)
-            # Once the batch is there, the moments that are left pass at once.
+            # Once the batch is there, the remaining queries follow at once.
             if not pulled.done():
                 waited = time.monotonic() - begun
                 concurrent.futures.wait([pulled], max(1.0, waited / 10))
@@ -160,7 +161,7 @@ class StopRequest:
 
 
 def _in_thread(function: Callable[[], Value]) -> "concurrent.futures.Future[Value]":
-    """Its result, from a thread that no exit of the process waits for."""
+    """The result of `function`, from a thread that does not delay the exit."""
     future: concurrent.futures.Future[Value] = concurrent.futures.Future()
 
     def call() -> None:

@@ -1,7 +1,7 @@
-"""Ends a process that hangs: itself, or in waiting for another one that is gone.
+"""Ends a process that hangs by itself, or because another process is dead or stuck.
 
-A dead process leaves the others in a collective that never ends, and a stuck one,
-too. No exception can be raised there, so a thread looks at the clock.
+The others of a dead or stuck process wait in a collective that never ends. No exception
+can be raised there, so a thread watches the clock.
 """
 
 import faulthandler
@@ -16,20 +16,20 @@ from typing import Any
 from research.core.errors import STUCK
 from research.runs.phase_timer import PhaseTimer
 
-PATIENCE = 5.0  # seconds that the cause may take to be written down
+PATIENCE = 5.0  # seconds in which the cause must be recorded
 
 
 class Watchdog:
-    """Watches `phases` while it is entered."""
+    """Watches a run within its `with` block, and ends the process if it hangs."""
 
     def __init__(
         self, phases: PhaseTimer, limit: float, rank: int, told: Callable[[str], None]
     ):
         """Args:
-        phases: what gives the signs of life.
-        limit: seconds without one; 0 watches nothing.
-        rank: of this process.
-        told: called with what happened before the end.
+        phases: gives the signs of life.
+        limit: seconds without a sign of life; 0 turns the watchdog off.
+        rank: index of this process.
+        told: called with the cause before the process ends.
         """
         self._phases = phases
         self._limit = limit
@@ -54,7 +54,7 @@ class Watchdog:
         before = time.monotonic()
         while not self._leave.wait(interval):
             now = time.monotonic()
-            # The whole process stood still: a closed laptop, a SIGSTOP. Not a hang.
+            # The whole process was suspended (closed laptop, SIGSTOP): not a hang.
             if now - before > interval + self._limit / 2:
                 self._phases.sign_of_life()
             before = now
@@ -66,21 +66,21 @@ class Watchdog:
             f"process {self._rank} has hung in phase {self._phases.name!r} for more "
             f"than config.runtime.watchdog_s={self._limit:g} s"
         )
-        sys.stderr.write(f"error: {cause}; this is where its threads are:\n")
+        sys.stderr.write(f"error: {cause}; its threads are here:\n")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.write(
             "the same command resumes the run from the last checkpoint; a longer "
             "--config.runtime.watchdog_s gives slow steps more time\n"
         )
         sys.stderr.flush()
-        # A disk that hangs may be the cause, and would hold this thread up, too.
+        # The cause may be a disk that hangs, and it would block this thread, too.
         telling = threading.Thread(target=self._tell, args=(cause,), daemon=True)
         telling.start()
         telling.join(PATIENCE)
-        os._exit(STUCK)  # Nothing else ends a thread that waits in C++.
+        os._exit(STUCK)  # Only this ends a thread that waits in C++.
 
     def _tell(self, cause: str) -> None:
         try:
             self._told(cause)
-        except Exception as error:  # Of a disk that is full, say.
-            logging.error("and this could not be written down: %s", error)
+        except Exception as error:  # For example of a full disk.
+            logging.error("the cause could not be recorded: %s", error)

@@ -18,7 +18,7 @@ from research.checkpoints.checkpoint_listing import step_folders
 from research.checkpoints.checksums import find_damage
 from research.checkpoints.orbax_manager import Manager, open_manager
 from research.checkpoints.run_identity import Identity, check_identity
-from research.config.run_config import CheckpointConfig
+from research.config.knob_groups import CheckpointConfig
 from research.core.errors import DamagedError, SaveError, UserError
 
 POLL = 0.02  # seconds between two looks at a pending save

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from research.config.run_config import CheckpointConfig
+from research.config.knob_groups import CheckpointConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from research.checkpoints.checksums import SealedArrays, SealedPath
-from research.config.run_config import CheckpointConfig
+from research.config.knob_groups import CheckpointConfig
 
 
 class Manager(ocp.CheckpointManager):

@@ -1,4 +1,4 @@
-"""Dataclasses of knobs: help texts, strict building, flat views. Knows no knob.
+"""Dataclasses of knobs: limits, strict building, flat views. Knows no knob.
 
 A group of knobs is a frozen dataclass whose fields are knobs or further groups.
 """
@@ -6,7 +6,7 @@ A group of knobs is a frozen dataclass whose fields are knobs or further groups.
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from research.core.errors import UserError, nearest
@@ -18,10 +18,62 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def knob(default: Any, help: str, *, fixed: bool = True) -> Any:
-    """A field with its help text. `fixed`: a resumed run must not change it."""
-    metadata = {"help": help, "fixed": fixed}
-    return dataclasses.field(default=default, metadata=metadata)
+@dataclasses.dataclass(frozen=True)
+class KnobFacts:
+    """What stands beside a knob's type and default.
+
+    Attributes:
+      help: its meaning, without default, choices and range.
+      fixed: a resumed run must not change it.
+      choices: the values it may have; none: any. The collection is read at each check,
+        so a registry that a later room extends can be given itself.
+      above: the value is greater than this.
+      low: the value is this or greater.
+      high: the value is this or smaller.
+    """
+
+    help: str
+    fixed: bool
+    choices: Collection[str]
+    above: float | None
+    low: float | None
+    high: float | None
+
+    def range(self) -> str:
+        """`greater than 0 and at most 0.5`; empty if any number will do."""
+        if self.low is not None and self.high is not None:
+            return f"in {self.low:g} to {self.high:g}"
+        limits = {
+            "greater than": self.above,
+            "at least": self.low,
+            "at most": self.high,
+        }
+        return " and ".join(f"{k} {v:g}" for k, v in limits.items() if v is not None)
+
+    def refusal(self, value: Any) -> str:
+        """Why the knob may not have `value`, after "is VALUE; "; empty if it may."""
+        if self.choices and value not in self.choices:
+            listed = ", ".join(self.choices)
+            return f"it must be one of {listed}{nearest(value, self.choices)}"
+        too_low = self.above is not None and not value > self.above
+        too_low |= self.low is not None and not value >= self.low
+        too_high = self.high is not None and not value <= self.high
+        return f"it must be {self.range()}" if too_low or too_high else ""
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    fixed: bool = True,
+    choices: Collection[str] = (),
+    above: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field of a group, with its limits; see `KnobFacts` for the arguments."""
+    facts = KnobFacts(help, fixed, choices, above, low, high)
+    return dataclasses.field(default=default, metadata={"facts": facts})
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -37,6 +89,26 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from fields(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", field, value
+
+
+def facts_of(field: "dataclasses.Field[Any]") -> KnobFacts:
+    """The facts that `knob` put into the field of a group."""
+    return field.metadata["facts"]
+
+
+def check_limits(config: Any, prefix: str) -> None:
+    """Checks every knob of a group against its own choices and range.
+
+    Args:
+      config: the group.
+      prefix: stands before the names of its knobs in messages, such as "config.".
+
+    Raises:
+      UserError: a value is not allowed; the message names the knob.
+    """
+    for path, field, value in fields(config, prefix):
+        if refusal := facts_of(field).refusal(value):
+            raise UserError(f"{path} is {value!r}; {refusal}")
 
 
 def to_config_dict(config: Any) -> "ml_collections.ConfigDict":

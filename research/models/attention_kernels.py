@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from research.config.choices import AUTO, KERNELS
 from research.core.errors import UserError, nearest
 from research.models.attention import blocked_attention
 
 Array = jax.Array
-
-KERNELS = ("xla", "cudnn", "splash")
 
 GPUS = ("gpu", "cuda")
 
@@ -61,11 +60,11 @@ def choose(
     Raises:
       UserError: an explicit `kernel` is unknown, or cannot work here.
     """
-    if kernel not in ("auto", *KERNELS):
-        known = ", ".join(("auto", *KERNELS))
-        hint = nearest(kernel, ("auto", *KERNELS))
+    if kernel not in (AUTO, *KERNELS):
+        known = ", ".join((AUTO, *KERNELS))
+        hint = nearest(kernel, (AUTO, *KERNELS))
         raise UserError(f"attention kernel {kernel!r} is not one of {known}{hint}")
-    if kernel == "auto":
+    if kernel == AUTO:
         return _automatic(platform, dtype, head_dim, length, rows, capability)
     lacks = None
     if kernel == "cudnn":

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.config.run_config import MeshConfig
+from research.config.knob_groups import MeshConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
 from research.weights.parameter_spec import Spec

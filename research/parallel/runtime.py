@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from research.config.run_config import RuntimeConfig
+from research.config.knob_groups import RuntimeConfig
 from research.core import cache_folders
 from research.core.errors import LonelyError, UserError
 from research.parallel import chips, process_discovery

@@ -5,7 +5,9 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 
-from research.config.run_config import Config, MeshConfig
+from research.config.choices import REMATS
+from research.config.knob_groups import MeshConfig
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.models.architecture import Architecture
 from research.parallel import mesh as meshes
@@ -13,7 +15,6 @@ from research.plan import planner
 from research.plan.planned_devices import Target
 from research.plan.planner import Plan
 
-REMATS = ("none", "dots", "full")
 # Compiling takes about a minute each, an estimate milliseconds.
 COMPILED = 3
 SHOWN = 12

@@ -14,7 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from research.checkpoints.checkpointer import Checkpointer
-from research.config.run_config import Config, MeshConfig, RuntimeConfig
+from research.config.knob_groups import MeshConfig, RuntimeConfig
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.engine.sampler import Sampler
 from research.engine.text_generation import (

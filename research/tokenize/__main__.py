@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--out=FOLDER is missing, e.g. --out=runs/tokenizer")
     if Path(f.out).exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
-    from research.config.run_config import Config, TextConfig
+    from research.config.knob_groups import TextConfig
+    from research.config.run_config import Config
     from research.data.text.choose_tokenizer import make_tokenizer
 
     text = TextConfig(

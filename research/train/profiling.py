@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from research.config.run_config import RuntimeConfig
+from research.config.knob_groups import RuntimeConfig
 
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
 

@@ -7,7 +7,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 
 # Adafactor's means and Muon's products would see the zeros of the padding.
-OPTIMIZERS = ("adamw", "lion")
+PADDED_OPTIMIZERS = ("adamw", "lion")
 MAY_DIFFER = frozenset(
     {
         "run_dir",
@@ -53,7 +53,7 @@ def why_alone(config: Config) -> str:
     """Why a run can only train alone; empty if it can train with others."""
     asked: dict[str, tuple[object, Iterable[object]]] = {
         "trainable": (config.trainable, ("lora",)),
-        "optim.name": (config.optim.name, OPTIMIZERS),
+        "optim.name": (config.optim.name, PADDED_OPTIMIZERS),
         "optim.rollbacks": (config.optim.rollbacks, (0,)),
         "runtime.distributed": (config.runtime.distributed, (False,)),
         "runtime.offload_optimizer": (config.runtime.offload_optimizer, (False,)),

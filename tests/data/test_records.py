@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from research.config.run_config import ColumnsConfig, Config, DataConfig, TextConfig
+from research.config.knob_groups import ColumnsConfig, DataConfig, TextConfig
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import load_rows, split_stratified

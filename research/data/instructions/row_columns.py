@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from research.config.run_config import ColumnsConfig
+from research.config.knob_groups import ColumnsConfig
 from research.core.errors import UserError, nearest
 from research.data.row_readers import BadRowError
 from research.tokenize.conversation import ROLES, Record, Turn

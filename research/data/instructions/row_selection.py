@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from research.config.run_config import ColumnsConfig, DataConfig
+from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
 from research.data.instructions.row_columns import to_record

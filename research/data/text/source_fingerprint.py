@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from research.config.run_config import TextConfig
+from research.config.knob_groups import TextConfig
 from research.core.atomic_files import write_whole
 from research.core.cache_folders import user_cache
 from research.core.errors import UserError

@@ -7,7 +7,8 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from research.config.run_config import Config, TextConfig
+from research.config.knob_groups import TextConfig
+from research.config.run_config import Config
 from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
 from research.data.text.document_readers import SourceFile, TextSource, hub_parts

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from research.config.run_config import TextConfig
+from research.config.knob_groups import TextConfig
 from research.core.atomic_files import remove_leftovers
 from research.core.errors import UserError
 from research.data.text import document_readers

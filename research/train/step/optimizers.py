@@ -1,5 +1,6 @@
 """Schedules, the optimizers of optax by name, and the guard against outlier steps."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from research.config.run_config import OptimConfig
+from research.config.knob_groups import OptimConfig
 from research.train.step.schedules import make_schedule
 from research.weights import parameter_paths
 from research.weights.parameter_spec import Spec
@@ -34,7 +35,7 @@ def make_optimizer(
     """
     schedule = schedule or make_schedule(config, steps)
     chain = [
-        _direction(config, specs),
+        DIRECTIONS[config.name](config, specs),
         optax.add_decayed_weights(config.weight_decay, _decayed(config, specs)),
     ]
     if config.clip_norm > 0:
@@ -48,32 +49,38 @@ def make_optimizer(
     return optax.chain(step, rate)
 
 
-def _direction(
+def _adamw(config: OptimConfig, specs: dict[str, Any]) -> optax.GradientTransformation:
+    """Kingma and Ba 2015, arXiv:1412.6980; the chain adds decoupled weight decay.
+
+    With it this is AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+    """
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _adafactor(
     config: OptimConfig, specs: dict[str, Any]
 ) -> optax.GradientTransformation:
-    """The step before decay and learning rate, of about unit size per element."""
-    if config.name == "adafactor":
-        # Shazeer and Stern 2018, arXiv:1804.04235, sections 3 and 6, without its
-        # relative step sizes: the learning rate means what it means for the others.
-        return _on_matrices(
-            optax.chain(
-                optax.scale_by_factored_rms(min_dim_size_to_factor=32),
-                optax.clip_by_block_rms(1.0),
-            ),
-            specs,
-        )
-    if config.name == "lion":  # Chen et al. 2023, arXiv:2302.06675.
-        return optax.scale_by_lion(config.b1, config.b2)
-    # Kingma and Ba 2015, arXiv:1412.6980; with the decay outside of it, AdamW
-    # (Loshchilov and Hutter 2019, arXiv:1711.05101).
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    return adam if config.name == "adamw" else _muon(adam, specs)
+    """Shazeer and Stern 2018, arXiv:1804.04235, sections 3 and 6.
+
+    Its relative step sizes are not used: the learning rate means what it means for the
+    other optimizers.
+    """
+    return _on_matrices(
+        optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+            optax.clip_by_block_rms(1.0),
+        ),
+        specs,
+    )
 
 
-def _muon(
-    adam: optax.GradientTransformation, specs: dict[str, Any]
-) -> optax.GradientTransformation:
-    """Orthogonalised momentum for the matrices of layers; tables and norms take `adam`.
+def _lion(config: OptimConfig, specs: dict[str, Any]) -> optax.GradientTransformation:
+    """Chen et al. 2023, arXiv:2302.06675."""
+    return optax.scale_by_lion(config.b1, config.b2)
+
+
+def _muon(config: OptimConfig, specs: dict[str, Any]) -> optax.GradientTransformation:
+    """Orthogonalised momentum for the matrices of layers; tables and norms use Adam.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, scaled to the size
     of AdamW's updates (Liu et al. 2025, arXiv:2502.16982, eq. 4).
@@ -97,13 +104,20 @@ def _muon(
         "muon": scale_by_muon(
             weight_dimension_numbers=lambda _: jax.tree.map(axes, specs)
         ),
-        "adam": adam,
+        "adam": _adamw(config, specs),
     }
     labels = jax.tree.map(lambda s: "muon" if _is_layer_matrix(s) else "adam", specs)
     return optax.chain(
         optax.partition(by_kind, labels),
         optax.stateless(lambda updates, _: jax.tree.map(size, updates, specs)),
     )
+
+
+# The step before decay and learning rate, of about unit size per element. The names are
+# `config.choices.OPTIMIZERS`.
+DIRECTIONS: dict[
+    str, Callable[[OptimConfig, dict[str, Any]], optax.GradientTransformation]
+] = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
 
 
 def _is_layer_matrix(spec: Spec) -> bool:

@@ -2,7 +2,7 @@
 
 import optax
 
-from research.config.run_config import OptimConfig
+from research.config.knob_groups import OptimConfig
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -16,14 +16,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     warmup = max(1, round(config.warmup * steps))
     peak, rest = config.learning_rate, max(1, steps - warmup)
     end = config.final * peak
+    decay = min(rest, max(1, round(config.decay * steps)))
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final),
+        "linear": optax.linear_schedule(peak, end, rest),
+        "wsd": optax.linear_schedule(peak, end, decay, rest - decay),
+        "constant": optax.constant_schedule(peak),
+    }
     rise = optax.linear_schedule(0.0, peak, warmup)
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final)
-    elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, end, rest)
-    elif config.schedule == "wsd":
-        decay = min(rest, max(1, round(config.decay * steps)))
-        after = optax.linear_schedule(peak, end, decay, transition_begin=rest - decay)
-    else:
-        after = optax.constant_schedule(peak)
-    return optax.join_schedules([rise, after], [warmup])
+    return optax.join_schedules([rise, after[config.schedule]], [warmup])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.config.run_config import LoRAConfig
+from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
 from research.weights.contraction import materialize

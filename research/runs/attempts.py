@@ -13,7 +13,7 @@ from research.runs.run_history import History
 from research.runs.steering.stop_signals import INTERRUPTED, Preempted
 
 
-class Starts:
+class Attempts:
     """What this process starts, be it one run or several that train together."""
 
     def __init__(self, phases: PhaseTimer):

@@ -25,7 +25,7 @@ class History:
 
     Attributes:
       saved: the last step that was committed to disk, 0 if none was.
-      skipped: numbers of the batches that training drops, see `device_batches.Feed`.
+      skipped: numbers of the batches that training drops, see `DeviceBatches`.
       accepted: `old -> new` by name, for differences that the user accepted.
     """
 

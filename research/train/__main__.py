@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now: importing JAX takes longer than saying what is wrong with a flag.
     from research.train.pipeline import train
 
-    return train(config)
+    return train([config])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from research.runs.phase_timer import PhaseTimer
 Numbered = tuple[int, Batch]
 
 
-class Feed:
+class DeviceBatches:
     """Numbers the batches of a stream, and leaves out those that are to be skipped.
 
     Attributes:

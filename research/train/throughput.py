@@ -63,3 +63,15 @@ class Clock:
         self.last = now - self._mark
         self.elapsed += self.last
         self._mark = now
+
+
+class SharedClock(Clock):
+    """The share that one of `runs` runs has of the steps of a pack's clock."""
+
+    def __init__(self, pack: Clock, runs: int, elapsed: float):
+        super().__init__(elapsed)
+        self._pack, self._runs = pack, runs
+
+    def tick(self) -> None:
+        self.last = self._pack.last / self._runs
+        self.elapsed += self.last

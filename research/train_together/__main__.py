@@ -37,8 +37,10 @@ def main(argv: Sequence[str]) -> int:
     command_line.parse(argv, USAGE, has_config=True)
     configs = read_runs(flags.FLAGS.runs, command_line.config_from_flags())
     # Only now: importing JAX takes longer than saying what is wrong with a flag.
-    from research.train_together.pack_pipeline import train
+    from research.train.pipeline import train
+    from research.train_together import compatibility
 
+    compatibility.check(configs)
     return train(configs, flags.FLAGS.at_once)
 
 

@@ -1,6 +1,7 @@
 """A run's saves: what a failure does by its policy, and what steps notice of them."""
 
 import errno
+import functools
 import json
 import os
 import statistics
@@ -23,9 +24,11 @@ from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.train import loop, pipeline, throughput
-from research.train.fit import Saver, restore
+from research.train import finish_run, throughput, training_loop
+from research.train.fit import restore
 from research.train.metrics_log import StepLog
+from research.train.run_saver import RunSaver
+from research.train.training_run import TrainingRun
 
 # Of a save that fails Orbax leaves futures behind whose errors nobody asks for.
 pytestmark = pytest.mark.filterwarnings(
@@ -63,9 +66,11 @@ def make_run(folder, **checkpoint):
     history.begin()
     history.resume_from(0)
     config = Config(checkpoint=CheckpointConfig(**checkpoint))
-    return SimpleNamespace(
+    run = SimpleNamespace(
         config=config, folder=run_dir, history=history, evaluated=None
     )
+    run.warn = functools.partial(TrainingRun.warn, run)
+    return run
 
 
 def open_checkpoints(run, **options):
@@ -79,7 +84,9 @@ def open_checkpoints(run, **options):
 
 
 def make_saver(run, checkpointer, log=None):
-    return Saver(run, checkpointer, log or Log(), Feed(), throughput.Clock())
+    return RunSaver(
+        run, checkpointer, log or Log(), lambda: Feed().position, throughput.Clock()
+    )
 
 
 @pytest.fixture
@@ -102,9 +109,8 @@ def is_saving(checkpointer):
 
 def until_it_is_known(saver):
     """Steps go on after a save, and one of them learns how it ended."""
-    watch = saver.watching(lambda *_: None)
     for number in range(200):
-        watch(number, number, None)
+        saver.check(number)
         time.sleep(0.01)
 
 
@@ -253,9 +259,9 @@ def test_a_report_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     def refuse(run):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "report.md")
 
-    monkeypatch.setattr(pipeline, "_finish", refuse)
+    monkeypatch.setattr(finish_run, "_finish", refuse)
     with pytest.raises(SaveError) as failed:
-        pipeline.finish(make_run(tmp_path))
+        finish_run.finish(make_run(tmp_path))
     check_one_line(failed, "steps are saved", "report.md")
 
 
@@ -286,11 +292,11 @@ def train(run, checkpointer, step_fn, state, steps, every, told):
     """`steps` real steps, saved every so many: was a save under way, and seconds."""
     log, taken, mark = Log(), [], [0.0]
     saver = make_saver(run, checkpointer, log)
-    seen = saver.watching(log)
 
     def timed(number, batch, loss):
         begun_beside = is_saving(checkpointer)
-        seen(number, batch, loss)
+        log(number, batch, loss)
+        saver.check(number)
         now = time.perf_counter()
         taken.append((begun_beside and is_saving(checkpointer), now - mark[0]))
         told(number)
@@ -299,13 +305,13 @@ def train(run, checkpointer, step_fn, state, steps, every, told):
     def resume():
         mark[0] = time.perf_counter()
 
-    loop.run(
+    training_loop.run(
         state=state,
         first=0,
         total=steps,
-        feed=Feed(),
+        batches=Feed(),
         step_fn=step_fn,
-        actions=[loop.Action("save", every, saver)],
+        actions=[training_loop.Action("save", every, saver)],
         log=timed,
         resume_clock=resume,
         stop=SimpleNamespace(is_due=lambda: False),

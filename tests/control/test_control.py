@@ -19,11 +19,11 @@ from research.runs.steering.request_listener import RequestListener
 SLOW = """
 import time
 from research.train import device_batches
-pull = device_batches.Feed.__next__
+pull = device_batches.DeviceBatches.__next__
 def pull_late(self):
     time.sleep(1.0)
     return pull(self)
-device_batches.Feed.__next__ = pull_late
+device_batches.DeviceBatches.__next__ = pull_late
 """
 
 

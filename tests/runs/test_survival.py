@@ -70,12 +70,12 @@ def pair(place, results):
 HANG = """
 import time
 from research.train import device_batches
-pull = device_batches.Feed.__next__
+pull = device_batches.DeviceBatches.__next__
 def hang(self):
     if self.number == 2:
         {what}
     return pull(self)
-device_batches.Feed.__next__ = hang
+device_batches.DeviceBatches.__next__ = hang
 """
 
 

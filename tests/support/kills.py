@@ -24,11 +24,11 @@ phase_timer.PhaseTimer.enter = told
 SLOW_DATA = """
 import time
 from research.train import device_batches
-pull = device_batches.Feed.__next__
+pull = device_batches.DeviceBatches.__next__
 def pull_late(self):
     time.sleep(0.3)
     return pull(self)
-device_batches.Feed.__next__ = pull_late
+device_batches.DeviceBatches.__next__ = pull_late
 """
 
 # Its saves take long enough to be met.

@@ -17,7 +17,7 @@ from research.core.errors import PREEMPTED, DivergedError
 from research.runs.display_files import read_answers
 from research.runs.run_directory import RunDir
 from research.runs.steering.stop_signals import Preempted
-from research.train_together import pack_pipeline
+from research.train import pipeline
 
 # Every kind of knob that may differ does.
 RUNS = {
@@ -215,11 +215,11 @@ def test_a_signal_outside_of_the_steps_asks_to_be_started_again(
     def interrupted(*_):
         raise Preempted(number)
 
-    monkeypatch.setattr(pack_pipeline.runtime, "start", lambda config: None)
-    monkeypatch.setattr(pack_pipeline, "prepare", lambda *_: [])
-    monkeypatch.setattr(pack_pipeline, where, interrupted)
+    monkeypatch.setattr(pipeline.runtime, "start", lambda config: None)
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: [])
+    monkeypatch.setattr(pipeline, where, interrupted)
     configs = [dataclasses.replace(Config(), run_dir=str(f.path)) for f in folders]
-    assert pack_pipeline.train(configs) == PREEMPTED
+    assert pipeline.train(configs) == PREEMPTED
     for folder in folders:
         if folder.exists:
             (start,) = json.loads(folder.history.read_text())["starts"]

@@ -7,15 +7,22 @@ writing a log never keeps the devices waiting.
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from research.runs.phase_timer import PhaseTimer
 from research.runs.steering.control_requests import STOP
 from research.runs.steering.request_listener import RequestListener
 from research.runs.steering.stop_signals import Preempted, StopRequest
-from research.train.device_batches import Feed
 
 State = Any
+
+
+class NumberedBatches(Protocol):
+    """Device batches; `number` is that of the last one, counted from 0 over the run."""
+
+    number: int
+
+    def __next__(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +61,7 @@ def run(
     state: State,
     first: int,
     total: int,
-    feed: Feed,
+    batches: NumberedBatches,
     step_fn: Callable[[State, Any], tuple[State, Any]],
     actions: Sequence[Action],
     log: Callable[[int, int, Any], None],
@@ -67,7 +74,7 @@ def run(
 
     Args:
       state: after `first` updates.
-      feed: device batches, positioned at step `first`.
+      batches: device batches, positioned at step `first`.
       step_fn: dispatches one update.
       log: called with (step, batch number, metrics) after the next step is dispatched.
       resume_clock: called after actions, which do not count as step time.
@@ -98,7 +105,7 @@ def run(
         if due:
             resume_clock()
         try:
-            batch = next(feed)
+            batch = next(batches)
         except Preempted:  # In the wait for data; no process has begun the step.
             if pending:
                 log(*pending)
@@ -107,5 +114,5 @@ def run(
         phases.enter("step")
         if pending:
             log(*pending)
-        pending = (step + 1, feed.number, metrics)
+        pending = (step + 1, batches.number, metrics)
     return state, step

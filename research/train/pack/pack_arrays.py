@@ -28,7 +28,7 @@ Factors = dict[str, dict[str, Spec]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Member:
+class RunNumbers:
     """What a step of one run does not share with the others; stacked over the runs.
 
     Attributes:
@@ -48,14 +48,14 @@ def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
     return kind.union(specs, [config.lora for config in configs])
 
 
-def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> Member:
+def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> RunNumbers:
     """The numbers of one run, over the paths of `factors`."""
     kind = find_kind(config.lora.kind)
     own = kind.specs(specs, config.lora)
     ranks = {path: kind.rank(factors) for path, factors in own.items()}
     found = kind.settings(ranks, config.lora)
     schedule = make_schedule(config.optim, config.steps)
-    return Member(
+    return RunNumbers(
         seed=jnp.int32(config.seed),
         rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
         settings=Settings(

@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from research.config.run_config import Config
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
+from research.train.pack.pack_arrays import Factors, RunNumbers
 from research.train.step import optimizers
 from research.train.step import train_step as step
-from research.train_together.pack_arrays import Factors, Member
 from research.weights import trainable
 
 Array = jax.Array
@@ -30,7 +30,7 @@ ALL = sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class PackDefinition:
     """Runs that train together.
 
     Attributes:
@@ -52,14 +52,14 @@ def make_group(
     factors: Factors,
     dropout: bool,
     at_once: int,
-) -> Group:
+) -> PackDefinition:
     """`definition` is that of any run; `at_once` 0 takes what suits its device."""
     if not at_once:
         is_cpu = definition.mesh.devices.flat[0].platform == "cpu"
         at_once = 1 if is_cpu else ALL
     wide = dataclasses.replace(definition.trainable, specs=factors)
     optimizer = optimizers.make_optimizer(config.optim, config.steps, factors)
-    return Group(
+    return PackDefinition(
         config=config,
         definition=dataclasses.replace(definition, trainable=wide, optimizer=optimizer),
         dropout=dropout,
@@ -67,7 +67,7 @@ def make_group(
     )
 
 
-def bind(group: Group, member: Member) -> step.StepDefinition:
+def bind(group: PackDefinition, member: RunNumbers) -> step.StepDefinition:
     """The step definition of one run; its numbers may be traced."""
     split: trainable.Trainable = group.definition.trainable
     config = group.config
@@ -87,23 +87,23 @@ def bind(group: Group, member: Member) -> step.StepDefinition:
 
 
 def train_step(
-    group: Group,
-    members: Member,
+    group: PackDefinition,
+    members: RunNumbers,
     states: step.TrainState,
     frozen: Params,
     batches: Batch,
 ) -> tuple[step.TrainState, step.Metrics]:
     """`train_step.train_step` of all runs: everything has a leading axis."""
 
-    def one(member: Member, state: step.TrainState, batch: Batch) -> Any:
+    def one(member: RunNumbers, state: step.TrainState, batch: Batch) -> Any:
         return step.train_step(bind(group, member), state, frozen, batch)
 
     return _over_runs(group, one, members, states, batches)
 
 
 def eval_step(
-    group: Group,
-    members: Member,
+    group: PackDefinition,
+    members: RunNumbers,
     params: Params,
     frozen: Params,
     batches: Batch,
@@ -111,7 +111,7 @@ def eval_step(
 ) -> step.Metrics:
     """`train_step.eval_step` of the chosen runs alone, in that order."""
 
-    def one(member: Member, params: Params, batch: Batch) -> step.Metrics:
+    def one(member: RunNumbers, params: Params, batch: Batch) -> step.Metrics:
         return step.eval_step(bind(group, member), params, frozen, batch)
 
     stacked = (members, params, batches)
@@ -120,7 +120,7 @@ def eval_step(
     return _over_runs(group, one, *stacked)
 
 
-def _over_runs(group: Group, one: Callable[..., Any], *stacked: Any) -> Any:
+def _over_runs(group: PackDefinition, one: Callable[..., Any], *stacked: Any) -> Any:
     """`one` for each run, as many at once as `group` says."""
     runs = len(jax.tree.leaves(stacked)[0])
     if group.at_once == 1:  # Not a batch of one, which would be under `vmap`.
@@ -137,13 +137,13 @@ def stacked(shardings: Any) -> Any:
     )
 
 
-def batch_shardings(group: Group, *, microbatched: bool) -> Any:
+def batch_shardings(group: PackDefinition, *, microbatched: bool) -> Any:
     return stacked(
         meshes.batch_sharding(group.definition.mesh, microbatched=microbatched)
     )
 
 
-def jit_train_step(group: Group) -> Callable[..., Any]:
+def jit_train_step(group: PackDefinition) -> Callable[..., Any]:
     """Called as `(members, states, frozen, batches)`; the states are donated."""
     states = stacked(step.state_shardings(group.definition))
     everywhere = meshes.replicated(group.definition.mesh)
@@ -160,7 +160,7 @@ def jit_train_step(group: Group) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def jit_eval_step(group: Group) -> Callable[..., step.Metrics]:
+def jit_eval_step(group: PackDefinition) -> Callable[..., step.Metrics]:
     """Called as `(members, params, frozen, batches, chosen)`."""
     states = stacked(step.state_shardings(group.definition))
     everywhere = meshes.replicated(group.definition.mesh)

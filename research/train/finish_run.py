@@ -1,0 +1,83 @@
+"""The end of a run: its export, its answers, its report, and the mark of completion."""
+
+import logging
+
+import jax
+
+from research.core.errors import SaveError
+from research.engine.text_generation import base_generator, tuned_generator
+from research.formats import huggingface_export
+from research.formats.base_model import EXPORTED
+from research.report.final_report import write_report
+from research.report.progress_view import duration
+from research.report.run_results import read_results
+from research.runs import display_files, metrics_file
+from research.tasks import task_registry
+from research.train.training_run import TrainingRun
+
+
+def finish(run: TrainingRun) -> None:
+    """The plot, the table, what the model says, and the model for others.
+
+    Raises:
+      SaveError: they could not be written; the last step is saved all the same.
+    """
+    try:
+        _finish(run)
+    except OSError as error:
+        raise SaveError(
+            f"all {run.config.steps} steps are saved, and the report could not be "
+            f"written: {error}; make room or give back the right to write, then start "
+            "the same command again",
+            run.config.steps,
+        ) from error
+
+
+def _finish(run: TrainingRun) -> None:
+    folder = run.folder.path
+    definition, base = run.definition, run.base
+    trainable = definition.trainable
+    tuned = tuned_generator(
+        run.sampler, trainable, run.state.params, run.frozen, base.tokenizer
+    )
+    # The export first: nothing that only shows results may cost it.
+    if run.config.export:
+        weights = trainable.forward(run.state.params, run.frozen, None)
+        huggingface_export.export(
+            definition.model,
+            weights,
+            task_registry.exported_tokenizer(run.config, base),
+            folder / EXPORTED,
+        )
+    answers = run.task.conclude(
+        lambda: base_generator(run.sampler, base, definition.mesh, run.frozen), tuned
+    )
+    if jax.process_index() > 0:
+        return
+    lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]
+    seconds, goodput = lines[-1]["elapsed_s"], run.history.goodput()
+    metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
+    facts = {
+        "base model": run.base.name,
+        "data": run.task.origin,
+        "steps": run.config.steps,
+        "training time": duration(seconds),
+        "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
+        "peak memory, GB": round(lines[-1]["memory_gb"], 2),
+        "goodput": str(goodput),
+    }
+    display_files.write_answers(folder, answers)
+    results = read_results(folder, facts, goodput.parts)
+    failed = write_report(run.console, folder, results)
+    if failed:
+        facts["missing in the report"] = "; ".join(failed)
+    run.folder.mark_complete(facts)
+    logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
+    logging.info(
+        "done: %s/loss.png, %s/report.md; talk to it with\n"
+        "  python -m research.generate --run=%s%s",
+        folder,
+        folder,
+        folder,
+        " --compare" if run.base.tensors else "",
+    )

@@ -1,0 +1,1 @@
+"""Several LoRA runs as one program: padded adapters, stacked state, one step."""

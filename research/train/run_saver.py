@@ -1,0 +1,89 @@
+"""How a run saves: what a save holds, and the policy of `checkpoint.on_error`."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from research.checkpoints.checkpointer import Checkpointer
+from research.core.errors import SaveError
+from research.train import throughput
+from research.train.metrics_log import StepLog
+from research.train.step import train_step
+from research.train.training_run import TrainingRun
+
+NOTE_EVERY = 10.0  # seconds between the updates of run.json
+
+
+class RunSaver:
+    """Saves the run's state and position, by the policy of `checkpoint.on_error`."""
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        checkpointer: Checkpointer,
+        log: StepLog,
+        position: Callable[[], dict[str, Any]],
+        clock: throughput.Clock,
+    ):
+        self._run = run
+        self._checkpointer = checkpointer
+        self._log = log
+        self._position = position
+        self._clock = clock
+        self._noted = time.monotonic()
+        # The other processes may have written what this one could not: it must stop.
+        self._continues = (
+            run.config.checkpoint.on_error == "go_on" and jax.process_count() == 1
+        )
+
+    def __call__(self, number: int, state: train_step.TrainState) -> None:
+        """Starts a save. A failed one stops the run, or is only logged."""
+        self._tolerate(self._checkpointer.wait)
+        self._tolerate(lambda: self._save(number, state))
+        self._note(number)
+
+    def wait(self) -> None:
+        """Until the save in progress is on disk, or has failed and is tolerated."""
+        self._tolerate(self._checkpointer.wait)
+
+    def finish(self, number: int, state: train_step.TrainState) -> None:
+        """The last save, on disk for good when this returns.
+
+        Raises:
+          SaveError: it is not, whatever the policy: nothing comes after it.
+        """
+        self._tolerate(self._checkpointer.wait)
+        self._save(number, state)
+        self._checkpointer.wait()
+        self._note(number)
+
+    def check(self, number: int) -> None:
+        """Learns of a save that has ended, after update `number`; never waits."""
+        self._tolerate(self._checkpointer.check)
+        if time.monotonic() - self._noted > NOTE_EVERY:
+            self._note(number)
+
+    def _save(self, number: int, state: train_step.TrainState) -> None:
+        # A checkpoint must never know more than the metrics beside it.
+        self._log.sync()
+        position = self._position() | {"elapsed": self._clock.elapsed}
+        known, loss = self._run.evaluated or (-1, None)
+        # Only a finite loss of these very parameters says how good they are.
+        judged = known == number and loss is not None and math.isfinite(loss)
+        eval_loss = loss if judged else None
+        self._checkpointer.save(number, state, position, eval_loss)
+
+    def _tolerate(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except SaveError as error:
+            if not self._continues:
+                raise
+            self._run.warn(f"{error} (training continues: config.checkpoint.on_error)")
+
+    def _note(self, number: int) -> None:
+        self._noted = time.monotonic()
+        self._run.history.note(number)

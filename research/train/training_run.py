@@ -1,0 +1,61 @@
+"""A run that is ready to train: what every part of the train room works on."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from research.config.run_config import Config
+from research.engine.sampler import Sampler
+from research.formats.base_model import Base
+from research.runs.phase_timer import PhaseTimer
+from research.runs.run_directory import RunDir
+from research.runs.run_history import History
+from research.tasks.task_protocol import Task
+from research.train import throughput
+from research.train.doctor import Examination
+from research.train.step import train_step
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A run that has passed its doctor: everything the loop needs.
+
+    Attributes:
+      state: what is trained; None while a checkpoint is read, to make room for it.
+      evaluated: step and loss of the last evaluation, which `keep_best` judges by.
+    """
+
+    config: Config
+    folder: RunDir
+    base: Base
+    task: Task
+    definition: train_step.StepDefinition
+    sampler: Sampler
+    state: train_step.TrainState | None
+    frozen: dict[str, Any]
+    examination: Examination
+    console: Console
+    phases: PhaseTimer
+    history: History
+    evaluated: tuple[int, float] | None = None
+
+    @property
+    def microbatches(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.config.data.batch_size // self.config.data.rows_per_pass
+
+    def warn(self, text: str) -> None:
+        """Logs a warning and keeps it in the run's history."""
+        logging.warning("%s", text)
+        self.history.event(text)
+
+    def count_flops(self) -> throughput.FlopCount:
+        """What a step of this run needs, for MFU."""
+        return throughput.count_flops(
+            self.base.architecture,
+            trained=sum(x.size for x in jax.tree.leaves(self.state.params)),
+            full=not self.frozen,
+        )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from launch import targets
 from launch.jobs import compiler_settings, launcher
-from launch.jobs.launch_job import Job, check_training_flags
+from launch.jobs.launch_job import LaunchJob, check_training_flags
 from research.config import command_line
 from research.core.errors import UserError
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(own)
     config = check_training_flags(training)
     target = targets.find(options.target)
-    return launcher.start(target, [Job.of_run(training, config)], options)
+    return launcher.start(target, [LaunchJob.of_run(training, config)], options)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import IO
 
 from launch.jobs import restart_policy
-from launch.jobs.launch_job import Plan
+from launch.jobs.launch_job import LaunchPlan
 
 SETTLE = 30.0  # seconds between two looks at a machine, and before a cloud knows
 READY = ("READY", "ACTIVE")
@@ -30,7 +30,7 @@ SILENT = 120  # lost connections one after another, about an hour, to give up af
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class RentedMachine:
     """One machine, or several that are rented together.
 
     Attributes:
@@ -47,11 +47,11 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class MachinesPlan(Plan):
+class MachinesPlan(LaunchPlan):
     """A plan whose commands are those of `before` and of the machines' steps."""
 
     before: Sequence[Sequence[str]] = ()
-    machines: Sequence[Machine] = ()
+    machines: Sequence[RentedMachine] = ()
 
 
 def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
@@ -62,7 +62,7 @@ def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
         and a lost connection looked through again.
       whole: from the making to the deleting, with what goes wrong between them.
     """
-    calls = Calls()
+    calls = CommandRunner()
     # The last is that of a terminal that is gone.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, calls.forward)
@@ -70,9 +70,9 @@ def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
     if code:
         return code
 
-    def one(machine: Machine) -> int:
+    def one(machine: RentedMachine) -> int:
         if whole:
-            return Life(machine, calls, restarts).live()
+            return MachineLifecycle(machine, calls, restarts).live()
         steps = [command for step in machine.steps.values() for command in step]
         return calls.do(steps, machine.log)
 
@@ -84,7 +84,7 @@ def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
     return restart_policy.worst(codes)
 
 
-class Calls:
+class CommandRunner:
     """Commands that run for machines.
 
     Attributes:
@@ -131,10 +131,12 @@ class Calls:
         return code
 
 
-class Life:
+class MachineLifecycle:
     """Of one machine, from its making to its end."""
 
-    def __init__(self, machine: Machine, calls: Calls, restarts: int) -> None:
+    def __init__(
+        self, machine: RentedMachine, calls: CommandRunner, restarts: int
+    ) -> None:
         self._machine, self._calls, self._left = machine, calls, restarts
         self._prepared = False
         self._silent = 0

@@ -19,7 +19,7 @@ from research.plan.planned_devices import parse_topology
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class TpuGeneration:
     """One generation.
 
     Attributes:
@@ -35,25 +35,25 @@ class Family:
     gke: str
 
 
-FAMILIES: Mapping[str, Family] = {
-    "v4": Family("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice"),
-    "v5e": Family("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
-    "v5p": Family("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
-    "v6e": Family("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+GENERATIONS: Mapping[str, TpuGeneration] = {
+    "v4": TpuGeneration("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice"),
+    "v5e": TpuGeneration("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
+    "v5p": TpuGeneration("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
+    "v6e": TpuGeneration("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
 }
 HOSTED = 4  # chips of one host of several
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TpuSlice:
     """`shape` is the torus, as `4x4`."""
 
     chip: Chip
     shape: str
 
     @property
-    def family(self) -> Family:
-        return FAMILIES[self.chip.name]
+    def generation(self) -> TpuGeneration:
+        return GENERATIONS[self.chip.name]
 
     @property
     def chips(self) -> int:
@@ -67,10 +67,10 @@ class Slice:
     @property
     def type(self) -> str:
         """As gcloud and SkyPilot take it: `v5litepod-16`."""
-        return f"{self.family.type}-{self.chips * self.family.counted}"
+        return f"{self.generation.type}-{self.chips * self.generation.counted}"
 
 
-def named(topology: str, flag: str) -> Slice:
+def named(topology: str, flag: str) -> TpuSlice:
     """`v5e:4x4`, as `flag` gives it.
 
     Raises:
@@ -81,10 +81,10 @@ def named(topology: str, flag: str) -> Slice:
             f"no topology: give {flag}, or --config.runtime.topology=v5e:4x4 after --"
         )
     target = parse_topology(topology, flag=flag)
-    return Slice(target.chip, "x".join(map(str, target.shape)))
+    return TpuSlice(target.chip, "x".join(map(str, target.shape)))
 
 
-def of_type(text: str, flag: str) -> Slice:
+def of_type(text: str, flag: str) -> TpuSlice:
     """`v5litepod-16`, as `flag` gives it.
 
     Raises:
@@ -92,16 +92,16 @@ def of_type(text: str, flag: str) -> Slice:
     """
     known = {
         found.type: found
-        for name in FAMILIES
+        for name in GENERATIONS
         for shape in CHIPS[name].shapes
-        for found in [Slice(CHIPS[name], shape)]
+        for found in [TpuSlice(CHIPS[name], shape)]
     }
     if text not in known:
         raise UserError(f"{flag} is {text!r}; it must be one of {', '.join(known)}")
     return known[text]
 
 
-def only(config: Config, type_: str, flag: str, example: str) -> Slice:
+def only(config: Config, type_: str, flag: str, example: str) -> TpuSlice:
     """The one slice of a job: `type_`, as `flag` gives it, or else the config's.
 
     Raises:
@@ -117,7 +117,7 @@ def only(config: Config, type_: str, flag: str, example: str) -> Slice:
     return named(config.runtime.topology, example)
 
 
-def default_type(chosen: Slice, flag: str) -> str:
+def default_type(chosen: TpuSlice, flag: str) -> str:
     """The type, which stands for one shape of so many chips.
 
     Raises:

@@ -16,7 +16,7 @@ from research.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LaunchJob:
     """One command of a trainer: a run, or several that train as one program.
 
     Attributes:
@@ -36,7 +36,9 @@ class Job:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of_run(cls, flags: Sequence[str], config: Config, name: str = "") -> "Job":
+    def of_run(
+        cls, flags: Sequence[str], config: Config, name: str = ""
+    ) -> "LaunchJob":
         """A job of one run, named by its folder."""
         folder = Path(config.run_dir)
         return cls(name or folder.name, tuple(flags), config, beside=folder)
@@ -72,7 +74,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """All that a launch does.
 
     Attributes:

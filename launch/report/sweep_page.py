@@ -7,8 +7,8 @@ from typing import Any
 
 import jinja2.sandbox
 
-from launch.report import statistics, sweep_plots, sweep_results
-from launch.report.sweep_results import Report, Row
+from launch.report import seed_statistics, sweep_plots, sweep_results
+from launch.report.sweep_results import PointResult, SweepReport
 from research.report.progress_view import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -34,7 +34,7 @@ def write(folder: Path) -> list[Path]:
     return written
 
 
-def _render(name: str, report: Report, pictures: dict[str, str]) -> str:
+def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         autoescape=name.endswith(".html"),
         trim_blocks=True,
@@ -52,14 +52,14 @@ def _render(name: str, report: Report, pictures: dict[str, str]) -> str:
         done=sum(r.state == "done" for row in report.rows for r in row.results),
         count=sum(len(row.results) for row in report.rows),
         command=shlex.join,
-        percent=round(100 * statistics.LEVEL),
+        percent=round(100 * seed_statistics.LEVEL),
         comparisons=len(report.rows) - 1,
         baseline=sweep_plots.label(report.baseline),
     )
 
 
-def header(report: Report) -> list[str]:
-    percent = round(100 * statistics.LEVEL)
+def header(report: SweepReport) -> list[str]:
+    percent = round(100 * seed_statistics.LEVEL)
     return [
         *report.axes,
         "seeds",
@@ -74,7 +74,7 @@ def header(report: Report) -> list[str]:
     ]
 
 
-def cells(report: Report, row: Row) -> list[str]:
+def cells(report: SweepReport, row: PointResult) -> list[str]:
     """A row of the table, in the order of `header`."""
     found, against = row.found, row.comparison and row.comparison.difference
     return [

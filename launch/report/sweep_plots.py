@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from launch.report import statistics
-from launch.report.statistics import Interval
-from launch.report.sweep_results import Report, Result, Row
+from launch.report import seed_statistics
+from launch.report.seed_statistics import Interval
+from launch.report.sweep_results import PointResult, RunResult, SweepReport
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -27,7 +27,7 @@ STYLE = {
 }
 
 
-def curves(report: Report) -> str:
+def curves(report: SweepReport) -> str:
     """The metric over the steps, and its paired difference to the baseline."""
     by_point = {row.point: row.results for row in report.rows}
     baseline = {r.seed: dict(r.curve) for r in by_point.get(report.baseline, ())}
@@ -49,7 +49,7 @@ def curves(report: Report) -> str:
     return _picture(2, draw)
 
 
-def _against(result: Result, baseline: Mapping[int, dict[int, float]]) -> dict:
+def _against(result: RunResult, baseline: Mapping[int, dict[int, float]]) -> dict:
     known = baseline.get(result.seed, {})
     return {step: value - known[step] for step, value in result.curve if step in known}
 
@@ -72,7 +72,7 @@ def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) 
     )
 
 
-def along(report: Report, index: int) -> str:
+def along(report: SweepReport, index: int) -> str:
     """The end along axis `index`, a line for each of the other points.
 
     Left the metric, right its paired difference to the baseline: where seeds differ
@@ -80,7 +80,7 @@ def along(report: Report, index: int) -> str:
     """
     axis = report.sweep["axes"][index]
     positions, scale = _positions(axis)
-    lines: dict[tuple[str, ...], list[Row]] = {}
+    lines: dict[tuple[str, ...], list[PointResult]] = {}
     for row in sorted(report.rows, key=lambda row: positions[row.point[index]]):
         if row.found:
             rest = (*row.point[:index], *row.point[index + 1 :])
@@ -106,7 +106,7 @@ def along(report: Report, index: int) -> str:
                 x: r.comparison.difference for x, r in at.items() if r.comparison
             }
             _bars(right, compared, style)
-        percent = round(100 * statistics.LEVEL)
+        percent = round(100 * seed_statistics.LEVEL)
         left.set(ylabel=f"{report.sweep['metric']}, {percent} %", title="held out")
         right.axhline(0, color="0.4", linewidth=1)
         right.set(title=f"minus {label(report.baseline)}, same seed, {percent} %")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.report import statistics
-from launch.report.statistics import Comparison, Interval
+from launch.report import seed_statistics
+from launch.report.seed_statistics import Interval, PairedComparison
 from launch.sweep import sweep_runs
 from research.core.errors import UserError
 from research.runs.metrics_file import read_metrics
@@ -18,7 +18,7 @@ UNMEASURED = "its evaluations do not have the metric"
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class RunResult:
     """One run.
 
     Attributes:
@@ -45,7 +45,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PointResult:
     """One point of the sweep, over its seeds.
 
     Attributes:
@@ -56,9 +56,9 @@ class Row:
     """
 
     point: tuple[str, ...]
-    results: tuple[Result, ...]
+    results: tuple[RunResult, ...]
     found: Interval | None
-    comparison: Comparison | None
+    comparison: PairedComparison | None
     verdict: str
     seconds: float
     tokens: float
@@ -66,7 +66,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class SweepReport:
     """A sweep and what came out of it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Report:
 
     folder: Path
     sweep: dict[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[PointResult, ...]
 
     @property
     def baseline(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class Report:
         return dict(collections.Counter(result.origin for result in done))
 
 
-def load(folder: Path) -> Report:
+def load(folder: Path) -> SweepReport:
     """Reads `sweep.json` and every run's files.
 
     Raises:
@@ -111,29 +111,29 @@ def load(folder: Path) -> Report:
     baseline = tuple(sweep["baseline"])
     known = _by_seed(by_point.get(baseline, ()))
     others = [point for point in points if point != baseline]
-    compared = [statistics.compare(_by_seed(by_point[p]), known) for p in others]
-    adjusted = statistics.holm([c.p if c else 1.0 for c in compared])
+    compared = [seed_statistics.compare(_by_seed(by_point[p]), known) for p in others]
+    adjusted = seed_statistics.holm([c.p if c else 1.0 for c in compared])
     said = {
-        point: (c, statistics.verdict(c, p, len(others)))
+        point: (c, seed_statistics.verdict(c, p, len(others)))
         for point, c, p in zip(others, compared, adjusted, strict=True)
     }
     rows = [
         _row(point, results, *said.get(point, (None, "baseline")))
         for point, results in by_point.items()
     ]
-    return Report(folder, sweep, tuple(rows))
+    return SweepReport(folder, sweep, tuple(rows))
 
 
-def _by_seed(results: Sequence[Result]) -> dict[int, float]:
+def _by_seed(results: Sequence[RunResult]) -> dict[int, float]:
     return {r.seed: r.value for r in results if r.value is not None}
 
 
 def _row(
     point: tuple[str, ...],
-    results: tuple[Result, ...],
-    comparison: Comparison | None,
+    results: tuple[RunResult, ...],
+    comparison: PairedComparison | None,
     verdict: str,
-) -> Row:
+) -> PointResult:
     done = [r for r in results if r.value is not None]
     missing = len(results) - len(done)
     if missing:
@@ -142,10 +142,10 @@ def _row(
     def mean(what: str) -> float:
         return sum(getattr(r, what) for r in done) / len(done) if done else math.nan
 
-    return Row(
+    return PointResult(
         point=point,
         results=results,
-        found=statistics.interval([r.value for r in done]) if done else None,
+        found=seed_statistics.interval([r.value for r in done]) if done else None,
         comparison=comparison,
         verdict=verdict,
         seconds=mean("seconds"),
@@ -154,7 +154,7 @@ def _row(
     )
 
 
-def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
+def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
     place = folder / run["name"]
     lines = read_metrics(place)
     train = [line for line in lines if line["kind"] == "train"]
@@ -165,7 +165,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> Result:
     is_unmeasured = bool(evaluated) and not curve
     seconds = train[-1]["elapsed_s"] if train else 0.0
     history = _history(place)
-    return Result(
+    return RunResult(
         name=run["name"],
         point=tuple(run["point"]),
         seed=run["seed"],

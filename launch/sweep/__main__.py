@@ -9,9 +9,9 @@ from pathlib import Path
 
 from launch import targets
 from launch.jobs import launcher
-from launch.jobs.launch_job import Plan
-from launch.sweep import run_grouping, sweep_runs, sweep_spec
-from launch.sweep.run_grouping import Unit
+from launch.jobs.launch_job import LaunchPlan
+from launch.sweep import run_packs, sweep_runs, sweep_spec
+from launch.sweep.run_packs import RunPack
 from launch.sweep.sweep_runs import SweepRun
 from launch.targets import Target, local
 from research.config import command_line
@@ -37,16 +37,16 @@ def main(argv: Sequence[str]) -> int:
     found = sweep_runs.expand(sweep, folder, overrides)
     at_once = options.together or (8 if target is local else 1)
     wanted = [
-        unit
-        for unit in run_grouping.make_units(found, at_once, folder)
-        if not unit.is_done
+        pack
+        for pack in run_packs.make_packs(found, at_once, folder)
+        if not pack.is_done
     ]
     sweep_runs.check_folder(folder, sweep, found)
     if options.dry_run:
         done = sum(run.is_done for run in found)
         sys.stdout.write(f"# {len(found)} runs, {done} done; {len(wanted)} commands\n")
     elif target is local:
-        jobs = launcher.with_settings(local, [unit.job for unit in wanted], options)
+        jobs = launcher.with_settings(local, [pack.job for pack in wanted], options)
         plans = [local.plan([job], options) for job in jobs]
         sweep_runs.write(folder, sweep, options.sweep, found)
         return train(wanted, plans, found, folder, options)
@@ -114,8 +114,8 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 
 def train(
-    wanted: Sequence[Unit],
-    plans: Sequence[Plan],
+    wanted: Sequence[RunPack],
+    plans: Sequence[LaunchPlan],
     found: Sequence[SweepRun],
     folder: Path,
     options: argparse.Namespace,
@@ -123,11 +123,11 @@ def train(
     """On this machine, until all is done or has failed."""
     # Only now: a mistyped flag is answered before JAX is imported.
     from launch.report import sweep_page
-    from launch.sweep.sweep_worker import Worker
+    from launch.sweep.sweep_worker import SweepWorker
 
     logging.basicConfig(level=logging.INFO, format="sweep: %(message)s")
-    with local.Group() as group:
-        worker = Worker(wanted, found, folder, group)
+    with local.ProcessGroup() as group:
+        worker = SweepWorker(wanted, found, folder, group)
         code = worker.work(plans, options.restarts)
     if group.told is None:
         for path in sweep_page.write(folder):

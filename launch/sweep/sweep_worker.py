@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.jobs import restart_policy
-from launch.jobs.launch_job import Plan
-from launch.sweep.run_grouping import Unit
+from launch.jobs.launch_job import LaunchPlan
+from launch.sweep.run_packs import RunPack
 from launch.sweep.sweep_runs import SweepRun
-from launch.targets.local import Group
+from launch.targets.local import ProcessGroup
 from research.core.errors import PREEMPTED
 from research.report.progress_view import duration
 from research.runs.metrics_file import read_metrics
@@ -29,7 +29,7 @@ WORD = 30.0  # seconds between two lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
+class FailedRun:
     """A run that was tried and is not done."""
 
     name: str
@@ -37,8 +37,8 @@ class Failure:
     log: str
 
 
-class Worker:
-    """Pulls units until none is left.
+class SweepWorker:
+    """Pulls packs until none is left.
 
     Attributes:
       failures: of this worker and, since it began, of others.
@@ -46,36 +46,36 @@ class Worker:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        packs: Sequence[RunPack],
         runs: Sequence[SweepRun],
         folder: Path,
-        group: Group,
+        group: ProcessGroup,
     ):
-        """`units` are to be done of `runs`, which are all of the sweep's."""
-        self._units, self._runs = units, runs
+        """`packs` are to be done of `runs`, which are all of the sweep's."""
+        self._packs, self._runs = packs, runs
         self._folder, self._group = folder, group
         self._begun = time.time()
         self._trained = 0.0  # Steps of this worker, and
         self._spent = 0.0  # the seconds they took, start-up included.
-        self.failures: dict[str, Failure] = {}
+        self.failures: dict[str, FailedRun] = {}
 
-    def work(self, plans: Sequence[Plan], restarts: int) -> int:
-        """Trains all units but those that others train; returns the exit code.
+    def work(self, plans: Sequence[LaunchPlan], restarts: int) -> int:
+        """Trains all packs but those that others train; returns the exit code.
 
-        `plans` has the commands of each unit.
+        `plans` has the commands of each pack.
         """
         logging.info("%s", self._standing())
-        waiting = list(zip(self._units, plans, strict=True))
+        waiting = list(zip(self._packs, plans, strict=True))
         while waiting and self._group.told is None:
             left = []
-            for unit, plan in waiting:
-                if self._group.told is not None or unit.is_done or self._failed(unit):
+            for pack, plan in waiting:
+                if self._group.told is not None or pack.is_done or self._failed(pack):
                     continue
-                with self._claim(unit) as locks:
+                with self._claim(pack) as locks:
                     if not locks:
-                        left.append((unit, plan))
-                    elif not unit.is_done:
-                        self._train(unit, plan, restarts, locks)
+                        left.append((pack, plan))
+                    elif not pack.is_done:
+                        self._train(pack, plan, restarts, locks)
             if len(left) == len(waiting):
                 time.sleep(POLL)  # All that is left is with other workers.
             waiting = left
@@ -86,14 +86,14 @@ class Worker:
         )
 
     @contextlib.contextmanager
-    def _claim(self, unit: Unit) -> Iterator[list[int]]:
+    def _claim(self, pack: RunPack) -> Iterator[list[int]]:
         """The locks of all its runs, as file descriptors; none if one is taken."""
         claims = self._folder / "claims"
         claims.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             locks = []
             # In one order everywhere: of two workers that overlap one gets all.
-            for name in sorted(run.name for run in unit.runs):
+            for name in sorted(run.name for run in pack.runs):
                 lock = os.open(claims / name, os.O_RDWR | os.O_CREAT, 0o644)
                 stack.callback(os.close, lock)
                 try:
@@ -105,44 +105,44 @@ class Worker:
             yield locks
 
     def _train(
-        self, unit: Unit, plan: Plan, restarts: int, locks: Sequence[int]
+        self, pack: RunPack, plan: LaunchPlan, restarts: int, locks: Sequence[int]
     ) -> None:
-        log = unit.job.file(".log")
+        log = pack.job.file(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        logging.info("training %s; what it says is in %s", unit.job.name, log)
-        begun, before = time.monotonic(), self._steps(unit)
-        watch = Watch(self, unit, begun, before)
+        logging.info("training %s; what it says is in %s", pack.job.name, log)
+        begun, before = time.monotonic(), self._steps(pack)
+        watch = PackProgress(self, pack, begun, before)
         with log.open("ab") as output:
             code = self._group.train(plan, restarts, output, watch, locks)
-        self._trained += self._steps(unit) - before
+        self._trained += self._steps(pack) - before
         self._spent += time.monotonic() - begun
         if self._group.told is None:
-            self._judge(unit, code, log)
+            self._judge(pack, code, log)
         logging.info("%s%s", self._standing(), self._to_go())
 
-    def _judge(self, unit: Unit, code: int, log: Path) -> None:
-        for run in unit.runs:
+    def _judge(self, pack: RunPack, code: int, log: Path) -> None:
+        for run in pack.runs:
             mark = self._mark(run)
             if run.is_done:
                 mark.unlink(missing_ok=True)
                 continue
             # A pack whose other runs are done ends with the code of the worst.
-            found = Failure(run.name, code or 1, str(log))
+            found = FailedRun(run.name, code or 1, str(log))
             self.failures[run.name] = found
             mark.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
             logging.error("%s failed with code %d; see %s", run.name, code, log)
-        if len(unit.runs) > 1 and not any(run.is_done for run in unit.runs):
-            half = math.ceil(len(unit.runs) / 2)
+        if len(pack.runs) > 1 and not any(run.is_done for run in pack.runs):
+            half = math.ceil(len(pack.runs) / 2)
             logging.error("none of them is done: --together=%d takes less memory", half)
 
-    def _failed(self, unit: Unit) -> bool:
+    def _failed(self, pack: RunPack) -> bool:
         """Whether all that is left of it was tried in vain since this one began."""
-        for run in unit.runs:
+        for run in pack.runs:
             mark = self._mark(run)
             with contextlib.suppress(OSError, ValueError, TypeError):
                 if not run.is_done and mark.stat().st_mtime >= self._begun:
-                    self.failures[run.name] = Failure(**json.loads(mark.read_text()))
-        return all(run.is_done or run.name in self.failures for run in unit.runs)
+                    self.failures[run.name] = FailedRun(**json.loads(mark.read_text()))
+        return all(run.is_done or run.name in self.failures for run in pack.runs)
 
     def _mark(self, run: SweepRun) -> Path:
         return self._folder / "claims" / f"{run.name}.failed"
@@ -154,9 +154,9 @@ class Worker:
             f", {failed} failed" if failed else ""
         )
 
-    def _steps(self, unit: Unit) -> float:
-        """Updates made so far, of all runs of a unit."""
-        return sum(last_step(run) for run in unit.runs)
+    def _steps(self, pack: RunPack) -> float:
+        """Updates made so far, of all runs of a pack."""
+        return sum(last_step(run) for run in pack.runs)
 
     def _to_go(self, more: float = 0.0, seconds: float = 0.0) -> str:
         """How long the rest takes at the pace so far."""
@@ -168,11 +168,11 @@ class Worker:
 
 
 @dataclasses.dataclass
-class Watch:
-    """Says now and then how far a unit is."""
+class PackProgress:
+    """Says now and then how far a pack is."""
 
-    worker: Worker
-    unit: Unit
+    worker: SweepWorker
+    pack: RunPack
     begun: float
     before: float
     said: float = dataclasses.field(default_factory=time.monotonic)
@@ -182,11 +182,11 @@ class Watch:
         if now - self.said < WORD:
             return
         self.said = now
-        made = self.worker._steps(self.unit) - self.before
-        first = self.unit.runs[0]
+        made = self.worker._steps(self.pack) - self.before
+        first = self.pack.runs[0]
         logging.info(
             "%s: step %d/%d%s",
-            self.unit.job.name,
+            self.pack.job.name,
             last_step(first),
             first.config.steps,
             self.worker._to_go(made, now - self.begun),

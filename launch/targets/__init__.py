@@ -1,6 +1,6 @@
 """One file a target: `HELP`, `TOOLS`, `add_flags`, `plan` and `run`.
 
-A target turns jobs into a `Plan`; `run` carries it out. To add one, add a file.
+A target turns jobs into a `LaunchPlan`; `run` carries it out. To add one, add a file.
 
 One that rents machines also has `chips(options, config)`: what they are, as
 `("v5e:4x4", slices)`, or None where it does not know. The gate asks the planner.
@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from launch.jobs.launch_job import Job, Plan
+from launch.jobs.launch_job import LaunchJob, LaunchPlan
 
 
 class Target(Protocol):
@@ -28,9 +28,11 @@ class Target(Protocol):
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None: ...
 
-    def plan(self, jobs: Sequence[Job], options: argparse.Namespace) -> Plan: ...
+    def plan(
+        self, jobs: Sequence[LaunchJob], options: argparse.Namespace
+    ) -> LaunchPlan: ...
 
-    def run(self, plan: Plan, options: argparse.Namespace) -> int: ...
+    def run(self, plan: LaunchPlan, options: argparse.Namespace) -> int: ...
 
 
 def names() -> list[str]:

@@ -30,9 +30,9 @@ from typing import Any
 
 import yaml
 
-from launch.clouds import code_upload, tpu_slices
+from launch.clouds import remote_jobs, tpu_slices
 from launch.jobs import restart_policy
-from launch.jobs.launch_job import Job, Plan
+from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
 from research.parallel.chips import CHIPS
@@ -78,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--volume", action="append", default=[], metavar="CLAIM:/PATH",
         help="a persistent volume claim; run directories lie in the first; required",
     )  # fmt: skip
-    code_upload.add_secret_flag(
+    remote_jobs.add_secret_flag(
         parser, "a Secret of the namespace, whose keys become environment variables"
     )
 
@@ -94,29 +94,29 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     return (f"{known[0]}:{options.nodes * options.gpus_per_node}", 1) if known else None
 
 
-def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     """A manifest for each job."""
     if not options.image:
         raise UserError("no image: give --image=REGISTRY/NAME:TAG, which has this code")
-    code_upload.check_counts(
+    remote_jobs.check_counts(
         options,
         {"slices": 0, "gpus_per_node": 0, "nodes": 1, "grace": 1, "restarts": 0},
     )
-    code_upload.check_secrets(options.secret, DNS_NAME)
+    remote_jobs.check_secrets(options.secret, DNS_NAME)
     volumes = _volumes(options.volume)
     files, commands = {}, []
-    for name, job in zip(code_upload.names(jobs), jobs, strict=True):
-        there = code_upload.stored(code_upload.portable(job, "gke"), volumes[0][1])
+    for name, job in zip(remote_jobs.names(jobs), jobs, strict=True):
+        there = remote_jobs.stored(remote_jobs.portable(job, "gke"), volumes[0][1])
         file = job.file(".jobset.yaml")
         files[file] = yaml.safe_dump(
             manifest(name, there, options, volumes), sort_keys=False, allow_unicode=True
         )
         # Not `apply`: to a JobSet that has ended it does nothing, and says so with 0.
         commands.append(["kubectl", "create", f"--filename={file}"])
-    return Plan(files, commands)
+    return LaunchPlan(files, commands)
 
 
-def run(plan: Plan, options: argparse.Namespace) -> int:
+def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
     """Submits all, whatever becomes of one; returns the first code that is not 0."""
     plan.write_files()
     codes = [subprocess.run(x, check=False).returncode for x in plan.commands]
@@ -157,7 +157,7 @@ def _volumes(given: Sequence[str]) -> list[tuple[str, str]]:
 
 def manifest(
     name: str,
-    job: Job,
+    job: LaunchJob,
     options: argparse.Namespace,
     volumes: Sequence[tuple[str, str]],
 ) -> Manifest:
@@ -211,7 +211,7 @@ def manifest(
 
 
 def _container(
-    job: Job,
+    job: LaunchJob,
     options: argparse.Namespace,
     volumes: Sequence[tuple[str, str]],
     where: Manifest,
@@ -269,7 +269,7 @@ def _set_rules(several: bool) -> list[Manifest]:
     return [final | first, {"name": "preempted", "action": again} | met]
 
 
-def _tpus(job: Job, options: argparse.Namespace) -> Manifest:
+def _tpus(job: LaunchJob, options: argparse.Namespace) -> Manifest:
     """What depends on the hardware."""
     topology = options.topology or job.config.runtime.topology
     chosen = tpu_slices.named(topology, "--topology=v5e:4x4")
@@ -290,7 +290,7 @@ def _tpus(job: Job, options: argparse.Namespace) -> Manifest:
         "env": [],
         "limits": {"google.com/tpu": chosen.chips // chosen.hosts},
         "nodes": {
-            "cloud.google.com/gke-tpu-accelerator": chosen.family.gke,
+            "cloud.google.com/gke-tpu-accelerator": chosen.generation.gke,
             "cloud.google.com/gke-tpu-topology": chosen.shape,
         },
         "network": direct if count > 1 else {},

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO
 
-from launch.clouds import code_upload
+from launch.clouds import remote_jobs
 from launch.jobs import restart_policy
-from launch.jobs.launch_job import Job, Plan
+from launch.jobs.launch_job import LaunchJob, LaunchPlan
 
 HELP = "processes on this machine"
 TOOLS: Mapping[str, str] = {}
@@ -32,13 +32,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     """Of one job, to run; of several, to show: `launch.sweep` takes them in turn."""
-    code_upload.check_counts(options, {"processes": 1, "restarts": 0})
+    remote_jobs.check_counts(options, {"processes": 1, "restarts": 0})
     many = options.processes > 1
     commands = [job.command(sys.executable, distributed=many) for job in jobs]
     if not many:
-        return Plan({}, commands, [job.env for job in jobs])
+        return LaunchPlan({}, commands, [job.env for job in jobs])
     env = []
     for job in jobs:
         address = f"localhost:{options.port or free_port()}"
@@ -51,7 +51,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
             }
             for index in range(options.processes)
         ]
-    return Plan({}, [c for c in commands for _ in range(options.processes)], env)
+    return LaunchPlan({}, [c for c in commands for _ in range(options.processes)], env)
 
 
 def free_port() -> int:
@@ -60,17 +60,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(plan: Plan, options: argparse.Namespace) -> int:
+def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
     """Until the run is done or must not be tried again; returns its exit code.
 
     A signal to the launcher goes to every process, and ends the restarts.
     """
     logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
-    with Group() as group:
+    with ProcessGroup() as group:
         return group.train(plan, options.restarts)
 
 
-class Group:
+class ProcessGroup:
     """Processes that train one run, started again when that is worth it.
 
     Entered, it takes the signals that this process is sent.
@@ -83,7 +83,7 @@ class Group:
         self.told: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> "Group":
+    def __enter__(self) -> "ProcessGroup":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._forward)
         return self
@@ -102,7 +102,7 @@ class Group:
 
     def train(
         self,
-        plan: Plan,
+        plan: LaunchPlan,
         restarts: int,
         output: IO[bytes] | None = None,
         watch: Callable[[], None] = lambda: None,
@@ -128,7 +128,7 @@ class Group:
 
     def _run_once(
         self,
-        plan: Plan,
+        plan: LaunchPlan,
         output: IO[bytes] | None,
         watch: Callable[[], None],
         inherit: Sequence[int],

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from launch.clouds import code_upload, tpu_slices
-from launch.jobs.launch_job import Job, Plan
+from launch.clouds import remote_jobs, tpu_slices
+from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
 from research.parallel.chips import CHIPS
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="after failures; Sky counts a person's mistakes among them; default: 0",
     )
-    code_upload.add_secret_flag(
+    remote_jobs.add_secret_flag(
         parser, "a variable of this shell's environment that the job gets, too"
     )
 
@@ -69,10 +69,10 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     return f"{chosen.chip.name}:{chosen.shape}", 1
 
 
-def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     """A managed job for each."""
-    code_upload.check_counts(options, {"nodes": 1, "restarts": 0})
-    code_upload.check_secrets(options.secret)
+    remote_jobs.check_counts(options, {"nodes": 1, "restarts": 0})
+    remote_jobs.check_secrets(options.secret)
     if not BUCKET.fullmatch(options.bucket):
         raise UserError(
             f"--bucket is {options.bucket!r}; a machine's disk goes with it: name a "
@@ -80,8 +80,8 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         )
     files, commands = {}, []
     secrets = [flag for secret in options.secret for flag in ("--secret", secret)]
-    for name, job in zip(code_upload.names(jobs), jobs, strict=True):
-        there = code_upload.stored(code_upload.portable(job, "skypilot"), MOUNT)
+    for name, job in zip(remote_jobs.names(jobs), jobs, strict=True):
+        there = remote_jobs.stored(remote_jobs.portable(job, "skypilot"), MOUNT)
         file = job.file(".sky.yaml")
         files[file] = yaml.dump(
             task(name, there, options),
@@ -92,10 +92,10 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
         commands.append(
             ["sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(file)]
         )
-    return Plan(files, commands)
+    return LaunchPlan(files, commands)
 
 
-def run(plan: Plan, options: argparse.Namespace) -> int:
+def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
     """Submits, and leaves the rest to Sky: `sky jobs queue`, `sky jobs logs`."""
     absent = [name for name in options.secret if name not in os.environ]
     if absent:
@@ -105,7 +105,7 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
     return next((code for code in codes if code), 0)
 
 
-def task(name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+def task(name: str, job: LaunchJob, options: argparse.Namespace) -> dict[str, Any]:
     """Sky's YAML of a job called `name`, as data."""
     accelerators, hosts = _accelerators(job, options)
     platform = "tpu" if accelerators.startswith("tpu-") else "cuda13"
@@ -121,12 +121,12 @@ def task(name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "name": name,
-        "workdir": str(code_upload.ROOT),
+        "workdir": str(remote_jobs.ROOT),
         "num_nodes": options.nodes,
         "resources": ({"infra": options.infra} if options.infra else {}) | resources,
         "file_mounts": {MOUNT: {"source": options.bucket, "mode": "MOUNT"}},
         "envs": {
-            provenance.CODE_VERSION: provenance.code_version(code_upload.ROOT),
+            provenance.CODE_VERSION: provenance.code_version(remote_jobs.ROOT),
             **job.env,
         },
         **({"secrets": dict.fromkeys(options.secret)} if options.secret else {}),
@@ -138,7 +138,7 @@ def task(name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _accelerators(job: Job, options: argparse.Namespace) -> tuple[str, int]:
+def _accelerators(job: LaunchJob, options: argparse.Namespace) -> tuple[str, int]:
     """As Sky names them, and on how many hosts one node of Sky's has them.
 
     Raises:
@@ -156,7 +156,7 @@ def _accelerators(job: Job, options: argparse.Namespace) -> tuple[str, int]:
     return f"tpu-{name}", chosen.hosts
 
 
-def _slice(given: str, config: Config) -> tpu_slices.Slice:
+def _slice(given: str, config: Config) -> tpu_slices.TpuSlice:
     type_, flag = given.removeprefix("tpu-"), "--accelerators=tpu-TYPE"
     return tpu_slices.only(config, type_, flag, "--accelerators=H100:8")
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.clouds import code_upload
+from launch.clouds import remote_jobs
 from launch.jobs import restart_policy
-from launch.jobs.launch_job import Job, Plan
+from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError, nearest
 from research.parallel.chips import CHIPS
@@ -86,10 +86,10 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     return f"{options.device}:{options.nodes * options.gpus_per_node}", 1
 
 
-def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     """One job, or an array of several."""
     least = {"nodes": 1, "processes_per_node": 1, "grace": 1, "restarts": 0}
-    code_upload.check_counts(options, least)
+    remote_jobs.check_counts(options, least)
     first, several = jobs[0], len(jobs) > 1
     beside = first.file("").parent / "slurm-array" if several else first.beside
     if "\\" in str(beside):
@@ -132,7 +132,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]
     flags += options.sbatch
-    return Plan({script: text}, [["sbatch", "--requeue", *flags, str(script)]])
+    return LaunchPlan({script: text}, [["sbatch", "--requeue", *flags, str(script)]])
 
 
 def _sweep_name(beside: Path) -> str:
@@ -141,6 +141,6 @@ def _sweep_name(beside: Path) -> str:
     return (folder.parent if folder.name == "logs" else folder).name
 
 
-def run(plan: Plan, options: argparse.Namespace) -> int:
+def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
     plan.write_files()
     return subprocess.run(plan.commands[0], check=False).returncode

@@ -19,8 +19,8 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from launch.clouds import code_upload, rented_machines, tpu_slices
-from launch.jobs.launch_job import Job, Plan
+from launch.clouds import remote_jobs, rented_machines, tpu_slices
+from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
 from research.runs import provenance
@@ -134,7 +134,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--do", choices=STEPS, default="run", help="a part of it; default: run"
     )
-    code_upload.add_secret_flag(
+    remote_jobs.add_secret_flag(
         parser, "a secret of Secret Manager, read on the VM into a variable of its name"
     )
 
@@ -150,30 +150,30 @@ def rents(options: argparse.Namespace) -> bool:
     return "create" in STEPS[options.do]
 
 
-def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
+def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     """A VM for each job."""
     if not options.zone:
         raise UserError("no zone: give --zone=us-west4-a, or where you have TPUs")
-    code_upload.check_counts(options, {"restarts": 0})
-    code_upload.check_secrets(options.secret)
+    remote_jobs.check_counts(options, {"restarts": 0})
+    remote_jobs.check_secrets(options.secret)
     steps = [step for step in STEPS[options.do] if step != "delete" or not options.keep]
     if options.do == "delete":
         steps = ["delete"]
-    jobs = [code_upload.portable(job, "tpu-vm") for job in jobs]
+    jobs = [remote_jobs.portable(job, "tpu-vm") for job in jobs]
     chosen = [_slice(job.config, options) for job in jobs]
     files, made = {}, []
-    version = code_upload.committed(jobs, "tpu-vm") if "push" in steps else ""
+    version = remote_jobs.committed(jobs, "tpu-vm") if "push" in steps else ""
     # By the commit: a machine that is made again gets the code of its own launch.
     archive = os.path.abspath(jobs[0].beside.with_name(f"research-{version}.tar.gz"))
-    for name, job, each in zip(code_upload.names(jobs), jobs, chosen, strict=True):
+    for name, job, each in zip(remote_jobs.names(jobs), jobs, chosen, strict=True):
         script = job.file(".tpu-vm.sh")
         if "push" in steps:
             files[script] = worker_script(job, each, version, options)
         known = _commands(name, each, [archive, os.path.abspath(script)], options)
         commands = {step: known[step] for step in steps}
         log = job.file(".tpu-vm.log") if len(jobs) > 1 else None
-        made.append(rented_machines.Machine(name, commands, log))
-    send = ["git", "-C", str(code_upload.ROOT), "archive", "--format=tar.gz"]
+        made.append(rented_machines.RentedMachine(name, commands, log))
+    send = ["git", "-C", str(remote_jobs.ROOT), "archive", "--format=tar.gz"]
     before = [[*send, f"--output={archive}", version]] if "push" in steps else []
     flat = [command for m in made for step in m.steps.values() for command in step]
     return rented_machines.MachinesPlan(
@@ -181,7 +181,7 @@ def plan(jobs: Sequence[Job], options: argparse.Namespace) -> Plan:
     )
 
 
-def run(plan: Plan, options: argparse.Namespace) -> int:
+def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
     """Until all is done, or a signal to this launcher: then the VMs live on."""
     logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
     plan.write_files()
@@ -189,7 +189,10 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
 
 
 def worker_script(
-    job: Job, chosen: tpu_slices.Slice, version: str, options: argparse.Namespace
+    job: LaunchJob,
+    chosen: tpu_slices.TpuSlice,
+    version: str,
+    options: argparse.Namespace,
 ) -> str:
     """What runs on each worker.
 
@@ -202,7 +205,7 @@ def worker_script(
             f"{chosen.hosts} host(s) of {chosen.type} keep {job.config.run_dir} on "
             "their own disks, which go with the VM: give --bucket=NAME"
         )
-    job = code_upload.stored(job, FOLDER)
+    job = remote_jobs.stored(job, FOLDER)
     arguments = job.command("python", distributed=chosen.hosts > 1)[1:]
     variables = f"{shlex.join(job.setting_env([]))} " if job.env else ""
     project = f" --project={shlex.quote(options.project)}" if options.project else ""
@@ -222,7 +225,7 @@ def worker_script(
     )
 
 
-def _slice(config: Config, options: argparse.Namespace) -> tpu_slices.Slice:
+def _slice(config: Config, options: argparse.Namespace) -> tpu_slices.TpuSlice:
     return tpu_slices.only(config, options.type, "--type", "--type=v5litepod-16")
 
 
@@ -239,7 +242,7 @@ class _Gcloud:
 
 def _commands(
     name: str,
-    chosen: tpu_slices.Slice,
+    chosen: tpu_slices.TpuSlice,
     sent: Sequence[str],
     options: argparse.Namespace,
 ) -> dict[str, list[list[str]]]:
@@ -247,7 +250,7 @@ def _commands(
     project = [f"--project={options.project}"] if options.project else []
     gcloud = _Gcloud([f"--zone={options.zone}", *project])
     type_ = tpu_slices.default_type(chosen, "--config.runtime.topology")
-    software = options.runtime_version or chosen.family.runtime
+    software = options.runtime_version or chosen.generation.runtime
     wanted = [
         f"--accelerator-type={type_}",
         "--scopes=https://www.googleapis.com/auth/cloud-platform",

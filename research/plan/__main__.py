@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from research.plan import plan_command
 
     slices = f.slices or config.runtime.slices
-    request = plan_command.Request(
+    request = plan_command.PlanRequest(
         config, topology, slices, f.device, f.search, f.json, f.preset
     )
     return plan_command.run(request)

@@ -12,7 +12,7 @@ from research.core.errors import UserError
 from research.models.architecture import Architecture
 from research.parallel import mesh as meshes
 from research.plan import planner
-from research.plan.planned_devices import Target
+from research.plan.planned_devices import PlannedDevices
 from research.plan.planner import Plan
 
 # Compiling takes about a minute each, an estimate milliseconds.
@@ -23,7 +23,7 @@ WIDEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search has found.
 
     Attributes:
@@ -38,9 +38,9 @@ class Found:
 def search(
     config: Config,
     architecture: Architecture,
-    target: Target,
+    target: PlannedDevices,
     compile_plan: Callable[[Config], Plan] | None = None,
-) -> Found:
+) -> SearchResult:
     """Tries mesh layouts and remat policies, each with the largest micro-batch.
 
     The batch of a step stays as it is. `replica` stays with the slices, and `context`
@@ -89,7 +89,7 @@ def search(
     refused += len(fitting) - len(fitting[:SHOWN]) - (not fitting)
     if compile_plan is not None:
         best = _check(best, compile_plan)
-    return Found(best, refused)
+    return SearchResult(best, refused)
 
 
 def _slowness(plan: Plan) -> tuple[bool, float, float]:
@@ -98,7 +98,7 @@ def _slowness(plan: Plan) -> tuple[bool, float, float]:
     return (not plan.fits, round(middle, 6), plan.needed)
 
 
-def layouts(config: Config, target: Target) -> Iterator[MeshConfig]:
+def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:
     """Every split of all devices over data, fsdp, tensor and context."""
     replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
     each = target.count // replica
@@ -115,7 +115,7 @@ def layouts(config: Config, target: Target) -> Iterator[MeshConfig]:
 def _largest(
     config: Config,
     architecture: Architecture,
-    target: Target,
+    target: PlannedDevices,
     mesh: MeshConfig,
     remat: str,
 ) -> tuple[Plan | None, Plan | None]:

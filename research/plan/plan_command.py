@@ -8,16 +8,16 @@ from rich.console import Console
 
 from research.config.run_config import Config
 from research.parallel import runtime
-from research.plan import abstract_run, plan_json, planner
+from research.plan import abstract_step, plan_json, planner
 from research.plan.compiled import compile_step
 from research.plan.layout_search import search
-from research.plan.planned_devices import Target, parse_device, parse_topology
+from research.plan.planned_devices import PlannedDevices, parse_device, parse_topology
 from research.plan.planner import Plan
 from research.report import plan_tables
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """A plan that is asked for; see `research/plan.py` for the flags."""
 
     config: Config
@@ -29,7 +29,7 @@ class Request:
     preset: str
 
 
-def run(request: Request) -> int:
+def run(request: PlanRequest) -> int:
     """Plans and shows; returns 0 if it fits, 1 if not.
 
     Raises:
@@ -43,7 +43,7 @@ def run(request: Request) -> int:
     target = _target(request)
     if request.json:
         plan_json.check_json(request.json)
-    architecture = abstract_run.find_architecture(config, request.preset)
+    architecture = abstract_step.find_architecture(config, request.preset)
     devices = [] if request.device else compile_step.topology_devices(target)
 
     def plan(config: Config) -> Plan:
@@ -65,7 +65,7 @@ def run(request: Request) -> int:
     return 0 if plans[0]["fits"] else 1
 
 
-def _target(request: Request) -> Target:
+def _target(request: PlanRequest) -> PlannedDevices:
     if not request.device:
         return parse_topology(request.topology, request.slices)
     is_cpu = request.device.partition(":")[0] == "cpu"

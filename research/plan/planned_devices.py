@@ -12,7 +12,7 @@ from research.parallel.chips import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class PlannedDevices:
     """The devices of a plan.
 
     Attributes:
@@ -40,11 +40,11 @@ class Target:
             return len(whole) == 3
         return self.shape[axis] % ring == 0
 
-    def devices(self) -> list["PlannedDevice"]:
+    def devices(self) -> list["DeviceStandIn"]:
         """Stand-ins for the devices, in the order JAX lists real ones."""
         each = self.count // self.slices
         return [
-            PlannedDevice(
+            DeviceStandIn(
                 id=i,
                 process_index=i // self.chip.hosted,
                 slice_index=i // each,
@@ -58,7 +58,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedDevice:
+class DeviceStandIn:
     """What meshes and kernel choices ask of a `jax.Device`, without one."""
 
     id: int
@@ -80,7 +80,9 @@ def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(coords)
 
 
-def parse_topology(text: str, slices: int = 1, flag: str = "--topology") -> Target:
+def parse_topology(
+    text: str, slices: int = 1, flag: str = "--topology"
+) -> PlannedDevices:
     """`v5e:4x4`, as `flag` gives it, as a target of whole TPU slices.
 
     Raises:
@@ -95,7 +97,7 @@ def parse_topology(text: str, slices: int = 1, flag: str = "--topology") -> Targ
         )
     _check_slices(slices)
     sizes = tuple(int(n) for n in shape.split("x"))
-    return Target(chip, math.prod(sizes) * slices, slices, sizes)
+    return PlannedDevices(chip, math.prod(sizes) * slices, slices, sizes)
 
 
 def _check_slices(slices: int) -> None:
@@ -115,7 +117,7 @@ def _exists(chip: Chip, shape: str) -> bool:
     return cubes and sizes == sorted(sizes) and math.prod(sizes) <= largest
 
 
-def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> Target:
+def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> PlannedDevices:
     """`h100:8`, `v5e:4x4`, `v5p:64` or `cpu` as a target.
 
     Args:
@@ -136,10 +138,10 @@ def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> Target:
         raise UserError(f"--device is {text!r}; write it as h100:8, v5e:4x4 or cpu")
     count = int(size or 1)
     if name == "cpu":
-        return Target(_this_machine(count, cpu_flops), count)
+        return PlannedDevices(_this_machine(count, cpu_flops), count)
     chip = CHIPS[name]
     if not chip.shapes:
-        return Target(chip, count * slices, slices)
+        return PlannedDevices(chip, count * slices, slices)
     fitting = [s for s in chip.shapes if math.prod(map(int, s.split("x"))) == count]
     if not fitting:
         raise UserError(

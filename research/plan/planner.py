@@ -8,17 +8,16 @@ from typing import Any
 from research.config.run_config import Config
 from research.models.architecture import Architecture
 from research.parallel import mesh as meshes
-from research.plan import abstract_run
-from research.plan.abstract_run import Inputs
+from research.plan import abstract_step
+from research.plan.abstract_step import AbstractStep
 from research.plan.compiled import compile_step
 from research.plan.compiled.collectives import Collective, Traffic, summarize
-from research.plan.compiled.compile_step import Memory
-from research.plan.estimate import flops as counting
-from research.plan.estimate import memory_formulas
+from research.plan.compiled.compile_step import MemoryUse
+from research.plan.estimate import memory_formulas, step_flops
 from research.plan.estimate import roofline as rooflines
-from research.plan.estimate.flops import Flops
 from research.plan.estimate.roofline import Prediction, Roofline
-from research.plan.planned_devices import Target
+from research.plan.estimate.step_flops import StepFlops
+from research.plan.planned_devices import PlannedDevices
 from research.weights import parameter_paths
 
 # Above this share of its memory a chip has too little left for what no plan sees:
@@ -48,15 +47,15 @@ class Plan:
       frozen: scalars that are not.
     """
 
-    target: Target
+    target: PlannedDevices
     config: Config
     mesh: dict[str, int]
     source: str
     seconds: float
-    memory: Memory | None
+    memory: MemoryUse | None
     needed: float
     traffic: list[Traffic]
-    flops: Flops
+    flops: StepFlops
     roofline: Roofline
     best: Prediction
     worst: Prediction
@@ -79,7 +78,10 @@ class Plan:
 
 
 def plan_compiled(
-    config: Config, architecture: Architecture, target: Target, devices: Sequence[Any]
+    config: Config,
+    architecture: Architecture,
+    target: PlannedDevices,
+    devices: Sequence[Any],
 ) -> Plan:
     """Compiles the train step for `devices` of `compiled.topology_devices`.
 
@@ -87,56 +89,58 @@ def plan_compiled(
       UserError: rows or dimensions do not fit the model or the mesh.
     """
     mesh = meshes.make_mesh(config.mesh, devices)
-    inputs = abstract_run.make_inputs(config, architecture, mesh)
+    step = abstract_step.make_abstract_step(config, architecture, mesh)
     logging.info("compiling the train step for %s", target.name)
-    result = compile_step.compile_step(inputs, memory_formulas.head_chunks(inputs))
+    result = compile_step.compile_step(step, memory_formulas.head_chunks(step))
     source, found, moved = "compiled", result.collectives, result.moved
     if result.memory is None:
         source = "refused"
-        found = memory_formulas.estimate_collectives(inputs)
-        moved = memory_formulas.estimate_moved(inputs)
+        found = memory_formulas.estimate_collectives(step)
+        moved = memory_formulas.estimate_moved(step)
     return _assemble(
-        inputs, target, source, result.seconds, result.memory, result.needed,
+        step, target, source, result.seconds, result.memory, result.needed,
         found, moved,
     )  # fmt: skip
 
 
-def plan_estimate(config: Config, architecture: Architecture, target: Target) -> Plan:
+def plan_estimate(
+    config: Config, architecture: Architecture, target: PlannedDevices
+) -> Plan:
     """The plan by formula alone, without a compiler.
 
     Raises:
       UserError: rows or dimensions do not fit the model or the mesh.
     """
     mesh = meshes.make_mesh(config.mesh, target.devices())
-    inputs = abstract_run.make_inputs(config, architecture, mesh)
-    memory = memory_formulas.estimate_memory(inputs)
+    step = abstract_step.make_abstract_step(config, architecture, mesh)
+    memory = memory_formulas.estimate_memory(step)
     return _assemble(
-        inputs, target, "estimated", 0.0, memory, memory.total,
-        memory_formulas.estimate_collectives(inputs),
-        memory_formulas.estimate_moved(inputs),
+        step, target, "estimated", 0.0, memory, memory.total,
+        memory_formulas.estimate_collectives(step),
+        memory_formulas.estimate_moved(step),
     )  # fmt: skip
 
 
 def _assemble(
-    inputs: Inputs,
-    target: Target,
+    step: AbstractStep,
+    target: PlannedDevices,
     source: str,
     seconds: float,
-    memory: Memory | None,
+    memory: MemoryUse | None,
     needed: float,
     found: list[Collective],
     moved: float,
 ) -> Plan:
-    mesh = inputs.definition.mesh
-    flops = counting.count_flops(inputs)
+    mesh = step.definition.mesh
+    flops = step_flops.count_step_flops(step)
     line = rooflines.make_roofline(flops, moved, found, target, mesh)
     predictions = [
-        rooflines.predict(s, flops, inputs.tokens, inputs.config.steps, target)
+        rooflines.predict(s, flops, step.tokens, step.config.steps, target)
         for s in (line.overlapped, line.summed)
     ]
     return Plan(
         target=target,
-        config=inputs.config,
+        config=step.config,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         source=source,
         seconds=seconds,
@@ -147,6 +151,6 @@ def _assemble(
         roofline=line,
         best=predictions[0],
         worst=predictions[1],
-        trained=parameter_paths.count(inputs.state.params),
-        frozen=parameter_paths.count(inputs.frozen),
+        trained=parameter_paths.count(step.state.params),
+        frozen=parameter_paths.count(step.frozen),
     )

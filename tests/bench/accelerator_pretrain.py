@@ -23,7 +23,7 @@ from trials import Device, Trial
 from research.config import command_line
 from research.core.errors import UserError
 from research.models import attention_kernels
-from research.plan.abstract_run import find_architecture
+from research.plan.abstract_step import find_architecture
 
 GOAL = 0.5
 

@@ -28,7 +28,7 @@ from research.plan.planner import Plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PlannedJob:
     """One plan: a shipped config, changed in its model, mesh and rows."""
 
     job: str
@@ -54,22 +54,24 @@ class Row:
 
 
 JOBS = (
-    Row("LoRA 8B", "finetune_8b", "llama3.1-8b", "v5e:4x4", 32, 16),
-    Row("LoRA 70B", "finetune_8b", "llama3.1-70b", "v6e:8x8", 64, 64),
-    Row("full 8B", "finetune_8b", "llama3.1-8b", "v6e:8x8", 64, 64, 1, "full"),
-    Row("pre-train 8B", "pretrain_8b", "llama3.1-8b", "v6e:16x16", 512, 256),
-    Row("pre-train 70B", "pretrain_8b", "llama3.1-70b", "v5p:4x8x8", 1024, 256),
-    Row("pre-train 70B", "pretrain_8b", "llama3.1-70b", "v5p:4x4x8", 1024, 256, 2),
+    PlannedJob("LoRA 8B", "finetune_8b", "llama3.1-8b", "v5e:4x4", 32, 16),
+    PlannedJob("LoRA 70B", "finetune_8b", "llama3.1-70b", "v6e:8x8", 64, 64),
+    PlannedJob("full 8B", "finetune_8b", "llama3.1-8b", "v6e:8x8", 64, 64, 1, "full"),
+    PlannedJob("pre-train 8B", "pretrain_8b", "llama3.1-8b", "v6e:16x16", 512, 256),
+    PlannedJob("pre-train 70B", "pretrain_8b", "llama3.1-70b", "v5p:4x8x8", 1024, 256),
+    PlannedJob(
+        "pre-train 70B", "pretrain_8b", "llama3.1-70b", "v5p:4x4x8", 1024, 256, 2
+    ),
 )
 GROWING = tuple(
-    Row("pre-train 8B", "pretrain_8b", "llama3.1-8b", f"v5p:{shape}", rows, rows)
+    PlannedJob("pre-train 8B", "pretrain_8b", "llama3.1-8b", f"v5p:{shape}", rows, rows)
     for shape, rows in (
         ("2x2x4", 32), ("4x8x8", 512), ("16x16x16", 8192)
     )
 )  # fmt: skip
 
 
-def make_plan(row: Row, compiling: bool) -> Plan:
+def make_plan(row: PlannedJob, compiling: bool) -> Plan:
     target = parse_topology(row.topology, row.slices)
     arguments = (row.read(), PRESETS[row.preset], target)
     if compiling:
@@ -78,7 +80,7 @@ def make_plan(row: Row, compiling: bool) -> Plan:
     return planner.plan_estimate(*arguments)
 
 
-def show(row: Row, plan: Plan) -> None:
+def show(row: PlannedJob, plan: Plan) -> None:
     fits = f"{plan.needed / 2**30:.1f} of {plan.target.chip.hbm / 2**30:.1f}"
     line = plan.roofline
     sent = sum(traffic.nbytes for traffic in plan.traffic) / 2**30

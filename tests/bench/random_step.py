@@ -35,7 +35,7 @@ from research.formats.base_model import Base
 from research.models.architecture import Architecture
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
-from research.plan import abstract_run
+from research.plan import abstract_step
 from research.tokenize.tokenizer import Tokenizer
 from research.train import throughput
 from research.train.step import train_step
@@ -91,15 +91,15 @@ def read_config(path: str, changes: dict[str, Any]) -> Config:
     return from_config_dict(config)
 
 
-def make_batch(inputs: abstract_run.Inputs, trained: float, documents: int) -> Batch:
+def make_batch(
+    step: abstract_step.AbstractStep, trained: float, documents: int
+) -> Batch:
     """Random rows for a step, on its device."""
-    passes, rows, seq = inputs.batch.tokens.shape
-    vocab = inputs.architecture.vocab
+    passes, rows, seq = step.batch.tokens.shape
+    vocab = step.architecture.vocab
     drawn = random_rows((passes * rows, seq), vocab, trained, documents)
     groups = np.zeros((passes * rows, seq), np.int32)
-    return meshes.to_global(
-        Batch(groups=groups, **drawn), inputs.definition.mesh, passes
-    )
+    return meshes.to_global(Batch(groups=groups, **drawn), step.definition.mesh, passes)
 
 
 def measure(
@@ -123,14 +123,14 @@ def measure(
     """
     device = jax.devices()[0]
     mesh = meshes.make_mesh(config.mesh, [device])
-    inputs = abstract_run.make_inputs(config, architecture, mesh)
+    step = abstract_step.make_abstract_step(config, architecture, mesh)
     # Weights that are drawn need no tokenizer, rows that are drawn neither.
     base = Base("random", architecture, cast(Tokenizer, None), None)
-    params, frozen = load_start(inputs.definition, base)
-    state = train_step.jit_init(inputs.definition)(params)
+    params, frozen = load_start(step.definition, base)
+    state = train_step.jit_init(step.definition)(params)
     del params
-    batch = make_batch(inputs, trained, documents)
-    train = train_step.jit_train_step(inputs.definition)
+    batch = make_batch(step, trained, documents)
+    train = train_step.jit_train_step(step.definition)
     seconds: list[float] = []
     for _ in range(warmup + steps):
         begun = time.perf_counter()
@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
     runtime.start(config.runtime)
     found = measure(
         config,
-        abstract_run.find_architecture(config, arguments.preset),
+        abstract_step.find_architecture(config, arguments.preset),
         trained=arguments.trained,
         documents=arguments.documents,
         steps=arguments.steps,

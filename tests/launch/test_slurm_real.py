@@ -34,7 +34,7 @@ SUBMIT = f"""
 import sys
 from pathlib import Path
 from launch.__main__ import make_parser
-from launch.jobs.launch_job import Job
+from launch.jobs.launch_job import LaunchJob
 from launch.targets import slurm
 from research.config.run_config import Config
 jobs = []
@@ -43,7 +43,7 @@ for name, *flags in (
 ):
     where = Path("runs", name)
     flags = (*{TRAINING}, f"--config.run_dir={{where}}", *flags)
-    jobs.append(Job(name, flags, Config(), beside=where))
+    jobs.append(LaunchJob(name, flags, Config(), beside=where))
 options = make_parser().parse_args(["slurm"])
 sys.exit(slurm.run(slurm.plan(jobs, options), options))
 """

@@ -16,12 +16,12 @@ import pytest
 from commands import ROOT, chain
 
 from launch.jobs import compiler_settings
-from launch.jobs.launch_job import Plan
+from launch.jobs.launch_job import LaunchPlan
 from launch.sweep import __main__ as sweep_door
-from launch.sweep import run_grouping, sweep_runs, sweep_spec
+from launch.sweep import run_packs, sweep_runs, sweep_spec
 from launch.sweep.sweep_spec import Sweep, choice, grid, listed, log, sampled
-from launch.sweep.sweep_worker import Worker
-from launch.targets.local import Group
+from launch.sweep.sweep_worker import SweepWorker
+from launch.targets.local import ProcessGroup
 from research.core.errors import DivergedError, UserError
 
 # ml_collections loads a config file the old way.
@@ -103,8 +103,8 @@ def test_shipped_sweeps_expand(file, monkeypatch):
 def test_runs_share_a_program_where_they_can():
     trained = listed("trained", lora={}, full={"trainable": "full"})
     found = expand(make(RANKS, trained))
-    packed = run_grouping.make_units(found, 8, Path("sweep"))
-    sizes = sorted(len(unit.runs) for unit in packed)
+    packed = run_packs.make_packs(found, 8, Path("sweep"))
+    sizes = sorted(len(pack.runs) for pack in packed)
     assert sizes == [1, 1, 1, 1, 4]
     assert sorted(r.name for u in packed for r in u.runs) == sorted(
         r.name for r in found
@@ -113,8 +113,8 @@ def test_runs_share_a_program_where_they_can():
 
 def test_programs_are_of_equal_size():
     found = expand(make(grid("lora.rank", 2, 4, 8), seeds=(0, 1, 2)))
-    assert [len(u.runs) for u in run_grouping.make_units(found, 8, Path("s"))] == [5, 4]
-    assert all(len(u.runs) == 1 for u in run_grouping.make_units(found, 1, Path("s")))
+    assert [len(u.runs) for u in run_packs.make_packs(found, 8, Path("s"))] == [5, 4]
+    assert all(len(u.runs) == 1 for u in run_packs.make_packs(found, 1, Path("s")))
 
 
 def test_a_program_of_several_is_given_every_run_whole():
@@ -123,8 +123,8 @@ def test_a_program_of_several_is_given_every_run_whole():
     from research.train_together.__main__ import read_runs
 
     found = expand(make(changes={"steps": 7}))
-    (unit,) = run_grouping.make_units(found, 8, Path("sweep"))
-    *shared, given = unit.job.flags
+    (pack,) = run_packs.make_packs(found, 8, Path("sweep"))
+    *shared, given = pack.job.flags
     read = read_runs(given.removeprefix("--runs="), check_training_flags(shared))
     assert read == [run.config for run in found]
 
@@ -156,15 +156,15 @@ sys.exit(test_sweep.work(Path({folder!r}), {most}, {code}))
 def work(folder, most=1, code=0, seconds=0.05):
     """One worker, to its end; returns its exit code."""
     found = expand(make(seeds=(0, 1, 2)), folder=str(folder))
-    made = run_grouping.make_units(found, most, folder)
+    made = run_packs.make_packs(found, most, folder)
     codes = [code, *[0] * len(made)]
-    plans = [
-        Plan({}, [[sys.executable, "-c", TRAINER, str(seconds), str(codes[number]),
-                   *(str(run.folder) for run in unit.runs)]])
-        for number, unit in enumerate(made)
-    ]  # fmt: skip
-    with Group() as group:
-        return Worker(made, found, folder, group).work(plans, restarts=1)
+    plans = []
+    for code, pack in zip(codes, made, strict=False):
+        folders = [str(run.folder) for run in pack.runs]
+        command = [sys.executable, "-c", TRAINER, str(seconds), str(code), *folders]
+        plans.append(LaunchPlan({}, [command]))
+    with ProcessGroup() as group:
+        return SweepWorker(made, found, folder, group).work(plans, restarts=1)
 
 
 def trained(folder):
@@ -205,15 +205,15 @@ def test_a_failed_run_is_tried_again_and_told_and_stops_no_other(tmp_path):
 def test_a_pack_is_given_up_only_where_all_that_is_left_of_it_has_failed(tmp_path):
     """Another worker's one failure takes the others of the pack with it no more."""
     found = expand(make(), folder=str(tmp_path))
-    (unit,) = run_grouping.make_units(found, 8, tmp_path)
-    with Group() as group:
-        worker = Worker([unit], found, tmp_path, group)
+    (pack,) = run_packs.make_packs(found, 8, tmp_path)
+    with ProcessGroup() as group:
+        worker = SweepWorker([pack], found, tmp_path, group)
         (tmp_path / "claims").mkdir()
         for run in found:
-            assert not worker._failed(unit), run.name
+            assert not worker._failed(pack), run.name
             mark = json.dumps({"name": run.name, "code": 3, "log": "l"})
             (tmp_path / "claims" / f"{run.name}.failed").write_text(mark)
-        assert worker._failed(unit)
+        assert worker._failed(pack)
         assert worker.failures.keys() == {run.name for run in found}
 
 
@@ -385,17 +385,17 @@ def test_a_sweep_goes_to_a_cluster_as_one_array(tmp_path, fake, monkeypatch):
 
 def test_a_terminal_that_is_gone_stops_what_was_started():
     before = signal.getsignal(signal.SIGHUP)
-    with Group() as group:
+    with ProcessGroup() as group:
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGHUP)).start()
-        plan = Plan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
+        plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
         assert group.train(plan, restarts=3) == -signal.SIGTERM
     assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_signal_before_a_start_reaches_what_is_started(tmp_path):
-    with Group() as group:
+    with ProcessGroup() as group:
         group.told = signal.SIGTERM
-        plan = Plan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
+        plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
         assert group.train(plan, restarts=3) == -signal.SIGTERM
 
 

@@ -26,12 +26,12 @@ from research.core.errors import UserError
 from research.formats.base_model import open_architecture, open_base, random_base
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
-from research.plan import abstract_run, plan_json, planner
+from research.plan import abstract_step, plan_json, planner
 from research.plan.compiled import compile_step
 from research.plan.compiled.collectives import Collective
 from research.plan.estimate import memory_formulas
-from research.plan.estimate.flops import Flops
 from research.plan.estimate.roofline import make_roofline
+from research.plan.estimate.step_flops import StepFlops
 from research.plan.planned_devices import parse_device, parse_topology
 from research.report import plan_tables
 from research.tokenize.tokenizer_training import byte_tokenizer
@@ -70,30 +70,32 @@ def test_the_lowered_program_is_that_of_training(folder, kind):
     """Planner: a shape and no tokenizer; training: the opened base model."""
     config = tiny_config(folder, kind)
     mesh = meshes.make_mesh(MESH)
-    shape = abstract_run.find_architecture(config)
-    inputs = abstract_run.make_inputs(config, shape, mesh)
+    shape = abstract_step.find_architecture(config)
+    step = abstract_step.make_abstract_step(config, shape, mesh)
     if kind == "lora":
-        base, groups = open_base(str(folder)), abstract_run.CATEGORIES
+        base, groups = open_base(str(folder)), abstract_step.CATEGORIES
     else:
         base, groups = random_base("tiny", byte_tokenizer()), 1
     definition = make_step_definition(config, base, mesh, groups)
     params, frozen = load_start(definition, base)
     state = train_step.jit_init(definition)(params)
-    trained = train_step.jit_train_step(definition).lower(state, frozen, inputs.batch)
-    assert compile_step.lower(inputs).as_text() == trained.as_text()
+    trained = train_step.jit_train_step(definition).lower(state, frozen, step.batch)
+    assert compile_step.lower(step).as_text() == trained.as_text()
 
 
 @pytest.fixture(scope="module")
 def planned(folder):
-    """The inputs and the compiled step of a LoRA definition, on eight CPU devices."""
+    """The step and the compiled step of a LoRA definition, on eight CPU devices."""
     config = tiny_config(folder)
     architecture = open_architecture(str(folder))
-    inputs = abstract_run.make_inputs(config, architecture, meshes.make_mesh(MESH))
-    return inputs, compile_step.lower(inputs).compile()
+    step = abstract_step.make_abstract_step(
+        config, architecture, meshes.make_mesh(MESH)
+    )
+    return step, compile_step.lower(step).compile()
 
 
 def test_memory_is_split_without_rest(planned):
-    inputs, program = planned
+    step, program = planned
     real = program.memory_analysis()
     sizes = {n: getattr(real, n) for n in dir(real) if n.endswith("_size_in_bytes")}
     # A CPU keeps its code elsewhere and pads nothing.
@@ -101,7 +103,7 @@ def test_memory_is_split_without_rest(planned):
     sizes["generated_code_size_in_bytes"] = 1 << 20
     sizes["argument_size_in_bytes"] += 1 << 10
     stats = types.SimpleNamespace(**sizes)
-    memory = compile_step.split_memory(inputs, stats)
+    memory = compile_step.split_memory(step, stats)
     assert (memory.padding, memory.program) == (1 << 10, 1 << 20)
     assert memory.total == pytest.approx(
         stats.argument_size_in_bytes
@@ -112,18 +114,18 @@ def test_memory_is_split_without_rest(planned):
     )
     # The norms, of 64 values each, lie whole on all devices.
     matrices = sum(
-        math.prod(x.shape) * 2 for p, x in inputs.frozen.items() if "norm" not in p
+        math.prod(x.shape) * 2 for p, x in step.frozen.items() if "norm" not in p
     )
-    norms = sum(math.prod(x.shape) * 2 for p, x in inputs.frozen.items() if "norm" in p)
+    norms = sum(math.prod(x.shape) * 2 for p, x in step.frozen.items() if "norm" in p)
     assert memory.frozen == matrices / 4 + norms
     assert memory.optimizer == pytest.approx(2 * memory.trained, abs=16)
     assert memory.batch == 6 * 4 * 8 * 32 / 4
 
 
 def test_the_estimate_takes_the_same_arguments(planned):
-    inputs, program = planned
-    exact = compile_step.split_memory(inputs, program.memory_analysis())
-    estimate = memory_formulas.estimate_memory(inputs)
+    step, program = planned
+    exact = compile_step.split_memory(step, program.memory_analysis())
+    estimate = memory_formulas.estimate_memory(step)
     for part in ("frozen", "trained", "optimizer", "batch"):
         assert getattr(estimate, part) == getattr(exact, part)
 
@@ -192,7 +194,7 @@ def test_a_permute_takes_one_axis_of_the_torus():
     target = parse_topology("v5p:4x4x4")
     mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=64), target.devices())
     permute = Collective("collective-permute", ("fsdp",), 90_000, 1, tuple(range(64)))
-    made = make_roofline(Flops(0.0, 0.0), 0.0, [permute], target, mesh)
+    made = make_roofline(StepFlops(0.0, 0.0), 0.0, [permute], target, mesh)
     assert made.ici == pytest.approx(90_000 / (2 * target.chip.link))
 
 
@@ -261,9 +263,9 @@ def test_shapes_without_weights_or_tokenizer(folder, tmp_path):
     config = dataclasses.replace(
         tiny_config(folder), model=ModelConfig(init_from=str(tmp_path))
     )
-    shape = abstract_run.find_architecture(config)
+    shape = abstract_step.find_architecture(config)
     assert shape == open_base(str(folder)).architecture
-    assert abstract_run.find_architecture(config, "llama-1b") == ONE_B
+    assert abstract_step.find_architecture(config, "llama-1b") == ONE_B
 
 
 @pytest.mark.parametrize(
@@ -274,15 +276,15 @@ def test_the_vocabulary_is_the_tokenizers_where_that_is_cheap(tokenizer, vocab):
     config = big_config()
     text = dataclasses.replace(config.text, tokenizer=tokenizer)
     config = dataclasses.replace(config, text=text)
-    assert abstract_run.find_architecture(config).vocab == vocab
+    assert abstract_step.find_architecture(config).vocab == vocab
 
 
 def test_a_model_out_of_reach_asks_for_a_preset():
     config = big_config("lora")
     with pytest.raises(UserError, match=r"hub://o/n .*--preset=NAME.*llama3.1-8b"):
-        abstract_run.find_architecture(config)
+        abstract_step.find_architecture(config)
     with pytest.raises(UserError, match="did you mean 'llama-1b'"):
-        abstract_run.find_architecture(config, "lama-1b")
+        abstract_step.find_architecture(config, "lama-1b")
 
 
 # The door.

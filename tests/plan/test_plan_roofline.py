@@ -9,10 +9,10 @@ from plan_helpers import EIGHT_B, big_config
 from research.models.architecture import Architecture
 from research.parallel import chips
 from research.parallel import mesh as meshes
-from research.plan import abstract_run
+from research.plan import abstract_step
 from research.plan.compiled.collectives import Collective
 from research.plan.estimate import memory_formulas, roofline
-from research.plan.estimate.flops import Flops, count_flops
+from research.plan.estimate.step_flops import StepFlops, count_step_flops
 from research.plan.planned_devices import parse_device
 from research.train import throughput
 
@@ -51,7 +51,7 @@ def test_flops_of_a_step_and_what_remat_repeats():
         target = parse_device("h100:8")
         config = big_config(kind, remat=remat)
         mesh = meshes.make_mesh(config.mesh, target.devices())
-        return count_flops(abstract_run.make_inputs(config, EIGHT_B, mesh))
+        return count_step_flops(abstract_step.make_abstract_step(config, EIGHT_B, mesh))
 
     tokens, pairs = 64 * 2048, 64 * 2048 * 2049 / 2
     layers = EIGHT_B.layers * memory_formulas.layer_matrices(EIGHT_B)
@@ -103,13 +103,15 @@ def mesh_of(target):
 def test_seconds_of_one_collective(where, collective, ici, dcn):
     slices, _, name = where.rpartition(" ")
     target = parse_device(name, int(slices or 1))
-    line = roofline.make_roofline(Flops(0, 0), 0, [collective], target, mesh_of(target))
+    line = roofline.make_roofline(
+        StepFlops(0, 0), 0, [collective], target, mesh_of(target)
+    )
     assert (line.ici, line.dcn) == (pytest.approx(ici), pytest.approx(dcn))
 
 
 def test_roofline_and_prediction():
     target = parse_device("v5e:4x4")
-    flops = Flops(model=3 * 16 * 1.97e14, recomputed=1 * 16 * 1.97e14)
+    flops = StepFlops(model=3 * 16 * 1.97e14, recomputed=1 * 16 * 1.97e14)
     line = roofline.make_roofline(flops, 8.19e11, [], target, mesh_of(target))
     assert (line.compute, line.hbm) == (pytest.approx(4), pytest.approx(1))
     assert (line.overlapped, line.summed) == (pytest.approx(4), pytest.approx(5))

@@ -15,7 +15,7 @@ from research.config.run_config import Config, MeshConfig, ModelConfig, from_con
 from research.data.token_batch import Batch
 from research.formats.base_model import Base
 from research.parallel import mesh as meshes
-from research.plan import abstract_run
+from research.plan import abstract_step
 from research.plan.compiled import compile_step
 from research.plan.planned_devices import parse_device, parse_topology
 from research.tokenize.tokenizer_training import byte_tokenizer
@@ -38,13 +38,13 @@ def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
         shape = request.getfixturevalue("smollm2").architecture
     else:
         preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
-        shape = abstract_run.find_architecture(config, preset)
+        shape = abstract_step.find_architecture(config, preset)
     # The mesh of the config is of a slice; its axes on the devices that are here.
     devices = jax.devices()[: math.gcd(8, config.data.rows_per_pass)]
     mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
-    inputs = abstract_run.make_inputs(config, shape, mesh)
+    step = abstract_step.make_abstract_step(config, shape, mesh)
     base = Base("trained", shape, byte_tokenizer(), None)
-    definition = make_step_definition(config, base, mesh, inputs.definition.groups)
+    definition = make_step_definition(config, base, mesh, step.definition.groups)
     whole = meshes.shardings(definition.model.specs, mesh)
     frozen = {
         path: jax.ShapeDtypeStruct(
@@ -60,13 +60,13 @@ def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
     trained = train_step.jit_train_step(definition).lower(
         train_step.abstract_state(definition), frozen, batch
     )
-    assert compile_step.lower(inputs).as_text() == trained.as_text()
+    assert compile_step.lower(step).as_text() == trained.as_text()
 
 
 @pytest.mark.soak
 def test_the_planner_finds_the_shape_of_the_default_model(smollm2):
     """It reads no weights; the parser of the file's description takes seconds."""
-    assert abstract_run.find_architecture(Config(), "") == smollm2.architecture
+    assert abstract_step.find_architecture(Config(), "") == smollm2.architecture
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

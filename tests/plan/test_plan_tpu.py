@@ -18,7 +18,7 @@ from plan_helpers import EIGHT_B, ONE_B, big_config
 from research.config.run_config import MeshConfig, from_config_dict
 from research.models.presets import PRESETS
 from research.parallel import mesh as meshes
-from research.plan import abstract_run, planner
+from research.plan import abstract_step, planner
 from research.plan.compiled import compile_step
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
 from research.plan.planned_devices import parse_topology
@@ -71,7 +71,7 @@ def plan():
 def shipped(plan):
     def make(name):
         config = load(name)
-        shape = abstract_run.find_architecture(config, SHAPES.get(name, ""))
+        shape = abstract_step.find_architecture(config, SHAPES.get(name, ""))
         where = config.runtime
         return plan(name, config, shape, where.topology, where.slices)
 
@@ -105,13 +105,13 @@ def test_a_large_step_on_256_chips_is_planned_in_three_minutes(shipped):
 def test_no_parameter_lies_whole_on_a_chip_that_should_hold_a_part(shipped, name):
     made, _ = shipped(name)
     config = load(name)
-    shape = abstract_run.find_architecture(config, SHAPES.get(name, ""))
+    shape = abstract_step.find_architecture(config, SHAPES.get(name, ""))
     devices = made.target.devices()
     mesh = meshes.make_mesh(config.mesh, devices)
-    inputs = abstract_run.make_inputs(config, shape, mesh)
+    step = abstract_step.make_abstract_step(config, shape, mesh)
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     # Adapters are small, and split along one of their two sides only.
-    split = inputs.frozen or (inputs.state.params, inputs.state.opt_state)
+    split = step.frozen or (step.state.params, step.state.opt_state)
     large = [x for x in jax.tree.leaves(split) if math.prod(x.shape) > 1e6]
     assert len(large) >= 9
     for leaf in large:

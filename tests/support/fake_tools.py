@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import make_parser
-from launch.jobs.launch_job import Job
+from launch.jobs.launch_job import LaunchJob
 from research.config.run_config import Config, DataConfig, ModelConfig, RuntimeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +132,6 @@ def cloud_job():
             runtime=RuntimeConfig(topology=topology, slices=slices),
         )
         flags = (f"--config={ROOT}/configs/finetune_8b.py", f"--note={name}")
-        return Job.of_run(flags, own, name)
+        return LaunchJob.of_run(flags, own, name)
 
     return make

@@ -9,7 +9,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from research.plan.compiled.hlo_text import Execution, Instruction, Module, executions
+from research.plan.compiled.hlo_text import (
+    HloExecution,
+    HloInstruction,
+    HloProgram,
+    executions,
+)
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -58,7 +63,7 @@ class Traffic:
 
 
 def find_collectives(
-    module: Module, mesh: Mesh, unknown_trips: float = 1.0
+    module: HloProgram, mesh: Mesh, unknown_trips: float = 1.0
 ) -> list[Collective]:
     """All collectives of a program compiled for `mesh`.
 
@@ -87,7 +92,7 @@ def summarize(found: Iterable[Collective]) -> list[Traffic]:
     return sorted(rows, key=lambda row: -row.nbytes)
 
 
-def _read(execution: Execution, mesh: Mesh) -> Collective | None:
+def _read(execution: HloExecution, mesh: Mesh) -> Collective | None:
     instruction, times = execution.instruction, execution.times
     if instruction.opcode == "send":
         return _read_crossing(instruction, times, mesh)
@@ -107,7 +112,7 @@ def _read(execution: Execution, mesh: Mesh) -> Collective | None:
     return Collective(kind, axes, nbytes, times, members)
 
 
-def _goes_on(instruction: Instruction) -> bool:
+def _goes_on(instruction: HloInstruction) -> bool:
     """A later stretch of a collective that runs beside products, on TPU.
 
     Such a collective stands in several fusions; the first says `flag_start` is -1.
@@ -116,7 +121,7 @@ def _goes_on(instruction: Instruction) -> bool:
     return flag is not None and flag[1] != "-1"
 
 
-def _scatters(execution: Execution) -> bool:
+def _scatters(execution: HloExecution) -> bool:
     """TPUs write a reduce-scatter as a fusion of an all-reduce and a slice of it."""
     name = execution.instruction.name
     return any(
@@ -125,7 +130,7 @@ def _scatters(execution: Execution) -> bool:
     )
 
 
-def _payload(instruction: Instruction) -> int:
+def _payload(instruction: HloInstruction) -> int:
     """Bytes of the result; of a start, whose result holds the operand too, without."""
     arrays = instruction.arrays
     if instruction.opcode == "collective-permute-start":
@@ -141,7 +146,7 @@ def _first_slice(mesh: Mesh) -> np.ndarray:
     return np.flatnonzero(np.array(slices) == slices[0])
 
 
-def _groups(instruction: Instruction, count: int) -> list[list[int]]:
+def _groups(instruction: HloInstruction, count: int) -> list[list[int]]:
     """Groups of program-local devices; a single empty one where they are unreadable."""
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text)
@@ -229,7 +234,7 @@ def _axes(
 
 
 def _read_crossing(
-    instruction: Instruction, times: float, mesh: Mesh
+    instruction: HloInstruction, times: float, mesh: Mesh
 ) -> Collective | None:
     """A transfer between slices, which a TPU program hands to its hosts."""
     kind = instruction.attribute("_xla_megascale_transfer_type")

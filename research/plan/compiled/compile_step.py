@@ -11,10 +11,10 @@ import jax
 from jax.experimental import topologies
 
 from research.core.errors import UserError
-from research.plan.abstract_run import Inputs, device_bytes, optimizer_bytes
+from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
 from research.plan.compiled import hbm_traffic, hlo_text
 from research.plan.compiled.collectives import Collective, find_collectives
-from research.plan.planned_devices import Target
+from research.plan.planned_devices import PlannedDevices
 from research.train.step import train_step
 
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -27,7 +27,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes of one device's memory that a step uses, by what they hold.
 
     Attributes:
@@ -54,7 +54,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledStep:
     """What the compiler said.
 
     Attributes:
@@ -65,14 +65,14 @@ class Compiled:
       seconds: that compiling took.
     """
 
-    memory: Memory | None
+    memory: MemoryUse | None
     needed: float
     collectives: list[Collective]
     moved: float
     seconds: float
 
 
-def topology_devices(target: Target) -> list[jax.Device]:
+def topology_devices(target: PlannedDevices) -> list[jax.Device]:
     """Devices to compile for.
 
     Raises:
@@ -106,24 +106,24 @@ def topology_devices(target: Target) -> list[jax.Device]:
     return devices
 
 
-def lower(inputs: Inputs) -> jax.stages.Lowered:
+def lower(step: AbstractStep) -> jax.stages.Lowered:
     """The train step of training, lowered for the devices of its mesh."""
-    jitted = train_step.jit_train_step(inputs.definition)
-    return jitted.lower(inputs.state, inputs.frozen, inputs.batch)
+    jitted = train_step.jit_train_step(step.definition)
+    return jitted.lower(step.state, step.frozen, step.batch)
 
 
-def compile_step(inputs: Inputs, unknown_trips: float) -> Compiled:
+def compile_step(step: AbstractStep, unknown_trips: float) -> CompiledStep:
     """Compiles the train step, and reads what it needs from the result.
 
     Args:
-      inputs: of the step, on a mesh of topology devices.
+      step: of the step, on a mesh of topology devices.
       unknown_trips: see `hlo.executions`.
 
     Raises:
       UserError: the compiler refuses it for another reason than its memory.
     """
     begun = time.monotonic()
-    lowered = lower(inputs)
+    lowered = lower(step)
     logging.info("lowered in %.1f s; compiling", time.monotonic() - begun)
     try:
         compiled = lowered.compile()
@@ -132,25 +132,25 @@ def compile_step(inputs: Inputs, unknown_trips: float) -> Compiled:
         if needed is None:
             first_line = str(error).partition("\n")[0]
             raise UserError(f"the compiler refuses the step: {first_line}") from error
-        return Compiled(None, needed, [], 0.0, time.monotonic() - begun)
+        return CompiledStep(None, needed, [], 0.0, time.monotonic() - begun)
     seconds = time.monotonic() - begun
-    memory = split_memory(inputs, compiled.memory_analysis())
+    memory = split_memory(step, compiled.memory_analysis())
     module = hlo_text.parse(compiled.as_text())
-    found = find_collectives(module, inputs.definition.mesh, unknown_trips)
+    found = find_collectives(module, step.definition.mesh, unknown_trips)
     moved = hbm_traffic.count_bytes(module, unknown_trips)
-    return Compiled(memory, memory.total, found, moved, seconds)
+    return CompiledStep(memory, memory.total, found, moved, seconds)
 
 
-def split_memory(inputs: Inputs, stats: Any) -> Memory:
+def split_memory(step: AbstractStep, stats: Any) -> MemoryUse:
     """The compiler's totals, its arguments told apart by their shapes."""
     arguments = {
-        "frozen": device_bytes(inputs.frozen),
-        "trained": device_bytes(inputs.state.params),
-        "optimizer": optimizer_bytes(inputs),
-        "batch": device_bytes(inputs.batch),
+        "frozen": device_bytes(step.frozen),
+        "trained": device_bytes(step.state.params),
+        "optimizer": optimizer_bytes(step),
+        "batch": device_bytes(step.batch),
     }
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Memory(
+    return MemoryUse(
         **arguments,
         temporaries=stats.temp_size_in_bytes + results,
         padding=stats.argument_size_in_bytes - sum(arguments.values()),

@@ -3,7 +3,12 @@
 import re
 from collections.abc import Iterator
 
-from research.plan.compiled.hlo_text import Computation, Instruction, Module, executions
+from research.plan.compiled.hlo_text import (
+    Computation,
+    HloInstruction,
+    HloProgram,
+    executions,
+)
 
 # These move nothing, or are counted where they began.
 FREE = frozenset((
@@ -15,7 +20,7 @@ RENAMES = frozenset(("bitcast", "copy", "reshape", "convert"))
 SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 
 
-def count_bytes(module: Module, unknown_trips: float = 1.0) -> float:
+def count_bytes(module: HloProgram, unknown_trips: float = 1.0) -> float:
     """Reads and writes of a step, in bytes of one device.
 
     An instruction reads its operands and writes its result, a fusion those of the
@@ -29,7 +34,9 @@ def count_bytes(module: Module, unknown_trips: float = 1.0) -> float:
     )
 
 
-def _touched(module: Module, instruction: Instruction, within: Computation) -> float:
+def _touched(
+    module: HloProgram, instruction: HloInstruction, within: Computation
+) -> float:
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
@@ -50,16 +57,18 @@ def _touched(module: Module, instruction: Instruction, within: Computation) -> f
     return _slow(instruction) + sum(_slow(x) for x in _operands(instruction, within))
 
 
-def _operands(instruction: Instruction, within: Computation) -> Iterator[Instruction]:
+def _operands(
+    instruction: HloInstruction, within: Computation
+) -> Iterator[HloInstruction]:
     return (within[name] for name in dict.fromkeys(instruction.operands))
 
 
-def _slow(instruction: Instruction) -> int:
+def _slow(instruction: HloInstruction) -> int:
     return sum(array.nbytes for array in instruction.arrays if not array.fast)
 
 
 def _touched_by_fusion(
-    module: Module, fusion: Instruction, within: Computation
+    module: HloProgram, fusion: HloInstruction, within: Computation
 ) -> float:
     body = module.computations[fusion.called[0]]
     handed_on = _handed_on(fusion, body)
@@ -75,7 +84,7 @@ def _touched_by_fusion(
     )
 
 
-def _handed_on(fusion: Instruction, body: Computation) -> dict[int, int]:
+def _handed_on(fusion: HloInstruction, body: Computation) -> dict[int, int]:
     """Results that are operands as they were: buffers of a collective under way."""
     under_way = ("AsyncCollectiveStart", '"flag_start"')
     if not any(word in i.attributes for i in body.values() for word in under_way):
@@ -86,7 +95,7 @@ def _handed_on(fusion: Instruction, body: Computation) -> dict[int, int]:
     return {int(out): int(operand) for out, operand in found if out}
 
 
-def _read(module: Module, body: Computation, index: int) -> float:
+def _read(module: HloProgram, body: Computation, index: int) -> float:
     """Of one operand of a fusion: the slices of it, or all."""
     parameter = next(
         i for i in body.values() if i.opcode == "parameter" and int(i.inside) == index
@@ -109,11 +118,11 @@ def _read(module: Module, body: Computation, index: int) -> float:
     return min(total, parameter.nbytes)
 
 
-def _users(body: Computation, name: str) -> list[Instruction]:
+def _users(body: Computation, name: str) -> list[HloInstruction]:
     return [i for i in body.values() if name in i.operands]
 
 
-def _written(module: Module, body: Computation, index: int, nbytes: int) -> float:
+def _written(module: HloProgram, body: Computation, index: int, nbytes: int) -> float:
     """One result of a fusion: the part that it updates in place, or all."""
     part = next(i for i in body.values() if i.root)
     if part.opcode == "tuple":

@@ -37,7 +37,7 @@ class ArrayShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Instruction:
+class HloInstruction:
     """One line of a computation.
 
     Attributes:
@@ -75,11 +75,11 @@ class Instruction:
         return _CALLED.findall(self.attributes) + more
 
 
-Computation = dict[str, Instruction]
+Computation = dict[str, HloInstruction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Module:
+class HloProgram:
     """A program: its computations by name, and which of them is the first."""
 
     computations: dict[str, Computation]
@@ -87,16 +87,16 @@ class Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
+class HloExecution:
     """An instruction that runs `times` a step; `fused`: inside of a fusion."""
 
-    instruction: Instruction
+    instruction: HloInstruction
     computation: Computation
     times: float
     fused: bool
 
 
-def parse(text: str) -> Module:
+def parse(text: str) -> HloProgram:
     """Reads a whole program.
 
     Raises:
@@ -115,16 +115,16 @@ def parse(text: str) -> Module:
             here[instruction.name] = instruction
     if not entry:
         raise ValueError("the text is no compiled program: it has no ENTRY")
-    return Module(computations, entry)
+    return HloProgram(computations, entry)
 
 
-def _parse_line(line: str) -> Instruction:
+def _parse_line(line: str) -> HloInstruction:
     left, _, right = line.strip().partition(" = ")
     shape_end = _closing(right, 0) if right.startswith("(") else right.index(" ")
     opening = right.index("(", shape_end)
     closing = _closing(right, opening)
     inside = right[opening + 1 : closing - 1]
-    return Instruction(
+    return HloInstruction(
         name=left.removeprefix("ROOT ").lstrip("%"),
         opcode=right[shape_end:opening].strip(),
         arrays=_parse_shape(right[:shape_end]),
@@ -154,7 +154,7 @@ def _parse_shape(text: str) -> tuple[ArrayShape, ...]:
     return tuple(arrays)
 
 
-def executions(module: Module, unknown_trips: float) -> Iterator[Execution]:
+def executions(module: HloProgram, unknown_trips: float) -> Iterator[HloExecution]:
     """Every instruction that runs, and how often.
 
     Args:
@@ -162,10 +162,10 @@ def executions(module: Module, unknown_trips: float) -> Iterator[Execution]:
       unknown_trips: iterations of loops whose number only the data decide.
     """
 
-    def visit(name: str, times: float, fused: bool) -> Iterator[Execution]:
+    def visit(name: str, times: float, fused: bool) -> Iterator[HloExecution]:
         computation = module.computations[name]
         for instruction in computation.values():
-            yield Execution(instruction, computation, times, fused)
+            yield HloExecution(instruction, computation, times, fused)
             inner = times
             if instruction.opcode == "while":
                 trips = trip_count(module, computation, instruction)
@@ -178,7 +178,7 @@ def executions(module: Module, unknown_trips: float) -> Iterator[Execution]:
     yield from visit(module.entry, 1.0, False)
 
 
-def _running(instruction: Instruction) -> list[str]:
+def _running(instruction: HloInstruction) -> list[str]:
     """Of what it calls, what is more than one number's arithmetic."""
     if instruction.opcode == "while":
         return [_called_as(instruction, "body")]
@@ -187,12 +187,12 @@ def _running(instruction: Instruction) -> list[str]:
     return []
 
 
-def _called_as(instruction: Instruction, role: str) -> str:
+def _called_as(instruction: HloInstruction, role: str) -> str:
     return instruction.attribute(role).lstrip("%")
 
 
 def trip_count(
-    module: Module, computation: Computation, loop: Instruction
+    module: HloProgram, computation: Computation, loop: HloInstruction
 ) -> int | None:
     """Iterations of a `while`, or None where they are not a constant.
 
@@ -214,7 +214,7 @@ def trip_count(
     return max(0, math.ceil((end - start) / _step(module, loop, condition[counter])))
 
 
-def _step(module: Module, loop: Instruction, counter: Instruction) -> int:
+def _step(module: HloProgram, loop: HloInstruction, counter: HloInstruction) -> int:
     """What a loop adds to its counter; XLA unrolls some of its own."""
     body = module.computations[_called_as(loop, "body")]
     root = next(i for i in body.values() if i.root)
@@ -233,7 +233,7 @@ def _step(module: Module, loop: Instruction, counter: Instruction) -> int:
 def _constant(
     computation: Computation,
     name: str,
-    outside: tuple[Computation, Instruction] | None = None,
+    outside: tuple[Computation, HloInstruction] | None = None,
 ) -> int | None:
     """The integer that `name` is, followed through copies and a loop's start."""
     instruction = computation[name]

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from research.models.architecture import Architecture
 from research.models.make_model import choose_kernel
 from research.parallel import mesh as meshes
-from research.plan.abstract_run import Inputs, device_bytes, optimizer_bytes
+from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
 from research.plan.compiled.collectives import Collective
-from research.plan.compiled.compile_step import Memory
+from research.plan.compiled.compile_step import MemoryUse
 from research.weights import parameter_paths
 
 FLOAT32 = 4
@@ -25,62 +25,62 @@ ACTIVATION_TRIPS = 12
 WEIGHT_TRIPS = 6
 
 
-def estimate_memory(inputs: Inputs) -> Memory:
+def estimate_memory(step: AbstractStep) -> MemoryUse:
     """Bytes of one device, without the padding of layouts and the program."""
-    return Memory(
-        frozen=device_bytes(inputs.frozen),
-        trained=device_bytes(inputs.state.params),
-        optimizer=optimizer_bytes(inputs),
-        batch=device_bytes(inputs.batch),
-        temporaries=_temporaries(inputs),
+    return MemoryUse(
+        frozen=device_bytes(step.frozen),
+        trained=device_bytes(step.state.params),
+        optimizer=optimizer_bytes(step),
+        batch=device_bytes(step.batch),
+        temporaries=_temporaries(step),
     )
 
 
-def _temporaries(inputs: Inputs) -> float:
+def _temporaries(step: AbstractStep) -> float:
     """Gradients, what the forward pass leaves, and the larger of two moments.
 
     The one is the head: its gathered matrix, and the logits of a chunk in float32 and
     as gradients. The other is a layer on the way back: its gathered matrices and the
     next one's, and its activations.
     """
-    a, width = inputs.architecture, compute_width(inputs)
-    tensor, tokens = inputs.definition.mesh.shape["tensor"], device_tokens(inputs)
+    a, width = step.architecture, compute_width(step)
+    tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
     # Added up in float32, whatever the parameters are.
-    share = FLOAT32 // inputs.definition.trainable.dtype.itemsize
-    gradients = share * device_bytes(inputs.state.params)
-    remat = inputs.config.model.remat
-    kept = tokens * a.layers * width * kept_per_token(inputs, remat)
+    share = FLOAT32 // step.definition.trainable.dtype.itemsize
+    gradients = share * device_bytes(step.state.params)
+    remat = step.config.model.remat
+    kept = tokens * a.layers * width * kept_per_token(step, remat)
     head = a.embed * a.vocab / tensor
-    logits = min(inputs.definition.loss_chunk, tokens) * a.vocab / tensor
+    logits = min(step.definition.loss_chunk, tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = layer_matrices(a) / tensor
-    at_layer = width * (2 * matrices + tokens * kept_per_token(inputs, "none"))
-    at_layer += _mask_bytes(inputs)
-    if inputs.microbatches > 1:  # And the sum so far.
+    at_layer = width * (2 * matrices + tokens * kept_per_token(step, "none"))
+    at_layer += _mask_bytes(step)
+    if step.microbatches > 1:  # And the sum so far.
         gradients *= 2
     at_update = gradients
-    if inputs.definition.offload:  # All moments come back at once.
-        at_update += device_bytes(inputs.state.opt_state)
+    if step.definition.offload:  # All moments come back at once.
+        at_update += device_bytes(step.state.opt_state)
     return max(gradients + kept + max(at_head, at_layer), at_update)
 
 
-def _mask_bytes(inputs: Inputs) -> float:
+def _mask_bytes(step: AbstractStep) -> float:
     """Of cuDNN's attention: booleans and two bytes for each query and key of a row."""
-    mesh = inputs.definition.mesh
-    choice = choose_kernel(inputs.config, inputs.architecture, mesh)
-    length = inputs.config.data.seq_len
-    return 3 * device_tokens(inputs) * length if choice.kernel == "cudnn" else 0.0
+    mesh = step.definition.mesh
+    choice = choose_kernel(step.config, step.architecture, mesh)
+    length = step.config.data.seq_len
+    return 3 * device_tokens(step) * length if choice.kernel == "cudnn" else 0.0
 
 
-def kept_per_token(inputs: Inputs, remat: str) -> float:
+def kept_per_token(step: AbstractStep, remat: str) -> float:
     """Values per token that a layer's forward pass leaves for its backward pass.
 
     `full` leaves the layer's input. `dots` also leaves the products of weights: the
     queries, keys and values, the attention's result, gate and up. `none` leaves the
-    inputs of all products, and what attention and the gate need.
+    step of all products, and what attention and the gate need.
     """
-    a, tensor = inputs.architecture, inputs.definition.mesh.shape["tensor"]
-    tile = 128 if inputs.definition.mesh.devices.flat[0].platform == "tpu" else 1
+    a, tensor = step.architecture, step.definition.mesh.shape["tensor"]
+    tile = 128 if step.definition.mesh.devices.flat[0].platform == "tpu" else 1
     # A TPU's attention kernel keeps its heads in whole tiles.
     head_dim = math.ceil(a.head_dim / tile) * tile
     split = (a.heads * head_dim, a.kv_heads * head_dim, a.mlp)
@@ -98,47 +98,47 @@ def layer_matrices(a: Architecture) -> int:
     return attention + 3 * a.embed * a.mlp
 
 
-def device_tokens(inputs: Inputs) -> float:
+def device_tokens(step: AbstractStep) -> float:
     """Of one forward pass, on one device."""
-    data = inputs.config.data
-    shards = math.prod(meshes.shards(inputs.definition.mesh))
+    data = step.config.data
+    shards = math.prod(meshes.shards(step.definition.mesh))
     return data.rows_per_pass * data.seq_len / shards
 
 
-def compute_width(inputs: Inputs) -> int:
+def compute_width(step: AbstractStep) -> int:
     """Bytes of a value as it enters a product."""
-    return inputs.definition.model.options.dtype.itemsize
+    return step.definition.model.options.dtype.itemsize
 
 
-def head_chunks(inputs: Inputs) -> int:
+def head_chunks(step: AbstractStep) -> int:
     """Products with the vocabulary head in a forward pass, if every token counts."""
-    return math.ceil(device_tokens(inputs) / inputs.definition.loss_chunk)
+    return math.ceil(device_tokens(step) / step.definition.loss_chunk)
 
 
-def estimate_moved(inputs: Inputs) -> float:
+def estimate_moved(step: AbstractStep) -> float:
     """Bytes to and from one device's memory in a step."""
-    a, width = inputs.architecture, compute_width(inputs)
-    tensor, tokens = inputs.definition.mesh.shape["tensor"], device_tokens(inputs)
-    activations = tokens * kept_per_token(inputs, "none") * ACTIVATION_TRIPS
+    a, width = step.architecture, compute_width(step)
+    tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
+    activations = tokens * kept_per_token(step, "none") * ACTIVATION_TRIPS
     weights = layer_matrices(a) / tensor * WEIGHT_TRIPS
-    head = a.embed * a.vocab / tensor * head_chunks(inputs) * WEIGHT_TRIPS / 2
+    head = a.embed * a.vocab / tensor * head_chunks(step) * WEIGHT_TRIPS / 2
     logits = tokens * a.vocab / tensor * (FLOAT32 / width + 1) * 2
     a_pass = width * (a.layers * (activations + weights) + head + logits)
     # Adam reads parameter, gradient and moments, and writes all but the gradient.
-    state = (inputs.state.params, inputs.state.opt_state)
-    update = 2 * device_bytes(state) + device_bytes(inputs.state.params)
-    return inputs.microbatches * a_pass + update
+    state = (step.state.params, step.state.opt_state)
+    update = 2 * device_bytes(state) + device_bytes(step.state.params)
+    return step.microbatches * a_pass + update
 
 
-def estimate_collectives(inputs: Inputs) -> list[Collective]:
+def estimate_collectives(step: AbstractStep) -> list[Collective]:
     """What a device sends and receives in a step, by mesh axis."""
-    mesh, passes = inputs.definition.mesh, inputs.microbatches
-    a, width = inputs.architecture, compute_width(inputs)
-    shape, tokens = mesh.shape, device_tokens(inputs)
+    mesh, passes = step.definition.mesh, step.microbatches
+    a, width = step.architecture, compute_width(step)
+    shape, tokens = mesh.shape, device_tokens(step)
     layer = layer_matrices(a) / shape["tensor"]
-    head, chunks = a.embed * a.vocab / shape["tensor"], head_chunks(inputs)
+    head, chunks = a.embed * a.vocab / shape["tensor"], head_chunks(step)
     stream = tokens * a.embed * width
-    again = inputs.config.model.remat == "full"
+    again = step.config.model.remat == "full"
     found: list[Collective] = []
 
     def add(kind: str, axes: tuple[str, ...], nbytes: float, times: float) -> None:
@@ -156,32 +156,32 @@ def estimate_collectives(inputs: Inputs) -> list[Collective]:
     rows = tokens * shape["context"] * a.kv_heads * a.head_dim / shape["tensor"]
     add("all-gather", ("context",), 2 * rows * width, (1 + again) * a.layers * passes)
     add("reduce-scatter", ("context",), 2 * rows * width, a.layers * passes)
-    if inputs.frozen:
-        trained = parameter_paths.count(inputs.state.params) / shape["tensor"]
+    if step.frozen:
+        trained = parameter_paths.count(step.state.params) / shape["tensor"]
         add("reduce-scatter", ("fsdp",), trained * width, passes)
     else:
         add("reduce-scatter", ("fsdp",), layer * width, a.layers * passes)
         add("reduce-scatter", ("fsdp",), head * width, chunks * passes)
-    reduced = _reduced_bytes(inputs, layer, head)
+    reduced = _reduced_bytes(step, layer, head)
     for axis in ("context", "data", "replica"):
         add("all-reduce", (axis,), reduced, passes)
     return found
 
 
-def _reduced_bytes(inputs: Inputs, layer: float, head: float) -> float:
+def _reduced_bytes(step: AbstractStep, layer: float, head: float) -> float:
     """Of the gradients that copies of the parameters add up after a forward pass.
 
     Scattered over `fsdp` first, whole adapters too. A head that lies in parts is added
     up after every chunk; else its sum waits, like the embedding's in float32.
     """
-    width, fsdp = compute_width(inputs), inputs.definition.mesh.shape["fsdp"]
-    if inputs.frozen:
-        tensor = inputs.definition.mesh.shape["tensor"]
-        return parameter_paths.count(inputs.state.params) / tensor / fsdp * width
-    body = inputs.architecture.layers * layer * width
+    width, fsdp = compute_width(step), step.definition.mesh.shape["fsdp"]
+    if step.frozen:
+        tensor = step.definition.mesh.shape["tensor"]
+        return parameter_paths.count(step.state.params) / tensor / fsdp * width
+    body = step.architecture.layers * layer * width
     if fsdp == 1:
         return body + 2 * head * FLOAT32
-    return (body + head * head_chunks(inputs) * width) / fsdp
+    return (body + head * head_chunks(step) * width) / fsdp
 
 
 def axis_members(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:

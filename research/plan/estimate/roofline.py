@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.plan.compiled.collectives import Collective
-from research.plan.estimate.flops import Flops
-from research.plan.planned_devices import Target
+from research.plan.estimate.step_flops import StepFlops
+from research.plan.planned_devices import PlannedDevices
 
 DAY = 86_400
 
@@ -60,10 +60,10 @@ class Prediction:
 
 
 def make_roofline(
-    flops: Flops,
+    flops: StepFlops,
     moved: float,
     collectives: Iterable[Collective],
-    target: Target,
+    target: PlannedDevices,
     mesh: Mesh,
 ) -> Roofline:
     """Seconds of a step.
@@ -103,7 +103,7 @@ def make_roofline(
 
 
 def predict(
-    seconds: float, flops: Flops, tokens: int, steps: int, target: Target
+    seconds: float, flops: StepFlops, tokens: int, steps: int, target: PlannedDevices
 ) -> Prediction:
     """Of a run whose every step takes `seconds`."""
     total = seconds * steps
@@ -133,21 +133,21 @@ def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
     return nbytes if kind == "collective-permute" else others
 
 
-def _reach(members: list[Any], target: Target) -> int:
+def _reach(members: list[Any], target: PlannedDevices) -> int:
     """Lengths of the torus axes along which devices differ, added up; 0 in a switch."""
     axes = range(len(target.shape))
     extents = [len({d.coords[axis] for d in members}) for axis in axes]
     return sum(extent for extent in extents if extent > 1)
 
 
-def _domain(device: Any, target: Target) -> int:
+def _domain(device: Any, target: PlannedDevices) -> int:
     """Which slice, or else host, a device belongs to."""
     if target.shape:
         return getattr(device, "slice_index", 0) or 0
     return device.process_index
 
 
-def link_speed(members: list[Any], target: Target) -> float:
+def link_speed(members: list[Any], target: PlannedDevices) -> float:
     """Bytes/s with which a group of devices of one slice or host can be crossed.
 
     Each axis of the torus along which they differ adds its links: two where it closes

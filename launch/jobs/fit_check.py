@@ -82,11 +82,11 @@ def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") 
         of reach.
     """
     with _planning():
-        from research.plan import abstract_run, planned_devices, planner
+        from research.plan import abstract_step, planned_devices, planner
 
         chips = planned_devices.parse_device(device, slices)
         try:
-            architecture = abstract_run.find_architecture(config, preset)
+            architecture = abstract_step.find_architecture(config, preset)
         except UserError as error:
             raise UserError(
                 f"whether the config fits {chips.name} cannot be known: {error}, and "

@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT
 
 from launch.jobs import compiler_settings
-from launch.jobs.launch_job import Job
+from launch.jobs.launch_job import LaunchJob
 from launch.targets import local, slurm
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -170,7 +170,7 @@ NASTY = "--a=$(touch canary) 'b \"c\n"
 
 @pytest.fixture
 def job():
-    made = Job.of_run(["--config=c.py"], Config(run_dir="runs/a"))
+    made = LaunchJob.of_run(["--config=c.py"], Config(run_dir="runs/a"))
     return dataclasses.replace(made, env={"XLA_FLAGS": NASTY, "B": "2"})
 
 

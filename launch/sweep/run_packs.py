@@ -6,58 +6,58 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs.launch_job import Job
+from launch.jobs.launch_job import LaunchJob
 from launch.sweep.sweep_runs import SweepRun
 from research.config.knobs import flat
 from research.train_together import compatibility
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class RunPack:
     """Runs that are started together, and the job that trains them."""
 
     runs: tuple[SweepRun, ...]
-    job: Job
+    job: LaunchJob
 
     @property
     def is_done(self) -> bool:
         return all(run.is_done for run in self.runs)
 
 
-def make_units(runs: Sequence[SweepRun], most: int, folder: Path) -> list[Unit]:
+def make_packs(runs: Sequence[SweepRun], most: int, folder: Path) -> list[RunPack]:
     """All runs in as few programs as may be, of at most `most` runs each.
 
     Which runs share a program does not depend on which are done: workers that start
-    later see the same units.
+    later see the same packs.
     """
     groups: dict[str, list[SweepRun]] = {}
     for run in runs:
         alone = most == 1 or compatibility.why_alone(run.config)
         key = run.name if alone else repr(compatibility.shared(run.config))
         groups.setdefault(key, []).append(run)
-    units = []
+    packs = []
     for group in groups.values():
         # Programs of equal size: none waits for the largest.
         count = math.ceil(len(group) / most)
         size = math.ceil(len(group) / count)
-        units += [
-            _unit(tuple(group[begin : begin + size]), folder)
+        packs += [
+            _pack(tuple(group[begin : begin + size]), folder)
             for begin in range(0, len(group), size)
         ]
-    return units
+    return packs
 
 
-def _unit(runs: tuple[SweepRun, ...], folder: Path) -> Unit:
+def _pack(runs: tuple[SweepRun, ...], folder: Path) -> RunPack:
     first, more = runs[0], len(runs) - 1
     # Clouds and queues show it beside the jobs of other sweeps.
     name = f"{folder.name} {first.name}{f' and {more} more' if more else ''}"
     beside = folder / "logs" / first.name
     if not more:
-        return Unit(runs, Job(name, first.flags, first.config, beside=beside))
+        return RunPack(runs, LaunchJob(name, first.flags, first.config, beside=beside))
     changes = json.dumps([dict(run.changes) for run in runs], ensure_ascii=False)
-    return Unit(
+    return RunPack(
         runs,
-        Job(
+        LaunchJob(
             name,
             (*first.shared, f"--runs={changes}"),
             _largest(runs).config,

@@ -207,7 +207,7 @@ def test_types_count_cores_where_google_does():
         found = tpu_slices.named(topology, "--topology")
         assert (found.type, found.hosts) == (name, hosts)
         assert tpu_slices.of_type(name, "--type") == found
-    assert {c.name for c in CHIPS.values() if c.shapes} == set(tpu_slices.FAMILIES)
+    assert {c.name for c in CHIPS.values() if c.shapes} == set(tpu_slices.GENERATIONS)
 
 
 @pytest.mark.parametrize(

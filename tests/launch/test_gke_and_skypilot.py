@@ -109,7 +109,7 @@ def ends(jobset, code, conditions=()):
     and the first rule of the JobSet that this meets counts.
     """
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    reason, message = "BackoffLimitExceeded", "Job has reached its limit"
+    reason, message = "BackoffLimitExceeded", "LaunchJob has reached its limit"
     assert job["backoffLimit"] == 0  # One that counts is one too many.
     for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
         codes = rule.get("onExitCodes", {"values": ()})["values"]

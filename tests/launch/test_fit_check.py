@@ -14,7 +14,7 @@ from commands import ROOT
 from helpers import in_soak
 from plan_helpers import big_config
 
-from launch.jobs import plan_check
+from launch.jobs import fit_check
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 
@@ -28,14 +28,14 @@ with open({file!r}, "a") as out:
 
 def refusal(config, *arguments, **named):
     with pytest.raises(UserError) as caught:
-        plan_check.require_fit(config, *arguments, **named)
+        fit_check.require_fit(config, *arguments, **named)
     said = str(caught.value)
     assert "\n" not in said
     return said
 
 
 def test_what_fits_is_told():
-    found = plan_check.require_fit(big_config(micro=16), "v5e:4x4")
+    found = fit_check.require_fit(big_config(micro=16), "v5e:4x4")
     needed, usable = map(float, re.findall(r"([\d.]+) GiB", found))
     assert 0 < needed < usable == 14.5
     assert "v5e:4x4" in found
@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_refused_by_its_numbers():
     said = refusal(big_config(remat="none"), "l4:8")
     needed, usable = map(float, re.findall(r"([\d.]+) GiB", said)[:2])
     assert needed > usable == 20.6
-    assert "l4:8" in said and plan_check.OVERRIDE in said
+    assert "l4:8" in said and fit_check.OVERRIDE in said
 
 
 # What must be changed, by the knob, and shapes of which nothing else helps.
@@ -73,10 +73,10 @@ def test_the_remedy_of_a_refusal_does_make_it_fit(knob):
     knobs = dict(re.findall(r"--config\.([\w.]+)=(\w+)", said))
     assert knob in knobs
     read = {"True": True, "full": "full"}
-    mended = plan_check._with(
+    mended = fit_check._with(
         config, {k: read.get(v) or int(v) for k, v in knobs.items()}
     )
-    assert "fits" in plan_check.require_fit(mended, device, slices, preset)
+    assert "fits" in fit_check.require_fit(mended, device, slices, preset)
 
 
 def test_where_no_knob_helps_it_takes_more_chips():
@@ -102,13 +102,13 @@ def test_an_unknown_shape_is_refused_until_it_is_given():
     config = big_config("lora", micro=16)
     said = refusal(config, "v5e:4x4")
     assert "cannot be known" in said and "--preset=NAME" in said
-    assert plan_check.OVERRIDE in said
-    assert "fits" in plan_check.require_fit(config, "v5e:4x4", preset="llama-1b")
+    assert fit_check.OVERRIDE in said
+    assert "fits" in fit_check.require_fit(config, "v5e:4x4", preset="llama-1b")
 
 
 def test_the_environment_stays_as_it_was():
     before = dict(os.environ)
-    plan_check.require_fit(big_config(micro=16), "v5e:4x4")
+    fit_check.require_fit(big_config(micro=16), "v5e:4x4")
     refusal(big_config(remat="none"), "l4:8")
     assert dict(os.environ) == before
 
@@ -120,16 +120,16 @@ def options(**given):
 def test_only_targets_that_rent_are_asked():
     too_large = big_config(remat="none")
     local = types.SimpleNamespace()
-    assert plan_check.chips(local, too_large, options()) is None
-    assert plan_check.check(local, None, [too_large], options()) == []
+    assert fit_check.chips(local, too_large, options()) is None
+    assert fit_check.check(local, None, [too_large], options()) == []
     renting = types.SimpleNamespace(chips=lambda options, config: ("l4:8", 1))
-    rented = plan_check.chips(renting, too_large, options())
+    rented = fit_check.chips(renting, too_large, options())
     with pytest.raises(UserError, match="l4:8"):
-        plan_check.check(renting, rented, [too_large], options())
+        fit_check.check(renting, rented, [too_large], options())
     assert (
-        plan_check.check(renting, rented, [too_large], options(no_fit_check=True)) == []
+        fit_check.check(renting, rented, [too_large], options(no_fit_check=True)) == []
     )
-    assert "not checked" in plan_check.check(renting, None, [too_large], options())[0]
+    assert "not checked" in fit_check.check(renting, None, [too_large], options())[0]
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_launch_that_does_not_fit_makes_nothing(slurm, more):
 
 
 def test_an_overridden_one_is_launched(slurm):
-    done, calls = slurm("--device=l4", "--gpus-per-node=1", plan_check.OVERRIDE)
+    done, calls = slurm("--device=l4", "--gpus-per-node=1", fit_check.OVERRIDE)
     assert done.returncode == 0 and len(calls) == 1
 
 
@@ -216,7 +216,7 @@ def test_a_config_says_what_it_is_of():
     small = dataclasses.replace(
         big_config(), data=dataclasses.replace(big_config().data, microbatch_size=16)
     )
-    more = plan_check.require_fit(big_config(micro=32), "v5e:4x4")
-    less = plan_check.require_fit(small, "v5e:4x4")
+    more = fit_check.require_fit(big_config(micro=32), "v5e:4x4")
+    less = fit_check.require_fit(small, "v5e:4x4")
     numbers = [float(re.findall(r"([\d.]+) GiB", x)[0]) for x in (less, more)]
     assert numbers[0] < numbers[1]

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from research.plan.abstract_run import Inputs
+from research.plan.abstract_step import AbstractStep
 from research.train import throughput
 from research.weights import parameter_paths
 
 
 @dataclasses.dataclass(frozen=True)
-class Flops:
+class StepFlops:
     """Of one step, over all devices.
 
     Attributes:
@@ -27,22 +27,22 @@ class Flops:
         return self.model + self.recomputed + self.waited
 
 
-def count_flops(inputs: Inputs) -> Flops:
+def count_step_flops(step: AbstractStep) -> StepFlops:
     """Of rows that each are one document, every token of which is trained.
 
     The most a row can cost: shorter documents attend to less, and in instruction data
     the head is computed for the answers alone.
     """
-    config, a = inputs.config, inputs.architecture
-    trained = parameter_paths.count(inputs.state.params)
-    count = throughput.count_flops(a, trained, full=not inputs.frozen)
-    tokens = inputs.tokens
+    config, a = step.config, step.architecture
+    trained = parameter_paths.count(step.state.params)
+    count = throughput.count_flops(a, trained, full=not step.frozen)
+    tokens = step.tokens
     pairs = tokens * (config.data.seq_len + 1) / 2
-    again_per_token, again_per_pair = recomputed(inputs, count, trained)
+    again_per_token, again_per_pair = recomputed(step, count, trained)
     # Of n parts of a causal square the last has 2n - 1 of the n * n small squares.
-    parts = inputs.definition.mesh.shape["context"]
+    parts = step.definition.mesh.shape["context"]
     uneven = (2 * parts - 1) / parts - 1
-    return Flops(
+    return StepFlops(
         model=count.step(tokens, tokens, pairs),
         recomputed=again_per_token * tokens + again_per_pair * pairs,
         waited=uneven * (count.per_pair + again_per_pair) * pairs,
@@ -50,7 +50,7 @@ def count_flops(inputs: Inputs) -> Flops:
 
 
 def recomputed(
-    inputs: Inputs, count: throughput.FlopCount, trained: int
+    step: AbstractStep, count: throughput.FlopCount, trained: int
 ) -> tuple[float, float]:
     """FLOPs again, per token and per pair of query and key.
 
@@ -60,14 +60,14 @@ def recomputed(
     """
     forward_pair = count.per_pair / 3
     again = forward_pair / 2
-    remat = inputs.config.model.remat
+    remat = step.config.model.remat
     if remat == "none":
         return 0.0, again
     if remat == "dots":
         return 0.0, again + forward_pair
     # A third of a full step is its forward pass; of a LoRA step half of the frozen
     # products, and a third of the adapters'.
-    adapters = 6.0 * trained if inputs.frozen else 0.0
-    frozen_share = 2 if inputs.frozen else 3
+    adapters = 6.0 * trained if step.frozen else 0.0
+    frozen_share = 2 if step.frozen else 3
     body = (count.per_token - adapters) / frozen_share + adapters / 3
     return body, again + forward_pair

@@ -50,7 +50,7 @@ def _quantile(count: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """A point against the baseline, over the seeds that both have.
 
     Attributes:
@@ -64,18 +64,18 @@ class Comparison:
 
 def compare(
     values: Mapping[int, float], baseline: Mapping[int, float]
-) -> Comparison | None:
+) -> PairedComparison | None:
     """By seed; None where no seed is in both."""
     shared = sorted(values.keys() & baseline.keys())
     if not shared:
         return None
     found = interval([values[seed] - baseline[seed] for seed in shared])
     if found.count < 2:
-        return Comparison(found, 1.0)
+        return PairedComparison(found, 1.0)
     if found.half == 0:  # To the last digit the same difference at every seed.
-        return Comparison(found, 0.0 if found.mean else 1.0)
+        return PairedComparison(found, 0.0 if found.mean else 1.0)
     t = found.mean / (found.half / _quantile(found.count))
-    return Comparison(found, float(2 * stats.t.sf(abs(t), found.count - 1)))
+    return PairedComparison(found, float(2 * stats.t.sf(abs(t), found.count - 1)))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -88,7 +88,7 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(found: Comparison | None, adjusted: float, comparisons: int) -> str:
+def verdict(found: PairedComparison | None, adjusted: float, comparisons: int) -> str:
     """In words; less is better. `adjusted` is its p value by `holm`."""
     if found is None:
         return "no seed in common with the baseline"

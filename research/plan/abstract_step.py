@@ -30,7 +30,7 @@ CATEGORIES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class AbstractStep:
     """A step's definition and its abstract arguments, with their shardings.
 
     Attributes:
@@ -103,7 +103,9 @@ def _vocabulary(config: Config) -> int:
     return 0
 
 
-def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Inputs:
+def make_abstract_step(
+    config: Config, architecture: Architecture, mesh: Mesh
+) -> AbstractStep:
     """The step definition of `config` on `mesh`, and what the step takes.
 
     Raises:
@@ -127,13 +129,13 @@ def make_inputs(config: Config, architecture: Architecture, mesh: Mesh) -> Input
     state = train_step.abstract_state(
         definition if real else dataclasses.replace(definition, offload=False)
     )
-    return Inputs(config, definition, state, frozen, batch)
+    return AbstractStep(config, definition, state, frozen, batch)
 
 
-def optimizer_bytes(inputs: Inputs) -> int:
+def optimizer_bytes(step: AbstractStep) -> int:
     """What one device holds of the optimizer's state between steps."""
-    leaves = jax.tree.leaves((inputs.state.opt_state, inputs.state.step))
-    if inputs.definition.offload:
+    leaves = jax.tree.leaves((step.state.opt_state, step.state.step))
+    if step.definition.offload:
         leaves = [leaf for leaf in leaves if not leaf.ndim]
     return device_bytes(leaves)
 

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs.launch_job import Job
+from launch.jobs.launch_job import LaunchJob
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.runs import provenance
@@ -20,7 +20,7 @@ LOCAL_FILES = ("config",)  # flags of trainers that name a file beside the code
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def portable(job: Job, target: str) -> Job:
+def portable(job: LaunchJob, target: str) -> LaunchJob:
     """The job with its files named from the root of the code, where it will start.
 
     Raises:
@@ -53,13 +53,13 @@ def _from_root(flag: str, value: str, target: str) -> str:
     return path.relative_to(ROOT.resolve()).as_posix() + mark + argument
 
 
-def names(jobs: Sequence[Job]) -> list[str]:
+def names(jobs: Sequence[LaunchJob]) -> list[str]:
     """What clouds call the jobs: RFC 1035 labels, each the same in every launch.
 
     Raises:
       UserError: two jobs would have one.
     """
-    labels: dict[str, Job] = {}
+    labels: dict[str, LaunchJob] = {}
     for job in jobs:
         label = job.label()
         if label != job.label(len(job.name) + len("run-")):
@@ -74,7 +74,7 @@ def names(jobs: Sequence[Job]) -> list[str]:
     return list(labels)
 
 
-def local_files(job: Job) -> list[str]:
+def local_files(job: LaunchJob) -> list[str]:
     """The files of a portable job, from the root of the code."""
     pairs = (flag.partition("=") for flag in job.flags)
     found = [v.partition(":")[0] for n, _, v in pairs if n.lstrip("-") in LOCAL_FILES]
@@ -102,7 +102,7 @@ def _sent(file: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def stored(job: Job, folder: str) -> Job:
+def stored(job: LaunchJob, folder: str) -> LaunchJob:
     """The job with its run directory in `folder` there, which outlives its machines.
 
     Raises:
@@ -125,7 +125,7 @@ def stored(job: Job, folder: str) -> Job:
     return dataclasses.replace(job, flags=flags)
 
 
-def committed(jobs: Sequence[Job], target: str) -> str:
+def committed(jobs: Sequence[LaunchJob], target: str) -> str:
     """The commit that is sent.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a person watching sees: a live bar in a terminal, plain lines elsewhere."""
+"""The progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 import logging
 import time
@@ -33,13 +33,13 @@ SHOWN = {
 
 
 def summary(values: dict[str, Any]) -> str:
-    """`loss 1.234  eval 1.300  ...` of what is known."""
+    """`loss 1.234  eval 1.300  ...`: the values that are known, on one line."""
     known = {k: v for k, v in values.items() if k in SHOWN and v is not None}
     return "  ".join(form.format(known[k]) for k, form in SHOWN.items() if k in known)
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Hours, minutes and seconds, as `1:02:03` or `2:03`."""
     minutes, second = divmod(int(seconds + 0.5), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
@@ -51,9 +51,9 @@ class _Remaining(ProgressColumn):
 
 
 class ProgressView:
-    """Steps done, time left and the latest numbers.
+    """Shows the steps done, the time left and the latest numbers.
 
-    The time left counts from this process's own steps, evaluations included.
+    The time left is estimated from the steps of this process, evaluations included.
     """
 
     def __init__(self, console: Console, mode: str, first: int, total: int):
@@ -74,11 +74,11 @@ class ProgressView:
             self._task = self._progress.add_task(
                 "train", total=total, completed=first, eta="-"
             )
-            # The numbers have rows of their own: beside the bar they would not fit
-            # an ordinary terminal.
+            # The numbers have a row of their own, because an ordinary terminal is too
+            # narrow for both.
             self._live = Live(self, console=console, refresh_per_second=4)
             self._live.start()
-            # Log lines must go through the console, or they tear the bar.
+            # Log lines must pass through the console, or they would break the bar.
             self._handlers = logging.getLogger().handlers[:]
             logging.getLogger().handlers[:] = [
                 RichHandler(
@@ -96,7 +96,13 @@ class ProgressView:
         return Group(self._progress, Text(numbers, style="dim"))
 
     def update(self, step: int, values: dict[str, Any], *, line: bool = True) -> None:
-        """Shows `values` beside the earlier ones; `line`: worth a line of its own."""
+        """Shows `values` beside the earlier ones.
+
+        Args:
+          step: updates made so far.
+          values: new numbers by name.
+          line: whether they get a log line where there is no bar.
+        """
         self._values.update(values)
         eta = self._eta(step)
         if self._progress:

@@ -16,7 +16,7 @@ from research.tokenize.conversation import Turn
 
 
 class PromptFormat(Protocol):
-    """How a prompt becomes ids, and where an answer ends."""
+    """Turns a prompt into ids; `stop_ids` end an answer."""
 
     stop_ids: frozenset[int]
 
@@ -24,13 +24,13 @@ class PromptFormat(Protocol):
 
 
 class Task(Protocol):
-    """One job: its rows, and what it shows of them and of the model.
+    """One kind of training: its rows, and what it reports of them and of the model.
 
     Attributes:
-      groups: what `Batch.groups` numbers: categories, sources.
-      origin: where the rows are from, for people.
-      sha256: of the rows, to tell one data set from another.
-      left_out: `where: why` of everything that is not trained whole.
+      groups: names of the categories or sources that `Batch.groups` numbers.
+      origin: the files or datasets of the rows, for people.
+      sha256: of the rows, to tell one dataset from another.
+      left_out: `where: reason` for each row that is dropped or cut.
       held_out_bytes: UTF-8 bytes of the held-out text by group, where it is text.
     """
 
@@ -41,7 +41,7 @@ class Task(Protocol):
     held_out_bytes: Mapping[str, int]
 
     def batches(self, mine: Sequence[int]) -> Batches:
-        """Training batches; `mine` are this process's rows of each."""
+        """Training batches; `mine` are the rows of each that this process builds."""
 
     def held_out(self, rows: int, mine: Sequence[int]) -> list[Batch]:
         """Every held-out row once, in batches of `rows`."""

@@ -169,9 +169,8 @@ def test_they_are_ordinary_run_directories(place, together):
     assert answer.code == 0, answer.err
     for name in names(place):
         folder = place.run_dir(f"together-{name}")
-        assert {"report.md", "loss.png", "complete.json"} <= {
-            x.name for x in folder.iterdir()
-        }
+        shown = {"report.md", "loss.png", "doctor.json", "preview.json", "answers.json"}
+        assert {"complete.json", *shown} <= {x.name for x in folder.iterdir()}
         history = json.loads((folder / "run.json").read_text())
         assert [x["cause"] for x in history["starts"]][-1] == "done"
 

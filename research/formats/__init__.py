@@ -1,3 +1,1 @@
-"""Other tools' files, in and out: safetensors, GGUF, Hugging Face folders, one tensor-
-name table.
-"""
+"""Files of other tools: Hugging Face folders are read and written, GGUF files read."""

@@ -1,7 +1,6 @@
-"""A trained model as a Hugging Face folder, for every other tool and for `init_from`.
+"""Writes a trained model as a Hugging Face folder, for other tools and `init_from`.
 
-Written tensor by tensor, in files of a few gigabytes: a layer of one parameter is all
-that any host holds at a time beside the file it is filling.
+A host holds one layer of one parameter at a time, beside the file that it is filling.
 """
 
 import functools
@@ -36,14 +35,14 @@ def export(
     """Writes config.json, safetensors and tokenizer; every process must call it.
 
     Args:
-      model: of the architecture.
-      weights: by path; adapters are added in.
-      tokenizer: the model's.
-      folder: made anew; what was there is replaced once all is written.
+      model: has the architecture and the specs.
+      weights: by path; adapters are added to their matrices.
+      tokenizer: of the model.
+      folder: made anew; an old folder is replaced once all files are written.
       dtype: of the file: float32, bfloat16 or float16.
 
     Raises:
-      UserError: the disk says no.
+      UserError: the folder cannot be written.
     """
     writer = _Writer(folder, np.dtype(jax.numpy.dtype(dtype)))
     for stored in used(family_of(model.architecture).hf_tensors, model.specs):
@@ -63,7 +62,7 @@ def export(
 
 
 def _fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
-    """One layer of a parameter on every host, adapters added in."""
+    """One layer of a parameter on every host, with its adapter added."""
     sharding = jax.tree.leaves(leaf)[0].sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
@@ -95,7 +94,7 @@ class _Writer:
     def _guard(self, write: Any) -> None:
         try:
             write()
-        except Exception as error:  # OSError, or what safetensors makes of it.
+        except Exception as error:  # OSError, or an error of safetensors.
             shutil.rmtree(self._partial, ignore_errors=True)
             raise UserError(
                 f"the model cannot be written to {self._folder}: {error}"

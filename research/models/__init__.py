@@ -1,3 +1,1 @@
-"""Decoder models in Flax NNX: architecture, layers, attention. Only this room imports
-Flax.
-"""
+"""Decoder models in Flax NNX, and their families. Only this room imports Flax."""

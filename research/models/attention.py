@@ -37,8 +37,8 @@ def _scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
     slowed = frequency / scaling.factor
     if scaling.kind == "linear":
         return slowed
-    # llama3: 1 keeps a frequency, 0 slows it, linear in the turns it makes over
-    # the original context in between.
+    # llama3: `keep` is 1 for a frequency that stays and 0 for one that is slowed. In
+    # between it is linear in the number of turns over the original context.
     turns = scaling.original_max_position * frequency / (2 * jnp.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -46,13 +46,13 @@ def _scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
 
 
 def rope_tables(positions_BT: Array, frequencies: Array) -> tuple[Array, Array]:
-    """Cosines and sines `[B, T, 1, H / 2]` in float32, made once for all layers."""
+    """Cosines and sines `[B, T, 1, H / 2]` in float32, shared by all layers."""
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
 def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Applies the rotary embedding; a pair is (i, i + H/2), as Hugging Face has it."""
+    """Applies the rotary embedding; a pair is (i, i + H/2), as in Hugging Face."""
     cos, sin = rope
     low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
@@ -118,17 +118,17 @@ def blocked_attention(
 
     Queries and keys go in blocks of `block` tokens. A block of queries visits the
     blocks of keys from the start of its first document to its own end, so the cost
-    follows the documents, not the square of the row; softmax is summed up on the way
-    and made again in the backward pass from the saved normalizers (Dao 2023,
-    arXiv:2307.08691, section 3.1), so no `[T, S]` array is kept. Exact for any
-    `block`: a key that is masked adds exactly zero, visited or not.
+    follows the documents, not the square of the row. The softmax is accumulated over
+    blocks, and computed again in the backward pass from the saved normalizers (Dao
+    2023, arXiv:2307.08691, section 3.1), so no `[T, S]` array is kept. The result is
+    exact for any `block`: a masked key adds exactly zero, visited or not.
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     block = min(block, length)
-    # Segments below zero are nobody's: what is padded sees and is seen by no token.
+    # No document has a segment below zero, so padding and tokens never see each other.
     q, q_segments = _fill(block, q_BTNH, q_segments_BT, -1)
     k, k_segments = _fill(block, k_BSKH, k_segments_BS, -2)
     v, _ = _fill(block, v_BSKH, k_segments_BS, -2)
@@ -142,7 +142,7 @@ def blocked_attention(
 
 
 class _Rows(NamedTuple):
-    """Where queries and keys stand, and which blocks of keys each block visits."""
+    """Positions of queries and keys, and the blocks of keys that a block visits."""
 
     q_segments: Array
     k_segments: Array
@@ -160,7 +160,7 @@ def _fill(block: int, x: Array, segments: Array, nobody: int) -> tuple[Array, Ar
 def _visited(
     k_segments_BS: Array, length: int, keys: int, block: int, offset: int | Array
 ) -> tuple[Array, Array]:
-    """Of each block of queries: its first block of keys in any row, and the end."""
+    """The first block of keys that each block of queries visits, and the end."""
     index = jnp.arange(k_segments_BS.shape[1])
     begins = jnp.diff(k_segments_BS, axis=1, prepend=k_segments_BS[:, :1]) != 0
     start_BS = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
@@ -170,7 +170,7 @@ def _visited(
 
 
 def _heads_first(x_BTNH: Array, kv_heads: int) -> Array:
-    """`[B, T, N, H]` to `[B, K, G, T, H]`: one matrix a head."""
+    """`[B, T, N, H]` to `[B, K, G, T, H]`: one matrix for each head."""
     batch, length, heads, width = x_BTNH.shape
     x = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
     return x.transpose(0, 2, 3, 1, 4)
@@ -224,8 +224,8 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block):
             largest, total, mixed = carry
             logits = _logits(q_block, _part(k, j, block, 2), rows, i, j)
             larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
-            # What a row sums up before its first key is in reach counts as ones, and
-            # is wiped out here by the first that is.
+            # Until a query reaches its first key, its weights are all one. The first
+            # key that it does reach multiplies their sum by zero.
             weights, keep = jnp.exp(logits - larger), jnp.exp(largest - larger)
             total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
             mixed = mixed * keep + jnp.einsum(

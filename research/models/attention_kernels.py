@@ -1,9 +1,9 @@
-"""Packed causal attention by the best kernel a backend has, behind one function.
+"""Packed causal attention by the best kernel of a platform, behind one function.
 
 Axis letters: see `attention.py`. All kernels compute the same function; `xla` runs
-anywhere and is the measure of the others. Arrays are those of one device: under a
-mesh the caller wraps the call in `jax.shard_map`, with `check_vma=False` for
-`splash`, whose Pallas calls do not say over which axes their outputs vary.
+anywhere, and tests compare the others with it. Arrays are those of one device: on a
+mesh the caller wraps the call in `jax.shard_map`, with `check_vma=False` for `splash`,
+whose Pallas calls do not declare over which axes their outputs vary.
 """
 
 import re
@@ -20,17 +20,17 @@ Array = jax.Array
 
 GPUS = ("gpu", "cuda")
 
-# The mask of cuDNN is an array of two bytes for each (query, key) pair of a device's
-# rows: past this, `auto` prefers the blocked kernel, which keeps nothing that large.
+# cuDNN's mask takes two bytes for each (query, key) pair of a device's rows. Above this
+# size `auto` prefers the blocked kernel, which keeps nothing that large.
 CUDNN_MASK_BYTES = 2**31
 
-# A TPU vector register has 128 lanes, and Splash wants whole ones of every length.
+# A TPU vector register has 128 lanes, and Splash takes only lengths that fill them.
 # Two blocks of 512 and their scores fit the fast memory of every TPU since v4.
 LANES, SPLASH_BLOCK = 128, 512
 
 
-class Choice(NamedTuple):
-    """A kernel that works where it was chosen, and why, for the log."""
+class KernelChoice(NamedTuple):
+    """A kernel that works on the platform, and the reason for it, for the log."""
 
     kernel: str
     reason: str
@@ -45,11 +45,11 @@ def choose(
     length: int,
     rows: int = 1,
     capability: str = "8.0",
-) -> Choice:
+) -> KernelChoice:
     """Picks the kernel of `packed_attention` for a platform.
 
     Args:
-      kernel: what the user asks for: one of `KERNELS`, or `auto`.
+      kernel: the user's choice: one of `KERNELS`, or `auto`.
       platform: of the devices that will run it: `tpu`, `gpu`, `cuda`, `cpu`, ...
       dtype: of queries, keys and values.
       head_dim: width of one head.
@@ -74,12 +74,12 @@ def choose(
     if lacks is not None:
         raise UserError(
             f"attention kernel {kernel!r} cannot work here: {lacks}; "
-            "take 'auto' or 'xla'"
+            "use 'auto' or 'xla'"
         )
-    return Choice(kernel, "asked for")
+    return KernelChoice(kernel, "set in the config")
 
 
-def _automatic(platform, dtype, head_dim, length, rows, capability) -> Choice:
+def _automatic(platform, dtype, head_dim, length, rows, capability) -> KernelChoice:
     if platform == "tpu":
         best, lacks = "splash", _splash_lacks(platform, dtype)
     elif platform in GPUS:
@@ -89,17 +89,17 @@ def _automatic(platform, dtype, head_dim, length, rows, capability) -> Choice:
             many = "one row" if rows == 1 else f"{rows} rows"
             lacks = f"its mask of {many} of {length} takes {mask / 2**30:.1f} GiB"
     else:
-        return Choice("xla", f"the only one on {platform}")
+        return KernelChoice("xla", f"the only one on {platform}")
     if lacks is None:
-        return Choice(best, f"the best on {platform}")
-    return Choice("xla", f"no {best}: {lacks}")
+        return KernelChoice(best, f"the best on {platform}")
+    return KernelChoice("xla", f"no {best}: {lacks}")
 
 
 def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
-    """What cuDNN's fused attention asks for and does not find; None: nothing.
+    """The requirement of cuDNN's fused attention that is not met, or None.
 
-    The limits are those that JAX 0.10 to 0.12 checks itself when it traces the call
-    (`check_is_flash_attention`), in words that do not say what to change.
+    JAX 0.10 to 0.12 checks the same limits when it traces the call
+    (`check_is_flash_attention`), but its messages do not say what to change.
     """
     version = re.fullmatch(r"(\d+)\.(\d+)", capability)
     if platform not in GPUS:
@@ -141,14 +141,14 @@ def packed_attention(
 
     Query i stands at index `offset + i` of the row that the keys fill, S >= offset
     + T, and must carry the segment of that key. Padding is a document of its own:
-    its outputs are finite and mean nothing.
+    its outputs are finite and have no meaning.
 
     Args:
-      kernel: one of `KERNELS`; `choose` says which works.
+      kernel: one of `KERNELS`; `choose` finds one that works.
       block: tokens per block of `xla`; the others choose their own.
-      offset: a Python int, or an int32 scalar where it is known only to the running
-        program (a shard of the context axis). `cudnn` then computes every pair of a
-        query and a key; `xla` and `splash` still skip those of the future.
+      offset: a Python int, or an int32 scalar if only the running program knows it (a
+        shard of the context axis). `cudnn` then computes every pair of a query and a
+        key; `xla` and `splash` still skip keys of the future.
       interpret: runs `splash` without a TPU, slowly, for tests.
 
     Returns:
@@ -171,10 +171,10 @@ def packed_attention(
 
 
 def _pad_tokens(multiple: int, *arrays: Array) -> list[Array]:
-    """`[B, T, ...]` up to a multiple of tokens, more of the last one.
+    """Pads `[B, T, ...]` to a multiple of tokens with copies of the last one.
 
-    A copy of the last query sees the key of the last query: no row of scores is all
-    masked. A copied key stands after every query that counts.
+    A copy of the last query sees the key of the last query, so that no row of scores is
+    masked entirely. A copied key stands after every real query.
     """
     return [
         jnp.pad(
@@ -187,18 +187,18 @@ def _pad_tokens(multiple: int, *arrays: Array) -> list[Array]:
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset) -> Array:
-    """NVIDIA's fused attention, documents as a mask.
+    """NVIDIA's fused attention, with documents as a mask.
 
-    `jax.nn.dot_product_attention` has no segments; its lengths of rows describe one
-    document each. The mask becomes an additive `[B, 1, T, S]` in the dtype of the
-    queries, without a gradient since it starts as booleans (JAX 0.10 makes one).
+    `jax.nn.dot_product_attention` has no segments; its sequence lengths describe one
+    document for each row. The mask becomes an additive `[B, 1, T, S]` in the dtype of
+    the queries. It starts as booleans so that it gets no gradient (JAX 0.10 makes one).
     """
     length = q_BTNH.shape[1]
-    # The backward pass of a masked call takes even lengths only.
+    # The backward pass of a masked call accepts only even lengths.
     q, q_segments = _pad_tokens(2, q_BTNH, q_segments_BT)
     k, v, k_segments = _pad_tokens(2, k_BSKH, v_BSKH, k_segments_BS)
     mask_BTS = q_segments[:, :, None] == k_segments[:, None, :]
-    # cuDNN skips the upper triangle when told so, and draws it from the first key.
+    # cuDNN can skip the upper triangle, but only one that starts at the first key.
     triangle = isinstance(offset, int) and offset == 0
     if not triangle:
         index_T = offset + jnp.arange(q.shape[1])
@@ -218,7 +218,7 @@ def _splash(
     q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset, interpret
 ) -> Array:
     """The TPU kernel of `jax.experimental.pallas`, skipping blocks of the future."""
-    # Importing Pallas takes time that no other kernel should pay.
+    # Pallas is slow to import, and no other kernel needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
@@ -270,10 +270,10 @@ def _splash_block(length: int) -> int:
 
 
 def _schedule(offset, queries: int, keys: int, block_q: int, block_k: int):
-    """Which blocks Splash computes, for its passes by query and its pass by key.
+    """The blocks that Splash computes, for its passes by query and its pass by key.
 
-    Splash makes this from a mask it knows when it traces; a shard of the context
-    axis knows its offset only when it runs, and Splash reads the schedule there.
+    Splash usually derives this from a mask while it is traced. A shard of the context
+    axis knows its offset only while it runs, and Splash can read the schedule then.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask_info as mask_info,
@@ -282,13 +282,12 @@ def _schedule(offset, queries: int, keys: int, block_q: int, block_k: int):
     q_block, k_block = jnp.arange(queries // block_q), jnp.arange(keys // block_k)
     last_query = offset + (q_block + 1) * block_q - 1
     runs = last_query[:, None] >= (k_block * block_k)[None, :]
-    # A skipped step names the block to fetch in the meantime: the one after it that
-    # runs, which is the first key of the next queries, or the first query that sees
-    # these keys.
+    # A skipped step names the block to fetch meanwhile, which is the next one to run:
+    # the first key of the next queries, or the first query that sees these keys.
     next_k = jnp.where(runs, k_block[None, :], 0)
     next_q = jnp.where(runs, q_block[:, None], jnp.argmax(runs, axis=0)[None, :])
     index_T = (offset + jnp.arange(queries)).astype(jnp.int32)
-    # Scalar memory is small: a byte and a half-word for each pair of blocks.
+    # Scalar memory is small, so the types are the smallest that Splash accepts.
     return tuple(
         mask_info.MaskInfo(
             data_next=following.astype(jnp.int16)[None],

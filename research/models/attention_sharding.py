@@ -1,9 +1,10 @@
-"""Attention on a mesh: what each device computes, and which keys it must fetch.
+"""Attention on a mesh: which queries a device computes, and which keys it gathers.
 
-Rows lie over the batch axes, heads over `tensor`, the tokens of a row over `context`.
-Queries stay where they are; with a `context` axis each device gathers the keys and
-values of its rows (Llama 3, arXiv:2407.21783, section 3.3.2), which with grouped heads
-are a fraction of the queries, so attention is exact and documents stay apart.
+Rows are split over the batch axes, heads over `tensor`, and the tokens of a row over
+`context`. Queries stay where they are. With a `context` axis each device gathers the
+keys and values of its rows (Llama 3, arXiv:2407.21783, section 3.3.2), so attention is
+exact and documents stay apart. With grouped heads, keys and values are a fraction of
+the size of the queries.
 """
 
 from collections.abc import Callable
@@ -19,12 +20,12 @@ Attend = Callable[[Array, Array, Array, Array], Array]
 
 
 def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
-    """Causal attention within documents, `attend(q, k, v, segments)` on global arrays.
+    """Makes `attend(q, k, v, segments)`, causal within documents, on global arrays.
 
     Args:
       mesh: of all devices.
-      kernel: a name that `kernels.packed_attention` takes.
-      block: queries per block, in the plain kernel.
+      kernel: a name that `attention_kernels.packed_attention` accepts.
+      block: tokens per block of the `xla` kernel.
     """
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -50,6 +51,6 @@ def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
         mesh=mesh,
         in_specs=(heads, keys, keys, rows),
         out_specs=heads,
-        # Pallas kernels do not say how their results vary over the mesh.
+        # Pallas kernels do not declare how their results vary over the mesh.
         check_vma=False,
     )

@@ -1,4 +1,4 @@
-"""The layers of a Llama decoder block. Only `Linear` multiplies."""
+"""The layers of a decoder block. Only `Linear` multiplies by a weight matrix."""
 
 import functools
 
@@ -18,7 +18,7 @@ class Parameter(nnx.Param):
 
 
 def make_parameter(spec: Spec, rngs: nnx.Rngs) -> Parameter:
-    """Normal with `spec.std`, or ones where it is 0; float32."""
+    """Float32 values: normal with `spec.std`, or ones if that is 0."""
     if spec.std == 0.0:
         return Parameter(jnp.ones(spec.shape, jnp.float32), spec=spec)
     value = spec.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32)
@@ -26,7 +26,7 @@ def make_parameter(spec: Spec, rngs: nnx.Rngs) -> Parameter:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel` over `spec.n_in` axes, without a bias (the family has none)."""
+    """`x @ kernel` over `spec.n_in` axes, without a bias."""
 
     def __init__(self, spec: Spec, rngs: nnx.Rngs):
         self.kernel = make_parameter(spec, rngs)
@@ -65,8 +65,8 @@ class RMSNorm(nnx.Module):
         return _normalized(x, self.scale.get_value(), self.eps)
 
 
-# What is cheap to compute is made again on the way back: its float32 intermediates
-# would cost more to keep, layer by layer, than to recompute.
+# These functions are cheap, and their float32 intermediates are large: the backward
+# pass computes them again instead of keeping them for every layer.
 _recomputed = functools.partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.nothing_saveable,

@@ -36,7 +36,7 @@ def make_model(config: Config, architecture: Architecture, mesh: Mesh) -> Model:
 
 def choose_kernel(
     config: Config, architecture: Architecture, mesh: Mesh
-) -> attention_kernels.Choice:
+) -> attention_kernels.KernelChoice:
     """The attention kernel for the devices of a mesh.
 
     Raises:

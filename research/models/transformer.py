@@ -36,7 +36,7 @@ REMAT_POLICIES = {
 def attend_whole_rows(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array
 ) -> Array:
-    """Plain attention of rows that lie whole on one device."""
+    """Attention by the `xla` kernel, of rows that one device holds entirely."""
     return packed_attention(
         q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, kernel="xla", block=128
     )
@@ -44,14 +44,14 @@ def attend_whole_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the model is computed; none of these changes what it computes.
+    """How the model is computed; no option changes its results beyond rounding.
 
     Attributes:
-      dtype: of activations and of weights as they enter a matrix product.
-      remat: what the backward pass recomputes; a key of `REMAT_POLICIES`.
-      scan_unroll: layers per iteration of the scan; the layer count unrolls it.
+      dtype: of activations, and of weights inside a matrix product.
+      remat: how much the backward pass recomputes; a key of `REMAT_POLICIES`.
+      scan_unroll: layers per iteration of the scan; with all layers, there is no loop.
       attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`.
-      constrain: pins an activation to the mesh by its axis names.
+      constrain: fixes the sharding of an activation by its axis names.
     """
 
     dtype: Any = jnp.float32
@@ -68,7 +68,7 @@ class Cache:
 
     Attributes:
       k, v: `[L, B, S, K, H]`.
-      filled: int32 scalar, slots in use; slot i holds the token at position i.
+      filled: int32 scalar, the number of slots in use; slot i holds position i.
     """
 
     k: Array
@@ -130,11 +130,12 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks, norm and head, at their random start.
+    """Embedding, blocks, norm and head, with random initial values.
 
     Matrices are normal with variance 1 / fan-in (LeCun et al. 1998, section 4.6);
-    what writes into the residual stream is smaller by sqrt(2 * layers), so that the
-    stream does not grow with depth (Radford et al. 2019, GPT-2, section 2.3).
+    those whose output is added to the residual stream are smaller by sqrt(2 * layers),
+    so that the stream does not grow with depth (Radford et al. 2019, GPT-2,
+    section 2.3).
     """
 
     def __init__(self, a: Architecture, rngs: nnx.Rngs):
@@ -143,7 +144,7 @@ class Transformer(nnx.Module):
         def make_layers(rngs: nnx.Rngs) -> Block:
             return Block(a, rngs)
 
-        # The head is tied in most small models: std must suit logits and inputs.
+        # Most small models tie the head, so std must suit both logits and inputs.
         table = Spec((a.vocab, a.embed), ("vocab", "embed"), std=a.embed**-0.5)
         self.embedding = Embedding(table, rngs)
         self.layers = make_layers(rngs)
@@ -168,7 +169,7 @@ class Transformer(nnx.Module):
         def attend(q_BTNH, k_BTKH, v_BTKH):
             return options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT), None
 
-        # Without the pin, a partitioner may split activations as the weights are.
+        # Otherwise the partitioner may split activations like the weights.
         def pin(x_BTD):
             return options.constrain(x_BTD, ("batch", "length", "hidden"))
 
@@ -178,8 +179,8 @@ class Transformer(nnx.Module):
 
         policy = REMAT_POLICIES[options.remat]
         if policy is not None:
-            # Inside a scan the barrier that prevents common-subexpression
-            # elimination is not needed and only costs speed.
+            # Inside a scan, the barrier against common-subexpression elimination is
+            # unnecessary and slow.
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x_BTD = pin(self.embedding(tokens_BT, options.dtype))
         x_BTD, _ = jax.lax.scan(body, x_BTD, layers, unroll=options.scan_unroll)
@@ -228,7 +229,7 @@ class Model:
         }
 
     def with_options(self, **changes: Any) -> "Model":
-        """The same architecture, computed another way."""
+        """The same architecture with some options changed."""
         return Model(self.architecture, dataclasses.replace(self.options, **changes))
 
     def init(self, key: Array) -> Params:
@@ -275,7 +276,7 @@ class Model:
 
 
 def _stacked_spec(variable: Parameter) -> Spec:
-    """The metadata holds one layer's spec; `nnx.vmap` has stacked the value."""
+    """The spec of a stacked value; the metadata hold that of one layer."""
     spec: Spec = variable.get_metadata()["spec"]
     stacked = len(variable.get_value().shape) - len(spec.shape)
     return dataclasses.replace(

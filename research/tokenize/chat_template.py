@@ -277,7 +277,7 @@ class _JinjaTemplate:
 
 
 def _today(form: str) -> str:
-    """A fixed day: the ids of a row must not depend on when it is read."""
+    """A fixed day, so that the ids of a row do not depend on when it is read."""
     return datetime.date(2026, 1, 1).strftime(form)
 
 

@@ -131,6 +131,10 @@ REFUSALS = {
 }  # fmt: skip
 
 
+# A start that gets as far as the data records its cause and what the doctor found.
+EACH_START = ("run.json", "doctor.json", "preview.json")
+
+
 @chain
 def refused(place, results):
     """How each ended, and whether its run directory was as before."""
@@ -140,11 +144,10 @@ def refused(place, results):
     for name, case in REFUSALS.items():
         there, module, flags = prepare(place, name, case)
         commands[name] = there, module, flags, case.devices
-        # A start that gets as far as the data is kept, by its cause.
-        before[name] = snapshot(there.run_dir(run_of(name)), "run.json")
+        before[name] = snapshot(there.run_dir(run_of(name)), *EACH_START)
     ended = place.run_short(commands)
     return {
-        name: (ended[name], known == snapshot(there.run_dir(run_of(name)), "run.json"))
+        name: (ended[name], known == snapshot(there.run_dir(run_of(name)), *EACH_START))
         for (name, known), (there, *_) in zip(
             before.items(), commands.values(), strict=True
         )

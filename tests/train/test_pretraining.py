@@ -214,6 +214,29 @@ def test_samples_are_kept_as_it_learns(place, pretrained):
     assert (run / "loss.png").stat().st_size > 10_000
 
 
+def test_the_first_rows_of_text_are_kept_with_their_marks(place, pretrained):
+    """A row of `seq_len` predictions; all of its tokens but the first are trained."""
+    run = place.run_dir("pretrained")
+    sources = {x["group"] for row in rows_of(run) for x in row["documents"]}
+    assert sources <= place.lines("pretrained", "eval")[0]["tokens"].keys() != set()
+    length = json.loads((run / "config.json").read_text())["data"]["seq_len"]
+    for row in rows_of(run):
+        spans = [span for document in row["documents"] for span in document["spans"]]
+        counts = [len(x["ids"]) for x in spans if x["trained"]]
+        starts = [x["ids"] for x in spans if not x["trained"]]
+        assert sum(counts) == length and {len(ids) for ids in starts} == {1}
+    numbers = {x["name"]: x["numbers"] for x in doctor_of(run)["findings"]}
+    assert numbers["trained tokens"]["share"] == 1.0
+
+
+def rows_of(run):
+    return json.loads((run / "preview.json").read_text())["rows"]
+
+
+def doctor_of(run):
+    return json.loads((run / "doctor.json").read_text())
+
+
 def numbers(place, run):
     trained = {
         x["step"]: (x["loss"], x["grad_norm"]) for x in place.lines(run, "train")

@@ -11,7 +11,6 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.models.transformer import Cache, Model
-from research.weights.contraction import contract
 
 Array = jax.Array
 
@@ -118,7 +117,7 @@ def _prefill(
     """
     hidden, cache = model.decode(params, tokens_BT, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
-    logits = contract(last, model.head(params)).astype(jnp.float32)
+    logits = model.logits(params, last)
     return logits, dataclasses.replace(cache, filled=jnp.int32(length))
 
 
@@ -126,4 +125,4 @@ def _advance(
     model: Model, params: dict[str, Any], token_B: Array, cache: Cache
 ) -> tuple[Array, Cache]:
     hidden, cache = model.decode(params, token_B[:, None], cache)
-    return contract(hidden[:, 0], model.head(params)).astype(jnp.float32), cache
+    return model.logits(params, hidden[:, 0]), cache

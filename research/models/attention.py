@@ -71,8 +71,13 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> A
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH * width**-0.5, k_BSKH)
-    logits = jnp.where(allowed_BTS[:, None, None], logits.astype(jnp.float32), MASKED)
+    logits = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q_BTKGH * width**-0.5,
+        k_BSKH,
+        preferred_element_type=jnp.float32,
+    )
+    logits = jnp.where(allowed_BTS[:, None, None], logits, MASKED)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(q_BTNH.dtype)
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v_BSKH)
     return mixed.reshape(batch, length, heads, width)

@@ -19,7 +19,7 @@ from research.models import attention
 from research.models.architecture import Architecture
 from research.models.attention_kernels import packed_attention
 from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
-from research.weights.contraction import transpose
+from research.weights.contraction import contract, transpose
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
 
@@ -155,13 +155,6 @@ class Transformer(nnx.Module):
             self.head = Linear(head, rngs)
         self.architecture = a
 
-    @property
-    def head_matrix(self) -> Matrix:
-        """`[D, V]`: contracting hidden states with it gives logits."""
-        if self.architecture.tied_head:
-            return transpose(self.embedding.matrix)
-        return self.head.matrix
-
     def hidden(self, tokens_BT, positions_BT, segments_BT, options: Options) -> Array:
         rope = self._rope(positions_BT)
         graph, layers = nnx.split(self.layers)
@@ -227,6 +220,8 @@ class Model:
             ".".join(path): _stacked_spec(variable)
             for path, variable in sorted(self._variables.items())
         }
+        tied = architecture.tied_head
+        self._head_path = "embedding.table" if tied else "head.kernel"
 
     def with_options(self, **changes: Any) -> "Model":
         """The same architecture with some options changed."""
@@ -245,9 +240,21 @@ class Model:
         module = self._bind(params)
         return module.hidden(tokens_BT, positions_BT, segments_BT, self.options)
 
-    def head(self, params: Params) -> Matrix:
-        """The `[D, V]` vocabulary head of these parameters."""
-        return self._bind(params).head_matrix
+    def head(self, params: Params) -> Params:
+        """The part of `params` that `logits` reads: the vocabulary head alone."""
+        return {self._head_path: params[self._head_path]}
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """Scores of every id, float32 `[*batch, V]`, from `[*batch, D]` hidden states.
+
+        The only way from the one to the other. The product gives float32 whatever
+        goes into it: in bfloat16, logits in [16, 32) would lie 0.125 apart.
+        `params` may be all of the model's or `head(params)`.
+        """
+        head: Matrix = params[self._head_path]
+        if self.architecture.tied_head:
+            head = transpose(head)
+        return contract(hidden, head, dtype=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens, in `options.dtype`."""

@@ -261,6 +261,22 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def require_whole_units(mesh: Mesh, rows: int, rows_per_unit: int) -> None:
+    """Checks that each device gets whole units of the `rows` of a forward pass.
+
+    Raises:
+      UserError: the rows do not divide over the mesh, or a unit would be split.
+    """
+    parts = batch_shards(mesh)
+    if rows % (parts * rows_per_unit):
+        units = f", {rows_per_unit} rows belong together" * (rows_per_unit > 1)
+        raise UserError(
+            f"a forward pass has {rows} rows (config.data.microbatch_size, or "
+            f"batch_size){units}, and the mesh splits a batch into {parts} "
+            f"({'*'.join(BATCH_AXES)}): use a multiple of {parts * rows_per_unit}"
+        )
+
+
 def shards(mesh: Mesh) -> tuple[int, int]:
     """The numbers of parts into which the mesh splits the rows, and each row."""
     return batch_shards(mesh), mesh.shape["context"]
@@ -316,10 +332,14 @@ def to_global(
 
     Returns:
       A pytree of `jax.Array`s of shape `[rows, seq]`, or with the microbatches first.
+
+    Raises:
+      UserError: rows that belong together (`batch.rows_per_unit`) would be split.
     """
     lead = () if microbatches is None else (microbatches,)
     sharding = batch_sharding(mesh, microbatched=microbatches is not None)
     total = (rows or jax.tree.leaves(batch)[0].shape[0]) // (microbatches or 1)
+    require_whole_units(mesh, total, getattr(batch, "rows_per_unit", 1))
     place_of = {row: i for i, row in enumerate(local_rows(mesh, total))}
 
     def place(x: np.ndarray) -> Array:

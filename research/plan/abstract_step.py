@@ -21,12 +21,10 @@ from research.formats.base_model import Base, open_architecture
 from research.models.architecture import Architecture
 from research.models.presets import PRESETS, preset
 from research.parallel import mesh as meshes
+from research.tasks import task_registry
 from research.tokenize.tokenizer import Tokenizer
 from research.train.step import train_step
 from research.train.step.definition_from_config import make_step_definition
-
-# Dolly's; of rows not read yet nobody knows, and two metrics alone have this shape.
-CATEGORIES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ def find_architecture(config: Config, override: str = "") -> Architecture:
                 f"{', '.join(PRESETS)}"
             ) from error
     name = override or config.model.preset
-    if config.model.init_from or config.data.kind != "text":
+    if config.model.init_from:
         return preset(name)
     return preset(name, _vocabulary(config))
 
@@ -113,9 +111,8 @@ def make_abstract_step(
     """
     stand_in = cast(Tokenizer, _Vocabulary(architecture.vocab - 1))
     base = Base("planned", architecture, stand_in, None)
-    is_text = config.data.kind == "text"
-    groups = len(config.text.sources) if is_text else CATEGORIES
-    definition = make_step_definition(config, base, mesh, groups)
+    objective = task_registry.make_objective(config, mesh)
+    definition = make_step_definition(config, base, mesh, objective)
     split = definition.trainable
     frozen = meshes.abstract_arrays(split.frozen_specs, mesh, split.frozen_dtype)
     data = config.data
@@ -123,7 +120,7 @@ def make_abstract_step(
     rows = meshes.batch_sharding(mesh, microbatched=True)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-    batch = Batch(ids, ids, weights, ids, ids, ids)
+    batch = Batch(ids, ids, weights, ids, ids, ids, objective.rows_per_unit)
     # JAX gives a stand-in for a device no memory of its host.
     real = isinstance(mesh.devices.flat[0], jax.Device)
     state = train_step.abstract_state(

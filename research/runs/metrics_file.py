@@ -28,13 +28,18 @@ class MetricsFile:
         )
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Appends `values`: numbers, or dictionaries of numbers one level deep."""
+        """Appends `values`: numbers, or dictionaries of numbers one level deep.
+
+        A string is written into the line alone: TensorBoard draws numbers.
+        """
         line = {"step": step, "kind": kind, **values}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         flat = parameter_paths.flatten(values)[0] if values else {}
         for name, value in flat.items():
-            self._board.add_scalar(f"{kind}/{name}".replace(".", "/"), value, step)
+            if not isinstance(value, str):
+                tag = f"{kind}/{name}".replace(".", "/")
+                self._board.add_scalar(tag, value, step)
 
     def sync(self) -> None:
         """Waits until all lines would survive a power loss."""

@@ -8,31 +8,102 @@ The gradient of a chunk is taken while its logits are at hand, so that nothing i
 computed twice (the idea of Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from research.weights.contraction import contract
-from research.weights.representations.leaf import Matrix
+from research.config.run_config import Config
+from research.data.named_sums import NATS_PER_TOKEN, Ratio, Sums, sum_by_group
+from research.data.token_batch import Batch
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
 
 Array = jax.Array
+Params = dict[str, Any]
+# As `Model.logits`: from the head and hidden states `[*batch, D]` to float32
+# `[*batch, V]`.
+Logits = Callable[[Any, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The objective of next-token training, a `named_sums.Objective`.
+
+    Attributes:
+      groups: how many groups the loss is reported by.
+      chunk: see `weighted_loss`, as are the next two.
+      shards: into how many parts the mesh splits the batch, and each row.
+      z_loss: weight of the squared log-normaliser.
+    """
+
+    groups: int
+    chunk: int
+    shards: tuple[int, int] = (1, 1)
+    z_loss: float = 0.0
+    rows_per_unit: int = 1
+    loss_unit: str = NATS_PER_TOKEN
+
+    @classmethod
+    def of(cls, config: Config, mesh: Mesh, groups: int) -> "CrossEntropy":
+        """The cross entropy by the knobs of `config`, for batches split over `mesh`."""
+        chunk, z_loss = config.model.loss_chunk, config.optim.z_loss
+        return cls(groups, chunk, meshes.shards(mesh), z_loss)
+
+    def train(self, model: Model, params: Params, batch: Batch) -> tuple[Array, Sums]:
+        """The sum to differentiate; and `loss`, the cross entropies by group."""
+        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        objective, by_group = weighted_loss(
+            model.logits,
+            model.head(params),
+            hidden,
+            batch.targets,
+            batch.weights,
+            batch.groups,
+            n_groups=self.groups,
+            chunk=self.chunk,
+            shards=self.shards,
+            z_loss=self.z_loss,
+        )
+        return objective, {"loss": Ratio(by_group, self._counts(batch))}
+
+    def evaluate(self, model: Model, params: Params, batch: Batch) -> Sums:
+        """`loss`: the cross entropies by group."""
+        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        losses = chunked_token_losses(
+            model.logits,
+            model.head(params),
+            hidden,
+            batch.targets,
+            batch.weights,
+            chunk=self.chunk,
+            shards=self.shards,
+        )
+        by_group = sum_by_group(losses * batch.weights, batch.groups, self.groups)
+        return {"loss": Ratio(by_group, self._counts(batch))}
+
+    def _counts(self, batch: Batch) -> Array:
+        return sum_by_group(batch.weights, batch.groups, self.groups)
 
 
 def token_losses(
-    hidden_CD: Array, head: Matrix, targets_C: Array
+    logits_of: Logits, head: Any, hidden_CD: Array, targets_C: Array
 ) -> tuple[Array, Array]:
     """Cross entropy of each target in nats and the log-normaliser, both float32."""
-    logits = contract(hidden_CD, head).astype(jnp.float32)
+    logits = logits_of(head, hidden_CD)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets_C[..., None], -1)[..., 0]
     return normalizer - picked, normalizer
 
 
 def weighted_loss(
+    logits_of: Logits,
+    head: Any,
     hidden_BTD: Array,
-    head: Matrix,
     targets_BT: Array,
     weights_BT: Array,
     groups_BT: Array,
@@ -42,11 +113,12 @@ def weighted_loss(
     shards: tuple[int, int] = (1, 1),
     z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
-    """The objective, and the sum of weight times cross entropy of each group.
+    """The sum to differentiate, and the sum of weight times cross entropy by group.
 
     Args:
+      logits_of: `Model.logits`; a hashable function.
+      head: the pytree it takes: the vocabulary head, as `Model.head` gives it.
       hidden_BTD: final hidden states.
-      head: `[D, V]`.
       targets_BT: int32 ids.
       weights_BT: float32; positions with 0 never reach the head.
       groups_BT: int32 below `n_groups`, what each position is reported under.
@@ -64,12 +136,14 @@ def weighted_loss(
     """
     parts = _per_shard(shards, hidden_BTD, targets_BT, weights_BT, groups_BT)
     hidden, targets, weights, groups = parts
-    return _head_loss(chunk, n_groups, z_loss)(hidden, head, targets, weights, groups)
+    head_loss = _head_loss(logits_of, chunk, n_groups, z_loss)
+    return head_loss(hidden, head, targets, weights, groups)
 
 
 def chunked_token_losses(
+    logits_of: Logits,
+    head: Any,
     hidden_BTD: Array,
-    head: Matrix,
     targets_BT: Array,
     weights_BT: Array,
     *,
@@ -79,8 +153,8 @@ def chunked_token_losses(
     """Cross entropy `[B, T]` where the weight is not zero, 0 elsewhere. No gradient."""
     hidden, targets, weights = _per_shard(shards, hidden_BTD, targets_BT, weights_BT)
 
-    def visit(losses, index, hidden, targets, weights):
-        found, _ = token_losses(hidden, head, targets)
+    def visit(losses, number, index, hidden, targets, weights):
+        found, _ = token_losses(logits_of, _keyed(head, number), hidden, targets)
         return _scatter(losses, index, found * (weights != 0))
 
     empty = jnp.zeros(weights.shape, jnp.float32)
@@ -111,7 +185,7 @@ def _whole(shards: tuple[int, int], x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _for_each_chunk(visit, carry, weights, arrays, chunk):
-    """Folds `visit(carry, index, *arrays)` over positions with weight.
+    """Folds `visit(carry, number, index, *arrays)` over positions with weight.
 
     Inputs are `[shards, positions, ...]`, what `visit` gets is `[shards, chunk, ...]`.
     The trip count follows the fullest shard of this batch, not a worst case.
@@ -125,7 +199,7 @@ def _for_each_chunk(visit, carry, weights, arrays, chunk):
 
     def body(i, carry):
         index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk, axis=1)
-        return visit(carry, index, *(_gather(x, index) for x in arrays))
+        return visit(carry, i, index, *(_gather(x, index) for x in arrays))
 
     return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, body, carry)
 
@@ -140,9 +214,22 @@ def _scatter(x, index, values):
     return x.at[index].set(values.astype(x.dtype), mode="drop", unique_indices=True)
 
 
-def _chunk_loss(n_groups, z_loss, hidden, head, targets, weights, groups):
-    """Of one chunk: the objective, and the cross entropies by group."""
-    entropies, normalizers = token_losses(hidden, head, targets)
+def _keyed(head: Any, number: Array) -> Any:
+    """`head` with random keys of its own for this chunk: each drops other inputs."""
+
+    def one(leaf: Array) -> Array:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.fold_in(leaf, number) if is_key else leaf
+
+    return jax.tree.map(one, head)
+
+
+def _chunk_loss(
+    logits_of, n_groups, z_loss, number, hidden, head, targets, weights, groups
+):
+    """The sum to differentiate and the cross entropies by group, of one chunk."""
+    head = _keyed(head, number)
+    entropies, normalizers = token_losses(logits_of, head, hidden, targets)
     member = jax.nn.one_hot(groups, n_groups)
     by_group = jnp.sum((entropies * weights)[..., None] * member, axis=(0, 1))
     objective = jnp.sum(entropies * weights)
@@ -151,19 +238,21 @@ def _chunk_loss(n_groups, z_loss, hidden, head, targets, weights, groups):
     return objective, by_group
 
 
-@functools.cache
-def _head_loss(chunk: int, n_groups: int, z_loss: float) -> Any:
+# One function for each set of arguments, or every call would be compiled anew.
+@functools.lru_cache(maxsize=32)
+def _head_loss(logits_of: Logits, chunk: int, n_groups: int, z_loss: float) -> Any:
     """The loss with its own derivative rule, for one chunk size."""
 
-    chunk_loss = functools.partial(_chunk_loss, n_groups, z_loss)
+    chunk_loss = functools.partial(_chunk_loss, logits_of, n_groups, z_loss)
 
     def nothing():
         return jnp.zeros((), jnp.float32), jnp.zeros(n_groups, jnp.float32)
 
     @jax.custom_vjp
     def head_loss(hidden, head, targets, weights, groups):
-        def visit(sums, index, hidden, *rest):
-            return jax.tree.map(jnp.add, sums, chunk_loss(hidden, head, *rest))
+        def visit(sums, number, index, hidden, *rest):
+            found = chunk_loss(number, hidden, head, *rest)
+            return jax.tree.map(jnp.add, sums, found)
 
         arrays = (hidden, targets, weights, groups)
         return _for_each_chunk(visit, nothing(), weights, arrays, chunk)
@@ -178,13 +267,13 @@ def _head_loss(chunk: int, n_groups: int, z_loss: float) -> Any:
         pairs = list(zip(leaves, trained, strict=True))
         diff = [leaf for leaf, t in pairs if t]
 
-        def visit(carry, index, hidden, *rest):
+        def visit(carry, number, index, hidden, *rest):
             sums, d_hidden, d_head = carry
 
             def of(hidden, diff):
                 moved = iter(diff)
                 full = [next(moved) if t else x for x, t in pairs]
-                return chunk_loss(hidden, structure.unflatten(full), *rest)
+                return chunk_loss(number, hidden, structure.unflatten(full), *rest)
 
             (loss, by_group), (dh, dw) = jax.value_and_grad(of, (0, 1), has_aux=True)(
                 hidden, diff

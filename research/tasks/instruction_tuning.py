@@ -12,13 +12,18 @@ from research.data.instructions.instruction_dataset import (
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
+from research.formats.base_model import Base
+from research.tasks.cross_entropy import CrossEntropy
 from research.tasks.findings import Finding, count_epochs, count_mask
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
-from research.tokenize.chat_template import ChatFormat
+from research.tasks.task_protocol import TaskKind
+from research.tokenize.chat_template import ChatFormat, dolly_template
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
 
+# Dolly's. Only the rows tell their number, and two small sums alone have this shape.
+CATEGORIES = 8
 SHOWN = 4  # dropped rows in the doctor's table
 
 
@@ -185,3 +190,22 @@ def pick_records(records: list[Record], count: int) -> list[Record]:
                 picked.append(rows[depth])
         depth += 1
     return picked
+
+
+def _exported_tokenizer(config: Config, base: Base) -> Tokenizer:
+    if config.data.template != "dolly":
+        return base.tokenizer
+    return base.tokenizer.with_chat_template(dolly_template(base.tokenizer))
+
+
+KIND = TaskKind(
+    load=lambda config, base: InstructionTask(
+        config, base.tokenizer, base.architecture.max_position
+    ),
+    objective=CrossEntropy.of,
+    expected_groups=lambda config: CATEGORIES,
+    prompt_format=lambda config, base: ChatFormat(
+        base.tokenizer, config.data.template, config.data.system
+    ),
+    exported_tokenizer=_exported_tokenizer,
+)

@@ -4,19 +4,24 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.batch_order import Batches
 from research.data.text.row_layout import DocumentMarks
+from research.data.text.text_sources import check_text
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
+from research.formats.base_model import Base
+from research.tasks.cross_entropy import CrossEntropy
 from research.tasks.findings import Finding, count_epochs
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
+from research.tasks.task_protocol import TaskKind
 from research.tokenize.conversation import Turn
 from research.tokenize.tokenizer import Tokenizer
 
@@ -181,3 +186,17 @@ class TextTask:
     ) -> list[ComparedAnswer]:
         """Nothing: raw text has no prompts with a reference answer."""
         return []
+
+
+def _load(config: Config, base: Base) -> TextTask:
+    processes = (jax.process_index(), jax.process_count())
+    return TextTask(config, base.tokenizer, base.architecture.max_position, processes)
+
+
+KIND = TaskKind(
+    load=_load,
+    objective=CrossEntropy.of,
+    expected_groups=lambda config: len(config.text.sources),
+    prompt_format=lambda config, base: PlainFormat(base.tokenizer),
+    check=lambda config: check_text(config.text),
+)

@@ -3,16 +3,23 @@
 A task returns data and prints nothing. `research.report` shows what it returns.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from jax.sharding import Mesh
+
+from research.config.run_config import Config
 from research.data.batch_order import Batches
+from research.data.named_sums import Objective
 from research.data.token_batch import Batch
 from research.engine.text_generation import TextGenerator
+from research.formats.base_model import Base
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
 from research.tokenize.conversation import Turn
+from research.tokenize.tokenizer import Tokenizer
 
 
 class PromptFormat(Protocol):
@@ -66,3 +73,27 @@ class Task(Protocol):
         `base` loads the model that training began from, or gives None where the
         weights began at random. All processes call it.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskKind:
+    """One kind of task, before its data is read; `config.task_kinds` lists them.
+
+    Attributes:
+      load: reads the data. Raises UserError where that fails or nothing is left.
+      objective: `objective(config, mesh, groups)`, for so many groups of `Task.groups`.
+      expected_groups: how many groups the task will have, as far as its config says:
+        the planner reads no data.
+      prompt_format: how prompts are put to a model of this task.
+      exported_tokenizer: the tokenizer to export beside the trained model.
+      check: raises UserError for what is wrong in the config alone.
+    """
+
+    load: Callable[[Config, Base], Task]
+    objective: Callable[[Config, Mesh, int], Objective]
+    expected_groups: Callable[[Config], int]
+    prompt_format: Callable[[Config, Base], PromptFormat]
+    exported_tokenizer: Callable[[Config, Base], Tokenizer] = lambda config, base: (
+        base.tokenizer
+    )
+    check: Callable[[Config], None] = lambda config: None

@@ -1,18 +1,34 @@
 """The tasks by name, and the base model that a run of a config starts from."""
 
+import importlib
 from pathlib import Path
 
-import jax
+from jax.sharding import Mesh
 
 from research.config.run_config import Config
+from research.config.task_kinds import TASK_MODULES
+from research.core.errors import UserError, nearest
+from research.data.named_sums import Objective
 from research.data.text.choose_tokenizer import open_tokenizer
-from research.data.text.text_sources import check_text
 from research.formats.base_model import Base, open_base, random_base
-from research.tasks.instruction_tuning import InstructionTask
-from research.tasks.pretraining import PlainFormat, TextTask
-from research.tasks.task_protocol import PromptFormat, Task
+from research.tasks.task_protocol import PromptFormat, Task, TaskKind
 from research.tokenize import tokenizer as tokenizers
-from research.tokenize.chat_template import ChatFormat, dolly_template
+
+
+def find_kind(config: Config) -> TaskKind:
+    """The kind of task that `config.data.kind` names.
+
+    Raises:
+      UserError: no kind has this name.
+    """
+    name = config.data.kind
+    if name not in TASK_MODULES:
+        raise UserError(
+            f"config.data.kind is {name!r}; it must be one of "
+            f"{', '.join(TASK_MODULES)}{nearest(name, TASK_MODULES)}"
+        )
+    kind: TaskKind = importlib.import_module(TASK_MODULES[name]).KIND
+    return kind
 
 
 def open_start(config: Config, own_tokenizer: Path | None = None) -> Base:
@@ -26,8 +42,7 @@ def open_start(config: Config, own_tokenizer: Path | None = None) -> Base:
     Raises:
       UserError: the base model or tokenizer does not exist or does not fit.
     """
-    if config.data.kind == "text":
-        check_text(config.text)  # A typo must not wait for a tokenizer.
+    find_kind(config).check(config)
     if config.model.init_from:
         return open_base(config.model.init_from, config.data.hub_timeout)
     if own_tokenizer:
@@ -43,22 +58,26 @@ def load_task(config: Config, base: Base) -> Task:
     Raises:
       UserError: the data cannot be read, or no row is left to train on.
     """
-    longest = base.architecture.max_position
-    if config.data.kind == "text":
-        processes = (jax.process_index(), jax.process_count())
-        return TextTask(config, base.tokenizer, longest, processes)
-    return InstructionTask(config, base.tokenizer, longest)
+    return find_kind(config).load(config, base)
+
+
+def make_objective(config: Config, mesh: Mesh, groups: int | None = None) -> Objective:
+    """What the step of `config` differentiates and reports.
+
+    `groups` are those of the loaded task; None takes the number that is expected
+    before the data is read.
+    """
+    kind = find_kind(config)
+    if groups is None:
+        groups = kind.expected_groups(config)
+    return kind.objective(config, mesh, groups)
 
 
 def prompt_format(config: Config, base: Base) -> PromptFormat:
     """The prompt format of a model that `config` trains."""
-    if config.data.kind == "text":
-        return PlainFormat(base.tokenizer)
-    return ChatFormat(base.tokenizer, config.data.template, config.data.system)
+    return find_kind(config).prompt_format(config, base)
 
 
 def exported_tokenizer(config: Config, base: Base) -> tokenizers.Tokenizer:
     """The tokenizer to export: its chat template is the one that training used."""
-    if config.data.kind == "text" or config.data.template != "dolly":
-        return base.tokenizer
-    return base.tokenizer.with_chat_template(dolly_template(base.tokenizer))
+    return find_kind(config).exported_tokenizer(config, base)

@@ -1,11 +1,14 @@
-"""Held-out loss, exact: sums over all tokens first, one division at the end."""
+"""Held-out results, exact: sums over all batches first, one division at the end."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from research.data.named_sums import NATS_PER_TOKEN, Sums, means_by_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,12 +16,16 @@ class Evaluation:
     """Held-out results.
 
     Attributes:
-      loss: nats per trained token over everything.
-      by_group: the same per group; a group without tokens is left out.
-      tokens: trained tokens per group.
+      loss: mean over everything, in `loss_unit`.
+      by_group: the same per group; a group that was not counted is missing.
+      tokens: what each group's loss was divided by: trained tokens, or whatever the
+        loss is counted in.
       bits_per_byte: bits per UTF-8 byte of text, which does not depend on the
         tokenizer; None where the held-out rows are not whole texts.
       bits_by_group: the same per group.
+      metrics: the other means of the objective by name, None where nothing was
+        counted; and the same by group, under `named_sums.group_key`.
+      loss_unit: what the loss counts, as the objective says.
     """
 
     loss: float
@@ -26,38 +33,78 @@ class Evaluation:
     tokens: dict[str, int]
     bits_per_byte: float | None = None
     bits_by_group: dict[str, float] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loss_unit: str = NATS_PER_TOKEN
+
+    def line(self) -> dict[str, Any]:
+        """The keys and values of metrics.jsonl.
+
+        Raises:
+          ValueError: a metric has the name of another key.
+        """
+        line = dataclasses.asdict(self)
+        return add_metrics(line, line.pop("metrics"))
+
+
+def add_metrics(line: dict[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`line` with the metrics of an objective.
+
+    Raises:
+      ValueError: a metric has the name of another key.
+    """
+    if taken := line.keys() & metrics.keys():
+        raise ValueError(
+            f"the objective has a metric named {', '.join(sorted(taken))}, which "
+            "metrics.jsonl uses for something else: rename it"
+        )
+    return line | dict(metrics)
 
 
 def evaluate(
-    eval_fn: Callable[[Any], dict[str, Any]],
+    eval_fn: Callable[[Any], Sums],
     batches: Sequence[Any],
     groups: Sequence[str],
     text_bytes: Mapping[str, int],
     sign_of_life: Callable[[], None] = lambda: None,
+    loss_unit: str = NATS_PER_TOKEN,
 ) -> Evaluation:
-    """Runs `eval_fn` (batch to sums by group) over all batches.
+    """Runs `eval_fn` (batch to named sums) over all batches and adds the sums up.
 
-    `text_bytes` are the bytes of the held-out text by group, or nothing;
-    `sign_of_life` is called after each batch.
+    Args:
+      eval_fn: dispatches the evaluation of one batch.
+      batches: at least one.
+      groups: names of the groups; sums may have room for more.
+      text_bytes: bytes of the held-out text by group, or nothing.
+      sign_of_life: called after each batch.
+      loss_unit: see `Evaluation`.
     """
-    loss = np.zeros(len(groups), np.float64)
-    weight = np.zeros(len(groups), np.float64)
+    total: Any = None
     # Dispatch all first, then read: a read waits for the device.
     for sums in [eval_fn(batch) for batch in batches]:
-        loss += np.asarray(sums["loss"], np.float64)
-        weight += np.asarray(sums["weight"], np.float64)
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        total = wide if total is None else jax.tree.map(np.add, total, wide)
         sign_of_life()
+    loss, weight = total["loss"]
     seen = [i for i in range(len(groups)) if weight[i] > 0]
     bits = {
         groups[i]: float(loss[i] / math.log(2) / text_bytes[groups[i]])
         for i in seen
         if text_bytes.get(groups[i])
     }
-    total = sum(text_bytes[name] for name in bits)
+    in_text = sum(text_bytes[name] for name in bits)
+    metrics = {name: _mean(*pair) for name, pair in total.items() if name != "loss"}
+    by_group = means_by_group(total, groups)
     return Evaluation(
-        loss=float(loss.sum() / max(weight.sum(), 1.0)),
-        by_group={groups[i]: float(loss[i] / weight[i]) for i in seen},
+        loss=_mean(loss, weight) or 0.0,
+        by_group=by_group.pop("by_group"),
         tokens={groups[i]: int(weight[i]) for i in seen},
-        bits_per_byte=float(loss.sum() / math.log(2) / total) if total else None,
+        bits_per_byte=float(loss.sum() / math.log(2) / in_text) if in_text else None,
         bits_by_group=bits,
+        metrics=metrics | by_group,
+        loss_unit=loss_unit,
     )
+
+
+def _mean(numerator: np.ndarray, denominator: np.ndarray) -> float | None:
+    count = denominator.sum()
+    return float(numerator.sum() / count) if count > 0 else None

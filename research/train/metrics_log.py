@@ -1,10 +1,9 @@
 """What is written down of a step: metrics.jsonl, TensorBoard, the progress view."""
 
 import contextlib
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from rich.console import Console
 
 from research.config.run_config import Config
 from research.core.errors import DivergedError, SaveError
+from research.data.named_sums import Sums, means_by_group
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.train import throughput
-from research.train.evaluation import Evaluation
+from research.train.evaluation import Evaluation, add_metrics
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import Metrics
 
@@ -69,19 +69,14 @@ class StepLog:
         found = dict(sums)
         by_path = found.pop("grad_norm_by_path", {})
         norms = {path: float(norm) for path, norm in by_path.items()}
+        means, metrics = self._means(found.pop("sums"), found.pop("means"))
         found = {name: np.asarray(value) for name, value in found.items()}
-        losses, weights = found.pop("group_loss"), found.pop("group_weight")
         values = {name: float(value) for name, value in found.items()}
         self._clock.tick()
         seconds = self._clock.last
         flops = self._flops.step(values["tokens"], values["weight"], values["pairs"])
         line = {
-            "loss": values["loss"],
-            "by_group": {
-                name: float(losses[i] / weights[i])
-                for i, name in enumerate(self._groups)
-                if weights[i] > 0
-            },
+            **means,
             "learning_rate": float(self._schedule(number)),
             "grad_norm": values["grad_norm"],
             "tokens": int(values["tokens"]),
@@ -99,11 +94,28 @@ class StepLog:
             line["skipped"] = int(values["skipped"])
         if norms:
             line["grad_norm_by_path"] = norms
+        line = add_metrics(line, metrics)
         self._write(number, "train", line)
         self._view.update(number, line)
         # A step that is left out has changed nothing.
         if not self._leaves_out:
             self._require_finite(number, batch, line, norms)
+
+    def _means(
+        self, sums: Sums, means: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`loss` and `by_group`; and the other means of the objective, by group, too.
+
+        A metric of which this step counted nothing is None.
+        """
+        by_group = means_by_group(sums, self._groups)
+        loss = {"loss": float(means["loss"]), "by_group": by_group.pop("by_group")}
+        metrics = {
+            name: float(value) if np.sum(sums[name].denominator) > 0 else None
+            for name, value in means.items()
+            if name != "loss"
+        }
+        return loss, metrics | by_group
 
     def _goodput(self) -> float:
         """Share of this process's life so far that were steps."""
@@ -158,9 +170,10 @@ class StepLog:
     def evaluation(self, number: int, found: Evaluation) -> None:
         """Of the held-out rows after update `number`."""
         # Where the wall time of this process went so far, by phase.
-        line = dataclasses.asdict(found) | {"seconds": self._phases.seconds}
+        line = found.line() | {"seconds": self._phases.seconds}
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        shown |= {f"eval_{name}": value for name, value in found.metrics.items()}
         self._view.update(number, shown, line=False)
         bits = found.bits_per_byte
         more = f"  {bits:.4f} bits per byte" if bits is not None else ""

@@ -169,11 +169,13 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     for each in opened:
         config = each.config
         # Before the data is read: what does not fit the mesh is refused at once.
-        definition = make_step_definition(config, base, devices)
+        objective = task_registry.make_objective(config, devices)
+        definition = make_step_definition(config, base, devices, objective)
         if config.seed not in tasks:
             tasks[config.seed] = task_registry.load_task(config, base)
         task = tasks[config.seed]
-        definition = dataclasses.replace(definition, groups=len(task.groups))
+        objective = task_registry.make_objective(config, devices, len(task.groups))
+        definition = dataclasses.replace(definition, objective=objective)
         params, frozen = load_start(definition, base, runs[0].frozen if runs else None)
         state = train_step.jit_init(definition)(params)
         examination = doctor.examine(base, definition, state, frozen, task)

@@ -65,6 +65,7 @@ class SingleRunProgram:
                 run.task.groups,
                 run.task.held_out_bytes,
                 run.phases.sign_of_life,
+                run.definition.objective.loss_unit,
             )
             return [found]
 

@@ -53,7 +53,9 @@ def prepare(config: Any, folder: Path) -> None:
     from research.train.step.schedules import make_schedule
 
     base = task_registry.open_start(config)
-    definition = make_step_definition(config, base, mesh.make_mesh(config.mesh))
+    devices = mesh.make_mesh(config.mesh)
+    objective = task_registry.make_objective(config, devices)
+    definition = make_step_definition(config, base, devices, objective)
     task = task_registry.load_task(config, base)
     params, _ = load_start(definition, base)
     huggingface_export.export(

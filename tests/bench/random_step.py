@@ -151,7 +151,7 @@ def measure(
         memory_gb=runtime.peak_memory_bytes() / 1e9,
         positions=int(sums["weight"]),
         trained=count,
-        loss=float(sums["loss"]),
+        loss=float(sums["means"]["loss"]),
     )
 
 

@@ -20,6 +20,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
 from research.config.run_config import CheckpointConfig, Config, RuntimeConfig
 from research.core.errors import DamagedError, DivergedError, SaveError, UserError
+from research.data.named_sums import Ratio
 from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
@@ -379,14 +380,13 @@ def make_log(folder, first=0):
 def test_of_two_groups_the_one_that_is_not_finite_is_named(tmp_path):
     log = make_log(tmp_path)
     sums = {
-        "loss": jnp.float32(2.0),
+        "means": {"loss": jnp.float32(2.0)},
+        "sums": {"loss": Ratio(jnp.float32([16.0]), jnp.float32([8.0]))},
         "grad_norm": jnp.float32(jnp.nan),
         "tokens": jnp.float32(8),
         "weight": jnp.float32(8),
         "pairs": jnp.float32(8),
         "batch_hash": jnp.uint32(77),
-        "group_loss": jnp.float32([16.0]),
-        "group_weight": jnp.float32([8.0]),
         "grad_norm_by_path": {
             "layers.mlp.up": jnp.float32(1.5),
             "layers.mlp.down": jnp.float32(jnp.nan),

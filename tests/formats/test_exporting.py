@@ -43,7 +43,7 @@ def make_step_definition(base, kind, mesh=None):
         trainable=kind, model=ModelConfig(dtype="float32"), lora=LoRAConfig(rank=2)
     )
     mesh = mesh or meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return StepDefinition(model, trainable.make(config, model.specs), None, mesh, 8)
+    return StepDefinition(model, trainable.make(config, model.specs), None, mesh)
 
 
 def test_every_parameter_comes_back_bit_for_bit(base, tmp_path):

@@ -22,7 +22,6 @@ from research.models.families.stored_tensor import StoredTensor
 from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel.mesh import make_mesh
-from research.weights.contraction import contract
 from research.weights.parameter_spec import Spec
 
 ATTENTION = "layers.attention.{}.kernel"
@@ -144,7 +143,7 @@ def load(folder):
 def logits_of(model, params):
     tokens = jnp.arange(24)[None] * 7 % model.architecture.vocab
     hidden = model.hidden(params, tokens, jnp.arange(24)[None], jnp.ones_like(tokens))
-    return contract(hidden, model.head(params))
+    return model.logits(params, hidden)
 
 
 def test_a_new_family_loads_computes_and_is_exported(

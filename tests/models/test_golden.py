@@ -17,7 +17,6 @@ from research.formats.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import load_params
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
-from research.weights.contraction import contract
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("smollm2", "llama2", "llama3", "tinyllama", "mistral")
@@ -42,7 +41,7 @@ def whole_row(x):
 def make_logits(model):
     def logits(params, tokens):
         hidden = model.hidden(params, tokens, *whole_row(tokens))
-        return contract(hidden, model.head(params))
+        return model.logits(params, hidden)
 
     return jax.jit(logits)
 
@@ -52,7 +51,7 @@ def make_greedy(model, length, count):
 
     def choose(params, tokens, cache):
         hidden, cache = model.decode(params, tokens, cache)
-        logits = contract(hidden[:, -1], model.head(params))
+        logits = model.logits(params, hidden[:, -1])
         return jnp.argmax(logits, -1, keepdims=True), cache
 
     @jax.jit

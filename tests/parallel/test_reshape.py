@@ -95,7 +95,8 @@ def loss_after(on_mesh, checkpoints, params, batch):
         sums = train_step.jit_eval_step(definition)(
             state.params, frozen, meshes.to_global(batch, definition.mesh)
         )
-        return float(sums["loss"].sum() / sums["weight"].sum())
+        loss = sums["loss"]
+        return float(loss.numerator.sum() / loss.denominator.sum())
 
     return loss
 

@@ -34,6 +34,7 @@ from research.plan.estimate.roofline import make_roofline
 from research.plan.estimate.step_flops import StepFlops
 from research.plan.planned_devices import parse_device, parse_topology
 from research.report import plan_tables
+from research.tasks import task_registry
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
@@ -73,10 +74,11 @@ def test_the_lowered_program_is_that_of_training(folder, kind):
     shape = abstract_step.find_architecture(config)
     step = abstract_step.make_abstract_step(config, shape, mesh)
     if kind == "lora":
-        base, groups = open_base(str(folder)), abstract_step.CATEGORIES
+        base, groups = open_base(str(folder)), None
     else:
         base, groups = random_base("tiny", byte_tokenizer()), 1
-    definition = make_step_definition(config, base, mesh, groups)
+    objective = task_registry.make_objective(config, mesh, groups)
+    definition = make_step_definition(config, base, mesh, objective)
     params, frozen = load_start(definition, base)
     state = train_step.jit_init(definition)(params)
     trained = train_step.jit_train_step(definition).lower(state, frozen, step.batch)
@@ -321,7 +323,8 @@ def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
     mesh = meshes.make_mesh(MeshConfig(replica=2, data=2, fsdp=2))
     said = r"has 2 rows .*splits a batch into 8 \(replica\*data\*fsdp\).*multiple of 8"
     with pytest.raises(UserError, match=said):
-        make_step_definition(config, open_base(str(folder)), mesh)
+        objective = task_registry.make_objective(config, mesh)
+        make_step_definition(config, open_base(str(folder)), mesh, objective)
 
 
 def test_a_plan_that_cannot_be_written_is_not_made(tmp_path):

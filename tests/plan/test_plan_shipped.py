@@ -44,7 +44,7 @@ def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
     mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
     step = abstract_step.make_abstract_step(config, shape, mesh)
     base = Base("trained", shape, byte_tokenizer(), None)
-    definition = make_step_definition(config, base, mesh, step.definition.groups)
+    definition = make_step_definition(config, base, mesh, step.definition.objective)
     whole = meshes.shardings(definition.model.specs, mesh)
     frozen = {
         path: jax.ShapeDtypeStruct(

@@ -34,6 +34,7 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.runs.reopen import fitting_mesh, reopen
 from research.runs.run_directory import RunDir
+from research.tasks import task_registry
 from research.tokenize.conversation import Turn
 from research.train import pipeline
 from research.train.step import train_step
@@ -130,7 +131,9 @@ def saved_state(runs, name):
         config, model=dataclasses.replace(config.model, attention="xla")
     )
     base = open_base(config.model.init_from)
-    definition = make_step_definition(plain, base, meshes.make_mesh(MeshConfig()))
+    devices = meshes.make_mesh(MeshConfig())
+    objective = task_registry.make_objective(plain, devices)
+    definition = make_step_definition(plain, base, devices, objective)
     with Checkpointer(
         folder.checkpoints, config.checkpoint, folder.identity(), read_only=True
     ) as checkpointer:

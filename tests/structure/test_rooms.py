@@ -176,6 +176,7 @@ from research.data.token_batch import Batch
 from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh
+from research.tasks.cross_entropy import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 
@@ -187,7 +188,7 @@ definition = train_step.StepDefinition(
     split,
     optimizers.make_optimizer(config.optim, config.steps, split.specs),
     mesh.make_mesh(MeshConfig(), jax.devices()[:1]),
-    loss_chunk=8,
+    CrossEntropy(groups=1, chunk=8),
 )
 frozen = {p: jax.ShapeDtypeStruct(s.shape, "bfloat16") for p, s in model.specs.items()}
 ids = jax.ShapeDtypeStruct((1, 2, 16), "int32")

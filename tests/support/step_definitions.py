@@ -10,6 +10,7 @@ from helpers import mesh_sizes
 from research.config.run_config import Config, LoRAConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
 from research.parallel import mesh as meshes
+from research.tasks.cross_entropy import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 
@@ -41,8 +42,7 @@ def make_definition(model, kind, sizes, dtype="float32"):
         trainable=dataclasses.replace(made, forward=forward),
         optimizer=optimizers.make_optimizer(OPTIM, 10, made.specs),
         mesh=mesh,
-        loss_chunk=5,
-        groups=4,
+        objective=CrossEntropy(groups=4, chunk=5, shards=meshes.shards(mesh)),
     )
     return definition, traced
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import close
 
 from research.tasks.cross_entropy import chunked_token_losses, weighted_loss
-from research.weights.contraction import materialize, transpose
+from research.weights.contraction import contract, materialize, transpose
 from research.weights.representations.low_rank import LowRank
 
 B, T, D, V = 8, 24, 40, 96
@@ -30,6 +30,11 @@ WEIGHTS = {
 }
 
 
+def logits_of(head, hidden):
+    """As `Model.logits` has it."""
+    return contract(hidden, head, dtype=jnp.float32)
+
+
 def plain_loss(hidden, head, weights, z_loss=0.0):
     logits = hidden @ materialize(head)
     picked = jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
@@ -39,8 +44,9 @@ def plain_loss(hidden, head, weights, z_loss=0.0):
 
 def both_losses(hidden, head, weights, chunk=16, shards=(1, 1), z_loss=0.0):
     return weighted_loss(
-        hidden,
+        logits_of,
         head,
+        hidden,
         TARGETS,
         weights,
         GROUPS,
@@ -149,7 +155,7 @@ def test_token_losses_are_plain_where_weighted_and_zero_elsewhere():
     plain = np.log(np.exp(logits).sum(-1)) - picked
     for shards in ((1, 1), (4, 1), (2, 3)):
         found = chunked_token_losses(
-            HIDDEN, HEAD, TARGETS, weights, chunk=10, shards=shards
+            logits_of, HEAD, HIDDEN, TARGETS, weights, chunk=10, shards=shards
         )
         close(found, plain * (WEIGHTS["fractions"] != 0))
 

@@ -38,6 +38,7 @@ from research.report import terminal
 from research.report.run_results import read_results
 from research.runs.display_files import read_findings, read_preview
 from research.runs.run_directory import RunDir
+from research.tasks import task_registry
 from research.tokenize.chat_template import ChatFormat
 from research.train.step.definition_from_config import make_step_definition
 from research.train.step.train_step import abstract_state
@@ -361,10 +362,12 @@ def numbers(place, run):
 def final_state(place, run):
     folder = RunDir(place.run_dir(run))
     config = folder.config()
+    devices = mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     definition = make_step_definition(
         config,
         open_base(str(place.folder / config.model.init_from)),
-        mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
+        devices,
+        task_registry.make_objective(config, devices),
     )
     with Checkpointer(
         folder.checkpoints, config.checkpoint, folder.identity(), read_only=True

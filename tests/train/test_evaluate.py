@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from research.data.named_sums import Ratio
 from research.train.evaluation import evaluate
 
 GROUPS = ["books", "code", "unseen"]
 
 
 def sums(loss, weight):
-    return {"loss": np.array(loss), "weight": np.array(weight)}
+    return {"loss": Ratio(np.array(loss), np.array(weight))}
 
 
 BATCHES = [sums([2.0, 9.0, 0.0], [1, 3, 0]), sums([4.0, 0.0, 0.0], [5, 0, 0])]

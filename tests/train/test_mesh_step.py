@@ -20,9 +20,9 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import CheckpointConfig, MeshConfig
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
+from research.tasks.cross_entropy import CrossEntropy
 from research.train.step import train_step
 from research.weights import trainable
-from research.weights.contraction import contract
 from research.weights.parameter_spec import Spec
 
 
@@ -94,7 +94,7 @@ def test_splitting_the_batch_changes_nothing(run):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_training_moves_what_it_should(run, params, kind):
     found = run(kind)
-    losses = [metrics["loss"] for metrics in found.metrics]
+    losses = [metrics["means"]["loss"] for metrics in found.metrics]
     assert losses[2] < losses[1] < losses[0]
     assert int(found.state.step) == 5
     start = (
@@ -109,7 +109,7 @@ def test_training_moves_what_it_should(run, params, kind):
 def plain_token_losses(model, params, batch):
     """From logits of everything, without any of the loss module."""
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
-    logits = np.array(contract(hidden, model.head(params)), np.float64)
+    logits = np.array(model.logits(params, hidden), np.float64)
     picked = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
     return np.log(np.exp(logits).sum(-1)) - picked
 
@@ -119,11 +119,13 @@ def test_metrics_are_what_their_names_say(run, model, params, batch):
     assert found["weight"] == batch.weights.sum()
     assert found["tokens"] == (batch.segments != 0).sum()
     plain = (plain_token_losses(model, params, batch) * batch.weights).sum()
-    np.testing.assert_allclose(found["loss"], plain / batch.weights.sum(), rtol=1e-5)
-    np.testing.assert_allclose(found["group_loss"].sum(), plain, rtol=1e-5)
+    mean = plain / batch.weights.sum()
+    np.testing.assert_allclose(found["means"]["loss"], mean, rtol=1e-5)
+    loss, counted = found["sums"]["loss"]
+    np.testing.assert_allclose(loss.sum(), plain, rtol=1e-5)
     for group in range(4):
         inside = batch.weights[batch.groups == group].sum()
-        assert found["group_weight"][group] == inside
+        assert counted[group] == inside
 
 
 def test_eval_sums_each_group_once(model, params, batch):
@@ -132,13 +134,13 @@ def test_eval_sums_each_group_once(model, params, batch):
     definition, _ = make_definition(model, "full", (2, 2, 2))
     placed = spread(params, model.specs, definition.mesh)
     evaluate = train_step.jit_eval_step(definition)
-    found = evaluate(placed, {}, meshes.to_global(batch, definition.mesh))
+    found = evaluate(placed, {}, meshes.to_global(batch, definition.mesh))["loss"]
     plain = plain_token_losses(model, params, batch) * batch.weights
     for group in range(4):
         inside = batch.groups == group
         loss, weight = plain[inside].sum(), batch.weights[inside].sum()
-        np.testing.assert_allclose(found["loss"][group], loss, rtol=1e-5)
-        np.testing.assert_allclose(found["weight"][group], weight, rtol=1e-5)
+        np.testing.assert_allclose(found.numerator[group], loss, rtol=1e-5)
+        np.testing.assert_allclose(found.denominator[group], weight, rtol=1e-5)
         assert (weight > 0) == (group < 3)
 
 
@@ -245,12 +247,15 @@ class Noise:
         return jnp.full((*tokens.shape, 1), weights["noise"])
 
     def head(self, weights):
-        return jnp.array([[1.0, 0.0]])
+        return weights
+
+    def logits(self, weights, hidden):
+        return jnp.concatenate([hidden, jnp.zeros_like(hidden)], axis=-1)
 
 
 def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     def forward(params, frozen, key):
-        return {"noise": 0.0 if key is None else jax.random.uniform(key)}
+        return {"noise": jnp.zeros(()) if key is None else jax.random.uniform(key)}
 
     made = trainable.Trainable(
         specs={"w": Spec((1,), ("norm",), n_in=0)}, frozen_specs={},
@@ -258,7 +263,7 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     )  # fmt: skip
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     definition = train_step.StepDefinition(
-        Noise(), made, optax.sgd(0.0), mesh, loss_chunk=4
+        Noise(), made, optax.sgd(0.0), mesh, CrossEntropy(groups=1, chunk=4)
     )
     ids = np.zeros((2, 1, 4), np.int32)
     train = jax.jit(functools.partial(train_step.train_step, definition))
@@ -271,7 +276,9 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
         state = train_step.init_state(definition, params)
         state = dataclasses.replace(state, step=jnp.int32(steps))
         return float(
-            train(state, {}, Batch(ids, ids, weights, ids, ids, ids))[1]["loss"]
+            train(state, {}, Batch(ids, ids, weights, ids, ids, ids))[1]["means"][
+                "loss"
+            ]
         )
 
     seen = {loss(steps, part) for steps in (0, 1) for part in (0, 1)}
@@ -279,4 +286,4 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     assert loss(1, 1) in seen
     one = Batch(ids[0], ids[0], np.ones((1, 4), np.float32), ids[0], ids[0], ids[0])
     found = train_step.eval_step(definition, params, {}, one)
-    np.testing.assert_allclose(found["loss"], 4 * np.log(2.0), rtol=1e-6)
+    np.testing.assert_allclose(found["loss"].numerator, 4 * np.log(2.0), rtol=1e-6)

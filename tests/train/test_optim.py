@@ -13,6 +13,7 @@ from research.config.run_config import Config, OptimConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.tasks.cross_entropy import CrossEntropy
 from research.train.step import train_step
 from research.train.step.optimizers import make_optimizer, read_skipped, skip_outliers
 from research.train.step.schedules import make_schedule
@@ -171,7 +172,7 @@ def test_moments_are_split_as_their_parameters(name, specs):
         trainable.make(config, model.specs),
         make_optimizer(config.optim, 10, model.specs),
         mesh,
-        loss_chunk=5,
+        objective=CrossEntropy(groups=1, chunk=5, shards=meshes.shards(mesh)),
     )
     state = train_step.abstract_state(definition)
     norms = max(math.prod(s.shape) for s in model.specs.values() if not s.n_in)

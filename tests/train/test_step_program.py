@@ -13,6 +13,7 @@ from step_definitions import ONE, make_definition
 from research.config.run_config import Config, MeshConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
 from research.parallel import mesh as meshes
+from research.tasks.cross_entropy import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 
@@ -95,7 +96,7 @@ def test_bfloat16_compute_keeps_float32_adapters_and_moments(model, batch):
     text, (state, metrics) = lowered_step(model, batch, "lora", ONE, "bfloat16")
     kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
-    assert metrics["loss"].dtype == metrics["grad_norm"].dtype == jnp.float32
+    assert metrics["means"]["loss"].dtype == metrics["grad_norm"].dtype == jnp.float32
     # What goes into a product is bfloat16; some sum up in float32.
     factors = re.findall(r"dot_general.*: \(tensor<[\dx]*x(\w+)>, .*x(\w+)>\) ->", text)
     assert len(factors) > 50 and set(factors) == {("bf16", "bf16")}
@@ -116,8 +117,7 @@ def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, n
         trainable=made,
         optimizer=optimizers.make_optimizer(config.optim, 10, made.specs),
         mesh=mesh,
-        loss_chunk=5,
-        groups=4,
+        objective=CrossEntropy(groups=4, chunk=5, shards=meshes.shards(mesh)),
     )
     state = train_step.abstract_state(definition)
     asked = jnp.dtype("bfloat16")

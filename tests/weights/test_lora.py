@@ -15,7 +15,6 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.weights.adapters import lora
-from research.weights.contraction import contract
 from research.weights.representations.low_rank import LowRank
 
 EVERYTHING = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
@@ -38,7 +37,7 @@ def jitted_logits(model):
     @jax.jit
     def logits(params, batch):
         hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
-        return contract(hidden, model.head(params))
+        return model.logits(params, hidden)
 
     return logits
 
@@ -93,7 +92,7 @@ def test_gradient_of_factors_is_the_gradient_through_the_merged_form(model, batc
 
     def score(params):
         hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
-        return jnp.sum(contract(hidden, model.head(params)) * jnp.float32(direction))
+        return jnp.sum(model.logits(params, hidden) * jnp.float32(direction))
 
     def adapted(params, adapters):
         return score(lora.adapt(params, adapters, EVERYTHING))

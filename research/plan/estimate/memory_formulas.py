@@ -51,7 +51,7 @@ def _temporaries(step: AbstractStep) -> float:
     remat = step.config.model.remat
     kept = tokens * a.layers * width * kept_per_token(step, remat)
     head = a.embed * a.vocab / tensor
-    logits = min(step.definition.loss_chunk, tokens) * a.vocab / tensor
+    logits = min(step.config.model.loss_chunk, tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = layer_matrices(a) / tensor
     at_layer = width * (2 * matrices + tokens * kept_per_token(step, "none"))
@@ -112,7 +112,7 @@ def compute_width(step: AbstractStep) -> int:
 
 def head_chunks(step: AbstractStep) -> int:
     """Products with the vocabulary head in a forward pass, if every token counts."""
-    return math.ceil(device_tokens(step) / step.definition.loss_chunk)
+    return math.ceil(device_tokens(step) / step.config.model.loss_chunk)
 
 
 def estimate_moved(step: AbstractStep) -> float:

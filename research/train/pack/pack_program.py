@@ -10,6 +10,7 @@ import numpy as np
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.runs.steering.stop_signals import StopRequest
+from research.tasks import task_registry
 from research.train.device_batches import DeviceBatches
 from research.train.evaluation import Evaluation, evaluate
 from research.train.pack import pack_arrays, pack_step
@@ -59,10 +60,13 @@ class PackProgram:
         self._mesh, self._frozen = definition.mesh, first.frozen
         specs = definition.model.specs
         factors = pack_arrays.union(specs, configs)
-        groups = max(run.definition.groups for run in runs)
+        # Wide enough for the run with the most groups; those of others stay empty.
+        objective = task_registry.make_objective(
+            first.config, self._mesh, max(len(run.task.groups) for run in runs)
+        )
         self._group = pack_step.make_group(
             first.config,
-            dataclasses.replace(definition, groups=groups),
+            dataclasses.replace(definition, objective=objective),
             factors,
             any(config.lora.dropout > 0 for config in configs),
             at_once,
@@ -131,7 +135,7 @@ class PackProgram:
             for number in range(max(map(len, local)))
         ]
         eval_fn = pack_step.jit_eval_step(self._group)
-        groups = self._group.definition.groups
+        loss_unit = self._group.definition.objective.loss_unit
 
         def evaluation(number: int, state: train_step.TrainState) -> list[Evaluation]:
             measured = self._measured_by(number)
@@ -146,10 +150,11 @@ class PackProgram:
                 self._runs[0].phases.sign_of_life()
             return [
                 evaluate(
-                    lambda each, row=row: {name: x[row] for name, x in each.items()},
+                    lambda each, row=row: jax.tree.map(lambda x: x[row], each),
                     sums,
-                    [*run.task.groups, *[""] * (groups - len(run.task.groups))],
+                    run.task.groups,
                     run.task.held_out_bytes,
+                    loss_unit=loss_unit,
                 )
                 for run, row in zip(
                     self._runs, map(chosen.index, measured), strict=True

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.data.named_sums import Objective
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_base
 from research.models.make_model import make_model
@@ -19,16 +20,18 @@ Params = dict[str, Any]
 
 
 def make_step_definition(
-    config: Config, base: Base, mesh: Mesh, groups: int = 1
+    config: Config, base: Base, mesh: Mesh, objective: Objective
 ) -> StepDefinition:
     """Model, optimizer and split of the parameters; no array is made.
 
-    `groups`: how many groups losses are reported by.
+    `objective` is what the step differentiates and reports.
 
     Raises:
       UserError: rows, targets or dimensions do not fit the model or the mesh.
     """
     _check_rows(config, base, mesh)
+    rows = config.data.rows_per_pass
+    meshes.require_whole_units(mesh, rows, objective.rows_per_unit)
     model = make_model(config, base.architecture, mesh)
     split = trainable.make(config, model.specs)
     return StepDefinition(
@@ -36,9 +39,7 @@ def make_step_definition(
         trainable=split,
         optimizer=optimizers.make_optimizer(config.optim, config.steps, split.specs),
         mesh=mesh,
-        loss_chunk=config.model.loss_chunk,
-        groups=groups,
-        z_loss=config.optim.z_loss,
+        objective=objective,
         seed=config.seed,
         offload=config.runtime.offload_optimizer,
         grad_norms=config.runtime.grad_norms,
@@ -67,14 +68,6 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
         raise UserError(
             f"the tokenizer has ids up to {base.tokenizer.largest_id} and the model "
             f"{base.architecture.vocab} of them: they do not belong together"
-        )
-    shards = meshes.batch_shards(mesh)
-    rows = config.data.rows_per_pass
-    if rows % shards:
-        raise UserError(
-            f"a forward pass has {rows} rows (config.data.microbatch_size, or "
-            f"batch_size) and the mesh splits a batch into {shards} "
-            f"({'*'.join(meshes.BATCH_AXES)}): use a multiple of {shards}"
         )
 
 

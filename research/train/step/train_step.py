@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from research.data import named_sums
+from research.data.named_sums import Objective, Sums
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.tasks import cross_entropy as losses
 from research.train.step import optimizers
 from research.weights import parameter_paths
 from research.weights.trainable import Trainable
 
 Array = jax.Array
 Params = dict[str, Any]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
 
 DROPOUT_STREAM = 2**31 - 1
 
@@ -49,9 +50,7 @@ class StepDefinition:
       trainable: the split into trained and frozen.
       optimizer: of optax.
       mesh: of devices.
-      loss_chunk: positions per product with the vocabulary head.
-      groups: how many groups losses are reported by.
-      z_loss: see `loss.weighted_loss`.
+      objective: what is differentiated and reported.
       seed: of dropout.
       offload: the optimizer's state lies in the host's memory between updates.
       grad_norms: the step also gives the gradient norm of each parameter.
@@ -61,37 +60,10 @@ class StepDefinition:
     trainable: Trainable
     optimizer: optax.GradientTransformation
     mesh: Mesh
-    loss_chunk: int
-    groups: int = 1
-    z_loss: float = 0.0
+    objective: Objective
     seed: int = 0
     offload: bool = False
     grad_norms: bool = False
-
-
-def loss_sums(
-    definition: StepDefinition,
-    params: Params,
-    frozen: Params,
-    batch: Batch,
-    key: Array | None,
-) -> tuple[Array, Array]:
-    """Of one microbatch: the objective, and the cross entropies by group, in nats."""
-    weights = definition.trainable.forward(params, frozen, key)
-    hidden = definition.model.hidden(
-        weights, batch.tokens, batch.positions, batch.segments
-    )
-    return losses.weighted_loss(
-        hidden,
-        definition.model.head(weights),
-        batch.targets,
-        batch.weights,
-        batch.groups,
-        n_groups=definition.groups,
-        chunk=definition.loss_chunk,
-        shards=meshes.shards(definition.mesh),
-        z_loss=definition.z_loss,
-    )
 
 
 def train_step(
@@ -99,51 +71,53 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update from a `[microbatch, batch, seq]` batch.
 
-    Loss and gradient are summed over microbatches and devices and divided once by
-    the sum of all weights, so neither depends on how the batch was split.
+    The objective's sums and the gradient are added up over microbatches and devices
+    and divided once, so none of them depends on how the batch was split.
 
     Returns:
-      The next state, and `loss` (nats per trained token), `weight` (trained tokens),
-      `group_loss` and `group_weight` (sums, `[groups]`), `tokens` (real tokens),
+      The next state, and `sums` (those of the objective), `means` (each of them
+      divided, over all groups), `weight` (trained tokens), `tokens` (real tokens),
       `pairs` (queries with each key they may see), `grad_norm` (before clipping),
       `batch_hash` (of what was trained on, the same on every mesh),
       `skipped` (updates left out so far, where `optim.skip_outliers` is in use),
-      `grad_norm_by_path` (where `definition.grad_norms` asks for it).
+      `grad_norm_by_path` (where `definition.grad_norms` is set).
     """
     # Another stream than the initialisation, which folds small numbers in, too.
     dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
     key = jax.random.fold_in(dropout, state.step)
+    _require_units(definition, batch)
 
-    def accumulate(carry, microbatch_and_key):
+    def accumulate(total, microbatch_and_key):
         microbatch, key = microbatch_and_key
-        (_, by_group), gradient = jax.value_and_grad(
-            lambda params: loss_sums(definition, params, frozen, microbatch, key),
-            has_aux=True,
-        )(state.params)
-        return jax.tree.map(jnp.add, carry, (by_group, gradient)), None
+
+        def objective(params):
+            weights = definition.trainable.forward(params, frozen, key)
+            return definition.objective.train(definition.model, weights, microbatch)
+
+        (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return jax.tree.map(jnp.add, total, gradient), sums
 
     # Of parameters in bfloat16, too: many small terms would be rounded away.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
     keys = jax.random.split(key, batch.tokens.shape[0])
-    (by_group, gradients), _ = jax.lax.scan(
-        accumulate, (jnp.zeros(definition.groups, jnp.float32), zeros), (batch, keys)
-    )
-    weight = jnp.sum(batch.weights)
-    scale = 1.0 / jnp.maximum(weight, 1.0)
+    gradients, sums = jax.lax.scan(accumulate, zeros, (batch, keys))
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    means = {name: named_sums.mean(ratio) for name, ratio in sums.items()}
+    scale = named_sums.inverse(jnp.sum(sums["loss"].denominator))
     gradients = jax.tree.map(
         lambda g, p: (g * scale).astype(p.dtype), gradients, state.params
     )
-    loss = jnp.sum(by_group) * scale
     optimizer = optax.with_extra_args_support(definition.optimizer)
     before = state.opt_state
     if definition.offload:
         before = jax.device_put(before, jax.memory.Space.Device)
-    updates, opt_state = optimizer.update(gradients, before, state.params, loss=loss)
+    updates, opt_state = optimizer.update(
+        gradients, before, state.params, loss=means["loss"]
+    )
     metrics = {
-        "loss": loss,
-        "weight": weight,
-        "group_loss": by_group,
-        "group_weight": _by_group(definition, batch.weights, batch.groups),
+        "sums": sums,
+        "means": means,
+        "weight": jnp.sum(batch.weights),
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
         **_gradient_norms(definition, gradients),
@@ -152,6 +126,15 @@ def train_step(
     }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _require_units(definition: StepDefinition, batch: Batch) -> None:
+    wanted = definition.objective.rows_per_unit
+    if batch.rows_per_unit != wanted:
+        raise ValueError(
+            f"the objective compares {wanted} rows with each other and the batch "
+            f"keeps {batch.rows_per_unit} together: set rows_per_unit of both"
+        )
 
 
 def _gradient_norms(definition: StepDefinition, gradients: Params) -> dict[str, Any]:
@@ -178,32 +161,13 @@ def hash_batch(batch: Batch) -> Array:
     return total + jnp.sum((bits ^ (bits >> 16)) * factor, dtype=jnp.uint32)
 
 
-def _by_group(definition: StepDefinition, values: Array, groups: Array) -> Array:
-    """Sums `values` into `[groups]`."""
-    member = jax.nn.one_hot(groups, definition.groups, axis=0)
-    return jnp.sum(member * values[None], axis=range(1, member.ndim))
-
-
 def eval_step(
     definition: StepDefinition, params: Params, frozen: Params, batch: Batch
-) -> Metrics:
-    """Sums per group over one `[batch, seq]` batch: `loss` and `weight`, `[groups]`."""
+) -> Sums:
+    """The objective's sums over one `[batch, seq]` batch of held-out rows."""
+    _require_units(definition, batch)
     weights = definition.trainable.forward(params, frozen, None)
-    hidden = definition.model.hidden(
-        weights, batch.tokens, batch.positions, batch.segments
-    )
-    token_losses = losses.chunked_token_losses(
-        hidden,
-        definition.model.head(weights),
-        batch.targets,
-        batch.weights,
-        chunk=definition.loss_chunk,
-        shards=meshes.shards(definition.mesh),
-    )
-    return {
-        "loss": _by_group(definition, token_losses * batch.weights, batch.groups),
-        "weight": _by_group(definition, batch.weights, batch.groups),
-    }
+    return definition.objective.evaluate(definition.model, weights, batch)
 
 
 def init_state(definition: StepDefinition, params: Params) -> TrainState:
@@ -282,7 +246,7 @@ def jit_train_step(
 
 def jit_eval_step(
     definition: StepDefinition,
-) -> Callable[[Params, Params, Batch], Metrics]:
+) -> Callable[[Params, Params, Batch], Sums]:
     state = state_shardings(definition)
     frozen = meshes.shardings(definition.trainable.frozen_specs, definition.mesh)
     return jax.jit(

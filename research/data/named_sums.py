@@ -1,0 +1,98 @@
+"""Sums by name: what an objective gives, and what is divided once, at the very end.
+
+A loss, a metric and an evaluation are each a mean over something that no device, no
+microbatch and no evaluation batch holds whole. So each travels as a numerator and a
+denominator. The step, the log, the evaluation and the report take whatever names there
+are: a task adds a metric by adding a name.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.data.token_batch import Batch
+from research.models.transformer import Model
+
+Array = jax.Array
+
+NATS_PER_TOKEN = "nats per trained token"
+
+
+class Ratio(NamedTuple):
+    """Two sums, both float32 scalars or both `[groups]`; what is meant is a / b."""
+
+    numerator: Array
+    denominator: Array
+
+
+Sums = dict[str, Ratio]
+
+
+class Objective(Protocol):
+    """What a step differentiates and what is reported of it.
+
+    Attributes:
+      rows_per_unit: consecutive rows of a batch that form one unit, such as 2 for
+        pairs; the batches of the task carry the same number.
+      loss_unit: what the loss counts, for people.
+    """
+
+    rows_per_unit: int
+    loss_unit: str
+
+    def train(
+        self, model: Model, params: dict[str, Any], batch: Batch
+    ) -> tuple[Array, Sums]:
+        """Of one microbatch `[rows, seq]`.
+
+        Returns:
+          A float32 scalar to differentiate, a sum like the numerator of `loss` and
+          divided by the same denominator; and the sums, among them `loss`, whose
+          arrays are `[groups]`. The sums carry no gradient.
+        """
+
+    def evaluate(self, model: Model, params: dict[str, Any], batch: Batch) -> Sums:
+        """The sums of held-out rows `[rows, seq]`, among them `loss`, `[groups]`."""
+
+
+def sum_by_group(values: Array, groups: Array, n_groups: int) -> Array:
+    """`values` of any shape summed into `[n_groups]` by the ids `groups`."""
+    member = jax.nn.one_hot(groups, n_groups, axis=0)
+    return jnp.sum(member * values[None], axis=range(1, member.ndim))
+
+
+def inverse(count: Array) -> Array:
+    """`1 / count`, and 0 where nothing was counted."""
+    return jnp.where(count > 0, 1.0 / jnp.where(count > 0, count, 1.0), 0.0)
+
+
+def mean(ratio: Ratio) -> Array:
+    """A float32 scalar: over all groups, 0 where nothing was counted."""
+    return jnp.sum(ratio.numerator) * inverse(jnp.sum(ratio.denominator))
+
+
+def means_by_group(
+    sums: Mapping[str, Ratio], groups: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """`{"by_group": {group: mean}}`, the key as `group_key` gives it.
+
+    Has the names whose sums are `[groups]`, and of each the groups that were counted.
+    The sums may have room for more groups: runs that train together share a width.
+    """
+    return {
+        group_key(name): {
+            group: float(a / b)
+            for group, a, b in zip(groups, *map(np.asarray, ratio), strict=False)
+            if b > 0
+        }
+        for name, ratio in sums.items()
+        if np.ndim(ratio.denominator)
+    }
+
+
+def group_key(name: str) -> str:
+    """Under what the means by group of a name stand in metrics.jsonl."""
+    return "by_group" if name == "loss" else f"{name}_by_group"

@@ -1,6 +1,5 @@
 """What is refused: one message with the remedy, exit code 2, nothing written."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -8,20 +7,9 @@ import shutil
 import pytest
 import tiny_model
 from commands import CONFIG, RANK, STEPS, chain, snapshot
+from refusals import Refusal
 
 from research.formats.base_model import open_base
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Flags, what the message must name, and what has to be there first."""
-
-    flags: tuple[str, ...]
-    names: tuple[str, ...]
-    files: tuple[tuple[str, str], ...] = ()
-    prepare: str = ""
-    devices: int = 1
-    command: str = "train"
 
 
 def bad_file(name, text, *names, flags=()):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from commands import chain
-from test_survival import HANG
+from process_pairs import HANG
 
 SECRETS = {
     name: f"canary-{index}-of-the-environment"

@@ -5,7 +5,15 @@ import json
 
 import numpy as np
 import pytest
-from text_helpers import make_texts, text_config, with_bos, write_texts
+from text_helpers import (
+    FIELDS,
+    make_texts,
+    same,
+    take,
+    text_config,
+    with_bos,
+    write_texts,
+)
 
 from research.config.run_config import DataConfig
 from research.core.errors import UserError
@@ -17,7 +25,6 @@ from research.data.text.token_cache import open_cache
 from research.data.text.tokenized_corpus import TokenStream, load_text
 from research.tokenize.tokenizer_training import byte_tokenizer
 
-FIELDS = ("tokens", "targets", "weights", "segments", "positions", "groups")
 PLAIN = byte_tokenizer()
 MARKED = with_bos(PLAIN)
 
@@ -52,14 +59,6 @@ def streams(place, names="ab", side="train", tokenizer=PLAIN, **text):
         tokens = TokenStream(open_cache(source, tokenizer, config.text), side)
         found.append(tokens.read(0, len(tokens)))
     return found
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def same(left, right):
-    return all((getattr(left, f) == getattr(right, f)).all() for f in FIELDS)
 
 
 def rows_in(batches):

@@ -5,8 +5,15 @@ import json
 
 import numpy as np
 import pytest
-from test_corpus import FIELDS, same, take
-from text_helpers import make_texts, text_config, with_bos, write_texts
+from text_helpers import (
+    FIELDS,
+    make_texts,
+    same,
+    take,
+    text_config,
+    with_bos,
+    write_texts,
+)
 
 from research.core.errors import UserError
 from research.data.text import document_readers, streaming

@@ -14,19 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from text_helpers import make_texts, text_config, with_bos, write_texts
+from text_helpers import HELD_OUT_SHARE as SHARE
+from text_helpers import build, make_texts, with_bos, write_texts
 
 from research.core.errors import UserError
 from research.data.text import document_readers, source_fingerprint, token_cache
 from research.data.text.document_readers import DocumentPiece, TextSource
 from research.data.text.row_layout import is_held_out
-from research.data.text.text_sources import open_sources
-from research.data.text.token_cache import open_cache, units_of
+from research.data.text.token_cache import units_of
 from research.data.text.tokenized_corpus import TokenStream
 from research.tokenize.tokenizer import Tokenizer
 from research.tokenize.tokenizer_training import byte_tokenizer, train_bpe
-
-SHARE = 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +43,6 @@ def corpus(tmp_path):
     texts[7] = next(text for text in large if held(text))
     texts[70] = next(text for text in large if not held(text))
     return write_texts(tmp_path / "corpus", texts)
-
-
-def build(tmp_path, where, tokenizer=None, process=(0, 1), **text):
-    config = text_config(tmp_path, f"s={where}", held_out_share=SHARE, **text)
-    (source,) = open_sources(config)
-    return open_cache(source, tokenizer or byte_tokenizer(), config.text, *process)
 
 
 def stream(cached, side):
@@ -174,7 +166,7 @@ def test_the_memo_of_hashes_may_be_lost_or_broken(tmp_path, corpus):
 KILLED = """
 import os, pathlib, sys, time
 from research.data.text import document_readers, token_cache
-from test_token_cache import build
+from text_helpers import build
 document_readers.PIECE_BYTES, token_cache.SHARD_BYTES = 200, 1500
 token_cache.UNIT_BYTES = 4000
 fsync = os.fsync

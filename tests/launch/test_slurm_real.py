@@ -5,10 +5,10 @@ import re
 
 import pytest
 import slurm_cluster
+from pretraining_runs import STEP_LINE, make_corpus
+from process_pairs import PLAIN
+from run_results import check_equal, history
 from slurm_cluster import Cluster
-from test_pretraining import STEP_LINE, make_corpus
-from test_processes import PLAIN
-from test_survival import check_equal, history
 
 from research.core.errors import UserError
 

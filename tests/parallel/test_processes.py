@@ -2,15 +2,12 @@
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from commands import chain
 from helpers import close
-from test_pretraining import STEPS
-from test_pretraining import pretrained as pretrained
-
-MESH = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
-PLAIN = ("--config.export=False", "--config.text.cache_dir=tokens-of-two")
+from pretraining_runs import PRETRAIN_STEPS as STEPS
+from process_pairs import MESH, PLAIN
+from run_results import saved_state
 
 
 @chain
@@ -39,18 +36,6 @@ def test_two_processes_train_the_same_steps_on_the_same_data(
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     held = [place.lines(run, "eval")[-1] for run in ("pretrained", "two-processes")]
     assert held[1]["loss"] == pytest.approx(held[0]["loss"], rel=1e-5)
-
-
-def saved_state(place, run, step=STEPS):
-    """Everything in a checkpoint, on one device, whichever mesh wrote it."""
-    item = place.run_dir(run) / "checkpoints" / str(step) / "state"
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            checkpointer.metadata(item).item_metadata.tree,
-        )
-        return checkpointer.restore(item, wanted)
 
 
 def test_two_processes_end_with_the_same_parameters_and_moments(

@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 from commands import STEPS, chain, snapshot
+from run_results import check_equal, final_state
 from small_states import flip_one
-from test_end_to_end import final_state
-from test_survival import check_equal
 
 from research.checkpoints.checksums import find_damage
 from research.core.errors import DamagedError, SaveError

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from commands import chains
 from kills import SAYS_PHASES, SLOW_DATA, torn
-from test_end_to_end import final_state
-from test_processes import saved_state
-from test_survival import check_equal, start_pair
+from process_pairs import start_pair
+from run_results import check_equal, final_state, saved_state
 
 from research.core.errors import PREEMPTED
 

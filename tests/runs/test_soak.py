@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from commands import chain
 from kills import kill_again_and_again, phase_of, torn
-from test_end_to_end import numbers
-from test_pretraining import STEP_LINE, pretrain
-from test_processes import saved_state
-from test_survival import HANG, LIMIT, PAIR, check_equal, hashes, start_pair
+from pretraining_runs import STEP_LINE, pretrain
+from process_pairs import HANG, LIMIT, PAIR, start_pair
+from run_results import check_equal, hashes, numbers, saved_state
 
 from research.core.errors import PREEMPTED, SaveError
 

@@ -1,6 +1,5 @@
 """Killed, stopped, hung: the real commands go on exactly, or say why not."""
 
-import json
 import re
 import signal
 
@@ -13,9 +12,9 @@ from kills import (
     kill_again_and_again,
     wait_for_a_save,
 )
-from test_end_to_end import final_state, numbers
-from test_pretraining import STEP_LINE
-from test_processes import MESH, PLAIN
+from pretraining_runs import STEP_LINE
+from process_pairs import HANG, start_pair
+from run_results import check_equal, final_state, history
 
 from research.core.errors import PREEMPTED, STUCK
 
@@ -46,16 +45,6 @@ def terminated(place, results):
     return compiling, saving, reporting, place.run("train", *flags)
 
 
-# Seconds: a busy machine compiles, without a sign of life, for twenty.
-LIMIT = 45
-PAIR = ("--config=pretrain.py", *MESH, *PLAIN, f"--config.runtime.watchdog_s={LIMIT}")
-
-
-def start_pair(place, run, *flags, **options):
-    where = f"--config.run_dir=runs/{run}"
-    return place.start_together(2, *PAIR, where, *flags, **options)
-
-
 @chain
 def pair(place, results):
     """SIGTERM to one of them, and to the end."""
@@ -67,18 +56,6 @@ def pair(place, results):
     return stopped, [process.finish() for process in start_pair(place, "pair")]
 
 
-HANG = """
-import time
-from research.train import device_batches
-pull = device_batches.DeviceBatches.__next__
-def hang(self):
-    if self.number == 2:
-        {what}
-    return pull(self)
-device_batches.DeviceBatches.__next__ = hang
-"""
-
-
 @chain
 def stuck(place, results):
     results("two_processes")
@@ -87,19 +64,6 @@ def stuck(place, results):
     )
     stuck = [process.finish() for process in running]
     return stuck, [process.finish() for process in start_pair(place, "stuck")]
-
-
-def history(place, run):
-    return json.loads((place.run_dir(run) / "run.json").read_text())
-
-
-def hashes(place, run):
-    return [line["batch_hash"] for line in place.lines(run, "train")]
-
-
-def check_equal(place, run, unbroken):
-    assert numbers(place, run) == numbers(place, unbroken)
-    assert hashes(place, run) == hashes(place, unbroken)
 
 
 def test_a_run_killed_at_random_ends_as_the_unbroken_one(place, unbroken, killed):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import tiny_model
-from test_rooms import FILES, ROOT, dotted
+from source_files import FILES, LAUNCHER, dotted, files_of
 
 from research.config.run_config import DataConfig
 from research.core.errors import UserError
@@ -27,7 +27,6 @@ BANNED_CALLS = {
 }  # fmt: skip
 # All of Jinja that may be named: what renders in the sandbox, and its errors.
 JINJA = {"jinja2.sandbox.ImmutableSandboxedEnvironment", "jinja2.TemplateError"}
-LAUNCHER = sorted(f for f in (ROOT / "launch").rglob("*.py") if f.name != "__init__.py")
 
 
 def offences(source):
@@ -63,7 +62,7 @@ def imports(node):
             yield name
 
 
-@pytest.mark.parametrize("file", FILES + LAUNCHER, ids=dotted)
+@pytest.mark.parametrize("file", [*FILES, *files_of(LAUNCHER)], ids=dotted)
 def test_the_package_has_nothing_that_runs_what_it_reads(file):
     text = file.read_text()
     found = list(offences(text))

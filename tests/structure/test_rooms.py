@@ -5,12 +5,9 @@ import collections
 import functools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PACKAGE, LAUNCHER = ROOT / "research", ROOT / "launch"
+from source_files import FILES, LAUNCHER, PACKAGE, ROOT, dotted, files_of
 
 # A room imports only itself and rooms to its left. A `__main__.py` is a door: it may
 # import anything, and nothing imports it.
@@ -20,17 +17,6 @@ ROOMS = (
     "generate", "export", "plan", "control",
 )  # fmt: skip
 MOST_ROOMS, MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 12, 400, 60
-
-
-def files_of(folder):
-    return sorted(f for f in folder.rglob("*.py") if f.name != "__init__.py")
-
-
-FILES = files_of(PACKAGE)
-
-
-def dotted(file):
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
 MODULES = {dotted(file): file for file in FILES}

@@ -5,9 +5,15 @@ import tokenizers
 from tokenizers import processors
 
 from research.config.run_config import Config, DataConfig, TextConfig
+from research.data.text.text_sources import open_sources
+from research.data.text.token_cache import open_cache
 from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.tokenizer_training import byte_tokenizer
 
 WORDS = ["alpha", "béta", "λ", "日本", "x = 1", "return", "\t", "42", "🙂", "the"]
+
+
+HELD_OUT_SHARE = 0.2  # of what `build` tokenises
 
 
 def make_texts(count, seed=0, longest=60):
@@ -50,3 +56,20 @@ def with_bos(tokenizer, unused=0):
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
     return Tokenizer(inner, bos="<s>", eos=tokenizer.eos_token, add_bos=True)
+
+
+FIELDS = ("tokens", "targets", "weights", "segments", "positions", "groups")
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(left, right):
+    return all((getattr(left, f) == getattr(right, f)).all() for f in FIELDS)
+
+
+def build(tmp_path, where, tokenizer=None, process=(0, 1), **text):
+    config = text_config(tmp_path, f"s={where}", held_out_share=HELD_OUT_SHARE, **text)
+    (source,) = open_sources(config)
+    return open_cache(source, tokenizer or byte_tokenizer(), config.text, *process)

@@ -10,7 +10,6 @@ import re
 import signal
 import struct
 
-import jax
 import numpy as np
 import pytest
 import tiny_model
@@ -26,22 +25,18 @@ from commands import (
     step_line,
 )
 from rich.console import Console
+from run_results import final_state, numbers
 
-from research.checkpoints.checkpointer import Checkpointer
 from research.config.knobs import flat
-from research.config.run_config import Config, DataConfig, MeshConfig, ModelConfig
+from research.config.run_config import Config, DataConfig, ModelConfig
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import load_rows
 from research.formats.base_model import open_base
-from research.parallel import mesh
 from research.report import terminal
 from research.report.run_results import read_results
 from research.runs.display_files import read_findings, read_preview
 from research.runs.run_directory import RunDir
-from research.tasks import task_registry
 from research.tokenize.chat_template import ChatFormat
-from research.train.step.definition_from_config import make_step_definition
-from research.train.step.train_step import abstract_state
 
 
 @chain
@@ -347,34 +342,6 @@ def test_a_complete_run_is_left_alone(unbroken, again):
     assert finished.out == ""
     assert before == after
     assert finished.seconds < unbroken.seconds / 2
-
-
-def numbers(place, run):
-    """What must not depend on how often a run was broken off."""
-    train = [
-        (x["step"], x["loss"], x["grad_norm"], x["learning_rate"], x["tokens"])
-        for x in place.lines(run, "train")
-    ]
-    held = {x["step"]: (x["loss"], x["by_group"]) for x in place.lines(run, "eval")}
-    return train, held
-
-
-def final_state(place, run):
-    folder = RunDir(place.run_dir(run))
-    config = folder.config()
-    devices = mesh.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    definition = make_step_definition(
-        config,
-        open_base(str(place.folder / config.model.init_from)),
-        devices,
-        task_registry.make_objective(config, devices),
-    )
-    with Checkpointer(
-        folder.checkpoints, config.checkpoint, folder.identity(), read_only=True
-    ) as checkpointer:
-        restored = checkpointer.restore(abstract_state(definition))
-    assert restored.step == int(restored.state.step) == STEPS
-    return jax.tree.map(lambda x: np.asarray(x).tobytes(), restored.state)
 
 
 def test_sigint_stops_between_steps_and_the_same_command_goes_on(broken):

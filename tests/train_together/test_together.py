@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from commands import CHAINS, STEPS, chain
 from helpers import in_soak
-from test_end_to_end import final_state
-from test_survival import check_equal
+from run_results import check_equal, final_state
 
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, DivergedError

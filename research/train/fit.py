@@ -21,14 +21,15 @@ from research.runs import display_files
 from research.runs.steering.control_requests import CHECKPOINT, SAMPLE
 from research.runs.steering.request_listener import RequestListener
 from research.runs.steering.stop_signals import StopRequest
-from research.train import profiling, training_loop
-from research.train.metrics_log import StepLog
-from research.train.pack.pack_program import PackProgram
+from research.train import training_loop
+from research.train.metrics import profiling
+from research.train.metrics.metrics_log import StepLog
+from research.train.metrics.throughput import Clock, SharedClock
+from research.train.programs.pack_program import PackProgram
+from research.train.programs.single_run_program import SingleRunProgram
 from research.train.run_saver import RunSaver
-from research.train.single_run_program import SingleRunProgram
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start
-from research.train.throughput import Clock, SharedClock
 from research.train.training_run import TrainingRun
 
 Position = dict[str, Any]

@@ -9,8 +9,8 @@ import jax
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.core.errors import SaveError
-from research.train import throughput
-from research.train.metrics_log import StepLog
+from research.train.metrics import throughput
+from research.train.metrics.metrics_log import StepLog
 from research.train.step import train_step
 from research.train.training_run import TrainingRun
 

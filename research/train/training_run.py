@@ -14,8 +14,8 @@ from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.tasks.task_protocol import Task
-from research.train import throughput
 from research.train.doctor import Examination
+from research.train.metrics import throughput
 from research.train.step import train_step
 
 

@@ -37,7 +37,7 @@ from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
 from research.plan import abstract_step
 from research.tokenize.tokenizer import Tokenizer
-from research.train import throughput
+from research.train.metrics import throughput
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start
 from research.weights import parameter_paths

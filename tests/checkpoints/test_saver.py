@@ -25,9 +25,10 @@ from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.train import finish_run, throughput, training_loop
+from research.train import finish_run, training_loop
 from research.train.fit import restore
-from research.train.metrics_log import StepLog
+from research.train.metrics import throughput
+from research.train.metrics.metrics_log import StepLog
 from research.train.run_saver import RunSaver
 from research.train.training_run import TrainingRun
 

@@ -18,7 +18,7 @@ from research.runs.steering.request_listener import RequestListener
 # Three commands fit between the first steps and the last one.
 SLOW = """
 import time
-from research.train import device_batches
+from research.train.programs import device_batches
 pull = device_batches.DeviceBatches.__next__
 def pull_late(self):
     time.sleep(1.0)

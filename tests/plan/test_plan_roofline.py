@@ -14,7 +14,7 @@ from research.plan.compiled.collectives import Collective
 from research.plan.estimate import memory_formulas, roofline
 from research.plan.estimate.step_flops import StepFlops, count_step_flops
 from research.plan.planned_devices import parse_device
-from research.train import throughput
+from research.train.metrics import throughput
 
 LLAMA2_70B = Architecture(32000, 8192, 28672, 80, 64, 8, 128, tied_head=False)
 LLAMA31_70B = dataclasses.replace(LLAMA2_70B, vocab=128256)

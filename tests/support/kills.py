@@ -23,7 +23,7 @@ phase_timer.PhaseTimer.enter = told
 # a SIGTERM after a second or two.
 SLOW_DATA = """
 import time
-from research.train import device_batches
+from research.train.programs import device_batches
 pull = device_batches.DeviceBatches.__next__
 def pull_late(self):
     time.sleep(0.3)

@@ -20,7 +20,7 @@ def start_pair(place, run, *flags, **options):
 
 HANG = """
 import time
-from research.train import device_batches
+from research.train.programs import device_batches
 pull = device_batches.DeviceBatches.__next__
 def hang(self):
     if self.number == 2:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from research.data.named_sums import Ratio
-from research.train.evaluation import evaluate
+from research.train.metrics.evaluation import evaluate
 
 GROUPS = ["books", "code", "unseen"]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from research.config.run_config import RuntimeConfig
-from research.train.profiling import trace_steps
+from research.train.metrics.profiling import trace_steps
 
 
 def traced_steps(folder):

@@ -3,7 +3,7 @@
 import dataclasses
 
 from research.plan.abstract_step import AbstractStep
-from research.train import throughput
+from research.train.metrics import throughput
 from research.weights import parameter_paths
 
 

@@ -18,8 +18,8 @@ from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
-from research.train import throughput
-from research.train.evaluation import Evaluation, add_metrics
+from research.train.metrics import throughput
+from research.train.metrics.evaluation import Evaluation, add_metrics
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import Metrics
 

@@ -11,9 +11,9 @@ from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.runs.steering.stop_signals import StopRequest
 from research.tasks import task_registry
-from research.train.device_batches import DeviceBatches
-from research.train.evaluation import Evaluation, evaluate
-from research.train.pack import pack_arrays, pack_step
+from research.train.metrics.evaluation import Evaluation, evaluate
+from research.train.programs import pack_arrays, pack_step
+from research.train.programs.device_batches import DeviceBatches
 from research.train.step import train_step
 from research.train.training_run import TrainingRun
 

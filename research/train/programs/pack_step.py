@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from research.config.run_config import Config
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
-from research.train.pack.pack_arrays import Factors, RunNumbers
+from research.train.programs.pack_arrays import Factors, RunNumbers
 from research.train.step import optimizers
 from research.train.step import train_step as step
 from research.weights import trainable

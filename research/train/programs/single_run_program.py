@@ -5,8 +5,8 @@ from typing import Any
 
 from research.parallel import mesh
 from research.runs.steering.stop_signals import StopRequest
-from research.train.device_batches import DeviceBatches
-from research.train.evaluation import Evaluation, evaluate
+from research.train.metrics.evaluation import Evaluation, evaluate
+from research.train.programs.device_batches import DeviceBatches
 from research.train.step import train_step
 from research.train.training_run import TrainingRun
 

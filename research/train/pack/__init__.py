@@ -1,1 +1,0 @@
-"""Several LoRA runs as one program: padded adapters, stacked state, one step."""

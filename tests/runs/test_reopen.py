@@ -99,12 +99,12 @@ def runs(tmp_path_factory):
         full = small_config(
             folder, "full", trainable="full", runtime={"offload_optimizer": True}
         )
-        assert pipeline.train(full) == 0
+        assert pipeline.train([full]) == 0
         # As on a TPU: the kernel is there, and Pallas interprets it.
         patch.setattr(attention_kernels, "_splash_lacks", lambda *_: None)
         patch.setattr(attention_sharding, "packed_attention", interpreted)
         splash = small_config(folder, "splash", model={"attention": "splash"})
-        assert pipeline.train(splash) == 0
+        assert pipeline.train([splash]) == 0
     assert used == {"splash"}
     return folder
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 USAGE = """
 python -m research.checkpoints --run=RUN_DIR [list | verify | export-step | prune]
 
-list (the default) shows step, size, time, held-out loss, and whether every byte is as
-it was written. verify says what is damaged, and then exits with code 5. export-step
-writes --step as a Hugging Face folder --out. prune removes all but the newest
---keep_last and the best --keep_best, and what is damaged.
+list (the default) shows step, size, time and held-out loss, and checks every byte.
+verify lists damaged files and exits with code 5 if there are any. export-step writes
+--step as a Hugging Face folder --out. prune removes damaged checkpoints, and all intact
+ones but the newest --keep_last and the best --keep_best.
 """
 VERBS = ("list", "verify", "export-step", "prune")
 
@@ -42,11 +42,11 @@ def main(argv: Sequence[str]) -> int:
     from research.runs.run_directory import RunDir
 
     folder = RunDir(f.run)
-    folder.config()  # Or it is no run.
+    folder.config()  # Refuses a folder that is not a run directory.
     if verb == "export-step":
         return _export(f.run, f.step, f.out)
     if verb == "prune":
-        folder.lock()  # A trainer removes and counts its own.
+        folder.lock()  # A running trainer counts and removes its checkpoints itself.
     found = inspect(folder.checkpoints)
     if verb == "prune":
         return _prune(found, f.keep_last, f.keep_best)

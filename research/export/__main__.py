@@ -11,9 +11,9 @@ from research.core.errors import UserError
 USAGE = """
 python -m research.export --run=RUN_DIR [--out=FOLDER] [--step=latest] [--dtype=float32]
 
-Writes a Hugging Face folder (config.json, safetensors, tokenizer); adapters are added
-into the weights. By default it lies in RUN_DIR/model, where --config.model.init_from=
-RUN_DIR finds it.
+Writes a Hugging Face folder (config.json, safetensors, tokenizer) with the adapters
+merged into the weights. The default folder is RUN_DIR/model, where
+--config.model.init_from=RUN_DIR finds it.
 """
 
 flags.DEFINE_string("run", "", "run directory that research.train made")
@@ -34,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
     from research.formats.huggingface_export import export
     from research.parallel import runtime
     from research.runs.reopen import reopen
+    from research.runs.run_directory import RunDir
     from research.tasks.task_registry import exported_tokenizer
 
-    out = Path(f.out) if f.out else Path(f.run) / EXPORTED
+    out = Path(f.out).expanduser() if f.out else RunDir(f.run).path / EXPORTED
     if f.out and out.exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
     runtime.start_alone()

@@ -10,10 +10,10 @@ from research.core.errors import UserError
 USAGE = """
 python -m research.generate --run=RUN_DIR [--prompt="..."] [--context="..."] [--compare]
 
-Streams the tuned model's answer to --prompt. Without --prompt it starts a chat, in which
-an empty line drops the conversation and the end of input leaves. A run that was
-pre-trained on raw text continues the prompt instead. No config is needed: the run opens
-with its parameters alone, on the devices of this machine.
+Streams the tuned model's answer to --prompt. Without --prompt it starts a chat, in
+which an empty line drops the conversation and the end of input leaves. A run that was
+pre-trained on raw text continues the prompt instead. No config is needed: the run
+opens with its parameters alone, on the devices of this machine.
 """
 
 flags.DEFINE_string("run", "", "run directory that research.train made")

@@ -4,11 +4,8 @@ import dataclasses
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from absl import flags
 
 from research.config import command_line
 from research.config.run_config import Config
@@ -118,15 +115,5 @@ def check_training_flags(arguments: Sequence[str]) -> Config:
     Raises:
       UserError: what the trainer would say of them, before a machine is rented.
     """
-    if "config" not in flags.FLAGS:
-        command_line.define_config()
-    for name in [x for x in flags.FLAGS if x.startswith("config.")]:
-        delattr(flags.FLAGS, name)  # Overrides of a call before.
     argv = ["research.train", *arguments]
-    before = sys.argv
-    sys.argv = argv  # Where ml_collections looks for overrides.
-    try:
-        command_line.parse(argv, "", has_config=True)
-        return command_line.config_from_flags()
-    finally:
-        sys.argv = before
+    return command_line.parse_with_config(argv, "", command_line.NoFlags)[0]

@@ -1,14 +1,14 @@
 """Shows and checks a run's checkpoints: `python -m research.checkpoints --run=...`."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from research.config import command_line
+from research.config.knobs import knob
 from research.core.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
@@ -23,19 +23,27 @@ verify lists damaged files and exits with code 5 if there are any. export-step w
 --step as a Hugging Face folder --out. prune removes damaged checkpoints, and all intact
 ones but the newest --keep_last and the best --keep_best.
 """
-VERBS = ("list", "verify", "export-step", "prune")
 
-flags.DEFINE_string("run", "", "run directory that research.train made")
-flags.DEFINE_string("step", "latest", "of export-step: latest, best, or a step number")
-flags.DEFINE_string("out", "", "of export-step: folder to write")
-flags.DEFINE_integer("keep_last", 1, "of prune: newest checkpoints to keep")
-flags.DEFINE_integer("keep_best", 1, "of prune: checkpoints to keep for their loss")
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointsFlags:
+    verb: str = knob(
+        "list",
+        "what to do",
+        choices=("list", "verify", "export-step", "prune"),
+    )
+    run: str = knob("", "run directory that research.train made")
+    step: str = knob("latest", "for export-step: latest, best, or a step number")
+    out: str = knob("", "for export-step: folder to write")
+    keep_last: int = knob(1, "for prune: newest checkpoints that stay", low=1)
+    keep_best: int = knob(
+        1, "for prune: checkpoints that stay for their held-out loss", low=0
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    verb = command_line.parse(argv, USAGE, has_config=False, verbs=VERBS)
-    f = flags.FLAGS
+    f = command_line.parse(argv, USAGE, CheckpointsFlags)
     if not f.run:
         raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
     from research.checkpoints.checkpoint_listing import inspect
@@ -43,15 +51,15 @@ def main(argv: Sequence[str]) -> int:
 
     folder = RunDir(f.run)
     folder.config()  # Refuses a folder that is not a run directory.
-    if verb == "export-step":
+    if f.verb == "export-step":
         return _export(f.run, f.step, f.out)
-    if verb == "prune":
+    if f.verb == "prune":
         folder.lock()  # A running trainer counts and removes its checkpoints itself.
     found = inspect(folder.checkpoints)
-    if verb == "prune":
+    if f.verb == "prune":
         return _prune(found, f.keep_last, f.keep_best)
     _show(folder, found)
-    return _verify(found) if verb == "verify" else 0
+    return _verify(found) if f.verb == "verify" else 0
 
 
 def _show(folder: "RunDir", found: "list[Checkpoint]") -> None:
@@ -89,8 +97,6 @@ def _verify(found: "list[Checkpoint]") -> int:
 def _prune(found: "list[Checkpoint]", keep_last: int, keep_best: int) -> int:
     from research.checkpoints.checkpoint_listing import superfluous
 
-    if keep_last < 1 or keep_best < 0:
-        raise UserError("--keep_last must be at least 1, --keep_best at least 0")
     if found and all(x.damage for x in found):
         raise DamagedError(
             "every checkpoint is damaged: prune would leave none, so it removes none"

@@ -1,83 +1,153 @@
-"""Command lines: parsing that names what is wrong, and one way out for user errors."""
+"""Command lines: parsing that names what is wrong, and one way out for user errors.
 
+The flags of a door are a group of knobs, see `knobs.py`. Nothing is defined in
+`absl.flags.FLAGS`: doors can be imported side by side and called repeatedly.
+"""
+
+import dataclasses
 import os
 import signal
 import sys
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import config_flags
 
-from research.config.knobs import flat
-from research.config.run_config import Config, from_config_dict, help_text
+from research.config import help_text
+from research.config.config_file import load_config_file, without_dump
+from research.config.knobs import check_limits, facts_of, flat
+from research.config.run_config import Config, from_config_dict
 from research.core.errors import PREEMPTED, UserError, nearest
 
-CONFIG_HELP = """
-Any knob of the config can be set on the command line; the config file says what
-differs from these defaults:
-
-{knobs}
-"""
+T = TypeVar("T")
+HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 
-def define_config() -> None:
-    """The `--config=FILE.py` flag with its `--config.KNOB=VALUE` overrides."""
-    config_flags.DEFINE_config_file("config", None, "config file, see configs/")
+@dataclasses.dataclass(frozen=True)
+class NoFlags:
+    """The flags of a door that has none of its own."""
 
 
-def parse(
-    argv: Sequence[str], usage: str, *, has_config: bool, verbs: Sequence[str] = ()
-) -> str:
-    """Parses into `absl.flags.FLAGS`; `--help` prints `usage` and exits with 0.
+def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:
+    """Parses the flags of a door.
 
-    Returns:
-      The word among the arguments that is one of `verbs`, by default the first.
+    `--help` prints `usage` and all flags, `--help=FLAG` one of them; both exit with 0.
+
+    Args:
+      argv: the command, then its arguments.
+      usage: first part of the help.
+      options: a group of knobs, the flags. If it has a field `verb`, that takes the
+        one argument that is not a flag.
 
     Raises:
-      UserError: an unknown flag or knob, or a value of the wrong type.
+      UserError: an unknown flag, or a value of the wrong type or out of range.
     """
-    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
-        sys.stdout.write(_help(usage, has_config))
-        sys.exit(0)
-    if has_config:
-        _check_overrides(argv[1:])
+    _answer_help(argv, usage, options, has_config=False)
+    return _read(_define(options), argv, options)
+
+
+def parse_with_config(
+    argv: Sequence[str], usage: str, options: type[T]
+) -> tuple[Config, T]:
+    """Like `parse`, for a door that takes `--config=FILE.py` and its knobs.
+
+    Raises:
+      UserError: see `parse`; or the config file is missing, fails or is out of range.
+    """
+    _answer_help(argv, usage, options, has_config=True)
+    file, others = _take_config_file(argv)
+    _check_overrides(others[1:])
+    found = _define(options)
+    config_flags.DEFINE_config_dict(
+        "config", load_config_file(file), flag_values=found, sys_argv=others
+    )
+    values = _read(found, others, options)
+    return from_config_dict(found["config"].value), values
+
+
+def _answer_help(
+    argv: Sequence[str], usage: str, options: type, *, has_config: bool
+) -> None:
+    for argument in argv[1:]:
+        name, _, topic = argument.partition("=")
+        if name in HELP_FLAGS:
+            sys.stdout.write(
+                help_text.topic_help(topic, options, has_config=has_config)
+                if topic
+                else help_text.full_help(usage, options, has_config=has_config)
+            )
+            sys.exit(0)
+
+
+def _define(options: type) -> flags.FlagValues:
+    """The flags of a group, in a place of their own."""
+    found = flags.FlagValues()
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        hint, default = hints[field.name], field.default
+        if typing.get_origin(hint) is tuple:
+            define, default = flags.DEFINE_multi_string, list(default)
+        else:
+            define = {
+                bool: flags.DEFINE_bool,
+                int: flags.DEFINE_integer,
+                float: flags.DEFINE_float,
+            }.get(hint, flags.DEFINE_string)
+        if field.name != "verb":
+            define(field.name, default, facts_of(field).help, flag_values=found)
+    return found
+
+
+def _read(found: flags.FlagValues, argv: Sequence[str], options: type[T]) -> T:
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = found(list(argv))
     except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{_without_dump(error)}; see --help") from error
+        raise UserError(f"{without_dump(error)}; see --help") from error
+    values = {
+        field.name: found[field.name].value
+        for field in dataclasses.fields(options)
+        if field.name in found
+    }
+    known = {field.name: field for field in dataclasses.fields(options)}
+    verbs = facts_of(known["verb"]).choices if "verb" in known else ()
     for word in rest[1:]:
         if word not in verbs or len(rest) > 2:
-            known = f" (or one of {', '.join(verbs)})" if verbs else ""
-            raise UserError(f"unexpected argument {word!r}; flags start with --{known}")
-    return rest[1] if rest[1:] else next(iter(verbs), "")
+            listed = f" (or one of {', '.join(filter(None, verbs))})" if verbs else ""
+            raise UserError(
+                f"unexpected argument {word!r}; flags start with --{listed}"
+            )
+        values["verb"] = word
+    values = {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+    result = options(**values)
+    check_limits(result, "--")
+    return result
 
 
-def _without_dump(error: Exception) -> str:
-    """The message without the field list or traceback that ml_collections adds."""
-    said, dump, rest = str(error).partition(". Other fields present")
-    said = f"{said}. {rest.splitlines()[-1]}" if dump else said
-    where, traceback, rest = said.partition("Traceback (most recent call last):")
-    return f"{where.split()[1]} {rest.splitlines()[-1]}" if traceback else said
+def _take_config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of `--config`, and the other arguments.
 
-
-def _help(usage: str, has_config: bool) -> str:
-    own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
-    listed = "\n".join(
-        f"  --{flag.name}={flag.default!r}\n      {flag.help}"
-        for flag in own
-        if flag.name != "config"
-    )
-    knobs = CONFIG_HELP.format(knobs=help_text()) if has_config else ""
-    return f"{usage.strip()}\n\n{listed}\n{knobs}"
-
-
-def _check_overrides(argv: Sequence[str]) -> None:
-    """The nearest name for a mistyped knob; absl would show a traceback."""
-    knobs = flat(Config())
-    if not any(a.partition("=")[0].lstrip("-") == "config" for a in argv):
+    Raises:
+      UserError: the flag is missing.
+    """
+    others, file = [], ""
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            file = value if equals else next(arguments, "")
+        else:
+            others.append(argument)
+    if not file:
         raise UserError("--config=FILE.py is missing; see configs/ and --help")
-    for argument in argv:
+    return file, others
+
+
+def _check_overrides(arguments: Sequence[str]) -> None:
+    """Raises a UserError with the nearest name for a mistyped knob."""
+    knobs = flat(Config())
+    for argument in arguments:
         name = argument.partition("=")[0].lstrip("-")
         if name.startswith("config.") and name[len("config.") :] not in knobs:
             raise UserError(
@@ -87,29 +157,11 @@ def _check_overrides(argv: Sequence[str]) -> None:
             )
 
 
-def config_from_flags() -> Config:
-    """The frozen config of the `--config` flag."""
-    try:
-        config = flags.FLAGS.config
-        if config is None:
-            raise UserError("--config=FILE.py is missing; see configs/ and --help")
-        return from_config_dict(config)
-    except UserError:
-        raise
-    except Exception as error:  # A config file is code: it can fail in any way.
-        name = next((a for a in sys.argv if a.startswith("--config=")), "--config")
-        cause = error.__cause__ or error
-        raise UserError(
-            f"{name} cannot be loaded: {type(cause).__name__}: "
-            + " ".join(str(cause).split())
-        ) from error
-
-
 def resume_after_sigterm() -> None:
-    """From here on SIGTERM ends this process at once, with the code that asks for it.
+    """Makes SIGTERM end this process at once, with the exit code of a resumable stop.
 
     Imports and the search for other processes take many seconds in which there is
-    nothing to save; whoever has more to lose listens in its own way from then on.
+    nothing to save. Code that has something to save installs its own handler later.
     """
     signal.signal(signal.SIGTERM, _end)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All knobs of a run."""
+    """The whole config: what no group holds, and the groups."""
 
     run_dir: str = knob("", "folder of this run: config, metrics, checkpoints, report")
     trainable: str = knob(
@@ -114,15 +114,6 @@ def _filled(known: dict[str, Any], values: Any) -> Any:
 
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-
-
-def help_text() -> str:
-    """One line a knob: flag, default, meaning."""
-    lines = []
-    for path, field, value in fields(Config()):
-        shown = json.dumps(value, ensure_ascii=False)
-        lines.append(f"  --config.{path}={shown}\n      {facts_of(field).help}")
-    return "\n".join(lines)
 
 
 def fixed_differences(old: Config, new: Config) -> dict[str, str]:

@@ -1,14 +1,20 @@
 """Asks a running job for something: `python -m research.control --run=RUN_DIR stop`."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from research.config import command_line
+from research.config.knobs import knob
 from research.core.errors import UserError
+from research.runs.steering.control_requests import (
+    KINDS,
+    answer_to,
+    withdraw,
+    write_request,
+)
 
 if TYPE_CHECKING:
     from research.runs.run_directory import RunDir
@@ -28,25 +34,25 @@ it, and withdraws the request when --wait is over.
 LOOK_EVERY = 0.2  # seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class ControlFlags:
+    verb: str = knob("", "the request", choices=("", *KINDS))
+    run: str = knob("", "run directory in which a job trains")
+    wait: float = knob(600.0, "seconds to wait for the answer", low=0)
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 when the job has done what was requested."""
-    flags.DEFINE_string("run", "", "run directory in which a job trains")
-    flags.DEFINE_float("wait", 600.0, "seconds to wait for the answer", lower_bound=0)
-    from research.runs.run_directory import RunDir
-    from research.runs.steering.control_requests import (
-        KINDS,
-        answer_to,
-        withdraw,
-        write_request,
-    )
-
-    kind = command_line.parse(argv, USAGE, has_config=False, verbs=("", *KINDS))
-    if not flags.FLAGS.run or not kind:
+    f = command_line.parse(argv, USAGE, ControlFlags)
+    kind = f.verb
+    if not f.run or not kind:
         raise UserError(
             "give a run directory and a request, such as --run=runs/finetune_dolly "
             f"stop; the requests are {', '.join(KINDS)}"
         )
-    folder = RunDir(flags.FLAGS.run)
+    from research.runs.run_directory import RunDir
+
+    folder = RunDir(f.run)
     folder.config()  # Raises where this is no run directory.
     if not folder.is_training():
         raise UserError(
@@ -54,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             "python -m research.train"
         )
     name = write_request(folder.path, kind)
-    limit = time.monotonic() + flags.FLAGS.wait
+    limit = time.monotonic() + f.wait
     while (answer := answer_to(folder.history, name)) is None:
         if time.monotonic() > limit or not folder.is_training():
             return _give_up(folder, kind, name, withdraw(folder.path, name))
@@ -65,8 +71,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _give_up(folder: "RunDir", kind: str, name: str, withdrawn: bool) -> int:
     """Says why there is no answer; returns the exit code."""
-    from research.runs.steering.control_requests import answer_to
-
     if not folder.is_training() and (answer := answer_to(folder.history, name)):
         sys.stdout.write(f"{kind}: {answer['answer']}\n")
         return 0 if answer["step"] is not None else 1

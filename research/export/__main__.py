@@ -1,11 +1,11 @@
 """Writes a run's model for other tools: `python -m research.export --run=runs/x`."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from research.config import command_line
+from research.config.knobs import knob
 from research.core.errors import UserError
 
 USAGE = """
@@ -16,18 +16,22 @@ merged into the weights. The default folder is RUN_DIR/model, where
 --config.model.init_from=RUN_DIR finds it.
 """
 
-flags.DEFINE_string("run", "", "run directory that research.train made")
-flags.DEFINE_string("out", "", "folder to write; by default RUN_DIR/model")
-flags.DEFINE_string("step", "latest", "checkpoint: latest, best, or a step number")
-flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of the file"
-)
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags:
+    run: str = knob("", "run directory that research.train made")
+    out: str = knob("", "folder to write; empty: RUN_DIR/model")
+    step: str = knob("latest", "checkpoint: latest, best, or a step number")
+    dtype: str = knob(
+        "float32",
+        "dtype of the weights in the file",
+        choices=("float32", "bfloat16", "float16"),
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    command_line.parse(argv, USAGE, has_config=False)
-    f = flags.FLAGS
+    f = command_line.parse(argv, USAGE, ExportFlags)
     if not f.run:
         raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
     from research.formats.base_model import EXPORTED

@@ -1,10 +1,10 @@
 """Talks to a trained run: `python -m research.generate --run=runs/finetune_dolly`."""
 
+import dataclasses
 from collections.abc import Sequence
 
-from absl import flags
-
 from research.config import command_line
+from research.config.knobs import knob
 from research.core.errors import UserError
 
 USAGE = """
@@ -16,28 +16,29 @@ pre-trained on raw text continues the prompt instead. No config is needed: the r
 opens with its parameters alone, on the devices of this machine.
 """
 
-flags.DEFINE_string("run", "", "run directory that research.train made")
-flags.DEFINE_string("prompt", None, "question or instruction; none starts a chat")
-flags.DEFINE_string("context", "", "material that belongs to the prompt")
-flags.DEFINE_bool("compare", False, "answer with the base model, too")
-flags.DEFINE_string("step", "latest", "checkpoint: latest, best, or a step number")
-flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, 1 samples")
-flags.DEFINE_float("top_p", 0.95, "nucleus to sample from, with a temperature")
-flags.DEFINE_integer("max_new_tokens", 256, "longest answer")
-flags.DEFINE_integer("seed", 0, "of sampling")
+
+@dataclasses.dataclass(frozen=True)
+class GenerateFlags:
+    run: str = knob("", "run directory that research.train made")
+    prompt: str | None = knob(None, "question or instruction; none: start a chat")
+    context: str = knob("", "material that belongs to the prompt")
+    compare: bool = knob(False, "answer with the base model, too")
+    step: str = knob("latest", "checkpoint: latest, best, or a step number")
+    temperature: float = knob(
+        0.0, "0 takes the likeliest token; above 0 samples", low=0
+    )
+    top_p: float = knob(
+        0.95, "nucleus to sample from, with a temperature", above=0, high=1
+    )
+    max_new_tokens: int = knob(256, "longest answer, in tokens", above=0)
+    seed: int = knob(0, "seed of the samples")
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    command_line.parse(argv, USAGE, has_config=False)
-    f = flags.FLAGS
+    f = command_line.parse(argv, USAGE, GenerateFlags)
     if not f.run:
         raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
-    if f.temperature < 0 or not 0 < f.top_p <= 1 or f.max_new_tokens < 1:
-        raise UserError(
-            "--temperature must be at least 0, --top_p in 0 to 1, --max_new_tokens at "
-            "least 1"
-        )
     if f.prompt is not None and not (f.prompt.strip() or f.context.strip()):
         raise UserError("--prompt is empty")
     from research.engine.sampler import Sampling

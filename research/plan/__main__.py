@@ -1,14 +1,11 @@
-"""Plans a run before chips are rented: `python -m research.plan --config=FILE.py`.
+"""Plans a run before chips are rented: `python -m research.plan --config=FILE.py`."""
 
-The door alone; what a plan is made of stands in `planning/`.
-"""
-
+import dataclasses
 import os
 from collections.abc import Sequence
 
-from absl import flags
-
 from research.config import command_line
+from research.config.knobs import knob
 from research.core.errors import UserError
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
 
@@ -16,30 +13,32 @@ USAGE = """
 python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
     [--topology=v5e:4x4] [--slices=2] | [--device=h100:8]
 
-Compiles the real train step for TPUs that are not there (pip install libtpu, in an
-environment of its own) and says what a chip's memory would hold, what chips send to
-each other, how fast the run can be at best and what it costs. --device estimates the
-same by formula, for any chip, without a compiler. No weight or data is read. Numbers
-are of chips: the cloud's name v5p-512 counts cores, and is --topology=v5p:4x8x8.
+Compiles the real train step for TPUs that this machine need not have (pip install
+libtpu, in an environment of its own) and shows the memory of a chip, the traffic
+between chips, the best possible speed and the cost. --device estimates the same by
+formula, for any chip, without a compiler. Neither weights nor data are read. Topologies
+count chips. The cloud's name v5p-512 counts cores; it is --topology=v5p:4x8x8.
 """
 
-flags.DEFINE_string("topology", "", "TPU slice; default config.runtime.topology")
-flags.DEFINE_integer("slices", 0, "how many of them; default config.runtime.slices")
-flags.DEFINE_string("device", "", "estimate alone: h100:8, v5e:4x4, cpu")
-flags.DEFINE_bool("search", False, "largest micro-batch, best layouts and remat")
-flags.DEFINE_string("json", "", "also write the plan into this file")
-flags.DEFINE_string("preset", "", "shape that stands for the config's model")
+
+@dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    topology: str = knob("", "TPU slice; empty: config.runtime.topology")
+    slices: int = knob(0, "number of slices; 0: config.runtime.slices", low=0)
+    device: str = knob("", "estimate only, for h100:8, v5e:4x4 or cpu")
+    search: bool = knob(False, "find the largest micro-batch, layouts and remat")
+    json: str = knob("", "file to write the plan into")
+    preset: str = knob("", "shape that stands for the config's model")
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 fits, 1 does not."""
-    command_line.define_config()
-    command_line.parse(argv, USAGE, has_config=True)
-    config = command_line.config_from_flags()
-    f = flags.FLAGS
+    config, f = command_line.parse_with_config(argv, USAGE, PlanFlags)
     topology = f.topology or config.runtime.topology
     if f.topology and f.device:
-        raise UserError("--topology and --device are both given; one says the chips")
+        raise UserError(
+            "--topology and --device are both set; set the one that names your chips"
+        )
     if not (topology or f.device):
         raise UserError(
             "no chips are named: give --topology=v5e:4x4, --device=h100:8 or "

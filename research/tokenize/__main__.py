@@ -1,37 +1,45 @@
 """Trains a tokenizer: `python -m research.tokenize --source=docs=folder --out=tok`."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from research.config import command_line
+from research.config.choices import UNDECODABLE
+from research.config.knobs import knob
 from research.core.errors import UserError
 
 USAGE = """
 python -m research.tokenize --source=NAME=WHERE [--source=...] --vocab=4096 --out=FOLDER
 
-Trains a byte-level BPE on the sources, and says how many bytes a token stands for on
-each. The folder can be given as --config.text.tokenizer=FOLDER, and to transformers.
+Trains a byte-level BPE on the sources, and shows the bytes per token on each.
+--config.text.tokenizer=FOLDER and transformers can open the folder.
 WHERE is stdlib, a file, a folder or hub://owner/name[:subset][@split].
 """
 
-flags.DEFINE_multi_string("source", [], "text to train on, name=where; repeatable")
-flags.DEFINE_integer("vocab", 4096, "ids, at least 257")
-flags.DEFINE_string("out", "", "new folder to write tokenizer.json to")
-flags.DEFINE_float(
-    "held_out_share", 0.01, "documents left out, as config.text.held_out_share has it"
-)
-flags.DEFINE_string("column", "text", "column with the text, in files of rows")
-flags.DEFINE_string(
-    "undecodable", "stop", "documents not in UTF-8: stop, skip, replace"
-)
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeFlags:
+    source: tuple[str, ...] = knob((), "text to train on, name=where; repeatable")
+    vocab: int = knob(4096, "number of ids", low=257)
+    out: str = knob("", "new folder to write tokenizer.json to")
+    held_out_share: float = knob(
+        0.01,
+        "share of the documents that is not trained on, as config.text.held_out_share",
+        above=0,
+        high=0.5,
+    )
+    column: str = knob("text", "column with the text, in files of rows")
+    undecodable: str = knob(
+        "stop",
+        "documents that are not UTF-8: stop, skip them, or replace the bytes",
+        choices=UNDECODABLE,
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    command_line.parse(argv, USAGE, has_config=False)
-    f = flags.FLAGS
+    f = command_line.parse(argv, USAGE, TokenizeFlags)
     if not f.source:
         raise UserError("--source=NAME=WHERE is missing, e.g. --source=code=stdlib")
     if not f.out:
@@ -43,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     from research.data.text.choose_tokenizer import make_tokenizer
 
     text = TextConfig(
-        sources=tuple(f.source),
+        sources=f.source,
         column=f.column,
         undecodable=f.undecodable,
         held_out_share=f.held_out_share,

@@ -1,16 +1,12 @@
-"""Trains several LoRA runs as one program: `python -m research.train_together`.
+"""Trains several LoRA runs as one program: `python -m research.train_together`."""
 
-The door alone; what it opens stands in `together/`.
-"""
-
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from research.config import command_line
-from research.config.knobs import changed
+from research.config.knobs import changed, knob
 from research.config.run_config import Config
 from research.core.errors import UserError
 
@@ -18,30 +14,32 @@ USAGE = """
 python -m research.train_together --config=FILE.py [--config.KNOB=VALUE ...]
     --runs=RUNS.json
 
-RUNS.json is a list of objects such as {"run_dir": "runs/a", "lora.rank": 8}: what each
-run changes in the config; --runs takes the list itself, too. Runs may differ in rank,
-alpha, dropout and targets of their adapters, learning rate, schedule and seed. They
-share the frozen weights and one compilation, and leave the run directories that
-research.train would. How many take a step as one batched product says --at_once: 0 for
-what suits the device, all on an accelerator and one after another on a CPU.
+RUNS.json is a list of objects such as {"run_dir": "runs/a", "lora.rank": 8}: each says
+what its run changes in the config. --runs takes the list itself, too. Runs may differ
+in rank, alpha, dropout and targets of their adapters, learning rate, schedule and seed.
+They share the frozen weights and one compilation, and write the same run directories as
+research.train. --at_once is the number of runs whose steps are one batched product; 0
+takes all on an accelerator, and one after another on a CPU.
 """
 
-flags.DEFINE_string("runs", "", "JSON list of objects, knob -> value, or its file")
-flags.DEFINE_integer("at_once", 0, "runs in one product; 0: what suits", lower_bound=0)
+
+@dataclasses.dataclass(frozen=True)
+class TogetherFlags:
+    runs: str = knob("", "JSON list of objects, knob -> value, or the file with it")
+    at_once: int = knob(0, "runs in one product; 0: what suits the device", low=0)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
     command_line.resume_after_sigterm()
-    command_line.define_config()
-    command_line.parse(argv, USAGE, has_config=True)
-    configs = read_runs(flags.FLAGS.runs, command_line.config_from_flags())
-    # Only now: importing JAX takes longer than saying what is wrong with a flag.
+    config, f = command_line.parse_with_config(argv, USAGE, TogetherFlags)
+    configs = read_runs(f.runs, config)
+    # Imported late: importing JAX takes longer than saying what is wrong with a flag.
     from research.train.pipeline import train
     from research.train_together import compatibility
 
     compatibility.check(configs)
-    return train(configs, flags.FLAGS.at_once)
+    return train(configs, f.at_once)
 
 
 def read_runs(given: str, shared: Config) -> list[Config]:

@@ -2,9 +2,9 @@
 
 import ast
 import importlib
-from pathlib import Path
 
 import pytest
+from source_files import FILES
 
 from research.config import choices
 from research.config.choices import KERNELS, OPTIMIZERS, REMATS, SCHEDULES
@@ -18,7 +18,6 @@ from research.models.transformer import REMAT_POLICIES
 from research.train.step.optimizers import DIRECTIONS
 from research.train.step.schedules import make_schedule
 
-PACKAGE = Path(__file__).parents[2] / "research"
 LISTS = [x for x in vars(choices).values() if isinstance(x, tuple)]
 
 
@@ -58,7 +57,7 @@ def test_no_option_list_is_written_twice():
     known = [set(x) for x in LISTS]
     known += [set(facts_of(f).choices) for _, f, _ in fields(Config())]
     places = {}
-    for file in PACKAGE.rglob("*.py"):
+    for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Tuple | ast.List | ast.Set):
                 names = [getattr(x, "value", None) for x in node.elts]

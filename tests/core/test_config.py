@@ -19,7 +19,6 @@ from research.config.run_config import (
     fixed_differences,
     from_config_dict,
     from_json,
-    help_text,
     to_json,
 )
 from research.core.errors import UserError
@@ -206,15 +205,6 @@ def test_a_value_out_of_range_says_what_is_allowed(path, value, said):
 def test_microbatches_that_divide_are_allowed():
     for rows in (0, 1, 2, 4, 8):
         assert Config(data=DataConfig(microbatch_size=rows)).data.batch_size == 8
-
-
-def test_help_names_every_knob_with_its_default_and_meaning():
-    lines = help_text().splitlines()
-    for path, value in flat(Config()).items():
-        flag = f"  --config.{path}={json.dumps(value, ensure_ascii=False)}"
-        assert lines.count(flag) == 1, path
-        assert len(lines[lines.index(flag) + 1].split()) >= 2, path
-    assert len(lines) == 2 * len(flat(Config()))
 
 
 def test_a_resumed_run_may_change_how_it_runs_and_not_what():

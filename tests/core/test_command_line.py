@@ -1,0 +1,228 @@
+"""Doors: flags of their own, help that is complete, errors that say where."""
+
+import dataclasses
+import importlib
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research.config import command_line
+from research.config.command_line import parse, parse_with_config
+from research.config.cross_knob_rules import RULES
+from research.config.help_text import full_help
+from research.config.knobs import facts_of, fields, flat, knob
+from research.config.run_config import Config
+from research.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+DOORS = sorted(p.parent.name for p in (ROOT / "research").glob("*/__main__.py"))
+KNOBS = {path: (field, value) for path, field, value in fields(Config())}
+GOOD = """
+from research.config import defaults
+
+def get_config(rank="8"):
+    config = defaults()
+    config.lora.rank = int(rank)
+    return config
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleFlags:
+    verb: str = knob("look", "what to do", choices=("look", "jump"))
+    name: str = knob("", "name of it")
+    often: int = knob(1, "how often", low=1, high=9)
+    share: float = knob(0.5, "share of it", above=0)
+    quick: bool = knob(False, "hurry")
+    also: tuple[str, ...] = knob((), "more of them")
+    colour: str = knob("red", "colour of it", choices=("red", "green"))
+    note: str | None = knob(None, "a note, or none")
+
+
+@pytest.fixture(autouse=True)
+def same_sigterm():
+    """Doors that train set a handler, which must not stay in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "example_config.py"
+
+    def write(text):
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+def said_by(capsys, call, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        call(["door", *arguments])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_flags_have_the_types_of_their_fields():
+    given = "--name=a jump --often=3 --share=2 --quick --also=x --also=y --note="
+    found = parse(["door", *given.split()], "", ExampleFlags)
+    assert found == ExampleFlags("jump", "a", 3, 2.0, True, ("x", "y"), "red", "")
+    assert parse(["door"], "", ExampleFlags) == ExampleFlags()
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--nam=a", "nam"),
+        ("--often=many", "often.*many"),
+        ("--often=0", "--often is 0; it must be in 1 to 9"),
+        ("--often=10", "--often is 10; it must be in 1 to 9"),
+        ("--share=0", "--share is 0.0; it must be greater than 0"),
+        ("--share=nan", "--share is nan"),
+        ("--colour=grren", "red, green.*did you mean 'green'"),
+        ("run", "unexpected argument 'run'.*look, jump"),
+        ("--config=x.py", "config"),
+    ],
+)
+def test_a_wrong_flag_is_one_user_error(argument, said):
+    with pytest.raises(UserError, match=said):
+        parse(["door", argument], "", ExampleFlags)
+
+
+def test_a_config_and_its_overrides(config_file):
+    file = config_file(GOOD)
+    overrides = ("--config.lora.targets=('mlp',)", "--noconfig.text.cache", "--quick")
+    config, found = parse_with_config(
+        ["door", f"--config={file}", *overrides], "", ExampleFlags
+    )
+    assert (config.lora.rank, config.lora.targets) == (8, ("mlp",))
+    assert not config.text.cache and found.quick
+    # A second call in the same process knows nothing of the first.
+    config, found = parse_with_config(["d", "--config", f"{file}:4"], "", ExampleFlags)
+    assert (config.lora.rank, config.lora.targets) == (4, Config().lora.targets)
+    assert config.text.cache and not found.quick
+
+
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        (GOOD.replace("int(rank)", "1 / 0"), 6, "ZeroDivisionError"),
+        (GOOD.replace("lora.rank", "lora.rnak"), 6, "rnak.*rank"),
+        (GOOD.replace("int(rank)", "'four'"), 6, "TypeError.*four"),
+        (GOOD.replace("get_config(", "get_config("[:-1]), 4, "SyntaxError"),
+        (GOOD.replace("import", "imports"), 2, "SyntaxError"),
+        (GOOD.replace("config import", "confg import"), 2, "ModuleNotFoundError"),
+        (GOOD.replace("get_config", "got_config"), None, "no attribute 'get_config'"),
+        (GOOD.replace("return config", "return 3"), None, "returns int"),
+    ],
+)
+def test_a_config_that_fails_is_one_line_with_file_and_line(
+    config_file, text, line, said
+):
+    file = config_file(text)
+    with pytest.raises(UserError, match=said) as raised:
+        parse_with_config(["door", f"--config={file}"], "", command_line.NoFlags)
+    message = str(raised.value)
+    assert "\n" not in message and file in message
+    assert line is None or f"{file}:{line}: " in message
+
+
+def test_a_missing_config_is_named():
+    for arguments, said in (((), "--config=FILE.py"), (("--config=no.py",), "no.py")):
+        with pytest.raises(UserError, match=said):
+            parse_with_config(["door", *arguments], "", command_line.NoFlags)
+
+
+def test_help_has_every_knob_with_default_limits_and_meaning():
+    text = " ".join(full_help("usage", ExampleFlags, has_config=True).split())
+    assert text.startswith("usage --name=")
+    for path, (field, value) in KNOBS.items():
+        facts = facts_of(field)
+        shown = text.partition(f" --config.{path}=")[2]
+        limits = ", ".join(facts.choices) or facts.range()
+        assert shown and limits in shown.partition(")  ")[0][:400], path
+        assert facts.help in shown, path
+        assert str(value).strip("()").lower()[:20] in shown.lower()[:60], path
+    assert text.index("config.optim: ") < text.index("--config.optim.name")
+
+
+def test_no_line_of_help_is_wider_than_a_terminal():
+    for line in full_help("usage", ExampleFlags, has_config=True).splitlines():
+        assert len(line) <= 88, line
+
+
+@pytest.mark.parametrize("path", KNOBS)
+def test_every_knob_can_be_explained(path, capsys):
+    def call(argv):
+        return parse_with_config(argv, "", ExampleFlags)
+
+    text = said_by(capsys, call, f"--help={path}")
+    assert text == said_by(capsys, call, f"--help=config.{path}")
+    field, _ = KNOBS[path]
+    facts = facts_of(field)
+    flowing = " ".join(text.split())
+    for part in (f"--config.{path}", facts.help, *facts.choices, facts.range()):
+        assert part in flowing
+    assert ("must not change" if facts.fixed else "may change") in flowing
+    for rule in RULES:
+        assert (rule.meaning in flowing) == (path in rule.knobs)
+
+
+def test_help_of_a_group_a_flag_and_a_typo(capsys):
+    def call(argv):
+        return parse_with_config(argv, "", ExampleFlags)
+
+    group = said_by(capsys, call, "--help=data")
+    shown = {path for path in KNOBS if f"--config.{path}=" in group}
+    assert shown == {path for path in KNOBS if path.startswith("data.")}
+    assert "red, green" in said_by(capsys, call, "--help=colour")
+    with pytest.raises(UserError, match=r"did you mean 'optim\.schedule'"):
+        call(["door", "--help=optim.shedule"])
+
+
+def test_the_knobs_of_rules_exist():
+    for rule in RULES:
+        assert set(rule.knobs) <= flat(Config()).keys() and rule.meaning
+
+
+def test_a_knob_may_not_start_outside_its_own_limits():
+    for path, (field, value) in KNOBS.items():
+        assert not facts_of(field).refusal(value), path
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_each_door_answers_help_twice_in_one_process(door, capsys):
+    main = importlib.import_module(f"research.{door}.__main__").main
+    first = said_by(capsys, main, "--help")
+    assert first == said_by(capsys, main, "--help")
+    assert first.startswith(f"python -m research.{door} ")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_each_door_refuses_twice_in_one_process(door):
+    main = importlib.import_module(f"research.{door}.__main__").main
+    for _ in range(2):
+        with pytest.raises(UserError):
+            main(["door", "--no-such-flag"])
+
+
+def test_all_doors_import_side_by_side_in_any_order_without_jax_or_global_flags():
+    orders = [DOORS, DOORS[::-1], random.Random(0).sample(DOORS, len(DOORS))]
+    program = """
+import importlib, sys
+from absl import flags
+import absl.logging
+before = set(flags.FLAGS)
+for door in sys.argv[1:]:
+    importlib.import_module(f"research.{door}.__main__")
+assert set(flags.FLAGS) == before, set(flags.FLAGS) - before
+assert "jax" not in sys.modules, "a door imports JAX before it has read its flags"
+"""
+    for order in orders:
+        subprocess.run([sys.executable, "-c", program, *order], cwd=ROOT, check=True)

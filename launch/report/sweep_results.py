@@ -13,6 +13,7 @@ from launch.report.seed_statistics import Interval, PairedComparison
 from launch.sweep import sweep_runs
 from research.core.errors import UserError
 from research.runs.metrics_file import read_metrics
+from research.runs.run_directory import is_complete
 
 UNMEASURED = "its evaluations do not have the metric"
 
@@ -161,7 +162,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
     evaluated = [line for line in lines if line["kind"] == "eval"]
     values = [(line["step"], _metric(line, metric)) for line in evaluated]
     curve = [(step, value) for step, value in values if value is not None]
-    is_done = bool(curve) and (place / "complete.json").is_file()
+    is_done = bool(curve) and is_complete(place)
     is_unmeasured = bool(evaluated) and not curve
     seconds = train[-1]["elapsed_s"] if train else 0.0
     history = _history(place)

@@ -17,6 +17,7 @@ from research.config.knobs import changed, flat
 from research.config.run_config import Config
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
+from research.runs.run_directory import is_complete
 
 # What a sweep gives to each run itself.
 OWN = ("seed", "run_dir")
@@ -56,7 +57,7 @@ class SweepRun:
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / "complete.json").is_file()
+        return is_complete(self.folder)
 
 
 def flag(knob: str, value: Any) -> str:

@@ -154,6 +154,11 @@ class DataConfig:
         """Packed rows per forward pass, over all devices."""
         return self.microbatch_size or self.batch_size
 
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes whose gradients one optimizer step sums."""
+        return self.batch_size // self.rows_per_pass
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:

@@ -59,6 +59,12 @@ class Architecture:
                 "heads must be a multiple of kv_heads"
             )
 
+    @property
+    def matrices_per_layer(self) -> int:
+        """Scalars in a layer's matrices: 2D(N+K)H of attention and 3DF of the MLP."""
+        attention = 2 * self.embed * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.embed * self.mlp
+
     def describe(self) -> str:
         """All fields as one line, from which fingerprints of runs are made.
 

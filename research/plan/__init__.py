@@ -1,3 +1,3 @@
-"""`python -m research.plan`: memory, traffic and speed of a config on chips that are
-not here.
+"""`python -m research.plan`: plans memory, traffic and speed of a config on chips that
+are not here; it reads no weights and no data.
 """

@@ -1,7 +1,7 @@
-"""The step that training would define, and the shapes it takes: no array, no data.
+"""The step that training would run, with shapes in place of arrays.
 
-Only the tokenizer and the weights of the base model are missing. Neither shapes the
-step: the one gives its vocabulary, the other its values.
+The tokenizer and the weights of the base model are not read: the step needs only the
+size of the vocabulary and the shapes of the weights.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ class AbstractStep:
     """A step's definition and its abstract arguments, with their shardings.
 
     Attributes:
-      config: what it is of.
-      definition: the very one of training.
-      state: of `step.jit_train_step`, as are the next two.
-      frozen: parameters that are not trained.
-      batch: `[microbatch, rows, seq]`.
+      config: the config that is planned.
+      definition: the step definition, made as training makes it.
+      state: first argument of the jitted train step.
+      frozen: parameters that are not trained, the second argument.
+      batch: third argument; its arrays are `[passes, rows, seq]`.
     """
 
     config: Config
@@ -51,37 +51,38 @@ class AbstractStep:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step, padding included."""
         return self.config.data.batch_size * self.config.data.seq_len
 
     @property
-    def microbatches(self) -> int:
-        return self.config.data.batch_size // self.config.data.rows_per_pass
+    def passes(self) -> int:
+        """Forward passes of a step."""
+        return self.config.data.passes_per_step
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """All that a step definition reads of the tokenizer."""
+    """The one attribute of a tokenizer that a step definition reads."""
 
     largest_id: int
 
 
 def find_architecture(config: Config, override: str = "") -> Architecture:
-    """The shape of the model that `config` trains.
+    """Returns the shape of the model that `config` trains.
 
     Args:
-      config: whose `model` names a model or a preset.
-      override: a preset that stands for the named model.
+      config: its `model` names a model or a preset.
+      override: a preset to use in place of the named model.
 
     Raises:
-      UserError: the model is out of reach, or no preset is called so.
+      UserError: the model cannot be read, or there is no such preset.
     """
     if config.model.init_from and not override:
         try:
             return open_architecture(config.model.init_from, config.data.hub_timeout)
         except UserError as error:
             raise UserError(
-                f"{error}; its shape alone is needed: --preset=NAME gives one of "
+                f"{error}; only its shape is needed: --preset=NAME gives one of "
                 f"{', '.join(PRESETS)}"
             ) from error
     name = override or config.model.preset
@@ -91,7 +92,7 @@ def find_architecture(config: Config, override: str = "") -> Architecture:
 
 
 def _vocabulary(config: Config) -> int:
-    """Ids of `config.text.tokenizer`; 0 where only fetching it would tell."""
+    """Vocabulary size of `config.text.tokenizer`; 0 if it must be fetched first."""
     asked = config.text.tokenizer
     kind, _, size = asked.partition(":")
     if kind == "bpe" and size.isdigit():
@@ -104,7 +105,7 @@ def _vocabulary(config: Config) -> int:
 def make_abstract_step(
     config: Config, architecture: Architecture, mesh: Mesh
 ) -> AbstractStep:
-    """The step definition of `config` on `mesh`, and what the step takes.
+    """Makes the step definition of `config` on `mesh` and its abstract arguments.
 
     Raises:
       UserError: rows, targets or dimensions do not fit the model or the mesh.
@@ -116,7 +117,7 @@ def make_abstract_step(
     split = definition.trainable
     frozen = meshes.abstract_arrays(split.frozen_specs, mesh, split.frozen_dtype)
     data = config.data
-    shape = (data.batch_size // data.rows_per_pass, data.rows_per_pass, data.seq_len)
+    shape = (data.passes_per_step, data.rows_per_pass, data.seq_len)
     rows = meshes.batch_sharding(mesh, microbatched=True)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
@@ -130,7 +131,7 @@ def make_abstract_step(
 
 
 def optimizer_bytes(step: AbstractStep) -> int:
-    """What one device holds of the optimizer's state between steps."""
+    """Bytes of the optimizer's state that one device holds between steps."""
     leaves = jax.tree.leaves((step.state.opt_state, step.state.step))
     if step.definition.offload:
         leaves = [leaf for leaf in leaves if not leaf.ndim]
@@ -138,7 +139,7 @@ def optimizer_bytes(step: AbstractStep) -> int:
 
 
 def device_bytes(tree: Any) -> int:
-    """What one device holds of a tree of shapes with shardings, without padding."""
+    """Bytes that one device holds of a tree of sharded shapes, without padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

@@ -1,4 +1,4 @@
-"""The largest micro-batch and the best layouts: estimated all, compiled the best."""
+"""Searches the best mesh layouts: estimates all of them and compiles the best few."""
 
 import collections
 import dataclasses
@@ -15,20 +15,20 @@ from research.plan import planner
 from research.plan.planned_devices import PlannedDevices
 from research.plan.planner import Plan
 
-# Compiling takes about a minute each, an estimate milliseconds.
+# Compiling takes about a minute a layout, an estimate milliseconds.
 COMPILED = 3
 SHOWN = 12
-# More ways would leave a product too little to do.
+# A tensor axis wider than this leaves each device too little of a product.
 WIDEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What a search has found.
+    """The best plans of a search.
 
     Attributes:
-      plans: the fastest first, those that do not fit last.
-      refused: how many more layouts there were.
+      plans: sorted from fastest to slowest; those that do not fit come last.
+      refused: number of other layouts that were tried.
     """
 
     plans: list[Plan]
@@ -43,14 +43,14 @@ def search(
 ) -> SearchResult:
     """Tries mesh layouts and remat policies, each with the largest micro-batch.
 
-    The batch of a step stays as it is. `replica` stays with the slices, and `context`
-    is tried only where there are fewer rows than devices.
+    The batch of a step is kept. `replica` equals the number of slices, and `context`
+    is tried only if there are fewer rows than devices.
 
     Args:
-      config: to start from.
-      architecture: of its model.
+      config: the config whose layout is searched.
+      architecture: shape of its model.
       target: the chips.
-      compile_plan: compiles one config; the best estimates are checked by it.
+      compile_plan: compiles one config; it checks the best estimates.
 
     Raises:
       UserError: no layout divides the model and the batch.
@@ -77,8 +77,8 @@ def search(
         if causes.total() == tried:
             cause, count = causes.most_common(1)[0]
             raise UserError(
-                f"none of {tried} layouts on {target.name} can be: {count} of them "
-                f"because {cause}"
+                f"none of {tried} layouts on {target.name} is possible: {count} of "
+                f"them because {cause}"
             )
         raise UserError(
             f"none of {tried} layouts on {target.name} divides {config.data.batch_size}"
@@ -93,13 +93,13 @@ def search(
 
 
 def _slowness(plan: Plan) -> tuple[bool, float, float]:
-    """Between full and no overlap: halfway; then the one that needs less memory."""
+    """Sorts by time, halfway between full and no overlap, and then by memory."""
     middle = (plan.best.seconds + plan.worst.seconds) / 2
     return (not plan.fits, round(middle, 6), plan.needed)
 
 
 def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:
-    """Every split of all devices over data, fsdp, tensor and context."""
+    """Yields every split of the devices over data, fsdp, tensor and context."""
     replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
     each = target.count // replica
     rows = config.data.batch_size
@@ -119,10 +119,10 @@ def _largest(
     mesh: MeshConfig,
     remat: str,
 ) -> tuple[Plan | None, Plan | None]:
-    """The plan with the largest micro-batch that fits, and that with the smallest.
+    """Finds the plans with the largest micro-batch that fits and with the smallest.
 
     Raises:
-      UserError: the layout does not divide the model, or nothing can.
+      UserError: the layout does not divide the model or the rows.
     """
     shards = mesh.replica * mesh.data * mesh.fsdp
     rows = config.data.batch_size
@@ -143,7 +143,7 @@ def _largest(
 
 
 def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:
-    """Compiles the best until `COMPILED` fit; those that do come first.
+    """Compiles the best plans until `COMPILED` of them fit; these come first.
 
     Raises:
       UserError: the compiler refuses every one of them.
@@ -154,13 +154,13 @@ def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Pl
     for plan in plans[: 2 * COMPILED]:
         if sum(p.fits for p in checked) == COMPILED:
             break
-        logging.warning("compiling %s, the best not yet compiled", plan.mesh)
+        logging.warning("compiling %s, the best of the rest", plan.mesh)
         tried += 1
         try:
             checked.append(compile_plan(plan.config))
         except UserError as error:
-            # The plans made so far took minutes: they are kept.
-            logging.warning("left out: %s", error)
+            # The plans so far took minutes to compile, so keep them.
+            logging.warning("dropped this layout: %s", error)
             refusal = error
     if refusal and not checked:
         raise refusal

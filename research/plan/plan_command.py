@@ -1,4 +1,4 @@
-"""What `python -m research.plan` does, once its flags are read."""
+"""Carries out `python -m research.plan` once its flags are read."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ from research.report import plan_tables
 
 @dataclasses.dataclass(frozen=True)
 class PlanRequest:
-    """A plan that is asked for; see `research/plan.py` for the flags."""
+    """The flags of `research/plan/__main__.py` and the config to plan."""
 
     config: Config
     topology: str
@@ -33,7 +33,7 @@ def run(request: PlanRequest) -> int:
     """Plans and shows; returns 0 if it fits, 1 if not.
 
     Raises:
-      UserError: whatever the user can mend.
+      UserError: the user must change a flag or the config.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
@@ -52,7 +52,7 @@ def run(request: PlanRequest) -> int:
         return planner.plan_estimate(config, architecture, target)
 
     if request.search:
-        # Every candidate would say which attention kernel it takes.
+        # Otherwise every candidate logs which attention kernel it takes.
         logging.getLogger().setLevel(logging.WARNING)
         found = search(config, architecture, target, plan if devices else None)
         plans = [plan_json.to_json(plan) for plan in found.plans]

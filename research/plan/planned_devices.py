@@ -1,4 +1,4 @@
-"""What a plan is for: which chips, how many, and how they are joined."""
+"""The chips that a plan is for: which, how many, and how they are connected."""
 
 import dataclasses
 import math
@@ -16,10 +16,10 @@ class PlannedDevices:
     """The devices of a plan.
 
     Attributes:
-      chip: each of them.
-      count: in all.
-      slices: groups of `count / slices`, joined by the network.
-      shape: of the torus of a slice; empty where there is none.
+      chip: the kind of every device.
+      count: number of devices in all slices.
+      slices: number of groups of `count / slices` devices, joined by the network.
+      shape: sizes of the torus of a slice; empty for chips without a torus.
     """
 
     chip: Chip
@@ -33,7 +33,7 @@ class PlannedDevices:
         return f"{self.slices} x {self.chip.name}:{size}".removeprefix("1 x ")
 
     def closes(self, axis: int) -> bool:
-        """Whether an axis of the torus is a ring, not a line."""
+        """Whether an axis of the torus is a ring and not a line."""
         ring = self.chip.ring
         whole = [n for n in self.shape if n % ring == 0]
         if len(self.shape) == 3:
@@ -41,7 +41,7 @@ class PlannedDevices:
         return self.shape[axis] % ring == 0
 
     def devices(self) -> list["DeviceStandIn"]:
-        """Stand-ins for the devices, in the order JAX lists real ones."""
+        """Stand-ins for the devices, in the order in which JAX lists real ones."""
         each = self.count // self.slices
         return [
             DeviceStandIn(
@@ -59,7 +59,7 @@ class PlannedDevices:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceStandIn:
-    """What meshes and kernel choices ask of a `jax.Device`, without one."""
+    """The attributes of a `jax.Device` that meshes and kernel choices read."""
 
     id: int
     process_index: int
@@ -72,7 +72,7 @@ class DeviceStandIn:
 
 
 def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Coordinates, the first the fastest and always three, as TPUs are numbered."""
+    """Three coordinates, the first varying fastest, as TPUs are numbered."""
     coords = []
     for size in (*shape, 1, 1, 1)[:3]:
         index, here = divmod(index, size)
@@ -83,10 +83,10 @@ def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
 def parse_topology(
     text: str, slices: int = 1, flag: str = "--topology"
 ) -> PlannedDevices:
-    """`v5e:4x4`, as `flag` gives it, as a target of whole TPU slices.
+    """Reads whole TPU slices from `v5e:4x4`; errors name `flag`.
 
     Raises:
-      UserError: there is no such chip, or it is not rented in that shape.
+      UserError: there is no such chip, or no slice of that shape.
     """
     chip = _chip(text, [c for c in CHIPS.values() if c.shapes], flag)
     shape = text.partition(":")[2]
@@ -106,7 +106,10 @@ def _check_slices(slices: int) -> None:
 
 
 def _exists(chip: Chip, shape: str) -> bool:
-    """In the table, or whole cubes in ascending order up to the largest slice."""
+    """Whether a slice has this shape: one of the table, or one made of whole cubes.
+
+    The sizes of a shape of cubes ascend, up to the largest slice of the table.
+    """
     if shape in chip.shapes:
         return True
     if chip.ring != 4 or not re.fullmatch(r"\d+x\d+x\d+", shape):
@@ -118,12 +121,12 @@ def _exists(chip: Chip, shape: str) -> bool:
 
 
 def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> PlannedDevices:
-    """`h100:8`, `v5e:4x4`, `v5p:64` or `cpu` as a target.
+    """Reads devices from `h100:8`, `v5e:4x4`, `v5p:64` or `cpu`.
 
     Args:
-      text: a chip, and how many of them.
-      slices: of TPUs.
-      cpu_flops: FLOP/s of this machine, all cores together.
+      text: a chip and the number of chips.
+      slices: number of TPU slices.
+      cpu_flops: FLOP/s of all cores of this machine together.
 
     Raises:
       UserError: there is no such chip, or no such number of them.

@@ -17,6 +17,12 @@ from research.core.atomic_files import intended_name, remove_leftovers, write_wh
 from research.core.errors import UserError, nearest
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
+COMPLETE = "complete.json"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in `folder` has reached its last step and written its report."""
+    return (folder / COMPLETE).is_file()
 
 
 class RunDir:
@@ -39,7 +45,7 @@ class RunDir:
         self.history = self.path / "run.json"
         self._config = self.path / "config.json"
         self._identity = self.path / "identity.json"
-        self._complete = self.path / "complete.json"
+        self._complete = self.path / COMPLETE
         self._left_out = self.path / "left_out.txt"
         self._holder = self.path / "lock.holder"
         # The system releases the lock when the process ends, however it ends, and
@@ -64,7 +70,7 @@ class RunDir:
     @property
     def is_complete(self) -> bool:
         """Whether the run has reached its last step and written its report."""
-        return self._complete.is_file()
+        return is_complete(self.path)
 
     def config(self) -> Config:
         """The config that the run was started with.

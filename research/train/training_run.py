@@ -45,7 +45,7 @@ class TrainingRun:
     @property
     def microbatches(self) -> int:
         """Forward passes per optimizer step."""
-        return self.config.data.batch_size // self.config.data.rows_per_pass
+        return self.config.data.passes_per_step
 
     def warn(self, text: str) -> None:
         """Logs a warning and keeps it in the run's history."""

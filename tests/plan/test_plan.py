@@ -28,11 +28,11 @@ from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
 from research.plan import abstract_step, plan_json, planner
 from research.plan.compiled import compile_step
-from research.plan.compiled.collectives import Collective
 from research.plan.estimate import memory_formulas
 from research.plan.estimate.roofline import make_roofline
 from research.plan.estimate.step_flops import StepFlops
 from research.plan.planned_devices import parse_device, parse_topology
+from research.plan.step_costs import Collective
 from research.report import plan_tables
 from research.tasks import task_registry
 from research.tokenize.tokenizer_training import byte_tokenizer
@@ -152,7 +152,7 @@ def test_collectives_of_a_mesh_are_on_its_axes():
     shared = 2 * sum(row.nbytes for row in plan.traffic if row.axes == "replica") / 2
     assert plan.roofline.dcn == pytest.approx(shared / 6.25e9)
     # The 4,096 tokens of a chip go through the head in four chunks.
-    layers = ONE_B.layers * memory_formulas.layer_matrices(ONE_B)
+    layers = ONE_B.layers * ONE_B.matrices_per_layer
     head = ONE_B.embed * ONE_B.vocab
     assert shared == pytest.approx(2 * (layers + 4 * head) / 16)
 

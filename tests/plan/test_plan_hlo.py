@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.plan.compiled import hbm_traffic, hlo_text
-from research.plan.compiled.collectives import find_collectives, summarize
+from research.plan.compiled import hlo_text
+from research.plan.compiled.collectives import find_collectives
 from research.plan.compiled.compile_step import read_needed
 from research.plan.planned_devices import parse_topology
+from research.plan.step_costs import summarize
 
 TRIPS, ROUNDS, WIDTH = 5, 3, 16
 
@@ -208,55 +209,6 @@ def test_replica_groups_in_every_spelling(two_slices, groups, axes):
     text = TPU_PROGRAM.replace(written, f"replica_groups={groups}")
     found = find_collectives(hlo_text.parse(text), two_slices)
     assert [c.label for c in found if c.kind == "reduce-scatter"] == [axes]
-
-
-def test_memory_traffic_is_operands_results_and_the_touched_part_of_slices():
-    text = """HloModule m
-
-%sliced (p: f32[8,100], i: s32[]) -> f32[1,100] {
-  %p = f32[8,100]{1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  ROOT %s = f32[1,100]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,100}
-}
-
-%updated (q: f32[8,100], u: f32[1,100], j: s32[]) -> f32[8,100] {
-  %q = f32[8,100]{1,0} parameter(0)
-  %u = f32[1,100]{1,0} parameter(1)
-  %j = s32[] parameter(2)
-  %zero.1 = s32[] constant(0)
-  ROOT %d = f32[8,100]{1,0} dynamic-update-slice(%q, %u, %j, %zero.1)
-}
-
-ENTRY %main (a: f32[8,100], k: s32[]) -> f32[8,100] {
-  %a = f32[8,100]{1,0} parameter(0)
-  %k = s32[] parameter(1)
-  %row = f32[1,100]{1,0} fusion(%a, %k), kind=kLoop, calls=%sliced
-  %near = f32[1,100]{1,0:T(8,128)S(1)} add(%row, %row)
-  ROOT %r = f32[8,100]{1,0} fusion(%a, %near, %k), kind=kLoop, calls=%updated
-}
-"""
-    row, scalar = 400, 4
-    # Sliced: read and write a row; added: read one, the result stays in fast memory;
-    # updated: write a row. Each fusion reads its index.
-    assert (
-        hbm_traffic.count_bytes(hlo_text.parse(text))
-        == 2 * row + row + row + 2 * scalar
-    )
-
-
-def test_memory_traffic_grows_with_the_trips_of_a_loop():
-    def loop(length):
-        def body(x, _):
-            return jnp.sin(x) @ x, None
-
-        x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-        run = jax.jit(lambda x: jax.lax.scan(body, x, length=length)[0])
-        return hbm_traffic.count_bytes(hlo_text.parse(run.lower(x).compile().as_text()))
-
-    each = (loop(40) - loop(20)) / 20
-    assert 3 * 64 * 64 * 4 <= each <= 12 * 64 * 64 * 4
-    assert math.isclose(loop(40) - loop(30), 10 * each)
 
 
 @pytest.mark.parametrize(

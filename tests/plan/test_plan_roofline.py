@@ -10,10 +10,10 @@ from research.models.architecture import Architecture
 from research.parallel import chips
 from research.parallel import mesh as meshes
 from research.plan import abstract_step
-from research.plan.compiled.collectives import Collective
-from research.plan.estimate import memory_formulas, roofline
+from research.plan.estimate import roofline
 from research.plan.estimate.step_flops import StepFlops, count_step_flops
 from research.plan.planned_devices import parse_device
+from research.plan.step_costs import Collective
 from research.train.metrics import throughput
 
 LLAMA2_70B = Architecture(32000, 8192, 28672, 80, 64, 8, 128, tied_head=False)
@@ -54,7 +54,7 @@ def test_flops_of_a_step_and_what_remat_repeats():
         return count_step_flops(abstract_step.make_abstract_step(config, EIGHT_B, mesh))
 
     tokens, pairs = 64 * 2048, 64 * 2048 * 2049 / 2
-    layers = EIGHT_B.layers * memory_formulas.layer_matrices(EIGHT_B)
+    layers = EIGHT_B.layers * EIGHT_B.matrices_per_layer
     head = EIGHT_B.vocab * EIGHT_B.embed
     scores = 2 * EIGHT_B.layers * EIGHT_B.embed * pairs  # One product of the two.
     full = flops("full", "full")

@@ -1,1 +1,1 @@
-"""A step as the TPU compiler builds it: memory, traffic, collectives."""
+"""The real train step, compiled by libtpu without a TPU: its memory and collectives."""

@@ -1,10 +1,8 @@
-"""What a compiled step sends between devices: kind, mesh axes, bytes, how often."""
+"""Finds the collectives of a compiled step: kind, mesh axes, bytes, how often."""
 
-import collections
-import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +13,7 @@ from research.plan.compiled.hlo_text import (
     HloProgram,
     executions,
 )
+from research.plan.step_costs import Collective
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -22,74 +21,22 @@ KINDS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective, as one device sees it.
-
-    Attributes:
-      kind: of `KINDS`.
-      axes: of the mesh, along which its devices differ.
-      nbytes: of the whole array it makes or consumes: what an all-gather ends with,
-        what a reduce-scatter starts from, what all others hold.
-      times: how often a step runs it.
-      members: which devices take part, as indices into the mesh; those of the first
-        group, all groups being alike.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    nbytes: int
-    times: float
-    members: tuple[int, ...]
-
-    @property
-    def label(self) -> str:
-        return "*".join(self.axes) or "?"
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind and axes, added up over a step.
-
-    Attributes:
-      count: how many run.
-      nbytes: see `Collective.nbytes`.
-    """
-
-    kind: str
-    axes: str
-    count: float
-    nbytes: float
-
-
 def find_collectives(
-    module: HloProgram, mesh: Mesh, unknown_trips: float = 1.0
+    program: HloProgram, mesh: Mesh, unknown_trips: float = 1.0
 ) -> list[Collective]:
-    """All collectives of a program compiled for `mesh`.
+    """All collectives of a program that was compiled for `mesh`.
 
     Args:
-      module: parsed; of several slices it is the program of one.
-      mesh: the program is partitioned over.
-      unknown_trips: iterations of loops whose number only the data decide.
+      program: for several slices, the program that runs on each of them.
+      mesh: the mesh that the program is partitioned over.
+      unknown_trips: iterations of loops whose number depends on the data.
     """
     found = []
-    for execution in executions(module, unknown_trips):
+    for execution in executions(program, unknown_trips):
         collective = _read(execution, mesh)
         if collective is not None and len(collective.members) > 1:
             found.append(collective)
     return found
-
-
-def summarize(found: Iterable[Collective]) -> list[Traffic]:
-    """By kind and axes, the largest first."""
-    count: dict[tuple[str, str], float] = collections.Counter()
-    nbytes: dict[tuple[str, str], float] = collections.Counter()
-    for collective in found:
-        key = (collective.kind, collective.label)
-        count[key] += collective.times
-        nbytes[key] += collective.times * collective.nbytes
-    rows = [Traffic(*key, count[key], nbytes[key]) for key in count]
-    return sorted(rows, key=lambda row: -row.nbytes)
 
 
 def _read(execution: HloExecution, mesh: Mesh) -> Collective | None:
@@ -97,7 +44,7 @@ def _read(execution: HloExecution, mesh: Mesh) -> Collective | None:
     if instruction.opcode == "send":
         return _read_crossing(instruction, times, mesh)
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in KINDS or _goes_on(instruction):
+    if kind not in KINDS or _continues(instruction):
         return None
     local = _first_slice(mesh)
     groups = _groups(instruction, len(local))
@@ -107,22 +54,22 @@ def _read(execution: HloExecution, mesh: Mesh) -> Collective | None:
     if kind == "all-reduce" and execution.fused and _scatters(execution):
         kind = "reduce-scatter"
     axes = _axes(groups, local, mesh)
-    # Groups of a spelling yet unknown stay in the table, as some two devices.
+    # Groups that cannot be read stay in the table, as any two devices along axis "?".
     members = tuple(int(local[i]) for i in groups[0]) or (0, 1)
     return Collective(kind, axes, nbytes, times, members)
 
 
-def _goes_on(instruction: HloInstruction) -> bool:
-    """A later stretch of a collective that runs beside products, on TPU.
+def _continues(instruction: HloInstruction) -> bool:
+    """Whether this is a later part of a collective that overlaps with products.
 
-    Such a collective stands in several fusions; the first says `flag_start` is -1.
+    On TPU such a collective is in several fusions; in the first `flag_start` is -1.
     """
     flag = re.search(r'"flag_start":"(-?\d+)"', instruction.attributes)
     return flag is not None and flag[1] != "-1"
 
 
 def _scatters(execution: HloExecution) -> bool:
-    """TPUs write a reduce-scatter as a fusion of an all-reduce and a slice of it."""
+    """Whether it is a reduce-scatter, which TPUs fuse from all-reduce and slice."""
     name = execution.instruction.name
     return any(
         i.root and i.opcode == "dynamic-slice" and name in i.operands
@@ -131,23 +78,23 @@ def _scatters(execution: HloExecution) -> bool:
 
 
 def _payload(instruction: HloInstruction) -> int:
-    """Bytes of the result; of a start, whose result holds the operand too, without."""
-    arrays = instruction.arrays
+    """Bytes of the result, without the operand that an asynchronous start returns."""
+    sizes = instruction.nbytes
     if instruction.opcode == "collective-permute-start":
-        return arrays[1].nbytes
+        return sizes[1]
     if instruction.opcode == "all-gather-start":
-        return sum(array.nbytes for array in arrays[len(arrays) // 2 :])
-    return instruction.nbytes
+        return sum(sizes[len(sizes) // 2 :])
+    return sum(sizes)
 
 
 def _first_slice(mesh: Mesh) -> np.ndarray:
-    """Indices of the devices of one slice, in the order the program numbers them."""
+    """Indices of the devices of the first slice, in the order of the program."""
     slices = [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]
     return np.flatnonzero(np.array(slices) == slices[0])
 
 
 def _groups(instruction: HloInstruction, count: int) -> list[list[int]]:
-    """Groups of program-local devices; a single empty one where they are unreadable."""
+    """Groups of devices of the program; one empty group if they cannot be read."""
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text)
     if pairs:
@@ -177,13 +124,12 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 
 def _named_groups(axes: str, order: str | None, chosen: str) -> list[list[int]]:
-    """Groups along axes of a mesh, or along parts of them.
+    """Groups along axes of a mesh, or along parts of axes.
 
     Args:
-      axes: `'a'=4,'b'=2`.
-      order: of the devices, where it is not that of their numbers: `[4,2]T(1,0)`, or
-        all of them.
-      chosen: `'a'`, or `'a':(2)2` for the part of size 2 after one of size 2.
+      axes: the mesh, as `'a'=4,'b'=2`.
+      order: of the devices, as `[4,2]T(1,0)` or a list; None for ascending numbers.
+      chosen: `'a'`, or `'a':(2)2` for the part of size 2 that follows one of size 2.
     """
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values()))
@@ -205,7 +151,7 @@ def _named_groups(axes: str, order: str | None, chosen: str) -> list[list[int]]:
 
 
 def _rings(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """Devices that a permutation connects, directly or through others."""
+    """Groups of devices that a permutation connects, directly or through others."""
     target = {int(a): int(b) for a, b in pairs}
     rings, seen = [], set()
     for start in sorted(target):
@@ -223,7 +169,7 @@ def _rings(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
 def _axes(
     groups: Sequence[Sequence[int]], local: np.ndarray, mesh: Mesh
 ) -> tuple[str, ...]:
-    """Mesh axes along which the devices of any group differ; `?`: unreadable."""
+    """Mesh axes along which the devices of any group differ; `?` if unknown."""
     if not groups[0]:
         return ("?",)
     differing = np.zeros(mesh.devices.ndim, bool)
@@ -236,7 +182,7 @@ def _axes(
 def _read_crossing(
     instruction: HloInstruction, times: float, mesh: Mesh
 ) -> Collective | None:
-    """A transfer between slices, which a TPU program hands to its hosts."""
+    """Reads a transfer between slices, which a TPU program delegates to its hosts."""
     kind = instruction.attribute("_xla_megascale_transfer_type")
     if not kind:
         return None
@@ -244,4 +190,4 @@ def _read_crossing(
     members = tuple(slices.index(s) for s in sorted(set(slices)))
     axes = _axes([members], np.arange(mesh.size), mesh)
     kind = kind.lower().replace("_", "-")
-    return Collective(kind, axes, instruction.arrays[0].nbytes, times, members)
+    return Collective(kind, axes, instruction.nbytes[0], times, members)

@@ -1,4 +1,4 @@
-"""The real train step, compiled for TPUs that are not there."""
+"""Compiles the real train step for TPUs that this machine does not have."""
 
 import dataclasses
 import importlib.util
@@ -12,9 +12,10 @@ from jax.experimental import topologies
 
 from research.core.errors import UserError
 from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
-from research.plan.compiled import hbm_traffic, hlo_text
-from research.plan.compiled.collectives import Collective, find_collectives
+from research.plan.compiled import hlo_text
+from research.plan.compiled.collectives import find_collectives
 from research.plan.planned_devices import PlannedDevices
+from research.plan.step_costs import Collective, MemoryUse
 from research.train.step import train_step
 
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -27,61 +28,32 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryUse:
-    """Bytes of one device's memory that a step uses, by what they hold.
-
-    Attributes:
-      frozen: parameters that are not trained.
-      trained: parameters that are.
-      optimizer: its moments, and what else is in the state.
-      batch: of one step.
-      temporaries: activations, gradients, gathered weights.
-      padding: of all arguments, to the tiles of the chip.
-      program: the code, where the compiler keeps it in the same memory.
-    """
-
-    frozen: float
-    trained: float
-    optimizer: float
-    batch: float
-    temporaries: float
-    padding: float = 0.0
-    program: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(dataclasses.astuple(self))
-
-
-@dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler said.
+    """What the compiler says about a step.
 
     Attributes:
-      memory: None where the step does not fit.
-      needed: bytes of a device, whether they fit or not.
-      collectives: of a step.
-      moved: bytes to and from a device's memory in a step.
-      seconds: that compiling took.
+      memory: None if the step does not fit.
+      needed: bytes that a device needs, whether they fit or not.
+      collectives: those of a step; empty if it does not fit.
+      seconds: time that compiling took.
     """
 
     memory: MemoryUse | None
     needed: float
     collectives: list[Collective]
-    moved: float
     seconds: float
 
 
 def topology_devices(target: PlannedDevices) -> list[jax.Device]:
-    """Devices to compile for.
+    """Returns libtpu's devices to compile for.
 
     Raises:
-      UserError: libtpu is not installed, or has no such topology.
+      UserError: libtpu is not installed, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"compiling for {target.name} needs libtpu: pip install libtpu in an "
-            f"environment of its own, or --device={target.name} for the estimate alone"
+            f"environment of its own, or use --device={target.name} for an estimate"
         )
     shape = "x".join(map(str, target.shape))
     try:
@@ -90,37 +62,37 @@ def topology_devices(target: PlannedDevices) -> list[jax.Device]:
             topology_name=f"{target.chip.name}:{shape}",
             num_slices=target.slices,
         )
-    except Exception as error:  # Whatever the plug-in raises.
+    except Exception as error:  # The plug-in may raise anything.
         first_line = str(error).partition("\n")[0]
         raise UserError(
             f"libtpu cannot plan for {target.name} ({first_line}); "
-            f"--device={target.chip.name}:{shape} gives the estimate alone"
+            f"--device={target.chip.name}:{shape} gives an estimate"
         ) from error
     devices = list(topology.devices)
     if len(devices) != target.count:
         raise UserError(
             f"libtpu counts {len(devices)} devices in {target.name}, which has "
-            f"{target.count} chips: it would compile for their halves; "
-            f"--device={target.chip.name}:{shape} gives the estimate alone"
+            f"{target.count} chips: it would compile for halves of chips; "
+            f"--device={target.chip.name}:{shape} gives an estimate"
         )
     return devices
 
 
 def lower(step: AbstractStep) -> jax.stages.Lowered:
-    """The train step of training, lowered for the devices of its mesh."""
+    """Lowers the train step, made as training makes it, for the devices of its mesh."""
     jitted = train_step.jit_train_step(step.definition)
     return jitted.lower(step.state, step.frozen, step.batch)
 
 
 def compile_step(step: AbstractStep, unknown_trips: float) -> CompiledStep:
-    """Compiles the train step, and reads what it needs from the result.
+    """Compiles the train step and reads its memory and collectives from the result.
 
     Args:
-      step: of the step, on a mesh of topology devices.
-      unknown_trips: see `hlo.executions`.
+      step: on a mesh of `topology_devices`.
+      unknown_trips: see `hlo_text.executions`.
 
     Raises:
-      UserError: the compiler refuses it for another reason than its memory.
+      UserError: the compiler refuses the step for another reason than memory.
     """
     begun = time.monotonic()
     lowered = lower(step)
@@ -132,17 +104,16 @@ def compile_step(step: AbstractStep, unknown_trips: float) -> CompiledStep:
         if needed is None:
             first_line = str(error).partition("\n")[0]
             raise UserError(f"the compiler refuses the step: {first_line}") from error
-        return CompiledStep(None, needed, [], 0.0, time.monotonic() - begun)
+        return CompiledStep(None, needed, [], time.monotonic() - begun)
     seconds = time.monotonic() - begun
     memory = split_memory(step, compiled.memory_analysis())
-    module = hlo_text.parse(compiled.as_text())
-    found = find_collectives(module, step.definition.mesh, unknown_trips)
-    moved = hbm_traffic.count_bytes(module, unknown_trips)
-    return CompiledStep(memory, memory.total, found, moved, seconds)
+    program = hlo_text.parse(compiled.as_text())
+    found = find_collectives(program, step.definition.mesh, unknown_trips)
+    return CompiledStep(memory, memory.total, found, seconds)
 
 
 def split_memory(step: AbstractStep, stats: Any) -> MemoryUse:
-    """The compiler's totals, its arguments told apart by their shapes."""
+    """Splits the compiler's total of all arguments by the shapes of the arguments."""
     arguments = {
         "frozen": device_bytes(step.frozen),
         "trained": device_bytes(step.state.params),
@@ -159,10 +130,10 @@ def split_memory(step: AbstractStep, stats: Any) -> MemoryUse:
 
 
 def read_needed(message: str) -> float | None:
-    """Bytes that a step would have needed, by the compiler's complaint.
+    """Reads from the compiler's error how many bytes a step would have needed.
 
     Returns:
-      None where it complains of something else.
+      None if the error is about something else.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None

@@ -1,21 +1,15 @@
-"""A compiled program's text as instructions, and how often each of them runs.
+"""Reads the text of a compiled program: its instructions, and how often each runs.
 
-The text is what `jax.stages.Compiled.as_text()` gives, on TPU and on CPU. XLA's own
-cost analysis counts the body of a loop once; here it counts as often as it runs.
+`jax.stages.Compiled.as_text()` gives the text, for TPU and for CPU. It must be read
+because XLA's own cost analysis counts the body of a loop once, not once per iteration.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator
 
-DTYPE_BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32,
-    "u32": 32, "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64,
-    "c64": 64, "c128": 128,
-}  # fmt: skip
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -24,43 +18,26 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayShape:
-    """One array of an instruction's result.
-
-    Attributes:
-      nbytes: without the padding of its layout.
-      fast: it lies in a TPU's vector memory, not in HBM.
-    """
-
-    nbytes: int
-    fast: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class HloInstruction:
     """One line of a computation.
 
     Attributes:
       name: unique in the program.
-      opcode: as XLA writes it.
-      arrays: of the result, a tuple's one after the other.
-      operands: names of instructions of the same computation.
-      inside: what stands between the parentheses.
-      attributes: what follows them.
-      root: whether it is its computation's result.
+      opcode: XLA's name of the operation.
+      nbytes: size of each array of the result, without the padding of its layout.
+      operands: names of instructions in the same computation.
+      inside: the text between the parentheses.
+      attributes: the text after the parentheses.
+      root: whether the instruction is its computation's result.
     """
 
     name: str
     opcode: str
-    arrays: tuple[ArrayShape, ...]
+    nbytes: tuple[int, ...]
     operands: tuple[str, ...]
     inside: str
     attributes: str
     root: bool
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
 
     def attribute(self, name: str) -> str:
         """The quoted or bare value of `name=`, or an empty string."""
@@ -75,23 +52,23 @@ class HloInstruction:
         return _CALLED.findall(self.attributes) + more
 
 
-Computation = dict[str, HloInstruction]
+HloComputation = dict[str, HloInstruction]
 
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """A program: its computations by name, and which of them is the first."""
+    """The computations of a program by name, and the name of the first one."""
 
-    computations: dict[str, Computation]
+    computations: dict[str, HloComputation]
     entry: str
 
 
 @dataclasses.dataclass(frozen=True)
 class HloExecution:
-    """An instruction that runs `times` a step; `fused`: inside of a fusion."""
+    """An instruction that runs `times` per step; `fused`: it is inside a fusion."""
 
     instruction: HloInstruction
-    computation: Computation
+    computation: HloComputation
     times: float
     fused: bool
 
@@ -100,9 +77,9 @@ def parse(text: str) -> HloProgram:
     """Reads a whole program.
 
     Raises:
-      ValueError: the text holds no entry computation.
+      ValueError: the text has no entry computation.
     """
-    computations: dict[str, Computation] = {}
+    computations: dict[str, HloComputation] = {}
     entry, here = "", None
     for line in text.splitlines():
         header = _HEADER.match(line)
@@ -110,7 +87,8 @@ def parse(text: str) -> HloProgram:
             here = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif here is not None and _LINE.match(line):
-            # Nothing ends a computation: kernels carry texts with braces of their own.
+            # A closing brace is no sign of a computation's end: the text of a kernel
+            # may begin a line with one.
             instruction = _parse_line(line)
             here[instruction.name] = instruction
     if not entry:
@@ -127,7 +105,7 @@ def _parse_line(line: str) -> HloInstruction:
     return HloInstruction(
         name=left.removeprefix("ROOT ").lstrip("%"),
         opcode=right[shape_end:opening].strip(),
-        arrays=_parse_shape(right[:shape_end]),
+        nbytes=_sizes(right[:shape_end]),
         operands=tuple(_NAME.findall(inside)),
         inside=inside,
         attributes=right[closing:],
@@ -145,41 +123,40 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def _parse_shape(text: str) -> tuple[ArrayShape, ...]:
-    arrays = []
-    for dtype, dims, layout in _ARRAY.findall(text):
-        bits = DTYPE_BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
-        size = math.prod(int(n) for n in dims.split(",") if n)
-        arrays.append(ArrayShape(math.ceil(bits * size / 8), "S(1)" in layout))
-    return tuple(arrays)
+def _sizes(shape: str) -> tuple[int, ...]:
+    """Bytes of each array in `(bf16[64,8]{1,0}, pred[])`; the dtype names its bits."""
+    return tuple(
+        math.ceil(int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) / 8)
+        for _, bits, dims in _ARRAY.findall(shape)
+    )
 
 
-def executions(module: HloProgram, unknown_trips: float) -> Iterator[HloExecution]:
-    """Every instruction that runs, and how often.
+def executions(program: HloProgram, unknown_trips: float) -> Iterator[HloExecution]:
+    """Yields every instruction that runs, and how often a step runs it.
 
     Args:
-      module: the program.
-      unknown_trips: iterations of loops whose number only the data decide.
+      program: the whole program.
+      unknown_trips: iterations of loops whose number depends on the data.
     """
 
     def visit(name: str, times: float, fused: bool) -> Iterator[HloExecution]:
-        computation = module.computations[name]
+        computation = program.computations[name]
         for instruction in computation.values():
             yield HloExecution(instruction, computation, times, fused)
             inner = times
             if instruction.opcode == "while":
-                trips = trip_count(module, computation, instruction)
+                trips = trip_count(program, computation, instruction)
                 inner *= unknown_trips if trips is None else trips
             elif instruction.opcode.endswith(("-done", "-update")):
-                continue  # What its start has run.
+                continue  # The matching start was visited.
             for called in _running(instruction):
                 yield from visit(called, inner, fused or instruction.opcode == "fusion")
 
-    yield from visit(module.entry, 1.0, False)
+    yield from visit(program.entry, 1.0, False)
 
 
 def _running(instruction: HloInstruction) -> list[str]:
-    """Of what it calls, what is more than one number's arithmetic."""
+    """Computations it runs; a reducer of single numbers is not one of them."""
     if instruction.opcode == "while":
         return [_called_as(instruction, "body")]
     if instruction.opcode in ("fusion", "call", "async-start", "conditional"):
@@ -192,17 +169,17 @@ def _called_as(instruction: HloInstruction, role: str) -> str:
 
 
 def trip_count(
-    module: HloProgram, computation: Computation, loop: HloInstruction
+    program: HloProgram, computation: HloComputation, loop: HloInstruction
 ) -> int | None:
-    """Iterations of a `while`, or None where they are not a constant.
+    """Iterations of a `while`, or None if they are not a constant.
 
-    CPU and GPU programs say it; on TPU it follows from the start of the counter and
-    the bound it is compared with, both constants in loops that a scan has made.
+    CPU and GPU programs state the number. On TPU it follows from the counter's start,
+    its increment and the bound; all three are constants in the loop of a scan.
     """
-    known = re.search(r'"known_trip_count":(\{[^}]*\})', loop.attributes)
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
-        return int(json.loads(known[1])["n"])
-    condition = module.computations[_called_as(loop, "condition")]
+        return int(known[1])
+    condition = program.computations[_called_as(loop, "condition")]
     compare = next(i for i in condition.values() if i.root)
     if compare.opcode != "compare" or compare.attribute("direction") != "LT":
         return None
@@ -211,12 +188,15 @@ def trip_count(
     end = _constant(condition, bound, (computation, loop))
     if start is None or end is None:
         return None
-    return max(0, math.ceil((end - start) / _step(module, loop, condition[counter])))
+    increment = _increment(program, loop, condition[counter])
+    return max(0, math.ceil((end - start) / increment))
 
 
-def _step(module: HloProgram, loop: HloInstruction, counter: HloInstruction) -> int:
-    """What a loop adds to its counter; XLA unrolls some of its own."""
-    body = module.computations[_called_as(loop, "body")]
+def _increment(
+    program: HloProgram, loop: HloInstruction, counter: HloInstruction
+) -> int:
+    """What an iteration adds to the counter; above 1 where XLA has unrolled a loop."""
+    body = program.computations[_called_as(loop, "body")]
     root = next(i for i in body.values() if i.root)
     index = int(counter.attribute("index") or 0)
     if root.opcode != "tuple":
@@ -231,11 +211,11 @@ def _step(module: HloProgram, loop: HloInstruction, counter: HloInstruction) -> 
 
 
 def _constant(
-    computation: Computation,
+    computation: HloComputation,
     name: str,
-    outside: tuple[Computation, HloInstruction] | None = None,
+    outside: tuple[HloComputation, HloInstruction] | None,
 ) -> int | None:
-    """The integer that `name` is, followed through copies and a loop's start."""
+    """The integer that `name` stands for, through copies and into a loop's start."""
     instruction = computation[name]
     if instruction.opcode == "constant":
         number = instruction.inside.strip()
@@ -244,8 +224,8 @@ def _constant(
         return _constant(computation, instruction.operands[0], outside)
     if instruction.opcode == "get-tuple-element" and outside:
         before, loop = outside
-        index = int(instruction.attribute("index"))
         start = before[loop.operands[0]]
         if start.opcode == "tuple":
-            return _constant(before, start.operands[index])
+            index = int(instruction.attribute("index"))
+            return _constant(before, start.operands[index], None)
     return None

@@ -1,9 +1,12 @@
-"""What must be set before JAX starts, so that libtpu compiles and looks for no TPU."""
+"""Environment variables that let libtpu compile on a machine without a TPU.
+
+They must be set before JAX starts.
+"""
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    # Else it asks the metadata server of a machine that is none of Google's.
+    # Otherwise libtpu asks Google's metadata server, which does not exist here.
     "TPU_SKIP_MDS_QUERY": "1",
-    # No TPU is taken: two plans may run at once.
+    # Two plans may run at once, because neither uses a TPU.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

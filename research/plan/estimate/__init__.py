@@ -1,1 +1,1 @@
-"""A step by formula: memory, FLOPs, roofline."""
+"""A step by formula, without a compiler: its memory, collectives, FLOPs and time."""

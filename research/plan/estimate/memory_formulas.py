@@ -1,8 +1,8 @@
-"""A step's memory and traffic by formula, where nothing is compiled.
+"""A step's memory and collectives by formula, without a compiler.
 
-The arguments of the step are exact: their shapes and shardings are. What lives only
-within it is estimated after what XLA keeps on TPU, to a tenth of the compiler's total
-where the two were compared (tests/tpu/test_plan_tpu.py).
+The sizes of the step's arguments are exact, because their shapes and shardings are
+known. Temporaries are an estimate of what XLA keeps on TPU; the totals were within a
+tenth of the compiler's wherever the two were compared (tests/plan/test_plan_tpu.py).
 """
 
 import math
@@ -10,23 +10,21 @@ import math
 import numpy as np
 from jax.sharding import Mesh
 
-from research.models.architecture import Architecture
 from research.models.make_model import choose_kernel
 from research.parallel import mesh as meshes
 from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
-from research.plan.compiled.collectives import Collective
-from research.plan.compiled.compile_step import MemoryUse
+from research.plan.step_costs import Collective, MemoryUse
 from research.weights import parameter_paths
 
 FLOAT32 = 4
-# Times that each value of a layer's activations, and each of its gathered weights,
-# goes to or from memory in a step; fitted to what compiled steps do.
+# How often a step reads or writes each value of a layer's activations, and each of
+# its gathered weights. Both numbers were fitted to the programs of compiled steps.
 ACTIVATION_TRIPS = 12
 WEIGHT_TRIPS = 6
 
 
 def estimate_memory(step: AbstractStep) -> MemoryUse:
-    """Bytes of one device, without the padding of layouts and the program."""
+    """Bytes of one device, without the padding of layouts and the program code."""
     return MemoryUse(
         frozen=device_bytes(step.frozen),
         trained=device_bytes(step.state.params),
@@ -37,15 +35,15 @@ def estimate_memory(step: AbstractStep) -> MemoryUse:
 
 
 def _temporaries(step: AbstractStep) -> float:
-    """Gradients, what the forward pass leaves, and the larger of two moments.
+    """Bytes of gradients, of kept activations, and of the larger of two peaks.
 
-    The one is the head: its gathered matrix, and the logits of a chunk in float32 and
-    as gradients. The other is a layer on the way back: its gathered matrices and the
-    next one's, and its activations.
+    One peak is at the head: its gathered matrix, and the logits of a chunk in float32
+    and as gradients. The other is in the backward pass of a layer: its gathered
+    matrices, those of the next layer, and its activations.
     """
     a, width = step.architecture, compute_width(step)
     tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
-    # Added up in float32, whatever the parameters are.
+    # Gradients are summed in float32, whatever the dtype of the parameters.
     share = FLOAT32 // step.definition.trainable.dtype.itemsize
     gradients = share * device_bytes(step.state.params)
     remat = step.config.model.remat
@@ -53,19 +51,19 @@ def _temporaries(step: AbstractStep) -> float:
     head = a.embed * a.vocab / tensor
     logits = min(step.config.model.loss_chunk, tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
-    matrices = layer_matrices(a) / tensor
+    matrices = a.matrices_per_layer / tensor
     at_layer = width * (2 * matrices + tokens * kept_per_token(step, "none"))
     at_layer += _mask_bytes(step)
-    if step.microbatches > 1:  # And the sum so far.
+    if step.passes > 1:  # The sum over the passes so far is kept, too.
         gradients *= 2
     at_update = gradients
-    if step.definition.offload:  # All moments come back at once.
+    if step.definition.offload:  # All moments return to the device at once.
         at_update += device_bytes(step.state.opt_state)
     return max(gradients + kept + max(at_head, at_layer), at_update)
 
 
 def _mask_bytes(step: AbstractStep) -> float:
-    """Of cuDNN's attention: booleans and two bytes for each query and key of a row."""
+    """Bytes of cuDNN's mask: three for each pair of query and key in a row."""
     mesh = step.definition.mesh
     choice = choose_kernel(step.config, step.architecture, mesh)
     length = step.config.data.seq_len
@@ -73,15 +71,15 @@ def _mask_bytes(step: AbstractStep) -> float:
 
 
 def kept_per_token(step: AbstractStep, remat: str) -> float:
-    """Values per token that a layer's forward pass leaves for its backward pass.
+    """Values per token that a layer's forward pass keeps for its backward pass.
 
-    `full` leaves the layer's input. `dots` also leaves the products of weights: the
-    queries, keys and values, the attention's result, gate and up. `none` leaves the
-    step of all products, and what attention and the gate need.
+    `full` keeps the layer's input. `dots` also keeps the products with weights:
+    queries, keys, values, the attention's result, gate and up. `none` keeps the inputs
+    of all products, and what attention and the gate need.
     """
     a, tensor = step.architecture, step.definition.mesh.shape["tensor"]
     tile = 128 if step.definition.mesh.devices.flat[0].platform == "tpu" else 1
-    # A TPU's attention kernel keeps its heads in whole tiles.
+    # A TPU's attention kernel pads each head to whole tiles.
     head_dim = math.ceil(a.head_dim / tile) * tile
     split = (a.heads * head_dim, a.kv_heads * head_dim, a.mlp)
     queries, keys, mlp = (size / tensor for size in split)
@@ -92,50 +90,44 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     return 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp
 
 
-def layer_matrices(a: Architecture) -> int:
-    """Weights of one layer."""
-    attention = 2 * a.embed * (a.heads + a.kv_heads) * a.head_dim
-    return attention + 3 * a.embed * a.mlp
-
-
 def device_tokens(step: AbstractStep) -> float:
-    """Of one forward pass, on one device."""
+    """Tokens of one forward pass on one device."""
     data = step.config.data
     shards = math.prod(meshes.shards(step.definition.mesh))
     return data.rows_per_pass * data.seq_len / shards
 
 
 def compute_width(step: AbstractStep) -> int:
-    """Bytes of a value as it enters a product."""
+    """Bytes of one value in the compute dtype."""
     return step.definition.model.options.dtype.itemsize
 
 
 def head_chunks(step: AbstractStep) -> int:
-    """Products with the vocabulary head in a forward pass, if every token counts."""
+    """Products with the head in a forward pass, if every token is trained."""
     return math.ceil(device_tokens(step) / step.config.model.loss_chunk)
 
 
 def estimate_moved(step: AbstractStep) -> float:
-    """Bytes to and from one device's memory in a step."""
+    """Bytes that a step reads from and writes to one device's memory."""
     a, width = step.architecture, compute_width(step)
     tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
     activations = tokens * kept_per_token(step, "none") * ACTIVATION_TRIPS
-    weights = layer_matrices(a) / tensor * WEIGHT_TRIPS
+    weights = a.matrices_per_layer / tensor * WEIGHT_TRIPS
     head = a.embed * a.vocab / tensor * head_chunks(step) * WEIGHT_TRIPS / 2
     logits = tokens * a.vocab / tensor * (FLOAT32 / width + 1) * 2
     a_pass = width * (a.layers * (activations + weights) + head + logits)
     # Adam reads parameter, gradient and moments, and writes all but the gradient.
     state = (step.state.params, step.state.opt_state)
     update = 2 * device_bytes(state) + device_bytes(step.state.params)
-    return step.microbatches * a_pass + update
+    return step.passes * a_pass + update
 
 
 def estimate_collectives(step: AbstractStep) -> list[Collective]:
-    """What a device sends and receives in a step, by mesh axis."""
-    mesh, passes = step.definition.mesh, step.microbatches
+    """The collectives that a device takes part in during a step."""
+    mesh, passes = step.definition.mesh, step.passes
     a, width = step.architecture, compute_width(step)
     shape, tokens = mesh.shape, device_tokens(step)
-    layer = layer_matrices(a) / shape["tensor"]
+    layer = a.matrices_per_layer / shape["tensor"]
     head, chunks = a.embed * a.vocab / shape["tensor"], head_chunks(step)
     stream = tokens * a.embed * width
     again = step.config.model.remat == "full"
@@ -147,11 +139,12 @@ def estimate_collectives(step: AbstractStep) -> list[Collective]:
             members = axis_members(mesh, split)
             found.append(Collective(kind, split, round(nbytes), times, members))
 
-    # Forward and backward pass each gather a layer's weights, whatever the remat.
+    # The forward and the backward pass each gather a layer's weights.
     add("all-gather", ("fsdp",), layer * width, 2 * a.layers * passes)
     add("all-gather", ("fsdp",), head * width, chunks * passes)
     add("all-to-all", ("fsdp",), stream, passes)
-    # Heads and MLP each end in a sum over `tensor`, and begin with one on the way back.
+    # Attention and MLP each end with a sum over `tensor`; the backward pass of each
+    # has another one.
     add("all-reduce", ("tensor",), stream, (4 + again) * a.layers * passes)
     rows = tokens * shape["context"] * a.kv_heads * a.head_dim / shape["tensor"]
     add("all-gather", ("context",), 2 * rows * width, (1 + again) * a.layers * passes)
@@ -169,10 +162,11 @@ def estimate_collectives(step: AbstractStep) -> list[Collective]:
 
 
 def _reduced_bytes(step: AbstractStep, layer: float, head: float) -> float:
-    """Of the gradients that copies of the parameters add up after a forward pass.
+    """Bytes of gradients that replicas of the parameters sum after each pass.
 
-    Scattered over `fsdp` first, whole adapters too. A head that lies in parts is added
-    up after every chunk; else its sum waits, like the embedding's in float32.
+    Gradients are scattered over `fsdp` first, those of replicated adapters too. A head
+    that is sharded over `fsdp` is reduced after every chunk; otherwise it is reduced
+    once, in float32 as the embedding is.
     """
     width, fsdp = compute_width(step), step.definition.mesh.shape["fsdp"]
     if step.frozen:
@@ -185,7 +179,7 @@ def _reduced_bytes(step: AbstractStep, layer: float, head: float) -> float:
 
 
 def axis_members(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """Indices of the devices that share all but `axes` with the first one."""
+    """Indices of the devices that differ from the first one only along `axes`."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     return tuple(ids[index].ravel().tolist())

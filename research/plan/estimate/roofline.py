@@ -1,4 +1,4 @@
-"""How long a step takes at best: compute, memory, links and network, each alone."""
+"""The least time of a step: for compute, memory, links and network, each alone."""
 
 import dataclasses
 import math
@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from research.plan.compiled.collectives import Collective
 from research.plan.estimate.step_flops import StepFlops
 from research.plan.planned_devices import PlannedDevices
+from research.plan.step_costs import Collective
 
 DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step on one device; 0 where the chip's figure is not known.
+    """Seconds of one step on one device; 0 if the chip's speed is not known.
 
     Attributes:
-      compute: all products, recomputed ones too, at the chip's peak.
-      hbm: bytes to and from its memory.
-      ici: collectives inside of a slice or host.
-      dcn: those between them.
+      compute: all products, recomputed ones included, at the chip's peak.
+      hbm: reads and writes of the device's memory.
+      ici: collectives inside a slice or host.
+      dcn: collectives between slices or hosts.
     """
 
     compute: float
@@ -33,24 +33,24 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """When all four run beside each other: no step is faster."""
+        """Seconds if all four overlap; no step is faster."""
         return max(dataclasses.astuple(self))
 
     @property
     def summed(self) -> float:
-        """When each waits for the others."""
+        """Seconds if nothing overlaps."""
         return sum(dataclasses.astuple(self))
 
     @property
     def bound_by(self) -> str:
-        """The name of the longest."""
+        """The name of the part that takes longest."""
         seconds = dataclasses.asdict(self)
         return max(seconds, key=lambda name: seconds[name])
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a run costs when its steps take `seconds`."""
+    """Speed and cost of a run whose steps take `seconds` each."""
 
     seconds: float
     mfu: float
@@ -66,14 +66,14 @@ def make_roofline(
     target: PlannedDevices,
     mesh: Mesh,
 ) -> Roofline:
-    """Seconds of a step.
+    """Computes the least seconds of each part of a step.
 
     Args:
-      flops: of the whole step.
-      moved: bytes to and from one device's memory.
-      collectives: of one device.
+      flops: FLOPs of the whole step.
+      moved: bytes that one device reads from and writes to its memory.
+      collectives: those that one device takes part in.
       target: the chips.
-      mesh: of them, or of stand-ins.
+      mesh: of those chips, or of stand-ins for them.
     """
     chip = target.chip
     ici = dcn = 0.0
@@ -81,7 +81,7 @@ def make_roofline(
     for collective in collectives:
         members = [devices[i] for i in collective.members]
         domains = len({_domain(device, target) for device in members})
-        # Over the network each device of a slice or host sends its share alone.
+        # Over the network each device of a slice or host sends only its own share.
         inside = len(members) // domains
         kind, times, nbytes = collective.kind, collective.times, collective.nbytes
         if domains > 1 and chip.network:
@@ -89,7 +89,7 @@ def make_roofline(
             dcn += times * across / chip.network
         speed = link_speed(members, target)
         if kind == "collective-permute" and target.shape:
-            # One hop to the next device: at most both directions of one axis.
+            # A hop to the next device uses at most both directions of one axis.
             speed = min(speed, 2 * chip.link)
         if inside > 1 and speed:
             reach = _reach(members, target)
@@ -105,7 +105,7 @@ def make_roofline(
 def predict(
     seconds: float, flops: StepFlops, tokens: int, steps: int, target: PlannedDevices
 ) -> Prediction:
-    """Of a run whose every step takes `seconds`."""
+    """Speed and cost of a run whose every step takes `seconds`."""
     total = seconds * steps
     peak = target.count * target.chip.flops * seconds
     return Prediction(
@@ -120,10 +120,10 @@ def predict(
 def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
     """Bytes that the links of one device carry in one direction of a line or ring.
 
-    Of an array of `nbytes` over n devices a gather receives, and a scatter sends, the
-    parts of the n - 1 others; an all-reduce does both. In an all-to-all of a torus
-    each part is handed on a quarter of the way round each of its axes, which are
-    `reach` devices long together. (https://jax-ml.github.io/scaling-book/sharding.)
+    An array of `nbytes` lies on n devices. A gather receives, and a scatter sends, the
+    parts of the n - 1 other devices; an all-reduce does both. In an all-to-all on a
+    torus each part travels a quarter of the way around each axis; `reach` is the sum
+    of the lengths of these axes. (https://jax-ml.github.io/scaling-book/sharding.)
     """
     others = nbytes * (n - 1) / n
     if kind == "all-reduce":
@@ -134,25 +134,25 @@ def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
 
 
 def _reach(members: list[Any], target: PlannedDevices) -> int:
-    """Lengths of the torus axes along which devices differ, added up; 0 in a switch."""
+    """Sum of the lengths of torus axes along which devices differ; 0 for a switch."""
     axes = range(len(target.shape))
     extents = [len({d.coords[axis] for d in members}) for axis in axes]
     return sum(extent for extent in extents if extent > 1)
 
 
 def _domain(device: Any, target: PlannedDevices) -> int:
-    """Which slice, or else host, a device belongs to."""
+    """The slice of a device; for chips without slices, its host."""
     if target.shape:
         return getattr(device, "slice_index", 0) or 0
     return device.process_index
 
 
 def link_speed(members: list[Any], target: PlannedDevices) -> float:
-    """Bytes/s with which a group of devices of one slice or host can be crossed.
+    """Bytes/s at which data crosses a group of devices of one slice or host.
 
-    Each axis of the torus along which they differ adds its links: two where it closes
-    to a ring, one on a line, whose ends bound it; a share of them where the group
-    skips devices that belong to others.
+    Each torus axis along which they differ adds its links: two if it closes to a ring,
+    one if it is a line. A group that skips devices gets a share of the links, because
+    the skipped devices use them, too.
     """
     link = target.chip.link
     if not target.shape:

@@ -1,4 +1,4 @@
-"""FLOPs of a planned step: what it needs, and what the program computes again."""
+"""FLOPs of a planned step: what the model needs, and what is computed twice."""
 
 import dataclasses
 
@@ -9,13 +9,14 @@ from research.weights import parameter_paths
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Of one step, over all devices.
+    """FLOPs of one step, over all devices.
 
     Attributes:
-      model: what the step needs; MFU counts these (`metrics.FlopCount`).
-      recomputed: forward products that the backward pass makes again.
-      waited: that devices could do while they wait for those with the last part of
-        each row, whose queries see the most keys; 0 without a context axis.
+      model: FLOPs that the step needs; MFU counts these (`throughput.FlopCount`).
+      recomputed: forward products that the backward pass computes again.
+      waited: FLOPs that devices could do while they wait for the devices with the
+        last part of each row, whose queries see the most keys; 0 without a context
+        axis.
     """
 
     model: float
@@ -28,10 +29,10 @@ class StepFlops:
 
 
 def count_step_flops(step: AbstractStep) -> StepFlops:
-    """Of rows that each are one document, every token of which is trained.
+    """Counts FLOPs as if each row were one document and every token were trained.
 
-    The most a row can cost: shorter documents attend to less, and in instruction data
-    the head is computed for the answers alone.
+    This is the most that a row can cost: shorter documents attend to fewer keys, and
+    instruction data needs the head only for the answers.
     """
     config, a = step.config, step.architecture
     trained = parameter_paths.count(step.state.params)
@@ -39,7 +40,8 @@ def count_step_flops(step: AbstractStep) -> StepFlops:
     tokens = step.tokens
     pairs = tokens * (config.data.seq_len + 1) / 2
     again_per_token, again_per_pair = recomputed(step, count, trained)
-    # Of n parts of a causal square the last has 2n - 1 of the n * n small squares.
+    # A causal square is cut into n parts along the queries. The last part has 2n - 1
+    # of the n * n small triangles, where the mean part has n.
     parts = step.definition.mesh.shape["context"]
     uneven = (2 * parts - 1) / parts - 1
     return StepFlops(
@@ -52,11 +54,11 @@ def count_step_flops(step: AbstractStep) -> StepFlops:
 def recomputed(
     step: AbstractStep, count: throughput.FlopCount, trained: int
 ) -> tuple[float, float]:
-    """FLOPs again, per token and per pair of query and key.
+    """FLOPs that the backward pass repeats, per token and per (query, key) pair.
 
-    Attention makes its scores again on the way back whatever the policy, one of the
-    two products of its forward pass; `dots` keeps the products of weights but not
-    attention's, `full` keeps neither (the head is outside of what is rematerialised).
+    Attention always computes its scores again, one of the two products of its forward
+    pass. Remat `dots` keeps the products with weights but not those of attention;
+    `full` keeps neither. The head is never rematerialised.
     """
     forward_pair = count.per_pair / 3
     again = forward_pair / 2
@@ -65,8 +67,8 @@ def recomputed(
         return 0.0, again
     if remat == "dots":
         return 0.0, again + forward_pair
-    # A third of a full step is its forward pass; of a LoRA step half of the frozen
-    # products, and a third of the adapters'.
+    # The forward pass is a third of a full step. In a LoRA step it is half of the
+    # frozen products and a third of the adapters' products.
     adapters = 6.0 * trained if step.frozen else 0.0
     frozen_share = 2 if step.frozen else 3
     body = (count.per_token - adapters) / frozen_share + adapters / 3

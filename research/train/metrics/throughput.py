@@ -35,8 +35,7 @@ class FlopCount:
 def count_flops(architecture: Architecture, trained: int, *, full: bool) -> FlopCount:
     """FLOPs for an architecture with `trained` scalars; `full`: all of the model."""
     a = architecture
-    attention = 2 * a.embed * (a.heads + a.kv_heads) * a.head_dim
-    body = a.layers * (attention + 3 * a.embed * a.mlp)
+    body = a.layers * a.matrices_per_layer
     head = a.vocab * a.embed
     return FlopCount(
         per_token=6.0 * body if full else 4.0 * body + 6.0 * trained,

@@ -1,9 +1,15 @@
 """The option lists that a knob and another room share: each name is written once.
 
 A registry in a later room has an entry for each name; tests/core/test_choices.py
-compares them. Kinds of adapters are checked by their own registry instead, in
-`research.weights.adapters.adapter_registry`.
+compares them.
 """
+
+# Each kind of adapter names a module whose `KIND` is an `AdapterKind`. A new kind is a
+# file and a line here. The modules are imported on use, so launchers read the names
+# without JAX.
+ADAPTER_MODULES = {"lora": "research.weights.adapters.lora"}
+# Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
+BASE_FORMAT_MODULES = {"plain": "research.weights.representations.plain_array"}
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")

@@ -6,7 +6,9 @@ A new knob is a line here. The rules across knobs are in `cross_knob_rules.py`.
 import dataclasses
 
 from research.config.choices import (
+    ADAPTER_MODULES,
     AUTO,
+    BASE_FORMAT_MODULES,
     DTYPES,
     KERNELS,
     OPTIMIZERS,
@@ -35,6 +37,11 @@ class ModelConfig:
         "dtype of all trained parameters in full training, and of their moments; "
         "bfloat16 halves the memory and rounds small updates away",
         choices=DTYPES,
+    )
+    base_format: str = knob(
+        "plain",
+        "how frozen weights are stored while adapters train; plain: arrays of dtype",
+        choices=BASE_FORMAT_MODULES,
     )
     remat: str = knob(
         "none",
@@ -67,10 +74,7 @@ class ModelConfig:
 class LoRAConfig:
     """The adapters."""
 
-    kind: str = knob(
-        "lora",
-        "kind of adapter, a name in research/weights/adapters/adapter_registry.py",
-    )
+    kind: str = knob("lora", "kind of adapter", choices=ADAPTER_MODULES)
     rank: int = knob(16, "inner dimension of the adapters", above=0)
     alpha: float = knob(32.0, "the adapters' product counts alpha / rank", above=0)
     dropout: float = knob(

@@ -5,8 +5,9 @@ devices hold, so a host never holds more than its own share of one parameter and
 tensor of a file. Nothing here unpickles, and nothing runs code that came with weights.
 """
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,55 +22,91 @@ from research.models.families.stored_tensor import StoredTensor, used
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Matrix
+from research.weights.trainable import Trainable
 
 Array = jax.Array
 
 
+def load_frozen(
+    base: Base, model: Model, mesh: Mesh, split: Trainable, seed: int
+) -> dict[str, Matrix]:
+    """The frozen parameters in the format in which `split` stores them.
+
+    A parameter is stored as soon as it is loaded, so only one at a time takes the
+    memory of a plain array. See `load_base` for the other arguments.
+    """
+    shardings = meshes.shardings(split.frozen_specs, mesh)
+
+    def store(path: str, weight: Array) -> Matrix:
+        if split.frozen_specs[path] == model.specs[path]:
+            return weight
+        stored = jax.jit(
+            functools.partial(split.store, path), out_shardings=shardings[path]
+        )
+        return stored(weight)
+
+    return load_base(base, model, mesh, split.frozen_dtype, seed, store)
+
+
 def load_base(
-    base: Base, model: Model, mesh: Mesh, dtype: Any, seed: int
-) -> dict[str, Array]:
+    base: Base,
+    model: Model,
+    mesh: Mesh,
+    dtype: Any,
+    seed: int,
+    store: Callable[[str, Array], Any] = lambda path, weight: weight,
+) -> dict[str, Any]:
     """The parameters of a base model in their shardings.
 
     Args:
       base: opened; without tensors the parameters are drawn at random.
       model: of `base.architecture`.
       mesh: the devices to shard over.
-      dtype: of the result.
+      dtype: of the loaded arrays.
       seed: of the random draw, which is the same on every mesh.
+      store: `(path, weight) -> value`, what is kept of each parameter.
     """
     shardings = meshes.shardings(model.specs, mesh)
     if base.tensors is not None:
-        return load_params(base.tensors, model, shardings, dtype)
+        return load_params(base.tensors, model, shardings, dtype, store)
 
     def init(key: Array) -> dict[str, Array]:
         return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    drawn = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return {path: store(path, weight) for path, weight in drawn.items()}
 
 
 def load_params(
-    tensors: TensorFile, model: Model, shardings: Mapping[str, Any], dtype: Any
-) -> dict[str, Array]:
+    tensors: TensorFile,
+    model: Model,
+    shardings: Mapping[str, Any],
+    dtype: Any,
+    store: Callable[[str, Array], Any] = lambda path, weight: weight,
+) -> dict[str, Any]:
     """All parameters, each made directly in its sharding.
 
     Args:
       tensors: an open file.
       model: of the architecture that lies in the file.
       shardings: `jax.sharding.Sharding` by path.
-      dtype: of the result.
+      dtype: of the loaded arrays.
+      store: `(path, weight) -> value`, what is kept of each parameter.
 
     Raises:
       UserError: the file does not hold this model.
     """
     check_tensors(tensors, model)
     layout = used(tensors.layout(family_of(model.architecture)), model.specs)
-    stored = {path: tensor for tensor in layout for path in tensor.paths}
-    return {
-        path: _load_one(
-            tensors, stored[path], path, model.specs, shardings[path], np.dtype(dtype)
+    source = {path: tensor for tensor in layout for path in tensor.paths}
+
+    def load(path: str) -> Array:
+        return _load_one(
+            tensors, source[path], path, model.specs, shardings[path], np.dtype(dtype)
         )
-        for path in model.specs
-    }
+
+    return {path: store(path, load(path)) for path in model.specs}
 
 
 def check_tensors(tensors: TensorFile, model: Model) -> None:

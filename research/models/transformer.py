@@ -2,7 +2,7 @@
 
 NNX ends here: above this file a model is `Model.apply(params, ...)` on a flat
 dictionary `{"layers.mlp.up.kernel": leaf, ...}` whose leaves are arrays or any
-other `contraction.Matrix`. There is one Block; what a family changes in it is a switch
+other `Matrix`. There is one Block; what a family changes in it is a switch
 of `Architecture`. Axis letters: see `attention.py`.
 """
 

@@ -24,7 +24,7 @@ from research.engine.text_generation import (
     tuned_generator,
 )
 from research.formats.base_model import Base
-from research.formats.load_parameters import load_base
+from research.formats.load_parameters import load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
@@ -131,7 +131,7 @@ def reopen(
         params = checkpoints.restore_part(number, {"params": wanted})["params"]
     frozen: Params = {}
     if split.frozen_specs:
-        frozen = load_base(base, model, mesh, split.frozen_dtype, config.seed)
+        frozen = load_frozen(base, model, mesh, split, config.seed)
     return ReopenedRun(config, base, model, mesh, split, params, frozen)
 
 

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from research.config.run_config import Config
+from research.core.errors import UserError
 from research.weights.adapters.adapter_kind import AdapterKind
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
+from research.weights.representations.base_format import find_format
+from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -25,12 +28,14 @@ class Trainable:
 
     Attributes:
       specs: trained parameters, a (nested) dictionary of `Spec`.
-      frozen_specs: frozen parameters by path; empty in full training.
-      frozen_dtype: dtype in which frozen parameters are kept.
+      frozen_specs: frozen parameters by path as they are stored, each a `Spec` or a
+        `Leaf` of `Spec`s; empty in full training.
+      frozen_dtype: dtype of stored arrays whose `Spec` fixes no other.
       dtype: dtype of the trained parameters.
       init: `(key, base) -> params`, the start of the trained parameters.
       forward: `(params, frozen, key) -> model parameters`; `key` switches the dropout
         of adapters on and is None in evaluation.
+      store: `(path, weight) -> stored form`, in the structure of `frozen_specs`.
       kind: of the adapters; None in full training.
     """
 
@@ -40,6 +45,7 @@ class Trainable:
     dtype: Any
     init: Callable[[Array, Params], Params]
     forward: Callable[[Params, Params, Array | None], Params]
+    store: Callable[[str, Array], Matrix] = lambda path, weight: weight
     kind: AdapterKind | None = None
 
 
@@ -47,21 +53,29 @@ def make(config: Config, specs: Mapping[str, Spec]) -> Trainable:
     """Decides by `config.trainable`, for a model with parameters `specs`.
 
     Raises:
-      UserError: no adapter kind has the name `config.lora.kind`, targets match nothing,
-        or a rank is below 1.
+      UserError: targets match nothing, a rank is below 1, or the whole model is
+        trained and the config gives frozen weights a format.
     """
     if config.trainable == "lora":
         kind = find_kind(config.lora.kind)
+        stored = find_format(config.model.base_format)
         return Trainable(
             specs=kind.specs(specs, config.lora),
-            frozen_specs=specs,
+            frozen_specs={path: stored.specs(spec) for path, spec in specs.items()},
             frozen_dtype=jnp.dtype(config.model.dtype),
             dtype=jnp.dtype(jnp.float32),
             init=lambda key, base: kind.init(key, specs, config.lora, base),
             forward=lambda params, frozen, key: kind.adapt(
                 frozen, params, config.lora, key
             ),
+            store=lambda path, weight: stored.store(weight, specs[path]),
             kind=kind,
+        )
+    if config.model.base_format != "plain":
+        raise UserError(
+            f"config.model.base_format is {config.model.base_format!r} and "
+            "config.trainable is 'full': only frozen weights have a format; use "
+            "--config.model.base_format=plain"
         )
     return Trainable(
         specs=dict(specs),

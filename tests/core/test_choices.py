@@ -17,6 +17,8 @@ from research.models.attention_kernels import choose
 from research.models.transformer import REMAT_POLICIES
 from research.train.step.optimizers import DIRECTIONS
 from research.train.step.schedules import make_schedule
+from research.weights.adapters.adapter_registry import find_kind
+from research.weights.representations.base_format import find_format
 
 LISTS = [x for x in vars(choices).values() if isinstance(x, tuple)]
 
@@ -50,6 +52,13 @@ def test_every_kernel_is_known_where_it_is_chosen(kernel):
 def test_every_kind_of_task_is_a_module():
     for module in TASK_MODULES.values():
         importlib.import_module(module)
+
+
+def test_every_kind_of_adapter_and_format_of_weights_is_found():
+    for name in choices.ADAPTER_MODULES:
+        assert find_kind(name).name == name
+    for name in choices.BASE_FORMAT_MODULES:
+        find_format(name)
 
 
 def test_no_option_list_is_written_twice():

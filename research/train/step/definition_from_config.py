@@ -9,7 +9,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.named_sums import Objective
 from research.formats.base_model import Base
-from research.formats.load_parameters import load_base
+from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import make_model
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
@@ -74,16 +74,14 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
 def load_start(
     definition: StepDefinition, base: Base, frozen: Params | None = None
 ) -> tuple[Params, Params]:
-    """What is trained, at its start, and what is frozen (or is there already)."""
+    """The trained parameters at their start, and the frozen ones.
 
-    def load(dtype: Any) -> Params:
-        return load_base(
-            base, definition.model, definition.mesh, dtype, definition.seed
-        )
-
-    if not definition.trainable.frozen_specs:
-        return load(definition.trainable.dtype), {}
-    frozen = frozen or load(definition.trainable.frozen_dtype)
+    `frozen`: the frozen parameters, where they are loaded already.
+    """
+    split, model, mesh = definition.trainable, definition.model, definition.mesh
+    if not split.frozen_specs:
+        return load_base(base, model, mesh, split.dtype, definition.seed), {}
+    frozen = frozen or load_frozen(base, model, mesh, split, definition.seed)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(definition))
-    init = jax.jit(definition.trainable.init, out_shardings=shardings)
+    init = jax.jit(split.init, out_shardings=shardings)
     return init(jax.random.key(definition.seed), frozen), frozen

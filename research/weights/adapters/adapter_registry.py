@@ -1,21 +1,13 @@
-"""The table of adapter kinds, by the names that `config.lora.kind` takes."""
+"""Adapter kinds by name. The table is `research.config.choices.ADAPTER_MODULES`, which
+the command line reads without JAX.
+"""
 
-from research.core.errors import UserError, nearest
+import importlib
+
+from research.config.choices import ADAPTER_MODULES
 from research.weights.adapters.adapter_kind import AdapterKind
-from research.weights.adapters.lora import LORA
-
-KINDS: dict[str, AdapterKind] = {kind.name: kind for kind in (LORA,)}
 
 
 def find_kind(name: str) -> AdapterKind:
-    """The adapter kind of that name.
-
-    Raises:
-      UserError: no kind has the name; the message lists those that exist.
-    """
-    if name not in KINDS:
-        raise UserError(
-            f"config.lora.kind is {name!r}; it must be one of {', '.join(KINDS)}"
-            f"{nearest(name, KINDS)}"
-        )
-    return KINDS[name]
+    """The adapter kind that `config.lora.kind` names."""
+    return importlib.import_module(ADAPTER_MODULES[name]).KIND

@@ -94,18 +94,18 @@ class LoRA(AdapterKind):
         return axes - 2 - len(base.shape)
 
 
-LORA = LoRA()
+KIND = LoRA()
 
-adapter_specs = LORA.specs
-adapt = LORA.adapt
-merge = LORA.merge
-unmerge = LORA.unmerge
-count = LORA.count
+adapter_specs = KIND.specs
+adapt = KIND.adapt
+merge = KIND.merge
+unmerge = KIND.unmerge
+count = KIND.count
 
 
 def init(key: Array, specs: Mapping[str, Spec], config: LoRAConfig) -> Adapters:
     """Float32 factors: A uniform in +-1/sqrt(fan_in) (as PEFT draws it), B zero."""
-    return LORA.init(key, specs, config)
+    return KIND.init(key, specs, config)
 
 
 def lift(function: Callable[..., Any], config: LoRAConfig) -> Callable[..., Any]:

@@ -1,11 +1,26 @@
-"""The product with a plain array, and its derivative rule."""
+"""Weights as plain arrays: the product and its derivative rule."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from research.weights.parameter_spec import Spec
+
 Array = jax.Array
+
+
+class PlainArrays:
+    """The `BaseFormat` that keeps frozen weights as arrays of `config.model.dtype`."""
+
+    def specs(self, spec: Spec) -> Spec:
+        return spec
+
+    def store(self, weight: Array, spec: Spec) -> Array:
+        return weight
+
+
+FORMAT = PlainArrays()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

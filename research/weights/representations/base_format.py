@@ -1,0 +1,36 @@
+"""The protocol of a format in which frozen weights are stored while adapters train."""
+
+import importlib
+from typing import Any, Protocol
+
+import jax
+
+from research.config.choices import BASE_FORMAT_MODULES
+from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Matrix
+
+Array = jax.Array
+
+
+class BaseFormat(Protocol):
+    """One format of frozen weights, a value of `config.model.base_format`.
+
+    A 4-bit base is a file beside this one: a `Leaf` of codes and scales, and a `FORMAT`
+    that makes it.
+    """
+
+    def specs(self, spec: Spec) -> Any:
+        """The stored form of a parameter: a `Spec`, or a `Leaf` with `Spec`s inside.
+
+        The same `spec` keeps the parameter as it is, which suits scales of norms.
+        """
+        ...
+
+    def store(self, weight: Array, spec: Spec) -> Matrix:
+        """`weight` in the structure of `specs(spec)`; a pure function of JAX."""
+        ...
+
+
+def find_format(name: str) -> BaseFormat:
+    """The format that `config.model.base_format` names."""
+    return importlib.import_module(BASE_FORMAT_MODULES[name]).FORMAT

@@ -1,0 +1,60 @@
+"""A tiny run of the real pipeline in the test's own process, on a 2x2x2 mesh."""
+
+import json
+
+import jax
+import numpy as np
+from tiny_model import make_tiny_model
+
+from research.config.run_config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RuntimeConfig,
+)
+
+ROWS = 8  # Of a batch, so that it divides over any mesh of eight devices.
+
+
+def make_small_place(folder):
+    """Fills `folder` with `model` and `rows.jsonl`."""
+    make_tiny_model(folder / "model")
+    rows = [
+        {"instruction": f"What is {i} and {i}?", "response": f"It is {2 * i}."}
+        for i in range(40)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text)
+
+
+def small_config(place, name, steps, model=None, **changes):
+    """Few short rows, no samples; the programs compiled are kept in `place`."""
+    return Config(
+        run_dir=str(place / name),
+        steps=steps,
+        export=True,
+        model=ModelConfig(
+            init_from=str(place / "model"), dtype="float32", **(model or {})
+        ),
+        data=DataConfig(
+            path=str(place / "rows.jsonl"), seq_len=64, batch_size=4, held_out=4
+        ),
+        optim=OptimConfig(learning_rate=1e-2),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        eval=EvalConfig(every=100, prompts=0),
+        checkpoint=CheckpointConfig(every=2),
+        runtime=RuntimeConfig(
+            compilation_cache=str(place / "compiled"), progress="lines"
+        ),
+        **changes,
+    )
+
+
+def small_hidden(model, weights):
+    """Hidden states of a fixed batch."""
+    tokens = np.tile(np.arange(32, dtype=np.int32), (ROWS, 1))
+    return jax.jit(model.hidden)(weights, tokens, tokens, np.ones_like(tokens))

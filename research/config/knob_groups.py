@@ -286,7 +286,7 @@ class EvalConfig:
     )
     samples_every: int = knob(
         0,
-        "steps between the samples of pre-training; 0: only at the end",
+        "steps between samples of what the model writes; 0: only at the end",
         fixed=False,
         low=0,
     )

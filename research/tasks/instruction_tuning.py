@@ -1,6 +1,7 @@
 """Instruction tuning: only answers are trained; some are compared at the end."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from research.config.run_config import Config
 from research.data.batch_order import Batches
@@ -139,41 +140,57 @@ class InstructionTask:
         )
 
     def sample(self, step: int, model: TextGenerator) -> list[Sample]:
-        """Nothing: answers are compared at the end."""
-        return []
+        """Greedy answers to the held-out prompts that `conclude` compares later."""
+        if step == self._config.steps:
+            return []  # `conclude` gives the same answers in a moment.
+        return [
+            Sample(step, _prompt_text(record), model.answer(*request).strip())
+            for record, request in self._held_out_prompts()
+        ]
 
     def conclude(
         self, base: Callable[[], TextGenerator | None], model: TextGenerator
     ) -> list[ComparedAnswer]:
         """Greedy answers of both models to held-out prompts of several categories."""
         before = base()
-        sampling = Sampling(max_new_tokens=self._config.eval.max_new_tokens)
-        records = self._data.held_out_records
-        # Training may have cut a context to fit; as a prompt it can still be too long.
-        room = self._longest - sampling.max_new_tokens
-        prompts = {
-            record.where: self._chat.encode_prompt(record.turns[:-1], record.context)
-            for record in records
-        }
-        fitting = [r for r in records if len(prompts[r.where]) <= room]
         answers = []
-        for record in pick_records(fitting, self._config.eval.prompts):
-            *asked, reference = record.turns
-            request = prompts[record.where], sampling, self._chat.stop_ids
+        for record, request in self._held_out_prompts():
             if record.where not in self._base_answers:
                 self._base_answers[record.where] = before.answer(*request).strip()
-            context = f"\n\n{record.context}" if record.context else ""
             answers.append(
                 ComparedAnswer(
                     group=record.category,
                     where=record.where,
-                    prompt=asked[-1].text + context,
+                    prompt=_prompt_text(record),
                     base=self._base_answers[record.where],
                     tuned=model.answer(*request).strip(),
-                    reference=reference.text,
+                    reference=record.turns[-1].text,
                 )
             )
         return answers
+
+    def _held_out_prompts(self) -> list[tuple[Record, tuple[Any, ...]]]:
+        """`eval.prompts` held-out rows, each with the arguments of `answer`."""
+        sampling = Sampling(max_new_tokens=self._config.eval.max_new_tokens)
+        # Training may have cut a context to fit; as a prompt it can still be too long.
+        room = self._longest - sampling.max_new_tokens
+        prompts = {
+            record.where: self._chat.encode_prompt(record.turns[:-1], record.context)
+            for record in self._data.held_out_records
+        }
+        fitting = [
+            r for r in self._data.held_out_records if len(prompts[r.where]) <= room
+        ]
+        return [
+            (record, (prompts[record.where], sampling, self._chat.stop_ids))
+            for record in pick_records(fitting, self._config.eval.prompts)
+        ]
+
+
+def _prompt_text(record: Record) -> str:
+    """The last turn of the user, and the row's context below it."""
+    context = f"\n\n{record.context}" if record.context else ""
+    return record.turns[-2].text + context
 
 
 def pick_records(records: list[Record], count: int) -> list[Record]:

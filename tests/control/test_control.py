@@ -79,6 +79,8 @@ def test_a_job_saves_samples_and_stops_on_request(place, request, run):
     assert history["starts"][0]["cause"] == f"stop request after step {steps['stop']}"
     assert history["starts"][0]["exit_code"] == STOPPED
     assert not list((place.run_dir(run) / "requests").iterdir())
+    lines = (place.run_dir(run) / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in lines} == {steps["sample"]}
     assert [process.code for process in resumed] == [0] * len(stopped)
     trained = [line["step"] for line in place.lines(run, "train")]
     assert trained == [*range(1, STEPS + 1)]

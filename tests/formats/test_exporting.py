@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from helpers import mesh_sizes, random_adapters, random_params
 
-from research.config.run_config import Config, LoRAConfig, MeshConfig, ModelConfig
+from research.config.run_config import Config, LoRAConfig, MeshConfig
 from research.core.errors import UserError
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
@@ -18,7 +18,6 @@ from research.models.families.family_registry import from_hf_config, to_hf_confi
 from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.train.step.train_step import StepDefinition
 from research.weights import trainable
 from research.weights.adapters import lora
 
@@ -33,17 +32,9 @@ def read_back(folder, base):
     """The parameters of an exported folder, through the ordinary reader."""
     again = open_base(str(folder))
     assert again.architecture == base.architecture
-    definition = make_step_definition(again, "full")
-    return again, load_base(again, definition.model, definition.mesh, jnp.float32, 0)
-
-
-def make_step_definition(base, kind, mesh=None):
-    model = Model(base.architecture)
-    config = Config(
-        trainable=kind, model=ModelConfig(dtype="float32"), lora=LoRAConfig(rank=2)
-    )
-    mesh = mesh or meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return StepDefinition(model, trainable.make(config, model.specs), None, mesh)
+    one_device = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    model = Model(again.architecture)
+    return again, load_base(again, model, one_device, jnp.float32, 0)
 
 
 def test_every_parameter_comes_back_bit_for_bit(base, tmp_path):
@@ -60,13 +51,12 @@ def test_every_parameter_comes_back_bit_for_bit(base, tmp_path):
 
 
 def test_adapters_are_added_in(base, tmp_path):
-    definition = make_step_definition(base, "lora")
-    frozen = random_params(definition.model.specs)
-    adapters = random_adapters(definition.trainable.specs)
-    weights = definition.trainable.forward(adapters, frozen, None)
-    huggingface_export.export(
-        definition.model, weights, base.tokenizer, tmp_path / "out"
-    )
+    model = Model(base.architecture)
+    split = trainable.make(Config(lora=LoRAConfig(rank=2)), model.specs)
+    frozen = random_params(model.specs)
+    adapters = random_adapters(split.specs)
+    weights = split.forward(adapters, frozen, None)
+    huggingface_export.export(model, weights, base.tokenizer, tmp_path / "out")
     _, found = read_back(tmp_path / "out", base)
     merged = lora.merge(frozen, adapters, LoRAConfig(rank=2))
     for path, value in merged.items():
@@ -76,13 +66,11 @@ def test_adapters_are_added_in(base, tmp_path):
 
 def test_shards_of_a_mesh_make_the_same_files(base, tmp_path):
     mesh = meshes.make_mesh(mesh_sizes(2, 2, 2))
-    definition = make_step_definition(base, "full", mesh)
-    params = random_params(definition.model.specs)
-    placed = jax.device_put(params, meshes.shardings(definition.model.specs, mesh))
+    model = Model(base.architecture)
+    params = random_params(model.specs)
+    placed = jax.device_put(params, meshes.shardings(model.specs, mesh))
     for name, values in (("one", params), ("eight", placed)):
-        huggingface_export.export(
-            definition.model, values, base.tokenizer, tmp_path / name
-        )
+        huggingface_export.export(model, values, base.tokenizer, tmp_path / name)
     one, eight = (tmp_path / name / "model.safetensors" for name in ("one", "eight"))
     assert one.read_bytes() == eight.read_bytes()
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.report.result_tables import is_text
+from research.data.named_sums import NATS_PER_TOKEN
+from research.report.result_tables import is_text, loss_unit
 from research.report.run_results import RunResults
 
 # More lines cannot be told apart. The table has all groups.
@@ -40,7 +41,8 @@ def _draw_all(axes: Any, results: RunResults) -> None:
     axes.plot(steps, losses, color="0.75", linewidth=1, label="train, each step")
     axes.plot(steps, smoothed(losses), color="C0", label="train, smoothed")
     axes.plot(held_steps, held, "o-", color="C3", label="held out")
-    axes.set(xlabel="step", ylabel="loss, nats per trained token", title=results.name)
+    unit = loss_unit(results.evaluations) or NATS_PER_TOKEN
+    axes.set(xlabel="step", ylabel=f"loss, {unit}", title=results.name)
     axes.legend()
     _finish_axes(axes)
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, Group
@@ -32,10 +33,14 @@ SHOWN = {
 }
 
 
-def summary(values: dict[str, Any]) -> str:
-    """`loss 1.234  eval 1.300  ...`: the values that are known, on one line."""
-    known = {k: v for k, v in values.items() if k in SHOWN and v is not None}
-    return "  ".join(form.format(known[k]) for k, form in SHOWN.items() if k in known)
+def summary(values: dict[str, Any], metrics: Iterable[str] = ()) -> str:
+    """`loss 1.234  eval 1.300  ...`: the values that are known, on one line.
+
+    `metrics` are the names of the objective's own means, which stand at the end.
+    """
+    forms = SHOWN | {name: f"{name} {{:.3f}}" for name in metrics}
+    known = {k: v for k, v in values.items() if k in forms and v is not None}
+    return "  ".join(form.format(known[k]) for k, form in forms.items() if k in known)
 
 
 def duration(seconds: float) -> str:
@@ -60,6 +65,7 @@ class ProgressView:
         self._first, self._total = first, total
         self._begun = time.monotonic()
         self._values: dict[str, Any] = {}
+        self._metrics: dict[str, None] = {}  # A set in the order of arrival.
         live = mode == "bar" or (mode == "auto" and console.is_terminal)
         self._progress: Progress | None = None
         if live:
@@ -92,17 +98,26 @@ class ProgressView:
             ]
 
     def __rich__(self) -> Group:
-        numbers = summary(self._values) or "compiling"
+        numbers = summary(self._values, self._metrics) or "compiling"
         return Group(self._progress, Text(numbers, style="dim"))
 
-    def update(self, step: int, values: dict[str, Any], *, line: bool = True) -> None:
+    def update(
+        self,
+        step: int,
+        values: dict[str, Any],
+        *,
+        line: bool = True,
+        metrics: Iterable[str] = (),
+    ) -> None:
         """Shows `values` beside the earlier ones.
 
         Args:
           step: updates made so far.
           values: new numbers by name.
           line: whether they get a log line where there is no bar.
+          metrics: the names among them that only this task has.
         """
+        self._metrics |= dict.fromkeys(sorted(metrics))
         self._values.update(values)
         eta = self._eta(step)
         if self._progress:
@@ -114,7 +129,7 @@ class ProgressView:
                 step,
                 self._total,
                 eta,
-                summary(self._values),
+                summary(self._values, self._metrics),
             )
 
     def _eta(self, step: int) -> str:

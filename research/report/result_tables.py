@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.data.named_sums import NATS_PER_TOKEN, group_key
+
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
 
@@ -13,31 +15,43 @@ def is_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:
     return bool(evaluations) and evaluations[-1].get("bits_per_byte") is not None
 
 
+def loss_unit(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """What the losses count, as the objective of the run says."""
+    return evaluations[-1].get("loss_unit", NATS_PER_TOKEN) if evaluations else ""
+
+
 def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
-    """Losses and perplexities by group, first and last; empty without evaluations.
+    """Losses and metrics by group, first and last; empty without evaluations.
+
+    A loss in nats per token has a perplexity, too. The table has every metric that the
+    evaluations name.
 
     Args:
       evaluations: lines of kind `eval` in `metrics.jsonl`, in the order of steps.
     """
     if not evaluations:
         return []
-    after = evaluations[-1]
-    before = _first_comparable(evaluations)
-    text = is_text(evaluations)
+    pair = _first_comparable(evaluations), evaluations[-1]
+    text, in_nats = is_text(evaluations), loss_unit(evaluations) == NATS_PER_TOKEN
     first, last = ("start", "end") if text else ("base", "tuned")
-    header = ["source" if text else "category", "tokens", f"loss {first}", last]
-    header += [f"ppl {first}", last, "change"]
-    if text:
-        header += [f"bits/byte {first}", last]
+    metrics = pair[1].get("metrics", [])
+    header = ["source" if text else "category", "tokens" if in_nats else "counted"]
+    header += [f"loss {first}", last]
+    header += [f"ppl {first}", last] * in_nats + ["change"]
+    header += [f"bits/byte {first}", last] * text
+    header += [cell for name in metrics for cell in (f"{name} {first}", last)]
     rows = []
-    for group, loss in sorted(after["by_group"].items()):
-        losses = before["by_group"].get(group, math.nan), loss
-        bits = [x["bits_by_group"].get(group) for x in (before, after)] if text else []
-        tokens = after["tokens"].get(group, 0)
-        rows.append(_row(group or "(none)", tokens, *losses, bits))
-    bits = [x.get("bits_per_byte") for x in (before, after)] if text else []
-    total = sum(after["tokens"].values())
-    rows.append(_row("all", total, before["loss"], after["loss"], bits))
+    for group in sorted(pair[1]["by_group"]):
+        losses = [line["by_group"].get(group, math.nan) for line in pair]
+        others = [line["bits_by_group"].get(group) for line in pair] if text else []
+        for name in metrics:
+            others += [line.get(group_key(name), {}).get(group) for line in pair]
+        tokens = pair[1]["tokens"].get(group, 0)
+        rows.append(_row(group or "(none)", tokens, losses, in_nats, others))
+    others = [line.get("bits_per_byte") for line in pair] if text else []
+    others += [line.get(name) for name in metrics for line in pair]
+    total = sum(pair[1]["tokens"].values())
+    rows.append(_row("all", total, [x["loss"] for x in pair], in_nats, others))
     return [header, *rows]
 
 
@@ -56,17 +70,20 @@ def _first_comparable(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, 
 
 
 def _row(
-    name: str, tokens: int, before: float, after: float, bits: Sequence[float | None]
+    name: str,
+    tokens: int,
+    losses: Sequence[float],
+    in_nats: bool,
+    others: Sequence[float | None],
 ) -> list[str]:
-    perplexities = [math.exp(min(x, LARGEST_EXPONENT)) for x in (before, after)]
+    perplexities = [math.exp(min(x, LARGEST_EXPONENT)) for x in losses]
     return [
         name,
         f"{tokens:,}",
-        f"{before:.3f}",
-        f"{after:.3f}",
-        *(f"{perplexity:.2f}" for perplexity in perplexities),
-        f"{after - before:+.3f}",
-        *("-" if value is None else f"{value:.3f}" for value in bits),
+        *(f"{loss:.3f}" for loss in losses),
+        *(f"{perplexity:.2f}" for perplexity in perplexities * in_nats),
+        f"{losses[1] - losses[0]:+.3f}",
+        *("-" if value is None else f"{value:.3f}" for value in others),
     ]
 
 

@@ -1,6 +1,5 @@
 """Pre-training: raw text by source, and samples that the model writes as it learns."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -159,12 +158,8 @@ class TextTask:
 
     def preview(self, count: int) -> list[PreviewRow]:
         """The first rows in the order of the sources; at most a batch of them."""
-        first = {
-            field.name: np.asarray(getattr(self._first_batch, field.name))[:count]
-            for field in dataclasses.fields(Batch)
-        }
         return preview_rows(
-            Batch(**first),
+            jax.tree.map(lambda x: np.asarray(x)[:count], self._first_batch),
             self.groups,
             lambda ids: self._tokenizer.decode(ids, skip_control=False),
             lambda row, number: f"training row {row + 1}, document {number + 1}",

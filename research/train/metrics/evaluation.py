@@ -43,7 +43,10 @@ class Evaluation:
           ValueError: a metric has the name of another key.
         """
         line = dataclasses.asdict(self)
-        return add_metrics(line, line.pop("metrics"))
+        metrics = line.pop("metrics")
+        if names := [name for name, x in metrics.items() if not isinstance(x, dict)]:
+            line["metrics"] = names  # For those who read the line without the task.
+        return add_metrics(line, metrics)
 
 
 def add_metrics(line: dict[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class StepLog:
         found = dict(sums)
         by_path = found.pop("grad_norm_by_path", {})
         norms = {path: float(norm) for path, norm in by_path.items()}
-        means, metrics = self._means(found.pop("sums"), found.pop("means"))
+        means_of = found.pop("means")
+        means, metrics = self._means(found.pop("sums"), means_of)
         found = {name: np.asarray(value) for name, value in found.items()}
         values = {name: float(value) for name, value in found.items()}
         self._clock.tick()
@@ -96,7 +97,7 @@ class StepLog:
             line["grad_norm_by_path"] = norms
         line = add_metrics(line, metrics)
         self._write(number, "train", line)
-        self._view.update(number, line)
+        self._view.update(number, line, metrics=means_of.keys() - {"loss"})
         # A step that is left out has changed nothing.
         if not self._leaves_out:
             self._require_finite(number, batch, line, norms)
@@ -173,8 +174,12 @@ class StepLog:
         line = found.line() | {"seconds": self._phases.seconds}
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
-        shown |= {f"eval_{name}": value for name, value in found.metrics.items()}
-        self._view.update(number, shown, line=False)
+        measured = {
+            f"eval_{name}": value
+            for name, value in found.metrics.items()
+            if not isinstance(value, dict)
+        }
+        self._view.update(number, shown | measured, line=False, metrics=measured)
         bits = found.bits_per_byte
         more = f"  {bits:.4f} bits per byte" if bits is not None else ""
         logging.info(

@@ -66,6 +66,37 @@ class StepDefinition:
     grad_norms: bool = False
 
 
+def _sum_microbatches(
+    definition: StepDefinition, state: TrainState, frozen: Params, batch: Batch
+) -> tuple[Params, Sums]:
+    """The gradient, in float32, and the named sums, of all microbatches, undivided."""
+    _require_units(definition, batch)
+    # Another stream than the initialisation, which folds small numbers in, too.
+    dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
+    key = jax.random.fold_in(dropout, state.step)
+
+    def accumulate(total, microbatch_and_key):
+        microbatch, key = microbatch_and_key
+
+        def objective(params):
+            weights = definition.trainable.forward(params, frozen, key)
+            return definition.objective.train(definition.model, weights, microbatch)
+
+        (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return jax.tree.map(jnp.add, total, gradient), sums
+
+    # Of parameters in bfloat16, too: many small terms would be rounded away.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    keys = jax.random.split(key, batch.tokens.shape[0])
+    gradients, sums = jax.lax.scan(accumulate, zeros, (batch, keys))
+    # The barrier keeps the sum over microbatches apart from that over groups: as one
+    # reduction, they would be added in an order that depends on the compiler.
+    sums = jax.lax.optimization_barrier(
+        jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    )
+    return gradients, sums
+
+
 def train_step(
     definition: StepDefinition, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, Metrics]:
@@ -82,26 +113,7 @@ def train_step(
       `skipped` (updates left out so far, where `optim.skip_outliers` is in use),
       `grad_norm_by_path` (where `definition.grad_norms` is set).
     """
-    # Another stream than the initialisation, which folds small numbers in, too.
-    dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
-    key = jax.random.fold_in(dropout, state.step)
-    _require_units(definition, batch)
-
-    def accumulate(total, microbatch_and_key):
-        microbatch, key = microbatch_and_key
-
-        def objective(params):
-            weights = definition.trainable.forward(params, frozen, key)
-            return definition.objective.train(definition.model, weights, microbatch)
-
-        (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-        return jax.tree.map(jnp.add, total, gradient), sums
-
-    # Of parameters in bfloat16, too: many small terms would be rounded away.
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-    keys = jax.random.split(key, batch.tokens.shape[0])
-    gradients, sums = jax.lax.scan(accumulate, zeros, (batch, keys))
-    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    gradients, sums = _sum_microbatches(definition, state, frozen, batch)
     means = {name: named_sums.mean(ratio) for name, ratio in sums.items()}
     scale = named_sums.inverse(jnp.sum(sums["loss"].denominator))
     gradients = jax.tree.map(

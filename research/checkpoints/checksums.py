@@ -1,11 +1,11 @@
 """Checksums beside a checkpoint's files, written before Orbax's commit mark.
 
 Orbax restores array data with a flipped bit and reports no error. So a `sums.json`
-seals each folder of a checkpoint: it lists size and xxh3 of every file below. Of a
-subfolder with a seal of its own it lists only that seal. Each process seals the folder
-that it alone wrote (`ocdbt.process_N`), and the first process seals the few remaining
-files, so the cost does not grow with the number of hosts. The seal is written before
-the rename that commits, so a committed checkpoint without a seal is damaged.
+seals each folder of a checkpoint: it lists size and xxh3 of every file below. For a
+subfolder that has a seal of its own it lists only that seal. Each process seals the
+folder that it alone wrote (`ocdbt.process_N`), and the first process seals the few
+remaining files, so the cost does not grow with the number of hosts. The seal is written
+before the rename that commits, so a committed checkpoint without a seal is damaged.
 """
 
 import asyncio

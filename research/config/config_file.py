@@ -14,7 +14,7 @@ MODULE = "research_config_file"
 
 
 def load_config_file(given: str) -> ml_collections.ConfigDict:
-    """What the file's `get_config` returns.
+    """Returns the config that the file's `get_config` makes.
 
     Args:
       given: FILE.py, or FILE.py:TEXT for `get_config(TEXT)`.

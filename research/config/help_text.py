@@ -1,4 +1,4 @@
-"""What `--help` prints: flags and knobs with their type, default, choices and range."""
+"""The text of `--help`: flags and knobs with their type, default, choices and range."""
 
 import dataclasses
 import json

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class KnobFacts:
-    """What stands beside a knob's type and default.
+    """The facts about a knob besides its type and default.
 
     Attributes:
       help: its meaning, without default, choices and range.

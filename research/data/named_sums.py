@@ -32,7 +32,7 @@ Sums = dict[str, Ratio]
 
 
 class Objective(Protocol):
-    """What a step differentiates and what is reported of it.
+    """The loss that a step differentiates, and the figures that it reports.
 
     Attributes:
       rows_per_unit: consecutive rows of a batch that form one unit, such as 2 for
@@ -46,7 +46,7 @@ class Objective(Protocol):
     def train(
         self, model: Model, params: dict[str, Any], batch: Batch
     ) -> tuple[Array, Sums]:
-        """Of one microbatch `[rows, seq]`.
+        """The loss and the sums of one microbatch `[rows, seq]`.
 
         Returns:
           A float32 scalar to differentiate, a sum like the numerator of `loss` and

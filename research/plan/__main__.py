@@ -13,7 +13,7 @@ USAGE = """
 python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
     [--topology=v5e:4x4] [--slices=2] | [--device=h100:8]
 
-Compiles the real train step for TPUs that this machine need not have (pip install
+Compiles the real train step for TPUs, even without one in this machine (pip install
 libtpu, in an environment of its own) and shows the memory of a chip, the traffic
 between chips, the best possible speed and the cost. --device estimates the same by
 formula, for any chip, without a compiler. Neither weights nor data are read. Topologies

@@ -26,7 +26,7 @@ USABLE = 0.92
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known about a config on some chips before anyone rents them.
+    """The facts about a config on some chips that are known before anyone rents them.
 
     Attributes:
       target: the chips.

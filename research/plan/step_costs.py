@@ -1,4 +1,4 @@
-"""What one step costs one device: bytes of memory, and what it sends to others.
+"""The cost of one step for one device: bytes of memory, and bytes sent to others.
 
 Both the formulas (`estimate/`) and the compiler (`compiled/`) answer in these types.
 """

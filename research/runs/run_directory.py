@@ -84,7 +84,7 @@ class RunDir:
             )
         try:
             return from_json(self._config.read_text(encoding="utf-8"))
-        except ValueError as error:  # Of JSON, of UTF-8, or our own of a field.
+        except ValueError as error:  # Not JSON, not UTF-8, or a wrong field.
             raise UserError(
                 f"{self._config} is not a config of this version: {error}; choose "
                 "another run directory"

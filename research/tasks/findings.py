@@ -1,4 +1,4 @@
-"""What the doctor and the tasks report before a run starts, as data."""
+"""The findings that the doctor and the tasks report before a run starts, as data."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

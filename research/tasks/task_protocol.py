@@ -54,7 +54,7 @@ class Task(Protocol):
         """Every held-out row once, in batches of `rows`."""
 
     def examine(self) -> list[Finding]:
-        """What the doctor should know of the rows; one that is not ok stops the run."""
+        """Findings about the rows, for the doctor; one that is not ok stops the run."""
 
     def preview(self, count: int) -> list[PreviewRow]:
         """The first `count` training rows, or fewer where there are fewer."""

@@ -62,7 +62,7 @@ def load_task(config: Config, base: Base) -> Task:
 
 
 def make_objective(config: Config, mesh: Mesh, groups: int | None = None) -> Objective:
-    """What the step of `config` differentiates and reports.
+    """The loss that the step of `config` differentiates, and the sums it reports.
 
     `groups` are those of the loaded task; None takes the number that is expected
     before the data is read.

@@ -53,7 +53,7 @@ class TrainingRun:
         self.history.event(text)
 
     def count_flops(self) -> throughput.FlopCount:
-        """What a step of this run needs, for MFU."""
+        """The FLOPs of one step of this run, for MFU."""
         return throughput.count_flops(
             self.base.architecture,
             trained=sum(x.size for x in jax.tree.leaves(self.state.params)),

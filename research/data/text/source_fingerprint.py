@@ -91,7 +91,7 @@ def _read_memo(cache: Path) -> dict[str, list[Any]]:
 
 
 def _add_to_memo(cache: Path, entries: Mapping[str, list[Any]]) -> None:
-    """Adds entries. Of two concurrent writers one loses its own, and hashes again."""
+    """Adds entries. If two write at once, one loses its own and hashes again."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         memo = {**_read_memo(cache), **entries}

@@ -113,7 +113,7 @@ def read_rope(fields: ConfigFields) -> tuple[float, RopeScaling]:
 
 
 def write_rope(a: Architecture) -> dict[str, Any]:
-    """What `read_rope` reads, in both spellings: each reader knows only its own."""
+    """The fields that `read_rope` reads, in the spellings of both kinds of readers."""
     scaling = a.rope_scaling
     rope: dict[str, Any] = {"rope_type": scaling.kind}
     if scaling.kind != "default":

@@ -1,4 +1,4 @@
-"""What the rest of the code knows of a model family: its switches and its names."""
+"""A model family as the rest of the code knows it: its switches and its names."""
 
 import dataclasses
 from collections.abc import Callable

@@ -29,7 +29,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says about a step.
+    """The compiler's numbers about a step.
 
     Attributes:
       memory: None if the step does not fit.

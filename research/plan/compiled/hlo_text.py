@@ -195,7 +195,7 @@ def trip_count(
 def _increment(
     program: HloProgram, loop: HloInstruction, counter: HloInstruction
 ) -> int:
-    """What an iteration adds to the counter; above 1 where XLA has unrolled a loop."""
+    """The increment of the counter; above 1 where XLA has unrolled a loop."""
     body = program.computations[_called_as(loop, "body")]
     root = next(i for i in body.values() if i.root)
     index = int(counter.attribute("index") or 0)

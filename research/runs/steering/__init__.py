@@ -1,1 +1,1 @@
-"""What stops or steers a running job: signals, request files, and the watchdog."""
+"""A running job is stopped or steered here: by signals, requests and the watchdog."""

@@ -1,4 +1,4 @@
-"""What a job does with the requests in its run directory.
+"""A job reads and answers the requests in its run directory.
 
 The first process looks for request files, at most twice a second. All processes act on
 a request at the same boundary between two steps. They agree through their devices: at

@@ -1,1 +1,1 @@
-"""What is measured while a run trains: step metrics, evaluation, throughput, traces."""
+"""Measurements while a run trains: step metrics, evaluation, throughput, traces."""

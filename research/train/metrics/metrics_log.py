@@ -1,4 +1,4 @@
-"""What is written down of a step: metrics.jsonl, TensorBoard, the progress view."""
+"""The metrics of a step go to metrics.jsonl, TensorBoard and the progress view."""
 
 import contextlib
 import logging
@@ -60,7 +60,7 @@ class StepLog:
         self._view = ProgressView(console, mode, first, config.steps)
 
     def __call__(self, number: int, batch: int, sums: Metrics) -> None:
-        """Of update `number`, made from the batch numbered `batch`.
+        """Writes the metrics of update `number`, made from the batch numbered `batch`.
 
         Raises:
           DivergedError: its loss or gradient norm is not finite.
@@ -98,7 +98,7 @@ class StepLog:
         line = add_metrics(line, metrics)
         self._write(number, "train", line)
         self._view.update(number, line, metrics=means_of.keys() - {"loss"})
-        # A step that is left out has changed nothing.
+        # An update that is skipped has changed nothing.
         if not self._leaves_out:
             self._require_finite(number, batch, line, norms)
 
@@ -169,8 +169,8 @@ class StepLog:
             ) from error
 
     def evaluation(self, number: int, found: Evaluation) -> None:
-        """Of the held-out rows after update `number`."""
-        # Where the wall time of this process went so far, by phase.
+        """Writes the losses of the held-out rows after update `number`."""
+        # The wall time of this process so far, by phase.
         line = found.line() | {"seconds": self._phases.seconds}
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
@@ -189,6 +189,6 @@ class StepLog:
     def close(self) -> None:
         self._view.close()
         if self._file:
-            # What could not be written has been said by `_write` or `sync`.
+            # `_write` or `sync` has already reported an error.
             with contextlib.suppress(OSError):
                 self._file.close()

@@ -53,7 +53,7 @@ class Clock:
         self._mark = time.perf_counter()
 
     def resume(self) -> None:
-        """What happened since the last tick was not a step."""
+        """Starts the next step now: the time since the last tick was no step."""
         self._mark = time.perf_counter()
 
     def tick(self) -> None:

@@ -1,4 +1,4 @@
-"""What runs that train together do not share, as arrays.
+"""The numbers that runs of a pack do not share, as arrays.
 
 Adapters are padded with zeros to the largest rank, and with whole pairs of zeros where
 a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A holds the
@@ -29,7 +29,7 @@ Factors = dict[str, dict[str, Spec]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RunNumbers:
-    """What a step of one run does not share with the others; stacked over the runs.
+    """The numbers of a step that differ from run to run; stacked over the runs.
 
     Attributes:
       seed: int32, of dropout.

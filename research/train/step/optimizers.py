@@ -43,8 +43,9 @@ def make_optimizer(
     step = optax.with_extra_args_support(optax.chain(*chain))
     if config.skip_spread > 0:
         step = skip_outliers(step, config.skip_spread, config.skip_window)
-    # Update n (from 0) is trained at the rate of n + 1: the first one counts. Outside
-    # of the guard: the schedule goes on through steps that are skipped.
+    # Update n, counted from 0, uses the rate of n + 1: a warm-up must not waste its
+    # first update at rate 0. The rate is outside the guard, so that skipped steps
+    # advance the schedule, too.
     rate = optax.scale_by_learning_rate(lambda count: schedule(count + 1))
     return optax.chain(step, rate)
 

@@ -28,7 +28,7 @@ DROPOUT_STREAM = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds: saved, restored and donated as one.
+    """The content of a checkpoint: saved, restored and donated as one.
 
     Attributes:
       step: int32, optimizer updates completed.
@@ -71,7 +71,8 @@ def _sum_microbatches(
 ) -> tuple[Params, Sums]:
     """The gradient, in float32, and the named sums, of all microbatches, undivided."""
     _require_units(definition, batch)
-    # Another stream than the initialisation, which folds small numbers in, too.
+    # A random stream apart from that of the initialisation, which folds in small
+    # numbers, too.
     dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
     key = jax.random.fold_in(dropout, state.step)
 
@@ -85,7 +86,7 @@ def _sum_microbatches(
         (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, total, gradient), sums
 
-    # Of parameters in bfloat16, too: many small terms would be rounded away.
+    # In float32 for bfloat16 parameters, too, which would round small terms away.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
     keys = jax.random.split(key, batch.tokens.shape[0])
     gradients, sums = jax.lax.scan(accumulate, zeros, (batch, keys))
@@ -110,7 +111,7 @@ def train_step(
       divided, over all groups), `weight` (trained tokens), `tokens` (real tokens),
       `pairs` (queries with each key they may see), `grad_norm` (before clipping),
       `batch_hash` (of what was trained on, the same on every mesh),
-      `skipped` (updates left out so far, where `optim.skip_outliers` is in use),
+      `skipped` (updates skipped so far, where `optim.skip_outliers` is in use),
       `grad_norm_by_path` (where `definition.grad_norms` is set).
     """
     gradients, sums = _sum_microbatches(definition, state, frozen, batch)

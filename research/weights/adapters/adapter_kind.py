@@ -57,7 +57,7 @@ class AdapterKind(abc.ABC):
 
     name: str
 
-    # What a kind says about one matrix.
+    # A kind defines these methods, each about one matrix.
 
     @abc.abstractmethod
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
@@ -120,7 +120,7 @@ class AdapterKind(abc.ABC):
             f"adapters of kind {self.name!r} cannot be taken out of merged weights"
         )
 
-    # What follows for whole models.
+    # The methods below work on whole models and follow from those above.
 
     def specs(self, specs: Mapping[str, Spec], config: LoRAConfig) -> AdapterSpecs:
         """Shapes and axis names of all adapters of a model with parameters `specs`.

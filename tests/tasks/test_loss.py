@@ -1,5 +1,6 @@
 """The chunked loss is the plain loss, at a fraction of its memory and work."""
 
+import dataclasses
 import re
 
 import jax
@@ -221,3 +222,30 @@ def test_gradient_of_a_frozen_head_is_not_formed():
 
     factors = (jnp.ones((D, 4)), jnp.ones((4, V)))
     assert head_products(jax.grad(adapted), factors) == 0
+
+
+def test_each_chunk_drops_other_inputs_of_an_adapted_head():
+    """Equal positions have equal losses unless they lose other inputs."""
+    rng = np.random.default_rng(2)
+    head = LowRank(
+        HEAD,
+        jnp.float32(rng.normal(size=(D, 4))),
+        jnp.float32(rng.normal(size=(4, V))),
+        scale=jnp.float32(1.0),
+        key=jax.random.key(0),
+        rate=jnp.float32(0.5),
+    )
+    hidden = jnp.broadcast_to(HIDDEN[:1, :1], HIDDEN.shape)
+    same, ones = jnp.zeros_like(TARGETS), jnp.ones((B, T))
+
+    def losses(head):
+        found = chunked_token_losses(logits_of, head, hidden, same, ones, chunk=16)
+        return np.asarray(found).reshape(-1, 16)
+
+    dropped = losses(head)
+    assert len(np.unique(dropped, axis=0)) == len(dropped) == B * T // 16
+    plain = losses(dataclasses.replace(head, key=None, rate=None))
+    assert len(np.unique(plain.round(4))) == 1
+    # The gradient is that of the very same draws.
+    value, _ = jax.value_and_grad(lambda h: chunked_loss(h, head, ones))(hidden)
+    close(value, chunked_loss(hidden, head, ones))

@@ -5,7 +5,7 @@ import logging
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from research.config.run_config import Config
+from research.config.knob_groups import ModelConfig
 from research.models import attention_kernels
 from research.models.architecture import Architecture
 from research.models.attention_sharding import make_attend
@@ -13,20 +13,34 @@ from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
 
 
-def make_model(config: Config, architecture: Architecture, mesh: Mesh) -> Model:
+def make_model(
+    config: ModelConfig,
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    length: int,
+    rows: int,
+) -> Model:
     """Makes no array; the log names the attention kernel.
+
+    Args:
+      config: how the model is computed.
+      architecture: its shape.
+      mesh: the devices.
+      length: tokens in a row.
+      rows: rows in a forward pass, over all devices.
 
     Raises:
       UserError: the devices cannot run the kernel that `config` names, or a
         parameter does not divide over the mesh.
     """
-    choice = choose_kernel(config, architecture, mesh)
+    choice = choose_kernel(config, architecture, mesh, length=length, rows=rows)
     logging.info("attention: %s (%s)", choice.kernel, choice.reason)
     options = Options(
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        scan_unroll=config.model.scan_unroll,
-        attend=make_attend(mesh, choice.kernel, config.model.attention_block),
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        scan_unroll=config.scan_unroll,
+        attend=make_attend(mesh, choice.kernel, config.attention_block),
         constrain=meshes.constrain(mesh),
     )
     model = Model(architecture, options)
@@ -35,20 +49,25 @@ def make_model(config: Config, architecture: Architecture, mesh: Mesh) -> Model:
 
 
 def choose_kernel(
-    config: Config, architecture: Architecture, mesh: Mesh
+    config: ModelConfig,
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    length: int,
+    rows: int,
 ) -> attention_kernels.KernelChoice:
-    """The attention kernel for the devices of a mesh.
+    """The attention kernel for the devices of a mesh; see `make_model`.
 
     Raises:
       UserError: they cannot run the kernel that `config` names.
     """
     device = mesh.devices.flat[0]
     return attention_kernels.choose(
-        config.model.attention,
+        config.attention,
         device.platform,
-        dtype=jnp.dtype(config.model.dtype),
+        dtype=jnp.dtype(config.dtype),
         head_dim=architecture.head_dim,
-        length=config.data.seq_len,
-        rows=max(1, config.data.rows_per_pass // meshes.batch_shards(mesh)),
+        length=length,
+        rows=max(1, rows // meshes.batch_shards(mesh)),
         capability=getattr(device, "compute_capability", "0.0"),
     )

@@ -98,7 +98,7 @@ def _vocabulary(config: Config) -> int:
     if kind == "bpe" and size.isdigit():
         return int(size)
     if asked == "byte" or Path(asked).expanduser().exists():
-        return open_tokenizer(config).largest_id + 1
+        return open_tokenizer(config.text, config.data).largest_id + 1
     return 0
 
 

@@ -119,9 +119,15 @@ def reopen(
     }
     folder.check_identity(identity)
     specs = Model(base.architecture).specs
-    split = trainable.make(config, specs)
+    split = trainable.make(config.trainable, config.model, config.lora, specs)
     mesh = mesh or fitting_mesh({**specs, "trained": split.specs}, jax.local_devices())
-    model = make_model(config, base.architecture, mesh)
+    model = make_model(
+        config.model,
+        base.architecture,
+        mesh,
+        length=config.data.seq_len,
+        rows=config.data.rows_per_pass,
+    )
     dtype = split.dtype
     if in_compute_dtype and not split.frozen_specs:
         dtype = model.options.dtype

@@ -41,7 +41,7 @@ class InstructionTask:
         self._tokenizer = tokenizer
         self._longest = longest
         self._chat = ChatFormat(tokenizer, config.data.template, config.data.system)
-        self._data = load_dataset(config, self._chat)
+        self._data = load_dataset(config.data, config.seed, self._chat)
         self.groups = self._data.categories
         rows = self._data.rows
         self.origin = f"{rows.origin}, {len(rows.records)} rows"

@@ -66,7 +66,7 @@ class TextTask:
         """
         self._config = config
         self._tokenizer = tokenizer
-        self._data = load_text(config, tokenizer, *processes)
+        self._data = load_text(config.text, config.data, tokenizer, *processes)
         self._plain = PlainFormat(tokenizer)
         self._prompts = {
             prompt: self._plain.encode_prompt([Turn("user", prompt)])

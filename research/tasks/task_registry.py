@@ -48,7 +48,7 @@ def open_start(config: Config, own_tokenizer: Path | None = None) -> Base:
     if own_tokenizer:
         tokenizer = tokenizers.from_folder(own_tokenizer)
     else:
-        tokenizer = open_tokenizer(config)
+        tokenizer = open_tokenizer(config.text, config.data)
     return random_base(config.model.preset, tokenizer)
 
 

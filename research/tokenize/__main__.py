@@ -46,8 +46,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--out=FOLDER is missing, e.g. --out=runs/tokenizer")
     if Path(f.out).exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
-    from research.config.knob_groups import TextConfig
-    from research.config.run_config import Config
+    from research.config.knob_groups import DataConfig, TextConfig
     from research.data.text.choose_tokenizer import make_tokenizer
 
     text = TextConfig(
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         undecodable=f.undecodable,
         held_out_share=f.held_out_share,
     )
-    for name, size, tokens in make_tokenizer(Config(text=text), f.vocab, f.out):
+    for name, size, tokens in make_tokenizer(text, DataConfig(), f.vocab, f.out):
         print(f"{name}: {size / tokens:.3f} bytes a token, over {size} bytes")
     print(f"tokenizer written to {f.out}")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.config.run_config import Config
+from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import UserError
 from research.weights.adapters.adapter_kind import AdapterKind
 from research.weights.adapters.adapter_registry import find_kind
@@ -49,39 +49,48 @@ class Trainable:
     kind: AdapterKind | None = None
 
 
-def make(config: Config, specs: Mapping[str, Spec]) -> Trainable:
-    """Decides by `config.trainable`, for a model with parameters `specs`.
+def make(
+    trainable: str,
+    model: ModelConfig,
+    lora: LoRAConfig,
+    specs: Mapping[str, Spec],
+) -> Trainable:
+    """Splits the parameters of a model.
+
+    Args:
+      trainable: `config.trainable`: "lora" or "full".
+      model: dtypes, and the format of frozen weights.
+      lora: the adapters.
+      specs: all parameters of the model.
 
     Raises:
       UserError: targets match nothing, a rank is below 1, or the whole model is
         trained and the config gives frozen weights a format.
     """
-    if config.trainable == "lora":
-        kind = find_kind(config.lora.kind)
-        stored = find_format(config.model.base_format)
+    if trainable == "lora":
+        kind = find_kind(lora.kind)
+        stored = find_format(model.base_format)
         return Trainable(
-            specs=kind.specs(specs, config.lora),
+            specs=kind.specs(specs, lora),
             frozen_specs={path: stored.specs(spec) for path, spec in specs.items()},
-            frozen_dtype=jnp.dtype(config.model.dtype),
+            frozen_dtype=jnp.dtype(model.dtype),
             dtype=jnp.dtype(jnp.float32),
-            init=lambda key, base: kind.init(key, specs, config.lora, base),
-            forward=lambda params, frozen, key: kind.adapt(
-                frozen, params, config.lora, key
-            ),
+            init=lambda key, base: kind.init(key, specs, lora, base),
+            forward=lambda params, frozen, key: kind.adapt(frozen, params, lora, key),
             store=lambda path, weight: stored.store(weight, specs[path]),
             kind=kind,
         )
-    if config.model.base_format != "plain":
+    if model.base_format != "plain":
         raise UserError(
-            f"config.model.base_format is {config.model.base_format!r} and "
+            f"config.model.base_format is {model.base_format!r} and "
             "config.trainable is 'full': only frozen weights have a format; use "
             "--config.model.base_format=plain"
         )
     return Trainable(
         specs=dict(specs),
         frozen_specs={},
-        frozen_dtype=jnp.dtype(config.model.dtype),
-        dtype=jnp.dtype(config.model.param_dtype),
+        frozen_dtype=jnp.dtype(model.dtype),
+        dtype=jnp.dtype(model.param_dtype),
         init=lambda key, base: base,
         forward=lambda params, frozen, key: params,
     )

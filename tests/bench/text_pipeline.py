@@ -48,7 +48,7 @@ def config_of(folder: Path, size: int, seq_len: int = 256) -> Config:
 
 def make_text(folder: Path, size: int) -> None:
     """Documents of the standard library, each time with another first line."""
-    (source,) = open_sources(Config())
+    (source,) = open_sources(TextConfig(), DataConfig())
     texts = [item.path.read_text(encoding="utf-8") for item in source.inputs]
     written = 0
     with open(folder / f"{size}.jsonl", "w", encoding="utf-8") as file:
@@ -84,7 +84,7 @@ def build(folder: Path, size: int) -> dict[str, float]:
     config = config_of(folder, size)
     tokenizer = from_folder(folder / "tokenizer")
     begun = time.perf_counter()
-    data = load_text(config, tokenizer)
+    data = load_text(config.text, config.data, tokenizer)
     seconds = time.perf_counter() - begun
     total = data.train["text"] + data.held_out["text"]
     return {"mb_per_s": total.bytes / 1e6 / seconds, "tokens": total.tokens}
@@ -95,7 +95,8 @@ def read(folder: Path, size: int) -> dict[str, float]:
     tokenizer = from_folder(folder / "tokenizer")
     found = {}
     for seq_len in SEQ_LENS:
-        data = load_text(config_of(folder, size, seq_len), tokenizer)
+        config = config_of(folder, size, seq_len)
+        data = load_text(config.text, config.data, tokenizer)
         batches = data.train_iterator(ROWS, seed=0)
         next(batches)
         begun, count = time.perf_counter(), 0
@@ -143,7 +144,9 @@ def main() -> None:
 
 
 def compare(folder: Path, sizes: list[int], vocab: int) -> None:
-    texts = training_texts(open_sources(Config()), held_out_share=0.01)
+    texts = training_texts(
+        open_sources(TextConfig(), DataConfig()), held_out_share=0.01
+    )
     save_tokenizer(train_bpe(texts, vocab), folder / "tokenizer")
     for size in sizes:
         make_text(folder, size)

@@ -10,6 +10,7 @@ from text_helpers import (
     make_texts,
     same,
     take,
+    text_and_data,
     text_config,
     with_bos,
     write_texts,
@@ -49,13 +50,13 @@ def config_of(place, names="ab", data=None, **text):
 
 
 def load(place, names="ab", tokenizer=PLAIN, data=None, **text):
-    return load_text(config_of(place, names, data, **text), tokenizer)
+    return load_text(*text_and_data(config_of(place, names, data, **text)), tokenizer)
 
 
 def streams(place, names="ab", side="train", tokenizer=PLAIN, **text):
     config = config_of(place, names, **text)
     found = []
-    for source in open_sources(config):
+    for source in open_sources(*text_and_data(config)):
         tokens = TokenStream(open_cache(source, tokenizer, config.text), side)
         found.append(tokens.read(0, len(tokens)))
     return found
@@ -83,7 +84,7 @@ def rows_of(place, names="ab"):
 def test_a_stream_is_read_at_any_place(place):
     (whole,) = streams(place, "a")
     config = config_of(place, "a")
-    (source,) = open_sources(config)
+    (source,) = open_sources(*text_and_data(config))
     cached = open_cache(source, PLAIN, config.text)
     assert len(cached.manifest.shards) > 3
     tokens = TokenStream(cached, "train")
@@ -100,7 +101,7 @@ def test_a_stream_is_read_at_any_place(place):
 def test_few_files_are_open_at_a_time(place, monkeypatch):
     monkeypatch.setattr("research.data.text.tokenized_corpus.OPEN_FILES", 2)
     config = config_of(place, "a")
-    (source,) = open_sources(config)
+    (source,) = open_sources(*text_and_data(config))
     tokens = TokenStream(open_cache(source, PLAIN, config.text), "train")
     whole = tokens.read(0, len(tokens))
     for start in (len(tokens) - 9, 0, len(tokens) // 2, 5):
@@ -272,7 +273,7 @@ def test_a_mistyped_source_has_a_suggestion(tmp_path):
     folder = write_texts(tmp_path / "c", make_texts(30))
     config = text_config(tmp_path, f"stories={folder}", mixture=["storys=1"])
     with pytest.raises(UserError, match="did you mean 'stories'"):
-        load_text(config, PLAIN)
+        load_text(*text_and_data(config), PLAIN)
 
 
 def documents_of(ids, marks):

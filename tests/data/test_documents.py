@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from text_helpers import make_texts, text_config, write_texts
+from text_helpers import make_texts, text_and_data, text_config, write_texts
 
 from research.core.errors import UserError
 from research.core.hub_access import ask_hub
@@ -33,7 +33,9 @@ PACK = {
 
 def read(tmp_path, where, **changes):
     """Documents as `(text, where)`, and what was left out."""
-    (source,) = open_sources(text_config(tmp_path, f"s={where}", **changes))
+    (source,) = open_sources(
+        *text_and_data(text_config(tmp_path, f"s={where}", **changes))
+    )
     left_out = collections.Counter()
     found, parts = [], None
     for piece in source.read(source.files, left_out):
@@ -125,7 +127,7 @@ def test_pieces_end_at_line_ends(tmp_path, monkeypatch):
     folder = tmp_path / "shelf"
     folder.mkdir()
     (folder / "a.txt").write_text("some words in a line\r\n" * 50, newline="")
-    (source,) = open_sources(text_config(tmp_path, f"s={folder}"))
+    (source,) = open_sources(*text_and_data(text_config(tmp_path, f"s={folder}")))
     pieces = list(source.read(source.files, collections.Counter()))
     assert len(pieces) == 25 and all(p.text.endswith("line\r\n") for p in pieces)
 
@@ -229,7 +231,7 @@ def test_a_missing_column_is_named_with_its_nearest(tmp_path, kind):
 
 
 def test_the_standard_library_is_python_without_its_tests(tmp_path):
-    (source,) = open_sources(text_config(tmp_path, "s=stdlib"))
+    (source,) = open_sources(*text_and_data(text_config(tmp_path, "s=stdlib")))
     names = [item.name for item in source.files]
     assert names == sorted(names, key=lambda name: name.split("/"))
     assert "json/decoder.py" in names and "pydoc_data/topics.py" not in names
@@ -254,13 +256,13 @@ def test_the_standard_library_is_python_without_its_tests(tmp_path):
 )
 def test_sources_that_cannot_be_are_said(tmp_path, sources, said):
     with pytest.raises(UserError, match=said):
-        open_sources(text_config(tmp_path, *sources))
+        open_sources(*text_and_data(text_config(tmp_path, *sources)))
 
 
 def test_a_folder_without_files_is_said(tmp_path):
     write_texts(tmp_path / "c" / ".hidden", ["x"])
     with pytest.raises(UserError, match="has no files"):
-        open_sources(text_config(tmp_path, f"a={tmp_path / 'c'}"))
+        open_sources(*text_and_data(text_config(tmp_path, f"a={tmp_path / 'c'}")))
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.parquet"])
@@ -281,7 +283,7 @@ def test_damaged_files_are_named(tmp_path, name, damage):
 def test_a_hub_out_of_reach_is_said_within_seconds(tmp_path):
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"out of reach.*local file"):
-        open_sources(text_config(tmp_path, "a=hub://no/where"))
+        open_sources(*text_and_data(text_config(tmp_path, "a=hub://no/where")))
     assert time.monotonic() - begun < 5
 
 

@@ -237,7 +237,7 @@ def config_of(**changes):
 
 def test_a_dataset_holds_every_row_on_one_side(chat):
     config = config_of(held_out=16)
-    dataset = load_dataset(config, chat)
+    dataset = load_dataset(config.data, config.seed, chat)
     assert len(dataset.held_out.documents) == len(dataset.held_out_records) == 16
     assert len(dataset.train.documents) == 80 and not dataset.dropped
     sides = [
@@ -257,9 +257,9 @@ def test_a_dataset_holds_every_row_on_one_side(chat):
 
 def test_rows_that_are_too_long_are_cut_or_counted(chat):
     config = config_of(seq_len=400, held_out=8)
-    cut = load_dataset(config, chat)
+    cut = load_dataset(config.data, config.seed, chat)
     data = dataclasses.replace(config.data, overlength="drop")
-    dropped = load_dataset(dataclasses.replace(config, data=data), chat)
+    dropped = load_dataset(data, config.seed, chat)
     assert cut.truncated > 0 and dropped.truncated == 0
     assert dropped.dropped["too long"] == cut.dropped["too long"] + cut.truncated
     for dataset in (cut, dropped):
@@ -276,13 +276,13 @@ def test_rows_that_are_too_long_are_cut_or_counted(chat):
 
 def test_a_row_length_that_nothing_fits_is_the_users_error(chat):
     with pytest.raises(UserError, match=r"config\.data\.seq_len=8"):
-        load_dataset(config_of(seq_len=8), chat)
+        load_dataset(config_of(seq_len=8).data, 0, chat)
 
 
 def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2):
     chat = ChatFormat(smollm2.tokenizer, "chat")
     config = Config(data=DataConfig(path=str(dolly_path), max_rows=5_000))
-    dataset = load_dataset(config, chat)
+    dataset = load_dataset(config.data, config.seed, chat)
     assert len(dataset.rows.records) > 4_700 and len(dataset.categories) == 8
     assert dataset.train.fill > 0.99
     share = dataset.train.trained_tokens / dataset.train.real_tokens

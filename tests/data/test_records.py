@@ -322,7 +322,7 @@ def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
     rows = load_rows(DataConfig(path=str(path)), 0)
     assert [r.turns[-1].text for r in rows.records] == ["b", "e"]
     config = Config(text=TextConfig(sources=(f"own={path}",)))
-    [source] = open_sources(config)
+    [source] = open_sources(config.text, config.data)
     pieces = list(source.read(source.files, collections.Counter()))
     assert [(p.text, p.where) for p in pieces] == [
         ("c", "rows.xlsx: row 1"),

@@ -10,6 +10,7 @@ from text_helpers import (
     make_texts,
     same,
     take,
+    text_and_data,
     text_config,
     with_bos,
     write_texts,
@@ -48,13 +49,13 @@ def config_of(place, names="ab", cache=False, **text):
 
 
 def load(place, names="ab", tokenizer=PLAIN, **text):
-    return load_text(config_of(place, names, **text), tokenizer)
+    return load_text(*text_and_data(config_of(place, names, **text)), tokenizer)
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
 def test_the_stream_is_the_cached_one_again_and_again(place, tokenizer):
     config = config_of(place, "a")
-    (source,) = open_sources(config)
+    (source,) = open_sources(*text_and_data(config))
     cached = TokenStream(open_cache(source, tokenizer, config.text), "train")
     ids = cached.read(0, len(cached))
     count = 2 * len(ids) // (4 * 32)
@@ -85,7 +86,7 @@ def test_what_lies_before_a_position_is_not_tokenised(place, monkeypatch):
     take(iterator, 30)
     state = iterator.get_state()
     index = state["positions"][0][1]
-    (source,) = open_sources(config_of(place, "a"))
+    (source,) = open_sources(*text_and_data(config_of(place, "a")))
     pieces = [p.text for p in source.read(source.files, collections.Counter())]
     fresh = load(place, "a").train_iterator(4, 0)
     seen = []
@@ -135,7 +136,9 @@ def test_sources_take_turns_by_their_weights(place, mixture, share):
 @pytest.mark.parametrize("limit", [1, 400, 10**9])
 def test_the_same_documents_are_evaluated_as_from_the_cache(place, limit):
     streamed = load(place, held_out_bytes=limit)
-    cached = load_text(config_of(place, cache=True, held_out_bytes=limit), PLAIN)
+    cached = load_text(
+        *text_and_data(config_of(place, cache=True, held_out_bytes=limit)), PLAIN
+    )
     assert streamed.held_out_bytes == cached.held_out_bytes
     batches = streamed.held_out_batches(4), cached.held_out_batches(4)
     assert all(map(same, *batches)) and len(batches[0]) == len(batches[1])

@@ -67,6 +67,17 @@ def test_rooms_import_only_rooms_before_them():
     assert not wrong, "\n".join(wrong)
 
 
+def test_only_rooms_about_whole_runs_know_the_whole_config():
+    """All others receive the groups of `knob_groups`, or plain arguments."""
+    whole = {"config", "tasks", "runs", "train", "train_together", "plan"}
+    users = {
+        room(module)
+        for module, file in MODULES.items()
+        if "research.config.run_config" in imported(file)
+    }
+    assert users == whole
+
+
 def test_nobody_imports_a_door():
     for file in [*FILES, *files_of(LAUNCHER)]:
         assert not [m for m in imported(file) if m.endswith("__main__")], file
@@ -168,7 +179,7 @@ from research.weights import trainable
 
 config = Config()
 model = Model(PRESETS["tiny"])
-split = trainable.make(config, model.specs)
+split = trainable.make(config.trainable, config.model, config.lora, model.specs)
 definition = train_step.StepDefinition(
     model,
     split,

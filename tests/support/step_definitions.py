@@ -26,7 +26,7 @@ def make_definition(model, kind, sizes, dtype="float32"):
         trainable=kind, model=ModelConfig(dtype=dtype), lora=LORA, optim=OPTIM
     )
     mesh = meshes.make_mesh(mesh_sizes(*sizes), jax.devices()[: math.prod(sizes)])
-    made = trainable.make(config, model.specs)
+    made = trainable.make(config.trainable, config.model, config.lora, model.specs)
     traced = []
 
     def forward(*arguments):

@@ -46,6 +46,11 @@ def text_config(tmp_path, *sources, data=None, **text):
     )
 
 
+def text_and_data(config):
+    """The two groups that functions on pre-training text take."""
+    return config.text, config.data
+
+
 def with_bos(tokenizer, unused=0):
     """The tokenizer with a bos in front of documents, and so many unused ids."""
     inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
@@ -71,5 +76,5 @@ def same(left, right):
 
 def build(tmp_path, where, tokenizer=None, process=(0, 1), **text):
     config = text_config(tmp_path, f"s={where}", held_out_share=HELD_OUT_SHARE, **text)
-    (source,) = open_sources(config)
+    (source,) = open_sources(*text_and_data(config))
     return open_cache(source, tokenizer or byte_tokenizer(), config.text, *process)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from text_helpers import make_texts, text_config, with_bos, write_texts
+from text_helpers import make_texts, text_and_data, text_config, with_bos, write_texts
 
 from research.core.errors import UserError
 from research.data.text import choose_tokenizer
@@ -135,7 +135,7 @@ def corpus(tmp_path):
 
 def open_one(tmp_path, corpus, asked, **changes):
     return open_tokenizer(
-        text_config(tmp_path, f"s={corpus}", tokenizer=asked, **changes)
+        *text_and_data(text_config(tmp_path, f"s={corpus}", tokenizer=asked, **changes))
     )
 
 
@@ -200,7 +200,7 @@ def test_training_text_is_spread_and_without_what_is_held_out(tmp_path, monkeypa
     (tmp_path / "b" / "large.txt").write_text("bL " * 1_000_000)
     config = text_config(tmp_path, f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
     sizes = collections.Counter()
-    for text in training_texts(open_sources(config), 1e-9):
+    for text in training_texts(open_sources(*text_and_data(config)), 1e-9):
         sizes[text.split()[0]] += len(text)
     assert sizes["bL"] > 300_000
     for name, least in (("a", 16), ("b", 8)):
@@ -210,7 +210,9 @@ def test_training_text_is_spread_and_without_what_is_held_out(tmp_path, monkeypa
 
 def test_training_text_is_all_where_that_is_little(tmp_path):
     write_texts(tmp_path / "small", TEXTS)
-    (small,) = open_sources(text_config(tmp_path, f"s={tmp_path / 'small'}"))
+    (small,) = open_sources(
+        *text_and_data(text_config(tmp_path, f"s={tmp_path / 'small'}"))
+    )
     assert list(training_texts([small], 1e-9)) == TEXTS
     some = list(training_texts([small], 0.3))
     assert some == [

@@ -59,7 +59,7 @@ def lora_job():
     config = Config(lora=LoRAConfig(rank=2))
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = Model(TINY)
-    parts = trainable.make(config, model.specs)
+    parts = trainable.make(config.trainable, config.model, config.lora, model.specs)
     definition = train_step.StepDefinition(
         model, parts, optimizers.make_optimizer(config.optim, 2, parts.specs), mesh, 8
     )

@@ -222,7 +222,7 @@ def test_the_preview_has_the_marks_of_the_batch_that_is_trained(place, unbroken)
     )
     base = open_base(str(place.folder / "model"))
     chat = ChatFormat(base.tokenizer, config.data.template, config.data.system)
-    train = load_dataset(config, chat).train
+    train = load_dataset(config.data, config.seed, chat).train
     preview = read_preview(place.run_dir("unbroken"))
     assert len(preview) == 4
     batch = train.batch(train.rows[:4])

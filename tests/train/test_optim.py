@@ -169,7 +169,7 @@ def test_moments_are_split_as_their_parameters(name, specs):
     model = Model(wide)
     definition = train_step.StepDefinition(
         model,
-        trainable.make(config, model.specs),
+        trainable.make(config.trainable, config.model, config.lora, model.specs),
         make_optimizer(config.optim, 10, model.specs),
         mesh,
         objective=CrossEntropy(groups=1, chunk=5, shards=meshes.shards(mesh)),

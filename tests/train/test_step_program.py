@@ -111,7 +111,7 @@ def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, n
         optim=OptimConfig(name=name),
     )
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-    made = trainable.make(config, model.specs)
+    made = trainable.make(config.trainable, config.model, config.lora, model.specs)
     definition = train_step.StepDefinition(
         model=model.with_options(attend=make_attend(mesh, "xla", 7)),
         trainable=made,

@@ -220,7 +220,8 @@ def test_it_is_counted_and_planned(place, trained):
     architecture = open_architecture(config.model.init_from, 1.0)
     plan = planner.plan_estimate(config, architecture, parse_device("h100:8"))
     specs = Model(architecture).specs
-    plain = trainable.make(config_for(place, "plain", kind="lora"), specs)
+    lora = config_for(place, "plain", kind="lora")
+    plain = trainable.make(lora.trainable, lora.model, lora.lora, specs)
     gains = 0
     for path in plain.specs:
         spec = specs[path]

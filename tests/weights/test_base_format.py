@@ -116,7 +116,7 @@ def test_a_matrix_is_stored_as_it_loads_and_lies_as_its_axes_say(place):
     config = config_for(place)
     base = open_base(config.model.init_from)
     model, mesh = Model(base.architecture), meshes.make_mesh(config.mesh)
-    split = trainable.make(config, model.specs)
+    split = trainable.make(config.trainable, config.model, config.lora, model.specs)
     frozen = load_frozen(base, model, mesh, split, 0)
     plain = load_base(base, model, mesh, jnp.float32, 0)
     leaf = frozen[MATRIX]
@@ -160,4 +160,4 @@ def test_a_plan_counts_its_weights_and_its_bytes(place):
 def test_trained_weights_have_no_format(place):
     config = config_for(place, trainable="full")
     with pytest.raises(UserError, match=r"base_format is 'int8'.*use.*plain"):
-        trainable.make(config, {})
+        trainable.make(config.trainable, config.model, config.lora, {})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from research.config.run_config import Config
+from research.config.knob_groups import DataConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
@@ -76,14 +76,16 @@ class InstructionDataset:
     examples: list[str]
 
 
-def load_dataset(config: Config, chat_format: ChatFormat) -> InstructionDataset:
-    """Reads, splits, tokenises and packs `config.data`.
+def load_dataset(
+    config: DataConfig, seed: int, chat_format: ChatFormat
+) -> InstructionDataset:
+    """Reads, splits, tokenises and packs the rows of `config`.
 
     Raises:
       UserError: the data cannot be read, or nothing is left to train on.
     """
-    rows = load_rows(config.data, config.seed)
-    held, rest = split_stratified(rows.records, config.data.held_out, config.seed)
+    rows = load_rows(config, seed)
+    held, rest = split_stratified(rows.records, config.held_out, seed)
     categories = sorted({record.category for record in rows.records})
     dropped: collections.Counter[str] = collections.Counter(rows.dropped)
     examples = list(rows.examples)
@@ -95,12 +97,12 @@ def load_dataset(config: Config, chat_format: ChatFormat) -> InstructionDataset:
         truncated += cut
         if not documents:
             raise UserError(
-                f"no {name} row fits config.data.seq_len={config.data.seq_len}; "
+                f"no {name} row fits config.data.seq_len={config.seq_len}; "
                 "raise it, or check the rows reported as too long"
             )
         lengths = np.array([document.slots for document in documents])
-        packed = pack(lengths, config.data.seq_len, config.seed)
-        sides[name] = (kept, PackedDocuments(documents, packed, config.data.seq_len))
+        packed = pack(lengths, config.seq_len, seed)
+        sides[name] = (kept, PackedDocuments(documents, packed, config.seq_len))
     return InstructionDataset(
         rows=rows,
         categories=categories,
@@ -117,7 +119,7 @@ def _tokenize(
     records: list[Record],
     categories: list[str],
     chat_format: ChatFormat,
-    config: Config,
+    config: DataConfig,
     dropped: collections.Counter[str],
     examples: list[str],
 ) -> tuple[list[Record], list[TokenizedDocument], int]:
@@ -127,18 +129,18 @@ def _tokenize(
       The records that fit, their documents, and how many contexts were cut to fit.
       `dropped` and `examples` get those that do not fit.
     """
-    budget = config.data.seq_len + 1  # n positions predict n ids of n + 1
+    budget = config.seq_len + 1  # n positions predict n ids of n + 1
     number = {category: i for i, category in enumerate(categories)}
     kept, documents, truncated = [], [], 0
     for record, encoded in zip(records, chat_format.encode_many(records), strict=True):
-        if len(encoded.ids) > budget and config.data.overlength == "truncate":
+        if len(encoded.ids) > budget and config.overlength == "truncate":
             encoded = chat_format.shorten(record, encoded, budget)
             if encoded is not None:
                 truncated += 1
                 examples.append(f"{record.where}: context cut to fit")
         if encoded is None or len(encoded.ids) > budget:
             dropped["too long"] += 1
-            examples.append(f"{record.where}: longer than {config.data.seq_len} tokens")
+            examples.append(f"{record.where}: longer than {config.seq_len} tokens")
             continue
         kept.append(record)
         documents.append(

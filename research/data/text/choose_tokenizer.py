@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from research.config.run_config import Config
+from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
 from research.data.text.document_readers import SourceFile, TextSource
@@ -34,23 +34,23 @@ FEWEST_STEPS = 64
 HUB_FILES = ["tokenizer*", "*.model", "special_tokens_map.json", "*.jinja", "*.txt"]
 
 
-def open_tokenizer(config: Config) -> Tokenizer:
-    """Opens the tokenizer of `config.text.tokenizer`.
+def open_tokenizer(text: TextConfig, data: DataConfig) -> Tokenizer:
+    """Opens the tokenizer of `text.tokenizer`.
 
-    A BPE is trained on the training side of `config.text.sources` and kept in the cache
+    A BPE is trained on the training side of `text.sources` and kept in the cache
     folder, where the next run with the same text finds it.
 
     Raises:
       UserError: there is no such tokenizer, or it cannot be read or trained.
     """
-    asked = config.text.tokenizer
+    asked = text.tokenizer
     kind, _, size = asked.partition(":")
     if asked == "byte":
         return byte_tokenizer()
     if kind == "bpe":
-        return _open_bpe(config, _vocabulary(asked, size))
+        return _open_bpe(text, data, _vocabulary(asked, size))
     if asked.startswith("hub://"):
-        return from_folder(_fetched(asked, config.data.hub_timeout))
+        return from_folder(_fetched(asked, data.hub_timeout))
     path = Path(asked).expanduser()
     if path.is_file():
         return from_file(path)
@@ -64,9 +64,9 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 
 def make_tokenizer(
-    config: Config, size: int, out: str
+    text: TextConfig, data: DataConfig, size: int, out: str
 ) -> Iterator[tuple[str, int, int]]:
-    """Trains a BPE on the sources of `config`, and writes it into the folder `out`.
+    """Trains a BPE on the sources of `text`, and writes it into the folder `out`.
 
     Yields:
       Name, bytes and tokens of each source, over at most `MEASURED_BYTES`.
@@ -74,8 +74,8 @@ def make_tokenizer(
     Raises:
       UserError: a source cannot be read, or the folder cannot be written.
     """
-    sources = open_sources(config)
-    share = config.text.held_out_share
+    sources = open_sources(text, data)
+    share = text.held_out_share
     made = train_bpe(training_texts(sources, share), size)
     folder = Path(out).expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -97,14 +97,14 @@ def _vocabulary(asked: str, size: str) -> int:
     return int(size)
 
 
-def _open_bpe(config: Config, size: int) -> Tokenizer:
-    cache = cache_folder(config.text)
-    sources = open_sources(config)
+def _open_bpe(text: TextConfig, data: DataConfig, size: int) -> Tokenizer:
+    cache = cache_folder(text)
+    sources = open_sources(text, data)
     settings = {
         "format": FORMAT,
         "size": size,
         "bytes": TRAINING_BYTES,
-        "held_out_share": config.text.held_out_share,
+        "held_out_share": text.held_out_share,
         "library": importlib.metadata.version("tokenizers"),
     }
     for source in sources:
@@ -113,7 +113,7 @@ def _open_bpe(config: Config, size: int) -> Tokenizer:
     if not folder.is_dir():
         begun = time.monotonic()
         logging.info("text: training a tokenizer of %d ids", size)
-        texts = training_texts(sources, config.text.held_out_share)
+        texts = training_texts(sources, text.held_out_share)
         made = train_bpe(texts, size)
         _keep(made, folder)
         logging.info(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from research.config.run_config import Config
+from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.text.document_readers import DocumentPiece, TextSource
 from research.data.text.parallel_tokenization import encoded
@@ -33,7 +33,10 @@ SEARCH_FACTOR = 20
 
 
 def load_streamed(
-    config: Config, sources: list[TextSource], tokenizer: Tokenizer
+    text: TextConfig,
+    data: DataConfig,
+    sources: list[TextSource],
+    tokenizer: Tokenizer,
 ) -> TextData:
     """Reads the documents to evaluate. Training reads the rest later.
 
@@ -41,13 +44,12 @@ def load_streamed(
       UserError: a source, its text or the mixture cannot be used.
     """
     marks = DocumentMarks.of(tokenizer)
-    text = config.text
     names = [source.name for source in sources]
-    row_layout = RowLayout(config.data.seq_len, text.isolate, marks)
+    row_layout = RowLayout(data.seq_len, text.isolate, marks)
     weights = mixture_weights(text, names) or _by_size(sources)
     left_out: collections.Counter[str] = collections.Counter()
     evaluated = [
-        _held_out(source, tokenizer, marks, config, left_out) for source in sources
+        _held_out(source, tokenizer, marks, text, left_out) for source in sources
     ]
 
     def batches(size: int, seed: int, mine: Sequence[int] | None) -> StreamedBatches:
@@ -64,7 +66,7 @@ def load_streamed(
     return TextData(
         groups=names,
         origin=", ".join(f"{s.name} ({s.where}), streamed" for s in sources),
-        sha256=_identity(config, sources, tokenizer, evaluated),
+        sha256=_identity(text, data.bad_lines, sources, tokenizer, evaluated),
         train={},
         held_out=held_out,
         rows=0,
@@ -218,11 +220,10 @@ def _held_out(
     source: TextSource,
     tokenizer: Tokenizer,
     marks: DocumentMarks,
-    config: Config,
+    text: TextConfig,
     left_out: collections.Counter[str],
 ) -> HeldOutText:
     """The first held-out documents, each whole, up to about `held_out_bytes`."""
-    text = config.text
     expected = text.held_out_bytes / max(text.held_out_share, 1e-9)
     room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
     found: list[np.ndarray] = []
@@ -247,7 +248,8 @@ def _held_out(
 
 
 def _identity(
-    config: Config,
+    text: TextConfig,
+    bad_lines: str,
     sources: list[TextSource],
     tokenizer: Tokenizer,
     held: list[HeldOutText],
@@ -255,8 +257,8 @@ def _identity(
     """sha256 over names, sizes and the evaluated text; the rest is still unread."""
     parts = {
         "tokenizer": tokenizer.fingerprint,
-        "held_out_share": config.text.held_out_share,
-        "policies": [config.text.undecodable, config.data.bad_lines],
+        "held_out_share": text.held_out_share,
+        "policies": [text.undecodable, bad_lines],
         "sources": [
             [s.name, s.column, s.revision, [[i.name, i.size] for i in s.files]]
             for s in sources

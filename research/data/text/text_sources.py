@@ -7,8 +7,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from research.config.knob_groups import TextConfig
-from research.config.run_config import Config
+from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import ask_hub
 from research.data.text.document_readers import SourceFile, TextSource, hub_parts
@@ -47,19 +46,19 @@ def _places(config: TextConfig) -> dict[str, str]:
     return places
 
 
-def open_sources(config: Config) -> list[TextSource]:
-    """Lists the files of all sources in `config.text`; reads none of them.
+def open_sources(text: TextConfig, data: DataConfig) -> list[TextSource]:
+    """Lists the files of all sources in `text`; reads none of them.
 
     Raises:
       UserError: a source is not `name=where`, or does not exist.
     """
-    sources, text = [], config.text
+    sources = []
     for name, where in _places(text).items():
-        files, revision = _locate(name, where, config.data.hub_timeout)
+        files, revision = _locate(name, where, data.hub_timeout)
         sources.append(
             TextSource(
                 name, where, files, revision, text.column, text.undecodable,
-                config.data.bad_lines,
+                data.bad_lines,
             )
         )  # fmt: skip
     return sources

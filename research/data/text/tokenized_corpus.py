@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from research.config.run_config import Config
+from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.text.row_layout import RowLayout
@@ -99,26 +99,27 @@ class TokenStream:
 
 
 def load_text(
-    config: Config,
+    text: TextConfig,
+    data: DataConfig,
     tokenizer: Tokenizer,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TextData:
-    """Opens the sources of `config.text`, cached or streamed; makes caches first.
+    """Opens the sources of `text`, cached or streamed; makes caches first.
 
     Raises:
       UserError: a source, its text or the mixture cannot be used.
     """
-    sources = open_sources(config)
+    sources = open_sources(text, data)
     # A typo should be reported now, and not after hours of tokenising.
-    mixture_weights(config.text, [source.name for source in sources])
-    if not config.text.cache:
-        return load_streamed(config, sources, tokenizer)
+    mixture_weights(text, [source.name for source in sources])
+    if not text.cache:
+        return load_streamed(text, data, sources, tokenizer)
     cached = [
-        open_cache(source, tokenizer, config.text, process_index, process_count)
+        open_cache(source, tokenizer, text, process_index, process_count)
         for source in sources
     ]
-    return _Corpus(config, cached).text_data(
+    return _Corpus(text, data, cached).text_data(
         ", ".join(f"{source.name} ({source.where})" for source in sources)
     )
 
@@ -126,15 +127,14 @@ def load_text(
 class _Corpus:
     """All cached sources; their training rows are numbered consecutively."""
 
-    def __init__(self, config: Config, cached: list[CachedSource]):
-        self._config = config
+    def __init__(self, text: TextConfig, data: DataConfig, cached: list[CachedSource]):
+        self._text, self._data = text, data
         self._cached = cached
         self._names = [c.name for c in cached]
-        text = config.text
-        self._row_layout = RowLayout(config.data.seq_len, text.isolate, cached[0].marks)
+        self._row_layout = RowLayout(data.seq_len, text.isolate, cached[0].marks)
         self._streams = [TokenStream(c, "train") for c in cached]
         self._rows = [
-            max(len(stream) - 1, 0) // config.data.seq_len for stream in self._streams
+            max(len(stream) - 1, 0) // data.seq_len for stream in self._streams
         ]
         self._offsets = np.cumsum([0, *self._rows])
         self._weights = mixture_weights(text, self._names)
@@ -162,8 +162,8 @@ class _Corpus:
             training=self._batches,
             first_rows=self._first_rows,
         )
-        data.require_rows(self._config.data.batch_size)
-        check_held_out(self._config.text.held_out_share, data.held_out)
+        data.require_rows(self._data.batch_size)
+        check_held_out(self._text.held_out_share, data.held_out)
         return data
 
     def _by_name(self, values: Iterable[Any]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class _Corpus:
         stream = TokenStream(cached, "held")
         lengths = cached.manifest.held_lengths()
         ends = np.cumsum(lengths)
-        enough = np.searchsorted(ends, self._config.text.held_out_bytes) + 1
+        enough = np.searchsorted(ends, self._text.held_out_bytes) + 1
         count = min(int(enough), len(lengths))
         tokens = _end_of(stream, count, len(lengths), cached.marks.start)
         return HeldOutText(TextTotals(count, tokens, sum(lengths[:count])), stream.read)

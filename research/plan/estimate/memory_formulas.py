@@ -65,7 +65,13 @@ def _temporaries(step: AbstractStep) -> float:
 def _mask_bytes(step: AbstractStep) -> float:
     """Bytes of cuDNN's mask: three for each pair of query and key in a row."""
     mesh = step.definition.mesh
-    choice = choose_kernel(step.config, step.architecture, mesh)
+    choice = choose_kernel(
+        step.config.model,
+        step.architecture,
+        mesh,
+        length=step.config.data.seq_len,
+        rows=step.config.data.rows_per_pass,
+    )
     length = step.config.data.seq_len
     return 3 * device_tokens(step) * length if choice.kernel == "cudnn" else 0.0
 

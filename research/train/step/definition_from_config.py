@@ -32,8 +32,14 @@ def make_step_definition(
     _check_rows(config, base, mesh)
     rows = config.data.rows_per_pass
     meshes.require_whole_units(mesh, rows, objective.rows_per_unit)
-    model = make_model(config, base.architecture, mesh)
-    split = trainable.make(config, model.specs)
+    model = make_model(
+        config.model,
+        base.architecture,
+        mesh,
+        length=config.data.seq_len,
+        rows=config.data.rows_per_pass,
+    )
+    split = trainable.make(config.trainable, config.model, config.lora, model.specs)
     return StepDefinition(
         model=model,
         trainable=split,

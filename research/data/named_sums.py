@@ -1,4 +1,4 @@
-"""Sums by name: what an objective gives, and what is divided once, at the very end.
+"""An objective gives sums by name, and each is divided once, at the very end.
 
 A loss, a metric and an evaluation are each a mean over something that no device, no
 microbatch and no evaluation batch holds whole. So each travels as a numerator and a
@@ -22,7 +22,7 @@ NATS_PER_TOKEN = "nats per trained token"
 
 
 class Ratio(NamedTuple):
-    """Two sums, both float32 scalars or both `[groups]`; what is meant is a / b."""
+    """A mean before the division: two float32 scalars, or two arrays `[groups]`."""
 
     numerator: Array
     denominator: Array
@@ -37,7 +37,7 @@ class Objective(Protocol):
     Attributes:
       rows_per_unit: consecutive rows of a batch that form one unit, such as 2 for
         pairs; the batches of the task carry the same number.
-      loss_unit: what the loss counts, for people.
+      loss_unit: the unit of the loss, for people, such as "nats per trained token".
     """
 
     rows_per_unit: int
@@ -94,5 +94,5 @@ def means_by_group(
 
 
 def group_key(name: str) -> str:
-    """Under what the means by group of a name stand in metrics.jsonl."""
+    """The key in metrics.jsonl of the means by group of the sums `name`."""
     return "by_group" if name == "loss" else f"{name}_by_group"

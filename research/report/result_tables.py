@@ -16,7 +16,7 @@ def is_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def loss_unit(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """What the losses count, as the objective of the run says."""
+    """The unit of the losses, as the objective gives it; empty without evaluations."""
     return evaluations[-1].get("loss_unit", NATS_PER_TOKEN) if evaluations else ""
 
 

@@ -18,14 +18,14 @@ class Evaluation:
     Attributes:
       loss: mean over everything, in `loss_unit`.
       by_group: the same per group; a group that was not counted is missing.
-      tokens: what each group's loss was divided by: trained tokens, or whatever the
-        loss is counted in.
+      tokens: the denominator of each group's loss: trained tokens, or another count
+        where `loss_unit` names another.
       bits_per_byte: bits per UTF-8 byte of text, which does not depend on the
         tokenizer; None where the held-out rows are not whole texts.
       bits_by_group: the same per group.
       metrics: the other means of the objective by name, None where nothing was
         counted; and the same by group, under `named_sums.group_key`.
-      loss_unit: what the loss counts, as the objective says.
+      loss_unit: the unit of the loss, as the objective gives it.
     """
 
     loss: float

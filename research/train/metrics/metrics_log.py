@@ -105,7 +105,7 @@ class StepLog:
     def _means(
         self, sums: Sums, means: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`loss` and `by_group`; and the other means of the objective, by group, too.
+        """Gives `loss` and `by_group`, and the other means of the objective.
 
         A metric of which this step counted nothing is None.
         """
@@ -151,7 +151,7 @@ class StepLog:
             self._file.write(number, kind, line)
 
     def sync(self) -> None:
-        """Until all that was written would outlive a loss of power."""
+        """Waits until all lines would survive a power loss."""
         if self._file:
             with self._attributed():
                 self._file.sync()

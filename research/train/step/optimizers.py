@@ -1,4 +1,4 @@
-"""Schedules, the optimizers of optax by name, and the guard against outlier steps."""
+"""The optimizers of optax by name, and the guard that skips outlier steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -170,7 +170,7 @@ class SkipState(NamedTuple):
 def skip_outliers(
     inner: optax.GradientTransformationExtraArgs, spread: float, window: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves an update out whose loss or gradient norm jumps, or is not finite.
+    """Skips an update whose loss or gradient norm jumps, or is not finite.
 
     It jumps when it lies more than `spread` standard deviations above the mean of the
     last `window` finite ones (OLMo 2, arXiv:2501.00656, section 3, calls the idea
@@ -220,7 +220,7 @@ def _limit(recent: Array, filled: Array, spread: float) -> Array:
 
 
 def read_skipped(opt_state: Any) -> dict[str, Array]:
-    """`{"skipped": updates left out so far}`, or nothing where none ever is."""
+    """`{"skipped": updates skipped so far}`; empty without the guard."""
     for part in opt_state if isinstance(opt_state, tuple) else ():
         if isinstance(part, SkipState):
             return {"skipped": part.skipped}

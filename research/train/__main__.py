@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     command_line.resume_after_sigterm()
     config, _ = command_line.parse_with_config(argv, USAGE, command_line.NoFlags)
     # Imported late: importing JAX takes longer than saying what is wrong with a flag.
-    from research.train.pipeline import train
+    from research.train.start_to_report import train
 
     return train([config])
 

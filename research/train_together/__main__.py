@@ -9,6 +9,7 @@ from research.config import command_line
 from research.config.knobs import changed, knob
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.train_together import compatibility
 
 USAGE = """
 python -m research.train_together --config=FILE.py [--config.KNOB=VALUE ...]
@@ -34,23 +35,22 @@ def main(argv: Sequence[str]) -> int:
     command_line.resume_after_sigterm()
     config, f = command_line.parse_with_config(argv, USAGE, TogetherFlags)
     configs = read_runs(f.runs, config)
-    # Imported late: importing JAX takes longer than saying what is wrong with a flag.
-    from research.train.pipeline import train
-    from research.train_together import compatibility
-
     compatibility.check(configs)
+    # Imported late: importing JAX takes longer than saying what is wrong with a flag.
+    from research.train.start_to_report import train
+
     return train(configs, f.at_once)
 
 
 def read_runs(given: str, shared: Config) -> list[Config]:
-    """The configs of all runs in `given`, each `shared` with its own changes.
+    """Reads the configs of all runs in `given`: each is `shared` with its own changes.
 
     Args:
-      given: a JSON list, or the file it is in.
-      shared: what is not changed.
+      given: a JSON list, or the path of a file with one.
+      shared: the config that the runs change.
 
     Raises:
-      UserError: the file is not there or not of this form, or a knob is none.
+      UserError: the file is missing or has another form, or there is no such knob.
     """
     if not given:
         raise UserError("--runs=RUNS.json is missing; see --help")
@@ -61,7 +61,7 @@ def read_runs(given: str, shared: Config) -> list[Config]:
     except OSError as error:
         raise UserError(f"--runs: {error}") from error
     except ValueError as error:
-        raise UserError(f"--runs={file} is no JSON: {error}") from error
+        raise UserError(f"--runs={file} is not JSON: {error}") from error
     if not (isinstance(found, list) and found and all(type(x) is dict for x in found)):
         raise UserError(f"--runs={file} must hold a list of objects, one a run")
     return [

@@ -1,4 +1,4 @@
-"""Which runs can train as one program. Imports no JAX: launchers ask, too."""
+"""Which runs can train as one program. Imports no JAX, because launchers use it."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,8 @@ from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
 
-# Adafactor's means and Muon's products would see the zeros of the padding.
+# Other optimizers mix elements: Adafactor's means and Muon's products would include the
+# zeros of the padding.
 PADDED_OPTIMIZERS = ("adamw", "lion")
 MAY_DIFFER = frozenset(
     {
@@ -21,10 +22,10 @@ MAY_DIFFER = frozenset(
 
 
 def check(configs: Sequence[Config]) -> None:
-    """Refuses what cannot train as one program.
+    """Refuses runs that cannot train as one program.
 
     Raises:
-      UserError: it names the knob, and the runs.
+      UserError: it names the knob and the runs.
     """
     first = configs[0]
     if refusal := why_alone(first):
@@ -45,7 +46,7 @@ def check(configs: Sequence[Config]) -> None:
 
 
 def shared(config: Config) -> dict[str, object]:
-    """The knobs that must be the same in all runs of a program."""
+    """The knobs that all runs of a program must share, by path."""
     return {k: v for k, v in flat(config).items() if k not in MAY_DIFFER}
 
 

@@ -25,10 +25,10 @@ from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.train import finish_run, training_loop
-from research.train.fit import restore
+from research.train import finish_run, restore_run, training_loop
 from research.train.metrics import throughput
 from research.train.metrics.metrics_log import StepLog
+from research.train.restore_run import restore
 from research.train.run_saver import RunSaver
 from research.train.training_run import TrainingRun
 
@@ -280,9 +280,7 @@ def test_a_run_that_was_saved_never_begins_at_step_0(tmp_path, trace):
     definition, run.state = object(), object()  # Nothing is read, nor made anew.
     run.definition = definition
     with open_checkpoints(run) as checkpointer, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "research.train.fit.train_step.abstract_state", lambda definition: {}
-        )
+        patch.setattr(restore_run.train_step, "abstract_state", lambda _: {})
         with pytest.raises(DamagedError, match="no checkpoint: bring one back"):
             restore(run, checkpointer)
 

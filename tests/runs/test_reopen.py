@@ -36,7 +36,7 @@ from research.runs.reopen import fitting_mesh, reopen
 from research.runs.run_directory import RunDir
 from research.tasks import task_registry
 from research.tokenize.conversation import Turn
-from research.train import pipeline
+from research.train import start_to_report
 from research.train.step import train_step
 from research.train.step.definition_from_config import make_step_definition
 from research.weights import parameter_paths
@@ -95,16 +95,16 @@ def runs(tmp_path_factory):
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.runtime, "start", lambda config: None)
+        patch.setattr(start_to_report.runtime, "start", lambda config: None)
         full = small_config(
             folder, "full", trainable="full", runtime={"offload_optimizer": True}
         )
-        assert pipeline.train([full]) == 0
+        assert start_to_report.train([full]) == 0
         # As on a TPU: the kernel is there, and Pallas interprets it.
         patch.setattr(attention_kernels, "_splash_lacks", lambda *_: None)
         patch.setattr(attention_sharding, "packed_attention", interpreted)
         splash = small_config(folder, "splash", model={"attention": "splash"})
-        assert pipeline.train([splash]) == 0
+        assert start_to_report.train([splash]) == 0
     assert used == {"splash"}
     return folder
 

@@ -14,8 +14,8 @@ from commands import ROOT
 
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.core.errors import PREEMPTED, DamagedError, UserError
-from research.runs.attempts import Attempts
 from research.runs.phase_timer import PHASES, PhaseTimer
+from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
 from research.runs.run_history import Goodput, History, goodput
 from research.runs.steering.stop_signals import INTERRUPTED, Preempted
@@ -37,7 +37,7 @@ def folder(tmp_path):
 HOLD = """
 import sys, time
 from research.runs.run_directory import RunDir
-from research.runs.attempts import Attempts
+from research.runs.recorded_starts import RecordedStarts
 from research.runs.steering.stop_signals import INTERRUPTED, Preempted
 folder = RunDir(sys.argv[1])
 folder.lock()
@@ -172,11 +172,11 @@ def test_the_history_keeps_every_start_and_its_cause(folder):
 def test_a_start_that_ends_before_its_first_step_is_kept(folder):
     """With what it was made of, and without a word of steps."""
     phases = PhaseTimer(3.0)
-    failed = Attempts(phases)
+    failed = RecordedStarts(phases)
     failed.open(folder)
     assert failed.ended_by(DamagedError("all are damaged\nsee above")) == 5
     folder._lock.release()
-    stopped = Attempts(phases)
+    stopped = RecordedStarts(phases)
     stopped.open(folder)
     assert stopped.ended_by(Preempted(signal.SIGINT)) == PREEMPTED
     one, two = json.loads(folder.history.read_text())["starts"]
@@ -198,13 +198,13 @@ def test_a_run_is_read_only_under_its_lock(folder, monkeypatch):
         lock()
 
     monkeypatch.setattr(folder, "lock", lock_late)
-    assert Attempts(PhaseTimer()).open(folder).skipped == [4]
+    assert RecordedStarts(PhaseTimer()).open(folder).skipped == [4]
 
 
 def test_what_is_refused_the_lock_is_not_written_down(folder):
     other = RunDir(folder.path)
     other.lock()
-    starts = Attempts(PhaseTimer())
+    starts = RecordedStarts(PhaseTimer())
     with pytest.raises(UserError, match="another process") as refused:
         starts.open(folder)
     assert starts.ended_by(refused.value) == 2
@@ -215,7 +215,7 @@ def test_what_is_refused_the_lock_is_not_written_down(folder):
     "number, code", [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
 )
 def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
-    starts = Attempts(PhaseTimer())
+    starts = RecordedStarts(PhaseTimer())
     history = starts.open(RunDir(tmp_path / "run"))
     assert starts.ended_by(Preempted(number)) == code
     assert history.goodput().total == 0 and not list(tmp_path.iterdir())

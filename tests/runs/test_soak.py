@@ -195,7 +195,7 @@ def test_the_death_of_the_first_process_ends_the_other(place, pairs):
 def test_a_dead_process_ends_the_other_with_its_stacks(pairs):
     (survivor, dead), _, _ = pairs["dies"]
     assert dead.code == -signal.SIGKILL
-    assert "fitting.py" in survivor.err, "no stack"
+    assert "training_loop.py" in survivor.err, "no stack"
 
 
 def test_a_full_disk_at_one_process_is_said_at_once(pairs):

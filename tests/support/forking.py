@@ -17,7 +17,7 @@ import traceback
 
 # What the commands import, but for the modules with their flags.
 import research.engine.text_generation
-import research.train.pipeline  # noqa: F401
+import research.train.start_to_report  # noqa: F401
 
 
 def main():

@@ -45,7 +45,7 @@ from research.tasks.findings import Finding
 from research.tasks.pretraining import PlainFormat
 from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan
 from research.tasks.task_protocol import TaskKind
-from research.train import pipeline
+from research.train import start_to_report
 from research.train.step import train_step
 from research.weights import trainable
 
@@ -216,23 +216,23 @@ def runs(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASK_MODULES, "pairs", __name__)
-        patch.setattr(pipeline.runtime, "start", lambda config: None)
+        patch.setattr(start_to_report.runtime, "start", lambda config: None)
         # The runs share their programs.
         with_cache = {"jax_compilation_cache_dir": str(folder / "compiled")}
         with_cache["jax_persistent_cache_min_compile_time_secs"] = 0.0
         before = {name: getattr(jax.config, name) for name in with_cache}
         for name, value in with_cache.items():
             jax.config.update(name, value)
-        assert pipeline.train([make_config(folder, "unbroken")]) == 0
+        assert start_to_report.train([make_config(folder, "unbroken")]) == 0
         patch.setattr(PairBatches, "crash_after", 3)
         with pytest.raises(RuntimeError, match="power is lost"):
-            pipeline.train([make_config(folder, "broken")])
+            start_to_report.train([make_config(folder, "broken")])
         patch.setattr(PairBatches, "crash_after", None)
         # This process holds the lock of the one that crashed in it.
         shutil.copytree(
             folder / "broken", folder / "resumed", ignore=lambda *_: [".lock"]
         )
-        assert pipeline.train([make_config(folder, "resumed")]) == 0
+        assert start_to_report.train([make_config(folder, "resumed")]) == 0
         for name, value in before.items():
             jax.config.update(name, value)
         yield folder
@@ -338,7 +338,7 @@ def test_a_pair_is_never_split(runs):
         r".*multiple of 16"
     )
     with pytest.raises(UserError, match=said):
-        pipeline.train([config])
+        start_to_report.train([config])
     assert not (runs / "split").exists()
     architecture = abstract_step.find_architecture(config)
     with pytest.raises(UserError, match=said):

@@ -1,9 +1,11 @@
 """Runs that train as one program equal the same runs, each trained alone."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from research.core.errors import PREEMPTED, DivergedError
 from research.runs.display_files import read_answers
 from research.runs.run_directory import RunDir
 from research.runs.steering.stop_signals import Preempted
-from research.train import pipeline
+from research.train import start_to_report
 
 # Every kind of knob that may differ does.
 RUNS = {
@@ -213,11 +215,11 @@ def test_a_signal_outside_of_the_steps_asks_to_be_started_again(
     def interrupted(*_):
         raise Preempted(number)
 
-    monkeypatch.setattr(pipeline.runtime, "start", lambda config: None)
-    monkeypatch.setattr(pipeline, "prepare", lambda *_: [])
-    monkeypatch.setattr(pipeline, where, interrupted)
+    monkeypatch.setattr(start_to_report.runtime, "start", lambda config: None)
+    monkeypatch.setattr(start_to_report, "prepare", lambda *_: [])
+    monkeypatch.setattr(start_to_report, where, interrupted)
     configs = [dataclasses.replace(Config(), run_dir=str(f.path)) for f in folders]
-    assert pipeline.train(configs) == PREEMPTED
+    assert start_to_report.train(configs) == PREEMPTED
     for folder in folders:
         if folder.exists:
             (start,) = json.loads(folder.history.read_text())["starts"]
@@ -225,6 +227,101 @@ def test_a_signal_outside_of_the_steps_asks_to_be_started_again(
             assert start["exit_code"] == PREEMPTED
         else:
             assert not folder.path.exists()
+
+
+class Apart:
+    """Runs `a`, `b` that a kill left at steps 2 and 5 of 9, and what `fit` does."""
+
+    def __init__(self, tmp_path, monkeypatch, fit):
+        self.folders = [RunDir(tmp_path / name) for name in "ab"]
+        self.config = dataclasses.replace(Config(), steps=9)
+        for folder in self.folders:
+            with folder.create(self.config, {}, []):
+                pass
+            folder._lock.release()
+        self.fitted = []
+        steps = iter((2, 5))
+
+        def prepare(opened, phases):
+            return [
+                SimpleNamespace(
+                    config=x.config, folder=x.folder, history=x.history, phases=phases
+                )
+                for x in opened
+            ]
+
+        def fit_apart(restored, first, stop, at_once):
+            self.fitted.append(first)
+            return fit(restored, first, stop)
+
+        patches = {
+            "prepare": prepare,
+            "claim": lambda run, changed: {},
+            "open_checkpoints": lambda run, identity: contextlib.nullcontext(),
+            "restore": lambda run, checkpointer: (next(steps), None),
+            "record_accepted": lambda run, identity, changed: None,
+            "finish": lambda run: None,
+            "fit": fit_apart,
+        }
+        for name, function in patches.items():
+            monkeypatch.setattr(start_to_report, name, function)
+        monkeypatch.setattr(start_to_report.runtime, "start", lambda config: None)
+        monkeypatch.setattr(start_to_report.runtime, "leave", lambda code: None)
+
+    def train(self):
+        configs = [
+            dataclasses.replace(self.config, run_dir=str(folder.path))
+            for folder in self.folders
+        ]
+        code = start_to_report.train(configs)
+        starts = [json.loads(x.history.read_text())["starts"] for x in self.folders]
+        return code, [(start["cause"], start["exit_code"]) for (start,) in starts]
+
+
+def test_a_pack_that_had_not_begun_when_a_signal_came_records_it(tmp_path, monkeypatch):
+    """Or the next start would take it for killed."""
+
+    def stopped(restored, first, stop):
+        stop.signal = signal.SIGTERM
+        return first + 1
+
+    runs = Apart(tmp_path, monkeypatch, stopped)
+    code, ends = runs.train()
+    assert code == PREEMPTED and runs.fitted == [2]
+    assert ends == [
+        ("SIGTERM after step 3", PREEMPTED),
+        ("SIGTERM after step 5", PREEMPTED),
+    ]
+
+
+def test_a_run_that_diverges_apart_does_not_stop_the_others(tmp_path, monkeypatch):
+    def diverged(restored, first, stop):
+        if first == 5:
+            return 9
+        restored[0].diverged = DivergedError("step 4 gave loss nan", 4, 3)
+        raise restored[0].diverged
+
+    runs = Apart(tmp_path, monkeypatch, diverged)
+    code, ends = runs.train()
+    assert code == DivergedError.exit_code and runs.fitted == [2, 5]
+    assert ends == [("step 4 gave loss nan", DivergedError.exit_code), ("done", 0)]
+
+
+def test_a_signal_during_the_reports_keeps_how_stopped_runs_ended(
+    tmp_path, monkeypatch
+):
+    def stopped_late(restored, first, stop):
+        if first == 5:
+            stop.signal = signal.SIGTERM
+            return 7
+        return 9
+
+    code, ends = Apart(tmp_path, monkeypatch, stopped_late).train()
+    assert code == PREEMPTED
+    assert ends == [
+        ("SIGTERM outside of training steps", PREEMPTED),
+        ("SIGTERM after step 7", PREEMPTED),
+    ]
 
 
 @pytest.mark.soak

@@ -33,7 +33,7 @@ from research.plan.planned_devices import parse_device
 from research.runs.display_files import read_findings
 from research.runs.metrics_file import read_metrics
 from research.runs.reopen import reopen
-from research.train import pipeline
+from research.train import start_to_report
 from research.train.metrics import metrics_log
 from research.weights import parameter_paths, trainable
 from research.weights.adapters.lora import LoRA
@@ -155,7 +155,7 @@ def config_for(place, name, **changes):
 @pytest.fixture(scope="module")
 def trained(place):
     """The run directory of an unbroken run."""
-    assert pipeline.train([config_for(place, "unbroken")]) == 0
+    assert start_to_report.train([config_for(place, "unbroken")]) == 0
     return place / "unbroken"
 
 
@@ -177,7 +177,7 @@ def test_the_doctor_proves_its_start_by_its_own_no_op_state(place, trained):
     assert found["scaled at step 0"].ok
     assert found["scaled at step 0"].numbers["differing"] == 0
     with pytest.raises(UserError, match=r"crooked at step 0: .*\n.*exact no-op"):
-        pipeline.train([config_for(place, "crooked", kind="crooked")])
+        start_to_report.train([config_for(place, "crooked", kind="crooked")])
 
 
 def test_a_broken_run_resumes_bit_for_bit(place, trained, monkeypatch):
@@ -190,9 +190,9 @@ def test_a_broken_run_resumes_bit_for_bit(place, trained, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(metrics_log.StepLog, "__call__", crash)
         with pytest.raises(RuntimeError, match="power"):
-            pipeline.train([config])
+            start_to_report.train([config])
     gc.collect()  # Frames of the traceback hold the lock of the run directory.
-    assert pipeline.train([config]) == 0
+    assert start_to_report.train([config]) == 0
     history = json.loads((place / "broken" / "run.json").read_text())
     assert len(history["starts"]) == 2
     for found, expected in zip(

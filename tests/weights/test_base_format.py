@@ -25,7 +25,7 @@ from research.plan import planner
 from research.plan.planned_devices import parse_device
 from research.runs.display_files import read_findings
 from research.runs.reopen import reopen
-from research.train import pipeline
+from research.train import start_to_report
 from research.weights import parameter_paths, trainable
 from research.weights.contraction import contract, lookup, transpose
 from research.weights.representations.leaf import Leaf
@@ -108,7 +108,7 @@ def config_for(place, name="run", base_format=NAME, **changes):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    assert pipeline.train([config_for(place)]) == 0
+    assert start_to_report.train([config_for(place)]) == 0
     return place / "run"
 
 

@@ -1,8 +1,9 @@
 """Held-out results, exact: sums over all batches first, one division at the end."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,30 +64,23 @@ def add_metrics(line: dict[str, Any], metrics: Mapping[str, Any]) -> dict[str, A
     return line | dict(metrics)
 
 
-def evaluate(
-    eval_fn: Callable[[Any], Sums],
-    batches: Sequence[Any],
+def add_up(
+    batches: Sequence[Sums],
     groups: Sequence[str],
     text_bytes: Mapping[str, int],
-    sign_of_life: Callable[[], None] = lambda: None,
     loss_unit: str = NATS_PER_TOKEN,
 ) -> Evaluation:
-    """Runs `eval_fn` (batch to named sums) over all batches and adds the sums up.
+    """Adds the named sums of all batches up, and divides once.
 
     Args:
-      eval_fn: dispatches the evaluation of one batch.
-      batches: at least one.
+      batches: at least one; their arrays are NumPy's.
       groups: names of the groups; sums may have room for more.
       text_bytes: bytes of the held-out text by group, or nothing.
-      sign_of_life: called after each batch.
       loss_unit: see `Evaluation`.
     """
-    total: Any = None
-    # Dispatch all first, then read: a read waits for the device.
-    for sums in [eval_fn(batch) for batch in batches]:
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-        total = wide if total is None else jax.tree.map(np.add, total, wide)
-        sign_of_life()
+    total = jax.tree.map(
+        lambda *parts: functools.reduce(np.add, map(np.float64, parts)), *batches
+    )
     loss, weight = total["loss"]
     seen = [i for i in range(len(groups)) if weight[i] > 0]
     bits = {

@@ -17,14 +17,13 @@ StepFn = Callable[[Any, Any], tuple[Any, Any]]
 def trace_steps(
     step_fn: StepFn, folder: Path, first: int, config: RuntimeConfig
 ) -> Iterator[StepFn]:
-    """`step_fn` as it was, with those of its updates traced that `config` asks for.
+    """Gives `step_fn`, which then also traces the steps that `config` chooses.
 
-    Leaving the context closes a trace that is still open: what a run that stops early
-    has seen is kept.
+    Leaving the context closes an open trace, so a run that stops early keeps it.
 
     Args:
-      step_fn: of one update.
-      folder: of the trace: `plugins/profile/TIME/` within it.
+      step_fn: makes one update.
+      folder: the trace goes into its `plugins/profile/TIME/`.
       first: updates that the run has made before.
       config: `profile_from`, counted from 1, and `profile_steps`.
     """
@@ -36,7 +35,7 @@ def trace_steps(
 
     def close(state: Any) -> None:
         nonlocal tracing
-        # Dispatched is not done: the devices are still at work.
+        # Steps are dispatched ahead: the devices may still be at work.
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         tracing = False
@@ -44,11 +43,11 @@ def trace_steps(
 
     def traced(state: Any, batch: Any) -> tuple[Any, Any]:
         nonlocal made, tracing
-        # Closed as the next step begins, so that the wait counts as the step's own.
+        # Closed only as the next step begins, so the wait counts as part of a step.
         if tracing and made == begin + count - 1:
             close(state)
         if made + 1 == begin:
-            jax.block_until_ready(state)  # The step before is no part of it.
+            jax.block_until_ready(state)  # The trace begins after the step before.
             jax.profiler.start_trace(folder)
             tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=made + 1):

@@ -1,4 +1,4 @@
-"""Numbers of a run: throughput, FLOPs, and the files they are written to."""
+"""How fast a run trains: the FLOPs of a step and the clock of its steps."""
 
 import dataclasses
 import time
@@ -8,17 +8,18 @@ from research.models.architecture import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """FLOPs that a training step needs, whatever the program spends.
+    """FLOPs that the mathematics of a training step needs, not what the program spends.
 
     A product with a frozen matrix of P parameters costs 2P forward and 2P for the
-    gradient of its input; a trained one 2P more for its own gradient. Recomputation
-    and padding are not counted, the head only where the loss has weight (Chowdhery
-    et al. 2022, arXiv:2204.02311, appendix B, adjusted for LoRA and packing).
+    gradient of its input. A trained matrix costs 2P more for its own gradient.
+    Recomputation and padding do not count, and the head counts only where the loss has
+    weight (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, adjusted for LoRA and
+    packing).
 
     Attributes:
-      per_token: of everything a real token passes but the head and attention.
-      per_weight: of the head, per trained token.
-      per_pair: of attention scores and mixing, per (query, key) pair.
+      per_token: for a real token, without the head and attention.
+      per_weight: for the head, per trained token.
+      per_pair: for attention scores and mixing, per (query, key) pair.
     """
 
     per_token: float
@@ -33,7 +34,7 @@ class FlopCount:
 
 
 def count_flops(architecture: Architecture, trained: int, *, full: bool) -> FlopCount:
-    """FLOPs for an architecture with `trained` scalars; `full`: all of the model."""
+    """Counts FLOPs where `trained` scalars train; `full`: the whole model trains."""
     a = architecture
     body = a.layers * a.matrices_per_layer
     head = a.vocab * a.embed
@@ -45,7 +46,7 @@ def count_flops(architecture: Architecture, trained: int, *, full: bool) -> Flop
 
 
 class Clock:
-    """Seconds spent in steps, so far and in the last step."""
+    """Seconds spent in steps: `elapsed` in all, `last` in the last one."""
 
     def __init__(self, elapsed: float = 0.0):
         self.elapsed = elapsed
@@ -57,7 +58,7 @@ class Clock:
         self._mark = time.perf_counter()
 
     def tick(self) -> None:
-        """A step ended now."""
+        """Counts the time since the last tick as a step."""
         now = time.perf_counter()
         self.last = now - self._mark
         self.elapsed += self.last
@@ -65,7 +66,7 @@ class Clock:
 
 
 class SharedClock(Clock):
-    """The share that one of `runs` runs has of the steps of a pack's clock."""
+    """The clock of one run among `runs`, which share the steps of a pack equally."""
 
     def __init__(self, pack: Clock, runs: int, elapsed: float):
         super().__init__(elapsed)

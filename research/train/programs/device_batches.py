@@ -1,62 +1,113 @@
-"""Training batches on the devices, and the position to go on from."""
+"""Batches on the devices: one per run and step, and the positions to resume from."""
 
-from collections.abc import Callable, Collection
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.data.batch_order import Batches
-from research.data.token_batch import Batch
-from research.runs.phase_timer import PhaseTimer
+import numpy as np
 
-Numbered = tuple[int, Batch]
+from research.data.token_batch import Batch
+from research.parallel import mesh
+from research.train.training_run import TrainingRun
+
+Position = dict[str, Any]
+ToDevices = Callable[[Sequence[Batch], bool], Any]
+Wait = Callable[[Callable[[], Any]], Any]
 
 
 class DeviceBatches:
-    """Numbers the batches of a stream, and leaves out those that are to be skipped.
+    """Numbers the batches of each run, and drops those that its history skips.
 
     Attributes:
-      position: of the first batch that was not handed out: JSON-able.
-      number: of the last batch that was handed out, counted from 0 over the run.
+      positions: for each run the JSON-able position of the first batch that was not
+        handed out. They move together.
+      number: of the first run's last batch that was handed out, counted from 0.
     """
 
     def __init__(
         self,
-        batches: Batches,
-        to_devices: Callable[[Any], Any],
-        skip: Collection[int],
-        phases: PhaseTimer,
-        position: dict[str, Any] | None = None,
-        wait: Callable[[Callable[[], Numbered]], Numbered] = lambda pull: pull(),
+        runs: Sequence[TrainingRun],
+        positions: Sequence[Position | None],
+        to_devices: ToDevices,
+        wait: Wait = lambda pull: pull(),
     ):
         """Args:
-        batches: of host arrays.
-        to_devices: what makes one a batch for the step.
-        skip: numbers of batches to leave out.
-        phases: told of the wait.
-        position: to go on from; None for the beginning.
-        wait: calls what waits for a batch, and may break it off, see `stopping`.
+        runs: they share the mesh and the shape of a batch.
+        positions: where each run's data resumes; None for the beginning.
+        to_devices: makes one batch for the step from a host batch of each run.
+        wait: calls the function that waits for data, and may interrupt it, see
+          `StopRequest`.
         """
-        self._batches = batches
-        self._to_devices = to_devices
-        self._skip = frozenset(skip)
-        self._phases = phases
-        self._wait = wait
-        if position is not None:
-            batches.set_state(position["data"])
-        self.number = (position or {"pulled": 0})["pulled"] - 1
-        self.position = {"data": batches.get_state(), "pulled": self.number + 1}
+        first = runs[0]
+        rows = mesh.local_rows(
+            first.definition.mesh, first.config.data.batch_size, first.microbatches
+        )
+        self._streams = [run.task.batches(rows) for run in runs]
+        self._skips = [frozenset(run.history.skipped) for run in runs]
+        self._pulled = [(position or {"pulled": 0})["pulled"] for position in positions]
+        for stream, position in zip(self._streams, positions, strict=True):
+            if position is not None:
+                stream.set_state(position["data"])
+        self._to_devices, self._wait, self._phases = to_devices, wait, first.phases
+        self.positions = self._positions()
+
+    @property
+    def number(self) -> int:
+        return self.positions[0]["pulled"] - 1
 
     def __next__(self) -> Any:
         with self._phases.during("data"):
-            number, batch = self._wait(self._pull)
-            position = {"data": self._batches.get_state(), "pulled": number + 1}
-            batch = self._to_devices(batch)
-        # Only here: a signal that breaks a wait for data off leaves the stream
-        # somewhere between two batches, and from here on none is raised.
-        self.number, self.position = number, position
+            batches = self._wait(lambda: [*map(self._pull, range(len(self._streams)))])
+            positions = self._positions()
+            batch = self._to_devices(batches, False)
+        # Only here: a signal that interrupts the wait leaves the streams somewhere
+        # between two batches. From here on none is raised.
+        self.positions = positions
         return batch
 
-    def _pull(self) -> Numbered:
-        number, batch = self.number + 1, next(self._batches)
-        while number in self._skip:
-            number, batch = number + 1, next(self._batches)
-        return number, batch
+    def _pull(self, index: int) -> Batch:
+        batch = next(self._streams[index])
+        while self._pulled[index] in self._skips[index]:
+            self._pulled[index] += 1
+            batch = next(self._streams[index])
+        self._pulled[index] += 1
+        return batch
+
+    def _positions(self) -> list[Position]:
+        return [
+            {"data": stream.get_state(), "pulled": pulled}
+            for stream, pulled in zip(self._streams, self._pulled, strict=True)
+        ]
+
+
+def place_batch(run: TrainingRun, batch: Batch, held_out: bool) -> Batch:
+    """A host batch of `run` on its mesh.
+
+    Returns:
+      `[microbatch, batch, seq]` for the step, `[batch, seq]` for held-out rows.
+    """
+    devices, data = run.definition.mesh, run.config.data
+    if held_out:
+        return mesh.to_global(batch, devices, rows=data.rows_per_pass)
+    return mesh.to_global(batch, devices, run.microbatches, data.batch_size)
+
+
+def held_out_batches(runs: Sequence[TrainingRun], to_devices: ToDevices) -> list[Any]:
+    """The batches that hold all held-out rows of every run.
+
+    A run with fewer than the others repeats its last one, with no weight.
+    """
+    first = runs[0]
+    rows = first.config.data.rows_per_pass
+    mine = mesh.local_rows(first.definition.mesh, rows)
+    every = [run.task.held_out(rows, mine) for run in runs]
+
+    def take(own: Sequence[Batch], number: int) -> Batch:
+        if number < len(own):
+            return own[number]
+        return dataclasses.replace(own[-1], weights=np.zeros_like(own[-1].weights))
+
+    return [
+        to_devices([take(own, number) for own in every], True)
+        for number in range(max(map(len, every)))
+    ]

@@ -1,9 +1,9 @@
 """The numbers that runs of a pack do not share, as arrays.
 
 Adapters are padded with zeros to the largest rank, and with whole pairs of zeros where
-a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A holds the
-row of B beside it as a factor, and the other way round, and an optimizer that works on
-each element alone (`compatible.OPTIMIZERS`) makes no step from a gradient of zero.
+a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A has the
+matching row of B as a factor, and the reverse, and an optimizer that works on each
+element alone (`compatibility.PADDED_OPTIMIZERS`) makes no step from a zero gradient.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class RunNumbers:
     """The numbers of a step that differ from run to run; stacked over the runs.
 
     Attributes:
-      seed: int32, of dropout.
+      seed: int32, seeds dropout.
       rates: `[steps]`, learning rate of each update.
-      settings: of its adapters, for every path that any run adapts.
+      settings: for its adapters, on every path that any run adapts.
     """
 
     seed: Array
@@ -43,12 +43,14 @@ class RunNumbers:
 
 
 def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
-    """The factors of all runs at once: for each path those of the largest rank."""
+    """For each path that any run adapts, the factors of the largest rank."""
     kind = find_kind(configs[0].lora.kind)
     return kind.union(specs, [config.lora for config in configs])
 
 
-def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> RunNumbers:
+def run_numbers(
+    config: Config, specs: Mapping[str, Spec], factors: Factors
+) -> RunNumbers:
     """The numbers of one run, over the paths of `factors`."""
     kind = find_kind(config.lora.kind)
     own = kind.specs(specs, config.lora)
@@ -60,7 +62,7 @@ def member(config: Config, specs: Mapping[str, Spec], factors: Factors) -> RunNu
         rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
         settings=Settings(
             scales={p: jnp.float32(found.scales.get(p, 0.0)) for p in factors},
-            # Where it has no adapter any stream will do: what is dropped is zero.
+            # Without an adapter any stream will do: dropout drops only zeros.
             streams={p: jnp.uint32(found.streams.get(p, 0)) for p in factors},
             dropout=jnp.float32(found.dropout),
         ),

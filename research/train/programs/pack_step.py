@@ -1,9 +1,9 @@
-"""The step of several runs: that of one run, mapped over all that differs.
+"""The step of several runs: the step of one run, mapped over all that differs.
 
-The frozen base has no axis for the runs: where they are mapped by `vmap`, each product
-with it is one larger product. That pays where a product of one run leaves the device
-idle. A CPU is busy with one, and `vmap` has a price: a loop whose trip count depends on
-the data runs to the longest of all, and selects in every round.
+The frozen base has no axis for the runs: under `vmap` each product with it is one
+larger product. That pays where a product of one run leaves the device idle. A CPU is
+busy with one, and `vmap` has a price: a loop whose trip count depends on the data
+takes as many rounds as the longest of all, and selects in every round.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.config.run_config import Config
+from research.data.named_sums import Sums
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.train.programs.pack_arrays import Factors, RunNumbers
@@ -34,10 +35,10 @@ class PackDefinition:
     """Runs that train together.
 
     Attributes:
-      config: what all of them share; the rest of it is not used.
-      definition: of one run, over the adapters of all.
+      config: the config of any run; only what all of them share is used.
+      definition: the step of one run, over the adapters of all.
       dropout: whether any run has some; without, no random bits are drawn.
-      at_once: runs under one `vmap`; these parts go one after another.
+      at_once: runs under one `vmap`; these parts take turns.
     """
 
     config: Config
@@ -46,14 +47,14 @@ class PackDefinition:
     at_once: int
 
 
-def make_group(
+def make_pack_definition(
     config: Config,
     definition: step.StepDefinition,
     factors: Factors,
     dropout: bool,
     at_once: int,
 ) -> PackDefinition:
-    """`definition` is that of any run; `at_once` 0 takes what suits its device."""
+    """`definition` is that of any run; `at_once` 0 chooses what suits its device."""
     if not at_once:
         is_cpu = definition.mesh.devices.flat[0].platform == "cpu"
         at_once = 1 if is_cpu else ALL
@@ -67,67 +68,67 @@ def make_group(
     )
 
 
-def bind(group: PackDefinition, member: RunNumbers) -> step.StepDefinition:
+def bind(pack: PackDefinition, numbers: RunNumbers) -> step.StepDefinition:
     """The step definition of one run; its numbers may be traced."""
-    split: trainable.Trainable = group.definition.trainable
-    config = group.config
+    split: trainable.Trainable = pack.definition.trainable
+    config = pack.config
 
     def forward(params: Params, frozen: Params, key: Array | None) -> Params:
-        key = key if group.dropout else None
-        return split.kind.attach(frozen, params, member.settings, key)
+        key = key if pack.dropout else None
+        return split.kind.attach(frozen, params, numbers.settings, key)
 
     return dataclasses.replace(
-        group.definition,
+        pack.definition,
         trainable=dataclasses.replace(split, forward=forward),
         optimizer=optimizers.make_optimizer(
-            config.optim, config.steps, split.specs, lambda n: member.rates[n - 1]
+            config.optim, config.steps, split.specs, lambda n: numbers.rates[n - 1]
         ),
-        seed=member.seed,
+        seed=numbers.seed,
     )
 
 
 def train_step(
-    group: PackDefinition,
-    members: RunNumbers,
+    pack: PackDefinition,
+    numbers: RunNumbers,
     states: step.TrainState,
     frozen: Params,
     batches: Batch,
 ) -> tuple[step.TrainState, step.Metrics]:
-    """`train_step.train_step` of all runs: everything has a leading axis."""
+    """`train_step.train_step` of all runs; all but `frozen` has a leading axis."""
 
-    def one(member: RunNumbers, state: step.TrainState, batch: Batch) -> Any:
-        return step.train_step(bind(group, member), state, frozen, batch)
+    def one(numbers: RunNumbers, state: step.TrainState, batch: Batch) -> Any:
+        return step.train_step(bind(pack, numbers), state, frozen, batch)
 
-    return _over_runs(group, one, members, states, batches)
+    return _over_runs(pack, one, numbers, states, batches)
 
 
 def eval_step(
-    group: PackDefinition,
-    members: RunNumbers,
+    pack: PackDefinition,
+    numbers: RunNumbers,
     params: Params,
     frozen: Params,
     batches: Batch,
     chosen: tuple[int, ...],
-) -> step.Metrics:
+) -> Sums:
     """`train_step.eval_step` of the chosen runs alone, in that order."""
 
-    def one(member: RunNumbers, params: Params, batch: Batch) -> step.Metrics:
-        return step.eval_step(bind(group, member), params, frozen, batch)
+    def one(numbers: RunNumbers, params: Params, batch: Batch) -> Sums:
+        return step.eval_step(bind(pack, numbers), params, frozen, batch)
 
-    stacked = (members, params, batches)
-    if len(chosen) < members.seed.size:
+    stacked = (numbers, params, batches)
+    if len(chosen) < numbers.seed.size:
         stacked = jax.tree.map(lambda x: jnp.stack([x[i] for i in chosen]), stacked)
-    return _over_runs(group, one, *stacked)
+    return _over_runs(pack, one, *stacked)
 
 
-def _over_runs(group: PackDefinition, one: Callable[..., Any], *stacked: Any) -> Any:
-    """`one` for each run, as many at once as `group` says."""
+def _over_runs(pack: PackDefinition, one: Callable[..., Any], *stacked: Any) -> Any:
+    """`one` for each run, `pack.at_once` of them in one product."""
     runs = len(jax.tree.leaves(stacked)[0])
-    if group.at_once == 1:  # Not a batch of one, which would be under `vmap`.
+    if pack.at_once == 1:  # Not a batch of one, which would be under `vmap`.
         return jax.lax.map(lambda run: one(*run), stacked)
-    if group.at_once >= runs:
+    if pack.at_once >= runs:
         return jax.vmap(one)(*stacked)
-    return jax.lax.map(lambda run: one(*run), stacked, batch_size=group.at_once)
+    return jax.lax.map(lambda run: one(*run), stacked, batch_size=pack.at_once)
 
 
 def stacked(shardings: Any) -> Any:
@@ -137,42 +138,41 @@ def stacked(shardings: Any) -> Any:
     )
 
 
-def batch_shardings(group: PackDefinition, *, microbatched: bool) -> Any:
+def batch_shardings(pack: PackDefinition, *, microbatched: bool) -> Any:
     return stacked(
-        meshes.batch_sharding(group.definition.mesh, microbatched=microbatched)
+        meshes.batch_sharding(pack.definition.mesh, microbatched=microbatched)
     )
 
 
-def jit_train_step(group: PackDefinition) -> Callable[..., Any]:
-    """Called as `(members, states, frozen, batches)`; the states are donated."""
-    states = stacked(step.state_shardings(group.definition))
-    everywhere = meshes.replicated(group.definition.mesh)
-    frozen = meshes.shardings(
-        group.definition.trainable.frozen_specs, group.definition.mesh
-    )
+def jit_train_step(pack: PackDefinition) -> Callable[..., Any]:
+    """Called as `(numbers, states, frozen, batches)`; the states are donated."""
+    everywhere, states, frozen = _shardings(pack)
+    batches = batch_shardings(pack, microbatched=True)
     return jax.jit(
-        lambda *arguments: train_step(group, *arguments),
-        in_shardings=(
-            everywhere, states, frozen, batch_shardings(group, microbatched=True),
-        ),
+        lambda *arguments: train_step(pack, *arguments),
+        in_shardings=(everywhere, states, frozen, batches),
         out_shardings=(states, everywhere),
         donate_argnums=1,
-    )  # fmt: skip
-
-
-def jit_eval_step(group: PackDefinition) -> Callable[..., step.Metrics]:
-    """Called as `(members, params, frozen, batches, chosen)`."""
-    states = stacked(step.state_shardings(group.definition))
-    everywhere = meshes.replicated(group.definition.mesh)
-    frozen = meshes.shardings(
-        group.definition.trainable.frozen_specs, group.definition.mesh
     )
+
+
+def jit_eval_step(pack: PackDefinition) -> Callable[..., Sums]:
+    """Called as `(numbers, params, frozen, batches, chosen)`."""
+    everywhere, states, frozen = _shardings(pack)
+    batches = batch_shardings(pack, microbatched=False)
     return jax.jit(
-        lambda *arguments: eval_step(group, *arguments),
-        in_shardings=(
-            everywhere, states.params, frozen,
-            batch_shardings(group, microbatched=False),
-        ),
+        lambda *arguments: eval_step(pack, *arguments),
+        in_shardings=(everywhere, states.params, frozen, batches),
         out_shardings=everywhere,
         static_argnums=4,
-    )  # fmt: skip
+    )
+
+
+def _shardings(pack: PackDefinition) -> tuple[Any, step.TrainState, Params]:
+    """Shardings for what all devices hold, the stacked states, the frozen base."""
+    definition = pack.definition
+    return (
+        meshes.replicated(definition.mesh),
+        stacked(step.state_shardings(definition)),
+        meshes.shardings(definition.trainable.frozen_specs, definition.mesh),
+    )

@@ -1,79 +1,51 @@
-"""One run as the training loop sees it: batches, step, evaluation; nothing stacked."""
+"""The program of one run: its step and its evaluation as they are, nothing stacked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.parallel import mesh
-from research.runs.steering.stop_signals import StopRequest
-from research.train.metrics.evaluation import Evaluation, evaluate
-from research.train.programs.device_batches import DeviceBatches
+from research.data.named_sums import Sums
+from research.data.token_batch import Batch
+from research.train.programs.device_batches import place_batch
 from research.train.step import train_step
 from research.train.training_run import TrainingRun
 
 
 class SingleRunProgram:
-    """The program of one run. `pack.PackProgram` has the same methods for many.
+    """What `fit_runs` asks of a program. `PackProgram` has the same methods."""
 
-    Attributes:
-      batches: device batches, positioned at the first step.
-    """
-
-    def __init__(
-        self, run: TrainingRun, position: dict[str, Any] | None, stop: StopRequest
-    ):
-        """`position` is where the data resumes; None for the beginning."""
+    def __init__(self, run: TrainingRun):
         self._run = run
-        config, devices = run.config, run.definition.mesh
-        rows, parts = config.data.batch_size, run.microbatches
-        self.batches = DeviceBatches(
-            run.task.batches(mesh.local_rows(devices, rows, parts)),
-            lambda batch: mesh.to_global(batch, devices, parts, rows),
-            run.history.skipped,
-            run.phases,
-            position,
-            stop.wait,
-        )
 
-    @property
-    def positions(self) -> list[dict[str, Any]]:
-        """Where each run's data resumes after the last batch that was handed out."""
-        return [self.batches.position]
+    def to_devices(self, batches: Sequence[Batch], held_out: bool) -> Batch:
+        """One batch for the step or the evaluation, from a host batch of each run."""
+        (batch,) = batches
+        return place_batch(self._run, batch, held_out)
 
     def initial_state(self) -> train_step.TrainState:
         return self._run.state
 
     def make_step(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """The jitted update; its state is donated."""
-        jitted, frozen = (
-            train_step.jit_train_step(self._run.definition),
-            self._run.frozen,
-        )
+        """The jitted update of (state, batch); the state is donated."""
+        frozen = self._run.frozen
+        jitted = train_step.jit_train_step(self._run.definition)
         return lambda state, batch: jitted(state, frozen, batch)
 
-    def make_evaluation(self) -> Callable[[int, Any], list[Evaluation]]:
-        """A function of step and state that evaluates all held-out rows of each run."""
-        run, devices = self._run, self._run.definition.mesh
-        rows = run.config.data.rows_per_pass
-        local = run.task.held_out(rows, mesh.local_rows(devices, rows))
-        batches = [mesh.to_global(batch, devices, rows=rows) for batch in local]
-        eval_fn = train_step.jit_eval_step(run.definition)
+    def make_eval_step(self) -> Callable[[Any, Any, tuple[int, ...]], Sums]:
+        """The jitted sums of (state, held-out batch, indices of the runs to measure).
 
-        def evaluation(number: int, state: train_step.TrainState) -> list[Evaluation]:
-            found = evaluate(
-                lambda batch: eval_fn(state.params, run.frozen, batch),
-                batches,
-                run.task.groups,
-                run.task.held_out_bytes,
-                run.phases.sign_of_life,
-                run.definition.objective.loss_unit,
-            )
-            return [found]
+        `part_of(row, ...)` is then the sums of the run whose index is at `row`.
+        """
+        frozen = self._run.frozen
+        jitted = train_step.jit_eval_step(self._run.definition)
+        return lambda state, batch, chosen: jitted(state.params, frozen, batch)
 
-        return evaluation
+    def measured_by(self, number: int) -> list[int]:
+        """For each run the index of the run whose evaluation at `number` it takes."""
+        return [0]
 
-    def metrics_of(self, index: int, metrics: train_step.Metrics) -> train_step.Metrics:
-        """The part of a step's metrics that belongs to run `index`."""
-        return metrics
+    def part_of(self, row: int, arrays: Any) -> Any:
+        """The part of metrics or sums that belongs to the run at `row`."""
+        return arrays
 
     def state_of(
         self, index: int, state: train_step.TrainState

@@ -1,4 +1,4 @@
-"""The starts of runs in one process: locked, written down, and how they end."""
+"""This process starts runs: it locks them, and records each start and its end."""
 
 import logging
 import signal
@@ -13,8 +13,8 @@ from research.runs.run_history import History
 from research.runs.steering.stop_signals import INTERRUPTED, Preempted
 
 
-class Attempts:
-    """What this process starts, be it one run or several that train together."""
+class RecordedStarts:
+    """The runs that this process starts: one, or several that train together."""
 
     def __init__(self, phases: PhaseTimer):
         self._phases = phases
@@ -22,13 +22,13 @@ class Attempts:
         self._histories: list[History] = []
 
     def open(self, folder: RunDir) -> History:
-        """The history of a run, as nobody else can change it any more.
+        """Locks the run and reads its history, which nobody else can change then.
 
-        A run that exists is locked first, and this start of it written down: whatever
-        ends it from here on, before its first step too, is found again.
+        If the run exists, its history records this start at once, so it also records
+        what ends the start before the first step.
 
         Raises:
-          UserError: another process is at work in it, or its history is not one.
+          UserError: another process works on the run, or `run.json` is no history.
         """
         self._folders.append(folder)
         exists = folder.exists
@@ -43,7 +43,7 @@ class Attempts:
         return history
 
     def ended_by(self, error: BaseException) -> int:
-        """Writes down what ended all that have not ended; returns the exit code."""
+        """Records the end of all starts that have not ended; returns the exit code."""
         if isinstance(error, Preempted):
             code = self._interrupted(error)
             cause = f"{error} outside of training steps"

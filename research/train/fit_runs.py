@@ -1,0 +1,245 @@
+"""Restored runs at one step train to their last step: evaluate, save, sample, log.
+
+Everything here works on a list of runs. How they share the devices is the program's
+matter: `SingleRunProgram` or `PackProgram`.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from research.core.errors import DivergedError
+from research.engine.text_generation import tuned_generator
+from research.parallel import runtime
+from research.runs import display_files
+from research.runs.steering.control_requests import CHECKPOINT, SAMPLE
+from research.runs.steering.request_listener import RequestListener
+from research.runs.steering.stop_signals import StopRequest
+from research.train import training_loop
+from research.train.metrics import profiling
+from research.train.metrics.evaluation import add_up
+from research.train.metrics.metrics_log import StepLog
+from research.train.metrics.throughput import Clock, SharedClock
+from research.train.programs.device_batches import DeviceBatches, held_out_batches
+from research.train.programs.pack_program import PackProgram
+from research.train.programs.single_run_program import SingleRunProgram
+from research.train.restore_run import RestoredRun, restore
+from research.train.run_saver import RunSaver
+from research.train.step import train_step
+
+
+def fit(
+    restored: Sequence[RestoredRun], first: int, stop: StopRequest, at_once: int = 0
+) -> int:
+    """Trains runs that have made `first` steps, until the last step or a stop.
+
+    A run that diverges leaves the others. A lone run first returns to its last
+    checkpoint and drops the batch, up to `optim.rollbacks` times.
+
+    Returns:
+      The number of updates made in all. The `state` of every run that has not diverged
+      is then its last one.
+
+    Raises:
+      DivergedError: no run is left.
+      SaveError: a checkpoint or a metric could not be written.
+    """
+    while True:
+        try:
+            return _TrainingPass(restored, first, stop, at_once).run()
+        except DivergedError as error:
+            run, checkpointer = restored[0].run, restored[0].checkpointer
+            made, allowed = len(run.history.skipped), run.config.optim.rollbacks
+            if len(restored) > 1 or made >= allowed:
+                raise
+            run.history.note(error.step - 1)
+            run.history.skip(error.batch)
+            run.warn(
+                f"step {error.step} was not finite: training returns to the last "
+                f"checkpoint and drops batch {error.batch} (rollback {made + 1} of "
+                f"config.optim.rollbacks={allowed})"
+            )
+            checkpointer.wait()
+            run.state = None
+            first, restored[0].position = restore(run, checkpointer)
+            restored[0].diverged = None
+
+
+class _TrainingPass:
+    """One pass of the loop over the runs, and what is written about it."""
+
+    def __init__(
+        self,
+        restored: Sequence[RestoredRun],
+        first: int,
+        stop: StopRequest,
+        at_once: int,
+    ):
+        self._restored, self._first, self._stop = restored, first, stop
+        runs = self._runs = [each.run for each in restored]
+        if len(runs) == 1:
+            self._program = SingleRunProgram(runs[0])
+        else:
+            self._program = PackProgram(runs, at_once)
+        positions = [each.position for each in restored]
+        self._batches = DeviceBatches(
+            runs, positions, self._program.to_devices, stop.wait
+        )
+        self._config, self._phases = runs[0].config, runs[0].phases
+        self._clock = Clock()
+        self._logs: list[StepLog] = []
+        self._savers: list[RunSaver] = []
+        for index, each in enumerate(restored):
+            self._add_writers(index, each)
+
+    def _add_writers(self, index: int, each: RestoredRun) -> None:
+        run, count = each.run, len(self._runs)
+        if not self._first:
+            run.evaluated = None
+        elapsed = (each.position or {"elapsed": 0.0})["elapsed"]
+        clock = SharedClock(self._clock, count, elapsed)
+        log = StepLog(
+            run.config,
+            run.folder.path,
+            run.console,
+            clock,
+            run.count_flops(),
+            run.task.groups,
+            self._first,
+            run.phases,
+            Path(run.config.run_dir).name if count > 1 else "",
+        )
+        saver = RunSaver(
+            run, each.checkpointer, log, lambda: self._batches.positions[index], clock
+        )
+        self._logs.append(log)
+        self._savers.append(saver)
+
+    def _active(self) -> list[int]:
+        """The indices of the runs that have not diverged."""
+        return [i for i, each in enumerate(self._restored) if not each.diverged]
+
+    def run(self) -> int:
+        """Trains; returns the number of updates made in all."""
+        for run in self._runs:
+            run.history.resume_from(self._first)
+        answered = {run.folder.path: run.history.answer_request for run in self._runs}
+        step_fn = runtime.announce_first_call(self._program.make_step(), "first step")
+        folder, config = self._runs[0].folder.path, self._config
+        with (
+            RequestListener(answered, self._runs[0].definition.mesh) as requests,
+            self._stop.noting(),
+            profiling.trace_steps(
+                step_fn, folder, self._first, config.runtime
+            ) as traced,
+        ):
+            try:
+                state, done = training_loop.run(
+                    state=self._program.initial_state(),
+                    first=self._first,
+                    total=config.steps,
+                    batches=self._batches,
+                    step_fn=traced,
+                    actions=self._actions(),
+                    log=self._log,
+                    resume_clock=self._clock.resume,
+                    stop=self._stop,
+                    requests=requests,
+                    phases=self._phases,
+                )
+                with self._phases.during("save"):
+                    self._save_last(done, state)
+                requests.answer(done)
+            finally:
+                for log in self._logs:
+                    log.close()
+        return done
+
+    def _actions(self) -> list[training_loop.Action]:
+        """What is done between steps, in this order."""
+        config, action = self._config, training_loop.Action
+        samples_every = config.eval.samples_every or config.steps
+        return [
+            action("evaluate", config.eval.every, self._evaluation(), at_start=True),
+            action(
+                "save",
+                config.checkpoint.every,
+                self._save,
+                request=CHECKPOINT,
+                settle=self._wait_for_saves,
+            ),
+            # After the save: a sample that fails must not cost a step.
+            action("sample", samples_every, self._sample, request=SAMPLE),
+        ]
+
+    def _log(self, number: int, batch: int, metrics: train_step.Metrics) -> None:
+        """Writes the metrics of update `number`, made from batch `batch`."""
+        fetched = jax.tree.map(np.asarray, metrics)
+        self._clock.tick()
+        for index in self._active():
+            try:
+                self._logs[index](number, batch, self._program.part_of(index, fetched))
+            except DivergedError as error:
+                self._restored[index].diverged = error
+                if not self._active():
+                    raise
+                logging.error("%s: %s", self._runs[index].config.run_dir, error)
+                continue
+            self._savers[index].check(number)
+
+    def _evaluation(self) -> Callable[[int, train_step.TrainState], None]:
+        batches = held_out_batches(self._runs, self._program.to_devices)
+        eval_step = self._program.make_eval_step()
+
+        def evaluation(number: int, state: train_step.TrainState) -> None:
+            measured = self._program.measured_by(number)
+            chosen = tuple(sorted(set(measured)))
+            sums = []
+            # Dispatch all first, then read: a read waits for the device.
+            for each in [eval_step(state, batch, chosen) for batch in batches]:
+                sums.append(jax.tree.map(np.asarray, each))
+                self._phases.sign_of_life()
+            for index in self._active():
+                run, row = self._runs[index], chosen.index(measured[index])
+                found = add_up(
+                    [self._program.part_of(row, each) for each in sums],
+                    run.task.groups,
+                    run.task.held_out_bytes,
+                    run.definition.objective.loss_unit,
+                )
+                run.evaluated = (number, found.loss)
+                self._logs[index].evaluation(number, found)
+
+        return evaluation
+
+    def _save(self, number: int, state: train_step.TrainState) -> None:
+        for index in self._active():
+            self._savers[index](number, self._program.state_of(index, state))
+
+    def _wait_for_saves(self) -> None:
+        for index in self._active():
+            self._savers[index].wait()
+
+    def _save_last(self, done: int, state: train_step.TrainState) -> None:
+        for index in self._active():
+            run = self._runs[index]
+            run.state = self._program.state_of(index, state)
+            self._savers[index].finish(done, run.state)
+
+    def _sample(self, number: int, state: train_step.TrainState) -> None:
+        """Adds the task's samples to the run directory."""
+        for index in self._active():
+            run, own = self._runs[index], self._program.state_of(index, state)
+            generator = tuned_generator(
+                run.sampler,
+                run.definition.trainable,
+                own.params,
+                run.frozen,
+                run.base.tokenizer,
+            )
+            samples = run.task.sample(number, generator)
+            if samples and jax.process_index() == 0:
+                display_files.add_samples(run.folder.path, number, samples)

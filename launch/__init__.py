@@ -1,3 +1,4 @@
-"""`python -m launch TARGET`: starts training here or elsewhere. Imports `research`,
-never the other way round.
+"""`python -m launch TARGET`: starts training on this machine or elsewhere.
+
+It imports `research`; `research` never imports it.
 """

@@ -1,4 +1,4 @@
-"""Starts a training run somewhere: `python -m launch TARGET -- --config=...`."""
+"""Starts a training run on a target: `python -m launch TARGET -- --config=...`."""
 
 import argparse
 import sys
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from launch import targets
 from launch.jobs import compiler_settings, launcher
+from launch.jobs.launch_flags import LaunchParser
 from launch.jobs.launch_job import LaunchJob, check_training_flags
 from research.config import command_line
 from research.core.errors import UserError
 
 USAGE = """
-What stands after -- goes to research.train as it is. --dry-run shows the commands and
-the files a target would use, and does nothing else. `TARGET --help` has its own flags.
---settings=list shows what compilers and libraries can be told, chip by chip.
+The flags after -- go to research.train unchanged. --dry-run shows the files and the
+commands of a launch and does nothing else. `TARGET --help` lists the target's flags.
+--settings=list shows all compiler and library settings with their chips.
 """
 LIST = "--settings=list"
 
@@ -31,10 +32,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The launcher's own flags, and those of the trainer, after the first `--`.
+    """Splits at the first `--` into the launcher's flags and the trainer's flags.
 
     Raises:
-      UserError: there is no `--`, and no help is asked for.
+      UserError: there is no `--`, and no flag that only shows something.
     """
     own = list(arguments)
     if "--" in own:
@@ -42,11 +43,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         return own[:middle], own[middle + 1 :]
     if not own or {"-h", "--help", LIST} & set(own):
         return own or ["--help"], []
-    raise UserError("nothing to train: put -- --config=FILE.py after the target")
+    raise UserError("nothing to train: add -- --config=FILE.py after the target")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = launcher.Parser(
+    parser = LaunchParser(
         prog="python -m launch",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""Which peak learning rate suits LoRA of rank 16 in so few updates?
+"""Which peak learning rate suits LoRA of rank 16 in 40 updates?
 
 python -m launch.sweep --sweep=configs/sweeps/learning_rate.py
 """

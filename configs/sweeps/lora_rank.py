@@ -1,9 +1,9 @@
-"""Which rank do adapters of every linear layer need on Dolly?
+"""Which rank do adapters on all linear layers need for Dolly?
 
     python -m launch.sweep --sweep=configs/sweeps/lora_rank.py
 
-Alpha is twice the rank, so that only the number of directions differs, not the size of
-the first step.
+Alpha is twice the rank, so that only the number of directions differs and not the size
+of the first step.
 """
 
 from configs.sweeps import small

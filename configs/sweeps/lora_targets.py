@@ -1,4 +1,4 @@
-"""Which layers should adapters of rank 16 be on: attention, MLP, or both?
+"""Which layers need adapters of rank 16: attention, MLP, or both?
 
 python -m launch.sweep --sweep=configs/sweeps/lora_targets.py
 """

@@ -1,1 +1,1 @@
-"""What cloud targets share: TPU slices, rented machines, upload of code and data."""
+"""What cloud targets share: TPU slices, rented machines, jobs without local files."""

@@ -1,4 +1,4 @@
-"""What a job needs to run where this machine's files are not."""
+"""Prepares jobs for machines that do not have the files of this one."""
 
 import argparse
 import dataclasses
@@ -16,19 +16,19 @@ from research.core.errors import UserError
 from research.runs import provenance
 
 ROOT = provenance.ROOT
-LOCAL_FILES = ("config",)  # flags of trainers that name a file beside the code
+LOCAL_FILES = ("config",)  # trainer flags that name a file in the repository
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def portable(job: LaunchJob, target: str) -> LaunchJob:
-    """The job with its files named from the root of the code, where it will start.
+    """The job with file paths relative to the root of the code, where it will start.
 
     Raises:
-      UserError: a file lies outside, or it is a job of several runs.
+      UserError: a file is outside of the code, or the job trains several runs.
     """
     if job.module != "research.train":
         raise UserError(
-            f"{target} starts one run a job, and {job.name} are several: give "
+            f"a job of {target} trains one run, and {job.name} are several: set "
             "--together=1"
         )
     flags, rest = [], iter(job.flags)
@@ -43,39 +43,39 @@ def portable(job: LaunchJob, target: str) -> LaunchJob:
 
 
 def _from_root(flag: str, value: str, target: str) -> str:
-    # A config file may be followed by :ARGUMENT, see ml_collections.
+    # ml_collections allows :ARGUMENT after the config file.
     file, mark, argument = value.partition(":")
     path = Path(file).resolve()
     if not path.is_relative_to(ROOT.resolve()):
         raise UserError(
-            f"{flag} is {file}; {target} sees only the files of {ROOT}: put it there"
+            f"{flag} is {file}; {target} sees only the files in {ROOT}: put it there"
         )
     return path.relative_to(ROOT.resolve()).as_posix() + mark + argument
 
 
 def names(jobs: Sequence[LaunchJob]) -> list[str]:
-    """What clouds call the jobs: RFC 1035 labels, each the same in every launch.
+    """Names of the jobs in a cloud: RFC 1035 labels, the same in every launch.
 
     Raises:
-      UserError: two jobs would have one.
+      UserError: two jobs would have the same name.
     """
     labels: dict[str, LaunchJob] = {}
     for job in jobs:
         label = job.label()
         if label != job.label(len(job.name) + len("run-")):
-            told = hashlib.sha256(job.name.encode()).hexdigest()[:6]
-            label = f"{job.label(33)}-{told}"
+            digest = hashlib.sha256(job.name.encode()).hexdigest()[:6]
+            label = f"{job.label(33)}-{digest}"
         other = labels.setdefault(label, job)
         if other is not job:
             raise UserError(
-                f"{other.name!r} and {job.name!r} are both {label} to a cloud: rename "
+                f"{other.name!r} and {job.name!r} would both be named {label}: rename "
                 "one"
             )
     return list(labels)
 
 
 def local_files(job: LaunchJob) -> list[str]:
-    """The files of a portable job, from the root of the code."""
+    """Files that a portable job reads, relative to the root of the code."""
     pairs = (flag.partition("=") for flag in job.flags)
     found = [v.partition(":")[0] for n, _, v in pairs if n.lstrip("-") in LOCAL_FILES]
     rows = job.config.data.path
@@ -83,7 +83,7 @@ def local_files(job: LaunchJob) -> list[str]:
 
 
 def inputs(config: Config) -> dict[str, str]:
-    """The knobs that may name a file or folder to read; see `research/config.py`."""
+    """Values of the knobs that may name a file or folder to read, by knob."""
     found = {"model.init_from": config.model.init_from}
     if config.data.kind == "instructions":
         return {**found, "data.path": config.data.path}
@@ -95,7 +95,7 @@ def inputs(config: Config) -> dict[str, str]:
 
 
 def _sent(file: str) -> bool:
-    """Whether it is part of the code: in git's index, or there is no git to ask."""
+    """Whether a file is sent with the code: git tracks it, or there is no git."""
     if provenance.code_version(ROOT) == "unknown":
         return True
     command = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", "--", file]
@@ -103,17 +103,18 @@ def _sent(file: str) -> bool:
 
 
 def stored(job: LaunchJob, folder: str) -> LaunchJob:
-    """The job with its run directory in `folder` there, which outlives its machines.
+    """The job with its run directory in `folder`, which outlives the machines.
 
     Raises:
-      UserError: the run directory leads out of it, or what the run reads is here.
+      UserError: the run directory is outside of `folder`, or the run reads a file that
+        exists only on this machine.
     """
     for knob, place in inputs(job.config).items():
         at_home = os.path.exists(place) and not Path(place).is_relative_to(folder)
         if at_home and (os.path.isabs(place) or not _sent(place)):
             raise UserError(
-                f"--config.{knob} is {place}, on this machine; where the run is going "
-                f"there are the code and {folder}: copy it there, or commit it"
+                f"--config.{knob} is {place}, on this machine; the run will see only "
+                f"the code and {folder}: copy it there, or commit it"
             )
     wanted = posixpath.normpath(posixpath.join(folder, job.config.run_dir))
     if not wanted.startswith(folder.rstrip("/") + "/"):
@@ -126,18 +127,18 @@ def stored(job: LaunchJob, folder: str) -> LaunchJob:
 
 
 def committed(jobs: Sequence[LaunchJob], target: str) -> str:
-    """The commit that is sent.
+    """The hash of the commit to send.
 
     Raises:
-      UserError: it is not all of the code, or there is none.
+      UserError: there is no commit, or it lacks changes or files of the jobs.
     """
     version = provenance.code_version(ROOT)
     if version == "unknown":
         raise UserError(f"{target} sends a commit, and {ROOT} is no git repository")
     if version.endswith("-dirty"):
         raise UserError(
-            f"{target} sends the last commit, and {ROOT} has changes that are not in "
-            "it: commit or stash them"
+            f"{target} sends the last commit, and {ROOT} has uncommitted changes: "
+            "commit or stash them"
         )
     for file in dict.fromkeys(file for job in jobs for file in local_files(job)):
         if not _sent(file):
@@ -146,26 +147,17 @@ def committed(jobs: Sequence[LaunchJob], target: str) -> str:
 
 
 def add_secret_flag(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """`--secret=NAME`, any number of times."""
+    """Adds `--secret=NAME`, which may be repeated."""
     parser.add_argument(
         "--secret", action="append", default=[], metavar="NAME", help=meaning
     )
 
 
 def check_secrets(names: Sequence[str], allowed: re.Pattern[str] = VARIABLE) -> None:
-    """Raises:
-    UserError: one is no name; what it is instead, is not told: it may be a value.
+    """Checks names of secrets.
+
+    Raises:
+      UserError: one is not a name. The message does not repeat it: it may be a value.
     """
     if not all(allowed.fullmatch(name) for name in names):
         raise UserError(f"--secret takes a name ({allowed.pattern}), never a value")
-
-
-def check_counts(options: argparse.Namespace, smallest: dict[str, int]) -> None:
-    """Raises:
-    UserError: one of the options is smaller.
-    """
-    for name, least in smallest.items():
-        value = getattr(options, name)
-        if value < least:
-            shown = name.replace("_", "-")
-            raise UserError(f"--{shown} is {value}; it must be at least {least}")

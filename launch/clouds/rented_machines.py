@@ -1,4 +1,4 @@
-"""Rented machines of a launch: made, used, made again when lost, and deleted."""
+"""Creates the machines of a launch, replaces those that are lost, and deletes them."""
 
 import dataclasses
 import logging
@@ -15,18 +15,18 @@ from typing import IO
 from launch.jobs import restart_policy
 from launch.jobs.launch_job import LaunchPlan
 
-SETTLE = 30.0  # seconds between two looks at a machine, and before a cloud knows
+SETTLE = 30.0  # seconds between two queries, and until a cloud knows a new state
 READY = ("READY", "ACTIVE")
 COMING = (
     *("CREATING", "STARTING", "REPAIRING", "RESTARTING"),
     *("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"),
 )
-# Empty: it is not there any more.
+# An empty state: the machine does not exist.
 LOST = ("", "PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDING", "SUSPENDED", "DELETING")
 INTERRUPTED = 130
-NO_CONNECTION = 255  # of ssh itself, whatever becomes of the trainer
-LONGEST = 20  # times SETTLE, between two tries to make a machine again
-SILENT = 120  # lost connections one after another, about an hour, to give up after
+NO_CONNECTION = 255  # exit code of ssh itself; it says nothing about the trainer
+LONGEST = 20  # times SETTLE: the longest pause between tries to create a machine
+SILENT = 120  # lost connections in a row, about an hour, before giving up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class RentedMachine:
     """One machine, or several that are rented together.
 
     Attributes:
-      name: as the cloud knows it.
-      steps: the commands of each of `create`, `state`, `push`, `install`, `train`,
-        `tail`, `stop` and `delete` that are to be done, in their order. `state` prints
-        one of the cloud's words, `tail` ends with the trainer's exit code.
-      log: what the commands say goes there; None for the terminal.
+      name: its name in the cloud.
+      steps: the commands of each step to take, in order, out of `create`, `state`,
+        `push`, `install`, `train`, `tail`, `stop` and `delete`. `state` prints one of
+        the cloud's words; `tail` exits with the trainer's exit code.
+      log: file for the output of the commands; None for the terminal.
     """
 
     name: str
@@ -48,22 +48,24 @@ class RentedMachine:
 
 @dataclasses.dataclass(frozen=True)
 class MachinesPlan(LaunchPlan):
-    """A plan whose commands are those of `before` and of the machines' steps."""
+    """A plan made of the commands `before` and the steps of each machine."""
 
     before: Sequence[Sequence[str]] = ()
     machines: Sequence[RentedMachine] = ()
 
 
 def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
-    """Does the steps, all machines at once; returns the exit code that says most.
+    """Takes the steps of all machines at once; returns the most telling exit code.
 
     Args:
-      restarts: of a trainer that failed; what was lost is made again without limit,
-        and a lost connection looked through again.
-      whole: from the making to the deleting, with what goes wrong between them.
+      plan: the machines and their steps.
+      restarts: restarts of a trainer that failed. A lost machine is created again, and
+        a lost connection is opened again, without counting as a failure.
+      whole: manage each machine from its creation to its deletion; otherwise take the
+        steps once, in order.
     """
     calls = CommandRunner()
-    # The last is that of a terminal that is gone.
+    # SIGHUP comes from a closed terminal.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, calls.forward)
     code = calls.do(plan.before, None)
@@ -78,8 +80,8 @@ def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
 
     with ThreadPoolExecutor(len(plan.machines)) as pool:
         codes = list(pool.map(one, plan.machines))
-    if calls.told.is_set():
-        logging.info("let go of; nothing was deleted: see --do=tail|stop|delete")
+    if calls.interrupted.is_set():
+        logging.info("interrupted; nothing was deleted: see --do=tail|stop|delete")
         return INTERRUPTED
     return restart_policy.worst(codes)
 
@@ -88,22 +90,22 @@ class CommandRunner:
     """Commands that run for machines.
 
     Attributes:
-      told: set once a signal has come to this launcher.
+      interrupted: set once this launcher has received a signal.
     """
 
     def __init__(self) -> None:
-        self.told = threading.Event()
+        self.interrupted = threading.Event()
         self._running: set[subprocess.Popen[str]] = set()
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        self.told.set()
+        self.interrupted.set()
         for process in list(self._running):
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def do(self, commands: Sequence[Sequence[str]], log: Path | None) -> int:
-        """In order, up to the first that fails; returns its exit code."""
+        """Runs commands up to the first that fails; returns its exit code, or 0."""
         for command in commands:
-            if self.told.is_set():
+            if self.interrupted.is_set():
                 return INTERRUPTED
             if log is None:
                 code = self._wait(command, None)
@@ -115,8 +117,8 @@ class CommandRunner:
         return 0
 
     def _wait(self, command: Sequence[str], out: IO[str] | None) -> int:
-        # A group of its own: the terminal's Ctrl-C comes once, through `forward`. It
-        # may not read the terminal then.
+        # A group of its own: Ctrl-C reaches it once, through `forward`. A process of a
+        # background group cannot read the terminal.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -132,7 +134,7 @@ class CommandRunner:
 
 
 class MachineLifecycle:
-    """Of one machine, from its making to its end."""
+    """Manages one machine from its creation to its deletion."""
 
     def __init__(
         self, machine: RentedMachine, calls: CommandRunner, restarts: int
@@ -145,14 +147,15 @@ class MachineLifecycle:
         """Returns the trainer's exit code, or that of the command that failed."""
         code = self._do("create")
         if code:
-            return code  # It may be another's of that name: it is not ours to delete.
+            # A machine of that name may belong to somebody else, so do not delete it.
+            return code
         while True:
             code = self._prepare() or self._do("train") or self._do("tail")
-            if code in restart_policy.FINAL or self._calls.told.wait(SETTLE):
+            if code in restart_policy.FINAL or self._calls.interrupted.wait(SETTLE):
                 break
             state = self._state()
             if state is None:
-                self._say("gcloud does not say what became of it: it was left alone")
+                self._say("gcloud does not tell its state; it was not deleted")
                 return code
             gone = state in LOST or (state in READY and self._is_cut_off(code))
             ended = restart_policy.PREEMPTED if gone else code
@@ -163,31 +166,31 @@ class MachineLifecycle:
             if state not in READY and (failed := self._remake(state)):
                 self._say("it could not be made again")
                 return failed
-        if not self._calls.told.is_set():
+        if not self._calls.interrupted.is_set():
             self._do("delete")
         return code
 
     def _is_cut_off(self, code: int) -> bool:
         """Whether only the connection was lost, to a machine that once answered.
 
-        One that never did may never: a closed port, or a key that is missing.
+        A machine that never answered may never do so: a closed port, a missing key.
         """
         self._silent = self._silent + 1 if code == NO_CONNECTION else 0
         return self._prepared and 0 < self._silent <= SILENT
 
     def _do(self, step: str) -> int:
-        """A step that is not among the machine's is done."""
+        """Takes a step; one that the machine does not have succeeds."""
         return self._calls.do(self._machine.steps.get(step, ()), self._machine.log)
 
     def _prepare(self) -> int:
-        """Once it is ready, all that is needed on it, unless that was done before."""
+        """Waits until it is ready and sets it up, unless that is done; an exit code."""
         if self._prepared:
             return 0
         while (state := self._state()) in COMING:
-            if self._calls.told.wait(SETTLE):
+            if self._calls.interrupted.wait(SETTLE):
                 return INTERRUPTED
         if state not in READY:
-            self._say(f"{state or 'gone'}: it does not become ready")
+            self._say(f"{state or 'gone'}: it will not become ready")
             return 1
         code = self._do("push") or self._do("install")
         self._prepared = code == 0
@@ -196,21 +199,21 @@ class MachineLifecycle:
     def _remake(self, state: str) -> int:
         self._prepared = False
         if "delete" not in self._machine.steps:
-            self._say("it is kept as it is")
+            self._say("it is kept because of --keep")
             return 1
         if deleted := self._do("delete") if state else 0:
             return deleted
-        # There is seldom room at once where something has just been taken away.
+        # A cloud seldom has room at once where it has just preempted a machine.
         pauses = 1
         while code := self._do("create"):
-            self._say(f"not made again yet, code {code}: tried until it is")
-            if self._calls.told.wait(min(pauses, LONGEST) * SETTLE):
+            self._say(f"could not be created again, code {code}; trying again")
+            if self._calls.interrupted.wait(min(pauses, LONGEST) * SETTLE):
                 return code
             pauses *= 2
         return 0
 
     def _state(self) -> str | None:
-        """A word of the cloud's, empty where the machine is gone; None if unknown."""
+        """The cloud's word for its state; empty if it is gone, None if unknown."""
         (command,) = self._machine.steps["state"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:

@@ -1,4 +1,4 @@
-"""TPU slices as Google's clouds name and cut them.
+"""Names, shapes and hosts of TPU slices in Google's clouds.
 
 Sources:
   types     https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: the name of a type
@@ -20,12 +20,12 @@ from research.plan.planned_devices import parse_topology
 
 @dataclasses.dataclass(frozen=True)
 class TpuGeneration:
-    """One generation.
+    """One generation of TPUs.
 
     Attributes:
-      type: how an accelerator type begins.
-      counted: what a type's number counts, a chip.
-      runtime: software of a TPU VM for JAX.
+      type: the first part of an accelerator type.
+      counted: how much a chip adds to the number in the type.
+      runtime: software version of a TPU VM for JAX.
       gke: node selector `cloud.google.com/gke-tpu-accelerator`.
     """
 
@@ -41,12 +41,12 @@ GENERATIONS: Mapping[str, TpuGeneration] = {
     "v5p": TpuGeneration("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
     "v6e": TpuGeneration("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
 }
-HOSTED = 4  # chips of one host of several
+HOSTED = 4  # chips per host in a slice of several hosts
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuSlice:
-    """`shape` is the torus, as `4x4`."""
+    """Chips of one kind in a torus; `shape` is its sizes, as `4x4`."""
 
     chip: Chip
     shape: str
@@ -61,20 +61,20 @@ class TpuSlice:
 
     @property
     def hosts(self) -> int:
-        """How many run a process each."""
+        """Number of hosts; each runs one process."""
         return 1 if self.chips <= self.chip.hosted else self.chips // HOSTED
 
     @property
     def type(self) -> str:
-        """As gcloud and SkyPilot take it: `v5litepod-16`."""
+        """The accelerator type of gcloud and SkyPilot, as `v5litepod-16`."""
         return f"{self.generation.type}-{self.chips * self.generation.counted}"
 
 
 def named(topology: str, flag: str) -> TpuSlice:
-    """`v5e:4x4`, as `flag` gives it.
+    """The slice that a topology such as `v5e:4x4` names; errors name `flag`.
 
     Raises:
-      UserError: it is missing, or there is no such slice.
+      UserError: the topology is missing, or there is no such slice.
     """
     if not topology:
         raise UserError(
@@ -85,10 +85,10 @@ def named(topology: str, flag: str) -> TpuSlice:
 
 
 def of_type(text: str, flag: str) -> TpuSlice:
-    """`v5litepod-16`, as `flag` gives it.
+    """The slice that a type such as `v5litepod-16` names; errors name `flag`.
 
     Raises:
-      UserError: there is no such type in `research/chips.py`.
+      UserError: `research/parallel/chips.py` has no slice of that type.
     """
     known = {
         found.type: found
@@ -102,15 +102,15 @@ def of_type(text: str, flag: str) -> TpuSlice:
 
 
 def only(config: Config, type_: str, flag: str, example: str) -> TpuSlice:
-    """The one slice of a job: `type_`, as `flag` gives it, or else the config's.
+    """The one slice of a job: `type_`, the value of `flag`, or else the config's.
 
     Raises:
-      UserError: there is no such slice, or the config wants several.
+      UserError: there is no such slice, or the config names several.
     """
     if config.runtime.slices > 1:
         raise UserError(
-            f"config.runtime.slices is {config.runtime.slices}, and a job has one "
-            "slice here: launch it on gke, which joins several, or set it to 1"
+            f"config.runtime.slices is {config.runtime.slices}, and this target rents "
+            "one slice: launch it on gke, which joins several, or set it to 1"
         )
     if type_:
         return of_type(type_, flag)
@@ -118,10 +118,10 @@ def only(config: Config, type_: str, flag: str, example: str) -> TpuSlice:
 
 
 def default_type(chosen: TpuSlice, flag: str) -> str:
-    """The type, which stands for one shape of so many chips.
+    """The type of a slice; a type stands for only one shape of that many chips.
 
     Raises:
-      UserError: for another shape than this one.
+      UserError: the slice has another shape.
     """
     if chosen.shape not in chosen.chip.shapes:
         raise UserError(

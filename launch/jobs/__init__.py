@@ -1,1 +1,1 @@
-"""What every launch shares: the job, its checks, compiler settings, restart policy."""
+"""What every launch shares: jobs, flags, the fit check, settings and restarts."""

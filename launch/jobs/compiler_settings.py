@@ -1,14 +1,14 @@
 """Compiler and library settings per chip, as data: set before JAX starts.
 
-`default` sets those that are fit for every run and are known to leave the result as it
-is; whatever can change a number, or is not known not to, is off unless asked for by
-name. For TPUs nothing is on by default: what libtpu does by itself, the latency-hiding
-scheduler and the fusion of asynchronous all-gathers, is what Google suggests.
+`default` sets those that suit every run and provably keep every number of a result. A
+setting that can change a number, or that nobody has shown not to, must be named to be
+set. `default` sets nothing for TPUs: libtpu already uses what Google suggests, the
+latency-hiding scheduler and the fusion of asynchronous all-gathers.
 
-What counts as leaving the result as it is: another order of the same instructions,
-another place or amount of memory, another way to move the same bytes. What fuses,
-splits or merges arithmetic or sums may round differently: also a reduction of merged
-buffers, whose parts then meet in another order around the ring.
+These changes keep every number: another order of the same instructions, another place
+or amount of memory, another way to move the same bytes. A setting that fuses, splits or
+merges arithmetic may round differently. So may a reduction of merged buffers, because
+their parts are then summed in another order around the ring.
 
 Sources, by the name in `Setting.source`:
   jax     https://docs.jax.dev/en/latest/gpu_performance_tips.html
@@ -28,9 +28,9 @@ from collections.abc import Mapping, Sequence
 from research.core.errors import UserError, nearest
 from research.parallel.chips import CHIPS
 
-# These hold many flags, of which the last one wins; any other variable holds one value.
+# These variables hold many flags, and the last flag wins. All others hold one value.
 OF_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# jaxlib refuses to start when both are set; the second one is the old name.
+# jaxlib does not start if both are set; the second one is the old name.
 SAME = {"XLA_CLIENT_MEM_FRACTION": "XLA_PYTHON_CLIENT_MEM_FRACTION"}
 GPUS = tuple(chip.name for chip in CHIPS.values() if chip.platform == "gpu")
 TPUS = tuple(chip.name for chip in CHIPS.values() if chip.platform == "tpu")
@@ -38,18 +38,18 @@ TPUS = tuple(chip.name for chip in CHIPS.values() if chip.platform == "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One choice, of one variable.
+    """A named choice for one environment variable.
 
     Attributes:
-      name: by which it is asked for.
-      chips: of `research/chips.py`, that it is for.
-      variable: of the environment.
-      value: of the variable, or the flags that are added to it.
-      does: what it is for.
+      name: its name in `--settings`.
+      chips: the chips of `research/parallel/chips.py` that it is for.
+      variable: the environment variable.
+      value: the variable's value, or the flags to add to it.
+      does: its purpose.
       changes_numbers: it can change a result, or nobody has shown that it does not.
-      why: it is thought to change numbers, or not to.
-      source: see above.
-      by_default: part of `default`; never where it changes numbers.
+      why: the reason for `changes_numbers`.
+      source: names of the sources listed above.
+      by_default: whether `default` includes it; never if it changes numbers.
     """
 
     name: str
@@ -78,10 +78,10 @@ SETTINGS: Mapping[str, Setting] = {
             "jax; nvidia; its one use is in xla/service/gpu/gpu_hlo_schedule.cc",
             by_default=True,
         ),
-        # JAX's own 0.75 is less than a plan counts on: research/planning/planner.py.
+        # JAX's own 0.75 is less than a plan allows: research/plan/planner.py, USABLE.
         Setting(
             "gpu-memory", GPUS, "XLA_CLIENT_MEM_FRACTION", "0.92",
-            "lets JAX have the share of memory that a plan counts on", False,
+            "lets JAX use the share of memory that a plan allows", False,
             "the size of a pool; no program changes", "memory", by_default=True,
         ),
         Setting(
@@ -196,12 +196,13 @@ def environment(
 ) -> dict[str, str]:
     """Variables to set before JAX starts, merged with the user's own.
 
-    A flag or variable that the user has set stays as it is; flags of the user stand
-    last. A variable that nothing here touches is left out.
+    A flag or variable that the user has set keeps its value; the user's flags come
+    last. The result has only variables that a setting changes.
 
     Args:
-      chip: of `research/chips.py`; empty where it is not known, and `default` is none.
-      asked: names, `default`, or `none` alone.
+      chip: a chip of `research/parallel/chips.py`, or empty if it is not known; then
+        `default` sets nothing.
+      asked: names of settings and `default`, or `none` alone.
       own: the user's environment.
 
     Raises:
@@ -229,7 +230,7 @@ def _chosen(chip: str, asked: Sequence[str]) -> list[Setting]:
     names = [name.strip() for name in asked if name.strip()]
     if "none" in names:
         if len(names) > 1:
-            raise UserError(f"--settings={','.join(names)}: none stands alone")
+            raise UserError(f"--settings={','.join(names)}: use none alone")
         return []
     if chip and chip not in CHIPS:
         raise UserError(
@@ -246,13 +247,13 @@ def _chosen(chip: str, asked: Sequence[str]) -> list[Setting]:
             continue
         if name not in SETTINGS:
             raise UserError(
-                f"--settings={name} is not known{nearest(name, SETTINGS)}; it is "
+                f"--settings={name} is not known{nearest(name, SETTINGS)}; use "
                 "default, none, or names of --settings=list"
             )
         if chip and chip not in SETTINGS[name].chips:
             raise UserError(
                 f"--settings={name} is for {', '.join(SETTINGS[name].chips)}, not for "
-                f"{chip}; leave it out"
+                f"{chip}; remove it"
             )
         chosen[name] = SETTINGS[name]
     return list(chosen.values())
@@ -263,8 +264,8 @@ def _flag_name(flag: str) -> str:
 
 
 def table(width: int = 88) -> str:
-    """All settings, to be read: what `--settings=list` prints."""
-    parts = ["on by default where marked *; the others are asked for by name\n"]
+    """All settings as text; `--settings=list` prints it."""
+    parts = ["* marks the settings of `default`; the others must be named\n"]
     for setting in SETTINGS.values():
         mark = "*" if setting.by_default else " "
         changes = "may change" if setting.changes_numbers else "does not change"

@@ -1,7 +1,7 @@
-"""What is checked before money is spent: that the config fits the chips asked for.
+"""Checks that a config fits the chips before any money is spent.
 
-The planner's formula answers in a second, from the shape of the model alone; see
-`research/planning/`. What it cannot know it refuses, and says how to go on.
+The planner's formula (`research/plan`) answers within a second from the shape of the
+model. A launch whose fit cannot be computed is refused, with the flag to override it.
 """
 
 import argparse
@@ -18,49 +18,38 @@ from research.parallel.chips import GIB
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
 
 if TYPE_CHECKING:
-    # JAX comes with it, and a mistyped flag is answered without JAX.
+    # It imports JAX, which takes a second. A mistyped flag must not wait for that.
     from research.plan.planner import Plan
 
 OVERRIDE = "--no-fit-check"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of every target."""
+    """Adds the flags of this check."""
     parser.add_argument(
-        OVERRIDE, action="store_true", help="launch what may not fit into the memory"
+        OVERRIDE, action="store_true", help="launch even if the config may not fit"
     )
     parser.add_argument(
         "--preset",
         default="",
-        help="shape that stands for the config's model where that is out of reach",
+        help="shape to use if the config's model cannot be read here",
     )
 
 
-def chips(
-    target: Target, config: Config, options: argparse.Namespace
-) -> tuple[str, int] | None:
-    """What the target rents, as `("v5e:4x4", slices)`; None where it does not know."""
-    ask = getattr(target, "chips", None)
-    return ask(options, config) if ask else None
-
-
 def check(
-    target: Target,
-    rented: tuple[str, int] | None,
-    configs: Sequence[Config],
-    options: argparse.Namespace,
+    target: Target, configs: Sequence[Config], options: argparse.Namespace
 ) -> list[str]:
-    """What was found, a line each; nothing for a target that rents nothing.
+    """Checks all configs; returns lines to show, none if nothing is rented.
 
     Raises:
-      UserError: a config does not fit, or nobody can know.
+      UserError: a config does not fit, or nobody can know whether it does.
     """
-    rents = getattr(target, "rents", lambda options: True)
-    if options.no_fit_check or not hasattr(target, "chips") or not rents(options):
+    if options.no_fit_check or not target.rents(options):
         return []
+    rented = target.chips(options, configs[0])
     if rented is None:
-        return ["whether it fits is not checked: the target names no chips"]
-    # Of runs that differ only in these one stands for all.
+        return ["the fit was not checked: the target does not know its chips"]
+    # Runs that differ only in seed and folder need the same memory.
     same = {repr(dataclasses.replace(c, run_dir="", seed=0)): c for c in configs}
     found = [
         require_fit(config, *rented, preset=options.preset) for config in same.values()
@@ -69,17 +58,17 @@ def check(
 
 
 def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") -> str:
-    """Plans `config` by formula; one line that says what a chip would hold.
+    """Plans `config` by formula and returns a line that says how full a chip is.
 
     Args:
-      config: what is to be launched.
+      config: the config to launch.
       device: the chips, as `v5e:4x4` or `h100:16`.
-      slices: of TPUs.
-      preset: a shape that stands for the config's model.
+      slices: number of TPU slices.
+      preset: a shape to use in place of the config's model.
 
     Raises:
-      UserError: it does not fit, cannot be split over the chips, or its shape is out
-        of reach.
+      UserError: the config does not fit or cannot be split over the chips, or the
+        shape of its model cannot be read.
     """
     with _planning():
         from research.plan import abstract_step, planned_devices, planner
@@ -89,8 +78,8 @@ def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") 
             architecture = abstract_step.find_architecture(config, preset)
         except UserError as error:
             raise UserError(
-                f"whether the config fits {chips.name} cannot be known: {error}, and "
-                f"{OVERRIDE} goes on without"
+                f"whether the config fits {chips.name} cannot be known: {error}; "
+                f"{OVERRIDE} launches it without this check"
             ) from error
         try:
             plan = planner.plan_estimate(config, architecture, chips)
@@ -105,16 +94,16 @@ def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") 
         remedy = _remedy(plan, lambda c: planner.plan_estimate(c, architecture, chips))
     raise UserError(
         f"the config needs {held} (estimated; {_largest_part(plan)}): {remedy}, or "
-        f"launch it as it is with {OVERRIDE}"
+        f"launch it anyway with {OVERRIDE}"
     )
 
 
 @contextlib.contextmanager
 def _planning() -> Iterator[None]:
-    """JAX without accelerators, in here alone.
+    """Hides accelerators from JAX, and restores the environment afterwards.
 
-    What the planner sets, and what JAX sets at its import, would go on to the run:
-    a trainer on this machine, or a job to which sbatch gives the whole environment.
+    The variables that the planner and JAX set must not reach the run: a local trainer
+    and a Slurm job both inherit this environment.
     """
     before = dict(os.environ)
     os.environ |= ENVIRONMENT
@@ -127,7 +116,7 @@ def _planning() -> Iterator[None]:
 
 def _largest_part(plan: "Plan") -> str:
     memory = plan.memory
-    assert memory is not None, "an estimate always has one"
+    assert memory is not None, "an estimate always has its memory"
     parts = {
         "frozen weights": memory.frozen,
         "trained weights": memory.trained,
@@ -135,11 +124,11 @@ def _largest_part(plan: "Plan") -> str:
         "activations and gradients": memory.temporaries,
     }
     name = max(parts, key=lambda part: parts[part])
-    return f"{parts[name] / GIB:.1f} of them {name}"
+    return f"{parts[name] / GIB:.1f} GiB of it {name}"
 
 
 def _remedy(plan: "Plan", replan: Callable[[Config], "Plan"]) -> str:
-    """The knobs that make it fit, as flags; tried in turn until it does."""
+    """The flags that make it fit; one change after the other is tried."""
     flags: list[str] = []
     for change in (_spread, _shrink_pass, _recompute, _offload):
         if not (knobs := change(plan)):
@@ -147,7 +136,7 @@ def _remedy(plan: "Plan", replan: Callable[[Config], "Plan"]) -> str:
         try:
             changed = replan(_with(plan.config, knobs))
         except UserError:
-            continue  # What cannot be split so is no remedy.
+            continue  # The config cannot be split in that way.
         if changed.needed < plan.needed:
             plan = changed
             flags += [f"--config.{knob}={value}" for knob, value in knobs.items()]
@@ -160,7 +149,7 @@ def _remedy(plan: "Plan", replan: Callable[[Config], "Plan"]) -> str:
 
 
 def _spread(plan: "Plan") -> dict[str, Any]:
-    """The weights over every chip of a slice."""
+    """Shards the weights over every chip of a slice."""
     mesh = plan.mesh
     kept = mesh.get("tensor", 1) * mesh.get("context", 1) * plan.target.slices
     widest = plan.target.count // kept
@@ -172,7 +161,7 @@ def _spread(plan: "Plan") -> dict[str, Any]:
 
 
 def _shrink_pass(plan: "Plan") -> dict[str, Any]:
-    """The fewest rows at a time."""
+    """Lowers the rows of a pass to the fewest possible."""
     mesh = plan.mesh
     fewest = mesh.get("replica", 1) * mesh.get("data", 1) * mesh.get("fsdp", 1)
     return {"data.microbatch_size": fewest} if plan.micro_rows > fewest else {}

@@ -1,4 +1,4 @@
-"""What is launched, and what launching it takes: commands and files, not yet used."""
+"""A job to launch, and the plan of a launch: files and commands, not yet used."""
 
 import dataclasses
 import re
@@ -14,15 +14,15 @@ from research.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LaunchJob:
-    """One command of a trainer: a run, or several that train as one program.
+    """One trainer command: it trains a run, or several runs as one program.
 
     Attributes:
-      name: told apart by it from the others of a launch; may be any text.
-      flags: of the trainer, as they were given.
-      config: what they come to; of several runs, what they share.
+      name: any text that is unique in the launch.
+      flags: the trainer's flags, as the user wrote them.
+      config: the config that the flags make; for several runs, the largest of theirs.
       module: the trainer.
-      beside: where files about the job go; a suffix is added to its name.
-      env: variables that must be set before it starts; see `launch/settings.py`.
+      beside: path to which a suffix is added to name the files of the job.
+      env: variables to set before the trainer starts; see `compiler_settings`.
     """
 
     name: str
@@ -36,48 +36,48 @@ class LaunchJob:
     def of_run(
         cls, flags: Sequence[str], config: Config, name: str = ""
     ) -> "LaunchJob":
-        """A job of one run, named by its folder."""
+        """A job that trains one run; by default its folder's name is the job's name."""
         folder = Path(config.run_dir)
         return cls(name or folder.name, tuple(flags), config, beside=folder)
 
     def command(self, python: str, *, distributed: bool = False) -> list[str]:
-        """The trainer's argv; each of several processes runs the same.
+        """The trainer's argv, which is the same for each of several processes.
 
         Raises:
-          UserError: runs that train together have one process.
+          UserError: runs that train together cannot have several processes.
         """
         if distributed and self.module == "research.train_together":
             raise UserError(
-                f"{self.name} train as one program, and only in one process: give "
-                "--together=1, or one process"
+                f"{self.name} train as one program, which has one process: set "
+                "--together=1, or use one process"
             )
         own = [python, "-m", self.module, *self.flags]
         return [*own, "--config.runtime.distributed=true"] if distributed else own
 
     def setting_env(self, command: Sequence[str]) -> list[str]:
-        """The argv that runs `command` with the job's variables, without a shell."""
+        """The argv that sets the job's variables and runs `command` without a shell."""
         if not self.env:
             return list(command)
         return ["env", *(f"{k}={v}" for k, v in self.env.items()), *command]
 
     def file(self, suffix: str) -> Path:
-        """Beside the run's folder, never in it: that one the trainer makes."""
+        """A path beside the run's folder; only the trainer makes the folder itself."""
         return self.beside.with_name(self.beside.name + suffix)
 
     def label(self, longest: int = 40) -> str:
-        """The name as clouds allow them: `[a-z]([-a-z0-9]*[a-z0-9])?`, RFC 1035."""
+        """The name as clouds allow it, `[a-z]([-a-z0-9]*[a-z0-9])?` (RFC 1035)."""
         plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return (plain if plain[:1].isalpha() else f"run-{plain}")[:longest].strip("-")
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
-    """All that a launch does.
+    """Everything that a launch does.
 
     Attributes:
-      files: their texts by path, written before the commands.
-      commands: run in this order, without a shell: nothing in them is interpreted.
-      env: set beside the launcher's own environment, for each command.
+      files: texts by path, written before the commands run.
+      commands: run in this order without a shell, so that nothing is interpreted.
+      env: variables of each command, in addition to the launcher's own.
     """
 
     files: Mapping[Path, str]
@@ -85,7 +85,7 @@ class LaunchPlan:
     env: Sequence[Mapping[str, str]] = ()
 
     def text(self) -> str:
-        """What `--dry-run` prints; the commands can be pasted into a shell."""
+        """The text that `--dry-run` prints; its commands can be pasted into a shell."""
         parts = [f"# file {path}\n{text}" for path, text in self.files.items()]
         for index, command in enumerate(self.commands):
             env = self.env[index] if self.env else {}
@@ -94,10 +94,10 @@ class LaunchPlan:
         return "\n".join(parts)
 
     def require_tools(self, how: Mapping[str, str]) -> None:
-        """`how` says of each tool what to install.
+        """Checks that all tools are on PATH; `how` says how to install each.
 
         Raises:
-          UserError: one is not on PATH.
+          UserError: one is missing.
         """
         for tool, remedy in how.items():
             if shutil.which(tool) is None:
@@ -110,10 +110,10 @@ class LaunchPlan:
 
 
 def check_training_flags(arguments: Sequence[str]) -> Config:
-    """The config that the trainer would read from these flags.
+    """Parses the trainer's flags as the trainer will, before anything is rented.
 
     Raises:
-      UserError: what the trainer would say of them, before a machine is rented.
+      UserError: the trainer would reject a flag or the config.
     """
     argv = ["research.train", *arguments]
     return command_line.parse_with_config(argv, "", command_line.NoFlags)[0]

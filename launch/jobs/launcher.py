@@ -8,25 +8,17 @@ from collections.abc import Sequence
 from launch.jobs import compiler_settings, fit_check
 from launch.jobs.launch_job import LaunchJob
 from launch.targets import Target
-from research.core.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are ours: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def add_flags(parser: argparse.ArgumentParser, target: Target) -> None:
-    """Those that every target has, and its own."""
+    """Adds the flags that every target has, and the target's own."""
     parser.add_argument(
-        "--dry-run", action="store_true", help="show, and do nothing else"
+        "--dry-run", action="store_true", help="show files and commands; do nothing"
     )
     parser.add_argument(
         "--settings",
         default="default",
-        help="default, none, or names of --settings=list, with commas between",
+        help="default, none, or names of --settings=list, separated by commas",
     )
     fit_check.add_flags(parser)
     target.add_flags(parser)
@@ -35,14 +27,14 @@ def add_flags(parser: argparse.ArgumentParser, target: Target) -> None:
 def with_settings(
     target: Target, jobs: Sequence[LaunchJob], options: argparse.Namespace
 ) -> list[LaunchJob]:
-    """The jobs with the variables that `--settings` comes to on the target's chips.
+    """Returns the jobs with the variables that `--settings` sets on these chips.
 
     Raises:
-      UserError: one of the names is no setting, or is not for these chips.
+      UserError: one of the names is no setting, or it is not for these chips.
     """
     if not jobs:
         return []
-    rented = fit_check.chips(target, jobs[0].config, options)
+    rented = target.chips(options, jobs[0].config)
     chip = rented[0].partition(":")[0] if rented else ""
     env = compiler_settings.environment(chip, options.settings.split(","))
     return [dataclasses.replace(job, env=env) for job in jobs]
@@ -51,19 +43,18 @@ def with_settings(
 def start(
     target: Target, jobs: Sequence[LaunchJob], options: argparse.Namespace
 ) -> int:
-    """Runs the jobs, or shows what that would take; returns the exit code.
+    """Runs the jobs, or shows them if `--dry-run` is set; returns the exit code.
 
     Raises:
       UserError: a flag or the config does not fit the target, or a tool is missing.
     """
-    rented = fit_check.chips(target, jobs[0].config, options)
     jobs = with_settings(target, jobs, options)
     plan = target.plan(jobs, options)
     if not options.dry_run:
         plan.require_tools(target.TOOLS)
-    # The slowest check comes last, and before anything is written or run.
-    for found in fit_check.check(target, rented, [job.config for job in jobs], options):
-        sys.stderr.write(f"launch: {found}\n")
+    # The slowest check comes last, but before anything is written or run.
+    for line in fit_check.check(target, [job.config for job in jobs], options):
+        sys.stderr.write(f"launch: {line}\n")
     if options.dry_run:
         sys.stdout.write(plan.text())
         return 0

@@ -1,7 +1,7 @@
-"""Which ends of a trainer are worth starting it again.
+"""Decides from a trainer's exit code whether to start it again.
 
-The exit codes are the trainer's (`research/errors.py`). Whatever a person must mend is
-final; a preemption costs nothing, and every other end is tried a few times.
+`research/core/errors.py` defines the exit codes. An error that a person must fix is
+final. A preemption never counts as a failure. Every other end is tried a few times.
 """
 
 from research.core.errors import (
@@ -13,8 +13,8 @@ from research.core.errors import (
     UserError,
 )
 
-# 130: a person's Ctrl-C before there was anything to save. A person who asks a run to
-# stop does not want it started again.
+# 130 is a person's Ctrl-C before there was anything to save. Whoever stops a run does
+# not want it to be started again.
 FINAL = {
     0,
     130,
@@ -24,9 +24,9 @@ FINAL = {
 
 
 def worst(codes: list[int]) -> int:
-    """The exit code that says most of processes that ended together.
+    """The most telling exit code of processes that ended together.
 
-    A process that ends another's hang says less than the one that failed.
+    A final error comes first, then any other failure, then a preemption.
     """
     final = [code for code in codes if code in FINAL and code != 0]
     failed = [code for code in codes if code not in (0, PREEMPTED)]
@@ -34,5 +34,5 @@ def worst(codes: list[int]) -> int:
 
 
 def again(code: int, failures_left: int) -> bool:
-    """Whether to start once more."""
+    """Whether to start the trainer again."""
     return code == PREEMPTED or (code not in FINAL and failures_left > 0)

@@ -1,1 +1,1 @@
-"""`python -m launch.report`: what came out of a sweep, as HTML and Markdown."""
+"""`python -m launch.report`: compares the runs of a sweep, as HTML and Markdown."""

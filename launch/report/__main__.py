@@ -1,23 +1,23 @@
-"""Reports what came out of a sweep: `python -m launch.report --sweep=...`."""
+"""Reports the results of a sweep: `python -m launch.report --sweep=...`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs import launcher
+from launch.jobs.launch_flags import LaunchParser
 from research.config import command_line
 from research.core.errors import UserError
 
 USAGE = """
-Writes report.html and report.md into the folder of a sweep, from what its runs have
-written down so far, and shows the second one. Runs that are not done are named.
+Writes report.html and report.md into the folder of a sweep, from the files of its runs
+so far, and shows report.md. It names the runs that are not done.
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = launcher.Parser(
+    parser = LaunchParser(
         prog="python -m launch.report",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -27,13 +27,13 @@ def main(argv: Sequence[str]) -> int:
         "--sweep", default="", help="the sweep's file, or the folder of its runs"
     )
     parser.add_argument(
-        "--folder", default="", help="of its runs; default: runs/sweeps/NAME"
+        "--folder", default="", help="folder of the runs; default: runs/sweeps/NAME"
     )
     options = parser.parse_args(argv[1:])
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")
     folder = find(options.sweep, options.folder)
-    # Only now: a mistyped flag is answered before Matplotlib is imported.
+    # Imported here: a mistyped flag must not wait for Matplotlib.
     from launch.report import sweep_page
 
     written = sweep_page.write(folder)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find(sweep: str, folder: str) -> Path:
-    """The folder with `sweep.json`.
+    """Finds the folder with `sweep.json`.
 
     Raises:
       UserError: there is none.

@@ -1,7 +1,6 @@
 """Means over seeds, their intervals, and what paired differences allow to say."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,9 +15,9 @@ class Interval:
     """A mean and its confidence interval, by Student's t with n - 1 degrees.
 
     Attributes:
-      count: values it is of.
-      mean: of them.
-      half: of the interval's width; infinite for fewer than two values.
+      count: number of values.
+      mean: their mean.
+      half: half of the interval's width; infinite for fewer than two values.
     """
 
     count: int
@@ -35,18 +34,12 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of one or more values that are finite."""
-    count = len(values)
-    mean = float(np.mean(values))
+    """The interval of one or more finite values."""
+    count, mean = len(values), float(np.mean(values))
     if count < 2:
         return Interval(count, mean, math.inf)
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Interval(count, mean, _quantile(count) * error)
-
-
-@functools.cache
-def _quantile(count: int) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+    quantile = stats.t.ppf((1 + LEVEL) / 2, count - 1)
+    return Interval(count, mean, float(stats.sem(values) * quantile))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +48,7 @@ class PairedComparison:
 
     Attributes:
       difference: point minus baseline, seed by seed.
-      p: of a paired t-test, two-sided; 1 where it cannot be made.
+      p: p value of a two-sided paired t-test; 1 for a single seed.
     """
 
     difference: Interval
@@ -65,21 +58,27 @@ class PairedComparison:
 def compare(
     values: Mapping[int, float], baseline: Mapping[int, float]
 ) -> PairedComparison | None:
-    """By seed; None where no seed is in both."""
-    shared = sorted(values.keys() & baseline.keys())
-    if not shared:
+    """Compares values by seed; None if no seed has both."""
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
         return None
-    found = interval([values[seed] - baseline[seed] for seed in shared])
-    if found.count < 2:
-        return PairedComparison(found, 1.0)
-    if found.half == 0:  # To the last digit the same difference at every seed.
-        return PairedComparison(found, 0.0 if found.mean else 1.0)
-    t = found.mean / (found.half / _quantile(found.count))
-    return PairedComparison(found, float(2 * stats.t.sf(abs(t), found.count - 1)))
+    mine, other = ([found[seed] for seed in seeds] for found in (values, baseline))
+    difference = interval(np.subtract(mine, other).tolist())
+    if len(seeds) < 2:
+        p = 1.0
+    elif difference.half == 0:  # Every seed differs by exactly the same amount.
+        p = 0.0 if difference.mean else 1.0
+    else:
+        p = float(stats.ttest_rel(mine, other).pvalue)
+    return PairedComparison(difference, p)
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """P values corrected for how many there are (Holm 1979), in the same order."""
+    """Corrects p values for their number, in the same order.
+
+    Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure. SciPy corrects
+    only for the false discovery rate, which is a weaker promise.
+    """
     adjusted = [1.0] * len(values)
     largest = 0.0
     for rank, index in enumerate(np.argsort(values, kind="stable")):
@@ -89,16 +88,22 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def verdict(found: PairedComparison | None, adjusted: float, comparisons: int) -> str:
-    """In words; less is better. `adjusted` is its p value by `holm`."""
+    """Says in words how a point compares; less is better.
+
+    Args:
+      found: the comparison with the baseline.
+      adjusted: its p value, corrected by `holm`.
+      comparisons: number of points that are compared with the baseline.
+    """
     if found is None:
         return "no seed in common with the baseline"
     difference = found.difference
     if difference.count < 2:
-        return "not distinguishable: one seed says nothing of chance"
+        return "not distinguishable: one seed cannot show chance"
     if adjusted < 1 - LEVEL:
         word = "better" if difference.mean < 0 else "worse"
         return f"{word} than the baseline by {abs(difference.mean):.4f}"
     said = f"not distinguishable at {difference.count} seeds"
     if difference.low > 0 or difference.high < 0:
-        said += f" (alone it would be; it is one of {comparisons} comparisons)"
+        said += f" (it would be if it were not one of {comparisons} comparisons)"
     return said

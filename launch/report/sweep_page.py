@@ -1,4 +1,4 @@
-"""The report as a page: `report.html`, which needs no other file, and `report.md`."""
+"""Writes a sweep's report: `report.html`, a single file, and `report.md`."""
 
 import math
 import shlex
@@ -15,10 +15,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(folder: Path) -> list[Path]:
-    """Reads the sweep in `folder`, writes both pages and the pictures.
+    """Reads the sweep in `folder` and writes both pages and the plots.
 
     Raises:
-      UserError: there is no sweep, or its metric is not what the runs measure.
+      UserError: there is no sweep, or its runs do not measure its metric.
     """
     report = sweep_results.load(folder)
     pictures = {"curves": sweep_plots.curves(report)}
@@ -59,6 +59,7 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
 
 
 def header(report: SweepReport) -> list[str]:
+    """The names of the table's columns."""
     percent = round(100 * seed_statistics.LEVEL)
     return [
         *report.axes,
@@ -75,7 +76,7 @@ def header(report: SweepReport) -> list[str]:
 
 
 def cells(report: SweepReport, row: PointResult) -> list[str]:
-    """A row of the table, in the order of `header`."""
+    """One row of the table, in the order of `header`."""
     found, against = row.found, row.comparison and row.comparison.difference
     return [
         *row.point,

@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG text."""
+"""The plots of a sweep's report, as SVG text."""
 
 import io
 import math
@@ -17,18 +17,18 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-# The same runs give the same bytes.
+# A fixed salt: the same runs give the same bytes.
 STYLE = {
     "svg.hashsalt": "sweep",
     "svg.fonttype": "none",
     "font.size": 9,
-    # A label is a person's: two $ in it begin no formula.
+    # A label is free text, and two $ in it are no formula.
     "text.parse_math": False,
 }
 
 
 def curves(report: SweepReport) -> str:
-    """The metric over the steps, and its paired difference to the baseline."""
+    """Plots the metric over the steps, and its paired difference to the baseline."""
     by_point = {row.point: row.results for row in report.rows}
     baseline = {r.seed: dict(r.curve) for r in by_point.get(report.baseline, ())}
 
@@ -55,7 +55,7 @@ def _against(result: RunResult, baseline: Mapping[int, dict[int, float]]) -> dic
 
 
 def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
-    """Mean over the seeds, and from the lowest to the highest of them."""
+    """Draws the mean over the seeds and the range from the lowest to the highest."""
     by_step: dict[int, list[float]] = {}
     for curve in found:
         for step, value in curve.items():
@@ -73,10 +73,10 @@ def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) 
 
 
 def along(report: SweepReport, index: int) -> str:
-    """The end along axis `index`, a line for each of the other points.
+    """Plots the last metric along axis `index`, one line for each other point.
 
-    Left the metric, right its paired difference to the baseline: where seeds differ
-    more than points do, only the right one tells points apart.
+    The left plot shows the metric, the right one its paired difference to the baseline.
+    If seeds differ more than points do, only the right one separates the points.
     """
     axis = report.sweep["axes"][index]
     positions, scale = _positions(axis)
@@ -124,7 +124,7 @@ def along(report: SweepReport, index: int) -> str:
 
 
 def _bars(axes: Axes, found: Mapping[float, Interval], style: dict[str, Any]) -> None:
-    """Means and their intervals, where there are any, by place on the axis."""
+    """Draws means and their intervals by place on the axis."""
     if not found:
         return
     halves = [x.half if math.isfinite(x.half) else 0.0 for x in found.values()]
@@ -133,7 +133,7 @@ def _bars(axes: Axes, found: Mapping[float, Interval], style: dict[str, Any]) ->
 
 
 def _positions(axis: dict[str, Any]) -> tuple[dict[str, float], str]:
-    """Where each label stands, and the scale; empty where labels have no order."""
+    """The place of each label, and the scale; it is empty if a label is no number."""
     labels = list(axis["points"])
     try:
         numbers = {name: float(name) for name in labels}
@@ -159,5 +159,5 @@ def _picture(count: int, draw: Callable[[Sequence[Axes]], None]) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         pyplot.close(figure)
-    # Without the head of an XML file it can stand in a page.
+    # A page can contain the SVG only without the head of an XML file.
     return text.getvalue()[text.getvalue().index("<svg") :]

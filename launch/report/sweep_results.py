@@ -1,4 +1,4 @@
-"""What the runs of a sweep have written down, as the rows of its report."""
+"""Reads the files of a sweep's runs into the rows of its report."""
 
 import collections
 import dataclasses
@@ -20,15 +20,15 @@ UNMEASURED = "its evaluations do not have the metric"
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """One run.
+    """What one run has measured so far.
 
     Attributes:
-      state: `done`, or how far it is and why it ended.
+      state: `done`, or its last step and why it ended there.
       curve: `(step, metric)` of each evaluation.
-      value: the metric at the end, None before it.
-      seconds: of training steps; a run of several together has its share of them.
-      tokens: real ones, padding left out.
-      chip_hours: the seconds times the devices it had.
+      value: the metric of the last evaluation; None until the run is done.
+      seconds: time in training steps; runs that train together share it evenly.
+      tokens: tokens trained on, without padding.
+      chip_hours: the seconds in hours, times the number of devices.
       origin: code, JAX and devices of its last start; empty before the first.
     """
 
@@ -50,9 +50,9 @@ class PointResult:
     """One point of the sweep, over its seeds.
 
     Attributes:
-      found: of the seeds that are done; None where none is.
-      comparison: with the baseline; None for the baseline, and without shared seeds.
-      verdict: in words.
+      found: the metric over the seeds that are done; None if none is.
+      comparison: None for the baseline and if no seed is shared with it.
+      verdict: the comparison in words.
       seconds, tokens, chip_hours: means over the runs that are done.
     """
 
@@ -68,11 +68,11 @@ class PointResult:
 
 @dataclasses.dataclass(frozen=True)
 class SweepReport:
-    """A sweep and what came out of it.
+    """A sweep and the results of its points.
 
     Attributes:
       sweep: the content of `sweep.json`.
-      rows: in the order of the axes.
+      rows: the points, in the order of the axes.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class SweepReport:
 
     @property
     def origins(self) -> dict[str, int]:
-        """What the runs that are done were made with, and how many by each."""
+        """The different origins of the runs that are done, with their numbers."""
         done = [r for row in self.rows for r in row.results if r.value is not None]
         return dict(collections.Counter(result.origin for result in done))
 
@@ -98,7 +98,7 @@ def load(folder: Path) -> SweepReport:
     """Reads `sweep.json` and every run's files.
 
     Raises:
-      UserError: there is no sweep, or its metric is not what the runs measure.
+      UserError: there is no sweep, or its runs do not measure its metric.
     """
     sweep = sweep_runs.read(folder)
     found = [_read(folder, run, sweep["metric"]) for run in sweep["runs"]]
@@ -140,8 +140,8 @@ def _row(
     if missing:
         verdict += f"; {missing} of {len(results)} runs not done"
 
-    def mean(what: str) -> float:
-        return sum(getattr(r, what) for r in done) / len(done) if done else math.nan
+    def mean(name: str) -> float:
+        return sum(getattr(r, name) for r in done) / len(done) if done else math.nan
 
     return PointResult(
         point=point,
@@ -182,7 +182,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
 
 
 def _metric(line: dict[str, Any], metric: str) -> float | None:
-    """`loss`, `bits_per_byte` or `by_group.NAME` of an evaluation; None: not there."""
+    """The value of `loss`, `bits_per_byte` or `by_group.NAME`; None if absent."""
     group, _, key = metric.partition(".")
     found = line.get(group)
     if key and isinstance(found, dict):
@@ -191,7 +191,7 @@ def _metric(line: dict[str, Any], metric: str) -> float | None:
 
 
 def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
-    """What the first run with an evaluation could be judged by."""
+    """Lists the metrics of the first run that has an evaluation."""
     for run in listed:
         for line in read_metrics(folder / run["name"]):
             if line["kind"] == "eval":
@@ -234,5 +234,5 @@ def _origin(starts: list[dict[str, Any]]) -> str:
 
 
 def _devices(starts: list[dict[str, Any]]) -> int:
-    """Of the last start: `8 TPU v5e`; one where no start is known."""
+    """Number of devices of the last start, such as `8 TPU v5e`; 1 if there is none."""
     return int(starts[-1]["devices"].split()[0]) if starts else 1

@@ -1,4 +1,4 @@
-"""`python -m launch.sweep`: an ablation sweep, from its file to finished runs."""
+"""`python -m launch.sweep`: trains every run that a sweep file describes."""
 
 from launch.sweep.sweep_spec import Sweep as Sweep
 from launch.sweep.sweep_spec import choice as choice

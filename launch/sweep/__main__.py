@@ -1,4 +1,4 @@
-"""Runs an ablation sweep: `python -m launch.sweep --sweep=configs/sweeps/NAME.py`."""
+"""Trains a sweep: `python -m launch.sweep --sweep=configs/sweeps/NAME.py`."""
 
 import argparse
 import dataclasses
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch import targets
 from launch.jobs import launcher
+from launch.jobs.launch_flags import LaunchParser, at_least
 from launch.jobs.launch_job import LaunchPlan
 from launch.sweep import run_packs, sweep_runs, sweep_spec
 from launch.sweep.run_packs import RunPack
@@ -18,16 +19,16 @@ from research.config import command_line
 from research.core.errors import UserError, nearest
 
 USAGE = """
-Trains every run of a sweep that is not done, and says which failed: called again it
-tries those once more. Runs that differ only in their adapters, learning rate, schedule
-or seed train as one program. Any number of these commands may work on one folder.
-`--config.KNOB=VALUE` after -- changes all runs. python -m launch.report shows what came
-out.
+Trains every run of a sweep that is not done, and names the runs that failed; the same
+command tries them again. Runs that differ only in their adapters, learning rate,
+schedule or seed train as one program. Any number of these commands may share a folder.
+`--config.KNOB=VALUE` after -- changes all runs. python -m launch.report shows the
+results.
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0 all runs are done, or given to the target."""
+    """Returns the exit code: 0 if all runs are done or submitted."""
     own, overrides = split(argv[1:])
     target, options = parse(own)
     sweep = sweep_spec.load(options.sweep)
@@ -51,22 +52,22 @@ def main(argv: Sequence[str]) -> int:
         sweep_runs.write(folder, sweep, options.sweep, found)
         return train(wanted, plans, found, folder, options)
     code = launcher.start(target, [u.job for u in wanted], options) if wanted else 0
-    # Whatever the end: what has been submitted is to be found by the report.
+    # Even after a failure: the report must find the runs that were submitted.
     if wanted and not options.dry_run:
         sweep_runs.write(folder, sweep, options.sweep, found)
     return code
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The launcher's flags, and those of all runs, after the first `--`."""
+    """Splits at the first `--` into the launcher's flags and those of all runs."""
     own = list(arguments)
     middle = own.index("--") if "--" in own else len(own)
     return own[:middle], own[middle + 1 :]
 
 
 def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
-    """The target, and the flags it has."""
-    first = launcher.Parser(
+    """Reads the target's name first, and then all flags with the target's own."""
+    first = LaunchParser(
         prog="python -m launch.sweep", add_help=False, allow_abbrev=False
     )
     first.add_argument("--target", default="local")
@@ -77,23 +78,25 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
             f"--target={name} is none of {', '.join(known)}{nearest(name, known)}"
         )
     target = targets.find(name)
-    parser = launcher.Parser(
+    parser = LaunchParser(
         prog="python -m launch.sweep",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--sweep", default="", help="file, see configs/sweeps/")
+    parser.add_argument("--sweep", default="", help="sweep file; see configs/sweeps/")
     parser.add_argument(
         "--target", default="local", help=f"{', '.join(known)}; default: local"
     )
     parser.add_argument(
-        "--folder", default="", help="of all runs; default: runs/sweeps/NAME"
+        "--folder", default="", help="folder of the runs; default: runs/sweeps/NAME"
     )
-    parser.add_argument("--seeds", default="", help="instead of the sweep's: 0,1,2")
+    parser.add_argument(
+        "--seeds", default="", help="seeds in place of the sweep's, as 0,1,2"
+    )
     parser.add_argument(
         "--together",
-        type=int,
+        type=at_least(1),
         default=None,
         help="most runs in one program; default: 8 on this machine, 1 elsewhere",
     )
@@ -101,12 +104,11 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
     options = parser.parse_args(arguments)
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")
-    if options.together is not None and options.together < 1:
-        raise UserError(f"--together is {options.together}; it must be at least 1")
     return target, options
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
+    """Reads `0,1,2`."""
     try:
         return tuple(int(seed) for seed in text.split(","))
     except ValueError:
@@ -120,8 +122,8 @@ def train(
     folder: Path,
     options: argparse.Namespace,
 ) -> int:
-    """On this machine, until all is done or has failed."""
-    # Only now: a mistyped flag is answered before JAX is imported.
+    """Trains on this machine until every run is done or has failed."""
+    # Imported here: a mistyped flag must not wait for JAX.
     from launch.report import sweep_page
     from launch.sweep.sweep_worker import SweepWorker
 
@@ -129,7 +131,7 @@ def train(
     with local.ProcessGroup() as group:
         worker = SweepWorker(wanted, found, folder, group)
         code = worker.work(plans, options.restarts)
-    if group.told is None:
+    if group.last_signal is None:
         for path in sweep_page.write(folder):
             logging.info("report: %s", path)
     else:

@@ -1,4 +1,4 @@
-"""What of a sweep is started as one command: a run, or several as one program."""
+"""Groups the runs of a sweep into packs; one command trains the runs of a pack."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from research.train_together import compatibility
 
 @dataclasses.dataclass(frozen=True)
 class RunPack:
-    """Runs that are started together, and the job that trains them."""
+    """Runs that train as one program, and the job that trains them."""
 
     runs: tuple[SweepRun, ...]
     job: LaunchJob
@@ -25,10 +25,10 @@ class RunPack:
 
 
 def make_packs(runs: Sequence[SweepRun], most: int, folder: Path) -> list[RunPack]:
-    """All runs in as few programs as may be, of at most `most` runs each.
+    """Puts all runs into as few packs as possible, of at most `most` runs each.
 
-    Which runs share a program does not depend on which are done: workers that start
-    later see the same packs.
+    The packs do not depend on which runs are done, so that workers that start later
+    make the same packs.
     """
     groups: dict[str, list[SweepRun]] = {}
     for run in runs:
@@ -37,7 +37,7 @@ def make_packs(runs: Sequence[SweepRun], most: int, folder: Path) -> list[RunPac
         groups.setdefault(key, []).append(run)
     packs = []
     for group in groups.values():
-        # Programs of equal size: none waits for the largest.
+        # Packs of equal size end at about the same time.
         count = math.ceil(len(group) / most)
         size = math.ceil(len(group) / count)
         packs += [
@@ -49,7 +49,7 @@ def make_packs(runs: Sequence[SweepRun], most: int, folder: Path) -> list[RunPac
 
 def _pack(runs: tuple[SweepRun, ...], folder: Path) -> RunPack:
     first, more = runs[0], len(runs) - 1
-    # Clouds and queues show it beside the jobs of other sweeps.
+    # The name starts with the sweep's, because queues show jobs of many sweeps.
     name = f"{folder.name} {first.name}{f' and {more} more' if more else ''}"
     beside = folder / "logs" / first.name
     if not more:
@@ -68,5 +68,5 @@ def _pack(runs: tuple[SweepRun, ...], folder: Path) -> RunPack:
 
 
 def _largest(runs: Sequence[SweepRun]) -> SweepRun:
-    """The run that needs most memory; the planner asks for it."""
+    """The run that needs most memory; the fit check uses its config."""
     return max(runs, key=lambda run: flat(run.config)["lora.rank"])

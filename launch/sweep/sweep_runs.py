@@ -1,4 +1,4 @@
-"""The runs that a sweep comes to, each with its folder, config and command."""
+"""The runs of a sweep, each with its folder, config and command; and `sweep.json`."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
 from research.runs.run_directory import is_complete
 
-# What a sweep gives to each run itself.
+# Knobs that a sweep sets for each run.
 OWN = ("seed", "run_dir")
 
 
@@ -28,11 +28,11 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder.
+      name: the name of its folder.
       point: its label on each axis.
-      changes: what it changes in the config that all runs share.
-      config: what that comes to.
-      shared: flags of the trainer that all runs have.
+      changes: knobs in which it differs from the config that all runs share.
+      config: its config.
+      shared: trainer flags that all runs have.
     """
 
     name: str
@@ -43,12 +43,12 @@ class SweepRun:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Of `research.train`, for this run alone."""
+        """Flags of `research.train` that train this run alone."""
         return (*self.shared, *(flag(*change) for change in self.changes.items()))
 
     @property
     def command(self) -> list[str]:
-        """That trains it alone."""
+        """The command that trains this run alone."""
         return ["python", "-m", "research.train", *self.flags]
 
     @property
@@ -61,7 +61,7 @@ class SweepRun:
 
 
 def flag(knob: str, value: Any) -> str:
-    """A knob as the command line has it."""
+    """A knob as the command line writes it."""
     return f"--config.{knob}={tuple(value) if isinstance(value, list) else value}"
 
 
@@ -69,12 +69,12 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
     """All runs, point by point, and each point's seeds in turn.
 
     Args:
-      sweep: what varies.
-      folder: where run directories go.
-      overrides: `--config.KNOB=VALUE`, in all runs.
+      sweep: the axes, seeds and shared config.
+      folder: parent of the run directories.
+      overrides: `--config.KNOB=VALUE` for all runs.
 
     Raises:
-      UserError: an axis, seed or override is wrong, or two runs have one name.
+      UserError: an axis, seed or override is wrong, or two runs have the same name.
     """
     _check(sweep)
     changes = _without_overridden(sweep, overrides)
@@ -109,7 +109,7 @@ def _check(sweep: Sweep) -> None:
         if len(axis.points) < 2:
             raise UserError(
                 f"axis {axis.name!r} has {len(axis.points)} value(s): there is nothing "
-                "to compare; give two or more, or put it into the sweep's changes"
+                "to compare; give two or more, or move it to the sweep's changes"
             )
         for knob in {knob for point in axis.points.values() for knob in point}:
             if knob not in known:
@@ -138,10 +138,10 @@ def _check(sweep: Sweep) -> None:
 
 
 def baseline(sweep: Sweep) -> tuple[str, ...]:
-    """The point that others are compared with, a label an axis.
+    """The point that all others are compared with, as one label per axis.
 
     Raises:
-      UserError: it names what is not on the axes.
+      UserError: it names an axis or a label that does not exist.
     """
     names = [axis.name for axis in sweep.axes]
     for name in sweep.baseline:
@@ -160,7 +160,7 @@ def baseline(sweep: Sweep) -> tuple[str, ...]:
 
 
 def _without_overridden(sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any]:
-    """The sweep's changes that the command line does not take back."""
+    """The sweep's changes without the knobs that the command line sets."""
     varied = {k for axis in sweep.axes for point in axis.points.values() for k in point}
     given = set()
     for override in overrides:
@@ -168,7 +168,7 @@ def _without_overridden(sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any
         knob = name.removeprefix("--config.")
         if knob == name or not equals:
             raise UserError(
-                f"{override!r} does not go with a sweep: write --config.KNOB=VALUE"
+                f"{override!r} does not fit a sweep: write --config.KNOB=VALUE"
             )
         if knob in varied:
             raise UserError(f"{override!r}: that knob is an axis of the sweep")
@@ -192,7 +192,7 @@ def _name(axes: Sequence[Axis], labels: Sequence[str], seed: int) -> str:
 def _require_distinct(runs: Sequence[SweepRun]) -> None:
     seen: dict[str, SweepRun] = {}
     for run in runs:
-        # Some file systems take two spellings for one.
+        # Some file systems ignore the case of letters.
         other = seen.setdefault(run.name.casefold(), run)
         if other is not run:
             raise UserError(
@@ -204,11 +204,12 @@ def _require_distinct(runs: Sequence[SweepRun]) -> None:
 def check_folder(folder: Path, sweep: Sweep, runs: Sequence[SweepRun]) -> None:
     """Refuses a folder whose runs cannot be compared with these.
 
-    More seeds and more values on an axis are welcome; what all runs share, and what a
-    name or a label stands for, must be the same: a report takes means over them.
+    A report takes means over the runs of a folder. The runs may gain seeds and values
+    of an axis, but their shared config and the meaning of each name and label must not
+    change.
 
     Raises:
-      UserError: it says what differs.
+      UserError: one of them differs.
     """
     if not (folder / "sweep.json").is_file():
         return
@@ -235,15 +236,17 @@ def check_folder(folder: Path, sweep: Sweep, runs: Sequence[SweepRun]) -> None:
 
 
 def write(folder: Path, sweep: Sweep, file: str, runs: Sequence[SweepRun]) -> None:
-    """`sweep.json`: all that a report needs to know beside the runs' own folders.
+    """Writes `sweep.json`, which the report reads in addition to the runs' folders.
 
-    Runs of the same points with other seeds that are listed there stay in the list.
+    Runs of the same points with other seeds stay in its list.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Other workers read and write the same file at the same time.
+    # Other workers may read and write the same file at the same time.
     with filelock.FileLock(folder / "sweep.json.lock"):
         check_folder(folder, sweep, runs)
-        _write(folder / "sweep.json", _merged(folder, sweep, file, runs))
+        content = _merged(folder, sweep, file, runs)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_whole(folder / "sweep.json", text)
 
 
 def _merged(
@@ -267,10 +270,6 @@ def _merged(
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
-
-
 def _entry(run: SweepRun) -> dict[str, Any]:
     return {
         "name": run.name,
@@ -282,10 +281,10 @@ def _entry(run: SweepRun) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` wrote.
+    """Reads `sweep.json`.
 
     Raises:
-      UserError: there is none, or it is not one of ours.
+      UserError: there is none, or it is not JSON.
     """
     path = folder / "sweep.json"
     try:

@@ -1,4 +1,4 @@
-"""What a sweep file says: a config, axes to vary it along, seeds, and a metric."""
+"""The content of a sweep file: a config, axes to vary it along, seeds, a metric."""
 
 import dataclasses
 import importlib.util
@@ -16,11 +16,11 @@ Draw = Callable[[random.Random], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One thing that varies.
+    """One dimension of a sweep.
 
     Attributes:
-      name: in tables and names of runs.
-      points: what each of its values changes, by label, `{"16": {"lora.rank": 16}}`.
+      name: its name in tables and in the names of runs.
+      points: the knobs of each value by label, as `{"16": {"lora.rank": 16}}`.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Sweep:
     """The runs that answer one question: every combination, with every seed.
 
     Attributes:
-      config: file of the config that all start from.
-      axes: crossed with each other.
-      seeds: of each combination; comparisons are paired by them.
-      changes: of the config, in all runs.
-      baseline: what the others are compared with, `{axis: label}`; of an axis that is
-        not named the first label.
-      metric: of the last evaluation: loss, bits_per_byte or by_group.NAME; less is
+      config: config file that all runs start from.
+      axes: the sweep has every combination of their values.
+      seeds: seeds of each combination; points are compared seed by seed.
+      changes: knobs to change in all runs.
+      baseline: the point that the others are compared with, as `{axis: label}`; an axis
+        that it does not name has its first label.
+      metric: loss, bits_per_byte or by_group.NAME of the last evaluation; less is
         better.
       question: a paragraph for the report; by default the file's docstring.
     """
@@ -53,20 +53,20 @@ class Sweep:
 
 
 def grid(knob: str, *values: Any) -> Axis:
-    """These values of one knob."""
+    """An axis of values of one knob."""
     return Axis(knob, _labelled([{knob: value} for value in values]))
 
 
 def listed(name: str, **points: Changes) -> Axis:
-    """Values that change several knobs, or none: `full={"trainable": "full"}`."""
+    """An axis whose values set several knobs or none: `full={"trainable": "full"}`."""
     return Axis(name, points)
 
 
 def sampled(name: str, count: int, seed: int, **draws: Draw) -> Axis:
-    """Random search: `count` points, each knob drawn on its own.
+    """An axis of `count` random points; each knob is drawn independently.
 
-    A knob's dots are written as two underscores: `optim__learning_rate=log(1e-5, 1e-3)`
-    (Bergstra and Bengio 2012, Random Search for Hyper-Parameter Optimization).
+    Write two underscores for a dot: `optim__learning_rate=log(1e-5, 1e-3)`.
+    Bergstra and Bengio 2012, Random Search for Hyper-Parameter Optimization.
     """
     rng = random.Random(seed)
     knobs = {knob.replace("__", "."): draw for knob, draw in draws.items()}
@@ -75,27 +75,27 @@ def sampled(name: str, count: int, seed: int, **draws: Draw) -> Axis:
 
 
 def log(low: float, high: float) -> Draw:
-    """Between the two, all orders of magnitude alike; of three digits."""
+    """Draws log-uniformly between the bounds, rounded to three digits."""
     return lambda rng: float(
         f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}"
     )
 
 
 def uniform(low: float, high: float) -> Draw:
-    """Between the two; of three digits."""
+    """Draws uniformly between the bounds, rounded to three digits."""
     return lambda rng: float(f"{rng.uniform(low, high):.3g}")
 
 
 def choice(*values: Any) -> Draw:
-    """One of these."""
+    """Draws one of the values."""
     return lambda rng: rng.choice(values)
 
 
 def _labelled(points: Sequence[Changes]) -> dict[str, Changes]:
-    """By label; two points of one label are refused where runs are named.
+    """Labels points by their values.
 
     Raises:
-      UserError: two points are the same.
+      UserError: two points have the same label.
     """
     found: dict[str, Changes] = {}
     for point in points:
@@ -118,7 +118,7 @@ def shown(value: Any) -> str:
 
 
 def load(file: str) -> Sweep:
-    """What `get_sweep()` of a sweep file returns.
+    """Calls `get_sweep()` of a sweep file.
 
     Raises:
       UserError: there is no such file or function, or it fails.
@@ -136,7 +136,7 @@ def load(file: str) -> Sweep:
         found = module.get_sweep()
     except UserError as error:
         raise UserError(f"--sweep={file}: {error}") from error
-    except Exception as error:  # A sweep file is code: it can fail in any way.
+    except Exception as error:  # A sweep file is code and may raise anything.
         said = " ".join(str(error).split())
         raise UserError(
             f"--sweep={file} cannot be loaded: {type(error).__name__}: {said}"

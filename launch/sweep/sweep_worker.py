@@ -1,7 +1,8 @@
-"""Trains what is not done of a sweep on this machine; any number may do so at once.
+"""Trains the runs of a sweep that are not done; any number of workers may share them.
 
-Each run has a lock file that the worker holds, and its trainer beside it: the system
-frees it when both have ended, however they do. A library's lock could not be inherited.
+Each run has a lock file. The worker and the trainer it starts both hold the lock, and
+the system releases it when both have ended, however they end. `filelock` is not used
+here because a trainer cannot inherit its lock.
 """
 
 import contextlib
@@ -24,13 +25,13 @@ from research.core.errors import PREEMPTED
 from research.report.progress_view import duration
 from research.runs.metrics_file import read_metrics
 
-POLL = 2.0  # seconds between two looks at what other workers have
-WORD = 30.0  # seconds between two lines of progress
+POLL = 2.0  # seconds between two checks of what other workers have finished
+LOG_EVERY = 30.0  # seconds between two lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
 class FailedRun:
-    """A run that was tried and is not done."""
+    """A run whose trainer has ended without completing it."""
 
     name: str
     code: int
@@ -38,10 +39,10 @@ class FailedRun:
 
 
 class SweepWorker:
-    """Pulls packs until none is left.
+    """Trains one pack after the other until none is left.
 
     Attributes:
-      failures: of this worker and, since it began, of others.
+      failures: failed runs by name, of this worker and, since it began, of others.
     """
 
     def __init__(
@@ -51,25 +52,29 @@ class SweepWorker:
         folder: Path,
         group: ProcessGroup,
     ):
-        """`packs` are to be done of `runs`, which are all of the sweep's."""
+        """`packs` remain to be trained; `runs` are all runs of the sweep."""
         self._packs, self._runs = packs, runs
         self._folder, self._group = folder, group
         self._begun = time.time()
-        self._trained = 0.0  # Steps of this worker, and
-        self._spent = 0.0  # the seconds they took, start-up included.
+        self._trained = 0.0  # Steps that this worker has trained.
+        self._spent = 0.0  # Seconds that it took, start-up included.
         self.failures: dict[str, FailedRun] = {}
 
     def work(self, plans: Sequence[LaunchPlan], restarts: int) -> int:
-        """Trains all packs but those that others train; returns the exit code.
+        """Trains all packs that no other worker trains; returns the exit code.
 
         `plans` has the commands of each pack.
         """
         logging.info("%s", self._standing())
         waiting = list(zip(self._packs, plans, strict=True))
-        while waiting and self._group.told is None:
+        while waiting and self._group.last_signal is None:
             left = []
             for pack, plan in waiting:
-                if self._group.told is not None or pack.is_done or self._failed(pack):
+                if (
+                    self._group.last_signal is not None
+                    or pack.is_done
+                    or self._failed(pack)
+                ):
                     continue
                 with self._claim(pack) as locks:
                     if not locks:
@@ -77,9 +82,9 @@ class SweepWorker:
                     elif not pack.is_done:
                         self._train(pack, plan, restarts, locks)
             if len(left) == len(waiting):
-                time.sleep(POLL)  # All that is left is with other workers.
+                time.sleep(POLL)  # Other workers train all that is left.
             waiting = left
-        if self._group.told is not None:
+        if self._group.last_signal is not None:
             return PREEMPTED
         return restart_policy.worst(
             [failure.code for failure in self.failures.values()]
@@ -87,12 +92,12 @@ class SweepWorker:
 
     @contextlib.contextmanager
     def _claim(self, pack: RunPack) -> Iterator[list[int]]:
-        """The locks of all its runs, as file descriptors; none if one is taken."""
+        """Locks all runs of a pack; yields file descriptors, none if one is taken."""
         claims = self._folder / "claims"
         claims.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             locks = []
-            # In one order everywhere: of two workers that overlap one gets all.
+            # Sorted: of two workers that want the same runs, one gets all of them.
             for name in sorted(run.name for run in pack.runs):
                 lock = os.open(claims / name, os.O_RDWR | os.O_CREAT, 0o644)
                 stack.callback(os.close, lock)
@@ -109,14 +114,14 @@ class SweepWorker:
     ) -> None:
         log = pack.job.file(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        logging.info("training %s; what it says is in %s", pack.job.name, log)
+        logging.info("training %s; its output is in %s", pack.job.name, log)
         begun, before = time.monotonic(), self._steps(pack)
         watch = PackProgress(self, pack, begun, before)
         with log.open("ab") as output:
             code = self._group.train(plan, restarts, output, watch, locks)
         self._trained += self._steps(pack) - before
         self._spent += time.monotonic() - begun
-        if self._group.told is None:
+        if self._group.last_signal is None:
             self._judge(pack, code, log)
         logging.info("%s%s", self._standing(), self._to_go())
 
@@ -126,17 +131,17 @@ class SweepWorker:
             if run.is_done:
                 mark.unlink(missing_ok=True)
                 continue
-            # A pack whose other runs are done ends with the code of the worst.
+            # A pack exits with the code of its worst run.
             found = FailedRun(run.name, code or 1, str(log))
             self.failures[run.name] = found
             mark.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
             logging.error("%s failed with code %d; see %s", run.name, code, log)
         if len(pack.runs) > 1 and not any(run.is_done for run in pack.runs):
             half = math.ceil(len(pack.runs) / 2)
-            logging.error("none of them is done: --together=%d takes less memory", half)
+            logging.error("none of them is done: --together=%d needs less memory", half)
 
     def _failed(self, pack: RunPack) -> bool:
-        """Whether all that is left of it was tried in vain since this one began."""
+        """Whether each run of it is done or has failed since this worker began."""
         for run in pack.runs:
             mark = self._mark(run)
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -155,11 +160,11 @@ class SweepWorker:
         )
 
     def _steps(self, pack: RunPack) -> float:
-        """Updates made so far, of all runs of a pack."""
+        """Steps trained so far, summed over the runs of a pack."""
         return sum(last_step(run) for run in pack.runs)
 
     def _to_go(self, more: float = 0.0, seconds: float = 0.0) -> str:
-        """How long the rest takes at the pace so far."""
+        """The time that the rest takes at the pace so far, as text."""
         trained, spent = self._trained + more, self._spent + seconds
         left = sum(run.config.steps - last_step(run) for run in self._runs)
         if not (trained and left):
@@ -169,7 +174,7 @@ class SweepWorker:
 
 @dataclasses.dataclass
 class PackProgress:
-    """Says now and then how far a pack is."""
+    """Logs every `LOG_EVERY` seconds how far a pack is."""
 
     worker: SweepWorker
     pack: RunPack
@@ -179,7 +184,7 @@ class PackProgress:
 
     def __call__(self) -> None:
         now = time.monotonic()
-        if now - self.said < WORD:
+        if now - self.said < LOG_EVERY:
             return
         self.said = now
         made = self.worker._steps(self.pack) - self.before
@@ -194,6 +199,6 @@ class PackProgress:
 
 
 def last_step(run: SweepRun) -> int:
-    """The last one in its metrics; 0 before the first."""
+    """The last step in the run's metrics; 0 before the first."""
     lines = read_metrics(run.folder)
     return max((x["step"] for x in lines if x["kind"] == "train"), default=0)

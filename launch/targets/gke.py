@@ -1,8 +1,9 @@
-"""A JobSet on GKE, queued by Kueue: `kubectl create`, and the cluster does the rest.
+"""A JobSet on GKE, created by `kubectl`; Kueue may queue it.
 
-A preemption costs nothing; what a person must mend ends the JobSet; any other failure
-starts all its pods again, `--restarts` times. A pod alone is replaced by its Job. Of
-several all start again together: one alone would meet the others' old coordinator.
+An error that a person must fix ends the JobSet. A preemption restarts it and never
+counts as a failure. Any other failure restarts it, `--restarts` times. The Job of a
+single pod replaces that pod. Several pods restart together, because a new pod cannot
+join the others' old coordinator.
 
 Sources:
   jobset  https://jobset.sigs.k8s.io/docs: DNS names of pods are JOBSET-JOB-REPLICA-
@@ -13,7 +14,7 @@ Sources:
           `podFailurePolicy` count from the first; it needs `restartPolicy: Never`, and
           makes the replacement wait until the pod has ended.
   kueue   https://kueue.sigs.k8s.io/docs/tasks/run/jobsets: it reads the label, and sets
-          and clears `suspend` by itself: that field is left out here.
+          and clears `suspend` by itself, so this manifest does not set that field.
   jax     jax/_src/clusters/cloud_tpu_cluster.py: on TPUs JAX reads TPU_WORKER_ID,
           TPU_WORKER_HOSTNAMES and, of several slices, MEGASCALE_*; GKE sets them in
           the pods of a JobSet that ask for google.com/tpu.
@@ -32,6 +33,7 @@ import yaml
 
 from launch.clouds import remote_jobs, tpu_slices
 from launch.jobs import restart_policy
+from launch.jobs.launch_flags import add_grace, add_restarts, at_least
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
@@ -51,7 +53,7 @@ Manifest = dict[str, Any]
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--image", default="", help="with this code as its working directory; required"
+        "--image", default="", help="its working directory holds this code; required"
     )
     parser.add_argument("--queue", default="", help="Kueue's local queue")
     parser.add_argument("--namespace", default="default", help="default: default")
@@ -59,32 +61,34 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--topology", default="", help="v5e:4x4; default: config.runtime.topology"
     )
     parser.add_argument(
-        "--slices", type=int, default=0, help="default: config.runtime.slices"
+        "--slices", type=at_least(0), default=0, help="default: config.runtime.slices"
     )
     parser.add_argument(
-        "--gpus-per-node", type=int, default=0, help="GPU nodes instead of TPUs"
+        "--gpus-per-node", type=at_least(0), default=0, help="use GPU nodes, not TPUs"
     )
-    parser.add_argument("--nodes", type=int, default=1, help="of GPUs; default: 1")
+    parser.add_argument(
+        "--nodes", type=at_least(1), default=1, help="GPU nodes; default: 1"
+    )
     parser.add_argument(
         "--gpu", default="", help="node selector gke-accelerator: nvidia-h100-80gb"
     )
-    parser.add_argument(
-        "--grace", type=int, default=120, help="seconds to save in; default: 120"
-    )
-    parser.add_argument(
-        "--restarts", type=int, default=3, help="after failures; default: 3"
-    )
+    add_grace(parser)
+    add_restarts(parser)
     parser.add_argument(
         "--volume", action="append", default=[], metavar="CLAIM:/PATH",
-        help="a persistent volume claim; run directories lie in the first; required",
+        help="persistent volume claim; the first one holds run directories; required",
     )  # fmt: skip
     remote_jobs.add_secret_flag(
-        parser, "a Secret of the namespace, whose keys become environment variables"
+        parser, "Secret of the namespace; its keys become environment variables"
     )
+
+
+def rents(options: argparse.Namespace) -> bool:
+    return True
 
 
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
-    """What the nodes have; None for GPUs that `--gpu` does not name, or we not know."""
+    """The chips of the nodes; None for GPUs that are not named or not known."""
     if not options.gpus_per_node:
         topology = options.topology or config.runtime.topology
         chosen = tpu_slices.named(topology, "--topology=v5e:4x4")
@@ -95,13 +99,9 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
-    """A manifest for each job."""
+    """Plans a manifest for each job."""
     if not options.image:
         raise UserError("no image: give --image=REGISTRY/NAME:TAG, which has this code")
-    remote_jobs.check_counts(
-        options,
-        {"slices": 0, "gpus_per_node": 0, "nodes": 1, "grace": 1, "restarts": 0},
-    )
     remote_jobs.check_secrets(options.secret, DNS_NAME)
     volumes = _volumes(options.volume)
     files, commands = {}, []
@@ -111,20 +111,20 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
         files[file] = yaml.safe_dump(
             manifest(name, there, options, volumes), sort_keys=False, allow_unicode=True
         )
-        # Not `apply`: to a JobSet that has ended it does nothing, and says so with 0.
+        # `kubectl apply` would exit with 0 and not restart a JobSet that has ended.
         commands.append(["kubectl", "create", f"--filename={file}"])
     return LaunchPlan(files, commands)
 
 
 def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
-    """Submits all, whatever becomes of one; returns the first code that is not 0."""
+    """Submits all, even if one is refused; returns the first exit code above 0."""
     plan.write_files()
     codes = [subprocess.run(x, check=False).returncode for x in plan.commands]
     if any(codes):
         sys.stderr.write(
-            f"{sum(map(bool, codes))} of {len(codes)} were refused; a JobSet of that "
-            "name that has ended is not started again: kubectl delete jobset NAME, "
-            "then the same command\n"
+            f"{sum(map(bool, codes))} of {len(codes)} were refused; if a JobSet of "
+            "that name has ended, run kubectl delete jobset NAME and the same command "
+            "again\n"
         )
         return next(code for code in codes if code)
     where = f"--namespace={options.namespace}"
@@ -136,15 +136,15 @@ def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
 
 
 def _volumes(given: Sequence[str]) -> list[tuple[str, str]]:
-    """Claims, and where they are mounted.
+    """The claims and their mount paths.
 
     Raises:
-      UserError: there is none, or one is not `CLAIM:/PATH`.
+      UserError: there is no volume, or one is not `CLAIM:/PATH`.
     """
     if not given:
         raise UserError(
-            "no volume: a pod's disk goes with it; give --volume=CLAIM:/PATH for the "
-            "run directory"
+            "no volume: a pod's disk is deleted with it; give --volume=CLAIM:/PATH for "
+            "the run directory"
         )
     volumes = []
     for text in given:
@@ -161,7 +161,7 @@ def manifest(
     options: argparse.Namespace,
     volumes: Sequence[tuple[str, str]],
 ) -> Manifest:
-    """A JobSet called `name`, as data."""
+    """The JobSet named `name`, as plain data."""
     labels = {"xpk.google.com/workload": name}
     queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     where = _gpus(name, options) if options.gpus_per_node else _tpus(job, options)
@@ -222,7 +222,7 @@ def _container(
         "name": "trainer",
         "image": options.image,
         "command": [_unexpanded(word) for word in command],
-        # What code it was, a run can say by its image alone.
+        # The image names the code version; there is no git in the pod.
         "env": [
             *_variables({provenance.CODE_VERSION: f"image {options.image}"}),
             *_variables(job.env),
@@ -239,10 +239,10 @@ def _container(
 
 
 def _pod_rules(several: bool) -> list[Manifest]:
-    """What becomes of a pod's Job; the first rule that is met counts."""
+    """Rules for a pod that ends; the first one that matches counts."""
     preempted = "FailJob" if several else "Ignore"
     return [
-        # The codes first: a pod that was disrupted may also have failed to save.
+        # Exit codes come first: a disrupted pod may also have failed to save.
         {
             "action": "FailJob",
             "onExitCodes": {
@@ -259,7 +259,7 @@ def _pod_rules(several: bool) -> list[Manifest]:
 
 
 def _set_rules(several: bool) -> list[Manifest]:
-    """What becomes of the JobSet when a pod rule has failed one of its Jobs."""
+    """Rules for the JobSet after a pod rule has failed one of its Jobs."""
     met: Manifest = {"onJobFailureReasons": ["PodFailurePolicy"]}
     final = {"name": "final", "action": "FailJobSet"} | met
     if not several:
@@ -270,7 +270,7 @@ def _set_rules(several: bool) -> list[Manifest]:
 
 
 def _tpus(job: LaunchJob, options: argparse.Namespace) -> Manifest:
-    """What depends on the hardware."""
+    """The parts of a JobSet that depend on the hardware, for TPUs."""
     topology = options.topology or job.config.runtime.topology
     chosen = tpu_slices.named(topology, "--topology=v5e:4x4")
     count = _slices(options, job.config)
@@ -279,7 +279,7 @@ def _tpus(job: LaunchJob, options: argparse.Namespace) -> Manifest:
             f"--slices is {count}, and {topology} has one host: GKE joins "
             "slices of several hosts only"
         )
-    # Slices talk over the hosts' own network interfaces, which are faster.
+    # The hosts' own network interfaces are faster between slices.
     direct = {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     pool = {
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
@@ -303,7 +303,7 @@ def _slices(options: argparse.Namespace, config: Config) -> int:
 
 
 def _gpus(name: str, options: argparse.Namespace) -> Manifest:
-    """As `_tpus`. No cluster of GPUs tells JAX of its hosts: we do."""
+    """The same parts for GPUs; JAX needs variables there to find the other hosts."""
     if options.slices > 1:
         raise UserError("--slices is for TPUs; with --gpus-per-node give --nodes")
     first = f"{name}-{TASK}-0-0.{name}:{PORT}"

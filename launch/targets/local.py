@@ -1,4 +1,4 @@
-"""Processes on this machine, which find each other; started again when they fail."""
+"""Processes on this machine, which find each other and restart after a failure."""
 
 import argparse
 import logging
@@ -12,29 +12,38 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO
 
-from launch.clouds import remote_jobs
 from launch.jobs import restart_policy
+from launch.jobs.launch_flags import add_restarts, at_least
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
+from research.config.run_config import Config
 
 HELP = "processes on this machine"
 TOOLS: Mapping[str, str] = {}
-POLL = 0.1  # seconds between two looks at the processes
-PATIENCE = 60.0  # seconds that the others have to end after one has failed
+POLL = 0.1  # seconds between two checks of the processes
+PATIENCE = 60.0  # seconds that the other processes have to end after one has failed
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=1, help="default: 1")
     parser.add_argument(
-        "--restarts", type=int, default=3, help="after failures; default: 3"
+        "--processes", type=at_least(1), default=1, help="of each run; default: 1"
     )
+    add_restarts(parser)
     parser.add_argument(
         "--port", type=int, default=0, help="of the first process; default: a free one"
     )
 
 
+def rents(options: argparse.Namespace) -> bool:
+    """This machine is there already."""
+    return False
+
+
+def chips(options: argparse.Namespace, config: Config) -> None:
+    """The chips of this machine are not known before JAX starts."""
+
+
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
-    """Of one job, to run; of several, to show: `launch.sweep` takes them in turn."""
-    remote_jobs.check_counts(options, {"processes": 1, "restarts": 0})
+    """Plans one job to run it, or several to show them; a sweep plans one at a time."""
     many = options.processes > 1
     commands = [job.command(sys.executable, distributed=many) for job in jobs]
     if not many:
@@ -61,9 +70,9 @@ def free_port() -> int:
 
 
 def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
-    """Until the run is done or must not be tried again; returns its exit code.
+    """Trains until the run is done or must not be restarted; returns its exit code.
 
-    A signal to the launcher goes to every process, and ends the restarts.
+    A signal to the launcher is sent to every process and ends the restarts.
     """
     logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
     with ProcessGroup() as group:
@@ -71,16 +80,16 @@ def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
 
 
 class ProcessGroup:
-    """Processes that train one run, started again when that is worth it.
+    """Processes that train one run and are restarted as `restart_policy` says.
 
-    Entered, it takes the signals that this process is sent.
+    Inside a `with` block it receives the signals that are sent to this process.
 
     Attributes:
-      told: the last of them, if any.
+      last_signal: the last signal, or None.
     """
 
     def __init__(self) -> None:
-        self.told: int | None = None
+        self.last_signal: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "ProcessGroup":
@@ -94,11 +103,11 @@ class ProcessGroup:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        # A terminal that is gone asks to stop, as a cluster does: trainers know that.
-        self.told = signal.SIGTERM if number == signal.SIGHUP else number
+        # A closed terminal means stop; trainers handle SIGTERM, not SIGHUP.
+        self.last_signal = signal.SIGTERM if number == signal.SIGHUP else number
         for process in self._running:
             if process.poll() is None:
-                process.send_signal(self.told)
+                process.send_signal(self.last_signal)
 
     def train(
         self,
@@ -108,22 +117,22 @@ class ProcessGroup:
         watch: Callable[[], None] = lambda: None,
         inherit: Sequence[int] = (),
     ) -> int:
-        """Starts every command at once, and again; returns the last exit code.
+        """Runs all commands at once, with restarts; returns the last exit code.
 
         Args:
-          plan: one command a process.
-          restarts: after failures; a preemption costs none.
-          output: where they write to; by default where the launcher does.
-          watch: called now and then.
-          inherit: file descriptors that they have, too.
+          plan: its commands are one per process.
+          restarts: number of failures after which to stop; a preemption is none.
+          output: file for stdout and stderr; by default those of the launcher.
+          watch: called every `POLL` seconds.
+          inherit: file descriptors that the processes inherit.
         """
         while True:
             code = self._run_once(plan, output, watch, inherit)
-            if self.told is not None or not restart_policy.again(code, restarts):
+            if self.last_signal is not None or not restart_policy.again(code, restarts):
                 return code
             restarts -= code != restart_policy.PREEMPTED
             logging.info(
-                "ended with code %d; once more, %d failures left", code, restarts
+                "ended with code %d; restarting, %d failures left", code, restarts
             )
 
     def _run_once(
@@ -133,7 +142,7 @@ class ProcessGroup:
         watch: Callable[[], None],
         inherit: Sequence[int],
     ) -> int:
-        """Returns the code that says most."""
+        """Returns the most telling exit code."""
         env = plan.env or [{}] * len(plan.commands)
         self._running = []
         for command, own in zip(plan.commands, env, strict=True):
@@ -143,18 +152,18 @@ class ProcessGroup:
                 stdout=output,
                 stderr=output,
                 pass_fds=inherit,
-                # Of its own: the terminal's Ctrl-C comes once, through `_forward`.
+                # A group of its own: Ctrl-C reaches it once, through `_forward`.
                 process_group=0,
             )
             self._running.append(process)
-            # It came between the last look and this start.
-            if self.told is not None:
-                process.send_signal(self.told)
+            # The signal came before this process was in the list.
+            if self.last_signal is not None:
+                process.send_signal(self.last_signal)
         failed_at = None
         while any(process.poll() is None for process in self._running):
             if failed_at is None and any(x.returncode for x in self._running):
                 failed_at = time.monotonic()
-            # They leave by themselves when another has failed, with their stacks.
+            # After a failure the others end by themselves and print their stacks.
             if failed_at and time.monotonic() - failed_at > PATIENCE:
                 for process in self._running:
                     process.kill()

@@ -1,10 +1,11 @@
-"""A managed job of SkyPilot: it finds the cloud, and recovers what was preempted.
+"""A managed job of SkyPilot, which chooses a cloud and recovers preempted jobs.
 
-Sources: https://docs.skypilot.co/en/latest/reference/yaml-spec.html (of version 0.14:
-`job_recovery.recover_on_exit_codes` starts again without counting, `workdir` is sent as
-it is on disk, a secret without a value is asked for with `--secret NAME`), and
-https://docs.skypilot.co/en/latest/running-jobs/distributed-jobs.html (hosts of a TPU
-slice count as nodes). Processes find each other by `research/processes.py`.
+Sources: https://docs.skypilot.co/en/latest/reference/yaml-spec.html (version 0.14:
+`job_recovery.recover_on_exit_codes` restarts without counting a failure, `workdir` is
+uploaded as it is on disk, and `--secret NAME` gives a secret without a value), and
+https://docs.skypilot.co/en/latest/running-jobs/distributed-jobs.html (the hosts of a
+TPU slice count as nodes). `research/parallel/process_discovery.py` lets processes find each
+other.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from launch.clouds import remote_jobs, tpu_slices
+from launch.jobs.launch_flags import add_restarts, at_least
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
@@ -27,7 +29,7 @@ from research.runs import provenance
 HELP = "a managed job of SkyPilot, on TPUs or GPUs of any cloud it knows"
 TOOLS: Mapping[str, str] = {"sky": 'pip install "skypilot[gcp]", then sky check'}
 MOUNT = "/mnt/research"
-# Sky mounts gs:// with gcsfuse, which can rename a folder: checkpoints need that.
+# SkyPilot mounts gs:// with gcsfuse, which can rename folders as checkpoints need.
 BUCKET = re.compile(r"gs://[a-z0-9][-a-z0-9_.]*[a-z0-9]")
 ENVIRONMENT = '"$HOME/research-env"'
 
@@ -41,25 +43,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="H100:8 or tpu-v5litepod-16; default: from config.runtime.topology",
     )
-    parser.add_argument("--nodes", type=int, default=1, help="of GPUs; default: 1")
+    parser.add_argument(
+        "--nodes", type=at_least(1), default=1, help="GPU nodes; default: 1"
+    )
     parser.add_argument("--infra", default="", help="gcp/us-west4; default: any")
-    parser.add_argument("--spot", action="store_true", help="may be preempted")
+    parser.add_argument(
+        "--spot", action="store_true", help="use machines that may be preempted"
+    )
     parser.add_argument(
         "--bucket", default="", help="gs://NAME for run directories; required"
     )
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=0,
-        help="after failures; Sky counts a person's mistakes among them; default: 0",
-    )
+    # SkyPilot would also restart a run that a person must fix.
+    add_restarts(parser, default=0)
     remote_jobs.add_secret_flag(
-        parser, "a variable of this shell's environment that the job gets, too"
+        parser, "environment variable of this shell to pass to the job"
     )
+
+
+def rents(options: argparse.Namespace) -> bool:
+    return True
 
 
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
-    """What the nodes have; None for GPUs that we do not know."""
+    """The chips of the nodes; None for GPUs that are not known."""
     given, _, count = options.accelerators.partition(":")
     if given and not given.startswith("tpu-"):
         known = given.lower() in CHIPS and (count or "1").isdigit()
@@ -70,13 +76,12 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
-    """A managed job for each."""
-    remote_jobs.check_counts(options, {"nodes": 1, "restarts": 0})
+    """Plans a managed job for each job."""
     remote_jobs.check_secrets(options.secret)
     if not BUCKET.fullmatch(options.bucket):
         raise UserError(
-            f"--bucket is {options.bucket!r}; a machine's disk goes with it: name a "
-            "bucket for run directories, gs://NAME"
+            f"--bucket is {options.bucket!r}; a machine's disk is deleted with it: "
+            "name a bucket for run directories, gs://NAME"
         )
     files, commands = {}, []
     secrets = [flag for secret in options.secret for flag in ("--secret", secret)]
@@ -96,7 +101,7 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
 
 
 def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
-    """Submits, and leaves the rest to Sky: `sky jobs queue`, `sky jobs logs`."""
+    """Submits the jobs; `sky jobs queue` and `sky jobs logs` then show them."""
     absent = [name for name in options.secret if name not in os.environ]
     if absent:
         raise UserError(f"--secret={absent[0]}: no such variable in the environment")
@@ -106,7 +111,7 @@ def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
 
 
 def task(name: str, job: LaunchJob, options: argparse.Namespace) -> dict[str, Any]:
-    """Sky's YAML of a job called `name`, as data."""
+    """SkyPilot's YAML of a job named `name`, as plain data."""
     accelerators, hosts = _accelerators(job, options)
     platform = "tpu" if accelerators.startswith("tpu-") else "cuda13"
     many = options.nodes * hosts > 1
@@ -139,10 +144,10 @@ def task(name: str, job: LaunchJob, options: argparse.Namespace) -> dict[str, An
 
 
 def _accelerators(job: LaunchJob, options: argparse.Namespace) -> tuple[str, int]:
-    """As Sky names them, and on how many hosts one node of Sky's has them.
+    """SkyPilot's name of the accelerators, and the number of hosts in one node.
 
     Raises:
-      UserError: there is no such TPU, or several nodes of them.
+      UserError: there is no such TPU, or several TPU nodes were requested.
     """
     given = options.accelerators
     if given and not given.startswith("tpu-"):
@@ -162,7 +167,7 @@ def _slice(given: str, config: Config) -> tpu_slices.TpuSlice:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Scripts as blocks, where YAML can write them so."""
+    """Writes scripts as YAML blocks where it can."""
 
 
 def _script(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -1,4 +1,4 @@
-"""A Slurm job: told before its time is over, it saves, is queued again and goes on."""
+"""A Slurm job: it saves before its time is over, is queued again and resumes."""
 
 import argparse
 import os
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.clouds import remote_jobs
 from launch.jobs import restart_policy
+from launch.jobs.launch_flags import add_grace, add_restarts, at_least
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError, nearest
@@ -18,24 +18,25 @@ from research.parallel.chips import CHIPS
 HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"
 TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on Debian)"}
 
-# Options go to sbatch as arguments, never into the script: no name can be a directive.
+# sbatch gets its options as arguments and not in the script, where a name could pass
+# for a directive.
 TEMPLATE = """#!/bin/bash
-# A trainer that was preempted has saved: the same job goes on where it was.
+# A trainer that was preempted has saved; the same job resumes the run.
 cd {folder} || exit 2
 case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 {cases}
 esac
-# Slurm signals the trainers itself: srun kills them when it is told to end, and the job
-# ends with this shell.
+# Slurm signals the trainers itself. A signal to srun would kill them, and the job ends
+# when this shell does.
 left={restarts}
 trap 'left=0' TERM
 while srun --kill-on-bad-exit=0 "${{command[@]}}"; code=$?; [ "$left" -gt 0 ]; do
     case $code in {over}) break ;; esac
     left=$((left - 1))
 done
-# By both numbers: that of the job may stand for all of an array.
+# The job number alone may stand for the whole array.
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
-# What a person cancels must not come back, and what Slurm requeues does so by itself.
+# A cancelled job must not come back, and Slurm itself requeues what it preempts.
 case "$code $(squeue --noheader --format='%T %r' --jobs="$job")" in
 '{preempted} RUNNING '* | '{preempted} '*' TimeLimit') scontrol requeue "$job" ;;
 esac
@@ -44,32 +45,36 @@ exit "$code"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=1, help="default: 1")
-    parser.add_argument("--processes-per-node", type=int, default=1, help="default: 1")
+    one = at_least(1)
+    parser.add_argument("--nodes", type=one, default=1, help="default: 1")
+    parser.add_argument("--processes-per-node", type=one, default=1, help="default: 1")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--device",
         default="",
-        help="what a GPU is, as h100: the run is planned for it before it is launched",
-    )
-    parser.add_argument("--time", default="", help="limit, as sbatch has it: 4:00:00")
-    parser.add_argument(
-        "--grace", type=int, default=120, help="seconds to save in; default: 120"
+        help="the kind of GPU, such as h100; the launch then checks that the run fits",
     )
     parser.add_argument(
-        "--restarts", type=int, default=3, help="after failures; default: 3"
+        "--time", default="", help="time limit as sbatch writes it: 4:00:00"
     )
+    add_grace(parser)
+    add_restarts(parser)
     parser.add_argument("--partition", default="", help="default: the cluster's")
     parser.add_argument("--account", default="", help="default: the user's")
     parser.add_argument("--name", default="", help="default: the run directory's")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="FLAG",
-        help="more of sbatch's flags, each as --sbatch=--cpus-per-task=8",
+        help="another flag for sbatch, as --sbatch=--cpus-per-task=8; repeatable",
     )  # fmt: skip
 
 
+def rents(options: argparse.Namespace) -> bool:
+    """A job that cannot fit would wait in the queue and then fail."""
+    return True
+
+
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
-    """The GPUs of all nodes; None where `--device` does not say what they are."""
+    """The GPUs of all nodes; None if `--device` does not name them."""
     if not options.device:
         return None
     known = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
@@ -87,14 +92,12 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
-    """One job, or an array of several."""
-    least = {"nodes": 1, "processes_per_node": 1, "grace": 1, "restarts": 0}
-    remote_jobs.check_counts(options, least)
+    """Plans one Slurm job, or an array for several jobs."""
     first, several = jobs[0], len(jobs) > 1
     beside = first.file("").parent / "slurm-array" if several else first.beside
     if "\\" in str(beside):
         raise UserError(
-            f"{beside} has a backslash, which Slurm takes out of a log's name; choose "
+            f"{beside} has a backslash, which Slurm removes from a log's name; choose "
             "another --config.run_dir"
         )
     script = beside.with_name(f"{beside.name}.slurm.sh")
@@ -114,7 +117,7 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
         restarts=options.restarts,
         over=" | ".join(map(str, sorted(over))),
     )
-    # What % begins in a log's name is replaced by Slurm, and %% by one %.
+    # Slurm expands % in a log's name, and %% to one %.
     log = str(beside).replace("%", "%%")
     chosen = {
         "job-name": options.name or (_sweep_name(beside) if several else first.name),
@@ -126,7 +129,7 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
         "partition": options.partition,
         "account": options.account,
         "signal": f"TERM@{options.grace}",
-        # Of an array the job, too: in the next one an index is another run.
+        # %A is the job: in another array the same index %a is another run.
         "output": f"{log}.slurm{'.%A.%a' if several else ''}.log",
         "open-mode": "append",
     }
@@ -136,7 +139,7 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
 
 
 def _sweep_name(beside: Path) -> str:
-    """Of the folder whose `logs` hold what is beside the jobs."""
+    """The name of the sweep's folder, whose `logs` hold the files of the jobs."""
     folder = beside.parent
     return (folder.parent if folder.name == "logs" else folder).name
 

@@ -1,8 +1,8 @@
-"""A TPU VM of one's own, by gcloud: made, used, and deleted when the run is done.
+"""A TPU VM for each job: gcloud creates it, and deletes it when the run is done.
 
-The trainer runs apart from the connection that started it: this launcher follows its
-log, and can be stopped and started again (`--do=tail`). A VM that was preempted is made
-again, and the run goes on from its last checkpoint.
+The trainer does not depend on the connection that started it. This launcher follows
+its log, and can be stopped and started again (`--do=tail`). A preempted VM is created
+again, and the run resumes from its last checkpoint.
 
 Sources: `gcloud compute tpus tpu-vm create|ssh|scp --help` and `gcloud compute tpus
 queued-resources create --help` (SDK 528); https://cloud.google.com/tpu/docs/spot (a
@@ -20,12 +20,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from launch.clouds import remote_jobs, rented_machines, tpu_slices
+from launch.jobs.launch_flags import add_restarts
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
 from research.runs import provenance
 
-HELP = "a TPU VM for each job, on Google Cloud: this commit, made and deleted by gcloud"
+HELP = "a TPU VM for each job on Google Cloud, which runs the last commit"
 TOOLS: Mapping[str, str] = {
     "gcloud": "install the Google Cloud CLI, then gcloud auth login",
     "git": "install git",
@@ -39,7 +40,7 @@ STEPS = {
     "stop": ["stop"],
     "delete": ["delete"],
 }
-FOLDER = "/mnt/research"  # of run directories: a new push leaves it alone
+FOLDER = "/mnt/research"  # holds run directories; a new push does not touch it
 
 TEMPLATE = """#!/bin/bash
 # bash research.sh install|train|go|tail|stop, on each worker of a TPU VM.
@@ -60,7 +61,7 @@ install_it() {{
 
 case "$1" in
 install) if ! lives; then install_it; fi ;;
-train)  # Once, however often it is asked for.
+train)  # Starts one trainer, even if it is called again.
   lives && exit 0
   rm -f research.code research.stopped
   setsid bash "$0" go >>research.log 2>&1 </dev/null &
@@ -73,9 +74,9 @@ go)
   trainer=$!
   trap 'kill -TERM "$trainer"' TERM
   wait "$trainer"; code=$?
-  # The trap ends the first wait; the trainer is still saving then.
+  # The trap ends the first wait while the trainer is still saving.
   while kill -0 "$trainer" 2>/dev/null; do wait "$trainer"; code=$?; done
-  # What a person stopped is not started again.
+  # A run that a person stopped must not restart.
   if [ "$code" -eq {preempted} ] && [ -e ../research.stopped ]; then code=130; fi
   finish "$code"
   ;;
@@ -90,8 +91,8 @@ stop)
 esac
 """
 
-# Several hosts share the run directory, and checkpoints are committed by a rename:
-# nothing of the bucket is remembered, and folders can be renamed.
+# Several hosts share the run directory, so no metadata is cached. Checkpoints are
+# committed by a rename, so folders can be renamed.
 MOUNT_TEMPLATE = """\
   if ! command -v gcsfuse >/dev/null; then
     key=/usr/share/keyrings/cloud.google.asc
@@ -112,49 +113,50 @@ SECRET_TEMPLATE = """\
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--zone", default="", help="us-west4-a; required")
+    parser.add_argument("--zone", default="", help="zone, such as us-west4-a; required")
     parser.add_argument("--project", default="", help="default: gcloud's")
     parser.add_argument(
         "--type", default="", help="v5litepod-16; default: from config.runtime.topology"
     )
     parser.add_argument("--runtime-version", default="", help="default: JAX's own")
-    parser.add_argument("--spot", action="store_true", help="may be preempted")
-    parser.add_argument("--queued", action="store_true", help="wait for free chips")
     parser.add_argument(
-        "--bucket", default="", help="mounted for run directories, all hosts see it"
+        "--spot", action="store_true", help="use a VM that may be preempted"
+    )
+    parser.add_argument(
+        "--queued", action="store_true", help="wait in the queue for free chips"
+    )
+    parser.add_argument(
+        "--bucket", default="", help="mounted on all hosts; holds run directories"
     )
     parser.add_argument(
         "--create", action="append", default=[], metavar="FLAG",
-        help="more of gcloud's flags for it, each as --create=--network=NAME",
+        help="another flag for gcloud create, as --create=--network=NAME; repeatable",
     )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="do not delete the VM")
+    add_restarts(parser)
     parser.add_argument(
-        "--restarts", type=int, default=3, help="after failures; default: 3"
-    )
-    parser.add_argument(
-        "--do", choices=STEPS, default="run", help="a part of it; default: run"
+        "--do", choices=STEPS, default="run", help="one part of a launch; default: run"
     )
     remote_jobs.add_secret_flag(
-        parser, "a secret of Secret Manager, read on the VM into a variable of its name"
+        parser, "secret of Secret Manager; the VM reads it into a variable of its name"
     )
 
 
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int]:
-    """Those of the slice."""
+    """The chips of the slice."""
     chosen = _slice(config, options)
     return f"{chosen.chip.name}:{chosen.shape}", 1
 
 
 def rents(options: argparse.Namespace) -> bool:
-    """Whether this command makes a VM; its other parts need no check of the fit."""
+    """Whether this command creates a VM; only then must the config fit."""
     return "create" in STEPS[options.do]
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
-    """A VM for each job."""
+    """Plans a VM for each job."""
     if not options.zone:
         raise UserError("no zone: give --zone=us-west4-a, or where you have TPUs")
-    remote_jobs.check_counts(options, {"restarts": 0})
     remote_jobs.check_secrets(options.secret)
     steps = [step for step in STEPS[options.do] if step != "delete" or not options.keep]
     if options.do == "delete":
@@ -163,7 +165,7 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     chosen = [_slice(job.config, options) for job in jobs]
     files, made = {}, []
     version = remote_jobs.committed(jobs, "tpu-vm") if "push" in steps else ""
-    # By the commit: a machine that is made again gets the code of its own launch.
+    # Named by the commit: a VM that is created again gets the code of its launch.
     archive = os.path.abspath(jobs[0].beside.with_name(f"research-{version}.tar.gz"))
     for name, job, each in zip(remote_jobs.names(jobs), jobs, chosen, strict=True):
         script = job.file(".tpu-vm.sh")
@@ -182,7 +184,7 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
 
 
 def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
-    """Until all is done, or a signal to this launcher: then the VMs live on."""
+    """Runs until all is done; after a signal to this launcher the VMs keep running."""
     logging.basicConfig(level=logging.INFO, format="launch: %(message)s")
     plan.write_files()
     return rented_machines.run(plan, options.restarts, whole=options.do == "run")
@@ -194,7 +196,7 @@ def worker_script(
     version: str,
     options: argparse.Namespace,
 ) -> str:
-    """What runs on each worker.
+    """The script that runs on each host of the VM.
 
     Raises:
       UserError: the run would be lost with the VM, or its hosts would not share it.
@@ -203,7 +205,7 @@ def worker_script(
     if lost and not options.bucket:
         raise UserError(
             f"{chosen.hosts} host(s) of {chosen.type} keep {job.config.run_dir} on "
-            "their own disks, which go with the VM: give --bucket=NAME"
+            "their own disks, which are deleted with the VM: give --bucket=NAME"
         )
     job = remote_jobs.stored(job, FOLDER)
     arguments = job.command("python", distributed=chosen.hosts > 1)[1:]
@@ -231,7 +233,7 @@ def _slice(config: Config, options: argparse.Namespace) -> tpu_slices.TpuSlice:
 
 @dataclasses.dataclass(frozen=True)
 class _Gcloud:
-    """`group` is of `gcloud compute tpus`."""
+    """Makes commands of `gcloud compute tpus GROUP VERB`."""
 
     where: Sequence[str]
 
@@ -246,7 +248,7 @@ def _commands(
     sent: Sequence[str],
     options: argparse.Namespace,
 ) -> dict[str, list[list[str]]]:
-    """The commands of each step; what the worker's shell reads is written here only."""
+    """The commands of each step."""
     project = [f"--project={options.project}"] if options.project else []
     gcloud = _Gcloud([f"--zone={options.zone}", *project])
     type_ = tpu_slices.default_type(chosen, "--config.runtime.topology")
@@ -266,8 +268,8 @@ def _commands(
     force = ["--force"] if options.queued else []
 
     def everywhere(action: str) -> list[list[str]]:
-        told = f"--command=bash research.sh {action}"
-        return [gcloud("tpu-vm", "ssh", name, "--worker=all", told)]
+        command = f"--command=bash research.sh {action}"
+        return [gcloud("tpu-vm", "ssh", name, "--worker=all", command)]
 
     return {
         "create": [gcloud(group, "create", name, *wanted)],

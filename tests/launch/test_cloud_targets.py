@@ -1,7 +1,7 @@
 """What the cloud targets would do, kept whole; and what they refuse.
 
 The kept texts are in tests/golden/launch. `RECORD_LAUNCH=1 pytest
-tests/test_launch_cloud.py` writes them again: read the difference before it goes in.
+tests/launch/test_cloud_targets.py` records them again: read the difference first.
 """
 
 import os
@@ -69,7 +69,7 @@ BAD = {
     "one host, two slices": (
         "gke", ("--topology=v5e:2x4", "--slices=2"), {}, "one host"),
     "slices of GPUs": ("gke", ("--gpus-per-node=8", "--slices=2"), {}, "--nodes"),
-    "no slice": ("gke", ("--slices=-1",), {}, "--slices is -1"),
+    "no slice": ("gke", ("--slices=-1",), {}, "--slices: -1 is below 0"),
     "run outside the volume": ("gke", (), {"run_dir": "/elsewhere/x"}, "/shelf"),
     "a Secret's value": ("gke", ("--secret=hf_Oops",), {}, "never a value"),
     "rows of this machine": ("tpu-vm", (), {"rows": __file__}, "copy it there"),

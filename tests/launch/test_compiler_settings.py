@@ -107,7 +107,7 @@ BAD = {
     "of another chip": ("h100", ["tpu-vmem"], "is for v6e, not for h100"),
     "refused by libtpu": ("v5p", ["tpu-async-gather"], "is for v5e, not for v5p"),
     "unknown chip": ("h10", ["default"], "did you mean 'h100'"),
-    "none and more": ("h100", ["none", "gpu-cublas"], "none stands alone"),
+    "none and more": ("h100", ["none", "gpu-cublas"], "use none alone"),
 }
 
 

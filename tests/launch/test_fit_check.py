@@ -14,7 +14,9 @@ from commands import ROOT
 from helpers import in_soak
 from plan_helpers import big_config
 
+from launch import targets
 from launch.jobs import fit_check
+from launch.targets import Target
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 
@@ -119,17 +121,25 @@ def options(**given):
 
 def test_only_targets_that_rent_are_asked():
     too_large = big_config(remat="none")
-    local = types.SimpleNamespace()
-    assert fit_check.chips(local, too_large, options()) is None
-    assert fit_check.check(local, None, [too_large], options()) == []
-    renting = types.SimpleNamespace(chips=lambda options, config: ("l4:8", 1))
-    rented = fit_check.chips(renting, too_large, options())
+
+    def check(rents, chips, **more):
+        target = types.SimpleNamespace(rents=lambda _: rents, chips=lambda *_: chips)
+        return fit_check.check(target, [too_large], options(**more))
+
+    assert check(False, ("l4:8", 1)) == []
     with pytest.raises(UserError, match="l4:8"):
-        fit_check.check(renting, rented, [too_large], options())
-    assert (
-        fit_check.check(renting, rented, [too_large], options(no_fit_check=True)) == []
-    )
-    assert "not checked" in fit_check.check(renting, None, [too_large], options())[0]
+        check(True, ("l4:8", 1))
+    assert check(True, ("l4:8", 1), no_fit_check=True) == []
+    assert "not checked" in check(True, None)[0]
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_a_target_has_every_part(name):
+    target = targets.find(name)
+    parts = [part for part in vars(Target) if not part.startswith("_")]
+    assert {"rents", "chips", "plan", "run"} <= set(parts)
+    for part in [*parts, *Target.__annotations__]:
+        assert hasattr(target, part), part
 
 
 @pytest.fixture
@@ -199,7 +209,7 @@ assert "jax" not in sys.modules, "a mistyped flag has waited for JAX"
         (["--device=h10"], "did you mean 'h100'?"),
         (["--device=h100"], "needs --gpus-per-node"),
         (["--settings=gpu-cublass"], "did you mean 'gpu-cublas'?"),
-        (["--device=h100", "--gpus-per-node=8", "--nodes=0"], "--nodes is 0"),
+        (["--device=h100", "--gpus-per-node=8", "--nodes=0"], "--nodes: 0 is below 1"),
     ],
 )
 def test_a_mistyped_flag_is_answered_without_jax(own, said):

@@ -87,4 +87,4 @@ def test_equal_differences_at_every_seed_are_no_division_by_zero():
 
 def test_one_seed_gives_no_verdict():
     found = seed_statistics.compare({0: 1.0}, {0: 9.0})
-    assert "one seed says nothing" in seed_statistics.verdict(found, found.p, 1)
+    assert "one seed cannot show chance" in seed_statistics.verdict(found, found.p, 1)

@@ -141,7 +141,10 @@ BAD = {
     "missing config": (("local", "--", "--config=absent.py"), "absent.py"),
     "mistyped flag": (("slurm", "--noodles=2", "--", CONFIG), "--noodles"),
     "backslash": (("slurm", "--", CONFIG, r"--config.run_dir=a\b"), "backslash"),
-    "no process": (("local", "--processes=0", "--", CONFIG), "--processes is 0"),
+    "no process": (
+        ("local", "--processes=0", "--", CONFIG),
+        "--processes: 0 is below 1",
+    ),
 }
 
 

@@ -394,7 +394,7 @@ def test_a_terminal_that_is_gone_stops_what_was_started():
 
 def test_a_signal_before_a_start_reaches_what_is_started(tmp_path):
     with ProcessGroup() as group:
-        group.told = signal.SIGTERM
+        group.last_signal = signal.SIGTERM
         plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
         assert group.train(plan, restarts=3) == -signal.SIGTERM
 

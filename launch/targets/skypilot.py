@@ -4,8 +4,8 @@ Sources: https://docs.skypilot.co/en/latest/reference/yaml-spec.html (version 0.
 `job_recovery.recover_on_exit_codes` restarts without counting a failure, `workdir` is
 uploaded as it is on disk, and `--secret NAME` gives a secret without a value), and
 https://docs.skypilot.co/en/latest/running-jobs/distributed-jobs.html (the hosts of a
-TPU slice count as nodes). `research/parallel/process_discovery.py` lets processes find each
-other.
+TPU slice count as nodes). Processes find each other by
+`research/parallel/process_discovery.py`.
 """
 
 import argparse

@@ -27,6 +27,8 @@ ones but the newest --keep_last and the best --keep_best.
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointsFlags:
+    """The flags of `python -m research.checkpoints`."""
+
     verb: str = knob(
         "list",
         "what to do",

@@ -101,13 +101,13 @@ class Checkpointer:
         Orbax would fail, or choose the best step by a wrong loss. The first process
         checks; the others then open what is left.
         """
-        found: dict[int, list[str]] = {}
+        damaged: dict[int, list[str]] = {}
         if jax.process_index() == 0:
             steps = [int(path.name) for path in step_folders(self._folder)]
-            found = {s: problems for s in steps if (problems := self._misjudged(s))}
-        for step, problems in found.items():
+            damaged = {s: problems for s in steps if (problems := self._misjudged(s))}
+        for step, problems in damaged.items():
             self._move_aside(step, problems)
-        self._lost += _agreed(list(found))
+        self._lost += _agreed(list(damaged))
 
     def _misjudged(self, step: int) -> list[str]:
         """The damage to the file with the held-out loss of `step`."""
@@ -142,6 +142,7 @@ class Checkpointer:
 
     @property
     def latest_step(self) -> int | None:
+        """The newest kept step, intact or not; None if there is none."""
         return max(self.steps, default=None)
 
     @property
@@ -149,7 +150,7 @@ class Checkpointer:
         """The kept step with the lowest held-out loss, if one was measured."""
         intact = [step for step in self.steps if not self._misjudged(step)]
         metrics = {step: self._manager.metrics(step) for step in intact}
-        losses = {step: found["loss"] for step, found in metrics.items() if found}
+        losses = {step: each["loss"] for step, each in metrics.items() if each}
         return min(losses, key=losses.__getitem__) if losses else None
 
     def save(
@@ -279,16 +280,16 @@ class Checkpointer:
         if step is not None:
             self._require_intact(step)
             return self._read(step, abstract_state)
-        found = sorted({*self._lost, *self.steps})
+        known = sorted({*self._lost, *self.steps})
         while (step := self.latest_step) is not None:
             damage = self.damage(step)
             if not damage:
                 return self._read(step, abstract_state)
             self._set_aside(step, damage)
-        if found:
+        if known:
             raise DamagedError(
                 f"all checkpoints in {self._folder} are damaged (steps "
-                f"{', '.join(map(str, found))}, see above); nothing was overwritten: "
+                f"{', '.join(map(str, known))}, see above); nothing was overwritten: "
                 "restore a copy, or choose another --config.run_dir"
             )
         return None
@@ -367,15 +368,15 @@ class Checkpointer:
 
     def _restore_state(self, step: int, request: ocp.args.CheckpointArgs) -> Any:
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=request))
-        except ValueError as error:  # Orbax's, of shapes or of the tree.
+            items = self._manager.restore(step, args=ocp.args.Composite(state=request))
+        except ValueError as error:  # Orbax raises it for other shapes or trees.
             first_line = str(error).strip().partition("\n")[0][:300]
             raise UserError(
                 f"checkpoint {step} holds other parameters than this run trains "
                 f"({first_line}); go back to the model and LoRA shape of the run"
             ) from error
         logging.info("checkpoint: step %d restored", step)
-        return found["state"]
+        return items["state"]
 
 
 def _agreed(steps: list[int]) -> list[int]:

@@ -83,15 +83,15 @@ def find_damage(
     for path, (size, digest) in expected[index::count]:
         name = path.relative_to(folder)
         try:
-            found = checksum(path)
+            actual_size, actual_digest = checksum(path)
         except OSError as error:
             if error.errno not in LOST:
                 raise
             problems.append(f"{name}: {error.strerror}")
             continue
-        if found[0] != size:
-            problems.append(f"{name}: {found[0]:,} bytes instead of {size:,}")
-        elif found[1] != digest:
+        if actual_size != size:
+            problems.append(f"{name}: {actual_size:,} bytes instead of {size:,}")
+        elif actual_digest != digest:
             problems.append(f"{name}: bytes have changed")
     return problems
 
@@ -102,8 +102,8 @@ def _listed(
     """Yields every file with its checksum, files of sealed subfolders included."""
     try:
         # Damage may turn text into other bytes, and numbers into other values.
-        found = json.loads((folder / SEAL).read_bytes())
-        files, known = found["files"], found["sum"]
+        content = json.loads((folder / SEAL).read_bytes())
+        files, known = content["files"], content["sum"]
         if _sum_of(files) != known:
             raise ValueError("it does not match its own sum")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -130,6 +130,7 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 
     @classmethod
     def from_final(cls, final_path: Any, **options: Any) -> "SealedPath":
+        """Overrides Orbax's constructor; it takes the same options."""
         # Orbax would write the times of start and commit after the seal.
         options["checkpoint_metadata_store"] = None
         return super().from_final(final_path, **options)
@@ -164,10 +165,12 @@ class SealedArrays(ocp.handlers.StandardCheckpointHandler):
             if own.is_dir():
                 seal(own)
 
-        return [_Told(ocp.future.ChainedFuture(futures, seal_own), self._failed)]
+        return [
+            _ReportingFuture(ocp.future.ChainedFuture(futures, seal_own), self._failed)
+        ]
 
 
-class _Told:
+class _ReportingFuture:
     """An Orbax future that passes the error of its result to `failed`."""
 
     def __init__(self, future: ocp.future.Future, failed: Callable[[Exception], None]):

@@ -59,12 +59,12 @@ def parse_with_config(
     _answer_help(argv, usage, options, has_config=True)
     file, others = _take_config_file(argv)
     _check_overrides(others[1:])
-    found = _define(options)
+    flag_values = _define(options)
     config_flags.DEFINE_config_dict(
-        "config", load_config_file(file), flag_values=found, sys_argv=others
+        "config", load_config_file(file), flag_values=flag_values, sys_argv=others
     )
-    values = _read(found, others, options)
-    return from_config_dict(found["config"].value), values
+    values = _read(flag_values, others, options)
+    return from_config_dict(flag_values["config"].value), values
 
 
 def _answer_help(
@@ -82,8 +82,8 @@ def _answer_help(
 
 
 def _define(options: type) -> flags.FlagValues:
-    """The flags of a group, in a place of their own."""
-    found = flags.FlagValues()
+    """Defines the flags of a group, apart from absl's global flags."""
+    flag_values = flags.FlagValues()
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         hint, default = hints[field.name], field.default
@@ -96,19 +96,19 @@ def _define(options: type) -> flags.FlagValues:
                 float: flags.DEFINE_float,
             }.get(hint, flags.DEFINE_string)
         if field.name != "verb":
-            define(field.name, default, facts_of(field).help, flag_values=found)
-    return found
+            define(field.name, default, facts_of(field).help, flag_values=flag_values)
+    return flag_values
 
 
-def _read(found: flags.FlagValues, argv: Sequence[str], options: type[T]) -> T:
+def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) -> T:
     try:
-        rest = found(list(argv))
+        rest = flag_values(list(argv))
     except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
         raise UserError(f"{without_dump(error)}; see --help") from error
     values = {
-        field.name: found[field.name].value
+        field.name: flag_values[field.name].value
         for field in dataclasses.fields(options)
-        if field.name in found
+        if field.name in flag_values
     }
     known = {field.name: field for field in dataclasses.fields(options)}
     verbs = facts_of(known["verb"]).choices if "verb" in known else ()
@@ -168,8 +168,10 @@ def resume_after_sigterm() -> None:
 
 def _end(number: int, frame: object) -> None:
     # No buffered stream: the signal may have come within a write to one.
-    said = b"stopped by SIGTERM outside of training; the same command resumes the run\n"
-    os.write(sys.stderr.fileno(), said)
+    message = (
+        b"stopped by SIGTERM outside of training; the same command resumes the run\n"
+    )
+    os.write(sys.stderr.fileno(), message)
     os._exit(PREEMPTED)
 
 

@@ -32,10 +32,10 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
     except Exception as error:
         line = _line(file, error)
         where = f"{file}:{line}" if line else file
-        said = error.msg if isinstance(error, SyntaxError) else without_dump(error)
+        cause = error.msg if isinstance(error, SyntaxError) else without_dump(error)
         raise UserError(
             f"--config={given} fails: {where}: {type(error).__name__}: "
-            + " ".join(said.split())
+            + " ".join(cause.split())
         ) from error
     if not isinstance(result, ml_collections.ConfigDict):
         raise UserError(
@@ -47,8 +47,8 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
 
 def without_dump(error: Exception) -> str:
     """The message without the field list that ml_collections adds."""
-    said, dump, rest = str(error).partition(". Other fields present")
-    return f"{said}. {rest.splitlines()[-1]}" if dump else said
+    message, dump, rest = str(error).partition(". Other fields present")
+    return f"{message}. {rest.splitlines()[-1]}" if dump else message
 
 
 def _load(file: str) -> Any:
@@ -65,9 +65,9 @@ def _line(file: str, error: BaseException) -> int | None:
     """The innermost line of the file that took part in the error."""
     if isinstance(error, SyntaxError) and error.filename:
         return error.lineno if Path(error.filename).samefile(file) else None
-    found, frame = None, error.__traceback__
+    line, frame = None, error.__traceback__
     while frame:
         if frame.tb_frame.f_code.co_filename == file:
-            found = frame.tb_lineno
+            line = frame.tb_lineno
         frame = frame.tb_next
-    return found
+    return line

@@ -103,7 +103,7 @@ def from_json(text: str) -> Config:
 
 
 def _filled(known: dict[str, Any], values: Any) -> Any:
-    """`values`, with what they lack taken from `known`, group by group."""
+    """`values`, where entries that are missing come from `known`, group by group."""
     if not isinstance(values, dict):
         return values
     groups = {name for name in values if isinstance(known.get(name), dict)}
@@ -113,11 +113,12 @@ def _filled(known: dict[str, Any], values: Any) -> Any:
 
 
 def to_json(config: Config) -> str:
+    """The text of a `config.json`, as `from_json` reads it."""
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
 
 
 def fixed_differences(old: Config, new: Config) -> dict[str, str]:
-    """`old -> new` by knob, of those that a resumed run must not change."""
+    """The changed knobs that a resumed run must not change, as `old -> new` by name."""
     before = flat(old)
     return {
         path: f"{before[path]!r} -> {value!r}"

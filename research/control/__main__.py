@@ -36,6 +36,8 @@ LOOK_EVERY = 0.2  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class ControlFlags:
+    """The flags of `python -m research.control`."""
+
     verb: str = knob("", "the request", choices=("", *KINDS))
     run: str = knob("", "run directory in which a job trains")
     wait: float = knob(600.0, "seconds to wait for the answer", low=0)

@@ -46,6 +46,7 @@ class MetricsFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Writes the lines that are still buffered. Raises OSError if it cannot."""
         self._file.close()
         self._board.close()
 

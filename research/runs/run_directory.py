@@ -57,6 +57,7 @@ class RunDir:
 
     @property
     def exists(self) -> bool:
+        """Whether the folder is a run directory, which its `config.json` marks."""
         return self._config.is_file()
 
     @property
@@ -189,6 +190,7 @@ class RunDir:
         )
 
     def identity(self) -> Identity:
+        """The fingerprints that the run began with. Raises OSError without a run."""
         return json.loads(self._identity.read_text(encoding="utf-8"))
 
     @contextlib.contextmanager
@@ -234,4 +236,5 @@ class RunDir:
             write_whole(self._config, to_json(config))
 
     def mark_complete(self, facts: dict[str, object]) -> None:
+        """Writes `complete.json`: the run is done, and `facts` sum it up."""
         write_whole(self._complete, json.dumps(facts, indent=2))

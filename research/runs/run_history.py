@@ -21,13 +21,7 @@ UNKNOWN = "ended without a word: killed, or the machine went down"
 
 
 class History:
-    """The record of a run in `run.json`. Only the first process writes it.
-
-    Attributes:
-      saved: the last step that was committed to disk, 0 if none was.
-      skipped: numbers of the batches that training drops, see `DeviceBatches`.
-      accepted: `old -> new` by name, for differences that the user accepted.
-    """
+    """The record of a run in `run.json`. Only the first process writes it."""
 
     def __init__(self, path: Path, phases: PhaseTimer):
         """Reads the file if it exists.
@@ -42,14 +36,17 @@ class History:
 
     @property
     def saved(self) -> int:
+        """The last step whose checkpoint was committed; 0 if none was."""
         return self._found["saved"]
 
     @property
     def skipped(self) -> list[int]:
+        """The numbers of the batches that training drops."""
         return self._found["skipped_batches"]
 
     @property
     def accepted(self) -> dict[str, str]:
+        """The differences that the user accepted, as `old -> new` by name."""
         return self._found["accepted"]
 
     def accept(self, differences: dict[str, str]) -> None:

@@ -20,6 +20,8 @@ WHERE is stdlib, a file, a folder or hub://owner/name[:subset][@split].
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeFlags:
+    """The flags of `python -m research.tokenize`."""
+
     source: tuple[str, ...] = knob((), "text to train on, name=where; repeatable")
     vocab: int = knob(4096, "number of ids", low=257)
     out: str = knob("", "new folder to write tokenizer.json to")

@@ -84,6 +84,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """The number of tokens, added tokens included."""
         return self._template_view.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -126,6 +127,7 @@ class Tokenizer:
         return led.ids[skipped:]
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = True) -> str:
+        """The text of `ids`, by default without control tokens."""
         return self._template_view.decode(list(ids), skip_special_tokens=skip_control)
 
 

@@ -13,7 +13,7 @@ and a report into its run_dir. The same command resumes a run that has stopped.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    """Returns the exit code: 0 done, 7 or 75 stopped; see `docs/recovery.md`."""
     command_line.resume_after_sigterm()
     config, _ = command_line.parse_with_config(argv, USAGE, command_line.NoFlags)
     # Imported late: importing JAX takes longer than saying what is wrong with a flag.

@@ -1,8 +1,8 @@
 """The training loop. It knows no model: it counts steps and keeps one order.
 
-The order is law: evaluate and save, then pull data, then step, then log the step
-before. So a checkpoint never holds a batch that was pulled and not trained, and
-writing a log never keeps the devices waiting.
+The order is fixed: evaluate and save, then pull data, then dispatch the step, then log
+the step before it. So the data position in a checkpoint never counts a batch that was
+pulled but not trained, and the devices never wait for a log to be written.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ class Action:
     """Something done between steps.
 
     Attributes:
-      phase: what the time it takes is counted as.
+      phase: the phase that its time counts for.
       every: runs when the step is a multiple of it, and at the last step.
       run: called with (step, state).
       request: the kind of request that makes it run at once, or "".
-      settle: returns when what `run` began is done; called before a request is
-        answered.
+      settle: waits until the work that `run` began is done; called before a request
+        is answered.
       at_start: also runs before the first step of a fresh run.
     """
 
@@ -49,6 +49,7 @@ class Action:
     def is_due(
         self, step: int, first: int, total: int, requested: Collection[str] = ()
     ) -> bool:
+        """Whether to run at `step` of a start that trains from `first` to `total`."""
         if self.request in requested:
             return True
         if step == first:
@@ -79,7 +80,7 @@ def run(
       log: called with (step, batch number, metrics) after the next step is dispatched.
       resume_clock: called after actions, which do not count as step time.
       stop, requests: both are polled before every step.
-      phases: told what is done when.
+      phases: counts the time of each part of the loop.
 
     Returns:
       The state and the number of updates it holds.
@@ -97,7 +98,7 @@ def run(
             with phases.during(action.phase):
                 action.run(step, state)
         if ending:
-            break  # The caller answers, when the last save is on disk.
+            break  # The caller answers once the last save is on disk.
         if requested:
             for action in due:
                 action.settle()

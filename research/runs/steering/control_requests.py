@@ -70,15 +70,15 @@ def write_request(run: Path, kind: str) -> str:
 
 def withdraw(run: Path, name: str) -> bool:
     """Removes a request that has no answer yet; returns whether it was there."""
-    found = [request for request in pending(run) if request.id == name]
-    for request in found:
+    matching = [request for request in pending(run) if request.id == name]
+    for request in matching:
         request.path.unlink(missing_ok=True)
-    return bool(found)
+    return bool(matching)
 
 
 def pending(run: Path) -> list[Request]:
-    """The requests that wait, the oldest first. Files that are none are ignored."""
-    found = []
+    """The requests that wait, the oldest first. Other files are ignored."""
+    requests = []
     for path in (run / FOLDER).glob("*-*.json"):
         try:
             fields = json.loads(path.read_bytes())
@@ -86,8 +86,8 @@ def pending(run: Path) -> list[Request]:
         except (OSError, ValueError, TypeError):
             continue
         if request.kind in KINDS:
-            found.append(request)
-    return sorted(found, key=lambda request: (request.asked_at, request.id))
+            requests.append(request)
+    return sorted(requests, key=lambda request: (request.asked_at, request.id))
 
 
 def answer_to(history: Path, name: str) -> dict[str, Any] | None:
@@ -104,6 +104,7 @@ def answer_to(history: Path, name: str) -> dict[str, Any] | None:
 
 
 def now() -> str:
+    """The time in UTC, as ISO 8601 with milliseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 

@@ -1,7 +1,7 @@
 """Ends a process that hangs by itself, or because another process is dead or stuck.
 
-The others of a dead or stuck process wait in a collective that never ends. No exception
-can be raised there, so a thread watches the clock.
+If one process is dead or stuck, the others wait in a collective that never ends. No
+exception can be raised there, so a thread watches the clock.
 """
 
 import faulthandler
@@ -23,18 +23,18 @@ class Watchdog:
     """Watches a run within its `with` block, and ends the process if it hangs."""
 
     def __init__(
-        self, phases: PhaseTimer, limit: float, rank: int, told: Callable[[str], None]
+        self, phases: PhaseTimer, limit: float, rank: int, record: Callable[[str], None]
     ):
         """Args:
         phases: gives the signs of life.
         limit: seconds without a sign of life; 0 turns the watchdog off.
         rank: index of this process.
-        told: called with the cause before the process ends.
+        record: called with the cause before the process ends.
         """
         self._phases = phases
         self._limit = limit
         self._rank = rank
-        self._told = told
+        self._record = record
         self._leave = threading.Event()
         self._thread = threading.Thread(
             target=self._watch, name="watchdog", daemon=True
@@ -74,13 +74,15 @@ class Watchdog:
         )
         sys.stderr.flush()
         # The cause may be a disk that hangs, and it would block this thread, too.
-        telling = threading.Thread(target=self._tell, args=(cause,), daemon=True)
-        telling.start()
-        telling.join(PATIENCE)
+        recorder = threading.Thread(
+            target=self._record_cause, args=(cause,), daemon=True
+        )
+        recorder.start()
+        recorder.join(PATIENCE)
         os._exit(STUCK)  # Only this ends a thread that waits in C++.
 
-    def _tell(self, cause: str) -> None:
+    def _record_cause(self, cause: str) -> None:
         try:
-            self._told(cause)
-        except Exception as error:  # For example of a full disk.
+            self._record(cause)
+        except Exception as error:  # For example, the disk is full.
             logging.error("the cause could not be recorded: %s", error)

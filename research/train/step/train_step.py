@@ -236,6 +236,7 @@ def abstract_state(definition: StepDefinition) -> TrainState:
 
 
 def jit_init(definition: StepDefinition) -> Callable[[Params], TrainState]:
+    """`init_state`, compiled: makes the sharded state of step 0 from parameters."""
     return jax.jit(
         lambda params: init_state(definition, params),
         out_shardings=state_shardings(definition),
@@ -245,7 +246,7 @@ def jit_init(definition: StepDefinition) -> Callable[[Params], TrainState]:
 def jit_train_step(
     definition: StepDefinition,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-    """The one jit of training: explicit shardings, donated state, frozen kept."""
+    """`train_step`, compiled: shardings are explicit, and the state is donated."""
     state = state_shardings(definition)
     frozen = meshes.shardings(definition.trainable.frozen_specs, definition.mesh)
     batch = meshes.batch_sharding(definition.mesh, microbatched=True)
@@ -260,6 +261,7 @@ def jit_train_step(
 def jit_eval_step(
     definition: StepDefinition,
 ) -> Callable[[Params, Params, Batch], Sums]:
+    """`eval_step`, compiled: the sums of one batch `[rows, seq]` on every device."""
     state = state_shardings(definition)
     frozen = meshes.shardings(definition.trainable.frozen_specs, definition.mesh)
     return jax.jit(

@@ -24,7 +24,9 @@ from commands import unbroken as unbroken
 from fake_tools import cloud_job as cloud_job
 from fake_tools import fake as fake
 from helpers import TINY, random_params
+from kills import broken as broken
 from pretraining_runs import pretrained as pretrained
+from process_pairs import two_processes as two_processes
 
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.formats.base_model import open_base

@@ -2,9 +2,14 @@
 
 import json
 import sys
+import types
 
 import pytest
 from commands import STEPS, chain, step_line
+from helpers import in_soak
+from kills import WAITS_FOR_REQUESTS, ask
+from pretraining_runs import PRETRAIN_STEPS
+from run_results import check_equal, history
 
 from research.core.errors import STOPPED, UserError
 from research.runs.steering.control_requests import (
@@ -15,80 +20,64 @@ from research.runs.steering.control_requests import (
 )
 from research.runs.steering.request_listener import RequestListener
 
-# Three commands fit between the first steps and the last one.
-SLOW = """
-import time
-from research.train.programs import device_batches
-pull = device_batches.DeviceBatches.__next__
-def pull_late(self):
-    time.sleep(1.0)
-    return pull(self)
-device_batches.DeviceBatches.__next__ = pull_late
-"""
-
-
-def ask(place, run, kind, *flags):
-    return place.run("control", kind, f"--run=runs/{run}", *flags)
-
-
-def steer(place, run, start):
-    """Asks for a save, a sample and the end while a job trains; then lets it resume."""
-    running = start(programs=dict.fromkeys((0, 1), SLOW))
-    running[0].wait_for(step_line(2))
-    answers = [ask(place, run, kind) for kind in ("checkpoint", "sample", "stop")]
-    stopped = [process.finish() for process in running]
-    saved = place.saved_steps(run)
-    return answers, stopped, saved, [process.finish() for process in start()]
+KINDS_MADE = ("checkpoint", "sample", "stop")
 
 
 @chain
 def steered(place, results):
     results("unbroken")
-
-    def start(programs=None):
-        program = (programs or {}).get(0)
-        return [place.start("train", *place.train_flags("steered"), program=program)]
-
-    return steer(place, "steered", start)
-
-
-@chain
-def steered_pair(place, results):
-    results("unbroken")
-
-    def start(programs=None):
-        flags = place.train_flags("steered-pair")
-        return place.start_together(2, *flags, programs=programs)
-
-    return steer(place, "steered-pair", start)
+    program = WAITS_FOR_REQUESTS.format(run="steered")
+    flags = place.train_flags("steered")
+    running = place.start("train", *flags, program=program)
+    running.wait_for(step_line(1))
+    answers = ask(place, "steered", *KINDS_MADE)
+    stopped = [running.finish()]
+    saved = place.saved_steps("steered")
+    launched = place.train("steered")
+    return types.SimpleNamespace(
+        answers=answers, stopped=stopped, saved=saved, launched=launched
+    )
 
 
-@pytest.mark.parametrize("run", ["steered", "steered-pair"])
-def test_a_job_saves_samples_and_stops_on_request(place, request, run):
-    answers, stopped, saved, resumed = request.getfixturevalue(run.replace("-", "_"))
-    for kind, answer in zip(("checkpoint", "sample", "stop"), answers, strict=True):
+def check_answers(place, run, answers, kinds):
+    """All were done and are in the history; returns the step of each."""
+    for kind, answer in zip(kinds, answers, strict=True):
         assert answer.code == 0, answer.err
         assert answer.out.startswith(f"{kind}: done, after step ")
-    assert [process.code for process in stopped] == [STOPPED] * len(stopped)
-    history = json.loads((place.run_dir(run) / "run.json").read_text())
-    steps = {answer["kind"]: answer["step"] for answer in history["requests"]}
-    assert list(steps) == ["checkpoint", "sample", "stop"]
-    assert 2 <= steps["checkpoint"] <= steps["sample"] <= steps["stop"] < STEPS
-    assert {steps["checkpoint"], steps["stop"]} & set(saved)
-    assert saved[-1] == steps["stop"]
-    assert history["starts"][0]["cause"] == f"stop request after step {steps['stop']}"
-    assert history["starts"][0]["exit_code"] == STOPPED
+    steps = {x["kind"]: x["step"] for x in history(place, run)["requests"]}
+    assert tuple(steps) == kinds
     assert not list((place.run_dir(run) / "requests").iterdir())
     lines = (place.run_dir(run) / "samples.jsonl").read_text().splitlines()
-    assert {json.loads(line)["step"] for line in lines} == {steps["sample"]}
-    assert [process.code for process in resumed] == [0] * len(stopped)
+    assert steps["sample"] in {json.loads(line)["step"] for line in lines}
+    assert 2 <= steps["checkpoint"] <= steps["sample"]
+    return steps
+
+
+@pytest.mark.parametrize("fixture", [in_soak("steered"), "two_processes"])
+def test_a_job_saves_samples_and_stops_on_request(place, request, fixture):
+    found, run = request.getfixturevalue(fixture), fixture.replace("_", "-")
+    steps = check_answers(place, run, found.answers, KINDS_MADE)
+    count = 2 if fixture == "two_processes" else 1
+    assert [process.code for process in found.stopped] == [STOPPED] * count
+    last = PRETRAIN_STEPS if count == 2 else STEPS
+    assert steps["sample"] <= steps["stop"] < last
+    assert found.saved[-1] == steps["stop"]
+    start = history(place, run)["starts"][0]
+    assert start["cause"] == f"stop request after step {steps['stop']}"
+    assert start["exit_code"] == STOPPED
+    assert found.launched.code == 0, found.launched.err
     trained = [line["step"] for line in place.lines(run, "train")]
-    assert trained == [*range(1, STEPS + 1)]
+    assert trained == [*range(1, last + 1)]
 
 
+def test_one_process_saves_and_samples_on_request(place, broken):
+    steps = check_answers(place, "broken", broken.answers, KINDS_MADE[:2])
+    assert steps["sample"] < STEPS
+
+
+@pytest.mark.soak
 def test_a_stop_changes_no_loss(place, steered, unbroken):
-    mine, theirs = (place.lines(run, "train") for run in ("steered", "unbroken"))
-    assert [x["loss"] for x in mine] == [x["loss"] for x in theirs]
+    check_equal(place, "steered", "unbroken")
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,8 @@ import http.server
 import threading
 
 import pytest
-from commands import chain
+from commands import SECRETS, chain
 from process_pairs import HANG
-
-SECRETS = {
-    name: f"canary-{index}-of-the-environment"
-    for index, name in enumerate(
-        (
-            "HF_TOKEN",
-            "HUGGING_FACE_HUB_TOKEN",
-            "WANDB_API_KEY",
-            "AWS_SECRET_ACCESS_KEY",
-            "GOOGLE_API_KEY",
-            "OPENAI_API_KEY",
-        )
-    )
-}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -61,25 +47,30 @@ def with_secrets(place, results):
       How each command ended, by name, and what the hub was sent.
     """
 
-    results("unbroken")
+    whole = results("unbroken")
 
-    def train(run, *flags, hub=(), program=None):
-        where = ("--config=config.py", f"--config.run_dir=runs/{run}")
-        more = SECRETS | dict(hub)
-        return place.run("train", *where, *flags, more=more, program=program)
+    def flags(name, *more):
+        return "--config=config.py", f"--config.run_dir=runs/secrets-{name}", *more
 
     (place.folder / "bad-row.jsonl").write_text('{"instruction": "a", "response": 3}')
-    few = ("--config.eval.prompts=1",)
-    flags = ("--config=config.py", "--config.run_dir=runs/secrets-slurm")
+    bug = HANG.format(what="1 / 0")
     ended = {
-        "whole": train("secrets", *few),
-        "bug": train("secrets-bug", program=HANG.format(what="1 / 0")),
-        "bad row": train("secrets-row", "--config.data.path=bad-row.jsonl"),
-        "slurm": place.launch(("slurm", "--dry-run"), flags, more=SECRETS),
+        "whole": whole,
+        "bug": place.run("train", *flags("bug"), program=bug, more=SECRETS),
+        "slurm": place.launch(("slurm", "--dry-run"), flags("slurm"), more=SECRETS),
     }
-    nobody = "--config.model.init_from=hub://nobody/nothing"
+    refused = {
+        "bad row": "--config.data.path=bad-row.jsonl",
+        "hub": "--config.model.init_from=hub://nobody/nothing",
+    }
     with refusing_hub() as (there, carried):
-        ended["hub"] = train("secrets-hub", nobody, hub=there)
+        ended |= place.run_short(
+            {
+                name: (place, "train", flags(name.replace(" ", "-"), flag), 1)
+                for name, flag in refused.items()
+            },
+            SECRETS | there,
+        )
     return ended, carried
 
 
@@ -118,7 +109,7 @@ def contents(folder):
 
 def test_nothing_is_written(place, with_secrets):
     found = [pair for f in (place.folder, place.cache) for pair in contents(f)]
-    run = place.run_dir("secrets")
+    run = place.run_dir("unbroken")
     names = {file.name for file, _ in found if run in file.parents}
     kinds = {"run.json", "config.json", "metrics.jsonl", "report.md", "sums.json"}
     assert kinds < names

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close
+from helpers import close, in_soak
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec
 
@@ -104,6 +104,7 @@ def test_each_kernel_is_the_formula_outputs_and_gradients(kernel):
         close(actual, expected)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("block", [70, 1000])
 def test_the_block_of_xla_does_not_change_its_results(block):
     arrays = draw(4, 2)
@@ -114,6 +115,7 @@ def test_the_block_of_xla_does_not_change_its_results(block):
         close(actual, expected)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_half_precision_is_near_the_formula(kernel):
     """Also with as many keys as queries, which Splash computes another way."""
@@ -142,7 +144,7 @@ def test_shards_of_the_context_are_the_whole(kernel):
         close(actual, expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["xla", *map(in_soak, sorted({*KERNELS} - {"xla"}))])
 def test_each_kernel_runs_on_a_mesh_that_splits_rows_heads_and_tokens(kernel):
     q, k, v, d_output = draw(4, 2)
     devices = np.array(jax.devices()).reshape(2, 2, 2)
@@ -178,8 +180,8 @@ def test_each_kernel_runs_on_a_mesh_that_splits_rows_heads_and_tokens(kernel):
 @pytest.mark.parametrize(
     ("kernel", "offset", "unread"),
     [
-        ("cudnn", 100, 200),
-        ("splash", np.int32(100), 256),
+        in_soak("cudnn", 100, 200),
+        in_soak("splash", np.int32(100), 256),
         ("xla", np.int32(100), 256),
     ],
     ids=["static", "traced", "traced-xla"],
@@ -198,6 +200,7 @@ def test_keys_of_the_future_are_never_read(kernel, offset, unread):
         assert np.isfinite(x).all()
 
 
+@pytest.mark.soak
 def test_a_block_of_xla_reads_no_key_past_its_own_end():
     """Where its blocks end decides what a NaN at token 128 reaches."""
     q, k, v, _ = draw(2, 2)

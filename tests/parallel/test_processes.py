@@ -1,30 +1,21 @@
-"""Two launched processes of two devices each train as one of one device does."""
+"""Two processes of two devices each train as one of one device does.
+
+They stop once in between: see `process_pairs.py`.
+"""
 
 import jax
 import numpy as np
 import pytest
-from commands import chain
 from helpers import close
 from pretraining_runs import PRETRAIN_STEPS as STEPS
-from process_pairs import MESH, PLAIN
 from run_results import saved_state
-
-
-@chain
-def two_processes(place, results):
-    results("pretrained")
-    return place.launch(
-        ("local", "--processes=2"),
-        ("--config=pretrain.py", "--config.run_dir=runs/two-processes", *MESH, *PLAIN),
-        devices=2,
-    )
 
 
 def test_two_processes_train_the_same_steps_on_the_same_data(
     place, pretrained, two_processes
 ):
     assert pretrained.code == 0, pretrained.err
-    assert two_processes.code == 0, two_processes.err
+    assert two_processes.launched.code == 0, two_processes.launched.err
     alone, together = (
         place.lines(run, "train") for run in ("pretrained", "two-processes")
     )
@@ -57,4 +48,4 @@ def test_hashes_of_different_batches_differ(place, pretrained):
 
 
 def test_only_the_first_process_speaks(two_processes):
-    assert two_processes.err.count(f"step {STEPS}  held-out loss") == 1
+    assert two_processes.launched.err.count(f"step {STEPS}  held-out loss") == 1

@@ -66,6 +66,7 @@ def stuck(place, results):
     return stuck, [process.finish() for process in start_pair(place, "stuck")]
 
 
+@pytest.mark.soak
 def test_a_run_killed_at_random_ends_as_the_unbroken_one(place, unbroken, killed):
     *kills, last = killed
     assert [x.code for x in kills] == [-signal.SIGKILL] * 4, kills[-1].err

@@ -50,6 +50,20 @@ def get_config():
     config.runtime.peak_tflops = 0.05
     return config
 """
+# In the environment of the unbroken run; none of these values may get out.
+SECRETS = {
+    name: f"canary-{index}-of-the-environment"
+    for index, name in enumerate(
+        (
+            "HF_TOKEN",
+            "HUGGING_FACE_HUB_TOKEN",
+            "WANDB_API_KEY",
+            "AWS_SECRET_ACCESS_KEY",
+            "GOOGLE_API_KEY",
+            "OPENAI_API_KEY",
+        )
+    )
+}
 # As many steps as the others make: another number is another program to compile.
 FEW_ROWS = ("--config.eval.prompts=1", "--config.data.held_out=4")
 QUESTION = "Are whales fish?"
@@ -212,11 +226,12 @@ class Place:
             for index in range(count)
         ]
 
-    def run_short(self, commands):
+    def run_short(self, commands, more=None):
         """Short commands one after another, in forks of one process (`forking.py`).
 
         Args:
           commands: (place, module, flags, devices) by name.
+          more: variables of the environment of all of them.
 
         Returns:
           How each of them has ended, by name.
@@ -227,7 +242,8 @@ class Place:
             command = {"module": module, "flags": flags, "devices": devices}
             where = {"folder": str(place.folder), "said": str(written / str(i))}
             lines.append(json.dumps(command | where))
-        forking = self.start_python(str(ROOT / "tests" / "support" / "forking.py"))
+        program = str(ROOT / "tests" / "support" / "forking.py")
+        forking = self.start_python(program, more=more)
         done = forking.finish("\n".join(lines) + "\n")
         assert done.code == 0, done.err
         told = map(json.loads, done.out.splitlines())
@@ -358,4 +374,4 @@ def results(request, place):
 
 @chain
 def unbroken(place, results):
-    return place.train("unbroken", "--config.runtime.peak_tflops=0")
+    return place.train("unbroken", "--config.runtime.peak_tflops=0", more=SECRETS)

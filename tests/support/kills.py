@@ -1,8 +1,11 @@
-"""Meets a training in a phase of its work, and kills it there again and again."""
+"""Meets a training in a phase of its work, and stops or kills it there."""
 
 import random
 import re
 import signal
+import types
+
+from commands import chain, step_line
 
 # Before a command: it says which phase it enters, and how often it has. Data is so slow
 # that a signal can meet the wait for it.
@@ -31,6 +34,24 @@ def pull_late(self):
 device_batches.DeviceBatches.__next__ = pull_late
 """
 
+# From the fourth batch on a training waits, ten seconds at most, until its run
+# directory has a request. It looks for requests twice a second.
+WAITS_FOR_REQUESTS = """
+import pathlib, time
+from research.train.programs import device_batches
+pull = device_batches.DeviceBatches.__next__
+def pull_late(self):
+    over = time.monotonic() + 10
+    if self.number > 1:
+        time.sleep(0.6)
+        while not [*pathlib.Path().glob("runs/{run}/requests/*.json")]:
+            if time.monotonic() > over:
+                break
+            time.sleep(0.05)
+    return pull(self)
+device_batches.DeviceBatches.__next__ = pull_late
+"""
+
 # Its saves take long enough to be met.
 SLOW_DISK = """
 import time
@@ -41,6 +62,36 @@ def slow(folder):
     seal(folder)
 checksums.seal = slow
 """
+
+
+def ask(place, run, *kinds):
+    """Requests something of a running job, one kind after another."""
+    return [place.run("control", kind, f"--run=runs/{run}") for kind in kinds]
+
+
+@chain
+def broken(place, results):
+    """Asked to save and to sample, stopped by Ctrl-C, killed in a save, and finished.
+
+    The starts are `stopped`, `killed` and `last`; `answers` are those to the requests.
+    """
+    flags = place.train_flags("broken")
+    waits = WAITS_FOR_REQUESTS.format(run="broken")
+    stopped = place.start("train", *flags, program=waits)
+    stopped.wait_for(step_line(1))
+    answers = ask(place, "broken", "checkpoint", "sample")
+    stopped.send(signal.SIGINT)
+    stopped = stopped.finish()
+    killed = place.start("train", *flags, program=SLOW_DISK)
+    wait_for_a_save(killed, place.run_dir("broken") / "checkpoints")
+    killed.send(signal.SIGKILL)
+    return types.SimpleNamespace(
+        answers=answers,
+        stopped=stopped,
+        killed=killed.finish(),
+        last=place.train("broken"),
+    )
+
 
 # In turn: at a random moment of the start, in a phase, and in a half-written save.
 AIMS = ("start", "compile", "step", "half", "evaluate", "data", "save")

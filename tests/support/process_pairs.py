@@ -1,5 +1,11 @@
 """Two processes that train one run, and what makes one of them hang."""
 
+import types
+
+from commands import chain
+from kills import WAITS_FOR_REQUESTS, ask
+from pretraining_runs import STEP_LINE
+
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
 
 
@@ -16,6 +22,28 @@ PAIR = ("--config=pretrain.py", *MESH, *PLAIN, f"--config.runtime.watchdog_s={LI
 def start_pair(place, run, *flags, **options):
     where = f"--config.run_dir=runs/{run}"
     return place.start_together(2, *PAIR, where, *flags, **options)
+
+
+@chain
+def two_processes(place, results):
+    """Asked to save, to sample and to stop; then the launcher resumes both.
+
+    They are `stopped` with `saved` steps, and `launched`; `answers` are those to the
+    requests.
+    """
+    results("pretrained")
+    run = "two-processes"
+    waits = WAITS_FOR_REQUESTS.format(run=run)
+    running = start_pair(place, run, programs=dict.fromkeys((0, 1), waits))
+    running[0].wait_for(STEP_LINE.format(1))
+    answers = ask(place, run, "checkpoint", "sample", "stop")
+    stopped = [process.finish() for process in running]
+    saved = place.saved_steps(run)
+    flags = (*PAIR, f"--config.run_dir=runs/{run}")
+    launched = place.launch(("local", "--processes=2"), flags, devices=2)
+    return types.SimpleNamespace(
+        answers=answers, stopped=stopped, saved=saved, launched=launched
+    )
 
 
 HANG = """

@@ -24,8 +24,9 @@ from commands import (
     snapshot,
     step_line,
 )
+from kills import torn
 from rich.console import Console
-from run_results import final_state, numbers
+from run_results import check_equal, final_state, history
 
 from research.config.knobs import flat
 from research.config.run_config import Config, DataConfig, ModelConfig
@@ -47,12 +48,6 @@ def remeshed(place, results):
         place.stop("remeshed", step_line(8), signal.SIGTERM, *sizes, devices=8),
         place.train("remeshed"),
     ]
-
-
-@chain
-def broken(place, results):
-    """Stopped by Ctrl-C, and finished."""
-    return [place.stop("broken", step_line(3), signal.SIGINT), place.train("broken")]
 
 
 @chain
@@ -138,10 +133,12 @@ def again(place, results):
 def talks(place, results):
     results("unbroken")
     chat = f"{QUESTION}\n\n{QUESTION}\nWhy?\n"
+    best = "--step=best"
     return {
-        "chat": place.generate("unbroken", stdin=chat),
-        "compare": place.generate("unbroken", f"--prompt={QUESTION}", "--compare"),
-        "best": place.generate("unbroken", f"--prompt={QUESTION}", "--step=best"),
+        "chat": place.generate("unbroken", best, stdin=chat),
+        "compare": place.generate(
+            "unbroken", best, f"--prompt={QUESTION}", "--compare"
+        ),
     }
 
 
@@ -344,18 +341,27 @@ def test_a_complete_run_is_left_alone(unbroken, again):
     assert finished.seconds < unbroken.seconds / 2
 
 
-def test_sigint_stops_between_steps_and_the_same_command_goes_on(broken):
-    stopped, resumed = broken
+def test_sigint_stops_between_steps_and_the_same_command_resumes(place, broken):
+    stopped, resumed = broken.stopped, broken.killed
     assert stopped.code == 75, stopped.err
     (step,) = re.findall(r"stopped after step (\d+)", stopped.err)
     assert re.findall(r"^step +(\d+)/", stopped.err, re.M)[-1] == step
     assert f"step {step} restored" in resumed.err
     assert re.findall(r"^step +(\d+)/", resumed.err, re.M)[0] == str(int(step) + 1)
-    assert resumed.code == 0, resumed.err
+
+
+def test_a_run_killed_in_a_save_resumes(place, broken):
+    assert broken.killed.code == -signal.SIGKILL, broken.killed.err
+    assert broken.last.code == 0, broken.last.err
+    assert re.search(r"step \d+ restored", broken.last.err)
+    assert torn(place.run_dir("broken") / "checkpoints") == []
+    starts = history(place, "broken")["starts"]
+    assert "without a word" in starts[1]["cause"]
+    assert starts[2]["cause"] == "done"
 
 
 def test_a_broken_run_equals_the_unbroken_one_exactly(place, unbroken, broken):
-    assert numbers(place, "broken") == numbers(place, "unbroken")
+    check_equal(place, "broken", "unbroken")
     # Adapters and optimizer, byte by byte.
     assert final_state(place, "broken") == final_state(place, "unbroken")
 
@@ -370,6 +376,7 @@ def test_eight_devices_train_as_one_does(place, unbroken, remeshed):
         np.testing.assert_allclose([x[name] for x in eight], expected, rtol=rtol)
 
 
+@pytest.mark.soak
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(place, hurried):
     assert hurried.code not in (0, 75)
     assert "Traceback" not in hurried.err
@@ -395,13 +402,13 @@ def test_greedy_answers_repeat_and_an_empty_line_forgets(talks):
 
 
 def test_best_is_the_kept_step_with_the_lowest_held_out_loss(place, talks):
-    assert talks["best"].code == 0, talks["best"].err
+    assert talks["chat"].code == 0, talks["chat"].err
     held = {x["step"]: x["loss"] for x in place.lines("unbroken", "eval")}
     known = {
         step: held[max(x for x in held if x <= step)]
         for step in place.saved_steps("unbroken")
     }
-    (restored,) = re.findall(r"step (\d+) restored", talks["best"].err)
+    (restored,) = re.findall(r"step (\d+) restored", talks["chat"].err)
     assert known[int(restored)] == min(known.values())
 
 

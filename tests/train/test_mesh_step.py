@@ -62,13 +62,16 @@ def assert_same_training(found, expected):
     close(found.state, expected.state)
 
 
-# data, fsdp, tensor, replica, context; and microbatches. The rest is in the soak.
+# data, fsdp, tensor, replica, context; and microbatches. Each axis is split once here;
+# with the soak, each pair of axes is.
 MESHES = [
     ("full", (1, 2, 4), 1),
-    ("full", (1, 1, 2, 1, 4), 2),
+    ("full", (2, 1, 1, 2, 2), 2),
     ("lora", (1, 2, 4), 1),
 ]
 MORE_MESHES = [
+    ("full", (1, 1, 2, 1, 4), 2),
+    ("full", (1, 1, 2, 2, 2), 1),
     ("full", (1, 2, 1, 2, 2), 1),
     ("full", (1, 8, 1), 1),
     ("full", (2, 2, 2), 2),

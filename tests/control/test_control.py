@@ -6,7 +6,6 @@ import types
 
 import pytest
 from commands import STEPS, chain, step_line
-from helpers import in_soak
 from kills import WAITS_FOR_REQUESTS, ask
 from pretraining_runs import PRETRAIN_STEPS
 from run_results import check_equal, history
@@ -53,13 +52,10 @@ def check_answers(place, run, answers, kinds):
     return steps
 
 
-@pytest.mark.parametrize("fixture", [in_soak("steered"), "two_processes"])
-def test_a_job_saves_samples_and_stops_on_request(place, request, fixture):
-    found, run = request.getfixturevalue(fixture), fixture.replace("_", "-")
+def check_stop(place, run, found, last):
+    """It was saved, sampled and stopped, and resumed up to the step `last`."""
     steps = check_answers(place, run, found.answers, KINDS_MADE)
-    count = 2 if fixture == "two_processes" else 1
-    assert [process.code for process in found.stopped] == [STOPPED] * count
-    last = PRETRAIN_STEPS if count == 2 else STEPS
+    assert {process.code for process in found.stopped} == {STOPPED}
     assert steps["sample"] <= steps["stop"] < last
     assert found.saved[-1] == steps["stop"]
     start = history(place, run)["starts"][0]
@@ -68,6 +64,15 @@ def test_a_job_saves_samples_and_stops_on_request(place, request, fixture):
     assert found.launched.code == 0, found.launched.err
     trained = [line["step"] for line in place.lines(run, "train")]
     assert trained == [*range(1, last + 1)]
+
+
+def test_two_processes_save_sample_and_stop_at_one_step(place, two_processes):
+    check_stop(place, "two-processes", two_processes, PRETRAIN_STEPS)
+
+
+@pytest.mark.soak
+def test_one_process_saves_samples_and_stops(place, steered):
+    check_stop(place, "steered", steered, STEPS)
 
 
 def test_one_process_saves_and_samples_on_request(place, broken):

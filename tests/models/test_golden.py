@@ -146,6 +146,7 @@ def test_the_real_smollm2_matches_hugging_face(smollm2_loaded, smollm2_expected)
     assert largest < 1e-3, f"SmolLM2-135M: logits differ by {largest:.2e}"
 
 
+@pytest.mark.soak
 def test_the_real_smollm2_continues_as_hugging_face(smollm2_loaded, smollm2_expected):
     check_greedy(*smollm2_loaded, smollm2_expected)
 

@@ -93,7 +93,7 @@ def test_only_distances_between_positions_count(hidden, params):
     assert np.abs(stretched - moved).max() > 1e-2
 
 
-@pytest.mark.parametrize("block", [5, 100])
+@pytest.mark.parametrize("block", [5, in_soak(100)])
 def test_attention_block_does_not_change_results(model, hidden, params, block):
     found = hidden_of(model.with_options(attend=in_blocks(block)))
     expected = hidden(params, TOKENS, POSITIONS, SEGMENTS)
@@ -110,7 +110,7 @@ def plain_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores, where=seen), v)
 
 
-@pytest.mark.parametrize("block", [5, 24, 100])
+@pytest.mark.parametrize("block", [5, in_soak(24), in_soak(100)])
 def test_attention_and_its_own_gradient_are_the_plain_ones(block):
     rng = np.random.default_rng(3)
     q, k, v, probe = (
@@ -144,7 +144,7 @@ def value_and_gradient(model, params):
 
 @pytest.mark.parametrize(
     "options",
-    [in_soak({"remat": "full"}), {"remat": "dots"}, {"scan_unroll": 2}],
+    [in_soak({"remat": "full"}), {"remat": "dots"}, in_soak({"scan_unroll": 2})],
     ids=["full", "dots", "unrolled"],
 )
 def test_remat_and_unrolling_do_not_change_results(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close
+from helpers import close, in_soak
 
 from research.tasks.cross_entropy import chunked_token_losses, weighted_loss
 from research.weights.contraction import contract, materialize, transpose
@@ -71,13 +71,13 @@ chunked_gradients = jax.jit(
 @pytest.mark.parametrize(
     "chunk, shards",
     [
-        (1, (1, 1)),
+        in_soak(1, (1, 1)),
         (7, (1, 1)),
-        (16, (2, 1)),
-        (10, (8, 1)),
+        in_soak(16, (2, 1)),
+        in_soak(10, (8, 1)),
         (1000, (4, 1)),
         (10, (2, 4)),
-        (3, (1, 8)),
+        in_soak(3, (1, 8)),
     ],
     ids=str,
 )
@@ -89,7 +89,7 @@ def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
         assert (float(found[0]) > 0) == (name != "none")
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [in_soak(0.0), 0.1])
 def test_groups_split_the_cross_entropy_and_leave_z_loss_out(z_loss):
     for name, values in WEIGHTS.items():
         weights = jnp.float32(values)

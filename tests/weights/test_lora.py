@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import TINY, close, random_adapters, random_params
+from helpers import TINY, close, in_soak, random_adapters, random_params
 
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
@@ -43,7 +43,7 @@ def jitted_logits(model):
 
 
 @pytest.mark.parametrize(
-    "tied, dtype", [(False, jnp.bfloat16), (True, jnp.float32)], ids=str
+    "tied, dtype", [in_soak(False, jnp.bfloat16), (True, jnp.float32)], ids=str
 )
 def test_zero_b_is_bit_identical_to_the_base(model, batch, tied, dtype):
     model = (TIED if tied else model).with_options(dtype=dtype)
@@ -53,7 +53,7 @@ def test_zero_b_is_bit_identical_to_the_base(model, batch, tied, dtype):
     assert (logits(params, batch) == logits(adapted, batch)).all()
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [in_soak(False), True], ids=["untied", "tied"])
 def test_adapted_equals_merged_and_differs_from_the_base(model, batch, tied):
     model = TIED if tied else model
     params = random_params(model.specs)

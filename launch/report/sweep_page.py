@@ -41,7 +41,8 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    file = TEMPLATES / f"sweep{Path(name).suffix}.jinja"
+    template = file.read_text(encoding="utf-8")
     return environment.from_string(template).render(
         sweep=report.sweep,
         name=report.folder.name,

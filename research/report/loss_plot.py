@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.data.named_sums import NATS_PER_TOKEN
+from research.data.metric_sums import NATS_PER_TOKEN
 from research.report.result_tables import is_text, loss_unit
 from research.report.run_results import RunResults
 

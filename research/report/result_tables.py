@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.data.named_sums import NATS_PER_TOKEN, group_key
+from research.data.metric_sums import NATS_PER_TOKEN, group_key
 
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.

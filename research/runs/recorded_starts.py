@@ -10,7 +10,7 @@ from research.core.errors import PREEMPTED
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.runs.steering.stop_signals import INTERRUPTED, Preempted
+from research.runs.steering.os_signals import INTERRUPTED, Preempted
 
 
 class RecordedStarts:

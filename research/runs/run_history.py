@@ -113,7 +113,7 @@ class History:
         self._write()
 
     def answer_request(self, answer: dict[str, Any]) -> None:
-        """Keeps the answer to a request, see `control_requests`."""
+        """Keeps the answer to a request, see `request_files`."""
         self._found.setdefault("requests", []).append(answer)
         self._write()
 

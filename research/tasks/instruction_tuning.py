@@ -14,11 +14,11 @@ from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
-from research.tasks.cross_entropy import CrossEntropy
 from research.tasks.findings import Finding, count_epochs, count_mask
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import TaskKind
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.chat_template import ChatFormat, dolly_template
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer

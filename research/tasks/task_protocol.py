@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from research.config.run_config import Config
 from research.data.batch_order import Batches
-from research.data.named_sums import Objective
+from research.data.metric_sums import Objective
 from research.data.token_batch import Batch
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base

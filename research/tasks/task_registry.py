@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from research.config.run_config import Config
 from research.config.task_kinds import TASK_MODULES
 from research.core.errors import UserError, nearest
-from research.data.named_sums import Objective
+from research.data.metric_sums import Objective
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.formats.base_model import Base, open_base, random_base
 from research.tasks.task_protocol import PromptFormat, Task, TaskKind

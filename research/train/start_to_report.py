@@ -12,7 +12,7 @@ from research.parallel import runtime
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
-from research.runs.steering.stop_signals import Preempted, StopRequest
+from research.runs.steering.os_signals import Preempted, StopRequest
 from research.runs.steering.watchdog import Watchdog
 from research.train.finish_run import finish
 from research.train.fit_runs import fit

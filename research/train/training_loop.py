@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering.control_requests import STOP
+from research.runs.steering.os_signals import Preempted, StopRequest
+from research.runs.steering.request_files import STOP
 from research.runs.steering.request_listener import RequestListener
-from research.runs.steering.stop_signals import Preempted, StopRequest
 
 State = Any
 

@@ -20,7 +20,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
 from research.config.run_config import CheckpointConfig, Config, RuntimeConfig
 from research.core.errors import DamagedError, DivergedError, SaveError, UserError
-from research.data.named_sums import Ratio
+from research.data.metric_sums import Ratio
 from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir

@@ -11,7 +11,7 @@ from pretraining_runs import PRETRAIN_STEPS
 from run_results import check_equal, history
 
 from research.core.errors import STOPPED, UserError
-from research.runs.steering.control_requests import (
+from research.runs.steering.request_files import (
     KINDS,
     pending,
     withdraw,

@@ -12,7 +12,7 @@ from helpers import TINY, random_params
 from research.engine import sampler
 from research.models.attention import attend
 from research.models.transformer import Model
-from research.tasks.cross_entropy import token_losses
+from research.tasks.token_loss_and_metrics import token_losses
 from research.weights.representations.low_rank import LowRank
 
 BF16 = jnp.bfloat16

@@ -18,7 +18,7 @@ from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
 from research.runs.run_history import Goodput, History, goodput
-from research.runs.steering.stop_signals import INTERRUPTED, Preempted
+from research.runs.steering.os_signals import INTERRUPTED, Preempted
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
 
@@ -38,7 +38,7 @@ HOLD = """
 import sys, time
 from research.runs.run_directory import RunDir
 from research.runs.recorded_starts import RecordedStarts
-from research.runs.steering.stop_signals import INTERRUPTED, Preempted
+from research.runs.steering.os_signals import INTERRUPTED, Preempted
 folder = RunDir(sys.argv[1])
 folder.lock()
 print("held", flush=True)

@@ -12,8 +12,8 @@ from commands import ROOT
 
 from research.core.errors import PREEMPTED
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering import stop_signals
-from research.runs.steering.stop_signals import INTERRUPTED, Preempted, StopRequest
+from research.runs.steering import os_signals
+from research.runs.steering.os_signals import INTERRUPTED, Preempted, StopRequest
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ class Service:
 @pytest.fixture
 def service(monkeypatch):
     found = Service()
-    monkeypatch.setattr(stop_signals, "multihost_utils", found)
-    monkeypatch.setattr(stop_signals.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os_signals, "multihost_utils", found)
+    monkeypatch.setattr(os_signals.jax, "process_count", lambda: 2)
     return found
 
 
@@ -113,7 +113,7 @@ def test_every_process_asks_about_every_moment(service, phases):
         for seconds in (0, 1.5, 0):
             assert not stop.is_due()
             assert stop.wait(lambda seconds=seconds: time.sleep(seconds) or 7) == 7
-    assert service.asked == list(range(3 * stop_signals.MOMENTS + 1))
+    assert service.asked == list(range(3 * os_signals.MOMENTS + 1))
 
 
 def test_a_wait_in_which_all_stand_is_broken_off(service, phases):
@@ -130,7 +130,7 @@ def test_a_wait_in_which_all_stand_is_broken_off(service, phases):
 def test_a_batch_for_a_step_that_another_has_begun_is_waited_for(service, phases):
     with StopRequest(phases) as stop:
         assert not stop.is_due()
-        threading.Timer(0.5, service.notice, [1 + stop_signals.MOMENTS]).start()
+        threading.Timer(0.5, service.notice, [1 + os_signals.MOMENTS]).start()
         assert stop.wait(lambda: time.sleep(2) or "late") == "late"
         assert not stop.is_due(), "the other one has asked about this moment"
         with pytest.raises(Preempted):
@@ -186,7 +186,7 @@ def test_nobody_waits_for_a_reader_that_hangs():
 HELD = """
 import hashlib
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering.stop_signals import StopRequest
+from research.runs.steering.os_signals import StopRequest
 
 with StopRequest(PhaseTimer()) as stop, stop.noting():
     print("ready", flush=True)

@@ -173,7 +173,7 @@ from research.data.token_batch import Batch
 from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh
-from research.tasks.cross_entropy import CrossEntropy
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 

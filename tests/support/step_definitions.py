@@ -10,7 +10,7 @@ from helpers import mesh_sizes
 from research.config.run_config import Config, LoRAConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
 from research.parallel import mesh as meshes
-from research.tasks.cross_entropy import CrossEntropy
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 

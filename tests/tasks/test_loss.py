@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import close, in_soak
 
-from research.tasks.cross_entropy import chunked_token_losses, weighted_loss
+from research.tasks.token_loss_and_metrics import chunked_token_losses, weighted_loss
 from research.weights.contraction import contract, materialize, transpose
 from research.weights.representations.low_rank import LowRank
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from research.data.named_sums import Ratio
+from research.data.metric_sums import Ratio
 from research.train.metrics.evaluation import add_up
 
 GROUPS = ["books", "code", "unseen"]

@@ -20,7 +20,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import CheckpointConfig, MeshConfig
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
-from research.tasks.cross_entropy import CrossEntropy
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import train_step
 from research.weights import trainable
 from research.weights.parameter_spec import Spec

@@ -13,7 +13,7 @@ from research.config.run_config import Config, OptimConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.tasks.cross_entropy import CrossEntropy
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import train_step
 from research.train.step.optimizers import make_optimizer, read_skipped, skip_outliers
 from research.train.step.schedules import make_schedule

@@ -13,7 +13,7 @@ from step_definitions import ONE, make_definition
 from research.config.run_config import Config, MeshConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
 from research.parallel import mesh as meshes
-from research.tasks.cross_entropy import CrossEntropy
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.data.named_sums import NATS_PER_TOKEN, Sums, means_by_group
+from research.data.metric_sums import NATS_PER_TOKEN, Sums, means_by_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Evaluation:
         tokenizer; None where the held-out rows are not whole texts.
       bits_by_group: the same per group.
       metrics: the other means of the objective by name, None where nothing was
-        counted; and the same by group, under `named_sums.group_key`.
+        counted; and the same by group, under `metric_sums.group_key`.
       loss_unit: the unit of the loss, as the objective gives it.
     """
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from research.config.run_config import Config
 from research.core.errors import DivergedError, SaveError
-from research.data.named_sums import Sums, means_by_group
+from research.data.metric_sums import Sums, means_by_group
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file

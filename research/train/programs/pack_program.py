@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from research.data.named_sums import Sums
+from research.data.metric_sums import Sums
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.tasks import task_registry

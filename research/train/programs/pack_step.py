@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.config.run_config import Config
-from research.data.named_sums import Sums
+from research.data.metric_sums import Sums
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.train.programs.pack_arrays import Factors, RunNumbers

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.data.named_sums import Sums
+from research.data.metric_sums import Sums
 from research.data.token_batch import Batch
 from research.train.programs.device_batches import place_batch
 from research.train.step import train_step

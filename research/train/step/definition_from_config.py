@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.data.named_sums import Objective
+from research.data.metric_sums import Objective
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import make_model

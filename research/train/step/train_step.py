@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from research.data import named_sums
-from research.data.named_sums import Objective, Sums
+from research.data import metric_sums
+from research.data.metric_sums import Objective, Sums
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
@@ -115,8 +115,8 @@ def train_step(
       `grad_norm_by_path` (where `definition.grad_norms` is set).
     """
     gradients, sums = _sum_microbatches(definition, state, frozen, batch)
-    means = {name: named_sums.mean(ratio) for name, ratio in sums.items()}
-    scale = named_sums.inverse(jnp.sum(sums["loss"].denominator))
+    means = {name: metric_sums.mean(ratio) for name, ratio in sums.items()}
+    scale = metric_sums.inverse(jnp.sum(sums["loss"].denominator))
     gradients = jax.tree.map(
         lambda g, p: (g * scale).astype(p.dtype), gradients, state.params
     )

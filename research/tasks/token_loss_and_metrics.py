@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from research.config.run_config import Config
-from research.data.named_sums import NATS_PER_TOKEN, Ratio, Sums, sum_by_group
+from research.data.metric_sums import NATS_PER_TOKEN, Ratio, Sums, sum_by_group
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
@@ -32,7 +32,7 @@ Logits = Callable[[Any, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """The objective of next-token training, a `named_sums.Objective`.
+    """The objective of next-token training, a `metric_sums.Objective`.
 
     Attributes:
       groups: how many groups the loss is reported by.

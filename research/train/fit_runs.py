@@ -159,7 +159,7 @@ class _TrainingPass:
         return done
 
     def _actions(self) -> list[training_loop.Action]:
-        """What is done between steps, in this order."""
+        """The actions between steps, in this order."""
         config, action = self._config, training_loop.Action
         samples_every = config.eval.samples_every or config.steps
         return [

@@ -126,6 +126,7 @@ def record_accepted(
 
 
 def open_checkpoints(run: TrainingRun, identity: Identity) -> Checkpointer:
+    """Opens the checkpoints of `run`. Raises UserError if the folder is unusable."""
     return Checkpointer(
         run.folder.checkpoints,
         run.config.checkpoint,

@@ -26,12 +26,14 @@ takes all on an accelerator, and one after another on a CPU.
 
 @dataclasses.dataclass(frozen=True)
 class TogetherFlags:
+    """The flags of `python -m research.train_together`."""
+
     runs: str = knob("", "JSON list of objects, knob -> value, or the file with it")
     at_once: int = knob(0, "runs in one product; 0: what suits the device", low=0)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    """Returns the exit code: 0 done, 7 or 75 stopped; see `docs/recovery.md`."""
     command_line.resume_after_sigterm()
     config, f = command_line.parse_with_config(argv, USAGE, TogetherFlags)
     configs = read_runs(f.runs, config)

@@ -187,6 +187,7 @@ class StepLog:
         )
 
     def close(self) -> None:
+        """Ends the progress view and closes the files; raises no error of the disk."""
         self._view.close()
         if self._file:
             # `_write` or `sync` has already reported an error.

@@ -73,5 +73,6 @@ class SharedClock(Clock):
         self._pack, self._runs = pack, runs
 
     def tick(self) -> None:
+        """Adds this run's share of the pack's last step."""
         self.last = self._pack.last / self._runs
         self.elapsed += self.last

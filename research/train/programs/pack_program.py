@@ -75,7 +75,7 @@ class PackProgram:
         )
 
     def measured_by(self, number: int) -> list[int]:
-        """Before the first step that is the first run with the same rows.
+        """Before the first step, the first run with the same rows measures for a run.
 
         Adapters are an exact no-op then, as the doctor has checked, so all runs are the
         base model. Where all runs are one product, each is measured by itself: the

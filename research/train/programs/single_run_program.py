@@ -11,7 +11,7 @@ from research.train.training_run import TrainingRun
 
 
 class SingleRunProgram:
-    """What `fit_runs` asks of a program. `PackProgram` has the same methods."""
+    """The program of one run. `PackProgram` has the same methods for several."""
 
     def __init__(self, run: TrainingRun):
         self._run = run
@@ -22,6 +22,7 @@ class SingleRunProgram:
         return place_batch(self._run, batch, held_out)
 
     def initial_state(self) -> train_step.TrainState:
+        """The state to train, on the devices."""
         return self._run.state
 
     def make_step(self) -> Callable[[Any, Any], tuple[Any, Any]]:

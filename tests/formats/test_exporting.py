@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from helpers import mesh_sizes, random_adapters, random_params
 
-from research.config.run_config import Config, LoRAConfig, MeshConfig
+from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig
 from research.core.errors import UserError
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
@@ -52,7 +52,7 @@ def test_every_parameter_comes_back_bit_for_bit(base, tmp_path):
 
 def test_adapters_are_added_in(base, tmp_path):
     model = Model(base.architecture)
-    split = trainable.make(Config(lora=LoRAConfig(rank=2)), model.specs)
+    split = trainable.make("lora", ModelConfig(), LoRAConfig(rank=2), model.specs)
     frozen = random_params(model.specs)
     adapters = random_adapters(split.specs)
     weights = split.forward(adapters, frozen, None)

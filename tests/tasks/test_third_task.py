@@ -269,7 +269,7 @@ def test_it_learns_and_its_metrics_are_in_every_line(runs):
 def test_sums_divide_once_whatever_the_microbatches(model, params):
     """One half has two real pairs and the other one: a mean of means differs."""
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-    split = trainable.make(Config(trainable="full"), model.specs)
+    split = trainable.make("full", ModelConfig(), LoRAConfig(), model.specs)
     definition = train_step.StepDefinition(
         model, split, optax.sgd(0.1), mesh, MarginObjective(2)
     )

@@ -9,7 +9,6 @@ import re
 
 import pytest
 from fake_tools import FLAGS, ROOT, files, launch, options_of
-from helpers import in_soak
 
 from launch.clouds import tpu_slices
 from launch.targets import find
@@ -214,8 +213,8 @@ def test_types_count_cores_where_google_does():
     "target, more, chips",
     [
         ("tpu-vm", ("--type=v5litepod-16",), "v5e:4x4"),
-        in_soak("gke", (), "v5e:4x4"),
-        in_soak(
+        ("gke", (), "v5e:4x4"),
+        (
             "gke",
             ("--gpus-per-node=8", "--nodes=2", "--gpu=nvidia-h100-80gb"),
             "h100:16",

@@ -11,7 +11,7 @@ import types
 
 import pytest
 from commands import ROOT
-from helpers import in_soak
+from fake_tools import files, launch
 from plan_helpers import big_config
 
 from launch import targets
@@ -165,17 +165,18 @@ def slurm(tmp_path, monkeypatch):
         lines = file.read_text().splitlines() if file.exists() else []
         return done, [json.loads(line) for line in lines]
 
-    run.made = lambda: sorted(x.name for x in tmp_path.iterdir())
     return run
 
 
-@pytest.mark.parametrize("more", [(), in_soak(("--dry-run",))], ids=["run", "dry run"])
-def test_a_launch_that_does_not_fit_makes_nothing(slurm, more):
-    done, calls = slurm("--device=l4", "--gpus-per-node=1", *more)
-    assert done.returncode == 2 and not done.stdout and not calls
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_launch_that_does_not_fit_makes_nothing(tmp_path, fake, more):
+    fake("sbatch")
+    own = ("--device=l4", "--gpus-per-node=1", *more)
+    done = launch(tmp_path, "slurm", *own, "--", CONFIG, check=True)
+    assert done.returncode == 2 and not done.stdout and not fake.calls()
     (line,) = done.stderr.splitlines()
     assert "GiB usable per chip on l4:1" in line
-    assert slurm.made() == ["bin"]
+    assert not files(tmp_path)
 
 
 def test_an_overridden_one_is_launched(slurm):

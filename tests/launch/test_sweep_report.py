@@ -3,17 +3,17 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from commands import ROOT
+from doors import run_door
 from scipy import stats
 
 from launch.report import sweep_page, sweep_plots, sweep_results
+from launch.report.__main__ import main
 from launch.sweep import sweep_runs
 from launch.sweep.sweep_spec import Sweep, grid, listed
 from research.core.errors import UserError
@@ -253,11 +253,7 @@ def test_nothing_done_yet_is_a_report_too(tmp_path):
 
 
 def report(folder, *flags):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.report", *flags], cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run_door(main, folder, "launch.report", *flags)
 
 
 def test_the_command_writes_and_shows(folder):

@@ -10,7 +10,7 @@ import tarfile
 import time
 
 import pytest
-from fake_tools import COMMIT, NASTY, ROOT, options_of
+from fake_tools import COMMIT, NASTY, ROOT, launch, options_of
 from shell import SHELLCHECK, check
 
 from launch.clouds import rented_machines
@@ -27,7 +27,7 @@ with open("seen.json", "a") as out:
 print("it trains", flush=True)
 while {waits} and not told:
     time.sleep(0.02)
-time.sleep(0.2 if told else 0)  # It saves.
+time.sleep(0.1 if told else 0)  # It saves.
 print("it ends", flush=True)
 sys.exit({code})
 """
@@ -354,7 +354,7 @@ def test_only_what_rents_is_planned(tmp_path, fake):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    refused = start()
+    refused = launch(tmp_path, "tpu-vm", *flags, "--", config, check=True)
     assert refused.returncode == 2 and "--no-fit-check" in refused.stderr
     assert not [x for x in fake.calls() if x[0].endswith("gcloud")]
     done = start("--do=delete")

@@ -12,6 +12,8 @@ import types
 
 import pytest
 import tiny_model
+from doors import run_door
+from helpers import in_soak
 from plan_helpers import EIGHT_B, ONE_B, big_config
 from rich.console import Console
 
@@ -27,6 +29,7 @@ from research.formats.base_model import open_architecture, open_base, random_bas
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
 from research.plan import abstract_step, plan_json, planner
+from research.plan.__main__ import main
 from research.plan.compiled import compile_step
 from research.plan.estimate import memory_formulas
 from research.plan.estimate.roofline import make_roofline
@@ -66,7 +69,7 @@ def tiny_config(folder, kind="lora", **data):
 # The step that is planned.
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", in_soak("full")])
 def test_the_lowered_program_is_that_of_training(folder, kind):
     """Planner: a shape and no tokenizer; training: the opened base model."""
     config = tiny_config(folder, kind)
@@ -309,13 +312,13 @@ def test_the_door_estimates_without_a_compiler(place):
 
 def test_the_door_says_what_does_not_fit_and_what_is_wrong(place):
     big = ("--preset=llama3.1-8b", "--config.trainable=full")
-    done = place.run("plan", "--config=config.py", "--device=l4:4", *big)
-    assert (done.code, "does not fit" in done.out) == (1, True), done.err
-    done = place.run("plan", "--config=config.py")
-    assert (done.code, done.out) == (2, "")
-    assert (
-        done.err.startswith("error: no chips are named") and done.err.count("\n") == 1
-    )
+    plan = functools.partial(run_door, main, place.folder, "plan", "--config=config.py")
+    done = plan("--device=l4:4", *big)
+    assert (done.returncode, "does not fit" in done.stdout) == (1, True), done.stderr
+    done = plan()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no chips are named")
+    assert done.stderr.count("\n") == 1
 
 
 def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
@@ -340,7 +343,8 @@ def test_a_plan_that_cannot_be_written_is_not_made(tmp_path):
     importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed"
 )
 def test_without_libtpu_one_line_says_where_to_get_it(place):
-    done = place.run("plan", "--config=config.py", "--topology=v5e:4x4")
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: ") and done.err.count("\n") == 1
-    assert "pip install libtpu" in done.err and "--device=v5e:4x4" in done.err
+    flags = ("--config=config.py", "--topology=v5e:4x4")
+    done = run_door(main, place.folder, "plan", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "pip install libtpu" in done.stderr and "--device=v5e:4x4" in done.stderr

@@ -1,6 +1,7 @@
 """The search of the planner: what it takes, and where the compiler knows better."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -16,17 +17,25 @@ from research.plan.planned_devices import parse_device
 from research.report import plan_tables
 
 
+@pytest.fixture(autouse=True, scope="module")
+def each_plan_once():
+    """The searches of this file try the same layouts; a plan depends on no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "plan_estimate", functools.cache(planner.plan_estimate))
+        yield
+
+
 def test_search_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch():
     target = parse_device("l4:8")
-    config = big_config(rows=128)
+    config = big_config()
     found = searching.search(config, ONE_B, target)
     assert 1 < len(found.plans) <= searching.SHOWN
     middles = [(p.best.seconds + p.worst.seconds) / 2 for p in found.plans]
     assert middles == sorted(middles)
     for plan in found.plans[:4]:
-        assert plan.fits and plan.config.data.batch_size == 128
+        assert plan.fits and plan.config.data.batch_size == 64
         assert math.prod(plan.mesh.values()) == 8
-        if plan.micro_rows < 128:
+        if plan.micro_rows < 64:
             data = dataclasses.replace(
                 plan.config.data, microbatch_size=2 * plan.micro_rows
             )

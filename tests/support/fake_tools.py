@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from doors import run_door
 
-from launch.__main__ import make_parser
+from launch.__main__ import main, make_parser
 from launch.jobs.launch_job import LaunchJob
 from research.config.run_config import Config, DataConfig, ModelConfig, RuntimeConfig
 
@@ -98,11 +98,7 @@ def launch(folder, *arguments, check=False):
     """`check`: the planner is asked, too, which takes a second."""
     if "--" in arguments and not check:
         arguments = (arguments[0], "--no-fit-check", *arguments[1:])
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *arguments],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run_door(main, folder, "launch", *arguments)
 
 
 def options_of(target, *more):

@@ -1,1 +1,1 @@
-"""What cloud targets share: TPU slices, rented machines, jobs without local files."""
+"""Shared by cloud targets: TPU slices, rented machines, jobs without local files."""

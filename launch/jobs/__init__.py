@@ -1,1 +1,1 @@
-"""What every launch shares: jobs, flags, the fit check, settings and restarts."""
+"""Shared by all launches: jobs, flags, the fit check, settings and restarts."""

@@ -1,4 +1,4 @@
-"""What every launch does between reading its flags and running its commands."""
+"""The steps of every launch between reading its flags and running its commands."""
 
 import argparse
 import dataclasses

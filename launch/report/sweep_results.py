@@ -20,7 +20,7 @@ UNMEASURED = "its evaluations do not have the metric"
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What one run has measured so far.
+    """The measurements of one run so far.
 
     Attributes:
       state: `done`, or its last step and why it ended there.

@@ -27,7 +27,7 @@ HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 @dataclasses.dataclass(frozen=True)
 class NoFlags:
-    """The flags of a door that has none of its own."""
+    """The flags of a command that has only config knobs."""
 
 
 def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:

@@ -1,4 +1,4 @@
-"""The rules that involve more than one knob. Each is checked, and told by `--help`."""
+"""The rules that involve more than one knob. Each is checked, and `--help` shows it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 from research.core.errors import UserError
 
-# From a `run_config.Config` to what is wrong with it; empty if nothing is.
+# Takes a `run_config.Config`, returns the error message or an empty text.
 Check = Callable[[Any], str]
 
 
@@ -17,7 +17,7 @@ class Rule:
     Attributes:
       knobs: paths of the knobs that it involves.
       meaning: the rule in one sentence.
-      check: says which knobs break it, and how to fix that.
+      check: returns a message that names the knobs and the remedy if it is broken.
     """
 
     knobs: tuple[str, ...]

@@ -45,8 +45,8 @@ class ModelConfig:
     )
     remat: str = knob(
         "none",
-        "what the backward pass computes again instead of keeping it; dots: all but "
-        "matrix products",
+        "values that the backward pass computes again instead of keeping them; dots: "
+        "all but matrix products",
         fixed=False,
         choices=REMATS,
     )
@@ -286,7 +286,7 @@ class EvalConfig:
     )
     samples_every: int = knob(
         0,
-        "steps between samples of what the model writes; 0: only at the end",
+        "steps between samples that the model writes; 0: only at the end",
         fixed=False,
         low=0,
     )
@@ -303,7 +303,7 @@ class CheckpointConfig:
     )
     on_error: str = knob(
         "stop",
-        "after a save that failed, as on a full disk: stop, or go_on training",
+        "after a save that failed, as on a full disk: stop, or continue (go_on)",
         fixed=False,
         choices=("stop", "go_on"),
     )
@@ -311,7 +311,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """The machine, its processes and what they show."""
+    """The machine, its processes, and the signs of life that they show."""
 
     compilation_cache: str = knob(
         "auto",
@@ -338,7 +338,7 @@ class RuntimeConfig:
     watchdog_s: float = knob(
         1800.0,
         "seconds without progress, or without word from another process, after which "
-        "a process says where it hangs and ends; 0: never",
+        "a process shows where it hangs, and ends; 0: never",
         fixed=False,
         low=0,
     )
@@ -350,14 +350,17 @@ class RuntimeConfig:
     )
     coordinator_address: str = knob(
         "",
-        "HOST:PORT of process 0, where neither the cluster nor JAX_* variables say it",
+        "HOST:PORT of process 0, if neither the cluster nor JAX_* variables give it",
         fixed=False,
     )
     num_processes: int = knob(
-        0, "processes of the run, beside coordinator_address", fixed=False, low=0
+        0, "processes of the run, needed with coordinator_address", fixed=False, low=0
     )
     process_id: int = knob(
-        -1, "number of this process, from 0, beside it", fixed=False, low=-1
+        -1,
+        "number of this process, from 0, needed with coordinator_address",
+        fixed=False,
+        low=-1,
     )
     topology: str = knob(
         "",

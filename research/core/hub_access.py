@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked with a time limit: its own client retries for minutes."""
+"""The Hugging Face hub, with a time limit: its own client retries for minutes."""
 
 import dataclasses
 import logging
@@ -42,7 +42,7 @@ def ask_hub(name: str, kind: str, timeout: float) -> HubReply:
             logging.info("hub: out of reach (%s)", first_line)
             replies.append(HubReply("", first_line or type(error).__name__))
 
-    # In a thread: the look-up of the host name has no time limit of its own.
+    # In a thread, because looking up a host name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)

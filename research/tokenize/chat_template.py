@@ -157,12 +157,12 @@ class ChatFormat:
         turns = self._turns(record)
         skeleton = self._skeleton(tuple(turn.role for turn in turns), False)
         leads = {part.turn: part.lead for part in skeleton}
-        asked = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        first_user = next(i for i, turn in enumerate(turns) if turn.role == "user")
         texts = [turn.text for turn in turns]
         if context:
-            # A row can hold the header of an input in its text: it reads the same,
-            # and can do no more than that.
-            texts[asked] += self._before_context + context
+            # A row may contain the header of an input in its text. It then looks like
+            # a row with a context, which does no harm.
+            texts[first_user] += self._before_context + context
         return [leads.get(i, "") + text for i, text in enumerate(texts)]
 
     def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
@@ -206,11 +206,11 @@ class ChatFormat:
             return parts + self._words(rest, answered)
         return parts + self._words(rest, answered)[:1]
 
-    def _split_prompt(self, words: str, asked: Sequence[Turn]) -> tuple[str, str]:
+    def _split_prompt(self, words: str, before: Sequence[Turn]) -> tuple[str, str]:
         """Words before an answer: the generation prompt, and the white space after."""
-        if not asked:
+        if not before:
             return words, ""
-        prompt = self._render(asked, True).rpartition(asked[-1].text)[2]
+        prompt = self._render(before, True).rpartition(before[-1].text)[2]
         lead = words.removeprefix(prompt)
         if not words.startswith(prompt) or lead.strip():
             raise UserError(

@@ -73,7 +73,7 @@ def save(folder: Path, examination: Examination) -> None:
 def examine_model(
     base: Base, definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
-    """Says what is trained and where it lies, and checks that adapters are a no-op."""
+    """Reports the trained parameters and devices; checks that adapters are a no-op."""
     trained, kept = parameter_paths.count(state.params), parameter_paths.count(frozen)
     findings = [
         Finding("base model", f"{base.name}, sha256 {base.fingerprint[:12]}"),

@@ -17,7 +17,7 @@ from research.train.training_run import TrainingRun
 
 
 def finish(run: TrainingRun) -> None:
-    """The plot, the table, what the model says, and the model for others.
+    """Writes the plot, the tables, the model's answers and the exported model.
 
     Raises:
       SaveError: they could not be written; the last step is saved all the same.

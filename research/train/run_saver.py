@@ -50,10 +50,11 @@ class RunSaver:
         self._tolerate(self._checkpointer.wait)
 
     def finish(self, number: int, state: train_step.TrainState) -> None:
-        """The last save, on disk for good when this returns.
+        """Saves for the last time, and waits until the checkpoint is on disk.
 
         Raises:
-          SaveError: it is not, whatever the policy: nothing comes after it.
+          SaveError: it could not be saved. `checkpoint.on_error` is ignored, because no
+            later save could replace this one.
         """
         self._tolerate(self._checkpointer.wait)
         self._save(number, state)
@@ -67,11 +68,11 @@ class RunSaver:
             self._note(number)
 
     def _save(self, number: int, state: train_step.TrainState) -> None:
-        # A checkpoint must never know more than the metrics beside it.
+        # The metrics reach the disk before a checkpoint that counts their steps.
         self._log.sync()
         position = self._position() | {"elapsed": self._clock.elapsed}
         known, loss = self._run.evaluated or (-1, None)
-        # Only a finite loss of these very parameters says how good they are.
+        # A checkpoint is ranked only by a finite loss of exactly these parameters.
         judged = known == number and loss is not None and math.isfinite(loss)
         eval_loss = loss if judged else None
         self._checkpointer.save(number, state, position, eval_loss)

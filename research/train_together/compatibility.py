@@ -36,8 +36,8 @@ def check(configs: Sequence[Config]) -> None:
             if value != known[path]:
                 raise UserError(
                     f"{first.run_dir} has {path}={known[path]!r} and {config.run_dir} "
-                    f"{value!r}: runs that train together may differ in "
-                    f"{', '.join(sorted(MAY_DIFFER))} alone"
+                    f"{value!r}: runs that train together may differ only in "
+                    f"{', '.join(sorted(MAY_DIFFER))}"
                 )
     folders = [config.run_dir for config in configs]
     for folder in folders:
@@ -52,7 +52,7 @@ def shared(config: Config) -> dict[str, object]:
 
 def why_alone(config: Config) -> str:
     """Why a run can only train alone; empty if it can train with others."""
-    asked: dict[str, tuple[object, Iterable[object]]] = {
+    required: dict[str, tuple[object, Iterable[object]]] = {
         "trainable": (config.trainable, ("lora",)),
         "optim.name": (config.optim.name, PADDED_OPTIMIZERS),
         "optim.rollbacks": (config.optim.rollbacks, (0,)),
@@ -60,11 +60,11 @@ def why_alone(config: Config) -> str:
         "runtime.offload_optimizer": (config.runtime.offload_optimizer, (False,)),
         "runtime.profile_from": (config.runtime.profile_from, (0,)),
     }
-    for path, (found, allowed) in asked.items():
-        if found not in allowed:
+    for path, (value, allowed) in required.items():
+        if value not in allowed:
             values = " or ".join(map(repr, allowed))
             return (
-                f"config.{path} is {found!r}; runs train together only with {values}: "
+                f"config.{path} is {value!r}; runs train together only with {values}: "
                 "train each with research.train"
             )
     return ""

@@ -29,11 +29,11 @@ WriteAnswer = Callable[[dict[str, Any]], None]
 class RequestListener:
     """The requests of one run, or of a pack of runs, while it trains.
 
-    Leaving its context answers what still waits: the run has ended.
+    Leaving its context answers the requests that still wait: the run has ended.
     """
 
     def __init__(self, folders: Mapping[Path, WriteAnswer], mesh: Mesh):
-        """Drops what was asked of an earlier start.
+        """Drops requests that were made to an earlier start.
 
         Args:
           folders: run directories, each with the function that writes an answer into
@@ -74,7 +74,7 @@ class RequestListener:
         return self._vote(kinds)
 
     def answer(self, step: int) -> None:
-        """Writes that what was agreed on at this boundary was done after `step`."""
+        """Answers the requests of this boundary: they were done after `step`."""
         due, self._due = self._due, []
         self._close_all(due, step, "done")
 

@@ -131,9 +131,9 @@ class StepLog:
             return
         if norms:
             odd = [path for path, value in norms.items() if not math.isfinite(value)]
-            where = f"gradients not finite: {', '.join(odd) or 'none alone'}"
+            where = f"gradients not finite: {', '.join(odd) or 'no single one'}"
         else:
-            where = "--config.runtime.grad_norms=True says of which parameters"
+            where = "--config.runtime.grad_norms=True names the parameters"
         raise DivergedError(
             f"step {number} gave loss {loss} and gradient norm {norm} (batch {batch}, "
             f"batch_hash {line['batch_hash']}; {where}); the checkpoints before are as "

@@ -34,7 +34,7 @@ class RunNumbers:
     Attributes:
       seed: int32, seeds dropout.
       rates: `[steps]`, learning rate of each update.
-      settings: for its adapters, on every path that any run adapts.
+      settings: of its adapters, for every path that any run of the pack adapts.
     """
 
     seed: Array
@@ -55,16 +55,16 @@ def run_numbers(
     kind = find_kind(config.lora.kind)
     own = kind.specs(specs, config.lora)
     ranks = {path: kind.rank(factors) for path, factors in own.items()}
-    found = kind.settings(ranks, config.lora)
+    known = kind.settings(ranks, config.lora)
     schedule = make_schedule(config.optim, config.steps)
     return RunNumbers(
         seed=jnp.int32(config.seed),
         rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
         settings=Settings(
-            scales={p: jnp.float32(found.scales.get(p, 0.0)) for p in factors},
+            scales={p: jnp.float32(known.scales.get(p, 0.0)) for p in factors},
             # Without an adapter any stream will do: dropout drops only zeros.
-            streams={p: jnp.uint32(found.streams.get(p, 0)) for p in factors},
-            dropout=jnp.float32(found.dropout),
+            streams={p: jnp.uint32(known.streams.get(p, 0)) for p in factors},
+            dropout=jnp.float32(known.dropout),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The step of several runs: the step of one run, mapped over all that differs.
+"""The step of several runs: the step of one run, mapped over states and batches.
 
 The frozen base has no axis for the runs: under `vmap` each product with it is one
 larger product. That pays where a product of one run leaves the device idle. A CPU is
@@ -37,8 +37,8 @@ class PackDefinition:
     Attributes:
       config: the config of any run; only what all of them share is used.
       definition: the step of one run, over the adapters of all.
-      dropout: whether any run has some; without, no random bits are drawn.
-      at_once: runs under one `vmap`; these parts take turns.
+      dropout: whether any run uses dropout; if not, no random bits are drawn.
+      at_once: runs under one `vmap`; if there are more, they train in groups.
     """
 
     config: Config
@@ -132,13 +132,14 @@ def _over_runs(pack: PackDefinition, one: Callable[..., Any], *stacked: Any) -> 
 
 
 def stacked(shardings: Any) -> Any:
-    """The same with a leading axis that every device has whole."""
+    """The same shardings with a leading axis that is not split."""
     return jax.tree.map(
         lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), shardings
     )
 
 
 def batch_shardings(pack: PackDefinition, *, microbatched: bool) -> Any:
+    """Shardings of a batch of the pack: `[runs, rows, seq]`, or microbatched."""
     return stacked(
         meshes.batch_sharding(pack.definition.mesh, microbatched=microbatched)
     )

@@ -63,8 +63,8 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     """Shazeer and Stern 2018, arXiv:1804.04235, sections 3 and 6.
 
-    Its relative step sizes are not used: the learning rate means what it means for the
-    other optimizers.
+    The step sizes are not relative to the parameters, so that the learning rate has the
+    same meaning as for the other optimizers.
     """
     return _on_matrices(
         optax.chain(
@@ -172,11 +172,11 @@ def skip_outliers(
 ) -> optax.GradientTransformationExtraArgs:
     """Skips an update whose loss or gradient norm jumps, or is not finite.
 
-    It jumps when it lies more than `spread` standard deviations above the mean of the
+    A value jumps if it is more than `spread` standard deviations above the mean of the
     last `window` finite ones (OLMo 2, arXiv:2501.00656, section 3, calls the idea
-    skipping spikes). Before there are `window / 4` of them only what is not finite is
-    skipped. Neither parameters nor moments see a skipped step; its values still join
-    the recent ones, so that a new level is accepted in time.
+    skipping spikes). Until `window / 4` values are known, only values that are not
+    finite are skipped. A skipped step changes neither parameters nor moments. Its
+    values still join the window, so that a new level is accepted in time.
     """
 
     def init(params: Any) -> SkipState:

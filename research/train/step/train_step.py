@@ -90,8 +90,8 @@ def _sum_microbatches(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
     keys = jax.random.split(key, batch.tokens.shape[0])
     gradients, sums = jax.lax.scan(accumulate, zeros, (batch, keys))
-    # The barrier keeps the sum over microbatches apart from that over groups: as one
-    # reduction, they would be added in an order that depends on the compiler.
+    # Without the barrier the compiler may merge the sums over microbatches and over
+    # groups into one reduction, and then it chooses the order of the additions.
     sums = jax.lax.optimization_barrier(
         jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     )

@@ -1,4 +1,18 @@
-"""Exceptions that a message explains, and the exit code that each ends with."""
+"""Errors that a message explains, and the exit codes of all commands.
+
+| code | error | meaning |
+|---|---|---|
+| 0 | | done |
+| 1 | | not done: a plan does not fit, or a request got no answer |
+| 2 | UserError | a flag, a file or the config is wrong |
+| 3 | DivergedError | a loss or gradient norm is not finite |
+| 4 | SaveError | a file could not be written |
+| 5 | DamagedError | checkpoints are damaged |
+| 6 | LonelyError, watchdog | no progress, or another process is gone |
+| 7 | | stopped by a request, and saved |
+| 75 | | stopped by a signal, and resumable |
+| 130 | | interrupted |
+"""
 
 import difflib
 from collections.abc import Iterable

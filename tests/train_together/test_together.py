@@ -345,7 +345,7 @@ def test_a_pack_of_which_all_diverge_does_not_train_on(place, results):
 BAD = {
     "another knob": (
         [{"steps": 3, "run_dir": "runs/x"}, {"run_dir": "runs/y"}],
-        "may differ in",
+        "may differ only in",
     ),
     "mistyped knob": ([{"lora.rnak": 3}], "'lora.rank'"),
     "one folder twice": ([{"run_dir": "runs/x"}] * 2, "two runs"),

@@ -87,38 +87,59 @@ def bind(pack: PackDefinition, numbers: RunNumbers) -> step.StepDefinition:
     )
 
 
-def train_step(
-    pack: PackDefinition,
-    numbers: RunNumbers,
-    states: step.TrainState,
-    frozen: Params,
-    batches: Batch,
-) -> tuple[step.TrainState, step.Metrics]:
-    """`train_step.train_step` of all runs; all but `frozen` has a leading axis."""
+def jit_train_step(pack: PackDefinition) -> Callable[..., Any]:
+    """`train_step.train_step` of all runs; all but `frozen` has a leading axis.
 
-    def one(numbers: RunNumbers, state: step.TrainState, batch: Batch) -> Any:
-        return step.train_step(bind(pack, numbers), state, frozen, batch)
+    Called as `(numbers, states, frozen, batches)`; the states are donated.
+    """
 
-    return _over_runs(pack, one, numbers, states, batches)
+    def train_all(
+        numbers: RunNumbers, states: step.TrainState, frozen: Params, batches: Batch
+    ) -> tuple[step.TrainState, step.Metrics]:
+        def one(numbers: RunNumbers, state: step.TrainState, batch: Batch) -> Any:
+            return step.train_step(bind(pack, numbers), state, frozen, batch)
+
+        return _over_runs(pack, one, numbers, states, batches)
+
+    everywhere, states, frozen = _shardings(pack)
+    batches = batch_shardings(pack, microbatched=True)
+    return jax.jit(
+        train_all,
+        in_shardings=(everywhere, states, frozen, batches),
+        out_shardings=(states, everywhere),
+        donate_argnums=1,
+    )
 
 
-def eval_step(
-    pack: PackDefinition,
-    numbers: RunNumbers,
-    params: Params,
-    frozen: Params,
-    batches: Batch,
-    chosen: tuple[int, ...],
-) -> Sums:
-    """`train_step.eval_step` of the chosen runs alone, in that order."""
+def jit_eval_step(pack: PackDefinition) -> Callable[..., Sums]:
+    """`train_step.eval_step` of the chosen runs alone, in that order.
 
-    def one(numbers: RunNumbers, params: Params, batch: Batch) -> Sums:
-        return step.eval_step(bind(pack, numbers), params, frozen, batch)
+    Called as `(numbers, params, frozen, batches, chosen)`.
+    """
 
-    stacked = (numbers, params, batches)
-    if len(chosen) < numbers.seed.size:
-        stacked = jax.tree.map(lambda x: jnp.stack([x[i] for i in chosen]), stacked)
-    return _over_runs(pack, one, *stacked)
+    def evaluate_chosen(
+        numbers: RunNumbers,
+        params: Params,
+        frozen: Params,
+        batches: Batch,
+        chosen: tuple[int, ...],
+    ) -> Sums:
+        def one(numbers: RunNumbers, params: Params, batch: Batch) -> Sums:
+            return step.eval_step(bind(pack, numbers), params, frozen, batch)
+
+        stacked = (numbers, params, batches)
+        if len(chosen) < numbers.seed.size:
+            stacked = jax.tree.map(lambda x: jnp.stack([x[i] for i in chosen]), stacked)
+        return _over_runs(pack, one, *stacked)
+
+    everywhere, states, frozen = _shardings(pack)
+    batches = batch_shardings(pack, microbatched=False)
+    return jax.jit(
+        evaluate_chosen,
+        in_shardings=(everywhere, states.params, frozen, batches),
+        out_shardings=everywhere,
+        static_argnums=4,
+    )
 
 
 def _over_runs(pack: PackDefinition, one: Callable[..., Any], *stacked: Any) -> Any:
@@ -142,30 +163,6 @@ def batch_shardings(pack: PackDefinition, *, microbatched: bool) -> Any:
     """Shardings of a batch of the pack: `[runs, rows, seq]`, or microbatched."""
     return stacked(
         meshes.batch_sharding(pack.definition.mesh, microbatched=microbatched)
-    )
-
-
-def jit_train_step(pack: PackDefinition) -> Callable[..., Any]:
-    """Called as `(numbers, states, frozen, batches)`; the states are donated."""
-    everywhere, states, frozen = _shardings(pack)
-    batches = batch_shardings(pack, microbatched=True)
-    return jax.jit(
-        lambda *arguments: train_step(pack, *arguments),
-        in_shardings=(everywhere, states, frozen, batches),
-        out_shardings=(states, everywhere),
-        donate_argnums=1,
-    )
-
-
-def jit_eval_step(pack: PackDefinition) -> Callable[..., Sums]:
-    """Called as `(numbers, params, frozen, batches, chosen)`."""
-    everywhere, states, frozen = _shardings(pack)
-    batches = batch_shardings(pack, microbatched=False)
-    return jax.jit(
-        lambda *arguments: eval_step(pack, *arguments),
-        in_shardings=(everywhere, states.params, frozen, batches),
-        out_shardings=everywhere,
-        static_argnums=4,
     )
 
 

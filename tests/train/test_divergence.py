@@ -1,4 +1,4 @@
-"""A loss that is not finite stops a run, or sends it back past the batch it came of.
+"""A loss that is not finite stops a run, or returns it to before the batch that did it.
 
 The base model has one embedding that is infinite, and one row of the data its token.
 """
@@ -32,10 +32,9 @@ FLAGS = (
 )
 
 
-def make_poisoned(place):
-    """`poisoned`: a model whose embedding of `~` is infinite, and rows, one with it."""
-    if (place.folder / "poisoned").exists():
-        return
+@chain
+def poisoned(place, results):
+    """A model whose embedding of `~` is infinite, and rows, one of which holds it."""
     shutil.copytree(place.folder / "model", place.folder / "poisoned")
     file = place.folder / "poisoned" / "model.safetensors"
     tensors = {name: np.array(x) for name, x in load_file(file).items()}
@@ -53,7 +52,7 @@ def make_poisoned(place):
 @chain
 def diverged(place, results):
     """Stopped by the row; allowed to leave its batch out, stopped again, to the end."""
-    make_poisoned(place)
+    results("poisoned")
     flags = (*FLAGS, "--config.model.init_from=poisoned")
     where = "--config.run_dir=runs/diverged"
     stopped = place.run("train", *flags, where, "--config.runtime.grad_norms=True")
@@ -67,7 +66,7 @@ def diverged(place, results):
 
 @chain
 def clean(place, results):
-    make_poisoned(place)
+    results("poisoned")
     return place.run("train", *FLAGS, "--config.run_dir=runs/clean")
 
 

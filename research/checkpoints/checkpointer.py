@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from research.checkpoints.checkpoint_listing import step_folders
 from research.checkpoints.checksums import find_damage
-from research.checkpoints.orbax_manager import Manager, open_manager
+from research.checkpoints.orbax_manager import Manager, find_other_shape, open_manager
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.knob_groups import CheckpointConfig
 from research.core.errors import DamagedError, SaveError, UserError
@@ -309,6 +309,9 @@ class Checkpointer:
         """
         self._require_intact(step)
         self._meta(step)
+        item = self._folder / str(step) / "state"
+        if other := find_other_shape(item, abstract_part):
+            raise _other_parameters(step, other)
         restored = ocp.args.PyTreeRestore(
             abstract_part,
             ocp.checkpoint_utils.construct_restore_args(abstract_part),
@@ -371,12 +374,16 @@ class Checkpointer:
             items = self._manager.restore(step, args=ocp.args.Composite(state=request))
         except ValueError as error:  # Orbax raises it for other shapes or trees.
             first_line = str(error).strip().partition("\n")[0][:300]
-            raise UserError(
-                f"checkpoint {step} holds other parameters than this run trains "
-                f"({first_line}); go back to the model and LoRA shape of the run"
-            ) from error
+            raise _other_parameters(step, first_line) from error
         logging.info("checkpoint: step %d restored", step)
         return items["state"]
+
+
+def _other_parameters(step: int, cause: str) -> UserError:
+    return UserError(
+        f"checkpoint {step} holds other parameters than this run trains ({cause}); go "
+        "back to the model and LoRA shape of the run"
+    )
 
 
 def _agreed(steps: list[int]) -> list[int]:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 
 from research.checkpoints.checksums import SealedArrays, SealedPath
 from research.config.knob_groups import CheckpointConfig
+from research.weights.parameter_paths import flatten
 
 
 class Manager(ocp.CheckpointManager):
@@ -76,3 +78,24 @@ def open_manager(
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add("meta", args, json_files)
     return Manager(folder, options=options, handler_registry=registry)
+
+
+def find_other_shape(folder: Path, wanted: dict[str, Any]) -> str:
+    """The first array of `wanted` that is saved in `folder` with another shape, or "".
+
+    A read that fails on its way leaves other reads of Orbax running; this check reads
+    no array.
+
+    Args:
+      folder: of the saved tree.
+      wanted: entries of the tree -> anything with shapes.
+    """
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.metadata(folder).item_metadata.tree
+    saved, _ = flatten({name: tree[name] for name in wanted if name in tree})
+    for path, leaf in flatten(wanted)[0].items():
+        if path not in saved:
+            return f"{path} is not saved"
+        if tuple(saved[path].shape) != tuple(leaf.shape):
+            return f"{path} is {list(saved[path].shape)}, not {list(leaf.shape)}"
+    return ""

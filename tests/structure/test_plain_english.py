@@ -90,7 +90,7 @@ def _prose(path: Path) -> Iterator[tuple[int, str]]:
 def _files() -> list[Path]:
     folders = ["research", "launch", "configs"]
     python = [p for f in folders for p in (ROOT / f).rglob("*.py")]
-    return sorted([*python, *(ROOT / "docs").glob("*.md")])
+    return sorted([*python, ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def test_docstrings_comments_messages_and_docs_are_plain_english():

@@ -13,7 +13,6 @@ rounds in turn; `--learn` compares held-out bits per byte at the end.
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -116,11 +115,8 @@ def run_ours(config: Any, dtype: str) -> dict[str, Any]:
 def run_torch(python: str, folder: Path, dtype: str) -> dict[str, Any]:
     side = ROOT / "tests/bench/torch_pretrain_side.py"
     command = [python, str(side), f"--folder={folder}", f"--dtype={dtype}"]
-    # Our Makefile's allocator settings are no part of torch's set-up.
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    # Both sides inherit one environment, and so one allocator setting.
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,10 +1,11 @@
 """LoRA throughput against TRL + PEFT, both sides in turn on the same machine.
 
-    make bench FLAGS="--data=path/to/dolly.jsonl.gz"
+    make bench                                        # on the embedded sample rows
+    make bench FLAGS="--data=path/to/dolly.jsonl.gz"  # on real Dolly rows
 
 Each round runs this trainer, TRL padded and TRL packed. `--one-row` adds both TRL
 sides with one row per forward pass (gradient accumulation), which is not TRL's default
-but its fastest setting here. Every side trains on real Dolly rows with rank 16 on every
+but its fastest setting here. Every side trains on the same rows with rank 16 on every
 linear layer, at most 512 tokens per row, and optimizer batches of 8 rows, in the dtype
 that is faster for it (`--dtypes` tries several).
 
@@ -109,7 +110,9 @@ def run_trl(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="Dolly rows, .jsonl or .jsonl.gz")
+    parser.add_argument(
+        "--data", help="Dolly rows, .jsonl or .jsonl.gz; default: the embedded sample"
+    )
     parser.add_argument("--torch-python", required=True, help="with TRL installed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="counted steps a run")
@@ -121,7 +124,21 @@ def main() -> None:
         help="also run TRL with one row per forward pass, which is not its default",
     )
     arguments = parser.parse_args()
-    data = str(Path(arguments.data).resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(arguments.data or embedded_rows(Path(folder))).resolve()
+        measure(str(data), arguments)
+
+
+def embedded_rows(folder: Path) -> Path:
+    """Writes the rows that `make finetune` trains on into one file for both sides."""
+    parts = sorted((ROOT / "research/data/instructions/sample").glob("*.jsonl"))
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def measure(data: str, arguments: argparse.Namespace) -> None:
+    """Runs every side in turn, round after round, and prints the medians."""
     python = str(Path(arguments.torch_python).absolute())
     results: Results = {}
     sides = {"ours": functools.partial(run_ours, data, microbatch=arguments.microbatch)}

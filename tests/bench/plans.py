@@ -1,4 +1,4 @@
-"""What large jobs need of TPU pods: the table of the README, as Markdown.
+"""Print what large jobs need from TPU pods: the table of the README, as Markdown.
 
     python tests/bench/plans.py              estimated by formula, in seconds
     python tests/bench/plans.py --compile    by the compiler, with libtpu installed

@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one step of a config takes on one device.
+    """The cost of one step of a config on one device.
 
     Attributes:
       device: as JAX names it.
@@ -156,7 +156,7 @@ def measure(
 
 
 def peak_flops(config: Config, device: jax.Device) -> float | None:
-    """Of one device: `runtime.peak_tflops`, else its data sheet's."""
+    """Return the peak of one device: `runtime.peak_tflops`, else its data sheet's."""
     if config.runtime.peak_tflops > 0:
         return config.runtime.peak_tflops * 1e12
     chip = chips.by_device_kind(device.device_kind)

@@ -1,4 +1,4 @@
-"""What checksums cost: a state of the size of SmolLM2's, saved and restored.
+"""Measure the cost of checksums: a state of the size of SmolLM2's, saved and restored.
 
     python tests/bench/saving.py --mb=58      # LoRA of rank 16, moments included
     python tests/bench/saving.py --mb=1614    # all parameters, moments included

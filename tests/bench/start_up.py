@@ -69,7 +69,7 @@ def start(config: str, cache: Path, folder: Path) -> tuple[float, float]:
 
 
 def stop(config: str, cache: Path, folder: Path) -> float:
-    """Seconds from SIGTERM, once step 2 is logged and the next one goes on, to the end.
+    """Seconds from SIGTERM, sent while the step after step 2 runs, to the exit.
 
     Raises:
       SystemExit: it did not save and ask to be started again.

@@ -111,7 +111,7 @@ STEPS = {"plain": plain, "build": build, "read": read}
 
 
 def measured(step: str, folder: Path, size: int) -> dict[str, float]:
-    """What a step says, from a fresh process, and its peak memory."""
+    """Return the output of a step in a fresh process, and its peak memory."""
     done = subprocess.run(
         [sys.executable, __file__, f"--step={step}", f"--folder={folder}",
          f"--sizes={size}"],
@@ -121,7 +121,7 @@ def measured(step: str, folder: Path, size: int) -> dict[str, float]:
 
 
 def peak_mb() -> float:
-    """Of this process alone: `ru_maxrss` begins at what the parent had."""
+    """Peak memory of this process alone: `ru_maxrss` begins at the parent's."""
     status = Path("/proc/self/status").read_text()
     (line,) = [x for x in status.splitlines() if x.startswith("VmHWM")]
     return int(line.split()[1]) / 1024

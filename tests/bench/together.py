@@ -44,7 +44,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def step_seconds(folder: Path) -> float:
-    """Of the whole process, whichever of its runs this is."""
+    """Seconds of the whole process; every run of the pack records the same."""
     return lines(folder, "goodput")[-1]["seconds"]["step"]
 
 

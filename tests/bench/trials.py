@@ -1,4 +1,4 @@
-"""What the benchmarks of accelerators share: trials in processes of their own.
+"""The accelerator benchmarks share this: each trial is a process of its own.
 
 A trial that runs out of memory ends its process and nothing else, and the next one
 finds the whole card free. So this process never touches the device itself: JAX would
@@ -75,7 +75,7 @@ def environment(*, ours: bool) -> dict[str, str]:
 
 
 def find_device(preset: str) -> Device:
-    """What is here; asked by another process.
+    """Return the accelerator of this machine, found out by another process.
 
     Raises:
       UserError: there is no accelerator, and no `preset` small enough for a CPU.

@@ -7,7 +7,7 @@ prints one JSON line on stdout with tokens per second; everything else goes to s
     python tests/bench/trl_side.py --data dolly-15k.jsonl.gz --rows 512 \
         --dtype bfloat16 --packing --steps 12
 
-What is counted, per optimizer step:
+Counted per optimizer step:
 
 - wall time from the end of the previous step to the end of this one, so collation,
   forward, backward, the optimizer and TRL's own bookkeeping are all inside;
@@ -253,9 +253,9 @@ def make_trainer(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(model_file.parent),
         gguf_file=model_file.name,
-        # Plain dense weights. Left out, the model is marked as quantized and, once
-        # this architecture has kernels for it, would keep its 4-bit blocks and unpack
-        # them in every matmul, which is not what is compared here.
+        # Plain dense weights. Without this line the model is marked as quantized and,
+        # once this architecture has kernels for it, would keep its 4-bit blocks and
+        # unpack them in every matmul, which is not what is compared here.
         quantization_config=transformers.GgufConfig(dequantize=True),
         dtype=getattr(torch, args.dtype),
     )

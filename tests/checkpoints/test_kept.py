@@ -26,7 +26,7 @@ from research.checkpoints.checksums import find_damage
 KEPT = Path(__file__).parents[1] / "golden" / "kept"
 LOSSES = KEPT / "losses.json"
 RECORD = bool(os.environ.get("RECORD_KEPT"))
-# What XLA's CPU compiler and its products choose their code by.
+# XLA's CPU compiler and its matrix products choose their code by these.
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -84,7 +84,7 @@ def train_kept(place, results, name):
     rows = [{"text": f"{n} times {n} is {n * n}; " * 4} for n in range(300)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (place.folder / "kept.jsonl").write_text(text)
-    # What is kept is of programs as users have them.
+    # The kept losses come from fully optimized programs, as users run them.
     done = place.train(f"kept-{name}", *SMALL, *JOBS[name], quick=False)
     assert done.code == 0, done.err
     return losses_of(place, f"kept-{name}")

@@ -32,7 +32,7 @@ from research.train.restore_run import restore
 from research.train.run_saver import RunSaver
 from research.train.training_run import TrainingRun
 
-# Of a save that fails Orbax leaves futures behind whose errors nobody asks for.
+# A failed save leaves Orbax futures behind whose errors nobody reads.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore:coroutine .* was never awaited:RuntimeWarning",

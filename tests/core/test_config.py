@@ -188,7 +188,7 @@ def test_a_group_must_be_a_group(group):
         ("optim.final", -0.5, "0 to 1"),
         ("data.microbatch_size", 3, "divide config.data.batch_size, which is 8"),
         ("data.microbatch_size", -2, "config.data.microbatch_size is -2"),
-        # What NumPy or optax would refuse much later, or never.
+        # NumPy or optax would refuse these much later, or never.
         ("seed", -1, "seed"),
         ("optim.b1", 1.0, "b1"),
         ("optim.b2", -0.1, "b2"),

@@ -1,4 +1,4 @@
-"""What is refused: one message with the remedy, exit code 2, nothing written."""
+"""Each refusal is one message with the remedy, exit code 2, and writes nothing."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What lies in the environment never gets out: no log, file or error has it."""
+"""Secrets in the environment stay there: no log, file or error shows them."""
 
 import contextlib
 import http.server

@@ -110,7 +110,7 @@ def test_few_files_are_open_at_a_time(place, monkeypatch):
 
 
 def expected_row(ids, marks, isolate, length):
-    """What a row must be, said slowly."""
+    """The expected row, computed token by token."""
     fields = {field: [] for field in FIELDS[:5]}
     segment, position = 1, 0
     for i in range(len(ids) - 1):

@@ -32,7 +32,7 @@ PACK = {
 
 
 def read(tmp_path, where, **changes):
-    """Documents as `(text, where)`, and what was left out."""
+    """Documents as `(text, where)`, and what was dropped."""
     (source,) = open_sources(
         *text_and_data(text_config(tmp_path, f"s={where}", **changes))
     )

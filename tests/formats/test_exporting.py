@@ -1,4 +1,4 @@
-"""What is exported is the model: read back, by our own reader and by the format."""
+"""An export holds the model: our reader and the format itself read it back."""
 
 import json
 

@@ -5,7 +5,7 @@
     python3.11 tests/golden/make.py            # write the files beside this script
     python3.11 tests/golden/make.py --check    # recompute and compare
 
-Five tiny random models are stored whole (config, weights, outputs). Of the real one,
+Five tiny random models are stored whole (config, weights, outputs). For the real one,
 SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
 float32 on one CPU thread with eager attention, and nothing touches the network.
 """

@@ -211,7 +211,7 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
 
 
 def real_arrays(model: PreTrainedModel, text_ids: np.ndarray) -> Arrays:
-    """What `expected.npz` of the real model holds.
+    """The arrays of `expected.npz` for the real model.
 
     Row 0 of `tokens` is random ids and row 1 a window of a text; attempts differ in
     the former's seed and the latter's start.

@@ -1,4 +1,4 @@
-"""What both kinds of reference model share: exact forward passes and robust greedy.
+"""Both kinds of reference model share exact forward passes and robust greedy.
 
 A test in another framework has to reach the same tokens despite float32 rounding, so
 nothing is recorded whose two best logits are close.

@@ -101,7 +101,7 @@ def build(family: Family, config: PretrainedConfig | None = None) -> PreTrainedM
 
 
 def tiny_arrays(family: Family, model: PreTrainedModel) -> Arrays:
-    """What `expected.npz` of a tiny family holds.
+    """The arrays of `expected.npz` for a tiny family.
 
     Raises:
         RuntimeError: the logits or the attention are too flat to test anything.

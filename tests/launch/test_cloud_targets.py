@@ -1,4 +1,4 @@
-"""What the cloud targets would do, kept whole; and what they refuse.
+"""The commands of the cloud targets match kept texts; bad requests are refused.
 
 The kept texts are in tests/golden/launch. `RECORD_LAUNCH=1 pytest
 tests/launch/test_cloud_targets.py` records them again: read the difference first.
@@ -173,7 +173,7 @@ def test_a_run_of_this_machine_is_no_start_elsewhere(
 
 @pytest.mark.parametrize("target", TOOLS)
 def test_several_jobs_are_told_apart(tmp_path, fake, monkeypatch, cloud_job, target):
-    """Of a sweep each gets its own file and name, however long they are alike."""
+    """Each job of a sweep has its own file and name, even if long names start alike."""
     fake.git()
     monkeypatch.chdir(tmp_path)
     alike = "lora-rank-of-a-very-long-sweep-that-tries-everything"

@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_refused_by_its_numbers():
     assert "l4:8" in said and fit_check.OVERRIDE in said
 
 
-# What must be changed, by the knob, and shapes of which nothing else helps.
+# By the knob that must change: shapes for which no other change helps.
 TIGHT = {
     "data.microbatch_size": (big_config(remat="none"), "l4:8", "llama-1b"),
     "mesh.fsdp": (big_config(micro=4, mesh=MeshConfig(data=-1)), "v5e:2x2", ""),
@@ -185,7 +185,7 @@ def test_an_overridden_one_is_launched(slurm):
 
 
 def test_one_that_fits_is_launched_in_the_users_own_environment(slurm):
-    """What the planner and JAX's import set must not reach the job."""
+    """Variables that the planner and JAX's import set must not reach the job."""
     done, ((_, environment),) = slurm("--device=h100", "--gpus-per-node=8", "--nodes=2")
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stderr and "h100:16" in done.stderr

@@ -103,7 +103,7 @@ def test_a_jobset_runs_the_words_that_were_given(cloud_job, name):
 
 
 def ends(jobset, code, conditions=()):
-    """What becomes of a JobSet one of whose pods ends so, by Kubernetes' rules.
+    """Return the fate of a JobSet after one pod ends so, by Kubernetes' rules.
 
     The first pod rule that is met counts; a Job that it fails says which one it was,
     and the first rule of the JobSet that this meets counts.

@@ -1,4 +1,4 @@
-"""What a launch would do, and that nothing a user names can do more."""
+"""A Slurm launch does what its dry run prints; no name given can make it do more."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def slurm_script(tmp_path, *codes, first="", **more):
     return done.returncode
 
 
-# What is left of the codes stands in a file: the next one is taken.
+# The remaining codes stand in a file; each start takes the next one.
 SRUN = """read code rest < codes
 echo "$rest" > codes
 exit "$code"
@@ -99,7 +99,7 @@ def test_slurm_queues_again_what_was_preempted_and_nothing_else(
     ],
 )
 def test_slurm_starts_again_what_failed_three_times(tmp_path, fake, codes, left):
-    """In the same job: what a person must mend is not tried again."""
+    """In the same job: a failure that a person must fix is not tried again."""
     for tool in ("sbatch", "squeue"):
         fake(tool)
     wanted = codes[-2]

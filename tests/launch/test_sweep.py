@@ -48,7 +48,7 @@ def expand(sweep, *overrides, folder="sweep"):
     return sweep_runs.expand(sweep, Path(folder), overrides)
 
 
-# What a sweep comes to.
+# A sweep file becomes a list of runs.
 
 
 def test_axes_are_crossed_and_every_point_has_every_seed():
@@ -62,7 +62,7 @@ def test_axes_are_crossed_and_every_point_has_every_seed():
 
 
 def test_the_command_of_a_run_makes_its_config():
-    """What the report prints is parsed by the trainer's own parser."""
+    """The trainer's own parser accepts the flags that the report prints."""
     from launch.jobs.launch_job import check_training_flags
 
     tuples = listed("on", all={}, one={"lora.targets": ("mlp", "query")})
@@ -174,7 +174,7 @@ def trained(folder):
 
 
 def test_every_run_is_trained_once_by_many_workers(tmp_path):
-    """Of which some put several runs into one program."""
+    """Some of the workers put several runs into one program."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORK.format(tests=PATHS,

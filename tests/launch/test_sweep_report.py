@@ -152,7 +152,7 @@ def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
 
 
 def test_curves_and_bands_are_the_seeds(folder, monkeypatch):
-    """What is drawn is compared with the files, not the picture."""
+    """The drawn values, not the picture, are compared with the files."""
     drawn, band = {}, sweep_plots._band
 
     def draw(axes, found, style):

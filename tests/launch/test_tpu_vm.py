@@ -1,4 +1,4 @@
-"""What runs on a TPU VM, run here; and how the launcher answers what becomes of it."""
+"""The script of a TPU VM runs here, and the launcher answers each way it can end."""
 
 import json
 import os
@@ -264,7 +264,7 @@ LIVES = {
         ("--restarts=1",), [READY, ("tail", {"code": 1})], 1,
         [*MAKE, *["train", "tail", "describe"] * 2, "delete"],
     ),
-    "a person's to mend": (
+    "for a person to fix": (
         (), [READY, ("tail", {"code": 3})], 3, [*MAKE, "train", "tail", "delete"],
     ),
     "no room to make it again": (

@@ -31,7 +31,7 @@ SEGMENTS = np.stack([DOCUMENTS, np.ones(LENGTH, np.int64)]).astype(np.int32)
 
 @pytest.fixture(autouse=True)
 def as_if_accelerated(monkeypatch):
-    """What this machine lacks: a Splash grid of several blocks, and cuDNN."""
+    """Stand-ins for what this machine lacks: several Splash blocks, and cuDNN."""
     monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
     plain = jax.nn.dot_product_attention
 
@@ -228,7 +228,7 @@ def test_xla_reads_no_block_of_earlier_documents():
 
 
 def lowered(platform, kernel, *, length=256, traced=False):
-    """The program of a gradient for `platform`, which need not be here."""
+    """The program of a gradient for `platform`, which this machine may lack."""
     rows = [jax.ShapeDtypeStruct((2, length), jnp.int32)] * 2
     q, k = (
         jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for heads in (8, 4)

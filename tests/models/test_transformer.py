@@ -1,4 +1,4 @@
-"""What a position may see, and that ways to compute it never change the result."""
+"""A position sees what it may see, however the result is computed."""
 
 import dataclasses
 import math

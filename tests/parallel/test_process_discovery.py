@@ -326,7 +326,7 @@ def test_what_is_incomplete_is_named(join, environment, said):
 
 
 def test_processes_that_do_not_answer_may_at_the_next_start(join, monkeypatch):
-    """A machine that comes late is nothing that a person must mend."""
+    """A machine that comes late is not an error that a person must fix."""
 
     def silent():
         raise RuntimeError("DEADLINE_EXCEEDED: barrier\nmore")

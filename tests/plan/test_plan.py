@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def tiny_config(folder, kind="lora", **data):
-    """Of the tiny model: LoRA on instructions, or pre-training of its shape."""
+    """The tiny model's config: LoRA on instructions, or pre-training."""
     if kind == "lora":
         model, rows = ModelConfig(init_from=str(folder)), "instructions"
     else:

@@ -1,4 +1,4 @@
-"""What a plan reads from a compiled program, where the truth is known beforehand."""
+"""A plan reads a compiled program rightly, where the truth is known beforehand."""
 
 import math
 
@@ -174,7 +174,7 @@ def test_trip_counts_follow_start_step_and_bound():
 
 
 def test_a_tpu_program_of_two_slices_is_counted_once_and_by_its_axes(two_slices):
-    """What an async gather goes on with is no second one; a kernel ends nothing."""
+    """The end of an async gather is no second gather; a kernel ends nothing."""
     found = find_collectives(hlo_text.parse(TPU_PROGRAM), two_slices, unknown_trips=10)
     rows = {(r.kind, r.axes): (r.count, r.nbytes) for r in summarize(found)}
     assert rows == {

@@ -117,7 +117,7 @@ def test_roofline_and_prediction():
     assert (line.overlapped, line.summed) == (pytest.approx(4), pytest.approx(5))
     assert line.bound_by == "compute"
     told = roofline.predict(line.overlapped, flops, 1000, 86_400, target)
-    # What is computed again is no use: MFU counts 3 of the 4 seconds.
+    # Recomputation is not useful work: MFU counts 3 of the 4 seconds.
     assert told.mfu == pytest.approx(0.75)
     assert told.tokens_per_second == pytest.approx(250)
     assert told.days == pytest.approx(4)

@@ -44,7 +44,7 @@ def test_search_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch():
 
 
 def compiler(target, asked, refused):
-    """It needs too much memory for the first `refused` configs that it is asked for."""
+    """The first `refused` configs that it compiles need too much memory."""
 
     def compile_plan(config):
         asked.append(config)

@@ -1,4 +1,4 @@
-"""What the TPU compiler says of every shipped config: `make plan-check`.
+"""The TPU compiler accepts every shipped config: `make plan-check`.
 
 Needs libtpu, which announces itself at every start of JAX: it lies in a folder of its
 own, and nothing else runs with it. Takes about a minute a program.
@@ -49,7 +49,7 @@ SHIPPED = [
 
 @pytest.fixture(scope="module")
 def plan():
-    """Compiles what it is asked for, once."""
+    """Compile each requested config once."""
     os.environ |= ENVIRONMENT
     made = {}
 

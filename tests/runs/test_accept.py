@@ -1,4 +1,4 @@
-"""Other data under a run that exists: refused, or gone on with and written down."""
+"""Other data under an existing run is refused, or accepted and recorded."""
 
 import json
 import re

@@ -196,7 +196,7 @@ def opened(folder):
 
 
 def bytes_read(action):
-    """What `action` returns, and how many bytes TensorStore read from files for it."""
+    """Return the result of `action` and the bytes that TensorStore read for it."""
 
     def count():
         metrics = tensorstore.experimental_collect_matching_metrics(BYTES_READ)

@@ -236,7 +236,7 @@ def test_a_history_that_cannot_be_written_stops_nothing(folder, monkeypatch, cap
     history.note(3)
     assert "could not be written" in caplog.text
     with pytest.raises(OSError):
-        history.skip(1)  # What would not be remembered would not be exact.
+        history.skip(1)  # A skip that is not recorded would break exact resume.
 
 
 def start(first, last, seconds, redone=0):

@@ -155,5 +155,5 @@ def test_a_signal_saves_one_step_and_the_run_goes_on(place, stopped_runs, case):
 
 
 def state_bytes(place, run):
-    """Of the last checkpoint."""
+    """The bytes of the last checkpoint's arrays."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(saved_state(place, run))]

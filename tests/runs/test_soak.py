@@ -1,4 +1,4 @@
-"""What takes too long for every day: 50 kills, and pairs that fail in every way."""
+"""Long tests: 50 kills, and pairs of processes that fail in every way."""
 
 import collections
 import json
@@ -66,8 +66,8 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 )
 
 
-# What the others need at most beyond the watchdog's limit: it looks every 1.5 s, and
-# they write down their stacks on a busy machine.
+# The others end at most this late beyond the watchdog's limit: it looks every 1.5 s,
+# and they write down their stacks on a busy machine.
 SLACK = 20
 
 
@@ -136,7 +136,7 @@ def check_kills(place, run, ended):
     met = collections.Counter(map(phase_of, kills))
     begun = [re.search(r"step (\d+) restored", x.err) for x in (*kills, last)]
     went_on = sorted({int(found[1]) for found in begun if found})
-    assert len(went_on) > 5, "too few starts went on from a checkpoint"
+    assert len(went_on) > 5, "too few starts resumed from a checkpoint"
     assert went_on[-1] < STEPS, "the last kill came when all was done"
     print(f"{run}: {len(kills)} kills survived:", dict(met), "resumed at", went_on)
     assert len(kills) == 25

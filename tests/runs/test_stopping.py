@@ -85,7 +85,7 @@ def test_a_signal_before_the_wait_for_data_is_not_waited_with(stop, phases):
 
 
 class Service:
-    """What tells several processes the moment to stop at, as JAX's own does it."""
+    """Tell several processes the moment to stop, as JAX's own service does."""
 
     def __init__(self):
         self.asked, self.agreed = [], None

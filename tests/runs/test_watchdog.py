@@ -1,4 +1,4 @@
-"""What hangs is ended with its stacks, whatever the disk does."""
+"""A run that hangs is ended with its stacks, whatever the disk does."""
 
 import subprocess
 import sys

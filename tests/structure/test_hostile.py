@@ -89,7 +89,7 @@ REFUSED = {
     ),
     "huge integer": (row(response=10**400), "wrong type"),
 }  # fmt: skip
-# Left out in either mode, and counted.
+# Dropped in either mode, and counted.
 EMPTY = {
     "empty answer": (row(response=""), "empty response"),
     "blank answer": (row(response=" \n\t\u00a0"), "empty response"),

@@ -30,7 +30,7 @@ JINJA = {"jinja2.sandbox.ImmutableSandboxedEnvironment", "jinja2.TemplateError"}
 
 
 def offences(source):
-    """What in a program could run what it reads."""
+    """Yield the parts of a program that could run the files it reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from imports(node)
@@ -49,7 +49,7 @@ def offences(source):
 
 
 def imports(node):
-    """Of an import, what is banned, or would be known by a name not looked for."""
+    """Yield an import's banned names, and aliases that would hide one."""
     for alias in node.names:
         if isinstance(node, ast.ImportFrom):
             module, name = node.module, f"{node.module}.{alias.name}"

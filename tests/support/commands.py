@@ -1,6 +1,6 @@
 """The real commands in processes of their own, on a tiny model, and what they left.
 
-What takes long runs once, in the background, two processes at a time: see `chain`.
+Long commands run once, in the background, two processes at a time: see `chain`.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Finished:
 
 
 class Running:
-    """A process whose two streams are read as it goes on."""
+    """A process whose two streams are read while it runs."""
 
     def __init__(self, command, **options):
         self._begun = time.monotonic()
@@ -304,7 +304,7 @@ def snapshot(folder, *besides):
     return known if folder.exists() else None
 
 
-# What runs in the background, by the fixture that asks for it.
+# The commands that run in the background, by the fixture that wants them.
 CHAINS = {}
 
 
@@ -356,7 +356,7 @@ def results(request, place):
         with lock:
             if unasked := name not in futures:
                 futures[name] = Future()
-        if unasked:  # By a chosen test; another chain goes on from it.
+        if unasked:  # By a chosen test; another chain continues from it.
             try:
                 futures[name].set_result(known[name](place, result))
             except Exception as error:

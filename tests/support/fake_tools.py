@@ -67,7 +67,7 @@ class Fake:
         return self.folder / f"{tool}.answers"
 
     def answer(self, tool, when, *, code=0, out="", err="", times=None, wait=0):
-        """What it says when `when` is in its arguments: always, or so many times."""
+        """Set the answer to arguments with `when` in them: always, or so many times."""
         file = self._answers(tool)
         rules = json.loads(file.read_text()) if file.exists() else []
         rules.append({"when": when, "code": code, "out": out, "err": err})
@@ -102,7 +102,7 @@ def launch(folder, *arguments, check=False):
 
 
 def options_of(target, *more):
-    """Of a launch with `FLAGS`, but for those that `more` has."""
+    """Parse a launch with `FLAGS`, each replaced if `more` has it."""
     given = {flag.partition("=")[0] for flag in more}
     own = [x for x in FLAGS[target] if x.partition("=")[0] not in given]
     return make_parser().parse_args([target, *own, *more])

@@ -1,7 +1,7 @@
 """Runs commands of `research` in forks of one process that has imported it.
 
-What a refused command costs is the import of JAX and the rest; here one import serves
-many of them. JAX starts its threads when it is first used, which is in a fork.
+A refused command costs little but the import of JAX and the rest; here one import
+serves many of them. JAX starts its threads when it is first used, which is in a fork.
 
 Standard input has a command a line, as JSON: `module`, `flags`, `folder`, `devices`
 and `said`, the path of what it writes but for `.out` and `.err`. Standard output has
@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 
-# What the commands import, but for the modules with their flags.
+# All that the commands import, except the modules that define their flags.
 import research.engine.text_generation
 import research.train.start_to_report  # noqa: F401
 

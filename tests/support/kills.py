@@ -123,7 +123,7 @@ def _meet(process, aim, generator, checkpoints):
     elif aim == "half":
         wait_for_a_save(process, checkpoints)
     else:
-        # Far enough that some saves are committed, and the next start goes on from one.
+        # Far enough that some saves are committed, and the next start resumes from one.
         # Two steps are saved at a time; a step enters its phase twice.
         often = {
             "compile": 2,  # The first is left for an evaluation or the first batch.
@@ -149,5 +149,5 @@ def wait_for_a_save(process, checkpoints):
 
 
 def torn(checkpoints):
-    """What is left of saves that were broken off, or goes on."""
+    """Return the folders of saves that were broken off or still run."""
     return list(checkpoints.glob("*.orbax-checkpoint-tmp*"))

@@ -7,7 +7,7 @@ ONE_B, EIGHT_B = PRESETS["llama-1b"], PRESETS["llama3.1-8b"]
 
 
 def big_config(kind="full", rows=64, micro=0, mesh=None, remat="full", seq=2048):
-    """Of a large model, whose shape is given beside it."""
+    """The config of a large model, whose shape is given beside it."""
     base = {"init_from": "hub://o/n"} if kind == "lora" else {"init_from": ""}
     return Config(
         trainable=kind,

@@ -1,4 +1,4 @@
-"""What a run has left: numbers, states, and whether two runs are equal."""
+"""Results of a run: numbers, states, and whether two runs are equal."""
 
 import json
 
@@ -21,7 +21,7 @@ from research.train.step.train_step import abstract_state
 
 
 def numbers(place, run):
-    """What must not depend on how often a run was broken off."""
+    """The values that must not depend on how often a run was broken off."""
     train = [
         (x["step"], x["loss"], x["grad_norm"], x["learning_rate"], x["tokens"])
         for x in place.lines(run, "train")

@@ -119,7 +119,7 @@ class Cluster:
         self._daemons.append(daemon)
 
     def __exit__(self, *_):
-        """Whatever was told of this cluster by its environment ends."""
+        """End every process that has this cluster in its environment."""
         while mine := self._mine():  # One may start another while they are listed.
             for process in mine:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -144,7 +144,7 @@ class Cluster:
         return [each.cmdline() for each in self._mine()]
 
     def call(self, *command):
-        """What a command says; the command must succeed."""
+        """Return the output of a command, which must succeed."""
         done = subprocess.run(
             command, env=os.environ | self.env, capture_output=True, text=True,
             check=False,

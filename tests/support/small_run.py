@@ -17,7 +17,7 @@ from research.config.run_config import (
     RuntimeConfig,
 )
 
-ROWS = 8  # Of a batch, so that it divides over any mesh of eight devices.
+ROWS = 8  # In a batch, so that it divides over any mesh of eight devices.
 
 
 def make_small_place(folder):

@@ -1,4 +1,4 @@
-"""What of a conversation is trained follows from how it is put together.
+"""The trained part of a conversation follows from how it is put together.
 
 The tokenizer here knows single bytes and the control tokens of several families, so
 that every text can be told from its ids.

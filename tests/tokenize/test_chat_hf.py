@@ -102,7 +102,7 @@ def test_ids_are_those_of_apply_chat_template(kind, template, count):
 
     whole = reference(messages, False)
     encoded = ours.encode(Record(turns, "", "", "row"))
-    # What a template writes after the last end token is left out.
+    # The text that a template writes after the last end token is dropped.
     assert encoded.ids == whole[: len(encoded.ids)]
     assert len(whole) - len(encoded.ids) <= 2
     prompt = ours.encode_prompt(turns[:-1])

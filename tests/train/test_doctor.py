@@ -114,6 +114,6 @@ def test_more_trained_than_adapters_is_seen(lora_job):
 
 
 def test_a_failed_finding_stops_the_run_with_its_remedy():
-    found = [Finding("a", "fine"), Finding("b", "odd", False, "mend")]
-    with pytest.raises(UserError, match=r"b: odd\n    mend"):
+    found = [Finding("a", "fine"), Finding("b", "odd", False, "fix it")]
+    with pytest.raises(UserError, match=r"b: odd\n    fix it"):
         doctor.require_healthy(found)

@@ -156,7 +156,7 @@ def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_tables_to_adam(spec
         )
         values = [np.linalg.svd(one, compute_uv=False) for one in layers]
         spread = max(np.quantile(s, 0.9) / np.quantile(s, 0.3) for s in values)
-        # Of a random matrix about 2 to 4; Newton and Schulz make them nearly equal.
+        # About 2 to 4 for a random matrix; Newton and Schulz make them nearly equal.
         assert (spread < 1.7) == bool(spec.stacked), (path, spread)
 
 

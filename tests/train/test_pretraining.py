@@ -97,7 +97,7 @@ def test_every_step_has_its_loss_per_source(place, pretrained):
     assert seen == {"code", "words"}
     for line in lines:
         assert line["tokens"] == 8 * 64
-        # Of 8 rows of 64 tokens each is of one source: eighths of each make the loss.
+        # Each of the 8 rows has one source, so the loss is made of eighths.
         code, words = (line["by_group"].get(name, 0.0) for name in ("code", "words"))
         mixed = [(n * code + (8 - n) * words) / 8 for n in range(9)]
         assert min(abs(line["loss"] - value) for value in mixed) < 1e-4
@@ -321,7 +321,7 @@ def test_bad_text_is_refused_with_one_message(name, refused_text):
     for part in TEXT_REFUSALS[name].names:
         assert part in message
     assert not made
-    # What is whole may stay: a tokenizer, other sources' text, hashes.
+    # Whole files may stay: a tokenizer, other sources' text, hashes.
     whole = {"tokenizer.json", "tokenizer_config.json", "manifest.json", "hashes.json"}
     halves = [f for f in left if f.name not in whole and not made_whole(f)]
     assert not halves

@@ -1,4 +1,4 @@
-"""What the program of a step holds, and what it never forms: read from its text."""
+"""The text of a step's program shows what it holds and what it never forms."""
 
 import functools
 import math
@@ -97,14 +97,14 @@ def test_bfloat16_compute_keeps_float32_adapters_and_moments(model, batch):
     kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
     assert metrics["means"]["loss"].dtype == metrics["grad_norm"].dtype == jnp.float32
-    # What goes into a product is bfloat16; some sum up in float32.
+    # The factors of a product are bfloat16; some sums are float32.
     factors = re.findall(r"dot_general.*: \(tensor<[\dx]*x(\w+)>, .*x(\w+)>\) ->", text)
     assert len(factors) > 50 and set(factors) == {("bf16", "bf16")}
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, name):
-    """Of every optimizer; gradients are added up in float32 all the same."""
+    """Holds for every optimizer; gradients are still added up in float32."""
     config = Config(
         trainable="full",
         model=ModelConfig(param_dtype="bfloat16"),

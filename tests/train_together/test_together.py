@@ -39,7 +39,7 @@ RUNS = {
         "optim.schedule": "wsd",
         "optim.warmup": 0.2,
         "optim.decay": 0.4,
-        # Of one seed with the plain one: they share their rows.
+        # The same seed as the plain run: they share their rows.
         "seed": 0,
     },
 }
@@ -143,7 +143,7 @@ def check_same_numbers(place, *runs):
 
 @pytest.mark.parametrize("name", EACH)
 def test_a_checkpoint_is_that_of_the_run_alone(place, results, together, name):
-    """Of its own rank and targets: no padding is left."""
+    """Each run keeps its own rank and targets: no padding remains."""
     assert results(f"alone-{name}").code == 0
     one, other = (
         final_state(place, run) for run in (alone_of(name), f"together-{name}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import DamagedError, UserError
+from research.core.visible_text import visible
 
 if TYPE_CHECKING:
     from research.checkpoints.checkpoint_listing import Checkpoint
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         return _export(f.run, f.step, f.out)
     if f.verb == "prune":
         folder.lock()  # A running trainer counts and removes its checkpoints itself.
-    found = inspect(folder.checkpoints)
+    found = inspect(folder.checkpoints, folder.origin().get("run", ""))
     if f.verb == "prune":
         return _prune(found, f.keep_last, f.keep_best)
     _show(folder, found)
@@ -67,8 +68,10 @@ def main(argv: Sequence[str]) -> int:
 def _show(folder: "RunDir", found: "list[Checkpoint]") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{folder.path}: {len(found)} checkpoints")
+    # A path may hold what Rich takes for markup.
+    table = Table(title=Text(f"{visible(str(folder))}: {len(found)} checkpoints"))
     for name in ("step", "MB", "saved", "held-out loss", "files"):
         table.add_column(name, justify="right")
     for each in found:

@@ -31,9 +31,12 @@ class Checkpoint:
     damage: tuple[str, ...]
 
 
-def inspect(folder: Path) -> list[Checkpoint]:
-    """Lists all checkpoints in `folder`, oldest first, and reads every byte of them."""
-    return [_inspect_one(path) for path in step_folders(folder)]
+def inspect(folder: Path, run: str = "") -> list[Checkpoint]:
+    """Lists all checkpoints in `folder`, oldest first, and reads every byte of them.
+
+    Those that another run than `run` has saved count as damaged.
+    """
+    return [_inspect_one(path, run) for path in step_folders(folder)]
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -42,8 +45,8 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda x: int(x.name))
 
 
-def _inspect_one(folder: Path) -> Checkpoint:
-    damage = tuple(find_damage(folder))
+def _inspect_one(folder: Path, run: str) -> Checkpoint:
+    damage = tuple(find_damage(folder, run=run))
     metrics, loss = folder / "metrics" / "metrics", None
     if metrics.is_file() and not damage:
         loss = json.loads(metrics.read_bytes())["loss"]

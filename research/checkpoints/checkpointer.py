@@ -71,7 +71,7 @@ class Checkpointer:
         self._folder = folder.absolute()
         self._aside = self._folder.parent / "damaged"
         self._config = config
-        self._identity = identity
+        self._identity, self._run = identity, identity.get("run", "")
         self._accept = accept
         self._report = report
         self._committed = committed
@@ -111,7 +111,7 @@ class Checkpointer:
 
     def _misjudged(self, step: int) -> list[str]:
         """The damage to the file with the held-out loss of `step`."""
-        return find_damage(self._folder / str(step), item=METRICS)
+        return find_damage(self._folder / str(step), item=METRICS, run=self._run)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -321,8 +321,8 @@ class Checkpointer:
 
     def damage(self, step: int) -> list[str]:
         """The damage to the files of `step`; each process reads its share of them."""
-        count = jax.process_count()
-        mine = find_damage(self._folder / str(step), jax.process_index(), count)
+        index, count = jax.process_index(), jax.process_count()
+        mine = find_damage(self._folder / str(step), index, count, run=self._run)
         if count == 1 or not _anywhere(bool(mine)):
             return mine
         return mine or ["another process found damage in its share of the files"]

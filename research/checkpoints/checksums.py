@@ -6,6 +6,10 @@ subfolder that has a seal of its own it lists only that seal. Each process seals
 folder that it alone wrote (`ocdbt.process_N`), and the first process seals the few
 remaining files, so the cost does not grow with the number of hosts. The seal is written
 before the rename that commits, so a committed checkpoint without a seal is damaged.
+
+The seal covers the step and the identity of the run, too: Orbax's commit mark holds the
+first, `meta` the second. A folder that was renamed, swapped or copied from another run
+counts as damaged.
 """
 
 import asyncio
@@ -22,7 +26,9 @@ import xxhash
 from orbax.checkpoint.path import atomicity
 
 SEAL = "sums.json"
-COMMITTED = "commit_success.txt"  # The name that Orbax uses.
+# Names that Orbax uses.
+COMMITTED = "commit_success.txt"
+MERGED = "manifest.ocdbt"
 PORTION = 1 << 22  # bytes read at a time
 # Errors of files that are missing or unreadable. Any other error tells nothing about
 # the bytes, and sets no checkpoint aside.
@@ -64,7 +70,7 @@ def _sum_of(files: dict[str, list[Any]]) -> str:
 
 
 def find_damage(
-    folder: Path, index: int = 0, count: int = 1, item: str = ""
+    folder: Path, index: int = 0, count: int = 1, item: str = "", run: str = ""
 ) -> list[str]:
     """Lists the damage to a sealed folder, one line per file; empty if it is intact.
 
@@ -74,6 +80,7 @@ def find_damage(
       count: the number of shares. Every share includes the seals, which are small.
       item: a subfolder; only its files and the seals above it are checked. By default
         all files are.
+      run: the id of the run that must have saved it; empty: any run.
 
     Raises:
       OSError: the files may not be read, or the system is at its limits.
@@ -93,7 +100,21 @@ def find_damage(
             problems.append(f"{name}: {actual_size:,} bytes instead of {size:,}")
         elif actual_digest != digest:
             problems.append(f"{name}: bytes have changed")
-    return problems
+    return problems or _find_other_origin(folder, run)
+
+
+def _find_other_origin(folder: Path, run: str) -> list[str]:
+    """Compares the step and the run of an intact checkpoint with the expected ones."""
+    try:
+        step = (folder / COMMITTED).read_text(encoding="utf-8")
+        if step != folder.name:
+            return [f"it holds step {step}, and its folder is named {folder.name}"]
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        if run and meta["identity"].get("run") != run:
+            return ["another run has saved it"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # The share that checks this file reports the damage to it.
+    return []
 
 
 def _listed(
@@ -137,6 +158,9 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 
 
 def _commit(folder: Path, final: Path) -> None:
+    if any(folder.glob("ocdbt.process_*")) and not (folder / MERGED).is_file():
+        # Orbax takes it for a checkpoint without arrays, and reports success.
+        raise OSError(f"{folder / MERGED} is missing: the arrays were not merged")
     (folder / COMMITTED).write_text(final.name, encoding="utf-8")
     seal(folder)
     folder.rename(final)

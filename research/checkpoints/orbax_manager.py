@@ -1,10 +1,12 @@
 """Orbax's checkpoint manager, set up for our checkpoints."""
 
-from collections.abc import Callable
+import glob
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from research.checkpoints.checksums import SealedArrays, SealedPath
 from research.config.knob_groups import CheckpointConfig
@@ -25,6 +27,15 @@ class Manager(ocp.CheckpointManager):
         return False
 
 
+def _match_below(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """`folder.glob(pattern)`, in which the folder's own name is no pattern.
+
+    The original joins both: below `runs/lr[1e-4]` Orbax would find none of its files,
+    merge none of its arrays, and report success.
+    """
+    return (folder / name for name in glob.glob(pattern, root_dir=folder))
+
+
 def open_manager(
     folder: Path,
     config: CheckpointConfig,
@@ -43,6 +54,7 @@ def open_manager(
     Raises:
       OSError: the folder cannot be read, or be written unless `read_only`.
     """
+    type(epath.Path(folder)).glob = _match_below
     keep = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(

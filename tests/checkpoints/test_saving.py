@@ -23,10 +23,11 @@ from small_states import (
     save_steps,
 )
 
-from research.checkpoints import checksums
+from research.checkpoints import checksums, orbax_manager
+from research.checkpoints.checkpoint_listing import inspect
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
-from research.core.errors import DamagedError, UserError
+from research.core.errors import DamagedError, SaveError, UserError
 
 pytestmark = FUTURES
 
@@ -322,3 +323,80 @@ def test_a_forged_seal_does_not_match_itself(copy):
     file.write_text(json.dumps(found))
     (problem,) = find_damage(copy / "checkpoints/3")
     assert "does not match its own sum" in problem
+
+
+def swap(folder):
+    (folder / "3").rename(folder / "x")
+    (folder / "2").rename(folder / "3")
+    (folder / "x").rename(folder / "2")
+
+
+OTHER_PLACES = {
+    "swapped": (swap, {"3": "holds step 2", "2": "holds step 3"}, 1),
+    "renamed": (lambda x: (x / "3").rename(x / "4"), {"4": "holds step 3"}, 2),
+    "copied": (
+        lambda x: shutil.copytree(x / "3", x / "4"),
+        {"4": "holds step 3, and its folder is named 4"},
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PLACES)
+def test_a_step_in_the_folder_of_another_is_damaged(copy, name):
+    change, problems, left = OTHER_PLACES[name]
+    change(copy / "checkpoints")
+    for step, said in problems.items():
+        (problem,) = find_damage(copy / "checkpoints" / step)
+        assert said in problem
+    with open_checkpoints(copy) as checkpointer:
+        found = checkpointer.restore(abstract(make_state(0)))
+        assert found.step == left and equal(found.state, make_state(left))
+    moved = {path.name.partition("-")[0] for path in (copy / "damaged").iterdir()}
+    assert moved == problems.keys()
+
+
+def test_a_checkpoint_of_another_run_is_damaged(tmp_path):
+    """Same base, tokenizer and data; only the ids of the runs differ."""
+
+    def open_run(name, **options):
+        identity = IDENTITY | {"run": name}
+        return Checkpointer(tmp_path / name / "checkpoints", KEEP, identity, **options)
+
+    for name, step in (("a", 1), ("b", 2)):
+        with open_run(name) as checkpointer:
+            checkpointer.save(step, make_state(step), POSITION, LOSSES[step])
+    steps = tmp_path / "a/checkpoints"
+    shutil.copytree(tmp_path / "b/checkpoints/2", steps / "2")
+    assert find_damage(steps / "2") == []  # Nobody says whose it should be.
+    assert find_damage(steps / "2", run="a") == ["another run has saved it"]
+    assert [bool(x.damage) for x in inspect(steps, "a")] == [False, True]
+    with open_run("a", read_only=True) as checkpointer:
+        assert checkpointer.best_step == 1
+        with pytest.raises(DamagedError, match="another run"):
+            checkpointer.restore(abstract(make_state(0)), step=2)
+    with open_run("a") as checkpointer:
+        assert checkpointer.restore(abstract(make_state(0))).step == 1
+    # A run of an older version has no id: any of its checkpoints will do.
+    with Checkpointer(
+        tmp_path / "b/checkpoints", KEEP, IDENTITY, read_only=True
+    ) as old:
+        assert old.restore(abstract(make_state(0))).step == 2
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    """Orbax looks for files by patterns; a name is none."""
+    odd = tmp_path / "lr[1e-4] *?{a}" / "50% $HOME ~, 'a' \"b\"" / "\u00e9\u4e2d\n"
+    folder = odd / ("long" * 50) / "**"
+    save_steps(folder, 1)
+    assert (folder / "checkpoints/1/state/manifest.ocdbt").is_file()
+    with open_checkpoints(folder, read_only=True) as checkpointer:
+        found = checkpointer.restore(abstract(make_state(0)))
+    assert equal(found.state, make_state(1))
+
+
+def test_arrays_that_were_not_merged_are_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_manager, "_match_below", lambda folder, pattern: iter(()))
+    with pytest.raises(SaveError, match=r"manifest\.ocdbt is missing"):
+        save_steps(tmp_path, 1)
+    assert not (tmp_path / "checkpoints/1").exists()

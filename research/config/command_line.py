@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from research.config import help_text
-from research.config.config_file import load_config_file, without_dump
+from research.config.config_file import load_config_file, locate, without_dump
 from research.config.knobs import check_limits, facts_of, flat
 from research.config.run_config import Config, from_config_dict
 from research.core.errors import PREEMPTED, UserError, nearest
@@ -64,7 +64,10 @@ def parse_with_config(
         "config", load_config_file(file), flag_values=flag_values, sys_argv=others
     )
     values = _read(flag_values, others, options)
-    return from_config_dict(flag_values["config"].value), values
+    try:
+        return from_config_dict(flag_values["config"].value), values
+    except UserError as error:
+        raise locate(error, file, others) from error
 
 
 def _answer_help(

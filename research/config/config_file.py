@@ -1,16 +1,24 @@
 """Reads a config file, which is code and can fail in any way."""
 
+import ast
+import difflib
 import importlib.util
+import re
 import sys
+from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from research.config.knobs import flat
+from research.config.run_config import Config
 from research.core.errors import UserError
 
 MODULE = "research_config_file"
+# In the words of ml_collections; a dump of the config follows.
+MISSING = re.compile(r'Key \\?"(?P<name>[^"\\]*)\\?" does not exist')
 
 
 def load_config_file(given: str) -> ml_collections.ConfigDict:
@@ -28,24 +36,73 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
     if not Path(file).is_file():
         raise UserError(f"--config={file}: there is no such file")
     try:
-        result = _load(file).get_config(*arguments)
-    except Exception as error:
+        make = getattr(_load(file), "get_config", None)
+        result = make(*arguments) if make else None
+    except (Exception, SystemExit) as error:
         line = _line(file, error)
         where = f"{file}:{line}" if line else file
-        cause = error.msg if isinstance(error, SyntaxError) else without_dump(error)
-        raise UserError(
-            f"--config={given} fails: {where}: {type(error).__name__}: "
-            + " ".join(cause.split())
-        ) from error
+        raise UserError(f"--config={given} fails: {where}: {_cause(error)}") from error
     if not isinstance(result, ml_collections.ConfigDict):
+        line = getattr(getattr(make, "__code__", None), "co_firstlineno", 1)
+        found = f"returns {type(result).__name__}" if make else "is missing"
         raise UserError(
-            f"--config={given}: get_config() returns {type(result).__name__}; it must "
-            "return a ConfigDict: start from research.config.defaults()"
+            f"--config={given} fails: {file}:{line}: get_config() {found}; it must "
+            "return a ConfigDict: start from research.config.defaults(), and end with "
+            "`return config`"
         )
     return result
 
 
-def without_dump(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
+    """The error in one line, with the nearest knobs where there is no such knob."""
+    if missing := MISSING.search(str(error)):
+        return f"{missing['name']!r} is not a knob{nearest_knobs(missing['name'])}"
+    text = error.msg if isinstance(error, SyntaxError) else without_dump(error)
+    return " ".join(f"{type(error).__name__}: {text}".split())
+
+
+def nearest_knobs(name: str) -> str:
+    """` (did you mean 'optim.learning_rate'?)`: knobs whose last part is closest."""
+    by_last: dict[str, list[str]] = {}
+    for path in flat(Config()):
+        by_last.setdefault(path.rpartition(".")[2], []).append(path)
+    near = difflib.get_close_matches(name, by_last, n=1, cutoff=0.5)
+    paths = " or ".join(map(repr, by_last[near[0]])) if near else ""
+    return f" (did you mean {paths}?)" if near else ""
+
+
+def locate(error: UserError, given: str, overrides: Sequence[str]) -> UserError:
+    """The error of a config, with the line of the config file that is to blame.
+
+    Args:
+      error: names a knob as `config.optim.name`, or is about something else.
+      given: see `load_config_file`.
+      overrides: flags that set knobs after the file did.
+    """
+    file = given.partition(":")[0]
+    named = re.search(r"\bconfig\.([\w.]+\w)", str(error))
+    knob = named[1] if named else ""
+    flags = [flag.partition("=")[0].lstrip("-") for flag in overrides]
+    line = None if f"config.{knob}" in flags else _line_that_sets(file, knob)
+    if not line:
+        return error
+    return UserError(f"--config={given} fails: {file}:{line}: {error}")
+
+
+def _line_that_sets(file: str, knob: str) -> int | None:
+    """The last line that assigns to an attribute such as `config.optim.name`."""
+    found = None
+    for node in ast.walk(ast.parse(Path(file).read_bytes())):
+        targets = node.targets if isinstance(node, ast.Assign) else ()
+        for target in targets:
+            # Without the variable, which may stand for the config or a group.
+            path = ast.unparse(target).partition(".")[2]
+            if path and f".{knob}".endswith(f".{path}"):
+                found = max(found or 0, node.lineno)
+    return found
+
+
+def without_dump(error: BaseException) -> str:
     """The message without the field list that ml_collections adds."""
     message, dump, rest = str(error).partition(". Other fields present")
     return f"{message}. {rest.splitlines()[-1]}" if dump else message

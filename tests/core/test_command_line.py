@@ -118,8 +118,26 @@ def test_a_config_and_its_overrides(config_file):
         (GOOD.replace("get_config(", "get_config("[:-1]), 4, "SyntaxError"),
         (GOOD.replace("import", "imports"), 2, "SyntaxError"),
         (GOOD.replace("config import", "confg import"), 2, "ModuleNotFoundError"),
-        (GOOD.replace("get_config", "got_config"), None, "no attribute 'get_config'"),
-        (GOOD.replace("return config", "return 3"), None, "returns int"),
+        (GOOD.replace("get_config", "got_config"), 1, "get_config.. is missing"),
+        (GOOD.replace("return config", "return 3"), 4, "returns int"),
+        (GOOD.replace("return config", ""), 4, "returns NoneType.*`return config`"),
+        (GOOD.replace("import defaults", "import nothing"), 2, "ImportError"),
+        (GOOD.replace("lora.rank =", "lerning_rate ="), 6, "'optim.learning_rate'"),
+        (
+            GOOD.replace("lora.rank =", "evry ="),
+            6,
+            "'eval.every' or 'checkpoint.every'",
+        ),
+        (GOOD.replace("int(rank)", "8,"), 6, "tuple.*int"),
+        (GOOD.replace("int(rank)", "exit()"), 6, "SystemExit"),
+        # These fail only after the file has been read.
+        (GOOD.replace("int(rank)", "None"), 6, "config.lora.rank is None"),
+        (GOOD.replace("int(rank)", "-1"), 6, "config.lora.rank is -1"),
+        (
+            GOOD.replace("config.lora.rank", "config.unlock()\n    config.lora.rnak"),
+            7,
+            "config.lora.rnak is not a knob .did you mean 'rank'",
+        ),
     ],
 )
 def test_a_config_that_fails_is_one_line_with_file_and_line(
@@ -129,8 +147,15 @@ def test_a_config_that_fails_is_one_line_with_file_and_line(
     with pytest.raises(UserError, match=said) as raised:
         parse_with_config(["door", f"--config={file}"], "", command_line.NoFlags)
     message = str(raised.value)
-    assert "\n" not in message and file in message
+    assert "\n" not in message and file in message and len(message) < 400
     assert line is None or f"{file}:{line}: " in message
+
+
+def test_a_line_is_not_blamed_for_a_flag(config_file):
+    file = config_file(GOOD)
+    arguments = ["door", f"--config={file}", "--config.lora.rank=-1"]
+    with pytest.raises(UserError, match=r"^config\.lora\.rank is -1"):
+        parse_with_config(arguments, "", command_line.NoFlags)
 
 
 def test_a_missing_config_is_named():

@@ -9,6 +9,8 @@ import jinja2.sandbox
 
 from launch.report import seed_statistics, sweep_plots, sweep_results
 from launch.report.sweep_results import PointResult, SweepReport
+from research.core.visible_text import visible
+from research.report.markdown_report import escaped
 from research.report.progress_view import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +42,9 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
+    environment.filters["literal"] = escaped
     file = TEMPLATES / f"sweep{Path(name).suffix}.jinja"
     template = file.read_text(encoding="utf-8")
     return environment.from_string(template).render(

@@ -11,6 +11,7 @@ import numpy as np
 from launch.report import seed_statistics
 from launch.report.seed_statistics import Interval
 from launch.report.sweep_results import PointResult, RunResult, SweepReport
+from research.core.visible_text import visible
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -34,15 +35,20 @@ def curves(report: SweepReport) -> str:
 
     def draw(axes: Sequence[Axes]) -> None:
         left, right = axes
+        drawn = []
         for index, (point, results) in enumerate(by_point.items()):
             style = {"color": f"C{index % 10}", "label": label(point)}
-            _band(left, [dict(r.curve) for r in results], style)
+            drawn += _band(left, [dict(r.curve) for r in results], style)
             if point != report.baseline:
                 _band(right, [_against(r, baseline) for r in results], style)
         left.set(xlabel="step", ylabel=report.sweep["metric"], title="held out")
         right.axhline(0, color="0.4", linewidth=1)
         right.set(xlabel="step", title=f"minus {label(report.baseline)}, same seed")
-        left.legend(fontsize=7, title=", ".join(report.axes), title_fontsize=7)
+        # Names stand beside lines: a label that begins with "_" would be hidden.
+        names = [label(point) for point in by_point]
+        left.legend(
+            drawn, names, fontsize=7, title=label(report.axes), title_fontsize=7
+        )
         for one in axes:
             one.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -54,14 +60,21 @@ def _against(result: RunResult, baseline: Mapping[int, dict[int, float]]) -> dic
     return {step: value - known[step] for step, value in result.curve if step in known}
 
 
-def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) -> None:
-    """Draws the mean over the seeds and the range from the lowest to the highest."""
+def _band(
+    axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]
+) -> list[Any]:
+    """Draws the mean over the seeds and the range from the lowest to the highest.
+
+    Returns:
+      The line of the mean.
+    """
     by_step: dict[int, list[float]] = {}
     for curve in found:
         for step, value in curve.items():
             by_step.setdefault(step, []).append(value)
     steps = sorted(by_step)
-    axes.plot(steps, [np.mean(by_step[s]) for s in steps], "o-", markersize=3, **style)
+    means = [np.mean(by_step[s]) for s in steps]
+    line = axes.plot(steps, means, "o-", markersize=3, **style)
     axes.fill_between(
         steps,
         [min(by_step[s]) for s in steps],
@@ -70,6 +83,7 @@ def _band(axes: Axes, found: Sequence[dict[int, float]], style: dict[str, Any]) 
         alpha=0.15,
         linewidth=0,
     )
+    return line
 
 
 def along(report: SweepReport, index: int) -> str:
@@ -88,20 +102,16 @@ def along(report: SweepReport, index: int) -> str:
 
     def draw(axes: Sequence[Axes]) -> None:
         left, right = axes
-        for number, (rest, rows) in enumerate(lines.items()):
-            color = f"C{number % 10}"
-            style = {
-                "color": color,
-                "label": label(rest) if rest else None,
-                "fmt": "o-" if scale else "o",
-            }
+        drawn = []
+        for number, rows in enumerate(lines.values()):
+            style = {"color": f"C{number % 10}", "fmt": "o-" if scale else "o"}
             at = {positions[row.point[index]]: row for row in rows}
             for x, row in at.items():
                 values = [r.value for r in row.results if r.value is not None]
                 left.plot(
                     [x] * len(values), values, ".", color=style["color"], alpha=0.5
                 )
-            _bars(left, {x: row.found for x, row in at.items()}, style)
+            drawn += _bars(left, {x: row.found for x, row in at.items()}, style)
             compared = {
                 x: r.comparison.difference for x, r in at.items() if r.comparison
             }
@@ -113,23 +123,25 @@ def along(report: SweepReport, index: int) -> str:
         for one in axes:
             if scale:
                 one.set_xscale(scale)
-            one.set_xticks([*positions.values()], [*positions])
+            one.set_xticks([*positions.values()], [label([x]) for x in positions])
             one.minorticks_off()
-            one.set(xlabel=axis["name"])
+            one.set(xlabel=label([axis["name"]]))
             one.margins(x=0.1)
         if len(lines) > 1:
-            left.legend(fontsize=7)
+            left.legend(drawn, [label(rest) for rest in lines], fontsize=7)
 
     return _picture(2, draw)
 
 
-def _bars(axes: Axes, found: Mapping[float, Interval], style: dict[str, Any]) -> None:
-    """Draws means and their intervals by place on the axis."""
+def _bars(
+    axes: Axes, found: Mapping[float, Interval], style: dict[str, Any]
+) -> list[Any]:
+    """Draws means and their intervals by place on the axis; returns what it drew."""
     if not found:
-        return
+        return []
     halves = [x.half if math.isfinite(x.half) else 0.0 for x in found.values()]
     means = [x.mean for x in found.values()]
-    axes.errorbar([*found], means, yerr=halves, capsize=3, **style)
+    return [axes.errorbar([*found], means, yerr=halves, capsize=3, **style)]
 
 
 def _positions(axis: dict[str, Any]) -> tuple[dict[str, float], str]:
@@ -138,13 +150,16 @@ def _positions(axis: dict[str, Any]) -> tuple[dict[str, float], str]:
     try:
         numbers = {name: float(name) for name in labels}
     except ValueError:
+        numbers = {}
+    if not numbers or not all(map(math.isfinite, numbers.values())):
         return {name: float(i) for i, name in enumerate(labels)}, ""
     low, high = min(numbers.values()), max(numbers.values())
     return numbers, "log" if high >= 8 * low > 0 else "linear"
 
 
 def label(point: Sequence[str]) -> str:
-    return ", ".join(point)
+    """The names of a point, as every picture shows them."""
+    return visible(", ".join(point))
 
 
 def _picture(count: int, draw: Callable[[Sequence[Axes]], None]) -> str:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -10,12 +11,13 @@ from research.core.atomic_files import write_whole
 from research.report import loss_plot, markdown_report, terminal
 from research.report.run_results import RunResults
 
+T = TypeVar("T")
+
 
 def write_report(console: Console, folder: Path, results: RunResults) -> list[str]:
     """Shows `results` in the terminal, and writes `loss.png` and `report.md`.
 
-    A report must never cost a run that has trained to its last step. So a defect in
-    one part is logged with its traceback, and the other parts are still made.
+    A defect in one part costs no other.
 
     Args:
       console: the terminal.
@@ -33,17 +35,32 @@ def write_report(console: Console, folder: Path, results: RunResults) -> list[st
         "the terminal": lambda: terminal.show_results(console, results),
         "loss.png": lambda: loss_plot.draw_loss(results, folder / "loss.png"),
         "report.md": lambda: write_whole(
-            markdown,
-            markdown_report.format_report(results).encode("utf-8", "backslashreplace"),
+            markdown, markdown_report.format_report(results)
         ),
     }
-    failed = []
+    failed: list[str] = []
     for name, make in parts.items():
-        try:
-            make()
-        except OSError:
-            raise
-        except Exception as error:
-            logging.exception("the report has no part for %s", name)
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+        attempt(name, make, failed, OSError)
     return failed
+
+
+def attempt(
+    part: str,
+    make: Callable[[], T],
+    failed: list[str],
+    *passing: type[Exception],
+) -> T | None:
+    """Returns `make()`, or None where it fails.
+
+    A report must never cost a run that has trained to its last step. So a defect is
+    logged with its traceback and named in `failed`; only errors of a `passing` class
+    are raised.
+    """
+    try:
+        return make()
+    except passing:
+        raise
+    except Exception as error:
+        logging.exception("the report has no part for %s", part)
+        failed.append(f"{part}: {type(error).__name__}: {error}")
+        return None

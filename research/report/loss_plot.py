@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research.core.visible_text import visible
 from research.data.metric_sums import NATS_PER_TOKEN
 from research.report.result_tables import is_text, loss_unit
 from research.report.run_results import RunResults
 
 # More lines cannot be told apart. The table has all groups.
 MOST_GROUPS = 20
+MOST_LETTERS = 40  # of a name
 
 
 def draw_loss(results: RunResults, path: Path) -> None:
@@ -42,7 +44,8 @@ def _draw_all(axes: Any, results: RunResults) -> None:
     axes.plot(steps, smoothed(losses), color="C0", label="train, smoothed")
     axes.plot(held_steps, held, "o-", color="C3", label="held out")
     unit = loss_unit(results.evaluations) or NATS_PER_TOKEN
-    axes.set(xlabel="step", ylabel=f"loss, {unit}", title=results.name)
+    axes.set(xlabel="step", ylabel=f"loss, {unit}")
+    axes.set_title(visible(results.name)[: 2 * MOST_LETTERS])
     axes.legend()
     _finish_axes(axes)
 
@@ -66,7 +69,8 @@ def _draw_groups(axes: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="step", title=title)
     if groups:
         # Names stand beside lines: a label that begins with "_" would be hidden.
-        axes.legend(drawn, [group or "(none)" for group in groups], fontsize=8)
+        names = [visible(group)[:MOST_LETTERS] or "(none)" for group in groups]
+        axes.legend(drawn, names, fontsize=8)
     _finish_axes(axes)
 
 

@@ -6,6 +6,7 @@ Names and texts of the user are shown as they are. Markdown in them is escaped.
 import re
 from collections.abc import Sequence
 
+from research.core.visible_text import visible
 from research.report.result_tables import Table, tabulate_losses, tabulate_wall_time
 from research.report.run_results import RunResults
 from research.tasks.model_answers import ComparedAnswer, Sample
@@ -34,14 +35,14 @@ def format_report(results: RunResults) -> str:
 
 def escaped(text: str) -> str:
     """`text` on one line, so that Markdown shows every character of it."""
-    return SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))
+    return SPECIAL.sub(r"\\\g<0>", visible(" ".join(text.split())))
 
 
 def fenced(text: str) -> list[str]:
     """A block that shows `text` letter by letter, whatever fences are in it."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [f"{fence}text", text, fence]
+    return [f"{fence}text", visible(text), fence]
 
 
 def _format_table(table: Table) -> list[str]:

@@ -1,7 +1,7 @@
 """Data shown in the terminal.
 
-Everything that comes from data, folders or models is passed as `rich.text.Text`,
-which prints it as it is: `[/bold]` in a category is no markup.
+Everything that comes from data, folders or models passes through `_literal`: `[/bold]`
+in a category is no markup, and an escape sequence in an answer is not obeyed.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from research.core.visible_text import visible
 from research.report import result_tables
 from research.report.run_results import RunResults
 from research.tasks.findings import Finding
@@ -21,12 +22,16 @@ from research.tasks.row_preview import PreviewRow
 MOST_CHARACTERS = 4000
 
 
+def _literal(text: str) -> Text:
+    return Text(visible(text))
+
+
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
     """The doctor's table."""
     table = Table(title="doctor", show_header=False, title_justify="left")
     for finding in findings:
         mark = Text("ok", "green") if finding.ok else Text("FAILED", "bold red")
-        table.add_row(mark, Text(finding.name), Text(finding.text))
+        table.add_row(mark, _literal(finding.name), _literal(finding.text))
     console.print(table)
 
 
@@ -38,9 +43,9 @@ def show_preview(console: Console, rows: Sequence[PreviewRow]) -> None:
     for document in rows[0].documents:
         for span in document.spans:
             if span.trained:
-                text.append(f"[[{span.text}]]", "bold green")
+                text.append(f"[[{visible(span.text)}]]", "bold green")
             else:
-                text.append(span.text, "dim")
+                text.append(visible(span.text), "dim")
         text.append("\n" + "-" * 8 + "\n", "dim")
     hidden = len(text) - MOST_CHARACTERS
     if hidden > 0:
@@ -63,8 +68,8 @@ def show_results(console: Console, results: RunResults) -> None:
 
 
 def _show_answer(console: Console, answer: ComparedAnswer) -> None:
-    group = Text(answer.group or "(none)")
-    console.print(Panel(Text(answer.prompt), title=group, style="dim"))
+    group = _literal(answer.group or "(none)")
+    console.print(Panel(_literal(answer.prompt), title=group, style="dim"))
     columns = {
         "base": answer.base,
         "tuned": answer.tuned,
@@ -73,7 +78,7 @@ def _show_answer(console: Console, answer: ComparedAnswer) -> None:
     table = Table(show_lines=True, expand=True)
     for name in columns:
         table.add_column(name, ratio=1)
-    table.add_row(*map(Text, columns.values()))
+    table.add_row(*map(_literal, columns.values()))
     console.print(table)
 
 
@@ -81,8 +86,8 @@ def _show_samples(console: Console, samples: Sequence[Sample]) -> None:
     text = Text()
     for sample in samples:
         text.append(f"step {sample.step}\n", "bold")
-        text.append(sample.prompt, "dim")
-        text.append(sample.text + "\n\n")
+        text.append(visible(sample.prompt), "dim")
+        text.append(visible(sample.text) + "\n\n")
     console.print(Panel(text, title="samples", title_align="left"))
 
 
@@ -94,7 +99,7 @@ def _show_table(
     header, *rows = table
     shown = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
-        shown.add_column(Text(name), justify="right" if number else "left")
+        shown.add_column(_literal(name), justify="right" if number else "left")
     for row in rows:
-        shown.add_row(*map(Text, row), style="bold" if row[0] == bold else "")
+        shown.add_row(*map(_literal, row), style="bold" if row[0] == bold else "")
     console.print(shown)

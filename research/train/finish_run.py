@@ -1,6 +1,8 @@
 """The end of a run: its export, its answers, its report, and the mark of completion."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -8,7 +10,7 @@ from research.core.errors import SaveError
 from research.engine.text_generation import base_generator, tuned_generator
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED
-from research.report.final_report import write_report
+from research.report.final_report import attempt, write_report
 from research.report.progress_view import duration
 from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
@@ -49,26 +51,32 @@ def _finish(run: TrainingRun) -> None:
             task_registry.exported_tokenizer(run.config, base),
             folder / EXPORTED,
         )
-    answers = run.task.conclude(
-        lambda: base_generator(run.sampler, base, definition.mesh, run.frozen), tuned
+    failed: list[str] = []
+    answers = attempt(
+        "the answers",
+        lambda: run.task.conclude(
+            lambda: base_generator(run.sampler, base, definition.mesh, run.frozen),
+            tuned,
+        ),
+        failed,
     )
     if jax.process_index() > 0:
         return
-    lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]
-    seconds, goodput = lines[-1]["elapsed_s"], run.history.goodput()
+    goodput = run.history.goodput()
     metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
+    display_files.write_answers(folder, answers or [])
     facts = {
         "base model": run.base.name,
         "data": run.task.origin,
         "steps": run.config.steps,
-        "training time": duration(seconds),
-        "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
-        "peak memory, GB": round(lines[-1]["memory_gb"], 2),
-        "goodput": str(goodput),
     }
-    display_files.write_answers(folder, answers)
-    results = read_results(folder, facts, goodput.parts)
-    failed = write_report(run.console, folder, results)
+    facts |= attempt("the figures", lambda: _figures(folder), failed) or {}
+    facts["goodput"] = str(goodput)
+    results = attempt(
+        "the results", lambda: read_results(folder, facts, goodput.parts), failed
+    )
+    if results:
+        failed += write_report(run.console, folder, results)
     if failed:
         facts["missing in the report"] = "; ".join(failed)
     run.folder.mark_complete(facts)
@@ -81,3 +89,16 @@ def _finish(run: TrainingRun) -> None:
         folder,
         " --compare" if run.base.tensors else "",
     )
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """Time, speed and memory of the run, as far as its metrics are there."""
+    lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]
+    if not lines:
+        return {}
+    seconds = lines[-1]["elapsed_s"]
+    return {
+        "training time": duration(seconds),
+        "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
+        "peak memory, GB": round(lines[-1]["memory_gb"], 2),
+    }

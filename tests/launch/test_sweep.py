@@ -379,7 +379,7 @@ def test_a_sweep_goes_to_a_cluster_as_one_array(tmp_path, fake, monkeypatch):
     assert any(x.startswith("--output=") and x.endswith(".%A.%a.log") for x in call)
     assert len(sweep_runs.read(Path("runs/sweeps/s"))["runs"]) == 6
     (tmp_path / "runs/sweeps/s/rank-4_seed-0").mkdir()
-    (tmp_path / "runs/sweeps/s/rank-4_seed-0/complete.json").touch()
+    (tmp_path / "runs/sweeps/s/rank-4_seed-0/complete.json").write_text("{}")
     assert sweep_door.main(command) == 1
     assert "--array=0-4" in fake.calls()[1], "what is done was sent again"
 

@@ -1,9 +1,11 @@
 """The report says what metrics.jsonl says: every number is worked out here anew."""
 
+import html
 import json
 import random
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from launch.report.__main__ import main
 from launch.sweep import sweep_runs
 from launch.sweep.sweep_spec import Sweep, grid, listed
 from research.core.errors import UserError
+from research.report import markdown_report
 from research.runs import provenance
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -106,7 +109,7 @@ def test_the_table_is_that_of_the_metrics(folder):
     assert len(rows) == len(losses) == 4
     for label, by_seed in losses.items():
         _, seeds, mean, spread, against, between, _, time, tokens, hours = rows[
-            label.replace("|", "\\|")
+            markdown_report.escaped(label)
         ]
         values = list(by_seed.values())
         mean_of, sem = np.mean(values), stats.sem(values)
@@ -136,7 +139,7 @@ def test_the_verdicts_are_in_words(folder):
     assert verdicts["8"] == "baseline"
     assert re.fullmatch(r"better than the baseline by 0\.(19|20)\d\d", verdicts["16"])
     assert verdicts["4"].endswith("1 of 3 runs not done")
-    assert verdicts["<b>\\|$a_b_c$"] == "not distinguishable at 3 seeds"
+    assert verdicts[r"\<b\>\|\$a_b_c\$"] == "not distinguishable at 3 seeds"
 
 
 def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
@@ -151,13 +154,56 @@ def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):
         assert f"--config.run_dir={folder / run['name']}" in text
 
 
+def test_a_hostile_label_is_shown_as_it_is_in_every_form(tmp_path):
+    """Markdown, HTML, SVG and what hides a line's name from a legend."""
+    odd = "_[x](y)|`$z$\x1b[1m<i>"
+    sweep = Sweep(
+        config=CONFIG,
+        axes=[listed("lora.rank", **{odd: {"lora.rank": 2}, "nan": {"lora.rank": 3}})],
+        question="[q](r) <i>\n# s",
+    )
+    sweep_runs.write(
+        tmp_path, sweep, "`s|.py", runs := sweep_runs.expand(sweep, tmp_path)
+    )
+    for run in runs:
+        run.folder.mkdir()
+        lines = metrics(random.Random(0), 0.0, run.config.seed)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run.folder / "metrics.jsonl").write_text(text)
+        (run.folder / "complete.json").write_text("{}")
+    sweep_page.write(tmp_path)
+    shown = odd.replace("\x1b", r"\x1b")
+    for name in ("curves", "axis-1"):
+        tree = ElementTree.fromstring((tmp_path / f"{name}.svg").read_text())
+        assert shown in "".join(tree.itertext())
+    page = (tmp_path / "report.html").read_text()
+    assert html.escape(shown, quote=False) in page and "<i>" not in page
+    text = (tmp_path / "report.md").read_text()
+    assert r"| \_\[x\](y)\|\`\$z\$\\x1b\[1m\<i\> |" in text
+    assert r"Question: \[q\](r) \<i\> \# s" in text and r"\`s\|.py" in text
+    assert "\x1b" not in page + text
+
+
+def test_a_sweep_that_holds_something_else_is_one_line(folder):
+    path = folder / "sweep.json"
+    for content in (
+        "",
+        "[]",
+        "{}",
+        path.read_text().replace('"seed": 1', '"seed": "1"'),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"sweep\.json cannot be used .*anew"):
+            sweep_results.load(folder)
+
+
 def test_curves_and_bands_are_the_seeds(folder, monkeypatch):
     """The drawn values, not the picture, are compared with the files."""
     drawn, band = {}, sweep_plots._band
 
     def draw(axes, found, style):
         drawn.setdefault(style["label"], found)
-        band(axes, found, style)
+        return band(axes, found, style)
 
     monkeypatch.setattr(sweep_plots, "_band", draw)
     report = sweep_results.load(folder)
@@ -176,7 +222,7 @@ def test_along_an_axis_stand_means_and_differences_with_their_intervals(
 
     def draw(axes, found, style):
         drawn.append(found)
-        bars(axes, found, style)
+        return bars(axes, found, style)
 
     monkeypatch.setattr(sweep_plots, "_bars", draw)
     report = sweep_results.load(folder)

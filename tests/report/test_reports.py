@@ -7,6 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
+from research.core.errors import UserError
+from research.core.visible_text import visible
 from research.report import final_report, loss_plot, markdown_report, terminal
 from research.report.result_tables import tabulate_losses
 from research.report.run_results import RunResults, read_results
@@ -16,6 +18,8 @@ from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan
 
 HOSTILE = ["[/x]", r"$\R$", "a|b", "_x", "# h", "", "**b** <i>&amp; ~~s~~", "[bold]y"]
+# A terminal would obey these, and XML and fonts have none of them.
+CONTROLS = "\x1b[2Ja\x9b31m\rb\x07\u202ec"
 
 
 def evaluation(step, groups, **more):
@@ -64,6 +68,19 @@ def test_every_special_sign_of_markdown_is_escaped():
     assert markdown_report.escaped("closed_qa") == "closed_qa"
 
 
+def test_control_characters_are_written_out():
+    found = results([CONTROLS], text=CONTROLS, name=CONTROLS, facts={"data": CONTROLS})
+    span = PreviewSpan((1,), CONTROLS, True)
+    row = PreviewRow((PreviewDocument("g", "f:1", (span,)),))
+    for shown in (
+        screen(terminal.show_results, found),
+        screen(terminal.show_findings, [Finding(CONTROLS, CONTROLS)]),
+        screen(terminal.show_preview, [row]),
+        markdown_report.format_report(found),
+    ):
+        assert "x1b" in shown and not set(CONTROLS) - set(" \n[2Ja31mbc") & set(shown)
+
+
 def test_findings_and_previews_print_markup_as_text():
     assert "[/x]" in screen(terminal.show_findings, [Finding("[/x]", "[red]y[/z]")])
     span = PreviewSpan((1,), "[/x]", True)
@@ -106,15 +123,19 @@ def drawn_groups(tmp_path, monkeypatch, groups):
 
 def test_the_plot_names_every_group(tmp_path, monkeypatch):
     """A label that begins with an underscore is hidden by default."""
-    names, title = drawn_groups(tmp_path, monkeypatch, HOSTILE)
-    assert names == [name or "(none)" for name in sorted(HOSTILE)]
+    names, title = drawn_groups(tmp_path, monkeypatch, [*HOSTILE, CONTROLS])
+    shown = [visible(name) or "(none)" for name in sorted([*HOSTILE, CONTROLS])]
+    assert names == shown and "\x1b" not in "".join(names)
     assert title == "held-out loss per category"
 
 
 def test_many_groups_are_a_plot_of_the_largest(tmp_path, monkeypatch):
-    groups = [f"id{i:03}" for i in range(60)]
+    groups = [f"id{i:03}" + "x" * 300 for i in range(60)]
     names, title = drawn_groups(tmp_path, monkeypatch, groups)
-    assert names == groups[-20:] and title.endswith("20 largest of 60")
+    # A long name leaves room for the plot.
+    assert names == [name[:40] for name in groups[-20:]] and title.endswith(
+        "20 largest of 60"
+    )
 
 
 def test_a_defect_in_one_part_costs_no_other(tmp_path, monkeypatch, caplog):
@@ -127,6 +148,22 @@ def test_a_defect_in_one_part_costs_no_other(tmp_path, monkeypatch, caplog):
     assert failed == ["loss.png: KeyError: 'defect'"] and "Traceback" in caplog.text
     assert "# " in (tmp_path / "report.md").read_text()
     assert "held out" in console.file.getvalue()
+
+
+def test_any_part_of_the_end_may_fail_but_the_disk(caplog):
+    def fail(error):
+        raise error
+
+    failed = []
+    assert final_report.attempt("a part", lambda: 3, failed, OSError) == 3
+    assert final_report.attempt("b", lambda: fail(ValueError("x")), failed) is None
+    assert final_report.attempt("c", lambda: fail(OSError("y")), failed) is None
+    assert (
+        failed == ["b: ValueError: x", "c: OSError: y"]
+        and "no part for b" in caplog.text
+    )
+    with pytest.raises(OSError):
+        final_report.attempt("d", lambda: fail(OSError("z")), failed, OSError)
 
 
 def test_a_full_disk_is_no_defect(tmp_path):
@@ -159,3 +196,27 @@ def test_a_step_made_again_replaces_its_samples(tmp_path):
     again = dataclasses.replace(first[1], text="again")
     display_files.add_samples(tmp_path, 2, [again])
     assert display_files.read_samples(tmp_path) == [first[0], again]
+
+
+def test_lines_that_are_no_samples_cost_no_others(tmp_path, caplog):
+    sample = Sample(1, "p", "x")
+    display_files.add_samples(tmp_path, 1, [sample])
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write(b'{"step": 2}\n\xff\n')
+    display_files.add_samples(tmp_path, 3, [Sample(3, "p", "z")])
+    assert display_files.read_samples(tmp_path) == [sample, Sample(3, "p", "z")]
+    assert "2 of 3 lines cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["doctor", "preview", "answers"])
+def test_a_file_of_a_run_that_holds_something_else_is_named(tmp_path, name):
+    read = {
+        "doctor": display_files.read_findings,
+        "preview": display_files.read_preview,
+        "answers": display_files.read_answers,
+    }[name]
+    assert read(tmp_path) == []
+    for content in ("", "[]", "{}", '{"findings": [3], "rows": [{}], "answers": {}}'):
+        (tmp_path / f"{name}.json").write_text(content)
+        with pytest.raises(UserError, match=f"{name}.json cannot be used .*remove it"):
+            read(tmp_path)

@@ -23,9 +23,10 @@ from research.config.run_config import (
     ModelConfig,
     OptimConfig,
     RuntimeConfig,
-    to_json,
 )
+from research.config.saved_config import to_json
 from research.core.errors import UserError
+from research.core.visible_text import visible
 from research.engine.sampler import Sampling
 from research.formats.base_model import open_base
 from research.models import attention_kernels, attention_sharding

@@ -20,6 +20,9 @@ from research.core import cache_folders
 from research.core.errors import LonelyError, UserError
 from research.parallel import chips, process_discovery
 
+# All arrays have the types that the code gives them.
+NUMBER_TYPES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
+
 
 def start(config: RuntimeConfig) -> None:
     """Sets up logging, joins the other processes, and sets the compilation cache.
@@ -27,8 +30,8 @@ def start(config: RuntimeConfig) -> None:
     Call it once, before the first array is made.
 
     Raises:
-      UserError: the config does not lead to the other processes, or the folder of the
-        compilation cache cannot be made.
+      UserError: the config does not lead to the other processes, the folder of the
+        compilation cache cannot be made, or JAX finds no device.
       LonelyError: the other processes do not answer.
     """
     logging.basicConfig(
@@ -38,11 +41,34 @@ def start(config: RuntimeConfig) -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     # Orbax raises its errors and also logs their tracebacks through absl.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _use_own_number_types()
     if config.distributed:
         _join_processes(config)
+    _require_devices()
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
     _use_compilation_cache(config.compilation_cache)
+
+
+def _use_own_number_types() -> None:
+    """Undoes settings of the environment that would change the numbers of a run."""
+    for name, value in NUMBER_TYPES.items():
+        if getattr(jax.config, name) != value:
+            logging.info("%s is set, and not used: runs compute alike", name.upper())
+            jax.config.update(name, value)
+
+
+def _require_devices() -> None:
+    """Starts JAX's devices. Raises UserError if there are none."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        wanted = jax.config.jax_platforms
+        raise UserError(
+            f"JAX finds no device ({' '.join(str(error).split())[:300]}); "
+            f"JAX_PLATFORMS is {wanted or 'not set'}: name a platform of this machine, "
+            "such as cpu, or install JAX for the one that is wanted"
+        ) from error
 
 
 def start_alone() -> None:

@@ -28,13 +28,13 @@ from research.core.errors import UserError
 from research.formats.base_model import open_architecture, open_base, random_base
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
-from research.plan import abstract_step, plan_json, planner
+from research.plan import abstract_step, plan_json, planned_devices, planner
 from research.plan.__main__ import main
 from research.plan.compiled import compile_step
 from research.plan.estimate import memory_formulas
 from research.plan.estimate.roofline import make_roofline
 from research.plan.estimate.step_flops import StepFlops
-from research.plan.planned_devices import parse_device, parse_topology
+from research.plan.planned_devices import memory_limit, parse_device, parse_topology
 from research.plan.step_costs import Collective
 from research.report import plan_tables
 from research.tasks import task_registry
@@ -348,3 +348,34 @@ def test_without_libtpu_one_line_says_where_to_get_it(place):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "pip install libtpu" in done.stderr and "--device=v5e:4x4" in done.stderr
+
+
+GROUPS = {
+    "version 2": ("0::/a/b", {"a/memory.max": "max", "a/b/memory.max": "3000"}),
+    "version 2, above": ("0::/a/b", {"a/memory.max": "3000", "a/b/memory.max": "max"}),
+    "version 2, own top": ("0::/", {"memory.max": "3000"}),
+    "version 1": (
+        "5:cpu,cpuacct:/a\n4:memory:/a\n0::/",
+        {"memory/a/memory.limit_in_bytes": "3000", "cpu/a/memory.limit_in_bytes": "1"},
+    ),
+    "version 1, only the top is seen": (
+        "4:memory:/docker/x",
+        {"memory/memory.limit_in_bytes": "3000"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_limit_of_a_container_is_its_memory(tmp_path, name):
+    groups, files = GROUPS[name]
+    (tmp_path / "cgroup").write_text(groups + "\n")
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content + "\n")
+    assert memory_limit(tmp_path / "cgroup", tmp_path) == 3000
+
+
+def test_without_a_limit_the_machine_is_the_limit(tmp_path, monkeypatch):
+    assert memory_limit(tmp_path / "absent", tmp_path) == math.inf
+    monkeypatch.setattr(planned_devices, "memory_limit", lambda: 2.0**30)
+    assert parse_device("cpu:2").chip.hbm == 2.0**29

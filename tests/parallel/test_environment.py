@@ -1,0 +1,30 @@
+"""Settings of the environment change no number, and a missing device is named."""
+
+import jax
+import pytest
+
+from research.core.errors import UserError
+from research.parallel import runtime
+
+
+@pytest.mark.parametrize("name, value", runtime.NUMBER_TYPES.items())
+def test_settings_of_number_types_are_undone(name, value, caplog):
+    other = {False: True, "standard": "strict"}[value]
+    caplog.set_level("INFO")
+    jax.config.update(name, other)
+    try:
+        runtime._use_own_number_types()
+        assert getattr(jax.config, name) == value
+    finally:
+        jax.config.update(name, value)
+    assert f"{name.upper()} is set, and not used" in caplog.text
+
+
+def test_a_platform_that_is_not_here_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda':\n  no such thing")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError, match=r"no device .*JAX_PLATFORMS is") as raised:
+        runtime._require_devices()
+    assert "\n" not in str(raised.value) and "cuda" in str(raised.value)

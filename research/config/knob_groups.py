@@ -29,6 +29,7 @@ class ModelConfig:
         "model to start from: pkg://package/file.gguf, a .gguf file, a Hugging Face "
         "folder, hub://owner/name, or the folder of a finished run; empty: random "
         "weights in the shape of model.preset",
+        is_path=True,
     )
     preset: str = knob("", "name of a shape, for random weights")
     dtype: str = knob("bfloat16", "dtype of the computation", choices=DTYPES)
@@ -120,7 +121,9 @@ class DataConfig:
         "rows where data.path is empty; dolly: the hub's, or else the embedded sample",
         choices=("dolly",),
     )
-    path: str = knob("", "your own rows: .jsonl .json .csv .parquet, also .gz")
+    path: str = knob(
+        "", "your own rows: .jsonl .json .csv .parquet, also .gz", is_path=True
+    )
     columns: ColumnsConfig = ColumnsConfig()
     template: str = knob(
         "chat",
@@ -172,6 +175,7 @@ class TextConfig:
         ("stdlib=stdlib",),
         "texts by name, as ('name=where', ...): stdlib (the running Python's own), a "
         "file or folder, or hub://owner/name[:subset][@split]",
+        is_path=True,
     )
     mixture: tuple[str, ...] = knob(
         (), "share of each source, as ('name=weight', ...); empty: by size"
@@ -181,6 +185,7 @@ class TextConfig:
         "bpe:4096",
         "byte; bpe:SIZE, trained on the sources; a tokenizer.json, a Hugging Face "
         "folder or hub://owner/name. A model from model.init_from keeps its own",
+        is_path=True,
     )
     undecodable: str = knob(
         "stop",
@@ -199,7 +204,10 @@ class TextConfig:
         "tokenise once and read in random order; false: stream in the sources' order",
     )
     cache_dir: str = knob(
-        "auto", "folder of tokenised sources; auto: the user's cache", fixed=False
+        "auto",
+        "folder of tokenised sources; auto: the user's cache",
+        fixed=False,
+        is_path=True,
     )
 
 
@@ -317,6 +325,7 @@ class RuntimeConfig:
         "auto",
         "folder of compiled programs; auto: the user's cache; empty: none",
         fixed=False,
+        is_path=True,
     )
     peak_tflops: float = knob(
         0.0,

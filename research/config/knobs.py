@@ -30,6 +30,7 @@ class KnobFacts:
       above: the value is greater than this.
       low: the value is this or greater.
       high: the value is this or smaller.
+      is_path: its values name files or folders, among other things.
     """
 
     help: str
@@ -38,6 +39,7 @@ class KnobFacts:
     above: float | None
     low: float | None
     high: float | None
+    is_path: bool = False
 
     def range(self) -> str:
         """`greater than 0 and at most 0.5`; empty if any number will do."""
@@ -70,9 +72,10 @@ def knob(
     above: float | None = None,
     low: float | None = None,
     high: float | None = None,
+    is_path: bool = False,
 ) -> Any:
     """A field of a group, with its limits; see `KnobFacts` for the arguments."""
-    facts = KnobFacts(help, fixed, choices, above, low, high)
+    facts = KnobFacts(help, fixed, choices, above, low, high, is_path)
     return dataclasses.field(default=default, metadata={"facts": facts})
 
 
@@ -137,8 +140,7 @@ def build(cls: type, values: Any, path: str) -> Any:
     for name in values:
         if name not in hints:
             raise UserError(
-                f"{path}.{name} is not a field{nearest(name, hints)}; "
-                f"{path} has {', '.join(hints)}"
+                f"{path}.{name} is not a knob{nearest(name, hints)}; --help lists all"
             )
     missing = [name for name in hints if name not in values]
     if missing:
@@ -161,7 +163,7 @@ def changed(config: T, changes: Mapping[str, Any], where: str) -> T:
     Raises:
       UserError: there is no such knob, or the value does not fit; it begins `where`.
     """
-    values = to_config_dict(config).to_dict()
+    values = dataclasses.asdict(config)
     known = flat(config)
     for name, value in changes.items():
         if name not in known:

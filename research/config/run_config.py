@@ -1,4 +1,4 @@
-"""The whole config of a run, and its forms: `ConfigDict`, JSON, differences.
+"""The whole config of a run, its form as a `ConfigDict`, and its differences.
 
 Config files and the command line use `ml_collections.ConfigDict`; below the doors
 there are only frozen dataclasses. `defaults()` makes the first from the second,
@@ -7,8 +7,7 @@ missing field or a value of another type is an error with the nearest name.
 """
 
 import dataclasses
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from research.config.cross_knob_rules import check_rules
 from research.config.knob_groups import (
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
 class Config:
     """The whole config: what no group holds, and the groups."""
 
-    run_dir: str = knob("", "folder of this run: config, metrics, checkpoints, report")
+    run_dir: str = knob(
+        "", "folder of this run: config, metrics, checkpoints, report", is_path=True
+    )
     trainable: str = knob(
         "lora",
         "what is trained; lora: adapters of config.lora; full: every parameter",
@@ -87,34 +88,6 @@ def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
       UserError: a field is unknown, missing, of another type or out of range.
     """
     return build(Config, config.to_dict(), "config")
-
-
-def from_json(text: str) -> Config:
-    """Undoes `to_json`.
-
-    A knob that an older version did not write gets its default, so the default of a
-    new knob must keep what older runs did.
-
-    Raises:
-      UserError: a field is unknown, of another type or out of range.
-    """
-    values = json.loads(text)
-    return build(Config, _filled(dataclasses.asdict(Config()), values), "config")
-
-
-def _filled(known: dict[str, Any], values: Any) -> Any:
-    """`values`, where entries that are missing come from `known`, group by group."""
-    if not isinstance(values, dict):
-        return values
-    groups = {name for name in values if isinstance(known.get(name), dict)}
-    return (
-        known | values | {name: _filled(known[name], values[name]) for name in groups}
-    )
-
-
-def to_json(config: Config) -> str:
-    """The text of a `config.json`, as `from_json` reads it."""
-    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
 
 
 def fixed_differences(old: Config, new: Config) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from research.config import saved_config
 from research.config.knobs import build, flat
 from research.config.run_config import (
     CheckpointConfig,
@@ -15,12 +16,12 @@ from research.config.run_config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    TextConfig,
     defaults,
     fixed_differences,
     from_config_dict,
-    from_json,
-    to_json,
 )
+from research.config.saved_config import KnobChange, differences, from_json, to_json
 from research.core.errors import UserError
 
 # Where any other value of the same type would not do.
@@ -78,7 +79,7 @@ def changed():
 
 
 def as_dict(**changes):
-    return json.loads(to_json(Config())) | changes
+    return json.loads(json.dumps(dataclasses.asdict(Config()))) | changes
 
 
 def test_every_field_round_trips():
@@ -243,6 +244,88 @@ def test_every_field_that_changes_the_result_is_fixed():
     }  # fmt: skip
     found = fixed_differences(Config(), from_config_dict(changed())).keys()
     assert found == flat(Config()).keys() - free - SINGLE
+
+
+KEPT = Path(__file__).parents[1] / "golden" / "kept" / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(KEPT.glob("*.json")), ids=lambda f: f.stem)
+def test_a_config_of_an_earlier_version_opens(file):
+    """The program of its date wrote each; one has an old name of a knob."""
+    text = file.read_text()
+    config = from_json(text)
+    assert (config.lora.rank, config.seed, config.data.template) == (8, 3, "dolly")
+    assert config.model.init_from.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert config.optim.rollbacks == Config().optim.rollbacks
+    assert from_json(to_json(config)) == config
+    assert differences(text, config, Path("run")) == {}
+    other = dataclasses.replace(config, seed=4)
+    assert differences(text, other, Path("run")) == {"seed": "3 -> 4"}
+
+
+def test_knobs_that_came_and_went_since_then(monkeypatch, caplog):
+    change = KnobChange(
+        renamed={"old.rank": "lora.rank"},
+        removed={"optim.gone": 0.0, "never.there": 1},
+        added={"optim.b2": 0.5, "seed": 7},
+    )
+    changes = (*saved_config.CHANGES, change)
+    monkeypatch.setattr(saved_config, "CHANGES", changes)
+    old = as_dict(version=len(changes) - 1, old={"rank": 3}, seed=1)
+    del old["optim"]["b2"], old["lora"]["rank"]
+    old["optim"]["gone"] = 0.0
+    config = from_json(json.dumps(old))
+    assert (config.lora.rank, config.optim.b2, config.seed) == (3, 0.5, 1)
+    assert not caplog.text
+    old["optim"]["gone"] = 0.25
+    assert from_json(json.dumps(old)) == config
+    assert "config.optim.gone=0.25 is gone" in caplog.text
+    # The version of today has none of these.
+    with pytest.raises(UserError, match=r"config\.old is not a knob"):
+        from_json(json.dumps(old | {"version": len(changes)}))
+
+
+@pytest.mark.parametrize("version", [len(saved_config.CHANGES) + 1, -1, "1", True, 1.5])
+def test_a_config_of_a_later_version_is_refused(version):
+    with pytest.raises(UserError, match=r"version .* this program reads versions 0 to"):
+        from_json(json.dumps(as_dict(version=version)))
+
+
+def test_relative_paths_lead_there_from_anywhere(tmp_path, monkeypatch):
+    start, other = tmp_path / "a=1 [x]", tmp_path / "other"
+    for place in (start / "base", start / "shards", other):
+        place.mkdir(parents=True)
+    config = Config(
+        run_dir="run",
+        model=ModelConfig(init_from="base"),
+        data=DataConfig(path="shards/*.parquet"),
+        text=TextConfig(
+            sources=("a=base", "std=stdlib", "far=hub://o/n"), cache_dir="c"
+        ),
+    )
+    monkeypatch.chdir(start)
+    text = to_json(config)
+    assert from_json(text) == config
+    monkeypatch.chdir(other)
+    opened = from_json(text, start / "run")
+    assert opened.model.init_from == str(start / "base")
+    assert opened.data.path == str(start / "shards/*.parquet")
+    assert opened.text.sources == (f"a={start}/base", "std=stdlib", "far=hub://o/n")
+    assert (opened.text.tokenizer, opened.text.cache_dir) == ("bpe:4096", "c")
+    # An older version did not write the folder down: the run's own name tells it.
+    old = json.dumps({k: v for k, v in json.loads(text).items() if k != "folder"})
+    assert from_json(old, start / "run") == opened
+    assert from_json(old, start / "moved") == config
+    # The same place in other words, and a copy of everything elsewhere.
+    run = start / "run"
+    assert differences(text, opened, run) == {} == differences(text, config, run)
+    (other / "base").mkdir()
+    assert differences(text, config, run) == {}
+    elsewhere = dataclasses.replace(opened, model=ModelConfig(init_from="absent"))
+    changes = {"model.init_from": "'base' -> 'absent'"}
+    assert differences(text, elsewhere, run) == changes
+    (start / "base").rmdir()  # It has moved: the name is all that is left.
+    assert from_json(text, run).model.init_from == "base"
 
 
 SHIPPED = sorted(

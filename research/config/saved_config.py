@@ -1,0 +1,173 @@
+"""The `config.json` of a run: readable by later versions, and from any folder."""
+
+import dataclasses
+import glob
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from research.config.knobs import build, changed, facts_of, fields
+from research.config.run_config import Config, fixed_differences
+from research.core.errors import UserError
+
+# Entries of the file that are no knobs.
+VERSION, FOLDER = "version", "folder"
+# Values of path knobs that name no file.
+WORDS = {"", "auto", "byte", "stdlib"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KnobChange:
+    """One change of the knobs, which makes one version of `config.json`.
+
+    Attributes:
+      renamed: new path by old path.
+      removed: by path of a knob that is gone, the value that stands for what all runs
+        do now. Another value is reported, and the run opens without it.
+      added: by path of a new knob, the value that stands for what all runs did before.
+        Only knobs whose default is another one need it.
+    """
+
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    removed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Version N is the state after the first N changes. New ones are added at the end.
+CHANGES = (KnobChange(renamed={"model.weights": "model.init_from"}),)
+
+
+def to_json(config: Config) -> str:
+    """The text of a `config.json`, with the version and the working folder of now."""
+    start = {VERSION: len(CHANGES), FOLDER: str(Path.cwd())}
+    # ASCII, because a path may hold bytes that no encoding of text can carry.
+    return json.dumps(start | dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str, run: Path | None = None) -> Config:
+    """Undoes `to_json`, and reads files of earlier versions.
+
+    A knob that the earlier version did not have gets the value that stands for what
+    runs did then; see `CHANGES`.
+
+    Args:
+      text: content of the file.
+      run: the run directory that the file lies in; relative paths then become
+        absolute, see `with_absolute_paths`. By default all knobs are as written.
+
+    Raises:
+      UserError: a newer version wrote it, or a field is unknown, of another type or
+        out of range.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise UserError(f"it holds {values!r}, and not the knobs by group")
+    version, folder = values.pop(VERSION, 0), str(values.pop(FOLDER, ""))
+    if type(version) is not int or not 0 <= version <= len(CHANGES):
+        raise UserError(
+            f"it has version {version!r}, and this program reads versions 0 to "
+            f"{len(CHANGES)}: use the newer program that wrote it"
+        )
+    for change in CHANGES[version:]:
+        _apply(change, values)
+    config = build(Config, _filled(dataclasses.asdict(Config()), values), "config")
+    if run is None:
+        return config
+    return with_absolute_paths(config, Path(folder or _guess_folder(config, run)))
+
+
+def _guess_folder(config: Config, run: Path) -> Path:
+    """The folder of a start of version 0, which did not write it down."""
+    given, place = Path(config.run_dir), run.absolute()
+    count = len(given.parts)
+    known = not given.is_absolute() and place.parts[-count:] == given.parts
+    return place.parents[count - 1] if known else Path.cwd()
+
+
+def _apply(change: KnobChange, values: dict[str, Any]) -> None:
+    """Brings nested `values` of the version before `change` to the version after it."""
+    for old, new in change.renamed.items():
+        found = _pop(values, old)
+        if found is not None:
+            _set_missing(values, new, found)
+    for path, harmless in change.removed.items():
+        found = _pop(values, path)
+        if found not in (None, harmless):
+            logging.warning("config.%s=%r is gone; the run opens without", path, found)
+    for path, before in change.added.items():
+        _set_missing(values, path, before)
+
+
+def _pop(values: dict[str, Any], path: str) -> Any:
+    """Removes the knob at `path`, and a group that is empty then; returns its value.
+
+    None stands for a knob that is not there.
+    """
+    name, _, rest = path.partition(".")
+    inner = values.get(name)
+    if not rest:
+        return values.pop(name, None)
+    found = _pop(inner, rest) if isinstance(inner, dict) else None
+    if inner == {}:
+        del values[name]
+    return found
+
+
+def _set_missing(values: dict[str, Any], path: str, value: Any) -> None:
+    *groups, name = path.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+    values.setdefault(name, value)
+
+
+def _filled(known: dict[str, Any], values: Any) -> Any:
+    """`values`, where entries that are missing come from `known`, group by group."""
+    if not isinstance(values, dict):
+        return values
+    groups = {name for name in values if isinstance(known.get(name), dict)}
+    return (
+        known | values | {name: _filled(known[name], values[name]) for name in groups}
+    )
+
+
+def with_absolute_paths(config: Config, folder: Path) -> Config:
+    """`config`, where paths that are relative and exist below `folder` are absolute."""
+    folder = folder.absolute()
+    places: dict[str, Any] = {}
+    for path, field, value in fields(config):
+        if facts_of(field).is_path and isinstance(value, tuple):
+            parts = [written.partition("=") for written in value]
+            places[path] = tuple(x + y + _absolute(z, folder) for x, y, z in parts)
+        elif facts_of(field).is_path:
+            places[path] = _absolute(value, folder)
+    return changed(config, places, "the paths of the config")
+
+
+def _absolute(written: str, folder: Path) -> str:
+    """`written` may name no file at all."""
+    if written in WORDS or "://" in written:
+        return written
+    path = Path(written)
+    first = path.parts[0] if path.parts else ""
+    # A pattern such as `shards/*.parquet` is no file, and its first part is.
+    known = glob.has_magic(first) or (folder / first).exists()
+    return str(folder / path) if known else written
+
+
+def differences(text: str, config: Config, run: Path) -> dict[str, str]:
+    """The knobs that `config` may not change, as `old -> new` by name.
+
+    A path counts as the same if it is written in the same way, which holds after the
+    run and its data have moved, or if it leads to the same place.
+
+    Args:
+      text: content of the `config.json` of the run that is resumed.
+      config: relative paths in it are below the working folder.
+      run: the run directory.
+    """
+    written = fixed_differences(from_json(text), config)
+    here = with_absolute_paths(config, Path.cwd())
+    other_places = fixed_differences(from_json(text, run), here)
+    return {name: written[name] for name in written if name in other_places}

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,11 @@ from launch.report import seed_statistics
 from launch.report.seed_statistics import Interval, PairedComparison
 from launch.sweep import sweep_runs
 from research.core.errors import UserError
+from research.core.json_files import read_json
 from research.runs.metrics_file import read_metrics
 from research.runs.run_directory import is_complete
 
+STARTS = {"starts": [{"devices": str, "cause": str | None}]}
 UNMEASURED = "its evaluations do not have the metric"
 
 
@@ -164,7 +165,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
     curve = [(step, value) for step, value in values if value is not None]
     is_done = bool(curve) and is_complete(place)
     is_unmeasured = bool(evaluated) and not curve
-    seconds = train[-1]["elapsed_s"] if train else 0.0
+    seconds = train[-1].get("elapsed_s", 0.0) if train else 0.0
     history = _history(place)
     return RunResult(
         name=run["name"],
@@ -175,7 +176,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
         curve=tuple(curve),
         value=curve[-1][1] if is_done else None,
         seconds=seconds,
-        tokens=sum(line["tokens"] for line in train),
+        tokens=sum(line.get("tokens", 0) for line in train),
         chip_hours=seconds * _devices(history) / 3600,
         origin=_origin(history),
     )
@@ -201,11 +202,14 @@ def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
 
 
 def _history(place: Path) -> list[dict[str, Any]]:
-    """The starts in a run's `run.json`."""
-    try:
-        return json.loads((place / "run.json").read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):
-        return []
+    """The starts in a run's `run.json`; none before it has begun.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    path = place / "run.json"
+    remedy = "restore a copy, or remove it to report the run without its starts"
+    return read_json(path, STARTS, remedy)["starts"] if path.is_file() else []
 
 
 def _state(
@@ -228,9 +232,10 @@ def _state(
 def _origin(starts: list[dict[str, Any]]) -> str:
     if not starts:
         return ""
-    made = starts[-1]["provenance"]
-    jax = made["packages"]["jax"]
-    return f"code {made['code'][:12]}, JAX {jax}, {starts[-1]['devices']}"
+    made = starts[-1].get("provenance", {})  # Older runs have none.
+    code, packages = made.get("code", "unknown"), made.get("packages", {})
+    jax = packages.get("jax", "unknown")
+    return f"code {code[:12]}, JAX {jax}, {starts[-1]['devices']}"
 
 
 def _devices(starts: list[dict[str, Any]]) -> int:

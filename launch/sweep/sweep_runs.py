@@ -17,10 +17,22 @@ from research.config.knobs import changed, flat
 from research.config.run_config import Config
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
+from research.core.json_files import read_json
 from research.runs.run_directory import is_complete
 
 # Knobs that a sweep sets for each run.
 OWN = ("seed", "run_dir")
+SHAPE = {
+    "metric": str,
+    "question": str,
+    "file": str,
+    "axes": [{"name": str, "points": dict}],
+    "shared": [str],
+    "baseline": [str],
+    "runs": [
+        {"name": str, "point": [str], "seed": int, "steps": int, "command": [str]}
+    ],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,10 +296,11 @@ def read(folder: Path) -> dict[str, Any]:
     """Reads `sweep.json`.
 
     Raises:
-      UserError: there is none, or it is not JSON.
+      UserError: there is none, or it holds something else.
     """
-    path = folder / "sweep.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not the folder of a sweep: {error}") from error
+    return read_json(
+        folder / "sweep.json",
+        SHAPE,
+        "name the folder of a sweep, or restore a copy; if you remove the file, the "
+        "command of the sweep writes it anew",
+    )

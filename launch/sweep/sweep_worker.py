@@ -146,7 +146,9 @@ class SweepWorker:
             mark = self._mark(run)
             with contextlib.suppress(OSError, ValueError, TypeError):
                 if not run.is_done and mark.stat().st_mtime >= self._begun:
-                    self.failures[run.name] = FailedRun(**json.loads(mark.read_text()))
+                    self.failures[run.name] = FailedRun(
+                        **json.loads(mark.read_text(encoding="utf-8"))
+                    )
         return all(run.is_done or run.name in self.failures for run in pack.runs)
 
     def _mark(self, run: SweepRun) -> Path:

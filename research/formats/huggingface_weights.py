@@ -70,7 +70,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"].values()
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             paths = [Path(name) for name in sorted(set(names))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index: {error!r}") from error

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from research.core.atomic_files import write_whole
+from research.core.json_files import read_json, read_json_lines, read_to_rewrite
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
 
 DOCTOR, PREVIEW = "doctor.json", "preview.json"
 ANSWERS, SAMPLES = "answers.json", "samples.jsonl"
+SPAN = {"ids": [int], "text": str, "trained": bool}
+SHAPES = {
+    DOCTOR: {"findings": [{"name": str, "text": str}]},
+    PREVIEW: {"rows": [{"documents": [{"group": str, "where": str, "spans": [SPAN]}]}]},
+    ANSWERS: {"answers": [{f.name: str for f in dataclasses.fields(ComparedAnswer)}]},
+    SAMPLES: {"step": int, "prompt": str, "text": str},
+}
 
 
 def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
@@ -27,8 +35,8 @@ def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
 
 
 def read_findings(folder: Path) -> list[Finding]:
-    """Reads `doctor.json`; an empty list where there is none."""
-    return [Finding.from_json(x) for x in _read(folder / DOCTOR).get("findings", ())]
+    """Reads `doctor.json`; an empty list where there is none. Raises UserError."""
+    return [Finding.from_json(x) for x in _read(folder, DOCTOR).get("findings", ())]
 
 
 def write_preview(folder: Path, rows: Sequence[PreviewRow]) -> None:
@@ -37,8 +45,8 @@ def write_preview(folder: Path, rows: Sequence[PreviewRow]) -> None:
 
 
 def read_preview(folder: Path) -> list[PreviewRow]:
-    """Reads `preview.json`; an empty list where there is none."""
-    return [PreviewRow.from_json(x) for x in _read(folder / PREVIEW).get("rows", ())]
+    """Reads `preview.json`; an empty list where there is none. Raises UserError."""
+    return [PreviewRow.from_json(x) for x in _read(folder, PREVIEW).get("rows", ())]
 
 
 def write_answers(folder: Path, answers: Sequence[ComparedAnswer]) -> None:
@@ -47,8 +55,8 @@ def write_answers(folder: Path, answers: Sequence[ComparedAnswer]) -> None:
 
 
 def read_answers(folder: Path) -> list[ComparedAnswer]:
-    """Reads `answers.json`; an empty list where there is none."""
-    return [ComparedAnswer(**x) for x in _read(folder / ANSWERS).get("answers", ())]
+    """Reads `answers.json`; an empty list where there is none. Raises UserError."""
+    return [ComparedAnswer(**x) for x in _read(folder, ANSWERS).get("answers", ())]
 
 
 def add_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
@@ -59,20 +67,17 @@ def add_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    kept = [sample for sample in read_samples(folder) if sample.step < step]
-    lines = [json.dumps(x, ensure_ascii=False) for x in _plain([*kept, *samples])]
+    known = read_to_rewrite(folder / SAMPLES, SHAPES[SAMPLES])
+    kept = [line for line in known if line["step"] < step]
+    lines = [json.dumps(x, ensure_ascii=False) for x in (*kept, *_plain(samples))]
     if lines:
         write_whole(folder / SAMPLES, "".join(f"{line}\n" for line in lines))
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """Reads `samples.jsonl`; an empty list where there is none."""
-    path = folder / SAMPLES
-    if not path.is_file():
-        return []
-    # Not `splitlines`: JSON leaves some of the line ends that it knows unescaped.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [Sample(**json.loads(line)) for line in lines if line]
+    """Reads the lines of `samples.jsonl` that are samples; none without a file."""
+    lines, _ = read_json_lines(folder / SAMPLES, SHAPES[SAMPLES])
+    return [Sample(line["step"], line["prompt"], line["text"]) for line in lines]
 
 
 def _plain(values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -84,5 +89,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        return {}
+    remedy = "remove it: the next start of the run writes it anew"
+    return read_json(path, SHAPES[name], remedy)

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from research.core.atomic_files import write_whole
+from research.core.json_files import read_json_lines, read_to_rewrite
 from research.weights import parameter_paths
+
+NAME = "metrics.jsonl"
+LINE = {"step": int, "kind": str}
 
 
 class MetricsFile:
@@ -15,12 +19,14 @@ class MetricsFile:
     def __init__(self, folder: Path, first_step: int):
         """Opens both files and drops everything after `first_step`.
 
-        A run that begins at step 0 drops all lines: it evaluates step 0 again.
+        A run that begins at step 0 drops all lines: it evaluates step 0 again. If lines
+        cannot be read, a copy of the file is kept.
         """
         from tensorboardX import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
-        kept = [x for x in read_metrics(folder) if 0 < first_step >= x["step"]]
+        self._path = folder / NAME
+        known = read_to_rewrite(self._path, LINE)
+        kept = [line for line in known if 0 < first_step >= line["step"]]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
@@ -54,19 +60,10 @@ class MetricsFile:
 def append_line(folder: Path, step: int, kind: str, values: dict[str, Any]) -> None:
     """Appends to a `metrics.jsonl` that no run has open."""
     line = json.dumps({"step": step, "kind": kind, **values}, ensure_ascii=False)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / NAME).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads all complete lines, without a last line that a kill has torn."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """Reads all lines of a `metrics.jsonl` that are metrics; none without a file."""
+    return read_json_lines(folder / NAME, LINE)[0]

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,17 +13,28 @@ import filelock
 
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.knobs import flat
-from research.config.run_config import Config, fixed_differences, from_json, to_json
+from research.config.run_config import Config
+from research.config.saved_config import differences, from_json, to_json
 from research.core.atomic_files import intended_name, remove_leftovers, write_whole
 from research.core.errors import UserError, nearest
+from research.core.json_files import read_json
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
+RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.
 COMPLETE = "complete.json"
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the run in `folder` has reached its last step and written its report."""
-    return (folder / COMPLETE).is_file()
+    """Whether the run in `folder` has reached its last step and written its report.
+
+    Raises:
+      UserError: the mark of completion holds something else.
+    """
+    mark = folder / COMPLETE
+    if mark.is_file():
+        remedy = "remove it: the same command then makes the report again"
+        read_json(mark, dict, remedy)
+    return mark.is_file()
 
 
 class RunDir:
@@ -58,7 +70,7 @@ class RunDir:
     @property
     def exists(self) -> bool:
         """Whether the folder is a run directory, which its `config.json` marks."""
-        return self._config.is_file()
+        return os.path.isfile(self._config)  # Not there, or a name that cannot be.
 
     @property
     def own_tokenizer(self) -> Path | None:
@@ -74,21 +86,27 @@ class RunDir:
         return is_complete(self.path)
 
     def config(self) -> Config:
-        """The config that the run was started with.
+        """The config that the run was started with; its paths lead there from anywhere.
 
         Raises:
-          UserError: this is not a run directory, or not one of this version.
+          UserError: this is not a run directory, or its config cannot be read.
         """
+        with self._reading_config() as text:
+            return from_json(text, self.path)
+
+    @contextlib.contextmanager
+    def _reading_config(self) -> Iterator[str]:
+        """Gives the text of the config; an error in it names the file."""
         if not self.exists:
             raise UserError(
                 f"{self.path} is not a run directory: it has no config.json"
             )
         try:
-            return from_json(self._config.read_text(encoding="utf-8"))
-        except ValueError as error:  # Not JSON, not UTF-8, or a wrong field.
+            yield self._config.read_text(encoding="utf-8")
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(
-                f"{self._config} is not a config of this version: {error}; choose "
-                "another run directory"
+                f"{self._config} is not a config of this version: {error}; restore a "
+                "copy, or choose another run directory"
             ) from error
 
     def check_config(self, config: Config) -> dict[str, str]:
@@ -114,22 +132,50 @@ class RunDir:
                 "folder itself"
             )
         if self.exists:
-            differences = fixed_differences(self.config(), config)
-            refused = differences.keys() - set(config.accept)
+            with self._reading_config() as text:
+                changes = differences(text, config, self.path)
+            refused = changes.keys() - set(config.accept)
             if refused:
                 raise UserError(
                     f"{self.path} holds a run with another config:\n  "
-                    + "\n  ".join(f"{k}: {differences[k]}" for k in sorted(refused))
+                    + "\n  ".join(f"{k}: {changes[k]}" for k in sorted(refused))
                     + "\nchoose another --config.run_dir, remove the folder, or accept "
                     "the difference by naming it in --config.accept"
                 )
-            return differences
-        if self.path.exists() and (not self.path.is_dir() or self._has_strangers()):
+            return changes
+        try:
+            self._require_makeable()
+        except (OSError, UnicodeError) as error:
+            raise self._unwritable(error) from error
+        return {}
+
+    def _require_makeable(self) -> None:
+        """Refuses a path at which no run directory can be made.
+
+        Raises:
+          UserError: something else is there.
+          OSError, UnicodeError: the disk will refuse to make it, or its name is none
+            that all libraries can write to.
+        """
+        str(self.path).encode()
+        place = self.path.absolute()
+        while not os.path.lexists(place):
+            with contextlib.suppress(FileNotFoundError):
+                place.lstat()  # Raises, for example, for a name that is too long.
+            place = place.parent
+        if not place.is_dir() and place.is_symlink():
+            raise FileNotFoundError(f"{place} is a link that leads nowhere")
+        if not place.is_dir() and place != self.path.absolute():
+            raise NotADirectoryError(f"{place} is not a folder")
+        if place == self.path.absolute() and (
+            not place.is_dir() or self._has_strangers()
+        ):
             raise UserError(
                 f"{self.path} exists and is not a run directory; choose another "
                 "--config.run_dir"
             )
-        return {}
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f"{place} must not be written to")
 
     def _has_strangers(self) -> bool:
         """Whether the folder holds files that an interrupted creation cannot leave."""
@@ -146,7 +192,7 @@ class RunDir:
         Returns:
           `old -> new` by part, for parts that differ and are accepted.
         """
-        if not self._identity.is_file():
+        if not self.exists:
             return {}
         what = f"the run in {self.path}"
         return check_identity(self.identity(), identity, what, accept)
@@ -164,7 +210,7 @@ class RunDir:
         except filelock.Timeout:
             holder = "an unknown process"
             with contextlib.suppress(OSError):
-                holder = self._holder.read_text(encoding="utf-8")
+                holder = self._holder.read_text(encoding="utf-8", errors="replace")
             raise UserError(
                 f"{self.path} is being trained in by another process ({holder}): wait "
                 "for it, stop it, or choose another --config.run_dir"
@@ -190,8 +236,21 @@ class RunDir:
         )
 
     def identity(self) -> Identity:
-        """The fingerprints that the run began with. Raises OSError without a run."""
-        return json.loads(self._identity.read_text(encoding="utf-8"))
+        """The fingerprints that the run began with. Raises UserError without them."""
+        return read_json(
+            self._identity,
+            dict.fromkeys(IDENTITY_PARTS, str),
+            "restore a copy: meta/metadata in each checkpoint holds the same as "
+            "`identity`",
+        )
+
+    def origin(self) -> Identity:
+        """The part of the identity that no other run has; empty in older runs.
+
+        A run that another process makes right now may have none yet.
+        """
+        identity = self.identity() if self.exists else {}
+        return {RUN: identity[RUN]} if RUN in identity else {}
 
     @contextlib.contextmanager
     def create(
@@ -215,7 +274,7 @@ class RunDir:
             self.lock()
             if self.exists:  # Made since `check_config` looked.
                 raise UserError(f"{self.path} holds a run since just now; try again")
-            self.update(identity, left_out)
+            self.update(identity | {RUN: uuid.uuid4().hex}, left_out)
             yield
             # The config comes last: it marks the folder as a run directory.
             write_whole(self._config, to_json(config))
@@ -230,7 +289,7 @@ class RunDir:
     ) -> None:
         """Replaces identity, dropped rows and config; the run is then incomplete."""
         self._complete.unlink(missing_ok=True)
-        write_whole(self._identity, json.dumps(identity, indent=2))
+        write_whole(self._identity, json.dumps(self.origin() | identity, indent=2))
         write_whole(self._left_out, "".join(f"{line}\n" for line in left_out))
         if config is not None:
             write_whole(self._config, to_json(config))

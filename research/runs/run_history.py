@@ -1,5 +1,6 @@
 """`run.json`: every start of a run, how it ended, and the events in between."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -7,17 +8,34 @@ import logging
 import math
 import os
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from research.core.atomic_files import write_whole
-from research.core.errors import UserError
+from research.core.json_files import NUMBER, read_json
 from research.runs import provenance
 from research.runs.phase_timer import PHASES, PhaseTimer
 
 UNKNOWN = "ended without a word: killed, or the machine went down"
+SHAPE = {
+    "starts": [
+        {
+            "first": int | None,
+            "step": int | None,
+            "redone": int,
+            "seconds": {"start": NUMBER, "step": NUMBER},
+            "cause": str | None,
+        }
+    ],
+    "events": list,
+    "saved": int,
+    "skipped_batches": [int],
+    "accepted": dict,
+}
 
 
 class History:
@@ -33,6 +51,9 @@ class History:
         self._phases = phases
         self._found = read(path)
         self._begun = False
+        # The watchdog records an end from a thread of its own. A newer record must not
+        # be replaced by an older one, nor change while it is turned into text.
+        self._lock = threading.RLock()
 
     @property
     def saved(self) -> int:
@@ -52,98 +73,101 @@ class History:
     def accept(self, differences: dict[str, str]) -> None:
         """Records `differences` to the start of the run, `old -> new` by name."""
         for name, change in differences.items():
-            self.accepted[name] = change
+            with self._changing() as found:
+                found["accepted"][name] = change
             self.event(f"accepted: {name}: {change}")
 
     def begin(self) -> None:
         """Adds this start of the run, once. The caller holds the lock."""
         if self._begun:
             return
-        starts = self._found["starts"]
-        if starts and starts[-1]["cause"] is None:
-            starts[-1]["cause"] = UNKNOWN
         devices = jax.devices()
-        starts.append(
-            {
-                "began": _now(),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "processes": jax.process_count(),
-                "devices": f"{len(devices)} {devices[0].device_kind}",
-                "provenance": provenance.describe(),
-                "first": None,  # Until its first step is known.
-                "step": None,
-                "redone": 0,
-                "seconds": self._phases.seconds,
-                "ended": None,
-                "cause": None,
-                "exit_code": None,
-            }
-        )
-        self._begun = True
-        self._write()
+        start = {
+            "began": _now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "processes": jax.process_count(),
+            "devices": f"{len(devices)} {devices[0].device_kind}",
+            "provenance": provenance.describe(),
+            "first": None,  # Until its first step is known.
+            "step": None,
+            "redone": 0,
+            "seconds": self._phases.seconds,
+            "ended": None,
+            "cause": None,
+            "exit_code": None,
+        }
+        with self._changing() as found:
+            if found["starts"] and found["starts"][-1]["cause"] is None:
+                found["starts"][-1]["cause"] = UNKNOWN
+            found["starts"].append(start)
+            self._begun = True
 
     def resume_from(self, first: int) -> None:
         """Records that training starts at step `first`, also after a rollback."""
-        start = self._found["starts"][-1]
-        if start["first"] is None:
-            start["first"] = first
-        else:
-            start["redone"] += start["step"] - first
-        start["step"] = first
-        self._write()
+        with self._changing() as found:
+            start = found["starts"][-1]
+            if start["first"] is None:
+                start["first"] = first
+            else:
+                start["redone"] += start["step"] - first
+            start["step"] = first
 
     def note(self, step: int) -> None:
         """Records `step`, the updates that are done."""
         if self._begun:
-            self._found["starts"][-1] |= {
-                "step": step,
-                "seconds": self._phases.seconds,
-            }
-            self._write()
+            with self._changing() as found:
+                found["starts"][-1] |= {"step": step, "seconds": self._phases.seconds}
 
     def commit(self, step: int) -> None:
         """Records that the checkpoint of `step` is committed."""
-        self._found["saved"] = step
-        self._write()
+        with self._changing() as found:
+            found["saved"] = step
 
     def event(self, what: str) -> None:
         """Records an event that a person should find later."""
-        self._found["events"].append({"at": _now(), "what": what})
-        self._write()
+        with self._changing() as found:
+            found["events"].append({"at": _now(), "what": what})
 
     def answer_request(self, answer: dict[str, Any]) -> None:
         """Keeps the answer to a request, see `request_files`."""
-        self._found.setdefault("requests", []).append(answer)
-        self._write()
+        with self._changing() as found:
+            found.setdefault("requests", []).append(answer)
 
     def skip(self, batch: int) -> None:
         """Records that training drops batch `batch` from now on."""
-        self.skipped.append(batch)
-        self._write(required=True)
+        with self._changing(required=True) as found:
+            found["skipped_batches"].append(batch)
 
     def end(self, cause: str, exit_code: int) -> None:
         """Records how this start ended; a second call changes nothing."""
-        if self._begun and self._found["starts"][-1]["cause"] is None:
-            self._found["starts"][-1] |= {
-                "ended": _now(),
-                "seconds": self._phases.seconds,
-                "cause": cause,
-                "exit_code": exit_code,
-            }
-            self._write()
+        with self._changing() as found:
+            if self._begun and found["starts"][-1]["cause"] is None:
+                found["starts"][-1] |= {
+                    "ended": _now(),
+                    "seconds": self._phases.seconds,
+                    "cause": cause,
+                    "exit_code": exit_code,
+                }
 
     def goodput(self) -> "Goodput":
         """The goodput over all starts."""
         return goodput(self._found["starts"])
 
-    def _write(self, *, required: bool = False) -> None:
+    @contextlib.contextmanager
+    def _changing(self, *, required: bool = False) -> Iterator[dict[str, Any]]:
+        """Gives the record to one thread at a time, then writes it."""
+        with self._lock:
+            yield self._found
+            self._write(required=required)
+
+    def _write(self, *, required: bool) -> None:
         # Before `begin` there may be no folder, and this must not make one.
         if jax.process_index() > 0 or not self._path.parent.is_dir():
             return
         try:
-            text = json.dumps(self._found, indent=1, ensure_ascii=False)
-            write_whole(self._path, text)
+            # ASCII: a path in a message may hold bytes that are no text.
+            write_whole(self._path, json.dumps(self._found, indent=1))
         except OSError as error:
             if required:
                 raise
@@ -161,25 +185,20 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is not a run history.
     """
-    empty = {
-        "starts": [],
-        "events": [],
-        "saved": 0,
-        "skipped_batches": [],
-        "accepted": {},
-    }
     if not path.is_file():
-        return empty
-    try:
-        found = json.loads(path.read_bytes())
-        if not all(type(found[key]) is type(empty[key]) for key in empty):
-            raise ValueError("fields of other types")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the history of a run ({error}); restore a copy: it says "
-            "which batches were dropped and which differences were accepted. If you "
-            "remove it, the run resumes without them"
-        ) from error
+        return {
+            "starts": [],
+            "events": [],
+            "saved": 0,
+            "skipped_batches": [],
+            "accepted": {},
+        }
+    found = read_json(
+        path,
+        SHAPE,
+        "restore a copy: it says which batches were dropped and which differences were "
+        "accepted. If you remove it, the run resumes without them",
+    )
     return found
 
 
@@ -235,5 +254,5 @@ def goodput(starts: list[dict[str, Any]]) -> Goodput:
             by_phase["restart"] += lost
             lowest = min(lowest, start["first"])
         for name, seconds in spent.items():
-            by_phase[name] += seconds
+            by_phase[name] = by_phase.get(name, 0.0) + seconds
     return Goodput(sum(by_phase.values()), by_phase)

@@ -109,17 +109,19 @@ def claim(run: TrainingRun, changed: dict[str, str]) -> Identity:
     if jax.process_index() == 0 and not folder.exists:
         with folder.create(config, identity, run.task.left_out):
             save_tokenizer(run.base.tokenizer, folder.tokenizer)
-    if jax.process_index() == 0:
-        doctor.save(folder.path, run.examination)
     run.history.begin()
     return identity
 
 
-def record_accepted(
-    run: TrainingRun, identity: Identity, changed: dict[str, str]
-) -> None:
-    """Records accepted differences, once a checkpoint has been restored with them."""
+def record_start(run: TrainingRun, identity: Identity, changed: dict[str, str]) -> None:
+    """Records what the doctor found and the accepted differences.
+
+    Call it once a checkpoint has been restored with them: a start that is refused
+    leaves the files of the run as they were.
+    """
     run.history.accept(changed)
+    if jax.process_index() == 0:
+        doctor.save(run.folder.path, run.examination)
     if jax.process_index() == 0 and changed:
         run.folder.update(identity, run.task.left_out, run.config)
     changed.clear()
@@ -130,7 +132,7 @@ def open_checkpoints(run: TrainingRun, identity: Identity) -> Checkpointer:
     return Checkpointer(
         run.folder.checkpoints,
         run.config.checkpoint,
-        identity,
+        identity | run.folder.origin(),
         accept={*run.history.accepted, *run.config.accept},
         report=run.warn,
         committed=run.history.commit,

@@ -21,7 +21,7 @@ from research.train.prepare_runs import (
     claim,
     open_checkpoints,
     prepare,
-    record_accepted,
+    record_start,
 )
 from research.train.restore_run import RestoredRun, restore
 
@@ -97,7 +97,7 @@ def _train(
         for run, identity, each in zip(runs, identities, opened, strict=True):
             checkpointer = stack.enter_context(open_checkpoints(run, identity))
             step, position = restore(run, checkpointer)
-            record_accepted(run, identity, each.changed)
+            record_start(run, identity, each.changed)
             restored = RestoredRun(run, checkpointer, position)
             by_step.setdefault(step, []).append(restored)
         ended = _fit_all(by_step, stop, at_once)

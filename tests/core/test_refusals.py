@@ -119,8 +119,8 @@ REFUSALS = {
 }  # fmt: skip
 
 
-# A start that gets as far as the data records its cause and what the doctor found.
-EACH_START = ("run.json", "doctor.json", "preview.json")
+# A start of a run that is there records its cause, and nothing else.
+EACH_START = ("run.json",)
 
 
 @chain

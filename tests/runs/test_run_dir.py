@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from commands import ROOT
 
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.core.errors import PREEMPTED, DamagedError, UserError
+from research.runs import run_history
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
@@ -101,6 +103,25 @@ def test_a_path_upwards_is_refused(tmp_path):
         RunDir(tmp_path / "runs" / ".." / "x").check_config(Config())
 
 
+def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for path in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(UserError, match="link is a link that leads nowhere"):
+            RunDir(path).check_config(Config())
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} must not be written to"):
+        RunDir(tmp_path / "a" / "run").check_config(Config())
+    monkeypatch.undo()
+    RunDir(tmp_path / "a" / "run").check_config(Config())
+    with pytest.raises(UserError, match="name too long"):
+        RunDir(tmp_path / ("x" * 256)).check_config(Config())
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDir(tmp_path / "\udcff").check_config(Config())
+
+
 # -- the guard -----------------------------------------------------------------------
 
 OTHERS = {
@@ -138,6 +159,38 @@ def test_another_identity_is_refused_by_name_or_accepted(folder, part):
 def test_a_mistyped_exception_names_the_nearest(folder):
     with pytest.raises(UserError, match=r"did you mean 'tokenizer'"):
         folder.check_config(Config(accept=("tokeniser",)))
+
+
+def test_an_identity_that_is_none_is_named_with_a_way_back(folder):
+    for content in (None, "[]", '{"base model": "b", "tokenizer": "t"}', "\0"):
+        (folder.path / "identity.json").unlink(missing_ok=True)
+        if content is not None:
+            (folder.path / "identity.json").write_text(content)
+        with pytest.raises(UserError, match=r"identity\.json cannot .*meta/metadata"):
+            folder.check_identity(IDENTITY)
+
+
+def test_a_run_keeps_its_own_id(folder, tmp_path):
+    origin = folder.origin()
+    assert len(origin["run"]) == 32
+    folder.update(IDENTITY | {"data": "new"}, [])
+    assert folder.identity() == IDENTITY | {"data": "new"} | origin
+    other = RunDir(tmp_path / "other")
+    assert other.origin() == {}
+    with other.create(Config(), IDENTITY, []):
+        pass
+    assert other.origin() != origin
+    (folder.path / "identity.json").write_text(json.dumps(IDENTITY))  # An older run.
+    assert folder.origin() == {} == folder.check_identity(IDENTITY)
+
+
+def test_a_mark_of_completion_that_is_none_is_named(folder):
+    assert not folder.is_complete
+    folder.mark_complete({})
+    assert folder.is_complete
+    (folder.path / "complete.json").write_text("")
+    with pytest.raises(UserError, match=r"complete\.json cannot be used .*remove it"):
+        assert folder.is_complete
 
 
 # -- the history ---------------------------------------------------------------------
@@ -222,9 +275,34 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
 
 
 def test_a_history_that_is_none_is_the_users_error(folder):
-    folder.history.write_text('{"starts": 3}')
-    with pytest.raises(UserError, match=r"run\.json"):
-        History(folder.history, PhaseTimer())
+    for content in ('{"starts": 3}', "", "\0", "[]"):
+        folder.history.write_text(content)
+        with pytest.raises(UserError, match=r"run\.json cannot be used .*restore"):
+            History(folder.history, PhaseTimer())
+        assert folder.history.read_text() == content
+
+
+def test_threads_that_record_at_once_leave_the_newest_record(folder, monkeypatch):
+    """The watchdog records the end while the main thread records a step."""
+    history = History(folder.history, PhaseTimer())
+    history.begin()
+    inside, done, real = threading.Event(), threading.Event(), run_history.write_whole
+
+    def write_slowly(path, text):
+        if threading.current_thread() is slow:
+            inside.set()
+            done.wait(0.2)  # Unless the other thread waits, it writes meanwhile.
+        real(path, text)
+        done.set()
+
+    monkeypatch.setattr(run_history, "write_whole", write_slowly)
+    slow = threading.Thread(target=history.note, args=(3,))
+    slow.start()
+    inside.wait()
+    history.end("watchdog", 6)
+    slow.join()
+    start = json.loads(folder.history.read_text())["starts"][0]
+    assert (start["step"], start["cause"]) == (3, "watchdog")
 
 
 def test_a_history_that_cannot_be_written_stops_nothing(folder, monkeypatch, caplog):

@@ -259,7 +259,7 @@ class Apart:
             "claim": lambda run, changed: {},
             "open_checkpoints": lambda run, identity: contextlib.nullcontext(),
             "restore": lambda run, checkpointer: (next(steps), None),
-            "record_accepted": lambda run, identity, changed: None,
+            "record_start": lambda run, identity, changed: None,
             "finish": lambda run: None,
             "fit": fit_apart,
         }

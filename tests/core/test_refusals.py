@@ -174,6 +174,9 @@ def change_base(place, run, everywhere):
     tiny_model.make_tiny_model(moved.folder / "model", seed=1)
     shutil.copy(place.folder / "config.py", moved.folder)
     shutil.move(place.run_dir(run), moved.run_dir(run))
+    config = moved.run_dir(run) / "config.json"
+    began = json.loads(config.read_text()) | {"folder": str(moved.folder)}
+    config.write_text(json.dumps(began))  # Its base is the model of this place.
     if everywhere:
         identity = moved.run_dir(run) / "identity.json"
         now = open_base(str(moved.folder / "model")).fingerprint

@@ -130,6 +130,9 @@ class DataConfig:
         "chat: the model's own template; dolly: ### headers",
         choices=("chat", "dolly"),
     )
+    template_args: tuple[str, ...] = knob(
+        (), "variables of the chat template, as ('enable_thinking=False', ...)"
+    )
     system: str = knob("", "system prompt; empty: what the template writes without one")
     seq_len: int = knob(512, "tokens in a packed row", above=0)
     batch_size: int = knob(

@@ -15,6 +15,7 @@ from research.formats.tensor_file import TensorFile
 from research.models import presets
 from research.models.architecture import Architecture
 from research.tokenize import tokenizer as tokenizers
+from research.tokenize.gguf_tokenizer import from_gguf_metadata
 
 EXPORTED = "model"  # The folder of a run in which its model is written for others.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -66,10 +67,10 @@ def open_base(name: str, hub_timeout: float = 5.0) -> Base:
     if path.is_file():
         file = GGUFFile(path)
         architecture = file.read_architecture()
-        tokenizer = tokenizers.from_gguf_metadata(file.metadata)
-        return Base(name, architecture, tokenizer, file)
+        tokenizer = from_gguf_metadata(file.metadata, str(path))
+        return Base(name, architecture, tokenizer.within(architecture.vocab), file)
     architecture = read_hf_config(path)
-    tokenizer = tokenizers.from_folder(path)
+    tokenizer = tokenizers.from_folder(path).within(architecture.vocab)
     return Base(name, architecture, tokenizer, HuggingFaceWeights(path))
 
 

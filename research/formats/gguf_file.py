@@ -47,7 +47,13 @@ class GGUFFile:
         import gguf
 
         tensor = self._tensors[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"{self._file}: {name} is stored as {tensor.tensor_type.name}, which "
+                f"cannot be read ({error}); give the model as Q8_0, F16 or BF16"
+            ) from error
         return values.reshape(self.shapes()[name])
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:

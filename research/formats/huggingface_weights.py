@@ -13,6 +13,8 @@ from research.models.families.family_registry import from_hf_config
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+
 
 def read_hf_config(folder: Path) -> Architecture:
     """The shape that the folder's `config.json` describes.
@@ -25,7 +27,7 @@ def read_hf_config(folder: Path) -> Architecture:
         raise UserError(f"{folder} has no config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object")
@@ -50,7 +52,19 @@ class HuggingFaceWeights:
             except Exception as error:  # SafetensorError, or an error of mmap.
                 raise UserError(f"{file} is not a safetensors file: {error}") from error
             self._handles.update(dict.fromkeys(handle.keys(), handle))
+        self._refuse_quantised(folder)
         self.fingerprint = fingerprint_files(files)
+
+    def _refuse_quantised(self, folder: Path) -> None:
+        """A checkpoint can hold codes for weights without a word in its config."""
+        for name, handle in self._handles.items():
+            kind = handle.get_slice(name).get_dtype()
+            if name.endswith(".weight") and kind not in PLAIN_TYPES:
+                raise UserError(
+                    f"{folder}: {name} is stored as {kind}, so the weights are "
+                    "quantised; give the model as it was before, in float32, bfloat16 "
+                    "or float16, or a GGUF file"
+                )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -72,7 +86,9 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             paths = [Path(name) for name in sorted(set(names))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+        ) as error:  # fmt: skip
             raise UserError(f"{index} is not an index: {error!r}") from error
         outside = [p for p in paths if p.is_absolute() or ".." in p.parts]
         if outside:

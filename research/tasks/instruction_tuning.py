@@ -19,7 +19,11 @@ from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
-from research.tokenize.chat_template import ChatFormat, dolly_template
+from research.tokenize.chat_template import (
+    ChatFormat,
+    dolly_template,
+    with_template_args,
+)
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
 
@@ -40,7 +44,7 @@ class InstructionTask:
         self._config = config
         self._tokenizer = tokenizer
         self._longest = longest
-        self._chat = ChatFormat(tokenizer, config.data.template, config.data.system)
+        self._chat = _chat_format(config, tokenizer)
         self._data = load_dataset(config.data, config.seed, self._chat)
         self.groups = self._data.categories
         rows = self._data.rows
@@ -209,10 +213,19 @@ def pick_records(records: list[Record], count: int) -> list[Record]:
     return picked
 
 
+def _chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
+    data = config.data
+    return ChatFormat(tokenizer, data.template, data.system, data.template_args)
+
+
 def _exported_tokenizer(config: Config, base: Base) -> Tokenizer:
-    if config.data.template != "dolly":
+    template = base.tokenizer.chat_template
+    if config.data.template == "dolly":
+        template = dolly_template(base.tokenizer)
+    if template == base.tokenizer.chat_template and not config.data.template_args:
         return base.tokenizer
-    return base.tokenizer.with_chat_template(dolly_template(base.tokenizer))
+    template = with_template_args(template, config.data.template_args)
+    return base.tokenizer.with_chat_template(template)
 
 
 KIND = TaskKind(
@@ -221,8 +234,6 @@ KIND = TaskKind(
     ),
     objective=CrossEntropy.of,
     expected_groups=lambda config: CATEGORIES,
-    prompt_format=lambda config, base: ChatFormat(
-        base.tokenizer, config.data.template, config.data.system
-    ),
+    prompt_format=lambda config, base: _chat_format(config, base.tokenizer),
     exported_tokenizer=_exported_tokenizer,
 )

@@ -1,27 +1,32 @@
 """A conversation as ids, and which of the ids are trained.
 
-A template is cut once into its own words and holes for the texts of the turns. Words
-and texts are tokenised apart: control tokens exist only in the words, and the loss mask
-follows from the part that an id came from. The ids are never searched for anything.
+`template_cut` cuts a template once for each form of conversation. The texts of rows
+fill its holes; the ids are never searched for anything.
 """
 
 import dataclasses
-import datetime
 import functools
-import itertools
 import json
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jinja2
-import jinja2.sandbox
-
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest
 from research.tokenize.conversation import Record, Turn
-from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.template_cut import (
+    THOUGHT_TAGS,
+    Part,
+    cut_conversation,
+    cut_prompt,
+    hide,
+)
+from research.tokenize.template_process import render_template
+from research.tokenize.tokenizer import Before, Tokenizer
 
-# Private-use characters mark the holes while a template is rendered. Only the rendered
-# template is searched for them, and no text of a row is in it.
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
+MOST_CUTS = 4096  # forms of conversations that are remembered
+OWN_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents")
+LITERALS = {"True": "true", "False": "false", "None": "null"}
 
 DOLLY_HEADERS = {
     "system": "",
@@ -52,23 +57,6 @@ def dolly_template(tokenizer: Tokenizer) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class TemplatePart:
-    """A part of a template that was cut: words of its own, or a hole for a text.
-
-    Attributes:
-      ids: of the words; empty for a hole.
-      turn: index of the turn whose text fills the hole; None for words.
-      trained: whether these ids count in the loss.
-      lead: white space of the template that is tokenised with the turn's text.
-    """
-
-    ids: tuple[int, ...]
-    turn: int | None
-    trained: bool
-    lead: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Encoded:
     """Ids of one record, and whether each is trained."""
 
@@ -83,26 +71,58 @@ class ChatFormat:
       stop_ids: ids at which an answer ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, system: str = ""):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        system: str = "",
+        written_args: Sequence[str] = (),
+    ):
+        """Runs the template once.
+
+        Args:
+          tokenizer: of the model, with its own template.
+          template: `chat` or `dolly`.
+          system: the system text of conversations without one of their own.
+          written_args: variables of the template, as `name=value`.
+
+        Raises:
+          UserError: the template cannot be used, or has no such variable.
+        """
         self._tokenizer = tokenizer
         self._system = system
-        source, self._before_context = tokenizer.chat_template, "\n\n"
+        self._source, self._before_context = tokenizer.chat_template, "\n\n"
         if template == "dolly":
-            source, self._before_context = dolly_template(tokenizer), DOLLY_INPUT
-        if not source:
+            self._source, self._before_context = dolly_template(tokenizer), DOLLY_INPUT
+        if not self._source:
             raise UserError(
                 "the base model has no chat template of its own; use "
                 "--config.data.template=dolly"
             )
-        self._render = _JinjaTemplate(source, tokenizer)
-        self._skeleton = functools.cache(self._cut)
-        closing = self._skeleton(("user", "assistant"), False)[-1].ids
-        self.stop_ids = frozenset({closing[-1], tokenizer.eos} - {None})
+        self._values = {
+            "tools": None,
+            "documents": None,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            **read_template_args(self._source, written_args),
+        }
+        tags = "".join(f"<{tag}></{tag}>" for tag in THOUGHT_TAGS)
+        found = {token[0] for token in tokenizer.find_added(tags)}
+        self._thoughts = not found & tokenizer.control_ids
+        self._cut = functools.lru_cache(MOST_CUTS)(self._cut_turns)
+        self._cut_prompt = functools.lru_cache(MOST_CUTS)(self._cut_prompt_turns)
+        self._said: set[str] = set()
+        shortest = Record((Turn("user", "q"), Turn("assistant", "a")), "", "", "a chat")
+        closing = self.encode_many([shortest])[0].ids[-1]
+        self.stop_ids = frozenset({closing, tokenizer.eos} - {None})
 
     def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
         """Ids and mask; a context is shortened until they are at most `budget`.
 
         Returns None if no word of the context would remain.
+
+        Raises:
+          UserError: the template refuses the conversation.
         """
         encoded = self.encode_many([record])[0]
         if budget is None or len(encoded.ids) <= budget:
@@ -110,25 +130,41 @@ class ChatFormat:
         return self.shorten(record, encoded, budget)
 
     def encode_many(self, records: Sequence[Record]) -> list[Encoded]:
-        """Ids and masks of many records, tokenised on all cores."""
-        texts = [self._texts(record, record.context) for record in records]
-        ids = iter(self._tokenizer.encode_texts(list(itertools.chain(*texts))))
+        """Ids and masks of many records, tokenised on all cores.
+
+        Raises:
+          UserError: the template refuses a conversation; names its file and line.
+        """
+        cuts = []
+        for record in records:
+            turns, texts = hide(
+                self._turns(record.turns, record.context), self._thoughts
+            )
+            try:
+                cuts.append((self._cut(turns), texts))
+            except UserError as error:
+                raise UserError(f"{record.where}: {error}") from error
         return [
-            self._assemble(record, [next(ids) for _ in of_record])
-            for record, of_record in zip(records, texts, strict=True)
+            Encoded(
+                [i for ids in of_parts for i in ids],
+                [
+                    part.trained
+                    for part, ids in zip(parts, of_parts, strict=True)
+                    for _ in ids
+                ],
+            )
+            for (parts, _), of_parts in zip(cuts, self._fill(cuts), strict=True)
         ]
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
-        """Ids up to the beginning of the answer to the last user turn."""
-        stripped = tuple(Turn(turn.role, turn.text.strip()) for turn in turns)
-        record = Record(stripped, context, "", "prompt")
-        texts = self._tokenizer.encode_texts(self._texts(record, context))
-        roles = tuple(turn.role for turn in self._turns(record))
-        return [
-            i
-            for part in self._skeleton(roles, True)
-            for i in (part.ids if part.turn is None else texts[part.turn])
-        ]
+        """Ids up to the beginning of the answer to the last user turn.
+
+        Raises:
+          UserError: the template refuses the conversation.
+        """
+        hidden, texts = hide(self._turns(turns, context), self._thoughts)
+        (of_parts,) = self._fill([(self._cut_prompt(hidden), texts)])
+        return [i for ids in of_parts for i in ids]
 
     def shorten(self, record: Record, encoded: Encoded, budget: int) -> Encoded | None:
         """Drops the end of the context; None if no word of it would remain."""
@@ -147,139 +183,115 @@ class ChatFormat:
             excess = len(encoded.ids) - budget
         return None
 
-    def _turns(self, record: Record) -> tuple[Turn, ...]:
-        if self._system and record.turns[0].role != "system":
-            return (Turn("system", self._system), *record.turns)
-        return record.turns
+    def _turns(self, turns: Sequence[Turn], context: str) -> tuple[Turn, ...]:
+        """With the system text, and with the context behind the first user turn.
 
-    def _texts(self, record: Record, context: str) -> list[str]:
-        """The texts that fill the holes; the context follows the first user turn."""
-        turns = self._turns(record)
-        skeleton = self._skeleton(tuple(turn.role for turn in turns), False)
-        leads = {part.turn: part.lead for part in skeleton}
-        first_user = next(i for i, turn in enumerate(turns) if turn.role == "user")
-        texts = [turn.text for turn in turns]
-        if context:
-            # A row may contain the header of an input in its text. It then looks like
-            # a row with a context, which does no harm.
-            texts[first_user] += self._before_context + context
-        return [leads.get(i, "") + text for i, text in enumerate(texts)]
-
-    def _assemble(self, record: Record, texts: list[list[int]]) -> Encoded:
-        ids: list[int] = []
-        trained: list[bool] = []
-        roles = tuple(turn.role for turn in self._turns(record))
-        for part in self._skeleton(roles, False):
-            new = part.ids if part.turn is None else texts[part.turn]
-            ids.extend(new)
-            trained.extend([part.trained] * len(new))
-        return Encoded(ids, trained)
-
-    def _cut(self, roles: tuple[str, ...], prompt: bool) -> list[TemplatePart]:
-        """The template for these roles, as parts.
-
-        An answer starts where the generation prompt ends, because the model will have
-        to write everything from there on. The parts for training end with the end
-        token of the last answer: later words are not trained and only take room.
+        A row may contain the header of an input in its text. It then looks like a row
+        with a context, which does no harm.
         """
-        holes = [f"{OPEN}{i}{CLOSE}" for i in range(len(roles))]
-        turns = [Turn(r, hole) for r, hole in zip(roles, holes, strict=True)]
-        rest = self._render(turns, prompt)
-        parts: list[TemplatePart] = []
-        answered = False
-        for index, (turn, hole) in enumerate(zip(turns, holes, strict=True)):
-            words, found, rest = rest.partition(hole)
-            if not found or hole in rest:
-                raise UserError(
-                    f"the chat template does not write the {turn.role} message of "
-                    f"{' '.join(roles)} exactly once; use --config.data.template=dolly"
-                )
-            if turn.role == "assistant":
-                words, lead = self._split_prompt(words, turns[:index])
-            else:
-                bare = words.rstrip()
-                words, lead = bare, words[len(bare) :]
-            parts += self._words(words, answered, first=index == 0)
-            answered = turn.role == "assistant"
-            parts.append(TemplatePart((), index, answered, lead))
-        if prompt:
-            return parts + self._words(rest, answered)
-        return parts + self._words(rest, answered)[:1]
+        turns = list(turns)
+        if self._system and turns[0].role != "system":
+            turns.insert(0, Turn("system", self._system))
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        if context:
+            text = turns[first].text + self._before_context + context
+            turns[first] = dataclasses.replace(turns[first], text=text)
+        if turns[0].role == "system" and turns[0].text and not self._takes_system:
+            text = f"{turns[0].text}\n\n{turns[first].text}"
+            turns[first] = dataclasses.replace(turns[first], text=text)
+            del turns[0]
+        return tuple(turns)
 
-    def _split_prompt(self, words: str, before: Sequence[Turn]) -> tuple[str, str]:
-        """Words before an answer: the generation prompt, and the white space after."""
-        if not before:
-            return words, ""
-        prompt = self._render(before, True).rpartition(before[-1].text)[2]
-        lead = words.removeprefix(prompt)
-        if not words.startswith(prompt) or lead.strip():
-            raise UserError(
-                "the chat template's generation prompt is not how it writes an answer; "
-                "use --config.data.template=dolly"
-            )
-        return prompt, lead
-
-    def _words(
-        self, words: str, after_answer: bool, *, first: bool = False
-    ) -> list[TemplatePart]:
-        """Words as parts; after an answer, they are trained up to its end token."""
-        if not words and not after_answer:
-            return []
-        ids = self._tokenizer.encode_template(words, first=first)
-        if not after_answer:
-            return [TemplatePart(tuple(ids), None, False)]
-        control = self._tokenizer.control_ids
-        end = next((n for n, i in enumerate(ids, 1) if i in control), None)
-        if end is None:
-            raise UserError(
-                "the chat template writes no control token after an answer, so a "
-                "model could not learn to stop; use --config.data.template=dolly"
-            )
-        return [
-            TemplatePart(tuple(ids[:end]), None, True),
-            TemplatePart(tuple(ids[end:]), None, False),
-        ]
-
-
-class _JinjaTemplate:
-    """A chat template, run in Jinja's sandbox."""
-
-    def __init__(self, source: str, tokenizer: Tokenizer):
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        texts = (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))
+        turns, _ = hide(texts, self._thoughts)
+        try:
+            if turns[0].text in self._render(turns, False):
+                return True
+        except UserError:
+            pass  # It is broken, or it has no such role; without it, we shall see.
+        self._say(
+            "the chat template has no system role; a system text is written in front "
+            "of the first message of the user"
         )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _today
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the model's chat template is broken: {error}") from error
-        self._names = {
-            "bos_token": tokenizer.bos_token,
-            "eos_token": tokenizer.eos_token,
-        }
+        return False
 
-    def __call__(self, turns: Sequence[Turn], prompt: bool) -> str:
+    def _fill(
+        self, cuts: Sequence[tuple[Sequence[Part], Mapping[str, str]]]
+    ) -> list[list[Sequence[int]]]:
+        """The ids of each part of each conversation."""
+        filled: list[list[Any]] = [[part.ids for part in parts] for parts, _ in cuts]
+        for before in Before:
+            places, wholes = [], []
+            for number, (parts, texts) in enumerate(cuts):
+                for place, part in enumerate(parts):
+                    if part.ids is None and part.before == before:
+                        places.append((number, place))
+                        wholes.append(part.fill(texts))
+            ids = self._tokenizer.encode_texts(wholes, before)
+            for (number, place), new in zip(places, ids, strict=True):
+                filled[number][place] = new
+        return filled
+
+    def _cut_turns(self, turns: tuple[Turn, ...]) -> tuple[Part, ...]:
+        cut = cut_conversation(self._render, self._tokenizer, turns)
+        for note in cut.notes:
+            self._say(note)
+        return cut.parts
+
+    def _cut_prompt_turns(self, turns: tuple[Turn, ...]) -> tuple[Part, ...]:
+        return cut_prompt(self._render, self._tokenizer, turns)
+
+    def _say(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            logging.warning("data: %s", note)
+
+    def _render(self, turns: Sequence[Turn], prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=prompt,
-                tools=None,
-                documents=None,
-                **self._names,
-            )
-        except Exception as error:  # A template can fail in any way code can.
-            roles = " ".join(turn.role for turn in turns)
+        own = {"messages": messages, "add_generation_prompt": prompt}
+        return render_template(self._source, self._values | own)
+
+
+def read_template_args(source: str, written: Sequence[str]) -> dict[str, Any]:
+    """The variables of `config.data.template_args`, by name.
+
+    Args:
+      source: of the template.
+      written: `name=value`; a value is a number, true, false, or else text.
+
+    Raises:
+      UserError: one has another form, or the template has no such variable.
+    """
+    values = {}
+    words = set(re.findall(r"[A-Za-z_]\w*", source))
+    for each in written:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier() or name in OWN_VARIABLES:
             raise UserError(
-                f"the chat template refuses the messages {roles}: {error}"
-            ) from error
+                f"config.data.template_args has {each!r}; it must be name=value with "
+                "the name of a variable of the template, such as enable_thinking=False"
+            )
+        if name not in words:
+            raise UserError(
+                f"config.data.template_args sets {name!r}, and the chat template has "
+                f"no such variable{nearest(name, words)}"
+            )
+        try:
+            values[name] = json.loads(LITERALS.get(value, value))
+        except ValueError:
+            values[name] = value
+    return values
 
 
-def _today(form: str) -> str:
-    """A fixed day, so that the ids of a row do not depend on when it is read."""
-    return datetime.date(2026, 1, 1).strftime(form)
+def with_template_args(source: str, written: Sequence[str]) -> str:
+    """A template in which the variables have the values of `read_template_args`.
 
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    Other tools then prompt a model as it was trained, unless they set the variables.
+    """
+    defaults = [
+        f"{{%- if {n} is not defined %}}{{%- set {n} = {value!r} %}}{{%- endif %}}"
+        for n, value in read_template_args(source, written).items()
+    ]
+    return "".join(defaults) + source

@@ -1,42 +1,50 @@
 """Text to ids and back, with control tokens kept apart from text.
 
 A tokenizer here is always a Hugging Face `tokenizers.Tokenizer`, read from a
-`tokenizer.json` or built from the metadata of a GGUF file.
+`tokenizer.json` or built by `gguf_tokenizer` or `tokenizer_training`.
 """
 
 import copy
+import enum
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from research.core.errors import UserError
+from research.models.families.config_fields import ConfigFields
 
-# How Llama 3 splits text before byte-pair encoding, from its tokenizer.json.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-GGUF_CONTROL = 3
-GGUF_USER_DEFINED = 4
+# Stands for a control token in the view for text. No text can hold it: it differs in
+# every process.
+MARK = uuid.uuid4().hex
+
+
+class Before(enum.Enum):
+    """The front of a stretch of text, on which its first ids can depend."""
+
+    NOTHING = enum.auto()
+    CONTROL = enum.auto()
+    TEXT = enum.auto()
 
 
 class Tokenizer:
     """Two views of one vocabulary: for text, and for templates.
 
     In text, `<|im_end|>` is ten ordinary characters; in a template it is the control
-    token. So no row of data can forge the structure around its text.
+    token. So no row of data can forge the structure around its text. Added tokens that
+    are not special, such as `<think>`, are ordinary words in both views.
 
     Attributes:
       bos, eos: ids, or None if the model has none.
       add_bos: whether a document of plain text starts with `bos`.
       chat_template: the model's own Jinja template, or "".
+      control_ids: of `bos`, `eos` and all special tokens: only templates write them.
       fingerprint: sha256 over vocabulary, rules and template.
     """
 
@@ -48,38 +56,74 @@ class Tokenizer:
         eos: str | None,
         add_bos: bool = False,
         chat_template: str = "",
+        embeddings: int | None = None,
     ):
         inner.no_padding()
         inner.no_truncation()
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        ends = [name for name in (bos, eos) if name in vocabulary]
+        inner.add_special_tokens([n for n in ends if not _is_added(inner, n)])
         serialized = inner.to_str()
         self._template_view = inner
-        self._text_view = _without_control_tokens(serialized)
-        # Some tokenizers treat the start of a text as special: a line break goes in
-        # front of it, whose ids are dropped.
+        self._embeddings = embeddings or self.largest_id + 1
+        added = inner.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self.control_ids = frozenset(
+            i
+            for i, token in added.items()
+            if token.special or token.content in (bos, eos) or i >= self._embeddings
+        )
+        self._text_view = _text_view(serialized, self.control_ids)
+        # Some tokenizers write a word boundary at the start of a text: a line break
+        # goes in front of it, whose ids are dropped.
         alone, after = (inner.encode(x, add_special_tokens=False) for x in "a\n")
         both = inner.encode("\na", add_special_tokens=False).ids
         marks_starts = both[len(after.ids) :] != alone.ids
-        self._lead = "\n" if marks_starts else ""
-        self._lead_ids = len(after.ids) if marks_starts else 0
+        self._leads = {
+            Before.NOTHING: ("", 0),
+            Before.CONTROL: (MARK, 1),
+            Before.TEXT: ("\n", len(after.ids)) if marks_starts else ("", 0),
+        }
         self.bos_token, self.eos_token = bos or "", eos or ""
         self.bos = inner.token_to_id(bos) if bos else None
         self.eos = inner.token_to_id(eos) if eos else None
         self.add_bos = add_bos and self.bos is not None
         self.chat_template = chat_template
-        self.control_ids = frozenset(
-            i for i, token in inner.get_added_tokens_decoder().items() if token.special
-        )
         parts = (serialized, chat_template, self.bos_token, self.eos_token)
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def with_chat_template(self, template: str) -> "Tokenizer":
         """The same vocabulary and rules, with another chat template."""
+        return self._copy(template, self._embeddings)
+
+    def within(self, embeddings: int) -> "Tokenizer":
+        """The same tokenizer for a model with so many embeddings.
+
+        Some models have added tokens without one, such as `<pad>`. In text they are
+        letters, and a template that writes one is refused.
+
+        Raises:
+          UserError: other tokens have none.
+        """
+        if self.largest_id < embeddings:
+            return self
+        ids = self._template_view.get_vocab(with_added_tokens=True).values()
+        above = {i for i in ids if i >= embeddings}
+        if not above <= self._added_ids or above & {self.bos, self.eos}:
+            raise UserError(
+                f"the tokenizer has ids up to {self.largest_id} and the model "
+                f"{embeddings} of them: they do not belong together"
+            )
+        return self._copy(self.chat_template, embeddings)
+
+    def _copy(self, template: str, embeddings: int) -> "Tokenizer":
         return Tokenizer(
             tokenizers.Tokenizer.from_str(self._template_view.to_str()),
             bos=self.bos_token or None,
             eos=self.eos_token or None,
             add_bos=self.add_bos,
             chat_template=template,
+            embeddings=embeddings,
         )
 
     @property
@@ -96,46 +140,102 @@ class Tokenizer:
         """The content of a `tokenizer.json`."""
         return self._template_view.to_str(pretty=True)
 
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_texts(
+        self, texts: Sequence[str], before: Before = Before.TEXT
+    ) -> list[list[int]]:
         """Ids of plain texts; control tokens in them are text, and none is added.
 
-        Texts are read as the continuation of a line: a SentencePiece tokenizer would
-        otherwise write a word boundary in front of each.
+        By default texts are read as the continuation of a line: a SentencePiece
+        tokenizer would otherwise write a word boundary in front of each.
         """
-        return [encoding.ids[self._lead_ids :] for encoding in self._encoded(texts)]
+        skipped = self._leads[before][1]
+        return [encoding.ids[skipped:] for encoding in self._encoded(texts, before)]
 
     def encode_arrays(self, texts: Sequence[str], dtype: Any) -> list[np.ndarray]:
         """The ids of `encode_texts` as `[n]` arrays, in a fraction of the memory."""
+        skipped = self._leads[Before.TEXT][1]
         return [
-            np.array(encoding.ids, dtype)[self._lead_ids :]
-            for encoding in self._encoded(texts)
+            np.array(encoding.ids, dtype)[skipped:]
+            for encoding in self._encoded(texts, Before.TEXT)
         ]
 
-    def _encoded(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        led = [self._lead + text for text in texts]
+    def _encoded(
+        self, texts: Sequence[str], before: Before
+    ) -> list[tokenizers.Encoding]:
+        led = [self._leads[before][0] + text for text in texts]
         return self._text_view.encode_batch_fast(led, add_special_tokens=False)
 
-    def encode_template(self, text: str, *, first: bool = False) -> list[int]:
-        """Ids of a template's own words, in which control tokens are parsed.
+    def find_added(self, words: str) -> list[tuple[int, int, int]]:
+        """Id, start and end of each added token in the words of a template.
 
-        Args:
-          text: the words.
-          first: whether they open the document; or else they continue a line.
+        Some added tokens take the white space beside them in.
+
+        Raises:
+          UserError: the model has no embedding for one.
         """
-        lead, skipped = ("", 0) if first else (self._lead, self._lead_ids)
-        led = self._template_view.encode(lead + text, add_special_tokens=False)
-        return led.ids[skipped:]
+        encoding = self._template_view.encode(words, add_special_tokens=False)
+        found = [
+            (i, start, end)
+            for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if i in self._added_ids and words[start:end].strip()
+        ]
+        for i, start, end in found:
+            if i >= self._embeddings:
+                raise UserError(
+                    f"the chat template writes {words[start:end]!r}, for which the "
+                    "model has no embedding; use --config.data.template=dolly"
+                )
+        return found
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = True) -> str:
         """The text of `ids`, by default without control tokens."""
         return self._template_view.decode(list(ids), skip_special_tokens=skip_control)
 
 
-def _without_control_tokens(serialized: str) -> tokenizers.Tokenizer:
-    """A copy that reads every added token as the characters of its name."""
+def _is_added(inner: tokenizers.Tokenizer, name: str) -> bool:
+    return any(t.content == name for t in inner.get_added_tokens_decoder().values())
+
+
+def _text_view(serialized: str, controls: frozenset[int]) -> tokenizers.Tokenizer:
+    """A copy that reads control tokens as the characters of their names."""
     rules = json.loads(serialized)
-    for token in rules.get("added_tokens", ()):
-        token["special"] = True
+    for token in rules["added_tokens"]:
+        token["special"] = token["id"] in controls
+    view = _reader(rules)
+    names = {t["content"]: t["id"] for t in rules["added_tokens"]}
+    found = {
+        name
+        for name, i in names.items()
+        if i in controls and i in view.encode(name, add_special_tokens=False).ids
+    }
+    if found:
+        # A vocabulary of pieces finds them, too, unless they have other names there.
+        model = rules["model"]
+        found.discard(model.get("unk_token"))
+        rules["added_tokens"] = [
+            token for token in rules["added_tokens"] if token["content"] not in found
+        ]
+        if isinstance(model["vocab"], dict):
+            vocab = {n + MARK * (n in found): i for n, i in model["vocab"].items()}
+        else:
+            vocab = [[n + MARK * (n in found), score] for n, score in model["vocab"]]
+        changed = {"vocab": vocab}
+        if "merges" in model:
+            joined = (
+                "".join(m if isinstance(m, list) else m.split(" ", 1))
+                for m in model["merges"]
+            )
+            changed["merges"] = [
+                m
+                for m, name in zip(model["merges"], joined, strict=True)
+                if name not in found
+            ]
+        view = _reader(rules | {"model": model | changed})
+    view.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
+    return view
+
+
+def _reader(rules: dict[str, Any]) -> tokenizers.Tokenizer:
     view = tokenizers.Tokenizer.from_str(json.dumps(rules))
     view.encode_special_tokens = True
     return view
@@ -147,16 +247,16 @@ def from_folder(folder: Path) -> Tokenizer:
     Raises:
       UserError: it has none, or none that can be read without running its code.
     """
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = _read_settings(folder)
     file = folder / "tokenizer.json"
     inner = _from_file(file) if file.is_file() else _converted(folder)
-    template = settings.get("chat_template") or ""
-    if isinstance(template, list):
-        template = {t["name"]: t["template"] for t in template}.get("default", "")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    bos, eos = (_token_text(settings.get(k)) for k in ("bos_token", "eos_token"))
-    return _with_marks(inner, bos, eos, template)
+    template = _own_template(settings)
+    if (file := folder / "chat_template.jinja").is_file():
+        try:
+            template = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+    return _with_marks(inner, settings, template)
 
 
 def from_file(file: Path) -> Tokenizer:
@@ -168,23 +268,26 @@ def from_file(file: Path) -> Tokenizer:
     Raises:
       UserError: the file cannot be read, or has no token that ends a document.
     """
-    settings = _read_json(file.with_name("tokenizer_config.json"))
-    bos, eos = (_token_text(settings.get(k)) for k in ("bos_token", "eos_token"))
     inner = _from_file(file)
-    if eos is None:
+    settings = _read_settings(file.parent)
+    if settings.get("eos_token") is None:
         added = {token.content for token in inner.get_added_tokens_decoder().values()}
         eos = next((name for name in END_NAMES if name in added), None)
-    if eos is None:
-        raise UserError(
-            f"{file} has no token that ends a document, such as {END_NAMES[0]}; put a "
-            'tokenizer_config.json with an "eos_token" beside it'
+        if eos is None:
+            raise UserError(
+                f"{file} has no token that ends a document, such as {END_NAMES[0]}; "
+                'put a tokenizer_config.json with an "eos_token" beside it'
+            )
+        settings = ConfigFields(
+            {"bos_token": settings.get("bos_token"), "eos_token": eos}, settings.where
         )
-    return _with_marks(inner, bos, eos, "")
+    return _with_marks(inner, settings, "")
 
 
 def _with_marks(
-    inner: tokenizers.Tokenizer, bos: str | None, eos: str | None, template: str
+    inner: tokenizers.Tokenizer, settings: ConfigFields, template: str
 ) -> Tokenizer:
+    bos, eos = (_named_token(settings, k, inner) for k in ("bos_token", "eos_token"))
     sample = inner.encode("a").ids
     return Tokenizer(
         inner,
@@ -214,76 +317,50 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
 def _from_file(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing more specific.
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # The library raises nothing more specific.
         raise UserError(f"{file} is not a tokenizer: {error}") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> ConfigFields:
+    """The `tokenizer_config.json` of a folder; no fields if there is none."""
+    file = folder / "tokenizer_config.json"
     if not file.is_file():
-        return {}
+        return ConfigFields({}, str(file))
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not a JSON object: {error}") from error
+    return ConfigFields(settings, str(file))
 
 
-def _token_text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Builds a byte-level BPE tokenizer from a GGUF file's `tokenizer.*` keys.
-
-    Raises:
-      UserError: the file's tokenizer is of another kind.
-    """
-    kind = metadata.get("tokenizer.ggml.model")
-    cut = metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or cut not in _pre_tokenizers():
-        raise UserError(
-            f"the GGUF file's tokenizer is {kind!r} and splits text as {cut!r}; gpt2 "
-            f"(byte-level BPE) that splits as {', '.join(_pre_tokenizers())} can be "
-            "built. Use the model's Hugging Face folder instead"
+def _own_template(settings: ConfigFields) -> str:
+    """The template, or the one called default of several; "" if there is none."""
+    template = settings.get("chat_template", "")
+    if isinstance(template, str):
+        return template
+    named = template if isinstance(template, list) else [template]
+    if not all(
+        isinstance(t, dict)
+        and isinstance(t.get("name"), str)
+        and isinstance(t.get("template"), str)
+        for t in named
+    ):
+        raise settings.wrong(
+            "chat_template", template, "text, or a list of {name, template} texts"
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(m.split(" ", 1)) for m in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
-    )
-    inner.pre_tokenizer = _pre_tokenizers()[cut]
-    inner.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"]
-    for wanted, special in ((GGUF_CONTROL, True), (GGUF_USER_DEFINED, False)):
-        added = [t for t, k in zip(tokens, types, strict=True) if k == wanted]
-        inner.add_tokens(
-            [tokenizers.AddedToken(t, special=special, normalized=False) for t in added]
-        )
-
-    def named(key: str) -> str | None:
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return None if index is None else tokens[index]
-
-    return Tokenizer(
-        inner,
-        bos=named("bos"),
-        eos=named("eos"),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-        chat_template=metadata.get("tokenizer.chat_template", ""),
-    )
+    return {t["name"]: t["template"] for t in named}.get("default", "")
 
 
-def _pre_tokenizers() -> dict[str, pre_tokenizers.PreTokenizer]:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    llama3 = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return {
-        "gpt-2": byte_level,
-        "smollm": pre_tokenizers.Sequence([digits, byte_level]),
-        "llama-bpe": llama3,
-    }
+def _named_token(
+    settings: ConfigFields, name: str, inner: tokenizers.Tokenizer
+) -> str | None:
+    """The token that a field names, as text or as an object with its content."""
+    value = settings.get(name)
+    token = value.get("content") if isinstance(value, dict) else value
+    if token is None and value is None:
+        return None
+    if not isinstance(token, str) or inner.token_to_id(token) is None:
+        raise settings.wrong(name, value, "null, or the text of a token that there is")
+    return token

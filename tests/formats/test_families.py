@@ -224,6 +224,22 @@ LLAMA3 = {
         ({"rms_norm_eps": None, "hidden_size": None}, "lacks hidden_size"),
         ({"tie_word_embeddings": "no"}, "'no'; it must be true or false"),
         ({"partial_rotary_factor": 0.5}, "0.5; it must be 1.0, the only value"),
+        ({"hidden_size": 10**12}, "it must be a whole number from 1 to 2147483647"),
+        ({"num_hidden_layers": 10**8}, "it must be a whole number from 1 to 10000"),
+        ({"head_dim": 15}, "head_dim is 15; it must be a multiple of 2"),
+        ({"hidden_size": 2, "num_attention_heads": 4}, "head_dim is 0; it must be"),
+        ({"num_key_value_heads": 3}, "is 3; it must be a divisor of the 4 heads"),
+        ({"rms_norm_eps": 1e5}, "it must be a number above 0 up to 1"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5; it"),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "high_freq_factor is 1.0; it must be a number above 1",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "says that the weights are quantised (bitsandbytes); give the model",
+        ),
     ],
     ids=str,
 )
@@ -233,6 +249,12 @@ def test_a_malformed_field_is_named_with_what_is_right(changes, said):
         family_registry.from_hf_config(config, "here/config.json")
     assert str(error.value).startswith("here/config.json")
     assert said in str(error.value)
+
+
+def test_a_setting_that_changes_nothing_is_no_reason_to_refuse():
+    plain = family_registry.from_hf_config(tiny_model.CONFIG)
+    config = tiny_model.CONFIG | {"pretraining_tp": 2, "quantization_config": None}
+    assert family_registry.from_hf_config(config) == plain
 
 
 def test_a_sliding_window_is_the_context_of_a_mistral():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import TINY, mesh_sizes, random_params
 from safetensors.numpy import save_file
+from tiny_model import make_tiny_model
 
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
@@ -325,6 +326,80 @@ def test_damaged_tokenizer_settings_are_the_users_error(base_folder):
     damage(base_folder / "tokenizer_config.json", "garbage")
     with pytest.raises(UserError, match=r"tokenizer_config\.json"):
         open_base(str(base_folder))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"eos_token": 5}, "eos_token is 5; it must be null, or the text of a token"),
+        ({"eos_token": "</end>"}, "eos_token is '</end>'; it must be null, or"),
+        ({"bos_token": {"text": "a"}}, "bos_token is {'text': 'a'}; it must be"),
+        ({"chat_template": 5}, "chat_template is 5; it must be text, or a list"),
+        ({"chat_template": [{"name": "default"}]}, "it must be text, or a list"),
+        (5, "is not a JSON object"),
+    ],
+    ids=str,
+)
+def test_a_malformed_tokenizer_setting_is_named(base_folder, settings, said):
+    file = base_folder / "tokenizer_config.json"
+    if isinstance(settings, dict):
+        settings = {"eos_token": "b"} | settings
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        open_base(str(base_folder))
+    assert str(error.value).startswith(str(file)) and said in str(error.value)
+
+
+def test_deeply_nested_json_is_the_users_error(base_folder):
+    for name in ("config.json", "tokenizer_config.json"):
+        kept = (base_folder / name).read_text()
+        (base_folder / name).write_text("[" * 100_000)
+        with pytest.raises(UserError, match=name):
+            open_base(str(base_folder))
+        (base_folder / name).write_text(kept)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "U8"])
+def test_a_quantised_checkpoint_without_a_word_in_its_config_is_named(folder, kind):
+    name = "model.layers.0.mlp.up_proj.weight"
+    header = {name: {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}}
+    head = json.dumps(header).encode()
+    content = len(head).to_bytes(8, "little") + head + bytes(4)
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is stored as {kind}.*quantised"):
+        HuggingFaceWeights(folder)
+
+
+def add_tokens(folder, first, *names, special=False):
+    """Adds tokens to a folder's tokenizer.json, with ids from `first` on."""
+    file = folder / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    rules["added_tokens"] += [
+        {"id": i, "content": name, "special": special, **flags}
+        for i, name in enumerate(names, first)
+    ]
+    file.write_text(json.dumps(rules))
+
+
+def test_a_padding_token_above_the_embeddings_is_never_made_of_text(tmp_path):
+    make_tiny_model(tmp_path / "m")
+    add_tokens(tmp_path / "m", 259, "<a>", "<b>", "<c>", "<d>", "<e>", "<pad>")
+    base = open_base(str(tmp_path / "m"))
+    assert base.tokenizer.largest_id == base.architecture.vocab == 264
+    (ids,) = base.tokenizer.encode_texts(["x<pad>y<e>"])
+    assert max(ids) == 263 and base.tokenizer.decode(ids) == "x<pad>y<e>"
+    with pytest.raises(UserError, match="writes '<pad>', for which the model has no"):
+        base.tokenizer.find_added("<pad>")
+
+
+def test_words_above_the_embeddings_are_another_models(tmp_path):
+    make_tiny_model(tmp_path / "m")
+    add_tokens(tmp_path / "m", 259, *(f"<{n}>" for n in range(9)))
+    settings = {"eos_token": "<8>"}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="they do not belong together"):
+        open_base(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("kind", ["garbage", "empty"])

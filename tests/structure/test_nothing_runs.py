@@ -25,8 +25,13 @@ BANNED_CALLS = {
     "eval", "exec", "builtins.eval", "builtins.exec", "compile", "__import__",
     "os.system", "os.popen",
 }  # fmt: skip
-# All of Jinja that may be named: what renders in the sandbox, and its errors.
-JINJA = {"jinja2.sandbox.ImmutableSandboxedEnvironment", "jinja2.TemplateError"}
+# All of Jinja that may be named: what renders in the sandbox, its errors, and what a
+# tag of our own is made of.
+JINJA = {
+    "jinja2.sandbox.ImmutableSandboxedEnvironment", "jinja2.TemplateError",
+    "jinja2.TemplateSyntaxError", "jinja2.ext.Extension", "jinja2.nodes.CallBlock",
+}  # fmt: skip
+ROOMS_OF_JINJA = {"jinja2.sandbox", "jinja2.ext", "jinja2.nodes"}
 
 
 def offences(source):
@@ -36,7 +41,7 @@ def offences(source):
             yield from imports(node)
         elif isinstance(node, ast.Attribute):
             name = ast.unparse(node)
-            if name.startswith("jinja2.") and name not in {"jinja2.sandbox", *JINJA}:
+            if name.startswith("jinja2.") and name not in ROOMS_OF_JINJA | JINJA:
                 yield name
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)

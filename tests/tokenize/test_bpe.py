@@ -17,7 +17,7 @@ from research.data.text.choose_tokenizer import open_tokenizer, training_texts
 from research.data.text.document_readers import DocumentPiece
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
-from research.tokenize.tokenizer import from_file, from_folder
+from research.tokenize.tokenizer import Before, from_file, from_folder
 from research.tokenize.tokenizer_training import (
     END,
     byte_tokenizer,
@@ -39,7 +39,7 @@ def test_every_text_comes_back_and_never_holds_the_end(kind):
     texts = HARD + TEXTS
     for text, ids in zip(texts, tokenizer.encode_texts(texts), strict=True):
         assert tokenizer.decode(ids) == text and tokenizer.eos not in ids
-    assert tokenizer.encode_template(END) == [tokenizer.eos]
+    assert tokenizer.find_added(END) == [(tokenizer.eos, 0, len(END))]
     assert tokenizer.bos is None and not tokenizer.add_bos
 
 
@@ -80,7 +80,7 @@ def test_arrays_hold_the_same_ids():
 def test_the_fast_way_of_the_library_gives_the_same_ids(smollm2):
     for tokenizer in (*made().values(), smollm2.tokenizer):
         view = tokenizer._text_view
-        texts = [tokenizer._lead + text for text in HARD + TEXTS]
+        texts = [tokenizer._leads[Before.TEXT][0] + text for text in HARD + TEXTS]
         slow = view.encode_batch(texts, add_special_tokens=False)
         fast = view.encode_batch_fast(texts, add_special_tokens=False)
         assert [e.ids for e in slow] == [e.ids for e in fast]

@@ -1,6 +1,5 @@
 """Fields of another tool's config file, checked as they are read."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ from research.core.errors import UserError
 from research.models.architecture import Architecture, RopeScaling
 
 ROPE_TYPES = ("default", "linear", "llama3")
+LARGEST = 2**31 - 1  # of any dimension
 
 
 class ConfigFields:
@@ -25,24 +25,54 @@ class ConfigFields:
         """The unchecked value."""
         return self._values.get(name, default)
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        low: int = 1,
+        high: int = LARGEST,
+        multiple_of: int = 1,
+    ) -> int:
         value = self._needed(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(name, "a whole number of at least 1")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not low <= value <= high or value % multiple_of:
+            right = f"a whole number from {low} to {high}"
+            if multiple_of > 1:
+                right = f"a multiple of {multiple_of} and {right}"
+            raise self.wrong(name, value, right)
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        above: float = 0,
+        high: float = 1e30,
+    ) -> float:
         value = self._needed(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number above 0")
-        if not 0 < value < math.inf:
-            raise self._wrong(name, "a number above 0")
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not above < value <= high:
+            raise self.wrong(name, value, f"a number above {above:g} up to {high:g}")
         return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         value = self._needed(name, default)
         if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._needed(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, value, "text")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self._needed(name, None)
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise self.wrong(name, value, "a list of texts")
         return value
 
     def group(self, *names: str) -> "ConfigFields":
@@ -51,7 +81,7 @@ class ConfigFields:
         for name in names:
             value = self._values.get(name, {})
             if not isinstance(value, dict):
-                raise self._wrong(name, "an object with named fields, or null")
+                raise self.wrong(name, value, "an object with named fields, or null")
             together |= value
         present = [name for name in names if name in self._values] or names
         return ConfigFields(together, f"{self.where}, in {' and '.join(present)}")
@@ -61,8 +91,9 @@ class ConfigFields:
 
         A model that computes something else must not load as if it did not.
         """
-        if self._values.get(name, allowed) != allowed:
-            raise self._wrong(name, f"{allowed!r}, the only value computed here")
+        value = self._values.get(name, allowed)
+        if value != allowed:
+            raise self.wrong(name, value, f"{allowed!r}, the only value computed here")
 
     def _needed(self, name: str, default: Any) -> Any:
         value = self._values.get(name, default)
@@ -70,9 +101,11 @@ class ConfigFields:
             raise UserError(f"{self.where} lacks {name}")
         return value
 
-    def _wrong(self, name: str, right: str) -> UserError:
-        found = self._values[name]
-        return UserError(f"{self.where}: {name} is {found!r}; it must be {right}")
+    def wrong(self, name: str, value: Any, right: str) -> UserError:
+        """The error for a field that has a `value` other than what is `right`."""
+        found = repr(value)
+        found = found if len(found) <= 80 else f"{found[:80]}..."
+        return UserError(f"{self.where}: {name} is {found}; it must be {right}")
 
 
 def read_rope(fields: ConfigFields) -> tuple[float, RopeScaling]:
@@ -98,15 +131,20 @@ def read_rope(fields: ConfigFields) -> tuple[float, RopeScaling]:
         )
     if kind == "default":
         return theta, RopeScaling()
+    factor = rope.number("factor", above=0, high=1e6)
+    if factor < 1:
+        raise rope.wrong("factor", factor, "at least 1")
     if kind == "linear":
-        return theta, RopeScaling(kind=kind, factor=rope.number("factor"))
+        return theta, RopeScaling(kind=kind, factor=factor)
+    low = rope.number("low_freq_factor")
     original = "original_max_position_embeddings"
     longest = fields.integer("max_position_embeddings", 2048)
     return theta, RopeScaling(
         kind=kind,
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
+        factor=factor,
+        low_freq_factor=low,
+        # Wavelengths between the two are interpolated, so they must differ.
+        high_freq_factor=rope.number("high_freq_factor", above=low),
         # As transformers reads it: outside the object first, then inside.
         original_max_position=fields.integer(original, rope.integer(original, longest)),
     )

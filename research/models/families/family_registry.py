@@ -29,6 +29,15 @@ def from_hf_config(
       UserError: no family has its `model_type`, a field is missing or malformed, or
         the model computes something that the Block does not.
     """
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            values = config[key]
+            method = values.get("quant_method") if isinstance(values, dict) else values
+            raise UserError(
+                f"{where}: {key} says that the weights are quantised ({method}); give "
+                "the model as it was before, in float32, bfloat16 or float16, or a "
+                "GGUF file"
+            )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise _unknown(f"{where}: model_type is {kind!r}", str(kind), FAMILIES)

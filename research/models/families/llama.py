@@ -7,6 +7,8 @@ from research.models.families.config_fields import ConfigFields, read_rope, writ
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
+MOST_LAYERS = 10_000
+
 
 def from_hf_config(fields: ConfigFields) -> Architecture:
     """Reads the fields of `LlamaConfig`.
@@ -17,22 +19,27 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
-    fields.only("pretraining_tp", 1)
     embed = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", heads, high=heads)
+    if heads % kv_heads:
+        raise fields.wrong(
+            "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads"
+        )
     theta, scaling = read_rope(fields)
     return Architecture(
         vocab=fields.integer("vocab_size"),
         embed=embed,
         mlp=fields.integer("intermediate_size"),
-        layers=fields.integer("num_hidden_layers"),
+        layers=fields.integer("num_hidden_layers", high=MOST_LAYERS),
         heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", embed // heads),
+        kv_heads=kv_heads,
+        # Rotary embeddings turn pairs.
+        head_dim=fields.integer("head_dim", embed // heads, multiple_of=2),
         tied_head=fields.flag("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, high=1),
         max_position=fields.integer("max_position_embeddings", 2048),
     )
 

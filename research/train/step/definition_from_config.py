@@ -70,11 +70,6 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
             f"config.eval.max_new_tokens is {config.eval.max_new_tokens}; it must be "
             f"less than the base model's context, {longest}"
         )
-    if base.tokenizer.largest_id >= base.architecture.vocab:
-        raise UserError(
-            f"the tokenizer has ids up to {base.tokenizer.largest_id} and the model "
-            f"{base.architecture.vocab} of them: they do not belong together"
-        )
 
 
 def load_start(

@@ -1,0 +1,295 @@
+"""A chat template that is cut into its own words and holes for the texts of the turns.
+
+Only the words are searched for control tokens, and no text of a row is among them, so
+no row can forge structure; the loss mask follows from where a part stands. Text and
+words between two control tokens are tokenised in one piece, as transformers does it.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from research.core.errors import UserError
+from research.tokenize.conversation import Turn
+from research.tokenize.template_script import BEGIN_ANSWER, END_ANSWER
+from research.tokenize.tokenizer import Before, Tokenizer
+
+# Private-use characters mark the holes while a template is rendered.
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+HOLE = re.compile(f"({OPEN}[0-9.]+{CLOSE})")
+BLOCK_EDGE = re.compile(f"([{BEGIN_ANSWER}{END_ANSWER}])")
+THOUGHT_TAGS = ("think", "thinking", "thought", "reasoning")
+THOUGHT = re.compile(f"(</?(?:{'|'.join(THOUGHT_TAGS)})>)")
+
+Render = Callable[[Sequence[Turn], bool], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A control token, or what stands between two of them.
+
+    Attributes:
+      ids: of the control token, or of words alone; None if there are holes.
+      pieces: words of the template, and holes.
+      before: what stands in front of it.
+      trained: whether its ids count in the loss.
+    """
+
+    ids: tuple[int, ...] | None
+    pieces: tuple[str, ...]
+    before: Before
+    trained: bool
+
+    def fill(self, texts: Mapping[str, str]) -> str:
+        """Its text, given the texts by hole."""
+        return "".join(texts.get(piece, piece) for piece in self.pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A conversation as parts.
+
+    Attributes:
+      parts: up to the last trained one.
+      notes: what a user should know, in sentences.
+    """
+
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...]
+
+
+def hide(
+    turns: Sequence[Turn], thoughts: bool
+) -> tuple[tuple[Turn, ...], dict[str, str]]:
+    """The turns with holes in place of their texts, and the texts by hole.
+
+    Templates cut white space off a text, and look for thoughts in an answer: white
+    space at the ends and, with `thoughts`, the tags of thoughts stay in sight.
+    """
+    texts: dict[str, str] = {}
+    hidden = []
+    for index, turn in enumerate(turns):
+        seen = thoughts and turn.role == "assistant"
+        pieces = THOUGHT.split(turn.text) if seen else [turn.text]
+        for part in range(0, len(pieces), 2):
+            text = pieces[part].strip()
+            if text:
+                hole = f"{OPEN}{index}.{part}{CLOSE}"
+                texts[hole], start = text, pieces[part].index(text)
+                end = pieces[part][start + len(text) :]
+                pieces[part] = pieces[part][:start] + hole + end
+        hidden.append(dataclasses.replace(turn, text="".join(pieces)))
+    return tuple(hidden), texts
+
+
+def cut_prompt(
+    render: Render, tokenizer: Tokenizer, turns: Sequence[Turn]
+) -> tuple[Part, ...]:
+    """The parts up to where the answer to the last of the hidden `turns` begins.
+
+    Raises:
+      UserError: the template cannot be used.
+    """
+    text, _ = _find_blocks(render(turns, True))
+    _check_holes(text, turns)
+    return _parts(text, [], tokenizer)
+
+
+def cut_conversation(
+    render: Render, tokenizer: Tokenizer, turns: Sequence[Turn]
+) -> Cut:
+    """The parts of a conversation of hidden turns.
+
+    An answer starts where the generation prompt ends, because the model will have to
+    write everything from there on, and ends with a control token. If the template has
+    `{% generation %}` blocks, only what they hold is trained, and the end.
+
+    Raises:
+      UserError: the template drops a message, asks for an answer in other words than
+        it writes before one, or writes no control token after one.
+    """
+    text, blocks = _find_blocks(render(turns, False))
+    _check_holes(text, turns)
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    trained: list[tuple[int, int]] = []
+    notes = []
+    for index in answers:
+        prompt, _ = _find_blocks(render(turns[:index], True))
+        if not text.startswith(prompt):
+            if index != answers[-1]:
+                notes.append(
+                    "answers before the last one are not trained where the chat "
+                    "template writes them otherwise than it asks for an answer"
+                )
+                continue
+            text = _open_thought(text, prompt, turns[index], index)
+            blocks = []
+            notes.append(
+                "the chat template opens a thought for each answer; an answer without "
+                "one is trained with an empty thought"
+            )
+        elif not _holes_of(turns[index].text) <= _holes_of(text):
+            notes.append("the chat template drops the thoughts of answers")
+        trained += _answer_spans(text, len(prompt), index, blocks, tokenizer)
+    if not trained:
+        raise UserError(
+            "the chat template marks no part of the answer with {% generation %}; use "
+            "--config.data.template=dolly"
+        )
+    parts = _parts(text[: trained[-1][1]], trained, tokenizer)
+    return Cut(parts, tuple(notes))
+
+
+def _find_blocks(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of generation blocks, and where the blocks are."""
+    text, edges = "", []
+    for piece in BLOCK_EDGE.split(rendered):
+        if BLOCK_EDGE.fullmatch(piece):
+            edges.append(len(text))
+        else:
+            text += piece
+    return text, list(zip(edges[::2], edges[1::2], strict=False))
+
+
+def _holes_of(text: str) -> set[str]:
+    return {*HOLE.findall(text)}
+
+
+def _check_holes(text: str, turns: Sequence[Turn]) -> None:
+    """Raises UserError if a turn's text is not written once; a thought may be lost."""
+    found = HOLE.findall(text)
+    for turn in turns:
+        own = HOLE.findall(turn.text)
+        if any(found.count(h) > 1 for h in own) or (own and own[-1] not in found):
+            raise UserError(
+                f"the chat template does not write the {turn.role} message of "
+                f"{' '.join(t.role for t in turns[:8])} exactly once; use "
+                "--config.data.template=dolly"
+            )
+
+
+def _open_thought(text: str, prompt: str, answer: Turn, index: int) -> str:
+    """The conversation as a prompt that opens a thought, and the answer behind it.
+
+    The template drops the thought of an answer, or does not open one. An answer
+    without a thought gets an empty one, as Qwen3's template writes it.
+
+    Raises:
+      UserError: the prompt differs in another way.
+    """
+    first = re.search(f"{OPEN}{index}[.]", text)
+    written = text[: first.start()].rstrip()
+    tag = re.fullmatch(r"\s*<(\w+)>\s*", prompt.removeprefix(written))
+    if not tag or not THOUGHT.fullmatch(f"<{tag[1]}>"):
+        asked = prompt[prompt.rfind(CLOSE) + 1 :]
+        found = text[text.rfind(CLOSE, 0, first.start()) + 1 : first.start()]
+        raise UserError(
+            f"the chat template asks for an answer with {asked[-60:]!r} and writes "
+            f"{found[-60:]!r} before one, so what is trained is not what is asked; set "
+            "config.data.template_args so that both agree, or use "
+            "--config.data.template=dolly"
+        )
+    last = HOLE.findall(answer.text)[-1]
+    body = answer.text.partition(last)[0] + last
+    opened = re.match(rf"\s*<{tag[1]}>\s*", body)
+    body = body[opened.end() :] if opened else f"\n</{tag[1]}>\n\n{body}"
+    return prompt + body + text.rpartition(last)[2]
+
+
+def _answer_spans(
+    text: str,
+    start: int,
+    index: int,
+    blocks: Sequence[tuple[int, int]],
+    tokenizer: Tokenizer,
+) -> list[tuple[int, int]]:
+    """Where the trained parts of an answer that begins at `start` are.
+
+    Raises:
+      UserError: no token of the template's own ends the answer.
+    """
+    last = [m.end() for m in HOLE.finditer(text) if m[0].startswith(f"{OPEN}{index}.")]
+    following = HOLE.search(text, last[-1])
+    words = text[last[-1] : following.start() if following else len(text)]
+    added = tokenizer.find_added(words)
+    control = [token for token in added if token[0] in tokenizer.control_ids]
+    if not (control or added):
+        raise UserError(
+            "the chat template writes no control token after an answer, so a model "
+            "could not learn to stop; use --config.data.template=dolly"
+        )
+    _, end_starts, end = (control or added)[0]
+    end_starts, end = last[-1] + end_starts, last[-1] + end
+    if not blocks:
+        return [(start, end)]
+    spans = []
+    for begins, ends in blocks:
+        # A block may leave out the end token, without which an answer never stops.
+        if start < ends <= end_starts and not text[ends:end_starts].strip():
+            ends = end
+        if following is None:
+            ends = min(ends, end)  # More would only take room.
+        if max(begins, start) < ends and begins < end:
+            spans.append((max(begins, start), ends))
+    return spans
+
+
+def _parts(
+    text: str, trained: Sequence[tuple[int, int]], tokenizer: Tokenizer
+) -> tuple[Part, ...]:
+    """Cuts a rendered text at control tokens and where training starts and ends."""
+    edges = {edge for span in trained for edge in span}
+    parts: list[Part] = []
+    pieces: list[str] = []
+    before, began = Before.NOTHING, 0
+
+    def is_trained(place: int) -> bool:
+        return any(start <= place < end for start, end in trained)
+
+    def finish() -> None:
+        if pieces:
+            part = Part(None, tuple(pieces), before, is_trained(began))
+            if not any(HOLE.fullmatch(piece) for piece in pieces):
+                (ids,) = tokenizer.encode_texts([part.fill({})], before)
+                part = dataclasses.replace(part, ids=tuple(ids))
+            parts.append(part)
+            pieces.clear()
+
+    for token, start, end in _tokens(text, sorted(edges), tokenizer):
+        if token is not None or start in edges:
+            finish()
+            if parts and parts[-1].pieces:
+                before = Before.TEXT
+        if token is not None:
+            parts.append(Part((token,), (), before, is_trained(start)))
+            before = Before.CONTROL
+        else:
+            began = began if pieces else start
+            pieces.append(text[start:end])
+    finish()
+    return tuple(parts)
+
+
+def _tokens(
+    text: str, edges: Sequence[int], tokenizer: Tokenizer
+) -> list[tuple[int | None, int, int]]:
+    """Control tokens, holes and words in order: id or None, start and end of each."""
+    found: list[tuple[int | None, int, int]] = []
+    place = 0
+    for piece in HOLE.split(text):
+        stop = place + len(piece)
+        controls = []
+        if not HOLE.fullmatch(piece):
+            controls = [
+                (i, place + start, place + end)
+                for i, start, end in tokenizer.find_added(piece)
+                if i in tokenizer.control_ids
+            ]
+        for i, start, end in (*controls, (None, stop, stop)):
+            inner = [place, *(e for e in edges if place < e < start), start]
+            found += [(None, a, b) for a, b in itertools.pairwise(inner) if a < b]
+            if i is not None:
+                found.append((i, start, end))
+            place = end
+    return found

@@ -1,0 +1,236 @@
+"""Twenty families' chats become the ids that transformers makes, and right masks."""
+
+import datetime
+import itertools
+
+import pytest
+from chat_families import FAMILIES
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from research.core.errors import UserError
+from research.tokenize.chat_template import (
+    ChatFormat,
+    read_template_args,
+    with_template_args,
+)
+from research.tokenize.conversation import Record, Turn
+from research.tokenize.tokenizer import Tokenizer
+
+SYSTEM = ("system", "Answer briefly; é.")
+ONE = [("user", "Is it 12345?\n\nSay so."), ("assistant", "It is.\n\n\nYes (7)?")]
+SEVERAL = [
+    *ONE,
+    ("user", "{x: 1}?"),
+    ("assistant", "<tool_call>\n{}\n</tool_call> done..."),
+    ("user", "And code?\n"),
+    ("assistant", "    return x  # ça\n\n    y"),
+]
+MORE = ("", " with system")
+CHATS = {
+    "one": ONE,
+    "one with system": [SYSTEM, *ONE],
+    "several": SEVERAL,
+    "several with system": [SYSTEM, *SEVERAL],
+}
+# Here the prompt of transformers is not how its whole conversation begins. Ours begins
+# with the prompt, which is all that a model sees when it is asked.
+UNLIKE_THE_PROMPT = {
+    # The line break of the prompt and the indentation of the answer are one token.
+    *((name, f"several{more}") for name in ("chatml", "smollm2") for more in MORE),
+    # The template opens a thought only in the prompt.
+    *(("deepseek-r1 distilled", chat) for chat in CHATS),
+}
+
+
+class FixedDay(datetime.datetime):
+    """The day that templates see here."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 1, tzinfo=tz)
+
+
+class Family:
+    """A family's format here, and the tokenizer of transformers."""
+
+    def __init__(self, name):
+        self.name = name
+        self.facts = facts = FAMILIES[name]
+        eos = facts.eos or facts.control[-1]
+        inner = facts.tokenizer()
+        self.tokenizer = Tokenizer(
+            facts.tokenizer(), bos=facts.bos, eos=eos, chat_template=facts.template
+        )
+        self.chat = ChatFormat(self.tokenizer, "chat", written_args=facts.args)
+        self._theirs = PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token=facts.bos, eos_token=eos
+        )
+        self._theirs.chat_template = facts.template
+        self._args = read_template_args(facts.template, facts.args)
+        self._inner = inner
+
+    def theirs(self, turns, prompt):
+        """The ids of `apply_chat_template`."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = self._theirs.apply_chat_template(
+            messages, add_generation_prompt=prompt, tokenize=False, **self._args
+        )
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def ours(self, turns):
+        return self.chat.encode(
+            Record(tuple(itertools.starmap(Turn, turns)), "", "", "")
+        )
+
+    def prompt(self, turns):
+        return self.chat.encode_prompt([Turn(*turn) for turn in turns])
+
+    def trained_texts(self, encoded):
+        runs = itertools.groupby(
+            zip(encoded.ids, encoded.trained, strict=True), key=lambda pair: pair[1]
+        )
+        return [
+            self.tokenizer.decode([i for i, _ in run], skip_control=False)
+            for trained, run in runs
+            if trained
+        ]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", FixedDay)
+        yield Family(request.param)
+
+
+def folded(turns):
+    (_, system), (_, first), *rest = turns
+    return [("user", f"{system}\n\n{first}"), *rest]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_ids_and_masks_are_those_of_transformers(family, chat):
+    turns = CHATS[chat]
+    reference = turns
+    if not family.facts.system and turns[0][0] == "system":
+        reference = folded(turns)
+    encoded, prompt = family.ours(turns), family.prompt(turns[:-1])
+    assert prompt == family.theirs(reference[:-1], True)
+    assert encoded.ids[: len(prompt)] == prompt, "training sees what will be asked"
+    assert not encoded.trained[len(prompt) - 1]
+    assert all(encoded.trained[len(prompt) :])
+    whole = family.theirs(reference, False)
+    if (family.name, chat) not in UNLIKE_THE_PROMPT:
+        # Words of a template behind the last end are dropped.
+        assert encoded.ids == whole[: len(encoded.ids)]
+        assert len(whole) - len(encoded.ids) <= 2
+    else:
+        assert whole[: len(prompt)] != prompt
+    # Each answer is trained, unless the template writes it in history otherwise than
+    # it asks for it.
+    expected = []
+    for end, (role, text) in enumerate(reference):
+        asked = family.theirs(reference[:end], True) if role == "assistant" else []
+        as_asked = whole[: len(asked)] == asked
+        if role == "assistant" and (as_asked or end == len(reference) - 1):
+            expected.append(text.strip())
+    end = family.facts.control[-1]
+    found = [
+        text.rpartition("</think>")[2].strip().removesuffix(end).strip()
+        for text in family.trained_texts(encoded)
+    ]
+    assert found == expected
+
+
+def test_a_family_has_the_history_that_its_template_writes():
+    """Only two formats here cannot train all answers of a conversation."""
+    counts = {
+        name: len(Family(name).trained_texts(Family(name).ours(CHATS["several"])))
+        for name in FAMILIES
+    }
+    less = {name for name, count in counts.items() if count != 3}
+    assert less == {"qwen3 without thoughts", "deepseek-r1 distilled"}
+
+
+def test_a_thought_is_trained_where_the_prompt_opens_one():
+    r1 = Family("deepseek-r1 distilled")
+    thought = [("user", "2+2?"), ("assistant", "<think>\nTwo twos.\n</think>\n\n4")]
+    assert r1.trained_texts(r1.ours(thought)) == [
+        "Two twos.\n</think>\n\n4<end-of-answer>"
+    ]
+    plain = [("user", "2+2?"), ("assistant", "4")]
+    assert r1.trained_texts(r1.ours(plain)) == ["\n</think>\n\n4<end-of-answer>"]
+    assert r1.ours(plain).ids[: len(r1.prompt(plain[:1]))] == r1.prompt(plain[:1])
+
+
+def test_a_thought_of_the_past_is_gone_as_the_template_says():
+    qwen = Family("qwen3")
+    turns = [
+        ("user", "2+2?"), ("assistant", "<think>\nTwos.\n</think>\n\n4"),
+        ("user", "3+3?"), ("assistant", "<think>Threes.</think>6"),
+    ]  # fmt: skip
+    encoded = qwen.ours(turns)
+    assert encoded.ids == qwen.theirs(turns, False)[: len(encoded.ids)]
+    assert qwen.trained_texts(encoded) == [
+        "4<|im_end|>", "<think>\nThrees.\n</think>\n\n6<|im_end|>",
+    ]  # fmt: skip
+    bare = qwen.ours([("user", "2+2?"), ("assistant", "4")])
+    assert qwen.trained_texts(bare) == ["<think>\n\n</think>\n\n4<|im_end|>"]
+
+
+def test_plain_added_tokens_are_whole_and_special_ones_are_letters():
+    for name in ("hermes", "qwen3", "deepseek-r1 distilled"):
+        tokenizer = Family(name).tokenizer
+        facts = FAMILIES[name]
+        for plain in facts.plain:
+            (ids,) = tokenizer.encode_texts([plain])
+            assert len(ids) == 1 and ids[0] not in tokenizer.control_ids
+        for control in facts.control:
+            (ids,) = tokenizer.encode_texts([control])
+            assert not set(ids) & tokenizer.control_ids
+            assert tokenizer.decode(ids) == control
+
+
+def test_a_variable_of_the_template_is_set_or_named():
+    template = FAMILIES["qwen3"].template
+    assert read_template_args(template, ("enable_thinking=False",)) == {
+        "enable_thinking": False
+    }
+    assert read_template_args("{{ day }}", ("day=26 Jul 2024",)) == {
+        "day": "26 Jul 2024"
+    }
+    with pytest.raises(UserError, match="did you mean 'enable_thinking'"):
+        read_template_args(template, ("enable_thinkin=False",))
+    for wrong in ("enable_thinking", "messages=1", "a b=1"):
+        with pytest.raises(UserError, match="must be name=value"):
+            read_template_args(template, (wrong,))
+
+
+def test_other_tools_prompt_with_the_variables_of_training():
+    quiet = Family("qwen3 without thoughts")
+    turns = [("user", "2+2?")]
+    theirs = Family("qwen3")
+    theirs._theirs.chat_template = with_template_args(
+        quiet.facts.template, quiet.facts.args
+    )
+    assert theirs.theirs(turns, True) == quiet.prompt(turns)
+
+
+def test_a_prompt_in_other_words_is_refused_with_both():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>helper: {% endif %}"
+    )
+    inner = FAMILIES["chatml"].tokenizer()
+    tokenizer = Tokenizer(inner, bos=None, eos="<|im_end|>", chat_template=template)
+    with pytest.raises(UserError, match=r"helper: .*<.im_start.>assistant: "):
+        ChatFormat(tokenizer, "chat")
+
+
+def test_a_system_text_without_a_role_is_said_once(caplog):
+    gemma = Family("gemma 2")
+    for _ in range(3):
+        gemma.ours(CHATS["one with system"])
+    notes = [r.message for r in caplog.records if "no system role" in r.message]
+    assert len(notes) == 1

@@ -10,13 +10,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.jobs.launch_flags import add_texts
 from launch.jobs.launch_job import LaunchJob
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.runs import provenance
 
 ROOT = provenance.ROOT
-LOCAL_FILES = ("config",)  # trainer flags that name a file in the repository
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -34,21 +34,20 @@ def portable(job: LaunchJob, target: str) -> LaunchJob:
     flags, rest = [], iter(job.flags)
     for flag in rest:
         name, mark, value = flag.partition("=")
-        if name.lstrip("-") not in LOCAL_FILES:
-            flags.append(flag)
-            continue
-        value = value if mark else next(rest, "")
-        flags.append(f"{name}={_from_root(name, value, target)}")
+        if name in ("--config", "-config"):
+            value = value if mark else next(rest, "")
+            flag = f"--config={_from_root(value, target)}"
+        flags.append(flag)
     return dataclasses.replace(job, flags=tuple(flags))
 
 
-def _from_root(flag: str, value: str, target: str) -> str:
+def _from_root(config: str, target: str) -> str:
     # ml_collections allows :ARGUMENT after the config file.
-    file, mark, argument = value.partition(":")
+    file, mark, argument = config.partition(":")
     path = Path(file).resolve()
     if not path.is_relative_to(ROOT.resolve()):
         raise UserError(
-            f"{flag} is {file}; {target} sees only the files in {ROOT}: put it there"
+            f"--config is {file}; {target} sees only the files in {ROOT}: put it there"
         )
     return path.relative_to(ROOT.resolve()).as_posix() + mark + argument
 
@@ -72,14 +71,6 @@ def names(jobs: Sequence[LaunchJob]) -> list[str]:
                 "one"
             )
     return list(labels)
-
-
-def local_files(job: LaunchJob) -> list[str]:
-    """Files that a portable job reads, relative to the root of the code."""
-    pairs = (flag.partition("=") for flag in job.flags)
-    found = [v.partition(":")[0] for n, _, v in pairs if n.lstrip("-") in LOCAL_FILES]
-    rows = job.config.data.path
-    return [*found, rows] if rows and not Path(rows).is_absolute() else found
 
 
 def inputs(config: Config) -> dict[str, str]:
@@ -140,17 +131,18 @@ def committed(jobs: Sequence[LaunchJob], target: str) -> str:
             f"{target} sends the last commit, and {ROOT} has uncommitted changes: "
             "commit or stash them"
         )
-    for file in dict.fromkeys(file for job in jobs for file in local_files(job)):
-        if not _sent(file):
+    configs = [x for job in jobs for x in job.flags if x.startswith("--config=")]
+    read = [x.partition("=")[2].partition(":")[0] for x in configs]
+    read += [job.config.data.path for job in jobs]
+    for file in dict.fromkeys(read):
+        if file and not Path(file).is_absolute() and not _sent(file):
             raise UserError(f"{target} sends the last commit; {file} is not in it")
     return version
 
 
 def add_secret_flag(parser: argparse.ArgumentParser, meaning: str) -> None:
     """Adds `--secret=NAME`, which may be repeated."""
-    parser.add_argument(
-        "--secret", action="append", default=[], metavar="NAME", help=meaning
-    )
+    add_texts(parser, "--secret", "NAME", meaning)
 
 
 def check_secrets(names: Sequence[str], allowed: re.Pattern[str] = VARIABLE) -> None:

@@ -1,5 +1,6 @@
 """Creates the machines of a launch, replaces those that are lost, and deletes them."""
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -95,7 +96,7 @@ class CommandRunner:
 
     def __init__(self) -> None:
         self.interrupted = threading.Event()
-        self._running: set[subprocess.Popen[str]] = set()
+        self._running: set[subprocess.Popen[bytes]] = set()
 
     def forward(self, number: int, frame: FrameType | None) -> None:
         self.interrupted.set()
@@ -104,32 +105,23 @@ class CommandRunner:
 
     def do(self, commands: Sequence[Sequence[str]], log: Path | None) -> int:
         """Runs commands up to the first that fails; returns its exit code, or 0."""
-        for command in commands:
-            if self.interrupted.is_set():
-                return INTERRUPTED
-            if log is None:
-                code = self._wait(command, None)
-            else:
-                with log.open("a", encoding="utf-8") as out:
-                    code = self._wait(command, out)
-            if code:
-                return code
+        with log.open("a") if log else contextlib.nullcontext() as out:
+            for command in commands:
+                if self.interrupted.is_set():
+                    return INTERRUPTED
+                if code := self._run(command, out):
+                    return code
         return 0
 
-    def _wait(self, command: Sequence[str], out: IO[str] | None) -> int:
+    def _run(self, command: Sequence[str], out: IO[str] | None) -> int:
         # A group of its own: Ctrl-C reaches it once, through `forward`. A process of a
         # background group cannot read the terminal.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            text=True,
-            process_group=0,
-        )
-        self._running.add(process)
-        code = process.wait()
-        self._running.discard(process)
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, process_group=0
+        ) as process:
+            self._running.add(process)
+            code = process.wait()
+            self._running.discard(process)
         return code
 
 

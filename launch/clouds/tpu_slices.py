@@ -65,8 +65,22 @@ class TpuSlice:
         return 1 if self.chips <= self.chip.hosted else self.chips // HOSTED
 
     @property
+    def name(self) -> str:
+        """As users write it, `v5e:4x4`."""
+        return f"{self.chip.name}:{self.shape}"
+
+    @property
     def type(self) -> str:
-        """The accelerator type of gcloud and SkyPilot, as `v5litepod-16`."""
+        """The accelerator type of gcloud and SkyPilot, as `v5litepod-16`.
+
+        Raises:
+          UserError: the type of so many chips stands for a slice of another shape.
+        """
+        if self.shape not in self.chip.shapes:
+            raise UserError(
+                f"the topology is {self.name}, which no accelerator type names; "
+                f"choose one of {', '.join(self.chip.shapes)}"
+            )
         return f"{self.generation.type}-{self.chips * self.generation.counted}"
 
 
@@ -115,17 +129,3 @@ def only(config: Config, type_: str, flag: str, example: str) -> TpuSlice:
     if type_:
         return of_type(type_, flag)
     return named(config.runtime.topology, example)
-
-
-def default_type(chosen: TpuSlice, flag: str) -> str:
-    """The type of a slice; a type stands for only one shape of that many chips.
-
-    Raises:
-      UserError: the slice has another shape.
-    """
-    if chosen.shape not in chosen.chip.shapes:
-        raise UserError(
-            f"{flag} is {chosen.chip.name}:{chosen.shape}, which no accelerator type "
-            f"names; choose one of {', '.join(chosen.chip.shapes)}"
-        )
-    return chosen.type

@@ -7,11 +7,14 @@ model. A launch whose fit cannot be computed is refused, with the flag to overri
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch.jobs.launch_flags import add_switch, add_text
 from launch.targets import Target
+from research.config.knobs import changed
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.parallel.chips import GIB
@@ -26,13 +29,9 @@ OVERRIDE = "--no-fit-check"
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of this check."""
-    parser.add_argument(
-        OVERRIDE, action="store_true", help="launch even if the config may not fit"
-    )
-    parser.add_argument(
-        "--preset",
-        default="",
-        help="shape to use if the config's model cannot be read here",
+    add_switch(parser, OVERRIDE, "launch even if the config may not fit")
+    add_text(
+        parser, "--preset", "shape to use if the config's model cannot be read here"
     )
 
 
@@ -60,11 +59,8 @@ def check(
 def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") -> str:
     """Plans `config` by formula and returns a line that says how full a chip is.
 
-    Args:
-      config: the config to launch.
-      device: the chips, as `v5e:4x4` or `h100:16`.
-      slices: number of TPU slices.
-      preset: a shape to use in place of the config's model.
+    `device` is the chips, as `v5e:4x4` or `h100:16`; `preset` is a shape to use in
+    place of the config's model.
 
     Raises:
       UserError: the config does not fit or cannot be split over the chips, or the
@@ -130,15 +126,14 @@ def _largest_part(plan: "Plan") -> str:
 def _remedy(plan: "Plan", replan: Callable[[Config], "Plan"]) -> str:
     """The flags that make it fit; one change after the other is tried."""
     flags: list[str] = []
-    for change in (_spread, _shrink_pass, _recompute, _offload):
-        if not (knobs := change(plan)):
-            continue
+    for change in REMEDIES:
+        knobs = change(plan)
         try:
-            changed = replan(_with(plan.config, knobs))
+            smaller = replan(changed(plan.config, knobs, "a remedy"))
         except UserError:
             continue  # The config cannot be split in that way.
-        if changed.needed < plan.needed:
-            plan = changed
+        if smaller.needed < plan.needed:
+            plan = smaller
             flags += [f"--config.{knob}={value}" for knob, value in knobs.items()]
         if plan.fits:
             return f"it fits with {' '.join(flags)}"
@@ -150,35 +145,21 @@ def _remedy(plan: "Plan", replan: Callable[[Config], "Plan"]) -> str:
 
 def _spread(plan: "Plan") -> dict[str, Any]:
     """Shards the weights over every chip of a slice."""
-    mesh = plan.mesh
-    kept = mesh.get("tensor", 1) * mesh.get("context", 1) * plan.target.slices
+    mesh, slices = plan.mesh, plan.target.slices
+    kept = mesh.get("tensor", 1) * mesh.get("context", 1) * slices
     widest = plan.target.count // kept
-    if mesh.get("fsdp", 1) == widest:
-        return {}
-    return {
-        "mesh.replica": plan.target.slices, "mesh.data": 1, "mesh.fsdp": widest
-    }  # fmt: skip
+    return {"mesh.replica": slices, "mesh.data": 1, "mesh.fsdp": widest}
 
 
 def _shrink_pass(plan: "Plan") -> dict[str, Any]:
     """Lowers the rows of a pass to the fewest possible."""
-    mesh = plan.mesh
-    fewest = mesh.get("replica", 1) * mesh.get("data", 1) * mesh.get("fsdp", 1)
-    return {"data.microbatch_size": fewest} if plan.micro_rows > fewest else {}
+    split = (plan.mesh.get(axis, 1) for axis in ("replica", "data", "fsdp"))
+    return {"data.microbatch_size": math.prod(split)}
 
 
-def _recompute(plan: "Plan") -> dict[str, Any]:
-    return {"model.remat": "full"} if plan.config.model.remat != "full" else {}
-
-
-def _offload(plan: "Plan") -> dict[str, Any]:
-    there = plan.config.runtime.offload_optimizer
-    return {} if there else {"runtime.offload_optimizer": True}
-
-
-def _with(config: Config, knobs: Mapping[str, Any]) -> Config:
-    for path, value in knobs.items():
-        group, _, name = path.partition(".")
-        inner = dataclasses.replace(getattr(config, group), **{name: value})
-        config = dataclasses.replace(config, **{group: inner})
-    return config
+REMEDIES: tuple[Callable[["Plan"], dict[str, Any]], ...] = (
+    _spread,
+    _shrink_pass,
+    lambda plan: {"model.remat": "full"},
+    lambda plan: {"runtime.offload_optimizer": True},
+)

@@ -1,7 +1,8 @@
 """The flag parser of every launch command, and the flags that several targets share."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from research.core.errors import UserError
 
@@ -9,8 +10,19 @@ from research.core.errors import UserError
 class LaunchParser(argparse.ArgumentParser):
     """Argparse whose errors are one line, as those of all other commands."""
 
+    def __init__(self, **given: Any) -> None:
+        whole = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=whole, allow_abbrev=False, **given)
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits at the first `--` into the launcher's flags and the trainer's flags."""
+    own = list(arguments)
+    middle = own.index("--") if "--" in own else len(own)
+    return own[:middle], own[middle + 1 :]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -26,21 +38,34 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def add_text(
+    parser: argparse.ArgumentParser, name: str, help: str, default: str = ""
+) -> None:
+    parser.add_argument(name, default=default, help=help)
+
+
+def add_texts(
+    parser: argparse.ArgumentParser, name: str, metavar: str, help: str
+) -> None:
+    """Adds a flag that may be repeated."""
+    parser.add_argument(name, action="append", default=[], metavar=metavar, help=help)
+
+
+def add_number(
+    parser: argparse.ArgumentParser, name: str, help: str, default: int, least: int
+) -> None:
+    parser.add_argument(name, type=at_least(least), default=default, help=help)
+
+
+def add_switch(parser: argparse.ArgumentParser, name: str, help: str) -> None:
+    parser.add_argument(name, action="store_true", help=help)
+
+
 def add_restarts(parser: argparse.ArgumentParser, default: int = 3) -> None:
-    """Adds `--restarts`."""
-    parser.add_argument(
-        "--restarts",
-        type=at_least(0),
-        default=default,
-        help=f"restart a failed trainer this many times; default: {default}",
-    )
+    help = f"restart a failed trainer this many times; default: {default}"
+    add_number(parser, "--restarts", help, default, least=0)
 
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
-    """Adds `--grace`."""
-    parser.add_argument(
-        "--grace",
-        type=at_least(1),
-        default=120,
-        help="seconds that a preempted trainer has to save; default: 120",
-    )
+    help = "seconds that a preempted trainer has to save; default: 120"
+    add_number(parser, "--grace", help, default=120, least=1)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,6 +103,16 @@ class LaunchPlan:
         for tool, remedy in how.items():
             if shutil.which(tool) is None:
                 raise UserError(f"{tool} is not on PATH: {remedy}")
+
+    def submit(self) -> int:
+        """Writes the files and runs every command, even if one of them fails.
+
+        Returns:
+          The first exit code above 0.
+        """
+        self.write_files()
+        codes = [subprocess.run(x, check=False).returncode for x in self.commands]
+        return next((code for code in codes if code), 0)
 
     def write_files(self) -> None:
         for path, text in self.files.items():

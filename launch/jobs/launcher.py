@@ -6,20 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from launch.jobs import compiler_settings, fit_check
+from launch.jobs.launch_flags import add_switch, add_text
 from launch.jobs.launch_job import LaunchJob
 from launch.targets import Target
 
 
 def add_flags(parser: argparse.ArgumentParser, target: Target) -> None:
     """Adds the flags that every target has, and the target's own."""
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show files and commands; do nothing"
-    )
-    parser.add_argument(
-        "--settings",
-        default="default",
-        help="default, none, or names of --settings=list, separated by commas",
-    )
+    add_switch(parser, "--dry-run", "show files and commands; do nothing")
+    meaning = "default, none, or names of --settings=list, separated by commas"
+    add_text(parser, "--settings", meaning, default="default")
     fit_check.add_flags(parser)
     target.add_flags(parser)
 

@@ -1,11 +1,10 @@
 """Reports the results of a sweep: `python -m launch.report --sweep=...`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs.launch_flags import LaunchParser
+from launch.jobs.launch_flags import LaunchParser, add_text
 from research.config import command_line
 from research.core.errors import UserError
 
@@ -17,18 +16,9 @@ so far, and shows report.md. It names the runs that are not done.
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = LaunchParser(
-        prog="python -m launch.report",
-        description=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--sweep", default="", help="the sweep's file, or the folder of its runs"
-    )
-    parser.add_argument(
-        "--folder", default="", help="folder of the runs; default: runs/sweeps/NAME"
-    )
+    parser = LaunchParser(prog="python -m launch.report", description=USAGE)
+    add_text(parser, "--sweep", "the sweep's file, or the folder of its runs")
+    add_text(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
     options = parser.parse_args(argv[1:])
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+PERCENT = round(100 * LEVEL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +16,7 @@ class Interval:
     """A mean and its confidence interval, by Student's t with n - 1 degrees.
 
     Attributes:
-      count: number of values.
-      mean: their mean.
+      count: of the values.
       half: half of the interval's width; infinite for fewer than two values.
     """
 
@@ -90,10 +90,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def verdict(found: PairedComparison | None, adjusted: float, comparisons: int) -> str:
     """Says in words how a point compares; less is better.
 
-    Args:
-      found: the comparison with the baseline.
-      adjusted: its p value, corrected by `holm`.
-      comparisons: number of points that are compared with the baseline.
+    `adjusted` is the p value of `found`, corrected by `holm` for all `comparisons`.
     """
     if found is None:
         return "no seed in common with the baseline"

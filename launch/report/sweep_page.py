@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
-
-from launch.report import seed_statistics, sweep_plots, sweep_results
+from launch.jobs.launch_templates import fill
+from launch.report import sweep_plots, sweep_results
+from launch.report.seed_statistics import PERCENT
 from launch.report.sweep_results import PointResult, SweepReport
 from research.core.visible_text import visible
 from research.report.markdown_report import escaped
@@ -37,27 +37,21 @@ def write(folder: Path) -> list[Path]:
 
 
 def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    return fill(
+        TEMPLATES / f"sweep{Path(name).suffix}.jinja",
+        lambda value: visible(value) if type(value) is str else value,
+        filters={"literal": escaped},
         autoescape=name.endswith(".html"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    environment.filters["literal"] = escaped
-    file = TEMPLATES / f"sweep{Path(name).suffix}.jinja"
-    template = file.read_text(encoding="utf-8")
-    return environment.from_string(template).render(
         sweep=report.sweep,
         name=report.folder.name,
         header=header(report),
-        rows=[(row, cells(report, row)) for row in report.rows],
+        rows=[(row, cells(row)) for row in report.rows],
         pictures=pictures,
         origins=report.origins,
         done=sum(r.state == "done" for row in report.rows for r in row.results),
         count=sum(len(row.results) for row in report.rows),
         command=shlex.join,
-        percent=round(100 * seed_statistics.LEVEL),
+        percent=PERCENT,
         comparisons=len(report.rows) - 1,
         baseline=sweep_plots.label(report.baseline),
     )
@@ -65,14 +59,13 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
 
 def header(report: SweepReport) -> list[str]:
     """The names of the table's columns."""
-    percent = round(100 * seed_statistics.LEVEL)
     return [
         *report.axes,
         "seeds",
         f"{report.sweep['metric']}, mean",
-        f"{percent} % interval",
+        f"{PERCENT} % interval",
         "against the baseline",
-        f"{percent} % interval",
+        f"{PERCENT} % interval",
         "verdict",
         "time a run",
         "tokens",
@@ -80,7 +73,7 @@ def header(report: SweepReport) -> list[str]:
     ]
 
 
-def cells(report: SweepReport, row: PointResult) -> list[str]:
+def cells(row: PointResult) -> list[str]:
     """One row of the table, in the order of `header`."""
     found, against = row.found, row.comparison and row.comparison.difference
     return [
@@ -91,9 +84,9 @@ def cells(report: SweepReport, row: PointResult) -> list[str]:
         f"{against.mean:+.4f}" if against else "-",
         _between(against, "+"),
         row.verdict,
-        duration(row.seconds) if found else "-",
-        f"{row.tokens:,.0f}" if found else "-",
-        f"{row.chip_hours:.3f}" if found else "-",
+        duration(row.mean("seconds")) if found else "-",
+        f"{row.mean('tokens'):,.0f}" if found else "-",
+        f"{row.mean('chip_hours'):.3f}" if found else "-",
     ]
 
 

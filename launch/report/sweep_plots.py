@@ -8,8 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from launch.report import seed_statistics
-from launch.report.seed_statistics import Interval
+from launch.report.seed_statistics import PERCENT, Interval
 from launch.report.sweep_results import PointResult, RunResult, SweepReport
 from research.core.visible_text import visible
 
@@ -33,8 +32,7 @@ def curves(report: SweepReport) -> str:
     by_point = {row.point: row.results for row in report.rows}
     baseline = {r.seed: dict(r.curve) for r in by_point.get(report.baseline, ())}
 
-    def draw(axes: Sequence[Axes]) -> None:
-        left, right = axes
+    def draw(left: Axes, right: Axes) -> None:
         drawn = []
         for index, (point, results) in enumerate(by_point.items()):
             style = {"color": f"C{index % 10}", "label": label(point)}
@@ -49,10 +47,10 @@ def curves(report: SweepReport) -> str:
         left.legend(
             drawn, names, fontsize=7, title=label(report.axes), title_fontsize=7
         )
-        for one in axes:
+        for one in (left, right):
             one.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _picture(2, draw)
+    return _picture(draw)
 
 
 def _against(result: RunResult, baseline: Mapping[int, dict[int, float]]) -> dict:
@@ -100,8 +98,7 @@ def along(report: SweepReport, index: int) -> str:
             rest = (*row.point[:index], *row.point[index + 1 :])
             lines.setdefault(rest, []).append(row)
 
-    def draw(axes: Sequence[Axes]) -> None:
-        left, right = axes
+    def draw(left: Axes, right: Axes) -> None:
         drawn = []
         for number, rows in enumerate(lines.values()):
             style = {"color": f"C{number % 10}", "fmt": "o-" if scale else "o"}
@@ -116,11 +113,10 @@ def along(report: SweepReport, index: int) -> str:
                 x: r.comparison.difference for x, r in at.items() if r.comparison
             }
             _bars(right, compared, style)
-        percent = round(100 * seed_statistics.LEVEL)
-        left.set(ylabel=f"{report.sweep['metric']}, {percent} %", title="held out")
+        left.set(ylabel=f"{report.sweep['metric']}, {PERCENT} %", title="held out")
         right.axhline(0, color="0.4", linewidth=1)
-        right.set(title=f"minus {label(report.baseline)}, same seed, {percent} %")
-        for one in axes:
+        right.set(title=f"minus {label(report.baseline)}, same seed, {PERCENT} %")
+        for one in (left, right):
             if scale:
                 one.set_xscale(scale)
             one.set_xticks([*positions.values()], [label([x]) for x in positions])
@@ -130,7 +126,7 @@ def along(report: SweepReport, index: int) -> str:
         if len(lines) > 1:
             left.legend(drawn, [label(rest) for rest in lines], fontsize=7)
 
-    return _picture(2, draw)
+    return _picture(draw)
 
 
 def _bars(
@@ -162,13 +158,11 @@ def label(point: Sequence[str]) -> str:
     return visible(", ".join(point))
 
 
-def _picture(count: int, draw: Callable[[Sequence[Axes]], None]) -> str:
+def _picture(draw: Callable[[Axes, Axes], None]) -> str:
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(
-            1, count, figsize=(5.2 * count, 3.6), squeeze=False
-        )
-        draw(axes[0])
-        for one in axes[0]:
+        figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.6))
+        draw(*axes)
+        for one in axes:
             one.grid(alpha=0.3)
         figure.tight_layout()
         text = io.StringIO()

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,28 @@ class PointResult:
     """One point of the sweep, over its seeds.
 
     Attributes:
-      found: the metric over the seeds that are done; None if none is.
       comparison: None for the baseline and if no seed is shared with it.
       verdict: the comparison in words.
-      seconds, tokens, chip_hours: means over the runs that are done.
     """
 
     point: tuple[str, ...]
     results: tuple[RunResult, ...]
-    found: Interval | None
     comparison: PairedComparison | None
     verdict: str
-    seconds: float
-    tokens: float
-    chip_hours: float
+
+    @property
+    def done(self) -> list[RunResult]:
+        return [result for result in self.results if result.value is not None]
+
+    @property
+    def found(self) -> Interval | None:
+        """The metric over the seeds that are done; None if none is."""
+        values = [result.value for result in self.done]
+        return seed_statistics.interval(values) if values else None
+
+    def mean(self, name: str) -> float:
+        """The mean of `seconds`, `tokens` or `chip_hours` over finished runs."""
+        return statistics.fmean(getattr(result, name) for result in self.done)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +99,7 @@ class SweepReport:
     @property
     def origins(self) -> dict[str, int]:
         """The different origins of the runs that are done, with their numbers."""
-        done = [r for row in self.rows for r in row.results if r.value is not None]
+        done = [result for row in self.rows for result in row.done]
         return dict(collections.Counter(result.origin for result in done))
 
 
@@ -119,41 +127,18 @@ def load(folder: Path) -> SweepReport:
         point: (c, seed_statistics.verdict(c, p, len(others)))
         for point, c, p in zip(others, compared, adjusted, strict=True)
     }
-    rows = [
-        _row(point, results, *said.get(point, (None, "baseline")))
-        for point, results in by_point.items()
-    ]
+    rows = []
+    for point, results in by_point.items():
+        comparison, verdict = said.get(point, (None, "baseline"))
+        missing = sum(result.value is None for result in results)
+        if missing:
+            verdict += f"; {missing} of {len(results)} runs not done"
+        rows.append(PointResult(point, results, comparison, verdict))
     return SweepReport(folder, sweep, tuple(rows))
 
 
 def _by_seed(results: Sequence[RunResult]) -> dict[int, float]:
     return {r.seed: r.value for r in results if r.value is not None}
-
-
-def _row(
-    point: tuple[str, ...],
-    results: tuple[RunResult, ...],
-    comparison: PairedComparison | None,
-    verdict: str,
-) -> PointResult:
-    done = [r for r in results if r.value is not None]
-    missing = len(results) - len(done)
-    if missing:
-        verdict += f"; {missing} of {len(results)} runs not done"
-
-    def mean(name: str) -> float:
-        return sum(getattr(r, name) for r in done) / len(done) if done else math.nan
-
-    return PointResult(
-        point=point,
-        results=results,
-        found=seed_statistics.interval([r.value for r in done]) if done else None,
-        comparison=comparison,
-        verdict=verdict,
-        seconds=mean("seconds"),
-        tokens=mean("tokens"),
-        chip_hours=mean("chip_hours"),
-    )
 
 
 def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
@@ -163,22 +148,32 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
     evaluated = [line for line in lines if line["kind"] == "eval"]
     values = [(line["step"], _metric(line, metric)) for line in evaluated]
     curve = [(step, value) for step, value in values if value is not None]
-    is_done = bool(curve) and is_complete(place)
-    is_unmeasured = bool(evaluated) and not curve
+    starts = _history(place)
     seconds = train[-1].get("elapsed_s", 0.0) if train else 0.0
-    history = _history(place)
+    # The last start names its devices as `8 TPU v5e`.
+    devices = int(starts[-1]["devices"].split()[0]) if starts else 1
+    if curve and is_complete(place):
+        state = "done"
+    elif evaluated and not curve:
+        state = UNMEASURED
+    elif starts:
+        made = train[-1]["step"] if train else 0
+        cause = starts[-1]["cause"] or "running, or killed"
+        state = f"step {made} of {run['steps']}: {cause}"
+    else:
+        state = "not begun"
     return RunResult(
         name=run["name"],
         point=tuple(run["point"]),
         seed=run["seed"],
         command=tuple(run["command"]),
-        state=_state(is_done, is_unmeasured, train, run["steps"], history),
+        state=state,
         curve=tuple(curve),
-        value=curve[-1][1] if is_done else None,
+        value=curve[-1][1] if state == "done" else None,
         seconds=seconds,
         tokens=sum(line.get("tokens", 0) for line in train),
-        chip_hours=seconds * _devices(history) / 3600,
-        origin=_origin(history),
+        chip_hours=seconds * devices / 3600,
+        origin=_origin(starts),
     )
 
 
@@ -212,23 +207,6 @@ def _history(place: Path) -> list[dict[str, Any]]:
     return read_json(path, STARTS, remedy)["starts"] if path.is_file() else []
 
 
-def _state(
-    is_done: bool,
-    is_unmeasured: bool,
-    train: list[dict[str, Any]],
-    steps: int,
-    starts: list[dict[str, Any]],
-) -> str:
-    if is_done:
-        return "done"
-    if is_unmeasured:
-        return UNMEASURED
-    if not starts:
-        return "not begun"
-    made = train[-1]["step"] if train else 0
-    return f"step {made} of {steps}: {starts[-1]['cause'] or 'running, or killed'}"
-
-
 def _origin(starts: list[dict[str, Any]]) -> str:
     if not starts:
         return ""
@@ -236,8 +214,3 @@ def _origin(starts: list[dict[str, Any]]) -> str:
     code, packages = made.get("code", "unknown"), made.get("packages", {})
     jax = packages.get("jax", "unknown")
     return f"code {code[:12]}, JAX {jax}, {starts[-1]['devices']}"
-
-
-def _devices(starts: list[dict[str, Any]]) -> int:
-    """Number of devices of the last start, such as `8 TPU v5e`; 1 if there is none."""
-    return int(starts[-1]["devices"].split()[0]) if starts else 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch import targets
 from launch.jobs import launcher
-from launch.jobs.launch_flags import LaunchParser, at_least
+from launch.jobs.launch_flags import LaunchParser, add_text, at_least, split_flags
 from launch.jobs.launch_job import LaunchPlan
 from launch.sweep import run_packs, sweep_runs, sweep_spec
 from launch.sweep.run_packs import RunPack
@@ -29,7 +29,7 @@ results.
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 if all runs are done or submitted."""
-    own, overrides = split(argv[1:])
+    own, overrides = split_flags(argv[1:])
     target, options = parse(own)
     sweep = sweep_spec.load(options.sweep)
     if options.seeds:
@@ -58,18 +58,9 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits at the first `--` into the launcher's flags and those of all runs."""
-    own = list(arguments)
-    middle = own.index("--") if "--" in own else len(own)
-    return own[:middle], own[middle + 1 :]
-
-
 def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
     """Reads the target's name first, and then all flags with the target's own."""
-    first = LaunchParser(
-        prog="python -m launch.sweep", add_help=False, allow_abbrev=False
-    )
+    first = LaunchParser(prog="python -m launch.sweep", add_help=False)
     first.add_argument("--target", default="local")
     name = first.parse_known_args(arguments)[0].target
     known = targets.names()
@@ -78,28 +69,13 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
             f"--target={name} is none of {', '.join(known)}{nearest(name, known)}"
         )
     target = targets.find(name)
-    parser = LaunchParser(
-        prog="python -m launch.sweep",
-        description=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--sweep", default="", help="sweep file; see configs/sweeps/")
-    parser.add_argument(
-        "--target", default="local", help=f"{', '.join(known)}; default: local"
-    )
-    parser.add_argument(
-        "--folder", default="", help="folder of the runs; default: runs/sweeps/NAME"
-    )
-    parser.add_argument(
-        "--seeds", default="", help="seeds in place of the sweep's, as 0,1,2"
-    )
-    parser.add_argument(
-        "--together",
-        type=at_least(1),
-        default=None,
-        help="most runs in one program; default: 8 on this machine, 1 elsewhere",
-    )
+    parser = LaunchParser(prog="python -m launch.sweep", description=USAGE)
+    add_text(parser, "--sweep", "sweep file; see configs/sweeps/")
+    add_text(parser, "--target", f"{', '.join(known)}; default: local", "local")
+    add_text(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
+    add_text(parser, "--seeds", "seeds in place of the sweep's, as 0,1,2")
+    most = "most runs in one program; default: 8 on this machine, 1 elsewhere"
+    parser.add_argument("--together", type=at_least(1), default=None, help=most)
     launcher.add_flags(parser, target)
     options = parser.parse_args(arguments)
     if not options.sweep:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from launch.jobs.launch_job import LaunchJob
 from launch.sweep.sweep_runs import SweepRun
-from research.config.knobs import flat
 from research.train_together import compatibility
 
 
@@ -55,18 +54,13 @@ def _pack(runs: tuple[SweepRun, ...], folder: Path) -> RunPack:
     if not more:
         return RunPack(runs, LaunchJob(name, first.flags, first.config, beside=beside))
     changes = json.dumps([dict(run.changes) for run in runs], ensure_ascii=False)
-    return RunPack(
-        runs,
-        LaunchJob(
-            name,
-            (*first.shared, f"--runs={changes}"),
-            _largest(runs).config,
-            module="research.train_together",
-            beside=beside,
-        ),
+    # The fit check uses the config of the run that needs most memory.
+    largest = max(runs, key=lambda run: run.config.lora.rank)
+    job = LaunchJob(
+        name,
+        (*first.shared, f"--runs={changes}"),
+        largest.config,
+        module="research.train_together",
+        beside=beside,
     )
-
-
-def _largest(runs: Sequence[SweepRun]) -> SweepRun:
-    """The run that needs most memory; the fit check uses its config."""
-    return max(runs, key=lambda run: flat(run.config)["lora.rank"])
+    return RunPack(runs, job)

@@ -1,13 +1,12 @@
 """The content of a sweep file: a config, axes to vary it along, seeds, a metric."""
 
 import dataclasses
-import importlib.util
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from research.config.config_file import call_in_file
 from research.core.errors import UserError
 
 Changes = Mapping[str, Any]
@@ -92,11 +91,7 @@ def choice(*values: Any) -> Draw:
 
 
 def _labelled(points: Sequence[Changes]) -> dict[str, Changes]:
-    """Labels points by their values.
-
-    Raises:
-      UserError: two points have the same label.
-    """
+    """Labels points by their values; a UserError if two have the same label."""
     found: dict[str, Changes] = {}
     for point in points:
         several = len(point) > 1
@@ -123,27 +118,8 @@ def load(file: str) -> Sweep:
     Raises:
       UserError: there is no such file or function, or it fails.
     """
-    path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
-        raise UserError(
-            f"--sweep={file} is no sweep file: give one such as "
-            "configs/sweeps/lora_rank.py"
-        )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = module.get_sweep()
-    except UserError as error:
-        raise UserError(f"--sweep={file}: {error}") from error
-    except Exception as error:  # A sweep file is code and may raise anything.
-        said = " ".join(str(error).split())
-        raise UserError(
-            f"--sweep={file} cannot be loaded: {type(error).__name__}: {said}"
-        ) from error
+    module, found = call_in_file(f"--sweep={file}", file, "get_sweep")
     if not isinstance(found, Sweep):
         raise UserError(f"--sweep={file}: get_sweep() must return a Sweep")
-    question = found.question or " ".join(
-        (module.__doc__ or "").split("\n\n")[0].split()
-    )
-    return dataclasses.replace(found, question=question)
+    paragraph = " ".join((module.__doc__ or "").split("\n\n")[0].split())
+    return dataclasses.replace(found, question=found.question or paragraph)

@@ -6,9 +6,7 @@ here because a trainer cannot inherit its lock.
 """
 
 import contextlib
-import dataclasses
 import fcntl
-import json
 import logging
 import math
 import os
@@ -29,20 +27,11 @@ POLL = 2.0  # seconds between two checks of what other workers have finished
 LOG_EVERY = 30.0  # seconds between two lines of progress
 
 
-@dataclasses.dataclass(frozen=True)
-class FailedRun:
-    """A run whose trainer has ended without completing it."""
-
-    name: str
-    code: int
-    log: str
-
-
 class SweepWorker:
     """Trains one pack after the other until none is left.
 
     Attributes:
-      failures: failed runs by name, of this worker and, since it began, of others.
+      failures: exit codes by run, of this worker and, since it began, of others.
     """
 
     def __init__(
@@ -58,7 +47,7 @@ class SweepWorker:
         self._begun = time.time()
         self._trained = 0.0  # Steps that this worker has trained.
         self._spent = 0.0  # Seconds that it took, start-up included.
-        self.failures: dict[str, FailedRun] = {}
+        self.failures: dict[str, int] = {}
 
     def work(self, plans: Sequence[LaunchPlan], restarts: int) -> int:
         """Trains all packs that no other worker trains; returns the exit code.
@@ -86,9 +75,7 @@ class SweepWorker:
             waiting = left
         if self._group.last_signal is not None:
             return PREEMPTED
-        return restart_policy.worst(
-            [failure.code for failure in self.failures.values()]
-        )
+        return restart_policy.worst(list(self.failures.values()))
 
     @contextlib.contextmanager
     def _claim(self, pack: RunPack) -> Iterator[list[int]]:
@@ -116,7 +103,18 @@ class SweepWorker:
         log.parent.mkdir(parents=True, exist_ok=True)
         logging.info("training %s; its output is in %s", pack.job.name, log)
         begun, before = time.monotonic(), self._steps(pack)
-        watch = PackProgress(self, pack, begun, before)
+        said = begun
+
+        def watch() -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= LOG_EVERY:
+                said = now
+                first = pack.runs[0]
+                done = f"step {last_step(first)}/{first.config.steps}"
+                to_go = self._to_go(self._steps(pack) - before, now - begun)
+                logging.info("%s: %s%s", pack.job.name, done, to_go)
+
         with log.open("ab") as output:
             code = self._group.train(plan, restarts, output, watch, locks)
         self._trained += self._steps(pack) - before
@@ -132,9 +130,8 @@ class SweepWorker:
                 mark.unlink(missing_ok=True)
                 continue
             # A pack exits with the code of its worst run.
-            found = FailedRun(run.name, code or 1, str(log))
-            self.failures[run.name] = found
-            mark.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+            self.failures[run.name] = code or 1
+            mark.write_text(str(code or 1), encoding="utf-8")
             logging.error("%s failed with code %d; see %s", run.name, code, log)
         if len(pack.runs) > 1 and not any(run.is_done for run in pack.runs):
             half = math.ceil(len(pack.runs) / 2)
@@ -144,11 +141,9 @@ class SweepWorker:
         """Whether each run of it is done or has failed since this worker began."""
         for run in pack.runs:
             mark = self._mark(run)
-            with contextlib.suppress(OSError, ValueError, TypeError):
+            with contextlib.suppress(OSError, ValueError):
                 if not run.is_done and mark.stat().st_mtime >= self._begun:
-                    self.failures[run.name] = FailedRun(
-                        **json.loads(mark.read_text(encoding="utf-8"))
-                    )
+                    self.failures[run.name] = int(mark.read_text(encoding="utf-8"))
         return all(run.is_done or run.name in self.failures for run in pack.runs)
 
     def _mark(self, run: SweepRun) -> Path:
@@ -172,32 +167,6 @@ class SweepWorker:
         if not (trained and left):
             return ""
         return f"; about {duration(left * spent / trained)} to go for one worker"
-
-
-@dataclasses.dataclass
-class PackProgress:
-    """Logs every `LOG_EVERY` seconds how far a pack is."""
-
-    worker: SweepWorker
-    pack: RunPack
-    begun: float
-    before: float
-    said: float = dataclasses.field(default_factory=time.monotonic)
-
-    def __call__(self) -> None:
-        now = time.monotonic()
-        if now - self.said < LOG_EVERY:
-            return
-        self.said = now
-        made = self.worker._steps(self.pack) - self.before
-        first = self.pack.runs[0]
-        logging.info(
-            "%s: step %d/%d%s",
-            self.pack.job.name,
-            last_step(first),
-            first.config.steps,
-            self.worker._to_go(made, now - self.begun),
-        )
 
 
 def last_step(run: SweepRun) -> int:

@@ -12,14 +12,13 @@ import argparse
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from launch.clouds import remote_jobs, tpu_slices
-from launch.jobs.launch_flags import add_restarts, at_least
+from launch.jobs.launch_flags import add_number, add_restarts, add_switch, add_text
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
@@ -33,26 +32,17 @@ MOUNT = "/mnt/research"
 BUCKET = re.compile(r"gs://[a-z0-9][-a-z0-9_.]*[a-z0-9]")
 ENVIRONMENT = '"$HOME/research-env"'
 
-RUN = """exec {environment}/bin/python {arguments}
-"""
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add_text(
+        parser,
         "--accelerators",
-        default="",
-        help="H100:8 or tpu-v5litepod-16; default: from config.runtime.topology",
+        "H100:8 or tpu-v5litepod-16; default: from config.runtime.topology",
     )
-    parser.add_argument(
-        "--nodes", type=at_least(1), default=1, help="GPU nodes; default: 1"
-    )
-    parser.add_argument("--infra", default="", help="gcp/us-west4; default: any")
-    parser.add_argument(
-        "--spot", action="store_true", help="use machines that may be preempted"
-    )
-    parser.add_argument(
-        "--bucket", default="", help="gs://NAME for run directories; required"
-    )
+    add_number(parser, "--nodes", "GPU nodes; default: 1", 1, least=1)
+    add_text(parser, "--infra", "gcp/us-west4; default: any")
+    add_switch(parser, "--spot", "use machines that may be preempted")
+    add_text(parser, "--bucket", "gs://NAME for run directories; required")
     # SkyPilot would also restart a run that a person must fix.
     add_restarts(parser, default=0)
     remote_jobs.add_secret_flag(
@@ -66,13 +56,12 @@ def rents(options: argparse.Namespace) -> bool:
 
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None:
     """The chips of the nodes; None for GPUs that are not known."""
-    given, _, count = options.accelerators.partition(":")
-    if given and not given.startswith("tpu-"):
-        known = given.lower() in CHIPS and (count or "1").isdigit()
-        number = int(count or 1) * options.nodes if known else 0
-        return (f"{given.lower()}:{number}", 1) if known else None
-    chosen = _slice(given, config)
-    return f"{chosen.chip.name}:{chosen.shape}", 1
+    if chosen := _slice(options, config):
+        return chosen.name, 1
+    name, _, count = options.accelerators.lower().partition(":")
+    if name not in CHIPS or not (count or "1").isdigit():
+        return None
+    return f"{name}:{int(count or 1) * options.nodes}", 1
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
@@ -105,19 +94,21 @@ def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
     absent = [name for name in options.secret if name not in os.environ]
     if absent:
         raise UserError(f"--secret={absent[0]}: no such variable in the environment")
-    plan.write_files()
-    codes = [subprocess.run(x, check=False).returncode for x in plan.commands]
-    return next((code for code in codes if code), 0)
+    return plan.submit()
 
 
 def task(name: str, job: LaunchJob, options: argparse.Namespace) -> dict[str, Any]:
     """SkyPilot's YAML of a job named `name`, as plain data."""
-    accelerators, hosts = _accelerators(job, options)
-    platform = "tpu" if accelerators.startswith("tpu-") else "cuda13"
-    many = options.nodes * hosts > 1
+    chosen = _slice(options, job.config)
+    if chosen and options.nodes > 1:
+        raise UserError(
+            f"--nodes is {options.nodes}; a TPU slice is one node of SkyPilot's"
+        )
+    platform = "tpu" if chosen else "cuda13"
+    many = options.nodes * (chosen.hosts if chosen else 1) > 1
     arguments = job.command("python", distributed=many)[1:]
     resources = {
-        "accelerators": accelerators,
+        "accelerators": f"tpu-{chosen.type}" if chosen else options.accelerators,
         "use_spot": options.spot,
         "job_recovery": {
             "max_restarts_on_errors": options.restarts,
@@ -136,33 +127,16 @@ def task(name: str, job: LaunchJob, options: argparse.Namespace) -> dict[str, An
         },
         **({"secrets": dict.fromkeys(options.secret)} if options.secret else {}),
         "setup": f"bash launch/setup/install.sh {ENVIRONMENT} 'jax[{platform}]'\n",
-        "run": RUN.format(
-            environment=ENVIRONMENT,
-            arguments=shlex.join(arguments),
-        ),
+        "run": f"exec {ENVIRONMENT}/bin/python {shlex.join(arguments)}\n",
     }
 
 
-def _accelerators(job: LaunchJob, options: argparse.Namespace) -> tuple[str, int]:
-    """SkyPilot's name of the accelerators, and the number of hosts in one node.
-
-    Raises:
-      UserError: there is no such TPU, or several TPU nodes were requested.
-    """
-    given = options.accelerators
+def _slice(options: argparse.Namespace, config: Config) -> tpu_slices.TpuSlice | None:
+    """The TPU slice of a job; None if GPUs are named."""
+    given, flag = options.accelerators, "--accelerators=tpu-TYPE"
     if given and not given.startswith("tpu-"):
-        return given, 1
-    chosen = _slice(given, job.config)
-    if options.nodes > 1:
-        raise UserError(
-            f"--nodes is {options.nodes}; a TPU slice is one node of SkyPilot's"
-        )
-    name = tpu_slices.default_type(chosen, "--config.runtime.topology")
-    return f"tpu-{name}", chosen.hosts
-
-
-def _slice(given: str, config: Config) -> tpu_slices.TpuSlice:
-    type_, flag = given.removeprefix("tpu-"), "--accelerators=tpu-TYPE"
+        return None
+    type_ = given.removeprefix("tpu-")
     return tpu_slices.only(config, type_, flag, "--accelerators=H100:8")
 
 

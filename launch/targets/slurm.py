@@ -3,14 +3,20 @@
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.jobs import restart_policy
-from launch.jobs.launch_flags import add_grace, add_restarts, at_least
+from launch.jobs.launch_flags import (
+    add_grace,
+    add_number,
+    add_restarts,
+    add_text,
+    add_texts,
+)
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
+from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError, nearest
 from research.parallel.chips import CHIPS
@@ -18,54 +24,32 @@ from research.parallel.chips import CHIPS
 HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"
 TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on Debian)"}
 
-# sbatch gets its options as arguments and not in the script, where a name could pass
-# for a directive.
-TEMPLATE = """#!/bin/bash
-# A trainer that was preempted has saved; the same job resumes the run.
-cd {folder} || exit 2
-case "${{SLURM_ARRAY_TASK_ID:-0}}" in
-{cases}
-esac
-# Slurm signals the trainers itself. A signal to srun would kill them, and the job ends
-# when this shell does.
-left={restarts}
-trap 'left=0' TERM
-while srun --kill-on-bad-exit=0 "${{command[@]}}"; code=$?; [ "$left" -gt 0 ]; do
-    case $code in {over}) break ;; esac
-    left=$((left - 1))
-done
-# The job number alone may stand for the whole array.
-job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
-# A cancelled job must not come back, and Slurm itself requeues what it preempts.
-case "$code $(squeue --noheader --format='%T %r' --jobs="$job")" in
-'{preempted} RUNNING '* | '{preempted} '*' TimeLimit') scontrol requeue "$job" ;;
-esac
-exit "$code"
-"""
+# It has no #SBATCH lines: a name could pass for a directive there, and cannot in an
+# argument of sbatch.
+TEMPLATE = Path(__file__).parent / "templates/slurm.sh.jinja"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    one = at_least(1)
-    parser.add_argument("--nodes", type=one, default=1, help="default: 1")
-    parser.add_argument("--processes-per-node", type=one, default=1, help="default: 1")
-    parser.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
-    parser.add_argument(
+    add_number(parser, "--nodes", "default: 1", 1, least=1)
+    add_number(parser, "--processes-per-node", "default: 1", 1, least=1)
+    add_number(parser, "--gpus-per-node", "default: 0", 0, least=0)
+    add_text(
+        parser,
         "--device",
-        default="",
-        help="the kind of GPU, such as h100; the launch then checks that the run fits",
+        "the kind of GPU, such as h100; the launch then checks that the run fits",
     )
-    parser.add_argument(
-        "--time", default="", help="time limit as sbatch writes it: 4:00:00"
-    )
+    add_text(parser, "--time", "time limit as sbatch writes it: 4:00:00")
     add_grace(parser)
     add_restarts(parser)
-    parser.add_argument("--partition", default="", help="default: the cluster's")
-    parser.add_argument("--account", default="", help="default: the user's")
-    parser.add_argument("--name", default="", help="default: the run directory's")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="FLAG",
-        help="another flag for sbatch, as --sbatch=--cpus-per-task=8; repeatable",
-    )  # fmt: skip
+    add_text(parser, "--partition", "default: the cluster's")
+    add_text(parser, "--account", "default: the user's")
+    add_text(parser, "--name", "default: the run directory's")
+    add_texts(
+        parser,
+        "--sbatch",
+        "FLAG",
+        "another flag for sbatch, as --sbatch=--cpus-per-task=8; repeatable",
+    )
 
 
 def rents(options: argparse.Namespace) -> bool:
@@ -105,14 +89,11 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     commands = [
         job.setting_env(job.command(sys.executable, distributed=many)) for job in jobs
     ]
-    cases = [
-        f"{index}) command=({shlex.join(command)}) ;;"
-        for index, command in enumerate(commands)
-    ]
     over = restart_policy.FINAL | {PREEMPTED}
-    text = TEMPLATE.format(
+    text = fill(
+        TEMPLATE,
         folder=shlex.quote(os.getcwd()),
-        cases="\n".join(cases),
+        commands=map(shlex.join, commands),
         preempted=PREEMPTED,
         restarts=options.restarts,
         over=" | ".join(map(str, sorted(over))),
@@ -145,5 +126,4 @@ def _sweep_name(beside: Path) -> str:
 
 
 def run(plan: LaunchPlan, options: argparse.Namespace) -> int:
-    plan.write_files()
-    return subprocess.run(plan.commands[0], check=False).returncode
+    return plan.submit()

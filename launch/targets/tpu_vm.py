@@ -13,15 +13,16 @@ JAX finds the hosts of a slice by itself, from the metadata server
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launch.clouds import remote_jobs, rented_machines, tpu_slices
-from launch.jobs.launch_flags import add_restarts
+from launch.jobs.launch_flags import add_restarts, add_switch, add_text, add_texts
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
+from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
 from research.runs import provenance
@@ -42,97 +43,24 @@ STEPS = {
 }
 FOLDER = "/mnt/research"  # holds run directories; a new push does not touch it
 
-TEMPLATE = """#!/bin/bash
-# bash research.sh install|train|go|tail|stop, on each worker of a TPU VM.
-set -u
-cd "$HOME" || exit 2
-command=({command})
-finish() {{ echo "$1" >"$HOME/research.code"; exit "$1"; }}
-lives() {{ [ -e research.pid ] && kill -0 "$(cat research.pid)" 2>/dev/null; }}
-
-install_it() {{
-  set -e
-  rm -rf research
-  mkdir research
-  tar -xzf research.tar.gz -C research
-  sudo install -d -o "$(id -un)" {folder}
-{mount}  bash research/launch/setup/install.sh "$HOME/research-env" 'jax[tpu]'
-}}
-
-case "$1" in
-install) if ! lives; then install_it; fi ;;
-train)  # Starts one trainer, even if it is called again.
-  lives && exit 0
-  rm -f research.code research.stopped
-  setsid bash "$0" go >>research.log 2>&1 </dev/null &
-  echo $! >research.pid
-  ;;
-go)
-  export {version_name}={version}
-{secrets}  cd research || finish 2
-  "${{command[@]}}" &
-  trainer=$!
-  trap 'kill -TERM "$trainer"' TERM
-  wait "$trainer"; code=$?
-  # The trap ends the first wait while the trainer is still saving.
-  while kill -0 "$trainer" 2>/dev/null; do wait "$trainer"; code=$?; done
-  # A run that a person stopped must not restart.
-  if [ "$code" -eq {preempted} ] && [ -e ../research.stopped ]; then code=130; fi
-  finish "$code"
-  ;;
-tail)
-  tail -n 100 -s 0.2 --pid="$(cat research.pid)" -F research.log
-  exit "$(cat research.code 2>/dev/null || echo 137)"
-  ;;
-stop)
-  touch research.stopped
-  kill -TERM "$(cat research.pid)"
-  ;;
-esac
-"""
-
-# Several hosts share the run directory, so no metadata is cached. Checkpoints are
-# committed by a rename, so folders can be renamed.
-MOUNT_TEMPLATE = """\
-  if ! command -v gcsfuse >/dev/null; then
-    key=/usr/share/keyrings/cloud.google.asc
-    list="https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main"
-    curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg |
-      sudo tee $key >/dev/null
-    echo "deb [signed-by=$key] $list" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-    sudo apt-get update -qq
-    sudo apt-get install -qq -y gcsfuse
-  fi
-  mountpoint -q {folder} || gcsfuse --implicit-dirs --rename-dir-limit=100000 \\
-    --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 {bucket} {folder}
-"""
-SECRET_TEMPLATE = """\
-  {name}=$(gcloud secrets versions access latest --secret={name}{project}) || finish 2
-  export {name}
-"""
+TEMPLATE = Path(__file__).parent / "templates/tpu_vm.sh.jinja"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--zone", default="", help="zone, such as us-west4-a; required")
-    parser.add_argument("--project", default="", help="default: gcloud's")
-    parser.add_argument(
-        "--type", default="", help="v5litepod-16; default: from config.runtime.topology"
+    add_text(parser, "--zone", "zone, such as us-west4-a; required")
+    add_text(parser, "--project", "default: gcloud's")
+    add_text(parser, "--type", "v5litepod-16; default: from config.runtime.topology")
+    add_text(parser, "--runtime-version", "default: JAX's own")
+    add_switch(parser, "--spot", "use a VM that may be preempted")
+    add_switch(parser, "--queued", "wait in the queue for free chips")
+    add_text(parser, "--bucket", "mounted on all hosts; holds run directories")
+    add_texts(
+        parser,
+        "--create",
+        "FLAG",
+        "another flag for gcloud create, as --create=--network=NAME; repeatable",
     )
-    parser.add_argument("--runtime-version", default="", help="default: JAX's own")
-    parser.add_argument(
-        "--spot", action="store_true", help="use a VM that may be preempted"
-    )
-    parser.add_argument(
-        "--queued", action="store_true", help="wait in the queue for free chips"
-    )
-    parser.add_argument(
-        "--bucket", default="", help="mounted on all hosts; holds run directories"
-    )
-    parser.add_argument(
-        "--create", action="append", default=[], metavar="FLAG",
-        help="another flag for gcloud create, as --create=--network=NAME; repeatable",
-    )  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help="do not delete the VM")
+    add_switch(parser, "--keep", "do not delete the VM")
     add_restarts(parser)
     parser.add_argument(
         "--do", choices=STEPS, default="run", help="one part of a launch; default: run"
@@ -144,8 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def chips(options: argparse.Namespace, config: Config) -> tuple[str, int]:
     """The chips of the slice."""
-    chosen = _slice(config, options)
-    return f"{chosen.chip.name}:{chosen.shape}", 1
+    return _slice(config, options).name, 1
 
 
 def rents(options: argparse.Namespace) -> bool:
@@ -210,36 +137,21 @@ def worker_script(
     job = remote_jobs.stored(job, FOLDER)
     arguments = job.command("python", distributed=chosen.hosts > 1)[1:]
     variables = f"{shlex.join(job.setting_env([]))} " if job.env else ""
-    project = f" --project={shlex.quote(options.project)}" if options.project else ""
-    bucket = shlex.quote(options.bucket.removeprefix("gs://"))
-    mount = MOUNT_TEMPLATE.format(bucket=bucket, folder=FOLDER)
-    return TEMPLATE.format(
+    return fill(
+        TEMPLATE,
         command=f'{variables}"$HOME/research-env/bin/python" {shlex.join(arguments)}',
         folder=FOLDER,
-        mount=mount if options.bucket else "",
+        bucket=options.bucket and shlex.quote(options.bucket.removeprefix("gs://")),
         version_name=provenance.CODE_VERSION,
         version=version,
         preempted=PREEMPTED,
-        secrets="".join(
-            SECRET_TEMPLATE.format(name=name, project=project)
-            for name in options.secret
-        ),
+        secrets=options.secret,
+        project=options.project and shlex.quote(options.project),
     )
 
 
 def _slice(config: Config, options: argparse.Namespace) -> tpu_slices.TpuSlice:
     return tpu_slices.only(config, options.type, "--type", "--type=v5litepod-16")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gcloud:
-    """Makes commands of `gcloud compute tpus GROUP VERB`."""
-
-    where: Sequence[str]
-
-    def __call__(self, group: str, verb: str, *arguments: str) -> list[str]:
-        own = ["gcloud", "--quiet", "compute", "tpus", group, verb]
-        return [*own, *arguments, *self.where]
 
 
 def _commands(
@@ -249,12 +161,16 @@ def _commands(
     options: argparse.Namespace,
 ) -> dict[str, list[list[str]]]:
     """The commands of each step."""
-    project = [f"--project={options.project}"] if options.project else []
-    gcloud = _Gcloud([f"--zone={options.zone}", *project])
-    type_ = tpu_slices.default_type(chosen, "--config.runtime.topology")
+    where = [f"--zone={options.zone}"]
+    where += [f"--project={options.project}"] * bool(options.project)
+
+    def gcloud(group: str, verb: str, *arguments: str) -> list[str]:
+        own = ["gcloud", "--quiet", "compute", "tpus", group, verb]
+        return [*own, *arguments, *where]
+
     software = options.runtime_version or chosen.generation.runtime
     wanted = [
-        f"--accelerator-type={type_}",
+        f"--accelerator-type={chosen.type}",
         "--scopes=https://www.googleapis.com/auth/cloud-platform",
         *(["--spot"] if options.spot else []),
         *options.create,

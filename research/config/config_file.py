@@ -1,4 +1,4 @@
-"""Reads a config file, which is code and can fail in any way."""
+"""Reads config files and sweep files, which are code and can fail in any way."""
 
 import ast
 import difflib
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -28,21 +29,13 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
       given: FILE.py, or FILE.py:TEXT for `get_config(TEXT)`.
 
     Raises:
-      UserError: the file is missing, fails, or returns something else. The message has
-        the file's name and, if it fails, the line.
+      UserError: see `call_in_file`; or the function returns something else.
     """
     file, colon, argument = given.partition(":")
     arguments = [argument] if colon else []
-    if not Path(file).is_file():
-        raise UserError(f"--config={file}: there is no such file")
-    try:
-        make = getattr(_load(file), "get_config", None)
-        result = make(*arguments) if make else None
-    except (Exception, SystemExit) as error:
-        line = _line(file, error)
-        where = f"{file}:{line}" if line else file
-        raise UserError(f"--config={given} fails: {where}: {_cause(error)}") from error
+    module, result = call_in_file(f"--config={given}", file, "get_config", *arguments)
     if not isinstance(result, ml_collections.ConfigDict):
+        make = getattr(module, "get_config", None)
         line = getattr(getattr(make, "__code__", None), "co_firstlineno", 1)
         found = f"returns {type(result).__name__}" if make else "is missing"
         raise UserError(
@@ -51,6 +44,27 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
             "`return config`"
         )
     return result
+
+
+def call_in_file(
+    flag: str, file: str, function: str, *arguments: str
+) -> tuple[ModuleType, Any]:
+    """A Python file as a module, and the result of its function, None without it.
+
+    Raises:
+      UserError: the file is missing, or fails. The message begins with `flag`, and has
+        the file's name and, if it fails, the line.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{flag}: there is no such file")
+    try:
+        module = _load(file)
+        call = getattr(module, function, None)
+        return module, call(*arguments) if call else None
+    except (Exception, SystemExit) as error:
+        line = _line(file, error)
+        where = f"{file}:{line}" if line else file
+        raise UserError(f"{flag} fails: {where}: {_cause(error)}") from error
 
 
 def _cause(error: BaseException) -> str:
@@ -74,10 +88,8 @@ def nearest_knobs(name: str) -> str:
 def locate(error: UserError, given: str, overrides: Sequence[str]) -> UserError:
     """The error of a config, with the line of the config file that is to blame.
 
-    Args:
-      error: names a knob as `config.optim.name`, or is about something else.
-      given: see `load_config_file`.
-      overrides: flags that set knobs after the file did.
+    `error` may name a knob as `config.optim.name`, which `overrides` set after the file
+    did; `given` is that of `load_config_file`.
     """
     file = given.partition(":")[0]
     named = re.search(r"\bconfig\.([\w.]+\w)", str(error))
@@ -108,7 +120,7 @@ def without_dump(error: BaseException) -> str:
     return f"{message}. {rest.splitlines()[-1]}" if dump else message
 
 
-def _load(file: str) -> Any:
+def _load(file: str) -> ModuleType:
     loader = SourceFileLoader(MODULE, file)
     spec = importlib.util.spec_from_loader(MODULE, loader)
     assert spec is not None

@@ -17,6 +17,7 @@ from plan_helpers import big_config
 from launch import targets
 from launch.jobs import fit_check
 from launch.targets import Target
+from research.config.knobs import changed
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 
@@ -75,9 +76,7 @@ def test_the_remedy_of_a_refusal_does_make_it_fit(knob):
     knobs = dict(re.findall(r"--config\.([\w.]+)=(\w+)", said))
     assert knob in knobs
     read = {"True": True, "full": "full"}
-    mended = fit_check._with(
-        config, {k: read.get(v) or int(v) for k, v in knobs.items()}
-    )
+    mended = changed(config, {k: read.get(v) or int(v) for k, v in knobs.items()}, "")
     assert "fits" in fit_check.require_fit(mended, device, slices, preset)
 
 

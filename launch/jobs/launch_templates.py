@@ -1,0 +1,29 @@
+"""Fills the templates of manifests, scripts and report pages."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jinja2.sandbox
+
+
+def fill(
+    template: Path,
+    write: Callable[[Any], Any] | None = None,
+    *,
+    filters: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
+    autoescape: bool = False,
+    **values: Any,
+) -> str:
+    """The text of a Jinja template; `write` turns each of its values into text."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        finalize=write,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    text = template.read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)

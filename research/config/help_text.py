@@ -1,6 +1,7 @@
 """The text of `--help`: flags and knobs with their type, default, choices and range."""
 
 import dataclasses
+import functools
 import json
 import textwrap
 import typing
@@ -21,14 +22,12 @@ WIDTH = 88
 
 
 def full_help(usage: str, options: type, *, has_config: bool) -> str:
-    """The text of `--help`.
-
-    Args:
-      usage: the door's own words.
-      options: the group of the door's own flags.
-      has_config: whether the door takes `--config` and its knobs.
+    """The text of `--help`: the door's own words, its flags, and all knobs if it takes
+    `--config`.
     """
-    parts = [usage.strip(), *_options_help(options)]
+    own = [f for f in dataclasses.fields(options) if f.name != "verb"]
+    flags = "\n".join(_lines(f"--{f.name}", f, f.default) for f in own)
+    parts = [usage.strip(), flags] if own else [usage.strip()]
     if has_config:
         parts += [KNOBS_HEADING.strip(), *_group_help(Config(), "config")]
     return "\n\n".join(parts) + "\n"
@@ -50,24 +49,13 @@ def topic_help(topic: str, options: type, *, has_config: bool) -> str:
         return _explain_knob(name, *knobs[name])
     groups = {path.rpartition(".")[0] for path in knobs} - {""}
     if name in groups:
-        return "\n\n".join(_group_help(_group(Config(), name), f"config.{name}")) + "\n"
+        group = functools.reduce(getattr, name.split("."), Config())
+        return "\n\n".join(_group_help(group, f"config.{name}")) + "\n"
     known = [*own, *knobs, *groups]
     raise UserError(
         f"--help={topic}: there is no such flag, knob or group"
         f"{nearest(name, known)}; --help lists them all"
     )
-
-
-def _group(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def _options_help(options: type) -> Iterator[str]:
-    shown = [f for f in dataclasses.fields(options) if f.name != "verb"]
-    if shown:
-        yield "\n".join(_lines(f"--{f.name}", f, f.default) for f in shown)
 
 
 def _group_help(group: Any, path: str) -> Iterator[str]:

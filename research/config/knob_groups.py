@@ -1,6 +1,7 @@
 """The groups of knobs, one for each concern. A room receives the groups it needs.
 
-A new knob is a line here. The rules across knobs are in `cross_knob_rules.py`.
+A new knob is a line here. A resumed run may change a `free_knob` and no other one. The
+rules across knobs are in `cross_knob_rules.py`.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from research.config.choices import (
     SCHEDULES,
     UNDECODABLE,
 )
-from research.config.knobs import knob
+from research.config.knobs import free_knob, knob
 from research.config.task_kinds import TASK_MODULES
 
 
@@ -44,30 +45,25 @@ class ModelConfig:
         "how frozen weights are stored while adapters train; plain: arrays of dtype",
         choices=BASE_FORMAT_MODULES,
     )
-    remat: str = knob(
+    remat: str = free_knob(
         "none",
         "values that the backward pass computes again instead of keeping them; dots: "
         "all but matrix products",
-        fixed=False,
         choices=REMATS,
     )
-    scan_unroll: int = knob(
-        1, "layers in one iteration of the layer scan", fixed=False, above=0
+    scan_unroll: int = free_knob(
+        1, "layers in one iteration of the layer scan", above=0
     )
-    attention: str = knob(
+    attention: str = free_knob(
         "auto",
         "attention kernel; cudnn runs on GPUs, splash on TPUs",
-        fixed=False,
         choices=(AUTO, *KERNELS),
     )
-    attention_block: int = knob(
-        128, "tokens in a block of the xla kernel", fixed=False, above=0
+    attention_block: int = free_knob(
+        128, "tokens in a block of the xla kernel", above=0
     )
-    loss_chunk: int = knob(
-        128,
-        "positions in one product with the vocabulary head",
-        fixed=False,
-        above=0,
+    loss_chunk: int = free_knob(
+        128, "positions in one product with the vocabulary head", above=0
     )
 
 
@@ -157,7 +153,7 @@ class DataConfig:
     max_rows: int = knob(
         0, "use this many rows, chosen by the seed; 0: all rows", low=0
     )
-    hub_timeout: float = knob(5.0, "seconds to wait for the hub", fixed=False, above=0)
+    hub_timeout: float = free_knob(5.0, "seconds to wait for the hub", above=0)
 
     @property
     def rows_per_pass(self) -> int:
@@ -206,11 +202,8 @@ class TextConfig:
         True,
         "tokenise once and read in random order; false: stream in the sources' order",
     )
-    cache_dir: str = knob(
-        "auto",
-        "folder of tokenised sources; auto: the user's cache",
-        fixed=False,
-        is_path=True,
+    cache_dir: str = free_knob(
+        "auto", "folder of tokenised sources; auto: the user's cache", is_path=True
     )
 
 
@@ -259,11 +252,10 @@ class OptimConfig:
         low=0,
     )
     skip_window: int = knob(128, "recent steps that skip_spread compares with", above=0)
-    rollbacks: int = knob(
+    rollbacks: int = free_knob(
         0,
         "how often a loss or gradient norm that is not finite sends the run back to "
         "its last checkpoint, to continue without that batch; then the run stops",
-        fixed=False,
         low=0,
     )
 
@@ -272,15 +264,11 @@ class OptimConfig:
 class MeshConfig:
     """How many devices each axis of the mesh has."""
 
-    replica: int = knob(
-        1, "copies on other slices or hosts; they split the batch", fixed=False
-    )
-    data: int = knob(
-        -1, "copies that split the batch; -1: all other devices", fixed=False
-    )
-    fsdp: int = knob(1, "splits the batch and every matrix", fixed=False)
-    tensor: int = knob(1, "splits heads, MLP and vocabulary", fixed=False)
-    context: int = knob(1, "splits the tokens of a row", fixed=False)
+    replica: int = free_knob(1, "copies on other slices or hosts; they split the batch")
+    data: int = free_knob(-1, "copies that split the batch; -1: all other devices")
+    fsdp: int = free_knob(1, "splits the batch and every matrix")
+    tensor: int = free_knob(1, "splits heads, MLP and vocabulary")
+    context: int = free_knob(1, "splits the tokens of a row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,18 +276,13 @@ class EvalConfig:
     """Evaluation and samples."""
 
     every: int = knob(10, "steps between evaluations of the held-out rows", above=0)
-    prompts: int = knob(3, "held-out prompts answered at the end", fixed=False, low=0)
-    max_new_tokens: int = knob(
-        96, "tokens in an answer or sample", fixed=False, above=0
+    prompts: int = free_knob(3, "held-out prompts answered at the end", low=0)
+    max_new_tokens: int = free_knob(96, "tokens in an answer or sample", above=0)
+    text_prompts: tuple[str, ...] = free_knob(
+        ("",), "beginnings that the samples of pre-training continue"
     )
-    text_prompts: tuple[str, ...] = knob(
-        ("",), "beginnings that the samples of pre-training continue", fixed=False
-    )
-    samples_every: int = knob(
-        0,
-        "steps between samples that the model writes; 0: only at the end",
-        fixed=False,
-        low=0,
+    samples_every: int = free_knob(
+        0, "steps between samples that the model writes; 0: only at the end", low=0
     )
 
 
@@ -307,15 +290,14 @@ class EvalConfig:
 class CheckpointConfig:
     """When state is saved, and which checkpoints stay."""
 
-    every: int = knob(20, "steps between checkpoints", fixed=False, above=0)
-    keep_last: int = knob(2, "newest checkpoints that stay", fixed=False, above=0)
-    keep_best: int = knob(
-        1, "checkpoints that stay for their held-out loss", fixed=False, low=0
+    every: int = free_knob(20, "steps between checkpoints", above=0)
+    keep_last: int = free_knob(2, "newest checkpoints that stay", above=0)
+    keep_best: int = free_knob(
+        1, "checkpoints that stay for their held-out loss", low=0
     )
-    on_error: str = knob(
+    on_error: str = free_knob(
         "stop",
         "after a save that failed, as on a full disk: stop, or continue (go_on)",
-        fixed=False,
         choices=("stop", "go_on"),
     )
 
@@ -324,61 +306,42 @@ class CheckpointConfig:
 class RuntimeConfig:
     """The machine, its processes, and the signs of life that they show."""
 
-    compilation_cache: str = knob(
+    compilation_cache: str = free_knob(
         "auto",
         "folder of compiled programs; auto: the user's cache; empty: none",
-        fixed=False,
         is_path=True,
     )
-    peak_tflops: float = knob(
-        0.0,
-        "peak of a device, for MFU; 0: from a table, or measured on a CPU",
-        fixed=False,
-        low=0,
+    peak_tflops: float = free_knob(
+        0.0, "peak of a device, for MFU; 0: from a table, or measured on a CPU", low=0
     )
-    progress: str = knob(
+    progress: str = free_knob(
         "auto",
         "how progress is shown; auto: a bar on a terminal, else lines",
-        fixed=False,
         choices=("auto", "bar", "lines"),
     )
-    profile_from: int = knob(0, "first step to trace; 0: none", fixed=False, low=0)
-    profile_steps: int = knob(3, "number of steps to trace", fixed=False, above=0)
-    grad_norms: bool = knob(
-        False, "log the gradient norm of every parameter, too", fixed=False
-    )
-    watchdog_s: float = knob(
+    profile_from: int = free_knob(0, "first step to trace; 0: none", low=0)
+    profile_steps: int = free_knob(3, "number of steps to trace", above=0)
+    grad_norms: bool = free_knob(False, "log the gradient norm of every parameter, too")
+    watchdog_s: float = free_knob(
         1800.0,
         "seconds without progress, or without word from another process, after which "
         "a process shows where it hangs, and ends; 0: never",
-        fixed=False,
         low=0,
     )
-    offload_optimizer: bool = knob(
-        False, "keep the optimizer's state in the host's memory", fixed=False
+    offload_optimizer: bool = free_knob(
+        False, "keep the optimizer's state in the host's memory"
     )
-    distributed: bool = knob(
-        False, "join the other processes of a multi-host run", fixed=False
+    distributed: bool = free_knob(False, "join the other processes of a multi-host run")
+    coordinator_address: str = free_knob(
+        "", "HOST:PORT of process 0, if neither the cluster nor JAX_* variables give it"
     )
-    coordinator_address: str = knob(
-        "",
-        "HOST:PORT of process 0, if neither the cluster nor JAX_* variables give it",
-        fixed=False,
+    num_processes: int = free_knob(
+        0, "processes of the run, needed with coordinator_address", low=0
     )
-    num_processes: int = knob(
-        0, "processes of the run, needed with coordinator_address", fixed=False, low=0
+    process_id: int = free_knob(
+        -1, "number of this process, from 0, needed with coordinator_address", low=-1
     )
-    process_id: int = knob(
-        -1,
-        "number of this process, from 0, needed with coordinator_address",
-        fixed=False,
-        low=-1,
+    topology: str = free_knob(
+        "", "TPUs that the config is meant for, such as v5e:4x4; research.plan reads it"
     )
-    topology: str = knob(
-        "",
-        "TPUs that the config is meant for, such as v5e:4x4; research.plan reads it",
-        fixed=False,
-    )
-    slices: int = knob(
-        1, "number of such slices, joined by the network", fixed=False, above=0
-    )
+    slices: int = free_knob(1, "number of such slices, joined by the network", above=0)

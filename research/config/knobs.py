@@ -27,18 +27,16 @@ class KnobFacts:
       fixed: a resumed run must not change it.
       choices: the values it may have; none: any. The collection is read at each check,
         so a registry that a later room extends can be given itself.
-      above: the value is greater than this.
-      low: the value is this or greater.
-      high: the value is this or smaller.
+      above, low, high: the limits of a number; `above` itself is not allowed.
       is_path: its values name files or folders, among other things.
     """
 
     help: str
-    fixed: bool
-    choices: Collection[str]
-    above: float | None
-    low: float | None
-    high: float | None
+    fixed: bool = True
+    choices: Collection[str] = ()
+    above: float | None = None
+    low: float | None = None
+    high: float | None = None
     is_path: bool = False
 
     def range(self) -> str:
@@ -63,20 +61,16 @@ class KnobFacts:
         return f"it must be {self.range()}" if too_low or too_high else ""
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    fixed: bool = True,
-    choices: Collection[str] = (),
-    above: float | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    is_path: bool = False,
-) -> Any:
-    """A field of a group, with its limits; see `KnobFacts` for the arguments."""
-    facts = KnobFacts(help, fixed, choices, above, low, high, is_path)
-    return dataclasses.field(default=default, metadata={"facts": facts})
+def knob(default: Any, help: str, **facts: Any) -> Any:
+    """A field of a group that a resumed run must not change; see `KnobFacts`."""
+    return dataclasses.field(
+        default=default, metadata={"facts": KnobFacts(help, **facts)}
+    )
+
+
+def free_knob(default: Any, help: str, **facts: Any) -> Any:
+    """A field of a group that a resumed run may change; see `KnobFacts`."""
+    return knob(default, help, fixed=False, **facts)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -102,9 +96,7 @@ def facts_of(field: "dataclasses.Field[Any]") -> KnobFacts:
 def check_limits(config: Any, prefix: str) -> None:
     """Checks every knob of a group against its own choices and range.
 
-    Args:
-      config: the group.
-      prefix: stands before the names of its knobs in messages, such as "config.".
+    `prefix`, such as "config.", stands before the names of knobs in messages.
 
     Raises:
       UserError: a value is not allowed; the message names the knob.
@@ -118,14 +110,7 @@ def to_config_dict(config: Any) -> "ml_collections.ConfigDict":
     """The same groups and values, not locked."""
     import ml_collections
 
-    result = ml_collections.ConfigDict()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            result[field.name] = to_config_dict(value)
-        else:
-            result[field.name] = value
-    return result
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def build(cls: type, values: Any, path: str) -> Any:

@@ -27,6 +27,7 @@ from research.config.knobs import (
     facts_of,
     fields,
     flat,
+    free_knob,
     knob,
     to_config_dict,
 )
@@ -47,14 +48,13 @@ class Config:
         "what is trained; lora: adapters of config.lora; full: every parameter",
         choices=("lora", "full"),
     )
-    export: bool = knob(
-        False, "at the end, write the model as a Hugging Face folder", fixed=False
+    export: bool = free_knob(
+        False, "at the end, write the model as a Hugging Face folder"
     )
-    accept: tuple[str, ...] = knob(
+    accept: tuple[str, ...] = free_knob(
         (),
         "what a resumed run may change, as ('data', 'seed'): base model, tokenizer, "
         "data, or knobs by name; recorded in run.json",
-        fixed=False,
     )
     steps: int = knob(100, "optimizer updates of the whole run", above=0)
     seed: int = knob(
@@ -77,8 +77,7 @@ class Config:
 
 def defaults() -> "ml_collections.ConfigDict":
     """All knobs at their defaults, locked: config files change what differs."""
-    config = to_config_dict(Config())
-    return config.lock()
+    return to_config_dict(Config()).lock()
 
 
 def from_config_dict(config: "ml_collections.ConfigDict") -> Config:

@@ -187,7 +187,7 @@ def test_a_group_must_be_a_group(group):
         ("lora.dropout", -0.1, "0 to 0.99"),
         ("optim.warmup", 1.5, "0 to 1"),
         ("optim.final", -0.5, "0 to 1"),
-        ("data.microbatch_size", 3, "divide config.data.batch_size, which is 8"),
+        ("data.microbatch_size", 3, "batch_size is 8: the micro-batch must divide"),
         ("data.microbatch_size", -2, "config.data.microbatch_size is -2"),
         # NumPy or optax would refuse these much later, or never.
         ("seed", -1, "seed"),

@@ -1,13 +1,17 @@
 """Plans a run before chips are rented: `python -m research.plan --config=FILE.py`."""
 
 import dataclasses
+import logging
 import os
+import sys
 from collections.abc import Sequence
 
 from research.config import command_line
 from research.config.knobs import knob
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
+from research.plan.planned_devices import PlannedDevices, parse_device, parse_topology
 
 USAGE = """
 python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
@@ -34,24 +38,68 @@ class PlanFlags:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 fits, 1 does not."""
     config, f = command_line.parse_with_config(argv, USAGE, PlanFlags)
-    topology = f.topology or config.runtime.topology
     if f.topology and f.device:
         raise UserError(
             "--topology and --device are both set; set the one that names your chips"
         )
-    if not (topology or f.device):
+    if not (f.topology or config.runtime.topology or f.device):
         raise UserError(
             "no chips are named: give --topology=v5e:4x4, --device=h100:8 or "
             "--device=cpu, or set config.runtime.topology"
         )
     os.environ |= ENVIRONMENT
-    from research.plan import plan_command
+    return plan(config, f)
+
+
+def plan(config: Config, f: PlanFlags) -> int:
+    """Plans and shows; returns the exit code."""
+    # JAX starts with these imports, and reads the environment.
+    from rich.console import Console
+
+    from research.plan import abstract_step, layout_search, plan_json, planner
+    from research.plan.compiled import compile_step
+    from research.report import plan_tables
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    console, target = Console(), find_target(config, f)
+    if f.json:
+        plan_json.check_json(f.json)
+    architecture = abstract_step.find_architecture(config, f.preset)
+    devices = [] if f.device else compile_step.topology_devices(target)
+
+    def plan_one(config: Config) -> planner.Plan:
+        if devices:
+            return planner.plan_compiled(config, architecture, target, devices)
+        return planner.plan_estimate(config, architecture, target)
+
+    if f.search:
+        # Otherwise every candidate logs which attention kernel it takes.
+        logging.getLogger().setLevel(logging.WARNING)
+        compile_plan = plan_one if devices else None
+        found = layout_search.search(config, architecture, target, compile_plan)
+        plans = [plan_json.to_json(plan) for plan in found.plans]
+        plan_tables.show_search(console, plans, found.refused)
+    else:
+        plans = [plan_json.to_json(plan_one(config))]
+        plan_tables.show_plan(console, plans[0])
+    if f.json:
+        plan_json.write_json(f.json, plans if f.search else plans[0])
+    return 0 if plans[0]["fits"] else 1
+
+
+def find_target(config: Config, f: PlanFlags) -> PlannedDevices:
+    """The chips that the flags, or else the config, name."""
+    from research.parallel import runtime
 
     slices = f.slices or config.runtime.slices
-    request = plan_command.PlanRequest(
-        config, topology, slices, f.device, f.search, f.json, f.preset
-    )
-    return plan_command.run(request)
+    if not f.device:
+        return parse_topology(f.topology or config.runtime.topology, slices)
+    is_cpu = f.device.partition(":")[0] == "cpu"
+    flops = runtime.peak_flops(config.runtime, config.model.dtype) if is_cpu else 0.0
+    return parse_device(f.device, slices, flops or 0.0)
 
 
 if __name__ == "__main__":

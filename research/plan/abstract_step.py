@@ -32,8 +32,6 @@ class AbstractStep:
     """A step's definition and its abstract arguments, with their shardings.
 
     Attributes:
-      config: the config that is planned.
-      definition: the step definition, made as training makes it.
       state: first argument of the jitted train step.
       frozen: parameters that are not trained, the second argument.
       batch: third argument; its arrays are `[passes, rows, seq]`.
@@ -68,11 +66,7 @@ class _Vocabulary:
 
 
 def find_architecture(config: Config, override: str = "") -> Architecture:
-    """Returns the shape of the model that `config` trains.
-
-    Args:
-      config: its `model` names a model or a preset.
-      override: a preset to use in place of the named model.
+    """The shape of the model that `config` trains, or of the preset `override`.
 
     Raises:
       UserError: the model cannot be read, or there is no such preset.

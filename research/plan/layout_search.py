@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -44,52 +45,36 @@ def search(
     """Tries mesh layouts and remat policies, each with the largest micro-batch.
 
     The batch of a step is kept. `replica` equals the number of slices, and `context`
-    is tried only if there are fewer rows than devices.
-
-    Args:
-      config: the config whose layout is searched.
-      architecture: shape of its model.
-      target: the chips.
-      compile_plan: compiles one config; it checks the best estimates.
+    is tried only if there are fewer rows than devices. `compile_plan` compiles one
+    config; it checks the best estimates.
 
     Raises:
       UserError: no layout divides the model and the batch.
     """
-    tried, refused, fitting = 0, 0, []
+    tried, plans = 0, []
     causes: collections.Counter[str] = collections.Counter()
-    nearest: Plan | None = None
-    for mesh in layouts(config, target):
-        for remat in REMATS:
-            tried += 1
-            try:
-                plan, smallest = _largest(config, architecture, target, mesh, remat)
-            except UserError as error:
-                causes[str(error)] += 1
-                refused += 1
-                continue
-            if plan is not None:
-                fitting.append(plan)
-                continue
-            refused += 1
-            if smallest and (nearest is None or smallest.needed < nearest.needed):
-                nearest = smallest
-    if not fitting and nearest is None:
-        if causes.total() == tried:
-            cause, count = causes.most_common(1)[0]
-            raise UserError(
-                f"none of {tried} layouts on {target.name} is possible: {count} of "
-                f"them because {cause}"
-            )
+    for mesh, remat in itertools.product(layouts(config, target), REMATS):
+        tried += 1
+        try:
+            plans += _largest(config, architecture, target, mesh, remat)
+        except UserError as error:
+            causes[str(error)] += 1
+    if not plans and causes.total() == tried:
+        cause, count = causes.most_common(1)[0]
+        raise UserError(
+            f"none of {tried} layouts on {target.name} is possible: {count} of "
+            f"them because {cause}"
+        )
+    if not plans:
         raise UserError(
             f"none of {tried} layouts on {target.name} divides {config.data.batch_size}"
             " rows and the model's dimensions; try another config.data.batch_size"
         )
-    fitting.sort(key=_slowness)
-    best = fitting[:SHOWN] or [nearest]
-    refused += len(fitting) - len(fitting[:SHOWN]) - (not fitting)
+    fitting = sorted((plan for plan in plans if plan.fits), key=_slowness)
+    best = fitting[:SHOWN] or [min(plans, key=lambda plan: plan.needed)]
     if compile_plan is not None:
         best = _check(best, compile_plan)
-    return SearchResult(best, refused)
+    return SearchResult(best, tried - len(best))
 
 
 def _slowness(plan: Plan) -> tuple[bool, float, float]:
@@ -118,28 +103,27 @@ def _largest(
     target: PlannedDevices,
     mesh: MeshConfig,
     remat: str,
-) -> tuple[Plan | None, Plan | None]:
-    """Finds the plans with the largest micro-batch that fits and with the smallest.
+) -> list[Plan]:
+    """The plan with the largest micro-batch that fits, or else with the smallest.
 
-    Raises:
-      UserError: the layout does not divide the model or the rows.
+    The list is empty if no micro-batch of this layout divides the rows.
     """
     shards = mesh.replica * mesh.data * mesh.fsdp
     rows = config.data.batch_size
-    sizes = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
-    smallest = None
-    for size in reversed(sizes):
+    plans = []
+    for size in reversed(range(shards, rows + 1, shards)):
+        if rows % size:
+            continue
         tried = dataclasses.replace(
             config,
             mesh=mesh,
             model=dataclasses.replace(config.model, remat=remat),
             data=dataclasses.replace(config.data, microbatch_size=size),
         )
-        plan = planner.plan_estimate(tried, architecture, target)
-        if plan.fits:
-            return plan, plan
-        smallest = plan
-    return None, smallest
+        plans = [planner.plan_estimate(tried, architecture, target)]
+        if plans[0].fits:
+            break
+    return plans
 
 
 def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:

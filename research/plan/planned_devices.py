@@ -18,7 +18,6 @@ class PlannedDevices:
     """The devices of a plan.
 
     Attributes:
-      chip: the kind of every device.
       count: number of devices in all slices.
       slices: number of groups of `count / slices` devices, joined by the network.
       shape: sizes of the torus of a slice; empty for chips without a torus.
@@ -97,14 +96,8 @@ def parse_topology(
             f"{flag} is {text!r}; {chip.name} is known as "
             f"{', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
         )
-    _check_slices(slices)
-    sizes = tuple(int(n) for n in shape.split("x"))
+    sizes = tuple(map(int, shape.split("x")))
     return PlannedDevices(chip, math.prod(sizes) * slices, slices, sizes)
-
-
-def _check_slices(slices: int) -> None:
-    if slices < 1:
-        raise UserError(f"--slices is {slices}; it must be at least 1")
 
 
 def _exists(chip: Chip, shape: str) -> bool:
@@ -117,7 +110,7 @@ def _exists(chip: Chip, shape: str) -> bool:
     if chip.ring != 4 or not re.fullmatch(r"\d+x\d+x\d+", shape):
         return False
     sizes = [int(n) for n in shape.split("x")]
-    largest = max(math.prod(map(int, s.split("x"))) for s in chip.shapes)
+    largest = max(map(_chips, chip.shapes))
     cubes = all(n and n % chip.ring == 0 for n in sizes)
     return cubes and sizes == sorted(sizes) and math.prod(sizes) <= largest
 
@@ -125,35 +118,33 @@ def _exists(chip: Chip, shape: str) -> bool:
 def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> PlannedDevices:
     """Reads devices from `h100:8`, `v5e:4x4`, `v5p:64` or `cpu`.
 
-    Args:
-      text: a chip and the number of chips.
-      slices: number of TPU slices.
-      cpu_flops: FLOP/s of all cores of this machine together.
+    `cpu_flops`: FLOP/s of all cores of this machine together.
 
     Raises:
       UserError: there is no such chip, or no such number of them.
     """
     name, _, size = text.partition(":")
-    _check_slices(slices)
-    if "x" in size and name in CHIPS and CHIPS[name].shapes:
-        return parse_topology(text, slices, "--device")
     if name != "cpu":
-        _chip(text, list(CHIPS.values()), "--device", more=("cpu",))
+        chip = _chip(text, list(CHIPS.values()), "--device", more=("cpu",))
+        if chip.shapes:
+            # If several shapes have as many chips, the first of the table counts.
+            counts = {str(_chips(shape)): shape for shape in reversed(chip.shapes)}
+            shape = counts.get(size or "1", size)
+            return parse_topology(f"{name}:{shape}", slices, "--device")
     if size and not (size.isascii() and size.isdigit() and int(size)):
         raise UserError(f"--device is {text!r}; write it as h100:8, v5e:4x4 or cpu")
     count = int(size or 1)
-    if name == "cpu":
-        return PlannedDevices(_this_machine(count, cpu_flops), count)
-    chip = CHIPS[name]
-    if not chip.shapes:
+    if name != "cpu":
         return PlannedDevices(chip, count * slices, slices)
-    fitting = [s for s in chip.shapes if math.prod(map(int, s.split("x"))) == count]
-    if not fitting:
-        raise UserError(
-            f"--device is {text!r}; slices of {chip.name} are "
-            f"{', '.join(f'{chip.name}:{s}' for s in chip.shapes)}"
-        )
-    return parse_topology(f"{name}:{fitting[0]}", slices)
+    # The devices share the cores and the memory of this machine.
+    memory = min(psutil.virtual_memory().total, memory_limit())
+    flops = cpu_flops / count
+    chip = Chip("cpu", "cpu", flops, memory / count, 0.0, 0.0, 0.0, count)
+    return PlannedDevices(chip, count)
+
+
+def _chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
 
 
 def _chip(text: str, known: list[Chip], flag: str, more: Sequence[str] = ()) -> Chip:
@@ -165,12 +156,6 @@ def _chip(text: str, known: list[Chip], flag: str, more: Sequence[str] = ()) -> 
             f"{nearest(name, names)}"
         )
     return CHIPS[name]
-
-
-def _this_machine(count: int, flops: float) -> Chip:
-    """A CPU as `count` devices that share its cores and memory."""
-    memory = min(psutil.virtual_memory().total, memory_limit())
-    return Chip("cpu", "cpu", flops / count, memory / count, 0.0, 0.0, 0.0, count)
 
 
 def memory_limit(

@@ -29,22 +29,18 @@ class Plan:
     """The facts about a config on some chips that are known before anyone rents them.
 
     Attributes:
-      target: the chips.
-      config: the config that is planned.
       mesh: size of each mesh axis above 1.
       source: `compiled`, `estimated`, or `refused`: the compiler says that the step
         needs too much memory, and the collectives are estimated.
       seconds: time that compiling took.
       memory: bytes by what they hold; None if `source` is `refused`.
       needed: bytes that a device needs.
-      traffic: the collectives of a step.
       flops: FLOPs of a step over all devices.
       roofline: seconds of a step by what it waits for. Memory traffic is always
         estimated by formula.
       best: the run if everything overlaps; no run is faster.
       worst: the run if nothing overlaps and each part runs at its peak.
-      trained: number of trained scalars.
-      frozen: number of frozen scalars.
+      trained, frozen: numbers of scalars.
     """
 
     target: PlannedDevices

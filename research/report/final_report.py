@@ -19,11 +19,6 @@ def write_report(console: Console, folder: Path, results: RunResults) -> list[st
 
     A defect in one part costs no other.
 
-    Args:
-      console: the terminal.
-      folder: the run directory.
-      results: the data to show.
-
     Returns:
       One line for each part that failed.
 

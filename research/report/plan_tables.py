@@ -114,12 +114,8 @@ def _show_prediction(console: Console, plan: PlanData) -> None:
 
 
 def show_search(console: Console, plans: Sequence[PlanData], refused: int) -> None:
-    """Plans beside each other, the fastest that fits first.
-
-    Args:
-      console: the terminal.
-      plans: the plans that a search has found.
-      refused: how many more layouts it tried.
+    """Plans beside each other, the fastest that fits first; the search has tried and
+    `refused` so many more.
     """
     table = _table(
         f"layouts on {plans[0]['target']}, the fastest that fit first",

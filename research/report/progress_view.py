@@ -12,9 +12,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
-    Task,
+    TextColumn,
     TimeElapsedColumn,
 )
 from rich.text import Text
@@ -50,11 +49,6 @@ def duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
-class _Remaining(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"ETA {task.fields['eta']}", style="cyan")
-
-
 class ProgressView:
     """Shows the steps done, the time left and the latest numbers.
 
@@ -74,7 +68,7 @@ class ProgressView:
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
                 TimeElapsedColumn(),
-                _Remaining(),
+                TextColumn("ETA {task.fields[eta]}", style="cyan"),
                 console=console,
             )
             self._task = self._progress.add_task(
@@ -109,13 +103,8 @@ class ProgressView:
         line: bool = True,
         metrics: Iterable[str] = (),
     ) -> None:
-        """Shows `values` beside the earlier ones.
-
-        Args:
-          step: updates made so far.
-          values: new numbers by name.
-          line: whether they get a log line where there is no bar.
-          metrics: the names among them that only this task has.
+        """Shows `values` beside the earlier ones; `metrics` names those that only this
+        task has. Where there is no bar, they get a log line if `line` is true.
         """
         self._metrics |= dict.fromkeys(sorted(metrics))
         self._values.update(values)

@@ -24,10 +24,7 @@ def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """Losses and metrics by group, first and last; empty without evaluations.
 
     A loss in nats per token has a perplexity, too. The table has every metric that the
-    evaluations name.
-
-    Args:
-      evaluations: lines of kind `eval` in `metrics.jsonl`, in the order of steps.
+    evaluations name. `evaluations` are the lines of kind `eval` in `metrics.jsonl`.
     """
     if not evaluations:
         return []

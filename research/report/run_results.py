@@ -15,7 +15,6 @@ class RunResults:
     """Everything that the report of a run shows.
 
     Attributes:
-      name: the title.
       facts: one value a name, such as the base model and the tokens per second.
       train: the lines of kind `train` in `metrics.jsonl`, one a step.
       evaluations: the lines of kind `eval`, in the order of their steps.

@@ -70,15 +70,10 @@ def show_results(console: Console, results: RunResults) -> None:
 def _show_answer(console: Console, answer: ComparedAnswer) -> None:
     group = _literal(answer.group or "(none)")
     console.print(Panel(_literal(answer.prompt), title=group, style="dim"))
-    columns = {
-        "base": answer.base,
-        "tuned": answer.tuned,
-        "reference": answer.reference,
-    }
     table = Table(show_lines=True, expand=True)
-    for name in columns:
+    for name in ("base", "tuned", "reference"):
         table.add_column(name, ratio=1)
-    table.add_row(*map(_literal, columns.values()))
+    table.add_row(*map(_literal, (answer.base, answer.tuned, answer.reference)))
     console.print(table)
 
 

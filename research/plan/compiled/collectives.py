@@ -16,8 +16,7 @@ from research.plan.compiled.hlo_text import (
 from research.plan.step_costs import Collective
 
 KINDS = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-    "ragged-all-to-all", "collective-broadcast",
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
 )  # fmt: skip
 
 
@@ -26,10 +25,8 @@ def find_collectives(
 ) -> list[Collective]:
     """All collectives of a program that was compiled for `mesh`.
 
-    Args:
-      program: for several slices, the program that runs on each of them.
-      mesh: the mesh that the program is partitioned over.
-      unknown_trips: iterations of loops whose number depends on the data.
+    With several slices, it is the program that runs on each of them. `unknown_trips`:
+    iterations of loops whose number depends on the data.
     """
     found = []
     for execution in executions(program, unknown_trips):
@@ -60,9 +57,9 @@ def _read(execution: HloExecution, mesh: Mesh) -> Collective | None:
 
 
 def _continues(instruction: HloInstruction) -> bool:
-    """Whether this is a later part of a collective that overlaps with products.
+    """Whether it is a later part of a collective that a TPU has in several fusions.
 
-    On TPU such a collective is in several fusions; in the first `flag_start` is -1.
+    In the first fusion `flag_start` is -1.
     """
     flag = re.search(r'"flag_start":"(-?\d+)"', instruction.attributes)
     return flag is not None and flag[1] != "-1"
@@ -96,10 +93,8 @@ def _first_slice(mesh: Mesh) -> np.ndarray:
 def _groups(instruction: HloInstruction, count: int) -> list[list[int]]:
     """Groups of devices of the program; one empty group if they cannot be read."""
     text = instruction.attributes
-    pairs = re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", text)
-    if pairs:
-        return _rings(re.findall(r"\{(\d+),(\d+)\}", pairs[0]))
-    listed = re.search(r"replica_groups=\{([{}\d,\s]*)\}", text)
+    # A permutation lists pairs of devices, one that sends and one that receives.
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{([{}\d,\s]*)\}", text)
     if listed:
         groups = re.findall(r"\{([\d,\s]+)\}", listed[1])
         return [[int(i) for i in g.split(",")] for g in groups] or [list(range(count))]
@@ -148,22 +143,6 @@ def _named_groups(axes: str, order: str | None, chosen: str) -> list[list[int]]:
         shape.append(size // shape[-2] // shape[-1])
     ids = np.moveaxis(ids.reshape(shape), grouped, range(-len(grouped), 0))
     return ids.reshape(-1, math.prod(shape[i] for i in grouped)).tolist()
-
-
-def _rings(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """Groups of devices that a permutation connects, directly or through others."""
-    target = {int(a): int(b) for a, b in pairs}
-    rings, seen = [], set()
-    for start in sorted(target):
-        if start in seen:
-            continue
-        ring, here = [start], target[start]
-        while here not in (*ring, None) and here not in seen:
-            ring.append(here)
-            here = target.get(here)
-        seen.update(ring)
-        rings.append(ring)
-    return rings or [[]]
 
 
 def _axes(

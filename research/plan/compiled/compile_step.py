@@ -87,9 +87,8 @@ def lower(step: AbstractStep) -> jax.stages.Lowered:
 def compile_step(step: AbstractStep, unknown_trips: float) -> CompiledStep:
     """Compiles the train step and reads its memory and collectives from the result.
 
-    Args:
-      step: on a mesh of `topology_devices`.
-      unknown_trips: see `hlo_text.executions`.
+    The step lies on a mesh of `topology_devices`; `unknown_trips` is that of
+    `hlo_text.executions`.
 
     Raises:
       UserError: the compiler refuses the step for another reason than memory.

@@ -11,9 +11,20 @@ from collections.abc import Iterator
 
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_LINE = re.compile(r"^  (ROOT )?%[\w.\-]+ = ")
+# The attribute with the computations that an instruction runs. The reducer of single
+# numbers that a collective has is none of them.
+_RUNS = {
+    "while": "body",
+    "fusion": "calls",
+    "call": "to_apply",
+    "async-start": "calls",
+    "conditional": "branch_computations",
+}
+# `  %name = shape opcode(operands), attributes`; a shape may be a tuple.
+_LINE = re.compile(
+    r"  (?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
+    r"(?P<opcode>[\w\-]+)\((?P<inside>.*?)\)(?P<attributes>, .*)?$"
+)
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
 
@@ -22,22 +33,31 @@ class HloInstruction:
     """One line of a computation.
 
     Attributes:
-      name: unique in the program.
-      opcode: XLA's name of the operation.
-      nbytes: size of each array of the result, without the padding of its layout.
-      operands: names of instructions in the same computation.
-      inside: the text between the parentheses.
-      attributes: the text after the parentheses.
       root: whether the instruction is its computation's result.
+      shape: of the result, as `(bf16[64,8]{1,0}, pred[])`.
+      inside, attributes: the text between the parentheses, and after them.
     """
 
+    root: bool
     name: str
+    shape: str
     opcode: str
-    nbytes: tuple[int, ...]
-    operands: tuple[str, ...]
     inside: str
     attributes: str
-    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of instructions in the same computation."""
+        return _NAME.findall(self.inside)
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Size of each array of the result, without the padding of its layout."""
+        sizes = []
+        for _, bits, dims in _ARRAY.findall(self.shape):  # The dtype names its bits.
+            count = math.prod(int(n) for n in dims.split(",") if n)
+            sizes.append(math.ceil(int(bits or 8) * count / 8))
+        return sizes
 
     def attribute(self, name: str) -> str:
         """The quoted or bare value of `name=`, or an empty string."""
@@ -45,11 +65,11 @@ class HloInstruction:
         return (found[1] or found[2] or "") if found else ""
 
     @property
-    def called(self) -> list[str]:
+    def runs(self) -> list[str]:
         """Names of the computations it runs."""
-        branches = _BRANCHES.search(self.attributes)
-        more = _NAME.findall(branches[1]) if branches else []
-        return _CALLED.findall(self.attributes) + more
+        role = _RUNS.get(self.opcode)
+        found = re.search(rf"\b{role}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
+        return _NAME.findall(found[1]) if found else []
 
 
 HloComputation = dict[str, HloInstruction]
@@ -86,57 +106,20 @@ def parse(text: str) -> HloProgram:
         if header:
             here = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif here is not None and _LINE.match(line):
+        elif here is not None and (found := _LINE.match(line)):
             # A closing brace is no sign of a computation's end: the text of a kernel
             # may begin a line with one.
-            instruction = _parse_line(line)
-            here[instruction.name] = instruction
+            root, name, *texts = found.groups(default="")
+            here[name] = HloInstruction(bool(root), name, *texts)
     if not entry:
         raise ValueError("the text is no compiled program: it has no ENTRY")
     return HloProgram(computations, entry)
 
 
-def _parse_line(line: str) -> HloInstruction:
-    left, _, right = line.strip().partition(" = ")
-    shape_end = _closing(right, 0) if right.startswith("(") else right.index(" ")
-    opening = right.index("(", shape_end)
-    closing = _closing(right, opening)
-    inside = right[opening + 1 : closing - 1]
-    return HloInstruction(
-        name=left.removeprefix("ROOT ").lstrip("%"),
-        opcode=right[shape_end:opening].strip(),
-        nbytes=_sizes(right[:shape_end]),
-        operands=tuple(_NAME.findall(inside)),
-        inside=inside,
-        attributes=right[closing:],
-        root=left.startswith("ROOT "),
-    )
-
-
-def _closing(text: str, opening: int) -> int:
-    """Index after the parenthesis that closes the one at `opening`."""
-    depth = 0
-    for i in range(opening, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
-
-
-def _sizes(shape: str) -> tuple[int, ...]:
-    """Bytes of each array in `(bf16[64,8]{1,0}, pred[])`; the dtype names its bits."""
-    return tuple(
-        math.ceil(int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n) / 8)
-        for _, bits, dims in _ARRAY.findall(shape)
-    )
-
-
 def executions(program: HloProgram, unknown_trips: float) -> Iterator[HloExecution]:
     """Yields every instruction that runs, and how often a step runs it.
 
-    Args:
-      program: the whole program.
-      unknown_trips: iterations of loops whose number depends on the data.
+    `unknown_trips`: iterations of loops whose number depends on the data.
     """
 
     def visit(name: str, times: float, fused: bool) -> Iterator[HloExecution]:
@@ -149,23 +132,10 @@ def executions(program: HloProgram, unknown_trips: float) -> Iterator[HloExecuti
                 inner *= unknown_trips if trips is None else trips
             elif instruction.opcode.endswith(("-done", "-update")):
                 continue  # The matching start was visited.
-            for called in _running(instruction):
+            for called in instruction.runs:
                 yield from visit(called, inner, fused or instruction.opcode == "fusion")
 
     yield from visit(program.entry, 1.0, False)
-
-
-def _running(instruction: HloInstruction) -> list[str]:
-    """Computations it runs; a reducer of single numbers is not one of them."""
-    if instruction.opcode == "while":
-        return [_called_as(instruction, "body")]
-    if instruction.opcode in ("fusion", "call", "async-start", "conditional"):
-        return instruction.called
-    return []
-
-
-def _called_as(instruction: HloInstruction, role: str) -> str:
-    return instruction.attribute(role).lstrip("%")
 
 
 def trip_count(
@@ -179,7 +149,7 @@ def trip_count(
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition = program.computations[_called_as(loop, "condition")]
+    condition = program.computations[loop.attribute("condition").lstrip("%")]
     compare = next(i for i in condition.values() if i.root)
     if compare.opcode != "compare" or compare.attribute("direction") != "LT":
         return None
@@ -196,7 +166,7 @@ def _increment(
     program: HloProgram, loop: HloInstruction, counter: HloInstruction
 ) -> int:
     """The increment of the counter; above 1 where XLA has unrolled a loop."""
-    body = program.computations[_called_as(loop, "body")]
+    body = program.computations[loop.runs[0]]
     root = next(i for i in body.values() if i.root)
     index = int(counter.attribute("index") or 0)
     if root.opcode != "tuple":

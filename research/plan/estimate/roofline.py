@@ -68,12 +68,8 @@ def make_roofline(
 ) -> Roofline:
     """Computes the least seconds of each part of a step.
 
-    Args:
-      flops: FLOPs of the whole step.
-      moved: bytes that one device reads from and writes to its memory.
-      collectives: those that one device takes part in.
-      target: the chips.
-      mesh: of those chips, or of stand-ins for them.
+    One device moves `moved` bytes from and to its memory, and takes part in
+    `collectives`. `mesh` is of the chips of `target`, or of stand-ins for them.
     """
     chip = target.chip
     ici = dcn = 0.0
@@ -128,7 +124,7 @@ def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
     others = nbytes * (n - 1) / n
     if kind == "all-reduce":
         return 2 * others
-    if kind in ("all-to-all", "ragged-all-to-all") and reach:
+    if kind == "all-to-all" and reach:
         return nbytes * reach / 4
     return nbytes if kind == "collective-permute" else others
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from research.config.choices import AUTO, KERNELS
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError
 from research.models.attention import blocked_attention
 
 Array = jax.Array
@@ -58,41 +58,30 @@ def choose(
       capability: of a GPU, `device.compute_capability`.
 
     Raises:
-      UserError: an explicit `kernel` is unknown, or cannot work here.
+      UserError: an explicit `kernel` cannot work here.
     """
-    if kernel not in (AUTO, *KERNELS):
-        known = ", ".join((AUTO, *KERNELS))
-        hint = nearest(kernel, (AUTO, *KERNELS))
-        raise UserError(f"attention kernel {kernel!r} is not one of {known}{hint}")
-    if kernel == AUTO:
-        return _automatic(platform, dtype, head_dim, length, rows, capability)
+    best = "splash" if platform == "tpu" else "cudnn" if platform in GPUS else "xla"
+    wanted = best if kernel == AUTO else kernel
     lacks = None
-    if kernel == "cudnn":
+    if wanted == "cudnn":
         lacks = _cudnn_lacks(platform, dtype, head_dim, capability)
-    elif kernel == "splash":
+    elif wanted == "splash":
         lacks = _splash_lacks(platform, dtype)
-    if lacks is not None:
+    if kernel != AUTO:
+        if lacks is None:
+            return KernelChoice(kernel, "set in the config")
         raise UserError(
             f"attention kernel {kernel!r} cannot work here: {lacks}; "
             "use 'auto' or 'xla'"
         )
-    return KernelChoice(kernel, "set in the config")
-
-
-def _automatic(platform, dtype, head_dim, length, rows, capability) -> KernelChoice:
-    if platform == "tpu":
-        best, lacks = "splash", _splash_lacks(platform, dtype)
-    elif platform in GPUS:
-        best, lacks = "cudnn", _cudnn_lacks(platform, dtype, head_dim, capability)
-        mask = 2 * rows * length**2
-        if lacks is None and mask > CUDNN_MASK_BYTES:
-            many = "one row" if rows == 1 else f"{rows} rows"
-            lacks = f"its mask of {many} of {length} takes {mask / 2**30:.1f} GiB"
-    else:
-        return KernelChoice("xla", f"the only one on {platform}")
-    if lacks is None:
-        return KernelChoice(best, f"the best on {platform}")
-    return KernelChoice("xla", f"no {best}: {lacks}")
+    mask = 2 * rows * length**2
+    if best == "cudnn" and lacks is None and mask > CUDNN_MASK_BYTES:
+        many = "one row" if rows == 1 else f"{rows} rows"
+        lacks = f"its mask of {many} of {length} takes {mask / 2**30:.1f} GiB"
+    if lacks is not None:
+        return KernelChoice("xla", f"no {best}: {lacks}")
+    only = "the only one" if best == "xla" else "the best"
+    return KernelChoice(best, f"{only} on {platform}")
 
 
 def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:

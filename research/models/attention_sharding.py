@@ -22,10 +22,7 @@ Attend = Callable[[Array, Array, Array, Array], Array]
 def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
     """Makes `attend(q, k, v, segments)`, causal within documents, on global arrays.
 
-    Args:
-      mesh: of all devices.
-      kernel: a name that `attention_kernels.packed_attention` accepts.
-      block: tokens per block of the `xla` kernel.
+    `kernel` and `block` are those of `attention_kernels.packed_attention`.
     """
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:

@@ -23,12 +23,7 @@ def make_model(
 ) -> Model:
     """Makes no array; the log names the attention kernel.
 
-    Args:
-      config: how the model is computed.
-      architecture: its shape.
-      mesh: the devices.
-      length: tokens in a row.
-      rows: rows in a forward pass, over all devices.
+    A forward pass has `rows` rows of `length` tokens, over all devices.
 
     Raises:
       UserError: the devices cannot run the kernel that `config` names, or a

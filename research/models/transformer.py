@@ -206,7 +206,6 @@ class Model:
     """The decoder as pure functions of a flat parameter dictionary.
 
     Attributes:
-      architecture: its shape.
       specs: `{path: Spec}` for every parameter, in the order of the paths.
     """
 

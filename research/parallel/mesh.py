@@ -216,11 +216,6 @@ def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedShard
     Optimizers keep such arrays: moments in the parameter's own shape, and Adafactor's
     statistics of the rows and columns of its matrices. The axes that remain keep their
     split. An array whose shape does not follow from the parameter is replicated.
-
-    Args:
-      shape: of the array.
-      spec: of the parameter.
-      mesh: that the parameter is sharded over.
     """
     for candidate in (spec, spec.as_matrix):
         kept: list[Any] = []
@@ -305,12 +300,8 @@ def local_rows(mesh: Mesh, rows: int, microbatches: int = 1) -> list[int]:
     """The indices of the rows that this process's devices hold, in order.
 
     They follow from the sharding: processes that a tensor or context axis joins hold
-    the same rows.
-
-    Args:
-      mesh: over all processes.
-      rows: number of rows of the global batch.
-      microbatches: number of parts into which the step splits the batch.
+    the same rows. `rows` counts those of the global batch, which the step splits into
+    `microbatches` parts.
     """
     size = rows // microbatches
     by_rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))

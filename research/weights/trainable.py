@@ -55,13 +55,7 @@ def make(
     lora: LoRAConfig,
     specs: Mapping[str, Spec],
 ) -> Trainable:
-    """Splits the parameters of a model.
-
-    Args:
-      trainable: `config.trainable`: "lora" or "full".
-      model: dtypes, and the format of frozen weights.
-      lora: the adapters.
-      specs: all parameters of the model.
+    """Splits the parameters `specs` of a model; `trainable` is "lora" or "full".
 
     Raises:
       UserError: targets match nothing, a rank is below 1, or the whole model is

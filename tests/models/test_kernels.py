@@ -324,7 +324,6 @@ def test_an_explicit_kernel_is_taken_where_it_works():
         ("cudnn", "cpu", {}, "'cudnn' cannot work here: it needs an NVIDIA GPU, this"),
         ("cudnn", "gpu", {"dtype": "float32"}, "in bfloat16 or float16, not in float3"),
         ("splash", "gpu", {}, "it needs a TPU, this is gpu; use 'auto' or 'xla'"),
-        ("splesh", "tpu", {}, r"auto, xla, cudnn, splash \(did you mean 'splash'\?\)"),
     ],
 )
 def test_an_explicit_kernel_that_cannot_work_is_refused(

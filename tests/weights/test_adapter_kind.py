@@ -228,7 +228,7 @@ def test_it_is_counted_and_planned(place, trained):
         out = math.prod(spec.shape[spec.stacked + spec.n_in :])
         gains += math.prod(spec.shape[: spec.stacked]) * out
     expected = parameter_paths.count(plain.specs) + gains
-    assert plan.trained == SCALED.count(final_params(trained)) == expected
+    assert plan.trained == parameter_paths.count(final_params(trained)) == expected
     assert plan.frozen == parameter_paths.count(specs)
 
 

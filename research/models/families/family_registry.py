@@ -19,11 +19,7 @@ FAMILIES: dict[str, ModelFamily] = {
 def from_hf_config(
     config: Mapping[str, Any], where: str = "config.json"
 ) -> Architecture:
-    """The shape that a Hugging Face `config.json` describes.
-
-    Args:
-      config: the content of the file.
-      where: the file, for messages.
+    """The shape that a Hugging Face `config.json` describes; errors name `where`.
 
     Raises:
       UserError: no family has its `model_type`, a field is missing or malformed, or

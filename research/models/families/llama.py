@@ -65,48 +65,38 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-def matrix(name: str, path: str, **rules: bool) -> StoredTensor:
-    """A matrix as PyTorch's `Linear` stores it, `[out, in]`."""
-    return StoredTensor(name, (path,), transposed=True, **rules)
+# By our path: the name in Hugging Face's files, and in llama.cpp's.
+NAMES = {
+    "embedding.table": ("model.embed_tokens", "token_embd"),
+    "final_norm.scale": ("model.norm", "output_norm"),
+    "head.kernel": ("lm_head", "output"),
+    "layers.attention_norm.scale": ("input_layernorm", "attn_norm"),
+    "layers.attention.query.kernel": ("self_attn.q_proj", "attn_q"),
+    "layers.attention.key.kernel": ("self_attn.k_proj", "attn_k"),
+    "layers.attention.value.kernel": ("self_attn.v_proj", "attn_v"),
+    "layers.attention.output.kernel": ("self_attn.o_proj", "attn_output"),
+    "layers.mlp_norm.scale": ("post_attention_layernorm", "ffn_norm"),
+    "layers.mlp.gate.kernel": ("mlp.gate_proj", "ffn_gate"),
+    "layers.mlp.up.kernel": ("mlp.up_proj", "ffn_up"),
+    "layers.mlp.down.kernel": ("mlp.down_proj", "ffn_down"),
+}
+# llama.cpp lays both numbers of a rotary pair beside each other.
+ROTARY = ("layers.attention.query.kernel", "layers.attention.key.kernel")
 
 
-def as_is(name: str, path: str) -> StoredTensor:
-    """A vector, or the table of embeddings."""
-    return StoredTensor(name, (path,))
+def stored(path: str, name: str, layer: str, **rules: bool) -> StoredTensor:
+    """A tensor by PyTorch's rules: a `Linear` has its matrix as `[out, in]`."""
+    prefix = layer if path.startswith("layers.") else ""
+    is_matrix = path.endswith(".kernel")
+    return StoredTensor(f"{prefix}{name}.weight", (path,), is_matrix, **rules)
 
 
-HF_TENSORS = (
-    as_is("model.embed_tokens.weight", "embedding.table"),
-    as_is("model.norm.weight", "final_norm.scale"),
-    matrix("lm_head.weight", "head.kernel"),
-    as_is("model.layers.{}.input_layernorm.weight", "layers.attention_norm.scale"),
-    matrix("model.layers.{}.self_attn.q_proj.weight", "layers.attention.query.kernel"),
-    matrix("model.layers.{}.self_attn.k_proj.weight", "layers.attention.key.kernel"),
-    matrix("model.layers.{}.self_attn.v_proj.weight", "layers.attention.value.kernel"),
-    matrix("model.layers.{}.self_attn.o_proj.weight", "layers.attention.output.kernel"),
-    as_is("model.layers.{}.post_attention_layernorm.weight", "layers.mlp_norm.scale"),
-    matrix("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate.kernel"),
-    matrix("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up.kernel"),
-    matrix("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down.kernel"),
+HF_TENSORS = tuple(
+    stored(path, name, "model.layers.{}.") for path, (name, _) in NAMES.items()
 )
-
-GGUF_TENSORS = (
-    as_is("token_embd.weight", "embedding.table"),
-    as_is("output_norm.weight", "final_norm.scale"),
-    matrix("output.weight", "head.kernel"),
-    as_is("blk.{}.attn_norm.weight", "layers.attention_norm.scale"),
-    matrix(
-        "blk.{}.attn_q.weight", "layers.attention.query.kernel", rotary_neighbours=True
-    ),
-    matrix(
-        "blk.{}.attn_k.weight", "layers.attention.key.kernel", rotary_neighbours=True
-    ),
-    matrix("blk.{}.attn_v.weight", "layers.attention.value.kernel"),
-    matrix("blk.{}.attn_output.weight", "layers.attention.output.kernel"),
-    as_is("blk.{}.ffn_norm.weight", "layers.mlp_norm.scale"),
-    matrix("blk.{}.ffn_gate.weight", "layers.mlp.gate.kernel"),
-    matrix("blk.{}.ffn_up.weight", "layers.mlp.up.kernel"),
-    matrix("blk.{}.ffn_down.weight", "layers.mlp.down.kernel"),
+GGUF_TENSORS = tuple(
+    stored(path, name, "blk.{}.", rotary_neighbours=path in ROTARY)
+    for path, (_, name) in NAMES.items()
 )
 
 FAMILY = ModelFamily(

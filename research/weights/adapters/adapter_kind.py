@@ -153,11 +153,8 @@ class AdapterKind(abc.ABC):
     ) -> Adapters:
         """All adapters at their start, float32.
 
-        Args:
-          key: a typed PRNG key.
-          specs: of the model's parameters.
-          config: gives targets and ranks.
-          base: the frozen parameters, for kinds that start from their values.
+        `specs` are those of the model's parameters. `base` has their values, for kinds
+        that start from them.
         """
         return {
             path: self.init_matrix(
@@ -208,11 +205,7 @@ class AdapterKind(abc.ABC):
     ) -> Params:
         """`params` with a `Leaf` in the place of every adapted weight.
 
-        Args:
-          params: the flat base parameters; not changed.
-          adapters: what `init` made, trained or not.
-          config: gives alpha, and the dropout rate.
-          key: a typed PRNG key that switches dropout on; None in evaluation.
+        `params` are flat and not changed. `key` switches dropout on.
         """
         ranks = {path: self.rank(factors) for path, factors in adapters.items()}
         key = key if config.dropout > 0.0 else None
@@ -263,10 +256,6 @@ class AdapterKind(abc.ABC):
         The padding changes no output and gets no gradient, so it stays as it is.
         """
         return parameter_paths.pad_with_zeros(adapters, wide)
-
-    def count(self, adapters: Adapters) -> int:
-        """Number of trained scalars."""
-        return parameter_paths.count(adapters)
 
 
 def _by_pattern(

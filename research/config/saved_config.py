@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from research.core.errors import UserError
 # Entries of the file that are no knobs.
 VERSION, FOLDER = "version", "folder"
 # Values of path knobs that name no file.
-WORDS = {"", "auto", "byte", "stdlib"}
+WORDS = {"", "auto", "byte", "embedded", "stdlib"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,12 @@ def _absolute(written: str, folder: Path) -> str:
     return str(folder / path) if known else written
 
 
-def differences(text: str, config: Config, run: Path) -> dict[str, str]:
+def differences(
+    text: str,
+    config: Config,
+    run: Path,
+    alike: Callable[[Config], Config] = lambda config: config,
+) -> dict[str, str]:
     """The knobs that `config` may not change, as `old -> new` by name.
 
     A path counts as the same if it is written in the same way, which holds after the
@@ -166,8 +171,9 @@ def differences(text: str, config: Config, run: Path) -> dict[str, str]:
       text: content of the `config.json` of the run that is resumed.
       config: relative paths in it are below the working folder.
       run: the run directory.
+      alike: is applied to both sides, so that values that mean the same are equal.
     """
-    written = fixed_differences(from_json(text), config)
+    written = fixed_differences(alike(from_json(text)), alike(config))
     here = with_absolute_paths(config, Path.cwd())
-    other_places = fixed_differences(from_json(text, run), here)
+    other_places = fixed_differences(alike(from_json(text, run)), alike(here))
     return {name: written[name] for name in written if name in other_places}

@@ -8,7 +8,7 @@
 | 3 | DivergedError | a loss or gradient norm is not finite |
 | 4 | SaveError | a file could not be written |
 | 5 | DamagedError | checkpoints are damaged |
-| 6 | LonelyError, watchdog | no progress, or another process is gone |
+| 6 | LonelyError, UnreachableError, watchdog | no progress, or another is gone |
 | 7 | | stopped by a request, and saved |
 | 75 | | stopped by a signal, and resumable |
 | 130 | | interrupted |
@@ -34,6 +34,12 @@ class UserError(ValueError):
 
 class LonelyError(UserError):
     """The other processes of a run do not answer; a later try may succeed."""
+
+    exit_code = STUCK
+
+
+class UnreachableError(UserError):
+    """The hub stopped answering; what is done is kept, and a later try may succeed."""
 
     exit_code = STUCK
 

@@ -1,8 +1,74 @@
-"""The Hugging Face hub, with a time limit: its own client retries for minutes."""
+"""The Hugging Face hub: addresses, and the revisions that they stand for.
+
+An address is `hub://owner/name[@revision]`; one of a dataset may also name a subset and
+a split: `hub://owner/name[@revision][:subset[@split]]`. Nothing else parses them.
+"""
 
 import dataclasses
 import logging
+import re
 import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from research.core.errors import UserError
+
+PREFIX = "hub://"
+ADDRESS = re.compile(
+    r"hub://(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
+    r"(?:(?P<rows>:)(?P<subset>[^@]*)(?:@(?P<split>.+))?)?"
+)
+COMMIT = re.compile("[0-9a-f]{40}")
+# Weights that some repositories hold a second time, in a format of their own.
+OTHER_COPIES = ["consolidated*", "original/*"]
+
+
+def is_hub(where: str) -> bool:
+    """Whether `where` names something on the hub."""
+    return where.startswith(PREFIX)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubAddress:
+    """A repository on the hub, or rows of a dataset there.
+
+    Attributes:
+      name: `owner/name`.
+      kind: `model` or `dataset`.
+      revision: a branch, tag or commit; "" for the main branch.
+      subset: of a dataset; "" for its only one.
+      split: of a dataset; "" for `train`.
+    """
+
+    name: str
+    kind: str
+    revision: str = ""
+    subset: str = ""
+    split: str = ""
+
+    @classmethod
+    def parse(cls, where: str, kind: str) -> "HubAddress":
+        """Raises UserError: `where` is no address of a repository of this kind."""
+        found = ADDRESS.fullmatch(where)
+        if not found or (kind == "model" and found["rows"]):
+            rows = "[:subset[@split]]" if kind == "dataset" else ""
+            raise UserError(
+                f"{where} is no {kind} on the hub; write "
+                f"hub://owner/name[@revision]{rows}"
+            )
+        parts = {k: v or "" for k, v in found.groupdict().items() if k != "rows"}
+        return cls(kind=kind, **parts)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        split = f"@{self.split}" if self.split else ""
+        rows = f":{self.subset}{split}" if self.subset or split else ""
+        return f"{PREFIX}{self.name}{revision}{rows}"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, which never changes."""
+        return bool(COMMIT.fullmatch(self.revision))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +85,95 @@ class HubReply:
     reason: str
 
 
-def ask_hub(name: str, kind: str, timeout: float) -> HubReply:
-    """Asks for the revision of a repository.
+def resolve(address: HubAddress, timeout: float) -> HubReply:
+    """The commit that an address stands for, from the hub or from its local cache.
+
+    A pinned address stands for itself. A model that is in the cache is not asked for.
+    """
+    if address.is_pinned:
+        return HubReply(address.revision, "")
+    known = cached_commit(address)
+    if address.kind == "model" and known:
+        return HubReply(known, "")
+    reply = ask_hub(address, timeout)
+    return reply if reply.revision else HubReply(known, reply.reason)
+
+
+def fetch_files(
+    address: HubAddress,
+    timeout: float,
+    patterns: Sequence[str],
+    lacking: Callable[[Path], str],
+) -> Path:
+    """The folder with files of a model: in the local cache, or downloaded there.
 
     Args:
-      name: `owner/name`.
-      kind: `dataset` or `model`.
+      address: of a model.
+      timeout: seconds after which the hub counts as out of reach.
+      patterns: names of the files, such as `*.json`.
+      lacking: what a folder of the cache lacks, in a word, or ""; an earlier command
+        may have fetched only some of the files.
+
+    Raises:
+      ConnectionError: the cache lacks them, and the hub does not give them.
+    """
+    import huggingface_hub
+
+    reply = resolve(address, timeout)
+    if not reply.revision:
+        raise ConnectionError(reply.reason)
+
+    def fetch(local_files_only: bool) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                address.name,
+                revision=reply.revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=OTHER_COPIES,
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        folder = fetch(local_files_only=True)
+        if not (lack := lacking(folder)):
+            logging.info("hub: %s found in the local cache", address)
+            return folder
+    except Exception as error:
+        lack = f"files of it ({error})"
+    if not (asked := ask_hub(address, timeout)).revision:
+        raise ConnectionError(
+            f"the local cache lacks {lack}, and the hub is out of reach: {asked.reason}"
+        )
+    try:
+        return fetch(local_files_only=False)
+    except Exception as error:  # The hub's client raises a dozen unrelated kinds.
+        raise ConnectionError(str(error)) from error
+
+
+def cached_commit(address: HubAddress) -> str:
+    """The commit of an address when it was last downloaded, or ""."""
+    from huggingface_hub import constants, file_download
+
+    if address.is_pinned:
+        return address.revision
+    folder = file_download.repo_folder_name(
+        repo_id=address.name, repo_type=address.kind
+    )
+    file = Path(constants.HF_HUB_CACHE, folder, "refs", address.revision or "main")
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def ask_hub(address: HubAddress, timeout: float) -> HubReply:
+    """Asks for the commit of a repository, with a time limit.
+
+    The hub's own client retries for minutes.
+
+    Args:
+      address: the repository and its branch or tag.
       timeout: seconds after which the hub counts as out of reach.
     """
     import huggingface_hub
@@ -34,7 +183,10 @@ def ask_hub(name: str, kind: str, timeout: float) -> HubReply:
     def ask() -> None:
         try:
             info = huggingface_hub.HfApi().repo_info(
-                name, repo_type=kind, timeout=timeout
+                address.name,
+                repo_type=address.kind,
+                revision=address.revision or None,
+                timeout=timeout,
             )
             replies.append(HubReply(info.sha or "main", ""))
         except Exception as error:  # The hub's client raises a dozen unrelated kinds.

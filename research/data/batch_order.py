@@ -11,14 +11,32 @@ from research.data.token_batch import Batch
 ENDLESS_EPOCHS = 1_000_000_000
 
 
+Alive = Callable[[], None]
+
+
+def still() -> None:
+    """The sign of life that nobody needs."""
+
+
 class Batches(Protocol):
-    """Endless training batches and a position that can be saved."""
+    """Endless training batches and a position that can be saved.
+
+    The position of a process may lack what only the others know; `joined` makes the
+    whole of the positions of all processes.
+
+    Attributes:
+      alive: called while data is read or skipped, which may take long.
+    """
+
+    alive: Alive
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch: ...
 
     def get_state(self) -> dict[str, Any]: ...
+
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
 
     def set_state(self, state: dict[str, Any]) -> None: ...
 
@@ -29,6 +47,8 @@ class OrderedBatches:
     Grain orders and repeats row *numbers*, and each process builds only its own rows
     of a global batch, so the stream is the same for any number of processes.
     """
+
+    alive: Alive = staticmethod(still)
 
     def __init__(
         self,
@@ -61,6 +81,10 @@ class OrderedBatches:
     def get_state(self) -> dict[str, Any]:
         """The position as JSON data."""
         return self._iterator.get_state()
+
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """All processes are at the same position."""
+        return states[0]
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._iterator.set_state(state)

@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import importlib.util
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from research.core.errors import UserError
-from research.core.hub_access import ask_hub
+from research.core.hub_access import HubAddress, fetch_files, is_hub
 from research.formats.gguf_file import GGUFFile
-from research.formats.huggingface_weights import HuggingFaceWeights, read_hf_config
+from research.formats.huggingface_weights import (
+    HuggingFaceWeights,
+    has_weights,
+    read_hf_config,
+)
 from research.formats.tensor_file import TensorFile
 from research.models import presets
 from research.models.architecture import Architecture
@@ -56,7 +59,7 @@ def random_base(preset: str, tokenizer: tokenizers.Tokenizer) -> Base:
 
 
 def open_base(name: str, hub_timeout: float = 5.0) -> Base:
-    """Opens `pkg://package/file.gguf`, a `.gguf` file, a folder, or `hub://owner/name`.
+    """Opens a `.gguf` file, a folder, `pkg://package/file.gguf` or a hub address.
 
     A run's folder stands for the model that the run has exported.
 
@@ -102,14 +105,15 @@ def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
     """The path of the model; `files` are downloaded if it is on the hub."""
     if name.startswith("pkg://"):
         return _in_package(name)
-    if name.startswith("hub://"):
-        return _from_hub(name.removeprefix("hub://"), hub_timeout, files)
+    if is_hub(name):
+        return _from_hub(name, hub_timeout, files)
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     raise UserError(
         f"base model {name!r} is neither a folder nor a .gguf file here; a model on "
-        "the hub is written hub://owner/name, one in a package pkg://package/file.gguf"
+        "the hub is written hub://owner/name[@revision], one in a package "
+        "pkg://package/file.gguf"
     )
 
 
@@ -130,24 +134,17 @@ def _in_package(name: str) -> Path:
     raise UserError(f"base model {name}: package {package} has no file {inner}")
 
 
-def _from_hub(name: str, timeout: float, files: Sequence[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _from_hub(where: str, timeout: float, files: Sequence[str]) -> Path:
+    wants_weights = any(name.endswith(".safetensors") for name in files)
+
+    def lacking(folder: Path) -> str:
+        return "weights" if wants_weights and not has_weights(folder) else ""
 
     try:
-        found = huggingface_hub.snapshot_download(
-            name, allow_patterns=files, local_files_only=True
-        )
-        logging.info("model: %s found in the hub's local cache", name)
-    except LocalEntryNotFoundError:
-        try:
-            answer = ask_hub(name, "model", timeout)
-            if not answer.revision:
-                raise ConnectionError(answer.reason)
-            found = huggingface_hub.snapshot_download(name, allow_patterns=files)
-        except Exception as error:  # Network, access and naming errors differ widely.
-            raise UserError(
-                f"base model hub://{name} cannot be fetched ({error}); check the name "
-                "and the network, or give a local folder"
-            ) from error
-    return Path(found)
+        address = HubAddress.parse(where, "model")
+        return fetch_files(address, timeout, files, lacking)
+    except ConnectionError as error:
+        raise UserError(
+            f"base model {where} cannot be fetched ({error}); check the name, the "
+            "revision and the network, or give a local folder"
+        ) from error

@@ -34,6 +34,14 @@ def read_hf_config(folder: Path) -> Architecture:
     return from_hf_config(config, str(file))
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has every file of weights that it should have."""
+    try:
+        return bool(_weight_files(folder))
+    except UserError:
+        return False
+
+
 class HuggingFaceWeights:
     """The `*.safetensors` of a Hugging Face folder: one file, or an index of many.
 

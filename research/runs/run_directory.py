@@ -10,14 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import filelock
+import jax
 
 from research.checkpoints.run_identity import Identity, check_identity
+from research.config.hub_pins import Pins, pinned, resolve_addresses
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import differences, from_json, to_json
 from research.core.atomic_files import intended_name, remove_leftovers, write_whole
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
+from research.parallel import runtime
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
 RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.
@@ -60,6 +63,8 @@ class RunDir:
         self._complete = self.path / COMPLETE
         self._left_out = self.path / "left_out.txt"
         self._holder = self.path / "lock.holder"
+        self._pins = self.path / "hub_revisions.json"
+        self.pins: Pins = {}
         # The system releases the lock when the process ends, however it ends, and
         # when its host dies.
         self._lock = filelock.FileLock(self.path / "lock", fallback_to_soft=False)
@@ -132,8 +137,12 @@ class RunDir:
                 "folder itself"
             )
         if self.exists:
+            pins = self._known_pins()
             with self._reading_config() as text:
-                changes = differences(text, config, self.path)
+                # Older runs kept their hub addresses as they were written.
+                changes = differences(
+                    text, config, self.path, lambda config: pinned(config, pins)
+                )
             refused = changes.keys() - set(config.accept)
             if refused:
                 raise UserError(
@@ -177,10 +186,39 @@ class RunDir:
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(f"{place} must not be written to")
 
+    def _known_pins(self) -> Pins:
+        """The commits that the run has kept so far.
+
+        Raises:
+          UserError: the file that keeps them holds something else.
+        """
+        if not self._pins.is_file():
+            return {}
+        remedy = "restore a copy of it, or remove it to use the newest commits"
+        return read_json(self._pins, dict, remedy)
+
+    def pin(self, config: Config) -> Config:
+        """`config` with every hub address at its commit: that of the run, if it exists.
+
+        All processes call it; the answers of the first hold for all.
+        """
+        known = self._known_pins()
+        found = resolve_addresses(config, known) if jax.process_index() == 0 else known
+        self.pins = runtime.gather_json(found)[0]
+        return pinned(config, self.pins)
+
+    def keep_pins(self) -> None:
+        """Writes the commits that `pin` has found. Raises UserError: it cannot."""
+        if self.pins != self._known_pins():
+            try:
+                write_whole(self._pins, json.dumps(self.pins, indent=2))
+            except OSError as error:
+                raise self._unwritable(error) from error
+
     def _has_strangers(self) -> bool:
         """Whether the folder holds files that an interrupted creation cannot leave."""
         ours = {self._config, self._identity, self._left_out, self.tokenizer}
-        ours |= {self._holder, Path(self._lock.lock_file)}
+        ours |= {self._holder, self._pins, Path(self._lock.lock_file)}
         names = {path.name for path in ours}
         return any(intended_name(path) not in names for path in self.path.iterdir())
 
@@ -275,6 +313,7 @@ class RunDir:
             if self.exists:  # Made since `check_config` looked.
                 raise UserError(f"{self.path} holds a run since just now; try again")
             self.update(identity | {RUN: uuid.uuid4().hex}, left_out)
+            self.keep_pins()
             yield
             # The config comes last: it marks the folder as a run directory.
             write_whole(self._config, to_json(config))

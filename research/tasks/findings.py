@@ -68,11 +68,36 @@ def count_mask(batches: Iterable[Batch], stop_ids: frozenset[int]) -> MaskCount:
     return MaskCount(real, trained, documents, ends)
 
 
-def count_epochs(config: Config, rows: int) -> Finding:
-    """How often the run passes over `rows` training rows."""
+def count_epochs(
+    config: Config,
+    rows: Mapping[str, int],
+    shares: Mapping[str, float],
+) -> Finding:
+    """How often the run passes over the training rows of each source.
+
+    Args:
+      config: of the run.
+      rows: different training rows by source; a source without one is named.
+      shares: the share of the drawn rows that comes from each source.
+    """
     drawn = config.steps * config.data.batch_size
+    total = sum(n for name, n in rows.items() if shares[name])
+    epochs = {name: drawn * shares[name] / n for name, n in rows.items() if n}
+    lines = [
+        f"{drawn / total:.2f}: {config.steps} steps of {config.data.batch_size} rows"
+    ]
+    if len(rows) > 1:
+        lines += [f"  {name}: {epoch:.2f}" for name, epoch in epochs.items()]
+    lines += [
+        f"  {name} is not trained: it is shorter than a row of {config.data.seq_len} "
+        "tokens (config.data.seq_len)"
+        for name, n in rows.items()
+        if not n
+    ]
+    by_source = {f"epochs {name}": epoch for name, epoch in epochs.items()}
     return Finding(
         "epochs",
-        f"{drawn / rows:.2f}: {config.steps} steps of {config.data.batch_size} rows",
-        numbers={"epochs": drawn / rows, "rows": rows},
+        "\n".join(lines),
+        numbers={"epochs": drawn / total, "rows": total}
+        | (by_source if len(rows) > 1 else {}),
     )

@@ -94,7 +94,7 @@ class InstructionTask:
                 },
             ),
             *self._examine_mask(),
-            count_epochs(self._config, len(train.rows)),
+            count_epochs(self._config, {"rows": len(train.rows)}, {"rows": 1.0}),
         ]
 
     def _dropped(self) -> str:

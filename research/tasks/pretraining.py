@@ -125,7 +125,7 @@ class TextTask:
             *self._examine_rows(self._first_batch),
         ]
         if data.rows:
-            findings.append(count_epochs(self._config, data.rows))
+            findings.append(count_epochs(self._config, data.source_rows, data.shares))
         return findings
 
     @functools.cached_property

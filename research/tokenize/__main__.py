@@ -14,7 +14,7 @@ python -m research.tokenize --source=NAME=WHERE [--source=...] --vocab=4096 --ou
 
 Trains a byte-level BPE on the sources, and shows the bytes per token on each.
 --config.text.tokenizer=FOLDER and transformers can open the folder.
-WHERE is stdlib, a file, a folder or hub://owner/name[:subset][@split].
+WHERE is stdlib, a file, a folder or hub://owner/name[@revision][:subset[@split]].
 """
 
 

@@ -113,7 +113,11 @@ class _TrainingPass:
             Path(run.config.run_dir).name if count > 1 else "",
         )
         saver = RunSaver(
-            run, each.checkpointer, log, lambda: self._batches.positions[index], clock
+            run,
+            each.checkpointer,
+            log,
+            lambda: self._batches.whole_position(index),
+            clock,
         )
         self._logs.append(log)
         self._savers.append(saver)

@@ -121,6 +121,7 @@ def record_start(run: TrainingRun, identity: Identity, changed: dict[str, str]) 
     """
     run.history.accept(changed)
     if jax.process_index() == 0:
+        run.folder.keep_pins()
         doctor.save(run.folder.path, run.examination)
     if jax.process_index() == 0 and changed:
         run.folder.update(identity, run.task.left_out, run.config)

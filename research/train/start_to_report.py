@@ -72,7 +72,7 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
             path = folder.path
             logging.info("%s is complete; its report: %s/report.md", path, path)
         else:
-            wanted.append(OpenedFolder(config, folder, changed))
+            wanted.append(OpenedFolder(folder.pin(config), folder, changed))
     return wanted
 
 

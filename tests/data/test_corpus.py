@@ -16,7 +16,7 @@ from text_helpers import (
     write_texts,
 )
 
-from research.config.run_config import DataConfig
+from research.config.run_config import Config, DataConfig
 from research.core.errors import UserError
 from research.data.text import token_cache
 from research.data.text.document_readers import DocumentPiece
@@ -24,6 +24,7 @@ from research.data.text.row_layout import DocumentMarks, lay_rows
 from research.data.text.text_sources import open_sources
 from research.data.text.token_cache import open_cache
 from research.data.text.tokenized_corpus import TokenStream, load_text
+from research.tasks.findings import count_epochs
 from research.tokenize.tokenizer_training import byte_tokenizer
 
 PLAIN = byte_tokenizer()
@@ -375,3 +376,34 @@ def test_the_data_says_what_it_is(place):
     first = data.sample_batch(3)
     np.testing.assert_array_equal(first.tokens.ravel(), streams(place, "a")[0][:96])
     assert dataclasses.is_dataclass(data) and "<function" not in repr(data)
+
+
+def epochs_of(data, steps):
+    config = Config(steps=steps, data=DataConfig(kind="text", seq_len=32, batch_size=4))
+    return count_epochs(config, data.source_rows, data.shares)
+
+
+def test_the_doctor_counts_epochs_by_source_and_with_the_mixture(place):
+    data = load(place, mixture=["a=1", "b=3"])
+    found = epochs_of(data, steps=100)
+    numbers = found.numbers
+    for name, share in (("a", 0.25), ("b", 0.75)):
+        drawn = 400 * share
+        assert numbers[f"epochs {name}"] == pytest.approx(
+            drawn / len(rows_of(place, name))
+        )
+    groups = np.concatenate(
+        [b.groups[:, 0] for b in take(data.train_iterator(4, 0), 100)]
+    )
+    drawn = int((groups == 1).sum())
+    assert numbers["epochs b"] == pytest.approx(drawn / data.source_rows["b"], rel=0.02)
+    assert "b: " in found.text
+    equal = epochs_of(load(place), steps=100).numbers
+    assert equal["epochs a"] == pytest.approx(equal["epochs"])
+
+
+def test_a_source_shorter_than_a_row_is_named_as_not_trained(place):
+    write_texts(place / "short", ["a"] * 3 + ["b", "c"])
+    found = epochs_of(load(place, ["a", "short"], held_out_share=0.3), steps=10)
+    assert "short is not trained: it is shorter than a row of 32 tokens" in found.text
+    assert "a is not" not in found.text and "epochs short" not in found.numbers

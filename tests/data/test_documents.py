@@ -9,16 +9,17 @@ import json
 import sys
 import threading
 import time
-import types
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from hub_fakes import COMMIT, HubDataset, fake_hub
 from text_helpers import make_texts, text_and_data, text_config, write_texts
 
-from research.core.errors import UserError
-from research.core.hub_access import ask_hub
+from research.core.errors import STUCK, UnreachableError, UserError
+from research.core.hub_access import HubAddress, ask_hub
+from research.data import hub_rows
 from research.data.text import document_readers
 from research.data.text.text_sources import open_sources
 
@@ -280,6 +281,21 @@ def test_damaged_files_are_named(tmp_path, name, damage):
         read(tmp_path, path)
 
 
+def test_linked_folders_are_read_once_and_circles_end(tmp_path):
+    shelf, attic = tmp_path / "shelf", tmp_path / "attic"
+    write_texts(shelf / "b", ["in b"])
+    write_texts(attic / "deep", ["in attic"])
+    (shelf / "attic").symlink_to(attic)
+    (shelf / "again").symlink_to(attic / "deep")
+    (shelf / "a").symlink_to(shelf / "b")
+    (shelf / "loop").symlink_to(shelf)
+    (attic / "up").symlink_to(tmp_path)
+    (shelf / "nowhere.txt").symlink_to(tmp_path / "gone")
+    found, _ = read(tmp_path, shelf)
+    assert sorted(texts_of(found)) == ["in attic", "in b"]
+    assert ("in b", "b/00000.txt") in found, "the real folder names its files"
+
+
 def test_a_hub_out_of_reach_is_said_within_seconds(tmp_path):
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"out of reach.*local file"):
@@ -288,35 +304,80 @@ def test_a_hub_out_of_reach_is_said_within_seconds(tmp_path):
 
 
 def test_a_hub_data_set_is_streamed_by_subset_split_and_revision(tmp_path, monkeypatch):
-    asked = {}
-
-    def load_dataset(name, subset, **others):
-        asked.update(others, name=name, subset=subset)
-        return iter(ROWS)
-
-    fake = types.SimpleNamespace(load_dataset=load_dataset)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    answer = types.SimpleNamespace(revision="abc", reason="")
-    monkeypatch.setattr("research.data.text.text_sources.ask_hub", lambda *_: answer)
-    found, _ = read(tmp_path, "hub://o/n:en@test")
+    asked = fake_hub(monkeypatch, HubDataset([ROWS[:7], ROWS[7:]]))
+    found, _ = read(tmp_path, "hub://o/n@v2:en@test")
     assert texts_of(found) == TEXTS and found[1][1] == "o/n: row 2"
-    assert asked == {
-        "name": "o/n",
-        "subset": "en",
-        "split": "test",
-        "revision": "abc",
-        "streaming": True,
-    }
-    fake.load_dataset = lambda *_, **__: 1 / 0
+    assert asked == [
+        {
+            "name": "o/n",
+            "subset": "en",
+            "split": "test",
+            "revision": COMMIT,
+            "streaming": True,
+        }
+    ]
+    fake_hub(monkeypatch, None)
+    sys.modules["datasets"].load_dataset = lambda *_, **__: 1 / 0
     with pytest.raises(UserError, match=r"cannot be read .*division"):
         read(tmp_path, "hub://o/n")
+
+
+def test_a_dropped_connection_is_retried_where_it_was(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(hub_rows.time, "sleep", waits.append)
+    dataset = HubDataset([ROWS[:7], ROWS[7:]], drops=[0, 4, 5, 12])
+    fake_hub(monkeypatch, dataset)
+    assert texts_of(read(tmp_path, "hub://o/n")[0]) == TEXTS
+    assert dataset.reads == len(ROWS), "no row is read twice"
+    assert len(waits) == 4
+
+
+def test_a_hub_that_stays_away_ends_the_run_and_may_be_tried_again(
+    tmp_path, monkeypatch
+):
+    waits = []
+    monkeypatch.setattr(hub_rows.time, "sleep", waits.append)
+
+    class Away(HubDataset):
+        def shard(self, *_):
+            raise ConnectionError("no route")
+
+    fake_hub(monkeypatch, Away([ROWS]))
+    with pytest.raises(UnreachableError, match=r"no route.*kept: start the same"):
+        read(tmp_path, "hub://o/n")
+    assert waits == sorted(waits) and len(waits) == hub_rows.RETRIES
+    assert UnreachableError.exit_code == STUCK
+
+
+@pytest.mark.parametrize(
+    "where", ["hub://", "hub://a/b/c", "hub://o/n@", "hub://o/n@a b", "hub://o/n::x@"]
+)
+def test_a_malformed_hub_address_is_said(tmp_path, where):
+    with pytest.raises(UserError, match=r"write hub://owner/name\[@revision\]"):
+        open_sources(*text_and_data(text_config(tmp_path, f"a={where}")))
+
+
+@pytest.mark.parametrize(
+    "where, parts",
+    [
+        ("hub://o/n", ("o/n", "", "", "")),
+        ("hub://gpt2@main", ("gpt2", "main", "", "")),
+        ("hub://o/n@refs/pr/1:en", ("o/n", "refs/pr/1", "en", "")),
+        ("hub://o/n:en@train[:9%]", ("o/n", "", "en", "train[:9%]")),
+        ("hub://o/n:@test", ("o/n", "", "", "test")),
+    ],
+)
+def test_a_hub_address_has_its_parts_and_is_written_as_it_was(where, parts):
+    found = HubAddress.parse(where, "dataset")
+    assert (found.name, found.revision, found.subset, found.split) == parts
+    assert str(found) == where
 
 
 def test_a_hub_that_hangs_is_given_up(monkeypatch):
     hang = threading.Event()
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: hang.wait())
     begun = time.monotonic()
-    answer = ask_hub("a/b", "dataset", 0.2)
+    answer = ask_hub(HubAddress("a/b", "dataset"), 0.2)
     assert not answer.revision and "0.2 seconds" in answer.reason
     assert time.monotonic() - begun < 2
     hang.set()

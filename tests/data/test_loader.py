@@ -297,3 +297,31 @@ def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2):
 def test_build_batch_of_nothing_is_padding():
     batch = build_batch([[], []], [], 8)
     assert batch.tokens.shape == (2, 8) and not batch.segments.any()
+
+
+@pytest.mark.parametrize("overlength", ["truncate", "drop"])
+def test_an_enormous_row_is_seen_by_its_length(tmp_path, monkeypatch, overlength):
+    """Its tokens are never made, and rows beside it are kept."""
+    texts = ["a b " * 500_000, "fine"]
+    rows = [
+        {"instruction": "q", "context": context, "response": response}
+        for context in texts
+        for response in texts
+    ] + [{"instruction": f"q{i}", "response": "fine"} for i in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = from_folder(make_tiny_model(tmp_path / "model"))
+    encoded = []
+    encode = tokenizer.encode_texts
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_texts",
+        lambda texts, *rest: encoded.extend(texts) or encode(texts, *rest),
+    )
+    config = DataConfig(path=str(path), seq_len=64, held_out=5, overlength=overlength)
+    data = load_dataset(config, 0, ChatFormat(tokenizer, "dolly"))
+    assert max(map(len, encoded)) < 100_000
+    long = 2 if overlength == "truncate" else 3
+    assert data.dropped == {"too long": long}
+    assert data.truncated == (overlength == "truncate")
+    assert len(data.train.documents) + len(data.held_out.documents) == len(rows) - long

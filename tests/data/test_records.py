@@ -13,7 +13,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import load_rows, split_stratified
-from research.data.row_readers import READERS, RowReader, read_rows
+from research.data.row_readers import READERS, Place, RowReader, read_rows
 from research.data.text.text_sources import open_sources
 from research.tokenize.conversation import Turn
 
@@ -310,11 +310,12 @@ def test_max_rows_draws_from_every_category(sample):
 def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
     """`.xlsx` is a binary format: no compression, and its size is not that of text."""
 
-    def read(path, errors, column):
-        for number, line in enumerate(path.read_text().split("\n"), start=1):
+    def read(path, reading):
+        lines = path.read_text().split("\n")
+        for number in range(reading.start.at or 0, len(lines)):
             names = ("instruction", "response", "text")
-            cells = zip(names, line.split(";"), strict=True)
-            yield f"{path.name}: row {number}", dict(cells)
+            cells = zip(names, lines[number].split(";"), strict=True)
+            yield Place(number), f"{path.name}: row {number + 1}", dict(cells)
 
     monkeypatch.setitem(READERS, ".xlsx", RowReader(read, is_plain=False))
     path = tmp_path / "rows.xlsx"

@@ -29,7 +29,11 @@ from research.tokenize.tokenizer_training import byte_tokenizer, train_bpe
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
-    """Many pieces a document, many shards a unit, many units a source."""
+    """Many pieces a document, many shards a unit, many units a source.
+
+    And files that were written just now count as settled.
+    """
+    monkeypatch.setattr(source_fingerprint, "FRESH_NS", -(10**12))
     monkeypatch.setattr(document_readers, "PIECE_BYTES", 200)
     monkeypatch.setattr(token_cache, "SHARD_BYTES", 1500)
     monkeypatch.setattr(token_cache, "UNIT_BYTES", 4000)
@@ -152,6 +156,21 @@ def test_what_changes_the_ids_changes_the_cache(tmp_path, corpus):
     assert len(set(folders)) == 7
 
 
+def test_an_edit_of_equal_size_and_time_is_noticed(tmp_path):
+    corpus = write_texts(tmp_path / "corpus", make_texts(12))
+    path = corpus / "00003.txt"
+    os.utime(path, (1, 1))
+    first = build(tmp_path, corpus).folder
+    path.write_text("x" + path.read_text()[1:])
+    os.utime(path, (1, 1))
+    second = build(tmp_path, corpus).folder
+    other = tmp_path / "other"
+    other.write_text("y" + path.read_text()[1:])
+    os.utime(other, (1, 1))
+    other.replace(path)
+    assert len({first, second, build(tmp_path, corpus).folder}) == 3
+
+
 def test_the_memo_of_hashes_may_be_lost_or_broken(tmp_path, corpus):
     for path in corpus.iterdir():
         os.utime(path, (1, 1))
@@ -207,6 +226,38 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, corpus, shards):
     for path, (data, inode) in before.items():
         assert path.read_bytes() == data and path.stat().st_ino == inode, "kept"
     assert files_of(resumed) == files_of(unbroken)
+
+
+@pytest.mark.parametrize("kind", ["reading", "writing", "other text"])
+def test_a_failure_keeps_the_finished_shards(tmp_path, monkeypatch, kind):
+    corpus = write_texts(tmp_path / "corpus", make_texts(24, longest=80))
+    (corpus / "zz").write_text("the last one")
+    other = build(tmp_path, write_texts(tmp_path / "other", ["of another run"] * 20))
+    kept_by_others = files_of(other)
+
+    def fail(*given):
+        names = [getattr(each, "where", getattr(each, "name", "")) for each in given]
+        if "zz" in names or (kind == "writing" and given[1].number > 1):
+            raise OSError(28, "No space left on device")
+        return real(*given)
+
+    place, name = {
+        "reading": (document_readers, "read_chunks"),
+        "writing": (token_cache, "write_shard"),
+        "other text": (token_cache.DocumentMarks, "frame"),
+    }[kind]
+    real = getattr(place, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fail)
+        with pytest.raises(UserError):
+            build(tmp_path, corpus)
+    (folder,) = set((tmp_path / "cache" / "tokens").iterdir()) - {other.folder}
+    kept = {path: path.stat().st_ino for path in folder.glob("u*.json")}
+    assert len(kept) > 1 and not (folder / "manifest.json").exists()
+    expected = build(tmp_path / "unbroken", corpus)
+    assert files_of(build(tmp_path, corpus)) == files_of(expected)
+    assert all(path.stat().st_ino == inode for path, inode in kept.items())
+    assert files_of(other) == kept_by_others
 
 
 def test_shards_that_are_kept_are_not_tokenised_again(tmp_path, corpus, monkeypatch):

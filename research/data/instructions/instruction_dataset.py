@@ -20,6 +20,10 @@ from research.data.token_batch import Batch
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 
+# More characters than any tokenizer packs into a token, on average over a long text. A
+# row that is enormous is seen by its length: its tokens alone could exhaust the memory.
+TOKEN_CHARACTERS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedDocuments:
@@ -132,15 +136,30 @@ def _tokenize(
     budget = config.seq_len + 1  # n positions predict n ids of n + 1
     number = {category: i for i, category in enumerate(categories)}
     kept, documents, truncated = [], [], 0
-    for record, encoded in zip(records, chat_format.encode_many(records), strict=True):
+
+    def drop(record: Record) -> None:
+        dropped["too long"] += 1
+        examples.append(f"{record.where}: longer than {config.seq_len} tokens")
+
+    most = budget * TOKEN_CHARACTERS
+    candidates = []
+    for record in records:
+        if len(record.context) > most and config.overlength == "truncate":
+            record = dataclasses.replace(record, context=record.context[:most])
+        texts = sum(len(turn.text) for turn in record.turns)
+        if max(texts, len(record.context)) > most:
+            drop(record)
+        else:
+            candidates.append(record)
+    encodings = chat_format.encode_many(candidates)
+    for record, encoded in zip(candidates, encodings, strict=True):
         if len(encoded.ids) > budget and config.overlength == "truncate":
             encoded = chat_format.shorten(record, encoded, budget)
             if encoded is not None:
                 truncated += 1
                 examples.append(f"{record.where}: context cut to fit")
         if encoded is None or len(encoded.ids) > budget:
-            dropped["too long"] += 1
-            examples.append(f"{record.where}: longer than {config.seq_len} tokens")
+            drop(record)
             continue
         kept.append(record)
         documents.append(

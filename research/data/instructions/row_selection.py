@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from research.config.hub_pins import DEFAULT_ROWS, EMBEDDED
 from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
-from research.core.hub_access import ask_hub
+from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
 from research.data.row_readers import BadRowError, read_rows
 from research.tokenize.conversation import Record
 
-HUB_DATASET = "databricks/databricks-dolly-15k"
+DOLLY = HubAddress.parse(DEFAULT_ROWS, "dataset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,15 @@ def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
 
 
 def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
-    if config.path:
+    if is_hub(config.path):
+        return config.path, _hub_rows(HubAddress.parse(config.path, "dataset"), config)
+    if config.path and config.path != EMBEDDED:
         return config.path, read_rows(Path(config.path).expanduser())
-    rows = _hub_rows(config.hub_timeout)
-    if rows is not None:
-        return f"hub {HUB_DATASET}", rows
+    if not config.path:
+        try:
+            return f"hub {DOLLY.name}", _hub_rows(DOLLY, config)
+        except UserError as error:
+            logging.info("data: %s; the embedded sample is used", error)
     return "embedded sample", _embedded_rows()
 
 
@@ -113,29 +118,40 @@ def _embedded_rows() -> Iterator[tuple[str, Any]]:
             yield from read_rows(path)
 
 
-def _hub_rows(timeout: float) -> list[tuple[str, Any]] | None:
-    """All rows of Dolly through `datasets`, or None where the hub cannot be had.
+def _hub_rows(address: HubAddress, config: DataConfig) -> list[tuple[str, Any]]:
+    """All rows of a dataset through `datasets`.
 
-    The hub is asked first, for `timeout` seconds at most: its own client would retry
-    for minutes. Without the hub, rows that were downloaded before are used.
+    The hub is asked first, for `config.hub_timeout` seconds at most: its own client
+    would retry for minutes. Without the hub, rows that were downloaded before are used.
+
+    Raises:
+      UserError: neither the hub nor its cache has them.
     """
     from huggingface_hub import constants
 
-    if not ask_hub(HUB_DATASET, "dataset", timeout).revision:
-        folder = f"datasets--{HUB_DATASET.replace('/', '--')}"
-        if not (Path(constants.HF_HUB_CACHE) / folder).is_dir():
-            return None
+    reply = ask_hub(address, config.hub_timeout)
+    if not reply.revision:
         # `datasets` reads this once, when it is imported.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
-    import datasets
-
+    revision = reply.revision or cached_commit(address)
     try:
-        rows = datasets.load_dataset(HUB_DATASET, split="train")
+        if not revision:
+            raise ConnectionError(reply.reason)
+        import datasets
+
+        rows = datasets.load_dataset(
+            address.name,
+            address.subset or None,
+            split=address.split or "train",
+            revision=revision,
+        )
     except Exception as error:  # The hub's client raises a dozen unrelated kinds.
-        logging.warning("data: hub %s not loaded (%s)", HUB_DATASET, error)
-        return None
-    return [(f"{HUB_DATASET}:{i}", row) for i, row in enumerate(rows, start=1)]
+        raise UserError(
+            f"the rows of {address} cannot be loaded ({error}); check its name, "
+            "revision, subset and split, or give a local file as config.data.path"
+        ) from error
+    return [(f"{address.name}:{i}", row) for i, row in enumerate(rows, start=1)]
 
 
 def split_stratified(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
-from research.core.hub_access import ask_hub
+from research.core.hub_access import HubAddress, fetch_files, is_hub
 from research.data.text.document_readers import SourceFile, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
@@ -49,7 +49,7 @@ def open_tokenizer(text: TextConfig, data: DataConfig) -> Tokenizer:
         return byte_tokenizer()
     if kind == "bpe":
         return _open_bpe(text, data, _vocabulary(asked, size))
-    if asked.startswith("hub://"):
+    if is_hub(asked):
         return from_folder(_fetched(asked, data.hub_timeout))
     path = Path(asked).expanduser()
     if path.is_file():
@@ -58,7 +58,7 @@ def open_tokenizer(text: TextConfig, data: DataConfig) -> Tokenizer:
         return from_folder(path)
     raise UserError(
         f"config.text.tokenizer is {asked!r}, and no such file or folder exists; give "
-        f"byte, bpe:SIZE, a tokenizer.json, a folder or hub://owner/name"
+        f"byte, bpe:SIZE, a tokenizer.json, a folder or hub://owner/name[@revision]"
         f"{nearest(asked, ('byte', 'bpe:4096'))}"
     )
 
@@ -197,21 +197,17 @@ def _training_pieces(
 
 def _fetched(asked: str, timeout: float) -> Path:
     """Fetches only the tokenizer's files from the hub, or finds them in its cache."""
-    import huggingface_hub
-
-    name = asked.removeprefix("hub://")
-    answer = ask_hub(name, "model", timeout)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                allow_patterns=HUB_FILES,
-                revision=answer.revision or None,
-                local_files_only=not answer.revision,
-            )
+        return fetch_files(
+            HubAddress.parse(asked, "model"),
+            timeout,
+            HUB_FILES,
+            lambda folder: (
+                "" if (folder / "tokenizer.json").is_file() else "tokenizer.json"
+            ),
         )
-    except Exception as error:  # The hub's client raises a dozen unrelated kinds.
+    except ConnectionError as error:
         raise UserError(
-            f"tokenizer {asked} cannot be fetched ({answer.reason or error}); check "
-            "its name, or give a local folder as config.text.tokenizer"
+            f"tokenizer {asked} cannot be fetched ({error}); check its name and "
+            "revision, or give a local folder as config.text.tokenizer"
         ) from error

@@ -6,18 +6,37 @@ A plain-text file that is a source by itself is cut into many documents at line 
 because a single document could not be split into training and held-out text.
 """
 
-import codecs
 import collections
 import dataclasses
+import functools
+import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError, nearest
+from research.core.hub_access import HubAddress
 from research.data.compressed_files import COMPRESSED, kind_of, open_bytes
-from research.data.row_readers import READERS, BadRowError, read_rows
+from research.data.document_pieces import (
+    Chunks,
+    DocumentPiece,
+    UndecodableError,
+    cut_pieces,
+    read_chunks,
+)
+from research.data.hub_rows import HubRows
+from research.data.row_readers import (
+    READERS,
+    START,
+    BadRowError,
+    Located,
+    Place,
+    Reading,
+    file_bytes,
+    read_located,
+)
 
 PIECE_BYTES = 128 << 10
 PART_BYTES = 16 << 10  # A document of a file that is a source by itself.
@@ -27,34 +46,21 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
-class DocumentPiece:
-    """A part of a document, of about `PIECE_BYTES` at most; never empty.
-
-    Attributes:
-      text: its characters.
-      starts, ends: whether it is the first and the last of its document.
-      where: `file:line`, for messages to the user.
-    """
-
-    text: str
-    starts: bool
-    ends: bool
-    where: str
-
-
-@dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of a source.
+    """One file of a source, or a part of it.
 
     Attributes:
       name: relative to the source's folder; a hub dataset counts as one file.
       path: its place on disk, or the hub address.
       size: bytes on disk; 0 on the hub.
+      begin, end: the part, as in `Reading`; on the hub in shards of the dataset.
     """
 
     name: str
     path: Path
     size: int
+    begin: int = 0
+    end: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +96,78 @@ class TextSource:
         return sum(i.size for i in self.files) if plain else 0
 
     def read(
-        self, files: Iterable[SourceFile], left_out: collections.Counter[str]
+        self,
+        files: Iterable[SourceFile],
+        left_out: collections.Counter[str],
+        start: Place = START,
+        alive: Callable[[], None] = lambda: None,
     ) -> Iterator[DocumentPiece]:
         """Reads the documents of some of the `files`, and counts those that it drops.
+
+        Args:
+          files: some of `files`, or of their `parts`.
+          left_out: gets the counts.
+          start: the place in the first file at which to start; its `skip` is ignored.
+          alive: called while what lies before `start` is skipped.
 
         Raises:
           UserError: something cannot be read, or is not text and must not be skipped.
         """
-        reading = _DocumentReader(self, left_out)
+        reading = _DocumentReader(self, left_out, alive)
         for item in files:
-            yield from reading.pieces(item)
+            yield from reading.pieces(item, start)
+            start = START
+
+    @property
+    def hub_address(self) -> HubAddress:
+        """The address of a hub dataset, without its revision."""
+        address = HubAddress.parse(self.where, "dataset")
+        return dataclasses.replace(address, revision="")
+
+    @functools.cached_property
+    def hub_rows(self) -> HubRows:
+        """The rows of a hub dataset."""
+        address = dataclasses.replace(self.hub_address, revision=self.revision)
+        return HubRows(address, f"text source {self.name}={self.where}")
+
+    @property
+    def units(self) -> Sequence[SourceFile]:
+        """The files; of a hub dataset its shards, which the hub names."""
+        if not self.revision:
+            return self.files
+        (whole,) = self.files
+        return [
+            dataclasses.replace(whole, begin=i, end=i + 1)
+            for i in range(self.hub_rows.num_shards)
+        ]
+
+    def parts(self, item: SourceFile, count: int) -> list[SourceFile]:
+        """About `count` equal parts of a file, or the whole where it has no parts.
+
+        A compressed file, a CSV file, a JSON array and a file that is one document can
+        only be read from their beginning.
+        """
+        if count < 2:
+            return [item]
+        kind = kind_of(item.path)
+        if kind in READERS:
+            length = READERS[kind].length
+            units = length(item.path) if length else 1
+        elif kind in RECORD_FILES:
+            units = _open_records(item.path).num_records()
+        else:
+            # With `skip`, the whole file decides whether any of it is used.
+            whole = self.is_folder or self.undecodable == "skip"
+            units = 1 if whole else file_bytes(item.path)
+        count = min(count, units)
+        if count < 2:
+            return [item]
+        cuts = [number * units // count for number in range(count + 1)]
+        size = item.size // count
+        return [
+            dataclasses.replace(item, size=size, begin=begin, end=end)
+            for begin, end in itertools.pairwise(cuts)
+        ]
 
 
 def _is_plain(path: Path) -> bool:
@@ -109,38 +177,38 @@ def _is_plain(path: Path) -> bool:
     return known and path.suffix not in COMPRESSED
 
 
-def hub_parts(where: str) -> tuple[str, str, str]:
-    """`hub://owner/name[:subset][@split]` as owner/name, subset or "", split."""
-    rest, _, split = where.removeprefix("hub://").partition("@")
-    name, _, subset = rest.partition(":")
-    return name, subset, split or "train"
-
-
 class _DocumentReader:
     """One pass over files: cuts each kind of file into pieces."""
 
-    def __init__(self, source: TextSource, left_out: collections.Counter[str]):
+    def __init__(
+        self,
+        source: TextSource,
+        left_out: collections.Counter[str],
+        alive: Callable[[], None],
+    ):
         self._source = source
         self._left_out = left_out
+        self._alive = alive
 
-    def pieces(self, item: SourceFile) -> Iterator[DocumentPiece]:
+    def pieces(self, item: SourceFile, start: Place) -> Iterator[DocumentPiece]:
         kind = kind_of(item.path)
+        reading = Reading(
+            "surrogateescape", self._source.column, item.begin, item.end, start,
+            self._alive,
+        )  # fmt: skip
         if self._source.revision:
-            yield from self._of_rows(self._hub_rows())
+            yield from self._of_rows(self._source.hub_rows.read(reading))
         elif kind in READERS:
-            rows = read_rows(
-                item.path, errors="surrogateescape", column=self._source.column
-            )
-            yield from self._of_row_file(rows)
+            yield from self._of_row_file(read_located(item.path, reading))
         elif kind in RECORD_FILES:
-            yield from self._of_records(item)
+            yield from self._of_records(item, reading)
         else:
             try:
-                yield from self._of_plain_text(item)
+                yield from self._of_plain_text(item, reading)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{item.path} cannot be read: {error}") from error
 
-    def _of_row_file(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPiece]:
+    def _of_row_file(self, rows: Iterable[Located]) -> Iterator[DocumentPiece]:
         """Reads a row file; one in a folder may hold no text, such as settings.json."""
         try:
             yield from self._of_rows(rows)
@@ -149,9 +217,9 @@ class _DocumentReader:
                 raise
             self._left_out["no rows with the text column"] += 1
 
-    def _of_rows(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPiece]:
+    def _of_rows(self, rows: Iterable[Located]) -> Iterator[DocumentPiece]:
         column = self._source.column
-        for where, row in rows:
+        for place, where, row in rows:
             if not isinstance(row, BadRowError) and column not in row:
                 raise UserError(
                     f"{where}: no column {column!r} for config.text.column"
@@ -166,7 +234,7 @@ class _DocumentReader:
                 if not self._keep(where, "is not UTF-8"):
                     continue
                 text = SURROGATE.sub("\ufffd", text)
-            yield from self._of_text(text, where)
+            yield from self._of_text(text, where, place)
 
     def _bad_row(self, found: Any, where: str) -> None:
         """Raises an error for a row without text, or counts it."""
@@ -192,41 +260,62 @@ class _DocumentReader:
             self._left_out["not UTF-8"] += 1
         return self._source.undecodable == "replace"
 
-    def _of_text(self, text: str, where: str) -> Iterator[DocumentPiece]:
-        """Cuts a document that is in memory already."""
+    def _of_text(self, text: str, where: str, at: Place) -> Iterator[DocumentPiece]:
+        """Cuts a document that is in memory already and begins at `at`."""
         if not text:
             self._left_out["empty"] += 1
-        yield from _in_pieces([text], where, PIECE_BYTES)
+        for number, piece in enumerate(
+            cut_pieces([((0, 0), text)], where, PIECE_BYTES)
+        ):
+            yield dataclasses.replace(piece, place=at._replace(skip=number))
 
-    def _of_plain_text(self, item: SourceFile) -> Iterator[DocumentPiece]:
-        policy = self._source.undecodable
+    def _of_plain_text(
+        self, item: SourceFile, reading: Reading
+    ) -> Iterator[DocumentPiece]:
+        if reading.start.at is None and not self._is_wanted(item):
+            return
+        errors = "replace" if self._source.undecodable == "replace" else "strict"
+        try:
+            chunks = read_chunks(item.path, errors, reading, PIECE_BYTES)
+            if self._source.is_folder:
+                starts = not any(reading.start.at or ())
+                yield from cut_pieces(chunks, item.name, PIECE_BYTES, starts)
+            else:
+                yield from _in_parts(chunks, item.name)
+        except UndecodableError as bad:
+            self._keep(f"{item.name}:{bad.offset}", "a byte here is not UTF-8")
+
+    def _is_wanted(self, item: SourceFile) -> bool:
+        """Whether a plain file holds text; counts it if it does not."""
         with open_bytes(item.path) as file:
             head = file.read(HEAD_BYTES)
         if not head:
             self._left_out["empty"] += 1
         elif b"\0" in head and self._source.is_folder:
             self._left_out["binary file"] += 1
-        elif policy == "skip" and not _decodes(item.path):
+        elif self._source.undecodable == "skip" and not self._decodes(item.path):
             self._left_out["not UTF-8"] += 1
         else:
-            errors = "replace" if policy == "replace" else "strict"
-            try:
-                chunks = _decoded(item.path, errors)
-                if self._source.is_folder:
-                    yield from _in_pieces(chunks, item.name, PIECE_BYTES)
-                else:
-                    yield from _in_parts(chunks, item.name)
-            except _UndecodableError as bad:
-                self._keep(f"{item.name}:{bad.offset}", "a byte here is not UTF-8")
+            return True
+        return False
 
-    def _of_records(self, item: SourceFile) -> Iterator[DocumentPiece]:
-        from array_record.python.array_record_module import ArrayRecordReader
+    def _decodes(self, path: Path) -> bool:
+        try:
+            for _ in read_chunks(path, "strict", Reading(), PIECE_BYTES):
+                self._alive()
+        except UndecodableError:
+            return False
+        return True
 
-        reader = ArrayRecordReader(str(item.path))
-        if not reader.ok():
-            raise UserError(f"{item.path} cannot be read: it is no array_record file")
-        for number in range(1, reader.num_records() + 1):
-            where = f"{item.name}: record {number}"
+    def _of_records(
+        self, item: SourceFile, reading: Reading
+    ) -> Iterator[DocumentPiece]:
+        reader = _open_records(item.path)
+        first = reading.begin if reading.start.at is None else reading.start.at
+        end = reader.num_records() if reading.end is None else reading.end
+        reader.seek(first)
+        for number in range(first, end):
+            where = f"{item.name}: record {number + 1}"
             record = reader.read()
             try:
                 text = record.decode("utf-8")
@@ -234,82 +323,20 @@ class _DocumentReader:
                 if not self._keep(where, f"byte {error.start} is not UTF-8"):
                     continue
                 text = record.decode("utf-8", "replace")
-            yield from self._of_text(text, where)
+            yield from self._of_text(text, where, Place(number, number))
         reader.close()
 
-    def _hub_rows(self) -> Iterator[tuple[str, Any]]:
-        import datasets
 
-        name, subset, split = hub_parts(self._source.where)
-        try:
-            rows = datasets.load_dataset(
-                name,
-                subset or None,
-                split=split,
-                revision=self._source.revision,
-                streaming=True,
-            )
-            for number, row in enumerate(rows, start=1):
-                yield f"{name}: row {number}", row
-        except Exception as error:  # The hub's client raises a dozen unrelated kinds.
-            raise UserError(
-                f"text source {self._source.name}={self._source.where} cannot be read "
-                f"({error}); check its subset and split, or give local files"
-            ) from error
+def _open_records(path: Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path))
+    if not reader.ok():
+        raise UserError(f"{path} cannot be read: it is no array_record file")
+    return reader
 
 
-class _UndecodableError(ValueError):
-    """The byte at `offset` of the decompressed file is not UTF-8."""
-
-    def __init__(self, offset: int):
-        super().__init__(offset)
-        self.offset = offset
-
-
-def _decoded(path: Path, errors: str) -> Iterator[str]:
-    """The text of a file in chunks, without a byte order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    position = 0
-    with open_bytes(path) as file:
-        while True:
-            block = file.read(PIECE_BYTES)
-            begun = position - len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise _UndecodableError(begun + error.start) from error
-            yield text.removeprefix("\ufeff") if position == 0 else text
-            position += len(block)
-            if not block:
-                return
-
-
-def _decodes(path: Path) -> bool:
-    try:
-        collections.deque(_decoded(path, "strict"), maxlen=0)
-    except _UndecodableError:
-        return False
-    return True
-
-
-def _in_parts(chunks: Iterable[str], where: str) -> Iterator[DocumentPiece]:
+def _in_parts(chunks: Chunks, where: str) -> Iterator[DocumentPiece]:
     """Cuts one file into documents of about `PART_BYTES`."""
-    for piece in _in_pieces(chunks, where, PART_BYTES):
+    for piece in cut_pieces(chunks, where, PART_BYTES):
         yield dataclasses.replace(piece, starts=True, ends=True)
-
-
-def _in_pieces(chunks: Iterable[str], where: str, size: int) -> Iterator[DocumentPiece]:
-    """Cuts one document behind line ends, else behind spaces, else anywhere."""
-    rest, starts = "", True
-    for chunk in chunks:
-        text, at = rest + chunk, 0
-        while len(text) - at > size:
-            most = at + size
-            end = (
-                text.rfind("\n", at, most) + 1 or text.rfind(" ", at, most) + 1 or most
-            )
-            yield DocumentPiece(text[at:end], starts, False, where)
-            starts, at = False, end
-        rest = text[at:]
-    if rest:
-        yield DocumentPiece(rest, starts, True, where)

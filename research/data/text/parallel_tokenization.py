@@ -25,28 +25,48 @@ def encoded(
     tokenizer: Tokenizer,
     dtype: Any,
     batch_bytes: int = BATCH_BYTES,
+    shared_pool: ThreadPoolExecutor | None = None,
 ) -> Iterator[tuple[Item, np.ndarray]]:
     """Yields each item with the ids of its text, in order, a few batches ahead.
 
     The library encodes on all cores without Python's lock. Meanwhile this thread reads
     the next texts, and the caller uses the last ids.
+
+    Args:
+      items: any values.
+      text_of: the text of one.
+      tokenizer: encodes them.
+      dtype: of the ids.
+      batch_bytes: about so much text is encoded at a time.
+      shared_pool: threads of the caller; by default this call has its own.
     """
     waiting: collections.deque[tuple[list[Item], Future[list[np.ndarray]]]]
     waiting = collections.deque()
-    pool = ThreadPoolExecutor(WORKERS, "encode")
+    pool = shared_pool or ThreadPoolExecutor(WORKERS, "encode")
+    batches = _batches(items, text_of, batch_bytes)
+    failure: Exception | None = None
     try:
-        for batch in _batches(items, text_of, batch_bytes):
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                # Earlier items can still be used.
+                failure, batch = error, None
+            if batch is None:
+                break
             texts = [text_of(item) for item in batch]
-            job = pool.submit(tokenizer.encode_arrays, texts, dtype)
-            waiting.append((batch, job))
+            waiting.append((batch, pool.submit(tokenizer.encode_arrays, texts, dtype)))
             if len(waiting) > WORKERS:
                 done, job = waiting.popleft()
                 yield from zip(done, job.result(), strict=True)
         while waiting:
             done, job = waiting.popleft()
             yield from zip(done, job.result(), strict=True)
+        if failure:
+            raise failure
     finally:
-        pool.shutdown(cancel_futures=True)
+        if not shared_pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def _batches(
@@ -54,11 +74,15 @@ def _batches(
 ) -> Iterator[list[Item]]:
     batch: list[Item] = []
     size = 0
-    for item in items:
-        batch.append(item)
-        size += len(text_of(item))
-        if size >= batch_bytes:
-            yield batch
-            batch, size = [], 0
+    try:
+        for item in items:
+            batch.append(item)
+            size += len(text_of(item))
+            if size >= batch_bytes:
+                yield batch
+                batch, size = [], 0
+    except Exception:
+        yield batch
+        raise
     if batch:
         yield batch

@@ -37,7 +37,7 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
 def source_key(source: TextSource, cache: Path, settings: Mapping[str, Any]) -> str:
     """sha256 over the settings and over the name and the bytes of every file.
 
-    A file is not read again while its size and its time of change stay the same.
+    A file is not read again while its `_stamp` stays the same.
     """
     parts = {
         **settings,
@@ -51,22 +51,21 @@ def source_key(source: TextSource, cache: Path, settings: Mapping[str, Any]) -> 
 
 def _file_hashes(source: TextSource, cache: Path) -> list[list[str]]:
     if source.revision:
-        return [[source.where, source.revision]]
+        return [[str(source.hub_address), source.revision]]
     known = _read_memo(cache)
     fresh: dict[str, list[Any]] = {}
     hashes, said = [], time.monotonic()
     for number, item in enumerate(source.files, start=1):
         path = os.path.abspath(item.path)
         try:
-            stat = os.stat(path)
-            stamp = [stat.st_size, stat.st_mtime_ns]
-            if known.get(path, [])[:2] != stamp:
+            stamp = _stamp(path)
+            if known.get(path, [])[:-1] != stamp:
                 with open(path, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 fresh[path] = known[path] = [*stamp, digest]
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        hashes.append([item.name, known[path][2]])
+        hashes.append([item.name, known[path][-1]])
         if time.monotonic() - said > 5:
             said = time.monotonic()
             logging.info(
@@ -74,17 +73,30 @@ def _file_hashes(source: TextSource, cache: Path) -> list[list[str]]:
                 len(source.files),
             )  # fmt: skip
     now = time.time_ns()
-    settled = {p: entry for p, entry in fresh.items() if now - entry[1] > FRESH_NS}
+    settled = {
+        p: entry for p, entry in fresh.items() if now - max(entry[1:3]) > FRESH_NS
+    }
     if settled:
         _add_to_memo(cache, settled)
     return hashes
+
+
+def _stamp(path: str) -> list[int]:
+    """Size, modification time, status-change time and inode of a file.
+
+    An edit that keeps the size and sets the modification time back still changes the
+    status-change time, and a file that replaces another has its own inode.
+    """
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _read_memo(cache: Path) -> dict[str, list[Any]]:
     try:
         memo = json.loads((cache / MEMO).read_text(encoding="utf-8"))
         return {
-            path: [int(size), int(at), str(d)] for path, (size, at, d) in memo.items()
+            path: [*map(int, stamp), str(digest)]
+            for path, (*stamp, digest) in memo.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # The memo only saves time.

@@ -1,22 +1,38 @@
-"""Tokenises text while training reads it, in the order of its sources, without a cache.
+"""Tokenises text while training reads it, without a cache.
 
 This suits text that is read about once, or text that is too large to be stored twice.
-Every process tokenises all of it and keeps its own rows.
+A large source is dealt into shares of equal size, which are read side by side, each in
+the order of the source. The rows of a batch are dealt to the shares by their number, so
+a process reads and tokenises only the shares of its own rows, and the batches are the
+same for any number of processes. A small source is one share.
 """
 
 import collections
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
-from research.data.text.document_readers import DocumentPiece, TextSource
-from research.data.text.parallel_tokenization import encoded
+from research.data.batch_order import Alive, still
+from research.data.source_shares.dealing import (
+    PART_BYTES,
+    UNDIVIDED,
+    Deal,
+    choose_deal,
+    deal_shares,
+)
+from research.data.source_shares.share_reader import (
+    ShareReader,
+    TokenizedStream,
+    Tokenizing,
+)
+from research.data.text.document_readers import TextSource
+from research.data.text.parallel_tokenization import WORKERS
 from research.data.text.row_layout import DocumentMarks, RowLayout, is_held_out
 from research.data.text.text_dataset import HeldOutText, TextData, check_held_out
 from research.data.text.text_sources import mixture_weights
@@ -26,6 +42,7 @@ from research.tokenize.tokenizer import Tokenizer
 
 # Smaller than for a cache, because training waits for the first of them.
 BATCH_BYTES = 512 << 10
+LEAST_BATCH_BYTES = 32 << 10  # of one share
 # The search for held-out documents ends after this much text, or after this multiple
 # of the text that should hold enough of them.
 SEARCH_BYTES = 64 << 20
@@ -48,16 +65,25 @@ def load_streamed(
     row_layout = RowLayout(data.seq_len, text.isolate, marks)
     weights = mixture_weights(text, names) or _by_size(sources)
     left_out: collections.Counter[str] = collections.Counter()
-    evaluated = [
-        _held_out(source, tokenizer, marks, text, left_out) for source in sources
+    evaluated, seen = zip(
+        *(_held_out(source, tokenizer, marks, text, left_out) for source in sources),
+        strict=True,
+    )
+    # The first part of a file then has all text that is evaluated, cut as here.
+    part_bytes = max(PART_BYTES, *seen)
+    streams = [
+        TokenizedStream(source, tokenizer, marks, text.held_out_share)
+        for source in sources
     ]
+    shares = [weights[name] for name in names]
 
     def batches(size: int, seed: int, mine: Sequence[int] | None) -> StreamedBatches:
-        readers = [
-            _Reader(source, tokenizer, marks, text.held_out_share) for source in sources
-        ]
-        shares = [weights[name] for name in names]
-        return StreamedBatches(readers, shares, row_layout, size, mine)
+        deals = [choose_deal(source, size, part_bytes) for source in sources]
+        return StreamedBatches(streams, shares, row_layout, deals, size, mine)
+
+    def first_rows(rows: int) -> Batch:
+        undivided = [UNDIVIDED] * len(streams)
+        return next(StreamedBatches(streams, shares, row_layout, undivided, rows))
 
     held_out = {
         name: stretch.totals for name, stretch in zip(names, evaluated, strict=True)
@@ -69,96 +95,15 @@ def load_streamed(
         sha256=_identity(text, data.bad_lines, sources, tokenizer, evaluated),
         train={},
         held_out=held_out,
-        rows=0,
+        source_rows={},
+        shares=weights,
         held_out_bytes={name: totals.bytes for name, totals in held_out.items()},
         left_out=dict(left_out),
         row_layout=row_layout,
-        evaluated=evaluated,
+        evaluated=list(evaluated),
         training=batches,
-        first_rows=lambda rows: next(batches(rows, 0, None)),
+        first_rows=first_rows,
     )
-
-
-class _Reader:
-    """An endless stream of the training ids of one source; it can start anywhere.
-
-    A position is `[pass over the source, piece within it, id within the piece]`.
-    """
-
-    def __init__(
-        self,
-        source: TextSource,
-        tokenizer: Tokenizer,
-        marks: DocumentMarks,
-        share: float,
-    ):
-        self._source = source
-        self._tokenizer = tokenizer
-        self._layout = marks
-        self._share = share
-        self.seek([0, 0, 0])
-
-    def seek(self, position: Sequence[int]) -> None:
-        """Continues from a position; earlier text is read again, but not tokenised."""
-        around, index, offset = position
-        self._ahead = encoded(
-            self._pieces(around, index),
-            lambda item: item[2].text,
-            self._tokenizer,
-            self._layout.dtype,
-            BATCH_BYTES,
-        )
-        self._here: collections.deque[tuple[int, int, np.ndarray]]
-        self._here = collections.deque()
-        self._position = list(position)
-        self._there = -offset
-
-    @property
-    def position(self) -> list[int]:
-        """The position of the next row's first id."""
-        return list(self._position)
-
-    def take(self, count: int) -> np.ndarray:
-        """The next ids `[count + 1]`; the last is also the first of the next row."""
-        while self._there <= count:
-            (around, index, piece), ids = next(self._ahead)
-            ids = self._layout.frame(piece, ids)
-            self._here.append((around, index, ids))
-            self._there += len(ids)
-        offset, missing = self._position[2], count + 1
-        parts = []
-        for _, _, ids in self._here:
-            parts.append(ids[offset : offset + missing])
-            missing -= len(parts[-1])
-            offset = 0
-            if not missing:
-                break
-        self._advance(count)
-        return np.concatenate(parts)
-
-    def _advance(self, count: int) -> None:
-        offset = self._position[2] + count
-        while offset >= len(self._here[0][2]):
-            offset -= len(self._here.popleft()[2])
-        self._position = [*self._here[0][:2], offset]
-        self._there -= count
-
-    def _pieces(
-        self, around: int, index: int
-    ) -> Iterator[tuple[int, int, DocumentPiece]]:
-        for turn in itertools.count(around):
-            held, found = False, False
-            pieces = self._source.read(self._source.files, collections.Counter())
-            for number, piece in enumerate(pieces):
-                held = is_held_out(piece, self._share) if piece.starts else held
-                found |= not held
-                if not held and (turn > around or number >= index):
-                    yield turn, number, piece
-            if not found:
-                raise UserError(
-                    f"text source {self._source.name}={self._source.where} has no text "
-                    "to train on; give more, or lower config.text.held_out_share"
-                )
 
 
 class StreamedBatches:
@@ -166,18 +111,50 @@ class StreamedBatches:
 
     def __init__(
         self,
-        readers: list[_Reader],
-        weights: list[float],
+        streams: Sequence[TokenizedStream],
+        weights: Sequence[float],
         row_layout: RowLayout,
+        deals: Sequence[Deal],
         batch_size: int,
-        mine: Sequence[int] | None,
+        mine: Sequence[int] | None = None,
     ):
-        self._readers = readers
+        """Args:
+        streams: the sources, in the order of `Batch.groups`.
+        weights: the share of the rows that comes from each.
+        row_layout: of every row.
+        deals: how each source is dealt into shares.
+        batch_size: rows of a global batch.
+        mine: the rows of a global batch that this process builds; by default all.
+        """
+        self.alive: Alive = still
+        self._streams = streams
         self._weights = np.array(weights)
         self._row_layout = row_layout
         self._size = batch_size
         self._mine = range(batch_size) if mine is None else mine
-        self._taken = np.zeros(len(readers), np.int64)
+        self._pool = ThreadPoolExecutor(WORKERS, "encode")
+        self._taken = np.zeros(len(streams), np.int64)
+        self._open(deals)
+
+    def _open(self, deals: Sequence[Deal]) -> None:
+        """Makes the readers of the shares that this process needs, by source."""
+        self._deals = list(deals)
+        needed = [{self._share_of(row, deal) for row in self._mine} for deal in deals]
+        least = min(LEAST_BATCH_BYTES, BATCH_BYTES)
+        tokenizing = Tokenizing(
+            max(BATCH_BYTES // max(map(len, needed)), least),
+            self._pool,
+            lambda: self.alive(),
+        )
+        self._readers: list[dict[int, ShareReader]] = []
+        for stream, deal, numbers in zip(self._streams, deals, needed, strict=True):
+            shares = deal_shares(stream.source, deal)
+            self._readers.append(
+                {n: ShareReader(stream, shares, n, tokenizing) for n in sorted(numbers)}
+            )
+
+    def _share_of(self, row: int, deal: Deal) -> int:
+        return row * deal.count // self._size
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -186,26 +163,77 @@ class StreamedBatches:
         length = self._row_layout.seq_len
         ids = np.empty((self._size, length + 1), self._row_layout.marks.dtype)
         groups = np.empty(self._size, np.int32)
+        turn = self._turn()
         for i in range(self._size):
             # The source that is furthest behind its share of the rows so far.
             behind = self._weights * (self._taken.sum() + 1) - self._taken
-            groups[i] = np.argmax(behind)
-            ids[i] = self._readers[groups[i]].take(length)
-            self._taken[groups[i]] += 1
+            group = int(np.argmax(behind))
+            row = (i + turn) % self._size
+            groups[row] = group
+            self._taken[group] += 1
+            reader = self._readers[group].get(self._share_of(row, self._deals[group]))
+            if reader:
+                ids[row] = reader.take(length)
         own = list(self._mine)
         return self._row_layout.batch(ids[own], np.full(len(own), length), groups[own])
 
+    def _turn(self) -> int:
+        """The row of the batch that chooses its source first.
+
+        It moves from batch to batch: where sources alternate, each share of each source
+        must be drawn from.
+        """
+        if all(deal.count == 1 for deal in self._deals):
+            return 0
+        return int(self._taken.sum()) // self._size
+
     def get_state(self) -> dict[str, Any]:
-        """The position as JSON data."""
+        """The position as JSON data; null for shares that other processes read."""
         return {
             "rows": self._taken.tolist(),
-            "positions": [reader.position for reader in self._readers],
+            "deals": [list(deal) for deal in self._deals],
+            "positions": [
+                [
+                    readers[n].position if n in readers else None
+                    for n in range(deal.count)
+                ]
+                for readers, deal in zip(self._readers, self._deals, strict=True)
+            ],
         }
 
+    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The whole position, from those of all processes."""
+        positions = [
+            [next(filter(None, places), None) for places in zip(*shares, strict=True)]
+            for shares in zip(*(state["positions"] for state in states), strict=True)
+        ]
+        return states[0] | {"positions": positions}
+
     def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a position, whatever the number of processes that saved it.
+
+        Older runs had no deals. They counted pieces from the beginning of the source,
+        so reading has to start there, once.
+
+        Raises:
+          UserError: the shares do not go with the rows of a batch.
+        """
+        positions = state["positions"]
+        if "deals" not in state:
+            positions = [[[turn, 0, None, 0, n, at]] for turn, n, at in positions]
+        stored = state.get("deals", [UNDIVIDED] * len(positions))
+        deals = [Deal(*deal) for deal in stored]
+        for stream, deal in zip(self._streams, deals, strict=True):
+            if self._size % deal.count:
+                raise UserError(
+                    f"the run reads text source {stream.source.name} in {deal.count} "
+                    "shares; config.data.batch_size must be a multiple of that"
+                )
         self._taken = np.array(state["rows"], np.int64)
-        for reader, position in zip(self._readers, state["positions"], strict=True):
-            reader.seek(position)
+        self._open(deals)
+        for readers, places in zip(self._readers, positions, strict=True):
+            for number, reader in readers.items():
+                reader.seek(places[number])
 
 
 def _by_size(sources: list[TextSource]) -> dict[str, float]:
@@ -222,12 +250,16 @@ def _held_out(
     marks: DocumentMarks,
     text: TextConfig,
     left_out: collections.Counter[str],
-) -> HeldOutText:
-    """The first held-out documents, each whole, up to about `held_out_bytes`."""
+) -> tuple[HeldOutText, int]:
+    """The first held-out documents, each whole, up to about `held_out_bytes`.
+
+    Returns:
+      The documents, and how many bytes of text were read to find them.
+    """
     expected = text.held_out_bytes / max(text.held_out_share, 1e-9)
     room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
     found: list[np.ndarray] = []
-    documents, size, held = 0, 0, False
+    documents, size, seen, held = 0, 0, 0, False
     for piece in source.read(source.files, left_out):
         between = piece.starts or not held
         if between and (size >= text.held_out_bytes or room <= 0):
@@ -236,15 +268,18 @@ def _held_out(
             held = is_held_out(piece, text.held_out_share)
             documents += held
         room -= len(piece.text)
+        piece_bytes = len(piece.text.encode())
+        seen += piece_bytes
         if held:
             (ids,) = tokenizer.encode_arrays([piece.text], marks.dtype)
             found.append(marks.frame(piece, ids))
-            size += len(piece.text.encode())
+            size += piece_bytes
     ids = np.concatenate(found) if found else np.empty(0, marks.dtype)
-    return HeldOutText(
+    held_out = HeldOutText(
         TextTotals(documents, len(ids), size),
         lambda start, count: ids[start : start + count],
     )
+    return held_out, seen
 
 
 def _identity(
@@ -252,9 +287,12 @@ def _identity(
     bad_lines: str,
     sources: list[TextSource],
     tokenizer: Tokenizer,
-    held: list[HeldOutText],
+    held: Sequence[HeldOutText],
 ) -> str:
-    """sha256 over names, sizes and the evaluated text; the rest is still unread."""
+    """sha256 over names, sizes and the evaluated text; the rest is still unread.
+
+    So an edit that keeps the size of a file is noticed only in the evaluated text.
+    """
     parts = {
         "tokenizer": tokenizer.fingerprint,
         "held_out_share": text.held_out_share,

@@ -37,7 +37,8 @@ class TextData:
       train: totals by source; empty for streamed text, which nobody has counted.
       held_out: totals by source of the documents that are kept from training; where
         the text is streamed, only of those that are evaluated.
-      rows: different training rows; 0 where the text is streamed.
+      source_rows: different training rows by source; empty where text is streamed.
+      shares: the share of the training rows that is drawn from each source.
       held_out_bytes: UTF-8 bytes by source of exactly the documents evaluated.
       left_out: how many documents were dropped, by reason.
       row_layout: the shape of every row.
@@ -51,7 +52,8 @@ class TextData:
     sha256: str
     train: dict[str, TextTotals]
     held_out: dict[str, TextTotals]
-    rows: int
+    source_rows: dict[str, int]
+    shares: dict[str, float]
     held_out_bytes: dict[str, int]
     left_out: dict[str, int]
     row_layout: RowLayout = dataclasses.field(repr=False)
@@ -60,6 +62,11 @@ class TextData:
         repr=False
     )
     first_rows: Callable[[int], Batch] = dataclasses.field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Different rows that training draws; 0 where the text is streamed."""
+        return sum(n for name, n in self.source_rows.items() if self.shares[name])
 
     def train_iterator(
         self, batch_size: int, seed: int, mine: Sequence[int] | None = None

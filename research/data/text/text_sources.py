@@ -1,5 +1,6 @@
 """The sources of raw text: their names, the files of each, and their shares."""
 
+import logging
 import math
 import os
 import re
@@ -9,8 +10,8 @@ from pathlib import Path
 
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
-from research.core.hub_access import ask_hub
-from research.data.text.document_readers import SourceFile, TextSource, hub_parts
+from research.core.hub_access import PREFIX, HubAddress, is_hub, resolve
+from research.data.text.document_readers import SourceFile, TextSource
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -69,22 +70,24 @@ def _locate(
 ) -> tuple[tuple[SourceFile, ...], str]:
     if where == "stdlib":
         return tuple(_stdlib()), ""
-    if where.startswith("hub://"):
-        owner_name = hub_parts(where)[0]
-        answer = ask_hub(owner_name, "dataset", timeout)
-        if not answer.revision:
+    if is_hub(where):
+        address = HubAddress.parse(where, "dataset")
+        reply = resolve(address, timeout)
+        if not reply.revision:
+            split = f"; a split is written {PREFIX}{address.name}:@{address.revision}"
             raise UserError(
-                f"text source {name}={where} is out of reach ({answer.reason}); give a "
+                f"text source {name}={where} is out of reach ({reply.reason}); give a "
                 "local file or folder, or more time with --config.data.hub_timeout="
+                f"{split if address.revision else ''}"
             )
-        return (SourceFile(owner_name, Path(where), 0),), answer.revision
+        return (SourceFile(address.name, Path(where), 0),), reply.revision
     path = Path(where).expanduser()
     if path.is_file():
         return (SourceFile(path.name, path, path.stat().st_size),), ""
     if not path.is_dir():
         raise UserError(
             f"text source {name}={where} does not exist; give stdlib, a file, a folder "
-            "or hub://owner/name"
+            "or hub://owner/name[@revision][:subset[@split]]"
         )
     files = tuple(_files_under(path, lambda name: not name.startswith(".")))
     if not files:
@@ -95,19 +98,35 @@ def _locate(
 
 
 def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[SourceFile]:
-    """Files in the order of their names, if every part of the path is wanted."""
-    found = []
+    """Files in the order of their names, if every part of the path is wanted.
+
+    Links to folders are followed after the real folders, and no folder is read twice,
+    so a circle of links ends. A link to a folder above itself is only a circle.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
 
     def refuse(error: OSError) -> None:
         raise UserError(f"text folder {folder} cannot be read: {error}") from error
 
-    for at, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if wanted(name)]
-        found += [Path(at, name) for name in names if wanted(name)]
+    waiting = [folder]
+    while waiting:
+        for at, folders, names in os.walk(waiting.pop(0), onerror=refuse):
+            real = Path(at).resolve()
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if wanted(name))
+            links = [path for name in folders if (path := Path(at, name)).is_symlink()]
+            waiting += [p for p in links if not real.is_relative_to(p.resolve())]
+            found += [Path(at, name) for name in names if wanted(name)]
     for path in sorted(found, key=lambda path: path.relative_to(folder).parts):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             yield SourceFile(name, path, path.stat().st_size)
+        elif path.is_symlink():
+            logging.warning("text: %s is a link that leads to no file", path)
 
 
 def _stdlib() -> Iterator[SourceFile]:

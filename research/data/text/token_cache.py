@@ -2,14 +2,14 @@
 
 The inputs are cut into units, and the processes of a run share the units. A unit
 becomes shards of about `SHARD_BYTES` of text; a shard that is finished is never made
-again, so a killed build costs at most the shards in work.
+again and never deleted, so a build that is killed or fails loses at most the shards in
+work.
 """
 
 import collections
 import dataclasses
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,10 +87,6 @@ def open_cache(
             remove_leftovers(folder)
             build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
             manifest = build.run(key, process_index, process_count)
-        except UserError:
-            # Corrected text has another key, so nobody would use these shards.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
         except OSError as error:
             raise cannot_write(folder, error) from error
     total = manifest.total("train") + manifest.total("held")

@@ -152,9 +152,9 @@ class _Corpus:
             sha256=hashlib.sha256(digests.encode()).hexdigest(),
             train=self._by_name(m.total("train") for m in manifests),
             held_out=self._by_name(m.total("held") for m in manifests),
-            rows=sum(
-                n for n, used in zip(self._rows, self._used(), strict=True) if used
-            ),
+            source_rows=self._by_name(self._rows),
+            shares=self._weights
+            or self._by_name(n / max(sum(self._rows), 1) for n in self._rows),
             held_out_bytes=self._by_name(e.totals.bytes for e in evaluated),
             left_out=dict(left_out),
             row_layout=self._row_layout,

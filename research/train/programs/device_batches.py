@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from research.data.token_batch import Batch
-from research.parallel import mesh
+from research.parallel import mesh, runtime
 from research.train.training_run import TrainingRun
 
 Position = dict[str, Any]
@@ -43,6 +43,8 @@ class DeviceBatches:
             first.definition.mesh, first.config.data.batch_size, first.microbatches
         )
         self._streams = [run.task.batches(rows) for run in runs]
+        for stream in self._streams:
+            stream.alive = first.phases.sign_of_life
         self._skips = [frozenset(run.history.skipped) for run in runs]
         self._pulled = [(position or {"pulled": 0})["pulled"] for position in positions]
         for stream, position in zip(self._streams, positions, strict=True):
@@ -54,6 +56,15 @@ class DeviceBatches:
     @property
     def number(self) -> int:
         return self.positions[0]["pulled"] - 1
+
+    def whole_position(self, index: int) -> Position:
+        """The position of run `index`, with what only other processes know of it.
+
+        All processes call it, at the same step.
+        """
+        own = self.positions[index]
+        data = self._streams[index].joined(runtime.gather_json(own["data"]))
+        return own | {"data": data}
 
     def __next__(self) -> Any:
         with self._phases.during("data"):

@@ -1,0 +1,78 @@
+"""The commits of a run's hub addresses, so that a later start reads the same files.
+
+An address such as `hub://owner/name` or `hub://owner/name@main` stands for another
+commit after each change upstream. A run resolves its addresses once. Its config then
+has commits in their place, and `hub_revisions.json` says what stood there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from research.config.run_config import Config
+from research.core.hub_access import HubAddress, is_hub, resolve
+
+DEFAULT_ROWS = "hub://databricks/databricks-dolly-15k"
+EMBEDDED = "embedded"  # As `data.path`: the sample that is part of this package.
+
+Pins = dict[str, str]
+
+
+def resolve_addresses(config: Config, known: Mapping[str, str]) -> Pins:
+    """`{address: the same at a commit}` for the hub addresses of `config`.
+
+    An empty `data.path` stands for the default rows, or for the embedded sample where
+    the hub does not answer. Another address that cannot be resolved has no entry: who
+    opens it reports why.
+
+    Args:
+      config: of the run.
+      known: earlier answers, which are kept.
+
+    Raises:
+      UserError: an address is malformed.
+    """
+    pins = dict(known)
+
+    def ask(written: str, kind: str) -> str:
+        if written not in pins:
+            address = HubAddress.parse(written or DEFAULT_ROWS, kind)
+            reply = resolve(address, config.data.hub_timeout)
+            if reply.revision:
+                pins[written] = str(
+                    dataclasses.replace(address, revision=reply.revision)
+                )
+            elif not written:
+                pins[written] = EMBEDDED
+        return written
+
+    _mapped(config, ask)
+    return pins
+
+
+def pinned(config: Config, pins: Mapping[str, str]) -> Config:
+    """`config` with each address of `pins` at its commit."""
+    return _mapped(config, lambda written, kind: pins.get(written, written))
+
+
+def _mapped(config: Config, change: Callable[[str, str], str]) -> Config:
+    """`config` with `change(address, kind)` in place of each hub address in use."""
+
+    def hub(where: str, kind: str) -> str:
+        return change(where, kind) if is_hub(where) else where
+
+    def source(written: str) -> str:
+        name, equals, where = written.partition("=")
+        return f"{name}{equals}{hub(where, 'dataset')}"
+
+    model, data, text = config.model, config.data, config.text
+    model = dataclasses.replace(model, init_from=hub(model.init_from, "model"))
+    if data.kind == "text":
+        text = dataclasses.replace(
+            text,
+            tokenizer=hub(text.tokenizer, "model"),
+            sources=tuple(source(written) for written in text.sources),
+        )
+    elif data.kind == "instructions":
+        path = data.path and hub(data.path, "dataset")
+        data = dataclasses.replace(data, path=path or change("", "dataset"))
+    return dataclasses.replace(config, model=model, data=data, text=text)

@@ -27,6 +27,7 @@ from helpers import TINY, random_params
 from kills import broken as broken
 from pretraining_runs import pretrained as pretrained
 from process_pairs import two_processes as two_processes
+from step_definitions import five_steps as five_steps
 
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.formats.base_model import open_base

@@ -6,6 +6,7 @@ other `Matrix`. There is one Block; what a family changes in it is a switch
 of `Architecture`. Axis letters: see `attention.py`.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -224,7 +225,9 @@ class Model:
 
     def with_options(self, **changes: Any) -> "Model":
         """The same architecture with some options changed."""
-        return Model(self.architecture, dataclasses.replace(self.options, **changes))
+        other = copy.copy(self)
+        other.options = dataclasses.replace(self.options, **changes)
+        return other
 
     def init(self, key: Array) -> Params:
         """Random float32 parameters."""

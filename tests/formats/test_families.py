@@ -141,9 +141,15 @@ def load(folder):
 
 
 def logits_of(model, params):
-    tokens = jnp.arange(24)[None] * 7 % model.architecture.vocab
-    hidden = model.hidden(params, tokens, jnp.arange(24)[None], jnp.ones_like(tokens))
-    return model.logits(params, hidden)
+    tokens = np.arange(24)[None] * 7 % model.architecture.vocab
+
+    @jax.jit
+    def logits(params):
+        places = jnp.arange(24)[None]
+        hidden = model.hidden(params, tokens, places, jnp.ones_like(tokens))
+        return model.logits(params, hidden)
+
+    return logits(params)
 
 
 def test_a_new_family_loads_computes_and_is_exported(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, random_params
+from helpers import TINY, in_soak, random_params
 
 from research.engine import sampler
 from research.models.attention import attend
@@ -19,17 +19,25 @@ BF16 = jnp.bfloat16
 TOKENS = np.random.default_rng(3).integers(0, TINY.vocab, (2, 12), np.int32)
 
 
-@pytest.fixture(scope="module", params=["untied", "tied", "adapted", "tied, adapted"])
+HEADS = ("untied", "tied", "adapted", "tied, adapted")
+
+
+@pytest.fixture(scope="module", params=HEADS)
 def half(request):
+    """See `make_half`, of each head."""
+    return make_half(request.param)
+
+
+def make_half(kind):
     """A bfloat16 model, its parameters, whether it is tied, and its head's factors."""
-    tied = "tied" in request.param and "untied" not in request.param
+    tied = kind.startswith("tied")
     model = Model(dataclasses.replace(TINY, tied_head=tied)).with_options(dtype=BF16)
     # Large logits lie further apart in bfloat16: in [16, 32) 0.125.
     params = {path: x.astype(BF16) for path, x in random_params(model.specs).items()}
     [path] = model.head(params)
     params[path] *= 32.0
     factors = None
-    if "adapted" in request.param:
+    if "adapted" in kind:
         rng = np.random.default_rng(5)
         rows, columns = params[path].shape
         a, b = (
@@ -56,6 +64,11 @@ def exact(hidden, half):
     return h @ (base.T if tied else base) + middle @ second
 
 
+def random_hidden(*shape):
+    """As after the last norm: about one in size."""
+    return jnp.asarray(np.random.default_rng(11).normal(size=shape), BF16)
+
+
 def check(logits, hidden, half):
     assert logits.dtype == jnp.float32 and hidden.dtype == BF16
     expected = exact(hidden, half)
@@ -68,35 +81,41 @@ def check(logits, hidden, half):
 
 def test_logits_of_hidden_states_are_the_float32_product(half):
     model, params, *_ = half
-    positions = np.broadcast_to(np.arange(12), TOKENS.shape)
-    hidden = jax.jit(model.hidden)(params, TOKENS, positions, np.ones_like(TOKENS))
-    check(jax.jit(model.logits)(params, hidden), hidden, half)
+    hidden = random_hidden(2, 12, TINY.embed)
+    logits = jax.jit(model.logits)(params, hidden)
+    check(logits, hidden, half)
     # `head` holds all that `logits` reads: the loss gives it nothing else.
     alone = jax.jit(model.logits)(model.head(params), hidden)
-    np.testing.assert_array_equal(alone, jax.jit(model.logits)(params, hidden))
+    np.testing.assert_array_equal(alone, logits)
 
 
-def test_decoding_gives_the_float32_product_too(half):
+@pytest.mark.parametrize("kind", ["tied, adapted", *map(in_soak, HEADS[:-1])])
+def test_decoding_gives_the_float32_product_too(kind):
     """Prefill and one token after it, as the sampler makes them."""
-    model, params, *_ = half
+    half = model, params, *_ = make_half(kind)
     cache = model.init_cache(2, 16)
-    hidden, _ = jax.jit(model.decode)(params, TOKENS, cache)
-    logits, cache = jax.jit(functools.partial(sampler._prefill, model))(
-        params, TOKENS, cache, 12
-    )
+
+    # In one program, so that both compute one hidden state.
+    @jax.jit
+    def prefill(params, cache):
+        logits, after = sampler._prefill(model, params, TOKENS, cache, 12)
+        return model.decode(params, TOKENS, cache)[0], logits, after
+
+    @jax.jit
+    def advance(params, token, cache):
+        logits, _ = sampler._advance(model, params, token, cache)
+        return model.decode(params, token[:, None], cache)[0], logits
+
+    hidden, logits, cache = prefill(params, cache)
     check(logits, hidden[:, -1], half)
-    token = jnp.argmax(logits, axis=-1)
-    hidden, _ = jax.jit(model.decode)(params, token[:, None], cache)
-    logits, _ = jax.jit(functools.partial(sampler._advance, model))(
-        params, token, cache
-    )
+    hidden, logits = advance(params, np.argmax(logits, axis=-1), cache)
     check(logits, hidden[:, 0], half)
 
 
 def test_the_loss_is_of_unrounded_logits(half):
     model, params, *_ = half
     rng = np.random.default_rng(7)
-    hidden = jnp.asarray(rng.normal(size=(20, TINY.embed)), BF16)
+    hidden = random_hidden(20, TINY.embed)
     targets = rng.integers(0, TINY.vocab, 20)
     losses, _ = jax.jit(functools.partial(token_losses, model.logits))(
         model.head(params), hidden, targets

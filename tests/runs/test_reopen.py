@@ -75,7 +75,7 @@ def small_config(folder, name, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """`splash`: LoRA, trained by that kernel. `full`: all parameters, offloaded."""
+    """`lora`: as any. `full`: all parameters, with an optimizer on the host."""
     folder = tmp_path_factory.mktemp("reopen")
     tiny_model.make_tiny_model(folder / "model")
     rows = [
@@ -87,6 +87,23 @@ def runs(tmp_path_factory):
         for i in range(64)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start_to_report.runtime, "start", lambda config: None)
+        full = small_config(
+            folder,
+            "full",
+            trainable="full",
+            runtime={"offload_optimizer": True},
+            eval=EvalConfig(every=STEPS, prompts=0),
+        )
+        assert start_to_report.train([full]) == 0
+        assert start_to_report.train([small_config(folder, "lora")]) == 0
+    return folder
+
+
+@pytest.fixture
+def splash(runs, monkeypatch):
+    """A LoRA run trained by Splash, as on a TPU: Pallas interprets the kernel."""
     used = set()
 
     def interpreted(*arrays, kernel, **options):
@@ -95,19 +112,14 @@ def runs(tmp_path_factory):
             *arrays, kernel=kernel, interpret=True, **options
         )
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(start_to_report.runtime, "start", lambda config: None)
-        full = small_config(
-            folder, "full", trainable="full", runtime={"offload_optimizer": True}
-        )
-        assert start_to_report.train([full]) == 0
-        # As on a TPU: the kernel is there, and Pallas interprets it.
         patch.setattr(attention_kernels, "_splash_lacks", lambda *_: None)
         patch.setattr(attention_sharding, "packed_attention", interpreted)
-        splash = small_config(folder, "splash", model={"attention": "splash"})
-        assert start_to_report.train([splash]) == 0
+        config = small_config(runs, "splash", model={"attention": "splash"})
+        assert start_to_report.train([config]) == 0
     assert used == {"splash"}
-    return folder
+    return runs / "splash"
 
 
 def one_device():
@@ -153,18 +165,27 @@ def answer(run):
 # -- the machine that trained does not matter -----------------------------------------
 
 
-@pytest.mark.parametrize("trained", ["splash", "cudnn", "offload_optimizer"])
-def test_a_run_of_an_accelerator_opens_on_a_cpu_and_answers(runs, tmp_path, trained):
-    if trained == "cudnn":
-        folder = rewritten(runs, tmp_path, "splash", attention="cudnn", remat="full")
-    else:
-        folder = runs / {"splash": "splash", "offload_optimizer": "full"}[trained]
-    stored = RunDir(folder).config()
-    assert trained in (stored.model.attention, "offload_optimizer")
-    assert stored.runtime.offload_optimizer == (trained == "offload_optimizer")
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_run_of_an_accelerator_opens_on_a_cpu_and_answers(runs, tmp_path, kernel):
+    """Nothing of a checkpoint tells the kernel; the stored config does."""
+    folder = rewritten(runs, tmp_path, "lora", attention=kernel, remat="full")
+    check_opened(folder, saved_state(runs, "lora"))
+
+
+@pytest.mark.soak
+def test_a_run_trained_by_splash_opens_on_a_cpu_and_answers(runs, splash):
+    check_opened(splash, saved_state(runs, "splash"))
+
+
+def test_a_run_with_an_offloaded_optimizer_opens_and_answers(runs):
+    assert RunDir(runs / "full").config().runtime.offload_optimizer
+    check_opened(runs / "full", saved_state(runs, "full"))
+
+
+def check_opened(folder, state):
     found = reopen(folder, one_device())
     assert answer(found)
-    same(found.params, saved_state(runs, folder.name).params)
+    same(found.params, state.params)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found.params)}
     assert meshes.HOST_MEMORY not in kinds
     # The model scores whole rows, too, by the kernel of this machine.
@@ -177,8 +198,8 @@ def test_a_run_of_an_accelerator_opens_on_a_cpu_and_answers(runs, tmp_path, trai
 
 def test_the_answer_is_the_one_of_the_report(runs):
     """Greedy, of the first held-out row, as training ended."""
-    found = reopen(runs / "splash")
-    report = (runs / "splash" / "report.md").read_text()
+    found = reopen(runs / "lora")
+    report = (runs / "lora" / "report.md").read_text()
     asked = next(i for i in range(64) if f"Add {i} to {i + 1}" in report)
     ids = found.prompts.encode_prompt([Turn("user", f"Add {asked} to {asked + 1}")])
     for generator in found.generators(compare=True).values():
@@ -221,7 +242,7 @@ def test_opening_a_full_run_holds_and_reads_no_optimizer_state(runs):
 
 
 def test_opening_a_lora_run_holds_adapters_and_base_alone(runs):
-    found, held = opened(runs / "splash")
+    found, held = opened(runs / "lora")
     paths = parameter_paths.flatten(found.params)[0]
     assert paths and all(path.endswith((".a", ".b")) for path in paths)
     assert held == parameter_paths.nbytes((found.params, found.frozen))
@@ -239,7 +260,7 @@ def test_the_compute_dtype_is_read_directly(runs, tmp_path):
 # -- on the devices at hand ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["splash", "full"])
+@pytest.mark.parametrize("name", ["lora", "full"])
 def test_parameters_lie_over_all_devices(runs, name):
     one, eight = reopen(runs / name, one_device()), reopen(runs / name)
     assert eight.mesh.size == len(jax.devices()) == 8
@@ -286,7 +307,7 @@ def test_a_checkpoint_that_is_not_there_is_named(runs):
 
 
 def test_adapters_of_another_rank_are_refused(runs, tmp_path):
-    folder = shutil.copytree(runs / "splash", tmp_path / "run")
+    folder = shutil.copytree(runs / "lora", tmp_path / "run")
     config = dataclasses.replace(RunDir(folder).config(), lora=LoRAConfig(rank=4))
     (folder / "config.json").write_text(to_json(config))
     with pytest.raises(UserError, match="other parameters"):
@@ -295,7 +316,7 @@ def test_adapters_of_another_rank_are_refused(runs, tmp_path):
 
 def test_another_base_model_is_refused(runs, tmp_path):
     other = tiny_model.make_tiny_model(tmp_path / "other", seed=1)
-    folder = rewritten(runs, tmp_path, "splash", init_from=str(other))
+    folder = rewritten(runs, tmp_path, "lora", init_from=str(other))
     with pytest.raises(UserError, match="base model"):
         reopen(folder)
 

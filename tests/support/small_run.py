@@ -1,11 +1,13 @@
 """A tiny run of the real pipeline in the test's own process, on a 2x2x2 mesh."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 from tiny_model import make_tiny_model
 
+from research.checkpoints.checkpoint_listing import step_folders
 from research.config.run_config import (
     CheckpointConfig,
     Config,
@@ -16,6 +18,7 @@ from research.config.run_config import (
     OptimConfig,
     RuntimeConfig,
 )
+from research.runs.run_directory import COMPLETE
 
 ROWS = 8  # In a batch, so that it divides over any mesh of eight devices.
 
@@ -32,7 +35,7 @@ def make_small_place(folder):
 
 
 def small_config(place, name, steps, model=None, **changes):
-    """Few short rows, no samples; the programs compiled are kept in `place`."""
+    """Few short rows, no samples."""
     return Config(
         run_dir=str(place / name),
         steps=steps,
@@ -47,11 +50,23 @@ def small_config(place, name, steps, model=None, **changes):
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
         eval=EvalConfig(every=100, prompts=0),
         checkpoint=CheckpointConfig(every=2),
-        runtime=RuntimeConfig(
-            compilation_cache=str(place / "compiled"), progress="lines"
-        ),
+        runtime=RuntimeConfig(compilation_cache="", peak_tflops=0.05, progress="lines"),
         **changes,
     )
+
+
+def as_killed(run, step, target):
+    """A copy of a finished run, as if it had been killed before the save after `step`.
+
+    Its metrics go further, as after a kill some steps past a save.
+    """
+    shutil.copytree(run, target)
+    (target / COMPLETE).unlink()
+    saved = {int(x.name): x for x in step_folders(target / "checkpoints")}
+    assert step in saved and max(saved) > step
+    for later in saved.keys() - range(step + 1):
+        shutil.rmtree(saved[later])
+    return target
 
 
 def small_hidden(model, weights):

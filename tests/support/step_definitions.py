@@ -1,11 +1,15 @@
 """Jobs of the tiny model on meshes of eight devices, for the tests of the step."""
 
 import dataclasses
+import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
-from helpers import mesh_sizes
+import numpy as np
+import pytest
+from helpers import mesh_sizes, random_adapters
 
 from research.config.run_config import Config, LoRAConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
@@ -49,3 +53,39 @@ def make_definition(model, kind, sizes, dtype="float32"):
 
 def spread(values, specs, mesh):
     return jax.device_put(values, meshes.shardings(specs, mesh))
+
+
+@pytest.fixture(scope="session")
+def five_steps(model, params, batch):
+    """`five_steps(kind, sizes, microbatches)`: and all one can ask about them.
+
+    Compiling a step takes seconds, so each is made once and shared.
+    """
+
+    @functools.cache
+    def run(kind, sizes, microbatches, offload):
+        definition, traced = make_definition(model, kind, sizes)
+        definition = dataclasses.replace(definition, offload=offload)
+        lora = kind == "lora"
+        frozen = spread(params, model.specs, definition.mesh) if lora else {}
+        start = random_adapters(definition.trainable.specs) if lora else params
+        first = train_step.jit_init(definition)(
+            spread(start, definition.trainable.specs, definition.mesh)
+        )
+        state, train = first, train_step.jit_train_step(definition)
+        on_mesh = meshes.to_global(batch, definition.mesh, microbatches)
+        metrics, traces = [], []
+        for _ in range(5):
+            state, found = train(state, frozen, on_mesh)
+            metrics.append(jax.tree.map(np.asarray, found))
+            traces.append(len(traced))
+        compiled = train._cache_size()
+        return types.SimpleNamespace(
+            definition=definition, frozen=frozen, first=first, state=state,
+            metrics=metrics, traces=traces, compiled=compiled,
+            lowered=train.lower(state, frozen, on_mesh),
+        )  # fmt: skip
+
+    return lambda kind, sizes=ONE, microbatches=1, offload=False: run(
+        kind, sizes, microbatches, offload
+    )

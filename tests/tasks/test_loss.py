@@ -1,6 +1,7 @@
 """The chunked loss is the plain loss, at a fraction of its memory and work."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -89,13 +90,20 @@ def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
         assert (float(found[0]) > 0) == (name != "none")
 
 
+@functools.partial(jax.jit, static_argnames="z_loss")
+def losses_by_group(hidden, head, weights, z_loss):
+    """The objective, and the cross entropy by group: chunked and plain."""
+    total, by_group = both_losses(hidden, head, weights, 10, (4, 2), z_loss)
+    plain = [plain_loss(hidden, head, weights * (g == GROUPS)) for g in range(4)]
+    return total, by_group, jnp.stack(plain)
+
+
 @pytest.mark.parametrize("z_loss", [in_soak(0.0), 0.1])
 def test_groups_split_the_cross_entropy_and_leave_z_loss_out(z_loss):
     for name, values in WEIGHTS.items():
         weights = jnp.float32(values)
-        total, by_group = both_losses(HIDDEN, HEAD, weights, 10, (4, 2), z_loss)
-        expected = [plain_loss(HIDDEN, HEAD, weights * (g == GROUPS)) for g in range(4)]
-        close(by_group, jnp.stack(expected))
+        total, by_group, expected = losses_by_group(HIDDEN, HEAD, weights, z_loss)
+        close(by_group, expected)
         assert z_loss == 0.0 or (float(total) > float(by_group.sum())) == (
             name != "none"
         )
@@ -104,9 +112,11 @@ def test_groups_split_the_cross_entropy_and_leave_z_loss_out(z_loss):
 def test_z_loss_and_its_gradient_are_the_plain_ones():
     weights = jnp.float32(WEIGHTS["fractions"])
     found, expected = (
-        jax.value_and_grad(lambda h, w, f=loss: f(h, w, weights, z_loss=0.1), (0, 1))(
-            HIDDEN, HEAD
-        )
+        jax.jit(
+            jax.value_and_grad(
+                lambda h, w, f=loss: f(h, w, weights, z_loss=0.1), (0, 1)
+            )
+        )(HIDDEN, HEAD)
         for loss in (chunked_loss, plain_loss)
     )
     close(found, expected)
@@ -114,7 +124,7 @@ def test_z_loss_and_its_gradient_are_the_plain_ones():
 
 def test_gradients_follow_what_the_loss_is_multiplied_by():
     weights = jnp.float32(WEIGHTS["some"])
-    slope = jax.grad(lambda h: 3.0 * chunked_loss(h, HEAD, weights))(HIDDEN)
+    slope = jax.jit(jax.grad(lambda h: 3.0 * chunked_loss(h, HEAD, weights)))(HIDDEN)
     close(slope, 3.0 * plain_gradients(HIDDEN, HEAD, weights)[1][0])
 
 
@@ -124,7 +134,8 @@ def test_a_tied_head_gets_both_parts_of_its_gradient():
     ids = jnp.int32(RNG.integers(0, V, (B, T)))
 
     def tied(loss):
-        return jax.grad(lambda table: loss(table[ids], transpose(table), weights))
+        gradient = jax.grad(lambda table: loss(table[ids], transpose(table), weights))
+        return jax.jit(gradient)
 
     close(tied(chunked_loss)(HEAD.T), tied(plain_loss)(HEAD.T))
 
@@ -144,7 +155,7 @@ def test_lora_on_the_head_gets_the_gradient_of_its_factors(tied):
             head = LowRank(base, **factors, scale=jnp.float32(2.0))
             return loss(HIDDEN, transpose(head) if tied else head, weights)
 
-        return jax.value_and_grad(of)
+        return jax.jit(jax.value_and_grad(of))
 
     close(with_factors(chunked_loss)(factors), with_factors(plain_loss)(factors))
 
@@ -154,9 +165,10 @@ def test_token_losses_are_plain_where_weighted_and_zero_elsewhere():
     logits = np.array(HIDDEN @ HEAD)
     picked = np.take_along_axis(logits, np.array(TARGETS)[..., None], -1)[..., 0]
     plain = np.log(np.exp(logits).sum(-1)) - picked
+    losses = functools.partial(chunked_token_losses, logits_of, chunk=10)
     for shards in ((1, 1), (4, 1), (2, 3)):
-        found = chunked_token_losses(
-            logits_of, HEAD, HIDDEN, TARGETS, weights, chunk=10, shards=shards
+        found = jax.jit(functools.partial(losses, shards=shards))(
+            HEAD, HIDDEN, TARGETS, weights
         )
         close(found, plain * (WEIGHTS["fractions"] != 0))
 
@@ -238,14 +250,19 @@ def test_each_chunk_drops_other_inputs_of_an_adapted_head():
     hidden = jnp.broadcast_to(HIDDEN[:1, :1], HIDDEN.shape)
     same, ones = jnp.zeros_like(TARGETS), jnp.ones((B, T))
 
-    def losses(head):
+    @jax.jit
+    def by_chunk(head):
         found = chunked_token_losses(logits_of, head, hidden, same, ones, chunk=16)
-        return np.asarray(found).reshape(-1, 16)
+        return found.reshape(-1, 16)
+
+    def losses(head):
+        return np.asarray(by_chunk(head))
 
     dropped = losses(head)
     assert len(np.unique(dropped, axis=0)) == len(dropped) == B * T // 16
     plain = losses(dataclasses.replace(head, key=None, rate=None))
     assert len(np.unique(plain.round(4))) == 1
     # The gradient is that of the very same draws.
-    value, _ = jax.value_and_grad(lambda h: chunked_loss(h, head, ones))(hidden)
-    close(value, chunked_loss(hidden, head, ones))
+    loss = functools.partial(chunked_loss, head=head, weights=ones)
+    value, _ = jax.jit(jax.value_and_grad(loss))(hidden)
+    close(value, jax.jit(loss)(hidden))

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import optax
 import pytest
 import tiny_model
 from helpers import TINY, close
+from small_run import as_killed
 
 from research.config.knobs import check_limits
 from research.config.run_config import (
@@ -91,19 +91,6 @@ class MarginObjective:
         }
 
 
-class PairBatches(OrderedBatches):
-    """The order of pairs; `crash_after` batches the machine goes down."""
-
-    crash_after = None
-
-    def __next__(self):
-        if PairBatches.crash_after == 0:
-            raise RuntimeError("power is lost")
-        if PairBatches.crash_after is not None:
-            PairBatches.crash_after -= 1
-        return super().__next__()
-
-
 class PairTask:
     def __init__(self, config, base):
         self.held_out_bytes, self.left_out = {}, []
@@ -140,7 +127,7 @@ class PairTask:
         )  # fmt: skip
 
     def batches(self, mine):
-        return PairBatches(
+        return OrderedBatches(
             endless(0, len(self._train), self._config.seed),
             lambda numbers: self._batch([self._train[int(i)] for i in numbers]),
             self._config.data.batch_size // 2,
@@ -195,13 +182,15 @@ def make_config(folder, name, **data):
         optim=OptimConfig(learning_rate=3e-2, warmup=0.0),
         eval=EvalConfig(every=2, max_new_tokens=4),
         checkpoint=CheckpointConfig(every=2),
-        runtime=RuntimeConfig(compilation_cache="", watchdog_s=0, progress="lines"),
+        runtime=RuntimeConfig(
+            compilation_cache="", peak_tflops=0.05, watchdog_s=0, progress="lines"
+        ),
     )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """`unbroken`; and `resumed`, a copy of a run that crashed after three steps."""
+    """`unbroken`; and `resumed`, killed after the save of step 2."""
     folder = tmp_path_factory.mktemp("pairs")
     tiny_model.make_tiny_model(folder / "model")
     rows = [
@@ -217,24 +206,9 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASK_MODULES, "pairs", __name__)
         patch.setattr(start_to_report.runtime, "start", lambda config: None)
-        # The runs share their programs.
-        with_cache = {"jax_compilation_cache_dir": str(folder / "compiled")}
-        with_cache["jax_persistent_cache_min_compile_time_secs"] = 0.0
-        before = {name: getattr(jax.config, name) for name in with_cache}
-        for name, value in with_cache.items():
-            jax.config.update(name, value)
         assert start_to_report.train([make_config(folder, "unbroken")]) == 0
-        patch.setattr(PairBatches, "crash_after", 3)
-        with pytest.raises(RuntimeError, match="power is lost"):
-            start_to_report.train([make_config(folder, "broken")])
-        patch.setattr(PairBatches, "crash_after", None)
-        # This process holds the lock of the one that crashed in it.
-        shutil.copytree(
-            folder / "broken", folder / "resumed", ignore=lambda *_: [".lock"]
-        )
+        as_killed(folder / "unbroken", 2, folder / "resumed")
         assert start_to_report.train([make_config(folder, "resumed")]) == 0
-        for name, value in before.items():
-            jax.config.update(name, value)
         yield folder
 
 
@@ -300,7 +274,8 @@ def test_stopped_and_continued_equals_unbroken(runs):
             for found in (lines(runs, name, kind) for name in ("unbroken", "resumed"))
         )
         assert one == other and len(one) >= 3
-    assert [line["step"] for line in lines(runs, "broken", "train")] == [1, 2]
+    history = json.loads((runs / "resumed" / "run.json").read_text())
+    assert [start["first"] for start in history["starts"]] == [0, 2]
 
 
 def test_the_report_has_its_columns_and_no_perplexity(runs):

@@ -1,12 +1,8 @@
-"""A step means the same on every mesh, in every split of the batch.
-
-Compiling a step takes seconds, so each kind of run is made once and shared.
-"""
+"""A step means the same on every mesh, in every split of the batch."""
 
 import dataclasses
 import functools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -26,35 +22,9 @@ from research.weights import trainable
 from research.weights.parameter_spec import Spec
 
 
-@pytest.fixture(scope="module")
-def run(model, params, batch):
-    """`run(kind, sizes, microbatches)`: five steps and all one can ask about them."""
-
-    @functools.cache
-    def five_steps(kind, sizes, microbatches, offload):
-        definition, traced = make_definition(model, kind, sizes)
-        definition = dataclasses.replace(definition, offload=offload)
-        lora = kind == "lora"
-        frozen = spread(params, model.specs, definition.mesh) if lora else {}
-        start = random_adapters(definition.trainable.specs) if lora else params
-        first = train_step.jit_init(definition)(
-            spread(start, definition.trainable.specs, definition.mesh)
-        )
-        state, train = first, train_step.jit_train_step(definition)
-        on_mesh = meshes.to_global(batch, definition.mesh, microbatches)
-        metrics, traces = [], []
-        for _ in range(5):
-            state, found = train(state, frozen, on_mesh)
-            metrics.append(jax.tree.map(np.asarray, found))
-            traces.append(len(traced))
-        return types.SimpleNamespace(
-            definition=definition, frozen=frozen, first=first, state=state,
-            metrics=metrics, traces=traces, compiled=train._cache_size(),
-        )  # fmt: skip
-
-    return lambda kind, sizes=ONE, microbatches=1, offload=False: five_steps(
-        kind, sizes, microbatches, offload
-    )
+@pytest.fixture
+def run(five_steps):
+    return five_steps
 
 
 def assert_same_training(found, expected):
@@ -109,19 +79,25 @@ def test_training_moves_what_it_should(run, params, kind):
         assert np.abs(before - after).max() > 1e-4
 
 
-def plain_token_losses(model, params, batch):
+@pytest.fixture(scope="module")
+def token_losses(model, params, batch):
     """From logits of everything, without any of the loss module."""
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
-    logits = np.array(model.logits(params, hidden), np.float64)
+
+    @jax.jit
+    def logits_of(params):
+        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        return model.logits(params, hidden)
+
+    logits = np.array(logits_of(params), np.float64)
     picked = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
     return np.log(np.exp(logits).sum(-1)) - picked
 
 
-def test_metrics_are_what_their_names_say(run, model, params, batch):
+def test_metrics_are_what_their_names_say(run, batch, token_losses):
     found = run("full").metrics[0]
     assert found["weight"] == batch.weights.sum()
     assert found["tokens"] == (batch.segments != 0).sum()
-    plain = (plain_token_losses(model, params, batch) * batch.weights).sum()
+    plain = (token_losses * batch.weights).sum()
     mean = plain / batch.weights.sum()
     np.testing.assert_allclose(found["means"]["loss"], mean, rtol=1e-5)
     loss, counted = found["sums"]["loss"]
@@ -131,14 +107,14 @@ def test_metrics_are_what_their_names_say(run, model, params, batch):
         assert counted[group] == inside
 
 
-def test_eval_sums_each_group_once(model, params, batch):
+def test_eval_sums_each_group_once(model, params, batch, token_losses):
     shares = np.random.default_rng(0).uniform(0.5, 1.0, batch.weights.shape)
     batch = dataclasses.replace(batch, weights=np.float32(batch.weights * shares))
     definition, _ = make_definition(model, "full", (2, 2, 2))
     placed = spread(params, model.specs, definition.mesh)
     evaluate = train_step.jit_eval_step(definition)
     found = evaluate(placed, {}, meshes.to_global(batch, definition.mesh))["loss"]
-    plain = plain_token_losses(model, params, batch) * batch.weights
+    plain = token_losses * batch.weights
     for group in range(4):
         inside = batch.groups == group
         loss, weight = plain[inside].sum(), batch.weights[inside].sum()
@@ -288,5 +264,6 @@ def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     assert len(seen) == 4
     assert loss(1, 1) in seen
     one = Batch(ids[0], ids[0], np.ones((1, 4), np.float32), ids[0], ids[0], ids[0])
-    found = train_step.eval_step(definition, params, {}, one)
+    evaluate = jax.jit(functools.partial(train_step.eval_step, definition))
+    found = evaluate(params, {}, one)
     np.testing.assert_allclose(found["loss"].numerator, 4 * np.log(2.0), rtol=1e-6)

@@ -17,16 +17,15 @@ from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 
+SPLIT = (1, 2, 4)  # data, fsdp, tensor
 
-@pytest.fixture(scope="module")
-def compiled_text(model, batch):
-    """`compiled_text(kind, sizes)`: the program of one device."""
 
-    @functools.cache
-    def text(kind, sizes):
-        return lower_step(model, batch, kind, sizes, "float32").compile().as_text()
-
-    return text
+@pytest.fixture(scope="session")
+def split_text(five_steps):
+    """`split_text(kind)`: the compiled program of one device of `SPLIT`."""
+    return functools.cache(
+        lambda kind: five_steps(kind, SPLIT).lowered.compile().as_text()
+    )
 
 
 def gathered(text):
@@ -35,41 +34,48 @@ def gathered(text):
     return [tuple(map(int, sizes.split(","))) for sizes in found]
 
 
-@pytest.mark.parametrize("kind", ["lora", in_soak("full")])
-def test_a_tensor_axis_gathers_no_parameter(model, compiled_text, kind):
-    """Each device multiplies by its own part; activations are what travels."""
-    made = gathered(compiled_text(kind, (2, 1, 4)))
+def sizes_of(model):
+    """Of all matrices, one layer each."""
     shapes = {spec.shape[spec.stacked :] for spec in model.specs.values() if spec.n_in}
-    sizes = {math.prod(shape) for shape in shapes}
-    assert not [shape for shape in made if math.prod(shape) in sizes]
-    # This test can see them: with fsdp every matrix is gathered.
-    made = gathered(compiled_text(kind, (1, 8, 1)))
-    assert {math.prod(shape) for shape in made} >= sizes
+    return {math.prod(shape) for shape in shapes}
 
 
 @pytest.mark.parametrize("kind", ["lora", in_soak("full")])
-def test_a_context_axis_gathers_keys_values_and_segments_alone(
-    batch, compiled_text, kind
+def test_fsdp_gathers_matrices_and_a_tensor_axis_no_more_of_them(
+    model, split_text, kind
 ):
-    made = gathered(compiled_text(kind, (1, 1, 1, 1, 8)))
+    """Each device multiplies by its own part; activations are what travels."""
+    made = {math.prod(shape) for shape in gathered(split_text(kind))}
+    sizes = sizes_of(model)
+    assert made >= {size // 4 for size in sizes}
+    assert not made & {size // part for size in sizes for part in (1, 2)}
+
+
+@pytest.mark.parametrize("kind", ["lora", in_soak("full")])
+def test_a_context_axis_gathers_keys_values_and_segments_alone(model, batch, kind):
+    lowered = lower_step(model, batch, kind, (1, 1, 1, 1, 8), "float32")
+    made = gathered(lowered.compile().as_text())
     rows, length = batch.tokens.shape
     keys = rows * length * TINY.kv_heads * TINY.head_dim
     assert {math.prod(shape) for shape in made} == {keys, rows * length}
 
 
 @pytest.mark.parametrize("kind", ["lora", in_soak("full")])
-def test_no_stack_of_matrices_is_ever_gathered_whole(model, compiled_text, kind):
+def test_no_stack_of_matrices_is_ever_gathered_whole(model, split_text, kind):
     """In the compiled program of one device: a layer's matrix at a time, no more."""
-    text = compiled_text(kind, (1, 8, 1))
-    seen = set(re.findall(r"[a-z]+\d+\[([\d,]+)\]", text))
+    seen = set(re.findall(r"[a-z]+\d+\[([\d,]+)\]", split_text(kind)))
     stacks = [spec for spec in model.specs.values() if spec.stacked and spec.n_in]
     assert len(stacks) == 7
+    parts = {"embed": 2, "heads": 4, "kv_heads": 4, "mlp": 4}
     for spec in stacks:
-        assert ",".join(map(str, spec.shape)) not in seen
+        axes = dict(zip(spec.axes, spec.shape, strict=True))
+        part = {name: size // parts.get(name, 1) for name, size in axes.items()}
         # This test can see such arrays: a device's part of the stack is there.
-        axes = zip(spec.shape, spec.axes, strict=True)
-        part = [size // 8 if name == "embed" else size for size, name in axes]
-        assert ",".join(map(str, part)) in seen
+        assert ",".join(map(str, part.values())) in seen
+        for name in parts.keys() & axes.keys():
+            gathered = part | {name: axes[name]}
+            assert ",".join(map(str, gathered.values())) not in seen
+        assert ",".join(map(str, spec.shape)) not in seen
 
 
 def lower_step(model, batch, kind, sizes, dtype):
@@ -86,14 +92,9 @@ def lower_step(model, batch, kind, sizes, dtype):
     return train_step.jit_train_step(definition).lower(*arguments)
 
 
-def lowered_step(model, batch, kind, sizes, dtype):
-    """Its text, and its abstract results."""
-    lowered = lower_step(model, batch, kind, sizes, dtype)
-    return lowered.as_text(), lowered.out_info
-
-
 def test_bfloat16_compute_keeps_float32_adapters_and_moments(model, batch):
-    text, (state, metrics) = lowered_step(model, batch, "lora", ONE, "bfloat16")
+    lowered = lower_step(model, batch, "lora", ONE, "bfloat16")
+    text, (state, metrics) = lowered.as_text(), lowered.out_info
     kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
     assert metrics["means"]["loss"].dtype == metrics["grad_norm"].dtype == jnp.float32
@@ -102,9 +103,8 @@ def test_bfloat16_compute_keeps_float32_adapters_and_moments(model, batch):
     assert len(factors) > 50 and set(factors) == {("bf16", "bf16")}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
-def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, name):
-    """Holds for every optimizer; gradients are still added up in float32."""
+def in_bfloat16(model, name):
+    """Full training in bfloat16 by that optimizer, and its abstract state."""
     config = Config(
         trainable="full",
         model=ModelConfig(param_dtype="bfloat16"),
@@ -122,16 +122,35 @@ def test_parameters_and_moments_keep_the_dtype_that_is_asked_for(model, batch, n
     state = train_step.abstract_state(definition)
     asked = jnp.dtype("bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {asked}
+    return definition, state
+
+
+def assert_same_kinds(before, after):
+    for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
+def test_moments_keep_the_dtype_that_is_asked_for(model, name):
+    definition, state = in_bfloat16(model, name)
+
+    def update(gradients, state):
+        return definition.optimizer.update(gradients, state.opt_state, state.params)
+
+    updates, opt_state = jax.eval_shape(update, state.params, state)
+    assert_same_kinds(opt_state, state.opt_state)
+    assert jax.tree.structure(updates) == jax.tree.structure(state.params)
+
+
+def test_a_step_keeps_the_dtypes_and_adds_up_gradients_in_float32(model, batch):
+    definition, state = in_bfloat16(model, "adamw")
     several = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch
     )
     train = jax.jit(functools.partial(train_step.train_step, definition)).trace(
         state, {}, several
     )
-    after, _ = train.out_info
-    for old, new in zip(*map(jax.tree.leaves, (state, after)), strict=True):
-        assert (old.shape, old.dtype) == (new.shape, new.dtype)
-    # The first loop is that over microbatches; Muon has one of its own after it.
+    assert_same_kinds(state, train.out_info[0])
     sums = next(eqn for eqn in train.jaxpr.eqns if eqn.primitive.name == "scan")
     assert {str(var.aval.dtype) for var in sums.outvars} == {"float32"}
 
@@ -141,7 +160,7 @@ def product_shapes(text):
     return [tuple(map(int, dims.split("x")[:-1])) for dims in found]
 
 
-def test_lora_forms_no_gradient_of_a_full_matrix(model, batch):
+def test_lora_forms_no_gradient_of_a_full_matrix(model, five_steps):
     matrices = {
         tuple(sorted(spec.shape[spec.stacked :]))
         for spec in model.specs.values()
@@ -149,7 +168,7 @@ def test_lora_forms_no_gradient_of_a_full_matrix(model, batch):
     }
     formed = {}
     for kind in ("lora", "full"):
-        text, _ = lowered_step(model, batch, kind, ONE, "float32")
+        text = five_steps(kind, SPLIT).lowered.as_text()
         shapes = {tuple(sorted(shape)) for shape in product_shapes(text)}
         formed[kind] = shapes & matrices
     assert formed["lora"] == set()
@@ -157,18 +176,18 @@ def test_lora_forms_no_gradient_of_a_full_matrix(model, batch):
     assert len(formed["full"]) >= 4, "this test can see such products"
 
 
-def test_logits_of_a_batch_never_exist(model, batch):
-    text, _ = lowered_step(model, batch, "full", (2, 2, 2), "float32")
+def test_logits_of_a_batch_never_exist(five_steps):
+    text = five_steps("full", SPLIT).lowered.as_text()
     dims = {
         tuple(map(int, found.split("x")[:-1]))
         for found in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
     }
     heads = {(TINY.embed, TINY.vocab)}
     rows = [math.prod(d[:-1]) for d in dims if d[-1] == TINY.vocab and d not in heads]
-    assert max(rows) == 5 * 4, "loss_chunk positions in each of four shards"
+    assert max(rows) == 5 * 2, "loss_chunk positions in each of two shards"
 
 
-def test_activations_are_pinned_on_cpu_too(model, batch):
-    text, _ = lowered_step(model, batch, "lora", (2, 2, 2), "float32")
+def test_activations_are_pinned_on_cpu_too(five_steps):
+    text = five_steps("lora", SPLIT).lowered.as_text()
     pins = re.findall(r"sharding_constraint.*tensor<8x24x40x", text)
     assert len(pins) >= 2, "the embedding's output and every layer's"

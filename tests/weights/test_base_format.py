@@ -96,9 +96,7 @@ def registered():
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("format")
     make_small_place(folder)
-    before = jax.config.jax_compilation_cache_dir
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before)
+    return folder
 
 
 def config_for(place, name="run", base_format=NAME, **changes):

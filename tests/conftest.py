@@ -13,6 +13,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import CHAINS
@@ -43,6 +44,14 @@ def pytest_collection_modifyitems(items):
 def commands_in_background(request):
     if any(CHAINS.keys() & {*item.fixturenames} for item in request.session.items):
         request.getfixturevalue("results")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Tests that make equal programs in different functions compile them once."""
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def test_unmerge_undoes_merge_and_neither_touches_its_input(model, params):
         assert np.abs(merged[path] - value).max() > 0.1 or path not in adapters, path
 
 
+@pytest.mark.soak
 def test_gradient_of_factors_is_the_gradient_through_the_merged_form(model, batch):
     """`adapt` never forms W + AB, `lift` does: the chain rule makes them agree."""
     params = random_params(model.specs)

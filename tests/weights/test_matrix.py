@@ -41,6 +41,33 @@ def test_contract_of_factors_is_contract_of_the_whole(shape, n_in):
     close(contract(x, w, n_in), np.tensordot(x, materialize(w), n_in))
 
 
+USES = {
+    "contract": lambda w: contract(inputs(2, 6, 7), w),
+    "two axes in": lambda w: contract(inputs(2, 4, 5), w, 2),
+    "lookup": lambda w: lookup(w, jnp.array([[0, 3], [3, 6]]), jnp.float32),
+    "transposed": lambda w: contract(inputs(2, 5), transpose(w)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_gradient_of_factors_is_that_through_the_whole(use):
+    """The whole is formed in one of them only: the chain rule makes them agree."""
+    w = low_rank((4, 5, 7), 2) if use == "two axes in" else low_rank((7, 5))
+
+    @jax.jit
+    def gradients(w):
+        def score(w, form):
+            return jnp.sum(jnp.sin(USES[use](form(w))))
+
+        of_factors = jax.grad(score)(w, lambda w: w)
+        through_whole = jax.grad(score)(w, materialize)
+        return [(g.a, g.b) for g in (of_factors, through_whole)]
+
+    found, expected = gradients(w)
+    assert all(np.abs(x).max() > 0 for x in expected)
+    close(found, expected)
+
+
 def test_materialize_is_base_plus_scaled_product():
     w = low_rank((7, 4, 5), stack=(3,))
     product = np.einsum("lir,lrno->lino", w.a, w.b) * w.scale[:, None, None, None]

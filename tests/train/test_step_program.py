@@ -35,7 +35,7 @@ def gathered(text):
 
 
 def shapes_of(model, **parts):
-    """Of each layer's matrices and the tables, with some axes divided."""
+    """Shapes of one layer's matrices and of the tables, with some axes divided."""
     return {
         tuple(
             size // parts.get(name, 1)

@@ -8,6 +8,10 @@ import numpy as np
 
 from research.config.run_config import Config
 from research.data.token_batch import Batch
+from research.tokenize.lost_text import LostText
+
+# Bits per byte say little of a text of which more is lost; a run of one stops.
+TOLERATED_LOSS, WORST_LOSS = 0.001, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,30 @@ def count_mask(batches: Iterable[Batch], stop_ids: frozenset[int]) -> MaskCount:
         documents += int(last.sum())
         ends += int((last & stopped).sum())
     return MaskCount(real, trained, documents, ends)
+
+
+def examine_lost_text(lost: Mapping[str, LostText], *, bits_per_byte: bool) -> Finding:
+    """Which share of each text is lost on the way to ids and back.
+
+    `bits_per_byte`: whether they are reported of texts that are whole.
+    """
+    whole = sum(found.total for found in lost.values())
+    parts = [
+        f"{found.share:.2%} of {name} is lost, most often {', '.join(found.letters)}"
+        for name, found in lost.items()
+        if found.lost
+    ]
+    text = "; ".join(parts) or f"all of {whole:,} bytes comes back from the ids"
+    without = [name for name, found in lost.items() if found.share > TOLERATED_LOSS]
+    if without and bits_per_byte:
+        text += f"; no bits per byte are given for {', '.join(without)}"
+    return Finding(
+        "tokenizer round trip",
+        text,
+        ok=all(found.share <= WORST_LOSS for found in lost.values()),
+        remedy="the tokenizer does not know most of this text: choose another one",
+        numbers={f"lost {name}": found.share for name, found in lost.items()},
+    )
 
 
 def count_epochs(

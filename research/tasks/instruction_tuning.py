@@ -14,7 +14,12 @@ from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
-from research.tasks.findings import Finding, count_epochs, count_mask
+from research.tasks.findings import (
+    Finding,
+    count_epochs,
+    count_mask,
+    examine_lost_text,
+)
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import TaskKind
@@ -25,10 +30,13 @@ from research.tokenize.chat_template import (
     with_template_args,
 )
 from research.tokenize.conversation import Record
+from research.tokenize.lost_text import count_lost
 from research.tokenize.tokenizer import Tokenizer
 
 # Dolly's. Only the rows tell their number, and two small sums alone have this shape.
 CATEGORIES = 8
+# So much is compared with the text that its ids stand for.
+COMPARED_ROWS, COMPARED_LETTERS = 1000, 10_000
 SHOWN = 4  # dropped rows in the doctor's table
 
 
@@ -94,6 +102,7 @@ class InstructionTask:
                 },
             ),
             *self._examine_mask(),
+            self._examine_tokenizer(),
             count_epochs(self._config, {"rows": len(train.rows)}, {"rows": 1.0}),
         ]
 
@@ -132,6 +141,16 @@ class InstructionTask:
                 numbers={"trained": mask.ends, "documents": mask.documents},
             ),
         ]
+
+    def _examine_tokenizer(self) -> Finding:
+        records = self._data.rows.records
+        texts = (
+            text[:COMPARED_LETTERS]
+            for record in records[:: -(-len(records) // COMPARED_ROWS)]
+            for text in (record.context, *(turn.text for turn in record.turns))
+        )
+        lost = {"the rows": count_lost(self._tokenizer, texts)}
+        return examine_lost_text(lost, bits_per_byte=False)
 
     def preview(self, count: int) -> list[PreviewRow]:
         train = self._data.train

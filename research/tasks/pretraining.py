@@ -9,23 +9,31 @@ import numpy as np
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.batch_order import Batches
+from research.data.text.choose_tokenizer import sample_texts
 from research.data.text.row_layout import DocumentMarks
-from research.data.text.text_sources import check_text
+from research.data.text.text_sources import check_text, open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
-from research.tasks.findings import Finding, count_epochs
+from research.tasks.findings import (
+    TOLERATED_LOSS,
+    Finding,
+    count_epochs,
+    examine_lost_text,
+)
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.conversation import Turn
+from research.tokenize.lost_text import LostText, count_lost
 from research.tokenize.tokenizer import Tokenizer
 
 # Greedy samples of a small model repeat themselves; these vary, and stay likely.
 TEMPERATURE, TOP_P = 0.8, 0.95
+COMPARED_LETTERS = 1 << 17  # of each source, with what their ids stand for
 
 
 class PlainFormat:
@@ -77,7 +85,12 @@ class TextTask:
         self.origin = self._data.origin
         self.sha256 = self._data.sha256
         self.left_out = [f"{n} {why}" for why, n in self._data.left_out.items()]
-        self.held_out_bytes = self._data.held_out_bytes
+        self._lost = _count_lost(config, tokenizer)
+        self.held_out_bytes = {
+            name: size
+            for name, size in self._data.held_out_bytes.items()
+            if self._lost[name].share <= TOLERATED_LOSS
+        }
 
     def _check_prompts(self, longest: int) -> None:
         room = longest - self._config.eval.max_new_tokens
@@ -136,9 +149,6 @@ class TextTask:
     def _examine_rows(self, batch: Batch) -> list[Finding]:
         real = np.asarray(batch.segments) > 0
         share = float((batch.weights > 0)[real].mean())
-        # A tokenizer that loses text would train on other text than the user gave.
-        words = self._tokenizer.decode(np.asarray(batch.tokens)[0].tolist())
-        again = self._tokenizer.decode(self._tokenizer.encode_texts([words])[0])
         return [
             Finding(
                 "trained tokens",
@@ -147,13 +157,7 @@ class TextTask:
                 remedy="pre-training counts nearly every token: this mask is broken",
                 numbers={"share": share},
             ),
-            Finding(
-                "tokenizer round trip",
-                "the first row reads the same" if again == words else "text is lost",
-                ok=again == words,
-                remedy="the tokenizer does not give back its own text: choose another "
-                "--config.text.tokenizer",
-            ),
+            examine_lost_text(self._lost, bits_per_byte=True),
         ]
 
     def preview(self, count: int) -> list[PreviewRow]:
@@ -181,6 +185,17 @@ class TextTask:
     ) -> list[ComparedAnswer]:
         """Nothing: raw text has no prompts with a reference answer."""
         return []
+
+
+def _count_lost(config: Config, tokenizer: Tokenizer) -> dict[str, LostText]:
+    """Compares a sample from all over each source with what its ids stand for."""
+    share = config.text.held_out_share
+    return {
+        source.name: count_lost(
+            tokenizer, sample_texts(source, COMPARED_LETTERS, share)
+        )
+        for source in open_sources(config.text, config.data)
+    }
 
 
 def _load(config: Config, base: Base) -> TextTask:

@@ -165,6 +165,12 @@ class Tokenizer:
         led = [self._leads[before][0] + text for text in texts]
         return self._text_view.encode_batch_fast(led, add_special_tokens=False)
 
+    def read_back(self, text: str) -> str:
+        """The text that the ids of a text stand for; the same unless some is lost."""
+        lead, _ = self._leads[Before.TEXT]
+        ids = self._text_view.encode(lead + text, add_special_tokens=False).ids
+        return self.decode(ids).removeprefix(lead)
+
     def find_added(self, words: str) -> list[tuple[int, int, int]]:
         """Id, start and end of each added token in the words of a template.
 

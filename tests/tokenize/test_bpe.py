@@ -152,6 +152,15 @@ def test_a_bpe_is_trained_once_and_kept(tmp_path, corpus, monkeypatch):
         open_one(tmp_path, corpus, "bpe:300")
 
 
+def test_a_tokenizer_smaller_than_asked_for_says_so(tmp_path, caplog):
+    corpus = write_texts(tmp_path / "c", ["ab ab ab"] * 3 + ["ab c"] * 30)
+    for _ in ("trained", "found in the cache"):
+        made = open_one(tmp_path, corpus, "bpe:5000")
+        said = f"the tokenizer has {made.vocab_size} ids and not 5000"
+        assert said in caplog.text
+        caplog.clear()
+
+
 def test_files_and_folders_are_opened(tmp_path, corpus):
     tokenizer = made()["bpe"]
     save_tokenizer(tokenizer, tmp_path / "tok")

@@ -31,3 +31,7 @@ def test_bits_per_byte_are_bits_over_the_bytes_of_each_source():
     bits = {"books": 6 / math.log(2) / 12, "code": 9 / math.log(2) / 6}
     assert found.bits_by_group == pytest.approx(bits)
     assert found.bits_per_byte == pytest.approx(15 / math.log(2) / 18)
+    # A source without bytes, such as one of which the tokenizer loses text.
+    found = add_up(BATCHES, GROUPS, {"code": 6})
+    assert found.bits_per_byte == found.bits_by_group["code"] == bits["code"]
+    assert found.loss == pytest.approx(15 / 9)

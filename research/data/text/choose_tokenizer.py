@@ -77,12 +77,13 @@ def make_tokenizer(
     sources = open_sources(text, data)
     share = text.held_out_share
     made = train_bpe(training_texts(sources, share), size)
+    _tell_if_smaller(made, size)
     folder = Path(out).expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _keep(made, folder)
     for source in sources:
         read = tokens = 0
-        for text in _spread(source, MEASURED_BYTES, share):
+        for text in sample_texts(source, MEASURED_BYTES, share):
             read += len(text.encode())
             tokens += len(made.encode_texts([text])[0])
         yield source.name, read, max(tokens, 1)
@@ -120,7 +121,18 @@ def _open_bpe(text: TextConfig, data: DataConfig, size: int) -> Tokenizer:
             "text: tokenizer of %d ids trained in %.1f s, kept in %s",
             made.vocab_size, time.monotonic() - begun, folder,
         )  # fmt: skip
-    return from_folder(folder)
+    opened = from_folder(folder)
+    _tell_if_smaller(opened, size)
+    return opened
+
+
+def _tell_if_smaller(made: Tokenizer, size: int) -> None:
+    if made.vocab_size < size:
+        logging.warning(
+            "text: the tokenizer has %d ids and not %d: there is too little text to "
+            "train more",
+            made.vocab_size, size,
+        )  # fmt: skip
 
 
 def _keep(tokenizer: Tokenizer, folder: Path) -> None:
@@ -148,7 +160,7 @@ def training_texts(
     found = False
     for source in sources:
         room = TRAINING_BYTES // len(sources)
-        for piece in _spread(source, room, held_out_share):
+        for piece in sample_texts(source, room, held_out_share):
             found = True
             yield piece
     if not found:
@@ -158,8 +170,8 @@ def training_texts(
         )
 
 
-def _spread(source: TextSource, room: int, held_out_share: float) -> Iterator[str]:
-    """At most about `room` characters, taken from all over a source."""
+def sample_texts(source: TextSource, room: int, held_out_share: float) -> Iterator[str]:
+    """At most about `room` letters of training text, from all over a source."""
     own = 0.0
     for item, part in _parts(source.files, room):
         # A file that is shorter than its part leaves the rest to the next one.

@@ -89,13 +89,16 @@ def add_up(
         if text_bytes.get(groups[i])
     }
     in_text = sum(text_bytes[name] for name in bits)
+    of_text = [i < len(groups) and groups[i] in bits for i in range(len(loss))]
     metrics = {name: _mean(*pair) for name, pair in total.items() if name != "loss"}
     by_group = means_by_group(total, groups)
     return Evaluation(
         loss=_mean(loss, weight) or 0.0,
         by_group=by_group.pop("by_group"),
         tokens={groups[i]: int(weight[i]) for i in seen},
-        bits_per_byte=float(loss.sum() / math.log(2) / in_text) if in_text else None,
+        bits_per_byte=float(loss.sum(where=of_text) / math.log(2) / in_text)
+        if in_text
+        else None,
         bits_by_group=bits,
         metrics=metrics | by_group,
         loss_unit=loss_unit,

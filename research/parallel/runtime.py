@@ -65,12 +65,12 @@ def _require_devices() -> None:
     """Starts JAX's devices. Raises UserError if there are none."""
     try:
         jax.devices()
-    except RuntimeError as error:
-        wanted = jax.config.jax_platforms
+    except (RuntimeError, AssertionError) as error:  # The second has no words.
+        wanted = jax.config.jax_platforms or "not set"
+        cause = " ".join(str(error).split())[:300] or "nothing of JAX runs on it"
         raise UserError(
-            f"JAX finds no device ({' '.join(str(error).split())[:300]}); "
-            f"JAX_PLATFORMS is {wanted or 'not set'}: name a platform of this machine, "
-            "such as cpu, or install JAX for the one that is wanted"
+            f"JAX finds no device ({cause}); JAX_PLATFORMS is {wanted}: name a "
+            "platform of this machine, such as cpu, or install JAX for the other one"
         ) from error
 
 

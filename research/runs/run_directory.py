@@ -154,7 +154,7 @@ class RunDir:
             return changes
         try:
             self._require_makeable()
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             raise self._unwritable(error) from error
         return {}
 
@@ -162,11 +162,16 @@ class RunDir:
         """Refuses a path at which no run directory can be made.
 
         Raises:
-          UserError: something else is there.
-          OSError, UnicodeError: the disk will refuse to make it, or its name is none
-            that all libraries can write to.
+          UserError: something else is there, or its name is none that all libraries
+            can write to.
+          OSError: the disk will refuse to make it.
         """
-        str(self.path).encode()
+        # Bytes that are no text stand in it as halves of characters.
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path)):
+            raise UserError(
+                f"config.run_dir is {str(self.path)!a}, which is no UTF-8 in this "
+                "locale; choose another name, or set LC_ALL=C.UTF-8"
+            )
         place = self.path.absolute()
         while not os.path.lexists(place):
             with contextlib.suppress(FileNotFoundError):

@@ -20,6 +20,11 @@ from research.core.errors import UserError
 MODULE = "research_config_file"
 # In the words of ml_collections; a dump of the config follows.
 MISSING = re.compile(r'Key \\?"(?P<name>[^"\\]*)\\?" does not exist')
+MISFIT = re.compile(
+    r"override field '(?P<name>\w+)'.*?\. (?P<value>.*) is of original type <class "
+    r"'(?P<found>\w+)'> and cannot be casted to type <class '(?P<wanted>[\w.]+)'>",
+    re.DOTALL,
+)
 
 
 def load_config_file(given: str) -> ml_collections.ConfigDict:
@@ -31,8 +36,7 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: see `call_in_file`; or the function returns something else.
     """
-    file, colon, argument = given.partition(":")
-    arguments = [argument] if colon else []
+    file, arguments = _split(given)
     module, result = call_in_file(f"--config={given}", file, "get_config", *arguments)
     if not isinstance(result, ml_collections.ConfigDict):
         make = getattr(module, "get_config", None)
@@ -44,6 +48,12 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
             "`return config`"
         )
     return result
+
+
+def _split(given: str) -> tuple[str, list[str]]:
+    """The file, whose path may hold a colon, and the arguments of `get_config`."""
+    file, colon, argument = given.rpartition(":")
+    return (file, [argument]) if colon and not Path(given).is_file() else (given, [])
 
 
 def call_in_file(
@@ -71,6 +81,12 @@ def _cause(error: BaseException) -> str:
     """The error in one line, with the nearest knobs where there is no such knob."""
     if missing := MISSING.search(str(error)):
         return f"{missing['name']!r} is not a knob{nearest_knobs(missing['name'])}"
+    if misfit := MISFIT.search(str(error)):
+        value, found = misfit["value"], misfit["found"]
+        wanted = misfit["wanted"].rpartition(".")[2].replace("ConfigDict", "a group")
+        hints = {"tuple": "; is there a comma at the line's end?"}
+        hint = f"; write ({value!r},)" if wanted == "tuple" else hints.get(found, "")
+        return f"{misfit['name']} is {value} ({found}); it must be {wanted}{hint}"
     text = error.msg if isinstance(error, SyntaxError) else without_dump(error)
     return " ".join(f"{type(error).__name__}: {text}".split())
 
@@ -91,7 +107,7 @@ def locate(error: UserError, given: str, overrides: Sequence[str]) -> UserError:
     `error` may name a knob as `config.optim.name`, which `overrides` set after the file
     did; `given` is that of `load_config_file`.
     """
-    file = given.partition(":")[0]
+    file, _ = _split(given)
     named = re.search(r"\bconfig\.([\w.]+\w)", str(error))
     knob = named[1] if named else ""
     flags = [flag.partition("=")[0].lstrip("-") for flag in overrides]

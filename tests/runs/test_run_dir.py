@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from research.runs import run_history
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
-from research.runs.run_history import Goodput, History, goodput
+from research.runs.run_history import UNKNOWN, Goodput, History, goodput
 from research.runs.steering.os_signals import INTERRUPTED, Preempted
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
@@ -280,6 +281,19 @@ def test_a_history_that_is_none_is_the_users_error(folder):
         with pytest.raises(UserError, match=r"run\.json cannot be used .*restore"):
             History(folder.history, PhaseTimer())
         assert folder.history.read_text() == content
+
+
+def test_a_history_of_an_earlier_version_continues(folder):
+    """Its starts have no provenance, and its program knew no requests."""
+    shutil.copy(ROOT / "tests/golden/kept/run.json", folder.history)
+    history = History(folder.history, PhaseTimer())
+    assert (history.saved, history.skipped) == (5, [3])
+    history.begin()
+    history.resume_from(5)
+    history.answer_request({"id": "x"})
+    starts = json.loads(folder.history.read_text())["starts"]
+    assert [x["cause"] for x in starts] == ["SIGTERM after step 7", UNKNOWN, None]
+    assert history.goodput().by_phase["restart"] > 0
 
 
 def test_threads_that_record_at_once_leave_the_newest_record(folder, monkeypatch):

@@ -102,47 +102,23 @@ def _groups(instruction: HloInstruction, count: int) -> list[list[int]]:
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
     )
     if tiled:
-        shape = [int(n) for n in tiled[1].split(",")]
-        return _iota(tiled[2], tiled[3]).reshape(shape).tolist()
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}",
-        text,
-    )
+        shape, sizes, order = (
+            [int(n) for n in x.split(",") if n] for x in tiled.groups("")
+        )
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        return ids.transpose(order or None).reshape(shape).tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{((?:'\w+',?)+)\}", text)
     return _named_groups(*named.groups()) if named else [[]]
 
 
-def _iota(shape: str, order: str | None) -> np.ndarray:
-    """Numbers from 0 in `shape`, its axes in `order`: `4,2` and `1,0` transpose."""
-    sizes = [int(n) for n in shape.split(",")]
-    axes = [int(n) for n in order.split(",")] if order else None
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
-
-
-def _named_groups(axes: str, order: str | None, chosen: str) -> list[list[int]]:
-    """Groups along axes of a mesh, or along parts of axes.
-
-    Args:
-      axes: the mesh, as `'a'=4,'b'=2`.
-      order: of the devices, as `[4,2]T(1,0)` or a list; None for ascending numbers.
-      chosen: `'a'`, or `'a':(2)2` for the part of size 2 that follows one of size 2.
-    """
-    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
-    ids = np.arange(math.prod(sizes.values()))
-    tiled = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order or "")
-    if tiled:
-        ids = _iota(*tiled.groups())
-    elif order:
-        ids = np.array([int(n) for n in order.split(",")])
-    parts = {p[0]: p for p in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)}
-    shape: list[int] = []
-    grouped = []
-    for name, size in sizes.items():
-        _, before, here = parts.get(name, (name, str(size), "1"))
-        grouped.append(len(shape) + 1)
-        shape += [int(before or 1), int(here or size)]
-        shape.append(size // shape[-2] // shape[-1])
-    ids = np.moveaxis(ids.reshape(shape), grouped, range(-len(grouped), 0))
-    return ids.reshape(-1, math.prod(shape[i] for i in grouped)).tolist()
+def _named_groups(axes: str, chosen: str) -> list[list[int]]:
+    """Groups along the axes `'a','b'` of a mesh `'a'=4,'b'=2,'c'=1`."""
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
+    grouped = [[*sizes].index(name) for name in re.findall(r"'(\w+)'", chosen)]
+    shape = [*sizes.values()]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    last = np.moveaxis(ids, grouped, range(-len(grouped), 0))
+    return last.reshape(-1, math.prod(shape[axis] for axis in grouped)).tolist()
 
 
 def _axes(

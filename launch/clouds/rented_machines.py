@@ -19,9 +19,9 @@ from launch.jobs.launch_job import LaunchPlan
 SETTLE = 30.0  # seconds between two queries, and until a cloud knows a new state
 READY = ("READY", "ACTIVE")
 COMING = (
-    *("CREATING", "STARTING", "REPAIRING", "RESTARTING"),
-    *("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"),
-)
+    "CREATING", "STARTING", "REPAIRING", "RESTARTING", "ACCEPTED",
+    "WAITING_FOR_RESOURCES", "PROVISIONING",
+)  # fmt: skip
 # An empty state: the machine does not exist.
 LOST = ("", "PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDING", "SUSPENDED", "DELETING")
 INTERRUPTED = 130
@@ -35,7 +35,6 @@ class RentedMachine:
     """One machine, or several that are rented together.
 
     Attributes:
-      name: its name in the cloud.
       steps: the commands of each step to take, in order, out of `create`, `state`,
         `push`, `install`, `train`, `tail`, `stop` and `delete`. `state` prints one of
         the cloud's words; `tail` exits with the trainer's exit code.
@@ -58,12 +57,9 @@ class MachinesPlan(LaunchPlan):
 def run(plan: MachinesPlan, restarts: int, *, whole: bool) -> int:
     """Takes the steps of all machines at once; returns the most telling exit code.
 
-    Args:
-      plan: the machines and their steps.
-      restarts: restarts of a trainer that failed. A lost machine is created again, and
-        a lost connection is opened again, without counting as a failure.
-      whole: manage each machine from its creation to its deletion; otherwise take the
-        steps once, in order.
+    A trainer that failed is restarted so many times. A lost machine is created again,
+    and a lost connection is opened again, without counting as a failure. With `whole`,
+    each machine is managed from its creation to its deletion.
     """
     calls = CommandRunner()
     # SIGHUP comes from a closed terminal.

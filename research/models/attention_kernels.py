@@ -18,7 +18,8 @@ from research.models.attention import blocked_attention
 
 Array = jax.Array
 
-GPUS = ("gpu", "cuda")
+# The best kernel by platform; on all others it is `xla`.
+BEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 # cuDNN's mask takes two bytes for each (query, key) pair of a device's rows. Above this
 # size `auto` prefers the blocked kernel, which keeps nothing that large.
@@ -60,7 +61,7 @@ def choose(
     Raises:
       UserError: an explicit `kernel` cannot work here.
     """
-    best = "splash" if platform == "tpu" else "cudnn" if platform in GPUS else "xla"
+    best = BEST.get(platform, "xla")
     wanted = best if kernel == AUTO else kernel
     lacks = None
     if wanted == "cudnn":
@@ -91,7 +92,7 @@ def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
     (`check_is_flash_attention`), but its messages do not say what to change.
     """
     version = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    if platform not in GPUS:
+    if BEST.get(platform) != "cudnn":
         return f"it needs an NVIDIA GPU, this is {platform}"
     if version is None:
         return f"it needs an NVIDIA GPU, this one is {capability}"
@@ -107,7 +108,7 @@ def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
 
 
 def _splash_lacks(platform, dtype) -> str | None:
-    if platform != "tpu":
+    if BEST.get(platform) != "splash":
         return f"it needs a TPU, this is {platform}"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"it computes in bfloat16 or float32, not in {jnp.dtype(dtype)}"

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 USAGE = """
 python -m research.checkpoints --run=RUN_DIR [list | verify | export-step | prune]
 
-list (the default) shows step, size, time and held-out loss, and checks every byte.
+list (the default) shows step, size, time, held-out loss and a fingerprint of the data
+that it was measured on, and checks every byte.
 verify lists damaged files and exits with code 5 if there are any. export-step writes
 --step as a Hugging Face folder --out. prune removes damaged checkpoints, and all intact
 ones but the newest --keep_last and the best --keep_best.
@@ -72,7 +73,7 @@ def _show(folder: "RunDir", found: "list[Checkpoint]") -> None:
 
     # A path may hold what Rich takes for markup.
     table = Table(title=Text(f"{visible(str(folder))}: {len(found)} checkpoints"))
-    for name in ("step", "MB", "saved", "held-out loss", "files"):
+    for name in ("step", "MB", "saved", "held-out loss", "on data", "files"):
         table.add_column(name, justify="right")
     for each in found:
         table.add_row(
@@ -80,6 +81,7 @@ def _show(folder: "RunDir", found: "list[Checkpoint]") -> None:
             f"{each.size / 1e6:,.1f}",
             f"{each.saved:%Y-%m-%d %H:%M:%S}",
             "-" if each.loss is None else f"{each.loss:.4f}",
+            "-" if each.loss is None else each.data[:12],
             "damaged" if each.damage else "verified",
         )
     Console().print(table)

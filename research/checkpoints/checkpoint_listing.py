@@ -20,6 +20,7 @@ class Checkpoint:
       size: bytes on disk.
       saved: local time of the save.
       loss: held-out loss of exactly these parameters, if it was measured.
+      data: fingerprint of the data of the run at that time, held-out rows included.
       damage: one line per damaged file; empty if the checkpoint is intact.
     """
 
@@ -28,6 +29,7 @@ class Checkpoint:
     size: int
     saved: datetime.datetime
     loss: float | None
+    data: str
     damage: tuple[str, ...]
 
 
@@ -47,11 +49,15 @@ def step_folders(folder: Path) -> list[Path]:
 
 def _inspect_one(folder: Path, run: str) -> Checkpoint:
     damage = tuple(find_damage(folder, run=run))
-    metrics, loss = folder / "metrics" / "metrics", None
-    if metrics.is_file() and not damage:
-        loss = json.loads(metrics.read_bytes())["loss"]
+    metrics, loss, data = folder / "metrics" / "metrics", None, ""
+    if not damage:
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        data = meta["identity"].get("data", "")
+        if metrics.is_file():
+            loss = json.loads(metrics.read_bytes())["loss"]
     saved = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
-    return Checkpoint(int(folder.name), folder, size_of(folder), saved, loss, damage)
+    size = size_of(folder)
+    return Checkpoint(int(folder.name), folder, size, saved, loss, data, damage)
 
 
 def superfluous(
@@ -59,9 +65,12 @@ def superfluous(
 ) -> list[Checkpoint]:
     """The checkpoints to remove: all but the newest `keep_last` and best `keep_best`.
 
-    Damaged checkpoints do not count and are removed: they can never be restored.
+    Damaged checkpoints do not count and are removed: they can never be restored. A
+    loss is compared only with others on the data of the newest checkpoint.
     """
     whole = [x for x in found if not x.damage]
-    measured = sorted((x for x in whole if x.loss is not None), key=lambda x: x.loss)
+    same_data = [x for x in whole if x.data == whole[-1].data]
+    measured = [x for x in same_data if x.loss is not None]
+    measured.sort(key=lambda x: x.loss)
     kept = [*whole[max(len(whole) - keep_last, 0) :], *measured[:keep_best]]
     return [x for x in found if x not in kept]

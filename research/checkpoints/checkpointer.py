@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -10,16 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from research.checkpoints.agreed_steps import agreed, anywhere
+from research.checkpoints.checkpoint_errors import (
+    all_damaged,
+    odd_numbers,
+    other_parameters,
+    require_undamaged,
+    save_error,
+)
 from research.checkpoints.checkpoint_listing import step_folders
 from research.checkpoints.checksums import find_damage
-from research.checkpoints.orbax_manager import Manager, find_other_shape, open_manager
+from research.checkpoints.orbax_manager import (
+    Manager,
+    comparable_loss,
+    find_other_shape,
+    open_manager,
+)
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.knob_groups import CheckpointConfig
-from research.core.errors import DamagedError, SaveError, UserError
+from research.core.errors import SaveError, UserError
 
 POLL = 0.02  # seconds between two looks at a pending save
 METRICS = "metrics"  # Orbax's own name for the item.
@@ -44,8 +57,8 @@ class Checkpointer:
     """Checkpoints of one run: the newest `keep_last`, and the `keep_best` by loss.
 
     Saving is asynchronous: the arrays are copied, and training continues. `wait` waits
-    for the last save; leaving the context waits, too. Damaged checkpoints are moved to
-    `damaged/` beside the folder, and the newest intact one is used.
+    for the last save; leaving the context waits, too. Checkpoints that are damaged or
+    not finite are moved to `damaged/` beside the folder, and the newest other is used.
     """
 
     def __init__(
@@ -72,6 +85,7 @@ class Checkpointer:
         self._aside = self._folder.parent / "damaged"
         self._config = config
         self._identity, self._run = identity, identity.get("run", "")
+        self._data = identity.get("data", "")
         self._accept = accept
         self._report = report
         self._committed = committed
@@ -81,13 +95,19 @@ class Checkpointer:
         self._failed: Exception | None = None
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
+        # In memory, so that all processes rank a new loss alike.
+        self._losses = {} if read_only else self._read_losses()
 
     def _open(self) -> Manager:
         try:
             if not self._read_only:
                 self._set_unreadable_aside()
             return open_manager(
-                self._folder, self._config, self._fail, read_only=self._read_only
+                self._folder,
+                self._config,
+                self._data,
+                self._fail,
+                read_only=self._read_only,
             )
         except OSError as error:
             raise UserError(
@@ -107,11 +127,18 @@ class Checkpointer:
             damaged = {s: problems for s in steps if (problems := self._misjudged(s))}
         for step, problems in damaged.items():
             self._move_aside(step, problems)
-        self._lost += _agreed(list(damaged))
+        self._lost += agreed(list(damaged))
 
     def _misjudged(self, step: int) -> list[str]:
         """The damage to the file with the held-out loss of `step`."""
         return find_damage(self._folder / str(step), item=METRICS, run=self._run)
+
+    def _read_losses(self) -> dict[int, float]:
+        """The held-out losses by step that are intact and of the data of this run."""
+        intact = [step for step in self.steps if not self._misjudged(step)]
+        found = {step: self._manager.metrics(step) for step in intact}
+        losses = {s: comparable_loss(x, self._data) for s, x in found.items() if x}
+        return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -148,10 +175,15 @@ class Checkpointer:
     @property
     def best_step(self) -> int | None:
         """The kept step with the lowest held-out loss, if one was measured."""
-        intact = [step for step in self.steps if not self._misjudged(step)]
-        metrics = {step: self._manager.metrics(step) for step in intact}
-        losses = {step: each["loss"] for step, each in metrics.items() if each}
+        losses = self._read_losses()
         return min(losses, key=losses.__getitem__) if losses else None
+
+    def is_among_best(self, step: int, loss: float) -> bool:
+        """Whether `step` is not saved, and would be one of the `keep_best`."""
+        steps = self.steps
+        known = [x for s, x in self._losses.items() if s in steps]
+        better = sum(x <= loss for x in known)
+        return step not in steps and better < self._config.keep_best
 
     def save(
         self,
@@ -166,7 +198,8 @@ class Checkpointer:
           step: optimizer updates that `state` holds.
           state: a tree of arrays.
           position: the data position, as JSON.
-          eval_loss: held-out loss of exactly this state, if it was measured.
+          eval_loss: held-out loss of exactly this state on the data of the identity,
+            if it was measured.
 
         Raises:
           SaveError: this save could not begin, or the one before it failed.
@@ -175,13 +208,17 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         meta = {"identity": self._identity, "position": position}
+        metrics = None
+        if eval_loss is not None:
+            metrics = {"loss": eval_loss, "data": self._data}
+            self._losses[step] = eval_loss
         with self._naming(step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
-                metrics=None if eval_loss is None else {"loss": eval_loss},
+                metrics=metrics,
             )
             self._pending = step
 
@@ -235,19 +272,7 @@ class Checkpointer:
         except Exception as error:  # TensorStore, Orbax and the disk raise many kinds.
             self._pending = None
             self._reopen(step)
-            raise self._failure(step, error) from error
-
-    def _failure(self, step: int, error: Exception) -> SaveError:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if len(cause) > 300:  # TensorStore puts a path first and the cause last.
-            cause = f"{cause[:60]} ... {cause[-240:]}"
-        left = ", ".join(map(str, self.steps)) or "none"
-        return SaveError(
-            f"step {step} could not be saved: {cause}; checkpoints left: "
-            f"{left}; make room or give back the right to write {self._folder}, then "
-            "start the same command again",
-            step,
-        )
+            raise save_error(step, error, self.steps, self._folder) from error
 
     def _reopen(self, step: int) -> None:
         """Replaces a failed manager, which lists torn steps and has dead threads."""
@@ -263,35 +288,33 @@ class Checkpointer:
             self._manager = self._open()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
-        """Reads the checkpoint of `step`, by default the newest intact one.
+        """Reads the checkpoint of `step`, by default the newest that can be used.
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore into.
-          step: must be intact; None takes the newest intact step.
+          step: None takes the newest that is intact and finite.
 
         Returns:
           None if there is no checkpoint at all.
 
         Raises:
-          DamagedError: the requested checkpoint is damaged, or all checkpoints are.
+          DamagedError: the requested checkpoint is damaged or not finite, or all are.
           UserError: it was saved over another base model, tokenizer or dataset, or
             for parameters of other shapes.
         """
         if step is not None:
-            self._require_intact(step)
-            return self._read(step, abstract_state)
+            restored, damage = self._try(step, abstract_state)
+            require_undamaged(step, self._folder, damage)
+            return restored
         known = sorted({*self._lost, *self.steps})
         while (step := self.latest_step) is not None:
-            damage = self.damage(step)
+            restored, damage = self._try(step, abstract_state)
             if not damage:
-                return self._read(step, abstract_state)
+                return restored
+            restored = None  # Room for the one before.
             self._set_aside(step, damage)
         if known:
-            raise DamagedError(
-                f"all checkpoints in {self._folder} are damaged (steps "
-                f"{', '.join(map(str, known))}, see above); nothing was overwritten: "
-                "restore a copy, or choose another --config.run_dir"
-            )
+            raise all_damaged(known, self._folder)
         return None
 
     def restore_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
@@ -303,42 +326,36 @@ class Checkpointer:
             dtype that differs from the saved one casts.
 
         Raises:
-          DamagedError: the checkpoint is damaged.
+          DamagedError: the checkpoint is damaged, or what is read is not finite.
           UserError: it was saved over another base model or tokenizer, or for
             parameters of other shapes.
         """
-        self._require_intact(step)
+        require_undamaged(step, self._folder, self.damage(step))
         self._meta(step)
         item = self._folder / str(step) / "state"
         if other := find_other_shape(item, abstract_part):
-            raise _other_parameters(step, other)
+            raise other_parameters(step, other)
         restored = ocp.args.PyTreeRestore(
             abstract_part,
             ocp.checkpoint_utils.construct_restore_args(abstract_part),
             partial_restore=True,
         )
-        return self._restore_state(step, restored)
+        part = self._restore_state(step, restored)
+        require_undamaged(step, self._folder, odd_numbers(part))
+        return part
 
     def damage(self, step: int) -> list[str]:
         """The damage to the files of `step`; each process reads its share of them."""
         index, count = jax.process_index(), jax.process_count()
         mine = find_damage(self._folder / str(step), index, count, run=self._run)
-        if count == 1 or not _anywhere(bool(mine)):
+        if count == 1 or not anywhere(bool(mine)):
             return mine
         return mine or ["another process found damage in its share of the files"]
 
-    def _require_intact(self, step: int) -> None:
-        if damage := self.damage(step):
-            raise DamagedError(
-                f"checkpoint {step} in {self._folder} is damaged:\n  "
-                + "\n  ".join(damage[:5])
-                + "\nchoose another step"
-            )
-
     def _set_aside(self, step: int, damage: list[str]) -> None:
-        """Moves a damaged checkpoint out of reach of every restore, and reports it."""
+        """Moves a checkpoint out of reach of every restore, and reports it."""
         if self._read_only:
-            self._require_intact(step)
+            require_undamaged(step, self._folder, damage)
         if jax.process_index() == 0:
             self._move_aside(step, damage)
         if jax.process_count() > 1:
@@ -355,10 +372,13 @@ class Checkpointer:
             + (f"; and {len(damage) - 5} more" if len(damage) > 5 else "")
         )
 
-    def _read(self, step: int, abstract_state: Any) -> Restored:
+    def _try(self, step: int, abstract_state: Any) -> tuple[Restored | None, list[str]]:
+        """Reads `step`, and lists its damage."""
+        if damage := self.damage(step):
+            return None, damage
         meta = self._meta(step)
         state = self._restore_state(step, ocp.args.StandardRestore(abstract_state))
-        return Restored(step, state, meta["position"])
+        return Restored(step, state, meta["position"]), odd_numbers(state)
 
     def _meta(self, step: int) -> dict[str, Any]:
         """Reads identity and position saved with `step`, and checks the identity."""
@@ -374,27 +394,6 @@ class Checkpointer:
             items = self._manager.restore(step, args=ocp.args.Composite(state=request))
         except ValueError as error:  # Orbax raises it for other shapes or trees.
             first_line = str(error).strip().partition("\n")[0][:300]
-            raise _other_parameters(step, first_line) from error
+            raise other_parameters(step, first_line) from error
         logging.info("checkpoint: step %d restored", step)
         return items["state"]
-
-
-def _other_parameters(step: int, cause: str) -> UserError:
-    return UserError(
-        f"checkpoint {step} holds other parameters than this run trains ({cause}); go "
-        "back to the model and LoRA shape of the run"
-    )
-
-
-def _agreed(steps: list[int]) -> list[int]:
-    """The `steps` of the first process; every process must call this."""
-    if jax.process_count() == 1:
-        return steps
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    mine = np.zeros(count, np.int32) if jax.process_index() else np.array(steps, "i4")
-    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
-
-
-def _anywhere(found: bool) -> bool:
-    """Whether `found` holds in any process; every process must call this."""
-    return bool(np.max(multihost_utils.process_allgather(np.array(found))))

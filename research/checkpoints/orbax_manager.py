@@ -1,6 +1,8 @@
 """Orbax's checkpoint manager, set up for our checkpoints."""
 
+import functools
 import glob
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def _match_below(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
 def open_manager(
     folder: Path,
     config: CheckpointConfig,
+    data: str,
     failed: Callable[[Exception], None],
     *,
     read_only: bool,
@@ -48,6 +51,7 @@ def open_manager(
     Args:
       folder: absolute.
       config: how many checkpoints are kept.
+      data: fingerprint of the data of this run; see `comparable_loss`.
       failed: called with the error of an asynchronous save, as soon as it fails.
       read_only: nothing is written, moved or removed.
 
@@ -56,12 +60,13 @@ def open_manager(
     """
     type(epath.Path(folder)).glob = _match_below
     keep = ocp.checkpoint_managers
+    loss = functools.partial(comparable_loss, data=data)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(
             [
                 keep.LatestN(config.keep_last),
                 keep.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
+                    get_metric_fn=loss,
                     reverse=True,
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -69,7 +74,7 @@ def open_manager(
             ]
         ),
         # Without it Orbax neither writes nor reads metrics.
-        best_fn=lambda metrics: metrics["loss"],
+        best_fn=loss,
         best_mode="min",
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
@@ -90,6 +95,14 @@ def open_manager(
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add("meta", args, json_files)
     return Manager(folder, options=options, handler_registry=registry)
+
+
+def comparable_loss(metrics: dict[str, Any], data: str) -> float:
+    """The held-out loss in a checkpoint's metrics; infinite if not measured on `data`.
+
+    Metrics that do not say which data it was are of an older version.
+    """
+    return metrics["loss"] if metrics.get("data", data) == data else math.inf
 
 
 def find_other_shape(folder: Path, wanted: dict[str, Any]) -> str:

@@ -36,8 +36,8 @@ class ModelConfig:
     dtype: str = knob("bfloat16", "dtype of the computation", choices=DTYPES)
     param_dtype: str = knob(
         "float32",
-        "dtype of all trained parameters in full training, and of their moments; "
-        "bfloat16 halves the memory and rounds small updates away",
+        "dtype of all trained parameters in full training; gradients and moments are "
+        "float32; bfloat16 saves 2 bytes a parameter and rounds small updates away",
         choices=DTYPES,
     )
     base_format: str = knob(
@@ -252,14 +252,16 @@ class OptimConfig:
     skip_spread: float = knob(
         0.0,
         "skip an update whose loss or gradient norm is this many standard deviations "
-        "above the mean of recent ones, or not finite; 0: never",
+        "above the mean of recent ones, or not finite; 0: never; a quarter of "
+        "skip_window in a row ends the run, as 8 do that are not finite",
         low=0,
     )
     skip_window: int = knob(128, "recent steps that skip_spread compares with", above=0)
     rollbacks: int = free_knob(
         0,
-        "how often a loss or gradient norm that is not finite sends the run back to "
-        "its last checkpoint, to continue without that batch; then the run stops",
+        "how often a loss, a gradient norm or parameters that are not finite send the "
+        "run back to its last checkpoint, to continue without that batch; then the run "
+        "stops",
         low=0,
     )
 
@@ -297,7 +299,10 @@ class CheckpointConfig:
     every: int = free_knob(20, "steps between checkpoints", above=0)
     keep_last: int = free_knob(2, "newest checkpoints that stay", above=0)
     keep_best: int = free_knob(
-        1, "checkpoints that stay for their held-out loss", low=0
+        1,
+        "checkpoints that stay for their held-out loss; a step whose loss is among "
+        "the best so far is saved at once",
+        low=0,
     )
     on_error: str = free_knob(
         "stop",
@@ -316,7 +321,7 @@ class RuntimeConfig:
         is_path=True,
     )
     peak_tflops: float = free_knob(
-        0.0, "peak of a device, for MFU; 0: from a table, or measured on a CPU", low=0
+        0.0, "peak of a device, for MFU; 0: from a table, which has no CPU", low=0
     )
     progress: str = free_knob(
         "auto",

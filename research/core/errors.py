@@ -5,7 +5,7 @@
 | 0 | | done |
 | 1 | | not done: a plan does not fit, or a request got no answer |
 | 2 | UserError | a flag, a file or the config is wrong |
-| 3 | DivergedError | a loss or gradient norm is not finite |
+| 3 | DivergedError | a loss, a gradient norm or parameters are not finite |
 | 4 | SaveError | a file could not be written |
 | 5 | DamagedError | checkpoints are damaged |
 | 6 | LonelyError, UnreachableError, watchdog | no progress, or another is gone |
@@ -45,11 +45,17 @@ class UnreachableError(UserError):
 
 
 class DivergedError(UserError):
-    """Update `step`, on batch number `batch`, gave a number that is not finite."""
+    """The run cannot continue: a number is not finite, or nothing is learnt.
+
+    Attributes:
+      step: the updates made, the one that did it included.
+      batch: number of the batch without which the run may try again; None where no
+        single batch is to blame.
+    """
 
     exit_code = 3
 
-    def __init__(self, message: str, step: int, batch: int):
+    def __init__(self, message: str, step: int, batch: int | None):
         super().__init__(message)
         self.step = step
         self.batch = batch

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from research.engine.sampler import Sampler, Sampling
@@ -57,13 +56,10 @@ def tuned_generator(
 ) -> TextGenerator:
     """Generates with the trained parameters `params` over the `frozen` ones.
 
-    Fully trained parameters are cast to the compute dtype once, not at every token.
+    They are used as they are. A copy in the compute dtype would be faster to read, and
+    might not fit beside the state of a run that is training.
     """
-    weights = trainable.forward(params, frozen, None)
-    if not frozen:
-        dtype = sampler.model.options.dtype
-        weights = jax.tree.map(lambda x: x.astype(dtype), weights)
-    return TextGenerator(sampler, weights, tokenizer)
+    return TextGenerator(sampler, trainable.forward(params, frozen, None), tokenizer)
 
 
 def base_generator(

@@ -18,6 +18,8 @@ Array = jax.Array
 
 # Finite, so that a fully masked row (padding) gives a uniform softmax, not NaN.
 MASKED = -1e30
+# Queries and keys of a prompt that are compared at a time.
+PROMPT_BLOCK = 256
 
 
 def rope_frequencies(architecture: Architecture) -> Array:
@@ -99,11 +101,16 @@ def attend_cached(
     new_k, new_v = new_k_BTKH.astype(k_BSKH.dtype), new_v_BTKH.astype(v_BSKH.dtype)
     k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, new_k, start, 1)
     v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, new_v, start, 1)
-    batch, length = q_BTNH.shape[:2]
-    index_T = start + jnp.arange(length)
-    allowed_TS = index_T[:, None] >= jnp.arange(k_BSKH.shape[1])[None, :]
-    allowed_BTS = jnp.broadcast_to(allowed_TS, (batch, *allowed_TS.shape))
-    return attend(q_BTNH, k_BSKH, v_BSKH, allowed_BTS), (k_BSKH, v_BSKH)
+    (batch, length), slots = q_BTNH.shape[:2], k_BSKH.shape[1]
+    if length > 1:  # A prompt: no `[T, S]` array of a long one would fit.
+        one_document = (jnp.zeros((batch, n), jnp.int32) for n in (length, slots))
+        mixed_BTNH = blocked_attention(
+            q_BTNH, k_BSKH, v_BSKH, *one_document, PROMPT_BLOCK, start
+        )
+    else:
+        allowed_BTS = jnp.broadcast_to(jnp.arange(slots) <= start, (batch, 1, slots))
+        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, allowed_BTS)
+    return mixed_BTNH, (k_BSKH, v_BSKH)
 
 
 def blocked_attention(

@@ -218,22 +218,21 @@ def announce_first_call(function: Callable[..., Any], name: str) -> Callable[...
     return call
 
 
-def peak_flops(config: RuntimeConfig, dtype: str) -> float | None:
-    """The peak FLOP/s of all devices together, or None where it is not known.
+def peak_flops(config: RuntimeConfig) -> float | None:
+    """The peak FLOP/s of all devices together, or None where no data sheet says it.
 
-    The peak of a CPU is measured: the FLOP/s of a large matrix product in `dtype`.
+    So a CPU has no MFU, unless the config gives a peak: products that were measured at
+    two starts beside other work differed by a factor of two.
     """
     devices = jax.devices()
     if config.peak_tflops > 0:
         return config.peak_tflops * 1e12 * len(devices)
-    if devices[0].platform == "cpu":
-        return _measured_matmul_flops(dtype)
     chip = chips.by_device_kind(devices[0].device_kind)
     return chip.flops * len(devices) if chip else None
 
 
-def _measured_matmul_flops(dtype: str) -> float:
-    """FLOP/s of the cores of this process, which its virtual devices share."""
+def measure_matmul_flops(dtype: str) -> float:
+    """FLOP/s of a large product in `dtype` on the cores of this process, right now."""
     size = 1536
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: x @ x)

@@ -97,9 +97,11 @@ def find_target(config: Config, f: PlanFlags) -> PlannedDevices:
     slices = f.slices or config.runtime.slices
     if not f.device:
         return parse_topology(f.topology or config.runtime.topology, slices)
-    is_cpu = f.device.partition(":")[0] == "cpu"
-    flops = runtime.peak_flops(config.runtime, config.model.dtype) if is_cpu else 0.0
-    return parse_device(f.device, slices, flops or 0.0)
+    flops = 0.0
+    if f.device.partition(":")[0] == "cpu":
+        known = runtime.peak_flops(config.runtime)
+        flops = known or runtime.measure_matmul_flops(config.model.dtype)
+    return parse_device(f.device, slices, flops)
 
 
 if __name__ == "__main__":

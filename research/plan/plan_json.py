@@ -33,6 +33,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "parameters": {"trained": plan.trained, "frozen": plan.frozen},
         "memory": dataclasses.asdict(plan.memory) if plan.memory else None,
         "hbm_needed": plan.needed,
+        "hbm_needed_by": plan.phase,
         "hbm_usable": chip.hbm,
         "hbm_share": plan.needed / chip.hbm,
         "hbm_share_limit": USABLE,

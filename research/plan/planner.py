@@ -19,8 +19,8 @@ from research.plan.planned_devices import PlannedDevices
 from research.plan.step_costs import Collective, MemoryUse, Traffic, summarize
 from research.weights import parameter_paths
 
-# A step should leave the rest of a chip's memory free for what no plan sees:
-# fragmentation, the next batch, evaluation.
+# A run should leave the rest of a chip's memory free for what no plan sees:
+# fragmentation, the next batch, the held-out rows.
 USABLE = 0.92
 
 
@@ -34,7 +34,8 @@ class Plan:
         needs too much memory, and the collectives are estimated.
       seconds: time that compiling took.
       memory: bytes by what they hold; None if `source` is `refused`.
-      needed: bytes that a device needs.
+      needed: bytes that a device needs in its worst phase.
+      phase: that phase: `step`, or one of `memory_formulas.peaks_between_steps`.
       flops: FLOPs of a step over all devices.
       roofline: seconds of a step by what it waits for. Memory traffic is always
         estimated by formula.
@@ -50,6 +51,7 @@ class Plan:
     seconds: float
     memory: MemoryUse | None
     needed: float
+    phase: str
     traffic: list[Traffic]
     flops: StepFlops
     roofline: Roofline
@@ -60,7 +62,7 @@ class Plan:
 
     @property
     def limit(self) -> float:
-        """Bytes of a device that a step should not exceed."""
+        """Bytes of a device that a run should not exceed."""
         return USABLE * self.target.chip.hbm
 
     @property
@@ -118,6 +120,8 @@ def _assemble(
     found: list[Collective],
 ) -> Plan:
     mesh = step.definition.mesh
+    peaks = {"step": needed, **memory_formulas.peaks_between_steps(step)}
+    phase = max(peaks, key=peaks.__getitem__)
     flops = step_flops.count_step_flops(step)
     moved = memory_formulas.estimate_moved(step)
     line = rooflines.make_roofline(flops, moved, found, target, mesh)
@@ -132,7 +136,8 @@ def _assemble(
         source="estimated",
         seconds=0.0,
         memory=memory,
-        needed=needed,
+        needed=peaks[phase],
+        phase=phase,
         traffic=summarize(found),
         flops=flops,
         roofline=line,

@@ -54,6 +54,8 @@ def show_plan(console: Console, plan: PlanData) -> None:
 def _verdict(plan: PlanData) -> Text:
     sizes = f"{_size(plan['hbm_needed'])} of {_size(plan['hbm_usable'])}"
     share = f"{sizes}, {plan['hbm_share']:.0%}"
+    if plan["hbm_needed_by"] != "step":
+        share += f", for {plan['hbm_needed_by']}"
     if plan["fits"]:
         return Text.assemble(("fits", "bold green"), f": {share}")
     return Text.assemble(

@@ -1,6 +1,12 @@
-"""`metrics.jsonl` and TensorBoard: one line or point per step and evaluation."""
+"""`metrics.jsonl` and TensorBoard: one line or point per step and evaluation.
+
+JSON has no number that is not finite. A line holds its name as a string, `"NaN"`,
+`"Infinity"` or `"-Infinity"`, as in the JSON form of protocol buffers; `read_metrics`
+gives the number back.
+"""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,7 @@ from research.weights import parameter_paths
 
 NAME = "metrics.jsonl"
 LINE = {"step": int, "kind": str}
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsFile:
@@ -27,7 +34,7 @@ class MetricsFile:
         self._path = folder / NAME
         known = read_to_rewrite(self._path, LINE)
         kept = [line for line in known if 0 < first_step >= line["step"]]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self._path, "".join(map(_format_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0
@@ -38,8 +45,7 @@ class MetricsFile:
 
         A string is written into the line alone: TensorBoard draws numbers.
         """
-        line = {"step": step, "kind": kind, **values}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(_format_line({"step": step, "kind": kind, **values}))
         self._file.flush()
         flat = parameter_paths.flatten(values)[0] if values else {}
         for name, value in flat.items():
@@ -59,11 +65,30 @@ class MetricsFile:
 
 def append_line(folder: Path, step: int, kind: str, values: dict[str, Any]) -> None:
     """Appends to a `metrics.jsonl` that no run has open."""
-    line = json.dumps({"step": step, "kind": kind, **values}, ensure_ascii=False)
     with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(_format_line({"step": step, "kind": kind, **values}))
+
+
+def _format_line(values: dict[str, Any]) -> str:
+    return json.dumps(_named(values), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _named(value: Any) -> Any:
+    """`value` with a name of `NOT_FINITE` in place of each such number."""
+    if isinstance(value, dict):
+        return {key: _named(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    return value
+
+
+def _numbered(value: Any) -> Any:
+    """Undoes `_named`."""
+    if isinstance(value, dict):
+        return {key: _numbered(each) for key, each in value.items()}
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Reads all lines of a `metrics.jsonl` that are metrics; none without a file."""
-    return read_json_lines(folder / NAME, LINE)[0]
+    return [_numbered(line) for line in read_json_lines(folder / NAME, LINE)[0]]

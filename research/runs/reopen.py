@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.knob_groups import MeshConfig, RuntimeConfig
 from research.config.run_config import Config
-from research.core.errors import UserError
+from research.core.errors import DamagedError, UserError
 from research.engine.sampler import Sampler
 from research.engine.text_generation import (
     TextGenerator,
@@ -101,14 +101,14 @@ def reopen(
       run: the run directory.
       mesh: devices to shard the parameters over; by default `fitting_mesh` of all
         devices of this process.
-      step: the checkpoint: `latest`, `best`, or a step number.
+      step: the checkpoint: `latest` (the newest that can be used), `best`, or a number.
       in_compute_dtype: restores fully trained parameters in `config.model.dtype`, in
         which text is generated: half the memory where that is bfloat16.
 
     Raises:
       UserError: there is no such run or checkpoint, its base model has changed, or a
         parameter does not divide over `mesh`.
-      DamagedError: the checkpoint is damaged.
+      DamagedError: the checkpoint is damaged or not finite.
     """
     folder = RunDir(run)
     config = for_this_machine(folder.config())
@@ -134,7 +134,8 @@ def reopen(
     wanted = meshes.abstract_arrays(split.specs, mesh, dtype)
     with _checkpoints(folder, config, identity) as checkpoints:
         number = _choose_step(folder, checkpoints, step)
-        params = checkpoints.restore_part(number, {"params": wanted})["params"]
+        older = [s for s in checkpoints.steps if s < number and step == "latest"]
+        params = _read(checkpoints, [*older, number], {"params": wanted})["params"]
     frozen: Params = {}
     if split.frozen_specs:
         frozen = load_frozen(base, model, mesh, split, config.seed)
@@ -190,6 +191,18 @@ def _checkpoints(
         accept=set(History(folder.history, PhaseTimer()).accepted),
         read_only=True,
     )
+
+
+def _read(checkpoints: Checkpointer, steps: Sequence[int], wanted: Params) -> Params:
+    """Reads the last of `steps` that can be used, with a warning for each other one."""
+    *older, newest = steps
+    try:
+        return checkpoints.restore_part(newest, wanted)
+    except DamagedError as error:
+        if not older:
+            raise
+        logging.warning("step %d is opened instead: %s", older[-1], error)
+    return _read(checkpoints, older, wanted)
 
 
 def _choose_step(folder: RunDir, checkpoints: Checkpointer, step: str) -> int:

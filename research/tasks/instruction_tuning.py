@@ -172,25 +172,26 @@ class InstructionTask:
         ]
 
     def conclude(
-        self, base: Callable[[], TextGenerator | None], model: TextGenerator
+        self,
+        base: Callable[[], TextGenerator | None],
+        tuned: Callable[[], TextGenerator],
     ) -> list[ComparedAnswer]:
         """Greedy answers of both models to held-out prompts of several categories."""
-        before = base()
-        answers = []
-        for record, request in self._held_out_prompts():
-            if record.where not in self._base_answers:
-                self._base_answers[record.where] = before.answer(*request).strip()
-            answers.append(
-                ComparedAnswer(
-                    group=record.category,
-                    where=record.where,
-                    prompt=_prompt_text(record),
-                    base=self._base_answers[record.where],
-                    tuned=model.answer(*request).strip(),
-                    reference=record.turns[-1].text,
-                )
+        prompts = self._held_out_prompts()
+        after = _answer(tuned, prompts)
+        unknown = [x for x in prompts if x[0].where not in self._base_answers]
+        self._base_answers |= _answer(base, unknown)
+        return [
+            ComparedAnswer(
+                group=record.category,
+                where=record.where,
+                prompt=_prompt_text(record),
+                base=self._base_answers[record.where],
+                tuned=after[record.where],
+                reference=record.turns[-1].text,
             )
-        return answers
+            for record, _ in prompts
+        ]
 
     def _held_out_prompts(self) -> list[tuple[Record, tuple[Any, ...]]]:
         """`eval.prompts` held-out rows, each with the arguments of `answer`."""
@@ -208,6 +209,15 @@ class InstructionTask:
             (record, (prompts[record.where], sampling, self._chat.stop_ids))
             for record in pick_records(fitting, self._config.eval.prompts)
         ]
+
+
+def _answer(
+    open_model: Callable[[], TextGenerator | None],
+    prompts: Sequence[tuple[Record, tuple[Any, ...]]],
+) -> dict[str, str]:
+    """Answers by row. The model is opened for them alone, and freed after them."""
+    model = open_model() if prompts else None
+    return {record.where: model.answer(*request).strip() for record, request in prompts}
 
 
 def _prompt_text(record: Record) -> str:

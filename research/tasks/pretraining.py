@@ -181,7 +181,9 @@ class TextTask:
         ]
 
     def conclude(
-        self, base: Callable[[], TextGenerator | None], model: TextGenerator
+        self,
+        base: Callable[[], TextGenerator | None],
+        tuned: Callable[[], TextGenerator],
     ) -> list[ComparedAnswer]:
         """Nothing: raw text has no prompts with a reference answer."""
         return []
@@ -208,5 +210,9 @@ KIND = TaskKind(
     objective=CrossEntropy.of,
     expected_groups=lambda config: len(config.text.sources),
     prompt_format=lambda config, base: PlainFormat(base.tokenizer),
+    # The mark of a beginning, and at most one token a byte.
+    longest_prompt=lambda config: max(
+        (1 + len(text.encode()) for text in config.eval.text_prompts), default=1
+    ),
     check=lambda config: check_text(config.text),
 )

@@ -66,12 +66,15 @@ class Task(Protocol):
         """
 
     def conclude(
-        self, base: Callable[[], TextGenerator | None], model: TextGenerator
+        self,
+        base: Callable[[], TextGenerator | None],
+        tuned: Callable[[], TextGenerator],
     ) -> list[ComparedAnswer]:
         """Answers of both models to held-out prompts; empty where there are none.
 
-        `base` loads the model that training began from, or gives None where the
-        weights began at random. All processes call it.
+        `tuned` gives the trained model, until `base` is called: that loads the model
+        that training began from in its place, or gives None where the weights began at
+        random. The task keeps neither. All processes call it.
         """
 
 
@@ -85,6 +88,7 @@ class TaskKind:
       expected_groups: how many groups the task will have, as far as its config says:
         the planner reads no data.
       prompt_format: how prompts are put to a model of this task.
+      longest_prompt: the most tokens of a prompt that the model is given in the run.
       exported_tokenizer: the tokenizer to export beside the trained model.
       check: raises UserError for what is wrong in the config alone.
     """
@@ -93,6 +97,7 @@ class TaskKind:
     objective: Callable[[Config, Mesh, int], Objective]
     expected_groups: Callable[[Config], int]
     prompt_format: Callable[[Config, Base], PromptFormat]
+    longest_prompt: Callable[[Config], int] = lambda config: config.data.seq_len
     exported_tokenizer: Callable[[Config, Base], Tokenizer] = lambda config, base: (
         base.tokenizer
     )

@@ -74,6 +74,7 @@ def examine_model(
     base: Base, definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
 ) -> list[Finding]:
     """Reports the trained parameters and devices; checks that adapters are a no-op."""
+    odd = parameter_paths.not_finite(state.params)
     trained, kept = parameter_paths.count(state.params), parameter_paths.count(frozen)
     findings = [
         Finding("base model", f"{base.name}, sha256 {base.fingerprint[:12]}"),
@@ -87,8 +88,9 @@ def examine_model(
             f"{trained:,} trained ({parameter_paths.nbytes(state):,} bytes with "
             "optimizer), "
             f"{kept:,} frozen ({parameter_paths.nbytes(frozen):,} bytes)",
-            ok=trained > 0,
-            remedy="nothing is trained: check config.lora.targets",
+            ok=trained > 0 and not odd,
+            remedy="if nothing is trained, check config.lora.targets; start from other "
+            f"weights if some are not finite: {', '.join(odd) or 'none are'}",
             numbers={
                 "trained": trained,
                 "trained_bytes": parameter_paths.nbytes(state),

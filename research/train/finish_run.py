@@ -1,5 +1,6 @@
 """The end of a run: its export, its answers, its report, and the mark of completion."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import jax
 
 from research.core.errors import SaveError
-from research.engine.text_generation import base_generator, tuned_generator
+from research.engine.text_generation import (
+    TextGenerator,
+    base_generator,
+    tuned_generator,
+)
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED
 from research.report.final_report import attempt, write_report
@@ -35,29 +40,35 @@ def finish(run: TrainingRun) -> None:
         ) from error
 
 
+def _trained(run: TrainingRun) -> TextGenerator:
+    trainable, tokenizer = run.definition.trainable, run.base.tokenizer
+    params = run.state.params
+    return tuned_generator(run.sampler, trainable, params, run.frozen, tokenizer)
+
+
+def _untrained(run: TrainingRun) -> TextGenerator | None:
+    # After full training the base model takes the place of the trained one.
+    run.state = None
+    return base_generator(run.sampler, run.base, run.definition.mesh, run.frozen)
+
+
 def _finish(run: TrainingRun) -> None:
     folder = run.folder.path
     definition, base = run.definition, run.base
-    trainable = definition.trainable
-    tuned = tuned_generator(
-        run.sampler, trainable, run.state.params, run.frozen, base.tokenizer
-    )
+    # All is saved: the moments make room for the export and the answers.
+    run.state = dataclasses.replace(run.state, opt_state=None)
     # The export first: nothing that only shows results may cost it.
     if run.config.export:
-        weights = trainable.forward(run.state.params, run.frozen, None)
         huggingface_export.export(
             definition.model,
-            weights,
+            definition.trainable.forward(run.state.params, run.frozen, None),
             task_registry.exported_tokenizer(run.config, base),
             folder / EXPORTED,
         )
     failed: list[str] = []
     answers = attempt(
         "the answers",
-        lambda: run.task.conclude(
-            lambda: base_generator(run.sampler, base, definition.mesh, run.frozen),
-            tuned,
-        ),
+        lambda: run.task.conclude(lambda: _untrained(run), lambda: _trained(run)),
         failed,
     )
     if jax.process_index() > 0:

@@ -37,7 +37,7 @@ def fit(
     """Trains runs that have made `first` steps, until the last step or a stop.
 
     A run that diverges leaves the others. A lone run first returns to its last
-    checkpoint and drops the batch, up to `optim.rollbacks` times.
+    checkpoint and drops the batch that did it, up to `optim.rollbacks` times.
 
     Returns:
       The number of updates made in all. The `state` of every run that has not diverged
@@ -53,7 +53,7 @@ def fit(
         except DivergedError as error:
             run, checkpointer = restored[0].run, restored[0].checkpointer
             made, allowed = len(run.history.skipped), run.config.optim.rollbacks
-            if len(restored) > 1 or made >= allowed:
+            if len(restored) > 1 or made >= allowed or error.batch is None:
                 raise
             run.history.note(error.step - 1)
             run.history.skip(error.batch)
@@ -62,10 +62,10 @@ def fit(
                 f"checkpoint and drops batch {error.batch} (rollback {made + 1} of "
                 f"config.optim.rollbacks={allowed})"
             )
-            checkpointer.wait()
-            run.state = None
-            first, restored[0].position = restore(run, checkpointer)
-            restored[0].diverged = None
+        # Not beside the error: its traceback holds the state, which must make room.
+        run.state = restored[0].diverged = None
+        checkpointer.wait()
+        first, restored[0].position = restore(run, checkpointer)
 
 
 class _TrainingPass:
@@ -175,7 +175,8 @@ class _TrainingPass:
                 request=CHECKPOINT,
                 settle=self._wait_for_saves,
             ),
-            # After the save: a sample that fails must not cost a step.
+            action("save", config.eval.every, self._save_best),
+            # After the saves: a sample that fails must not cost a step.
             action("sample", samples_every, self._sample, request=SAMPLE),
         ]
 
@@ -183,16 +184,27 @@ class _TrainingPass:
         """Writes the metrics of update `number`, made from batch `batch`."""
         fetched = jax.tree.map(np.asarray, metrics)
         self._clock.tick()
+
+        def write(index: int) -> None:
+            self._logs[index](number, batch, self._program.part_of(index, fetched))
+            self._savers[index].check(number)
+
+        self._for_each(write)
+
+    def _for_each(self, act: Callable[[int], None]) -> None:
+        """Calls `act` with each run's index; a run that diverges leaves the others.
+
+        Raises:
+          DivergedError: no run is left.
+        """
         for index in self._active():
             try:
-                self._logs[index](number, batch, self._program.part_of(index, fetched))
+                act(index)
             except DivergedError as error:
                 self._restored[index].diverged = error
                 if not self._active():
                     raise
                 logging.error("%s: %s", self._runs[index].config.run_dir, error)
-                continue
-            self._savers[index].check(number)
 
     def _evaluation(self) -> Callable[[int, train_step.TrainState], None]:
         batches = held_out_batches(self._runs, self._program.to_devices)
@@ -206,7 +218,8 @@ class _TrainingPass:
             for each in [eval_step(state, batch, chosen) for batch in batches]:
                 sums.append(jax.tree.map(np.asarray, each))
                 self._phases.sign_of_life()
-            for index in self._active():
+
+            def write(index: int) -> None:
                 run, row = self._runs[index], chosen.index(measured[index])
                 found = add_up(
                     [self._program.part_of(row, each) for each in sums],
@@ -215,13 +228,24 @@ class _TrainingPass:
                     run.definition.objective.loss_unit,
                 )
                 run.evaluated = (number, found.loss)
-                self._logs[index].evaluation(number, found)
+                last = self._batches.number if number else None
+                self._logs[index].evaluation(number, found, last)
+
+            self._for_each(write)
 
         return evaluation
 
     def _save(self, number: int, state: train_step.TrainState) -> None:
         for index in self._active():
             self._savers[index](number, self._program.state_of(index, state))
+
+    def _save_best(self, number: int, state: train_step.TrainState) -> None:
+        """Saves all runs if one is among its best steps so far, and is not saved yet.
+
+        All of them, because only runs at one step can resume as one program.
+        """
+        if any(self._savers[index].is_best(number) for index in self._active()):
+            self._save(number, state)
 
     def _wait_for_saves(self) -> None:
         for index in self._active():

@@ -1,6 +1,5 @@
 """How a run saves: what a save holds, and the policy of `checkpoint.on_error`."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +44,11 @@ class RunSaver:
         self._tolerate(lambda: self._save(number, state))
         self._note(number)
 
+    def is_best(self, number: int) -> bool:
+        """Whether step `number` is not saved and its loss is among the best so far."""
+        loss = self._measured(number)
+        return loss is not None and self._checkpointer.is_among_best(number, loss)
+
     def wait(self) -> None:
         """Until the save in progress is on disk, or has failed and is tolerated."""
         self._tolerate(self._checkpointer.wait)
@@ -71,11 +75,12 @@ class RunSaver:
         # The metrics reach the disk before a checkpoint that counts their steps.
         self._log.sync()
         position = self._position() | {"elapsed": self._clock.elapsed}
-        known, loss = self._run.evaluated or (-1, None)
-        # A checkpoint is ranked only by a finite loss of exactly these parameters.
-        judged = known == number and loss is not None and math.isfinite(loss)
-        eval_loss = loss if judged else None
-        self._checkpointer.save(number, state, position, eval_loss)
+        self._checkpointer.save(number, state, position, self._measured(number))
+
+    def _measured(self, number: int) -> float | None:
+        """The held-out loss of exactly the parameters of step `number`, if known."""
+        step, loss = self._run.evaluated or (-1, None)
+        return loss if step == number else None
 
     def _tolerate(self, action: Callable[[], None]) -> None:
         try:

@@ -93,6 +93,22 @@ def pad_with_zeros(own: Any, wide: Any) -> Any:
     return unflatten(structure, {path: one(path, x) for path, x in leaves.items()})
 
 
+def not_finite(tree: Any) -> list[str]:
+    """The dotted paths of the arrays that hold a number that is not finite.
+
+    Each array is read once, where it lies; it may be spread over several processes,
+    all of which must call this.
+    """
+    flags = flatten(_hold_odd_numbers(tree))[0]
+    return [path for path, flag in flags.items() if flag]
+
+
+@jax.jit
+def _hold_odd_numbers(tree: Any) -> Any:
+    on_device = jax.device_put(tree, jax.memory.Space.Device)
+    return jax.tree.map(lambda x: ~jnp.all(jnp.isfinite(x)), on_device)
+
+
 def count(tree: Any) -> int:
     """Number of scalars in a tree of arrays, shapes or `Leaf`s.
 

@@ -34,7 +34,9 @@ def test_whole_checkpoints_are_listed_with_their_losses(place, looked_at):
     whole = looked_at[0]
     assert whole.code == 0, whole.err
     steps = place.saved_steps("unbroken")
-    rows = re.findall(r"│ +(\d+) │ +([\d.]+) │ [^│]+ │ +(\S+) │ verified │", whole.out)
+    rows = re.findall(
+        r"│ +(\d+) │ +([\d.]+) │ [^│]+ │ +(\S+) │ +\S+ │ verified │", whole.out
+    )
     assert [int(row[0]) for row in rows] == steps
     assert all(float(row[1]) > 0.01 for row in rows)
     losses = {x["step"]: x["loss"] for x in place.lines("unbroken", "eval")}

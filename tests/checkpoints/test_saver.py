@@ -26,6 +26,7 @@ from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.train import finish_run, restore_run, training_loop
+from research.train.fit_runs import _TrainingPass
 from research.train.metrics import throughput
 from research.train.metrics.metrics_log import StepLog
 from research.train.restore_run import restore
@@ -359,6 +360,44 @@ def test_a_slow_disk_holds_no_step_up_but_the_next_save(tmp_path, monkeypatch):
     assert statistics.median(beside) < 1.1 * statistics.median(alone)
 
 
+# -- the best step -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_best", [0, 2])
+def test_the_best_steps_measured_are_kept_wherever_saves_fall(tmp_path, keep_best):
+    """Evaluations and saves at intervals that rarely meet; the loss rises again."""
+    losses = {0: 2.0, 3: 5.0, 6: 4.0, 9: 4.5, 11: 9.0}
+    run = make_run(tmp_path, keep_last=1, keep_best=keep_best)
+    with open_checkpoints(run) as checkpointer:
+        saver = make_saver(run, checkpointer)
+
+        def evaluate(number, state):
+            run.evaluated = (number, losses[number])
+
+        loop = SimpleNamespace(_active=lambda: [0], _savers=[saver], _save=saver)
+        action = training_loop.Action
+        training_loop.run(
+            state={"w": jnp.zeros(8)},
+            first=0,
+            total=11,
+            batches=Feed(),
+            step_fn=lambda state, _: ({"w": state["w"] + 1}, jnp.float32(0)),
+            actions=[
+                action("evaluate", 3, evaluate, at_start=True),
+                action("save", 4, saver),
+                action("save", 3, functools.partial(_TrainingPass._save_best, loop)),
+            ],
+            log=Log(),
+            resume_clock=lambda: None,
+            stop=SimpleNamespace(is_due=lambda: False),
+            phases=PhaseTimer(),
+            requests=SimpleNamespace(agreed=frozenset),
+        )
+        checkpointer.wait()
+        assert checkpointer.steps == sorted({11, *(6, 9)[:keep_best]})
+        assert checkpointer.best_step == (6 if keep_best else 11)
+
+
 # -- numbers that are not finite -----------------------------------------------------
 
 
@@ -382,6 +421,7 @@ def test_of_two_groups_the_one_that_is_not_finite_is_named(tmp_path):
         "means": {"loss": jnp.float32(2.0)},
         "sums": {"loss": Ratio(jnp.float32([16.0]), jnp.float32([8.0]))},
         "grad_norm": jnp.float32(jnp.nan),
+        "param_norm": jnp.float32(1.0),
         "tokens": jnp.float32(8),
         "weight": jnp.float32(8),
         "pairs": jnp.float32(8),

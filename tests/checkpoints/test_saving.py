@@ -1,11 +1,13 @@
 """Checkpoints are whole or known to be damaged."""
 
+import dataclasses
 import errno
 import json
 import random
 import shutil
 import socket
 
+import jax.numpy as jnp
 import pytest
 from commands import ROOT
 from helpers import in_soak
@@ -146,6 +148,65 @@ def test_a_damaged_newest_step_is_set_aside_and_the_next_one_used(copy):
     (aside,) = (copy / "damaged").iterdir()
     assert aside.name.startswith("3-") and str(aside) in line
     assert len(files_of(aside)) == before
+
+
+def save_ruined(folder, step):
+    state = make_state(step)
+    state["moment"]["w"] = state["moment"]["w"].at[5].set(jnp.inf)
+    with open_checkpoints(folder) as checkpointer:
+        checkpointer.save(step, state, POSITION, None)
+
+
+def test_a_newest_step_that_is_not_finite_is_set_aside(copy):
+    """Its files are intact: an older version of this program wrote it."""
+    save_ruined(copy, 4)
+    said = []
+    with open_checkpoints(copy, report=said.append) as checkpointer:
+        with pytest.raises(DamagedError, match=r"moment\.w holds .* not finite"):
+            checkpointer.restore(abstract(make_state(0)), 4)
+        found = checkpointer.restore(abstract(make_state(0)))
+        assert checkpointer.steps == [2, 3]
+    assert found.step == 3 and equal(found.state, make_state(3))
+    (line,) = said
+    assert "checkpoint 4 is damaged" in line and "moment.w holds a number" in line
+
+
+def test_parameters_that_are_not_finite_are_not_opened(copy):
+    save_ruined(copy, 4)
+    wanted = abstract(make_state(0))
+    with open_checkpoints(copy, read_only=True) as checkpointer:
+        with pytest.raises(DamagedError, match=r"checkpoint 4 .*not finite"):
+            checkpointer.restore_part(4, {"moment": wanted["moment"]})
+        found = checkpointer.restore_part(4, {"params": wanted["params"]})
+    assert equal(found["params"], make_state(4)["params"])
+
+
+def test_moments_that_were_saved_in_bfloat16_are_read_in_float32(tmp_path):
+    """Older versions kept them in the dtype of the parameters."""
+    state = make_state(1)
+    old = {**state, "moment": {"w": state["moment"]["w"].astype(jnp.bfloat16)}}
+    with open_checkpoints(tmp_path) as checkpointer:
+        checkpointer.save(1, old, POSITION, None)
+        checkpointer.wait()
+        found = checkpointer.restore(abstract(state)).state
+    assert found["moment"]["w"].dtype == jnp.float32
+    old["moment"]["w"] = old["moment"]["w"].astype(jnp.float32)
+    assert equal(found, old)
+
+
+def test_losses_on_other_data_are_not_compared(copy):
+    """After `accept=data` the losses before it say nothing of the new held-out rows."""
+    other = {**IDENTITY, "data": "e"}
+    keep = dataclasses.replace(KEEP, keep_last=1, keep_best=1)
+    with Checkpointer(copy / "checkpoints", keep, other, accept=["data"]) as opened:
+        assert opened.best_step is None
+        opened.save(4, make_state(4), POSITION, 7.0)
+        assert not opened.is_among_best(5, 7.5) and opened.is_among_best(5, 6.5)
+        opened.save(5, make_state(5), POSITION, 7.5)
+        opened.wait()
+        assert opened.steps == [4, 5] and opened.best_step == 4
+    listed = inspect(copy / "checkpoints")
+    assert [(x.step, x.loss, x.data) for x in listed] == [(4, 7.0, "e"), (5, 7.5, "e")]
 
 
 DAMAGES = {

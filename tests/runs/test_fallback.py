@@ -14,6 +14,8 @@ from research.core.errors import DamagedError, SaveError
 from research.runs.phase_timer import PHASES
 
 pytestmark = pytest.mark.soak
+# No step is saved for its held-out loss.
+AT_INTERVALS = ("--config.checkpoint.keep_best=0",)
 
 # From step 15 on no file grows over so many bytes: metrics and TensorBoard's still fit,
 # arrays do not, into however many files Orbax puts them.
@@ -37,11 +39,11 @@ def fallen_back(place, results):
     """The disk full at step 15; room, and step 10 damaged; all damaged, twice."""
     results("unbroken")
     run = place.run_dir("fallback")
-    full = place.train("fallback", program=FULL_DISK)
+    full = place.train("fallback", *AT_INTERVALS, program=FULL_DISK)
     kept = {step: find_damage(run / "checkpoints" / step) for step in names(run)}
     size = (run / "metrics.jsonl").stat().st_size
     flip_one(next((run / "checkpoints/10/state/ocdbt.process_0/d").iterdir()))
-    gone_on = place.train("fallback")
+    gone_on = place.train("fallback", *AT_INTERVALS)
     state = final_state(place, "fallback")
 
     shutil.copytree(run, place.run_dir("lost"))
@@ -50,7 +52,7 @@ def fallen_back(place, results):
     for step in names(run):
         (run / "checkpoints" / step / "sums.json").write_text("{}")
     before = snapshot(run, "run.json")
-    lost = [place.train("lost") for _ in range(2)]
+    lost = [place.train("lost", *AT_INTERVALS) for _ in range(2)]
     return (full, kept, size), (gone_on, state), (lost, before)
 
 

@@ -25,7 +25,7 @@ from research.config.run_config import (
     RuntimeConfig,
 )
 from research.config.saved_config import to_json
-from research.core.errors import UserError
+from research.core.errors import DamagedError, UserError
 from research.core.visible_text import visible
 from research.engine.sampler import Sampling
 from research.formats.base_model import open_base
@@ -329,3 +329,20 @@ def test_nothing_is_written(runs):
     before = content()
     reopen(runs / "full")
     assert content() == before
+
+
+def test_a_newest_step_that_is_not_finite_gives_way_to_the_one_before(
+    runs, tmp_path, caplog
+):
+    folder = RunDir(shutil.copytree(runs / "full", tmp_path / "full"))
+    state = saved_state(runs, "full")
+    ruined = {**state.params, "head.kernel": state.params["head.kernel"] * jnp.nan}
+    keep, identity = folder.config().checkpoint, folder.identity()
+    with Checkpointer(folder.checkpoints, keep, identity) as checkpointer:
+        ruined = dataclasses.replace(state, params=ruined)
+        checkpointer.save(STEPS + 1, ruined, {}, None)
+    found = reopen(folder.path, one_device())
+    same(found.params, reopen(runs / "full", one_device()).params)
+    assert "step 2 is opened instead: checkpoint 3 " in caplog.text
+    with pytest.raises(DamagedError, match=r"params\.head\.kernel holds a number"):
+        reopen(folder.path, one_device(), step="3")

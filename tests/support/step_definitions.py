@@ -52,7 +52,8 @@ def make_definition(model, kind, sizes, dtype="float32"):
 
 
 def spread(values, specs, mesh):
-    return jax.device_put(values, meshes.shardings(specs, mesh))
+    """A copy on `mesh`, which a function that takes it over may delete."""
+    return jax.device_put(values, meshes.shardings(specs, mesh), may_alias=False)
 
 
 @pytest.fixture(scope="session")

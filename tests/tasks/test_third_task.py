@@ -156,7 +156,7 @@ class PairTask:
     def sample(self, step, model):
         return []
 
-    def conclude(self, base, model):
+    def conclude(self, base, tuned):
         return []
 
 

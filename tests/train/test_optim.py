@@ -254,6 +254,21 @@ def guarded(values):
     return skipped, states, state
 
 
+def test_moments_of_bfloat16_parameters_decay_as_those_of_float32():
+    """In bfloat16 0.999 is 1, and a second moment would never leave its peak."""
+    found = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = {"w": jnp.ones(3, dtype)}
+        optimizer = make_optimizer(OptimConfig(b2=0.999), 10, params)
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for slope in (0.5, 0.0, 0.0):
+            moved, state = update({"w": jnp.full(3, slope)}, state, params)
+        found.append((moved, state))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(found[1])}
+    assert kinds == {"float32", "int32"}
+
+
 CALM = [(2.0 + 0.1 * math.sin(n), 1.0 + 0.1 * math.cos(n)) for n in range(20)]
 
 

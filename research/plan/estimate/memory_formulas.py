@@ -14,6 +14,7 @@ from research.models.make_model import choose_kernel
 from research.parallel import mesh as meshes
 from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
 from research.plan.step_costs import Collective, MemoryUse
+from research.tasks import task_registry
 from research.weights import parameter_paths
 
 FLOAT32 = 4
@@ -60,6 +61,34 @@ def _temporaries(step: AbstractStep) -> float:
     if step.definition.offload:  # All moments return to the device at once.
         at_update += device_bytes(step.state.opt_state)
     return max(gradients + kept + max(at_head, at_layer), at_update)
+
+
+def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
+    """Bytes of one device in the phases that lie between steps, by phase.
+
+    The start needs no more than the state that it makes: parameters are read one at a
+    time, and donated to the state. The report has no optimizer state, and reads the
+    base model in place of the trained one, so samples need more than it does.
+    """
+    a, width = step.architecture, compute_width(step)
+    tensor = step.definition.mesh.shape["tensor"]
+    held = device_bytes(step.frozen) + device_bytes(step.state.params)
+    held += optimizer_bytes(step)
+    head = width * a.embed * a.vocab / tensor
+    logits = min(step.config.model.loss_chunk, device_tokens(step)) * a.vocab / tensor
+    weights = 2 * width * a.matrices_per_layer / tensor
+
+    def layer(tokens: float) -> float:
+        return weights + tokens * width * kept_per_token(step, "none")
+
+    # A prompt is one row, which no axis but `tensor` splits.
+    prompt = task_registry.find_kind(step.config).longest_prompt(step.config)
+    slots = prompt + step.config.eval.max_new_tokens
+    cache = 2 * width * a.layers * slots * a.kv_heads * a.head_dim / tensor
+    return {
+        "evaluation": held + max(layer(device_tokens(step)), head + FLOAT32 * logits),
+        "samples": held + cache + max(layer(prompt), head),
+    }
 
 
 def _mask_bytes(step: AbstractStep) -> float:

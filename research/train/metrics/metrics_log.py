@@ -23,6 +23,48 @@ from research.train.metrics.evaluation import Evaluation, add_metrics
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import Metrics
 
+EARLIER = "nothing of it is saved, and the checkpoints before are as they were"
+
+
+class SkippedInARow:
+    """Ends a run in which one update after the other is skipped.
+
+    Numbers that are not finite do not heal by themselves, and FEW of them end the run.
+    A new level of finite ones is accepted in time: with a spread of 2 or more within a
+    fifth of the window.
+    """
+
+    FEW = 8
+
+    def __init__(self, config: Config, first: int):
+        """`first`: the step at which this start begins."""
+        self._steps = config.steps
+        self._many = max(self.FEW, config.optim.skip_window // 4)
+        # How many updates were skipped before this one; unknown after a resume.
+        self._before = None if first else 0
+        self._in_a_row = 0
+
+    def count(self, number: int, line: Mapping[str, Any]) -> None:
+        """Takes the metrics of update `number`.
+
+        Raises:
+          DivergedError: too many updates in a row were skipped.
+        """
+        before, self._before = self._before, line["skipped"]
+        is_skipped = before is not None and line["skipped"] > before
+        self._in_a_row = self._in_a_row + 1 if is_skipped else 0
+        is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+        if self._in_a_row >= min(self._many if is_finite else self.FEW, self._steps):
+            raise DivergedError(
+                f"the last {self._in_a_row} updates up to step {number} were skipped; "
+                f"the last had loss {line['loss']} and gradient norm "
+                f"{line['grad_norm']}, and the parameters no longer change: lower "
+                "config.optim.learning_rate, look at the rows, or raise "
+                "config.optim.skip_spread",
+                number,
+                None,
+            )
+
 
 class StepLog:
     """Turns a step's sums into lines, TensorBoard points and the progress view."""
@@ -48,11 +90,11 @@ class StepLog:
         self._name = f"{name}  " if name else ""
         self._clock = clock
         self._phases = phases
-        self._leaves_out = config.optim.skip_spread > 0
+        self._skips = SkippedInARow(config, first) if config.optim.skip_spread else None
         self._flops = flops
         self._groups = groups
         self._schedule: Callable[[int], Any] = make_schedule(config.optim, config.steps)
-        self._peak = runtime.peak_flops(config.runtime, config.model.dtype)
+        self._peak = runtime.peak_flops(config.runtime)
         leader = jax.process_index() == 0
         with self._attributed():
             self._file = metrics_file.MetricsFile(folder, first) if leader else None
@@ -63,7 +105,8 @@ class StepLog:
         """Writes the metrics of update `number`, made from the batch numbered `batch`.
 
         Raises:
-          DivergedError: its loss or gradient norm is not finite.
+          DivergedError: its loss, gradient norm or parameters are not finite, or one
+            update after the other is skipped.
           SaveError: it could not be written down.
         """
         found = dict(sums)
@@ -80,6 +123,7 @@ class StepLog:
             **means,
             "learning_rate": float(self._schedule(number)),
             "grad_norm": values["grad_norm"],
+            "param_norm": values["param_norm"],
             "tokens": int(values["tokens"]),
             "batch_hash": int(found["batch_hash"]),
             "trained_tokens": int(values["weight"]),
@@ -98,9 +142,19 @@ class StepLog:
         line = add_metrics(line, metrics)
         self._write(number, "train", line)
         self._view.update(number, line, metrics=means_of.keys() - {"loss"})
-        # An update that is skipped has changed nothing.
-        if not self._leaves_out:
+        if self._skips:
+            self._skips.count(number, line)
+        else:
             self._require_finite(number, batch, line, norms)
+        if not math.isfinite(line["param_norm"]):
+            raise DivergedError(
+                f"the parameters after step {number} are not finite or too large "
+                f"(norm {line['param_norm']}; batch {batch}, batch_hash "
+                f"{line['batch_hash']}); {EARLIER}: lower config.optim.learning_rate, "
+                f"or raise config.optim.eps if it is very small",
+                number,
+                batch,
+            )
 
     def _means(
         self, sums: Sums, means: Mapping[str, Any]
@@ -136,9 +190,9 @@ class StepLog:
             where = "--config.runtime.grad_norms=True names the parameters"
         raise DivergedError(
             f"step {number} gave loss {loss} and gradient norm {norm} (batch {batch}, "
-            f"batch_hash {line['batch_hash']}; {where}); the checkpoints before are as "
-            "they were: lower config.optim.learning_rate, look at the batch, or leave "
-            "such batches out with --config.optim.rollbacks=3",
+            f"batch_hash {line['batch_hash']}; {where}); {EARLIER}: lower "
+            "config.optim.learning_rate, look at the batch, or drop such batches with "
+            "--config.optim.rollbacks=3",
             number,
             batch,
         )
@@ -168,8 +222,15 @@ class StepLog:
                 self._number,
             ) from error
 
-    def evaluation(self, number: int, found: Evaluation) -> None:
-        """Writes the losses of the held-out rows after update `number`."""
+    def evaluation(self, number: int, found: Evaluation, batch: int | None) -> None:
+        """Writes the losses of the held-out rows after update `number`.
+
+        `batch` is the number of the batch of that update, None before the first.
+
+        Raises:
+          DivergedError: the loss is not finite.
+          SaveError: it could not be written down.
+        """
         # The wall time of this process so far, by phase.
         line = found.line() | {"seconds": self._phases.seconds}
         self._write(number, "eval", line)
@@ -185,6 +246,16 @@ class StepLog:
         logging.info(
             "%sstep %d  held-out loss %.4f%s", self._name, number, found.loss, more
         )
+        if not math.isfinite(found.loss):
+            cause = "lower config.optim.learning_rate"
+            if batch is None:
+                cause = "look at the base model's weights and at the held-out rows"
+            raise DivergedError(
+                f"the held-out loss after step {number} is {found.loss}; {EARLIER}: "
+                f"{cause}",
+                number,
+                batch,
+            )
 
     def close(self) -> None:
         """Ends the progress view and closes the files; raises no error of the disk."""

@@ -30,6 +30,10 @@ def make_optimizer(
       specs: of what is trained, a (nested) dictionary of `Spec`.
       schedule: instead of the one of `config`, see `make_schedule`.
 
+    Returns:
+      A transformation of float32 gradients into float32 updates. Its state is float32,
+      too, whatever the dtype of the parameters.
+
     Raises:
       UserError: a pattern of `no_decay` is no regular expression.
     """
@@ -47,7 +51,29 @@ def make_optimizer(
     # first update at rate 0. The rate is outside the guard, so that skipped steps
     # advance the schedule, too.
     rate = optax.scale_by_learning_rate(lambda count: schedule(count + 1))
-    return optax.chain(step, rate)
+    return _in_float32(optax.chain(step, rate))
+
+
+def _in_float32(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` on float32 copies of the parameters, so that all its state is float32.
+
+    In bfloat16 a moment would not decay: 0.999 rounds to 1.
+    """
+
+    def wide(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+    def init(params: Any) -> Any:
+        return inner.init(wide(params))
+
+    def update(
+        gradients: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        return inner.update(gradients, state, wide(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _adamw(config: OptimConfig, specs: dict[str, Any]) -> optax.GradientTransformation:

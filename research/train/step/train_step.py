@@ -110,6 +110,7 @@ def train_step(
       The next state, and `sums` (those of the objective), `means` (each of them
       divided, over all groups), `weight` (trained tokens), `tokens` (real tokens),
       `pairs` (queries with each key they may see), `grad_norm` (before clipping),
+      `param_norm` (of the next state, finite only if all its parameters are),
       `batch_hash` (of what was trained on, the same on every mesh),
       `skipped` (updates skipped so far, where `optim.skip_outliers` is in use),
       `grad_norm_by_path` (where `definition.grad_norms` is set).
@@ -117,9 +118,7 @@ def train_step(
     gradients, sums = _sum_microbatches(definition, state, frozen, batch)
     means = {name: metric_sums.mean(ratio) for name, ratio in sums.items()}
     scale = metric_sums.inverse(jnp.sum(sums["loss"].denominator))
-    gradients = jax.tree.map(
-        lambda g, p: (g * scale).astype(p.dtype), gradients, state.params
-    )
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
     optimizer = optax.with_extra_args_support(definition.optimizer)
     before = state.opt_state
     if definition.offload:
@@ -127,6 +126,7 @@ def train_step(
     updates, opt_state = optimizer.update(
         gradients, before, state.params, loss=means["loss"]
     )
+    params = optax.apply_updates(state.params, updates)
     metrics = {
         "sums": sums,
         "means": means,
@@ -134,10 +134,10 @@ def train_step(
         "tokens": jnp.sum(batch.segments != 0),
         "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
         **_gradient_norms(definition, gradients),
+        "param_norm": _norm_in_float32(params),
         "batch_hash": hash_batch(batch),
         **optimizers.read_skipped(opt_state),
     }
-    params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -156,6 +156,11 @@ def _gradient_norms(definition: StepDefinition, gradients: Params) -> dict[str, 
         by_path = parameter_paths.flatten(gradients)[0]
         norms["grad_norm_by_path"] = {p: optax.tree.norm(g) for p, g in by_path.items()}
     return norms
+
+
+def _norm_in_float32(params: Params) -> Array:
+    """A norm above the square root of float32's largest number counts as infinite."""
+    return optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
 def hash_batch(batch: Batch) -> Array:
@@ -236,10 +241,14 @@ def abstract_state(definition: StepDefinition) -> TrainState:
 
 
 def jit_init(definition: StepDefinition) -> Callable[[Params], TrainState]:
-    """`init_state`, compiled: makes the sharded state of step 0 from parameters."""
+    """`init_state`, compiled: makes the sharded state of step 0 from parameters.
+
+    The parameters are donated: the state takes their place in memory.
+    """
     return jax.jit(
         lambda params: init_state(definition, params),
         out_shardings=state_shardings(definition),
+        donate_argnums=0,
     )
 
 

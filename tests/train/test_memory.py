@@ -69,13 +69,13 @@ def test_the_report_holds_one_model_at_a_time(monkeypatch):
 
     def load(*arguments):
         assert [x() for x in alive] == [None] * 3
-        raise InterruptedError("seen")
+        raise KeyboardInterrupt("seen")
 
     monkeypatch.setattr(finish_run, "_trained", trained)
     monkeypatch.setattr(finish_run, "base_generator", load)
     run.sampler = run.base = run.frozen = None
     run.definition = SimpleNamespace(mesh=None)
-    with pytest.raises(InterruptedError, match="seen"):
+    with pytest.raises(KeyboardInterrupt, match="seen"):
         finish_run._finish(run)
 
 

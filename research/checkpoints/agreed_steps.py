@@ -1,4 +1,4 @@
-"""What one process finds out about checkpoints, made known to all."""
+"""Findings of one process about checkpoints, made known to all processes."""
 
 import jax
 import numpy as np

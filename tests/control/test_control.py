@@ -6,10 +6,12 @@ import types
 
 import pytest
 from commands import STEPS, chain, step_line
+from doors import run_door
 from kills import WAITS_FOR_REQUESTS, ask
 from pretraining_runs import PRETRAIN_STEPS
 from run_results import check_equal, history
 
+from research.control.__main__ import main
 from research.core.errors import STOPPED, UserError
 from research.runs.steering.request_files import (
     KINDS,
@@ -97,8 +99,8 @@ def test_a_stop_changes_no_loss(place, steered, unbroken):
 def test_a_request_that_nobody_would_answer_is_refused(
     place, unbroken, arguments, said
 ):
-    done = place.run("control", *arguments)
-    assert done.code == 2 and said in done.err
+    done = run_door(main, place.folder, "control", *arguments)
+    assert done.returncode == 2 and said in done.stderr
     assert not (place.run_dir("unbroken") / "requests").exists()
 
 

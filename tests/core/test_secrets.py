@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from commands import SECRETS, chain
-from process_pairs import HANG
+from process_pairs import hang
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -53,7 +53,8 @@ def with_secrets(place, results):
         return "--config=config.py", f"--config.run_dir=runs/secrets-{name}", *more
 
     (place.folder / "bad-row.jsonl").write_text('{"instruction": "a", "response": 3}')
-    bug = HANG.format(what="1 / 0")
+    # Before the first step, which would be compiled.
+    bug = hang("1 / 0", batch=-1)
     ended = {
         "whole": whole,
         "bug": place.run("train", *flags("bug"), program=bug, more=SECRETS),

@@ -12,7 +12,7 @@ import pytest
 from commands import chain
 from kills import kill_again_and_again, phase_of, torn
 from pretraining_runs import STEP_LINE, pretrain
-from process_pairs import HANG, LIMIT, PAIR, start_pair
+from process_pairs import LIMIT, PAIR, hang, start_pair
 from run_results import check_equal, hashes, numbers, saved_state
 
 from research.core.errors import PREEMPTED, SaveError
@@ -60,7 +60,7 @@ def pretraining_killed_often(place, results):
 FULL_DISK = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-""" + HANG.format(
+""" + hang(
     what="resource.setrlimit(resource.RLIMIT_FSIZE, "
     "(1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
 )
@@ -81,8 +81,8 @@ def pairs(place, results):
     results("two_processes")
     ended = {}
     programs = {
-        "raises": HANG.format(what="1 / 0"),
-        "sleeps": HANG.format(what="time.sleep(1000)"),
+        "raises": hang(what="1 / 0"),
+        "sleeps": hang(what="time.sleep(1000)"),
         "fills": FULL_DISK,
     }
     for name, program in programs.items():

@@ -175,38 +175,32 @@ runtime.leave(75)
 """
 
 
-def test_nobody_waits_for_a_reader_that_hangs():
-    with subprocess.Popen(
-        [sys.executable, "-c", HANGING_READER], cwd=ROOT, stdout=subprocess.PIPE
-    ) as child:
-        said, _ = child.communicate(timeout=60)
-    assert child.returncode == PREEMPTED and said == b"the last words"
+def test_nobody_waits_for_a_reader_that_hangs(place):
+    done = place.start_fork(HANGING_READER).finish()
+    assert done.code == PREEMPTED and done.out == "the last words"
+    assert done.seconds < 60
 
 
 HELD = """
-import hashlib
+import hashlib, sys
 from research.runs.phase_timer import PhaseTimer
 from research.runs.steering.os_signals import StopRequest
 
 with StopRequest(PhaseTimer()) as stop, stop.noting():
-    print("ready", flush=True)
+    sys.stderr.write("ready\\n")
+    sys.stderr.flush()
     # Python runs no handler before this C call returns, in minutes.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
 """
 
 
-def test_the_second_interrupt_ends_a_process_that_is_held_in_a_c_call():
-    with subprocess.Popen(
-        [sys.executable, "-c", HELD],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as child:
-        child.stdout.readline()
-        time.sleep(0.3)
-        child.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(1)
-        child.send_signal(signal.SIGINT)
-        assert child.wait(10) == INTERRUPTED
-        assert b"stopped at once" in child.stderr.read()
+def test_the_second_interrupt_ends_a_process_that_is_held_in_a_c_call(place):
+    child = place.start_fork(HELD)
+    child.wait_for("ready")
+    time.sleep(0.2)
+    child.send(signal.SIGINT)
+    assert not child.wait(0.5)
+    child.send(signal.SIGINT)
+    done = child.finish()
+    assert done.code == INTERRUPTED and "stopped at once" in done.err
+    assert done.seconds < 10

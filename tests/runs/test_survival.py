@@ -13,7 +13,7 @@ from kills import (
     wait_for_a_save,
 )
 from pretraining_runs import STEP_LINE
-from process_pairs import HANG, start_pair
+from process_pairs import hang, start_pair
 from run_results import check_equal, final_state, history
 
 from research.core.errors import PREEMPTED, STUCK
@@ -59,9 +59,7 @@ def pair(place, results):
 @chain
 def stuck(place, results):
     results("two_processes")
-    running = start_pair(
-        place, "stuck", programs={1: HANG.format(what="time.sleep(1000)")}
-    )
+    running = start_pair(place, "stuck", programs={1: hang(what="time.sleep(1000)")})
     stuck = [process.finish() for process in running]
     return stuck, [process.finish() for process in start_pair(place, "stuck")]
 

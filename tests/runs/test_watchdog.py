@@ -1,11 +1,6 @@
 """A run that hangs is ended with its stacks, whatever the disk does."""
 
-import subprocess
-import sys
-import time
-
 import pytest
-from commands import ROOT
 
 from research.core.errors import STUCK
 
@@ -34,17 +29,11 @@ with watchdog.Watchdog(phases, 0.3, 7, tell):
 @pytest.mark.parametrize(
     "disk", ["pass", "time.sleep(60)", "raise OSError(28, 'No space left on device')"]
 )
-def test_a_process_that_hangs_ends_though_its_disk_hangs_too(disk):
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING.format(disk=disk)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == STUCK, done.stderr
-    assert time.monotonic() - begun < 30
-    assert "error: process 7 has hung in phase 'step'" in done.stderr
-    assert "in wait_for_a_dead_peer" in done.stderr, "the stack does not say where"
-    assert "told: process 7 has hung" in done.stderr
-    assert ("No space left" in done.stderr) == ("OSError" in disk)
+def test_a_process_that_hangs_ends_though_its_disk_hangs_too(place, disk):
+    done = place.start_fork(HANGING.format(disk=disk)).finish()
+    assert done.code == STUCK, done.err
+    assert done.seconds < 30
+    assert "error: process 7 has hung in phase 'step'" in done.err
+    assert "in wait_for_a_dead_peer" in done.err, "the stack does not say where"
+    assert "told: process 7 has hung" in done.err
+    assert ("No space left" in done.err) == ("OSError" in disk)

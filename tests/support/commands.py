@@ -3,26 +3,20 @@
 Long commands run once, in the background, two processes at a time: see `chain`.
 """
 
-import contextlib
-import dataclasses
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 import tiny_model
+from running import ForkServer, Running
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300
 # A test may have changed a variable when a chain in the background starts a process.
 ENVIRONMENT = dict(os.environ)
 STEPS, EVAL_EVERY, RANK = 16, 6, 4
@@ -69,113 +63,50 @@ FEW_ROWS = ("--config.eval.prompts=1", "--config.data.held_out=4")
 QUESTION = "Are whales fish?"
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A process that has ended; `out` and `err` are its two streams."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-
-class Running:
-    """A process whose two streams are read while it runs."""
-
-    def __init__(self, command, **options):
-        self._begun = time.monotonic()
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self._process = subprocess.Popen(command, **pipes, **options)
-        # The tests in this process have the first right to a core: all end together.
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
-        self._guard = threading.Timer(TIMEOUT, self._process.kill)
-        self._guard.start()
-        self._streams = {"out": self._process.stdout, "err": self._process.stderr}
-        self._said = {"out": [], "err": []}
-        self._news = threading.Condition()
-        self._readers = [
-            threading.Thread(target=self._read, args=(name,)) for name in self._streams
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self, name):
-        for line in self._streams[name]:
-            with self._news:
-                self._said[name].append(line.decode())
-                self._news.notify_all()
-
-    def wait_for(self, said, seconds=TIMEOUT):
-        """Until a line of standard error matches, it has ended, or time is over."""
-        over = time.monotonic() + seconds
-        with self._news:
-            seen = 0
-            while time.monotonic() < over:
-                lines = self._said["err"]
-                if any(re.match(said, line) for line in lines[seen:]):
-                    return
-                seen = len(lines)
-                self._news.wait(0.05)
-                if self._process.poll() is not None and len(lines) == seen:
-                    return
-
-    def wait(self, seconds):
-        """Whether it has ended within so many seconds."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def children(self):
-        """Processes it has started, first to last."""
-        return psutil.Process(self._process.pid).children()
-
-    def send(self, number):
-        self._process.send_signal(number)
-
-    def finish(self, stdin=""):
-        """Waits for its end."""
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(stdin.encode())
-                self._process.stdin.close()
-            self._process.wait()
-        finally:
-            self._process.kill()
-            self._guard.cancel()
-        for reader in self._readers:
-            reader.join()
-        for stream in self._streams.values():
-            stream.close()
-        seconds = time.monotonic() - self._begun
-        out, err = ("".join(self._said[name]) for name in ("out", "err"))
-        return Finished(self._process.returncode, out, err, seconds)
-
-
 class Place:
     """A folder with `model` and `config.py`, and commands that run in it.
 
     With `quick`, programs are compiled in half the time, see `conftest.py`, and run
-    several times as long. Commands say otherwise where it matters.
+    several times as long; and commands are forks of a process that has imported JAX,
+    see `forking.py`. Commands say otherwise where it matters.
     """
 
-    def __init__(self, folder, cache, quick):
+    def __init__(self, folder, cache, quick, server=None):
         self.folder, self.cache, self.quick = folder, cache, quick
+        self.server = server or ForkServer(self._environment(1, {}, quick))
 
     def beside(self, name):
         """Another folder of the same kind."""
-        return Place(self.folder / name, self.cache, self.quick)
+        return Place(self.folder / name, self.cache, self.quick, self.server)
 
-    def start(self, module, *flags, program=None, quick=None, **options):
-        """A command of `research` that runs; `program` is Python that goes before."""
+    def start(
+        self, module, *flags, program="", quick=None, forked=None,
+        devices=1, more=None,
+    ):  # fmt: skip
+        """A command of `research` that runs; `program` is Python that runs before."""
         if quick is None:
             # Many commands train by that config: they share what is compiled once.
             quick = module != "train" or "--config=config.py" not in flags
+        if self.quick if forked is None else forked:
+            return self.start_fork(
+                program, module, *flags, quick=quick, devices=devices, more=more
+            )
         name = f"research.{module}"
         run = f"import runpy\nrunpy.run_module({name!r}, {{}}, '__main__', True)"
         how = ["-c", f"{program}\n{run}"] if program else ["-m", name]
-        return self.start_python(*how, *flags, quick=quick, **options)
+        return self.start_python(*how, *flags, quick=quick, devices=devices, more=more)
+
+    def start_fork(self, program, module="", *flags, devices=1, more=None, quick=True):
+        """Python in a process that has imported `research`, then a command."""
+        return Running(
+            self.server.start(
+                folder=str(self.folder),
+                env=self._environment(devices, more or {}, self.quick and quick),
+                program=program,
+                module=module,
+                flags=flags,
+            )
+        )
 
     def start_launch(self, own, training, **options):
         """`python -m launch`, running."""
@@ -187,7 +118,9 @@ class Place:
 
     def start_python(self, *arguments, devices=1, more=None, quick=True):
         env = self._environment(devices, more or {}, self.quick and quick)
-        return Running([sys.executable, *arguments], cwd=self.folder, env=env)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, *arguments]
+        return Running(subprocess.Popen(command, cwd=self.folder, env=env, **pipes))
 
     def _environment(self, devices, more, quick):
         settings = ("JAX_", "XLA_", "HF_", "PYTHON", "FORCE_COLOR", "TTY_")
@@ -221,13 +154,13 @@ class Place:
                 f"--config.runtime.num_processes={count}",
                 f"--config.runtime.process_id={index}",
                 devices=devices,
-                program=(programs or {}).get(index),
+                program=(programs or {}).get(index, ""),
             )
             for index in range(count)
         ]
 
     def run_short(self, commands, more=None):
-        """Short commands one after another, in forks of one process (`forking.py`).
+        """Short commands one after another, as forks.
 
         Args:
           commands: (place, module, flags, devices) by name.
@@ -236,21 +169,10 @@ class Place:
         Returns:
           How each of them has ended, by name.
         """
-        written = Path(tempfile.mkdtemp(dir=self.folder))
-        lines, ended = [], {}
-        for i, (place, module, flags, devices) in enumerate(commands.values()):
-            command = {"module": module, "flags": flags, "devices": devices}
-            where = {"folder": str(place.folder), "said": str(written / str(i))}
-            lines.append(json.dumps(command | where))
-        program = str(ROOT / "tests" / "support" / "forking.py")
-        forking = self.start_python(program, more=more)
-        done = forking.finish("\n".join(lines) + "\n")
-        assert done.code == 0, done.err
-        told = map(json.loads, done.out.splitlines())
-        for i, (name, how) in enumerate(zip(commands, told, strict=True)):
-            out, err = ((written / f"{i}.{x}").read_text() for x in ("out", "err"))
-            ended[name] = Finished(out=out, err=err, **how)
-        return ended
+        return {
+            name: place.run(module, *flags, devices=devices, more=more, forked=True)
+            for name, (place, module, flags, devices) in commands.items()
+        }
 
     def train(self, run, *flags, **options):
         return self.run("train", *self.train_flags(run), *flags, **options)
@@ -337,13 +259,15 @@ def chains(name, functions):
 
 @pytest.fixture(scope="session")
 def place(request, tmp_path_factory):
-    """In `make soak` commands compile as they do for users."""
+    """In `make soak` commands start and compile as they do for users."""
     folder = tmp_path_factory.mktemp("place")
     tiny_model.make_tiny_model(folder / "model")
     (folder / "config.py").write_text(CONFIG)
     chosen = request.config.option.markexpr
     quick = "soak" not in chosen.replace("not soak", "")
-    return Place(folder, tmp_path_factory.mktemp("cache"), quick)
+    made = Place(folder, tmp_path_factory.mktemp("cache"), quick)
+    yield made
+    made.server.close()
 
 
 @pytest.fixture(scope="session")
@@ -374,4 +298,5 @@ def results(request, place):
 
 @chain
 def unbroken(place, results):
-    return place.train("unbroken", "--config.runtime.peak_tflops=0", more=SECRETS)
+    peak = "--config.runtime.peak_tflops=0"
+    return place.train("unbroken", peak, more=SECRETS, forked=False)

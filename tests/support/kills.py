@@ -71,7 +71,7 @@ def ask(place, run, *kinds):
 
 @chain
 def broken(place, results):
-    """Asked to save and to sample, stopped by Ctrl-C, killed in a save, and finished.
+    """Asked to save and to sample, stopped by SIGTERM, killed in a save, and finished.
 
     The starts are `stopped`, `killed` and `last`; `answers` are those to the requests.
     """
@@ -81,7 +81,7 @@ def broken(place, results):
     stopped = place.start("train", *flags, program=waits)
     stopped.wait_for(step_line(1))
     answers = ask(place, "broken", "checkpoint", "sample")
-    stopped.send(signal.SIGINT)
+    stopped.send(signal.SIGTERM)
     stopped = stopped.finish()
     killed = place.start("train", *flags, program=SLOW_DISK)
     wait_for_a_save(killed, place.run_dir("broken") / "checkpoints")

@@ -39,20 +39,26 @@ def two_processes(place, results):
     answers = ask(place, run, "checkpoint", "sample", "stop")
     stopped = [process.finish() for process in running]
     saved = place.saved_steps(run)
-    flags = (*PAIR, f"--config.run_dir=runs/{run}")
+    # The sampler has been compiled for two processes once.
+    flags = (*PAIR, f"--config.run_dir=runs/{run}", "--config.eval.text_prompts=()")
     launched = place.launch(("local", "--processes=2"), flags, devices=2)
     return types.SimpleNamespace(
         answers=answers, stopped=stopped, saved=saved, launched=launched
     )
 
 
-HANG = """
+_HANG = """
 import time
 from research.train.programs import device_batches
 pull = device_batches.DeviceBatches.__next__
 def hang(self):
-    if self.number == 2:
+    if self.number == {batch}:
         {what}
     return pull(self)
 device_batches.DeviceBatches.__next__ = hang
 """
+
+
+def hang(what, batch=2):
+    """A program that makes a training do `what` after `batch`, counted from 0."""
+    return _HANG.format(what=what, batch=batch)

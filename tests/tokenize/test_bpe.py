@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from doors import run_door
 from text_helpers import make_texts, text_and_data, text_config, with_bos, write_texts
 
 from research.core.errors import UserError
@@ -17,6 +18,7 @@ from research.data.text.choose_tokenizer import open_tokenizer, training_texts
 from research.data.text.document_readers import DocumentPiece
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
+from research.tokenize.__main__ import main
 from research.tokenize.tokenizer import Before, from_file, from_folder
 from research.tokenize.tokenizer_training import (
     END,
@@ -232,10 +234,7 @@ def test_training_text_is_all_where_that_is_little(tmp_path):
 
 def test_the_door_trains_and_measures(tmp_path, corpus):
     def call(*flags):
-        return subprocess.run(
-            [sys.executable, "-m", "research.tokenize", *flags],
-            cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        )  # fmt: skip
+        return run_door(main, tmp_path, "tokenize", *flags)
 
     out = tmp_path / "out"
     done = call(f"--source=s={corpus}", "--vocab=300", f"--out={out}")

@@ -341,7 +341,7 @@ def test_a_complete_run_is_left_alone(unbroken, again):
     assert finished.seconds < unbroken.seconds / 2
 
 
-def test_sigint_stops_between_steps_and_the_same_command_resumes(place, broken):
+def test_sigterm_stops_between_steps_and_the_same_command_resumes(place, broken):
     stopped, resumed = broken.stopped, broken.killed
     assert stopped.code == 75, stopped.err
     (step,) = re.findall(r"stopped after step (\d+)", stopped.err)
@@ -427,6 +427,7 @@ def test_full_fine_tuning_trains_and_talks(place, own_chats):
     assert base != f"--- base\n{tuned}"
 
 
+@pytest.mark.soak
 def test_own_csv_with_mapped_columns_trains(place, own_csv):
     assert own_csv.code == 0, own_csv.err
     assert f"{len(ROWS)}: kind 0 5, kind 1 5, kind 2 5," in own_csv.out
@@ -488,7 +489,7 @@ def test_prompts_longer_than_the_context_do_not_lose_the_report(place, long_prom
 
 @pytest.mark.parametrize("module", ["train", "generate"])
 def test_help_is_quick_and_names_everything(place, module):
-    finished = place.run(module, "--help")
+    finished = place.run(module, "--help", forked=False)
     assert finished.code == 0
     assert finished.seconds < 3
     for knob in flat(Config()) if module == "train" else ():

@@ -159,6 +159,7 @@ def numbers(place, run):
     return trained, held
 
 
+@pytest.mark.soak
 def test_a_broken_pretraining_equals_the_unbroken_one(
     place, pretrained, pretrained_in_parts
 ):

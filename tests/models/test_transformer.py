@@ -149,7 +149,7 @@ def value_and_gradient(model, params):
 
 @pytest.mark.parametrize(
     "options",
-    [in_soak({"remat": "full"}), {"remat": "dots"}, in_soak({"scan_unroll": 2})],
+    [in_soak(x) for x in ({"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2})],
     ids=["full", "dots", "unrolled"],
 )
 def test_remat_and_unrolling_do_not_change_results(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import re
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_model
-from helpers import TINY, close
+from helpers import TINY, close, random_params
 from small_run import as_killed
 
 from research.config.knobs import check_limits
@@ -48,6 +49,7 @@ from research.tasks.task_protocol import TaskKind
 from research.train import start_to_report
 from research.train.step import train_step
 from research.weights import trainable
+from research.weights.parameter_spec import Spec
 
 MARGIN, HELD_OUT, STEPS, SEQ = 1.0, 6, 4, 48
 
@@ -240,9 +242,24 @@ def test_it_learns_and_its_metrics_are_in_every_line(runs):
     assert held[0]["accuracy"] == pytest.approx(sum(by_group) / 2)
 
 
-def test_sums_divide_once_whatever_the_microbatches(model, params):
+class Bigrams:
+    """The smallest model that trains: a row of logits for each token."""
+
+    specs = MappingProxyType(
+        {"table": Spec((TINY.vocab, TINY.vocab), ("vocab", "embed"))}
+    )
+
+    def hidden(self, params, tokens, positions, segments):
+        return params["table"][tokens]
+
+    def logits(self, params, hidden):
+        return hidden
+
+
+def test_sums_divide_once_whatever_the_microbatches():
     """One half has two real pairs and the other one: a mean of means differs."""
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    model, params = Bigrams(), random_params(Bigrams.specs)
     split = trainable.make("full", ModelConfig(), LoRAConfig(), model.specs)
     definition = train_step.StepDefinition(
         model, split, optax.sgd(0.1), mesh, MarginObjective(2)
@@ -263,6 +280,7 @@ def test_sums_divide_once_whatever_the_microbatches(model, params):
     assert one[1]["sums"]["loss"].denominator.tolist() == [0.0, 3.0]
     close(one[1]["means"], other[1]["means"])
     close(one[0].params, other[0].params)
+    assert np.abs(one[0].params["table"] - params["table"]).max() > 1e-3
 
 
 def test_stopped_and_continued_equals_unbroken(runs):

@@ -1,12 +1,12 @@
 """The config and weights of a Hugging Face folder, read one tensor at a time."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from research.core.errors import UserError
+from research.core.json_files import read_json
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.family_registry import from_hf_config
@@ -25,12 +25,7 @@ def read_hf_config(folder: Path) -> Architecture:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is not a JSON object")
+    config = read_json(file, dict, "give the file of the model")
     return from_hf_config(config, str(file))
 
 
@@ -91,13 +86,11 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            paths = [Path(name) for name in sorted(set(names))]
-        except (
-            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
-        ) as error:  # fmt: skip
-            raise UserError(f"{index} is not an index: {error!r}") from error
+        found = read_json(index, {"weight_map": dict}, "give the index of the model")
+        names = found["weight_map"].values()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{index}: weight_map must give the file of each tensor")
+        paths = [Path(name) for name in sorted(set(names))]
         outside = [p for p in paths if p.is_absolute() or ".." in p.parts]
         if outside:
             raise UserError(

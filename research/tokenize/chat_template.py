@@ -25,6 +25,8 @@ from research.tokenize.template_process import render_template
 from research.tokenize.tokenizer import Before, Tokenizer
 
 MOST_CUTS = 4096  # forms of conversations that are remembered
+# A text with letters that filters change.
+PROBE = "Aé <b> & \"q\" 'x' \\ {y}\n\n\tz  10 %"
 OWN_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents")
 LITERALS = {"True": "true", "False": "false", "None": "null"}
 
@@ -114,6 +116,7 @@ class ChatFormat:
         self._said: set[str] = set()
         shortest = Record((Turn("user", "q"), Turn("assistant", "a")), "", "", "a chat")
         closing = self.encode_many([shortest])[0].ids[-1]
+        self._check_texts()
         self.stop_ids = frozenset({closing, tokenizer.eos} - {None})
 
     def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
@@ -182,6 +185,20 @@ class ChatFormat:
                 return encoded
             excess = len(encoded.ids) - budget
         return None
+
+    def _check_texts(self) -> None:
+        """Raises UserError if the template changes texts, other than at their ends."""
+        turns = (Turn("user", f"{PROBE}?"), Turn("assistant", f"{PROBE}."))
+        hidden, texts = hide(turns, self._thoughts)
+        written = self._render(hidden, False)
+        for hole, text in texts.items():
+            written = written.replace(hole, text)
+        if written != self._render(turns, False):
+            raise UserError(
+                "the chat template changes the texts of messages, as with a filter, so "
+                "they cannot be kept apart from its own words; use "
+                "--config.data.template=dolly"
+            )
 
     def _turns(self, turns: Sequence[Turn], context: str) -> tuple[Turn, ...]:
         """With the system text, and with the context behind the first user turn.

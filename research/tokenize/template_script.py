@@ -84,10 +84,16 @@ def render(environment: Any, source: str, values: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
+def _lower(kind: int, limit: int) -> None:
+    """Sets a limit of this process, which may have a lower one already."""
+    _, hard = resource.getrlimit(kind)
+    soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (soft, hard))
+
+
 def _reply(environment: Any, line: str) -> dict[str, str]:
     spent = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(spent.ru_utime + spent.ru_stime) + 1 + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+    _lower(resource.RLIMIT_CPU, int(spent.ru_utime + spent.ru_stime) + 1 + SECONDS)
     try:
         return {"text": render(environment, **json.loads(line))}
     except MemoryError:
@@ -102,8 +108,8 @@ def _reply(environment: Any, line: str) -> dict[str, str]:
 
 def main() -> None:
     """Answers requests until there are no more."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower(resource.RLIMIT_AS, MEMORY)
+    _lower(resource.RLIMIT_CORE, 0)
     environment = make_environment()
     for line in sys.stdin:
         print(json.dumps(_reply(environment, line)), flush=True)

@@ -7,8 +7,6 @@ A tokenizer here is always a Hugging Face `tokenizers.Tokenizer`, read from a
 import copy
 import enum
 import hashlib
-import json
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,12 @@ import numpy as np
 import tokenizers
 
 from research.core.errors import UserError
+from research.core.json_files import read_json
 from research.models.families.config_fields import ConfigFields
+from research.tokenize.text_view import MARK, make_text_view
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-# Stands for a control token in the view for text. No text can hold it: it differs in
-# every process.
-MARK = uuid.uuid4().hex
+SPECIAL_KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 
 class Before(enum.Enum):
@@ -57,7 +55,18 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str = "",
         embeddings: int | None = None,
+        special: Sequence[str] = (),
     ):
+        """Reads the rules of `inner`.
+
+        Args:
+          inner: the vocabulary and its rules.
+          bos, eos: names of tokens, or None.
+          add_bos: see the class.
+          chat_template: see the class.
+          embeddings: see `within`; None if every token has one.
+          special: names of more tokens that are special.
+        """
         inner.no_padding()
         inner.no_truncation()
         vocabulary = inner.get_vocab(with_added_tokens=True)
@@ -66,14 +75,17 @@ class Tokenizer:
         serialized = inner.to_str()
         self._template_view = inner
         self._embeddings = embeddings or self.largest_id + 1
+        self._special = special
         added = inner.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self.control_ids = frozenset(
             i
             for i, token in added.items()
-            if token.special or token.content in (bos, eos) or i >= self._embeddings
+            if token.special
+            or token.content in (bos, eos, *special)
+            or i >= self._embeddings
         )
-        self._text_view = _text_view(serialized, self.control_ids)
+        self._text_view = make_text_view(serialized, self.control_ids)
         # Some tokenizers write a word boundary at the start of a text: a line break
         # goes in front of it, whose ids are dropped.
         alone, after = (inner.encode(x, add_special_tokens=False) for x in "a\n")
@@ -124,6 +136,7 @@ class Tokenizer:
             add_bos=self.add_bos,
             chat_template=template,
             embeddings=embeddings,
+            special=self._special,
         )
 
     @property
@@ -202,51 +215,6 @@ def _is_added(inner: tokenizers.Tokenizer, name: str) -> bool:
     return any(t.content == name for t in inner.get_added_tokens_decoder().values())
 
 
-def _text_view(serialized: str, controls: frozenset[int]) -> tokenizers.Tokenizer:
-    """A copy that reads control tokens as the characters of their names."""
-    rules = json.loads(serialized)
-    for token in rules["added_tokens"]:
-        token["special"] = token["id"] in controls
-    view = _reader(rules)
-    names = {t["content"]: t["id"] for t in rules["added_tokens"]}
-    found = {
-        name
-        for name, i in names.items()
-        if i in controls and i in view.encode(name, add_special_tokens=False).ids
-    }
-    if found:
-        # A vocabulary of pieces finds them, too, unless they have other names there.
-        model = rules["model"]
-        found.discard(model.get("unk_token"))
-        rules["added_tokens"] = [
-            token for token in rules["added_tokens"] if token["content"] not in found
-        ]
-        if isinstance(model["vocab"], dict):
-            vocab = {n + MARK * (n in found): i for n, i in model["vocab"].items()}
-        else:
-            vocab = [[n + MARK * (n in found), score] for n, score in model["vocab"]]
-        changed = {"vocab": vocab}
-        if "merges" in model:
-            joined = (
-                "".join(m if isinstance(m, list) else m.split(" ", 1))
-                for m in model["merges"]
-            )
-            changed["merges"] = [
-                m
-                for m, name in zip(model["merges"], joined, strict=True)
-                if name not in found
-            ]
-        view = _reader(rules | {"model": model | changed})
-    view.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
-    return view
-
-
-def _reader(rules: dict[str, Any]) -> tokenizers.Tokenizer:
-    view = tokenizers.Tokenizer.from_str(json.dumps(rules))
-    view.encode_special_tokens = True
-    return view
-
-
 def from_folder(folder: Path) -> Tokenizer:
     """Reads a Hugging Face model folder's tokenizer.
 
@@ -301,6 +269,7 @@ def _with_marks(
         eos=eos,
         add_bos=bool(bos) and sample[:1] == [inner.token_to_id(bos)],
         chat_template=template,
+        special=_special_tokens(settings),
     )
 
 
@@ -332,13 +301,8 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
 def _read_settings(folder: Path) -> ConfigFields:
     """The `tokenizer_config.json` of a folder; no fields if there is none."""
     file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return ConfigFields({}, str(file))
-    try:
-        settings = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is not a JSON object: {error}") from error
-    return ConfigFields(settings, str(file))
+    found = file.is_file() and read_json(file, dict, "give the file of the model")
+    return ConfigFields(found or {}, str(file))
 
 
 def _own_template(settings: ConfigFields) -> str:
@@ -357,6 +321,16 @@ def _own_template(settings: ConfigFields) -> str:
             "chat_template", template, "text, or a list of {name, template} texts"
         )
     return {t["name"]: t["template"] for t in named}.get("default", "")
+
+
+def _special_tokens(settings: ConfigFields) -> list[str]:
+    """The tokens that the settings call special, such as the one for padding."""
+    more = settings.get("additional_special_tokens", [])
+    if not isinstance(more, list):
+        raise settings.wrong("additional_special_tokens", more, "a list of tokens")
+    named = [settings.get(f"{kind}_token") for kind in SPECIAL_KINDS]
+    texts = [t.get("content") if isinstance(t, dict) else t for t in (*more, *named)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _named_token(

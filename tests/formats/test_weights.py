@@ -336,7 +336,8 @@ def test_damaged_tokenizer_settings_are_the_users_error(base_folder):
         ({"bos_token": {"text": "a"}}, "bos_token is {'text': 'a'}; it must be"),
         ({"chat_template": 5}, "chat_template is 5; it must be text, or a list"),
         ({"chat_template": [{"name": "default"}]}, "it must be text, or a list"),
-        (5, "is not a JSON object"),
+        ({"additional_special_tokens": "b"}, "it must be a list of tokens"),
+        (5, "cannot be used (it is 5, not dict)"),
     ],
     ids=str,
 )
@@ -368,6 +369,28 @@ def test_a_quantised_checkpoint_without_a_word_in_its_config_is_named(folder, ki
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is stored as {kind}.*quantised"):
         HuggingFaceWeights(folder)
+
+
+@pytest.mark.parametrize("files", [[], {"a": 5}, {}], ids=str)
+def test_a_malformed_index_is_named(folder, files):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match=r"index\.json.*weight_map"):
+        HuggingFaceWeights(folder)
+
+
+def test_a_token_that_the_settings_call_special_is_letters_in_text(tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    add_tokens(folder, 259, "<pad>", "<call>", "<think>")
+    settings = {
+        "eos_token": "<|im_end|>", "pad_token": "<pad>",
+        "additional_special_tokens": [{"content": "<call>"}],
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = open_base(str(folder)).tokenizer
+    assert {259, 260} < tokenizer.control_ids
+    (ids,) = tokenizer.encode_texts(["<pad><call><think>"])
+    assert ids[-1] == 261 and max(ids[:-1]) < 256
 
 
 def add_tokens(folder, first, *names, special=False):

@@ -235,6 +235,11 @@ def test_a_long_context_is_cut_and_the_answer_never(case):
         ("{{ messages[0]['content'] * 2 }}", "exactly once"),
         ("{{ messages[0]['content'] }}</s>", "exactly once"),
         ("", "no chat template of its own"),
+        (
+            CHATML.replace("message['content']", "(message.content | tojson)"),
+            "a filter",
+        ),
+        (CHATML.replace("message['content']", "(message.content | upper)"), "a filter"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_the_users_error(template, said):

@@ -1,5 +1,6 @@
 """Twenty families' chats become the ids that transformers makes, and right masks."""
 
+import dataclasses
 import datetime
 import itertools
 
@@ -141,6 +142,36 @@ def test_ids_and_masks_are_those_of_transformers(family, chat):
         for text in family.trained_texts(encoded)
     ]
     assert found == expected
+
+
+BLOCKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{% if m.role == "
+    "'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_the_mask_of_generation_blocks_is_that_of_transformers():
+    facts = dataclasses.replace(FAMILIES["qwen2.5"], template=BLOCKS)
+    chat = ChatFormat(
+        Tokenizer(facts.tokenizer(), bos=None, eos="<|im_end|>", chat_template=BLOCKS),
+        "chat",
+    )
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=facts.tokenizer(), eos_token="<|im_end|>"
+    )
+    theirs.chat_template = BLOCKS
+    for turns in CHATS.values():
+        found = theirs.apply_chat_template(
+            [{"role": role, "content": text} for role, text in turns],
+            return_dict=True, return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        ours = chat.encode(Record(tuple(itertools.starmap(Turn, turns)), "", "", ""))
+        count = len(ours.ids)
+        assert ours.ids == found["input_ids"][:count]
+        assert ours.trained == [bool(m) for m in found["assistant_masks"][:count]]
+        assert not any(found["assistant_masks"][count:])
 
 
 def test_a_family_has_the_history_that_its_template_writes():

@@ -47,8 +47,15 @@ def odd_numbers(state: Any) -> list[str]:
 
 
 def other_parameters(step: int, cause: str) -> UserError:
-    """For a step of another tree of arrays than the one to read."""
+    """For a step of another tree of arrays than the one to read.
+
+    `cause` begins with the path of an array that differs, if one is known.
+    """
+    cause = cause.strip().partition("\n")[0][:300]
+    what, remedy = "parameters", "the model and LoRA shape"
+    if cause.startswith("opt_state."):
+        what, remedy = "optimizer state", "the config.optim"
     return UserError(
-        f"checkpoint {step} holds other parameters than this run trains ({cause}); go "
-        "back to the model and LoRA shape of the run"
+        f"checkpoint {step} holds other {what} than this run trains ({cause}); go back "
+        f"to {remedy} of the run"
     )

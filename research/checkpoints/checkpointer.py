@@ -332,8 +332,7 @@ class Checkpointer:
         """
         require_undamaged(step, self._folder, self.damage(step))
         self._meta(step)
-        item = self._folder / str(step) / "state"
-        if other := find_other_shape(item, abstract_part):
+        if other := find_other_shape(self._folder / str(step), abstract_part):
             raise other_parameters(step, other)
         restored = ocp.args.PyTreeRestore(
             abstract_part,
@@ -393,7 +392,8 @@ class Checkpointer:
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(state=request))
         except ValueError as error:  # Orbax raises it for other shapes or trees.
-            first_line = str(error).strip().partition("\n")[0][:300]
-            raise other_parameters(step, first_line) from error
+            whole = isinstance(request, ocp.args.StandardRestore)
+            other = find_other_shape(self._folder / str(step), request.item, whole)
+            raise other_parameters(step, other or str(error)) from error
         logging.info("checkpoint: step %d restored", step)
         return items["state"]

@@ -105,22 +105,28 @@ def comparable_loss(metrics: dict[str, Any], data: str) -> float:
     return metrics["loss"] if metrics.get("data", data) == data else math.inf
 
 
-def find_other_shape(folder: Path, wanted: dict[str, Any]) -> str:
-    """The first array of `wanted` that is saved in `folder` with another shape, or "".
+def find_other_shape(folder: Path, wanted: Any, whole: bool = False) -> str:
+    """The first array of `wanted` that the step saved with another shape, or "".
 
     A read that fails on its way leaves other reads of Orbax running; this check reads
     no array.
 
     Args:
-      folder: of the saved tree.
-      wanted: entries of the tree -> anything with shapes.
+      folder: of the step.
+      wanted: the tree or a part of it, with anything that has a shape as leaves.
+      whole: `wanted` is the whole tree, so no other array may be saved.
     """
     with ocp.StandardCheckpointer() as reader:
-        tree = reader.metadata(folder).item_metadata.tree
-    saved, _ = flatten({name: tree[name] for name in wanted if name in tree})
-    for path, leaf in flatten(wanted)[0].items():
-        if path not in saved:
-            return f"{path} is not saved"
-        if tuple(saved[path].shape) != tuple(leaf.shape):
-            return f"{path} is {list(saved[path].shape)}, not {list(leaf.shape)}"
-    return ""
+        saved, _ = flatten(reader.metadata(folder / "state").item_metadata.tree)
+    shapes, _ = flatten(wanted)
+    found = [
+        f"{path} is {list(saved[path].shape)}, not {list(leaf.shape)}"
+        if path in saved
+        else f"{path} is not saved"
+        for path, leaf in shapes.items()
+        if path not in saved or tuple(saved[path].shape) != tuple(leaf.shape)
+    ]
+    more = sorted(saved.keys() - shapes.keys()) if whole else []
+    found += [f"{path} is saved, and no part of this run" for path in more]
+    # Other parameters have other moments, too; the parameters are the cause.
+    return min(found, key=lambda text: text.startswith("opt_state."), default="")

@@ -8,6 +8,7 @@ import shutil
 import socket
 
 import jax.numpy as jnp
+import optax
 import pytest
 from commands import ROOT
 from helpers import in_soak
@@ -374,6 +375,46 @@ def test_other_shapes_are_the_users_error(saved):
         pytest.raises(UserError, match="other parameters"),
     ):
         checkpointer.restore(abstract(make_state(0, rows=128)))
+
+
+OTHER_TREES = {
+    "another optimizer": (
+        optax.lion,
+        4,
+        r"other optimizer state .*opt_state.*config\.optim",
+    ),
+    "more moments": (optax.adam, 4, None),
+    "another shape": (
+        optax.adam,
+        5,
+        r"other parameters .*params\.w is \[4\], not \[5\].*shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TREES)
+def test_a_restore_blames_what_differs(trees, name):
+    optimizer, size, said = OTHER_TREES[name]
+    wanted = tree_of(optimizer, size)
+    with Checkpointer(trees, KEEP, IDENTITY, read_only=True) as checkpointer:
+        if said is None:
+            assert equal(checkpointer.restore(wanted).state, wanted)
+            return
+        with pytest.raises(UserError, match=said):
+            checkpointer.restore(wanted)
+
+
+def tree_of(optimizer, size):
+    params = {"w": jnp.zeros(size)}
+    return {"params": params, "opt_state": optimizer(1e-3).init(params)}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trees")
+    with Checkpointer(folder, KEEP, IDENTITY) as checkpointer:
+        checkpointer.save(1, tree_of(optax.adam, 4), POSITION, 1.0)
+    return folder
 
 
 def test_a_checkpoint_without_a_seal_was_never_committed(copy):

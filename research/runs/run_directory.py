@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -97,7 +97,7 @@ class RunDir:
           UserError: this is not a run directory, or its config cannot be read.
         """
         with self._reading_config() as text:
-            return from_json(text, self.path)
+            return pinned(from_json(text, self.path), self._known_pins())
 
     @contextlib.contextmanager
     def _reading_config(self) -> Iterator[str]:
@@ -202,13 +202,21 @@ class RunDir:
         remedy = "restore a copy of it, or remove it to use the newest commits"
         return read_json(self._pins, dict, remedy)
 
-    def pin(self, config: Config) -> Config:
+    def pin(self, config: Config, others: Mapping[str, str] | None = None) -> Config:
         """`config` with every hub address at its commit: that of the run, if it exists.
 
         All processes call it; the answers of the first hold for all.
+
+        Args:
+          config: as the user wrote it.
+          others: commits of runs that start together with this one, and share them.
+
+        Raises:
+          UserError: an address is malformed.
         """
-        known = self._known_pins()
-        found = resolve_addresses(config, known) if jax.process_index() == 0 else known
+        known = {**(others or {}), **self._known_pins()}
+        first = jax.process_index() == 0
+        found = resolve_addresses(config, known, asking=first)
         self.pins = runtime.gather_json(found)[0]
         return pinned(config, self.pins)
 

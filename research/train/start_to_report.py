@@ -72,7 +72,8 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
             path = folder.path
             logging.info("%s is complete; its report: %s/report.md", path, path)
         else:
-            wanted.append(OpenedFolder(folder.pin(config), folder, changed))
+            pins = wanted[0].folder.pins if wanted else {}
+            wanted.append(OpenedFolder(folder.pin(config, pins), folder, changed))
     return wanted
 
 

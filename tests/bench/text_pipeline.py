@@ -49,7 +49,7 @@ def config_of(folder: Path, size: int, seq_len: int = 256) -> Config:
 def make_text(folder: Path, size: int) -> None:
     """Documents of the standard library, each time with another first line."""
     (source,) = open_sources(TextConfig(), DataConfig())
-    texts = [item.path.read_text(encoding="utf-8") for item in source.inputs]
+    texts = [item.path.read_text(encoding="utf-8") for item in source.files]
     written = 0
     with open(folder / f"{size}.jsonl", "w", encoding="utf-8") as file:
         for number, text in enumerate(itertools.cycle(texts)):

@@ -5,7 +5,7 @@
 Makes a .jsonl of the given size from the standard library's text. Prints for several
 kinds of positions at 90 % of the text: the seconds until the first batch, and the
 longest silence between two signs of life in them. Then trains a tiny model from there
-for two steps, and resumes it with `runtime.watchdog_s=5`.
+until a signal, and resumes it with `runtime.watchdog_s=5`.
 """
 
 import argparse
@@ -29,14 +29,20 @@ from research.tokenize.tokenizer_training import byte_tokenizer
 ROOT = Path(__file__).parents[2]
 SHARE = 0.9
 DRIVER = """
-import json, runpy, sys
+import json, os, runpy, signal, sys
 from research.data.text.streaming import StreamedBatches
-make = StreamedBatches.__init__
+make, pull = StreamedBatches.__init__, StreamedBatches.__next__
+left = [4]  # Batches: one for the doctor, then for training.
 def begin_far(self, *given):
     make(self, *given)
     self.set_state(json.loads(position))
+def stop_soon(self):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return pull(self)
 position = open(sys.argv.pop()).read()
-StreamedBatches.__init__ = begin_far
+StreamedBatches.__init__, StreamedBatches.__next__ = begin_far, stop_soon
 runpy.run_module("research.train", run_name="__main__", alter_sys=True)
 """
 
@@ -107,7 +113,7 @@ def measure(path: Path, name: str, state: dict) -> None:
 
 
 def train(path: Path, state: dict) -> None:
-    """Two steps from the position, and two more in a resumed start."""
+    """Steps from the position until a signal, and the rest in a resumed start."""
     position, runs = path.with_suffix(".json"), path.parent / "runs"
     position.write_text(json.dumps(state))
     flags = [
@@ -118,19 +124,21 @@ def train(path: Path, state: dict) -> None:
         "--config.checkpoint.every=2", "--config.eval.every=100",
         "--config.eval.samples_every=0", "--config.eval.max_new_tokens=4",
         "--config.export=False",
-        "--config.accept=('steps',)",
+        "--config.steps=6", "--config.text.held_out_bytes=1000",
     ]  # fmt: skip
-    for steps, program in ((2, ["-c", DRIVER]), (4, ["-m", "research.train"])):
-        end = [str(position)] if steps == 2 else []
+    # The first start also compiles the programs, which the second one finds.
+    starts = (
+        ("begun", 600, 75, ["-c", DRIVER], [str(position)]),
+        ("resumed", 5, 0, ["-m", "research.train"], []),
+    )
+    for name, limit, code, program, end in starts:
         begun = time.monotonic()
-        # The first start also compiles the programs, which the second one finds.
-        limit = 600 if steps == 2 else 5
-        own = [f"--config.steps={steps}", f"--config.runtime.watchdog_s={limit}", *end]
+        own = [f"--config.runtime.watchdog_s={limit}", *end]
         command = [sys.executable, *program, *flags, *own]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        print(f"train to step {steps}: exit code {done.returncode}, "
-              f"{time.monotonic() - begun:.1f} s in all")  # fmt: skip
-        if done.returncode:
+        seconds = time.monotonic() - begun
+        print(f"{name} with watchdog_s={limit}: {seconds:.1f} s in all", flush=True)
+        if done.returncode != code:
             sys.exit(done.stderr[-3000:])
     history = json.loads((runs / "run.json").read_text())["starts"][-1]
     print(f"the resumed start: {history['seconds']}")

@@ -1,6 +1,7 @@
 """A run keeps the commits of its hub addresses; the cache gives only whole models."""
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 
@@ -208,3 +209,25 @@ def test_a_tokenizer_is_found_in_the_cache_at_its_commit(cache, tmp_path):
     config = text_config(tmp_path, "s=stdlib", tokenizer=f"hub://o/tiny@{LATER}")
     with pytest.raises(UserError, match=r"cannot be fetched.*revision"):
         open_tokenizer(*text_and_data(config))
+
+
+def test_files_are_fetched_at_the_commit_and_no_weights_twice(cache, monkeypatch):
+    cache([])
+    calls = []
+
+    def download(name, **given):
+        calls.append({"name": name, **given})
+        if given["local_files_only"]:
+            raise FileNotFoundError("not in the cache")
+        raise ConnectionError("dropped")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    reply = hub_access.HubReply(LATER, "")
+    monkeypatch.setattr(hub_access, "ask_hub", lambda *_: reply)
+    with pytest.raises(UserError, match=r"hub://o/tiny@v1 cannot be fetched \(dropped"):
+        open_base("hub://o/tiny@v1")
+    assert [call["local_files_only"] for call in calls] == [True, False]
+    for call in calls:
+        assert (call["name"], call["revision"]) == ("o/tiny", LATER)
+        ignored = call["ignore_patterns"]
+        assert any(fnmatch.fnmatch("consolidated.safetensors", p) for p in ignored)

@@ -293,6 +293,18 @@ def test_a_model_out_of_reach_asks_for_a_preset():
         abstract_step.find_architecture(config, "lama-1b")
 
 
+def test_a_plan_of_bfloat16_parameters_counts_float32_moments_and_gradients():
+    target, config = parse_device("h100:8"), big_config(remat="full")
+    narrow = dataclasses.replace(config.model, param_dtype="bfloat16")
+    wide, narrow = (
+        planner.plan_estimate(each, ONE_B, target).memory
+        for each in (config, dataclasses.replace(config, model=narrow))
+    )
+    assert narrow.trained == wide.trained / 2
+    assert narrow.optimizer == wide.optimizer
+    assert narrow.temporaries == wide.temporaries
+
+
 def test_a_plan_counts_the_phases_between_steps():
     """A step splits rows of 32,768 tokens eight ways; a prompt of that length is whole.
 

@@ -53,7 +53,9 @@ def make_definition(model, kind, sizes, dtype="float32"):
 
 def spread(values, specs, mesh):
     """A copy on `mesh`, which a function that takes it over may delete."""
-    return jax.device_put(values, meshes.shardings(specs, mesh), may_alias=False)
+    # `device_put` shares what already lies in its place, whatever `may_alias` says.
+    copies = jax.tree.map(jnp.copy, values)
+    return jax.device_put(copies, meshes.shardings(specs, mesh))
 
 
 @pytest.fixture(scope="session")

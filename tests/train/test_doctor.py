@@ -1,6 +1,8 @@
 """Each check of the doctor fails when what it looks for is there."""
 
 import dataclasses
+import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,16 @@ def test_a_failed_finding_stops_the_run_with_its_remedy():
     found = [Finding("a", "fine"), Finding("b", "odd", False, "fix it")]
     with pytest.raises(UserError, match=r"b: odd\n    fix it"):
         doctor.require_healthy(found)
+
+
+def test_weights_to_start_from_that_are_not_finite_are_seen(lora_job):
+    whole = dataclasses.replace(lora_job[0].trainable, kind=None)
+    definition = dataclasses.replace(lora_job[0], trainable=whole)
+    tokenizer = types.SimpleNamespace(vocab_size=1, fingerprint="t")
+    base = types.SimpleNamespace(name="b", fingerprint="f", tokenizer=tokenizer)
+    for value, remedies in ((2.0, []), (math.nan, ["w"])):
+        params = {"u": jnp.ones(2), "w": jnp.array([1.0, value])}
+        state = train_step.TrainState(jnp.int32(0), params, ())
+        findings = doctor.examine_model(base, definition, state, {})
+        said = [f.remedy.rpartition("not finite: ")[2] for f in findings if not f.ok]
+        assert said == remedies

@@ -70,8 +70,11 @@ def hide(
     texts: dict[str, str] = {}
     hidden = []
     for index, turn in enumerate(turns):
-        seen = thoughts and turn.role == "assistant"
-        pieces = THOUGHT.split(turn.text) if seen else [turn.text]
+        pieces = [turn.text]
+        if thoughts and turn.role == "assistant":
+            pieces = THOUGHT.split(turn.text)
+            if not pieces[-1].strip():  # Thoughts without an answer are the answer.
+                pieces = [turn.text]
         for part in range(0, len(pieces), 2):
             text = pieces[part].strip()
             if text:
@@ -93,7 +96,10 @@ def cut_prompt(
     """
     text, _ = _find_blocks(render(turns, True))
     _check_holes(text, turns)
-    return _parts(text, [], tokenizer)
+    # Earlier answers are cut off where training cuts them off.
+    asked = [_prompt_before(render, turns, index) for index in _answers(turns)]
+    edges = [(len(prompt),) * 2 for prompt in asked if text.startswith(prompt)]
+    return _parts(text, edges, tokenizer)
 
 
 def cut_conversation(
@@ -111,11 +117,11 @@ def cut_conversation(
     """
     text, blocks = _find_blocks(render(turns, False))
     _check_holes(text, turns)
-    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    answers = _answers(turns)
     trained: list[tuple[int, int]] = []
     notes = []
     for index in answers:
-        prompt, _ = _find_blocks(render(turns[:index], True))
+        prompt = _prompt_before(render, turns, index)
         if not text.startswith(prompt):
             if index != answers[-1]:
                 notes.append(
@@ -123,7 +129,7 @@ def cut_conversation(
                     "template writes them otherwise than it asks for an answer"
                 )
                 continue
-            text = _open_thought(text, prompt, turns[index], index)
+            text = _open_thought(render, text, prompt, turns)
             blocks = []
             notes.append(
                 "the chat template opens a thought for each answer; an answer without "
@@ -152,6 +158,14 @@ def _find_blocks(rendered: str) -> tuple[str, list[tuple[int, int]]]:
     return text, list(zip(edges[::2], edges[1::2], strict=False))
 
 
+def _answers(turns: Sequence[Turn]) -> list[int]:
+    return [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+
+
+def _prompt_before(render: Render, turns: Sequence[Turn], index: int) -> str:
+    return _find_blocks(render(turns[:index], True))[0]
+
+
 def _holes_of(text: str) -> set[str]:
     return {*HOLE.findall(text)}
 
@@ -169,7 +183,7 @@ def _check_holes(text: str, turns: Sequence[Turn]) -> None:
             )
 
 
-def _open_thought(text: str, prompt: str, answer: Turn, index: int) -> str:
+def _open_thought(render: Render, text: str, prompt: str, turns: Sequence[Turn]) -> str:
     """The conversation as a prompt that opens a thought, and the answer behind it.
 
     The template drops the thought of an answer, or does not open one. An answer
@@ -178,20 +192,21 @@ def _open_thought(text: str, prompt: str, answer: Turn, index: int) -> str:
     Raises:
       UserError: the prompt differs in another way.
     """
-    first = re.search(f"{OPEN}{index}[.]", text)
-    written = text[: first.start()].rstrip()
-    tag = re.fullmatch(r"\s*<(\w+)>\s*", prompt.removeprefix(written))
+    answer = turns[-1].text
+    last = HOLE.findall(answer)[-1]
+    plain = dataclasses.replace(turns[-1], text=last)
+    written, _ = _find_blocks(render((*turns[:-1], plain), False))
+    written = written.partition(last)[0]
+    tag = re.fullmatch(r"\s*<(\w+)>\s*", prompt.removeprefix(written.rstrip()))
     if not tag or not THOUGHT.fullmatch(f"<{tag[1]}>"):
-        asked = prompt[prompt.rfind(CLOSE) + 1 :]
-        found = text[text.rfind(CLOSE, 0, first.start()) + 1 : first.start()]
+        asked, found = (words.rpartition(CLOSE)[2] for words in (prompt, written))
         raise UserError(
             f"the chat template asks for an answer with {asked[-60:]!r} and writes "
             f"{found[-60:]!r} before one, so what is trained is not what is asked; set "
             "config.data.template_args so that both agree, or use "
             "--config.data.template=dolly"
         )
-    last = HOLE.findall(answer.text)[-1]
-    body = answer.text.partition(last)[0] + last
+    body = answer.partition(last)[0] + last
     opened = re.match(rf"\s*<{tag[1]}>\s*", body)
     body = body[opened.end() :] if opened else f"\n</{tag[1]}>\n\n{body}"
     return prompt + body + text.rpartition(last)[2]

@@ -281,6 +281,15 @@ def test_an_interrupted_template_does_not_answer_the_next_one(monkeypatch):
     assert template_process.render_template("new", {}) == "new"
 
 
+def test_an_answer_of_thoughts_alone_is_an_answer():
+    tokenizer = make_tokenizer(CHATML)
+    chat = ChatFormat(tokenizer, "chat")
+    for answer in ("<thought>", "</think>", "<think>a</think>", "a <think> b </think>"):
+        encoded = chat.encode(record("q", answer, "q", f"{answer}b"))
+        expected = [f"{answer}<|im_end|>", f"{answer}b<|im_end|>"]
+        assert trained_parts(tokenizer, encoded) == expected
+
+
 def test_an_error_of_a_template_names_the_row():
     template = "{{ raise_exception('too long') if messages | length > 3 }}" + CHATML
     chat = ChatFormat(make_tokenizer(template), "chat")

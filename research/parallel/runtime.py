@@ -23,8 +23,15 @@ from research.core import cache_folders
 from research.core.errors import LonelyError, UserError
 from research.parallel import chips, process_discovery
 
-# All arrays have the types that the code gives them.
-NUMBER_TYPES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
+# Arrays have the types that the code gives them, and a seed always the same numbers:
+# frozen random weights are made again from it, wherever the run is opened.
+NUMBERS = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+}
 
 
 def start(config: RuntimeConfig) -> None:
@@ -44,7 +51,7 @@ def start(config: RuntimeConfig) -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     # Orbax raises its errors and also logs their tracebacks through absl.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    _use_own_number_types()
+    _use_own_numbers()
     if config.distributed:
         _join_processes(config)
     _require_devices()
@@ -53,9 +60,9 @@ def start(config: RuntimeConfig) -> None:
     _use_compilation_cache(config.compilation_cache)
 
 
-def _use_own_number_types() -> None:
+def _use_own_numbers() -> None:
     """Undoes settings of the environment that would change the numbers of a run."""
-    for name, value in NUMBER_TYPES.items():
+    for name, value in NUMBERS.items():
         if getattr(jax.config, name) != value:
             logging.info("%s is set, and not used: runs compute alike", name.upper())
             jax.config.update(name, value)

@@ -7,13 +7,13 @@ from research.core.errors import UserError
 from research.parallel import runtime
 
 
-@pytest.mark.parametrize("name, value", runtime.NUMBER_TYPES.items())
-def test_settings_of_number_types_are_undone(name, value, caplog):
-    other = {False: True, "standard": "strict"}[value]
+@pytest.mark.parametrize("name, value", runtime.NUMBERS.items())
+def test_settings_that_change_numbers_are_undone(name, value, caplog):
+    other = {"standard": "strict", "threefry2x32": "rbg"}.get(value, not value)
     caplog.set_level("INFO")
     jax.config.update(name, other)
     try:
-        runtime._use_own_number_types()
+        runtime._use_own_numbers()
         assert getattr(jax.config, name) == value
     finally:
         jax.config.update(name, value)

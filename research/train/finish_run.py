@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _finish(run: TrainingRun) -> None:
         "  python -m research.generate --run=%s%s",
         folder,
         folder,
-        folder,
+        shlex.quote(str(folder)),
         " --compare" if run.base.tensors else "",
     )
 

@@ -4,6 +4,7 @@ The flags of a door are a group of knobs, see `knobs.py`. Nothing is defined in
 `absl.flags.FLAGS`: doors can be imported side by side and called repeatedly.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -19,9 +20,13 @@ from research.config import help_text
 from research.config.config_file import load_config_file, locate, without_dump
 from research.config.knobs import check_limits, facts_of, flat
 from research.config.run_config import Config, from_config_dict
-from research.core.errors import PREEMPTED, UserError, nearest
+from research.core import standard_streams
+from research.core.errors import PREEMPTED, SaveError, UserError, nearest
+from research.core.stop_signals import stop_signals
 
 T = TypeVar("T")
+# Seconds that a reader of standard output may hold a training before text is dropped.
+OUTPUT_WAIT = 5.0
 HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 
@@ -160,34 +165,52 @@ def _check_overrides(arguments: Sequence[str]) -> None:
             )
 
 
-def resume_after_sigterm() -> None:
-    """Makes SIGTERM end this process at once, with the exit code of a resumable stop.
+def resume_after_signals() -> None:
+    """Makes SIGTERM and SIGHUP end this process at once, as a resumable stop.
 
     Imports and the search for other processes take many seconds in which there is
     nothing to save. Code that has something to save installs its own handler later.
     """
-    signal.signal(signal.SIGTERM, _end)
+    for number in stop_signals():
+        signal.signal(number, _end)
 
 
 def _end(number: int, frame: object) -> None:
-    # No buffered stream: the signal may have come within a write to one.
     message = (
-        b"stopped by SIGTERM outside of training; the same command resumes the run\n"
+        f"stopped by {signal.Signals(number).name} outside of training; the same "
+        "command resumes the run\n"
     )
-    os.write(sys.stderr.fileno(), message)
+    # No buffered stream: the signal may have come within a write to one.
+    with contextlib.suppress(OSError):
+        os.write(2, message.encode())
     os._exit(PREEMPTED)
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
-    """Calls `main(sys.argv)`; a UserError ends in one message and its exit code."""
+def run(main: Callable[[Sequence[str]], Any], *, prints_results: bool = True) -> None:
+    """Calls `main(sys.argv)`; a UserError ends in one message and its exit code.
+
+    Args:
+      main: returns the exit code; that of a child may be negative.
+      prints_results: lost output is an error. If False, results are files: a reader of
+        standard output that has stopped does not hold the command, and text is lost.
+    """
+    standard_streams.keep_open(None if prints_results else OUTPUT_WAIT)
     try:
-        sys.exit(main(sys.argv))
+        code = main(sys.argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except PermissionError as error:
         sys.stderr.write(f"error: no permission: {error}; check the path's owner\n")
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        code = 130
+    except SystemExit as ended:
+        code = ended.code
+    if prints_results and not code and (lost := standard_streams.lost_output()):
+        sys.stderr.write(f"error: standard output could not be written: {lost}\n")
+        code = SaveError.exit_code
+    if isinstance(code, int) and code < 0:
+        code = 128 - code  # A child was killed by a signal; shells say it so.
+    sys.exit(code)

@@ -64,7 +64,7 @@ class ProgressView:
         self._progress: Progress | None = None
         if live:
             self._progress = Progress(
-                SpinnerColumn(),
+                SpinnerColumn("line"),  # ASCII, for any console.
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
                 TimeElapsedColumn(),

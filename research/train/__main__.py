@@ -14,7 +14,7 @@ and a report into its run_dir. The same command resumes a run that has stopped.
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 7 or 75 stopped; see `docs/recovery.md`."""
-    command_line.resume_after_sigterm()
+    command_line.resume_after_signals()
     config, _ = command_line.parse_with_config(argv, USAGE, command_line.NoFlags)
     # Imported late: importing JAX takes longer than saying what is wrong with a flag.
     from research.train.start_to_report import train
@@ -23,4 +23,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, prints_results=False)

@@ -34,7 +34,7 @@ class TogetherFlags:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 7 or 75 stopped; see `docs/recovery.md`."""
-    command_line.resume_after_sigterm()
+    command_line.resume_after_signals()
     config, f = command_line.parse_with_config(argv, USAGE, TogetherFlags)
     configs = read_runs(f.runs, config)
     compatibility.check(configs)
@@ -73,4 +73,4 @@ def read_runs(given: str, shared: Config) -> list[Config]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, prints_results=False)

@@ -7,7 +7,10 @@ import re
 import pytest
 from rich.console import Console
 
+from research.report import terminal
 from research.report.progress_view import ProgressView
+from research.tasks.findings import Finding
+from research.tasks.model_answers import ComparedAnswer
 
 VALUES = {
     "loss": 2.5,
@@ -19,6 +22,25 @@ VALUES = {
     "mfu": 0.44,
     "memory_gb": 2.5,
 }
+
+
+@pytest.mark.parametrize("width", [1, 20])
+def test_a_narrow_terminal_without_letters_shows_what_fits(width):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace")
+    console = Console(file=out, force_terminal=True, width=width)
+    view = ProgressView(console, "bar", 0, 60)
+    view.update(3, VALUES)
+    logging.getLogger().warning("a line beside the bar")
+    view.close()
+    terminal.show_findings(console, [Finding("data", "many words " * 9)])
+    answer = ComparedAnswer("[/x]", "r:1", "Why?", "base", "tuned", "so")
+    terminal._show_answer(console, answer)
+    out.flush()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.buffer.getvalue().decode())
+    shown = re.sub(r"\\u[0-9a-f]{4}", "?", shown)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", shown)]
+    assert max(map(len, lines)) <= width
+    assert width == 1 or "loss 2.500" in shown
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -266,7 +266,12 @@ def test_what_is_refused_the_lock_is_not_written_down(folder):
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
+    "number, code",
+    [
+        (signal.SIGTERM, PREEMPTED),
+        (signal.SIGHUP, PREEMPTED),
+        (signal.SIGINT, INTERRUPTED),
+    ],
 )
 def test_a_signal_before_there_is_a_run_leaves_nothing(tmp_path, number, code):
     starts = RecordedStarts(PhaseTimer())

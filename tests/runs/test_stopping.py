@@ -48,22 +48,32 @@ def test_an_interrupt_in_a_destructor_is_raised_later(stop):
         stop.raise_if_lost()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_outside_of_the_loop_is_raised_at_once(stop, number):
     with pytest.raises(Preempted, match=number.name):
         send(number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_loop_is_noted(stop, phases, number):
     with stop.noting():
         for phase in ("compile", "step", "evaluate", "save"):
             phases.enter(phase)
             stop.signal = None
             assert not stop.is_due()
-            if number == signal.SIGTERM or phase == "compile":  # A second one ends.
+            if number != signal.SIGINT or phase == "compile":  # A second one ends.
                 send(number)
                 assert stop.is_due() and stop.signal == number
+
+
+def test_nohup_keeps_its_meaning(phases):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(phases) as stop:
+            send(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_breaks_off_a_wait_for_data(stop, phases):
@@ -105,6 +115,18 @@ def service(monkeypatch):
     monkeypatch.setattr(os_signals, "multihost_utils", found)
     monkeypatch.setattr(os_signals.jax, "process_count", lambda: 2)
     return found
+
+
+def test_several_processes_hear_of_a_closed_terminal_by_the_service(service, phases):
+    """JAX's service knows no signal but SIGTERM."""
+    heard = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.set())
+    try:
+        with StopRequest(phases) as stop:
+            send(signal.SIGHUP)
+            assert heard.wait(10) and stop.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_every_process_asks_about_every_moment(service, phases):
@@ -149,8 +171,11 @@ runpy.run_module({module!r}, {{}}, "__main__", True)
 """
 
 
-@pytest.mark.parametrize("module", ["train", "train_together"])
-def test_sigterm_before_a_run_listens_asks_to_be_resumed(module):
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [("train", signal.SIGTERM), ("train_together", signal.SIGHUP)],
+)
+def test_a_signal_before_a_run_listens_asks_to_be_resumed(module, number):
     program = IMPORTS_FOR_EVER.format(module=f"research.{module}")
     flags = ["--config=configs/finetune_dolly.py"]
     flags += ['--runs=[{"run_dir": "runs/a"}]'] * (module == "train_together")
@@ -161,9 +186,11 @@ def test_sigterm_before_a_run_listens_asks_to_be_resumed(module):
         stderr=subprocess.PIPE,
     ) as child:
         assert child.stdout.readline() == b"importing\n"
-        child.send_signal(signal.SIGTERM)
+        child.send_signal(number)
         assert child.wait(10) == PREEMPTED
-        assert b"the same command resumes the run" in child.stderr.read()
+        said = child.stderr.read().decode()
+        assert f"stopped by {number.name}" in said
+        assert "the same command resumes the run" in said
 
 
 HANGING_READER = """

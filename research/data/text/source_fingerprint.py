@@ -21,10 +21,20 @@ FRESH_NS = 2 * 10**9
 
 
 def cache_folder(config: TextConfig) -> Path:
-    """The folder of tokenised sources, which may not exist yet."""
-    if config.cache_dir == "auto":
-        return user_cache()
-    return Path(config.cache_dir).expanduser()
+    """The folder of tokenised sources, which may not exist yet.
+
+    Raises:
+      UserError: there is no home folder to put it in.
+    """
+    try:
+        if config.cache_dir == "auto":
+            return user_cache()
+        return Path(config.cache_dir).expanduser()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"no folder for tokenised text ({error}): name one with "
+            "--config.text.cache_dir="
+        ) from error
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

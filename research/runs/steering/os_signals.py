@@ -1,4 +1,6 @@
-"""Signals: SIGTERM and the first Ctrl-C request a stop, the second Ctrl-C forces it.
+"""Signals: SIGTERM, SIGHUP and the first Ctrl-C request a stop.
+
+The second Ctrl-C forces it. `nohup` keeps its meaning: SIGHUP is then ignored.
 
 In the training loop a signal is noted, and the run stops between two steps. A process
 that runs alone raises it at once while it waits for data, and outside the loop.
@@ -26,6 +28,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from research.core.stop_signals import stop_signals
 from research.runs.phase_timer import PhaseTimer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
@@ -66,8 +69,9 @@ class StopRequest:
             multihost_utils.reached_preemption_sync_point(self._moment)
         if threading.current_thread() is not threading.main_thread():
             return self
-        # With several processes SIGTERM belongs to JAX's preemption service.
-        mine = [signal.SIGINT, signal.SIGTERM] if self._alone else [signal.SIGINT]
+        mine = {signal.SIGINT, *stop_signals()}
+        if not self._alone:
+            mine.remove(signal.SIGTERM)  # It belongs to JAX's preemption service.
         for number in mine:
             self._before[number] = signal.signal(number, self._handle)
         # Python runs handlers only after C++ returns, and a compilation takes long.
@@ -88,11 +92,11 @@ class StopRequest:
         interrupts = 0
         with self._read:
             while number := self._read.recv(1):
-                if number[0] != signal.SIGINT:
+                if number[0] not in (signal.SIGINT, signal.SIGHUP):
                     continue
-                interrupts += 1
-                if interrupts == 1 and not self._alone:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                interrupts += number[0] == signal.SIGINT
+                if interrupts < 2 and not self._alone:
+                    os.kill(os.getpid(), signal.SIGTERM)  # The service knows no other.
                 if interrupts == 2:
                     sys.stderr.write("stopped at once; the last checkpoint is kept\n")
                     sys.stderr.flush()

@@ -9,6 +9,7 @@ per step on any number of hosts. A job of one process needs none of this.
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -103,7 +104,10 @@ class RequestListener:
             self._folders[folder](fields | more)
             # The answer is on disk first: a crash in between leaves a request that the
             # next start drops, and none without an answer.
-            request.path.unlink(missing_ok=True)
+            try:
+                request.path.unlink(missing_ok=True)
+            except OSError as error:  # Training matters more; `_known` holds it.
+                logging.warning("an answered request stays: %s", error)
 
 
 class _Vote:

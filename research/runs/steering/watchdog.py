@@ -67,7 +67,11 @@ class Watchdog:
             f"than config.runtime.watchdog_s={self._limit:g} s"
         )
         sys.stderr.write(f"error: {cause}; its threads are here:\n")
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        # Not straight into standard error, whose reader may hang as well.
+        with open(os.memfd_create("stacks"), "w+") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            sys.stderr.write(stacks.read())
         sys.stderr.write(
             "the same command resumes the run from the last checkpoint; a longer "
             "--config.runtime.watchdog_s gives slow steps more time\n"

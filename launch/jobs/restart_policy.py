@@ -4,6 +4,8 @@
 final. A preemption never counts as a failure. Every other end is tried a few times.
 """
 
+import signal
+
 from research.core.errors import (
     PREEMPTED,
     STOPPED,
@@ -31,6 +33,16 @@ def worst(codes: list[int]) -> int:
     final = [code for code in codes if code in FINAL and code != 0]
     failed = [code for code in codes if code not in (0, PREEMPTED)]
     return next(iter([*final, *failed, *(c for c in codes if c)]), 0)
+
+
+def describe(code: int) -> str:
+    """`code 3`, or `signal SIGKILL` for a process that a signal has killed."""
+    if code >= 0:
+        return f"code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # A real-time signal has no name.
+        return f"signal {-code}"
 
 
 def again(code: int, failures_left: int) -> bool:

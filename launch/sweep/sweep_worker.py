@@ -19,7 +19,7 @@ from launch.jobs.launch_job import LaunchPlan
 from launch.sweep.run_packs import RunPack
 from launch.sweep.sweep_runs import SweepRun
 from launch.targets.local import ProcessGroup
-from research.core.errors import PREEMPTED
+from research.core.errors import PREEMPTED, UserError
 from research.report.progress_view import duration
 from research.runs.metrics_file import read_metrics
 
@@ -132,7 +132,8 @@ class SweepWorker:
             # A pack exits with the code of its worst run.
             self.failures[run.name] = code or 1
             mark.write_text(str(code or 1), encoding="utf-8")
-            logging.error("%s failed with code %d; see %s", run.name, code, log)
+            what = restart_policy.describe(code or 1)
+            logging.error("%s failed with %s; see %s", run.name, what, log)
         if len(pack.runs) > 1 and not any(run.is_done for run in pack.runs):
             half = math.ceil(len(pack.runs) / 2)
             logging.error("none of them is done: --together=%d needs less memory", half)
@@ -170,6 +171,12 @@ class SweepWorker:
 
 
 def last_step(run: SweepRun) -> int:
-    """The last step in the run's metrics; 0 before the first."""
-    lines = read_metrics(run.folder)
-    return max((x["step"] for x in lines if x["kind"] == "train"), default=0)
+    """The last step in the run's metrics; 0 before the first, or if none can be read.
+
+    It is only shown: the trainer itself reports files that are broken.
+    """
+    try:
+        lines = read_metrics(run.folder)
+        return max((x["step"] for x in lines if x["kind"] == "train"), default=0)
+    except (OSError, ValueError, LookupError, TypeError, UserError):
+        return 0

@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from launch.jobs import restart_policy
 from launch.jobs.launch_flags import add_restarts, at_least
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
+from research.core.stop_signals import stop_signals
 
 HELP = "processes on this machine"
 TOOLS: Mapping[str, str] = {}
@@ -91,19 +92,21 @@ class ProcessGroup:
     def __init__(self) -> None:
         self.last_signal: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "ProcessGroup":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._forward)
+        self._before = {
+            number: signal.signal(number, self._forward)
+            for number in (signal.SIGINT, *stop_signals())
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        # A closed terminal means stop; trainers handle SIGTERM, not SIGHUP.
+        # A closed terminal means stop, also to a process that still starts up.
         self.last_signal = signal.SIGTERM if number == signal.SIGHUP else number
         for process in self._running:
             if process.poll() is None:
@@ -132,7 +135,9 @@ class ProcessGroup:
                 return code
             restarts -= code != restart_policy.PREEMPTED
             logging.info(
-                "ended with code %d; restarting, %d failures left", code, restarts
+                "ended with %s; restarting, %d failures left",
+                restart_policy.describe(code),
+                restarts,
             )
 
     def _run_once(
@@ -145,28 +150,52 @@ class ProcessGroup:
         """Returns the most telling exit code."""
         env = plan.env or [{}] * len(plan.commands)
         self._running = []
-        for command, own in zip(plan.commands, env, strict=True):
-            process = subprocess.Popen(
-                command,
-                env=os.environ | own,
-                stdout=output,
-                stderr=output,
-                pass_fds=inherit,
-                # A group of its own: Ctrl-C reaches it once, through `_forward`.
-                process_group=0,
-            )
-            self._running.append(process)
-            # The signal came before this process was in the list.
-            if self.last_signal is not None:
-                process.send_signal(self.last_signal)
+        try:
+            for command, own in zip(plan.commands, env, strict=True):
+                process = subprocess.Popen(
+                    command,
+                    env=os.environ | own,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=inherit,
+                    # A group of its own: Ctrl-C reaches it once, through `_forward`.
+                    process_group=0,
+                )
+                self._running.append(process)
+                # The signal came before this process was in the list.
+                if self.last_signal is not None:
+                    process.send_signal(self.last_signal)
+            return restart_policy.worst(self._wait(watch))
+        except BaseException:  # Nobody would wait for these processes.
+            for process in self._running:
+                process.terminate()
+            raise
+
+    def _wait(self, watch: Callable[[], None]) -> list[int]:
+        """Waits until all have ended; returns the exit codes of those that did alone.
+
+        After a failure the others end by themselves and print their stacks. Those that
+        do not end within `PATIENCE` are killed.
+        """
+        ended: dict[int, int] = {}
         failed_at = None
-        while any(process.poll() is None for process in self._running):
-            if failed_at is None and any(x.returncode for x in self._running):
-                failed_at = time.monotonic()
-            # After a failure the others end by themselves and print their stacks.
-            if failed_at and time.monotonic() - failed_at > PATIENCE:
-                for process in self._running:
-                    process.kill()
+        while len(ended) < len(self._running):
+            for number, process in enumerate(self._running):
+                code = process.poll()
+                if code is None or number in ended:
+                    continue
+                ended[number] = code
+                if code and len(self._running) > 1:
+                    what = restart_policy.describe(code)
+                    logging.info("process %d has ended with %s", number, what)
+                if code and failed_at is None:
+                    failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > PATIENCE:
+                break
             watch()
             time.sleep(POLL)
-        return restart_policy.worst([process.returncode for process in self._running])
+        for number in set(range(len(self._running))) - ended.keys():
+            logging.error("process %d is killed: it waits for the others", number)
+            self._running[number].kill()
+            self._running[number].wait()
+        return list(ended.values())

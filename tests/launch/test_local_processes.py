@@ -1,0 +1,70 @@
+"""The launcher of this machine ends where its processes hang, and says how they end."""
+
+import logging
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from launch.jobs import restart_policy
+from launch.jobs.launch_job import LaunchPlan
+from launch.targets import local
+from launch.targets.local import ProcessGroup
+
+SLEEPS = "import time; time.sleep(60)"
+
+
+def plan(*programs):
+    return LaunchPlan({}, [[sys.executable, "-S", "-c", x] for x in programs])
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_waits_for_a_dead_process_is_killed(
+    ends, code, place, monkeypatch, caplog
+):
+    """Wherever it stands in the list; the code is that of the one that failed."""
+    monkeypatch.setattr(local, "PATIENCE", 0.3)
+    caplog.set_level(logging.INFO)
+    programs = [SLEEPS, SLEEPS]
+    programs.insert(place, ends)
+    begun = time.monotonic()
+    with ProcessGroup() as group:
+        assert group.train(plan(*programs), restarts=0) == code
+    assert time.monotonic() - begun < 20
+    said = restart_policy.describe(code)
+    assert f"process {place} has ended with {said}" in caplog.text
+    assert caplog.text.count("is killed") == 2
+
+
+def test_a_launcher_that_fails_leaves_no_process_behind():
+    def broken():
+        raise ZeroDivisionError
+
+    with ProcessGroup() as group, pytest.raises(ZeroDivisionError):
+        group.train(plan(SLEEPS), restarts=0, watch=broken)
+    (process,) = group._running
+    assert process.wait(20) == -signal.SIGTERM
+    assert not psutil.pid_exists(process.pid)
+
+
+def test_nohup_keeps_its_meaning():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ProcessGroup() as group:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert group.last_signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_codes_of_children_are_told_by_name():
+    assert restart_policy.describe(3) == "code 3"
+    assert restart_policy.describe(-9) == "signal SIGKILL"
+    assert restart_policy.describe(-40) == "signal 40"

@@ -14,8 +14,9 @@
 | 130 | | interrupted |
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 STOPPED = 7  # Stopped by a request and saved: the same command resumes the run.
 STUCK = 6  # No progress, or another process is gone.
@@ -69,6 +70,19 @@ class SaveError(UserError):
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
+
+
+@contextlib.contextmanager
+def files_of_step(step: int, what: str) -> Iterator[None]:
+    """Turns an OSError of the body into a SaveError: `what` could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"{what} could not be written: {error}; make room or give back the right "
+            "to write, then start the same command again",
+            step,
+        ) from error
 
 
 class DamagedError(UserError):

@@ -13,6 +13,7 @@ from typing import Any
 
 from research.core.atomic_files import write_whole
 from research.core.json_files import read_json_lines, read_to_rewrite
+from research.runs.tensorboard_file import TensorBoard
 from research.weights import parameter_paths
 
 NAME = "metrics.jsonl"
@@ -29,38 +30,53 @@ class MetricsFile:
         A run that begins at step 0 drops all lines: it evaluates step 0 again. If lines
         cannot be read, a copy of the file is kept.
         """
-        from tensorboardX import SummaryWriter
-
         self._path = folder / NAME
         known = read_to_rewrite(self._path, LINE)
         kept = [line for line in known if 0 < first_step >= line["step"]]
         write_whole(self._path, "".join(map(_format_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0
-        )
+        self._board = TensorBoard(folder / "tensorboard", first_step)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Appends `values`: numbers, or dictionaries of numbers one level deep.
 
         A string is written into the line alone: TensorBoard draws numbers.
+
+        Raises:
+          OSError: the line cannot be written, or its file is no longer in the folder.
         """
+        self._require_place()
         self._file.write(_format_line({"step": step, "kind": kind, **values}))
         self._file.flush()
         flat = parameter_paths.flatten(values)[0] if values else {}
-        for name, value in flat.items():
-            if not isinstance(value, str):
-                tag = f"{kind}/{name}".replace(".", "/")
-                self._board.add_scalar(tag, value, step)
+        numbers = {
+            f"{kind}/{name}".replace(".", "/"): value
+            for name, value in flat.items()
+            if not isinstance(value, str)
+        }
+        self._board.write(step, numbers)
 
     def sync(self) -> None:
-        """Waits until all lines would survive a power loss."""
+        """Waits until all lines would survive a power loss. Raises OSError."""
+        self._require_place()
         os.fsync(self._file.fileno())
+
+    def _require_place(self) -> None:
+        """Lines in a file without a name would be lost, and a save would make the
+        folder anew."""
+        try:
+            here = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            here = False
+        if not here:
+            raise FileNotFoundError(
+                f"{self._path} was moved, replaced or removed while the run wrote it"
+            )
 
     def close(self) -> None:
         """Writes the lines that are still buffered. Raises OSError if it cannot."""
-        self._file.close()
         self._board.close()
+        self._file.close()
 
 
 def append_line(folder: Path, step: int, kind: str, values: dict[str, Any]) -> None:

@@ -54,6 +54,7 @@ class History:
         # The watchdog records an end from a thread of its own. A newer record must not
         # be replaced by an older one, nor change while it is turned into text.
         self._lock = threading.RLock()
+        self._place: tuple[int, int] | None = None  # The folder at the start.
 
     @property
     def saved(self) -> int:
@@ -102,6 +103,7 @@ class History:
                 found["starts"][-1]["cause"] = UNKNOWN
             found["starts"].append(start)
             self._begun = True
+            self._place = _identity(self._path.parent)
 
     def resume_from(self, first: int) -> None:
         """Records that training starts at step `first`, also after a rollback."""
@@ -162,8 +164,10 @@ class History:
             self._write(required=required)
 
     def _write(self, *, required: bool) -> None:
-        # Before `begin` there may be no folder, and this must not make one.
-        if jax.process_index() > 0 or not self._path.parent.is_dir():
+        # Before `begin` there may be no folder, and this must not make one. Later the
+        # folder may have been moved, and another run may have its place.
+        here = _identity(self._path.parent)
+        if jax.process_index() > 0 or not here or (self._begun and here != self._place):
             return
         try:
             # ASCII: a path in a message may hold bytes that are no text.
@@ -173,6 +177,15 @@ class History:
                 raise
             # The run matters more than its history: a checkpoint may still fit.
             logging.error("%s could not be written: %s", self._path, error)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a folder; None where there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _now() -> str:

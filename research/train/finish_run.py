@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from research.core.errors import SaveError
+from research.core.errors import files_of_step
 from research.engine.text_generation import (
     TextGenerator,
     base_generator,
@@ -30,15 +30,10 @@ def finish(run: TrainingRun) -> None:
     Raises:
       SaveError: they could not be written; the last step is saved all the same.
     """
-    try:
+    steps = run.config.steps
+    with files_of_step(steps, f"all {steps} steps are saved, and the report"):
+        run.folder.require_present()
         _finish(run)
-    except OSError as error:
-        raise SaveError(
-            f"all {run.config.steps} steps are saved, and the report could not be "
-            f"written: {error}; make room or give back the right to write, then start "
-            "the same command again",
-            run.config.steps,
-        ) from error
 
 
 def _trained(run: TrainingRun) -> TextGenerator:

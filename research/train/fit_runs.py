@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from research.core.errors import DivergedError
+from research.core.errors import DivergedError, files_of_step
 from research.engine.text_generation import tuned_generator
 from research.parallel import runtime
 from research.runs import display_files
@@ -45,7 +45,7 @@ def fit(
 
     Raises:
       DivergedError: no run is left.
-      SaveError: a checkpoint or a metric could not be written.
+      SaveError: a checkpoint, a metric or a sample could not be written.
     """
     while True:
         try:
@@ -270,4 +270,5 @@ class _TrainingPass:
             )
             samples = run.task.sample(number, generator)
             if samples and jax.process_index() == 0:
-                display_files.add_samples(run.folder.path, number, samples)
+                with files_of_step(number, f"the samples of step {number}"):
+                    display_files.add_samples(run.folder.path, number, samples)

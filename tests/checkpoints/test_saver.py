@@ -263,6 +263,7 @@ def test_a_report_that_cannot_be_written_is_said(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "report.md")
 
     monkeypatch.setattr(finish_run, "_finish", refuse)
+    (tmp_path / "config.json").touch()
     with pytest.raises(SaveError) as failed:
         finish_run.finish(make_run(tmp_path))
     check_one_line(failed, "steps are saved", "report.md")

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from research.config.run_config import Config
-from research.core.errors import DivergedError, SaveError
+from research.core.errors import DivergedError, files_of_step
 from research.data.metric_sums import Sums, means_by_group
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
@@ -210,17 +210,8 @@ class StepLog:
             with self._attributed():
                 self._file.sync()
 
-    @contextlib.contextmanager
-    def _attributed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SaveError(
-                f"the metrics of step {self._number} could not be written: {error}; "
-                "make room or give back the right to write, then start the same "
-                "command again",
-                self._number,
-            ) from error
+    def _attributed(self) -> contextlib.AbstractContextManager[None]:
+        return files_of_step(self._number, f"the metrics of step {self._number}")
 
     def evaluation(self, number: int, found: Evaluation, batch: int | None) -> None:
         """Writes the losses of the held-out rows after update `number`.

@@ -1,0 +1,44 @@
+"""TensorBoard is a copy of the metrics: a disk that refuses it costs only the copy."""
+
+import json
+import logging
+import threading
+
+import pytest
+
+from research.runs import tensorboard_file
+from research.runs.metrics_file import MetricsFile
+
+
+def full_disk(metrics):
+    """The next bytes of the event file meet a full disk."""
+    records = metrics._board._file
+    records._writer.close()
+    records._writer = open("/dev/full", "wb")  # noqa: SIM115
+
+
+@pytest.mark.parametrize("when", ["open", "write", "close"])
+def test_a_full_disk_drops_tensorboard_with_a_warning(
+    tmp_path, when, caplog, monkeypatch
+):
+    caplog.set_level(logging.WARNING)
+    threads = threading.active_count()
+    if when == "open":
+        (tmp_path / "tensorboard").write_text("no folder")
+    metrics = MetricsFile(tmp_path, 0)
+    assert threading.active_count() == threads, "a thread of its own can die"
+    metrics.write(1, "train", {"loss": 2.0})
+    if when == "write":
+        full_disk(metrics)
+        monkeypatch.setattr(tensorboard_file, "FLUSH_EVERY", 0.0)
+    for step in range(2, 40):  # Far more than a queue held.
+        metrics.write(step, "train", {"loss": 2.0, "by_group": {"a": 1.0, "b": 2.0}})
+    if when == "close":
+        full_disk(metrics)
+        metrics.write(40, "train", {"loss": 2.0})
+    metrics.close()
+    assert caplog.text.count("TensorBoard gets no more points") == 1
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [
+        *range(1, 40 + (when == "close"))
+    ]

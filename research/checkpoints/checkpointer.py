@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -14,7 +15,6 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from research.checkpoints.agreed_steps import agreed, anywhere
 from research.checkpoints.checkpoint_errors import (
     all_damaged,
     odd_numbers,
@@ -33,6 +33,7 @@ from research.checkpoints.orbax_manager import (
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.knob_groups import CheckpointConfig
 from research.core.errors import SaveError, UserError
+from research.parallel import agreement
 
 POLL = 0.02  # seconds between two looks at a pending save
 METRICS = "metrics"  # Orbax's own name for the item.
@@ -127,7 +128,7 @@ class Checkpointer:
             damaged = {s: problems for s in steps if (problems := self._misjudged(s))}
         for step, problems in damaged.items():
             self._move_aside(step, problems)
-        self._lost += agreed(list(damaged))
+        self._lost += json.loads(agreement.of_first(json.dumps(list(damaged))))
 
     def _misjudged(self, step: int) -> list[str]:
         """The damage to the file with the held-out loss of `step`."""
@@ -278,6 +279,8 @@ class Checkpointer:
         """Replaces a failed manager, which lists torn steps and has dead threads."""
         if jax.process_count() > 1:
             return  # Orbax would wait for the others, and this process ends at once.
+        if not self._folder.is_dir():
+            return  # It was moved or removed, and Orbax would make it anew.
         with contextlib.suppress(Exception):
             self._manager.close()
         if jax.process_index() == 0:
@@ -347,7 +350,7 @@ class Checkpointer:
         """The damage to the files of `step`; each process reads its share of them."""
         index, count = jax.process_index(), jax.process_count()
         mine = find_damage(self._folder / str(step), index, count, run=self._run)
-        if count == 1 or not anywhere(bool(mine)):
+        if agreement.everywhere(not mine):
             return mine
         return mine or ["another process found damage in its share of the files"]
 

@@ -176,16 +176,24 @@ def _join_processes(config: RuntimeConfig) -> None:
 def _use_compilation_cache(folder: str) -> None:
     if not folder:
         return
-    if folder == "auto":
-        folder = str(cache_folders.user_cache() / "compiled")
+    auto = folder == "auto"
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        where = cache_folders.user_cache() / "compiled" if auto else Path(folder)
+        where = where.expanduser()
+        where.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        if auto:
+            logging.warning(
+                "compiled programs are not kept (%s); "
+                "--config.runtime.compilation_cache= names a folder for them",
+                error,
+            )
+            return
         raise UserError(
             f"compilation cache {folder} cannot be made ({error}); choose another "
             "with --config.runtime.compilation_cache=, or none with an empty one"
         ) from error
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", str(where))
     # Small programs are cached too: reading them saves a fifth of a warm start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -1,5 +1,6 @@
 """The provenance of a start: code version, command, packages, environment."""
 
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -66,6 +67,22 @@ def code_version(root: Path) -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def shared_parts(root: Path = ROOT) -> dict[str, str]:
+    """The facts that the processes of one run share if they compute the same.
+
+    Returns:
+      Python, the packages, and the sha256 of our own source files.
+    """
+    digest = hashlib.sha256()
+    for path in sorted((root / "research").rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    found = {
+        "python": sys.version.partition(" ")[0],
+        "code version": digest.hexdigest(),
+    }
+    return found | {f"package {name}": str(_version(name)) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

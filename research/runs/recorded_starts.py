@@ -4,9 +4,9 @@ import logging
 import signal
 
 import jax
-from jax.experimental import multihost_utils
 
 from research.core.errors import PREEMPTED
+from research.parallel import agreement
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
@@ -32,10 +32,8 @@ class RecordedStarts:
         """
         self._folders.append(folder)
         exists = folder.exists
-        if exists and jax.process_index() == 0:
-            folder.lock()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("run directory locked")
+        locks = exists and jax.process_index() == 0
+        agreement.together(folder.lock if locks else lambda: None)
         history = History(folder.history, self._phases)
         self._histories.append(history)
         if exists:
@@ -60,4 +58,4 @@ class RecordedStarts:
             logging.info("stopped by %s; the same command resumes the run", error)
             return PREEMPTED
         logging.info("stopped by %s before there was anything to save", error)
-        return PREEMPTED if error.signal == signal.SIGTERM else INTERRUPTED
+        return INTERRUPTED if error.signal == signal.SIGINT else PREEMPTED

@@ -20,7 +20,7 @@ from research.config.saved_config import differences, from_json, to_json
 from research.core.atomic_files import intended_name, remove_leftovers, write_whole
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
-from research.parallel import runtime
+from research.parallel import agreement
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
 RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.
@@ -77,6 +77,11 @@ class RunDir:
         """Whether the folder is a run directory, which its `config.json` marks."""
         return os.path.isfile(self._config)  # Not there, or a name that cannot be.
 
+    def require_present(self) -> None:
+        """Raises FileNotFoundError if the folder was moved or removed."""
+        if not self.exists:
+            raise FileNotFoundError(f"{self.path} was moved or removed")
+
     @property
     def own_tokenizer(self) -> Path | None:
         """The folder of the tokenizer that the run was made with; None if it is new.
@@ -84,6 +89,14 @@ class RunDir:
         A creation that was interrupted may have written only a part of it.
         """
         return self.tokenizer if self.exists else None
+
+    @property
+    def holder(self) -> str:
+        """The process that locked the folder last; empty if it was never locked."""
+        try:
+            return self._holder.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     @property
     def is_complete(self) -> bool:
@@ -214,10 +227,13 @@ class RunDir:
         Raises:
           UserError: an address is malformed.
         """
-        known = {**(others or {}), **self._known_pins()}
-        first = jax.process_index() == 0
-        found = resolve_addresses(config, known, asking=first)
-        self.pins = runtime.gather_json(found)[0]
+
+        def found() -> Pins:
+            known = {**(others or {}), **self._known_pins()}
+            return resolve_addresses(config, known, asking=jax.process_index() == 0)
+
+        pins = agreement.together(found)
+        self.pins = json.loads(agreement.of_first(json.dumps(pins)))
         return pinned(config, self.pins)
 
     def keep_pins(self) -> None:
@@ -259,9 +275,7 @@ class RunDir:
             remove_leftovers(self.path)
             write_whole(self._holder, f"{socket.gethostname()}, process {os.getpid()}")
         except filelock.Timeout:
-            holder = "an unknown process"
-            with contextlib.suppress(OSError):
-                holder = self._holder.read_text(encoding="utf-8", errors="replace")
+            holder = self.holder or "an unknown process"
             raise UserError(
                 f"{self.path} is being trained in by another process ({holder}): wait "
                 "for it, stop it, or choose another --config.run_dir"

@@ -4,6 +4,8 @@ Everything is opened, loaded and examined before anything is written.
 """
 
 import dataclasses
+import functools
+import time
 from collections.abc import Sequence
 
 import jax
@@ -12,10 +14,13 @@ from rich.console import Console
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.disk_space import require_room
 from research.checkpoints.run_identity import Identity
+from research.config.knobs import flat
 from research.config.run_config import Config
+from research.core.errors import UserError
 from research.engine.sampler import Sampler
-from research.parallel import mesh
+from research.parallel import agreement, mesh
 from research.report import terminal
+from research.runs import provenance
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
@@ -26,6 +31,14 @@ from research.train import doctor
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
 from research.train.training_run import TrainingRun
+
+# Knobs that name a place of one machine, or the process itself.
+OWN_KNOBS = {
+    *("runtime.process_id", "runtime.coordinator_address"),
+    *("runtime.compilation_cache", "text.cache_dir"),
+}
+# Seconds in which a new file must be seen by all: network disks keep names for a while.
+DISK_PATIENCE = 60.0
 
 
 @dataclasses.dataclass
@@ -42,13 +55,43 @@ class OpenedFolder:
     history: History | None = None
 
 
+def facts_of_start(
+    configs: Sequence[Config], opened: Sequence[OpenedFolder]
+) -> dict[str, str]:
+    """The facts that all processes of a job must share before anything is loaded.
+
+    Args:
+      configs: of all its runs.
+      opened: those that are not complete.
+    """
+    found = provenance.shared_parts()
+    state = {
+        each.config.run_dir: "unfinished" if each.folder.exists else "new"
+        for each in opened
+    }
+    for number, config in enumerate(configs, 1):
+        run = f"run {number}: " if len(configs) > 1 else ""
+        knobs = {k: v for k, v in flat(config).items() if k not in OWN_KNOBS}
+        found |= {f"{run}config.{name}": repr(value) for name, value in knobs.items()}
+        found[f"{run}what is in {config.run_dir}"] = state.get(
+            config.run_dir, "a complete run"
+        )
+    return found
+
+
 def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[TrainingRun]:
     """Opens, loads and examines everything; writes nothing into the run directories.
 
     The runs share one base model and mesh, and runs of one seed share their rows.
     """
     first = opened[0]
-    base = task_registry.open_start(first.config, first.folder.own_tokenizer)
+    base = agreement.together(
+        lambda: task_registry.open_start(first.config, first.folder.own_tokenizer),
+        lambda base: {
+            "base model": base.fingerprint,
+            "tokenizer": base.tokenizer.fingerprint,
+        },
+    )
     devices = mesh.make_mesh(first.config.mesh)
     tasks: dict[int, Task] = {}
     runs: list[TrainingRun] = []
@@ -58,7 +101,10 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         objective = task_registry.make_objective(config, devices)
         definition = make_step_definition(config, base, devices, objective)
         if config.seed not in tasks:
-            tasks[config.seed] = task_registry.load_task(config, base)
+            tasks[config.seed] = agreement.together(
+                functools.partial(task_registry.load_task, config, base),
+                lambda task: {"data": f"{task.origin}, sha256 {task.sha256}"},
+            )
         task = tasks[config.seed]
         objective = task_registry.make_objective(config, devices, len(task.groups))
         definition = dataclasses.replace(definition, objective=objective)
@@ -88,13 +134,46 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     return runs
 
 
-def claim(run: TrainingRun, changed: dict[str, str]) -> Identity:
+def claim(
+    runs: Sequence[TrainingRun], opened: Sequence[OpenedFolder]
+) -> list[Identity]:
+    """Claims all run directories in process 0; returns the identities of the runs.
+
+    The others make sure that they see the same folders.
+
+    Raises:
+      UserError: a folder belongs to other data, the disk has no room, or the processes
+        have different disks.
+    """
+    identities = agreement.together(
+        lambda: [
+            _claim(run, each.changed) for run, each in zip(runs, opened, strict=True)
+        ]
+    )
+    holders = [agreement.of_first(run.folder.holder) for run in runs]
+    agreement.together(
+        lambda: [_find(run.folder, x) for run, x in zip(runs, holders, strict=True)]
+    )
+    return identities
+
+
+def _find(folder: RunDir, holder: str) -> None:
+    """Waits until the lock of the first process is seen in `folder`."""
+    deadline = time.monotonic() + DISK_PATIENCE
+    while folder.holder != holder:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} is not the folder that process 0 trains in ({holder}): it "
+                f"was locked by {folder.holder or 'nobody'}; name a folder in "
+                "config.run_dir that all processes share"
+            )
+        time.sleep(0.1)
+
+
+def _claim(run: TrainingRun, changed: dict[str, str]) -> Identity:
     """Creates the folder, or checks that it belongs to this run; returns the identity.
 
     The history of a new run begins here. Accepted differences are added to `changed`.
-
-    Raises:
-      UserError: it belongs to other data, or the disk has no room.
     """
     config, folder = run.config, run.folder
     identity = {

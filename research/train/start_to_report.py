@@ -8,7 +8,7 @@ import jax
 
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
-from research.parallel import runtime
+from research.parallel import agreement, runtime
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
@@ -19,6 +19,7 @@ from research.train.fit_runs import fit
 from research.train.prepare_runs import (
     OpenedFolder,
     claim,
+    facts_of_start,
     open_checkpoints,
     prepare,
     record_start,
@@ -38,15 +39,17 @@ def train(configs: Sequence[Config], at_once: int = 0) -> int:
     """
     runtime.start(configs[0].runtime)
     phases = PhaseTimer(runtime.process_age())
-    wanted = _open_unfinished(configs)
-    if not wanted:
-        return 0
     starts = RecordedStarts(phases)
     with StopRequest(phases) as stop:
         try:
+            wanted = agreement.together(
+                lambda: _open_unfinished(configs),
+                lambda wanted: facts_of_start(configs, wanted),
+            )
             for each in wanted:
+                each.config = each.folder.pin(each.config, wanted[0].folder.pins)
                 each.history = starts.open(each.folder)
-            code = _train(wanted, phases, stop, at_once)
+            code = _train(wanted, phases, stop, at_once) if wanted else 0
         except Preempted as error:
             return starts.ended_by(error)
         except BaseException as error:
@@ -72,8 +75,7 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
             path = folder.path
             logging.info("%s is complete; its report: %s/report.md", path, path)
         else:
-            pins = wanted[0].folder.pins if wanted else {}
-            wanted.append(OpenedFolder(folder.pin(config, pins), folder, changed))
+            wanted.append(OpenedFolder(config, folder, changed))
     return wanted
 
 
@@ -83,9 +85,7 @@ def _train(
     """Returns the exit code; the history of each run then says how it ended."""
     runs = prepare(opened, phases)
     stop.raise_if_lost()
-    identities = [
-        claim(run, each.changed) for run, each in zip(runs, opened, strict=True)
-    ]
+    identities = claim(runs, opened)
 
     def stuck(cause: str) -> None:
         for run in runs:

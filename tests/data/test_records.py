@@ -11,6 +11,7 @@ import pytest
 from research.config.knob_groups import ColumnsConfig, DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.data.instructions import row_selection
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import load_rows, split_stratified
 from research.data.row_readers import READERS, Place, RowReader, read_rows
@@ -220,6 +221,15 @@ def test_the_digest_follows_the_rows(tmp_path):
 def sample():
     """Without a network or a cache of the hub, as the environment here has it."""
     return load_rows(DataConfig(), seed=0)
+
+
+def test_a_hub_that_answers_only_some_processes_is_used_by_none(monkeypatch):
+    row = {"instruction": "Why?", "response": "So.", "context": "", "category": "qa"}
+    rows = [("hub:1", row), ("hub:2", row)]
+    monkeypatch.setattr(row_selection, "_hub_rows", lambda timeout: rows)
+    assert load_rows(DataConfig(), seed=0).origin.startswith("hub ")
+    monkeypatch.setattr(row_selection.agreement, "everywhere", lambda flag: False)
+    assert load_rows(DataConfig(), seed=0).origin == "embedded sample"
 
 
 def test_the_embedded_sample_is_what_it_says(sample):

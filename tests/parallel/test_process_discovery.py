@@ -346,14 +346,22 @@ def test_processes_that_do_not_answer_may_at_the_next_start(join, monkeypatch):
 PROGRAM = """
 import json
 import jax
-from research.parallel import runtime
+from research.core.errors import UserError
+from research.parallel import agreement, runtime
 from research.config.run_config import RuntimeConfig
 runtime.start(RuntimeConfig(distributed=True, compilation_cache=""))
-print(json.dumps([jax.process_index(), jax.process_count()]))
+index = str(jax.process_index())
+assert agreement.together(lambda: index, lambda _: {"seed": "0"}) == index
+assert agreement.of_first(index) == "0"
+assert not agreement.everywhere(index == "0")
+try:
+    agreement.together(lambda: index, lambda _: {"seed": index, "data": "d"})
+except UserError as error:
+    print(json.dumps([jax.process_index(), jax.process_count(), str(error)]))
 """
 
 
-def test_two_real_processes_join_by_skypilots_variables():
+def test_two_real_processes_join_by_skypilots_variables_and_agree():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -372,7 +380,12 @@ def test_two_real_processes_join_by_skypilots_variables():
         for i in range(2)
     ]
     done = [process.communicate(timeout=100) for process in running]
-    assert [json.loads(out) for out, _ in done] == [[0, 2], [1, 2]]
+    said = [json.loads(out.splitlines()[-1]) for out, _ in done]  # Gloo speaks, too.
+    assert [found[:2] for found in said] == [[0, 2], [1, 2]]
+    for *_, text in said:
+        assert text.startswith(
+            "processes 0 and 1 of this run differ:\n  seed: 0 and 1\n"
+        )
     line = (
         f"processes: 2 by SkyPilot, this one is number 1, coordinator 127.0.0.1:{port}"
     )

@@ -107,6 +107,66 @@ def ends(place, name, running, begun, failed=1):
     return both, seconds, [process.finish() for process in start_pair(place, name)]
 
 
+# A difference that only the second of two processes gets, and the words that name it.
+OTHERS = {
+    "knob": (
+        "sys.argv.append('--config.optim.learning_rate=1e-4')",
+        "config.optim.learning_rate: 0.01 and 0.0001",
+    ),
+    "data": (
+        """
+import pathlib, shutil
+shutil.copytree('code', 'elsewhere/code', dirs_exist_ok=True)
+for name in ('words.jsonl', 'pretrain.py'):
+    shutil.copy(name, 'elsewhere')
+pathlib.Path('elsewhere/words.jsonl').write_text('{"text": "other words"}\\n' * 99)
+runs = pathlib.Path('elsewhere/runs')
+runs.exists() or runs.symlink_to(pathlib.Path('runs').absolute())
+os.chdir('elsewhere')
+""",
+        "data: ",
+    ),
+    "folder": (
+        """
+import shutil
+shutil.copytree('.', 'other', ignore=shutil.ignore_patterns('runs', 'other'))
+os.chdir('other')
+from research.train import prepare_runs
+prepare_runs.DISK_PATIENCE = 1.0
+""",
+        "is not the folder that process 0 trains in",
+    ),
+    "error": (
+        """
+from research.core.errors import UserError
+from research.tasks import task_registry
+def fail(*_):
+    raise UserError("no such disk")
+task_registry.load_task = fail
+""",
+        "no such disk",
+    ),
+}
+
+
+@chain
+def unequal_pairs(place, results):
+    """Two processes that were not given the same."""
+    results("two_processes")
+    return {
+        name: [
+            process.finish()
+            for process in start_pair(
+                place,
+                f"unequal-{name}",
+                "--config.text.tokenizer=byte",
+                programs={1: f"import os, sys\n{program}"},
+            )
+        ]
+        for name, (program, _) in OTHERS.items()
+    }
+
+
 @chain
 def interrupted_pair(place, results):
     results("two_processes")
@@ -204,6 +264,18 @@ def test_a_full_disk_at_one_process_is_said_at_once(pairs):
     assert re.search(r"step \d+ could not be saved: .*too large", full.err), full.err
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_processes_that_were_given_something_else_are_refused(
+    place, unequal_pairs, name
+):
+    for process in unequal_pairs[name]:
+        assert process.code == 2, process.err
+        assert OTHERS[name][1] in process.err
+        assert "Traceback" not in process.err
+        assert process.seconds < 60
+    assert not (place.run_dir(f"unequal-{name}") / "metrics.jsonl").exists()
+
+
 def test_ctrl_c_at_one_process_stops_both_at_one_step(place, interrupted_pair):
     stopped, last = interrupted_pair
     assert [x.code for x in stopped] == [PREEMPTED] * 2, stopped[0].err
@@ -214,7 +286,7 @@ def test_ctrl_c_at_one_process_stops_both_at_one_step(place, interrupted_pair):
 def test_the_launcher_starts_again_what_has_lost_a_process(place, launched):
     """All of them, and the run ends as if nothing had happened."""
     assert launched.code == 0, launched.err
-    assert launched.err.count("once more") == 1
+    assert launched.err.count("restarting") == 1
     assert re.search(r"step \d+ restored", launched.err)
     check_equal(place, "launched", "two-processes")
     starts = json.loads((place.run_dir("launched") / "run.json").read_text())["starts"]

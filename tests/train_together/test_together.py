@@ -256,7 +256,7 @@ class Apart:
 
         patches = {
             "prepare": prepare,
-            "claim": lambda run, changed: {},
+            "claim": lambda runs, opened: [{} for _ in runs],
             "open_checkpoints": lambda run, identity: contextlib.nullcontext(),
             "restore": lambda run, checkpointer: (next(steps), None),
             "record_start": lambda run, identity, changed: None,

@@ -18,6 +18,7 @@ from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
 from research.data.row_readers import BadRowError, read_rows
+from research.parallel import agreement
 from research.tokenize.conversation import Record
 
 DOLLY = HubAddress.parse(DEFAULT_ROWS, "dataset")
@@ -104,10 +105,14 @@ def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
     if config.path and config.path != EMBEDDED:
         return config.path, read_rows(Path(config.path).expanduser())
     if not config.path:
+        rows = None
         try:
-            return f"hub {DOLLY.name}", _hub_rows(DOLLY, config)
+            rows = _hub_rows(DOLLY, config)
         except UserError as error:
             logging.info("data: %s; the embedded sample is used", error)
+        # One choice for all processes: the hub may answer only some of them.
+        if agreement.everywhere(rows is not None):
+            return f"hub {DOLLY.name}", rows
     return "embedded sample", _embedded_rows()
 
 

@@ -226,7 +226,7 @@ def sample():
 def test_a_hub_that_answers_only_some_processes_is_used_by_none(monkeypatch):
     row = {"instruction": "Why?", "response": "So.", "context": "", "category": "qa"}
     rows = [("hub:1", row), ("hub:2", row)]
-    monkeypatch.setattr(row_selection, "_hub_rows", lambda timeout: rows)
+    monkeypatch.setattr(row_selection, "_hub_rows", lambda *_: rows)
     assert load_rows(DataConfig(), seed=0).origin.startswith("hub ")
     monkeypatch.setattr(row_selection.agreement, "everywhere", lambda flag: False)
     assert load_rows(DataConfig(), seed=0).origin == "embedded sample"

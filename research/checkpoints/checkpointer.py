@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from research.checkpoints.checkpoint_errors import (
     all_damaged,
@@ -128,7 +126,7 @@ class Checkpointer:
             damaged = {s: problems for s in steps if (problems := self._misjudged(s))}
         for step, problems in damaged.items():
             self._move_aside(step, problems)
-        self._lost += json.loads(agreement.of_first(json.dumps(list(damaged))))
+        self._lost += agreement.of_first(list(damaged))
 
     def _misjudged(self, step: int) -> list[str]:
         """The damage to the file with the held-out loss of `step`."""
@@ -358,10 +356,8 @@ class Checkpointer:
         """Moves a checkpoint out of reach of every restore, and reports it."""
         if self._read_only:
             require_undamaged(step, self._folder, damage)
-        if jax.process_index() == 0:
-            self._move_aside(step, damage)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        first = jax.process_index() == 0
+        agreement.together(lambda: first and self._move_aside(step, damage))
         self._manager.reload()
 
     def _move_aside(self, step: int, damage: list[str]) -> None:

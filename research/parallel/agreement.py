@@ -49,12 +49,12 @@ def everywhere(flag: bool) -> bool:
     return not _maximum(np.array([not flag], np.int32))[0]
 
 
-def of_first(text: str) -> str:
-    """The `text` of the first process, in all processes, each of which calls this."""
+def of_first(value: Any) -> Any:
+    """The JSON `value` of the first process, in all processes, which all call this."""
     if jax.process_count() == 1:
-        return text
+        return value
     group = _Group(jax.process_index(), jax.process_count(), _maximum)
-    return json.loads(group.said_by(0, json.dumps(text)))
+    return json.loads(group.said_by(0, json.dumps(value)))
 
 
 class _Group:

@@ -232,8 +232,7 @@ class RunDir:
             known = {**(others or {}), **self._known_pins()}
             return resolve_addresses(config, known, asking=jax.process_index() == 0)
 
-        pins = agreement.together(found)
-        self.pins = json.loads(agreement.of_first(json.dumps(pins)))
+        self.pins = agreement.of_first(agreement.together(found))
         return pinned(config, self.pins)
 
     def keep_pins(self) -> None:

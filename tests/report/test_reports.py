@@ -3,19 +3,26 @@
 import dataclasses
 import io
 import json
+import types
 
 import pytest
 from rich.console import Console
 
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import visible
 from research.report import final_report, loss_plot, markdown_report, terminal
 from research.report.result_tables import tabulate_losses
 from research.report.run_results import RunResults, read_results
 from research.runs import display_files
+from research.runs.phase_timer import PhaseTimer
+from research.runs.run_directory import IDENTITY_PARTS, RunDir
+from research.runs.run_history import History
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan
+from research.train import finish_run
+from research.train.step.train_step import TrainState
 
 HOSTILE = ["[/x]", r"$\R$", "a|b", "_x", "# h", "", "**b** <i>&amp; ~~s~~", "[bold]y"]
 # A terminal would obey these, and XML and fonts have none of them.
@@ -168,6 +175,40 @@ def test_any_part_of_the_end_may_fail_but_the_disk(caplog):
     )
     with pytest.raises(OSError):
         final_report.attempt("d", lambda: fail(OSError("z")), failed, OSError)
+
+
+def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
+    tmp_path, monkeypatch
+):
+    """A run of which all steps are done, and nothing else is as it should be."""
+
+    def fail(*_):
+        raise ValueError("no base")
+
+    folder = RunDir(tmp_path / "run")
+    with folder.create(Config(), dict.fromkeys(IDENTITY_PARTS, "x"), []):
+        pass
+    monkeypatch.setattr(finish_run, "tuned_generator", lambda *_: None)
+    space = types.SimpleNamespace
+    base = space(name="base", tokenizer=None, tensors=None)
+    run = space(
+        folder=folder,
+        history=History(folder.history, PhaseTimer()),
+        config=space(export=False, steps=3),
+        definition=space(trainable=None, mesh=None),
+        base=base,
+        task=space(conclude=fail, origin="rows"),
+        sampler=None,
+        state=TrainState(3, {}, None),
+        frozen=None,
+        console=Console(file=io.StringIO()),
+    )
+    (folder.path / "metrics.jsonl").write_bytes(b'{"kind": "eval", "step": 3}\n\xff\n')
+    finish_run.finish(run)
+    facts = json.loads((folder.path / "complete.json").read_text())
+    assert "the answers: ValueError: no base" in facts["missing in the report"]
+    assert "loss.png: KeyError" in facts["missing in the report"]
+    folder._lock.release()
 
 
 def test_a_full_disk_is_no_defect(tmp_path):

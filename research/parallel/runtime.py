@@ -1,14 +1,16 @@
 """The start and the end of a process, its compilation cache, and its device's facts."""
 
+import contextlib
 import json
 import logging
 import os
 import resource
 import statistics
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +23,10 @@ from jax.experimental import multihost_utils
 from research.config.knob_groups import RuntimeConfig
 from research.core import cache_folders
 from research.core.errors import LonelyError, UserError
-from research.parallel import chips, process_discovery
+from research.parallel import chips, process_discovery, rendezvous
 
+# Seconds in which the processes of a run must find each other. JAX waits as long.
+JOIN_TIME = 300.0
 # Arrays have the types that the code gives them, and a seed always the same numbers:
 # frozen random weights are made again from it, wherever the run is opened.
 NUMBERS = {
@@ -151,13 +155,18 @@ def _join_processes(config: RuntimeConfig) -> None:
     named = (found.address, found.count, found.index) if found else (None, None, None)
     source = found.source if found else process_discovery.detected()
     devices = process_discovery.local_devices(os.environ)
+    patience = min(JOIN_TIME, config.watchdog_s or JOIN_TIME)
+    if found:
+        rendezvous.meet(found, patience)
     try:
-        jax.distributed.initialize(
-            *named,
-            devices,
-            cluster_detection_method="deactivate" if found else None,
-            heartbeat_timeout_seconds=int(max(100, config.watchdog_s + 60)),
-        )
+        with _answered_within(patience):
+            jax.distributed.initialize(
+                *named,
+                devices,
+                cluster_detection_method="deactivate" if found else None,
+                initialization_timeout=int(patience + 60),
+                heartbeat_timeout_seconds=int(max(100, config.watchdog_s + 60)),
+            )
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         # A machine that is only slow may answer at the next start.
@@ -171,6 +180,27 @@ def _join_processes(config: RuntimeConfig) -> None:
     logging.info("processes: %s", joined)
     if not found:
         process_discovery.check_slices(os.environ, joined.count)
+
+
+@contextlib.contextmanager
+def _answered_within(seconds: float) -> Iterator[None]:
+    """Ends the process if the body takes longer; JAX itself would abort it."""
+
+    def end() -> None:
+        sys.stderr.write(
+            f"error: the other processes of this run have not come within {seconds:g} "
+            "s: one is missing, or a number was given twice; see their own output\n"
+        )
+        sys.stderr.flush()
+        os._exit(LonelyError.exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _use_compilation_cache(folder: str) -> None:

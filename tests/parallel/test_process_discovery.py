@@ -49,6 +49,7 @@ def join(monkeypatch, caplog):
         ),
     )
     monkeypatch.setattr(distributed, "_jax", fake)
+    monkeypatch.setattr(runtime.rendezvous, "meet", lambda processes, patience: None)
     monkeypatch.setattr(
         distributed.xla_bridge, "backends_are_initialized", lambda: False
     )

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from research.core.errors import UnreachableError
 from research.core.stop_signals import stop_signals
 from research.runs.phase_timer import PhaseTimer
 
@@ -53,8 +52,6 @@ class StopRequest:
 
     Attributes:
       signal: the signal that requested the stop; None before it came.
-      unreachable: why no more data comes, if this process is alone; it is to be raised
-        once all is saved.
     """
 
     def __init__(self, phases: PhaseTimer):
@@ -64,7 +61,6 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         self._read, self._write = socket.socketpair()
         self.signal: signal.Signals | None = None
-        self.unreachable: UnreachableError | None = None
         self._moment = 0
 
     def __enter__(self) -> "StopRequest":
@@ -152,16 +148,11 @@ class StopRequest:
         """Returns `pull()`; every process calls this once between two steps.
 
         Raises:
-          Preempted: a signal came first, and this process is alone or all were waiting;
-            or no more data comes, see `unreachable`.
+          Preempted: a signal came first, and this process is alone or all were waiting.
         """
         if self._alone:
             self.raise_if_lost()  # A signal may have been noted since the last step.
-            try:
-                return pull()
-            except UnreachableError as error:
-                self.unreachable = error
-                raise Preempted(signal.SIGTERM) from error
+            return pull()
         begun, pulled = time.monotonic(), _in_thread(pull)
         for _ in range(MOMENTS - 1):
             if self._agreed():

@@ -1,0 +1,102 @@
+"""Every number is there once, or all processes hear which one is not."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from research.core.errors import LonelyError, UserError
+from research.parallel import rendezvous, runtime
+from research.parallel.process_discovery import Processes
+from research.parallel.rendezvous import meet
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def met(indices, count, patience=10.0, counts=None):
+    """How each process of `indices` ends, in order."""
+    address = f"localhost:{free_port()}"
+
+    def one(place):
+        given = (counts or [count] * len(indices))[place]
+        try:
+            meet(Processes(address, given, indices[place], "test"), patience)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(len(indices)) as pool:
+        return list(pool.map(one, range(len(indices))))
+
+
+def test_all_that_are_there_may_join():
+    begun = time.monotonic()
+    assert met([2, 0, 3, 1], 4) == [None] * 4
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 1], [1, 0, 0], [0, 0]])
+def test_a_number_given_twice_is_named_at_once(indices, monkeypatch):
+    monkeypatch.setattr(rendezvous, "LINGER", 0.3)
+    begun = time.monotonic()
+    twice = max(indices, key=indices.count)
+    ends = met(indices, 3)
+    assert time.monotonic() - begun < 5
+    for error in ends:
+        assert type(error) is UserError
+        assert f"two processes have the number {twice}" in str(error)
+
+
+def test_missing_numbers_are_named_in_time():
+    ends = met([0, 2], 4, patience=0.5)
+    for error in ends:
+        assert type(error) is LonelyError and error.exit_code == 6
+        assert "2 of 4 processes have not come" in str(error)
+        assert "numbers 1, 3;" in str(error)
+
+
+def test_a_missing_first_process_is_named_in_time():
+    (error,) = met([1], 2, patience=0.3)
+    assert type(error) is LonelyError
+    assert "process 0 does not answer at localhost:" in str(error)
+
+
+def test_processes_that_were_told_of_other_numbers_are_refused():
+    for error in met([0, 1], 2, counts=[2, 3]):
+        assert type(error) is UserError
+        assert "expects 2 processes, and process 1 (" in str(error)
+
+
+def test_a_stranger_at_the_port_holds_nobody_up():
+    address = f"localhost:{free_port()}"
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, Processes(address, 2, 0, "test"), 10.0)
+        port = int(address.rpartition(":")[2])
+        while True:
+            try:
+                stranger = socket.create_connection(("localhost", port))
+                break
+            except OSError:
+                time.sleep(0.01)
+        with stranger:
+            stranger.sendall(b"GET / HTTP/1.1\n")
+            meet(Processes(address, 2, 1, "test"), 10.0)
+        assert first.result() is None
+
+
+def test_a_process_that_jax_lets_wait_ends_with_a_sentence(monkeypatch, capsys):
+    """Where JAX finds the address by itself, nobody has met before."""
+    codes = []
+    monkeypatch.setattr(runtime.os, "_exit", codes.append)
+    with runtime._answered_within(0.05):
+        time.sleep(0.5)
+    assert codes == [LonelyError.exit_code]
+    assert "a number was given twice" in capsys.readouterr().err
+    with runtime._answered_within(0.2):
+        pass
+    time.sleep(0.3)
+    assert len(codes) == 1

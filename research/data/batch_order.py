@@ -12,6 +12,8 @@ ENDLESS_EPOCHS = 1_000_000_000
 
 
 Alive = Callable[[], None]
+# As `parallel.agreement.union`: fills in the texts that only other processes know.
+Union = Callable[[Sequence[str]], list[str]]
 
 
 def still() -> None:
@@ -21,8 +23,7 @@ def still() -> None:
 class Batches(Protocol):
     """Endless training batches and a position that can be saved.
 
-    The position of a process may lack what only the others know; `joined` makes the
-    whole of the positions of all processes.
+    The position of a process may lack what only the others know; `joined` adds it.
 
     Attributes:
       alive: called while data is read or skipped, which may take long.
@@ -36,7 +37,7 @@ class Batches(Protocol):
 
     def get_state(self) -> dict[str, Any]: ...
 
-    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
+    def joined(self, state: dict[str, Any], union: Union) -> dict[str, Any]: ...
 
     def set_state(self, state: dict[str, Any]) -> None: ...
 
@@ -82,9 +83,9 @@ class OrderedBatches:
         """The position as JSON data."""
         return self._iterator.get_state()
 
-    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def joined(self, state: dict[str, Any], union: Union) -> dict[str, Any]:
         """All processes are at the same position."""
-        return states[0]
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._iterator.set_state(state)

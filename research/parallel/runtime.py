@@ -1,7 +1,6 @@
 """The start and the end of a process, its compilation cache, and its device's facts."""
 
 import contextlib
-import json
 import logging
 import os
 import resource
@@ -16,9 +15,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import psutil
-from jax.experimental import multihost_utils
 
 from research.config.knob_groups import RuntimeConfig
 from research.core import cache_folders
@@ -226,20 +223,6 @@ def _use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(where))
     # Small programs are cached too: reading them saves a fifth of a warm start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def gather_json(value: Any) -> list[Any]:
-    """The JSON values of all processes, which all call this, in their order."""
-    if jax.process_count() == 1:
-        return [value]
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size)).ravel()
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [
-        json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)
-    ]
 
 
 def announce_first_call(function: Callable[..., Any], name: str) -> Callable[..., Any]:

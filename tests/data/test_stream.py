@@ -359,8 +359,16 @@ def test_a_position_is_joined_from_those_of_all_processes(tmp_path, small_parts)
     parts = [data.train_iterator(8, 0, range(i, i + 4)) for i in (0, 4)]
     for each in (whole, *parts):
         take(each, 5)
-    joined = whole.joined([part.get_state() for part in parts])
-    assert joined == whole.get_state()
+    known = [json.dumps(p) for p in whole.get_state()["positions"][0]]
+    states, asked = [part.get_state() for part in parts], []
+
+    def union(texts):
+        asked.append(texts)
+        return known
+
+    joined, _ = (part.joined(s, union) for part, s in zip(parts, states, strict=True))
+    assert joined == json.loads(json.dumps(whole.get_state()))
+    assert [a or b for a, b in zip(*asked, strict=True)] == known
     assert None in parts[0].get_state()["positions"][0]
     fresh = load_file(path).train_iterator(8, 0, range(2, 4))
     fresh.set_state(joined)

@@ -3,10 +3,11 @@
 import types
 
 import jax
+import numpy as np
 
 from research.config.knob_groups import MeshConfig
 from research.data.batch_order import OrderedBatches, endless
-from research.parallel import mesh, runtime
+from research.parallel import agreement, mesh
 from research.runs.phase_timer import PhaseTimer
 from research.train.programs.device_batches import DeviceBatches
 
@@ -15,11 +16,18 @@ class Stream(OrderedBatches):
     """Batches whose position differs by process."""
 
     def get_state(self):
-        return {"place": [1, None]}
+        return {"place": ["1", ""]}
 
-    def joined(self, states):
-        places = zip(*(state["place"] for state in states), strict=True)
-        return {"place": [next(filter(None, each), None) for each in places]}
+    def joined(self, state, union):
+        return {"place": union(state["place"])}
+
+
+def other_process(*texts):
+    """The maximum over this process and one that knows these texts."""
+    width = max(map(len, texts))
+    letters = "".join(text.ljust(width, "\0") for text in texts).encode()
+    theirs = iter([[width], np.frombuffer(letters, np.uint8)])
+    return lambda mine: np.maximum(mine, np.array(next(theirs), np.int32))
 
 
 def test_the_position_to_save_is_that_of_all_processes(monkeypatch):
@@ -37,10 +45,10 @@ def test_the_position_to_save_is_that_of_all_processes(monkeypatch):
     )
     batches = DeviceBatches([run], [None], lambda pulled, held_out: pulled)
     next(batches)
-    assert batches.whole_position(0) == {"data": {"place": [1, None]}, "pulled": 1}
-    other = {"place": [None, 2]}
-    monkeypatch.setattr(runtime, "gather_json", lambda own: [own, other])
-    assert batches.whole_position(0) == {"data": {"place": [1, 2]}, "pulled": 1}
+    assert batches.whole_position(0) == {"data": {"place": ["1", ""]}, "pulled": 1}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement, "_maximum", other_process("", "22"))
+    assert batches.whole_position(0) == {"data": {"place": ["1", "22"]}, "pulled": 1}
     silence = phases.silence
     stream.alive()
     assert phases.silence < silence

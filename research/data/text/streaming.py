@@ -18,7 +18,7 @@ import numpy as np
 
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
-from research.data.batch_order import Alive, still
+from research.data.batch_order import Alive, Union, still
 from research.data.source_shares.dealing import (
     PART_BYTES,
     UNDIVIDED,
@@ -201,13 +201,14 @@ class StreamedBatches:
             ],
         }
 
-    def joined(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The whole position, from those of all processes."""
+    def joined(self, state: dict[str, Any], union: Union) -> dict[str, Any]:
+        """A state of `get_state` with the positions that only other processes know."""
+        own = [json.dumps(p) if p else "" for each in state["positions"] for p in each]
+        found = iter(union(own))
         positions = [
-            [next(filter(None, places), None) for places in zip(*shares, strict=True)]
-            for shares in zip(*(state["positions"] for state in states), strict=True)
+            [json.loads(next(found)) for _ in each] for each in state["positions"]
         ]
-        return states[0] | {"positions": positions}
+        return {**state, "positions": positions}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position, whatever the number of processes that saved it.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from research.data.token_batch import Batch
-from research.parallel import mesh, runtime
+from research.parallel import agreement, mesh
 from research.train.training_run import TrainingRun
 
 Position = dict[str, Any]
@@ -63,7 +63,7 @@ class DeviceBatches:
         All processes call it, at the same step.
         """
         own = self.positions[index]
-        data = self._streams[index].joined(runtime.gather_json(own["data"]))
+        data = self._streams[index].joined(own["data"], agreement.union)
         return own | {"data": data}
 
     def __next__(self) -> Any:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from research.core.errors import UserError
 from research.tokenize.conversation import Turn
-from research.tokenize.template_script import BEGIN_ANSWER, END_ANSWER
+from research.tokenize.template_process import BEGIN_BLOCK, END_BLOCK
 from research.tokenize.tokenizer import Before, Tokenizer
 
 # Private-use characters mark the holes while a template is rendered.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 HOLE = re.compile(f"({OPEN}[0-9.]+{CLOSE})")
-BLOCK_EDGE = re.compile(f"([{BEGIN_ANSWER}{END_ANSWER}])")
+BLOCK_EDGE = re.compile(f"([{BEGIN_BLOCK}{END_BLOCK}])")
 THOUGHT_TAGS = ("think", "thinking", "thought", "reasoning")
 THOUGHT = re.compile(f"(</?(?:{'|'.join(THOUGHT_TAGS)})>)")
 

@@ -22,6 +22,8 @@ from typing import Any
 from research.core.errors import UserError
 
 SCRIPT = Path(__file__).with_name("template_script.py")
+# Private-use characters around the text of a {% generation %} block.
+BEGIN_BLOCK, END_BLOCK = "\ue0f2", "\ue0f3"
 END = b"\0"  # Not in JSON.
 PATIENCE = 60.0  # seconds of waiting; the limit of CPU time usually ends it earlier.
 
@@ -52,9 +54,10 @@ class _TemplateProcess:
             for package in ("jinja2", "markupsafe")
             for folder in importlib.util.find_spec(package).submodule_search_locations
         }
+        marks = (str(ord(mark)) for mark in (BEGIN_BLOCK, END_BLOCK))
         # Signals that are meant for the run must not end a template.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SCRIPT), *sorted(folders)],
+            [sys.executable, "-I", "-S", str(SCRIPT), *marks, *sorted(folders)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,7 +1,8 @@
 """Renders chat templates, one JSON request a line, under limits of its own process.
 
-`template_process` starts this file as a script, with the folders of Jinja as its
-arguments. It imports nothing of ours, so it starts in a fraction of a second.
+`template_process` starts this file as a script. Its arguments are the numbers of
+the two letters to put around generation blocks, and the folders of Jinja. It imports
+nothing of ours, so it starts in a fraction of a second.
 """
 
 import datetime
@@ -10,7 +11,8 @@ import resource
 import sys
 from typing import Any
 
-sys.path += sys.argv[1:]
+if __name__ == "__main__":
+    sys.path += sys.argv[3:]
 
 import jinja2
 import jinja2.ext
@@ -20,14 +22,13 @@ import jinja2.sandbox
 SECONDS = 5  # of CPU time for a request
 MEMORY = 1 << 30  # bytes of address space
 LETTERS = 1 << 20  # of a rendered conversation, whose texts are marks of holes
-# Private-use characters around what a template writes in a {% generation %} block.
-BEGIN_ANSWER, END_ANSWER = "\ue0f2", "\ue0f3"
 
 
 class GenerationBlocks(jinja2.ext.Extension):
     """`{% generation %}`, by which a template says what a model has to write."""
 
     tags = frozenset({"generation"})
+    marks = ("", "")
 
     def parse(self, parser: Any) -> jinja2.nodes.CallBlock:
         """A block whose text stands between two marks."""
@@ -38,7 +39,7 @@ class GenerationBlocks(jinja2.ext.Extension):
         return block.set_lineno(line)
 
     def _marked(self, caller: Any) -> str:
-        return BEGIN_ANSWER + caller() + END_ANSWER
+        return self.marks[0] + caller() + self.marks[1]
 
 
 def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -110,6 +111,7 @@ def main() -> None:
     """Answers requests until there are no more."""
     _lower(resource.RLIMIT_AS, MEMORY)
     _lower(resource.RLIMIT_CORE, 0)
+    GenerationBlocks.marks = tuple(chr(int(number)) for number in sys.argv[1:3])
     environment = make_environment()
     for line in sys.stdin:
         print(json.dumps(_reply(environment, line)), flush=True)

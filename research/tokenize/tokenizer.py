@@ -16,7 +16,7 @@ import tokenizers
 
 from research.core.errors import UserError
 from research.core.json_files import read_json
-from research.models.families.config_fields import ConfigFields
+from research.models.families.config_fields import ConfigFields, is_text
 from research.tokenize.text_view import MARK, make_text_view
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -308,13 +308,11 @@ def _read_settings(folder: Path) -> ConfigFields:
 def _own_template(settings: ConfigFields) -> str:
     """The template, or the one called default of several; "" if there is none."""
     template = settings.get("chat_template", "")
-    if isinstance(template, str):
+    if is_text(template):
         return template
     named = template if isinstance(template, list) else [template]
     if not all(
-        isinstance(t, dict)
-        and isinstance(t.get("name"), str)
-        and isinstance(t.get("template"), str)
+        isinstance(t, dict) and is_text(t.get("name")) and is_text(t.get("template"))
         for t in named
     ):
         raise settings.wrong(
@@ -341,6 +339,6 @@ def _named_token(
     token = value.get("content") if isinstance(value, dict) else value
     if token is None and value is None:
         return None
-    if not isinstance(token, str) or inner.token_to_id(token) is None:
+    if not is_text(token) or inner.token_to_id(token) is None:
         raise settings.wrong(name, value, "null, or the text of a token that there is")
     return token

@@ -102,6 +102,8 @@ def _train(
             restored = RestoredRun(run, checkpointer, position)
             by_step.setdefault(step, []).append(restored)
         ended = _fit_all(by_step, stop, at_once)
+    if stop.unreachable:
+        raise stop.unreachable  # All is saved.
     # First those that are not done: a signal may cut the reports of the others short.
     ended.sort(key=lambda each: each[1] >= each[0].run.config.steps)
     return max([_conclude(restored, done, stop) for restored, done in ended])

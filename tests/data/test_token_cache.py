@@ -407,8 +407,12 @@ def test_a_tokenizer_must_tell_documents_apart(tmp_path, corpus):
     inner = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
     with pytest.raises(UserError, match="names no eos_token"):
         build(tmp_path, corpus, Tokenizer(inner, bos=None, eos=None))
-    with pytest.raises(UserError, match=r"makes id \d+ of plain text"):
-        build(tmp_path, corpus, Tokenizer(inner, bos=None, eos="a"))
+    marks = token_cache.DocumentMarks.of(byte_tokenizer())
+    piece = DocumentPiece("text", True, True, "rows.jsonl:3")
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:3: .* makes id \d+ of plain text"
+    ):
+        marks.frame(piece, np.array([1, marks.start, 2]))
 
 
 def test_an_unreadable_document_stops_the_build(tmp_path, corpus):

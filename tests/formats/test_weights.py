@@ -335,6 +335,8 @@ def test_damaged_tokenizer_settings_are_the_users_error(base_folder):
         ({"eos_token": "</end>"}, "eos_token is '</end>'; it must be null, or"),
         ({"bos_token": {"text": "a"}}, "bos_token is {'text': 'a'}; it must be"),
         ({"chat_template": 5}, "chat_template is 5; it must be text, or a list"),
+        ({"chat_template": "\ud800"}, "it must be text, or a list"),
+        ({"eos_token": "\ud800"}, "it must be null, or the text of a token"),
         ({"chat_template": [{"name": "default"}]}, "it must be text, or a list"),
         ({"additional_special_tokens": "b"}, "it must be a list of tokens"),
         (5, "cannot be used (it is 5, not dict)"),

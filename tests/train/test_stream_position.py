@@ -4,11 +4,14 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from research.config.knob_groups import MeshConfig
+from research.core.errors import UnreachableError
 from research.data.batch_order import OrderedBatches, endless
 from research.parallel import agreement, mesh
 from research.runs.phase_timer import PhaseTimer
+from research.runs.steering.os_signals import Preempted, StopRequest
 from research.train.programs.device_batches import DeviceBatches
 
 
@@ -52,3 +55,16 @@ def test_the_position_to_save_is_that_of_all_processes(monkeypatch):
     silence = phases.silence
     stream.alive()
     assert phases.silence < silence
+
+
+def test_data_that_stays_away_ends_the_wait_like_a_signal():
+    """So what is done is saved, and the error comes after that."""
+    away = UnreachableError("no route to the hub")
+
+    def pull():
+        raise away
+
+    with StopRequest(PhaseTimer()) as stop:
+        with pytest.raises(Preempted):
+            stop.wait(pull)
+        assert stop.unreachable is away and stop.signal is None

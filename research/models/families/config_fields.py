@@ -65,13 +65,13 @@ class ConfigFields:
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self._needed(name, default)
-        if not isinstance(value, str):
+        if not is_text(value):
             raise self.wrong(name, value, "text")
         return value
 
     def texts(self, name: str) -> list[str]:
         value = self._needed(name, None)
-        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+        if not isinstance(value, list) or not all(map(is_text, value)):
             raise self.wrong(name, value, "a list of texts")
         return value
 
@@ -106,6 +106,11 @@ class ConfigFields:
         found = repr(value)
         found = found if len(found) <= 80 else f"{found[:80]}..."
         return UserError(f"{self.where}: {name} is {found}; it must be {right}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text, in which JSON allows half a character; nobody else does."""
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
 
 
 def read_rope(fields: ConfigFields) -> tuple[float, RopeScaling]:

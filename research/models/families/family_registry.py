@@ -61,7 +61,7 @@ def find_gguf_family(architecture: Any, where: str) -> ModelFamily:
     for family in FAMILIES.values():
         known.setdefault(family.gguf_architecture, family)
     known.pop("", None)
-    if architecture not in known:
+    if not isinstance(architecture, str) or architecture not in known:
         said = f"{where}: general.architecture is {architecture!r}"
         raise _unknown(said, str(architecture), known)
     return known[architecture]

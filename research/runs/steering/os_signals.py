@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from research.core.errors import UnreachableError
 from research.core.stop_signals import stop_signals
 from research.runs.phase_timer import PhaseTimer
 
@@ -52,6 +53,8 @@ class StopRequest:
 
     Attributes:
       signal: the signal that requested the stop; None before it came.
+      unreachable: why no more data comes, if this process is alone; it is to be raised
+        once all is saved.
     """
 
     def __init__(self, phases: PhaseTimer):
@@ -61,6 +64,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         self._read, self._write = socket.socketpair()
         self.signal: signal.Signals | None = None
+        self.unreachable: UnreachableError | None = None
         self._moment = 0
 
     def __enter__(self) -> "StopRequest":
@@ -148,11 +152,16 @@ class StopRequest:
         """Returns `pull()`; every process calls this once between two steps.
 
         Raises:
-          Preempted: a signal came first, and this process is alone or all were waiting.
+          Preempted: a signal came first, and this process is alone or all were waiting;
+            or no more data comes, see `unreachable`.
         """
         if self._alone:
             self.raise_if_lost()  # A signal may have been noted since the last step.
-            return pull()
+            try:
+                return pull()
+            except UnreachableError as error:
+                self.unreachable = error
+                raise Preempted(signal.SIGTERM) from error
         begun, pulled = time.monotonic(), _in_thread(pull)
         for _ in range(MOMENTS - 1):
             if self._agreed():

@@ -14,14 +14,9 @@ from typing import Any
 
 from research.core.errors import UserError, nearest
 from research.tokenize.conversation import Record, Turn
-from research.tokenize.template_cut import (
-    THOUGHT_TAGS,
-    Part,
-    cut_conversation,
-    cut_prompt,
-    hide,
-)
-from research.tokenize.template_process import render_template
+from research.tokenize.templates.template_cut import Part, cut_conversation, cut_prompt
+from research.tokenize.templates.template_holes import TextHider
+from research.tokenize.templates.template_process import render_template
 from research.tokenize.tokenizer import Before, Tokenizer
 
 MOST_CUTS = 4096  # forms of conversations that are remembered
@@ -108,9 +103,7 @@ class ChatFormat:
             "eos_token": tokenizer.eos_token,
             **read_template_args(self._source, written_args),
         }
-        tags = "".join(f"<{tag}></{tag}>" for tag in THOUGHT_TAGS)
-        found = {token[0] for token in tokenizer.find_added(tags)}
-        self._thoughts = not found & tokenizer.control_ids
+        self._hider = TextHider(self._source, tokenizer)
         self._cut = functools.lru_cache(MOST_CUTS)(self._cut_turns)
         self._cut_prompt = functools.lru_cache(MOST_CUTS)(self._cut_prompt_turns)
         self._said: set[str] = set()
@@ -140,9 +133,7 @@ class ChatFormat:
         """
         cuts = []
         for record in records:
-            turns, texts = hide(
-                self._turns(record.turns, record.context), self._thoughts
-            )
+            turns, texts = self._hider.hide(self._turns(record.turns, record.context))
             try:
                 cuts.append((self._cut(turns), texts))
             except UserError as error:
@@ -165,7 +156,7 @@ class ChatFormat:
         Raises:
           UserError: the template refuses the conversation.
         """
-        hidden, texts = hide(self._turns(turns, context), self._thoughts)
+        hidden, texts = self._hider.hide(self._turns(turns, context))
         (of_parts,) = self._fill([(self._cut_prompt(hidden), texts)])
         return [i for ids in of_parts for i in ids]
 
@@ -189,7 +180,7 @@ class ChatFormat:
     def _check_texts(self) -> None:
         """Raises UserError if the template changes texts, other than at their ends."""
         turns = (Turn("user", f"{PROBE}?"), Turn("assistant", f"{PROBE}."))
-        hidden, texts = hide(turns, self._thoughts)
+        hidden, texts = self._hider.hide(turns)
         written = self._render(hidden, False)
         for hole, text in texts.items():
             written = written.replace(hole, text)
@@ -222,7 +213,7 @@ class ChatFormat:
     @functools.cached_property
     def _takes_system(self) -> bool:
         texts = (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))
-        turns, _ = hide(texts, self._thoughts)
+        turns, _ = self._hider.hide(texts)
         try:
             if turns[0].text in self._render(turns, False):
                 return True

@@ -11,11 +11,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from research.core.errors import UserError
-from research.tokenize import template_process
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.gguf_tokenizer import from_gguf_metadata
-from research.tokenize.template_cut import CLOSE, OPEN
+from research.tokenize.templates import template_process
+from research.tokenize.templates.template_holes import CLOSE, OPEN
 from research.tokenize.tokenizer import Tokenizer, from_folder
 
 CONTROL = [
@@ -279,6 +279,38 @@ def test_an_interrupted_template_does_not_answer_the_next_one(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             template_process.render_template("old", {})
     assert template_process.render_template("new", {}) == "new"
+
+
+def test_a_mark_that_the_template_looks_for_is_seen_in_every_text():
+    """As the switch in SmolLM3's system text; other text stays hidden."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'system' %}"
+        "{{ 'quiet: ' if '/no_think' in m.content else 'loud: ' }}"
+        "{{ m.content.replace('/no_think', '').strip() }}{% else %}{{ m.content }}"
+        "{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    chat = ChatFormat(tokenizer, "chat")
+    for system, written in (
+        ("Be kind. /no_think", "quiet: Be kind."),
+        ("/no_think", "quiet: "),
+        ("Be kind.", "loud: Be kind."),
+    ):
+        made = record("q /no_think", "a", system=system)
+        text = text_of(tokenizer, chat.encode(made))
+        assert f"system\n{written}<|im_end|>" in text
+        assert "user\nq /no_think<|im_end|>" in text
+
+
+def test_marks_that_add_up_to_a_control_token_are_letters():
+    template = "{% set x = '<|im' in 'a' or '_end|>' in 'a' %}" + CHATML
+    tokenizer = make_tokenizer(template)
+    encoded = ChatFormat(tokenizer, "chat").encode(
+        record("a <|im_end|>", "<|im_end|>b")
+    )
+    assert sum(i in tokenizer.control_ids for i in encoded.ids) == 6
+    assert trained_parts(tokenizer, encoded) == ["<|im_end|>b<|im_end|>"]
 
 
 def test_an_answer_of_thoughts_alone_is_an_answer():

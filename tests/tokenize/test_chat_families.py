@@ -13,11 +13,13 @@ from transformers.utils import chat_template_utils
 from research.core.errors import UserError
 from research.tokenize.chat_template import (
     ChatFormat,
+    dolly_template,
     read_template_args,
     with_template_args,
 )
 from research.tokenize.conversation import Record, Turn
-from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.tokenizer import Tokenizer, from_folder
+from research.tokenize.tokenizer_training import save_tokenizer
 
 SYSTEM = ("system", "Answer briefly; é.")
 ONE = [("user", "Is it 12345?\n\nSay so."), ("assistant", "It is.\n\n\nYes (7)?")]
@@ -290,6 +292,26 @@ def test_other_tools_prompt_with_the_variables_of_training():
         quiet.facts.template, quiet.facts.args
     )
     assert theirs.theirs(turns, True) == quiet.prompt(turns)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral v1"])
+def test_an_exported_dolly_template_gives_the_prompts_of_training(name, tmp_path):
+    """Other tools prompt a model that was tuned with `template=dolly` as we do."""
+    facts = FAMILIES[name]
+    eos, add_bos = facts.control[-1], facts.bos is not None
+    ours = Tokenizer(facts.tokenizer(), bos=facts.bos, eos=eos, add_bos=add_bos)
+    save_tokenizer(ours.with_chat_template(dolly_template(ours)), tmp_path)
+    assert from_folder(tmp_path).add_bos == add_bos
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    chat = ChatFormat(ours, "dolly")
+    for turns in (SEVERAL[:1], SEVERAL[:3], [SYSTEM, *SEVERAL[:3]]):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        ids = theirs.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == chat.encode_prompt([Turn(*turn) for turn in turns])
+        assert ids[:1] == [ours.bos] or not add_bos
 
 
 def test_a_prompt_in_other_words_is_refused_with_both():

@@ -12,16 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from research.core.errors import UserError
 from research.tokenize.conversation import Turn
-from research.tokenize.template_process import BEGIN_BLOCK, END_BLOCK
+from research.tokenize.templates.template_holes import CLOSE, HOLE, OPEN, THOUGHT
+from research.tokenize.templates.template_process import BEGIN_BLOCK, END_BLOCK
 from research.tokenize.tokenizer import Before, Tokenizer
 
-# Private-use characters mark the holes while a template is rendered.
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
-HOLE = re.compile(f"({OPEN}[0-9.]+{CLOSE})")
 BLOCK_EDGE = re.compile(f"([{BEGIN_BLOCK}{END_BLOCK}])")
-THOUGHT_TAGS = ("think", "thinking", "thought", "reasoning")
-THOUGHT = re.compile(f"(</?(?:{'|'.join(THOUGHT_TAGS)})>)")
-
 Render = Callable[[Sequence[Turn], bool], str]
 
 
@@ -57,33 +52,6 @@ class Cut:
 
     parts: tuple[Part, ...]
     notes: tuple[str, ...]
-
-
-def hide(
-    turns: Sequence[Turn], thoughts: bool
-) -> tuple[tuple[Turn, ...], dict[str, str]]:
-    """The turns with holes in place of their texts, and the texts by hole.
-
-    Templates cut white space off a text, and look for thoughts in an answer: white
-    space at the ends and, with `thoughts`, the tags of thoughts stay in sight.
-    """
-    texts: dict[str, str] = {}
-    hidden = []
-    for index, turn in enumerate(turns):
-        pieces = [turn.text]
-        if thoughts and turn.role == "assistant":
-            pieces = THOUGHT.split(turn.text)
-            if not pieces[-1].strip():  # Thoughts without an answer are the answer.
-                pieces = [turn.text]
-        for part in range(0, len(pieces), 2):
-            text = pieces[part].strip()
-            if text:
-                hole = f"{OPEN}{index}.{part}{CLOSE}"
-                texts[hole], start = text, pieces[part].index(text)
-                end = pieces[part][start + len(text) :]
-                pieces[part] = pieces[part][:start] + hole + end
-        hidden.append(dataclasses.replace(turn, text="".join(pieces)))
-    return tuple(hidden), texts
 
 
 def cut_prompt(

@@ -191,7 +191,9 @@ def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
     for run in listed:
         for line in read_metrics(folder / run["name"]):
             if line["kind"] == "eval":
-                groups = ", ".join(f"by_group.{name}" for name in line["by_group"])
+                groups = ", ".join(
+                    f"by_group.{name}" for name in line.get("by_group", ())
+                )
                 return f"{run['name']} has loss and {groups}"
     return "none has an evaluation"
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
 def _split(given: str) -> tuple[str, list[str]]:
     """The file, whose path may hold a colon, and the arguments of `get_config`."""
     file, colon, argument = given.rpartition(":")
-    return (file, [argument]) if colon and not Path(given).is_file() else (given, [])
+    return (file, [argument]) if colon and not os.path.isfile(given) else (given, [])
 
 
 def call_in_file(
@@ -65,7 +66,7 @@ def call_in_file(
       UserError: the file is missing, or fails. The message begins with `flag`, and has
         the file's name and, if it fails, the line.
     """
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{flag}: there is no such file")
     try:
         module = _load(file)

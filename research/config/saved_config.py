@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _absolute(written: str, folder: Path) -> str:
     path = Path(written)
     first = path.parts[0] if path.parts else ""
     # A pattern such as `shards/*.parquet` is no file, and its first part is.
-    known = glob.has_magic(first) or (folder / first).exists()
+    known = glob.has_magic(first) or os.path.exists(folder / first)
     return str(folder / path) if known else written
 
 

@@ -194,6 +194,19 @@ def test_a_mark_of_completion_that_is_none_is_named(folder):
         assert folder.is_complete
 
 
+def test_a_run_directory_of_an_earlier_version_opens(folder):
+    """Its config names the base model otherwise, and its identity has no id."""
+    (old, *_) = sorted((ROOT / "tests/golden/kept/configs").iterdir())
+    assert '"weights": "pkg://' in old.read_text()
+    shutil.copy(old, folder.path / "config.json")
+    (folder.path / "identity.json").write_text(json.dumps(IDENTITY))
+    config = folder.config()
+    assert config.model.init_from.startswith("pkg://") and config.lora.rank == 8
+    assert folder.check_config(config) == {} == folder.check_identity(IDENTITY)
+    folder.update(IDENTITY, [], config)  # An accepted difference writes it anew.
+    assert folder.config() == config and "weights" not in str(config)
+
+
 # -- the history ---------------------------------------------------------------------
 
 

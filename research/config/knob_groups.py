@@ -204,7 +204,8 @@ class TextConfig:
     )
     cache: bool = knob(
         True,
-        "tokenise once and read in random order; false: stream in the sources' order",
+        "tokenise once and read in random order; false: stream in the order of the "
+        "sources, large ones in shares side by side",
     )
     cache_dir: str = free_knob(
         "auto", "folder of tokenised sources; auto: the user's cache", is_path=True

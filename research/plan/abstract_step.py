@@ -58,13 +58,6 @@ class AbstractStep:
         return self.config.data.passes_per_step
 
 
-@dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    """The one attribute of a tokenizer that a step definition reads."""
-
-    largest_id: int
-
-
 def find_architecture(config: Config, override: str = "") -> Architecture:
     """The shape of the model that `config` trains, or of the preset `override`.
 
@@ -104,8 +97,8 @@ def make_abstract_step(
     Raises:
       UserError: rows, targets or dimensions do not fit the model or the mesh.
     """
-    stand_in = cast(Tokenizer, _Vocabulary(architecture.vocab - 1))
-    base = Base("planned", architecture, stand_in, None)
+    # A step definition reads nothing of the tokenizer.
+    base = Base("planned", architecture, cast(Tokenizer, None), None)
     objective = task_registry.make_objective(config, mesh)
     definition = make_step_definition(config, base, mesh, objective)
     split = definition.trainable

@@ -103,6 +103,10 @@ class InstructionTask:
             ),
             *self._examine_mask(),
             self._examine_tokenizer(),
+            Finding(
+                "chat template",
+                "\n".join(self._chat.notes) or "writes each answer as it asks for it",
+            ),
             count_epochs(self._config, {"rows": len(train.rows)}, {"rows": 1.0}),
         ]
 

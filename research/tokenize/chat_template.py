@@ -66,6 +66,7 @@ class ChatFormat:
 
     Attributes:
       stop_ids: ids at which an answer ends.
+      notes: what the template does that a user should know, in sentences.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class ChatFormat:
         self._hider = TextHider(self._source, tokenizer)
         self._cut = functools.lru_cache(MOST_CUTS)(self._cut_turns)
         self._cut_prompt = functools.lru_cache(MOST_CUTS)(self._cut_prompt_turns)
-        self._said: set[str] = set()
+        self.notes: list[str] = []
         shortest = Record((Turn("user", "q"), Turn("assistant", "a")), "", "", "a chat")
         closing = self.encode_many([shortest])[0].ids[-1]
         self._check_texts()
@@ -252,8 +253,8 @@ class ChatFormat:
         return cut_prompt(self._render, self._tokenizer, turns)
 
     def _say(self, note: str) -> None:
-        if note not in self._said:
-            self._said.add(note)
+        if note not in self.notes:
+            self.notes.append(note)
             logging.warning("data: %s", note)
 
     def _render(self, turns: Sequence[Turn], prompt: bool) -> str:

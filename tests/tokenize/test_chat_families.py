@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import json
 import random
 
 import pytest
@@ -10,7 +11,9 @@ from chat_families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from research.config.run_config import Config, DataConfig
 from research.core.errors import UserError
+from research.tasks.instruction_tuning import InstructionTask
 from research.tokenize.chat_template import (
     ChatFormat,
     dolly_template,
@@ -330,4 +333,19 @@ def test_a_system_text_without_a_role_is_said_once(caplog):
     for _ in range(3):
         gemma.ours(CHATS["one with system"])
     notes = [r.message for r in caplog.records if "no system role" in r.message]
-    assert len(notes) == 1
+    assert len(notes) == len(gemma.chat.notes) == 1
+
+
+def test_the_doctor_shows_what_the_template_does(tmp_path):
+    chat = CHATS["one with system"]
+    messages = [{"role": role, "content": text} for role, text in chat]
+    lines = [
+        json.dumps({"messages": [*messages[:-1], {**messages[-1], "content": f"{n}"}]})
+        for n in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), seq_len=256, held_out=2)
+    task = InstructionTask(Config(data=data), Family("gemma 2").tokenizer, 512)
+    shown = {finding.name: finding.text for finding in task.examine()}
+    assert "no system role" in shown["chat template"]
+    assert shown["tokenizer round trip"].startswith("all of ")

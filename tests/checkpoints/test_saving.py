@@ -95,7 +95,8 @@ def damage(path, generator):
     return f"{kind} of {path.name}"
 
 
-def test_none_of_200_damages_is_restored_silently(saved):
+@pytest.mark.parametrize("restarts", [4, in_soak(20)])
+def test_none_of_200_damages_is_restored_silently(saved, restarts):
     """Each is seen; without the seals most flips in arrays are not."""
     folder, generator = saved / "checkpoints" / "3", random.Random(0)
     wanted = abstract(make_state(0))
@@ -108,7 +109,7 @@ def test_none_of_200_damages_is_restored_silently(saved):
             with pytest.raises(DamagedError):
                 checkpointer.restore(wanted, 3)
                 raise AssertionError(f"{what} went unnoticed")
-            if number % 50 == 0:  # The next start, which finds it.
+            if number % (200 // restarts) == 0:  # The next start, which finds it.
                 said = []
                 with open_checkpoints(saved, report=said.append) as started:
                     assert started.restore(wanted).step == 2, what

@@ -6,7 +6,9 @@ it. Nothing outside of this file knows of pairs.
 
 import dataclasses
 import functools
+import gc
 import hashlib
+import itertools
 import json
 import re
 from types import MappingProxyType
@@ -179,7 +181,7 @@ def make_config(folder, name, **data):
         run_dir=str(folder / name),
         steps=STEPS,
         model=ModelConfig(init_from=str(folder / "model"), dtype="float32"),
-        lora=LoRAConfig(rank=4, dropout=0.1),
+        lora=LoRAConfig(rank=4, dropout=0.0, targets=("mlp",)),
         data=DataConfig(kind="pairs", path=str(folder / "pairs.jsonl"), **rows),
         optim=OptimConfig(learning_rate=3e-2, warmup=0.0),
         eval=EvalConfig(every=2, max_new_tokens=4),
@@ -284,15 +286,40 @@ def test_sums_divide_once_whatever_the_microbatches():
 
 
 def test_stopped_and_continued_equals_unbroken(runs):
+    check_equal(runs, "resumed")
+
+
+@pytest.mark.soak
+def test_a_crash_after_three_batches_and_a_resume_equal_unbroken(runs, monkeypatch):
+    pulled = itertools.count()
+
+    def crash(batches, pull=OrderedBatches.__next__):
+        if next(pulled) == 3:
+            raise RuntimeError("power is lost")
+        return pull(batches)
+
+    config = make_config(runs, "crashed")
+    with monkeypatch.context() as patch:
+        patch.setattr(OrderedBatches, "__next__", crash)
+        with pytest.raises(RuntimeError, match="power is lost"):
+            start_to_report.train([config])
+    assert [line["step"] for line in lines(runs, "crashed", "train")] == [1, 2]
+    gc.collect()  # Frames of the traceback hold the lock of the run directory.
+    assert start_to_report.train([config]) == 0
+    check_equal(runs, "crashed")
+
+
+def check_equal(runs, resumed):
+    """A run that resumed from step 2 has the numbers of `unbroken`."""
     timing = {"step_s", "elapsed_s", "tokens_per_s", "trained_tokens_per_s"}
     timing |= {"mfu", "memory_gb", "goodput", "seconds"}
     for kind in ("train", "eval"):
         one, other = (
             [{k: v for k, v in x.items() if k not in timing} for x in found]
-            for found in (lines(runs, name, kind) for name in ("unbroken", "resumed"))
+            for found in (lines(runs, name, kind) for name in ("unbroken", resumed))
         )
         assert one == other and len(one) >= 3
-    history = json.loads((runs / "resumed" / "run.json").read_text())
+    history = json.loads((runs / resumed / "run.json").read_text())
     assert [start["first"] for start in history["starts"]] == [0, 2]
 
 

@@ -21,10 +21,10 @@ SPLIT = (1, 2, 4)  # data, fsdp, tensor
 
 
 @pytest.fixture(scope="session")
-def split_text(five_steps):
-    """`split_text(kind)`: the compiled program of one device of `SPLIT`."""
+def compiled_text(five_steps):
+    """`compiled_text(kind, sizes)`: the compiled program of one device."""
     return functools.cache(
-        lambda kind: five_steps(kind, SPLIT).lowered.compile().as_text()
+        lambda kind, sizes: five_steps(kind, sizes).lowered.compile().as_text()
     )
 
 
@@ -49,14 +49,26 @@ def shapes_of(model, **parts):
 
 @pytest.mark.parametrize("kind", ["lora", in_soak("full")])
 def test_fsdp_gathers_matrices_and_a_tensor_axis_no_more_of_them(
-    model, split_text, kind
+    model, compiled_text, kind
 ):
     """Each device multiplies by its own part; activations are what travels."""
-    made = {*gathered(split_text(kind))}
+    made = {*gathered(compiled_text(kind, SPLIT))}
     # The table is looked up where it lies.
     tensor = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), 4)
     assert made >= shapes_of(model, **tensor) - {(TINY.vocab // 4, TINY.embed)}
     assert not made & (shapes_of(model) | shapes_of(model, embed=2))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_fsdp_alone_gathers_each_matrix_and_a_tensor_axis_alone_none(
+    model, compiled_text, kind
+):
+    sizes = {math.prod(shape) for shape in shapes_of(model)}
+    made = gathered(compiled_text(kind, (2, 1, 4)))
+    assert not sizes & {math.prod(shape) for shape in made}
+    made = gathered(compiled_text(kind, (1, 8, 1)))
+    assert sizes <= {math.prod(shape) for shape in made}
 
 
 @pytest.mark.parametrize("kind", ["lora", in_soak("full")])
@@ -68,13 +80,24 @@ def test_a_context_axis_gathers_keys_values_and_segments_alone(model, batch, kin
     assert {math.prod(shape) for shape in made} == {keys, rows * length}
 
 
-@pytest.mark.parametrize("kind", ["lora", in_soak("full")])
-def test_no_stack_of_matrices_is_ever_gathered_whole(model, split_text, kind):
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("lora", SPLIT),
+        in_soak("full", SPLIT),
+        in_soak("lora", (1, 8, 1)),
+        in_soak("full", (1, 8, 1)),
+    ],
+    ids=str,
+)
+def test_no_stack_of_matrices_is_ever_gathered_whole(model, compiled_text, kind, sizes):
     """In the compiled program of one device: a layer's matrix at a time, no more."""
-    seen = set(re.findall(r"[a-z]+\d+\[([\d,]+)\]", split_text(kind)))
+    text = compiled_text(kind, sizes)
+    seen = set(re.findall(r"[a-z]+\d+\[([\d,]+)\]", text))
     stacks = [spec for spec in model.specs.values() if spec.stacked and spec.n_in]
     assert len(stacks) == 7
-    parts = {"embed": 2, "heads": 4, "kv_heads": 4, "mlp": 4}
+    _, fsdp, tensor = sizes
+    parts = {"embed": fsdp} | dict.fromkeys(("heads", "kv_heads", "mlp"), tensor)
     for spec in stacks:
         axes = dict(zip(spec.axes, spec.shape, strict=True))
         part = {name: size // parts.get(name, 1) for name, size in axes.items()}
@@ -82,7 +105,7 @@ def test_no_stack_of_matrices_is_ever_gathered_whole(model, split_text, kind):
         assert ",".join(map(str, part.values())) in seen
         for name in parts.keys() & axes.keys():
             gathered = part | {name: axes[name]}
-            assert ",".join(map(str, gathered.values())) not in seen
+            assert gathered == part or ",".join(map(str, gathered.values())) not in seen
         assert ",".join(map(str, spec.shape)) not in seen
 
 
@@ -155,8 +178,11 @@ def test_moments_stay_float32(model, name):
     assert_same_kinds(updates, gradients)
 
 
-def test_a_step_keeps_the_dtypes_and_adds_up_gradients_in_float32(model, batch):
-    definition, state = in_bfloat16(model, "adamw")
+@pytest.mark.parametrize(
+    "name", ["adamw", *map(in_soak, ("adafactor", "lion", "muon"))]
+)
+def test_a_step_keeps_the_dtypes_and_adds_up_gradients_in_float32(model, batch, name):
+    definition, state = in_bfloat16(model, name)
     several = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), batch
     )
@@ -164,6 +190,7 @@ def test_a_step_keeps_the_dtypes_and_adds_up_gradients_in_float32(model, batch):
         state, {}, several
     )
     assert_same_kinds(state, train.out_info[0])
+    # The first loop is that over microbatches; Muon has one of its own after it.
     sums = next(eqn for eqn in train.jaxpr.eqns if eqn.primitive.name == "scan")
     assert {str(var.aval.dtype) for var in sums.outvars} == {"float32"}
 
@@ -173,7 +200,8 @@ def product_shapes(text):
     return [tuple(map(int, dims.split("x")[:-1])) for dims in found]
 
 
-def test_lora_forms_no_gradient_of_a_full_matrix(model, five_steps):
+@pytest.mark.parametrize("sizes", [SPLIT, in_soak(ONE)], ids=str)
+def test_lora_forms_no_gradient_of_a_full_matrix(model, five_steps, sizes):
     matrices = {
         tuple(sorted(spec.shape[spec.stacked :]))
         for spec in model.specs.values()
@@ -181,7 +209,7 @@ def test_lora_forms_no_gradient_of_a_full_matrix(model, five_steps):
     }
     formed = {}
     for kind in ("lora", "full"):
-        text = five_steps(kind, SPLIT).lowered.as_text()
+        text = five_steps(kind, sizes).lowered.as_text()
         shapes = {tuple(sorted(shape)) for shape in product_shapes(text)}
         formed[kind] = shapes & matrices
     assert formed["lora"] == set()
@@ -189,18 +217,21 @@ def test_lora_forms_no_gradient_of_a_full_matrix(model, five_steps):
     assert len(formed["full"]) >= 4, "this test can see such products"
 
 
-def test_logits_of_a_batch_never_exist(five_steps):
-    text = five_steps("full", SPLIT).lowered.as_text()
+@pytest.mark.parametrize("sizes", [SPLIT, in_soak((2, 2, 2))], ids=str)
+def test_logits_of_a_batch_never_exist(five_steps, sizes):
+    text = five_steps("full", sizes).lowered.as_text()
     dims = {
         tuple(map(int, found.split("x")[:-1]))
         for found in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
     }
     heads = {(TINY.embed, TINY.vocab)}
     rows = [math.prod(d[:-1]) for d in dims if d[-1] == TINY.vocab and d not in heads]
-    assert max(rows) == 5 * 2, "loss_chunk positions in each of two shards"
+    shards = sizes[0] * sizes[1]
+    assert max(rows) == 5 * shards, "loss_chunk positions in each shard of rows"
 
 
-def test_activations_are_pinned_on_cpu_too(five_steps):
-    text = five_steps("lora", SPLIT).lowered.as_text()
+@pytest.mark.parametrize("sizes", [SPLIT, in_soak((2, 2, 2))], ids=str)
+def test_activations_are_pinned_on_cpu_too(five_steps, sizes):
+    text = five_steps("lora", sizes).lowered.as_text()
     pins = re.findall(r"sharding_constraint.*tensor<8x24x40x", text)
     assert len(pins) >= 2, "the embedding's output and every layer's"

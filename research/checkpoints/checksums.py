@@ -25,6 +25,8 @@ import orbax.checkpoint as ocp
 import xxhash
 from orbax.checkpoint.path import atomicity
 
+from research.core.atomic_files import publish_folder, sync, write_whole
+
 SEAL = "sums.json"
 # Names that Orbax uses.
 COMMITTED = "commit_success.txt"
@@ -46,13 +48,16 @@ def checksum(path: Path) -> list[Any]:
 
 
 def seal(folder: Path) -> None:
-    """Writes the `sums.json` of `folder`, after which no file below may change."""
-    files = {str(f.relative_to(folder)): checksum(f) for f in _own_files(folder)}
-    text = json.dumps({"files": files, "sum": _sum_of(files)})
-    with (folder / SEAL).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes the `sums.json` of `folder`, after which no file below may change.
+
+    Syncs what it seals: Orbax leaves the files that it writes from Python unsynced.
+    """
+    own = list(_own_files(folder))
+    files = {str(file.relative_to(folder)): checksum(file) for file in own}
+    folders = {x for file in own for x in file.parents if folder in x.parents}
+    for path in (*own, *folders):
+        sync(path)
+    write_whole(folder / SEAL, json.dumps({"files": files, "sum": _sum_of(files)}))
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
@@ -163,13 +168,7 @@ def _commit(folder: Path, final: Path) -> None:
         raise OSError(f"{folder / MERGED} is missing: the arrays were not merged")
     (folder / COMMITTED).write_text(final.name, encoding="utf-8")
     seal(folder)
-    folder.rename(final)
-    # The rename must survive a power loss, too.
-    parent = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    publish_folder(folder, final)
 
 
 class SealedArrays(ocp.handlers.StandardCheckpointHandler):

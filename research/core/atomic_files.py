@@ -1,4 +1,9 @@
-"""Atomic writes, for all rooms: a file is complete and on disk, or it is not there."""
+"""Durable writes, for all rooms: a file is complete and on disk, or it is not there.
+
+A power loss may take the bytes of a file since its last sync, and the names in a folder
+since the last sync of that folder. So whoever publishes a file or folder by its name
+syncs first what is below the name, and the folder with the name after it.
+"""
 
 import contextlib
 import fcntl
@@ -34,21 +39,48 @@ def write_whole(path: Path, content: bytes | bytearray | str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync(path.parent)
             return
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes the bytes of a file, or the names in a folder, survive a power loss.
+
+    Raises:
+      OSError: the file could not be written to the disk.
+    """
     try:
-        with contextlib.suppress(OSError):  # Some network file systems cannot.
+        handle = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        # Some network file systems cannot sync a folder, and some folders may be
+        # written but not opened.
+        if not path.is_dir():
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents, where they are missing, for good."""
+    missing = [x for x in (path, *path.parents) if not x.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Renames a folder in which all is synced; the name `final` is free.
+
+    Raises:
+      OSError: `final` is taken, or the file system refuses.
+    """
+    temporary.rename(final)
+    sync(final.parent)
 
 
 def intended_name(path: Path) -> str:

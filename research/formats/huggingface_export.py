@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from research.core.atomic_files import make_folder, publish_folder, sync, write_whole
 from research.core.errors import UserError
 from research.models.families.family_registry import family_of, to_hf_config
 from research.models.families.stored_tensor import used
@@ -89,7 +90,7 @@ class _Writer:
         self._bytes = 0
         if self.leading:
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._guard(lambda: self._partial.mkdir(parents=True))
+            self._guard(lambda: make_folder(self._partial))
 
     def _guard(self, write: Any) -> None:
         try:
@@ -114,6 +115,7 @@ class _Writer:
 
         path = self._partial / f"{len(self._files)}.safetensors"
         self._guard(lambda: save_file(self._tensors, path, metadata={"format": "pt"}))
+        self._guard(lambda: sync(path))
         self._files.append(list(self._tensors))
         self._bytes += self._held()
         self._tensors = {}
@@ -135,8 +137,13 @@ class _Writer:
             self._write_json("model.safetensors.index.json", index)
         self._write_json("config.json", config)
         save_tokenizer(tokenizer, self._partial)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._partial.rename(self._folder)
+        replaced = self._folder.with_name(f"{self._folder.name}.replaced")
+        # The old folder leaves as a whole: no part of it may pass for a model.
+        if self._folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._folder.rename(replaced)
+        publish_folder(self._partial, self._folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _write_json(self, name: str, value: Any) -> None:
-        (self._partial / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
+        write_whole(self._partial / name, json.dumps(value, indent=2))

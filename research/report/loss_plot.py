@@ -1,11 +1,13 @@
 """`loss.png`: training and held-out loss over the steps, in all and by group."""
 
 import collections
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research.core.atomic_files import write_whole
 from research.core.visible_text import visible
 from research.data.metric_sums import NATS_PER_TOKEN
 from research.report.result_tables import is_text, loss_unit
@@ -30,9 +32,11 @@ def draw_loss(results: RunResults, path: Path) -> None:
             _draw_all(left, results)
             _draw_groups(right, results.evaluations)
             figure.tight_layout()
-            figure.savefig(path, dpi=120)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=120)
         finally:
             pyplot.close(figure)
+    write_whole(path, picture.getvalue())
 
 
 def _draw_all(axes: Any, results: RunResults) -> None:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from research.core.atomic_files import write_whole
+from research.core.atomic_files import sync, write_whole
 from research.core.json_files import read_json_lines, read_to_rewrite
 from research.runs.tensorboard_file import TensorBoard
 from research.weights import parameter_paths
@@ -80,9 +80,10 @@ class MetricsFile:
 
 
 def append_line(folder: Path, step: int, kind: str, values: dict[str, Any]) -> None:
-    """Appends to a `metrics.jsonl` that no run has open."""
+    """Appends to a `metrics.jsonl` that no run has open, and syncs it."""
     with (folder / NAME).open("a", encoding="utf-8") as file:
         file.write(_format_line({"step": step, "kind": kind, **values}))
+    sync(folder / NAME)
 
 
 def _format_line(values: dict[str, Any]) -> str:

@@ -17,7 +17,12 @@ from research.config.hub_pins import Pins, pinned, resolve_addresses
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import differences, from_json, to_json
-from research.core.atomic_files import intended_name, remove_leftovers, write_whole
+from research.core.atomic_files import (
+    intended_name,
+    make_folder,
+    remove_leftovers,
+    write_whole,
+)
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
 from research.parallel import agreement
@@ -334,7 +339,7 @@ class RunDir:
           UserError: the disk refuses, or another process was faster.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self.lock()
             if self.exists:  # Made since `check_config` looked.
                 raise UserError(f"{self.path} holds a run since just now; try again")

@@ -7,6 +7,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from research.core.atomic_files import make_folder, write_whole
 from research.core.errors import UserError
 from research.tokenize.tokenizer import Tokenizer
 
@@ -65,7 +66,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rules = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     starts = rules.encode("a").ids[:1]
     if tokenizer.add_bos and starts != [tokenizer.bos]:
@@ -83,6 +84,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     }
     if tokenizer.chat_template:
         settings["chat_template"] = tokenizer.chat_template
-    rules.save(str(folder / "tokenizer.json"))
+    write_whole(folder / "tokenizer.json", rules.to_str(pretty=True))
     text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    write_whole(folder / "tokenizer_config.json", text)

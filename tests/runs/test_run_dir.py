@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from commands import ROOT
@@ -401,36 +400,6 @@ def test_a_creation_broken_off_at_its_last_file_is_begun_again_too(tmp_path):
     with folder.create(Config(), IDENTITY, []):
         assert not torn.exists()  # Its writer is dead.
     folder._lock.release()
-
-
-def test_every_mark_of_a_run_is_synced_before_its_rename(tmp_path, monkeypatch):
-    """With the folder after it, so that a power loss keeps the old file or the new."""
-    calls, real_fsync, real_replace = [], os.fsync, os.replace
-
-    def fsync(handle):
-        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}"))))
-        real_fsync(handle)
-
-    def replace(old, new):
-        calls.append(("replace", Path(old), Path(new)))
-        real_replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    folder = RunDir(tmp_path / "run")
-    with folder.create(Config(), IDENTITY, []):
-        pass
-    History(folder.history, PhaseTimer()).begin()
-    folder.mark_complete({})
-    folder._lock.release()
-    replaced = {
-        new.name: i for i, (kind, *_, new) in enumerate(calls) if kind[0] == "r"
-    }
-    marks = {"config.json", "identity.json", "complete.json", "run.json"}
-    assert marks <= replaced.keys()
-    for index in replaced.values():
-        assert calls[index - 1] == ("fsync", calls[index][1])
-        assert calls[index + 1] == ("fsync", folder.path)
 
 
 def test_a_tilde_in_the_run_directory_is_the_home_folder(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from research.config.knob_groups import DataConfig, TextConfig
+from research.core.atomic_files import publish_folder
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, fetch_files, is_hub
 from research.data.text.document_readers import SourceFile, TextSource
@@ -140,7 +141,7 @@ def _keep(tokenizer: Tokenizer, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         save_tokenizer(tokenizer, temporary)
-        temporary.rename(folder)
+        publish_folder(temporary, folder)
     except OSError as error:
         if not folder.is_dir():
             raise cannot_write(folder.parent, error) from error

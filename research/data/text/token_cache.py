@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from research.config.knob_groups import TextConfig
-from research.core.atomic_files import remove_leftovers
+from research.core.atomic_files import make_folder, remove_leftovers
 from research.core.errors import UserError
 from research.data.text import document_readers
 from research.data.text.document_readers import DocumentPiece, SourceFile, TextSource
@@ -83,7 +83,7 @@ def open_cache(
     manifest = read_manifest(folder, key)
     if manifest is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             remove_leftovers(folder)
             build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
             manifest = build.run(key, process_index, process_count)

@@ -15,7 +15,7 @@ from research.core.errors import UserError
 from research.weights.adapters.adapter_kind import AdapterKind
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
-from research.weights.representations.base_format import find_format
+from research.weights.representations.frozen_base_format import find_format
 from research.weights.representations.leaf import Matrix
 
 Array = jax.Array

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from research.config.run_config import Config, DataConfig, TextConfig
-from research.data.source_shares.dealing import Deal, deal_shares
+from research.data.source_shares.share_division import Deal, deal_shares
 from research.data.text.text_sources import open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.tokenize.tokenizer_training import byte_tokenizer

@@ -18,7 +18,7 @@ from research.models.transformer import REMAT_POLICIES
 from research.train.step.optimizers import DIRECTIONS
 from research.train.step.schedules import make_schedule
 from research.weights.adapters.adapter_registry import find_kind
-from research.weights.representations.base_format import find_format
+from research.weights.representations.frozen_base_format import find_format
 
 LISTS = [x for x in vars(choices).values() if isinstance(x, tuple)]
 

@@ -24,7 +24,7 @@ from text_helpers import (
 
 from research.core.errors import UserError
 from research.data import row_readers
-from research.data.source_shares import dealing
+from research.data.source_shares import share_division
 from research.data.text import document_readers, streaming
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
@@ -300,9 +300,9 @@ def test_the_shares_hold_every_document_once(tmp_path, small_parts, kind):
         path = write_corpus(tmp_path / f"rows.{kind}", texts)
     config = text_config(tmp_path, f"s={path}")
     (source,) = open_sources(*text_and_data(config))
-    deal = dealing.choose_deal(source, 8, 500)
+    deal = share_division.choose_deal(source, 8, 500)
     assert deal.count == 8
-    shares = dealing.deal_shares(source, deal)
+    shares = share_division.deal_shares(source, deal)
     found = collections.Counter()
     for share in shares:
         pieces = source.read(share, collections.Counter())

@@ -1,1 +1,1 @@
-"""Deals a large source of text into shares, which are read side by side."""
+"""Divides a large source of text into shares, which are read side by side."""

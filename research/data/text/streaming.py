@@ -19,7 +19,7 @@ import numpy as np
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import Alive, Union, still
-from research.data.source_shares.dealing import (
+from research.data.source_shares.share_division import (
     PART_BYTES,
     UNDIVIDED,
     Deal,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import UserError
-from research.runs.steering.request_files import (
+from research.runs.control.request_files import (
     KINDS,
     answer_to,
     withdraw,

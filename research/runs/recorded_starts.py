@@ -7,10 +7,10 @@ import jax
 
 from research.core.errors import PREEMPTED
 from research.parallel import agreement
+from research.runs.control.os_signals import INTERRUPTED, Preempted
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.runs.steering.os_signals import INTERRUPTED, Preempted
 
 
 class RecordedStarts:

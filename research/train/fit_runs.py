@@ -15,9 +15,9 @@ from research.core.errors import DivergedError, files_of_step
 from research.engine.text_generation import tuned_generator
 from research.parallel import runtime
 from research.runs import display_files
-from research.runs.steering.os_signals import StopRequest
-from research.runs.steering.request_files import CHECKPOINT, SAMPLE
-from research.runs.steering.request_listener import RequestListener
+from research.runs.control.os_signals import StopRequest
+from research.runs.control.request_files import CHECKPOINT, SAMPLE
+from research.runs.control.request_listener import RequestListener
 from research.train import training_loop
 from research.train.metrics import profiling
 from research.train.metrics.evaluation import add_up

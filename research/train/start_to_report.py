@@ -9,11 +9,11 @@ import jax
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
 from research.parallel import agreement, runtime
+from research.runs.control.os_signals import Preempted, StopRequest
+from research.runs.control.watchdog import Watchdog
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
-from research.runs.steering.os_signals import Preempted, StopRequest
-from research.runs.steering.watchdog import Watchdog
 from research.train.finish_run import finish
 from research.train.fit_runs import fit
 from research.train.prepare_runs import (

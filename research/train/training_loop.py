@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
+from research.runs.control.os_signals import Preempted, StopRequest
+from research.runs.control.request_files import STOP
+from research.runs.control.request_listener import RequestListener
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering.os_signals import Preempted, StopRequest
-from research.runs.steering.request_files import STOP
-from research.runs.steering.request_listener import RequestListener
 
 State = Any
 

@@ -13,13 +13,13 @@ from run_results import check_equal, history
 
 from research.control.__main__ import main
 from research.core.errors import STOPPED, UserError
-from research.runs.steering.request_files import (
+from research.runs.control.request_files import (
     KINDS,
     pending,
     withdraw,
     write_request,
 )
-from research.runs.steering.request_listener import RequestListener
+from research.runs.control.request_listener import RequestListener
 
 KINDS_MADE = ("checkpoint", "sample", "stop")
 

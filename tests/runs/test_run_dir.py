@@ -16,11 +16,11 @@ from commands import ROOT
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.core.errors import PREEMPTED, DamagedError, UserError
 from research.runs import run_history
+from research.runs.control.os_signals import INTERRUPTED, Preempted
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
 from research.runs.run_history import UNKNOWN, Goodput, History, goodput
-from research.runs.steering.os_signals import INTERRUPTED, Preempted
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
 
@@ -40,7 +40,7 @@ HOLD = """
 import sys, time
 from research.runs.run_directory import RunDir
 from research.runs.recorded_starts import RecordedStarts
-from research.runs.steering.os_signals import INTERRUPTED, Preempted
+from research.runs.control.os_signals import INTERRUPTED, Preempted
 folder = RunDir(sys.argv[1])
 folder.lock()
 print("held", flush=True)

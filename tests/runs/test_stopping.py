@@ -11,9 +11,9 @@ import pytest
 from commands import ROOT
 
 from research.core.errors import PREEMPTED
+from research.runs.control import os_signals
+from research.runs.control.os_signals import INTERRUPTED, Preempted, StopRequest
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering import os_signals
-from research.runs.steering.os_signals import INTERRUPTED, Preempted, StopRequest
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_nobody_waits_for_a_reader_that_hangs(place):
 HELD = """
 import hashlib, sys
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering.os_signals import StopRequest
+from research.runs.control.os_signals import StopRequest
 
 with StopRequest(PhaseTimer()) as stop, stop.noting():
     sys.stderr.write("ready\\n")

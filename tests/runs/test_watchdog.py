@@ -6,7 +6,7 @@ from research.core.errors import STUCK
 
 HANGING = """
 import sys, time
-from research.runs.steering import watchdog
+from research.runs.control import watchdog
 from research.runs.phase_timer import PhaseTimer
 
 watchdog.PATIENCE = 0.5

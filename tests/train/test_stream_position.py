@@ -10,8 +10,8 @@ from research.config.knob_groups import MeshConfig
 from research.core.errors import UnreachableError
 from research.data.batch_order import OrderedBatches, endless
 from research.parallel import agreement, mesh
+from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.phase_timer import PhaseTimer
-from research.runs.steering.os_signals import Preempted, StopRequest
 from research.train.programs.device_batches import DeviceBatches
 
 

@@ -15,9 +15,9 @@ from run_results import check_equal, final_state
 
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, DivergedError
+from research.runs.control.os_signals import Preempted
 from research.runs.display_files import read_answers
 from research.runs.run_directory import RunDir
-from research.runs.steering.os_signals import Preempted
 from research.train import start_to_report
 
 # Every kind of knob that may differ does.

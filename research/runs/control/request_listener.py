@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.runs.steering.request_files import KINDS, Request, now, pending
+from research.runs.control.request_files import KINDS, Request, now, pending
 
 LOOK_EVERY = 0.5  # seconds
 

@@ -1,1 +1,0 @@
-"""A running job is stopped or steered here: by signals, requests and the watchdog."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from launch.jobs.launch_flags import LaunchParser, add_text
 from research.config import command_line
 from research.core.errors import UserError
+from research.core.local_paths import local_path
 
 USAGE = """
 Writes report.html and report.md into the folder of a sweep, from the files of its runs
@@ -38,8 +39,8 @@ def find(sweep: str, folder: str) -> Path:
     Raises:
       UserError: there is none.
     """
-    given = Path(sweep)
-    place = Path(folder) if folder else given
+    given = local_path(sweep)
+    place = local_path(folder) if folder else given
     if given.suffix == ".py" and not folder:
         place = Path("runs/sweeps") / given.stem
     if not (place / "sweep.json").is_file():

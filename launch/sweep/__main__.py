@@ -17,6 +17,7 @@ from launch.sweep.sweep_runs import SweepRun
 from launch.targets import Target, local
 from research.config import command_line
 from research.core.errors import UserError, nearest
+from research.core.local_paths import local_path
 
 USAGE = """
 Trains every run of a sweep that is not done, and names the runs that failed; the same
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     sweep = sweep_spec.load(options.sweep)
     if options.seeds:
         sweep = dataclasses.replace(sweep, seeds=read_seeds(options.seeds))
-    folder = Path(options.folder or f"runs/sweeps/{Path(options.sweep).stem}")
+    folder = local_path(options.folder or f"runs/sweeps/{Path(options.sweep).stem}")
     found = sweep_runs.expand(sweep, folder, overrides)
     at_once = options.together or (8 if target is local else 1)
     wanted = [

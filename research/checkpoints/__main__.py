@@ -4,12 +4,12 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import DamagedError, UserError
+from research.core.local_paths import local_path
 from research.core.visible_text import visible
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _prune(found: "list[Checkpoint]", keep_last: int, keep_best: int) -> int:
 
 
 def _export(run: str, step: str, out: str) -> int:
-    if not out or Path(out).exists():
+    if not out or local_path(out).exists():
         raise UserError(f"--out={out} must name a folder that does not exist yet")
     from research.formats.huggingface_export import export
     from research.parallel import runtime
@@ -127,7 +127,7 @@ def _export(run: str, step: str, out: str) -> int:
     runtime.start_alone()
     opened = reopen(run, step=step)
     tokenizer = exported_tokenizer(opened.config, opened.base)
-    export(opened.model, opened.weights, tokenizer, Path(out), "float32")
+    export(opened.model, opened.weights, tokenizer, local_path(out), "float32")
     return 0
 
 

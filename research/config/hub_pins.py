@@ -79,5 +79,8 @@ def _mapped(config: Config, change: Callable[[str, str], str]) -> Config:
         )
     elif data.kind == "instructions":
         path = data.path and hub(data.path, "dataset")
-        data = dataclasses.replace(data, path=path or change("", "dataset"))
+        held_out = data.eval_path and hub(data.eval_path, "dataset")
+        data = dataclasses.replace(
+            data, path=path or change("", "dataset"), eval_path=held_out
+        )
     return dataclasses.replace(config, model=model, data=data, text=text)

@@ -20,6 +20,8 @@ from research.config.choices import (
 from research.config.knobs import free_knob, knob
 from research.config.task_kinds import TASK_MODULES
 
+NEWEST_EDITION = 2  # of the rules by which rows are read and split
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -100,6 +102,7 @@ class ColumnsConfig:
         "category", "column whose values get a loss of their own; may be missing"
     )
     messages: str = knob("messages", "column of chat rows [{role, content}, ...]")
+    system: str = knob("system", "column with the system text; may be missing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +122,22 @@ class DataConfig:
     )
     path: str = knob(
         "",
-        "your own rows: .jsonl .json .csv .parquet, also .gz; or "
+        "your own rows: .jsonl .json .csv .parquet, also .gz; a folder, a pattern such "
+        "as 'rows/*.csv', or several with commas; or "
         "hub://owner/name[@revision][:subset[@split]]; embedded: the embedded sample",
         is_path=True,
+    )
+    eval_path: str = knob(
+        "",
+        "your own held-out rows, as in data.path; empty: data.held_out of its rows",
+        is_path=True,
+    )
+    edition: int = knob(
+        0,
+        "rules of reading and splitting rows; 1: the seed splits; 2: equal rows stand "
+        "on one side, which no seed moves; 0: the newest, of an old run its own",
+        low=0,
+        high=NEWEST_EDITION,
     )
     columns: ColumnsConfig = ColumnsConfig()
     template: str = knob(
@@ -154,7 +170,7 @@ class DataConfig:
         48, "rows kept for evaluation, stratified by category", above=0
     )
     max_rows: int = knob(
-        0, "use this many rows, chosen by the seed; 0: all rows", low=0
+        0, "use this many distinct rows, from each category its share; 0: all", low=0
     )
     hub_timeout: float = free_knob(5.0, "seconds to wait for the hub", above=0)
 

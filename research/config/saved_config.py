@@ -37,7 +37,10 @@ class KnobChange:
 
 
 # Version N is the state after the first N changes. New ones are added at the end.
-CHANGES = (KnobChange(renamed={"model.weights": "model.init_from"}),)
+CHANGES = (
+    KnobChange(renamed={"model.weights": "model.init_from"}),
+    KnobChange(added={"data.edition": 1}),
+)
 
 
 def to_json(config: Config) -> str:
@@ -150,6 +153,8 @@ def _absolute(written: str, folder: Path) -> str:
     """`written` may name no file at all."""
     if written in WORDS or "://" in written:
         return written
+    if "," in written and not (folder / written).exists():
+        return ",".join(_absolute(part.strip(), folder) for part in written.split(","))
     path = Path(written)
     first = path.parts[0] if path.parts else ""
     # A pattern such as `shards/*.parquet` is no file, and its first part is.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from research.core.errors import UserError
+
 COMPRESSED = (".gz", ".bz2", ".zst")
 SKIPPED_BYTES = 1 << 20
 
@@ -30,6 +32,17 @@ def open_bytes(
     else:
         stream.seek(at)
     return stream
+
+
+def read_error(path: Path, error: Exception) -> UserError:
+    """What to tell the user about an error from reading a stream of `open_bytes`."""
+    remedy = ""
+    if path.suffix == ".zst" and "memory" in str(error):
+        remedy = (
+            "; it was compressed with a window above 128 MiB: compress it again with "
+            "zstd --long=27, or less"
+        )
+    return UserError(f"data file {path} cannot be read: {error}{remedy}")
 
 
 def _opened(path: Path) -> Any:

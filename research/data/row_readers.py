@@ -7,6 +7,7 @@ A row is a dictionary of columns. A plain-text format may be compressed as `.gz`
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,11 +19,14 @@ from research.data.compressed_files import (
     COMPRESSED,
     kind_of,
     open_bytes,
+    read_error,
     skip_bytes,
 )
+from research.data.file_content import refuse_other_content
 
 # The library's own limit, 128 KiB, is less than a document may have.
 LONGEST_FIELD = (1 << 31) - 1
+DELIMITERS = ",;\t"
 
 Row = dict[str, Any]
 
@@ -33,6 +37,7 @@ class BadRowError(ValueError):
     def __init__(self, reason: str, where: str, detail: str):
         super().__init__(f"{where}: {detail}")
         self.reason = reason
+        self.detail = detail
 
 
 class Place(NamedTuple):
@@ -127,9 +132,10 @@ def read_located(path: Path, reading: Reading) -> Iterator[Located]:
             f"{', '.join(COMPRESSED)}"
         )
     try:
+        refuse_other_content(path, reader.is_plain)
         yield from reader.read(path, reading)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from error
+        raise read_error(path, error) from error
 
 
 def line_start(path: Path, reading: Reading) -> int:
@@ -158,28 +164,51 @@ def _read_jsonl(path: Path, reading: Reading) -> Iterator[Located]:
 
 def _parse_json_row(line: bytes, where: str, errors: str) -> Row | BadRowError:
     try:
-        row = json.loads(line.decode("utf-8-sig", errors))
+        row = json.loads(line.decode("utf-8-sig", errors), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         return BadRowError("not JSON", where, f"not a JSON object in UTF-8 ({error})")
     return _as_object(row, where)
 
 
+class _Repeated(dict[str, Any]):
+    """An object of JSON in which, or within which, a key is there twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    inner = (x for v in found.values() for x in (v if type(v) is list else (v,)))
+    repeated = len(found) < len(pairs) or any(type(x) is _Repeated for x in inner)
+    return _Repeated(found) if repeated else found
+
+
 def _as_object(row: Any, where: str) -> Row | BadRowError:
+    if isinstance(row, _Repeated):
+        return BadRowError("not JSON", where, "an object has two keys of one name")
     if isinstance(row, dict):
         return row
     return BadRowError("not JSON", where, f"a JSON {type(row).__name__}, not an object")
 
 
 def _read_json(path: Path, reading: Reading) -> Iterator[Located]:
+    """Reads an array of objects; a file with an object in each line counts as one."""
+    with open_bytes(path) as file:
+        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \r\n\t")), b"")
+    if isinstance(_parse_json_row(first, "", reading.errors), dict):
+        yield from _read_jsonl(path, reading)
+        return
     with open_bytes(path) as file:
         data = file.read()
     try:
-        rows = json.loads(data.decode("utf-8-sig", reading.errors))
+        text = data.decode("utf-8-sig", reading.errors)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path.name}:{line}: not a JSON array ({error})") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path.name}:1: a .json file must hold an array of objects")
+        raise UserError(
+            f"{path.name}:1: a .json file must hold an array of objects, or an object "
+            f"in each line, and not one {type(rows).__name__}"
+        )
     for number in range(reading.start.at or 0, len(rows)):
         where = f"{path.name}: item {number + 1}"
         yield Place(number, number), where, _as_object(rows[number], where)
@@ -194,7 +223,9 @@ class _CountedLines:
     def __init__(self, file: BinaryIO):
         self._file = file
         self._waiting: list[bytes] = []
+        self._row: list[bytes] = []
         self.offset = 0
+        self.count = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -207,6 +238,8 @@ class _CountedLines:
         line = self._waiting.pop()
         encoding = "utf-8" if self.offset else "utf-8-sig"
         self.offset += len(line)
+        self.count += 1
+        self._row.append(line)
         return line.decode(encoding, "surrogateescape")
 
     def skip_to(self, offset: int, alive: Callable[[], None]) -> None:
@@ -219,29 +252,73 @@ class _CountedLines:
         skip_bytes(self._file, offset - ahead, alive)
         self._waiting, self.offset = [], offset
 
+    def begin_row(self) -> None:
+        """Forgets the lines of the row before."""
+        self._row.clear()
+
+    def retry_row(self) -> int:
+        """Takes back all lines of the row but its first; returns their number.
+
+        A quote that is never closed makes all that follows one row.
+        """
+        back = self._row[:0:-1]
+        self._waiting += back
+        self.offset -= sum(map(len, back))
+        return len(back)
+
 
 def _read_csv(path: Path, reading: Reading) -> Iterator[Located]:
     csv.field_size_limit(LONGEST_FIELD)
     with open_bytes(path) as file:
         lines = _CountedLines(file)
-        reader = csv.DictReader(lines, strict=True)
-        before = 0  # Lines that the reader has not seen.
-        try:
-            if reader.fieldnames and reading.start.at is not None:
-                lines.skip_to(reading.start.at, reading.alive)
-                before = reading.start.number - reader.line_num
-            place = Place(lines.offset, before + reader.line_num)
-            for row in reader:
-                where = f"{path.name}:{before + reader.line_num}"
-                if None in row or None in row.values():
-                    detail = "not as many fields as the header"
-                    yield place, where, BadRowError("not CSV", where, detail)
-                else:
-                    yield place, where, row
-                place = Place(lines.offset, before + reader.line_num)
-        except (csv.Error, UnicodeDecodeError) as error:
-            line = before + reader.line_num + 1
-            raise UserError(f"{path.name}:{line}: {error}") from error
+        head = next(lines, "")
+        lines.begin_row()
+        names, delimiter = _csv_header(path, itertools.chain([head], lines))
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        number = lines.count  # Lines that were read.
+        if names and reading.start.at is not None:
+            lines.skip_to(reading.start.at, reading.alive)
+            number = reading.start.number
+        while True:
+            place, at = Place(lines.offset, number), reader.line_num
+            lines.begin_row()
+            try:
+                cells = next(reader, None)
+                back, bad = 0, ""
+            except csv.Error as error:
+                cells, back, bad = [], lines.retry_row(), str(error)
+            if cells is None:
+                return
+            number += reader.line_num - at - back
+            if cells and len(cells) != len(names):
+                bad = "not as many fields as the header"
+            where = f"{path.name}:{number}"
+            if bad:
+                yield place, where, BadRowError("not CSV", where, bad)
+            elif cells:
+                yield place, where, dict(zip(names, cells, strict=True))
+
+
+def _csv_header(path: Path, lines: Iterator[str]) -> tuple[list[str], str]:
+    """The names of the columns, and the delimiter that gives the most of them.
+
+    Raises:
+      UserError: the header is no CSV, or names a column twice.
+    """
+    head = next(lines)
+    rest = itertools.chain([head], lines)
+    try:
+        delimiter = max(
+            DELIMITERS, key=lambda mark: len(next(csv.reader([head], delimiter=mark)))
+        )
+        names = next(csv.reader(rest, strict=True, delimiter=delimiter), [])
+    except (csv.Error, StopIteration) as error:
+        raise UserError(f"{path.name}:1: no header of CSV: {error}") from error
+    if again := [name for i, name in enumerate(names) if name and name in names[:i]]:
+        raise UserError(
+            f"{path.name}:1: two columns are named {again[0]!r}; rename or remove one"
+        )
+    return names, delimiter
 
 
 def _read_parquet(path: Path, reading: Reading) -> Iterator[Located]:
@@ -261,13 +338,28 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[Located]:
                 for batch in file.iter_batches(row_groups=[group], **portion):
                     skipped = min(max(done - at, 0), batch.num_rows)
                     at += skipped
-                    for row in batch.slice(skipped).to_pylist():
+                    for row in _batch_rows(batch.slice(skipped)):
                         place = Place([group, at], number + at - 1)
-                        yield place, f"{path.name}: row {number + at}", row
+                        where = f"{path.name}: row {number + at}"
+                        if isinstance(row, UnicodeDecodeError):
+                            row = BadRowError("not UTF-8", where, str(row))
+                        yield place, where, row
                         at += 1
                 number, done = number + at, 0
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"data file {path} is not readable parquet: {error}") from error
+
+
+def _batch_rows(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
+    """The rows of an Arrow batch; an error in place of one that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            yield error
+            return
+        for number in range(batch.num_rows):
+            yield from _batch_rows(batch.slice(number, 1))
 
 
 def _row_groups(path: Path) -> int:

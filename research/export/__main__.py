@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import UserError
+from research.core.local_paths import local_path
 
 USAGE = """
 python -m research.export --run=RUN_DIR [--out=FOLDER] [--step=latest] [--dtype=float32]
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from research.runs.run_directory import RunDir
     from research.tasks.task_registry import exported_tokenizer
 
-    out = Path(f.out).expanduser() if f.out else RunDir(f.run).path / EXPORTED
+    out = local_path(f.out) if f.out else RunDir(f.run).path / EXPORTED
     if f.out and out.exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
     runtime.start_alone()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, is_hub
+from research.core.local_paths import local_path
 from research.formats.gguf_file import GGUFFile
 from research.formats.huggingface_weights import (
     HuggingFaceWeights,
@@ -107,7 +108,7 @@ def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
         return _in_package(name)
     if is_hub(name):
         return _from_hub(name, hub_timeout, files)
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     raise UserError(

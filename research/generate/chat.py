@@ -1,8 +1,10 @@
 """A conversation with a reopened run, in the terminal."""
 
+import io
 import sys
 
 from research.core.errors import UserError
+from research.core.visible_text import visible
 from research.engine.sampler import Sampling
 from research.runs.reopen import ReopenedRun
 from research.tokenize.conversation import Turn
@@ -26,8 +28,11 @@ class Conversation:
         """Streams each model's answer to standard output.
 
         Raises:
-          UserError: the conversation exceeds the model's context.
+          UserError: the conversation exceeds the model's context, or the prompt is not
+            UTF-8.
         """
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt + context):
+            raise UserError("the prompt has bytes that are not UTF-8; type it again")
         for name, generator in self._generators.items():
             history = self._history[name]
             text = f"{prompt}\n\n{context}" if history and context else prompt
@@ -46,6 +51,9 @@ class Conversation:
     def interact(self) -> None:
         """Reads prompts until the end of input; an empty line drops all turns."""
         interactive = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # A line that is not UTF-8 is refused alone, by `say`.
+            sys.stdin.reconfigure(errors="surrogateescape")
         while True:
             try:
                 line = input("you> " if interactive else "").strip()
@@ -56,11 +64,12 @@ class Conversation:
                 try:
                     self.say(line)
                     continue
-                except UserError as error:  # Longer than the model's context.
+                except UserError as error:
                     _write(f"{error}; the conversation starts again\n")
             self.forget()
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    # A terminal would obey the control characters of an answer.
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -20,6 +20,7 @@ import psutil
 from research.config.knob_groups import RuntimeConfig
 from research.core import cache_folders
 from research.core.errors import LonelyError, UserError
+from research.core.local_paths import local_path
 from research.parallel import chips, process_discovery, rendezvous
 
 # Seconds in which the processes of a run must find each other. JAX waits as long.
@@ -205,8 +206,7 @@ def _use_compilation_cache(folder: str) -> None:
         return
     auto = folder == "auto"
     try:
-        where = cache_folders.user_cache() / "compiled" if auto else Path(folder)
-        where = where.expanduser()
+        where = cache_folders.user_cache() / "compiled" if auto else local_path(folder)
         where.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         if auto:

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError
+from research.core.local_paths import local_path
 from research.plan.planner import USABLE, Plan
 
 ASSUMED = (
@@ -76,7 +76,7 @@ def check_json(path: str) -> None:
     Raises:
       UserError: it could not.
     """
-    file = Path(path)
+    file = local_path(path)
     holder = file if file.exists() else file.parent
     # A file may be written to, and yet hold no other one.
     kind_fits = file.is_file() if file.exists() else holder.is_dir()
@@ -91,6 +91,8 @@ def write_json(path: str, plans: dict[str, Any] | list[dict[str, Any]]) -> None:
       UserError: the file cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(plans, indent=2) + "\n", encoding="utf-8")
+        local_path(path).write_text(
+            json.dumps(plans, indent=2) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"--json={path} cannot be written: {error}") from error

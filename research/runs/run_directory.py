@@ -1,6 +1,7 @@
 """The folder of one run: its files, its identity, its lock, and its completion mark."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import jax
 
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.hub_pins import Pins, pinned, resolve_addresses
+from research.config.knob_groups import NEWEST_EDITION
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import differences, from_json, to_json
@@ -25,6 +27,7 @@ from research.core.atomic_files import (
 )
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
+from research.core.local_paths import local_path
 from research.parallel import agreement
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
@@ -45,6 +48,12 @@ def is_complete(folder: Path) -> bool:
     return mark.is_file()
 
 
+def _with_edition(config: Config, edition: int) -> Config:
+    """`config`, where the rows have the rules of `edition` if it names no other."""
+    data = dataclasses.replace(config.data, edition=config.data.edition or edition)
+    return dataclasses.replace(config, data=data)
+
+
 class RunDir:
     """Paths and marks of `config.run_dir`. Nothing is created before `create`."""
 
@@ -52,14 +61,11 @@ class RunDir:
         """`path` may begin with `~`.
 
         Raises:
-          UserError: `path` is empty, or names the home folder of an unknown user.
+          UserError: `path` is empty, or no path of this machine.
         """
         if not str(path):
             raise UserError("config.run_dir is empty; name a folder for this run")
-        try:
-            self.path = Path(path).expanduser()
-        except RuntimeError as error:
-            raise UserError(f"config.run_dir is {path}: {error}") from error
+        self.path = local_path(path, "config.run_dir")
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.history = self.path / "run.json"
@@ -157,9 +163,13 @@ class RunDir:
         if self.exists:
             pins = self._known_pins()
             with self._reading_config() as text:
+                edition = from_json(text).data.edition
                 # Older runs kept their hub addresses as they were written.
                 changes = differences(
-                    text, config, self.path, lambda config: pinned(config, pins)
+                    text,
+                    config,
+                    self.path,
+                    lambda config: _with_edition(pinned(config, pins), edition),
                 )
             refused = changes.keys() - set(config.accept)
             if refused:
@@ -221,7 +231,9 @@ class RunDir:
         return read_json(self._pins, dict, remedy)
 
     def pin(self, config: Config, others: Mapping[str, str] | None = None) -> Config:
-        """`config` with every hub address at its commit: that of the run, if it exists.
+        """`config` with hub addresses at their commits, and with the edition of rows.
+
+        Both are those of the run, if it exists.
 
         All processes call it; the answers of the first hold for all.
 
@@ -238,7 +250,8 @@ class RunDir:
             return resolve_addresses(config, known, asking=jax.process_index() == 0)
 
         self.pins = agreement.of_first(agreement.together(found))
-        return pinned(config, self.pins)
+        edition = self.config().data.edition if self.exists else NEWEST_EDITION
+        return _with_edition(pinned(config, self.pins), edition)
 
     def keep_pins(self) -> None:
         """Writes the commits that `pin` has found. Raises UserError: it cannot."""

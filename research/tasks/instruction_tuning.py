@@ -84,6 +84,7 @@ class InstructionTask:
                 f"{len(data.rows.records)}: {categories}",
                 numbers={"rows": len(data.rows.records)},
             ),
+            Finding("columns", self._schemas(), numbers=data.rows.schemas),
             Finding(
                 "dropped",
                 self._dropped(),
@@ -93,8 +94,10 @@ class InstructionTask:
                 "split",
                 f"{len(train.documents)} documents train in {len(train.rows)} rows of "
                 f"{train.seq_len} ({train.fill:.1%} full), "
-                f"{len(data.held_out.documents)} held out",
+                f"{len(data.held_out.documents)} held out; {data.copies} rows are "
+                "copies of others",
                 numbers={
+                    "copies": data.copies,
                     "train_documents": len(train.documents),
                     "train_rows": len(train.rows),
                     "fill": train.fill,
@@ -109,6 +112,12 @@ class InstructionTask:
             ),
             count_epochs(self._config, {"rows": len(train.rows)}, {"rows": 1.0}),
         ]
+
+    def _schemas(self) -> str:
+        rows = self._data.rows
+        lines = [", ".join(f"{name} in {n} rows" for name, n in rows.schemas.items())]
+        lines += [f"  {note} ({n} times)" for note, n in rows.notes.items()]
+        return "\n".join(lines)
 
     def _dropped(self) -> str:
         data = self._data

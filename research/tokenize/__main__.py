@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from research.config import command_line
 from research.config.choices import UNDECODABLE
 from research.config.knobs import knob
 from research.core.errors import UserError
+from research.core.local_paths import local_path
 
 USAGE = """
 python -m research.tokenize --source=NAME=WHERE [--source=...] --vocab=4096 --out=FOLDER
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--source=NAME=WHERE is missing, e.g. --source=code=stdlib")
     if not f.out:
         raise UserError("--out=FOLDER is missing, e.g. --out=runs/tokenizer")
-    if Path(f.out).exists():
+    if local_path(f.out).exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
     from research.config.knob_groups import DataConfig, TextConfig
     from research.data.text.choose_tokenizer import make_tokenizer

@@ -29,6 +29,7 @@ DOLLY_HEADERS = {
     "system": "",
     "user": "### Instruction:\n",
     "assistant": "### Response:\n",
+    "tool": "### Tool:\n",
 }
 DOLLY_INPUT = "\n\n### Input:\n"
 
@@ -132,14 +133,25 @@ class ChatFormat:
         Raises:
           UserError: the template refuses a conversation; names its file and line.
         """
-        cuts = []
-        for record in records:
+        encoded = []
+        for record, each in zip(records, self.encode_each(records), strict=True):
+            if isinstance(each, UserError):
+                raise UserError(f"{record.where}: {each}") from each
+            encoded.append(each)
+        return encoded
+
+    def encode_each(self, records: Sequence[Record]) -> list[Encoded | UserError]:
+        """As `encode_many`, with an error in place of what the template refuses."""
+        cuts: list[tuple[Sequence[Part], Mapping[str, str]]] = []
+        refused: dict[int, UserError] = {}
+        for number, record in enumerate(records):
             turns, texts = self._hider.hide(self._turns(record.turns, record.context))
             try:
                 cuts.append((self._cut(turns), texts))
             except UserError as error:
-                raise UserError(f"{record.where}: {error}") from error
-        return [
+                cuts.append(((), {}))
+                refused[number] = error
+        encoded = [
             Encoded(
                 [i for ids in of_parts for i in ids],
                 [
@@ -150,6 +162,7 @@ class ChatFormat:
             )
             for (parts, _), of_parts in zip(cuts, self._fill(cuts), strict=True)
         ]
+        return [refused.get(number, each) for number, each in enumerate(encoded)]
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
         """Ids up to the beginning of the answer to the last user turn.

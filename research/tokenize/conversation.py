@@ -2,15 +2,22 @@
 
 import dataclasses
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message; `role` is one of `ROLES`."""
+    """One message.
+
+    Attributes:
+      role: one of `ROLES`.
+      text: the message.
+      trained: whether an answer counts in the loss.
+    """
 
     role: str
     text: str
+    trained: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +29,11 @@ class Record:
       context: a passage that belongs to the first user turn, or "".
       category: the group under which its loss is reported, or "".
       where: `file:line`, for messages to the user.
+      schema: the columns that it was read from, for people.
     """
 
     turns: tuple[Turn, ...]
     context: str
     category: str
     where: str
+    schema: str = ""

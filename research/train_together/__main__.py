@@ -3,12 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from research.config import command_line
 from research.config.knobs import changed, knob
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.local_paths import local_path
 from research.train_together import compatibility
 
 USAGE = """
@@ -58,7 +58,7 @@ def read_runs(given: str, shared: Config) -> list[Config]:
         raise UserError("--runs=RUNS.json is missing; see --help")
     file = "[...]" if given.lstrip().startswith("[") else given
     try:
-        text = given if file != given else Path(file).read_text(encoding="utf-8")
+        text = given if file != given else local_path(file).read_text(encoding="utf-8")
         found = json.loads(text)
     except OSError as error:
         raise UserError(f"--runs: {error}") from error

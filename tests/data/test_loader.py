@@ -236,7 +236,7 @@ def config_of(**changes):
 
 
 def test_a_dataset_holds_every_row_on_one_side(chat):
-    config = config_of(held_out=16)
+    config = config_of(held_out=16, seq_len=2048)
     dataset = load_dataset(config.data, config.seed, chat)
     assert len(dataset.held_out.documents) == len(dataset.held_out_records) == 16
     assert len(dataset.train.documents) == 80 and not dataset.dropped

@@ -4,6 +4,7 @@ import collections
 import gzip
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,7 +14,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions import row_selection
 from research.data.instructions.row_columns import to_record
-from research.data.instructions.row_selection import load_rows, split_stratified
+from research.data.instructions.row_selection import draw, load_rows
 from research.data.row_readers import READERS, Place, RowReader, read_rows
 from research.data.text.text_sources import open_sources
 from research.tokenize.conversation import Turn
@@ -97,7 +98,7 @@ def test_rows_of_messages_are_conversations(tmp_path):
         (b'{"instruction": "\xff", "response": "r"}', "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"instruction": ' + "1" * 5000 + ', "response": "r"}', "not JSON"),
-        ('{"instruction": 3, "response": "r"}', "wrong type"),
+        ('{"instruction": {"i": 3}, "response": "r"}', "wrong type"),
         ('{"instruction": "i", "response": ["r"]}', "wrong type"),
         ('{"instruction": "\\ud800", "response": "r"}', "not Unicode"),
         ('{"messages": "hello"}', "wrong type"),
@@ -145,7 +146,7 @@ def test_a_context_alone_is_an_instruction(tmp_path):
             '[{"instruction": 1},\n oops]',
             r"rows\.json:2: not a JSON array",
         ),
-        ("rows.json", '{"instruction": 1}', r"rows\.json:1: .* array of objects"),
+        ("rows.json", '{"x":\n{}}', r"rows\.json:1: .* array of objects.*one dict"),
         ("rows.csv", 'instruction,response\ni,r\n"open,r\n', r"rows\.csv:\d"),
         (
             "rows.csv",
@@ -169,8 +170,10 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, said):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
         load(tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"no file in folder .* ends in \.jsonl"):
         load(tmp_path)
+    with pytest.raises(UserError, match="no file matches"):
+        load(tmp_path / "*.csv")
 
 
 @pytest.mark.parametrize("kind", ["cut short", "flipped", "not gzip"])
@@ -280,16 +283,22 @@ def test_no_sample_row_is_of_the_real_dolly(sample, dolly_path):
 def records_of(counts):
     rows = [category for category, n in counts.items() for _ in range(n)]
     return [
-        to_record({**ROWS[0], "category": c}, ColumnsConfig(), f"rows:{i}")
+        to_record(
+            {**ROWS[0], "context": str(i), "category": c}, ColumnsConfig(), f"r:{i}"
+        )
         for i, c in enumerate(rows)
     ]
 
 
+EDITIONS = [DataConfig(edition=1), DataConfig(edition=2)]
+
+
+@pytest.mark.parametrize("config", EDITIONS, ids=["by seed", "by content"])
 @pytest.mark.parametrize("count", [1, 7, 10, 33])
-def test_the_split_is_disjoint_whole_and_proportional(count):
+def test_the_split_is_disjoint_whole_and_proportional(count, config):
     counts = {"a": 50, "b": 30, "c": 13, "d": 7}
     records = records_of(counts)
-    held, rest = split_stratified(records, count, seed=3)
+    held, rest = draw(records, count, config, 3)
     assert len(held) == count
     assert sorted(held + rest, key=records.index) == records
     for part in (held, rest):
@@ -299,22 +308,30 @@ def test_the_split_is_disjoint_whole_and_proportional(count):
         assert abs(drawn - count * n / 100) < 1
 
 
-def test_the_split_depends_on_the_seed_alone():
+def test_the_split_of_old_runs_depends_on_the_seed_alone():
     records = records_of({"a": 50, "b": 50})
-    first = split_stratified(records, 20, seed=0)
-    assert split_stratified(records, 20, seed=0) == first
-    assert split_stratified(records, 20, seed=1) != first
+    first = draw(records, 20, EDITIONS[0], 0)
+    assert draw(records, 20, EDITIONS[0], 0) == first
+    assert draw(records, 20, EDITIONS[0], 1) != first
+    # As the version before the editions drew them.
+    rng = np.random.default_rng(0)
+    expected = {*rng.permutation(range(50))[:10], *rng.permutation(range(50, 100))[:10]}
+    assert {records.index(record) for record in first[0]} == expected
 
 
-def test_a_split_that_leaves_nothing_is_refused():
-    with pytest.raises(UserError, match=r"config\.data\.held_out"):
-        split_stratified(records_of({"a": 5}), 5, seed=0)
+@pytest.mark.parametrize("count, lower", [(5, True), (1, False)])
+def test_a_split_that_leaves_nothing_is_refused(count, lower):
+    with pytest.raises(UserError, match=rf"of {count}: .*eval_path") as said:
+        draw(records_of({"a": count}), count, DataConfig(), 0)
+    assert ("a lower config.data.held_out" in str(said.value)) == lower
 
 
-def test_max_rows_draws_from_every_category(sample):
+def test_max_rows_draws_from_every_category_whatever_the_seed(sample):
     few = load_rows(DataConfig(max_rows=16), seed=0)
     assert few.categories() == dict.fromkeys(sample.categories(), 2)
-    assert few.records != load_rows(DataConfig(max_rows=16), seed=1).records
+    assert few.records == load_rows(DataConfig(max_rows=16), seed=1).records
+    more = load_rows(DataConfig(max_rows=10**6), seed=0)
+    assert more.records == sample.records
 
 
 def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):

@@ -49,25 +49,28 @@ KEPT = {
     "private use": (row(response="\ue0f0x\ue0f1"), "\ue0f0x\ue0f1"),
     "not a character": (row(response="\uffff"), "\uffff"),
     "pair of surrogates": (raw(r"\ud83d\ude00"), "\U0001f600"),
-    "duplicate keys": (
-        '{"response": "a", "instruction": "i", "response": "b"}', "b",
-    ),
     "unknown columns": (row(other=[1, {"x": None}]), "r"),
     "huge integer beside": (row(other=10**400), "r"),
     "NaN beside": ('{"instruction": "i", "response": "r", "x": NaN}', "r"),
     "null context": (row(context=None), "r"),
-    "blank around": (row(response=" \t r \n"), "r"),
+    "blank around": (row(response=" \t r \n"), " \t r"),
     "carriage return at the end": (raw("r") + "\r", "r"),
+    "white space in front": (row(response="    return 1\n"), "    return 1"),
+    "number": (row(response=3), "3"),
+    "bool": (row(response=True), "true"),
+    "number to ask": (row(instruction=3), "r"),
+    "number of a kind": (row(category=7), "r"),
+    "list of kinds": (row(category=[7]), "r"),
+    "huge integer": (row(response=10**400), str(10**400)),
 }  # fmt: skip
 # Refused: the reason that it is counted by.
 REFUSED = {
-    "number": (row(response=3), "wrong type"),
-    "bool": (row(response=True), "wrong type"),
+    "duplicate keys": (
+        '{"response": "a", "instruction": "i", "response": "b"}', "not JSON",
+    ),
     "list": (row(response=["r"]), "wrong type"),
     "object": (row(response={"r": 1}), "wrong type"),
-    "number to ask": (row(instruction=3), "wrong type"),
     "list to read": (row(context=["c"]), "wrong type"),
-    "number of a kind": (row(category=7), "wrong type"),
     "lone surrogate": (raw(r"a\ud800b"), "not Unicode"),
     "array": ("[1, 2]", "not JSON"),
     "string": ('"text"', "not JSON"),
@@ -85,9 +88,8 @@ REFUSED = {
     "message of a string": ('{"messages": ["hello"]}', "wrong type"),
     "message without a role": ('{"messages": [{"content": "x"}]}', "wrong type"),
     "message of a strange role": (
-        '{"messages": [{"role": "tool", "content": "x"}]}', "wrong type",
+        '{"messages": [{"role": "robot", "content": "x"}]}', "wrong type",
     ),
-    "huge integer": (row(response=10**400), "wrong type"),
 }  # fmt: skip
 # Dropped in either mode, and counted.
 EMPTY = {
@@ -189,7 +191,7 @@ FILES = {
     "empty.jsonl": b"",
     "blank.jsonl": b"\n \n\t\n",
     "empty.json": b"",
-    "object.json": GOOD.encode(),
+    "object.json": b'{"rows": [\n]}',
     "torn.json": b"[" + GOOD.encode() + b",",
     "nested.json": b"[" * 100_000,
     "empty.csv": b"",
@@ -198,7 +200,7 @@ FILES = {
     "empty.parquet": b"",
     "none.parquet": b"PAR1 nothing PAR1",
     "other.parquet": parquet({"question": ["a"], "answer": ["b"]}),
-    "numbers.parquet": parquet({"instruction": [1], "response": [2]}),
+    "numbers.parquet": parquet({"instruction": ["i"], "response": [[2]]}),
     "short.csv": b"instruction,response\r\na,b\r\nc\r\n",
     "long.csv": b"instruction,response\r\na,b\r\nc,d,e\r\n",
 }

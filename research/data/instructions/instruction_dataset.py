@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 
@@ -13,9 +14,12 @@ from research.data.batch_order import OrderedBatches, endless
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.data.instructions.row_selection import (
     LoadedRows,
+    content_key,
+    draw,
     load_rows,
-    split_stratified,
+    refuse_row,
 )
+from research.data.row_readers import BadRowError
 from research.data.token_batch import Batch
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
@@ -23,6 +27,9 @@ from research.tokenize.conversation import Record
 # More characters than any tokenizer packs into a token, on average over a long text. A
 # row that is enormous is seen by its length: its tokens alone could exhaust the memory.
 TOKEN_CHARACTERS = 512
+# Categories whose losses are reported, at most; of more, the rare ones are one.
+MOST_CATEGORIES, RARE = 64, 0.01
+OTHERS = "(other)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,7 @@ class InstructionDataset:
       held_out_records: the held-out rows as text, for prompts.
       dropped: how many rows were dropped, by reason.
       truncated: how many rows were kept with a shorter context.
+      copies: how many rows have the same texts as a row before them.
       examples: `file:line: reason` for each row that was dropped or cut.
     """
 
@@ -77,6 +85,7 @@ class InstructionDataset:
     held_out_records: list[Record]
     dropped: dict[str, int]
     truncated: int
+    copies: int
     examples: list[str]
 
 
@@ -89,12 +98,28 @@ def load_dataset(
       UserError: the data cannot be read, or nothing is left to train on.
     """
     rows = load_rows(config, seed)
-    held, rest = split_stratified(rows.records, config.held_out, seed)
-    categories = sorted({record.category for record in rows.records})
     dropped: collections.Counter[str] = collections.Counter(rows.dropped)
     examples = list(rows.examples)
+    if config.eval_path:
+        own = dataclasses.replace(config, path=config.eval_path, max_rows=0)
+        held_rows = load_rows(own, seed)
+        held, rest = held_rows.records, _without(rows, held_rows, dropped, examples)
+        dropped.update(held_rows.dropped)
+        examples += held_rows.examples
+        digests = f"{rows.sha256} {held_rows.sha256}".encode()
+        rows = dataclasses.replace(rows, sha256=hashlib.sha256(digests).hexdigest())
+    else:
+        held, rest = draw(rows.records, config.held_out, config, seed)
+    keys = {content_key(record) for record in held + rest}
+    copies = len(held) + len(rest) - len(keys)
+    group_of = _group_categories([record.category for record in held + rest])
+    categories = sorted(set(group_of.values()))
     sides, truncated = {}, 0
-    for name, records in (("train", rest), ("held_out", held)):
+    for name, side in (("train", rest), ("held_out", held)):
+        records = [
+            dataclasses.replace(record, category=group_of[record.category])
+            for record in side
+        ]
         kept, documents, cut = _tokenize(
             records, categories, chat_format, config, dropped, examples
         )
@@ -115,8 +140,58 @@ def load_dataset(
         held_out_records=sides["held_out"][0],
         dropped=dict(dropped),
         truncated=truncated,
+        copies=copies,
         examples=examples,
     )
+
+
+def _without(
+    rows: LoadedRows,
+    held: LoadedRows,
+    dropped: collections.Counter[str],
+    examples: list[str],
+) -> list[Record]:
+    """The records that are not held out as well.
+
+    Raises:
+      UserError: there are none.
+    """
+    keys = {content_key(record) for record in held.records}
+    kept = []
+    for record in rows.records:
+        if content_key(record) in keys:
+            dropped["held out as well"] += 1
+            examples.append(f"{record.where}: a row of config.data.eval_path equals it")
+        else:
+            kept.append(record)
+    if not kept:
+        raise UserError(
+            f"every row of {rows.origin} is in {held.origin} as well, so none is left "
+            "to train on; give other rows as config.data.eval_path"
+        )
+    return kept
+
+
+def _group_categories(categories: list[str]) -> dict[str, str]:
+    """The group under which the loss of each category is reported.
+
+    A column of thousands of values, such as names of documents, is no category.
+    """
+    counts = collections.Counter(categories)
+    if len(counts) <= MOST_CATEGORIES:
+        return {name: name for name in counts}
+    frequent = {
+        name
+        for name, count in counts.most_common(MOST_CATEGORIES - 1)
+        if count >= RARE * len(categories)
+    }
+    logging.warning(
+        "data: there are %d categories; the losses of %d are reported, and of all "
+        "others together",
+        len(counts),
+        len(frequent),
+    )
+    return {name: name if name in frequent else OTHERS for name in counts}
 
 
 def _tokenize(
@@ -151,8 +226,14 @@ def _tokenize(
             drop(record)
         else:
             candidates.append(record)
-    encodings = chat_format.encode_many(candidates)
+    encodings = chat_format.encode_each(candidates)
     for record, encoded in zip(candidates, encodings, strict=True):
+        if isinstance(encoded, UserError):
+            bad = BadRowError("refused by the template", record.where, str(encoded))
+            refuse_row(bad, config)
+            dropped[bad.reason] += 1
+            examples.append(str(bad))
+            continue
         if len(encoded.ids) > budget and config.overlength == "truncate":
             encoded = chat_format.shorten(record, encoded, budget)
             if encoded is not None:

@@ -1,77 +1,252 @@
-"""The columns of a row as a `Record`: instruction and response, or chat messages."""
+"""The columns of a row as a `Record`: a request and its answer, or chat messages.
 
+The schema is found row by row. A column that is missing or null is absent.
+"""
+
+import collections
+import decimal
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.config.knob_groups import ColumnsConfig
-from research.core.errors import UserError, nearest
+from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig
+from research.core.errors import nearest
 from research.data.row_readers import BadRowError
-from research.tokenize.conversation import ROLES, Record, Turn
+from research.tokenize.conversation import Record, Turn
+
+DEFAULTS = ColumnsConfig()
+CHATS = ("messages", "conversations")
+# Request, context and answer, where the config renames none of them.
+KNOWN_COLUMNS = (
+    ("instruction", "input", "output"),  # Alpaca's.
+    ("prompt", "", "completion"),
+)
+# The names that chat data has for the roles: OpenAI's, ShareGPT's, and others'.
+ROLE_NAMES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "bot": "assistant", "chatgpt": "assistant",
+    "tool": "tool", "observation": "tool",
+}  # fmt: skip
+TOOL_CALLS = ("tool_calls", "function_call")
 
 
-def to_record(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Record:
+def to_record(
+    row: Mapping[str, Any],
+    columns: ColumnsConfig,
+    where: str,
+    notes: collections.Counter[str] | None = None,
+    edition: int = NEWEST_EDITION,
+) -> Record:
     """Makes a `Record` from the columns of a row.
 
+    Args:
+      row: values by column.
+      columns: names of the columns.
+      where: `file:line`.
+      notes: counts what a user should know, in sentences.
+      edition: of the rules. In the first, an answer loses the white space in front of
+        it, and there is no column of system texts.
+
     Raises:
-      UserError: a mapped column does not exist (the mapping is wrong, not the row).
-      BadRowError: this row cannot be used: wrong types, or an empty answer.
+      BadRowError: this row cannot be used: a column is missing, a value is of a wrong
+        type, or an answer is empty.
     """
-    if columns.messages in row and columns.response not in row:
-        turns, context = _chat_turns(row[columns.messages], where), ""
-    else:
-        for field in ("instruction", "response"):
-            _require(row, getattr(columns, field), field, where)
-        turns = (
-            Turn("user", _text(row, columns.instruction, where)),
-            Turn("assistant", _text(row, columns.response, where)),
-        )
-        context = _text(row, columns.context, where)
-        if not turns[0].text and not context:
-            raise BadRowError(
-                "empty instruction", where, "instruction and context are empty"
+    notes = collections.Counter() if notes is None else notes
+    return _Row(row, columns, where, notes, edition == 1).record()
+
+
+class _Row:
+    def __init__(
+        self,
+        row: Mapping[str, Any],
+        columns: ColumnsConfig,
+        where: str,
+        notes: collections.Counter[str],
+        is_old: bool,
+    ):
+        self._row = row
+        self._present = {k: v for k, v in row.items() if not _is_absent(v)}
+        self._columns = columns
+        self._where = where
+        self._is_old = is_old
+        self._notes = notes
+
+    def record(self) -> Record:
+        names = self._schema()
+        request, context, answer = names if len(names) == 3 else ("", "", "")
+        values = [self._present.get(name) for name in names]
+        if len(names) == 1:
+            turns, context = self._chat(values[0], names[0]), ""
+        elif isinstance(values[0], list) and isinstance(values[-1], list):
+            turns, context = self._chat(values[0] + values[-1], request), ""
+        else:
+            turns = (
+                Turn("user", self._text(request)),
+                Turn("assistant", self._text(answer, is_answer=True)),
             )
-    if not all(turn.text for turn in turns if turn.role == "assistant"):
-        raise BadRowError("empty response", where, "a response is empty")
-    return Record(turns, context, _text(row, columns.category, where), where)
+            context = self._text(context)
+            if not turns[0].text and not context:
+                raise self._bad(
+                    "empty instruction", "instruction and context are empty"
+                )
+        system = "" if self._is_old else self._text(self._columns.system)
+        if system and turns[0].role != "system":
+            turns = (Turn("system", system), *turns)
+        answers = [turn for turn in turns if turn.role == "assistant"]
+        if not all(turn.text.strip() for turn in answers):
+            raise self._bad("empty response", "a response is empty")
+        if not any(turn.trained for turn in answers):
+            raise self._bad("empty response", "the weight of every answer is 0")
+        schema = " and ".join(dict.fromkeys((names[0], names[-1])))
+        return Record(turns, context, self._category(), self._where, schema)
 
-
-def _require(row: dict[str, Any], column: str, field: str, where: str) -> None:
-    if column not in row:
-        raise UserError(
-            f"{where}: no column {column!r} for config.data.columns.{field}"
-            f"{nearest(column, row)}; the row has {', '.join(map(repr, row))}"
+    def _schema(self) -> tuple[str, ...]:
+        """One column of chat messages, or those of request, context and answer."""
+        columns = self._columns
+        own = (columns.instruction, columns.context, columns.response)
+        renamed = own != (DEFAULTS.instruction, DEFAULTS.context, DEFAULTS.response)
+        chat_renamed = columns.messages != DEFAULTS.messages
+        chats = [(columns.messages,)]
+        if not chat_renamed and not renamed:
+            chats = [(name,) for name in CHATS]
+        pairs = [own] if renamed else [own, *KNOWN_COLUMNS]
+        for row in (self._present, self._row):
+            fitting = [each for each in chats if each[0] in row]
+            others = [each for each in pairs if each[0] in row and each[-1] in row]
+            # A chat column wins if the config names it; a pair wins over others.
+            order = fitting + others if chat_renamed else others + fitting
+            if order:
+                ignored = {n for each in order[1:] for n in each if n and n in row}
+                if ignored := ignored - {*order[0]}:
+                    self._notes[
+                        f"rows have {', '.join(map(repr, sorted(ignored)))} as well as "
+                        f"{', '.join(map(repr, filter(None, order[0])))}; only these "
+                        "are read"
+                    ] += 1
+                return order[0]
+            # Context alone, or an answer without a request, are empty, not missing.
+            if columns.response in row and columns.context in row:
+                return own
+        field = "response" if columns.instruction in self._row else "instruction"
+        name = getattr(columns, field)
+        raise self._bad(
+            "missing column",
+            f"no column {name!r} for config.data.columns.{field}"
+            f"{nearest(name, self._row)}; the row has "
+            f"{', '.join(map(repr, self._row))}",
         )
 
+    def _category(self) -> str:
+        name = self._columns.category
+        if isinstance(self._present.get(name), list | dict):
+            self._notes[
+                f"values of {name!r} that are lists or objects are no label"
+            ] += 1
+            return ""
+        return self._text(name).strip()
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRowError(
-            "wrong type", where, f"{column} is {type(value).__name__}, not text"
-        )
-    # JSON allows a lone surrogate, but no tokenizer accepts it.
-    if not value.isascii() and value != value.encode("utf-8", "replace").decode():
-        raise BadRowError("not Unicode", where, f"{column} has a lone surrogate")
-    return value.strip()
+    def _text(self, name: str, is_answer: bool = False) -> str:
+        value = self._present.get(name) if name else None
+        return self._as_text(value, name, is_answer)
 
+    def _as_text(self, value: Any, name: str, is_answer: bool) -> str:
+        """The text of a value.
 
-def _chat_turns(messages: Any, where: str) -> tuple[Turn, ...]:
-    if not isinstance(messages, list) or not messages:
-        raise BadRowError("wrong type", where, "messages is not a list of messages")
-    turns = []
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise BadRowError(
-                "wrong type", where, f"a message needs a role of {', '.join(ROLES)}"
+        Numbers and booleans are written as in JSON. Of an answer only the end is cut,
+        as a program in an indented language begins with white space.
+        """
+        if value is None:
+            return ""
+        if isinstance(value, bytes):
+            try:
+                value = value.decode()
+            except UnicodeDecodeError as error:
+                raise self._bad("not UTF-8", f"{name}: {error}") from error
+        elif isinstance(value, bool | int | float | decimal.Decimal):
+            kind = "booleans" if isinstance(value, bool) else "numbers"
+            self._notes[f"{kind} in {name!r} are read as text"] += 1
+            decimals = isinstance(value, decimal.Decimal)
+            value = str(value) if decimals else json.dumps(value)
+        if not isinstance(value, str):
+            raise self._bad("wrong type", f"{name} is {type(value).__name__}, not text")
+        # JSON allows a lone surrogate, but no tokenizer accepts it.
+        if not value.isascii() and value != value.encode("utf-8", "replace").decode():
+            raise self._bad("not Unicode", f"{name} has a lone surrogate")
+        return value.rstrip() if is_answer and not self._is_old else value.strip()
+
+    def _chat(self, messages: Any, name: str) -> tuple[Turn, ...]:
+        if not isinstance(messages, list) or not messages:
+            raise self._bad("wrong type", f"{name} is not a list of messages")
+        turns = tuple(self._turn(message) for message in messages)
+        roles = [turn.role for turn in turns]
+        if not _alternates(roles[1:] if roles[0] == "system" else roles):
+            raise self._bad(
+                "not alternating",
+                f"{name} must alternate user and assistant, not {' '.join(roles[:12])}",
             )
-        turns.append(Turn(message["role"], _text(message, "content", where)))
-    roles = [turn.role for turn in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        raise BadRowError(
-            "not alternating",
-            where,
-            f"messages must alternate user and assistant, not {' '.join(roles)}",
+        return turns
+
+    def _turn(self, message: Any) -> Turn:
+        fields = message if isinstance(message, dict) else {}
+        given = fields.get("role") or fields.get("from")
+        role = ROLE_NAMES.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise self._bad(
+                "wrong type",
+                f"a message needs a role of {', '.join(ROLE_NAMES)}, not {given!r}",
+            )
+        if any(fields.get(name) for name in TOOL_CALLS):
+            raise self._bad(
+                "tool calls", "a message calls tools; write the call as its content"
+            )
+        content = next(
+            (fields[k] for k in ("content", "value") if not _is_absent(fields.get(k))),
+            None,
         )
-    return tuple(turns)
+        if isinstance(content, list):
+            content = "".join(self._part(part) for part in content)
+        weight = fields.get("weight")
+        if weight not in (None, 0, 1):
+            raise self._bad("wrong type", f"weight is {weight!r}; it must be 0 or 1")
+        is_answer = role == "assistant"
+        text = self._as_text(content, "content", is_answer)
+        return Turn(role, text, trained=not is_answer or weight != 0)
+
+    def _part(self, part: Any) -> str:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text" or not isinstance(text, str):
+            raise self._bad(
+                "wrong type", f"content has a part of {kind!r}, not of text"
+            )
+        return text
+
+    def _bad(self, reason: str, detail: str) -> BadRowError:
+        return BadRowError(reason, self._where, detail)
+
+
+def _is_absent(value: Any) -> bool:
+    """Tables have NaN where a number is missing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _alternates(roles: Sequence[str]) -> bool:
+    """Whether users ask and assistants answer; tools may reply before an answer ends.
+
+    A reply of tools stands between two messages of the assistant.
+    """
+    last = ""
+    for role in roles:
+        expected = {
+            "": ("user",),
+            "user": ("assistant",),
+            "assistant": ("user", "tool"),
+            "tool": ("tool", "assistant"),
+        }
+        if role not in expected.get(last, ()):
+            return False
+        last = role
+    return last == "assistant"

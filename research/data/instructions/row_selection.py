@@ -7,7 +7,6 @@ import importlib.resources
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
-from research.data.row_readers import BadRowError, read_rows
+from research.data.instructions.row_files import read_files
+from research.data.row_readers import BadRowError
 from research.parallel import agreement
 from research.tokenize.conversation import Record
 
@@ -32,6 +32,8 @@ class LoadedRows:
       origin: the file or dataset, for people.
       sha256: of the raw rows' text, to tell one data set from another.
       records: the usable rows, in the source's order.
+      schemas: how many of them were read from which columns.
+      notes: how many values or rows each remark holds of.
       dropped: how many rows were dropped, by reason.
       examples: `file:line: reason` for each of them.
     """
@@ -39,6 +41,8 @@ class LoadedRows:
     origin: str
     sha256: str
     records: list[Record]
+    schemas: dict[str, int]
+    notes: dict[str, int]
     dropped: dict[str, int]
     examples: list[str]
 
@@ -58,6 +62,7 @@ def load_rows(config: DataConfig, seed: int) -> LoadedRows:
     digest = hashlib.sha256()
     records: list[Record] = []
     seen: set[str] = set()
+    notes: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     examples: list[str] = []
     for where, row in raw:
@@ -66,29 +71,42 @@ def load_rows(config: DataConfig, seed: int) -> LoadedRows:
             if isinstance(row, BadRowError):
                 raise row
             seen.update(row)
-            records.append(to_record(row, config.columns, where))
+            records.append(to_record(row, config.columns, where, notes, config.edition))
         except BadRowError as bad:
-            unreadable = not bad.reason.startswith("empty")
-            if unreadable and config.bad_lines == "stop":
-                raise UserError(
-                    f"{bad}; fix it, or skip and count such rows with "
-                    "--config.data.bad_lines=skip"
-                ) from bad
+            refuse_row(bad, config)
             dropped[bad.reason] += 1
             examples.append(str(bad))
-    _check_columns(config.columns, seen)
+    check_columns(config.columns, seen)
     if not records:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        raise UserError(f"{origin} has no usable row ({left_out or 'it is empty'})")
-    if 0 < config.max_rows < len(records):
-        records = split_stratified(records, config.max_rows, seed)[0]
+        counts = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        first = f"; the first is {examples[0]}" if examples else ""
+        raise UserError(
+            f"{origin} has no usable row ({counts or 'it is empty'}){first}"
+        )
+    for note, count in notes.items():
+        logging.warning("data: %s (%d times)", note, count)
+    if 0 < config.max_rows < len(set(_keys(records, config))):
+        records = draw(records, config.max_rows, config, seed)[0]
     logging.info(
         "data: %s, %d rows, sha256 %s", origin, len(records), digest.hexdigest()
     )
-    return LoadedRows(origin, digest.hexdigest(), records, dict(dropped), examples)
+    schemas = collections.Counter(record.schema for record in records)
+    return LoadedRows(
+        origin, digest.hexdigest(), records, dict(schemas.most_common()), dict(notes),
+        dict(dropped), examples,
+    )  # fmt: skip
 
 
-def _check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
+def refuse_row(bad: BadRowError, config: DataConfig) -> None:
+    """Raises UserError for a bad row, unless such rows are dropped and counted."""
+    if config.bad_lines == "stop" and not bad.reason.startswith("empty"):
+        raise UserError(
+            f"{bad}; fix it, or skip and count such rows with "
+            "--config.data.bad_lines=skip"
+        ) from bad
+
+
+def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
     """Raises UserError for a column that the user named and that no row has."""
     for field in dataclasses.fields(columns):
         name = getattr(columns, field.name)
@@ -103,7 +121,7 @@ def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
     if is_hub(config.path):
         return config.path, _hub_rows(HubAddress.parse(config.path, "dataset"), config)
     if config.path and config.path != EMBEDDED:
-        return config.path, read_rows(Path(config.path).expanduser())
+        return config.path, read_files(config.path)
     if not config.path:
         rows = None
         try:
@@ -118,9 +136,8 @@ def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
 
 def _embedded_rows() -> Iterator[tuple[str, Any]]:
     folder = importlib.resources.files("research.data.instructions") / "sample"
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        with importlib.resources.as_file(file) as path:
-            yield from read_rows(path)
+    with importlib.resources.as_file(folder) as path:
+        yield from read_files(str(path))
 
 
 def _hub_rows(address: HubAddress, config: DataConfig) -> list[tuple[str, Any]]:
@@ -159,13 +176,15 @@ def _hub_rows(address: HubAddress, config: DataConfig) -> list[tuple[str, Any]]:
     return [(f"{address.name}:{i}", row) for i, row in enumerate(rows, start=1)]
 
 
-def split_stratified(
-    records: list[Record], count: int, seed: int
+def draw(
+    records: list[Record], count: int, config: DataConfig, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """Draws `count` records, from each category in proportion to its size.
+    """Draws `count` distinct records, from each category in proportion to its size.
 
-    Largest remainders decide how fractions are rounded. The draw depends on `seed`
-    alone.
+    Equal records stay together, whatever their category: a hash of their texts decides,
+    so neither the seed nor rows that are added move a record to the other side. Runs of
+    edition 1 draw by `seed`, each record by itself. Largest remainders decide how
+    fractions are rounded.
 
     Returns:
       The drawn records and the others, both in the order of `records`.
@@ -173,23 +192,45 @@ def split_stratified(
     Raises:
       UserError: no record would remain.
     """
-    if count >= len(records):
+    keys = _keys(records, config)
+    category_of: dict[Any, str] = {}
+    for key, record in zip(keys, records, strict=True):
+        category_of.setdefault(key, record.category)
+    total = len(category_of)
+    if count >= total:
         raise UserError(
-            f"{count} rows should be held out of {len(records)}: lower "
-            "config.data.held_out or give more rows"
+            f"{count} distinct rows should be held out of {total}: give more rows, "
+            f"{'a lower config.data.held_out, ' if total > 1 else ''}or held-out rows "
+            "of your own as config.data.eval_path"
         )
-    by_category: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        by_category.setdefault(record.category, []).append(index)
-    shares = {c: count * len(rows) / len(records) for c, rows in by_category.items()}
+    by_category: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(keys):
+        by_category.setdefault(category_of[key], []).append(key)
+    shares = {c: count * len(rows) / total for c, rows in by_category.items()}
     quota = {c: int(share) for c, share in shares.items()}
     by_remainder = sorted(shares, key=lambda c: (quota[c] - shares[c], c))
     for category in by_remainder[: count - sum(quota.values())]:
         quota[category] += 1
     rng = np.random.default_rng(seed)
-    drawn: set[int] = set()
-    for category in sorted(by_category):
-        rows = by_category[category]
-        drawn.update(rng.permutation(rows)[: quota[category]].tolist())
-    chosen = [record for i, record in enumerate(records) if i in drawn]
-    return chosen, [record for i, record in enumerate(records) if i not in drawn]
+    drawn: set[Any] = set()
+    for category, own in sorted(by_category.items()):
+        order = rng.permutation(own).tolist() if config.edition == 1 else sorted(own)
+        drawn.update(order[: quota[category]])
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record, key in zip(records, keys, strict=True):
+        sides[key not in drawn].append(record)
+    return sides
+
+
+def _keys(records: list[Record], config: DataConfig) -> list[Any]:
+    """Of each record, what decides its side; equal where it must be the same side."""
+    if config.edition == 1:
+        return list(range(len(records)))
+    return [content_key(record) for record in records]
+
+
+def content_key(record: Record) -> bytes:
+    """The same for records with the same texts, in whatever file or category."""
+    texts = [(turn.role, turn.text.strip()) for turn in record.turns]
+    content = repr((texts, record.context.strip()))
+    return hashlib.sha256(content.encode()).digest()

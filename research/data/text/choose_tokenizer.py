@@ -15,6 +15,7 @@ from research.config.knob_groups import DataConfig, TextConfig
 from research.core.atomic_files import publish_folder
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, fetch_files, is_hub
+from research.core.local_paths import local_path
 from research.data.text.document_readers import SourceFile, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
@@ -52,7 +53,7 @@ def open_tokenizer(text: TextConfig, data: DataConfig) -> Tokenizer:
         return _open_bpe(text, data, _vocabulary(asked, size))
     if is_hub(asked):
         return from_folder(_fetched(asked, data.hub_timeout))
-    path = Path(asked).expanduser()
+    path = local_path(asked)
     if path.is_file():
         return from_file(path)
     if path.is_dir():
@@ -79,7 +80,7 @@ def make_tokenizer(
     share = text.held_out_share
     made = train_bpe(training_texts(sources, share), size)
     _tell_if_smaller(made, size)
-    folder = Path(out).expanduser().absolute()
+    folder = local_path(out).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _keep(made, folder)
     for source in sources:

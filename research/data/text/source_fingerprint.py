@@ -13,6 +13,7 @@ from research.config.knob_groups import TextConfig
 from research.core.atomic_files import write_whole
 from research.core.cache_folders import user_cache
 from research.core.errors import UserError
+from research.core.local_paths import local_path
 from research.data.text.document_readers import TextSource
 
 MEMO = "hashes.json"
@@ -29,7 +30,7 @@ def cache_folder(config: TextConfig) -> Path:
     try:
         if config.cache_dir == "auto":
             return user_cache()
-        return Path(config.cache_dir).expanduser()
+        return local_path(config.cache_dir)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"no folder for tokenised text ({error}): name one with "

@@ -11,6 +11,7 @@ from pathlib import Path
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import PREFIX, HubAddress, is_hub, resolve
+from research.core.local_paths import local_path
 from research.data.text.document_readers import SourceFile, TextSource
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -81,7 +82,7 @@ def _locate(
                 f"{split if address.revision else ''}"
             )
         return (SourceFile(address.name, Path(where), 0),), reply.revision
-    path = Path(where).expanduser()
+    path = local_path(where)
     if path.is_file():
         return (SourceFile(path.name, path, path.stat().st_size),), ""
     if not path.is_dir():

@@ -90,6 +90,10 @@ def cut_conversation(
     notes = []
     for index in answers:
         prompt = _prompt_before(render, turns, index)
+        if not turns[index].trained and text.startswith(prompt):
+            trained.append((len(prompt),) * 2)  # Cut off as an earlier answer is.
+        if not turns[index].trained:
+            continue
         if not text.startswith(prompt):
             if index != answers[-1]:
                 notes.append(
@@ -106,12 +110,13 @@ def cut_conversation(
         elif not _holes_of(turns[index].text) <= _holes_of(text):
             notes.append("the chat template drops the thoughts of answers")
         trained += _answer_spans(text, len(prompt), index, blocks, tokenizer)
-    if not trained:
+    last = max((end for start, end in trained if start < end), default=0)
+    if not last:
         raise UserError(
             "the chat template marks no part of the answer with {% generation %}; use "
             "--config.data.template=dolly"
         )
-    parts = _parts(text[: trained[-1][1]], trained, tokenizer)
+    parts = _parts(text[:last], trained, tokenizer)
     return Cut(parts, tuple(notes))
 
 

@@ -1,0 +1,30 @@
+"""Paths that a user writes: `~` is the home folder, and an address is no path."""
+
+import re
+from pathlib import Path
+
+from research.core.errors import UserError
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def local_path(written: str | Path, name: str = "a path") -> Path:
+    """The path of a file or folder on this machine.
+
+    Args:
+      written: by the user.
+      name: of the knob or flag, for messages.
+
+    Raises:
+      UserError: it is an address such as `gs://bucket/folder`, or the home folder of an
+        unknown user.
+    """
+    if ADDRESS.match(str(written)):
+        raise UserError(
+            f"{name} is {written}, an address and no folder here; mount the storage "
+            "(for example with gcsfuse), or copy the files, and give the path"
+        )
+    try:
+        return Path(written).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name} is {written}: {error}") from error

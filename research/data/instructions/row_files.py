@@ -1,0 +1,67 @@
+"""The files of rows that a path stands for: a file, a folder, a pattern, or several."""
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from research.core.errors import UserError
+from research.core.local_paths import local_path
+from research.data.compressed_files import kind_of
+from research.data.row_readers import READERS, BadRowError, Row, read_rows
+
+
+def read_files(written: str) -> Iterator[tuple[str, Row | BadRowError]]:
+    """Yields `(where, row)` of the files of a path, in order of their names.
+
+    `where` begins with the file's name, below the folder that all files share.
+
+    Args:
+      written: `config.data.path` or `config.data.eval_path`.
+
+    Raises:
+      UserError: there is no such file, or one is unreadable or of an unknown kind.
+    """
+    files = row_files(written)
+    shared = Path(os.path.commonpath([file.parent for file in files]))
+    for file in files:
+        folder = file.parent.relative_to(shared).as_posix()
+        prefix = "" if folder == "." else f"{folder}/"
+        for where, row in read_rows(file):
+            if prefix and isinstance(row, BadRowError):
+                row = BadRowError(row.reason, f"{prefix}{where}", row.detail)
+            yield f"{prefix}{where}", row
+
+
+def row_files(written: str) -> list[Path]:
+    """The files of a path, or of paths between commas.
+
+    Raises:
+      UserError: a path leads to no file.
+    """
+    whole = local_path(written)
+    if whole.exists() or "," not in written:
+        return _files_of(whole)
+    parts = [part.strip() for part in written.split(",")]
+    found = [f for part in parts for f in _files_of(local_path(part))]
+    return list(dict.fromkeys(found))
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if p.is_file() and kind_of(p) in READERS)
+        files = [p for p in inside if not _is_hidden(p.relative_to(path))]
+        what = f"no file in folder {path} ends in {', '.join(READERS)}"
+    elif not path.exists() and glob.has_magic(str(path)):
+        found = glob.glob(str(path), recursive=True)
+        files = [Path(p) for p in found if Path(p).is_file()]
+        what = f"no file matches {path}"
+    else:
+        return [path]
+    if not files:
+        raise UserError(f"{what}; check config.data.path")
+    return sorted(files)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -1,0 +1,55 @@
+"""What holds for all rows: absent columns change nothing, equal rows stay together."""
+
+import pytest
+
+from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.data.instructions.row_columns import to_record
+from research.data.instructions.row_selection import content_key, draw
+from research.data.row_readers import BadRowError
+from research.tokenize.conversation import Record, Turn
+
+pytest.importorskip("hypothesis")  # Of tests/requirements.txt.
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FEW = settings(max_examples=25, deadline=None, database=None)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+@FEW
+@given(TEXTS, TEXTS, st.sampled_from([None, float("nan")]))
+def test_absent_columns_never_change_a_record(question, answer, absent):
+    columns = ColumnsConfig()
+    pair = {"instruction": question, "response": answer}
+    try:
+        expected = to_record(pair, columns, "rows:1")
+    except BadRowError as error:
+        assert error.reason.startswith("empty")
+        return
+    full = dict.fromkeys(("messages", "output", "prompt", "system", "category"), absent)
+    assert to_record(full | pair, columns, "rows:1") == expected
+    assert expected.turns[-1].text == answer.rstrip()
+
+
+def record(text, category="", where="rows:1"):
+    return Record((Turn("user", text), Turn("assistant", "a")), "", category, where)
+
+
+@FEW
+@given(st.lists(st.integers(0, 8), min_size=12, max_size=40), st.integers(0, 99))
+def test_equal_rows_stand_on_one_side_and_neither_seed_nor_order_moves_them(
+    numbers, seed
+):
+    records = [record(str(n), "ab"[i % 2], f"rows:{i}") for i, n in enumerate(numbers)]
+    if len(set(numbers)) < 2:
+        return
+    held, rest = draw(records, 1, DataConfig(), seed)
+    keys = [{content_key(r) for r in side} for side in (held, rest)]
+    assert not keys[0] & keys[1] and len(held) + len(rest) == len(records)
+    plain = [record(r.turns[0].text) for r in records]
+    sides = [
+        {content_key(r) for r in draw(rows, 1, DataConfig(), number)[0]}
+        for number, rows in enumerate((plain, plain[::-1], [*plain, *plain]))
+    ]
+    assert sides[0] == sides[1] == sides[2]

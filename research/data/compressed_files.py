@@ -35,7 +35,7 @@ def open_bytes(
 
 
 def read_error(path: Path, error: Exception) -> UserError:
-    """What to tell the user about an error from reading a stream of `open_bytes`."""
+    """The message for an error from reading a stream of `open_bytes`."""
     remedy = ""
     if path.suffix == ".zst" and "memory" in str(error):
         remedy = (

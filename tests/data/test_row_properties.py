@@ -1,4 +1,4 @@
-"""What holds for all rows: absent columns change nothing, equal rows stay together."""
+"""Properties of all rows: absent columns change nothing, equal rows stay together."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from research.data.instructions.row_selection import content_key, draw
 from research.data.row_readers import BadRowError
 from research.tokenize.conversation import Record, Turn
 
-pytest.importorskip("hypothesis")  # Of tests/requirements.txt.
+pytest.importorskip("hypothesis")  # tests/requirements.txt has it.
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

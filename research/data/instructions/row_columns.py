@@ -155,7 +155,7 @@ class _Row:
     def _as_text(self, value: Any, name: str, is_answer: bool) -> str:
         """The text of a value.
 
-        Numbers and booleans are written as in JSON. Of an answer only the end is cut,
+        Numbers and booleans are written as in JSON. An answer is cut at its end only,
         as a program in an indented language begins with white space.
         """
         if value is None:

@@ -223,7 +223,7 @@ def draw(
 
 
 def _keys(records: list[Record], config: DataConfig) -> list[Any]:
-    """Of each record, what decides its side; equal where it must be the same side."""
+    """The key of each record that decides its side; equal records share one."""
     if config.edition == 1:
         return list(range(len(records)))
     return [content_key(record) for record in records]

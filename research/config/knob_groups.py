@@ -170,7 +170,7 @@ class DataConfig:
         48, "rows kept for evaluation, stratified by category", above=0
     )
     max_rows: int = knob(
-        0, "use this many distinct rows, from each category its share; 0: all", low=0
+        0, "use so many rows, from each category its share; 0: all", low=0
     )
     hub_timeout: float = free_knob(5.0, "seconds to wait for the hub", above=0)
 

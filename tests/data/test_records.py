@@ -321,9 +321,15 @@ def test_the_split_of_old_runs_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("count, lower", [(5, True), (1, False)])
 def test_a_split_that_leaves_nothing_is_refused(count, lower):
-    with pytest.raises(UserError, match=rf"of {count}: .*eval_path") as said:
+    with pytest.raises(UserError, match=rf"of {count}, .*eval_path") as said:
         draw(records_of({"a": count}), count, DataConfig(), 0)
     assert ("a lower config.data.held_out" in str(said.value)) == lower
+
+
+def test_copies_count_as_rows():
+    records = [record for record in records_of({"a": 10}) for _ in range(4)]
+    held, rest = draw(records, 8, DataConfig(), 0)
+    assert (len(held), len(rest)) == (8, 32)
 
 
 def test_max_rows_draws_from_every_category_whatever_the_seed(sample):

@@ -179,12 +179,12 @@ def _hub_rows(address: HubAddress, config: DataConfig) -> list[tuple[str, Any]]:
 def draw(
     records: list[Record], count: int, config: DataConfig, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """Draws `count` distinct records, from each category in proportion to its size.
+    """Draws `count` records, from each category in proportion to its size.
 
-    Equal records stay together, whatever their category: a hash of their texts decides,
-    so neither the seed nor rows that are added move a record to the other side. Runs of
-    edition 1 draw by `seed`, each record by itself. Largest remainders decide how
-    fractions are rounded.
+    Equal records stay together, whatever their category, so there may be a few more. A
+    hash of their texts decides: neither the seed nor rows that are added move a record
+    to the other side. Runs of edition 1 draw by `seed`, each record by itself. Largest
+    remainders decide how fractions are rounded.
 
     Returns:
       The drawn records and the others, both in the order of `records`.
@@ -193,20 +193,16 @@ def draw(
       UserError: no record would remain.
     """
     keys = _keys(records, config)
+    copies = collections.Counter(keys)
+    total = len(records)
     category_of: dict[Any, str] = {}
     for key, record in zip(keys, records, strict=True):
         category_of.setdefault(key, record.category)
-    total = len(category_of)
-    if count >= total:
-        raise UserError(
-            f"{count} distinct rows should be held out of {total}: give more rows, "
-            f"{'a lower config.data.held_out, ' if total > 1 else ''}or held-out rows "
-            "of your own as config.data.eval_path"
-        )
     by_category: dict[str, list[Any]] = {}
-    for key in dict.fromkeys(keys):
-        by_category.setdefault(category_of[key], []).append(key)
-    shares = {c: count * len(rows) / total for c, rows in by_category.items()}
+    for key, category in category_of.items():
+        by_category.setdefault(category, []).append(key)
+    sizes = {c: sum(copies[key] for key in own) for c, own in by_category.items()}
+    shares = {c: count * size / total for c, size in sizes.items()}
     quota = {c: int(share) for c, share in shares.items()}
     by_remainder = sorted(shares, key=lambda c: (quota[c] - shares[c], c))
     for category in by_remainder[: count - sum(quota.values())]:
@@ -215,7 +211,18 @@ def draw(
     drawn: set[Any] = set()
     for category, own in sorted(by_category.items()):
         order = rng.permutation(own).tolist() if config.edition == 1 else sorted(own)
-        drawn.update(order[: quota[category]])
+        taken = 0
+        for key in order:
+            if taken < quota[category]:
+                drawn.add(key)
+                taken += copies[key]
+    if count >= total or len(drawn) == len(category_of):
+        raise UserError(
+            f"{count} rows should be held out of {total}, of which {len(category_of)} "
+            "differ: give more rows, "
+            f"{'a lower config.data.held_out, ' if len(category_of) > 1 else ''}or "
+            "held-out rows of your own as config.data.eval_path"
+        )
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record, key in zip(records, keys, strict=True):
         sides[key not in drawn].append(record)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -45,7 +46,7 @@ def export(
     Raises:
       UserError: the folder cannot be written.
     """
-    writer = _Writer(folder, np.dtype(jax.numpy.dtype(dtype)))
+    writer = _Writer(folder, np.dtype(jnp.dtype(dtype)))
     for stored in used(family_of(model.architecture).hf_tensors, model.specs):
         for name, index in stored.names(model.specs):
             values = [_fetch(weights[path], index) for path in stored.paths]
@@ -54,12 +55,19 @@ def export(
     if not writer.leading:
         return
     config = to_hf_config(model.architecture) | {"torch_dtype": dtype}
-    if tokenizer.eos is not None:
-        config["eos_token_id"] = tokenizer.eos
-    if tokenizer.bos is not None:
-        config["bos_token_id"] = tokenizer.bos
     writer.finish(config, tokenizer)
     logging.info("export: %s, %s", folder, dtype)
+
+
+def _marks(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids of control tokens, as both config files have them."""
+    ends = list(tokenizer.end_ids)
+    marks = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad,
+    }
+    return {name: value for name, value in marks.items() if value is not None}
 
 
 def _fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
@@ -73,9 +81,14 @@ def _fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
 @functools.cache
 def _jit_pick(sharding: Any) -> Any:
     def pick(leaf: Any, index: tuple[Any, ...]) -> jax.Array:
-        return materialize(jax.tree.map(lambda x: x[index], leaf) if index else leaf)
+        # In float32, so that an added adapter is rounded once, to the file's dtype.
+        return materialize(jax.tree.map(lambda x: _widened(x[index]), leaf))
 
     return jax.jit(pick, out_shardings=sharding)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 class _Writer:
@@ -135,7 +148,9 @@ class _Writer:
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": placed}
             self._write_json("model.safetensors.index.json", index)
-        self._write_json("config.json", config)
+        marks = _marks(tokenizer)
+        self._write_json("config.json", config | marks)
+        self._write_json("generation_config.json", {**tokenizer.generation, **marks})
         save_tokenizer(tokenizer, self._partial)
         replaced = self._folder.with_name(f"{self._folder.name}.replaced")
         # The old folder leaves as a whole: no part of it may pass for a model.

@@ -264,10 +264,9 @@ def _exported_tokenizer(config: Config, base: Base) -> Tokenizer:
     template = base.tokenizer.chat_template
     if config.data.template == "dolly":
         template = dolly_template(base.tokenizer)
-    if template == base.tokenizer.chat_template and not config.data.template_args:
-        return base.tokenizer
     template = with_template_args(template, config.data.template_args)
-    return base.tokenizer.with_chat_template(template)
+    ends = _chat_format(config, base.tokenizer).stop_ids
+    return base.tokenizer.with_chat_template(template, sorted(ends))
 
 
 KIND = TaskKind(

@@ -43,7 +43,7 @@ class PlainFormat:
         marks = DocumentMarks.of(tokenizer)
         self._tokenizer = tokenizer
         self._start = marks.start
-        self.stop_ids = frozenset({marks.start, tokenizer.eos})
+        self.stop_ids = frozenset({marks.start, *tokenizer.end_ids})
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
         """Ids of the last turn, after the mark that every document begins with."""

@@ -112,7 +112,7 @@ class ChatFormat:
         shortest = Record((Turn("user", "q"), Turn("assistant", "a")), "", "", "a chat")
         closing = self.encode_many([shortest])[0].ids[-1]
         self._check_texts()
-        self.stop_ids = frozenset({closing, tokenizer.eos} - {None})
+        self.stop_ids = frozenset({closing, *tokenizer.end_ids})
 
     def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
         """Ids and mask; a context is shortened until they are at most `budget`.

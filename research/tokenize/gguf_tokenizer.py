@@ -16,6 +16,7 @@ LLAMA3_SPLIT = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KEY = "tokenizer.ggml."
+ENDS = ("eos", "eot", "eom")  # of a document, a turn, and a message to a tool
 CONTROL, USER_DEFINED = 3, 4  # Types of tokens.
 
 
@@ -49,6 +50,8 @@ def from_gguf_metadata(
         )
         return tokens[index] if index >= 0 else None
 
+    marks = {"pad_token": named("padding"), "unk_token": named("unknown")}
+    ends = (fields.integer(f"{KEY}{name}_token_id", -1, low=-1) for name in ENDS)
     return Tokenizer(
         inner,
         bos=named("bos"),
@@ -56,6 +59,8 @@ def from_gguf_metadata(
         # As llama.cpp: the tokenizer of Llama 3 has it without a word in the file.
         add_bos=fields.flag(f"{KEY}add_bos_token", cut == "llama-bpe"),
         chat_template=fields.text("tokenizer.chat_template", ""),
+        settings={name: mark for name, mark in marks.items() if mark},
+        end_ids=[i for i in ends if i >= 0],
     )
 
 

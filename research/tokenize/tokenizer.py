@@ -7,7 +7,7 @@ A tokenizer here is always a Hugging Face `tokenizers.Tokenizer`, read from a
 import copy
 import enum
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ import numpy as np
 import tokenizers
 
 from research.core.errors import UserError
-from research.core.json_files import read_json
 from research.models.families.config_fields import ConfigFields, is_text
+from research.tokenize.carried_settings import (
+    kept_settings,
+    read_fields,
+    read_generation,
+    special_texts,
+)
 from research.tokenize.text_view import MARK, make_text_view
 
+SETTINGS = "tokenizer_config.json"
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-SPECIAL_KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 
 class Before(enum.Enum):
@@ -40,10 +45,13 @@ class Tokenizer:
 
     Attributes:
       bos, eos: ids, or None if the model has none.
+      end_ids: ids at which an answer ends; `eos` is one of them.
       add_bos: whether a document of plain text starts with `bos`.
       chat_template: the model's own Jinja template, or "".
       control_ids: of `bos`, `eos` and all special tokens: only templates write them.
       fingerprint: sha256 over vocabulary, rules and template.
+      settings: more fields of `tokenizer_config.json`, for an export.
+      generation: fields of `generation_config.json`, for an export.
     """
 
     def __init__(
@@ -55,7 +63,9 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str = "",
         embeddings: int | None = None,
-        special: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        end_ids: Iterable[int] = (),
     ):
         """Reads the rules of `inner`.
 
@@ -65,7 +75,8 @@ class Tokenizer:
           add_bos: see the class.
           chat_template: see the class.
           embeddings: see `within`; None if every token has one.
-          special: names of more tokens that are special.
+          settings, generation: see the class.
+          end_ids: more ids than `eos` at which an answer ends.
         """
         inner.no_padding()
         inner.no_truncation()
@@ -75,7 +86,8 @@ class Tokenizer:
         serialized = inner.to_str()
         self._template_view = inner
         self._embeddings = embeddings or self.largest_id + 1
-        self._special = special
+        self.settings, self.generation = settings or {}, generation or {}
+        special = special_texts(self.settings)
         added = inner.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self.control_ids = frozenset(
@@ -86,27 +98,28 @@ class Tokenizer:
             or i >= self._embeddings
         )
         self._text_view = make_text_view(serialized, self.control_ids)
-        # Some tokenizers write a word boundary at the start of a text: a line break
-        # goes in front of it, whose ids are dropped.
-        alone, after = (inner.encode(x, add_special_tokens=False) for x in "a\n")
-        both = inner.encode("\na", add_special_tokens=False).ids
-        marks_starts = both[len(after.ids) :] != alone.ids
-        self._leads = {
-            Before.NOTHING: ("", 0),
-            Before.CONTROL: (MARK, 1),
-            Before.TEXT: ("\n", len(after.ids)) if marks_starts else ("", 0),
-        }
+        self._leads = _find_leads(inner)
         self.bos_token, self.eos_token = bos or "", eos or ""
         self.bos = inner.token_to_id(bos) if bos else None
         self.eos = inner.token_to_id(eos) if eos else None
+        ends = (*end_ids, self.eos)
+        self.end_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.add_bos = add_bos and self.bos is not None
         self.chat_template = chat_template
         parts = (serialized, chat_template, self.bos_token, self.eos_token)
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def with_chat_template(self, template: str) -> "Tokenizer":
-        """The same vocabulary and rules, with another chat template."""
-        return self._copy(template, self._embeddings)
+    def with_chat_template(
+        self, template: str, end_ids: Iterable[int] = ()
+    ) -> "Tokenizer":
+        """The same vocabulary and rules, with another chat template.
+
+        Args:
+          template: the new one.
+          end_ids: more ids at which its answers end.
+        """
+        ends = (*self.end_ids, *end_ids)
+        return self._copy(template, self._embeddings, ends)
 
     def within(self, embeddings: int) -> "Tokenizer":
         """The same tokenizer for a model with so many embeddings.
@@ -117,6 +130,12 @@ class Tokenizer:
         Raises:
           UserError: other tokens have none.
         """
+        if ends := [i for i in self.end_ids if i != self.eos and i >= embeddings]:
+            raise UserError(
+                f"eos_token_id in the generation_config.json or config.json of the "
+                f"model names {ends[0]}, and the model has ids up to {embeddings - 1}; "
+                "correct that field"
+            )
         if self.largest_id < embeddings:
             return self
         ids = self._template_view.get_vocab(with_added_tokens=True).values()
@@ -126,9 +145,11 @@ class Tokenizer:
                 f"the tokenizer has ids up to {self.largest_id} and the model "
                 f"{embeddings} of them: they do not belong together"
             )
-        return self._copy(self.chat_template, embeddings)
+        return self._copy(self.chat_template, embeddings, self.end_ids)
 
-    def _copy(self, template: str, embeddings: int) -> "Tokenizer":
+    def _copy(
+        self, template: str, embeddings: int, end_ids: Iterable[int]
+    ) -> "Tokenizer":
         return Tokenizer(
             tokenizers.Tokenizer.from_str(self._template_view.to_str()),
             bos=self.bos_token or None,
@@ -136,8 +157,16 @@ class Tokenizer:
             add_bos=self.add_bos,
             chat_template=template,
             embeddings=embeddings,
-            special=self._special,
+            settings=self.settings,
+            generation=self.generation,
+            end_ids=end_ids,
         )
+
+    @property
+    def pad(self) -> int | None:
+        """The id of the padding token; None if it has no embedding."""
+        found = self._template_view.token_to_id(self.settings.get("pad_token", ""))
+        return None if found is None or found >= self._embeddings else found
 
     @property
     def vocab_size(self) -> int:
@@ -211,6 +240,22 @@ class Tokenizer:
         return self._template_view.decode(list(ids), skip_special_tokens=skip_control)
 
 
+def _find_leads(inner: tokenizers.Tokenizer) -> dict[Before, tuple[str, int]]:
+    """Text to write in front of a text, and the number of its ids, to be dropped.
+
+    Some tokenizers write a word boundary at the start of a text: a line break goes in
+    front of it.
+    """
+    alone, after = (inner.encode(x, add_special_tokens=False) for x in "a\n")
+    both = inner.encode("\na", add_special_tokens=False).ids
+    marks_starts = both[len(after.ids) :] != alone.ids
+    return {
+        Before.NOTHING: ("", 0),
+        Before.CONTROL: (MARK, 1),
+        Before.TEXT: ("\n", len(after.ids)) if marks_starts else ("", 0),
+    }
+
+
 def _is_added(inner: tokenizers.Tokenizer, name: str) -> bool:
     return any(t.content == name for t in inner.get_added_tokens_decoder().values())
 
@@ -221,7 +266,7 @@ def from_folder(folder: Path) -> Tokenizer:
     Raises:
       UserError: it has none, or none that can be read without running its code.
     """
-    settings = _read_settings(folder)
+    settings = read_fields(folder / SETTINGS)
     file = folder / "tokenizer.json"
     inner = _from_file(file) if file.is_file() else _converted(folder)
     template = _own_template(settings)
@@ -230,7 +275,8 @@ def from_folder(folder: Path) -> Tokenizer:
             template = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
-    return _with_marks(inner, settings, template)
+    generation, ends = read_generation(folder)
+    return _with_marks(inner, settings, template, generation, ends)
 
 
 def from_file(file: Path) -> Tokenizer:
@@ -243,7 +289,7 @@ def from_file(file: Path) -> Tokenizer:
       UserError: the file cannot be read, or has no token that ends a document.
     """
     inner = _from_file(file)
-    settings = _read_settings(file.parent)
+    settings = read_fields(file.parent / SETTINGS)
     if settings.get("eos_token") is None:
         added = {token.content for token in inner.get_added_tokens_decoder().values()}
         eos = next((name for name in END_NAMES if name in added), None)
@@ -259,7 +305,11 @@ def from_file(file: Path) -> Tokenizer:
 
 
 def _with_marks(
-    inner: tokenizers.Tokenizer, settings: ConfigFields, template: str
+    inner: tokenizers.Tokenizer,
+    settings: ConfigFields,
+    template: str,
+    generation: Mapping[str, Any] | None = None,
+    end_ids: Iterable[int] = (),
 ) -> Tokenizer:
     bos, eos = (_named_token(settings, k, inner) for k in ("bos_token", "eos_token"))
     sample = inner.encode("a").ids
@@ -269,7 +319,9 @@ def _with_marks(
         eos=eos,
         add_bos=bool(bos) and sample[:1] == [inner.token_to_id(bos)],
         chat_template=template,
-        special=_special_tokens(settings),
+        settings=kept_settings(settings),
+        generation=generation,
+        end_ids=end_ids,
     )
 
 
@@ -298,13 +350,6 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
         raise UserError(f"{file} is not a tokenizer: {error}") from error
 
 
-def _read_settings(folder: Path) -> ConfigFields:
-    """The `tokenizer_config.json` of a folder; no fields if there is none."""
-    file = folder / "tokenizer_config.json"
-    found = file.is_file() and read_json(file, dict, "give the file of the model")
-    return ConfigFields(found or {}, str(file))
-
-
 def _own_template(settings: ConfigFields) -> str:
     """The template, or the one called default of several; "" if there is none."""
     template = settings.get("chat_template", "")
@@ -319,16 +364,6 @@ def _own_template(settings: ConfigFields) -> str:
             "chat_template", template, "text, or a list of {name, template} texts"
         )
     return {t["name"]: t["template"] for t in named}.get("default", "")
-
-
-def _special_tokens(settings: ConfigFields) -> list[str]:
-    """The tokens that the settings call special, such as the one for padding."""
-    more = settings.get("additional_special_tokens", [])
-    if not isinstance(more, list):
-        raise settings.wrong("additional_special_tokens", more, "a list of tokens")
-    named = [settings.get(f"{kind}_token") for kind in SPECIAL_KINDS]
-    texts = [t.get("content") if isinstance(t, dict) else t for t in (*more, *named)]
-    return [text for text in texts if isinstance(text, str)]
 
 
 def _named_token(

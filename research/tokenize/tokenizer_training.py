@@ -77,10 +77,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.bos_token or None,
-        "eos_token": tokenizer.eos_token or None,
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),
+        **tokenizer.settings,
+        "bos_token": tokenizer.bos_token or None,
+        "eos_token": tokenizer.eos_token or None,
     }
     if tokenizer.chat_template:
         settings["chat_template"] = tokenizer.chat_template

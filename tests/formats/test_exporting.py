@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import tiny_model
 from helpers import mesh_sizes, random_adapters, random_params
+from safetensors.numpy import load_file
 
-from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig
+from research.config.knob_groups import (
+    DataConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+)
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
@@ -18,6 +25,7 @@ from research.models.families.family_registry import from_hf_config, to_hf_confi
 from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.tasks.task_registry import exported_tokenizer
 from research.weights import trainable
 from research.weights.adapters import lora
 
@@ -99,6 +107,111 @@ def test_bfloat16_files_hold_rounded_values(base, tmp_path):
     for path, value in params.items():
         rounded = value.astype(jnp.bfloat16).astype(jnp.float32)
         np.testing.assert_array_equal(found[path], rounded, err_msg=path)
+
+
+def test_an_adapter_is_added_in_float32_and_rounded_once(base, tmp_path):
+    """The frozen weights of a run in bfloat16 have no room for a small update."""
+    model, config = Model(base.architecture), LoRAConfig(rank=2)
+    split = trainable.make("lora", ModelConfig(), config, model.specs)
+    params = random_params(model.specs)
+    frozen = {path: x.astype(jnp.bfloat16) for path, x in params.items()}
+    adapters = random_adapters(split.specs)
+    weights = split.forward(adapters, frozen, None)
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        huggingface_export.export(model, weights, base.tokenizer, out, dtype)
+    _, found = read_back(tmp_path / "float32", base)
+    wide = {path: x.astype(jnp.float32) for path, x in frozen.items()}
+    for path, value in lora.merge(wide, adapters, config).items():
+        np.testing.assert_allclose(found[path], value, atol=1e-6, err_msg=path)
+    whole, rounded = (
+        load_file(tmp_path / dtype / "model.safetensors")
+        for dtype in ("float32", "bfloat16")
+    )
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(rounded[name], tensor.astype(jnp.bfloat16), name)
+
+
+def edit(file, **fields):
+    old = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(old | fields))
+
+
+ENDS = {"eos_token_id": [258, 256], "temperature": 0.6, "top_p": 0.9}
+SETTINGS = {
+    "pad_token": "<|endoftext|>",
+    "unk_token": {"content": "<|im_start|>", "__type": "AddedToken"},
+    "padding_side": "left",
+    "truncation_side": "left",
+    "model_max_length": 500,
+}
+
+
+def export_for(folder, out, **data):
+    """Exports the untrained model of `folder` as a run with these settings would."""
+    base = open_base(str(folder))
+    config = Config(data=DataConfig(**data))
+    tokenizer = exported_tokenizer(config, base)
+    model = Model(base.architecture)
+    params = random_params(model.specs)
+    huggingface_export.export(model, params, tokenizer, out)
+    return tokenizer
+
+
+def test_transformers_reads_all_that_the_base_model_had(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = tiny_model.make_tiny_model(tmp_path / "model")
+    edit(folder / "generation_config.json", **ENDS)
+    edit(folder / "tokenizer_config.json", **SETTINGS)
+    export_for(folder, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    for found in (config, generation):
+        assert found.eos_token_id == [258, 256] and found.pad_token_id == 256
+    assert (generation.temperature, generation.top_p) == (0.6, 0.9)
+    before, after = map(AutoTokenizer.from_pretrained, (folder, tmp_path / "out"))
+    for name in (*SETTINGS, "eos_token", "bos_token", "chat_template"):
+        assert str(getattr(after, name)) == str(getattr(before, name)), name
+
+
+def test_an_export_ends_its_answers_where_the_run_did(tmp_path):
+    """The end of a turn is in a template; the end token of the model can be another."""
+    folder = tiny_model.make_tiny_model(tmp_path / "model")
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    assert export_for(folder, tmp_path / "chat", template="chat").end_ids == (256, 258)
+    again = open_base(str(tmp_path / "chat")).tokenizer
+    assert again.end_ids == (256, 258) and again.eos == 256
+    export_for(folder, tmp_path / "dolly", template="dolly")
+    again = open_base(str(tmp_path / "dolly")).tokenizer
+    assert again.end_ids == (256,) and "### Response" in again.chat_template
+
+
+def test_a_config_alone_can_name_the_ends(tmp_path):
+    folder = tiny_model.make_tiny_model(tmp_path / "model")
+    edit(folder / "config.json", eos_token_id=[258, 256])
+    assert open_base(str(folder)).tokenizer.end_ids == (258, 256)
+    edit(folder / "generation_config.json", eos_token_id=257)
+    assert open_base(str(folder)).tokenizer.end_ids == (257, 258)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be an id, or a"),
+        ({"eos_token_id": [256, True]}, "eos_token_id is .256, True.; it must be"),
+        ({"eos_token_id": [256, -1]}, "eos_token_id is .256, -1.; it must be"),
+        ({"eos_token_id": [256, 264]}, "names 264, and the model has ids up to 263"),
+        ({"pad_token_id": [0]}, "pad_token_id is .0.; it must be a whole number"),
+        ([], "cannot be used .it is .., not dict"),
+    ],
+    ids=str,
+)
+def test_a_malformed_generation_config_is_named(tmp_path, fields, said):
+    folder = tiny_model.make_tiny_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=rf"generation_config\.json.*{said}"):
+        open_base(str(folder))
 
 
 def test_a_run_stands_for_the_model_it_has_exported(base, tmp_path):

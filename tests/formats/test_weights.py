@@ -414,6 +414,11 @@ def test_a_padding_token_above_the_embeddings_is_never_made_of_text(tmp_path):
     assert base.tokenizer.largest_id == base.architecture.vocab == 264
     (ids,) = base.tokenizer.encode_texts(["x<pad>y<e>"])
     assert max(ids) == 263 and base.tokenizer.decode(ids) == "x<pad>y<e>"
+    edit = {"eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(edit))
+    named = open_base(str(tmp_path / "m")).tokenizer
+    assert named.pad is None, "transformers refuses a model with such an id"
+    assert named.settings["pad_token"] == "<pad>"
     with pytest.raises(UserError, match="writes '<pad>', for which the model has no"):
         base.tokenizer.find_added("<pad>")
 

@@ -442,6 +442,11 @@ def test_a_gguf_tokenizer_is_built_from_its_metadata():
     assert not {257, 258} & set(ids)
     assert ids[-1] == 259, "an added token that is not special is a word"
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (257, 258, 260)
+    marks = {"eot": 257, "eom": 258, "padding": 258, "unknown": 257}
+    changes = {f"{name}_token_id": i for name, i in marks.items()}
+    tokenizer = from_gguf_metadata(gguf_metadata(**changes))
+    assert (tokenizer.end_ids, tokenizer.pad) == ((258, 257), 258)
+    assert tokenizer.settings["unk_token"] == "<s>"
 
 
 @pytest.mark.parametrize(

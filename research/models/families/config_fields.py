@@ -25,6 +25,10 @@ class ConfigFields:
         """The unchecked value."""
         return self._values.get(name, default)
 
+    def present(self) -> dict[str, Any]:
+        """All values, unchecked."""
+        return dict(self._values)
+
     def integer(
         self,
         name: str,

@@ -11,6 +11,7 @@ os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import jax
@@ -33,6 +34,9 @@ from step_definitions import five_steps as five_steps
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.formats.base_model import open_base
 from research.models.transformer import Model
+
+# Under `nohup` it is ignored, and commands would then rightly survive it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

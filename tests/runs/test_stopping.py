@@ -185,9 +185,12 @@ def test_a_signal_before_a_run_listens_asks_to_be_resumed(module, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as child:
-        assert child.stdout.readline() == b"importing\n"
-        child.send_signal(number)
-        assert child.wait(10) == PREEMPTED
+        try:
+            assert child.stdout.readline() == b"importing\n"
+            child.send_signal(number)
+            assert child.wait(10) == PREEMPTED
+        finally:
+            child.kill()
         said = child.stderr.read().decode()
         assert f"stopped by {number.name}" in said
         assert "the same command resumes the run" in said

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from research.config import command_line
 from research.config.knobs import knob
-from research.core.errors import DamagedError, UserError
+from research.core.errors import DamagedError, UserError, files_of_step
 from research.core.local_paths import local_path
 from research.core.visible_text import visible
 
@@ -127,7 +127,8 @@ def _export(run: str, step: str, out: str) -> int:
     runtime.start_alone()
     opened = reopen(run, step=step)
     tokenizer = exported_tokenizer(opened.config, opened.base)
-    export(opened.model, opened.weights, tokenizer, local_path(out), "float32")
+    with files_of_step(None, f"the export to {out}"):
+        export(opened.model, opened.weights, tokenizer, local_path(out), "float32")
     return 0
 
 

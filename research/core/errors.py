@@ -63,17 +63,21 @@ class DivergedError(UserError):
 
 
 class SaveError(UserError):
-    """Files that belong to `step` could not be written to disk."""
+    """Files that belong to `step` could not be written to disk.
+
+    Attributes:
+      step: None for an export by command.
+    """
 
     exit_code = 4
 
-    def __init__(self, message: str, step: int):
+    def __init__(self, message: str, step: int | None):
         super().__init__(message)
         self.step = step
 
 
 @contextlib.contextmanager
-def files_of_step(step: int, what: str) -> Iterator[None]:
+def files_of_step(step: int | None, what: str) -> Iterator[None]:
     """Turns an OSError of the body into a SaveError: `what` could not be written."""
     try:
         yield

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from research.config import command_line
 from research.config.knobs import knob
-from research.core.errors import UserError
+from research.core.errors import UserError, files_of_step
 from research.core.local_paths import local_path
 
 USAGE = """
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     runtime.start_alone()
     run = reopen(f.run, step=f.step)
     tokenizer = exported_tokenizer(run.config, run.base)
-    export(run.model, run.weights, tokenizer, out, f.dtype)
+    with files_of_step(None, f"the export to {out}"):
+        export(run.model, run.weights, tokenizer, out, f.dtype)
     return 0
 
 

@@ -44,7 +44,10 @@ def export(
       dtype: of the file: float32, bfloat16 or float16.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: a number is not finite in the file's dtype.
+      OSError: the folder cannot be written.
+
+    After an error no part of the export stays, and an older one is as it was.
     """
     writer = _Writer(folder, np.dtype(jnp.dtype(dtype)))
     for stored in used(family_of(model.architecture).hf_tensors, model.specs):
@@ -91,6 +94,37 @@ def _widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+def _require_finite(name: str, tensor: np.ndarray, stored: np.ndarray) -> None:
+    """Raises UserError: `stored`, which is `tensor` in the file's dtype, is not."""
+    if np.isfinite(stored).all():
+        return
+    if np.isfinite(tensor).all():
+        wider = "float32" if stored.dtype == jnp.bfloat16 else "bfloat16 or float32"
+        raise UserError(
+            f"{name} holds {np.abs(tensor).max():g}, which is too large for "
+            f"{stored.dtype}; export with --dtype={wider}"
+        )
+    raise UserError(
+        f"{name} holds numbers that are not finite; export an earlier step with --step"
+    )
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file for good. Raises OSError: the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if "I/O error" in str(error):
+            raise OSError(f"{path}: {error}") from error
+        raise
+    # safetensors lets only the owner read it; the umask has made the folder's mode.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    sync(path)
+
+
 class _Writer:
     """Fills one safetensors file after the other, then writes the index."""
 
@@ -108,27 +142,24 @@ class _Writer:
     def _guard(self, write: Any) -> None:
         try:
             write()
-        except Exception as error:  # OSError, or an error of safetensors.
+        except BaseException:
             shutil.rmtree(self._partial, ignore_errors=True)
-            raise UserError(
-                f"the model cannot be written to {self._folder}: {error}"
-            ) from error
+            raise
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        tensor = np.ascontiguousarray(tensor.astype(self._dtype))
-        if self._tensors and self._held() + tensor.nbytes > FILE_BYTES:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(tensor.astype(self._dtype))
+        self._guard(lambda: _require_finite(name, tensor, stored))
+        if self._tensors and self._held() + stored.nbytes > FILE_BYTES:
             self._flush()
-        self._tensors[name] = tensor
+        self._tensors[name] = stored
 
     def _held(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def _flush(self) -> None:
-        from safetensors.numpy import save_file
-
         path = self._partial / f"{len(self._files)}.safetensors"
-        self._guard(lambda: save_file(self._tensors, path, metadata={"format": "pt"}))
-        self._guard(lambda: sync(path))
+        self._guard(lambda: _save(self._tensors, path))
         self._files.append(list(self._tensors))
         self._bytes += self._held()
         self._tensors = {}

@@ -1,6 +1,8 @@
 """An export holds the model: our reader and the format itself read it back."""
 
 import json
+import os
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from research.config.knob_groups import (
     ModelConfig,
 )
 from research.config.run_config import Config
-from research.core.errors import UserError
+from research.core.errors import SaveError, UserError, files_of_step
 from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
 from research.formats.load_parameters import load_base
@@ -228,11 +230,69 @@ def test_a_run_stands_for_the_model_it_has_exported(base, tmp_path):
 def test_a_full_disk_or_a_wrong_place_leaves_nothing(base, tmp_path):
     (tmp_path / "file").write_text("in the way")
     params = random_params(Model(base.architecture).specs)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(NotADirectoryError):
         huggingface_export.export(
             Model(base.architecture), params, base.tokenizer, tmp_path / "file" / "out"
         )
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def params(base, tmp_path):
+    """Parameters of which `tmp_path` already holds an export."""
+    model = Model(base.architecture)
+    params = random_params(model.specs)
+    huggingface_export.export(model, params, base.tokenizer, tmp_path / "out")
+    return params
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (1e5, "float16", r"100000, .* too large for float16; .*=bfloat16 or float32"),
+        (3.4e38, "bfloat16", r"too large for bfloat16; .*--dtype=float32"),
+        (np.nan, "float32", r"not finite; .*--step"),
+        (-np.inf, "float16", r"not finite; .*--step"),
+    ],
+)
+def test_a_number_that_is_not_finite_leaves_the_older_export(
+    base, params, tmp_path, value, dtype, said
+):
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    path = sorted(params)[-1]
+    params = params | {path: params[path].at[(0,) * params[path].ndim].set(value)}
+    model, out = Model(base.architecture), tmp_path / "out"
+    with pytest.raises(UserError, match=rf"^\S+\.\S+ holds .*{said}"):
+        huggingface_export.export(model, params, base.tokenizer, out, dtype)
+    assert list(tmp_path.iterdir()) == [out]
+    after = load_file(out / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_a_full_disk_ends_an_export_with_the_code_of_a_failed_write(
+    base, params, tmp_path
+):
+    model, out = Model(base.architecture), tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SaveError, match="File too large"), files_of_step(3, "all"):
+            huggingface_export.export(model, params, base.tokenizer, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [out], "the older export stays"
+
+
+def test_others_may_read_an_export_where_the_umask_lets_them(base, params, tmp_path):
+    before = os.umask(0o027)
+    try:
+        huggingface_export.export(
+            Model(base.architecture), params, base.tokenizer, tmp_path / "new"
+        )
+    finally:
+        os.umask(before)
+    modes = {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "new").iterdir()}
+    assert modes == {oct(0o640)}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,5 +1,6 @@
 """Reports the results of a sweep: `python -m launch.report --sweep=...`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def find(sweep: str, folder: str) -> Path:
     place = local_path(folder) if folder else given
     if given.suffix == ".py" and not folder:
         place = Path("runs/sweeps") / given.stem
-    if not (place / "sweep.json").is_file():
+    if not os.path.lexists(place / "sweep.json"):
         raise UserError(
             f"--sweep={sweep}: {place} has no sweep.json; run python -m launch.sweep "
             "first, or name the folder of its runs"

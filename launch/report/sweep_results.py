@@ -206,7 +206,7 @@ def _history(place: Path) -> list[dict[str, Any]]:
     """
     path = place / "run.json"
     remedy = "restore a copy, or remove it to report the run without its starts"
-    return read_json(path, STARTS, remedy)["starts"] if path.is_file() else []
+    return read_json(path, STARTS, remedy, absent={"starts": []})["starts"]
 
 
 def _origin(starts: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -213,7 +214,7 @@ def check_folder(folder: Path, sweep: Sweep, runs: Sequence[SweepRun]) -> None:
     Raises:
       UserError: one of them differs.
     """
-    if not (folder / "sweep.json").is_file():
+    if not os.path.lexists(folder / "sweep.json"):
         return
     known = read(folder)
     before = {x["name"]: x["command"] for x in known["runs"]}
@@ -264,7 +265,7 @@ def _merged(
         }
         for run in runs
     }
-    known = read(folder)["runs"] if (folder / "sweep.json").is_file() else []
+    known = read(folder)["runs"] if os.path.lexists(folder / "sweep.json") else []
     points = {run.point for run in runs}
     for run in known:
         if tuple(run["point"]) in points:

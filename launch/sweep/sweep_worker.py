@@ -19,7 +19,7 @@ from launch.jobs.launch_job import LaunchPlan
 from launch.sweep.run_packs import RunPack
 from launch.sweep.sweep_runs import SweepRun
 from launch.targets.local import ProcessGroup
-from research.core.errors import PREEMPTED
+from research.core.errors import PREEMPTED, UserError
 from research.report.progress_view import duration
 from research.runs.metrics_file import read_metrics
 
@@ -177,6 +177,6 @@ def last_step(run: SweepRun) -> int:
     """
     try:
         lines = read_metrics(run.folder)
-    except OSError:
+    except (OSError, UserError):
         return 0
     return max((x["step"] for x in lines if x["kind"] == "train"), default=0)

@@ -2,34 +2,41 @@
 
 import json
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from research.core.errors import UserError
 
-# A type, a list with the shape of its items, or a dictionary with the shape of each
-# entry that must be there. Other entries may be there, too.
+# A type, a list with the shape of its items, a dictionary with the shape of each entry
+# that must be there, or a function from the value to its shape. A dictionary may hold
+# other entries, too; the key `...` gives their shape.
 Shape = Any
 NUMBER = int | float
 
 
-def read_json(path: Path, shape: Shape, remedy: str) -> Any:
-    """Reads a file that must be there.
+def read_json(path: Path, shape: Shape, remedy: str, absent: Any = None) -> Any:
+    """Reads a file.
 
     Args:
       path: of the file.
       shape: of its value.
       remedy: what the user can do where the file holds something else.
+      absent: what to return where nothing has this name; None: the file must be there.
 
     Raises:
       UserError: it cannot be read, or its value has another shape; names file, place
         and remedy.
     """
+    # A folder or a link that leads nowhere is not an absent file.
+    if absent is not None and not os.path.lexists(path):
+        return absent
     try:
         value = json.loads(path.read_bytes())
-        problem = _mismatch(value, shape)
+        problem = mismatch(value, shape)
     except (OSError, ValueError, RecursionError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     if problem:
@@ -40,7 +47,7 @@ def read_json(path: Path, shape: Shape, remedy: str) -> Any:
 def read_json_lines(path: Path, shape: Shape) -> tuple[list[Any], list[int]]:
     """Reads a file with one value in a line.
 
-    A last line without an end is ignored: a kill has torn it.
+    A last line without a line end counts as any other. A kill may have torn it.
 
     Returns:
       The values of `shape`, and the numbers of all other lines, counted from 1. Both
@@ -48,15 +55,20 @@ def read_json_lines(path: Path, shape: Shape) -> tuple[list[Any], list[int]]:
 
     Raises:
       OSError: the file cannot be read.
+      UserError: it is no file.
     """
     values: list[Any] = []
     bad: list[int] = []
-    if not path.is_file():
+    if not os.path.lexists(path):
         return values, bad
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    require_file(path)
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
-            fits = not _mismatch(value, shape)
+            fits = not mismatch(value, shape)
         except (ValueError, RecursionError):
             fits = False
         if fits:
@@ -74,6 +86,7 @@ def read_to_rewrite(path: Path, shape: Shape) -> list[Any]:
 
     Raises:
       OSError: the file cannot be read, or the copy not be written.
+      UserError: it is no file.
     """
     values, bad = read_json_lines(path, shape)
     if bad:
@@ -91,19 +104,33 @@ def read_to_rewrite(path: Path, shape: Shape) -> list[Any]:
     return values
 
 
-def _mismatch(value: Any, shape: Shape, where: str = "it") -> str:
+def require_file(path: Path) -> None:
+    """Raises UserError if something has this name that is not a file."""
+    if os.path.lexists(path) and not path.is_file():
+        found = "a folder" if path.is_dir() else "no file, or a link that leads nowhere"
+        raise UserError(
+            f"{path} cannot be used (it is {found}); restore a copy of the file, or "
+            "move what is there away"
+        )
+
+
+def mismatch(value: Any, shape: Shape, where: str = "it") -> str:
     """The first place where `value` has another shape; empty if there is none."""
+    if isinstance(shape, FunctionType):
+        shape = shape(value)
     kind = type(shape) if isinstance(shape, list | dict) else shape
     # To Python, a bool is an int.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    fits = isinstance(value, kind)
+    if not fits or (isinstance(value, bool) and kind not in (bool, object)):
         name = getattr(kind, "__name__", None) or str(kind)
         return f"{where} is {repr(value)[:80]}, not {name}"
     if isinstance(shape, list):
         parts = [(x, shape[0], f"{where}[{i}]") for i, x in enumerate(value)]
     elif isinstance(shape, dict):
-        if missing := shape.keys() - value.keys():
+        if missing := shape.keys() - value.keys() - {...}:
             return f"{where} lacks {', '.join(sorted(missing))}"
-        parts = [(value[key], shape[key], f"{where}.{key}") for key in shape]
+        others = shape.get(..., object)
+        parts = [(x, shape.get(k, others), f"{where}.{k}") for k, x in value.items()]
     else:
         parts = []
-    return next(filter(None, (_mismatch(*part) for part in parts)), "")
+    return next(filter(None, (mismatch(*part) for part in parts)), "")

@@ -90,8 +90,5 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        return {}
     remedy = "remove it: the next start of the run writes it anew"
-    return read_json(path, SHAPES[name], remedy)
+    return read_json(folder / name, SHAPES[name], remedy, absent={})

@@ -6,18 +6,34 @@ gives the number back.
 """
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 from research.core.atomic_files import sync, write_whole
-from research.core.json_files import read_json_lines, read_to_rewrite
+from research.core.json_files import (
+    NUMBER,
+    mismatch,
+    read_json_lines,
+    read_to_rewrite,
+)
 from research.runs.tensorboard_file import TensorBoard
 from research.weights import parameter_paths
 
 NAME = "metrics.jsonl"
 LINE = {"step": int, "kind": str}
+# Reports read these fields in a line of each kind.
+FIELDS = {
+    "train": {
+        "loss": NUMBER,
+        "tokens": NUMBER,
+        "elapsed_s": NUMBER,
+        "memory_gb": NUMBER,
+    },
+    "eval": {"loss": NUMBER, "by_group": dict, "tokens": dict},
+}
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -107,5 +123,22 @@ def _numbered(value: Any) -> Any:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads all lines of a `metrics.jsonl` that are metrics; none without a file."""
-    return [_numbered(line) for line in read_json_lines(folder / NAME, LINE)[0]]
+    """Reads all lines of a `metrics.jsonl` that are metrics; none without a file.
+
+    A warning counts the other lines.
+
+    Raises:
+      OSError: the file cannot be read.
+      UserError: it is no file.
+    """
+    lines, bad = read_json_lines(folder / NAME, LINE)
+    known = [_numbered(line) for line in lines]
+    found = [x for x in known if not mismatch(x, FIELDS.get(x["kind"], {}))]
+    if dropped := len(bad) + len(known) - len(found):
+        logging.warning(
+            "%s: %d of %d lines are no metrics, and are not shown",
+            folder / NAME,
+            dropped,
+            len(bad) + len(known),
+        )
+    return found

@@ -26,13 +26,19 @@ from research.core.atomic_files import (
     write_whole,
 )
 from research.core.errors import UserError, nearest
-from research.core.json_files import read_json
+from research.core.json_files import read_json, require_file
 from research.core.local_paths import local_path
 from research.parallel import agreement
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
 RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.
 COMPLETE = "complete.json"
+# A start refuses anything else that has one of these names, before it loads anything.
+FILES = (
+    *("config.json", "identity.json", "hub_revisions.json", "run.json", COMPLETE),
+    *("doctor.json", "preview.json", "answers.json", "samples.jsonl", "metrics.jsonl"),
+    *("left_out.txt", "report.md", "loss.png", "lock", "lock.holder"),
+)
 
 
 def is_complete(folder: Path) -> bool:
@@ -42,10 +48,10 @@ def is_complete(folder: Path) -> bool:
       UserError: the mark of completion holds something else.
     """
     mark = folder / COMPLETE
-    if mark.is_file():
-        remedy = "remove it: the same command then makes the report again"
-        read_json(mark, dict, remedy)
-    return mark.is_file()
+    if not os.path.lexists(mark):
+        return False
+    read_json(mark, dict, "remove it: the same command then makes the report again")
+    return True
 
 
 def _with_edition(config: Config, edition: int) -> Config:
@@ -160,6 +166,8 @@ class RunDir:
                 f"config.run_dir is {self.path}; a path with '..' is refused: name the "
                 "folder itself"
             )
+        for name in FILES:
+            require_file(self.path / name)
         if self.exists:
             pins = self._known_pins()
             with self._reading_config() as text:
@@ -225,10 +233,8 @@ class RunDir:
         Raises:
           UserError: the file that keeps them holds something else.
         """
-        if not self._pins.is_file():
-            return {}
         remedy = "restore a copy of it, or remove it to use the newest commits"
-        return read_json(self._pins, dict, remedy)
+        return read_json(self._pins, {...: str}, remedy, absent={})
 
     def pin(self, config: Config, others: Mapping[str, str] | None = None) -> Config:
         """`config` with hub addresses at their commits, and with the edition of rows.
@@ -321,7 +327,7 @@ class RunDir:
         """The fingerprints that the run began with. Raises UserError without them."""
         return read_json(
             self._identity,
-            dict.fromkeys(IDENTITY_PARTS, str),
+            dict.fromkeys((*IDENTITY_PARTS, ...), str),
             "restore a copy: meta/metadata in each checkpoint holds the same as "
             "`identity`",
         )

@@ -21,16 +21,22 @@ from research.runs import provenance
 from research.runs.phase_timer import PHASES, PhaseTimer
 
 UNKNOWN = "ended without a word: killed, or the machine went down"
+
+
+def _shape_of_start(start: Any) -> dict[str, Any]:
+    """A start whose first step is known has a last step, too."""
+    has_begun = isinstance(start, dict) and start.get("first") is not None
+    return {
+        "first": int | None,
+        "step": int if has_begun else int | None,
+        "redone": int,
+        "seconds": {"start": NUMBER, "step": NUMBER, ...: NUMBER},
+        "cause": str | None,
+    }
+
+
 SHAPE = {
-    "starts": [
-        {
-            "first": int | None,
-            "step": int | None,
-            "redone": int,
-            "seconds": {"start": NUMBER, "step": NUMBER},
-            "cause": str | None,
-        }
-    ],
+    "starts": [_shape_of_start],
     "events": list,
     "saved": int,
     "skipped_batches": [int],
@@ -198,21 +204,19 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is not a run history.
     """
-    if not path.is_file():
-        return {
+    return read_json(
+        path,
+        SHAPE,
+        "restore a copy: it says which batches were dropped and which differences were "
+        "accepted. If you remove it, the run resumes without them",
+        absent={
             "starts": [],
             "events": [],
             "saved": 0,
             "skipped_batches": [],
             "accepted": {},
-        }
-    found = read_json(
-        path,
-        SHAPE,
-        "restore a copy: it says which batches were dropped and which differences were "
-        "accepted. If you remove it, the run resumes without them",
+        },
     )
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

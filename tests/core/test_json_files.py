@@ -65,16 +65,58 @@ def test_lines_that_cannot_be_read_cost_no_other(tmp_path, caplog):
     lines = [good[0], bad[0], good[1], *bad[1:], good[2]]
     path = write(tmp_path / "x.jsonl", b"\n".join(lines) + b"\n" + b'{"torn')
     expected = [{"step": 1}, {"step": 2}, {"step": 3}]
-    assert read_json_lines(path, {"step": int}) == (expected, [2, 4, 5, 6])
+    assert read_json_lines(path, {"step": int}) == (expected, [2, 4, 5, 6, 8])
     before = path.read_bytes()
     assert read_to_rewrite(path, {"step": int}) == expected
     (copy,) = tmp_path.glob("x.jsonl.*")
     assert copy.read_bytes() == before
-    assert f"{path}: 4 of 7 lines" in caplog.text and str(copy) in caplog.text
+    assert f"{path}: 5 of 8 lines" in caplog.text and str(copy) in caplog.text
     write(path, good[0] + b"\n")
     assert read_to_rewrite(path, {"step": int}) == expected[:1]
     assert [*tmp_path.glob("x.jsonl.*")] == [copy]
     assert read_json_lines(tmp_path / "absent", dict) == ([], [])
+
+
+def test_a_last_line_without_an_end_is_taken_or_kept_in_the_copy(tmp_path, caplog):
+    path = write(tmp_path / "x.jsonl", '{"step": 1}\n{"step": 2}')
+    assert read_to_rewrite(path, {"step": int}) == [{"step": 1}, {"step": 2}]
+    assert not caplog.text and [*tmp_path.iterdir()] == [path]
+    write(path, "my notes")
+    assert read_to_rewrite(path, {"step": int}) == []
+    (copy,) = tmp_path.glob("x.jsonl.*")
+    assert copy.read_text() == "my notes" and "1 of 1 lines" in caplog.text
+
+
+def test_a_name_that_is_taken_by_something_else_is_no_absent_file(tmp_path):
+    assert read_json(tmp_path / "x", SHAPE, "", absent={}) == {}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("folder", "link"):
+        with pytest.raises(UserError, match=f"{name} cannot be used"):
+            read_json(tmp_path / name, SHAPE, "", absent={})
+        with pytest.raises(UserError, match=f"{name} cannot be used"):
+            read_json_lines(tmp_path / name, SHAPE)
+
+
+def test_a_shape_may_hold_for_all_other_entries_or_depend_on_the_value(tmp_path):
+    def shape(value):
+        return {"size": int if value.get("known") else int | None, ...: str | bool}
+
+    path = tmp_path / "x.json"
+    for known, size, more, said in (
+        (True, 3, "", ""),
+        (False, None, "", ""),
+        (True, None, "", "it.size is None"),
+        (True, 3, 5, "it.more is 5"),
+    ):
+        write(
+            path, json.dumps({"known": str(known)[:known], "size": size, "more": more})
+        )
+        if not said:
+            assert read_json(path, shape, "")["size"] == size
+            continue
+        with pytest.raises(UserError, match=said):
+            read_json(path, shape, "")
 
 
 def test_what_a_terminal_would_obey_is_written_out():

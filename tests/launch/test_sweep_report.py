@@ -39,14 +39,15 @@ def metrics(rng, effect, seed):
                 "kind": "train",
                 "step": step,
                 "elapsed_s": 2.5 * step,
+                "loss": level,
+                "memory_gb": 0.0,
                 "tokens": 90 + seed,
             }
         )
     for step in STEPS:
         loss = level + effect * step / 20 + rng.normalvariate(0, 0.004)
-        lines.append(
-            {"kind": "eval", "step": step, "loss": loss, "by_group": {"qa": 1.5}}
-        )
+        more = {"by_group": {"qa": 1.5}, "tokens": {"qa": 30}}
+        lines.append({"kind": "eval", "step": step, "loss": loss, **more})
     return sorted(lines, key=lambda line: line["step"])
 
 

@@ -203,11 +203,12 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
         frozen=None,
         console=Console(file=io.StringIO()),
     )
-    (folder.path / "metrics.jsonl").write_bytes(b'{"kind": "eval", "step": 3}\n\xff\n')
+    odd = {"kind": "eval", "step": 3, "loss": 1, "by_group": {}, "tokens": {"a": "x"}}
+    (folder.path / "metrics.jsonl").write_bytes(json.dumps(odd).encode() + b"\n\xff\n")
     finish_run.finish(run)
     facts = json.loads((folder.path / "complete.json").read_text())
     assert "the answers: ValueError: no base" in facts["missing in the report"]
-    assert "loss.png: KeyError" in facts["missing in the report"]
+    assert "report.md: TypeError" in facts["missing in the report"]
     folder._lock.release()
 
 

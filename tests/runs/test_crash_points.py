@@ -106,19 +106,21 @@ def test_a_saved_step_outlives_a_crash(states, tmp_path):
 
 def test_metrics_and_history_outlive_a_crash(states, tmp_path):
     history = History(tmp_path / "run.json", PhaseTimer())
-    lines = [{"step": i, "kind": "train", "loss": 1 / (i + 1)} for i in range(5)]
+    more = {"tokens": 9, "elapsed_s": 1.5, "memory_gb": 0.0}
+    values = [{"loss": 1 / (i + 1), **more} for i in range(5)]
+    lines = [{"step": i, "kind": "train", **x} for i, x in enumerate(values)]
     with Recorder(tmp_path) as recorder:
         history.begin()
         file = metrics_file.MetricsFile(tmp_path, 0)
-        for i, line in enumerate(lines[:4]):
-            file.write(line["step"], line["kind"], {"loss": line["loss"]})
+        for i, line in enumerate(values[:4]):
+            file.write(i, "train", line)
             if i % 2:
                 file.sync()
                 recorder.mark(("lines", i + 1))
                 history.note(i)
                 recorder.mark(("noted", i))
         file.close()
-        metrics_file.append_line(tmp_path, 4, "train", {"loss": lines[4]["loss"]})
+        metrics_file.append_line(tmp_path, 4, "train", values[4])
         recorder.mark(("lines", 5))
 
     def check(state):

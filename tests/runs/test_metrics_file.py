@@ -11,7 +11,8 @@ def make_metrics(folder, lines):
 
 
 def line(step):
-    return json.dumps({"step": step, "kind": "train", "loss": 1.5})
+    more = {"tokens": 9, "elapsed_s": 0.5, "memory_gb": 0.0}
+    return json.dumps({"step": step, "kind": "train", "loss": 1.5, **more})
 
 
 def test_a_broken_line_in_the_middle_costs_no_later_one(tmp_path, caplog):
@@ -26,10 +27,23 @@ def test_a_broken_line_in_the_middle_costs_no_later_one(tmp_path, caplog):
     assert "(line 3, 4, 5, 6)" in caplog.text and str(copy) in caplog.text
 
 
-def test_a_line_that_a_kill_has_torn_is_no_damage(tmp_path, caplog):
+def test_a_line_that_a_kill_has_torn_costs_no_other(tmp_path, caplog):
     make_metrics(tmp_path, [line(1), line(2)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ki')
     MetricsFile(tmp_path, 2).close()
     assert [x["step"] for x in read_metrics(tmp_path)] == [1, 2]
-    assert not caplog.text and not [*tmp_path.glob("metrics.jsonl.*")]
+    assert len([*tmp_path.glob("metrics.jsonl.*")]) == 1 and "1 of 3" in caplog.text
+
+
+def test_lines_without_what_reports_read_are_counted_and_not_shown(tmp_path, caplog):
+    odd = [
+        '{"step": 2, "kind": "train"}',
+        '{"step": 2, "kind": "eval", "loss": 1}',
+        "x",
+    ]
+    own = '{"step": 3, "kind": "own", "loss": "NaN"}'
+    nan = line(4).replace("1.5", '"NaN"')
+    make_metrics(tmp_path, [line(1), *odd, own, nan])
+    assert [x["step"] for x in read_metrics(tmp_path)] == [1, 3, 4]
+    assert "metrics.jsonl: 3 of 6 lines are no metrics" in caplog.text

@@ -19,7 +19,7 @@ from research.runs import run_history
 from research.runs.control.os_signals import INTERRUPTED, Preempted
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
-from research.runs.run_directory import RunDir
+from research.runs.run_directory import FILES, RunDir
 from research.runs.run_history import UNKNOWN, Goodput, History, goodput
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
@@ -170,6 +170,26 @@ def test_an_identity_that_is_none_is_named_with_a_way_back(folder):
             folder.check_identity(IDENTITY)
 
 
+def test_an_id_that_is_no_text_is_named(folder):
+    (folder.path / "identity.json").write_text(json.dumps(IDENTITY | {"run": 5}))
+    with pytest.raises(UserError, match=r"identity\.json cannot .*it\.run is 5"):
+        folder.origin()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_is_refused_before_anything_is_loaded(folder, name):
+    path, config = folder.path / name, folder.config()
+    path.unlink(missing_ok=True)
+    for make, undo in (
+        (path.mkdir, path.rmdir),
+        (lambda: path.symlink_to("nowhere"), path.unlink),
+    ):
+        make()
+        with pytest.raises(UserError, match=f"{name} cannot"):
+            folder.check_config(config)
+        undo()
+
+
 def test_a_run_keeps_its_own_id(folder, tmp_path):
     origin = folder.origin()
     assert len(origin["run"]) == 32
@@ -298,6 +318,21 @@ def test_a_history_that_is_none_is_the_users_error(folder):
         with pytest.raises(UserError, match=r"run\.json cannot be used .*restore"):
             History(folder.history, PhaseTimer())
         assert folder.history.read_text() == content
+
+
+def test_a_start_with_a_wrong_entry_is_the_users_error(folder):
+    history = History(folder.history, PhaseTimer())
+    history.begin()
+    history.resume_from(2)
+    good = json.loads(folder.history.read_text())
+    for entry, said in (
+        ({"step": None}, r"starts\[0\]\.step is None"),
+        ({"seconds": good["starts"][0]["seconds"] | {"save": "x"}}, "save is 'x'"),
+    ):
+        odd = good | {"starts": [good["starts"][0] | entry]}
+        folder.history.write_text(json.dumps(odd))
+        with pytest.raises(UserError, match=rf"run\.json cannot .*{said}.*restore"):
+            History(folder.history, PhaseTimer())
 
 
 def test_a_history_of_an_earlier_version_continues(folder):

@@ -12,10 +12,26 @@ from typing import Any
 
 from research.core.errors import UnreachableError, UserError
 from research.core.hub_access import HubAddress
+from research.data.batch_order import Alive, still
 from research.data.row_readers import Located, Place, Reading
 
 RETRIES = 6
 FIRST_WAIT = 2.0  # seconds; each further wait is twice as long
+SLICE = 1.0  # seconds of a wait between two signs of life
+# Packages whose errors come from the network; most of them are no OSError.
+CLIENTS = {"aiohttp", "http", "httpcore", "httpx", "requests", "urllib3"}
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    """Whether a failure of the network is `error`, or has led to it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+        if isinstance(error, OSError) or packages & CLIENTS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class HubRows:
@@ -57,10 +73,11 @@ class HubRows:
         """Yields `(place, where, row)` of the shards from `begin` to `end`.
 
         Raises:
-          UserError: the rows cannot be read.
+          UserError: the rows cannot be read; names the row.
           UnreachableError: the hub did not answer through all retries.
         """
-        end = self.num_shards if reading.end is None else reading.end
+        dataset = self._dataset  # An error of opening it is raised as it is.
+        end = dataset.num_shards if reading.end is None else reading.end
         first, state = reading.start.at or (reading.begin, None)
         number, failures = reading.start.number, 0
         for shard in range(first, end):
@@ -68,14 +85,15 @@ class HubRows:
             while True:
                 try:
                     if rows is None:
-                        part = self._dataset.shard(self.num_shards, shard)
+                        part = dataset.shard(dataset.num_shards, shard)
                         if state is not None:
                             part.load_state_dict(state)
                         rows = iter(part)
                     row = next(rows, None)
                 except Exception as error:
                     failures += 1
-                    self._wait_or_raise(error, failures, started=number > 0)
+                    what = f"{self._what}, row {number + 1},"
+                    self._wait_or_raise(error, failures, what, reading.alive)
                     rows = None
                     continue
                 if row is None:
@@ -94,23 +112,21 @@ class HubRows:
                 return call()
             except Exception as error:
                 failures += 1
-                self._wait_or_raise(error, failures, started=False)
+                self._wait_or_raise(error, failures, self._what)
 
-    def _wait_or_raise(self, error: Exception, failures: int, started: bool) -> None:
-        """Waits before another try, or raises what the user should read.
-
-        The hub's client raises a dozen unrelated kinds of errors. Where rows were read
-        before, the dataset is there, so any error may be the network's.
-        """
+    def _wait_or_raise(
+        self, error: Exception, failures: int, what: str, alive: Alive = still
+    ) -> None:
+        """Waits before another try of `what`, or raises what the user should read."""
         missing = isinstance(error, FileNotFoundError)
-        if missing or not (started or isinstance(error, OSError)):
+        if missing or not _is_of_network(error):
             raise UserError(
-                f"{self._what} cannot be read ({error}); check its subset, split and "
-                "revision, or give local files"
+                f"{what} cannot be read ({error}); check subset, split and revision of "
+                "the dataset, or give local files"
             ) from error
         if failures > RETRIES:
             raise UnreachableError(
-                f"{self._what} cannot be read ({error}), in {failures} tries; what is "
+                f"{what} cannot be read ({error}), in {failures} tries; what is "
                 "done is kept: start the same command again when the hub answers"
             ) from error
         wait = FIRST_WAIT * 2 ** (failures - 1)
@@ -118,4 +134,7 @@ class HubRows:
             "data: %s dropped the connection (%s); try %d of %d in %.0f s",
             self._what, error, failures, RETRIES, wait,
         )  # fmt: skip
-        time.sleep(wait)
+        while wait > 0:
+            alive()
+            time.sleep(min(wait, SLICE))
+            wait -= SLICE

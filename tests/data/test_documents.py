@@ -4,6 +4,7 @@ import bz2
 import collections
 import csv
 import gzip
+import http.client
 import io
 import json
 import sys
@@ -20,6 +21,7 @@ from text_helpers import make_texts, text_and_data, text_config, write_texts
 from research.core.errors import STUCK, UnreachableError, UserError
 from research.core.hub_access import HubAddress, ask_hub
 from research.data import hub_rows
+from research.data.batch_order import still
 from research.data.text import document_readers
 from research.data.text.text_sources import open_sources
 
@@ -32,14 +34,14 @@ PACK = {
 }
 
 
-def read(tmp_path, where, **changes):
+def read(tmp_path, where, alive=still, **changes):
     """Documents as `(text, where)`, and what was dropped."""
     (source,) = open_sources(
         *text_and_data(text_config(tmp_path, f"s={where}", **changes))
     )
     left_out = collections.Counter()
     found, parts = [], None
-    for piece in source.read(source.files, left_out):
+    for piece in source.read(source.files, left_out, alive=alive):
         assert piece.text and len(piece.text) <= document_readers.PIECE_BYTES
         assert piece.starts == (parts is None)
         parts = [] if piece.starts else parts
@@ -329,7 +331,7 @@ def test_a_dropped_connection_is_retried_where_it_was(tmp_path, monkeypatch):
     fake_hub(monkeypatch, dataset)
     assert texts_of(read(tmp_path, "hub://o/n")[0]) == TEXTS
     assert dataset.reads == len(ROWS), "no row is read twice"
-    assert len(waits) == 4
+    assert sum(waits) == 4 * hub_rows.FIRST_WAIT
 
 
 def test_a_hub_that_stays_away_ends_the_run_and_may_be_tried_again(
@@ -344,9 +346,70 @@ def test_a_hub_that_stays_away_ends_the_run_and_may_be_tried_again(
 
     fake_hub(monkeypatch, Away([ROWS]))
     with pytest.raises(UnreachableError, match=r"no route.*kept: start the same"):
-        read(tmp_path, "hub://o/n")
-    assert waits == sorted(waits) and len(waits) == hub_rows.RETRIES
+        read(tmp_path, "hub://o/n", alive=lambda: waits.append("alive"))
+    # 2 + 4 + ... + 64 seconds, and no second of them without a sign of life.
+    assert waits == ["alive", 1.0] * 126
     assert UnreachableError.exit_code == STUCK
+
+
+class HTTPDropError(Exception):
+    """As `aiohttp` raises it in the middle of a file; it is no OSError."""
+
+    __module__ = "aiohttp.client_exceptions"
+
+
+def wrapped(error):
+    """The error of a library that was raised because of `error`."""
+    outer = RuntimeError("the shard cannot be generated")
+    outer.__cause__ = error
+    return outer
+
+
+def failing_once(monkeypatch, error):
+    """A hub whose dataset raises `error` before the third row, the first time."""
+    dataset, errors = HubDataset([ROWS]), [error]
+
+    whole = dataset.shard
+    dataset.shard = lambda *part: FailingPart(whole(*part), errors)
+    fake_hub(monkeypatch, dataset)
+
+
+class FailingPart:
+    def __init__(self, part, errors):
+        self._part, self._errors = part, errors
+        self.state_dict, self.load_state_dict = part.state_dict, part.load_state_dict
+
+    def __iter__(self):
+        for number, row in enumerate(self._part):
+            if number == 2 and self._errors:
+                raise self._errors.pop()
+            yield row
+
+
+@pytest.mark.parametrize(
+    ("error", "network"),
+    [
+        (HTTPDropError("half a file"), True),
+        (http.client.IncompleteRead(b"half"), True),
+        (wrapped(TimeoutError("too slow")), True),
+        (ValueError("no JSON in line 3"), False),
+        (wrapped(KeyError("text")), False),
+        (MemoryError("a row of 90 GB"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_failures_of_the_network_are_retried(
+    tmp_path, monkeypatch, error, network
+):
+    waits = []
+    monkeypatch.setattr(hub_rows.time, "sleep", waits.append)
+    failing_once(monkeypatch, error)
+    if network:
+        assert texts_of(read(tmp_path, "hub://o/n")[0]) == TEXTS and waits
+        return
+    with pytest.raises(UserError, match=r"=hub://o/n, row 3, cannot be read") as failed:
+        read(tmp_path, "hub://o/n")
+    assert failed.value.exit_code == 2 and not waits
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,12 @@ def refuse(name):
 
 def test_every_line_of_metrics_is_json(tmp_path):
     """Also with numbers that JSON does not have; they are read back as numbers."""
-    old = '{"step": 1, "kind": "train", "loss": NaN, "norm": -Infinity}\n'
+    old = '{"step": 1, "kind": "old", "loss": NaN, "norm": -Infinity}\n'
     (tmp_path / "metrics.jsonl").write_text(old)
     log = open_log(tmp_path, first=1, skip_spread=6.0)
     log(2, 1, metrics(loss=math.inf, norm=NAN, skipped=1))
     log.close()
-    append_line(tmp_path, 2, "eval", {"by_group": {"a": -math.inf, "NaN": 1.0}})
+    append_line(tmp_path, 2, "own", {"by_group": {"a": -math.inf, "NaN": 1.0}})
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
     first, second, third = read_metrics(tmp_path)

@@ -224,7 +224,9 @@ class TextConfig:
         "sources, large ones in shares side by side",
     )
     cache_dir: str = free_knob(
-        "auto", "folder of tokenised sources; auto: the user's cache", is_path=True
+        "auto",
+        "folder of tokenised text and rows; auto: the user's cache",
+        is_path=True,
     )
 
 

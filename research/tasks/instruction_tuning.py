@@ -16,6 +16,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.findings import (
     Finding,
+    MaskCount,
     count_epochs,
     count_mask,
     examine_lost_text,
@@ -35,8 +36,10 @@ from research.tokenize.tokenizer import Tokenizer
 
 # Dolly's. Only the rows tell their number, and two small sums alone have this shape.
 CATEGORIES = 8
-# So much is compared with the text that its ids stand for.
-COMPARED_ROWS, COMPARED_LETTERS = 1000, 10_000
+# So much of a sampled text is compared with what its ids stand for.
+COMPARED_LETTERS = 10_000
+# If there are more rows, the documents are counted, not the batches they fill.
+COUNTED_ROWS = 4096
 SHOWN = 4  # dropped rows in the doctor's table
 
 
@@ -53,11 +56,11 @@ class InstructionTask:
         self._tokenizer = tokenizer
         self._longest = longest
         self._chat = _chat_format(config, tokenizer)
-        self._data = load_dataset(config.data, config.seed, self._chat)
+        self._data = load_dataset(config.data, config.seed, self._chat, config.text)
         self.groups = self._data.categories
-        rows = self._data.rows
-        self.origin = f"{rows.origin}, {len(rows.records)} rows"
-        self.sha256 = rows.sha256
+        counts = self._data.counts
+        self.origin = f"{self._data.origin}, {counts.total} rows"
+        self.sha256 = counts.sha256
         self.left_out = self._data.examples
         self.held_out_bytes: dict[str, int] = {}
         # Runs that train together share their task, and so the base model's answers.
@@ -73,31 +76,31 @@ class InstructionTask:
         return eval_batches(self._data.held_out, rows, mine)
 
     def examine(self) -> list[Finding]:
-        data, train = self._data, self._data.train
+        data, train, counts = self._data, self._data.train, self._data.counts
         categories = ", ".join(
-            f"{name or '(none)'} {n}" for name, n in data.rows.categories().items()
+            f"{name or '(none)'} {n}" for name, n in counts.categories.items()
         )
         return [
-            Finding("data", f"{data.rows.origin}, sha256 {data.rows.sha256[:12]}"),
+            Finding("data", f"{data.origin}, sha256 {counts.sha256[:12]}"),
             Finding(
                 "rows",
-                f"{len(data.rows.records)}: {categories}",
-                numbers={"rows": len(data.rows.records)},
+                f"{counts.total}: {categories}",
+                numbers={"rows": counts.total},
             ),
-            Finding("columns", self._schemas(), numbers=data.rows.schemas),
+            Finding("columns", self._schemas(), numbers=counts.schemas),
             Finding(
                 "dropped",
                 self._dropped(),
-                numbers={**data.dropped, "truncated": data.truncated},
+                numbers={**counts.dropped, "truncated": counts.truncated},
             ),
             Finding(
                 "split",
                 f"{len(train.documents)} documents train in {len(train.rows)} rows of "
                 f"{train.seq_len} ({train.fill:.1%} full), "
-                f"{len(data.held_out.documents)} held out; {data.copies} rows are "
+                f"{len(data.held_out.documents)} held out; {counts.copies} rows are "
                 "copies of others",
                 numbers={
-                    "copies": data.copies,
+                    "copies": counts.copies,
                     "train_documents": len(train.documents),
                     "train_rows": len(train.rows),
                     "fill": train.fill,
@@ -114,27 +117,35 @@ class InstructionTask:
         ]
 
     def _schemas(self) -> str:
-        rows = self._data.rows
+        rows = self._data.counts
         lines = [", ".join(f"{name} in {n} rows" for name, n in rows.schemas.items())]
         lines += [f"  {note} ({n} times)" for note, n in rows.notes.items()]
         return "\n".join(lines)
 
     def _dropped(self) -> str:
-        data = self._data
-        counts = [f"{n} {why}" for why, n in sorted(data.dropped.items())]
-        if data.truncated:
-            counts.append(f"{data.truncated} contexts truncated")
-        lines = [", ".join(counts) or "none"]
-        lines += [f"  {example}" for example in data.examples[:SHOWN]]
-        more = len(data.examples) - SHOWN
+        counts, examples = self._data.counts, self._data.examples
+        parts = [f"{n} {why}" for why, n in sorted(counts.dropped.items())]
+        if counts.truncated:
+            parts.append(f"{counts.truncated} contexts truncated")
+        lines = [", ".join(parts) or "none"]
+        lines += [f"  {example}" for example in examples[:SHOWN]]
+        more = len(examples) - SHOWN
         if more > 0:
             lines.append(f"  and {more} more, see left_out.txt in the run directory")
         return "\n".join(lines)
 
     def _examine_mask(self) -> list[Finding]:
         train = self._data.train
-        parts = [train.rows[i : i + 64] for i in range(0, len(train.rows), 64)]
-        mask = count_mask(map(train.batch, parts), self._chat.stop_ids)
+        if len(train.rows) <= COUNTED_ROWS:
+            parts = [train.rows[i : i + 64] for i in range(0, len(train.rows), 64)]
+            mask = count_mask(map(train.batch, parts), self._chat.stop_ids)
+        else:
+            mask = MaskCount(
+                train.real_tokens,
+                train.trained_tokens,
+                len(train.documents),
+                train.documents.count_ends(self._chat.stop_ids),
+            )
         share = mask.trained / max(mask.real, 1)
         return [
             Finding(
@@ -156,10 +167,9 @@ class InstructionTask:
         ]
 
     def _examine_tokenizer(self) -> Finding:
-        records = self._data.rows.records
         texts = (
             text[:COMPARED_LETTERS]
-            for record in records[:: -(-len(records) // COMPARED_ROWS)]
+            for record in self._data.sample
             for text in (record.context, *(turn.text for turn in record.turns))
         )
         lost = {"the rows": count_lost(self._tokenizer, texts)}
@@ -172,7 +182,7 @@ class InstructionTask:
             train.batch(rows),
             self.groups,
             lambda ids: self._tokenizer.decode(ids, skip_control=False),
-            lambda row, number: train.documents[rows[row][number]].where,
+            lambda row, number: train.documents.where(rows[row][number]),
         )
 
     def sample(self, step: int, model: TextGenerator) -> list[Sample]:

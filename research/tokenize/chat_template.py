@@ -6,6 +6,7 @@ fill its holes; the ids are never searched for anything.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import re
@@ -68,6 +69,7 @@ class ChatFormat:
     Attributes:
       stop_ids: ids at which an answer ends.
       notes: what the template does that a user should know, in sentences.
+      fingerprint: sha256 over all that decides which ids a conversation becomes.
     """
 
     def __init__(
@@ -112,6 +114,11 @@ class ChatFormat:
         shortest = Record((Turn("user", "q"), Turn("assistant", "a")), "", "", "a chat")
         closing = self.encode_many([shortest])[0].ids[-1]
         self._check_texts()
+        parts = (
+            tokenizer.fingerprint, sorted(tokenizer.control_ids), self._source,
+            self._before_context, system, sorted(self._values.items(), key=repr),
+        )  # fmt: skip
+        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
         self.stop_ids = frozenset({closing, *tokenizer.end_ids})
 
     def encode(self, record: Record, budget: int | None = None) -> Encoded | None:
@@ -233,7 +240,7 @@ class ChatFormat:
                 return True
         except UserError:
             pass  # It is broken, or it has no such role; without it, we shall see.
-        self._say(
+        self.say(
             "the chat template has no system role; a system text is written in front "
             "of the first message of the user"
         )
@@ -259,13 +266,14 @@ class ChatFormat:
     def _cut_turns(self, turns: tuple[Turn, ...]) -> tuple[Part, ...]:
         cut = cut_conversation(self._render, self._tokenizer, turns)
         for note in cut.notes:
-            self._say(note)
+            self.say(note)
         return cut.parts
 
     def _cut_prompt_turns(self, turns: tuple[Turn, ...]) -> tuple[Part, ...]:
         return cut_prompt(self._render, self._tokenizer, turns)
 
-    def _say(self, note: str) -> None:
+    def say(self, note: str) -> None:
+        """Adds to `notes`, and warns once."""
         if note not in self.notes:
             self.notes.append(note)
             logging.warning("data: %s", note)

@@ -1,6 +1,8 @@
 """A training row as a conversation, the one form of rows from every source."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -37,3 +39,9 @@ class Record:
     category: str
     where: str
     schema: str = ""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Record":
+        """Undoes `dataclasses.asdict`."""
+        turns = tuple(Turn(**turn) for turn in values["turns"])
+        return cls(**{**values, "turns": turns})

@@ -121,7 +121,7 @@ def test_without_a_hub_the_embedded_rows_are_chosen_for_good(tmp_path, hub):
     folder._lock.release()
     hub.commit = COMMIT
     assert RunDir(folder.path).pin(Config()).data.path == hub_pins.EMBEDDED
-    assert load_rows(first.data, 0).origin == "embedded sample"
+    assert load_rows(first.data, 0).source.origin == "embedded sample"
 
 
 def test_rows_and_text_are_read_at_the_commit(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_rows_and_text_are_read_at_the_commit(tmp_path, monkeypatch):
     pairs = [{"instruction": "a", "response": "b"}]
     asked = fake_hub(monkeypatch, pairs, LATER)
     found = load_rows(DataConfig(path=f"hub://o/rows@{COMMIT}:x@test"), 0)
-    assert len(found.records) == 1 and asked == [
+    assert len(found.marks) == 1 and asked == [
         {"name": "o/rows", "subset": "x", "split": "test", "revision": COMMIT}
     ]
 

@@ -1,13 +1,14 @@
 """Every document is laid out once per epoch, whatever the number of processes."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
 from tiny_model import make_tiny_model
 
-from research.config.run_config import Config, DataConfig
+from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import (
     PackedDocuments,
@@ -17,6 +18,13 @@ from research.data.instructions.instruction_dataset import (
 )
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.data.instructions.row_selection import load_rows
+from research.data.instructions.row_store import (
+    RowUnit,
+    StoredDocuments,
+    pack_numbers,
+    write_unit,
+)
+from research.tasks.findings import count_mask
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.tokenizer import from_folder
 
@@ -42,10 +50,41 @@ def slots(documents):
     return np.array([document.slots for document in documents])
 
 
+def stored(documents, folder):
+    """The documents in two units, as a run reads them."""
+    sizes = []
+    for number, part in enumerate((documents[:7], documents[7:])):
+        numbers = pack_numbers(part)
+        ids = sum(len(document.ids) for document in part)
+        where = [f"rows.jsonl:{i}" for i in range(len(part))]
+        digest = hashlib.sha256(numbers).hexdigest()
+        unit = RowUnit("train", number, where, ids, digest, [], {}, 0, [], [])
+        write_unit(folder, unit, numbers)
+        sizes.append(unit.size)
+    return StoredDocuments(folder, sizes)
+
+
 @pytest.fixture(scope="module")
-def split():
+def split(tmp_path_factory):
+    documents = stored(random_documents(), tmp_path_factory.mktemp("units"))
+    return PackedDocuments.of(documents, 32, seed=0)
+
+
+def test_stored_documents_are_those_that_were_written(tmp_path):
     documents = random_documents()
-    return PackedDocuments(documents, pack(slots(documents), 32, seed=0), 32)
+    read = stored(documents, tmp_path)
+    assert len(read) == len(documents)
+    for one, other in zip(documents, read, strict=True):
+        assert one.ids.dtype == other.ids.dtype and one.group == other.group
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.trained, other.trained)
+    assert read.where(6) == "rows.jsonl:6" and read.where(8) == "rows.jsonl:1"
+    packed = PackedDocuments.of(read, 32, seed=0)
+    stops = frozenset({int(documents[i].ids[-1]) for i in (3, 9)})
+    counted = count_mask([packed.batch(packed.rows)], stops)
+    assert counted.ends == read.count_ends(stops) > 0
+    assert counted.real == packed.real_tokens and counted.documents == len(read)
+    assert counted.trained == packed.trained_tokens
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -226,6 +265,11 @@ def test_evaluation_sees_each_row_once_and_empty_rows_besides(split, processes):
 
 
 @pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return TextConfig(cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     folder = make_tiny_model(tmp_path_factory.mktemp("base") / "model")
     return ChatFormat(from_folder(folder), "chat")
@@ -235,11 +279,11 @@ def config_of(**changes):
     return Config(data=DataConfig(**{"seq_len": 1024, "max_rows": 96} | changes))
 
 
-def test_a_dataset_holds_every_row_on_one_side(chat):
+def test_a_dataset_holds_every_row_on_one_side(chat, text):
     config = config_of(held_out=16, seq_len=2048)
-    dataset = load_dataset(config.data, config.seed, chat)
+    dataset = load_dataset(config.data, config.seed, chat, text)
     assert len(dataset.held_out.documents) == len(dataset.held_out_records) == 16
-    assert len(dataset.train.documents) == 80 and not dataset.dropped
+    assert len(dataset.train.documents) == 80 and not dataset.counts.dropped
     sides = [
         {document.ids.tobytes() for document in side.documents}
         for side in (dataset.train, dataset.held_out)
@@ -247,7 +291,9 @@ def test_a_dataset_holds_every_row_on_one_side(chat):
     assert not sides[0] & sides[1]
     expected = {
         np.array(encoded.ids, np.int32).tobytes()
-        for encoded in chat.encode_many(load_rows(config.data, config.seed).records)
+        for encoded in chat.encode_many(
+            [*load_rows(config.data, config.seed).records()]
+        )
     }
     assert sides[0] | sides[1] == expected
     names = [dataset.categories[d.group] for d in dataset.held_out.documents]
@@ -255,17 +301,20 @@ def test_a_dataset_holds_every_row_on_one_side(chat):
     assert sorted(set(names)) == dataset.categories
 
 
-def test_rows_that_are_too_long_are_cut_or_counted(chat):
+def test_rows_that_are_too_long_are_cut_or_counted(chat, text):
     config = config_of(seq_len=400, held_out=8)
-    cut = load_dataset(config.data, config.seed, chat)
+    cut = load_dataset(config.data, config.seed, chat, text)
     data = dataclasses.replace(config.data, overlength="drop")
-    dropped = load_dataset(data, config.seed, chat)
-    assert cut.truncated > 0 and dropped.truncated == 0
-    assert dropped.dropped["too long"] == cut.dropped["too long"] + cut.truncated
+    dropped = load_dataset(data, config.seed, chat, text)
+    assert cut.counts.truncated > 0 and dropped.counts.truncated == 0
+    assert (
+        dropped.counts.dropped["too long"]
+        == cut.counts.dropped["too long"] + cut.counts.truncated
+    )
     for dataset in (cut, dropped):
         sides = (dataset.train, dataset.held_out)
         kept = sum(len(side.documents) for side in sides)
-        assert kept + dataset.dropped["too long"] == 96
+        assert kept + dataset.counts.dropped["too long"] == 96
         lengths = [slots(side.documents).max() for side in sides]
         assert max(lengths) <= 400
         for side in sides:
@@ -274,17 +323,17 @@ def test_rows_that_are_too_long_are_cut_or_counted(chat):
             assert ends <= chat.stop_ids and all(d.trained[-1] for d in side.documents)
 
 
-def test_a_row_length_that_nothing_fits_is_the_users_error(chat):
+def test_a_row_length_that_nothing_fits_is_the_users_error(chat, text):
     with pytest.raises(UserError, match=r"config\.data\.seq_len=8"):
-        load_dataset(config_of(seq_len=8).data, 0, chat)
+        load_dataset(config_of(seq_len=8).data, 0, chat, text)
 
 
 @pytest.mark.soak
 def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2):
     chat = ChatFormat(smollm2.tokenizer, "chat")
     config = Config(data=DataConfig(path=str(dolly_path), max_rows=5_000))
-    dataset = load_dataset(config.data, config.seed, chat)
-    assert len(dataset.rows.records) > 4_700 and len(dataset.categories) == 8
+    dataset = load_dataset(config.data, config.seed, chat, text)
+    assert dataset.counts.total > 4_700 and len(dataset.categories) == 8
     assert dataset.train.fill > 0.99
     share = dataset.train.trained_tokens / dataset.train.real_tokens
     assert 0.2 < share < 0.8
@@ -300,7 +349,7 @@ def test_build_batch_of_nothing_is_padding():
 
 
 @pytest.mark.parametrize("overlength", ["truncate", "drop"])
-def test_an_enormous_row_is_seen_by_its_length(tmp_path, monkeypatch, overlength):
+def test_an_enormous_row_is_seen_by_its_length(tmp_path, monkeypatch, overlength, text):
     """Its tokens are never made, and rows beside it are kept."""
     texts = ["a b " * 500_000, "fine"]
     rows = [
@@ -319,9 +368,9 @@ def test_an_enormous_row_is_seen_by_its_length(tmp_path, monkeypatch, overlength
         lambda texts, *rest: encoded.extend(texts) or encode(texts, *rest),
     )
     config = DataConfig(path=str(path), seq_len=64, held_out=5, overlength=overlength)
-    data = load_dataset(config, 0, ChatFormat(tokenizer, "dolly"))
+    data = load_dataset(config, 0, ChatFormat(tokenizer, "dolly"), text)
     assert max(map(len, encoded)) < 100_000
     long = 2 if overlength == "truncate" else 3
-    assert data.dropped == {"too long": long}
-    assert data.truncated == (overlength == "truncate")
+    assert data.counts.dropped == {"too long": long}
+    assert data.counts.truncated == (overlength == "truncate")
     assert len(data.train.documents) + len(data.held_out.documents) == len(rows) - long

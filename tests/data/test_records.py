@@ -14,7 +14,12 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions import row_selection
 from research.data.instructions.row_columns import to_record
-from research.data.instructions.row_selection import draw, load_rows
+from research.data.instructions.row_selection import (
+    RowMark,
+    RowSource,
+    draw,
+    load_rows,
+)
 from research.data.row_readers import READERS, Place, RowReader, read_rows
 from research.data.text.text_sources import open_sources
 from research.tokenize.conversation import Turn
@@ -59,13 +64,13 @@ def load(path, seed=0, **changes):
 @pytest.mark.parametrize("kind", CONTENT)
 def test_every_text_format_gives_the_same_records(tmp_path, kind, suffix, mark):
     path = write(tmp_path / f"rows{kind}{suffix}", mark + CONTENT[kind])
-    check_rows(load(path).records)
+    check_rows(list(load(path).records()))
 
 
 def test_parquet_gives_the_same_records(tmp_path):
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    check_rows(load(path).records)
+    check_rows(list(load(path).records()))
 
 
 def check_rows(records):
@@ -85,7 +90,7 @@ def test_rows_of_messages_are_conversations(tmp_path):
     roles = ["system", "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": f"text {i}"} for i, role in enumerate(roles)]
     path = write(tmp_path / "rows.jsonl", json.dumps({"messages": messages}))
-    (record,) = load(path).records
+    (record,) = load(path).records()
     expected = tuple(Turn(role, f"text {i}") for i, role in enumerate(roles))
     assert record.turns == expected and record.context == ""
 
@@ -117,7 +122,7 @@ def test_a_bad_line_stops_with_its_number_or_is_counted(tmp_path, row, reason):
     with pytest.raises(UserError, match=r"^rows\.jsonl:3: .*bad_lines=skip"):
         load(path)
     rows = load(path, bad_lines="skip")
-    assert rows.dropped == {reason: 1} and len(rows.records) == 2
+    assert rows.dropped == {reason: 1} and len(rows.marks) == 2
     assert rows.examples[0].startswith("rows.jsonl:3: ")
 
 
@@ -130,12 +135,12 @@ def test_a_bad_line_stops_with_its_number_or_is_counted(tmp_path, row, reason):
 )
 def test_empty_rows_are_counted_and_never_stop(tmp_path, row, reason):
     rows = load(write(tmp_path / "rows.jsonl", f"{row}\n{GOOD}"))
-    assert rows.dropped == {reason: 1} and len(rows.records) == 1
+    assert rows.dropped == {reason: 1} and len(rows.marks) == 1
 
 
 def test_a_context_alone_is_an_instruction(tmp_path):
     row = '{"instruction": "", "context": "c", "response": "r"}'
-    assert load(write(tmp_path / "rows.jsonl", row)).records[0].context == "c"
+    assert next(load(write(tmp_path / "rows.jsonl", row)).records()).context == "c"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +200,7 @@ def test_columns_are_mapped_and_a_wrong_mapping_names_the_nearest(tmp_path):
     row = '{"question": "q", "passage": "p", "answer": "a", "kind": "k"}'
     path = write(tmp_path / "rows.jsonl", row)
     columns = ColumnsConfig("question", "passage", "answer", "kind")
-    (record,) = load(path, columns=columns).records
+    (record,) = load(path, columns=columns).records()
     assert record.turns == (Turn("user", "q"), Turn("assistant", "a"))
     assert (record.context, record.category) == ("p", "k")
     wrong = ColumnsConfig(instruction="question", response="anwser")
@@ -228,21 +233,22 @@ def sample():
 
 def test_a_hub_that_answers_only_some_processes_is_used_by_none(monkeypatch):
     row = {"instruction": "Why?", "response": "So.", "context": "", "category": "qa"}
-    rows = [("hub:1", row), ("hub:2", row)]
+    rows = RowSource("far", lambda: iter([("hub:1", row), ("hub:2", row)]))
     monkeypatch.setattr(row_selection, "_hub_rows", lambda *_: rows)
-    assert load_rows(DataConfig(), seed=0).origin.startswith("hub ")
+    assert load_rows(DataConfig(), seed=0).source.origin.startswith("hub ")
     monkeypatch.setattr(row_selection.agreement, "everywhere", lambda flag: False)
-    assert load_rows(DataConfig(), seed=0).origin == "embedded sample"
+    assert load_rows(DataConfig(), seed=0).source.origin == "embedded sample"
 
 
 def test_the_embedded_sample_is_what_it_says(sample):
-    assert sample.origin.startswith("embedded sample")
-    assert len(sample.records) == 512 and not sample.dropped
-    assert list(sample.categories()) == [
+    assert sample.source.origin.startswith("embedded sample")
+    assert len(sample.marks) == 512 and not sample.dropped
+    assert sorted({mark.category for mark in sample.marks}) == [
         "brainstorming", "classification", "closed_qa", "creative_writing",
         "general_qa", "information_extraction", "open_qa", "summarization",
     ]  # fmt: skip
-    assert min(sample.categories().values()) >= 40
+    counts = collections.Counter(mark.category for mark in sample.marks)
+    assert min(counts.values()) >= 40
 
 
 def test_no_sample_row_is_there_twice(sample):
@@ -253,14 +259,14 @@ def test_no_sample_row_is_there_twice(sample):
         return " ".join(kept.split())
 
     for texts in (
-        [words(r.turns[0].text + r.context) for r in sample.records],
-        [words(r.context) for r in sample.records if r.context],
+        [words(r.turns[0].text + r.context) for r in sample.records()],
+        [words(r.context) for r in sample.records() if r.context],
     ):
         assert len(set(texts)) == len(texts)
 
 
 def test_sample_rows_have_a_context_where_their_category_needs_one(sample):
-    for record in sample.records:
+    for record in sample.records():
         needs = {"closed_qa", "information_extraction", "summarization"}
         assert (record.category not in needs) or record.context, record.where
         if record.category in ("open_qa", "general_qa"):
@@ -273,18 +279,21 @@ def test_no_sample_row_is_of_the_real_dolly(sample, dolly_path):
     def texts(record):
         return {t for t in (record.turns[1].text, record.context) if len(t) > 20}
 
-    dolly = load(dolly_path, bad_lines="skip").records
+    dolly = list(load(dolly_path, bad_lines="skip").records())
     theirs = set().union(*map(texts, dolly))
     assert len(theirs) > 14_000
-    for record in sample.records:
+    for record in sample.records():
         assert not texts(record) & theirs, record.where
 
 
 def records_of(counts):
     rows = [category for category, n in counts.items() for _ in range(n)]
     return [
-        to_record(
-            {**ROWS[0], "context": str(i), "category": c}, ColumnsConfig(), f"r:{i}"
+        RowMark.of(
+            i,
+            to_record(
+                {**ROWS[0], "context": str(i), "category": c}, ColumnsConfig(), f"r:{i}"
+            ),
         )
         for i, c in enumerate(rows)
     ]
@@ -334,10 +343,11 @@ def test_copies_count_as_rows():
 
 def test_max_rows_draws_from_every_category_whatever_the_seed(sample):
     few = load_rows(DataConfig(max_rows=16), seed=0)
-    assert few.categories() == dict.fromkeys(sample.categories(), 2)
-    assert few.records == load_rows(DataConfig(max_rows=16), seed=1).records
+    counts = collections.Counter(mark.category for mark in few.marks)
+    assert counts == {mark.category: 2 for mark in sample.marks}
+    assert few.marks == load_rows(DataConfig(max_rows=16), seed=1).marks
     more = load_rows(DataConfig(max_rows=10**6), seed=0)
-    assert more.records == sample.records
+    assert more.marks == sample.marks
 
 
 def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
@@ -354,7 +364,7 @@ def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
     path = tmp_path / "rows.xlsx"
     path.write_text("a;b;c\nd;e;f")
     rows = load_rows(DataConfig(path=str(path)), 0)
-    assert [r.turns[-1].text for r in rows.records] == ["b", "e"]
+    assert [r.turns[-1].text for r in rows.records()] == ["b", "e"]
     config = Config(text=TextConfig(sources=(f"own={path}",)))
     [source] = open_sources(config.text, config.data)
     pieces = list(source.read(source.files, collections.Counter()))

@@ -130,8 +130,8 @@ def test_numbers_and_booleans_are_text_and_that_is_said_once(tmp_path):
     ]
     path.write_text(as_jsonl(*rows))
     loaded = load(path)
-    assert [r.turns[-1].text for r in loaded.records] == ["1", "true", "a", "0.5"]
-    assert [r.category for r in loaded.records] == ["2", "x", "", "false"]
+    assert [r.turns[-1].text for r in loaded.records()] == ["1", "true", "a", "0.5"]
+    assert [r.category for r in loaded.records()] == ["2", "x", "", "false"]
     assert loaded.notes["numbers in 'response' are read as text"] == 2
 
 
@@ -154,7 +154,7 @@ def test_any_arrow_type_of_text(tmp_path, kind):
         column = values.cast(kind)
     table = pyarrow.table({"instruction": column, "response": column})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    records = load(tmp_path / "rows.parquet").records
+    records = list(load(tmp_path / "rows.parquet").records())
     assert [r.turns[-1].text for r in records] == ["é", "a"]
 
 
@@ -165,14 +165,14 @@ def test_a_parquet_row_that_is_not_utf_8_is_one_bad_row(tmp_path):
     with pytest.raises(UserError, match=r"rows\.parquet: row 2: "):
         load(tmp_path / "rows.parquet")
     rows = load(tmp_path / "rows.parquet", bad_lines="skip")
-    assert len(rows.records) == 2 and rows.dropped == {"not UTF-8": 1}
+    assert len(rows.marks) == 2 and rows.dropped == {"not UTF-8": 1}
 
 
 def test_json_lines_under_another_name(tmp_path):
     path = tmp_path / "rows.json"
     rows = [{"instruction": "q", "response": str(i)} for i in range(3)]
     path.write_text("\n" + as_jsonl(*rows))
-    assert [r.where for r in load(path).records] == [
+    assert [r.where for r in list(load(path).records())] == [
         f"rows.json:{i}" for i in (2, 3, 4)
     ]
 
@@ -205,8 +205,8 @@ def test_one_bad_row_of_csv_is_one_bad_row(tmp_path, name):
     with pytest.raises(UserError, match=r"^rows\.csv:3: .*bad_lines=skip"):
         load(path)
     rows = load(path, bad_lines="skip")
-    assert [r.turns[-1].text for r in rows.records] == ["b", "d"]
-    assert [r.where for r in rows.records] == ["rows.csv:2", "rows.csv:4"]
+    assert [r.turns[-1].text for r in rows.records()] == ["b", "d"]
+    assert [r.where for r in rows.records()] == ["rows.csv:2", "rows.csv:4"]
     assert rows.dropped == {"not CSV": 1}
     # Reading again from each place gives the same.
     whole = [(str(w), str(r)) for _, w, r in read_located(path, Reading())]
@@ -221,7 +221,7 @@ def test_the_delimiter_of_csv_is_found(tmp_path, mark):
     path.write_text(f"instruction{mark}response\na, b; c{mark}d\n".replace(
         "a, b; c", "a" if mark in ",;" else "a, b; c"
     ))  # fmt: skip
-    assert load(path).records[0].turns[-1].text == "d"
+    assert next(load(path).records()).turns[-1].text == "d"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_folder_a_pattern_and_several_paths(tmp_path):
         (tmp_path / name).write_text(as_jsonl({"instruction": "q", "response": name}))
 
     def where(path):
-        return [record.where for record in load(path).records]
+        return [record.where for record in list(load(path).records())]
 
     assert where(tmp_path) == ["a.jsonl:1", "b.jsonl:1", "in/c.jsonl:1"]
     assert where(tmp_path / "?.jsonl") == ["a.jsonl:1", "b.jsonl:1"]

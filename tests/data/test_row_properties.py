@@ -4,7 +4,7 @@ import pytest
 
 from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.data.instructions.row_columns import to_record
-from research.data.instructions.row_selection import content_key, draw
+from research.data.instructions.row_selection import RowMark, draw
 from research.data.row_readers import BadRowError
 from research.tokenize.conversation import Record, Turn
 
@@ -36,6 +36,13 @@ def record(text, category="", where="rows:1"):
     return Record((Turn("user", text), Turn("assistant", "a")), "", category, where)
 
 
+def draw_one(records, seed):
+    """The sides of the rows' keys, one of them held out."""
+    marks = [RowMark.of(number, record) for number, record in enumerate(records)]
+    sides = draw(marks, 1, DataConfig(), seed)
+    return [[mark.key for mark in side] for side in sides]
+
+
 @FEW
 @given(st.lists(st.integers(0, 8), min_size=12, max_size=40), st.integers(0, 99))
 def test_equal_rows_stand_on_one_side_and_neither_seed_nor_order_moves_them(
@@ -44,12 +51,11 @@ def test_equal_rows_stand_on_one_side_and_neither_seed_nor_order_moves_them(
     records = [record(str(n), "ab"[i % 2], f"rows:{i}") for i, n in enumerate(numbers)]
     if len(set(numbers)) < 2:
         return
-    held, rest = draw(records, 1, DataConfig(), seed)
-    keys = [{content_key(r) for r in side} for side in (held, rest)]
-    assert not keys[0] & keys[1] and len(held) + len(rest) == len(records)
+    held, rest = draw_one(records, seed)
+    assert not {*held} & {*rest} and len(held) + len(rest) == len(records)
     plain = [record(r.turns[0].text) for r in records]
     sides = [
-        {content_key(r) for r in draw(rows, 1, DataConfig(), number)[0]}
+        {*draw_one(rows, number)[0]}
         for number, rows in enumerate((plain, plain[::-1], [*plain, *plain]))
     ]
     assert sides[0] == sides[1] == sides[2]

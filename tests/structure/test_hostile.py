@@ -124,10 +124,10 @@ def test_an_odd_row_is_kept_as_it_is(tmp_path, name):
     line, expected = KEPT[name]
     for bad_lines in ("stop", "skip"):
         rows = load(write(tmp_path, line), bad_lines=bad_lines)
-        assert len(rows.records) == 3 and not rows.dropped
-        text = rows.records[1].turns[-1].text
+        assert len(rows.marks) == 3 and not rows.dropped
+        text = list(rows.records())[1].turns[-1].text
         assert text == (expected or json.loads(line)["response"])
-        assert rows.records[1].where == "rows.jsonl:2"
+        assert list(rows.records())[1].where == "rows.jsonl:2"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -139,7 +139,7 @@ def test_a_bad_row_is_named_or_counted(tmp_path, name):
     rows = load(path, bad_lines="skip")
     # UTF-16 has a byte 10 within, which makes two lines of it.
     lines = path.read_bytes().count(b"\n")
-    assert len(rows.records) + sum(rows.dropped.values()) == lines
+    assert len(rows.marks) + sum(rows.dropped.values()) == lines
     assert rows.dropped.keys() == {reason}
     assert all(len(example) < 1000 for example in rows.examples)
 
@@ -149,7 +149,7 @@ def test_an_empty_row_is_counted(tmp_path, name):
     line, reason = EMPTY[name]
     for bad_lines in ("stop", "skip"):
         rows = load(write(tmp_path, line), bad_lines=bad_lines)
-        assert len(rows.records) == 2 and rows.dropped == {reason: 1}
+        assert len(rows.marks) == 2 and rows.dropped == {reason: 1}
 
 
 def test_all_of_them_in_one_file_add_up(tmp_path):
@@ -159,15 +159,15 @@ def test_all_of_them_in_one_file_add_up(tmp_path):
     path.write_bytes(b"\n".join(line for line in lines if b"\n" not in line))
     rows = load(path, bad_lines="skip")
     total = path.read_bytes().count(b"\n") + 1
-    assert len(rows.records) + sum(rows.dropped.values()) == total
-    assert len(rows.records) == len(KEPT)
+    assert len(rows.marks) + sum(rows.dropped.values()) == total
+    assert len(rows.marks) == len(KEPT)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r\n\n"])
 def test_line_ends_of_any_kind(tmp_path, end):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((GOOD + end + GOOD).encode())
-    assert len(load(path).records) == 2
+    assert len(list(load(path).records())) == 2
 
 
 def parquet(columns):
@@ -216,7 +216,7 @@ def test_a_hostile_file_is_named(tmp_path, name):
 def test_fields_of_csv_may_hold_anything(tmp_path):
     fields = [("a\r\nb", 'c "d" e'), ("f,g", "h\0i"), ("?\u2028", "\U0001f600")]
     (tmp_path / "rows.csv").write_bytes(text_csv(*fields))
-    found = [r.turns[-1].text for r in load(tmp_path / "rows.csv").records]
+    found = [r.turns[-1].text for r in list(load(tmp_path / "rows.csv").records())]
     assert found == [answer for _, answer in fields]
 
 

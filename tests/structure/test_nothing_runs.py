@@ -210,7 +210,7 @@ def test_code_in_a_row_is_text(tmp_path, canary, model):
     text = f"{{{{ ''.__class__ }}}} __import__('os').mkdir({str(canary)!r}) $(touch x)"
     row = {"instruction": text, "response": text}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    (record,) = load_rows(DataConfig(path=str(tmp_path / "rows.jsonl")), 0).records
+    (record,) = load_rows(DataConfig(path=str(tmp_path / "rows.jsonl")), 0).records()
     tokenizer = open_base(str(model)).tokenizer
     encoded = ChatFormat(tokenizer, "chat", "").encode(record)
     assert tokenizer.decode(encoded.ids).count(text) == 2

@@ -17,6 +17,7 @@ from research.config.run_config import (
     ModelConfig,
     OptimConfig,
     RuntimeConfig,
+    TextConfig,
 )
 from research.runs.run_directory import COMPLETE
 
@@ -51,7 +52,7 @@ def small_config(place, name, steps, model=None, **changes):
         eval=EvalConfig(every=100, prompts=0),
         checkpoint=CheckpointConfig(every=2),
         runtime=RuntimeConfig(compilation_cache="", peak_tflops=0.05, progress="lines"),
-        **changes,
+        **{"text": TextConfig(cache_dir=str(place / "tokens")), **changes},
     )
 
 

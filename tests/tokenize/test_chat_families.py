@@ -11,7 +11,7 @@ from chat_families import FAMILIES
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from research.config.run_config import Config, DataConfig
+from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.tasks.instruction_tuning import InstructionTask
 from research.tokenize.chat_template import (
@@ -345,7 +345,9 @@ def test_the_doctor_shows_what_the_template_does(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), seq_len=256, held_out=2)
-    task = InstructionTask(Config(data=data), Family("gemma 2").tokenizer, 512)
-    shown = {finding.name: finding.text for finding in task.examine()}
-    assert "no system role" in shown["chat template"]
-    assert shown["tokenizer round trip"].startswith("all of ")
+    config = Config(data=data, text=TextConfig(cache_dir=str(tmp_path / "cache")))
+    for _ in range(2):  # The second reads the rows from the cache.
+        task = InstructionTask(config, Family("gemma 2").tokenizer, 512)
+        shown = {finding.name: finding.text for finding in task.examine()}
+        assert "no system role" in shown["chat template"]
+        assert shown["tokenizer round trip"].startswith("all of ")

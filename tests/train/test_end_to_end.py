@@ -29,7 +29,7 @@ from rich.console import Console
 from run_results import check_equal, final_state, history
 
 from research.config.knobs import flat
-from research.config.run_config import Config, DataConfig, ModelConfig
+from research.config.run_config import Config, DataConfig, ModelConfig, TextConfig
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import load_rows
 from research.formats.base_model import open_base
@@ -216,10 +216,11 @@ def test_the_preview_has_the_marks_of_the_batch_that_is_trained(place, unbroken)
     config = dataclasses.replace(
         RunDir(place.run_dir("unbroken")).config(),
         model=ModelConfig(init_from=str(place.folder / "model")),
+        text=TextConfig(cache_dir=str(place.folder / "tokens")),
     )
     base = open_base(str(place.folder / "model"))
     chat = ChatFormat(base.tokenizer, config.data.template, config.data.system)
-    train = load_dataset(config.data, config.seed, chat).train
+    train = load_dataset(config.data, config.seed, chat, config.text).train
     preview = read_preview(place.run_dir("unbroken"))
     assert len(preview) == 4
     batch = train.batch(train.rows[:4])
@@ -469,7 +470,9 @@ def test_every_file_format_gives_the_same_records(tmp_path):
     columns = dataclasses.replace(DataConfig().columns, **COLUMNS)
     found = {}
     for file in tmp_path.iterdir():
-        records = load_rows(DataConfig(path=str(file), columns=columns), 0).records
+        records = list(
+            load_rows(DataConfig(path=str(file), columns=columns), 0).records()
+        )
         found[file.name] = [(x.turns, x.context, x.category) for x in records]
     assert len(found) == 6
     first = found["rows.jsonl"]

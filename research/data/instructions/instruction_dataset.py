@@ -5,31 +5,38 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from research.config.knob_groups import DataConfig
+from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
-from research.data.instructions.packing import TokenizedDocument, build_batch, pack
+from research.data.instructions.packing import build_batch, pack
+from research.data.instructions.row_cache import UnitBuild, open_folder
 from research.data.instructions.row_selection import (
     LoadedRows,
-    content_key,
+    RowMark,
+    RowSource,
     draw,
+    find_rows,
     load_rows,
-    refuse_row,
 )
-from research.data.row_readers import BadRowError
+from research.data.instructions.row_store import (
+    SIDES,
+    StoredDocuments,
+    write_manifest,
+)
 from research.data.token_batch import Batch
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 
-# More characters than any tokenizer packs into a token, on average over a long text. A
-# row that is enormous is seen by its length: its tokens alone could exhaust the memory.
-TOKEN_CHARACTERS = 512
 # Categories whose losses are reported, at most; of more, the rare ones are one.
 MOST_CATEGORIES, RARE = 64, 0.01
 OTHERS = "(other)"
+
+
+SAMPLED = 1000  # rows whose texts are kept, to compare them with their ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +49,23 @@ class PackedDocuments:
       seq_len: positions of a row.
     """
 
-    documents: list[TokenizedDocument]
+    documents: StoredDocuments
     rows: list[list[int]]
     seq_len: int
 
+    @classmethod
+    def of(
+        cls, documents: StoredDocuments, seq_len: int, seed: int
+    ) -> "PackedDocuments":
+        return cls(documents, pack(documents.slots, seq_len, seed), seq_len)
+
     @property
     def real_tokens(self) -> int:
-        return sum(document.slots for document in self.documents)
+        return int(self.documents.slots.sum())
 
     @property
     def trained_tokens(self) -> int:
-        return sum(int(document.trained[1:].sum()) for document in self.documents)
+        return self.documents.trained
 
     @property
     def fill(self) -> float:
@@ -64,85 +77,160 @@ class PackedDocuments:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowCounts:
+    """The facts about the rows of a data set that people and programs ask for.
+
+    Attributes:
+      sha256: of the raw rows' text, to tell one data set from another.
+      total: how many rows are usable.
+      categories: how many of them are in each group.
+      schemas: how many of them were read from which columns.
+      notes: how many values or rows each remark holds of.
+      dropped: how many rows were dropped, by reason.
+      truncated: how many rows were kept with a shorter context.
+      copies: how many rows have the same texts as a row before them.
+    """
+
+    sha256: str
+    total: int
+    categories: dict[str, int]
+    schemas: dict[str, int]
+    notes: dict[str, int]
+    dropped: dict[str, int]
+    truncated: int
+    copies: int
+
+
+@dataclasses.dataclass(frozen=True)
 class InstructionDataset:
     """Both sides of the rows, and the rows that were dropped.
 
     Attributes:
-      rows: the rows as they were read.
-      categories: their categories; `TokenizedDocument.group` numbers them.
+      origin: the file or dataset, for people.
+      counts: of the rows as they were read.
+      categories: the groups; `TokenizedDocument.group` numbers them.
       train, held_out: the packed sides.
       held_out_records: the held-out rows as text, for prompts.
-      dropped: how many rows were dropped, by reason.
-      truncated: how many rows were kept with a shorter context.
-      copies: how many rows have the same texts as a row before them.
+      sample: rows as text from all over the data, at most `SAMPLED`.
       examples: `file:line: reason` for each row that was dropped or cut.
     """
 
-    rows: LoadedRows
+    origin: str
+    counts: RowCounts
     categories: list[str]
     train: PackedDocuments
     held_out: PackedDocuments
     held_out_records: list[Record]
-    dropped: dict[str, int]
-    truncated: int
-    copies: int
+    sample: list[Record]
     examples: list[str]
 
 
 def load_dataset(
-    config: DataConfig, seed: int, chat_format: ChatFormat
+    config: DataConfig, seed: int, chat_format: ChatFormat, text: TextConfig
 ) -> InstructionDataset:
-    """Reads, splits, tokenises and packs the rows of `config`.
+    """Reads, splits and tokenises the rows of `config` once; packs them by `seed`.
+
+    Args:
+      config: of the rows.
+      seed: of the packing.
+      chat_format: how a row becomes ids.
+      text: names the folder of tokenised rows.
 
     Raises:
       UserError: the data cannot be read, or nothing is left to train on.
     """
-    rows = load_rows(config, seed)
-    dropped: collections.Counter[str] = collections.Counter(rows.dropped)
-    examples = list(rows.examples)
+    sources = [find_rows(config)]
     if config.eval_path:
-        own = dataclasses.replace(config, path=config.eval_path, max_rows=0)
-        held_rows = load_rows(own, seed)
-        held, rest = held_rows.records, _without(rows, held_rows, dropped, examples)
+        own = dataclasses.replace(config, path=config.eval_path)
+        sources.append(find_rows(own))
+
+    def build(folder: Path, key: str) -> None:
+        _build(folder, key, sources, config, seed, chat_format)
+
+    folder, manifest = open_folder(sources, config, seed, chat_format, text, build)
+    counts = RowCounts(**manifest["counts"])
+    for note, count in counts.notes.items():
+        logging.warning("data: %s (%d times)", note, count)
+    for note in manifest["template_notes"]:
+        chat_format.say(note)
+    origin = sources[0].origin
+    logging.info("data: %s, %d rows, sha256 %s", origin, counts.total, counts.sha256)
+    train, held_out = (
+        PackedDocuments.of(
+            StoredDocuments(folder, [s for s in manifest["units"] if s.side == side]),
+            config.seq_len,
+            seed,
+        )
+        for side in SIDES
+    )
+    return InstructionDataset(
+        origin=origin,
+        counts=counts,
+        categories=manifest["categories"],
+        train=train,
+        held_out=held_out,
+        held_out_records=[Record.from_json(r) for r in manifest["held_out"]],
+        sample=[Record.from_json(r) for r in manifest["sample"]],
+        examples=manifest["examples"],
+    )
+
+
+def _build(
+    folder: Path,
+    key: str,
+    sources: Sequence[RowSource],
+    config: DataConfig,
+    seed: int,
+    chat_format: ChatFormat,
+) -> None:
+    """Tokenises the rows into the units of a folder, and writes its manifest."""
+    rows = held_rows = load_rows(config, seed, sources[0])
+    dropped: collections.Counter[str] = collections.Counter(rows.dropped)
+    examples, sha256 = list(rows.examples), rows.sha256
+    if config.eval_path:
+        held_rows = load_rows(dataclasses.replace(config, max_rows=0), seed, sources[1])
+        held, rest = held_rows.marks, _without(rows, held_rows, dropped, examples)
         dropped.update(held_rows.dropped)
         examples += held_rows.examples
         digests = f"{rows.sha256} {held_rows.sha256}".encode()
-        rows = dataclasses.replace(rows, sha256=hashlib.sha256(digests).hexdigest())
+        sha256 = hashlib.sha256(digests).hexdigest()
     else:
-        held, rest = draw(rows.records, config.held_out, config, seed)
-    keys = {content_key(record) for record in held + rest}
-    copies = len(held) + len(rest) - len(keys)
-    group_of = _group_categories([record.category for record in held + rest])
-    categories = sorted(set(group_of.values()))
-    sides, truncated = {}, 0
-    for name, side in (("train", rest), ("held_out", held)):
-        records = [
-            dataclasses.replace(record, category=group_of[record.category])
-            for record in side
-        ]
-        kept, documents, cut = _tokenize(
-            records, categories, chat_format, config, dropped, examples
-        )
-        truncated += cut
-        if not documents:
+        held, rest = draw(rows.marks, config.held_out, config, seed)
+    group_of = _group_categories([mark.category for mark in held + rest])
+    step = -(-len(rows.marks) // SAMPLED)
+    sampled = {mark.where for mark in rows.marks[::step]}
+    work = UnitBuild(folder, config, chat_format, group_of, sampled)
+    units, held_out, truncated = [], [], 0
+    readers = {"train": rows.records(rest), "held_out": held_rows.records(held)}
+    for side, records in readers.items():
+        for unit in work.run(side, records):
+            units.append(unit.size)
+            held_out += unit.held
+            dropped.update(unit.dropped)
+            truncated += unit.truncated
+            examples += unit.examples
+        if not any(size.documents for size in units if size.side == side):
             raise UserError(
-                f"no {name} row fits config.data.seq_len={config.seq_len}; "
+                f"no {side} row fits config.data.seq_len={config.seq_len}; "
                 "raise it, or check the rows reported as too long"
             )
-        lengths = np.array([document.slots for document in documents])
-        packed = pack(lengths, config.seq_len, seed)
-        sides[name] = (kept, PackedDocuments(documents, packed, config.seq_len))
-    return InstructionDataset(
-        rows=rows,
-        categories=categories,
-        train=sides["train"][1],
-        held_out=sides["held_out"][1],
-        held_out_records=sides["held_out"][0],
-        dropped=dict(dropped),
-        truncated=truncated,
-        copies=copies,
-        examples=examples,
-    )
+    grouped = collections.Counter(group_of.get(m.category, OTHERS) for m in rows.marks)
+    copies = len(held) + len(rest) - len({mark.key for mark in held + rest})
+    counts = RowCounts(
+        sha256, len(rows.marks), dict(sorted(grouped.items())), rows.schemas,
+        rows.notes, dict(dropped), truncated, copies,
+    )  # fmt: skip
+    parts = {
+        "key": key,
+        "units": units,
+        "counts": dataclasses.asdict(counts),
+        "categories": sorted(set(group_of.values())),
+        "template_notes": chat_format.notes,
+        "held_out": held_out,
+        "sample": [dataclasses.asdict(record) for record in work.sample],
+        "examples": examples,
+    }
+    write_manifest(folder, parts)
 
 
 def _without(
@@ -150,24 +238,24 @@ def _without(
     held: LoadedRows,
     dropped: collections.Counter[str],
     examples: list[str],
-) -> list[Record]:
-    """The records that are not held out as well.
+) -> list[RowMark]:
+    """The rows that are not held out as well.
 
     Raises:
       UserError: there are none.
     """
-    keys = {content_key(record) for record in held.records}
+    keys = {mark.key for mark in held.marks}
     kept = []
-    for record in rows.records:
-        if content_key(record) in keys:
+    for mark in rows.marks:
+        if mark.key in keys:
             dropped["held out as well"] += 1
-            examples.append(f"{record.where}: a row of config.data.eval_path equals it")
+            examples.append(f"{mark.where}: a row of config.data.eval_path equals it")
         else:
-            kept.append(record)
+            kept.append(mark)
     if not kept:
         raise UserError(
-            f"every row of {rows.origin} is in {held.origin} as well, so none is left "
-            "to train on; give other rows as config.data.eval_path"
+            f"every row of {rows.source.origin} is in {held.source.origin} as well, so "
+            "none is left to train on; give other rows as config.data.eval_path"
         )
     return kept
 
@@ -192,66 +280,6 @@ def _group_categories(categories: list[str]) -> dict[str, str]:
         len(frequent),
     )
     return {name: name if name in frequent else OTHERS for name in counts}
-
-
-def _tokenize(
-    records: list[Record],
-    categories: list[str],
-    chat_format: ChatFormat,
-    config: DataConfig,
-    dropped: collections.Counter[str],
-    examples: list[str],
-) -> tuple[list[Record], list[TokenizedDocument], int]:
-    """Tokenises records.
-
-    Returns:
-      The records that fit, their documents, and how many contexts were cut to fit.
-      `dropped` and `examples` get those that do not fit.
-    """
-    budget = config.seq_len + 1  # n positions predict n ids of n + 1
-    number = {category: i for i, category in enumerate(categories)}
-    kept, documents, truncated = [], [], 0
-
-    def drop(record: Record) -> None:
-        dropped["too long"] += 1
-        examples.append(f"{record.where}: longer than {config.seq_len} tokens")
-
-    most = budget * TOKEN_CHARACTERS
-    candidates = []
-    for record in records:
-        if len(record.context) > most and config.overlength == "truncate":
-            record = dataclasses.replace(record, context=record.context[:most])
-        texts = sum(len(turn.text) for turn in record.turns)
-        if max(texts, len(record.context)) > most:
-            drop(record)
-        else:
-            candidates.append(record)
-    encodings = chat_format.encode_each(candidates)
-    for record, encoded in zip(candidates, encodings, strict=True):
-        if isinstance(encoded, UserError):
-            bad = BadRowError("refused by the template", record.where, str(encoded))
-            refuse_row(bad, config)
-            dropped[bad.reason] += 1
-            examples.append(str(bad))
-            continue
-        if len(encoded.ids) > budget and config.overlength == "truncate":
-            encoded = chat_format.shorten(record, encoded, budget)
-            if encoded is not None:
-                truncated += 1
-                examples.append(f"{record.where}: context cut to fit")
-        if encoded is None or len(encoded.ids) > budget:
-            drop(record)
-            continue
-        kept.append(record)
-        documents.append(
-            TokenizedDocument(
-                np.array(encoded.ids, np.int32),
-                np.array(encoded.trained, bool),
-                number[record.category],
-                record.where,
-            )
-        )
-    return kept, documents, truncated
 
 
 def training_batches(

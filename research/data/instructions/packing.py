@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,13 +17,11 @@ class TokenizedDocument:
       ids: int32 `[n]`.
       trained: bool `[n]`, whether predicting this id counts in the loss.
       group: number of the category that its loss is reported under.
-      where: `file:line` of the record.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     group: int
-    where: str = ""
 
     @property
     def slots(self) -> int:
@@ -73,7 +72,7 @@ def pack(lengths: np.ndarray, seq_len: int, seed: int) -> list[list[int]]:
 
 
 def build_batch(
-    rows: list[list[int]], documents: list[TokenizedDocument], seq_len: int
+    rows: list[list[int]], documents: Sequence[TokenizedDocument], seq_len: int
 ) -> Batch:
     """Lays documents side by side in rows `[rows, seq_len]`; the rest is padding."""
     shape = (len(rows), seq_len)

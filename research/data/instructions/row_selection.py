@@ -6,8 +6,9 @@ import hashlib
 import importlib.resources
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,84 +17,160 @@ from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
-from research.data.instructions.row_files import read_files
-from research.data.row_readers import BadRowError
+from research.data.instructions.row_files import read_files, row_files
+from research.data.row_readers import BadRowError, Row
 from research.parallel import agreement
 from research.tokenize.conversation import Record
 
 DOLLY = HubAddress.parse(DEFAULT_ROWS, "dataset")
 
 
+class RowMark(NamedTuple):
+    """A usable row of which the texts are not kept.
+
+    Attributes:
+      number: its place among all rows of the source.
+      key: see `content_key`.
+      category: the label that it has.
+      where: `file:line`.
+    """
+
+    number: int
+    key: bytes
+    category: str
+    where: str
+
+    @classmethod
+    def of(cls, number: int, record: Record) -> "RowMark":
+        return cls(number, content_key(record), record.category, record.where)
+
+
 @dataclasses.dataclass(frozen=True)
-class LoadedRows:
-    """The usable rows of a source.
+class RowSource:
+    """Rows that can be read any number of times.
 
     Attributes:
       origin: the file or dataset, for people.
+      read: yields `(where, row)`.
+      files: the files, or none for a dataset of the hub.
+      revision: of the hub's dataset, or "".
+    """
+
+    origin: str
+    read: Callable[[], Iterator[tuple[str, Row | BadRowError]]]
+    files: Sequence[Path] = ()
+    revision: str = ""
+
+    def named_files(self) -> list[tuple[str, Path]]:
+        """The files, each with its name below the folder that all share."""
+        shared = os.path.commonpath([file.parent for file in self.files])
+        return [(str(file.relative_to(shared)), file) for file in self.files]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRows:
+    """The usable rows of a source, which are read again when their texts are needed.
+
+    Attributes:
+      source: where they come from.
+      config: how they are read.
       sha256: of the raw rows' text, to tell one data set from another.
-      records: the usable rows, in the source's order.
+      marks: the usable rows, in the source's order.
       schemas: how many of them were read from which columns.
       notes: how many values or rows each remark holds of.
       dropped: how many rows were dropped, by reason.
       examples: `file:line: reason` for each of them.
     """
 
-    origin: str
+    source: RowSource
+    config: DataConfig
     sha256: str
-    records: list[Record]
+    marks: list[RowMark]
     schemas: dict[str, int]
     notes: dict[str, int]
     dropped: dict[str, int]
     examples: list[str]
 
-    def categories(self) -> dict[str, int]:
-        return dict(
-            sorted(collections.Counter(r.category for r in self.records).items())
-        )
+    def records(self, marks: Sequence[RowMark] | None = None) -> Iterator[Record]:
+        """Reads the records of `marks`, by default of all, in the source's order.
+
+        Raises:
+          UserError: the rows are no longer those that were counted.
+        """
+        wanted = iter(self.marks if marks is None else marks)
+        mark = next(wanted, None)
+        for number, (where, row) in enumerate(self.source.read()):
+            if mark is None:
+                return
+            if number != mark.number:
+                continue
+            if isinstance(row, BadRowError):
+                break
+            record = to_record(
+                row, self.config.columns, where, edition=self.config.edition
+            )
+            if content_key(record) != mark.key:
+                break
+            yield record
+            mark = next(wanted, None)
+        if mark is not None:
+            raise UserError(
+                f"{mark.where} has changed while the rows were read; start again once "
+                "nothing writes to them"
+            )
 
 
-def load_rows(config: DataConfig, seed: int) -> LoadedRows:
-    """Loads the rows of `config.path`, else of the hub, else of the embedded sample.
+def load_rows(
+    config: DataConfig, seed: int, source: RowSource | None = None
+) -> LoadedRows:
+    """Reads all rows once, and keeps no text of them.
+
+    `source` has the rows; by default those that `config` names.
 
     Raises:
       UserError: a file, a column or a row cannot be used, or no row is usable.
     """
-    origin, raw = _resolve(config)
+    source = source or find_rows(config)
     digest = hashlib.sha256()
-    records: list[Record] = []
+    marks: list[RowMark] = []
+    labels: dict[str, str] = {}
+    schema_of = []
     seen: set[str] = set()
     notes: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     examples: list[str] = []
-    for where, row in raw:
+    for number, (where, row) in enumerate(source.read()):
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
         try:
             if isinstance(row, BadRowError):
                 raise row
             seen.update(row)
-            records.append(to_record(row, config.columns, where, notes, config.edition))
+            record = to_record(row, config.columns, where, notes, config.edition)
         except BadRowError as bad:
             refuse_row(bad, config)
             dropped[bad.reason] += 1
             examples.append(str(bad))
+            continue
+        # Equal labels share their memory.
+        label, schema = (
+            labels.setdefault(x, x) for x in (record.category, record.schema)
+        )
+        marks.append(RowMark.of(number, record)._replace(category=label))
+        schema_of.append(schema)
     check_columns(config.columns, seen)
-    if not records:
+    if not marks:
         counts = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         first = f"; the first is {examples[0]}" if examples else ""
         raise UserError(
-            f"{origin} has no usable row ({counts or 'it is empty'}){first}"
+            f"{source.origin} has no usable row ({counts or 'it is empty'}){first}"
         )
-    for note, count in notes.items():
-        logging.warning("data: %s (%d times)", note, count)
-    if 0 < config.max_rows < len(set(_keys(records, config))):
-        records = draw(records, config.max_rows, config, seed)[0]
-    logging.info(
-        "data: %s, %d rows, sha256 %s", origin, len(records), digest.hexdigest()
-    )
-    schemas = collections.Counter(record.schema for record in records)
+    schema_by_number = dict(zip((m.number for m in marks), schema_of, strict=True))
+    if 0 < config.max_rows < len(set(_keys(marks, config))):
+        marks = draw(marks, config.max_rows, config, seed)[0]
+    schemas = collections.Counter(schema_by_number[mark.number] for mark in marks)
     return LoadedRows(
-        origin, digest.hexdigest(), records, dict(schemas.most_common()), dict(notes),
-        dict(dropped), examples,
+        source, config, digest.hexdigest(), marks, dict(schemas.most_common()),
+        dict(notes), dict(dropped), examples,
     )  # fmt: skip
 
 
@@ -117,31 +194,36 @@ def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
             )
 
 
-def _resolve(config: DataConfig) -> tuple[str, Iterable[tuple[str, Any]]]:
+def find_rows(config: DataConfig) -> RowSource:
+    """The rows of `config.path`, else of the hub, else the embedded sample.
+
+    Raises:
+      UserError: there is no such file or dataset.
+    """
     if is_hub(config.path):
-        return config.path, _hub_rows(HubAddress.parse(config.path, "dataset"), config)
+        return _hub_rows(HubAddress.parse(config.path, "dataset"), config)
     if config.path and config.path != EMBEDDED:
-        return config.path, read_files(config.path)
+        return _file_rows(config.path, config.path)
     if not config.path:
-        rows = None
+        source = None
         try:
-            rows = _hub_rows(DOLLY, config)
+            source = _hub_rows(DOLLY, config)
         except UserError as error:
             logging.info("data: %s; the embedded sample is used", error)
         # One choice for all processes: the hub may answer only some of them.
-        if agreement.everywhere(rows is not None):
-            return f"hub {DOLLY.name}", rows
-    return "embedded sample", _embedded_rows()
+        if agreement.everywhere(source is not None):
+            return dataclasses.replace(source, origin=f"hub {DOLLY.name}")
+    sample = importlib.resources.files("research.data.instructions") / "sample"
+    with importlib.resources.as_file(sample) as folder:
+        return _file_rows("embedded sample", str(folder))
 
 
-def _embedded_rows() -> Iterator[tuple[str, Any]]:
-    folder = importlib.resources.files("research.data.instructions") / "sample"
-    with importlib.resources.as_file(folder) as path:
-        yield from read_files(str(path))
+def _file_rows(origin: str, path: str) -> RowSource:
+    return RowSource(origin, lambda: read_files(path), row_files(path))
 
 
-def _hub_rows(address: HubAddress, config: DataConfig) -> list[tuple[str, Any]]:
-    """All rows of a dataset through `datasets`.
+def _hub_rows(address: HubAddress, config: DataConfig) -> RowSource:
+    """The rows of a dataset through `datasets`, which maps them into memory.
 
     The hub is asked first, for `config.hub_timeout` seconds at most: its own client
     would retry for minutes. Without the hub, rows that were downloaded before are used.
@@ -173,31 +255,36 @@ def _hub_rows(address: HubAddress, config: DataConfig) -> list[tuple[str, Any]]:
             f"the rows of {address} cannot be loaded ({error}); check its name, "
             "revision, subset and split, or give a local file as config.data.path"
         ) from error
-    return [(f"{address.name}:{i}", row) for i, row in enumerate(rows, start=1)]
+
+    def read() -> Iterator[tuple[str, Row]]:
+        for number, row in enumerate(rows, start=1):
+            yield f"{address.name}:{number}", row
+
+    return RowSource(config.path, read, revision=f"{address} {revision}")
 
 
 def draw(
-    records: list[Record], count: int, config: DataConfig, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Draws `count` records, from each category in proportion to its size.
+    marks: Sequence[RowMark], count: int, config: DataConfig, seed: int
+) -> tuple[list[RowMark], list[RowMark]]:
+    """Draws `count` rows, from each category in proportion to its size.
 
-    Equal records stay together, whatever their category, so there may be a few more. A
-    hash of their texts decides: neither the seed nor rows that are added move a record
-    to the other side. Runs of edition 1 draw by `seed`, each record by itself. Largest
+    Equal rows stay together, whatever their category, so there may be a few more. A
+    hash of their texts decides: neither the seed nor rows that are added move a row to
+    the other side. Runs of edition 1 draw by `seed`, each row by itself. Largest
     remainders decide how fractions are rounded.
 
     Returns:
-      The drawn records and the others, both in the order of `records`.
+      The drawn rows and the others, both in the order of `marks`.
 
     Raises:
-      UserError: no record would remain.
+      UserError: no row would remain.
     """
-    keys = _keys(records, config)
+    keys = _keys(marks, config)
     copies = collections.Counter(keys)
-    total = len(records)
+    total = len(marks)
     category_of: dict[Any, str] = {}
-    for key, record in zip(keys, records, strict=True):
-        category_of.setdefault(key, record.category)
+    for key, mark in zip(keys, marks, strict=True):
+        category_of.setdefault(key, mark.category)
     by_category: dict[str, list[Any]] = {}
     for key, category in category_of.items():
         by_category.setdefault(category, []).append(key)
@@ -223,17 +310,17 @@ def draw(
             f"{'a lower config.data.held_out, ' if len(category_of) > 1 else ''}or "
             "held-out rows of your own as config.data.eval_path"
         )
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record, key in zip(records, keys, strict=True):
-        sides[key not in drawn].append(record)
+    sides: tuple[list[RowMark], list[RowMark]] = ([], [])
+    for mark, key in zip(marks, keys, strict=True):
+        sides[key not in drawn].append(mark)
     return sides
 
 
-def _keys(records: list[Record], config: DataConfig) -> list[Any]:
-    """The key of each record that decides its side; equal records share one."""
+def _keys(marks: Sequence[RowMark], config: DataConfig) -> list[Any]:
+    """The key of each row that decides its side; equal rows share one."""
     if config.edition == 1:
-        return list(range(len(records)))
-    return [content_key(record) for record in records]
+        return list(range(len(marks)))
+    return [mark.key for mark in marks]
 
 
 def content_key(record: Record) -> bytes:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def cache_folder(config: TextConfig) -> Path:
         return local_path(config.cache_dir)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"no folder for tokenised text ({error}): name one with "
+            f"no folder for tokenised data ({error}): name one with "
             "--config.text.cache_dir="
         ) from error
 
@@ -55,19 +55,26 @@ def source_key(source: TextSource, cache: Path, settings: Mapping[str, Any]) -> 
         "column": source.column,
         "undecodable": source.undecodable,
         "bad_lines": source.bad_lines,
-        "inputs": _file_hashes(source, cache),
+        "inputs": [[str(source.hub_address), source.revision]]
+        if source.revision
+        else file_hashes([(f.name, f.path) for f in source.files], cache, source.name),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _file_hashes(source: TextSource, cache: Path) -> list[list[str]]:
-    if source.revision:
-        return [[str(source.hub_address), source.revision]]
+def file_hashes(
+    files: Sequence[tuple[str, Path]], cache: Path, source: str
+) -> list[list[str]]:
+    """The name and the sha256 of each file; a file of known stamp is not read again.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
     known = _read_memo(cache)
     fresh: dict[str, list[Any]] = {}
     hashes, said = [], time.monotonic()
-    for number, item in enumerate(source.files, start=1):
-        path = os.path.abspath(item.path)
+    for number, (name, place) in enumerate(files, start=1):
+        path = os.path.abspath(place)
         try:
             stamp = _stamp(path)
             if known.get(path, [])[:-1] != stamp:
@@ -76,13 +83,10 @@ def _file_hashes(source: TextSource, cache: Path) -> list[list[str]]:
                 fresh[path] = known[path] = [*stamp, digest]
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        hashes.append([item.name, known[path][-1]])
+        hashes.append([name, known[path][-1]])
         if time.monotonic() - said > 5:
             said = time.monotonic()
-            logging.info(
-                "text: %s, hashed %d of %d files", source.name, number,
-                len(source.files),
-            )  # fmt: skip
+            logging.info("data: %s, hashed %d of %d files", source, number, len(files))
     now = time.time_ns()
     settled = {
         p: entry for p, entry in fresh.items() if now - max(entry[1:3]) > FRESH_NS

@@ -196,6 +196,7 @@ class ProcessGroup:
             time.sleep(POLL)
         for number in set(range(len(self._running))) - ended.keys():
             logging.error("process %d is killed: it waits for the others", number)
-            self._running[number].kill()
+            # With its children, such as those that read data: it leads their group.
+            os.killpg(self._running[number].pid, signal.SIGKILL)
             self._running[number].wait()
         return list(ended.values())

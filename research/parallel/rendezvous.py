@@ -16,6 +16,8 @@ from research.core.errors import LonelyError, UserError
 from research.parallel.process_discovery import Processes
 
 HELLO_TIME = 5.0  # seconds that a guest has to say who it is
+LINE_BYTES = 4096  # longest hello and verdict
+PORT_TIME = 20.0  # seconds in which process 0 must get a port that is in use
 LINGER = 2.0  # seconds in which processes that come later hear of an error, too
 RETRY = 0.2  # seconds between two tries to reach the first process
 
@@ -29,11 +31,22 @@ def meet(processes: Processes, patience: float) -> None:
       LonelyError: some have not come within `patience` seconds; names their numbers.
     """
     deadline = time.monotonic() + patience
+    port_deadline = min(deadline, time.monotonic() + PORT_TIME)
     code, text = 0, None
     while text is None:
         if processes.index == 0 and (listener := _listen(processes)):
             with listener:
                 code, text = _count(listener, processes, deadline)
+        elif processes.index == 0:
+            # A second process 0 gets its verdict from the first. A program that is none
+            # of ours has none to give.
+            heard = _introduce(processes, port_deadline)
+            if heard is None and time.monotonic() > port_deadline:
+                raise UserError(
+                    f"process 0 cannot listen at {processes.address}: another program "
+                    "uses the port; choose another in the address of the first process"
+                )
+            code, text = heard or (0, None)
         else:
             heard = _introduce(processes, deadline)
             if heard is None and time.monotonic() > deadline:
@@ -84,8 +97,8 @@ def _count(
                 break
             try:
                 link.settimeout(HELLO_TIME)
-                index, count, name = json.loads(link.makefile("rb").readline())
-            except (OSError, ValueError, TypeError):
+                index, count, name = _hello(link.makefile("rb").readline(LINE_BYTES))
+            except (OSError, ValueError, TypeError, RecursionError):
                 continue  # A stranger.
             links.append(link)
             if not verdict[0]:
@@ -97,6 +110,16 @@ def _count(
             with contextlib.suppress(OSError):  # It is gone, and JAX will notice.
                 link.sendall(json.dumps(verdict).encode() + b"\n")
     return verdict
+
+
+def _hello(line: bytes) -> tuple[int, int, str]:
+    """Number, count and name of a guest. Raises ValueError for a stranger's line."""
+    index, count, name = json.loads(line)
+    if (type(index), type(count), type(name)) != (int, int, str):
+        raise ValueError("not a hello")
+    if not 0 <= index < count:
+        raise ValueError("not a number of a process")
+    return index, count, name
 
 
 def _missing(names: dict[int, str], processes: Processes) -> tuple[int, str]:
@@ -133,9 +156,9 @@ def _introduce(processes: Processes, deadline: float) -> tuple[int, str] | None:
         address = (host.strip("[]"), int(port))
         with socket.create_connection(address, timeout=left) as link:
             link.sendall(hello)
-            code, text = json.loads(link.makefile("rb").readline())
+            code, text = json.loads(link.makefile("rb").readline(LINE_BYTES))
             return int(code), str(text)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         time.sleep(RETRY)
         return None
 

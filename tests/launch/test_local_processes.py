@@ -1,5 +1,6 @@
 """The launcher of this machine ends where its processes hang, and says how they end."""
 
+import contextlib
 import logging
 import signal
 import sys
@@ -40,6 +41,27 @@ def test_what_waits_for_a_dead_process_is_killed(
     said = restart_policy.describe(code)
     assert f"process {place} has ended with {said}" in caplog.text
     assert caplog.text.count("is killed") == 2
+
+
+def test_the_children_of_a_killed_process_are_killed_with_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "PATIENCE", 0.3)
+    file = tmp_path / "pid"
+    parent = (
+        "import os, time, pathlib\n"
+        f"if pid := os.fork(): pathlib.Path({str(file)!r}).write_text(str(pid))\n"
+        "time.sleep(60)"
+    )
+    fails = (
+        "import os, sys, time\n"
+        f"while not os.path.exists({str(file)!r}): time.sleep(0.01)\n"
+        "sys.exit(3)"
+    )
+    with ProcessGroup() as group:
+        assert group.train(plan(parent, fails), restarts=0) == 3
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child = psutil.Process(int(file.read_text()))
+        if child.status() != psutil.STATUS_ZOMBIE:
+            child.wait(5)
 
 
 def test_a_launcher_that_fails_leaves_no_process_behind():

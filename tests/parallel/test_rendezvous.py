@@ -71,7 +71,22 @@ def test_processes_that_were_told_of_other_numbers_are_refused():
         assert "expects 2 processes, and process 1 (" in str(error)
 
 
-def test_a_stranger_at_the_port_holds_nobody_up():
+@pytest.mark.parametrize(
+    "hello",
+    [
+        b"GET / HTTP/1.1\n",
+        b'[[1],2,"x"]\n',
+        b'["1",2,"x"]\n',
+        b'[true,2,"x"]\n',
+        b'[5,2,"x"]\n',
+        b'[-1,2,"x"]\n',
+        b"[1,2,3]\n",
+        b"[" * 4000 + b"\n",
+        b"[" * 200_000,
+        b"\xff\n",
+    ],
+)
+def test_a_stranger_at_the_port_holds_nobody_up(hello):
     address = f"localhost:{free_port()}"
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, Processes(address, 2, 0, "test"), 10.0)
@@ -83,9 +98,19 @@ def test_a_stranger_at_the_port_holds_nobody_up():
             except OSError:
                 time.sleep(0.01)
         with stranger:
-            stranger.sendall(b"GET / HTTP/1.1\n")
+            stranger.sendall(hello)
             meet(Processes(address, 2, 1, "test"), 10.0)
         assert first.result() is None
+
+
+def test_a_port_that_another_program_uses_is_named_soon(monkeypatch):
+    monkeypatch.setattr(rendezvous, "PORT_TIME", 0.3)
+    monkeypatch.setattr(rendezvous, "HELLO_TIME", 0.1)
+    with socket.create_server(("", 0)) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match="another program uses the port") as raised:
+            meet(Processes(address, 2, 0, "test"), 4.0)
+    assert address in str(raised.value) and raised.value.exit_code == 2
 
 
 def test_a_process_that_jax_lets_wait_ends_with_a_sentence(monkeypatch, capsys):

@@ -9,7 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from research.config.run_config import Config
-from research.core.hub_access import HubAddress, is_hub, resolve
+from research.core.hub_access import (
+    ADDRESS,
+    COMMIT,
+    HubAddress,
+    is_hub,
+    require_commit,
+    resolve,
+)
 
 DEFAULT_ROWS = "hub://databricks/databricks-dolly-15k"
 EMBEDDED = "embedded"  # As `data.path`: the sample that is part of this package.
@@ -23,8 +30,8 @@ def resolve_addresses(
     """`{address: the same at a commit}` for the hub addresses of `config`.
 
     An empty `data.path` stands for the default rows, or for the embedded sample where
-    the hub does not answer. Another address that cannot be resolved has no entry: who
-    opens it reports why.
+    the hub does not answer. Another address must stand for a commit: a run that began
+    without one could read other files at its next start.
 
     Args:
       config: of the run.
@@ -32,7 +39,8 @@ def resolve_addresses(
       asking: whether the hub is asked; otherwise addresses are only checked.
 
     Raises:
-      UserError: an address is malformed.
+      UserError: an address is malformed, or stands for no commit, neither on the hub
+        nor in its local cache.
     """
     pins = dict(known)
 
@@ -41,17 +49,24 @@ def resolve_addresses(
             address = HubAddress.parse(written or DEFAULT_ROWS, kind)
             if not asking:
                 return written
-            reply = resolve(address, config.data.hub_timeout)
-            if reply.revision:
-                pins[written] = str(
-                    dataclasses.replace(address, revision=reply.revision)
-                )
-            elif not written:
-                pins[written] = EMBEDDED
+            timeout = config.data.hub_timeout
+            if written:
+                commit = require_commit(address, written, timeout)
+            else:
+                commit = resolve(address, timeout).revision
+            at_commit = str(dataclasses.replace(address, revision=commit))
+            pins[written] = at_commit if commit else EMBEDDED
         return written
 
     _mapped(config, ask)
     return pins
+
+
+def is_pin(value: str) -> bool:
+    """Whether `value` can stand in `Pins`: an address at a commit, or `EMBEDDED`."""
+    found = ADDRESS.fullmatch(value)
+    at_commit = found and COMMIT.fullmatch(found["revision"] or "")
+    return value == EMBEDDED or bool(at_commit)
 
 
 def pinned(config: Config, pins: Mapping[str, str]) -> Config:

@@ -78,7 +78,7 @@ class HubReply:
     Attributes:
       revision: the commit that the name stands for; "" if the hub did not know the
         name or did not reply.
-      reason: why there is no revision, in one line.
+      reason: why there is no revision, in one line; unread where there is one.
     """
 
     revision: str
@@ -97,6 +97,21 @@ def resolve(address: HubAddress, timeout: float) -> HubReply:
         return HubReply(known, "")
     reply = ask_hub(address, timeout)
     return reply if reply.revision else HubReply(known, reply.reason)
+
+
+def require_commit(address: HubAddress, what: str, timeout: float) -> str:
+    """The commit from `resolve`. Raises UserError: there is none; names `what`."""
+    reply = resolve(address, timeout)
+    if reply.revision:
+        return reply.revision
+    hint = ""
+    if address.kind == "dataset" and address.revision:
+        hint = f"; a split is written {PREFIX}{address.name}:@{address.revision}"
+    raise UserError(
+        f"{what} is out of reach ({reply.reason}), and the local cache lacks it; check "
+        "its name and revision, give a local file or folder, or more time with "
+        f"--config.data.hub_timeout={hint}"
+    )
 
 
 def fetch_files(
@@ -162,9 +177,10 @@ def cached_commit(address: HubAddress) -> str:
     )
     file = Path(constants.HF_HUB_CACHE, folder, "refs", address.revision or "main")
     try:
-        return file.read_text(encoding="utf-8").strip()
+        commit = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
+    return commit if COMMIT.fullmatch(commit) else ""
 
 
 def ask_hub(address: HubAddress, timeout: float) -> HubReply:
@@ -188,7 +204,7 @@ def ask_hub(address: HubAddress, timeout: float) -> HubReply:
                 revision=address.revision or None,
                 timeout=timeout,
             )
-            replies.append(HubReply(info.sha or "main", ""))
+            replies.append(HubReply(info.sha or "", "it names no commit"))
         except Exception as error:  # The hub's client raises a dozen unrelated kinds.
             first_line = str(error).partition("\n")[0]
             logging.info("hub: out of reach (%s)", first_line)

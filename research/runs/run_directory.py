@@ -14,7 +14,7 @@ import filelock
 import jax
 
 from research.checkpoints.run_identity import Identity, check_identity
-from research.config.hub_pins import Pins, pinned, resolve_addresses
+from research.config.hub_pins import Pins, is_pin, pinned, resolve_addresses
 from research.config.knob_groups import NEWEST_EDITION
 from research.config.knobs import flat
 from research.config.run_config import Config
@@ -234,7 +234,14 @@ class RunDir:
           UserError: the file that keeps them holds something else.
         """
         remedy = "restore a copy of it, or remove it to use the newest commits"
-        return read_json(self._pins, {...: str}, remedy, absent={})
+        pins = read_json(self._pins, {...: str}, remedy, absent={})
+        for written, pin in pins.items():
+            if not is_pin(pin):
+                raise UserError(
+                    f"{self._pins} cannot be used ({written!r} is {repr(pin)[:80]}, "
+                    f"not a hub address at a commit); {remedy}"
+                )
+        return pins
 
     def pin(self, config: Config, others: Mapping[str, str] | None = None) -> Config:
         """`config` with hub addresses at their commits, and with the edition of rows.
@@ -248,7 +255,7 @@ class RunDir:
           others: commits of runs that start together with this one, and share them.
 
         Raises:
-          UserError: an address is malformed.
+          UserError: an address is malformed, or stands for no commit.
         """
 
         def found() -> Pins:

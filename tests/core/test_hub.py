@@ -106,9 +106,37 @@ def test_a_run_of_an_older_version_gets_its_commits_at_its_next_start(tmp_path, 
         assert again.check_config(TEXT) == {}
         assert f"web=hub://o/web@{COMMIT}:en@train" in again.pin(TEXT).text.sources
         again.keep_pins()
-    (folder.path / "hub_revisions.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"hub_revisions\.json.*restore a copy"):
-        RunDir(folder.path).check_config(TEXT)
+    for held in (
+        "[1]",
+        '{"hub://o/web": 5}',
+        '{"hub://o/web": null}',
+        '{"hub://o/web": "hub://o/web@main"}',
+        '{"hub://o/web": "elsewhere"}',
+    ):
+        (folder.path / "hub_revisions.json").write_text(held)
+        with pytest.raises(UserError, match=r"hub_revisions\.json.*restore a copy"):
+            RunDir(folder.path).check_config(TEXT)
+
+
+@pytest.mark.parametrize("config", [TEXT, ROWS], ids=["text", "rows"])
+def test_no_run_begins_at_an_address_without_a_commit(
+    tmp_path, hub, monkeypatch, config
+):
+    hub.commit = ""
+    folder = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"hub://o/\S+ is out of reach \(away\).*cache"):
+        folder.pin(config)
+    monkeypatch.setattr(hub_access, "cached_commit", lambda address: LATER)
+    found = folder.pin(config)
+    assert all(f"@{LATER}" in x for x in addresses(found) if "hub://" in x)
+
+
+def test_a_cache_that_names_no_commit_gives_none(cache):
+    address = hub_access.HubAddress("o/tiny", "model")
+    cache([])
+    assert hub_access.cached_commit(address) == COMMIT
+    cache([], COMMIT[:-1])
+    assert hub_access.cached_commit(address) == ""
 
 
 def test_without_a_hub_the_embedded_rows_are_chosen_for_good(tmp_path, hub):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
-from research.core.hub_access import PREFIX, HubAddress, is_hub, resolve
+from research.core.hub_access import HubAddress, is_hub, require_commit
 from research.core.local_paths import local_path
 from research.data.text.document_readers import SourceFile, TextSource
 
@@ -73,15 +73,8 @@ def _locate(
         return tuple(_stdlib()), ""
     if is_hub(where):
         address = HubAddress.parse(where, "dataset")
-        reply = resolve(address, timeout)
-        if not reply.revision:
-            split = f"; a split is written {PREFIX}{address.name}:@{address.revision}"
-            raise UserError(
-                f"text source {name}={where} is out of reach ({reply.reason}); give a "
-                "local file or folder, or more time with --config.data.hub_timeout="
-                f"{split if address.revision else ''}"
-            )
-        return (SourceFile(address.name, Path(where), 0),), reply.revision
+        commit = require_commit(address, f"text source {name}={where}", timeout)
+        return (SourceFile(address.name, Path(where), 0),), commit
     path = local_path(where)
     if path.is_file():
         return (SourceFile(path.name, path, path.stat().st_size),), ""

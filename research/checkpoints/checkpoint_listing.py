@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from research.checkpoints.checksums import find_damage
+from research.checkpoints.checksums import find_damage, saving_run
 from research.checkpoints.disk_space import size_of
+from research.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,44 @@ def inspect(folder: Path, run: str = "") -> list[Checkpoint]:
     """Lists all checkpoints in `folder`, oldest first, and reads every byte of them.
 
     Those that another run than `run` has saved count as damaged.
+
+    Raises:
+      UserError: see `refuse_other_identity`.
     """
+    refuse_other_identity(folder, run)
     return [_inspect_one(path, run) for path in step_folders(folder)]
 
 
 def step_folders(folder: Path) -> list[Path]:
     """The folders of committed steps, oldest first; none if `folder` does not exist."""
-    steps = [x for x in folder.glob("*") if x.name.isdecimal() and x.is_dir()]
+    steps = [x for x in folder.glob("*") if _is_step(x.name) and x.is_dir()]
     return sorted(steps, key=lambda x: int(x.name))
+
+
+def _is_step(name: str) -> bool:
+    """Whether it is a step as a save writes it: 7, not 007 or digits of other scripts.
+
+    Whoever has the number finds the folder by it.
+    """
+    return name.isdecimal() and str(int(name)) == name
+
+
+def refuse_other_identity(folder: Path, run: str) -> None:
+    """Refuses checkpoints that all name one run, if it is not `run`.
+
+    The identity of the run has then changed, and the checkpoints are whole.
+
+    Raises:
+      UserError: names the file of the identity and both runs.
+    """
+    runs = {saving_run(step) for step in step_folders(folder)} - {None}
+    if run and len(runs) == 1 and run not in runs:
+        raise UserError(
+            f"{folder.parent / 'identity.json'} names run {run}, and all checkpoints "
+            f"in {folder} are of run {runs.pop() or 'without an id'}; nothing was "
+            "moved: restore a copy of the file (meta/metadata in each checkpoint holds "
+            "the same as `identity`), or the checkpoints of this run"
+        )
 
 
 def _inspect_one(folder: Path, run: str) -> Checkpoint:

@@ -1,7 +1,6 @@
 """Saving and restoring with Orbax: any tree of arrays, data position and identity."""
 
 import contextlib
-import dataclasses
 import logging
 import math
 import shutil
@@ -20,7 +19,7 @@ from research.checkpoints.checkpoint_errors import (
     require_undamaged,
     save_error,
 )
-from research.checkpoints.checkpoint_listing import step_folders
+from research.checkpoints.checkpoint_listing import refuse_other_identity, step_folders
 from research.checkpoints.checksums import find_damage
 from research.checkpoints.orbax_manager import (
     Manager,
@@ -28,6 +27,7 @@ from research.checkpoints.orbax_manager import (
     find_other_shape,
     open_manager,
 )
+from research.checkpoints.restored_step import Restored
 from research.checkpoints.run_identity import Identity, check_identity
 from research.config.knob_groups import CheckpointConfig
 from research.core.errors import SaveError, UserError
@@ -35,21 +35,6 @@ from research.parallel import agreement
 
 POLL = 0.02  # seconds between two looks at a pending save
 METRICS = "metrics"  # Orbax's own name for the item.
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back.
-
-    Attributes:
-      step: optimizer updates it holds.
-      state: the tree that was saved, in the shardings of the request.
-      position: the data position that `save` was given.
-    """
-
-    step: int
-    state: Any
-    position: dict[str, Any]
 
 
 class Checkpointer:
@@ -98,7 +83,11 @@ class Checkpointer:
         self._losses = {} if read_only else self._read_losses()
 
     def _open(self) -> Manager:
+        first = jax.process_index() == 0
         try:
+            agreement.together(
+                lambda: first and refuse_other_identity(self._folder, self._run)
+            )
             if not self._read_only:
                 self._set_unreadable_aside()
             return open_manager(
@@ -212,6 +201,7 @@ class Checkpointer:
             metrics = {"loss": eval_loss, "data": self._data}
             self._losses[step] = eval_loss
         with self._naming(step):
+            self._forget_removed()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -220,6 +210,15 @@ class Checkpointer:
                 metrics=metrics,
             )
             self._pending = step
+
+    def _forget_removed(self) -> None:
+        """Reports checkpoints that somebody removed while the run trained."""
+        gone = [s for s in self.steps if not (self._folder / str(s)).is_dir()]
+        if gone or not self._folder.is_dir():
+            steps = ", ".join(map(str, gone)) or "none was saved yet"
+            self._report(f"checkpoints were removed from {self._folder}: {steps}")
+            self._folder.mkdir(exist_ok=True)
+            self._manager.reload()
 
     def check(self) -> None:
         """Finishes a save that has ended; does not wait for one that is under way.

@@ -108,6 +108,20 @@ def find_damage(
     return problems or _find_other_origin(folder, run)
 
 
+def saving_run(folder: Path) -> str | None:
+    """The id of the run that saved a checkpoint; empty if it had none.
+
+    None if the part of the checkpoint that holds it is damaged or cannot be read.
+    """
+    try:
+        if find_damage(folder, item="meta"):
+            return None
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+    except OSError:
+        return None
+    return meta["identity"].get("run", "")
+
+
 def _find_other_origin(folder: Path, run: str) -> list[str]:
     """Compares the step and the run of an intact checkpoint with the expected ones."""
     try:

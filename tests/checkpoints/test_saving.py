@@ -464,6 +464,26 @@ def test_a_step_in_the_folder_of_another_is_damaged(copy, name):
     assert moved == problems.keys()
 
 
+def test_folders_that_no_save_names_so_are_no_steps(copy):
+    for name in ("007", "\u0663", "\u00b2"):
+        shutil.copytree(copy / "checkpoints/1", copy / "checkpoints" / name)
+    assert [x.step for x in inspect(copy / "checkpoints")] == [1, 2, 3]
+    with open_checkpoints(copy) as checkpointer:
+        assert checkpointer.steps == [1, 2, 3]
+    assert not (copy / "damaged").exists()
+
+
+def test_checkpoints_that_are_removed_meanwhile_are_reported_once(copy):
+    said = []
+    with open_checkpoints(copy, report=said.append) as checkpointer:
+        shutil.rmtree(copy / "checkpoints")
+        for step in (4, 5, 6, 7, 8):  # Orbax removes the first of them.
+            checkpointer.save(step, make_state(step), POSITION, None)
+    assert said == [f"checkpoints were removed from {copy}/checkpoints: 1, 2, 3"]
+    with open_checkpoints(copy) as checkpointer:
+        assert checkpointer.steps == [6, 7, 8]
+
+
 def test_a_checkpoint_of_another_run_is_damaged(tmp_path):
     """Same base, tokenizer and data; only the ids of the runs differ."""
 
@@ -485,6 +505,15 @@ def test_a_checkpoint_of_another_run_is_damaged(tmp_path):
             checkpointer.restore(abstract(make_state(0)), step=2)
     with open_run("a") as checkpointer:
         assert checkpointer.restore(abstract(make_state(0))).step == 1
+    # All are of one other run: it is identity.json that has changed.
+    before = files_of(tmp_path / "b")
+    other, said = IDENTITY | {"run": "c"}, r"b/identity\.json names run c, .*of run b;"
+    for read_only in (False, True):
+        with pytest.raises(UserError, match=said):
+            Checkpointer(tmp_path / "b/checkpoints", KEEP, other, read_only=read_only)
+    with pytest.raises(UserError, match=said):
+        inspect(tmp_path / "b/checkpoints", "c")
+    assert files_of(tmp_path / "b") == before
     # A run of an older version has no id: any of its checkpoints will do.
     with Checkpointer(
         tmp_path / "b/checkpoints", KEEP, IDENTITY, read_only=True

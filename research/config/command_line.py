@@ -7,6 +7,7 @@ The flags of a door are a group of knobs, see `knobs.py`. Nothing is defined in
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import typing
@@ -27,6 +28,11 @@ from research.core.stop_signals import stop_signals
 T = TypeVar("T")
 # Seconds that a reader of standard output may hold a training before text is dropped.
 OUTPUT_WAIT = 5.0
+# The words of JAX's import about a variable of the environment that it cannot read.
+JAX_REFUSES = re.compile(
+    r"for environment '(?P<variable>JAX_\w+)'|"
+    r"^Invalid value .* for JAX flag (?P<flag>\w+)"
+)
 HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 
@@ -65,9 +71,17 @@ def parse_with_config(
     file, others = _take_config_file(argv)
     _check_overrides(others[1:])
     flag_values = _define(options)
-    config_flags.DEFINE_config_dict(
-        "config", load_config_file(file), flag_values=flag_values, sys_argv=others
-    )
+    config = load_config_file(file)
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=flag_values, sys_argv=others
+        )
+    except (ValueError, TypeError) as error:  # A value that no flag can have.
+        try:
+            from_config_dict(config)
+        except UserError as cause:
+            raise locate(cause, file, others) from error
+        raise
     values = _read(flag_values, others, options)
     try:
         return from_config_dict(flag_values["config"].value), values
@@ -202,6 +216,15 @@ def run(main: Callable[[Sequence[str]], Any], *, prints_results: bool = True) ->
         code = error.exit_code
     except PermissionError as error:
         sys.stderr.write(f"error: no permission: {error}; check the path's owner\n")
+        code = 2
+    except ValueError as error:
+        if not (refused := JAX_REFUSES.search(str(error))):
+            raise
+        name = (refused["variable"] or refused["flag"]).upper()
+        sys.stderr.write(
+            f"error: JAX refuses {name}={os.environ.get(name, '')!r} of the "
+            "environment; unset it or give a value that JAX knows\n"
+        )
         code = 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

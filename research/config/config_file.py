@@ -1,6 +1,7 @@
 """Reads config files and sweep files, which are code and can fail in any way."""
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import os
@@ -16,11 +17,13 @@ import ml_collections
 
 from research.config.knobs import flat
 from research.config.run_config import Config
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest
+from research.core.visible_text import visible
 
 MODULE = "research_config_file"
 # In the words of ml_collections; a dump of the config follows.
 MISSING = re.compile(r'Key \\?"(?P<name>[^"\\]*)\\?" does not exist')
+LONGEST = 300  # letters of an error of the user's own code
 MISFIT = re.compile(
     r"override field '(?P<name>\w+)'.*?\. (?P<value>.*) is of original type <class "
     r"'(?P<found>\w+)'> and cannot be casted to type <class '(?P<wanted>[\w.]+)'>",
@@ -74,24 +77,43 @@ def call_in_file(
         module = _load(file)
         call = getattr(module, function, None)
         return module, call(*arguments) if call else None
-    except (Exception, SystemExit) as error:
-        line = _line(file, error)
-        where = f"{file}:{line}" if line else file
-        raise UserError(f"{flag} fails: {where}: {_cause(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        text = f"{flag} fails: {_where(file, error)}: {_cause(error)}"
+        raise UserError(text) from error
 
 
 def _cause(error: BaseException) -> str:
     """The error in one line, with the nearest knobs where there is no such knob."""
-    if missing := MISSING.search(str(error)):
+    said = _said(error)
+    if missing := MISSING.search(said):
         return f"{missing['name']!r} is not a knob{nearest_knobs(missing['name'])}"
-    if misfit := MISFIT.search(str(error)):
+    # A group that is read: ml_collections wraps the KeyError of its lookup.
+    if isinstance(error, AttributeError) and error.args:
+        inner = error.args[0]
+        if isinstance(inner, KeyError):
+            name = str(inner.args[0]).partition("\n")[0].strip("'\"")
+            groups = [field.name for field in dataclasses.fields(Config)]
+            near = nearest(name, groups) or nearest_knobs(name)
+            return f"{name!r} is neither a group nor a knob{near}"
+    if misfit := MISFIT.search(said):
         value, found = misfit["value"], misfit["found"]
         wanted = misfit["wanted"].rpartition(".")[2].replace("ConfigDict", "a group")
         hints = {"tuple": "; is there a comma at the line's end?"}
         hint = f"; write ({value!r},)" if wanted == "tuple" else hints.get(found, "")
         return f"{misfit['name']} is {value} ({found}); it must be {wanted}{hint}"
-    text = error.msg if isinstance(error, SyntaxError) else without_dump(error)
-    return " ".join(f"{type(error).__name__}: {text}".split())
+    text = error.msg if isinstance(error, SyntaxError) else _without_dump(said)
+    line = " ".join(f"{type(error).__name__}: {text}".split())
+    return visible(line[:LONGEST]).removesuffix(":")
+
+
+def _said(error: BaseException) -> str:
+    """The words of the error, whose class may be the user's and fail to give any."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its text cannot be made: {type(failure).__name__})"
 
 
 def nearest_knobs(name: str) -> str:
@@ -135,7 +157,11 @@ def _line_that_sets(file: str, knob: str) -> int | None:
 
 def without_dump(error: BaseException) -> str:
     """The message without the field list that ml_collections adds."""
-    message, dump, rest = str(error).partition(". Other fields present")
+    return _without_dump(str(error))
+
+
+def _without_dump(said: str) -> str:
+    message, dump, rest = said.partition(". Other fields present")
     return f"{message}. {rest.splitlines()[-1]}" if dump else message
 
 
@@ -149,13 +175,17 @@ def _load(file: str) -> ModuleType:
     return module
 
 
-def _line(file: str, error: BaseException) -> int | None:
-    """The innermost line of the file that took part in the error."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return error.lineno if Path(error.filename).samefile(file) else None
+def _where(file: str, error: BaseException) -> str:
+    """The file and the innermost line of it that took part in the error.
+
+    A file with wrong syntax that this one imports is named itself.
+    """
     line, frame = None, error.__traceback__
     while frame:
         if frame.tb_frame.f_code.co_filename == file:
             line = frame.tb_lineno
         frame = frame.tb_next
-    return line
+    # Text given to `eval` is no file: the line that runs it is to blame.
+    if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):
+        file, line = str(error.filename), error.lineno
+    return f"{file}:{line}" if line else file

@@ -164,15 +164,26 @@ def changed(config: T, changes: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where}: {error}") from error
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # An int beyond all floats.
+        return False
+
+
 def _coerce(hint: Any, value: Any, path: str) -> Any:
     """`value` as `hint`; only int -> float and list -> tuple change anything."""
     origin = typing.get_origin(hint)
     if origin is tuple and isinstance(value, list | tuple):
         inner = typing.get_args(hint)[0]
         return tuple(_coerce(inner, item, path) for item in value)
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
+    if hint is float and type(value) in (int, float) and _is_finite(value):
         return float(value)
+    if hint is int and type(value) is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{path} has {value.bit_length()} bits; it must fit into 64")
     if origin is None and type(value) is hint and hint is not float:
         return value
     shown = hint.__name__ if origin is None else str(hint)
+    if hint is type(value) is float:
+        shown = f"a finite {shown}"
     raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be {shown}")

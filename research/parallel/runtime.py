@@ -24,6 +24,7 @@ from research.parallel import chips, process_discovery, rendezvous
 
 # Seconds in which the processes of a run must find each other. JAX waits as long.
 JOIN_TIME = 300.0
+GUARDS = ("", "_host_to_device", "_device_to_device", "_device_to_host")
 # Arrays have the types that the code gives them, and a seed always the same numbers:
 # frozen random weights are made again from it, wherever the run is opened.
 NUMBERS = {
@@ -32,6 +33,8 @@ NUMBERS = {
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
+    # Runs move arrays between hosts and devices, which a guard may forbid.
+    **{f"jax_transfer_guard{way}": "allow" for way in GUARDS},
 }
 
 
@@ -64,7 +67,8 @@ def start(config: RuntimeConfig) -> None:
 def _use_own_numbers() -> None:
     """Undoes settings of the environment that would change the numbers of a run."""
     for name, value in NUMBERS.items():
-        if getattr(jax.config, name) != value:
+        # A guard that is not set has no value.
+        if getattr(jax.config, name) not in (value, None):
             logging.info("%s is set, and not used: runs compute alike", name.upper())
             jax.config.update(name, value)
 

@@ -22,6 +22,11 @@ SHOWN = re.compile(
     r"GLIBC_TUNABLES|CUDA_VISIBLE_DEVICES|"
     r"SLURM_(JOB_ID|JOB_NODELIST|NTASKS|RESTART_COUNT)"
 )
+# All processes of a run need the same of these: they change numbers or collectives.
+COMPUTES = (
+    *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION"),
+    *("JAX_DISABLE_JIT", "JAX_DISABLE_MOST_OPTIMIZATIONS", "NVIDIA_TF32_OVERRIDE"),
+)
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY\b")
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +78,8 @@ def shared_parts(root: Path = ROOT) -> dict[str, str]:
     """The facts that the processes of one run share if they compute the same.
 
     Returns:
-      Python, the packages, and the sha256 of our own source files.
+      Python, the packages, the sha256 of our own source files, and that of each
+      variable of the environment that changes how a program computes.
     """
     digest = hashlib.sha256()
     for path in sorted((root / "research").rglob("*.py")):
@@ -81,6 +87,12 @@ def shared_parts(root: Path = ROOT) -> dict[str, str]:
     found = {
         "python": sys.version.partition(" ")[0],
         "code version": digest.hexdigest(),
+    }
+    found |= {
+        f"environment {name}": "sha256 "
+        + hashlib.sha256(os.fsencode(value)).hexdigest()
+        for name, value in ((x, os.environ.get(x, "")) for x in COMPUTES)
+        if value
     }
     return found | {f"package {name}": str(_version(name)) for name in PACKAGES}
 

@@ -134,7 +134,26 @@ def test_a_config_and_its_overrides(config_file):
             r"\(8,\) \(tuple\); it must be int; .*comma",
         ),
         (GOOD.replace("int(rank)", "exit()"), 6, "SystemExit"),
+        (GOOD.replace("int(rank)", "eval('1 +')"), 6, "SyntaxError"),
+        (GOOD.replace("config.lora.rank", "config.optm.x"), 6, "'optm'.*mean 'optim'"),
+        (GOOD.replace("int(rank)", "config.optm.b"), 6, "'optm'.*mean 'optim'"),
+        (
+            GOOD.replace(
+                "config.lora.rank = int(rank)",
+                "class Mute(BaseException):\n        __str__ = None\n    raise Mute",
+            ),
+            8,
+            "Mute: .its text cannot be made",
+        ),
         # These fail only after the file has been read.
+        (
+            GOOD.replace("config.lora.rank", "config.data").replace(
+                "int(rank)", "None"
+            ),
+            6,
+            "config.data is None; it must be a group",
+        ),
+        (GOOD.replace("int(rank)", "10**5000"), 6, "config.lora.rank has .* bits"),
         (GOOD.replace("int(rank)", "None"), 6, "config.lora.rank is None"),
         (GOOD.replace("int(rank)", "-1"), 6, "config.lora.rank is -1"),
         (
@@ -153,6 +172,43 @@ def test_a_config_that_fails_is_one_line_with_file_and_line(
     message = str(raised.value)
     assert "\n" not in message and file in message and len(message) < 400
     assert line is None or f"{file}:{line}: " in message
+
+
+def test_a_helper_with_wrong_syntax_is_named_itself(config_file, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    helper = tmp_path / "a_helper_of_mine.py"
+    helper.write_text("x = 1\ndef (:\n")
+    file = config_file("import a_helper_of_mine\n" + GOOD)
+    with pytest.raises(UserError, match="SyntaxError") as raised:
+        parse_with_config(["door", f"--config={file}"], "", command_line.NoFlags)
+    assert f"{helper}:2: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "said, name",
+    [
+        (
+            "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'",
+            "JAX_ENABLE_X64",
+        ),
+        (
+            'Invalid value "maybe" for JAX flag jax_transfer_guard',
+            "JAX_TRANSFER_GUARD",
+        ),
+    ],
+)
+def test_a_setting_that_jax_refuses_is_one_line(said, name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "maybe")
+
+    def main(argv):
+        raise ValueError(said)
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(main, prints_results=False)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: JAX refuses {name}='maybe'")
+    assert error.count("\n") == 1
 
 
 def test_the_path_of_a_config_may_hold_a_colon(tmp_path):

@@ -1,15 +1,19 @@
 """Settings of the environment change no number, and a missing device is named."""
 
+from pathlib import Path
+
 import jax
 import pytest
 
 from research.core.errors import UserError
 from research.parallel import runtime
+from research.runs import provenance
 
 
 @pytest.mark.parametrize("name, value", runtime.NUMBERS.items())
 def test_settings_that_change_numbers_are_undone(name, value, caplog):
-    other = {"standard": "strict", "threefry2x32": "rbg"}.get(value, not value)
+    others = {"standard": "strict", "threefry2x32": "rbg", "allow": "disallow"}
+    other = others.get(value, not value)
     caplog.set_level("INFO")
     jax.config.update(name, other)
     try:
@@ -32,3 +36,21 @@ def test_a_platform_that_is_not_here_is_one_line(monkeypatch, error):
     with pytest.raises(UserError, match=r"no device .*JAX_PLATFORMS is") as raised:
         runtime._require_devices()
     assert "\n" not in str(raised.value) and "()" not in str(raised.value)
+
+
+def test_the_settings_that_change_nothing_are_listed():
+    text = Path("docs/recovery.md").read_text()
+    for name in runtime.NUMBERS:
+        assert name.upper().replace("JAX_TRANSFER_GUARD_", "_") in text, name
+
+
+def test_what_changes_numbers_is_compared_without_its_value(monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+        before = provenance.shared_parts()
+        monkeypatch.setenv(name, "secret-a")
+        one = provenance.shared_parts()
+        monkeypatch.setenv(name, "secret-b")
+        two = provenance.shared_parts()
+        assert len({str(x) for x in (before, one, two)}) == 3
+        assert "secret" not in str(one)

@@ -40,7 +40,8 @@ class Running:
         self._begun = time.monotonic()
         self._process = process
         # The tests in this process have the first right to a core: all end together.
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
+        with contextlib.suppress(ProcessLookupError):  # A fork may end before this.
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
         self._guard = threading.Timer(TIMEOUT, self._process.kill)
         self._guard.start()
         self._streams = {"out": self._process.stdout, "err": self._process.stderr}

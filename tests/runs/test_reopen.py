@@ -60,7 +60,7 @@ def train_here(folder, model=None, **changes):
     """Trains two steps in this process, and returns the run directory."""
     make_small_place(folder)
     config = small_config(folder, "run", 2, model)
-    data = dataclasses.replace(config.data, seq_len=128)
+    data = dataclasses.replace(config.data, seq_len=128, batch_size=8)
     config = dataclasses.replace(config, data=data, mesh=MeshConfig(), **changes)
     assert start_to_report.train([config]) == 0
     return folder / "run"

@@ -124,7 +124,9 @@ def test_several_processes_hear_of_a_closed_terminal_by_the_service(service, pha
     try:
         with StopRequest(phases) as stop:
             send(signal.SIGHUP)
-            assert heard.wait(10) and stop.signal == signal.SIGHUP
+            # A signal that another thread has taken does not end a long wait here.
+            assert any(heard.wait(0.1) for _ in range(100))
+            assert stop.signal == signal.SIGHUP
     finally:
         signal.signal(signal.SIGTERM, before)
 

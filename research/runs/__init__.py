@@ -1,3 +1,4 @@
 """The life of a run directory: its files, history, lock, signals, watchdog, and how to
-reopen it.
+reopen it. Its door, `python -m research.runs`, asks a running job to stop, save or
+sample.
 """

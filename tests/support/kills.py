@@ -66,7 +66,7 @@ checksums.seal = slow
 
 def ask(place, run, *kinds):
     """Requests something of a running job, one kind after another."""
-    return [place.run("control", kind, f"--run=runs/{run}") for kind in kinds]
+    return [place.run("runs", kind, f"--run=runs/{run}") for kind in kinds]
 
 
 @chain

@@ -1,7 +1,7 @@
 """Requests to a running job, as files in its run directory.
 
 A request is a JSON file `RUN_DIR/requests/KIND-ID.json`. Anybody may write one: the
-command `python -m research.control`, a page, a script. The job answers it between two
+command `python -m research.runs`, a page, a script. The job answers it between two
 steps (`request_listener.py`): the first process writes the answer into `run.json` and
 removes the file. Imports no JAX, so that a command answers at once.
 """

@@ -11,8 +11,8 @@ from kills import WAITS_FOR_REQUESTS, ask
 from pretraining_runs import PRETRAIN_STEPS
 from run_results import check_equal, history
 
-from research.control.__main__ import main
 from research.core.errors import STOPPED, UserError
+from research.runs.__main__ import main
 from research.runs.control.request_files import (
     KINDS,
     pending,
@@ -99,7 +99,7 @@ def test_a_stop_changes_no_loss(place, steered, unbroken):
 def test_a_request_that_nobody_would_answer_is_refused(
     place, unbroken, arguments, said
 ):
-    done = run_door(main, place.folder, "control", *arguments)
+    done = run_door(main, place.folder, "runs", *arguments)
     assert done.returncode == 2 and said in done.stderr
     assert not (place.run_dir("unbroken") / "requests").exists()
 

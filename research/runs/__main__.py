@@ -1,4 +1,4 @@
-"""Asks a running job for something: `python -m research.control --run=RUN_DIR stop`."""
+"""Asks a running job for something: `python -m research.runs --run=RUN_DIR stop`."""
 
 import dataclasses
 import sys
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from research.runs.run_directory import RunDir
 
 USAGE = """
-python -m research.control --run=RUN_DIR stop|checkpoint|sample [--wait=SECONDS]
+python -m research.runs --run=RUN_DIR stop|checkpoint|sample [--wait=SECONDS]
 
 stop        end the run after the step in hand; it is saved, and resumes when
             research.train is called again
@@ -35,8 +35,8 @@ LOOK_EVERY = 0.2  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class ControlFlags:
-    """The flags of `python -m research.control`."""
+class RequestFlags:
+    """The flags of `python -m research.runs`."""
 
     verb: str = knob("", "the request", choices=("", *KINDS))
     run: str = knob("", "run directory in which a job trains")
@@ -45,7 +45,7 @@ class ControlFlags:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 when the job has done what was requested."""
-    f = command_line.parse(argv, USAGE, ControlFlags)
+    f = command_line.parse(argv, USAGE, RequestFlags)
     kind = f.verb
     if not f.run or not kind:
         raise UserError(

@@ -1,1 +1,0 @@
-"""`python -m research.control`: ask a running job to stop, save or sample."""

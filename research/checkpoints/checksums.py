@@ -177,9 +177,11 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 
 
 def _commit(folder: Path, final: Path) -> None:
-    if any(folder.glob("ocdbt.process_*")) and not (folder / MERGED).is_file():
-        # Orbax takes it for a checkpoint without arrays, and reports success.
-        raise OSError(f"{folder / MERGED} is missing: the arrays were not merged")
+    # The oldest Orbax that is allowed commits a step as a whole, others each item too.
+    for part in (*folder.glob("ocdbt.process_*"), *folder.glob("*/ocdbt.process_*")):
+        if not (merged := part.parent / MERGED).is_file():
+            # Orbax takes it for a checkpoint without arrays, and reports success.
+            raise OSError(f"{merged} is missing: the arrays were not merged")
     (folder / COMMITTED).write_text(final.name, encoding="utf-8")
     seal(folder)
     publish_folder(folder, final)

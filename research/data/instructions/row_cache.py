@@ -7,9 +7,7 @@ made again, so a build that is killed or fails loses one unit at most.
 
 import atexit
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -35,6 +33,7 @@ from research.data.instructions.row_store import (
     write_unit,
 )
 from research.data.row_readers import BadRowError
+from research.data.shared_builds import one_at_a_time
 from research.data.text.source_fingerprint import (
     cache_folder,
     cannot_write,
@@ -118,7 +117,7 @@ def _built(
     manifest = read_manifest(folder, key)
     if manifest is None:
         make_folder(folder)
-        with _one_at_a_time(folder):
+        with one_at_a_time(folder, _say_that_it_waits):
             if read_manifest(folder, key) is None:
                 remove_leftovers(folder)
                 build(folder, key)
@@ -128,18 +127,8 @@ def _built(
     return folder, manifest
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits until no other process builds here; the system frees a dead one's lock."""
-    with open(folder / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.info("data: another process tokenises these rows; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # No locks on this disk: each process builds, and writes the same.
-        yield
+def _say_that_it_waits() -> None:
+    logging.info("data: another process tokenises these rows; waiting for it")
 
 
 def _key(

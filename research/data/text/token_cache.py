@@ -19,6 +19,7 @@ import numpy as np
 from research.config.knob_groups import TextConfig
 from research.core.atomic_files import make_folder, remove_leftovers
 from research.core.errors import UserError
+from research.data.shared_builds import SharedUnits
 from research.data.text import document_readers
 from research.data.text.document_readers import DocumentPiece, SourceFile, TextSource
 from research.data.text.parallel_tokenization import encoded
@@ -39,8 +40,8 @@ FORMAT = 1
 UNIT_BYTES = 16 << 20
 SHARD_BYTES = 16 << 20
 SECONDS_BETWEEN_LINES = 5.0
-# If another process finishes no shard for so many seconds, it is dead or writes to
-# another disk. This process then makes its units, too.
+# If another process says nothing and makes no shard for so many seconds, it is dead or
+# writes to another disk. This process then makes its units, too.
 PATIENCE = 120.0
 
 
@@ -85,8 +86,12 @@ def open_cache(
         try:
             make_folder(folder)
             remove_leftovers(folder)
-            build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
-            manifest = build.run(key, process_index, process_count)
+            units = units_of(source.files)
+            shared = SharedUnits(folder, len(units), process_index, process_count)
+            build = _CacheBuild(
+                source, units, shared, tokenizer, marks, config.held_out_share, folder
+            )
+            manifest = build.run(key)
         except OSError as error:
             raise cannot_write(folder, error) from error
     total = manifest.total("train") + manifest.total("held")
@@ -194,21 +199,23 @@ class _CacheBuild:
     def __init__(
         self,
         source: TextSource,
+        units: list[list[SourceFile]],
+        shared: SharedUnits,
         tokenizer: Tokenizer,
         marks: DocumentMarks,
         held_out_share: float,
         folder: Path,
     ):
         self._source = source
+        self._units, self._shared = units, shared
         self._tokenizer = tokenizer
         self._layout = marks
         self._share = held_out_share
         self._folder = folder
-        self._units = units_of(source.files)
         self._seen, self._alone = 0, False
         self._begun = self._said = time.monotonic()
 
-    def run(self, key: str, process_index: int, process_count: int) -> TokenManifest:
+    def run(self, key: str) -> TokenManifest:
         """Makes this process's units, waits for the others, writes the manifest."""
         count = len(self._units)
         logging.info(
@@ -216,27 +223,36 @@ class _CacheBuild:
             self._source.name, self._source.where, len(self._source.files), count,
             self._folder,
         )  # fmt: skip
-        self._make(range(process_index, count, process_count))
+        with self._shared.in_work() as units:
+            self._make(units)
         shards = self._wait_for(range(count))
         manifest = TokenManifest(key, self._layout.dtype, shards)
         write_manifest(self._folder, manifest)
+        self._shared.clear()
         self._sum_up(manifest)
         return manifest
 
     def _make(self, units: Iterable[int]) -> None:
         shard_in_work = _OpenShard()
         for step, ids in encoded(
-            (step for unit in units for step in self._steps(unit)),
+            (step for unit in units for step in self._noted_steps(unit)),
             lambda step: step.piece.text if step.piece else "",
             self._tokenizer,
             self._layout.dtype,
         ):
-            if step.piece:
-                shard_in_work.add(step, self._layout.frame(step.piece, ids))
-            if step.closes:
-                shard = shard_in_work.shard(step)
-                write_shard(self._folder, shard, shard_in_work.data, self._layout.dtype)
-                shard_in_work = _OpenShard()
+            with self._shared.failing_at(step.unit):
+                if step.piece:
+                    shard_in_work.add(step, self._layout.frame(step.piece, ids))
+                if step.closes:
+                    shard = shard_in_work.shard(step)
+                    write_shard(
+                        self._folder, shard, shard_in_work.data, self._layout.dtype
+                    )
+                    shard_in_work = _OpenShard()
+
+    def _noted_steps(self, unit: int) -> Iterator[_Step]:
+        with self._shared.failing_at(unit):
+            yield from self._steps(unit)
 
     def _steps(self, unit: int) -> Iterator[_Step]:
         """The pieces of a unit that no finished shard holds."""
@@ -280,7 +296,10 @@ class _CacheBuild:
         return shards
 
     def _wait_for(self, units: Iterable[int]) -> list[TokenShard]:
-        """The shards of all units in order; waits `PATIENCE` for other processes."""
+        """The shards of all units in order.
+
+        Waits for processes that make units, and makes those that nobody makes.
+        """
         shards: list[TokenShard] = []
         for unit in units:
             found, files = self._finished(unit), -1
@@ -288,10 +307,11 @@ class _CacheBuild:
                 now = len(list(self._folder.glob("u*.json")))
                 if now != files:
                     files, deadline = now, time.monotonic() + PATIENCE
-                if self._alone or time.monotonic() > deadline:
-                    if not self._alone:
-                        logging.info("text: unit %d is made here, too", unit)
-                    self._alone = True
+                self._alone |= time.monotonic() > deadline
+                if failed := self._shared.failed():
+                    self._make(failed)
+                elif self._alone or self._shared.is_abandoned(unit):
+                    logging.info("text: unit %d is made here, too", unit)
                     self._make([unit])
                 else:
                     time.sleep(0.1)

@@ -44,7 +44,7 @@ from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
-from research.parallel.chips import CHIPS
+from research.parallel.chips import find_chip
 from research.runs import provenance
 
 HELP = "a JobSet on a GKE cluster, TPU slices or GPU nodes; --image holds this code"
@@ -88,9 +88,11 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     """The chips of the nodes; None for GPUs that are not named or not known."""
     if not options.gpus_per_node:
         return _slice(options, config).name, _slices(options, config)
-    words = options.gpu.split("-")
-    known = [c.name for c in CHIPS.values() if c.platform == "gpu" and c.name in words]
-    return (f"{known[0]}:{options.nodes * options.gpus_per_node}", 1) if known else None
+    # GKE names the A100 of 40 GB without its memory.
+    label = {"nvidia-tesla-a100": "a100-40"}.get(options.gpu, options.gpu)
+    chip = find_chip(label)
+    count = options.nodes * options.gpus_per_node
+    return (f"{chip.name}:{count}", 1) if chip else None
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:

@@ -22,7 +22,7 @@ from launch.jobs.launch_flags import add_number, add_restarts, add_switch, add_t
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
-from research.parallel.chips import CHIPS
+from research.parallel.chips import find_chip
 from research.runs import provenance
 
 HELP = "a managed job of SkyPilot, on TPUs or GPUs of any cloud it knows"
@@ -58,10 +58,12 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     """The chips of the nodes; None for GPUs that are not known."""
     if chosen := _slice(options, config):
         return chosen.name, 1
-    name, _, count = options.accelerators.lower().partition(":")
-    if name not in CHIPS or not (count or "1").isdigit():
+    name, _, count = options.accelerators.partition(":")
+    # SkyPilot's A100 has 40 GB.
+    chip = find_chip("a100-40" if name.lower() == "a100" else name)
+    if chip is None or not (count or "1").isdigit():
         return None
-    return f"{name}:{int(count or 1) * options.nodes}", 1
+    return f"{chip.name}:{int(count or 1) * options.nodes}", 1
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:

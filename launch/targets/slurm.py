@@ -19,7 +19,7 @@ from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError, nearest
-from research.parallel.chips import CHIPS
+from research.parallel.chips import CHIPS, find_chip
 
 HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"
 TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on Debian)"}
@@ -62,7 +62,8 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
     if not options.device:
         return None
     known = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
-    if options.device not in known:
+    chip = find_chip(options.device)
+    if chip is None or chip.name not in known:
         raise UserError(
             f"--device is {options.device!r}{nearest(options.device, known)}; it is "
             f"one of {', '.join(known)}"
@@ -72,7 +73,7 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
             f"--device={options.device} needs --gpus-per-node; it is "
             f"{options.gpus_per_node}"
         )
-    return f"{options.device}:{options.nodes * options.gpus_per_node}", 1
+    return f"{chip.name}:{options.nodes * options.gpus_per_node}", 1
 
 
 def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:

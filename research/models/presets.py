@@ -5,7 +5,8 @@ import dataclasses
 from research.core.errors import UserError, nearest
 from research.models.architecture import Architecture, RopeScaling
 
-# Sizes count the vocabulary given here; pre-training takes its tokenizer's instead.
+# Sizes count the vocabulary given here; pre-training takes its tokenizer's instead. The
+# shapes of released models are those of their config.json; mistral-7b is version 0.3.
 PRESETS = {
     "tiny": Architecture(
         embed=64, mlp=128, layers=2, heads=4, kv_heads=4, head_dim=16,
@@ -27,6 +28,32 @@ PRESETS = {
         embed=576, mlp=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
         vocab=49152, tied_head=True, rope_theta=100000.0, max_position=8192,
     ),
+    "smollm2-360m": Architecture(
+        embed=960, mlp=2560, layers=32, heads=15, kv_heads=5, head_dim=64,
+        vocab=49152, tied_head=True, rope_theta=100000.0, max_position=8192,
+    ),
+    "smollm2-1.7b": Architecture(
+        embed=2048, mlp=8192, layers=24, heads=32, kv_heads=32, head_dim=64,
+        vocab=49152, tied_head=True, rope_theta=130000.0, max_position=8192,
+    ),
+    "tinyllama-1.1b": Architecture(
+        embed=2048, mlp=5632, layers=22, heads=32, kv_heads=4, head_dim=64,
+        vocab=32000, tied_head=False,
+    ),
+    "llama2-7b": Architecture(
+        embed=4096, mlp=11008, layers=32, heads=32, kv_heads=32, head_dim=128,
+        vocab=32000, tied_head=False, max_position=4096,
+    ),
+    "llama3.2-1b": Architecture(
+        embed=2048, mlp=8192, layers=16, heads=32, kv_heads=8, head_dim=64,
+        vocab=128256, tied_head=True, rope_theta=500000.0, max_position=131072,
+        rope_scaling=RopeScaling(kind="llama3", factor=32.0),
+    ),
+    "llama3.2-3b": Architecture(
+        embed=3072, mlp=8192, layers=28, heads=24, kv_heads=8, head_dim=128,
+        vocab=128256, tied_head=True, rope_theta=500000.0, max_position=131072,
+        rope_scaling=RopeScaling(kind="llama3", factor=32.0),
+    ),
     "llama3.1-8b": Architecture(
         embed=4096, mlp=14336, layers=32, heads=32, kv_heads=8, head_dim=128,
         vocab=128256, tied_head=False, rope_theta=500000.0, max_position=131072,
@@ -36,6 +63,11 @@ PRESETS = {
         embed=8192, mlp=28672, layers=80, heads=64, kv_heads=8, head_dim=128,
         vocab=128256, tied_head=False, rope_theta=500000.0, max_position=131072,
         rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+    ),
+    "mistral-7b": Architecture(
+        embed=4096, mlp=14336, layers=32, heads=32, kv_heads=8, head_dim=128,
+        vocab=32768, tied_head=False, rope_theta=1000000.0, max_position=32768,
+        family="mistral",
     ),
 }  # fmt: skip
 

@@ -20,8 +20,10 @@ python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
 Compiles the real train step for TPUs, even without one in this machine (pip install
 libtpu, in an environment of its own) and shows the memory of a chip, the traffic
 between chips, the best possible speed and the cost. --device estimates the same by
-formula, for any chip, without a compiler. Neither weights nor data are read. Topologies
-count chips. The cloud's name v5p-512 counts cores; it is --topology=v5p:4x8x8.
+formula, for any chip, without a compiler: 4090, a100-40x8, v5e:4x4, or 24GB for a card
+of which only the memory is known. A config that does not fit gets the flags with which
+it does. Neither weights nor data are read. Topologies count chips. The cloud's name
+v5p-512 counts cores; it is --topology=v5p:4x8x8.
 """
 
 
@@ -29,7 +31,7 @@ count chips. The cloud's name v5p-512 counts cores; it is --topology=v5p:4x8x8.
 class PlanFlags:
     topology: str = knob("", "TPU slice; empty: config.runtime.topology")
     slices: int = knob(0, "number of slices; 0: config.runtime.slices", low=0)
-    device: str = knob("", "estimate only, for h100:8, v5e:4x4 or cpu")
+    device: str = knob("", "estimate only, for 4090, h100:8, v5e:4x4, 24GB or cpu")
     search: bool = knob(False, "find the largest micro-batch, layouts and remat")
     json: str = knob("", "file to write the plan into")
     preset: str = knob("", "shape that stands for the config's model")

@@ -56,7 +56,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def _notes(plan: Plan) -> list[str]:
     """The limits of this plan, one sentence each."""
+    chip = plan.target.chip
+    several_hosts = not chip.shapes and plan.target.count > chip.hosted
     notes = {
+        f"{chip.name} is a memory and no chip: fit is judged, speed is not known": (
+            chip.platform == "gpu" and not chip.flops
+        ),
+        f"not counted: traffic between hosts of {chip.name}, because its network is "
+        "not known": several_hosts and not chip.network,
+        "JAX takes 75 % of a GPU's memory unless it starts with "
+        f"XLA_CLIENT_MEM_FRACTION={USABLE}, which launch sets where it knows the GPU": (
+            chip.platform == "gpu" and plan.fits and plan.needed > 0.75 * chip.hbm
+        ),
         "compute is that of the last part of each row, which attends to the most": (
             plan.mesh.get("context", 1) > 1
         ),

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from research.core.errors import UserError, nearest
-from research.parallel.chips import CHIPS, Chip
+from research.parallel.chips import CHIPS, Chip, find_chip, memory_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PlannedDevices:
                 slice_index=i // each,
                 coords=_unravel(i % each, self.shape),
                 platform=self.chip.platform,
-                device_kind=self.chip.kind,
+                device_kind=self.chip.kinds[0],
                 compute_capability=self.chip.capability,
             )
             for i in range(self.count)
@@ -89,8 +89,8 @@ def parse_topology(
     Raises:
       UserError: there is no such chip, or no slice of that shape.
     """
-    chip = _chip(text, [c for c in CHIPS.values() if c.shapes], flag)
-    shape = text.partition(":")[2]
+    name, _, shape = text.partition(":")
+    chip = _chip(text, name, [c for c in CHIPS.values() if c.shapes], flag)
     if not _exists(chip, shape):
         raise UserError(
             f"{flag} is {text!r}; {chip.name} is known as "
@@ -116,46 +116,61 @@ def _exists(chip: Chip, shape: str) -> bool:
 
 
 def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> PlannedDevices:
-    """Reads devices from `h100:8`, `v5e:4x4`, `v5p:64` or `cpu`.
+    """Reads devices from `h100:8`, `4090x2`, `24GB`, `v5e:4x4`, `v5p:64` or `cpu`.
 
     `cpu_flops`: FLOP/s of all cores of this machine together.
 
     Raises:
       UserError: there is no such chip, or no such number of them.
     """
-    name, _, size = text.partition(":")
-    if name != "cpu":
-        chip = _chip(text, list(CHIPS.values()), "--device", more=("cpu",))
+    name, size = _split_count(text)
+    chip = memory_of(name)
+    if name != "cpu" and chip is None:
+        more = ("cpu", "a memory such as 24GB")
+        chip = _chip(text, name, list(CHIPS.values()), "--device", more)
         if chip.shapes:
             # If several shapes have as many chips, the first of the table counts.
             counts = {str(_chips(shape)): shape for shape in reversed(chip.shapes)}
             shape = counts.get(size or "1", size)
-            return parse_topology(f"{name}:{shape}", slices, "--device")
+            return parse_topology(f"{chip.name}:{shape}", slices, "--device")
     if size and not (size.isascii() and size.isdigit() and int(size)):
-        raise UserError(f"--device is {text!r}; write it as h100:8, v5e:4x4 or cpu")
+        raise UserError(
+            f"--device is {text!r}; write it as h100:8, 4090x2, 24GB, v5e:4x4 or cpu"
+        )
     count = int(size or 1)
-    if name != "cpu":
+    if chip is not None:
         return PlannedDevices(chip, count * slices, slices)
     # The devices share the cores and the memory of this machine.
     memory = min(psutil.virtual_memory().total, memory_limit())
     flops = cpu_flops / count
-    chip = Chip("cpu", "cpu", flops, memory / count, 0.0, 0.0, 0.0, count)
+    chip = Chip("cpu", ("cpu",), flops, memory / count, 0.0, 0.0, 0.0, count)
     return PlannedDevices(chip, count)
+
+
+def _split_count(text: str) -> tuple[str, str]:
+    """`h100` and `8` of `h100:8` or `h100x8`; a name may end in an x, as `mi300x`."""
+    name, colon, size = text.partition(":")
+    counted = re.fullmatch(r"(.+)x(\d+)", text)
+    if counted and not colon and not find_chip(text):  # rtx4090 has no count.
+        name, size = counted.groups()
+    return name, size
 
 
 def _chips(shape: str) -> int:
     return math.prod(map(int, shape.split("x")))
 
 
-def _chip(text: str, known: list[Chip], flag: str, more: Sequence[str] = ()) -> Chip:
-    name = text.partition(":")[0]
-    names = [c.name for c in known]
-    if name not in names:
+def _chip(
+    text: str, name: str, known: list[Chip], flag: str, more: Sequence[str] = ()
+) -> Chip:
+    chip = find_chip(name)
+    if chip not in known:
+        names = [c.name for c in known]
         raise UserError(
             f"{flag} is {text!r}; {name!r} is none of {', '.join([*names, *more])}"
             f"{nearest(name, names)}"
         )
-    return CHIPS[name]
+    return chip
 
 
 def memory_limit(

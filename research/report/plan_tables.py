@@ -47,7 +47,8 @@ def show_plan(console: Console, plan: PlanData) -> None:
     console.print(_verdict(plan))
     if plan["collectives"]:
         console.print(_collectives_table(plan))
-    console.print(_time_table(plan))
+    if plan["roofline"]["overlapped"]:
+        console.print(_time_table(plan))
     _show_prediction(console, plan)
 
 

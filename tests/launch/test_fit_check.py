@@ -141,6 +141,31 @@ def test_a_target_has_every_part(name):
         assert hasattr(target, part), part
 
 
+GPUS = {
+    ("gke", "nvidia-tesla-a100"): "a100-40:16",
+    ("gke", "nvidia-a100-80gb"): "a100-80:16",
+    ("gke", "nvidia-h100-mega-80gb"): "h100:16",
+    ("gke", "nvidia-h200-141gb"): "h200:16",
+    ("gke", "nvidia-tesla-t4"): None,
+    ("skypilot", "A100:8"): "a100-40:16",
+    ("skypilot", "A100-80GB:8"): "a100-80:16",
+    ("skypilot", "A100-80GB-SXM:8"): "a100-80:16",
+    ("skypilot", "RTX4090:8"): "4090:16",
+    ("skypilot", "V100:8"): None,
+    ("slurm", "a100"): "a100-80:16",
+    ("slurm", "RTX4090"): "4090:16",
+}
+
+
+@pytest.mark.parametrize("target, name", GPUS)
+def test_each_clouds_names_are_of_the_memory_that_it_rents(target, name):
+    named = options(
+        gpu=name, accelerators=name, device=name, gpus_per_node=8, nodes=2, topology=""
+    )
+    found = targets.find(target).chips(named, big_config())
+    assert found == (GPUS[target, name] and (GPUS[target, name], 1))
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """`slurm(*own)` launches with a fake `sbatch`; gives the end and its calls."""

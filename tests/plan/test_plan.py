@@ -210,19 +210,76 @@ def test_the_table_of_chips_is_that_of_the_running_devices():
     kinds = {
         "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
         "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
-        "NVIDIA H200": 989e12, "NVIDIA L4": 121e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA L4": 121e12,
+        "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165.2e12,
     }  # fmt: skip
     for kind, flops in kinds.items():
         assert chips.by_device_kind(kind).flops == flops
-    assert chips.by_device_kind("NVIDIA L40S") is None
-    assert all(
-        c.source and c.hbm and c.link and c.network for c in chips.CHIPS.values()
-    )
+    # Their names begin like those of chips in the table, and their peaks are others.
+    for kind in (
+        "NVIDIA L40", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A10",
+    ):  # fmt: skip
+        assert chips.by_device_kind(kind) is None
+    for chip in chips.CHIPS.values():
+        assert chip.source and chip.hbm and chip.link and chip.flops
+        assert chip.platform == ("tpu" if chip.shapes else "gpu")
     config = Config().runtime
     assert runtime.peak_flops(dataclasses.replace(config, peak_tflops=2)) == 16e12
     # No data sheet, so no MFU: two starts must not give one speed two figures.
     assert runtime.peak_flops(config) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("4090x2", "4090", 2), ("h100x8", "h100", 8), ("RTX 4090", "4090", 1),
+        ("rtx4090x2", "4090", 2), ("A100-80GB:4", "a100-80", 4), ("a100", "a100-80", 1),
+        ("a100-40", "a100-40", 1), ("nvidia-h100-80gb", "h100", 1),
+        ("mi300x", "mi300x", 1), ("mi300x:8", "mi300x", 8), ("mi300xx8", "mi300x", 8),
+        ("24GB", "24GB", 1), ("24gb:2", "24GB", 2), ("24GBx2", "24GB", 2),
+        ("V5e:4x4", "v5e", 16), ("v5ex8", "v5e", 8),
+    ],
+)  # fmt: skip
+def test_devices_are_named_as_people_name_them(text, name, count):
+    target = parse_device(text)
+    assert (target.chip.name, target.count) == (name, count)
+
+
+def test_a_memory_alone_is_judged_like_a_card_of_that_memory_and_claims_no_speed():
+    config = big_config(rows=8, micro=8)
+    card, alone = (
+        planner.plan_estimate(config, ONE_B, parse_device(name))
+        for name in ("4090", "24GB")
+    )
+    assert (alone.needed, alone.limit) == (card.needed, card.limit)
+    shown = plan_json.to_json(alone)
+    assert shown["best"]["tokens_per_second"] == shown["best"]["mfu"] == 0
+    assert any("24GB is a memory" in note for note in shown["notes"])
+    assert parse_device("24GiB").chip.hbm == 24 * 2**30
+    console = Console(record=True, width=120, file=io.StringIO())
+    plan_tables.show_plan(console, shown)
+    text = console.export_text()
+    assert "tokens/s" not in text and "a step at best" not in text
+
+
+def test_a_plan_names_what_its_chips_leave_unknown():
+    config = big_config(rows=64, micro=16, mesh=MeshConfig(data=1, fsdp=16))
+    plans = {
+        name: planner.plan_estimate(config, ONE_B, parse_device(name))
+        for name in ("l40s:16", "h100:16", "v5e:16")
+    }
+    notes = {name: " ".join(plan_json.to_json(p)["notes"]) for name, p in plans.items()}
+    assert "between hosts of l40s" in notes["l40s:16"]
+    assert "between hosts" not in notes["h100:16"] + notes["v5e:16"]
+    # Of a GPU JAX takes three quarters, unless it is told otherwise.
+    limit = 0.75 * plans["l40s:16"].target.chip.hbm
+    assert plans["l40s:16"].needed <= limit
+    small = parse_device(f"{plans['l40s:16'].needed / 0.8e9:.2f}GB:16")
+    noted = plan_json.to_json(planner.plan_estimate(config, ONE_B, small))["notes"]
+    assert any("XLA_CLIENT_MEM_FRACTION=0.92" in note for note in noted)
+    assert "MEM_FRACTION" not in " ".join(notes.values())
 
 
 def test_targets():
@@ -246,13 +303,17 @@ def test_targets():
         (parse_topology, "h100:8", "none of v4, v5e, v5p, v6e"),
         (parse_topology, "", "none of v4"),
         (parse_device, "h10:8", "did you mean 'h100'"),
-        (parse_device, "h100:none", "h100:8, v5e:4x4 or cpu"),
-        (parse_device, "h100:0", "h100:8, v5e:4x4 or cpu"),
+        (parse_device, "h100:none", "write it as h100:8, 4090x2, 24GB, v5e:4x4"),
+        (parse_device, "h100:0", "write it as h100:8, 4090x2, 24GB, v5e:4x4"),
         (parse_device, "v5e:17", "--device is 'v5e:17'; v5e is known as"),
         (parse_device, "v5e:3x7", "--device is 'v5e:3x7'; v5e is known as"),
         (parse_device, "h100:2x4", "--device is 'h100:2x4'; write it as h100:8"),
         (parse_device, "cpu:2x2", "--device is 'cpu:2x2'; write it as"),
         (parse_device, "v5f:2x2", "--device is 'v5f:2x2'; 'v5f' is none of"),
+        (parse_device, "rtx4080", "none of .* a memory such as 24GB"),
+        (parse_device, "mi300x8", "did you mean 'mi300x'"),
+        (parse_device, "0GB", "none of"),
+        (parse_device, "24GB:1.5", "write it as"),
     ],
 )
 def test_a_name_that_does_not_exist_lists_those_that_do(parse, name, told):

@@ -273,7 +273,7 @@ def test_a_plan_names_what_its_chips_leave_unknown():
     notes = {name: " ".join(plan_json.to_json(p)["notes"]) for name, p in plans.items()}
     assert "between hosts of l40s" in notes["l40s:16"]
     assert "between hosts" not in notes["h100:16"] + notes["v5e:16"]
-    # Of a GPU JAX takes three quarters, unless it is told otherwise.
+    # JAX takes three quarters of a GPU, unless it is told otherwise.
     limit = 0.75 * plans["l40s:16"].target.chip.hbm
     assert plans["l40s:16"].needed <= limit
     small = parse_device(f"{plans['l40s:16'].needed / 0.8e9:.2f}GB:16")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from research.config import command_line
 from research.config.knobs import knob
-from research.core.errors import DamagedError, UserError, files_of_step
+from research.core.errors import DamagedError, UserError
 from research.core.local_paths import local_path
 from research.core.visible_text import visible
 
@@ -39,6 +39,7 @@ class CheckpointsFlags:
     run: str = knob("", "run directory that research.train made")
     step: str = knob("latest", "for export-step: latest, best, or a step number")
     out: str = knob("", "for export-step: folder to write")
+    replace: bool = knob(False, "for export-step: replace another step in the folder")
     keep_last: int = knob(1, "for prune: newest checkpoints that stay", low=1)
     keep_best: int = knob(
         1, "for prune: checkpoints that stay for their held-out loss", low=0
@@ -56,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
     folder = RunDir(f.run)
     folder.config()  # Refuses a folder that is not a run directory.
     if f.verb == "export-step":
-        return _export(f.run, f.step, f.out)
+        if not f.out:
+            raise UserError("--out=FOLDER is missing: the folder to write")
+        from research.export.write_model import write_model
+
+        write_model(f.run, f.step, local_path(f.out), "float32", f.replace)
+        return 0
     if f.verb == "prune":
         folder.lock()  # A running trainer counts and removes its checkpoints itself.
     found = inspect(folder.checkpoints, folder.origin().get("run", ""))
@@ -113,22 +119,6 @@ def _prune(found: "list[Checkpoint]", keep_last: int, keep_best: int) -> int:
         shutil.rmtree(each.folder)
         sys.stdout.write(f"removed step {each.step}, {each.size / 1e6:,.1f} MB\n")
     sys.stdout.write(f"{len(found) - len(gone)} kept\n")
-    return 0
-
-
-def _export(run: str, step: str, out: str) -> int:
-    if not out or local_path(out).exists():
-        raise UserError(f"--out={out} must name a folder that does not exist yet")
-    from research.formats.huggingface_export import export
-    from research.parallel import runtime
-    from research.runs.reopen import reopen
-    from research.tasks.task_registry import exported_tokenizer
-
-    runtime.start_alone()
-    opened = reopen(run, step=step)
-    tokenizer = exported_tokenizer(opened.config, opened.base)
-    with files_of_step(None, f"the export to {out}"):
-        export(opened.model, opened.weights, tokenizer, local_path(out), "float32")
     return 0
 
 

@@ -108,6 +108,17 @@ def find_damage(
     return problems or _find_other_origin(folder, run)
 
 
+def seal_of(folder: Path) -> str:
+    """The sum of all checksums of a sealed folder, which stands for all its bytes.
+
+    Empty where there is no seal that can be read.
+    """
+    try:
+        return str(json.loads((folder / SEAL).read_bytes())["sum"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def saving_run(folder: Path) -> str | None:
     """The id of the run that saved a checkpoint; empty if it had none.
 

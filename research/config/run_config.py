@@ -51,6 +51,9 @@ class Config:
     export: bool = free_knob(
         False, "at the end, write the model as a Hugging Face folder"
     )
+    replace_export: bool = free_knob(
+        False, "with export: replace the model of another step in the folder"
+    )
     accept: tuple[str, ...] = free_knob(
         (),
         "what a resumed run may change, as ('data', 'seed'): base model, tokenizer, "

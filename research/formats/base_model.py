@@ -14,6 +14,7 @@ from research.formats.huggingface_weights import (
     HuggingFaceWeights,
     has_weights,
     read_hf_config,
+    read_licence,
 )
 from research.formats.tensor_file import TensorFile
 from research.models import presets
@@ -22,7 +23,7 @@ from research.tokenize import tokenizer as tokenizers
 from research.tokenize.gguf_tokenizer import from_gguf_metadata
 
 EXPORTED = "model"  # The folder of a run in which its model is written for others.
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Base:
       architecture: from `config.json`, the GGUF metadata or a preset.
       tokenizer: the model's own, or the one that a random model will be trained with.
       tensors: its weight files; None if the weights start at random.
+      licence: as its files name it; empty where they do not.
     """
 
     name: str
     architecture: Architecture
     tokenizer: tokenizers.Tokenizer
     tensors: TensorFile | None
+    licence: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -72,10 +75,13 @@ def open_base(name: str, hub_timeout: float = 5.0) -> Base:
         file = GGUFFile(path)
         architecture = file.read_architecture()
         tokenizer = from_gguf_metadata(file.metadata, str(path))
-        return Base(name, architecture, tokenizer.within(architecture.vocab), file)
+        tokenizer = tokenizer.within(architecture.vocab)
+        licence = str(file.metadata.get("general.license", ""))
+        return Base(name, architecture, tokenizer, file, licence)
     architecture = read_hf_config(path)
     tokenizer = tokenizers.from_folder(path).within(architecture.vocab)
-    return Base(name, architecture, tokenizer, HuggingFaceWeights(path))
+    weights = HuggingFaceWeights(path)
+    return Base(name, architecture, tokenizer, weights, read_licence(path))
 
 
 def open_architecture(name: str, hub_timeout: float = 5.0) -> Architecture:

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def export(
     tokenizer: Tokenizer,
     folder: Path,
     dtype: str = "float32",
+    describe: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes config.json, safetensors and tokenizer; every process must call it.
 
@@ -42,6 +44,7 @@ def export(
       tokenizer: of the model.
       folder: made anew; an old folder is replaced once all files are written.
       dtype: of the file: float32, bfloat16 or float16.
+      describe: adds files to the folder, before it gets its name.
 
     Raises:
       UserError: a number is not finite in the file's dtype.
@@ -58,7 +61,7 @@ def export(
     if not writer.leading:
         return
     config = to_hf_config(model.architecture) | {"torch_dtype": dtype}
-    writer.finish(config, tokenizer)
+    writer.finish(config, tokenizer, describe)
     logging.info("export: %s, %s", folder, dtype)
 
 
@@ -164,11 +167,21 @@ class _Writer:
         self._bytes += self._held()
         self._tensors = {}
 
-    def finish(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    def finish(
+        self,
+        config: dict[str, Any],
+        tokenizer: Tokenizer,
+        describe: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         self._flush()
-        self._guard(lambda: self._finish(config, tokenizer))
+        self._guard(lambda: self._finish(config, tokenizer, describe))
 
-    def _finish(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    def _finish(
+        self,
+        config: dict[str, Any],
+        tokenizer: Tokenizer,
+        describe: Callable[[Path], None],
+    ) -> None:
         count, placed = len(self._files), {}
         for i, names in enumerate(self._files):
             name = f"model-{i + 1:05}-of-{count:05}.safetensors"
@@ -183,6 +196,7 @@ class _Writer:
         self._write_json("config.json", config | marks)
         self._write_json("generation_config.json", {**tokenizer.generation, **marks})
         save_tokenizer(tokenizer, self._partial)
+        describe(self._partial)
         replaced = self._folder.with_name(f"{self._folder.name}.replaced")
         # The old folder leaves as a whole: no part of it may pass for a model.
         if self._folder.exists():

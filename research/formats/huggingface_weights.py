@@ -1,5 +1,6 @@
 """The config and weights of a Hugging Face folder, read one tensor at a time."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def read_hf_config(folder: Path) -> Architecture:
         raise UserError(f"{folder} has no config.json")
     config = read_json(file, dict, "give the file of the model")
     return from_hf_config(config, str(file))
+
+
+def read_licence(folder: Path) -> str:
+    """The licence that the model card of the folder names; empty without one."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    head = card.split("---", 2)[1] if card.startswith("---") else ""
+    found = re.search(r"^license:\s*[\"']?([\w.+-]+)", head, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def has_weights(folder: Path) -> bool:

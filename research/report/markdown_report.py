@@ -25,7 +25,7 @@ def format_report(results: RunResults) -> str:
         tabulate_losses(results.evaluations),
         tabulate_wall_time(results.wall_time),
     ):
-        lines += _format_table(table)
+        lines += format_table(table)
     for answer in results.answers:
         lines += _format_answer(answer)
     for prompt in dict.fromkeys(sample.prompt for sample in results.samples):
@@ -45,7 +45,8 @@ def fenced(text: str) -> list[str]:
     return [f"{fence}text", visible(text), fence]
 
 
-def _format_table(table: Table) -> list[str]:
+def format_table(table: Table) -> list[str]:
+    """The lines of a table, an empty line before them; none for an empty table."""
     if not table:
         return []
     lines = [f"| {' | '.join(map(escaped, row))} |" for row in table]

@@ -43,6 +43,8 @@ class ReopenedRun:
     """The parameters of a run, sharded over a mesh.
 
     Attributes:
+      folder: of the run.
+      step: the updates that `params` hold.
       config: of the run, with the choices of this machine; see `for_this_machine`.
       base: the base model that training began with.
       model: the decoder on `mesh`.
@@ -52,6 +54,8 @@ class ReopenedRun:
       frozen: frozen parameters; empty after full training.
     """
 
+    folder: RunDir
+    step: int
     config: Config
     base: Base
     model: Model
@@ -135,11 +139,13 @@ def reopen(
     with _checkpoints(folder, config, identity) as checkpoints:
         number = _choose_step(folder, checkpoints, step)
         older = [s for s in checkpoints.steps if s < number and step == "latest"]
-        params = _read(checkpoints, [*older, number], {"params": wanted})["params"]
+        number, read = _read(checkpoints, [*older, number], {"params": wanted})
     frozen: Params = {}
     if split.frozen_specs:
         frozen = load_frozen(base, model, mesh, split, config.seed)
-    return ReopenedRun(config, base, model, mesh, split, params, frozen)
+    return ReopenedRun(
+        folder, number, config, base, model, mesh, split, read["params"], frozen
+    )
 
 
 def for_this_machine(config: Config) -> Config:
@@ -193,16 +199,24 @@ def _checkpoints(
     )
 
 
-def _read(checkpoints: Checkpointer, steps: Sequence[int], wanted: Params) -> Params:
+def _read(
+    checkpoints: Checkpointer, steps: Sequence[int], wanted: Params
+) -> tuple[int, Params]:
     """Reads the last of `steps` that can be used, with a warning for each other one."""
     *older, newest = steps
     try:
-        return checkpoints.restore_part(newest, wanted)
+        return newest, checkpoints.restore_part(newest, wanted)
     except DamagedError as error:
         if not older:
             raise
         logging.warning("step %d is opened instead: %s", older[-1], error)
     return _read(checkpoints, older, wanted)
+
+
+def saved_step(folder: RunDir, step: str) -> int:
+    """The number of the checkpoint `step`; see `reopen` for it and its errors."""
+    with _checkpoints(folder, folder.config(), folder.identity()) as checkpoints:
+        return _choose_step(folder, checkpoints, step)
 
 
 def _choose_step(folder: RunDir, checkpoints: Checkpointer, step: str) -> int:

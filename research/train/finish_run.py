@@ -14,12 +14,13 @@ from research.engine.text_generation import (
     base_generator,
     tuned_generator,
 )
-from research.formats import huggingface_export
 from research.formats.base_model import EXPORTED
 from research.report.final_report import attempt, write_report
+from research.report.model_card import format_card
 from research.report.progress_view import duration
 from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
+from research.runs.lineage.exported_run import REPLACE, export_run
 from research.tasks import task_registry
 from research.train.training_run import TrainingRun
 
@@ -55,11 +56,16 @@ def _finish(run: TrainingRun) -> None:
     run.state = dataclasses.replace(run.state, opt_state=None)
     # The export first: nothing that only shows results may cost it.
     if run.config.export:
-        huggingface_export.export(
+        export_run(
+            run.folder,
+            run.config.steps,
             definition.model,
             definition.trainable.forward(run.state.params, run.frozen, None),
             task_registry.exported_tokenizer(run.config, base),
             folder / EXPORTED,
+            card=format_card(run.folder, run.config.steps, base.licence),
+            replace=run.config.replace_export,
+            flag=REPLACE,
         )
     failed: list[str] = []
     answers = attempt(

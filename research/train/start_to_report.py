@@ -11,6 +11,7 @@ from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
 from research.parallel import agreement, runtime
 from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.control.watchdog import Watchdog
+from research.runs.lineage.exported_run import refuse_other_step
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
@@ -75,6 +76,8 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
             path = folder.path
             logging.info("%s is complete; its report: %s/report.md", path, path)
         else:
+            if config.export:
+                refuse_other_step(folder, config.steps, config.replace_export)
             wanted.append(OpenedFolder(config, folder, changed))
     return wanted
 

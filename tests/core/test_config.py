@@ -248,7 +248,7 @@ def test_every_field_that_changes_the_result_is_fixed():
         "runtime.offload_optimizer", "runtime.profile_from", "runtime.profile_steps",
         "accept", "optim.rollbacks", "checkpoint.on_error", "runtime.grad_norms",
         "runtime.watchdog_s", "runtime.coordinator_address", "runtime.num_processes",
-        "runtime.process_id",
+        "runtime.process_id", "replace_export",
     }  # fmt: skip
     found = fixed_differences(Config(), from_config_dict(changed())).keys()
     assert found == flat(Config()).keys() - free - SINGLE

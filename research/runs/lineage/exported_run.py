@@ -1,0 +1,156 @@
+"""The model of a run for other tools, in a folder that says which step it is.
+
+A folder that holds one step is replaced by another one only if the user says so.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.checkpoints.checksums import checksum, seal_of
+from research.core.atomic_files import write_whole
+from research.core.errors import UserError
+from research.core.json_files import read_json
+from research.formats import huggingface_export
+from research.formats.base_model import EXPORTED
+from research.models.transformer import Model
+from research.parallel import agreement
+from research.runs.run_directory import RUN, RunDir
+from research.tokenize.tokenizer import Tokenizer
+
+ORIGIN, CARD = "exported_from.json", "README.md"
+REPLACE = "--config.replace_export=True"  # In training.
+# Files of every model. A folder without them is never replaced.
+MARKS = ("config.json", "tokenizer.json")
+SHAPE = {"run": str, "step": int, "checkpoint": str, "dtype": str, "files": {...: list}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOrigin:
+    """The step that an export holds.
+
+    Attributes:
+      run: the id of the run; empty in runs of older versions.
+      step: optimizer updates.
+      checkpoint: the sum of all checksums of its checkpoint; empty where it is not
+        known yet.
+      dtype: of the file.
+    """
+
+    run: str
+    step: int
+    checkpoint: str
+    dtype: str
+
+    @classmethod
+    def of(cls, folder: RunDir, step: int, dtype: str) -> "ModelOrigin":
+        """That of step `step` of the run in `folder`."""
+        saved = seal_of(folder.checkpoints / str(step))
+        return cls(folder.origin().get(RUN, ""), step, saved, dtype)
+
+    def saved_as(self, checkpoint: str) -> "ModelOrigin":
+        return dataclasses.replace(self, checkpoint=checkpoint)
+
+    def __str__(self) -> str:
+        return f"step {self.step} of run {self.run[:8] or '(no id)'} in {self.dtype}"
+
+
+def export_run(
+    folder: RunDir,
+    step: int,
+    model: Model,
+    weights: dict[str, Any],
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    card: str,
+    dtype: str = "float32",
+    replace: bool,
+    flag: str,
+) -> None:
+    """Writes the model at `step` as a Hugging Face folder; every process must call it.
+
+    A folder that holds the same already stays as it is, and the log says so.
+
+    Args:
+      folder: of the run.
+      step: the updates that `weights` hold; it is saved.
+      model, weights, tokenizer, out, dtype: see `huggingface_export.export`.
+      card: text of the model card.
+      replace: whether another step in `out` is replaced; `flag` sets it.
+
+    Raises:
+      UserError: `out` holds something else, or a number is not finite in `dtype`.
+      OSError: the folder cannot be written.
+    """
+    origin = ModelOrigin.of(folder, step, dtype)
+    leading = jax.process_index() == 0
+    if agreement.of_first(
+        agreement.together(lambda: leading and holds(out, origin, replace, flag))
+    ):
+        logging.info("export: %s holds %s already; nothing is written", out, origin)
+        return
+
+    def describe(written: Path) -> None:
+        write_whole(written / CARD, card)
+        sums = {file.name: checksum(file) for file in sorted(written.iterdir())}
+        facts = dataclasses.asdict(origin) | {"identity": folder.identity()}
+        text = json.dumps(facts | {"files": sums}, indent=2)
+        write_whole(written / ORIGIN, text)
+
+    huggingface_export.export(model, weights, tokenizer, out, dtype, describe)
+
+
+def refuse_other_step(folder: RunDir, steps: int, replace: bool) -> None:
+    """Refuses a run whose export, after `steps`, would replace another step.
+
+    Raises:
+      UserError: see `holds`.
+    """
+    run = folder.origin().get(RUN, "")
+    wanted = ModelOrigin(run, steps, "", "float32")
+    holds(folder.path / EXPORTED, wanted, replace, REPLACE)
+
+
+def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
+    """Whether `out` is the export of `wanted`; False where it may be written.
+
+    A step that was trained again is written again. See `export_run` for the arguments.
+
+    Raises:
+      UserError: another step is there and must not be replaced, or something that is
+        no exported model.
+    """
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not all((out / name).is_file() for name in MARKS):
+        raise UserError(f"{out} exists and is no exported model; name another folder")
+    what = "a model that does not say which step it is"
+    if (out / ORIGIN).is_file():
+        found = read_json(out / ORIGIN, SHAPE, f"remove {out}, and export again")
+        names = (field.name for field in dataclasses.fields(ModelOrigin))
+        here = ModelOrigin(**{name: found[name] for name in names})
+        known = wanted.checkpoint or here.checkpoint
+        changed = _changed_file(out, found["files"])
+        if here.saved_as(known) == wanted.saved_as(known) and not changed:
+            return here.checkpoint == known
+        what = f"{here}, {changed} of which has changed since" if changed else str(here)
+    if replace:
+        return False
+    raise UserError(
+        f"{out} holds {what}, and {wanted} would replace it: name another folder, move "
+        f"it away, or replace it with {flag}"
+    )
+
+
+def _changed_file(out: Path, sums: dict[str, list[Any]]) -> str:
+    """The name of a file that is not as it was written, or ""."""
+    for name, known in sums.items():
+        if not (out / name).is_file() or checksum(out / name) != known:
+            return name
+    return ""

@@ -20,7 +20,7 @@ from research.config.choices import (
 from research.config.knobs import free_knob, knob
 from research.config.task_kinds import TASK_MODULES
 
-NEWEST_EDITION = 2  # of the rules by which rows are read and split
+NEWEST_EDITION = 3  # of the rules by which rows are read and split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,9 @@ class ColumnsConfig:
     )
     messages: str = knob("messages", "column of chat rows [{role, content}, ...]")
     system: str = knob("system", "column with the system text; may be missing")
+    ignored: tuple[str, ...] = knob(
+        (), "columns that are not read, as ('source', 'input'), whatever their name"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,8 @@ class DataConfig:
     edition: int = knob(
         0,
         "rules of reading and splitting rows; 1: the seed splits; 2: equal rows stand "
-        "on one side, which no seed moves; 0: the newest, of an old run its own",
+        "on one side, which no seed moves; 3: unused material stops the run; 0: the "
+        "newest, of an old run its own",
         low=0,
         high=NEWEST_EDITION,
     )

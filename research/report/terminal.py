@@ -30,7 +30,9 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
     """The doctor's table."""
     table = Table(title="doctor", show_header=False, title_justify="left")
     for finding in findings:
-        mark = Text("ok", "green") if finding.ok else Text("FAILED", "bold red")
+        mark = Text("look", "bold yellow") if finding.warns else Text("ok", "green")
+        if not finding.ok:
+            mark = Text("FAILED", "bold red")
         table.add_row(mark, _literal(finding.name), _literal(finding.text))
     console.print(table)
 

@@ -26,6 +26,7 @@ class Finding:
       ok: False stops the run.
       remedy: what the user should do where `ok` is False.
       numbers: the figures that `text` states, by name, for programs.
+      warns: a user should look at it, though it may be meant.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Finding:
     ok: bool = True
     remedy: str = ""
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    warns: bool = False
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Finding":

@@ -41,6 +41,7 @@ COMPARED_LETTERS = 10_000
 # If there are more rows, the documents are counted, not the batches they fill.
 COUNTED_ROWS = 4096
 SHOWN = 4  # dropped rows in the doctor's table
+MOST_UNUSED, LONG_TEXT = 12, 200  # columns in the table; letters that may be material
 
 
 class InstructionTask:
@@ -88,6 +89,7 @@ class InstructionTask:
                 numbers={"rows": counts.total},
             ),
             Finding("columns", self._schemas(), numbers=counts.schemas),
+            self._examine_unused(),
             Finding(
                 "dropped",
                 self._dropped(),
@@ -121,6 +123,27 @@ class InstructionTask:
         lines = [", ".join(f"{name} in {n} rows" for name, n in rows.schemas.items())]
         lines += [f"  {note} ({n} times)" for note, n in rows.notes.items()]
         return "\n".join(lines)
+
+    def _examine_unused(self) -> Finding:
+        unused, ignored = self._data.counts.unused, self._config.data.columns.ignored
+        lines = [
+            f"{name}: filled in {each['share']:.1%} of the rows, {each['letters']:,} "
+            f"letters in {each['where']}"
+            for name, each in unused.items()
+        ]
+        if len(lines) > MOST_UNUSED:
+            lines[MOST_UNUSED:] = [f"and {len(lines) - MOST_UNUSED} more"]
+        if ignored:
+            lines.append(f"ignored, as config.data.columns says: {', '.join(ignored)}")
+        return Finding(
+            "unused columns",
+            "\n".join(lines) or "none is filled",
+            warns=any(
+                each["is_material"] or each["letters"] >= LONG_TEXT
+                for each in unused.values()
+            ),
+            numbers={name: each["rows"] for name, each in unused.items()},
+        )
 
     def _dropped(self) -> str:
         counts, examples = self._data.counts, self._data.examples

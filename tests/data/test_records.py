@@ -363,7 +363,8 @@ def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
     monkeypatch.setitem(READERS, ".xlsx", RowReader(read, is_plain=False))
     path = tmp_path / "rows.xlsx"
     path.write_text("a;b;c\nd;e;f")
-    rows = load_rows(DataConfig(path=str(path)), 0)
+    columns = ColumnsConfig(ignored=("text",))
+    rows = load_rows(DataConfig(path=str(path), columns=columns), 0)
     assert [r.turns[-1].text for r in rows.records()] == ["b", "e"]
     config = Config(text=TextConfig(sources=(f"own={path}",)))
     [source] = open_sources(config.text, config.data)

@@ -57,11 +57,12 @@ def never(*_, **__):
 
 
 def test_the_second_start_reads_no_row_and_sees_the_same(tmp_path, chat, monkeypatch):
-    rows = [*rows_of(21), {"instruction": "long", "response": "x" * 500}]
+    rows = [*rows_of(21), {"instruction": "long", "response": "x" * 500, "id": 5}]
     config = write_rows(tmp_path / "rows.jsonl", rows)
     text = TextConfig(cache_dir=str(tmp_path / "cache"))
     first = contents(load_dataset(config, 0, chat, text))
     assert first[1].dropped == {"too long": 1} and first[1].total == 22
+    assert list(first[1].unused) == ["id"]
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     (tmp_path / "rows.jsonl").rename(moved / "rows.jsonl")

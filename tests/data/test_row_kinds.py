@@ -91,16 +91,15 @@ def test_a_schema_is_found_in_each_row(name):
     assert " ".join(filter(None, said(row))) == expected
 
 
-def test_a_chat_column_that_is_named_wins_and_what_is_ignored_is_said(tmp_path):
+def test_a_chat_column_that_is_named_wins(tmp_path):
     row = {"instruction": "x", "response": "y", "talk": chat("q", "a")}
     assert said(row) == ["", "x", "y"]
     assert said(row, messages="talk") == ["", "q", "a"]
     path = tmp_path / "rows.jsonl"
     path.write_text(as_jsonl(row, {"talk": chat("q", "b")}))
-    rows = load(path, columns=ColumnsConfig(messages="talk"))
-    assert rows.schemas == {"talk": 2}
-    [(note, count)] = rows.notes.items()
-    assert "'instruction', 'response'" in note and "'talk'" in note and count == 1
+    columns = ColumnsConfig(messages="talk", ignored=("instruction",))
+    rows = load(path, columns=columns)
+    assert rows.schemas == {"talk": 2} and list(rows.unused) == ["response"]
 
 
 def test_an_answer_of_weight_0_is_not_trained():

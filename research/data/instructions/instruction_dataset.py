@@ -27,6 +27,7 @@ from research.data.instructions.row_store import (
     StoredDocuments,
     write_manifest,
 )
+from research.data.instructions.unused_columns import UnusedFacts
 from research.data.token_batch import Batch
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
@@ -86,6 +87,7 @@ class RowCounts:
       categories: how many of them are in each group.
       schemas: how many of them were read from which columns.
       notes: how many values or rows each remark holds of.
+      unused: facts about the columns that are filled and not used, by name.
       dropped: how many rows were dropped, by reason.
       truncated: how many rows were kept with a shorter context.
       copies: how many rows have the same texts as a row before them.
@@ -96,6 +98,7 @@ class RowCounts:
     categories: dict[str, int]
     schemas: dict[str, int]
     notes: dict[str, int]
+    unused: UnusedFacts
     dropped: dict[str, int]
     truncated: int
     copies: int
@@ -218,7 +221,7 @@ def _build(
     copies = len(held) + len(rest) - len({mark.key for mark in held + rest})
     counts = RowCounts(
         sha256, len(rows.marks), dict(sorted(grouped.items())), rows.schemas,
-        rows.notes, dict(dropped), truncated, copies,
+        rows.notes, rows.unused, dict(dropped), truncated, copies,
     )  # fmt: skip
     parts = {
         "key": key,

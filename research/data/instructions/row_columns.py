@@ -12,6 +12,7 @@ from typing import Any
 
 from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig
 from research.core.errors import nearest
+from research.data.instructions.unused_columns import UnusedColumns
 from research.data.row_readers import BadRowError
 from research.tokenize.conversation import Record, Turn
 
@@ -39,6 +40,7 @@ def to_record(
     where: str,
     notes: collections.Counter[str] | None = None,
     edition: int = NEWEST_EDITION,
+    unused: UnusedColumns | None = None,
 ) -> Record:
     """Makes a `Record` from the columns of a row.
 
@@ -49,13 +51,14 @@ def to_record(
       notes: counts what a user should know, in sentences.
       edition: of the rules. In the first, an answer loses the white space in front of
         it, and there is no column of system texts.
+      unused: counts the columns that the record is not made of.
 
     Raises:
       BadRowError: this row cannot be used: a column is missing, a value is of a wrong
         type, or an answer is empty.
     """
     notes = collections.Counter() if notes is None else notes
-    return _Row(row, columns, where, notes, edition == 1).record()
+    return _Row(row, columns, where, notes, edition == 1).record(unused)
 
 
 class _Row:
@@ -67,14 +70,14 @@ class _Row:
         notes: collections.Counter[str],
         is_old: bool,
     ):
-        self._row = row
-        self._present = {k: v for k, v in row.items() if not _is_absent(v)}
+        self._row = {k: v for k, v in row.items() if k not in columns.ignored}
+        self._present = {k: v for k, v in self._row.items() if not _is_absent(v)}
         self._columns = columns
         self._where = where
         self._is_old = is_old
         self._notes = notes
 
-    def record(self) -> Record:
+    def record(self, unused: UnusedColumns | None) -> Record:
         names = self._schema()
         request, context, answer = names if len(names) == 3 else ("", "", "")
         values = [self._present.get(name) for name in names]
@@ -101,7 +104,12 @@ class _Row:
         if not any(turn.trained for turn in answers):
             raise self._bad("empty response", "the weight of every answer is 0")
         schema = " and ".join(dict.fromkeys((names[0], names[-1])))
-        return Record(turns, context, self._category(), self._where, schema)
+        record = Record(turns, context, self._category(), self._where, schema)
+        if unused:
+            used = {*names, self._columns.category}
+            used |= set() if self._is_old else {self._columns.system}
+            unused.add(self._present, used, names, record)
+        return record
 
     def _schema(self) -> tuple[str, ...]:
         """One column of chat messages, or those of request, context and answer."""
@@ -119,13 +127,6 @@ class _Row:
             # A chat column wins if the config names it; a pair wins over others.
             order = fitting + others if chat_renamed else others + fitting
             if order:
-                ignored = {n for each in order[1:] for n in each if n and n in row}
-                if ignored := ignored - {*order[0]}:
-                    self._notes[
-                        f"rows have {', '.join(map(repr, sorted(ignored)))} as well as "
-                        f"{', '.join(map(repr, filter(None, order[0])))}; only these "
-                        "are read"
-                    ] += 1
                 return order[0]
             # Context alone, or an answer without a request, are empty, not missing.
             if columns.response in row and columns.context in row:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.config.hub_pins import DEFAULT_ROWS, EMBEDDED
-from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_files import read_files, row_files
+from research.data.instructions.unused_columns import UnusedColumns, UnusedFacts
 from research.data.row_readers import BadRowError, Row
 from research.parallel import agreement
 from research.tokenize.conversation import Record
@@ -78,6 +79,7 @@ class LoadedRows:
       marks: the usable rows, in the source's order.
       schemas: how many of them were read from which columns.
       notes: how many values or rows each remark holds of.
+      unused: facts about the columns that are filled and not used, by name.
       dropped: how many rows were dropped, by reason.
       examples: `file:line: reason` for each of them.
     """
@@ -88,6 +90,7 @@ class LoadedRows:
     marks: list[RowMark]
     schemas: dict[str, int]
     notes: dict[str, int]
+    unused: UnusedFacts
     dropped: dict[str, int]
     examples: list[str]
 
@@ -128,7 +131,8 @@ def load_rows(
     `source` has the rows; by default those that `config` names.
 
     Raises:
-      UserError: a file, a column or a row cannot be used, or no row is usable.
+      UserError: a file, a column or a row cannot be used, a column that usually holds
+        material is neither used nor ignored, or no row is usable.
     """
     source = source or find_rows(config)
     digest = hashlib.sha256()
@@ -136,6 +140,7 @@ def load_rows(
     labels: dict[str, str] = {}
     schema_of = []
     seen: set[str] = set()
+    unused = UnusedColumns(config.columns)
     notes: collections.Counter[str] = collections.Counter()
     dropped: collections.Counter[str] = collections.Counter()
     examples: list[str] = []
@@ -145,7 +150,9 @@ def load_rows(
             if isinstance(row, BadRowError):
                 raise row
             seen.update(row)
-            record = to_record(row, config.columns, where, notes, config.edition)
+            record = to_record(
+                row, config.columns, where, notes, config.edition, unused
+            )
         except BadRowError as bad:
             refuse_row(bad, config)
             dropped[bad.reason] += 1
@@ -158,6 +165,8 @@ def load_rows(
         marks.append(RowMark.of(number, record)._replace(category=label))
         schema_of.append(schema)
     check_columns(config.columns, seen)
+    if config.edition in (0, NEWEST_EDITION):
+        unused.check()
     if not marks:
         counts = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         first = f"; the first is {examples[0]}" if examples else ""
@@ -170,7 +179,7 @@ def load_rows(
     schemas = collections.Counter(schema_by_number[mark.number] for mark in marks)
     return LoadedRows(
         source, config, digest.hexdigest(), marks, dict(schemas.most_common()),
-        dict(notes), dict(dropped), examples,
+        dict(notes), unused.facts(), dict(dropped), examples,
     )  # fmt: skip
 
 
@@ -186,12 +195,14 @@ def refuse_row(bad: BadRowError, config: DataConfig) -> None:
 def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
     """Raises UserError for a column that the user named and that no row has."""
     for field in dataclasses.fields(columns):
-        name = getattr(columns, field.name)
-        if seen and name != field.default and name not in seen:
-            raise UserError(
-                f"config.data.columns.{field.name} is {name!r}, and no row has such a "
-                f"column{nearest(name, seen)}; the rows have {', '.join(sorted(seen))}"
-            )
+        given = getattr(columns, field.name)
+        for name in (given,) if isinstance(given, str) else given:
+            if seen and name != field.default and name not in seen:
+                raise UserError(
+                    f"config.data.columns.{field.name} is {given!r}, and no row has a "
+                    f"column {name!r}{nearest(name, seen)}; the rows have "
+                    f"{', '.join(sorted(seen))}"
+                )
 
 
 def find_rows(config: DataConfig) -> RowSource:

@@ -1,0 +1,185 @@
+"""Columns that hold something and that no row is made of.
+
+An answer about a passage that the model never sees is the most quiet of all defects of
+the data, so a column whose name says that it holds material must be mapped or ignored.
+"""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from research.config.knob_groups import ColumnsConfig
+from research.core.errors import UserError
+from research.tokenize.conversation import Record
+
+# Names that people give the material of a request, in singular and without "text".
+NAMES = (
+    "abstract article background body chat chathistory code content context "
+    "conversation data dialog dialogue document doc email evidence excerpt fact "
+    "hint history input instruction knowledge material message paragraph passage "
+    "premise problem prompt query question request schema snippet story system "
+    "systemmessage systemprompt table text transcript userinput usermessage "
+    "userprompt"
+)
+MATERIAL = frozenset(NAMES.split())
+SYSTEM = ("system", "systemmessage", "systemprompt")
+UnusedFacts = dict[str, dict[str, Any]]
+# A file of objects may have a new name in every row; no table has so many columns.
+MOST_COLUMNS = 1000
+
+
+@dataclasses.dataclass
+class UnusedColumn:
+    """A column that some rows fill and that none of them uses.
+
+    Attributes:
+      rows: how many rows fill it.
+      where: the first of them, `file:line`.
+      letters: of the value there.
+      new: `where` of the first row in which it says what the row's texts do not; "" if
+        it only repeats them, as a column with the whole prompt does.
+      names: the columns that row was read from: chat messages, or request, context
+        and answer.
+    """
+
+    rows: int
+    where: str
+    letters: int
+    new: str = ""
+    names: Sequence[str] = ()
+
+
+class UnusedColumns:
+    """Counts the columns of rows that are filled and not used."""
+
+    def __init__(self, columns: ColumnsConfig):
+        self._columns = columns
+        self._used: set[str] = set()
+        self._found: dict[str, UnusedColumn] = {}
+        self._rows = 0
+
+    def add(
+        self,
+        filled: Mapping[str, Any],
+        used: set[str],
+        names: Sequence[str],
+        record: Record,
+    ) -> None:
+        """Counts a row that became `record`.
+
+        Args:
+          filled: its values by column, without those that are missing or null.
+          used: the columns that it was made of.
+          names: those of its request, context and answer, or of its chat.
+          record: the row's texts.
+        """
+        self._rows += 1
+        self._used |= used & filled.keys()
+        for name in filled.keys() - used:
+            texts = list(_texts(filled[name]))
+            letters = sum(map(len, texts))
+            if not letters:
+                continue
+            found = self._found.get(name)
+            if found is None:
+                if len(self._found) >= MOST_COLUMNS and not is_material(name):
+                    continue
+                found = self._found[name] = UnusedColumn(0, record.where, letters)
+            found.rows += 1
+            if not found.new and is_material(name) and not _repeats(texts, record):
+                found.new, found.names = record.where, names
+
+    def facts(self) -> UnusedFacts:
+        """Facts for the doctor by column, the one that most rows fill first."""
+        most_first = sorted(self._found.items(), key=lambda pair: -pair[1].rows)
+        return {
+            name: {
+                "rows": each.rows,
+                "share": each.rows / self._rows,
+                "where": each.where,
+                "letters": each.letters,
+                "is_material": bool(each.new),
+            }
+            for name, each in most_first
+        }
+
+    def check(self) -> None:
+        """Refuses material that is neither mapped nor ignored.
+
+        Raises:
+          UserError: it names each such column, and the flags for both.
+        """
+        lost = {name: each for name, each in self._found.items() if each.new}
+        if not lost:
+            return
+        ignored = (*self._columns.ignored, *sorted(lost))
+        lines = [
+            f"column {name!r} is filled in {each.rows:,} rows, as in {each.new}, and "
+            f"not used: {self._remedy(name, each.names)}"
+            for name, each in sorted(lost.items())
+        ]
+        raise UserError(
+            "\n".join(lines) + "\nif the model must not see it, say so with "
+            f'--config.data.columns.ignored="{ignored}"'
+        )
+
+    def _remedy(self, name: str, names: Sequence[str]) -> str:
+        columns = self._columns
+        if _plain(name) in SYSTEM and columns.system not in self._used:
+            return f"map it with {_flag('system', name)}"
+        if len(names) == 1:
+            return f"the messages in {names[0]!r} must have it"
+        if names[1] in self._used:
+            return f"join it with {names[1]!r}, which is the rows' context"
+        flags = {"instruction": names[0], "response": names[2], "context": name}
+        return "map it with " + " ".join(
+            _flag(field, column)
+            for field, column in flags.items()
+            if column != getattr(columns, field) or field == "context"
+        )
+
+
+def _flag(field: str, column: str) -> str:
+    return shlex.quote(f"--config.data.columns.{field}={column}")
+
+
+def is_material(name: str) -> bool:
+    """Whether a column of this name usually holds what a request is about."""
+    return _plain(name) in MATERIAL
+
+
+def _plain(name: str) -> str:
+    """`Input Texts_2` as `input`."""
+    letters = re.sub(r"[\W\d_]", "", name).casefold()
+    for known in (letters, letters.removesuffix("s")):
+        for end in ("", "text"):
+            if known.removesuffix(end) in MATERIAL:
+                return known.removesuffix(end)
+    return letters
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value: of messages only what they say."""
+    if isinstance(value, dict):
+        said = [value[k] for k in ("content", "value") if k in value]
+        for each in said or value.values():
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+    elif value is not None:
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        if words := " ".join(str(text).split()):
+            yield words
+
+
+def _repeats(texts: Sequence[str], record: Record) -> bool:
+    """Whether the texts are in the record's, or all of the record's in the texts."""
+    whole = [record.context, *(turn.text for turn in record.turns)]
+    known = [words for text in whole if (words := " ".join(text.split()))]
+    joined = " ".join(texts)
+    return all(any(text in words for words in known) for text in texts) or all(
+        words in joined for words in known
+    )

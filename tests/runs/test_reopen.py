@@ -12,7 +12,7 @@ import tensorstore
 import tiny_model
 from helpers import close
 from pretraining_runs import PRETRAIN_STEPS
-from small_run import make_small_place, small_config
+from small_run import make_small_place, one_device, saved_state, small_config
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import LoRAConfig, MeshConfig, RuntimeConfig
@@ -25,11 +25,8 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.runs.reopen import fitting_mesh, reopen
 from research.runs.run_directory import RunDir
-from research.tasks import task_registry
 from research.tokenize.conversation import Turn
 from research.train import start_to_report
-from research.train.step import train_step
-from research.train.step.definition_from_config import make_step_definition
 from research.weights import parameter_paths
 
 SAMPLING = Sampling(max_new_tokens=4)
@@ -66,10 +63,6 @@ def train_here(folder, model=None, **changes):
     return folder / "run"
 
 
-def one_device():
-    return meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-
-
 def rewritten(run, tmp_path, runtime=None, **model):
     """A copy of a run whose stored config has other values."""
     folder = shutil.copytree(run, tmp_path / run.name)
@@ -81,23 +74,6 @@ def rewritten(run, tmp_path, runtime=None, **model):
     )
     (folder / "config.json").write_text(to_json(config))
     return folder
-
-
-def saved_state(run):
-    """The whole training state, read as a resumed run reads it."""
-    folder = RunDir(run)
-    config = folder.config()
-    plain = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention="xla")
-    )
-    base = task_registry.open_start(config, folder.own_tokenizer)
-    devices = one_device()
-    objective = task_registry.make_objective(plain, devices)
-    definition = make_step_definition(plain, base, devices, objective)
-    with Checkpointer(
-        folder.checkpoints, config.checkpoint, folder.identity(), read_only=True
-    ) as checkpointer:
-        return checkpointer.restore(train_step.abstract_state(definition)).state
 
 
 def same(left, right):
@@ -115,14 +91,14 @@ def answer(run):
 def test_a_run_of_an_accelerator_opens_on_a_cpu_and_answers(lora, tmp_path):
     """Nothing of a checkpoint tells the kernel; the stored config does."""
     folder = rewritten(lora, tmp_path, attention="splash", remat="full")
-    check_opened(folder, saved_state(lora))
+    check_opened(folder, saved_state(lora).state)
 
 
 def test_a_run_with_an_offloaded_optimizer_opens_and_answers(full, tmp_path):
     """As another accelerator stores it; a checkpoint does not tell the memory."""
     offload = {"offload_optimizer": True}
     folder = rewritten(full, tmp_path, runtime=offload, attention="cudnn")
-    check_opened(folder, saved_state(folder))
+    check_opened(folder, saved_state(folder).state)
 
 
 @pytest.mark.soak
@@ -131,7 +107,7 @@ def test_a_run_trained_with_an_offloaded_optimizer_opens(tmp_path):
         compilation_cache="", offload_optimizer=True, progress="lines"
     )
     run = train_here(tmp_path, trainable="full", runtime=runtime)
-    check_opened(run, saved_state(run))
+    check_opened(run, saved_state(run).state)
 
 
 @pytest.mark.soak
@@ -150,7 +126,7 @@ def test_a_run_trained_by_splash_opens_on_a_cpu_and_answers(tmp_path, monkeypatc
         patch.setattr(attention_sharding, "packed_attention", interpreted)
         run = train_here(tmp_path, {"attention": "splash"})
     assert used == {"splash"}
-    check_opened(run, saved_state(run))
+    check_opened(run, saved_state(run).state)
 
 
 def check_opened(folder, state):
@@ -202,7 +178,7 @@ def bytes_read(action):
 
 
 def test_opening_a_full_run_holds_and_reads_no_optimizer_state(full):
-    state, for_state = bytes_read(lambda: saved_state(full))
+    state, for_state = bytes_read(lambda: saved_state(full).state)
     size = parameter_paths.nbytes(state.params)
     assert parameter_paths.nbytes(state) > 2.9 * size
     del state
@@ -308,7 +284,7 @@ def test_a_newest_step_that_is_not_finite_gives_way_to_the_one_before(
     full, tmp_path, caplog
 ):
     folder = RunDir(shutil.copytree(full, tmp_path / "full"))
-    state = saved_state(full)
+    state = saved_state(full).state
     path = "final_norm.scale"
     ruined = {**state.params, path: state.params[path] * jnp.nan}
     keep, identity = folder.config().checkpoint, folder.identity()

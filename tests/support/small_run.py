@@ -1,5 +1,6 @@
 """A tiny run of the real pipeline in the test's own process, on a 2x2x2 mesh."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import numpy as np
 from tiny_model import make_tiny_model
 
 from research.checkpoints.checkpoint_listing import step_folders
+from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import (
     CheckpointConfig,
     Config,
@@ -19,7 +21,11 @@ from research.config.run_config import (
     RuntimeConfig,
     TextConfig,
 )
-from research.runs.run_directory import COMPLETE
+from research.parallel import mesh as meshes
+from research.runs.run_directory import COMPLETE, RunDir
+from research.tasks import task_registry
+from research.train.step import train_step
+from research.train.step.definition_from_config import make_step_definition
 
 ROWS = 8  # In a batch, so that it divides over any mesh of eight devices.
 
@@ -74,3 +80,25 @@ def small_hidden(model, weights):
     """Hidden states of a fixed batch."""
     tokens = np.tile(np.arange(32, dtype=np.int32), (ROWS, 1))
     return jax.jit(model.hidden)(weights, tokens, tokens, np.ones_like(tokens))
+
+
+def one_device():
+    """A mesh of one device."""
+    return meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def saved_state(run):
+    """The whole training state and its position, read as a resumed run reads them."""
+    folder = RunDir(run)
+    config = folder.config()
+    plain = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention="xla")
+    )
+    base = task_registry.open_start(config, folder.own_tokenizer)
+    devices = one_device()
+    objective = task_registry.make_objective(plain, devices)
+    definition = make_step_definition(plain, base, devices, objective)
+    with Checkpointer(
+        folder.checkpoints, config.checkpoint, folder.identity(), read_only=True
+    ) as checkpointer:
+        return checkpointer.restore(train_step.abstract_state(definition))

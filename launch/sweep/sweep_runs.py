@@ -14,8 +14,8 @@ import filelock
 
 from launch.jobs.launch_job import check_training_flags
 from launch.sweep.sweep_spec import Axis, Sweep
-from research.config.knobs import changed
-from research.config.run_config import Config
+from research.config.knobs import changed, flag
+from research.config.run_config import Config, with_effect
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
@@ -71,11 +71,6 @@ class SweepRun:
         return is_complete(self.folder)
 
 
-def flag(knob: str, value: Any) -> str:
-    """A knob as the command line writes it."""
-    return f"--config.{knob}={tuple(value) if isinstance(value, list) else value}"
-
-
 def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[SweepRun]:
     """All runs, point by point, and each point's seeds in turn.
 
@@ -106,7 +101,8 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
             name = _name(sweep.axes, labels, seed)
             own = {**point, "seed": seed, "run_dir": str(folder / name)}
             where = f"run {name} of the sweep"
-            runs.append(SweepRun(name, labels, own, changed(base, own, where), shared))
+            made = with_effect(base, own, where)
+            runs.append(SweepRun(name, labels, own, made, shared))
     _require_distinct(runs)
     return runs
 

@@ -19,10 +19,13 @@ from ml_collections import config_flags
 
 from research.config import help_text
 from research.config.config_file import load_config_file, locate, without_dump
+from research.config.cross_knob_rules import check_effects
 from research.config.knobs import check_limits, facts_of, flat
 from research.config.run_config import Config, from_config_dict
+from research.config.saved_config import from_json
 from research.core import standard_streams
 from research.core.errors import PREEMPTED, SaveError, UserError, nearest
+from research.core.local_paths import local_path
 from research.core.stop_signals import stop_signals
 
 T = TypeVar("T")
@@ -83,10 +86,22 @@ def parse_with_config(
             raise locate(cause, file, others) from error
         raise
     values = _read(flag_values, others, options)
+    names = {argument.partition("=")[0].lstrip("-") for argument in others[1:]}
+    given = {n.removeprefix("no").removeprefix("config.") for n in names}
     try:
-        return from_config_dict(flag_values["config"].value), values
+        made = from_config_dict(flag_values["config"].value)
+        check_effects(made, [Config(), *_saved(made.run_dir)], given)
     except UserError as error:
         raise locate(error, file, others) from error
+    return made, values
+
+
+def _saved(run_dir: str) -> list[Config]:
+    """The config of the run in this folder; none if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        file = local_path(run_dir or ".", "config.run_dir") / "config.json"
+        return [from_json(file.read_text(encoding="utf-8"))]
+    return []
 
 
 def _answer_help(

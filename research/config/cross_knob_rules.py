@@ -1,10 +1,14 @@
-"""The rules that involve more than one knob. Each is checked, and `--help` shows it."""
+"""The rules that involve more than one knob. Each is checked, and `--help` shows it.
+
+Every config keeps `RULES`. A knob that `ACTS` says has no effect is refused only where
+somebody sets it, so that runs of earlier versions open.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from research.config.knobs import flat
+from research.config.knobs import flat, shell_flag
 from research.core.errors import UserError
 
 
@@ -39,31 +43,9 @@ RULES = (
         lambda c: c.trainable != "lora" or bool(c.model.init_from),
     ),
     Rule(
-        ("trainable", "model.param_dtype"),
-        "adapters are trained in float32, and frozen weights follow config.model.dtype",
-        lambda c: c.trainable != "lora" or c.model.param_dtype == "float32",
-    ),
-    Rule(
         ("runtime.profile_from", "steps"),
         "the first step to trace is a step of the run",
         lambda c: c.runtime.profile_from <= c.steps,
-    ),
-    Rule(
-        (
-            "runtime.distributed",
-            "runtime.coordinator_address",
-            "runtime.num_processes",
-            "runtime.process_id",
-        ),
-        "set distributed, too, to join the processes that the others describe",
-        lambda c: bool(
-            c.runtime.distributed
-            or (
-                not c.runtime.coordinator_address
-                and c.runtime.num_processes == 0
-                and c.runtime.process_id == -1
-            )
-        ),
     ),
     Rule(
         ("data.microbatch_size", "data.batch_size"),
@@ -71,6 +53,151 @@ RULES = (
         lambda c: c.data.batch_size % c.data.rows_per_pass == 0,
     ),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """The values of a knob with which another one has an effect.
+
+    Attributes:
+      knob: its path, such as "data.kind".
+      values: some of its values.
+      wanted: whether the other one acts with these; else it acts with all others.
+    """
+
+    knob: str
+    values: tuple[Any, ...]
+    wanted: bool = True
+
+    @property
+    def listed(self) -> str:
+        return " or ".join(map(repr, self.values))
+
+    def __str__(self) -> str:
+        return f"config.{self.knob} is {'' if self.wanted else 'not '}{self.listed}"
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        return (values[self.knob] in self.values) == self.wanted
+
+
+Conditions = tuple[Condition, ...]
+
+
+def _only(knob: str, *values: Any) -> Conditions:
+    return (Condition(knob, values),)
+
+
+def _never(knob: str, *values: Any) -> Conditions:
+    return (Condition(knob, values, wanted=False),)
+
+
+# Knobs that one job reads and the other does not. An added task may read both.
+ROWS, TEXT = _never("data.kind", "text"), _never("data.kind", "instructions")
+RANDOM = _only("model.init_from", "")
+JOINS = _only("runtime.distributed", True)
+NO_ROWS = ("batch_size", "microbatch_size", "seq_len", "bad_lines", "hub_timeout")
+# The conditions under which a knob, or each knob of a group, acts. A knob's own entry
+# stands before that of its group; one that is found nowhere always acts.
+ACTS: dict[str, Conditions] = {
+    "model.preset": RANDOM,
+    "model.param_dtype": _only("trainable", "full"),
+    "model.base_format": _only("trainable", "lora"),
+    "model.attention_block": _only("model.attention", "auto", "xla"),
+    "lora": _only("trainable", "lora"),
+    "data": ROWS,
+    **{f"data.{name}": () for name in ("kind", *NO_ROWS)},
+    "data.source": ROWS + _only("data.path", ""),
+    "data.eval_path": ROWS + _never("data.path", ""),
+    "data.held_out": ROWS + _only("data.eval_path", ""),
+    "text": TEXT,
+    "text.tokenizer": TEXT + RANDOM,
+    "text.cache_dir": (),
+    "optim.decay": _only("optim.schedule", "wsd"),
+    "optim.final": _never("optim.schedule", "constant"),
+    "optim.b1": _never("optim.name", "adafactor"),
+    "optim.b2": _never("optim.name", "adafactor"),
+    "optim.eps": _never("optim.name", "adafactor", "lion"),
+    "optim.no_decay": _never("optim.weight_decay", 0.0),
+    "optim.skip_window": _never("optim.skip_spread", 0.0),
+    "eval.prompts": ROWS,
+    "eval.text_prompts": TEXT,
+    "runtime.profile_steps": _never("runtime.profile_from", 0),
+    "runtime.coordinator_address": JOINS,
+    "runtime.num_processes": JOINS,
+    "runtime.process_id": JOINS,
+}
+
+
+def conditions_of(path: str) -> Conditions:
+    """The conditions under which the knob at `path` has an effect."""
+    while path and path not in ACTS:
+        path = path.rpartition(".")[0]
+    return ACTS.get(path, ())
+
+
+def idle(config: Any) -> dict[str, Condition]:
+    """The knobs that have no effect, each with the first condition that fails."""
+    values = flat(config)
+    return {
+        path: condition
+        for path in values
+        for condition in reversed(conditions_of(path))
+        if not condition.holds(values)
+    }
+
+
+# The knobs that do for one job what the others do for the other one.
+COUNTERPARTS = {
+    "data.path": "text.sources",
+    "data.held_out": "text.held_out_share",
+    "data.columns.response": "text.column",
+    "eval.prompts": "eval.text_prompts",
+}
+COUNTERPARTS |= {text: rows for rows, text in COUNTERPARTS.items()}
+
+
+def check_effects(
+    config: Any, starts: Sequence[Any], flags: Collection[str] = ()
+) -> None:
+    """Refuses a `run_config.Config` that sets knobs which have no effect in its run.
+
+    Args:
+      config: of the run.
+      starts: configs whose values nobody has set now: the defaults, then those of a
+        run that is resumed.
+      flags: paths of the knobs that the command line sets.
+
+    Raises:
+      UserError: names all of these knobs, and how to set them back.
+    """
+    before, now, conditions = [*map(flat, starts)], flat(config), idle(config)
+    lines, dropped, restored = [], [], []
+    for path, condition in conditions.items():
+        if any(now[path] == start[path] for start in before):
+            continue
+        line = (
+            f"config.{path} is {now[path]!r}, which has no effect where "
+            f"config.{condition.knob} is {now[condition.knob]!r}"
+        )
+        if condition.wanted:
+            line += f" and not {condition.listed}"
+        if path in COUNTERPARTS and COUNTERPARTS[path] not in conditions:
+            line += f" (config.{COUNTERPARTS[path]} takes its place)"
+        lines.append(line)
+        if path in flags:
+            dropped.append(f"--config.{path}")
+        else:
+            restored.append(shell_flag(path, before[0][path]))
+    if not lines:
+        return
+    fixes = [f"drop {' '.join(dropped)}"] if dropped else []
+    if restored:
+        fixes.append(f"drop what sets it in the file, or add {' '.join(restored)}")
+    fix = ", and ".join(fixes)
+    if len(lines) == 1:
+        raise UserError(f"{lines[0]}: {fix}")
+    listed = "\n  ".join(lines)
+    raise UserError(f"some knobs would have no effect:\n  {listed}\n{fix}")
 
 
 def check_rules(config: Any) -> None:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from research.config.cross_knob_rules import RULES
+from research.config.cross_knob_rules import RULES, conditions_of
 from research.config.knobs import facts_of, fields
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
@@ -127,6 +127,9 @@ def _explain_knob(path: str, field: Any, value: Any) -> str:
         else "may change it"
     )
     more = [f"  A resumed run {resume}."]
+    if conditions := conditions_of(path):
+        acts = f"It acts where {' and '.join(map(str, conditions))}."
+        more.insert(0, textwrap.fill(acts, WIDTH, **_indent(2)))
     for rule in RULES:
         if path in rule.knobs:
             more.append(textwrap.fill(f"Rule: {rule.meaning}", WIDTH, **_indent(2)))

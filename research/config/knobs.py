@@ -5,6 +5,7 @@ A group of knobs is a frozen dataclass whose fields are knobs or further groups.
 
 import dataclasses
 import math
+import shlex
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,6 +87,20 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from fields(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", field, value
+
+
+def flag(knob: str, value: Any) -> str:
+    """A knob as the command line writes it."""
+    return f"--config.{knob}={tuple(value) if isinstance(value, list) else value}"
+
+
+def shell_flag(knob: str, value: Any) -> str:
+    """A knob for a shell, in double quotes where that can be."""
+    name, _, text = flag(knob, value).partition("=")
+    if shlex.quote(text) in (text, "''"):
+        return f"{name}={text}"
+    special = set(text) & set('"$`!\\')
+    return shlex.quote(f"{name}={text}") if special else f'{name}="{text}"'
 
 
 def facts_of(field: "dataclasses.Field[Any]") -> KnobFacts:

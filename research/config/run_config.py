@@ -7,9 +7,10 @@ missing field or a value of another type is an error with the nearest name.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from research.config.cross_knob_rules import check_rules
+from research.config.cross_knob_rules import check_effects, check_rules, idle
 from research.config.knob_groups import (
     CheckpointConfig,
     DataConfig,
@@ -23,6 +24,7 @@ from research.config.knob_groups import (
 )
 from research.config.knobs import (
     build,
+    changed,
     check_limits,
     facts_of,
     fields,
@@ -31,6 +33,7 @@ from research.config.knobs import (
     knob,
     to_config_dict,
 )
+from research.core.errors import UserError
 
 if TYPE_CHECKING:
     import ml_collections
@@ -92,11 +95,29 @@ def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
     return build(Config, config.to_dict(), "config")
 
 
+def with_effect(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+    """`config` with other values of some knobs, all of which have an effect.
+
+    Raises:
+      UserError: as `changed` and `check_effects`; it begins with `where`.
+    """
+    made = changed(config, changes, where)
+    try:
+        check_effects(made, [Config()])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return made
+
+
 def fixed_differences(old: Config, new: Config) -> dict[str, str]:
-    """The changed knobs that a resumed run must not change, as `old -> new` by name."""
+    """The changed knobs that a resumed run must not change, as `old -> new` by name.
+
+    A knob that has no effect in either may change.
+    """
     before = flat(old)
+    free = {"run_dir"} | (idle(old).keys() & idle(new).keys())
     return {
         path: f"{before[path]!r} -> {value!r}"
         for path, field, value in fields(new)
-        if facts_of(field).fixed and before[path] != value and path != "run_dir"
+        if facts_of(field).fixed and before[path] != value and path not in free
     }

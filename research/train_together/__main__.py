@@ -5,8 +5,8 @@ import json
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.knobs import changed, knob
-from research.config.run_config import Config
+from research.config.knobs import knob
+from research.config.run_config import Config, with_effect
 from research.core.errors import UserError
 from research.core.local_paths import local_path
 from research.train_together import compatibility
@@ -67,7 +67,7 @@ def read_runs(given: str, shared: Config) -> list[Config]:
     if not (isinstance(found, list) and found and all(type(x) is dict for x in found)):
         raise UserError(f"--runs={file} must hold a list of objects, one a run")
     return [
-        changed(shared, changes, f"--runs={file}, run {number}")
+        with_effect(shared, changes, f"--runs={file}, run {number}")
         for number, changes in enumerate(found, 1)
     ]
 

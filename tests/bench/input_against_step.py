@@ -59,9 +59,10 @@ def trained(name: str, steps: int) -> float:
         command = [
             sys.executable, "-m", "research.train", f"--config=configs/{name}.py",
             f"--config.run_dir={folder}/run", f"--config.steps={steps + 2}",
-            "--config.export=False", "--config.eval.prompts=1",
-            "--config.eval.max_new_tokens=1", "--config.data.held_out=8",
+            "--config.export=False", "--config.eval.max_new_tokens=1",
         ]  # fmt: skip
+        if read_config(name).data.kind == "instructions":
+            command += ["--config.eval.prompts=1", "--config.data.held_out=8"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         text = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8")
     lines = [x for x in map(json.loads, text.splitlines()) if x["kind"] == "train"]

@@ -22,6 +22,8 @@ from small_states import IDENTITY, KEEP, POSITION, abstract, equal, make_state
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
+from research.config.knobs import flag, flat
+from research.config.run_config import Config
 
 KEPT = Path(__file__).parents[1] / "golden" / "kept"
 LOSSES = KEPT / "losses.json"
@@ -66,6 +68,7 @@ JOBS = {
         "--config.optim.name=lion",
         "--config.optim.learning_rate=1e-3",
         "--config.lora.dropout=0.0",
+        "--config.lora.rank=16",
     ),
     "text": (
         "--config.data.kind=text",
@@ -75,6 +78,14 @@ JOBS = {
         "--config.data.seq_len=64",
         "--config.trainable=full",
         "--config.optim.schedule=wsd",
+        # These undo `config.py`, which is for rows and adapters.
+        *(
+            flag(path, flat(Config())[path])
+            for path in (
+                *("lora.rank", "lora.dropout", "eval.prompts"),
+                *("data.overlength", "data.held_out", "data.edition"),
+            )
+        ),
     ),
 }
 

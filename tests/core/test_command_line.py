@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import pytest
 
 from research.config import command_line
 from research.config.command_line import parse, parse_with_config
-from research.config.cross_knob_rules import RULES
+from research.config.cross_knob_rules import ACTS, RULES, conditions_of
 from research.config.help_text import full_help
 from research.config.knobs import facts_of, fields, flat, knob
 from research.config.run_config import Config
+from research.config.saved_config import differences, to_json
 from research.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,19 @@ from research.config import defaults
 def get_config(rank="8"):
     config = defaults()
     config.lora.rank = int(rank)
+    return config
+"""
+PRETRAINS = """
+from research.config import defaults
+
+def get_config():
+    config = defaults()
+    config.trainable = "full"
+    config.model.init_from = ""
+    config.model.preset = "tiny"
+    config.data.kind = "text"
+    config.text.sources = ("a=notes.txt",)
+    config.text.tokenizer = "byte"
     return config
 """
 
@@ -96,17 +111,18 @@ def test_a_wrong_flag_is_one_user_error(argument, said):
 
 
 def test_a_config_and_its_overrides(config_file):
-    file = config_file(GOOD)
-    overrides = ("--config.lora.targets=('mlp',)", "--noconfig.text.cache", "--quick")
+    exports = "config.export = True\n    return config"
+    file = config_file(GOOD.replace("return config", exports))
+    overrides = ("--config.lora.targets=('mlp',)", "--noconfig.export", "--quick")
     config, found = parse_with_config(
         ["door", f"--config={file}", *overrides], "", ExampleFlags
     )
     assert (config.lora.rank, config.lora.targets) == (8, ("mlp",))
-    assert not config.text.cache and found.quick
+    assert not config.export and found.quick
     # A second call in the same process knows nothing of the first.
     config, found = parse_with_config(["d", "--config", f"{file}:4"], "", ExampleFlags)
     assert (config.lora.rank, config.lora.targets) == (4, Config().lora.targets)
-    assert config.text.cache and not found.quick
+    assert config.export and not found.quick
 
 
 @pytest.mark.parametrize(
@@ -211,6 +227,85 @@ def test_a_setting_that_jax_refuses_is_one_line(said, name, monkeypatch, capsys)
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flag, said, fix",
+    [
+        ("text.sources=('a=my.txt',)", "data.kind is 'instructions'", "data.path"),
+        ("text.cache=false", "where config.data.kind is 'instructions'", ""),
+        (
+            "trainable=full",
+            "lora.rank is 8.*trainable is 'full' and not 'lora'",
+            "",
+        ),
+        ("model.preset=tiny", "config.model.init_from is 'pkg.*and not ''", ""),
+        ("model.param_dtype=bfloat16", "trainable is 'lora' and not 'full'", ""),
+        ("optim.decay=0.5", "optim.schedule is 'cosine' and not 'wsd'", ""),
+        ("optim.skip_window=64", "config.optim.skip_spread is 0.0", ""),
+        ("data.eval_path=test.jsonl", "config.data.path is ''", ""),
+        ("eval.text_prompts=('a',)", "data.kind", "eval.prompts takes its place"),
+        ("runtime.process_id=1", "config.runtime.distributed is False", ""),
+        ("runtime.profile_steps=9", "config.runtime.profile_from is 0", ""),
+    ],
+)
+def test_a_knob_without_effect_is_refused(config_file, flag, said, fix):
+    file = config_file(GOOD)
+    with pytest.raises(UserError, match=said) as raised:
+        arguments = ["door", f"--config={file}", f"--config.{flag}"]
+        parse_with_config(arguments, "", command_line.NoFlags)
+    message = str(raised.value)
+    knob = flag.partition("=")[0]
+    remedy = "add --config.lora.rank=16" if "full" in flag else f"drop --config.{knob}"
+    assert fix in message and remedy in message and "\n" not in message
+
+
+def test_a_config_that_switches_the_job_is_told_all_that_must_go(config_file):
+    file = config_file(PRETRAINS)
+    config, _ = parse_with_config(["d", f"--config={file}"], "", command_line.NoFlags)
+    assert config.text.tokenizer == "byte"
+    switched = ["d", f"--config={file}", "--config.data.kind=instructions"]
+    switched += ["--config.model.init_from=hub://a/b"]
+    with pytest.raises(UserError, match="some knobs would have no effect") as raised:
+        parse_with_config(switched, "", command_line.NoFlags)
+    added = shlex.split(str(raised.value).partition(", or add ")[2])
+    assert [flag.partition("=")[0] for flag in added] == [
+        *("--config.model.preset", "--config.text.sources", "--config.text.tokenizer")
+    ]
+    config, _ = parse_with_config([*switched, *added], "", command_line.NoFlags)
+    assert config.text == Config().text
+
+
+def test_a_run_that_has_idle_knobs_resumes_with_and_without_them(config_file, tmp_path):
+    """An earlier version let them pass."""
+    flags = [f"--config={config_file(GOOD)}", f"--config.run_dir={tmp_path}/run"]
+    idle = "--config.text.column=body"
+    with pytest.raises(UserError, match="no effect"):
+        parse_with_config(["d", *flags, idle], "", command_line.NoFlags)
+    config, _ = parse_with_config(["d", *flags], "", command_line.NoFlags)
+    text = dataclasses.replace(config.text, column="body")
+    old = dataclasses.replace(config, text=text)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(old))
+    same, _ = parse_with_config(["d", *flags, idle], "", command_line.NoFlags)
+    assert same == old
+    for resumed in (old, config):
+        assert differences(to_json(old), resumed, tmp_path / "run") == {}
+    with pytest.raises(UserError, match="no effect"):
+        other = "--config.text.column=other"
+        parse_with_config(["d", *flags, other], "", command_line.NoFlags)
+
+
+def test_the_conditions_of_knobs_name_knobs_and_their_choices():
+    groups = {path.rpartition(".")[0] for path in KNOBS}
+    assert ACTS.keys() <= KNOBS.keys() | groups
+    for path in KNOBS:
+        for condition in conditions_of(path):
+            field, value = KNOBS[condition.knob]
+            assert path != condition.knob
+            for each in condition.values:
+                assert type(each) is type(value), (path, condition)
+                assert not facts_of(field).refusal(each), (path, condition)
+
+
 def test_the_path_of_a_config_may_hold_a_colon(tmp_path):
     file = tmp_path / "a:b" / "c.py"
     file.parent.mkdir()
@@ -265,6 +360,8 @@ def test_every_knob_can_be_explained(path, capsys):
     for part in (f"--config.{path}", facts.help, *facts.choices, facts.range()):
         assert part in flowing
     assert ("must not change" if facts.fixed else "may change") in flowing
+    for condition in conditions_of(path):
+        assert f"config.{condition.knob} is " in flowing.partition("It acts where")[2]
     for rule in RULES:
         assert (rule.meaning in flowing) == (path in rule.knobs)
 

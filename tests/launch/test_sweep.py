@@ -104,7 +104,7 @@ def test_shipped_sweeps_expand(file, monkeypatch):
 
 def test_runs_share_a_program_where_they_can():
     trained = listed("trained", lora={}, full={"trainable": "full"})
-    found = expand(make(RANKS, trained))
+    found = expand(make(grid("optim.learning_rate", 1e-4, 1e-3), trained))
     packed = run_packs.make_packs(found, 8, Path("sweep"))
     sizes = sorted(len(pack.runs) for pack in packed)
     assert sizes == [1, 1, 1, 1, 4]

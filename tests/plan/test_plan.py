@@ -409,6 +409,7 @@ def test_the_door_estimates_without_a_compiler(place):
 
 def test_the_door_says_what_does_not_fit_and_what_is_wrong(place):
     big = ("--preset=llama3.1-8b", "--config.trainable=full")
+    big = (*big, "--config.lora.rank=16", "--config.lora.dropout=0.0")
     plan = functools.partial(run_door, main, place.folder, "plan", "--config=config.py")
     done = plan("--device=l4:4", *big)
     assert (done.returncode, "does not fit" in done.stdout) == (1, True), done.stderr

@@ -100,6 +100,8 @@ def own_chats(place, results):
             print(json.dumps({"messages": turns}), file=file)
     full = (
         "--config.trainable=full",
+        "--config.lora.rank=16",
+        "--config.lora.dropout=0.0",
         "--config.model.dtype=bfloat16",
         "--config.steps=2",
     )

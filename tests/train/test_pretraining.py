@@ -61,6 +61,8 @@ def continued(place, results):
     results("pretrained")
     flags = (
         "--config.model.init_from=model",
+        "--config.model.preset=",
+        "--config.text.tokenizer=bpe:4096",
         "--config.optim.name=adafactor",
         "--config.optim.skip_spread=1e-3",
     )

@@ -18,6 +18,7 @@ import jax
 from research.core.atomic_files import write_whole
 from research.core.json_files import NUMBER, read_json
 from research.runs import provenance
+from research.runs.control.request_files import ANSWER
 from research.runs.phase_timer import PHASES, PhaseTimer
 
 UNKNOWN = "ended without a word: killed, or the machine went down"
@@ -35,13 +36,16 @@ def _shape_of_start(start: Any) -> dict[str, Any]:
     }
 
 
-SHAPE = {
-    "starts": [_shape_of_start],
-    "events": list,
-    "saved": int,
-    "skipped_batches": [int],
-    "accepted": dict,
-}
+def _shape(found: Any) -> dict[str, Any]:
+    """Runs of earlier programs have no `requests`."""
+    answered = isinstance(found, dict) and "requests" in found
+    return {
+        "starts": [_shape_of_start],
+        "events": list,
+        "saved": int,
+        "skipped_batches": [int],
+        "accepted": dict,
+    } | ({"requests": [ANSWER]} if answered else {})
 
 
 class History:
@@ -206,7 +210,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     return read_json(
         path,
-        SHAPE,
+        _shape,
         "restore a copy: it says which batches were dropped and which differences were "
         "accepted. If you remove it, the run resumes without them",
         absent={

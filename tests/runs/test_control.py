@@ -1,6 +1,7 @@
 """Requests to a running job: answered once, at one step, by one process or by two."""
 
 import json
+import os
 import sys
 import types
 
@@ -15,12 +16,18 @@ from research.core.errors import STOPPED, UserError
 from research.runs.__main__ import main
 from research.runs.control.request_files import (
     KINDS,
+    answer_to,
     pending,
     withdraw,
     write_request,
 )
 from research.runs.control.request_listener import RequestListener
+from research.runs.phase_timer import PhaseTimer
+from research.runs.run_history import History
 
+HISTORY = {
+    "starts": [], "events": [], "saved": 0, "skipped_batches": [], "accepted": {}
+}  # fmt: skip
 KINDS_MADE = ("checkpoint", "sample", "stop")
 
 
@@ -141,14 +148,40 @@ def test_a_request_of_an_earlier_start_is_dropped_and_so_is_one_at_the_end(tmp_p
 
 def test_files_that_are_no_requests_are_ignored(tmp_path):
     (tmp_path / "requests").mkdir()
-    for name, text in {
-        "stop-1": "{",
-        "stop-2": "[]",
-        "nap-3": '{"kind": "nap"}',
-    }.items():
-        (tmp_path / "requests" / f"{name}.json").write_text(text)
+    fields = {"kind": "stop", "id": "1", "asked_at": "2026", "asked_by": "me"}
+    odd = [
+        *({**fields, name: value} for name in fields for value in (5, None, ["stop"])),
+        *({k: v for k, v in fields.items() if k != name} for name in fields),
+        *({**fields, "more": 1}, {**fields, "kind": "nap"}, [], "stop", 7),
+    ]
+    texts = [*map(json.dumps, odd), "{", "", "[" * 100_000, "\0"]
+    for number, text in enumerate(texts):
+        (tmp_path / "requests" / f"stop-{number}.json").write_text(text)
+    (tmp_path / "requests" / "stop-folder.json").mkdir()
+    os.mkfifo(tmp_path / "requests" / "stop-pipe.json")  # To read it would wait.
     assert pending(tmp_path) == []
     name = write_request(tmp_path, "stop")
     assert withdraw(tmp_path, name) and not withdraw(tmp_path, name)
     with pytest.raises(UserError, match="did you mean 'stop'"):
         write_request(tmp_path, "stopp")
+
+
+ODD_ANSWERS = [5, None, {}, "stop", [5], [{}], [{"id": "a", "answer": "done"}]]
+
+
+@pytest.mark.parametrize("odd", ODD_ANSWERS)
+def test_odd_answers_in_a_history_are_one_sentence_and_no_answer(tmp_path, odd):
+    file = tmp_path / "run.json"
+    good = {"id": "a", "answer": "done", "step": 3}
+    file.write_text(json.dumps(HISTORY | {"requests": odd}))
+    assert answer_to(file, "a") is None
+    with pytest.raises(UserError, match=r"run\.json cannot be used \(it.*; restore a"):
+        History(file, PhaseTimer())
+    for text in (json.dumps([odd]), "{", "[" * 100_000):
+        file.write_text(text)
+        assert answer_to(file, "a") is None
+    file.write_text(json.dumps({"requests": [odd, good]}))
+    assert answer_to(file, "a") == good
+    file.write_text(json.dumps(HISTORY | {"requests": [good]}))
+    History(file, PhaseTimer()).answer_request(good | {"id": "b"})
+    assert answer_to(file, "b")["step"] == 3

@@ -18,10 +18,14 @@ from typing import Any
 
 from research.core import atomic_files
 from research.core.errors import UserError, nearest
+from research.core.json_files import mismatch, read_json, require_file
 
 FOLDER = "requests"
 # Each is one thing a step boundary can do.
 STOP, CHECKPOINT, SAMPLE = KINDS = ("stop", "checkpoint", "sample")
+# The shapes of a request's file, and of what every answer in `run.json` has.
+REQUEST = {"kind": str, "id": str, "asked_at": str, "asked_by": str}
+ANSWER = {"id": str, "answer": str, "step": int | None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +85,9 @@ def pending(run: Path) -> list[Request]:
     requests = []
     for path in (run / FOLDER).glob("*-*.json"):
         try:
-            fields = json.loads(path.read_bytes())
-            request = Request(**fields, path=path)
-        except (OSError, ValueError, TypeError):
+            require_file(path)
+            request = Request(**read_json(path, REQUEST, ""), path=path)
+        except (UserError, TypeError):
             continue
         if request.kind in KINDS:
             requests.append(request)
@@ -97,10 +101,11 @@ def answer_to(history: Path, name: str) -> dict[str, Any] | None:
     `step`: the number of updates after which it was done, None if it was dropped.
     """
     try:
-        answers = json.loads(history.read_bytes()).get("requests", [])
-    except (OSError, ValueError):
+        answers = read_json(history, {"requests": list}, "")["requests"]
+    except UserError:  # The job may write it right.
         return None
-    return next((answer for answer in answers if answer["id"] == name), None)
+    known = (answer for answer in answers if not mismatch(answer, ANSWER))
+    return next((answer for answer in known if answer["id"] == name), None)
 
 
 def now() -> str:

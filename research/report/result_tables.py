@@ -28,28 +28,47 @@ def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """
     if not evaluations:
         return []
-    pair = _first_comparable(evaluations), evaluations[-1]
-    text, in_nats = is_text(evaluations), loss_unit(evaluations) == NATS_PER_TOKEN
-    first, last = ("start", "end") if text else ("base", "tuned")
-    metrics = pair[1].get("metrics", [])
+    first, last = ("start", "end") if is_text(evaluations) else ("base", "tuned")
+    return compare_losses(
+        {first: _first_comparable(evaluations), last: evaluations[-1]}
+    )
+
+
+def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Losses and metrics by group of one model, or of two side by side.
+
+    `lines` are evaluations of the same rows, as in `metrics.jsonl`, by model.
+    """
+    each = list(lines.values())
+    text, in_nats = is_text(each), loss_unit(each) == NATS_PER_TOKEN
+    metrics = each[-1].get("metrics", [])
+
+    def columns(title: str) -> list[str]:
+        first, *others = lines
+        return [f"{title} {first}", *others]
+
     header = ["source" if text else "category", "tokens" if in_nats else "counted"]
-    header += [f"loss {first}", last]
-    header += [f"ppl {first}", last] * in_nats + ["change"]
-    header += [f"bits/byte {first}", last] * text
-    header += [cell for name in metrics for cell in (f"{name} {first}", last)]
+    header += columns("loss") + columns("ppl") * in_nats + ["change"] * (len(each) > 1)
+    header += columns("bits/byte") * text
+    header += [cell for name in metrics for cell in columns(name)]
     rows = []
-    for group in sorted(pair[1]["by_group"]):
-        losses = [line["by_group"].get(group, math.nan) for line in pair]
-        others = [line["bits_by_group"].get(group) for line in pair] if text else []
+    for group in sorted(each[-1]["by_group"]):
+        losses = [line["by_group"].get(group, math.nan) for line in each]
+        others = [line["bits_by_group"].get(group) for line in each] if text else []
         for name in metrics:
-            others += [line.get(group_key(name), {}).get(group) for line in pair]
-        tokens = pair[1]["tokens"].get(group, 0)
+            others += [line.get(group_key(name), {}).get(group) for line in each]
+        tokens = each[-1]["tokens"].get(group, 0)
         rows.append(_row(group or "(none)", tokens, losses, in_nats, others))
-    others = [line.get("bits_per_byte") for line in pair] if text else []
-    others += [line.get(name) for name in metrics for line in pair]
-    total = sum(pair[1]["tokens"].values())
-    rows.append(_row("all", total, [x["loss"] for x in pair], in_nats, others))
+    others = [line.get("bits_per_byte") for line in each] if text else []
+    others += [line.get(name) for name in metrics for line in each]
+    total = sum(each[-1]["tokens"].values())
+    rows.append(_row("all", total, [x["loss"] for x in each], in_nats, others))
     return [header, *rows]
+
+
+def perplexity(loss: float) -> float:
+    """The perplexity of a loss in nats per token; finite for every finite loss."""
+    return math.exp(min(loss, LARGEST_EXPONENT))
 
 
 def _first_comparable(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -73,13 +92,13 @@ def _row(
     in_nats: bool,
     others: Sequence[float | None],
 ) -> list[str]:
-    perplexities = [math.exp(min(x, LARGEST_EXPONENT)) for x in losses]
+    perplexities = [perplexity(x) for x in losses]
     return [
         name,
         f"{tokens:,}",
         *(f"{loss:.3f}" for loss in losses),
-        *(f"{perplexity:.2f}" for perplexity in perplexities * in_nats),
-        f"{losses[1] - losses[0]:+.3f}",
+        *(f"{x:.2f}" for x in perplexities * in_nats),
+        *(f"{loss - losses[0]:+.3f}" for loss in losses[1:]),
         *("-" if value is None else f"{value:.3f}" for value in others),
     ]
 

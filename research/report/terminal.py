@@ -64,9 +64,9 @@ def show_results(console: Console, results: RunResults) -> None:
     for prompt in dict.fromkeys(sample.prompt for sample in results.samples):
         _show_samples(console, [s for s in results.samples if s.prompt == prompt])
     losses = result_tables.tabulate_losses(results.evaluations)
-    _show_table(console, "held out, first and last", losses, bold="all")
+    show_table(console, "held out, first and last", losses, bold="all")
     times = result_tables.tabulate_wall_time(results.wall_time)
-    _show_table(console, "wall time, all starts", times, bold="step")
+    show_table(console, "wall time, all starts", times, bold="step")
 
 
 def _show_answer(console: Console, answer: ComparedAnswer) -> None:
@@ -88,7 +88,7 @@ def _show_samples(console: Console, samples: Sequence[Sample]) -> None:
     console.print(Panel(text, title="samples", title_align="left"))
 
 
-def _show_table(
+def show_table(
     console: Console, title: str, table: result_tables.Table, bold: str
 ) -> None:
     if not table:

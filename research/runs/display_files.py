@@ -1,7 +1,8 @@
 """The files of a run directory that say in JSON what people look at.
 
 `doctor.json` and `preview.json` are written at each start, `samples.jsonl` during
-training, `answers.json` at the end; `docs/run_directory.md` lists their fields.
+training, `answers.json` at the end, and `evaluations/` by `research.evaluate`;
+`docs/run_directory.md` lists their fields.
 Whoever shows a run, in a terminal or on a page, reads these and `metrics.jsonl`.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from research.core.atomic_files import write_whole
+from research.core.atomic_files import make_folder, write_whole
 from research.core.json_files import read_json, read_json_lines, read_to_rewrite
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
@@ -19,6 +20,7 @@ from research.tasks.row_preview import PreviewRow
 
 DOCTOR, PREVIEW = "doctor.json", "preview.json"
 ANSWERS, SAMPLES = "answers.json", "samples.jsonl"
+EVALUATIONS = "evaluations"
 SPAN = {"ids": [int], "text": str, "trained": bool}
 SHAPES = {
     DOCTOR: {"findings": [{"name": str, "text": str}]},
@@ -78,6 +80,14 @@ def read_samples(folder: Path) -> list[Sample]:
     """Reads the lines of `samples.jsonl` that are samples; none without a file."""
     lines, _ = read_json_lines(folder / SAMPLES, SHAPES[SAMPLES])
     return [Sample(line["step"], line["prompt"], line["text"]) for line in lines]
+
+
+def write_evaluation(folder: Path, name: str, values: dict[str, Any]) -> Path:
+    """Writes a file of `evaluations/`, and returns its path. Raises OSError."""
+    path = folder / EVALUATIONS / f"{name}.json"
+    make_folder(path.parent)
+    _write(path, values)
+    return path
 
 
 def _plain(values: Sequence[Any]) -> list[dict[str, Any]]:

@@ -92,27 +92,80 @@ class ReopenedRun:
         return {"base": base, "tuned": tuned}
 
 
-def reopen(
-    run: str | Path,
-    mesh: Mesh | None = None,
-    *,
-    step: str = "latest",
-    in_compute_dtype: bool = False,
-) -> ReopenedRun:
-    """Opens a finished or running run; writes nothing.
+@dataclasses.dataclass(frozen=True)
+class FoundRun:
+    """A run whose config and base model are there; no parameter has been read.
 
-    Args:
-      run: the run directory.
-      mesh: devices to shard the parameters over; by default `fitting_mesh` of all
-        devices of this process.
-      step: the checkpoint: `latest` (the newest that can be used), `best`, or a number.
-      in_compute_dtype: restores fully trained parameters in `config.model.dtype`, in
-        which text is generated: half the memory where that is bfloat16.
+    Attributes:
+      folder: the run directory.
+      config: of the run, with the choices of this machine; see `for_this_machine`.
+      base: the base model that training began with.
+      identity: fingerprints, which are those that the run began with.
+    """
+
+    folder: RunDir
+    config: Config
+    base: Base
+    identity: dict[str, str]
+
+    def load(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        step: str = "latest",
+        in_compute_dtype: bool = False,
+        decodes: bool = True,
+    ) -> ReopenedRun:
+        """Reads the parameters.
+
+        Args:
+          mesh: devices to shard the parameters over; by default `fitting_mesh` of all
+            devices of this process.
+          step: the checkpoint: `latest` (the newest that can be used), `best`, or a
+            number.
+          in_compute_dtype: restores fully trained parameters in `config.model.dtype`,
+            in which text is generated: half the memory where that is bfloat16.
+          decodes: that of `fitting_mesh`.
+
+        Raises:
+          UserError: there is no such checkpoint, or a parameter does not divide over
+            `mesh`.
+          DamagedError: the checkpoint is damaged or not finite.
+        """
+        config, base = self.config, self.base
+        specs = Model(base.architecture).specs
+        split = trainable.make(config.trainable, config.model, config.lora, specs)
+        wanted_specs = {**specs, "trained": split.specs}
+        mesh = mesh or fitting_mesh(wanted_specs, jax.local_devices(), decodes=decodes)
+        model = make_model(
+            config.model,
+            base.architecture,
+            mesh,
+            length=config.data.seq_len,
+            rows=config.data.rows_per_pass,
+        )
+        dtype = split.dtype
+        if in_compute_dtype and not split.frozen_specs:
+            dtype = model.options.dtype
+        wanted = meshes.abstract_arrays(split.specs, mesh, dtype)
+        with _checkpoints(self.folder, config, self.identity) as checkpoints:
+            number = _choose_step(self.folder, checkpoints, step)
+            older = [s for s in checkpoints.steps if s < number and step == "latest"]
+            number, found = _read(checkpoints, [*older, number], {"params": wanted})
+        frozen: Params = {}
+        if split.frozen_specs:
+            frozen = load_frozen(base, model, mesh, split, config.seed)
+        return ReopenedRun(
+            self.folder, number, config, base, model, mesh, split, found["params"],
+            frozen,
+        )  # fmt: skip
+
+
+def find_run(run: str | Path) -> FoundRun:
+    """Finds a finished or running run; writes nothing.
 
     Raises:
-      UserError: there is no such run or checkpoint, its base model has changed, or a
-        parameter does not divide over `mesh`.
-      DamagedError: the checkpoint is damaged or not finite.
+      UserError: there is no such run, or its base model has changed.
     """
     folder = RunDir(run)
     config = for_this_machine(folder.config())
@@ -122,30 +175,22 @@ def reopen(
         "tokenizer": base.tokenizer.fingerprint,
     }
     folder.check_identity(identity)
-    specs = Model(base.architecture).specs
-    split = trainable.make(config.trainable, config.model, config.lora, specs)
-    mesh = mesh or fitting_mesh({**specs, "trained": split.specs}, jax.local_devices())
-    model = make_model(
-        config.model,
-        base.architecture,
-        mesh,
-        length=config.data.seq_len,
-        rows=config.data.rows_per_pass,
-    )
-    dtype = split.dtype
-    if in_compute_dtype and not split.frozen_specs:
-        dtype = model.options.dtype
-    wanted = meshes.abstract_arrays(split.specs, mesh, dtype)
-    with _checkpoints(folder, config, identity) as checkpoints:
-        number = _choose_step(folder, checkpoints, step)
-        older = [s for s in checkpoints.steps if s < number and step == "latest"]
-        number, read = _read(checkpoints, [*older, number], {"params": wanted})
-    frozen: Params = {}
-    if split.frozen_specs:
-        frozen = load_frozen(base, model, mesh, split, config.seed)
-    return ReopenedRun(
-        folder, number, config, base, model, mesh, split, read["params"], frozen
-    )
+    return FoundRun(folder, config, base, identity)
+
+
+def reopen(
+    run: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    step: str = "latest",
+    in_compute_dtype: bool = False,
+) -> ReopenedRun:
+    """Opens a finished or running run; writes nothing.
+
+    Raises:
+      UserError, DamagedError: see `find_run` and `FoundRun.load`.
+    """
+    return find_run(run).load(mesh, step=step, in_compute_dtype=in_compute_dtype)
 
 
 def for_this_machine(config: Config) -> Config:
@@ -162,20 +207,23 @@ def for_this_machine(config: Config) -> Config:
     )
 
 
-def fitting_mesh(specs: Mapping[str, Any], devices: Sequence[Any]) -> Mesh:
+def fitting_mesh(
+    specs: Mapping[str, Any], devices: Sequence[Any], *, decodes: bool = True
+) -> Mesh:
     """A mesh over as many of `devices` as the parameters divide over.
 
     Decoding reads every parameter for every token. A split over `tensor` lets each
     device read its own part, so `tensor` is as large as the shapes allow, and `fsdp`
-    takes the rest.
+    takes the rest. Whole rows are the other way round: `fsdp` splits them, too.
 
     Args:
       specs: `Spec`s of all parameters, in a (nested) dictionary.
       devices: of this process.
+      decodes: whether the mesh is for decoding, and not for batches of rows.
     """
     total = len(devices)
     for count in (n for n in range(total, 1, -1) if total % n == 0):
-        for tensor in (n for n in range(count, 0, -1) if count % n == 0):
+        for tensor in sorted(meshes.divisors(count), reverse=decodes):
             sizes = MeshConfig(data=1, fsdp=count // tensor, tensor=tensor)
             try:
                 mesh = meshes.make_mesh(sizes, devices[:count])
@@ -202,7 +250,11 @@ def _checkpoints(
 def _read(
     checkpoints: Checkpointer, steps: Sequence[int], wanted: Params
 ) -> tuple[int, Params]:
-    """Reads the last of `steps` that can be used, with a warning for each other one."""
+    """Reads the last of `steps` that can be used, with a warning for each other one.
+
+    Returns:
+      Its number, and what it holds of `wanted`.
+    """
     *older, newest = steps
     try:
         return newest, checkpoints.restore_part(newest, wanted)

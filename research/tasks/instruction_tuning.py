@@ -1,5 +1,7 @@
 """Instruction tuning: only answers are trained; some are compared at the end."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from research.tasks.findings import (
 )
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
-from research.tasks.task_protocol import TaskKind
+from research.tasks.task_protocol import EvaluationRows, TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.chat_template import (
     ChatFormat,
@@ -74,7 +76,7 @@ class InstructionTask:
         )
 
     def held_out(self, rows: int, mine: Sequence[int]) -> list[Batch]:
-        return eval_batches(self._data.held_out, rows, mine)
+        return list(eval_batches(self._data.held_out, rows, mine))
 
     def examine(self) -> list[Finding]:
         data, train, counts = self._data, self._data.train, self._data.counts
@@ -302,10 +304,27 @@ def _exported_tokenizer(config: Config, base: Base) -> Tokenizer:
     return base.tokenizer.with_chat_template(template, sorted(ends))
 
 
+def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
+    """Every usable row of the files is evaluated, packed as held-out rows are."""
+    chat = _chat_format(config, base.tokenizer)
+    whole = {"eval_path": "", "held_out": 0, "max_rows": 0}
+    rows = dataclasses.replace(config.data, path=files, **whole)
+    data = load_dataset(rows, config.seed, chat, config.text)
+    return EvaluationRows(
+        groups=data.categories,
+        origin=f"{data.origin}, {data.counts.total} rows",
+        sha256=data.counts.sha256,
+        left_out=data.examples,
+        text_bytes={},
+        batches=functools.partial(eval_batches, data.train),
+    )
+
+
 KIND = TaskKind(
     load=lambda config, base: InstructionTask(
         config, base.tokenizer, base.architecture.max_position
     ),
+    rows_of_files=_rows_of_files,
     objective=CrossEntropy.of,
     expected_groups=lambda config: CATEGORIES,
     prompt_format=lambda config, base: _chat_format(config, base.tokenizer),

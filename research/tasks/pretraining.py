@@ -1,17 +1,21 @@
 """Pre-training: raw text by source, and samples that the model writes as it learns."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
+from research.config.knob_groups import DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.batch_order import Batches
 from research.data.text.choose_tokenizer import sample_texts
 from research.data.text.row_layout import DocumentMarks
-from research.data.text.text_sources import check_text, open_sources
+from research.data.text.text_dataset import TextData
+from research.data.text.text_sources import check_text, name_sources, open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
@@ -25,7 +29,7 @@ from research.tasks.findings import (
 )
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
-from research.tasks.task_protocol import TaskKind
+from research.tasks.task_protocol import EvaluationRows, TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.conversation import Turn
 from research.tokenize.lost_text import LostText, count_lost
@@ -75,6 +79,7 @@ class TextTask:
         self._config = config
         self._tokenizer = tokenizer
         self._data = load_text(config.text, config.data, tokenizer, *processes)
+        self._data.require_rows(config.data.batch_size)
         self._plain = PlainFormat(tokenizer)
         self._prompts = {
             prompt: self._plain.encode_prompt([Turn("user", prompt)])
@@ -85,12 +90,8 @@ class TextTask:
         self.origin = self._data.origin
         self.sha256 = self._data.sha256
         self.left_out = [f"{n} {why}" for why, n in self._data.left_out.items()]
-        self._lost = _count_lost(config, tokenizer)
-        self.held_out_bytes = {
-            name: size
-            for name, size in self._data.held_out_bytes.items()
-            if self._lost[name].share <= TOLERATED_LOSS
-        }
+        self._lost = _count_lost(config.text, config.data, tokenizer)
+        self.held_out_bytes = _bytes_of_whole_text(self._data, self._lost)
 
     def _check_prompts(self, longest: int) -> None:
         room = longest - self._config.eval.max_new_tokens
@@ -106,7 +107,7 @@ class TextTask:
         return self._data.train_iterator(config.data.batch_size, config.seed, mine)
 
     def held_out(self, rows: int, mine: Sequence[int]) -> list[Batch]:
-        return self._data.held_out_batches(rows, mine)
+        return list(self._data.held_out_batches(rows, mine))
 
     def examine(self) -> list[Finding]:
         data = self._data
@@ -189,25 +190,63 @@ class TextTask:
         return []
 
 
-def _count_lost(config: Config, tokenizer: Tokenizer) -> dict[str, LostText]:
+def _count_lost(
+    text: TextConfig, data: DataConfig, tokenizer: Tokenizer
+) -> dict[str, LostText]:
     """Compares a sample from all over each source with what its ids stand for."""
-    share = config.text.held_out_share
+    share = text.held_out_share
     return {
         source.name: count_lost(
             tokenizer, sample_texts(source, COMPARED_LETTERS, share)
         )
-        for source in open_sources(config.text, config.data)
+        for source in open_sources(text, data)
     }
 
 
+def _bytes_of_whole_text(
+    data: TextData, lost: Mapping[str, LostText]
+) -> dict[str, int]:
+    """Bytes of the evaluated text by source, where the ids stand for all of it."""
+    sizes = data.held_out_bytes.items()
+    return {name: n for name, n in sizes if lost[name].share <= TOLERATED_LOSS}
+
+
+def _processes() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
+
+
 def _load(config: Config, base: Base) -> TextTask:
-    processes = (jax.process_index(), jax.process_count())
-    return TextTask(config, base.tokenizer, base.architecture.max_position, processes)
+    longest = base.architecture.max_position
+    return TextTask(config, base.tokenizer, longest, _processes())
+
+
+def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
+    """Every document of the files is evaluated, in order, as held-out ones are."""
+    text = dataclasses.replace(
+        config.text,
+        sources=name_sources(files),
+        mixture=(),
+        held_out_share=1.0,
+        held_out_bytes=sys.maxsize,
+        cache=True,
+    )
+    data = load_text(text, config.data, base.tokenizer, *_processes())
+    sampled = dataclasses.replace(text, held_out_share=0.0)
+    lost = _count_lost(sampled, config.data, base.tokenizer)
+    return EvaluationRows(
+        groups=data.groups,
+        origin=data.origin,
+        sha256=data.sha256,
+        left_out=[f"{n} {why}" for why, n in data.left_out.items()],
+        text_bytes=_bytes_of_whole_text(data, lost),
+        batches=data.held_out_batches,
+    )
 
 
 KIND = TaskKind(
     load=_load,
     objective=CrossEntropy.of,
+    rows_of_files=_rows_of_files,
     expected_groups=lambda config: len(config.text.sources),
     prompt_format=lambda config, base: PlainFormat(base.tokenizer),
     # The mark of a beginning, and at most one token a byte.

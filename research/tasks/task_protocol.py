@@ -4,7 +4,7 @@ A task returns data and prints nothing. `research.report` shows what it returns.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from jax.sharding import Mesh
@@ -79,6 +79,25 @@ class Task(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationRows:
+    """Rows that a trained model is evaluated on; none of them is for training.
+
+    Attributes:
+      groups, origin, sha256, left_out: as those of a `Task`.
+      text_bytes: UTF-8 bytes of the rows by group, where they are whole texts.
+      batches: `batches(rows, mine)` gives every row once, in batches of `rows`; `mine`
+        are the rows of each that this process builds.
+    """
+
+    groups: Sequence[str]
+    origin: str
+    sha256: str
+    left_out: Sequence[str]
+    text_bytes: Mapping[str, int]
+    batches: Callable[[int, Sequence[int]], Iterable[Batch]]
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskKind:
     """One kind of task, before its data is read; `config.task_kinds` lists them.
 
@@ -91,6 +110,8 @@ class TaskKind:
       longest_prompt: the most tokens of a prompt that the model is given in the run.
       exported_tokenizer: the tokenizer to export beside the trained model.
       check: raises UserError for what is wrong in the config alone.
+      rows_of_files: `rows_of_files(config, base, files)` reads the files as held-out
+        rows by the rules of `config`; None where a task has no such rows.
     """
 
     load: Callable[[Config, Base], Task]
@@ -102,3 +123,4 @@ class TaskKind:
         base.tokenizer
     )
     check: Callable[[Config], None] = lambda config: None
+    rows_of_files: Callable[[Config, Base, str], EvaluationRows] | None = None

@@ -11,7 +11,12 @@ from research.core.errors import UserError, nearest
 from research.data.metric_sums import Objective
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.formats.base_model import Base, open_base, random_base
-from research.tasks.task_protocol import PromptFormat, Task, TaskKind
+from research.tasks.task_protocol import (
+    EvaluationRows,
+    PromptFormat,
+    Task,
+    TaskKind,
+)
 from research.tokenize import tokenizer as tokenizers
 
 
@@ -59,6 +64,28 @@ def load_task(config: Config, base: Base) -> Task:
       UserError: the data cannot be read, or no row is left to train on.
     """
     return find_kind(config).load(config, base)
+
+
+def rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
+    """Reads `files` as the held-out rows of a run of `config` are read.
+
+    Args:
+      config: of the run.
+      base: its base model.
+      files: as `config.data.path` names instruction rows, or `config.text.sources`
+        text, where names may be missing.
+
+    Raises:
+      UserError: the files cannot be read, no row is usable, or the task has no rows of
+        this kind.
+    """
+    read = find_kind(config).rows_of_files
+    if read is None:
+        raise UserError(
+            f"runs of config.data.kind={config.data.kind!r} cannot be evaluated on "
+            "files: its task gives no `rows_of_files`"
+        )
+    return read(config, base, files)
 
 
 def make_objective(config: Config, mesh: Mesh, groups: int | None = None) -> Objective:

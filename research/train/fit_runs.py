@@ -20,7 +20,7 @@ from research.runs.control.request_files import CHECKPOINT, SAMPLE
 from research.runs.control.request_listener import RequestListener
 from research.train import training_loop
 from research.train.metrics import profiling
-from research.train.metrics.evaluation import add_up
+from research.train.metrics.evaluation import add_up, sum_batches
 from research.train.metrics.metrics_log import StepLog
 from research.train.metrics.throughput import Clock, SharedClock
 from research.train.programs.device_batches import DeviceBatches, held_out_batches
@@ -213,11 +213,11 @@ class _TrainingPass:
         def evaluation(number: int, state: train_step.TrainState) -> None:
             measured = self._program.measured_by(number)
             chosen = tuple(sorted(set(measured)))
-            sums = []
-            # Dispatch all first, then read: a read waits for the device.
-            for each in [eval_step(state, batch, chosen) for batch in batches]:
-                sums.append(jax.tree.map(np.asarray, each))
-                self._phases.sign_of_life()
+            sums = sum_batches(
+                lambda batch: eval_step(state, batch, chosen),
+                batches,
+                self._phases.sign_of_life,
+            )
 
             def write(index: int) -> None:
                 run, row = self._runs[index], chosen.index(measured[index])

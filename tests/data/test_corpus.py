@@ -305,7 +305,7 @@ def test_each_byte_of_the_held_out_documents_is_predicted_once(
 ):
     data = load(place, "ab", tokenizer, held_out_bytes=limit, isolate=isolate)
     marks = DocumentMarks.of(tokenizer)
-    batches = data.held_out_batches(8)
+    batches = list(data.held_out_batches(8))
     assert {batch.tokens.shape for batch in batches} == {(8, 32)}
     for group, ids in enumerate(streams(place, "ab", "held", tokenizer)):
         predicted = np.concatenate(

@@ -150,7 +150,7 @@ def test_the_same_documents_are_evaluated_as_from_the_cache(place, limit):
         *text_and_data(config_of(place, cache=True, held_out_bytes=limit)), PLAIN
     )
     assert streamed.held_out_bytes == cached.held_out_bytes
-    batches = streamed.held_out_batches(4), cached.held_out_batches(4)
+    batches = [*streamed.held_out_batches(4)], [*cached.held_out_batches(4)]
     assert all(map(same, *batches)) and len(batches[0]) == len(batches[1])
     assert not streamed.train and streamed.rows == 0
 

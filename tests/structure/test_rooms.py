@@ -14,7 +14,7 @@ from source_files import FILES, LAUNCHER, PACKAGE, ROOT, dotted, files_of
 ROOMS = (
     "core", "config", "weights", "parallel", "models", "tokenize", "formats", "data",
     "engine", "tasks", "checkpoints", "runs", "report", "train", "train_together",
-    "generate", "export", "plan",
+    "generate", "evaluate", "export", "plan",
 )  # fmt: skip
 MOST_ROOMS, MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 12, 400, 60
 

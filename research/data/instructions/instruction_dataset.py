@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +205,8 @@ def _build(
     work = UnitBuild(folder, config, chat_format, group_of, sampled)
     units, held_out, truncated = [], [], 0
     readers = {"train": rows.records(rest), "held_out": held_rows.records(held)}
+    if not config.held_out and not config.eval_path:
+        del readers["held_out"]
     for side, records in readers.items():
         for unit in work.run(side, records):
             units.append(unit.size)
@@ -308,15 +310,14 @@ def training_batches(
 
 def eval_batches(
     split: PackedDocuments, batch_size: int, mine: Sequence[int] | None = None
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """Every row once, in order; empty rows pad the last batch.
 
     `mine` are the rows of each global batch that this process builds; by default all.
     """
-    batches = []
-    for start in range(0, len(split.rows), batch_size):
+    starts = range(0, len(split.rows), batch_size)
+    logging.info("data: %d held-out batches of %d rows", len(starts), batch_size)
+    for start in starts:
         rows = split.rows[start : start + batch_size]
         rows = rows + [[]] * (batch_size - len(rows))
-        batches.append(split.batch(rows if mine is None else [rows[i] for i in mine]))
-    logging.info("data: %d held-out batches of %d rows", len(batches), batch_size)
-    return batches
+        yield split.batch(rows if mine is None else [rows[i] for i in mine])

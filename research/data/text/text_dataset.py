@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class TextData:
 
     def held_out_batches(
         self, batch_size: int, mine: Sequence[int] | None = None
-    ) -> list[Batch]:
+    ) -> Iterator[Batch]:
         """The evaluated documents, each byte predicted once; the last batch is padded.
 
         `mine` are the rows of each global batch that this process builds.
@@ -105,14 +105,13 @@ class TextData:
             for group, stretch in enumerate(self.evaluated)
             for start in range(0, stretch.totals.tokens - 1, self.row_layout.seq_len)
         ]
-        batches = []
-        for first in range(0, len(rows), batch_size):
+        starts = range(0, len(rows), batch_size)
+        logging.info("text: %d held-out batches of %d rows", len(starts), batch_size)
+        for first in starts:
             chosen = rows[first : first + batch_size]
             chosen += [(0, 0, 0)] * (batch_size - len(chosen))
             own = chosen if mine is None else [chosen[i] for i in mine]
-            batches.append(self._evaluation_batch(own))
-        logging.info("text: %d held-out batches of %d rows", len(batches), batch_size)
-        return batches
+            yield self._evaluation_batch(own)
 
     def _evaluation_batch(self, rows: list[tuple[int, int, int]]) -> Batch:
         ids = np.zeros((len(rows), self.row_layout.seq_len + 1), np.int32)

@@ -28,6 +28,25 @@ def check_text(config: TextConfig) -> None:
     mixture_weights(config, list(_places(config)))
 
 
+def name_sources(written: str) -> tuple[str, ...]:
+    """`name=where` for each of some places between commas, as `sources` has them.
+
+    A place without a name gets that of its file. Text that has the name of a file or
+    folder is one place.
+    """
+    parts = [part.strip() for part in written.split(",")]
+    if not is_hub(written) and local_path(written).exists():
+        parts = [written]
+    named: list[str] = []
+    for part in parts:
+        name, equals, _ = part.partition("=")
+        if not equals or not NAME.fullmatch(name) or os.path.exists(part):
+            stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(part).name.partition(".")[0])
+            part = f"{stem.lstrip('.-') or 'text'}={part}"
+        named.append(part)
+    return tuple(named)
+
+
 def _places(config: TextConfig) -> dict[str, str]:
     """`{name: where}`."""
     if not config.sources:

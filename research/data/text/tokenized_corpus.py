@@ -162,7 +162,6 @@ class _Corpus:
             training=self._batches,
             first_rows=self._first_rows,
         )
-        data.require_rows(self._data.batch_size)
         check_held_out(self._text.held_out_share, data.held_out)
         return data
 

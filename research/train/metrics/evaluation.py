@@ -1,15 +1,18 @@
 """Held-out results, exact: sums over all batches first, one division at the end."""
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from research.data.metric_sums import NATS_PER_TOKEN, Sums, means_by_group
+
+AHEAD = 16  # batches that are dispatched before the first of them is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,29 @@ def add_metrics(line: dict[str, Any], metrics: Mapping[str, Any]) -> dict[str, A
             "metrics.jsonl uses for something else: rename it"
         )
     return line | dict(metrics)
+
+
+def sum_batches(
+    sums_of: Callable[[Any], Sums],
+    batches: Iterable[Any],
+    sign_of_life: Callable[[], None] = lambda: None,
+) -> list[Sums]:
+    """The sums of each batch on the host; `sign_of_life` is called after each."""
+    found: list[Sums] = []
+    waiting: collections.deque[Sums] = collections.deque()
+
+    def read() -> None:
+        found.append(jax.tree.map(np.asarray, waiting.popleft()))
+        sign_of_life()
+
+    # A read waits for the device, so batches are dispatched some way ahead of it.
+    for batch in batches:
+        waiting.append(sums_of(batch))
+        if len(waiting) > AHEAD:
+            read()
+    while waiting:
+        read()
+    return found
 
 
 def add_up(

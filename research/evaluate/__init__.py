@@ -1,0 +1,1 @@
+"""`python -m research.evaluate`: the losses of a run on other rows."""

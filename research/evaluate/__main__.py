@@ -1,0 +1,82 @@
+"""Evaluates a run on files: `python -m research.evaluate --run=RUN --data=FILE`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from research.config import command_line
+from research.config.knobs import knob
+from research.core.errors import UserError, files_of_step
+from research.core.visible_text import visible
+
+USAGE = """
+python -m research.evaluate --run=RUN_DIR --data=test.jsonl [--step=best]
+
+Prints the loss, the tokens and the perplexity of each category, of the base model and
+the tuned one side by side where the run trains adapters. The rows are read as the run
+reads its own: by its columns, template and seq_len. RUN_DIR/evaluations keeps the
+numbers in a JSON file for each data set and step.
+"""
+SHOWN = 4  # rows that were dropped or cut; the file has all
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateFlags:
+    run: str = knob("", "run directory that research.train made")
+    data: str = knob(
+        "",
+        "rows to evaluate, as config.data.path names them, or text, as "
+        "config.text.sources does with or without names; several between commas",
+    )
+    step: str = knob("latest", "checkpoint: latest, best, or a step number")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    f = command_line.parse(argv, USAGE, EvaluateFlags)
+    for flag, value, example in (
+        ("run", f.run, "runs/finetune_dolly"),
+        ("data", f.data, "test.jsonl"),
+    ):
+        if not value:
+            raise UserError(f"--{flag} is missing, e.g. --{flag}={example}")
+    from rich.console import Console
+
+    from research.evaluate.compare_models import as_json, evaluate_models
+    from research.parallel import runtime
+    from research.report import result_tables, terminal
+    from research.runs.display_files import write_evaluation
+    from research.runs.reopen import find_run
+    from research.tasks.task_registry import rows_of_files
+
+    runtime.start_alone()
+    found = find_run(f.run)
+    rows = rows_of_files(found.config, found.base, f.data)
+    run = found.load(step=f.step, decodes=False)
+    results = evaluate_models(run, rows)
+    lines = {name: result.line() for name, result in results.items()}
+    terminal.show_table(
+        Console(),
+        f"step {run.step} of {found.folder}, {rows.origin}",
+        result_tables.compare_losses(lines),
+        bold="all",
+    )
+    if rows.left_out:
+        sys.stdout.write(f"dropped or cut: {len(rows.left_out)}\n")
+        for line in rows.left_out[:SHOWN]:
+            sys.stdout.write(f"  {visible(line)}\n")
+    values = {
+        "step": run.step,
+        "data": {"origin": rows.origin, "sha256": rows.sha256},
+        "left_out": list(rows.left_out),
+        "models": {name: as_json(result) for name, result in results.items()},
+    }
+    name = f"{rows.sha256[:12]}-step-{run.step}"
+    with files_of_step(None, f"the evaluation in {found.folder}"):
+        path = write_evaluation(found.folder.path, name, values)
+    sys.stdout.write(f"written to {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,109 @@
+"""A finished run on files of rows: the numbers are those of its own evaluations."""
+
+import collections
+import json
+import re
+
+import pytest
+from doors import run_door
+from helpers import close
+
+from research.data.instructions.instruction_dataset import load_dataset
+from research.data.text.row_layout import is_held_out
+from research.data.text.text_sources import name_sources, open_sources
+from research.evaluate.__main__ import main
+from research.runs.reopen import find_run
+from research.tasks.task_registry import prompt_format
+
+
+def evaluate(folder, run, *flags):
+    """Standard output, and the file that was written."""
+    done = run_door(main, folder, "evaluate", f"--run={run}", *flags)
+    assert done.returncode == 0, done.stderr
+    path = re.search(r"written to (\S+)", done.stdout)[1]
+    return done.stdout, json.loads((folder / path).read_text())
+
+
+def held_out_rows(found):
+    """The held-out rows of an instruction run, as rows of a file."""
+    chat = prompt_format(found.config, found.base)
+    data = load_dataset(found.config.data, found.config.seed, chat, found.config.text)
+    for record in data.held_out_records:
+        _, request, answer = (None, None, *record.turns)[-3:]
+        yield {
+            "instruction": request.text,
+            "context": record.context,
+            "response": answer.text,
+            "category": record.category,
+        }
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_held_out_rows_as_a_file_give_the_losses_of_the_run(place, unbroken, tmp_path):
+    run = place.run_dir("unbroken")
+    rows = [*held_out_rows(find_run(run))]
+    bad = {"instruction": "Nothing to say?", "response": "", "category": "open_qa"}
+    write_lines(tmp_path / "rows.jsonl", [*rows, bad])
+    said, found = evaluate(tmp_path, run, "--data=rows.jsonl")
+    first, *_, last = place.lines("unbroken", "eval")
+    assert found["step"] == last["step"] and set(found["models"]) == {"base", "tuned"}
+    for name, line in (("base", first), ("tuned", last)):
+        model = found["models"][name]
+        close(model["loss"], line["loss"], 1e-5)
+        assert model["by_group"].keys() == line["by_group"].keys()
+        for group, own in model["by_group"].items():
+            close(own["loss"], line["by_group"][group], 1e-5)
+            assert own["tokens"] == line["tokens"][group]
+    refused = f"rows.jsonl:{len(rows) + 1}: a response is empty"
+    assert found["left_out"] == [refused] and refused in said
+    assert re.search(r"loss base .* ppl base .* change", said), said
+
+
+def held_out_documents(source, text):
+    """The documents that are evaluated, each whole."""
+    size = 0
+    pieces = source.read(source.files, collections.Counter())
+    for piece in pieces:
+        assert piece.starts and piece.ends
+        if is_held_out(piece, text.held_out_share) and size < text.held_out_bytes:
+            size += len(piece.text.encode())
+            yield piece.text
+
+
+def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp_path):
+    assert pretrained.code == 0, pretrained.err
+    run = place.run_dir("pretrained")
+    config = find_run(run).config
+    for source in open_sources(config.text, config.data):
+        rows = [{"text": t} for t in held_out_documents(source, config.text)]
+        write_lines(tmp_path / f"{source.name}.jsonl", rows)
+    _, found = evaluate(tmp_path, run, "--data=code.jsonl,words=words.jsonl")
+    *_, last = place.lines("pretrained", "eval")
+    assert set(found["models"]) == {"tuned"}
+    close(found["models"]["tuned"]["loss"], last["loss"], 1e-5)
+    close(found["models"]["tuned"]["bits_per_byte"], last["bits_per_byte"], 1e-5)
+
+
+def test_places_of_text_get_names(tmp_path):
+    (tmp_path / "a,b=c.txt").write_text("x")
+    named = ("x=a.txt", "b-1=dir/b-1.jsonl.gz")
+    assert name_sources("x=a.txt, dir/b-1.jsonl.gz") == named
+    assert name_sources(str(tmp_path / "a,b=c.txt")) == (f"a_b_c={tmp_path}/a,b=c.txt",)
+    assert name_sources("hub://owner/name") == ("name=hub://owner/name",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "--run is missing"),
+        (("--run=x",), "--data is missing"),
+        (("--run=x", "--data=rows.jsonl"), "x is not a run directory"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, flags, said):
+    done = run_door(main, tmp_path, "evaluate", *flags)
+    assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

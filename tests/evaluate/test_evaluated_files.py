@@ -12,8 +12,16 @@ from research.data.instructions.instruction_dataset import load_dataset
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import name_sources, open_sources
 from research.evaluate.__main__ import main
+from research.parallel import runtime
 from research.runs.reopen import find_run
 from research.tasks.task_registry import prompt_format
+
+
+@pytest.fixture(autouse=True)
+def caches_of_the_commands(place, monkeypatch):
+    """Rows that the commands have tokenised are there; compiled programs stay here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place.cache))
+    monkeypatch.setattr(runtime, "start_alone", lambda: None)
 
 
 def evaluate(folder, run, *flags):

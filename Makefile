@@ -42,10 +42,8 @@ bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## measure pre-training aga
 
 # On a GPU or TPU, first install JAX for it, and torch with PEFT for TORCH_PYTHON.
 TORCH_PYTHON ?= $(VENV)-torch/bin/python
-bench-accelerator: $(VENV)/tested  ## measure kernels, MFU, and LoRA against PEFT on a GPU or TPU
-	$(BIN)/python tests/bench/accelerator_kernels.py
-	$(BIN)/python tests/bench/accelerator_pretrain.py $(FLAGS)
-	$(BIN)/python tests/bench/accelerator_lora.py --torch-python=$(TORCH_PYTHON) $(FLAGS)
+bench-accelerator: $(VENV)/tested  ## measure one GPU or TPU in 7 minutes, LoRA against PEFT on it
+	$(BIN)/python tests/bench/accelerator.py --out=accelerator.jsonl --torch-python=$(TORCH_PYTHON) $(FLAGS)
 
 plan-check: $(VENV)-tpu/installed  ## compile each config that names a TPU slice for that slice
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)

@@ -1,4 +1,4 @@
-"""The other side of `accelerator_lora.py`: transformers' Llama, PEFT and torch's SDPA.
+"""The other side of `accelerator.py`: transformers' Llama, PEFT and torch's SDPA.
 
 Run by an interpreter that has torch, transformers and peft, never imported by the rest
 of the project. Random weights of a given shape in bfloat16, rank-r adapters on every

@@ -79,11 +79,13 @@ class LaunchPlan:
       files: texts by path, written before the commands run.
       commands: run in this order without a shell, so that nothing is interpreted.
       env: variables of each command, in addition to the launcher's own.
+      notes: lines to show about options that are allowed and seldom meant.
     """
 
     files: Mapping[Path, str]
     commands: Sequence[Sequence[str]]
     env: Sequence[Mapping[str, str]] = ()
+    notes: Sequence[str] = ()
 
     def text(self) -> str:
         """The text that `--dry-run` prints; its commands can be pasted into a shell."""

@@ -49,7 +49,8 @@ def start(
     if not options.dry_run:
         plan.require_tools(target.TOOLS)
     # The slowest check comes last, but before anything is written or run.
-    for line in fit_check.check(target, [job.config for job in jobs], options):
+    fit = fit_check.check(target, [job.config for job in jobs], options)
+    for line in (*fit, *plan.notes):
         sys.stderr.write(f"launch: {line}\n")
     if options.dry_run:
         sys.stdout.write(plan.text())

@@ -14,6 +14,7 @@ from launch.jobs.launch_flags import (
     add_restarts,
     add_text,
     add_texts,
+    at_least,
 )
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from launch.jobs.launch_templates import fill
@@ -32,7 +33,8 @@ TEMPLATE = Path(__file__).parent / "templates/slurm.sh.jinja"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--nodes", "default: 1", 1, least=1)
     add_number(parser, "--processes-per-node", "default: 1", 1, least=1)
-    add_number(parser, "--gpus-per-node", "default: 0", 0, least=0)
+    gpus = "GPUs of each node; 0: the job is meant for CPUs"
+    parser.add_argument("--gpus-per-node", type=at_least(0), default=None, help=gpus)
     add_text(
         parser,
         "--device",
@@ -68,11 +70,8 @@ def chips(options: argparse.Namespace, config: Config) -> tuple[str, int] | None
             f"--device is {options.device!r}{nearest(options.device, known)}; it is "
             f"one of {', '.join(known)}"
         )
-    if options.gpus_per_node < 1:
-        raise UserError(
-            f"--device={options.device} needs --gpus-per-node; it is "
-            f"{options.gpus_per_node}"
-        )
+    if not options.gpus_per_node:
+        raise UserError(f"--device={options.device} needs --gpus-per-node")
     return f"{chip.name}:{options.nodes * options.gpus_per_node}", 1
 
 
@@ -117,7 +116,21 @@ def plan(jobs: Sequence[LaunchJob], options: argparse.Namespace) -> LaunchPlan:
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value != ""]
     flags += options.sbatch
-    return LaunchPlan({script: text}, [["sbatch", "--requeue", *flags, str(script)]])
+    command = ["sbatch", "--requeue", *flags, str(script)]
+    return LaunchPlan({script: text}, [command], notes=_notes(options))
+
+
+def _notes(options: argparse.Namespace) -> list[str]:
+    """Most clusters give a job no GPU that does not ask for one."""
+    asked = ("--gpus", "--gres=gpu", "-G", "--tres-per-")
+    chosen = options.gpus_per_node is not None
+    if chosen or any(flag.startswith(asked) for flag in options.sbatch):
+        return []
+    return [
+        "warning: the job asks for no GPU, so it trains on CPUs: add --gpus-per-node=N "
+        "(and --device=h100, to check that it fits), or --gpus-per-node=0 if that is "
+        "meant"
+    ]
 
 
 def _sweep_name(beside: Path) -> str:

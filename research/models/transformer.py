@@ -213,9 +213,7 @@ class Model:
     def __init__(self, architecture: Architecture, options: Options = Options()):
         self.architecture = architecture
         self.options = options
-        module = nnx.eval_shape(lambda: Transformer(architecture, nnx.Rngs(0)))
-        self._graph, state = nnx.split(module)
-        self._variables = dict(nnx.to_flat_state(state))
+        self._graph, self._variables = _abstract(architecture)
         self.specs = {
             ".".join(path): _stacked_spec(variable)
             for path, variable in sorted(self._variables.items())
@@ -282,6 +280,13 @@ class Model:
             ]
         )
         return nnx.merge(self._graph, state)
+
+
+@functools.cache  # The planner makes the same model dozens of times.
+def _abstract(a: Architecture) -> tuple[Any, dict[tuple[str, ...], Any]]:
+    """The module's graph, and its variables with shapes in place of values."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(a, nnx.Rngs(0))))
+    return graph, dict(nnx.to_flat_state(state))
 
 
 def _stacked_spec(variable: Parameter) -> Spec:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from research.config import command_line
 from research.config.knobs import knob
@@ -58,7 +59,13 @@ def plan(config: Config, f: PlanFlags) -> int:
     # JAX starts with these imports, and reads the environment.
     from rich.console import Console
 
-    from research.plan import abstract_step, layout_search, plan_json, planner
+    from research.plan import (
+        abstract_step,
+        fit_advice,
+        layout_search,
+        plan_json,
+        planner,
+    )
     from research.plan.compiled import compile_step
     from research.report import plan_tables
 
@@ -77,15 +84,24 @@ def plan(config: Config, f: PlanFlags) -> int:
             return planner.plan_compiled(config, architecture, target, devices)
         return planner.plan_estimate(config, architecture, target)
 
+    def shown(plan: planner.Plan) -> dict[str, Any]:
+        if plan.fits:
+            flags = fit_advice.flags_between(config, plan.config)
+            return plan_json.to_json(plan, flags)
+        advice = fit_advice.advise(plan, architecture, config)
+        return plan_json.to_json(plan, advice.words)
+
     if f.search:
         # Otherwise every candidate logs which attention kernel it takes.
         logging.getLogger().setLevel(logging.WARNING)
         compile_plan = plan_one if devices else None
         found = layout_search.search(config, architecture, target, compile_plan)
-        plans = [plan_json.to_json(plan) for plan in found.plans]
+        plans = [shown(plan) for plan in found.plans]
         plan_tables.show_search(console, plans, found.refused)
     else:
-        plans = [plan_json.to_json(plan_one(config))]
+        plan = plan_one(config)
+        logging.getLogger().setLevel(logging.WARNING)
+        plans = [shown(plan)]
         plan_tables.show_plan(console, plans[0])
     if f.json:
         plan_json.write_json(f.json, plans if f.search else plans[0])

@@ -77,10 +77,14 @@ def search(
     return SearchResult(best, tried - len(best))
 
 
-def _slowness(plan: Plan) -> tuple[bool, float, float]:
-    """Sorts by time, halfway between full and no overlap, and then by memory."""
+def _slowness(plan: Plan) -> tuple[bool, float, float, float]:
+    """Sorts by time, halfway between full and no overlap, and then by memory.
+
+    Where no speed is known, by the FLOPs that a step computes.
+    """
     middle = (plan.best.seconds + plan.worst.seconds) / 2
-    return (not plan.fits, round(middle, 6), plan.needed)
+    unknown = 0.0 if plan.target.chip.flops else plan.flops.total
+    return (not plan.fits, round(middle, 6), unknown, plan.needed)
 
 
 def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:

@@ -15,8 +15,12 @@ ASSUMED = (
 )
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan in plain values: bytes, seconds and counts, nothing rounded."""
+def to_json(plan: Plan, advice: str = "") -> dict[str, Any]:
+    """The whole plan in plain values: bytes, seconds and counts, nothing rounded.
+
+    `advice` says what to change if it does not fit; if a search has found the plan, the
+    flags that make it.
+    """
     chip = plan.target.chip
     return {
         "target": plan.target.name,
@@ -38,6 +42,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hbm_share": plan.needed / chip.hbm,
         "hbm_share_limit": USABLE,
         "fits": plan.fits,
+        "advice": advice,
         "collectives": [dataclasses.asdict(row) for row in plan.traffic],
         "flops": dataclasses.asdict(plan.flops),
         "roofline": {
@@ -59,7 +64,7 @@ def _notes(plan: Plan) -> list[str]:
     chip = plan.target.chip
     several_hosts = not chip.shapes and plan.target.count > chip.hosted
     notes = {
-        f"{chip.name} is a memory and no chip: fit is judged, speed is not known": (
+        f"{chip.name} is a memory, not a chip: fit is judged, speed is not known": (
             chip.platform == "gpu" and not chip.flops
         ),
         f"not counted: traffic between hosts of {chip.name}, because its network is "

@@ -8,6 +8,7 @@ from typing import Any
 from research.config.run_config import Config
 from research.models.architecture import Architecture
 from research.parallel import mesh as meshes
+from research.parallel.chips import GIB
 from research.plan import abstract_step
 from research.plan.abstract_step import AbstractStep
 from research.plan.compiled import compile_step
@@ -68,6 +69,20 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory is not None and self.needed <= self.limit
+
+    @property
+    def largest_part(self) -> str:
+        """The part of a step's memory that takes most, in words."""
+        if self.memory is None:
+            return "the compiler does not say for what"
+        parts = {
+            "frozen weights": self.memory.frozen,
+            "trained weights": self.memory.trained,
+            "optimizer state": self.memory.optimizer,
+            "activations and gradients": self.memory.temporaries,
+        }
+        name = max(parts, key=lambda part: parts[part])
+        return f"{parts[name] / GIB:.1f} GiB of it {name}"
 
     @property
     def micro_rows(self) -> int:

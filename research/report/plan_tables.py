@@ -44,7 +44,7 @@ def show_plan(console: Console, plan: PlanData) -> None:
     )
     if plan["memory"]:
         console.print(_memory_table(plan))
-    console.print(_verdict(plan))
+    console.print(_verdict(plan), soft_wrap=True)
     if plan["collectives"]:
         console.print(_collectives_table(plan))
     if plan["roofline"]["overlapped"]:
@@ -59,12 +59,9 @@ def _verdict(plan: PlanData) -> Text:
         share += f", for {plan['hbm_needed_by']}"
     if plan["fits"]:
         return Text.assemble(("fits", "bold green"), f": {share}")
-    return Text.assemble(
-        ("does not fit", "bold red"),
-        f": {share}, and at most {plan['hbm_share_limit']:.0%} should be; try more "
-        "fsdp or tensor, a smaller config.data.microbatch_size, or "
-        "config.model.remat=full",
-    )
+    share += f", and at most {plan['hbm_share_limit']:.0%} should be"
+    share += f"\n{plan['advice']}" if plan["advice"] else ""
+    return Text.assemble(("does not fit", "bold red"), f": {share}")
 
 
 def _memory_table(plan: PlanData) -> Table:
@@ -120,8 +117,9 @@ def show_search(console: Console, plans: Sequence[PlanData], refused: int) -> No
     """Plans beside each other, the fastest that fits first; the search has tried and
     `refused` so many more.
     """
+    order = "fastest" if plans[0]["best"]["seconds"] else "least computation"
     table = _table(
-        f"layouts on {plans[0]['target']}, the fastest that fit first",
+        f"layouts on {plans[0]['target']}, the {order} that fit first",
         "mesh", "remat", "rows", "HBM", "MFU", "bound", "takes", "by",
     )  # fmt: skip
     for plan in plans:
@@ -130,15 +128,20 @@ def show_search(console: Console, plans: Sequence[PlanData], refused: int) -> No
             plan["remat"],
             str(plan["microbatch_rows"]),
             Text(f"{plan['hbm_share']:.0%}", "" if plan["fits"] else "red"),
-            f"{plan['not_overlapped']['mfu']:.0%}-{plan['best']['mfu']:.0%}",
-            plan["roofline"]["bound_by"],
-            _format_days(plan["best"]["days"]),
+            f"{plan['not_overlapped']['mfu']:.0%}-{plan['best']['mfu']:.0%}"
+            if plan["best"]["mfu"]
+            else "-",
+            plan["roofline"]["bound_by"] if plan["roofline"]["overlapped"] else "-",
+            _format_days(plan["best"]["days"]) if plan["best"]["days"] else "-",
             plan["source"],
         )
     console.print(table)
     if not plans[0]["fits"]:
         none_fits = ("none fits", "bold red")
         console.print(Text.assemble(none_fits, "; the one that needs least is shown"))
+        console.print(Text(plans[0]["advice"]), soft_wrap=True)
+    elif plans[0]["advice"]:
+        console.print(Text(f"the first: {plans[0]['advice']}"), soft_wrap=True)
     lines = [
         "rows: the largest micro-batch that fits; MFU: from no overlap to all; takes: "
         "at best"

@@ -75,14 +75,15 @@ def test_the_remedy_of_a_refusal_does_make_it_fit(knob):
     assert "it fits with" in said
     knobs = dict(re.findall(r"--config\.([\w.]+)=(\w+)", said))
     assert knob in knobs
-    read = {"True": True, "full": "full"}
-    mended = changed(config, {k: read.get(v) or int(v) for k, v in knobs.items()}, "")
-    assert "fits" in fit_check.require_fit(mended, device, slices, preset)
+    read = {"True": True, "full": "full", "dots": "dots"}
+    smaller = changed(config, {k: read.get(v) or int(v) for k, v in knobs.items()}, "")
+    assert "fits" in fit_check.require_fit(smaller, device, slices, preset)
 
 
-def test_where_no_knob_helps_it_takes_more_chips():
-    said = refusal(big_config(), "v5e:2x2", preset="llama3.1-70b")
-    assert "take more chips; with --config." in said
+def test_where_no_knob_helps_the_least_and_more_chips_are_named():
+    said = refusal(big_config(rows=8), "l4:1", preset="llama3.1-8b")
+    assert "nothing fits l4:1: it needs at least" in said
+    assert "the same training fits l4:" in said
 
 
 BROKEN = {

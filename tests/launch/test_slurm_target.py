@@ -1,5 +1,6 @@
 """A Slurm launch does what its dry run prints; no name given can make it do more."""
 
+import argparse
 import os
 import subprocess
 
@@ -8,6 +9,9 @@ from fake_tools import NASTY, ROOT, files, launch
 from shell import SHELLCHECK, check
 
 from launch.jobs import restart_policy
+from launch.jobs.launch_job import LaunchJob
+from launch.targets import slurm
+from research.config.run_config import Config
 from research.core.errors import PREEMPTED, STUCK
 
 CONFIG = f"--config={ROOT}/configs/finetune_dolly.py"
@@ -20,7 +24,29 @@ def test_a_dry_run_shows_and_does_nothing(tmp_path, fake, target):
     done = launch(tmp_path, target, "--dry-run", "--", CONFIG, "--config.steps=3")
     assert done.returncode == 0, done.stderr
     assert f"-m research.train {CONFIG} --config.steps=3" in done.stdout
+    assert ("asks for no GPU" in done.stderr) == (target == "slurm")
     assert files(tmp_path) == before and not (tmp_path / "calls").exists()
+
+
+GPUS = {
+    (): True,
+    ("--sbatch=--cpus-per-task=8",): True,
+    ("--gpus-per-node=0",): False,
+    ("--gpus-per-node=4",): False,
+    ("--sbatch=--gres=gpu:h100:4",): False,
+    ("--sbatch=--gpus=16",): False,
+    ("--sbatch=-G 4",): False,
+}
+
+
+@pytest.mark.parametrize("own", GPUS)
+def test_a_job_without_gpus_is_warned_about_unless_it_is_meant(own):
+    parser = argparse.ArgumentParser()
+    slurm.add_flags(parser)
+    config = Config(run_dir="runs/a")
+    job = LaunchJob.of_run(["--config=c.py"], config)
+    notes = slurm.plan([job], parser.parse_args(own)).notes
+    assert ["--gpus-per-node=N" in note for note in notes] == [True] * GPUS[own]
 
 
 @pytest.mark.parametrize("name", [*NASTY, "x\ntouch canary"])

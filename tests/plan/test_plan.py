@@ -256,7 +256,7 @@ def test_a_memory_alone_is_judged_like_a_card_of_that_memory_and_claims_no_speed
     assert (alone.needed, alone.limit) == (card.needed, card.limit)
     shown = plan_json.to_json(alone)
     assert shown["best"]["tokens_per_second"] == shown["best"]["mfu"] == 0
-    assert any("24GB is a memory" in note for note in shown["notes"])
+    assert any("24GB is a memory, not a chip" in note for note in shown["notes"])
     assert parse_device("24GiB").chip.hbm == 24 * 2**30
     console = Console(record=True, width=120, file=io.StringIO())
     plan_tables.show_plan(console, shown)

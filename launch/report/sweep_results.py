@@ -12,6 +12,7 @@ from launch.report.seed_statistics import Interval, PairedComparison
 from launch.sweep import sweep_runs
 from research.core.errors import UserError
 from research.core.json_files import read_json
+from research.data.metric_sums import by_group
 from research.runs.metrics_file import read_metrics
 from research.runs.run_directory import is_complete
 
@@ -178,11 +179,9 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
 
 
 def _metric(line: dict[str, Any], metric: str) -> float | None:
-    """The value of `loss`, `bits_per_byte` or `by_group.NAME`; None if absent."""
-    group, _, key = metric.partition(".")
-    found = line.get(group)
-    if key and isinstance(found, dict):
-        found = found.get(key)
+    """The value of `loss`, `bits_per_byte` or `loss/CATEGORY`; None if absent."""
+    # Sweeps of earlier versions have another name for it.
+    found = line.get(metric.replace("by_group.", "loss/", 1))
     return float(found) if isinstance(found, int | float) else None
 
 
@@ -191,9 +190,7 @@ def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
     for run in listed:
         for line in read_metrics(folder / run["name"]):
             if line["kind"] == "eval":
-                groups = ", ".join(
-                    f"by_group.{name}" for name in line.get("by_group", ())
-                )
+                groups = ", ".join(f"loss/{name}" for name in by_group(line, "loss"))
                 return f"{run['name']} has loss and {groups}"
     return "none has an evaluation"
 

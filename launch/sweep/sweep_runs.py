@@ -127,8 +127,10 @@ def _check(sweep: Sweep) -> None:
         raise UserError(f"the axes are {names}: name one or more, each once")
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         raise UserError(f"the seeds are {list(sweep.seeds)}: give each once")
-    metrics = ("loss", "bits_per_byte", "by_group.NAME")
-    if sweep.metric not in metrics and not sweep.metric.startswith("by_group."):
+    metrics = ("loss", "bits_per_byte", "loss/CATEGORY")
+    if sweep.metric not in metrics and not sweep.metric.startswith(
+        ("loss/", "by_group.")  # The second is the first in earlier versions.
+    ):
         raise UserError(
             f"the metric {sweep.metric!r} is none of {', '.join(metrics)}"
             f"{nearest(sweep.metric, metrics)}"

@@ -37,7 +37,7 @@ class Sweep:
       changes: knobs to change in all runs.
       baseline: the point that the others are compared with, as `{axis: label}`; an axis
         that it does not name has its first label.
-      metric: loss, bits_per_byte or by_group.NAME of the last evaluation; less is
+      metric: loss, bits_per_byte or loss/CATEGORY of the last evaluation; less is
         better.
       question: a paragraph for the report; by default the file's docstring.
     """

@@ -28,7 +28,6 @@ from research.config.knobs import (
     check_limits,
     facts_of,
     fields,
-    flat,
     free_knob,
     knob,
     to_config_dict,
@@ -109,15 +108,23 @@ def with_effect(config: Config, changes: Mapping[str, Any], where: str) -> Confi
     return made
 
 
+def hyperparameters(config: Config) -> dict[str, Any]:
+    """The knobs that decide a run's numbers, by name; a resumed run keeps them."""
+    return {
+        path: value
+        for path, field, value in fields(config)
+        if facts_of(field).fixed and path != "run_dir"
+    }
+
+
 def fixed_differences(old: Config, new: Config) -> dict[str, str]:
-    """The changed knobs that a resumed run must not change, as `old -> new` by name.
+    """The hyperparameters that differ, as `old -> new` by name.
 
     A knob that has no effect in either may change.
     """
-    before = flat(old)
-    free = {"run_dir"} | (idle(old).keys() & idle(new).keys())
+    before, free = hyperparameters(old), idle(old).keys() & idle(new).keys()
     return {
         path: f"{before[path]!r} -> {value!r}"
-        for path, field, value in fields(new)
-        if facts_of(field).fixed and before[path] != value and path not in free
+        for path, value in hyperparameters(new).items()
+        if before[path] != value and path not in free
     }

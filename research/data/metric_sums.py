@@ -76,23 +76,29 @@ def mean(ratio: Ratio) -> Array:
 
 def means_by_group(
     sums: Mapping[str, Ratio], groups: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """`{"by_group": {group: mean}}`, the key as `group_key` gives it.
+) -> dict[str, float]:
+    """`{"loss/open_qa": mean, ...}`, the fields of `group_fields`.
 
     Has the names whose sums are `[groups]`, and of each the groups that were counted.
     The sums may have room for more groups: runs that train together share a width.
     """
-    return {
-        group_key(name): {
-            group: float(a / b)
-            for group, a, b in zip(groups, *map(np.asarray, ratio), strict=False)
-            if b > 0
-        }
-        for name, ratio in sums.items()
-        if np.ndim(ratio.denominator)
-    }
+    found: dict[str, float] = {}
+    for name, ratio in sums.items():
+        if np.ndim(ratio.denominator):
+            parts = zip(groups, *map(np.asarray, ratio), strict=False)
+            found |= group_fields(name, {g: float(a / b) for g, a, b in parts if b > 0})
+    return found
 
 
-def group_key(name: str) -> str:
-    """The key in metrics.jsonl of the means by group of the sums `name`."""
-    return "by_group" if name == "loss" else f"{name}_by_group"
+def group_fields(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by group as fields of a line in metrics.jsonl, which is flat.
+
+    A field is called `NAME/GROUP`. A name holds no slash, and a group may.
+    """
+    return {f"{name}/{group}": value for group, value in values.items()}
+
+
+def by_group(line: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Undoes `group_fields` for one name among the fields of a line."""
+    start = f"{name}/"
+    return {x.removeprefix(start): line[x] for x in line if x.startswith(start)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from research.core.atomic_files import write_whole
 from research.core.visible_text import visible
-from research.data.metric_sums import NATS_PER_TOKEN
+from research.data.metric_sums import NATS_PER_TOKEN, by_group
 from research.report.result_tables import is_text, loss_unit
 from research.report.run_results import RunResults
 
@@ -56,19 +56,19 @@ def _draw_all(axes: Any, results: RunResults) -> None:
 
 def _draw_groups(axes: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
     text = is_text(evaluations)
-    key = "bits_by_group" if text else "by_group"
+    name = "bits_per_byte" if text else "loss"
     title = "held-out bits per byte" if text else "held-out loss per category"
     sizes: collections.Counter[str] = collections.Counter()
     for line in evaluations:
-        sizes.update(dict.fromkeys(line[key], 0))
-        sizes.update(line["tokens"])
+        sizes.update(dict.fromkeys(by_group(line, name), 0))
+        sizes.update(by_group(line, "tokens"))
     groups = sorted(name for name, _ in sizes.most_common(MOST_GROUPS))
     if len(sizes) > len(groups):
         title += f", the {len(groups)} largest of {len(sizes)}"
     steps = [line["step"] for line in evaluations]
     drawn = []
     for group in groups:
-        losses = [line[key].get(group, math.nan) for line in evaluations]
+        losses = [line.get(f"{name}/{group}", math.nan) for line in evaluations]
         drawn += axes.plot(steps, losses, "o-", markersize=3)
     axes.set(xlabel="step", title=title)
     if groups:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.data.metric_sums import NATS_PER_TOKEN, group_key
+from research.data.metric_sums import NATS_PER_TOKEN, by_group
 
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
@@ -41,7 +41,7 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
     """
     each = list(lines.values())
     text, in_nats = is_text(each), loss_unit(each) == NATS_PER_TOKEN
-    metrics = each[-1].get("metrics", [])
+    metrics = [name for name in each[-1].get("metrics", "").split(",") if name]
 
     def columns(title: str) -> list[str]:
         first, *others = lines
@@ -52,16 +52,15 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
     header += columns("bits/byte") * text
     header += [cell for name in metrics for cell in columns(name)]
     rows = []
-    for group in sorted(each[-1]["by_group"]):
-        losses = [line["by_group"].get(group, math.nan) for line in each]
-        others = [line["bits_by_group"].get(group) for line in each] if text else []
-        for name in metrics:
-            others += [line.get(group_key(name), {}).get(group) for line in each]
-        tokens = each[-1]["tokens"].get(group, 0)
+    means = ["bits_per_byte"] * text + metrics
+    counted = by_group(each[-1], "tokens")
+    for group in sorted(by_group(each[-1], "loss")):
+        losses = [line.get(f"loss/{group}", math.nan) for line in each]
+        others = [line.get(f"{name}/{group}") for name in means for line in each]
+        tokens = counted.get(group, 0)
         rows.append(_row(group or "(none)", tokens, losses, in_nats, others))
-    others = [line.get("bits_per_byte") for line in each] if text else []
-    others += [line.get(name) for name in metrics for line in each]
-    total = sum(each[-1]["tokens"].values())
+    others = [line.get(name) for name in means for line in each]
+    total = sum(counted.values())
     rows.append(_row("all", total, [x["loss"] for x in each], in_nats, others))
     return [header, *rows]
 
@@ -79,7 +78,7 @@ def _first_comparable(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, 
     """
     first = evaluations[-1]
     for line in reversed(evaluations):
-        if line["tokens"] != first["tokens"]:
+        if by_group(line, "tokens") != by_group(first, "tokens"):
             break
         first = line
     return first

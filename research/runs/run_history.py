@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import math
@@ -17,9 +16,11 @@ import jax
 
 from research.core.atomic_files import write_whole
 from research.core.json_files import NUMBER, read_json
+from research.data.metric_sums import group_fields
 from research.runs import provenance
 from research.runs.control.request_files import ANSWER
 from research.runs.phase_timer import PHASES, PhaseTimer
+from research.runs.utc_clock import utc_now
 
 UNKNOWN = "ended without a word: killed, or the machine went down"
 
@@ -94,7 +95,7 @@ class History:
             return
         devices = jax.devices()
         start = {
-            "began": _now(),
+            "began": utc_now(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "processes": jax.process_count(),
@@ -139,7 +140,7 @@ class History:
     def event(self, what: str) -> None:
         """Records an event that a person should find later."""
         with self._changing() as found:
-            found["events"].append({"at": _now(), "what": what})
+            found["events"].append({"at": utc_now(), "what": what})
 
     def answer_request(self, answer: dict[str, Any]) -> None:
         """Keeps the answer to a request, see `request_files`."""
@@ -156,7 +157,7 @@ class History:
         with self._changing() as found:
             if self._begun and found["starts"][-1]["cause"] is None:
                 found["starts"][-1] |= {
-                    "ended": _now(),
+                    "ended": utc_now(),
                     "seconds": self._phases.seconds,
                     "cause": cause,
                     "exit_code": exit_code,
@@ -196,10 +197,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -250,7 +247,8 @@ class Goodput:
     def line(self) -> dict[str, Any]:
         """The values of the `goodput` line in `metrics.jsonl`."""
         seconds = {name: round(s, 3) for name, s in self.by_phase.items()}
-        return {"goodput": self.share, "total_s": self.total, "seconds": seconds}
+        line = {"goodput": self.share, "total_s": self.total}
+        return line | group_fields("seconds", seconds)
 
     def __str__(self) -> str:
         if not self.total:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FLUSH_EVERY = 30.0  # seconds
+JUDGED_BY = ("eval/loss", "train/loss")  # beside the hyperparameters of a run
 
 
 class TensorBoard:
@@ -21,8 +22,11 @@ class TensorBoard:
     After an error nothing is written until the next start, and a warning says so.
     """
 
-    def __init__(self, folder: Path, first_step: int):
-        """Opens a new file in `folder`; hides older points after `first_step`."""
+    def __init__(self, folder: Path, first_step: int, settings: Mapping[str, Any]):
+        """Opens a new file in `folder`; hides older points after `first_step`.
+
+        `settings` are the hyperparameters that TensorBoard compares runs by.
+        """
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._folder = folder
@@ -34,6 +38,8 @@ class TensorBoard:
             hidden_from = first_step + 1 if first_step else 0
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=hidden_from, session_log=start))
+            for summary in _hyperparameters(settings):
+                self._add(Event(summary=summary))
 
     def _open(self) -> Any:
         from tensorboardX.record_writer import RecordWriter
@@ -85,3 +91,15 @@ class TensorBoard:
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> Iterator[Any]:
+    """The summaries that TensorBoard's HPARAMS tab reads: it knows no tuples."""
+    if settings:
+        from tensorboardX.summary import hparams
+
+        plain = {
+            name: value if isinstance(value, str | bool | int | float) else str(value)
+            for name, value in settings.items()
+        }
+        yield from hparams(plain, dict.fromkeys(JUDGED_BY))

@@ -45,7 +45,7 @@ def losses(folder: Path) -> list[float]:
 
 def step_seconds(folder: Path) -> float:
     """Seconds of the whole process; every run of the pack records the same."""
-    return lines(folder, "goodput")[-1]["seconds"]["step"]
+    return lines(folder, "goodput")[-1]["seconds/step"]
 
 
 def main() -> None:

@@ -249,7 +249,7 @@ def test_a_right_to_write_that_is_lost_is_said_of_its_step(tmp_path, unwritable)
 
 
 def test_metrics_that_cannot_be_opened_are_said(tmp_path, monkeypatch):
-    def refuse(folder, first):
+    def refuse(folder, *_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
 
     monkeypatch.setattr(metrics_file, "MetricsFile", refuse)
@@ -441,4 +441,4 @@ def test_of_two_groups_the_one_that_is_not_finite_is_named(tmp_path):
     assert "gradients not finite: layers.mlp.down)" in said
     # It is written down before it stops the run.
     (line,) = metrics_file.read_metrics(tmp_path)
-    assert line["step"] == 5 and line["grad_norm_by_path"]["layers.mlp.up"] == 1.5
+    assert line["step"] == 5 and line["grad_norm/layers.mlp.up"] == 1.5

@@ -9,6 +9,7 @@ from doors import run_door
 from helpers import close
 
 from research.data.instructions.instruction_dataset import load_dataset
+from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import name_sources, open_sources
 from research.evaluate.__main__ import main
@@ -61,10 +62,10 @@ def test_held_out_rows_as_a_file_give_the_losses_of_the_run(place, unbroken, tmp
     for name, line in (("base", first), ("tuned", last)):
         model = found["models"][name]
         close(model["loss"], line["loss"], 1e-5)
-        assert model["by_group"].keys() == line["by_group"].keys()
+        assert model["by_group"].keys() == by_group(line, "loss").keys()
         for group, own in model["by_group"].items():
-            close(own["loss"], line["by_group"][group], 1e-5)
-            assert own["tokens"] == line["tokens"][group]
+            close(own["loss"], line[f"loss/{group}"], 1e-5)
+            assert own["tokens"] == line[f"tokens/{group}"]
     refused = f"rows.jsonl:{len(rows) + 1}: a response is empty"
     assert found["left_out"] == [refused] and refused in said
     assert re.search(r"loss base .* ppl base .* change", said), said

@@ -30,10 +30,10 @@ CONTROLS = "\x1b[2Ja\x9b31m\rb\x07\u202ec"
 
 
 def evaluation(step, groups, **more):
-    losses = {group: 2.0 + step + i for i, group in enumerate(groups)}
-    tokens = {group: 10 + i for i, group in enumerate(groups)}
-    line = {"step": step, "kind": "eval", "loss": 3.0 + step, "by_group": losses}
-    return line | {"tokens": tokens, "bits_per_byte": None, "bits_by_group": {}} | more
+    losses = {f"loss/{group}": 2.0 + step + i for i, group in enumerate(groups)}
+    tokens = {f"tokens/{group}": 10 + i for i, group in enumerate(groups)}
+    line = {"step": step, "kind": "eval", "loss": 3.0 + step}
+    return line | losses | tokens | more
 
 
 def results(groups, text=HOSTILE[0], **more):
@@ -112,13 +112,13 @@ def test_losses_of_two_data_sets_are_not_compared():
     header, *rows = tabulate_losses([old, *new])
     assert [row[0] for row in rows] == ["b", "c", "all"]
     assert rows[-1][2:4] == ["7.000", "11.000"] and header[2] == "loss base"
-    fewer = evaluation(0, ["b", "c"], tokens={"b": 1, "c": 2})
+    fewer = evaluation(0, ["b", "c"]) | {"tokens/b": 1, "tokens/c": 2}
     assert tabulate_losses([fewer, *new]) == [header, *rows]
     assert tabulate_losses([]) == []
 
 
 def test_text_has_bits_per_byte():
-    bits = {"bits_per_byte": 1.25, "bits_by_group": {"a": 1.5}}
+    bits = {"bits_per_byte": 1.25, "bits_per_byte/a": 1.5}
     header, row, total = tabulate_losses([evaluation(s, ["a"], **bits) for s in (0, 2)])
     assert header[-2:] == ["bits/byte start", "end"]
     assert (row[-2:], total[-2:]) == (["1.500"] * 2, ["1.250"] * 2)
@@ -203,7 +203,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
         frozen=None,
         console=Console(file=io.StringIO()),
     )
-    odd = {"kind": "eval", "step": 3, "loss": 1, "by_group": {}, "tokens": {"a": "x"}}
+    odd = {"kind": "eval", "step": 3, "loss": 1, "tokens/a": "x"}
     (folder.path / "metrics.jsonl").write_bytes(json.dumps(odd).encode() + b"\n\xff\n")
     finish_run.finish(run)
     facts = json.loads((folder.path / "complete.json").read_text())

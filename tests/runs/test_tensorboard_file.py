@@ -5,7 +5,9 @@ import logging
 import threading
 
 import pytest
+from run_results import tensorboard_events
 
+from research.config.run_config import Config, hyperparameters
 from research.runs import tensorboard_file
 from research.runs.metrics_file import MetricsFile
 
@@ -32,7 +34,7 @@ def test_a_full_disk_drops_tensorboard_with_a_warning(
         full_disk(metrics)
         monkeypatch.setattr(tensorboard_file, "FLUSH_EVERY", 0.0)
     for step in range(2, 40):  # Far more than a queue held.
-        metrics.write(step, "train", {"loss": 2.0, "by_group": {"a": 1.0, "b": 2.0}})
+        metrics.write(step, "train", {"loss": 2.0, "loss/a": 1.0, "loss/b": 2.0})
     if when == "close":
         full_disk(metrics)
         metrics.write(40, "train", {"loss": 2.0})
@@ -42,3 +44,22 @@ def test_a_full_disk_drops_tensorboard_with_a_warning(
     assert [json.loads(line)["step"] for line in lines] == [
         *range(1, 40 + (when == "close"))
     ]
+
+
+def test_a_run_has_its_hyperparameters_in_tensorboard(tmp_path):
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    settings = hyperparameters(Config())
+    MetricsFile(tmp_path, 0, settings).close()
+    found = {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in tensorboard_events(tmp_path)
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+    shown = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert shown.keys() == settings.keys() and "run_dir" not in shown
+    assert shown["optim.learning_rate"].number_value == 5e-4
+    assert shown["lora.targets"].string_value == "('attention', 'mlp')"
+    judged = found["_hparams_/experiment"].experiment.metric_infos
+    assert "eval/loss" in {metric.name.tag for metric in judged}

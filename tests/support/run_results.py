@@ -1,6 +1,7 @@
 """Results of a run: numbers, states, and whether two runs are equal."""
 
 import json
+import struct
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from pretraining_runs import PRETRAIN_STEPS
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import MeshConfig
+from research.data.metric_sums import by_group
 from research.formats.base_model import open_base
 from research.parallel import mesh
 from research.runs.run_directory import RunDir
@@ -26,7 +28,9 @@ def numbers(place, run):
         (x["step"], x["loss"], x["grad_norm"], x["learning_rate"], x["tokens"])
         for x in place.lines(run, "train")
     ]
-    held = {x["step"]: (x["loss"], x["by_group"]) for x in place.lines(run, "eval")}
+    held = {
+        x["step"]: (x["loss"], by_group(x, "loss")) for x in place.lines(run, "eval")
+    }
     return train, held
 
 
@@ -71,3 +75,15 @@ def hashes(place, run):
 def check_equal(place, run, unbroken):
     assert numbers(place, run) == numbers(place, unbroken)
     assert hashes(place, run) == hashes(place, unbroken)
+
+
+def tensorboard_events(run):
+    """Every event of a run directory, read by the format of TFRecord files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for file in sorted((run / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            yield Event.FromString(data[at + 12 : at + 12 + size])
+            at += size + 16

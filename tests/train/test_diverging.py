@@ -98,11 +98,11 @@ def test_every_line_of_metrics_is_json(tmp_path):
     log = open_log(tmp_path, first=1, skip_spread=6.0)
     log(2, 1, metrics(loss=math.inf, norm=NAN, skipped=1))
     log.close()
-    append_line(tmp_path, 2, "own", {"by_group": {"a": -math.inf, "NaN": 1.0}})
+    append_line(tmp_path, 2, "own", {"loss/a": -math.inf, "loss/NaN": 1.0})
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
     first, second, third = read_metrics(tmp_path)
     assert np.isnan(first["loss"]) and first["norm"] == -math.inf
-    assert second["loss"] == second["by_group"]["all"] == math.inf
+    assert second["loss"] == second["loss/all"] == math.inf
     assert np.isnan(second["grad_norm"])
-    assert third["by_group"] == {"a": -math.inf, "NaN": 1.0}
+    assert third["loss/a"] == -math.inf and third["loss/NaN"] == 1.0

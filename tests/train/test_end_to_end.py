@@ -8,7 +8,7 @@ import io
 import json
 import re
 import signal
-import struct
+import textwrap
 
 import numpy as np
 import pytest
@@ -26,12 +26,13 @@ from commands import (
 )
 from kills import torn
 from rich.console import Console
-from run_results import check_equal, final_state, history
+from run_results import check_equal, final_state, history, tensorboard_events
 
 from research.config.knobs import flat
 from research.config.run_config import Config, DataConfig, ModelConfig, TextConfig
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import load_rows
+from research.data.metric_sums import by_group
 from research.formats.base_model import open_base
 from research.report import terminal
 from research.report.run_results import read_results
@@ -267,8 +268,8 @@ def test_a_plain_line_for_every_step(place, unbroken):
 def test_held_out_loss_falls(place, unbroken):
     before, *_, after = place.lines("unbroken", "eval")
     assert after["loss"] < 0.9 * before["loss"]
-    total = sum(after["tokens"].values())
-    mean = sum(n * after["by_group"][c] for c, n in after["tokens"].items()) / total
+    tokens = by_group(after, "tokens")
+    mean = sum(n * after[f"loss/{c}"] for c, n in tokens.items()) / sum(tokens.values())
     assert mean == pytest.approx(after["loss"], rel=1e-6)
 
 
@@ -276,6 +277,28 @@ def test_held_out_loss_falls(place, unbroken):
 def test_metrics_have_every_step_exactly_once(place, unbroken, broken, run):
     assert [x["step"] for x in place.lines(run, "train")] == [*range(1, STEPS + 1)]
     assert [x["step"] for x in place.lines(run, "eval")] == EVALUATIONS
+
+
+def test_metrics_are_flat_and_pandas_reads_them(place, unbroken):
+    """As docs/run_directory.md says; a field has one type in all lines."""
+    from matplotlib import pyplot
+
+    path = place.run_dir("unbroken") / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    types = {(name, type(line[name])) for line in lines for name in line}
+    assert len(types) == len({name for name, _ in types})
+    assert {kind for _, kind in types} <= {int, float, str}
+    docs = (ROOT / "docs" / "run_directory.md").read_text()
+    shown, rest = docs.partition("    import pandas\n")[1:]
+    names = {"run": path.parent}
+    exec(textwrap.dedent(shown + rest.partition("\n\n")[0]), names)
+    pyplot.close("all")
+    metrics = names["metrics"]
+    assert len(metrics) == len(lines) and str(metrics["time"].dt.tz) == "UTC"
+    held = metrics[metrics["kind"] == "eval"].set_index("step")
+    for line in place.lines("unbroken", "eval"):
+        for name in ("loss", *(x for x in line if x.startswith("loss/"))):
+            assert held.at[line["step"], name] == line[name]
 
 
 def test_run_folder_holds_what_people_look_at(place, unbroken):
@@ -293,15 +316,8 @@ def test_run_folder_holds_what_people_look_at(place, unbroken):
 
 
 def test_tensorboard_has_the_same_losses_as_the_metrics(place, unbroken):
-    from tensorboardX.proto.event_pb2 import Event
-
     found = collections.defaultdict(dict)
-    (file,) = (place.run_dir("unbroken") / "tensorboard").iterdir()
-    data, at = file.read_bytes(), 0
-    while at < len(data):
-        (size,) = struct.unpack_from("<Q", data, at)
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        at += size + 16
+    for event in tensorboard_events(place.run_dir("unbroken")):
         for value in event.summary.value:
             found[value.tag][event.step] = value.simple_value
     for kind in ("train", "eval"):
@@ -318,8 +334,9 @@ def test_report_has_a_row_per_category_and_three_answers(place, unbroken):
         )
     }
     before, *_, after = place.lines("unbroken", "eval")
-    assert {"category", "all", *after["tokens"]} < set(rows)
-    total = sum(after["tokens"].values())
+    tokens = by_group(after, "tokens")
+    assert {"category", "all", *tokens} < set(rows)
+    total = sum(tokens.values())
     assert rows["all"][:3] == [
         f"{total:,}",
         f"{before['loss']:.3f}",
@@ -438,7 +455,7 @@ def test_own_csv_with_mapped_columns_trains(place, own_csv):
     assert re.search(r"What is (\d+) plus \1\?", shown)
     assert re.search(r"Adding \d+ doubles it\.<\|im_end\|>", own_csv.out)
     assert re.search(r"\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]", shown)
-    groups = place.lines("csv", "eval")[-1]["by_group"].keys()
+    groups = by_group(place.lines("csv", "eval")[-1], "loss").keys()
     assert groups and groups < {f"kind {i}" for i in range(KINDS)}, "4 held out"
 
 

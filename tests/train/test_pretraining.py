@@ -14,6 +14,7 @@ from pretraining_runs import pretrain
 from refusals import Refusal
 
 from research.core.errors import PREEMPTED
+from research.data.metric_sums import by_group
 
 
 @chain
@@ -86,7 +87,7 @@ def test_pretraining_lowers_bits_per_byte_on_every_source(place, pretrained):
     held = place.lines("pretrained", "eval")
     assert [line["step"] for line in held] == [0, 4, 8, 12]
     for source in ("code", "words"):
-        first, last = (held[i]["bits_by_group"][source] for i in (0, -1))
+        first, last = (held[i][f"bits_per_byte/{source}"] for i in (0, -1))
         assert last < 0.8 * first
     # A random model knows nothing: as many nats as the vocabulary has ids.
     assert held[0]["loss"] == pytest.approx(math.log(384), rel=0.1)
@@ -95,12 +96,12 @@ def test_pretraining_lowers_bits_per_byte_on_every_source(place, pretrained):
 def test_every_step_has_its_loss_per_source(place, pretrained):
     lines = place.lines("pretrained", "train")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    seen = {name for line in lines for name in line["by_group"]}
+    seen = {name for line in lines for name in by_group(line, "loss")}
     assert seen == {"code", "words"}
     for line in lines:
         assert line["tokens"] == 8 * 64
         # Each of the 8 rows has one source, so the loss is made of eighths.
-        code, words = (line["by_group"].get(name, 0.0) for name in ("code", "words"))
+        code, words = (line.get(f"loss/{name}", 0.0) for name in ("code", "words"))
         mixed = [(n * code + (8 - n) * words) / 8 for n in range(9)]
         assert min(abs(line["loss"] - value) for value in mixed) < 1e-4
         assert line["skipped"] == 0
@@ -108,10 +109,11 @@ def test_every_step_has_its_loss_per_source(place, pretrained):
 
 def test_bits_per_byte_are_the_loss_in_another_unit(place, pretrained):
     line = place.lines("pretrained", "eval")[-1]
-    nats = {name: line["by_group"][name] * n for name, n in line["tokens"].items()}
+    tokens = by_group(line, "tokens")
+    nats = {name: line[f"loss/{name}"] * n for name, n in tokens.items()}
     sizes = {
         name: nats[name] / math.log(2) / bits
-        for name, bits in line["bits_by_group"].items()
+        for name, bits in by_group(line, "bits_per_byte").items()
     }
     for size in sizes.values():
         assert abs(size - round(size)) < 0.05, "whole bytes"
@@ -134,7 +136,8 @@ def test_the_first_rows_of_text_are_kept_with_their_marks(place, pretrained):
     """A row of `seq_len` predictions; all of its tokens but the first are trained."""
     run = place.run_dir("pretrained")
     sources = {x["group"] for row in rows_of(run) for x in row["documents"]}
-    assert sources <= place.lines("pretrained", "eval")[0]["tokens"].keys() != set()
+    evaluated = by_group(place.lines("pretrained", "eval")[0], "tokens")
+    assert sources <= evaluated.keys() != set()
     length = json.loads((run / "config.json").read_text())["data"]["seq_len"]
     for row in rows_of(run):
         spans = [span for document in row["documents"] for span in document["spans"]]
@@ -202,7 +205,7 @@ def test_instruction_tuning_starts_from_the_pretrained_model(place, tuned_after)
     assert tuned_after.code == 0, tuned_after.err
     held = place.lines("tuned", "eval")
     assert held[-1]["loss"] < held[0]["loss"]
-    assert held[-1]["bits_per_byte"] is None
+    assert "bits_per_byte" not in held[-1]
     assert re.search(r"base model\W+runs/pretrained", tuned_after.out)
 
 

@@ -7,7 +7,6 @@ removes the file. Imports no JAX, so that a command answers at once.
 """
 
 import dataclasses
-import datetime
 import getpass
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 from research.core import atomic_files
 from research.core.errors import UserError, nearest
 from research.core.json_files import mismatch, read_json, require_file
+from research.runs.utc_clock import utc_now
 
 FOLDER = "requests"
 # Each is one thing a step boundary can do.
@@ -59,7 +59,7 @@ def write_request(run: Path, kind: str) -> str:
             f"{', '.join(KINDS)}"
         )
     name = uuid.uuid4().hex[:12]
-    asked = {"kind": kind, "id": name, "asked_at": now(), "asked_by": _whoami()}
+    asked = {"kind": kind, "id": name, "asked_at": utc_now(), "asked_by": _whoami()}
     path = run / FOLDER / f"{kind}-{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -106,11 +106,6 @@ def answer_to(history: Path, name: str) -> dict[str, Any] | None:
         return None
     known = (answer for answer in answers if not mismatch(answer, ANSWER))
     return next((answer for answer in known if answer["id"] == name), None)
-
-
-def now() -> str:
-    """The time in UTC, as ISO 8601. Microseconds keep the order of quick requests."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
 def _whoami() -> str:

@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.runs.control.request_files import KINDS, Request, now, pending
+from research.runs.control.request_files import KINDS, Request, pending
+from research.runs.utc_clock import utc_now
 
 LOOK_EVERY = 0.5  # seconds
 
@@ -100,7 +101,7 @@ class RequestListener:
         for folder, request in requests:
             fields = dataclasses.asdict(request)
             del fields["path"]
-            more = {"answered_at": now(), "step": step, "answer": answer}
+            more = {"answered_at": utc_now(), "step": step, "answer": answer}
             self._folders[folder](fields | more)
             # The answer is on disk first: a crash in between leaves a request that the
             # next start drops, and none without an answer.

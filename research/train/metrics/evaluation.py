@@ -10,7 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.data.metric_sums import NATS_PER_TOKEN, Sums, means_by_group
+from research.data.metric_sums import (
+    NATS_PER_TOKEN,
+    Sums,
+    by_group,
+    group_fields,
+    means_by_group,
+)
 
 AHEAD = 16  # batches that are dispatched before the first of them is read
 
@@ -28,7 +34,7 @@ class Evaluation:
         tokenizer; None where the held-out rows are not whole texts.
       bits_by_group: the same per group.
       metrics: the other means of the objective by name, None where nothing was
-        counted; and the same by group, under `metric_sums.group_key`.
+        counted; and the same by group, as `metric_sums.group_fields` names them.
       loss_unit: the unit of the loss, as the objective gives it.
     """
 
@@ -41,25 +47,38 @@ class Evaluation:
     loss_unit: str = NATS_PER_TOKEN
 
     def line(self) -> dict[str, Any]:
-        """The keys and values of metrics.jsonl.
+        """The fields of metrics.jsonl.
 
         Raises:
-          ValueError: a metric has the name of another key.
+          ValueError: a metric has the name of another field.
         """
-        line = dataclasses.asdict(self)
-        metrics = line.pop("metrics")
-        if names := [name for name, x in metrics.items() if not isinstance(x, dict)]:
-            line["metrics"] = names  # For those who read the line without the task.
-        return add_metrics(line, metrics)
+        line = {
+            "loss": self.loss,
+            "loss_unit": self.loss_unit,
+            **group_fields("loss", self.by_group),
+            **group_fields("tokens", self.tokens),
+            **group_fields("bits_per_byte", self.bits_by_group),
+        }
+        if self.bits_per_byte is not None:
+            line["bits_per_byte"] = self.bits_per_byte
+        if self.means:  # For those who read the line without the task.
+            line["metrics"] = ",".join(self.means)
+        return add_metrics(line, self.metrics)
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """The metrics over everything, without those by group."""
+        return {name: x for name, x in self.metrics.items() if "/" not in name}
 
 
 def add_metrics(line: dict[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """`line` with the metrics of an objective.
 
     Raises:
-      ValueError: a metric has the name of another key.
+      ValueError: a metric has the name of another field.
     """
-    if taken := line.keys() & metrics.keys():
+    fields, names = ({x.partition("/")[0] for x in found} for found in (line, metrics))
+    if taken := fields & names:
         raise ValueError(
             f"the objective has a metric named {', '.join(sorted(taken))}, which "
             "metrics.jsonl uses for something else: rename it"
@@ -116,17 +135,17 @@ def add_up(
     }
     in_text = sum(text_bytes[name] for name in bits)
     of_text = [i < len(groups) and groups[i] in bits for i in range(len(loss))]
-    metrics = {name: _mean(*pair) for name, pair in total.items() if name != "loss"}
-    by_group = means_by_group(total, groups)
+    others = {name: pair for name, pair in total.items() if name != "loss"}
+    metrics = {name: _mean(*pair) for name, pair in others.items()}
     return Evaluation(
         loss=_mean(loss, weight) or 0.0,
-        by_group=by_group.pop("by_group"),
+        by_group=by_group(means_by_group(total, groups), "loss"),
         tokens={groups[i]: int(weight[i]) for i in seen},
         bits_per_byte=float(loss.sum(where=of_text) / math.log(2) / in_text)
         if in_text
         else None,
         bits_by_group=bits,
-        metrics=metrics | by_group,
+        metrics=metrics | means_by_group(others, groups),
         loss_unit=loss_unit,
     )
 

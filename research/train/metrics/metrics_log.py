@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from research.config.run_config import Config
+from research.config.run_config import Config, hyperparameters
 from research.core.errors import DivergedError, files_of_step
-from research.data.metric_sums import Sums, means_by_group
+from research.data.metric_sums import Sums, group_fields, means_by_group
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file
@@ -97,7 +97,11 @@ class StepLog:
         self._peak = runtime.peak_flops(config.runtime)
         leader = jax.process_index() == 0
         with self._attributed():
-            self._file = metrics_file.MetricsFile(folder, first) if leader else None
+            self._file = (
+                metrics_file.MetricsFile(folder, first, hyperparameters(config))
+                if leader
+                else None
+            )
         mode = config.runtime.progress if leader else "none"
         self._view = ProgressView(console, mode, first, config.steps)
 
@@ -138,7 +142,7 @@ class StepLog:
         if "skipped" in values:
             line["skipped"] = int(values["skipped"])
         if norms:
-            line["grad_norm_by_path"] = norms
+            line |= group_fields("grad_norm", norms)
         line = add_metrics(line, metrics)
         self._write(number, "train", line)
         self._view.update(number, line, metrics=means_of.keys() - {"loss"})
@@ -159,18 +163,20 @@ class StepLog:
     def _means(
         self, sums: Sums, means: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Gives `loss` and `by_group`, and the other means of the objective.
+        """Gives the loss, and the other means of the objective, with those by group.
 
         A metric of which this step counted nothing is None.
         """
-        by_group = means_by_group(sums, self._groups)
-        loss = {"loss": float(means["loss"]), "by_group": by_group.pop("by_group")}
+        others = {name: ratio for name, ratio in sums.items() if name != "loss"}
+        loss = means_by_group({"loss": sums["loss"]}, self._groups)
         metrics = {
-            name: float(value) if np.sum(sums[name].denominator) > 0 else None
-            for name, value in means.items()
-            if name != "loss"
+            name: float(means[name]) if np.sum(ratio.denominator) > 0 else None
+            for name, ratio in others.items()
         }
-        return loss, metrics | by_group
+        return (
+            {"loss": float(means["loss"])} | loss,
+            metrics | means_by_group(others, self._groups),
+        )
 
     def _goodput(self) -> float:
         """Share of this process's life so far that were steps."""
@@ -223,14 +229,10 @@ class StepLog:
           SaveError: it could not be written down.
         """
         # The wall time of this process so far, by phase.
-        line = found.line() | {"seconds": self._phases.seconds}
+        line = found.line() | group_fields("seconds", self._phases.seconds)
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
-        measured = {
-            f"eval_{name}": value
-            for name, value in found.metrics.items()
-            if not isinstance(value, dict)
-        }
+        measured = {f"eval_{name}": value for name, value in found.means.items()}
         self._view.update(number, shown | measured, line=False, metrics=measured)
         bits = found.bits_per_byte
         more = f"  {bits:.4f} bits per byte" if bits is not None else ""

@@ -16,6 +16,7 @@ from research.config.hub_pins import EMBEDDED
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import is_hub
+from research.core.local_paths import expanded
 from research.runs import provenance
 
 ROOT = provenance.ROOT
@@ -45,7 +46,7 @@ def portable(job: LaunchJob, target: str) -> LaunchJob:
 
 def _from_root(config: str, target: str) -> str:
     # ml_collections allows :ARGUMENT after the config file.
-    file, mark, argument = config.partition(":")
+    file, mark, argument = expanded(config).partition(":")
     path = Path(file).resolve()
     if not path.is_relative_to(ROOT.resolve()):
         raise UserError(
@@ -134,7 +135,7 @@ def committed(jobs: Sequence[LaunchJob], target: str) -> str:
             "commit or stash them"
         )
     configs = [x for job in jobs for x in job.flags if x.startswith("--config=")]
-    read = [x.partition("=")[2].partition(":")[0] for x in configs]
+    read = [expanded(x.partition("=")[2]).partition(":")[0] for x in configs]
     rows = [job.config.data.path for job in jobs]
     read += [path for path in rows if path != EMBEDDED and not is_hub(path)]
     for file in dict.fromkeys(read):

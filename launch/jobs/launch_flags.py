@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from research.core.errors import UserError
+from research.core.local_paths import expanded
 
 
 class LaunchParser(argparse.ArgumentParser):
@@ -42,6 +43,11 @@ def add_text(
     parser: argparse.ArgumentParser, name: str, help: str, default: str = ""
 ) -> None:
     parser.add_argument(name, default=default, help=help)
+
+
+def add_path(parser: argparse.ArgumentParser, name: str, help: str) -> None:
+    """Adds a flag that names a file or folder of this machine."""
+    parser.add_argument(name, type=expanded, default="", help=help)
 
 
 def add_texts(

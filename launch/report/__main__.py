@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs.launch_flags import LaunchParser, add_text
+from launch.jobs.launch_flags import LaunchParser, add_path
 from research.config import command_line
 from research.core.errors import UserError
 from research.core.local_paths import local_path
@@ -19,8 +19,8 @@ so far, and shows report.md. It names the runs that are not done.
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = LaunchParser(prog="python -m launch.report", description=USAGE)
-    add_text(parser, "--sweep", "the sweep's file, or the folder of its runs")
-    add_text(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
+    add_path(parser, "--sweep", "the sweep's file, or the folder of its runs")
+    add_path(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
     options = parser.parse_args(argv[1:])
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from launch import targets
 from launch.jobs import launcher
-from launch.jobs.launch_flags import LaunchParser, add_text, at_least, split_flags
+from launch.jobs.launch_flags import (
+    LaunchParser,
+    add_path,
+    add_text,
+    at_least,
+    split_flags,
+)
 from launch.jobs.launch_job import LaunchPlan
 from launch.sweep import run_packs, sweep_runs, sweep_spec
 from launch.sweep.run_packs import RunPack
@@ -71,9 +77,9 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
         )
     target = targets.find(name)
     parser = LaunchParser(prog="python -m launch.sweep", description=USAGE)
-    add_text(parser, "--sweep", "sweep file; see configs/sweeps/")
+    add_path(parser, "--sweep", "sweep file; see configs/sweeps/")
     add_text(parser, "--target", f"{', '.join(known)}; default: local", "local")
-    add_text(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
+    add_path(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
     add_text(parser, "--seeds", "seeds in place of the sweep's, as 0,1,2")
     most = "most runs in one program; default: 8 on this machine, 1 elsewhere"
     parser.add_argument("--together", type=at_least(1), default=None, help=most)

@@ -20,12 +20,12 @@ from ml_collections import config_flags
 from research.config import help_text
 from research.config.config_file import load_config_file, locate, without_dump
 from research.config.cross_knob_rules import check_effects
-from research.config.knobs import check_limits, facts_of, flat
+from research.config.knobs import check_limits, facts_of, flat, map_paths
 from research.config.run_config import Config, from_config_dict
 from research.config.saved_config import from_json
 from research.core import standard_streams
 from research.core.errors import PREEMPTED, SaveError, UserError, nearest
-from research.core.local_paths import local_path
+from research.core.local_paths import expanded, local_path
 from research.core.stop_signals import stop_signals
 
 T = TypeVar("T")
@@ -156,7 +156,9 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
                 f"unexpected argument {word!r}; flags start with --{listed}"
             )
         values["verb"] = word
-    values = {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+    for name, value in values.items():
+        value = tuple(value) if type(value) is list else value
+        values[name] = map_paths(known[name], value, expanded)
     result = options(**values)
     check_limits(result, "--")
     return result

@@ -18,6 +18,7 @@ import ml_collections
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
+from research.core.local_paths import expanded
 from research.core.visible_text import visible
 
 MODULE = "research_config_file"
@@ -56,7 +57,7 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
 
 def _split(given: str) -> tuple[str, list[str]]:
     """The file, whose path may hold a colon, and the arguments of `get_config`."""
-    given = os.path.expanduser(given)
+    given = expanded(given)
     file, colon, argument = given.rpartition(":")
     return (file, [argument]) if colon and not os.path.isfile(given) else (given, [])
 
@@ -70,7 +71,7 @@ def call_in_file(
       UserError: the file is missing, or fails. The message begins with `flag`, and has
         the file's name and, if it fails, the line.
     """
-    file = os.path.expanduser(file)
+    file = expanded(file)
     if not os.path.isfile(file):
         raise UserError(f"{flag}: there is no such file")
     try:

@@ -7,10 +7,11 @@ import dataclasses
 import math
 import shlex
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from research.core.errors import UserError, nearest
+from research.core.local_paths import expanded
 
 if TYPE_CHECKING:
     # Only the doors need it: the core must run on a bare accelerator image.
@@ -108,6 +109,18 @@ def facts_of(field: "dataclasses.Field[Any]") -> KnobFacts:
     return field.metadata["facts"]
 
 
+def map_paths(
+    field: "dataclasses.Field[Any]", value: Any, change: Callable[[str], str]
+) -> Any:
+    """The value of a knob with `change` made to each path that it names, if any."""
+    if not facts_of(field).is_path:
+        return value
+    if isinstance(value, tuple):
+        parts = [written.partition("=") for written in value]
+        return tuple(name + mark + change(where) for name, mark, where in parts)
+    return change(value)
+
+
 def check_limits(config: Any, prefix: str) -> None:
     """Checks every knob of a group against its own choices and range.
 
@@ -129,7 +142,7 @@ def to_config_dict(config: Any) -> "ml_collections.ConfigDict":
 
 
 def build(cls: type, values: Any, path: str) -> Any:
-    """An instance of the group `cls` from nested mappings.
+    """An instance of the group `cls` from nested mappings; `~` begins paths at home.
 
     Raises:
       UserError: a field is unknown, missing or of another type.
@@ -147,14 +160,15 @@ def build(cls: type, values: Any, path: str) -> Any:
         raise UserError(
             f"{path} lacks {', '.join(missing)}: start from research.config.defaults()"
         )
-    return cls(
-        **{
-            name: build(hint, values[name], f"{path}.{name}")
-            if dataclasses.is_dataclass(hint)
-            else _coerce(hint, values[name], f"{path}.{name}")
-            for name, hint in hints.items()
-        }
-    )
+    known: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        hint, value = hints[field.name], values[field.name]
+        place = f"{path}.{field.name}"
+        if dataclasses.is_dataclass(hint):
+            known[field.name] = build(hint, value, place)
+        else:
+            known[field.name] = map_paths(field, _coerce(hint, value, place), expanded)
+    return cls(**known)
 
 
 def changed(config: T, changes: Mapping[str, Any], where: str) -> T:

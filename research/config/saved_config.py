@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.config.knobs import build, changed, facts_of, fields
+from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError
 
@@ -139,13 +139,10 @@ def _filled(known: dict[str, Any], values: Any) -> Any:
 def with_absolute_paths(config: Config, folder: Path) -> Config:
     """`config`, where paths that are relative and exist below `folder` are absolute."""
     folder = folder.absolute()
-    places: dict[str, Any] = {}
-    for path, field, value in fields(config):
-        if facts_of(field).is_path and isinstance(value, tuple):
-            parts = [written.partition("=") for written in value]
-            places[path] = tuple(x + y + _absolute(z, folder) for x, y, z in parts)
-        elif facts_of(field).is_path:
-            places[path] = _absolute(value, folder)
+    places = {
+        path: map_paths(field, value, lambda written: _absolute(written, folder))
+        for path, field, value in fields(config)
+    }
     return changed(config, places, "the paths of the config")
 
 

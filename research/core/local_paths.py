@@ -1,11 +1,24 @@
 """Paths that a user writes: `~` is the home folder, and an address is no path."""
 
+import os
 import re
 from pathlib import Path
 
 from research.core.errors import UserError
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+# A path, or each of several with commas between them.
+FIRST_PARTS = re.compile(r"(^\s*|,\s*)(~[^/,]*)")
+
+
+def expanded(written: str) -> str:
+    """`written`, where a `~` that begins a path is the home folder.
+
+    All knobs and flags that take paths pass through here. Addresses, words and the home
+    of an unknown user stay as they are.
+    """
+    return FIRST_PARTS.sub(lambda x: x[1] + os.path.expanduser(x[2]), written)
 
 
 def local_path(written: str | Path, name: str = "a path") -> Path:

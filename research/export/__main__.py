@@ -20,8 +20,8 @@ is RUN_DIR/model.
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
-    run: str = knob("", "run directory that research.train made")
-    out: str = knob("", "folder to write; empty: RUN_DIR/model")
+    run: str = knob("", "run directory that research.train made", is_path=True)
+    out: str = knob("", "folder to write; empty: RUN_DIR/model", is_path=True)
     step: str = knob("latest", "checkpoint: latest, best, or a step number")
     dtype: str = knob(
         "float32",

@@ -34,7 +34,7 @@ class PlanFlags:
     slices: int = knob(0, "number of slices; 0: config.runtime.slices", low=0)
     device: str = knob("", "estimate only, for 4090, h100:8, v5e:4x4, 24GB or cpu")
     search: bool = knob(False, "find the largest micro-batch, layouts and remat")
-    json: str = knob("", "file to write the plan into")
+    json: str = knob("", "file to write the plan into", is_path=True)
     preset: str = knob("", "shape that stands for the config's model")
 
 

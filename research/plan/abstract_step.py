@@ -84,7 +84,7 @@ def _vocabulary(config: Config) -> int:
     kind, _, size = asked.partition(":")
     if kind == "bpe" and size.isdigit():
         return int(size)
-    if asked == "byte" or Path(asked).expanduser().exists():
+    if asked == "byte" or Path(asked).exists():
         return open_tokenizer(config.text, config.data).largest_id + 1
     return 0
 

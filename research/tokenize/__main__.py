@@ -22,9 +22,11 @@ WHERE is stdlib, a file, a folder or hub://owner/name[@revision][:subset[@split]
 class TokenizeFlags:
     """The flags of `python -m research.tokenize`."""
 
-    source: tuple[str, ...] = knob((), "text to train on, name=where; repeatable")
+    source: tuple[str, ...] = knob(
+        (), "text to train on, name=where; repeatable", is_path=True
+    )
     vocab: int = knob(4096, "number of ids", low=257)
-    out: str = knob("", "new folder to write tokenizer.json to")
+    out: str = knob("", "new folder to write tokenizer.json to", is_path=True)
     held_out_share: float = knob(
         0.01,
         "share of the documents that is not trained on, as config.text.held_out_share",

@@ -28,7 +28,9 @@ takes all on an accelerator, and one after another on a CPU.
 class TogetherFlags:
     """The flags of `python -m research.train_together`."""
 
-    runs: str = knob("", "JSON list of objects, knob -> value, or the file with it")
+    runs: str = knob(
+        "", "JSON list of objects, knob -> value, or the file with it", is_path=True
+    )
     at_once: int = knob(0, "runs in one product; 0: what suits the device", low=0)
 
 

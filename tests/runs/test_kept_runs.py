@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from doors import run_door
 from rich.console import Console
 from small_run import saved_state
 from tiny_model import make_tiny_model
@@ -34,6 +35,7 @@ from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.tasks import task_registry
+from research.train import __main__ as train_door
 from research.train import start_to_report
 
 KEPT = Path(__file__).parents[1] / "golden" / "kept" / "runs"
@@ -115,9 +117,10 @@ def wanted(run, **changes) -> Config:
     return dataclasses.replace(found, run_dir=str(run), **changes)
 
 
-def test_it_is_complete_and_the_same_command_says_so(run, capfd):
-    assert start_to_report.train([wanted(run)]) == 0
-    assert "is complete" in capfd.readouterr().err
+def test_it_is_complete_and_the_same_command_says_so(run, place):
+    flags = ("--config=config.py", f"--config.run_dir={run}")
+    done = run_door(train_door.main, place, "train", *flags)
+    assert done.returncode == 0 and f"{run} is complete" in done.stderr, done.stderr
 
 
 def test_its_history_and_its_checkpoint_are_whole(run):

@@ -35,6 +35,8 @@ def run_door(main, folder, *argv):
     ):
         # ml_collections loads a config file the old way.
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+        # Another test may have logged more, and the logger remembers what it lets by.
+        logging.getLogger().setLevel(logging.WARNING)
         code = None
         try:
             command_line.run(main)

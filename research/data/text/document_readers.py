@@ -18,6 +18,7 @@ from typing import Any
 
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress
+from research.core.local_paths import local_path
 from research.data.compressed_files import COMPRESSED, kind_of, open_bytes
 from research.data.document_pieces import (
     Chunks,
@@ -87,7 +88,7 @@ class TextSource:
 
     @property
     def is_folder(self) -> bool:
-        return not Path(self.where).expanduser().is_file()
+        return not local_path(self.where).is_file()
 
     @property
     def text_bytes(self) -> int:

@@ -12,12 +12,14 @@ import functools
 import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.metrics import throughput
 from research.train.step import optimizers, train_step
 from research.weights import parameter_paths, trainable
+from research.weights.parameter_spec import Spec
 
 Result = dict[str, Any]
 # As in configs/pretrain_1b.py and configs/finetune_8b.py, which a bare image cannot
@@ -73,8 +76,9 @@ def seconds_of(call: Callable[[], Any], times: int) -> float:
     """Seconds of one call, of `times` that are given to the device at once."""
     jax.block_until_ready(call())
     begun = time.perf_counter()
-    results = [call() for _ in range(times)]
-    jax.block_until_ready(results[-1])
+    for _ in range(times):
+        last = call()  # Earlier results free their memory.
+    jax.block_until_ready(last)
     return (time.perf_counter() - begun) / times
 
 
@@ -88,6 +92,16 @@ def peak_memory_gb() -> float | None:
 def peak_flops() -> float | None:
     chip = chips.by_device_kind(jax.devices()[0].device_kind)
     return chip.flops if chip else None
+
+
+def installed() -> dict[str, str]:
+    """Versions of what a figure may depend on, as far as it is installed."""
+    wanted = re.compile(r"(jax|flax|optax|orbax|torch|transformers|peft|nvidia|libtpu)")
+    return {
+        found.name: found.version
+        for found in metadata.distributions()
+        if wanted.match(found.name)
+    }
 
 
 def device(size: int = 8192, copied: int = 2**29, times: int = 20) -> Iterator[Result]:
@@ -105,8 +119,7 @@ def device(size: int = 8192, copied: int = 2**29, times: int = 20) -> Iterator[R
         "platform": first.platform,
         "capability": str(getattr(first, "compute_capability", "")),
         "memory_gb": stats.get("bytes_limit", 0) / 1e9,
-        "jax": jax.__version__,
-        "python": sys.version.split()[0],
+        "versions": {"python": sys.version.split()[0], **installed()},
         "runtime": first.client.platform_version.partition("\n")[0],
     }
     keys = jax.random.split(jax.random.key(0), 2)
@@ -319,12 +332,21 @@ class Job:
 
 
 def draw_weights(model: Model, dtype: Any) -> dict[str, jax.Array]:
-    """Random weights of `dtype`, made on the device."""
+    """Random weights of `dtype`, distributed as `Model.init` has them.
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
-        return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
+    One after the other: all in one program take 79 GB for 8B parameters, because the
+    float32 values of many live at the same time.
+    """
 
-    return jax.jit(init)(jax.random.key(0))
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key: jax.Array, spec: Spec) -> jax.Array:
+        if spec.std == 0.0:
+            return jnp.ones(spec.shape, dtype)
+        return spec.std * jax.random.normal(key, spec.shape, dtype)
+
+    keys = jax.random.split(jax.random.key(0), len(model.specs))
+    pairs = zip(keys, model.specs.items(), strict=True)
+    return {path: draw(key, spec) for key, (path, spec) in pairs}
 
 
 def step(

@@ -14,7 +14,8 @@ import filelock
 
 from launch.jobs.launch_job import check_training_flags
 from launch.sweep.sweep_spec import Axis, Sweep
-from research.config.knobs import changed, flag
+from research.config.field_names import flag
+from research.config.knobs import changed
 from research.config.run_config import Config, with_effect
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest

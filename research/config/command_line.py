@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from research.config import help_text
 from research.config.config_file import load_config_file, locate, without_dump
 from research.config.cross_knob_rules import check_effects
+from research.config.field_names import explain
 from research.config.knobs import check_limits, facts_of, flat, map_paths
 from research.config.run_config import Config, from_config_dict
 from research.config.saved_config import from_json
@@ -36,6 +37,7 @@ JAX_REFUSES = re.compile(
     r"for environment '(?P<variable>JAX_\w+)'|"
     r"^Invalid value .* for JAX flag (?P<flag>\w+)"
 )
+ABSL_FLAGS = {"flagfile", "undefok"}
 HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 
@@ -72,7 +74,7 @@ def parse_with_config(
     """
     _answer_help(argv, usage, options, has_config=True)
     file, others = _take_config_file(argv)
-    _check_overrides(others[1:])
+    _check_names(others[1:], options)
     flag_values = _define(options)
     config = load_config_file(file)
     try:
@@ -183,17 +185,48 @@ def _take_config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
     return file, others
 
 
-def _check_overrides(arguments: Sequence[str]) -> None:
-    """Raises a UserError with the nearest name for a mistyped knob."""
+def _check_names(arguments: Sequence[str], options: type) -> None:
+    """Refuses names that are neither flags nor knobs, and explains each.
+
+    Raises:
+      UserError: there are such names.
+    """
+    own = {field.name for field in dataclasses.fields(options)} | ABSL_FLAGS
     knobs = flat(Config())
-    for argument in arguments:
-        name = argument.partition("=")[0].lstrip("-")
-        if name.startswith("config.") and name[len("config.") :] not in knobs:
-            raise UserError(
-                f"--{name} is not a knob"
-                f"{nearest(name, [f'config.{knob}' for knob in knobs])}; --help lists "
-                "them all"
-            )
+    refused = []
+    words = [*reversed(arguments)]
+    while words:
+        word = words.pop()
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-") or not name:
+            continue
+        path = name.removeprefix("config.")
+        if name in own or (path != name and path in knobs):
+            is_switch = type(knobs.get(path)) is bool or _is_switch(options, name)
+            if words and not equals and not is_switch:
+                words.pop()  # The value, which may begin with a dash.
+        elif not _is_negated(name, options, knobs):
+            near = nearest(name, own) if path == name else ""
+            given = value if equals else None
+            if words and not equals and not words[-1].startswith("-"):
+                given = words.pop()
+            refused.append(f"--{name}{near or explain(path, knobs, given)}")
+    if len(refused) == 1:
+        raise UserError(f"{refused[0]}; --help lists all knobs")
+    if refused:
+        listed = "\n  ".join(refused)
+        raise UserError(f"unknown here:\n  {listed}\n--help lists all knobs")
+
+
+def _is_switch(options: type, name: str) -> bool:
+    return typing.get_type_hints(options).get(name) is bool
+
+
+def _is_negated(name: str, options: type, knobs: Mapping[str, Any]) -> bool:
+    """Whether this is `noquick` or `noconfig.export`, which sets a switch to False."""
+    path = name.removeprefix("no").removeprefix("config.")
+    ours = name.startswith("noconfig.") and type(knobs.get(path)) is bool
+    return ours or (name.startswith("no") and _is_switch(options, name[2:]))
 
 
 def resume_after_signals() -> None:

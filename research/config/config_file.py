@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from research.config.field_names import explain
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
@@ -89,15 +89,16 @@ def _cause(error: BaseException) -> str:
     """The error in one line, with the nearest knobs where there is no such knob."""
     said = _said(error)
     if missing := MISSING.search(said):
-        return f"{missing['name']!r} is not a knob{nearest_knobs(missing['name'])}"
+        return f"{missing['name']!r}{explain(missing['name'], flat(Config()))}"
     # A group that is read: ml_collections wraps the KeyError of its lookup.
     if isinstance(error, AttributeError) and error.args:
         inner = error.args[0]
         if isinstance(inner, KeyError):
             name = str(inner.args[0]).partition("\n")[0].strip("'\"")
             groups = [field.name for field in dataclasses.fields(Config)]
-            near = nearest(name, groups) or nearest_knobs(name)
-            return f"{name!r} is neither a group nor a knob{near}"
+            if near := nearest(name, groups):
+                return f"{name!r} is neither a group nor a knob{near}"
+            return f"{name!r}{explain(name, flat(Config()))}"
     if misfit := MISFIT.search(said):
         value, found = misfit["value"], misfit["found"]
         wanted = misfit["wanted"].rpartition(".")[2].replace("ConfigDict", "a group")
@@ -115,16 +116,6 @@ def _said(error: BaseException) -> str:
         return str(error)
     except Exception as failure:
         return f"(its text cannot be made: {type(failure).__name__})"
-
-
-def nearest_knobs(name: str) -> str:
-    """` (did you mean 'optim.learning_rate'?)`: knobs whose last part is closest."""
-    by_last: dict[str, list[str]] = {}
-    for path in flat(Config()):
-        by_last.setdefault(path.rpartition(".")[2], []).append(path)
-    near = difflib.get_close_matches(name, by_last, n=1, cutoff=0.5)
-    paths = " or ".join(map(repr, by_last[near[0]])) if near else ""
-    return f" (did you mean {paths}?)" if near else ""
 
 
 def locate(error: UserError, given: str, overrides: Sequence[str]) -> UserError:

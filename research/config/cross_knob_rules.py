@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from research.config.knobs import flat, shell_flag
+from research.config.field_names import shell_flag
+from research.config.knobs import flat
 from research.core.errors import UserError
 
 

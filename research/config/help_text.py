@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from research.config.cross_knob_rules import RULES, conditions_of
+from research.config.field_names import explain
 from research.config.knobs import facts_of, fields
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
@@ -51,11 +52,8 @@ def topic_help(topic: str, options: type, *, has_config: bool) -> str:
     if name in groups:
         group = functools.reduce(getattr, name.split("."), Config())
         return "\n\n".join(_group_help(group, f"config.{name}")) + "\n"
-    known = [*own, *knobs, *groups]
-    raise UserError(
-        f"--help={topic}: there is no such flag, knob or group"
-        f"{nearest(name, known)}; --help lists them all"
-    )
+    said = nearest(name, [*own, *groups]) or explain(name, knobs)
+    raise UserError(f"--help={topic}: {name}{said}; --help lists all flags and knobs")
 
 
 def _group_help(group: Any, path: str) -> Iterator[str]:

@@ -15,10 +15,10 @@ from research.config.choices import (
     OPTIMIZERS,
     REMATS,
     SCHEDULES,
+    TASK_MODULES,
     UNDECODABLE,
 )
 from research.config.knobs import free_knob, knob
-from research.config.task_kinds import TASK_MODULES
 
 NEWEST_EDITION = 3  # of the rules by which rows are read and split
 

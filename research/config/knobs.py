@@ -5,11 +5,11 @@ A group of knobs is a frozen dataclass whose fields are knobs or further groups.
 
 import dataclasses
 import math
-import shlex
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from research.config.field_names import explain
 from research.core.errors import UserError, nearest
 from research.core.local_paths import expanded
 
@@ -90,20 +90,6 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield f"{prefix}{field.name}", field, value
 
 
-def flag(knob: str, value: Any) -> str:
-    """A knob as the command line writes it."""
-    return f"--config.{knob}={tuple(value) if isinstance(value, list) else value}"
-
-
-def shell_flag(knob: str, value: Any) -> str:
-    """A knob for a shell, in double quotes where that can be."""
-    name, _, text = flag(knob, value).partition("=")
-    if shlex.quote(text) in (text, "''"):
-        return f"{name}={text}"
-    special = set(text) & set('"$`!\\')
-    return shlex.quote(f"{name}={text}") if special else f'{name}="{text}"'
-
-
 def facts_of(field: "dataclasses.Field[Any]") -> KnobFacts:
     """The facts that `knob` put into the field of a group."""
     return field.metadata["facts"]
@@ -153,7 +139,7 @@ def build(cls: type, values: Any, path: str) -> Any:
     for name in values:
         if name not in hints:
             raise UserError(
-                f"{path}.{name} is not a knob{nearest(name, hints)}; --help lists all"
+                f"{path}.{name}{explain(name, hints)}; --help lists all knobs"
             )
     missing = [name for name in hints if name not in values]
     if missing:
@@ -181,7 +167,7 @@ def changed(config: T, changes: Mapping[str, Any], where: str) -> T:
     known = flat(config)
     for name, value in changes.items():
         if name not in known:
-            raise UserError(f"{where}: {name!r} is not a knob{nearest(name, known)}")
+            raise UserError(f"{where}: {name!r}{explain(name, known)}")
         *groups, last = name.split(".")
         group = values
         for part in groups:

@@ -18,6 +18,8 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+# Below this share of common letters (`difflib`), a suggestion would only mislead.
+LIKENESS = 0.65
 STOPPED = 7  # Stopped by a request and saved: the same command resumes the run.
 STUCK = 6  # No progress, or another process is gone.
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal; the same command resumes the run.
@@ -95,7 +97,13 @@ class DamagedError(UserError):
     exit_code = 5
 
 
+def closest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
+    """The one of `known` that is most like `word`; empty if none is like it."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
+    return found[0] if found else ""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = closest(word, known)
+    return f" (did you mean {near!r}?)" if near else ""

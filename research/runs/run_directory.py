@@ -14,6 +14,7 @@ import filelock
 import jax
 
 from research.checkpoints.run_identity import Identity, check_identity
+from research.config.field_names import explain
 from research.config.hub_pins import Pins, is_pin, pinned, resolve_addresses
 from research.config.knob_groups import NEWEST_EDITION
 from research.config.knobs import flat
@@ -25,7 +26,7 @@ from research.core.atomic_files import (
     remove_leftovers,
     write_whole,
 )
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError
 from research.core.json_files import read_json, require_file
 from research.core.local_paths import local_path
 from research.parallel import agreement
@@ -158,7 +159,7 @@ class RunDir:
         for name in config.accept:
             if name not in known:
                 raise UserError(
-                    f"config.accept names {name!r}{nearest(name, known)}; it takes "
+                    f"config.accept: {name!r}{explain(name, known)}; it takes "
                     f"{', '.join(IDENTITY_PARTS)} and knobs such as 'data.seq_len'"
                 )
         if ".." in self.path.parts:

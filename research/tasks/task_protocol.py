@@ -99,7 +99,7 @@ class EvaluationRows:
 
 @dataclasses.dataclass(frozen=True)
 class TaskKind:
-    """One kind of task, before its data is read; `config.task_kinds` lists them.
+    """One kind of task, before its data is read; `config.choices` lists them.
 
     Attributes:
       load: reads the data. Raises UserError where that fails or nothing is left.

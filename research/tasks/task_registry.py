@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from research.config.choices import TASK_MODULES
 from research.config.run_config import Config
-from research.config.task_kinds import TASK_MODULES
 from research.core.errors import UserError, nearest
 from research.data.metric_sums import Objective
 from research.data.text.choose_tokenizer import open_tokenizer

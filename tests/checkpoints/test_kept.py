@@ -22,7 +22,8 @@ from small_states import IDENTITY, KEEP, POSITION, abstract, equal, make_state
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
-from research.config.knobs import flag, flat
+from research.config.field_names import flag
+from research.config.knobs import flat
 from research.config.run_config import Config
 
 KEPT = Path(__file__).parents[1] / "golden" / "kept"

@@ -7,11 +7,10 @@ import pytest
 from source_files import FILES
 
 from research.config import choices
-from research.config.choices import KERNELS, OPTIMIZERS, REMATS, SCHEDULES
+from research.config.choices import KERNELS, OPTIMIZERS, REMATS, SCHEDULES, TASK_MODULES
 from research.config.knob_groups import DataConfig, OptimConfig
 from research.config.knobs import facts_of, fields
 from research.config.run_config import Config
-from research.config.task_kinds import TASK_MODULES
 from research.core.errors import UserError
 from research.models.attention_kernels import choose
 from research.models.transformer import REMAT_POLICIES

@@ -83,7 +83,7 @@ REFUSALS = {
     ),
     "no run_dir": Refusal(("--config.run_dir=",), ("config.run_dir",)),
     "mistyped knob": Refusal(
-        ("--config.lora.rnak=4",), ("config.lora.rnak", "'config.lora.rank'")
+        ("--config.lora.rnak=4",), ("config.lora.rnak", "'lora.rank'")
     ),
     "wrong type": Refusal(("--config.steps=many",), ("config.steps", "'many'")),
     "wrong type in the config": Refusal(

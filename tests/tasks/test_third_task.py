@@ -22,6 +22,7 @@ import tiny_model
 from helpers import TINY, close, random_params
 from small_run import as_killed
 
+from research.config.choices import TASK_MODULES
 from research.config.knobs import check_limits
 from research.config.run_config import (
     CheckpointConfig,
@@ -34,7 +35,6 @@ from research.config.run_config import (
     OptimConfig,
     RuntimeConfig,
 )
-from research.config.task_kinds import TASK_MODULES
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.metric_sums import Ratio, by_group, sum_by_group

@@ -1,8 +1,9 @@
 """Means over seeds, their intervals, and what paired differences allow to say."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -69,8 +70,26 @@ def compare(
     elif difference.half == 0:  # Every seed differs by exactly the same amount.
         p = 0.0 if difference.mean else 1.0
     else:
-        p = float(stats.ttest_rel(mine, other).pvalue)
+        # SciPy's own test warns if the differences are equal to the last digits.
+        size = len(seeds) - 1
+        sem = difference.half / stats.t.ppf((1 + LEVEL) / 2, size)
+        p = float(2 * stats.t.sf(abs(difference.mean) / sem, size))
     return PairedComparison(difference, p)
+
+
+def compare_all(
+    points: Mapping[Hashable, Mapping[int, float]],
+) -> dict[tuple[Hashable, Hashable], tuple[PairedComparison | None, float]]:
+    """Every point against every other, each with its p value corrected for all pairs.
+
+    A point that was picked because its mean is the lowest may only be compared so: the
+    pick has looked at every pair. A pair is found in either order.
+    """
+    pairs = list(itertools.combinations(points, 2))
+    found = [compare(points[one], points[other]) for one, other in pairs]
+    adjusted = holm([c.p if c else 1.0 for c in found])
+    made = dict(zip(pairs, zip(found, adjusted, strict=True), strict=True))
+    return made | {(other, one): pair for (one, other), pair in made.items()}
 
 
 def holm(values: Sequence[float]) -> list[float]:

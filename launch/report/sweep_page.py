@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.jobs.launch_templates import fill
-from launch.report import sweep_plots, sweep_results
+from launch.report import best_run, sweep_plots, sweep_results
 from launch.report.seed_statistics import PERCENT
 from launch.report.sweep_results import PointResult, SweepReport
 from research.core.visible_text import visible
@@ -44,6 +44,7 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         autoescape=name.endswith(".html"),
         sweep=report.sweep,
         name=report.folder.name,
+        best=best_run.find_best(report),
         header=header(report),
         rows=[(row, cells(row)) for row in report.rows],
         pictures=pictures,

@@ -53,12 +53,14 @@ class PointResult:
 
     Attributes:
       comparison: None for the baseline and if no seed is shared with it.
+      adjusted: its p value, corrected for all comparisons with the baseline.
       verdict: the comparison in words.
     """
 
     point: tuple[str, ...]
     results: tuple[RunResult, ...]
     comparison: PairedComparison | None
+    adjusted: float
     verdict: str
 
     @property
@@ -125,16 +127,16 @@ def load(folder: Path) -> SweepReport:
     compared = [seed_statistics.compare(_by_seed(by_point[p]), known) for p in others]
     adjusted = seed_statistics.holm([c.p if c else 1.0 for c in compared])
     said = {
-        point: (c, seed_statistics.verdict(c, p, len(others)))
+        point: (c, p, seed_statistics.verdict(c, p, len(others)))
         for point, c, p in zip(others, compared, adjusted, strict=True)
     }
     rows = []
     for point, results in by_point.items():
-        comparison, verdict = said.get(point, (None, "baseline"))
+        comparison, adjusted, verdict = said.get(point, (None, 1.0, "baseline"))
         missing = sum(result.value is None for result in results)
         if missing:
             verdict += f"; {missing} of {len(results)} runs not done"
-        rows.append(PointResult(point, results, comparison, verdict))
+        rows.append(PointResult(point, results, comparison, adjusted, verdict))
     return SweepReport(folder, sweep, tuple(rows))
 
 

@@ -1,6 +1,7 @@
 """Sweeps: what they come to, who trains what, and bad input. Trainers are fakes here
 but in the last part, which trains for real."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from commands import ROOT, chain
 from doors import run_door
 
+import launch.sweep
 from launch.jobs import compiler_settings
 from launch.jobs.launch_job import LaunchPlan
 from launch.sweep import __main__ as sweep_door
@@ -100,6 +102,22 @@ def test_shipped_sweeps_expand(file, monkeypatch):
 
 
 # Which runs share a program.
+
+
+def test_the_documented_sweep_uses_every_function_and_expands(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_sweep.py").write_text(code)
+    monkeypatch.chdir(ROOT)
+    sweep = sweep_spec.load(str(tmp_path / "my_sweep.py"))
+    runs = expand(sweep)
+    assert len(runs) == 12 * 3 and "2 x 2 x 3 points" in text
+    assert sweep.question.startswith("Do more directions help")
+    for name in set(vars(launch.sweep)) - {"sweep_spec"}:
+        if not name.startswith("_") and callable(getattr(launch.sweep, name)):
+            assert f"{name}(" in code and f"`{name}" in text, name
+    for field in dataclasses.fields(Sweep):
+        assert f"| `{field.name}` |" in text
 
 
 def test_runs_share_a_program_where_they_can():

@@ -14,7 +14,13 @@ from commands import ROOT
 from doors import run_door
 from scipy import stats
 
-from launch.report import sweep_page, sweep_plots, sweep_results
+from launch.report import (
+    best_run,
+    seed_statistics,
+    sweep_page,
+    sweep_plots,
+    sweep_results,
+)
 from launch.report.__main__ import main
 from launch.sweep import sweep_runs
 from launch.sweep.sweep_spec import Sweep, grid, listed
@@ -141,6 +147,85 @@ def test_the_verdicts_are_in_words(folder):
     assert re.fullmatch(r"better than the baseline by 0\.(19|20)\d\d", verdicts["16"])
     assert verdicts["4"].endswith("1 of 3 runs not done")
     assert verdicts[r"\<b\>\|\$a_b_c\$"] == "not distinguishable at 3 seeds"
+
+
+def test_the_best_run_is_named_with_how_sure_that_is(folder):
+    """16 is far below the others; 8 and the odd label lie within the noise."""
+    sweep_page.write(folder)
+    losses = last_losses(folder)
+    means = {label: np.mean(list(found.values())) for label, found in losses.items()}
+    place = min((v, seed) for seed, v in losses["16"].items())
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert f"lora.rank=16 has the lowest mean loss: {means['16']:.4f}" in text
+        assert "over 3 seeds, 95 % interval" in text
+        apart = means["8"] - means["16"]
+        assert f"8 (by {apart:.4f})" in text and "It is better than" in text
+        assert "1 point is not compared: some of their runs are not done" in text
+        assert "--config.lora.rank=3" in text and f"{place[0]:.4f}" in text
+    assert re.search(rf"lowest value: \[.*16.*seed-{place[1]}", text.replace("<", "["))
+
+
+def points_of(values, seeds, baseline="a"):
+    """A report of one axis, from `{label: values by seed}`."""
+    results = {
+        label: tuple(
+            sweep_results.RunResult(
+                f"{label}-{seed}", (label,), seed, (), "done", ((1, v),), v,
+                1.0, 1, 0.1, "",
+            )
+            for seed, v in zip(seeds, found, strict=True)
+        )
+        for label, found in values.items()
+    }  # fmt: skip
+    by_seed = {
+        label: {r.seed: r.value for r in found} for label, found in results.items()
+    }
+    rows = []
+    for label, found in results.items():
+        compared = seed_statistics.compare(by_seed[label], by_seed[baseline])
+        own = (None, 1.0) if label == baseline else (compared, compared.p)
+        rows.append(sweep_results.PointResult((label,), found, *own, ""))
+    points = {label: {"lora.rank": i + 1} for i, label in enumerate(values)}
+    sweep = {
+        "axes": [{"name": "r", "points": points}], "metric": "loss",
+        "baseline": [baseline],
+    }  # fmt: skip
+    return sweep_results.SweepReport(Path("x"), sweep, tuple(rows))
+
+
+def test_one_seed_says_that_noise_is_unknown():
+    best = best_run.find_best(points_of({"a": [2.0], "b": [1.0]}, [0]))
+    assert "r=b has the lowest mean loss: 1.0000, with one seed." in best.words
+    assert "nothing is known about noise" in best.words
+    assert (best.flags, best.run.name) == ("--config.lora.rank=2", "b-0")
+
+
+def test_what_lies_within_the_noise_is_not_called_better():
+    """`c` is the best of three means; its lead over `b` changes sign with the seed."""
+    values = {"a": [3.0, 3.1, 3.2], "b": [2.0, 2.3, 2.0], "c": [2.1, 2.0, 2.1]}
+    best = best_run.find_best(points_of(values, [0, 1, 2]))
+    assert best.words.startswith("r=c has the lowest mean")
+    assert "It is not distinguishable from b at 3 seeds." in best.words
+    assert "better than a" in best.words
+
+
+def test_a_lead_over_many_is_corrected_for_every_pair():
+    """Three seeds that show a lead alone do not show it as one of 45 pairs."""
+    few = {"z": [3.0, 3.1, 3.2], "a": [2.0, 2.2, 2.1], "b": [1.9, 2.08, 2.0]}
+    many = few | {f"n{i}": [2.5 + i, 2.1 + i, 2.9 + i] for i in range(7)}
+    seeds = [0, 1, 2]
+    found = {
+        size: best_run.find_best(points_of(values, seeds, "z")).words
+        for size, values in (("few", few), ("many", many))
+    }
+    assert seed_statistics.compare(*_by_seed(few, "b", "a")).p < 0.05 / 3
+    assert "better than a" in found["few"]
+    assert "not distinguishable from a" in found["many"]
+
+
+def _by_seed(values, *labels):
+    return [dict(enumerate(values[label])) for label in labels]
 
 
 def test_the_page_needs_no_other_file_and_quotes_what_it_shows(folder):

@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.jobs.launch_flags import add_texts
@@ -16,7 +16,7 @@ from research.config.hub_pins import EMBEDDED
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import is_hub
-from research.core.local_paths import expanded
+from research.core.local_paths import expanded, listed_paths
 from research.runs import provenance
 
 ROOT = provenance.ROOT
@@ -76,16 +76,22 @@ def names(jobs: Sequence[LaunchJob]) -> list[str]:
     return list(labels)
 
 
-def inputs(config: Config) -> dict[str, str]:
-    """Values of the knobs that may name a file or folder to read, by knob."""
-    found = {"model.init_from": config.model.init_from}
+def _rows(config: Config) -> Iterator[tuple[str, str]]:
+    for name in ("path", "eval_path"):
+        for place in listed_paths(getattr(config.data, name)):
+            yield f"data.{name}", place
+
+
+def inputs(config: Config) -> Iterator[tuple[str, str]]:
+    """The knobs that may name a file or folder to read, with each name."""
+    yield "model.init_from", config.model.init_from
     if config.data.kind == "instructions":
-        return {**found, "data.path": config.data.path}
-    found["text.tokenizer"] = config.text.tokenizer
+        yield from _rows(config)
+        return
+    yield "text.tokenizer", config.text.tokenizer
     for source in config.text.sources:
         name, _, where = source.partition("=")
-        found[f"text.sources ({name})"] = where
-    return found
+        yield f"text.sources ({name})", where
 
 
 def _sent(file: str) -> bool:
@@ -103,7 +109,7 @@ def stored(job: LaunchJob, folder: str) -> LaunchJob:
       UserError: the run directory is outside of `folder`, or the run reads a file that
         exists only on this machine.
     """
-    for knob, place in inputs(job.config).items():
+    for knob, place in inputs(job.config):
         at_home = os.path.exists(place) and not Path(place).is_relative_to(folder)
         if at_home and (os.path.isabs(place) or not _sent(place)):
             raise UserError(
@@ -136,7 +142,7 @@ def committed(jobs: Sequence[LaunchJob], target: str) -> str:
         )
     configs = [x for job in jobs for x in job.flags if x.startswith("--config=")]
     read = [expanded(x.partition("=")[2]).partition(":")[0] for x in configs]
-    rows = [job.config.data.path for job in jobs]
+    rows = [place for job in jobs for _, place in _rows(job.config)]
     read += [path for path in rows if path != EMBEDDED and not is_hub(path)]
     for file in dict.fromkeys(read):
         if file and not Path(file).is_absolute() and not _sent(file):

@@ -11,6 +11,7 @@ from typing import Any
 from research.config.field_names import shell_flag
 from research.config.knobs import flat
 from research.core.errors import UserError
+from research.core.hub_access import is_hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Rule:
     knobs: tuple[str, ...]
     meaning: str
     holds: Callable[[Any], bool]
+
+
+def _lists_hub(path: str) -> bool:
+    parts = [part.strip() for part in path.split(",")]
+    return len(parts) > 1 and any(map(is_hub, parts))
 
 
 RULES = (
@@ -52,6 +58,12 @@ RULES = (
         ("data.microbatch_size", "data.batch_size"),
         "the micro-batch must divide the batch",
         lambda c: c.data.batch_size % c.data.rows_per_pass == 0,
+    ),
+    Rule(
+        ("data.path", "data.eval_path"),
+        "rows are those of one dataset on the hub, or of files and folders: a list "
+        "with commas has no hub:// in it",
+        lambda c: not (_lists_hub(c.data.path) or _lists_hub(c.data.eval_path)),
     ),
 )
 

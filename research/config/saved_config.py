@@ -12,6 +12,7 @@ from typing import Any
 from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError
+from research.core.local_paths import listed_paths
 
 # Entries of the file that are no knobs.
 VERSION, FOLDER = "version", "folder"
@@ -150,8 +151,8 @@ def _absolute(written: str, folder: Path) -> str:
     """`written` may name no file at all."""
     if written in WORDS or "://" in written:
         return written
-    if "," in written and not (folder / written).exists():
-        return ",".join(_absolute(part.strip(), folder) for part in written.split(","))
+    if len(parts := listed_paths(written, folder)) > 1:
+        return ",".join(_absolute(part, folder) for part in parts)
     path = Path(written)
     first = path.parts[0] if path.parts else ""
     # A pattern such as `shards/*.parquet` is no file, and its first part is.

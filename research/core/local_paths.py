@@ -21,6 +21,16 @@ def expanded(written: str) -> str:
     return FIRST_PARTS.sub(lambda x: x[1] + os.path.expanduser(x[2]), written)
 
 
+def listed_paths(written: str, folder: Path = Path()) -> list[str]:
+    """The paths of a knob that takes one, or several with commas between them.
+
+    One whose name has a comma, and that is there below `folder`, is one path.
+    """
+    if "," not in written or os.path.exists(folder / expanded(written)):
+        return [written]
+    return [part.strip() for part in written.split(",")]
+
+
 def local_path(written: str | Path, name: str = "a path") -> Path:
     """The path of a file or folder on this machine.
 

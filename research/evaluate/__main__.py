@@ -22,11 +22,12 @@ SHOWN = 4  # rows that were dropped or cut; the file has all
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    run: str = knob("", "run directory that research.train made")
+    run: str = knob("", "run directory that research.train made", is_path=True)
     data: str = knob(
         "",
         "rows to evaluate, as config.data.path names them, or text, as "
         "config.text.sources does with or without names; several between commas",
+        is_path=True,
     )
     step: str = knob("latest", "checkpoint: latest, best, or a step number")
 

@@ -48,6 +48,16 @@ def test_an_address_where_a_folder_is_needed_is_refused(written):
             use(written)
 
 
+@pytest.mark.parametrize("knob", ["data.path", "data.eval_path"])
+@pytest.mark.parametrize("rows", ["a.jsonl,hub://o/n", "hub://o/n:x, b", "hub://o/n,"])
+def test_a_list_with_a_dataset_of_the_hub_is_refused_by_name(knob, rows):
+    """Before the hub is asked; a subset, too, could be written with a comma."""
+    changes = {"data.path": "a.jsonl", knob: rows}
+    with pytest.raises(UserError, match=rf"{re.escape(rows)}.*no hub:// in it"):
+        changed(Config(), changes, "here")
+    assert changed(Config(), {knob: "hub://o/n:x@y"}, "here")
+
+
 # Help of a flag that names a file or folder of this machine speaks of one of these.
 PLACE = re.compile(r"\b(folders?|files?|directory|path|text to train on)\b")
 # The help of these does, too, and they take none.

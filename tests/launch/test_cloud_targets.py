@@ -72,6 +72,7 @@ BAD = {
     "run outside the volume": ("gke", (), {"run_dir": "/elsewhere/x"}, "/shelf"),
     "a Secret's value": ("gke", ("--secret=hf_Oops",), {}, "never a value"),
     "rows of this machine": ("tpu-vm", (), {"rows": __file__}, "copy it there"),
+    "rows in a list": ("gke", (), {"rows": f"/no,{__file__}"}, f"path is {__file__}"),
     "a model of this machine": ("skypilot", (), {"start": str(ROOT)}, "init_from"),
     "rows not in the volume": ("gke", (), {"rows": __file__}, "/shelf: copy"),
     "no bucket": ("skypilot", ("--bucket=",), {}, "gs://NAME"),

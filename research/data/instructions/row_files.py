@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.core.errors import UserError
-from research.core.local_paths import local_path
+from research.core.local_paths import listed_paths, local_path
 from research.data.compressed_files import kind_of
 from research.data.row_readers import READERS, BadRowError, Row, read_rows
 
@@ -39,12 +39,8 @@ def row_files(written: str) -> list[Path]:
     Raises:
       UserError: a path leads to no file.
     """
-    whole = local_path(written)
-    if whole.exists() or "," not in written:
-        return _files_of(whole)
-    parts = [part.strip() for part in written.split(",")]
-    found = [f for part in parts for f in _files_of(local_path(part))]
-    return list(dict.fromkeys(found))
+    places = [local_path(part) for part in listed_paths(written)]
+    return list(dict.fromkeys(file for place in places for file in _files_of(place)))
 
 
 def _files_of(path: Path) -> list[Path]:

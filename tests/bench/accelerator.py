@@ -96,9 +96,9 @@ PEFT = {"shape": "llama3.1-8b", "rows": 8, "micro": 2, "seq": 2048, "rank": 16,
 # with the vocabulary head also reads and writes the head's whole float32 gradient.
 TRIALS = (
     card("device", "device", 25, 90),
-    card("pretrain", "step", 75, 150, **PRETRAIN, loss_chunk=4096, profile=True,
+    card("pretrain", "step", 75, 200, **PRETRAIN, loss_chunk=4096, profile=True,
          smaller={"micro": 4}),
-    card("lora", "step", 80, 150, **LORA, loss_chunk=4096, smaller={"micro": 2}),
+    card("lora", "step", 80, 200, **LORA, loss_chunk=4096, smaller={"micro": 2}),
     Trial("peft", "peft_side.py", PEFT, 60, 150, smaller={"micro": 1}),
     card("kernels", "kernels", 45, 100),
     card("pretrain-cublas", "step", 55, 120, **PRETRAIN, loss_chunk=4096,

@@ -565,9 +565,11 @@ def resume(
                 out, _ = child.communicate()
                 if child.returncode == 0:
                     said[case].append(json.loads(out.splitlines()[-1]))
+    failed = False
     for case, halves in said.items():
         if len(halves) < 2:
             yield {"case": case, "failed": "a process of it ended with an error"}
+            failed = True
             continue
         whole, second = halves
         common = whole["losses"][-len(second["losses"]) :]
@@ -580,6 +582,8 @@ def resume(
             "losses": [float.fromhex(x) for x in whole["losses"]],
             "resumed": [float.fromhex(x) for x in second["losses"]],
         }
+    if failed:
+        raise RuntimeError("see the errors of the processes above")
 
 
 def _shared_card(flags: str, compiled: str) -> dict[str, str]:

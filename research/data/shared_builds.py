@@ -1,20 +1,25 @@
 """Processes that fill one folder together: whose turn it is, and who has failed.
 
-A failure is a file, so that nobody waits for work that nobody will do. All of it is
-advice: a stale file, or a disk without locks, costs work that is done twice, and never
-a wrong result.
+A failure is seen on the disk, so that nobody waits for work that nobody will do. All of
+it is advice: a stale file, or a disk without locks, costs work that is done twice, and
+never a wrong result.
 """
 
 import contextlib
 import fcntl
 import functools
 import os
+import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, Self
 
 from research.core.errors import UserError
 
 FAILED = "failed"
+SECONDS_BETWEEN_LOOKS = 1.0  # at the claims of other processes
 
 
 @contextlib.contextmanager
@@ -50,103 +55,100 @@ def one_at_a_time(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
-class SharedUnits:
-    """The numbered units of a folder; process `i` of `n` makes each `n`-th from `i` on.
+class UnitClaims:
+    """Which process makes which numbered unit of a folder.
 
-    While a process makes its units it holds the lock of `process-I-of-N`. If it fails,
-    `failed-I-of-N` holds the number of the unit at which it failed.
+    A process claims a unit, makes it, and frees it. The claim is a locked file below
+    `claims/` that names the boot of its machine. A process that fails empties its
+    claims, and the system frees the locks of one that was killed; the units of both are
+    taken first by the others, so that all meet the same error soon, and not after the
+    work of hours. Processes that see other disks claim all units of their own.
     """
 
-    def __init__(self, folder: Path, count: int, index: int, processes: int):
-        """`count` units are made in `folder`, which exists, by `processes`."""
-        self._folder, self._count = folder, count
-        self._index, self._processes = index, processes
-        self._retried: set[int] = set()
-        self._failed_at = ""
+    def __init__(self, folder: Path, count: int, finished: Callable[[int], bool]):
+        """`count` units are made in `folder`, which exists."""
+        self._folder, self._count, self._finished = folder / "claims", count, finished
+        self._held: dict[int, BinaryIO] = {}
+        self._look_again = 0.0
+        self._folder.mkdir(exist_ok=True)
 
-    @contextlib.contextmanager
-    def in_work(self) -> Iterator[Iterable[int]]:
-        """Gives the units of this process; to be left when they are made.
+    def __enter__(self) -> Self:
+        return self
 
-        Before each of them come the units at which other processes have failed since:
-        so all of them end with the same error soon, and not after the work of hours.
+    def __exit__(self, *failure: object) -> None:
+        for unit in tuple(self._held):
+            self.free(unit, given_up=True)
+
+    def take(self, units: Iterable[int], *, alone: bool = False) -> Iterator[int]:
+        """Claims and yields those of `units` that are unfinished and nobody makes.
+
+        Units that others have given up come first.
+
+        Args:
+          alone: also those that another machine claims.
         """
-        self._failure(self._index).unlink(missing_ok=True)
-        claim = self._claim(self._index)
-        with open(claim, "a+") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(_kernel())
-            file.flush()
-            try:
-                yield self._mine()
-            except Exception:
-                _write(self._failure(self._index), self._failed_at)
-                raise
-            claim.unlink(missing_ok=True)
-
-    def _mine(self) -> Iterator[int]:
-        for unit in range(self._index, self._count, self._processes):
-            yield from self.failed()
-            if unit not in self._retried:
+        for unit in units:
+            yield from filter(self._claim, self._claimed_by_others())
+            if self._claim(unit, alone=alone):
                 yield unit
 
-    @contextlib.contextmanager
-    def failing_at(self, unit: int) -> Iterator[None]:
-        """Notes that an error which the body raises is one of `unit`."""
-        try:
-            yield
-        except Exception:
-            self._failed_at = str(unit)
-            raise
-
-    def failed(self) -> list[int]:
-        """Units at which other processes have failed; each is given once."""
-        found = []
-        for path in sorted(self._folder.glob(f"{FAILED}-*")):
-            with contextlib.suppress(OSError, ValueError):
-                unit = int(path.read_bytes())
-                if 0 <= unit < self._count and unit not in self._retried:
-                    found.append(unit)
-                    self._retried.add(unit)
-        return found
-
-    def is_abandoned(self, unit: int) -> bool:
-        """Whether the process of `unit` has failed, or was killed on this machine."""
-        owner = unit % self._processes
-        if owner == self._index or self._failure(owner).exists():
-            return True
-        try:
-            with open(self._claim(owner)) as file:
-                # A disk may share its files with other machines, and not its locks.
-                if file.read() != _kernel() or not _kernel():
-                    return False
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return True
-        except OSError:  # Not there, locked, or on a disk without locks.
-            return False
+    def free(self, unit: int, *, given_up: bool = False) -> None:
+        """Ends the claim of a unit that is finished, or that others should make."""
+        with contextlib.suppress(OSError), self._held.pop(unit) as file:
+            if given_up:
+                file.truncate(0)
+            else:
+                self._path(unit).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes all files about processes; the folder is finished."""
-        for pattern in ("process-*", f"{FAILED}-*"):
-            for path in self._folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Removes all claims; the folder is finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _claim(self, index: int) -> Path:
-        return self._folder / f"process-{index}-of-{self._processes}"
+    def _claimed_by_others(self) -> list[int]:
+        if time.monotonic() < self._look_again:
+            return []
+        self._look_again = time.monotonic() + SECONDS_BETWEEN_LOOKS
+        names = {name for name in os.listdir(self._folder) if name.isdecimal()}
+        return sorted({int(n) for n in names if int(n) < self._count} - {*self._held})
 
-    def _failure(self, index: int) -> Path:
-        return self._folder / f"{FAILED}-{index}-of-{self._processes}"
+    def _claim(self, unit: int, *, alone: bool = False) -> bool:
+        if self._finished(unit):
+            return False
+        file = self._path(unit).open("a+b")  # Closed by `free`.
+        if self._is_free(file, alone):
+            # Another process may have finished the unit and freed it meanwhile.
+            if not self._finished(unit):
+                file.truncate(0)
+                file.write(_boot())
+                file.flush()
+                self._held[unit] = file
+                return True
+            self._path(unit).unlink(missing_ok=True)
+        file.close()
+        return False
+
+    def _is_free(self, file: BinaryIO, alone: bool) -> bool:
+        file.seek(0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # A disk without locks.
+            return alone or not file.read()
+        # A disk may share its files with other machines, and not its locks.
+        return alone or file.read() in (b"", _boot())
+
+    def _path(self, unit: int) -> Path:
+        return self._folder / str(unit)
 
 
 @functools.cache
-def _kernel() -> str:
-    """Tells one boot of one machine from all others; empty where it is not known."""
+def _boot() -> bytes:
+    """Tells one boot of one machine from all others; random where it is not known."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
-        return ""
+        return uuid.uuid4().bytes
 
 
 def _write(mark: Path, text: str) -> None:

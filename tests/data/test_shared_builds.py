@@ -10,7 +10,7 @@ from text_helpers import build, make_texts, write_texts
 
 from research.core.errors import UserError
 from research.data import shared_builds
-from research.data.shared_builds import SharedUnits, one_at_a_time
+from research.data.shared_builds import UnitClaims, one_at_a_time
 from research.data.text import document_readers, source_fingerprint, token_cache
 
 SOON = 10.0  # seconds, on a busy machine; those who wait for a shard wait longer
@@ -68,16 +68,15 @@ def test_unreadable_text_ends_all_processes_with_one_error(
     assert set(others) == {first}
 
 
-def test_a_failure_elsewhere_is_met_before_the_own_units_are_made(tmp_path):
+def test_units_that_others_gave_up_are_met_before_the_own_ones(tmp_path):
     corpus = corpus_of(tmp_path, "zz")  # In the last unit.
     with pytest.raises(UserError):
         build(tmp_path, corpus)
     folder = next((tmp_path / "cache" / "tokens").iterdir())
-    last = max(int(path.name[1:7]) for path in folder.glob("u*.json")) + 1
     for path in folder.glob("u*"):
         path.unlink()
-    (folder / "failed-0-of-1").rename(folder / "failed-1-of-2")
-    assert (folder / "failed-1-of-2").read_text() == str(last)
+    [claim] = (folder / "claims").iterdir()
+    assert claim.read_bytes() == b""
     with pytest.raises(UserError, match="zz:5: "):
         build(tmp_path, corpus, process=(0, 2))
     assert not list(folder.glob("u*.json"))
@@ -91,14 +90,13 @@ def test_a_failure_that_is_over_is_forgotten(tmp_path):
     with pytest.raises(UserError):
         build(tmp_path, corpus)
     (corpus / "00030.txt").write_bytes(good)
-    stale = [f"failed-{n}-of-2" for n in (0, 1)]
-    folder = tmp_path / "cache" / "tokens" / expected.folder.name
-    folder.mkdir()
-    for name, text in zip(stale, ("1", "no number"), strict=True):
-        (folder / name).write_text(text)
+    claims = tmp_path / "cache" / "tokens" / expected.folder.name / "claims"
+    claims.mkdir(parents=True)
+    for name in ("1", "999", "no number"):
+        (claims / name).write_text("")
     found = build_all(tmp_path, corpus, 2)
     assert [cached.manifest for cached in found] == [expected.manifest] * 2
-    assert {p.name for p in folder.iterdir()} == {
+    assert {p.name for p in claims.parent.iterdir()} == {
         p.name for p in expected.folder.iterdir()
     }
 
@@ -107,13 +105,13 @@ def test_units_of_a_killed_process_are_made_by_the_others_at_once(tmp_path):
     corpus = corpus_of(tmp_path)
     expected = build(tmp_path / "alone", corpus)
     folder = tmp_path / "cache" / "tokens" / expected.folder.name
-    folder.mkdir(parents=True)
-    claim = folder / "process-1-of-2"
-    claim.write_text(shared_builds._kernel())
+    (folder / "claims").mkdir(parents=True)
+    claim = folder / "claims" / "1"
+    claim.write_bytes(shared_builds._boot())
     with ThreadPoolExecutor(1) as pool:
         with open(claim) as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
-            job = pool.submit(build, tmp_path, corpus, process=(0, 2))
+            job = pool.submit(build, tmp_path, corpus)
             while len(list(folder.glob("u*.json"))) < 3:
                 time.sleep(0.01)
             time.sleep(0.2)
@@ -121,14 +119,47 @@ def test_units_of_a_killed_process_are_made_by_the_others_at_once(tmp_path):
         assert job.result(SOON).manifest == expected.manifest
 
 
-@pytest.mark.parametrize("text", ["", "another machine"])
-def test_a_lock_of_another_machine_proves_nothing(tmp_path, text):
-    shared = SharedUnits(tmp_path, count=4, index=0, processes=2)
-    assert not shared.is_abandoned(1)  # It may begin later.
-    (tmp_path / "process-1-of-2").write_text(text)
-    assert not shared.is_abandoned(1)
-    (tmp_path / "failed-1-of-2").write_text("3")
-    assert shared.is_abandoned(1) and shared.failed() == [3] and not shared.failed()
+def test_processes_take_other_units(tmp_path):
+    done = set()
+    with (
+        UnitClaims(tmp_path, 6, done.__contains__) as one,
+        UnitClaims(tmp_path, 6, done.__contains__) as other,
+    ):
+        mine, others = one.take([0, 1, 2, 3, 4, 5]), other.take([3, 4, 5, 0, 1, 2])
+        assert [next(x) for x in (mine, others, mine, others)] == [0, 3, 1, 4]
+        done.add(4)
+        other.free(4)
+        assert [next(others), next(mine)] == [5, 2]
+        assert list(mine) == list(others) == []
+
+
+def test_whoever_sees_another_disk_waits_for_nobody(tmp_path):
+    corpus = corpus_of(tmp_path)
+    expected = build(tmp_path / "alone", corpus)
+    begun = time.monotonic()
+    found = build(tmp_path, corpus, process=(3, 4))
+    assert time.monotonic() - begun < SOON
+    assert found.manifest == expected.manifest
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_claim_of_another_machine_counts_without_a_lock(tmp_path, locks, request):
+    if not locks:
+        request.getfixturevalue("no_locks")
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "1").write_text("another boot")
+    (tmp_path / "claims" / "3").write_text("")  # It was given up.
+    done = set()
+    with UnitClaims(tmp_path, 4, done.__contains__) as claims:
+        taken = []
+        for unit in claims.take(range(4)):
+            taken.append(unit)
+            done.add(unit)
+            claims.free(unit)
+        assert taken == [3, 0, 2]
+        assert list(claims.take([1])) == []
+        assert list(claims.take([1], alone=True)) == [1]
+    assert (tmp_path / "claims" / "1").read_bytes() == b"", "given up"
 
 
 def test_whoever_waited_for_a_failure_fails_at_once_and_a_later_start_tries(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 from research.config.knob_groups import TextConfig
 from research.core.atomic_files import make_folder, remove_leftovers
 from research.core.errors import UserError
-from research.data.shared_builds import SharedUnits
+from research.data.shared_builds import UnitClaims
 from research.data.text import document_readers
 from research.data.text.document_readers import DocumentPiece, SourceFile, TextSource
 from research.data.text.parallel_tokenization import encoded
@@ -40,8 +40,8 @@ FORMAT = 1
 UNIT_BYTES = 16 << 20
 SHARD_BYTES = 16 << 20
 SECONDS_BETWEEN_LINES = 5.0
-# If another process says nothing and makes no shard for so many seconds, it is dead or
-# writes to another disk. This process then makes its units, too.
+# If all processes together finish no shard for so many seconds, those on other machines
+# are dead. This process then makes their units, too.
 PATIENCE = 120.0
 
 
@@ -71,8 +71,8 @@ def open_cache(
 ) -> CachedSource:
     """Opens the tokenised source; tokenises it first where no cache of it exists.
 
-    With several processes each makes its share of the units and returns once all
-    units exist.
+    Processes that share the folder share the units, also those of different runs. Each
+    begins at another unit, and returns once all units exist.
 
     Raises:
       UserError: an input cannot be read or used, or the folder cannot be written.
@@ -86,12 +86,8 @@ def open_cache(
         try:
             make_folder(folder)
             remove_leftovers(folder)
-            units = units_of(source.files)
-            shared = SharedUnits(folder, len(units), process_index, process_count)
-            build = _CacheBuild(
-                source, units, shared, tokenizer, marks, config.held_out_share, folder
-            )
-            manifest = build.run(key)
+            build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
+            manifest = build.run(key, process_index / process_count)
         except OSError as error:
             raise cannot_write(folder, error) from error
     total = manifest.total("train") + manifest.total("held")
@@ -199,65 +195,66 @@ class _CacheBuild:
     def __init__(
         self,
         source: TextSource,
-        units: list[list[SourceFile]],
-        shared: SharedUnits,
         tokenizer: Tokenizer,
         marks: DocumentMarks,
         held_out_share: float,
         folder: Path,
     ):
         self._source = source
-        self._units, self._shared = units, shared
         self._tokenizer = tokenizer
         self._layout = marks
         self._share = held_out_share
         self._folder = folder
-        self._seen, self._alone = 0, False
+        self._units = units_of(source.files)
+        self._claims = UnitClaims(folder, len(self._units), self._is_finished)
+        self._seen = 0
         self._begun = self._said = time.monotonic()
 
-    def run(self, key: str) -> TokenManifest:
-        """Makes this process's units, waits for the others, writes the manifest."""
+    def run(self, key: str, begin: float) -> TokenManifest:
+        """Makes units, waits for those of others, writes the manifest.
+
+        Args:
+          key: of the manifest.
+          begin: the share of the units before the one that this process makes first.
+        """
         count = len(self._units)
         logging.info(
             "text: tokenising %s (%s), %d files in %d units, into %s",
             self._source.name, self._source.where, len(self._source.files), count,
             self._folder,
         )  # fmt: skip
-        with self._shared.in_work() as units:
-            self._make(units)
-        shards = self._wait_for(range(count))
+        first = int(begin * count)
+        with self._claims:
+            self._make(self._claims.take([*range(first, count), *range(first)]))
+            shards = self._wait_for(range(count))
         manifest = TokenManifest(key, self._layout.dtype, shards)
         write_manifest(self._folder, manifest)
-        self._shared.clear()
+        self._claims.clear()
         self._sum_up(manifest)
         return manifest
 
-    def _make(self, units: Iterable[int]) -> None:
-        shard_in_work = _OpenShard()
+    def _make(self, units: Iterable[int]) -> bool:
+        """Makes claimed units and frees them; returns whether there were any."""
+        shard_in_work, any_made = _OpenShard(), False
         for step, ids in encoded(
-            (step for unit in units for step in self._noted_steps(unit)),
+            (step for unit in units for step in self._steps(unit)),
             lambda step: step.piece.text if step.piece else "",
             self._tokenizer,
             self._layout.dtype,
         ):
-            with self._shared.failing_at(step.unit):
-                if step.piece:
-                    shard_in_work.add(step, self._layout.frame(step.piece, ids))
-                if step.closes:
-                    shard = shard_in_work.shard(step)
-                    write_shard(
-                        self._folder, shard, shard_in_work.data, self._layout.dtype
-                    )
-                    shard_in_work = _OpenShard()
-
-    def _noted_steps(self, unit: int) -> Iterator[_Step]:
-        with self._shared.failing_at(unit):
-            yield from self._steps(unit)
+            any_made = True
+            if step.piece:
+                shard_in_work.add(step, self._layout.frame(step.piece, ids))
+            if step.closes:
+                shard = shard_in_work.shard(step)
+                write_shard(self._folder, shard, shard_in_work.data, self._layout.dtype)
+                shard_in_work = _OpenShard()
+            if step.last:
+                self._claims.free(step.unit)
+        return any_made
 
     def _steps(self, unit: int) -> Iterator[_Step]:
-        """The pieces of a unit that no finished shard holds."""
-        if self._finished(unit):
-            return
+        """The pieces of an unfinished unit that no finished shard holds."""
         left_out: collections.Counter[str] = collections.Counter()
         pieces = self._source.read(self._units[unit], left_out)
         number, taken, filled, held = 0, 0, 0, False
@@ -295,27 +292,22 @@ class _CacheBuild:
             shards.append(shard)
         return shards
 
-    def _wait_for(self, units: Iterable[int]) -> list[TokenShard]:
-        """The shards of all units in order.
+    def _is_finished(self, unit: int) -> bool:
+        return bool(self._finished(unit))
 
-        Waits for processes that make units, and makes those that nobody makes.
-        """
+    def _wait_for(self, units: Iterable[int]) -> list[TokenShard]:
+        """The shards of all units in order; makes those that others give up."""
         shards: list[TokenShard] = []
+        alone = False
         for unit in units:
-            found, files = self._finished(unit), -1
-            while not found:
+            files = -1
+            while not (found := self._finished(unit)):
                 now = len(list(self._folder.glob("u*.json")))
                 if now != files:
                     files, deadline = now, time.monotonic() + PATIENCE
-                self._alone |= time.monotonic() > deadline
-                if failed := self._shared.failed():
-                    self._make(failed)
-                elif self._alone or self._shared.is_abandoned(unit):
-                    logging.info("text: unit %d is made here, too", unit)
-                    self._make([unit])
-                else:
+                alone |= time.monotonic() > deadline
+                if not self._make(self._claims.take([unit], alone=alone)):
                     time.sleep(0.1)
-                found = self._finished(unit)
             shards += found
         return shards
 

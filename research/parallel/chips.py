@@ -187,7 +187,7 @@ def memory_of(text: str) -> Chip | None:
 
     It has no peak and no bandwidth. Kernels are chosen as for a GPU of 2020 or later.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?g(i?)b", text.lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?g(i?)b?", text.lower())
     if not found or not float(found[1]):
         return None
     nbytes = float(found[1]) * (GIB if found[2] else 1e9)

@@ -142,8 +142,10 @@ class Advice:
         """One clause without a full stop."""
         needed = f"{self.plan.needed / GIB:.1f} GiB of {self.plan.limit / GIB:.1f} GiB"
         if self.fits:
-            cost = f"; {' and '.join(self.costs)}" if self.costs else ""
-            return f"it fits with {self.flags} ({needed}{cost})"
+            costs = " and ".join(self.costs)
+            setting = self.plan.setting and f"set {self.plan.setting}"
+            said = "; ".join(filter(None, (needed, costs, setting)))
+            return f"it fits with {self.flags} ({said})"
         chip = self.plan.target.chip
         memory = math.ceil(self.plan.needed / USABLE / 1e9)
         kind = "machine" if chip.platform == "cpu" else "chip"

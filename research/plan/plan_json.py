@@ -7,7 +7,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.local_paths import local_path
-from research.plan.planner import USABLE, Plan
+from research.plan.planner import JAX_SHARE, USABLE, Plan
 
 ASSUMED = (
     "rows full of one document each, every token trained: shorter documents and "
@@ -69,10 +69,8 @@ def _notes(plan: Plan) -> list[str]:
         ),
         f"not counted: traffic between hosts of {chip.name}, because its network is "
         "not known": several_hosts and not chip.network,
-        "JAX takes 75 % of a GPU's memory unless it starts with "
-        f"XLA_CLIENT_MEM_FRACTION={USABLE}, which launch sets where it knows the GPU": (
-            chip.platform == "gpu" and plan.fits and plan.needed > 0.75 * chip.hbm
-        ),
+        f"JAX takes {JAX_SHARE:.0%} of a GPU by itself: set {plan.setting}, as launch "
+        "does where it knows the GPU": bool(plan.setting),
         "compute is that of the last part of each row, which attends to the most": (
             plan.mesh.get("context", 1) > 1
         ),

@@ -23,6 +23,9 @@ from research.weights import parameter_paths
 # A run should leave the rest of a chip's memory free for what no plan sees:
 # fragmentation, the next batch, the held-out rows.
 USABLE = 0.92
+# JAX by itself takes this share of a GPU's memory:
+# https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+JAX_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,14 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory is not None and self.needed <= self.limit
+
+    @property
+    def setting(self) -> str:
+        """The variable without which JAX takes less of a GPU than the plan needs."""
+        share = self.needed / self.target.chip.hbm
+        if self.target.chip.platform != "gpu" or not JAX_SHARE < share <= USABLE:
+            return ""
+        return f"XLA_CLIENT_MEM_FRACTION={USABLE}"
 
     @property
     def largest_part(self) -> str:

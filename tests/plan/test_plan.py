@@ -239,6 +239,7 @@ def test_the_table_of_chips_is_that_of_the_running_devices():
         ("a100-40", "a100-40", 1), ("nvidia-h100-80gb", "h100", 1),
         ("mi300x", "mi300x", 1), ("mi300x:8", "mi300x", 8), ("mi300xx8", "mi300x", 8),
         ("24GB", "24GB", 1), ("24gb:2", "24GB", 2), ("24GBx2", "24GB", 2),
+        ("80G", "80GB", 1),
         ("V5e:4x4", "v5e", 16), ("v5ex8", "v5e", 8),
     ],
 )  # fmt: skip

@@ -36,7 +36,7 @@ class CheckpointsFlags:
         "what to do",
         choices=("list", "verify", "export-step", "prune"),
     )
-    run: str = knob("", "run directory that research.train made", is_path=True)
+    run: str = knob("", "run directory, its config.json or config file", is_path=True)
     step: str = knob("latest", "for export-step: latest, best, or a step number")
     out: str = knob("", "for export-step: folder to write", is_path=True)
     replace: bool = knob(False, "for export-step: replace another step in the folder")

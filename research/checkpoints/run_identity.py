@@ -1,10 +1,18 @@
 """The identity of a run or checkpoint: fingerprints of base model, tokenizer, data."""
 
+import re
 from collections.abc import Collection, Mapping
 
+from research.config.field_names import shell_flag
 from research.core.errors import UserError
 
 Identity = dict[str, str]
+# The parts of an identity that differ, as a rule, where these knobs do.
+CHANGED_WITH = {
+    r"model\.init_from": ("base model", "tokenizer"),
+    r"text\.tokenizer": ("tokenizer", "data"),
+    r"text\.|data\.(kind|source|path|eval_path|columns|max_rows)": ("data",),
+}
 
 
 def check_identity(
@@ -37,6 +45,18 @@ def check_identity(
         raise UserError(
             f"{what} was made with something else:\n" + "\n".join(refused) + "\n"
             "restore what it was made with, choose another --config.run_dir, or accept "
-            "the difference by naming it in --config.accept"
+            f"the difference: add {accepting(odd, accept)}"
         )
     return odd
+
+
+def accepting(refused: Collection[str], accept: Collection[str]) -> str:
+    """The flag that accepts `refused` beside `accept`, and what follows from it.
+
+    Other knobs of the data mean other data, so nothing is refused in a second try.
+    """
+    names = {*refused, *accept}
+    for knobs, parts in CHANGED_WITH.items():
+        if any(re.match(knobs, name) for name in refused):
+            names.update(parts)
+    return shell_flag("accept", tuple(sorted(names)))

@@ -18,7 +18,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from research.config import help_text
-from research.config.config_file import load_config_file, locate, without_dump
+from research.config.config_file import (
+    find_run,
+    folder_of_run,
+    load_config_file,
+    locate,
+    without_dump,
+)
 from research.config.cross_knob_rules import check_effects
 from research.config.field_names import explain
 from research.config.knobs import check_limits, facts_of, flat, map_paths
@@ -55,7 +61,8 @@ def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:
       argv: the command, then its arguments.
       usage: first part of the help.
       options: a group of knobs, the flags. If it has a field `verb`, that takes the
-        one argument that is not a flag.
+        one argument that is not a flag. A field `run` is a run directory, which may
+        also be given as its config.json or as its config file.
 
     Raises:
       UserError: an unknown flag, or a value of the wrong type or out of range.
@@ -69,6 +76,8 @@ def parse_with_config(
 ) -> tuple[Config, T]:
     """Like `parse`, for a door that takes `--config=FILE.py` and its knobs.
 
+    `--config=RUN_DIR` stands for the config of that run, whose `run_dir` it is.
+
     Raises:
       UserError: see `parse`; or the config file is missing, fails or is out of range.
     """
@@ -77,6 +86,9 @@ def parse_with_config(
     _check_names(others[1:], options)
     flag_values = _define(options)
     config = load_config_file(file)
+    starts = [Config()]
+    if folder_of_run(file):
+        starts.append(from_config_dict(config))
     try:
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=flag_values, sys_argv=others
@@ -92,7 +104,7 @@ def parse_with_config(
     given = {n.removeprefix("no").removeprefix("config.") for n in names}
     try:
         made = from_config_dict(flag_values["config"].value)
-        check_effects(made, [Config(), *_saved(made.run_dir)], given)
+        check_effects(made, [*starts, *_saved(made.run_dir)], given)
     except UserError as error:
         raise locate(error, file, others) from error
     return made, values
@@ -160,6 +172,7 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
         values["verb"] = word
     for name, value in values.items():
         value = tuple(value) if type(value) is list else value
+        value = find_run(value) if name == "run" and value else value
         values[name] = map_paths(known[name], value, expanded)
     result = options(**values)
     check_limits(result, "--")
@@ -181,7 +194,10 @@ def _take_config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             others.append(argument)
     if not file:
-        raise UserError("--config=FILE.py is missing; see configs/ and --help")
+        raise UserError(
+            "--config is missing: give a config file (see configs/), or the directory "
+            "of a run to resume it; see --help"
+        )
     return file, others
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import ml_collections
 
 from research.config.field_names import explain
-from research.config.knobs import flat
-from research.config.run_config import Config
+from research.config.knobs import flat, to_config_dict
+from research.config.run_config import Config, from_config_dict
+from research.config.saved_config import from_json
 from research.core.errors import UserError, nearest
 from research.core.local_paths import expanded
 from research.core.visible_text import visible
@@ -36,11 +37,15 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
     """Returns the config that the file's `get_config` makes.
 
     Args:
-      given: FILE.py, or FILE.py:TEXT for `get_config(TEXT)`.
+      given: FILE.py, or FILE.py:TEXT for `get_config(TEXT)`; a run directory, or its
+        config.json, for the config of that run.
 
     Raises:
-      UserError: see `call_in_file`; or the function returns something else.
+      UserError: see `call_in_file`; or the function returns something else; or the
+        folder holds no config that can be read.
     """
+    if run := folder_of_run(given):
+        return to_config_dict(_config_of_run(given, run)).lock()
     file, arguments = _split(given)
     module, result = call_in_file(f"--config={given}", file, "get_config", *arguments)
     if not isinstance(result, ml_collections.ConfigDict):
@@ -53,6 +58,49 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
             "`return config`"
         )
     return result
+
+
+def folder_of_run(given: str) -> Path | None:
+    """The run directory that `given` names, by itself or by its config.json.
+
+    None if it is neither a folder nor such a file.
+    """
+    path = expanded(given)
+    if os.path.isdir(path):
+        return Path(path)
+    is_config = path.endswith(".json") and os.path.isfile(path)
+    return Path(path).parent if is_config else None
+
+
+def find_run(given: str) -> str:
+    """The run directory for `--run`, which a config file may name, too.
+
+    Raises:
+      UserError: it is a config file that fails.
+    """
+    if run := folder_of_run(given):
+        return str(run)
+    if not os.path.isfile(_split(given)[0]):
+        return given
+    return from_config_dict(load_config_file(given)).run_dir
+
+
+def _config_of_run(given: str, run: Path) -> Config:
+    """The config that a start in `run` resumes it with, wherever it has moved.
+
+    What an earlier start accepted does not hold for this one.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"--config={given}: {run} is no run directory, because it has no "
+            "config.json; give a config file, a run directory or its config.json"
+        )
+    try:
+        config = from_json(file.read_text(encoding="utf-8"), run)
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"--config={given}: {file} is of no run: {error}") from error
+    return dataclasses.replace(config, run_dir=str(run), accept=())
 
 
 def _split(given: str) -> tuple[str, list[str]]:
@@ -124,6 +172,8 @@ def locate(error: UserError, given: str, overrides: Sequence[str]) -> UserError:
     `error` may name a knob as `config.optim.name`, which `overrides` set after the file
     did; `given` is that of `load_config_file`.
     """
+    if folder_of_run(given):
+        return error
     file, _ = _split(given)
     named = re.search(r"\bconfig\.([\w.]+\w)", str(error))
     knob = named[1] if named else ""

@@ -22,7 +22,7 @@ SHOWN = 4  # rows that were dropped or cut; the file has all
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    run: str = knob("", "run directory that research.train made", is_path=True)
+    run: str = knob("", "run directory, its config.json or config file", is_path=True)
     data: str = knob(
         "",
         "rows to evaluate, as config.data.path names them, or text, as "

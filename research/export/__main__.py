@@ -20,7 +20,7 @@ is RUN_DIR/model.
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
-    run: str = knob("", "run directory that research.train made", is_path=True)
+    run: str = knob("", "run directory, its config.json or config file", is_path=True)
     out: str = knob("", "folder to write; empty: RUN_DIR/model", is_path=True)
     step: str = knob("latest", "checkpoint: latest, best, or a step number")
     dtype: str = knob(

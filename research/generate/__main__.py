@@ -19,7 +19,7 @@ opens with its parameters alone, on the devices of this machine.
 
 @dataclasses.dataclass(frozen=True)
 class GenerateFlags:
-    run: str = knob("", "run directory that research.train made", is_path=True)
+    run: str = knob("", "run directory, its config.json or config file", is_path=True)
     prompt: str | None = knob(None, "question or instruction; none: start a chat")
     context: str = knob("", "material that belongs to the prompt")
     compare: bool = knob(False, "answer with the base model, too")

@@ -39,7 +39,11 @@ class RequestFlags:
     """The flags of `python -m research.runs`."""
 
     verb: str = knob("", "the request", choices=("", *KINDS))
-    run: str = knob("", "run directory in which a job trains", is_path=True)
+    run: str = knob(
+        "",
+        "run directory, its config.json or config file",
+        is_path=True,
+    )
     wait: float = knob(600.0, "seconds to wait for the answer", low=0)
 
 

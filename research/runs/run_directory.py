@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 import jax
 
-from research.checkpoints.run_identity import Identity, check_identity
+from research.checkpoints.run_identity import Identity, accepting, check_identity
 from research.config.field_names import explain
 from research.config.hub_pins import Pins, is_pin, pinned, resolve_addresses
 from research.config.knob_groups import NEWEST_EDITION
@@ -186,7 +186,7 @@ class RunDir:
                     f"{self.path} holds a run with another config:\n  "
                     + "\n  ".join(f"{k}: {changes[k]}" for k in sorted(refused))
                     + "\nchoose another --config.run_dir, remove the folder, or accept "
-                    "the difference by naming it in --config.accept"
+                    f"the difference: add {accepting(refused, config.accept)}"
                 )
             return changes
         try:

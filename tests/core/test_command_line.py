@@ -324,7 +324,10 @@ def test_a_line_is_not_blamed_for_a_flag(config_file):
 
 
 def test_a_missing_config_is_named():
-    for arguments, said in (((), "--config=FILE.py"), (("--config=no.py",), "no.py")):
+    for arguments, said in (
+        ((), "--config is missing"),
+        (("--config=no.py",), "no.py"),
+    ):
         with pytest.raises(UserError, match=said):
             parse_with_config(["door", *arguments], "", command_line.NoFlags)
 

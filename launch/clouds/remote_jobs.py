@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launch.jobs.launch_flags import add_texts
 from launch.jobs.launch_job import LaunchJob
+from research.config.config_file import folder_of_run
 from research.config.hub_pins import EMBEDDED
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -39,6 +40,11 @@ def portable(job: LaunchJob, target: str) -> LaunchJob:
         name, mark, value = flag.partition("=")
         if name in ("--config", "-config"):
             value = value if mark else next(rest, "")
+            if folder_of_run(value):
+                raise UserError(
+                    f"--config is {value}, a run on this machine; {target} needs the "
+                    "config file that it was made with"
+                )
             flag = f"--config={_from_root(value, target)}"
         flags.append(flag)
     return dataclasses.replace(job, flags=tuple(flags))

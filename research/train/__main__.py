@@ -8,7 +8,8 @@ USAGE = """
 python -m research.train --config=FILE.py [--config.KNOB=VALUE ...]
 
 Trains what the config says, shows progress, and writes checkpoints, metrics, a plot
-and a report into its run_dir. The same command resumes a run that has stopped.
+and a report into its run_dir. The same command resumes a run that has stopped, and so
+does --config=RUN_DIR, wherever that folder has moved.
 """
 
 

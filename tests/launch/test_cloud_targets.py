@@ -10,8 +10,11 @@ import re
 import pytest
 from fake_tools import FLAGS, ROOT, files, launch, options_of
 
+from configs import finetune_8b
 from launch.clouds import tpu_slices
 from launch.targets import find
+from research.config.run_config import from_config_dict
+from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.parallel.chips import CHIPS
 
@@ -100,6 +103,8 @@ def test_bad_input_is_one_line_and_nothing_is_made(
 OUTSIDE = {
     "no such step": ("tpu-vm", ("--do=fly",), CONFIG, "fly"),
     "no volume": ("gke", ("--image=i",), CONFIG, "--volume=CLAIM:/PATH"),
+    "run as config": (
+        "gke", FLAGS["gke"], "--config=run", "the config file that it was made with"),
     "config outside": ("gke", FLAGS["gke"], "--config=config.py", "put it there"),
     "unset secret": (
         "skypilot", (*FLAGS["skypilot"], "--secret=UNSET"), CONFIG, "UNSET"),
@@ -110,6 +115,9 @@ OUTSIDE = {
 def test_so_it_is_from_the_door(tmp_path, fake, target, own, config, said):
     fake(TOOLS[target])
     (tmp_path / "config.py").write_bytes((ROOT / "configs/finetune_8b.py").read_bytes())
+    (tmp_path / "run").mkdir()
+    kept = to_json(from_config_dict(finetune_8b.get_config()))
+    (tmp_path / "run" / "config.json").write_text(kept)
     before = files(tmp_path)
     done = launch(tmp_path, target, *own, "--", config)
     assert done.returncode == 2, done.stderr

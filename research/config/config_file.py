@@ -88,7 +88,7 @@ def find_run(given: str) -> str:
 def _config_of_run(given: str, run: Path) -> Config:
     """The config that a start in `run` resumes it with, wherever it has moved.
 
-    What an earlier start accepted does not hold for this one.
+    Nothing that an earlier start accepted holds for this one.
     """
     file = run / "config.json"
     if not file.is_file():

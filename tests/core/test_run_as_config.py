@@ -23,7 +23,7 @@ class RunFlags:
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Of a run in runs/own; a relative path in it leads to rows beside `runs`."""
+    """A run in runs/own; a relative path in its config leads to rows beside `runs`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
     config = Config(

@@ -17,7 +17,7 @@ from research.config.hub_pins import EMBEDDED
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import is_hub
-from research.core.local_paths import expanded, listed_paths
+from research.core.local_paths import expanded, listed_paths, split_step
 from research.runs import provenance
 
 ROOT = provenance.ROOT
@@ -90,7 +90,7 @@ def _rows(config: Config) -> Iterator[tuple[str, str]]:
 
 def inputs(config: Config) -> Iterator[tuple[str, str]]:
     """The knobs that may name a file or folder to read, with each name."""
-    yield "model.init_from", config.model.init_from
+    yield "model.init_from", split_step(config.model.init_from)[0]
     if config.data.kind == "instructions":
         yield from _rows(config)
         return

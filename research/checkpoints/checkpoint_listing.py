@@ -3,12 +3,16 @@
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from research.checkpoints.checksums import find_damage, saving_run
 from research.checkpoints.disk_space import size_of
 from research.core.errors import UserError
+
+METRICS = "metrics"  # Orbax's own name for the item.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ def refuse_other_identity(folder: Path, run: str) -> None:
 
 def _inspect_one(folder: Path, run: str) -> Checkpoint:
     damage = tuple(find_damage(folder, run=run))
-    metrics, loss, data = folder / "metrics" / "metrics", None, ""
+    metrics, loss, data = folder / METRICS / METRICS, None, ""
     if not damage:
         meta = json.loads((folder / "meta" / "metadata").read_bytes())
         data = meta["identity"].get("data", "")
@@ -89,6 +93,50 @@ def _inspect_one(folder: Path, run: str) -> Checkpoint:
     saved = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
     size = size_of(folder)
     return Checkpoint(int(folder.name), folder, size, saved, loss, data, damage)
+
+
+def measured_losses(folder: Path, data: str, run: str) -> dict[int, float]:
+    """The held-out losses by step that are intact, finite and of the data `data`.
+
+    Those that another run than `run` has saved do not count.
+    """
+    found = {}
+    for step in step_folders(folder):
+        file = step / METRICS / METRICS
+        if not find_damage(step, item=METRICS, run=run) and file.is_file():
+            loss = comparable_loss(json.loads(file.read_bytes()), data)
+            if math.isfinite(loss):
+                found[int(step.name)] = loss
+    return found
+
+
+def choose_step(folder: Path, step: str, data: str, run: str) -> int:
+    """The number of the checkpoint `step`: latest, best, or a number.
+
+    Raises:
+      UserError: there is no such checkpoint; the message lists those that are there.
+    """
+    known = [int(path.name) for path in step_folders(folder)]
+    number = max(known, default=None)
+    if step == "best":
+        losses = measured_losses(folder, data, run)
+        number = min(losses, key=losses.__getitem__, default=None)
+    elif step != "latest":
+        number = int(step) if step.isdecimal() else None
+    if number is None or number not in known:
+        raise UserError(
+            f"{folder.parent} has no checkpoint {step!r}; it has steps "
+            f"{', '.join(map(str, known)) or 'none yet'}"
+        )
+    return number
+
+
+def comparable_loss(metrics: dict[str, Any], data: str) -> float:
+    """The held-out loss in a checkpoint's metrics; infinite if not measured on `data`.
+
+    Metrics that do not say which data it was are of an older version.
+    """
+    return metrics["loss"] if metrics.get("data", data) == data else math.inf
 
 
 def superfluous(

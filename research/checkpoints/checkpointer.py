@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -19,11 +18,15 @@ from research.checkpoints.checkpoint_errors import (
     require_undamaged,
     save_error,
 )
-from research.checkpoints.checkpoint_listing import refuse_other_identity, step_folders
+from research.checkpoints.checkpoint_listing import (
+    METRICS,
+    measured_losses,
+    refuse_other_identity,
+    step_folders,
+)
 from research.checkpoints.checksums import find_damage
 from research.checkpoints.orbax_manager import (
     Manager,
-    comparable_loss,
     find_other_shape,
     open_manager,
 )
@@ -34,7 +37,6 @@ from research.core.errors import SaveError, UserError
 from research.parallel import agreement
 
 POLL = 0.02  # seconds between two looks at a pending save
-METRICS = "metrics"  # Orbax's own name for the item.
 
 
 class Checkpointer:
@@ -122,11 +124,7 @@ class Checkpointer:
         return find_damage(self._folder / str(step), item=METRICS, run=self._run)
 
     def _read_losses(self) -> dict[int, float]:
-        """The held-out losses by step that are intact and of the data of this run."""
-        intact = [step for step in self.steps if not self._misjudged(step)]
-        found = {step: self._manager.metrics(step) for step in intact}
-        losses = {s: comparable_loss(x, self._data) for s, x in found.items() if x}
-        return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        return measured_losses(self._folder, self._data, self._run)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -317,11 +315,14 @@ class Checkpointer:
             raise all_damaged(known, self._folder)
         return None
 
-    def restore_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
+    def restore_part(
+        self, step: int, abstract_part: dict[str, Any], *, check: bool = True
+    ) -> dict[str, Any]:
         """Reads only some entries of the saved tree; the others take no memory.
 
         Args:
-          step: of the checkpoint. All its files are checked first, in small portions.
+          step: of the checkpoint. All its files are checked first, in small portions;
+            without `check` they have been before.
           abstract_part: entry of the saved tree -> shapes, dtypes and shardings. A
             dtype that differs from the saved one casts.
 
@@ -330,7 +331,8 @@ class Checkpointer:
           UserError: it was saved over another base model or tokenizer, or for
             parameters of other shapes.
         """
-        require_undamaged(step, self._folder, self.damage(step))
+        if check:
+            require_undamaged(step, self._folder, self.damage(step))
         self._meta(step)
         if other := find_other_shape(self._folder / str(step), abstract_part):
             raise other_parameters(step, other)

@@ -2,7 +2,6 @@
 
 import functools
 import glob
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from research.checkpoints.checkpoint_listing import comparable_loss
 from research.checkpoints.checksums import SealedArrays, SealedPath
 from research.config.knob_groups import CheckpointConfig
 from research.weights.parameter_paths import flatten
@@ -95,14 +95,6 @@ def open_manager(
     for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
         registry.add("meta", args, json_files)
     return Manager(folder, options=options, handler_registry=registry)
-
-
-def comparable_loss(metrics: dict[str, Any], data: str) -> float:
-    """The held-out loss in a checkpoint's metrics; infinite if not measured on `data`.
-
-    Metrics that do not say which data it was are of an older version.
-    """
-    return metrics["loss"] if metrics.get("data", data) == data else math.inf
 
 
 def find_other_shape(folder: Path, wanted: Any, whole: bool = False) -> str:

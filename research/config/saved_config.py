@@ -12,7 +12,7 @@ from typing import Any
 from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError
-from research.core.local_paths import listed_paths
+from research.core.local_paths import listed_paths, split_step
 
 # Entries of the file that are no knobs.
 VERSION, FOLDER = "version", "folder"
@@ -155,8 +155,10 @@ def _absolute(written: str, folder: Path) -> str:
         return ",".join(_absolute(part, folder) for part in parts)
     path = Path(written)
     first = path.parts[0] if path.parts else ""
-    # A pattern such as `shards/*.parquet` is no file, and its first part is.
-    known = glob.has_magic(first) or os.path.exists(folder / first)
+    # A pattern such as `shards/*.parquet` is no file, and its first part is. A run may
+    # have a step behind it.
+    place = split_step(str(folder / first))[0]
+    known = glob.has_magic(first) or os.path.exists(place)
     return str(folder / path) if known else written
 
 

@@ -7,6 +7,20 @@ from pathlib import Path
 from research.core.errors import UserError
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+STEP = re.compile(r"(?P<run>.+)@(?P<step>latest|best|[0-9]+)")
+
+
+def split_step(written: str) -> tuple[str, str]:
+    """The folder of a run and the step in `RUN@STEP`; "" where no step is named.
+
+    An address, and a path that exists as it is written, name no step.
+    """
+    found = STEP.fullmatch(written)
+    known = os.path.exists(os.path.expanduser(written))
+    if not found or known or ADDRESS.match(written):
+        return written, ""
+    return found["run"], found["step"]
+
 
 # A path, or each of several with commas between them.
 FIRST_PARTS = re.compile(r"(^\s*|,\s*)(~[^/,]*)")

@@ -7,7 +7,8 @@ from research.core.errors import files_of_step
 from research.parallel import runtime
 from research.report.model_card import format_card
 from research.runs.lineage.exported_run import ModelOrigin, export_run, holds
-from research.runs.reopen import reopen, saved_step
+from research.runs.lineage.start_pins import saved_step
+from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
 from research.tasks.task_registry import exported_tokenizer
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from research.core.errors import UserError
@@ -36,6 +36,7 @@ class Base:
       tokenizer: the model's own, or the one that a random model will be trained with.
       tensors: its weight files; None if the weights start at random.
       licence: as its files name it; empty where they do not.
+      origin: parts of an identity that say which step of which run it is, if any.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Base:
     tokenizer: tokenizers.Tokenizer
     tensors: TensorFile | None
     licence: str = ""
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.formats.tensor_file import fingerprint_files
@@ -58,6 +59,9 @@ class GGUFFile:
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.gguf_tensors
+
+    def on(self, mesh: Mesh) -> "GGUFFile":
+        return self
 
     def read_architecture(self) -> Architecture:
         """The shape that the metadata describe.

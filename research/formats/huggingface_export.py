@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research.core.atomic_files import make_folder, publish_folder, sync, write_whole
 from research.core.errors import UserError
+from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of, to_hf_config
 from research.models.families.stored_tensor import used
 from research.models.transformer import Model
@@ -55,7 +56,7 @@ def export(
     writer = _Writer(folder, np.dtype(jnp.dtype(dtype)))
     for stored in used(family_of(model.architecture).hf_tensors, model.specs):
         for name, index in stored.names(model.specs):
-            values = [_fetch(weights[path], index) for path in stored.paths]
+            values = [fetch(weights[path], index) for path in stored.paths]
             if writer.leading:
                 writer.add(name, stored.pack(values, model.specs))
     if not writer.leading:
@@ -63,6 +64,26 @@ def export(
     config = to_hf_config(model.architecture) | {"torch_dtype": dtype}
     writer.finish(config, tokenizer, describe)
     logging.info("export: %s, %s", folder, dtype)
+
+
+def save_settings(
+    architecture: Architecture, tokenizer: Tokenizer, folder: Path
+) -> None:
+    """Writes all of a Hugging Face folder but the weights. Raises OSError."""
+    make_folder(folder)
+    _save_settings(to_hf_config(architecture), tokenizer, folder)
+
+
+def _save_settings(config: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+    marks = _marks(tokenizer)
+    _write_json(folder / "config.json", config | marks)
+    generation = {**tokenizer.generation, **marks}
+    _write_json(folder / "generation_config.json", generation)
+    save_tokenizer(tokenizer, folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2))
 
 
 def _marks(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -76,7 +97,7 @@ def _marks(tokenizer: Tokenizer) -> dict[str, Any]:
     return {name: value for name, value in marks.items() if value is not None}
 
 
-def _fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+def fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     """One layer of a parameter on every host, with its adapter added."""
     sharding = jax.tree.leaves(leaf)[0].sharding
     if isinstance(sharding, NamedSharding):
@@ -191,11 +212,8 @@ class _Writer:
             placed |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": placed}
-            self._write_json("model.safetensors.index.json", index)
-        marks = _marks(tokenizer)
-        self._write_json("config.json", config | marks)
-        self._write_json("generation_config.json", {**tokenizer.generation, **marks})
-        save_tokenizer(tokenizer, self._partial)
+            _write_json(self._partial / "model.safetensors.index.json", index)
+        _save_settings(config, tokenizer, self._partial)
         describe(self._partial)
         replaced = self._folder.with_name(f"{self._folder.name}.replaced")
         # The old folder leaves as a whole: no part of it may pass for a model.
@@ -204,6 +222,3 @@ class _Writer:
             self._folder.rename(replaced)
         publish_folder(self._partial, self._folder)
         shutil.rmtree(replaced, ignore_errors=True)
-
-    def _write_json(self, name: str, value: Any) -> None:
-        write_whole(self._partial / name, json.dumps(value, indent=2))

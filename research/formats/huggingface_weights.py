@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.core.json_files import read_json
@@ -92,6 +93,9 @@ class HuggingFaceWeights:
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.hf_tensors
+
+    def on(self, mesh: Mesh) -> "HuggingFaceWeights":
+        return self
 
 
 def _weight_files(folder: Path) -> list[Path]:

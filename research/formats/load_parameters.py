@@ -18,6 +18,7 @@ from research.core.errors import UserError
 from research.formats.base_model import Base
 from research.formats.tensor_file import TensorFile
 from research.models.families.family_registry import family_of
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor, used
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
@@ -36,17 +37,24 @@ def load_frozen(
     A parameter is stored as soon as it is loaded, so only one at a time takes the
     memory of a plain array. See `load_base` for the other arguments.
     """
-    shardings = meshes.shardings(split.frozen_specs, mesh)
+    meshes.shardings(split.frozen_specs, mesh)  # Refuses what does not divide.
 
     def store(path: str, weight: Array) -> Matrix:
-        if split.frozen_specs[path] == model.specs[path]:
-            return weight
-        stored = jax.jit(
-            functools.partial(split.store, path), out_shardings=shardings[path]
-        )
-        return stored(weight)
+        return store_frozen(split, path, weight, model.specs[path], mesh)
 
     return load_base(base, model, mesh, split.frozen_dtype, seed, store)
+
+
+def store_frozen(
+    split: Trainable, path: str, weight: Array, spec: Spec, mesh: Mesh
+) -> Matrix:
+    """`weight`, which `spec` describes, in the format in which `split` stores it."""
+    stored = split.frozen_specs[path]
+    if stored == spec:
+        return weight
+    sharding = meshes.shardings({path: stored}, mesh)[path]
+    store = jax.jit(functools.partial(split.store, path), out_shardings=sharding)
+    return store(weight)
 
 
 def load_base(
@@ -69,7 +77,7 @@ def load_base(
     """
     shardings = meshes.shardings(model.specs, mesh)
     if base.tensors is not None:
-        return load_params(base.tensors, model, shardings, dtype, store)
+        return load_params(base.tensors.on(mesh), model, shardings, dtype, store)
 
     def init(key: Array) -> dict[str, Array]:
         return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
@@ -98,13 +106,10 @@ def load_params(
       UserError: the file does not hold this model.
     """
     check_tensors(tensors, model)
-    layout = used(tensors.layout(family_of(model.architecture)), model.specs)
-    source = {path: tensor for tensor in layout for path in tensor.paths}
+    family = family_of(model.architecture)
 
     def load(path: str) -> Array:
-        return _load_one(
-            tensors, source[path], path, model.specs, shardings[path], np.dtype(dtype)
-        )
+        return load_param(tensors, family, path, model.specs, shardings[path], dtype)
 
     return {path: store(path, load(path)) for path in model.specs}
 
@@ -162,22 +167,26 @@ def _copied_head(tensors: TensorFile, layout: tuple[StoredTensor, ...]) -> str |
     return head
 
 
-def _load_one(
+def load_param(
     tensors: TensorFile,
-    stored: StoredTensor,
+    family: ModelFamily,
     path: str,
     specs: Mapping[str, Spec],
     sharding: Any,
-    dtype: np.dtype,
+    dtype: Any,
 ) -> Array:
-    """Fills each distinct slice that this process holds, one file tensor at a time."""
+    """One parameter of a model of `family`, whose tensors were checked before.
+
+    Fills each distinct slice that this process holds, one file tensor at a time.
+    """
+    (stored,) = [x for x in tensors.layout(family) if path in x.paths]
     shape = specs[path].shape
     by_device = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
     buffers = {
-        bounds: np.empty([stop - start for start, stop in bounds], dtype)
+        bounds: np.empty([stop - start for start, stop in bounds], np.dtype(dtype))
         for bounds in by_device.values()
     }
     for name, index in stored.names(specs):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
@@ -26,6 +27,10 @@ class TensorFile(Protocol):
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         """How a model of `family` lies in files of this format."""
+        ...
+
+    def on(self, mesh: Mesh) -> "TensorFile":
+        """The same tensors, where `mesh` has the devices that may compute them."""
         ...
 
 

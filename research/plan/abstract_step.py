@@ -17,10 +17,11 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.data.token_batch import Batch
-from research.formats.base_model import Base, open_architecture
+from research.formats.base_model import Base
 from research.models.architecture import Architecture
 from research.models.presets import PRESETS, preset
 from research.parallel import mesh as meshes
+from research.runs.lineage.base_of_run import start_architecture
 from research.tasks import task_registry
 from research.tokenize.tokenizer import Tokenizer
 from research.train.step import train_step
@@ -66,7 +67,7 @@ def find_architecture(config: Config, override: str = "") -> Architecture:
     """
     if config.model.init_from and not override:
         try:
-            return open_architecture(config.model.init_from, config.data.hub_timeout)
+            return start_architecture(config)
         except UserError as error:
             raise UserError(
                 f"{error}; only its shape is needed: --preset=NAME gives one of "

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from research.checkpoints.checkpointer import Checkpointer
-from research.config.knob_groups import MeshConfig, RuntimeConfig
+from research.config.knob_groups import MeshConfig
 from research.config.run_config import Config
 from research.core.errors import DamagedError, UserError
 from research.engine.sampler import Sampler
@@ -28,11 +28,11 @@ from research.formats.load_parameters import load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.runs.phase_timer import PhaseTimer
+from research.runs.lineage.base_of_run import StoredRun, open_stored
+from research.runs.lineage.start_pins import saved_step
 from research.runs.run_directory import RunDir
-from research.runs.run_history import History
 from research.tasks.task_protocol import PromptFormat
-from research.tasks.task_registry import open_start, prompt_format
+from research.tasks.task_registry import prompt_format
 from research.weights import trainable
 
 Params = dict[str, Any]
@@ -92,21 +92,8 @@ class ReopenedRun:
         return {"base": base, "tuned": tuned}
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundRun:
-    """A run whose config and base model are there; no parameter has been read.
-
-    Attributes:
-      folder: the run directory.
-      config: of the run, with the choices of this machine; see `for_this_machine`.
-      base: the base model that training began with.
-      identity: fingerprints, which are those that the run began with.
-    """
-
-    folder: RunDir
-    config: Config
-    base: Base
-    identity: dict[str, str]
+class FoundRun(StoredRun):
+    """A run whose config and base model are there; no parameter has been read."""
 
     def load(
         self,
@@ -132,10 +119,8 @@ class FoundRun:
             `mesh`.
           DamagedError: the checkpoint is damaged or not finite.
         """
-        config, base = self.config, self.base
-        specs = Model(base.architecture).specs
-        split = trainable.make(config.trainable, config.model, config.lora, specs)
-        wanted_specs = {**specs, "trained": split.specs}
+        config, base, split = self.config, self.base, self.trainable
+        wanted_specs = {**self.specs, "trained": split.specs}
         mesh = mesh or fitting_mesh(wanted_specs, jax.local_devices(), decodes=decodes)
         model = make_model(
             config.model,
@@ -148,8 +133,8 @@ class FoundRun:
         if in_compute_dtype and not split.frozen_specs:
             dtype = model.options.dtype
         wanted = meshes.abstract_arrays(split.specs, mesh, dtype)
-        with _checkpoints(self.folder, config, self.identity) as checkpoints:
-            number = _choose_step(self.folder, checkpoints, step)
+        number = saved_step(self.folder, step)
+        with self.checkpoints() as checkpoints:
             older = [s for s in checkpoints.steps if s < number and step == "latest"]
             number, found = _read(checkpoints, [*older, number], {"params": wanted})
         frozen: Params = {}
@@ -167,15 +152,9 @@ def find_run(run: str | Path) -> FoundRun:
     Raises:
       UserError: there is no such run, or its base model has changed.
     """
-    folder = RunDir(run)
-    config = for_this_machine(folder.config())
-    base = open_start(config, folder.own_tokenizer)
-    identity = folder.identity() | {
-        "base model": base.fingerprint,
-        "tokenizer": base.tokenizer.fingerprint,
-    }
-    folder.check_identity(identity)
-    return FoundRun(folder, config, base, identity)
+    found = open_stored(run)
+    fields = dataclasses.fields(found)
+    return FoundRun(**{field.name: getattr(found, field.name) for field in fields})
 
 
 def reopen(
@@ -191,20 +170,6 @@ def reopen(
       UserError, DamagedError: see `find_run` and `FoundRun.load`.
     """
     return find_run(run).load(mesh, step=step, in_compute_dtype=in_compute_dtype)
-
-
-def for_this_machine(config: Config) -> Config:
-    """The config without the choices that suit only the machine that trained.
-
-    The kernel is chosen anew, nothing is offloaded or recomputed, and the compilation
-    cache is that of this user.
-    """
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, attention="auto", remat="none"),
-        mesh=MeshConfig(),
-        runtime=RuntimeConfig(distributed=False),
-    )
 
 
 def fitting_mesh(
@@ -235,18 +200,6 @@ def fitting_mesh(
     return meshes.make_mesh(MeshConfig(data=1), devices[:1])
 
 
-def _checkpoints(
-    folder: RunDir, config: Config, identity: dict[str, str]
-) -> Checkpointer:
-    return Checkpointer(
-        folder.checkpoints,
-        config.checkpoint,
-        identity,
-        accept=set(History(folder.history, PhaseTimer()).accepted),
-        read_only=True,
-    )
-
-
 def _read(
     checkpoints: Checkpointer, steps: Sequence[int], wanted: Params
 ) -> tuple[int, Params]:
@@ -263,27 +216,3 @@ def _read(
             raise
         logging.warning("step %d is opened instead: %s", older[-1], error)
     return _read(checkpoints, older, wanted)
-
-
-def saved_step(folder: RunDir, step: str) -> int:
-    """The number of the checkpoint `step`; see `reopen` for it and its errors."""
-    with _checkpoints(folder, folder.config(), folder.identity()) as checkpoints:
-        return _choose_step(folder, checkpoints, step)
-
-
-def _choose_step(folder: RunDir, checkpoints: Checkpointer, step: str) -> int:
-    """The number of the checkpoint `step`.
-
-    Raises:
-      UserError: the run has no such checkpoint; the message lists those it has.
-    """
-    known = checkpoints.steps
-    number = checkpoints.best_step if step == "best" else checkpoints.latest_step
-    if step not in ("latest", "best"):
-        number = int(step) if step.isdecimal() else None
-    if number not in known:
-        raise UserError(
-            f"{folder.path} has no checkpoint {step!r}; it has steps "
-            f"{', '.join(map(str, known)) or 'none yet'}"
-        )
-    return number

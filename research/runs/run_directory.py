@@ -7,16 +7,14 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import filelock
-import jax
 
 from research.checkpoints.run_identity import Identity, accepting, check_identity
 from research.config.field_names import explain
-from research.config.hub_pins import Pins, is_pin, pinned, resolve_addresses
-from research.config.knob_groups import NEWEST_EDITION
+from research.config.hub_pins import Pins, is_pin, pinned
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import differences, from_json, to_json
@@ -29,7 +27,6 @@ from research.core.atomic_files import (
 from research.core.errors import UserError
 from research.core.json_files import read_json, require_file
 from research.core.local_paths import local_path
-from research.parallel import agreement
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
 RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.
@@ -55,7 +52,7 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def _with_edition(config: Config, edition: int) -> Config:
+def with_edition(config: Config, edition: int) -> Config:
     """`config`, where the rows have the rules of `edition` if it names no other."""
     data = dataclasses.replace(config.data, edition=config.data.edition or edition)
     return dataclasses.replace(config, data=data)
@@ -128,7 +125,7 @@ class RunDir:
           UserError: this is not a run directory, or its config cannot be read.
         """
         with self._reading_config() as text:
-            return pinned(from_json(text, self.path), self._known_pins())
+            return pinned(from_json(text, self.path), self.known_pins())
 
     @contextlib.contextmanager
     def _reading_config(self) -> Iterator[str]:
@@ -170,7 +167,7 @@ class RunDir:
         for name in FILES:
             require_file(self.path / name)
         if self.exists:
-            pins = self._known_pins()
+            pins = self.known_pins()
             with self._reading_config() as text:
                 edition = from_json(text).data.edition
                 # Older runs kept their hub addresses as they were written.
@@ -178,7 +175,7 @@ class RunDir:
                     text,
                     config,
                     self.path,
-                    lambda config: _with_edition(pinned(config, pins), edition),
+                    lambda config: with_edition(pinned(config, pins), edition),
                 )
             refused = changes.keys() - set(config.accept)
             if refused:
@@ -228,7 +225,7 @@ class RunDir:
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(f"{place} must not be written to")
 
-    def _known_pins(self) -> Pins:
+    def known_pins(self) -> Pins:
         """The commits that the run has kept so far.
 
         Raises:
@@ -244,32 +241,14 @@ class RunDir:
                 )
         return pins
 
-    def pin(self, config: Config, others: Mapping[str, str] | None = None) -> Config:
-        """`config` with hub addresses at their commits, and with the edition of rows.
-
-        Both are those of the run, if it exists.
-
-        All processes call it; the answers of the first hold for all.
-
-        Args:
-          config: as the user wrote it.
-          others: commits of runs that start together with this one, and share them.
-
-        Raises:
-          UserError: an address is malformed, or stands for no commit.
-        """
-
-        def found() -> Pins:
-            known = {**(others or {}), **self._known_pins()}
-            return resolve_addresses(config, known, asking=jax.process_index() == 0)
-
-        self.pins = agreement.of_first(agreement.together(found))
-        edition = self.config().data.edition if self.exists else NEWEST_EDITION
-        return _with_edition(pinned(config, self.pins), edition)
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder holds a run, and no other model with a `config.json`."""
+        return self.exists and self._identity.is_file()
 
     def keep_pins(self) -> None:
         """Writes the commits that `pin` has found. Raises UserError: it cannot."""
-        if self.pins != self._known_pins():
+        if self.pins != self.known_pins():
             try:
                 write_whole(self._pins, json.dumps(self.pins, indent=2))
             except OSError as error:

@@ -234,7 +234,7 @@ class InstructionTask:
                 group=record.category,
                 where=record.where,
                 prompt=_prompt_text(record),
-                base=self._base_answers[record.where],
+                base=self._base_answers.get(record.where, ""),
                 tuned=after[record.where],
                 reference=record.turns[-1].text,
             )
@@ -265,6 +265,8 @@ def _answer(
 ) -> dict[str, str]:
     """Answers by row. The model is opened for them alone, and freed after them."""
     model = open_model() if prompts else None
+    if model is None:
+        return {}
     return {record.where: model.answer(*request).strip() for record, request in prompts}
 
 

@@ -74,7 +74,7 @@ class Task(Protocol):
 
         `tuned` gives the trained model, until `base` is called: that loads the model
         that training began from in its place, or gives None where the weights began at
-        random. The task keeps neither. All processes call it.
+        random or are gone. The task keeps neither. All processes call it.
         """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from research.core.errors import files_of_step
+from research.core.errors import UserError, files_of_step
 from research.engine.text_generation import (
     TextGenerator,
     base_generator,
@@ -46,7 +46,11 @@ def _trained(run: TrainingRun) -> TextGenerator:
 def _untrained(run: TrainingRun) -> TextGenerator | None:
     # After full training the base model takes the place of the trained one.
     run.state = None
-    return base_generator(run.sampler, run.base, run.definition.mesh, run.frozen)
+    try:
+        return base_generator(run.sampler, run.base, run.definition.mesh, run.frozen)
+    except UserError as error:
+        logging.warning("the report has no answers of the base model: %s", error)
+        return None
 
 
 def _finish(run: TrainingRun) -> None:

@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
 
+from research.checkpoints.checkpoint_listing import step_folders
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.disk_space import require_room
 from research.checkpoints.run_identity import Identity
@@ -18,15 +20,17 @@ from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.engine.sampler import Sampler
+from research.formats.base_model import Base
+from research.formats.huggingface_export import save_settings
 from research.parallel import agreement, mesh
 from research.report import terminal
 from research.runs import provenance
+from research.runs.lineage.base_of_run import open_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 from research.tasks import task_registry
 from research.tasks.task_protocol import Task
-from research.tokenize.tokenizer_training import save_tokenizer
 from research.train import doctor
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
@@ -86,7 +90,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     """
     first = opened[0]
     base = agreement.together(
-        lambda: task_registry.open_start(first.config, first.folder.own_tokenizer),
+        lambda: open_start(first.config, first.folder),
         lambda base: {
             "base model": base.fingerprint,
             "tokenizer": base.tokenizer.fingerprint,
@@ -108,8 +112,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         task = tasks[config.seed]
         objective = task_registry.make_objective(config, devices, len(task.groups))
         definition = dataclasses.replace(definition, objective=objective)
-        params, frozen = load_start(definition, base, runs[0].frozen if runs else None)
-        state = train_step.jit_init(definition)(params)
+        state, frozen = _start(definition, each, base, runs)
         examination = doctor.examine(base, definition, state, frozen, task)
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
         terminal.show_findings(console, examination.findings)
@@ -123,7 +126,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 task=task,
                 definition=definition,
                 sampler=runs[0].sampler if runs else Sampler(definition.model),
-                state=state,
+                state=state if isinstance(state.step, jax.Array) else None,
                 frozen=frozen,
                 examination=examination,
                 console=console,
@@ -132,6 +135,25 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             )
         )
     return runs
+
+
+def _start(
+    definition: train_step.StepDefinition,
+    opened: OpenedFolder,
+    base: Base,
+    others: Sequence[TrainingRun],
+) -> tuple[train_step.TrainState, dict[str, Any]]:
+    """The state before the first step, and the frozen parameters.
+
+    A checkpoint of a run that trains all parameters has them all: the base model is not
+    read then, and may be gone. The state has only shapes until the checkpoint is read.
+    """
+    saved = agreement.of_first(bool(step_folders(opened.folder.checkpoints)))
+    if saved and not definition.trainable.frozen_specs:
+        return train_step.abstract_state(definition), {}
+    frozen = others[0].frozen if others else None
+    params, frozen = load_start(definition, base, frozen)
+    return train_step.jit_init(definition)(params), frozen
 
 
 def claim(
@@ -186,10 +208,16 @@ def _claim(run: TrainingRun, changed: dict[str, str]) -> Identity:
         folder.checkpoints, train_step.abstract_state(run.definition), config.checkpoint
     )
     if jax.process_index() == 0 and not folder.exists:
-        with folder.create(config, identity, run.task.left_out):
-            save_tokenizer(run.base.tokenizer, folder.tokenizer)
+        found = identity | dict(run.base.origin)
+        with folder.create(config, found, run.task.left_out):
+            _keep_base(run)
     run.history.begin()
     return identity
+
+
+def _keep_base(run: TrainingRun) -> None:
+    """Keeps tokenizer and shape of the base model, which the run then has for ever."""
+    save_settings(run.base.architecture, run.base.tokenizer, run.folder.tokenizer)
 
 
 def record_start(run: TrainingRun, identity: Identity, changed: dict[str, str]) -> None:
@@ -203,7 +231,10 @@ def record_start(run: TrainingRun, identity: Identity, changed: dict[str, str]) 
         run.folder.keep_pins()
         doctor.save(run.folder.path, run.examination)
     if jax.process_index() == 0 and changed:
-        run.folder.update(identity, run.task.left_out, run.config)
+        if changed.keys() & {"base model", "tokenizer"}:
+            _keep_base(run)
+        found = identity | dict(run.base.origin)
+        run.folder.update(found, run.task.left_out, run.config)
     changed.clear()
 
 

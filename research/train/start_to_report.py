@@ -12,6 +12,7 @@ from research.parallel import agreement, runtime
 from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.control.watchdog import Watchdog
 from research.runs.lineage.exported_run import refuse_other_step
+from research.runs.lineage.start_pins import pin_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
@@ -48,7 +49,7 @@ def train(configs: Sequence[Config], at_once: int = 0) -> int:
                 lambda wanted: facts_of_start(configs, wanted),
             )
             for each in wanted:
-                each.config = each.folder.pin(each.config, wanted[0].folder.pins)
+                each.config = pin_start(each.folder, each.config, wanted[0].folder.pins)
                 each.history = starts.open(each.folder)
             code = _train(wanted, phases, stop, at_once) if wanted else 0
         except Preempted as error:

@@ -20,6 +20,7 @@ from research.data.text.source_fingerprint import source_key
 from research.data.text.streaming import load_streamed
 from research.data.text.text_sources import open_sources
 from research.formats.base_model import open_base
+from research.runs.lineage.start_pins import pin_start
 from research.runs.run_directory import RunDir
 from research.tokenize.tokenizer_training import byte_tokenizer, save_tokenizer
 
@@ -65,7 +66,7 @@ def addresses(config):
 @pytest.mark.parametrize("config", [TEXT, ROWS, Config()], ids=["text", "rows", ""])
 def test_a_run_keeps_its_commits_whatever_happens_upstream(tmp_path, hub, config):
     folder = RunDir(tmp_path / "run")
-    first = folder.pin(config)
+    first = pin_start(folder, config)
     with folder.create(first, IDENTITY, []):
         pass
     folder._lock.release()
@@ -74,15 +75,15 @@ def test_a_run_keeps_its_commits_whatever_happens_upstream(tmp_path, hub, config
     hub.commit = LATER
     again = RunDir(folder.path)
     assert again.check_config(config) == {}
-    assert again.pin(config) == first == again.config()
+    assert pin_start(again, config) == first == again.config()
     assert len(hub.asked) == len(pinned), "nobody was asked again"
     hub.commit = ""
-    assert RunDir(folder.path).pin(config) == first
+    assert pin_start(RunDir(folder.path), config) == first
 
 
 def test_a_commit_or_branch_that_differs_is_another_config(tmp_path, hub):
     folder = RunDir(tmp_path / "run")
-    with folder.create(folder.pin(ROWS), IDENTITY, []):
+    with folder.create(pin_start(folder, ROWS), IDENTITY, []):
         pass
     folder._lock.release()
     for revision in (LATER, "v2"):
@@ -104,7 +105,9 @@ def test_a_run_of_an_older_version_gets_its_commits_at_its_next_start(tmp_path, 
         hub.commit = commit
         again = RunDir(folder.path)
         assert again.check_config(TEXT) == {}
-        assert f"web=hub://o/web@{COMMIT}:en@train" in again.pin(TEXT).text.sources
+        assert (
+            f"web=hub://o/web@{COMMIT}:en@train" in pin_start(again, TEXT).text.sources
+        )
         again.keep_pins()
     for held in (
         "[1]",
@@ -125,9 +128,9 @@ def test_no_run_begins_at_an_address_without_a_commit(
     hub.commit = ""
     folder = RunDir(tmp_path / "run")
     with pytest.raises(UserError, match=r"hub://o/\S+ is out of reach \(away\).*cache"):
-        folder.pin(config)
+        pin_start(folder, config)
     monkeypatch.setattr(hub_access, "cached_commit", lambda address: LATER)
-    found = folder.pin(config)
+    found = pin_start(folder, config)
     assert all(f"@{LATER}" in x for x in addresses(found) if "hub://" in x)
 
 
@@ -142,13 +145,13 @@ def test_a_cache_that_names_no_commit_gives_none(cache):
 def test_without_a_hub_the_embedded_rows_are_chosen_for_good(tmp_path, hub):
     hub.commit = ""
     folder = RunDir(tmp_path / "run")
-    first = folder.pin(Config())
+    first = pin_start(folder, Config())
     assert first.data.path == hub_pins.EMBEDDED
     with folder.create(first, IDENTITY, []):
         pass
     folder._lock.release()
     hub.commit = COMMIT
-    assert RunDir(folder.path).pin(Config()).data.path == hub_pins.EMBEDDED
+    assert pin_start(RunDir(folder.path), Config()).data.path == hub_pins.EMBEDDED
     assert load_rows(first.data, 0).source.origin == "embedded sample"
 
 

@@ -30,6 +30,7 @@ from research.config.config_file import load_config_file
 from research.config.run_config import Config, MeshConfig, from_config_dict
 from research.report import markdown_report, terminal
 from research.report.run_results import read_results
+from research.runs.lineage.start_pins import pin_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
@@ -158,7 +159,7 @@ def test_its_parameters_open(run):
 def test_it_resumes_from_its_state_on_the_rows_that_it_had(run):
     """All that a resume checks and restores before it compiles a step."""
     folder = RunDir(run)
-    config = folder.pin(wanted(run))
+    config = pin_start(folder, wanted(run))
     assert folder.check_config(wanted(run)) == {}
     restored = saved_state(run)
     assert restored.step == STEPS and restored.position

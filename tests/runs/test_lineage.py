@@ -1,16 +1,36 @@
 """The sources of models: exports name their step, and runs build on runs."""
 
+import dataclasses
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from research.checkpoints.checksums import seal
+from research.config.run_config import MeshConfig
+from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.export.write_model import write_model
+from research.formats.base_model import open_base
+from research.formats.huggingface_export import save_settings
+from research.formats.load_parameters import load_base
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
 from research.runs.lineage import exported_run
+from research.runs.lineage.base_of_run import (
+    _base_of_run,
+    open_start,
+    open_stored,
+    start_architecture,
+)
 from research.runs.lineage.exported_run import ModelOrigin, refuse_other_step
+from research.runs.lineage.start_pins import pin_start, saved_step
+from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
 
 
@@ -125,3 +145,201 @@ def test_the_model_card_says_what_the_model_is(lora, exported, place):
     ):  # fmt: skip
         assert said in card, said
     assert str(place.folder) not in card and not re.search(r"(^|\s)/", card)
+
+
+# -- a run that builds on another run --------------------------------------------------
+
+
+def loaded(base, mesh, dtype):
+    return load_base(base, Model(base.architecture), mesh, dtype, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [("bfloat16", (1, 1, 1)), ("float32", (2, 2, 2))]
+)
+def test_a_run_as_the_base_is_its_export_bit_for_bit(lora, exported, dtype, sizes):
+    """The same parameters, shape, tokenizer and ends, and no file is written."""
+    before = sorted(lora.path.rglob("*"))
+    devices = jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
+    data, fsdp, tensor = sizes
+    mesh = meshes.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    base = _base_of_run(str(lora.path), "latest")
+    other = open_base(str(exported))
+    found, expected = loaded(base, mesh, dtype), loaded(other, mesh, dtype)
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        assert found[path].dtype == value.dtype == dtype
+        assert found[path].sharding == value.sharding, path
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    assert base.architecture == other.architecture
+    for name in ("fingerprint", "end_ids", "chat_template"):
+        assert getattr(base.tokenizer, name) == getattr(other.tokenizer, name), name
+    assert sorted(lora.path.rglob("*")) == before
+
+
+def test_fully_trained_parameters_are_read_as_they_were_saved(place, pretrained):
+    assert pretrained.code == 0, pretrained.err
+    run = reopen(place.run_dir("pretrained"))
+    base = _base_of_run(str(place.run_dir("pretrained")), "12")
+    found = loaded(base, run.mesh, "float32")
+    for path, value in run.params.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    assert base.tokenizer.fingerprint == run.base.tokenizer.fingerprint
+
+
+def test_a_chain_of_runs_adds_the_adapters_of_each(lora, tmp_path):
+    """B holds the adapters of A once more: A's weights and twice its update."""
+    second = tmp_path / "second"
+    shutil.copytree(lora.path, second)
+    base = _base_of_run(str(lora.path), "16")
+    own = {"base model": base.fingerprint}
+    (second / "identity.json").write_text(json.dumps(lora.identity() | own))
+    config = dataclasses.replace(
+        lora.config(), model=at(lora.config().model, f"{lora.path}@16")
+    )
+    (second / "config.json").write_text(to_json(config))
+    for step in (second / "checkpoints").iterdir():
+        reseal(step, own)
+    mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    zero = loaded(open_base(str(lora.config().model.init_from)), mesh, "float32")
+    once = loaded(base, mesh, "float32")
+    twice = loaded(_base_of_run(str(second), "latest"), mesh, "float32")
+    changed = 0
+    for path, value in once.items():
+        expected = value + (value - zero[path])
+        np.testing.assert_allclose(twice[path], expected, rtol=0, atol=1e-6)
+        changed += bool(np.abs(value - zero[path]).max() > 1e-3)
+    assert changed == 7
+
+
+def at(model, start):
+    return dataclasses.replace(model, init_from=start)
+
+
+def reseal(step, identity):
+    """Writes another identity into a checkpoint, and its checksums anew."""
+    file = step / "meta" / "metadata"
+    meta = json.loads(file.read_bytes())
+    file.write_text(json.dumps(meta | {"identity": meta["identity"] | identity}))
+    for folder in sorted({x.parent for x in step.rglob("sums.json")}, reverse=True):
+        seal(folder)
+
+
+@pytest.fixture
+def built(lora, tmp_path, monkeypatch):
+    """Makes a run directory on the run `a`, which a test may change; trains nothing."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(lora.path, "a")
+
+    def build(name, start, trainable="lora"):
+        config = dataclasses.replace(
+            lora.config(), trainable=trainable, run_dir=name,
+            model=at(lora.config().model, start),
+        )  # fmt: skip
+        folder = RunDir(name)
+        assert folder.check_config(config) == {}
+        pinned = pin_start(folder, config)
+        base = open_start(pinned, folder)
+        identity = {
+            "base model": base.fingerprint, "data": "d",
+            "tokenizer": base.tokenizer.fingerprint, **base.origin,
+        }  # fmt: skip
+        with folder.create(pinned, identity, []):
+            save_settings(base.architecture, base.tokenizer, folder.tokenizer)
+        folder._lock.release()
+        return config, RunDir(name)
+
+    return build
+
+
+@pytest.mark.parametrize(("start", "step"), [("a", 16), ("a@best", None), ("a@15", 15)])
+def test_a_run_keeps_the_step_that_it_was_built_on(lora, built, start, step):
+    """Whatever becomes of the other run, and from wherever the path is written."""
+    config, folder = built("b", start)
+    step = step or saved_step(lora, "best")
+    identity = folder.identity()
+    assert identity["base run"] == lora.origin()["run"]
+    assert identity["base step"] == str(step) and identity["base checkpoint"]
+    # More training: a later step, and a better one.
+    shutil.copytree("a/checkpoints/16", "a/checkpoints/17")
+    (RunDir("a").checkpoints / "17" / "commit_success.txt").write_text("17")
+    seal(RunDir("a").checkpoints / "17")
+    write_model("a", "15", Path("a/model"), "float32", False)
+    for written in (start, os.path.abspath(start), f"a@{step}"):
+        again = dataclasses.replace(config, model=at(config.model, written))
+        assert folder.check_config(again) == {}
+        pinned = pin_start(RunDir("b"), again)
+        assert pinned.model.init_from.endswith(f"a@{step}")
+        assert open_start(pinned, folder).fingerprint == identity["base model"]
+    assert open_stored("b").base.name.endswith(f"a@{step}")
+    other = dataclasses.replace(config, model=at(config.model, "a@17"))
+    with pytest.raises(UserError, match=rf"init_from: 'a@{step}' -> 'a@17'"):
+        folder.check_config(other)
+
+
+def test_another_checkpoint_under_the_same_number_is_another_base(built):
+    built("b", "a@16")
+    shutil.rmtree("a/checkpoints/16")
+    shutil.copytree("a/checkpoints/15", "a/checkpoints/16")
+    (Path("a/checkpoints/16") / "commit_success.txt").write_text("16")
+    seal(Path("a/checkpoints/16"))
+    with pytest.raises(UserError, match="base model"):
+        open_stored("b")
+
+
+@pytest.mark.parametrize("gone", ["a", "a/checkpoints/16"])
+def test_without_the_base_run_adapters_say_what_is_missing(built, gone, lora):
+    config, folder = built("b", "a")
+    shutil.rmtree(gone)
+    run = lora.origin()["run"]
+    for action in (
+        lambda: open_start(pin_start(folder, config), folder),
+        lambda: open_stored("b"),
+    ):
+        with pytest.raises(UserError, match=rf"a@16 \(step 16 of run {run}\).*bring"):
+            action()
+
+
+def test_without_the_base_run_full_training_still_opens(built, caplog):
+    config, folder = built("b", "a", "full")
+    before = open_stored("b").base
+    shutil.rmtree("a")
+    base = open_start(pin_start(folder, config), folder)
+    assert "in the run's own checkpoints" in caplog.text
+    assert base.architecture == before.architecture
+    assert base.fingerprint == before.fingerprint
+    assert base.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert base.tokenizer.end_ids == before.tokenizer.end_ids
+    with pytest.raises(UserError, match="no run directory"):
+        base.tensors.read("model.norm.weight")
+
+
+def test_an_older_run_stays_with_the_export_of_its_base_run(built, exported):
+    """Its config has no step, and its identity is that of the exported files."""
+    shutil.copytree(exported, "a/model")
+    config, folder = built("b", "a/model")
+    (folder.path / "hub_revisions.json").unlink(missing_ok=True)
+    older = dataclasses.replace(config, model=at(config.model, "a"))
+    (folder.path / "config.json").write_text(to_json(older))
+    assert folder.check_config(older) == {}
+    pinned = pin_start(folder, older)
+    assert pinned.model.init_from == "a"
+    assert open_start(pinned, folder).fingerprint == open_base("a/model").fingerprint
+    assert open_stored("b").base.fingerprint == folder.identity()["base model"]
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("a@99", r"no checkpoint '99'; it has steps .*15, 16"),
+        ("b@best", r"base model b@best: b is no run directory"),
+    ],
+)
+def test_a_step_that_is_not_there_is_named(built, start, said):
+    with pytest.raises(UserError, match=said):
+        built("new", start)
+
+
+def test_the_plan_needs_no_export(built, lora):
+    config, _ = built("b", "a@15")
+    assert start_architecture(config) == open_stored(lora.path).base.architecture

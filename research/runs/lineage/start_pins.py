@@ -1,0 +1,68 @@
+"""A run keeps what its addresses stood for at its first start: commits and steps."""
+
+import os
+from collections.abc import Mapping
+
+import jax
+
+from research.checkpoints.checkpoint_listing import choose_step
+from research.config.hub_pins import Pins, pinned, resolve_addresses
+from research.config.knob_groups import NEWEST_EDITION
+from research.config.run_config import Config
+from research.core.local_paths import split_step
+from research.parallel import agreement
+from research.runs.run_directory import RUN, RunDir, with_edition
+
+
+def pin_start(
+    folder: RunDir, config: Config, others: Mapping[str, str] | None = None
+) -> Config:
+    """`config` with hub addresses at their commits, a base run at its step, an edition.
+
+    All are those of the run in `folder`, if it exists. Then `folder.pins` has them.
+
+    All processes call it; the answers of the first hold for all.
+
+    Args:
+      folder: of the run.
+      config: as the user wrote it.
+      others: commits of runs that start together with this one, and share them.
+
+    Raises:
+      UserError: an address is malformed, or stands for no commit or checkpoint.
+    """
+
+    def found() -> Pins:
+        known = {**(others or {}), **folder.known_pins()}
+        known |= _base_run(folder, config.model.init_from, known)
+        return resolve_addresses(config, known, asking=jax.process_index() == 0)
+
+    folder.pins = agreement.of_first(agreement.together(found))
+    edition = folder.config().data.edition if folder.exists else NEWEST_EDITION
+    return with_edition(pinned(config, folder.pins), edition)
+
+
+def _base_run(folder: RunDir, written: str, known: Pins) -> Pins:
+    """The pin of `RUN` or `RUN@best` as the base model; none for any other model."""
+    place, step = split_step(written)
+    if not place or "://" in place:
+        return {}
+    run = RunDir(place)
+    if not run.is_run or step.isdecimal() or written in known:
+        return {}
+    if folder.exists and not step:
+        before, had = split_step(folder.config().model.init_from)
+        if not had and os.path.abspath(before) == os.path.abspath(run.path):
+            return {}  # An older run, for which it stands for the exported model.
+    return {written: f"{place}@{saved_step(run, step or 'latest')}"}
+
+
+def saved_step(folder: RunDir, step: str) -> int:
+    """The number of the checkpoint `step`: latest, best, or a number.
+
+    Raises:
+      UserError: there is no such checkpoint; the message lists those that are there.
+    """
+    identity = folder.identity()
+    run = identity.get(RUN, "")
+    return choose_step(folder.checkpoints, step, identity["data"], run)

@@ -68,9 +68,10 @@ def _split_further(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
 
 
 def _passes(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
-    rows = meshes.divisors(config.data.batch_size)
-    for size in reversed([n for n in rows if n < config.data.rows_per_pass]):
-        yield {"data.microbatch_size": size}
+    """Fewer rows hold fewer activations; a single pass holds no sum of gradients."""
+    for size in reversed(meshes.divisors(config.data.batch_size)):
+        if size != config.data.rows_per_pass:
+            yield {"data.microbatch_size": size}
 
 
 def _halves(knob: str, least: int) -> Callable[[Config, PlannedDevices], Any]:
@@ -127,8 +128,8 @@ class Advice:
       plan: the estimate with them.
       costs: what the run loses by them.
       fits: whether the plan fits.
-      holds: if not, the same training on the fewest chips that hold it; None if no
-        number of chips does.
+      holds: if not, or if the run loses something, the same training on the fewest
+        chips that hold it; None if no number of chips does.
     """
 
     flags: str
@@ -144,14 +145,15 @@ class Advice:
         if self.fits:
             costs = " and ".join(self.costs)
             setting = self.plan.setting and f"set {self.plan.setting}"
-            said = "; ".join(filter(None, (needed, costs, setting)))
-            return f"it fits with {self.flags} ({said})"
-        chip = self.plan.target.chip
-        memory = math.ceil(self.plan.needed / USABLE / 1e9)
-        kind = "machine" if chip.platform == "cpu" else "chip"
-        said = f"nothing fits {self.plan.target.name}: it needs at least {needed}"
-        said += f" ({self.plan.largest_part}){_with(self.flags)}"
-        said += f"; that takes a {kind} of {memory} GB"
+            facts = "; ".join(filter(None, (needed, costs, setting)))
+            said = f"it fits with {self.flags} ({facts})"
+        else:
+            chip = self.plan.target.chip
+            memory = math.ceil(self.plan.needed / USABLE / 1e9)
+            kind = "machine" if chip.platform == "cpu" else "chip"
+            said = f"nothing fits {self.plan.target.name}: it needs at least {needed}"
+            said += f" ({self.plan.largest_part}){_with(self.flags)}"
+            said += f"; that takes a {kind} of {memory} GB"
         if self.holds:
             name = self.holds.plan.target.name
             said += f"; the same training fits {name}{_with(self.holds.flags)}"
@@ -187,7 +189,7 @@ def advise(plan: Plan, architecture: Architecture, asked: Config) -> Advice:
     lowest = _lowest(plan.config, plan.target, limit, CHANGES, replan)
     assert lowest is not None, "the plan itself shows that its config can be planned"
     found = _raised(*lowest, limit, CHANGES, replan, asked)
-    if found.fits:
+    if found.fits and not found.costs:
         return found
     for target in _larger(plan.target):
         lowest = _lowest(plan.config, target, limit, HARMLESS, replan)

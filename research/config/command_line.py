@@ -27,7 +27,13 @@ from research.config.config_file import (
 )
 from research.config.cross_knob_rules import check_effects
 from research.config.field_names import explain
-from research.config.knobs import check_limits, facts_of, flat, map_paths
+from research.config.knobs import (
+    bare_type,
+    check_limits,
+    facts_of,
+    flat,
+    map_paths,
+)
 from research.config.run_config import Config, from_config_dict
 from research.config.saved_config import from_json
 from research.core import standard_streams
@@ -137,7 +143,7 @@ def _define(options: type) -> flags.FlagValues:
     flag_values = flags.FlagValues()
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        hint, default = hints[field.name], field.default
+        hint, default = bare_type(hints[field.name]), field.default
         if typing.get_origin(hint) is tuple:
             define, default = flags.DEFINE_multi_string, list(default)
         else:

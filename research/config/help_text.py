@@ -10,7 +10,7 @@ from typing import Any
 
 from research.config.cross_knob_rules import RULES, conditions_of
 from research.config.field_names import explain
-from research.config.knobs import facts_of, fields
+from research.config.knobs import bare_type, facts_of, fields
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
 
@@ -90,7 +90,8 @@ def type_name(hint: Any) -> str:
     """`int`, `list of str`: the type of a knob for people."""
     if typing.get_origin(hint) is tuple:
         return f"list of {typing.get_args(hint)[0].__name__}"
-    return hint.__name__ if isinstance(hint, type) else "str"
+    bare = bare_type(hint)
+    return bare.__name__ if isinstance(bare, type) else "str"
 
 
 def _shown(value: Any) -> str:

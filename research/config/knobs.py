@@ -54,6 +54,8 @@ class KnobFacts:
 
     def refusal(self, value: Any) -> str:
         """Why the knob may not have `value`, after "is VALUE; "; empty if it may."""
+        if value is None:
+            return ""
         if self.choices and value not in self.choices:
             listed = ", ".join(self.choices)
             return f"it must be one of {listed}{nearest(value, self.choices)}"
@@ -105,6 +107,12 @@ def map_paths(
         parts = [written.partition("=") for written in value]
         return tuple(name + mark + change(where) for name, mark, where in parts)
     return change(value)
+
+
+def bare_type(hint: Any) -> Any:
+    """`float` for `float | None`, the type of a flag without a default."""
+    *others, last = typing.get_args(hint) or (hint,)
+    return others[0] if others and last is type(None) else hint
 
 
 def check_limits(config: Any, prefix: str) -> None:

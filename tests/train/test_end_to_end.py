@@ -138,7 +138,7 @@ def talks(place, results):
     chat = f"{QUESTION}\n\n{QUESTION}\nWhy?\n"
     best = "--step=best"
     return {
-        "chat": place.generate("unbroken", best, stdin=chat),
+        "chat": place.generate("unbroken", best, "--chat", stdin=chat),
         "compare": place.generate(
             "unbroken", best, f"--prompt={QUESTION}", "--compare"
         ),

@@ -1,0 +1,169 @@
+"""A model that answers in the terminal: one that a run has tuned, or one of a file."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from research.config.knob_groups import ModelConfig
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.engine.sampler import Sampler, Sampling
+from research.engine.sampling_defaults import model_sampling
+from research.engine.text_generation import TextGenerator
+from research.formats.base_model import Base, open_base
+from research.formats.load_parameters import load_base
+from research.models.make_model import make_model
+from research.models.transformer import Model
+from research.runs.reopen import fitting_mesh, reopen
+from research.runs.run_directory import RunDir
+from research.tasks.pretraining import PlainFormat
+from research.tasks.task_protocol import PromptFormat
+from research.tasks.task_registry import prompt_format
+from research.tokenize.chat_template import ChatFormat
+from research.tokenize.conversation import Turn
+
+USUAL = Sampling(temperature=0.0, top_p=0.95, max_new_tokens=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """What the user sets of `Sampling`; None leaves it to the model."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedModel:
+    """One model, or a base model and the tuned one beside it.
+
+    Attributes:
+      prompts: how prompts become ids.
+      generators: by the name of the model.
+      sampling: how tokens are chosen.
+      fits_answers: shortens the limit of an answer to what the context has room for.
+    """
+
+    prompts: PromptFormat
+    generators: Mapping[str, TextGenerator]
+    sampling: Sampling
+    fits_answers: bool = True
+
+    def stream(
+        self, name: str, turns: Sequence[Turn], context: str = "", seed: int = 0
+    ) -> Iterator[str]:
+        """Yields the answer of a model in pieces.
+
+        Args:
+          name: of the model.
+          turns: of the conversation; the last one is the prompt.
+          context: material that belongs to the first turn.
+          seed: is added to that of `sampling`.
+
+        Raises:
+          UserError: the conversation exceeds the context, the template refuses it, or a
+            text is not UTF-8.
+        """
+        texts = (context, *(turn.text for turn in turns))
+        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+            raise UserError("the prompt has bytes that are not UTF-8; type it again")
+        ids = self.prompts.encode_prompt(turns, context)
+        generator = self.generators[name]
+        longest = generator.sampler.model.architecture.max_position
+        if len(ids) >= longest:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, and the model's context is "
+                f"{longest}: shorten the prompt"
+            )
+        most, room = self.sampling.max_new_tokens, longest - len(ids)
+        if self.fits_answers and room < most:
+            logging.warning("the context has room for %d more tokens", room)
+            most = room
+        sampling = dataclasses.replace(
+            self.sampling, max_new_tokens=most, seed=self.sampling.seed + seed
+        )
+        return generator.stream(ids, sampling, self.prompts.stop_ids)
+
+
+def open_run(
+    run: str, step: str, compare: bool, system: str | None, flags: SamplingFlags
+) -> AskedModel:
+    """The model of a run, with the system text that it was trained with, or `system`.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or its prompts take no system text.
+    """
+    opened = reopen(run, step=step, in_compute_dtype=True)
+    prompts = prompt_format(_with_system(opened.config, system), opened.base)
+    _check_system(prompts, system)
+    generators = opened.generators(compare=compare)
+    return _asked(prompts, generators, opened.base, flags)
+
+
+def open_model(name: str, system: str | None, flags: SamplingFlags) -> AskedModel:
+    """A model without a run, as `config.model.init_from` names it.
+
+    Without a chat template, it completes the text of a prompt.
+
+    Raises:
+      UserError: there is no such model, or it takes no system text.
+    """
+    if "://" not in name and RunDir(name).checkpoints.is_dir():
+        raise UserError(f"--model={name} is the folder of a run; use --run={name}")
+    base = open_base(name)
+    prompts: PromptFormat
+    if base.tokenizer.chat_template:
+        prompts = ChatFormat(base.tokenizer, "chat", system or "")
+    else:
+        prompts = PlainFormat(base.tokenizer)
+        logging.warning("%s has no chat template: it completes the prompt", name)
+    _check_system(prompts, system)
+    mesh = fitting_mesh(Model(base.architecture).specs, jax.local_devices())
+    config = ModelConfig()
+    model = make_model(
+        config, base.architecture, mesh, length=base.architecture.max_position, rows=1
+    )
+    params = load_base(base, model, mesh, model.options.dtype, seed=0)
+    generator = TextGenerator(Sampler(model), params, base.tokenizer)
+    return _asked(prompts, {"model": generator}, base, flags)
+
+
+def _with_system(config: Config, system: str | None) -> Config:
+    if system is None:
+        return config
+    data = dataclasses.replace(config.data, system=system)
+    return dataclasses.replace(config, data=data)
+
+
+def _check_system(prompts: PromptFormat, system: str | None) -> None:
+    if system and isinstance(prompts, PlainFormat):
+        raise UserError(
+            "--system is set, and this model completes a text: write it into the prompt"
+        )
+
+
+def _asked(
+    prompts: PromptFormat,
+    generators: Mapping[str, TextGenerator],
+    base: Base,
+    flags: SamplingFlags,
+) -> AskedModel:
+    sampling, unused = model_sampling(base.tokenizer.generation, USUAL)
+    if unused:
+        logging.warning(
+            "generation_config.json of the model sets %s, which have no effect here",
+            ", ".join(unused),
+        )
+    given: dict[str, Any] = dataclasses.asdict(flags)
+    given = {name: value for name, value in given.items() if value is not None}
+    return AskedModel(
+        prompts,
+        generators,
+        dataclasses.replace(sampling, **given),
+        fits_answers=flags.max_new_tokens is None,
+    )

@@ -30,7 +30,7 @@ USUAL = Sampling(temperature=0.0, top_p=0.95, max_new_tokens=256)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """What the user sets of `Sampling`; None leaves it to the model."""
+    """The fields of `Sampling` that a user sets; None leaves one to the model."""
 
     temperature: float | None = None
     top_p: float | None = None

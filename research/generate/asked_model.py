@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from research.config.knob_groups import ModelConfig
-from research.config.run_config import Config
 from research.core.errors import UserError
 from research.engine.sampler import Sampler, Sampling
 from research.engine.sampling_defaults import model_sampling
@@ -21,7 +20,6 @@ from research.runs.reopen import fitting_mesh, reopen
 from research.runs.run_directory import RunDir
 from research.tasks.pretraining import PlainFormat
 from research.tasks.task_protocol import PromptFormat
-from research.tasks.task_registry import prompt_format
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Turn
 
@@ -99,7 +97,7 @@ def open_run(
       UserError: there is no such run or checkpoint, or its prompts take no system text.
     """
     opened = reopen(run, step=step, in_compute_dtype=True)
-    prompts = prompt_format(_with_system(opened.config, system), opened.base)
+    prompts = opened.prompts if system is None else opened.prompts_with(system)
     _check_system(prompts, system)
     generators = opened.generators(compare=compare)
     return _asked(prompts, generators, opened.base, flags)
@@ -131,13 +129,6 @@ def open_model(name: str, system: str | None, flags: SamplingFlags) -> AskedMode
     params = load_base(base, model, mesh, model.options.dtype, seed=0)
     generator = TextGenerator(Sampler(model), params, base.tokenizer)
     return _asked(prompts, {"model": generator}, base, flags)
-
-
-def _with_system(config: Config, system: str | None) -> Config:
-    if system is None:
-        return config
-    data = dataclasses.replace(config.data, system=system)
-    return dataclasses.replace(config, data=data)
 
 
 def _check_system(prompts: PromptFormat, system: str | None) -> None:

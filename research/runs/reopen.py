@@ -74,6 +74,11 @@ class ReopenedRun:
         """The format of prompts that the run was trained with."""
         return prompt_format(self.config, self.base)
 
+    def prompts_with(self, system: str) -> PromptFormat:
+        """`prompts` with another system text than that of the config."""
+        data = dataclasses.replace(self.config.data, system=system)
+        return prompt_format(dataclasses.replace(self.config, data=data), self.base)
+
     def generators(self, *, compare: bool = False) -> dict[str, TextGenerator]:
         """The generator `tuned`; with `compare` the generator `base` before it.
 

@@ -22,6 +22,7 @@ from research.generate.asked_model import USUAL, AskedModel, SamplingFlags
 from research.generate.chat import Conversation
 from research.generate.separate_prompts import answer_each, piped_prompts
 from research.parallel import runtime
+from research.runs.reopen import ReopenedRun
 from research.tokenize.conversation import Turn
 
 CONTEXT = 40
@@ -211,6 +212,11 @@ def test_a_model_without_a_chat_template_completes_and_says_so(tmp_path, caplog)
         asked_model.open_model(str(folder), "Be brief.", SamplingFlags())
 
 
+class NoWeights(ReopenedRun):
+    def generators(self, *, compare=False):
+        return {}
+
+
 @pytest.mark.parametrize(
     ("system", "shown"),
     [(None, "Trained."), ("Other.", "Other."), ("", None)],
@@ -220,7 +226,7 @@ def test_the_system_text_of_training_is_that_of_asking(
 ):
     base = open_base(str(make_tiny_model(tmp_path / "model")))
     config = Config(data=DataConfig(system="Trained."))
-    run = types.SimpleNamespace(config=config, base=base, generators=lambda compare: {})
+    run = NoWeights(None, 0, config, base, *[None] * 5)
     monkeypatch.setattr(asked_model, "reopen", lambda *args, **options: run)
     opened = asked_model.open_run("run", "latest", False, system, SamplingFlags())
     ids = opened.prompts.encode_prompt([Turn("user", "Hi")])

@@ -38,11 +38,21 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def show_preview(console: Console, rows: Sequence[PreviewRow]) -> None:
-    """The first row; trained tokens are green and stand between double brackets."""
-    if not rows:
-        return
+    """The first row, and each that shows a schema.
+
+    Trained tokens are green and stand between double brackets.
+    """
+    for number, row in enumerate(rows):
+        if row.schema or not number:
+            what = f"a row of {row.schema}" if row.schema else "first packed row"
+            title = f"{visible(what)}, [[trained]] tokens marked:"
+            console.print(Text(title, "bold"))
+            console.print(_marked(row))
+
+
+def _marked(row: PreviewRow) -> Text:
     text = Text()
-    for document in rows[0].documents:
+    for document in row.documents:
         for span in document.spans:
             if span.trained:
                 text.append(f"[[{visible(span.text)}]]", "bold green")
@@ -53,8 +63,7 @@ def show_preview(console: Console, rows: Sequence[PreviewRow]) -> None:
     if hidden > 0:
         text.right_crop(hidden)
         text.append(f"\n... and {hidden:,} characters more in preview.json", "dim")
-    console.print(Text("first packed row, [[trained]] tokens marked:", "bold"))
-    console.print(text)
+    return text
 
 
 def show_results(console: Console, results: RunResults) -> None:

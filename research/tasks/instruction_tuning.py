@@ -201,8 +201,16 @@ class InstructionTask:
         return examine_lost_text(lost, bits_per_byte=False)
 
     def preview(self, count: int) -> list[PreviewRow]:
+        found = self._previewed(self._data.train.rows[:count])
+        of_schema = self._data.of_schema
+        if len(of_schema) > 1:
+            for schema, documents in of_schema.items():
+                alone = self._previewed([[number] for number in documents])
+                found += [dataclasses.replace(row, schema=schema) for row in alone]
+        return found
+
+    def _previewed(self, rows: list[list[int]]) -> list[PreviewRow]:
         train = self._data.train
-        rows = train.rows[:count]
         return preview_rows(
             train.batch(rows),
             self.groups,

@@ -42,12 +42,17 @@ class PreviewDocument:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewRow:
-    """One row of a training batch.
+    """One row of a training batch, or a document alone that shows a schema.
 
     `dataclasses.asdict` gives an entry of `rows` in `preview.json`.
+
+    Attributes:
+      documents: in the order of the row.
+      schema: the columns that the document was read from; empty for a row of a batch.
     """
 
     documents: tuple[PreviewDocument, ...]
+    schema: str = ""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PreviewRow":
@@ -63,7 +68,8 @@ class PreviewRow:
                     ),
                 )
                 for document in values["documents"]
-            )
+            ),
+            values.get("schema", ""),
         )
 
 

@@ -57,7 +57,10 @@ class Task(Protocol):
         """Findings about the rows, for the doctor; one that is not ok stops the run."""
 
     def preview(self, count: int) -> list[PreviewRow]:
-        """The first `count` training rows, or fewer where there are fewer."""
+        """The first `count` training rows, or fewer where there are fewer.
+
+        Where rows were read from several schemas, some documents of each follow.
+        """
 
     def sample(self, step: int, model: TextGenerator) -> list[Sample]:
         """Text that the model writes after `step` updates; empty for most tasks.

@@ -1,5 +1,6 @@
 """Rows are tokenised once, by content; a failure loses one unit at most."""
 
+import collections
 import dataclasses
 import json
 import threading
@@ -7,10 +8,12 @@ import threading
 import pytest
 from tiny_model import make_tiny_model
 
-from research.config.run_config import DataConfig, TextConfig
+from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.instructions import instruction_dataset, row_cache
 from research.data.instructions.instruction_dataset import load_dataset
+from research.tasks.instruction_tuning import InstructionTask
+from research.tasks.row_preview import PreviewRow
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.tokenizer import from_folder
 
@@ -190,3 +193,57 @@ def test_a_cache_that_cannot_be_written_costs_no_run_unless_it_was_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     data = load_dataset(config, 0, chat, TextConfig())
     assert data.counts.total == 12 and "there is no cache" in caplog.text
+
+
+def test_a_row_that_the_template_refuses_is_named_by_file_and_line(tmp_path, tokenizer):
+    picky = "{{ raise_exception('no cats') if '/cat' in messages[0].content }}"
+    template = picky + tokenizer.chat_template
+    chat = ChatFormat(tokenizer.with_chat_template(template), "chat")
+    rows = rows_of(12)
+    rows[6]["instruction"] = "A /cat?"
+    config = write_rows(tmp_path / "some.jsonl", rows)
+    text = TextConfig(cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"^some\.jsonl:7: .*no cats.*bad_lines=skip"):
+        load_dataset(config, 0, chat, text)
+    skips = dataclasses.replace(config, bad_lines="skip")
+    found = load_dataset(skips, 0, chat, text)
+    assert found.counts.dropped == {"refused by the template": 1}
+    assert found.examples[0].startswith("some.jsonl:7: the model's chat template")
+    assert found.examples[0].count("some.jsonl") == 1
+
+
+def mixed_rows(count):
+    for i in range(count):
+        yield [
+            {"instruction": f"Say {i}", "response": f"It is {i}."},
+            {"prompt": f"Write {i}", "completion": f"{i}!"},
+            {"messages": [{"role": "user", "content": f"{i}?"},
+                          {"role": "assistant", "content": f"{i} it is"}]},
+        ][i % 3]  # fmt: skip
+
+
+def test_rows_of_each_schema_are_shown_where_there_are_several(tmp_path, tokenizer):
+    write_rows(tmp_path / "rows.jsonl", mixed_rows(18))
+    data = DataConfig(
+        path=str(tmp_path / "rows.jsonl"), seq_len=64, held_out=2, template="dolly"
+    )
+    config = Config(data=data, text=TextConfig(cache_dir=str(tmp_path / "cache")))
+    for _ in range(2):  # From the rows, and from the cache.
+        task = InstructionTask(config, tokenizer, 512)
+        packed, shown = [], collections.defaultdict(list)
+        for row in task.preview(2):
+            (shown[row.schema] if row.schema else packed).append(row)
+        assert len(packed) == 2 and len(shown) == 3
+        for schema, rows in shown.items():
+            documents = [document for (document,) in (row.documents for row in rows)]
+            lines = [int(document.where.partition(":")[2]) for document in documents]
+            assert len(lines) == 3 and lines == sorted(lines)
+            assert len({line % 3 for line in lines}) == 1, schema
+            for line, document in zip(lines, documents, strict=True):
+                assert str(line - 1) in document.spans[-1].text
+                assert document.spans[-1].trained
+    assert [PreviewRow.from_json(dataclasses.asdict(row)) for row in rows] == rows
+    plain = dataclasses.replace(data, path=str(tmp_path / "plain.jsonl"))
+    write_rows(tmp_path / "plain.jsonl", rows_of(9))
+    task = InstructionTask(dataclasses.replace(config, data=plain), tokenizer, 512)
+    assert not any(row.schema for row in task.preview(2))

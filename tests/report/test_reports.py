@@ -99,6 +99,16 @@ def test_findings_and_previews_print_markup_as_text():
     assert "[[[/x]]]" in screen(terminal.show_preview, [row])
 
 
+def test_a_row_of_each_schema_is_shown_and_of_other_rows_the_first():
+    rows = [
+        PreviewRow((PreviewDocument("g", "f:1", (PreviewSpan((1,), text, True),)),), of)
+        for text, of in (("one", ""), ("two", ""), ("three", "[/x]"), ("four", "q"))
+    ]
+    shown = screen(terminal.show_preview, rows)
+    assert "two" not in shown and "a row of [/x], " in shown
+    assert all(f"[[{word}]]" in shown for word in ("one", "three", "four"))
+
+
 def test_a_long_row_is_cut_and_says_so():
     span = PreviewSpan((1,), "word " * 3000, False)
     row = PreviewRow((PreviewDocument("g", "f:1", (span,)),))

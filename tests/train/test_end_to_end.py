@@ -28,6 +28,7 @@ from kills import torn
 from rich.console import Console
 from run_results import check_equal, final_state, history, tensorboard_events
 
+from research.config.knob_groups import NEWEST_EDITION
 from research.config.knobs import flat
 from research.config.run_config import Config, DataConfig, ModelConfig, TextConfig
 from research.data.instructions.instruction_dataset import load_dataset
@@ -83,7 +84,8 @@ def own_csv(place, results):
         writer.writeheader()
         writer.writerows(ROWS)
     mapped = [f"--config.data.columns.{k}={v}" for k, v in COLUMNS.items()]
-    return place.train("csv", "--config.data.path=own.csv", *mapped, *FEW_ROWS)
+    newest = "--config.data.edition=0"
+    return place.train("csv", "--config.data.path=own.csv", newest, *mapped, *FEW_ROWS)
 
 
 @chain
@@ -457,6 +459,9 @@ def test_own_csv_with_mapped_columns_trains(place, own_csv):
     assert re.search(r"\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]", shown)
     groups = by_group(place.lines("csv", "eval")[-1], "loss").keys()
     assert groups and groups < {f"kind {i}" for i in range(KINDS)}, "4 held out"
+    # Other runs here have the edition under which losses were recorded.
+    config = RunDir(place.run_dir("csv")).config()
+    assert config.data.edition == NEWEST_EDITION
 
 
 def test_own_chats_train_on_every_answer(place, own_chats):

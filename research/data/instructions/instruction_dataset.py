@@ -13,7 +13,7 @@ from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.instructions.packing import build_batch, pack
-from research.data.instructions.row_cache import UnitBuild, open_folder
+from research.data.instructions.row_cache import OF_SCHEMA, UnitBuild, open_folder
 from research.data.instructions.row_selection import (
     LoadedRows,
     RowMark,
@@ -113,6 +113,7 @@ class InstructionDataset:
       counts: of the rows as they were read.
       categories: the groups; `TokenizedDocument.group` numbers them.
       train, held_out: the packed sides.
+      of_schema: the numbers of some training documents of each schema.
       held_out_records: the held-out rows as text, for prompts.
       sample: rows as text from all over the data, at most `SAMPLED`.
       examples: `file:line: reason` for each row that was dropped or cut.
@@ -123,6 +124,7 @@ class InstructionDataset:
     categories: list[str]
     train: PackedDocuments
     held_out: PackedDocuments
+    of_schema: dict[str, list[int]]
     held_out_records: list[Record]
     sample: list[Record]
     examples: list[str]
@@ -172,6 +174,7 @@ def load_dataset(
         categories=manifest["categories"],
         train=train,
         held_out=held_out,
+        of_schema=manifest["of_schema"],
         held_out_records=[Record.from_json(r) for r in manifest["held_out"]],
         sample=[Record.from_json(r) for r in manifest["sample"]],
         examples=manifest["examples"],
@@ -231,6 +234,7 @@ def _build(
         "counts": dataclasses.asdict(counts),
         "categories": sorted(set(group_of.values())),
         "template_notes": chat_format.notes,
+        "of_schema": {k: found[:OF_SCHEMA] for k, found in work.of_schema.items()},
         "held_out": held_out,
         "sample": [dataclasses.asdict(record) for record in work.sample],
         "examples": examples,

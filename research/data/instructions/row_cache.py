@@ -43,6 +43,7 @@ from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 
 UNIT_ROWS, UNIT_LETTERS = 8192, 8 << 20
+OF_SCHEMA = 3  # documents of each schema that are shown to people
 SECONDS_BETWEEN_LINES = 5.0
 # More characters than any tokenizer packs into a token, on average over a long text. A
 # row that is enormous is seen by its length: its tokens alone could exhaust the memory.
@@ -190,6 +191,7 @@ class UnitBuild:
           sampled: `where` of the records that are kept in `sample`.
         """
         self.sample: list[Record] = []
+        self.of_schema: dict[str, list[int]] = {}  # Numbers of training documents.
         self._folder, self._config, self._chat = folder, config, chat_format
         self._group_of, self._sampled = group_of, sampled
         groups = sorted(set(group_of.values()))
@@ -203,6 +205,7 @@ class UnitBuild:
           UserError: the template refuses a row, and such rows stop the run.
           OSError: no space or no permission.
         """
+        first = 0
         for number, part in enumerate(_parts(records)):
             self.sample += [r for r in part if r.where in self._sampled]
             unit = read_unit(self._folder, side, number)
@@ -211,6 +214,11 @@ class UnitBuild:
             for note in unit.template_notes:
                 self._chat.say(note)
             self._tell(len(part))
+            if side == "train":
+                for name, places in unit.schemas.items():
+                    shown = self.of_schema.setdefault(name, [])
+                    shown += [first + place for place in places]
+            first += len(unit.where)
             yield unit
 
     def _tell(self, count: int) -> None:
@@ -268,6 +276,7 @@ class UnitBuild:
             side=side,
             number=number,
             where=[record.where for record in kept],
+            schemas=_first_of_schemas(kept),
             ids=sum(len(document.ids) for document in documents),
             sha256=hashlib.sha256(numbers).hexdigest(),
             held=[dataclasses.asdict(r) for r in kept] if side != "train" else [],
@@ -286,6 +295,13 @@ class UnitBuild:
             record = dataclasses.replace(record, context=record.context[:most])
         texts = sum(len(turn.text) for turn in record.turns)
         return record, max(texts, len(record.context)) <= most
+
+
+def _first_of_schemas(records: list[Record]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        found.setdefault(record.schema, []).append(number)
+    return {schema: numbers[:OF_SCHEMA] for schema, numbers in found.items()}
 
 
 def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -33,6 +33,7 @@ class RowUnit:
     Attributes:
       side, number: its place; numbers count up within one of `SIDES`.
       where: `file:line` of each document.
+      schemas: the numbers of the first documents that were read from each schema.
       ids: how many ids the documents have in all.
       sha256: of the file of numbers.
       held: the rows themselves, as JSON, if they are held out.
@@ -45,6 +46,7 @@ class RowUnit:
     side: str
     number: int
     where: list[str]
+    schemas: dict[str, list[int]]
     ids: int
     sha256: str
     held: list[dict[str, Any]]

@@ -201,8 +201,8 @@ def _take_config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
             others.append(argument)
     if not file:
         raise UserError(
-            "--config is missing: give a config file (see configs/), or the directory "
-            "of a run to resume it; see --help"
+            "--config=FILE.py is missing; see configs/ and --help. --config=RUN_DIR "
+            "resumes a run"
         )
     return file, others
 

@@ -82,7 +82,8 @@ class LoRAConfig:
     )
     targets: tuple[str, ...] = knob(
         ("attention", "mlp"),
-        "regular expressions; a matrix whose path matches one gets an adapter",
+        "regular expressions; a matrix whose path matches one gets an adapter; names "
+        "such as q_proj, gate_proj, lm_head and all-linear work, too",
     )
     rank_pattern: tuple[str, ...] = knob(
         (), "ranks of some matrices, as ('pattern=rank', ...); the last match wins"

@@ -19,6 +19,7 @@ from flax import nnx
 from research.models import attention
 from research.models.architecture import Architecture
 from research.models.attention_kernels import packed_attention
+from research.models.families.family_registry import module_names
 from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
 from research.weights.contraction import contract, transpose
 from research.weights.parameter_spec import Spec
@@ -214,9 +215,14 @@ class Model:
         self.architecture = architecture
         self.options = options
         self._graph, self._variables = _abstract(architecture)
-        self.specs = {
+        specs = {
             ".".join(path): _stacked_spec(variable)
             for path, variable in sorted(self._variables.items())
+        }
+        names = module_names(architecture)
+        self.specs = {
+            path: dataclasses.replace(spec, names=names.get(path, ()))
+            for path, spec in specs.items()
         }
         tied = architecture.tied_head
         self._head_path = "embedding.table" if tied else "head.kernel"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.errors import UserError, nearest
+from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf
+
+ALL_LINEAR = "all-linear"  # As in PEFT: all matrices but the embedding and the head.
+LISTED = re.compile(r"[\w.-]+( *, *[\w.-]+)+")
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -42,13 +46,59 @@ def select(paths: Iterable[str], patterns: Sequence[str]) -> dict[str, str]:
         expression = _compile(pattern)
         matched = [path for path in paths if expression.search(path)]
         if not matched:
-            hint = nearest(pattern, _words(paths))
-            raise UserError(
-                f"pattern {pattern!r} matches no parameter{hint}; the paths are:\n  "
-                + "\n  ".join(paths)
-            )
+            raise _no_match(pattern, _words(paths), paths)
         chosen.update(dict.fromkeys(matched, pattern))
     return {path: chosen[path] for path in paths if path in chosen}
+
+
+def own_patterns(patterns: Sequence[str], specs: Mapping[str, Spec]) -> tuple[str, ...]:
+    """`patterns` for `select`, where names of other tools may stand among them.
+
+    A pattern that matches no path of ours may match the end of a module's name, from a
+    dot on, as `q_proj`, `self_attn.q_proj` and `(q|v)_proj` do. `all-linear` stands for
+    every matrix of the layers. One pattern may hold several names between commas.
+
+    Raises:
+      UserError: a pattern matches neither a path nor a name; the message lists both.
+    """
+    found = []
+    for written in patterns:
+        several = LISTED.fullmatch(written)
+        for pattern in written.replace(" ", "").split(",") if several else [written]:
+            expression = _compile(pattern)
+            if any(expression.search(path) for path in specs):
+                found.append(pattern)
+                continue
+            paths = [
+                path
+                for path, spec in specs.items()
+                if (pattern == ALL_LINEAR and spec.stacked)
+                or any(map(expression.fullmatch, _ends(spec)))
+            ]
+            if not paths:
+                words = {end for spec in specs.values() for end in _ends(spec)}
+                listed = [f"{path}{_shown(spec)}" for path, spec in specs.items()]
+                raise _no_match(pattern, {*_words(specs), *words}, listed)
+            found.append(f"^({'|'.join(map(re.escape, paths))})$")
+    return tuple(found)
+
+
+def _ends(spec: Spec) -> list[str]:
+    """`["layers.{}.mlp.up_proj", ..., "mlp.up_proj", "up_proj"]`."""
+    parts = [name.split(".") for name in spec.names]
+    return [".".join(part[i:]) for part in parts for i in range(len(part))]
+
+
+def _shown(spec: Spec) -> str:
+    names = ", ".join(name.rpartition("{}.")[2] for name in spec.names)
+    return names and f" ({names})"
+
+
+def _no_match(pattern: str, words: Iterable[str], listed: Iterable[str]) -> UserError:
+    return UserError(
+        f"pattern {pattern!r} matches no parameter{nearest(pattern, words)}; the paths "
+        "are:\n  " + "\n  ".join(listed)
+    )
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:

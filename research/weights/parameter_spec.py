@@ -23,6 +23,7 @@ class Spec:
       std: standard deviation of its random initialisation; 0 gives ones.
       dtype: name of its dtype, where that is fixed (codes of a quantized weight);
         None for the dtype of the tree that it belongs to.
+      names: of the modules that hold it in other tools' files, with `{}` for the layer.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,7 @@ class Spec:
     stacked: int = 0
     std: float = 0.02
     dtype: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def in_shape(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import UserError
-from research.weights.adapters.adapter_kind import AdapterKind
+from research.weights.adapters.adapter_kind import AdapterKind, with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
 from research.weights.representations.frozen_base_format import find_format
@@ -63,6 +63,7 @@ def make(
     """
     if trainable == "lora":
         kind = find_kind(lora.kind)
+        lora = with_own_patterns(lora, specs)
         stored = find_format(model.base_format)
         return Trainable(
             specs=kind.specs(specs, lora),

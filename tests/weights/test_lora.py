@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 from helpers import TINY, close, in_soak, random_adapters, random_params
 
-from research.config.run_config import LoRAConfig
+from research.config.run_config import LoRAConfig, ModelConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
+from research.weights import trainable
 from research.weights.adapters import lora
+from research.weights.adapters.adapter_kind import with_own_patterns
 from research.weights.representations.low_rank import LowRank
 
 EVERYTHING = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
@@ -179,6 +181,78 @@ def test_a_pattern_that_matches_nothing_lists_the_paths(model):
     with pytest.raises(UserError, match="embedding"):
         # Matched against what is adapted: elsewhere it would do nothing.
         lora.adapter_specs(model.specs, LoRAConfig(rank_pattern=("embedding=2",)))
+
+
+ATTENTION, MLP = "layers.attention.{}.kernel", "layers.mlp.{}.kernel"
+LAYERS = {
+    *(ATTENTION.format(x) for x in ("query", "key", "value", "output")),
+    *(MLP.format(x) for x in ("gate", "up", "down")),
+}
+QUERY, VALUE = ATTENTION.format("query"), ATTENTION.format("value")
+
+
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        (("q_proj",), {QUERY}),
+        (("q_proj", "v_proj"), {QUERY, VALUE}),
+        (("q_proj,v_proj",), {QUERY, VALUE}),
+        (("q_proj, value",), {QUERY, VALUE}),
+        (("self_attn.q_proj", "mlp.down_proj"), {QUERY, MLP.format("down")}),
+        (("(q|v)_proj",), {QUERY, VALUE}),
+        ((r".*\.(q_proj|v_proj)",), {QUERY, VALUE}),
+        (("lm_head", "gate_proj"), {"head.kernel", MLP.format("gate")}),
+        (("embed_tokens",), {"embedding.table"}),
+        (("all-linear",), LAYERS),
+        (("all-linear", "lm_head"), {*LAYERS, "head.kernel"}),
+        (("attention", "mlp"), LAYERS),
+    ],
+    ids=str,
+)
+def test_names_of_hugging_face_are_targets_too(model, targets, expected):
+    config = with_own_patterns(LoRAConfig(targets=targets), model.specs)
+    assert lora.adapter_specs(model.specs, config).keys() == expected
+    split = trainable.make(
+        "lora", ModelConfig(), LoRAConfig(targets=targets), model.specs
+    )
+    assert split.specs.keys() == expected
+
+
+def test_names_of_hugging_face_have_ranks_and_alphas(model):
+    config = LoRAConfig(
+        rank=4, targets=("all-linear",), rank_pattern=("mlp=8", "q_proj=2"),
+        alpha_pattern=("self_attn.k_proj=6",),
+    )  # fmt: skip
+    own = with_own_patterns(config, model.specs)
+    factors = lora.adapter_specs(model.specs, own)
+    ranks = {path: lora.KIND.rank(each) for path, each in factors.items()}
+    assert (ranks[QUERY], ranks[VALUE], ranks[MLP.format("up")]) == (2, 4, 8)
+    scales = lora.KIND.settings(ranks, own).scales
+    assert scales[ATTENTION.format("key")] == 6 / 4 and scales[VALUE] == 32 / 4
+    assert with_own_patterns(own, model.specs) == own
+
+
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("q_prj", "did you mean 'q_proj'"),
+        ("self_attn", "layers.attention.query.kernel (self_attn.q_proj)"),
+        ("model.layers.0.self_attn.q_proj", "head.kernel (lm_head)"),
+        ("q_proj,w_proj", "'w_proj' matches no parameter"),
+        ("input_layernorm", "layers.mlp.up.kernel (mlp.up_proj)"),
+    ],
+)
+def test_an_unknown_target_lists_what_exists(model, target, said):
+    with pytest.raises(UserError) as raised:
+        trainable.make(
+            "lora", ModelConfig(), LoRAConfig(targets=(target,)), model.specs
+        )
+    assert said in str(raised.value)
+
+
+def test_a_tied_head_is_no_target():
+    with pytest.raises(UserError, match="'lm_head' matches no parameter"):
+        with_own_patterns(LoRAConfig(targets=("lm_head",)), TIED.specs)
 
 
 @pytest.mark.parametrize("targets", [(), ("*",), ("mlp(",)], ids=str)

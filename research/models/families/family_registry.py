@@ -51,6 +51,16 @@ def family_of(architecture: Architecture) -> ModelFamily:
     return FAMILIES[architecture.family]
 
 
+def module_names(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """By path of a parameter, the modules of Hugging Face's models that hold it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for tensor in family_of(architecture).hf_tensors:
+        for path in tensor.paths:
+            name = tensor.name.removesuffix(".weight")
+            found[path] = (*found.get(path, ()), name)
+    return found
+
+
 def find_gguf_family(architecture: Any, where: str) -> ModelFamily:
     """The family of llama.cpp's `general.architecture`.
 

@@ -18,7 +18,11 @@ from research.config.run_config import Config
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import TrainState
 from research.weights import parameter_paths
-from research.weights.adapters.adapter_kind import AdapterKind, Settings
+from research.weights.adapters.adapter_kind import (
+    AdapterKind,
+    Settings,
+    with_own_patterns,
+)
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
 
@@ -45,7 +49,8 @@ class RunNumbers:
 def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
     """For each path that any run adapts, the factors of the largest rank."""
     kind = find_kind(configs[0].lora.kind)
-    return kind.union(specs, [config.lora for config in configs])
+    own = [with_own_patterns(config.lora, specs) for config in configs]
+    return kind.union(specs, own)
 
 
 def run_numbers(
@@ -53,9 +58,10 @@ def run_numbers(
 ) -> RunNumbers:
     """The numbers of one run, over the paths of `factors`."""
     kind = find_kind(config.lora.kind)
-    own = kind.specs(specs, config.lora)
+    lora = with_own_patterns(config.lora, specs)
+    own = kind.specs(specs, lora)
     ranks = {path: kind.rank(factors) for path, factors in own.items()}
-    known = kind.settings(ranks, config.lora)
+    known = kind.settings(ranks, lora)
     schedule = make_schedule(config.optim, config.steps)
     return RunNumbers(
         seed=jnp.int32(config.seed),

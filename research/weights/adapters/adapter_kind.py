@@ -258,6 +258,29 @@ class AdapterKind(abc.ABC):
         return parameter_paths.pad_with_zeros(adapters, wide)
 
 
+def with_own_patterns(config: LoRAConfig, specs: Mapping[str, Spec]) -> LoRAConfig:
+    """`config` with our patterns where it has names of other tools' modules.
+
+    Raises:
+      UserError: a pattern matches neither a path nor a name of a matrix.
+    """
+    matrices = {path: spec for path, spec in specs.items() if spec.n_in > 0}
+
+    def own(override: str) -> list[str]:
+        pattern, equals, number = override.rpartition("=")
+        if not equals:
+            return [override]
+        found = parameter_paths.own_patterns([pattern], matrices)
+        return [f"{each}={number}" for each in found]
+
+    return dataclasses.replace(
+        config,
+        targets=parameter_paths.own_patterns(config.targets, matrices),
+        rank_pattern=tuple(x for each in config.rank_pattern for x in own(each)),
+        alpha_pattern=tuple(x for each in config.alpha_pattern for x in own(each)),
+    )
+
+
 def _by_pattern(
     paths: Mapping[str, Any], overrides: Sequence[str], default: float
 ) -> dict[str, float]:

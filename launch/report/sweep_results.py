@@ -162,7 +162,9 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
     elif starts:
         made = train[-1]["step"] if train else 0
         cause = starts[-1]["cause"] or "running, or killed"
-        state = f"step {made} of {run['steps']}: {cause}"
+        planned = [start["steps"] for start in starts if "steps" in start]
+        total = [run["steps"] or "?", *planned][-1]
+        state = f"step {made} of {total}: {cause}"
     else:
         state = "not begun"
     return RunResult(

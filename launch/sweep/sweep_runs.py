@@ -16,7 +16,7 @@ from launch.jobs.launch_job import check_training_flags
 from launch.sweep.sweep_spec import Axis, Sweep
 from research.config.field_names import flag
 from research.config.knobs import changed
-from research.config.run_config import Config, with_effect
+from research.config.run_config import Config, with_effect, with_length
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
@@ -24,6 +24,7 @@ from research.runs.run_directory import is_complete
 
 # Knobs that a sweep sets for each run.
 OWN = ("seed", "run_dir")
+LENGTH = {"steps", "epochs"}  # Only one of them can be set.
 SHAPE = {
     "metric": str,
     "question": str,
@@ -32,7 +33,13 @@ SHAPE = {
     "shared": [str],
     "baseline": [str],
     "runs": [
-        {"name": str, "point": [str], "seed": int, "steps": int, "command": [str]}
+        {
+            "name": str,
+            "point": [str],
+            "seed": int,
+            "steps": int | None,
+            "command": [str],
+        }
     ],
 }
 
@@ -82,17 +89,14 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
       UserError: an axis, seed or override is wrong, or two runs have the same name.
     """
     _check(sweep)
-    changes = _without_overridden(sweep, overrides)
+    given = check_training_flags([f"--config={sweep.config}", *overrides])
+    changes = with_length(given, _without_overridden(sweep, overrides))
     shared = (
         f"--config={sweep.config}",
         *(flag(*change) for change in changes.items()),
         *overrides,
     )
-    base = changed(
-        check_training_flags([f"--config={sweep.config}", *overrides]),
-        changes,
-        "the sweep's changes",
-    )
+    base = changed(given, changes, "the sweep's changes")
     runs = []
     for labels in itertools.product(*(axis.points for axis in sweep.axes)):
         point: dict[str, Any] = {}
@@ -100,7 +104,8 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
             point |= axis.points[label]
         for seed in sweep.seeds:
             name = _name(sweep.axes, labels, seed)
-            own = {**point, "seed": seed, "run_dir": str(folder / name)}
+            own = {**with_length(base, point), "seed": seed}
+            own["run_dir"] = str(folder / name)
             where = f"run {name} of the sweep"
             made = with_effect(base, own, where)
             runs.append(SweepRun(name, labels, own, made, shared))
@@ -179,6 +184,8 @@ def _without_overridden(sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any
                 f"{override!r}: each run has its own; see --seeds and --folder"
             )
         given.add(knob)
+    if given & LENGTH:
+        given |= LENGTH
     return {knob: v for knob, v in sweep.changes.items() if knob not in given}
 
 
@@ -259,7 +266,7 @@ def _merged(
             "name": run.name,
             "point": run.point,
             "seed": run.config.seed,
-            "steps": run.config.steps,
+            "steps": None if run.config.epochs else run.config.steps,
             "command": run.command,
         }
         for run in runs

@@ -20,6 +20,7 @@ from launch.sweep.run_packs import RunPack
 from launch.sweep.sweep_runs import SweepRun
 from launch.targets.local import ProcessGroup
 from research.core.errors import PREEMPTED, UserError
+from research.core.json_files import read_json
 from research.report.progress_view import duration
 from research.runs.metrics_file import read_metrics
 
@@ -111,7 +112,7 @@ class SweepWorker:
             if now - said >= LOG_EVERY:
                 said = now
                 first = pack.runs[0]
-                done = f"step {last_step(first)}/{first.config.steps}"
+                done = f"step {last_step(first)}/{total_steps(first) or '?'}"
                 to_go = self._to_go(self._steps(pack) - before, now - begun)
                 logging.info("%s: %s%s", pack.job.name, done, to_go)
 
@@ -164,10 +165,25 @@ class SweepWorker:
     def _to_go(self, more: float = 0.0, seconds: float = 0.0) -> str:
         """The time that the rest takes at the pace so far, as text."""
         trained, spent = self._trained + more, self._spent + seconds
-        left = sum(run.config.steps - last_step(run) for run in self._runs)
+        totals = [total_steps(run) for run in self._runs]
+        left = sum(totals) - sum(map(last_step, self._runs)) if all(totals) else 0
         if not (trained and left):
             return ""
         return f"; about {duration(left * spent / trained)} to go for one worker"
+
+
+def total_steps(run: SweepRun) -> int:
+    """The steps of the whole run; 0 before its data says how many its epochs are."""
+    if not run.config.epochs:
+        return run.config.steps
+    nothing: dict[str, list[dict[str, int]]] = {"starts": []}
+    try:
+        path = run.folder / "run.json"
+        found = read_json(path, {"starts": [dict]}, "", absent=nothing)
+    except UserError:
+        return 0
+    planned = [start["steps"] for start in found["starts"] if "steps" in start]
+    return planned[-1] if planned else 0
 
 
 def last_step(run: SweepRun) -> int:

@@ -50,9 +50,26 @@ RULES = (
         lambda c: c.trainable != "lora" or bool(c.model.init_from),
     ),
     Rule(
+        ("epochs", "steps"),
+        "only one of them says how long the run is; --config.steps=-1 leaves it to the "
+        "epochs, --config.epochs=0 to the steps",
+        lambda c: not c.epochs or c.steps == -1,
+    ),
+    Rule(
+        ("steps",),
+        "a run makes at least one step",
+        lambda c: c.steps != 0,
+    ),
+    Rule(
+        ("epochs", "data.kind", "text.cache"),
+        "streamed text has not been counted, so its epochs have no length; set "
+        "--config.epochs=0 --config.steps=NUMBER, or --config.text.cache=True",
+        lambda c: not c.epochs or c.data.kind != "text" or c.text.cache,
+    ),
+    Rule(
         ("runtime.profile_from", "steps"),
         "the first step to trace is a step of the run",
-        lambda c: c.runtime.profile_from <= c.steps,
+        lambda c: c.epochs or c.runtime.profile_from <= c.steps,
     ),
     Rule(
         ("data.microbatch_size", "data.batch_size"),

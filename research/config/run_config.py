@@ -37,6 +37,8 @@ from research.core.errors import UserError
 if TYPE_CHECKING:
     import ml_collections
 
+BY_EPOCHS, DEFAULT_STEPS = -1, 100  # of `Config.steps`
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -61,7 +63,18 @@ class Config:
         "what a resumed run may change, as ('data', 'seed'): base model, tokenizer, "
         "data, or knobs by name; recorded in run.json",
     )
-    steps: int = knob(100, "optimizer updates of the whole run", above=0)
+    steps: int = knob(
+        BY_EPOCHS,
+        "optimizer updates of the whole run; -1: as many as config.epochs takes, or "
+        f"{DEFAULT_STEPS} without it",
+        low=BY_EPOCHS,
+    )
+    epochs: float = knob(
+        0.0,
+        "passes over the training rows, in place of steps: 3, or 0.5; 0: not used",
+        low=0,
+        high=1_000_000,
+    )
     seed: int = knob(
         0, "seed of initialisation, split, packing, order and dropout", low=0
     )
@@ -76,13 +89,17 @@ class Config:
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
+        if self.steps == BY_EPOCHS and not self.epochs:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
         check_limits(self, "config.")
         check_rules(self)
 
 
 def defaults() -> "ml_collections.ConfigDict":
     """All knobs at their defaults, locked: config files change what differs."""
-    return to_config_dict(Config()).lock()
+    config = to_config_dict(Config())
+    config.steps = BY_EPOCHS  # Not yet asked for: `epochs` may be, in its place.
+    return config.lock()
 
 
 def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
@@ -94,13 +111,24 @@ def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
     return build(Config, config.to_dict(), "config")
 
 
+def with_length(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes`, in which epochs take the place of the steps of `config`, or the
+    reverse: a sweep or a list of runs may vary either.
+    """
+    if changes.get("epochs") and "steps" not in changes:
+        return {**changes, "steps": BY_EPOCHS}
+    if changes.get("steps", BY_EPOCHS) != BY_EPOCHS and config.epochs:
+        return {"epochs": 0.0, **changes}
+    return dict(changes)
+
+
 def with_effect(config: Config, changes: Mapping[str, Any], where: str) -> Config:
     """`config` with other values of some knobs, all of which have an effect.
 
     Raises:
       UserError: as `changed` and `check_effects`; it begins with `where`.
     """
-    made = changed(config, changes, where)
+    made = changed(config, with_length(config, changes), where)
     try:
         check_effects(made, [Config()])
     except UserError as error:

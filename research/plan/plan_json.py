@@ -30,7 +30,7 @@ def to_json(plan: Plan, advice: str = "") -> dict[str, Any]:
         "source": plan.source,
         "compile_seconds": plan.seconds,
         "remat": plan.config.model.remat,
-        "steps": plan.config.steps,
+        "steps": None if plan.config.epochs else plan.config.steps,
         "microbatch_rows": plan.micro_rows,
         "batch_rows": plan.config.data.batch_size,
         "seq_len": plan.config.data.seq_len,
@@ -77,6 +77,9 @@ def _notes(plan: Plan) -> list[str]:
         "not counted: the time to move the optimizer's state from and to the host": (
             plan.config.runtime.offload_optimizer
         ),
+        f"{plan.config.epochs:g} epochs are as many steps as the data fills, which no "
+        "plan reads: set --config.epochs=0 --config.steps=NUMBER for the time of the "
+        "whole run": bool(plan.config.epochs),
         "the peak is that of bfloat16; float32 products are slower": (
             plan.config.model.dtype == "float32"
         ),

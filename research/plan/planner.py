@@ -151,8 +151,10 @@ def _assemble(
     flops = step_flops.count_step_flops(step)
     moved = memory_formulas.estimate_moved(step)
     line = rooflines.make_roofline(flops, moved, found, target, mesh)
+    # Epochs are as many steps as their rows fill, and a plan reads no data.
+    steps = None if step.config.epochs else step.config.steps
     best, worst = (
-        rooflines.predict(seconds, flops, step.tokens, step.config.steps, target)
+        rooflines.predict(seconds, flops, step.tokens, steps, target)
         for seconds in (line.overlapped, line.summed)
     )
     return Plan(

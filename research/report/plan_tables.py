@@ -100,14 +100,17 @@ def _show_prediction(console: Console, plan: PlanData) -> None:
     if plan["roofline"]["overlapped"]:
         mfu = _between(f"{worst['mfu']:.1%}", f"{best['mfu']:.1%}")
         speeds = [f"{x['tokens_per_second']:,.0f}" for x in (worst, best)]
-        times = [_format_days(x["days"]) for x in (best, worst)]
-        hours = [f"{x['chip_hours']:,.1f}" for x in (best, worst)]
         lines += [
             f"bound by {plan['roofline']['bound_by']}; MFU at best {mfu}, tokens/s "
             f"{_between(*speeds)} (from no overlap to all)",
-            f"{plan['steps']:,} steps take {_between(*times)}, "
-            f"{_between(*hours)} chip-hours",
         ]
+        if plan["steps"] is not None:
+            times = [_format_days(x["days"]) for x in (best, worst)]
+            hours = [f"{x['chip_hours']:,.1f}" for x in (best, worst)]
+            lines.append(
+                f"{plan['steps']:,} steps take {_between(*times)}, "
+                f"{_between(*hours)} chip-hours"
+            )
     lines += plan["notes"]
     console.print(Text("\n".join(lines)))
     console.print(Text(f"assumed: {plan['assumed']}", "dim"))

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 SHOWN = {
+    "epoch": "epoch {:.2f}",
     "loss": "loss {:.3f}",
     "eval_loss": "eval {:.3f}",
     "bits_per_byte": "{:.3f} bits/byte",

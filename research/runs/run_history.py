@@ -116,6 +116,13 @@ class History:
             self._begun = True
             self._place = _identity(self._path.parent)
 
+    def plan(self, steps: int) -> None:
+        """Records the last step of the whole run, which follows from the data where
+        the config gives epochs.
+        """
+        with self._changing() as found:
+            found["starts"][-1]["steps"] = steps
+
     def resume_from(self, first: int) -> None:
         """Records that training starts at step `first`, also after a rollback."""
         with self._changing() as found:

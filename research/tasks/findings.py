@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from research.config.run_config import Config
 from research.data.token_batch import Batch
 from research.tokenize.lost_text import LostText
 
@@ -95,39 +94,4 @@ def examine_lost_text(lost: Mapping[str, LostText], *, bits_per_byte: bool) -> F
         ok=all(found.share <= WORST_LOSS for found in lost.values()),
         remedy="the tokenizer does not know most of this text: choose another one",
         numbers={f"lost {name}": found.share for name, found in lost.items()},
-    )
-
-
-def count_epochs(
-    config: Config,
-    rows: Mapping[str, int],
-    shares: Mapping[str, float],
-) -> Finding:
-    """How often the run passes over the training rows of each source.
-
-    Args:
-      config: of the run.
-      rows: different training rows by source; a source without one is named.
-      shares: the share of the drawn rows that comes from each source.
-    """
-    drawn = config.steps * config.data.batch_size
-    total = sum(n for name, n in rows.items() if shares[name])
-    epochs = {name: drawn * shares[name] / n for name, n in rows.items() if n}
-    lines = [
-        f"{drawn / total:.2f}: {config.steps} steps of {config.data.batch_size} rows"
-    ]
-    if len(rows) > 1:
-        lines += [f"  {name}: {epoch:.2f}" for name, epoch in epochs.items()]
-    lines += [
-        f"  {name} is not trained: it is shorter than a row of {config.data.seq_len} "
-        "tokens (config.data.seq_len)"
-        for name, n in rows.items()
-        if not n
-    ]
-    by_source = {f"epochs {name}": epoch for name, epoch in epochs.items()}
-    return Finding(
-        "epochs",
-        "\n".join(lines),
-        numbers={"epochs": drawn / total, "rows": total}
-        | (by_source if len(rows) > 1 else {}),
     )

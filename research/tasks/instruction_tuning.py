@@ -16,10 +16,10 @@ from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
+from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
     Finding,
     MaskCount,
-    count_epochs,
     count_mask,
     examine_lost_text,
 )
@@ -55,11 +55,12 @@ class InstructionTask:
         Raises:
           UserError: the data cannot be read, or nothing is left to train on.
         """
-        self._config = config
         self._tokenizer = tokenizer
         self._longest = longest
         self._chat = _chat_format(config, tokenizer)
         self._data = load_dataset(config.data, config.seed, self._chat, config.text)
+        self.rows = len(self._data.train.rows)
+        self._config = resolved(config, self.rows)
         self.groups = self._data.categories
         counts = self._data.counts
         self.origin = f"{self._data.origin}, {counts.total} rows"
@@ -117,7 +118,7 @@ class InstructionTask:
                 "chat template",
                 "\n".join(self._chat.notes) or "writes each answer as it asks for it",
             ),
-            count_epochs(self._config, {"rows": len(train.rows)}, {"rows": 1.0}),
+            count_epochs(self._config, {"rows": self.rows}, {"rows": 1.0}),
         ]
 
     def _schemas(self) -> str:

@@ -21,10 +21,10 @@ from research.data.token_batch import Batch
 from research.engine.sampler import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
+from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
     TOLERATED_LOSS,
     Finding,
-    count_epochs,
     examine_lost_text,
 )
 from research.tasks.model_answers import ComparedAnswer, Sample
@@ -76,10 +76,11 @@ class TextTask:
         Raises:
           UserError: a source cannot be read, or there is too little text.
         """
-        self._config = config
         self._tokenizer = tokenizer
         self._data = load_text(config.text, config.data, tokenizer, *processes)
         self._data.require_rows(config.data.batch_size)
+        self.rows = self._data.rows
+        self._config = resolved(config, self.rows)
         self._plain = PlainFormat(tokenizer)
         self._prompts = {
             prompt: self._plain.encode_prompt([Turn("user", prompt)])
@@ -137,9 +138,8 @@ class TextTask:
             ),
             Finding("held out", held, numbers=data.held_out_bytes),
             *self._examine_rows(self._first_batch),
+            count_epochs(self._config, data.source_rows, data.shares),
         ]
-        if data.rows:
-            findings.append(count_epochs(self._config, data.source_rows, data.shares))
         return findings
 
     @functools.cached_property

@@ -37,6 +37,8 @@ class Task(Protocol):
       groups: names of the categories or sources that `Batch.groups` numbers.
       origin: the files or datasets of the rows, for people.
       sha256: of the rows, to tell one dataset from another.
+      rows: different training rows, packed, which one epoch trains; 0 if they are
+        not counted.
       left_out: `where: reason` for each row that is dropped or cut.
       held_out_bytes: UTF-8 bytes of the held-out text by group, where it is text.
     """
@@ -44,6 +46,7 @@ class Task(Protocol):
     groups: Sequence[str]
     origin: str
     sha256: str
+    rows: int
     left_out: Sequence[str]
     held_out_bytes: Mapping[str, int]
 

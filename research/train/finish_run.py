@@ -22,6 +22,7 @@ from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
 from research.runs.lineage.exported_run import REPLACE, export_run
 from research.tasks import task_registry
+from research.tasks.epochs import passed
 from research.train.training_run import TrainingRun
 
 
@@ -87,6 +88,8 @@ def _finish(run: TrainingRun) -> None:
         "data": run.task.origin,
         "steps": run.config.steps,
     }
+    if (passes := passed(run.config.steps, run.config, run.task.rows)) is not None:
+        facts["epochs"] = round(passes, 3)
     facts |= attempt("the figures", lambda: _figures(folder), failed) or {}
     facts["goodput"] = str(goodput)
     results = attempt(

@@ -111,6 +111,7 @@ class _TrainingPass:
             self._first,
             run.phases,
             Path(run.config.run_dir).name if count > 1 else "",
+            run.task.rows,
         )
         saver = RunSaver(
             run,

@@ -29,7 +29,7 @@ from research.runs.lineage.base_of_run import open_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
-from research.tasks import task_registry
+from research.tasks import epochs, task_registry
 from research.tasks.task_protocol import Task
 from research.train import doctor
 from research.train.step import train_step
@@ -103,15 +103,16 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         config = each.config
         # Before the data is read: a model that does not fit the mesh is refused early.
         objective = task_registry.make_objective(config, devices)
-        definition = make_step_definition(config, base, devices, objective)
+        make_step_definition(config, base, devices, objective)
         if config.seed not in tasks:
             tasks[config.seed] = agreement.together(
                 functools.partial(task_registry.load_task, config, base),
                 lambda task: {"data": f"{task.origin}, sha256 {task.sha256}"},
             )
         task = tasks[config.seed]
+        config = epochs.resolved(config, task.rows)
         objective = task_registry.make_objective(config, devices, len(task.groups))
-        definition = dataclasses.replace(definition, objective=objective)
+        definition = make_step_definition(config, base, devices, objective)
         state, frozen = _start(definition, each, base, runs)
         examination = doctor.examine(base, definition, state, frozen, task)
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
@@ -168,9 +169,7 @@ def claim(
         have different disks.
     """
     identities = agreement.together(
-        lambda: [
-            _claim(run, each.changed) for run, each in zip(runs, opened, strict=True)
-        ]
+        lambda: [_claim(run, each) for run, each in zip(runs, opened, strict=True)]
     )
     holders = [agreement.of_first(run.folder.holder) for run in runs]
     agreement.together(
@@ -192,12 +191,13 @@ def _find(folder: RunDir, holder: str) -> None:
         time.sleep(0.1)
 
 
-def _claim(run: TrainingRun, changed: dict[str, str]) -> Identity:
+def _claim(run: TrainingRun, opened: OpenedFolder) -> Identity:
     """Creates the folder, or checks that it belongs to this run; returns the identity.
 
-    The history of a new run begins here. Accepted differences are added to `changed`.
+    The history of a new run begins here. Accepted differences are added to those of
+    `opened`, whose config, as the user wrote it, is the one that is kept.
     """
-    config, folder = run.config, run.folder
+    config, folder, changed = opened.config, run.folder, opened.changed
     identity = {
         "base model": run.base.fingerprint,
         "tokenizer": run.base.tokenizer.fingerprint,
@@ -220,13 +220,15 @@ def _keep_base(run: TrainingRun) -> None:
     save_settings(run.base.architecture, run.base.tokenizer, run.folder.tokenizer)
 
 
-def record_start(run: TrainingRun, identity: Identity, changed: dict[str, str]) -> None:
+def record_start(run: TrainingRun, identity: Identity, opened: OpenedFolder) -> None:
     """Records what the doctor found and the accepted differences.
 
     Call it once a checkpoint has been restored with them: a start that is refused
     leaves the files of the run as they were.
     """
+    changed = opened.changed
     run.history.accept(changed)
+    run.history.plan(run.config.steps)
     if jax.process_index() == 0:
         run.folder.keep_pins()
         doctor.save(run.folder.path, run.examination)
@@ -234,7 +236,7 @@ def record_start(run: TrainingRun, identity: Identity, changed: dict[str, str]) 
         if changed.keys() & {"base model", "tokenizer"}:
             _keep_base(run)
         found = identity | dict(run.base.origin)
-        run.folder.update(found, run.task.left_out, run.config)
+        run.folder.update(found, run.task.left_out, opened.config)
     changed.clear()
 
 

@@ -37,7 +37,7 @@ def restore(
       The step of the checkpoint and the position of its data.
 
     Raises:
-      UserError: it has made more steps than `config.steps`.
+      UserError: it has made more steps than the config asks for.
       DamagedError: there were checkpoints, and none can be used.
     """
     if checkpointer.latest_step is not None:
@@ -47,8 +47,9 @@ def restore(
         run.state = restored.state
         if restored.step > run.config.steps:
             raise UserError(
-                f"{run.folder.path} has made {restored.step} steps, and config.steps "
-                f"is {run.config.steps}: set it to at least {restored.step}"
+                f"{run.folder.path} has made {restored.step} steps, and this config is "
+                f"{run.config.steps}: raise config.steps to at least {restored.step}, "
+                "or config.epochs"
             )
         return restored.step, restored.position
     if run.history.saved or checkpointer.has_set_aside:

@@ -102,7 +102,7 @@ def _train(
         for run, identity, each in zip(runs, identities, opened, strict=True):
             checkpointer = stack.enter_context(open_checkpoints(run, identity))
             step, position = restore(run, checkpointer)
-            record_start(run, identity, each.changed)
+            record_start(run, identity, each)
             restored = RestoredRun(run, checkpointer, position)
             by_step.setdefault(step, []).append(restored)
         ended = _fit_all(by_step, stop, at_once)

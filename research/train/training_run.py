@@ -24,6 +24,7 @@ class TrainingRun:
     """A run that has passed its doctor: everything the loop needs.
 
     Attributes:
+      config: with the number of steps, also where the user gave epochs.
       state: what is trained; None while a checkpoint is read, to make room for it.
       evaluated: step and loss of the last evaluation, which `keep_best` judges by.
     """

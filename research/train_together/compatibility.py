@@ -34,10 +34,11 @@ def check(configs: Sequence[Config]) -> None:
     for config in configs:
         for path, value in shared(config).items():
             if value != known[path]:
+                why = "; in epochs, which each seed packs into its own number of steps"
                 raise UserError(
                     f"{first.run_dir} has {path}={known[path]!r} and {config.run_dir} "
                     f"{value!r}: runs that train together may differ only in "
-                    f"{', '.join(sorted(MAY_DIFFER))}"
+                    f"{', '.join(sorted(MAY_DIFFER))}{why if path == 'seed' else ''}"
                 )
     folders = [config.run_dir for config in configs]
     for folder in folders:
@@ -46,8 +47,12 @@ def check(configs: Sequence[Config]) -> None:
 
 
 def shared(config: Config) -> dict[str, object]:
-    """The knobs that all runs of a program must share, by path."""
-    return {k: v for k, v in flat(config).items() if k not in MAY_DIFFER}
+    """The knobs that all runs of a program must share, by path.
+
+    Each seed packs the rows in its own way, so an epoch may be a step more or less.
+    """
+    alike = {"seed"} if config.epochs else set()
+    return {k: v for k, v in flat(config).items() if k not in MAY_DIFFER - alike}
 
 
 def why_alone(config: Config) -> str:

@@ -53,8 +53,8 @@ OTHER = {
 }
 
 
-# There is one choice yet, so they cannot differ.
-SINGLE = {"data.source", "lora.kind", "model.base_format"}
+# There is one choice yet, so they cannot differ; and steps exclude epochs.
+SINGLE = {"data.source", "lora.kind", "model.base_format", "epochs"}
 
 
 def other(path, value):
@@ -186,7 +186,7 @@ def test_a_group_must_be_a_group(group):
         ("data.overlength", "cut", "truncate, drop"),
         ("data.bad_lines", "ignore", "stop, skip"),
         ("runtime.progress", "rich", "auto, bar, lines"),
-        ("steps", 0, "greater than 0"),
+        ("steps", 0, "at least one step"),
         ("lora.rank", 0, "greater than 0"),
         ("lora.alpha", -1.0, "greater than 0"),
         ("data.seq_len", -1, "greater than 0"),

@@ -24,7 +24,7 @@ from research.data.text.row_layout import DocumentMarks, lay_rows
 from research.data.text.text_sources import open_sources
 from research.data.text.token_cache import open_cache
 from research.data.text.tokenized_corpus import TokenStream, load_text
-from research.tasks.findings import count_epochs
+from research.tasks.epochs import count_epochs
 from research.tokenize.tokenizer_training import byte_tokenizer
 
 PLAIN = byte_tokenizer()

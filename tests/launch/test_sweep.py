@@ -79,6 +79,27 @@ def test_the_command_line_takes_back_what_the_sweep_changes():
     assert not any(x.startswith("--config.steps=7") for x in run.flags)
 
 
+def test_epochs_take_the_place_of_steps_wherever_they_are_varied():
+    """The file of the sweep gives steps, and the trainer would refuse both."""
+    from launch.jobs.launch_job import check_training_flags
+
+    found = expand(make(grid("epochs", 1.0, 2.5), changes={"steps": 7}))
+    found += expand(
+        make(changes={"steps": 7}), "--config.epochs=2", "--config.steps=-1"
+    )
+    for run in found:
+        assert check_training_flags(run.flags) == run.config
+        assert run.config.steps == -1 and run.config.epochs in (1.0, 2.0, 2.5)
+    assert sweep_worker.total_steps(found[0]) == 0  # Its data was never counted.
+
+
+def test_seeds_whose_epochs_may_be_of_other_lengths_train_apart():
+    found = expand(make(changes={"epochs": 2.0}, seeds=(0, 1, 2)))
+    packs = run_packs.make_packs(found, 8, Path("sweep"))
+    assert [len({run.config.seed for run in pack.runs}) for pack in packs] == [1] * 3
+    assert sum(len(pack.runs) for pack in packs) == len(found)
+
+
 def test_random_points_are_the_same_every_time():
     def draw(seed):
         return sampled(

@@ -122,3 +122,5 @@ def test_roofline_and_prediction():
     assert told.tokens_per_second == pytest.approx(250)
     assert told.days == pytest.approx(4)
     assert told.chip_hours == pytest.approx(4 * 24 * 16)
+    epochs = roofline.predict(line.overlapped, flops, 1000, None, target)
+    assert epochs == dataclasses.replace(told, days=None, chip_hours=None)

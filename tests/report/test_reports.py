@@ -207,7 +207,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
         config=space(export=False, steps=3),
         definition=space(trainable=None, mesh=None),
         base=base,
-        task=space(conclude=fail, origin="rows"),
+        task=space(conclude=fail, origin="rows", rows=0),
         sampler=None,
         state=TrainState(3, {}, None),
         frozen=None,

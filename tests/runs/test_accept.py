@@ -79,7 +79,7 @@ def test_what_was_refused_is_kept_as_a_start_without_a_step(accepted, history):
 
 def test_fewer_steps_than_were_made_are_refused_and_change_nothing(accepted, history):
     fewer = accepted[3]
-    assert fewer.code == 2 and "set it to at least 16" in fewer.err, fewer.err
+    assert fewer.code == 2 and "to at least 16" in fewer.err, fewer.err
     assert history["accepted"]["steps"] == "16 -> 18", "refused, and written down"
 
 

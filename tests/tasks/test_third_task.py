@@ -130,6 +130,10 @@ class PairTask:
             rows_per_unit=2,
         )  # fmt: skip
 
+    @property
+    def rows(self):
+        return 2 * len(self._train)
+
     def batches(self, mine):
         return OrderedBatches(
             endless(0, len(self._train), self._config.seed),

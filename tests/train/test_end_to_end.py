@@ -106,7 +106,8 @@ def own_chats(place, results):
         "--config.lora.rank=16",
         "--config.lora.dropout=0.0",
         "--config.model.dtype=bfloat16",
-        "--config.steps=2",
+        "--config.steps=-1",
+        "--config.epochs=0.75",
     )
     path = "--config.data.path=own.jsonl.gz"
     # Two steps alone: compiling takes longer than they do.
@@ -474,7 +475,17 @@ def test_own_chats_train_on_every_answer(place, own_chats):
         r"<\|im_start\|>assistant\n\[\[It is \d+, as «anyone» knows\.<\|im_end\|>]]",
         shown,
     ), shown
-    assert len(place.lines("chats", "train")) == 2
+    (start,) = json.loads((place.run_dir("chats") / "run.json").read_text())["starts"]
+    assert [x["step"] for x in place.lines("chats", "train")] == [1, 2]
+    assert start["steps"] == 2
+    # The config keeps the epochs, so that more of them extend the run.
+    config = json.loads((place.run_dir("chats") / "config.json").read_text())
+    assert (config["steps"], config["epochs"]) == (-1, 0.75)
+    said = re.search(r"one epoch is 3 steps\s+\((\d+)\s+rows", own_chats[0].out)
+    epochs = [line["epoch"] for line in place.lines("chats", "train")]
+    assert epochs == [8 / int(said[1]), 16 / int(said[1])]
+    assert [line["epoch"] for line in place.lines("chats", "eval")] == [0, epochs[1]]
+    assert "epoch 0." in own_chats[0].err and "epochs: 0." in own_chats[0].err
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):

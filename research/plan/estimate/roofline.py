@@ -50,13 +50,16 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Speed and cost of a run whose steps take `seconds` each."""
+    """Speed and cost of a run whose steps take `seconds` each.
+
+    `days` and `chip_hours` are those of the whole run; None if its steps are unknown.
+    """
 
     seconds: float
     mfu: float
     tokens_per_second: float
-    days: float
-    chip_hours: float
+    days: float | None
+    chip_hours: float | None
 
 
 def make_roofline(
@@ -99,17 +102,21 @@ def make_roofline(
 
 
 def predict(
-    seconds: float, flops: StepFlops, tokens: int, steps: int, target: PlannedDevices
+    seconds: float,
+    flops: StepFlops,
+    tokens: int,
+    steps: int | None,
+    target: PlannedDevices,
 ) -> Prediction:
     """Speed and cost of a run whose every step takes `seconds`."""
-    total = seconds * steps
+    total = None if steps is None else seconds * steps
     peak = target.count * target.chip.flops * seconds
     return Prediction(
         seconds=seconds,
         mfu=flops.model / peak if peak else 0.0,
         tokens_per_second=tokens / seconds if seconds else 0.0,
-        days=total / DAY,
-        chip_hours=total / 3600 * target.count,
+        days=None if total is None else total / DAY,
+        chip_hours=None if total is None else total / 3600 * target.count,
     )
 
 

@@ -1,6 +1,7 @@
 """The metrics of a step go to metrics.jsonl, TensorBoard and the progress view."""
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
+from research.tasks import epochs
 from research.train.metrics import throughput
 from research.train.metrics.evaluation import Evaluation, add_metrics
 from research.train.step.schedules import make_schedule
@@ -80,8 +82,10 @@ class StepLog:
         first: int,
         phases: PhaseTimer,
         name: str = "",
+        rows: int = 0,
     ):
-        """`name` is said where several runs speak in one log.
+        """`name` is said where several runs speak in one log; `rows` are those of an
+        epoch, 0 if nobody has counted them.
 
         Raises:
           SaveError: the files of the metrics cannot be written.
@@ -93,6 +97,7 @@ class StepLog:
         self._skips = SkippedInARow(config, first) if config.optim.skip_spread else None
         self._flops = flops
         self._groups = groups
+        self._epoch = functools.partial(epochs.passed, config=config, rows=rows)
         self._schedule: Callable[[int], Any] = make_schedule(config.optim, config.steps)
         self._peak = runtime.peak_flops(config.runtime)
         leader = jax.process_index() == 0
@@ -124,6 +129,7 @@ class StepLog:
         seconds = self._clock.last
         flops = self._flops.step(values["tokens"], values["weight"], values["pairs"])
         line = {
+            "epoch": self._epoch(batch + 1),
             **means,
             "learning_rate": float(self._schedule(number)),
             "grad_norm": values["grad_norm"],
@@ -229,7 +235,11 @@ class StepLog:
           SaveError: it could not be written down.
         """
         # The wall time of this process so far, by phase.
-        line = found.line() | group_fields("seconds", self._phases.seconds)
+        line = {
+            "epoch": self._epoch(0 if batch is None else batch + 1),
+            **found.line(),
+            **group_fields("seconds", self._phases.seconds),
+        }
         self._write(number, "eval", line)
         shown = {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
         measured = {f"eval_{name}": value for name, value in found.means.items()}

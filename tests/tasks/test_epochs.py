@@ -1,0 +1,101 @@
+"""Epochs become a number of steps, once the packed rows are counted."""
+
+import dataclasses
+
+import pytest
+
+from research.config.knob_groups import DataConfig, TextConfig
+from research.config.knobs import changed
+from research.config.run_config import (
+    BY_EPOCHS,
+    Config,
+    defaults,
+    fixed_differences,
+    from_config_dict,
+    with_length,
+)
+from research.config.saved_config import from_json, to_json
+from research.core.errors import UserError
+from research.tasks.epochs import count_epochs, passed, resolved
+
+
+def config_of(epochs, batch=8, **data):
+    return Config(
+        steps=BY_EPOCHS, epochs=epochs, data=DataConfig(batch_size=batch, **data)
+    )
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch", "steps"),
+    [
+        (3.0, 100, 8, 38),  # 37.5 batches: the last one begins a fourth epoch.
+        (1.0, 96, 8, 12),
+        (0.5, 96, 8, 6),
+        (0.1, 30, 3, 1),  # In binary 0.1 * 30 is more than 3.
+        (0.7, 10, 7, 1),
+        (1e-6, 5, 8, 1),
+        (2.0, 3, 8, 1),
+    ],
+)
+def test_each_row_is_trained_as_often_as_there_are_epochs(epochs, rows, batch, steps):
+    config = resolved(config_of(epochs, batch), rows)
+    assert (config.steps, config.epochs) == (steps, 0.0)
+    assert resolved(config, 10**6) == config  # A run that gives steps keeps them.
+    assert passed(steps, config, rows) >= epochs
+    assert passed(steps - 1, config, rows) < epochs
+
+
+def test_rows_that_nobody_counted_have_no_epochs():
+    with pytest.raises(UserError, match=r"--config\.steps=NUMBER"):
+        resolved(config_of(2.0), 0)
+    assert passed(7, Config(), 0) is None
+    streamed = TextConfig(cache=False)
+    with pytest.raises(UserError, match=r"--config\.text\.cache=True"):
+        dataclasses.replace(config_of(1.0, kind="text"), text=streamed)
+
+
+def test_only_one_of_steps_and_epochs_can_be_asked_for():
+    given = defaults()
+    assert from_config_dict(given).steps == 100
+    given.epochs = 3.0
+    config = from_config_dict(given)
+    assert (config.steps, config.epochs) == (BY_EPOCHS, 3.0)
+    assert from_json(to_json(config)) == config
+    longer = dataclasses.replace(config, epochs=4.0)
+    assert fixed_differences(config, longer) == {"epochs": "3.0 -> 4.0"}
+    for steps in (100, 60):  # Also the number that is the default.
+        given.steps = steps
+        with pytest.raises(UserError, match=f"steps is {steps}.*--config.steps=-1"):
+            from_config_dict(given)
+    for steps in (0, -2):
+        with pytest.raises(UserError, match="steps"):
+            Config(steps=steps)
+    for epochs in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="epochs"):
+            changed(Config(), {"epochs": epochs, "steps": BY_EPOCHS}, "test")
+
+
+def test_a_list_of_runs_may_vary_either():
+    by_steps, by_epochs = Config(steps=60), config_of(2.0)
+    assert changed(by_steps, with_length(by_steps, {"epochs": 1.0}), "").epochs == 1
+    assert changed(by_epochs, with_length(by_epochs, {"steps": 9}), "").steps == 9
+    assert with_length(by_steps, {"steps": 9, "seed": 1}) == {"steps": 9, "seed": 1}
+    both = {"steps": 9, "epochs": 1.0}
+    with pytest.raises(UserError, match="only one of them"):
+        changed(by_steps, with_length(by_steps, both), "test")
+
+
+def test_the_doctor_says_how_long_an_epoch_is_and_warns_of_many():
+    config = resolved(config_of(3.0), 100)
+    found = count_epochs(config, {"rows": 100}, {"rows": 1.0})
+    assert (
+        "one epoch is 13 steps (100 rows, 8 a step), and this run is 38" in found.text
+    )
+    assert found.numbers == {
+        "epochs": 3.04, "rows": 100, "steps": 38, "epoch_steps": 13,
+    }  # fmt: skip
+    assert found.ok and not found.warns
+    often = dataclasses.replace(config, steps=126)
+    assert count_epochs(often, {"rows": 100}, {"rows": 1.0}).warns
+    streamed = count_epochs(often, {}, {})
+    assert streamed.ok and "not been counted" in streamed.text

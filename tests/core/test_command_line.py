@@ -325,7 +325,7 @@ def test_a_line_is_not_blamed_for_a_flag(config_file):
 
 def test_a_missing_config_is_named():
     for arguments, said in (
-        ((), "--config is missing"),
+        ((), "--config=FILE.py"),
         (("--config=no.py",), "no.py"),
     ):
         with pytest.raises(UserError, match=said):

@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from launch.jobs.launch_templates import fill
 from launch.report import best_run, sweep_plots, sweep_results
 from launch.report.seed_statistics import PERCENT
 from launch.report.sweep_results import PointResult, SweepReport
+from research.core.text_templates import fill
 from research.core.visible_text import visible
-from research.report.markdown_report import escaped
+from research.report import run_page
+from research.report.markdown_text import escaped
 from research.report.progress_view import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,6 +43,7 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         lambda value: visible(value) if type(value) is str else value,
         filters={"literal": escaped},
         autoescape=name.endswith(".html"),
+        bases=[run_page.TEMPLATES],
         sweep=report.sweep,
         name=report.folder.name,
         best=best_run.find_best(report),

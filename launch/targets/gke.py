@@ -41,9 +41,9 @@ from launch.jobs.launch_flags import (
     add_texts,
 )
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
-from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
+from research.core.text_templates import fill
 from research.parallel.chips import find_chip
 from research.runs import provenance
 

@@ -17,9 +17,9 @@ from launch.jobs.launch_flags import (
     at_least,
 )
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
-from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError, nearest
+from research.core.text_templates import fill
 from research.parallel.chips import CHIPS, find_chip
 
 HELP = "a batch job on a Slurm cluster; JAX finds the nodes from Slurm's variables"

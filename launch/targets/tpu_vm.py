@@ -22,9 +22,9 @@ from pathlib import Path
 from launch.clouds import remote_jobs, rented_machines, tpu_slices
 from launch.jobs.launch_flags import add_restarts, add_switch, add_text, add_texts
 from launch.jobs.launch_job import LaunchJob, LaunchPlan
-from launch.jobs.launch_templates import fill
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
+from research.core.text_templates import fill
 from research.runs import provenance
 
 HELP = "a TPU VM for each job on Google Cloud, which runs the last commit"

@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from research.core.atomic_files import write_whole
-from research.report import loss_plot, markdown_report, terminal
+from research.report import loss_plot, run_page, terminal
 from research.report.run_results import RunResults
 
 T = TypeVar("T")
 
 
 def write_report(console: Console, folder: Path, results: RunResults) -> list[str]:
-    """Shows `results` in the terminal, and writes `loss.png` and `report.md`.
+    """Shows `results` in the terminal, and writes the plot and both reports.
 
     A defect in one part costs no other.
 
@@ -25,17 +25,20 @@ def write_report(console: Console, folder: Path, results: RunResults) -> list[st
     Raises:
       OSError: the folder cannot be written; another call may succeed.
     """
-    markdown = folder / "report.md"
-    parts: dict[str, Callable[[], None]] = {
-        "the terminal": lambda: terminal.show_results(console, results),
-        "loss.png": lambda: loss_plot.draw_loss(results, folder / "loss.png"),
-        "report.md": lambda: write_whole(
-            markdown, markdown_report.format_report(results)
-        ),
-    }
     failed: list[str] = []
-    for name, make in parts.items():
-        attempt(name, make, failed, OSError)
+    attempt(
+        "the terminal", lambda: terminal.show_results(console, results), failed, OSError
+    )
+    makers: dict[str, Callable[[], str | bytes]] = {
+        "loss.png": lambda: loss_plot.draw_loss(results),
+        "report.md": lambda: run_page.format_report(results),
+        "report.html": lambda: run_page.format_page(results, made["loss.png"]),
+    }
+    made: dict[str, Any] = {}
+    for name, make in makers.items():
+        made[name] = attempt(name, make, failed, OSError) or b""
+        if made[name]:
+            write_whole(folder / name, made[name])
     return failed
 
 

@@ -1,25 +1,27 @@
 """`loss.png`: training and held-out loss over the steps, in all and by group."""
 
-import collections
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from research.core.atomic_files import write_whole
+import numpy as np
+
 from research.core.visible_text import visible
 from research.data.metric_sums import NATS_PER_TOKEN, by_group
 from research.report.result_tables import is_text, loss_unit
 from research.report.run_results import RunResults
 
-# More lines cannot be told apart. The table has all groups.
-MOST_GROUPS = 20
+# So many lines can be told apart. Of more groups, those at both ends have a name, and
+# the table has all.
+MOST_GROUPS, EXTREMES = 10, 4
 MOST_LETTERS = 40  # of a name
+WIDTH, HEIGHT, LEGEND_ROW = 12.0, 4.5, 0.22  # inches; the legend comes on top
+SMOOTHED = 40  # A window reaches over so many parts of the run, to each side.
 
 
-def draw_loss(results: RunResults, path: Path) -> None:
-    """Draws `results` into a PNG file. Raises OSError."""
+def draw_loss(results: RunResults) -> bytes:
+    """The PNG file of a run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,69 +29,114 @@ def draw_loss(results: RunResults, path: Path) -> None:
 
     # A name such as `$\R$` is text of the user, and no formula.
     with pyplot.rc_context({"text.parse_math": False, "text.usetex": False}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharex=True)
+        figure, axes = pyplot.subplots(
+            1, 2, figsize=(WIDTH, HEIGHT), sharex=True, layout="constrained"
+        )
         try:
-            _draw_all(left, results)
-            _draw_groups(right, results.evaluations)
-            figure.tight_layout()
+            _draw(figure, axes, results)
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=120)
         finally:
             pyplot.close(figure)
-    write_whole(path, picture.getvalue())
+    return picture.getvalue()
 
 
-def _draw_all(axes: Any, results: RunResults) -> None:
+def _draw(figure: Any, axes: Sequence[Any], results: RunResults) -> None:
+    """Two plots, each with its legend below it, so that no line is hidden."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure.suptitle(_cut(results.name))
+    rows = 0
+    for one, draw in zip(axes, (_draw_all, _draw_groups), strict=True):
+        lines = draw(one, results)
+        # Names stand beside lines: a label that begins with "_" would be hidden.
+        names = [_cut(name) or "(none)" for name, _ in lines]
+        columns = max(1, min(4, 80 // (6 + max(map(len, names), default=0))))
+        if names:
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+            form = {"ncols": columns, "fontsize": 8, "frameon": False}
+            one.legend([line for _, line in lines], names, **place, **form)
+        rows = max(rows, math.ceil(len(names) / columns))
+        one.set(xlabel="step")
+        one.grid(alpha=0.3)
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.set_figheight(HEIGHT + LEGEND_ROW * rows)
+
+
+def _draw_all(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
+    """Draws the losses over everything; returns the lines with their names."""
     steps = [line["step"] for line in results.train]
     losses = [line["loss"] for line in results.train]
     held_steps = [line["step"] for line in results.evaluations]
     held = [line["loss"] for line in results.evaluations]
-    axes.plot(steps, losses, color="0.75", linewidth=1, label="train, each step")
-    axes.plot(steps, smoothed(losses), color="C0", label="train, smoothed")
-    axes.plot(held_steps, held, "o-", color="C3", label="held out")
-    unit = loss_unit(results.evaluations) or NATS_PER_TOKEN
-    axes.set(xlabel="step", ylabel=f"loss, {unit}")
-    axes.set_title(visible(results.name)[: 2 * MOST_LETTERS])
-    axes.legend()
-    _finish_axes(axes)
+    axes.set(ylabel=f"loss, {loss_unit(results.evaluations) or NATS_PER_TOKEN}")
+    axes.set_title("all")
+    return [
+        ("train, each step", *axes.plot(steps, losses, color="0.8", linewidth=1)),
+        ("train, smoothed", *axes.plot(steps, smoothed(losses), color="C0")),
+        ("held out", *axes.plot(held_steps, held, "o-", color="C3", markersize=4)),
+    ]
 
 
-def _draw_groups(axes: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    text = is_text(evaluations)
-    name = "bits_per_byte" if text else "loss"
-    title = "held-out bits per byte" if text else "held-out loss per category"
-    sizes: collections.Counter[str] = collections.Counter()
-    for line in evaluations:
-        sizes.update(dict.fromkeys(by_group(line, name), 0))
-        sizes.update(by_group(line, "tokens"))
-    groups = sorted(name for name, _ in sizes.most_common(MOST_GROUPS))
-    if len(sizes) > len(groups):
-        title += f", the {len(groups)} largest of {len(sizes)}"
+def _draw_groups(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
+    """Draws the held-out losses by group; returns lines with their names."""
+    evaluations = results.evaluations
+    name = "bits_per_byte" if is_text(evaluations) else "loss"
+    kind = "source" if is_text(evaluations) else "category"
+    title = f"held-out {'bits per byte' if kind == 'source' else 'loss'} by {kind}"
     steps = [line["step"] for line in evaluations]
-    drawn = []
-    for group in groups:
-        losses = [line.get(f"{name}/{group}", math.nan) for line in evaluations]
-        drawn += axes.plot(steps, losses, "o-", markersize=3)
-    axes.set(xlabel="step", title=title)
-    if groups:
-        # Names stand beside lines: a label that begins with "_" would be hidden.
-        names = [visible(group)[:MOST_LETTERS] or "(none)" for group in groups]
-        axes.legend(drawn, names, fontsize=8)
-    _finish_axes(axes)
+    groups = sorted({group for line in evaluations for group in by_group(line, name)})
+    curves = {
+        group: [line.get(f"{name}/{group}", math.nan) for line in evaluations]
+        for group in groups
+    }
+    lines: list[tuple[str, Any]] = []
+    named = groups
+    if len(groups) > MOST_GROUPS:
+        named = _extremes(evaluations[-1], name)
+        title += f": highest and lowest {EXTREMES} of {len(groups)}"
+        for curve in curves.values():
+            (other,) = axes.plot(steps, curve, color="0.8", linewidth=0.8)
+        mean = [line.get(name, math.nan) for line in evaluations]
+        lines.append(
+            ("all", *axes.plot(steps, mean, "o-", color="black", markersize=3))
+        )
+        lines.append((f"{len(groups) - len(named)} others", other))
+    for group in named:
+        lines.append((group, *axes.plot(steps, curves[group], "o-", markersize=3)))
+    axes.set_title(title)
+    return lines
 
 
-def _finish_axes(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _extremes(last: Mapping[str, Any], name: str) -> list[str]:
+    """The groups with the highest and the lowest values, from high to low."""
+    values = by_group(last, name)
+    groups = sorted(values, key=lambda group: values[group], reverse=True)
+    if len(groups) <= 2 * EXTREMES:
+        return groups
+    return groups[:EXTREMES] + groups[-EXTREMES:]
 
-    axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+def _cut(name: str) -> str:
+    """`name` with its middle left away where it is long: the ends tell names apart."""
+    name = visible(name)
+    if len(name) <= MOST_LETTERS:
+        return name
+    return f"{name[: MOST_LETTERS - 18]}...{name[-15:]}"
 
 
-def smoothed(values: Sequence[float], decay: float = 0.85) -> list[float]:
-    """Exponential average, corrected for its start as in Adam (arXiv:1412.6980)."""
-    average, weight, averages = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        averages.append(average / weight)
-    return averages
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Means of a window around each value; at both ends, a line through the window.
+
+    Both follow a trend without a lag, while an exponential average would lie above a
+    falling loss (Savitzky and Golay 1964, with polynomials of degree 1). A value that
+    is not finite is taken from a line between its neighbours.
+    """
+    from scipy.signal import savgol_filter
+
+    known = np.flatnonzero(np.isfinite(values))
+    if len(known) < 3:
+        return list(values)
+    filled = np.interp(np.arange(len(values)), known, np.asarray(values)[known])
+    reach = min(max(2, len(values) // SMOOTHED), (len(values) - 1) // 2)
+    return savgol_filter(filled, 2 * reach + 1, 1).tolist()

@@ -10,7 +10,7 @@ from typing import Any
 
 from research.config.hub_pins import DEFAULT_ROWS
 from research.core.hub_access import HubAddress, is_hub
-from research.report.markdown_report import escaped, format_table
+from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
 from research.runs.metrics_file import read_metrics
 from research.runs.run_directory import RunDir

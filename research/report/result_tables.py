@@ -28,7 +28,7 @@ def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """
     if not evaluations:
         return []
-    first, last = ("start", "end") if is_text(evaluations) else ("base", "tuned")
+    first, last = ("start" if is_text(evaluations) else "base"), "tuned"
     return compare_losses(
         {first: _first_comparable(evaluations), last: evaluations[-1]}
     )

@@ -9,13 +9,16 @@ from research.runs.display_files import read_answers, read_samples
 from research.runs.metrics_file import read_metrics
 from research.tasks.model_answers import ComparedAnswer, Sample
 
+COMPARED = ("base", "tuned", "reference")  # the answers to a held-out prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class RunResults:
     """Everything that the report of a run shows.
 
     Attributes:
-      facts: one value a name, such as the base model and the tokens per second.
+      facts: what the run is and what it took, one value a name.
+      settings: the knobs that differ from the defaults; a header, and a row for each.
       train: the lines of kind `train` in `metrics.jsonl`, one a step.
       evaluations: the lines of kind `eval`, in the order of their steps.
       wall_time: seconds by phase, the longest first.
@@ -25,6 +28,7 @@ class RunResults:
 
     name: str
     facts: Mapping[str, Any]
+    settings: Sequence[Sequence[str]]
     train: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
     wall_time: Sequence[tuple[str, float]]
@@ -33,13 +37,17 @@ class RunResults:
 
 
 def read_results(
-    folder: Path, facts: Mapping[str, Any], wall_time: Sequence[tuple[str, float]]
+    folder: Path,
+    facts: Mapping[str, Any],
+    wall_time: Sequence[tuple[str, float]],
+    settings: Sequence[Sequence[str]] = (),
 ) -> RunResults:
     """Reads `metrics.jsonl`, `answers.json` and `samples.jsonl` of a run directory."""
     lines = read_metrics(folder)
     return RunResults(
         name=folder.name,
         facts=facts,
+        settings=settings,
         train=[line for line in lines if line["kind"] == "train"],
         evaluations=[line for line in lines if line["kind"] == "eval"],
         wall_time=wall_time,

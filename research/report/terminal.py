@@ -13,7 +13,7 @@ from rich.text import Text
 
 from research.core.visible_text import visible
 from research.report import result_tables
-from research.report.run_results import RunResults
+from research.report.run_results import COMPARED, RunResults
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
@@ -82,9 +82,9 @@ def _show_answer(console: Console, answer: ComparedAnswer) -> None:
     group = _literal(answer.group or "(none)")
     console.print(Panel(_literal(answer.prompt), title=group, style="dim"))
     table = Table(show_lines=True, expand=True)
-    for name in ("base", "tuned", "reference"):
+    for name in COMPARED:
         table.add_column(name, ratio=1)
-    table.add_row(*map(_literal, (answer.base, answer.tuned, answer.reference)))
+    table.add_row(*(_literal(getattr(answer, name)) for name in COMPARED))
     console.print(table)
 
 

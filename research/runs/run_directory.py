@@ -35,7 +35,7 @@ COMPLETE = "complete.json"
 FILES = (
     *("config.json", "identity.json", "hub_revisions.json", "run.json", COMPLETE),
     *("doctor.json", "preview.json", "answers.json", "samples.jsonl", "metrics.jsonl"),
-    *("left_out.txt", "report.md", "loss.png", "lock", "lock.holder"),
+    *("left_out.txt", "report.md", "report.html", "loss.png", "lock", "lock.holder"),
 )
 
 

@@ -78,6 +78,11 @@ class History:
         return self._found["skipped_batches"]
 
     @property
+    def starts(self) -> list[dict[str, Any]]:
+        """The record of each start, this one last."""
+        return self._found["starts"]
+
+    @property
     def accepted(self) -> dict[str, str]:
         """The differences that the user accepted, as `old -> new` by name."""
         return self._found["accepted"]

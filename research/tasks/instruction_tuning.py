@@ -280,9 +280,15 @@ def _answer(
 
 
 def _prompt_text(record: Record) -> str:
-    """The last turn of the user, and the row's context below it."""
-    context = f"\n\n{record.context}" if record.context else ""
-    return record.turns[-2].text + context
+    """All turns before the answer, and the row's context below the first of the user.
+
+    A turn names its role where there are several.
+    """
+    turns = record.turns[:-1]
+    texts = [f"{x.role}: {x.text}" if len(turns) > 1 else x.text for x in turns]
+    if record.context:
+        texts[[turn.role for turn in turns].index("user")] += f"\n\n{record.context}"
+    return "\n\n".join(texts)
 
 
 def pick_records(records: list[Record], count: int) -> list[Record]:

@@ -12,7 +12,7 @@ class ComparedAnswer:
     Attributes:
       group: the prompt's category; may be empty.
       where: the row that the prompt comes from, such as `rows.jsonl:7`.
-      prompt: the last turn of the user, and the row's context below it.
+      prompt: all turns before the answer, with the row's context.
       base: the answer of the model that training began from.
       tuned: the answer of the trained model.
       reference: the answer that the row gives.

@@ -3,8 +3,6 @@
 import dataclasses
 import logging
 import shlex
-from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -17,12 +15,11 @@ from research.engine.text_generation import (
 from research.formats.base_model import EXPORTED
 from research.report.final_report import attempt, write_report
 from research.report.model_card import format_card
-from research.report.progress_view import duration
 from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
 from research.runs.lineage.exported_run import REPLACE, export_run
 from research.tasks import task_registry
-from research.tasks.epochs import passed
+from research.train import run_facts
 from research.train.training_run import TrainingRun
 
 
@@ -83,42 +80,27 @@ def _finish(run: TrainingRun) -> None:
     goodput = run.history.goodput()
     metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
     display_files.write_answers(folder, answers or [])
-    facts = {
-        "base model": run.base.name,
-        "data": run.task.origin,
-        "steps": run.config.steps,
-    }
-    if (passes := passed(run.config.steps, run.config, run.task.rows)) is not None:
-        facts["epochs"] = round(passes, 3)
-    facts |= attempt("the figures", lambda: _figures(folder), failed) or {}
-    facts["goodput"] = str(goodput)
+    facts = attempt("the facts", lambda: run_facts.describe(run), failed) or {}
+    figures = attempt("the figures", lambda: run_facts.measure(run), failed) or {}
+    figures["goodput"] = str(goodput)
+    facts |= figures
+    knobs = attempt("the knobs", lambda: run_facts.changed_knobs(run.config), failed)
     results = attempt(
-        "the results", lambda: read_results(folder, facts, goodput.parts), failed
+        "the results",
+        lambda: read_results(folder, facts, goodput.parts, knobs or []),
+        failed,
     )
     if results:
         failed += write_report(run.console, folder, results)
     if failed:
         facts["missing in the report"] = "; ".join(failed)
     run.folder.mark_complete(facts)
-    logging.info("%s", "  ".join(f"{k}: {v}" for k, v in facts.items()))
+    logging.info("%s", "  ".join(f"{k}: {v}" for k, v in figures.items()))
     logging.info(
-        "done: %s/loss.png, %s/report.md; talk to it with\n"
+        "done: %s/report.md, %s/report.html; talk to it with\n"
         "  python -m research.generate --run=%s%s",
         folder,
         folder,
         shlex.quote(str(folder)),
         " --compare" if run.base.tensors else "",
     )
-
-
-def _figures(folder: Path) -> dict[str, Any]:
-    """Time, speed and memory of the run, as far as its metrics are there."""
-    lines = [x for x in metrics_file.read_metrics(folder) if x["kind"] == "train"]
-    if not lines:
-        return {}
-    seconds = lines[-1]["elapsed_s"]
-    return {
-        "training time": duration(seconds),
-        "tokens per second": round(sum(x["tokens"] for x in lines) / seconds),
-        "peak memory, GB": round(lines[-1]["memory_gb"], 2),
-    }

@@ -25,7 +25,7 @@ from launch.report.__main__ import main
 from launch.sweep import sweep_runs
 from launch.sweep.sweep_spec import Sweep, grid, listed
 from research.core.errors import UserError
-from research.report import markdown_report
+from research.report import markdown_text
 from research.runs import provenance
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -116,7 +116,7 @@ def test_the_table_is_that_of_the_metrics(folder):
     assert len(rows) == len(losses) == 4
     for label, by_seed in losses.items():
         _, seeds, mean, spread, against, between, _, time, tokens, hours = rows[
-            markdown_report.escaped(label)
+            markdown_text.escaped(label)
         ]
         values = list(by_seed.values())
         mean_of, sem = np.mean(values), stats.sem(values)

@@ -1,17 +1,23 @@
 """Names and texts of users reach people letter by letter, and no report costs a run."""
 
+import contextlib
 import dataclasses
+import html.parser
 import io
 import json
+import math
 import types
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import visible
-from research.report import final_report, loss_plot, markdown_report, terminal
+from research.data.instructions.instruction_dataset import _group_categories
+from research.report import final_report, loss_plot, run_page, terminal
+from research.report.markdown_text import escaped
 from research.report.result_tables import tabulate_losses
 from research.report.run_results import RunResults, read_results
 from research.runs import display_files
@@ -40,6 +46,7 @@ def results(groups, text=HOSTILE[0], **more):
     values = {
         "name": r"$\R$ [/x]|",
         "facts": {"data": "[/x] $\\R$ a|b"},
+        "settings": (),
         "train": [{"step": i, "loss": 5.0 - i, "kind": "train"} for i in (1, 2, 3)],
         "evaluations": [evaluation(0, groups), evaluation(3, groups)],
         "wall_time": [("step", 3.0), ("start", 1.0)],
@@ -59,7 +66,7 @@ def screen(show, *arguments, width=200):
 def test_a_hostile_name_is_shown_as_it_is(group):
     found = results([group, "plain"], text=group + "\n```\n" + group)
     assert (group or "(none)") in screen(terminal.show_results, found)
-    lines = markdown_report.format_report(found).splitlines()
+    lines = run_page.format_report(found).splitlines()
     cells = [x for x in lines if x.startswith("|") and x.count("|")]
     # A pipe within a cell is escaped: as many cells in all rows of a table.
     assert {x.replace(r"\|", "").count("|") for x in cells} == {8, 4}
@@ -67,16 +74,15 @@ def test_a_hostile_name_is_shown_as_it_is(group):
     assert lines.count("````text") == 6 * 2 - 2 and "```" in lines
 
 
-def test_hostile_names_are_drawn(tmp_path):
+def test_hostile_names_are_drawn():
     """In one plot, which any of them would stop."""
-    loss_plot.draw_loss(results([*HOSTILE, "plain"]), tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert len(loss_plot.draw_loss(results([*HOSTILE, "plain"]))) > 10_000
 
 
 def test_every_special_sign_of_markdown_is_escaped():
-    signs = markdown_report.escaped(r"\ ` * [ ] < > | $ ~ & # _a_ b" "\n# c")
+    signs = escaped(r"\ ` * [ ] < > | $ ~ & # _a_ b" "\n# c")
     assert signs == r"\\ \` \* \[ \] \< \> \| \$ \~ \& \# \_a\_ b \# c"
-    assert markdown_report.escaped("closed_qa") == "closed_qa"
+    assert escaped("closed_qa") == "closed_qa"
 
 
 def test_control_characters_are_written_out():
@@ -87,7 +93,8 @@ def test_control_characters_are_written_out():
         screen(terminal.show_results, found),
         screen(terminal.show_findings, [Finding(CONTROLS, CONTROLS)]),
         screen(terminal.show_preview, [row]),
-        markdown_report.format_report(found),
+        run_page.format_report(found),
+        run_page.format_page(found),
     ):
         assert "x1b" in shown and not set(CONTROLS) - set(" \n[2Ja31mbc") & set(shown)
 
@@ -130,33 +137,133 @@ def test_losses_of_two_data_sets_are_not_compared():
 def test_text_has_bits_per_byte():
     bits = {"bits_per_byte": 1.25, "bits_per_byte/a": 1.5}
     header, row, total = tabulate_losses([evaluation(s, ["a"], **bits) for s in (0, 2)])
-    assert header[-2:] == ["bits/byte start", "end"]
+    assert header[-2:] == ["bits/byte start", "tuned"]
     assert (row[-2:], total[-2:]) == (["1.500"] * 2, ["1.250"] * 2)
 
 
-def drawn_groups(tmp_path, monkeypatch, groups):
-    drawn = []
-    monkeypatch.setattr(loss_plot, "_finish_axes", drawn.append)
-    loss_plot.draw_loss(results(groups), tmp_path / "loss.png")
-    right = drawn[1]
-    return [x.get_text() for x in right.get_legend().get_texts()], right.get_title()
+@contextlib.contextmanager
+def figure_of(found):
+    """The figure of a run, laid out as in its file, and its two plots."""
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"text.parse_math": False}):
+        figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+        loss_plot._draw(figure, axes, found)
+        figure.canvas.draw()
+        yield figure, axes
+    pyplot.close(figure)
 
 
-def test_the_plot_names_every_group(tmp_path, monkeypatch):
+def names_in(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_the_plot_names_every_group():
     """A label that begins with an underscore is hidden by default."""
-    names, title = drawn_groups(tmp_path, monkeypatch, [*HOSTILE, CONTROLS])
-    shown = [visible(name) or "(none)" for name in sorted([*HOSTILE, CONTROLS])]
-    assert names == shown and "\x1b" not in "".join(names)
-    assert title == "held-out loss per category"
+    with figure_of(results([*HOSTILE, CONTROLS])) as (_, (_, right)):
+        shown = [visible(name) or "(none)" for name in sorted([*HOSTILE, CONTROLS])]
+        assert names_in(right) == shown and "\x1b" not in "".join(shown)
+        assert right.get_title() == "held-out loss by category"
 
 
-def test_many_groups_are_a_plot_of_the_largest(tmp_path, monkeypatch):
-    groups = [f"id{i:03}" + "x" * 300 for i in range(60)]
-    names, title = drawn_groups(tmp_path, monkeypatch, groups)
-    # A long name leaves room for the plot.
-    assert names == [name[:40] for name in groups[-20:]] and title.endswith(
-        "20 largest of 60"
+def test_of_many_groups_the_highest_and_lowest_are_named():
+    """All of them are drawn, and none takes the place of the mean."""
+    groups = ["all", *(f"{i:03} {'x' * 300} {i:03}" for i in range(60))]
+    with figure_of(results(groups)) as (_, (_, right)):
+        mean, others, *named = names_in(right)
+        assert (mean, others) == ("all", "53 others")
+        # The values of `evaluation` rise with the number of the group.
+        assert [name[-3:] for name in named[:-1]] == [
+            *("059", "058", "057", "056"),
+            *("002", "001", "000"),
+        ]
+        assert named[-1] == "all" and max(map(len, named)) <= 40
+        assert len(right.lines) == len(groups) + 1 + len(named)
+        assert right.get_title().endswith("highest and lowest 4 of 61")
+
+
+def test_more_categories_than_have_losses_are_one_in_the_report():
+    names = _group_categories([f"id {i}" for i in range(2000)] + ["usual"] * 500)
+    groups = sorted(set(names.values()))
+    assert groups == ["(other)", "usual"]
+    found = results(groups)
+    with figure_of(found) as (_, (_, right)):
+        assert names_in(right) == groups
+    assert "| (other) | 10 |" in run_page.format_report(found)
+    assert ">(other)</td>" in run_page.format_page(found)
+
+
+@pytest.mark.parametrize("count", [1, 8, 40])
+@pytest.mark.parametrize("letters", [3, 25, 300])
+def test_legends_lie_below_the_plots_and_hide_nothing(count, letters):
+    groups = [f"{i:03}" + "m" * letters for i in range(count)]
+    with figure_of(results(groups, name="m" * 300)) as (figure, axes):
+        boxes = [one.get_legend().get_window_extent() for one in axes]
+        for one, legend in zip(axes, boxes, strict=True):
+            assert legend.y1 < one.xaxis.label.get_window_extent().y0
+            assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= legend.y0
+            assert one.get_window_extent().height > 300
+        assert boxes[0].x1 < boxes[1].x0
+        title = figure._suptitle.get_window_extent()
+        assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1
+
+
+def test_smoothing_does_not_lag_nor_bend_the_first_values():
+    falling = [5.0 - 0.01 * i for i in range(200)]
+    assert loss_plot.smoothed(falling) == pytest.approx(falling)
+    noisy = [x + (-1) ** i for i, x in enumerate(falling)]
+    apart = np.abs(np.subtract(loss_plot.smoothed(noisy), falling))
+    assert apart.max() < 0.4 and apart[10:-10].max() < 0.11
+    odd = [*falling[:50], math.nan, math.inf, *falling[52:]]
+    assert loss_plot.smoothed(odd) == pytest.approx(falling)
+    for few in ([], [1.0], [1.0, 2.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]):
+        assert loss_plot.smoothed(few) == pytest.approx(few)
+    assert np.isnan(loss_plot.smoothed([math.nan] * 4)).all()
+
+
+class Shown(html.parser.HTMLParser):
+    """What a browser would show of a page, and what it would fetch."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.text, self.tags, self.links = "", [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_one_file_that_says_what_the_run_is():
+    long = "first line\n" + "word " * 2000 + "last <word>"
+    found = results(
+        ["a"],
+        text=long,
+        facts={"seed": 7, "command": "python -m x '<script>alert(1)</script>'"},
+        settings=[["knob", "value", "default"], ["config.lora.rank", "4", "16"]],
     )
+    page = Shown(run_page.format_page(found, b"\x89PNG"))
+    assert page.links == ["data:image/png;base64,iVBORw=="]
+    assert not {"script", "link", "iframe"} & {*page.tags}
+    assert "<script>alert(1)</script>" in page.text and "config.lora.rank" in page.text
+    # A long text is folded, and whole.
+    assert page.text.count(long) == 7 and page.tags.count("details") == 6
+    assert "img" not in Shown(run_page.format_page(found)).tags
+    text = run_page.format_report(found)
+    assert "- seed: 7\n" in text and long in text
+    assert "| config.lora.rank | 4 | 16 |" in text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_page_quotes_every_name_and_text(text):
+    found = results([text, "plain"], text=text, name=text, facts={text or "x": text})
+    page = Shown(run_page.format_page(found))
+    assert page.text.count(text) > 12 if text else "(none)" in page.text
+    assert not {"b", "s", "i", "x"} & {*page.tags}
 
 
 def test_a_defect_in_one_part_costs_no_other(tmp_path, monkeypatch, caplog):

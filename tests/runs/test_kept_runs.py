@@ -28,7 +28,7 @@ from tiny_model import make_tiny_model
 from research.checkpoints.checksums import find_damage
 from research.config.config_file import load_config_file
 from research.config.run_config import Config, MeshConfig, from_config_dict
-from research.report import markdown_report, terminal
+from research.report import run_page, terminal
 from research.report.run_results import read_results
 from research.runs.lineage.start_pins import pin_start
 from research.runs.phase_timer import PhaseTimer
@@ -141,7 +141,7 @@ def test_its_report_shows_the_same_losses(run):
     before = (run / "report.md").read_text().splitlines()
     losses = [line for line in before if line.startswith(("| legs", "| sums", "| all"))]
     assert len(losses) == 3
-    assert {*losses} <= {*markdown_report.format_report(results).splitlines()}
+    assert {*losses} <= {*run_page.format_report(results).splitlines()}
     console = Console(record=True, width=200, file=io.StringIO())
     terminal.show_results(console, results)
     assert losses[-1].split(" | ")[2] in console.export_text()

@@ -10,6 +10,7 @@ import re
 import signal
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 import tiny_model
@@ -350,6 +351,37 @@ def test_report_has_a_row_per_category_and_three_answers(place, unbroken):
     for name in ("prompt", "base", "tuned", "reference"):
         assert text.count(f"**{name}**") == asked
     assert "![loss](loss.png)" in text
+
+
+def test_the_reports_say_what_the_run_is(place, unbroken):
+    folder = place.run_dir("unbroken")
+    facts = dict(
+        re.findall(r"^- ([^:]+): (.*)$", (folder / "report.md").read_text(), re.M)
+    )
+    lines = place.lines("unbroken", "train")
+    numbers = {x.name: x.numbers for x in read_findings(folder)}
+    (start,) = history(place, "unbroken")["starts"]
+    trained = numbers["parameters"]["trained"]
+    assert facts["trained"].startswith(f"{trained:,} of ")
+    assert facts["adapters"].startswith(f"lora of rank {RANK} and alpha 32, ")
+    assert f"on {numbers['lora targets']['matrices']} matrices" in facts["adapters"]
+    assert facts["tokens seen"].startswith(f"{sum(x['tokens'] for x in lines):,}, ")
+    assert float(facts["epochs"]) == pytest.approx(
+        numbers["epochs"]["epochs"], abs=1e-3
+    )
+    assert (facts["steps"], facts["seed"]) == (str(STEPS), "0")
+    assert facts["devices"] == start["devices"]
+    assert facts["code"] == start["provenance"]["code"]
+    assert f"jax {jax.__version__}" in facts["versions"]
+    assert "research.train" in facts["command"]
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page and not re.search(
+        r'(src|href)="\w+://', page
+    )
+    changed = dict(re.findall(r">(config\.[\w.]+)</td>\n<td[^>]*>(.*)</td>", page))
+    assert changed["config.lora.rank"] == str(RANK) and "config.seed" not in changed
+    written = flat(RunDir(folder).config()).items() - flat(Config()).items()
+    assert changed.keys() == {f"config.{x}" for x, _ in written} - {"config.run_dir"}
 
 
 # -- again, and after an interruption ------------------------------------------------

@@ -1,6 +1,6 @@
-"""Fills the templates of manifests, scripts and report pages."""
+"""Fills the Jinja templates of reports, manifests and scripts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +14,15 @@ def fill(
     *,
     filters: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
     autoescape: bool = False,
+    bases: Sequence[Path] = (),
     **values: Any,
 ) -> str:
-    """The text of a Jinja template; `write` turns each of its values into text."""
+    """The text of a template; `write` turns each of its values into text.
+
+    The template may extend those that lie beside it or in one of the folders `bases`.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        loader=jinja2.FileSystemLoader([template.parent, *bases]),
         finalize=write,
         autoescape=autoescape,
         trim_blocks=True,
@@ -25,5 +30,4 @@ def fill(
         keep_trailing_newline=True,
     )
     environment.filters |= filters
-    text = template.read_text(encoding="utf-8")
-    return environment.from_string(text).render(values)
+    return environment.get_template(template.name).render(values)

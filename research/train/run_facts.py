@@ -1,0 +1,100 @@
+"""What a run is, in the words of its report: model, rows, recipe, machine, program."""
+
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from research.config.knobs import flat
+from research.config.run_config import Config
+from research.report.progress_view import duration
+from research.report.result_tables import Table
+from research.runs import metrics_file
+from research.tasks.epochs import passed
+from research.train.training_run import TrainingRun
+
+SHOWN_DIGITS = 12  # of a sha256 or a commit
+
+
+def describe(run: TrainingRun) -> dict[str, Any]:
+    """One value a name; facts of a start hold all values that the starts had."""
+    config, base, starts = run.config, run.base, run.history.starts
+    numbers = {x.name: x.numbers for x in run.examination.findings}
+    counted = numbers["parameters"]
+    total = counted["trained"] + counted["frozen"]
+    facts = {
+        "base model": base.name,
+        "base model's sha256": base.fingerprint[:SHOWN_DIGITS],
+        "data": run.task.origin,
+        "data's sha256": run.task.sha256[:SHOWN_DIGITS],
+        "trained": f"{counted['trained']:,} of {total:,} parameters "
+        f"({counted['trained'] / total:.2%})",
+    }
+    if kind := run.definition.trainable.kind:
+        facts["adapters"] = _adapters(config, numbers[f"{kind.name} targets"])
+    facts |= {
+        "steps": config.steps,
+        "batch": f"{config.data.batch_size} rows of {config.data.seq_len} tokens, in "
+        f"{config.data.passes_per_step} passes",
+        "learning rate": f"{config.optim.learning_rate:g} at its peak, "
+        f"{config.optim.schedule}, warm-up {config.optim.warmup:.0%}",
+        "optimizer": config.optim.name,
+        "seed": config.seed,
+    }
+    if (epochs := passed(config.steps, config, run.task.rows)) is not None:
+        facts["epochs"] = round(epochs, 3)
+    made = [start.get("provenance", {}) for start in starts]
+    packages = [x.get("packages", {}) | {"Python": x.get("python")} for x in made]
+    versions = [", ".join(f"{k} {v}" for k, v in x.items()) for x in packages]
+    return facts | {
+        "devices": _different(start["devices"] for start in starts),
+        "mesh": ", ".join(
+            f"{axis}={size}" for axis, size in run.definition.mesh.shape.items()
+        ),
+        "versions": _different(versions),
+        "code": _different(str(x.get("code", "unknown")) for x in made),
+        "starts": len(starts),
+        "command": shlex.join(["python", *made[-1].get("command", ())]),
+    }
+
+
+def _adapters(config: Config, counted: Mapping[str, float]) -> str:
+    lora = config.lora
+    patterns = (*lora.rank_pattern, *lora.alpha_pattern)
+    others = f" ({', '.join(patterns)})" if patterns else ""
+    return (
+        f"{lora.kind} of rank {lora.rank} and alpha {lora.alpha:g}{others}, dropout "
+        f"{lora.dropout:g}, on {counted['matrices']} matrices: "
+        f"{', '.join(lora.targets)}"
+    )
+
+
+def _different(values: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(values))
+
+
+def measure(run: TrainingRun) -> dict[str, Any]:
+    """Tokens, time, speed and memory of the run, as far as its metrics are there."""
+    lines = metrics_file.read_metrics(run.folder.path)
+    lines = [x for x in lines if x["kind"] == "train"]
+    if not lines:
+        return {}
+    seconds = lines[-1]["elapsed_s"]
+    tokens = sum(x["tokens"] for x in lines)
+    trained = sum(x.get("trained_tokens", 0) for x in lines)
+    return {
+        "tokens seen": f"{tokens:,}, {trained:,} of them trained",
+        "training time": duration(seconds),
+        "tokens per second": round(tokens / seconds),
+        "peak memory, GB": round(lines[-1]["memory_gb"], 2),
+    }
+
+
+def changed_knobs(config: Config) -> Table:
+    """The knobs that differ from their defaults; a header, and a row for each."""
+    defaults = flat(Config())
+    rows = [
+        [f"config.{name}", repr(value), repr(defaults[name])]
+        for name, value in flat(config).items()
+        if value != defaults[name] and name != "run_dir"
+    ]
+    return [["knob", "value", "default"], *rows]

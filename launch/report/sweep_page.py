@@ -43,7 +43,7 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         lambda value: visible(value) if type(value) is str else value,
         filters={"literal": escaped},
         autoescape=name.endswith(".html"),
-        bases=[run_page.TEMPLATES],
+        base=run_page.STYLED,
         sweep=report.sweep,
         name=report.folder.name,
         best=best_run.find_best(report),

@@ -1,6 +1,6 @@
 """Fills the Jinja templates of reports, manifests and scripts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,15 +14,14 @@ def fill(
     *,
     filters: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
     autoescape: bool = False,
-    bases: Sequence[Path] = (),
+    base: Path | None = None,
     **values: Any,
 ) -> str:
     """The text of a template; `write` turns each of its values into text.
 
-    The template may extend those that lie beside it or in one of the folders `bases`.
+    It can begin with `{% extends base %}`, and then fills the blocks of `base`.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        loader=jinja2.FileSystemLoader([template.parent, *bases]),
         finalize=write,
         autoescape=autoescape,
         trim_blocks=True,
@@ -30,4 +29,7 @@ def fill(
         keep_trailing_newline=True,
     )
     environment.filters |= filters
-    return environment.get_template(template.name).render(values)
+    if base:
+        values["base"] = environment.from_string(base.read_text(encoding="utf-8"))
+    text = template.read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)

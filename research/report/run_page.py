@@ -14,6 +14,7 @@ from research.report.result_tables import tabulate_losses, tabulate_wall_time
 from research.report.run_results import COMPARED, RunResults
 
 TEMPLATES = Path(__file__).parent / "templates"
+STYLED = TEMPLATES / "page.html.jinja"  # the frame of every page
 # The page shows so many characters of a longer text, until a click.
 FOLDED, PREVIEW = 1500, 200
 
@@ -39,6 +40,7 @@ def _fill(name: str, results: RunResults, **more: Any) -> str:
             "lines": lambda table: "\n".join(format_table(table)[1:]),
         },
         autoescape=".html" in name,
+        base=STYLED,
         results=results,
         losses=tabulate_losses(results.evaluations),
         times=tabulate_wall_time(results.wall_time),

@@ -12,7 +12,7 @@ from research.data.metric_sums import NATS_PER_TOKEN, by_group
 from research.report.result_tables import is_text, loss_unit
 from research.report.run_results import RunResults
 
-# So many lines can be told apart. Of more groups, those at both ends have a name, and
+# So many lines can be told apart. If there are more, both ends have names, and
 # the table has all.
 MOST_GROUPS, EXTREMES = 10, 4
 MOST_LETTERS = 40  # of a name

@@ -1,4 +1,4 @@
-"""What a run is, in the words of its report: model, rows, recipe, machine, program."""
+"""The facts of a run, as its report has them: model, rows, recipe, machine, code."""
 
 import shlex
 from collections.abc import Iterable, Mapping

@@ -223,7 +223,7 @@ def test_smoothing_does_not_lag_nor_bend_the_first_values():
 
 
 class Shown(html.parser.HTMLParser):
-    """What a browser would show of a page, and what it would fetch."""
+    """The text of a page as a browser shows it, and the addresses it would fetch."""
 
     def __init__(self, page):
         super().__init__()

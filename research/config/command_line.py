@@ -116,6 +116,38 @@ def parse_with_config(
     return made, values
 
 
+def parse_with_changes(
+    argv: Sequence[str], usage: str, options: type[T], allowed: Sequence[str]
+) -> tuple[T, dict[str, Any]]:
+    """Like `parse`, for a door that takes some knobs of the config of `--run`, too.
+
+    Args:
+      argv, usage, options: those of `parse`; `options` has a field `run`.
+      allowed: names of knobs, or of groups such as `data.columns`.
+
+    Returns:
+      The flags, and the changed knobs by name.
+
+    Raises:
+      UserError: see `parse` and `parse_with_config`; or a knob is not allowed.
+    """
+    knobs = [word for word in argv[1:] if word.lstrip("-").startswith("config.")]
+    values = parse([word for word in argv if word not in knobs], usage, options)
+    if not knobs:
+        return values, {}
+    run = typing.cast(Any, values).run
+    config, _ = parse_with_config([argv[0], f"--config={run}", *knobs], usage, NoFlags)
+    names = [knob.lstrip("-").partition("=")[0].partition(".")[2] for knob in knobs]
+    for name in names:
+        if not any(f"{name}.".startswith(f"{each}.") for each in allowed):
+            raise UserError(
+                f"--config.{name} cannot be set here: a run keeps its config; only "
+                f"{', '.join(allowed)} can"
+            )
+    changed = flat(config)
+    return values, {name: changed[name] for name in names}
+
+
 def _saved(run_dir: str) -> list[Config]:
     """The config of the run in this folder; none if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):

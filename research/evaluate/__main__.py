@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.knobs import knob
+from research.config.knobs import changed, knob
 from research.core.errors import UserError, files_of_step
 from research.core.visible_text import visible
 
@@ -15,8 +15,12 @@ python -m research.evaluate --run=RUN_DIR --data=test.jsonl [--step=best]
 Prints the loss, the tokens and the perplexity of each category, of the base model and
 the tuned one side by side where the run trains adapters. The rows are read as the run
 reads its own: by its columns, template and seq_len. RUN_DIR/evaluations keeps the
-numbers in a JSON file for each data set and step.
+numbers in a JSON file for each data set and step. Files that differ from those of the
+run need, for example, --config.data.columns.response=answer, --config.text.column=body
+or --config.data.bad_lines=skip.
 """
+# Knobs that say how files are read. Others would make another measurement.
+OF_FILES = ("data.columns", "data.bad_lines", "text.column", "text.undecodable")
 SHOWN = 4  # rows that were dropped or cut; the file has all
 
 
@@ -34,7 +38,7 @@ class EvaluateFlags:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    f = command_line.parse(argv, USAGE, EvaluateFlags)
+    f, changes = command_line.parse_with_changes(argv, USAGE, EvaluateFlags, OF_FILES)
     for flag, value, example in (
         ("run", f.run, "runs/finetune_dolly"),
         ("data", f.data, "test.jsonl"),
@@ -52,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
 
     runtime.start_alone()
     found = find_run(f.run)
-    rows = rows_of_files(found.config, found.base, f.data)
+    config = changed(found.config, changes, "--config")
+    rows = rows_of_files(config, found.base, f.data)
     run = found.load(step=f.step, decodes=False)
     results = evaluate_models(run, rows)
     lines = {name: result.line() for name, result in results.items()}

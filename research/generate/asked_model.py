@@ -9,6 +9,7 @@ import jax
 
 from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
+from research.core.visible_text import visible
 from research.engine.sampler import Sampler, Sampling
 from research.engine.sampling_defaults import model_sampling
 from research.engine.text_generation import TextGenerator
@@ -97,6 +98,8 @@ def open_run(
       UserError: there is no such run or checkpoint, or its prompts take no system text.
     """
     opened = reopen(run, step=step, in_compute_dtype=True)
+    if system is None and (trained_with := opened.system):
+        logging.info("system text, as in training: %s", visible(trained_with))
     prompts = opened.prompts if system is None else opened.prompts_with(system)
     _check_system(prompts, system)
     generators = opened.generators(compare=compare)

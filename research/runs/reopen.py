@@ -28,9 +28,11 @@ from research.formats.load_parameters import load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.runs.display_files import read_findings
 from research.runs.lineage.base_of_run import StoredRun, open_stored
 from research.runs.lineage.start_pins import saved_step
 from research.runs.run_directory import RunDir
+from research.tasks.findings import SYSTEM
 from research.tasks.task_protocol import PromptFormat
 from research.tasks.task_registry import prompt_format
 from research.weights import trainable
@@ -72,10 +74,16 @@ class ReopenedRun:
     @property
     def prompts(self) -> PromptFormat:
         """The format of prompts that the run was trained with."""
-        return prompt_format(self.config, self.base)
+        return self.prompts_with(self.system)
+
+    @property
+    def system(self) -> str:
+        """The system text that all rows had, from the config or their own, or ""."""
+        found = {x.name: x.text for x in read_findings(self.folder.path)}
+        return self.config.data.system or found.get(SYSTEM, "")
 
     def prompts_with(self, system: str) -> PromptFormat:
-        """`prompts` with another system text than that of the config."""
+        """`prompts` with another system text than that of training."""
         data = dataclasses.replace(self.config.data, system=system)
         return prompt_format(dataclasses.replace(self.config, data=data), self.base)
 

@@ -11,6 +11,8 @@ from research.tokenize.lost_text import LostText
 
 # Bits per byte say little of a text of which more is lost; a run of one stops.
 TOLERATED_LOSS, WORST_LOSS = 0.001, 0.5
+# The finding whose text is the one system text that all rows have.
+SYSTEM = "system text"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
+    SYSTEM,
     Finding,
     MaskCount,
     count_mask,
@@ -118,8 +119,19 @@ class InstructionTask:
                 "chat template",
                 "\n".join(self._chat.notes) or "writes each answer as it asks for it",
             ),
+            *self._find_system(),
             count_epochs(self._config, {"rows": self.rows}, {"rows": 1.0}),
         ]
+
+    def _find_system(self) -> list[Finding]:
+        """The system text if the rows have one and the same, with which to ask later.
+
+        Thousands of rows may have as many; a sample from all over them tells.
+        """
+        own = self._config.data.system
+        fronts = [record.turns[0] for record in self._data.sample]
+        texts = {turn.text if turn.role == "system" else own for turn in fronts}
+        return [Finding(SYSTEM, text) for text in texts if text and len(texts) == 1]
 
     def _schemas(self) -> str:
         rows = self._data.counts

@@ -8,11 +8,15 @@ import pytest
 from doors import run_door
 from helpers import close
 
+from research.config.command_line import parse_with_changes
+from research.config.run_config import Config
+from research.config.saved_config import to_json
+from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import name_sources, open_sources
-from research.evaluate.__main__ import main
+from research.evaluate.__main__ import OF_FILES, EvaluateFlags, main
 from research.parallel import runtime
 from research.runs.reopen import find_run
 from research.tasks.task_registry import prompt_format
@@ -69,6 +73,31 @@ def test_held_out_rows_as_a_file_give_the_losses_of_the_run(place, unbroken, tmp
     refused = f"rows.jsonl:{len(rows) + 1}: a response is empty"
     assert found["left_out"] == [refused] and refused in said
     assert re.search(r"loss base .* ppl base .* change", said), said
+
+
+def test_files_may_have_other_columns_than_those_of_the_run(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(Config()))
+    flags = (
+        "--config.data.columns.response=a", "--data=x", "--config.data.bad_lines=skip",
+    )  # fmt: skip
+
+    def parse(*flags):
+        argv = ["evaluate", f"--run={run}", *flags]
+        return parse_with_changes(argv, "", EvaluateFlags, OF_FILES)
+
+    found, changes = parse(*flags)
+    assert (found.run, found.data) == (str(run), "x")
+    assert changes == {"data.columns.response": "a", "data.bad_lines": "skip"}
+    assert parse("--data=x")[1] == {}
+    for flag, said in (
+        ("--config.lora.rank=3", r"--config.lora.rank cannot be set here"),
+        ("--config.data.columns.respnse=a", "columns.response"),
+        ("--config.data.bad_lines=maybe", "it must be one of"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parse(flag)
 
 
 def held_out_documents(source, text):

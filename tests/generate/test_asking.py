@@ -11,7 +11,7 @@ import pytest
 from doors import run_door
 from tiny_model import make_tiny_model
 
-from research.config.run_config import Config, DataConfig
+from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.engine.sampler import Sampling
 from research.engine.sampling_defaults import model_sampling
@@ -22,7 +22,10 @@ from research.generate.asked_model import USUAL, AskedModel, SamplingFlags
 from research.generate.chat import Conversation
 from research.generate.separate_prompts import answer_each, piped_prompts
 from research.parallel import runtime
+from research.runs.display_files import write_findings
 from research.runs.reopen import ReopenedRun
+from research.tasks.findings import SYSTEM, Finding
+from research.tasks.task_registry import load_task
 from research.tokenize.conversation import Turn
 
 CONTEXT = 40
@@ -212,21 +215,55 @@ def test_a_model_without_a_chat_template_completes_and_says_so(tmp_path, caplog)
         asked_model.open_model(str(folder), "Be brief.", SamplingFlags())
 
 
+@pytest.mark.parametrize(
+    ("own", "of_config", "found"),
+    [
+        (["A", "A"], "", ["A"]),
+        (["A", None], "A", ["A"]),
+        (["A", None], "", []),
+        (["A", "B"], "", []),
+        ([None, None], "C", ["C"]),
+        ([None, None], "", []),
+    ],
+)
+def test_the_system_text_of_the_rows_is_found_if_there_is_one(
+    tmp_path, own, of_config, found
+):
+    """Four rows each, with two held out."""
+    base = open_base(str(make_tiny_model(tmp_path / "model")))
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for number in range(4):
+            turns = [("user", f"q{number}"), ("assistant", "a")]
+            if text := own[number % 2]:
+                turns.insert(0, ("system", text))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            print(json.dumps({"messages": messages}), file=file)
+    path = str(tmp_path / "chats.jsonl")
+    data = DataConfig(path=path, held_out=2, seq_len=64, system=of_config)
+    config = Config(data=data, text=TextConfig(cache_dir=str(tmp_path / "cache")))
+    findings = load_task(config, base).examine()
+    assert [x.text for x in findings if x.name == SYSTEM] == found
+
+
 class NoWeights(ReopenedRun):
     def generators(self, *, compare=False):
         return {}
 
 
+@pytest.mark.parametrize("of_rows", [False, True])
 @pytest.mark.parametrize(
     ("system", "shown"),
     [(None, "Trained."), ("Other.", "Other."), ("", None)],
 )
 def test_the_system_text_of_training_is_that_of_asking(
-    tmp_path, monkeypatch, system, shown
+    tmp_path, monkeypatch, system, shown, of_rows
 ):
     base = open_base(str(make_tiny_model(tmp_path / "model")))
-    config = Config(data=DataConfig(system="Trained."))
-    run = NoWeights(None, 0, config, base, *[None] * 5)
+    config = Config(data=DataConfig(system="" if of_rows else "Trained."))
+    folder = types.SimpleNamespace(path=tmp_path)
+    if of_rows:
+        write_findings(tmp_path, [Finding("rows", "7"), Finding(SYSTEM, "Trained.")])
+    run = NoWeights(folder, 0, config, base, *[None] * 5)
     monkeypatch.setattr(asked_model, "reopen", lambda *args, **options: run)
     opened = asked_model.open_run("run", "latest", False, system, SamplingFlags())
     ids = opened.prompts.encode_prompt([Turn("user", "Hi")])

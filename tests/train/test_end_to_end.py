@@ -305,6 +305,38 @@ def test_metrics_are_flat_and_pandas_reads_them(place, unbroken):
             assert held.at[line["step"], name] == line[name]
 
 
+def test_every_file_and_field_of_a_run_is_documented(place, unbroken):
+    docs = (ROOT / "docs" / "run_directory.md").read_text()
+    # In code: the names of files and fields, alone or in an example of JSON.
+    code = re.findall(r"`([^`\n]+)`", docs)
+    words = {x.partition("/")[0] for x in code}
+    words |= {name for x in code for name in re.findall(r'"(\w+)"', x)}
+    run = place.run_dir("unbroken")
+    found = {file.name for file in run.iterdir()}
+    for kind in ("train", "eval", "goodput"):
+        found |= {
+            x.partition("/")[0] for line in place.lines("unbroken", kind) for x in line
+        }
+    recorded = history(place, "unbroken")
+    found |= {*recorded, *recorded["starts"][0], *recorded["starts"][0]["provenance"]}
+    for name in ("doctor", "preview", "answers"):
+        found |= keys_of(json.loads((run / f"{name}.json").read_text()))
+    assert not found - words
+    facts = docs.partition("## complete.json")[2].partition("##")[0]
+    for name in json.loads((run / "complete.json").read_text()):
+        assert name.removesuffix("'s sha256") in facts, name
+
+
+def keys_of(value):
+    """The names of all fields, at every depth, but for the figures of a finding."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if not isinstance(value, dict):
+        return set()
+    inner = (x for name, x in value.items() if name != "numbers")
+    return set(value).union(*map(keys_of, inner))
+
+
 def test_run_folder_holds_what_people_look_at(place, unbroken):
     from PIL import Image
 

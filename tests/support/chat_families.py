@@ -5,14 +5,23 @@ roles and ways with a system text, a thought and a date; and a tokenizer that cu
 text as the family's does, with merges that reach over the ends of texts.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import functools
+import itertools
 import json
+from unittest import mock
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as cuts
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
+from research.tokenize import tokenizer as own_tokenizer
+from research.tokenize.chat_template import ChatFormat, read_template_args
+from research.tokenize.conversation import Record, Turn
 from research.tokenize.gguf_tokenizer import LLAMA3_SPLIT
 
 GPT4_SPLIT = LLAMA3_SPLIT.replace(r"\s+(?!\S)|\s+", r"\s+(?!\S)|\s")
@@ -159,9 +168,9 @@ LLAMA3 = (
 MISTRAL = (
     "{% set ns = namespace(said='', last='') %}{% for m in messages %}"
     "{% if m.role == 'system' %}{% set ns.said = m.content + '\n\n' %}{% endif %}"
-    "{% if m.role == 'user' %}{% set ns.last = m.content %}{% endif %}{% endfor %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ '[INST]SPACE' + (ns.said if m.content == ns.last else '') + m.content "
+    "{{ '[INST]SPACE' + (ns.said if loop.index0 == ns.last else '') + m.content "
     "+ '[/INST]' }}{% elif m.role == 'assistant' %}"
     "{{ 'SPACE' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
@@ -290,3 +299,91 @@ FAMILIES = {
         "first", PIECES, bos="<s>",
     ),
 }  # fmt: skip
+
+
+class FixedDay(datetime.datetime):
+    """The day that templates see here."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 1, tzinfo=tz)
+
+
+class ChatFamily:
+    """A family's format here, and the tokenizer of transformers."""
+
+    def __init__(self, name):
+        self.name = name
+        self.facts = facts = FAMILIES[name]
+        eos = facts.eos or facts.control[-1]
+        inner = facts.tokenizer()
+        self.tokenizer = own_tokenizer.Tokenizer(
+            facts.tokenizer(), bos=facts.bos, eos=eos, chat_template=facts.template
+        )
+        self.chat = ChatFormat(self.tokenizer, "chat", written_args=facts.args)
+        self._theirs = PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token=facts.bos, eos_token=eos
+        )
+        self._theirs.chat_template = facts.template
+        self._args = read_template_args(facts.template, facts.args)
+        self._inner = inner
+
+    def theirs(self, turns, prompt):
+        """The ids of `apply_chat_template`."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = self._theirs.apply_chat_template(
+            messages, add_generation_prompt=prompt, tokenize=False, **self._args
+        )
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def ours(self, turns):
+        return self.chat.encode(
+            Record(tuple(itertools.starmap(Turn, turns)), "", "", "")
+        )
+
+    def prompt(self, turns):
+        return self.chat.encode_prompt([Turn(*turn) for turn in turns])
+
+    def trained_texts(self, encoded):
+        runs = itertools.groupby(
+            zip(encoded.ids, encoded.trained, strict=True), key=lambda pair: pair[1]
+        )
+        return [
+            self.tokenizer.decode([i for i, _ in run], skip_control=False)
+            for trained, run in runs
+            if trained
+        ]
+
+
+@contextlib.contextmanager
+def on_a_fixed_day():
+    """Templates of transformers see the day that ours see."""
+    with mock.patch.object(chat_template_utils, "datetime", FixedDay):
+        yield
+
+
+def folded(turns):
+    (_, system), (_, first), *rest = turns
+    return [("user", f"{system}\n\n{first}"), *rest]
+
+
+def check_answers(family, turns, whole, encoded):
+    """Exactly the answers are trained, each with its end.
+
+    Not one that the template writes in history otherwise than it asks for it. `whole`:
+    the conversation's ids in transformers.
+    """
+    expected = []
+    for end, (role, text) in enumerate(turns):
+        asked = family.theirs(turns[:end], True) if role == "assistant" else []
+        as_asked = whole[: len(asked)] == asked
+        if role == "assistant" and (as_asked or end == len(turns) - 1):
+            expected.append(text.rpartition("</think>")[2].strip())
+    end = family.facts.control[-1]
+    trained = family.trained_texts(encoded)
+    assert all(text.endswith(end) for text in trained)
+    found = [
+        text.rpartition("</think>")[2].strip().removesuffix(end).strip()
+        for text in trained
+    ]
+    assert found == expected

@@ -1,15 +1,18 @@
 """Twenty families' chats become the ids that transformers makes, and right masks."""
 
 import dataclasses
-import datetime
 import itertools
 import json
-import random
 
 import pytest
-from chat_families import FAMILIES
+from chat_families import (
+    FAMILIES,
+    ChatFamily,
+    check_answers,
+    folded,
+    on_a_fixed_day,
+)
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import chat_template_utils
 
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
@@ -50,70 +53,10 @@ UNLIKE_THE_PROMPT = {
 }
 
 
-class FixedDay(datetime.datetime):
-    """The day that templates see here."""
-
-    @classmethod
-    def now(cls, tz=None):
-        return cls(2026, 1, 1, tzinfo=tz)
-
-
-class Family:
-    """A family's format here, and the tokenizer of transformers."""
-
-    def __init__(self, name):
-        self.name = name
-        self.facts = facts = FAMILIES[name]
-        eos = facts.eos or facts.control[-1]
-        inner = facts.tokenizer()
-        self.tokenizer = Tokenizer(
-            facts.tokenizer(), bos=facts.bos, eos=eos, chat_template=facts.template
-        )
-        self.chat = ChatFormat(self.tokenizer, "chat", written_args=facts.args)
-        self._theirs = PreTrainedTokenizerFast(
-            tokenizer_object=inner, bos_token=facts.bos, eos_token=eos
-        )
-        self._theirs.chat_template = facts.template
-        self._args = read_template_args(facts.template, facts.args)
-        self._inner = inner
-
-    def theirs(self, turns, prompt):
-        """The ids of `apply_chat_template`."""
-        messages = [{"role": role, "content": text} for role, text in turns]
-        text = self._theirs.apply_chat_template(
-            messages, add_generation_prompt=prompt, tokenize=False, **self._args
-        )
-        return self._inner.encode(text, add_special_tokens=False).ids
-
-    def ours(self, turns):
-        return self.chat.encode(
-            Record(tuple(itertools.starmap(Turn, turns)), "", "", "")
-        )
-
-    def prompt(self, turns):
-        return self.chat.encode_prompt([Turn(*turn) for turn in turns])
-
-    def trained_texts(self, encoded):
-        runs = itertools.groupby(
-            zip(encoded.ids, encoded.trained, strict=True), key=lambda pair: pair[1]
-        )
-        return [
-            self.tokenizer.decode([i for i, _ in run], skip_control=False)
-            for trained, run in runs
-            if trained
-        ]
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template_utils, "datetime", FixedDay)
-        yield Family(request.param)
-
-
-def folded(turns):
-    (_, system), (_, first), *rest = turns
-    return [("user", f"{system}\n\n{first}"), *rest]
+    with on_a_fixed_day():
+        yield ChatFamily(request.param)
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -134,65 +77,7 @@ def test_ids_and_masks_are_those_of_transformers(family, chat):
         assert len(whole) - len(encoded.ids) <= 2
     else:
         assert whole[: len(prompt)] != prompt
-    # Each answer is trained, unless the template writes it in history otherwise than
-    # it asks for it.
-    expected = []
-    for end, (role, text) in enumerate(reference):
-        asked = family.theirs(reference[:end], True) if role == "assistant" else []
-        as_asked = whole[: len(asked)] == asked
-        if role == "assistant" and (as_asked or end == len(reference) - 1):
-            expected.append(text.strip())
-    end = family.facts.control[-1]
-    found = [
-        text.rpartition("</think>")[2].strip().removesuffix(end).strip()
-        for text in family.trained_texts(encoded)
-    ]
-    assert found == expected
-
-
-BITS = (
-    "a", " ", "  ", "\n", "\n\n", "\t", "é", "日本", "?", "!", ".", "123", "<|usr|>\n",
-    "<tool_call>", "{", "'s", " the", "\\n", "\u3000", "\r\n", "_", "<|", "|>", "🙂",
-)  # fmt: skip
-
-
-def random_chat(draw):
-    """Texts without names of control tokens, which transformers parses in texts.
-
-    Answers have no white space in front, which can be one token with the prompt's.
-    """
-
-    def text(role):
-        words = "".join(draw.choices(BITS, k=draw.randint(1, 12)))
-        return f"{words}q" if role == "user" else f"A{words}q"
-
-    roles = ["system"] * draw.randint(0, 1) + ["user", "assistant"] * draw.randint(1, 3)
-    turns = [(role, text(role)) for role in roles]
-    if draw.random() < 0.3:
-        thought = f"<think>{draw.choice(['', chr(10)])}{text('user')}\n</think>\n\n"
-        turns[-1] = ("assistant", thought + turns[-1][1])
-    return turns
-
-
-def test_any_chat_has_the_ids_of_transformers(family):
-    draw = random.Random(family.name)
-    for _ in range(4):
-        turns = reference = random_chat(draw)
-        if not family.facts.system and turns[0][0] == "system":
-            reference = folded(turns)
-        prompt = family.prompt(turns[:-1])
-        asked = family.theirs(reference[:-1], True)
-        assert prompt == asked, turns
-        if "<think>" in turns[-1][1] and family.name == "qwen3 without thoughts":
-            with pytest.raises(UserError, match="asks for an answer with"):
-                family.ours(turns)
-            continue
-        encoded = family.ours(turns)
-        assert encoded.ids[: len(prompt)] == prompt, turns
-        assert all(encoded.trained[len(prompt) :])
-        whole = family.theirs(reference, False)
-        if whole[: len(asked)] == asked:
-            assert encoded.ids == whole[: len(encoded.ids)], turns
+    check_answers(family, reference, whole, encoded)
 
 
 BLOCKS = (
@@ -227,14 +112,14 @@ def test_the_mask_of_generation_blocks_is_that_of_transformers():
 
 def test_a_family_has_the_history_that_its_template_writes():
     """Only two formats here cannot train all answers of a conversation."""
-    families = [Family(name) for name in FAMILIES]
+    families = [ChatFamily(name) for name in FAMILIES]
     counts = {f.name: len(f.trained_texts(f.ours(SEVERAL))) for f in families}
     less = {name for name, count in counts.items() if count != 3}
     assert less == {"qwen3 without thoughts", "deepseek-r1 distilled"}
 
 
 def test_a_thought_is_trained_where_the_prompt_opens_one():
-    r1 = Family("deepseek-r1 distilled")
+    r1 = ChatFamily("deepseek-r1 distilled")
     thought = [("user", "2+2?"), ("assistant", "<think>\nTwo twos.\n</think>\n\n4")]
     assert r1.trained_texts(r1.ours(thought)) == [
         "Two twos.\n</think>\n\n4<end-of-answer>"
@@ -245,7 +130,7 @@ def test_a_thought_is_trained_where_the_prompt_opens_one():
 
 
 def test_a_thought_of_the_past_is_gone_as_the_template_says():
-    qwen = Family("qwen3")
+    qwen = ChatFamily("qwen3")
     turns = [
         ("user", "2+2?"), ("assistant", "<think>\nTwos.\n</think>\n\n4"),
         ("user", "3+3?"), ("assistant", "<think>Threes.</think>6"),
@@ -261,7 +146,7 @@ def test_a_thought_of_the_past_is_gone_as_the_template_says():
 
 def test_plain_added_tokens_are_whole_and_special_ones_are_letters():
     for name in ("hermes", "qwen3", "deepseek-r1 distilled"):
-        tokenizer = Family(name).tokenizer
+        tokenizer = ChatFamily(name).tokenizer
         facts = FAMILIES[name]
         for plain in facts.plain:
             (ids,) = tokenizer.encode_texts([plain])
@@ -288,9 +173,9 @@ def test_a_variable_of_the_template_is_set_or_named():
 
 
 def test_other_tools_prompt_with_the_variables_of_training():
-    quiet = Family("qwen3 without thoughts")
+    quiet = ChatFamily("qwen3 without thoughts")
     turns = [("user", "2+2?")]
-    theirs = Family("qwen3")
+    theirs = ChatFamily("qwen3")
     theirs._theirs.chat_template = with_template_args(
         quiet.facts.template, quiet.facts.args
     )
@@ -329,7 +214,7 @@ def test_a_prompt_in_other_words_is_refused_with_both():
 
 
 def test_a_system_text_without_a_role_is_said_once(caplog):
-    gemma = Family("gemma 2")
+    gemma = ChatFamily("gemma 2")
     for _ in range(3):
         gemma.ours(CHATS["one with system"])
     notes = [r.message for r in caplog.records if "no system role" in r.message]
@@ -347,7 +232,7 @@ def test_the_doctor_shows_what_the_template_does(tmp_path):
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), seq_len=256, held_out=2)
     config = Config(data=data, text=TextConfig(cache_dir=str(tmp_path / "cache")))
     for _ in range(2):  # The second reads the rows from the cache.
-        task = InstructionTask(config, Family("gemma 2").tokenizer, 512)
+        task = InstructionTask(config, ChatFamily("gemma 2").tokenizer, 512)
         shown = {finding.name: finding.text for finding in task.examine()}
         assert "no system role" in shown["chat template"]
         assert shown["tokenizer round trip"].startswith("all of ")

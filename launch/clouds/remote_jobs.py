@@ -91,8 +91,9 @@ def _rows(config: Config) -> Iterator[tuple[str, str]]:
 def inputs(config: Config) -> Iterator[tuple[str, str]]:
     """The knobs that may name a file or folder to read, with each name."""
     yield "model.init_from", split_step(config.model.init_from)[0]
-    if config.data.kind == "instructions":
+    if config.data.kind != "text":
         yield from _rows(config)
+    if config.data.kind == "instructions":
         return
     yield "text.tokenizer", config.text.tokenizer
     for source in config.text.sources:

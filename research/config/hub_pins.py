@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from research.config.run_config import Config
+from research.core.errors import look_up
 from research.core.hub_access import (
     ADDRESS,
     COMMIT,
@@ -46,10 +47,12 @@ def resolve_addresses(
         nor in its local cache.
     """
     pins = dict(known)
+    sources = {"dolly": DEFAULT_ROWS}
+    default = look_up(sources, config.data.source, "config.data.source")
 
     def ask(written: str, kind: str) -> str:
         if written not in pins:
-            address = HubAddress.parse(written or DEFAULT_ROWS, kind)
+            address = HubAddress.parse(written or default, kind)
             if not asking:
                 return written
             timeout = config.data.hub_timeout
@@ -103,16 +106,17 @@ def _mapped(config: Config, change: Callable[[str, str], str]) -> Config:
 
     model, data, text = config.model, config.data, config.text
     model = dataclasses.replace(model, init_from=hub(model.init_from, "model"))
-    if data.kind == "text":
+    # An added task may read what either of ours does.
+    if data.kind != "instructions":
         text = dataclasses.replace(
             text,
             tokenizer=hub(text.tokenizer, "model"),
             sources=tuple(source(written) for written in text.sources),
         )
-    elif data.kind == "instructions":
+    if data.kind != "text":
         path = data.path and hub(data.path, "dataset")
+        if data.kind == "instructions" and not path:
+            path = change("", "dataset")
         held_out = data.eval_path and hub(data.eval_path, "dataset")
-        data = dataclasses.replace(
-            data, path=path or change("", "dataset"), eval_path=held_out
-        )
+        data = dataclasses.replace(data, path=path, eval_path=held_out)
     return dataclasses.replace(config, model=model, data=data, text=text)

@@ -16,8 +16,10 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
+T = TypeVar("T")
 # Below this share of common letters (`difflib`), a suggestion would only mislead.
 LIKENESS = 0.65
 STOPPED = 7  # Stopped by a request and saved: the same command resumes the run.
@@ -101,6 +103,20 @@ def closest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
     """The one of `known` that is most like `word`; empty if none is like it."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return found[0] if found else ""
+
+
+def look_up(table: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of `table` for `name`, which is the value of `what`.
+
+    Raises:
+      UserError: there is none; the message lists those that there are.
+    """
+    if name not in table:
+        raise UserError(
+            f"{what} is {name!r}{nearest(name, table)}; it must be one of "
+            f"{', '.join(table)}"
+        )
+    return table[name]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -378,6 +378,8 @@ def file_bytes(path: Path) -> int:
 
 
 # A file format is a function above and a line here; all kinds of data read by it.
+# By `config.data.bad_lines`, whether a line that cannot be read ends the run.
+STOPS = {"stop": True, "skip": False}
 READERS: dict[str, RowReader] = {
     ".jsonl": RowReader(_read_jsonl, is_plain=True, length=file_bytes),
     ".json": RowReader(_read_json, is_plain=True),

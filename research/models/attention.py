@@ -39,7 +39,9 @@ def _scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
     slowed = frequency / scaling.factor
     if scaling.kind == "linear":
         return slowed
-    # llama3: `keep` is 1 for a frequency that stays and 0 for one that is slowed. In
+    if scaling.kind != "llama3":
+        raise ValueError(f"no rotary scaling {scaling.kind!r}")
+    # `keep` is 1 for a frequency that stays and 0 for one that is slowed. In
     # between it is linear in the number of turns over the original context.
     turns = scaling.original_max_position * frequency / (2 * jnp.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

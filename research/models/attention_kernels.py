@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from research.config.choices import AUTO, KERNELS
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
 from research.models.attention import blocked_attention
 
 Array = jax.Array
@@ -63,11 +63,12 @@ def choose(
     """
     best = BEST.get(platform, "xla")
     wanted = best if kernel == AUTO else kernel
-    lacks = None
-    if wanted == "cudnn":
-        lacks = _cudnn_lacks(platform, dtype, head_dim, capability)
-    elif wanted == "splash":
-        lacks = _splash_lacks(platform, dtype)
+    found = {
+        "xla": lambda: None,
+        "cudnn": lambda: _cudnn_lacks(platform, dtype, head_dim, capability),
+        "splash": lambda: _splash_lacks(platform, dtype),
+    }
+    lacks = look_up(found, wanted, "config.model.attention")()
     if kernel != AUTO:
         if lacks is None:
             return KernelChoice(kernel, "set in the config")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research.core.errors import look_up
 from research.models import attention
 from research.models.architecture import Architecture
 from research.models.attention_kernels import packed_attention
@@ -172,7 +173,7 @@ class Transformer(nnx.Module):
             x_BTD, _ = nnx.merge(graph, layer)(x_BTD, rope, attend)
             return pin(x_BTD), None
 
-        policy = REMAT_POLICIES[options.remat]
+        policy = look_up(REMAT_POLICIES, options.remat, "config.model.remat")
         if policy is not None:
             # Inside a scan, the barrier against common-subexpression elimination is
             # unnecessary and slow.

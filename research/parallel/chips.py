@@ -20,6 +20,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from research.core.errors import look_up
+
 GIB = 2**30
 
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -65,8 +67,8 @@ class Chip:
     @property
     def platform(self) -> str:
         """`tpu`, `gpu` or `cpu`, as JAX calls it."""
-        known = {"TPU": "tpu", "NVIDIA": "gpu", "AMD": "gpu"}
-        return known.get(self.kinds[0].partition(" ")[0], "cpu")
+        known = {"TPU": "tpu", "NVIDIA": "gpu", "AMD": "gpu", "cpu": "cpu"}
+        return look_up(known, self.kinds[0].partition(" ")[0], "the maker of a chip")
 
 
 # Words around a chip's name that say no more than it does.

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from research.core.errors import look_up
+
 SHOWN = {
     "epoch": "epoch {:.2f}",
     "loss": "loss {:.3f}",
@@ -61,7 +63,8 @@ class ProgressView:
         self._begun = time.monotonic()
         self._values: dict[str, Any] = {}
         self._metrics: dict[str, None] = {}  # A set in the order of arrival.
-        live = mode == "bar" or (mode == "auto" and console.is_terminal)
+        modes = {"bar": True, "lines": False, "auto": console.is_terminal}
+        live = look_up(modes, mode, "config.runtime.progress")
         self._progress: Progress | None = None
         if live:
             self._progress = Progress(

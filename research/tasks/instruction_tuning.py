@@ -30,8 +30,8 @@ from research.tasks.task_protocol import EvaluationRows, TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.chat_template import (
     ChatFormat,
-    dolly_template,
     with_template_args,
+    written_template,
 )
 from research.tokenize.conversation import Record
 from research.tokenize.lost_text import count_lost
@@ -325,9 +325,7 @@ def _chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
 
 
 def _exported_tokenizer(config: Config, base: Base) -> Tokenizer:
-    template = base.tokenizer.chat_template
-    if config.data.template == "dolly":
-        template = dolly_template(base.tokenizer)
+    template = written_template(config.data.template, base.tokenizer)
     template = with_template_args(template, config.data.template_args)
     ends = _chat_format(config, base.tokenizer).stop_ids
     return base.tokenizer.with_chat_template(template, sorted(ends))

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from research.config.choices import TASK_MODULES
 from research.config.run_config import Config
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, look_up
 from research.data.metric_sums import Objective
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.formats.base_model import Base, open_base, random_base
@@ -26,13 +26,8 @@ def find_kind(config: Config) -> TaskKind:
     Raises:
       UserError: no kind has this name.
     """
-    name = config.data.kind
-    if name not in TASK_MODULES:
-        raise UserError(
-            f"config.data.kind is {name!r}; it must be one of "
-            f"{', '.join(TASK_MODULES)}{nearest(name, TASK_MODULES)}"
-        )
-    kind: TaskKind = importlib.import_module(TASK_MODULES[name]).KIND
+    module = look_up(TASK_MODULES, config.data.kind, "config.data.kind")
+    kind: TaskKind = importlib.import_module(module).KIND
     return kind
 
 

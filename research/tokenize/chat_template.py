@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, look_up, nearest
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.templates.template_cut import Part, cut_conversation, cut_prompt
 from research.tokenize.templates.template_holes import TextHider
@@ -33,6 +33,17 @@ DOLLY_HEADERS = {
     "tool": "### Tool:\n",
 }
 DOLLY_INPUT = "\n\n### Input:\n"
+
+
+def written_template(name: str, tokenizer: Tokenizer) -> str:
+    """The template that `config.data.template` names; empty if the model has none.
+
+    Raises:
+      UserError: there is no such name.
+    """
+    known = {"chat": lambda: tokenizer.chat_template}
+    known["dolly"] = lambda: dolly_template(tokenizer)
+    return look_up(known, name, "config.data.template")()
 
 
 def dolly_template(tokenizer: Tokenizer) -> str:
@@ -92,9 +103,8 @@ class ChatFormat:
         """
         self._tokenizer = tokenizer
         self._system = system
-        self._source, self._before_context = tokenizer.chat_template, "\n\n"
-        if template == "dolly":
-            self._source, self._before_context = dolly_template(tokenizer), DOLLY_INPUT
+        self._source = written_template(template, tokenizer)
+        self._before_context = DOLLY_INPUT if template == "dolly" else "\n\n"
         if not self._source:
             raise UserError(
                 "the base model has no chat template of its own; use "

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from research.checkpoints.checkpointer import Checkpointer
-from research.core.errors import SaveError
+from research.core.errors import SaveError, look_up
 from research.train.metrics import throughput
 from research.train.metrics.metrics_log import StepLog
 from research.train.step import train_step
@@ -34,9 +34,11 @@ class RunSaver:
         self._clock = clock
         self._noted = time.monotonic()
         # The other processes may have written what this one could not: it must stop.
-        self._continues = (
-            run.config.checkpoint.on_error == "go_on" and jax.process_count() == 1
+        on_error = run.config.checkpoint.on_error
+        goes_on = look_up(
+            {"go_on": True, "stop": False}, on_error, "config.checkpoint.on_error"
         )
+        self._continues = goes_on and jax.process_count() == 1
 
     def __call__(self, number: int, state: train_step.TrainState) -> None:
         """Starts a save. A failed one stops the run, or is only logged."""

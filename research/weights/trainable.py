@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig, ModelConfig
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
 from research.weights.adapters.adapter_kind import AdapterKind, with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
@@ -61,20 +61,31 @@ def make(
       UserError: targets match nothing, a rank is below 1, or the whole model is
         trained and the config gives frozen weights a format.
     """
-    if trainable == "lora":
-        kind = find_kind(lora.kind)
-        lora = with_own_patterns(lora, specs)
-        stored = find_format(model.base_format)
-        return Trainable(
-            specs=kind.specs(specs, lora),
-            frozen_specs={path: stored.specs(spec) for path, spec in specs.items()},
-            frozen_dtype=jnp.dtype(model.dtype),
-            dtype=jnp.dtype(jnp.float32),
-            init=lambda key, base: kind.init(key, specs, lora, base),
-            forward=lambda params, frozen, key: kind.adapt(frozen, params, lora, key),
-            store=lambda path, weight: stored.store(weight, specs[path]),
-            kind=kind,
-        )
+    ways = {"lora": _make_adapters, "full": _make_full}
+    return look_up(ways, trainable, "config.trainable")(model, lora, specs)
+
+
+def _make_adapters(
+    model: ModelConfig, lora: LoRAConfig, specs: Mapping[str, Spec]
+) -> Trainable:
+    kind = find_kind(lora.kind)
+    lora = with_own_patterns(lora, specs)
+    stored = find_format(model.base_format)
+    return Trainable(
+        specs=kind.specs(specs, lora),
+        frozen_specs={path: stored.specs(spec) for path, spec in specs.items()},
+        frozen_dtype=jnp.dtype(model.dtype),
+        dtype=jnp.dtype(jnp.float32),
+        init=lambda key, base: kind.init(key, specs, lora, base),
+        forward=lambda params, frozen, key: kind.adapt(frozen, params, lora, key),
+        store=lambda path, weight: stored.store(weight, specs[path]),
+        kind=kind,
+    )
+
+
+def _make_full(
+    model: ModelConfig, lora: LoRAConfig, specs: Mapping[str, Spec]
+) -> Trainable:
     if model.base_format != "plain":
         raise UserError(
             f"config.model.base_format is {model.base_format!r} and "

@@ -1,21 +1,43 @@
 """Each option list is written once; the registries of later rooms have its names."""
 
 import ast
+import collections
+import functools
 import importlib
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers import TINY
+from rich.console import Console
 from source_files import FILES
 
-from research.config import choices
+from research.config import choices, hub_pins
 from research.config.choices import KERNELS, OPTIMIZERS, REMATS, SCHEDULES, TASK_MODULES
-from research.config.knob_groups import DataConfig, OptimConfig
+from research.config.knob_groups import (
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from research.config.knobs import facts_of, fields
 from research.config.run_config import Config
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
+from research.data.instructions.row_cache import UnitBuild
+from research.data.instructions.row_selection import refuse_row
+from research.data.row_readers import BadRowError
+from research.data.text import document_readers
 from research.models.attention_kernels import choose
 from research.models.transformer import REMAT_POLICIES
-from research.train.step.optimizers import DIRECTIONS
+from research.plan.estimate import memory_formulas
+from research.report.progress_view import ProgressView
+from research.tasks import task_registry
+from research.tokenize.chat_template import written_template
+from research.train.run_saver import RunSaver
+from research.train.step.optimizers import DIRECTIONS, make_optimizer
 from research.train.step.schedules import make_schedule
+from research.weights import trainable
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.representations.frozen_base_format import find_format
 
@@ -58,6 +80,90 @@ def test_every_kind_of_adapter_and_format_of_weights_is_found():
         assert find_kind(name).name == name
     for name in choices.BASE_FORMAT_MODULES:
         find_format(name)
+
+
+def unheard_config(path, **more):
+    """The group of a knob whose value is none of its choices."""
+    group = functools.reduce(getattr, path.split(".")[:-1], Config(**more))
+    object.__setattr__(group, path.rpartition(".")[2], "unheard")
+    return group
+
+
+def as_run(path):
+    config = Config()
+    object.__setattr__(config, path.split(".")[0], unheard_config(path))
+    return config
+
+
+def text_reader(**policies):
+    source = types.SimpleNamespace(is_folder=True, column="text", **policies)
+    return document_readers._DocumentReader(source, collections.Counter(), None)
+
+
+def abstract_layers():
+    devices = np.array([types.SimpleNamespace(platform="cpu")])
+    mesh = types.SimpleNamespace(shape={"tensor": 1}, devices=devices)
+    definition = types.SimpleNamespace(mesh=mesh)
+    return types.SimpleNamespace(architecture=TINY, definition=definition)
+
+
+BAD_ROW = BadRowError("wrong type", "rows:1", "it is a number")
+# By knob with choices: all that depends on its value, given one that it does not know.
+DISPATCHES = {
+    "trainable": [
+        lambda c: trainable.make("unheard", ModelConfig(), LoRAConfig(), {}),
+    ],
+    "model.base_format": [lambda c: find_format("unheard")],
+    "model.remat": [
+        lambda c: memory_formulas.kept_per_token(abstract_layers(), "unheard"),
+        lambda c: look_up(REMAT_POLICIES, "unheard", "config.model.remat"),
+    ],
+    "model.attention": [
+        lambda c: choose("unheard", "cpu", dtype="float32", head_dim=64, length=128),
+    ],
+    "lora.kind": [lambda c: find_kind("unheard")],
+    "data.kind": [lambda c: task_registry.find_kind(as_run("data.kind"))],
+    "data.source": [
+        lambda c: hub_pins.resolve_addresses(as_run("data.source"), {}, asking=False),
+    ],
+    "data.template": [
+        lambda c: written_template("unheard", types.SimpleNamespace(chat_template="")),
+    ],
+    "data.overlength": [lambda c: UnitBuild(Path(), c, None, {}, set())],
+    "data.bad_lines": [
+        lambda c: refuse_row(BAD_ROW, c),
+        lambda c: text_reader(bad_lines="unheard")._bad_row(3, "rows:1"),
+    ],
+    "text.undecodable": [
+        lambda c: text_reader(undecodable="unheard")._keep("notes:1", "no UTF-8"),
+    ],
+    "optim.name": [lambda c: make_optimizer(c, 10, {})],
+    "optim.schedule": [lambda c: make_schedule(c, 10)],
+    "checkpoint.on_error": [
+        lambda c: RunSaver(
+            types.SimpleNamespace(config=types.SimpleNamespace(checkpoint=c)),
+            *(None, None, None, None),
+        ),
+    ],
+    "runtime.progress": [lambda c: ProgressView(Console(), "unheard", 0, 1)],
+}
+
+
+def test_each_knob_with_choices_has_its_dispatches_listed():
+    listed = {path for path, field, _ in fields(Config()) if facts_of(field).choices}
+    assert DISPATCHES.keys() == listed - {"model.dtype", "model.param_dtype"}
+
+
+@pytest.mark.parametrize(
+    "path, dispatch",
+    [(path, each) for path, found in DISPATCHES.items() for each in found],
+)
+def test_a_name_that_only_a_list_knows_falls_through_nowhere(path, dispatch):
+    with pytest.raises(UserError, match=f"config.{path} is 'unheard'") as raised:
+        dispatch(unheard_config(path))
+    *_, field = [f for p, f, _ in fields(Config()) if p == path]
+    for name in set(facts_of(field).choices) - {choices.AUTO}:
+        assert name in str(raised.value)
 
 
 def test_no_option_list_is_written_twice():

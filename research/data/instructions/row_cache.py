@@ -22,7 +22,7 @@ import numpy as np
 
 from research.config.knob_groups import NEWEST_EDITION, DataConfig, TextConfig
 from research.core.atomic_files import make_folder, remove_leftovers
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
 from research.data.instructions.packing import TokenizedDocument
 from research.data.instructions.row_selection import RowSource, refuse_row
 from research.data.instructions.row_store import (
@@ -196,6 +196,8 @@ class UnitBuild:
         self._group_of, self._sampled = group_of, sampled
         groups = sorted(set(group_of.values()))
         self._number = {group: i for i, group in enumerate(groups)}
+        ways = {"truncate": True, "drop": False}
+        self._cuts_context = look_up(ways, config.overlength, "config.data.overlength")
         self._seen, self._said = 0, time.monotonic()
 
     def run(self, side: str, records: Iterable[Record]) -> Iterator[RowUnit]:
@@ -232,7 +234,6 @@ class UnitBuild:
         dropped: collections.Counter[str] = collections.Counter()
         examples: list[str] = []
         budget = self._config.seq_len + 1  # n positions predict n ids of n + 1
-        cuts_context = self._config.overlength == "truncate"
 
         def drop(record: Record) -> None:
             dropped["too long"] += 1
@@ -255,7 +256,7 @@ class UnitBuild:
                 dropped[bad.reason] += 1
                 examples.append(str(bad))
                 continue
-            if len(encoded.ids) > budget and cuts_context:
+            if len(encoded.ids) > budget and self._cuts_context:
                 encoded = self._chat.shorten(record, encoded, budget)
                 if encoded is not None:
                     cut += 1
@@ -291,7 +292,7 @@ class UnitBuild:
     def _shortened(self, record: Record, most: int) -> tuple[Record, bool]:
         """The record in its group, with at most `most` letters if it fits in them."""
         record = dataclasses.replace(record, category=self._group_of[record.category])
-        if len(record.context) > most and self._config.overlength == "truncate":
+        if len(record.context) > most and self._cuts_context:
             record = dataclasses.replace(record, context=record.context[:most])
         texts = sum(len(turn.text) for turn in record.turns)
         return record, max(texts, len(record.context)) <= most

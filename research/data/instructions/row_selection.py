@@ -14,12 +14,12 @@ import numpy as np
 
 from research.config.hub_pins import DEFAULT_ROWS, EMBEDDED
 from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, look_up, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_files import read_files, row_files
 from research.data.instructions.unused_columns import UnusedColumns, UnusedFacts
-from research.data.row_readers import BadRowError, Row
+from research.data.row_readers import STOPS, BadRowError, Row
 from research.parallel import agreement
 from research.tokenize.conversation import Record
 
@@ -185,7 +185,8 @@ def load_rows(
 
 def refuse_row(bad: BadRowError, config: DataConfig) -> None:
     """Raises UserError for a bad row, unless such rows are dropped and counted."""
-    if config.bad_lines == "stop" and not bad.reason.startswith("empty"):
+    stops = look_up(STOPS, config.bad_lines, "config.data.bad_lines")
+    if stops and not bad.reason.startswith("empty"):
         raise UserError(
             f"{bad}; fix it, or skip and count such rows with "
             "--config.data.bad_lines=skip"

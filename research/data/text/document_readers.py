@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, look_up, nearest
 from research.core.hub_access import HubAddress
 from research.core.local_paths import local_path
 from research.data.compressed_files import COMPRESSED, kind_of, open_bytes
@@ -31,6 +31,7 @@ from research.data.hub_rows import HubRows
 from research.data.row_readers import (
     READERS,
     START,
+    STOPS,
     BadRowError,
     Located,
     Place,
@@ -214,7 +215,7 @@ class _DocumentReader:
         try:
             yield from self._of_rows(rows)
         except UserError:
-            if not self._source.is_folder or self._source.bad_lines == "stop":
+            if not self._source.is_folder or self._stops_at_bad_rows():
                 raise
             self._left_out["no rows with the text column"] += 1
 
@@ -237,13 +238,16 @@ class _DocumentReader:
                 text = SURROGATE.sub("\ufffd", text)
             yield from self._of_text(text, where, place)
 
+    def _stops_at_bad_rows(self) -> bool:
+        return look_up(STOPS, self._source.bad_lines, "config.data.bad_lines")
+
     def _bad_row(self, found: Any, where: str) -> None:
         """Raises an error for a row without text, or counts it."""
         bad = found
         if not isinstance(found, BadRowError):
             detail = f"{self._source.column} is {type(found).__name__}, not text"
             bad = BadRowError("wrong type", where, detail)
-        if self._source.bad_lines == "stop":
+        if self._stops_at_bad_rows():
             raise UserError(
                 f"{bad}; fix it, or skip and count such rows with "
                 "--config.data.bad_lines=skip"
@@ -252,14 +256,16 @@ class _DocumentReader:
 
     def _keep(self, where: str, what: str) -> bool:
         """Whether to keep a document that is not valid UTF-8; counts it if not."""
-        if self._source.undecodable == "stop":
+        ways = {"stop": None, "skip": False, "replace": True}
+        kept = look_up(ways, self._source.undecodable, "config.text.undecodable")
+        if kept is None:
             raise UserError(
                 f"{where}: {what}; fix it, or choose --config.text.undecodable=skip "
                 "or replace"
             )
-        if self._source.undecodable == "skip":
+        if not kept:
             self._left_out["not UTF-8"] += 1
-        return self._source.undecodable == "replace"
+        return kept
 
     def _of_text(self, text: str, where: str, at: Place) -> Iterator[DocumentPiece]:
         """Cuts a document that is in memory already and begins at `at`."""

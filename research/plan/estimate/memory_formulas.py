@@ -10,6 +10,7 @@ import math
 import numpy as np
 from jax.sharding import Mesh
 
+from research.core.errors import look_up
 from research.models.make_model import choose_kernel
 from research.parallel import mesh as meshes
 from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
@@ -118,11 +119,12 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     head_dim = math.ceil(a.head_dim / tile) * tile
     split = (a.heads * head_dim, a.kv_heads * head_dim, a.mlp)
     queries, keys, mlp = (size / tensor for size in split)
-    if remat == "full":
-        return a.embed
-    if remat == "dots":
-        return 2 * a.embed + queries + 2 * keys + 2 * mlp
-    return 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp
+    kept = {
+        "full": a.embed,
+        "dots": 2 * a.embed + queries + 2 * keys + 2 * mlp,
+        "none": 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp,
+    }
+    return look_up(kept, remat, "config.model.remat")
 
 
 def device_tokens(step: AbstractStep) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from research.core.errors import look_up
 from research.plan.estimate.step_flops import StepFlops
 from research.plan.planned_devices import PlannedDevices
 from research.plan.step_costs import Collective
@@ -129,11 +130,14 @@ def wire_bytes(kind: str, nbytes: float, n: int, reach: int = 0) -> float:
     of the lengths of these axes. (https://jax-ml.github.io/scaling-book/sharding.)
     """
     others = nbytes * (n - 1) / n
-    if kind == "all-reduce":
-        return 2 * others
-    if kind == "all-to-all" and reach:
-        return nbytes * reach / 4
-    return nbytes if kind == "collective-permute" else others
+    carried = {
+        "all-gather": others,
+        "reduce-scatter": others,
+        "all-reduce": 2 * others,
+        "all-to-all": nbytes * reach / 4 if reach else others,
+        "collective-permute": nbytes,
+    }
+    return look_up(carried, kind, "a collective")
 
 
 def _reach(members: list[Any], target: PlannedDevices) -> int:

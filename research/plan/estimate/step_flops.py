@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from research.core.errors import look_up
 from research.plan.abstract_step import AbstractStep
 from research.train.metrics import throughput
 from research.weights import parameter_paths
@@ -62,14 +63,14 @@ def recomputed(
     """
     forward_pair = count.per_pair / 3
     again = forward_pair / 2
-    remat = step.config.model.remat
-    if remat == "none":
-        return 0.0, again
-    if remat == "dots":
-        return 0.0, again + forward_pair
     # The forward pass is a third of a full step. In a LoRA step it is half of the
     # frozen products and a third of the adapters' products.
     adapters = 6.0 * trained if step.frozen else 0.0
     frozen_share = 2 if step.frozen else 3
     body = (count.per_token - adapters) / frozen_share + adapters / 3
-    return body, again + forward_pair
+    repeated = {
+        "none": (0.0, again),
+        "dots": (0.0, again + forward_pair),
+        "full": (body, again + forward_pair),
+    }
+    return look_up(repeated, step.config.model.remat, "config.model.remat")

@@ -9,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from research.config.knob_groups import OptimConfig
+from research.core.errors import look_up
 from research.train.step.schedules import make_schedule
 from research.weights import parameter_paths
 from research.weights.parameter_spec import Spec
@@ -39,7 +40,7 @@ def make_optimizer(
     """
     schedule = schedule or make_schedule(config, steps)
     chain = [
-        DIRECTIONS[config.name](config, specs),
+        look_up(DIRECTIONS, config.name, "config.optim.name")(config, specs),
         optax.add_decayed_weights(config.weight_decay, _decayed(config, specs)),
     ]
     if config.clip_norm > 0:

@@ -3,6 +3,7 @@
 import optax
 
 from research.config.knob_groups import OptimConfig
+from research.core.errors import look_up
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -17,11 +18,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     peak, rest = config.learning_rate, max(1, steps - warmup)
     end = config.final * peak
     decay = min(rest, max(1, round(config.decay * steps)))
-    after = {
+    curves = {
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final),
         "linear": optax.linear_schedule(peak, end, rest),
         "wsd": optax.linear_schedule(peak, end, decay, rest - decay),
         "constant": optax.constant_schedule(peak),
     }
+    after = look_up(curves, config.schedule, "config.optim.schedule")
     rise = optax.linear_schedule(0.0, peak, warmup)
-    return optax.join_schedules([rise, after[config.schedule]], [warmup])
+    return optax.join_schedules([rise, after], [warmup])

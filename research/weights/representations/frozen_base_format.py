@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 
 from research.config.choices import BASE_FORMAT_MODULES
+from research.core.errors import look_up
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
 
@@ -32,5 +33,6 @@ class BaseFormat(Protocol):
 
 
 def find_format(name: str) -> BaseFormat:
-    """The format that `config.model.base_format` names."""
-    return importlib.import_module(BASE_FORMAT_MODULES[name]).FORMAT
+    """The format that `config.model.base_format` names. Raises UserError: none."""
+    module = look_up(BASE_FORMAT_MODULES, name, "config.model.base_format")
+    return importlib.import_module(module).FORMAT

@@ -61,9 +61,9 @@ class TensorBoard:
             return
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
-        from tensorboardX.summary import scalar
 
-        points = [scalar(tag, value).value[0] for tag, value in values.items()]
+        # As they are: `tensorboardX.summary.scalar` gives "a b" and "a_b" one tag.
+        points = [Summary.Value(tag=x, simple_value=values[x]) for x in values]
         with self._dropped_on_error():
             self._add(Event(step=step, summary=Summary(value=points)))
             if time.monotonic() - self._flushed > FLUSH_EVERY:

@@ -46,7 +46,7 @@ def describe(run: TrainingRun) -> dict[str, Any]:
     packages = [x.get("packages", {}) | {"Python": x.get("python")} for x in made]
     versions = [", ".join(f"{k} {v}" for k, v in x.items()) for x in packages]
     return facts | {
-        "devices": _different(start["devices"] for start in starts),
+        "devices": _different(start.get("devices", "unknown") for start in starts),
         "mesh": ", ".join(
             f"{axis}={size}" for axis, size in run.definition.mesh.shape.items()
         ),

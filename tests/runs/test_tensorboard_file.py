@@ -46,6 +46,19 @@ def test_a_full_disk_drops_tensorboard_with_a_warning(
     ]
 
 
+def test_every_group_has_a_tag_of_its_own(tmp_path):
+    values = {"loss/a b": 1.0, "loss/a_b": 2.0, "loss/é(x)": float("inf"), "loss/": 4.0}
+    metrics = MetricsFile(tmp_path, 0)
+    metrics.write(1, "eval", {"loss_unit": "nats", "mfu": None, **values})
+    metrics.close()
+    found = {
+        value.tag: value.simple_value
+        for event in tensorboard_events(tmp_path)
+        for value in event.summary.value
+    }
+    assert found == {f"eval/{name}": value for name, value in values.items()}
+
+
 def test_a_run_has_its_hyperparameters_in_tensorboard(tmp_path):
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 

@@ -17,7 +17,9 @@ from research.report.run_results import RunResults
 MOST_GROUPS, EXTREMES = 10, 4
 MOST_LETTERS = 40  # of a name
 WIDTH, HEIGHT, LEGEND_ROW = 12.0, 4.5, 0.22  # inches; the legend comes on top
-SMOOTHED = 40  # A window reaches over so many parts of the run, to each side.
+# A window reaches over one of so many parts of the run, to each side, and at most over
+# so many steps: its cost grows with its length.
+SMOOTHED, LONGEST = 40, 1000
 
 
 def draw_loss(results: RunResults) -> bytes:
@@ -138,5 +140,6 @@ def smoothed(values: Sequence[float]) -> list[float]:
     if len(known) < 3:
         return list(values)
     filled = np.interp(np.arange(len(values)), known, np.asarray(values)[known])
-    reach = min(max(2, len(values) // SMOOTHED), (len(values) - 1) // 2)
+    reach = max(2, min(len(values) // SMOOTHED, LONGEST))
+    reach = min(reach, (len(values) - 1) // 2)
     return savgol_filter(filled, 2 * reach + 1, 1).tolist()

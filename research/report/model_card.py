@@ -69,7 +69,7 @@ def _card(
     lines = ["---", *front, "---", "", f"# {escaped(name)}", ""]
     lines += [f"- {key}: {escaped(str(value))}" for key, value in facts.items()]
     if table := tabulate_losses(evaluations):
-        lines += ["", "## Held-out losses before and after training"]
+        lines += ["", "## Held-out losses"]
         lines += format_table(table)
     return "\n".join([*lines, "", "## Use", "", LOAD, ""])
 

@@ -92,9 +92,7 @@ def parse_with_config(
     _check_names(others[1:], options)
     flag_values = _define(options)
     config = load_config_file(file)
-    starts = [Config()]
-    if folder_of_run(file):
-        starts.append(from_config_dict(config))
+    resumed = [from_config_dict(config)] if folder_of_run(file) else []
     try:
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=flag_values, sys_argv=others
@@ -110,7 +108,7 @@ def parse_with_config(
     given = {n.removeprefix("no").removeprefix("config.") for n in names}
     try:
         made = from_config_dict(flag_values["config"].value)
-        check_effects(made, [*starts, *_saved(made.run_dir)], given)
+        check_effects(made, Config(), [*resumed, *_saved(made.run_dir)], given)
     except UserError as error:
         raise locate(error, file, others) from error
     return made, values

@@ -187,23 +187,30 @@ COUNTERPARTS |= {text: rows for rows, text in COUNTERPARTS.items()}
 
 
 def check_effects(
-    config: Any, starts: Sequence[Any], flags: Collection[str] = ()
+    config: Any,
+    default: Any,
+    resumed: Sequence[Any] = (),
+    flags: Collection[str] = (),
 ) -> None:
     """Refuses a `run_config.Config` that sets knobs which have no effect in its run.
 
     Args:
       config: of the run.
-      starts: configs whose values nobody has set now: the defaults, then those of a
-        run that is resumed.
+      default: with all knobs at their defaults.
+      resumed: configs of runs that are opened again: what had no effect in them may
+        have none now.
       flags: paths of the knobs that the command line sets.
 
     Raises:
       UserError: names all of these knobs, and how to set them back.
     """
-    before, now, conditions = [*map(flat, starts)], flat(config), idle(config)
-    lines, dropped, restored = [], [], []
+    now, conditions, unset = flat(config), idle(config), flat(default)
+    known = [
+        {path: flat(each)[path] for path in idle(each)} for each in (default, *resumed)
+    ]
+    lines, dropped, restored, changed = [], [], [], []
     for path, condition in conditions.items():
-        if any(now[path] == start[path] for start in before):
+        if any(now[path] == old.get(path, unset[path]) for old in known):
             continue
         line = (
             f"config.{path} is {now[path]!r}, which has no effect where "
@@ -214,16 +221,18 @@ def check_effects(
         if path in COUNTERPARTS and COUNTERPARTS[path] not in conditions:
             line += f" (config.{COUNTERPARTS[path]} takes its place)"
         lines.append(line)
+        changed.append(path)
         if path in flags:
             dropped.append(f"--config.{path}")
         else:
-            restored.append(shell_flag(path, before[0][path]))
+            restored.append(shell_flag(path, unset[path]))
     if not lines:
         return
     fixes = [f"drop {' '.join(dropped)}"] if dropped else []
     if restored:
         fixes.append(f"drop what sets it in the file, or add {' '.join(restored)}")
-    fix = ", and ".join(fixes)
+    others = dict.fromkeys(f"config.{conditions[path].knob}" for path in changed)
+    fix = f"{', and '.join(fixes)}; or change {' and '.join(others)}"
     if len(lines) == 1:
         raise UserError(f"{lines[0]}: {fix}")
     listed = "\n  ".join(lines)

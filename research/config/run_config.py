@@ -130,7 +130,7 @@ def with_effect(config: Config, changes: Mapping[str, Any], where: str) -> Confi
     """
     made = changed(config, with_length(config, changes), where)
     try:
-        check_effects(made, [Config()])
+        check_effects(made, Config())
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return made

@@ -266,7 +266,9 @@ def test_a_config_that_switches_the_job_is_told_all_that_must_go(config_file):
     switched += ["--config.model.init_from=hub://a/b"]
     with pytest.raises(UserError, match="some knobs would have no effect") as raised:
         parse_with_config(switched, "", command_line.NoFlags)
-    added = shlex.split(str(raised.value).partition(", or add ")[2])
+    added, _, others = str(raised.value).partition(", or add ")[2].rpartition("; ")
+    assert others == "or change config.model.init_from and config.data.kind"
+    added = shlex.split(added)
     assert [flag.partition("=")[0] for flag in added] == [
         *("--config.model.preset", "--config.text.sources", "--config.text.tokenizer")
     ]

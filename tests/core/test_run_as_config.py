@@ -52,6 +52,8 @@ def test_a_run_directory_stands_for_its_config(config, given, tmp_path):
     assert (other.run_dir, other.seed, other.lora.rank) == ("runs/b", 3, 4)
     with pytest.raises(UserError, match="no effect"):
         read(f"--config={given}", "--config.text.cache=False")
+    with pytest.raises(UserError, match=r"data\.path is '/.*text\.sources takes its"):
+        read(f"--config={given}", "--config.data.kind=text")
 
 
 def test_a_run_resumes_where_it_was_moved_to(config, tmp_path, monkeypatch):

@@ -1,15 +1,17 @@
 """A finished run on files of rows: the numbers are those of its own evaluations."""
 
 import collections
+import dataclasses
 import json
 import re
 
 import pytest
 from doors import run_door
 from helpers import close
+from tiny_model import make_tiny_model
 
 from research.config.command_line import parse_with_changes
-from research.config.run_config import Config
+from research.config.run_config import Config, DataConfig, TextConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import load_dataset
@@ -17,12 +19,13 @@ from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import name_sources, open_sources
 from research.evaluate.__main__ import OF_FILES, EvaluateFlags, main
+from research.formats.base_model import open_base
 from research.parallel import runtime
 from research.runs.reopen import find_run
-from research.tasks.task_registry import prompt_format
+from research.tasks.task_registry import prompt_format, rows_of_files
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def caches_of_the_commands(place, monkeypatch):
     """Rows that the commands have tokenised are there; compiled programs stay here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.cache))
@@ -55,6 +58,7 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.usefixtures("caches_of_the_commands")
 def test_held_out_rows_as_a_file_give_the_losses_of_the_run(place, unbroken, tmp_path):
     run = place.run_dir("unbroken")
     rows = [*held_out_rows(find_run(run))]
@@ -111,6 +115,7 @@ def held_out_documents(source, text):
             yield piece.text
 
 
+@pytest.mark.usefixtures("caches_of_the_commands")
 def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp_path):
     assert pretrained.code == 0, pretrained.err
     run = place.run_dir("pretrained")
@@ -123,6 +128,33 @@ def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp
     assert set(found["models"]) == {"tuned"}
     close(found["models"]["tuned"]["loss"], last["loss"], 1e-5)
     close(found["models"]["tuned"]["bits_per_byte"], last["bits_per_byte"], 1e-5)
+
+
+def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
+    base = open_base(str(make_tiny_model(tmp_path / "model")))
+    text = TextConfig(cache_dir=str(tmp_path / "cache"))
+    data = DataConfig(path=str(tmp_path / "gone.jsonl"), held_out=7, max_rows=1)
+
+    def read(rows, **changes):
+        write_lines(tmp_path / "rows.jsonl", rows)
+        own = dataclasses.replace(data, **changes)
+        config = Config(data=own, text=text)
+        return rows_of_files(config, base, str(tmp_path / "rows.jsonl"))
+
+    good, long = ({"instruction": "q", "response": x} for x in ("a", "a" * 600))
+    bad = {"instruction": "q"}
+    with pytest.raises(UserError, match=r"rows.jsonl:2: .*--config.data.bad_lines"):
+        read([good, bad])
+    # All rows, whatever the run held out and how many it used.
+    found = read([good, bad, good, long, good], bad_lines="skip")
+    assert found.origin.endswith("rows.jsonl, 4 rows")
+    reasons = dict(line.split(": ", 1) for line in found.left_out)
+    assert reasons.keys() == {"rows.jsonl:2", "rows.jsonl:4"}
+    [batch] = found.batches(2, [0, 1])
+    assert batch.tokens.shape == (2, data.seq_len)
+    assert batch.weights.sum() == 3 * 2, "an answer of one letter, and its end"
+    with pytest.raises(UserError, match=r"every row of .*rows.jsonl is longer than"):
+        read([long])
 
 
 def test_places_of_text_get_names(tmp_path):

@@ -218,9 +218,12 @@ def _build(
             truncated += unit.truncated
             examples += unit.examples
         if not any(size.documents for size in units if size.side == side):
+            what = {"train": "training row", "held_out": "held-out row"}[side]
+            what = what if len(readers) > 1 else "row"
             raise UserError(
-                f"no {side} row fits config.data.seq_len={config.seq_len}; "
-                "raise it, or check the rows reported as too long"
+                f"every {what} of {rows.source.origin} is longer than "
+                f"config.data.seq_len={config.seq_len} tokens; give shorter rows, or "
+                "raise it for a new run"
             )
     grouped = collections.Counter(group_of.get(m.category, OTHERS) for m in rows.marks)
     copies = len(held) + len(rest) - len({mark.key for mark in held + rest})

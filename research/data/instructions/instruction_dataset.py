@@ -218,13 +218,7 @@ def _build(
             truncated += unit.truncated
             examples += unit.examples
         if not any(size.documents for size in units if size.side == side):
-            what = {"train": "training row", "held_out": "held-out row"}[side]
-            what = what if len(readers) > 1 else "row"
-            raise UserError(
-                f"every {what} of {rows.source.origin} is longer than "
-                f"config.data.seq_len={config.seq_len} tokens; give shorter rows, or "
-                "raise it for a new run"
-            )
+            raise _all_too_long(side if len(readers) > 1 else "", rows)
     grouped = collections.Counter(group_of.get(m.category, OTHERS) for m in rows.marks)
     copies = len(held) + len(rest) - len({mark.key for mark in held + rest})
     counts = RowCounts(
@@ -243,6 +237,14 @@ def _build(
         "examples": examples,
     }
     write_manifest(folder, parts)
+
+
+def _all_too_long(side: str, rows: LoadedRows) -> UserError:
+    what = {"train": "training row", "held_out": "held-out row"}.get(side, "row")
+    return UserError(
+        f"every {what} of {rows.source.origin} is longer than config.data.seq_len="
+        f"{rows.config.seq_len} tokens; give shorter rows, or raise it for a new run"
+    )
 
 
 def _without(

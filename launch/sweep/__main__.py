@@ -107,7 +107,7 @@ def train(
 ) -> int:
     """Trains on this machine until every run is done or has failed."""
     # Imported here: a mistyped flag must not wait for JAX.
-    from launch.report import sweep_page
+    from launch.report import best_run, sweep_page, sweep_results
     from launch.sweep.sweep_worker import SweepWorker
 
     logging.basicConfig(level=logging.INFO, format="sweep: %(message)s")
@@ -115,6 +115,8 @@ def train(
         worker = SweepWorker(wanted, found, folder, group)
         code = worker.work(plans, options.restarts)
     if group.last_signal is None:
+        if best := best_run.find_best(sweep_results.load(folder)):
+            logging.info("best: %s", best.words)
         for path in sweep_page.write(folder):
             logging.info("report: %s", path)
     else:

@@ -479,3 +479,4 @@ def test_a_real_sweep_trains_all_it_can_and_says_what_failed(place, swept):
     assert "Is this question in the report?" in page and "2 of 3 runs are done" in page
     last = place.lines("sweeps/real/kind-4_seed-0", "eval")[-1]["loss"]
     assert f"{last:.4f}" in page and "1 of 1 runs not done" in page
+    assert "best: kind=" in first.err and "nothing is known about noise" in first.err

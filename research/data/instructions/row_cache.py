@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from research.config.knob_groups import NEWEST_EDITION, DataConfig, TextConfig
-from research.core.atomic_files import make_folder, remove_leftovers
+from research.core.atomic_files import remove_leftovers
+from research.core.cache_folders import use_entry
 from research.core.errors import UserError, look_up
 from research.data.instructions.packing import TokenizedDocument
 from research.data.instructions.row_selection import RowSource, refuse_row
@@ -38,6 +39,7 @@ from research.data.text.source_fingerprint import (
     cache_folder,
     cannot_write,
     file_hashes,
+    sweep_old,
 )
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
@@ -91,7 +93,9 @@ def open_folder(
         why = error
     else:
         try:
-            return _built(cache, sources, config, seed, chat_format, build)
+            found = _built(cache, sources, config, seed, chat_format, build)
+            sweep_old(text)
+            return found
         except OSError as error:
             if text.cache_dir != "auto":
                 raise cannot_write(cache, error) from error
@@ -115,9 +119,9 @@ def _built(
 ) -> tuple[Path, dict[str, Any]]:
     key = _key(sources, config, seed, chat_format, cache)
     folder = cache / "rows" / key[:24]
+    use_entry(folder)
     manifest = read_manifest(folder, key)
     if manifest is None:
-        make_folder(folder)
         with one_at_a_time(folder, _say_that_it_waits):
             if read_manifest(folder, key) is None:
                 remove_leftovers(folder)

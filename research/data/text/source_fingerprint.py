@@ -11,7 +11,7 @@ from typing import Any
 
 from research.config.knob_groups import TextConfig
 from research.core.atomic_files import write_whole
-from research.core.cache_folders import user_cache
+from research.core.cache_folders import sweep, user_cache
 from research.core.errors import UserError
 from research.core.local_paths import local_path
 from research.data.text.document_readers import TextSource
@@ -36,6 +36,16 @@ def cache_folder(config: TextConfig) -> Path:
             f"no folder for tokenised data ({error}): name one with "
             "--config.text.cache_dir="
         ) from error
+
+
+def sweep_old(config: TextConfig) -> None:
+    """Removes old entries of the user's cache; a folder that was named is kept whole.
+
+    Call it once the entries of this run are in use.
+    """
+    if config.cache_dir == "auto":
+        for group in ("rows", "tokens"):
+            sweep(cache_folder(config) / group)
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from research.config.knob_groups import TextConfig
-from research.core.atomic_files import make_folder, remove_leftovers
+from research.core.atomic_files import remove_leftovers
+from research.core.cache_folders import use_entry
 from research.core.errors import UserError
 from research.data.shared_builds import UnitClaims
 from research.data.text import document_readers
@@ -81,10 +82,13 @@ def open_cache(
     cache = cache_folder(config)
     key = source_key(source, cache, _settings(source, tokenizer, marks, config))
     folder = cache / "tokens" / f"{source.name}-{key[:16]}"
+    try:
+        use_entry(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     manifest = read_manifest(folder, key)
     if manifest is None:
         try:
-            make_folder(folder)
             remove_leftovers(folder)
             build = _CacheBuild(source, tokenizer, marks, config.held_out_share, folder)
             manifest = build.run(key, process_index / process_count)

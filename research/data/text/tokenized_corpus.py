@@ -15,6 +15,7 @@ from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.text.row_layout import RowLayout
+from research.data.text.source_fingerprint import sweep_old
 from research.data.text.streaming import load_streamed
 from research.data.text.text_dataset import HeldOutText, TextData, check_held_out
 from research.data.text.text_sources import mixture_weights, open_sources
@@ -119,6 +120,7 @@ def load_text(
         open_cache(source, tokenizer, text, process_index, process_count)
         for source in sources
     ]
+    sweep_old(text)
     return _Corpus(text, data, cached).text_data(
         ", ".join(f"{source.name} ({source.where})" for source in sources)
     )

@@ -314,7 +314,7 @@ BAD_COMMANDS = {
     "unknown target": (("--target=locl",), "lora.rank", "'local'"),
     "no sweep": (("--sweep=absent.py",), "lora.rank", "no such file"),
     "mistyped flag": (("--togehter=3",), "lora.rank", "--togehter"),
-    "mistyped knob": (("--", "--config.stpes=3"), "lora.rank", "config.steps"),
+    "mistyped knob": (("--", "--config.stpes=3"), "lora.rank", "'steps'"),
     "axis of no knob": ((), "lora.rnak", "'lora.rank'"),
     "an axis overridden": (("--", "--config.lora.rank=3"), "lora.rank", "is an axis"),
     "no seeds": (("--seeds=a",), "lora.rank", "0,1,2"),

@@ -58,7 +58,7 @@ def stored(documents, folder):
         ids = sum(len(document.ids) for document in part)
         where = [f"rows.jsonl:{i}" for i in range(len(part))]
         digest = hashlib.sha256(numbers).hexdigest()
-        unit = RowUnit("train", number, where, ids, digest, [], {}, 0, [], [])
+        unit = RowUnit("train", number, where, {}, ids, digest, [], {}, 0, [], [])
         write_unit(folder, unit, numbers)
         sizes.append(unit.size)
     return StoredDocuments(folder, sizes)

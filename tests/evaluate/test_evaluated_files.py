@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import json
 import re
+import types
 
+import jax
 import pytest
 from doors import run_door
 from helpers import close
@@ -21,7 +23,8 @@ from research.data.text.text_sources import name_sources, open_sources
 from research.evaluate.__main__ import OF_FILES, EvaluateFlags, main
 from research.formats.base_model import open_base
 from research.parallel import runtime
-from research.runs.reopen import find_run
+from research.runs.reopen import find_run, fitting_mesh
+from research.tasks import task_registry
 from research.tasks.task_registry import prompt_format, rows_of_files
 
 
@@ -155,6 +158,22 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     assert batch.weights.sum() == 3 * 2, "an answer of one letter, and its end"
     with pytest.raises(UserError, match=r"every row of .*rows.jsonl is longer than"):
         read([long])
+
+
+def test_a_task_without_rows_of_files_says_so(monkeypatch):
+    kind = types.SimpleNamespace(rows_of_files=None)
+    monkeypatch.setattr(task_registry, "find_kind", lambda config: kind)
+    with pytest.raises(UserError, match="'instructions' cannot be evaluated on files"):
+        rows_of_files(Config(), None, "rows.jsonl")
+
+
+def test_whole_rows_are_split_over_devices_and_not_each_matrix(model):
+    """Decoding does the other: it reads every matrix for one token."""
+    devices = jax.devices()
+    rows = fitting_mesh(model.specs, devices, decodes=False).shape
+    tokens = fitting_mesh(model.specs, devices).shape
+    assert rows["tensor"] == 1 and rows["fsdp"] > 1
+    assert tokens["tensor"] > 1
 
 
 def test_places_of_text_get_names(tmp_path):

@@ -57,6 +57,7 @@ class Checkpointer:
         report: Callable[[str], None] = logging.warning,
         committed: Callable[[int], None] = lambda step: None,
         read_only: bool = False,
+        measured_on: str = "",
     ):
         """Args:
         folder: holds all checkpoints.
@@ -66,12 +67,14 @@ class Checkpointer:
         report: called with messages that a person should read.
         committed: called with each step once it is committed to disk.
         read_only: nothing is written, moved or removed.
+        measured_on: a mark of the held-out rows; only losses on the same rows are
+          compared. By default the data of the identity.
         """
         self._folder = folder.absolute()
         self._aside = self._folder.parent / "damaged"
         self._config = config
         self._identity, self._run = identity, identity.get("run", "")
-        self._data = identity.get("data", "")
+        self._data = measured_on or identity.get("data", "")
         self._accept = accept
         self._report = report
         self._committed = committed
@@ -82,7 +85,8 @@ class Checkpointer:
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
         # In memory, so that all processes rank a new loss alike.
-        self._losses = {} if read_only else self._read_losses()
+        where = self._folder, self._data, self._run
+        self._losses = {} if read_only else measured_losses(*where)
 
     def _open(self) -> Manager:
         first = jax.process_index() == 0
@@ -123,9 +127,6 @@ class Checkpointer:
         """The damage to the file with the held-out loss of `step`."""
         return find_damage(self._folder / str(step), item=METRICS, run=self._run)
 
-    def _read_losses(self) -> dict[int, float]:
-        return measured_losses(self._folder, self._data, self._run)
-
     def __enter__(self) -> "Checkpointer":
         return self
 
@@ -161,7 +162,7 @@ class Checkpointer:
     @property
     def best_step(self) -> int | None:
         """The kept step with the lowest held-out loss, if one was measured."""
-        losses = self._read_losses()
+        losses = measured_losses(self._folder, self._data, self._run)
         return min(losses, key=losses.__getitem__) if losses else None
 
     def is_among_best(self, step: int, loss: float) -> bool:
@@ -184,7 +185,7 @@ class Checkpointer:
           step: optimizer updates that `state` holds.
           state: a tree of arrays.
           position: the data position, as JSON.
-          eval_loss: held-out loss of exactly this state on the data of the identity,
+          eval_loss: held-out loss of exactly this state on the rows of `measured_on`,
             if it was measured.
 
         Raises:

@@ -1,5 +1,6 @@
 """The tables of a report as rows of words, for the terminal and for Markdown."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,10 +29,11 @@ def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """
     if not evaluations:
         return []
-    first, last = ("start" if is_text(evaluations) else "base"), "tuned"
-    return compare_losses(
-        {first: _first_comparable(evaluations), last: evaluations[-1]}
-    )
+    before, last = comparable(evaluations)[0], evaluations[-1]
+    first = "start" if is_text(evaluations) else "base"
+    if step := before["step"]:  # The data is newer than the run.
+        first = f"step {step}"
+    return compare_losses({first: before, "tuned": last})
 
 
 def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -70,18 +72,20 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, LARGEST_EXPONENT))
 
 
-def _first_comparable(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The earliest evaluation of the held-out tokens that the last one measured.
+def comparable(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations of the data that the last one measured.
 
     A run that was resumed with other data has evaluations of both data sets, and
-    their losses say nothing about each other.
+    their losses say nothing about each other. Lines of earlier versions do not name
+    their data: there, other groups or numbers of tokens tell it.
     """
-    first = evaluations[-1]
-    for line in reversed(evaluations):
-        if by_group(line, "tokens") != by_group(first, "tokens"):
-            break
-        first = line
-    return first
+    last = evaluations[-1] if evaluations else {}
+
+    def is_alike(line: Mapping[str, Any]) -> bool:
+        marks = {x["data"] for x in (line, last) if "data" in x}
+        return len(marks) < 2 and by_group(line, "tokens") == by_group(last, "tokens")
+
+    return [*itertools.takewhile(is_alike, reversed(evaluations))][::-1]
 
 
 def _row(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from research.report.result_tables import comparable
 from research.runs.display_files import read_answers, read_samples
 from research.runs.metrics_file import read_metrics
 from research.tasks.model_answers import ComparedAnswer, Sample
@@ -20,7 +21,8 @@ class RunResults:
       facts: what the run is and what it took, one value a name.
       settings: the knobs that differ from the defaults; a header, and a row for each.
       train: the lines of kind `train` in `metrics.jsonl`, one a step.
-      evaluations: the lines of kind `eval`, in the order of their steps.
+      evaluations: the lines of kind `eval`, in the order of their steps; of the data
+        that the run has now.
       wall_time: seconds by phase, the longest first.
       answers: held-out prompts, answered by both models.
       samples: continuations that were written during training.
@@ -49,7 +51,7 @@ def read_results(
         facts=facts,
         settings=settings,
         train=[line for line in lines if line["kind"] == "train"],
-        evaluations=[line for line in lines if line["kind"] == "eval"],
+        evaluations=comparable([line for line in lines if line["kind"] == "eval"]),
         wall_time=wall_time,
         answers=read_answers(folder),
         samples=read_samples(folder),

@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 import os
+import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +25,11 @@ from research.runs.control.request_files import ANSWER
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.utc_clock import utc_now
 
+# Knobs that decide which rows are held out and which of their tokens count.
+CHOOSES_ROWS = re.compile(
+    r"seed|(data|text)\.(?!path|eval_path|batch_size|microbatch_size|cache|sources)"
+)
+ACCEPTED = "accepted: "  # The beginning of such an event.
 UNKNOWN = "ended without a word: killed, or the machine went down"
 
 
@@ -87,12 +95,54 @@ class History:
         """The differences that the user accepted, as `old -> new` by name."""
         return self._found["accepted"]
 
-    def accept(self, differences: dict[str, str]) -> None:
-        """Records `differences` to the start of the run, `old -> new` by name."""
+    def measured_on(self, data: str, more: Mapping[str, str]) -> str:
+        """A mark of the rows on which held-out losses are measured.
+
+        It is the sha256 `data` of the rows, unless other accepted differences choose
+        other held-out rows among them, or cut them in another way.
+
+        Args:
+          data: of the identity.
+          more: differences that will be accepted in a moment.
+        """
+        changes = {**self.accepted, **more}
+        chosen = {k: v for k, v in changes.items() if CHOOSES_ROWS.match(k)}
+        if not chosen:
+            return data
+        text = json.dumps([data, chosen], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def accepted_by_step(self) -> dict[int, list[str]]:
+        """Lines `name: old -> new` of what was accepted, by the updates made before.
+
+        Those of older versions have no step and are missing.
+        """
+        found: dict[int, list[str]] = {}
+        for event in self._found["events"]:
+            if "accepted_after" in event:
+                line = event["what"].removeprefix(ACCEPTED)
+                found.setdefault(event["accepted_after"], []).append(line)
+        return found
+
+    def accept(
+        self,
+        differences: Mapping[str, str],
+        step: int,
+        follows: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Records `differences` to the start of the run, `old -> new` by name.
+
+        Args:
+          differences: of data and knobs.
+          step: the updates that are made.
+          follows: changes of other numbers that follow from them, in the same form.
+        """
         for name, change in differences.items():
             with self._changing() as found:
                 found["accepted"][name] = change
-            self.event(f"accepted: {name}: {change}")
+        for name, change in {**differences, **follows}.items():
+            self.event(f"{ACCEPTED}{name}: {change}", accepted_after=step)
 
     def begin(self) -> None:
         """Adds this start of the run, once. The caller holds the lock."""
@@ -120,6 +170,12 @@ class History:
             found["starts"].append(start)
             self._begun = True
             self._place = _identity(self._path.parent)
+
+    @property
+    def planned_steps(self) -> int:
+        """The last step of the whole run, as the newest start planned it; 0 if none."""
+        known = [x["steps"] for x in self.starts if "steps" in x]
+        return known[-1] if known else 0
 
     def plan(self, steps: int) -> None:
         """Records the last step of the whole run, which follows from the data where
@@ -149,10 +205,10 @@ class History:
         with self._changing() as found:
             found["saved"] = step
 
-    def event(self, what: str) -> None:
-        """Records an event that a person should find later."""
+    def event(self, what: str, **facts: Any) -> None:
+        """Records an event for people to find later; `facts` are for programs."""
         with self._changing() as found:
-            found["events"].append({"at": utc_now(), "what": what})
+            found["events"].append({"at": utc_now(), "what": what, **facts})
 
     def answer_request(self, answer: dict[str, Any]) -> None:
         """Keeps the answer to a request, see `request_files`."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from research.core.errors import DivergedError, files_of_step
 from research.engine.text_generation import tuned_generator
-from research.parallel import runtime
-from research.runs import display_files
+from research.parallel import agreement, runtime
+from research.runs import display_files, metrics_file
 from research.runs.control.os_signals import StopRequest
 from research.runs.control.request_files import CHECKPOINT, SAMPLE
 from research.runs.control.request_listener import RequestListener
@@ -29,6 +29,7 @@ from research.train.programs.single_run_program import SingleRunProgram
 from research.train.restore_run import RestoredRun, restore
 from research.train.run_saver import RunSaver
 from research.train.step import train_step
+from research.train.training_run import TrainingRun
 
 
 def fit(
@@ -68,6 +69,13 @@ def fit(
         first, restored[0].position = restore(run, checkpointer)
 
 
+def _has_new_data(run: TrainingRun) -> bool:
+    """Whether the last evaluation was on other rows than the run has now."""
+    lines = metrics_file.read_metrics(run.folder.path)
+    known = [line.get("data") for line in lines if line["kind"] == "eval"]
+    return bool(known and known[-1]) and known[-1] != run.measured_on
+
+
 class _TrainingPass:
     """One pass of the loop over the runs, and what is written about it."""
 
@@ -89,6 +97,8 @@ class _TrainingPass:
             runs, positions, self._program.to_devices, stop.wait
         )
         self._config, self._phases = runs[0].config, runs[0].phases
+        # Its losses before any training on it, to compare the later ones with.
+        self._has_new_data = agreement.of_first(any(map(_has_new_data, runs)))
         self._clock = Clock()
         self._logs: list[StepLog] = []
         self._savers: list[RunSaver] = []
@@ -168,7 +178,12 @@ class _TrainingPass:
         config, action = self._config, training_loop.Action
         samples_every = config.eval.samples_every or config.steps
         return [
-            action("evaluate", config.eval.every, self._evaluation(), at_start=True),
+            action(
+                "evaluate",
+                config.eval.every,
+                self._evaluation(),
+                at_start=not self._first or self._has_new_data,
+            ),
             action(
                 "save",
                 config.checkpoint.every,
@@ -230,7 +245,7 @@ class _TrainingPass:
                 )
                 run.evaluated = (number, found.loss)
                 last = self._batches.number if number else None
-                self._logs[index].evaluation(number, found, last)
+                self._logs[index].evaluation(number, found, last, run.measured_on)
 
             self._for_each(write)
 

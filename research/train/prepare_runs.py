@@ -5,8 +5,10 @@ Everything is opened, loaded and examined before anything is written.
 
 import dataclasses
 import functools
+import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from research.parallel import agreement, mesh
 from research.report import terminal
 from research.runs import provenance
 from research.runs.lineage.base_of_run import open_start
+from research.runs.lineage.exported_run import refuse_other_step
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
@@ -34,6 +37,7 @@ from research.tasks.task_protocol import Task
 from research.train import doctor
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
+from research.train.step.schedules import make_schedule
 from research.train.training_run import TrainingRun
 
 # Knobs that name a place of one machine, or the process itself.
@@ -204,6 +208,8 @@ def _claim(run: TrainingRun, opened: OpenedFolder) -> Identity:
         "data": run.task.sha256,
     }
     changed |= folder.check_identity(identity, config.accept)
+    if config.export:
+        refuse_other_step(folder, run.config.steps, config.replace_export)
     require_room(
         folder.checkpoints, train_step.abstract_state(run.definition), config.checkpoint
     )
@@ -215,19 +221,44 @@ def _claim(run: TrainingRun, opened: OpenedFolder) -> Identity:
     return identity
 
 
+def _moved_schedule(run: TrainingRun, step: int) -> dict[str, str]:
+    """Learning rates that the config before would have had, `old -> new` by name.
+
+    They are those of the next update and of the one that was to be the last.
+    """
+    before, planned = run.folder.config(), run.history.planned_steps
+    steps = planned or before.steps
+    if steps < 1:  # By epochs, and no start has come so far that it counted the rows.
+        return {}
+    old = make_schedule(before.optim, steps)
+    new = make_schedule(run.config.optim, run.config.steps)
+    moved = {}
+    for number in dict.fromkeys((step + 1, max(step + 1, steps))):
+        rates = float(old(number)), float(new(number))
+        if not math.isclose(*rates, rel_tol=1e-6):
+            change = f"{rates[0]:.3g} -> {rates[1]:.3g}"
+            moved[f"learning rate of update {number}"] = change
+    if moved:
+        logging.warning("the learning-rate schedule moved: %s", moved)
+    return moved
+
+
 def _keep_base(run: TrainingRun) -> None:
     """Keeps tokenizer and shape of the base model, which the run then has for ever."""
     save_settings(run.base.architecture, run.base.tokenizer, run.folder.tokenizer)
 
 
-def record_start(run: TrainingRun, identity: Identity, opened: OpenedFolder) -> None:
+def record_start(
+    run: TrainingRun, identity: Identity, opened: OpenedFolder, step: int
+) -> None:
     """Records what the doctor found and the accepted differences.
 
     Call it once a checkpoint has been restored with them: a start that is refused
-    leaves the files of the run as they were.
+    leaves the files of the run as they were. `step` are the updates that it holds.
     """
     changed = opened.changed
-    run.history.accept(changed)
+    if changed:
+        run.history.accept(changed, step, _moved_schedule(run, step))
     run.history.plan(run.config.steps)
     if jax.process_index() == 0:
         run.folder.keep_pins()
@@ -240,8 +271,14 @@ def record_start(run: TrainingRun, identity: Identity, opened: OpenedFolder) -> 
     changed.clear()
 
 
-def open_checkpoints(run: TrainingRun, identity: Identity) -> Checkpointer:
-    """Opens the checkpoints of `run`. Raises UserError if the folder is unusable."""
+def open_checkpoints(
+    run: TrainingRun, identity: Identity, changed: Mapping[str, str]
+) -> Checkpointer:
+    """Opens the checkpoints of `run`, which will accept the differences `changed`.
+
+    Raises:
+      UserError: the folder is unusable.
+    """
     return Checkpointer(
         run.folder.checkpoints,
         run.config.checkpoint,
@@ -249,4 +286,5 @@ def open_checkpoints(run: TrainingRun, identity: Identity) -> Checkpointer:
         accept={*run.history.accepted, *run.config.accept},
         report=run.warn,
         committed=run.history.commit,
+        measured_on=run.history.measured_on(identity["data"], changed),
     )

@@ -1,5 +1,6 @@
 """The facts of a run, as its report has them: model, rows, recipe, machine, code."""
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -42,6 +43,8 @@ def describe(run: TrainingRun) -> dict[str, Any]:
     }
     if (epochs := passed(config.steps, config, run.task.rows)) is not None:
         facts["epochs"] = round(epochs, 3)
+    for step, lines in run.history.accepted_by_step.items():
+        facts[f"accepted after step {step}"] = shortened("; ".join(lines))
     made = [start.get("provenance", {}) for start in starts]
     packages = [x.get("packages", {}) | {"Python": x.get("python")} for x in made]
     versions = [", ".join(f"{k} {v}" for k, v in x.items()) for x in packages]
@@ -70,6 +73,12 @@ def _adapters(config: Config, counted: Mapping[str, float]) -> str:
 
 def _different(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values))
+
+
+def shortened(text: str) -> str:
+    """`text` with the first digits of each sha256."""
+    whole = rf"\b([0-9a-f]{{{SHOWN_DIGITS}}})[0-9a-f]{{{64 - SHOWN_DIGITS}}}\b"
+    return re.sub(whole, r"\1", text)
 
 
 def measure(run: TrainingRun) -> dict[str, Any]:

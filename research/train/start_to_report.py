@@ -11,7 +11,6 @@ from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
 from research.parallel import agreement, runtime
 from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.control.watchdog import Watchdog
-from research.runs.lineage.exported_run import refuse_other_step
 from research.runs.lineage.start_pins import pin_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
@@ -77,8 +76,6 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
             path = folder.path
             logging.info("%s is complete; its report: %s/report.md", path, path)
         else:
-            if config.export:
-                refuse_other_step(folder, config.steps, config.replace_export)
             wanted.append(OpenedFolder(config, folder, changed))
     return wanted
 
@@ -100,9 +97,11 @@ def _train(
         stack.enter_context(Watchdog(phases, limit, jax.process_index(), stuck))
         by_step: dict[int, list[RestoredRun]] = {}
         for run, identity, each in zip(runs, identities, opened, strict=True):
-            checkpointer = stack.enter_context(open_checkpoints(run, identity))
+            checkpointer = stack.enter_context(
+                open_checkpoints(run, identity, each.changed)
+            )
             step, position = restore(run, checkpointer)
-            record_start(run, identity, each)
+            record_start(run, identity, each, step)
             restored = RestoredRun(run, checkpointer, position)
             by_step.setdefault(step, []).append(restored)
         ended = _fit_all(by_step, stop, at_once)

@@ -36,7 +36,7 @@ class Action:
       request: the kind of request that makes it run at once, or "".
       settle: waits until the work that `run` began is done; called before a request
         is answered.
-      at_start: also runs before the first step of a fresh run.
+      at_start: also runs before the first step of this start.
     """
 
     phase: str
@@ -53,7 +53,7 @@ class Action:
         if self.request in requested:
             return True
         if step == first:
-            return self.at_start and step == 0
+            return self.at_start
         return step % self.every == 0 or step == total
 
 

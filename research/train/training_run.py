@@ -48,6 +48,11 @@ class TrainingRun:
         """Forward passes per optimizer step."""
         return self.config.data.passes_per_step
 
+    @property
+    def measured_on(self) -> str:
+        """The mark of its held-out rows in `metrics.jsonl`."""
+        return self.history.measured_on(self.task.sha256, {})[:12]
+
     def warn(self, text: str) -> None:
         """Logs a warning and keeps it in the run's history."""
         logging.warning("%s", text)

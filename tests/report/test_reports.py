@@ -128,10 +128,24 @@ def test_losses_of_two_data_sets_are_not_compared():
     old, new = evaluation(0, ["a", "b"]), [evaluation(s, ["b", "c"]) for s in (4, 8)]
     header, *rows = tabulate_losses([old, *new])
     assert [row[0] for row in rows] == ["b", "c", "all"]
-    assert rows[-1][2:4] == ["7.000", "11.000"] and header[2] == "loss base"
+    assert rows[-1][2:4] == ["7.000", "11.000"] and header[2] == "loss step 4"
     fewer = evaluation(0, ["b", "c"]) | {"tokens/b": 1, "tokens/c": 2}
     assert tabulate_losses([fewer, *new]) == [header, *rows]
     assert tabulate_losses([]) == []
+
+
+def test_rows_of_as_many_tokens_may_be_other_data(tmp_path):
+    """A line names its data; one of an earlier version does not."""
+    steps = ((0, "one"), (4, "one"), (4, "two"), (8, "two"))
+    lines = [evaluation(step, ["a"], data=data) for step, data in steps]
+    header, row, _ = tabulate_losses(lines)
+    assert header[2] == "loss step 4" and row[2:4] == ["6.000", "10.000"]
+    unnamed = [{k: v for k, v in x.items() if k != "data"} for x in lines]
+    assert tabulate_losses(unnamed)[1][2:4] == ["2.000", "10.000"]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    found = read_results(tmp_path, {}, []).evaluations
+    assert [(x["step"], x["data"]) for x in found] == [(4, "two"), (8, "two")]
 
 
 def test_text_has_bits_per_byte():

@@ -67,6 +67,22 @@ def test_an_override_goes_on_and_is_recorded(place, accepted, history):
     assert any("accepted: data" in event["what"] for event in history["events"])
 
 
+def test_the_report_is_of_the_data_at_hand(place, accepted, history):
+    """Its losses before are those of the new rows at the step where they came in."""
+    run = place.run_dir("accept")
+    came, marks = history["starts"][2]["first"], {}
+    for line in place.lines("accept", "eval"):
+        marks.setdefault(line["data"], []).append((line["step"], line["loss"]))
+    old, new = marks.values()
+    assert old[0][0] == 0 and new[0][0] == came and new[-1][0] == 18
+    report = (run / "report.md").read_text()
+    assert f"loss step {came}" in report
+    assert f"| {new[0][1]:.3f} | {new[-1][1]:.3f} |" in report
+    assert f"accepted after step {came}: data: " in report
+    assert "accepted after step 16: steps: 16" in report
+    assert "learning rate of update 17" in report
+
+
 def test_what_was_refused_is_kept_as_a_start_without_a_step(accepted, history):
     ends = [(start["cause"], start["exit_code"]) for start in history["starts"]]
     assert [code for _, code in ends] == [75, 2, 0, 2, 0]

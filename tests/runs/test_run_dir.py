@@ -242,7 +242,7 @@ def test_the_history_keeps_every_start_and_its_cause(folder):
     second.begin()
     second.resume_from(5)
     second.skip(6)
-    second.accept({"data": "a -> b"})
+    second.accept({"data": "a -> b"}, 7)
     second.end("SIGTERM after step 6", 75)
     second.end("later", 1)
     found = json.loads(folder.history.read_text())
@@ -253,6 +253,27 @@ def test_the_history_keeps_every_start_and_its_cause(folder):
     third = History(folder.history, phases)
     assert third.skipped == [6] and third.accepted == {"data": "a -> b"}
     assert "accepted: data: a -> b" in found["events"][0]["what"]
+    third.accept({"data": "b -> c", "steps": "7 -> 9"}, 7)
+    third.accept({"data.seq_len": "8 -> 16"}, 8)
+    assert History(folder.history, phases).accepted_by_step == {
+        7: ["data: a -> b", "data: b -> c", "steps: 7 -> 9"],
+        8: ["data.seq_len: 8 -> 16"],
+    }
+
+
+def test_losses_are_compared_on_the_same_held_out_rows_only(folder):
+    """Another split, template or length measures other tokens of the same rows."""
+    history = History(folder.history, PhaseTimer(3.0))
+    assert history.measured_on("sha", {"steps": "7 -> 9", "data": "a -> sha"}) == "sha"
+    for alike in ("data.path", "data.batch_size", "optim.learning_rate", "text.cache"):
+        assert history.measured_on("sha", {alike: "1 -> 2"}) == "sha"
+    marks = {
+        history.measured_on("sha", {name: "1 -> 2"})
+        for name in ("data.held_out", "data.seq_len", "data.template", "seed")
+    }
+    assert len(marks) == 4 and "sha" not in marks
+    history.accept({"data.held_out": "1 -> 2"}, 3)
+    assert history.measured_on("sha", {}) in marks
 
 
 def test_a_start_that_ends_before_its_first_step_is_kept(folder):

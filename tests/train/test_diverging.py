@@ -81,7 +81,7 @@ def test_what_was_skipped_before_a_resume_does_not_count(tmp_path):
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path, step, batch):
     log = open_log(tmp_path)
     with pytest.raises(DivergedError, match=f"held-out loss after step {step}") as e:
-        log.evaluation(step, Evaluation(NAN, {}, {}), batch)
+        log.evaluation(step, Evaluation(NAN, {}, {}), batch, "")
     assert (e.value.step, e.value.batch) == (step, batch)
     log.close()
     assert np.isnan(read_metrics(tmp_path)[0]["loss"])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from research.core.errors import UserError
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.tasks.token_loss_and_metrics import CrossEntropy
+from research.train import prepare_runs
 from research.train.step import train_step
 from research.train.step.optimizers import make_optimizer, read_skipped, skip_outliers
 from research.train.step.schedules import make_schedule
@@ -46,6 +48,24 @@ def test_each_schedule_has_its_shape_after_the_warm_up():
     np.testing.assert_allclose(wsd[[85, 100]], [0.55, 0.1], rtol=1e-5)
     warm_ups = [rates_of(name)[:11] for name in ("cosine", "linear", "wsd", "constant")]
     np.testing.assert_allclose(warm_ups, [np.linspace(0, 1, 11)] * 4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "updates"), [("cosine", [61, 100]), ("wsd", [100]), ("constant", [])]
+)
+def test_a_schedule_that_moves_with_more_steps_is_said(schedule, updates, caplog):
+    """Where it does move: a stable rate stays, and so does a constant one."""
+    optim = OptimConfig(learning_rate=1e-3, schedule=schedule, warmup=0.0, decay=0.2)
+    before, now = (Config(steps=n, optim=optim) for n in (100, 200))
+    history = SimpleNamespace(planned_steps=0)
+    folder = SimpleNamespace(config=lambda: before)
+    run = SimpleNamespace(folder=folder, config=now, history=history)
+    moved = prepare_runs._moved_schedule(run, 60)
+    assert list(moved) == [f"learning rate of update {n}" for n in updates]
+    assert ("schedule moved" in caplog.text) == bool(updates)
+    if schedule == "cosine":
+        rates = [f"{make_schedule(optim, n)(61):.3g}" for n in (100, 200)]
+        assert moved["learning rate of update 61"] == " -> ".join(rates)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])

@@ -260,9 +260,9 @@ class Apart:
         patches = {
             "prepare": prepare,
             "claim": lambda runs, opened: [{} for _ in runs],
-            "open_checkpoints": lambda run, identity: contextlib.nullcontext(),
+            "open_checkpoints": lambda *run: contextlib.nullcontext(),
             "restore": lambda run, checkpointer: (next(steps), None),
-            "record_start": lambda run, identity, changed: None,
+            "record_start": lambda *run: None,
             "finish": lambda run: None,
             "fit": fit_apart,
         }

@@ -11,7 +11,9 @@ from research.config.knob_groups import NEWEST_EDITION
 from research.config.run_config import Config
 from research.core.local_paths import split_step
 from research.parallel import agreement
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RUN, RunDir, with_edition
+from research.runs.run_history import History
 
 
 def pin_start(
@@ -64,5 +66,5 @@ def saved_step(folder: RunDir, step: str) -> int:
       UserError: there is no such checkpoint; the message lists those that are there.
     """
     identity = folder.identity()
-    run = identity.get(RUN, "")
-    return choose_step(folder.checkpoints, step, identity["data"], run)
+    data = History(folder.history, PhaseTimer()).measured_on(identity["data"], {})
+    return choose_step(folder.checkpoints, step, data, identity.get(RUN, ""))

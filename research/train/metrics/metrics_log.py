@@ -225,10 +225,16 @@ class StepLog:
     def _attributed(self) -> contextlib.AbstractContextManager[None]:
         return files_of_step(self._number, f"the metrics of step {self._number}")
 
-    def evaluation(self, number: int, found: Evaluation, batch: int | None) -> None:
+    def evaluation(
+        self, number: int, found: Evaluation, batch: int | None, data: str
+    ) -> None:
         """Writes the losses of the held-out rows after update `number`.
 
-        `batch` is the number of the batch of that update, None before the first.
+        Args:
+          number: of the update.
+          found: the losses.
+          batch: the number of the batch of that update, None before the first.
+          data: a mark of the held-out rows, see `TrainingRun.measured_on`.
 
         Raises:
           DivergedError: the loss is not finite.
@@ -237,6 +243,7 @@ class StepLog:
         # The wall time of this process so far, by phase.
         line = {
             "epoch": self._epoch(0 if batch is None else batch + 1),
+            "data": data,
             **found.line(),
             **group_fields("seconds", self._phases.seconds),
         }

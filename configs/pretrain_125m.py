@@ -20,7 +20,6 @@ def get_config():
     config.model.init_from = ""
     config.model.preset = "llama-125m"
     config.model.remat = "none"
-    config.model.loss_chunk = 1024
     config.data.kind = "text"
     config.data.seq_len = 1024
     config.data.batch_size = 256

@@ -59,14 +59,18 @@ class ModelConfig:
     )
     attention: str = free_knob(
         "auto",
-        "attention kernel; cudnn runs on GPUs, splash on TPUs",
+        "attention kernel; cudnn and cudnn_mask run on GPUs, splash on TPUs; cudnn is "
+        "cudnn_mask where the GPU or JAX lacks the places of documents",
         choices=(AUTO, *KERNELS),
     )
     attention_block: int = free_knob(
         128, "tokens in a block of the xla kernel", above=0
     )
     loss_chunk: int = free_knob(
-        128, "positions in one product with the vocabulary head", above=0
+        0,
+        "positions in one product with the vocabulary head; 0: by the device, 128 on a "
+        "CPU",
+        low=0,
     )
 
 

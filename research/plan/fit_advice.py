@@ -26,6 +26,9 @@ from research.plan.planner import USABLE, Plan
 Knobs = Mapping[str, Any]
 # Narrower passes and rows leave the chips little to do at once.
 LEAST_CHUNK, LEAST_ROW = 128, 256
+# A chunk that `head_chunk` chooses is halved from here: a sixteenth of the memory holds
+# it, so less is rarely needed.
+AUTOMATIC_CHUNK = 1024
 # A tensor axis wider than this leaves each device too little of a product.
 WIDEST = 16
 # The most chips that are tried where those of the plan do not hold the config.
@@ -74,9 +77,11 @@ def _passes(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
             yield {"data.microbatch_size": size}
 
 
-def _halves(knob: str, least: int) -> Callable[[Config, PlannedDevices], Any]:
+def _halves(
+    knob: str, least: int, automatic: int = 0
+) -> Callable[[Config, PlannedDevices], Any]:
     def settings(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
-        value = flat(config)[knob] // 2
+        value = (flat(config)[knob] or automatic) // 2
         while value >= least:
             yield {knob: value}
             value //= 2
@@ -108,7 +113,7 @@ CHANGES = (
     Change(_spread),
     Change(_passes),
     Change(_remats),
-    Change(_halves("model.loss_chunk", LEAST_CHUNK)),
+    Change(_halves("model.loss_chunk", LEAST_CHUNK, automatic=AUTOMATIC_CHUNK)),
     Change(lambda config, target: iter([{"runtime.offload_optimizer": True}])),
     Change(_split_further),
     Change(_narrow, "products are rounded to bfloat16"),

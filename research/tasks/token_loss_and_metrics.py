@@ -22,6 +22,7 @@ from research.data.metric_sums import NATS_PER_TOKEN, Ratio, Sums, sum_by_group
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.tasks.head_chunk import head_chunk
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -36,15 +37,17 @@ class CrossEntropy:
 
     Attributes:
       groups: how many groups the loss is reported by.
-      chunk: see `weighted_loss`, as are the next two.
+      chunk: see `weighted_loss`, as are the next two; 0: by `head_chunk`.
       shards: into how many parts the mesh splits the batch, and each row.
       z_loss: weight of the squared log-normaliser.
+      mesh: needed if `chunk` is 0.
     """
 
     groups: int
     chunk: int
     shards: tuple[int, int] = (1, 1)
     z_loss: float = 0.0
+    mesh: Mesh | None = None
     rows_per_unit: int = 1
     loss_unit: str = NATS_PER_TOKEN
 
@@ -52,7 +55,7 @@ class CrossEntropy:
     def of(cls, config: Config, mesh: Mesh, groups: int) -> "CrossEntropy":
         """The cross entropy by the knobs of `config`, for batches split over `mesh`."""
         chunk, z_loss = config.model.loss_chunk, config.optim.z_loss
-        return cls(groups, chunk, meshes.shards(mesh), z_loss)
+        return cls(groups, chunk, meshes.shards(mesh), z_loss, mesh)
 
     def train(self, model: Model, params: Params, batch: Batch) -> tuple[Array, Sums]:
         """The sum to differentiate; and `loss`, the cross entropies by group."""
@@ -65,7 +68,7 @@ class CrossEntropy:
             batch.weights,
             batch.groups,
             n_groups=self.groups,
-            chunk=self.chunk,
+            chunk=self.positions(model.architecture.vocab),
             shards=self.shards,
             z_loss=self.z_loss,
         )
@@ -80,11 +83,15 @@ class CrossEntropy:
             hidden,
             batch.targets,
             batch.weights,
-            chunk=self.chunk,
+            chunk=self.positions(model.architecture.vocab),
             shards=self.shards,
         )
         by_group = sum_by_group(losses * batch.weights, batch.groups, self.groups)
         return {"loss": Ratio(by_group, self._counts(batch))}
+
+    def positions(self, vocab: int) -> int:
+        """The chunk for a model with so many ids."""
+        return self.chunk or head_chunk(vocab, self.mesh)
 
     def _counts(self, batch: Batch) -> Array:
         return sum_by_group(batch.weights, batch.groups, self.groups)

@@ -22,6 +22,7 @@ from research.runs import display_files
 from research.tasks.findings import Finding
 from research.tasks.row_preview import PreviewRow
 from research.tasks.task_protocol import Task
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step.train_step import StepDefinition, TrainState
 from research.weights import parameter_paths
 
@@ -106,6 +107,10 @@ def examine_model(
             + f" on {jax.devices()[0].device_kind}",
         ),
     ]
+    if isinstance(definition.objective, CrossEntropy):
+        chunk = definition.objective.positions(definition.model.architecture.vocab)
+        said = f"{chunk} positions in one product with the vocabulary head"
+        findings.append(Finding("loss chunk", said, numbers={"positions": chunk}))
     if definition.trainable.kind is not None:
         findings[2:2] = _examine_adapters(definition, state, frozen)
     return findings

@@ -16,6 +16,7 @@ from research.parallel import mesh as meshes
 from research.plan.abstract_step import AbstractStep, device_bytes, optimizer_bytes
 from research.plan.step_costs import Collective, MemoryUse
 from research.tasks import task_registry
+from research.tasks.head_chunk import head_chunk
 from research.weights import parameter_paths
 
 FLOAT32 = 4
@@ -51,7 +52,7 @@ def _temporaries(step: AbstractStep) -> float:
     remat = step.config.model.remat
     kept = tokens * a.layers * width * kept_per_token(step, remat)
     head = a.embed * a.vocab / tensor
-    logits = min(step.config.model.loss_chunk, tokens) * a.vocab / tensor
+    logits = min(chunk_size(step), tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = a.matrices_per_layer / tensor
     at_layer = width * (2 * matrices + tokens * kept_per_token(step, "none"))
@@ -76,7 +77,7 @@ def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
     held = device_bytes(step.frozen) + device_bytes(step.state.params)
     held += optimizer_bytes(step)
     head = width * a.embed * a.vocab / tensor
-    logits = min(step.config.model.loss_chunk, device_tokens(step)) * a.vocab / tensor
+    logits = min(chunk_size(step), device_tokens(step)) * a.vocab / tensor
     weights = 2 * width * a.matrices_per_layer / tensor
 
     def layer(tokens: float) -> float:
@@ -103,7 +104,9 @@ def _mask_bytes(step: AbstractStep) -> float:
         rows=step.config.data.rows_per_pass,
     )
     length = step.config.data.seq_len
-    return 3 * device_tokens(step) * length if choice.kernel == "cudnn" else 0.0
+    # A program by the places of documents has room for it, too: see cudnn_attention.
+    has_mask = choice.kernel in ("cudnn", "cudnn_mask")
+    return 3 * device_tokens(step) * length if has_mask else 0.0
 
 
 def kept_per_token(step: AbstractStep, remat: str) -> float:
@@ -141,7 +144,13 @@ def compute_width(step: AbstractStep) -> int:
 
 def head_chunks(step: AbstractStep) -> int:
     """Products with the head in a forward pass, if every token is trained."""
-    return math.ceil(device_tokens(step) / step.config.model.loss_chunk)
+    return math.ceil(device_tokens(step) / chunk_size(step))
+
+
+def chunk_size(step: AbstractStep) -> int:
+    """Positions of a device in one product with the head."""
+    mesh = step.definition.mesh
+    return step.config.model.loss_chunk or head_chunk(step.architecture.vocab, mesh)
 
 
 def estimate_moved(step: AbstractStep) -> float:

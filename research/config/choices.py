@@ -22,7 +22,7 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 # "auto" picks one of the kernels for the devices at hand.
 AUTO = "auto"
-KERNELS = ("xla", "cudnn", "splash")
+KERNELS = ("xla", "cudnn", "cudnn_mask", "splash")
 REMATS = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
 UNDECODABLE = ("stop", "skip", "replace")

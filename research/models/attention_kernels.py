@@ -6,6 +6,7 @@ mesh the caller wraps the call in `jax.shard_map`, with `check_vma=False` for `s
 whose Pallas calls do not declare over which axes their outputs vary.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -14,15 +15,18 @@ import jax.numpy as jnp
 
 from research.config.choices import AUTO, KERNELS
 from research.core.errors import UserError, look_up
+from research.models import cudnn_attention
 from research.models.attention import blocked_attention
+from research.models.cudnn_attention import pad_tokens
 
 Array = jax.Array
 
 # The best kernel by platform; on all others it is `xla`.
 BEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
-# cuDNN's mask takes two bytes for each (query, key) pair of a device's rows. Above this
-# size `auto` prefers the blocked kernel, which keeps nothing that large.
+# cuDNN's mask takes two bytes for each (query, key) pair of a device's rows; `cudnn`
+# has room for it, too, for rows of many documents. Above this size `auto` prefers the
+# blocked kernel, which keeps nothing that large.
 CUDNN_MASK_BYTES = 2**31
 
 # A TPU vector register has 128 lanes, and Splash takes only lengths that fill them.
@@ -63,15 +67,20 @@ def choose(
     """
     best = BEST.get(platform, "xla")
     wanted = best if kernel == AUTO else kernel
+    by_cudnn = functools.partial(_cudnn_lacks, platform, dtype, head_dim, capability)
     found = {
         "xla": lambda: None,
-        "cudnn": lambda: _cudnn_lacks(platform, dtype, head_dim, capability),
+        "cudnn": by_cudnn,
+        "cudnn_mask": by_cudnn,
         "splash": lambda: _splash_lacks(platform, dtype),
     }
     lacks = look_up(found, wanted, "config.model.attention")()
+    note = ""
+    if lacks is None and wanted == "cudnn":
+        wanted, note = _cudnn_form(capability)
     if kernel != AUTO:
         if lacks is None:
-            return KernelChoice(kernel, "set in the config")
+            return KernelChoice(wanted, f"set in the config{note}")
         raise UserError(
             f"attention kernel {kernel!r} cannot work here: {lacks}; "
             "use 'auto' or 'xla'"
@@ -83,7 +92,7 @@ def choose(
     if lacks is not None:
         return KernelChoice("xla", f"no {best}: {lacks}")
     only = "the only one" if best == "xla" else "the best"
-    return KernelChoice(best, f"{only} on {platform}")
+    return KernelChoice(wanted, f"{only} on {platform}{note}")
 
 
 def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
@@ -106,6 +115,14 @@ def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
     if head_dim % 8 or head_dim > widest:
         return f"head_dim must be a multiple of 8 up to {widest}, it is {head_dim}"
     return None
+
+
+def _cudnn_form(capability: str) -> tuple[str, str]:
+    """The kernel that `cudnn` is on a GPU that can run it, and why it is not itself."""
+    without = cudnn_attention.lack_of_places(capability)
+    if without:
+        return "cudnn_mask", f"; documents as a mask: {without}"
+    return "cudnn", ""
 
 
 def _splash_lacks(platform, dtype) -> str | None:
@@ -138,8 +155,8 @@ def packed_attention(
       kernel: one of `KERNELS`; `choose` finds one that works.
       block: tokens per block of `xla`; the others choose their own.
       offset: a Python int, or an int32 scalar if only the running program knows it (a
-        shard of the context axis). `cudnn` then computes every pair of a query and a
-        key; `xla` and `splash` still skip keys of the future.
+        shard of the context axis). `cudnn` is then `cudnn_mask`, which computes every
+        pair of a query and a key; `xla` and `splash` still skip keys of the future.
       interpret: runs `splash` without a TPU, slowly, for tests.
 
     Returns:
@@ -154,55 +171,14 @@ def packed_attention(
     arrays = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS)
     if kernel == "xla":
         return blocked_attention(*arrays, block, offset)
-    if kernel == "cudnn":
-        return _cudnn(*arrays, offset)
+    whole = isinstance(offset, int) and offset == 0
+    if kernel == "cudnn" and whole and cudnn_attention.bounds(q_BTNH.shape[1]):
+        return cudnn_attention.placed(*arrays[:3], q_segments_BT)
+    if kernel in ("cudnn", "cudnn_mask"):
+        return cudnn_attention.masked(*arrays, offset)
     if kernel == "splash":
         return _splash(*arrays, offset, interpret)
     raise ValueError(f"no attention kernel {kernel!r}: it is one of {KERNELS}")
-
-
-def _pad_tokens(multiple: int, *arrays: Array) -> list[Array]:
-    """Pads `[B, T, ...]` to a multiple of tokens with copies of the last one.
-
-    A copy of the last query sees the key of the last query, so that no row of scores is
-    masked entirely. A copied key stands after every real query.
-    """
-    return [
-        jnp.pad(
-            x,
-            [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2),
-            mode="edge",
-        )
-        for x in arrays
-    ]
-
-
-def _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset) -> Array:
-    """NVIDIA's fused attention, with documents as a mask.
-
-    `jax.nn.dot_product_attention` has no segments; its sequence lengths describe one
-    document for each row. The mask becomes an additive `[B, 1, T, S]` in the dtype of
-    the queries. It starts as booleans so that it gets no gradient (JAX 0.10 makes one).
-    """
-    length = q_BTNH.shape[1]
-    # The backward pass of a masked call accepts only even lengths.
-    q, q_segments = _pad_tokens(2, q_BTNH, q_segments_BT)
-    k, v, k_segments = _pad_tokens(2, k_BSKH, v_BSKH, k_segments_BS)
-    mask_BTS = q_segments[:, :, None] == k_segments[:, None, :]
-    # cuDNN can skip the upper triangle, but only one that starts at the first key.
-    triangle = isinstance(offset, int) and offset == 0
-    if not triangle:
-        index_T = offset + jnp.arange(q.shape[1])
-        mask_BTS &= (index_T[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
-    mixed = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask_BTS[:, None],
-        is_causal=triangle,
-        implementation="cudnn",
-    )
-    return mixed[:, :length]
 
 
 def _splash(
@@ -215,8 +191,8 @@ def _splash(
     )
 
     length, width = q_BTNH.shape[1], q_BTNH.shape[-1]
-    q, q_segments = _pad_tokens(LANES, q_BTNH * width**-0.5, q_segments_BT)
-    k, v, k_segments = _pad_tokens(LANES, k_BSKH, v_BSKH, k_segments_BS)
+    q, q_segments = pad_tokens(LANES, q_BTNH * width**-0.5, q_segments_BT)
+    k, v, k_segments = pad_tokens(LANES, k_BSKH, v_BSKH, k_segments_BS)
     queries, keys = q.shape[1], k.shape[1]
     block_q, block_k = (_splash_block(n) for n in (queries, keys))
     by_query, by_key = _schedule(offset, queries, keys, block_q, block_k)

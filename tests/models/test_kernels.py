@@ -18,7 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec
 
 from research.core.errors import UserError
-from research.models import attention_kernels
+from research.models import attention_kernels, cudnn_attention
 from research.models.attention_kernels import KERNELS, choose, packed_attention
 
 ROWS, LENGTH, WIDTH = 2, 300, 8
@@ -39,7 +39,28 @@ def as_if_accelerated(monkeypatch):
         assert implementation == "cudnn"
         return plain(*args, implementation="xla", **kwargs)
 
+    def at_places(
+        q, k, v, bias, mask, q_seqlen, kv_seqlen, q_offsets, kv_offsets, *,
+        scale, mask_type,
+    ):  # fmt: skip
+        assert bias is None and mask is None
+        assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+        assert q_offsets.shape[1] == q_seqlen.shape[1] + 1
+        assert mask_type is fused_attention_stablehlo.MaskType.PADDING_CAUSAL
+        index = jnp.arange(q.shape[1])[None, :, None]
+        begin = q_offsets[:, None, :-1]
+        inside = (index >= begin) & (index < begin + q_seqlen[:, None]) & (begin >= 0)
+        same = (inside[:, :, None] & inside[:, None]).any(-1)
+        mixed = plain(
+            q, k, v, mask=same[:, None], is_causal=True, scale=scale,
+            implementation="xla",
+        )  # fmt: skip
+        # cuDNN writes nothing where there is no document.
+        return jnp.where(inside.any(-1)[..., None, None], mixed, jnp.nan)
+
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", at_places)
+    monkeypatch.setattr(cudnn_attention, "TOKENS_PER_DOCUMENT", (140, 60))
 
 
 def attend(kernel, *arrays, offset=0, block=BLOCK):
@@ -102,6 +123,55 @@ def test_each_kernel_is_the_formula_outputs_and_gradients(kernel):
     # `close` refuses what is not finite, so padding is finite too.
     for actual, expected in zip(found, formula(*arrays), strict=True):
         close(actual, expected)
+
+
+def test_places_of_documents_are_those_of_the_segments():
+    segments = jnp.array([[1, 1, 2, 3, 3, 3, 0, 0], [5] * 8], jnp.int32)
+    lengths, starts = cudnn_attention.document_places(segments, 5)
+    assert lengths.tolist() == [[2, 1, 3, 2, -1], [8, -1, -1, -1, -1]]
+    assert starts.tolist() == [[0, 2, 3, 6, -1, -1], [0, -1, -1, -1, -1, -1]]
+    lengths, starts = cudnn_attention.document_places(segments, 4)
+    assert lengths[0].tolist() == [2, 1, 3, 2]
+    assert starts[0].tolist() == [0, 2, 3, 6, -1]
+    assert {x.dtype for x in (lengths, starts)} == {jnp.dtype("int32")}
+
+
+@pytest.mark.parametrize(("documents", "form"), [(2, 0), (3, 1), (5, 1), (6, 2)])
+def test_rows_take_the_smallest_form_that_has_room_for_their_documents(
+    documents, form, monkeypatch
+):
+    """Bounds of 2 and 5 here, then the mask; the longest row decides for all."""
+    monkeypatch.setattr(jax.lax, "switch", lambda at, *_: at)
+    many = jnp.minimum(jnp.arange(LENGTH) // 40, documents - 1)
+    segments = jnp.stack([jnp.ones(LENGTH, jnp.int32), many])
+    assert cudnn_attention.bounds(LENGTH) == [2, 5]
+    assert cudnn_attention._by_count(lambda form: form, segments) == form
+
+
+def test_places_of_several_runs_are_computed_at_once(monkeypatch):
+    """Under `vmap` a choice by number would compute every form, and JAX has no rule."""
+    shapes = []
+    whole = cudnn_attention._by_count
+
+    def counted(run, segments, *arrays):
+        shapes.append(segments.shape)
+        return whole(run, segments, *arrays)
+
+    monkeypatch.setattr(cudnn_attention, "_by_count", counted)
+    q, k, v, d_output = (jnp.stack([x, x + 1]) for x in draw(4, 2))
+
+    def run(q, k, v, d_output):
+        output, backward = jax.vjp(
+            lambda *x: attend("cudnn", *x, SEGMENTS, SEGMENTS), q, k, v
+        )
+        return output, *backward(d_output)
+
+    found = jax.jit(jax.vmap(run))(q, k, v, d_output)
+    assert set(shapes) >= {(2 * ROWS, LENGTH)}
+    for number in range(2):
+        expected = formula(*(x[number] for x in (q, k, v, d_output)))
+        for actual, other in zip(found, expected, strict=True):
+            close(actual[number], other)
 
 
 @pytest.mark.soak
@@ -264,13 +334,20 @@ def test_splash_becomes_three_kernels_on_a_tpu():
             assert f"splash_mha_{part}" in text
 
 
-def test_cudnn_becomes_its_calls_on_a_gpu(monkeypatch):
+@pytest.fixture
+def as_for_a_gpu(monkeypatch):
+    """JAX's own functions, which look for the devices of this machine."""
     monkeypatch.undo()
     there = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", there)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "check_compute_capability", lambda _: True
+    )
 
+
+def test_the_mask_becomes_cudnns_calls_on_a_gpu(as_for_a_gpu):
     def calls(**options):
-        text = lowered("cuda", "cudnn", **options)
+        text = lowered("cuda", "cudnn_mask", **options)
         names = re.findall(r"custom_call @__cudnn\$(\w+)", text)
         assert names == ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
         return set(re.findall(r"mask_type\W+22: \W+22(\w+)", text)), text
@@ -284,6 +361,21 @@ def test_cudnn_becomes_its_calls_on_a_gpu(monkeypatch):
     # A gradient of the mask would be a fourth result; JAX 0.10 computes it for all.
     if jax.__version_info__ >= (0, 12):
         assert not re.search(r"Backward.*-> \(.*tensor<2x1x256x256xbf16>.*\)", text)
+
+
+def test_places_of_documents_become_cudnns_calls_on_a_gpu(as_for_a_gpu):
+    """Two forms without a mask and the one with it; the gradient alone is computed."""
+    text = lowered("cuda", "cudnn", length=1024)
+    names = re.findall(r"custom_call @__cudnn\$(\w+)", text)
+    assert sorted(names) == sorted(
+        2 * ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+        + ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
+    )
+    assert text.count("stablehlo.case") == 1
+    most = re.findall(r"max_seg_per_batch\W+22: (\d+)", text)
+    assert sorted(most) == ["1", "1", "2", "2", "8", "8"]
+    masks = re.findall(r"mask_type\W+22: \W+22(\w+)", text)
+    assert sorted(masks) == 2 * ["CAUSAL"] + 4 * ["PADDING_CAUSAL"]
 
 
 def chosen(kernel, platform, **changes):
@@ -305,6 +397,10 @@ def chosen(kernel, platform, **changes):
             "gpu", {"head_dim": 256, "capability": "8.9"}, "xla",
             "multiple of 8 up to 128, it is 256",
         ),
+        (
+            "gpu", {"capability": "8.0"}, "cudnn_mask",
+            r"best on gpu; documents as a mask: .* 9\.0, this GPU has 8\.0",
+        ),
         ("gpu", {"capability": "7.5"}, "xla", r"8\.0 \(Ampere\), this GPU has 7\.5"),
         ("gpu", {"capability": "gfx942"}, "xla", "NVIDIA GPU, this one is gfx942"),
         ("gpu", {"length": 32768}, "cudnn", "gpu"),
@@ -324,8 +420,19 @@ def test_auto_takes_the_best_kernel_that_works_and_says_why(
 def test_an_explicit_kernel_is_taken_where_it_works():
     assert chosen("xla", "tpu").kernel == "xla"
     assert chosen("splash", "tpu").kernel == "splash"
+    assert chosen("cudnn_mask", "gpu").kernel == "cudnn_mask"
     # Length is a matter of taste, not of what works.
     assert chosen("cudnn", "gpu", length=65536).kernel == "cudnn"
+
+
+def test_cudnn_takes_the_mask_where_jax_lacks_places_and_says_so(monkeypatch):
+    def older(query, key, value, bias, mask): ...
+
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", older)
+    for kernel in ("auto", "cudnn"):
+        found = chosen(kernel, "gpu")
+        assert found.kernel == "cudnn_mask"
+        assert "JAX 0" in found.reason and "does not take" in found.reason
 
 
 @pytest.mark.parametrize(

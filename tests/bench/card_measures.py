@@ -62,7 +62,6 @@ OPTIM = {
     ),
     "lora": OptimConfig(learning_rate=2e-4),
 }  # fmt: skip
-SHIPPED_CHUNK = 1024
 STEPS = 1000  # The length of a run, for the schedule.
 # bfloat16 keeps 8 bits; a sum over a row of products of rounded values stays within
 # some of them. The tests hold every kernel to the same share of the largest value.
@@ -153,6 +152,7 @@ def kernels(
     seq: int = 2048,
     documents: Sequence[int] = (3, 1),
     times: int = 10,
+    only: Sequence[str] = (),
 ) -> Iterator[Result]:
     """Each attention kernel that works here against the plain formula in float32.
 
@@ -166,6 +166,7 @@ def kernels(
       seq: tokens of a row.
       documents: of a row, for each measurement.
       times: passes forward and backward that are timed.
+      only: names of kernels; all of them where it is empty.
     """
     first = jax.devices()[0]
     capability = str(getattr(first, "compute_capability", "0.0"))
@@ -188,7 +189,7 @@ def kernels(
             pairs = rows * sum(
                 n * (n + 1) / 2 for n in np.unique(segments[0], return_counts=True)[1]
             )
-            for kernel in _kernels_here(number):
+            for kernel in only or _kernels_here(number):
                 found = {"kernel": kernel, **setting}
                 try:
                     if kernel in attention_kernels.KERNELS:
@@ -290,7 +291,7 @@ class Job:
     ) -> "Job":
         """The step of `kind` ("full" or "lora"); `knobs` are those of the model."""
         mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-        config = ModelConfig(preset=preset, **{"loss_chunk": SHIPPED_CHUNK, **knobs})
+        config = ModelConfig(preset=preset, **knobs)
         architecture = find_preset(preset)
         model = make_model(config, architecture, mesh, length=seq, rows=micro)
         split = trainable.make(kind, config, LoRAConfig(rank=rank), model.specs)
@@ -303,7 +304,7 @@ class Job:
                 optimizer=optimizers.make_optimizer(optim, STEPS, split.specs),
                 mesh=mesh,
                 objective=CrossEntropy(
-                    1, config.loss_chunk, meshes.shards(mesh), optim.z_loss
+                    1, config.loss_chunk, meshes.shards(mesh), optim.z_loss, mesh
                 ),
             ),
             chosen.kernel,

@@ -5,7 +5,8 @@
 A child of `accelerator.py`; prints JSON lines. The run pre-trains a small model on this
 repository's own text, evaluates, saves, writes a sample, exports and reports. A copy of
 it that lacks the second half is then resumed, as after a kill, and its losses are
-compared bit for bit. Starts no JAX itself, so the children have the whole device.
+compared bit for bit. Adapters then train on the weights of the first run. Starts no JAX
+itself, so the children have the whole device.
 """
 
 import json
@@ -20,16 +21,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train(folder: Path, preset: str, steps: int) -> float:
+def train(folder: Path, steps: int, knobs: dict[str, Any]) -> float:
     """Trains or resumes a run; returns its seconds.
+
+    `knobs` come last. The size of a product with the head is the default one, and not
+    that of the config.
 
     Raises:
       RuntimeError: it ended with an error; standard error has its own words.
     """
     knobs = {
+        "model.loss_chunk": 0,
         "run_dir": folder,
         "steps": steps,
-        "model.preset": preset,
         "text.sources": (f"code={ROOT / 'research' / 'train'}",),
         "text.tokenizer": "byte",
         "text.held_out_share": 0.2,
@@ -41,6 +45,7 @@ def train(folder: Path, preset: str, steps: int) -> float:
         "checkpoint.keep_last": 2,
         "runtime.progress": "lines",
         "runtime.compilation_cache": folder.parent / "compiled",
+        **knobs,
     }
     command = [sys.executable, "-m", "research.train"]
     command += ["--config=configs/pretrain_tiny.py"]
@@ -77,16 +82,17 @@ def as_killed(run: Path, step: int, target: Path) -> Path:
 
 
 def measure(
-    folder: str, preset: str = "llama-6m", steps: int = 8
+    folder: str, preset: str = "llama-6m", steps: int = 8, seq: int = 1024
 ) -> Iterator[dict[str, Any]]:
     whole = Path(folder) / "whole"
-    seconds = train(whole, preset, steps)
+    shape = {"model.preset": preset, "data.seq_len": seq}
+    seconds = train(whole, steps, shape)
     first = losses(whole)
     report = (whole / "report.md").is_file()
     yield {"run_s": seconds, "losses": [first[n][0] for n in sorted(first)],
            "report": report}  # fmt: skip
     broken = as_killed(whole, steps // 2, Path(folder) / "resumed")
-    seconds = train(broken, preset, steps)
+    seconds = train(broken, steps, shape)
     again = losses(broken)
     half = range(steps // 2 + 1, steps + 1)
     yield {
@@ -95,6 +101,11 @@ def measure(
         "equal_steps": sum(first[n] == again[n] for n in half),
         "of": len(half),
     }
+    adapted = Path(folder) / "adapted"
+    base = {"model.init_from": whole, "model.preset": "", "trainable": "lora"}
+    seconds = train(adapted, steps, {**shape, **base, "text.tokenizer": ""})
+    after = losses(adapted)
+    yield {"lora_s": seconds, "losses": [after[n][0] for n in sorted(after)]}
 
 
 if __name__ == "__main__":

@@ -106,14 +106,20 @@ def examine_model(
             ", ".join(f"{axis}={n}" for axis, n in definition.mesh.shape.items())
             + f" on {jax.devices()[0].device_kind}",
         ),
+        *_examine_chunk(definition),
     ]
-    if isinstance(definition.objective, CrossEntropy):
-        chunk = definition.objective.positions(definition.model.architecture.vocab)
-        said = f"{chunk} positions in one product with the vocabulary head"
-        findings.append(Finding("loss chunk", said, numbers={"positions": chunk}))
     if definition.trainable.kind is not None:
         findings[2:2] = _examine_adapters(definition, state, frozen)
     return findings
+
+
+def _examine_chunk(definition: StepDefinition) -> list[Finding]:
+    """How large a product with the head is; nothing for an objective without one."""
+    if not isinstance(definition.objective, CrossEntropy):
+        return []
+    count = definition.objective.positions(definition.model.architecture.vocab)
+    said = f"{count} positions in one product with the vocabulary head"
+    return [Finding("loss chunk", said, numbers={"positions": count})]
 
 
 def _examine_adapters(

@@ -131,7 +131,8 @@ TRIALS = (
 SMALL = {
     "device": {"size": 64, "copied": 4096, "times": 2},
     "kernels": {"shapes": [[4, 2, 16]], "rows": 2, "seq": 32, "times": 1},
-    "step": {"preset": "tiny", "rows": 4, "micro": 2, "seq": 32, "rank": 2, "steps": 1},
+    "step": {"preset": "tiny", "rows": 4, "micro": 2, "seq": 32, "rank": 2, "steps": 1,
+             "attention": "auto"},
     "decode": {"preset": "tiny", "prompt": 8, "new": 4, "batches": [1, 2]},
     "resume": {"preset": "tiny", "rows": 4, "seq": 32, "steps": 2,
                "cases": ["no flag"]},

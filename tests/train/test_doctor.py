@@ -18,6 +18,7 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.tasks import findings
 from research.tasks.findings import Finding
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train import doctor
 from research.train.step import optimizers, train_step
 from research.weights import trainable
@@ -119,6 +120,16 @@ def test_a_failed_finding_stops_the_run_with_its_remedy():
     found = [Finding("a", "fine"), Finding("b", "odd", False, "fix it")]
     with pytest.raises(UserError, match=r"b: odd\n    fix it"):
         doctor.require_healthy(found)
+
+
+def test_the_size_of_a_product_with_the_head_is_stated(lora_job):
+    objective = CrossEntropy(1, 0, mesh=lora_job[0].mesh)
+    definition = dataclasses.replace(lora_job[0], objective=objective)
+    found = doctor._examine_chunk(definition)
+    assert [f.numbers for f in found] == [{"positions": 128}]
+    assert found[0].text.startswith("128 positions")
+    other = dataclasses.replace(definition, objective=None)
+    assert doctor._examine_chunk(other) == []
 
 
 def test_weights_to_start_from_that_are_not_finite_are_seen(lora_job):

@@ -35,7 +35,6 @@ def train(folder: Path, steps: int, knobs: dict[str, Any]) -> float:
         "run_dir": folder,
         "steps": steps,
         "text.sources": (f"code={ROOT / 'research' / 'train'}",),
-        "text.tokenizer": "byte",
         "text.held_out_share": 0.2,
         "text.cache_dir": folder.parent / "tokens",
         "eval.every": steps // 2,
@@ -85,14 +84,15 @@ def measure(
     folder: str, preset: str = "llama-6m", steps: int = 8, seq: int = 1024
 ) -> Iterator[dict[str, Any]]:
     whole = Path(folder) / "whole"
-    shape = {"model.preset": preset, "data.seq_len": seq}
-    seconds = train(whole, steps, shape)
+    shape = {"data.seq_len": seq}
+    random = {"model.preset": preset, "text.tokenizer": "byte"}
+    seconds = train(whole, steps, {**shape, **random})
     first = losses(whole)
     report = (whole / "report.md").is_file()
     yield {"run_s": seconds, "losses": [first[n][0] for n in sorted(first)],
            "report": report}  # fmt: skip
     broken = as_killed(whole, steps // 2, Path(folder) / "resumed")
-    seconds = train(broken, steps, shape)
+    seconds = train(broken, steps, {**shape, **random})
     again = losses(broken)
     half = range(steps // 2 + 1, steps + 1)
     yield {
@@ -102,8 +102,8 @@ def measure(
         "of": len(half),
     }
     adapted = Path(folder) / "adapted"
-    base = {"model.init_from": whole, "model.preset": "", "trainable": "lora"}
-    seconds = train(adapted, steps, {**shape, **base, "text.tokenizer": ""})
+    base = {"model.init_from": whole, "trainable": "lora"}
+    seconds = train(adapted, steps, {**shape, **base})
     after = losses(adapted)
     yield {"lora_s": seconds, "losses": [after[n][0] for n in sorted(after)]}
 

@@ -111,7 +111,7 @@ TRIALS = (
     card("lora-dots", "step", 60, 120, **{**LORA, "micro": 8}, remat="dots",
          profile=True, smaller={"micro": 4}),
     card("pretrain-chunk1024", "step", 55, 120, **PRETRAIN, loss_chunk=1024),
-    # What the first measurement of an H100 left open: docs/measured.md.
+    # Open questions of the first measurement of an H100: docs/measured.md.
     card("kernels-cudnn", "kernels", 20, 60, shapes=[[32, 8, 64]], documents=[3, 12],
          only=["cudnn", "cudnn_mask"]),
     card("pretrain-slices", "step", 30, 100, **PRETRAIN, profile=True,

@@ -102,7 +102,7 @@ def measure(
         "of": len(half),
     }
     adapted = Path(folder) / "adapted"
-    base = {"model.init_from": whole, "trainable": "lora"}
+    base = {"model.init_from": whole, "model.preset": "", "trainable": "lora"}
     seconds = train(adapted, steps, {**shape, **base})
     after = losses(adapted)
     yield {"lora_s": seconds, "losses": [after[n][0] for n in sorted(after)]}

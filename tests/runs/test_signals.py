@@ -25,8 +25,8 @@ GRACE = 30
 # The file system does not answer when the fifth batch is waited for. After SAYS_PHASES.
 READER_HANGS = """
 import time
-from research.data import order
-make = order.OrderedBatches.__init__
+from research.data import batch_order
+make = batch_order.OrderedBatches.__init__
 def hanging(self, numbers, rows_of, *rest):
     asked = []
     def rows(wanted):
@@ -37,7 +37,7 @@ def hanging(self, numbers, rows_of, *rest):
             time.sleep({seconds})
         return rows_of(wanted)
     make(self, numbers, rows, *rest)
-order.OrderedBatches.__init__ = hanging
+batch_order.OrderedBatches.__init__ = hanging
 """
 
 # When the signal comes. A first step is compiled after the evaluation and the batch;

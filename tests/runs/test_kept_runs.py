@@ -1,8 +1,8 @@
 """Whole run directories, as earlier programs wrote them, open and can be resumed.
 
 They are in `tests/golden/kept/runs`, each with the date of its program, without
-`loss.png`, which nothing reads. A commit that changes what is in a run directory adds
-the layout of before:
+`loss.png` and `report.html`, which nothing reads. A commit that changes what is in a
+run directory adds the layout of before:
 
     git worktree add /tmp/before COMMIT
     KEPT_BY=/tmp/before python -m pytest tests/runs/test_kept_runs.py
@@ -77,7 +77,8 @@ def record(program, folder):
     command = [*train, f"--config.run_dir=runs/{date}"]
     subprocess.run(command, cwd=folder, env=env, check=True)
     kept = shutil.copytree(folder / "runs" / date, KEPT / date, dirs_exist_ok=True)
-    (kept / "loss.png").unlink()
+    for name in ("loss.png", "report.html"):
+        (kept / name).unlink(missing_ok=True)
     config = (kept / "config.json").read_text()
     (kept / "config.json").write_text(config.replace(str(folder), "/elsewhere"))
 

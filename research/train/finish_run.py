@@ -84,7 +84,11 @@ def _finish(run: TrainingRun) -> None:
     figures = attempt("the figures", lambda: run_facts.measure(run), failed) or {}
     figures["goodput"] = str(goodput)
     facts |= figures
-    knobs = attempt("the knobs", lambda: run_facts.changed_knobs(run.config), failed)
+    knobs = attempt(
+        "the knobs",
+        lambda: run_facts.changed_knobs(run.config, run.folder.config()),
+        failed,
+    )
     results = attempt(
         "the results",
         lambda: read_results(folder, facts, goodput.parts, knobs or []),

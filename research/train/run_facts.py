@@ -98,12 +98,17 @@ def measure(run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def changed_knobs(config: Config) -> Table:
-    """The knobs that differ from their defaults; a header, and a row for each."""
-    defaults = flat(Config())
+def changed_knobs(config: Config, written: Config) -> Table:
+    """The knobs that differ from their defaults; a header, and a row for each.
+
+    `written` is the config that the run keeps: it has epochs where the user gave them.
+    """
+    values, defaults = flat(config), flat(Config())
+    if written.epochs:
+        values |= {"epochs": written.epochs, "steps": defaults["steps"]}
     rows = [
         [f"config.{name}", repr(value), repr(defaults[name])]
-        for name, value in flat(config).items()
+        for name, value in values.items()
         if value != defaults[name] and name != "run_dir"
     ]
     return [["knob", "value", "default"], *rows]

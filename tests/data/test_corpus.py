@@ -349,8 +349,9 @@ def test_too_little_text_is_said_with_what_is_there_and_needed(place):
     tokens = load(place, "b").train["b"].tokens
     needed = 4000 * DataConfig().batch_size + 1
     said = rf"{tokens} training tokens.*needs {needed}"
+    data = load(place, "b", data={"seq_len": 4000})
     with pytest.raises(UserError, match=said):
-        load(place, "b", data={"seq_len": 4000})
+        data.require_rows(DataConfig().batch_size)
     (tmp := place / "tiny").mkdir(exist_ok=True)
     write_texts(tmp, make_texts(12, longest=4))
     sizes = {"seq_len": 900, "batch_size": 2}

@@ -248,7 +248,7 @@ def test_a_batch_larger_than_an_epoch_still_comes(split):
 def test_evaluation_sees_each_row_once_and_empty_rows_besides(split, processes):
     local = 8 // processes
     parts = [
-        eval_batches(split, 8, range(i * local, (i + 1) * local))
+        [*eval_batches(split, 8, range(i * local, (i + 1) * local))]
         for i in range(processes)
     ]
     assert {len(part) for part in parts} == {-(-len(split.rows) // 8)}

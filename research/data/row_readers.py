@@ -292,7 +292,7 @@ def _read_csv(path: Path, reading: Reading) -> Iterator[Located]:
             number += reader.line_num - at - back
             if cells and len(cells) != len(names):
                 bad = "not as many fields as the header"
-            where = f"{path.name}:{number}"
+            where = f"{path.name}:{place.number + 1}"  # A row may have several lines.
             if bad:
                 yield place, where, BadRowError("not CSV", where, bad)
             elif cells:

@@ -1,5 +1,7 @@
 """Schemas, values, files and splits that people have, and what the rows become."""
 
+import bz2
+import gzip
 import json
 import re
 
@@ -11,8 +13,9 @@ from research.config import saved_config
 from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.data.instructions.instruction_dataset import _told_apart
 from research.data.instructions.row_columns import to_record
-from research.data.instructions.row_selection import load_rows
+from research.data.instructions.row_selection import find_rows, load_rows
 from research.data.row_readers import BadRowError, Reading, read_located
 from research.tokenize.conversation import Turn
 
@@ -187,6 +190,54 @@ def test_a_key_that_is_there_twice_costs_its_row(tmp_path):
         with pytest.raises(UserError, match="2: an object has two keys"):
             load(tmp_path / name)
         assert load(tmp_path / name, bad_lines="skip").dropped == {"not JSON": 1}
+
+
+ROWS = [{"instruction": "q", "response": x} for x in ("a\n\nb", "", "c", "")]
+CSV = 'instruction,response\n\nq,"a\n\nb"\nq,\nq,c\n"q\n\nr",\n'
+PLACES = {
+    ".jsonl": ("\n" + as_jsonl(*ROWS), [":3", ":5"]),
+    ".json": (json.dumps(ROWS), [": item 2", ": item 4"]),
+    ".csv": (CSV, [":6", ":8"]),
+}
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2"])
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_dropped_row_is_named_by_the_place_where_it_begins(tmp_path, kind, ending):
+    """A line of the text within, also in a compressed file; a row may have several."""
+    text, places = PLACES[kind]
+    path = tmp_path / f"rows{kind}{ending}"
+    opened = {"": open, ".gz": gzip.open, ".bz2": bz2.open}[ending]
+    with opened(path, "wb") as file:
+        file.write(text.encode())
+    dropped = [f"{path.name}{place}: a response is empty" for place in places]
+    assert load(path).examples == dropped
+
+
+def test_a_dropped_row_of_parquet_has_its_number_in_the_file(tmp_path):
+    """Counted from 1 over all row groups."""
+    table = pyarrow.Table.from_pylist(ROWS * 3)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=3)
+    numbers = [re.match(r"rows\.parquet: row (\d+):", x)[1] for x in
+               load(tmp_path / "rows.parquet").examples]  # fmt: skip
+    assert numbers == ["2", "4", "6", "8", "10", "12"]
+
+
+def test_rows_of_two_files_of_one_name_are_told_apart(tmp_path):
+    sources = []
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "rows.jsonl"
+        path.write_text(as_jsonl(*ROWS) + "no JSON\n")
+        sources.append(find_rows(DataConfig(path=str(path))))
+    rows, held = sources[0], _told_apart(sources[1], sources[0])
+    assert next(rows.read())[0] == "rows.jsonl:1"
+    places = [*held.read()]
+    assert places[0][0] == "eval_path rows.jsonl:1"
+    assert str(places[-1][1]).startswith("eval_path rows.jsonl:5: ")
+    (tmp_path / "test" / "rows.jsonl").rename(tmp_path / "test" / "other.jsonl")
+    other = find_rows(DataConfig(path=str(tmp_path / "test" / "other.jsonl")))
+    assert _told_apart(other, rows) is other
 
 
 BAD_CSV = {

@@ -28,6 +28,7 @@ from research.data.instructions.row_store import (
     write_manifest,
 )
 from research.data.instructions.unused_columns import UnusedFacts
+from research.data.row_readers import BadRowError, Row
 from research.data.token_batch import Batch
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
@@ -147,7 +148,7 @@ def load_dataset(
     sources = [find_rows(config)]
     if config.eval_path:
         own = dataclasses.replace(config, path=config.eval_path)
-        sources.append(find_rows(own))
+        sources.append(_told_apart(find_rows(own), sources[0]))
 
     def build(folder: Path, key: str) -> None:
         _build(folder, key, sources, config, seed, chat_format)
@@ -245,6 +246,22 @@ def _all_too_long(side: str, rows: LoadedRows) -> UserError:
         f"every {what} of {rows.source.origin} is longer than config.data.seq_len="
         f"{rows.config.seq_len} tokens; give shorter rows, or raise it for a new run"
     )
+
+
+def _told_apart(held: RowSource, rows: RowSource) -> RowSource:
+    """`held`, with `eval_path ` before its places if `rows` has files of the names."""
+    names = {name for name, _ in rows.named_files()} if rows.files else set()
+    if not held.files or names.isdisjoint(name for name, _ in held.named_files()):
+        return held
+
+    def read() -> Iterator[tuple[str, Row | BadRowError]]:
+        for where, row in held.read():
+            there = f"eval_path {where}"
+            if isinstance(row, BadRowError):
+                row = BadRowError(row.reason, there, row.detail)
+            yield there, row
+
+    return dataclasses.replace(held, read=read)
 
 
 def _without(

@@ -17,7 +17,7 @@ from research.runs.metrics_file import read_metrics
 from research.runs.run_directory import is_complete
 
 STARTS = {"starts": [{"devices": str, "cause": str | None}]}
-UNMEASURED = "its evaluations do not have the metric"
+UNMEASURED = "it did not measure the metric"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
     devices = int(starts[-1]["devices"].split()[0]) if starts else 1
     if curve and is_complete(place):
         state = "done"
-    elif evaluated and not curve:
+    elif (evaluated or is_complete(place)) and not curve:
         state = UNMEASURED
     elif starts:
         made = train[-1]["step"] if train else 0

@@ -108,6 +108,12 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
             own["run_dir"] = str(folder / name)
             where = f"run {name} of the sweep"
             made = with_effect(base, own, where)
+            if not made.evaluates:
+                raise UserError(
+                    f"{where} holds out no rows, and its metric, {sweep.metric!r}, is "
+                    "measured on them: see config.data.held_out (of raw text "
+                    "config.text.held_out_share)"
+                )
             runs.append(SweepRun(name, labels, own, made, shared))
     _require_distinct(runs)
     return runs

@@ -124,8 +124,9 @@ def choose_step(folder: Path, step: str, data: str, run: str) -> int:
     elif step != "latest":
         number = int(step) if step.isdecimal() else None
     if number is None or number not in known:
+        why = ", as no held-out loss was measured at one" if step == "best" else ""
         raise UserError(
-            f"{folder.parent} has no checkpoint {step!r}; it has steps "
+            f"{folder.parent} has no checkpoint {step!r}{why}; it has steps "
             f"{', '.join(map(str, known)) or 'none yet'}"
         )
     return number

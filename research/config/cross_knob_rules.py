@@ -33,6 +33,10 @@ def _lists_hub(path: str) -> bool:
     return len(parts) > 1 and any(map(is_hub, parts))
 
 
+def _is_size(held_out: float) -> bool:
+    return 0 <= held_out < 1 or (held_out >= 1 and held_out == int(held_out))
+
+
 RULES = (
     Rule(
         ("model.init_from", "model.preset"),
@@ -65,6 +69,12 @@ RULES = (
         "streamed text has not been counted, so its epochs have no length; set "
         "--config.epochs=0 --config.steps=NUMBER, or --config.text.cache=True",
         lambda c: not c.epochs or c.data.kind != "text" or c.text.cache,
+    ),
+    Rule(
+        ("data.held_out",),
+        "rows are held out by number, such as 48, or by share, such as 0.1; 0 holds "
+        "out none, and -1 chooses",
+        lambda c: c.data.held_out == -1 or _is_size(c.data.held_out),
     ),
     Rule(
         ("runtime.profile_from", "steps"),

@@ -21,6 +21,9 @@ from research.config.choices import (
 from research.config.knobs import free_knob, knob
 
 NEWEST_EDITION = 3  # of the rules by which rows are read and split
+# A value of `DataConfig.held_out`, the most rows that it then is, and the edition since
+# which it may be fewer.
+BY_SIZE, MOST_HELD_OUT, BY_SIZE_SINCE = -1.0, 48, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +147,8 @@ class DataConfig:
     edition: int = knob(
         0,
         "rules of reading and splitting rows; 1: the seed splits; 2: equal rows stand "
-        "on one side, which no seed moves; 3: unused material stops the run; 0: the "
-        "newest, of an old run its own",
+        "on one side, which no seed moves; 3: unused material stops the run, "
+        "and few rows hold out a tenth; 0: the newest, of an old run its own",
         low=0,
         high=NEWEST_EDITION,
     )
@@ -176,8 +179,12 @@ class DataConfig:
         "lines that cannot be read: stop, or skip and count them",
         choices=("stop", "skip"),
     )
-    held_out: int = knob(
-        48, "rows kept for evaluation, stratified by category", above=0
+    held_out: float = knob(
+        BY_SIZE,
+        "rows kept for evaluation, stratified by category: a number, a share below 1, "
+        f"or 0 to evaluate nothing; -1: {MOST_HELD_OUT}, of fewer than "
+        f"{10 * MOST_HELD_OUT} rows a tenth",
+        low=BY_SIZE,
     )
     max_rows: int = knob(
         0, "use so many rows, from each category its share; 0: all", low=0
@@ -223,7 +230,10 @@ class TextConfig:
     )
     isolate: bool = knob(True, "attention stays within a document")
     held_out_share: float = knob(
-        0.01, "share of the documents kept for evaluation", above=0, high=0.5
+        0.01,
+        "share of the documents kept for evaluation; 0: nothing is evaluated",
+        low=0,
+        high=0.5,
     )
     held_out_bytes: int = knob(
         200_000, "bytes of each source's kept documents that are evaluated", above=0
@@ -310,7 +320,12 @@ class MeshConfig:
 class EvalConfig:
     """Evaluation and samples."""
 
-    every: int = knob(10, "steps between evaluations of the held-out rows", above=0)
+    every: int = knob(
+        10,
+        "steps between evaluations of the held-out rows; 0: only before the first step "
+        "and after the last",
+        low=0,
+    )
     prompts: int = free_knob(3, "held-out prompts answered at the end", low=0)
     max_new_tokens: int = free_knob(96, "tokens in an answer or sample", above=0)
     text_prompts: tuple[str, ...] = free_knob(

@@ -88,6 +88,16 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether it asks for held-out rows; an added task decides by itself."""
+        data = self.data
+        asked = {
+            "instructions": data.held_out != 0 or data.eval_path != "",
+            "text": self.text.held_out_share > 0,
+        }
+        return asked.get(data.kind, True)
+
     def __post_init__(self) -> None:
         if self.steps == BY_EPOCHS and not self.epochs:
             object.__setattr__(self, "steps", DEFAULT_STEPS)

@@ -73,11 +73,14 @@ def _draw_all(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
     held = [line["loss"] for line in results.evaluations]
     axes.set(ylabel=f"loss, {loss_unit(results.evaluations) or NATS_PER_TOKEN}")
     axes.set_title("all")
-    return [
+    lines = [
         ("train, each step", *axes.plot(steps, losses, color="0.8", linewidth=1)),
         ("train, smoothed", *axes.plot(steps, smoothed(losses), color="C0")),
-        ("held out", *axes.plot(held_steps, held, "o-", color="C3", markersize=4)),
     ]
+    if held:
+        (line,) = axes.plot(held_steps, held, "o-", color="C3", markersize=4)
+        lines.append(("held out", line))
+    return lines
 
 
 def _draw_groups(axes: Any, results: RunResults) -> list[tuple[str, Any]]:

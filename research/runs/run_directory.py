@@ -15,6 +15,7 @@ import filelock
 from research.checkpoints.run_identity import Identity, accepting, check_identity
 from research.config.field_names import explain
 from research.config.hub_pins import Pins, is_pin, pinned
+from research.config.knob_groups import BY_SIZE, BY_SIZE_SINCE, MOST_HELD_OUT
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import differences, from_json, to_json
@@ -55,6 +56,8 @@ def is_complete(folder: Path) -> bool:
 def with_edition(config: Config, edition: int) -> Config:
     """`config`, where the rows have the rules of `edition` if it names no other."""
     data = dataclasses.replace(config.data, edition=config.data.edition or edition)
+    if data.edition < BY_SIZE_SINCE and data.held_out == BY_SIZE:
+        data = dataclasses.replace(data, held_out=float(MOST_HELD_OUT))
     return dataclasses.replace(config, data=data)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from research.data.token_batch import Batch
 from research.tokenize.lost_text import LostText
 
+NOT_EVALUATED = "no held-out losses and no best checkpoint"
 # Bits per byte say little of a text of which more is lost; a run of one stops.
 TOLERATED_LOSS, WORST_LOSS = 0.001, 0.5
 # The finding whose text is the one system text that all rows have.

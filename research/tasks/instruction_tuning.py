@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from research.config.knob_groups import BY_SIZE
 from research.config.run_config import Config
 from research.data.batch_order import Batches
 from research.data.instructions.instruction_dataset import (
@@ -18,6 +19,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
+    NOT_EVALUATED,
     SYSTEM,
     Finding,
     MaskCount,
@@ -103,8 +105,7 @@ class InstructionTask:
                 "split",
                 f"{len(train.documents)} documents train in {len(train.rows)} rows of "
                 f"{train.seq_len} ({train.fill:.1%} full), "
-                f"{len(data.held_out.documents)} held out; {counts.copies} rows are "
-                "copies of others",
+                f"{self._held()}; {counts.copies} rows are copies of others",
                 numbers={
                     "copies": counts.copies,
                     "train_documents": len(train.documents),
@@ -132,6 +133,12 @@ class InstructionTask:
         fronts = [record.turns[0] for record in self._data.sample]
         texts = {turn.text if turn.role == "system" else own for turn in fronts}
         return [Finding(SYSTEM, text) for text in texts if text and len(texts) == 1]
+
+    def _held(self) -> str:
+        data, count = self._config.data, len(self._data.held_out.documents)
+        chosen = data.held_out == BY_SIZE and not data.eval_path
+        by_size = " (by the number of rows: config.data.held_out)" if chosen else ""
+        return f"{count} held out{by_size}" + ("" if count else f": {NOT_EVALUATED}")
 
     def _schemas(self) -> str:
         rows = self._data.counts

@@ -23,6 +23,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
+    NOT_EVALUATED,
     TOLERATED_LOSS,
     Finding,
     examine_lost_text,
@@ -128,7 +129,7 @@ class TextTask:
             for name, total in data.train.items()
         ]
         held = ", ".join(
-            f"{name} {n:,} bytes" for name, n in data.held_out_bytes.items()
+            f"{name} {n:,} bytes" for name, n in data.held_out_bytes.items() if n
         )
         findings += [
             Finding(
@@ -136,7 +137,11 @@ class TextTask:
                 ", ".join(self.left_out) or "none",
                 numbers=data.left_out,
             ),
-            Finding("held out", held, numbers=data.held_out_bytes),
+            Finding(
+                "held out",
+                held or f"nothing: {NOT_EVALUATED}",
+                numbers=data.held_out_bytes,
+            ),
             *self._examine_rows(self._first_batch),
             count_epochs(self._config, data.source_rows, data.shares),
         ]

@@ -7,6 +7,7 @@ matter: `SingleRunProgram` or `PackProgram`.
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -177,13 +178,8 @@ class _TrainingPass:
         """The actions between steps, in this order."""
         config, action = self._config, training_loop.Action
         samples_every = config.eval.samples_every or config.steps
-        return [
-            action(
-                "evaluate",
-                config.eval.every,
-                self._evaluation(),
-                at_start=not self._first or self._has_new_data,
-            ),
+        eval_every = config.eval.every or config.steps
+        actions = [
             action(
                 "save",
                 config.checkpoint.every,
@@ -191,10 +187,16 @@ class _TrainingPass:
                 request=CHECKPOINT,
                 settle=self._wait_for_saves,
             ),
-            action("save", config.eval.every, self._save_best),
             # After the saves: a sample that fails must not cost a step.
             action("sample", samples_every, self._sample, request=SAMPLE),
         ]
+        if batches := held_out_batches(self._runs, self._program.to_devices):
+            evaluation = self._evaluation(batches)
+            best = action("save", eval_every, self._save_best)
+            actions[1:1] = [best]
+            at_start = not self._first or self._has_new_data
+            actions[:0] = [action("evaluate", eval_every, evaluation, at_start)]
+        return actions
 
     def _log(self, number: int, batch: int, metrics: train_step.Metrics) -> None:
         """Writes the metrics of update `number`, made from batch `batch`."""
@@ -222,8 +224,9 @@ class _TrainingPass:
                     raise
                 logging.error("%s: %s", self._runs[index].config.run_dir, error)
 
-    def _evaluation(self) -> Callable[[int, train_step.TrainState], None]:
-        batches = held_out_batches(self._runs, self._program.to_devices)
+    def _evaluation(
+        self, batches: Sequence[Any]
+    ) -> Callable[[int, train_step.TrainState], None]:
         eval_step = self._program.make_eval_step()
 
         def evaluation(number: int, state: train_step.TrainState) -> None:

@@ -48,6 +48,7 @@ OTHER = {
     "data.overlength": "drop",
     "data.bad_lines": "skip",
     "data.microbatch_size": 3,
+    "data.held_out": 0.25,
     "data.batch_size": 9,
     "runtime.progress": "lines",
 }

@@ -408,3 +408,13 @@ def test_a_source_shorter_than_a_row_is_named_as_not_trained(place):
     found = epochs_of(load(place, ["a", "short"], held_out_share=0.3), steps=10)
     assert "short is not trained: it is shorter than a row of 32 tokens" in found.text
     assert "a is not" not in found.text and "epochs short" not in found.numbers
+
+
+def test_a_share_of_0_trains_all_documents_and_evaluates_none(place, caplog):
+    data = load(place, held_out_share=0.0)
+    assert data.train["a"].documents == 150 and data.train["b"].documents == 60
+    assert list(data.held_out_batches(4)) == [] and not caplog.records
+    assert set(data.held_out_bytes.values()) == {0}
+    streamed = load(place, held_out_share=0.0, cache=False)
+    assert list(streamed.held_out_batches(4)) == []
+    assert next(iter(streamed.train_iterator(4, 0))).tokens.shape == (4, 32)

@@ -18,6 +18,7 @@ from research.data.instructions.row_selection import (
     RowMark,
     RowSource,
     draw,
+    held_out_count,
     load_rows,
 )
 from research.data.row_readers import READERS, Place, RowReader, read_rows
@@ -377,3 +378,49 @@ def test_a_new_format_is_one_line_for_rows_and_for_text(tmp_path, monkeypatch):
     packed = path.rename(tmp_path / "rows.xlsx.gz")
     with pytest.raises(UserError, match=r"kind.*xlsx; \.jsonl, \.json, \.csv may"):
         load_rows(DataConfig(path=str(packed)), 0)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "rows", "edition", "count"),
+    [
+        (-1.0, 9, 0, 0),
+        (-1.0, 10, 0, 1),
+        (-1.0, 100, 0, 10),
+        (-1.0, 600, 0, 48),
+        (-1.0, 100, 2, 48),  # As in all runs of that time.
+        (-1.0, 100, 1, 48),
+        (0.0, 100, 0, 0),
+        (0.25, 30, 0, 8),
+        (0.001, 30, 0, 1),
+        (7.0, 30, 2, 7),
+    ],
+)
+def test_rows_are_held_out_by_number_by_share_or_by_size(
+    held_out, rows, edition, count
+):
+    marks = [RowMark(i, bytes([i % 256, i // 256]), "", "") for i in range(rows)]
+    config = DataConfig(held_out=held_out, edition=edition)
+    assert held_out_count(config, marks) == count
+    held, rest = draw(marks, count, config, 0)
+    assert (len(held), len(rest)) == (count, rows - count)
+
+
+def test_equal_rows_are_one_row_where_the_size_decides():
+    marks = [RowMark(i, b"same", "", "") for i in range(50)]
+    assert held_out_count(DataConfig(), marks) == 0
+    for held_out in (0.99, 12.0, 13.0):
+        few = [RowMark(i, bytes([i]), "", "") for i in range(12)]
+        count = held_out_count(DataConfig(held_out=held_out), few)
+        with pytest.raises(UserError, match=f"{count} rows .* out of 12, of which 12"):
+            draw(few, count, DataConfig(), 0)
+
+
+def test_only_a_number_or_a_share_of_rows_can_be_held_out():
+    for wrong in (-0.5, -2.0, 1.5):
+        with pytest.raises(UserError, match=r"data\.held_out"):
+            Config(data=DataConfig(held_out=wrong))
+    assert not Config(data=DataConfig(held_out=0.0)).evaluates
+    own = DataConfig(held_out=0.0, path="a.jsonl", eval_path="b.jsonl")
+    assert Config(data=own).evaluates and Config().evaluates
+    silent = TextConfig(held_out_share=0.0)
+    assert not Config(data=DataConfig(kind="text"), text=silent).evaluates

@@ -247,3 +247,17 @@ def test_rows_of_each_schema_are_shown_where_there_are_several(tmp_path, tokeniz
     write_rows(tmp_path / "plain.jsonl", rows_of(9))
     task = InstructionTask(dataclasses.replace(config, data=plain), tokenizer, 512)
     assert not any(row.schema for row in task.preview(2))
+
+
+def test_without_held_out_rows_all_are_trained(tmp_path, chat):
+    """By its own size, nine rows hold out none; ten hold out one."""
+    text = TextConfig(cache_dir=str(tmp_path / "cache"))
+    for count, held_out, held in ((12, 0.0, 0), (9, -1.0, 0), (10, -1.0, 1)):
+        config = write_rows(tmp_path / "rows.jsonl", rows_of(count))
+        config = dataclasses.replace(config, held_out=held_out)
+        for _ in ("built", "cached"):
+            data = load_dataset(config, 0, chat, text)
+            assert len(data.train.documents) == count - held
+            assert len(data.held_out_records) == len(data.held_out.documents) == held
+            batches = list(instruction_dataset.eval_batches(data.held_out, 4))
+            assert len(batches) == held

@@ -296,6 +296,10 @@ BAD = {
     ),
     "unknown metric": (lambda: make(metric="los"), "'loss'"),
     "change of no knob": (lambda: make(changes={"stpes": 3}), "'steps'"),
+    "no held-out rows": (
+        lambda: make(grid("data.held_out", 4, 0)),
+        "run held-out-0_seed-0 of the sweep holds out no rows, and its metric, 'loss'",
+    ),
 }
 
 

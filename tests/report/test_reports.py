@@ -77,6 +77,8 @@ def test_a_hostile_name_is_shown_as_it_is(group):
 def test_hostile_names_are_drawn():
     """In one plot, which any of them would stop."""
     assert len(loss_plot.draw_loss(results([*HOSTILE, "plain"]))) > 10_000
+    # No rows were held out.
+    assert len(loss_plot.draw_loss(results([], evaluations=[]))) > 10_000
 
 
 def test_every_special_sign_of_markdown_is_escaped():

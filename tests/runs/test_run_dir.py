@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from commands import ROOT
 
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
+from research.config.saved_config import differences, to_json
 from research.core.errors import PREEMPTED, DamagedError, UserError
 from research.runs import run_history
 from research.runs.control.os_signals import INTERRUPTED, Preempted
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
-from research.runs.run_directory import FILES, RunDir
+from research.runs.run_directory import FILES, RunDir, with_edition
 from research.runs.run_history import UNKNOWN, Goodput, History, goodput
 
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
@@ -464,3 +466,15 @@ def test_a_tilde_in_the_run_directory_is_the_home_folder(tmp_path, monkeypatch):
     assert str(RunDir("~/runs/x")) == f"{tmp_path}/runs/x"
     with pytest.raises(UserError, match=r"config\.run_dir is ~nobody-here"):
         RunDir("~nobody-here/x")
+
+
+def test_a_run_keeps_the_rows_that_its_edition_held_out():
+    """Then 48 was the default; today it follows from the size of the data."""
+    kept = Config(data=DataConfig(edition=2, held_out=48.0))
+    assert with_edition(Config(), 2) == kept
+    assert with_edition(Config(), 3).data.held_out == -1
+    old = to_json(kept).replace("48.0", "48")  # It was an integer.
+    for asked, found in ((-1.0, {}), (47.0, {"data.held_out": "48.0 -> 47.0"})):
+        config = Config(data=DataConfig(held_out=asked))
+        alike = differences(old, config, Path("run"), lambda c: with_edition(c, 2))
+        assert alike == found

@@ -109,6 +109,7 @@ def own_chats(place, results):
         "--config.model.dtype=bfloat16",
         "--config.steps=-1",
         "--config.epochs=0.75",
+        "--config.eval.every=0",
     )
     path = "--config.data.path=own.jsonl.gz"
     # Two steps alone: compiling takes longer than they do.
@@ -251,14 +252,16 @@ def test_the_preview_has_the_marks_of_the_batch_that_is_trained(place, unbroken)
 
 def test_a_plain_line_for_every_step(place, unbroken):
     form = re.compile(
-        rf"step +(\d+)/{STEPS}  ETA \d+:\d\d  loss (\S+)  eval (\S+)  lr (\S+)  "
-        r"norm (\S+)  [\d,]+ tok/s  [\d,]+ trained/s  \d+\.\d GB$",  # A CPU has no MFU.
+        rf"step +(\d+)/{STEPS}  ETA \d+:\d\d  epoch (\S+)  loss (\S+)  "
+        r"eval (\S+)  lr (\S+)  norm (\S+)  [\d,]+ tok/s  [\d,]+ trained/s  "
+        r"\d+\.\d GB$",  # A CPU has no MFU.
         re.M,
     )
     train = place.lines("unbroken", "train")
-    assert [found.group(1, 2, 4, 5) for found in form.finditer(unbroken.err)] == [
+    assert [found.group(1, 2, 3, 5, 6) for found in form.finditer(unbroken.err)] == [
         (
             str(line["step"]),
+            f"{line['epoch']:.2f}",
             f"{line['loss']:.3f}",
             f"{line['learning_rate']:.1e}",
             f"{line['grad_norm']:.2f}",
@@ -549,7 +552,8 @@ def test_own_chats_train_on_every_answer(place, own_chats):
     epochs = [line["epoch"] for line in place.lines("chats", "train")]
     assert epochs == [8 / int(said[1]), 16 / int(said[1])]
     assert [line["epoch"] for line in place.lines("chats", "eval")] == [0, epochs[1]]
-    assert "epoch 0." in own_chats[0].err and "epochs: 0." in own_chats[0].err
+    assert "  epoch 0." in own_chats[0].err
+    assert "\n- epochs: 0." in (place.run_dir("chats") / "report.md").read_text()
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):

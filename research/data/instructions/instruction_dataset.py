@@ -20,6 +20,7 @@ from research.data.instructions.row_selection import (
     RowSource,
     draw,
     find_rows,
+    held_out_count,
     load_rows,
 )
 from research.data.instructions.row_store import (
@@ -202,14 +203,15 @@ def _build(
         digests = f"{rows.sha256} {held_rows.sha256}".encode()
         sha256 = hashlib.sha256(digests).hexdigest()
     else:
-        held, rest = draw(rows.marks, config.held_out, config, seed)
+        count = held_out_count(config, rows.marks)
+        held, rest = draw(rows.marks, count, config, seed)
     group_of = _group_categories([mark.category for mark in held + rest])
     step = -(-len(rows.marks) // SAMPLED)
     sampled = {mark.where for mark in rows.marks[::step]}
     work = UnitBuild(folder, config, chat_format, group_of, sampled)
     units, held_out, truncated = [], [], 0
     readers = {"train": rows.records(rest), "held_out": held_rows.records(held)}
-    if not config.held_out and not config.eval_path:
+    if not held:
         del readers["held_out"]
     for side, records in readers.items():
         for unit in work.run(side, records):

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.config.hub_pins import DEFAULT_ROWS, EMBEDDED
-from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
+from research.config.knob_groups import (
+    BY_SIZE,
+    BY_SIZE_SINCE,
+    MOST_HELD_OUT,
+    NEWEST_EDITION,
+    ColumnsConfig,
+    DataConfig,
+)
 from research.core.errors import UserError, look_up, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
@@ -273,6 +280,21 @@ def _hub_rows(address: HubAddress, config: DataConfig) -> RowSource:
             yield f"{address.name}:{number}", row
 
     return RowSource(config.path, read, revision=f"{address} {revision}")
+
+
+def held_out_count(config: DataConfig, marks: Sequence[RowMark]) -> int:
+    """How many of the rows `config` keeps for evaluation.
+
+    By its size, a data set holds out a tenth of its different rows, and so none of
+    fewer than ten, but never more than `MOST_HELD_OUT`.
+    """
+    if config.held_out == BY_SIZE:
+        if 0 < config.edition < BY_SIZE_SINCE:
+            return MOST_HELD_OUT
+        return min(MOST_HELD_OUT, len({mark.key for mark in marks}) // 10)
+    if 0 < config.held_out < 1:
+        return max(1, round(config.held_out * len(marks)))
+    return int(config.held_out)
 
 
 def draw(

@@ -126,8 +126,10 @@ def check_held_out(config_share: float, evaluated: dict[str, TextTotals]) -> Non
     """Warns of each source that has no held-out document.
 
     Raises:
-      UserError: no source has one.
+      UserError: no source has one, though a share of the documents was asked for.
     """
+    if not config_share:
+        return
     without = [name for name, totals in evaluated.items() if not totals.documents]
     if len(without) == len(evaluated):
         raise UserError(

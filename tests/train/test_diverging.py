@@ -13,7 +13,7 @@ from research.core.errors import DivergedError
 from research.data.metric_sums import Ratio
 from research.runs.metrics_file import append_line, read_metrics
 from research.runs.phase_timer import PhaseTimer
-from research.train.metrics import throughput
+from research.train.metrics import metrics_log, throughput
 from research.train.metrics.evaluation import Evaluation
 from research.train.metrics.metrics_log import StepLog
 
@@ -85,6 +85,14 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path, step, batch):
     assert (e.value.step, e.value.batch) == (step, batch)
     log.close()
     assert np.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+def test_another_process_than_the_first_logs_and_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log.jax, "process_index", lambda: 1)
+    log = open_log(tmp_path)
+    log(1, 0, metrics())
+    log.close()
+    assert not list(tmp_path.iterdir())
 
 
 def refuse(name):

@@ -107,7 +107,7 @@ class StepLog:
                 if leader
                 else None
             )
-        mode = config.runtime.progress if leader else "none"
+        mode = config.runtime.progress if leader else "lines"
         self._view = ProgressView(console, mode, first, config.steps)
 
     def __call__(self, number: int, batch: int, sums: Metrics) -> None:

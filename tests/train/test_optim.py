@@ -12,6 +12,7 @@ import optax
 import pytest
 from helpers import TINY, mesh_sizes, random_params
 
+from research.config.choices import OPTIMIZERS
 from research.config.run_config import Config, OptimConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
@@ -129,7 +130,6 @@ def test_clipping_is_by_the_norm_of_all_gradients_together():
         np.testing.assert_allclose(clipped[name], free[name] / 50, rtol=1e-3)
 
 
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 RATE = 0.1
 
 

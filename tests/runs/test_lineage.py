@@ -1,6 +1,7 @@
 """The sources of models: exports name their step, and runs build on runs."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_run import make_small_place, small_config
 
 from research.checkpoints.checksums import seal
 from research.config.run_config import MeshConfig
@@ -32,6 +34,7 @@ from research.runs.lineage.exported_run import ModelOrigin, refuse_other_step
 from research.runs.lineage.start_pins import pin_start, saved_step
 from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
+from research.train import start_to_report
 
 
 @pytest.fixture
@@ -308,6 +311,7 @@ def test_without_the_base_run_full_training_still_opens(built, caplog):
     assert "in the run's own checkpoints" in caplog.text
     assert base.architecture == before.architecture
     assert base.fingerprint == before.fingerprint
+    assert base.origin == before.origin != {}, "it is written again with accepted knobs"
     assert base.tokenizer.fingerprint == before.tokenizer.fingerprint
     assert base.tokenizer.end_ids == before.tokenizer.end_ids
     with pytest.raises(UserError, match="no run directory"):
@@ -343,3 +347,27 @@ def test_a_step_that_is_not_there_is_named(built, start, said):
 def test_the_plan_needs_no_export(built, lora):
     config, _ = built("b", "a@15")
     assert start_architecture(config) == open_stored(lora.path).base.architecture
+
+
+@pytest.mark.soak
+def test_full_training_resumes_after_its_base_run_is_gone(tmp_path):
+    """Its own checkpoint has all parameters; the report has no base answers."""
+    make_small_place(tmp_path)
+    first = small_config(tmp_path, "first", 2)
+    assert start_to_report.train([first]) == 0
+    second = dataclasses.replace(
+        small_config(tmp_path, "second", 2), trainable="full",
+        model=at(first.model, first.run_dir),
+    )  # fmt: skip
+    assert start_to_report.train([second]) == 0
+    identity = RunDir(second.run_dir).identity()
+    shutil.rmtree(first.run_dir)
+    gc.collect()  # The lock of the start before.
+    longer = dataclasses.replace(
+        second, steps=4, accept=("steps",), replace_export=True
+    )
+    assert start_to_report.train([longer]) == 0
+    assert RunDir(second.run_dir).identity() == identity
+    assert RunDir(second.run_dir).is_complete
+    origin = Path(second.run_dir) / "model" / "exported_from.json"
+    assert json.loads(origin.read_text())["step"] == 4

@@ -175,9 +175,9 @@ def _kept_base(name: str, folder: RunDir, problem: str) -> Base:
     tokenizer = tokenizers.from_folder(folder.tokenizer).within(architecture.vocab)
     # It is the same one in another form: a GGUF file holds it in a form of its own.
     tokenizer.fingerprint = identity["tokenizer"]
-    return Base(
-        name, architecture, tokenizer, NoTensors(identity["base model"], problem)
-    )
+    origin = {x: identity[x] for x in (BASE_RUN, BASE_STEP, BASE_SUM) if x in identity}
+    tensors = NoTensors(identity["base model"], problem)
+    return Base(name, architecture, tokenizer, tensors, origin=origin)
 
 
 def _base_of_run(start: str, step: str) -> Base:

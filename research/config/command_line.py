@@ -34,7 +34,7 @@ from research.config.knobs import (
     flat,
     map_paths,
 )
-from research.config.run_config import Config, from_config_dict
+from research.config.run_config import BY_EPOCHS, Config, from_config_dict
 from research.config.saved_config import from_json
 from research.core import standard_streams
 from research.core.errors import PREEMPTED, SaveError, UserError, nearest
@@ -106,8 +106,13 @@ def parse_with_config(
     values = _read(flag_values, others, options)
     names = {argument.partition("=")[0].lstrip("-") for argument in others[1:]}
     given = {n.removeprefix("no").removeprefix("config.") for n in names}
+    config = flag_values["config"].value
+    if "epochs" in given and "steps" not in given and config.epochs:
+        config.steps = BY_EPOCHS  # A flag is a later word than the file.
+    elif "steps" in given and "epochs" not in given and config.steps != BY_EPOCHS:
+        config.epochs = 0.0
     try:
-        made = from_config_dict(flag_values["config"].value)
+        made = from_config_dict(config)
         check_effects(made, Config(), [*resumed, *_saved(made.run_dir)], given)
     except UserError as error:
         raise locate(error, file, others) from error

@@ -110,6 +110,23 @@ def test_a_wrong_flag_is_one_user_error(argument, said):
         parse(["door", argument], "", ExampleFlags)
 
 
+def test_a_flag_of_a_length_replaces_the_length_of_the_file(config_file):
+    steps, epochs = (
+        GOOD.replace("return config", f"config.{knob} = 2\n    return config")
+        for knob in ("steps", "epochs")
+    )
+
+    def length(text, *arguments):
+        command = ["door", f"--config={config_file(text)}", *arguments]
+        config, _ = parse_with_config(command, "", ExampleFlags)
+        return config.steps, config.epochs
+
+    assert length(steps, "--config.epochs=3") == (-1, 3.0)
+    assert length(epochs, "--config.steps=9") == (9, 0.0)
+    with pytest.raises(UserError, match="only one of them says how long"):
+        length(steps, "--config.epochs=3", "--config.steps=9")
+
+
 def test_a_config_and_its_overrides(config_file):
     exports = "config.export = True\n    return config"
     file = config_file(GOOD.replace("return config", exports))

@@ -246,7 +246,10 @@ TEXT_REFUSALS = {
     "weight that is no number": Refusal((mixture("code=much"),), ("much",)),
     "source that is not there": Refusal((sources("x=absent"), mixture()), ("absent",)),
     "corpus smaller than a batch": Refusal(
-        (sources("x=small.txt"), mixture(), "--config.text.tokenizer=byte"),
+        (
+            *(sources("x=small.txt"), mixture(), "--config.text.tokenizer=byte"),
+            "--config.text.held_out_share=0",
+        ),
         ("training tokens", "513"),
         files=(("small.txt", "some words that are not held out"),),
     ),
@@ -329,6 +332,7 @@ def test_bad_text_is_refused_with_one_message(name, refused_text):
     assert not made
     # Whole files may stay: a tokenizer, other sources' text, hashes.
     whole = {"tokenizer.json", "tokenizer_config.json", "manifest.json", "hashes.json"}
+    whole |= {"used", "0"}  # When it was used, and the unit that was given up.
     halves = [f for f in left if f.name not in whole and not made_whole(f)]
     assert not halves
     assert finished.seconds < 60

@@ -14,8 +14,9 @@ import filelock
 
 from launch.jobs.launch_job import check_training_flags
 from launch.sweep.sweep_spec import Axis, Sweep
+from research.config.cross_knob_rules import idle
 from research.config.field_names import flag
-from research.config.knobs import changed
+from research.config.knobs import changed, flat
 from research.config.run_config import Config, with_effect, with_length
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError, nearest
@@ -107,6 +108,7 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
             own = {**with_length(base, point), "seed": seed}
             own["run_dir"] = str(folder / name)
             where = f"run {name} of the sweep"
+            own |= _resets(base, changed(base, own, where), point)
             made = with_effect(base, own, where)
             if not made.evaluates:
                 raise UserError(
@@ -116,7 +118,25 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
                 )
             runs.append(SweepRun(name, labels, own, made, shared))
     _require_distinct(runs)
+    _require_effects(base, runs)
     return runs
+
+
+def _resets(base: Config, run: Config, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of knobs that the sweep sets, and that have no effect in `run`.
+
+    A knob that the point itself sets is none of them: the run is refused for it.
+    """
+    set_to, unset = flat(base), flat(Config())
+    names = [x for x in idle(run) if x not in point and set_to[x] != unset[x]]
+    return {name: unset[name] for name in names}
+
+
+def _require_effects(base: Config, runs: Sequence[SweepRun]) -> None:
+    """Raises UserError for a knob that the sweep sets and that acts in no run."""
+    everywhere = set.intersection(*(set(idle(run.config)) for run in runs))
+    own = {k: v for k, v in runs[0].changes.items() if k not in everywhere}
+    with_effect(base, own, "the sweep")
 
 
 def _check(sweep: Sweep) -> None:

@@ -79,6 +79,24 @@ def test_the_command_line_takes_back_what_the_sweep_changes():
     assert not any(x.startswith("--config.steps=7") for x in run.flags)
 
 
+def test_a_shared_knob_acts_in_the_runs_that_have_a_use_for_it():
+    """The trainer refuses a knob without effect; a sweep has runs of several kinds."""
+    from launch.jobs.launch_job import check_training_flags
+
+    kinds = listed("trained", lora={}, full={"trainable": "full"})
+    lora, full = expand(make(kinds, seeds=(0,)), "--config.lora.rank=8")
+    assert lora.config.lora.rank == 8 and full.config.lora.rank == 16
+    for run in (lora, full):
+        assert check_training_flags(run.flags) == run.config
+    rates = {f"{x}": {"trainable": "full", "optim.learning_rate": x} for x in (1e-4, 1)}
+    alone = listed("trained", **rates)
+    with pytest.raises(UserError, match=r"the sweep: config.lora.rank is 8.*no effect"):
+        expand(make(alone, seeds=(0,)), "--config.lora.rank=8")
+    both = listed("trained", lora={}, full={"trainable": "full", "lora.rank": 4})
+    with pytest.raises(UserError, match=r"trained-full.*lora.rank is 4.*no effect"):
+        expand(make(both, seeds=(0,)))
+
+
 def test_epochs_take_the_place_of_steps_wherever_they_are_varied():
     """The file of the sweep gives steps, and the trainer would refuse both."""
     from launch.jobs.launch_job import check_training_flags

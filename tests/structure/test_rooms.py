@@ -3,6 +3,7 @@
 import ast
 import collections
 import functools
+import re
 import subprocess
 import sys
 
@@ -46,6 +47,12 @@ def test_every_entry_is_a_room_with_a_docstring():
     assert len(entries) <= MOST_ROOMS
     for init in [*PACKAGE.rglob("__init__.py"), *LAUNCHER.rglob("__init__.py")]:
         assert ast.get_docstring(ast.parse(init.read_text())), init
+
+
+def test_the_readme_lists_the_rooms_in_their_order():
+    table = (ROOT / "README.md").read_text().partition("| room | purpose |")[2]
+    cells = re.findall(r"^\|((?: `\w+`)+) \|", table, re.MULTILINE)
+    assert re.findall(r"\w+", " ".join(cells)) == [*ROOMS]
 
 
 def test_no_folder_has_more_files_than_a_reader_can_scan():

@@ -94,6 +94,16 @@ def test_columns_that_repeat_the_row_are_only_named(tmp_path):
     }  # fmt: skip
 
 
+def test_a_request_beside_a_chat_that_was_named_stops_no_run(tmp_path):
+    row = {"instruction": "Only the first?", "response": "Yes.", "turns": CHAT}
+    loaded = load(tmp_path, [row] * 12, messages="turns")
+    assert not loaded.unused["instruction"]["is_material"]
+    with pytest.raises(UserError, match="passage"):
+        load(tmp_path, [{**row, "passage": "Ice floats."}] * 12, messages="turns")
+    with pytest.raises(UserError, match="instruction"):
+        load(tmp_path, [{"instruction": "Only the first?", "messages": CHAT}] * 12)
+
+
 def test_an_ignored_column_is_not_read_even_if_it_has_a_default_name(tmp_path):
     row = {**ROW, "context": "Ice floats."}
     (record,) = load(tmp_path, [row], ignored=("context",)).records()

@@ -25,6 +25,8 @@ NAMES = (
 )
 MATERIAL = frozenset(NAMES.split())
 SYSTEM = ("system", "systemmessage", "systemprompt")
+# Beside a chat whose column the user has named, these are its first turn once more.
+REQUESTS = {"instruction", "problem", "prompt", "query", "question", "request"}
 UnusedFacts = dict[str, dict[str, Any]]
 # A file of objects may have a new name in every row; no table has so many columns.
 MOST_COLUMNS = 1000
@@ -59,6 +61,7 @@ class UnusedColumns:
         self._used: set[str] = set()
         self._found: dict[str, UnusedColumn] = {}
         self._rows = 0
+        self._chat_is_named = columns.messages != ColumnsConfig().messages
 
     def add(
         self,
@@ -88,6 +91,8 @@ class UnusedColumns:
                     continue
                 found = self._found[name] = UnusedColumn(0, record.where, letters)
             found.rows += 1
+            if len(names) == 1 and self._chat_is_named and _plain(name) in REQUESTS:
+                continue
             if not found.new and is_material(name) and not _repeats(texts, record):
                 found.new, found.names = record.where, names
 

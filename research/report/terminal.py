@@ -29,6 +29,8 @@ def _literal(text: str) -> Text:
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
     """The doctor's table."""
     table = Table(title="doctor", show_header=False, title_justify="left")
+    for _ in range(3):
+        table.add_column(overflow="fold")  # A long path is wrapped, and not cut.
     for finding in findings:
         mark = Text("look", "bold yellow") if finding.warns else Text("ok", "green")
         if not finding.ok:

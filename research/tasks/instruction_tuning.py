@@ -137,8 +137,10 @@ class InstructionTask:
     def _held(self) -> str:
         data, count = self._config.data, len(self._data.held_out.documents)
         chosen = data.held_out == BY_SIZE and not data.eval_path
-        by_size = " (by the number of rows: config.data.held_out)" if chosen else ""
-        return f"{count} held out{by_size}" + ("" if count else f": {NOT_EVALUATED}")
+        how = " (by the number of rows: config.data.held_out)" if chosen else ""
+        if data.eval_path:
+            how = f", those of {data.eval_path}"
+        return f"{count} held out{how}" + ("" if count else f": {NOT_EVALUATED}")
 
     def _schemas(self) -> str:
         rows = self._data.counts

@@ -239,7 +239,8 @@ def _moved_schedule(run: TrainingRun, step: int) -> dict[str, str]:
             change = f"{rates[0]:.3g} -> {rates[1]:.3g}"
             moved[f"learning rate of update {number}"] = change
     if moved:
-        logging.warning("the learning-rate schedule moved: %s", moved)
+        listed = "; ".join(f"{name}: {change}" for name, change in moved.items())
+        logging.warning("the learning-rate schedule moved: %s", listed)
     return moved
 
 

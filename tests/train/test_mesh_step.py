@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,8 @@ def test_a_checkpoint_goes_to_either_memory(run, tmp_path, before, after):
 
 class Noise:
     """A model whose one logit is what its parameters say: losses show the key."""
+
+    architecture = types.SimpleNamespace(vocab=2)
 
     def hidden(self, weights, tokens, positions, segments):
         return jnp.full((*tokens.shape, 1), weights["noise"])

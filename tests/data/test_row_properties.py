@@ -1,8 +1,10 @@
-"""Properties of all rows: absent columns change nothing, equal rows stay together."""
+"""Properties of all rows: absent columns, the split of equal rows, and packing."""
 
+import numpy as np
 import pytest
 
 from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import RowMark, draw
 from research.data.row_readers import BadRowError
@@ -59,3 +61,36 @@ def test_equal_rows_stand_on_one_side_and_neither_seed_nor_order_moves_them(
         for number, rows in enumerate((plain, plain[::-1], [*plain, *plain]))
     ]
     assert sides[0] == sides[1] == sides[2]
+
+
+@FEW
+@given(st.data(), st.integers(1, 40), st.integers(0, 99))
+def test_packing_keeps_every_document_whole_once_and_apart_from_others(
+    data, seq_len, seed
+):
+    sizes = data.draw(st.lists(st.integers(1, seq_len), max_size=30))
+    documents = [
+        TokenizedDocument(
+            ids=1000 * number + np.arange(size + 1),
+            trained=np.arange(size + 1) % 3 > 0,
+            group=number % 5,
+        )
+        for number, size in enumerate(sizes)
+    ]
+    rows = pack(np.array(sizes, int), seq_len, seed)
+    assert sorted(index for row in rows for index in row) == [*range(len(sizes))]
+    # Two rows that are both half empty would have fitted into one.
+    free = sorted(seq_len - sum(sizes[i] for i in row) for row in rows)
+    assert not free or (free[0] >= 0 and sum(2 * x >= seq_len for x in free) <= 1)
+    batch = build_batch(rows, documents, seq_len)
+    for number, row in enumerate(rows):
+        for segment, index in enumerate(row, start=1):
+            at = batch.segments[number] == segment
+            document = documents[index]
+            assert batch.tokens[number][at].tolist() == document.ids[:-1].tolist()
+            assert batch.targets[number][at].tolist() == document.ids[1:].tolist()
+            assert batch.weights[number][at].tolist() == [*document.trained[1:]]
+            assert batch.positions[number][at].tolist() == [*range(document.slots)]
+            assert set(batch.groups[number][at]) == {document.group}
+    padding = batch.segments == 0
+    assert padding.sum() == sum(free) and not batch.weights[padding].any()

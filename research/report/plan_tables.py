@@ -59,7 +59,7 @@ def _verdict(plan: PlanData) -> Text:
         share += f", for {plan['hbm_needed_by']}"
     if plan["fits"]:
         return Text.assemble(("fits", "bold green"), f": {share}")
-    share += f", and at most {plan['hbm_share_limit']:.0%} should be"
+    share += f"; at most {plan['hbm_share_limit']:.0%} should be used"
     share += f"\n{plan['advice']}" if plan["advice"] else ""
     return Text.assemble(("does not fit", "bold red"), f": {share}")
 

@@ -73,7 +73,7 @@ def _group_help(group: Any, path: str) -> Iterator[str]:
 def _lines(flag: str, field: Any, value: Any) -> str:
     """The flag with its default, its limits and its meaning."""
     limits = f"({_limits(field)})"
-    first = f"  {flag}={_shown(value)}"
+    first = f"  {flag}" if value is None else f"  {flag}={_shown(value)}"
     space = "  " if len(first) + len(limits) + 2 <= WIDTH else "\n      "
     meaning = textwrap.fill(facts_of(field).help, WIDTH, **_indent(6))
     return f"{first}{space}{limits}\n{meaning}"
@@ -111,7 +111,7 @@ def _explain(name: str, field: Any, value: Any, more: str = "") -> str:
     facts = facts_of(field)
     rows = {
         "type": type_name(field.type),
-        "default": _shown(value),
+        "default": "" if value is None else _shown(value),
         "choices": ", ".join(facts.choices),
         "range": facts.range(),
     }

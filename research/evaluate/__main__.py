@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.knobs import changed, knob
+from research.config.knobs import changed, flat, knob
 from research.core.errors import UserError, files_of_step
 from research.core.visible_text import visible
 
@@ -15,9 +15,9 @@ python -m research.evaluate --run=RUN_DIR --data=test.jsonl [--step=best]
 Prints the loss, the tokens and the perplexity of each category, of the base model and
 the tuned one side by side where the run trains adapters. The rows are read as the run
 reads its own: by its columns, template and seq_len. RUN_DIR/evaluations keeps the
-numbers in a JSON file for each data set and step. Files that differ from those of the
-run need, for example, --config.data.columns.response=answer, --config.text.column=body
-or --config.data.bad_lines=skip.
+numbers in a JSON file for each data set, way to read it and step. Files that differ
+from those of the run need, for example, --config.data.columns.response=answer,
+--config.text.column=body or --config.data.bad_lines=skip.
 """
 # Knobs that say how files are read. Others would make another measurement.
 OF_FILES = ("data.columns", "data.bad_lines", "text.column", "text.undecodable")
@@ -47,7 +47,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{flag} is missing, e.g. --{flag}={example}")
     from rich.console import Console
 
-    from research.evaluate.compare_models import as_json, evaluate_models
+    from research.evaluate.compare_models import (
+        as_json,
+        evaluate_models,
+        result_name,
+    )
     from research.parallel import runtime
     from research.report import result_tables, terminal
     from research.runs.display_files import write_evaluation
@@ -56,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
 
     runtime.start_alone()
     found = find_run(f.run)
+    own = flat(found.config)
+    changes = {name: value for name, value in changes.items() if value != own[name]}
     config = changed(found.config, changes, "--config")
     rows = rows_of_files(config, found.base, f.data)
     run = found.load(step=f.step, decodes=False)
@@ -65,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         Console(),
         f"step {run.step} of {found.folder}, {rows.origin}",
         result_tables.compare_losses(lines),
-        bold="all",
+        bold=result_tables.TOTAL,
     )
     if rows.left_out:
         sys.stdout.write(f"dropped or cut: {len(rows.left_out)}\n")
@@ -74,10 +80,11 @@ def main(argv: Sequence[str]) -> int:
     values = {
         "step": run.step,
         "data": {"origin": rows.origin, "sha256": rows.sha256},
+        "config": changes,
         "left_out": list(rows.left_out),
         "models": {name: as_json(result) for name, result in results.items()},
     }
-    name = f"{rows.sha256[:12]}-step-{run.step}"
+    name = result_name(rows.sha256, changes, run.step)
     with files_of_step(None, f"the evaluation in {found.folder}"):
         path = write_evaluation(found.folder.path, name, values)
     sys.stdout.write(f"written to {path}\n")

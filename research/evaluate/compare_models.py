@@ -1,12 +1,15 @@
 """The base model and the tuned one on the same rows, with the code of training."""
 
 import functools
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from research.core.errors import DivergedError
-from research.data.metric_sums import NATS_PER_TOKEN
+from research.data.metric_sums import NATS_PER_TOKEN, Sums
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.report.result_tables import perplexity
@@ -33,11 +36,17 @@ def evaluate_models(run: ReopenedRun, rows: EvaluationRows) -> dict[str, Evaluat
     def place(batch: Batch) -> Batch:
         return meshes.to_global(batch, run.mesh, rows=count)
 
-    found = {}
     models = {"base": run.frozen} if run.frozen else {}
-    for name, weights in (models | {"tuned": run.weights}).items():
-        batches = map(place, rows.batches(count, mine))
-        sums = sum_batches(functools.partial(sums_of, weights), batches)
+    models |= {"tuned": run.weights}
+
+    def measure(batch: Batch) -> dict[str, Sums]:
+        return {name: sums_of(weights, batch) for name, weights in models.items()}
+
+    # Both models in one pass, so that each batch is built once.
+    measured = sum_batches(measure, map(place, rows.batches(count, mine)))
+    found = {}
+    for name in models:
+        sums = [each[name] for each in measured]
         found[name] = add_up(sums, rows.groups, rows.text_bytes, objective.loss_unit)
         if not jax.numpy.isfinite(found[name].loss):
             raise DivergedError(
@@ -47,6 +56,18 @@ def evaluate_models(run: ReopenedRun, rows: EvaluationRows) -> dict[str, Evaluat
                 None,
             )
     return found
+
+
+def result_name(sha256: str, changes: Mapping[str, Any], step: int) -> str:
+    """The name of a result: rows with `sha256`, read with `changes` of the config.
+
+    Rows that are read in another way give other numbers, which are kept beside these.
+    """
+    digest = sha256
+    if changes:
+        read = json.dumps([sha256, changes], sort_keys=True)
+        digest = hashlib.sha256(read.encode()).hexdigest()
+    return f"{digest[:12]}-step-{step}"
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:

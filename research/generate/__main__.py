@@ -20,7 +20,7 @@ end of input leaves. In a pipe each line is a prompt by itself, unless --chat is
 was pre-trained on raw text, continue the prompt. No config is needed: the model opens
 with its parameters alone, on the devices of this machine.
 """
-OF_MODEL = "none: that of the model's generation_config.json"
+OF_MODEL = "not given: that of the model's generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class GenerateFlags:
         is_path=True,
     )
     prompt: str | None = knob(
-        None, "question or instruction; -: all of standard input; none: see above"
+        None, "question or instruction; -: all of standard input; not given: see above"
     )
     context: str = knob("", "material that belongs to the prompt")
     system: str | None = knob(
-        None, "system text; empty: none; none: the one that the run was trained with"
+        None, "system text; not given: that of training; --system= sends none"
     )
     chat: bool = knob(False, "the lines of a pipe are one conversation")
     jsonl: bool = knob(
@@ -90,9 +90,9 @@ def main(argv: Sequence[str]) -> int:
         return UserError.exit_code if failed else 0
     conversation = Conversation(model, context)
     if prompt is None:
-        conversation.interact()
-    else:
-        conversation.say(prompt)
+        failed = conversation.interact()
+        return UserError.exit_code if failed and not sys.stdin.isatty() else 0
+    conversation.say(prompt)
     return 0
 
 

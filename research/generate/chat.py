@@ -39,20 +39,26 @@ class Conversation:
             show("\n")
             history.append(Turn("assistant", answer.strip()))
 
-    def interact(self) -> None:
-        """Reads prompts until the end of input; an empty line drops all turns."""
+    def interact(self) -> int:
+        """Reads prompts until the end of input; an empty line drops all turns.
+
+        Returns how many prompts failed; standard error says why.
+        """
+        failed = 0
         while True:
             try:
                 line = input("you> " if sys.stdin.isatty() else "").strip()
             except (EOFError, KeyboardInterrupt):
                 show("\n")
-                return
+                return failed
             if line:
                 try:
                     self.say(line)
                     continue
                 except UserError as error:
-                    show(f"{error}; the conversation starts again\n")
+                    failed += 1
+                    reason = visible(f"error: {error}; the conversation starts again")
+                    sys.stderr.write(f"{reason}\n")
             self.forget()
 
 

@@ -1,5 +1,6 @@
 """The model that a config describes, for the devices of a mesh."""
 
+import functools
 import logging
 
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def make_model(
         parameter does not divide over the mesh.
     """
     choice = choose_kernel(config, architecture, mesh, length=length, rows=rows)
-    logging.info("attention: %s (%s)", choice.kernel, choice.reason)
+    _log_once(choice)
     options = Options(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
@@ -41,6 +42,11 @@ def make_model(
     model = Model(architecture, options)
     meshes.shardings(model.specs, mesh)
     return model
+
+
+@functools.cache  # A start makes the model again once its data is counted.
+def _log_once(choice: attention_kernels.KernelChoice) -> None:
+    logging.info("attention: %s (%s)", choice.kernel, choice.reason)
 
 
 def choose_kernel(

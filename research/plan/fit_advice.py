@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from research.config.choices import REMATS
+from research.config.field_names import shell_flag
 from research.config.knobs import changed, flat
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -170,10 +171,10 @@ def _with(flags: str) -> str:
 
 
 def flags_between(old: Config, new: Config) -> str:
-    """The flags that turn one config into another."""
+    """The flags that turn one config into another, for a shell."""
     before = flat(old)
     return " ".join(
-        f"--config.{knob}={value}"
+        shell_flag(knob, value)
         for knob, value in flat(new).items()
         if before[knob] != value
     )

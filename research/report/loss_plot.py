@@ -9,7 +9,7 @@ import numpy as np
 
 from research.core.visible_text import visible
 from research.data.metric_sums import NATS_PER_TOKEN, by_group
-from research.report.result_tables import is_text, loss_unit
+from research.report.result_tables import TOTAL, group_kind, group_label, loss_unit
 from research.report.run_results import RunResults
 
 # So many lines can be told apart. If there are more, both ends have names, and
@@ -52,7 +52,7 @@ def _draw(figure: Any, axes: Sequence[Any], results: RunResults) -> None:
     for one, draw in zip(axes, (_draw_all, _draw_groups), strict=True):
         lines = draw(one, results)
         # Names stand beside lines: a label that begins with "_" would be hidden.
-        names = [_cut(name) or "(none)" for name, _ in lines]
+        names = [_cut(name) for name, _ in lines]
         columns = max(1, min(4, 80 // (6 + max(map(len, names), default=0))))
         if names:
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
@@ -72,7 +72,7 @@ def _draw_all(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
     held_steps = [line["step"] for line in results.evaluations]
     held = [line["loss"] for line in results.evaluations]
     axes.set(ylabel=f"loss, {loss_unit(results.evaluations) or NATS_PER_TOKEN}")
-    axes.set_title("all")
+    axes.set_title(TOTAL)
     lines = [
         ("train, each step", *axes.plot(steps, losses, color="0.8", linewidth=1)),
         ("train, smoothed", *axes.plot(steps, smoothed(losses), color="C0")),
@@ -86,8 +86,8 @@ def _draw_all(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
 def _draw_groups(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
     """Draws the held-out losses by group; returns lines with their names."""
     evaluations = results.evaluations
-    name = "bits_per_byte" if is_text(evaluations) else "loss"
-    kind = "source" if is_text(evaluations) else "category"
+    kind = group_kind(evaluations)
+    name = "bits_per_byte" if kind == "source" else "loss"
     title = f"held-out {'bits per byte' if kind == 'source' else 'loss'} by {kind}"
     steps = [line["step"] for line in evaluations]
     groups = sorted({group for line in evaluations for group in by_group(line, name)})
@@ -104,11 +104,12 @@ def _draw_groups(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
             (other,) = axes.plot(steps, curve, color="0.8", linewidth=0.8)
         mean = [line.get(name, math.nan) for line in evaluations]
         lines.append(
-            ("all", *axes.plot(steps, mean, "o-", color="black", markersize=3))
+            (TOTAL, *axes.plot(steps, mean, "o-", color="black", markersize=3))
         )
         lines.append((f"{len(groups) - len(named)} others", other))
     for group in named:
-        lines.append((group, *axes.plot(steps, curves[group], "o-", markersize=3)))
+        label = group_label(group, kind)
+        lines.append((label, *axes.plot(steps, curves[group], "o-", markersize=3)))
     axes.set_title(title)
     return lines
 

@@ -175,7 +175,9 @@ def _table(title: str, *columns: str) -> Table:
     )
     for column in columns:
         words = column in ("", "kind", "axes", "what", "mesh", "remat", "bound", "by")
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+        side = "left" if words else "right"
+        # Long words are wrapped, and not cut.
+        table.add_column(column, justify=side, no_wrap=not words, overflow="fold")
     return table
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from research.data.metric_sums import NATS_PER_TOKEN, by_group
 
+TOTAL, UNNAMED = "all", "(none)"  # Labels that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
 
@@ -14,6 +15,18 @@ LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
 def is_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:
     """Whether whole texts were evaluated, so that there are bits per byte, too."""
     return bool(evaluations) and evaluations[-1].get("bits_per_byte") is not None
+
+
+def group_kind(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The word for one group of what was evaluated."""
+    return "source" if is_text(evaluations) else "category"
+
+
+def group_label(group: str, kind: str) -> str:
+    """A group's name for people, `all (category)` where `all` would be the total."""
+    if group in (TOTAL, UNNAMED):
+        return f"{group} ({kind})"
+    return group or UNNAMED
 
 
 def loss_unit(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -49,7 +62,7 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
         first, *others = lines
         return [f"{title} {first}", *others]
 
-    header = ["source" if text else "category", "tokens" if in_nats else "counted"]
+    header = [group_kind(each), "tokens" if in_nats else "counted"]
     header += columns("loss") + columns("ppl") * in_nats + ["change"] * (len(each) > 1)
     header += columns("bits/byte") * text
     header += [cell for name in metrics for cell in columns(name)]
@@ -60,10 +73,11 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
         losses = [line.get(f"loss/{group}", math.nan) for line in each]
         others = [line.get(f"{name}/{group}") for name in means for line in each]
         tokens = counted.get(group, 0)
-        rows.append(_row(group or "(none)", tokens, losses, in_nats, others))
+        label = group_label(group, header[0])
+        rows.append(_row(label, tokens, losses, in_nats, others))
     others = [line.get(name) for name in means for line in each]
     total = sum(counted.values())
-    rows.append(_row("all", total, [x["loss"] for x in each], in_nats, others))
+    rows.append(_row(TOTAL, total, [x["loss"] for x in each], in_nats, others))
     return [header, *rows]
 
 

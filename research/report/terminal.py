@@ -75,7 +75,7 @@ def show_results(console: Console, results: RunResults) -> None:
     for prompt in dict.fromkeys(sample.prompt for sample in results.samples):
         _show_samples(console, [s for s in results.samples if s.prompt == prompt])
     losses = result_tables.tabulate_losses(results.evaluations)
-    show_table(console, "held out, first and last", losses, bold="all")
+    show_table(console, "held out, first and last", losses, bold=result_tables.TOTAL)
     times = result_tables.tabulate_wall_time(results.wall_time)
     show_table(console, "wall time, all starts", times, bold="step")
 
@@ -85,7 +85,7 @@ def _show_answer(console: Console, answer: ComparedAnswer) -> None:
     console.print(Panel(_literal(answer.prompt), title=group, style="dim"))
     table = Table(show_lines=True, expand=True)
     for name in COMPARED:
-        table.add_column(name, ratio=1)
+        table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*(_literal(getattr(answer, name)) for name in COMPARED))
     console.print(table)
 
@@ -107,7 +107,8 @@ def show_table(
     header, *rows = table
     shown = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
-        shown.add_column(_literal(name), justify="right" if number else "left")
+        side = "right" if number else "left"
+        shown.add_column(_literal(name), justify=side, overflow="fold")
     for row in rows:
         shown.add_row(*map(_literal, row), style="bold" if row[0] == bold else "")
     console.print(shown)

@@ -21,10 +21,11 @@ from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import name_sources, open_sources
 from research.evaluate.__main__ import OF_FILES, EvaluateFlags, main
+from research.evaluate.compare_models import result_name
 from research.formats.base_model import open_base
 from research.parallel import runtime
 from research.runs.reopen import find_run, fitting_mesh
-from research.tasks import task_registry
+from research.tasks import instruction_tuning, task_registry
 from research.tasks.task_registry import prompt_format, rows_of_files
 
 
@@ -62,12 +63,22 @@ def write_lines(path, rows):
 
 
 @pytest.mark.usefixtures("caches_of_the_commands")
-def test_held_out_rows_as_a_file_give_the_losses_of_the_run(place, unbroken, tmp_path):
+def test_held_out_rows_as_a_file_give_the_losses_of_the_run(
+    place, unbroken, tmp_path, monkeypatch
+):
+    passes, eval_batches = [], instruction_tuning.eval_batches
+    count = lambda *flags: passes.append(flags) or eval_batches(*flags)  # noqa: E731
+    monkeypatch.setattr(instruction_tuning, "eval_batches", count)
     run = place.run_dir("unbroken")
     rows = [*held_out_rows(find_run(run))]
     bad = {"instruction": "Nothing to say?", "response": "", "category": "open_qa"}
     write_lines(tmp_path / "rows.jsonl", [*rows, bad])
-    said, found = evaluate(tmp_path, run, "--data=rows.jsonl")
+    flag = "--config.data.bad_lines=skip"
+    said, found = evaluate(tmp_path, run, "--data=rows.jsonl", flag)
+    assert found["config"] == {"data.bad_lines": "skip"}
+    name = result_name(found["data"]["sha256"], found["config"], found["step"])
+    assert f"{name}.json" in said.replace("\n", "")
+    assert len(passes) == 1, "both models see each batch as it is built"
     first, *_, last = place.lines("unbroken", "eval")
     assert found["step"] == last["step"] and set(found["models"]) == {"base", "tuned"}
     for name, line in (("base", first), ("tuned", last)):
@@ -107,6 +118,14 @@ def test_files_may_have_other_columns_than_those_of_the_run(tmp_path, monkeypatc
             parse(flag)
 
 
+def test_rows_read_in_another_way_have_a_result_of_their_own():
+    read = [{}, {"text.column": "a"}, {"text.column": "b"}, {"data.bad_lines": "a"}]
+    names = [result_name("0" * 64, changes, 7) for changes in read]
+    assert names[0] == "000000000000-step-7" and len({*names}) == len(read)
+    both = {"text.column": "a", "data.bad_lines": "skip"}
+    assert result_name("0", both, 7) == result_name("0", dict([*both.items()][::-1]), 7)
+
+
 def held_out_documents(source, text):
     """The documents that are evaluated, each whole."""
     size = 0
@@ -128,7 +147,7 @@ def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp
         write_lines(tmp_path / f"{source.name}.jsonl", rows)
     _, found = evaluate(tmp_path, run, "--data=code.jsonl,words=words.jsonl")
     *_, last = place.lines("pretrained", "eval")
-    assert set(found["models"]) == {"tuned"}
+    assert set(found["models"]) == {"tuned"} and found["config"] == {}
     close(found["models"]["tuned"]["loss"], last["loss"], 1e-5)
     close(found["models"]["tuned"]["bits_per_byte"], last["bits_per_byte"], 1e-5)
 

@@ -11,13 +11,14 @@ import pytest
 from doors import run_door
 from tiny_model import make_tiny_model
 
+from research.config.help_text import full_help, topic_help
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.engine.sampler import Sampling
 from research.engine.sampling_defaults import model_sampling
 from research.formats.base_model import open_base
 from research.generate import asked_model
-from research.generate.__main__ import main
+from research.generate.__main__ import GenerateFlags, main
 from research.generate.asked_model import USUAL, AskedModel, SamplingFlags
 from research.generate.chat import Conversation
 from research.generate.separate_prompts import answer_each, piped_prompts
@@ -145,11 +146,26 @@ def test_answers_get_the_room_that_the_context_has(caplog):
 
 def test_a_chat_goes_on_after_what_cannot_be_asked(monkeypatch):
     piped(b"a\nb\n\nc\ncaf\xe9\n" + b"x" * 40 + b"\nd\n", monkeypatch)
-    _, out, _ = said(Conversation(echo(), "ctx").interact)
-    first, second, third, bad, long, last, end = out.splitlines()
-    assert (first, second, third) == ("ctx a", "ctx a ctx a b", "ctx c")
-    assert "not UTF-8" in bad and "context is 40" in long
-    assert (last, end) == ("ctx d", "")
+    failed, out, err = said(Conversation(echo(), "ctx").interact)
+    assert out.splitlines() == ["ctx a", "ctx a ctx a b", "ctx c", "ctx d", ""]
+    bad, long = err.splitlines()
+    assert failed == 2 and bad.startswith("error: ") and "not UTF-8" in bad
+    assert "context is 40" in long
+
+
+@pytest.mark.parametrize("lines, code", [(b"a\n", 0), (b"a\ncaf\xe9\nb\n", 2)])
+def test_a_piped_chat_that_fails_has_an_exit_code(ask, monkeypatch, lines, code):
+    monkeypatch.setattr(asked_model, "open_model", lambda *flags: echo())
+    done = ask("--model=m", "--chat", stdin=lines)
+    assert done.returncode == code and bool(done.stderr) == bool(code)
+    assert "error" not in done.stdout and "a" in done.stdout
+
+
+def test_help_of_a_flag_says_what_happens_without_it():
+    shown = full_help("", GenerateFlags, has_config=False)
+    assert "null" not in shown and "  --system  (str)" in shown
+    assert "not given: that of training; --system= sends none" in shown
+    assert "default" not in topic_help("system", GenerateFlags, has_config=False)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -6,6 +6,7 @@ platforms.
 """
 
 import functools
+import logging
 import re
 import types
 
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, in_soak
+from helpers import TINY, close, in_soak
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec
 
+from research.config.knob_groups import MeshConfig, ModelConfig
 from research.core.errors import UserError
-from research.models import attention_kernels, cudnn_attention
+from research.models import attention_kernels, cudnn_attention, make_model
 from research.models.attention_kernels import KERNELS, choose, packed_attention
+from research.parallel import mesh as meshes
 
 ROWS, LENGTH, WIDTH = 2, 300, 8
 # Splash takes blocks of 128, of which the row has three, the last of them padded;
@@ -455,3 +458,12 @@ def test_only_a_kernel_can_be_run():
     q, k, v, _ = draw(2, 2)
     with pytest.raises(ValueError, match="'auto'"):
         attend("auto", q, k, v, SEGMENTS, SEGMENTS)
+
+
+def test_a_kernel_is_logged_once_however_often_its_model_is_made(caplog):
+    caplog.set_level(logging.INFO)
+    make_model._log_once.cache_clear()
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    for _ in range(2):
+        make_model.make_model(ModelConfig(), TINY, mesh, length=24, rows=8)
+    assert caplog.text.count("attention: xla") == 1

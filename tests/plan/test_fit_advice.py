@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import shlex
 
 import pytest
 from commands import ROOT
@@ -11,8 +12,9 @@ from plan_helpers import big_config
 
 from configs import finetune_8b
 from launch.jobs import fit_check
+from research.config.field_names import flag
 from research.config.knobs import changed, flat
-from research.config.run_config import MeshConfig, from_config_dict
+from research.config.run_config import Config, MeshConfig, from_config_dict
 from research.core.errors import UserError
 from research.models.presets import PRESETS
 from research.plan import fit_advice, planner
@@ -70,6 +72,13 @@ def test_the_flags_make_it_fit_and_each_of_them_is_needed(name):
         except UserError:
             continue  # Axes of a mesh and rows of a pass are set together.
         assert not less.fits, group
+
+
+def test_flags_of_an_advice_can_be_pasted_into_a_shell():
+    knobs = {"lora.targets": ("q_proj", "v_proj"), "data.path": "my rows.jsonl"}
+    config = Config(trainable="lora")
+    flags = fit_advice.flags_between(config, changed(config, knobs, ""))
+    assert shlex.split(flags) == [flag(*each) for each in knobs.items()]
 
 
 def test_knobs_that_change_the_training_come_last_and_say_so():

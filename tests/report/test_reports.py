@@ -16,7 +16,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import visible
 from research.data.instructions.instruction_dataset import _group_categories
-from research.report import final_report, loss_plot, run_page, terminal
+from research.report import final_report, loss_plot, plan_tables, run_page, terminal
 from research.report.markdown_text import escaped
 from research.report.result_tables import tabulate_losses
 from research.report.run_results import RunResults, read_results
@@ -108,6 +108,19 @@ def test_findings_and_previews_print_markup_as_text():
     assert "[[[/x]]]" in screen(terminal.show_preview, [row])
 
 
+def test_long_words_of_a_table_are_wrapped_and_not_cut():
+    word = "x".join(map(str, range(60)))
+    layouts = plan_tables._table("layouts", "mesh", "HBM")
+    layouts.add_row(word, "50%")
+    shown = (
+        screen(terminal.show_findings, [Finding("data", word)], width=80),
+        screen(terminal.show_results, results([word], text=word), width=80),
+        screen(Console.print, layouts, width=80),
+    )
+    for text in shown:
+        assert "…" not in text
+
+
 def test_a_row_of_each_schema_is_shown_and_of_other_rows_the_first():
     rows = [
         PreviewRow((PreviewDocument("g", "f:1", (PreviewSpan((1,), text, True),)),), of)
@@ -148,6 +161,13 @@ def test_rows_of_as_many_tokens_may_be_other_data(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
     found = read_results(tmp_path, {}, []).evaluations
     assert [(x["step"], x["data"]) for x in found] == [(4, "two"), (8, "two")]
+
+
+def test_a_category_named_all_is_not_the_total():
+    header, *rows = tabulate_losses([evaluation(0, ["all", "", "(none)", "b"])])
+    named = ["(none)", "(none) (category)", "all (category)", "b", "all"]
+    assert [row[0] for row in rows] == named
+    assert header[0] == "category" and rows[-1][1] == "46"
 
 
 def test_text_has_bits_per_byte():
@@ -193,7 +213,7 @@ def test_of_many_groups_the_highest_and_lowest_are_named():
             *("059", "058", "057", "056"),
             *("002", "001", "000"),
         ]
-        assert named[-1] == "all" and max(map(len, named)) <= 40
+        assert named[-1] == "all (category)" and max(map(len, named)) <= 40
         assert len(right.lines) == len(groups) + 1 + len(named)
         assert right.get_title().endswith("highest and lowest 4 of 61")
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from research.data.metric_sums import (
     means_by_group,
 )
 
+T = TypeVar("T")
 AHEAD = 16  # batches that are dispatched before the first of them is read
 
 
@@ -87,13 +88,13 @@ def add_metrics(line: dict[str, Any], metrics: Mapping[str, Any]) -> dict[str, A
 
 
 def sum_batches(
-    sums_of: Callable[[Any], Sums],
+    sums_of: Callable[[Any], T],
     batches: Iterable[Any],
     sign_of_life: Callable[[], None] = lambda: None,
-) -> list[Sums]:
-    """The sums of each batch on the host; `sign_of_life` is called after each."""
-    found: list[Sums] = []
-    waiting: collections.deque[Sums] = collections.deque()
+) -> list[T]:
+    """The sums of each batch, on the host; `sign_of_life` is called after each."""
+    found: list[T] = []
+    waiting: collections.deque[T] = collections.deque()
 
     def read() -> None:
         found.append(jax.tree.map(np.asarray, waiting.popleft()))

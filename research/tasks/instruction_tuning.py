@@ -46,6 +46,7 @@ COMPARED_LETTERS = 10_000
 # If there are more rows, the documents are counted, not the batches they fill.
 COUNTED_ROWS = 4096
 SHOWN = 4  # dropped rows in the doctor's table
+MUCH_LOST = 0.05  # share of the rows dropped or cut, from which a user should look
 MOST_UNUSED, LONG_TEXT = 12, 200  # columns in the table; letters that may be material
 
 
@@ -87,6 +88,7 @@ class InstructionTask:
         categories = ", ".join(
             f"{name or '(none)'} {n}" for name, n in counts.categories.items()
         )
+        lost = sum(counts.dropped.values()) + counts.truncated
         return [
             Finding("data", f"{data.origin}, sha256 {counts.sha256[:12]}"),
             Finding(
@@ -100,6 +102,7 @@ class InstructionTask:
                 "dropped",
                 self._dropped(),
                 numbers={**counts.dropped, "truncated": counts.truncated},
+                warns=lost > MUCH_LOST * counts.total,
             ),
             Finding(
                 "split",
@@ -175,6 +178,8 @@ class InstructionTask:
         if counts.truncated:
             parts.append(f"{counts.truncated} contexts truncated")
         lines = [", ".join(parts) or "none"]
+        if counts.truncated or "too long" in counts.dropped:
+            lines[0] += "; a larger config.data.seq_len keeps them whole"
         lines += [f"  {example}" for example in examples[:SHOWN]]
         more = len(examples) - SHOWN
         if more > 0:

@@ -249,6 +249,21 @@ def test_rows_of_each_schema_are_shown_where_there_are_several(tmp_path, tokeniz
     assert not any(row.schema for row in task.preview(2))
 
 
+@pytest.mark.parametrize("long, warns", [(0, False), (1, False), (4, True)])
+def test_a_user_should_look_where_many_rows_are_dropped(
+    tmp_path, tokenizer, long, warns
+):
+    cut = [{"instruction": "x", "response": "y" * 100} for _ in range(long)]
+    write_rows(tmp_path / "rows.jsonl", [*rows_of(30), *cut])
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), seq_len=64, template="dolly")
+    config = Config(data=data, text=TextConfig(cache_dir=str(tmp_path / "cache")))
+    findings = InstructionTask(config, tokenizer, 512).examine()
+    (dropped,) = (finding for finding in findings if finding.name == "dropped")
+    assert dropped.ok and dropped.warns == warns
+    assert dropped.numbers.get("too long", 0) == long
+    assert ("larger config.data.seq_len" in dropped.text) == bool(long)
+
+
 def test_without_held_out_rows_all_are_trained(tmp_path, chat):
     """By its own size, nine rows hold out none; ten hold out one."""
     text = TextConfig(cache_dir=str(tmp_path / "cache"))

@@ -330,3 +330,14 @@ def test_a_run_of_before_keeps_its_rules():
         edition=1,
     )
     assert strict.turns == (Turn("user", "q"), Turn("assistant", "a"))
+
+
+def test_a_byte_that_is_not_utf8_is_named_with_a_way_to_convert_it():
+    row = {
+        "instruction": b"caf\xe9?".decode("utf-8", "surrogateescape"),
+        "response": "a",
+    }
+    with pytest.raises(BadRowError, match=r"the byte 0xe9, which is not UTF-8.*iconv"):
+        to_record(row, ColumnsConfig(), "rows.csv:2")
+    with pytest.raises(BadRowError, match="lone surrogate"):
+        to_record({**row, "instruction": "a\ud800"}, ColumnsConfig(), "rows.json:2")

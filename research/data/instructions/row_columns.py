@@ -173,9 +173,17 @@ class _Row:
             value = str(value) if decimals else json.dumps(value)
         if not isinstance(value, str):
             raise self._bad("wrong type", f"{name} is {type(value).__name__}, not text")
-        # JSON allows a lone surrogate, but no tokenizer accepts it.
+        # No tokenizer accepts a lone surrogate. JSON allows it, and readers of CSV put
+        # it in the place of a byte that is not UTF-8.
         if not value.isascii() and value != value.encode("utf-8", "replace").decode():
-            raise self._bad("not Unicode", f"{name} has a lone surrogate")
+            byte = next((x for x in value if "\udc80" <= x <= "\udcff"), "")
+            why = (
+                f"{name} has the byte 0x{ord(byte) - 0xDC00:02x}, which is not UTF-8 "
+                "(iconv -f latin1 -t utf-8 converts Latin-1)"
+                if byte
+                else f"{name} has a lone surrogate"
+            )
+            raise self._bad("not Unicode", why)
         return value.rstrip() if is_answer and not self._is_old else value.strip()
 
     def _chat(self, messages: Any, name: str) -> tuple[Turn, ...]:

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.row_selection import load_rows
 from research.data.instructions.unused_columns import is_material
@@ -27,7 +27,7 @@ def load(folder, rows, edition=0, **columns):
 
 def flags_of(message):
     """The columns that the first line of a refusal says to map."""
-    words = shlex.split(message.split("used: ")[1].split("\n")[0])
+    words = shlex.split(message.split("map it with ")[1].split("\n")[0])
     given = [word.split("columns.")[1] for word in words if "columns." in word]
     return dict(each.split("=") for each in given)
 
@@ -41,6 +41,14 @@ LOST = {
     "of Alpaca": (
         {"instruction": "q", "output": "a", "document": "Ice floats."},
         {"response": "output", "context": "document"},
+    ),
+    "of Alpaca, whose input is always blank": (
+        {"instruction": "q", "input": " ", "output": "a", "document": "Ice floats."},
+        {"response": "output", "context": "document"},
+    ),
+    "quoted by the answer": (
+        {**ROW, "response": "It says: Ice floats.", "document": "Ice floats."},
+        {"context": "document"},
     ),
     "of a pair": (
         {"prompt": "q", "completion": "a", "passage": "Ice floats."},
@@ -58,8 +66,9 @@ def test_lost_material_stops_the_run_and_the_flags_that_are_named_cure_it(
     tmp_path, name
 ):
     row, flags = LOST[name]
-    with pytest.raises(UserError, match=r"rows\.jsonl:2") as caught:
-        load(tmp_path, [dict(list(row.items())[:2]), row])
+    bare = {**row, list(row)[-1]: None}
+    with pytest.raises(UserError, match=r"in 1 row, as in rows\.jsonl:2") as caught:
+        load(tmp_path, [bare, row])
     found = flags_of(str(caught.value))
     assert found == flags
     (record,) = load(tmp_path, [row], **found).records()
@@ -75,6 +84,20 @@ def test_material_beside_a_chat_or_a_context_cannot_be_mapped(tmp_path):
         load(tmp_path, [{"messages": CHAT, "passage": "Ice floats."}])
     with pytest.raises(UserError, match="join it with 'context'"):
         load(tmp_path, [{**ROW, "context": "Ice.", "passage": "Ice floats."}])
+    pair = {"prompt": CHAT[:1], "completion": CHAT[1:], "context": "Ice floats."}
+    flags = {"instruction": "prompt", "response": "completion"}
+    for given in ({}, flags):
+        with pytest.raises(UserError, match="the messages in 'prompt' must have it"):
+            load(tmp_path, [pair], **given)
+
+
+def test_a_list_is_mapped_once_it_is_joined(tmp_path):
+    row = {**ROW, "contexts": ["Ice floats.", "Iron sinks."]}
+    with pytest.raises(UserError, match="join each list into one text, then") as caught:
+        load(tmp_path, [row])
+    row["contexts"] = "\n\n".join(row["contexts"])
+    (record,) = load(tmp_path, [row], **flags_of(str(caught.value))).records()
+    assert record.context == "Ice floats.\n\nIron sinks."
 
 
 def test_columns_that_repeat_the_row_are_only_named(tmp_path):
@@ -83,23 +106,34 @@ def test_columns_that_repeat_the_row_are_only_named(tmp_path):
         {**ROW, "text": whole, "id": 7, "input": " ", "history": [], "question": None},
         {**ROW, "messages": CHAT},
         {"messages": CHAT, "prompt": "Why is it so?"},
+        {**ROW, "content": "Because.\n"},
     ]
     facts = load(tmp_path, rows).unused
     assert {name: each["rows"] for name, each in facts.items()} == {
-        "text": 1, "id": 1, "messages": 1, "prompt": 1,
+        "text": 1, "id": 1, "messages": 1, "prompt": 1, "content": 1,
     }  # fmt: skip
     assert facts["id"] == {
-        "rows": 1, "share": 1 / 3, "where": "rows.jsonl:1", "letters": 1,
+        "rows": 1, "share": 1 / 4, "where": "rows.jsonl:1", "letters": 1,
         "is_material": False,
     }  # fmt: skip
+    assert not any(each["is_material"] for each in facts.values())
 
 
-def test_a_request_beside_a_chat_that_was_named_stops_no_run(tmp_path):
+def test_the_short_form_of_a_chat_that_was_named_is_marked_and_stops_no_run(tmp_path):
     row = {"instruction": "Only the first?", "response": "Yes.", "turns": CHAT}
     loaded = load(tmp_path, [row] * 12, messages="turns")
-    assert not loaded.unused["instruction"]["is_material"]
-    with pytest.raises(UserError, match="passage"):
-        load(tmp_path, [{**row, "passage": "Ice floats."}] * 12, messages="turns")
+    assert loaded.unused["instruction"]["is_material"]
+    assert not loaded.unused["response"]["is_material"]
+    load(tmp_path, [{"question": "q", "answer": "a", "turns": CHAT}], messages="turns")
+    for more in ({"passage": "Ice."}, {"prompt": "Ice."}, {"response": " "}):
+        with pytest.raises(UserError, match="the messages in 'turns' must have it"):
+            load(tmp_path, [row, {**row, **more}], messages="turns")
+    with pytest.raises(UserError, match=r"'instruction' is filled in 2 rows.*jsonl:2"):
+        load(
+            tmp_path,
+            [row, {"instruction": "From this: ice.", "turns": CHAT}],
+            messages="turns",
+        )
     with pytest.raises(UserError, match="instruction"):
         load(tmp_path, [{"instruction": "Only the first?", "messages": CHAT}] * 12)
 
@@ -115,6 +149,8 @@ def test_an_ignored_column_is_not_read_even_if_it_has_a_default_name(tmp_path):
 def test_runs_of_earlier_editions_are_told_and_not_stopped(tmp_path):
     facts = load(tmp_path, [{**ROW, "input": "Ice floats."}], edition=2).unused
     assert facts["input"]["is_material"]
+    with pytest.raises(UserError, match="input"):
+        load(tmp_path, [{**ROW, "input": "Ice floats."}], NEWEST_EDITION + 1)
 
 
 def test_names_of_material():

@@ -85,6 +85,7 @@ class _Row:
             turns, context = self._chat(values[0], names[0]), ""
         elif isinstance(values[0], list) and isinstance(values[-1], list):
             turns, context = self._chat(values[0] + values[-1], request), ""
+            names = (request, answer)
         else:
             turns = (
                 Turn("user", self._text(request)),

@@ -17,7 +17,6 @@ from research.config.knob_groups import (
     BY_SIZE,
     BY_SIZE_SINCE,
     MOST_HELD_OUT,
-    NEWEST_EDITION,
     ColumnsConfig,
     DataConfig,
 )
@@ -25,7 +24,11 @@ from research.core.errors import UserError, look_up, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_files import read_files, row_files
-from research.data.instructions.unused_columns import UnusedColumns, UnusedFacts
+from research.data.instructions.unused_columns import (
+    REFUSED_SINCE,
+    UnusedColumns,
+    UnusedFacts,
+)
 from research.data.row_readers import STOPS, BadRowError, Row
 from research.parallel import agreement
 from research.tokenize.conversation import Record
@@ -172,7 +175,7 @@ def load_rows(
         marks.append(RowMark.of(number, record)._replace(category=label))
         schema_of.append(schema)
     check_columns(config.columns, seen)
-    if config.edition in (0, NEWEST_EDITION):
+    if not 0 < config.edition < REFUSED_SINCE:
         unused.check()
     if not marks:
         counts = ", ".join(f"{n} {reason}" for reason, n in dropped.items())

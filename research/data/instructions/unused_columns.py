@@ -5,6 +5,8 @@ the data, so a column whose name says that it holds material must be mapped or i
 """
 
 import dataclasses
+import decimal
+import functools
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +27,15 @@ NAMES = (
 )
 MATERIAL = frozenset(NAMES.split())
 SYSTEM = ("system", "systemmessage", "systemprompt")
-# Beside a chat whose column the user has named, these are its first turn once more.
+# Beside a chat whose column the user has named, a request and an answer are its first
+# two turns once more, often in other words.
 REQUESTS = {"instruction", "problem", "prompt", "query", "question", "request"}
+ANSWERS = {"answer", "completion", "output", "reply", "response", "solution"}
+KNOWN = MATERIAL | ANSWERS
+# The first edition of the rules in which such a column stops a run.
+REFUSED_SINCE = 3
+# What can be mapped as it is.
+AS_TEXT = str | bytes | bool | int | float | decimal.Decimal
 UnusedFacts = dict[str, dict[str, Any]]
 # A file of objects may have a new name in every row; no table has so many columns.
 MOST_COLUMNS = 1000
@@ -44,6 +53,9 @@ class UnusedColumn:
         it only repeats them, as a column with the whole prompt does.
       names: the columns that row was read from: chat messages, or request, context
         and answer.
+      is_short: whether a row has it as the request of its chat's short form, in words
+        that are not the chat's.
+      kind: the type of its values if they are no texts, or "".
     """
 
     rows: int
@@ -51,6 +63,8 @@ class UnusedColumn:
     letters: int
     new: str = ""
     names: Sequence[str] = ()
+    is_short: bool = False
+    kind: str = ""
 
 
 class UnusedColumns:
@@ -75,25 +89,38 @@ class UnusedColumns:
         Args:
           filled: its values by column, without those that are missing or null.
           used: the columns that it was made of.
-          names: those of its request, context and answer, or of its chat.
+          names: those of its request, context and answer, or fewer of its chat.
           record: the row's texts.
         """
         self._rows += 1
-        self._used |= used & filled.keys()
+        for name in (used & filled.keys()) - self._used:
+            if any(_texts(filled[name])):
+                self._used.add(name)
+        new, has_answer = [], False
         for name in filled.keys() - used:
             texts = list(_texts(filled[name]))
             letters = sum(map(len, texts))
             if not letters:
                 continue
+            has_answer |= name == self._columns.response or _plain(name) in ANSWERS
             found = self._found.get(name)
             if found is None:
                 if len(self._found) >= MOST_COLUMNS and not is_material(name):
                     continue
                 found = self._found[name] = UnusedColumn(0, record.where, letters)
             found.rows += 1
-            if len(names) == 1 and self._chat_is_named and _plain(name) in REQUESTS:
-                continue
+            if not isinstance(filled[name], AS_TEXT):
+                found.kind = type(filled[name]).__name__
             if not found.new and is_material(name) and not _repeats(texts, record):
+                new.append(name)
+        requests = [name for name in new if _plain(name) in REQUESTS]
+        is_named = self._chat_is_named and len(names) == 1
+        for name in new:
+            found = self._found[name]
+            # Two requests are no short form: one of them holds something else.
+            if is_named and has_answer and requests == [name]:
+                found.is_short = True
+            else:
                 found.new, found.names = record.where, names
 
     def facts(self) -> UnusedFacts:
@@ -105,7 +132,7 @@ class UnusedColumns:
                 "share": each.rows / self._rows,
                 "where": each.where,
                 "letters": each.letters,
-                "is_material": bool(each.new),
+                "is_material": bool(each.new) or each.is_short,
             }
             for name, each in most_first
         }
@@ -121,8 +148,8 @@ class UnusedColumns:
             return
         ignored = (*self._columns.ignored, *sorted(lost))
         lines = [
-            f"column {name!r} is filled in {each.rows:,} rows, as in {each.new}, and "
-            f"not used: {self._remedy(name, each.names)}"
+            f"column {name!r} is filled in {each.rows:,} row{'s' * (each.rows > 1)}, "
+            f"as in {each.new}, and not used: {self._remedy(name, each)}"
             for name, each in sorted(lost.items())
         ]
         raise UserError(
@@ -130,16 +157,17 @@ class UnusedColumns:
             f'--config.data.columns.ignored="{ignored}"'
         )
 
-    def _remedy(self, name: str, names: Sequence[str]) -> str:
-        columns = self._columns
+    def _remedy(self, name: str, found: UnusedColumn) -> str:
+        columns, names = self._columns, found.names
+        first = f"join each {found.kind} into one text, then " if found.kind else ""
         if _plain(name) in SYSTEM and columns.system not in self._used:
-            return f"map it with {_flag('system', name)}"
-        if len(names) == 1:
+            return f"{first}map it with {_flag('system', name)}"
+        if len(names) < 3:
             return f"the messages in {names[0]!r} must have it"
         if names[1] in self._used:
             return f"join it with {names[1]!r}, which is the rows' context"
         flags = {"instruction": names[0], "response": names[2], "context": name}
-        return "map it with " + " ".join(
+        return f"{first}map it with " + " ".join(
             _flag(field, column)
             for field, column in flags.items()
             if column != getattr(columns, field) or field == "context"
@@ -155,12 +183,13 @@ def is_material(name: str) -> bool:
     return _plain(name) in MATERIAL
 
 
+@functools.lru_cache(MOST_COLUMNS)
 def _plain(name: str) -> str:
     """`Input Texts_2` as `input`."""
     letters = re.sub(r"[\W\d_]", "", name).casefold()
     for known in (letters, letters.removesuffix("s")):
         for end in ("", "text"):
-            if known.removesuffix(end) in MATERIAL:
+            if known.removesuffix(end) in KNOWN:
                 return known.removesuffix(end)
     return letters
 
@@ -181,10 +210,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _repeats(texts: Sequence[str], record: Record) -> bool:
-    """Whether the texts are in the record's, or all of the record's in the texts."""
-    whole = [record.context, *(turn.text for turn in record.turns)]
-    known = [words for text in whole if (words := " ".join(text.split()))]
+    """Whether the texts are in what the model reads, or are copies of what it answers.
+
+    A copy is an answer from end to end, or has all of the record's texts in it. A
+    passage that an answer quotes is none, as the model has to answer without it.
+    """
+    read, answers = [" ".join(record.context.split())], []
+    for turn in record.turns:
+        own = answers if turn.role == "assistant" else read
+        own.append(" ".join(turn.text.split()))
     joined = " ".join(texts)
-    return all(any(text in words for words in known) for text in texts) or all(
-        words in joined for words in known
-    )
+    return all(
+        text in answers or any(text in words for words in read) for text in texts
+    ) or all(words in joined for words in (*read, *answers))

@@ -34,7 +34,7 @@ ANSWERS = {"answer", "completion", "output", "reply", "response", "solution"}
 KNOWN = MATERIAL | ANSWERS
 # The first edition of the rules in which such a column stops a run.
 REFUSED_SINCE = 3
-# What can be mapped as it is.
+# Values that can be mapped as they are.
 AS_TEXT = str | bytes | bool | int | float | decimal.Decimal
 UnusedFacts = dict[str, dict[str, Any]]
 # A file of objects may have a new name in every row; no table has so many columns.

@@ -329,7 +329,7 @@ def test_a_row_length_that_nothing_fits_is_the_users_error(chat, text):
 
 
 @pytest.mark.soak
-def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2):
+def test_real_dolly_packs_tightly_and_trains_answers_only(dolly_path, smollm2, text):
     chat = ChatFormat(smollm2.tokenizer, "chat")
     config = Config(data=DataConfig(path=str(dolly_path), max_rows=5_000))
     dataset = load_dataset(config.data, config.seed, chat, text)

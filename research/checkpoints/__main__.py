@@ -23,7 +23,8 @@ list (the default) shows step, size, time, held-out loss and a fingerprint of th
 that it was measured on, and checks every byte.
 verify lists damaged files and exits with code 5 if there are any. export-step writes
 --step as a Hugging Face folder --out. prune removes damaged checkpoints, and all intact
-ones but the newest --keep_last and the best --keep_best.
+ones but the newest --keep_last, the best --keep_best, and those that other runs are
+built on.
 """
 
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         folder.lock()  # A running trainer counts and removes its checkpoints itself.
     found = inspect(folder.checkpoints, folder.origin().get("run", ""))
     if f.verb == "prune":
-        return _prune(found, f.keep_last, f.keep_best)
+        return _prune(folder, found, f.keep_last, f.keep_best)
     _show(folder, found)
     return _verify(found) if f.verb == "verify" else 0
 
@@ -107,14 +108,20 @@ def _verify(found: "list[Checkpoint]") -> int:
     return 0
 
 
-def _prune(found: "list[Checkpoint]", keep_last: int, keep_best: int) -> int:
+def _prune(
+    folder: "RunDir", found: "list[Checkpoint]", keep_last: int, keep_best: int
+) -> int:
     from research.checkpoints.checkpoint_listing import superfluous
+    from research.checkpoints.needed_steps import needed_steps
 
     if found and all(x.damage for x in found):
         raise DamagedError(
             "every checkpoint is damaged: prune would leave none, so it removes none"
         )
-    gone = superfluous(found, keep_last, keep_best)
+    needed = needed_steps(folder.path)
+    gone = superfluous(found, keep_last, keep_best, needed)
+    for each in {x.step for x in found if not x.damage} & needed.keys():
+        sys.stdout.write(f"step {each} stays: {visible(needed[each])} is built on it\n")
     for each in gone:
         shutil.rmtree(each.folder)
         sys.stdout.write(f"removed step {each.step}, {each.size / 1e6:,.1f} MB\n")

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,14 @@ def comparable_loss(metrics: dict[str, Any], data: str) -> float:
 
 
 def superfluous(
-    found: Sequence[Checkpoint], keep_last: int, keep_best: int
+    found: Sequence[Checkpoint],
+    keep_last: int,
+    keep_best: int,
+    needed: Collection[int] = (),
 ) -> list[Checkpoint]:
     """The checkpoints to remove: all but the newest `keep_last` and best `keep_best`.
+
+    The steps `needed` stay, too.
 
     Damaged checkpoints do not count and are removed: they can never be restored. A
     loss is compared only with others on the data of the newest checkpoint.
@@ -153,4 +158,5 @@ def superfluous(
     measured = [x for x in same_data if x.loss is not None]
     measured.sort(key=lambda x: x.loss)
     kept = [*whole[max(len(whole) - keep_last, 0) :], *measured[:keep_best]]
+    kept += [x for x in whole if x.step in needed]
     return [x for x in found if x not in kept]

@@ -1,8 +1,9 @@
 """Orbax's checkpoint manager, set up for our checkpoints."""
 
+import dataclasses
 import functools
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from etils import epath
 
 from research.checkpoints.checkpoint_listing import comparable_loss
 from research.checkpoints.checksums import SealedArrays, SealedPath
+from research.checkpoints.needed_steps import needed_steps
 from research.config.knob_groups import CheckpointConfig
+from research.parallel import agreement
 from research.weights.parameter_paths import flatten
 
 
@@ -36,6 +39,25 @@ def _match_below(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
     merge none of its arrays, and report success.
     """
     return (folder / name for name in glob.glob(pattern, root_dir=folder))
+
+
+@dataclasses.dataclass
+class PreserveNeeded(ocp.checkpoint_managers.PreservationPolicy):
+    """Preserves the steps of the run in `base` that other runs are built on.
+
+    The first process reads them, so that all have the same list.
+    """
+
+    base: Path
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        needed = agreement.of_first(sorted(needed_steps(self.base)))
+        return [each.step in needed for each in checkpoints]
 
 
 def open_manager(
@@ -71,6 +93,7 @@ def open_manager(
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
                 ),
+                PreserveNeeded(folder.parent),
             ]
         ),
         # Without it Orbax neither writes nor reads metrics.

@@ -7,6 +7,8 @@ from research.config.field_names import shell_flag
 from research.core.errors import UserError
 
 Identity = dict[str, str]
+# Parts of an identity that name the run, the step and the checkpoint of the base model.
+BASE_RUN, BASE_STEP, BASE_SUM = "base run", "base step", "base checkpoint"
 # The parts of an identity that differ, as a rule, where these knobs do.
 CHANGED_WITH = {
     r"model\.init_from": ("base model", "tokenizer"),

@@ -3,17 +3,24 @@
 It names models, data and files, and no folder of the machine that trained.
 """
 
+import ast
+import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from research.config.hub_pins import DEFAULT_ROWS
+from research.config.knobs import flat
+from research.config.run_config import Config
 from research.core.hub_access import HubAddress, is_hub
 from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
 from research.runs.metrics_file import read_metrics
+from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
+from research.runs.run_history import History
 
 LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,24 +35,36 @@ def format_card(folder: RunDir, step: int, licence: str) -> str:
 
     `licence`: of the base model; empty where it is not known.
     """
-    config = folder.config()
-    data, base = config.data, config.model.init_from
-    text = data.kind == "text"
-    sources = [x.rpartition("=")[2] for x in config.text.sources] if text else []
-    sources = sources or (data.path or DEFAULT_ROWS).split(",")
+    changes = History(folder.history, PhaseTimer()).accepted_by_step
+    newest = flat(folder.config())
+    knobs = _knobs_at(step, newest, changes)
+    base = knobs["model.init_from"]
+    sources: dict[str, int] = {}  # The first update with each.
+    for begun in (0, *(x for x in sorted(changes) if x < step)):
+        for source in _sources(_knobs_at(begun + 1, newest, changes)):
+            sources.setdefault(source, begun + 1)
+    data = [
+        public_name(x) + (f" (from update {n} on)" if n > 1 else "")
+        for x, n in sources.items()
+    ] or [f"read by the task {knobs['data.kind']!r}"]
     tuned = "all parameters"
-    if config.trainable == "lora":
-        tuned = f"LoRA adapters of rank {config.lora.rank}, added to the weights"
+    if knobs["trainable"] == "lora":
+        kind, rank = knobs["lora.kind"], knobs["lora.rank"]
+        kind = "LoRA adapters" if kind == "lora" else f"adapters of the kind {kind!r}"
+        tuned = f"{kind} of rank {rank}, added to the weights"
     facts = {
-        "base model": public_name(base) if base else f"random {config.model.preset}",
+        "base model": public_name(base) if base else f"random {knobs['model.preset']}",
         "licence of the base model": licence or "not known",
-        "data": ", ".join(map(public_name, sources)),
+        "data": ", ".join(data),
         "trained": tuned,
-        "steps": f"{step:,} of {data.batch_size} rows of {data.seq_len} tokens",
-        "learning rate": f"{config.optim.learning_rate:g}, {config.optim.schedule}",
-        "seed": config.seed,
+        "steps": f"{step:,} of {knobs['data.batch_size']} rows of "
+        f"{knobs['data.seq_len']} tokens",
+        "learning rate": f"{knobs['optim.learning_rate']:g}, {knobs['optim.schedule']}",
+        "seed": knobs["seed"],
         "run": f"{folder.origin().get('run', 'without an id')}, step {step}",
     }
+    if earlier := _changed_facts(changes, step):
+        facts["changed in training"] = earlier
     lines = read_metrics(folder.path)
     measured = [x for x in lines if x["kind"] == "eval" and x["step"] <= step]
     head = {
@@ -56,6 +75,51 @@ def format_card(folder: RunDir, step: int, licence: str) -> str:
         "pipeline_tag": "text-generation",
     }
     return _card(folder.path.absolute().name, head, facts, measured)
+
+
+def _knobs_at(
+    update: int, newest: Mapping[str, Any], changes: Mapping[int, Sequence[str]]
+) -> dict[str, Any]:
+    """The knobs by name with which the optimizer made `update`, counted from 1.
+
+    `newest` are those of now, and `changes` the accepted ones by the updates before.
+    """
+    knobs = dict(newest)
+    for made in sorted(changes, reverse=True):
+        for line in reversed(changes[made]) if made >= update else ():
+            name, _, change = line.partition(": ")
+            if name in knobs:
+                knobs[name] = _old_value(change)
+    return knobs
+
+
+def _old_value(change: str) -> Any:
+    """The value before the arrow in `old -> new`; a text may hold an arrow, too."""
+    parts = change.split(" -> ")
+    for count in range(1, len(parts)):
+        with contextlib.suppress(SyntaxError, ValueError):
+            return ast.literal_eval(" -> ".join(parts[:count]))
+    return change
+
+
+def _sources(knobs: Mapping[str, Any]) -> list[str]:
+    """Files and datasets that the knobs name; none where only the task knows them."""
+    kind, path, texts = (knobs[x] for x in ("data.kind", "data.path", "text.sources"))
+    if kind == "text" or (kind != "instructions" and texts != Config().text.sources):
+        return [x.rpartition("=")[2] for x in texts]
+    if kind == "instructions" and not path:
+        return [DEFAULT_ROWS]  # A run of an older version.
+    return [x.strip() for x in path.split(",") if x]
+
+
+def _changed_facts(changes: Mapping[int, Sequence[str]], step: int) -> str:
+    """The accepted differences before the last update, without paths and checksums."""
+    return "; ".join(
+        f"{line} (after update {made})"
+        for made in sorted(changes)
+        for line in changes[made]
+        if 0 < made < step and re.match(r"(data|optim|lora)\.\w+: [^/]*$|seed:", line)
+    )
 
 
 def _card(

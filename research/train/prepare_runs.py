@@ -29,6 +29,7 @@ from research.report import terminal
 from research.runs import provenance
 from research.runs.lineage.base_of_run import open_start
 from research.runs.lineage.exported_run import refuse_other_step
+from research.runs.lineage.start_pins import keep_base_step
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
@@ -269,6 +270,8 @@ def record_start(
             _keep_base(run)
         found = identity | dict(run.base.origin)
         run.folder.update(found, run.task.left_out, opened.config)
+    if jax.process_index() == 0 and run.definition.trainable.frozen_specs:
+        keep_base_step(run.folder, run.config.model.init_from)
     changed.clear()
 
 

@@ -6,15 +6,22 @@ import json
 import os
 import re
 import shutil
+import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_run import make_small_place, small_config
 
+from research.checkpoints import __main__ as checkpoints_door
+from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import seal
-from research.config.run_config import MeshConfig
+from research.checkpoints.needed_steps import needed_steps
+from research.config.choices import ADAPTER_MODULES, TASK_MODULES
+from research.config.knob_groups import ColumnsConfig
+from research.config.run_config import CheckpointConfig, MeshConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.export.write_model import write_model
@@ -23,6 +30,7 @@ from research.formats.huggingface_export import save_settings
 from research.formats.load_parameters import load_base
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.report.model_card import format_card
 from research.runs.lineage import exported_run
 from research.runs.lineage.base_of_run import (
     _base_of_run,
@@ -31,10 +39,12 @@ from research.runs.lineage.base_of_run import (
     start_architecture,
 )
 from research.runs.lineage.exported_run import ModelOrigin, refuse_other_step
-from research.runs.lineage.start_pins import pin_start, saved_step
+from research.runs.lineage.start_pins import keep_base_step, pin_start, saved_step
+from research.runs.phase_timer import PhaseTimer
 from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
-from research.train import start_to_report
+from research.runs.run_history import History
+from research.train import prepare_runs, start_to_report
 
 
 @pytest.fixture
@@ -97,6 +107,28 @@ def test_a_file_that_changed_is_not_the_same_export(lora, exported, tmp_path):
         write_model(str(lora.path), "latest", out, "float32", False)
 
 
+@pytest.mark.parametrize("run", ["", "r"])
+def test_another_checkpoint_of_the_same_step_is_refused(exported, tmp_path, run):
+    """A run without an id may be any other one; a step may have been trained again."""
+    out = shutil.copytree(exported, tmp_path / "out")
+    facts = json.loads((out / "exported_from.json").read_text()) | {"run": run}
+    (out / "exported_from.json").write_text(json.dumps(facts))
+    same = ModelOrigin(run, 16, facts["checkpoint"], "float32")
+    assert exported_run.holds(out, same, False, "--replace")
+    for checkpoint, said in (("f" * 64, "ffffffffffff"), ("", "not saved yet")):
+        other = same.saved_as(checkpoint)
+        with pytest.raises(UserError, match=rf"another checkpoint .*\({said}\) would"):
+            exported_run.holds(out, other, False, "--replace")
+        assert not exported_run.holds(out, other, True, "--replace")
+
+
+def test_the_files_of_another_step_are_not_read(exported, monkeypatch):
+    monkeypatch.setattr(exported_run, "checksum", None)
+    other = ModelOrigin("r", 15, "", "float32")
+    with pytest.raises(UserError, match=r"holds step 16 .* step 15 "):
+        exported_run.holds(exported, other, False, "--replace")
+
+
 def test_an_export_of_an_older_version_is_of_no_known_step(lora, exported, tmp_path):
     out = shutil.copytree(exported, tmp_path / "out")
     (out / "exported_from.json").unlink()
@@ -148,6 +180,62 @@ def test_the_model_card_says_what_the_model_is(lora, exported, place):
     ):  # fmt: skip
         assert said in card, said
     assert str(place.folder) not in card and not re.search(r"(^|\s)/", card)
+
+
+def card_of(lora, path, step, data, changes, **knobs):
+    """The card of a run with other knobs, which accepted `{step: {name: change}}`."""
+    folder = RunDir(path)
+    path.mkdir()
+    config = lora.config()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, **data), **knobs
+    )
+    (path / "config.json").write_text(to_json(config))
+    (path / "identity.json").write_text(json.dumps(lora.identity()))
+    history = History(folder.history, PhaseTimer())
+    for made, changed in changes.items():
+        history.accept(changed, made)
+    return format_card(folder, step, "")
+
+
+def test_the_card_names_the_data_of_an_added_task_and_its_adapters(
+    lora, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(TASK_MODULES, "pairs", __name__)
+    monkeypatch.setitem(ADAPTER_MODULES, "scaled", __name__)
+    kind = dataclasses.replace(lora.config().lora, kind="scaled")
+    data = {"kind": "pairs", "path": "", "columns": ColumnsConfig()}
+    card = card_of(lora, tmp_path / "a", 16, data, {}, lora=kind)
+    assert "olly" not in card and "- data: read by the task 'pairs'" in card
+    assert "adapters of the kind 'scaled' of rank 4" in card and "LoRA" not in card
+    named = card_of(lora, tmp_path / "b", 16, data | {"path": "/x/pairs.jsonl"}, {})
+    assert "- data: pairs.jsonl\n" in named
+
+
+@pytest.mark.parametrize(
+    ("step", "data", "rows"),
+    [
+        (4, "first -> 1.jsonl", 2),
+        (8, "first -> 1.jsonl, second.jsonl (from update 5 on)", 2),
+        (9, "first -> 1.jsonl, second.jsonl (from update 5 on), third.jsonl "
+         "(from update 9 on)", 8),
+    ],
+)  # fmt: skip
+def test_the_card_names_what_was_trained_up_to_its_step(
+    lora, tmp_path, step, data, rows
+):
+    changes = {
+        4: {"data.path": "'/home/x/first -> 1.jsonl' -> '/home/x/second.jsonl'"},
+        8: {
+            "data.path": "'/home/x/second.jsonl' -> 'third.jsonl'",
+            "data.batch_size": "2 -> 8",
+        },
+    }
+    now = {"path": "third.jsonl"}
+    card = card_of(lora, tmp_path / "a", step, now, changes).replace("\\", "")
+    assert f"- data: {data}\n" in card.replace("&gt;", ">")
+    assert f"- steps: {step} of {rows} rows" in card and "/home" not in card
+    assert ("batch_size: 2 -" in card) == (step > 8)
 
 
 # -- a run that builds on another run --------------------------------------------------
@@ -255,6 +343,14 @@ def built(lora, tmp_path, monkeypatch):
     return build
 
 
+def train_on(step):
+    """Saves a later step of the run `a`, which keeps nothing but its newest one."""
+    keep = CheckpointConfig(keep_last=1, keep_best=0)
+    with Checkpointer(RunDir("a").checkpoints, keep, RunDir("a").identity()) as saver:
+        saver.save(step, {"params": jnp.ones(4)}, {}, None)
+    return sorted(int(x.name) for x in Path("a/checkpoints").iterdir())
+
+
 @pytest.mark.parametrize(("start", "step"), [("a", 16), ("a@best", None), ("a@15", 15)])
 def test_a_run_keeps_the_step_that_it_was_built_on(lora, built, start, step):
     """Whatever becomes of the other run, and from wherever the path is written."""
@@ -263,11 +359,9 @@ def test_a_run_keeps_the_step_that_it_was_built_on(lora, built, start, step):
     identity = folder.identity()
     assert identity["base run"] == lora.origin()["run"]
     assert identity["base step"] == str(step) and identity["base checkpoint"]
-    # More training: a later step, and a better one.
-    shutil.copytree("a/checkpoints/16", "a/checkpoints/17")
-    (RunDir("a").checkpoints / "17" / "commit_success.txt").write_text("17")
-    seal(RunDir("a").checkpoints / "17")
+    keep_base_step(folder, folder.config().model.init_from)
     write_model("a", "15", Path("a/model"), "float32", False)
+    assert train_on(17) == [step, 17]
     for written in (start, os.path.abspath(start), f"a@{step}"):
         again = dataclasses.replace(config, model=at(config.model, written))
         assert folder.check_config(again) == {}
@@ -278,6 +372,46 @@ def test_a_run_keeps_the_step_that_it_was_built_on(lora, built, start, step):
     other = dataclasses.replace(config, model=at(config.model, "a@17"))
     with pytest.raises(UserError, match=rf"init_from: 'a@{step}' -> 'a@17'"):
         folder.check_config(other)
+
+
+def record(folder, monkeypatch):
+    """Records a start of the run of adapters in `folder`; trains nothing."""
+    monkeypatch.setattr(prepare_runs.doctor, "save", lambda *_: None)
+    run = types.SimpleNamespace(
+        folder=folder, config=folder.config(), examination=None,
+        history=types.SimpleNamespace(plan=lambda steps: None),
+        definition=types.SimpleNamespace(
+            trainable=types.SimpleNamespace(frozen_specs={"x": None})
+        ),
+    )  # fmt: skip
+    opened = types.SimpleNamespace(changed={}, config=run.config)
+    prepare_runs.record_start(run, {}, opened, 0)
+
+
+def test_a_start_keeps_the_step_under_its_adapters_while_the_run_is_there(
+    built, monkeypatch, capsys
+):
+    """Neither training nor a prune removes it; once that run is gone both do."""
+    prune = ["checkpoints", "prune", "--run=a", "--keep_best=0"]
+    _, folder = built("b", "a@15")
+    record(folder, monkeypatch)
+    assert needed_steps(Path("a")) == {15: os.path.abspath("b")}
+    checkpoints_door.main(prune)
+    assert "step 15 stays" in capsys.readouterr().out
+    assert train_on(17) == [15, 17]
+    identity = folder.identity() | {"base step": "17"}
+    (folder.path / "identity.json").write_text(json.dumps(identity))
+    assert needed_steps(Path("a")) == {}, "it starts from another step by now"
+    shutil.rmtree("b")
+    assert train_on(18) == [18]
+
+
+def test_a_base_run_that_cannot_be_written_gets_a_warning(built, monkeypatch, caplog):
+    _, folder = built("b", "a@16")
+    Path("a/needed_by").write_text("")
+    record(folder, monkeypatch)
+    assert "may remove the step" in caplog.text
+    assert "--run=a export-step --step=16" in caplog.text
 
 
 def test_another_checkpoint_under_the_same_number_is_another_base(built):
@@ -299,7 +433,11 @@ def test_without_the_base_run_adapters_say_what_is_missing(built, gone, lora):
         lambda: open_start(pin_start(folder, config), folder),
         lambda: open_stored("b"),
     ):
-        with pytest.raises(UserError, match=rf"a@16 \(step 16 of run {run}\).*bring"):
+        with pytest.raises(
+            UserError,
+            match=rf"a@16 \(step 16 of run {run}\).*bring.*"
+            r"python -m research\.train --config=.*b --config\.model\.init_from=FOLDER",
+        ):
             action()
 
 

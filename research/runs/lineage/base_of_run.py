@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import seal_of
+from research.checkpoints.run_identity import BASE_RUN, BASE_STEP, BASE_SUM
 from research.config.knob_groups import MeshConfig, RuntimeConfig
 from research.config.knobs import flat
 from research.config.run_config import Config
@@ -41,8 +43,6 @@ from research.tokenize import tokenizer as tokenizers
 from research.weights import trainable
 
 Params = dict[str, Any]
-# Parts of an identity that name the run, the step and the checkpoint of the base model.
-BASE_RUN, BASE_STEP, BASE_SUM = "base run", "base step", "base checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +138,9 @@ def open_start(config: Config, folder: RunDir) -> Base:
         of_run = f" (step {step} of run {known[BASE_RUN]})" if BASE_RUN in known else ""
         raise UserError(
             f"{folder} holds adapters to the weights of {config.model.init_from}"
-            f"{of_run}, which cannot be read: {error}; bring them back, or name "
-            "another copy, such as an export of that step, with "
+            f"{of_run}, which cannot be read: {error}; bring them back, or start "
+            "the run once from another copy, such as an export of that step: python -m "
+            f"research.train --config={shlex.quote(str(folder))} "
             "--config.model.init_from=FOLDER "
             "--config.accept=\"('model.init_from', 'base model')\""
         ) from error

@@ -37,8 +37,7 @@ class ModelOrigin:
     Attributes:
       run: the id of the run; empty in runs of older versions.
       step: optimizer updates.
-      checkpoint: the sum of all checksums of its checkpoint; empty where it is not
-        known yet.
+      checkpoint: the sum of all checksums of its checkpoint; empty if it is not saved.
       dtype: of the file.
     """
 
@@ -112,15 +111,15 @@ def refuse_other_step(folder: RunDir, steps: int, replace: bool) -> None:
     Raises:
       UserError: see `holds`.
     """
-    run = folder.origin().get(RUN, "")
-    wanted = ModelOrigin(run, steps, "", "float32")
+    wanted = ModelOrigin.of(folder, steps, "float32")
     holds(folder.path / EXPORTED, wanted, replace, REPLACE)
 
 
 def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
     """Whether `out` is the export of `wanted`; False where it may be written.
 
-    A step that was trained again is written again. See `export_run` for the arguments.
+    A step that was trained again is another one if its checkpoint differs. See
+    `export_run` for the arguments.
 
     Raises:
       UserError: another step is there and must not be replaced, or something that is
@@ -130,22 +129,30 @@ def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
         return False
     if not all((out / name).is_file() for name in MARKS):
         raise UserError(f"{out} exists and is no exported model; name another folder")
-    what = "a model that does not say which step it is"
+    what, new = "a model that does not say which step it is", ""
     if (out / ORIGIN).is_file():
         found = read_json(out / ORIGIN, SHAPE, f"remove {out}, and export again")
         names = (field.name for field in dataclasses.fields(ModelOrigin))
         here = ModelOrigin(**{name: found[name] for name in names})
-        known = wanted.checkpoint or here.checkpoint
-        changed = _changed_file(out, found["files"])
-        if here.saved_as(known) == wanted.saved_as(known) and not changed:
-            return here.checkpoint == known
-        what = f"{here}, {changed} of which has changed since" if changed else str(here)
+        what = str(here)
+        if here == wanted:
+            # Reads the whole export, so it comes last.
+            if not (changed := _changed_file(out, found["files"])):
+                return True
+            what = f"{here}, {changed} of which has changed since"
+        elif here.saved_as(wanted.checkpoint) == wanted:
+            what = f"{here} from another checkpoint ({_short(here)})"
+            new = f" ({_short(wanted)})"
     if replace:
         return False
     raise UserError(
-        f"{out} holds {what}, and {wanted} would replace it: name another folder, move "
-        f"it away, or replace it with {flag}"
+        f"{out} holds {what}, and {wanted}{new} would replace it: name another "
+        f"folder, move it away, or replace it with {flag}"
     )
+
+
+def _short(origin: ModelOrigin) -> str:
+    return origin.checkpoint[:12] or "not saved yet"
 
 
 def _changed_file(out: Path, sums: dict[str, list[Any]]) -> str:

@@ -1,11 +1,15 @@
 """A run keeps what its addresses stood for at its first start: commits and steps."""
 
+import logging
 import os
+import shlex
 from collections.abc import Mapping
 
 import jax
 
 from research.checkpoints.checkpoint_listing import choose_step
+from research.checkpoints.needed_steps import need_step
+from research.checkpoints.run_identity import BASE_STEP
 from research.config.hub_pins import Pins, pinned, resolve_addresses
 from research.config.knob_groups import NEWEST_EDITION
 from research.config.run_config import Config
@@ -57,6 +61,29 @@ def _base_run(folder: RunDir, written: str, known: Pins) -> Pins:
         if not had and os.path.abspath(before) == os.path.abspath(run.path):
             return {}  # An older run, for which it stands for the exported model.
     return {written: f"{place}@{saved_step(run, step or 'latest')}"}
+
+
+def keep_base_step(folder: RunDir, start: str) -> None:
+    """Keeps the run `start`, RUN@STEP, from removing the step under the adapters.
+
+    Call it at each start of the run of adapters in `folder`, which may have moved. A
+    run that cannot be written gets a warning.
+    """
+    identity = folder.identity()
+    place, step = split_step(start)
+    if not step or identity.get(BASE_STEP) != step:
+        return
+    base = RunDir(place)
+    try:
+        need_step(base.path, folder.path, identity)
+    except OSError as error:
+        logging.warning(
+            "%s cannot be told that %s needs its step %s (%s): more training there or "
+            "a prune may remove the step, and these adapters are of no use without it; "
+            "keep a copy: python -m research.checkpoints --run=%s export-step "
+            "--step=%s --out=FOLDER",
+            *(place, folder, step, error, shlex.quote(place), step),
+        )
 
 
 def saved_step(folder: RunDir, step: str) -> int:

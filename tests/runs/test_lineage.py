@@ -182,16 +182,16 @@ def test_the_model_card_says_what_the_model_is(lora, exported, place):
     assert str(place.folder) not in card and not re.search(r"(^|\s)/", card)
 
 
-def card_of(lora, path, step, data, changes, **knobs):
+def card_of(run, path, step, data, changes, **knobs):
     """The card of a run with other knobs, which accepted `{step: {name: change}}`."""
     folder = RunDir(path)
     path.mkdir()
-    config = lora.config()
+    config = run.config()
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, **data), **knobs
     )
     (path / "config.json").write_text(to_json(config))
-    (path / "identity.json").write_text(json.dumps(lora.identity()))
+    (path / "identity.json").write_text(json.dumps(run.identity()))
     history = History(folder.history, PhaseTimer())
     for made, changed in changes.items():
         history.accept(changed, made)

@@ -411,7 +411,7 @@ def test_a_base_run_that_cannot_be_written_gets_a_warning(built, monkeypatch, ca
     Path("a/needed_by").write_text("")
     record(folder, monkeypatch)
     assert "may remove the step" in caplog.text
-    assert "--run=a export-step --step=16" in caplog.text
+    assert "/a export-step --step=16 --out=FOLDER" in caplog.text
 
 
 def test_another_checkpoint_under_the_same_number_is_another_base(built):

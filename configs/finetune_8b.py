@@ -16,6 +16,7 @@ def get_config():
     config.steps = 300
     config.model.init_from = "hub://unsloth/Llama-3.1-8B-Instruct"
     config.model.remat = "full"
+    config.data.path = "hub://databricks/databricks-dolly-15k"
     config.data.seq_len = 2048
     config.data.batch_size = 32
     config.data.microbatch_size = 16

@@ -17,6 +17,8 @@ TASK_MODULES = {
     "instructions": "research.tasks.instruction_tuning",
     "text": "research.tasks.pretraining",
 }
+# Each value of `config.data.source` is a dataset of the hub.
+ROW_SOURCES = {"dolly": "hub://databricks/databricks-dolly-15k"}
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")

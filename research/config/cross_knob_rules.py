@@ -10,7 +10,7 @@ from typing import Any
 
 from research.config.field_names import shell_flag
 from research.config.knobs import flat
-from research.core.errors import UserError
+from research.core.errors import UserError, refuse
 from research.core.hub_access import is_hub
 
 
@@ -92,6 +92,13 @@ RULES = (
         "with commas has no hub:// in it",
         lambda c: not (_lists_hub(c.data.path) or _lists_hub(c.data.eval_path)),
     ),
+    Rule(
+        ("data.kind", "text.sources"),
+        "raw text for pre-training is given as "
+        "--config.text.sources=\"('mine=my.txt',)\"; ('stdlib=stdlib',) is the text "
+        "of the running Python's own library",
+        lambda c: c.data.kind != "text" or bool(c.text.sources),
+    ),
 )
 
 
@@ -139,6 +146,7 @@ NO_ROWS = ("batch_size", "microbatch_size", "seq_len", "bad_lines", "hub_timeout
 # The conditions under which a knob, or each knob of a group, acts. A knob's own entry
 # stands before that of its group; one that is found nowhere always acts.
 ACTS: dict[str, Conditions] = {
+    "replace_export": _only("export", True),
     "model.preset": RANDOM,
     "model.param_dtype": _only("trainable", "full"),
     "model.base_format": _only("trainable", "lora"),
@@ -151,6 +159,7 @@ ACTS: dict[str, Conditions] = {
     "data.held_out": ROWS + _only("data.eval_path", ""),
     "text": TEXT,
     "text.tokenizer": TEXT + RANDOM,
+    "text.held_out_bytes": TEXT + _never("text.held_out_share", 0.0),
     "text.cache_dir": (),
     "optim.decay": _only("optim.schedule", "wsd"),
     "optim.final": _never("optim.schedule", "constant"),
@@ -194,6 +203,16 @@ COUNTERPARTS = {
     "eval.prompts": "eval.text_prompts",
 }
 COUNTERPARTS |= {text: rows for rows, text in COUNTERPARTS.items()}
+# The value of a knob as its counterpart writes it, where it has the same meaning.
+AS_COUNTERPART: dict[str, Callable[[Any], Any]] = {
+    "data.path": lambda path: tuple(
+        f"mine{number or ''}={part.strip()}"
+        for number, part in enumerate(path.split(","))
+    ),
+    "text.sources": lambda sources: ",".join(x.partition("=")[2] for x in sources),
+    "data.columns.response": str,
+    "text.column": str,
+}
 
 
 def check_effects(
@@ -218,7 +237,7 @@ def check_effects(
     known = [
         {path: flat(each)[path] for path in idle(each)} for each in (default, *resumed)
     ]
-    lines, dropped, restored, changed = [], [], [], []
+    lines, moved, dropped, restored, changed = [], [], [], [], []
     for path, condition in conditions.items():
         if any(now[path] == old.get(path, unset[path]) for old in known):
             continue
@@ -230,6 +249,9 @@ def check_effects(
             line += f" and not {condition.listed}"
         if path in COUNTERPARTS and COUNTERPARTS[path] not in conditions:
             line += f" (config.{COUNTERPARTS[path]} takes its place)"
+            if path in AS_COUNTERPART:
+                value = AS_COUNTERPART[path](now[path])
+                moved.append(shell_flag(COUNTERPARTS[path], value))
         lines.append(line)
         changed.append(path)
         if path in flags:
@@ -238,7 +260,9 @@ def check_effects(
             restored.append(shell_flag(path, unset[path]))
     if not lines:
         return
-    fixes = [f"drop {' '.join(dropped)}"] if dropped else []
+    fixes = [f"give {' '.join(moved)} instead"] if moved else []
+    if dropped:
+        fixes.append(f"drop {' '.join(dropped)}")
     if restored:
         fixes.append(f"drop what sets it in the file, or add {' '.join(restored)}")
     others = dict.fromkeys(f"config.{conditions[path].knob}" for path in changed)
@@ -253,12 +277,12 @@ def check_rules(config: Any) -> None:
     """Checks a `run_config.Config` whose knobs are each within their limits.
 
     Raises:
-      UserError: knobs contradict each other; the message names them.
+      UserError: knobs contradict each other; the message names all of them.
     """
     values = flat(config)
+    faults = []
     for rule in RULES:
         if not rule.holds(config):
-            found = ", ".join(
-                f"config.{knob} is {values[knob]!r}" for knob in rule.knobs
-            )
-            raise UserError(f"{found}: {rule.meaning}")
+            found = [f"config.{knob} is {values[knob]!r}" for knob in rule.knobs]
+            faults.append(f"{', '.join(found)}: {rule.meaning}")
+    refuse(faults)

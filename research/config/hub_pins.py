@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 
+from research.config.choices import ROW_SOURCES
 from research.config.run_config import Config
 from research.core.errors import look_up
 from research.core.hub_access import (
@@ -22,7 +23,6 @@ from research.core.hub_access import (
 )
 from research.core.local_paths import split_step
 
-DEFAULT_ROWS = "hub://databricks/databricks-dolly-15k"
 EMBEDDED = "embedded"  # As `data.path`: the sample that is part of this package.
 
 Pins = dict[str, str]
@@ -47,8 +47,7 @@ def resolve_addresses(
         nor in its local cache.
     """
     pins = dict(known)
-    sources = {"dolly": DEFAULT_ROWS}
-    default = look_up(sources, config.data.source, "config.data.source")
+    default = look_up(ROW_SOURCES, config.data.source, "config.data.source")
 
     def ask(written: str, kind: str) -> str:
         if written not in pins:

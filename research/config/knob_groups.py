@@ -14,6 +14,7 @@ from research.config.choices import (
     KERNELS,
     OPTIMIZERS,
     REMATS,
+    ROW_SOURCES,
     SCHEDULES,
     TASK_MODULES,
     UNDECODABLE,
@@ -130,7 +131,7 @@ class DataConfig:
     source: str = knob(
         "dolly",
         "rows where data.path is empty; dolly: the hub's, or else the embedded sample",
-        choices=("dolly",),
+        choices=ROW_SOURCES,
     )
     path: str = knob(
         "",
@@ -207,14 +208,12 @@ class TextConfig:
     """The raw text of pre-training."""
 
     sources: tuple[str, ...] = knob(
-        ("stdlib=stdlib",),
-        "texts by name, as ('name=where', ...): stdlib (the running Python's own), a "
-        "file or folder, or hub://owner/name[@revision][:subset[@split]]",
+        (),
+        "texts by name, as ('name=where', ...): a file or folder, stdlib (the running "
+        "Python's own), or hub://owner/name[@revision][:subset[@split]]",
         is_path=True,
     )
-    mixture: tuple[str, ...] = knob(
-        (), "share of each source, as ('name=weight', ...); empty: by size"
-    )
+    mixture: tuple[str, ...] = knob((), "shares as ('name=weight', ...); none: by size")
     column: str = knob("text", "column with the text, in files of rows")
     tokenizer: str = knob(
         "bpe:4096",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from research.config.field_names import explain
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError, nearest, refuse
 from research.core.local_paths import expanded
 
 if TYPE_CHECKING:
@@ -121,11 +121,14 @@ def check_limits(config: Any, prefix: str) -> None:
     `prefix`, such as "config.", stands before the names of knobs in messages.
 
     Raises:
-      UserError: a value is not allowed; the message names the knob.
+      UserError: values are not allowed; the message names all their knobs.
     """
-    for path, field, value in fields(config, prefix):
-        if refusal := facts_of(field).refusal(value):
-            raise UserError(f"{path} is {value!r}; {refusal}")
+    faults = [
+        f"{path} is {value!r}; {refusal}"
+        for path, field, value in fields(config, prefix)
+        if (refusal := facts_of(field).refusal(value))
+    ]
+    refuse(faults)
 
 
 def to_config_dict(config: Any) -> "ml_collections.ConfigDict":

@@ -7,7 +7,7 @@ missing field or a value of another type is an error with the nearest name.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from research.config.cross_knob_rules import check_effects, check_rules, idle
@@ -132,15 +132,22 @@ def with_length(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     return dict(changes)
 
 
-def with_effect(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+def with_effect(
+    config: Config,
+    changes: Mapping[str, Any],
+    where: str,
+    resumed: Sequence[Config] = (),
+) -> Config:
     """`config` with other values of some knobs, all of which have an effect.
+
+    `resumed`: see `check_effects`.
 
     Raises:
       UserError: as `changed` and `check_effects`; it begins with `where`.
     """
     made = changed(config, with_length(config, changes), where)
     try:
-        check_effects(made, Config())
+        check_effects(made, Config(), resumed)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return made

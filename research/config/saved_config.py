@@ -41,6 +41,7 @@ class KnobChange:
 CHANGES = (
     KnobChange(renamed={"model.weights": "model.init_from"}),
     KnobChange(added={"data.edition": 1}),
+    KnobChange(added={"text.sources": ("stdlib=stdlib",)}),
 )
 
 

@@ -16,7 +16,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -103,6 +103,14 @@ def closest(word: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
     """The one of `known` that is most like `word`; empty if none is like it."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return found[0] if found else ""
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises one UserError that names all `faults`; without any, nothing happens."""
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        raise UserError("\n  ".join([f"{len(faults)} things are wrong:", *faults]))
 
 
 def look_up(table: Mapping[str, T], name: str, what: str) -> T:

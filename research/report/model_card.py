@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from research.config.hub_pins import DEFAULT_ROWS
-from research.config.knob_groups import TextConfig
+from research.config.choices import ROW_SOURCES
 from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
 from research.report.markdown_text import escaped, format_table
@@ -105,10 +104,10 @@ def _old_value(change: str) -> Any:
 def _sources(knobs: Mapping[str, Any]) -> list[str]:
     """Files and datasets that the knobs name; none where only the task knows them."""
     kind, path, texts = (knobs[x] for x in ("data.kind", "data.path", "text.sources"))
-    if kind == "text" or (kind != "instructions" and texts != TextConfig().sources):
+    if kind == "text" or (kind != "instructions" and texts):
         return [x.rpartition("=")[2] for x in texts]
     if kind == "instructions" and not path:
-        return [DEFAULT_ROWS]  # A run of an older version.
+        return [ROW_SOURCES[knobs["data.source"]]]
     return [x.strip() for x in path.split(",") if x]
 
 

@@ -69,7 +69,7 @@ def read_runs(given: str, shared: Config) -> list[Config]:
     if not (isinstance(found, list) and found and all(type(x) is dict for x in found)):
         raise UserError(f"--runs={file} must hold a list of objects, one a run")
     return [
-        with_effect(shared, changes, f"--runs={file}, run {number}")
+        with_effect(shared, changes, f"--runs={file}, run {number}", [shared])
         for number, changes in enumerate(found, 1)
     ]
 

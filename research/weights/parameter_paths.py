@@ -78,6 +78,7 @@ def own_patterns(patterns: Sequence[str], specs: Mapping[str, Spec]) -> tuple[st
             if not paths:
                 words = {end for spec in specs.values() for end in _ends(spec)}
                 listed = [f"{path}{_shown(spec)}" for path, spec in specs.items()]
+                listed.append(f"and {ALL_LINEAR} stands for every matrix of the layers")
                 raise _no_match(pattern, {*_words(specs), *words}, listed)
             found.append(f"^({'|'.join(map(re.escape, paths))})$")
     return tuple(found)

@@ -48,7 +48,7 @@ def config_of(folder: Path, size: int, seq_len: int = 256) -> Config:
 
 def make_text(folder: Path, size: int) -> None:
     """Documents of the standard library, each time with another first line."""
-    (source,) = open_sources(TextConfig(), DataConfig())
+    (source,) = open_sources(TextConfig(sources=("stdlib=stdlib",)), DataConfig())
     texts = [item.path.read_text(encoding="utf-8") for item in source.files]
     written = 0
     with open(folder / f"{size}.jsonl", "w", encoding="utf-8") as file:
@@ -145,7 +145,8 @@ def main() -> None:
 
 def compare(folder: Path, sizes: list[int], vocab: int) -> None:
     texts = training_texts(
-        open_sources(TextConfig(), DataConfig()), held_out_share=0.01
+        open_sources(TextConfig(sources=("stdlib=stdlib",)), DataConfig()),
+        held_out_share=0.01,
     )
     save_tokenizer(train_bpe(texts, vocab), folder / "tokenizer")
     for size in sizes:

@@ -257,6 +257,7 @@ def test_a_setting_that_jax_refuses_is_one_line(said, name, monkeypatch, capsys)
         ("model.preset=tiny", "config.model.init_from is 'pkg.*and not ''", ""),
         ("model.param_dtype=bfloat16", "trainable is 'lora' and not 'full'", ""),
         ("optim.decay=0.5", "optim.schedule is 'cosine' and not 'wsd'", ""),
+        ("replace_export=True", "config.export is False and not True", ""),
         ("optim.skip_window=64", "config.optim.skip_spread is 0.0", ""),
         ("data.eval_path=test.jsonl", "config.data.path is ''", ""),
         ("eval.text_prompts=('a',)", "data.kind", "eval.prompts takes its place"),
@@ -273,6 +274,33 @@ def test_a_knob_without_effect_is_refused(config_file, flag, said, fix):
     knob = flag.partition("=")[0]
     remedy = "add --config.lora.rank=16" if "full" in flag else f"drop --config.{knob}"
     assert fix in message and remedy in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flag, remedy",
+    [
+        ("data.path=my.txt", """--config.text.sources="('mine=my.txt',)" instead"""),
+        ("data.columns.response=body", "--config.text.column=body instead"),
+        ("text.held_out_share=0", "add --config.text.held_out_bytes=200000"),
+    ],
+)
+def test_a_knob_of_the_other_job_is_named_with_its_value(config_file, flag, remedy):
+    line = "    config.text.held_out_bytes = 5000\n    return config\n"
+    text = PRETRAINS.replace("    return config\n", line)
+    with pytest.raises(UserError, match="has no effect where") as raised:
+        arguments = ["door", f"--config={config_file(text)}", f"--config.{flag}"]
+        parse_with_config(arguments, "", command_line.NoFlags)
+    assert remedy in str(raised.value).partition(": config.")[2].partition(": ")[2]
+
+
+def test_pre_training_reads_no_text_that_nobody_named(config_file):
+    text = PRETRAINS.replace('("a=notes.txt",)', "()")
+    with pytest.raises(UserError, match=r"config\.text\.sources is \(\)") as raised:
+        parse_with_config(
+            ["door", f"--config={config_file(text)}"], "", command_line.NoFlags
+        )
+    assert """--config.text.sources="('mine=my.txt',)";""" in str(raised.value)
+    assert "('stdlib=stdlib',) is the text of the running Python" in str(raised.value)
 
 
 def test_a_config_that_switches_the_job_is_told_all_that_must_go(config_file):

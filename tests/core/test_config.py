@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from research.config import saved_config
+from configs import finetune_8b
+from research.config import choices, saved_config
 from research.config.cross_knob_rules import idle
 from research.config.knobs import build, facts_of, fields, flat
 from research.config.run_config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -260,6 +262,32 @@ def test_every_field_that_changes_the_result_is_fixed():
     assert without_effect
     found = fixed_differences(Config(), other).keys()
     assert found == fixed - SINGLE - without_effect
+
+
+def test_all_broken_limits_and_all_broken_rules_are_said_at_once():
+    with pytest.raises(UserError) as raised:
+        Config(steps=-7, seed=-1, lora=LoRAConfig(rank=0))
+    said = str(raised.value).split("\n")
+    assert [x.split()[0] for x in said[1:]] == [
+        *("config.steps", "config.seed", "config.lora.rank")
+    ]
+    with pytest.raises(UserError) as raised:
+        Config(steps=0, data=DataConfig(batch_size=8, microbatch_size=3))
+    said = str(raised.value).split("\n")
+    assert "at least one step" in said[1] and "divide the batch" in said[2]
+
+
+def test_a_run_that_read_the_default_text_opens_as_it_was():
+    values = dataclasses.asdict(Config()) | {"version": 2}
+    values["data"]["kind"] = "text"
+    del values["text"]["sources"]
+    assert from_json(json.dumps(values)).text.sources == ("stdlib=stdlib",)
+
+
+def test_the_config_for_eight_billion_names_its_rows():
+    """An empty path falls back to the embedded sample where the hub is silent."""
+    path = from_config_dict(finetune_8b.get_config()).data.path
+    assert path == choices.ROW_SOURCES["dolly"]
 
 
 KEPT = Path(__file__).parents[1] / "golden" / "kept" / "configs"

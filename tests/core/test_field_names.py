@@ -1,15 +1,19 @@
 """Names that people bring from other trainers are explained, and never accepted."""
 
+import functools
+import itertools
 import re
 import shlex
 import tomllib
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from research.config.command_line import NoFlags, parse_with_config
 from research.config.field_names import FILE, explain, names_of_others
-from research.config.knobs import changed, flat
-from research.config.run_config import Config
+from research.config.knobs import changed, facts_of, fields, flat
+from research.config.run_config import Config, defaults
 from research.core.errors import UserError
 
 KNOBS = flat(Config())
@@ -72,16 +76,71 @@ def test_a_name_of_another_trainer_is_explained_however_it_is_typed(name, refuse
         assert f"--config.{knob or 'optim.' + name}=" in refused(f"--{name}=7")
 
 
-def test_what_is_printed_can_be_pasted(refused):
-    """For all names whose value means the same; the value arrives in the knob."""
+# How the other trainers write the values of a knob; "3" for the rest.
+TYPICAL = {
+    "run_dir": ("outputs/a-b",),
+    "steps": ("1000", "-1"),
+    "optim.learning_rate": ("2e-4", "5e-05", "1.0e-5"),
+    "optim.warmup": ("0.03", "0"),
+    "optim.clip_norm": ("1.0", "0"),
+    "optim.weight_decay": ("0.01", "0."),
+    "optim.b1": ("0.9",),
+    "optim.b2": ("0.999",),
+    "optim.eps": ("1e-8",),
+    "optim.z_loss": ("1e-4",),
+    "lora.dropout": ("0.05", "0"),
+    "lora.targets": (
+        "q_proj,v_proj",
+        "q_proj v_proj",
+        "all-linear",
+        "['q_proj', 'v_proj']",
+        '["q_proj", "v_proj"]',
+        ".*proj",
+    ),
+    "data.system": ("You are helpful.", "it's $5"),
+    "epochs": ("3", "3.0", "0.5"),
+    "data.held_out": ("0.05", "500", "0"),
+    "mesh.data": ("-1",),
+}
+
+
+def pasted(knob, written):
+    """The value of `knob` after absl has parsed the flag."""
+    values = flags.FlagValues()
+    argv = ["door", written]
+    config_flags.DEFINE_config_dict(
+        "config", defaults(), flag_values=values, sys_argv=argv
+    )
+    values(argv)
+    return functools.reduce(getattr, knob.split("."), values["config"].value)
+
+
+def test_what_is_printed_can_be_pasted():
+    """For all names whose value means the same: what other trainers take parses."""
+    groups = {path: field for path, field, _ in fields(Config())}
     for knob, names in WRITTEN["same"].items():
-        wanted = {str: "a", int: "3", float: "0.25", tuple: "q_proj,v_proj"}
-        value = wanted[type(KNOBS[knob])]
-        for name in names.split():
-            said = refused(f"--{name}", value).partition("called ")[2]
-            path, _, given = shlex.split(said)[0].partition("=")
-            assert path == f"--config.{knob}"
-            assert given == value or eval(given) == ("q_proj", "v_proj")
+        kind = type(KNOBS[knob])
+        texts = TYPICAL.get(knob, ("column" if kind is str else "3",))
+        for name, text in zip(names.split(), itertools.cycle(texts), strict=False):
+            said = explain(name, KNOBS, text).partition("called ")[2]
+            written = shlex.split(said)[0]
+            assert written.startswith(f"--config.{knob}=")
+        for text in texts:
+            said = explain(name, KNOBS, text).partition("called ")[2]
+            value = pasted(knob, shlex.split(said)[0])
+            assert type(value) is kind and not facts_of(groups[knob]).refusal(value)
+            if kind is tuple:
+                assert all(re.fullmatch(r"[\w.*-]+", each) for each in value), text
+
+
+def test_a_share_of_the_run_and_a_word_of_another_trainer_are_explained(refused):
+    """Their trainers read 0.1 steps as a share and `all` as every linear layer."""
+    for given, said in {
+        "eval_steps=0.1": "config.eval.every here: a number of steps; a share",
+        "save_steps=0.2": "config.checkpoint.every here: a number of steps; a share",
+        "lora_target=all": "config.lora.targets here: all is 'all-linear'",
+    }.items():
+        assert said in refused(f"--{given}")
 
 
 def test_several_names_are_explained_at_once(refused):

@@ -16,7 +16,7 @@ from text_helpers import (
     write_texts,
 )
 
-from research.config.run_config import Config, DataConfig
+from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.text import token_cache
 from research.data.text.document_readers import DocumentPiece
@@ -380,7 +380,8 @@ def test_the_data_says_what_it_is(place):
 
 
 def epochs_of(data, steps):
-    config = Config(steps=steps, data=DataConfig(kind="text", seq_len=32, batch_size=4))
+    rows = DataConfig(kind="text", seq_len=32, batch_size=4)
+    config = Config(steps=steps, data=rows, text=TextConfig(sources=("a=b",)))
     return count_epochs(config, data.source_rows, data.shares)
 
 

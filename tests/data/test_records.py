@@ -422,5 +422,5 @@ def test_only_a_number_or_a_share_of_rows_can_be_held_out():
     assert not Config(data=DataConfig(held_out=0.0)).evaluates
     own = DataConfig(held_out=0.0, path="a.jsonl", eval_path="b.jsonl")
     assert Config(data=own).evaluates and Config().evaluates
-    silent = TextConfig(held_out_share=0.0)
+    silent = TextConfig(sources=("a=b",), held_out_share=0.0)
     assert not Config(data=DataConfig(kind="text"), text=silent).evaluates

@@ -62,7 +62,7 @@ def tiny_config(folder, kind="lora", **data):
         model=model,
         mesh=MESH,
         data=DataConfig(kind=rows, **data),
-        text=TextConfig(tokenizer="byte"),
+        text=TextConfig(sources=("a=b",), tokenizer="byte"),
     )
 
 
@@ -382,7 +382,9 @@ def test_a_plan_counts_the_phases_between_steps():
     needed, phases = {}, {}
     for kind in ("instructions", "text"):
         data = DataConfig(kind, **rows)
-        asked = dataclasses.replace(config, data=data)
+        asked = dataclasses.replace(
+            config, data=data, text=TextConfig(sources=("a=b",))
+        )
         plan = planner.plan_estimate(asked, EIGHT_B, target)
         needed[kind], phases[kind] = plan.needed - plan.memory.total, plan.phase
     assert phases == {"instructions": "samples", "text": "step"}

@@ -49,7 +49,7 @@ def test_rows_that_nobody_counted_have_no_epochs():
     with pytest.raises(UserError, match=r"--config\.steps=NUMBER"):
         resolved(config_of(2.0), 0)
     assert passed(7, Config(), 0) is None
-    streamed = TextConfig(cache=False)
+    streamed = TextConfig(sources=("a=b",), cache=False)
     with pytest.raises(UserError, match=r"--config\.text\.cache=True"):
         dataclasses.replace(config_of(1.0, kind="text"), text=streamed)
 

@@ -248,7 +248,7 @@ TEXT_REFUSALS = {
     "corpus smaller than a batch": Refusal(
         (
             *(sources("x=small.txt"), mixture(), "--config.text.tokenizer=byte"),
-            "--config.text.held_out_share=0",
+            *("--config.text.held_out_share=0", "--config.text.held_out_bytes=200000"),
         ),
         ("training tokens", "513"),
         files=(("small.txt", "some words that are not held out"),),

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.config.hub_pins import DEFAULT_ROWS, EMBEDDED
+from research.config.choices import ROW_SOURCES
+from research.config.hub_pins import EMBEDDED
 from research.config.knob_groups import (
     BY_SIZE,
     BY_SIZE_SINCE,
@@ -32,8 +33,6 @@ from research.data.instructions.unused_columns import (
 from research.data.row_readers import STOPS, BadRowError, Row
 from research.parallel import agreement
 from research.tokenize.conversation import Record
-
-DOLLY = HubAddress.parse(DEFAULT_ROWS, "dataset")
 
 
 class RowMark(NamedTuple):
@@ -217,10 +216,10 @@ def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
 
 
 def find_rows(config: DataConfig) -> RowSource:
-    """The rows of `config.path`, else of the hub, else the embedded sample.
+    """The rows of `config.path`, else of `config.source`, else the embedded sample.
 
     Raises:
-      UserError: there is no such file or dataset.
+      UserError: there is no such file, dataset or source.
     """
     if is_hub(config.path):
         return _hub_rows(HubAddress.parse(config.path, "dataset"), config)
@@ -228,13 +227,15 @@ def find_rows(config: DataConfig) -> RowSource:
         return _file_rows(config.path, config.path)
     if not config.path:
         source = None
+        named = look_up(ROW_SOURCES, config.source, "config.data.source")
+        address = HubAddress.parse(named, "dataset")
         try:
-            source = _hub_rows(DOLLY, config)
+            source = _hub_rows(address, config)
         except UserError as error:
             logging.info("data: %s; the embedded sample is used", error)
         # One choice for all processes: the hub may answer only some of them.
         if agreement.everywhere(source is not None):
-            return dataclasses.replace(source, origin=f"hub {DOLLY.name}")
+            return dataclasses.replace(source, origin=f"hub {address.name}")
     sample = importlib.resources.files("research.data.instructions") / "sample"
     with importlib.resources.as_file(sample) as folder:
         return _file_rows("embedded sample", str(folder))

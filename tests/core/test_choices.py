@@ -23,13 +23,13 @@ from research.config.knob_groups import (
 )
 from research.config.knobs import facts_of, fields
 from research.config.run_config import Config
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
 from research.data.instructions.row_cache import UnitBuild
 from research.data.instructions.row_selection import find_rows, refuse_row
 from research.data.row_readers import BadRowError
 from research.data.text import document_readers
 from research.models.attention_kernels import choose
-from research.models.transformer import REMAT_POLICIES, Options, Transformer
+from research.models.transformer import REMAT_POLICIES
 from research.plan.estimate import memory_formulas
 from research.report.progress_view import ProgressView
 from research.tasks import task_registry
@@ -107,11 +107,6 @@ def abstract_layers():
     return types.SimpleNamespace(architecture=TINY, definition=definition)
 
 
-def hidden_states(remat):
-    model = types.SimpleNamespace(layers={}, _rope=lambda positions_BT: None)
-    return Transformer.hidden(model, None, None, None, Options(remat=remat))
-
-
 BAD_ROW = BadRowError("wrong type", "rows:1", "it is a number")
 # By knob with choices: all that depends on its value, given one that it does not know.
 DISPATCHES = {
@@ -121,7 +116,7 @@ DISPATCHES = {
     "model.base_format": [lambda c: find_format("unheard")],
     "model.remat": [
         lambda c: memory_formulas.kept_per_token(abstract_layers(), "unheard"),
-        lambda c: hidden_states("unheard"),
+        lambda c: look_up(REMAT_POLICIES, "unheard", "config.model.remat"),
     ],
     "model.attention": [
         lambda c: choose("unheard", "cpu", dtype="float32", head_dim=64, length=128),

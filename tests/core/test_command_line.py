@@ -290,7 +290,7 @@ def test_a_knob_of_the_other_job_is_named_with_its_value(config_file, flag, reme
     with pytest.raises(UserError, match="has no effect where") as raised:
         arguments = ["door", f"--config={config_file(text)}", f"--config.{flag}"]
         parse_with_config(arguments, "", command_line.NoFlags)
-    assert remedy in str(raised.value).partition(": config.")[2].partition(": ")[2]
+    assert remedy in str(raised.value)
 
 
 def test_pre_training_reads_no_text_that_nobody_named(config_file):

@@ -1,6 +1,12 @@
 """Configs of large models for the tests of plans; shapes are given beside them."""
 
-from research.config.run_config import Config, DataConfig, MeshConfig, ModelConfig
+from research.config.run_config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+)
 from research.models.presets import PRESETS
 
 ONE_B, EIGHT_B = PRESETS["llama-1b"], PRESETS["llama3.1-8b"]
@@ -14,4 +20,5 @@ def big_config(kind="full", rows=64, micro=0, mesh=None, remat="full", seq=2048)
         model=ModelConfig(preset="llama-1b", remat=remat, loss_chunk=1024, **base),
         mesh=mesh or MeshConfig(fsdp=-1, data=1),
         data=DataConfig("text", seq_len=seq, batch_size=rows, microbatch_size=micro),
+        text=TextConfig(sources=("web=hub://o/web",)),
     )

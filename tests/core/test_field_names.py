@@ -1,7 +1,5 @@
 """Names that people bring from other trainers are explained, and never accepted."""
 
-import functools
-import itertools
 import re
 import shlex
 import tomllib
@@ -12,7 +10,7 @@ from ml_collections import config_flags
 
 from research.config.command_line import NoFlags, parse_with_config
 from research.config.field_names import FILE, explain, names_of_others
-from research.config.knobs import changed, facts_of, fields, flat
+from research.config.knobs import build, changed, flat
 from research.config.run_config import Config, defaults
 from research.core.errors import UserError
 
@@ -104,33 +102,39 @@ TYPICAL = {
 }
 
 
-def pasted(knob, written):
-    """The value of `knob` after absl has parsed the flag."""
+COLUMNS = ("instruction", "response", "messages", "text")  # Their own names.
+LENGTH = (("--config.steps=-1",), ())
+
+
+def pasted(written):
+    """The config after absl has parsed these flags."""
     values = flags.FlagValues()
-    argv = ["door", written]
+    argv = ["door", *written]
     config_flags.DEFINE_config_dict(
         "config", defaults(), flag_values=values, sys_argv=argv
     )
     values(argv)
-    return functools.reduce(getattr, knob.split("."), values["config"].value)
+    return flat(build(Config, values["config"].value.to_dict(), "config"))
 
 
 def test_what_is_printed_can_be_pasted():
     """For all names whose value means the same: what other trainers take parses."""
-    groups = {path: field for path, field, _ in fields(Config())}
-    for knob, names in WRITTEN["same"].items():
-        kind = type(KNOBS[knob])
-        texts = TYPICAL.get(knob, ("column" if kind is str else "3",))
-        for name, text in zip(names.split(), itertools.cycle(texts), strict=False):
-            said = explain(name, KNOBS, text).partition("called ")[2]
-            written = shlex.split(said)[0]
-            assert written.startswith(f"--config.{knob}=")
-        for text in texts:
-            said = explain(name, KNOBS, text).partition("called ")[2]
-            value = pasted(knob, shlex.split(said)[0])
-            assert type(value) is kind and not facts_of(groups[knob]).refusal(value)
-            if kind is tuple:
-                assert all(re.fullmatch(r"[\w.*-]+", each) for each in value), text
+    for turn in range(max(map(len, TYPICAL.values()))):
+        printed = {}
+        for knob, names in WRITTEN["same"].items():
+            texts = TYPICAL.get(knob, ("column" if KNOBS[knob] in COLUMNS else "3",))
+            said = {
+                explain(name, KNOBS, texts[turn % len(texts)]) for name in names.split()
+            }
+            (printed[knob],) = shlex.split(said.pop().partition("called ")[2])[:1]
+            assert not said and printed[knob].startswith(f"--config.{knob}=")
+        # Only one of them says how long the run is.
+        printed.pop(("steps", "epochs")[turn % 2])
+        arrived = pasted([*printed.values(), *LENGTH[turn % 2]])
+        for knob in printed:
+            assert arrived[knob] != "" and type(arrived[knob]) is type(KNOBS[knob])
+        targets = arrived["lora.targets"]
+        assert all(re.fullmatch(r"[\w.*-]+", each) for each in targets), targets
 
 
 def test_a_share_of_the_run_and_a_word_of_another_trainer_are_explained(refused):

@@ -42,6 +42,9 @@ def read(*arguments):
     return parse_with_config(["door", *map(str, arguments)], "", NoFlags)[0]
 
 
+SOURCES = "--config.text.sources=('a=b',)"
+
+
 @pytest.mark.parametrize("given", ["runs/own", "runs/own/", "runs/own/config.json"])
 def test_a_run_directory_stands_for_its_config(config, given, tmp_path):
     found = read(f"--config={given}")
@@ -53,7 +56,7 @@ def test_a_run_directory_stands_for_its_config(config, given, tmp_path):
     with pytest.raises(UserError, match="no effect"):
         read(f"--config={given}", "--config.text.cache=False")
     with pytest.raises(UserError, match=r"data\.path is '/.*text\.sources takes its"):
-        read(f"--config={given}", "--config.data.kind=text")
+        read(f"--config={given}", "--config.data.kind=text", SOURCES)
 
 
 def test_a_run_resumes_where_it_was_moved_to(config, tmp_path, monkeypatch):

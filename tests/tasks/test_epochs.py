@@ -51,7 +51,7 @@ def test_rows_that_nobody_counted_have_no_epochs():
     assert passed(7, Config(), 0) is None
     streamed = TextConfig(sources=("a=b",), cache=False)
     with pytest.raises(UserError, match=r"--config\.text\.cache=True"):
-        dataclasses.replace(config_of(1.0, kind="text"), text=streamed)
+        Config(steps=-1, epochs=1.0, data=DataConfig(kind="text"), text=streamed)
 
 
 def test_only_one_of_steps_and_epochs_can_be_asked_for():

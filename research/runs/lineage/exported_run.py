@@ -118,8 +118,8 @@ def refuse_other_step(folder: RunDir, steps: int, replace: bool) -> None:
 def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
     """Whether `out` is the export of `wanted`; False where it may be written.
 
-    A step that was trained again is another one if its checkpoint differs. See
-    `export_run` for the arguments.
+    A step that was trained again is another one if its checkpoint differs, but a run
+    replaces its own export of its last step. See `export_run` for the arguments.
 
     Raises:
       UserError: another step is there and must not be replaced, or something that is
@@ -141,6 +141,9 @@ def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
                 return True
             what = f"{here}, {changed} of which has changed since"
         elif here.saved_as(wanted.checkpoint) == wanted:
+            if flag == REPLACE:
+                # A run that was killed after its export trains its last step again.
+                return False
             what = f"{here} from another checkpoint ({_short(here)})"
             new = f" ({_short(wanted)})"
     if replace:

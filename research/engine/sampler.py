@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.errors import UserError
+from research.engine.requests import Sampling
 from research.models.transformer import Cache, Model
 
 Array = jax.Array
@@ -17,24 +18,6 @@ Array = jax.Array
 # Prompts and caches are padded to multiples of these, so that few lengths compile.
 PROMPT_BUCKET = 64
 CACHE_BUCKET = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: draws from the smallest set of tokens that has this probability (nucleus
-        sampling, Holtzman et al. 2020, arXiv:1904.09751); 1 draws from all tokens.
-      max_new_tokens: the longest answer, in tokens.
-      seed: of the random draw.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
-    seed: int = 0
 
 
 class Sampler:

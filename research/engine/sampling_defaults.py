@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from research.engine.sampler import Sampling
+from research.engine.requests import Sampling
 from research.models.families.config_fields import ConfigFields
 
 # Fields that would change an answer and that `Sampling` has not, with the values that

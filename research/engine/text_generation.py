@@ -6,7 +6,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from research.engine.sampler import Sampler, Sampling
+from research.engine.requests import Sampling
+from research.engine.sampler import Sampler
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_base
 from research.tokenize.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ import jax
 from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
 from research.core.visible_text import visible
-from research.engine.sampler import Sampler, Sampling
+from research.engine.requests import Sampling
+from research.engine.sampler import Sampler
 from research.engine.sampling_defaults import model_sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base, open_base

@@ -14,7 +14,7 @@ from research.data.instructions.instruction_dataset import (
     training_batches,
 )
 from research.data.token_batch import Batch
-from research.engine.sampler import Sampling
+from research.engine.requests import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved

@@ -18,7 +18,7 @@ from research.data.text.text_dataset import TextData
 from research.data.text.text_sources import check_text, name_sources, open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
-from research.engine.sampler import Sampling
+from research.engine.requests import Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved

@@ -38,7 +38,8 @@ from research.config.knob_groups import (
 )
 from research.core.errors import UserError
 from research.data.token_batch import Batch
-from research.engine.sampler import Sampler, Sampling
+from research.engine.requests import Sampling
+from research.engine.sampler import Sampler
 from research.models import attention_kernels
 from research.models.attention import attend
 from research.models.make_model import choose_kernel, make_model

@@ -14,7 +14,7 @@ from tiny_model import make_tiny_model
 from research.config.help_text import full_help, topic_help
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
-from research.engine.sampler import Sampling
+from research.engine.requests import Sampling
 from research.engine.sampling_defaults import model_sampling
 from research.formats.base_model import open_base
 from research.generate import asked_model
@@ -320,10 +320,14 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path, ask, flags, said):
         ({"temperature": 0.6, "top_k": 20}, USUAL, []),
         (
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
-            Sampling(0.6, 0.9, 256),
+            Sampling(0.6, 0.9, max_new_tokens=256),
             ["top_k=20"],
         ),
-        ({"do_sample": True, "max_new_tokens": 7}, Sampling(1.0, 1.0, 7), []),
+        (
+            {"do_sample": True, "max_new_tokens": 7},
+            Sampling(1.0, 1.0, max_new_tokens=7),
+            [],
+        ),
         ({"repetition_penalty": 1.1}, USUAL, ["repetition_penalty=1.1"]),
         ({"repetition_penalty": 1.0, "eos_token_id": [1, 2]}, USUAL, []),
     ],

@@ -18,7 +18,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import LoRAConfig, MeshConfig, RuntimeConfig
 from research.config.saved_config import to_json
 from research.core.errors import DamagedError, UserError
-from research.engine.sampler import Sampling
+from research.engine.requests import Sampling
 from research.models import attention_kernels, attention_sharding
 from research.models.presets import PRESETS
 from research.models.transformer import Model

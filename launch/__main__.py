@@ -24,13 +24,9 @@ def main(argv: Sequence[str]) -> int:
     if LIST in own:
         sys.stdout.write(compiler_settings.FILE.read_text(encoding="utf-8"))
         return 0
+    options = make_parser().parse_whole(own or ["--help"])
     if "--" not in argv:
-        own = own or ["--help"]
-        if not {"-h", "--help"} & set(own):
-            raise UserError(
-                "nothing to train: add -- --config=FILE.py after the target"
-            )
-    options = make_parser().parse_args(own)
+        raise UserError("nothing to train: add -- --config=FILE.py after the target")
     config = check_training_flags(training)
     target = targets.find(options.target)
     return launcher.start(target, [LaunchJob.of_run(training, config)], options)

@@ -1,10 +1,14 @@
 """The flag parser of every launch command, and the flags that several targets share."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.core.errors import UserError
+from research.config.field_names import explain_flag
+from research.config.knobs import flat
+from research.config.run_config import Config
+from research.core.errors import UserError, nearest
 from research.core.local_paths import expanded
 
 
@@ -15,8 +19,43 @@ class LaunchParser(argparse.ArgumentParser):
         whole = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=whole, allow_abbrev=False, **given)
 
+    def parse_whole(self, arguments: Sequence[str]) -> Any:
+        """The options of this parser, or of the one of a target.
+
+        Raises:
+          UserError: an unknown flag, which is explained, or a wrong value.
+        """
+        options, unknown = self.parse_known_args(list(arguments))
+        reader = self
+        if self._subparsers:
+            reader = self._subparsers._group_actions[0].choices[options.target]
+        known = [name.lstrip("-") for name in reader._option_string_actions]
+        refused = [_explain(word, unknown[i:], known) for i, word in enumerate(unknown)]
+        if any(refused):
+            self.error("; ".join(filter(None, refused)))
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}; flags start with --")
+        return options
+
     def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = nearest(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""
+        raise UserError(f"{message}{near}; see {self.prog} --help")
+
+
+def _explain(word: str, rest: Sequence[str], flags: Sequence[str]) -> str:
+    """What an unknown flag is called here, or "" for a word that is none.
+
+    `rest`: this word and those behind it, of which the next may be its value.
+    """
+    name, equals, value = word.lstrip("-").partition("=")
+    if not (word.startswith("-") or equals) or not name:
+        return ""
+    given = value if equals else next(iter(rest[1:]), None)
+    if name == "config" or name.startswith("config."):
+        return f"{word} is a flag of research.train: write it after --"
+    said = explain_flag(name, flags, flat(Config()), given, "after --")
+    return f"{word.partition('=')[0]}{said}"
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

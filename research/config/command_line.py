@@ -26,7 +26,7 @@ from research.config.config_file import (
     without_dump,
 )
 from research.config.cross_knob_rules import check_effects
-from research.config.field_names import explain
+from research.config.field_names import ELSEWHERE, HERE, explain_flag
 from research.config.knobs import (
     bare_type,
     check_limits,
@@ -50,6 +50,8 @@ JAX_REFUSES = re.compile(
     r"^Invalid value .* for JAX flag (?P<flag>\w+)"
 )
 ABSL_FLAGS = {"flagfile", "undefok"}
+CONFIG_ENDS = (".py", ".yml", ".yaml", ".json", ".toml")
+NAME = re.compile(r"[A-Za-z_][\w.-]*")
 HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 
@@ -74,6 +76,7 @@ def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:
       UserError: an unknown flag, or a value of the wrong type or out of range.
     """
     _answer_help(argv, usage, options, has_config=False)
+    _check_names(argv[1:], options, has_config=False)
     return _read(_define(options), argv, options)
 
 
@@ -89,7 +92,7 @@ def parse_with_config(
     """
     _answer_help(argv, usage, options, has_config=True)
     file, others = _take_config_file(argv)
-    _check_names(others[1:], options)
+    _check_names(others[1:], options, has_config=True)
     flag_values = _define(options)
     config = load_config_file(file)
     resumed = [from_config_dict(config)] if folder_of_run(file) else []
@@ -208,7 +211,8 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
         if word not in verbs or len(rest) > 2:
             listed = f" (or one of {', '.join(filter(None, verbs))})" if verbs else ""
             raise UserError(
-                f"unexpected argument {word!r}; flags start with --{listed}"
+                f"unexpected argument {word!r}{nearest(word, verbs)}; flags start with "
+                f"--{listed}"
             )
         values["verb"] = word
     for name, value in values.items():
@@ -235,44 +239,59 @@ def _take_config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             others.append(argument)
     if not file:
+        bare = [word for word in others[1:] if word.endswith(CONFIG_ENDS)]
+        meant = f" (did you mean --config={bare[0]}?)" if bare else ""
         raise UserError(
-            "--config=FILE.py is missing; see configs/ and --help. --config=RUN_DIR "
-            "resumes a run"
+            f"--config=FILE.py is missing{meant}; see configs/ and --help. "
+            "--config=RUN_DIR resumes a run"
         )
     return file, others
 
 
-def _check_names(arguments: Sequence[str], options: type) -> None:
+def _check_names(arguments: Sequence[str], options: type, *, has_config: bool) -> None:
     """Refuses names that are neither flags nor knobs, and explains each.
 
     Raises:
       UserError: there are such names.
     """
-    own = {field.name for field in dataclasses.fields(options)} | ABSL_FLAGS
-    knobs = flat(Config())
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    verbs = facts_of(fields.pop("verb")).choices if "verb" in fields else ()
+    flags = list(fields)
+    own = {*flags, *ABSL_FLAGS}
+    every = flat(Config())
+    knobs = every if has_config else {}
+    where = HERE if has_config else ELSEWHERE
     refused = []
     words = [*reversed(arguments)]
     while words:
         word = words.pop()
         name, equals, value = word.lstrip("-").partition("=")
-        if not word.startswith("-") or not name:
+        is_flag = word.startswith("-")
+        if word == "--":
+            break
+        if not (is_flag or (equals and NAME.fullmatch(name))):
             continue
         path = name.removeprefix("config.")
         if name in own or (path != name and path in knobs):
             is_switch = type(knobs.get(path)) is bool or _is_switch(options, name)
-            if words and not equals and not is_switch:
+            if not is_flag:
+                refused.append(f"{word} needs dashes: --{word}")
+            elif words and not equals and not is_switch:
                 words.pop()  # The value, which may begin with a dash.
         elif not _is_negated(name, options, knobs):
-            near = nearest(name, own) if path == name else ""
             given = value if equals else None
             if words and not equals and not words[-1].startswith("-"):
                 given = words.pop()
-            refused.append(f"--{name}{near or explain(path, knobs, given)}")
+            said = explain_flag(name, flags, every, given, where)
+            if name in verbs:
+                said = f" is written without dashes: {name}"
+            refused.append(f"{'--' * is_flag}{name}{'' if is_flag else '='}{said}")
+    every_knob = "all knobs" if has_config else "all flags"
     if len(refused) == 1:
-        raise UserError(f"{refused[0]}; --help lists all knobs")
+        raise UserError(f"{refused[0]}; --help lists {every_knob}")
     if refused:
         listed = "\n  ".join(refused)
-        raise UserError(f"unknown here:\n  {listed}\n--help lists all knobs")
+        raise UserError(f"unknown here:\n  {listed}\n--help lists {every_knob}")
 
 
 def _is_switch(options: type, name: str) -> bool:

@@ -1,6 +1,6 @@
-"""How people write knobs: flags, mistyped names, and the names of other trainers.
+"""How people write knobs and flags: mistyped, or with the names of other tools.
 
-`field_names.toml` says what a name of another trainer is called here. It is explained,
+`field_names.toml` says what a name of another tool is called here. It is explained,
 never accepted: many of them count something else than ours do.
 """
 
@@ -12,10 +12,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.core.errors import closest
+from research.core.errors import closest, nearest
 
 FILE = Path(__file__).with_name("field_names.toml")
 LIKELY = 0.75  # More than elsewhere: of 400 names, one is always a little alike.
+HERE = "here"
+# Where a command without knobs sends who types one.
+ELSEWHERE = "in research.train, and is no flag here"
 # Their value is a list, which other trainers write with commas.
 LISTS = ("lora.targets",)
 
@@ -34,15 +37,55 @@ def shell_flag(knob: str, value: Any) -> str:
     return shlex.quote(f"{name}={text}") if special else f'{name}="{text}"'
 
 
-def explain(written: str, knobs: Collection[str], value: str | None = None) -> str:
+def explain_flag(
+    written: str,
+    flags: Collection[str],
+    knobs: Collection[str],
+    value: str | None = None,
+    where: str = HERE,
+) -> str:
+    """The rest of a sentence about the name `written`, which is no flag of a command.
+
+    Args:
+      written: without the dashes in front.
+      flags: those of the command.
+      knobs: all paths of the config.
+      value: the one that was given; it is repeated where it means the same here.
+      where: to set a knob.
+    """
+    word = _plain(written)
+    own = {_plain(flag): flag for flag in flags}
+    known = {name: how for name, how in flags_of_others().get(word, {}).items() if name}
+    if flag := next((own[name] for name in (word, *known) if name in own), ""):
+        how = known.get(_plain(flag), "")
+        given = "" if value is None or how else f"={shlex.quote(value)}"
+        return f" is called --{flag}{given} here{how and ': '}{how}"
+    absent = flags_of_others().get(word, {}).get("", "")
+    if absent and where == ELSEWHERE:
+        return f" does not exist here: {absent}"
+    path = word.removeprefix("config.")
+    if path == word and (near := nearest(written, flags)):
+        return near if where == HERE else f" is not a flag{near}"
+    said = explain(path, knobs, value, where)
+    unknown = said in (" is not a knob", " is not a flag")
+    return f" does not exist here: {absent}" if absent and unknown else said
+
+
+def explain(
+    written: str,
+    knobs: Collection[str],
+    value: str | None = None,
+    where: str = HERE,
+) -> str:
     """The rest of a sentence about the name `written`, which is no knob.
 
     Args:
       written: such as `lr`, `learning-rate` or `optim.lr`.
       knobs: the paths that are known.
       value: the one that was given; it is repeated where it means the same here.
+      where: to set the knob.
     """
-    path = written.replace("-", "_").lower()
+    path = _plain(written)
     group, _, word = path.rpartition(".")
     table = names_of_others()
     by_last: dict[str, list[str]] = {}
@@ -50,11 +93,13 @@ def explain(written: str, knobs: Collection[str], value: str | None = None) -> s
         by_last.setdefault(knob.rpartition(".")[2], []).append(knob)
     # A group shows that one of our own knobs was meant.
     if word in table and not (group and word in by_last):
-        return _said(*table[word], value)
+        return _said(*table[word], value, where)
     if same := by_last.get(word):
         likely = closest(path, same) if group else ""
         flags = [_flag(knob, value) for knob in ([likely] if likely else same)]
-        return f" is called {' or '.join(flags)} here"
+        return f" is called {' or '.join(flags)} {where}"
+    if where != HERE:
+        return " is not a flag"
     guess = closest(word, [*by_last, *table], LIKELY)
     if guess in by_last:
         paths = " or ".join(map(repr, by_last[guess]))
@@ -64,10 +109,15 @@ def explain(written: str, knobs: Collection[str], value: str | None = None) -> s
     return " is not a knob"
 
 
-def _said(knob: str, how: str, value: str | None = None) -> str:
+def _said(knob: str, how: str, value: str | None = None, where: str = HERE) -> str:
     if not knob:
         return f" does not exist here: {how}"
-    return f" is called {_flag(knob, None if how else value)} here{how and ': '}{how}"
+    flag = _flag(knob, None if how else value)
+    return f" is called {flag} {where}{how and ': '}{how}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "_").lower()
 
 
 def _flag(knob: str, value: str | None) -> str:
@@ -91,7 +141,7 @@ def names_of_others() -> Mapping[str, tuple[str, str]]:
 
     Where the explanation is empty, the value means the same.
     """
-    written = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    written = _table()
     found: dict[str, tuple[str, str]] = {}
     for knob, names in written["same"].items():
         found |= dict.fromkeys(names.split(), (knob, ""))
@@ -100,3 +150,29 @@ def names_of_others() -> Mapping[str, tuple[str, str]]:
     for names, how in written["absent"].items():
         found |= dict.fromkeys(names.split(), ("", how))
     return found
+
+
+@functools.cache
+def flags_of_others() -> Mapping[str, Mapping[str, str]]:
+    """`name: {flag: explanation}`, for flags of commands that are no trainers.
+
+    The first flag that a command has counts. An empty explanation says that the value
+    means the same; an empty flag stands for a command with none of the others.
+    """
+    written = _table()["flags"]
+    found: dict[str, dict[str, str]] = {}
+    for flag, names in written["same"].items():
+        for name in names.split():
+            found.setdefault(name, {})[flag] = ""
+    for names, flags in written["converted"].items():
+        for name in names.split():
+            found.setdefault(name, {}).update(flags)
+    for names, how in written["absent"].items():
+        for name in names.split():
+            found.setdefault(name, {})[""] = how
+    return found
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))

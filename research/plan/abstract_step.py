@@ -74,6 +74,11 @@ def find_architecture(config: Config, override: str = "") -> Architecture:
                 f"{', '.join(PRESETS)}"
             ) from error
     name = override or config.model.preset
+    if "/" in override or override.endswith(".gguf"):
+        raise UserError(
+            f"--preset={override} is no preset; a folder, a file or a model of the hub "
+            f"is named by --config.model.init_from={override}"
+        )
     if config.model.init_from:
         return preset(name)
     return preset(name, _vocabulary(config))

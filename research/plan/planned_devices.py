@@ -166,9 +166,12 @@ def _chip(
     chip = find_chip(name)
     if chip not in known:
         names = [c.name for c in known]
+        # `24`, `24G` and `24 gigabytes` are a memory; `a100-40` is a chip.
+        size = re.match(r"\d+", name) if more and not nearest(name, names) else None
+        hint = f" (did you mean '{size[0]}GB'?)" if size else nearest(name, names)
         raise UserError(
             f"{flag} is {text!r}; {name!r} is none of {', '.join([*names, *more])}"
-            f"{nearest(name, names)}"
+            f"{hint}"
         )
     return chip
 

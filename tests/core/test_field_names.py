@@ -8,11 +8,23 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from research.config.command_line import NoFlags, parse_with_config
-from research.config.field_names import FILE, explain, names_of_others
+from research.checkpoints.__main__ import CheckpointsFlags
+from research.config.command_line import NoFlags, parse, parse_with_config
+from research.config.field_names import (
+    FILE,
+    explain,
+    flags_of_others,
+    names_of_others,
+)
 from research.config.knobs import build, changed, flat
 from research.config.run_config import Config, defaults
 from research.core.errors import UserError
+from research.evaluate.__main__ import EvaluateFlags
+from research.export.__main__ import ExportFlags
+from research.generate.__main__ import GenerateFlags
+from research.plan.__main__ import PlanFlags
+from research.runs.__main__ import RequestFlags
+from research.tokenize.__main__ import TokenizeFlags
 
 KNOBS = flat(Config())
 WRITTEN = tomllib.loads(FILE.read_text())
@@ -192,3 +204,77 @@ def test_config_files_sweeps_and_help_explain_names_too(refused):
 
 def test_values_of_flags_are_no_names(refused):
     assert "lora.rank is -3" in refused("--config.lora.rank", "-3")
+
+
+DOORS = (
+    CheckpointsFlags, EvaluateFlags, ExportFlags, GenerateFlags, PlanFlags,
+    RequestFlags, TokenizeFlags,
+)  # fmt: skip
+OF_DOORS = [
+    (GenerateFlags, "model_name_or_path=x", "--model here: a folder or a .gguf"),
+    (GenerateFlags, "max-tokens=50", "--max_new_tokens=50 here"),
+    (GenerateFlags, "max-new-tokens=50", "--max_new_tokens=50 here"),
+    (GenerateFlags, "adapter_name_or_path=x", "--run here: a run directory of"),
+    (GenerateFlags, "system_prompt=a b", "--system='a b' here"),
+    (GenerateFlags, "top_k=3", "not exist here: answers are chosen by --temperature"),
+    (GenerateFlags, "load_in_4bit", "does not exist here: weights are neither quant"),
+    (GenerateFlags, "tensor_parallel_size=2", "does not exist here: all visible dev"),
+    (GenerateFlags, "lora_r=8", "--config.lora.rank=8 in research.train, and is no f"),
+    (GenerateFlags, "tempereture=1", "did you mean 'temperature'?"),
+    (EvaluateFlags, "model_name_or_path=x", "--run here: a run directory"),
+    (EvaluateFlags, "test_file=x.jsonl", "--data=x.jsonl here"),
+    (EvaluateFlags, "per_device_eval_batch_size=8", "does not exist here: the size"),
+    (ExportFlags, "output_dir=out", "--out=out here"),
+    (ExportFlags, "torch_dtype=half", "--dtype here: float32, bfloat16 or float16"),
+    (ExportFlags, "push_to_hub", "does not exist here: nothing is uploaded"),
+    (CheckpointsFlags, "save_total_limit=3", "--keep_last=3 here"),
+    (RequestFlags, "stop", "is written without dashes: stop"),
+    (RequestFlags, "timeout=3", "--wait=3 here"),
+    (PlanFlags, "gpus=8", "--device here: chips to plan for"),
+    (PlanFlags, "model=llama3.1-8b", "--preset here: a name of"),
+    (PlanFlags, "lr=1", "--config.optim.learning_rate=1 here"),
+    (TokenizeFlags, "vocab_size=100", "--vocab=100 here"),
+]
+
+
+def test_the_table_of_flags_names_flags_that_some_command_has():
+    from launch.__main__ import make_parser
+
+    known = {name for door in DOORS for name in door.__dataclass_fields__}
+    help_of_all = [
+        reader.format_help()
+        for reader in make_parser()._subparsers._group_actions[0].choices.values()
+    ]
+    words = re.findall(r"--([\w-]+)", " ".join(help_of_all))
+    known |= {word.replace("-", "_") for word in words} | {"sweep", "together"}
+    for name, named in flags_of_others().items():
+        assert re.fullmatch(r"[a-z0-9_]+", name)
+        assert named.keys() <= known | {""}, (name, named)
+
+
+@pytest.mark.parametrize("door, flag, said", OF_DOORS)
+def test_every_command_explains_the_names_of_other_tools(door, flag, said, refused):
+    with pytest.raises(UserError) as raised:
+        if door is PlanFlags:
+            parse_with_config(["door", "--config=configs/x.py", f"--{flag}"], "", door)
+        parse(["door", f"--{flag}"], "", door)
+    assert f"--{flag.partition('=')[0]}" in str(raised.value)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_no_command_guesses_below_a_likeness(door):
+    for word in UNLIKE.split():
+        if word not in door.__dataclass_fields__:
+            with pytest.raises(UserError) as raised:
+                parse(["door", f"--{word}=3"], "", door)
+            assert "did you mean" not in str(raised.value), raised.value
+
+
+def test_a_name_and_a_value_without_dashes_are_explained(refused):
+    assert "lr= is called --config.optim.learning_rate=1 here" in refused("lr=1")
+    assert "--config.seed=4" in refused("config.seed=4")
+    with pytest.raises(UserError, match="prompt=hi needs dashes: --prompt=hi"):
+        parse(["door", "prompt=hi"], "", GenerateFlags)
+    with pytest.raises(UserError, match=r"did you mean --config=base\.yml\?"):
+        parse_with_config(["door", "base.yml", "lr=1"], "", NoFlags)

@@ -14,6 +14,7 @@ from commands import ROOT
 from fake_tools import files, launch
 from plan_helpers import big_config
 
+from launch import __main__ as door
 from launch import targets
 from launch.jobs import fit_check
 from launch.targets import Target
@@ -238,7 +239,23 @@ MISTYPED = {
     "--device=h100": "needs --gpus-per-node",
     "--settings=gpu-cublass": "did you mean 'gpu-cublas'?",
     "--device=h100 --gpus-per-node=8 --nodes=0": "--nodes: 0 is below 1",
+    "--gpus 8 --time=1:00": "--gpus is called --gpus-per-node here",
+    "--nproc_per_node=8": "--gpus-per-node here: the GPUs of one node, all of which",
+    "--nnodes=2 --account=a": "--nnodes is called --nodes=2 here",
+    "--partitoin=a": "did you mean 'partition'?",
+    "--tensor_parallel_size=2": "--config.mesh.tensor=2 after --",
+    "--config.steps=2": "write it after --",
+    "nodes=2": "nodes is called --nodes=2 here",
+    "--colour=2": "--colour is not a flag;",
 }
+
+
+def test_a_mistyped_target_gets_the_nearest_one():
+    for given in (["slrum"], ["tpu_vm", "--", "--config=x.py"]):
+        with pytest.raises(UserError, match=r"did you mean '(slurm|tpu-vm)'"):
+            door.main(["launch", *given])
+    with pytest.raises(UserError, match=r"choose from .* \(did you mean 'create'"):
+        door.main(["launch", "tpu-vm", "--do=creat", "--", "--config=x.py"])
 
 
 def test_a_mistyped_flag_is_answered_without_jax():

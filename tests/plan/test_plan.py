@@ -308,6 +308,8 @@ def test_targets():
         (parse_topology, "h100:8", "none of v4, v5e, v5p, v6e"),
         (parse_topology, "", "none of v4"),
         (parse_device, "h10:8", "did you mean 'h100'"),
+        (parse_device, "24", "did you mean '24GB'"),
+        (parse_device, "80gig:8", "did you mean '80GB'"),
         (parse_device, "h100:none", "write it as h100:8, 4090x2, 24GB, v5e:4x4"),
         (parse_device, "h100:0", "write it as h100:8, 4090x2, 24GB, v5e:4x4"),
         (parse_device, "v5e:17", "--device is 'v5e:17'; v5e is known as"),

@@ -44,7 +44,7 @@ class LaunchParser(argparse.ArgumentParser):
 
 
 def _explain(word: str, rest: Sequence[str], flags: Sequence[str]) -> str:
-    """What an unknown flag is called here, or "" for a word that is none.
+    """The sentence about an unknown flag, or "" for a word that is none.
 
     `rest`: this word and those behind it, of which the next may be its value.
     """

@@ -1,0 +1,181 @@
+"""One frozen base with room for many adapters, which are exchanged between two rounds.
+
+    params = bank(base, model.specs, adapters=8, rank=16)   # all of them are the base
+    params = set_row(params, 3, bank_row(params, adapted))  # no program is compiled
+    weights = rows(params, choice_B)                        # inside a program
+
+Adapter 0 stays empty: it is the base, bit for bit. The result of a row of the batch
+depends neither on the choices of others nor on what the rest of the bank holds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.errors import UserError
+from research.weights.adapters.lora import KIND
+from research.weights.parameter_spec import Spec
+from research.weights.representations.adapter_bank import AdapterBank
+from research.weights.representations.low_rank import LowRank
+
+Array = jax.Array
+Params = dict[str, Any]
+# The factors of one adapter by path, padded to the shapes of the bank.
+Row = dict[str, dict[str, Array]]
+
+
+def bank_specs(spec: Spec, adapters: int, rank: int) -> dict[str, Spec]:
+    """Shapes and axis names of what a bank holds beside the matrix `spec`."""
+    stack = spec.shape[: spec.stacked]
+    scale = Spec(
+        (*stack, adapters), (*spec.axes[: spec.stacked], "rank"), 0, len(stack)
+    )
+    return {**KIND.matrix_specs(spec, adapters * rank), "scale": scale}
+
+
+def bank(
+    params: Params,
+    specs: Mapping[str, Spec],
+    adapters: int,
+    rank: int,
+    *,
+    paths: Collection[str] = (),
+    dtype: Any = jnp.float32,
+    zeros: Callable[[Spec, Any], Array] = lambda spec, dtype: jax.device_put(
+        np.zeros(spec.shape, dtype)
+    ),
+) -> Params:
+    """`params` with an empty `AdapterBank` in the place of every matrix of `paths`.
+
+    Args:
+      params: the frozen base by path.
+      specs: of the model.
+      adapters: how many the bank holds, the base as number 0 included.
+      rank: the largest that an adapter can have.
+      paths: of the matrices that adapters may change; by default those of the layers.
+      dtype: of the factors; that of activations loses nothing, see `LowRank`.
+      zeros: `(spec, dtype) -> array`, makes an array where it will lie.
+    """
+    if adapters < 2 or rank < 1:
+        raise ValueError(f"a bank of {adapters} adapters of rank {rank} holds none")
+    paths = set(paths) or {p for p, spec in specs.items() if spec.n_in and spec.stacked}
+    with_bank = dict(params)
+    for path in sorted(paths):
+        own = bank_specs(specs[path], adapters, rank)
+        scale = zeros(own.pop("scale"), jnp.float32)
+        factors = {name: zeros(spec, dtype) for name, spec in own.items()}
+        with_bank[path] = AdapterBank(params[path], **factors, scale=scale)
+    return with_bank
+
+
+def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
+    """The low-rank updates of `adapted`, padded with zeros to the shapes of the bank.
+
+    They are padded where they lie: no host needs all of a factor, and nothing is
+    compiled.
+
+    Args:
+      params: with a bank.
+      adapted: by path, leaves that adapters were attached to; others are ignored. An
+        empty dictionary gives the row of the base.
+
+    Raises:
+      UserError: an adapter is of another kind or has another rank or target than the
+        bank has room for.
+    """
+    banks = {p: leaf for p, leaf in params.items() if isinstance(leaf, AdapterBank)}
+    changed = {p: leaf for p, leaf in adapted.items() if not isinstance(leaf, Array)}
+    for path, leaf in changed.items():
+        if type(leaf) is not LowRank:
+            raise UserError(
+                f"the adapter of {path} is a {type(leaf).__name__}, and only low-rank "
+                "updates fit beside others in one batch: export the run, and serve the "
+                "exported model"
+            )
+        if path not in banks:
+            raise UserError(
+                f"the adapter changes {path}, and this server has room only for "
+                f"adapters of {', '.join(banks)}: start it with this run"
+            )
+        if (rank := leaf.a.shape[-1]) > banks[path].rank:
+            raise UserError(
+                f"the adapter of {path} has rank {rank}, and this server has room for "
+                f"ranks up to {banks[path].rank}: start it with this run"
+            )
+    return {path: _padded(own, changed.get(path)) for path, own in banks.items()}
+
+
+def set_row(params: Params, index: int, row: Row) -> Params:
+    """`params` with `row` as adapter `index`; one program writes every row.
+
+    The factors of the bank are donated: `params` must not be used again.
+    """
+    banks = {path: params[path] for path in row}
+    adapters = next(iter(banks.values())).adapters
+    if not 0 < index < adapters:
+        raise ValueError(f"adapter {index} of 1 to {adapters - 1}; 0 is the base")
+    factors = {
+        path: {name: getattr(own, name) for name in row[path]}
+        for path, own in banks.items()
+    }
+    where = jax.tree.map(lambda x: x.sharding, factors)
+    # Under equal shardings of another name, programs would compile again.
+    written = jax.device_put(_write(factors, row, np.int32(index)), where)
+    return params | {
+        path: dataclasses.replace(own, **written[path]) for path, own in banks.items()
+    }
+
+
+def rows(params: Params, choice: Array) -> Params:
+    """`params` for a batch whose row i uses adapter `choice[i]`; `choice` is `[B]`."""
+    return {
+        path: leaf.bound(choice) if isinstance(leaf, AdapterBank) else leaf
+        for path, leaf in params.items()
+    }
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(
+    banks: dict[str, dict[str, Array]], row: Row, index: Array
+) -> dict[str, dict[str, Array]]:
+    def one(whole: Array, part: Array) -> Array:
+        # The axis in which they differ. A bank has two adapters or more.
+        (axis,) = [i for i, n in enumerate(part.shape) if n != whole.shape[i]]
+        start = index * part.shape[axis]
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis)
+
+    return jax.tree.map(one, banks, row)
+
+
+def _padded(own: AdapterBank, leaf: LowRank | None) -> dict[str, Array]:
+    stack, rank = own.scale.ndim - 1, own.rank
+    last = len(own.a.shape) - 1
+    if leaf is None:
+        a = np.zeros((*own.a.shape[:-1], 0), np.float32)
+        b = np.zeros((*own.b.shape[:stack], 0, *own.b.shape[stack + 1 :]), np.float32)
+        scale = np.zeros((*own.scale.shape[:-1], 0), np.float32)
+    else:
+        a, b, scale = leaf.a, leaf.b, leaf.scale[..., None]
+    return {
+        "a": _widened(a, own.a, last, rank),
+        "b": _widened(b, own.b, stack, rank),
+        "scale": _widened(scale, own.scale, stack, 1),
+    }
+
+
+def _widened(x: Any, like: Array, axis: int, size: int) -> Array:
+    """`x` with zeros up to `size` on `axis`, which no device splits, as `like` lies."""
+    x = jax.device_put(x, like.sharding)
+    missing = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+    parts = [
+        jax.device_put(np.pad(np.asarray(part.data), missing).astype(like.dtype), at)
+        for part in x.addressable_shards
+        for at in [part.device]
+    ]
+    shape = tuple(n + more for n, (_, more) in zip(x.shape, missing, strict=True))
+    return jax.make_array_from_single_device_arrays(shape, like.sharding, parts)

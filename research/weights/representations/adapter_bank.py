@@ -1,0 +1,122 @@
+"""A frozen weight with many low-rank updates, one for each row of a batch."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.weights.contraction import contract, lookup, materialize, transpose
+from research.weights.representations.leaf import Leaf, Matrix
+from research.weights.representations.low_rank import LowRank
+
+Array = jax.Array
+
+# One product with all adapters of the bank reads them all. Gathering those of the batch
+# copies them first, so it pays where the bank has this many times the rows of a batch.
+GATHER_ABOVE = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterBank(Leaf):
+    """`base + scale[n] * a[n] @ b[n]` with n = `choice[i]` for row i of a batch.
+
+    The factors of all adapters lie side by side: adapter n has the columns of `a` and
+    the rows of `b` from `n * rank` to `(n + 1) * rank`, and a smaller rank ends in
+    zeros. Terms of other adapters are exactly zero, so they change no result.
+
+    Attributes:
+      base: the frozen weight, `[*stack, *in, *out]`.
+      a: `[*stack, *in, adapters * rank]`.
+      b: `[*stack, adapters * rank, *out]`.
+      scale: `[*stack, adapters]`.
+      choice: `[*stack, B]` int32, by row of the batch, which is the first axis of
+        every input. None until `bound` sets it.
+    """
+
+    base: Matrix
+    a: Matrix
+    b: Matrix
+    scale: Array
+    choice: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def adapters(self) -> int:
+        """How many adapters the bank holds, the empty one of the base included."""
+        return self.scale.shape[-1]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that an adapter can have."""
+        return self.b.shape[self.scale.ndim - 1] // self.adapters
+
+    def bound(self, choice: Array) -> Leaf:
+        """The weight for a batch whose row i uses adapter `choice[i]`, `[B]` int32.
+
+        For a batch of one row it is the `LowRank` of that adapter, without any other.
+        """
+        stack = self.scale.shape[:-1]
+        if choice.shape[0] > 1:
+            choice = jnp.broadcast_to(choice, (*stack, *choice.shape))
+            return dataclasses.replace(self, choice=choice)
+        n, start = choice[0], choice[0] * self.rank
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.rank)
+        return LowRank(
+            self.base,
+            part(self.a, start, axis=len(self.a.shape) - 1),
+            part(self.b, start, axis=len(stack)),
+            jax.lax.dynamic_index_in_dim(self.scale, n, axis=-1, keepdims=False),
+        )
+
+    def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
+        return contract(x, self.base, n_in, dtype) + self._update(x, n_in, dtype)
+
+    def lookup(self, ids: Array, dtype: Any) -> Array:
+        low = self._own(lookup(self.a, ids, dtype))
+        return lookup(self.base, ids, dtype) + contract(low, self.b)
+
+    def transpose(self) -> "AdapterBank":
+        return dataclasses.replace(
+            self,
+            base=transpose(self.base),
+            a=transpose(self.b),
+            b=transpose(self.a),
+        )
+
+    def materialize(self) -> Array:
+        raise ValueError("a bank stands for another matrix in each row of a batch")
+
+    def _update(self, x: Array, n_in: int, dtype: Any) -> Array:
+        if self.adapters <= GATHER_ABOVE * x.shape[0]:
+            low = self._own(contract(x, self.a, n_in))
+            return contract(low, self.b, 1, dtype)
+        a, b = self._gathered()
+        scale = self.scale[self.choice].astype(x.dtype)
+
+        def one(x: Array, a: Array, b: Array, scale: Array) -> Array:
+            return contract(contract(x, a, n_in) * scale, b, 1, dtype)
+
+        return jax.vmap(one, in_axes=(0, -2, 0, 0))(x, a, b, scale)
+
+    def _own(self, low: Array) -> Array:
+        """`low`, `[B, ..., adapters * rank]`, scaled, with zeros for other adapters."""
+        owner = jnp.arange(low.shape[-1], dtype=jnp.int32) // self.rank
+        mine = self.choice[:, None] == owner[None]
+        scale = jnp.repeat(self.scale, self.rank).astype(low.dtype)
+        mine = jnp.expand_dims(mine, range(1, low.ndim - 1))
+        scaled = low * jnp.expand_dims(scale, range(low.ndim - 1))
+        # Not a product with 0, which a number that is not finite would survive.
+        return jnp.where(mine, scaled, 0)
+
+    def _gathered(self) -> tuple[Array, Array]:
+        """The factors by row of the batch: `[*in, B, rank]` and `[B, rank, *out]`."""
+        a, b = materialize(self.a), materialize(self.b)
+        a = a.reshape(*a.shape[:-1], self.adapters, self.rank)
+        b = b.reshape(self.adapters, self.rank, *b.shape[1:])
+        return jnp.take(a, self.choice, axis=-2), jnp.take(b, self.choice, axis=0)

@@ -1,0 +1,249 @@
+"""A batch in which each row has an adapter of its own, or none, over one base."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, close, mesh_sizes, random_adapters, random_params
+
+from research.config.run_config import LoRAConfig
+from research.core.errors import UserError
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.weights.adapters import lora, serving_bank
+from research.weights.contraction import contract, lookup, transpose
+from research.weights.parameter_spec import Spec
+from research.weights.representations import adapter_bank
+from research.weights.representations.adapter_bank import AdapterBank
+from research.weights.representations.leaf import Leaf
+from research.weights.representations.low_rank import LowRank
+
+# Ranks, targets and scales differ.
+CONFIGS = (
+    LoRAConfig(rank=4, alpha=8.0),
+    LoRAConfig(rank=2, alpha=1.0, targets=("query", r"mlp\.down", "embedding")),
+    LoRAConfig(rank=3, alpha=6.0, rank_pattern=("output=1",), targets=(".",)),
+)
+ROOM = {"adapters": 4, "rank": 4}
+CHOICE = (2, 0, 3, 1)
+TIED = Model(dataclasses.replace(TINY, tied_head=True))
+
+
+@functools.cache
+def adapted(model, index):
+    """The parameters with adapter `index`, counted from 1, and no other."""
+    params = random_params(model.specs)
+    if not index:
+        return params
+    config = CONFIGS[index - 1]
+    factors = random_adapters(lora.adapter_specs(model.specs, config), seed=index)
+    return lora.adapt(params, factors, config)
+
+
+def merged(model, index):
+    """As `adapted`, in plain arrays: one program computes all of them."""
+    whole = {}
+    for path, leaf in adapted(model, index).items():
+        if isinstance(leaf, LowRank):
+            leaf = np.asarray(leaf.base) + np.asarray(leaf.update())
+        whole[path] = leaf
+    return whole
+
+
+def full_bank(model, loaded=(1, 2, 3), **room):
+    """A bank that holds `loaded`, adapter i as number i."""
+    matrices = [path for path, spec in model.specs.items() if spec.n_in]
+    params = serving_bank.bank(
+        random_params(model.specs), model.specs, **(ROOM | room), paths=matrices
+    )
+    for index in loaded:
+        row = serving_bank.bank_row(params, adapted(model, index))
+        params = serving_bank.set_row(params, index, row)
+    return params
+
+
+@functools.cache
+def program(model):
+    """Logits `[B, T, V]`; the choice is an argument, as in a decoder."""
+
+    @jax.jit
+    def logits(params, tokens, choice):
+        weights = serving_bank.rows(params, choice)
+        at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden = model.hidden(weights, tokens, at, jnp.ones_like(tokens))
+        return model.logits(weights, hidden)
+
+    return logits
+
+
+def tokens(rows=4, length=6):
+    return np.random.default_rng(3).integers(0, TINY.vocab, (rows, length), np.int32)
+
+
+def answers(model, params, choice=CHOICE, length=6):
+    choice = np.array(choice, np.int32)
+    return np.asarray(program(model)(params, tokens(len(choice), length), choice))
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["all at once", "gathered"])
+def test_each_row_is_that_of_its_adapter_alone(monkeypatch, gathers):
+    monkeypatch.setattr(adapter_bank, "GATHER_ABOVE", 0 if gathers else 4)
+    program.cache_clear()
+    found, base = answers(TIED, full_bank(TIED)), answers(TIED, adapted(TIED, 0))
+    for row, index in enumerate(CHOICE):
+        close(found[row], answers(TIED, merged(TIED, index))[row], rtol=1e-4)
+        changed = np.abs(found[row] - base[row]).max()
+        assert changed > 0.1 if index else changed == 0, "row 0 is the base exactly"
+    program.cache_clear()
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_other_adapters(model):
+    """Bit for bit, though one program computes them all."""
+    whole = full_bank(model)
+    for row, index in enumerate(CHOICE):
+        found = answers(model, whole)[row]
+        others = [index if i == row else (index + 1) % 4 for i in range(4)]
+        np.testing.assert_array_equal(found, answers(model, whole, others)[row])
+        only = full_bank(model, (index,) if index else ())
+        np.testing.assert_array_equal(found, answers(model, only)[row])
+
+
+def test_an_adapter_answers_alike_in_every_row_of_the_bank(model):
+    """It may be unloaded and loaded again while others keep their rows."""
+    params, found = full_bank(model, ()), []
+    for index in (1, 3):
+        row = serving_bank.bank_row(params, adapted(model, 2))
+        params = serving_bank.set_row(params, index, row)
+        found.append(answers(model, params, [index] * 4))
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_single_row_computes_with_its_adapter_alone(model):
+    """A chunk of one prompt costs what one adapter costs, and gives the same values."""
+    params = full_bank(model)
+    for index in (0, 2):
+        weights = serving_bank.rows(params, jnp.array([index]))
+        assert not any(isinstance(leaf, AdapterBank) for leaf in weights.values())
+        close(
+            answers(model, params, [index])[0], answers(model, params, [index] * 4)[0]
+        )
+
+
+def test_a_new_adapter_compiles_nothing_and_leaves_the_others(model):
+    params = full_bank(model, (1,))
+    before = answers(model, params)
+    write, compute = serving_bank._write._cache_size, program(model)._cache_size
+    counts = write(), compute()
+    for index in (2, 3):
+        row = serving_bank.bank_row(params, adapted(model, index))
+        params = serving_bank.set_row(params, index, row)
+    after = answers(model, params)
+    assert (write(), compute()) == counts
+    for row, index in enumerate(CHOICE):
+        change = np.abs(before[row] - after[row]).max()
+        assert change > 0.1 if index > 1 else change == 0
+    # An adapter that is gone leaves the base, whatever its rank and targets were.
+    emptied = serving_bank.set_row(params, 2, serving_bank.bank_row(params, {}))
+    np.testing.assert_array_equal(
+        answers(model, emptied, [2] * 4), answers(model, emptied, [0] * 4)
+    )
+
+
+def test_rows_are_written_in_place(model):
+    params = full_bank(model, (1,))
+    path = "layers.mlp.up.kernel"
+    where = params[path].a.unsafe_buffer_pointer()
+    row = serving_bank.bank_row(params, adapted(model, 2))
+    after = serving_bank.set_row(params, 2, row)
+    assert after[path].a.unsafe_buffer_pointer() == where
+    assert params[path].a.is_deleted() and not after[path].base.is_deleted()
+
+
+def test_a_bank_over_eight_devices_is_that_of_one(model):
+    mesh = meshes.make_mesh(mesh_sizes(fsdp=2, tensor=4))
+    where = meshes.shardings(model.specs, mesh)
+    base = {p: jax.device_put(x, where[p]) for p, x in adapted(model, 0).items()}
+
+    def zeros(spec, dtype):
+        sharding = meshes.shardings({"x": spec}, mesh)["x"]
+        return jax.device_put(np.zeros(spec.shape, dtype), sharding)
+
+    params = serving_bank.bank(base, model.specs, **ROOM, zeros=zeros)
+    before = jax.tree.map(lambda x: x.sharding, params)
+    up = params["layers.mlp.up.kernel"]
+    assert up.a.sharding.spec[1] == "fsdp" and up.b.sharding.spec[2] == "tensor"
+    params = serving_bank.set_row(
+        params, 2, serving_bank.bank_row(params, adapted(model, 1))
+    )
+    assert jax.tree.map(lambda x: x.sharding, params) == before
+    one = serving_bank.bank(adapted(model, 0), model.specs, **ROOM)
+    one = serving_bank.set_row(one, 2, serving_bank.bank_row(one, adapted(model, 1)))
+    close(answers(model, params), answers(model, one))
+
+
+def test_factors_in_the_dtype_of_activations_give_the_same_bits(model):
+    """They are cast before each product anyway, and half the bytes are read."""
+    half = model.with_options(dtype=jnp.bfloat16)
+    found = [
+        answers(half, full_bank(model, dtype=dtype))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherLeaf(Leaf):
+    shape = contract = lookup = transpose = materialize = None
+
+
+def test_what_has_no_room_is_refused_in_one_sentence(model):
+    narrow = serving_bank.bank(adapted(model, 0), model.specs, adapters=2, rank=3)
+    with pytest.raises(UserError, match=r"has rank 4, and .* ranks up to 3: start it"):
+        serving_bank.bank_row(narrow, adapted(model, 1))
+    with pytest.raises(UserError, match=r"changes embedding.table, and .* room only"):
+        serving_bank.bank_row(narrow, adapted(model, 2))
+    with pytest.raises(UserError, match="is a OtherLeaf, and only low-rank updates"):
+        serving_bank.bank_row(narrow, {"layers.mlp.up.kernel": OtherLeaf()})
+    with pytest.raises(ValueError, match="0 is the base"):
+        serving_bank.set_row(narrow, 0, serving_bank.bank_row(narrow, {}))
+
+
+def test_other_adapters_that_are_not_finite_do_not_spread():
+    """An input that overflows in the factors of one adapter harms its own rows."""
+    spec = Spec((6, 5), ("embed", "mlp"))
+    params = serving_bank.bank({"w": jnp.ones((6, 5))}, {"w": spec}, 3, 2, paths=["w"])[
+        "w"
+    ]
+    huge = dataclasses.replace(params, a=params.a.at[:, 4:].set(3e38))
+    x = jnp.full((2, 6), 10.0)
+    found = contract(x, huge.bound(jnp.array([2, 1])))
+    np.testing.assert_array_equal(found[1], contract(x, jnp.ones((6, 5)))[1])
+
+
+@pytest.mark.parametrize("shape, n_in", [((7, 5), 1), ((7, 4, 5), 1), ((4, 5, 7), 2)])
+def test_matrices_of_every_shape_from_both_sides(shape, n_in):
+    rng = np.random.default_rng(0)
+    spec = Spec(shape, ("embed", "heads", "head_dim")[: len(shape)], n_in)
+    w = jnp.float32(rng.normal(size=shape))
+    whole = serving_bank.bank({"w": w}, {"w": spec}, 3, 2, paths=["w"])["w"]
+    drawn = {x: getattr(whole, x).shape for x in ("a", "b", "scale")}
+    drawn = {x: jnp.float32(rng.normal(size=size)) for x, size in drawn.items()}
+    whole = dataclasses.replace(whole, **drawn)
+    choice = jnp.array([1, 2, 2, 0])
+    x = jnp.float32(rng.normal(size=(4, 3, *shape[:n_in])))
+    found = contract(x, whole.bound(choice), n_in)
+    for i in range(4):
+        close(found[i], contract(x[i : i + 1], whole.bound(choice[i : i + 1]), n_in)[0])
+    if len(shape) > 2:
+        return
+    flipped, back = transpose(whole.bound(choice)), jnp.float32(rng.normal(size=(4, 5)))
+    ids = jnp.array([[0, 3], [6, 6], [2, 1], [4, 4]])
+    rows = lookup(whole.bound(choice), ids, jnp.float32)
+    assert flipped.shape == (5, 7)
+    for i in range(4):
+        alone = whole.bound(choice[i : i + 1])
+        close(contract(back, flipped)[i], contract(back[i], transpose(alone)))
+        close(rows[i], lookup(alone, ids[i], jnp.float32))

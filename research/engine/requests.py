@@ -149,6 +149,33 @@ class Piece:
     error: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """Counts of an engine now, and since it began.
+
+    Attributes:
+      slots, running, waiting: slots, slots in use, requests in the queue.
+      cache_tokens, cache_capacity: tokens in all slots, and the most there can be.
+      prefix_bytes: of the blocks in the prefix cache.
+      prefix_hits: tokens of prompts that were found in the prefix cache.
+      adapter_rows: loaded adapters, the base not counted.
+      prompt_tokens, new_tokens: of all requests that got a slot.
+      finished: answers by the way they ended.
+    """
+
+    slots: int
+    running: int
+    waiting: int
+    cache_tokens: int
+    cache_capacity: int
+    prefix_bytes: int
+    prefix_hits: int
+    adapter_rows: int
+    prompt_tokens: int
+    new_tokens: int
+    finished: dict[str, int]
+
+
 class EngineFullError(UserError):
     """The queue has no room; the request may be sent again later.
 
@@ -159,6 +186,10 @@ class EngineFullError(UserError):
     def __init__(self, message: str, retry_after: float):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class EngineStoppedError(UserError):
+    """The device failed before, and nothing can be answered any longer."""
 
 
 class ContextOverflowError(UserError):
@@ -211,6 +242,9 @@ def check_request(request: Request, *, vocabulary: int, length: int) -> None:
         raise UserError("top_p: 0 keeps no token; 1 keeps all")
     if request.echo and alternatives is None:
         raise UserError("echo: scores of the prompt need top_logprobs")
+    if request.constraint and (sampling.min_new_tokens or request.ignore_eos):
+        name = "ignore_eos" if request.ignore_eos else "min_new_tokens"
+        raise UserError(f"{name}: the required form decides where the answer ends")
     if any(not text for text in request.stop):
         raise UserError("stop: an empty text would end every answer")
     if len(prompt) + sampling.max_new_tokens > length:

@@ -29,7 +29,7 @@ ANSWER = {"id": str, "answer": str, "step": int | None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ControlRequest:
     """One request that waits.
 
     Attributes:
@@ -80,13 +80,13 @@ def withdraw(run: Path, name: str) -> bool:
     return bool(matching)
 
 
-def pending(run: Path) -> list[Request]:
+def pending(run: Path) -> list[ControlRequest]:
     """The requests that wait, the oldest first. Other files are ignored."""
     requests = []
     for path in (run / FOLDER).glob("*-*.json"):
         try:
             require_file(path)
-            request = Request(**read_json(path, REQUEST, ""), path=path)
+            request = ControlRequest(**read_json(path, REQUEST, ""), path=path)
         except (UserError, TypeError):
             continue
         if request.kind in KINDS:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.runs.control.request_files import KINDS, Request, pending
+from research.runs.control.request_files import KINDS, ControlRequest, pending
 from research.runs.utc_clock import utc_now
 
 LOOK_EVERY = 0.5  # seconds
@@ -48,8 +48,8 @@ class RequestListener:
         self._vote = _Vote(mesh) if jax.process_count() > 1 else None
         # Requests that this process has handed in at the last boundary, and those that
         # are agreed on at this one. Only the first process has any.
-        self._handed_in: list[tuple[Path, Request]] = []
-        self._due: list[tuple[Path, Request]] = []
+        self._handed_in: list[tuple[Path, ControlRequest]] = []
+        self._due: list[tuple[Path, ControlRequest]] = []
         self._known: set[str] = set()
         self._close_all(self._new(), None, "dropped: it was made before this start")
 
@@ -80,7 +80,7 @@ class RequestListener:
         due, self._due = self._due, []
         self._close_all(due, step, "done")
 
-    def _new(self) -> list[tuple[Path, Request]]:
+    def _new(self) -> list[tuple[Path, ControlRequest]]:
         """Requests that were not there at the last look; the first process looks."""
         moment = time.monotonic()
         if not self._leader or moment - self._looked < LOOK_EVERY:
@@ -96,7 +96,7 @@ class RequestListener:
         return new
 
     def _close_all(
-        self, requests: list[tuple[Path, Request]], step: int | None, answer: str
+        self, requests: list[tuple[Path, ControlRequest]], step: int | None, answer: str
     ) -> None:
         for folder, request in requests:
             fields = dataclasses.asdict(request)

@@ -18,8 +18,6 @@ Array = jax.Array
 
 # Finite, so that a fully masked row (padding) gives a uniform softmax, not NaN.
 MASKED = -1e30
-# Queries and keys of a prompt that are compared at a time.
-PROMPT_BLOCK = 256
 
 
 def rope_frequencies(architecture: Architecture) -> Array:
@@ -61,58 +59,6 @@ def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
     low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
     return turned.astype(x_BTNH.dtype)
-
-
-def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> Array:
-    """Softmax attention where `allowed_BTS` is true; softmax in float32.
-
-    Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped heads: Ainslie et al.
-    2023, arXiv:2305.13245.
-
-    Returns:
-      `[B, T, N, H]` in the dtype of `q_BTNH`.
-    """
-    batch, length, heads, width = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    logits = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        q_BTKGH * width**-0.5,
-        k_BSKH,
-        preferred_element_type=jnp.float32,
-    )
-    logits = jnp.where(allowed_BTS[:, None, None], logits, MASKED)
-    probabilities = jax.nn.softmax(logits, axis=-1).astype(q_BTNH.dtype)
-    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v_BSKH)
-    return mixed.reshape(batch, length, heads, width)
-
-
-def attend_cached(
-    k_BSKH: Array,
-    v_BSKH: Array,
-    start: Array,
-    q_BTNH: Array,
-    new_k_BTKH: Array,
-    new_v_BTKH: Array,
-) -> tuple[Array, tuple[Array, Array]]:
-    """Attends to the cache and the new tokens, which go into slots from `start` on.
-
-    Returns:
-      `[B, T, N, H]`, and the longer cache: keys and values `[B, S, K, H]`.
-    """
-    new_k, new_v = new_k_BTKH.astype(k_BSKH.dtype), new_v_BTKH.astype(v_BSKH.dtype)
-    k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, new_k, start, 1)
-    v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, new_v, start, 1)
-    (batch, length), slots = q_BTNH.shape[:2], k_BSKH.shape[1]
-    if length > 1:  # A prompt: no `[T, S]` array of a long one would fit.
-        one_document = (jnp.zeros((batch, n), jnp.int32) for n in (length, slots))
-        mixed_BTNH = blocked_attention(
-            q_BTNH, k_BSKH, v_BSKH, *one_document, PROMPT_BLOCK, start
-        )
-    else:
-        allowed_BTS = jnp.broadcast_to(jnp.arange(slots) <= start, (batch, 1, slots))
-        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, allowed_BTS)
-    return mixed_BTNH, (k_BSKH, v_BSKH)
 
 
 def blocked_attention(

@@ -20,6 +20,7 @@ from research.core.errors import look_up
 from research.models import attention
 from research.models.architecture import Architecture
 from research.models.attention_kernels import packed_attention
+from research.models.cached_attention import attend_cached, room_for
 from research.models.families.family_registry import module_names
 from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
 from research.weights.contraction import contract, transpose
@@ -54,6 +55,7 @@ class Options:
       remat: how much the backward pass recomputes; a key of `REMAT_POLICIES`.
       scan_unroll: layers per iteration of the scan; with all layers, there is no loop.
       attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`.
+      attend_cached: attention of decoding, as `cached_attention.attend_cached`.
       constrain: fixes the sharding of an activation by its axis names.
     """
 
@@ -61,6 +63,7 @@ class Options:
     remat: str = "none"
     scan_unroll: int = 1
     attend: Callable[[Array, Array, Array, Array], Array] = attend_whole_rows
+    attend_cached: Callable[..., tuple[Array, Array, Array]] = attend_cached
     constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
 
 
@@ -70,13 +73,13 @@ class Cache:
     """Keys and values of the tokens seen so far, for decoding.
 
     Attributes:
-      k, v: `[L, B, S, K, H]`.
-      filled: int32 scalar, the number of slots in use; slot i holds position i.
+      k, v: `[L, S, K, C, H]`: S rows, called slots, each with room for C tokens.
+      length: int32 `[S]`, tokens that each slot holds; token i has position i.
     """
 
     k: Array
     v: Array
-    filled: Array
+    length: Array
 
 
 class Attention(nnx.Module):
@@ -182,23 +185,34 @@ class Transformer(nnx.Module):
         x_BTD, _ = jax.lax.scan(body, x_BTD, layers, unroll=options.scan_unroll)
         return self.final_norm(x_BTD)
 
-    def decode(self, tokens_BT, cache: Cache, options: Options):
-        start = cache.filled
-        positions_BT = start + jnp.broadcast_to(
-            jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
-        )
-        rope = self._rope(positions_BT)
+    def decode(self, tokens_BT, cache: Cache, slot, options: Options):
+        batch, length = tokens_BT.shape
+        start_B = jax.lax.dynamic_slice_in_dim(cache.length, slot, batch)
+        rope = self._rope(start_B[:, None] + jnp.arange(length)[None])
         graph, layers = nnx.split(self.layers)
 
-        def body(x_BTD, layer_and_cache):
-            layer, k, v = layer_and_cache
-            attend = functools.partial(attention.attend_cached, k, v, start)
-            return nnx.merge(graph, layer)(x_BTD, rope, attend)
+        # The cache is carried, so that each layer writes into the one buffer.
+        def body(carry, layer_and_number):
+            x_BTD, k, v = carry
+            layer, number = layer_and_number
+
+            def attend(q_BTNH, k_BTKH, v_BTKH):
+                new = (q_BTNH, k_BTKH, v_BTKH)
+                mixed, *kept = options.attend_cached(*new, k, v, number, slot, start_B)
+                return mixed, kept
+
+            x_BTD, (k, v) = nnx.merge(graph, layer)(x_BTD, rope, attend)
+            return (x_BTD, k, v), None
 
         x_BTD = self.embedding(tokens_BT, options.dtype)
-        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, cache.k, cache.v))
-        filled = start + tokens_BT.shape[1]
-        return self.final_norm(x_BTD), Cache(k=k, v=v, filled=filled)
+        numbers = jnp.arange(self.architecture.layers)
+        (x_BTD, k, v), _ = jax.lax.scan(
+            body, (x_BTD, cache.k, cache.v), (layers, numbers)
+        )
+        filled = jax.lax.dynamic_update_slice_in_dim(
+            cache.length, start_B + length, slot, 0
+        )
+        return self.final_norm(x_BTD), Cache(k=k, v=v, length=filled)
 
     def _rope(self, positions_BT: Array) -> tuple[Array, Array]:
         frequencies = attention.rope_frequencies(self.architecture)
@@ -263,18 +277,27 @@ class Model:
             head = transpose(head)
         return contract(hidden, head, dtype=jnp.float32)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens, in `options.dtype`."""
+    def init_cache(self, slots: int, length: int) -> Cache:
+        """An empty cache for `length` tokens a slot, in `options.dtype`."""
         a = self.architecture
-        shape = (a.layers, batch, length, a.kv_heads, a.head_dim)
-        zeros = jnp.zeros(shape, self.options.dtype)
-        return Cache(k=zeros, v=zeros, filled=jnp.zeros((), jnp.int32))
+        shape = (a.layers, slots, a.kv_heads, room_for(length), a.head_dim)
+        # Two buffers: one that stands for both could not be donated.
+        k, v = (jnp.zeros(shape, self.options.dtype) for _ in range(2))
+        return Cache(k=k, v=v, length=jnp.zeros(slots, jnp.int32))
 
     def decode(
-        self, params: Params, tokens_BT: Array, cache: Cache
+        self,
+        params: Params,
+        tokens_BT: Array,
+        cache: Cache,
+        slot: Array | int = 0,
     ) -> tuple[Array, Cache]:
-        """Hidden states `[B, T, D]` of the next T tokens, and the longer cache."""
-        return self._bind(params).decode(tokens_BT, cache, self.options)
+        """Hidden states `[B, T, D]` of the next T tokens, and the longer cache.
+
+        Row b continues slot `slot + b`. There must be room for T more tokens.
+        """
+        slot = jnp.asarray(slot, jnp.int32)
+        return self._bind(params).decode(tokens_BT, cache, slot, self.options)
 
     def _bind(self, params: Params) -> Transformer:
         if params.keys() != self.specs.keys():

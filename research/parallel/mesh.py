@@ -38,6 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     "batch": BATCH_AXES,
     "length": "context",
+    "keys": None,
     "hidden": None,
 }
 
@@ -168,6 +169,19 @@ def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
+def partition_if_divisible(mesh: Mesh, sizes: Mapping[str, int]) -> PartitionSpec:
+    """The mesh axes of logical axes; one whose size they do not divide stays whole."""
+    split = zip(sizes.values(), partition(tuple(sizes)), strict=True)
+    return PartitionSpec(
+        *(entry if size % ways(mesh, entry) == 0 else None for size, entry in split)
+    )
+
+
+def ways(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
+    """The number of parts into which an entry of a `PartitionSpec` splits an axis."""
+    return math.prod(mesh.shape[axis] for axis in _names(entry or ()))
+
+
 def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`NamedSharding`s in the place of the `Spec`s of a tree.
 
@@ -178,11 +192,10 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     def one(path: str, spec: Spec) -> NamedSharding:
         where = partition(spec.axes, path)
         for size, name, entry in zip(spec.shape, spec.axes, where, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in _names(entry or ()))
-            if size % ways:
+            if size % ways(mesh, entry):
                 raise UserError(
                     f"{path}: axis {name!r} of size {size} does not divide "
-                    f"over {'*'.join(_names(entry))}={ways}; for "
+                    f"over {'*'.join(_names(entry))}={ways(mesh, entry)}; for "
                     f"config.mesh.{_names(entry)[-1]} use "
                     f"{', '.join(map(str, divisors(size, 64)))}"
                 )

@@ -1,0 +1,154 @@
+"""Attention of new tokens to the keys and values of the tokens before them.
+
+The cache holds the rows of an engine, called slots, each filled to its own length.
+Axis letters as in `attention.py`, and L layers, C tokens for which a slot has room.
+A slot's number takes the place of the batch: row b of a call lies in slot `slot + b`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from research.models.attention import MASKED
+from research.parallel import mesh as meshes
+
+Array = jax.Array
+
+# Keys that are compared at a time.
+KEY_BLOCK = 64
+CACHE_AXES = ("layers", "batch", "kv_heads", "keys", "head_dim")
+
+
+def room_for(length: int) -> int:
+    """Tokens for which a slot must have room, to hold `length`: whole blocks."""
+    return -(-length // KEY_BLOCK) * KEY_BLOCK
+
+
+def attend_cached(
+    q_BTNH: Array,
+    new_k_BTKH: Array,
+    new_v_BTKH: Array,
+    k_LSKCH: Array,
+    v_LSKCH: Array,
+    layer: Array,
+    slot: Array,
+    length_B: Array,
+    kept: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Writes keys and values of T new tokens a row, and attends to all up to each.
+
+    Row b has `length_B[b]` tokens in slot `slot + b` already; its new ones follow.
+    Keys go in blocks, whose softmax is accumulated (Dao 2023, arXiv:2307.08691,
+    section 3.1), up to the end of the longest row: the cost follows what is filled.
+    A block in which a row sees nothing changes its result by exactly nothing, so a
+    row's result does not depend on the lengths of the others. Where `kept` is false,
+    the caches stay as they are, and the result means nothing.
+
+    Returns:
+      `[B, T, N, H]`, and the caches of keys and values.
+    """
+    batch, length, heads, width = q_BTNH.shape
+    kv_heads, room = k_LSKCH.shape[2:4]
+    block = min(KEY_BLOCK, room)
+    start = layer, slot, length_B, kept
+    k_LSKCH = _write(k_LSKCH, new_k_BTKH, *start)
+    v_LSKCH = _write(v_LSKCH, new_v_BTKH, *start)
+    grouped = (batch, length, kv_heads, heads // kv_heads, width)
+    q_BKGTH = (q_BTNH * width**-0.5).reshape(grouped).transpose(0, 2, 3, 1, 4)
+    position_BT = length_B[:, None] + jnp.arange(length)[None]
+
+    def visit(number, carry):
+        largest, total, mixed = carry
+        at = (layer, slot, 0, number * block, 0)
+        size = (1, batch, kv_heads, block, width)
+        k_BKSH, v_BKSH = (
+            jax.lax.dynamic_slice(x, at, size)[0] for x in (k_LSKCH, v_LSKCH)
+        )
+        logits = jnp.einsum(
+            "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
+        )
+        index_S = number * block + jnp.arange(block)
+        seen_BTS = index_S[None, None] <= position_BT[..., None]
+        logits = jnp.where(seen_BTS[:, None, None], logits, MASKED)
+        larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
+        weights, keep = jnp.exp(logits - larger), jnp.exp(largest - larger)
+        total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = mixed * keep + jnp.einsum(
+            "BKGTS,BKSH->BKGTH",
+            weights.astype(v_BKSH.dtype),
+            v_BKSH,
+            preferred_element_type=jnp.float32,
+        )
+        return larger, total, mixed
+
+    none = jnp.zeros((*q_BKGTH.shape[:-1], 1), jnp.float32)
+    begin = (none + MASKED, none, jnp.zeros(q_BKGTH.shape, jnp.float32))
+    end = jnp.max(position_BT) // block + 1
+    _, total, mixed = jax.lax.fori_loop(0, end, visit, begin)
+    mixed_BTKGH = (mixed / total).astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4)
+    return mixed_BTKGH.reshape(q_BTNH.shape), k_LSKCH, v_LSKCH
+
+
+def _write(
+    cache: Array,
+    new_BTKH: Array,
+    layer: Array,
+    slot: Array,
+    at_B: Array,
+    kept: Array | None,
+) -> Array:
+    """Puts the new tokens of each row behind those that its slot holds.
+
+    A number that is not finite becomes zero. The row's own result shows it already,
+    and the next request in the slot must not: 0 * NaN is not 0.
+    """
+    new = jnp.where(jnp.isfinite(new_BTKH), new_BTKH, 0).astype(cache.dtype)
+    new_BKTH = new.transpose(0, 2, 1, 3)
+    for row in range(new.shape[0]):
+        where = (layer, slot + row, 0, at_B[row], 0)
+        part = new_BKTH[None, row : row + 1]
+        if kept is not None:
+            old = jax.lax.dynamic_slice(cache, where, part.shape)
+            part = jnp.where(kept, part, old)
+        cache = jax.lax.dynamic_update_slice(cache, part, where)
+    return cache
+
+
+def cache_partition(mesh: Mesh, slots: int, kv_heads: int) -> PartitionSpec:
+    """Slots over the batch axes and heads over `tensor`, each where it divides."""
+    sizes = dict(zip(CACHE_AXES, (1, slots, kv_heads, 1, 1), strict=True))
+    return meshes.partition_if_divisible(mesh, sizes)
+
+
+def make_attend_cached(mesh: Mesh, slots: int, kv_heads: int):
+    """Makes `attend_cached` of arrays that lie on `mesh`, split by `cache_partition`.
+
+    Each device writes and reads its own slots and heads. A call of one row, into one
+    slot, is computed by all; the devices that hold the slot keep it.
+    """
+    if mesh.size == 1:
+        return attend_cached
+    cache = cache_partition(mesh, slots, kv_heads)
+    split, heads = cache[1], cache[2]
+    here = slots // meshes.ways(mesh, split)
+
+    def one_row(q, new_k, new_v, k, v, layer, slot, length):
+        slot = slot - jax.lax.axis_index(split) * here
+        mine = (slot >= 0) & (slot < here)
+        slot = jnp.clip(slot, 0, here - 1)
+        mixed, k, v = attend_cached(q, new_k, new_v, k, v, layer, slot, length, mine)
+        return jax.lax.psum(jnp.where(mine, mixed, 0), split), k, v
+
+    def attend(q_BTNH, *arrays):
+        whole = split is None or q_BTNH.shape[0] == slots
+        rows = PartitionSpec(split if whole else None, None, heads, None)
+        lengths = PartitionSpec(rows[0])
+        return jax.shard_map(
+            attend_cached if whole else one_row,
+            mesh=mesh,
+            in_specs=(rows, rows, rows, cache, cache, *[PartitionSpec()] * 2, lengths),
+            out_specs=(rows, cache, cache),
+            check_vma=False,
+        )(q_BTNH, *arrays)
+
+    return attend

@@ -101,7 +101,9 @@ def _prefill(
     hidden, cache = model.decode(params, tokens_BT, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
     logits = model.logits(params, last)
-    return logits, dataclasses.replace(cache, length=jnp.int32(length)[None])
+    return logits, dataclasses.replace(
+        cache, length=jnp.full_like(cache.length, length)
+    )
 
 
 def _advance(

@@ -243,7 +243,9 @@ def _top_p(logits_SV: Array, top_p: Array) -> Array:
 def _min_p(logits_SV: Array, min_p: Array) -> Array:
     """Keeps those of `min_p` times the largest probability (arXiv:2407.01082)."""
     largest = jnp.max(logits_SV, axis=-1, keepdims=True)
-    return jnp.where(logits_SV >= largest + jnp.log(min_p)[:, None], logits_SV, -jnp.inf)
+    return jnp.where(
+        logits_SV >= largest + jnp.log(min_p)[:, None], logits_SV, -jnp.inf
+    )
 
 
 def _keep_mass(x_SV: Array, mass_SV: Array, least_S: Array) -> Array:
@@ -269,5 +271,7 @@ def _keep_mass(x_SV: Array, mass_SV: Array, least_S: Array) -> Array:
 
 
 def _draw(seed: Array, number: Array, logits_V: Array) -> Array:
-    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), number)
+    key = jax.random.fold_in(
+        jax.random.wrap_key_data(seed, impl="threefry2x32"), number
+    )
     return jax.random.categorical(key, logits_V).astype(jnp.int32)

@@ -490,8 +490,7 @@ def decode(
         hidden, cache = model.decode(params, tokens_BT, cache)
         return jnp.argmax(model.logits(params, hidden[:, -1]), axis=-1), cache
 
-    # A fresh cache has one buffer of zeros for keys and values, and cannot be donated.
-    prefill, advance = jax.jit(fill), jax.jit(advance, donate_argnums=2)
+    prefill, advance = (jax.jit(f, donate_argnums=2) for f in (fill, advance))
     for count in batches:
         tokens = jnp.tile(jnp.asarray(ids, jnp.int32), (count, 1))
         room = -(-(prompt + 2 * new) // 256) * 256

@@ -10,7 +10,7 @@ import pytest
 from helpers import TINY, in_soak, random_params
 
 from research.engine import sampler
-from research.models.attention import attend
+from research.models.cached_attention import attend_cached
 from research.models.transformer import Model
 from research.tasks.token_loss_and_metrics import token_losses
 from research.weights.representations.low_rank import LowRank
@@ -132,11 +132,13 @@ def test_the_loss_is_of_unrounded_logits(half):
 def test_decoding_attends_by_unrounded_scores():
     """Two keys whose scores of about 100 differ by less than bfloat16 can tell."""
     q = jnp.ones((1, 1, 1, 64), BF16) * 8
-    keys = np.full((1, 2, 1, 64), 1.5)
-    keys[0, 1, 0, :8] += 2.0**-7
-    k, v = jnp.asarray(keys, BF16), jnp.asarray([[[[0.0]], [[1.0]]]], BF16)
-    v = jnp.broadcast_to(v, (1, 2, 1, 64))
-    mixed = attend(q, k, v, jnp.ones((1, 1, 2), bool))
+    keys = np.full((2, 1, 1, 1, 64), 1.5)
+    keys[1, ..., :8] += 2.0**-7
+    k, v = jnp.asarray(keys, BF16), jnp.asarray([0.0, 1.0], BF16)
+    v = jnp.broadcast_to(v[:, None, None, None, None], keys.shape)
+    held = (jnp.zeros((1, 1, 1, 4, 64), BF16).at[:, :, :, 0].set(x[0]) for x in (k, v))
+    at = (np.int32(0), np.int32(0), np.array([1]))
+    mixed, *_ = attend_cached(q, k[1], v[1], *held, *at)
     gap = 8 * 64**-0.5 * 8 * 2.0**-7
     expected = 1 / (1 + np.exp(-gap))
     assert 0.51 < expected < 0.53

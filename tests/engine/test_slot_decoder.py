@@ -1,0 +1,135 @@
+"""Slots that decode together: exact, independent of each other, compiled once."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY
+
+from research.engine.requests import Sampling
+from research.engine.slot_decoder import SlotDecoder, SlotSettings
+
+SLOTS, LENGTH, CHUNK, ROUNDS = 3, 150, 8, 2
+WORDS = -(-TINY.vocab // 32)
+RNG = np.random.default_rng(0)
+SHORT, MIDDLE, LONG = (RNG.integers(0, TINY.vocab, n).tolist() for n in (1, 20, 90))
+# Uses every step of `token_choice`, with penalties and bias that change the answer.
+GREEDY = Sampling(max_new_tokens=12)
+BUSY = Sampling(
+    temperature=1.5, top_p=0.97, top_k=60, min_p=0.001, repetition_penalty=1.3,
+    frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 2.0, 95: -3.0},
+    max_new_tokens=12, min_new_tokens=3, seed=2**40 + 7,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoder(model, params):
+    decoder = SlotDecoder(model, params, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
+    decoder.warm_up()
+    return decoder
+
+
+def begin(decoder, slot, prompt, sampling=GREEDY, stop=(), top=3):
+    decoder.admit(slot, SlotSettings(sampling, frozenset(stop), 0, top, prompt))
+    for at in range(0, len(prompt) - 1, CHUNK):
+        decoder.extend(slot, prompt[:-1][at : at + CHUNK])
+    decoder.start(slot, prompt[-1])
+
+
+def take(round_, slot):
+    """Ids and scores of a slot's tokens in one call."""
+    scores = [np.asarray(x)[:, slot] for x in jax.tree.leaves(round_.scores)]
+    turns = np.flatnonzero(round_.ids[:, slot] >= 0)
+    return [(int(round_.ids[r, slot]), *(x[r].tolist() for x in scores)) for r in turns]
+
+
+def finish(decoder, *slots):
+    """Decodes until these slots have ended; the tokens of each."""
+    said, active = {slot: [] for slot in slots}, True
+    while active:
+        round_ = decoder.decode()
+        for slot in slots:
+            said[slot] += take(round_, slot)
+        active = any(round_.active[slot] for slot in slots)
+    for slot in slots:
+        decoder.free(slot)
+    return [said[slot] for slot in slots]
+
+
+@pytest.fixture(scope="module")
+def full_scores(model, params):
+    """Log-probabilities of the full forward pass after each id of a text."""
+    at = np.arange(LENGTH)[None]
+
+    @jax.jit
+    def scores(tokens):
+        hidden = model.hidden(params, tokens, at, np.ones_like(at))
+        return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[0]
+
+    def of(ids):
+        return np.asarray(scores(np.pad(ids, (0, LENGTH - len(ids)))[None]))[: len(ids)]
+
+    return of
+
+
+def test_answers_are_those_of_the_full_forward_pass(decoder, full_scores):
+    prompts = SHORT, MIDDLE, LONG
+    for slot, prompt in enumerate(prompts):
+        begin(decoder, slot, prompt)
+    for prompt, said in zip(prompts, finish(decoder, 0, 1, 2), strict=True):
+        ids, logprobs, top_ids, top = zip(*said, strict=True)
+        expected = full_scores([*prompt, *ids])[len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(ids, expected.argmax(-1))
+        np.testing.assert_allclose(logprobs, expected.max(-1), atol=2e-5)
+        # The chosen id is the likeliest, and has one score, to the last bit.
+        assert logprobs == tuple(x[0] for x in top)
+        assert ids == tuple(x[0] for x in top_ids)
+        found = np.take_along_axis(expected, np.array(top_ids), axis=-1)
+        np.testing.assert_allclose(top, found, atol=2e-5)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, BUSY])
+def test_an_answer_does_not_depend_on_slot_or_load(decoder, sampling):
+    traces = decoder.traces
+    begin(decoder, 0, MIDDLE, sampling)
+    (alone,) = finish(decoder, 0)
+    assert len(alone) == 12 and len({x[0] for x in alone}) > 3
+    for slot in range(SLOTS):
+        others = [s for s in range(SLOTS) if s != slot]
+        # One neighbour ends while the request decodes, one begins; lengths differ.
+        begin(decoder, others[0], LONG, Sampling(1.0, max_new_tokens=5, seed=slot))
+        decoder.decode()
+        begin(decoder, slot, MIDDLE, sampling)
+        said = take(decoder.decode(), slot)
+        begin(decoder, others[1], SHORT, BUSY)
+        said += finish(decoder, slot)[0]
+        assert said == alone
+        for other in others:
+            decoder.free(other)
+    assert decoder.traces == traces
+
+
+def test_a_slot_ends_inside_a_call(decoder):
+    begin(decoder, 0, MIDDLE)
+    ids = [x[0] for x in finish(decoder, 0)[0]]
+    at = next(i for i in range(2, 12, ROUNDS) if ids[i] not in ids[:i])
+    begin(decoder, 0, MIDDLE, stop=[ids[at]])
+    begin(decoder, 1, MIDDLE, Sampling(max_new_tokens=at))
+    begin(decoder, 2, MIDDLE, Sampling(max_new_tokens=8, min_new_tokens=8), stop=ids)
+    stopped, limited, held = ([x[0] for x in s] for s in finish(decoder, 0, 1, 2))
+    assert stopped == ids[: at + 1] and limited == ids[:at]
+    assert len(held) == 8 and not set(held[:8]) & set(ids)
+
+
+def test_a_constraint_holds_for_one_token_at_a_time(decoder):
+    begin(decoder, 0, MIDDLE)
+    begin(decoder, 1, MIDDLE)
+    for wanted in (77, 5):
+        bits = np.zeros(WORDS, np.int32)
+        bits[wanted // 32] = np.uint32(1 << wanted % 32).astype(np.int32)
+        decoder.constrain(0, bits)
+        round_ = decoder.decode()
+        assert [x[0] for x in take(round_, 0)] == [wanted]
+        assert len(take(round_, 1)) == ROUNDS
+    decoder.constrain(0, None)
+    assert len(take(decoder.decode(), 0)) == ROUNDS
+    decoder.free(0), decoder.free(1)

@@ -37,7 +37,7 @@ ACCELERATOR_CHUNK, ACCELERATOR_ROUNDS = 256, 8
 
 @dataclasses.dataclass(frozen=True)
 class SlotSettings:
-    """What one request is answered with.
+    """How one request is answered.
 
     Attributes:
       sampling: how its tokens are chosen, and how many at most.

@@ -1,4 +1,4 @@
-"""What the device does for the slots of a decoder: its state and pure functions of it.
+"""The programs of a slot decoder: its state on the device and pure functions of it.
 
 `SlotDecoder` compiles each function once. Axis letters: S slots, R rounds of one call,
 T tokens of a chunk, V ids; L, K, C, H as in `cached_attention.py`.

@@ -36,7 +36,7 @@ Array = jax.Array
 MOST_STOP_IDS, MOST_BIASES = 32, 300
 # Stands in a list of ids for no id: updates beyond the vocabulary are dropped.
 NO_ID = 2**31 - 1
-# Of a stop id that comes too early: below every logit, and above a constraint's -inf,
+# The logit of a stop id that comes too early: below every logit, and above a constraint's -inf,
 # so that a constraint that allows nothing but the end is obeyed.
 TOO_EARLY = -1e30
 
@@ -163,7 +163,7 @@ def choose(state: ChoiceState, logits_SV: Array, number_S: Array, active_S: Arra
     likeliest_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
 
     def drawn(_: Array) -> Array:
-        # Of differences to the largest, so that no small temperature overflows.
+        # Only differences to the largest count, so that no small temperature overflows.
         below_SV = logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True)
         cold_S = jnp.where(state.temperature > 0, state.temperature, 1.0)
         kept_SV = below_SV / cold_S[:, None]

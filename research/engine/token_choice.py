@@ -36,8 +36,8 @@ Array = jax.Array
 MOST_STOP_IDS, MOST_BIASES = 32, 300
 # Stands in a list of ids for no id: updates beyond the vocabulary are dropped.
 NO_ID = 2**31 - 1
-# The logit of a stop id that comes too early: below every logit, and above a constraint's -inf,
-# so that a constraint that allows nothing but the end is obeyed.
+# The logit of a stop id that comes too early: below all others, and above the -inf of a
+# constraint, so that one that allows nothing but the end is obeyed.
 TOO_EARLY = -1e30
 
 

@@ -5,6 +5,9 @@ Axis letters as in `attention.py`, and L layers, C tokens for which a slot has r
 A slot's number takes the place of the batch: row b of a call lies in slot `slot + b`.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -55,38 +58,47 @@ def attend_cached(
     v_LSKCH = _write(v_LSKCH, new_v_BTKH, *start)
     grouped = (batch, length, kv_heads, heads // kv_heads, width)
     q_BKGTH = (q_BTNH * width**-0.5).reshape(grouped).transpose(0, 2, 3, 1, 4)
-    position_BT = length_B[:, None] + jnp.arange(length)[None]
 
-    def visit(number, carry):
-        largest, total, mixed = carry
+    def read(number: Array) -> tuple[Array, Array]:
         at = (layer, slot, 0, number * block, 0)
         size = (1, batch, kv_heads, block, width)
-        k_BKSH, v_BKSH = (
-            jax.lax.dynamic_slice(x, at, size)[0] for x in (k_LSKCH, v_LSKCH)
-        )
-        logits = jnp.einsum(
-            "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-        )
+        k, v = (jax.lax.dynamic_slice(x, at, size)[0] for x in (k_LSKCH, v_LSKCH))
+        return k, v
+
+    position_BT = length_B[:, None] + jnp.arange(length)[None]
+    mixed_BKGTH = _accumulate(q_BKGTH, position_BT, block, read)
+    mixed_BTKGH = mixed_BKGTH.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4)
+    return mixed_BTKGH.reshape(q_BTNH.shape), k_LSKCH, v_LSKCH
+
+
+def _accumulate(
+    q_BKGTH: Array,
+    position_BT: Array,
+    block: int,
+    read: Callable[[Array], tuple[Array, Array]],
+) -> Array:
+    """The softmax of scaled queries over keys up to their positions, in float32."""
+    mix = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def visit(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        largest, total, mixed = carry
+        k_BKSH, v_BKSH = read(number)
+        logits = mix("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
         index_S = number * block + jnp.arange(block)
         seen_BTS = index_S[None, None] <= position_BT[..., None]
         logits = jnp.where(seen_BTS[:, None, None], logits, MASKED)
         larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
         weights, keep = jnp.exp(logits - larger), jnp.exp(largest - larger)
         total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = mixed * keep + jnp.einsum(
-            "BKGTS,BKSH->BKGTH",
-            weights.astype(v_BKSH.dtype),
-            v_BKSH,
-            preferred_element_type=jnp.float32,
-        )
+        weights = weights.astype(v_BKSH.dtype)
+        mixed = mixed * keep + mix("BKGTS,BKSH->BKGTH", weights, v_BKSH)
         return larger, total, mixed
 
     none = jnp.zeros((*q_BKGTH.shape[:-1], 1), jnp.float32)
     begin = (none + MASKED, none, jnp.zeros(q_BKGTH.shape, jnp.float32))
     end = jnp.max(position_BT) // block + 1
     _, total, mixed = jax.lax.fori_loop(0, end, visit, begin)
-    mixed_BTKGH = (mixed / total).astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4)
-    return mixed_BTKGH.reshape(q_BTNH.shape), k_LSKCH, v_LSKCH
+    return mixed / total
 
 
 def _write(

@@ -6,7 +6,6 @@ They stop once in between: see `process_pairs.py`.
 import jax
 import numpy as np
 import pytest
-from helpers import close
 from pretraining_runs import PRETRAIN_STEPS as STEPS
 from run_results import saved_state
 
@@ -24,8 +23,7 @@ def test_two_processes_train_the_same_steps_on_the_same_data(
         assert one["batch_hash"] == two["batch_hash"]
         assert one["tokens"] == two["tokens"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        # The text is this project's own code, so each commit rounds in its own way.
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     held = [place.lines(run, "eval")[-1] for run in ("pretrained", "two-processes")]
     assert held[1]["loss"] == pytest.approx(held[0]["loss"], rel=1e-5)
 
@@ -39,8 +37,9 @@ def test_two_processes_end_with_the_same_parameters_and_moments(
     assert jax.tree.structure(alone) == jax.tree.structure(together)
     assert len(jax.tree.leaves(alone)) > 20
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(alone))
-    # Adam turns rounding in a gradient near zero into a full-size update.
-    close(together, alone, rtol=4e-3)
+    # By norms: Adam turns rounding in one gradient near zero into a full-size update.
+    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        assert np.linalg.norm(two - one) <= 1e-3 * np.linalg.norm(one)
 
 
 def test_hashes_of_different_batches_differ(place, pretrained):

@@ -1,9 +1,9 @@
 """A tiny pre-training job through the real commands."""
 
 import json
-import shutil
+import random
 
-from commands import ROOT, chain
+from commands import chain
 
 PRETRAIN_STEPS = 12
 
@@ -41,25 +41,50 @@ def get_config():
 """
 
 
+NOUNS = (
+    "array", "batch", "cache", "device", "error", "file", "gradient", "head", "index",
+    "layer", "mask", "name", "options", "path", "query", "row", "step", "token", "value",
+)  # fmt: skip
+VERBS = ("build", "check", "decode", "find", "join", "load", "move", "read", "split")
 STEP_LINE = rf"step +{{}}/{PRETRAIN_STEPS} "
 
 
 def make_corpus(place):
-    """Two small sources: this repository's own code, and rows of a text column."""
+    """Two small sources: files of code, and rows of a text column.
+
+    The text is the same in every version of the project: how much two processes round
+    otherwise than one depends on it, and tests set limits to that.
+    """
     if (place.folder / "pretrain.py").exists():
         return
     code = place.folder / "code"
     code.mkdir()
-    for file in sorted((ROOT / "research").rglob("*.py")):
-        if file.stat().st_size:
-            name = "-".join(file.relative_to(ROOT).parts)
-            shutil.copy(file, code / name)
+    for number in range(60):
+        (code / f"module_{number}.py").write_text(source_file(number))
     rows = [
         {"text": f"The number {n} has the square {n * n}. " * 3} for n in range(200)
     ]
     with (place.folder / "words.jsonl").open("w") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
     (place.folder / "pretrain.py").write_text(PRETRAIN)
+
+
+def source_file(number):
+    """Made-up Python of about 3,000 characters, a function of `number` alone."""
+    draw = random.Random(number)
+    lines = [f"import {draw.choice(NOUNS)}", ""]
+    for _ in range(20):
+        one, two, three = (draw.choice(NOUNS) for _ in range(3))
+        verb, n = draw.choice(VERBS), draw.randrange(100)
+        lines += [
+            f"def {verb}_{one}({two}, {three}={n}):",
+            f'    """{verb.capitalize()} the {one} of a {two}, at most {n} times."""',
+            f"    for {three} in range({n}):",
+            f"        if {two} is None or {three} > {draw.randrange(9)}:",
+            f"            return {draw.choice(VERBS)}_{one}({two}, {three})",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def pretrain(place, run, *flags, **options):

@@ -32,7 +32,7 @@ MARKED = with_bos(PLAIN)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def small(tmp_path_factory):
     """Two sources of several shards, tokenised once."""
     folder = tmp_path_factory.mktemp("corpora")
     write_texts(folder / "a", make_texts(150, seed=1))
@@ -46,16 +46,16 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(token_cache, "UNIT_BYTES", 20_000)
 
 
-def config_of(place, names="ab", data=None, **text):
-    return text_config(place, *(f"{n}={place / n}" for n in names), data=data, **text)
+def config_of(small, names="ab", data=None, **text):
+    return text_config(small, *(f"{n}={small / n}" for n in names), data=data, **text)
 
 
-def load(place, names="ab", tokenizer=PLAIN, data=None, **text):
-    return load_text(*text_and_data(config_of(place, names, data, **text)), tokenizer)
+def load(small, names="ab", tokenizer=PLAIN, data=None, **text):
+    return load_text(*text_and_data(config_of(small, names, data, **text)), tokenizer)
 
 
-def streams(place, names="ab", side="train", tokenizer=PLAIN, **text):
-    config = config_of(place, names, **text)
+def streams(small, names="ab", side="train", tokenizer=PLAIN, **text):
+    config = config_of(small, names, **text)
     found = []
     for source in open_sources(*text_and_data(config)):
         tokens = TokenStream(open_cache(source, tokenizer, config.text), side)
@@ -72,19 +72,19 @@ def rows_in(batches):
     ]
 
 
-def rows_of(place, names="ab"):
+def rows_of(small, names="ab"):
     """All rows there should be, as in `rows_in`."""
     rows = []
-    for ids in streams(place, names):
+    for ids in streams(small, names):
         for start in range(0, len(ids) - 32, 32):
             row = ids[start : start + 33].astype(np.int32)
             rows.append(row[:-1].tobytes() + row[1:].tobytes())
     return rows
 
 
-def test_a_stream_is_read_at_any_place(place):
-    (whole,) = streams(place, "a")
-    config = config_of(place, "a")
+def test_a_stream_is_read_at_any_place(small):
+    (whole,) = streams(small, "a")
+    config = config_of(small, "a")
     (source,) = open_sources(*text_and_data(config))
     cached = open_cache(source, PLAIN, config.text)
     assert len(cached.manifest.shards) > 3
@@ -99,9 +99,9 @@ def test_a_stream_is_read_at_any_place(place):
             tokens.read(start, count)
 
 
-def test_few_files_are_open_at_a_time(place, monkeypatch):
+def test_few_files_are_open_at_a_time(small, monkeypatch):
     monkeypatch.setattr("research.data.text.tokenized_corpus.OPEN_FILES", 2)
-    config = config_of(place, "a")
+    config = config_of(small, "a")
     (source,) = open_sources(*text_and_data(config))
     tokens = TokenStream(open_cache(source, PLAIN, config.text), "train")
     whole = tokens.read(0, len(tokens))
@@ -151,9 +151,9 @@ def test_rows_say_where_documents_begin(tokenizer, isolate):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_every_epoch_has_each_row_once_in_another_order(place, batch_size):
-    whole = rows_of(place)
-    data = load(place)
+def test_every_epoch_has_each_row_once_in_another_order(small, batch_size):
+    whole = rows_of(small)
+    data = load(small)
     assert data.rows == len(whole) > 200
     batches = take(data.train_iterator(batch_size, 0), 3 * len(whole) // batch_size + 1)
     rows = rows_in(batches)
@@ -162,25 +162,25 @@ def test_every_epoch_has_each_row_once_in_another_order(place, batch_size):
         assert sorted(epoch) == sorted(whole)
     assert len({tuple(epoch) for epoch in (whole, *epochs)}) == 4
     groups = {row: int(b.groups[0, 0]) for b in batches for row in rows_in([b])[:1]}
-    only_b = set(rows_of(place, "b")) - set(rows_of(place, "a"))
+    only_b = set(rows_of(small, "b")) - set(rows_of(small, "a"))
     assert all(group == (row in only_b) for row, group in groups.items())
 
 
-def test_the_order_depends_on_the_seed_alone(place):
-    first = rows_in(take(load(place).train_iterator(4, 0), 20))
-    assert rows_in(take(load(place).train_iterator(4, 0), 20)) == first
-    assert rows_in(take(load(place).train_iterator(4, 1), 20)) != first
+def test_the_order_depends_on_the_seed_alone(small):
+    first = rows_in(take(load(small).train_iterator(4, 0), 20))
+    assert rows_in(take(load(small).train_iterator(4, 0), 20)) == first
+    assert rows_in(take(load(small).train_iterator(4, 1), 20)) != first
 
 
 @pytest.mark.parametrize("mixture", [(), ("a=1", "b=3")])
 @pytest.mark.parametrize("taken", [0, 3, 60])
-def test_a_restored_position_continues_bit_for_bit(place, taken, mixture):
-    data = load(place, mixture=mixture)
+def test_a_restored_position_continues_bit_for_bit(small, taken, mixture):
+    data = load(small, mixture=mixture)
     iterator = data.train_iterator(8, 0)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 12)
-    fresh = load(place, mixture=mixture).train_iterator(8, 0)
+    fresh = load(small, mixture=mixture).train_iterator(8, 0)
     take(fresh, 5)
     fresh.set_state(state)
     assert all(map(same, take(fresh, 12), expected))
@@ -188,8 +188,8 @@ def test_a_restored_position_continues_bit_for_bit(place, taken, mixture):
 
 @pytest.mark.parametrize("mixture", [(), ("a=1", "b=3")])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_together_have_the_batch_of_one(place, processes, mixture):
-    data = load(place, mixture=mixture)
+def test_processes_together_have_the_batch_of_one(small, processes, mixture):
+    data = load(small, mixture=mixture)
     local = 8 // processes
     parts = [
         data.train_iterator(8, 0, range(i * local, (i + 1) * local))
@@ -205,8 +205,8 @@ def test_processes_together_have_the_batch_of_one(place, processes, mixture):
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (1, 4), (2, 1), (4, 2)])
-def test_other_processes_go_on_with_an_epoch_and_miss_no_row(place, before, after):
-    data, whole = load(place), sorted(rows_of(place))
+def test_other_processes_go_on_with_an_epoch_and_miss_no_row(small, before, after):
+    data, whole = load(small), sorted(rows_of(small))
 
     def spread(processes):
         local = 8 // processes
@@ -228,10 +228,10 @@ def test_other_processes_go_on_with_an_epoch_and_miss_no_row(place, before, afte
 
 
 @pytest.mark.parametrize("weights, share", [((1, 3), 0.75), ((0.1, 0.1), 0.5)])
-def test_a_mixture_has_its_shares_and_each_source_its_epochs(place, weights, share):
+def test_a_mixture_has_its_shares_and_each_source_its_epochs(small, weights, share):
     mixture = [f"{n}={w}" for n, w in zip("ab", weights, strict=True)]
-    data = load(place, mixture=mixture)
-    own = rows_of(place, "b")
+    data = load(small, mixture=mixture)
+    own = rows_of(small, "b")
     batches = take(data.train_iterator(8, 0), int(2 * len(own) / share) // 8 + 1)
     groups = np.concatenate([batch.groups[:, 0] for batch in batches])
     assert abs(groups.mean() - share) < 0.01
@@ -243,9 +243,9 @@ def test_a_mixture_has_its_shares_and_each_source_its_epochs(place, weights, sha
     assert epochs[0] != epochs[1]
 
 
-def test_a_source_of_weight_0_is_only_evaluated(place):
-    data = load(place, mixture=["a=0", "b=2"])
-    assert data.rows == len(rows_of(place, "b"))
+def test_a_source_of_weight_0_is_only_evaluated(small):
+    data = load(small, mixture=["a=0", "b=2"])
+    assert data.rows == len(rows_of(small, "b"))
     batches = take(data.train_iterator(8, 0), 20)
     assert all((batch.groups == 1).all() for batch in batches)
     assert set(data.held_out_bytes) == {"a", "b"}
@@ -265,9 +265,9 @@ def test_a_source_of_weight_0_is_only_evaluated(place):
         (["a", "b=0"], "write name=weight"),
     ],
 )
-def test_mixtures_that_cannot_be_are_said(place, mixture, said):
+def test_mixtures_that_cannot_be_are_said(small, mixture, said):
     with pytest.raises(UserError, match=said):
-        load(place, mixture=mixture)
+        load(small, mixture=mixture)
 
 
 def test_a_mistyped_source_has_a_suggestion(tmp_path):
@@ -283,12 +283,12 @@ def documents_of(ids, marks):
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
-def test_held_out_documents_are_in_no_training_row(place, tokenizer):
+def test_held_out_documents_are_in_no_training_row(small, tokenizer):
     marks = DocumentMarks.of(tokenizer)
     sides = [
         {
             document
-            for ids in streams(place, "ab", side, tokenizer)
+            for ids in streams(small, "ab", side, tokenizer)
             for document in documents_of(ids, marks)
         }
         for side in ("train", "held")
@@ -301,13 +301,13 @@ def test_held_out_documents_are_in_no_training_row(place, tokenizer):
 @pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
 @pytest.mark.parametrize("limit", [1, 900, 10**9])
 def test_each_byte_of_the_held_out_documents_is_predicted_once(
-    place, tokenizer, limit, isolate
+    small, tokenizer, limit, isolate
 ):
-    data = load(place, "ab", tokenizer, held_out_bytes=limit, isolate=isolate)
+    data = load(small, "ab", tokenizer, held_out_bytes=limit, isolate=isolate)
     marks = DocumentMarks.of(tokenizer)
     batches = list(data.held_out_batches(8))
     assert {batch.tokens.shape for batch in batches} == {(8, 32)}
-    for group, ids in enumerate(streams(place, "ab", "held", tokenizer)):
+    for group, ids in enumerate(streams(small, "ab", "held", tokenizer)):
         predicted = np.concatenate(
             [b.targets[(b.weights > 0) & (b.groups == group)] for b in batches]
         )
@@ -330,8 +330,8 @@ def bytes_of(ids):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_held_out_rows(place, processes):
-    data = load(place)
+def test_processes_share_the_held_out_rows(small, processes):
+    data = load(small)
     local = 8 // processes
     parts = [
         data.held_out_batches(8, range(i * local, (i + 1) * local))
@@ -345,37 +345,37 @@ def test_processes_share_the_held_out_rows(place, processes):
             np.testing.assert_array_equal(together, getattr(whole, field))
 
 
-def test_too_little_text_is_said_with_what_is_there_and_needed(place):
-    tokens = load(place, "b").train["b"].tokens
+def test_too_little_text_is_said_with_what_is_there_and_needed(small):
+    tokens = load(small, "b").train["b"].tokens
     needed = 4000 * DataConfig().batch_size + 1
     said = rf"{tokens} training tokens.*needs {needed}"
-    data = load(place, "b", data={"seq_len": 4000})
+    data = load(small, "b", data={"seq_len": 4000})
     with pytest.raises(UserError, match=said):
         data.require_rows(DataConfig().batch_size)
-    (tmp := place / "tiny").mkdir(exist_ok=True)
+    (tmp := small / "tiny").mkdir(exist_ok=True)
     write_texts(tmp, make_texts(12, longest=4))
     sizes = {"seq_len": 900, "batch_size": 2}
-    data = load(place, ["a", "tiny"], data=sizes, mixture=["a=1", "tiny=1"])
+    data = load(small, ["a", "tiny"], data=sizes, mixture=["a=1", "tiny=1"])
     with pytest.raises(UserError, match=r"wants tiny, which has \d+ training tokens"):
         data.train_iterator(2, 0)
 
 
-def test_nothing_held_out_is_said(place):
+def test_nothing_held_out_is_said(small):
     with pytest.raises(UserError, match=r"held_out_share=1e-09; raise it"):
-        load(place, held_out_share=1e-9)
+        load(small, held_out_share=1e-9)
 
 
-def test_the_data_says_what_it_is(place):
-    data = load(place, "ab")
-    assert data.groups == ["a", "b"] and str(place / "a") in data.origin
+def test_the_data_says_what_it_is(small):
+    data = load(small, "ab")
+    assert data.groups == ["a", "b"] and str(small / "a") in data.origin
     for name, count in (("a", 150), ("b", 60)):
         both = data.train[name] + data.held_out[name]
         assert both.documents == count and both.tokens == both.bytes + count
-    assert load(place, "ab").sha256 == data.sha256
-    assert load(place, "a").sha256 != data.sha256
-    assert load(place, "ab", MARKED).sha256 != data.sha256
+    assert load(small, "ab").sha256 == data.sha256
+    assert load(small, "a").sha256 != data.sha256
+    assert load(small, "ab", MARKED).sha256 != data.sha256
     first = data.sample_batch(3)
-    np.testing.assert_array_equal(first.tokens.ravel(), streams(place, "a")[0][:96])
+    np.testing.assert_array_equal(first.tokens.ravel(), streams(small, "a")[0][:96])
     assert dataclasses.is_dataclass(data) and "<function" not in repr(data)
 
 
@@ -385,14 +385,14 @@ def epochs_of(data, steps):
     return count_epochs(config, data.source_rows, data.shares)
 
 
-def test_the_doctor_counts_epochs_by_source_and_with_the_mixture(place):
-    data = load(place, mixture=["a=1", "b=3"])
+def test_the_doctor_counts_epochs_by_source_and_with_the_mixture(small):
+    data = load(small, mixture=["a=1", "b=3"])
     found = epochs_of(data, steps=100)
     numbers = found.numbers
     for name, share in (("a", 0.25), ("b", 0.75)):
         drawn = 400 * share
         assert numbers[f"epochs {name}"] == pytest.approx(
-            drawn / len(rows_of(place, name))
+            drawn / len(rows_of(small, name))
         )
     groups = np.concatenate(
         [b.groups[:, 0] for b in take(data.train_iterator(4, 0), 100)]
@@ -400,22 +400,22 @@ def test_the_doctor_counts_epochs_by_source_and_with_the_mixture(place):
     drawn = int((groups == 1).sum())
     assert numbers["epochs b"] == pytest.approx(drawn / data.source_rows["b"], rel=0.02)
     assert "b: " in found.text
-    equal = epochs_of(load(place), steps=100).numbers
+    equal = epochs_of(load(small), steps=100).numbers
     assert equal["epochs a"] == pytest.approx(equal["epochs"])
 
 
-def test_a_source_shorter_than_a_row_is_named_as_not_trained(place):
-    write_texts(place / "short", ["a"] * 3 + ["b", "c"])
-    found = epochs_of(load(place, ["a", "short"], held_out_share=0.3), steps=10)
+def test_a_source_shorter_than_a_row_is_named_as_not_trained(small):
+    write_texts(small / "short", ["a"] * 3 + ["b", "c"])
+    found = epochs_of(load(small, ["a", "short"], held_out_share=0.3), steps=10)
     assert "short is not trained: it is shorter than a row of 32 tokens" in found.text
     assert "a is not" not in found.text and "epochs short" not in found.numbers
 
 
-def test_a_share_of_0_trains_all_documents_and_evaluates_none(place, caplog):
-    data = load(place, held_out_share=0.0)
+def test_a_share_of_0_trains_all_documents_and_evaluates_none(small, caplog):
+    data = load(small, held_out_share=0.0)
     assert data.train["a"].documents == 150 and data.train["b"].documents == 60
     assert list(data.held_out_batches(4)) == [] and not caplog.records
     assert set(data.held_out_bytes.values()) == {0}
-    streamed = load(place, held_out_share=0.0, cache=False)
+    streamed = load(small, held_out_share=0.0, cache=False)
     assert list(streamed.held_out_batches(4)) == []
     assert next(iter(streamed.train_iterator(4, 0))).tokens.shape == (4, 32)

@@ -44,30 +44,30 @@ def small_sizes(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
     write_texts(folder / "a", make_texts(50, seed=1))
     write_texts(folder / "b", make_texts(20, seed=2))
     return folder
 
 
-def config_of(place, names="ab", cache=False, **text):
-    sources = (f"{n}={place / n}" for n in names)
-    return text_config(place, *sources, cache=cache, **text)
+def config_of(small, names="ab", cache=False, **text):
+    sources = (f"{n}={small / n}" for n in names)
+    return text_config(small, *sources, cache=cache, **text)
 
 
-def load(place, names="ab", tokenizer=PLAIN, **text):
-    return load_text(*text_and_data(config_of(place, names, **text)), tokenizer)
+def load(small, names="ab", tokenizer=PLAIN, **text):
+    return load_text(*text_and_data(config_of(small, names, **text)), tokenizer)
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, MARKED], ids=["eos", "bos"])
-def test_the_stream_is_the_cached_one_again_and_again(place, tokenizer):
-    config = config_of(place, "a")
+def test_the_stream_is_the_cached_one_again_and_again(small, tokenizer):
+    config = config_of(small, "a")
     (source,) = open_sources(*text_and_data(config))
     cached = TokenStream(open_cache(source, tokenizer, config.text), "train")
     ids = cached.read(0, len(cached))
     count = 2 * len(ids) // (4 * 32)
-    batches = take(load(place, "a", tokenizer).train_iterator(4, 0), count)
+    batches = take(load(small, "a", tokenizer).train_iterator(4, 0), count)
     tokens = np.concatenate([batch.tokens.ravel() for batch in batches])
     targets = np.concatenate([batch.targets.ravel() for batch in batches])
     twice = np.concatenate([ids, ids, ids])
@@ -77,28 +77,28 @@ def test_the_stream_is_the_cached_one_again_and_again(place, tokenizer):
 
 @pytest.mark.parametrize("mixture", [(), ("a=1", "b=4")])
 @pytest.mark.parametrize("taken", [0, 1, 7, 60])
-def test_a_restored_position_continues_bit_for_bit(place, taken, mixture):
-    iterator = load(place, mixture=mixture).train_iterator(4, 0)
+def test_a_restored_position_continues_bit_for_bit(small, taken, mixture):
+    iterator = load(small, mixture=mixture).train_iterator(4, 0)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 30)
-    fresh = load(place, mixture=mixture).train_iterator(4, 0)
+    fresh = load(small, mixture=mixture).train_iterator(4, 0)
     take(fresh, 3)
     fresh.set_state(state)
     assert all(map(same, take(fresh, 30), expected))
     assert fresh.get_state() == iterator.get_state()
 
 
-def test_what_lies_before_a_position_is_not_tokenised(place, monkeypatch):
-    iterator = load(place, "a").train_iterator(4, 0)
+def test_what_lies_before_a_position_is_not_tokenised(small, monkeypatch):
+    iterator = load(small, "a").train_iterator(4, 0)
     take(iterator, 30)
     state = iterator.get_state()
     ((position,),) = state["positions"]
-    (source,) = open_sources(*text_and_data(config_of(place, "a")))
+    (source,) = open_sources(*text_and_data(config_of(small, "a")))
     pieces = [p.text for p in source.read(source.files, collections.Counter())]
     before = source.files[: position[1]]
     index = len(list(source.read(before, collections.Counter())))
-    fresh = load(place, "a").train_iterator(4, 0)
+    fresh = load(small, "a").train_iterator(4, 0)
     seen = []
     encode = Tokenizer.encode_arrays
     monkeypatch.setattr(
@@ -112,8 +112,8 @@ def test_what_lies_before_a_position_is_not_tokenised(place, monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_together_have_the_batch_of_one(place, processes):
-    data = load(place)
+def test_processes_together_have_the_batch_of_one(small, processes):
+    data = load(small)
     local = 8 // processes
     parts = [
         data.train_iterator(8, 0, range(i * local, (i + 1) * local))
@@ -129,13 +129,13 @@ def test_processes_together_have_the_batch_of_one(place, processes):
 
 
 @pytest.mark.parametrize("mixture, share", [(("a=1", "b=3"), 0.75), ((), None)])
-def test_sources_take_turns_by_their_weights(place, mixture, share):
-    data = load(place, mixture=mixture)
+def test_sources_take_turns_by_their_weights(small, mixture, share):
+    data = load(small, mixture=mixture)
     batches = take(data.train_iterator(4, 0), 60)
     groups = np.concatenate([batch.groups[:, 0] for batch in batches])
     if share is None:
         sizes = [
-            sum(path.stat().st_size for path in (place / name).iterdir())
+            sum(path.stat().st_size for path in (small / name).iterdir())
             for name in "ab"
         ]
         share = sizes[1] / sum(sizes)
@@ -144,10 +144,10 @@ def test_sources_take_turns_by_their_weights(place, mixture, share):
 
 
 @pytest.mark.parametrize("limit", [1, 400, 10**9])
-def test_the_same_documents_are_evaluated_as_from_the_cache(place, limit):
-    streamed = load(place, held_out_bytes=limit)
+def test_the_same_documents_are_evaluated_as_from_the_cache(small, limit):
+    streamed = load(small, held_out_bytes=limit)
     cached = load_text(
-        *text_and_data(config_of(place, cache=True, held_out_bytes=limit)), PLAIN
+        *text_and_data(config_of(small, cache=True, held_out_bytes=limit)), PLAIN
     )
     assert streamed.held_out_bytes == cached.held_out_bytes
     batches = [*streamed.held_out_batches(4)], [*cached.held_out_batches(4)]
@@ -155,7 +155,7 @@ def test_the_same_documents_are_evaluated_as_from_the_cache(place, limit):
     assert not streamed.train and streamed.rows == 0
 
 
-def test_the_search_for_held_out_documents_ends(place, monkeypatch):
+def test_the_search_for_held_out_documents_ends(small, monkeypatch):
     monkeypatch.setattr(streaming, "SEARCH_BYTES", 500)
     monkeypatch.setattr(streaming, "SEARCH_FACTOR", 0)
     read = []
@@ -165,7 +165,7 @@ def test_the_search_for_held_out_documents_ends(place, monkeypatch):
         lambda *args: (read.append(p) or p for p in pieces(*args)),
     )  # fmt: skip
     with pytest.raises(UserError, match="held_out_share"):
-        load(place, "a", held_out_share=1e-6)
+        load(small, "a", held_out_share=1e-6)
     assert sum(len(piece.text) for piece in read) < 1500
 
 
@@ -181,10 +181,10 @@ def piece_of(text):
     return document_readers.DocumentPiece(text, True, True, "")
 
 
-def test_the_data_says_what_it_is(place):
-    data = load(place)
+def test_the_data_says_what_it_is(small):
+    data = load(small)
     assert data.groups == ["a", "b"] and "streamed" in data.origin
-    assert load(place).sha256 == data.sha256 != load(place, "a").sha256
+    assert load(small).sha256 == data.sha256 != load(small, "a").sha256
     first = data.sample_batch(2)
     assert first.tokens.shape == (2, 32) and first.segments.all()
 
@@ -329,23 +329,23 @@ def test_a_resume_parses_no_row_before_its_place(tmp_path, small_parts, monkeypa
     assert same(next(fresh), expected) and len(parsed) < 60
 
 
-def test_positions_of_older_runs_are_understood(place):
+def test_positions_of_older_runs_are_understood(small):
     """They were `[pass, piece, id]` by source, with pieces counted from its start."""
-    data = load(place)
+    data = load(small)
     iterator = data.train_iterator(4, 0)
     take(iterator, 30)
     state = iterator.get_state()
     old = []
     for source, ((turn, item, at, _, skip, offset),) in zip(
-        open_sources(*text_and_data(config_of(place))), state["positions"], strict=True
+        open_sources(*text_and_data(config_of(small))), state["positions"], strict=True
     ):
         before = source.read(source.files[:item], collections.Counter())
         inside = source.read([source.files[item]], collections.Counter())
         here = [piece.place for piece in inside]
-        number = next(i for i, place in enumerate(here) if place.at == at)
+        number = next(i for i, small in enumerate(here) if small.at == at)
         old.append([turn, len(list(before)) + number + skip, offset])
     alive = []
-    fresh = load(place).train_iterator(4, 0)
+    fresh = load(small).train_iterator(4, 0)
     fresh.alive = lambda: alive.append(1)
     fresh.set_state({"rows": state["rows"], "positions": old})
     assert all(map(same, take(fresh, 30), take(iterator, 30)))

@@ -238,7 +238,7 @@ def test_a_full_disk_or_a_wrong_place_leaves_nothing(base, tmp_path):
 
 
 @pytest.fixture
-def params(base, tmp_path):
+def exported(base, tmp_path):
     """Parameters of which `tmp_path` already holds an export."""
     model = Model(base.architecture)
     params = random_params(model.specs)
@@ -256,11 +256,11 @@ def params(base, tmp_path):
     ],
 )
 def test_a_number_that_is_not_finite_leaves_the_older_export(
-    base, params, tmp_path, value, dtype, said
+    base, exported, tmp_path, value, dtype, said
 ):
     before = load_file(tmp_path / "out" / "model.safetensors")
-    path = sorted(params)[-1]
-    params = params | {path: params[path].at[(0,) * params[path].ndim].set(value)}
+    path, params = sorted(exported)[-1], dict(exported)
+    params[path] = params[path].at[(0,) * params[path].ndim].set(value)
     model, out = Model(base.architecture), tmp_path / "out"
     with pytest.raises(UserError, match=rf"^\S+\.\S+ holds .*{said}"):
         huggingface_export.export(model, params, base.tokenizer, out, dtype)
@@ -270,24 +270,24 @@ def test_a_number_that_is_not_finite_leaves_the_older_export(
 
 
 def test_a_full_disk_ends_an_export_with_the_code_of_a_failed_write(
-    base, params, tmp_path
+    base, exported, tmp_path
 ):
     model, out = Model(base.architecture), tmp_path / "out"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(SaveError, match="File too large"), files_of_step(3, "all"):
-            huggingface_export.export(model, params, base.tokenizer, out)
+            huggingface_export.export(model, exported, base.tokenizer, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [out], "the older export stays"
 
 
-def test_others_may_read_an_export_where_the_umask_lets_them(base, params, tmp_path):
+def test_others_may_read_an_export_where_the_umask_lets_them(base, exported, tmp_path):
     before = os.umask(0o027)
     try:
         huggingface_export.export(
-            Model(base.architecture), params, base.tokenizer, tmp_path / "new"
+            Model(base.architecture), exported, base.tokenizer, tmp_path / "new"
         )
     finally:
         os.umask(before)

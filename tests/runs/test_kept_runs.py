@@ -84,7 +84,7 @@ def record(program, folder):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def small(tmp_path_factory):
     """A folder with the base model, the rows, and `runs`."""
     folder = tmp_path_factory.mktemp("kept")
     make_tiny_model(folder / "model")
@@ -106,10 +106,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(params=sorted(path.name for path in KEPT.iterdir()))
-def run(request, place, monkeypatch):
+def run(request, small, monkeypatch):
     """A run directory that was moved here, with its data, from another machine."""
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.chdir(small)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small / "cache"))
     return Path("runs") / request.param
 
 
@@ -119,9 +119,9 @@ def wanted(run, **changes) -> Config:
     return dataclasses.replace(found, run_dir=str(run), **changes)
 
 
-def test_it_is_complete_and_the_same_command_says_so(run, place):
+def test_it_is_complete_and_the_same_command_says_so(run, small):
     flags = ("--config=config.py", f"--config.run_dir={run}")
-    done = run_door(train_door.main, place, "train", *flags)
+    done = run_door(train_door.main, small, "train", *flags)
     assert done.returncode == 0 and f"{run} is complete" in done.stderr, done.stderr
 
 

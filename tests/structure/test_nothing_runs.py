@@ -134,7 +134,7 @@ class Bomb:
 
 
 @pytest.fixture
-def model(tmp_path):
+def model_dir(tmp_path):
     return tiny_model.make_tiny_model(tmp_path / "model")
 
 
@@ -160,25 +160,25 @@ def test_files_of_kinds_that_run_are_refused(tmp_path, canary, name):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors"])
-def test_pickled_weights_are_refused(model, canary, name):
-    (model / "model.safetensors").unlink()
-    (model / name).write_bytes(pickle.dumps(Bomb(canary)))
+def test_pickled_weights_are_refused(model_dir, canary, name):
+    (model_dir / "model.safetensors").unlink()
+    (model_dir / name).write_bytes(pickle.dumps(Bomb(canary)))
     with pytest.raises(UserError):
-        base = open_base(str(model))
+        base = open_base(str(model_dir))
         [base.tensors.read(key) for key in base.tensors.names]
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_is_not_run(model, canary, file):
+def test_code_that_comes_with_a_model_is_not_run(model_dir, canary, file):
     """`auto_map` is refused or ignored; the module beside it is not imported."""
-    found = json.loads((model / file).read_text())
+    found = json.loads((model_dir / file).read_text())
     kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     found["auto_map"] = dict.fromkeys(kinds, "bomb.Bomb")
-    (model / file).write_text(json.dumps(found))
+    (model_dir / file).write_text(json.dumps(found))
     code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nclass Bomb: pass\n"
-    (model / "bomb.py").write_text(code)
+    (model_dir / "bomb.py").write_text(code)
     try:
-        base = open_base(str(model))
+        base = open_base(str(model_dir))
     except UserError:
         return
     assert base.tokenizer.encode_texts(["a"])
@@ -194,24 +194,24 @@ ESCAPES = (
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
-def test_a_template_stays_in_its_sandbox(model, canary, escape):
-    file = model / "tokenizer_config.json"
+def test_a_template_stays_in_its_sandbox(model_dir, canary, escape):
+    file = model_dir / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     text = escape.format(path=str(canary))
     settings["chat_template"] = tiny_model.CHATML + text
     file.write_text(json.dumps(settings))
     turns = (Turn("user", "a"), Turn("assistant", "b"))
     with pytest.raises(UserError):
-        chat = ChatFormat(open_base(str(model)).tokenizer, "chat", "")
+        chat = ChatFormat(open_base(str(model_dir)).tokenizer, "chat", "")
         chat.encode(Record(turns, "", "", "x:1"))
 
 
-def test_code_in_a_row_is_text(tmp_path, canary, model):
+def test_code_in_a_row_is_text(tmp_path, canary, model_dir):
     text = f"{{{{ ''.__class__ }}}} __import__('os').mkdir({str(canary)!r}) $(touch x)"
     row = {"instruction": text, "response": text}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     (record,) = load_rows(DataConfig(path=str(tmp_path / "rows.jsonl")), 0).records()
-    tokenizer = open_base(str(model)).tokenizer
+    tokenizer = open_base(str(model_dir)).tokenizer
     encoded = ChatFormat(tokenizer, "chat", "").encode(record)
     assert tokenizer.decode(encoded.ids).count(text) == 2
-    shutil.rmtree(model)
+    shutil.rmtree(model_dir)

@@ -139,6 +139,33 @@ def test_files_and_functions_are_short():
                 assert length < MOST_FUNCTION_LINES, f"{file}: {node.name}"
 
 
+def fixtures_of(file):
+    """Functions of a file that a decorator makes a fixture or a chain of commands."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            made = " ".join(map(ast.unparse, node.decorator_list))
+            if "fixture" in made or made == "chain":
+                yield node.name
+
+
+def test_no_test_file_replaces_a_fixture_that_all_share():
+    """Files of one command would then find another thing under the same name."""
+    shared = {
+        name
+        for file in [ROOT / "tests/conftest.py", *files_of(ROOT / "tests/support")]
+        for name in fixtures_of(file)
+    }
+    assert {"place", "results", "unbroken", "model"} <= shared
+    twice = [
+        f"{file}: {name}"
+        for file in files_of(ROOT / "tests")
+        if file.name.startswith("test_")
+        for name in fixtures_of(file)
+        if name in shared
+    ]
+    assert not twice, twice
+
+
 def test_no_test_imports_another_test():
     for file in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -43,7 +43,7 @@ def get_config():
 
 NOUNS = (
     "array", "batch", "cache", "device", "error", "file", "gradient", "head", "index",
-    "layer", "mask", "name", "options", "path", "query", "row", "step", "token", "value",
+    "layer", "mask", "name", "options", "path", "query", "row", "step", "value",
 )  # fmt: skip
 VERBS = ("build", "check", "decode", "find", "join", "load", "move", "read", "split")
 STEP_LINE = rf"step +{{}}/{PRETRAIN_STEPS} "

@@ -198,15 +198,15 @@ def adapters(kind="scaled", rank=2, targets=FEW):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     make_small_place(folder)
     return folder
 
 
-def config_for(place, name, base_format="int8", **changes):
+def config_for(small, name, base_format="int8", **changes):
     model = {"base_format": base_format}
-    return small_config(place, name, STEPS, model, lora=adapters(**changes))
+    return small_config(small, name, STEPS, model, lora=adapters(**changes))
 
 
 def train(*arguments, **changes):
@@ -217,9 +217,9 @@ def train(*arguments, **changes):
 
 
 @pytest.fixture(scope="module")
-def trained(place):
+def trained(small):
     """The run directory of an unbroken run."""
-    return train(place, "unbroken")
+    return train(small, "unbroken")
 
 
 @pytest.fixture(
@@ -231,12 +231,12 @@ def trained(place):
     ],
     ids="-".join,
 )
-def alone_or_together(request, place):
+def alone_or_together(request, small):
     """The run of both, and in the soak one of each with what is there anyway."""
     kind, base_format = request.param
     if kind == "scaled" and base_format == "int8":
         return request.getfixturevalue("trained")
-    return train(place, f"{kind}-{base_format}", base_format, kind=kind)
+    return train(small, f"{kind}-{base_format}", base_format, kind=kind)
 
 
 def final_params(folder):
@@ -257,21 +257,21 @@ def test_it_trains_every_factor_and_the_loss_falls(trained):
         assert np.abs(factors["gain"] - 1.0).max() > 1e-3, path
 
 
-def test_the_doctor_proves_its_start_by_its_own_no_op_state(place, trained):
+def test_the_doctor_proves_its_start_by_its_own_no_op_state(small, trained):
     found = {finding.name: finding for finding in read_findings(trained)}
     assert found["scaled at step 0"].ok
     assert found["scaled at step 0"].numbers["differing"] == 0
     with pytest.raises(UserError, match=r"crooked at step 0: .*\n.*exact no-op"):
-        train(place, "crooked", kind="crooked")
+        train(small, "crooked", kind="crooked")
 
 
-def test_a_killed_run_resumes_bit_for_bit(place, trained):
-    as_killed(trained, KILLED, place / "killed")
-    check_resumed(train(place, "killed"), trained, KILLED)
+def test_a_killed_run_resumes_bit_for_bit(small, trained):
+    as_killed(trained, KILLED, small / "killed")
+    check_resumed(train(small, "killed"), trained, KILLED)
 
 
 @pytest.mark.soak
-def test_a_run_that_crashed_in_a_step_resumes_bit_for_bit(place, trained, monkeypatch):
+def test_a_run_that_crashed_in_a_step_resumes_bit_for_bit(small, trained, monkeypatch):
     def crash(log, number, *rest, write=metrics_log.StepLog.__call__):
         if number == STEPS - 1:
             raise RuntimeError("the power is off")
@@ -280,9 +280,9 @@ def test_a_run_that_crashed_in_a_step_resumes_bit_for_bit(place, trained, monkey
     with monkeypatch.context() as patch:
         patch.setattr(metrics_log.StepLog, "__call__", crash)
         with pytest.raises(RuntimeError, match="power"):
-            train(place, "crashed")
+            train(small, "crashed")
     gc.collect()  # Frames of the traceback hold the lock of the run directory.
-    check_resumed(train(place, "crashed"), trained, KILLED)
+    check_resumed(train(small, "crashed"), trained, KILLED)
 
 
 def check_resumed(folder, unbroken, first):
@@ -309,16 +309,16 @@ def test_merged_and_exported_weights_compute_what_the_adapters_do(alone_or_toget
     close(small_hidden(run.model, written), adapted)
 
 
-def test_it_is_counted_and_planned(place, trained):
-    architecture = open_architecture(str(place / "model"), 1.0)
+def test_it_is_counted_and_planned(small, trained):
+    architecture = open_architecture(str(small / "model"), 1.0)
     specs = Model(architecture).specs
 
     def plan(base_format):
-        config = config_for(place, "planned", base_format)
+        config = config_for(small, "planned", base_format)
         return planner.plan_estimate(config, architecture, parse_device("h100:8"))
 
     small, plain = plan("int8"), plan("plain")
-    lora = config_for(place, "lora", "plain", kind="lora")
+    lora = config_for(small, "lora", "plain", kind="lora")
     without = trainable.make(lora.trainable, lora.model, lora.lora, specs)
     gains = 0
     for path in without.specs:
@@ -335,17 +335,17 @@ def test_it_is_counted_and_planned(place, trained):
 # -- the adapter -----------------------------------------------------------------------
 
 
-def test_its_factors_lie_over_the_mesh_as_their_matrix_does(place, trained):
-    mesh = meshes.make_mesh(config_for(place, "unbroken").mesh)
+def test_its_factors_lie_over_the_mesh_as_their_matrix_does(small, trained):
+    mesh = meshes.make_mesh(config_for(small, "unbroken").mesh)
     found = reopen(trained, mesh).params["layers.attention.query.kernel"]
     assert found["gain"].sharding.spec == PartitionSpec(None, "tensor", None)
     assert found["a"].sharding.spec == PartitionSpec(None, "fsdp", None)
     assert found["gain"].addressable_shards[0].data.size * 2 == found["gain"].size
 
 
-def test_padding_to_another_rank_changes_no_output(place):
+def test_padding_to_another_rank_changes_no_output(small):
     config = adapters(targets=("attention", "mlp"))
-    specs = Model(open_architecture(str(place / "model"), 1.0)).specs
+    specs = Model(open_architecture(str(small / "model"), 1.0)).specs
     wide = SCALED.union(specs, [config, dataclasses.replace(config, rank=5)])
     own = random_adapters(SCALED.specs(specs, config))
     settings = SCALED.settings(dict.fromkeys(own, 2), config)
@@ -368,8 +368,8 @@ def test_an_unknown_kind_is_refused_with_those_there_are():
 # -- the format ------------------------------------------------------------------------
 
 
-def test_a_matrix_is_stored_as_it_loads_and_lies_as_its_axes_say(place):
-    config = config_for(place, "stored")
+def test_a_matrix_is_stored_as_it_loads_and_lies_as_its_axes_say(small):
+    config = config_for(small, "stored")
     base = open_base(config.model.init_from)
     model, mesh = Model(base.architecture), meshes.make_mesh(config.mesh)
     split = trainable.make(config.trainable, config.model, config.lora, model.specs)
@@ -385,7 +385,7 @@ def test_a_matrix_is_stored_as_it_loads_and_lies_as_its_axes_say(place):
     assert parameter_paths.nbytes(frozen) < 0.3 * parameter_paths.nbytes(plain)
 
 
-def test_trained_weights_have_no_format(place):
-    config = dataclasses.replace(config_for(place, "full"), trainable="full")
+def test_trained_weights_have_no_format(small):
+    config = dataclasses.replace(config_for(small, "full"), trainable="full")
     with pytest.raises(UserError, match=r"base_format is 'int8'.*use.*plain"):
         trainable.make(config.trainable, config.model, config.lora, {})

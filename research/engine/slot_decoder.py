@@ -20,7 +20,7 @@ from research.config.knob_groups import MeshConfig
 from research.core.errors import UserError
 from research.engine import slot_programs as programs
 from research.engine.requests import Sampling
-from research.engine.slot_programs import Block, Round, Scores
+from research.engine.slot_programs import CacheBlock, Round, Scores
 from research.engine.token_choice import choice_row
 from research.models.cached_attention import cache_partition, make_attend_cached
 from research.models.transformer import Model
@@ -64,6 +64,7 @@ class SlotDecoder:
       length: the most tokens of prompt and answer together.
       chunk: the most tokens of one `extend`.
       rounds: R, the most tokens a slot gets from one `decode`.
+      vocabulary: V, the number of ids.
       traces: how often a program was traced. Constant after `warm_up`.
     """
 
@@ -99,7 +100,7 @@ class SlotDecoder:
             )
         self._mesh = mesh or meshes.make_mesh(MeshConfig(), jax.devices()[:1])
         platform = self._mesh.devices.flat[0].platform
-        self.slots, self.length = slots, length
+        self.slots, self.length, self.vocabulary = slots, length, a.vocab
         self.chunk = chunk or CHUNK.get(platform, ACCELERATOR_CHUNK)
         self.rounds = rounds or ROUNDS.get(platform, ACCELERATOR_ROUNDS)
         self.traces = 0
@@ -156,12 +157,11 @@ class SlotDecoder:
 
     def warm_up(self) -> None:
         """Compiles every program. Call it before any request is admitted."""
-        vocab = self._model.architecture.vocab
         self.admit(0, SlotSettings(Sampling()))
         self.score(0, [0], [0])
         self.free(0)
         self.write_block(0, 0, self.read_block(0, 0))
-        self.constrain(0, np.full(-(-vocab // 32), -1, np.int32))
+        self.constrain(0, np.full(-(-self.vocabulary // 32), -1, np.int32))
         self.start(0, 0)
         self.decode()
         self.free(0)
@@ -172,8 +172,10 @@ class SlotDecoder:
         Raises:
           UserError: the settings do not fit the model or the program.
         """
-        sampling, vocab = settings.sampling, self._model.architecture.vocab
-        choice = choice_row(sampling, settings.stop_ids, settings.prompt_ids, vocab)
+        sampling = settings.sampling
+        choice = choice_row(
+            sampling, settings.stop_ids, settings.prompt_ids, self.vocabulary
+        )
         row = programs.free_row(
             choice,
             limit=np.int32(sampling.max_new_tokens),
@@ -216,7 +218,7 @@ class SlotDecoder:
           slot: its number.
           allowed: bits of 32-bit words `[ceil(V / 32)]`, that of id 0 lowest.
         """
-        words = -(-self._model.architecture.vocab // 32)
+        words = -(-self.vocabulary // 32)
         bits = np.zeros(words, np.uint32) if allowed is None else allowed
         self._state = self._constrain(
             self._state,
@@ -230,11 +232,11 @@ class SlotDecoder:
         self._state, result = self._decode(self.params, self._state)
         return jax.device_get(result)
 
-    def read_block(self, slot: int, index: int) -> Block:
+    def read_block(self, slot: int, index: int) -> CacheBlock:
         """A copy of what chunk `index` of a prompt wrote into its slot."""
         return self._read(self._state, np.int32(slot), np.int32(index))
 
-    def write_block(self, slot: int, index: int, block: Block) -> None:
+    def write_block(self, slot: int, index: int, block: CacheBlock) -> None:
         """Writes chunk `index` of a prompt as `read_block` read it, after those before.
 
         Raises:

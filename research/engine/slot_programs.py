@@ -98,7 +98,7 @@ class Round:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Block:
+class CacheBlock:
     """Keys and values of one chunk of a prompt, `[L, 1, K, CHUNK, H]` each."""
 
     k: Array
@@ -153,16 +153,16 @@ def constrain(slots: Slots, slot: Array, constrained: Array, allowed: Array) -> 
     )
 
 
-def read_block(chunk: int, slots: Slots, slot: Array, index: Array) -> Block:
+def read_block(chunk: int, slots: Slots, slot: Array, index: Array) -> CacheBlock:
     """Keys and values of chunk `index` of a slot."""
     layers, _, kv_heads, _, width = slots.k.shape
     at, size = (0, slot, 0, index * chunk, 0), (layers, 1, kv_heads, chunk, width)
     k, v = (jax.lax.dynamic_slice(x, at, size) for x in (slots.k, slots.v))
-    return Block(k, v)
+    return CacheBlock(k, v)
 
 
 def write_block(
-    chunk: int, slots: Slots, slot: Array, index: Array, block: Block
+    chunk: int, slots: Slots, slot: Array, index: Array, block: CacheBlock
 ) -> Slots:
     """Puts chunk `index` into a slot, which then ends with it."""
     at, put = (0, slot, 0, index * chunk, 0), jax.lax.dynamic_update_slice

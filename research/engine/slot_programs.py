@@ -21,6 +21,7 @@ from research.engine.token_choice import (
     log_probabilities,
 )
 from research.models.transformer import Cache, Model
+from research.weights.adapters import serving_bank
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -187,7 +188,7 @@ def extend(
 
     Args:
       model: the decoder.
-      params: of the model.
+      params: of the model; may hold a bank of adapters.
       slots: the state.
       slot: where the chunk goes.
       given_2T: ids, and the id after each.
@@ -196,6 +197,7 @@ def extend(
       listed: whether the likeliest ids are given, too.
     """
     rows, before = slots.rows, slots.rows.length
+    params = serving_bank.rows(params, rows.adapter[slot][None])
     hidden, cache = model.decode(
         params, given_2T[:1], Cache(slots.k, slots.v, before), slot
     )
@@ -222,7 +224,7 @@ def decode(
       model: the decoder.
       rounds: R.
       place: fixes the sharding of logits `[S, V]`.
-      params: of the model.
+      params: of the model; may hold a bank of adapters.
       slots: the state.
     """
     advance = functools.partial(_advance, model, place, params)
@@ -258,6 +260,7 @@ def _advance(
 ) -> tuple[Slots, tuple[Array, Scores]]:
     """One round: the next token of each slot whose turn it is, and -1 elsewhere."""
     rows, turn_S = slots.rows, _turns(slots.rows, index)
+    params = serving_bank.rows(params, rows.adapter)
     hidden, cache = model.decode(
         params, rows.token[:, None], Cache(slots.k, slots.v, rows.length)
     )

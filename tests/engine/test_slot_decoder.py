@@ -7,6 +7,7 @@ from helpers import TINY
 
 from research.engine.requests import Sampling
 from research.engine.slot_decoder import SlotDecoder, SlotSettings
+from research.models.cached_attention import attend_cached
 
 SLOTS, LENGTH, CHUNK, ROUNDS = 3, 150, 8, 2
 WORDS = -(-TINY.vocab // 32)
@@ -133,3 +134,73 @@ def test_a_constraint_holds_for_one_token_at_a_time(decoder):
     decoder.constrain(0, None)
     assert len(take(decoder.decode(), 0)) == ROUNDS
     decoder.free(0), decoder.free(1)
+
+
+def test_a_prefix_read_from_one_slot_continues_in_another(decoder):
+    """Bit for bit as if its chunks had been computed there."""
+    begin(decoder, 0, LONG, BUSY)
+    blocks = [decoder.read_block(0, index) for index in range(5)]
+    (expected,) = finish(decoder, 0)
+    decoder.admit(2, SlotSettings(BUSY, top=3, prompt_ids=LONG))
+    for index, block in enumerate(blocks):
+        decoder.write_block(2, index, block)
+    for at in range(5 * CHUNK, len(LONG) - 1, CHUNK):
+        decoder.extend(2, LONG[:-1][at : at + CHUNK])
+    decoder.start(2, LONG[-1])
+    assert finish(decoder, 2) == [expected]
+    with pytest.raises(ValueError, match="slot 2 has 0 tokens"):
+        decoder.write_block(2, 1, blocks[1])
+
+
+def test_scores_of_a_text_are_those_of_the_full_forward_pass(decoder, full_scores):
+    decoder.admit(1, SlotSettings(GREEDY))
+    found = [
+        decoder.score(1, LONG[:-1][at : at + CHUNK], LONG[1:][at : at + CHUNK], top=5)
+        for at in range(0, len(LONG) - 1, CHUNK)
+    ]
+    decoder.free(1)
+    logprobs, top_ids, top = map(
+        np.concatenate, zip(*map(jax.tree.leaves, found), strict=True)
+    )
+    expected = full_scores(LONG)[:-1]
+    own = expected[np.arange(len(expected)), LONG[1:]]
+    np.testing.assert_allclose(logprobs, own, atol=2e-5)
+    np.testing.assert_array_equal(top_ids[:, 0], expected.argmax(-1))
+    np.testing.assert_allclose(top[:, 0], expected.max(-1), atol=2e-5)
+    listed = top_ids == np.array(LONG[1:])[:, None]
+    assert listed.any() and set(top[listed]) <= set(logprobs)
+
+
+def test_the_state_is_donated_and_never_copied(decoder):
+    held = decoder._state
+    size = held.k.nbytes + held.v.nbytes
+    memory = decoder._decode.lower(decoder.params, held).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size
+    decoder.decode()
+    assert held.k.is_deleted() and held.v.is_deleted()
+
+
+def test_closing_frees_the_state_and_compiles_nothing_again(decoder, params):
+    begin(decoder, 0, MIDDLE)
+    (before,) = finish(decoder, 0)
+    traces, held = decoder.traces, decoder._state
+    decoder.close()
+    assert decoder.params is None and decoder._state is None
+    del held
+    decoder.open(params)
+    begin(decoder, 0, MIDDLE)
+    assert finish(decoder, 0) == [before] and decoder.traces == traces
+
+
+def test_numbers_that_are_not_finite_stay_in_their_slot(model):
+    """A slot's next request finds them beyond its own tokens, masked."""
+    cache = model.init_cache(1, 4)
+    x = np.full((1, 3, TINY.heads, TINY.head_dim), np.nan, np.float32)
+    keys = x[:, :, : TINY.kv_heads]
+    at = np.int32(0), np.int32(0)
+    broken, k, v = attend_cached(x, keys, keys, cache.k, cache.v, *at, np.array([0]))
+    fine = np.ones_like(x[:, :1]), *[np.ones_like(keys[:, :1])] * 2
+    found, *_ = attend_cached(*fine, k, v, *at, np.array([0]))
+    assert np.isnan(broken).all()
+    np.testing.assert_array_equal(found, 1)

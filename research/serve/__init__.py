@@ -1,0 +1,1 @@
+"""`python -m research.serve`: an OpenAI server that answers with the models of runs."""

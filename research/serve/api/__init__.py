@@ -1,0 +1,1 @@
+"""The HTTP side of a server: requests, answers, errors, keys, metrics."""

@@ -1,0 +1,181 @@
+"""The guard in front of all routes: keys, sizes of bodies, and names of the host."""
+
+import asyncio
+import dataclasses
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import stat
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from research.core.errors import UserError
+from research.serve.api.api_errors import ApiError, bad_request
+
+Role = Literal["user", "admin"]
+SHORTEST_KEY = 16  # characters: a shorter one could be guessed
+BODY_TIME = 60.0  # seconds in which a body must arrive
+DRAINED = 64 << 20  # bytes of a body that is too long and read to its end
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# A monitor has no key; it learns nothing of the models.
+OPEN_PATHS = ("/health",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ApiKeys:
+    """The keys of a file, one a line; `admin KEY` may also change the adapters.
+
+    Attributes:
+      digests: sha256 of each key, with what it allows; empty if none is needed.
+    """
+
+    digests: tuple[tuple[bytes, Role], ...] = ()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ApiKeys":
+        """Reads a file. Raises UserError: it cannot be used."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            mode = path.stat().st_mode
+        except (OSError, ValueError) as error:
+            raise UserError(f"--api_key_file={path} cannot be read: {error}") from error
+        if mode & (stat.S_IRGRP | stat.S_IROTH):
+            logging.warning("%s can be read by other users: chmod 600 it", path)
+        found: list[tuple[bytes, Role]] = []
+        for number, line in enumerate(lines, start=1):
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            role: Role = "admin" if words[0] == "admin" and words[1:] else "user"
+            if len(words) != 1 + (role == "admin") or len(words[-1]) < SHORTEST_KEY:
+                raise UserError(
+                    f"{path}:{number}: a line must be KEY or admin KEY, and a key at "
+                    f"least {SHORTEST_KEY} characters without blanks; make one with "
+                    "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                )
+            found.append((_digest(words[-1].encode()), role))
+        if not found:
+            raise UserError(f"--api_key_file={path} holds no key; write one a line")
+        return cls(tuple(found))
+
+    def role(self, header: bytes) -> Role | None:
+        """The rights that the header `Authorization` gives; None: no rights.
+
+        The time depends on the number of keys alone. A digest is compared, so that not
+        even the length of a key shows.
+        """
+        if not self.digests:
+            return "admin"
+        scheme, _, key = header.partition(b" ")
+        given, role = _digest(key.strip()), None
+        for known, allowed in self.digests:
+            if hmac.compare_digest(known, given):
+                role = allowed
+        return role if scheme.lower() == b"bearer" else None
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class Guard:
+    """ASGI middleware.
+
+    Without keys, a page in the browser of the user could send requests to a server on
+    the same machine: directly, or under a name of its own that leads there (DNS
+    rebinding). So the `Host` must then be one of ours, and an `Origin` the same.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str]):
+        """`hosts` are the names of this server; empty where it has no address."""
+        self.app, self.keys = app, keys
+        self.hosts = {"localhost", "127.0.0.1", "[::1]", *hosts} if hosts else set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(reversed(scope["headers"]))
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        role = self.keys.role(headers.get(b"authorization", b""))
+        error = self._refusal(scope["path"], headers, role)
+        if error:
+            await error.response()(scope, receive, send_with_id)
+            return
+        scope["role"] = role
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            logging.debug("request %s: the client is gone", request_id)
+
+    def _refusal(
+        self, path: str, headers: dict[bytes, bytes], role: Role | None
+    ) -> ApiError | None:
+        if role is None and path not in OPEN_PATHS:
+            return ApiError(
+                401,
+                "a key is missing or wrong: send the header Authorization: Bearer KEY",
+                None,
+                "invalid_api_key",
+            )
+        if self.keys.digests or not self.hosts:
+            return None
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if re.sub(r":\d*$", "", host) not in self.hosts:
+            shown = f"the header Host is {host[:80]!r}, which is no name of this server"
+            return ApiError(403, f"{shown}; use an address, or serve with keys")
+        if origin and origin.partition("://")[2] != host:
+            return ApiError(403, "pages of other origins may not send requests here")
+        return None
+
+
+def require_admin(request: Request) -> None:
+    """Raises ApiError if the key of a request may not change the adapters."""
+    if request.scope["role"] != "admin":
+        raise ApiError(
+            403,
+            "this key may not change adapters; a line `admin KEY` gives one that may",
+        )
+
+
+async def read_limited(request: Request, limit: int) -> bytes:
+    """The body of a request.
+
+    A body that is too long is read on and dropped, up to `DRAINED` bytes: most clients
+    read no answer before they have sent everything.
+
+    Raises:
+      ApiError: it has more than `limit` bytes, or takes longer than `BODY_TIME`.
+      ClientDisconnect: the client is gone.
+    """
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_TIME):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limit:
+                    chunks.append(chunk)
+                elif size > DRAINED:
+                    break
+    except TimeoutError:
+        raise bad_request(f"the body took over {BODY_TIME:g} s", None) from None
+    if size > limit:
+        raise ApiError(413, f"the body has over {limit} bytes", None, "body_too_long")
+    return b"".join(chunks)

@@ -36,7 +36,7 @@ def write_model(run: str, step: str, out: Path, dtype: str, replace: bool) -> No
             opened.step,
             opened.model,
             opened.weights,
-            exported_tokenizer(opened.config, opened.base),
+            exported_tokenizer(opened.config, opened.base, opened.system),
             out,
             card=format_card(opened.folder, opened.step, opened.base.licence),
             dtype=dtype,

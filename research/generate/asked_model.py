@@ -24,6 +24,7 @@ from research.tasks.pretraining import PlainFormat
 from research.tasks.task_protocol import PromptFormat
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Turn
+from research.tokenize.default_system import DEFAULT_SYSTEM
 
 USUAL = Sampling(temperature=0.0, top_p=0.95, max_new_tokens=256)
 
@@ -120,7 +121,10 @@ def open_model(name: str, system: str | None, flags: SamplingFlags) -> AskedMode
     base = open_base(name)
     prompts: PromptFormat
     if base.tokenizer.chat_template:
-        prompts = ChatFormat(base.tokenizer, "chat", system or "")
+        template = base.tokenizer.chat_template
+        sends_none = system == "" and DEFAULT_SYSTEM in template
+        args = (f"{DEFAULT_SYSTEM}=",) if sends_none else ()
+        prompts = ChatFormat(base.tokenizer, "chat", system or "", args)
     else:
         prompts = PlainFormat(base.tokenizer)
         logging.warning("%s has no chat template: it completes the prompt", name)

@@ -16,6 +16,7 @@ from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
 from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
+from research.runs.display_files import read_system
 from research.runs.metrics_file import read_metrics
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
@@ -62,6 +63,11 @@ def format_card(folder: RunDir, step: int, licence: str) -> str:
         "seed": knobs["seed"],
         "run": f"{folder.origin().get('run', 'without an id')}, step {step}",
     }
+    if system := read_system(folder.path, knobs["data.system"]):
+        facts["system text"] = (
+            f"{json.dumps(system, ensure_ascii=False)}, which the chat template writes "
+            "into conversations without a system message"
+        )
     if earlier := _changed_facts(changes, step):
         facts["changed in training"] = earlier
     lines = read_metrics(folder.path)

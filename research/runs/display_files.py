@@ -14,7 +14,7 @@ from typing import Any
 
 from research.core.atomic_files import make_folder, write_whole
 from research.core.json_files import read_json, read_json_lines, read_to_rewrite
-from research.tasks.findings import Finding
+from research.tasks.findings import SYSTEM, Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
 
@@ -39,6 +39,12 @@ def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
 def read_findings(folder: Path) -> list[Finding]:
     """Reads `doctor.json`; an empty list where there is none. Raises UserError."""
     return [Finding.from_json(x) for x in _read(folder, DOCTOR).get("findings", ())]
+
+
+def read_system(folder: Path, own: str) -> str:
+    """The system text that all rows of a run had: `own` of its config, or theirs."""
+    found = {x.name: x.text for x in read_findings(folder)}
+    return own or found.get(SYSTEM, "")
 
 
 def write_preview(folder: Path, rows: Sequence[PreviewRow]) -> None:

@@ -28,11 +28,10 @@ from research.formats.load_parameters import load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.runs.display_files import read_findings
+from research.runs.display_files import read_system
 from research.runs.lineage.base_of_run import StoredRun, open_stored
 from research.runs.lineage.start_pins import saved_step
 from research.runs.run_directory import RunDir
-from research.tasks.findings import SYSTEM
 from research.tasks.task_protocol import PromptFormat
 from research.tasks.task_registry import prompt_format
 from research.weights import trainable
@@ -79,8 +78,7 @@ class ReopenedRun:
     @property
     def system(self) -> str:
         """The system text that all rows had, from the config or their own, or ""."""
-        found = {x.name: x.text for x in read_findings(self.folder.path)}
-        return self.config.data.system or found.get(SYSTEM, "")
+        return read_system(self.folder.path, self.config.data.system)
 
     def prompts_with(self, system: str) -> PromptFormat:
         """`prompts` with another system text than that of training."""

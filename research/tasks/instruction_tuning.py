@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from research.tokenize.chat_template import (
     written_template,
 )
 from research.tokenize.conversation import Record
+from research.tokenize.default_system import with_default_system
 from research.tokenize.lost_text import count_lost
 from research.tokenize.tokenizer import Tokenizer
 
@@ -271,7 +273,7 @@ class InstructionTask:
                 prompt=_prompt_text(record),
                 base=self._base_answers.get(record.where, ""),
                 tuned=after[record.where],
-                reference=record.turns[-1].text,
+                reference=record.turns[-1].said,
             )
             for record, _ in prompts
         ]
@@ -311,7 +313,7 @@ def _prompt_text(record: Record) -> str:
     A turn names its role where there are several.
     """
     turns = record.turns[:-1]
-    texts = [f"{x.role}: {x.text}" if len(turns) > 1 else x.text for x in turns]
+    texts = [f"{x.role}: {x.said}" if len(turns) > 1 else x.said for x in turns]
     if record.context:
         texts[[turn.role for turn in turns].index("user")] += f"\n\n{record.context}"
     return "\n\n".join(texts)
@@ -338,11 +340,20 @@ def _chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
     return ChatFormat(tokenizer, data.template, data.system, data.template_args)
 
 
-def _exported_tokenizer(config: Config, base: Base) -> Tokenizer:
+def _exported_tokenizer(config: Config, base: Base, system: str) -> Tokenizer:
     template = written_template(config.data.template, base.tokenizer)
     template = with_template_args(template, config.data.template_args)
-    ends = _chat_format(config, base.tokenizer).stop_ids
-    return base.tokenizer.with_chat_template(template, sorted(ends))
+    chat = _chat_format(config, base.tokenizer)
+    # In a template, the text of a control token is that token.
+    added = {token[0] for token in base.tokenizer.find_added(system)}
+    if added & base.tokenizer.control_ids:
+        logging.warning(
+            "export: the system text of training holds a control token, so the chat "
+            "template does not write it; send it with each conversation"
+        )
+    elif system:
+        template = with_default_system(template, system, chat.takes_system)
+    return base.tokenizer.with_chat_template(template, sorted(chat.stop_ids))
 
 
 def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:

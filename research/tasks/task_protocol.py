@@ -114,7 +114,8 @@ class TaskKind:
         the planner reads no data.
       prompt_format: how prompts are put to a model of this task.
       longest_prompt: the most tokens of a prompt that the model is given in the run.
-      exported_tokenizer: the tokenizer to export beside the trained model.
+      exported_tokenizer: `exported_tokenizer(config, base, system)`, the tokenizer to
+        export beside the trained model, which was trained with this system text.
       check: raises UserError for what is wrong in the config alone.
       rows_of_files: `rows_of_files(config, base, files)` reads the files as held-out
         rows by the rules of `config`; None where a task has no such rows.
@@ -125,8 +126,8 @@ class TaskKind:
     expected_groups: Callable[[Config], int]
     prompt_format: Callable[[Config, Base], PromptFormat]
     longest_prompt: Callable[[Config], int] = lambda config: config.data.seq_len
-    exported_tokenizer: Callable[[Config, Base], Tokenizer] = lambda config, base: (
-        base.tokenizer
+    exported_tokenizer: Callable[[Config, Base, str], Tokenizer] = (
+        lambda config, base, system: base.tokenizer
     )
     check: Callable[[Config], None] = lambda config: None
     rows_of_files: Callable[[Config, Base, str], EvaluationRows] | None = None

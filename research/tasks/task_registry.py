@@ -100,6 +100,11 @@ def prompt_format(config: Config, base: Base) -> PromptFormat:
     return find_kind(config).prompt_format(config, base)
 
 
-def exported_tokenizer(config: Config, base: Base) -> tokenizers.Tokenizer:
-    """The tokenizer to export: its chat template is the one that training used."""
-    return find_kind(config).exported_tokenizer(config, base)
+def exported_tokenizer(
+    config: Config, base: Base, system: str = ""
+) -> tokenizers.Tokenizer:
+    """The tokenizer to export: its chat template is the one that training used.
+
+    `system`: the text that it writes into conversations without one of their own.
+    """
+    return find_kind(config).exported_tokenizer(config, base, system)

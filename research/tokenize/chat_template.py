@@ -14,10 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError, look_up, nearest
-from research.tokenize.conversation import Record, Turn
+from research.tokenize.conversation import Record, Turn, template_variables
 from research.tokenize.templates.template_cut import Part, cut_conversation, cut_prompt
 from research.tokenize.templates.template_holes import TextHider
 from research.tokenize.templates.template_process import render_template
+from research.tokenize.templates.template_tools import (
+    check_fields,
+    quoted,
+    quotes_results,
+)
 from research.tokenize.tokenizer import Before, Tokenizer
 
 MOST_CUTS = 4096  # forms of conversations that are remembered
@@ -162,8 +167,8 @@ class ChatFormat:
         cuts: list[tuple[Sequence[Part], Mapping[str, str]]] = []
         refused: dict[int, UserError] = {}
         for number, record in enumerate(records):
-            turns, texts = self._hider.hide(self._turns(record.turns, record.context))
             try:
+                turns, texts = self._hide(record.turns, record.context)
                 cuts.append((self._cut(turns), texts))
             except UserError as error:
                 cuts.append(((), {}))
@@ -187,7 +192,7 @@ class ChatFormat:
         Raises:
           UserError: the template refuses the conversation.
         """
-        hidden, texts = self._hider.hide(self._turns(turns, context))
+        hidden, texts = self._hide(turns, context)
         (of_parts,) = self._fill([(self._cut_prompt(hidden), texts)])
         return [i for ids in of_parts for i in ids]
 
@@ -222,6 +227,23 @@ class ChatFormat:
                 "--config.data.template=dolly"
             )
 
+    def _hide(
+        self, turns: Sequence[Turn], context: str
+    ) -> tuple[tuple[Turn, ...], dict[str, str]]:
+        """The turns with holes, and the texts by hole as the template writes them."""
+        hidden, texts = self._hider.hide(self._turns(turns, context))
+        check_fields(hidden, self._tokenizer)
+        results = "".join(turn.text for turn in hidden if turn.role == "tool")
+        if results and self._quotes_results:
+            texts = {h: quoted(t) if h in results else t for h, t in texts.items()}
+        return hidden, texts
+
+    @functools.cached_property
+    def _quotes_results(self) -> bool:
+        return quotes_results(
+            lambda turns: self._render(turns, False), self._hider, PROBE
+        )
+
     def _turns(self, turns: Sequence[Turn], context: str) -> tuple[Turn, ...]:
         """With the system text, and with the context behind the first user turn.
 
@@ -235,14 +257,15 @@ class ChatFormat:
         if context:
             text = turns[first].text + self._before_context + context
             turns[first] = dataclasses.replace(turns[first], text=text)
-        if turns[0].role == "system" and turns[0].text and not self._takes_system:
+        if turns[0].role == "system" and turns[0].text and not self.takes_system:
             text = f"{turns[0].text}\n\n{turns[first].text}"
             turns[first] = dataclasses.replace(turns[first], text=text)
             del turns[0]
         return tuple(turns)
 
     @functools.cached_property
-    def _takes_system(self) -> bool:
+    def takes_system(self) -> bool:
+        """Whether the template writes system messages; says so if it does not."""
         texts = (Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a"))
         turns, _ = self._hider.hide(texts)
         try:
@@ -289,8 +312,7 @@ class ChatFormat:
             logging.warning("data: %s", note)
 
     def _render(self, turns: Sequence[Turn], prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        own = {"messages": messages, "add_generation_prompt": prompt}
+        own = {**template_variables(turns), "add_generation_prompt": prompt}
         return render_template(self._source, self._values | own)
 
 

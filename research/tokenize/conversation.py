@@ -1,10 +1,12 @@
 """A training row as a conversation, the one form of rows from every source."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+CALLS, TOOLS = "tool_calls", "tools"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +17,43 @@ class Turn:
       role: one of `ROLES`.
       text: the message.
       trained: whether an answer counts in the loss.
+      fields: a JSON object with what the message has beside its text: `CALLS` of an
+        answer, the name and `tool_call_id` of a result. On one message of a
+        conversation, `TOOLS` are those that it can call.
     """
 
     role: str
     text: str
     trained: bool = True
+    fields: str = ""
+
+    def read_fields(self) -> dict[str, Any]:
+        """`fields` by name."""
+        return json.loads(self.fields or "{}")
+
+    def with_fields(self, **more: Any) -> "Turn":
+        """The same message with more fields; values that are None are none."""
+        fields = self.read_fields()
+        fields |= {name: value for name, value in more.items() if value is not None}
+        text = json.dumps(fields, ensure_ascii=False) if fields else ""
+        return dataclasses.replace(self, fields=text)
+
+    @property
+    def said(self) -> str:
+        """The text with the calls, for people."""
+        calls = self.read_fields().get(CALLS, [])
+        functions = [json.dumps(x["function"], ensure_ascii=False) for x in calls]
+        return "\n".join(filter(None, [self.text, *functions]))
+
+
+def template_variables(turns: Sequence[Turn]) -> dict[str, Any]:
+    """The variables `messages` and `tools` of a chat template."""
+    messages, tools = [], None
+    for turn in turns:
+        fields = turn.read_fields()
+        tools = fields.pop(TOOLS, tools)
+        messages.append({"role": turn.role, "content": turn.text, **fields})
+    return {"messages": messages, "tools": tools}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from research.report.final_report import attempt, write_report
 from research.report.model_card import format_card
 from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
+from research.runs.display_files import read_system
 from research.runs.lineage.exported_run import REPLACE, export_run
 from research.tasks import task_registry
 from research.train import run_facts
@@ -63,7 +64,9 @@ def _finish(run: TrainingRun) -> None:
             run.config.steps,
             definition.model,
             definition.trainable.forward(run.state.params, run.frozen, None),
-            task_registry.exported_tokenizer(run.config, base),
+            task_registry.exported_tokenizer(
+                run.config, base, read_system(folder, run.config.data.system)
+            ),
             folder / EXPORTED,
             card=format_card(run.folder, run.config.steps, base.licence),
             replace=run.config.replace_export,

@@ -15,7 +15,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import _told_apart
 from research.data.instructions.row_columns import to_record
-from research.data.instructions.row_selection import find_rows, load_rows
+from research.data.instructions.row_selection import content_key, find_rows, load_rows
 from research.data.row_readers import BadRowError, Reading, read_located
 from research.tokenize.conversation import Turn
 
@@ -118,10 +118,17 @@ def test_an_answer_of_weight_0_is_not_trained():
         to_record({"messages": messages}, ColumnsConfig(), "rows:1")
 
 
-def test_calls_of_tools_are_refused_by_name():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    with pytest.raises(BadRowError, match="calls tools"):
-        to_record({"messages": [*chat("q"), call]}, ColumnsConfig(), "rows:1")
+def test_rows_that_differ_in_their_calls_are_not_equal(tmp_path):
+    """The split keeps equal rows on one side; calls and tools are part of a row."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    calls = [{"function": {"name": "f", "arguments": {"x": x}}} for x in (1, 2)]
+    rows = [
+        {"messages": [*chat("q"), {"role": "assistant", "tool_calls": [call]}], **more}
+        for call in calls
+        for more in ({}, {"tools": [tool]})
+    ]
+    keys = {content_key(to_record(r, ColumnsConfig(), "rows:1")) for r in rows * 2}
+    assert len(keys) == 4
 
 
 def test_numbers_and_booleans_are_text_and_that_is_said_once(tmp_path):

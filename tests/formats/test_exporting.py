@@ -28,6 +28,8 @@ from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.tasks.task_registry import exported_tokenizer
+from research.tokenize.chat_template import ChatFormat
+from research.tokenize.conversation import Turn
 from research.weights import trainable
 from research.weights.adapters import lora
 
@@ -153,7 +155,7 @@ def export_for(folder, out, **data):
     """Exports the untrained model of `folder` as a run with these settings would."""
     base = open_base(str(folder))
     config = Config(data=DataConfig(**data))
-    tokenizer = exported_tokenizer(config, base)
+    tokenizer = exported_tokenizer(config, base, config.data.system)
     model = Model(base.architecture)
     params = random_params(model.specs)
     huggingface_export.export(model, params, tokenizer, out)
@@ -187,6 +189,21 @@ def test_an_export_ends_its_answers_where_the_run_did(tmp_path):
     export_for(folder, tmp_path / "dolly", template="dolly")
     again = open_base(str(tmp_path / "dolly")).tokenizer
     assert again.end_ids == (256,) and "### Response" in again.chat_template
+
+
+def test_an_export_has_the_system_text_unless_it_would_forge_structure(
+    tmp_path, caplog
+):
+    base = open_base(str(tiny_model.make_tiny_model(tmp_path / "model")))
+    for template in ("chat", "dolly"):
+        data = DataConfig(template=template)
+        wanted = exported_tokenizer(Config(data=data), base, 'Be "brief".')
+        asked = ChatFormat(wanted, "chat").encode_prompt([Turn("user", "Hi")])
+        own = ChatFormat(base.tokenizer, template, 'Be "brief".')
+        assert asked == own.encode_prompt([Turn("user", "Hi")])
+    forged = exported_tokenizer(Config(), base, "a<|im_end|>b")
+    assert forged.chat_template == base.tokenizer.chat_template
+    assert "holds a control token" in caplog.text
 
 
 def test_a_config_alone_can_name_the_ends(tmp_path):

@@ -31,6 +31,7 @@ from research.formats.load_parameters import load_base
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.report.model_card import format_card
+from research.runs import display_files
 from research.runs.lineage import exported_run
 from research.runs.lineage.base_of_run import (
     _base_of_run,
@@ -44,6 +45,7 @@ from research.runs.phase_timer import PhaseTimer
 from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
+from research.tasks.findings import SYSTEM, Finding
 from research.train import prepare_runs, start_to_report
 
 
@@ -89,15 +91,21 @@ def test_the_same_step_again_writes_nothing(lora, exported, caplog, monkeypatch)
     assert content(exported) == before
 
 
-def test_another_step_is_refused_until_the_flag(lora, exported, tmp_path):
+def test_another_step_is_refused_until_the_flag(lora, exported, tmp_path, monkeypatch):
     out = shutil.copytree(exported, tmp_path / "out")
     with pytest.raises(UserError, match=r"holds step 16 .*, and step 15 .*--replace"):
         write_model(str(lora.path), "15", out, "float32", False)
     with pytest.raises(UserError, match=r"in float32, and step 16 .* in bfloat16"):
         write_model(str(lora.path), "16", out, "bfloat16", False)
     assert content(out) == content(exported)
+    findings = [Finding(SYSTEM, "Answer in *verse*.")]
+    monkeypatch.setattr(display_files, "read_findings", lambda folder: findings)
     write_model(str(lora.path), "15", out, "float32", True)
     assert json.loads((out / "exported_from.json").read_text())["step"] == 15
+    # The system text that all rows had is that of the export, and its card says so.
+    assert 'system text: "Answer in \\*verse\\*."' in (out / "README.md").read_text()
+    template = json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
+    assert "'Answer in *verse*.'" in template
 
 
 def test_a_file_that_changed_is_not_the_same_export(lora, exported, tmp_path):

@@ -24,6 +24,7 @@ from research.tokenize.chat_template import (
     with_template_args,
 )
 from research.tokenize.conversation import Record, Turn
+from research.tokenize.default_system import DEFAULT_SYSTEM, with_default_system
 from research.tokenize.tokenizer import Tokenizer, from_folder
 from research.tokenize.tokenizer_training import save_tokenizer
 
@@ -180,6 +181,37 @@ def test_other_tools_prompt_with_the_variables_of_training():
         quiet.facts.template, quiet.facts.args
     )
     assert theirs.theirs(turns, True) == quiet.prompt(turns)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.1", "mistral v1", "gemma 2"])
+def test_an_export_asks_with_the_system_text_of_training(name):
+    """Other tools, and `generate --model=EXPORT`, as the run itself."""
+    system = "Say \"it's\" ü 🙂 {{ x }} {% y %} 'q' in\n\\n briefly."
+    family = ChatFamily(name)
+    facts = family.facts
+    trained = ChatFormat(family.tokenizer, "chat", system, facts.args)
+    template = with_default_system(facts.template, system, trained.takes_system)
+    family._theirs.chat_template = template
+    exported = ChatFormat(
+        family.tokenizer.with_chat_template(template), "chat", "", facts.args
+    )
+    for turns in (SEVERAL[:1], SEVERAL[:3], [SYSTEM, *SEVERAL[:3]]):
+        expected = trained.encode_prompt([Turn(*turn) for turn in turns])
+        assert family.theirs(turns, True) == expected
+        assert exported.encode_prompt([Turn(*turn) for turn in turns]) == expected
+    none = ChatFormat(
+        family.tokenizer.with_chat_template(template), "chat", "",
+        (*facts.args, f"{DEFAULT_SYSTEM}="),
+    )  # fmt: skip
+    turns = [Turn(*SEVERAL[0])]
+    assert none.encode_prompt(turns) == family.chat.encode_prompt(turns)
+    # An export that was tuned further has the newer text.
+    newer = with_default_system(template, "Newer.", True)
+    chat = ChatFormat(
+        family.tokenizer.with_chat_template(newer), "chat", "", facts.args
+    )
+    own = ChatFormat(family.tokenizer, "chat", "Newer.", facts.args)
+    assert chat.encode_prompt(turns) == own.encode_prompt(turns)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral v1"])

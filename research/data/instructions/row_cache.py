@@ -298,7 +298,7 @@ class UnitBuild:
         record = dataclasses.replace(record, category=self._group_of[record.category])
         if len(record.context) > most and self._cuts_context:
             record = dataclasses.replace(record, context=record.context[:most])
-        texts = sum(len(turn.text) for turn in record.turns)
+        texts = _letters(record)
         return record, max(texts, len(record.context)) <= most
 
 
@@ -309,12 +309,16 @@ def _first_of_schemas(records: list[Record]) -> dict[str, list[int]]:
     return {schema: numbers[:OF_SCHEMA] for schema, numbers in found.items()}
 
 
+def _letters(record: Record) -> int:
+    return sum(len(turn.text) + len(turn.fields) for turn in record.turns)
+
+
 def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
     part: list[Record] = []
     letters = 0
     for record in records:
         part.append(record)
-        letters += len(record.context) + sum(len(turn.text) for turn in record.turns)
+        letters += len(record.context) + _letters(record)
         if len(part) >= UNIT_ROWS or letters >= UNIT_LETTERS:
             yield part
             part, letters = [], 0

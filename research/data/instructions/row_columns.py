@@ -12,9 +12,15 @@ from typing import Any
 
 from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig
 from research.core.errors import nearest
+from research.data.instructions.tool_messages import (
+    CALLING_ROLES,
+    check_results,
+    read_calls,
+    read_tools,
+)
 from research.data.instructions.unused_columns import UnusedColumns
 from research.data.row_readers import BadRowError
-from research.tokenize.conversation import Record, Turn
+from research.tokenize.conversation import CALLS, TOOLS, Record, Turn
 
 DEFAULTS = ColumnsConfig()
 CHATS = ("messages", "conversations")
@@ -29,9 +35,9 @@ ROLE_NAMES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "observation": "tool",
+    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
+    **dict.fromkeys(CALLING_ROLES, "assistant"),
 }  # fmt: skip
-TOOL_CALLS = ("tool_calls", "function_call")
 
 
 def to_record(
@@ -100,7 +106,7 @@ class _Row:
         if system and turns[0].role != "system":
             turns = (Turn("system", system), *turns)
         answers = [turn for turn in turns if turn.role == "assistant"]
-        if not all(turn.text.strip() for turn in answers):
+        if not all(turn.said.strip() for turn in answers):
             raise self._bad("empty response", "a response is empty")
         if not any(turn.trained for turn in answers):
             raise self._bad("empty response", "the weight of every answer is 0")
@@ -109,6 +115,7 @@ class _Row:
         if unused:
             used = {*names, self._columns.category}
             used |= set() if self._is_old else {self._columns.system}
+            used |= {TOOLS} if any(TOOLS in x.read_fields() for x in turns) else set()
             unused.add(self._present, used, names, record)
         return record
 
@@ -197,6 +204,14 @@ class _Row:
                 "not alternating",
                 f"{name} must alternate user and assistant, not {' '.join(roles[:12])}",
             )
+        try:
+            if tools := self._present.get(TOOLS):
+                first = roles.index("user")
+                asks = turns[first].with_fields(tools=read_tools(tools))
+                turns = (*turns[:first], asks, *turns[first + 1 :])
+            check_results(turns)
+        except ValueError as error:
+            raise self._bad("tool calls", str(error)) from error
         return turns
 
     def _turn(self, message: Any) -> Turn:
@@ -208,14 +223,18 @@ class _Row:
                 "wrong type",
                 f"a message needs a role of {', '.join(ROLE_NAMES)}, not {given!r}",
             )
-        if any(fields.get(name) for name in TOOL_CALLS):
-            raise self._bad(
-                "tool calls", "a message calls tools; write the call as its content"
-            )
+        try:
+            calls = read_calls(fields)
+        except ValueError as error:
+            raise self._bad("tool calls", str(error)) from error
+        if calls and role != "assistant":
+            raise self._bad("tool calls", f"a message of the {given} calls tools")
         content = next(
             (fields[k] for k in ("content", "value") if not _is_absent(fields.get(k))),
             None,
         )
+        if given in CALLING_ROLES:
+            content = None  # The call itself.
         if isinstance(content, list):
             content = "".join(self._part(part) for part in content)
         weight = fields.get("weight")
@@ -223,7 +242,11 @@ class _Row:
             raise self._bad("wrong type", f"weight is {weight!r}; it must be 0 or 1")
         is_answer = role == "assistant"
         text = self._as_text(content, "content", is_answer)
-        return Turn(role, text, trained=not is_answer or weight != 0)
+        turn = Turn(role, text, trained=not is_answer or weight != 0)
+        if role == "tool":
+            named = {k: fields.get(k) or None for k in ("name", "tool_call_id")}
+            return turn.with_fields(**named)
+        return turn.with_fields(**{CALLS: calls or None})
 
     def _part(self, part: Any) -> str:
         text = part.get("text") if isinstance(part, dict) else part

@@ -363,6 +363,9 @@ def _keys(marks: Sequence[RowMark], config: DataConfig) -> list[Any]:
 
 def content_key(record: Record) -> bytes:
     """The same for records with the same texts, in whatever file or category."""
-    texts = [(turn.role, turn.text.strip()) for turn in record.turns]
+    texts = [
+        (turn.role, turn.text.strip(), *filter(None, [turn.fields]))
+        for turn in record.turns
+    ]
     content = repr((texts, record.context.strip()))
     return hashlib.sha256(content.encode()).digest()

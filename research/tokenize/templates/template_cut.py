@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from research.core.errors import UserError
-from research.tokenize.conversation import Turn
+from research.tokenize.conversation import CALLS, Turn
 from research.tokenize.templates.template_holes import CLOSE, HOLE, OPEN, THOUGHT
 from research.tokenize.templates.template_process import BEGIN_BLOCK, END_BLOCK
+from research.tokenize.templates.template_tools import check_tools, end_of_calls
 from research.tokenize.tokenizer import Before, Tokenizer
 
 BLOCK_EDGE = re.compile(f"([{BEGIN_BLOCK}{END_BLOCK}])")
@@ -80,15 +81,22 @@ def cut_conversation(
     `{% generation %}` blocks, only what they hold is trained, and the end.
 
     Raises:
-      UserError: the template drops a message, asks for an answer in other words than
-        it writes before one, or writes no control token after one.
+      UserError: the template drops a message, tools or their calls, asks for an answer
+        in other words than it writes before one, or writes no control token after one.
     """
+
+    def plain(turns: Sequence[Turn]) -> str:
+        return _find_blocks(render(turns, False))[0]
+
+    check_tools(plain, turns)
     text, blocks = _find_blocks(render(turns, False))
     _check_holes(text, turns)
     answers = _answers(turns)
     trained: list[tuple[int, int]] = []
     notes = []
     for index in answers:
+        calls = CALLS in turns[index].read_fields()
+        called = end_of_calls(plain, turns, index) if calls else 0
         prompt = _prompt_before(render, turns, index)
         if not turns[index].trained and text.startswith(prompt):
             trained.append((len(prompt),) * 2)  # Cut off as an earlier answer is.
@@ -109,7 +117,9 @@ def cut_conversation(
             )
         elif not _holes_of(turns[index].text) <= _holes_of(text):
             notes.append("the chat template drops the thoughts of answers")
-        trained += _answer_spans(text, len(prompt), index, blocks, tokenizer)
+        ends = [m.end() for m in HOLE.finditer(text) if _is_of(m[0], index)]
+        span = (len(prompt), max([called, *ends]))
+        trained += _answer_spans(text, span, blocks, tokenizer)
     last = max((end for start, end in trained if start < end), default=0)
     if not last:
         raise UserError(
@@ -139,6 +149,10 @@ def _prompt_before(render: Render, turns: Sequence[Turn], index: int) -> str:
     return _find_blocks(render(turns[:index], True))[0]
 
 
+def _is_of(hole: str, index: int) -> bool:
+    return hole.startswith(f"{OPEN}{index}.")
+
+
 def _holes_of(text: str) -> set[str]:
     return {*HOLE.findall(text)}
 
@@ -166,7 +180,12 @@ def _open_thought(render: Render, text: str, prompt: str, turns: Sequence[Turn])
       UserError: the prompt differs in another way.
     """
     answer = turns[-1].text
-    last = HOLE.findall(answer)[-1]
+    if not (holes := HOLE.findall(answer)):
+        raise UserError(
+            "the chat template opens a thought for each answer, and writes none before "
+            "a call of a tool alone; write a thought as the content of the message"
+        )
+    last = holes[-1]
     plain = dataclasses.replace(turns[-1], text=last)
     written, _ = _find_blocks(render((*turns[:-1], plain), False))
     written = written.partition(last)[0]
@@ -187,19 +206,20 @@ def _open_thought(render: Render, text: str, prompt: str, turns: Sequence[Turn])
 
 def _answer_spans(
     text: str,
-    start: int,
-    index: int,
+    said: tuple[int, int],
     blocks: Sequence[tuple[int, int]],
     tokenizer: Tokenizer,
 ) -> list[tuple[int, int]]:
-    """Where the trained parts of an answer that begins at `start` are.
+    """Where the trained parts of an answer are.
+
+    `said`: where it begins, and where its last text or call ends.
 
     Raises:
       UserError: no token of the template's own ends the answer.
     """
-    last = [m.end() for m in HOLE.finditer(text) if m[0].startswith(f"{OPEN}{index}.")]
-    following = HOLE.search(text, last[-1])
-    words = text[last[-1] : following.start() if following else len(text)]
+    start, last = said
+    following = HOLE.search(text, last)
+    words = text[last : following.start() if following else len(text)]
     added = tokenizer.find_added(words)
     control = [token for token in added if token[0] in tokenizer.control_ids]
     if not (control or added):
@@ -208,7 +228,7 @@ def _answer_spans(
             "could not learn to stop; use --config.data.template=dolly"
         )
     _, end_starts, end = (control or added)[0]
-    end_starts, end = last[-1] + end_starts, last[-1] + end
+    end_starts, end = last + end_starts, last + end
     if not blocks:
         return [(start, end)]
     spans = []

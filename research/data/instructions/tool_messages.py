@@ -1,0 +1,109 @@
+"""Tools and their calls in rows, in the form that chat templates read.
+
+The form is that of OpenAI and transformers: `{"type": "function", "function": {"name",
+"arguments"}}`. Arguments are an object there, and often JSON text in rows.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.tokenize.conversation import CALLS, TOOLS, Turn
+
+OLD_CALL = "function_call"  # OpenAI's first name of it, for one call.
+# ShareGPT's roles whose text is a call.
+CALLING_ROLES = ("function_call", "tool_call")
+CONTENT = ("content", "value")
+
+
+def read_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a message; none in most.
+
+    Raises:
+      ValueError: a call has no name, or its arguments are no JSON object.
+    """
+    given = message.get(CALLS)
+    if not given and message.get(OLD_CALL):
+        given = [message[OLD_CALL]]
+    if (message.get("role") or message.get("from")) in CALLING_ROLES:
+        text = next((message[k] for k in CONTENT if message.get(k)), None)
+        given = given or _parsed(text, "a call")
+    given = _parsed(given, CALLS) if isinstance(given, str) else given
+    calls = given if isinstance(given, list) else [given] if given else []
+    return [_call(each) for each in calls]
+
+
+def _call(given: Any) -> dict[str, Any]:
+    outer = given if isinstance(given, dict) else {}
+    inner = outer.get("function", outer)
+    name = inner.get("name") if isinstance(inner, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a call of a tool has no name: {given!r:.80}")
+    arguments = inner.get("arguments", inner.get("parameters"))
+    if isinstance(arguments, str):
+        what = f"the arguments of the call of {name!r}"
+        arguments = _parsed(arguments, what) if arguments.strip() else {}
+    if not isinstance(arguments, dict | None):
+        raise ValueError(
+            f"the arguments of the call of {name!r} are {arguments!r:.80}, not an "
+            "object of names and values"
+        )
+    function = {"name": name, "arguments": arguments or {}}
+    own = {"id": outer["id"]} if outer.get("id") else {}
+    return {**own, "type": "function", "function": function}
+
+
+def read_tools(given: Any) -> list[dict[str, Any]]:
+    """The tools of a row, from a list of their descriptions or from its JSON text.
+
+    Raises:
+      ValueError: they are something else.
+    """
+    found = _parsed(given, f"column {TOOLS!r}") if isinstance(given, str) else given
+    tools = [
+        {"type": "function", "function": tool}
+        if isinstance(tool, dict) and "name" in tool
+        else tool
+        for tool in (found if isinstance(found, list) else [found])
+    ]
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not function.get("name"):
+            raise ValueError(
+                f"column {TOOLS!r} has {tool!r:.80}; it must list the functions that "
+                "can be called, each with a name, a description and parameters. If it "
+                f"is something else: --config.data.columns.ignored=\"('{TOOLS}',)\""
+            )
+    return tools
+
+
+def check_results(turns: Sequence[Turn]) -> None:
+    """Raises ValueError if a result of a tool has no call.
+
+    Where no message has a field of calls, calls are written as texts.
+    """
+    if not any(turn.read_fields().keys() & {CALLS, TOOLS} for turn in turns):
+        return
+    open_calls: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns, 1):
+        fields = turn.read_fields()
+        if turn.role != "tool":
+            open_calls = fields.get(CALLS, [])
+            continue
+        key = fields.get("tool_call_id")
+        ids = [call.get("id") for call in open_calls]
+        if not open_calls or (key and any(ids) and key not in ids):
+            raise ValueError(
+                f"message {number} is the result of a tool, and no call before it "
+                f"{f'has the id {key!r}' if open_calls else 'waits for one'}"
+            )
+        answered = ids.index(key) if key in ids else 0
+        open_calls = open_calls[:answered] + open_calls[answered + 1 :]
+
+
+def _parsed(text: Any, what: str) -> Any:
+    """JSON in a text. Raises ValueError: it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what}, {text!r:.80}, is not JSON: {error}") from error

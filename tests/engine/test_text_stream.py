@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from research.engine.text_stream import Detokenizer, StopTexts
+from research.engine.answers.text_stream import Detokenizer, StopTexts
 from research.tokenize.tokenizer import Tokenizer
 from research.tokenize.tokenizer_training import byte_tokenizer, train_bpe
 

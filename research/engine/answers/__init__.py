@@ -1,0 +1,1 @@
+"""The answer to one request: its pieces, their text, and where it ends."""

@@ -1,0 +1,384 @@
+"""Answers many requests at once: a queue, slots, and one round of tokens after another.
+
+One round admits what waits into free slots, writes at most one chunk of one prompt, so
+that a long prompt cannot stop the answers of others, and takes tokens for all slots.
+"""
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from queue import Empty
+
+import numpy as np
+
+from research.engine.adapter_names import AdapterNames
+from research.engine.answers.answer_progress import Answer, AnswerProgress, Pieces
+from research.engine.answers.text_stream import Detokenizer, StopTexts
+from research.engine.prefix_cache import PrefixCache, chunk_keys
+from research.engine.requests import (
+    EngineFullError,
+    EngineStats,
+    EngineStoppedError,
+    Piece,
+    Request,
+    Sampling,
+    TokenScore,
+    check_request,
+)
+from research.engine.slot_decoder import SlotDecoder
+from research.tokenize.tokenizer import Tokenizer
+from research.weights.adapters.serving_bank import Row, set_row
+
+# Seconds after which an idle engine looks whether it should end.
+IDLE = 0.2
+
+
+class Engine:
+    """Answers requests in the slots of a decoder.
+
+    Any thread may submit, cancel, load adapters and read statistics. Rounds are taken
+    by one thread in `run_forever` or, without it, by whoever reads an answer.
+    """
+
+    def __init__(
+        self,
+        decoder: SlotDecoder,
+        tokenizer: Tokenizer,
+        *,
+        most_waiting: int = 1024,
+        prefix_bytes: int = 0,
+        adapter_rows: int = 0,
+    ):
+        """An engine without requests.
+
+        Args:
+          decoder: warm, if nothing may compile while requests are answered.
+          tokenizer: of the model.
+          most_waiting: requests that may wait for a slot.
+          prefix_bytes: the most bytes of prompt beginnings that are kept.
+          adapter_rows: of the bank in the decoder's parameters; 0 without one.
+        """
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._most_waiting = most_waiting
+        self._prefixes = PrefixCache(prefix_bytes)
+        self._adapters = AdapterNames(adapter_rows)
+        self._slots: list[AnswerProgress | None] = [None] * decoder.slots
+        self._waiting: collections.deque[AnswerProgress] = collections.deque()
+        self._commands: collections.deque[tuple[Callable[[], None], Future[None]]]
+        self._commands = collections.deque()
+        self._changed = threading.Condition()
+        self._stepping = threading.RLock()
+        self._driven, self._failure = False, ""
+        self._rounds = 0
+        self._seconds_each = 1.0
+        self._hits = self._prompt_tokens = self._new_tokens = 0
+        self._finished: collections.Counter[str] = collections.Counter()
+
+    # Called by any thread.
+
+    def submit(
+        self, request: Request, deliver: Callable[[Piece], None] | None = None
+    ) -> Answer:
+        """Puts a request into the queue.
+
+        Args:
+          request: is answered as soon as a slot is free.
+          deliver: is called with each piece by the thread that takes the rounds. By
+            default the pieces wait in the answer until they are read.
+
+        Raises:
+          ContextOverflowError: prompt and answer are longer than a slot.
+          UnknownAdapterError: no adapter has the name.
+          EngineFullError: too many requests wait.
+          EngineStoppedError: the decoder has failed.
+          UserError: a value of the request is out of its range.
+        """
+        decoder = self._decoder
+        check_request(request, vocabulary=decoder.vocabulary, length=decoder.length)
+        answer = Answer(request, self._wait_for, deliver)
+        with self._changed:
+            if self._failure:
+                raise EngineStoppedError(f"the engine has stopped: {self._failure}")
+            if len(self._waiting) >= self._most_waiting:
+                busy = self._seconds_each * len(self._waiting) / len(self._slots)
+                raise EngineFullError(
+                    f"{len(self._waiting)} requests wait already; try again later",
+                    retry_after=max(1.0, busy),
+                )
+            adapter = self._adapters.use(request.adapter)
+            text, stop = Detokenizer(self._tokenizer), StopTexts(request.stop)
+            self._waiting.append(AnswerProgress(answer, adapter, text, stop))
+            self._changed.notify_all()
+        return answer
+
+    def score(
+        self, ids: Sequence[int], adapter: str = "", top: int = 0
+    ) -> tuple[TokenScore, ...]:
+        """The scores of `ids[1:]`, each after all the ids before it.
+
+        Args:
+          ids: of a text; at least one.
+          adapter: name of a loaded adapter; "" is the base model.
+          top: how many of the likeliest ids are listed at each place.
+
+        Raises:
+          UserError: see `submit`.
+        """
+        nothing_new = Sampling(max_new_tokens=0)
+        request = Request(
+            tuple(ids), nothing_new, adapter=adapter, top_logprobs=top, echo=True
+        )
+        return next(iter(self.submit(request))).prompt_logprobs
+
+    def load_adapter(self, name: str, row: Row, identity: str) -> None:
+        """Gives an adapter a name, between two rounds.
+
+        Requests that run with an older adapter of this name end with that one.
+
+        Args:
+          name: for `Request.adapter`.
+          row: its factors, as `bank_row` makes them for the decoder's parameters.
+          identity: hash of its content and of its base.
+
+        Raises:
+          UserError: all rows are in use.
+        """
+
+        def load() -> None:
+            loaded, is_there = self._adapters.place(identity)
+            if not is_there:
+                self._decoder.params = set_row(self._decoder.params, loaded.row, row)
+            self._adapters.name(name, loaded)
+
+        self._between_rounds(load)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests that run with it end with it.
+
+        Raises:
+          UnknownAdapterError: no adapter has the name.
+        """
+        self._adapters.unload(name)
+
+    def adapters(self) -> dict[str, str]:
+        """The identities of the loaded adapters by name."""
+        return self._adapters.identities()
+
+    def stats(self) -> EngineStats:
+        """Counts for people and monitoring."""
+        running = [task for task in self._slots if task]
+        return EngineStats(
+            slots=len(self._slots),
+            running=len(running),
+            waiting=len(self._waiting),
+            cache_tokens=sum(task.written + task.new for task in running),
+            cache_capacity=len(self._slots) * self._decoder.length,
+            prefix_bytes=self._prefixes.nbytes,
+            prefix_hits=self._hits,
+            adapter_rows=len(self.adapters()),
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            finished=dict(self._finished),
+        )
+
+    # Called by the one thread that takes the rounds.
+
+    def run_forever(self, stop_event: threading.Event) -> None:
+        """Takes rounds until the event is set, and then cancels what is left.
+
+        Raises:
+          Exception: the decoder failed; all answers have ended with it.
+        """
+        self._driven = True
+        try:
+            while not stop_event.is_set():
+                if not self.step():
+                    with self._changed:
+                        if not (self._waiting or self._commands):
+                            self._changed.wait(IDLE)
+        finally:
+            self._driven = False
+            self._end_all(Piece(finish="cancelled"))
+
+    def step(self) -> bool:
+        """Takes one round; returns whether there was anything to do.
+
+        Raises:
+          Exception: the decoder failed; all answers have ended with it.
+        """
+        with self._stepping:
+            self._rounds += 1
+            try:
+                worked = self._obey() + self._admit() + self._write_chunk()
+                return bool(worked + self._decode())
+            except Exception as error:
+                # The state of all slots may be gone, and nobody knows who is to blame.
+                self._failure = repr(error)
+                self._end_all(Piece(finish="error", error=str(error)), error)
+                raise
+
+    def _wait_for(self, pieces: Pieces) -> Piece:
+        while True:
+            try:
+                return pieces.get(timeout=IDLE) if self._driven else pieces.get_nowait()
+            except Empty:
+                if not self._driven:
+                    self.step()
+
+    def _between_rounds(self, command: Callable[[], None]) -> None:
+        """Has a command run by the thread that takes the rounds."""
+        done: Future[None] = Future()
+        with self._changed:
+            self._commands.append((command, done))
+            self._changed.notify_all()
+        while not done.done():
+            if self._driven:
+                wait([done], IDLE)
+            else:
+                self.step()
+        done.result()
+
+    def _obey(self) -> int:
+        """Runs the commands that wait, and ends what was cancelled."""
+        count = 0
+        while self._commands:
+            command, done = self._commands.popleft()
+            count += 1
+            try:
+                command()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+        with self._changed:
+            gone = [task for task in self._waiting if task.answer.cancelled]
+            for task in gone:
+                self._waiting.remove(task)
+        gone += [task for task in self._slots if task and task.answer.cancelled]
+        for task in gone:
+            self._end(task, Piece(finish="cancelled"))
+        return count + len(gone)
+
+    def _admit(self) -> int:
+        """Gives free slots to those that have waited longest."""
+        admitted = 0
+        for slot in [i for i, occupant in enumerate(self._slots) if not occupant]:
+            with self._changed:
+                if not self._waiting:
+                    break
+                task = self._waiting.popleft()
+            self._slots[slot], task.slot = task, slot
+            task.answer.admitted_at = time.monotonic()
+            self._guarded(task, self._prepare)
+            admitted += 1
+        return admitted
+
+    def _prepare(self, task: AnswerProgress) -> None:
+        prompt, chunk = task.request.prompt, self._decoder.chunk
+        self._decoder.admit(task.slot, task.settings())
+        if self._prefixes.capacity:
+            task.keys = chunk_keys(task.adapter.identity, prompt[:-1], chunk)
+            # Scores of the prompt come from the same pass over it.
+            blocks = [] if task.request.echo else self._prefixes.find(task.keys)
+            for index, block in enumerate(blocks):
+                self._decoder.write_block(task.slot, index, block)
+            task.written = task.cached = len(blocks) * chunk
+        task.due = self._rounds + -(-task.unwritten // chunk)
+        self._hits += task.cached
+        self._prompt_tokens += len(prompt)
+        if not task.unwritten:
+            self._begin(task)
+
+    def _write_chunk(self) -> int:
+        """Writes one chunk of the prompt that would be written first by itself.
+
+        So a short prompt passes a long one, and none waits for ever.
+        """
+        tasks = [task for task in self._slots if task and not task.decodes]
+        if tasks:
+            self._guarded(min(tasks, key=lambda task: task.due), self._write_part)
+        return len(tasks)
+
+    def _write_part(self, task: AnswerProgress) -> None:
+        part, following = task.next_part(self._decoder.chunk)
+        if task.request.echo:
+            top = task.request.top_logprobs or 0
+            scores = self._decoder.score(task.slot, part, following, top)
+            task.add_scores(scores, following)
+        else:
+            self._decoder.extend(task.slot, part)
+        task.written += len(part)
+        if not task.unwritten:
+            self._begin(task)
+
+    def _begin(self, task: AnswerProgress) -> None:
+        """The prompt is written, and the answer begins."""
+        slot = task.slot
+        self._prefixes.add(task.keys, lambda i: self._decoder.read_block(slot, i))
+        if task.request.sampling.max_new_tokens == 0:
+            self._end(task, task.piece(finish="length"))
+            return
+        self._decoder.start(slot, task.request.prompt[-1])
+        task.decodes = True
+
+    def _decode(self) -> int:
+        """Takes tokens for all slots that answer."""
+        for task in self._answering():
+            if task.request.constraint:
+                self._guarded(task, self._constrain)
+        tasks = self._answering()
+        if tasks:
+            found = self._decoder.decode()
+            for task in tasks:
+                self._guarded(task, lambda task: self._deliver(task, task.take(found)))
+        return len(tasks)
+
+    def _answering(self) -> list[AnswerProgress]:
+        return [task for task in self._slots if task and task.decodes]
+
+    def _constrain(self, task: AnswerProgress) -> None:
+        allowed = task.request.constraint.allowed()
+        self._decoder.constrain(task.slot, np.asarray(allowed))
+
+    def _deliver(self, task: AnswerProgress, piece: Piece) -> None:
+        self._new_tokens += len(piece.ids)
+        if piece.finish:
+            self._end(task, piece)
+        else:
+            task.answer.deliver(piece)
+
+    def _guarded(
+        self, task: AnswerProgress, action: Callable[[AnswerProgress], None]
+    ) -> None:
+        """Does something for one task; what it raises ends that task alone."""
+        try:
+            action(task)
+        except Exception as error:
+            self._end(task, Piece(finish="error", error=str(error)), error)
+
+    def _end_all(self, piece: Piece, error: Exception | None = None) -> None:
+        with self._changed:
+            tasks = [task for task in (*self._slots, *self._waiting) if task]
+            self._waiting.clear()
+        for task in tasks:
+            self._end(task, piece, error)
+
+    def _end(
+        self, task: AnswerProgress, piece: Piece, error: Exception | None = None
+    ) -> None:
+        """Frees the slot of a task, and delivers its last piece."""
+        if task.ended:
+            return
+        task.ended = True
+        if task.slot >= 0:
+            self._slots[task.slot] = None
+            if not self._failure:
+                self._decoder.free(task.slot)
+            busy = time.monotonic() - task.answer.admitted_at
+            self._seconds_each += 0.1 * (busy - self._seconds_each)
+        self._adapters.release(task.adapter)
+        self._finished[piece.finish] += 1
+        task.answer.failure = error
+        task.answer.deliver(piece)

@@ -1,0 +1,361 @@
+"""The engine: every request gets its own answer, and every slot comes back."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.core.errors import UserError
+from research.engine.constraints import Grammars
+from research.engine.continuous_batching import Engine
+from research.engine.requests import (
+    ContextOverflowError,
+    EngineFullError,
+    EngineStoppedError,
+    Request,
+    Sampling,
+    UnknownAdapterError,
+)
+from research.engine.slot_decoder import SlotDecoder
+from research.tokenize.tokenizer_training import byte_tokenizer
+
+SLOTS, LENGTH, CHUNK, ROUNDS = 3, 150, 8, 2
+TOKENIZER = byte_tokenizer()
+RNG = np.random.default_rng(0)
+SHORT, MIDDLE, LONG = (
+    tuple(RNG.integers(0, TINY.vocab, n).tolist()) for n in (1, 20, 90)
+)
+GREEDY = Sampling(max_new_tokens=12)
+DRAWN = Sampling(
+    temperature=1.5, top_p=0.97, top_k=60, min_p=0.001, repetition_penalty=1.3,
+    frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 2.0, 95: -3.0},
+    max_new_tokens=12, min_new_tokens=3, seed=2**40 + 7,
+)  # fmt: skip
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def decoder(model, params):
+    """Warm; nothing that this file does may trace a program again."""
+    decoder = SlotDecoder(model, params, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
+    decoder.warm_up()
+    traces = decoder.traces
+    yield decoder
+    assert decoder.traces == traces
+
+
+@pytest.fixture
+def engine(decoder):
+    engine = Engine(decoder, TOKENIZER, prefix_bytes=MIB)
+    yield engine
+    while engine.step():
+        pass
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def request(prompt, sampling=GREEDY, **fields):
+    return Request(prompt, sampling, top_logprobs=3, **fields)
+
+
+def read(answer):
+    """Ids and scores of an answer, and how it ended."""
+    pieces = [*answer]
+    ids = [i for piece in pieces for i in piece.ids]
+    return ids, [x for piece in pieces for x in piece.logprobs], pieces[-1].finish
+
+
+@pytest.fixture(scope="module")
+def full_scores(model, params):
+    """Log-probabilities of the full forward pass after each id of a text."""
+    at = np.arange(LENGTH)[None]
+
+    @jax.jit
+    def scores(tokens):
+        hidden = model.hidden(params, tokens, at, np.ones_like(at))
+        return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[0]
+
+    def of(ids):
+        return np.asarray(scores(np.pad(ids, (0, LENGTH - len(ids)))[None]))[: len(ids)]
+
+    return of
+
+
+# -- the same answer, whatever else happens --------------------------------------------
+
+
+def test_greedy_answers_are_those_of_the_full_forward_pass(engine, full_scores):
+    answers = [engine.submit(request(p)) for p in (SHORT, MIDDLE, LONG, MIDDLE[:9])]
+    for answer in answers:
+        ids, scores, finish = read(answer)
+        prompt = answer.request.prompt
+        expected = full_scores([*prompt, *ids])[len(prompt) - 1 : -1]
+        assert ids == expected.argmax(-1).tolist() and finish == "length"
+        for row, score in zip(expected, scores, strict=True):
+            np.testing.assert_allclose(score.logprob, row[score.id], atol=1e-4)
+            assert score.top[0] == (score.id, score.logprob) and len(score.top) == 3
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_an_answer_does_not_depend_on_load_eviction_or_cache(decoder, sampling):
+    wanted = request(LONG, sampling)
+    without = Engine(decoder, TOKENIZER)
+    alone = read(without.submit(wanted))
+    many = [request(p, DRAWN) for p in (MIDDLE, LONG[:40], SHORT, MIDDLE[3:])]
+    for engine in (without, Engine(decoder, TOKENIZER, prefix_bytes=MIB)):
+        for before in range(4):
+            others = [engine.submit(x) for x in many[:before]]
+            answer = engine.submit(wanted)
+            others += [engine.submit(x) for x in many[before:]]
+            others[1].cancel()
+            assert read(answer) == alone
+            assert all(x.cancelled or read(x)[2] for x in others)
+
+
+def test_a_prefix_in_the_cache_changes_no_bit(engine):
+    answers = []
+    for prompt in (LONG, LONG, (*LONG[:50], *MIDDLE), LONG):
+        answer = engine.submit(request(prompt, DRAWN))
+        cached = next(iter(pieces := [*answer])).cached_tokens
+        answers.append((cached, [(p.text, p.ids, p.logprobs) for p in pieces]))
+    assert [cached for cached, _ in answers] == [0, 88, 48, 88]
+    assert answers[0][1] == answers[1][1] == answers[3][1]
+    assert engine.stats().prefix_hits == 88 + 48 + 88
+
+
+# -- where an answer ends --------------------------------------------------------------
+
+
+def test_pieces_have_each_id_once_and_the_text_of_all(engine):
+    pieces = [*engine.submit(request(MIDDLE, DRAWN))]
+    ids = [i for piece in pieces for i in piece.ids]
+    assert len(ids) == 12 and [p.finish for p in pieces][-1] == "length"
+    assert "".join(p.text for p in pieces) == TOKENIZER.decode(ids)
+    assert [x.id for p in pieces for x in p.logprobs] == ids
+    assert {len(p.ids) for p in pieces} <= {1, ROUNDS}
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_in_its_text(engine):
+    whole, _, _ = read(engine.submit(request(MIDDLE, DRAWN)))
+    at = next(i for i in range(4, 12) if whole[i] not in whole[:i])
+    stop = frozenset({whole[at]})
+    answer = engine.submit(request(MIDDLE, DRAWN, stop_ids=stop))
+    pieces = [*answer]
+    assert [i for p in pieces for i in p.ids] == whole[: at + 1]
+    assert pieces[-1].finish == "stop"
+    assert "".join(p.text for p in pieces) == TOKENIZER.decode(whole[:at])
+    ignored = request(MIDDLE, DRAWN, stop_ids=stop, ignore_eos=True)
+    assert read(engine.submit(ignored))[::2] == (whole, "length")
+
+
+def test_a_stop_text_ends_the_answer_across_tokens_and_is_not_returned(engine):
+    whole = engine.submit(request(MIDDLE, DRAWN)).text()
+    stop = whole[5:8]  # A letter is a token here.
+    answer = engine.submit(request(MIDDLE, DRAWN, stop=("no such text", stop)))
+    pieces = [*answer]
+    assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish == "stop"
+    assert engine.stats().running == 0
+
+
+def test_an_answer_without_new_tokens_still_scores_its_prompt(engine, full_scores):
+    for prompt in (SHORT, MIDDLE, LONG):
+        scores = engine.score(prompt, top=2)
+        assert [x.id for x in scores] == [*prompt[1:]]
+        expected = full_scores(prompt)
+        for row, score in zip(expected, scores, strict=False):
+            np.testing.assert_allclose(score.logprob, row[score.id], atol=1e-4)
+            assert [i for i, _ in score.top] == np.argsort(-row)[:2].tolist()
+    pieces = [*engine.submit(request(MIDDLE, Sampling(max_new_tokens=0)))]
+    assert [(p.ids, p.finish) for p in pieces] == [((), "length")]
+
+
+def test_scores_of_the_prompt_come_with_the_first_piece(engine):
+    """As lm-evaluation-harness asks: one token must follow, even an end."""
+    plain = engine.submit(request(MIDDLE, Sampling(max_new_tokens=1)))
+    (piece,) = plain
+    echoed = request(MIDDLE, Sampling(max_new_tokens=1), echo=True)
+    echoed = dataclasses.replace(echoed, stop_ids=frozenset(piece.ids))
+    (scored,) = engine.submit(echoed)
+    assert scored.ids == piece.ids and scored.logprobs == piece.logprobs
+    assert scored.prompt_logprobs == engine.score(MIDDLE, top=3)
+
+
+def test_a_form_allows_its_tokens_alone(engine):
+    grammars = Grammars(TOKENIZER, TOKENIZER.largest_id + 1, [TOKENIZER.eos])
+
+    def number():
+        whole = grammars.regex("[1-3]{4}-7")
+        allowed = whole.allowed
+        whole.allowed = lambda: allowed()[: TINY.vocab // 32]
+        return whole
+
+    plain = read(engine.submit(request(MIDDLE, DRAWN)))
+    others = engine.submit(request(MIDDLE, DRAWN))
+    sampling = dataclasses.replace(DRAWN, min_new_tokens=0)
+    for _ in range(2):
+        answer = engine.submit(request(LONG, sampling, constraint=number()))
+        pieces = [*answer]
+        text = "".join(p.text for p in pieces)
+        assert len(text) == 6 and set(text[:4]) <= set("123") and text[4:] == "-7"
+        assert pieces[-1].finish == "stop"
+    assert read(others) == plain
+
+
+# -- many at once ----------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_stop_the_answers_of_others(engine):
+    fast = engine.submit(request(SHORT, Sampling(max_new_tokens=40)))
+    slow = engine.submit(request(LONG))
+    given = []
+    fast._deliver = given.append
+    for expected in range(1, 9):
+        engine.step()
+        assert len(given) == expected  # A piece in each round, with ROUNDS tokens.
+        assert slow.first_token_at == 0
+    late = engine.submit(request(MIDDLE[:9]))
+    engine.step()
+    assert late.first_token_at > 0  # It had less to write.
+    for answer in (slow, late):
+        assert read(answer)[2] == "length"
+
+
+def test_what_waits_longest_gets_the_next_slot(engine):
+    answers = [engine.submit(request(SHORT)) for _ in range(2 * SLOTS)]
+    engine.step()
+    assert [bool(a.admitted_at) for a in answers] == [True] * SLOTS + [False] * SLOTS
+    assert engine.stats().running == engine.stats().waiting == SLOTS
+
+
+def test_a_request_that_cannot_be_answered_is_refused_at_once(decoder):
+    engine = Engine(decoder, TOKENIZER, most_waiting=1)
+    with pytest.raises(ContextOverflowError, match=r"90 prompt .* 61 new .* 150"):
+        engine.submit(request(LONG, Sampling(max_new_tokens=61)))
+    with pytest.raises(UnknownAdapterError, match="'mine'; loaded: none"):
+        engine.submit(request(SHORT, adapter="mine"))
+    with pytest.raises(UserError, match=r"^prompt: id 96"):
+        engine.submit(request((96,)))
+    waiting = engine.submit(request(SHORT))
+    with pytest.raises(EngineFullError, match="1 requests wait") as error:
+        engine.submit(request(SHORT))
+    assert error.value.retry_after >= 1
+    assert read(waiting)[2] == "length"
+    assert engine.stats().finished == {"length": 1}
+
+
+class Broken:
+    """A form that fails after some tokens."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def allowed(self):
+        if not self.after:
+            raise UserError("it broke")
+        return np.full(-(-TINY.vocab // 32), -1, np.int32)
+
+    def advance(self, token):
+        self.after -= 1
+        return False
+
+
+def test_an_error_ends_one_answer_and_no_other(engine):
+    plain = read(engine.submit(request(MIDDLE)))
+    other = engine.submit(request(MIDDLE))
+    broken = engine.submit(request(SHORT, constraint=Broken(2)))
+    with pytest.raises(UserError, match="it broke"):
+        broken.text()
+
+    def gone(piece):
+        raise ConnectionError
+
+    away = engine.submit(request(SHORT), gone)
+    assert read(other) == plain
+    assert away.cancelled
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=8)
+def test_no_slot_is_ever_lost(decoder, data):
+    """Random submits, cancels, failures and rounds; each answer ends exactly once."""
+    engine = Engine(decoder, TOKENIZER, most_waiting=4, prefix_bytes=MIB // 8)
+    ends, answers = {}, []
+    for number in range(data.draw(st.integers(5, 25))):
+        action = data.draw(st.sampled_from(["submit", "submit", "cancel", "step"]))
+        if action == "submit":
+            prompt = data.draw(st.sampled_from([SHORT, MIDDLE, LONG]))
+            constraint = data.draw(st.sampled_from([None, None, Broken(0), Broken(2)]))
+            new = data.draw(st.sampled_from([0, 1, 5]))
+            fails = data.draw(st.integers(0, 5)) == 0
+
+            def deliver(piece, number=number, fails=fails):
+                if piece.finish:
+                    ends[number] = [*ends.get(number, []), piece.finish]
+                if fails:
+                    raise ConnectionError
+
+            asked = request(prompt, Sampling(max_new_tokens=new), constraint=constraint)
+            try:
+                answers.append(engine.submit(asked, deliver))
+            except EngineFullError:
+                continue
+        elif action == "cancel" and answers:
+            data.draw(st.sampled_from(answers)).cancel()
+        else:
+            engine.step()
+    while engine.step():
+        pass
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.cache_tokens) == (0, 0, 0)
+    assert len(ends) == len(answers) and all(len(x) == 1 for x in ends.values())
+    assert sum(stats.finished.values()) == len(answers)
+    assert engine._prefixes.nbytes <= MIB // 8
+
+
+# -- threads ---------------------------------------------------------------------------
+
+
+def test_any_thread_may_ask_while_one_takes_the_rounds(engine):
+    expected = {p: read(engine.submit(request(p, DRAWN))) for p in (SHORT, MIDDLE)}
+    stop, found = threading.Event(), []
+    runner = threading.Thread(target=engine.run_forever, args=[stop])
+    runner.start()
+
+    def ask(prompt):
+        found.append((prompt, read(engine.submit(request(prompt, DRAWN)))))
+
+    threads = [threading.Thread(target=ask, args=[p]) for p in (SHORT, MIDDLE) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    waiting = [engine.submit(request(LONG)) for _ in range(2 * SLOTS)]
+    stop.set()
+    runner.join(60)
+    assert len(found) == 8 and all(said == expected[p] for p, said in found)
+    assert all(read(a)[2] in ("cancelled", "length") for a in waiting)
+    assert engine.stats().running == 0
+
+
+def test_a_device_that_fails_ends_all_answers_and_the_engine(decoder, monkeypatch):
+    engine = Engine(decoder, TOKENIZER)
+    answers = [engine.submit(request(MIDDLE)) for _ in range(SLOTS + 1)]
+
+    def lost():
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "decode", lost)
+        with pytest.raises(RuntimeError, match="lost"):
+            answers[0].text()
+        for answer in answers[1:]:
+            with pytest.raises(RuntimeError, match="lost"):
+                answer.text()
+    with pytest.raises(EngineStoppedError, match="lost"):
+        engine.submit(request(MIDDLE))
+    decoder.open(decoder.params)

@@ -52,8 +52,9 @@ class LaunchJob:
                 f"{self.name} train as one program, which has one process: set "
                 "--together=1, or use one process"
             )
-        own = [python, "-m", self.module, *self.flags]
-        return [*own, "--config.runtime.distributed=true"] if distributed else own
+        joins = ["--config.runtime.distributed=true"] if distributed else []
+        flags = command_line.last_of_each([*self.flags, *joins])
+        return [python, "-m", self.module, *flags]
 
     def setting_env(self, command: Sequence[str]) -> list[str]:
         """The argv that sets the job's variables and runs `command` without a shell."""

@@ -14,6 +14,7 @@ import filelock
 
 from launch.jobs.launch_job import check_training_flags
 from launch.sweep.sweep_spec import Axis, Sweep
+from research.config.command_line import last_of_each
 from research.config.cross_knob_rules import idle
 from research.config.field_names import flag
 from research.config.knobs import changed, flat
@@ -64,7 +65,8 @@ class SweepRun:
     @property
     def flags(self) -> tuple[str, ...]:
         """Flags of `research.train` that train this run alone."""
-        return (*self.shared, *(flag(*change) for change in self.changes.items()))
+        own = (flag(*change) for change in self.changes.items())
+        return last_of_each([*self.shared, *own])
 
     @property
     def command(self) -> list[str]:

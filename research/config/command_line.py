@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
@@ -26,7 +26,16 @@ from research.config.config_file import (
     without_dump,
 )
 from research.config.cross_knob_rules import check_effects
-from research.config.field_names import ELSEWHERE, HERE, explain_flag
+from research.config.field_names import (
+    ELSEWHERE,
+    HERE,
+    GivenFlag,
+    explain_flag,
+    given_flags,
+    repeats,
+    shell_flag,
+    written_list,
+)
 from research.config.knobs import (
     bare_type,
     check_limits,
@@ -49,9 +58,11 @@ JAX_REFUSES = re.compile(
     r"for environment '(?P<variable>JAX_\w+)'|"
     r"^Invalid value .* for JAX flag (?P<flag>\w+)"
 )
-ABSL_FLAGS = {"flagfile", "undefok"}
 CONFIG_ENDS = (".py", ".yml", ".yaml", ".json", ".toml")
-NAME = re.compile(r"[A-Za-z_][\w.-]*")
+# The words of ml_collections about a list that it cannot read.
+NO_LIST = re.compile(
+    r"--config\.([\w.]+)=(.*)(?=: Error while parsing string: .* as tuple)", re.DOTALL
+)
 HELP_FLAGS = {"--help", "-h", "-help", "--helpfull"}
 
 
@@ -73,10 +84,12 @@ def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:
         also be given as its config.json or as its config file.
 
     Raises:
-      UserError: an unknown flag, or a value of the wrong type or out of range.
+      UserError: an unknown flag, one that has two values, or a value of the wrong type
+        or out of range.
     """
     _answer_help(argv, usage, options, has_config=False)
-    _check_names(argv[1:], options, has_config=False)
+    given = [*given_flags(argv[1:], options, {})]
+    _check_flags(given, options, has_config=False)
     return _read(_define(options), argv, options)
 
 
@@ -91,8 +104,10 @@ def parse_with_config(
       UserError: see `parse`; or the config file is missing, fails or is out of range.
     """
     _answer_help(argv, usage, options, has_config=True)
-    file, others = _take_config_file(argv)
-    _check_names(others[1:], options, has_config=True)
+    words = [*given_flags(argv[1:], options, flat(Config()))]
+    file = _config_file(words, options)
+    known = [flag for flag in words if flag.name != "config"]
+    others = [argv[0], *(word for flag in known for word in flag.words)]
     flag_values = _define(options)
     config = load_config_file(file)
     resumed = [from_config_dict(config)] if folder_of_run(file) else []
@@ -107,8 +122,7 @@ def parse_with_config(
             raise locate(cause, file, others) from error
         raise
     values = _read(flag_values, others, options)
-    names = {argument.partition("=")[0].lstrip("-") for argument in others[1:]}
-    given = {n.removeprefix("no").removeprefix("config.") for n in names}
+    given = {flag.name.removeprefix("config.") for flag in known}
     config = flag_values["config"].value
     if "epochs" in given and "steps" not in given and config.epochs:
         config.steps = BY_EPOCHS  # A flag is a later word than the file.
@@ -199,6 +213,9 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
     try:
         rest = flag_values(list(argv))
     except (flags.Error, TypeError, ValueError, AttributeError, OSError) as error:
+        if found := NO_LIST.search(str(error)):
+            ready = shell_flag(found[1], written_list(found[1], found[2]))
+            raise UserError(f"{found[0]} is no list: write {ready}") from error
         raise UserError(f"{without_dump(error)}; see --help") from error
     values = {
         field.name: flag_values[field.name].value
@@ -224,85 +241,78 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
     return result
 
 
-def _take_config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of `--config`, and the other arguments.
+def last_of_each(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The flags of a training without those that a later one sets again."""
+    given = [*given_flags(arguments, NoFlags, flat(Config()))]
+    last = {flag.name: flag for flag in given}
+    kept = [flag for flag in given if not flag.name or flag is last[flag.name]]
+    return tuple(word for flag in kept for word in flag.words)
+
+
+def _config_file(given: Sequence[GivenFlag], options: type) -> str:
+    """The value of `--config`, where all that is given can be used.
 
     Raises:
-      UserError: the flag is missing.
+      UserError: the flag is missing, a flag has several values, or names are neither
+        flags nor knobs; each of them is explained.
     """
-    others, file = [], ""
-    arguments = iter(argv)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            file = value if equals else next(arguments, "")
-        else:
-            others.append(argument)
+    file = next((flag.value for flag in given if flag.name == "config"), "")
+    faults = []
     if not file:
-        bare = [word for word in others[1:] if word.endswith(CONFIG_ENDS)]
+        bare = [x.words[0] for x in given if x.words[0].endswith(CONFIG_ENDS)]
         meant = f" (did you mean --config={bare[0]}?)" if bare else ""
-        raise UserError(
+        faults.append(
             f"--config=FILE.py is missing{meant}; see configs/ and --help. "
             "--config=RUN_DIR resumes a run"
         )
-    return file, others
+    _check_flags(given, options, has_config=True, faults=faults)
+    return file or ""
 
 
-def _check_names(arguments: Sequence[str], options: type, *, has_config: bool) -> None:
-    """Refuses names that are neither flags nor knobs, and explains each.
+def _check_flags(
+    given: Sequence[GivenFlag],
+    options: type,
+    *,
+    has_config: bool,
+    faults: Sequence[str] = (),
+) -> None:
+    """Refuses flags with several values, and explains names that are no flags.
+
+    `faults` of the command line that are known already are said first.
 
     Raises:
-      UserError: there are such names.
+      UserError: there is something to refuse.
     """
+    lines = [*faults, *repeats(given, options)]
+    refused = [
+        _explained(flag, options, has_config) for flag in given if not flag.is_known
+    ]
+    every = "all knobs" if has_config else "all flags"
+    if len(refused) == 1:
+        lines.append(f"{refused[0]}; --help lists {every}")
+    elif refused:
+        listed = "\n  ".join(refused)
+        lines.append(f"unknown here:\n  {listed}\n--help lists {every}")
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _explained(flag: GivenFlag, options: type, has_config: bool) -> str:
+    """A word that is neither a flag nor a knob, and what to write in its place."""
     fields = {field.name: field for field in dataclasses.fields(options)}
     verbs = facts_of(fields.pop("verb")).choices if "verb" in fields else ()
-    flags = list(fields)
-    own = {*flags, *ABSL_FLAGS}
     every = flat(Config())
-    knobs = every if has_config else {}
+    name, _, value = flag.words[0].partition("=")
+    if flag.name:
+        name, value = flag.name, flag.value
+    path = name.removeprefix("config.")
+    if not flag.name and (name in (*fields, "config") or name != path in every):
+        return f"{flag.words[0]} needs dashes: --{flag.words[0]}"
+    if flag.name in verbs:
+        return f"--{name} is written without dashes: {name}"
     where = HERE if has_config else ELSEWHERE
-    refused = []
-    words = [*reversed(arguments)]
-    while words:
-        word = words.pop()
-        name, equals, value = word.lstrip("-").partition("=")
-        is_flag = word.startswith("-")
-        if word == "--":
-            break
-        if not (is_flag or (equals and NAME.fullmatch(name))):
-            continue
-        path = name.removeprefix("config.")
-        if name in own or (path != name and path in knobs):
-            is_switch = type(knobs.get(path)) is bool or _is_switch(options, name)
-            if not is_flag:
-                refused.append(f"{word} needs dashes: --{word}")
-            elif words and not equals and not is_switch:
-                words.pop()  # The value, which may begin with a dash.
-        elif not _is_negated(name, options, knobs):
-            given = value if equals else None
-            if words and not equals and not words[-1].startswith("-"):
-                given = words.pop()
-            said = explain_flag(name, flags, every, given, where)
-            if name in verbs:
-                said = f" is written without dashes: {name}"
-            refused.append(f"{'--' * is_flag}{name}{'' if is_flag else '='}{said}")
-    every_knob = "all knobs" if has_config else "all flags"
-    if len(refused) == 1:
-        raise UserError(f"{refused[0]}; --help lists {every_knob}")
-    if refused:
-        listed = "\n  ".join(refused)
-        raise UserError(f"unknown here:\n  {listed}\n--help lists {every_knob}")
-
-
-def _is_switch(options: type, name: str) -> bool:
-    return typing.get_type_hints(options).get(name) is bool
-
-
-def _is_negated(name: str, options: type, knobs: Mapping[str, Any]) -> bool:
-    """Whether this is `noquick` or `noconfig.export`, which sets a switch to False."""
-    path = name.removeprefix("no").removeprefix("config.")
-    ours = name.startswith("noconfig.") and type(knobs.get(path)) is bool
-    return ours or (name.startswith("no") and _is_switch(options, name[2:]))
+    said = explain_flag(name, list(fields), every, value, where)
+    return f"--{name}{said}" if flag.name else f"{name}={said}"
 
 
 def resume_after_signals() -> None:

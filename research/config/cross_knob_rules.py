@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from research.config.field_names import shell_flag
+from research.config.field_names import name_sources, shell_flag
 from research.config.knobs import flat
 from research.core.errors import UserError, refuse
 from research.core.hub_access import is_hub
@@ -110,21 +110,25 @@ class Condition:
       knob: its path, such as "data.kind".
       values: some of its values.
       wanted: whether the other one acts with these; else it acts with all others.
+      unless: conditions of which one is enough in place of this one.
     """
 
     knob: str
     values: tuple[Any, ...]
     wanted: bool = True
+    unless: "Conditions" = ()
 
     @property
     def listed(self) -> str:
         return " or ".join(map(repr, self.values))
 
     def __str__(self) -> str:
-        return f"config.{self.knob} is {'' if self.wanted else 'not '}{self.listed}"
+        own = f"config.{self.knob} is {'' if self.wanted else 'not '}{self.listed}"
+        return " or ".join([own, *map(str, self.unless)])
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        return (values[self.knob] in self.values) == self.wanted
+        own = (values[self.knob] in self.values) == self.wanted
+        return own or any(other.holds(values) for other in self.unless)
 
 
 Conditions = tuple[Condition, ...]
@@ -134,12 +138,20 @@ def _only(knob: str, *values: Any) -> Conditions:
     return (Condition(knob, values),)
 
 
-def _never(knob: str, *values: Any) -> Conditions:
-    return (Condition(knob, values, wanted=False),)
+def _never(knob: str, *values: Any, unless: Conditions = ()) -> Conditions:
+    return (Condition(knob, values, wanted=False, unless=unless),)
 
 
 # Knobs that one job reads and the other does not. An added task may read both.
 ROWS, TEXT = _never("data.kind", "text"), _never("data.kind", "instructions")
+HELD_ROWS = _never(
+    "data.held_out",
+    0.0,
+    unless=_never("data.eval_path", "") + _never("data.kind", "instructions"),
+)
+EVALUATED = HELD_ROWS + _never(
+    "text.held_out_share", 0.0, unless=_never("data.kind", "text")
+)
 RANDOM = _only("model.init_from", "")
 JOINS = _only("runtime.distributed", True)
 NO_ROWS = ("batch_size", "microbatch_size", "seq_len", "bad_lines", "hub_timeout")
@@ -168,8 +180,11 @@ ACTS: dict[str, Conditions] = {
     "optim.eps": _never("optim.name", "adafactor", "lion"),
     "optim.no_decay": _never("optim.weight_decay", 0.0),
     "optim.skip_window": _never("optim.skip_spread", 0.0),
-    "eval.prompts": ROWS,
+    "eval.every": EVALUATED,
+    "eval.prompts": ROWS + HELD_ROWS,
+    "eval.samples_every": HELD_ROWS,
     "eval.text_prompts": TEXT,
+    "checkpoint.keep_best": EVALUATED,
     "runtime.profile_steps": _never("runtime.profile_from", 0),
     "runtime.coordinator_address": JOINS,
     "runtime.num_processes": JOINS,
@@ -205,10 +220,7 @@ COUNTERPARTS = {
 COUNTERPARTS |= {text: rows for rows, text in COUNTERPARTS.items()}
 # The value of a knob as its counterpart writes it, where it has the same meaning.
 AS_COUNTERPART: dict[str, Callable[[Any], Any]] = {
-    "data.path": lambda path: tuple(
-        f"mine{number or ''}={part.strip()}"
-        for number, part in enumerate(path.split(","))
-    ),
+    "data.path": name_sources,
     "text.sources": lambda sources: ",".join(x.partition("=")[2] for x in sources),
     "data.columns.response": str,
     "text.column": str,

@@ -5,22 +5,157 @@ never accepted: many of them count something else than ours do.
 """
 
 import ast
+import dataclasses
 import functools
+import os
+import re
 import shlex
 import tomllib
-from collections.abc import Collection, Mapping
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from research.core.errors import closest, nearest
+from research.core.hub_access import is_hub
+from research.core.local_paths import local_path
 
 FILE = Path(__file__).with_name("field_names.toml")
 LIKELY = 0.75  # More than elsewhere: of 400 names, one is always a little alike.
 HERE = "here"
 # Where a command without knobs sends who types one.
 ELSEWHERE = "in research.train, and is no flag here"
+ABSL_FLAGS = {"flagfile", "undefok"}
+# A name as other trainers write it, and no path of a file.
+SETTING = re.compile(r"[A-Za-z_][\w.-]*")
+# A source of raw text, before its `=where`.
+SOURCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # Their value is a list, which other trainers write with commas.
 LISTS = ("lora.targets",)
+
+
+class GivenFlag(NamedTuple):
+    """A word of a command line, with the value that may follow it.
+
+    Attributes:
+      name: without dashes; `quick` of `--noquick`; empty if the word is no flag.
+      value: as it is written; True or False of a switch without one; else None.
+      words: the one or two words.
+      is_known: whether it is a flag or a knob, or a word that may stand alone.
+    """
+
+    name: str
+    value: str | None
+    words: tuple[str, ...]
+    is_known: bool
+
+
+def given_flags(
+    arguments: Sequence[str], options: type, knobs: Mapping[str, Any]
+) -> Iterator[GivenFlag]:
+    """Splits the arguments behind a command's name.
+
+    Args:
+      arguments: as the shell gives them.
+      options: the group of the command's own flags.
+      knobs: all knobs by path, with any value of their type; empty for a command that
+        takes none.
+    """
+    own = {field.name for field in dataclasses.fields(options)} - {"verb"} | ABSL_FLAGS
+    if knobs:
+        own.add("config")
+    words = [*reversed(arguments)]
+    while words:
+        word = words.pop()
+        if word == "--":  # None of the words behind it is a flag.
+            yield from (GivenFlag("", None, (w,), True) for w in (word, *words[::-1]))
+            return
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-") or not name:
+            # Some trainers have names and values without dashes.
+            is_setting = bool(equals and SETTING.fullmatch(name))
+            yield GivenFlag("", None, (word,), not is_setting)
+            continue
+        path = name.removeprefix("config.")
+        is_known = name in own or (path != name and path in knobs)
+        is_switch = type(knobs.get(path)) is bool or _is_switch(options, name)
+        if equals:
+            yield GivenFlag(name, value, (word,), is_known)
+        elif is_known and is_switch:
+            yield GivenFlag(name, "True", (word,), True)
+        elif not is_known and _is_negated(name, options, knobs):
+            yield GivenFlag(name.removeprefix("no"), "False", (word,), True)
+        elif words and (is_known or not words[-1].startswith("-")):
+            # The value of a known flag may begin with a dash.
+            value = words.pop()
+            yield GivenFlag(name, value, (word, value), is_known)
+        else:
+            yield GivenFlag(name, None, (word,), is_known)
+
+
+def repeats(given: Iterable[GivenFlag], options: type) -> list[str]:
+    """A line for each flag that has several values, of which only one could count."""
+    hints = typing.get_type_hints(options)
+    values: dict[str, dict[str | None, None]] = {}
+    for flag in given:
+        is_list = typing.get_origin(hints.get(flag.name)) is tuple
+        if flag.name and not is_list and flag.name not in ABSL_FLAGS:
+            values.setdefault(flag.name, {})[flag.value] = None
+    return [
+        f"--{name} is given several times, as {' and '.join(map(repr, found))}: keep "
+        "one of them"
+        for name, found in values.items()
+        if len(found) > 1
+    ]
+
+
+def _is_switch(options: type, name: str) -> bool:
+    return typing.get_type_hints(options).get(name) is bool
+
+
+def _is_negated(name: str, options: type, knobs: Mapping[str, Any]) -> bool:
+    """Whether this is `noquick` or `noconfig.export`, which sets a switch to False."""
+    path = name.removeprefix("no").removeprefix("config.")
+    ours = name.startswith("noconfig.") and type(knobs.get(path)) is bool
+    return ours or (name.startswith("no") and _is_switch(options, name[2:]))
+
+
+def name_sources(written: str) -> tuple[str, ...]:
+    """`name=where` for each of some places between commas, as `sources` has them.
+
+    A place without a name gets that of its file. Text that has the name of a file or
+    folder is one place.
+    """
+    parts = [part.strip() for part in written.split(",")]
+    if not is_hub(written) and local_path(written).exists():
+        parts = [written]
+    named: list[str] = []
+    for part in parts:
+        name, equals, _ = part.partition("=")
+        if not equals or not SOURCE_NAME.fullmatch(name) or os.path.exists(part):
+            stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(part).name.partition(".")[0])
+            part = f"{stem.lstrip('.-') or 'text'}={part}"
+        named.append(part)
+    return tuple(named)
+
+
+def written_list(knob: str, text: str) -> tuple[str, ...]:
+    """What was probably meant by `text` for a knob that is a list of texts."""
+    if knob == "text.sources":
+        whole = os.path.exists(text)
+        parts = [text] if whole else map(_source, text.strip("()[] ").split(","))
+        return name_sources(",".join(parts))
+    if knob in LISTS:
+        text = ",".join(text.split())
+    parts = [text] if knob == "eval.text_prompts" else text.split(",")
+    return tuple(filter(None, (part.strip("()[]'\" ") for part in parts)))
+
+
+def _source(part: str) -> str:
+    """The place alone where the name before it cannot be one."""
+    name, equals, where = part.strip("'\" ").partition("=")
+    is_source = equals and where and SOURCE_NAME.fullmatch(name)
+    return f"{name}={where}" if is_source else where or name or "PLACE"
 
 
 def flag(knob: str, value: Any) -> str:

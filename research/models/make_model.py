@@ -6,7 +6,7 @@ import logging
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from research.config.knob_groups import ModelConfig
+from research.config.knob_groups import DataConfig, ModelConfig
 from research.models import attention_kernels
 from research.models.architecture import Architecture
 from research.models.attention_sharding import make_attend
@@ -42,6 +42,15 @@ def make_model(
     model = Model(architecture, options)
     meshes.shardings(model.specs, mesh)
     return model
+
+
+def model_of_run(
+    config: ModelConfig, data: DataConfig, architecture: Architecture, mesh: Mesh
+) -> Model:
+    """`make_model` for the forward passes of a run on `data`."""
+    return make_model(
+        config, architecture, mesh, length=data.seq_len, rows=data.rows_per_pass
+    )
 
 
 @functools.cache  # A start makes the model again once its data is counted.

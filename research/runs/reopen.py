@@ -25,7 +25,7 @@ from research.engine.text_generation import (
 )
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_frozen
-from research.models.make_model import make_model
+from research.models.make_model import model_of_run
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.runs.display_files import read_system
@@ -133,13 +133,7 @@ class FoundRun(StoredRun):
         config, base, split = self.config, self.base, self.trainable
         wanted_specs = {**self.specs, "trained": split.specs}
         mesh = mesh or fitting_mesh(wanted_specs, jax.local_devices(), decodes=decodes)
-        model = make_model(
-            config.model,
-            base.architecture,
-            mesh,
-            length=config.data.seq_len,
-            rows=config.data.rows_per_pass,
-        )
+        model = model_of_run(config.model, config.data, base.architecture, mesh)
         dtype = split.dtype
         if in_compute_dtype and not split.frozen_specs:
             dtype = model.options.dtype

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from research.config.field_names import name_sources
 from research.config.knob_groups import DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -15,7 +16,7 @@ from research.data.batch_order import Batches
 from research.data.text.choose_tokenizer import sample_texts
 from research.data.text.row_layout import DocumentMarks
 from research.data.text.text_dataset import TextData
-from research.data.text.text_sources import check_text, name_sources, open_sources
+from research.data.text.text_sources import check_text, open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
 from research.engine.requests import Sampling

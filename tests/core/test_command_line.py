@@ -110,6 +110,51 @@ def test_a_wrong_flag_is_one_user_error(argument, said):
         parse(["door", argument], "", ExampleFlags)
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("--config.seed=1", "--config.seed", "2"), "--config.seed .*'1' and '2'"),
+        (("--config.export", "--noconfig.export"), "export .*'True' and 'False'"),
+        (("--config=other.py",), r"--config is given several times.* and 'other\.py'"),
+        (("--often=2", "--often=3"), "--often .*'2' and '3'"),
+    ],
+)
+def test_a_flag_with_two_values_is_refused(given, said, config_file):
+    command = ["door", f"--config={config_file(GOOD)}"]
+    with pytest.raises(UserError, match=said):
+        parse_with_config([*command, *given], "", ExampleFlags)
+    if "--often=2" in given:
+        with pytest.raises(UserError, match=said):
+            parse(["door", *given], "", ExampleFlags)
+    twice = [*command, "--config.seed=3", "--config.seed=3", command[1]]
+    assert parse_with_config(twice, "", ExampleFlags)[0].seed == 3
+
+
+def test_a_launcher_sets_a_flag_of_the_user_again():
+    given = ["--config=a.py", "--config.run_dir", "x", "--noconfig.export", "--c", "y"]
+    later = ["--config.export=true", "--config.run_dir=z"]
+    assert command_line.last_of_each([*given, *later]) == (
+        *("--config=a.py", "--c", "y", "--config.export=true", "--config.run_dir=z"),
+    )
+
+
+@pytest.mark.parametrize(
+    "flag, ready",
+    [
+        ("text.sources=/a b/n.txt", "text.sources=\"('n=/a b/n.txt',)\""),
+        ("text.sources=/a/b,d=/c", "text.sources=\"('b=/a/b', 'd=/c')\""),
+        ("data.columns.ignored=a,b c", "data.columns.ignored=\"('a', 'b c')\""),
+        ("lora.targets=q_proj v_proj", "lora.targets=\"('q_proj', 'v_proj')\""),
+        ("eval.text_prompts=Oh, a dog", "eval.text_prompts=\"('Oh, a dog',)\""),
+    ],
+)
+def test_a_list_that_is_none_is_written_ready_to_paste(flag, ready, config_file):
+    with pytest.raises(UserError) as raised:
+        command = ["door", f"--config={config_file(GOOD)}", f"--config.{flag}"]
+        parse_with_config(command, "", ExampleFlags)
+    assert str(raised.value) == f"--config.{flag} is no list: write --config.{ready}"
+
+
 def test_a_flag_of_a_length_replaces_the_length_of_the_file(config_file):
     steps, epochs = (
         GOOD.replace("return config", f"config.{knob} = 2\n    return config")
@@ -261,14 +306,22 @@ def test_a_setting_that_jax_refuses_is_one_line(said, name, monkeypatch, capsys)
         ("optim.skip_window=64", "config.optim.skip_spread is 0.0", ""),
         ("data.eval_path=test.jsonl", "config.data.path is ''", ""),
         ("eval.text_prompts=('a',)", "data.kind", "eval.prompts takes its place"),
+        ("eval.every=4", "no effect where config.data.held_out is 0.0", ""),
+        ("eval.prompts=9", "no effect where config.data.held_out is 0.0", ""),
+        ("eval.samples_every=4", "where config.data.held_out is 0.0", ""),
+        ("checkpoint.keep_best=2", "where config.data.held_out is 0.0", ""),
         ("runtime.process_id=1", "config.runtime.distributed is False", ""),
         ("runtime.profile_steps=9", "config.runtime.profile_from is 0", ""),
     ],
 )
 def test_a_knob_without_effect_is_refused(config_file, flag, said, fix):
-    file = config_file(GOOD)
+    arguments = ["door", f"--config={config_file(GOOD)}", f"--config.{flag}"]
+    if "held_out" in said:
+        own = ["--config.data.path=a.csv", "--config.data.eval_path=b.csv"]
+        for evaluated in ((), own):
+            parse_with_config([*arguments, *evaluated], "", command_line.NoFlags)
+        arguments.append("--config.data.held_out=0")
     with pytest.raises(UserError, match=said) as raised:
-        arguments = ["door", f"--config={file}", f"--config.{flag}"]
         parse_with_config(arguments, "", command_line.NoFlags)
     message = str(raised.value)
     knob = flag.partition("=")[0]
@@ -279,13 +332,15 @@ def test_a_knob_without_effect_is_refused(config_file, flag, said, fix):
 @pytest.mark.parametrize(
     "flag, remedy",
     [
-        ("data.path=my.txt", """--config.text.sources="('mine=my.txt',)" instead"""),
+        ("data.path=my.txt", """--config.text.sources="('my=my.txt',)" instead"""),
         ("data.columns.response=body", "--config.text.column=body instead"),
         ("text.held_out_share=0", "add --config.text.held_out_bytes=200000"),
+        ("text.held_out_share=0.0", "config.eval.every is 7, which has no effect"),
     ],
 )
 def test_a_knob_of_the_other_job_is_named_with_its_value(config_file, flag, remedy):
-    line = "    config.text.held_out_bytes = 5000\n    return config\n"
+    line = "    config.text.held_out_bytes = 5000\n    config.eval.every = 7\n"
+    line += "    return config\n"
     text = PRETRAINS.replace("    return config\n", line)
     with pytest.raises(UserError, match="has no effect where") as raised:
         arguments = ["door", f"--config={config_file(text)}", f"--config.{flag}"]
@@ -348,6 +403,8 @@ def test_the_conditions_of_knobs_name_knobs_and_their_choices():
         for condition in conditions_of(path):
             field, value = KNOBS[condition.knob]
             assert path != condition.knob
+            for other in (condition, *condition.unless):
+                assert other.knob in KNOBS
             for each in condition.values:
                 assert type(each) is type(value), (path, condition)
                 assert not facts_of(field).refusal(each), (path, condition)

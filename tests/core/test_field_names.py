@@ -202,6 +202,26 @@ def test_config_files_sweeps_and_help_explain_names_too(refused):
         parse_with_config(["door", "--help=warmup_steps"], "", NoFlags)
 
 
+def test_names_without_a_config_or_without_dashes_are_explained(tmp_path, refused):
+    """As the command lines of Hugging Face's scripts and of MaxText have them."""
+    for given, said in (
+        ("--learning_rate=1e-4", "called --config.optim.learning_rate=1e-4 here"),
+        ("--model_name_or_path a/b", "is called config.model.init_from here: "),
+        ("max_target_length=64", "= is called --config.data.seq_len=64 here"),
+        ("lora.rank=4", "is called --config.lora.rank=4 here"),
+        ("config=a.py", "config=a.py needs dashes: --config=a.py"),
+    ):
+        assert said in refused(*given.split())
+        with pytest.raises(UserError, match=r"FILE\.py is missing") as raised:
+            parse_with_config(["door", *given.split()], "", NoFlags)
+        assert said in str(raised.value)
+    file = tmp_path / "mine.py"
+    file.touch()
+    with pytest.raises(UserError, match=f"did you mean --config={file}") as raised:
+        parse_with_config(["door", str(file), "steps=9"], "", NoFlags)
+    assert "steps= is called --config.steps=9 here" in str(raised.value)
+
+
 def test_values_of_flags_are_no_names(refused):
     assert "lora.rank is -3" in refused("--config.lora.rank", "-3")
 

@@ -100,7 +100,7 @@ REFUSALS = {
     "no config": Refusal(
         ("--config.steps=3",), ("--config=FILE.py",), command="bare train"
     ),
-    "stray argument": Refusal(("steps=3",), ("'steps=3'",)),
+    "stray argument": Refusal(("steps=3",), ("--config.steps=3",)),
     "talk: no run": Refusal(
         ("--run=runs/absent",), ("runs/absent", "config.json"), command="generate"
     ),

@@ -13,13 +13,14 @@ from helpers import close
 from tiny_model import make_tiny_model
 
 from research.config.command_line import parse_with_changes
+from research.config.field_names import name_sources
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
-from research.data.text.text_sources import name_sources, open_sources
+from research.data.text.text_sources import open_sources
 from research.evaluate.__main__ import OF_FILES, EvaluateFlags, main
 from research.evaluate.compare_models import result_name
 from research.formats.base_model import open_base

@@ -3,18 +3,17 @@
 import logging
 import math
 import os
-import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from research.config.field_names import SOURCE_NAME, shell_flag, written_list
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, is_hub, require_commit
 from research.core.local_paths import local_path
 from research.data.text.document_readers import SourceFile, TextSource
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 STDLIB_LARGEST = 300_000  # Larger files were generated.
 
@@ -28,25 +27,6 @@ def check_text(config: TextConfig) -> None:
     mixture_weights(config, list(_places(config)))
 
 
-def name_sources(written: str) -> tuple[str, ...]:
-    """`name=where` for each of some places between commas, as `sources` has them.
-
-    A place without a name gets that of its file. Text that has the name of a file or
-    folder is one place.
-    """
-    parts = [part.strip() for part in written.split(",")]
-    if not is_hub(written) and local_path(written).exists():
-        parts = [written]
-    named: list[str] = []
-    for part in parts:
-        name, equals, _ = part.partition("=")
-        if not equals or not NAME.fullmatch(name) or os.path.exists(part):
-            stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(part).name.partition(".")[0])
-            part = f"{stem.lstrip('.-') or 'text'}={part}"
-        named.append(part)
-    return tuple(named)
-
-
 def _places(config: TextConfig) -> dict[str, str]:
     """`{name: where}`."""
     if not config.sources:
@@ -54,10 +34,14 @@ def _places(config: TextConfig) -> dict[str, str]:
     places: dict[str, str] = {}
     for written in config.sources:
         name, equals, where = written.partition("=")
-        if not equals or not where or not NAME.fullmatch(name):
+        if not equals or not where or not SOURCE_NAME.fullmatch(name):
+            place = config.sources.index(written)
+            ready = list(config.sources)
+            ready[place : place + 1] = written_list("text.sources", written)
             raise UserError(
                 f"config.text.sources has {written!r}; write name=where, where the "
-                "name is made of letters, digits, '_', '.' and '-'"
+                "name is made of letters, digits, '_', '.' and '-': "
+                f"{shell_flag('text.sources', ready)}"
             )
         if name in places:
             raise UserError(

@@ -10,7 +10,7 @@ from research.core.errors import UserError
 from research.data.metric_sums import Objective
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_base, load_frozen
-from research.models.make_model import make_model
+from research.models.make_model import model_of_run
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
 from research.train.step.train_step import StepDefinition, abstract_params
@@ -32,13 +32,7 @@ def make_step_definition(
     _check_rows(config, base, mesh)
     rows = config.data.rows_per_pass
     meshes.require_whole_units(mesh, rows, objective.rows_per_unit)
-    model = make_model(
-        config.model,
-        base.architecture,
-        mesh,
-        length=config.data.seq_len,
-        rows=config.data.rows_per_pass,
-    )
+    model = model_of_run(config.model, config.data, base.architecture, mesh)
     split = trainable.make(config.trainable, config.model, config.lora, model.specs)
     return StepDefinition(
         model=model,

@@ -140,7 +140,7 @@ def name_sources(written: str) -> tuple[str, ...]:
 
 
 def written_list(knob: str, text: str) -> tuple[str, ...]:
-    """What was probably meant by `text` for a knob that is a list of texts."""
+    """The list that `text` probably means, for a knob that is a list of texts."""
     if knob == "text.sources":
         whole = os.path.exists(text)
         parts = [text] if whole else map(_source, text.strip("()[] ").split(","))

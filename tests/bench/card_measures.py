@@ -236,7 +236,7 @@ def _both_passes(drawn, segments, *, kernel: str, documents: int):
         if kernel == "plain":
             index = jnp.arange(segments.shape[1])
             allowed = segments[:, :, None] == segments[:, None, :]
-            return attend(q, k, v, allowed & (index[:, None] >= index)[None])
+            return attend(q, k, v, allowed & (index[:, None] >= index[None])[None])
         if kernel == "causal":
             return jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation="cudnn"

@@ -11,7 +11,7 @@ from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
 from research.parallel import agreement, runtime
 from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.control.watchdog import Watchdog
-from research.runs.lineage.start_pins import pin_start
+from research.runs.lineage.start_pins import keep_base_step, pin_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import RunDir
@@ -75,6 +75,9 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
         if folder.is_complete and not changed:
             path = folder.path
             logging.info("%s is complete; its report: %s/report.md", path, path)
+            # The folder may have moved since its last start.
+            if jax.process_index() == 0 and config.trainable != "full":
+                keep_base_step(folder, folder.config().model.init_from)
         else:
             wanted.append(OpenedFolder(config, folder, changed))
     return wanted

@@ -407,6 +407,14 @@ def test_a_start_keeps_the_step_under_its_adapters_while_the_run_is_there(
     checkpoints_door.main(prune)
     assert "step 15 stays" in capsys.readouterr().out
     assert train_on(17) == [15, 17]
+    config = folder.config()
+    os.rename("b", "moved")
+    assert needed_steps(Path("a")) == {}
+    monkeypatch.setattr(RunDir, "is_complete", True)
+    moved = dataclasses.replace(config, run_dir="moved")
+    assert start_to_report._open_unfinished([moved]) == []
+    assert needed_steps(Path("a")) == {15: os.path.abspath("moved")}
+    os.rename("moved", "b")
     identity = folder.identity() | {"base step": "17"}
     (folder.path / "identity.json").write_text(json.dumps(identity))
     assert needed_steps(Path("a")) == {}, "it starts from another step by now"

@@ -4,6 +4,7 @@
 fill its holes; the ids are never searched for anything.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError, look_up, nearest
-from research.tokenize.conversation import Record, Turn, template_variables
+from research.tokenize.conversation import CALLS, Record, Turn, template_variables
 from research.tokenize.templates.template_cut import Part, cut_conversation, cut_prompt
 from research.tokenize.templates.template_holes import TextHider
 from research.tokenize.templates.template_process import render_template
 from research.tokenize.templates.template_tools import (
+    ASKED,
     check_fields,
     quoted,
     quotes_results,
@@ -312,8 +314,21 @@ class ChatFormat:
             logging.warning("data: %s", note)
 
     def _render(self, turns: Sequence[Turn], prompt: bool) -> str:
-        own = {**template_variables(turns), "add_generation_prompt": prompt}
+        calls = any(CALLS in turn.read_fields() for turn in turns)
+        return self._render_as(turns, prompt, calls and self._text_arguments)
+
+    def _render_as(self, turns: Sequence[Turn], prompt: bool, as_text: bool) -> str:
+        own = template_variables(turns, as_text) | {"add_generation_prompt": prompt}
         return render_template(self._source, self._values | own)
+
+    @functools.cached_property
+    def _text_arguments(self) -> bool:
+        """Whether the template joins arguments to its words, as some do."""
+        for as_text in (False, True):
+            with contextlib.suppress(UserError):
+                self._render_as(ASKED, False, as_text)
+                return as_text
+        return False
 
 
 def read_template_args(source: str, written: Sequence[str]) -> dict[str, Any]:

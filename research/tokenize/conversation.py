@@ -46,12 +46,21 @@ class Turn:
         return "\n".join(filter(None, [self.text, *functions]))
 
 
-def template_variables(turns: Sequence[Turn]) -> dict[str, Any]:
-    """The variables `messages` and `tools` of a chat template."""
+def template_variables(
+    turns: Sequence[Turn], text_arguments: bool = False
+) -> dict[str, Any]:
+    """The variables `messages` and `tools` of a chat template.
+
+    `text_arguments`: the arguments of calls are JSON texts, and not objects.
+    """
     messages, tools = [], None
     for turn in turns:
         fields = turn.read_fields()
         tools = fields.pop(TOOLS, tools)
+        for function in (call["function"] for call in fields.get(CALLS, [])):
+            if text_arguments:
+                arguments = json.dumps(function["arguments"], ensure_ascii=False)
+                function["arguments"] = arguments
         messages.append({"role": turn.role, "content": turn.text, **fields})
     return {"messages": messages, "tools": tools}
 

@@ -1,5 +1,6 @@
 """Conversations with calls of tools become the ids that transformers makes."""
 
+import copy
 import dataclasses
 import json
 
@@ -60,6 +61,18 @@ BRACKETS = (
     '{"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]'
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# DeepSeek: arguments are texts, and tokens of their own close a call and the calls.
+FENCES = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<user>"
+    "{% if loop.first and tools %}{{ tools | tojson + '\n' }}{% endif %}{{ m.content }}"
+    "{% elif m.role == 'tool' %}<output>{{ m.content }}</output>{% else %}<assistant>"
+    "{{ m.content }}{% if m.tool_calls %}<calls>{% for c in m.tool_calls %}<call>{{ "
+    "c.function.name + '\n```json\n' + c.function.arguments + '\n```' }}</call>"
+    "{% endfor %}</calls>{% endif %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FENCE_MARKS = ("<begin>", "<user>", "<assistant>", "<calls>", "</calls>", "<call>",
+               "</call>", "<output>", "</output>", "<end>")  # fmt: skip
 MARKS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
          "[/TOOL_RESULTS]", "<s>", "[INST]", "[/INST]", "</s>")  # fmt: skip
 FORMATS = {
@@ -70,6 +83,9 @@ FORMATS = {
     "headers": dataclasses.replace(FAMILIES["llama3.1"], template=HEADERS, args=()),
     "brackets": dataclasses.replace(
         FAMILIES["mistral v3"], template=BRACKETS, control=MARKS
+    ),
+    "fences": dataclasses.replace(
+        FAMILIES["qwen2.5"], template=FENCES, control=FENCE_MARKS, bos="<begin>",
     ),
 }  # fmt: skip
 TOOLS = [
@@ -148,6 +164,11 @@ def record(messages, **row):
 
 
 def reference(theirs, messages, prompt=False):
+    if theirs.chat_template == FENCES:
+        messages = copy.deepcopy(messages)
+        for each in (c for m in messages for c in m.get("tool_calls", ())):
+            arguments = json.dumps(each["function"]["arguments"], ensure_ascii=False)
+            each["function"]["arguments"] = arguments
     text = theirs.apply_chat_template(
         messages, tools=TOOLS, add_generation_prompt=prompt, tokenize=False
     )

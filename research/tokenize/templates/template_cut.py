@@ -119,7 +119,8 @@ def cut_conversation(
             notes.append("the chat template drops the thoughts of answers")
         ends = [m.end() for m in HOLE.finditer(text) if _is_of(m[0], index)]
         span = (len(prompt), max([called, *ends]))
-        trained += _answer_spans(text, span, blocks, tokenizer)
+        ends_in_call = called > max([0, *ends])
+        trained += _answer_spans(text, span, blocks, tokenizer, ends_in_call)
     last = max((end for start, end in trained if start < end), default=0)
     if not last:
         raise UserError(
@@ -209,6 +210,7 @@ def _answer_spans(
     said: tuple[int, int],
     blocks: Sequence[tuple[int, int]],
     tokenizer: Tokenizer,
+    ends_in_call: bool,
 ) -> list[tuple[int, int]]:
     """Where the trained parts of an answer are.
 
@@ -227,7 +229,9 @@ def _answer_spans(
             "the chat template writes no control token after an answer, so a model "
             "could not learn to stop; use --config.data.template=dolly"
         )
-    _, end_starts, end = (control or added)[0]
+    # Some templates close a call, and the list of calls, with tokens of their own.
+    ends = [token for token in control if token[0] in tokenizer.end_ids]
+    _, end_starts, end = ((ends_in_call and ends) or control or added)[0]
     end_starts, end = last + end_starts, last + end
     if not blocks:
         return [(start, end)]

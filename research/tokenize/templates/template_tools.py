@@ -21,6 +21,7 @@ CALL = {
     "type": "function",
     "function": {"name": "f", "arguments": {}},
 }
+ASKED = (Turn("user", "q"), Turn("assistant", "", fields=json.dumps({CALLS: [CALL]})))
 RESULT = {"name": "f", "tool_call_id": "abcdefghi"}
 
 
@@ -89,10 +90,9 @@ def quotes_results(
     Raises:
       UserError: it changes them in another way.
     """
-    call = Turn("assistant", "", fields=json.dumps({CALLS: [CALL]}))
     result = Turn("tool", probe, fields=json.dumps(RESULT))
     plain = (Turn("assistant", "a"), Turn("tool", probe))
-    for turns in ((Turn("user", "q"), call, result), (Turn("user", "q"), *plain)):
+    for turns in ((*ASKED, result), (ASKED[0], *plain)):
         hidden, texts = hider.hide(turns)
         try:
             written, true = render(hidden), render(turns)

@@ -359,6 +359,9 @@ def test_a_model_out_of_reach_asks_for_a_preset():
         abstract_step.find_architecture(config)
     with pytest.raises(UserError, match="did you mean 'llama-1b'"):
         abstract_step.find_architecture(config, "lama-1b")
+    for given in ("models/llama", "hub://o/n", "llama.gguf"):
+        with pytest.raises(UserError, match=f"--config.model.init_from={given}"):
+            abstract_step.find_architecture(config, given)
 
 
 def test_a_plan_of_bfloat16_parameters_counts_float32_moments_and_gradients():

@@ -37,9 +37,7 @@ class GenerateFlags:
     )
     context: str = knob("", "material that belongs to the prompt")
     system: str | None = knob(
-        None,
-        "system text; not given: that of training, which an export has in its chat "
-        "template; --system= sends none",
+        None, "system text; not given: that of training; --system= sends none"
     )
     chat: bool = knob(False, "the lines of a pipe are one conversation")
     jsonl: bool = knob(

@@ -26,8 +26,10 @@ from research.parallel import runtime
 from research.runs.display_files import write_findings
 from research.runs.reopen import ReopenedRun
 from research.tasks.findings import SYSTEM, Finding
-from research.tasks.task_registry import load_task
+from research.tasks.task_registry import exported_tokenizer, load_task
+from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Turn
+from research.tokenize.tokenizer_training import save_tokenizer
 
 CONTEXT = 40
 
@@ -217,6 +219,21 @@ def test_a_model_folder_answers_all_of_standard_input(tmp_path, ask, monkeypatch
         opened.prompts.encode_prompt(turns), skip_control=False
     )
     assert shown == "<|im_start|>user\nTwo\nlines<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_export_is_asked_with_the_system_text_of_training(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    base = open_base(str(folder))
+    own = base.tokenizer.decode(
+        ChatFormat(base.tokenizer, "chat").encode_prompt([Turn("user", "Hi")]),
+        skip_control=False,
+    )
+    save_tokenizer(exported_tokenizer(Config(), base, "Trained."), folder)
+    for system, shown in ((None, "Trained."), ("Other.", "Other."), ("", "")):
+        opened = asked_model.open_model(str(folder), system, SamplingFlags())
+        ids = opened.prompts.encode_prompt([Turn("user", "Hi")])
+        front = f"<|im_start|>system\n{shown}<|im_end|>\n" if shown else ""
+        assert base.tokenizer.decode(ids, skip_control=False) == front + own
 
 
 def test_a_model_without_a_chat_template_completes_and_says_so(tmp_path, caplog):

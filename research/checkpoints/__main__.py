@@ -10,7 +10,7 @@ from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import DamagedError, UserError
 from research.core.local_paths import local_path
-from research.core.visible_text import visible
+from research.core.visible_text import counted, visible
 
 if TYPE_CHECKING:
     from research.checkpoints.checkpoint_listing import Checkpoint
@@ -79,7 +79,8 @@ def _show(folder: "RunDir", found: "list[Checkpoint]") -> None:
     from rich.text import Text
 
     # A path may hold what Rich takes for markup.
-    table = Table(title=Text(f"{visible(str(folder))}: {len(found)} checkpoints"))
+    count = counted(len(found), "checkpoint")
+    table = Table(title=Text(f"{visible(str(folder))}: {count}"))
     for name in ("step", "MB", "saved", "held-out loss", "on data", "files"):
         table.add_column(name, justify="right")
     for each in found:
@@ -101,10 +102,10 @@ def _verify(found: "list[Checkpoint]") -> int:
             sys.stdout.write(f"step {each.step}: {line}\n")
     if damaged:
         raise DamagedError(
-            f"{len(damaged)} of {len(found)} checkpoints are damaged; training sets "
-            "them aside and uses the newest that is whole, prune removes them"
+            f"damaged: {len(damaged)} of {counted(len(found), 'checkpoint')}; training "
+            "sets them aside and uses the newest that is whole, prune removes them"
         )
-    sys.stdout.write(f"all {len(found)} checkpoints are whole\n")
+    sys.stdout.write(f"all whole: {counted(len(found), 'checkpoint')}\n")
     return 0
 
 

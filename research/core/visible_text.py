@@ -1,4 +1,4 @@
-"""Text from data, folders and models, made safe to show."""
+"""Text for people: numbers with their nouns; foreign text made safe to show."""
 
 import re
 
@@ -8,6 +8,11 @@ UNSHOWABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069"
     r"\ud800-\udfff]"
 )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `1,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def visible(text: str) -> str:

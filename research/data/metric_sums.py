@@ -18,6 +18,7 @@ from research.models.transformer import Model
 
 Array = jax.Array
 
+UNNAMED = "(none)"  # The group of rows without a category, in files and tables.
 NATS_PER_TOKEN = "nats per trained token"
 
 
@@ -95,10 +96,16 @@ def group_fields(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     A field is called `NAME/GROUP`. A name holds no slash, and a group may.
     """
-    return {f"{name}/{group}": value for group, value in values.items()}
+    # A category of the user that has the name of none is no less a category.
+    named = {UNNAMED: f"{UNNAMED} (category)", "": UNNAMED}
+    return {f"{name}/{named.get(g, g)}": value for g, value in values.items()}
 
 
 def by_group(line: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Undoes `group_fields` for one name among the fields of a line."""
+    """The values of one name among the fields of a line, by group.
+
+    Lines of earlier versions have no name for the group without one.
+    """
     start = f"{name}/"
-    return {x.removeprefix(start): line[x] for x in line if x.startswith(start)}
+    found = {x.removeprefix(start): line[x] for x in line if x.startswith(start)}
+    return {group or UNNAMED: value for group, value in found.items()}

@@ -32,12 +32,16 @@ Row = dict[str, Any]
 
 
 class BadRowError(ValueError):
-    """A row that cannot be trained on; rows of one `reason` are counted together."""
+    """A row that cannot be trained on; rows of one `reason` are counted together.
+
+    `remedy` is what the user can do, if that is neither to fix the row nor to skip it.
+    """
 
     def __init__(self, reason: str, where: str, detail: str):
         super().__init__(f"{where}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.remedy = ""
 
 
 class Place(NamedTuple):

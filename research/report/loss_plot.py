@@ -2,13 +2,13 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from research.core.visible_text import visible
-from research.data.metric_sums import NATS_PER_TOKEN, by_group
+from research.data.metric_sums import NATS_PER_TOKEN, UNNAMED, by_group
 from research.report.result_tables import TOTAL, group_kind, group_label, loss_unit
 from research.report.run_results import RunResults
 
@@ -31,11 +31,13 @@ def draw_loss(results: RunResults) -> bytes:
 
     # A name such as `$\R$` is text of the user, and no formula.
     with pyplot.rc_context({"text.parse_math": False, "text.usetex": False}):
+        count = len(_plots(results))
         figure, axes = pyplot.subplots(
-            1, 2, figsize=(WIDTH, HEIGHT), sharex=True, layout="constrained"
-        )
+            1, count, figsize=(WIDTH * count / 2, HEIGHT), sharex=True,
+            layout="constrained", squeeze=False,
+        )  # fmt: skip
         try:
-            _draw(figure, axes, results)
+            _draw(figure, axes[0], results)
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=120)
         finally:
@@ -44,12 +46,12 @@ def draw_loss(results: RunResults) -> bytes:
 
 
 def _draw(figure: Any, axes: Sequence[Any], results: RunResults) -> None:
-    """Two plots, each with its legend below it, so that no line is hidden."""
+    """The plots, each with its legend below it, so that no line is hidden."""
     from matplotlib.ticker import MaxNLocator
 
     figure.suptitle(_cut(results.name))
     rows = 0
-    for one, draw in zip(axes, (_draw_all, _draw_groups), strict=True):
+    for one, draw in zip(axes, _plots(results), strict=True):
         lines = draw(one, results)
         # Names stand beside lines: a label that begins with "_" would be hidden.
         names = [_cut(name) for name, _ in lines]
@@ -63,6 +65,17 @@ def _draw(figure: Any, axes: Sequence[Any], results: RunResults) -> None:
         one.grid(alpha=0.3)
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.set_figheight(HEIGHT + LEGEND_ROW * rows)
+
+
+def _plots(results: RunResults) -> list[Callable[..., list[tuple[str, Any]]]]:
+    """The functions that draw one plot each; without groups, the first says it all."""
+    return [_draw_all, _draw_groups] if _groups(results) else [_draw_all]
+
+
+def _groups(results: RunResults) -> list[str]:
+    """All groups that were evaluated; empty if no row has a category."""
+    names = {x for line in results.evaluations for x in by_group(line, "loss")}
+    return [] if names == {UNNAMED} else sorted(names)
 
 
 def _draw_all(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
@@ -90,9 +103,9 @@ def _draw_groups(axes: Any, results: RunResults) -> list[tuple[str, Any]]:
     name = "bits_per_byte" if kind == "source" else "loss"
     title = f"held-out {'bits per byte' if kind == 'source' else 'loss'} by {kind}"
     steps = [line["step"] for line in evaluations]
-    groups = sorted({group for line in evaluations for group in by_group(line, name)})
+    groups = _groups(results)
     curves = {
-        group: [line.get(f"{name}/{group}", math.nan) for line in evaluations]
+        group: [by_group(line, name).get(group, math.nan) for line in evaluations]
         for group in groups
     }
     lines: list[tuple[str, Any]] = []

@@ -14,6 +14,7 @@ from typing import Any
 from research.config.choices import ROW_SOURCES
 from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
+from research.core.visible_text import counted
 from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
 from research.runs.display_files import read_system
@@ -57,8 +58,8 @@ def format_card(folder: RunDir, step: int, licence: str) -> str:
         "licence of the base model": licence or "not known",
         "data": ", ".join(data),
         "trained": tuned,
-        "steps": f"{step:,} of {knobs['data.batch_size']} rows of "
-        f"{knobs['data.seq_len']} tokens",
+        "steps": f"{step:,} of {counted(knobs['data.batch_size'], 'row')} of "
+        f"{counted(knobs['data.seq_len'], 'token')}",
         "learning rate": f"{knobs['optim.learning_rate']:g}, {knobs['optim.schedule']}",
         "seed": knobs["seed"],
         "run": f"{folder.origin().get('run', 'without an id')}, step {step}",

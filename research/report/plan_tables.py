@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from research.core.visible_text import counted
+
 PlanData = dict[str, Any]  # `research.plan.plan_json.to_json` lists the fields.
 
 MEANINGS = {
@@ -37,7 +39,7 @@ def show_plan(console: Console, plan: PlanData) -> None:
         Text.assemble(
             (plan["target"], "bold"),
             f", {plan['chips']} chips, mesh {_mesh(plan)}; {trained:,.1f} M parameters "
-            f"trained, {frozen:,.1f} M frozen; {plan['batch_rows']} rows of "
+            f"trained, {frozen:,.1f} M frozen; {counted(plan['batch_rows'], 'row')} of "
             f"{plan['seq_len']} a step in passes of {plan['microbatch_rows']}, remat "
             f"{plan['remat']} ({made})",
         )
@@ -108,7 +110,7 @@ def _show_prediction(console: Console, plan: PlanData) -> None:
             times = [_format_days(x["days"]) for x in (best, worst)]
             hours = [f"{x['chip_hours']:,.1f}" for x in (best, worst)]
             lines.append(
-                f"{plan['steps']:,} steps take {_between(*times)}, "
+                f"{counted(plan['steps'], 'step')}: {_between(*times)}, "
                 f"{_between(*hours)} chip-hours"
             )
     lines += plan["notes"]

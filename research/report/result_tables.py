@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.data.metric_sums import NATS_PER_TOKEN, by_group
+from research.data.metric_sums import NATS_PER_TOKEN, UNNAMED, by_group
 
-TOTAL, UNNAMED = "all", "(none)"  # Labels that no group has.
+TOTAL = "all"  # A label that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
 
@@ -24,9 +24,7 @@ def group_kind(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def group_label(group: str, kind: str) -> str:
     """A group's name for people, `all (category)` where `all` would be the total."""
-    if group in (TOTAL, UNNAMED):
-        return f"{group} ({kind})"
-    return group or UNNAMED
+    return f"{group} ({kind})" if group == TOTAL else group
 
 
 def loss_unit(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -69,9 +67,10 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     means = ["bits_per_byte"] * text + metrics
     counted = by_group(each[-1], "tokens")
-    for group in sorted(by_group(each[-1], "loss")):
-        losses = [line.get(f"loss/{group}", math.nan) for line in each]
-        others = [line.get(f"{name}/{group}") for name in means for line in each]
+    groups = sorted(by_group(each[-1], "loss"))
+    for group in [] if groups == [UNNAMED] else groups:  # It would repeat the total.
+        losses = [by_group(line, "loss").get(group, math.nan) for line in each]
+        others = [by_group(x, name).get(group) for name in means for x in each]
         tokens = counted.get(group, 0)
         label = group_label(group, header[0])
         rows.append(_row(label, tokens, losses, in_nats, others))

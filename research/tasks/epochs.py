@@ -10,8 +10,11 @@ import fractions
 import math
 from collections.abc import Mapping
 
+from research.config.field_names import shell_flag
+from research.config.knob_groups import DataConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.visible_text import counted
 from research.tasks.findings import Finding
 
 MANY = 10.0  # More passes over instruction rows mostly teach them by heart.
@@ -62,14 +65,16 @@ def count_epochs(
     steps, size = config.steps, config.data.batch_size
     total = sum(n for name, n in rows.items() if shares[name])
     if not total:
-        text = f"{steps} steps of {size} rows; streamed text has not been counted"
+        text = f"{counted(steps, 'step')} of {counted(size, 'row')}; streamed text has "
+        text += "not been counted"
         return Finding("epochs", text, numbers={"steps": steps})
     drawn = steps * size
     epochs = {name: drawn * shares[name] / n for name, n in rows.items() if n}
     whole, per_epoch = drawn / total, math.ceil(total / size)
     lines = [
-        f"{whole:.2f}: one epoch is {per_epoch:,} steps ({total:,} rows, {size} a "
-        f"step), and this run is {steps:,} steps"
+        f"{whole:.2f}: one epoch is {counted(per_epoch, 'step')} "
+        f"({counted(total, 'row')}, {size} a step), and this run is "
+        f"{counted(steps, 'step')}"
     ]
     if len(rows) > 1:
         lines += [f"  {name}: {epoch:.2f}" for name, epoch in epochs.items()]
@@ -79,6 +84,11 @@ def count_epochs(
         for name, n in rows.items()
         if not n
     ]
+    if size > total:
+        lines.append(
+            f"  a step is {counted(size, 'row')}, and there are only {total:,}, which "
+            f"it repeats: {smaller_batch(config.data, total)}, or give more data"
+        )
     often = [name for name, epoch in epochs.items() if epoch > MANY]
     if often:
         lines.append(
@@ -92,5 +102,17 @@ def count_epochs(
         numbers={
             "epochs": whole, "rows": total, "steps": steps, "epoch_steps": per_epoch,
         } | (by_source if len(rows) > 1 else {}),
-        warns=bool(often),
+        warns=bool(often) or size > total,
     )  # fmt: skip
+
+
+def smaller_batch(data: DataConfig, rows: int) -> str:
+    """The flags of the largest batch that `rows` fill, a power of 2.
+
+    So it divides over devices, and into micro-batches of a power of 2.
+    """
+    size = 1 << (max(rows, 1).bit_length() - 1)
+    flags = [shell_flag("data.batch_size", size)]
+    if data.microbatch_size and size % data.microbatch_size:
+        flags.append(shell_flag("data.microbatch_size", size))
+    return f"set {' '.join(flags)}"

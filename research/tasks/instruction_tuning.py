@@ -8,6 +8,7 @@ from typing import Any
 
 from research.config.knob_groups import BY_SIZE
 from research.config.run_config import Config
+from research.core.visible_text import counted
 from research.data.batch_order import Batches
 from research.data.instructions.instruction_dataset import (
     eval_batches,
@@ -69,7 +70,7 @@ class InstructionTask:
         self._config = resolved(config, self.rows)
         self.groups = self._data.categories
         counts = self._data.counts
-        self.origin = f"{self._data.origin}, {counts.total} rows"
+        self.origin = f"{self._data.origin}, {counted(counts.total, 'row')}"
         self.sha256 = counts.sha256
         self.left_out = self._data.examples
         self.held_out_bytes: dict[str, int] = {}
@@ -108,9 +109,10 @@ class InstructionTask:
             ),
             Finding(
                 "split",
-                f"{len(train.documents)} documents train in {len(train.rows)} rows of "
-                f"{train.seq_len} ({train.fill:.1%} full), "
-                f"{self._held()}; {counts.copies} rows are copies of others",
+                f"{counted(len(train.documents), 'document')} for training in "
+                f"{counted(len(train.rows), 'row')} of {train.seq_len} "
+                f"({train.fill:.1%} full), {self._held()}; copies of other rows: "
+                f"{counts.copies:,}",
                 numbers={
                     "copies": counts.copies,
                     "train_documents": len(train.documents),
@@ -149,8 +151,10 @@ class InstructionTask:
 
     def _schemas(self) -> str:
         rows = self._data.counts
-        lines = [", ".join(f"{name} in {n} rows" for name, n in rows.schemas.items())]
-        lines += [f"  {note} ({n} times)" for note, n in rows.notes.items()]
+        lines = [
+            ", ".join(f"{k} in {counted(n, 'row')}" for k, n in rows.schemas.items())
+        ]
+        lines += [f"  {note} ({counted(n, 'time')})" for note, n in rows.notes.items()]
         return "\n".join(lines)
 
     def _examine_unused(self) -> Finding:
@@ -178,7 +182,7 @@ class InstructionTask:
         counts, examples = self._data.counts, self._data.examples
         parts = [f"{n} {why}" for why, n in sorted(counts.dropped.items())]
         if counts.truncated:
-            parts.append(f"{counts.truncated} contexts truncated")
+            parts.append(f"{counted(counts.truncated, 'context')} truncated")
         lines = [", ".join(parts) or "none"]
         if counts.truncated or "too long" in counts.dropped:
             lines[0] += "; a larger config.data.seq_len keeps them whole"
@@ -212,7 +216,7 @@ class InstructionTask:
             ),
             Finding(
                 "end token",
-                f"trained in {mask.ends:,} of {mask.documents:,} documents",
+                f"trained in {mask.ends:,} of {counted(mask.documents, 'document')}",
                 ok=mask.ends == mask.documents,
                 remedy="an answer whose end is not trained never stops: check the "
                 "tokenizer's eos token and config.data.template",
@@ -364,7 +368,7 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
     data = load_dataset(rows, config.seed, chat, config.text)
     return EvaluationRows(
         groups=data.categories,
-        origin=f"{data.origin}, {data.counts.total} rows",
+        origin=f"{data.origin}, {counted(data.counts.total, 'row')}",
         sha256=data.counts.sha256,
         left_out=data.examples,
         text_bytes={},

@@ -12,6 +12,7 @@ from research.config.field_names import name_sources
 from research.config.knob_groups import DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.visible_text import counted
 from research.data.batch_order import Batches
 from research.data.text.choose_tokenizer import sample_texts
 from research.data.text.row_layout import DocumentMarks
@@ -118,9 +119,9 @@ class TextTask:
         findings += [
             Finding(
                 f"source {name}",
-                f"{total.documents:,} documents, {total.tokens:,} tokens, "
-                f"{total.bytes:,} bytes ({total.bytes / max(total.tokens, 1):.2f} a "
-                "token)",
+                f"{counted(total.documents, 'document')}, "
+                f"{counted(total.tokens, 'token')}, {counted(total.bytes, 'byte')} "
+                f"({total.bytes / max(total.tokens, 1):.2f} a token)",
                 numbers={
                     "documents": total.documents,
                     "tokens": total.tokens,
@@ -130,7 +131,9 @@ class TextTask:
             for name, total in data.train.items()
         ]
         held = ", ".join(
-            f"{name} {n:,} bytes" for name, n in data.held_out_bytes.items() if n
+            f"{name} {counted(n, 'byte')}"
+            for name, n in data.held_out_bytes.items()
+            if n
         )
         findings += [
             Finding(
@@ -159,7 +162,7 @@ class TextTask:
         return [
             Finding(
                 "trained tokens",
-                f"{share:.1%} of the first {batch.tokens.shape[0]} rows",
+                f"{share:.1%} of the first {counted(batch.tokens.shape[0], 'row')}",
                 ok=share > 0.5,
                 remedy="pre-training counts nearly every token: this mask is broken",
                 numbers={"share": share},

@@ -34,8 +34,9 @@ def describe(run: TrainingRun) -> dict[str, Any]:
         facts["adapters"] = _adapters(config, numbers[f"{kind.name} targets"])
     facts |= {
         "steps": config.steps,
-        "batch": f"{config.data.batch_size} rows of {config.data.seq_len} tokens, in "
-        f"{config.data.passes_per_step} passes",
+        "batch": f"{counted(config.data.batch_size, 'row')} of "
+        f"{counted(config.data.seq_len, 'token')}; passes: "
+        f"{config.data.passes_per_step}",
         "learning rate": f"{config.optim.learning_rate:g} at its peak, "
         f"{config.optim.schedule}, warm-up {config.optim.warmup:.0%}",
         "optimizer": config.optim.name,

@@ -41,7 +41,7 @@ def test_whole_checkpoints_are_listed_with_their_losses(place, looked_at):
     assert all(float(row[1]) > 0.01 for row in rows)
     losses = {x["step"]: x["loss"] for x in place.lines("unbroken", "eval")}
     assert rows[-1][2] == f"{losses[STEPS]:.4f}"
-    assert f"all {len(steps)} checkpoints are whole" in whole.out
+    assert f"all whole: {len(steps)} checkpoints" in whole.out
 
 
 def test_damage_is_named_and_the_exit_code_tells(looked_at):

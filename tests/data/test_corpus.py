@@ -350,8 +350,20 @@ def test_too_little_text_is_said_with_what_is_there_and_needed(small):
     needed = 4000 * DataConfig().batch_size + 1
     said = rf"{tokens} training tokens.*needs {needed}"
     data = load(small, "b", data={"seq_len": 4000})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as raised:
         data.require_rows(DataConfig().batch_size)
+    knob, _, value = str(raised.value).rpartition("=")
+    assert knob.endswith(
+        "set --config.data." + ("batch_size" if data.rows else "seq_len")
+    )
+    fitting = {"batch_size": 8, "seq_len": 4000, knob.rpartition(".")[2]: int(value)}
+    load(small, "b", data=fitting).require_rows(fitting["batch_size"])
+    long = load(small, "b", data={"seq_len": tokens + 1})
+    with pytest.raises(UserError, match=r"set --config\.data\.seq_len=\d+$") as raised:
+        long.require_rows(2)
+    length = int(str(raised.value).rpartition("=")[2])
+    assert length == (tokens - 1) // 2, "two rows, and an id that is only predicted"
+    load(small, "b", data={"seq_len": length}).require_rows(2)
     (tmp := small / "tiny").mkdir(exist_ok=True)
     write_texts(tmp, make_texts(12, longest=4))
     sizes = {"seq_len": 900, "batch_size": 2}

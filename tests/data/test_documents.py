@@ -163,13 +163,16 @@ def test_bytes_that_are_not_utf8_stop_or_are_skipped_or_replaced(
 ):
     monkeypatch.setattr(document_readers, "PIECE_BYTES", 64)
     folder = write_texts(tmp_path / "c", ["good"])
-    (folder / "bad").write_bytes(b"\xef\xbb\xbf" + b"x" * before + b"\xc3(" + b"y" * 99)
-    with pytest.raises(UserError, match=rf"^bad:{before + 3}: .*undecodable=skip"):
+    bad = b"\n" * min(before, 7) + b"x" * max(before - 7, 0)
+    (folder / "bad").write_bytes(b"\xef\xbb\xbf" + bad + b"\xc3(" + b"y\n" * 99)
+    said = rf"^bad:{min(before, 7) + 1}: byte {before + 3} of .*undecodable=skip"
+    with pytest.raises(UserError, match=said):
         read(tmp_path, folder)
     found, left_out = read(tmp_path, folder, undecodable="skip")
     assert texts_of(found) == ["good"] and left_out == {"not UTF-8": 1}
     found, left_out = read(tmp_path, folder, undecodable="replace")
-    assert texts_of(found)[1] == "x" * before + "\ufffd(" + "y" * 99 and not left_out
+    assert "".join(texts_of(found)[1:]) == bad.decode() + "\ufffd(" + "y\n" * 99
+    assert not left_out
 
 
 BAD_ROWS = {

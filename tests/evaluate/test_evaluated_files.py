@@ -176,8 +176,15 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     [batch] = found.batches(2, [0, 1])
     assert batch.tokens.shape == (2, data.seq_len)
     assert batch.weights.sum() == 3 * 2, "an answer of one letter, and its end"
-    with pytest.raises(UserError, match=r"every row of .*rows.jsonl is longer than"):
+    with pytest.raises(UserError, match=r"every row of .*rows.jsonl is longer") as said:
         read([long])
+    needed = re.search(
+        r"longest has (\d+): set --config.data.seq_len=(\d+)", str(said.value)
+    )
+    assert 600 < int(needed[1]) <= int(needed[2]) < int(needed[1]) + 64
+    with pytest.raises(UserError, match=r"response=x, or messages for chats$") as said:
+        read([{"question": "q", "x": "a"}, good])
+    assert "bad_lines" not in str(said.value)
 
 
 def test_a_task_without_rows_of_files_says_so(monkeypatch):

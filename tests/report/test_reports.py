@@ -16,6 +16,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import visible
 from research.data.instructions.instruction_dataset import _group_categories
+from research.data.metric_sums import by_group, group_fields
 from research.report import final_report, loss_plot, plan_tables, run_page, terminal
 from research.report.markdown_text import escaped
 from research.report.result_tables import tabulate_losses
@@ -36,8 +37,8 @@ CONTROLS = "\x1b[2Ja\x9b31m\rb\x07\u202ec"
 
 
 def evaluation(step, groups, **more):
-    losses = {f"loss/{group}": 2.0 + step + i for i, group in enumerate(groups)}
-    tokens = {f"tokens/{group}": 10 + i for i, group in enumerate(groups)}
+    losses = group_fields("loss", {g: 2.0 + step + i for i, g in enumerate(groups)})
+    tokens = group_fields("tokens", {g: 10 + i for i, g in enumerate(groups)})
     line = {"step": step, "kind": "eval", "loss": 3.0 + step}
     return line | losses | tokens | more
 
@@ -170,6 +171,19 @@ def test_a_category_named_all_is_not_the_total():
     assert header[0] == "category" and rows[-1][1] == "46"
 
 
+def test_rows_without_a_category_have_a_name_and_no_second_plot():
+    line = evaluation(0, [""])
+    assert "loss/(none)" in line and not any(field.endswith("/") for field in line)
+    older = {f"{field.partition('/')[0]}/": 1 for field in line if "/" in field}
+    assert by_group(older, "loss") == {"(none)": 1}
+    found = results([""])
+    assert loss_plot._plots(found) == [loss_plot._draw_all]
+    assert len(loss_plot._plots(results(["", "a"]))) == 2
+    _, *rows = tabulate_losses(found.evaluations)
+    assert [row[:2] for row in rows] == [["all", "10"]], "one row, with all tokens"
+    assert loss_plot.draw_loss(found).startswith(b"\x89PNG")
+
+
 def test_text_has_bits_per_byte():
     bits = {"bits_per_byte": 1.25, "bits_per_byte/a": 1.5}
     header, row, total = tabulate_losses([evaluation(s, ["a"], **bits) for s in (0, 2)])
@@ -197,7 +211,8 @@ def names_in(axes):
 def test_the_plot_names_every_group():
     """A label that begins with an underscore is hidden by default."""
     with figure_of(results([*HOSTILE, CONTROLS])) as (_, (_, right)):
-        shown = [visible(name) or "(none)" for name in sorted([*HOSTILE, CONTROLS])]
+        named = sorted(name or "(none)" for name in [*HOSTILE, CONTROLS])
+        shown = [visible(name) for name in named]
         assert names_in(right) == shown and "\x1b" not in "".join(shown)
         assert right.get_title() == "held-out loss by category"
 

@@ -16,7 +16,7 @@ from research.config.run_config import (
 )
 from research.config.saved_config import from_json, to_json
 from research.core.errors import UserError
-from research.tasks.epochs import count_epochs, passed, resolved
+from research.tasks.epochs import count_epochs, passed, resolved, smaller_batch
 
 
 def config_of(epochs, batch=8, **data):
@@ -73,6 +73,19 @@ def test_only_one_of_steps_and_epochs_can_be_asked_for():
     for epochs in (-1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="epochs"):
             changed(Config(), {"epochs": epochs, "steps": BY_EPOCHS}, "test")
+
+
+@pytest.mark.parametrize("rows, batch, fits", [(3, 64, 2), (1, 2, 1), (9, 10, 8)])
+def test_a_batch_larger_than_all_rows_is_said_with_one_that_fits(rows, batch, fits):
+    config = dataclasses.replace(config_of(1.0, batch), steps=1, epochs=0.0)
+    found = count_epochs(config, {"rows": rows}, {"rows": 1.0})
+    assert found.warns and f"--config.data.batch_size={fits}, or" in found.text
+    assert "one epoch is 1 step (" in found.text and "this run is 1 step" in found.text
+    assert ("(1 row, " in found.text) == (rows == 1)
+    passes = dataclasses.replace(config.data, batch_size=12, microbatch_size=6)
+    assert smaller_batch(passes, 9) == (
+        "set --config.data.batch_size=8 --config.data.microbatch_size=8"
+    )
 
 
 def test_a_list_of_runs_may_vary_either():

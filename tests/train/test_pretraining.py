@@ -260,7 +260,7 @@ TEXT_REFUSALS = {
     ),
     "bytes that are not UTF-8": Refusal(
         (sources("x=latin"), mixture(), "--config.text.tokenizer=byte"),
-        ("broken.txt:3", "undecodable"),
+        ("broken.txt:1", "byte 3", "undecodable"),
         files=(("latin/broken.txt", "abc\udcff def"), ("latin/good.txt", "good")),
     ),
     "tokenizer that is not there": Refusal(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from research.config.field_names import shell_flag
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
@@ -39,6 +40,8 @@ MOST_CATEGORIES, RARE = 64, 0.01
 OTHERS = "(other)"
 
 
+# Rows that are measured, and the step of the length that is proposed, where none fits.
+MEASURED, SEQ_LEN_STEP = 256, 64
 SAMPLED = 1000  # rows whose texts are kept, to compare them with their ids
 
 
@@ -221,7 +224,9 @@ def _build(
             truncated += unit.truncated
             examples += unit.examples
         if not any(size.documents for size in units if size.side == side):
-            raise _all_too_long(side if len(readers) > 1 else "", rows)
+            of, marks = (rows, rest) if side == "train" else (held_rows, held)
+            name = side if len(readers) > 1 else ""
+            raise _all_too_long(name, of, marks, chat_format)
     grouped = collections.Counter(group_of.get(m.category, OTHERS) for m in rows.marks)
     copies = len(held) + len(rest) - len({mark.key for mark in held + rest})
     counts = RowCounts(
@@ -242,11 +247,21 @@ def _build(
     write_manifest(folder, parts)
 
 
-def _all_too_long(side: str, rows: LoadedRows) -> UserError:
+def _all_too_long(
+    side: str, rows: LoadedRows, marks: list[RowMark], chat_format: ChatFormat
+) -> UserError:
+    """Names the length that keeps the first `MEASURED` of these rows whole."""
+    first = list(rows.records(marks[:MEASURED]))
+    encodings = chat_format.encode_each(first)
+    ids = [len(x.ids) for x in encodings if not isinstance(x, UserError)]
+    longest = max(ids, default=1) - 1  # n positions predict n ids of n + 1.
+    flag = shell_flag("data.seq_len", -(-longest // SEQ_LEN_STEP) * SEQ_LEN_STEP)
+    of = "" if len(first) == len(marks) else f" of the first {len(first)}"
     what = {"train": "training row", "held_out": "held-out row"}.get(side, "row")
     return UserError(
         f"every {what} of {rows.source.origin} is longer than config.data.seq_len="
-        f"{rows.config.seq_len} tokens; give shorter rows, or raise it for a new run"
+        f"{rows.config.seq_len} tokens; the longest{of} has {longest:,}: set {flag} "
+        "for a new run, or give shorter rows"
     )
 
 

@@ -18,11 +18,12 @@ from research.data.instructions.tool_messages import (
     read_calls,
     read_tools,
 )
-from research.data.instructions.unused_columns import UnusedColumns
+from research.data.instructions.unused_columns import UnusedColumns, column_flag
 from research.data.row_readers import BadRowError
 from research.tokenize.conversation import CALLS, TOOLS, Record, Turn
 
 DEFAULTS = ColumnsConfig()
+MISSING = "missing column"
 CHATS = ("messages", "conversations")
 # Request, context and answer, where the config renames none of them.
 KNOWN_COLUMNS = (
@@ -142,7 +143,7 @@ class _Row:
         field = "response" if columns.instruction in self._row else "instruction"
         name = getattr(columns, field)
         raise self._bad(
-            "missing column",
+            MISSING,
             f"no column {name!r} for config.data.columns.{field}"
             f"{nearest(name, self._row)}; the row has "
             f"{', '.join(map(repr, self._row))}",
@@ -259,6 +260,13 @@ class _Row:
 
     def _bad(self, reason: str, detail: str) -> BadRowError:
         return BadRowError(reason, self._where, detail)
+
+
+def map_columns(row: Mapping[str, Any]) -> str:
+    """How to name the columns of a row that has none of the usual names."""
+    names = [*row] if len(row) == 2 else ["COLUMN", "COLUMN"]
+    flags = map(column_flag, ("instruction", "response"), names)
+    return f"name the columns with {' '.join(flags)}, or messages for chats"
 
 
 def _is_absent(value: Any) -> bool:

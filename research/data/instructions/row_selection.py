@@ -23,7 +23,7 @@ from research.config.knob_groups import (
 )
 from research.core.errors import UserError, look_up, nearest
 from research.core.hub_access import HubAddress, ask_hub, cached_commit, is_hub
-from research.data.instructions.row_columns import to_record
+from research.data.instructions.row_columns import MISSING, map_columns, to_record
 from research.data.instructions.row_files import read_files, row_files
 from research.data.instructions.unused_columns import (
     REFUSED_SINCE,
@@ -163,6 +163,8 @@ def load_rows(
                 row, config.columns, where, notes, config.edition, unused
             )
         except BadRowError as bad:
+            if bad.reason == MISSING and not marks:
+                bad.remedy = map_columns(row)  # The mapping is wrong, not this row.
             refuse_row(bad, config)
             dropped[bad.reason] += 1
             examples.append(str(bad))
@@ -196,10 +198,10 @@ def refuse_row(bad: BadRowError, config: DataConfig) -> None:
     """Raises UserError for a bad row, unless such rows are dropped and counted."""
     stops = look_up(STOPS, config.bad_lines, "config.data.bad_lines")
     if stops and not bad.reason.startswith("empty"):
-        raise UserError(
-            f"{bad}; fix it, or skip and count such rows with "
-            "--config.data.bad_lines=skip"
-        ) from bad
+        remedy = bad.remedy or (
+            "fix it, or skip and count such rows with --config.data.bad_lines=skip"
+        )
+        raise UserError(f"{bad}; {remedy}") from bad
 
 
 def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:

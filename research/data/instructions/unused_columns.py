@@ -161,20 +161,21 @@ class UnusedColumns:
         columns, names = self._columns, found.names
         first = f"join each {found.kind} into one text, then " if found.kind else ""
         if _plain(name) in SYSTEM and columns.system not in self._used:
-            return f"{first}map it with {_flag('system', name)}"
+            return f"{first}map it with {column_flag('system', name)}"
         if len(names) < 3:
             return f"the messages in {names[0]!r} must have it"
         if names[1] in self._used:
             return f"join it with {names[1]!r}, which is the rows' context"
         flags = {"instruction": names[0], "response": names[2], "context": name}
         return f"{first}map it with " + " ".join(
-            _flag(field, column)
+            column_flag(field, column)
             for field, column in flags.items()
             if column != getattr(columns, field) or field == "context"
         )
 
 
-def _flag(field: str, column: str) -> str:
+def column_flag(field: str, column: str) -> str:
+    """The flag that says what a column of the rows is."""
     return shlex.quote(f"--config.data.columns.{field}={column}")
 
 

@@ -290,7 +290,8 @@ class _DocumentReader:
             else:
                 yield from _in_parts(chunks, item.name)
         except UndecodableError as bad:
-            self._keep(f"{item.name}:{bad.offset}", "a byte here is not UTF-8")
+            where = f"{item.name}:{_line_of(item.path, bad.offset)}"
+            self._keep(where, f"byte {bad.offset} of the file is not UTF-8")
 
     def _is_wanted(self, item: SourceFile) -> bool:
         """Whether a plain file holds text; counts it if it does not."""
@@ -332,6 +333,19 @@ class _DocumentReader:
                 text = record.decode("utf-8", "replace")
             yield from self._of_text(text, where, Place(number, number))
         reader.close()
+
+
+def _line_of(path: Path, offset: int) -> int:
+    """The number of the line that has the byte at `offset`, from 1."""
+    with open_bytes(path) as file:
+        blocks = iter(lambda: file.read(PIECE_BYTES), b"")
+        line, left = 1, offset
+        for block in blocks:
+            line += block.count(b"\n", 0, max(left, 0))
+            left -= len(block)
+            if left <= 0:
+                break
+    return line
 
 
 def _open_records(path: Path) -> Any:

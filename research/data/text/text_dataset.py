@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from research.config.field_names import shell_flag
 from research.core.errors import UserError
 from research.data.batch_order import Batches
 from research.data.text.row_layout import RowLayout
@@ -82,8 +83,19 @@ class TextData:
             raise UserError(
                 f"the text has {tokens} training tokens, and a batch of {batch_size} "
                 f"rows of {self.row_layout.seq_len} needs {needed}; give more text, or "
-                "lower config.data.batch_size or config.data.seq_len"
+                f"set {self._fitting(batch_size)}"
             )
+
+    def _fitting(self, batch_size: int) -> str:
+        """The flag of a batch that the rows fill, or of rows that fill the batch."""
+        if self.rows:  # A power of 2 divides over devices.
+            return shell_flag("data.batch_size", 1 << (self.rows.bit_length() - 1))
+        # Without a mixture, no row is no share.
+        used = [n for n in self.train if self.shares[n]] or self.train
+        tokens = [self.train[name].tokens - 1 for name in used]
+        lengths = range(self.row_layout.seq_len, 0, -1)
+        fitting = (n for n in lengths if sum(x // n for x in tokens) >= batch_size)
+        return shell_flag("data.seq_len", next(fitting, 1))
 
     def sample_batch(self, rows: int) -> Batch:
         """The first training rows, for people to look at."""

@@ -39,8 +39,31 @@ from research.weights import trainable
 Params = dict[str, Any]
 
 
+class TrainedPrompts:
+    """How a run's prompts become ids. Both kinds of opened runs have it."""
+
+    folder: RunDir
+    config: Config
+    base: Base
+
+    @property
+    def prompts(self) -> PromptFormat:
+        """The format of prompts that the run was trained with."""
+        return self.prompts_with(self.system)
+
+    @property
+    def system(self) -> str:
+        """The system text that all rows had, from the config or their own, or ""."""
+        return read_system(self.folder.path, self.config.data.system)
+
+    def prompts_with(self, system: str) -> PromptFormat:
+        """`prompts` with another system text than that of training."""
+        data = dataclasses.replace(self.config.data, system=system)
+        return prompt_format(dataclasses.replace(self.config, data=data), self.base)
+
+
 @dataclasses.dataclass(frozen=True)
-class ReopenedRun:
+class ReopenedRun(TrainedPrompts):
     """The parameters of a run, sharded over a mesh.
 
     Attributes:
@@ -70,21 +93,6 @@ class ReopenedRun:
         """Parameters of the model by path; adapters are attached, not added in."""
         return self.trainable.forward(self.params, self.frozen, None)
 
-    @property
-    def prompts(self) -> PromptFormat:
-        """The format of prompts that the run was trained with."""
-        return self.prompts_with(self.system)
-
-    @property
-    def system(self) -> str:
-        """The system text that all rows had, from the config or their own, or ""."""
-        return read_system(self.folder.path, self.config.data.system)
-
-    def prompts_with(self, system: str) -> PromptFormat:
-        """`prompts` with another system text than that of training."""
-        data = dataclasses.replace(self.config.data, system=system)
-        return prompt_format(dataclasses.replace(self.config, data=data), self.base)
-
     def generators(self, *, compare: bool = False) -> dict[str, TextGenerator]:
         """The generator `tuned`; with `compare` the generator `base` before it.
 
@@ -103,7 +111,7 @@ class ReopenedRun:
         return {"base": base, "tuned": tuned}
 
 
-class FoundRun(StoredRun):
+class FoundRun(TrainedPrompts, StoredRun):
     """A run whose config and base model are there; no parameter has been read."""
 
     def load(
@@ -134,30 +142,52 @@ class FoundRun(StoredRun):
         wanted_specs = {**self.specs, "trained": split.specs}
         mesh = mesh or fitting_mesh(wanted_specs, jax.local_devices(), decodes=decodes)
         model = model_of_run(config.model, config.data, base.architecture, mesh)
-        dtype = split.dtype
-        if in_compute_dtype and not split.frozen_specs:
-            dtype = model.options.dtype
-        wanted = meshes.abstract_arrays(split.specs, mesh, dtype)
-        number = saved_step(self.folder, step)
-        with self.checkpoints() as checkpoints:
-            older = [s for s in checkpoints.steps if s < number and step == "latest"]
-            number, found = _read(checkpoints, [*older, number], {"params": wanted})
+        narrow = in_compute_dtype and not split.frozen_specs
+        dtype = model.options.dtype if narrow else split.dtype
+        number, params = self.restored(mesh, step, dtype)
         frozen: Params = {}
         if split.frozen_specs:
             frozen = load_frozen(base, model, mesh, split, config.seed)
         return ReopenedRun(
-            self.folder, number, config, base, model, mesh, split, found["params"],
-            frozen,
-        )  # fmt: skip
+            self.folder, number, config, base, model, mesh, split, params, frozen
+        )
+
+    def restored(
+        self, mesh: Mesh, step: str = "latest", dtype: Any = None
+    ) -> tuple[int, Params]:
+        """Reads the trained parameters alone: the adapters, or all of the model.
+
+        Args:
+          mesh: devices to shard them over.
+          step: see `load`.
+          dtype: of the result; by default that of training.
+
+        Returns:
+          The number of the checkpoint that was read, and what it holds.
+
+        Raises:
+          UserError, DamagedError: see `load`.
+        """
+        split = self.trainable
+        wanted = meshes.abstract_arrays(split.specs, mesh, dtype or split.dtype)
+        number = saved_step(self.folder, step)
+        with self.checkpoints() as checkpoints:
+            older = [s for s in checkpoints.steps if s < number and step == "latest"]
+            number, found = _read(checkpoints, [*older, number], {"params": wanted})
+        return number, found["params"]
 
 
-def find_run(run: str | Path) -> FoundRun:
+def find_run(run: str | Path, base: Base | None = None) -> FoundRun:
     """Finds a finished or running run; writes nothing.
+
+    Args:
+      run: its folder.
+      base: its base model, if that is open already.
 
     Raises:
       UserError: there is no such run, or its base model has changed.
     """
-    found = open_stored(run)
+    found = open_stored(run, base)
     fields = dataclasses.fields(found)
     return FoundRun(**{field.name: getattr(found, field.name) for field in fields})
 

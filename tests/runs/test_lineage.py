@@ -34,8 +34,8 @@ from research.report.model_card import format_card
 from research.runs import display_files
 from research.runs.lineage import exported_run
 from research.runs.lineage.base_of_run import (
-    _base_of_run,
     open_start,
+    open_step,
     open_stored,
     start_architecture,
 )
@@ -262,7 +262,7 @@ def test_a_run_as_the_base_is_its_export_bit_for_bit(lora, exported, dtype, size
     devices = jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
     data, fsdp, tensor = sizes
     mesh = meshes.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
-    base = _base_of_run(str(lora.path), "latest")
+    base = open_step(str(lora.path), "latest")
     other = open_base(str(exported))
     found, expected = loaded(base, mesh, dtype), loaded(other, mesh, dtype)
     assert found.keys() == expected.keys()
@@ -279,7 +279,7 @@ def test_a_run_as_the_base_is_its_export_bit_for_bit(lora, exported, dtype, size
 def test_fully_trained_parameters_are_read_as_they_were_saved(place, pretrained):
     assert pretrained.code == 0, pretrained.err
     run = reopen(place.run_dir("pretrained"))
-    base = _base_of_run(str(place.run_dir("pretrained")), "12")
+    base = open_step(str(place.run_dir("pretrained")), "12")
     found = loaded(base, run.mesh, "float32")
     for path, value in run.params.items():
         np.testing.assert_array_equal(found[path], value, err_msg=path)
@@ -290,7 +290,7 @@ def test_a_chain_of_runs_adds_the_adapters_of_each(lora, tmp_path):
     """B holds the adapters of A once more: A's weights and twice its update."""
     second = tmp_path / "second"
     shutil.copytree(lora.path, second)
-    base = _base_of_run(str(lora.path), "16")
+    base = open_step(str(lora.path), "16")
     own = {"base model": base.fingerprint}
     (second / "identity.json").write_text(json.dumps(lora.identity() | own))
     config = dataclasses.replace(
@@ -302,7 +302,7 @@ def test_a_chain_of_runs_adds_the_adapters_of_each(lora, tmp_path):
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     zero = loaded(open_base(str(lora.config().model.init_from)), mesh, "float32")
     once = loaded(base, mesh, "float32")
-    twice = loaded(_base_of_run(str(second), "latest"), mesh, "float32")
+    twice = loaded(open_step(str(second), "latest"), mesh, "float32")
     changed = 0
     for path, value in once.items():
         expected = value + (value - zero[path])

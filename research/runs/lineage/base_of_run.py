@@ -79,15 +79,15 @@ class StoredRun:
         )
 
 
-def open_stored(run: str | Path) -> StoredRun:
-    """Opens a run and its base model, for this machine.
+def open_stored(run: str | Path, base: Base | None = None) -> StoredRun:
+    """Opens a run and its base model, for this machine; `base` is open already.
 
     Raises:
       UserError: there is no such run, or its base model is gone or has changed.
     """
     folder = RunDir(run)
     config = for_this_machine(folder.config())
-    base = open_start(config, folder)
+    base = base or open_start(config, folder)
     identity = folder.identity() | {
         "base model": base.fingerprint,
         "tokenizer": base.tokenizer.fingerprint,
@@ -124,7 +124,7 @@ def open_start(config: Config, folder: RunDir) -> Base:
     start, step = split_step(config.model.init_from)
     try:
         if step:
-            return _base_of_run(start, step)
+            return open_step(start, step)
         return task_registry.open_start(config, folder.own_tokenizer)
     except UserError as error:
         if not _began_with(folder, config.model.init_from):
@@ -181,8 +181,12 @@ def _kept_base(name: str, folder: RunDir, problem: str) -> Base:
     return Base(name, architecture, tokenizer, tensors, origin=origin)
 
 
-def _base_of_run(start: str, step: str) -> Base:
-    """The model of the run `start` at `step`, with the tokenizer that it exports."""
+def open_step(start: str, step: str) -> Base:
+    """The model of the run `start` at `step`, with the tokenizer that it exports.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
     if not RunDir(start).is_run:
         raise UserError(f"base model {start}@{step}: {start} is no run directory")
     run = open_stored(start)

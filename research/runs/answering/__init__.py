@@ -1,0 +1,1 @@
+"""Runs that answer together: one base model, and the adapters of many runs."""

@@ -1,0 +1,335 @@
+"""One base model with room for the adapters of many runs, for programs that answer.
+
+    opened = open_for_answering(["runs/a", "runs/sweeps/rank"], adapters=8)
+    for address in opened.runs:
+        served, row = opened.read(address)       # the engine writes `row` into the bank
+
+Whether a run was trained on this very base is checked before any weight is read.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research.checkpoints.checksums import seal_of
+from research.config.knob_groups import ModelConfig
+from research.core.errors import UserError
+from research.core.local_paths import split_step
+from research.formats.base_model import Base, open_base
+from research.formats.load_parameters import load_base, load_frozen
+from research.models.make_model import make_model
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.runs.answering.run_addresses import (
+    BASE,
+    RunAddress,
+    run_addresses,
+)
+from research.runs.lineage.base_of_run import RunTensors, open_step
+from research.runs.lineage.start_pins import saved_step
+from research.runs.reopen import FoundRun, find_run, fitting_mesh
+from research.runs.run_directory import RunDir
+from research.tasks.pretraining import PlainFormat
+from research.tasks.task_protocol import PromptFormat
+from research.tokenize.chat_template import ChatFormat
+from research.weights.adapters import serving_bank
+from research.weights.parameter_spec import Spec
+from research.weights.representations.adapter_bank import AdapterBank
+
+Params = dict[str, Any]
+USUAL_RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What answers under one name.
+
+    Attributes:
+      name: by which clients ask for it.
+      root: the folder of the run, or the name of the model without one.
+      parent: the name of the model that it adapts; "" for the base model itself.
+      address: of the run; None for a model without one.
+      step: the checkpoint that was read; 0 without a run.
+      identity: sha256 of what was read: of the base model, or of the checkpoint and of
+        how its adapters are added.
+      prompts: how its prompts become ids, as in training.
+      system: the system text of training, or "".
+      newest: the checkpoint that the address stood for, by its checksums. It differs
+        from the one that was read where that was damaged.
+    """
+
+    name: str
+    root: str
+    parent: str
+    address: RunAddress | None
+    step: int
+    identity: str
+    prompts: PromptFormat
+    system: str = ""
+    newest: str = ""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a prompt is a conversation, and not a text to continue."""
+        return isinstance(self.prompts, ChatFormat)
+
+    def has_changed(self) -> bool:
+        """Whether its address stands for another checkpoint now.
+
+        A checkpoint appears whole, under its final name, so none is seen half-written.
+        """
+        if not self.parent or self.address.step.isdecimal():
+            return False  # The base model stays what all adapters fit.
+        try:
+            return _newest(self.address)[1] != self.newest
+        except UserError:  # None is there while the trainer exchanges them.
+            return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A base model that is open, and runs whose adapters fit it.
+
+    Attributes:
+      base: the model under all adapters, with the tokenizer of all.
+      model: the decoder on `mesh`.
+      mesh: holds the parameters.
+      params: with an empty bank; see `serving_bank`. Whoever writes a row owns it.
+      served_base: the model without an adapter.
+      runs: of adapters, as the user named them; none is read yet.
+    """
+
+    base: Base
+    model: Model
+    mesh: Mesh
+    params: Params
+    served_base: ServedModel
+    runs: tuple[RunAddress, ...]
+
+    def read(self, address: RunAddress) -> tuple[ServedModel, serving_bank.Row]:
+        """Reads the adapters of a run; nothing that answers is changed.
+
+        Raises:
+          UserError: there is no such run or checkpoint, it was trained on another base,
+            or the bank has no room for its ranks and targets.
+          DamagedError: no checkpoint can be read.
+        """
+        run = find_adapters(address, self.base)
+        number, newest = _newest(address)
+        try:
+            step, adapters = run.restored(self.mesh, address.step)
+        except (OSError, ValueError):
+            if (run.folder.checkpoints / str(number)).is_dir():
+                raise
+            # Its trainer has removed it meanwhile, and saved another one before.
+            step, adapters = run.restored(self.mesh, address.step)
+        if run.config.model.dtype != (own := self.model.options.dtype.name):
+            logging.warning(
+                "%s was trained in %s and answers in %s here: its answers may differ "
+                "from those of its report",
+                address.name,
+                run.config.model.dtype,
+                own,
+            )
+        # Only shapes are needed: the engine may have donated the arrays since.
+        frozen = {
+            path: leaf.base if isinstance(leaf, AdapterBank) else leaf
+            for path, leaf in self.params.items()
+        }
+        adapted = run.trainable.forward(adapters, frozen, None)
+        row = serving_bank.bank_row(self.params, adapted)
+        identity = RunTensors(run, step).fingerprint
+        parent = self.served_base.name
+        return _served(run, address, parent, step, identity, newest), row
+
+
+def open_for_answering(
+    runs: Sequence[str] = (),
+    *,
+    model: str = "",
+    mesh: Mesh | None = None,
+    adapters: int = 8,
+    rank: int = USUAL_RANK,
+) -> Answering:
+    """Opens the one base model of several runs, or a model without a run.
+
+    Args:
+      runs: `RUN`, `RUN@STEP`, or folders of runs. A run that trained all its parameters
+        is a base model itself, and stands alone or with adapters to it.
+      model: the base model, as `config.model.init_from` names it; by default that of
+        the first run.
+      mesh: devices for the parameters; by default those of this process that fit.
+      adapters: how many can be loaded at once, at least as many as there are runs; with
+        0 and no run of adapters there is no bank.
+      rank: the largest rank that has room; those of `runs` have room anyway.
+
+    Raises:
+      UserError: a run or model is absent, or two runs have different bases.
+    """
+    addresses = run_addresses(runs)
+    if not model and not addresses:
+        raise UserError("name a run with --run=RUN_DIR, or a model with --model=")
+    full = [x for x in addresses if RunDir(x.folder).config().trainable == "full"]
+    if full and (model or len(full) > 1):
+        raise UserError(
+            f"{full[-1].folder} trained all its parameters, so it is a base model "
+            "itself, and one base is served at a time: serve it without "
+            f"{'--model' if model else full[0].folder}"
+        )
+    others = tuple(x for x in addresses if x not in full)
+    opened = _open_full_run(full[0], mesh) if full else _open_base(model, others, mesh)
+    found = [find_adapters(address, opened.base) for address in others]
+    count = max(adapters, len(found))
+    params = _with_bank(opened, found, count, rank) if count else opened.params
+    return dataclasses.replace(opened, runs=others, params=params)
+
+
+def find_adapters(address: RunAddress, base: Base) -> FoundRun:
+    """The run of an address, whose adapters must be those of `base`.
+
+    Raises:
+      UserError: it was trained on another base, trained all its parameters, or has no
+        such checkpoint.
+    """
+    folder = RunDir(address.folder)
+    saved_step(folder, address.step)
+    config, identity = folder.config(), folder.identity()
+    if config.trainable == "full":
+        raise UserError(
+            f"{folder} trained all its parameters, so it is a base model itself, and "
+            f"not an adapter to {base.name}: serve it by itself"
+        )
+    for part, here in (
+        ("base model", base.fingerprint),
+        ("tokenizer", base.tokenizer.fingerprint),
+    ):
+        if identity[part] != here:
+            raise UserError(
+                f"{folder} was trained on {config.model.init_from} ({part} sha256 "
+                f"{identity[part][:12]}), and the base that is served is {base.name} "
+                f"({here[:12]}): serve the run by itself"
+            )
+    return find_run(address.folder, base)
+
+
+def prompts_of(base: Base, system: str = "") -> PromptFormat:
+    """The format of a model's own prompts; without a chat template it continues text.
+
+    Raises:
+      UserError: its template cannot be used.
+    """
+    if base.tokenizer.chat_template:
+        return ChatFormat(base.tokenizer, "chat", system)
+    return PlainFormat(base.tokenizer)
+
+
+def open_named(name: str) -> Base:
+    """A base model by the name that `config.model.init_from` has for it.
+
+    Raises:
+      UserError: there is no such model, or it is the folder of a run without a step.
+    """
+    place, step = split_step(name)
+    if step:
+        return open_step(place, step)
+    if "://" not in name and RunDir(name).checkpoints.is_dir():
+        raise UserError(
+            f"--model={name} is the folder of a run: use --run={name}, or name a step "
+            f"of it as the base of other runs, --model={name}@latest"
+        )
+    return open_base(name)
+
+
+def _newest(address: RunAddress) -> tuple[int, str]:
+    """The step that an address stands for now, and its checksums."""
+    folder = RunDir(address.folder)
+    number = saved_step(folder, address.step)
+    return number, f"{number} {seal_of(folder.checkpoints / str(number))}"
+
+
+def _served(
+    run: FoundRun,
+    address: RunAddress,
+    parent: str,
+    step: int,
+    identity: str,
+    newest: str,
+) -> ServedModel:
+    folder = str(address.folder)
+    return ServedModel(
+        address.name, folder, parent, address, step, identity, run.prompts,
+        run.system, newest,
+    )  # fmt: skip
+
+
+def _open_full_run(address: RunAddress, mesh: Mesh | None) -> Answering:
+    number, newest = _newest(address)
+    run = find_run(address.folder)
+    loaded = run.load(mesh, step=address.step, in_compute_dtype=True)
+    # What adapters to this step have as the base in their identity.
+    tensors = RunTensors(run, loaded.step)
+    base = dataclasses.replace(run.base, name=str(address.folder), tensors=tensors)
+    served = _served(run, address, "", loaded.step, base.fingerprint, newest)
+    if number != loaded.step:
+        logging.warning("%s is served at step %d", address.name, loaded.step)
+    return Answering(base, loaded.model, loaded.mesh, loaded.weights, served, ())
+
+
+def _open_base(name: str, runs: Sequence[RunAddress], mesh: Mesh | None) -> Answering:
+    first = None if name else find_run(runs[0].folder)
+    base = first.base if first else open_named(name)
+    for address in runs:  # Before any weight is read.
+        find_adapters(address, base)
+    specs = Model(base.architecture).specs
+    mesh = mesh or fitting_mesh(specs, jax.local_devices())
+    config = first.config.model if first else ModelConfig()
+    model = make_model(
+        config, base.architecture, mesh, length=base.architecture.max_position, rows=1
+    )
+    if first:
+        params = load_frozen(base, model, mesh, first.trainable, first.config.seed)
+    else:
+        params = load_base(base, model, mesh, model.options.dtype, seed=0)
+    prompts = prompts_of(base)
+    if first and isinstance(prompts, PlainFormat):
+        prompts = first.prompts_with("")  # So that it can be compared with the runs.
+    served = ServedModel(BASE, base.name, "", None, 0, base.fingerprint, prompts)
+    return Answering(base, model, mesh, params, served, ())
+
+
+def _with_bank(
+    opened: Answering, runs: Sequence[FoundRun], adapters: int, rank: int
+) -> Params:
+    """The parameters with a bank for `adapters` beside the base."""
+    targets: set[str] = set()
+    for run in runs:
+        kind, specs = run.trainable.kind, run.trainable.specs
+        targets |= specs.keys()
+        rank = max(rank, *(kind.rank(factors) for factors in specs.values()))
+    specs = opened.model.specs
+    layers = {path for path, spec in specs.items() if spec.n_in and spec.stacked}
+
+    def zeros(spec: Spec, dtype: Any) -> jax.Array:
+        sharding = meshes.shardings({"bank": spec}, opened.mesh)["bank"]
+        return jax.make_array_from_callback(
+            spec.shape, sharding, lambda part: np.zeros(_size(spec.shape, part), dtype)
+        )
+
+    return serving_bank.bank(
+        opened.params,
+        specs,
+        adapters + 1,
+        rank,
+        paths=targets | layers,
+        dtype=opened.model.options.dtype,
+        zeros=zeros,
+    )
+
+
+def _size(shape: tuple[int, ...], part: tuple[slice, ...]) -> list[int]:
+    return [len(range(*s.indices(n))) for s, n in zip(part, shape, strict=True)]

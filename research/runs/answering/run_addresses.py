@@ -1,0 +1,94 @@
+"""The runs that a user names to be served, and the names under which they answer."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from research.checkpoints.checkpoint_listing import step_folders
+from research.config.config_file import find_run
+from research.core.errors import UserError, nearest
+from research.core.local_paths import expanded, split_step
+from research.runs.run_directory import RunDir
+
+BASE = "base"  # The name of the model without an adapter.
+
+
+@dataclasses.dataclass(frozen=True)
+class RunAddress:
+    """A checkpoint of a run, by the name that clients use.
+
+    Attributes:
+      name: the run's folder, with as many folders above it as tell it from the others;
+        and `@STEP` where the user named a step.
+      folder: of the run.
+      step: `latest` (the newest, also of a run that is training), `best`, or a number.
+    """
+
+    name: str
+    folder: Path
+    step: str
+
+
+def run_addresses(written: Sequence[str]) -> list[RunAddress]:
+    """The runs of `RUN`, `RUN@STEP` and of folders of runs, such as that of a sweep.
+
+    A run in such a folder that has no checkpoint yet is passed over with a warning.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint, or it is named twice.
+    """
+    found: list[tuple[Path, str]] = []
+    for given in written:
+        place, step = split_step(given)
+        folder = Path(expanded(find_run(place)))
+        if RunDir(folder).exists:
+            if not step_folders(folder / "checkpoints"):
+                raise UserError(f"--run={given}: {folder} has no checkpoint yet")
+            found.append((folder, step))
+        else:
+            found += [(member, step) for member in _members(given, folder)]
+    twice = [x for i, x in enumerate(found) if x in found[:i]]
+    if twice:
+        raise UserError(f"--run names {twice[0][0]} twice; name it once")
+    names = _names([folder for folder, _ in found])
+    return [
+        RunAddress(f"{name}@{step}" if step else name, folder, step or "latest")
+        for name, (folder, step) in zip(names, found, strict=True)
+    ]
+
+
+def _members(given: str, folder: Path) -> list[Path]:
+    """The runs in `folder` that have a checkpoint."""
+    runs = [x for x in sorted(folder.glob("*")) if RunDir(x).is_run]
+    ready = [x for x in runs if step_folders(x / "checkpoints")]
+    if not runs:
+        beside = folder.parent.glob("*")
+        known = sorted(str(x) for x in beside if RunDir(x).is_run)
+        there = f"; there are {', '.join(known[:8])}" if known else ""
+        raise UserError(
+            f"--run={given}: {folder} is no run directory and holds none"
+            f"{nearest(str(folder), known)}{there}"
+        )
+    if not ready:
+        raise UserError(f"--run={given}: none of its {len(runs)} runs has a checkpoint")
+    if waiting := [x.name for x in runs if x not in ready]:
+        logging.warning(
+            "%s: no checkpoint yet, not served: %s", folder, ", ".join(waiting)
+        )
+    return ready
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, and none is `BASE`."""
+    parts = [folder.absolute().parts for folder in folders]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = {x for x in parts if x != own}
+        for count in range(1, len(own) + 1):
+            end = own[-count:]
+            if end != (BASE,) and all(x[-count:] != end for x in others):
+                return "/".join(end)
+        return "/".join(own)
+
+    return [name(own) for own in parts]

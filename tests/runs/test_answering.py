@@ -1,0 +1,195 @@
+"""Runs are opened to answer together: one base, and adapters that fit it."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from commands import STEPS
+from small_run import one_device
+from tiny_model import make_tiny_model
+
+from research.core.errors import DamagedError, UserError
+from research.runs.answering.open_for_answering import (
+    find_adapters,
+    open_for_answering,
+    open_named,
+)
+from research.runs.answering.run_addresses import run_addresses
+from research.runs.reopen import reopen
+from research.runs.run_directory import RunDir
+from research.tokenize.conversation import Turn
+from research.weights.adapters import serving_bank
+
+
+@pytest.fixture(scope="module")
+def run(place, unbroken):
+    """A finished run of adapters of rank 4, with several checkpoints."""
+    assert unbroken.code == 0, unbroken.err
+    return place.run_dir("unbroken")
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return open_for_answering([str(run)], mesh=one_device(), adapters=2, rank=1)
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def with_row(opened, row, index=1):
+    """The parameters of a batch of one row that uses `row`; `opened` stays usable."""
+    params = jax.tree.map(jax.numpy.copy, opened.params)
+    written = serving_bank.set_row(params, index, row)
+    return serving_bank.rows(written, np.array([index]))
+
+
+def test_a_run_is_read_onto_the_base_as_reopen_reads_it(run, opened):
+    (address,) = opened.runs
+    served, row = opened.read(address)
+    whole = reopen(run, one_device())
+    same(with_row(opened, row), whole.weights)
+    assert (served.name, served.step, served.parent) == ("unbroken", STEPS, "base")
+    assert served.root == str(run) and served.is_chat
+    turns = [Turn("user", "Add 3 to 4")]
+    assert served.prompts.encode_prompt(turns) == whole.prompts.encode_prompt(turns)
+    assert not served.has_changed()
+
+
+def test_an_adapter_is_known_by_its_content(run, opened, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "moved")
+    (tmp_path / "model").symlink_to(run.parents[1] / "model")
+    steps = sorted(int(x.name) for x in (run / "checkpoints").iterdir())
+    written = (str(run), str(moved), f"{run}@{steps[0]}")
+    found = [opened.read(x)[0] for x in run_addresses(written)]
+    assert found[0].identity == found[1].identity != found[2].identity
+    assert [x.name for x in found][2] == f"unbroken@{steps[0]}"
+    assert found[2].step == steps[0]
+
+
+def test_a_run_of_another_base_is_refused_before_it_is_read(run, opened, tmp_path):
+    make_tiny_model(tmp_path / "other", seed=1)
+    name = str(tmp_path / "other")
+    hashes = (
+        RunDir(run).identity()["base model"][:12],
+        open_named(name).fingerprint[:12],
+    )
+    with pytest.raises(UserError) as raised:
+        open_for_answering([str(run)], model=name)
+    assert all(x in str(raised.value) for x in (str(run), name, *hashes))
+    # Neither does one that is loaded later.
+    moved = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(moved / "checkpoints" / str(STEPS) / "state")
+    for part in ("base model", "tokenizer"):
+        identity = RunDir(run).identity() | {part: "f" * 64}
+        (moved / "identity.json").write_text(json.dumps(identity))
+        with pytest.raises(UserError, match=f"{part} sha256 ffffffffffff.*serve the"):
+            opened.read(run_addresses([str(moved)])[0])
+
+
+def test_the_newest_checkpoint_of_a_run_in_training_is_followed(run, opened, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "training")
+    (tmp_path / "model").symlink_to(run.parents[1] / "model")
+    steps = sorted(int(x.name) for x in (run / "checkpoints").iterdir())
+    newest = folder / "checkpoints" / str(steps[-1])
+    # As Orbax writes a checkpoint, before the rename that commits it.
+    torn = newest.rename(newest.with_name(f"{steps[-1]}.orbax-checkpoint-tmp"))
+    (address,) = run_addresses([str(folder)])
+    served, _ = opened.read(address)
+    assert served.step == steps[-2] and not served.has_changed()
+    torn.rename(newest)
+    assert served.has_changed()
+    served, row = opened.read(address)
+    assert served.step == steps[-1] and not served.has_changed()
+    (fixed,) = run_addresses([f"{folder}@{steps[-2]}"])
+    assert not opened.read(fixed)[0].has_changed()
+    # Its trainer saves, and removes what it has while nobody looks.
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    assert not served.has_changed()
+    same(with_row(opened, row), reopen(run, one_device()).weights)
+
+
+def test_a_damaged_checkpoint_is_passed_over_once(run, opened, tmp_path, caplog):
+    folder = shutil.copytree(run, tmp_path / "damaged")
+    (tmp_path / "model").symlink_to(run.parents[1] / "model")
+    steps = sorted(int(x.name) for x in (run / "checkpoints").iterdir())
+    for step in steps:
+        (address,) = run_addresses([str(folder)])
+        if step == steps[-1]:
+            served, _ = opened.read(address)
+            assert served.step == steps[-2] and "is opened instead" in caplog.text
+            assert not served.has_changed(), "it would be read again and again"
+        sums = folder / "checkpoints" / str(steps[-1]) / "sums.json"
+        sums.write_text("{}")
+    for step in steps[:-1]:
+        (folder / "checkpoints" / str(step) / "sums.json").write_text("{}")
+    with pytest.raises(DamagedError):
+        opened.read(address)
+
+
+def test_a_folder_of_runs_serves_all_that_have_a_checkpoint(run, tmp_path, caplog):
+    for name in ("lr=1", "lr=2", "base"):
+        shutil.copytree(run, tmp_path / "sweep" / name)
+    empty = shutil.copytree(run, tmp_path / "sweep" / "lr=3")
+    shutil.rmtree(empty / "checkpoints")
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    found = run_addresses([str(tmp_path / "sweep")])
+    assert [x.name for x in found] == ["sweep/base", "lr=1", "lr=2"]
+    assert "not served: lr=3" in caplog.text
+    # The same names elsewhere.
+    shutil.copytree(run, tmp_path / "again" / "lr=1")
+    written = [str(tmp_path / "sweep"), str(tmp_path / "again" / "lr=1")]
+    names = [x.name for x in run_addresses(written)]
+    assert names == ["sweep/base", "sweep/lr=1", "lr=2", "again/lr=1"]
+
+
+def test_what_is_no_run_is_refused_in_one_sentence(run, tmp_path):
+    waiting = shutil.copytree(run, tmp_path / "waiting")
+    shutil.rmtree(waiting / "checkpoints")
+    refused = {
+        str(run.with_name("unbrokn")): r"unbrokn is no run .*did you mean .*unbroken'",
+        str(waiting): "waiting has no checkpoint yet",
+        str(tmp_path): "none of its 1 runs has a checkpoint",
+        f"{run}@1": "has no checkpoint '1'.*it has steps",
+    }
+    for given, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            open_for_answering([given])
+    with pytest.raises(UserError, match="twice; name it once"):
+        open_for_answering([str(run), str(run)])
+    with pytest.raises(UserError, match="name a run with --run"):
+        open_for_answering()
+    with pytest.raises(UserError, match=r"use --run=.*or name a step"):
+        open_for_answering(model=str(run))
+
+
+def test_a_fully_trained_run_is_a_base_of_its_own(place, pretrained, run):
+    assert pretrained.code == 0, pretrained.err
+    full = place.run_dir("pretrained")
+    found = open_for_answering([str(full)], mesh=one_device(), adapters=0)
+    same(found.params, reopen(full, one_device()).weights)
+    served = found.served_base
+    assert (served.name, served.parent, found.runs) == ("pretrained", "", ())
+    assert not served.is_chat and not served.has_changed()
+    # Adapters that were trained on this step have it as their base.
+    assert served.identity == open_named(f"{full}@latest").fingerprint
+    with pytest.raises(UserError, match="a base model itself, and one base"):
+        open_for_answering([str(full)], model=str(run.parents[1] / "model"))
+    with pytest.raises(UserError, match=r"was trained on .*served is .*pretrained"):
+        open_for_answering([str(run), str(full)])
+    with pytest.raises(UserError, match="not an adapter to"):
+        find_adapters(*run_addresses([str(full)]), found.base)
+
+
+def test_a_model_without_a_run_is_served_alone(run):
+    model = str(run.parents[1] / "model")
+    found = open_for_answering(model=model, mesh=one_device(), adapters=0)
+    assert (found.served_base.root, found.served_base.is_chat) == (model, True)
+    with_bank = open_for_answering(model=model, adapters=3, rank=2)
+    banked = with_bank.params["layers.mlp.up.kernel"]
+    assert (banked.adapters, banked.rank) == (4, 2)
+    assert banked.a.dtype == with_bank.model.options.dtype
+    assert banked.a.sharding.mesh == with_bank.mesh

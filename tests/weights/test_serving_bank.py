@@ -207,6 +207,11 @@ def test_what_has_no_room_is_refused_in_one_sentence(model):
         serving_bank.bank_row(narrow, adapted(model, 2))
     with pytest.raises(UserError, match="is a OtherLeaf, and only low-rank updates"):
         serving_bank.bank_row(narrow, {"layers.mlp.up.kernel": OtherLeaf()})
+    path = "layers.mlp.down.kernel"
+    low = adapted(model, 2)[path]
+    diverged = dataclasses.replace(low, b=low.b.at[0, 0, 0].set(np.nan))
+    with pytest.raises(UserError, match=r"not finite \(.*mlp.down.*an earlier step"):
+        serving_bank.bank_row(narrow, {path: diverged})
     with pytest.raises(ValueError, match="0 is the base"):
         serving_bank.set_row(narrow, 0, serving_bank.bank_row(narrow, {}))
 

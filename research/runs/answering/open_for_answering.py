@@ -47,7 +47,7 @@ USUAL_RANK = 16
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """What answers under one name.
+    """A model that answers under one name.
 
     Attributes:
       name: by which clients ask for it.
@@ -271,7 +271,7 @@ def _open_full_run(address: RunAddress, mesh: Mesh | None) -> Answering:
     number, newest = _newest(address)
     run = find_run(address.folder)
     loaded = run.load(mesh, step=address.step, in_compute_dtype=True)
-    # What adapters to this step have as the base in their identity.
+    # Adapters to this step have it as the base in their identity.
     tensors = RunTensors(run, loaded.step)
     base = dataclasses.replace(run.base, name=str(address.folder), tensors=tensors)
     served = _served(run, address, "", loaded.step, base.fingerprint, newest)

@@ -19,6 +19,7 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.weights.adapters.lora import KIND
+from research.weights.parameter_paths import not_finite
 from research.weights.parameter_spec import Spec
 from research.weights.representations.adapter_bank import AdapterBank
 from research.weights.representations.low_rank import LowRank
@@ -85,8 +86,8 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
         empty dictionary gives the row of the base.
 
     Raises:
-      UserError: an adapter is of another kind or has another rank or target than the
-        bank has room for.
+      UserError: an adapter is of another kind, has another rank or target than the
+        bank has room for, or holds a number that is not finite.
     """
     banks = {p: leaf for p, leaf in params.items() if isinstance(leaf, AdapterBank)}
     changed = {p: leaf for p, leaf in adapted.items() if not isinstance(leaf, Array)}
@@ -107,6 +108,12 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
                 f"the adapter of {path} has rank {rank}, and this server has room for "
                 f"ranks up to {banks[path].rank}: start it with this run"
             )
+    if odd := not_finite({p: (x.a, x.b, x.scale) for p, x in changed.items()}):
+        # It would reach every row of a batch: 0 * NaN is not 0.
+        raise UserError(
+            f"the adapter holds numbers that are not finite ({', '.join(odd[:3])}): "
+            "its run has diverged; load an earlier step"
+        )
     return {path: _padded(own, changed.get(path)) for path, own in banks.items()}
 
 

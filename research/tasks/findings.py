@@ -14,6 +14,8 @@ NOT_EVALUATED = "no held-out losses and no best checkpoint"
 TOLERATED_LOSS, WORST_LOSS = 0.001, 0.5
 # The finding whose text is the one system text that all rows have.
 SYSTEM = "system text"
+# The finding whose numbers count what was dropped or cut, by reason.
+DROPPED = "dropped"
 
 
 @dataclasses.dataclass(frozen=True)

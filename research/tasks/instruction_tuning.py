@@ -21,6 +21,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
+    DROPPED,
     NOT_EVALUATED,
     SYSTEM,
     Finding,
@@ -102,7 +103,7 @@ class InstructionTask:
             Finding("columns", self._schemas(), numbers=counts.schemas),
             self._examine_unused(),
             Finding(
-                "dropped",
+                DROPPED,
                 self._dropped(),
                 numbers={**counts.dropped, "truncated": counts.truncated},
                 warns=lost > MUCH_LOST * counts.total,

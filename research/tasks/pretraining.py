@@ -25,6 +25,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
 from research.tasks.findings import (
+    DROPPED,
     NOT_EVALUATED,
     TOLERATED_LOSS,
     Finding,
@@ -137,7 +138,7 @@ class TextTask:
         )
         findings += [
             Finding(
-                "dropped",
+                DROPPED,
                 ", ".join(self.left_out) or "none",
                 numbers=data.left_out,
             ),

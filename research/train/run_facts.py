@@ -11,6 +11,7 @@ from research.report.progress_view import duration
 from research.report.result_tables import Table
 from research.runs import metrics_file
 from research.tasks.epochs import passed
+from research.tasks.findings import DROPPED
 from research.train.training_run import TrainingRun
 
 SHOWN_DIGITS = 12  # of a sha256 or a commit
@@ -30,6 +31,8 @@ def describe(run: TrainingRun) -> dict[str, Any]:
         "trained": f"{counted['trained']:,} of {total:,} parameters "
         f"({counted['trained'] / total:.2%})",
     }
+    if DROPPED in numbers:  # A task may drop nothing by its nature.
+        facts[DROPPED] = count_dropped(numbers[DROPPED])
     if kind := run.definition.trainable.kind:
         facts["adapters"] = _adapters(config, numbers[f"{kind.name} targets"])
     facts |= {
@@ -59,6 +62,12 @@ def describe(run: TrainingRun) -> dict[str, Any]:
         "starts": len(starts),
         "command": shlex.join(["python", *made[-1].get("command", ())]),
     }
+
+
+def count_dropped(numbers: Mapping[str, float]) -> str:
+    """How many rows or documents were dropped or cut, by reason."""
+    found = [f"{count:,} {why}" for why, count in sorted(numbers.items()) if count]
+    return f"{', '.join(found)}; see left_out.txt" if found else "none"
 
 
 def _adapters(config: Config, counted: Mapping[str, float]) -> str:

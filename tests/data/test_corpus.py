@@ -372,9 +372,18 @@ def test_too_little_text_is_said_with_what_is_there_and_needed(small):
         data.train_iterator(2, 0)
 
 
-def test_nothing_held_out_is_said(small):
-    with pytest.raises(UserError, match=r"held_out_share=1e-09; raise it"):
-        load(small, held_out_share=1e-9)
+@pytest.mark.parametrize("cache", [True, False])
+def test_nothing_held_out_is_said_with_a_share_that_works(small, cache):
+    with pytest.raises(UserError, match=r"held_out_share=1e-09: set --config") as said:
+        load(small, held_out_share=1e-9, cache=cache)
+    flag = str(said.value).partition("set --config.text.held_out_share=")[2]
+    share = float(flag.partition(",")[0])
+    data = load(small, held_out_share=share, cache=cache)
+    assert 0 < sum(total.documents for total in data.held_out.values()) < 30
+    (one := small / "one.d").mkdir(exist_ok=True)
+    write_texts(one, ["alone"])
+    with pytest.raises(UserError, match=r"held_out_share=0\.0 to evaluate nothing"):
+        load(small, ["one.d"], held_out_share=1e-9, cache=cache)
 
 
 def test_the_data_says_what_it_is(small):

@@ -25,7 +25,7 @@ from text_helpers import (
 from research.core.errors import UserError
 from research.data import row_readers
 from research.data.source_shares import share_division
-from research.data.text import document_readers, streaming
+from research.data.text import document_readers, streaming, text_dataset
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
 from research.data.text.token_cache import open_cache
@@ -158,6 +158,7 @@ def test_the_same_documents_are_evaluated_as_from_the_cache(small, limit):
 def test_the_search_for_held_out_documents_ends(small, monkeypatch):
     monkeypatch.setattr(streaming, "SEARCH_BYTES", 500)
     monkeypatch.setattr(streaming, "SEARCH_FACTOR", 0)
+    monkeypatch.setattr(text_dataset, "SEARCHED", 5)
     read = []
     pieces = streaming.TextSource.read
     monkeypatch.setattr(

@@ -72,8 +72,13 @@ def is_held_out(first: DocumentPiece, share: float) -> bool:
 
     Nothing else matters, so runs with other seeds evaluate the same text.
     """
+    return held_out_rank(first) < share * (1 << 64)
+
+
+def held_out_rank(first: DocumentPiece) -> int:
+    """The place of a document among 2 ** 64, by which the first ones are held out."""
     digest = hashlib.blake2b(first.text.encode(), digest_size=8, key=HELD_OUT_SALT)
-    return int.from_bytes(digest.digest(), "big") < share * (1 << 64)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def lay_rows(

@@ -88,7 +88,7 @@ def load_streamed(
     held_out = {
         name: stretch.totals for name, stretch in zip(names, evaluated, strict=True)
     }
-    check_held_out(text.held_out_share, held_out)
+    check_held_out(text.held_out_share, held_out, sources)
     return TextData(
         groups=names,
         origin=", ".join(f"{s.name} ({s.where}), streamed" for s in sources),

@@ -1,7 +1,10 @@
 """Text for pre-training, cached or streamed: training batches and held-out batches."""
 
+import collections
 import dataclasses
+import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,9 +12,13 @@ import numpy as np
 from research.config.field_names import shell_flag
 from research.core.errors import UserError
 from research.data.batch_order import Batches
-from research.data.text.row_layout import RowLayout
+from research.data.text.document_readers import TextSource
+from research.data.text.row_layout import RowLayout, held_out_rank
 from research.data.text.token_shards import TextTotals
 from research.data.token_batch import Batch
+
+SEARCHED = 2000  # pieces of each source, for a share that holds out some of them
+MOST_SHARE = 0.5  # that `config.text.held_out_share` may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +141,11 @@ class TextData:
         return self.row_layout.batch(ids, lengths, groups)
 
 
-def check_held_out(config_share: float, evaluated: dict[str, TextTotals]) -> None:
+def check_held_out(
+    config_share: float,
+    evaluated: dict[str, TextTotals],
+    sources: Sequence[TextSource],
+) -> None:
     """Warns of each source that has no held-out document.
 
     Raises:
@@ -146,8 +157,8 @@ def check_held_out(config_share: float, evaluated: dict[str, TextTotals]) -> Non
     if len(without) == len(evaluated):
         raise UserError(
             f"no document of {', '.join(without)} was kept for evaluation at "
-            f"config.text.held_out_share={config_share:g}; raise it, or give more "
-            "documents"
+            f"config.text.held_out_share={config_share:g}: set "
+            f"{_fitting_share(sources)}, or give more documents"
         )
     for name in without:
         logging.warning(
@@ -155,3 +166,19 @@ def check_held_out(config_share: float, evaluated: dict[str, TextTotals]) -> Non
             "config.text.held_out_share",
             name,
         )
+
+
+def _fitting_share(sources: Sequence[TextSource]) -> str:
+    """The flag that holds out about a tenth of the documents, and at least one."""
+    ranks: set[int] = set()
+    for source in sources:
+        pieces = source.read(source.files, collections.Counter())
+        first = itertools.islice(pieces, SEARCHED)
+        ranks |= {held_out_rank(piece) for piece in first if piece.starts}
+    places = [rank / (1 << 64) for rank in sorted(ranks)]
+    if len(places) > 1:
+        tenth = places[max(len(places) // 10, 1) - 1]
+        share = math.ceil(tenth * 1e4 + 1) / 1e4
+        if share <= min(places[-1], MOST_SHARE):
+            return shell_flag("text.held_out_share", share)
+    return f"{shell_flag('text.held_out_share', 0.0)} to evaluate nothing"

@@ -121,9 +121,11 @@ def load_text(
         for source in sources
     ]
     sweep_old(text)
-    return _Corpus(text, data, cached).text_data(
+    found = _Corpus(text, data, cached).text_data(
         ", ".join(f"{source.name} ({source.where})" for source in sources)
     )
+    check_held_out(text.held_out_share, found.held_out, sources)
+    return found
 
 
 class _Corpus:
@@ -148,7 +150,7 @@ class _Corpus:
         for manifest in manifests:
             left_out.update(manifest.left_out())
         digests = "".join(f"{m.key}{m.sha256}" for m in manifests)
-        data = TextData(
+        return TextData(
             groups=self._names,
             origin=origin,
             sha256=hashlib.sha256(digests.encode()).hexdigest(),
@@ -164,8 +166,6 @@ class _Corpus:
             training=self._batches,
             first_rows=self._first_rows,
         )
-        check_held_out(self._text.held_out_share, data.held_out)
-        return data
 
     def _by_name(self, values: Iterable[Any]) -> dict[str, Any]:
         return dict(zip(self._names, values, strict=True))

@@ -128,6 +128,9 @@ ONE = calls(call("lakelake1", lake='Gård "sjö"\n{}', unit=[1, 2.5, None]))
 CHATS = {
     "a call": [user("How deep?"), ONE],
     "a call without arguments": [user("How deep?"), calls(call("lakelake1"))],
+    "a text and a call": [
+        user("How deep?"), calls(call("lakelake1", lake="A"), content="I shall look.")
+    ],
     "a result": [
         user("How deep is it?"), ONE, result("lakelake1", '{"m": "12\n"}'),
         said("It is 12 m deep."),
@@ -139,7 +142,18 @@ CHATS = {
         result("lakelake3", "7"), said("7."),
     ],
 }  # fmt: skip
-ANSWERS = {"a call": 1, "a call without arguments": 1, "a result": 2, "two results": 4}
+REFUSED = {
+    ("headers", "two results"): "one call at once",
+    ("headers", "a text and a call"): "drops the text of a message that calls",
+    ("brackets", "a text and a call"): "drops the text of a message that calls",
+}
+ANSWERS = {
+    "a text and a call": 1,
+    "a call": 1,
+    "a call without arguments": 1,
+    "a result": 2,
+    "two results": 4,
+}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -180,8 +194,8 @@ def test_ids_are_those_of_transformers_and_calls_are_trained(form, chat):
     name, own, ours, theirs = form
     messages = CHATS[chat]
     read = record(messages, tools=TOOLS)
-    if name == "headers" and chat == "two results":
-        with pytest.raises(UserError, match=r"rows\.jsonl:7: .*one call at once"):
+    if why := REFUSED.get((name, chat)):
+        with pytest.raises(UserError, match=rf"rows\.jsonl:7: .*{why}"):
             ours.encode(read)
         return
     encoded, whole = ours.encode(read), reference(theirs, messages)
@@ -229,6 +243,22 @@ def test_all_forms_of_rows_become_the_same_conversation():
     old = {"role": "assistant", "content": None, "function_call": text}
     share = [question, old, {**found, "role": "function"}, answer]
     assert chat.encode(record(share, tools=TOOLS)) == chat.encode(expected)
+
+
+def test_a_call_may_be_a_text_and_the_tools_a_part_of_the_system_text():
+    """As in Hermes' data: the row itself writes what other templates write."""
+    text = said('<tool_call>{"name": "depth", "arguments": {}}</tool_call>')
+    rest = [user("q"), text, {"role": "tool", "content": "5"}, said("a")]
+    function = json.dumps(TOOLS[0]["function"])
+    front = {"role": "system", "content": f"Tools: <tools>[{function}]</tools>"}
+    described = record([front, *rest], tools=json.dumps(TOOLS))
+    assert not any(turn.fields for turn in described.turns)
+    assert record(rest, tools=TOOLS).turns[0].read_fields()["tools"] == TOOLS
+    beside = record(rest, tools=TOOLS, system=front["content"])
+    assert beside.turns == described.turns
+    front["content"] = "You may ask for the depth."
+    named = record([front, *rest], tools=TOOLS)
+    assert named.turns[1].read_fields()["tools"] == TOOLS
 
 
 @pytest.mark.parametrize("name", ["dolly", "chatml"])

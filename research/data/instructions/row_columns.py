@@ -15,6 +15,7 @@ from research.core.errors import nearest
 from research.data.instructions.tool_messages import (
     CALLING_ROLES,
     check_results,
+    describes,
     read_calls,
     read_tools,
 )
@@ -206,14 +207,31 @@ class _Row:
                 f"{name} must alternate user and assistant, not {' '.join(roles[:12])}",
             )
         try:
-            if tools := self._present.get(TOOLS):
-                first = roles.index("user")
-                asks = turns[first].with_fields(tools=read_tools(tools))
-                turns = (*turns[:first], asks, *turns[first + 1 :])
+            turns = self._with_tools(turns, roles)
             check_results(turns)
         except ValueError as error:
             raise self._bad("tool calls", str(error)) from error
         return turns
+
+    def _with_tools(
+        self, turns: tuple[Turn, ...], roles: Sequence[str]
+    ) -> tuple[Turn, ...]:
+        """With the row's tools on the first message of the user. Raises ValueError."""
+        if not (given := self._present.get(TOOLS)):
+            return turns
+        tools = read_tools(given)
+        own = (
+            turns[0].text if roles[0] == "system" else self._text(self._columns.system)
+        )
+        if describes(own, tools):
+            self._notes["tools that the system text describes are not added to it"] += 1
+            return turns
+        first = roles.index("user")
+        return (
+            *turns[:first],
+            turns[first].with_fields(tools=tools),
+            *turns[first + 1 :],
+        )
 
     def _turn(self, message: Any) -> Turn:
         fields = message if isinstance(message, dict) else {}

@@ -5,6 +5,7 @@ The form is that of OpenAI and transformers: `{"type": "function", "function": {
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,18 +78,30 @@ def read_tools(given: Any) -> list[dict[str, Any]]:
     return tools
 
 
+def describes(text: str, tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a system text has the JSON of all tools, as in Hermes' data."""
+    names = [re.escape(tool["function"]["name"]) for tool in tools]
+    return all(re.search(rf'"name":\s*"{name}"', text) for name in names)
+
+
 def check_results(turns: Sequence[Turn]) -> None:
     """Raises ValueError if a result of a tool has no call.
 
-    Where no message has a field of calls, calls are written as texts.
+    An answer may write its call as text, with the name of the tool. Where a row has
+    neither a list of tools nor a field of calls, nothing is known about its texts.
     """
-    if not any(turn.read_fields().keys() & {CALLS, TOOLS} for turn in turns):
+    known = [turn.read_fields() for turn in turns]
+    if not any(fields.keys() & {CALLS, TOOLS} for fields in known):
         return
+    tools = [tool for fields in known for tool in fields.get(TOOLS, [])]
     open_calls: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns, 1):
-        fields = turn.read_fields()
+    is_text = False
+    for number, (turn, fields) in enumerate(zip(turns, known, strict=True), 1):
         if turn.role != "tool":
             open_calls = fields.get(CALLS, [])
+            is_text = any(tool["function"]["name"] in turn.text for tool in tools)
+            continue
+        if is_text and not open_calls:
             continue
         key = fields.get("tool_call_id")
         ids = [call.get("id") for call in open_calls]

@@ -163,6 +163,11 @@ def _check_holes(text: str, turns: Sequence[Turn]) -> None:
     found = HOLE.findall(text)
     for turn in turns:
         own = HOLE.findall(turn.text)
+        if own and own[-1] not in found and CALLS in turn.read_fields():
+            raise UserError(
+                "the chat template drops the text of a message that calls a tool; drop "
+                "that text, or take a base model whose template writes both"
+            )
         if any(found.count(h) > 1 for h in own) or (own and own[-1] not in found):
             raise UserError(
                 f"the chat template does not write the {turn.role} message of "

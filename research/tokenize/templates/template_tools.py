@@ -13,9 +13,10 @@ from typing import Any
 from research.core.errors import UserError
 from research.tokenize.conversation import CALLS, TOOLS, Turn
 from research.tokenize.templates.template_holes import CLOSE, OPEN, TextHider
+from research.tokenize.templates.template_process import BEGIN_BLOCK, END_BLOCK
 from research.tokenize.tokenizer import Tokenizer
 
-PRIVATE = ("\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3")  # Marks of holes and of blocks.
+PRIVATE = (OPEN, CLOSE, BEGIN_BLOCK, END_BLOCK)
 CALL = {
     "id": "abcdefghi",
     "type": "function",
@@ -46,7 +47,8 @@ def check_tools(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn]) 
     if bare != list(turns) and render(bare) == render(turns):
         raise UserError(
             "the chat template does not write the list of tools, so a model could not "
-            "know them; take a base model whose template does, or drop the column"
+            "know them; take a base model whose template does, or ignore the column "
+            f"with --config.data.columns.ignored=\"('{TOOLS}',)\""
         )
 
 

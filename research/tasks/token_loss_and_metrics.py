@@ -29,6 +29,8 @@ Params = dict[str, Any]
 # As `Model.logits`: from the head and hidden states `[*batch, D]` to float32
 # `[*batch, V]`.
 Logits = Callable[[Any, Array], Array]
+# Logits `[*batch, V]` and targets `[*batch]` to float32 `[*batch]`.
+TokenValues = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,8 @@ class CrossEntropy:
     def evaluate(self, model: Model, params: Params, batch: Batch) -> Sums:
         """`loss`: the cross entropies by group."""
         hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
-        losses = chunked_token_losses(
+        losses = chunked_token_values(
+            cross_entropies,
             model.logits,
             model.head(params),
             hidden,
@@ -97,14 +100,16 @@ class CrossEntropy:
         return sum_by_group(batch.weights, batch.groups, self.groups)
 
 
-def token_losses(
-    logits_of: Logits, head: Any, hidden_CD: Array, targets_C: Array
-) -> tuple[Array, Array]:
+def token_losses(logits_CV: Array, targets_C: Array) -> tuple[Array, Array]:
     """Cross entropy of each target in nats and the log-normaliser, both float32."""
-    logits = logits_of(head, hidden_CD)
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets_C[..., None], -1)[..., 0]
+    normalizer = jax.nn.logsumexp(logits_CV, axis=-1)
+    picked = jnp.take_along_axis(logits_CV, targets_C[..., None], -1)[..., 0]
     return normalizer - picked, normalizer
+
+
+def cross_entropies(logits_CV: Array, targets_C: Array) -> Array:
+    """Of each target, in nats: the first of `token_losses`."""
+    return token_losses(logits_CV, targets_C)[0]
 
 
 def weighted_loss(
@@ -147,7 +152,8 @@ def weighted_loss(
     return head_loss(hidden, head, targets, weights, groups)
 
 
-def chunked_token_losses(
+def chunked_token_values(
+    values_of: TokenValues,
     logits_of: Logits,
     head: Any,
     hidden_BTD: Array,
@@ -157,11 +163,18 @@ def chunked_token_losses(
     chunk: int,
     shards: tuple[int, int] = (1, 1),
 ) -> Array:
-    """Cross entropy `[B, T]` where the weight is not zero, 0 elsewhere. No gradient."""
+    """A value `[B, T]` of each logits where the weight is not zero, 0 elsewhere.
+
+    Made chunk by chunk, so the memory is that of the loss. No gradient.
+
+    Args:
+      values_of: makes float32 `[C]` of the logits `[C, V]` and the targets `[C]`.
+      logits_of: see `weighted_loss`, as are the others.
+    """
     hidden, targets, weights = _per_shard(shards, hidden_BTD, targets_BT, weights_BT)
 
     def visit(losses, number, index, hidden, targets, weights):
-        found, _ = token_losses(logits_of, _keyed(head, number), hidden, targets)
+        found = values_of(logits_of(_keyed(head, number), hidden), targets)
         return _scatter(losses, index, found * (weights != 0))
 
     empty = jnp.zeros(weights.shape, jnp.float32)
@@ -236,7 +249,7 @@ def _chunk_loss(
 ):
     """The sum to differentiate and the cross entropies by group, of one chunk."""
     head = _keyed(head, number)
-    entropies, normalizers = token_losses(logits_of, head, hidden, targets)
+    entropies, normalizers = token_losses(logits_of(head, hidden), targets)
     member = jax.nn.one_hot(groups, n_groups)
     by_group = jnp.sum((entropies * weights)[..., None] * member, axis=(0, 1))
     objective = jnp.sum(entropies * weights)

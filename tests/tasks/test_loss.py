@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 from helpers import close, in_soak
 
-from research.tasks.token_loss_and_metrics import chunked_token_losses, weighted_loss
+from research.tasks.token_loss_and_metrics import (
+    chunked_token_values,
+    cross_entropies,
+    weighted_loss,
+)
 from research.weights.contraction import contract, materialize, transpose
 from research.weights.representations.low_rank import LowRank
 
@@ -90,6 +94,24 @@ def test_loss_and_gradients_equal_the_plain_ones(chunk, shards):
         assert (float(found[0]) > 0) == (name != "none")
 
 
+def is_hit(logits, targets):
+    """As docs/extending.md has it."""
+    return (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("shards", [(1, 1), (2, 2)])
+def test_a_metric_of_logits_is_the_plain_one(shards):
+    weights = jnp.float32(WEIGHTS["some"])
+    likeliest = jnp.argmax(HIDDEN @ HEAD, axis=-1)
+    # Some targets are hit, as those of a trained model are.
+    targets = jnp.where(jnp.arange(T) % 3 == 0, likeliest, TARGETS)
+    hits = chunked_token_values(
+        is_hit, logits_of, HEAD, HIDDEN, targets, weights, chunk=7, shards=shards
+    )
+    expected = (likeliest == targets) & (weights > 0)
+    assert (hits == expected).all() and 0 < hits.sum() < weights.sum()
+
+
 @functools.partial(jax.jit, static_argnames="z_loss")
 def losses_by_group(hidden, head, weights, z_loss):
     """The objective, and the cross entropy by group: chunked and plain."""
@@ -165,7 +187,9 @@ def test_token_losses_are_plain_where_weighted_and_zero_elsewhere():
     logits = np.array(HIDDEN @ HEAD)
     picked = np.take_along_axis(logits, np.array(TARGETS)[..., None], -1)[..., 0]
     plain = np.log(np.exp(logits).sum(-1)) - picked
-    losses = functools.partial(chunked_token_losses, logits_of, chunk=10)
+    losses = functools.partial(
+        chunked_token_values, cross_entropies, logits_of, chunk=10
+    )
     for shards in ((1, 1), (4, 1), (2, 3)):
         found = jax.jit(functools.partial(losses, shards=shards))(
             HEAD, HIDDEN, TARGETS, weights
@@ -252,7 +276,9 @@ def test_each_chunk_drops_other_inputs_of_an_adapted_head():
 
     @jax.jit
     def by_chunk(head):
-        found = chunked_token_losses(logits_of, head, hidden, same, ones, chunk=16)
+        found = chunked_token_values(
+            cross_entropies, logits_of, head, hidden, same, ones, chunk=16
+        )
         return found.reshape(-1, 16)
 
     def losses(head):

@@ -108,7 +108,7 @@ def token_losses(logits_CV: Array, targets_C: Array) -> tuple[Array, Array]:
 
 
 def cross_entropies(logits_CV: Array, targets_C: Array) -> Array:
-    """Of each target, in nats: the first of `token_losses`."""
+    """The cross entropy of each target in nats, as `token_losses` has it."""
     return token_losses(logits_CV, targets_C)[0]
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.weights.adapters.lora import KIND
-from research.weights.parameter_paths import not_finite
 from research.weights.parameter_spec import Spec
 from research.weights.representations.adapter_bank import AdapterBank
 from research.weights.representations.low_rank import LowRank
@@ -108,13 +107,21 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
                 f"the adapter of {path} has rank {rank}, and this server has room for "
                 f"ranks up to {banks[path].rank}: start it with this run"
             )
-    if odd := not_finite({p: (x.a, x.b, x.scale) for p, x in changed.items()}):
+    row = {path: _padded(own, changed.get(path)) for path, own in banks.items()}
+    if odd := [
+        path for path in changed if not all(map(_is_finite, row[path].values()))
+    ]:
         # It would reach every row of a batch: 0 * NaN is not 0.
         raise UserError(
             f"the adapter holds numbers that are not finite ({', '.join(odd[:3])}): "
             "its run has diverged; load an earlier step"
         )
-    return {path: _padded(own, changed.get(path)) for path, own in banks.items()}
+    return row
+
+
+def _is_finite(x: Array) -> bool:
+    """Whether the part of `x` on this host is; compiles nothing."""
+    return all(np.isfinite(np.asarray(s.data)).all() for s in x.addressable_shards)
 
 
 def set_row(params: Params, index: int, row: Row) -> Params:

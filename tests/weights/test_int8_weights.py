@@ -51,7 +51,7 @@ def test_each_weight_is_within_half_a_step_of_its_channel(name):
     )
     step = np.abs(weight).max(axis=axes, keepdims=True) / 127
     assert (np.abs(materialize(made) - weight) <= 0.5001 * step).all()
-    # What is in steps already is kept exactly.
+    # A matrix that is in steps already is kept exactly.
     again = as_int8(materialize(made), spec)
     np.testing.assert_array_equal(again.codes, made.codes)
 

@@ -31,8 +31,10 @@ Params = dict[str, Any]
 
 # Prompt tokens written at a time, and rounds of one call: on a CPU, where latency
 # counts and a call costs little, and on accelerators.
-CHUNK, ROUNDS = {"cpu": 64}, {"cpu": 1}
+CPU_CHUNK, CPU_ROUNDS = 64, 1
 ACCELERATOR_CHUNK, ACCELERATOR_ROUNDS = 256, 8
+# On a CPU, XLA takes ten times as long for a product of one row as for one of two.
+FEWEST_CPU_SLOTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class SlotDecoder:
     Attributes:
       params: of the model, by path; may be replaced between calls by others of the
         same shapes and shardings.
-      slots: S.
+      slots: S, which on a CPU is at least 2.
       length: the most tokens of prompt and answer together.
       chunk: the most tokens of one `extend`.
       rounds: R, the most tokens a slot gets from one `decode`.
@@ -84,7 +86,7 @@ class SlotDecoder:
         Args:
           model: the decoder; `options.dtype` is that of keys and values.
           params: lie on `mesh`; None leaves the decoder closed.
-          slots: S.
+          slots: S; a CPU makes 2 of 1.
           length: the most tokens of prompt and answer together.
           mesh: by default the first device alone.
           chunk: by default 64 on a CPU and 256 elsewhere.
@@ -99,10 +101,11 @@ class SlotDecoder:
                 f"slots for {length} tokens: the model's context is {a.max_position}"
             )
         self._mesh = mesh or meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-        platform = self._mesh.devices.flat[0].platform
+        cpu = self._mesh.devices.flat[0].platform == "cpu"
+        slots = max(slots, FEWEST_CPU_SLOTS) if cpu else slots
         self.slots, self.length, self.vocabulary = slots, length, a.vocab
-        self.chunk = chunk or CHUNK.get(platform, ACCELERATOR_CHUNK)
-        self.rounds = rounds or ROUNDS.get(platform, ACCELERATOR_ROUNDS)
+        self.chunk = chunk or (CPU_CHUNK if cpu else ACCELERATOR_CHUNK)
+        self.rounds = rounds or (CPU_ROUNDS if cpu else ACCELERATOR_ROUNDS)
         self.traces = 0
         attend = make_attend_cached(self._mesh, slots, a.kv_heads)
         self._model = model.with_options(attend_cached=attend)

@@ -39,9 +39,8 @@ from research.config.knob_groups import (
 from research.core.errors import UserError
 from research.data.token_batch import Batch
 from research.engine.requests import Sampling
-from research.engine.sampler import Sampler
+from research.engine.slot_decoder import SlotDecoder, SlotSettings
 from research.models import attention_kernels
-from research.models.attention import attend
 from research.models.make_model import choose_kernel, make_model
 from research.models.presets import preset as find_preset
 from research.models.transformer import Model
@@ -236,7 +235,10 @@ def _both_passes(drawn, segments, *, kernel: str, documents: int):
         if kernel == "plain":
             index = jnp.arange(segments.shape[1])
             allowed = segments[:, :, None] == segments[:, None, :]
-            return attend(q, k, v, allowed & (index[:, None] >= index[None])[None])
+            allowed &= (index[:, None] >= index[None])[None]
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=allowed[:, None], implementation="xla"
+            )
         if kernel == "causal":
             return jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation="cudnn"
@@ -450,17 +452,13 @@ def decode(
     prompt: int = 128,
     new: int = 64,
 ) -> Iterator[Result]:
-    """Tokens a second: of the engine's stream, then of the model for many prompts.
-
-    The engine answers one prompt at a time; each id waits for the one before. The
-    others are `Model.decode` with the likeliest id, all steps given to the device at
-    once: what an engine of so many slots could reach.
+    """Tokens a second of the slot decoder, greedily, with every slot answering.
 
     Args:
       preset: shape of the model, in bfloat16.
-      batches: prompts at once.
-      prompt: ids of each.
-      new: ids that are timed.
+      batches: slots.
+      prompt: ids of each prompt.
+      new: ids of each answer that are timed.
     """
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
     config = ModelConfig(preset=preset)
@@ -468,52 +466,29 @@ def decode(
     params = draw_weights(model, jnp.bfloat16)
     size = sum(x.nbytes for x in params.values())
     ids = [int(x) for x in np.random.default_rng(0).integers(0, 200, prompt)]
-    sampler = Sampler(model)
-    sampling = Sampling(max_new_tokens=new)
-
-    def answer() -> float:
-        stream = sampler.stream(params, ids, sampling, frozenset())
-        next(stream)
-        begun = time.perf_counter()
-        count = sum(1 for _ in stream)
-        return count / (time.perf_counter() - begun)
-
-    answer()
-    yield {"engine": "Sampler.stream", "prompts": 1, "tokens_per_s": answer(),
-           "weights_gb": size / 1e9}  # fmt: skip
-
-    def advance(params, token_B, cache):
-        hidden, cache = model.decode(params, token_B[:, None], cache)
-        return jnp.argmax(model.logits(params, hidden[:, 0]), axis=-1), cache
-
-    def fill(params, tokens_BT, cache):
-        hidden, cache = model.decode(params, tokens_BT, cache)
-        return jnp.argmax(model.logits(params, hidden[:, -1]), axis=-1), cache
-
-    prefill, advance = (jax.jit(f, donate_argnums=2) for f in (fill, advance))
     for count in batches:
-        tokens = jnp.tile(jnp.asarray(ids, jnp.int32), (count, 1))
-        room = -(-(prompt + 2 * new) // 256) * 256
-        for timed in (False, True):
-            cache = model.init_cache(count, room)
-            begun = time.perf_counter()
-            token, cache = jax.block_until_ready(prefill(params, tokens, cache))
-            prefill_s = time.perf_counter() - begun
-            if not timed:
-                token, cache = advance(params, token, cache)
-            jax.block_until_ready(cache)
-            begun = time.perf_counter()
-            for _ in range(new):
-                token, cache = advance(params, token, cache)
-            jax.block_until_ready(token)
-            seconds = time.perf_counter() - begun
+        decoder = SlotDecoder(model, params, count, prompt + 3 * new, mesh=mesh)
+        decoder.warm_up()
+        settings = SlotSettings(Sampling(max_new_tokens=3 * new))
+        begun = time.perf_counter()
+        for slot in range(count):
+            decoder.admit(slot, settings)
+            for at in range(0, prompt - 1, decoder.chunk):
+                decoder.extend(slot, ids[at : min(at + decoder.chunk, prompt - 1)])
+            decoder.start(slot, ids[-1])
+        decoder.decode()
+        prefill_s = time.perf_counter() - begun
+        begun, calls = time.perf_counter(), -(-new // decoder.rounds)
+        for _ in range(calls):
+            decoder.decode()
+        seconds, steps = time.perf_counter() - begun, calls * decoder.rounds
+        decoder.close()
         yield {
-            "engine": "Model.decode",
-            "prompts": count,
-            "tokens_per_s": count * new / seconds,
-            "ms_per_step": 1e3 * seconds / new,
+            "slots": count,
+            "tokens_per_s": count * steps / seconds,
+            "ms_per_step": 1e3 * seconds / steps,
             "prefill_tokens_per_s": count * prompt / prefill_s,
-            "cache_gb": (cache.k.nbytes + cache.v.nbytes) / 1e9,
+            "weights_gb": size / 1e9,
             "memory_gb": peak_memory_gb(),
         }
 

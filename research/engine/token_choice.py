@@ -11,8 +11,8 @@ The order of the steps:
 5. with a temperature of 0 the likeliest token, the lowest id of several; otherwise the
    logits are divided by it;
 6. top-k, then top-p of what is kept, then min-p, in the order of transformers' warpers;
-7. a draw by the Gumbel-max trick (Gumbel 1954), whose noise depends on the seed and
-   the number of the token, not on the slot or on other slots.
+7. a draw, whose random numbers depend on the seed and the number of the token, not on
+   the slot or on other slots.
 
 A step that no active slot needs is skipped, and does nothing to a slot that does not
 need it. Axis letters: S slots, V ids.
@@ -39,6 +39,8 @@ NO_ID = 2**31 - 1
 # The logit of a stop id that comes too early: below all others, and above the -inf of a
 # constraint, so that one that allows nothing but the end is obeyed.
 TOO_EARLY = -1e30
+# Ids among which one is drawn at a time.
+DRAWN_BLOCK = 256
 
 
 @jax.tree_util.register_dataclass
@@ -141,41 +143,65 @@ def choose(state: ChoiceState, logits_SV: Array, number_S: Array, active_S: Arra
       active_S: slots that are answering.
     """
 
-    def where_needed(needs_S: Array, change: Callable[[Array], Array], x: Array):
+    penalties = (state.repetition, 1.0), (state.frequency, 0.0), (state.presence, 0.0)
+    changes = (
+        (
+            functools.reduce(jnp.logical_or, (x != y for x, y in penalties)),
+            lambda x: _penalise(x, state),
+        ),
+        (jnp.any(state.bias != 0, axis=1), lambda x: _bias(x, state)),
+        (
+            number_S < state.min_new,
+            lambda x: _at(x, state.stop_ids).set(TOO_EARLY, mode="drop"),
+        ),
+        (state.constrained, lambda x: _constrain(x, state.allowed)),
+    )
+    warmer_S = state.temperature > 0
+
+    def likeliest(logits_SV: Array) -> Array:
+        return jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
+
+    def changed(logits_SV: Array) -> Array:
+        logits_SV = _where_needed(changes, logits_SV, active_S)
+        ids_S = likeliest(logits_SV)
+        draw = functools.partial(_drawn, logits_SV, state, number_S, active_S)
+        return _where_needed([(warmer_S, draw)], ids_S, active_S)
+
+    needed_S = functools.reduce(jnp.logical_or, (needs for needs, _ in changes))
+    return jax.lax.cond(
+        jnp.any((needed_S | warmer_S) & active_S), changed, likeliest, logits_SV
+    )
+
+
+def _where_needed(
+    changes: Iterable[tuple[Array, Callable[[Array], Array]]], x: Array, active_S: Array
+) -> Array:
+    """`x` `[S, ...]`, changed for the active slots that need it, one step at a time."""
+    for needs_S, change in changes:
         needs_S &= active_S
-        return jax.lax.cond(
+        rows = jnp.expand_dims(needs_S, range(1, x.ndim))
+        x = jax.lax.cond(
             jnp.any(needs_S),
-            lambda x: jnp.where(needs_S.reshape(-1, *[1] * (x.ndim - 1)), change(x), x),
+            lambda x, rows=rows, change=change: jnp.where(rows, change(x), x),
             lambda x: x,
             x,
         )
+    return x
 
-    penalties = (state.repetition, 1.0), (state.frequency, 0.0), (state.presence, 0.0)
-    penalised_S = functools.reduce(jnp.logical_or, (x != y for x, y in penalties))
-    early_S = number_S < state.min_new
-    for needs_S, change in (
-        (penalised_S, lambda x: _penalise(x, state)),
-        (jnp.any(state.bias != 0, axis=1), lambda x: _bias(x, state)),
-        (early_S, lambda x: _at(x, state.stop_ids).set(TOO_EARLY, mode="drop")),
-        (state.constrained, lambda x: _constrain(x, state.allowed)),
-    ):
-        logits_SV = where_needed(needs_S, change, logits_SV)
-    likeliest_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
 
-    def drawn(_: Array) -> Array:
-        # Only differences to the largest count, so that no small temperature overflows.
-        below_SV = logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True)
-        cold_S = jnp.where(state.temperature > 0, state.temperature, 1.0)
-        kept_SV = below_SV / cold_S[:, None]
-        for needs_S, change in (
-            (state.top_k > 0, lambda x: _top_k(x, state.top_k)),
-            (state.top_p < 1, lambda x: _top_p(x, state.top_p)),
-            (state.min_p > 0, lambda x: _min_p(x, state.min_p)),
-        ):
-            kept_SV = where_needed(needs_S, change, kept_SV)
-        return jax.vmap(_draw)(state.seed, number_S, kept_SV)
-
-    return where_needed(state.temperature > 0, drawn, likeliest_S)
+def _drawn(
+    logits_SV: Array, state: ChoiceState, number_S: Array, active_S: Array, _: Array
+) -> Array:
+    # Only differences to the largest count, so that no small temperature overflows.
+    below_SV = logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True)
+    temperature_S = jnp.where(state.temperature > 0, state.temperature, 1.0)
+    changes = (
+        (state.top_k > 0, lambda x: _top_k(x, state.top_k)),
+        (state.top_p < 1, lambda x: _top_p(x, state.top_p)),
+        (state.min_p > 0, lambda x: _min_p(x, state.min_p)),
+    )
+    kept_SV = _where_needed(changes, below_SV / temperature_S[:, None], active_S)
+    return jax.vmap(_draw)(state.seed, number_S, kept_SV)
 
 
 def log_probabilities(
@@ -270,8 +296,26 @@ def _keep_mass(x_SV: Array, mass_SV: Array, least_S: Array) -> Array:
     return jnp.where(order >= least_kept[:, None], x_SV, -jnp.inf)
 
 
-def _draw(seed: Array, number: Array, logits_V: Array) -> Array:
-    key = jax.random.fold_in(
-        jax.random.wrap_key_data(seed, impl="threefry2x32"), number
+def _draw(seed: Array, number: Array, below_V: Array) -> Array:
+    """An id by its probability, from logits whose largest is 0.
+
+    First a block of ids is drawn and then an id of the block, by where a uniform number
+    falls among the sums of probabilities. That takes two random numbers, not V.
+    """
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    first, second = jax.random.uniform(jax.random.fold_in(key, number), 2)
+    rest = -len(below_V) % DRAWN_BLOCK
+    mass = jnp.exp(jnp.pad(below_V, (0, rest), constant_values=-jnp.inf))
+    blocks = mass.reshape(-1, DRAWN_BLOCK)
+    block = _fall(jnp.sum(blocks, axis=1), first)
+    return block * DRAWN_BLOCK + _fall(blocks[block], second)
+
+
+def _fall(mass: Array, share: Array) -> Array:
+    """The index at which the running sum exceeds a share of the whole; of mass > 0."""
+    total = jnp.cumsum(mass)
+    index = jnp.argmax(total > share * total[-1])
+    # A share so close to 1 that the product is rounded to the whole.
+    return jnp.where(share * total[-1] < total[-1], index, jnp.argmax(mass)).astype(
+        jnp.int32
     )
-    return jax.random.categorical(key, logits_V).astype(jnp.int32)

@@ -208,7 +208,7 @@ def test_numbers_that_are_not_finite_stay_in_their_slot(model):
 
 
 def four_answers(decoder):
-    """Of prompts of many lengths; one begins with blocks that were read and written."""
+    """Prompts of many lengths; one begins with blocks that were read and written."""
     tail = 5 * CHUNK
     begin(decoder, 3, LONG)
     blocks = [decoder.read_block(3, i) for i in range(5)]

@@ -19,13 +19,13 @@ class LaunchParser(argparse.ArgumentParser):
         whole = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=whole, allow_abbrev=False, **given)
 
-    def parse_whole(self, arguments: Sequence[str]) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The options of this parser, or of the one of a target.
 
         Raises:
           UserError: an unknown flag, which is explained, or a wrong value.
         """
-        options, unknown = self.parse_known_args(list(arguments))
+        options, unknown = self.parse_known_args(args, namespace)
         reader = self
         if self._subparsers:
             reader = self._subparsers._group_actions[0].choices[options.target]

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser = LaunchParser(prog="python -m launch.report", description=USAGE)
     add_path(parser, "--sweep", "the sweep's file, or the folder of its runs")
     add_path(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
-    options = parser.parse_whole(argv[1:])
+    options = parser.parse_args(argv[1:])
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")
     folder = find(options.sweep, options.folder)

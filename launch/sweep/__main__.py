@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
     most = "most runs in one program; default: 8 on this machine, 1 elsewhere"
     parser.add_argument("--together", type=at_least(1), default=None, help=most)
     launcher.add_flags(parser, target)
-    options = parser.parse_whole(arguments)
+    options = parser.parse_args(arguments)
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")
     return target, options

@@ -29,7 +29,7 @@ class Turn:
 
     def read_fields(self) -> dict[str, Any]:
         """`fields` by name."""
-        return json.loads(self.fields or "{}")
+        return json.loads(self.fields) if self.fields else {}
 
     def with_fields(self, **more: Any) -> "Turn":
         """The same message with more fields; values that are None are none."""

@@ -10,6 +10,7 @@ import pytest
 from source_files import PACKAGE
 
 from launch import __main__ as launch_door
+from launch.jobs.launch_flags import LaunchParser
 from launch.jobs.launch_job import LaunchJob
 from launch.report import __main__ as report_door
 from launch.sweep import __main__ as sweep_door
@@ -117,7 +118,7 @@ def test_each_flag_of_a_launch_that_takes_a_path_knows_the_home_folder(monkeypat
     monkeypatch.setenv("HOME", "/home/me")
     found, seen = [launch_door.make_parser()], set()
     monkeypatch.setattr(
-        argparse.ArgumentParser, "parse_args", lambda self, *_: found.append(self) or 1
+        LaunchParser, "parse_args", lambda self, *_: found.append(self) or 1
     )
     for call in (
         lambda: report_door.main(["report"]), lambda: sweep_door.parse([])

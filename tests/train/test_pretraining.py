@@ -249,6 +249,7 @@ TEXT_REFUSALS = {
         (
             *(sources("x=small.txt"), mixture(), "--config.text.tokenizer=byte"),
             *("--config.text.held_out_share=0", "--config.text.held_out_bytes=200000"),
+            "--config.eval.every=10",
         ),
         ("training tokens", "513"),
         files=(("small.txt", "some words that are not held out"),),

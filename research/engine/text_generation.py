@@ -1,55 +1,113 @@
-"""Text from parameters: a sampler, a tokenizer, and pieces of text as they come."""
+"""Text from parameters: engines that are made when a model is asked, and then freed."""
 
-import dataclasses
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from research.engine.requests import Sampling
-from research.engine.sampler import Sampler
+from research.engine.continuous_batching import Engine
+from research.engine.requests import Piece, Request
+from research.engine.slot_decoder import SlotDecoder
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_base
+from research.models.transformer import Model
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.trainable import Trainable
 
 Params = dict[str, Any]
 
+# Slots and lengths are powers of two from these, so that few programs compile. With one
+# slot alone, XLA on a CPU multiplies by another and much slower way.
+FEWEST_SLOTS, MOST_SLOTS = 2, 8
+SHORTEST = 256
 
-@dataclasses.dataclass(frozen=True)
-class TextGenerator:
-    """Answers prompts.
+
+class SlotDecoders:
+    """The decoders of one model, by size. Each compiles once and holds no memory.
 
     Attributes:
-      sampler: of the model.
+      model: the decoder; parameters come with each use.
+      mesh: devices that hold the parameters.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh):
+        self.model, self.mesh = model, mesh
+        self._decoders: dict[tuple[int, int], SlotDecoder] = {}
+
+    @contextlib.contextmanager
+    def opened(self, params: Params, slots: int, tokens: int) -> Iterator[SlotDecoder]:
+        """A decoder with room for `slots` answers, which is freed afterwards.
+
+        Args:
+          params: of the model, by path; they lie on `mesh`.
+          slots: answers at once; there may be more.
+          tokens: of the longest prompt with its answer; there may be room for more, up
+            to the context of the model.
+        """
+        length = min(_power_of_two(tokens, SHORTEST), self.longest)
+        size = _power_of_two(slots, FEWEST_SLOTS), length
+        if size not in self._decoders:
+            decoder = SlotDecoder(self.model, None, *size, mesh=self.mesh)
+            self._decoders[size] = decoder
+        decoder = self._decoders[size]
+        decoder.open(params)
+        try:
+            yield decoder
+        finally:
+            decoder.close()
+
+    @property
+    def longest(self) -> int:
+        """The tokens that prompt and answer may have together."""
+        return self.model.architecture.max_position
+
+
+class TextGenerator:
+    """Answers requests with given parameters.
+
+    Attributes:
+      decoders: of the model.
       params: of the model, by path; a matrix may carry an adapter.
       tokenizer: of the model's ids.
     """
 
-    sampler: Sampler
-    params: Params
-    tokenizer: Tokenizer
+    def __init__(self, decoders: SlotDecoders, params: Params, tokenizer: Tokenizer):
+        self.decoders, self.params, self.tokenizer = decoders, params, tokenizer
 
-    def stream(
-        self, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]
-    ) -> Iterator[str]:
-        """Yields the answer to the ids of `prompt` in pieces of whole characters.
+    @contextlib.contextmanager
+    def engine(
+        self, slots: int, tokens: int, prefix_bytes: int = 0
+    ) -> Iterator[Engine]:
+        """An engine for a while; see `SlotDecoders.opened`."""
+        with self.decoders.opened(self.params, slots, tokens) as decoder:
+            yield Engine(decoder, self.tokenizer, prefix_bytes=prefix_bytes)
+
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """Yields the answer to one request in pieces of whole characters.
 
         Raises:
-          UserError: prompt and answer exceed the model's context.
+          UserError: the request cannot be answered, see `Engine.submit`.
         """
-        ids = self.sampler.stream(self.params, prompt, sampling, stop_ids)
-        return stream_text(ids, self.tokenizer)
+        with self.engine(1, _room(request)) as engine:
+            yield from engine.submit(request)
 
-    def answer(
-        self, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int]
-    ) -> str:
-        """Returns the whole answer to the ids of `prompt`."""
-        return "".join(self.stream(prompt, sampling, stop_ids))
+    def answers(self, requests: Sequence[Request]) -> list[str]:
+        """Returns the whole answers, made side by side.
+
+        Raises:
+          UserError: a request cannot be answered, see `Engine.submit`.
+        """
+        if not requests:
+            return []
+        slots = min(len(requests), MOST_SLOTS)
+        with self.engine(slots, max(map(_room, requests))) as engine:
+            answers = [engine.submit(request) for request in requests]
+            return [answer.text() for answer in answers]
 
 
 def tuned_generator(
-    sampler: Sampler,
+    decoders: SlotDecoders,
     trainable: Trainable,
     params: Params,
     frozen: Params,
@@ -60,11 +118,11 @@ def tuned_generator(
     They are used as they are. A copy in the compute dtype would be faster to read, and
     might not fit beside the state of a run that is training.
     """
-    return TextGenerator(sampler, trainable.forward(params, frozen, None), tokenizer)
+    return TextGenerator(decoders, trainable.forward(params, frozen, None), tokenizer)
 
 
 def base_generator(
-    sampler: Sampler, base: Base, mesh: Mesh, frozen: Params
+    decoders: SlotDecoders, base: Base, frozen: Params
 ) -> TextGenerator | None:
     """Generates with the base model: the `frozen` parameters, or the base read again.
 
@@ -72,22 +130,16 @@ def base_generator(
     """
     if base.tensors is None:
         return None
-    dtype = sampler.model.options.dtype
-    weights = frozen or load_base(base, sampler.model, mesh, dtype, seed=0)
-    return TextGenerator(sampler, weights, base.tokenizer)
+    model = decoders.model
+    weights = frozen or load_base(
+        base, model, decoders.mesh, model.options.dtype, seed=0
+    )
+    return TextGenerator(decoders, weights, base.tokenizer)
 
 
-def stream_text(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields text as ids come; a character waits until all its ids are there."""
-    seen: list[int] = []
-    shown = ""
-    for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown) :]
-        shown = text
-    rest = tokenizer.decode(seen)
-    if len(rest) > len(shown):
-        yield rest[len(shown) :]
+def _room(request: Request) -> int:
+    return len(request.prompt) + request.sampling.max_new_tokens
+
+
+def _power_of_two(count: int, least: int) -> int:
+    return max(least, 1 << (count - 1).bit_length())

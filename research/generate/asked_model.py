@@ -10,10 +10,9 @@ import jax
 from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
 from research.core.visible_text import visible
-from research.engine.requests import Sampling
-from research.engine.sampler import Sampler
+from research.engine.requests import Request, Sampling
 from research.engine.sampling_defaults import model_sampling
-from research.engine.text_generation import TextGenerator
+from research.engine.text_generation import SlotDecoders, TextGenerator
 from research.formats.base_model import Base, open_base
 from research.formats.load_parameters import load_base
 from research.models.make_model import make_model
@@ -75,7 +74,7 @@ class AskedModel:
             raise UserError("the prompt has bytes that are not UTF-8; type it again")
         ids = self.prompts.encode_prompt(turns, context)
         generator = self.generators[name]
-        longest = generator.sampler.model.architecture.max_position
+        longest = generator.decoders.longest
         if len(ids) >= longest:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, and the model's context is "
@@ -88,7 +87,8 @@ class AskedModel:
         sampling = dataclasses.replace(
             self.sampling, max_new_tokens=most, seed=self.sampling.seed + seed
         )
-        return generator.stream(ids, sampling, self.prompts.stop_ids)
+        request = Request(tuple(ids), sampling, self.prompts.stop_ids)
+        return (piece.text for piece in generator.stream(request))
 
 
 def open_run(
@@ -135,7 +135,7 @@ def open_model(name: str, system: str | None, flags: SamplingFlags) -> AskedMode
         config, base.architecture, mesh, length=base.architecture.max_position, rows=1
     )
     params = load_base(base, model, mesh, model.options.dtype, seed=0)
-    generator = TextGenerator(Sampler(model), params, base.tokenizer)
+    generator = TextGenerator(SlotDecoders(model, mesh), params, base.tokenizer)
     return _asked(prompts, {"model": generator}, base, flags)
 
 

@@ -17,8 +17,8 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.config.knob_groups import MeshConfig
 from research.config.run_config import Config
 from research.core.errors import DamagedError, UserError
-from research.engine.sampler import Sampler
 from research.engine.text_generation import (
+    SlotDecoders,
     TextGenerator,
     base_generator,
     tuned_generator,
@@ -99,13 +99,13 @@ class ReopenedRun(TrainedPrompts):
         Raises:
           UserError: there is no base model, because training began at random.
         """
-        sampler, tokenizer = Sampler(self.model), self.base.tokenizer
+        decoders = SlotDecoders(self.model, self.mesh)
         tuned = tuned_generator(
-            sampler, self.trainable, self.params, self.frozen, tokenizer
+            decoders, self.trainable, self.params, self.frozen, self.base.tokenizer
         )
         if not compare:
             return {"tuned": tuned}
-        base = base_generator(sampler, self.base, self.mesh, self.frozen)
+        base = base_generator(decoders, self.base, self.frozen)
         if base is None:
             raise UserError("--compare: this run began with random weights, no model")
         return {"base": base, "tuned": tuned}

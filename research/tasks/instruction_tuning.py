@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from research.config.knob_groups import BY_SIZE
 from research.config.run_config import Config
@@ -16,7 +15,7 @@ from research.data.instructions.instruction_dataset import (
     training_batches,
 )
 from research.data.token_batch import Batch
-from research.engine.requests import Sampling
+from research.engine.requests import Request, Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
@@ -256,9 +255,11 @@ class InstructionTask:
         """Greedy answers to the held-out prompts that `conclude` compares later."""
         if step == self._config.steps:
             return []  # `conclude` gives the same answers in a moment.
+        prompts = self._held_out_prompts()
+        answers = model.answers([request for _, request in prompts])
         return [
-            Sample(step, _prompt_text(record), model.answer(*request).strip())
-            for record, request in self._held_out_prompts()
+            Sample(step, _prompt_text(record), answer.strip())
+            for (record, _), answer in zip(prompts, answers, strict=True)
         ]
 
     def conclude(
@@ -283,8 +284,8 @@ class InstructionTask:
             for record, _ in prompts
         ]
 
-    def _held_out_prompts(self) -> list[tuple[Record, tuple[Any, ...]]]:
-        """`eval.prompts` held-out rows, each with the arguments of `answer`."""
+    def _held_out_prompts(self) -> list[tuple[Record, Request]]:
+        """`eval.prompts` held-out rows, each with the request for its answer."""
         sampling = Sampling(max_new_tokens=self._config.eval.max_new_tokens)
         # Training may have cut a context to fit; as a prompt it can still be too long.
         room = self._longest - sampling.max_new_tokens
@@ -296,20 +297,27 @@ class InstructionTask:
             r for r in self._data.held_out_records if len(prompts[r.where]) <= room
         ]
         return [
-            (record, (prompts[record.where], sampling, self._chat.stop_ids))
+            (
+                record,
+                Request(tuple(prompts[record.where]), sampling, self._chat.stop_ids),
+            )
             for record in pick_records(fitting, self._config.eval.prompts)
         ]
 
 
 def _answer(
     open_model: Callable[[], TextGenerator | None],
-    prompts: Sequence[tuple[Record, tuple[Any, ...]]],
+    prompts: Sequence[tuple[Record, Request]],
 ) -> dict[str, str]:
     """Answers by row. The model is opened for them alone, and freed after them."""
     model = open_model() if prompts else None
     if model is None:
         return {}
-    return {record.where: model.answer(*request).strip() for record, request in prompts}
+    answers = model.answers([request for _, request in prompts])
+    return {
+        record.where: answer.strip()
+        for (record, _), answer in zip(prompts, answers, strict=True)
+    }
 
 
 def _prompt_text(record: Record) -> str:

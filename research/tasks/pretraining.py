@@ -20,7 +20,7 @@ from research.data.text.text_dataset import TextData
 from research.data.text.text_sources import check_text, open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
-from research.engine.requests import Sampling
+from research.engine.requests import Request, Sampling
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.epochs import count_epochs, resolved
@@ -184,11 +184,20 @@ class TextTask:
         """Continues each of `config.eval.text_prompts`."""
         config = self._config.eval
         sampling = Sampling(
-            TEMPERATURE, TOP_P, config.max_new_tokens, self._config.seed
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            max_new_tokens=config.max_new_tokens,
+            seed=self._config.seed,
+        )
+        answers = model.answers(
+            [
+                Request(tuple(ids), sampling, self._plain.stop_ids)
+                for ids in self._prompts.values()
+            ]
         )
         return [
-            Sample(step, prompt, model.answer(ids, sampling, self._plain.stop_ids))
-            for prompt, ids in self._prompts.items()
+            Sample(step, prompt, answer)
+            for prompt, answer in zip(self._prompts, answers, strict=True)
         ]
 
     def conclude(

@@ -39,14 +39,14 @@ def finish(run: TrainingRun) -> None:
 def _trained(run: TrainingRun) -> TextGenerator:
     trainable, tokenizer = run.definition.trainable, run.base.tokenizer
     params = run.state.params
-    return tuned_generator(run.sampler, trainable, params, run.frozen, tokenizer)
+    return tuned_generator(run.decoders, trainable, params, run.frozen, tokenizer)
 
 
 def _untrained(run: TrainingRun) -> TextGenerator | None:
     # After full training the base model takes the place of the trained one.
     run.state = None
     try:
-        return base_generator(run.sampler, run.base, run.definition.mesh, run.frozen)
+        return base_generator(run.decoders, run.base, run.frozen)
     except UserError as error:
         logging.warning("the report has no answers of the base model: %s", error)
         return None

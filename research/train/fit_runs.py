@@ -281,7 +281,7 @@ class _TrainingPass:
         for index in self._active():
             run, own = self._runs[index], self._program.state_of(index, state)
             generator = tuned_generator(
-                run.sampler,
+                run.decoders,
                 run.definition.trainable,
                 own.params,
                 run.frozen,

@@ -21,7 +21,7 @@ from research.checkpoints.run_identity import Identity
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.engine.sampler import Sampler
+from research.engine.text_generation import SlotDecoders
 from research.formats.base_model import Base
 from research.formats.huggingface_export import save_settings
 from research.parallel import agreement, mesh
@@ -131,7 +131,11 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 base=base,
                 task=task,
                 definition=definition,
-                sampler=runs[0].sampler if runs else Sampler(definition.model),
+                decoders=(
+                    runs[0].decoders
+                    if runs
+                    else SlotDecoders(definition.model, definition.mesh)
+                ),
                 state=state if isinstance(state.step, jax.Array) else None,
                 frozen=frozen,
                 examination=examination,

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from research.config.run_config import Config
-from research.engine.sampler import Sampler
+from research.engine.text_generation import SlotDecoders
 from research.formats.base_model import Base
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
@@ -34,7 +34,7 @@ class TrainingRun:
     base: Base
     task: Task
     definition: train_step.StepDefinition
-    sampler: Sampler
+    decoders: SlotDecoders
     state: train_step.TrainState | None
     frozen: dict[str, Any]
     examination: Examination

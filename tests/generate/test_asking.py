@@ -14,7 +14,7 @@ from tiny_model import make_tiny_model
 from research.config.help_text import full_help, topic_help
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
-from research.engine.requests import Sampling
+from research.engine.requests import Piece, Sampling
 from research.engine.sampling_defaults import model_sampling
 from research.formats.base_model import open_base
 from research.generate import asked_model
@@ -39,14 +39,13 @@ class Echo:
 
     def __init__(self, before=""):
         self.before, self.samplings = before, []
-        architecture = types.SimpleNamespace(max_position=CONTEXT)
-        model = types.SimpleNamespace(architecture=architecture)
-        self.sampler = types.SimpleNamespace(model=model)
+        self.decoders = types.SimpleNamespace(longest=CONTEXT)
 
-    def stream(self, prompt, sampling, stop_ids):
-        self.samplings.append(sampling)
-        yield self.before
-        yield "".join(map(chr, prompt))[: sampling.max_new_tokens]
+    def stream(self, request):
+        self.samplings.append(request.sampling)
+        yield Piece(self.before)
+        text = "".join(map(chr, request.prompt))
+        yield Piece(text[: request.sampling.max_new_tokens])
 
 
 class Letters:
@@ -137,7 +136,7 @@ def test_answers_get_the_room_that_the_context_has(caplog):
     assert "room for 4 more tokens" in caplog.text
     with pytest.raises(UserError, match=r"40 tokens.*context is 40"):
         model.stream("model", [Turn("user", "x" * 40)])
-    # A length that the user gives is not shortened: the sampler refuses it.
+    # A length that the user gives is not shortened: the engine refuses it.
     model = echo(fits_answers=False)
     "".join(model.stream("model", [Turn("user", "x" * 36)]))
     assert model.generators["model"].samplings[-1].max_new_tokens == 20
@@ -166,7 +165,7 @@ def test_a_piped_chat_that_fails_has_an_exit_code(ask, monkeypatch, lines, code)
 def test_help_of_a_flag_says_what_happens_without_it():
     shown = full_help("", GenerateFlags, has_config=False)
     assert "null" not in shown and "  --system  (str)" in shown
-    assert "not given: that of training; --system= sends none" in shown
+    assert "not given: that of training, which an export has in its chat" in shown
     assert "default" not in topic_help("system", GenerateFlags, has_config=False)
 
 

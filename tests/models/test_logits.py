@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers import TINY, in_soak, random_params
 
-from research.engine import sampler
 from research.models.cached_attention import attend_cached
 from research.models.transformer import Model
 from research.tasks.token_loss_and_metrics import cross_entropies
@@ -91,25 +90,19 @@ def test_logits_of_hidden_states_are_the_float32_product(half):
 
 @pytest.mark.parametrize("kind", ["tied, adapted", *map(in_soak, HEADS[:-1])])
 def test_decoding_gives_the_float32_product_too(kind):
-    """Prefill and one token after it, as the sampler makes them."""
+    """A prompt, and one token after it."""
     half = model, params, *_ = make_half(kind)
     cache = model.init_cache(2, 16)
 
-    # In one program, so that both compute one hidden state.
     @jax.jit
-    def prefill(params, cache):
-        logits, after = sampler._prefill(model, params, TOKENS, cache, 12)
-        return model.decode(params, TOKENS, cache)[0], logits, after
+    def advance(params, tokens, cache):
+        hidden, cache = model.decode(params, tokens, cache)
+        return hidden[:, -1], model.logits(params, hidden[:, -1]), cache
 
-    @jax.jit
-    def advance(params, token, cache):
-        logits, _ = sampler._advance(model, params, token, cache)
-        return model.decode(params, token[:, None], cache)[0], logits
-
-    hidden, logits, cache = prefill(params, cache)
-    check(logits, hidden[:, -1], half)
-    hidden, logits = advance(params, np.argmax(logits, axis=-1), cache)
-    check(logits, hidden[:, 0], half)
+    hidden, logits, cache = advance(params, TOKENS, cache)
+    check(logits, hidden, half)
+    hidden, logits, _ = advance(params, np.argmax(logits, -1)[:, None], cache)
+    check(logits, hidden, half)
 
 
 def test_the_loss_is_of_unrounded_logits(half):

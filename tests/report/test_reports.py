@@ -365,7 +365,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
         definition=space(trainable=None, mesh=None),
         base=base,
         task=space(conclude=fail, origin="rows", rows=0),
-        sampler=None,
+        decoders=None,
         state=TrainState(3, {}, None),
         frozen=None,
         console=Console(file=io.StringIO()),

@@ -18,7 +18,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import LoRAConfig, MeshConfig, RuntimeConfig
 from research.config.saved_config import to_json
 from research.core.errors import DamagedError, UserError
-from research.engine.requests import Sampling
+from research.engine.requests import Request, Sampling
 from research.models import attention_kernels, attention_sharding
 from research.models.presets import PRESETS
 from research.models.transformer import Model
@@ -82,7 +82,8 @@ def same(left, right):
 
 def answer(run):
     ids = run.prompts.encode_prompt([Turn("user", "Add 3 to 4")])
-    return run.generators()["tuned"].answer(ids, SAMPLING, frozenset())
+    (said,) = run.generators()["tuned"].answers([Request(tuple(ids), SAMPLING)])
+    return said
 
 
 # -- the machine that trained does not matter -----------------------------------------
@@ -152,7 +153,8 @@ def test_the_answer_is_the_one_of_the_report(lora):
     ids = found.prompts.encode_prompt([Turn("user", question)], context)
     sampling = Sampling(max_new_tokens=found.config.eval.max_new_tokens)
     for name, generator in found.generators(compare=True).items():
-        said = generator.answer(ids, sampling, found.prompts.stop_ids)
+        request = Request(tuple(ids), sampling, found.prompts.stop_ids)
+        (said,) = generator.answers([request])
         assert said.strip() == asked[name]
 
 

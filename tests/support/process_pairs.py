@@ -39,7 +39,7 @@ def two_processes(place, results):
     answers = ask(place, run, "checkpoint", "sample", "stop")
     stopped = [process.finish() for process in running]
     saved = place.saved_steps(run)
-    # The sampler has been compiled for two processes once.
+    # The decoder has been compiled for two processes once.
     flags = (*PAIR, f"--config.run_dir=runs/{run}", "--config.eval.text_prompts=()")
     launched = place.launch(("local", "--processes=2"), flags, devices=2)
     return types.SimpleNamespace(

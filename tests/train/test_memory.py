@@ -14,8 +14,7 @@ import pytest
 from commands import ENVIRONMENT, ROOT
 from step_definitions import ONE, make_definition, spread
 
-from research.engine.sampler import Sampler
-from research.engine.text_generation import tuned_generator
+from research.engine.text_generation import SlotDecoders, tuned_generator
 from research.tasks.instruction_tuning import InstructionTask
 from research.tokenize.conversation import Record, Turn
 from research.train import finish_run
@@ -34,17 +33,18 @@ def test_the_first_state_takes_the_place_of_the_parameters(model, params):
 def test_samples_use_the_parameters_themselves(model, params):
     """In a run that trains float32 parameters and computes in bfloat16."""
     definition, _ = make_definition(model, "full", ONE, "bfloat16")
-    sampler, split = Sampler(definition.model), definition.trainable
-    found = tuned_generator(sampler, split, params, {}, None).params
+    decoders = SlotDecoders(definition.model, definition.mesh)
+    split = definition.trainable
+    found = tuned_generator(decoders, split, params, {}, None).params
     assert found.keys() == params.keys()
     assert all(found[path] is params[path] for path in params)
 
 
 class Parrot:
-    """A generator that repeats its prompt."""
+    """A generator that repeats its prompts."""
 
-    def answer(self, prompt):
-        return prompt
+    def answers(self, prompts):
+        return prompts
 
 
 def test_the_report_holds_one_model_at_a_time(monkeypatch):
@@ -52,7 +52,7 @@ def test_the_report_holds_one_model_at_a_time(monkeypatch):
     record = Record((Turn("user", "Hi"), Turn("assistant", "Ho")), "", "", "rows:1")
     task = object.__new__(InstructionTask)
     task._base_answers = {}
-    task._held_out_prompts = lambda: [(record, ("Hi",))]
+    task._held_out_prompts = lambda: [(record, "Hi")]
     state = train_step.TrainState(0, {"w": np.ones(3)}, {"w": np.ones(3)})
     alive = [weakref.ref(state.params["w"]), weakref.ref(state.opt_state["w"])]
     run = SimpleNamespace(
@@ -73,7 +73,7 @@ def test_the_report_holds_one_model_at_a_time(monkeypatch):
 
     monkeypatch.setattr(finish_run, "_trained", trained)
     monkeypatch.setattr(finish_run, "base_generator", load)
-    run.sampler = run.base = run.frozen = None
+    run.decoders = run.base = run.frozen = None
     run.definition = SimpleNamespace(mesh=None)
     with pytest.raises(KeyboardInterrupt, match="seen"):
         finish_run._finish(run)

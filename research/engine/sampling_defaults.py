@@ -9,14 +9,11 @@ from research.models.families.config_fields import ConfigFields
 # Fields that would change an answer and that `Sampling` has not, with the values that
 # change nothing. Those of the first group matter only where tokens are drawn.
 OF_DRAWS = {
-    "top_k": 0,
-    "min_p": 0,
     "typical_p": 1,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
 }
 OTHERS = {
-    "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
@@ -50,8 +47,15 @@ def model_sampling(
     values = {
         "temperature": fields.number("temperature", 1.0) if draws else 0.0,
         "top_p": fields.number("top_p", 1.0 if draws else otherwise.top_p, high=1),
+        # transformers draws from the 50 likeliest tokens unless a model says otherwise.
+        "top_k": fields.integer("top_k", 50 if draws else otherwise.top_k, low=0),
+        "repetition_penalty": fields.number(
+            "repetition_penalty", otherwise.repetition_penalty
+        ),
         "max_new_tokens": fields.integer("max_new_tokens", otherwise.max_new_tokens),
     }
+    if fields.get("min_p"):
+        values["min_p"] = fields.number("min_p", high=1)
     return Sampling(**values, seed=otherwise.seed), [
         f"{name}={generation[name]}"
         for name, neutral in unused.items()

@@ -4,21 +4,32 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import UserError
 
+if TYPE_CHECKING:
+    from research.generate.asked_model import AskedModel
+
 USAGE = """
 python -m research.generate --run=RUN_DIR [--prompt="..."] [--context="..."] [--compare]
 python -m research.generate --model=FOLDER|FILE.gguf|hub://OWNER/NAME|pkg://PACKAGE/FILE
+python -m research.generate --run=RUN_DIR --prompts=FILE [--out=FILE.jsonl]
 
 Streams the model's answer to --prompt, or to all of standard input with --prompt=-.
 Without --prompt, a terminal is a chat: an empty line drops the conversation, and the
 end of input leaves. In a pipe each line is a prompt by itself, unless --chat is given;
---jsonl writes one JSON object for each. A model without a chat template, and a run that
+--json writes one JSON object for each. A model without a chat template, and a run that
 was pre-trained on raw text, continue the prompt. No config is needed: the model opens
 with its parameters alone, on the devices of this machine.
+
+--prompts reads a prompt from each line of a text file, or from each row of a .jsonl,
+.json, .csv or .parquet file with `prompt` or `messages`. With --out many are answered
+at once, and each answer is written in the order of the prompts; the same command
+continues after a kill.
 """
 OF_MODEL = "not given: that of the model's generation_config.json"
 
@@ -35,14 +46,20 @@ class GenerateFlags:
     prompt: str | None = knob(
         None, "question or instruction; -: all of standard input; not given: see above"
     )
+    prompts: str = knob("", "file of prompts; see above", is_path=True)
+    out: str = knob("", "file of their answers, a JSON object a line", is_path=True)
+    slots: int = knob(8, "answers of --out that are made at once", low=1, high=256)
     context: str = knob("", "material that belongs to the prompt")
     system: str | None = knob(
         None, "system text; not given: that of training; --system= sends none"
     )
     chat: bool = knob(False, "the lines of a pipe are one conversation")
-    jsonl: bool = knob(
-        False, "write a line with line, prompt and answer (or base and tuned, or error)"
+    json: bool = knob(
+        False,
+        "write a JSON object a line: line, prompt, answer (answers with --n, base and "
+        "tuned with --compare) and finish, or error",
     )
+    jsonl: bool = knob(False, "older name of --json")
     compare: bool = knob(False, "answer with the base model of the run, too")
     step: str = knob("latest", "checkpoint of the run: latest, best, or a step number")
     temperature: float | None = knob(
@@ -56,10 +73,29 @@ class GenerateFlags:
         above=0,
         high=1,
     )
+    top_k: int | None = knob(
+        None, f"likeliest tokens to sample from, 0: all; {OF_MODEL}, else all", low=0
+    )
+    min_p: float | None = knob(
+        None,
+        "least probability of a sampled token, as a share of the likeliest one's; "
+        f"{OF_MODEL}, else 0",
+        low=0,
+        high=1,
+    )
+    repetition_penalty: float | None = knob(
+        None,
+        f"above 1 makes tokens that are there already less likely; {OF_MODEL}, else 1",
+        above=0,
+    )
+    stop: tuple[str, ...] = knob(
+        (), "text that ends an answer and is not part of it; may be given repeatedly"
+    )
     max_new_tokens: int | None = knob(
         None, f"longest answer, in tokens; {OF_MODEL}, else 256", above=0
     )
-    seed: int = knob(0, "seed of the samples; counts up from prompt to prompt")
+    n: int = knob(1, "answers to each prompt, with different seeds", low=1, high=100)
+    seed: int = knob(0, "seed of the samples; counts up from answer to answer")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,25 +109,45 @@ def main(argv: Sequence[str]) -> int:
     if prompt is not None and not (prompt.strip() or f.context.strip()):
         raise UserError("--prompt is empty")
     from research.generate.asked_model import SamplingFlags, open_model, open_run
-    from research.generate.chat import Conversation
-    from research.generate.separate_prompts import answer_each, piped_prompts
     from research.parallel import runtime
 
     runtime.start_alone()
-    flags = SamplingFlags(f.temperature, f.top_p, f.max_new_tokens, f.seed)
+    names = [field.name for field in dataclasses.fields(SamplingFlags)]
+    flags = SamplingFlags(**{name: getattr(f, name) for name in names})
     if f.model:
-        model = open_model(f.model, f.system, flags)
+        model = open_model(f.model, f.system, flags, f.stop)
     else:
-        model = open_run(f.run, f.step, f.compare, f.system, flags)
-    context = f.context.strip()
-    if f.jsonl or (prompt is None and not f.chat and not sys.stdin.isatty()):
-        prompts = piped_prompts() if prompt is None else [(1, prompt)]
-        failed = answer_each(model, prompts, context, as_json=f.jsonl)
-        return UserError.exit_code if failed else 0
+        model = open_run(f.run, f.step, f.compare, f.system, flags, f.stop)
+    return UserError.exit_code if _ask(model, f, prompt) else 0
+
+
+def _ask(model: "AskedModel", f: GenerateFlags, prompt: str | None) -> int:
+    """Answers what the flags say; returns how many prompts failed."""
+    from research.generate import separate_prompts
+    from research.generate.answer_file import answer_file
+    from research.generate.chat import Conversation
+    from research.generate.prompt_file import read_prompts
+
+    context, as_json = f.context.strip(), f.json or f.jsonl
+    is_terminal = sys.stdin.isatty()
+    if f.out:
+        paths = Path(f.prompts), Path(f.out)
+        return answer_file(model, *paths, context, count=f.n, slots=f.slots)
+    if f.prompts:
+        prompts = read_prompts(Path(f.prompts))
+    elif prompt is not None:
+        prompts = [separate_prompts.single_prompt(prompt)]
+    else:
+        prompts = separate_prompts.piped_prompts()
+    by_itself = prompt is None and not f.chat and not is_terminal
+    if f.prompts or as_json or f.n > 1 or by_itself:
+        return separate_prompts.answer_each(
+            model, prompts, context, as_json=as_json, count=f.n
+        )
     conversation = Conversation(model, context)
     if prompt is None:
         failed = conversation.interact()
-        return UserError.exit_code if failed and not sys.stdin.isatty() else 0
+        return 0 if is_terminal else failed
     conversation.say(prompt)
     return 0
 
@@ -109,8 +165,24 @@ def _check(f: GenerateFlags) -> None:
             f"--model is a model without a run, and {', '.join(given)} needs one: drop "
             "either"
         )
-    if f.chat and (f.jsonl or f.prompt is not None):
-        raise UserError("--chat is a conversation: it takes no --prompt and no --jsonl")
+    of_prompts = {
+        "prompt": f.prompt is not None,
+        "prompts": f.prompts,
+        "json": f.json,
+        "jsonl": f.jsonl,
+        "n": f.n > 1,
+    }
+    given = [f"--{name}" for name, is_set in of_prompts.items() if is_set]
+    if f.chat and given:
+        raise UserError(f"--chat is a conversation: it takes no {', '.join(given)}")
+    if f.prompts and f.prompt is not None:
+        raise UserError("--prompt and --prompts are both set: drop either")
+    if f.prompts and not Path(f.prompts).is_file():
+        raise UserError(f"--prompts={f.prompts} is no file")
+    if f.out and not f.prompts:
+        raise UserError("--out has the answers to a file of prompts: give --prompts=")
+    if "" in f.stop:
+        raise UserError("--stop is empty; it would end every answer at once")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax
 from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
 from research.core.visible_text import visible
-from research.engine.requests import Request, Sampling
+from research.engine.requests import Piece, Request, Sampling
 from research.engine.sampling_defaults import model_sampling
 from research.engine.text_generation import SlotDecoders, TextGenerator
 from research.formats.base_model import Base, open_base
@@ -34,6 +34,9 @@ class SamplingFlags:
 
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     seed: int = 0
 
@@ -47,20 +50,41 @@ class AskedModel:
       generators: by the name of the model.
       sampling: how tokens are chosen.
       fits_answers: shortens the limit of an answer to what the context has room for.
+      stop: texts that end an answer and are not part of it.
+      name: of the run with its step, or of the model, for people.
     """
 
     prompts: PromptFormat
     generators: Mapping[str, TextGenerator]
     sampling: Sampling
     fits_answers: bool = True
+    stop: tuple[str, ...] = ()
+    name: str = ""
 
     def stream(
         self, name: str, turns: Sequence[Turn], context: str = "", seed: int = 0
-    ) -> Iterator[str]:
+    ) -> Iterator[Piece]:
         """Yields the answer of a model in pieces.
 
         Args:
           name: of the model.
+          turns, context, seed: see `request`.
+
+        Raises:
+          UserError: see `request`.
+        """
+        request = self.request(turns, context, seed)
+        room = request.sampling.max_new_tokens
+        if room < self.sampling.max_new_tokens:
+            logging.warning("the context has room for %d more tokens", room)
+        return self.generators[name].stream(request)
+
+    def request(
+        self, turns: Sequence[Turn], context: str = "", seed: int = 0
+    ) -> Request:
+        """The request for the answer to a conversation.
+
+        Args:
           turns: of the conversation; the last one is the prompt.
           context: material that belongs to the first turn.
           seed: is added to that of `sampling`.
@@ -73,26 +97,28 @@ class AskedModel:
         if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
             raise UserError("the prompt has bytes that are not UTF-8; type it again")
         ids = self.prompts.encode_prompt(turns, context)
-        generator = self.generators[name]
-        longest = generator.decoders.longest
+        longest = next(iter(self.generators.values())).decoders.longest
         if len(ids) >= longest:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, and the model's context is "
                 f"{longest}: shorten the prompt"
             )
-        most, room = self.sampling.max_new_tokens, longest - len(ids)
-        if self.fits_answers and room < most:
-            logging.warning("the context has room for %d more tokens", room)
-            most = room
+        most = self.sampling.max_new_tokens
+        if self.fits_answers:
+            most = min(most, longest - len(ids))
         sampling = dataclasses.replace(
             self.sampling, max_new_tokens=most, seed=self.sampling.seed + seed
         )
-        request = Request(tuple(ids), sampling, self.prompts.stop_ids)
-        return (piece.text for piece in generator.stream(request))
+        return Request(tuple(ids), sampling, self.prompts.stop_ids, self.stop)
 
 
 def open_run(
-    run: str, step: str, compare: bool, system: str | None, flags: SamplingFlags
+    run: str,
+    step: str,
+    compare: bool,
+    system: str | None,
+    flags: SamplingFlags,
+    stop: tuple[str, ...] = (),
 ) -> AskedModel:
     """The model of a run, with the system text that it was trained with, or `system`.
 
@@ -105,10 +131,13 @@ def open_run(
     prompts = opened.prompts if system is None else opened.prompts_with(system)
     _check_system(prompts, system)
     generators = opened.generators(compare=compare)
-    return _asked(prompts, generators, opened.base, flags)
+    name = f"{opened.folder.path}@{opened.step}"
+    return _asked(name, prompts, generators, opened.base, flags, stop)
 
 
-def open_model(name: str, system: str | None, flags: SamplingFlags) -> AskedModel:
+def open_model(
+    name: str, system: str | None, flags: SamplingFlags, stop: tuple[str, ...] = ()
+) -> AskedModel:
     """A model without a run, as `config.model.init_from` names it.
 
     Without a chat template, it completes the text of a prompt.
@@ -136,7 +165,7 @@ def open_model(name: str, system: str | None, flags: SamplingFlags) -> AskedMode
     )
     params = load_base(base, model, mesh, model.options.dtype, seed=0)
     generator = TextGenerator(SlotDecoders(model, mesh), params, base.tokenizer)
-    return _asked(prompts, {"model": generator}, base, flags)
+    return _asked(name, prompts, {"model": generator}, base, flags, stop)
 
 
 def _check_system(prompts: PromptFormat, system: str | None) -> None:
@@ -147,10 +176,12 @@ def _check_system(prompts: PromptFormat, system: str | None) -> None:
 
 
 def _asked(
+    name: str,
     prompts: PromptFormat,
     generators: Mapping[str, TextGenerator],
     base: Base,
     flags: SamplingFlags,
+    stop: tuple[str, ...],
 ) -> AskedModel:
     sampling, unused = model_sampling(base.tokenizer.generation, USUAL)
     if unused:
@@ -165,4 +196,6 @@ def _asked(
         generators,
         dataclasses.replace(sampling, **given),
         fits_answers=flags.max_new_tokens is None,
+        stop=stop,
+        name=name,
     )

@@ -34,8 +34,8 @@ class Conversation:
                 show(f"--- {name}\n")
             answer = ""
             for piece in pieces:
-                answer += piece
-                show(piece)
+                answer += piece.text
+                show(piece.text)
             show("\n")
             history.append(Turn("assistant", answer.strip()))
 

@@ -1,35 +1,98 @@
 """Prompts that have nothing to do with each other, and their answers in order."""
 
+import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from research.core.errors import UserError
 from research.core.visible_text import visible
+from research.engine.requests import Piece
 from research.generate.asked_model import AskedModel
 from research.generate.chat import show
+from research.generate.prompt_file import FilePrompt
 from research.tokenize.conversation import Turn
 
-Prompt = tuple[int, str]  # The number of its line, counted from 1, and its text.
+
+@dataclasses.dataclass(frozen=True)
+class FullAnswer:
+    """An answer that is complete.
+
+    Attributes:
+      text: of the answer.
+      finish: `stop` or `length`.
+      tokens: how many there are.
+    """
+
+    text: str
+    finish: str
+    tokens: int
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> "FullAnswer":
+        """Reads all pieces.
+
+        Raises:
+          Exception: what the answer failed with.
+        """
+        text, tokens, finish = "", 0, ""
+        for piece in pieces:
+            text += piece.text
+            tokens += len(piece.ids)
+            finish = piece.finish
+        return cls(text, finish, tokens)
 
 
-def piped_prompts() -> Iterator[Prompt]:
+def answer_fields(found: Mapping[str, Sequence[FullAnswer]]) -> dict[str, Any]:
+    """The fields of a line of JSON that hold the answers, by model.
+
+    A single model has no name, and a single answer is no list.
+    """
+
+    def of_models(values: Mapping[str, Sequence[str]], name: str) -> dict[str, Any]:
+        single = {k: v[0] if len(v) == 1 else v for k, v in values.items()}
+        return single if len(single) > 1 else {name: next(iter(single.values()))}
+
+    texts = {name: [x.text for x in answers] for name, answers in found.items()}
+    ends = {name: [x.finish for x in answers] for name, answers in found.items()}
+    finish = of_models(ends, "finish")
+    many = len(next(iter(found.values()))) > 1
+    return {
+        **of_models(texts, "answers" if many else "answer"),
+        "finish": finish.get("finish", finish),
+    }
+
+
+def piped_prompts() -> Iterator[FilePrompt]:
     """The lines of standard input that are not empty."""
     for number, line in enumerate(sys.stdin, start=1):
         if line.strip():
-            yield number, line.removesuffix("\n")
+            yield single_prompt(line.removesuffix("\n"), number)
+
+
+def single_prompt(text: str, number: int = 1) -> FilePrompt:
+    """A text of standard input or of a flag as a prompt."""
+    turns = (Turn("user", text),)
+    return FilePrompt(f"standard input:{number}", {"prompt": text}, turns)
 
 
 def answer_each(
-    model: AskedModel, prompts: Iterable[Prompt], context: str, *, as_json: bool
+    model: AskedModel,
+    prompts: Iterable[FilePrompt],
+    context: str,
+    *,
+    as_json: bool,
+    count: int = 1,
 ) -> int:
     """Writes the answers to standard output; a prompt that fails leaves the others.
 
     Args:
-      model: answers each prompt by itself. The seed counts up from prompt to prompt.
+      model: answers each prompt by itself. The seed counts up from answer to answer.
       prompts: answered in order, each before the next one is read.
-      context: material that belongs to each of them.
+      context: material that belongs to each prompt that has none of its own.
       as_json: writes one JSON object a line, and not the text under a heading.
+      count: answers to each prompt.
 
     Returns:
       How many prompts failed.
@@ -37,41 +100,50 @@ def answer_each(
     Raises:
       UserError: there is no prompt.
     """
-    failed = count = 0
-    for count, (number, prompt) in enumerate(prompts, start=1):
+    failed = number = 0
+    for number, prompt in enumerate(prompts, start=1):
         try:
-            _answer(model, number, prompt, context, count - 1, as_json)
+            if prompt.problem:
+                raise UserError(prompt.problem)
+            seeds = range((number - 1) * count, number * count)
+            _answer(model, prompt, prompt.context or context, seeds, as_json)
         except UserError as error:
             failed += 1
-            sys.stderr.write(f"error: line {number}: {error}\n")
+            where = prompt.where.replace("standard input:", "line ")
+            sys.stderr.write(f"error: {where}: {error}\n")
             if as_json:
-                _show_json(number, prompt, {"error": str(error)})
-    if not count:
+                _show_json(prompt, {"error": str(error)})
+    if not number:
         raise UserError("standard input has no prompt; give one a line, or --prompt")
     return failed
 
 
 def _answer(
-    model: AskedModel, number: int, prompt: str, context: str, seed: int, as_json: bool
+    model: AskedModel,
+    prompt: FilePrompt,
+    context: str,
+    seeds: Sequence[int],
+    as_json: bool,
 ) -> None:
-    answers = {}
-    turns = [Turn("user", prompt)]
-    for name in model.generators:
-        pieces = model.stream(name, turns, context, seed)
-        if as_json:
-            answers[name if len(model.generators) > 1 else "answer"] = "".join(pieces)
-            continue
-        of_model = f", {name}" if len(model.generators) > 1 else ""
-        show(f"--- line {number}{of_model}: {visible(prompt)}\n")
-        for piece in pieces:
-            show(piece)
-        show("\n")
+    found: dict[str, list[FullAnswer]] = {name: [] for name in model.generators}
+    for name, answers in found.items():
+        for number, seed in enumerate(seeds, start=1):
+            pieces = model.stream(name, prompt.turns, context, seed)
+            if as_json:
+                answers.append(FullAnswer.of(pieces))
+                continue
+            parts = [f"line {prompt.line}", *[name] * (len(found) > 1)]
+            parts += [f"answer {number}"] * (len(seeds) > 1)
+            show(f"--- {', '.join(parts)}: {visible(prompt.turns[-1].text)}\n")
+            for piece in pieces:
+                show(piece.text)
+            show("\n")
     if as_json:
-        _show_json(number, prompt, answers)
+        _show_json(prompt, answer_fields(found))
 
 
-def _show_json(number: int, prompt: str, values: dict[str, str]) -> None:
-    line = {"line": number, "prompt": prompt, **values}
+def _show_json(prompt: FilePrompt, values: Mapping[str, Any]) -> None:
+    line = {"line": prompt.line, **prompt.given, **values}
     # ASCII, because a prompt may hold bytes that are not UTF-8.
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()

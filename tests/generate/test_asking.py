@@ -1,6 +1,7 @@
 """Questions to a model: typed, piped, of a run or of a model folder."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -45,7 +46,7 @@ class Echo:
         self.samplings.append(request.sampling)
         yield Piece(self.before)
         text = "".join(map(chr, request.prompt))
-        yield Piece(text[: request.sampling.max_new_tokens])
+        yield Piece(text[: request.sampling.max_new_tokens], finish="length")
 
 
 class Letters:
@@ -58,6 +59,10 @@ class Letters:
 def echo(*names, before="", **changes):
     generators = {name: Echo(before) for name in names or ("model",)}
     return AskedModel(Letters(), generators, Sampling(max_new_tokens=20), **changes)
+
+
+def streamed(model, text):
+    return "".join(x.text for x in model.stream("model", [Turn("user", text)]))
 
 
 def piped(content, monkeypatch):
@@ -85,9 +90,9 @@ def test_each_line_of_a_pipe_is_a_prompt_by_itself(monkeypatch):
     failed, out, err = said(lambda: answer_each(model, prompts, "", as_json=True))
     assert (failed, err) == (0, "")
     assert list(map(json.loads, out.splitlines())) == [
-        {"line": 1, "prompt": "one ", "answer": "one"},
-        {"line": 3, "prompt": "  two", "answer": "two"},
-        {"line": 4, "prompt": "three", "answer": "three"},
+        {"line": 1, "prompt": "one ", "answer": "one", "finish": "length"},
+        {"line": 3, "prompt": "  two", "answer": "two", "finish": "length"},
+        {"line": 4, "prompt": "three", "answer": "three", "finish": "length"},
     ]
     assert [s.seed for s in model.generators["model"].samplings] == [0, 1, 2]
 
@@ -132,13 +137,13 @@ def test_a_pipe_without_a_prompt_is_refused(monkeypatch):
 
 def test_answers_get_the_room_that_the_context_has(caplog):
     model = echo()
-    assert "".join(model.stream("model", [Turn("user", "x" * 36)])) == "xxxx"
+    assert streamed(model, "x" * 36) == "xxxx"
     assert "room for 4 more tokens" in caplog.text
     with pytest.raises(UserError, match=r"40 tokens.*context is 40"):
         model.stream("model", [Turn("user", "x" * 40)])
     # A length that the user gives is not shortened: the engine refuses it.
     model = echo(fits_answers=False)
-    "".join(model.stream("model", [Turn("user", "x" * 36)]))
+    streamed(model, "x" * 36)
     assert model.generators["model"].samplings[-1].max_new_tokens == 20
 
 
@@ -213,7 +218,7 @@ def test_a_model_folder_answers_all_of_standard_input(tmp_path, ask, monkeypatch
     [opened] = models
     assert opened.sampling == Sampling(0.0, 0.95, max_new_tokens=3)
     turns = [Turn("user", "Two\nlines")]
-    assert whole["answer"] == "".join(opened.stream("model", turns))
+    assert whole["answer"] == streamed(opened, "Two\nlines")
     shown = opened.generators["model"].tokenizer.decode(
         opened.prompts.encode_prompt(turns), skip_control=False
     )
@@ -333,18 +338,31 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path, ask, flags, said):
     [
         ({}, USUAL, []),
         # Without do_sample the likeliest token is taken.
-        ({"temperature": 0.6, "top_k": 20}, USUAL, []),
         (
-            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
-            Sampling(0.6, 0.9, max_new_tokens=256),
-            ["top_k=20"],
-        ),
-        (
-            {"do_sample": True, "max_new_tokens": 7},
-            Sampling(1.0, 1.0, max_new_tokens=7),
+            {"temperature": 0.6, "top_k": 20},
+            dataclasses.replace(USUAL, top_k=20),
             [],
         ),
-        ({"repetition_penalty": 1.1}, USUAL, ["repetition_penalty=1.1"]),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
+            Sampling(0.6, 0.9, 20, max_new_tokens=256),
+            [],
+        ),
+        (
+            {"do_sample": True, "top_k": 0, "min_p": 0.1, "typical_p": 0.5},
+            Sampling(1.0, 1.0, 0, 0.1, max_new_tokens=256),
+            ["typical_p=0.5"],
+        ),
+        (
+            {"do_sample": True, "max_new_tokens": 7, "min_p": 0},
+            Sampling(1.0, 1.0, 50, max_new_tokens=7),  # The 50 of transformers.
+            [],
+        ),
+        (
+            {"repetition_penalty": 1.1},
+            dataclasses.replace(USUAL, repetition_penalty=1.1),
+            [],
+        ),
         ({"repetition_penalty": 1.0, "eos_token_id": [1, 2]}, USUAL, []),
     ],
 )
@@ -355,7 +373,8 @@ def test_a_model_says_how_its_tokens_are_chosen(generation, expected, unused):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("do_sample", 1), ("temperature", "hot"), ("temperature", -1), ("top_p", 1.5),
-     ("max_new_tokens", 0.5)],
+     ("max_new_tokens", 0.5), ("top_k", -1), ("min_p", 2),
+     ("repetition_penalty", 0)],
 )  # fmt: skip
 def test_odd_settings_of_a_model_are_one_sentence(field, value):
     with pytest.raises(UserError, match=rf"generation_config.json.*{field}"):

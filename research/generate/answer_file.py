@@ -1,0 +1,234 @@
+"""Answers to all prompts of a file, in a file: many at once, in order, resumable."""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from research.core.errors import UserError
+from research.engine.answers.answer_progress import Answer
+from research.generate.asked_model import AskedModel
+from research.generate.prompt_file import FilePrompt, read_prompts
+from research.generate.separate_prompts import FullAnswer, answer_fields
+from research.report.progress_view import duration
+from research.tokenize.conversation import Turn
+
+# Seconds between two lines of progress.
+REPORTED_EVERY = 10.0
+# Beginnings of prompts that many share, such as a system text, are kept.
+PREFIX_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt with its answers by model, or with the reason why it has none."""
+
+    prompt: FilePrompt
+    answers: Mapping[str, list[Answer]]
+    problem: str
+
+
+def answer_file(
+    model: AskedModel,
+    prompts: Path,
+    out: Path,
+    context: str,
+    *,
+    count: int = 1,
+    slots: int = 8,
+) -> int:
+    """Writes one JSON object a line for each prompt, in the order of the prompts.
+
+    A line is written as soon as it and all before it are known. The same call
+    continues after the lines that are there, so a kill costs only what was under way.
+
+    Args:
+      model: answers. The seed counts up from answer to answer.
+      prompts: see `read_prompts`.
+      out: is extended, or begun.
+      context: material that belongs to each prompt that has none of its own.
+      count: answers to each prompt.
+      slots: answers that are made at once.
+
+    Returns:
+      How many lines have an error in the place of answers.
+
+    Raises:
+      UserError: a file cannot be used, or `out` has lines of other prompts or settings.
+    """
+    settings = _digest(model, context, count)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--out={out} is being written by another start") from error
+        done, failed = _check_written(file, out, read_prompts(prompts), settings)
+        total, tokens = _measure(model, prompts, context)
+        if not total:
+            raise UserError(f"--prompts={prompts} has no prompt")
+        if done == total:
+            logging.info("%s has the answers to all %d prompts", out, total)
+            return failed
+        progress = _Progress(done, total)
+        with contextlib.ExitStack() as stack:
+            engines = {
+                name: stack.enter_context(each.engine(slots, tokens, PREFIX_BYTES))
+                for name, each in model.generators.items()
+            }
+
+            def ask(number: int, prompt: FilePrompt) -> _Asked:
+                answers = {name: [] for name in engines}
+                try:
+                    if prompt.problem:
+                        raise UserError(prompt.problem)
+                    for sample in range(count):
+                        request = model.request(
+                            prompt.turns,
+                            prompt.context or context,
+                            number * count + sample,
+                        )
+                        for name, engine in engines.items():
+                            answers[name].append(engine.submit(request))
+                except UserError as error:
+                    return _Asked(prompt, {}, str(error))
+                return _Asked(prompt, answers, "")
+
+            waiting: collections.deque[_Asked] = collections.deque()
+            for number, prompt in enumerate(read_prompts(prompts)):
+                if number < done:
+                    continue
+                waiting.append(ask(number, prompt))
+                if len(waiting) > 2 * slots:
+                    failed += _write(file, waiting.popleft(), settings, progress)
+            while waiting:
+                failed += _write(file, waiting.popleft(), settings, progress)
+    return failed
+
+
+def _write(
+    file: IO[bytes], asked: _Asked, settings: str, progress: "_Progress"
+) -> bool:
+    """Writes the line of a prompt when its answers are there; whether it failed."""
+    problem, fields = asked.problem, {}
+    if not problem:
+        try:
+            found = {
+                name: [FullAnswer.of(answer) for answer in answers]
+                for name, answers in asked.answers.items()
+            }
+        except UserError as error:
+            problem = str(error)
+        else:
+            fields = answer_fields(found)
+            progress.tokens += sum(x.tokens for each in found.values() for x in each)
+    prompt = asked.prompt
+    if problem:
+        logging.error("%s: %s", prompt.where, problem)
+        fields = {"error": f"{prompt.where}: {problem}"}
+    line = {"line": prompt.line, **prompt.given, **fields, "settings": settings}
+    # ASCII, because a prompt may hold bytes that are not UTF-8.
+    file.write(json.dumps(line).encode() + b"\n")
+    file.flush()
+    progress.add()
+    return bool(problem)
+
+
+def _check_written(
+    file: IO[bytes], out: Path, prompts: Iterator[FilePrompt], settings: str
+) -> tuple[int, int]:
+    """The lines that are there, and how many of them are errors.
+
+    A last line that a kill has torn is cut off.
+    """
+    file.seek(0)
+    done = failed = end = 0
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        where = f"{out}:{done + 1}"
+        try:
+            found = json.loads(line)
+            written = found["settings"], found["line"], found.get("prompt")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{where} is no line of this command ({error!r}); name another --out"
+            ) from error
+        prompt = next(prompts, None)
+        if prompt is None or written[1:] != (prompt.line, prompt.given.get("prompt")):
+            raise UserError(
+                f"{where} answers another prompt than --prompts has there: name "
+                "another --out, or remove it"
+            )
+        if written[0] != settings:
+            raise UserError(
+                f"{where} was answered by another model or with other flags: name "
+                "another --out, or remove it"
+            )
+        done, end, failed = done + 1, end + len(line), failed + ("error" in found)
+    file.truncate(end)
+    if done:
+        logging.info("%s has %d answers and is continued", out, done)
+    return done, failed
+
+
+def _measure(model: AskedModel, prompts: Path, context: str) -> tuple[int, int]:
+    """How many prompts there are, and the tokens of the longest with its answer."""
+    total, longest = 0, 1
+    for prompt in read_prompts(prompts):
+        total += 1
+        if prompt.problem:
+            continue
+        with contextlib.suppress(UserError):  # It is reported in its turn.
+            request = model.request(prompt.turns, prompt.context or context)
+            new = request.sampling.max_new_tokens
+            longest = max(longest, len(request.prompt) + new)
+    return total, longest
+
+
+def _digest(model: AskedModel, context: str, count: int) -> str:
+    """Stands for all that an answer depends on beside its prompt."""
+    parts: list[Any] = [
+        model.name,
+        sorted(model.generators),
+        repr(model.sampling),
+        model.fits_answers,
+        model.stop,
+        # Whatever decides how prompts are written, such as the system text.
+        model.request([Turn("user", "?")]).prompt,
+        context,
+        count,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+class _Progress:
+    """Logs how far the answers are, and when they will be done."""
+
+    def __init__(self, done: int, total: int):
+        self._first = self._done = done
+        self._total, self.tokens = total, 0
+        self._begun = self._told = time.monotonic()
+
+    def add(self) -> None:
+        """One more prompt is done."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._told < REPORTED_EVERY and self._done < self._total:
+            return
+        self._told, seconds = now, now - self._begun
+        left = seconds / (self._done - self._first) * (self._total - self._done)
+        logging.info(
+            "%d of %d prompts  %.1f tok/s  ETA %s",
+            self._done,
+            self._total,
+            self.tokens / seconds,
+            duration(left),
+        )

@@ -219,6 +219,18 @@ def test_a_model_folder_answers_all_of_standard_input(tmp_path, ask, monkeypatch
     assert opened.sampling == Sampling(0.0, 0.95, max_new_tokens=3)
     turns = [Turn("user", "Two\nlines")]
     assert whole["answer"] == streamed(opened, "Two\nlines")
+    # Many at once give the same answers, and a torn file is continued.
+    (tmp_path / "in.txt").write_text("Two\nOne more\nTwo\n")
+    many = ("--model=model", "--prompts=in.txt", "--out=out.jsonl", "--slots=2")
+    assert ask(*many).returncode == 0
+    written = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(written[:-20])
+    assert ask(*many).returncode == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == written
+    answers = [json.loads(line)["answer"] for line in written.splitlines()]
+    assert answers == [streamed(opened, x) for x in ("Two", "One more", "Two")]
+    done = ask("--model=model", "--prompts=in.txt", "--n=2", "--stop=@")
+    assert "--- line 2, answer 2: One more\n" in done.stdout
     shown = opened.generators["model"].tokenizer.decode(
         opened.prompts.encode_prompt(turns), skip_control=False
     )
@@ -317,6 +329,12 @@ def test_the_system_text_of_training_is_that_of_asking(
         (("--model=b", "--step=3"), "--step needs one"),
         (("--run=a", "--chat", "--jsonl"), "--chat is a conversation"),
         (("--run=a", "--prompt=-"), "--prompt is empty"),
+        (("--run=a", "--chat", "--n=2"), "it takes no --n"),
+        (("--run=a", "--out=b"), "give --prompts="),
+        (("--run=a", "--prompts=absent"), "--prompts=absent is no file"),
+        (("--run=a", "--prompt=b", "--prompts=c"), "drop either"),
+        (("--run=a", "--stop="), "--stop is empty"),
+        (("--run=a", "--n=0"), "--n is 0; it must be in 1 to 100"),
         (("--model=a",), "neither a folder nor a .gguf file"),
         (("--model=run",), "--model=run is the folder of a run; use --run=run"),
         (("--run=a", "--temperature=-1"), "--temperature is -1.0; it must be at least"),

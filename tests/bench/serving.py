@@ -74,9 +74,7 @@ def open_engine(
     opened: Answering, slots: int, *, prefix_bytes: int = 0, rows: int = ADAPTERS
 ) -> Engine:
     """A warm engine with the adapters `tuned` and four that are like it."""
-    decoder = SlotDecoder(
-        opened.model, opened.params, slots, CONTEXT, mesh=opened.mesh
-    )
+    decoder = SlotDecoder(opened.model, opened.params, slots, CONTEXT, mesh=opened.mesh)
     decoder.warm_up()
     engine = Engine(
         decoder, opened.base.tokenizer, prefix_bytes=prefix_bytes, adapter_rows=rows

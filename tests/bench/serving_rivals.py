@@ -1,8 +1,8 @@
 """The other sides of `serving.py`: Hugging Face `generate` and llama.cpp.
 
 Run by an interpreter that has torch and transformers, or xllamacpp, and never imported
-by the rest of the project. Reads lines of JSON on stdin, `{"prompts": [[ids]...],
-"new": n}`, answers all prompts at once, greedily, with exactly n tokens each, and prints
+by the rest of the project. Reads lines of JSON, `{"prompts": [[ids]...], "new": n}`,
+answers all prompts at once, greedily, with exactly n tokens each, and prints
 `{"seconds": s, "tokens": n}`. It is idle between lines, so that sides can take turns.
 
     python tests/bench/serving_rivals.py generate FOLDER --dtype=bfloat16

@@ -80,8 +80,8 @@ def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:
       argv: the command, then its arguments.
       usage: first part of the help.
       options: a group of knobs, the flags. If it has a field `verb`, that takes the
-        one argument that is not a flag. A field `run` is a run directory, which may
-        also be given as its config.json or as its config file.
+        one argument that is not a flag. A field `run` of one text is a run directory,
+        which may also be given as its config.json or as its config file.
 
     Raises:
       UserError: an unknown flag, one that has two values, or a value of the wrong type
@@ -234,7 +234,8 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
         values["verb"] = word
     for name, value in values.items():
         value = tuple(value) if type(value) is list else value
-        value = find_run(value) if name == "run" and value else value
+        if name == "run" and isinstance(value, str) and value:
+            value = find_run(value)
         values[name] = map_paths(known[name], value, expanded)
     result = options(**values)
     check_limits(result, "--")

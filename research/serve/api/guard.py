@@ -41,27 +41,32 @@ class ApiKeys:
     def from_file(cls, path: Path) -> "ApiKeys":
         """Reads a file. Raises UserError: it cannot be used."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            text = path.read_text(encoding="utf-8")
             mode = path.stat().st_mode
         except (OSError, ValueError) as error:
             raise UserError(f"--api_key_file={path} cannot be read: {error}") from error
         if mode & (stat.S_IRGRP | stat.S_IROTH):
             logging.warning("%s can be read by other users: chmod 600 it", path)
+        return cls.from_text(text, f"--api_key_file={path}")
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> "ApiKeys":
+        """The keys in the text of a file. Raises UserError: they cannot be used."""
         found: list[tuple[bytes, Role]] = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(text.splitlines(), start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
             role: Role = "admin" if words[0] == "admin" and words[1:] else "user"
             if len(words) != 1 + (role == "admin") or len(words[-1]) < SHORTEST_KEY:
                 raise UserError(
-                    f"{path}:{number}: a line must be KEY or admin KEY, and a key at "
+                    f"{where}:{number}: a line must be KEY or admin KEY, and a key at "
                     f"least {SHORTEST_KEY} characters without blanks; make one with "
                     "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
                 )
             found.append((_digest(words[-1].encode()), role))
         if not found:
-            raise UserError(f"--api_key_file={path} holds no key; write one a line")
+            raise UserError(f"{where} holds no key; write one a line")
         return cls(tuple(found))
 
     def role(self, header: bytes) -> Role | None:

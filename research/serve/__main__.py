@@ -1,0 +1,137 @@
+"""Serves runs: `python -m research.serve --run=runs/finetune_dolly`."""
+
+import asyncio
+import dataclasses
+import functools
+import getpass
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from research.config import command_line
+from research.config.knobs import knob
+from research.core.errors import UserError
+
+USAGE = """
+python -m research.serve --run=RUN_DIR [--run=...] [--port=8000]
+python -m research.serve --model=FOLDER|FILE.gguf|hub://OWNER/NAME|pkg://PACKAGE/FILE
+
+Serves the models of runs with the API of OpenAI: /v1/chat/completions, /v1/completions
+and more, see docs/serving.md. The name of a model is that of its run, and `base` is the
+base model that all of the runs share. --run=FOLDER serves every run in a folder, such
+as that of a sweep; --run=RUN@STEP one checkpoint. A run that trains is followed.
+SIGTERM ends the server when the answers are made that it has begun.
+"""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeFlags:
+    """The flags of `python -m research.serve`."""
+
+    run: tuple[str, ...] = knob(
+        (),
+        "run directory, RUN@STEP, or a folder of runs; may be repeated",
+        is_path=True,
+    )
+    model: str = knob(
+        "",
+        "base model, as config.model.init_from names it; not given: that of the runs",
+        is_path=True,
+    )
+    host: str = knob("127.0.0.1", "address; another one needs --api_key_file")
+    port: int = knob(8000, "port; 0 takes any free one", low=0, high=65535)
+    uds: str = knob("", "path of a Unix socket, in place of a port", is_path=True)
+    api_key_file: str = knob(
+        "",
+        "file of keys, one a line; `admin KEY` may also load and unload adapters",
+        is_path=True,
+    )
+    slots: int = knob(
+        0, "answers made at a time; 0: 8 on a CPU, 32 on accelerators", low=0
+    )
+    context: int = knob(
+        0, "tokens of a prompt and its answer; 0: the model's, up to 4096", low=0
+    )
+    adapters: int = knob(8, "adapters loaded at a time", low=0)
+    rank: int = knob(16, "largest rank of adapters that are loaded later", above=0)
+    adapters_from: str = knob(
+        "",
+        "folder below which /v1/load_lora_adapter may open runs; not given: the folder "
+        "of the first --run",
+        is_path=True,
+    )
+    queue: int = knob(256, "answers that may wait; more get status 429", above=0)
+    prefix_mib: int = knob(
+        512, "MiB for beginnings of prompts that return; 0: none are kept", low=0
+    )
+    grace: float = knob(30.0, "seconds for answers after SIGTERM", low=0)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    f = command_line.parse(argv, USAGE, ServeFlags)
+    if not f.run and not f.model:
+        raise UserError(
+            "--run=RUN_DIR is missing, e.g. runs/finetune_dolly; or --model="
+        )
+    if not f.uds and f.host not in LOOPBACK and not f.api_key_file:
+        raise UserError(
+            f"--host={f.host} lets other machines in, and then --api_key_file is "
+            "needed; or serve on 127.0.0.1 and reach it by ssh -L"
+        )
+    from research.serve.api.guard import ApiKeys
+    from research.serve.api.server_state import ServerState
+    from research.serve.engine_thread import EngineThread
+    from research.serve.listening import make_app, open_port, open_unix_socket, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    keys = ApiKeys.from_file(Path(f.api_key_file)) if f.api_key_file else ApiKeys()
+    listener = open_unix_socket(Path(f.uds)) if f.uds else open_port(f.host, f.port)
+    _announce(f, listener)
+    thread = EngineThread(functools.partial(_open, f))
+    hosts = () if f.uds else (f.host,)
+    app = make_app(ServerState(thread), keys, hosts)
+    try:
+        asyncio.run(serve(app, thread, listener, f.grace))
+    finally:
+        if f.uds:
+            Path(f.uds).unlink(missing_ok=True)
+    return 0
+
+
+def _open(f: ServeFlags):
+    """The models. JAX is imported here: the server listens before that."""
+    from research.parallel import runtime
+    from research.serve.open_models import Capacity, open_models
+
+    runtime.start_alone()
+    capacity = Capacity(
+        f.slots, f.context, f.adapters, f.rank, f.queue, f.prefix_mib << 20
+    )
+    root = f.adapters_from or (str(Path(f.run[0]).parent) if f.run else "")
+    roots = (Path(root).resolve(),) if root else ()
+    return open_models(f.run, f.model, capacity, roots)
+
+
+def _announce(f: ServeFlags, listener: socket.socket) -> None:
+    if f.uds:
+        logging.info("listening on %s", f.uds)
+        return
+    port = listener.getsockname()[1]
+    host = f"[{f.host}]" if ":" in f.host else f.host
+    logging.info("listening on http://%s:%d/v1", host, port)
+    if f.host in LOOPBACK:
+        logging.info(
+            "from another machine: ssh -L %d:localhost:%d %s@%s",
+            port,
+            port,
+            getpass.getuser(),
+            socket.gethostname(),
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

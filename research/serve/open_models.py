@@ -1,0 +1,254 @@
+"""Opens the models of a server, and changes their adapters while it runs."""
+
+import dataclasses
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+from jax.sharding import Mesh
+
+from research.core.errors import UserError
+from research.engine.continuous_batching import Engine
+from research.engine.requests import Sampling
+from research.engine.sampling_defaults import model_sampling
+from research.engine.slot_decoder import SlotDecoder
+from research.models.transformer import Model
+from research.parallel import runtime
+from research.runs.answering.open_for_answering import (
+    Answering,
+    ServedModel,
+    open_for_answering,
+)
+from research.runs.answering.run_addresses import RunAddress, run_addresses
+from research.serve.api.api_errors import ApiError, bad_request, unknown_model
+from research.serve.served_models import Deployment, ModelNames, NamedModel
+
+USUAL_CONTEXT = 4096  # tokens of a slot, where the model has room for more
+USUAL_SLOTS = {"cpu": 8}
+ACCELERATOR_SLOTS = 32
+# A part of the memory that is free is kept for the work between two tokens.
+KEPT_FREE = 0.1
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_.@/-]{1,128}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """The sizes of a server; 0 stands for what suits the machine.
+
+    Attributes:
+      slots: answers that are made at a time.
+      context: tokens of a prompt and its answer together.
+      adapters: how many can be loaded at a time.
+      rank: the largest rank of an adapter that is loaded later.
+      queue: requests that may wait.
+      prefix_bytes: of beginnings of prompts that are kept.
+    """
+
+    slots: int
+    context: int
+    adapters: int
+    rank: int
+    queue: int
+    prefix_bytes: int
+
+
+class ServedRuns:
+    """The runs behind the names of a server."""
+
+    def __init__(self, opened: Answering, engine: Engine, roots: Sequence[Path]):
+        """Loads the adapters that `opened` names.
+
+        Args:
+          opened: the base model and the runs.
+          engine: answers with it.
+          roots: folders below which runs may be loaded later.
+
+        Raises:
+          UserError: an adapter cannot be loaded.
+        """
+        self._opened, self._engine, self._roots = opened, engine, roots
+        tokenizer = opened.base.tokenizer
+        self._defaults, unused = model_sampling(tokenizer.generation, Sampling())
+        if unused:
+            logging.warning(
+                "generation_config.json of the model sets %s, which have no effect",
+                ", ".join(unused),
+            )
+        self._lock = threading.Lock()
+        adapters = [self._load(address) for address in opened.runs]
+        self.models = ModelNames([*adapters, self._named(opened.served_base)])
+
+    def load(self, name: str, path: str, inplace: bool) -> None:
+        """Loads the adapter of a run, under a name of its own.
+
+        Raises:
+          ApiError, UserError: it cannot be, and nothing has changed.
+        """
+        known = {model.name: model for model in self.models.all()}
+        if not ADAPTER_NAME.fullmatch(name):
+            raise bad_request(
+                "lora_name must be 1 to 128 of letters, digits and _.@/-", "lora_name"
+            )
+        if name in known and (not inplace or not known[name].adapter):
+            raise bad_request(
+                f"{name!r} is served already: choose another lora_name, or replace an "
+                "adapter with load_inplace=true",
+                "lora_name",
+            )
+        address = dataclasses.replace(self._address(path), name=name)
+        with self._lock:
+            self.models.put(self._load(address))
+        logging.info("adapter %s is loaded from %s", name, address.folder)
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter. Raises ApiError: there is none of this name."""
+        adapters = [model.name for model in self.models.all() if model.adapter]
+        if name not in adapters:
+            error = unknown_model(name, adapters)
+            raise ApiError(404, error.message, "lora_name", error.code)
+        with self._lock:
+            self.models.remove(name)
+            self._engine.unload_adapter(name)
+        logging.info("adapter %s is removed", name)
+
+    def follow(self) -> None:
+        """Reads the adapters again whose runs have newer checkpoints."""
+        for model in self.models.all():
+            if not model.served.has_changed():
+                continue
+            try:
+                with self._lock:
+                    new = self._load(model.served.address)
+                    self.models.put(new)
+            except (UserError, OSError) as error:
+                logging.warning("%s stays at its step: %s", model.name, error)
+            else:
+                logging.info("%s is at step %d now", model.name, new.served.step)
+
+    def _load(self, address: RunAddress) -> NamedModel:
+        served, row = self._opened.read(address)
+        self._engine.load_adapter(served.name, row, served.identity)
+        return self._named(served)
+
+    def _named(self, served: ServedModel) -> NamedModel:
+        parts = (
+            self._opened.base.fingerprint,
+            served.identity,
+            str(self._opened.model.options.dtype),
+            jax.__version__,
+        )
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return NamedModel(
+            served, self._opened.base.tokenizer, self._defaults, f"fp_{digest[:12]}"
+        )
+
+    def _address(self, path: str) -> RunAddress:
+        """The run at a path of a request. Raises ApiError: it may not be opened."""
+        place = Path(path.partition("@")[0])
+        try:
+            resolved = place.resolve()
+        except (OSError, RuntimeError, ValueError):
+            resolved = None  # No name that a file can have.
+        if not any(resolved and resolved.is_relative_to(x) for x in self._roots):
+            allowed = ", ".join(map(str, self._roots)) or "no folder"
+            raise ApiError(
+                403,
+                f"runs are loaded from below {allowed} (--adapters_from), and not from "
+                f"{str(place)[:200]}",
+                "lora_path",
+            )
+        try:
+            addresses = run_addresses([path])
+        except UserError as error:
+            raise ApiError(404, str(error), "lora_path") from error
+        if len(addresses) != 1:
+            raise bad_request(
+                f"{str(place)[:200]} holds {len(addresses)} runs: name one", "lora_path"
+            )
+        return addresses[0]
+
+
+def open_models(
+    runs: Sequence[str],
+    model: str,
+    capacity: Capacity,
+    roots: Sequence[Path] = (),
+    mesh: Mesh | None = None,
+) -> Deployment:
+    """Loads the models and compiles all programs that answer.
+
+    Args:
+      runs, model: those of `open_for_answering`.
+      capacity: see the class.
+      roots: folders below which runs may be loaded later.
+      mesh: devices; by default those of this process that fit.
+
+    Raises:
+      UserError: a model cannot be opened, or there is no room for the slots.
+    """
+    opened = open_for_answering(
+        runs, model=model, mesh=mesh, adapters=capacity.adapters, rank=capacity.rank
+    )
+    longest = opened.model.architecture.max_position
+    if capacity.context > longest:
+        raise UserError(
+            f"--context={capacity.context}: the model's context is {longest}"
+        )
+    context = capacity.context or min(longest, USUAL_CONTEXT)
+    platform = opened.mesh.devices.flat[0].platform
+    slots = capacity.slots or USUAL_SLOTS.get(platform, ACCELERATOR_SLOTS)
+    _require_room(opened.model, slots, context)
+    decoder = SlotDecoder(opened.model, opened.params, slots, context, mesh=opened.mesh)
+    decoder.warm_up()
+    rows = max(capacity.adapters, len(opened.runs))
+    engine = Engine(
+        decoder,
+        opened.base.tokenizer,
+        most_waiting=capacity.queue,
+        prefix_bytes=capacity.prefix_bytes,
+        adapter_rows=rows and rows + 1,  # The base has one of them.
+    )
+    served = ServedRuns(opened, engine, roots)
+    logging.info(
+        "ready %.1f s after the start, with %d slots of %d tokens: %s",
+        runtime.process_age(),
+        slots,
+        context,
+        ", ".join(model.name for model in served.models.all()),
+    )
+    return Deployment(
+        engine, served.models, context, slots, decoder.vocabulary, rows,
+        served.load, served.unload, served.follow,
+    )  # fmt: skip
+
+
+def _require_room(model: Model, slots: int, context: int) -> None:
+    """Raises UserError if keys and values of all slots do not fit into memory."""
+    a = model.architecture
+    each = np.dtype(model.options.dtype).itemsize
+    slot = 2 * a.layers * context * a.kv_heads * a.head_dim * each
+    free = _free_bytes() * (1 - KEPT_FREE)
+    fits = int(free // slot)
+    if slots > fits:
+        remedy = f"--slots={fits}" if fits else "a smaller --context"
+        raise UserError(
+            f"--slots={slots} with --context={context} need {slots * slot / 2**30:.1f} "
+            f"GiB, and {free / 2**30:.1f} GiB are free: use {remedy}"
+        )
+
+
+def _free_bytes() -> int:
+    """Free memory of all devices together; on a CPU that of the machine."""
+    total = 0
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return psutil.virtual_memory().available
+        total += stats["bytes_limit"] - stats["bytes_in_use"]
+    return total

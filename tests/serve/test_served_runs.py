@@ -1,0 +1,151 @@
+"""Runs by name: listed, loaded, followed, exchanged while others are answered."""
+
+import json
+import shutil
+
+import openai
+import pytest
+from conftest import open_tiny
+from doors import run_door
+from live_servers import LiveServer
+
+from research.core.errors import UserError
+from research.parallel import runtime
+from research.serve import open_models
+from research.serve.__main__ import main
+
+ASK = [{"role": "user", "content": "Are whales fish?"}]
+
+
+@pytest.fixture(scope="module")
+def runs(place, unbroken, tmp_path_factory):
+    """A folder with a copy of the run that others end with, and one step behind."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(place.run_dir("unbroken"), folder / "tuned")
+    behind = shutil.copytree(place.run_dir("unbroken"), folder / "behind")
+    newest = max(place.saved_steps("unbroken"))
+    shutil.move(behind / "checkpoints" / str(newest), folder / "newest")
+    other = shutil.copytree(behind, folder / "other")
+    identity = json.loads((other / "identity.json").read_text())
+    identity["base model"] = "0" * 64
+    (other / "identity.json").write_text(json.dumps(identity))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(place, runs, live):
+    """The runs, where `live` has compiled what it can."""
+
+    def open_runs():
+        names = [str(runs / "tuned"), str(runs / "behind")]
+        return open_tiny("", names, [runs.resolve()])
+
+    server = LiveServer(open_runs).ready()
+    assert not server.error, server.error
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(served):
+    url = f"{served.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="k", max_retries=0) as found:
+        yield found
+    served.idle()
+
+
+def said(client, model, **options):
+    answer = client.chat.completions.create(
+        model=model, messages=ASK, max_tokens=16, logprobs=True, **options
+    )
+    return [token.logprob for token in answer.choices[0].logprobs.content]
+
+
+def load(server, name, path, **more):
+    body = {"lora_name": name, "lora_path": str(path), **more}
+    return server.post("/v1/load_lora_adapter", body)
+
+
+def test_runs_are_models_by_name_beside_their_base(client):
+    cards = client.models.list().data
+    assert [card.id for card in cards] == ["tuned", "behind", "base"]
+    assert [card.parent for card in cards] == ["base", "base", None]
+    assert cards[0].step > cards[1].step
+    assert len({card.system_fingerprint for card in cards}) == 3
+    answers = [said(client, card.id) for card in cards]
+    assert answers[0] != answers[2] and answers[1] != answers[0]
+
+
+def test_adapters_come_and_go_while_others_are_answered(client, served, runs):
+    before = said(client, "tuned")
+    stream = client.chat.completions.create(
+        model="tuned", messages=ASK, max_tokens=60, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(stream)
+    # Its content is loaded already, so it needs no row of its own.
+    assert load(served, "again", runs / "tuned").status_code == 200
+    assert said(client, "again") == before
+    assert load(served, "again", runs / "tuned").status_code == 400
+    step = client.models.retrieve("behind").step
+    found = load(served, "again", f"{runs / 'behind'}@{step}", load_inplace=True)
+    assert found.status_code == 200
+    assert said(client, "again") == said(client, "behind") != before
+    gone = served.post("/v1/unload_lora_adapter", {"lora_name": "again"})
+    assert gone.status_code == 200
+    with pytest.raises(openai.NotFoundError, match="tuned, behind, base"):
+        said(client, "again")
+    assert len([*stream]) > 40
+    assert said(client, "tuned") == before
+
+
+def test_what_cannot_be_loaded_is_explained_and_changes_nothing(served, runs):
+    found = load(served, "refused", runs / "other")
+    assert found.status_code == 400
+    message = found.json()["error"]["message"]
+    assert "other" in message and "000000000000" in message and "sha256" in message
+    for path, status in (
+        (runs / "absent", 404), (runs, 400), (runs / "tuned@99", 400),
+        (runs / ".." / "x", 403),
+    ):  # fmt: skip
+        found = load(served, "refused", path)
+        assert found.status_code == status, (path, found.text)
+    assert "refused" not in served.get("/v1/models").text
+
+
+def test_a_run_is_followed_to_its_newest_checkpoint(client, served, runs):
+    assert said(client, "behind") != said(client, "tuned")
+    newest = client.models.retrieve("tuned").step
+    shutil.move(runs / "newest", runs / "behind" / "checkpoints" / str(newest))
+    served.deployment.follow()
+    assert client.models.retrieve("behind").step == newest
+    assert said(client, "behind") == said(client, "tuned")
+
+
+def test_slots_without_room_say_how_many_fit(place, monkeypatch):
+    monkeypatch.setattr(open_models, "_free_bytes", lambda: 10 << 20)
+    capacity = open_models.Capacity(1000, 512, 0, 4, 9, 0)
+    with pytest.raises(UserError, match=r"--slots=1000.*use --slots=(\d+)$") as caught:
+        open_models.open_models((), str(place.folder / "model"), capacity)
+    assert 1 <= int(str(caught.value).rpartition("=")[2]) < 1000
+    with pytest.raises(UserError, match="context is 512"):
+        capacity = open_models.Capacity(1, 513, 0, 4, 9, 0)
+        open_models.open_models((), str(place.folder / "model"), capacity)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ((), "--run=RUN_DIR is missing"),
+        (("--run=absent", "--port=0"), "absent is no run directory"),
+        (("--run=a", "--host=0.0.0.0"), "--api_key_file is needed"),
+        (("--run=a", "--api_key_file=absent"), "--api_key_file=absent cannot be read"),
+        (("--run=a", "--port=65536"), "--port is 65536"),
+        (("--run=a", "--slots=-1"), "--slots is -1"),
+    ],
+)
+def test_a_command_that_cannot_serve_says_why(tmp_path, monkeypatch, flags, found):
+    monkeypatch.setattr(runtime, "start_alone", lambda: None)
+    ended = run_door(main, tmp_path, "serve", *flags)
+    assert ended.returncode == 2
+    assert found in ended.stderr and "Traceback" not in ended.stderr

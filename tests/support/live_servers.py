@@ -1,0 +1,92 @@
+"""A server in a thread of the test's process, on a real socket."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+
+from research.serve.api.guard import ApiKeys
+from research.serve.api.server_state import ServerState
+from research.serve.engine_thread import EngineThread
+from research.serve.listening import make_app, open_port, serve
+
+
+class LiveServer:
+    """Serves what `open_models` opens until `stop`."""
+
+    def __init__(self, open_models, keys=None, grace=5.0):
+        listener = open_port("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.engine_thread = EngineThread(open_models)
+        self.state = ServerState(self.engine_thread)
+        self.error = None
+        self._app = make_app(self.state, keys or ApiKeys(), ("127.0.0.1",))
+        self._loop = asyncio.new_event_loop()
+        serving = serve(self._app, self.engine_thread, listener, grace, signals=())
+        self._thread = threading.Thread(target=self._run, args=(serving,))
+        self._thread.start()
+
+    def _run(self, serving):
+        try:
+            self._loop.run_until_complete(serving)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._loop.close()
+
+    @property
+    def deployment(self):
+        return self.engine_thread.deployment
+
+    def ready(self):
+        self.until(lambda: self.deployment or self.error)
+        return self
+
+    def until(self, condition, seconds=30):
+        over = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < over, "it does not come true"
+            time.sleep(0.01)
+
+    def idle(self):
+        """Until no answer has a slot or waits for one."""
+        stats = self.deployment.engine.stats
+        self.until(lambda: not stats().running and not stats().waiting)
+
+    def begin_stop(self):
+        self._loop.call_soon_threadsafe(self._app.state.stop)
+
+    def stop(self):
+        with contextlib.suppress(RuntimeError):  # It has ended.
+            self.begin_stop()
+            time.sleep(0.05)
+            self.begin_stop()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def get(self, path, **options):
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def post(self, path, body=None, **options):
+        if body is not None:
+            options["content"] = json.dumps(body)
+        return httpx.post(self.url + path, timeout=60, **options)
+
+    def socket(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def raw(self, sent):
+        """All that comes back for these bytes."""
+        with self.socket() as connection:
+            found = b""
+            with contextlib.suppress(ConnectionError):  # It refuses to read more.
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                while chunk := connection.recv(65536):
+                    found += chunk
+        return found

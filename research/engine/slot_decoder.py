@@ -22,7 +22,11 @@ from research.engine import slot_programs as programs
 from research.engine.requests import Sampling
 from research.engine.slot_programs import CacheBlock, Round, Scores
 from research.engine.token_choice import choice_row
-from research.models.cached_attention import cache_partition, make_attend_cached
+from research.models.cached_attention import (
+    cache_partition,
+    constrain_cached,
+    make_attend_cached,
+)
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 
@@ -107,8 +111,10 @@ class SlotDecoder:
         self.chunk = chunk or (CPU_CHUNK if cpu else ACCELERATOR_CHUNK)
         self.rounds = rounds or (CPU_ROUNDS if cpu else ACCELERATOR_ROUNDS)
         self.traces = 0
-        attend = make_attend_cached(self._mesh, slots, a.kv_heads)
-        self._model = model.with_options(attend_cached=attend)
+        self._model = model.with_options(
+            attend_cached=make_attend_cached(self._mesh, slots, a.kv_heads),
+            constrain_cached=constrain_cached(self._mesh, slots),
+        )
         where = cache_partition(self._mesh, slots, a.kv_heads)
         self._compile(NamedSharding(self._mesh, where))
         self.open(params)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.models.attention import MASKED
 from research.parallel import mesh as meshes
@@ -136,6 +136,20 @@ def cache_partition(mesh: Mesh, slots: int, kv_heads: int) -> PartitionSpec:
     """Slots over the batch axes and heads over `tensor`, each where it divides."""
     sizes = dict(zip(CACHE_AXES, (1, slots, kv_heads, 1, 1), strict=True))
     return meshes.partition_if_divisible(mesh, sizes)
+
+
+def constrain_cached(mesh: Mesh, slots: int) -> Callable[[Array], Array]:
+    """Fixes hidden states `[B, T, D]`: rows where their slots lie, all else whole.
+
+    Otherwise the partitioner may split them like the weights, and copy them around.
+    """
+
+    def pin(x_BTD: Array) -> Array:
+        whole = x_BTD.shape[0] != slots
+        split = PartitionSpec(None if whole else cache_partition(mesh, slots, 1)[1])
+        return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, split))
+
+    return pin
 
 
 def make_attend_cached(mesh: Mesh, slots: int, kv_heads: int):

@@ -57,6 +57,7 @@ class Options:
       attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`.
       attend_cached: attention of decoding, as `cached_attention.attend_cached`.
       constrain: fixes the sharding of an activation by its axis names.
+      constrain_cached: fixes that of hidden states `[B, T, D]` of decoding.
     """
 
     dtype: Any = jnp.float32
@@ -65,6 +66,7 @@ class Options:
     attend: Callable[[Array, Array, Array, Array], Array] = attend_whole_rows
     attend_cached: Callable[..., tuple[Array, Array, Array]] = attend_cached
     constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
+    constrain_cached: Callable[[Array], Array] = lambda x: x
 
 
 @jax.tree_util.register_dataclass
@@ -202,9 +204,9 @@ class Transformer(nnx.Module):
                 return mixed, kept
 
             x_BTD, (k, v) = nnx.merge(graph, layer)(x_BTD, rope, attend)
-            return (x_BTD, k, v), None
+            return (options.constrain_cached(x_BTD), k, v), None
 
-        x_BTD = self.embedding(tokens_BT, options.dtype)
+        x_BTD = options.constrain_cached(self.embedding(tokens_BT, options.dtype))
         numbers = jnp.arange(self.architecture.layers)
         (x_BTD, k, v), _ = jax.lax.scan(
             body, (x_BTD, cache.k, cache.v), (layers, numbers)

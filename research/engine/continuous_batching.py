@@ -16,6 +16,7 @@ import numpy as np
 from research.engine.adapter_names import AdapterNames
 from research.engine.answers.answer_progress import Answer, AnswerProgress, Pieces
 from research.engine.answers.text_stream import Detokenizer, StopTexts
+from research.engine.followed_decoder import LeadingDecoder
 from research.engine.prefix_cache import PrefixCache, chunk_keys
 from research.engine.requests import (
     EngineFullError,
@@ -29,7 +30,7 @@ from research.engine.requests import (
 )
 from research.engine.slot_decoder import SlotDecoder
 from research.tokenize.tokenizer import Tokenizer
-from research.weights.adapters.serving_bank import Row, set_row
+from research.weights.adapters.serving_bank import Row
 
 # Seconds after which an idle engine looks whether it should end.
 IDLE = 0.2
@@ -44,12 +45,13 @@ class Engine:
 
     def __init__(
         self,
-        decoder: SlotDecoder,
+        decoder: SlotDecoder | LeadingDecoder,
         tokenizer: Tokenizer,
         *,
         most_waiting: int = 1024,
         prefix_bytes: int = 0,
         adapter_rows: int = 0,
+        when_idle: Callable[[], None] = lambda: None,
     ):
         """An engine without requests.
 
@@ -59,9 +61,10 @@ class Engine:
           most_waiting: requests that may wait for a slot.
           prefix_bytes: the most bytes of prompt beginnings that are kept.
           adapter_rows: of the bank in the decoder's parameters; 0 without one.
+          when_idle: is called by `run_forever` now and then while nothing waits.
         """
         self._decoder, self._tokenizer = decoder, tokenizer
-        self._most_waiting = most_waiting
+        self._most_waiting, self._when_idle = most_waiting, when_idle
         self._prefixes = PrefixCache(prefix_bytes)
         self._adapters = AdapterNames(adapter_rows)
         self._slots: list[AnswerProgress | None] = [None] * decoder.slots
@@ -149,7 +152,7 @@ class Engine:
         def load() -> None:
             loaded, is_there = self._adapters.place(identity)
             if not is_there:
-                self._decoder.params = set_row(self._decoder.params, loaded.row, row)
+                self._decoder.set_row(loaded.row, row, identity)
             self._adapters.name(name, loaded)
 
         self._between_rounds(load)
@@ -198,6 +201,7 @@ class Engine:
                     with self._changed:
                         if not (self._waiting or self._commands):
                             self._changed.wait(IDLE)
+                    self._when_idle()
         finally:
             self._driven = False
             self._end_all(Piece(finish="cancelled"))

@@ -29,6 +29,7 @@ from research.models.cached_attention import (
 )
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.weights.adapters.serving_bank import Row, set_row
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -240,6 +241,16 @@ class SlotDecoder:
         """Takes up to R tokens for each slot that is answering."""
         self._state, result = self._decode(self.params, self._state)
         return jax.device_get(result)
+
+    def set_row(self, index: int, row: Row, identity: str) -> None:
+        """Writes an adapter into row `index` of the bank that `params` hold.
+
+        Args:
+          index: of the row, at least 1.
+          row: the factors.
+          identity: of its content; other decoders use it.
+        """
+        self.params = set_row(self.params, index, row)
 
     def read_block(self, slot: int, index: int) -> CacheBlock:
         """A copy of what chunk `index` of a prompt wrote into its slot."""

@@ -1,6 +1,7 @@
 """The engine: every request gets its own answer, and every slot comes back."""
 
 import dataclasses
+import json
 import threading
 
 import jax
@@ -14,6 +15,7 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.engine.constraints import Grammars
 from research.engine.continuous_batching import Engine
+from research.engine.followed_decoder import FRAME, LeadingDecoder, follow
 from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
@@ -356,6 +358,51 @@ def test_adapters_come_and_go_while_others_answer(engine, decoder, model, params
     names = ("two", "again", "", "one")
     answers = [engine.submit(request(LONG, adapter=x)) for x in names]
     assert [read(x) for x in answers] == [alone[1], alone[2], base, alone[2]]
+
+
+# -- several processes -----------------------------------------------------------------
+
+
+def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
+    """Here one after the other, on one decoder; see `test_engine_processes.py`."""
+    told, rounds, decode = [], [], decoder.decode
+    monkeypatch.setattr(
+        decoder, "decode", lambda: rounds.append(decode()) or rounds[-1]
+    )
+
+    def tell(value):
+        told.append(json.dumps(value))
+        return value
+
+    config = LoRAConfig(rank=2, alpha=8.0)
+    factors = random_adapters(lora.adapter_specs(model.specs, config), seed=9)
+    row = serving_bank.bank_row(decoder.params, lora.adapt(params, factors, config))
+    leading = LeadingDecoder(decoder, tell)
+    # Room for one prompt: the blocks of the others leave.
+    engine = Engine(leading, TOKENIZER, prefix_bytes=MIB // 8, adapter_rows=3)
+    plain = Engine(decoder, TOKENIZER)
+    prompts = (LONG, MIDDLE, LONG)
+    expected = [read(plain.submit(request(p, DRAWN))) for p in prompts]
+    rounds.clear()
+    engine.load_adapter("mine", row, "sha")
+    assert [read(engine.submit(request(p, DRAWN))) for p in prompts] == expected
+    assert engine.stats().prefix_hits == 88
+    answers = [
+        engine.submit(request(MIDDLE, adapter="mine", echo=True)),
+        engine.submit(request(SHORT, constraint=Broken(3), stop_ids=frozenset([4]))),
+    ]
+    read(answers[0])
+    leading.end()
+    # A frame is as long as any other, so that hearing it compiles nothing.
+    assert all(len(each) % FRAME == 0 for each in told)
+    of_leader = rounds.copy()
+    rounds.clear()
+    decoder.open(decoder.params)
+    heard = map(json.loads, told)
+    follow(decoder, {"sha": row}.__getitem__, lambda _: next(heard))
+    assert len(rounds) == len(of_leader) and next(heard, None) is None
+    jax.tree.map(np.testing.assert_array_equal, rounds, of_leader)
+    decoder.open(decoder.params)
 
 
 # -- threads ---------------------------------------------------------------------------

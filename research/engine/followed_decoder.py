@@ -1,0 +1,205 @@
+"""A decoder on the devices of several processes: the first decides, the others follow.
+
+Each process holds its part of one `SlotDecoder` and must call it in the same order. The
+first process has the engine. Its calls are collected and told to the others before
+those that have a result, which is once a round.
+"""
+
+import collections
+import dataclasses
+import json
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.engine.requests import Sampling
+from research.engine.slot_decoder import Round, Scores, SlotDecoder, SlotSettings
+from research.parallel import agreement
+from research.weights.adapters.serving_bank import Row
+
+# Letters. What is told fills whole frames, so that few programs compile.
+FRAME = 4096
+Call = tuple[Any, ...]
+Tell = Callable[[Any], Any]
+
+
+class FollowedBlock:
+    """Keys and values of a chunk, which every process holds its part of."""
+
+    def __init__(self, number: int, nbytes: int):
+        self.number, self.nbytes = number, nbytes
+
+
+class LeadingDecoder:
+    """The decoder of the first process; it has all that a `SlotDecoder` has.
+
+    What a call raises is raised by the next one that has a result.
+    """
+
+    def __init__(self, decoder: SlotDecoder, tell: Tell = agreement.of_first):
+        """Every other process calls `follow` with its decoder.
+
+        Args:
+          decoder: with parameters.
+          tell: gives a JSON value to all processes, each of which calls it.
+        """
+        self._decoder, self._tell = decoder, tell
+        # Blocks are dropped wherever Python collects them, also inside a call.
+        self._calls: collections.deque[Call] = collections.deque()
+        self._blocks: dict[int, Any] = {}
+        self._rows: dict[str, Row] = {}
+        self._numbers = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def warm_up(self) -> None:
+        """Compiles every program in all processes."""
+        self._now("warm_up")
+
+    def admit(self, slot: int, settings: SlotSettings) -> None:
+        """See `SlotDecoder`."""
+        values = dataclasses.asdict(
+            dataclasses.replace(settings, sampling=None, stop_ids=())
+        )
+        sampling = dataclasses.asdict(
+            dataclasses.replace(settings.sampling, logit_bias={})
+        )
+        bias = sorted(settings.sampling.logit_bias.items())
+        values["stop_ids"] = sorted(settings.stop_ids)
+        self._later("admit", slot, values, sampling, bias)
+
+    def free(self, slot: int) -> None:
+        """See `SlotDecoder`."""
+        self._later("free", slot)
+
+    def extend(self, slot: int, ids: Sequence[int]) -> None:
+        """See `SlotDecoder`."""
+        self._later("extend", slot, list(ids))
+
+    def start(self, slot: int, token: int) -> None:
+        """See `SlotDecoder`."""
+        self._later("start", slot, token)
+
+    def constrain(self, slot: int, allowed: np.ndarray | None) -> None:
+        """See `SlotDecoder`."""
+        words = None if allowed is None else allowed.view(np.uint32).tolist()
+        self._later("constrain", slot, words)
+
+    def decode(self) -> Round:
+        """See `SlotDecoder`."""
+        return self._now("decode")
+
+    def score(
+        self, slot: int, ids: Sequence[int], next_ids: Sequence[int], top: int = 0
+    ) -> Scores:
+        """See `SlotDecoder`."""
+        return self._now("score", slot, list(ids), list(next_ids), top)
+
+    def read_block(self, slot: int, index: int) -> FollowedBlock:
+        """See `SlotDecoder`. The other processes keep their parts as long as this."""
+        self._numbers += 1
+        number = self._numbers
+        found = FollowedBlock(
+            number, self._now("read_block", slot, index, number).nbytes
+        )
+        weakref.finalize(found, self._later, "drop", number).atexit = False
+        return found
+
+    def write_block(self, slot: int, index: int, block: FollowedBlock) -> None:
+        """See `SlotDecoder`."""
+        self._later("write_block", slot, index, block.number)
+
+    def set_row(self, index: int, row: Row, identity: str) -> None:
+        """See `SlotDecoder`. The other processes read the row by its identity."""
+        self._rows[identity] = row
+        self._now("set_row", index, identity)
+        self._rows.clear()
+
+    def flush(self) -> None:
+        """Makes the calls that wait.
+
+        The other processes wait inside a collective operation, so an engine without
+        requests calls this now and then.
+        """
+        self._now("rest")
+
+    def end(self) -> None:
+        """Lets the other processes return from `follow`."""
+        self._now("end")
+
+    def _later(self, *call: Any) -> None:
+        self._calls.append(call)
+
+    def _now(self, *call: Any) -> Any:
+        calls: list[Call] = []
+        while self._calls:
+            calls.append(self._calls.popleft())
+        calls.append(call)
+        told = [calls, ""]
+        told[1] = " " * (-len(json.dumps(told)) % FRAME)
+        self._tell(told)
+        results = [
+            _perform(self._decoder, self._blocks, each, self._rows.__getitem__)
+            for each in calls
+        ]
+        return results[-1]
+
+
+def follow(
+    decoder: SlotDecoder,
+    read_row: Callable[[str], Row],
+    tell: Tell = agreement.of_first,
+) -> None:
+    """Does what the first process does, until it ends.
+
+    Args:
+      decoder: of the same sizes, with this process's part of the same parameters.
+      read_row: gives the adapter of an identity.
+      tell: see `LeadingDecoder`.
+
+    Raises:
+      LonelyError: another process is gone.
+    """
+    blocks: dict[int, Any] = {}
+    call: Call = ("rest",)
+    while call[0] != "end":
+        for call in tell(None)[0]:
+            _perform(decoder, blocks, call, read_row)
+
+
+def _perform(
+    decoder: SlotDecoder,
+    blocks: dict[int, Any],
+    call: Call,
+    read_row: Callable[[str], Row],
+) -> Any:
+    """Makes one call, the same in every process."""
+    name, *given = call
+    match name:
+        case "rest" | "end":
+            return None
+        case "drop":
+            return blocks.pop(given[0])
+        case "admit":
+            slot, values, sampling, bias = given
+            sampling = Sampling(**{**sampling, "logit_bias": dict(map(tuple, bias))})
+            stop_ids = frozenset(values["stop_ids"])
+            settings = {**values, "sampling": sampling, "stop_ids": stop_ids}
+            return decoder.admit(slot, SlotSettings(**settings))
+        case "constrain":
+            slot, words = given
+            bits = None if words is None else np.array(words, np.uint32)
+            return decoder.constrain(slot, bits)
+        case "read_block":
+            slot, index, number = given
+            return blocks.setdefault(number, decoder.read_block(slot, index))
+        case "write_block":
+            slot, index, number = given
+            return decoder.write_block(slot, index, blocks[number])
+        case "set_row":
+            index, identity = given
+            return decoder.set_row(index, read_row(identity), identity)
+    return getattr(decoder, name)(*given)

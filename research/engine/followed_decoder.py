@@ -19,7 +19,7 @@ from research.engine.slot_decoder import Round, Scores, SlotDecoder, SlotSetting
 from research.parallel import agreement
 from research.weights.adapters.serving_bank import Row
 
-# Letters. What is told fills whole frames, so that few programs compile.
+# Letters. A message fills whole frames, so that few programs compile.
 FRAME = 4096
 Call = tuple[Any, ...]
 Tell = Callable[[Any], Any]
@@ -35,7 +35,7 @@ class FollowedBlock:
 class LeadingDecoder:
     """The decoder of the first process; it has all that a `SlotDecoder` has.
 
-    What a call raises is raised by the next one that has a result.
+    An error of a call is raised by the next one that has a result.
     """
 
     def __init__(self, decoder: SlotDecoder, tell: Tell = agreement.of_first):

@@ -62,7 +62,7 @@ else:
 
 
 def answers(count):
-    """Of `count` processes with two devices together."""
+    """The answers of `count` processes that have two devices together."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"

@@ -28,7 +28,7 @@ from research.engine.slot_decoder import SlotDecoder
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.weights.adapters import lora, serving_bank
 
-SLOTS, LENGTH, CHUNK, ROUNDS = 3, 150, 8, 2
+SLOTS, LENGTH, CHUNK, ROUNDS = 4, 150, 8, 2
 TOKENIZER = byte_tokenizer()
 RNG = np.random.default_rng(0)
 SHORT, MIDDLE, LONG = (

@@ -12,6 +12,7 @@ from research.engine.requests import Sampling
 from research.engine.slot_decoder import SlotDecoder, SlotSettings
 from research.models.cached_attention import attend_cached
 from research.parallel import mesh as meshes
+from research.weights.adapters import serving_bank
 
 SLOTS, LENGTH, CHUNK, ROUNDS = 4, 150, 8, 2
 WORDS = -(-TINY.vocab // 32)
@@ -28,7 +29,9 @@ BUSY = Sampling(
 
 @pytest.fixture(scope="module")
 def decoder(model, params):
-    decoder = SlotDecoder(model, params, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
+    """With an empty bank, as the tests of the engine have: the same programs."""
+    bank = serving_bank.bank(params, model.specs, adapters=3, rank=2)
+    decoder = SlotDecoder(model, bank, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
     decoder.warm_up()
     return decoder
 
@@ -185,10 +188,10 @@ def test_the_state_is_donated_and_never_copied(decoder):
     assert held.k.is_deleted() and held.v.is_deleted()
 
 
-def test_closing_frees_the_state_and_compiles_nothing_again(decoder, params):
+def test_closing_frees_the_state_and_compiles_nothing_again(decoder):
     begin(decoder, 0, MIDDLE)
     (before,) = finish(decoder, 0)
-    traces, held = decoder.traces, decoder._state
+    traces, held, params = decoder.traces, decoder._state, decoder.params
     decoder.close()
     assert decoder.params is None and decoder._state is None
     del held

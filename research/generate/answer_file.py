@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from research.core.errors import UserError
+from research.core.errors import SaveError, UserError
 from research.engine.answers.answer_progress import Answer
 from research.engine.continuous_batching import Engine
 from research.generate.asked_model import AskedModel
 from research.generate.prompt_file import FilePrompt, read_prompts
-from research.generate.separate_prompts import FullAnswer, answer_fields
+from research.generate.separate_prompts import FullAnswer, answer_fields, require_prompt
 from research.report.progress_view import duration
 from research.tokenize.conversation import Turn
 
@@ -66,12 +66,7 @@ def answer_file(
       UserError: a file cannot be used, or `out` has lines of other prompts or settings.
     """
     settings = _digest(model, context, count)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--out={out} is being written by another start") from error
+    with _opened(out) as file:
         done, failed = _check_written(file, out, read_prompts(prompts), settings)
         total, tokens = _measure(model, prompts, context)
         if not total:
@@ -97,6 +92,36 @@ def answer_file(
     return failed
 
 
+@contextlib.contextmanager
+def _opened(out: Path) -> Iterator[IO[bytes]]:
+    """The file, for this process alone.
+
+    Raises:
+      UserError: it cannot be written, or another process writes it.
+      SaveError: a line could not be written.
+    """
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out={out} is no file, so no start could continue it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(out, "a+b")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--out={out} is being written by another start") from error
+        try:
+            yield file
+        except OSError as error:
+            raise SaveError(
+                f"--out={out} could not be written ({error.strerror}); its lines are "
+                "kept, and the same command continues",
+                step=None,
+            ) from error
+
+
 def _submit(
     model: AskedModel,
     engines: Mapping[str, Engine],
@@ -107,8 +132,7 @@ def _submit(
     """Puts the requests of a prompt into the queues of all models."""
     answers: dict[str, list[Answer]] = {name: [] for name in engines}
     try:
-        if prompt.problem:
-            raise UserError(prompt.problem)
+        require_prompt(model, prompt)
         for seed in seeds:
             request = model.request(prompt.turns, prompt.context or context, seed)
             for name, engine in engines.items():

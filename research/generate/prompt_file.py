@@ -1,7 +1,7 @@
 """Prompts of a file: lines of text, or rows with a prompt or with messages."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,20 @@ def read_prompts(path: Path) -> Iterator[FilePrompt]:
         for where, row in read_rows(path):
             yield _from_row(where, row)
         return
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removesuffix("\n")
-            if text.strip():
-                where = f"{path.name}:{number}"
-                yield FilePrompt(where, {"prompt": text}, (Turn("user", text),))
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            yield from text_prompts(file, path.name)
+    except OSError as error:
+        raise UserError(f"--prompts={path} cannot be read: {error.strerror}") from error
+
+
+def text_prompts(lines: Iterable[str], name: str) -> Iterator[FilePrompt]:
+    """The lines that are not empty, each a prompt; `name` is that of their file."""
+    for number, line in enumerate(lines, start=1):
+        text = line.removesuffix("\n")
+        if text.strip():
+            where = f"{name}:{number}"
+            yield FilePrompt(where, {"prompt": text}, (Turn("user", text),))
 
 
 def _from_row(where: str, row: Mapping[str, Any] | BadRowError) -> FilePrompt:
@@ -68,10 +76,11 @@ def _from_row(where: str, row: Mapping[str, Any] | BadRowError) -> FilePrompt:
     given = {name: row[name] for name in ("id", *kinds) if row.get(name) is not None}
     context = row.get("context") or ""
     found = [name for name in kinds if name in given]
-    problem = ""
     if len(found) != 1:
         problem = f"it has {' and '.join(found) or 'neither prompt nor messages'}"
         problem += "; it must have one of them"
+    elif row.get("tools"):
+        problem = "it has tools, which are not passed to the model here"
     else:
         problem = mismatch(given[found[0]], kinds[found[0]], found[0])
         problem = problem or mismatch(context, str, "context")

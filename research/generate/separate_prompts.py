@@ -11,8 +11,11 @@ from research.core.visible_text import visible
 from research.engine.requests import Piece
 from research.generate.asked_model import AskedModel
 from research.generate.chat import show
-from research.generate.prompt_file import FilePrompt
+from research.generate.prompt_file import FilePrompt, text_prompts
+from research.tasks.pretraining import PlainFormat
 from research.tokenize.conversation import Turn
+
+STANDARD_INPUT = "standard input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +69,22 @@ def answer_fields(found: Mapping[str, Sequence[FullAnswer]]) -> dict[str, Any]:
 
 def piped_prompts() -> Iterator[FilePrompt]:
     """The lines of standard input that are not empty."""
-    for number, line in enumerate(sys.stdin, start=1):
-        if line.strip():
-            yield single_prompt(line.removesuffix("\n"), number)
+    return text_prompts(sys.stdin, STANDARD_INPUT)
 
 
-def single_prompt(text: str, number: int = 1) -> FilePrompt:
-    """A text of standard input or of a flag as a prompt."""
-    turns = (Turn("user", text),)
-    return FilePrompt(f"standard input:{number}", {"prompt": text}, turns)
+def single_prompt(text: str) -> FilePrompt:
+    """The whole text of standard input or of a flag as a prompt."""
+    return FilePrompt(f"{STANDARD_INPUT}:1", {"prompt": text}, (Turn("user", text),))
+
+
+def require_prompt(model: AskedModel, prompt: FilePrompt) -> None:
+    """Raises UserError if a row is no prompt, or none for this model."""
+    if prompt.problem:
+        raise UserError(prompt.problem)
+    if len(prompt.turns) > 1 and isinstance(model.prompts, PlainFormat):
+        raise UserError(
+            f"it has {len(prompt.turns)} messages, and this model completes a text"
+        )
 
 
 def answer_each(
@@ -103,13 +113,12 @@ def answer_each(
     failed = number = 0
     for number, prompt in enumerate(prompts, start=1):
         try:
-            if prompt.problem:
-                raise UserError(prompt.problem)
+            require_prompt(model, prompt)
             seeds = range((number - 1) * count, number * count)
             _answer(model, prompt, prompt.context or context, seeds, as_json)
         except UserError as error:
             failed += 1
-            where = prompt.where.replace("standard input:", "line ")
+            where = prompt.where.replace(f"{STANDARD_INPUT}:", "line ")
             sys.stderr.write(f"error: {where}: {error}\n")
             if as_json:
                 _show_json(prompt, {"error": str(error)})

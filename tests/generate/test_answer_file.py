@@ -1,20 +1,24 @@
 """Answers to a file of prompts: complete, in order, and continued after a kill."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
 import re
 import types
+from pathlib import Path
 
 import pytest
 
-from research.core.errors import UserError
+from research.core.errors import SaveError, UserError
 from research.engine.requests import Piece, Sampling
 from research.generate import answer_file as module
 from research.generate.answer_file import answer_file
 from research.generate.asked_model import AskedModel
 from research.generate.prompt_file import read_prompts
+from research.tasks.pretraining import PlainFormat
+from research.tokenize.tokenizer_training import byte_tokenizer
 
 CONTEXT = 40
 
@@ -182,6 +186,7 @@ ROWS = [
     ('{"messages": [{"role": "me", "content": "x"}]}', "'me' is no role"),
     ('{"messages": [{"role": "assistant", "content": "x"}]}', "last message"),
     ('{"prompt": "x", "context": 1}', "context is 1"),
+    ('{"prompt": "x", "tools": [{}]}', "it has tools"),
     ('{"prompt": "' + "x" * 40 + '"}', "40 tokens"),
     ('{"prompt": "\\ud800"}', "not UTF-8"),
 ]
@@ -209,6 +214,30 @@ def test_a_text_file_may_hold_bytes_that_are_no_text(tmp_path):
     assert answer_file(model(), path, tmp_path / "out.jsonl", "") == 1
     bad, good = lines(tmp_path / "out.jsonl")
     assert "not UTF-8" in bad["error"] and good["answer"] == "1:ok"
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(prompts, tmp_path, monkeypatch):
+    for out in (tmp_path, Path("/dev/full")):
+        with pytest.raises(UserError, match=r"--out=.* is no file"):
+            answer_file(model(), prompts, out, "")
+    with pytest.raises(UserError, match=r"--out=.* cannot be written: "):
+        answer_file(model(), prompts, prompts / "below", "")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write", full)
+    with pytest.raises(SaveError, match=r"No space left.*the same command continues"):
+        answer_file(model(), prompts, tmp_path / "out.jsonl", "")
+
+
+def test_a_model_that_completes_text_takes_no_conversation(tmp_path):
+    row = {"messages": [{"role": "user", "content": x} for x in "ab"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + '\n{"prompt": "a"}\n')
+    plain = dataclasses.replace(model(), prompts=PlainFormat(byte_tokenizer()))
+    assert answer_file(plain, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "") == 1
+    bad, good = lines(tmp_path / "out.jsonl")
+    assert "2 messages, and this model completes" in bad["error"] and "answer" in good
 
 
 def test_without_prompts_nothing_is_answered(tmp_path):

@@ -100,25 +100,39 @@ def test_each_row_is_that_of_its_adapter_alone(monkeypatch, gathers):
     program.cache_clear()
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_on_other_adapters(model):
-    """Bit for bit, though one program computes them all."""
-    whole = full_bank(model)
-    for row, index in enumerate(CHOICE):
-        found = answers(model, whole)[row]
-        others = [index if i == row else (index + 1) % 4 for i in range(4)]
-        np.testing.assert_array_equal(found, answers(model, whole, others)[row])
-        only = full_bank(model, (index,) if index else ())
-        np.testing.assert_array_equal(found, answers(model, only)[row])
+@pytest.mark.parametrize("gathers", [False, True], ids=["all at once", "gathered"])
+def test_a_row_depends_on_nothing_but_its_adapter(monkeypatch, gathers):
+    """Bit for bit: not on the choices of others, nor on the rest of the bank."""
+    monkeypatch.setattr(adapter_bank, "GATHER_ABOVE", 0 if gathers else 4)
+    rng = np.random.default_rng(0)
+    spec = Spec((72, 56), ("embed", "mlp"))
+    base = {"w": jnp.float32(rng.normal(size=spec.shape))}
 
+    def low(rank):
+        a, b = rng.normal(size=(72, rank)), rng.normal(size=(rank, 56))
+        return {"w": LowRank(base["w"], *map(jnp.float32, (a, b)), jnp.float32(2))}
 
-def test_an_adapter_answers_alike_in_every_row_of_the_bank(model):
-    """It may be unloaded and loaded again while others keep their rows."""
-    params, found = full_bank(model, ()), []
-    for index in (1, 3):
-        row = serving_bank.bank_row(params, adapted(model, 2))
-        params = serving_bank.set_row(params, index, row)
-        found.append(answers(model, params, [index] * 4))
-    np.testing.assert_array_equal(*found)
+    own, other, x = low(5), low(16), jnp.float32(rng.normal(size=(4, 72)))
+    empty = serving_bank.bank(base, {"w": spec}, 4, 16, paths=["w"])
+    product = jax.jit(lambda params, choice: contract(x, params["w"].bound(choice)))
+
+    def answer(rows, choice):
+        params = jax.tree.map(jnp.copy, empty)
+        for index, adapter in rows.items():
+            row = serving_bank.bank_row(params, adapter)
+            params = serving_bank.set_row(params, index, row)
+        return np.asarray(product(params, np.array(choice, np.int32)))
+
+    alone = answer({1: own}, [1, 1, 1, 1])
+    close(alone, contract(x, own["w"]))
+    for index in (1, 2, 3):
+        rows = {1: other, 2: other, 3: other} | {index: own}
+        for place in range(4):
+            choice = [(index + 1) % 4] * 4
+            choice[place] = index
+            found = answer(rows, choice)
+            np.testing.assert_array_equal(found[place], alone[place])
+            assert (found != alone).any()
 
 
 def test_a_single_row_computes_with_its_adapter_alone(model):

@@ -1,0 +1,95 @@
+"""A base model in bytes, for decoding, and the loss that this costs."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.tasks.head_chunk import head_chunk
+from research.tasks.token_loss_and_metrics import chunked_token_losses
+from research.weights.representations.int8_weights import as_int8, int8_specs
+
+Params = dict[str, Any]
+LENGTH, ROWS = 256, 4  # Of the texts that the loss is measured on.
+
+
+def with_int8(params: Params, model: Model, mesh: Mesh) -> Params:
+    """`params` with every matrix of the layers, and the vocabulary head, in bytes.
+
+    A table of embeddings that is not the head stays: of it, decoding reads few rows.
+    One matrix at a time is in memory in both forms, if the caller keeps none.
+    """
+    specs = model.specs
+    paths = {path for path, spec in specs.items() if spec.stacked and spec.n_in}
+    changed = dict(params)
+    params.clear()
+    for path in sorted(paths | model.head(changed).keys()):
+        where = meshes.shardings({path: int8_specs(specs[path])}, mesh)[path]
+        convert = functools.partial(as_int8, spec=specs[path])
+        changed[path] = jax.jit(convert, out_shardings=where)(changed[path])
+    return changed
+
+
+def mean_loss(
+    params: Params, model: Model, mesh: Mesh, texts: Sequence[Sequence[int]]
+) -> float:
+    """Mean cross entropy of each next id, in nats, over the starts of some texts.
+
+    Args:
+      params: of `model`, by path.
+      model: the decoder on `mesh`.
+      mesh: devices of the parameters.
+      texts: ids; the first `LENGTH` of each of the first `ROWS` count.
+    """
+    rows = -(-min(ROWS, len(texts)) // meshes.batch_shards(mesh))
+    shape = (rows * meshes.batch_shards(mesh), LENGTH)
+    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    filled = np.zeros(shape, np.int32)
+    for row, ids in enumerate(texts[:ROWS]):
+        ids = ids[: LENGTH + 1]
+        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        filled[row, : len(ids) - 1] = 1
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape)
+
+    @jax.jit
+    def total(params: Params, tokens, targets, filled, positions) -> jax.Array:
+        hidden = model.hidden(params, tokens, positions, filled)
+        losses = chunked_token_losses(
+            model.logits,
+            model.head(params),
+            hidden,
+            targets,
+            filled.astype(jnp.float32),
+            chunk=head_chunk(model.architecture.vocab, mesh),
+            shards=meshes.shards(mesh),
+        )
+        return jnp.sum(losses)
+
+    return float(total(params, tokens, targets, filled, positions)) / filled.sum()
+
+
+def measured_int8(
+    params: Params, model: Model, mesh: Mesh, texts: Sequence[Sequence[int]]
+) -> Params:
+    """`with_int8`, and a line in the log about the loss on `texts` before and after."""
+    before = mean_loss(params, model, mesh, texts)
+    changed = with_int8(params, model, mesh)
+    after = mean_loss(changed, model, mesh, texts)
+    logging.warning(
+        "int8 weights: loss %.4f instead of %.4f (%+.4f nats per token, %+.2f%%) on "
+        "%d tokens of %d texts",
+        after,
+        before,
+        after - before,
+        100 * (after / before - 1),
+        sum(min(len(ids) - 1, LENGTH) for ids in texts[:ROWS]),
+        min(len(texts), ROWS),
+    )
+    return changed

@@ -1,6 +1,7 @@
 """Runs are opened to answer together: one base, and adapters that fit it."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ from small_run import one_device
 from tiny_model import make_tiny_model
 
 from research.core.errors import DamagedError, UserError
+from research.runs.answering.int8_base import mean_loss, texts_to_measure
 from research.runs.answering.open_for_answering import (
     find_adapters,
     open_for_answering,
@@ -21,6 +23,7 @@ from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
 from research.tokenize.conversation import Turn
 from research.weights.adapters import serving_bank
+from research.weights.representations.int8_weights import Int8Matrix
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +196,30 @@ def test_a_model_without_a_run_is_served_alone(run):
     assert (banked.adapters, banked.rank) == (4, 2)
     assert banked.a.dtype == with_bank.model.options.dtype
     assert banked.a.sharding.mesh == with_bank.mesh
+
+
+def test_int8_weights_say_what_they_cost(run, opened, caplog):
+    """The loss is that of the run's own first rows, before and after."""
+    found = open_for_answering([str(run)], adapters=1, rank=1, weights="int8")
+    line = r"loss (\S+) instead of (\S+) \((\S+) nats.* on (\d+) tok"
+    said = re.search(line, caplog.text)
+    after, before, change, tokens = map(float, said.groups())
+    assert abs(change) < 0.02 * before and tokens > 100
+    # As an evaluation measures it, on the same ids.
+    texts = texts_to_measure(run, opened.base.tokenizer)
+    base = {p: getattr(leaf, "base", leaf) for p, leaf in opened.params.items()}
+    measured = mean_loss(base, opened.model, opened.mesh, texts)
+    assert measured == pytest.approx(before, abs=1e-4)
+    kinds = {p: type(getattr(leaf, "base", leaf)) for p, leaf in found.params.items()}
+    assert kinds["layers.mlp.up.kernel"] is kinds["head.kernel"] is Int8Matrix
+    assert kinds["embedding.table"] is not Int8Matrix, "decoding reads few rows of it"
+    # Adapters are read onto it as onto any other base.
+    _, row = found.read(*found.runs)
+    same(row, jax.device_get(opened.read(*opened.runs)[1]))
+    with pytest.raises(UserError, match="--weights is 'int4'.*must be one of"):
+        open_for_answering([str(run)], weights="int4")
+
+
+def test_a_loss_is_measured_without_a_run(opened):
+    texts = texts_to_measure(None, opened.base.tokenizer)
+    assert len(texts) == 4 and min(map(len, texts)) > 256

@@ -1,8 +1,11 @@
 """A base model in bytes, for decoding, and the loss that this costs."""
 
 import functools
+import importlib.resources
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +15,10 @@ from jax.sharding import Mesh
 
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.runs.display_files import read_preview
 from research.tasks.head_chunk import head_chunk
 from research.tasks.token_loss_and_metrics import chunked_token_losses
+from research.tokenize.tokenizer import Tokenizer
 from research.weights.representations.int8_weights import as_int8, int8_specs
 
 Params = dict[str, Any]
@@ -24,17 +29,20 @@ def with_int8(params: Params, model: Model, mesh: Mesh) -> Params:
     """`params` with every matrix of the layers, and the vocabulary head, in bytes.
 
     A table of embeddings that is not the head stays: of it, decoding reads few rows.
-    One matrix at a time is in memory in both forms, if the caller keeps none.
+    One matrix at a time is in memory in both forms: `params` is left empty.
     """
     specs = model.specs
     paths = {path for path, spec in specs.items() if spec.stacked and spec.n_in}
-    changed = dict(params)
-    params.clear()
-    for path in sorted(paths | model.head(changed).keys()):
+    paths |= model.head(params).keys()
+
+    def convert(path: str, weight: Any) -> Any:
+        if path not in paths:
+            return weight
         where = meshes.shardings({path: int8_specs(specs[path])}, mesh)[path]
-        convert = functools.partial(as_int8, spec=specs[path])
-        changed[path] = jax.jit(convert, out_shardings=where)(changed[path])
-    return changed
+        made = functools.partial(as_int8, spec=specs[path])
+        return jax.jit(made, out_shardings=where)(weight)
+
+    return {path: convert(path, params.pop(path)) for path in sorted(params)}
 
 
 def mean_loss(
@@ -73,6 +81,21 @@ def mean_loss(
         return jnp.sum(losses)
 
     return float(total(params, tokens, targets, filled, positions)) / filled.sum()
+
+
+def texts_to_measure(run: Path | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of the first training rows of a run, or else of the embedded sample."""
+    rows = read_preview(run) if run else []
+    documents = [document for row in rows for document in row.documents]
+    if documents:
+        return [[i for span in x.spans for i in span.ids] for x in documents]
+    sample = importlib.resources.files("research.data.instructions") / "sample"
+    lines = (sample / "general_qa.jsonl").read_text(encoding="utf-8").splitlines()
+    known = [json.loads(line) for line in lines]
+    texts = [f"{row['instruction']}\n{row['response']}" for row in known]
+    # As long as what is measured of each.
+    parts = [texts[i::ROWS] for i in range(ROWS)]
+    return [tokenizer.encode_texts(["\n\n".join(part)])[0] for part in parts]
 
 
 def measured_int8(

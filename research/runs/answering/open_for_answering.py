@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 
 from research.checkpoints.checksums import seal_of
 from research.config.knob_groups import ModelConfig
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
 from research.core.local_paths import split_step
 from research.formats.base_model import Base, open_base
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.runs.answering.int8_base import measured_int8, texts_to_measure
 from research.runs.answering.run_addresses import (
     BASE,
     RunAddress,
@@ -43,6 +44,7 @@ from research.weights.representations.adapter_bank import AdapterBank
 
 Params = dict[str, Any]
 USUAL_RANK = 16
+WEIGHTS = {"": "as they are", "int8": "one byte for each weight, for decoding"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +157,7 @@ def open_for_answering(
     mesh: Mesh | None = None,
     adapters: int = 8,
     rank: int = USUAL_RANK,
+    weights: str = "",
 ) -> Answering:
     """Opens the one base model of several runs, or a model without a run.
 
@@ -167,10 +170,13 @@ def open_for_answering(
       adapters: how many can be loaded at once, at least as many as there are runs; with
         0 and no run of adapters there is no bank.
       rank: the largest rank that has room; those of `runs` have room anyway.
+      weights: "int8" stores the base in bytes, and logs what this does to its loss; ""
+        keeps the dtype of the model.
 
     Raises:
       UserError: a run or model is absent, or two runs have different bases.
     """
+    look_up(WEIGHTS, weights, "--weights")
     addresses = run_addresses(runs)
     if not model and not addresses:
         raise UserError("name a run with --run=RUN_DIR, or a model with --model=")
@@ -184,6 +190,11 @@ def open_for_answering(
     others = tuple(x for x in addresses if x not in full)
     opened = _open_full_run(full[0], mesh) if full else _open_base(model, others, mesh)
     found = [find_adapters(address, opened.base) for address in others]
+    if weights:
+        first = addresses[0].folder if addresses else None
+        texts = texts_to_measure(first, opened.base.tokenizer)
+        small = measured_int8(opened.params, opened.model, opened.mesh, texts)
+        opened = dataclasses.replace(opened, params=small)
     count = max(adapters, len(found))
     params = _with_bank(opened, found, count, rank) if count else opened.params
     return dataclasses.replace(opened, runs=others, params=params)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.runs.display_files import read_preview
-from research.tasks.head_chunk import head_chunk
-from research.tasks.token_loss_and_metrics import chunked_token_losses
+from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.representations.int8_weights import as_int8, int8_specs
 
@@ -56,31 +55,25 @@ def mean_loss(
       mesh: devices of the parameters.
       texts: ids; the first `LENGTH` of each of the first `ROWS` count.
     """
-    rows = -(-min(ROWS, len(texts)) // meshes.batch_shards(mesh))
-    shape = (rows * meshes.batch_shards(mesh), LENGTH)
-    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    filled = np.zeros(shape, np.int32)
+    parts = meshes.batch_shards(mesh)
+    shape = (-(-min(ROWS, len(texts)) // parts) * parts, LENGTH)
+    tokens, targets, filled = (np.zeros(shape, np.int32) for _ in range(3))
     for row, ids in enumerate(texts[:ROWS]):
         ids = ids[: LENGTH + 1]
-        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-        filled[row, : len(ids) - 1] = 1
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape)
-
-    @jax.jit
-    def total(params: Params, tokens, targets, filled, positions) -> jax.Array:
-        hidden = model.hidden(params, tokens, positions, filled)
-        losses = chunked_token_losses(
-            model.logits,
-            model.head(params),
-            hidden,
-            targets,
-            filled.astype(jnp.float32),
-            chunk=head_chunk(model.architecture.vocab, mesh),
-            shards=meshes.shards(mesh),
-        )
-        return jnp.sum(losses)
-
-    return float(total(params, tokens, targets, filled, positions)) / filled.sum()
+        own = row, slice(len(ids) - 1)
+        tokens[own], targets[own], filled[own] = ids[:-1], ids[1:], 1
+    batch = Batch(
+        tokens=tokens,
+        targets=targets,
+        weights=filled.astype(np.float32),
+        segments=filled,
+        positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape),
+        groups=np.zeros(shape, np.int32),
+    )
+    objective = CrossEntropy(1, 0, meshes.shards(mesh), mesh=mesh)
+    evaluate = jax.jit(functools.partial(objective.evaluate, model))
+    loss = evaluate(params, meshes.to_global(batch, mesh))["loss"]
+    return float(loss.numerator[0] / loss.denominator[0])
 
 
 def texts_to_measure(run: Path | None, tokenizer: Tokenizer) -> list[list[int]]:

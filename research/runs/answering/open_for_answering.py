@@ -1,6 +1,6 @@
 """One base model with room for the adapters of many runs, for programs that answer.
 
-    opened = open_for_answering(["runs/a", "runs/sweeps/rank"], adapters=8)
+    opened = open_for_answering(["runs/a", "runs/sweeps/rank"])
     for address in opened.runs:
         served, row = opened.read(address)       # the engine writes `row` into the bank
 
@@ -144,7 +144,8 @@ class Answering:
             for path, leaf in self.params.items()
         }
         adapted = run.trainable.forward(adapters, frozen, None)
-        row = serving_bank.bank_row(self.params, adapted)
+        changed = {path: adapted[path] for path in adapters}
+        row = serving_bank.bank_row(self.params, changed)
         identity = RunTensors(run, step).fingerprint
         parent = self.served_base.name
         return _served(run, address, parent, step, identity, newest), row
@@ -155,8 +156,8 @@ def open_for_answering(
     *,
     model: str = "",
     mesh: Mesh | None = None,
-    adapters: int = 8,
-    rank: int = USUAL_RANK,
+    adapters: int = 0,
+    rank: int = 0,
     weights: str = "",
 ) -> Answering:
     """Opens the one base model of several runs, or a model without a run.
@@ -167,9 +168,10 @@ def open_for_answering(
       model: the base model, as `config.model.init_from` names it; by default that of
         the first run.
       mesh: devices for the parameters; by default those of this process that fit.
-      adapters: how many can be loaded at once, at least as many as there are runs; with
-        0 and no run of adapters there is no bank.
-      rank: the largest rank that has room; those of `runs` have room anyway.
+      adapters: how many have room at once, at least as many as there are runs. Room
+        that is not used slows every answer down. With 0 and no run there is no bank.
+      rank: the largest rank that has room; those of `runs` have room anyway, and
+        without runs `USUAL_RANK`.
       weights: "int8" stores the base in bytes, and logs what this does to its loss; ""
         keeps the dtype of the model.
 
@@ -322,6 +324,7 @@ def _with_bank(
         kind, specs = run.trainable.kind, run.trainable.specs
         targets |= specs.keys()
         rank = max(rank, *(kind.rank(factors) for factors in specs.values()))
+    rank = rank or USUAL_RANK
     specs = opened.model.specs
     layers = {path for path, spec in specs.items() if spec.n_in and spec.stacked}
 

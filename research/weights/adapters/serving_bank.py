@@ -55,7 +55,7 @@ def bank(
     Args:
       params: the frozen base by path.
       specs: of the model.
-      adapters: how many the bank holds, the base as number 0 included.
+      adapters: how many can be chosen from, the base as number 0 included.
       rank: the largest that an adapter can have.
       paths: of the matrices that adapters may change; by default those of the layers.
       dtype: of the factors; that of activations loses nothing, see `LowRank`.
@@ -66,7 +66,7 @@ def bank(
     paths = set(paths) or {p for p, spec in specs.items() if spec.n_in and spec.stacked}
     with_bank = dict(params)
     for path in sorted(paths):
-        own = bank_specs(specs[path], adapters, rank)
+        own = bank_specs(specs[path], adapters - 1, rank)
         scale = zeros(own.pop("scale"), jnp.float32)
         factors = {name: zeros(spec, dtype) for name, spec in own.items()}
         with_bank[path] = AdapterBank(params[path], **factors, scale=scale)
@@ -81,7 +81,7 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
 
     Args:
       params: with a bank.
-      adapted: by path, leaves that adapters were attached to; others are ignored. An
+      adapted: by path, leaves that adapters were attached to; arrays are ignored. An
         empty dictionary gives the row of the base.
 
     Raises:
@@ -131,15 +131,15 @@ def set_row(params: Params, index: int, row: Row) -> Params:
     """
     banks = {path: params[path] for path in row}
     adapters = next(iter(banks.values())).adapters
-    if not 0 < index < adapters:
-        raise ValueError(f"adapter {index} of 1 to {adapters - 1}; 0 is the base")
+    if not 0 < index <= adapters:
+        raise ValueError(f"adapter {index} of 1 to {adapters}; 0 is the base")
     factors = {
         path: {name: getattr(own, name) for name in row[path]}
         for path, own in banks.items()
     }
     where = jax.tree.map(lambda x: x.sharding, factors)
     # Under equal shardings of another name, programs would compile again.
-    written = jax.device_put(_write(factors, row, np.int32(index)), where)
+    written = jax.device_put(_write(factors, row, np.int32(index - 1)), where)
     return params | {
         path: dataclasses.replace(own, **written[path]) for path, own in banks.items()
     }
@@ -158,10 +158,12 @@ def _write(
     banks: dict[str, dict[str, Array]], row: Row, index: Array
 ) -> dict[str, dict[str, Array]]:
     def one(whole: Array, part: Array) -> Array:
-        # The axis in which they differ. A bank has two adapters or more.
-        (axis,) = [i for i, n in enumerate(part.shape) if n != whole.shape[i]]
-        start = index * part.shape[axis]
-        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis)
+        # In units of `part`; 0 in every axis in which they do not differ.
+        starts = [
+            index * n if n != m else 0
+            for n, m in zip(part.shape, whole.shape, strict=True)
+        ]
+        return jax.lax.dynamic_update_slice(whole, part, starts)
 
     return jax.tree.map(one, banks, row)
 

@@ -22,11 +22,12 @@ GATHER_ABOVE = 1.5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdapterBank(Leaf):
-    """`base + scale[n] * a[n] @ b[n]` with n = `choice[i]` for row i of a batch.
+    """`base + scale[n] * a[n] @ b[n]` with n = `choice[i] - 1` for row i of a batch.
 
-    The factors of all adapters lie side by side: adapter n has the columns of `a` and
-    the rows of `b` from `n * rank` to `(n + 1) * rank`, and a smaller rank ends in
-    zeros. Terms of other adapters are exactly zero, so they change no result.
+    Choice 0 is the base, which takes no room. The factors of all adapters lie side by
+    side: adapter n has the columns of `a` and the rows of `b` from `n * rank` to
+    `(n + 1) * rank`, and a smaller rank ends in zeros. Terms of other adapters are
+    exactly zero, so they change no result.
 
     Attributes:
       base: the frozen weight, `[*stack, *in, *out]`.
@@ -49,7 +50,7 @@ class AdapterBank(Leaf):
 
     @property
     def adapters(self) -> int:
-        """How many adapters the bank holds, the empty one of the base included."""
+        """How many adapters the bank holds, the base not included."""
         return self.scale.shape[-1]
 
     @property
@@ -58,7 +59,7 @@ class AdapterBank(Leaf):
         return self.b.shape[self.scale.ndim - 1] // self.adapters
 
     def bound(self, choice: Array) -> Leaf:
-        """The weight for a batch whose row i uses adapter `choice[i]`, `[B]` int32.
+        """The weight for a batch of which row i makes choice `choice[i]`, `[B]` int32.
 
         For a batch of one row it is the `LowRank` of that adapter, without any other.
         """
@@ -66,13 +67,14 @@ class AdapterBank(Leaf):
         if choice.shape[0] > 1:
             choice = jnp.broadcast_to(choice, (*stack, *choice.shape))
             return dataclasses.replace(self, choice=choice)
-        n, start = choice[0], choice[0] * self.rank
+        n = jnp.maximum(choice[0] - 1, 0)
         part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.rank)
+        scale = jax.lax.dynamic_index_in_dim(self.scale, n, axis=-1, keepdims=False)
         return LowRank(
             self.base,
-            part(self.a, start, axis=len(self.a.shape) - 1),
-            part(self.b, start, axis=len(stack)),
-            jax.lax.dynamic_index_in_dim(self.scale, n, axis=-1, keepdims=False),
+            part(self.a, n * self.rank, axis=len(self.a.shape) - 1),
+            part(self.b, n * self.rank, axis=len(stack)),
+            jnp.where(choice[0] > 0, scale, 0),
         )
 
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
@@ -97,8 +99,9 @@ class AdapterBank(Leaf):
         if self.adapters <= GATHER_ABOVE * x.shape[0]:
             low = self._own(contract(x, self.a, n_in))
             return contract(low, self.b, 1, dtype)
-        a, b = self._gathered()
-        scale = self.scale[self.choice].astype(x.dtype)
+        own = jnp.maximum(self.choice - 1, 0)
+        a, b = self._gathered(own)
+        scale = jnp.where(self.choice > 0, self.scale[own], 0).astype(x.dtype)
 
         def one(x: Array, a: Array, b: Array, scale: Array) -> Array:
             return contract(contract(x, a, n_in) * scale, b, 1, dtype)
@@ -107,7 +110,7 @@ class AdapterBank(Leaf):
 
     def _own(self, low: Array) -> Array:
         """`low`, `[B, ..., adapters * rank]`, scaled, with zeros for other adapters."""
-        owner = jnp.arange(low.shape[-1], dtype=jnp.int32) // self.rank
+        owner = jnp.arange(low.shape[-1], dtype=jnp.int32) // self.rank + 1
         mine = self.choice[:, None] == owner[None]
         scale = jnp.repeat(self.scale, self.rank).astype(low.dtype)
         mine = jnp.expand_dims(mine, range(1, low.ndim - 1))
@@ -115,11 +118,11 @@ class AdapterBank(Leaf):
         # Not a product with 0, which a number that is not finite would survive.
         return jnp.where(mine, scaled, 0)
 
-    def _gathered(self) -> tuple[Array, Array]:
+    def _gathered(self, own: Array) -> tuple[Array, Array]:
         """The factors by row of the batch: `[*in, B, rank]` and `[B, rank, *out]`."""
         a, b = materialize(self.a), materialize(self.b)
         a = a.reshape(*a.shape[:-1], self.adapters, self.rank)
         b = b.reshape(self.adapters, self.rank, *b.shape[1:])
         # By default each number would be compared with the bounds of the bank.
-        take = functools.partial(jnp.take, indices=self.choice, mode="clip")
+        take = functools.partial(jnp.take, indices=own, mode="clip")
         return take(a, axis=-2), take(b, axis=0)

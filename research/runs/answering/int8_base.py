@@ -21,7 +21,7 @@ from research.tokenize.tokenizer import Tokenizer
 from research.weights.representations.int8_weights import as_int8, int8_specs
 
 Params = dict[str, Any]
-LENGTH, ROWS = 256, 4  # Of the texts that the loss is measured on.
+LENGTH, ROWS = 256, 4  # Ids of each text on which the loss is measured, and texts.
 
 
 def with_int8(params: Params, model: Model, mesh: Mesh) -> Params:

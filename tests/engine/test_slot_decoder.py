@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -263,3 +267,68 @@ def test_a_mesh_gives_the_answers_of_one_device(
     assert (keys.shape[1] // part[1], keys.shape[2] // part[2]) == split
     # XLA says so where it has to copy a whole array to split it in another way.
     assert "rematerialization" not in capfd.readouterr().err
+
+
+OPTIMIZED = """
+import jax, jax.numpy as jnp, numpy as np
+from helpers import random_params
+from research.engine.requests import Sampling
+from research.engine.slot_decoder import SlotDecoder, SlotSettings
+from research.models.architecture import Architecture
+from research.models.transformer import Model
+
+shape = Architecture(1000, 192, 512, 4, 6, 2, 32, tied_head=True)
+model = Model(shape).with_options(dtype=jnp.bfloat16)
+params = {p: jnp.bfloat16(x) for p, x in random_params(model.specs).items()}
+decoder = SlotDecoder(model, params, 7, 400)
+decoder.warm_up()
+rng = np.random.default_rng(0)
+prompts = [rng.integers(0, 1000, n).tolist() for n in (150, 3, 300, 77, 1, 129, 64)]
+
+def begin(slot, prompt, sampling):
+    decoder.admit(slot, SlotSettings(sampling, top=5, prompt_ids=prompt))
+    for at in range(0, len(prompt) - 1, decoder.chunk):
+        decoder.extend(slot, prompt[:-1][at : at + decoder.chunk])
+    decoder.start(slot, prompt[-1])
+
+def answer(slot):
+    said = []
+    while len(said) < 20:
+        round_ = decoder.decode()
+        said.append([x[0, slot].tolist() for x in jax.tree.leaves(round_.scores)])
+        said[-1].append(int(round_.ids[0, slot]))
+    return said
+
+for sampling in (
+    Sampling(max_new_tokens=20),
+    Sampling(1.0, 0.9, repetition_penalty=1.2, max_new_tokens=20, seed=5),
+):
+    found = []
+    for slot in range(7):
+        begin(slot, prompts[0], sampling)
+        found.append(answer(slot))
+        for other in {*range(7)} - {slot}:
+            limit = 3 + 5 * other
+            begin(other, prompts[other], Sampling(other % 2, max_new_tokens=limit))
+        decoder.decode()
+        begin(slot, prompts[0], sampling)
+        found.append(answer(slot))
+        for other in range(7):
+            decoder.free(other)
+    assert all(x == found[0] for x in found)
+    print(len(found), len({x[0] for x in found[0]}))
+"""
+
+
+@pytest.mark.soak
+def test_optimized_programs_do_not_let_slots_depend_on_each_other():
+    """The compiler of real runs, which splits products over threads and vectors."""
+    root = Path(__file__).parents[2]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    env |= {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": f"{root}:{root}/tests/support"}
+    done = subprocess.run(
+        [sys.executable, "-c", OPTIMIZED], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [[*map(int, line.split())] for line in done.stdout.splitlines()]
+    assert len(counts) == 2 and all(n == 14 and scores > 9 for n, scores in counts)

@@ -1,6 +1,7 @@
 """The engine: every request gets its own answer, and every slot comes back."""
 
 import dataclasses
+import gc
 import json
 import threading
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
+from research.engine import text_generation
 from research.engine.constraints import Grammars
 from research.engine.continuous_batching import Engine
 from research.engine.followed_decoder import FRAME, LeadingDecoder, follow
@@ -358,6 +360,41 @@ def test_adapters_come_and_go_while_others_answer(engine, decoder, model, params
     names = ("two", "again", "", "one")
     answers = [engine.submit(request(LONG, adapter=x)) for x in names]
     assert [read(x) for x in answers] == [alone[1], alone[2], base, alone[2]]
+
+
+def test_a_model_that_is_asked_now_and_then_holds_no_memory(
+    decoder, model, monkeypatch
+):
+    """As reports of a run ask it: the slots are gone when the answers are there."""
+    made = []
+
+    def make(*arguments, mesh):
+        made.append(arguments)
+        return decoder
+
+    params = decoder.params
+    monkeypatch.setattr(text_generation, "SlotDecoder", make)
+    decoders = text_generation.SlotDecoders(model, decoder._mesh)
+    generator = text_generation.TextGenerator(decoders, params, TOKENIZER)
+    expected = Engine(decoder, TOKENIZER).submit(request(MIDDLE, DRAWN)).text()
+    decoder.close()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    for _ in range(2):
+        said = generator.answers([request(MIDDLE, DRAWN)] * 5)
+        assert said == [expected] * 5
+        assert "".join(x.text for x in generator.stream(request(MIDDLE, DRAWN))) in said
+        with pytest.raises(ContextOverflowError):
+            generator.answers([request(LONG, Sampling(max_new_tokens=200))])
+        gc.collect()
+        assert sum(x.nbytes for x in jax.live_arrays()) <= before
+        assert decoder.params is None
+    # One for each size: 8 slots for five answers, one for a stream, and up to the
+    # context of the model.
+    longest = model.architecture.max_position
+    sizes = {(8, min(256, longest)), (1, min(256, longest)), (1, min(512, longest))}
+    assert {arguments[2:] for arguments in made} == sizes and len(made) == len(sizes)
+    assert generator.answers([]) == []
+    decoder.open(params)
 
 
 # -- several processes -----------------------------------------------------------------

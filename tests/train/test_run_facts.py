@@ -1,7 +1,47 @@
 """The report says of the knobs what the user wrote, and only where it is unusual."""
 
-from research.config.run_config import Config, LoRAConfig
-from research.train.run_facts import changed_knobs, count_dropped
+from types import SimpleNamespace
+
+from research.config.run_config import Config, DataConfig, LoRAConfig
+from research.tasks.findings import DROPPED, Finding
+from research.train.run_facts import changed_knobs, count_dropped, describe
+
+
+def test_facts_say_model_rows_recipe_machine_and_code():
+    start = {
+        "devices": "2 x TPU v4",
+        "provenance": {
+            "packages": {"jax": "0.12"},
+            "python": "3.13",
+            "code": "1 commit",
+            "command": ["-m", "research.train", "--config=a b.py"],
+        },
+    }
+    config = Config(steps=3, data=DataConfig(batch_size=1, seq_len=64))
+    run = SimpleNamespace(
+        config=config,
+        base=SimpleNamespace(name="a model", fingerprint="ab" * 32),
+        task=SimpleNamespace(origin="a.jsonl", sha256="cd" * 32, rows=2),
+        definition=SimpleNamespace(
+            trainable=SimpleNamespace(kind=SimpleNamespace(name="lora")),
+            mesh=SimpleNamespace(shape={"data": 2}),
+        ),
+        history=SimpleNamespace(starts=[start, start], accepted_by_step={}),
+        examination=SimpleNamespace(
+            findings=[
+                Finding("parameters", "", numbers={"trained": 1000, "frozen": 3000}),
+                Finding("lora targets", "", numbers={"matrices": 4}),
+                Finding(DROPPED, "", numbers={"too long": 2}),
+            ]
+        ),
+    )
+    facts = describe(run)
+    assert facts["trained"] == "1,000 of 4,000 parameters (25.00%)"
+    assert facts["batch"] == "1 row of 64 tokens; passes: 1"
+    assert facts["adapters"].endswith("on 4 matrices: attention, mlp")
+    assert (facts["epochs"], facts["starts"], facts["mesh"]) == (1.5, 2, "data=2")
+    assert facts["versions"] == "jax 0.12, Python 3.13"
+    assert facts["command"] == "python -m research.train '--config=a b.py'"
 
 
 def test_only_knobs_that_differ_are_listed_with_their_defaults():

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from research.data.metric_sums import Ratio
+from research.evaluate.compare_models import as_json
+from research.report.result_tables import compare_losses, tabulate_losses
 from research.train.metrics.evaluation import add_up
 
 GROUPS = ["books", "code", "unseen"]
@@ -35,3 +37,27 @@ def test_bits_per_byte_are_bits_over_the_bytes_of_each_source():
     found = add_up(BATCHES, GROUPS, {"code": 6})
     assert found.bits_per_byte == found.bits_by_group["code"] == bits["code"]
     assert found.loss == pytest.approx(15 / 9)
+
+
+def test_rows_without_a_category_are_one_row_of_every_table():
+    """Their name in files is no category that a user gave them."""
+    found = add_up([sums([12.0, 0.0], [6, 0])], [""], {"": 12})
+    assert found.by_group.keys() == found.tokens.keys() == found.bits_by_group.keys()
+    line = {"step": 0, **found.line()}
+    fields = [x for x in line if "/" in x]
+    assert fields == ["loss/(none)", "tokens/(none)", "bits_per_byte/(none)"]
+    older = {x.replace("(none)", ""): value for x, value in line.items()}
+    for first in (line, older):
+        _, *rows = tabulate_losses([first, line | {"step": 3}])
+        assert [row[:2] for row in rows] == [["all", "6"]]
+    written = as_json(found)["by_group"]
+    assert [x["tokens"] for x in written.values()] == [6]
+
+    groups = ["", "(none)", "a"]
+    found = add_up([sums([2.0, 9.0, 8.0], [1, 3, 2])], groups, {})
+    assert [*as_json(found)["by_group"]] == groups
+    names = ["(none)", "(none) (category)", "a", "all"]
+    _, *rows = compare_losses({"base": found.line(), "tuned": found.line()})
+    assert [row[:2] for row in rows] == [
+        list(x) for x in zip(names, "1326", strict=True)
+    ]

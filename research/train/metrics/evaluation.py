@@ -13,7 +13,6 @@ import numpy as np
 from research.data.metric_sums import (
     NATS_PER_TOKEN,
     Sums,
-    by_group,
     group_fields,
     means_by_group,
 )
@@ -140,7 +139,7 @@ def add_up(
     metrics = {name: _mean(*pair) for name, pair in others.items()}
     return Evaluation(
         loss=_mean(loss, weight) or 0.0,
-        by_group=by_group(means_by_group(total, groups), "loss"),
+        by_group={groups[i]: float(loss[i] / weight[i]) for i in seen},
         tokens={groups[i]: int(weight[i]) for i in seen},
         bits_per_byte=float(loss.sum(where=of_text) / math.log(2) / in_text)
         if in_text

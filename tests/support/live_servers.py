@@ -28,7 +28,8 @@ class LiveServer:
         self._app = make_app(self.state, keys or ApiKeys(), ("127.0.0.1",))
         self._loop = asyncio.new_event_loop()
         serving = serve(self._app, self.engine_thread, listener, grace, signals=())
-        self._thread = threading.Thread(target=self._run, args=(serving,))
+        # A daemon, so that a server that does not end cannot hold the tests.
+        self._thread = threading.Thread(target=self._run, args=(serving,), daemon=True)
         self._thread.start()
 
     def _run(self, serving):
@@ -44,10 +45,10 @@ class LiveServer:
         return self.engine_thread.deployment
 
     def ready(self):
-        self.until(lambda: self.deployment or self.error)
+        self.until(lambda: self.deployment or self.error, 240)
         return self
 
-    def until(self, condition, seconds=30):
+    def until(self, condition, seconds=120):
         over = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < over, "it does not come true"
@@ -66,19 +67,19 @@ class LiveServer:
             self.begin_stop()
             time.sleep(0.05)
             self.begin_stop()
-        self._thread.join(30)
+        self._thread.join(120)
         assert not self._thread.is_alive()
 
     def get(self, path, **options):
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=300, **options)
 
     def post(self, path, body=None, **options):
         if body is not None:
             options["content"] = json.dumps(body)
-        return httpx.post(self.url + path, timeout=60, **options)
+        return httpx.post(self.url + path, timeout=300, **options)
 
     def socket(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
     def raw(self, sent):
         """All that comes back for these bytes."""

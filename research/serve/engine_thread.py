@@ -105,11 +105,11 @@ class AnswerGroup:
         for answer in self._running.values():
             answer.cancel()
 
-    def fail(self, message: str) -> None:
-        """Ends all answers with an error: the engine is gone."""
-        self._later.clear()
+    def end(self, piece: Piece) -> None:
+        """Ends all answers now with `piece`; the engine may take long, or be gone."""
+        self.cancel()
         for index in self._running:
-            self._pieces.put_nowait((index, Piece(finish="error", error=message)))
+            self._pieces.put_nowait((index, piece))
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """Pieces with the number of their answer, all that there are at a time.
@@ -131,7 +131,7 @@ class AnswerGroup:
                 self._ping.cancel()
 
     def _take(self, index: int, piece: Piece) -> bool:
-        """Counts a piece; False for a second end, which `fail` may have given."""
+        """Counts a piece; False for a second end, which `end` may have given."""
         if index not in self._running:
             return False
         self._measure(index, piece)

@@ -28,6 +28,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from research.core.errors import UserError
+from research.engine.requests import Piece
 from research.serve.api import completion_routes, model_routes
 from research.serve.api.api_errors import ApiError, from_engine
 from research.serve.api.guard import ApiKeys, Guard
@@ -164,7 +165,7 @@ class _Ending:
     def begin(self) -> None:
         """Stops, or if that has begun already, gives up all answers."""
         if self._state.is_stopping:
-            self._state.cancel_all()
+            self._give_up()
             return
         self._state.is_stopping = self._server.should_exit = True
         logging.info(
@@ -172,7 +173,11 @@ class _Ending:
             self._state.open_answers,
             self._grace,
         )
-        asyncio.get_running_loop().call_later(self._grace, self._state.cancel_all)
+        asyncio.get_running_loop().call_later(self._grace, self._give_up)
+
+    def _give_up(self) -> None:
+        """Their clients are told that the server stops."""
+        self._state.end_all(Piece(finish="cancelled"))
 
 
 async def serve(
@@ -215,7 +220,7 @@ async def serve(
 
     def look() -> None:
         if engine_thread.error:
-            state.fail_all("the engine has failed")
+            state.end_all(Piece(finish="error", error="the engine has failed"))
             server.should_exit = True
 
     for number in signals:

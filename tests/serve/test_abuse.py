@@ -282,6 +282,27 @@ def test_a_stop_lets_answers_end_and_takes_no_new_ones(own_server):
     assert own_server.error is None
 
 
+def test_a_second_stop_ends_answers_with_an_error_that_clients_read(own_server):
+    """At once: a round of the engine may take long."""
+    with openai.OpenAI(base_url=f"{own_server.url}/v1", api_key="k") as client:
+        stream = client.completions.create(
+            model="base", prompt="a", max_tokens=100, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        next(stream)
+        held = threading.Event()
+        decode = own_server.deployment.engine._decoder.decode
+        slow = lambda: held.wait(300) and decode()  # noqa: E731
+        own_server.deployment.engine._decoder.decode = slow
+        own_server.begin_stop()
+        own_server.begin_stop()
+        with pytest.raises(openai.APIError, match="the server stops"):
+            list(stream)
+        held.set()
+    own_server.until(lambda: not own_server._thread.is_alive())
+    assert own_server.error is None
+
+
 def test_a_failed_engine_ends_streams_with_an_error_and_the_server(own_server):
     url = f"{own_server.url}/v1"
     client = openai.OpenAI(base_url=url, api_key="k", max_retries=0)

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 
 from research.core.errors import UserError
-from research.engine.requests import Constraint, Request
+from research.engine.requests import Constraint, Piece, Request
 from research.serve.api.answer_shapes import AnswerPart
 from research.serve.api.api_errors import ApiError, bad_request, stopping
 from research.serve.api.guard import read_limited
@@ -107,15 +107,10 @@ class ServerState:
         """How many requests are being answered."""
         return len(self._groups)
 
-    def cancel_all(self) -> None:
-        """Gives up every answer; their clients are told that the server stops."""
+    def end_all(self, piece: Piece) -> None:
+        """Ends every answer with `piece`."""
         for group in [*self._groups]:
-            group.cancel()
-
-    def fail_all(self, message: str) -> None:
-        """Ends every answer with an error: the engine is gone."""
-        for group in [*self._groups]:
-            group.fail(message)
+            group.end(piece)
 
     def constraints(
         self, model: NamedModel, written: Mapping[str, Any] | None

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import socket
-import struct
 import threading
 import time
 
@@ -15,7 +14,7 @@ import openai
 import psutil
 import pytest
 from conftest import CONTEXT, QUEUE, SLOTS, open_tiny
-from live_servers import LiveServer
+from live_servers import ENDLESS, LiveServer, drop_connections, request
 from tiny_model import make_tiny_model
 
 from research.core.errors import UserError
@@ -26,18 +25,6 @@ from research.serve.listening import open_port, open_unix_socket
 ASK = {"model": "base", "prompt": "a", "max_tokens": 4}
 # The end token is never chosen, so an answer has its full length.
 LONG = {"model": "base", "prompt": "a", "max_tokens": CONTEXT - 1, "ignore_eos": True}
-ENDLESS = {
-    "model": "base", "messages": [{"role": "user", "content": "a"}], "stream": True,
-    "ignore_eos": True, "n": 8,
-}  # fmt: skip
-
-
-def request(path, body, method="POST", **headers):
-    """The bytes of a request."""
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Host": "localhost", "Content-Length": len(body)} | headers
-    lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
-    return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body
 
 
 def works(server):
@@ -127,22 +114,9 @@ def test_text_of_any_language_is_a_prompt(server):
     assert names.status_code == 404 and "base" in names.json()["error"]["message"]
 
 
-def dropped(server, count):
-    """Connections that are opened and dropped in any state, some by a reset."""
-    draw = random.Random(2)
-    whole = request("/v1/chat/completions", ENDLESS)
-    for _ in range(count):
-        connection = server.socket()
-        connection.sendall(whole[: draw.choice([0, 1, 50, len(whole) - 1, len(whole)])])
-        if draw.random() < 0.5:
-            reset = struct.pack("ii", 1, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-        connection.close()
-
-
 def test_connections_that_are_dropped_leave_nothing(server):
     files = psutil.Process().num_fds()
-    dropped(server, 60)
+    drop_connections(server.port, 60)
     server.idle()
     assert works(server)
     server.until(lambda: psutil.Process().num_fds() <= files + 3)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import random
 import socket
+import struct
 import threading
 import time
 
@@ -13,6 +15,32 @@ from research.serve.api.guard import ApiKeys
 from research.serve.api.server_state import ServerState
 from research.serve.engine_thread import EngineThread
 from research.serve.listening import make_app, open_port, serve
+
+ENDLESS = {
+    "model": "base", "messages": [{"role": "user", "content": "a"}], "stream": True,
+    "ignore_eos": True, "n": 8,
+}  # fmt: skip
+
+
+def request(path, body, method="POST", **headers):
+    """The bytes of a request."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Host": "localhost", "Content-Length": len(body)} | headers
+    lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
+    return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body
+
+
+def drop_connections(port, count):
+    """Opens connections and drops them in any state, some by a reset."""
+    draw = random.Random(2)
+    whole = request("/v1/chat/completions", ENDLESS)
+    for _ in range(count):
+        connection = socket.create_connection(("127.0.0.1", port), timeout=120)
+        connection.sendall(whole[: draw.choice([0, 1, 50, len(whole) - 1, len(whole)])])
+        if draw.random() < 0.5:
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.close()
 
 
 class LiveServer:

@@ -55,8 +55,23 @@ class ServeFlags:
     context: int = knob(
         0, "tokens of a prompt and its answer; 0: the model's, up to 4096", low=0
     )
-    adapters: int = knob(8, "adapters loaded at a time", low=0)
-    rank: int = knob(16, "largest rank of adapters that are loaded later", above=0)
+    adapters: int = knob(
+        0,
+        "adapters loaded at a time; 0: those of --run; each place that is not used "
+        "slows all answers down a little",
+        low=0,
+    )
+    rank: int = knob(
+        0,
+        "largest rank of adapters that are loaded later; 0: that of --run, or 16",
+        low=0,
+    )
+    weights: str = knob(
+        "plain",
+        "int8: the base in one byte a weight, faster, and the log says what that does "
+        "to its loss; plain: in the dtype of the run",
+        choices=("plain", "int8"),
+    )
     adapters_from: str = knob(
         "",
         "folder below which /v1/load_lora_adapter may open runs; not given: the folder "
@@ -109,7 +124,7 @@ def _open(f: ServeFlags):
 
     runtime.start_alone()
     capacity = Capacity(
-        f.slots, f.context, f.adapters, f.rank, f.queue, f.prefix_mib << 20
+        f.slots, f.context, f.adapters, f.rank, f.queue, f.prefix_mib << 20, f.weights
     )
     root = f.adapters_from or (str(Path(f.run[0]).parent) if f.run else "")
     roots = (Path(root).resolve(),) if root else ()

@@ -21,6 +21,7 @@ from research.engine.slot_decoder import SlotDecoder
 from research.models.transformer import Model
 from research.parallel import runtime
 from research.runs.answering.open_for_answering import (
+    PLAIN,
     Answering,
     ServedModel,
     open_for_answering,
@@ -44,10 +45,11 @@ class Capacity:
     Attributes:
       slots: answers that are made at a time.
       context: tokens of a prompt and its answer together.
-      adapters: how many can be loaded at a time.
-      rank: the largest rank of an adapter that is loaded later.
+      adapters: how many can be loaded at a time; 0: as many as there are runs.
+      rank: the largest rank of an adapter that is loaded later; 0: that of the runs.
       queue: requests that may wait.
       prefix_bytes: of beginnings of prompts that are kept.
+      weights: of the base, see `open_for_answering`.
     """
 
     slots: int
@@ -56,6 +58,7 @@ class Capacity:
     rank: int
     queue: int
     prefix_bytes: int
+    weights: str = PLAIN
 
 
 class ServedRuns:
@@ -193,7 +196,12 @@ def open_models(
       UserError: a model cannot be opened, or there is no room for the slots.
     """
     opened = open_for_answering(
-        runs, model=model, mesh=mesh, adapters=capacity.adapters, rank=capacity.rank
+        runs,
+        model=model,
+        mesh=mesh,
+        adapters=capacity.adapters,
+        rank=capacity.rank,
+        weights=capacity.weights,
     )
     longest = opened.model.architecture.max_position
     if capacity.context > longest:

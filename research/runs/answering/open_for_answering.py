@@ -44,7 +44,7 @@ from research.weights.representations.adapter_bank import AdapterBank
 
 Params = dict[str, Any]
 USUAL_RANK = 16
-WEIGHTS = {"": "as they are", "int8": "one byte for each weight, for decoding"}
+PLAIN, INT8 = WEIGHTS = "plain", "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def open_for_answering(
     mesh: Mesh | None = None,
     adapters: int = 0,
     rank: int = 0,
-    weights: str = "",
+    weights: str = PLAIN,
 ) -> Answering:
     """Opens the one base model of several runs, or a model without a run.
 
@@ -172,13 +172,13 @@ def open_for_answering(
         that is not used slows every answer down. With 0 and no run there is no bank.
       rank: the largest rank that has room; those of `runs` have room anyway, and
         without runs `USUAL_RANK`.
-      weights: "int8" stores the base in bytes, and logs what this does to its loss; ""
-        keeps the dtype of the model.
+      weights: `int8` stores the base in bytes, and logs what this does to its loss;
+        `plain` keeps the dtype of the model.
 
     Raises:
       UserError: a run or model is absent, or two runs have different bases.
     """
-    look_up(WEIGHTS, weights, "--weights")
+    look_up(dict.fromkeys(WEIGHTS), weights, "--weights")
     addresses = run_addresses(runs)
     if not model and not addresses:
         raise UserError("name a run with --run=RUN_DIR, or a model with --model=")
@@ -192,7 +192,7 @@ def open_for_answering(
     others = tuple(x for x in addresses if x not in full)
     opened = _open_full_run(full[0], mesh) if full else _open_base(model, others, mesh)
     found = [find_adapters(address, opened.base) for address in others]
-    if weights:
+    if weights == INT8:
         first = addresses[0].folder if addresses else None
         texts = texts_to_measure(first, opened.base.tokenizer)
         small = measured_int8(opened.params, opened.model, opened.mesh, texts)

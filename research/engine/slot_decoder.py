@@ -7,7 +7,6 @@ answer does not depend on the other slots.
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,18 +123,21 @@ class SlotDecoder:
         """Makes the programs; each compiles at its first call."""
         whole = meshes.replicated(self._mesh)
         state = programs.Slots(keys, keys, whole)
+        block = NamedSharding(self._mesh, PartitionSpec(None, None, keys.spec[2]))
         by_slot = NamedSharding(self._mesh, PartitionSpec(keys.spec[1]))
         # One token more than is used: a slot that waits writes there in each round.
         room = max(self.length + 1, -(-self.length // self.chunk) * self.chunk)
 
-        def program(result: Any, function: Callable[..., Any], *fixed: Any) -> Any:
+        def program(
+            result: Any, function: Callable[..., Any], *fixed: Any, donate: bool = True
+        ) -> Any:
             def traced(*arguments: Any) -> Any:
                 self.traces += 1
                 return function(*fixed, *arguments)
 
             # Named for profiles, and for the place of the state to be donated.
             names = [*inspect.signature(function).parameters][len(fixed) :]
-            donated = [i for i, name in enumerate(names) if name == "slots"]
+            donated = [i for i, name in enumerate(names) if donate and name == "slots"]
             traced.__name__ = function.__name__
             return jax.jit(traced, out_shardings=result, donate_argnums=donated)
 
@@ -145,7 +147,7 @@ class SlotDecoder:
         self._start = program(state, programs.start)
         self._constrain = program(state, programs.constrain)
         self._write = program(state, programs.write_block, self.chunk)
-        self._read = jax.jit(functools.partial(programs.read_block, self.chunk))
+        self._read = program(block, programs.read_block, self.chunk, donate=False)
         self._extend = program((state, whole), programs.extend, model)
         self._decode = program(
             (state, whole),

@@ -59,7 +59,7 @@ def attend_cached(
     kv_heads, room = k_LSKCH.shape[2:4]
     block = CPU_BLOCK if cpu else math.gcd(room, ACCELERATOR_BLOCK)
     dtype = jnp.float32 if cpu else q_BTNH.dtype
-    start = layer, slot, length_B, kept
+    start = layer, slot, length_B, kept, cpu
     k_LSKCH = _write(k_LSKCH, new_k_BTKH, *start)
     v_LSKCH = _write(v_LSKCH, new_v_BTKH, *start)
     grouped = (batch, length, kv_heads, heads // kv_heads, width)
@@ -114,15 +114,24 @@ def _write(
     slot: Array,
     at_B: Array,
     kept: Array | None,
+    cpu: bool,
 ) -> Array:
     """Puts the new tokens of each row behind those that its slot holds.
 
     A number that is not finite becomes zero. The row's own result shows it already,
     and the next request in the slot must not: 0 * NaN is not 0.
     """
+    batch, length = new_BTKH.shape[:2]
     new = jnp.where(jnp.isfinite(new_BTKH), new_BTKH, 0).astype(cache.dtype)
+    if not cpu:
+        at_B = at_B if kept is None else jnp.where(kept, at_B, cache.shape[3])
+        row_B1 = slot + jnp.arange(batch)[:, None]
+        at_BT = at_B[:, None] + jnp.arange(length)[None]
+        # Beyond the room nothing is written.
+        return cache.at[layer, row_B1, :, at_BT].set(new, mode="drop")
+    # A CPU would take a token at a time of the same update.
     new_BKTH = new.transpose(0, 2, 1, 3)
-    for row in range(new.shape[0]):
+    for row in range(batch):
         where = (layer, slot + row, 0, at_B[row], 0)
         part = new_BKTH[None, row : row + 1]
         if kept is not None:

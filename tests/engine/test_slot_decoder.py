@@ -1,6 +1,7 @@
 """Slots that decode together: exact, independent of each other, compiled once."""
 
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -204,17 +205,44 @@ def test_closing_frees_the_state_and_compiles_nothing_again(decoder):
     assert finish(decoder, 0) == [before] and decoder.traces == traces
 
 
-def test_numbers_that_are_not_finite_stay_in_their_slot(model):
+@pytest.mark.parametrize("cpu", [True, False])
+def test_numbers_that_are_not_finite_stay_in_their_slot(model, cpu):
     """A slot's next request finds them beyond its own tokens, masked."""
+    attend = jax.jit(functools.partial(attend_cached, cpu=cpu))
     cache = model.init_cache(1, 4)
     x = np.full((1, 3, TINY.heads, TINY.head_dim), np.nan, np.float32)
     keys = x[:, :, : TINY.kv_heads]
-    at = np.int32(0), np.int32(0)
-    broken, k, v = attend_cached(x, keys, keys, cache.k, cache.v, *at, np.array([0]))
+    at = np.int32(0), np.int32(0), np.array([0])
+    broken, k, v = attend(x, keys, keys, cache.k, cache.v, *at)
     fine = np.ones_like(x[:, :1]), *[np.ones_like(keys[:, :1])] * 2
-    found, *_ = attend_cached(*fine, k, v, *at, np.array([0]))
+    found, *_ = attend(*fine, k, v, *at)
     assert np.isnan(broken).all()
     np.testing.assert_array_equal(found, 1)
+
+
+def test_accelerators_and_cpus_write_and_attend_alike():
+    """Two rows of three tokens into the middle of a cache; then none, not kept."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.normal(size=(2, 3, n, 10)).astype(np.float32) for n in (8, 4, 4))
+    held = rng.normal(size=(2, 2, 4, 4, 256, 10)).astype(np.float32)
+    where = np.int32(1), np.int32(2), np.array([200, 7])
+    expected, found = (
+        jax.jit(functools.partial(attend_cached, cpu=cpu))(q, k, v, *held, *where)
+        for cpu in (True, False)
+    )
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for new, one, other, before in zip(
+        (k, v), found[1:], expected[1:], held, strict=True
+    ):
+        changed = before.copy()
+        for row, at in enumerate(where[2]):
+            changed[1, 2 + row, :, at : at + 3] = new[row].transpose(1, 0, 2)
+        np.testing.assert_array_equal(one, changed)
+        np.testing.assert_array_equal(other, changed)
+    for cpu in (True, False):
+        attend = jax.jit(functools.partial(attend_cached, cpu=cpu))
+        same = attend(q, k, v, *held, *where, np.bool(False))[1:]
+        np.testing.assert_array_equal(same, held)
 
 
 def four_answers(decoder):

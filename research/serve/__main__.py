@@ -38,7 +38,8 @@ class ServeFlags:
     )
     model: str = knob(
         "",
-        "base model, as config.model.init_from names it; not given: that of the runs",
+        "base model without a run, as config.model.init_from names it: a Hugging Face "
+        "folder, an export, a .gguf file, hub://, pkg://; not given: that of the runs",
         is_path=True,
     )
     host: str = knob("127.0.0.1", "address; another one needs --api_key_file")

@@ -59,7 +59,7 @@ def test_prune_keeps_the_newest_whole_one(place, looked_at):
     assert f"removed step {STEPS}" in pruned.out and "1 kept" in pruned.out
     (left,) = place.saved_steps("looked-at")
     assert left == max(x for x in place.saved_steps("unbroken") if x < STEPS)
-    assert "1 checkpoints" in listed.out and "verified" in listed.out
+    assert "1 checkpoint " in listed.out and "verified" in listed.out
 
 
 def test_a_step_is_exported_as_a_model(place, looked_at):

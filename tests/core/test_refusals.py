@@ -9,6 +9,7 @@ import tiny_model
 from commands import CONFIG, RANK, STEPS, chain, snapshot
 from refusals import Refusal
 
+from research.config.command_line import last_of_each
 from research.formats.base_model import open_base
 
 
@@ -157,7 +158,7 @@ def prepare(place, name, case):
     if case.prepare in ("base", "checkpoint"):
         place = change_base(place, run, everywhere=case.prepare == "checkpoint")
     if case.command == "train":
-        return place, "train", (*place.train_flags(run), *case.flags)
+        return place, "train", last_of_each([*place.train_flags(run), *case.flags])
     known = [f"--run=runs/{run}"] if case.prepare else []
     return place, case.command.removeprefix("bare "), (*known, *case.flags)
 

@@ -64,7 +64,7 @@ def test_unreadable_text_ends_all_processes_with_one_error(
     begun = time.monotonic()
     first, *others = build_all(tmp_path, corpus, 3)
     assert time.monotonic() - begun < SOON
-    assert first.startswith(f"{unreadable}:5: ")
+    assert first.startswith(f"{unreadable}:1: byte 5 ")
     assert set(others) == {first}
 
 
@@ -77,7 +77,7 @@ def test_units_that_others_gave_up_are_met_before_the_own_ones(tmp_path):
         path.unlink()
     [claim] = (folder / "claims").iterdir()
     assert claim.read_bytes() == b""
-    with pytest.raises(UserError, match="zz:5: "):
+    with pytest.raises(UserError, match="zz:1: byte 5 "):
         build(tmp_path, corpus, process=(0, 2))
     assert not list(folder.glob("u*.json"))
 

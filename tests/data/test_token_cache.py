@@ -419,6 +419,6 @@ def test_a_tokenizer_must_tell_documents_apart(tmp_path, corpus):
 
 def test_an_unreadable_document_stops_the_build(tmp_path, corpus):
     (corpus / "zz").write_bytes(b"text \xff")
-    with pytest.raises(UserError, match=r"^zz:5: "):
+    with pytest.raises(UserError, match=r"^zz:1: byte 5 "):
         build(tmp_path, corpus)
     assert build(tmp_path, corpus, undecodable="skip").manifest.left_out()

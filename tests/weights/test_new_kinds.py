@@ -317,7 +317,7 @@ def test_it_is_counted_and_planned(small, trained):
         config = config_for(small, "planned", base_format)
         return planner.plan_estimate(config, architecture, parse_device("h100:8"))
 
-    small, plain = plan("int8"), plan("plain")
+    coded, plain = plan("int8"), plan("plain")
     lora = config_for(small, "lora", "plain", kind="lora")
     without = trainable.make(lora.trainable, lora.model, lora.lora, specs)
     gains = 0
@@ -326,10 +326,10 @@ def test_it_is_counted_and_planned(small, trained):
         out = math.prod(spec.shape[spec.stacked + spec.n_in :])
         gains += math.prod(spec.shape[: spec.stacked]) * out
     expected = parameter_paths.count(without.specs) + gains
-    assert small.trained == parameter_paths.count(final_params(trained)) == expected
-    assert small.trained == plain.trained
-    assert small.frozen == plain.frozen == parameter_paths.count(specs)
-    assert small.memory.frozen < 0.35 * plain.memory.frozen
+    assert coded.trained == parameter_paths.count(final_params(trained)) == expected
+    assert coded.trained == plain.trained
+    assert coded.frozen == plain.frozen == parameter_paths.count(specs)
+    assert coded.memory.frozen < 0.35 * plain.memory.frozen
 
 
 # -- the adapter -----------------------------------------------------------------------

@@ -6,9 +6,9 @@
 `--merged` is the export of the run (`python -m research.export`). All sides answer the
 same prompts of ids, greedily, with 128 new tokens whatever they are, on the same
 threads; the sides of a table take turns, and a ratio compares medians over rounds. The
-time of the prompts is counted. Ours is the adapter in the batch: a bank with room for
-eight, as the server makes it. llama.cpp answers from its packaged 4-bit file, without
-the adapter, since that is its fastest form.
+time of the prompts is counted. Ours is the adapter in the batch, as the server has
+it. llama.cpp answers from its packaged 4-bit file, without the adapter, since that is
+its fastest form.
 
 Prints a table of ratios and their goals, and writes every figure with `--out`. On a
 machine that others use, `--clock=cpu` counts the seconds that CPUs gave to the process
@@ -18,7 +18,6 @@ of each side, and the others have one thread, so that none is counted while it w
 import argparse
 import contextlib
 import dataclasses
-import functools
 import http.client
 import importlib.util
 import json
@@ -46,7 +45,7 @@ from research.parallel import runtime
 from research.runs.answering.open_for_answering import Answering, open_for_answering
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTEXT, ADAPTERS = 512, 8
+CONTEXT = 512
 LONG_PROMPT = 400
 LISTENS = re.compile(r"listening on http://([\w.]+):(\d+)")
 Prompts = list[list[int]]
@@ -104,22 +103,17 @@ class Goal:
     less: bool = False
 
 
-def open_engine(
-    opened: Answering, slots: int, *, prefix_bytes: int = 0, rows: int = ADAPTERS
-) -> Engine:
-    """A warm engine with the adapters `tuned` and four that are like it."""
+def open_engine(opened: Answering, slots: int, adapters: int, **how: Any) -> Engine:
+    """A warm engine with so many adapters: the run's own, and others like it."""
     decoder = SlotDecoder(opened.model, opened.params, slots, CONTEXT, mesh=opened.mesh)
     decoder.warm_up()
-    engine = Engine(
-        decoder, opened.base.tokenizer, prefix_bytes=prefix_bytes, adapter_rows=rows
-    )
-    for address in opened.runs:
-        served, row = opened.read(address)
-        engine.load_adapter("tuned", row, served.identity)
-        for number in range(4):
-            # The same sizes and another content; zeros of the padding stay zeros.
-            other = jax.tree.map(lambda x, n=number: x * (1 + n / 8), row)
-            engine.load_adapter(f"tuned{number}", other, f"{served.identity}{number}")
+    rows = adapters and adapters + 1  # The base is one of them.
+    engine = Engine(decoder, opened.base.tokenizer, adapter_rows=rows, **how)
+    for number in range(adapters):
+        served, row = opened.read(opened.runs[0])
+        # The same sizes with another content; zeros of the padding stay zeros.
+        other = jax.tree.map(lambda x, n=number: x * (1 + n / 8), row)
+        engine.load_adapter(f"tuned{number}", other, f"{served.identity} {number}")
     return engine
 
 
@@ -237,18 +231,15 @@ class Bench:
         self.options, self.clock = options, Clock(options.clock == "cpu")
         # The threads of torch and llama.cpp spin while they wait for one another.
         self.threads = 1 if self.clock.by_cpu else os.cpu_count()
-        self.opened = self._open(options.run)
+        self.opened = self._open([options.run])
         self.prompts = sample_prompts(self.opened)
 
-    @functools.cached_property
-    def merged(self) -> Answering:
-        """The exported model, without a bank."""
-        return self._open(None, model=self.options.merged, adapters=0)
+    def _open(self, runs: list[str], **how: Any) -> Answering:
+        return open_for_answering(runs, weights=self.options.weights, **how)
 
-    def _open(self, run: str | None, **how: Any) -> Answering:
-        weights = {"weights": self.options.weights} if self.options.weights else {}
-        return open_for_answering([run] if run else [], **{
-            "adapters": ADAPTERS, **how, **weights})  # fmt: skip
+    def _ours(self, slots: int) -> Side:
+        """Our side with the adapter of the run in the batch."""
+        return engine_side(open_engine(self.opened, slots, 1), ("tuned0",))
 
     def hugging_face(self) -> Any:
         threads = f"--threads={self.threads}"
@@ -280,14 +271,14 @@ class Bench:
         return rates
 
     def one(self) -> tuple[Figures, list[Goal]]:
-        ours = engine_side(open_engine(self.opened, 1), ("tuned",))
+        ours = self._ours(1)
         with self.hugging_face() as other:
             rates = self.turns({"ours x1": ours, "generate x1": other}, 1)
         name = "1 stream against Hugging Face generate, bf16, merged"
         return rates, [Goal(name, "ours x1", "generate x1", 1.0, 2.0)]
 
     def eight(self) -> tuple[Figures, list[Goal]]:
-        ours = engine_side(open_engine(self.opened, 8), ("tuned",))
+        ours = self._ours(8)
         with self.hugging_face() as torch, self.llama(8) as llama:
             sides = {"ours x8": ours, "generate x8": torch, "llama.cpp x8": llama}
             rates = self.turns(sides, 8)
@@ -299,7 +290,7 @@ class Bench:
     def many(self) -> tuple[Figures, list[Goal]]:
         rates, goals = {}, []
         for n in (16, 32):
-            ours = engine_side(open_engine(self.opened, n), ("tuned",))
+            ours = self._ours(n)
             with self.llama(n) as llama:
                 rates |= self.turns({f"ours x{n}": ours, f"llama.cpp x{n}": llama}, n)
             name = f"{n} streams against llama.cpp"
@@ -307,25 +298,27 @@ class Bench:
         return rates, goals
 
     def adapters(self) -> tuple[Figures, list[Goal]]:
-        engine = open_engine(self.opened, 8)
-        four = tuple(f"tuned{i}" for i in range(4))
-        merged = open_engine(self.merged, 8, rows=0)
+        merged = self._open([], model=self.options.merged)
+        four = open_engine(self._open([self.options.run], adapters=4), 8, 4)
         sides = {
-            "one adapter": engine_side(engine, ("tuned",)),
-            "four adapters": engine_side(engine, four),
-            "merged": engine_side(merged, ("",)),
+            "one of one": self._ours(8),
+            "one of four": engine_side(four, ("tuned0",)),
+            "four of four": engine_side(four, tuple(four.adapters())),
+            "merged": engine_side(open_engine(merged, 8, 0), ("",)),
         }
         return self.turns(sides, 8), [
-            Goal("8 streams over 4 adapters against one", "four adapters",
-                 "one adapter", 0.9, 1.0),
-            Goal("adapter in the batch against merged", "one adapter", "merged",
+            Goal("8 streams over 4 adapters against one", "four of four",
+                 "one of four", 0.9, 1.0),
+            Goal("the same against a server of one", "four of four", "one of one",
+                 0.9, 1.0),
+            Goal("adapter in the batch against merged", "one of one", "merged",
                  0.85, 0.95),
         ]  # fmt: skip
 
     def first_token(self) -> tuple[Figures, list[Goal]]:
-        engine = open_engine(self.opened, 8, prefix_bytes=1 << 28)
+        engine = open_engine(self.opened, 8, 1, prefix_bytes=1 << 28)
         ids = np.random.default_rng(0).integers(1000, 40000, (9, LONG_PROMPT)).tolist()
-        side = engine_side(engine, ("tuned",))
+        side = engine_side(engine, ("tuned0",))
         seconds: Figures = {"uncached": [], "cached": []}
         for prompt in ids:
             for times in seconds.values():
@@ -334,7 +327,7 @@ class Bench:
         return seconds, [Goal(name, "cached", "uncached", 0.2, less=True)]
 
     def server(self) -> tuple[Figures, list[Goal]]:
-        engine = engine_side(open_engine(self.opened, 8), ("tuned",))
+        engine = self._ours(8)
         flags = [f"--context={CONTEXT}", "--slots=8"]
         if self.options.weights:
             flags.append(f"--weights={self.options.weights}")

@@ -15,7 +15,7 @@ from helpers import TINY, in_soak, mesh_sizes
 
 from research.engine.requests import Sampling
 from research.engine.slot_decoder import SlotDecoder, SlotSettings
-from research.models.cached_attention import attend_cached
+from research.models.cached_attention import attend_cached, cache_partition
 from research.parallel import mesh as meshes
 from research.weights.adapters import serving_bank
 
@@ -295,6 +295,24 @@ def test_a_mesh_gives_the_answers_of_one_device(
     assert (keys.shape[1] // part[1], keys.shape[2] // part[2]) == split
     # XLA says so where it has to copy a whole array to split it in another way.
     assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_slots_and_heads_that_do_not_divide_stay_whole():
+    mesh = meshes.make_mesh(mesh_sizes(data=2, tensor=4))
+    found = [cache_partition(mesh, *sizes)[1:3] for sizes in ((4, 8), (3, 8), (4, 6))]
+    assert found == [
+        (meshes.BATCH_AXES, "tensor"),
+        (None, "tensor"),
+        (meshes.BATCH_AXES, None),
+    ]
+
+
+def test_each_program_is_traced_and_compiled_once(decoder):
+    """After all tests above; jit also tells apart how arguments lie on devices."""
+    begin(decoder, 0, MIDDLE)
+    finish(decoder, 0)
+    sizes = [x._cache_size() for x in vars(decoder).values() if hasattr(x, "lower")]
+    assert sizes == [1] * 8 and decoder.traces == 8
 
 
 OPTIMIZED = """

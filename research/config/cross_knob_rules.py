@@ -227,6 +227,16 @@ AS_COUNTERPART: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _agrees(
+    path: str, condition: Condition, now: Mapping[str, Any], flags: Collection[str]
+) -> bool:
+    """Whether something is off, and this knob of it is, too, or it was a flag that
+    turned it off after a file had set the knob.
+    """
+    turned_off = condition.knob in flags and path not in flags
+    return now[condition.knob] == 0 and (now[path] == 0 or turned_off)
+
+
 def check_effects(
     config: Any,
     default: Any,
@@ -251,7 +261,8 @@ def check_effects(
     ]
     lines, moved, dropped, restored, changed = [], [], [], [], []
     for path, condition in conditions.items():
-        if any(now[path] == old.get(path, unset[path]) for old in known):
+        is_known = any(now[path] == old.get(path, unset[path]) for old in known)
+        if is_known or _agrees(path, condition, now, flags):
             continue
         line = (
             f"config.{path} is {now[path]!r}, which has no effect where "

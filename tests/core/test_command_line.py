@@ -334,18 +334,46 @@ def test_a_knob_without_effect_is_refused(config_file, flag, said, fix):
     [
         ("data.path=my.txt", """--config.text.sources="('my=my.txt',)" instead"""),
         ("data.columns.response=body", "--config.text.column=body instead"),
-        ("text.held_out_share=0", "add --config.text.held_out_bytes=200000"),
-        ("text.held_out_share=0.0", "config.eval.every is 7, which has no effect"),
     ],
 )
 def test_a_knob_of_the_other_job_is_named_with_its_value(config_file, flag, remedy):
-    line = "    config.text.held_out_bytes = 5000\n    config.eval.every = 7\n"
-    line += "    return config\n"
-    text = PRETRAINS.replace("    return config\n", line)
     with pytest.raises(UserError, match="has no effect where") as raised:
-        arguments = ["door", f"--config={config_file(text)}", f"--config.{flag}"]
+        arguments = ["door", f"--config={config_file(PRETRAINS)}", f"--config.{flag}"]
         parse_with_config(arguments, "", command_line.NoFlags)
     assert remedy in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "file, off, agrees",
+    [
+        ("pretrain_tiny", "text.held_out_share=0.0", ()),
+        ("finetune_8b", "data.held_out=0", ("eval.prompts=0", "eval.every=0")),
+    ],
+)
+def test_a_flag_turns_off_what_a_file_sets_up(file, off, agrees):
+    """Other flags that agree are accepted, and one that contradicts is refused."""
+
+    def parsed(*flags):
+        arguments = ["door", f"--config={ROOT}/configs/{file}.py"]
+        arguments += [f"--config.{flag}" for flag in (off, *flags)]
+        return parse_with_config(arguments, "", command_line.NoFlags)[0]
+
+    assert not parsed().evaluates
+    assert parsed(*agrees, "checkpoint.keep_best=0").checkpoint.keep_best == 0
+    with pytest.raises(UserError, match=r"drop --config\.eval\.every; or change"):
+        parsed("eval.every=3")
+
+
+def test_off_in_a_file_contradicts_what_else_the_file_sets(config_file):
+    lines = "config.data.held_out = 0.0\n    config.eval.every = {}\n    return config"
+    for every in (0, 7):
+        file = config_file(GOOD.replace("return config", lines.format(every)))
+        arguments = ["door", f"--config={file}"]
+        if not every:
+            parse_with_config(arguments, "", command_line.NoFlags)
+            continue
+        with pytest.raises(UserError, match=r"add --config\.eval\.every=10;"):
+            parse_with_config(arguments, "", command_line.NoFlags)
 
 
 def test_pre_training_reads_no_text_that_nobody_named(config_file):

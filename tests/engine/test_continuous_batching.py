@@ -63,6 +63,7 @@ def engine(decoder):
     while engine.step():
         pass
     assert engine.stats().running == engine.stats().waiting == 0
+    assert not decoder.decode().active.any()
 
 
 def request(prompt, sampling=GREEDY, **fields):
@@ -319,6 +320,7 @@ def test_no_slot_is_ever_lost(decoder, data):
         pass
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.cache_tokens) == (0, 0, 0)
+    assert not decoder.decode().active.any()
     assert len(ends) == len(answers) and all(len(x) == 1 for x in ends.values())
     assert sum(stats.finished.values()) == len(answers)
     assert engine._prefixes.nbytes <= MIB // 8
@@ -336,12 +338,17 @@ def test_adapters_come_and_go_while_others_answer(engine, decoder, model, params
         for seed in range(3)
     ]
     rows = [serving_bank.bank_row(decoder.params, each) for each in adapted]
-    base = read(engine.submit(request(LONG)))
+    plain = Engine(decoder, TOKENIZER, adapter_rows=3)  # Without a prefix cache.
+    base = read(plain.submit(request(LONG)))
     alone = []
+    for number, row in enumerate(rows):
+        plain.load_adapter("one", row, f"sha of {number}")
+        alone.append(read(plain.submit(request(LONG, adapter="one"))))
+    assert read(engine.submit(request(LONG))) == base
     for number, row in enumerate(rows):
         engine.load_adapter("one", row, f"sha of {number}")
         # The prompt is in the cache by now, of the base and of adapters before.
-        alone.append(read(engine.submit(request(LONG, adapter="one"))))
+        assert read(engine.submit(request(LONG, adapter="one"))) == alone[number]
     assert len({tuple(ids) for ids, _, _ in (base, *alone)}) == 4
     assert engine.adapters() == {"one": "sha of 2"}
     engine.load_adapter("two", rows[0], "sha of 0")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, close, mesh_sizes, random_adapters, random_params
+from helpers import TINY, close, in_soak, mesh_sizes, random_adapters, random_params
 
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
@@ -88,7 +88,7 @@ def answers(model, params, choice=CHOICE, length=6):
     return np.asarray(program(model)(params, tokens(len(choice), length), choice))
 
 
-@pytest.mark.parametrize("gathers", [False, True], ids=["all at once", "gathered"])
+@pytest.mark.parametrize("gathers", [False, in_soak(True)], ids=["all", "gathered"])
 def test_each_row_is_that_of_its_adapter_alone(monkeypatch, gathers):
     monkeypatch.setattr(adapter_bank, "GATHER_ABOVE", 0 if gathers else 4)
     program.cache_clear()
@@ -198,6 +198,7 @@ def test_a_bank_over_eight_devices_is_that_of_one(model):
     close(answers(model, params), answers(model, one))
 
 
+@pytest.mark.soak
 def test_factors_in_the_dtype_of_activations_give_the_same_bits(model):
     """They are cast before each product anyway, and half the bytes are read."""
     half = model.with_options(dtype=jnp.bfloat16)

@@ -4,7 +4,6 @@
 never accepted: many of them count something else than ours do.
 """
 
-import ast
 import dataclasses
 import functools
 import os
@@ -31,7 +30,7 @@ SETTING = re.compile(r"[A-Za-z_][\w.-]*")
 # A source of raw text, before its `=where`.
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # Their value is a list, which other trainers write with commas.
-LISTS = ("lora.targets",)
+LISTS = ("lora.targets", "text.sources", "eval.text_prompts")
 
 
 class GivenFlag(NamedTuple):
@@ -145,7 +144,7 @@ def written_list(knob: str, text: str) -> tuple[str, ...]:
         whole = os.path.exists(text)
         parts = [text] if whole else map(_source, text.strip("()[] ").split(","))
         return name_sources(",".join(parts))
-    if knob in LISTS:
+    if knob == "lora.targets":
         text = ",".join(text.split())
     parts = [text] if knob == "eval.text_prompts" else text.split(",")
     return tuple(filter(None, (part.strip("()[]'\" ") for part in parts)))
@@ -226,9 +225,16 @@ def explain(
     by_last: dict[str, list[str]] = {}
     for knob in knobs:
         by_last.setdefault(knob.rpartition(".")[2], []).append(knob)
-    # A group shows that one of our own knobs was meant.
+    # A group shows that one of our own knobs was meant, and first one of that group.
+    start = f"{group}."
+    inside = {k.removeprefix(start): k for k in knobs if group and k.startswith(start)}
+    of_others = table.get(word, ("", ""))
+    near = "" if path in knobs else closest(word, inside, LIKELY)
+    if near and of_others[0] not in inside.values():
+        meant = f" is not a knob (did you mean {_flag(inside[near], value)}?)"
+        return meant if where == HERE else " is not a flag"
     if word in table and not (group and word in by_last):
-        return _said(*table[word], value, where)
+        return _said(*of_others, value, where)
     if same := by_last.get(word):
         likely = closest(path, same) if group else ""
         flags = [_flag(knob, value) for knob in ([likely] if likely else same)]
@@ -258,16 +264,7 @@ def _plain(name: str) -> str:
 def _flag(knob: str, value: str | None) -> str:
     if value is None:
         return f"config.{knob}"
-    return shell_flag(knob, _as_list(value) if knob in LISTS else value)
-
-
-def _as_list(value: str) -> Any:
-    """`a,b` as a list; what Python would read as one stays as it is."""
-    try:
-        ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value.replace(",", " ").split()
-    return value
+    return shell_flag(knob, written_list(knob, value) if knob in LISTS else value)
 
 
 @functools.cache

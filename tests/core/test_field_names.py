@@ -176,7 +176,7 @@ def test_several_names_are_explained_at_once(refused):
         ("--config.optim.rank=8", "--config.lora.rank=8"),
         ("--config.chekpoint.every=9", "--config.checkpoint.every=9"),
         ("--every=9", "--config.eval.every=9 or --config.checkpoint.every=9"),
-        ("--config.optim.scedule=wsd", "did you mean 'optim.schedule'?"),
+        ("--config.optim.scedule=wsd", "did you mean --config.optim.schedule=wsd?"),
         (
             "--gradient_acumulation_steps=4",
             "did you mean 'gradient_accumulation_steps'",
@@ -236,7 +236,7 @@ OF_DOORS = [
     (GenerateFlags, "max-new-tokens=50", "--max_new_tokens=50 here"),
     (GenerateFlags, "adapter_name_or_path=x", "--run here: a run directory of"),
     (GenerateFlags, "system_prompt=a b", "--system='a b' here"),
-    (GenerateFlags, "top_k=3", "not exist here: answers are chosen by --temperature"),
+    (GenerateFlags, "typical_p=3", "not exist here: answers are chosen by --temp"),
     (GenerateFlags, "load_in_4bit", "does not exist here: weights are neither quant"),
     (GenerateFlags, "tensor_parallel_size=2", "does not exist here: all visible dev"),
     (GenerateFlags, "lora_r=8", "--config.lora.rank=8 in research.train, and is no f"),
@@ -298,3 +298,23 @@ def test_a_name_and_a_value_without_dashes_are_explained(refused):
         parse(["door", "prompt=hi"], "", GenerateFlags)
     with pytest.raises(UserError, match=r"did you mean --config=base\.yml\?"):
         parse_with_config(["door", "base.yml", "lr=1"], "", NoFlags)
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("text.source=/a/b", "text.sources=\"('b=/a/b',)\""),  # Not data.source.
+        ("eval.text_prompt=Hi", "eval.text_prompts=\"('Hi',)\""),
+        ("eval.max_tokens=3", "eval.max_new_tokens=3"),
+        ("text.columns=body", "text.column=body"),  # Not the group data.columns.
+        ("optim.lr=0.1", "optim.learning_rate=0.1"),  # An alias of the same group.
+        ("text.seq_len=8", "data.seq_len=8"),  # Nothing in the group is like it.
+    ],
+)
+def test_the_group_that_is_typed_wins_over_the_last_name(typed, meant, refused):
+    assert f" --config.{meant}" in refused(f"--config.{typed}").removeprefix("--config")
+
+
+def test_a_name_with_two_meanings_is_told_both(refused):
+    said = refused("--max_tokens=60")
+    assert "config.data.seq_len" in said and "config.eval.max_new_tokens" in said

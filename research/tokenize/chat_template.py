@@ -371,4 +371,5 @@ def with_template_args(source: str, written: Sequence[str]) -> str:
         f"{{%- if {n} is not defined %}}{{%- set {n} = {value!r} %}}{{%- endif %}}"
         for n, value in read_template_args(source, written).items()
     ]
-    return "".join(defaults) + source
+    # With `trim_blocks`, a line end behind a block is dropped: this one.
+    return "".join(f"{each}\n" for each in defaults) + source

@@ -25,6 +25,7 @@ from research.tokenize.chat_template import (
 )
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.default_system import DEFAULT_SYSTEM, with_default_system
+from research.tokenize.templates.template_process import render_template
 from research.tokenize.tokenizer import Tokenizer, from_folder
 from research.tokenize.tokenizer_training import save_tokenizer
 
@@ -212,6 +213,52 @@ def test_an_export_asks_with_the_system_text_of_training(name):
     )
     own = ChatFormat(family.tokenizer, "chat", "Newer.", facts.args)
     assert chat.encode_prompt(turns) == own.encode_prompt(turns)
+
+
+@pytest.mark.parametrize("start", ["\n", "\n\n ", "   {% if messages %}{% endif %}"])
+@pytest.mark.parametrize("name", ["qwen3 without thoughts", "mistral v1"])
+def test_an_exported_template_begins_as_in_training(name, start):
+    """A line end or an indent at its beginning is not lost or kept by what we add."""
+    family = ChatFamily(name)
+    template = start + family.facts.template
+    args = family.facts.args
+    own = family.tokenizer.with_chat_template(template)
+    trained = ChatFormat(own, "chat", "Help.", args)
+    family._theirs.chat_template = with_default_system(
+        with_template_args(template, args), "Help.", trained.takes_system
+    )
+    expected = trained.encode_prompt([Turn(*SEVERAL[0])])
+    assert family.theirs(SEVERAL[:1], True) == expected
+
+
+@pytest.mark.parametrize("takes_system", [True, False])
+def test_an_exported_template_takes_what_the_own_one_takes(takes_system):
+    """No messages, and messages in parts."""
+    family = ChatFamily("chatml")
+    parts = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endif %};{% endfor %}"
+    )
+    family._theirs.chat_template = with_default_system(parts, "S", takes_system)
+
+    def render(*messages):
+        return family._theirs.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+        )
+
+    def listed(text):
+        return [{"type": "text", "text": text}]
+
+    empty = {"messages": [], "add_generation_prompt": False}
+    assert render_template(family._theirs.chat_template, empty) == ""
+    whole = "system:S;user:q;" if takes_system else "user:S\n\nq;"
+    assert render(("user", "q")) == render(("user", listed("q"))) == whole
+    for system in ("S", listed("S")):
+        for question in ("q", listed("q")):
+            assert render(("system", system), ("user", question)) == whole
+    assert render(("system", "S")) == "system:S;"
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3.1", "mistral v1"])

@@ -21,7 +21,7 @@ from research.config.choices import (
 )
 from research.config.knobs import free_knob, knob
 
-NEWEST_EDITION = 3  # of the rules by which rows are read and split
+NEWEST_EDITION = 4  # of the rules by which rows are read and split
 # A value of `DataConfig.held_out`, the most rows that it then is, and the edition since
 # which it may be fewer.
 BY_SIZE, MOST_HELD_OUT, BY_SIZE_SINCE = -1.0, 48, 3
@@ -149,7 +149,8 @@ class DataConfig:
         0,
         "rules of reading and splitting rows; 1: the seed splits; 2: equal rows stand "
         "on one side, which no seed moves; 3: unused material stops the run, "
-        "and few rows hold out a tenth; 0: the newest, of an old run its own",
+        "and few rows hold out a tenth; 4: tools and their calls are read; 0: the "
+        "newest, of an old run its own",
         low=0,
         high=NEWEST_EDITION,
     )

@@ -31,6 +31,21 @@ DELIMITERS = ",;\t"
 Row = dict[str, Any]
 
 
+class TableRow(dict[str, Any]):
+    """A row of an Arrow table. Its structs have a null for each field of others."""
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table, whose structs have only the fields that are set.
+
+    A null that stood in an object before it became a table is dropped, too: the table
+    does not know it from a field that was missing.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 class BadRowError(ValueError):
     """A row that cannot be trained on; rows of one `reason` are counted together.
 
@@ -357,7 +372,7 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[Located]:
 def _batch_rows(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
     """The rows of an Arrow batch; an error in place of one that is not UTF-8."""
     try:
-        yield from batch.to_pylist()
+        yield from map(TableRow, batch.to_pylist())
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             yield error

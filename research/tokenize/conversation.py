@@ -32,10 +32,20 @@ class Turn:
         return json.loads(self.fields) if self.fields else {}
 
     def with_fields(self, **more: Any) -> "Turn":
-        """The same message with more fields; values that are None are none."""
-        fields = self.read_fields()
-        fields |= {name: value for name, value in more.items() if value is not None}
-        text = json.dumps(fields, ensure_ascii=False) if fields else ""
+        """The same message with more fields; values that are None are none.
+
+        Raises:
+          ValueError: JSON in UTF-8 has no such value.
+        """
+        more = {name: value for name, value in more.items() if value is not None}
+        fields = self.read_fields() | more
+        try:
+            text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            names = " and ".join(more)
+            raise ValueError(f"{names} cannot be JSON in UTF-8: {error}") from error
+        text = text if fields else ""
         return dataclasses.replace(self, fields=text)
 
     @property

@@ -1,17 +1,21 @@
 """Conversations with calls of tools become the ids that transformers makes."""
 
+import collections
 import copy
 import dataclasses
+import datetime
 import json
 
+import pyarrow.parquet
 import pytest
 from chat_families import CHATML, FAMILIES
 from transformers import PreTrainedTokenizerFast
 
-from research.config.knob_groups import ColumnsConfig
+from research.config.knob_groups import ColumnsConfig, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.row_columns import to_record
-from research.data.row_readers import BadRowError
+from research.data.instructions.row_selection import content_key, load_rows
+from research.data.row_readers import BadRowError, TableRow
 from research.tokenize.chat_template import ChatFormat, dolly_template
 from research.tokenize.tokenizer import Tokenizer
 
@@ -302,6 +306,10 @@ BAD = {
         [user("q"), calls({"function": {"name": "f", "arguments": "{lake: 1"}})],
         r"the arguments of the call of 'f', '\{lake: 1', is not JSON",
     ),
+    "a key twice": (
+        [user("q"), calls({"function": {"name": "f", "arguments": '{"a":1,"a":2}'}})],
+        "call of 'f', .* is not JSON: an object has two keys of one name",
+    ),
     "no object": (
         [user("q"), calls({"function": {"name": "f", "arguments": "[1]"}})],
         r"arguments of the call of 'f' are \[1\], not an object",
@@ -323,7 +331,141 @@ def test_a_wrong_call_is_named_with_its_line(name):
         record(messages, tools=TOOLS)
 
 
-@pytest.mark.parametrize("tools", ["{", "[1]", [{"description": "x"}], ["hammer"]])
+NOT_JSON = {
+    "a date": datetime.date(2026, 1, 2),
+    "bytes": b"deep",
+    "not a number": float("nan"),
+    "half of a letter": "\ud800",
+}
+
+
+@pytest.mark.parametrize("name", NOT_JSON)
+def test_values_that_no_json_has_are_named_with_their_line(name):
+    value = NOT_JSON[name]
+    tool = {"name": "f", "description": {"x": [value]}}
+    for messages, row, field in (
+        ([user("q"), calls(call("x", lake=[value]))], {}, "tool_calls"),
+        ([user("q"), said("a")], {"tools": [tool]}, "tools"),
+    ):
+        with pytest.raises(
+            BadRowError, match=rf"rows\.jsonl:7: {field} cannot be JSON"
+        ):
+            record(messages, **row)
+
+
+@pytest.mark.parametrize("tools", ["[]", "null", " ", [], {}, float("nan")])
+def test_a_column_may_say_that_there_are_no_tools(tools):
+    notes = collections.Counter()
+    row = {"messages": [user("q"), said("a")], "tools": tools}
+    read = to_record(row, ColumnsConfig(), "rows.jsonl:7", notes)
+    assert read.turns == record(row["messages"]).turns and not notes
+
+
+def test_runs_of_earlier_editions_read_rows_as_they_did():
+    """They used no tools, dropped the fields of results, and refused calls."""
+
+    def old(messages, **row):
+        row["messages"] = messages
+        return to_record(row, ColumnsConfig(), "rows.jsonl:7", edition=3)
+
+    rest = [user("q"), said("depth()"), result("x", " 5 "), said("a")]
+    bare = [*rest[:2], {"role": "tool", "content": "5"}, rest[3]]
+    assert not any(turn.fields for turn in old(rest, tools=TOOLS).turns)
+    assert content_key(old(rest, tools="no tool")) == content_key(old(bare))
+    assert old(rest, tools=TOOLS).turns == old(bare).turns
+    for messages in (
+        [user("q"), ONE],
+        [user("q"), {**said("a"), "function_call": {"name": None}}],
+        [*rest[:2], {**rest[2], "role": "function"}, rest[3]],
+        [user("q"), {"role": "tool_call", "content": '{"name": "f"}'}],
+    ):
+        with pytest.raises(BadRowError):
+            old(messages)
+        record(messages)
+
+
+def test_columns_of_a_table_give_no_call_the_arguments_of_another(tmp_path):
+    """Arrow unites the fields of structs, and has null where a row lacks one."""
+    text = json.dumps({"lake": None})
+    rows = [
+        {
+            "messages": [user("q"), calls(call("x", **arguments))],
+            "tools": [{"name": name, "parameters": {"properties": {name: {"a": [1]}}}}],
+        }
+        for name, arguments in {"f": {"lake": "A"}, "g": {"zone": {"to": 3}}}.items()
+    ]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet"
+    )
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    table, plain = (
+        load_rows(DataConfig(path=str(tmp_path / f"rows.{kind}")), 0).records()
+        for kind in ("parquet", "jsonl")
+    )
+    for one, other in zip(table, plain, strict=True):
+        read, expected = (
+            [x.read_fields() for x in each.turns] for each in (one, other)
+        )
+        assert read == expected
+    of_text = {"name": "f", "arguments": text}
+    kept = to_record(
+        TableRow(messages=[user("q"), calls({"function": of_text})]),
+        ColumnsConfig(), "rows.parquet: row 1",
+    )  # fmt: skip
+    assert kept.turns[1].read_fields()["tool_calls"][0]["function"]["arguments"] == {
+        "lake": None
+    }
+    assert record([user("q"), calls(call("x", lake=None))]).turns[1].said == (
+        '{"name": "depth", "arguments": {"lake": null}}'
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"from": "function_call", "value": {"name": "f", "arguments": {"x": 1}}},
+        {"from": "tool_call", "value": [{"name": "f", "parameters": {"x": 1}}]},
+        {"role": "assistant", "tool_calls": ['{"name": "f", "arguments": {"x": 1}}']},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": "f", "arguments": '{"x":1}'}],
+        },
+        {
+            "role": "assistant",
+            "tool_calls": float("nan"),
+            "function_call": {"name": "f", "arguments": None, "parameters": {"x": 1}},
+        },
+    ],
+)
+def test_a_call_may_be_spelt_in_many_ways(given):
+    read = record([user("q"), given]).turns[1]
+    assert read.said == '{"name": "f", "arguments": {"x": 1}}'
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"tool_calls": float("nan")},
+        {"tool_calls": "null"},
+        {"function_call": {"name": None, "arguments": None}},
+    ],
+)
+def test_an_answer_may_say_that_it_calls_nothing(empty):
+    assert record([user("q"), {**said("a"), **empty}]).turns[1].fields == ""
+
+
+def test_a_call_may_have_a_number_that_its_result_has_as_text():
+    read = record([user("q"), calls(call(3)), result("3", "r"), said("a")])
+    assert read.turns[1].read_fields()["tool_calls"][0]["id"] == "3"
+    read = record([user("q"), calls(call("0")), result(0, "r"), said("a")])
+    assert read.turns[2].read_fields()["tool_call_id"] == "0"
+
+
+@pytest.mark.parametrize(
+    "tools",
+    ["{", "[1]", [{"description": "x"}], ["hammer"], [{"name": 3}], [{"name": None}]],
+)
 def test_tools_that_are_none_are_named(tools):
     with pytest.raises(BadRowError, match=r"rows\.jsonl:7: column 'tools'"):
         record([user("q"), said("a")], tools=tools)

@@ -14,13 +14,15 @@ from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig
 from research.core.errors import nearest
 from research.data.instructions.tool_messages import (
     CALLING_ROLES,
+    OLD_CALL,
     check_results,
     describes,
     read_calls,
+    read_result,
     read_tools,
 )
 from research.data.instructions.unused_columns import UnusedColumns, column_flag
-from research.data.row_readers import BadRowError
+from research.data.row_readers import BadRowError, TableRow, without_nulls
 from research.tokenize.conversation import CALLS, TOOLS, Record, Turn
 
 DEFAULTS = ColumnsConfig()
@@ -37,7 +39,13 @@ ROLE_NAMES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
+    "tool": "tool", "observation": "tool",
+}  # fmt: skip
+# The first edition of the rules in which tools and their calls are read, and the names
+# of roles since then.
+TOOLS_SINCE = 4
+NEWER_NAMES = {
+    "function": "tool", "tool_response": "tool",
     **dict.fromkeys(CALLING_ROLES, "assistant"),
 }  # fmt: skip
 
@@ -58,7 +66,8 @@ def to_record(
       where: `file:line`.
       notes: counts what a user should know, in sentences.
       edition: of the rules. In the first, an answer loses the white space in front of
-        it, and there is no column of system texts.
+        it, and there is no column of system texts. Before `TOOLS_SINCE`, a list of
+        tools is not used, and a row that calls one is refused.
       unused: counts the columns that the record is not made of.
 
     Raises:
@@ -66,7 +75,8 @@ def to_record(
         type, or an answer is empty.
     """
     notes = collections.Counter() if notes is None else notes
-    return _Row(row, columns, where, notes, edition == 1).record(unused)
+    edition = edition or NEWEST_EDITION
+    return _Row(row, columns, where, notes, edition).record(unused)
 
 
 class _Row:
@@ -76,13 +86,16 @@ class _Row:
         columns: ColumnsConfig,
         where: str,
         notes: collections.Counter[str],
-        is_old: bool,
+        edition: int,
     ):
+        self._is_old = edition == 1
+        self._reads_tools = edition >= TOOLS_SINCE
         self._row = {k: v for k, v in row.items() if k not in columns.ignored}
+        if isinstance(row, TableRow) and self._reads_tools:
+            self._row = {k: without_nulls(v) for k, v in self._row.items()}
         self._present = {k: v for k, v in self._row.items() if not _is_absent(v)}
         self._columns = columns
         self._where = where
-        self._is_old = is_old
         self._notes = notes
 
     def record(self, unused: UnusedColumns | None) -> Record:
@@ -206,6 +219,8 @@ class _Row:
                 "not alternating",
                 f"{name} must alternate user and assistant, not {' '.join(roles[:12])}",
             )
+        if not self._reads_tools:
+            return turns
         try:
             turns = self._with_tools(turns, roles)
             check_results(turns)
@@ -217,9 +232,9 @@ class _Row:
         self, turns: tuple[Turn, ...], roles: Sequence[str]
     ) -> tuple[Turn, ...]:
         """With the row's tools on the first message of the user. Raises ValueError."""
-        if not (given := self._present.get(TOOLS)):
+        tools = read_tools(self._present.get(TOOLS))
+        if not tools:
             return turns
-        tools = read_tools(given)
         own = (
             turns[0].text if roles[0] == "system" else self._text(self._columns.system)
         )
@@ -236,14 +251,21 @@ class _Row:
     def _turn(self, message: Any) -> Turn:
         fields = message if isinstance(message, dict) else {}
         given = fields.get("role") or fields.get("from")
-        role = ROLE_NAMES.get(given) if isinstance(given, str) else None
+        roles = ROLE_NAMES | (NEWER_NAMES if self._reads_tools else {})
+        role = roles.get(given) if isinstance(given, str) else None
         if role is None:
             raise self._bad(
                 "wrong type",
-                f"a message needs a role of {', '.join(ROLE_NAMES)}, not {given!r}",
+                f"a message needs a role of {', '.join(roles)}, not {given!r}",
+            )
+        if not self._reads_tools and any(fields.get(k) for k in (CALLS, OLD_CALL)):
+            raise self._bad(
+                "tool calls",
+                f"a message calls tools, which edition {TOOLS_SINCE - 1} of the rules "
+                "does not read",
             )
         try:
-            calls = read_calls(fields)
+            calls = read_calls(fields) if self._reads_tools else []
         except ValueError as error:
             raise self._bad("tool calls", str(error)) from error
         if calls and role != "assistant":
@@ -262,10 +284,13 @@ class _Row:
         is_answer = role == "assistant"
         text = self._as_text(content, "content", is_answer)
         turn = Turn(role, text, trained=not is_answer or weight != 0)
-        if role == "tool":
-            named = {k: fields.get(k) or None for k in ("name", "tool_call_id")}
-            return turn.with_fields(**named)
-        return turn.with_fields(**{CALLS: calls or None})
+        if not self._reads_tools:
+            return turn
+        own = read_result(fields) if role == "tool" else {CALLS: calls or None}
+        try:
+            return turn.with_fields(**own)
+        except ValueError as error:
+            raise self._bad("tool calls", str(error)) from error
 
     def _part(self, part: Any) -> str:
         text = part.get("text") if isinstance(part, dict) else part

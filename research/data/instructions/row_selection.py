@@ -30,7 +30,7 @@ from research.data.instructions.unused_columns import (
     UnusedColumns,
     UnusedFacts,
 )
-from research.data.row_readers import STOPS, BadRowError, Row
+from research.data.row_readers import STOPS, BadRowError, Row, TableRow
 from research.parallel import agreement
 from research.tokenize.conversation import Record
 
@@ -283,7 +283,7 @@ def _hub_rows(address: HubAddress, config: DataConfig) -> RowSource:
 
     def read() -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(rows, start=1):
-            yield f"{address.name}:{number}", row
+            yield f"{address.name}:{number}", TableRow(row)
 
     return RowSource(config.path, read, revision=f"{address} {revision}")
 

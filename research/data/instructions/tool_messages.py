@@ -23,44 +23,56 @@ def read_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
       ValueError: a call has no name, or its arguments are no JSON object.
     """
-    given = message.get(CALLS)
-    if not given and message.get(OLD_CALL):
-        given = [message[OLD_CALL]]
-    if (message.get("role") or message.get("from")) in CALLING_ROLES:
-        text = next((message[k] for k in CONTENT if message.get(k)), None)
-        given = given or _parsed(text, "a call")
-    given = _parsed(given, CALLS) if isinstance(given, str) else given
-    calls = given if isinstance(given, list) else [given] if given else []
-    return [_call(each) for each in calls]
+    is_call = (message.get("role") or message.get("from")) in CALLING_ROLES
+    names = (CALLS, OLD_CALL, *(CONTENT if is_call else ()))
+    given = next((message[k] for k in names if _is_set(message.get(k))), None)
+    given = _parsed(given, "a call" if is_call else CALLS)
+    if not is_call and not _is_set(given):
+        return []
+    listed = given if isinstance(given, list) else [given]
+    return [_call(_parsed(each, "a call")) for each in listed]
+
+
+def read_result(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a tool's result: the name of the tool, and the id of the call."""
+    name = message.get("name")
+    key = _as_id(message.get("tool_call_id"))
+    return {"name": name if _is_set(name) else None, "tool_call_id": key}
 
 
 def _call(given: Any) -> dict[str, Any]:
     outer = given if isinstance(given, dict) else {}
-    inner = outer.get("function", outer)
+    inner = outer.get("function") or outer
+    inner = {**outer, "name": inner} if isinstance(inner, str) else inner
     name = inner.get("name") if isinstance(inner, dict) else None
     if not isinstance(name, str) or not name:
         raise ValueError(f"a call of a tool has no name: {given!r:.80}")
-    arguments = inner.get("arguments", inner.get("parameters"))
-    if isinstance(arguments, str):
-        what = f"the arguments of the call of {name!r}"
-        arguments = _parsed(arguments, what) if arguments.strip() else {}
-    if not isinstance(arguments, dict | None):
+    found = (inner.get(key) for key in ("arguments", "parameters"))
+    arguments = next((each for each in found if each is not None), None)
+    arguments = _parsed(arguments, f"the arguments of the call of {name!r}")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
         raise ValueError(
             f"the arguments of the call of {name!r} are {arguments!r:.80}, not an "
             "object of names and values"
         )
-    function = {"name": name, "arguments": arguments or {}}
-    own = {"id": outer["id"]} if outer.get("id") else {}
+    function = {"name": name, "arguments": arguments}
+    key = _as_id(outer.get("id"))
+    own = {"id": key} if key else {}
     return {**own, "type": "function", "function": function}
 
 
 def read_tools(given: Any) -> list[dict[str, Any]]:
     """The tools of a row, from a list of their descriptions or from its JSON text.
 
+    A column that is empty, or whose text is, has none.
+
     Raises:
       ValueError: they are something else.
     """
-    found = _parsed(given, f"column {TOOLS!r}") if isinstance(given, str) else given
+    found = _parsed(given, f"column {TOOLS!r}")
+    if not _is_set(found):
+        return []
     tools = [
         {"type": "function", "function": tool}
         if isinstance(tool, dict) and "name" in tool
@@ -69,7 +81,8 @@ def read_tools(given: Any) -> list[dict[str, Any]]:
     ]
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not function.get("name"):
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
             raise ValueError(
                 f"column {TOOLS!r} has {tool!r:.80}; it must list the functions that "
                 "can be called, each with a name, a description and parameters. If it "
@@ -114,9 +127,36 @@ def check_results(turns: Sequence[Turn]) -> None:
         open_calls = open_calls[:answered] + open_calls[answered + 1 :]
 
 
-def _parsed(text: Any, what: str) -> Any:
-    """JSON in a text. Raises ValueError: it is none."""
+def _is_set(value: Any) -> bool:
+    """Tables have NaN in an empty cell, or an object in which nothing is set."""
+    if isinstance(value, dict):
+        return any(each is not None for each in value.values())
+    return bool(value) and value == value
+
+
+def _as_id(given: Any) -> str | None:
+    """Ids of calls are texts in templates; a row may number them."""
+    return None if given in (None, "") or given != given else str(given)
+
+
+def _parsed(given: Any, what: str) -> Any:
+    """The value of JSON text, None of blank text; what is no text stays.
+
+    Raises:
+      ValueError: the text is not JSON, or names a key twice in an object.
+    """
+    if not isinstance(given, str):
+        return given
+    if not given.strip():
+        return None
     try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what}, {text!r:.80}, is not JSON: {error}") from error
+        return json.loads(given, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}, {given!r:.80}, is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has two keys of one name")
+    return found

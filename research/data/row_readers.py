@@ -35,17 +35,6 @@ class TableRow(dict[str, Any]):
     """A row of an Arrow table. Its structs have a null for each field of others."""
 
 
-def without_nulls(value: Any) -> Any:
-    """A value of a table, whose structs have only the fields that are set.
-
-    A null that stood in an object before it became a table is dropped, too: the table
-    does not know it from a field that was missing.
-    """
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
 class BadRowError(ValueError):
     """A row that cannot be trained on; rows of one `reason` are counted together.
 

@@ -22,7 +22,7 @@ from research.data.instructions.tool_messages import (
     read_tools,
 )
 from research.data.instructions.unused_columns import UnusedColumns, column_flag
-from research.data.row_readers import BadRowError, TableRow, without_nulls
+from research.data.row_readers import BadRowError, TableRow
 from research.tokenize.conversation import CALLS, TOOLS, Record, Turn
 
 DEFAULTS = ColumnsConfig()
@@ -92,7 +92,7 @@ class _Row:
         self._reads_tools = edition >= TOOLS_SINCE
         self._row = {k: v for k, v in row.items() if k not in columns.ignored}
         if isinstance(row, TableRow) and self._reads_tools:
-            self._row = {k: without_nulls(v) for k, v in self._row.items()}
+            self._row = {k: _without_nulls(v) for k, v in self._row.items()}
         self._present = {k: v for k, v in self._row.items() if not _is_absent(v)}
         self._columns = columns
         self._where = where
@@ -310,6 +310,17 @@ def map_columns(row: Mapping[str, Any]) -> str:
     names = [*row] if len(row) == 2 else ["COLUMN", "COLUMN"]
     flags = map(column_flag, ("instruction", "response"), names)
     return f"name the columns with {' '.join(flags)}, or messages for chats"
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a table, whose structs have only the fields that are set.
+
+    A null that stood in an object before it became a table is dropped, too: the table
+    does not know it from a field that was missing.
+    """
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _is_absent(value: Any) -> bool:

@@ -60,6 +60,7 @@ def test_ten_minutes_at_twice_the_capacity(place):
         "serve", "--model=model", "--port=0", f"--slots={SLOTS}", f"--queue={QUEUE}",
         "--context=128", "--adapters=0",
     )  # fmt: skip
+    running.allow(MINUTES * 60 + 300)
     try:
         running.wait_for("ready ")
         said = "".join(running._said["err"])

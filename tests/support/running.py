@@ -42,8 +42,7 @@ class Running:
         # The tests in this process have the first right to a core: all end together.
         with contextlib.suppress(ProcessLookupError):  # A fork may end before this.
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
-        self._guard = threading.Timer(TIMEOUT, self._process.kill)
-        self._guard.start()
+        self.allow(TIMEOUT)
         self._streams = {"out": self._process.stdout, "err": self._process.stderr}
         self._said = {"out": [], "err": []}
         self._news = threading.Condition()
@@ -52,6 +51,13 @@ class Running:
         ]
         for reader in self._readers:
             reader.start()
+
+    def allow(self, seconds):
+        """Kills it after so many seconds from now, and not when it was said before."""
+        if guard := getattr(self, "_guard", None):
+            guard.cancel()
+        self._guard = threading.Timer(seconds, self._process.kill)
+        self._guard.start()
 
     def _read(self, name):
         for line in self._streams[name]:

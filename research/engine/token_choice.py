@@ -133,7 +133,9 @@ def _padded(values: Iterable[Any], size: int, dtype: Any, rest: Any) -> np.ndarr
     return found
 
 
-def choose(state: ChoiceState, logits_SV: Array, number_S: Array, active_S: Array):
+def choose(
+    state: ChoiceState, logits_SV: Array, number_S: Array, active_S: Array
+) -> Array:
     """The next ids, int32 `[S]`, from float32 logits; those of free slots mean nothing.
 
     Args:

@@ -161,7 +161,9 @@ def constrain_cached(mesh: Mesh, slots: int) -> Callable[[Array], Array]:
     return pin
 
 
-def make_attend_cached(mesh: Mesh, slots: int, kv_heads: int):
+def make_attend_cached(
+    mesh: Mesh, slots: int, kv_heads: int
+) -> Callable[..., tuple[Array, Array, Array]]:
     """Makes `attend_cached` of arrays that lie on `mesh`, split by `cache_partition`.
 
     Each device writes and reads its own slots and heads. A call of one row, into one

@@ -12,6 +12,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
@@ -40,6 +41,7 @@ from research.config.knobs import (
     bare_type,
     check_limits,
     facts_of,
+    fields,
     flat,
     map_paths,
 )
@@ -87,6 +89,7 @@ def parse(argv: Sequence[str], usage: str, options: type[T]) -> T:
       UserError: an unknown flag, one that has two values, or a value of the wrong type
         or out of range.
     """
+    argv = _with_flagfiles(argv)
     _answer_help(argv, usage, options, has_config=False)
     given = [*given_flags(argv[1:], options, {})]
     _check_flags(given, options, has_config=False)
@@ -103,6 +106,7 @@ def parse_with_config(
     Raises:
       UserError: see `parse`; or the config file is missing, fails or is out of range.
     """
+    argv = _with_flagfiles(argv)
     _answer_help(argv, usage, options, has_config=True)
     words = [*given_flags(argv[1:], options, flat(Config()))]
     file = _config_file(words, options)
@@ -151,6 +155,7 @@ def parse_with_changes(
     Raises:
       UserError: see `parse` and `parse_with_config`; or a knob is not allowed.
     """
+    argv = _with_flagfiles(argv)
     knobs = [word for word in argv[1:] if word.lstrip("-").startswith("config.")]
     values = parse([word for word in argv if word not in knobs], usage, options)
     if not knobs:
@@ -174,6 +179,14 @@ def _saved(run_dir: str) -> list[Config]:
         file = local_path(run_dir or ".", "config.run_dir") / "config.json"
         return [from_json(file.read_text(encoding="utf-8"))]
     return []
+
+
+def _with_flagfiles(argv: Sequence[str]) -> Sequence[str]:
+    """The command line with the lines of each `--flagfile` in its place."""
+    try:
+        return [argv[0], *flags.FlagValues().read_flags_from_files(argv[1:])]
+    except (flags.Error, OSError, ValueError) as error:
+        raise UserError(f"--flagfile: {error.__context__ or error}") from error
 
 
 def _answer_help(
@@ -284,7 +297,7 @@ def _check_flags(
     Raises:
       UserError: there is something to refuse.
     """
-    lines = [*faults, *repeats(given, options)]
+    lines = [*faults, *repeats(given, _types(options))]
     refused = [
         _explained(flag, options, has_config) for flag in given if not flag.is_known
     ]
@@ -298,21 +311,32 @@ def _check_flags(
         raise UserError("\n".join(lines))
 
 
+def _types(options: type) -> dict[str, Any]:
+    """The type of each flag and knob by name, `Path` where it is a path."""
+    hints = typing.get_type_hints(options)
+    known = {x.name: (x, bare_type(hints[x.name])) for x in dataclasses.fields(options)}
+    known |= {f"config.{name}": (x, type(value)) for name, x, value in fields(Config())}
+    return {"config": Path} | {
+        name: Path if kind is str and facts_of(field).is_path else kind
+        for name, (field, kind) in known.items()
+    }
+
+
 def _explained(flag: GivenFlag, options: type, has_config: bool) -> str:
     """A word that is neither a flag nor a knob, and what to write in its place."""
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    verbs = facts_of(fields.pop("verb")).choices if "verb" in fields else ()
+    own = {field.name: field for field in dataclasses.fields(options)}
+    verbs = facts_of(own.pop("verb")).choices if "verb" in own else ()
     every = flat(Config())
     name, _, value = flag.words[0].partition("=")
     if flag.name:
         name, value = flag.name, flag.value
     path = name.removeprefix("config.")
-    if not flag.name and (name in (*fields, "config") or name != path in every):
+    if not flag.name and (name in (*own, "config") or name != path in every):
         return f"{flag.words[0]} needs dashes: --{flag.words[0]}"
     if flag.name in verbs:
         return f"--{name} is written without dashes: {name}"
     where = HERE if has_config else ELSEWHERE
-    said = explain_flag(name, list(fields), every, value, where)
+    said = explain_flag(name, list(own), every, value, where)
     return f"--{name}{said}" if flag.name else f"{name}={said}"
 
 

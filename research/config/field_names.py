@@ -11,9 +11,11 @@ import re
 import shlex
 import tomllib
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from absl.flags import BooleanParser
 
 from research.core.errors import closest, nearest
 from research.core.hub_access import is_hub
@@ -29,6 +31,14 @@ ABSL_FLAGS = {"flagfile", "undefok"}
 SETTING = re.compile(r"[A-Za-z_][\w.-]*")
 # A source of raw text, before its `=where`.
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+NEGATIVE = re.compile(r"-\.?\d")  # A number, for no flag begins like that.
+# How text is read for a knob of a type, so that equal values are known as equal.
+READERS: Mapping[Any, Callable[[str], Any]] = {
+    bool: BooleanParser().parse,
+    int: int,
+    float: float,
+    Path: os.path.normpath,
+}
 # Their value is a list, which other trainers write with commas.
 LISTS = ("lora.targets", "text.sources", "eval.text_prompts")
 
@@ -84,7 +94,9 @@ def given_flags(
             yield GivenFlag(name, "True", (word,), True)
         elif not is_known and _is_negated(name, options, knobs):
             yield GivenFlag(name.removeprefix("no"), "False", (word,), True)
-        elif words and (is_known or not words[-1].startswith("-")):
+        elif words and (
+            is_known or not words[-1].startswith("-") or NEGATIVE.match(words[-1])
+        ):
             # The value of a known flag may begin with a dash.
             value = words.pop()
             yield GivenFlag(name, value, (word, value), is_known)
@@ -92,20 +104,32 @@ def given_flags(
             yield GivenFlag(name, None, (word,), is_known)
 
 
-def repeats(given: Iterable[GivenFlag], options: type) -> list[str]:
-    """A line for each flag that has several values, of which only one could count."""
-    hints = typing.get_type_hints(options)
-    values: dict[str, dict[str | None, None]] = {}
+def repeats(given: Iterable[GivenFlag], types: Mapping[str, Any]) -> list[str]:
+    """A line for each flag that has several values, of which only one could count.
+
+    `types` are those of flags by name, `Path` for a path; a tuple takes all values.
+    """
+    values: dict[str, dict[Any, str | None]] = {}
     for flag in given:
-        is_list = typing.get_origin(hints.get(flag.name)) is tuple
+        kind = types.get(flag.name)
+        is_list = typing.get_origin(kind) is tuple
         if flag.name and not is_list and flag.name not in ABSL_FLAGS:
-            values.setdefault(flag.name, {})[flag.value] = None
+            found = values.setdefault(flag.name, {})
+            found.setdefault(_meaning(flag.value, kind), flag.value)
     return [
-        f"--{name} is given several times, as {' and '.join(map(repr, found))}: keep "
-        "one of them"
-        for name, found in values.items()
-        if len(found) > 1
+        f"--{name} is given several times, as {' and '.join(map(repr, x.values()))}: "
+        "keep one of them"
+        for name, x in values.items()
+        if len(x) > 1
     ]
+
+
+def _meaning(value: str | None, kind: Any) -> Any:
+    """The value as its knob has it; the text where that cannot be read."""
+    try:
+        return READERS[kind](value or "")
+    except (KeyError, ValueError):
+        return value
 
 
 def _is_switch(options: type, name: str) -> bool:

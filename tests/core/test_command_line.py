@@ -126,8 +126,39 @@ def test_a_flag_with_two_values_is_refused(given, said, config_file):
     if "--often=2" in given:
         with pytest.raises(UserError, match=said):
             parse(["door", *given], "", ExampleFlags)
-    twice = [*command, "--config.seed=3", "--config.seed=3", command[1]]
-    assert parse_with_config(twice, "", ExampleFlags)[0].seed == 3
+    twice = ["--config.seed=3", "--config.seed=03", "--often=2", "--often", "2"]
+    twice += [
+        "--config.export",
+        "--config.export=true",
+        command[1].replace("=/", "=/./"),
+    ]
+    twice += ["--config.optim.eps=1e-4", "--config.optim.eps=.0001"]
+    config, options = parse_with_config([*command, *twice], "", ExampleFlags)
+    assert (config.seed, config.export, options.often) == (3, True, 2)
+
+
+def test_flags_of_a_file_are_flags_of_the_command(config_file, tmp_path):
+    command = ["door", f"--config={config_file(GOOD)}"]
+    (tmp_path / "flags").write_text("# mine\n--config.seed=7\n--often=3\n")
+    given = [*command, f"--flagfile={tmp_path}/flags"]
+    config, options = parse_with_config(given, "", ExampleFlags)
+    assert (config.seed, options.often) == (7, 3)
+    with pytest.raises(UserError, match="seed is given several times, as '7' and '8'"):
+        parse_with_config([*given, "--config.seed=8"], "", ExampleFlags)
+    (tmp_path / "flags").write_text("--lr=1e-4\n")
+    with pytest.raises(
+        UserError, match=r"--lr is called --config\.optim\.learning_rate"
+    ):
+        parse_with_config(given, "", ExampleFlags)
+    for reads in (parse_with_config, parse):
+        with pytest.raises(UserError, match=r"^--flagfile: .*No such file.*'/missing'"):
+            reads(["door", "--flagfile", "/missing"], "", ExampleFlags)
+
+
+def test_a_negative_number_is_no_flag(config_file):
+    command = ["door", f"--config={config_file(GOOD)}", "--lr", "-1"]
+    with pytest.raises(UserError, match=r"^--lr is called [^\n]* here; --help lists"):
+        parse_with_config(command, "", ExampleFlags)
 
 
 def test_a_launcher_sets_a_flag_of_the_user_again():
@@ -509,7 +540,7 @@ def test_help_of_a_group_a_flag_and_a_typo(capsys):
     shown = {path for path in KNOBS if f"--config.{path}=" in group}
     assert shown == {path for path in KNOBS if path.startswith("data.")}
     assert "red, green" in said_by(capsys, call, "--help=colour")
-    with pytest.raises(UserError, match=r"did you mean 'optim\.schedule'"):
+    with pytest.raises(UserError, match=r"did you mean config\.optim\.schedule"):
         call(["door", "--help=optim.shedule"])
 
 

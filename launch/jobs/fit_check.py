@@ -40,7 +40,8 @@ def check(
         return []
     rented = target.chips(options, configs[0])
     if rented is None:
-        return ["the fit was not checked: no flag names the chips"]
+        named = "; add --device=h100, or your kind" if "device" in options else ""
+        return [f"the fit was not checked: no flag names the chips{named}"]
     # Runs that differ only in seed and folder need the same memory.
     same = {repr(dataclasses.replace(c, run_dir="", seed=0)): c for c in configs}
     found = [

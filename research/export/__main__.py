@@ -1,6 +1,8 @@
 """Writes a run's model for other tools: `python -m research.export --run=runs/x`."""
 
 import dataclasses
+import logging
+import sys
 from collections.abc import Sequence
 
 from research.config import command_line
@@ -36,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     f = command_line.parse(argv, USAGE, ExportFlags)
     if not f.run:
         raise UserError("--run=RUN_DIR is missing, e.g. runs/finetune_dolly")
+    # Before an import sets another level.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from research.export.write_model import write_model
     from research.formats.base_model import EXPORTED
     from research.runs.run_directory import RunDir

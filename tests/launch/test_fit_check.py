@@ -132,6 +132,7 @@ def test_only_targets_that_rent_are_asked():
         check(True, ("l4:8", 1))
     assert check(True, ("l4:8", 1), no_fit_check=True) == []
     assert "not checked" in check(True, None)[0]
+    assert "add --device=h100" in check(True, None, device="")[0]
 
 
 @pytest.mark.parametrize("name", targets.names())

@@ -15,8 +15,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl.flags import BooleanParser
-
 from research.core.errors import closest, nearest
 from research.core.hub_access import is_hub
 from research.core.local_paths import local_path
@@ -32,9 +30,13 @@ SETTING = re.compile(r"[A-Za-z_][\w.-]*")
 # A source of raw text, before its `=where`.
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 NEGATIVE = re.compile(r"-\.?\d")  # A number, for no flag begins like that.
+# The words of absl, which the core does without.
+SWITCHES = dict.fromkeys(("true", "t", "1"), True) | dict.fromkeys(
+    ("false", "f", "0"), False
+)
 # How text is read for a knob of a type, so that equal values are known as equal.
 READERS: Mapping[Any, Callable[[str], Any]] = {
-    bool: BooleanParser().parse,
+    bool: lambda text: SWITCHES[text.lower()],
     int: int,
     float: float,
     Path: os.path.normpath,

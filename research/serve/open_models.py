@@ -64,13 +64,16 @@ class Capacity:
 class ServedRuns:
     """The runs behind the names of a server."""
 
-    def __init__(self, opened: Answering, engine: Engine, roots: Sequence[Path]):
+    def __init__(
+        self, opened: Answering, engine: Engine, roots: Sequence[Path], weights: str
+    ):
         """Loads the adapters that `opened` names.
 
         Args:
           opened: the base model and the runs.
           engine: answers with it.
           roots: folders below which runs may be loaded later.
+          weights: the form that `opened` has them in.
 
         Raises:
           UserError: an adapter cannot be loaded.
@@ -83,7 +86,7 @@ class ServedRuns:
                 "generation_config.json of the model sets %s, which have no effect",
                 ", ".join(unused),
             )
-        self._lock = threading.Lock()
+        self._weights, self._lock = weights, threading.Lock()
         adapters = [self._load(address) for address in opened.runs]
         self.models = ModelNames([*adapters, self._named(opened.served_base)])
 
@@ -144,6 +147,7 @@ class ServedRuns:
             self._opened.base.fingerprint,
             served.identity,
             str(self._opened.model.options.dtype),
+            self._weights,
             jax.__version__,
         )
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -222,7 +226,7 @@ def open_models(
         prefix_bytes=capacity.prefix_bytes,
         adapter_rows=rows and rows + 1,  # The base has one of them.
     )
-    served = ServedRuns(opened, engine, roots)
+    served = ServedRuns(opened, engine, roots, capacity.weights)
     logging.info(
         "ready %.1f s after the start, with %d slots of %d tokens: %s",
         runtime.process_age(),

@@ -207,7 +207,8 @@ def _read_json(path: Path, reading: Reading) -> Iterator[Located]:
     with open_bytes(path) as file:
         data = file.read()
     try:
-        text = data.decode("utf-8-sig", reading.errors)
+        # Each row with such bytes is refused by itself.
+        text = data.decode("utf-8-sig", "surrogateescape")
         rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)

@@ -348,3 +348,13 @@ def test_a_byte_that_is_not_utf8_is_named_with_a_way_to_convert_it():
         to_record(row, ColumnsConfig(), "rows.csv:2")
     with pytest.raises(BadRowError, match="lone surrogate"):
         to_record({**row, "instruction": "a\ud800"}, ColumnsConfig(), "rows.json:2")
+
+
+def test_a_byte_of_an_array_costs_its_row_alone(tmp_path):
+    path = tmp_path / "rows.json"
+    good = b'{"instruction": "q", "response": "a"}'
+    path.write_bytes(b"[" + good + b",\n" + good.replace(b"q", b"caf\xe9") + b"]")
+    with pytest.raises(UserError, match=r"^rows\.json: item 2: .*the byte 0xe9, which"):
+        load(path)
+    rows = load(path, bad_lines="skip")
+    assert len(rows.marks) == 1 and rows.dropped == {"not Unicode": 1}

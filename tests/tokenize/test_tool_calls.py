@@ -139,6 +139,10 @@ CHATS = {
         user("How deep is it?"), ONE, result("lakelake1", '{"m": "12\n"}'),
         said("It is 12 m deep."),
     ],
+    "a result with white space at its edges": [
+        user("How deep is it?"), ONE, result("lakelake1", "\n\n  12 m\t\n "),
+        said("It is 12 m deep."),
+    ],
     "two results": [
         user("Both?"), calls(call("lakelake1", lake="A"), call("lakelake2", lake="B")),
         result("lakelake1", "5"), result("lakelake2", "6 <tool_call> m"),
@@ -156,6 +160,7 @@ ANSWERS = {
     "a call": 1,
     "a call without arguments": 1,
     "a result": 2,
+    "a result with white space at its edges": 2,
     "two results": 4,
 }
 

@@ -176,11 +176,14 @@ class _Row:
         value = self._present.get(name) if name else None
         return self._as_text(value, name, is_answer)
 
-    def _as_text(self, value: Any, name: str, is_answer: bool) -> str:
+    def _as_text(
+        self, value: Any, name: str, is_answer: bool, is_result: bool = False
+    ) -> str:
         """The text of a value.
 
         Numbers and booleans are written as in JSON. An answer is cut at its end only,
-        as a program in an indented language begins with white space.
+        as a program in an indented language begins with white space. The result of a
+        tool is not cut: templates write all of it.
         """
         if value is None:
             return ""
@@ -207,6 +210,8 @@ class _Row:
                 else f"{name} has a lone surrogate"
             )
             raise self._bad("not Unicode", why)
+        if is_result and self._reads_tools:
+            return value
         return value.rstrip() if is_answer and not self._is_old else value.strip()
 
     def _chat(self, messages: Any, name: str) -> tuple[Turn, ...]:
@@ -282,7 +287,7 @@ class _Row:
         if weight not in (None, 0, 1):
             raise self._bad("wrong type", f"weight is {weight!r}; it must be 0 or 1")
         is_answer = role == "assistant"
-        text = self._as_text(content, "content", is_answer)
+        text = self._as_text(content, "content", is_answer, role == "tool")
         turn = Turn(role, text, trained=not is_answer or weight != 0)
         if not self._reads_tools:
             return turn

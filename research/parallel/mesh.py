@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from research.config.field_names import shell_flag
 from research.config.knob_groups import MeshConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
@@ -269,20 +270,38 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def require_whole_units(mesh: Mesh, rows: int, rows_per_unit: int) -> None:
+def require_whole_units(
+    mesh: Mesh, rows: int, rows_per_unit: int, batch_size: int | None = None
+) -> None:
     """Checks that each device gets whole units of the `rows` of a forward pass.
+
+    `batch_size`: the rows of a step, for the flags that would make the pass fit.
 
     Raises:
       UserError: the rows do not divide over the mesh, or a unit would be split.
     """
     parts = batch_shards(mesh)
-    if rows % (parts * rows_per_unit):
+    step = parts * rows_per_unit
+    if rows % step:
+        flags = f", as {_flags_of_whole(rows, batch_size, step)}" if batch_size else ""
         units = f", {rows_per_unit} rows belong together" * (rows_per_unit > 1)
         raise UserError(
             f"a forward pass has {rows} rows (config.data.microbatch_size, or "
             f"batch_size){units}, and the mesh splits a batch into {parts} "
-            f"({'*'.join(BATCH_AXES)}): use a multiple of {parts * rows_per_unit}"
+            f"({'*'.join(BATCH_AXES)}): use a multiple of {step}{flags}"
         )
+
+
+def _flags_of_whole(rows: int, batch_size: int, step: int) -> str:
+    """The flags of the nearest passes that are a multiple of `step` rows."""
+    sizes = [n for n in divisors(batch_size) if n % step == 0]
+    if sizes:
+        nearest = min(sizes, key=lambda n: abs(n - rows))
+        return shell_flag("data.microbatch_size", nearest)
+    whole = shell_flag("data.batch_size", math.ceil(batch_size / step) * step)
+    if rows == batch_size:
+        return whole
+    return f"{whole} {shell_flag('data.microbatch_size', step)}"
 
 
 def shards(mesh: Mesh) -> tuple[int, int]:

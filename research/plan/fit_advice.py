@@ -197,8 +197,10 @@ def advise(plan: Plan, architecture: Architecture, asked: Config) -> Advice:
     found = _raised(*lowest, limit, CHANGES, replan, asked)
     if found.fits and not found.costs:
         return found
+    # The plan's layout is one for its own chips, so others begin with that of `asked`.
+    replan = functools.partial(_replan, asked, architecture)
     for target in _larger(plan.target):
-        lowest = _lowest(plan.config, target, limit, HARMLESS, replan)
+        lowest = _lowest(asked, target, limit, HARMLESS, replan)
         if lowest and lowest[-1].needed <= limit:
             holds = _raised(*lowest, limit, HARMLESS, replan, asked)
             return dataclasses.replace(found, holds=holds)

@@ -364,6 +364,8 @@ def test_too_little_text_is_said_with_what_is_there_and_needed(small):
     length = int(str(raised.value).rpartition("=")[2])
     assert length == (tokens - 1) // 2, "two rows, and an id that is only predicted"
     load(small, "b", data={"seq_len": length}).require_rows(2)
+    with pytest.raises(UserError, match=r"give more text: .* even for rows of 16$"):
+        long.require_rows(tokens // 16 + 1)
     (tmp := small / "tiny").mkdir(exist_ok=True)
     write_texts(tmp, make_texts(12, longest=4))
     sizes = {"seq_len": 900, "batch_size": 2}

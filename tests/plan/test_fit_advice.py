@@ -140,6 +140,29 @@ def test_a_compiler_that_needs_more_than_the_estimate_is_believed():
     assert told.fits and 1.2 * told.plan.needed <= plan.limit < 1.2 * alone.plan.needed
 
 
+def test_the_chips_that_hold_a_config_do_not_depend_on_the_layout_of_a_search():
+    config, shape, _ = tight("full", {"rows": 32, "micro": 16}, "l4", "llama3.2-3b")
+    laid = {"mesh.data": 1, "data.microbatch_size": 1, "model.remat": "full"}
+    searched = changed(config, laid, "")
+    one, two = parse_device("l4"), parse_device("l4:2")
+    plans = [planner.plan_estimate(config, shape, two)]
+    plans += [planner.plan_estimate(searched, shape, one)]
+    held = [fit_advice.advise(plan, shape, config).holds for plan in plans]
+    assert held[0].plan.target == held[1].plan.target
+    assert held[0].flags == held[1].flags
+
+
+@pytest.mark.parametrize("sizes", [(32, 16), (32, 0), (128, 16), (96, 2)])
+def test_rows_that_do_not_divide_over_the_chips_get_flags_that_do(sizes):
+    rows, micro = sizes
+    config = big_config("lora", rows=rows, micro=micro)
+    shape, target = PRESETS["llama3.1-8b"], parse_device("h100:64")
+    with pytest.raises(UserError, match="use a multiple of 64, as ") as caught:
+        planner.plan_estimate(config, shape, target)
+    knobs = read_flags(str(caught.value), config)
+    assert planner.plan_estimate(changed(config, knobs, ""), shape, target).fits
+
+
 def test_plan_search_and_launch_give_one_advice():
     flags = (f"--config={ROOT}/configs/finetune_8b.py", "--preset=llama3.1-8b")
     ask = functools.partial(run_door, main, ROOT, "plan", *flags, "--device=16GB")

@@ -19,6 +19,7 @@ from research.data.token_batch import Batch
 
 SEARCHED = 2000  # pieces of each source, for a share that holds out some of them
 MOST_SHARE = 0.5  # that `config.text.held_out_share` may be
+LEAST_ROW = 16  # tokens of a row that is still worth a proposal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +90,22 @@ class TextData:
             needed = batch_size * self.row_layout.seq_len + 1
             raise UserError(
                 f"the text has {tokens} training tokens, and a batch of {batch_size} "
-                f"rows of {self.row_layout.seq_len} needs {needed}; give more text, or "
-                f"set {self._fitting(batch_size)}"
+                f"rows of {self.row_layout.seq_len} needs {needed}; give more text"
+                f"{self._or_fitting(batch_size)}"
             )
 
-    def _fitting(self, batch_size: int) -> str:
+    def _or_fitting(self, batch_size: int) -> str:
         """The flag of a batch that the rows fill, or of rows that fill the batch."""
         if self.rows:  # A power of 2 divides over devices.
-            return shell_flag("data.batch_size", 1 << (self.rows.bit_length() - 1))
+            size = 1 << (self.rows.bit_length() - 1)
+            return f", or set {shell_flag('data.batch_size', size)}"
         # Without a mixture, no row is no share.
         used = [n for n in self.train if self.shares[n]] or self.train
         tokens = [self.train[name].tokens - 1 for name in used]
-        lengths = range(self.row_layout.seq_len, 0, -1)
-        fitting = (n for n in lengths if sum(x // n for x in tokens) >= batch_size)
-        return shell_flag("data.seq_len", next(fitting, 1))
+        for length in range(self.row_layout.seq_len, LEAST_ROW - 1, -1):
+            if sum(x // length for x in tokens) >= batch_size:
+                return f", or set {shell_flag('data.seq_len', length)}"
+        return f": this is far too little, even for rows of {LEAST_ROW}"
 
     def sample_batch(self, rows: int) -> Batch:
         """The first training rows, for people to look at."""

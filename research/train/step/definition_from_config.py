@@ -30,8 +30,8 @@ def make_step_definition(
       UserError: rows, targets or dimensions do not fit the model or the mesh.
     """
     _check_rows(config, base, mesh)
-    rows = config.data.rows_per_pass
-    meshes.require_whole_units(mesh, rows, objective.rows_per_unit)
+    rows, batch_size = config.data.rows_per_pass, config.data.batch_size
+    meshes.require_whole_units(mesh, rows, objective.rows_per_unit, batch_size)
     model = model_of_run(config.model, config.data, base.architecture, mesh)
     split = trainable.make(config.trainable, config.model, config.lora, model.specs)
     return StepDefinition(

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     if LIST in own:
         sys.stdout.write(compiler_settings.FILE.read_text(encoding="utf-8"))
         return 0
-    options = make_parser().parse_args(own or ["--help"])
+    options = make_parser().parse_args(own or ["--help"], training=training)
     if "--" not in argv:
         raise UserError("nothing to train: add -- --config=FILE.py after the target")
     config = check_training_flags(training)

@@ -74,7 +74,7 @@ def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") 
         except UserError as error:
             raise UserError(
                 f"whether the config fits {chips.name} cannot be known: {error}; "
-                f"{OVERRIDE} launches it without this check"
+                f"{OVERRIDE} launches it without this check; write either before --"
             ) from error
         try:
             plan = planner.plan_estimate(config, architecture, chips)
@@ -89,7 +89,7 @@ def require_fit(config: Config, device: str, slices: int = 1, preset: str = "") 
         advice = fit_advice.advise(plan, architecture, config).words
     raise UserError(
         f"the config needs {held} (estimated; {plan.largest_part}): {advice}; "
-        f"{OVERRIDE} launches it anyway"
+        f"{OVERRIDE} before -- launches it anyway"
     )
 
 

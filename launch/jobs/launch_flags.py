@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.config.field_names import explain_flag
+from research.config.command_line import NoFlags
+from research.config.field_names import explain_flag, given_flags
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
@@ -19,11 +20,16 @@ class LaunchParser(argparse.ArgumentParser):
         whole = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=whole, allow_abbrev=False, **given)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(
+        self, args: Any = None, namespace: Any = None, training: Sequence[str] = ()
+    ) -> Any:
         """The options of this parser, or of the one of a target.
 
+        `training` are the words behind `--`, for the trainer.
+
         Raises:
-          UserError: an unknown flag, which is explained, or a wrong value.
+          UserError: an unknown flag, which is explained, a wrong value, or a flag of
+            this parser in `training`.
         """
         options, unknown = self.parse_known_args(args, namespace)
         reader = self
@@ -35,6 +41,14 @@ class LaunchParser(argparse.ArgumentParser):
             self.error("; ".join(filter(None, refused)))
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}; flags start with --")
+        late = [
+            f"{' '.join(flag.words)} is a flag of {self.prog.split()[-1]}: write it "
+            "before --"
+            for flag in given_flags(training, NoFlags, flat(Config()))
+            if flag.name.replace("_", "-") in {*known} - {"", "h", "help"}
+        ]
+        if late:
+            self.error("; ".join(late))
         return options
 
     def error(self, message: str) -> None:

@@ -37,7 +37,7 @@ results.
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 if all runs are done or submitted."""
     own, overrides = split_flags(argv[1:])
-    target, options = parse(own)
+    target, options = parse(own, overrides)
     sweep = sweep_spec.load(options.sweep)
     if options.seeds:
         sweep = dataclasses.replace(sweep, seeds=read_seeds(options.seeds))
@@ -65,8 +65,13 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
-    """Reads the target's name first, and then all flags with the target's own."""
+def parse(
+    arguments: Sequence[str], overrides: Sequence[str] = ()
+) -> tuple[Target, argparse.Namespace]:
+    """Reads the target's name first, and then all flags with the target's own.
+
+    None of them may be in `overrides`, which are for the trainer.
+    """
     first = LaunchParser(prog="python -m launch.sweep", add_help=False)
     first.add_argument("--target", default="local")
     name = first.parse_known_args(arguments)[0].target
@@ -84,7 +89,7 @@ def parse(arguments: Sequence[str]) -> tuple[Target, argparse.Namespace]:
     most = "most runs in one program; default: 8 on this machine, 1 elsewhere"
     parser.add_argument("--together", type=at_least(1), default=None, help=most)
     launcher.add_flags(parser, target)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments, training=overrides)
     if not options.sweep:
         parser.error("--sweep=FILE.py is missing")
     return target, options

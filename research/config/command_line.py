@@ -8,10 +8,10 @@ import contextlib
 import dataclasses
 import os
 import re
-import signal
+import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from research.config.cross_knob_rules import check_effects
 from research.config.field_names import (
     ELSEWHERE,
     HERE,
+    LISTS,
     GivenFlag,
     explain_flag,
     given_flags,
@@ -48,9 +49,8 @@ from research.config.knobs import (
 from research.config.run_config import BY_EPOCHS, Config, from_config_dict
 from research.config.saved_config import from_json
 from research.core import standard_streams
-from research.core.errors import PREEMPTED, SaveError, UserError, nearest
+from research.core.errors import SaveError, UserError, nearest
 from research.core.local_paths import expanded, local_path
-from research.core.stop_signals import stop_signals
 
 T = TypeVar("T")
 # Seconds that a reader of standard output may hold a training before text is dropped.
@@ -141,13 +141,18 @@ def parse_with_config(
 
 
 def parse_with_changes(
-    argv: Sequence[str], usage: str, options: type[T], allowed: Sequence[str]
+    argv: Sequence[str],
+    usage: str,
+    options: type[T],
+    allowed: Sequence[str],
+    instead: Mapping[str, str],
 ) -> tuple[T, dict[str, Any]]:
     """Like `parse`, for a door that takes some knobs of the config of `--run`, too.
 
     Args:
       argv, usage, options: those of `parse`; `options` has a field `run`.
       allowed: names of knobs, or of groups such as `data.columns`.
+      instead: `knob: flag`, for knobs in whose place this door has a flag.
 
     Returns:
       The flags, and the changed knobs by name.
@@ -160,17 +165,24 @@ def parse_with_changes(
     values = parse([word for word in argv if word not in knobs], usage, options)
     if not knobs:
         return values, {}
+    every = flat(Config())
+    written = [knob.lstrip("-").partition("=")[::2] for knob in knobs]
+    given = {name.partition(".")[2]: value for name, value in written}
+    for name, value in given.items():
+        is_allowed = any(f"{name}.".startswith(f"{each}.") for each in allowed)
+        if is_allowed or name not in every:  # Parsing explains an unknown one.
+            continue
+        text = ",".join(written_list(name, value)) if name in LISTS else value
+        remedy = (
+            f"use --{instead[name]}={shlex.quote(text)}"
+            if name in instead
+            else f"a run keeps its config; only {', '.join(allowed)} can"
+        )
+        raise UserError(f"--config.{name} cannot be set here: {remedy}")
     run = typing.cast(Any, values).run
     config, _ = parse_with_config([argv[0], f"--config={run}", *knobs], usage, NoFlags)
-    names = [knob.lstrip("-").partition("=")[0].partition(".")[2] for knob in knobs]
-    for name in names:
-        if not any(f"{name}.".startswith(f"{each}.") for each in allowed):
-            raise UserError(
-                f"--config.{name} cannot be set here: a run keeps its config; only "
-                f"{', '.join(allowed)} can"
-            )
     changed = flat(config)
-    return values, {name: changed[name] for name in names}
+    return values, {name: changed[name] for name in given}
 
 
 def _saved(run_dir: str) -> list[Config]:
@@ -338,27 +350,6 @@ def _explained(flag: GivenFlag, options: type, has_config: bool) -> str:
     where = HERE if has_config else ELSEWHERE
     said = explain_flag(name, list(own), every, value, where)
     return f"--{name}{said}" if flag.name else f"{name}={said}"
-
-
-def resume_after_signals() -> None:
-    """Makes SIGTERM and SIGHUP end this process at once, as a resumable stop.
-
-    Imports and the search for other processes take many seconds in which there is
-    nothing to save. Code that has something to save installs its own handler later.
-    """
-    for number in stop_signals():
-        signal.signal(number, _end)
-
-
-def _end(number: int, frame: object) -> None:
-    message = (
-        f"stopped by {signal.Signals(number).name} outside of training; the same "
-        "command resumes the run\n"
-    )
-    # No buffered stream: the signal may have come within a write to one.
-    with contextlib.suppress(OSError):
-        os.write(2, message.encode())
-    os._exit(PREEMPTED)
 
 
 def run(main: Callable[[Sequence[str]], Any], *, prints_results: bool = True) -> None:

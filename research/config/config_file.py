@@ -17,8 +17,8 @@ import ml_collections
 from research.config.field_names import explain
 from research.config.knobs import flat, to_config_dict
 from research.config.run_config import Config, from_config_dict
-from research.config.saved_config import from_json
-from research.core.errors import UserError, nearest
+from research.config.saved_config import from_json, model_and_no_run
+from research.core.errors import UserError, closest, nearest
 from research.core.local_paths import expanded
 from research.core.visible_text import visible
 
@@ -76,9 +76,12 @@ def find_run(given: str) -> str:
     """The run directory for `--run`, which a config file may name, too.
 
     Raises:
-      UserError: it is a config file that fails.
+      UserError: it is a config file that fails, or a model.
     """
-    if run := folder_of_run(given):
+    run = folder_of_run(given)
+    if said := model_and_no_run(str(run or given)):
+        raise UserError(f"--run={given} {said}")
+    if run:
         return str(run)
     if not os.path.isfile(_split(given)[0]):
         return given
@@ -96,6 +99,8 @@ def _config_of_run(given: str, run: Path) -> Config:
             f"--config={given}: {run} is no run directory, because it has no "
             "config.json; give a config file, a run directory or its config.json"
         )
+    if said := model_and_no_run(str(run)):
+        raise UserError(f"--config={given}: {run} {said}")
     try:
         config = from_json(file.read_text(encoding="utf-8"), run)
     except (ValueError, RecursionError, OSError) as error:
@@ -121,7 +126,10 @@ def call_in_file(
     """
     file = expanded(file)
     if not os.path.isfile(file):
-        raise UserError(f"{flag}: there is no such file")
+        name = flag.partition("=")[0]
+        near = _near_file(Path(file))
+        meant = f" (did you mean {name}={near}?)" if near else ""
+        raise UserError(f"{flag}: there is no such file{meant}")
     try:
         module = _load(file)
         call = getattr(module, function, None)
@@ -131,6 +139,16 @@ def call_in_file(
     except BaseException as error:
         text = f"{flag} fails: {_where(file, error)}: {_cause(error)}"
         raise UserError(text) from error
+
+
+def _near_file(absent: Path) -> str:
+    """The Python file or run directory beside `absent`, or in configs, most like it."""
+    near: dict[str, Path] = {}
+    for folder in (Path("configs"), absent.parent):
+        near |= {file.stem: file for file in folder.glob("*.py")}
+        near |= {file.parent.name: file.parent for file in folder.glob("*/config.json")}
+    found = closest(absent.name.removesuffix(".py"), near)
+    return str(near[found]) if found else ""
 
 
 def _cause(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The `config.json` of a run: readable by later versions, and from any folder."""
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -12,10 +13,13 @@ from typing import Any
 from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError
-from research.core.local_paths import listed_paths, split_step
+from research.core.hub_access import is_hub
+from research.core.local_paths import expanded, listed_paths, split_step
 
 # Entries of the file that are no knobs.
 VERSION, FOLDER = "version", "folder"
+# Entries of the `config.json` of a model.
+OF_MODELS = {"architectures", "model_type"}
 # Values of path knobs that name no file.
 WORDS = {"", "auto", "byte", "embedded", "stdlib"}
 
@@ -82,6 +86,26 @@ def from_json(text: str, run: Path | None = None) -> Config:
     if run is None:
         return config
     return with_absolute_paths(config, Path(folder or _guess_folder(config, run)))
+
+
+def model_and_no_run(written: str) -> str:
+    """The rest of a sentence about a model in the place of a run; "" for all else.
+
+    Args:
+      written: the name of a run, by a user who may mean a model: its folder, its
+        `.gguf` file, or its address.
+    """
+    is_model = written.endswith(".gguf") or is_hub(written) or "pkg://" in written
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        values = json.loads(Path(expanded(written), "config.json").read_bytes())
+        if isinstance(values, dict) and VERSION not in values:
+            is_model |= not OF_MODELS.isdisjoint(values)
+    if not is_model:
+        return ""
+    return (
+        f"is a model, and no run: give it as --model={written} to research.generate or "
+        f"research.serve, or as --config.model.init_from={written} to research.train"
+    )
 
 
 def _guess_folder(config: Config, run: Path) -> Path:

@@ -28,6 +28,18 @@ def is_hub(where: str) -> bool:
     return where.startswith(PREFIX)
 
 
+def how_on_hub(written: str, kind: str) -> str:
+    """How `written`, which is no file here, is written if it is on the hub.
+
+    A name that ends as a file does is taken for a file, and gets the general form.
+    """
+    rows = "[:subset[@split]]" if kind == "dataset" else ""
+    is_name = "/" in written and ADDRESS.fullmatch(PREFIX + written)
+    ends_as_file = re.search(r"\.[A-Za-z]\w*$", written)
+    name = written if is_name and not ends_as_file else f"owner/name[@revision]{rows}"
+    return f"a {kind} on the hub is written {PREFIX}{name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class HubAddress:
     """A repository on the hub, or rows of a dataset there.

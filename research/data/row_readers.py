@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from research.core.errors import UserError
+from research.core.hub_access import how_on_hub
 from research.data.compressed_files import (
     COMPRESSED,
     kind_of,
@@ -130,7 +131,8 @@ def read_located(path: Path, reading: Reading) -> Iterator[Located]:
       UserError: the file is missing, unreadable or of an unknown kind.
     """
     if not path.is_file():
-        raise UserError(f"data file {path} does not exist; check config.data.path")
+        hub = "" if kind_of(path) in READERS else how_on_hub(str(path), "dataset")
+        raise UserError(f"data file {path} does not exist; {hub or 'check its path'}")
     reader = READERS.get(kind_of(path))
     if reader is None or (not reader.is_plain and path.suffix in COMPRESSED):
         plain = [kind for kind, known in READERS.items() if known.is_plain]

@@ -21,6 +21,10 @@ from those of the run need, for example, --config.data.columns.response=answer,
 """
 # Knobs that say how files are read. Others would make another measurement.
 OF_FILES = ("data.columns", "data.bad_lines", "text.column", "text.undecodable")
+INSTEAD = {
+    **dict.fromkeys(("data.path", "data.eval_path", "text.sources"), "data"),
+    "run_dir": "run",
+}
 SHOWN = 4  # rows that were dropped or cut; the file has all
 
 
@@ -38,7 +42,9 @@ class EvaluateFlags:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    f, changes = command_line.parse_with_changes(argv, USAGE, EvaluateFlags, OF_FILES)
+    f, changes = command_line.parse_with_changes(
+        argv, USAGE, EvaluateFlags, OF_FILES, INSTEAD
+    )
     for flag, value, example in (
         ("run", f.run, "runs/finetune_dolly"),
         ("data", f.data, "test.jsonl"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from research.core.errors import UserError
-from research.core.hub_access import HubAddress, fetch_files, is_hub
+from research.core.hub_access import HubAddress, fetch_files, how_on_hub, is_hub
 from research.core.local_paths import local_path
 from research.formats.gguf_file import GGUFFile
 from research.formats.huggingface_weights import (
@@ -120,9 +120,8 @@ def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     raise UserError(
-        f"base model {name!r} is neither a folder nor a .gguf file here; a model on "
-        "the hub is written hub://owner/name[@revision], one in a package "
-        "pkg://package/file.gguf"
+        f"base model {name!r} is neither a folder nor a .gguf file here; "
+        f"{how_on_hub(name, 'model')}, one in a package pkg://package/file.gguf"
     )
 
 

@@ -18,7 +18,12 @@ from research.config.hub_pins import Pins, is_pin, pinned
 from research.config.knob_groups import BY_SIZE, BY_SIZE_SINCE, MOST_HELD_OUT
 from research.config.knobs import flat
 from research.config.run_config import Config
-from research.config.saved_config import differences, from_json, to_json
+from research.config.saved_config import (
+    differences,
+    from_json,
+    model_and_no_run,
+    to_json,
+)
 from research.core.atomic_files import (
     intended_name,
     make_folder,
@@ -137,6 +142,8 @@ class RunDir:
             raise UserError(
                 f"{self.path} is not a run directory: it has no config.json"
             )
+        if said := model_and_no_run(str(self.path)):
+            raise UserError(f"{self.path} {said}; or choose another run directory")
         try:
             yield self._config.read_text(encoding="utf-8")
         except (ValueError, RecursionError, OSError) as error:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from research.config import command_line
+from research.core import stop_signals
 
 USAGE = """
 python -m research.train --config=FILE.py [--config.KNOB=VALUE ...]
@@ -15,7 +16,7 @@ does --config=RUN_DIR, wherever that folder has moved.
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 7 or 75 stopped; see `docs/recovery.md`."""
-    command_line.resume_after_signals()
+    stop_signals.resume_after_signals()
     config, _ = command_line.parse_with_config(argv, USAGE, command_line.NoFlags)
     # Imported late: importing JAX takes longer than saying what is wrong with a flag.
     from research.train.start_to_report import train

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from research.config import command_line
 from research.config.knobs import knob
 from research.config.run_config import Config, with_effect
+from research.core import stop_signals
 from research.core.errors import UserError
 from research.core.local_paths import local_path
 from research.train_together import compatibility
@@ -36,7 +37,7 @@ class TogetherFlags:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 7 or 75 stopped; see `docs/recovery.md`."""
-    command_line.resume_after_signals()
+    stop_signals.resume_after_signals()
     config, f = command_line.parse_with_config(argv, USAGE, TogetherFlags)
     configs = read_runs(f.runs, config)
     compatibility.check(configs)

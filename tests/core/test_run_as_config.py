@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_run_resumes_where_it_was_moved_to(config, tmp_path, monkeypatch):
         ({}, ".", "no run directory, because it has no config.json"),
         ({}, "absent", "there is no such file"),
         ({"config.json": "{"}, "config.json", "config.json is of no run"),
-        ({"config.json": '{"model_type": "llama"}'}, ".", "is of no run"),
+        ({"config.json": '{"model_type": "llama"}'}, ".", "init_from=. to research"),
         ({"config.json": "[3]"}, ".", "is of no run"),
     ],
 )
@@ -85,6 +86,32 @@ def test_a_folder_that_is_no_run_is_named(files, given, said, tmp_path, monkeypa
     with pytest.raises(UserError, match=said) as raised:
         read(f"--config={given}")
     assert str(raised.value).startswith(f"--config={given}: ")
+
+
+def test_a_model_in_the_place_of_a_run_is_answered_with_its_flag(tmp_path, config):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["A"], "hidden_size": 8}')
+    for given in (str(model), f"{model}/config.json", "model.gguf", "hub://a/b"):
+        with pytest.raises(UserError, match="--model=") as raised:
+            parse(["door", f"--run={given}"], "", RunFlags)
+        where = str(model) if given.startswith("/") else given
+        assert f"--model={where} to research.generate" in str(raised.value)
+    for call in (RunDir(model).config, lambda: RunDir(model).check_config(config)):
+        with pytest.raises(
+            UserError, match=f"--model={model} .* another run directory"
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    "given, meant", [("runs/owm", "runs/own"), ("fintune", "configs/finetune.py")]
+)
+def test_a_mistyped_config_gets_the_nearest_file_or_run(given, meant, config):
+    Path("configs").mkdir()
+    Path("configs", "finetune.py").touch()
+    with pytest.raises(UserError, match=f"did you mean --config={meant}\\?"):
+        read(f"--config={given}")
 
 
 def test_a_run_is_named_by_its_folder_its_config_or_its_config_file(config, tmp_path):

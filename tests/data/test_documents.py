@@ -257,7 +257,8 @@ def test_the_standard_library_is_python_without_its_tests(tmp_path):
         (["=stdlib"], "letters, digits"),
         (["a="], "write name=where"),
         (["a=stdlib", "a=stdlib"], "two named 'a'"),
-        (["a=/nowhere/at/all"], "does not exist"),
+        (["a=/nowhere/at/all"], r"does not exist; .* hub://owner/name\["),
+        (["a=some-lab/text"], r"does not exist; .* is written hub://some-lab/text$"),
     ],
 )
 def test_sources_that_cannot_be_are_said(tmp_path, sources, said):

@@ -176,6 +176,11 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, said):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
         load(tmp_path / "nowhere.jsonl")
+    for written in ("some-lab/rows", "lab/rows_2.0", "lab/rows@main:sub@test"):
+        with pytest.raises(UserError, match=f"does not exist; .*hub://{written}$"):
+            load(written)
+    with pytest.raises(UserError, match=r"not exist; .* hub://owner/name\["):
+        load("rows.text")
     with pytest.raises(UserError, match=r"no file in folder .* ends in \.jsonl"):
         load(tmp_path)
     with pytest.raises(UserError, match="no file matches"):

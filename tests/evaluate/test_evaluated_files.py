@@ -21,7 +21,7 @@ from research.data.instructions.instruction_dataset import load_dataset
 from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
-from research.evaluate.__main__ import OF_FILES, EvaluateFlags, main
+from research.evaluate.__main__ import INSTEAD, OF_FILES, EvaluateFlags, main
 from research.evaluate.compare_models import result_name
 from research.formats.base_model import open_base
 from research.parallel import runtime
@@ -104,7 +104,7 @@ def test_files_may_have_other_columns_than_those_of_the_run(tmp_path, monkeypatc
 
     def parse(*flags):
         argv = ["evaluate", f"--run={run}", *flags]
-        return parse_with_changes(argv, "", EvaluateFlags, OF_FILES)
+        return parse_with_changes(argv, "", EvaluateFlags, OF_FILES, INSTEAD)
 
     found, changes = parse(*flags)
     assert (found.run, found.data) == (str(run), "x")
@@ -112,6 +112,8 @@ def test_files_may_have_other_columns_than_those_of_the_run(tmp_path, monkeypatc
     assert parse("--data=x")[1] == {}
     for flag, said in (
         ("--config.lora.rank=3", r"--config.lora.rank cannot be set here"),
+        ("--config.data.path=my test.csv", "use --data='my test.csv'"),
+        ("--config.text.sources=('a=b.txt',)", "use --data=a=b.txt"),
         ("--config.data.columns.respnse=a", "columns.response"),
         ("--config.data.bad_lines=maybe", "it must be one of"),
     ):

@@ -17,6 +17,7 @@ from plan_helpers import big_config
 from launch import __main__ as door
 from launch import targets
 from launch.jobs import fit_check
+from launch.sweep import __main__ as sweep_door
 from launch.targets import Target
 from research.config.knobs import changed
 from research.config.run_config import MeshConfig
@@ -257,6 +258,19 @@ def test_a_mistyped_target_gets_the_nearest_one():
             door.main(["launch", *given])
     with pytest.raises(UserError, match=r"choose from .* \(did you mean 'create'"):
         door.main(["launch", "tpu-vm", "--do=creat", "--", "--config=x.py"])
+
+
+def test_a_flag_of_launch_behind_the_dashes_is_sent_before_them():
+    trainer = ["--config=x.py", "--config.name=a"]
+    for flag in ("--preset=a", "--dry-run", "--gpus_per_node 8", "--no-fit-check"):
+        with pytest.raises(
+            UserError, match=f"^{flag} is a flag of launch: .* before --"
+        ):
+            door.main(["launch", "slurm", "--", *trainer, *flag.split()])
+    with pytest.raises(UserError, match=r"--seeds=1 is a flag of launch\.sweep: write"):
+        sweep_door.parse(["--sweep=x.py"], ["--seeds=1"])
+    with pytest.raises(UserError, match="no such file"):  # One of another target.
+        door.main(["launch", "slurm", "--", *trainer[:1]])
 
 
 def test_a_mistyped_flag_is_answered_without_jax():

@@ -25,6 +25,7 @@ from research.config import command_line
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import to_json
+from research.core import stop_signals
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,7 +118,7 @@ def only_parsed():
             (launcher, "start"),
             (run_packs, "make_packs"),
             (importlib.import_module("launch.report.__main__"), "find"),
-            (command_line, "resume_after_signals"),
+            (stop_signals, "resume_after_signals"),
         ):
             end = stop if name != "resume_after_signals" else lambda: None
             stack.enter_context(mock.patch.object(module, name, end))

@@ -10,7 +10,7 @@ from pathlib import Path
 from research.config.field_names import SOURCE_NAME, shell_flag, written_list
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
-from research.core.hub_access import HubAddress, is_hub, require_commit
+from research.core.hub_access import HubAddress, how_on_hub, is_hub, require_commit
 from research.core.local_paths import local_path
 from research.data.text.document_readers import SourceFile, TextSource
 
@@ -83,8 +83,8 @@ def _locate(
         return (SourceFile(path.name, path, path.stat().st_size),), ""
     if not path.is_dir():
         raise UserError(
-            f"text source {name}={where} does not exist; give stdlib, a file, a folder "
-            "or hub://owner/name[@revision][:subset[@split]]"
+            f"text source {name}={where} does not exist; give stdlib, a file or a "
+            f"folder; {how_on_hub(where, 'dataset')}"
         )
     files = tuple(_files_under(path, lambda name: not name.startswith(".")))
     if not files:

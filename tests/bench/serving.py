@@ -231,15 +231,18 @@ class Bench:
         self.options, self.clock = options, Clock(options.clock == "cpu")
         # The threads of torch and llama.cpp spin while they wait for one another.
         self.threads = 1 if self.clock.by_cpu else os.cpu_count()
-        self.opened = self._open([options.run])
-        self.prompts = sample_prompts(self.opened)
+        self.prompts = sample_prompts(self._open([options.run]))
 
     def _open(self, runs: list[str], **how: Any) -> Answering:
         return open_for_answering(runs, weights=self.options.weights, **how)
 
+    def _engine(self, slots: int, **how: Any) -> Engine:
+        # Opened each time: an engine donates the bank of what it was given.
+        return open_engine(self._open([self.options.run]), slots, 1, **how)
+
     def _ours(self, slots: int) -> Side:
         """Our side with the adapter of the run in the batch."""
-        return engine_side(open_engine(self.opened, slots, 1), ("tuned0",))
+        return engine_side(self._engine(slots), ("tuned0",))
 
     def hugging_face(self) -> Any:
         threads = f"--threads={self.threads}"
@@ -316,7 +319,7 @@ class Bench:
         ]  # fmt: skip
 
     def first_token(self) -> tuple[Figures, list[Goal]]:
-        engine = open_engine(self.opened, 8, 1, prefix_bytes=1 << 28)
+        engine = self._engine(8, prefix_bytes=1 << 28)
         ids = np.random.default_rng(0).integers(1000, 40000, (9, LONG_PROMPT)).tolist()
         side = engine_side(engine, ("tuned0",))
         seconds: Figures = {"uncached": [], "cached": []}

@@ -14,9 +14,13 @@ from research.core.local_paths import expanded
 
 
 class LaunchParser(argparse.ArgumentParser):
-    """Argparse whose errors are one line, as those of all other commands."""
+    """Argparse whose errors are one line, as those of all other commands.
 
-    def __init__(self, **given: Any) -> None:
+    `main_flag`: the flag whose value is meant by a word without a flag.
+    """
+
+    def __init__(self, main_flag: str = "", **given: Any) -> None:
+        self._main_flag = main_flag
         whole = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=whole, allow_abbrev=False, **given)
 
@@ -40,7 +44,9 @@ class LaunchParser(argparse.ArgumentParser):
         if any(refused):
             self.error("; ".join(filter(None, refused)))
         if unknown:
-            self.error(f"unexpected argument {unknown[0]!r}; flags start with --")
+            how = f"write {self._main_flag}={unknown[0]}" if self._main_flag else ""
+            how = how or "flags start with --"
+            self.error(f"unexpected argument {unknown[0]!r}; {how}")
         late = [
             f"{' '.join(flag.words)} is a flag of {self.prog.split()[-1]}: write it "
             "before --"

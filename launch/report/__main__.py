@@ -18,7 +18,7 @@ so far, and shows report.md. It names the runs that are not done.
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = LaunchParser(prog="python -m launch.report", description=USAGE)
+    parser = LaunchParser("--sweep", prog="python -m launch.report", description=USAGE)
     add_path(parser, "--sweep", "the sweep's file, or the folder of its runs")
     add_path(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")
     options = parser.parse_args(argv[1:])
@@ -47,7 +47,7 @@ def find(sweep: str, folder: str) -> Path:
     if not os.path.lexists(place / "sweep.json"):
         raise UserError(
             f"--sweep={sweep}: {place} has no sweep.json; run python -m launch.sweep "
-            "first, or name the folder of its runs"
+            "first, or name the folder of its runs with --folder=DIR"
         )
     return place
 

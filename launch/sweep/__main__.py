@@ -81,7 +81,7 @@ def parse(
             f"--target={name} is none of {', '.join(known)}{nearest(name, known)}"
         )
     target = targets.find(name)
-    parser = LaunchParser(prog="python -m launch.sweep", description=USAGE)
+    parser = LaunchParser("--sweep", prog="python -m launch.sweep", description=USAGE)
     add_path(parser, "--sweep", "sweep file; see configs/sweeps/")
     add_text(parser, "--target", f"{', '.join(known)}; default: local", "local")
     add_path(parser, "--folder", "folder of the runs; default: runs/sweeps/NAME")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +114,12 @@ def main(argv: Sequence[str]) -> int:
     from research.parallel import runtime
 
     runtime.start_alone()
+    if f.prompt != "-" and os.path.isfile(f.prompt or ""):
+        logging.warning(
+            "--prompt is the name of a file, and the model gets the name alone: "
+            "--prompts=%s answers its lines",
+            f.prompt,
+        )
     names = [field.name for field in dataclasses.fields(SamplingFlags)]
     flags = SamplingFlags(**{name: getattr(f, name) for name in names})
     if f.model:

@@ -105,6 +105,16 @@ def test_a_chat_column_that_is_named_wins(tmp_path):
     assert rows.schemas == {"talk": 2} and list(rows.unused) == ["response"]
 
 
+@pytest.mark.parametrize("knob", ["messages", "instruction", "response"])
+def test_a_column_that_is_not_there_is_named_by_the_knob_that_was_set(knob):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": messages} if knob == "messages" else {"instruction": "q"}
+    columns = ColumnsConfig(**{knob: "conversations"})
+    said = rf"no column 'conversations' for config\.data\.columns\.{knob}"
+    with pytest.raises(BadRowError, match=said):
+        to_record(row, columns, "rows:1")
+
+
 def test_an_answer_of_weight_0_is_not_trained():
     messages = chat("q", "bad", "no", "good")
     messages[1]["weight"] = 0

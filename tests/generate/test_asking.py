@@ -348,6 +348,13 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path, ask, flags, said):
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
+@pytest.mark.parametrize(("prompt", "warns"), [("in.txt", True), ("in", False)])
+def test_a_prompt_that_is_the_name_of_a_file_is_warned_of(tmp_path, ask, prompt, warns):
+    (tmp_path / "in.txt").write_text("One")
+    done = ask("--model=absent", f"--prompt={prompt}")
+    assert (f"--prompts={prompt} answers its lines" in done.stderr) == warns
+
+
 # -- how tokens are chosen -------------------------------------------------------------
 
 

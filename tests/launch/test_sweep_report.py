@@ -401,6 +401,8 @@ def test_the_command_writes_and_shows(folder):
     [
         (("--sweep=absent",), "absent has no sweep.json"),
         (("--sweep=x/lora_rank.py",), "runs/sweeps/lora_rank has no sweep.json"),
+        (("--sweep=absent",), "name the folder of its runs with --folder=DIR"),
+        (("runs/mine",), "unexpected argument 'runs/mine'; write --sweep=runs/mine"),
         ((), "--sweep"),
         (("--swep=a",), "--swep"),
     ],

@@ -155,6 +155,8 @@ class _Row:
             if columns.response in row and columns.context in row:
                 return own
         field = "response" if columns.instruction in self._row else "instruction"
+        if chat_renamed and not renamed:
+            field = "messages"
         name = getattr(columns, field)
         raise self._bad(
             MISSING,

@@ -257,7 +257,9 @@ def explain(
     of_others = table.get(word, ("", ""))
     near = "" if path in knobs else closest(word, inside, LIKELY)
     if near and of_others[0] not in inside.values():
-        meant = f" is not a knob (did you mean {_flag(inside[near], value)}?)"
+        likely = [inside[near], *by_last.get(word, [])]
+        flags = [repr(k) if value is None else _flag(k, value) for k in likely]
+        meant = f" is not a knob (did you mean {' or '.join(flags)}?)"
         return meant if where == HERE else " is not a flag"
     if word in table and not (group and word in by_last):
         return _said(*of_others, value, where)

@@ -327,7 +327,8 @@ def test_a_name_and_a_value_without_dashes_are_explained(refused):
 @pytest.mark.parametrize(
     "typed, meant",
     [
-        ("text.source=/a/b", "text.sources=\"('b=/a/b',)\""),  # Not data.source.
+        ("text.source=/a/b", "text.sources=\"('b=/a/b',)\""),  # And then data.source.
+        ("data.sources=a", "data.source=a or --config.text.sources="),  # Either.
         ("eval.text_prompt=Hi", "eval.text_prompts=\"('Hi',)\""),
         ("eval.max_tokens=3", "eval.max_new_tokens=3"),
         ("text.columns=body", "text.column=body"),  # Not the group data.columns.

@@ -22,7 +22,7 @@ GOOD = '{"instruction": "a", "response": "b"}\n'
 
 REFUSALS = {
     "missing data": Refusal(
-        ("--config.data.path=absent.jsonl",), ("absent.jsonl", "config.data.path")
+        ("--config.data.path=absent.jsonl",), ("absent.jsonl", "does not exist")
     ),
     "malformed line": bad_file(
         "torn.jsonl", GOOD + GOOD + '{"instruction":\n', "torn.jsonl:3", "bad_lines"
@@ -77,14 +77,14 @@ REFUSALS = {
         ("--config.run_dir=config.py/run",), ("config.py/run", "--config.run_dir")
     ),
     "run_dir of something else": Refusal(
-        ("--config.run_dir=model",), ("model/config.json",)
+        ("--config.run_dir=model",), ("model is a model", "another run directory")
     ),
     "run_dir that is a file": Refusal(
         ("--config.run_dir=config.py",), ("config.py", "--config.run_dir")
     ),
     "no run_dir": Refusal(("--config.run_dir=",), ("config.run_dir",)),
     "mistyped knob": Refusal(
-        ("--config.lora.rnak=4",), ("config.lora.rnak", "'lora.rank'")
+        ("--config.lora.rnak=4",), ("config.lora.rnak", "--config.lora.rank=4?")
     ),
     "wrong type": Refusal(("--config.steps=many",), ("config.steps", "'many'")),
     "wrong type in the config": Refusal(

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -18,6 +19,8 @@ KEPT_DAYS = 90
 REMOVED = ".removed"  # The ending of an entry that is being removed.
 # File descriptors of marks, open until this process ends.
 _held: dict[Path, int] = {}
+# Two threads would close one descriptor twice, the second time another file's.
+_marking = threading.Lock()
 
 
 def user_cache() -> Path:
@@ -41,17 +44,20 @@ def use_entry(entry: Path) -> None:
     Raises:
       OSError: the folder cannot be made.
     """
-    while not _is_held(entry):
-        make_folder(entry)
-        try:
-            mark = os.open(entry / USED, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        except OSError:
-            return
-        with contextlib.suppress(OSError):  # A disk without locks keeps all entries.
-            fcntl.flock(mark, fcntl.LOCK_SH)
-        if entry in _held:
-            os.close(_held[entry])
-        _held[entry] = mark
+    with _marking:
+        while not _is_held(entry):
+            make_folder(entry)
+            try:
+                mark = os.open(
+                    entry / USED, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666
+                )
+            except OSError:
+                return
+            with contextlib.suppress(OSError):  # A disk without locks keeps all.
+                fcntl.flock(mark, fcntl.LOCK_SH)
+            if entry in _held:
+                os.close(_held[entry])
+            _held[entry] = mark
     with contextlib.suppress(OSError):
         os.utime(entry / USED)
 

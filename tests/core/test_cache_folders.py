@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -85,6 +86,24 @@ def test_an_entry_that_was_removed_in_between_is_made_and_held_anew(tmp_path, he
     os.utime(entry / USED, (OLD, OLD))
     sweep(tmp_path)
     assert names(entry) == [USED]
+
+
+def test_threads_that_use_one_entry_close_each_descriptor_once(
+    tmp_path, held, monkeypatch
+):
+    """A second close would hit a file that another thread has opened since."""
+    close = os.close
+
+    def slow_close(number):
+        time.sleep(0.001)
+        close(number)
+
+    monkeypatch.setattr(cache_folders.os, "close", slow_close)
+    for attempt in range(20):
+        entry = tmp_path / str(attempt)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(use_entry, [entry] * 8))
+        assert held.keys() >= {entry} and os.fstat(held[entry])
 
 
 def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):

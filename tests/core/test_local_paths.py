@@ -118,7 +118,7 @@ def test_each_flag_of_a_launch_that_takes_a_path_knows_the_home_folder(monkeypat
     monkeypatch.setenv("HOME", "/home/me")
     found, seen = [launch_door.make_parser()], set()
     monkeypatch.setattr(
-        LaunchParser, "parse_args", lambda self, *_: found.append(self) or 1
+        LaunchParser, "parse_args", lambda self, *_, **__: found.append(self) or 1
     )
     for call in (
         lambda: report_door.main(["report"]), lambda: sweep_door.parse([])

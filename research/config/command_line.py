@@ -60,6 +60,11 @@ JAX_REFUSES = re.compile(
     r"for environment '(?P<variable>JAX_\w+)'|"
     r"^Invalid value .* for JAX flag (?P<flag>\w+)"
 )
+# What Python says of text that should be a number, and what is meant.
+NUMBERS = (
+    ("invalid literal for int() with base 10:", "this is no whole number:"),
+    ("could not convert string to float:", "this is no number:"),
+)
 CONFIG_ENDS = (".py", ".yml", ".yaml", ".json", ".toml")
 # The words of ml_collections about a list that it cannot read.
 NO_LIST = re.compile(
@@ -241,7 +246,10 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
         if found := NO_LIST.search(str(error)):
             ready = shell_flag(found[1], written_list(found[1], found[2]))
             raise UserError(f"{found[0]} is no list: write {ready}") from error
-        raise UserError(f"{without_dump(error)}; see --help") from error
+        said = without_dump(error)
+        for python, plain in NUMBERS:
+            said = said.replace(python, plain)
+        raise UserError(f"{said}; see --help") from error
     values = {
         field.name: flag_values[field.name].value
         for field in dataclasses.fields(options)

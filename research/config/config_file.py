@@ -32,6 +32,9 @@ MISFIT = re.compile(
     re.DOTALL,
 )
 
+# Endings of the config files of other trainers.
+OF_OTHERS = {".yml", ".yaml", ".toml", ".json"}
+
 
 def load_config_file(given: str) -> ml_collections.ConfigDict:
     """Returns the config that the file's `get_config` makes.
@@ -130,6 +133,12 @@ def call_in_file(
         near = _near_file(Path(file))
         meant = f" (did you mean {name}={near}?)" if near else ""
         raise UserError(f"{flag}: there is no such file{meant}")
+    if Path(file).suffix in OF_OTHERS:
+        raise UserError(
+            f"{flag}: this is no Python file, and a config is one: copy "
+            "configs/finetune_dolly.py; the names of another trainer, given as flags, "
+            "are answered with their names here"
+        )
     try:
         module = _load(file)
         call = getattr(module, function, None)

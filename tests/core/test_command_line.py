@@ -103,6 +103,7 @@ def test_flags_have_the_types_of_their_fields():
         ("--colour=grren", "red, green.*did you mean 'green'"),
         ("run", "unexpected argument 'run'.*look, jump"),
         ("--config=x.py", "config"),
+        ("--often=4.5", "often.*this is no whole number: '4.5'"),
     ],
 )
 def test_a_wrong_flag_is_one_user_error(argument, said):

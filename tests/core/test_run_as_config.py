@@ -77,6 +77,7 @@ def test_a_run_resumes_where_it_was_moved_to(config, tmp_path, monkeypatch):
         ({"config.json": "{"}, "config.json", "config.json is of no run"),
         ({"config.json": '{"model_type": "llama"}'}, ".", "init_from=. to research"),
         ({"config.json": "[3]"}, ".", "is of no run"),
+        ({"ax.yml": "lr: 1e-4"}, "ax.yml", "no Python file.*copy configs/finetune_dol"),
     ],
 )
 def test_a_folder_that_is_no_run_is_named(files, given, said, tmp_path, monkeypatch):

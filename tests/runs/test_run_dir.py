@@ -93,6 +93,14 @@ def test_a_creation_that_was_killed_is_begun_again(tmp_path):
     assert again.exists
 
 
+def test_a_mistyped_run_is_answered_with_the_one_beside_it(tmp_path):
+    for name in ("chats", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no config.json.*did you mean 'chats'"):
+        RunDir(tmp_path / "chat").config()
+
+
 def test_a_folder_with_anything_else_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("")

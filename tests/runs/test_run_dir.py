@@ -97,7 +97,7 @@ def test_a_mistyped_run_is_answered_with_the_one_beside_it(tmp_path):
     for name in ("chats", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no config.json.*did you mean 'chats'"):
+    with pytest.raises(UserError, match=r"no config\.json.*did you mean 'chats'"):
         RunDir(tmp_path / "chat").config()
 
 

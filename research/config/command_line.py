@@ -60,7 +60,7 @@ JAX_REFUSES = re.compile(
     r"for environment '(?P<variable>JAX_\w+)'|"
     r"^Invalid value .* for JAX flag (?P<flag>\w+)"
 )
-# What Python says of text that should be a number, and what is meant.
+# Words of Python about text that should be a number, and plain ones.
 NUMBERS = (
     ("invalid literal for int() with base 10:", "this is no whole number:"),
     ("could not convert string to float:", "this is no number:"),

@@ -58,7 +58,7 @@ class Engine:
         Args:
           decoder: warm, if nothing may compile while requests are answered.
           tokenizer: of the model.
-          most_waiting: requests that may wait for a slot.
+          most_waiting: requests that may wait beside those that free slots will take.
           prefix_bytes: the most bytes of prompt beginnings that are kept.
           adapter_rows: of the bank in the decoder's parameters; 0 without one.
           when_idle: is called by `run_forever` now and then while nothing waits.
@@ -104,10 +104,12 @@ class Engine:
         with self._changed:
             if self._failure:
                 raise EngineStoppedError(f"the engine has stopped: {self._failure}")
-            if len(self._waiting) >= self._most_waiting:
-                busy = self._seconds_each * len(self._waiting) / len(self._slots)
+            # The first of those that wait get the free slots at the next round.
+            waiting = len(self._waiting) - self._slots.count(None)
+            if waiting >= self._most_waiting:
+                busy = self._seconds_each * waiting / len(self._slots)
                 raise EngineFullError(
-                    f"{len(self._waiting)} requests wait already; try again later",
+                    f"{waiting} requests wait already; try again later",
                     retry_after=max(1.0, busy),
                 )
             adapter = self._adapters.use(request.adapter)

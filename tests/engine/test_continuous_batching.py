@@ -248,12 +248,15 @@ def test_a_request_that_cannot_be_answered_is_refused_at_once(decoder):
         engine.submit(request(SHORT, adapter="mine"))
     with pytest.raises(UserError, match=r"^prompt: id 96"):
         engine.submit(request((96,)))
-    waiting = engine.submit(request(SHORT))
-    with pytest.raises(EngineFullError, match="1 requests wait") as error:
-        engine.submit(request(SHORT))
-    assert error.value.retry_after >= 1
-    assert read(waiting)[2] == "length"
-    assert engine.stats().finished == {"length": 1}
+    # Before the first round each free slot has room for one more.
+    waiting = [engine.submit(request(SHORT)) for _ in range(SLOTS + 1)]
+    for _ in range(2):
+        with pytest.raises(EngineFullError, match="1 requests wait") as error:
+            engine.submit(request(SHORT))
+        assert error.value.retry_after >= 1
+        engine.step()  # All slots are in use, and still one request waits.
+    assert {read(each)[2] for each in waiting} == {"length"}
+    assert engine.stats().finished == {"length": SLOTS + 1}
 
 
 class Broken:

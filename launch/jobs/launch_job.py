@@ -47,7 +47,7 @@ class LaunchJob:
         Raises:
           UserError: runs that train together cannot have several processes.
         """
-        if distributed and self.module == "research.train_together":
+        if distributed and self.module == "research.train.together":
             raise UserError(
                 f"{self.name} train as one program, which has one process: set "
                 "--together=1, or use one process"

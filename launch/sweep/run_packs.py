@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.jobs.launch_job import LaunchJob
 from launch.sweep.sweep_runs import SweepRun
-from research.train_together import compatibility
+from research.train.together import compatibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _pack(runs: tuple[SweepRun, ...], folder: Path) -> RunPack:
         name,
         (*first.shared, f"--runs={changes}"),
         largest.config,
-        module="research.train_together",
+        module="research.train.together",
         beside=beside,
     )
     return RunPack(runs, job)

@@ -32,7 +32,7 @@ def train(configs: Sequence[Config], at_once: int = 0) -> int:
     """Trains runs to their last step and reports; returns the worst exit code.
 
     Args:
-      configs: one run, or runs that `train_together` has found compatible.
+      configs: one run, or runs that `train.together` has found compatible.
       at_once: runs under one `vmap`; 0 chooses what suits the device.
 
     Raises:

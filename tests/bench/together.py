@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--at-once", type=int, default=0, help="as train_together")
+    parser.add_argument("--at-once", type=int, default=0, help="as train.together")
     options = parser.parse_args()
     shared = [
         "--config=configs/finetune_dolly.py",
@@ -90,7 +90,7 @@ def main() -> None:
         (folder / "runs.json").write_text(json.dumps(runs))
         file = f"--runs={folder / 'runs.json'}"
         at_once = f"--at_once={options.at_once}"
-        seconds, memory = run("train_together", *shared, caches[1], file, at_once)
+        seconds, memory = run("train.together", *shared, caches[1], file, at_once)
         apart = max(
             abs(a - b) / a
             for rank, seed in RUNS

@@ -179,7 +179,7 @@ def test_programs_are_of_equal_size():
 def test_a_program_of_several_is_given_every_run_whole():
     """The trainer's own reader makes the runs' configs out of the flag."""
     from launch.jobs.launch_job import check_training_flags
-    from research.train_together.__main__ import read_runs
+    from research.train.together.__main__ import read_runs
 
     found = expand(make(changes={"steps": 7}))
     (pack,) = run_packs.make_packs(found, 8, Path("sweep"))

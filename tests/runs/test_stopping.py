@@ -175,12 +175,12 @@ runpy.run_module({module!r}, {{}}, "__main__", True)
 
 @pytest.mark.parametrize(
     ("module", "number"),
-    [("train", signal.SIGTERM), ("train_together", signal.SIGHUP)],
+    [("train", signal.SIGTERM), ("train.together", signal.SIGHUP)],
 )
 def test_a_signal_before_a_run_listens_asks_to_be_resumed(module, number):
     program = IMPORTS_FOR_EVER.format(module=f"research.{module}")
     flags = ["--config=configs/finetune_dolly.py"]
-    flags += ['--runs=[{"run_dir": "runs/a"}]'] * (module == "train_together")
+    flags += ['--runs=[{"run_dir": "runs/a"}]'] * (module == "train.together")
     with subprocess.Popen(
         [sys.executable, "-c", program, *flags],
         cwd=ROOT,

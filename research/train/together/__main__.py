@@ -1,4 +1,4 @@
-"""Trains several LoRA runs as one program: `python -m research.train_together`."""
+"""Trains several LoRA runs as one program: `python -m research.train.together`."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ from research.config.run_config import Config, with_effect
 from research.core import stop_signals
 from research.core.errors import UserError
 from research.core.local_paths import local_path
-from research.train_together import compatibility
+from research.train.together import compatibility
 
 USAGE = """
-python -m research.train_together --config=FILE.py [--config.KNOB=VALUE ...]
+python -m research.train.together --config=FILE.py [--config.KNOB=VALUE ...]
     --runs=RUNS.json
 
 RUNS.json is a list of objects such as {"run_dir": "runs/a", "lora.rank": 8}: each says
@@ -27,7 +27,7 @@ takes all on an accelerator, and one after another on a CPU.
 
 @dataclasses.dataclass(frozen=True)
 class TogetherFlags:
-    """The flags of `python -m research.train_together`."""
+    """The flags of `python -m research.train.together`."""
 
     runs: str = knob(
         "", "JSON list of objects, knob -> value, or the file with it", is_path=True

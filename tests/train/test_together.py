@@ -88,14 +88,14 @@ CHAINS["alone"] = {
 def together(place, results):
     """One after another, as a CPU does it unasked."""
     results("unbroken")
-    return place.run("train_together", *flags(place, "together"))
+    return place.run("train.together", *flags(place, "together"))
 
 
 @chain
 def vmapped(place, results):
     """All at once, as accelerators do it; and two, and the one that is left."""
     return {
-        n: place.run("train_together", *flags(place, f"vmap{n}"), f"--at_once={n}")
+        n: place.run("train.together", *flags(place, f"vmap{n}"), f"--at_once={n}")
         for n in (len(RUNS), 2)
     }
 
@@ -104,10 +104,10 @@ def vmapped(place, results):
 def together_in_parts(place, results):
     results("together")
     command = flags(place, "parts")
-    stopped = place.start("train_together", *command)
+    stopped = place.start("train.together", *command)
     stopped.wait_for(rf"step +7/{STEPS} ")
     stopped.send(signal.SIGTERM)
-    return stopped.finish(), place.run("train_together", *command)
+    return stopped.finish(), place.run("train.together", *command)
 
 
 EACH = ["plain", in_soak("large"), in_soak("pattern")]
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_that_of_the_run_alone(place, results, together, name):
 
 def test_they_are_ordinary_run_directories(place, together):
     """Complete, reported, and not trained again."""
-    again = place.run("train_together", *flags(place, "together"))
+    again = place.run("train.together", *flags(place, "together"))
     assert again.code == 0 and again.err.count("is complete") == len(names(place))
     answer = place.generate("together-pattern", "--prompt=Hello")
     assert answer.code == 0, answer.err
@@ -335,7 +335,7 @@ def test_a_pack_of_which_all_diverge_does_not_train_on(place, results):
     (place.folder / "lost.json").write_text(json.dumps(wanted))
     # Going on would take longer than any test may.
     far = ("--config.optim.clip_norm=0", "--config.steps=1000000")
-    done = place.run("train_together", *SHARED, "--runs=lost.json", *far)
+    done = place.run("train.together", *SHARED, "--runs=lost.json", *far)
     assert done.code == DivergedError.exit_code, done.err
     assert "Traceback" not in done.err
     for seed in (0, 1):
@@ -364,7 +364,7 @@ def refused(place):
         file = place.folder / f"bad-{number}.json"
         file.write_text(json.dumps(wanted))
         flags = (*SHARED, f"--runs={file.name}")
-        commands[name] = (place, "train_together", flags, 1)
+        commands[name] = (place, "train.together", flags, 1)
     return place.run_short(commands)
 
 

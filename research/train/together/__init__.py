@@ -1,0 +1,1 @@
+"""`python -m research.train.together`: several LoRA runs as one program."""

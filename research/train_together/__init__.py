@@ -1,1 +1,0 @@
-"""`python -m research.train_together`: several LoRA runs as one program."""

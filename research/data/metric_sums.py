@@ -59,6 +59,24 @@ class Objective(Protocol):
         """The sums of held-out rows `[rows, seq]`, among them `loss`, `[groups]`."""
 
 
+def require_units(objective: Objective, batch: Batch) -> None:
+    """Raises ValueError for a batch that keeps another number of rows together."""
+    wanted = objective.rows_per_unit
+    if batch.rows_per_unit != wanted:
+        raise ValueError(
+            f"the objective compares {wanted} rows with each other and the batch "
+            f"keeps {batch.rows_per_unit} together: set rows_per_unit of both"
+        )
+
+
+def evaluate_weights(
+    objective: Objective, model: Model, weights: dict[str, Any], batch: Batch
+) -> Sums:
+    """The sums of one batch `[rows, seq]`, with the parameters of the whole model."""
+    require_units(objective, batch)
+    return objective.evaluate(model, weights, batch)
+
+
 def sum_by_group(values: Array, groups: Array, n_groups: int) -> Array:
     """`values` of any shape summed into `[n_groups]` by the ids `groups`."""
     member = jax.nn.one_hot(groups, n_groups, axis=0)

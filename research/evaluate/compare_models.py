@@ -9,15 +9,14 @@ from typing import Any
 import jax
 
 from research.core.errors import DivergedError
-from research.data.metric_sums import NATS_PER_TOKEN, Sums
+from research.data.metric_sums import NATS_PER_TOKEN, Sums, evaluate_weights
 from research.data.token_batch import Batch
+from research.evaluate.held_out_losses import Evaluation, add_up, sum_batches
 from research.parallel import mesh as meshes
 from research.report.result_tables import perplexity
 from research.runs.reopen import ReopenedRun
 from research.tasks.task_protocol import EvaluationRows
 from research.tasks.task_registry import make_objective
-from research.train.metrics.evaluation import Evaluation, add_up, sum_batches
-from research.train.step.train_step import evaluate_weights
 
 
 def evaluate_models(run: ReopenedRun, rows: EvaluationRows) -> dict[str, Evaluation]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from research.core.errors import DivergedError, files_of_step
 from research.engine.text_generation import tuned_generator
+from research.evaluate.held_out_losses import add_up, sum_batches
 from research.parallel import agreement, runtime
 from research.runs import display_files, metrics_file
 from research.runs.control.os_signals import StopRequest
@@ -21,7 +22,6 @@ from research.runs.control.request_files import CHECKPOINT, SAMPLE
 from research.runs.control.request_listener import RequestListener
 from research.train import training_loop
 from research.train.metrics import profiling
-from research.train.metrics.evaluation import add_up, sum_batches
 from research.train.metrics.metrics_log import StepLog
 from research.train.metrics.throughput import Clock, SharedClock
 from research.train.programs.device_batches import DeviceBatches, held_out_batches

@@ -14,8 +14,8 @@ from source_files import FILES, LAUNCHER, PACKAGE, ROOT, dotted, files_of
 # import anything, and nothing imports it.
 ROOMS = (
     "core", "config", "weights", "parallel", "models", "tokenize", "formats", "data",
-    "engine", "tasks", "checkpoints", "runs", "report", "train",
-    "generate", "evaluate", "export", "serve", "plan",
+    "engine", "tasks", "checkpoints", "runs", "report", "evaluate", "train",
+    "generate", "export", "serve", "plan",
 )  # fmt: skip
 MOST_ROOMS, MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 12, 400, 60
 

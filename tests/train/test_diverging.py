@@ -11,10 +11,10 @@ from rich.console import Console
 from research.config.run_config import Config, OptimConfig, RuntimeConfig
 from research.core.errors import DivergedError
 from research.data.metric_sums import Ratio
+from research.evaluate.held_out_losses import Evaluation
 from research.runs.metrics_file import append_line, read_metrics
 from research.runs.phase_timer import PhaseTimer
 from research.train.metrics import metrics_log, throughput
-from research.train.metrics.evaluation import Evaluation
 from research.train.metrics.metrics_log import StepLog
 
 NAN = math.nan

@@ -1,1 +1,1 @@
-"""Measurements while a run trains: step metrics, evaluation, throughput, traces."""
+"""Measurements while a run trains: step metrics, throughput, traces."""

@@ -15,13 +15,13 @@ from rich.console import Console
 from research.config.run_config import Config, hyperparameters
 from research.core.errors import DivergedError, files_of_step
 from research.data.metric_sums import Sums, group_fields, means_by_group
+from research.evaluate.held_out_losses import Evaluation, add_metrics
 from research.parallel import runtime
 from research.report.progress_view import ProgressView
 from research.runs import metrics_file
 from research.runs.phase_timer import PhaseTimer
 from research.tasks import epochs
 from research.train.metrics import throughput
-from research.train.metrics.evaluation import Evaluation, add_metrics
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import Metrics
 

@@ -70,7 +70,7 @@ def _sum_microbatches(
     definition: StepDefinition, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[Params, Sums]:
     """The gradient, in float32, and the named sums, of all microbatches, undivided."""
-    _require_units(definition.objective, batch)
+    metric_sums.require_units(definition.objective, batch)
     # A random stream apart from that of the initialisation, which folds in small
     # numbers, too.
     dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
@@ -141,15 +141,6 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _require_units(objective: Objective, batch: Batch) -> None:
-    wanted = objective.rows_per_unit
-    if batch.rows_per_unit != wanted:
-        raise ValueError(
-            f"the objective compares {wanted} rows with each other and the batch "
-            f"keeps {batch.rows_per_unit} together: set rows_per_unit of both"
-        )
-
-
 def _gradient_norms(definition: StepDefinition, gradients: Params) -> dict[str, Any]:
     norms: dict[str, Any] = {"grad_norm": optax.tree.norm(gradients)}
     if definition.grad_norms:
@@ -184,15 +175,8 @@ def eval_step(
 ) -> Sums:
     """The objective's sums over one `[batch, seq]` batch of held-out rows."""
     weights = definition.trainable.forward(params, frozen, None)
-    return evaluate_weights(definition.objective, definition.model, weights, batch)
-
-
-def evaluate_weights(
-    objective: Objective, model: Model, weights: Params, batch: Batch
-) -> Sums:
-    """As `eval_step`, with the parameters of the model."""
-    _require_units(objective, batch)
-    return objective.evaluate(model, weights, batch)
+    objective, model = definition.objective, definition.model
+    return metric_sums.evaluate_weights(objective, model, weights, batch)
 
 
 def init_state(definition: StepDefinition, params: Params) -> TrainState:

@@ -7,8 +7,8 @@ import pytest
 
 from research.data.metric_sums import Ratio
 from research.evaluate.compare_models import as_json
+from research.evaluate.held_out_losses import add_up
 from research.report.result_tables import compare_losses, tabulate_losses
-from research.train.metrics.evaluation import add_up
 
 GROUPS = ["books", "code", "unseen"]
 

@@ -12,7 +12,7 @@ from launch.report.seed_statistics import Interval, PairedComparison
 from launch.sweep import sweep_runs
 from research.core.errors import UserError
 from research.core.json_files import read_json
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 from research.runs.metrics_file import read_metrics
 from research.runs.run_directory import is_complete
 

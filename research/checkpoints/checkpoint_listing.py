@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from research.checkpoints.checksums import find_damage, saving_run
-from research.checkpoints.disk_space import size_of
+from research.checkpoints.stored_steps import size_of, step_folders
 from research.core.errors import UserError
 
 METRICS = "metrics"  # Orbax's own name for the item.
@@ -48,20 +48,6 @@ def inspect(folder: Path, run: str = "") -> list[Checkpoint]:
     """
     refuse_other_identity(folder, run)
     return [_inspect_one(path, run) for path in step_folders(folder)]
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """The folders of committed steps, oldest first; none if `folder` does not exist."""
-    steps = [x for x in folder.glob("*") if _is_step(x.name) and x.is_dir()]
-    return sorted(steps, key=lambda x: int(x.name))
-
-
-def _is_step(name: str) -> bool:
-    """Whether it is a step as a save writes it: 7, not 007 or digits of other scripts.
-
-    Whoever has the number finds the folder by it.
-    """
-    return name.isdecimal() and str(int(name)) == name
 
 
 def refuse_other_identity(folder: Path, run: str) -> None:

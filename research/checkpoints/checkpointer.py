@@ -22,7 +22,6 @@ from research.checkpoints.checkpoint_listing import (
     METRICS,
     measured_losses,
     refuse_other_identity,
-    step_folders,
 )
 from research.checkpoints.checksums import find_damage
 from research.checkpoints.orbax_manager import (
@@ -32,6 +31,7 @@ from research.checkpoints.orbax_manager import (
 )
 from research.checkpoints.restored_step import Restored
 from research.checkpoints.run_identity import Identity, check_identity
+from research.checkpoints.stored_steps import step_folders
 from research.config.knob_groups import CheckpointConfig
 from research.core.errors import SaveError, UserError
 from research.parallel import agreement

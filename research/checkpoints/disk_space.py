@@ -6,20 +6,10 @@ from typing import Any
 
 import jax
 
+from research.checkpoints.stored_steps import size_of
 from research.config.knob_groups import CheckpointConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files below `folder`, roughly if it is being changed."""
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def require_room(folder: Path, abstract_state: Any, config: CheckpointConfig) -> None:

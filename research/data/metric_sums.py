@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.data.grouped_values import group_fields
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 
 Array = jax.Array
-
-UNNAMED = "(none)"  # The group of rows without a category, in files and tables.
-NATS_PER_TOKEN = "nats per trained token"
 
 
 class Ratio(NamedTuple):
@@ -107,23 +105,3 @@ def means_by_group(
             parts = zip(groups, *map(np.asarray, ratio), strict=False)
             found |= group_fields(name, {g: float(a / b) for g, a, b in parts if b > 0})
     return found
-
-
-def group_fields(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by group as fields of a line in metrics.jsonl, which is flat.
-
-    A field is called `NAME/GROUP`. A name holds no slash, and a group may.
-    """
-    # A category of the user that has the name of none is no less a category.
-    named = {UNNAMED: f"{UNNAMED} (category)", "": UNNAMED}
-    return {f"{name}/{named.get(g, g)}": value for g, value in values.items()}
-
-
-def by_group(line: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The values of one name among the fields of a line, by group.
-
-    Lines of earlier versions have no name for the group without one.
-    """
-    start = f"{name}/"
-    found = {x.removeprefix(start): line[x] for x in line if x.startswith(start)}
-    return {group or UNNAMED: value for group, value in found.items()}

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from research.core.errors import DivergedError
-from research.data.metric_sums import NATS_PER_TOKEN, Sums, evaluate_weights
+from research.data.grouped_values import NATS_PER_TOKEN
+from research.data.metric_sums import Sums, evaluate_weights
 from research.data.token_batch import Batch
 from research.evaluate.held_out_losses import Evaluation, add_up, sum_batches
 from research.parallel import mesh as meshes

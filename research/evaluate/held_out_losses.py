@@ -10,12 +10,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from research.data.metric_sums import (
-    NATS_PER_TOKEN,
-    Sums,
-    group_fields,
-    means_by_group,
-)
+from research.data.grouped_values import NATS_PER_TOKEN, group_fields
+from research.data.metric_sums import Sums, means_by_group
 
 T = TypeVar("T")
 AHEAD = 16  # batches that are dispatched before the first of them is read
@@ -34,7 +30,7 @@ class Evaluation:
         tokenizer; None where the held-out rows are not whole texts.
       bits_by_group: the same per group.
       metrics: the other means of the objective by name, None where nothing was
-        counted; and the same by group, as `metric_sums.group_fields` names them.
+        counted; and the same by group, as `grouped_values.group_fields` names them.
       loss_unit: the unit of the loss, as the objective gives it.
     """
 

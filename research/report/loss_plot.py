@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from research.core.visible_text import visible
-from research.data.metric_sums import NATS_PER_TOKEN, UNNAMED, by_group
+from research.data.grouped_values import NATS_PER_TOKEN, UNNAMED, by_group
 from research.report.result_tables import TOTAL, group_kind, group_label, loss_unit
 from research.report.run_results import RunResults
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.data.metric_sums import NATS_PER_TOKEN, UNNAMED, by_group
+from research.data.grouped_values import NATS_PER_TOKEN, UNNAMED, by_group
 
 TOTAL = "all"  # A label that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.

@@ -21,7 +21,7 @@ from research.core.json_files import (
     read_json_lines,
     read_to_rewrite,
 )
-from research.data.metric_sums import group_fields
+from research.data.grouped_values import group_fields
 from research.runs.tensorboard_file import TensorBoard
 from research.runs.utc_clock import utc_now
 

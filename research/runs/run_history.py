@@ -15,11 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
-
 from research.core.atomic_files import write_whole
 from research.core.json_files import NUMBER, read_json
-from research.data.metric_sums import group_fields
+from research.data.grouped_values import group_fields
 from research.runs import provenance
 from research.runs.control.request_files import ANSWER
 from research.runs.phase_timer import PHASES, PhaseTimer
@@ -148,6 +146,8 @@ class History:
         """Adds this start of the run, once. The caller holds the lock."""
         if self._begun:
             return
+        import jax  # Late, because pages read histories without it.
+
         devices = jax.devices()
         start = {
             "began": utc_now(),
@@ -243,6 +243,8 @@ class History:
             self._write(required=required)
 
     def _write(self, *, required: bool) -> None:
+        import jax
+
         # Before `begin` there may be no folder, and this must not make one. Later the
         # folder may have been moved, and another run may have its place.
         here = _identity(self._path.parent)

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import functools
-import getpass
 import logging
 import socket
 import sys
@@ -13,6 +12,13 @@ from pathlib import Path
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import UserError
+from research.serve.http.sockets import (
+    LOOPBACK,
+    open_port,
+    open_unix_socket,
+    tunnel_to,
+    url_of,
+)
 
 USAGE = """
 python -m research.serve --run=RUN_DIR [--run=...] [--port=8000]
@@ -24,7 +30,6 @@ base model that all of the runs share. --run=FOLDER serves every run in a folder
 as that of a sweep; --run=RUN@STEP one checkpoint. A run that trains is followed.
 SIGTERM ends the server when the answers are made that it has begun.
 """
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +103,10 @@ def main(argv: Sequence[str]) -> int:
             f"--host={f.host} lets other machines in, and then --api_key_file is "
             "needed; or serve on 127.0.0.1 and reach it by ssh -L"
         )
-    from research.serve.api.guard import ApiKeys
     from research.serve.api.server_state import ServerState
     from research.serve.engine_thread import EngineThread
-    from research.serve.listening import make_app, open_port, open_unix_socket, serve
+    from research.serve.http.access_keys import ApiKeys
+    from research.serve.listening import make_app, serve
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     keys = ApiKeys.from_file(Path(f.api_key_file)) if f.api_key_file else ApiKeys()
@@ -136,17 +141,9 @@ def _announce(f: ServeFlags, listener: socket.socket) -> None:
     if f.uds:
         logging.info("listening on %s", f.uds)
         return
-    port = listener.getsockname()[1]
-    host = f"[{f.host}]" if ":" in f.host else f.host
-    logging.info("listening on http://%s:%d/v1", host, port)
+    logging.info("listening on %s/v1", url_of(f.host, listener))
     if f.host in LOOPBACK:
-        logging.info(
-            "from another machine: ssh -L %d:localhost:%d %s@%s",
-            port,
-            port,
-            getpass.getuser(),
-            socket.gethostname(),
-        )
+        logging.info("from another machine: %s", tunnel_to(listener))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from research.data.token_batch import Batch
 from research.tokenize.lost_text import LostText
+
+if TYPE_CHECKING:
+    from research.data.token_batch import Batch
 
 NOT_EVALUATED = "no held-out losses and no best checkpoint"
 # Bits per byte say little of a text of which more is lost; a run of one stops.
@@ -63,7 +65,7 @@ class MaskCount:
     ends: int
 
 
-def count_mask(batches: Iterable[Batch], stop_ids: frozenset[int]) -> MaskCount:
+def count_mask(batches: Iterable["Batch"], stop_ids: frozenset[int]) -> MaskCount:
     """Counts the batches that training will see, not the rows they were made from."""
     real = trained = documents = ends = 0
     stops = list(stop_ids)

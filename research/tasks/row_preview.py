@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from research.data.token_batch import Batch
+if TYPE_CHECKING:
+    from research.data.token_batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class PreviewRow:
 
 
 def preview_rows(
-    batch: Batch,
+    batch: "Batch",
     groups: Sequence[str],
     decode: Callable[[list[int]], str],
     where: Callable[[int, int], str],

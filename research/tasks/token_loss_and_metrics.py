@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from research.config.run_config import Config
-from research.data.metric_sums import NATS_PER_TOKEN, Ratio, Sums, sum_by_group
+from research.data.grouped_values import NATS_PER_TOKEN
+from research.data.metric_sums import Ratio, Sums, sum_by_group
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes

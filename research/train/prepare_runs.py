@@ -14,10 +14,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from research.checkpoints.checkpoint_listing import step_folders
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.disk_space import require_room
 from research.checkpoints.run_identity import Identity
+from research.checkpoints.stored_steps import step_folders
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError

@@ -17,8 +17,8 @@ from research.config.field_names import name_sources
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
+from research.data.grouped_values import by_group
 from research.data.instructions.instruction_dataset import load_dataset
-from research.data.metric_sums import by_group
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
 from research.evaluate.__main__ import INSTEAD, OF_FILES, EvaluateFlags, main

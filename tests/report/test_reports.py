@@ -15,8 +15,8 @@ from rich.console import Console
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import visible
+from research.data.grouped_values import by_group, group_fields
 from research.data.instructions.instruction_dataset import _group_categories
-from research.data.metric_sums import by_group, group_fields
 from research.report import final_report, loss_plot, plan_tables, run_page, terminal
 from research.report.markdown_text import escaped
 from research.report.result_tables import tabulate_losses

@@ -11,7 +11,7 @@ from small_states import flip_one
 
 from research.checkpoints.checksums import find_damage
 from research.core.errors import DamagedError, SaveError
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 from research.runs.phase_timer import PHASES
 
 pytestmark = pytest.mark.soak

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 from research.runs.metrics_file import MetricsFile, read_metrics
 
 KEPT = Path(__file__).parents[1] / "golden" / "kept" / "metrics.jsonl"

@@ -18,9 +18,9 @@ from live_servers import ENDLESS, LiveServer, drop_connections, request
 from tiny_model import make_tiny_model
 
 from research.core.errors import UserError
-from research.serve.api.guard import ApiKeys
 from research.serve.api.request_types import ChatRequest, CompletionRequest
-from research.serve.listening import open_port, open_unix_socket
+from research.serve.http.access_keys import ApiKeys
+from research.serve.http.sockets import open_port, open_unix_socket
 
 ASK = {"model": "base", "prompt": "a", "max_tokens": 4}
 # The end token is never chosen, so an answer has its full length.

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from research.core.errors import UserError
 from research.serve.api import guard
 from research.serve.api.api_errors import ApiError
-from research.serve.api.guard import ApiKeys, Guard, read_limited, require_admin
+from research.serve.api.guard import Guard, read_limited, require_admin
 from research.serve.api.prometheus_text import Metric, ServerMetrics
+from research.serve.http.access_keys import ApiKeys
 
 USER, ADMIN = "u" * 20, "a" * 20
 

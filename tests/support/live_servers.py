@@ -11,10 +11,11 @@ import time
 
 import httpx
 
-from research.serve.api.guard import ApiKeys
 from research.serve.api.server_state import ServerState
 from research.serve.engine_thread import EngineThread
-from research.serve.listening import make_app, open_port, serve
+from research.serve.http.access_keys import ApiKeys
+from research.serve.http.sockets import open_port
+from research.serve.listening import make_app, serve
 
 ENDLESS = {
     "model": "base", "messages": [{"role": "user", "content": "a"}], "stream": True,

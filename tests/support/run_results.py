@@ -13,7 +13,7 @@ from pretraining_runs import PRETRAIN_STEPS
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import MeshConfig
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 from research.formats.base_model import open_base
 from research.parallel import mesh
 from research.runs.run_directory import RunDir

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from tiny_model import make_tiny_model
 
-from research.checkpoints.checkpoint_listing import step_folders
 from research.checkpoints.checkpointer import Checkpointer
+from research.checkpoints.stored_steps import step_folders
 from research.config.run_config import (
     CheckpointConfig,
     Config,

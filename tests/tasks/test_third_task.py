@@ -37,7 +37,8 @@ from research.config.run_config import (
 )
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
-from research.data.metric_sums import Ratio, by_group, sum_by_group
+from research.data.grouped_values import by_group
+from research.data.metric_sums import Ratio, sum_by_group
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
 from research.plan import abstract_step, planner

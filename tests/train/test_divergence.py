@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from research.core.errors import PREEMPTED, DivergedError
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 
 pytestmark = pytest.mark.soak
 

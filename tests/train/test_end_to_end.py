@@ -32,9 +32,9 @@ from run_results import check_equal, final_state, history, tensorboard_events
 from research.config.knob_groups import NEWEST_EDITION
 from research.config.knobs import flat
 from research.config.run_config import Config, DataConfig, ModelConfig, TextConfig
+from research.data.grouped_values import by_group
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import load_rows
-from research.data.metric_sums import by_group
 from research.formats.base_model import open_base
 from research.report import terminal
 from research.report.run_results import read_results

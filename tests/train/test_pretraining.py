@@ -14,7 +14,7 @@ from pretraining_runs import pretrain
 from refusals import Refusal
 
 from research.core.errors import PREEMPTED
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 
 
 @chain

@@ -15,7 +15,7 @@ from run_results import check_equal, final_state
 
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, DivergedError
-from research.data.metric_sums import by_group
+from research.data.grouped_values import by_group
 from research.runs.control.os_signals import Preempted
 from research.runs.display_files import read_answers
 from research.runs.run_directory import RunDir

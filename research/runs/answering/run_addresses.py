@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from research.checkpoints.checkpoint_listing import step_folders
+from research.checkpoints.stored_steps import step_folders
 from research.config.config_file import find_run
 from research.core.errors import UserError, nearest
 from research.core.local_paths import expanded, split_step

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from research.config.run_config import Config, hyperparameters
 from research.core.errors import DivergedError, files_of_step
-from research.data.metric_sums import Sums, group_fields, means_by_group
+from research.data.grouped_values import group_fields
+from research.data.metric_sums import Sums, means_by_group
 from research.evaluate.held_out_losses import Evaluation, add_metrics
 from research.parallel import runtime
 from research.report.progress_view import ProgressView

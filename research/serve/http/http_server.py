@@ -1,0 +1,67 @@
+"""uvicorn, as our servers use it: quiet, and without its own handling of signals.
+
+starlette has the routes and uvicorn the protocol: the two that most servers of models
+use, with one and two small dependencies. FastAPI would add pydantic, errors in a shape
+of its own, and pages that load scripts from elsewhere.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+FIRST_REQUEST = 20.0  # seconds in which a new connection must send one
+KEEP_ALIVE = 75  # seconds that a connection stays open between two requests
+
+
+class _Protocol(H11Protocol):
+    """Closes connections on which no request comes; uvicorn would keep them."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(FIRST_REQUEST, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
+class HttpServer(uvicorn.Server):
+    """Leaves signals to its caller: uvicorn would end the process by them.
+
+    It stops when its caller sets `should_exit`.
+    """
+
+    def __init__(self, app: ASGIApp, shutdown: float):
+        """`shutdown` is the time in seconds for requests that are being answered."""
+        allow_many_connections()
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=max(1, round(shutdown)),
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def allow_many_connections() -> None:
+    """Raises the limit of open files to the highest allowed: a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,1 +1,1 @@
-"""What the API and the studio share: sockets, the server on them, and its keys."""
+"""Sockets, the HTTP server on them, and its keys: for the API and for the studio."""

@@ -215,15 +215,17 @@ def explain_flag(
     """
     word = _plain(written)
     own = {_plain(flag): flag for flag in flags}
-    known = {name: how for name, how in flags_of_others().get(word, {}).items() if name}
+    path = word.removeprefix("config.")
+    # A knob that a command has a flag for; other paths are not those of flags.
+    named = flags_of_others().get(path if "." in path else word, {})
+    known = {name: how for name, how in named.items() if name}
     if flag := next((own[name] for name in (word, *known) if name in own), ""):
         how = known.get(_plain(flag), "")
         given = "" if value is None or how else f"={shlex.quote(value)}"
         return f" is called --{flag}{given} here{how and ': '}{how}"
-    absent = flags_of_others().get(word, {}).get("", "")
+    absent = named.get("", "")
     if absent and where == ELSEWHERE:
         return f" does not exist here: {absent}"
-    path = word.removeprefix("config.")
     if path == word and (near := nearest(written, flags)):
         return near if where == HERE else f" is not a flag{near}"
     said = explain(path, knobs, value, where)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research.config import command_line
+from research.config.knob_groups import ColumnsConfig
 from research.config.knobs import knob
 from research.core.errors import UserError
 
 if TYPE_CHECKING:
     from research.generate.asked_model import AskedModel
+    from research.generate.prompt_file import PromptColumns
 
 USAGE = """
 python -m research.generate --run=RUN_DIR [--prompt="..."] [--context="..."] [--compare]
@@ -29,9 +31,10 @@ was pre-trained on raw text, continue the prompt. No config is needed: the model
 with its parameters alone, on the devices of this machine.
 
 --prompts reads a prompt from each line of a text file, or from each row of a .jsonl,
-.json, .csv or .parquet file with `prompt` or `messages`. With --out many are answered
-at once, and each answer is written in the order of the prompts; the same command
-continues after a kill.
+.json, .csv or .parquet file. A row's prompt is in the column --prompt_column, else in
+the one that the run was trained with, else in `prompt` or `messages`. Answers that the
+rows have are not shown to the model. With --out many are answered at once, and each
+answer is written in the order of the prompts; the same command continues after a kill.
 """
 OF_MODEL = "not given: that of the model's generation_config.json"
 
@@ -49,6 +52,8 @@ class GenerateFlags:
         None, "question or instruction; -: all of standard input; not given: see above"
     )
     prompts: str = knob("", "file of prompts; see above", is_path=True)
+    prompt_column: str = knob("", "column of --prompts with a text or messages")
+    context_column: str = knob("", "column of --prompts with material; may be missing")
     out: str = knob("", "file of their answers, a JSON object a line", is_path=True)
     slots: int = knob(8, "answers of --out that are made at once", low=1, high=256)
     context: str = knob("", "material that belongs to the prompt")
@@ -110,6 +115,11 @@ def main(argv: Sequence[str]) -> int:
     prompt = sys.stdin.read().removesuffix("\n") if f.prompt == "-" else f.prompt
     if prompt is not None and not (prompt.strip() or f.context.strip()):
         raise UserError("--prompt is empty")
+    columns = _columns(f)
+    if f.prompts:
+        from research.generate.prompt_file import check_prompts
+
+        check_prompts(Path(f.prompts), columns)
     from research.generate.asked_model import SamplingFlags, open_model, open_run
     from research.parallel import runtime
 
@@ -126,10 +136,26 @@ def main(argv: Sequence[str]) -> int:
         model = open_model(f.model, f.system, flags, f.stop)
     else:
         model = open_run(f.run, f.step, f.compare, f.system, flags, f.stop)
-    return UserError.exit_code if _ask(model, f, prompt) else 0
+    return UserError.exit_code if _ask(model, f, prompt, columns) else 0
 
 
-def _ask(model: "AskedModel", f: GenerateFlags, prompt: str | None) -> int:
+def _columns(f: GenerateFlags) -> "PromptColumns":
+    """Those of --prompts: as the run was trained, where no flag names another."""
+    from research.generate.prompt_file import PromptColumns
+    from research.runs.run_directory import RunDir
+
+    columns = ColumnsConfig()
+    if f.prompts and f.run:
+        config = RunDir(f.run).config()
+        columns = config.data.columns
+        if config.data.kind == "text":
+            columns = dataclasses.replace(columns, instruction=config.text.column)
+    return PromptColumns.of(columns, f.prompt_column, f.context_column)
+
+
+def _ask(
+    model: "AskedModel", f: GenerateFlags, prompt: str | None, columns: "PromptColumns"
+) -> int:
     """Answers what the flags say; returns how many prompts failed."""
     from research.generate import separate_prompts
     from research.generate.answer_file import answer_file
@@ -140,9 +166,11 @@ def _ask(model: "AskedModel", f: GenerateFlags, prompt: str | None) -> int:
     is_terminal = sys.stdin.isatty()
     if f.out:
         paths = Path(f.prompts), Path(f.out)
-        return answer_file(model, *paths, context, count=f.n, slots=f.slots)
+        return answer_file(
+            model, *paths, context, columns=columns, count=f.n, slots=f.slots
+        )
     if f.prompts:
-        prompts = read_prompts(Path(f.prompts))
+        prompts = read_prompts(Path(f.prompts), columns)
     elif prompt is not None:
         prompts = [separate_prompts.single_prompt(prompt)]
     else:
@@ -187,8 +215,14 @@ def _check(f: GenerateFlags) -> None:
         raise UserError("--prompt and --prompts are both set: drop either")
     if f.prompts and not Path(f.prompts).is_file():
         raise UserError(f"--prompts={f.prompts} is no file")
-    if f.out and not f.prompts:
-        raise UserError("--out has the answers to a file of prompts: give --prompts=")
+    of_file = {
+        "out": f.out,
+        "prompt_column": f.prompt_column,
+        "context_column": f.context_column,
+    }
+    given = [f"--{name}" for name, is_set in of_file.items() if is_set]
+    if given and not f.prompts:
+        raise UserError(f"{', '.join(given)} needs a file of prompts: give --prompts=")
     if "" in f.stop:
         raise UserError("--stop is empty; it would end every answer at once")
 

@@ -17,7 +17,7 @@ from research.core.errors import SaveError, UserError
 from research.engine.answers.answer_progress import Answer
 from research.engine.continuous_batching import Engine
 from research.generate.asked_model import AskedModel
-from research.generate.prompt_file import FilePrompt, read_prompts
+from research.generate.prompt_file import USUAL, FilePrompt, PromptColumns, read_prompts
 from research.generate.separate_prompts import FullAnswer, answer_fields, require_prompt
 from research.report.progress_view import duration
 from research.tokenize.conversation import Turn
@@ -43,6 +43,7 @@ def answer_file(
     out: Path,
     context: str,
     *,
+    columns: PromptColumns = USUAL,
     count: int = 1,
     slots: int = 8,
 ) -> int:
@@ -53,7 +54,7 @@ def answer_file(
 
     Args:
       model: answers. The seed counts up from answer to answer.
-      prompts: see `read_prompts`.
+      prompts, columns: see `read_prompts`.
       out: is extended, or begun.
       context: material that belongs to each prompt that has none of its own.
       count: answers to each prompt.
@@ -66,9 +67,13 @@ def answer_file(
       UserError: a file cannot be used, or `out` has lines of other prompts or settings.
     """
     settings = _digest(model, context, count)
+
+    def read() -> Iterator[FilePrompt]:
+        return read_prompts(prompts, columns)
+
     with _opened(out) as file:
-        done, failed = _check_written(file, out, read_prompts(prompts), settings)
-        total, tokens = _measure(model, prompts, context)
+        done, failed = _check_written(file, out, read(), settings)
+        total, tokens = _measure(model, read(), context)
         if not total:
             raise UserError(f"--prompts={prompts} has no prompt")
         if done == total:
@@ -80,7 +85,7 @@ def answer_file(
                 name: stack.enter_context(each.engine(slots, tokens, PREFIX_BYTES))
                 for name, each in model.generators.items()
             }
-            rest = itertools.islice(enumerate(read_prompts(prompts)), done, None)
+            rest = itertools.islice(enumerate(read()), done, None)
             waiting: collections.deque[_Asked] = collections.deque()
             for number, prompt in rest:
                 seeds = range(number * count, (number + 1) * count)
@@ -208,10 +213,12 @@ def _check_written(
     return done, failed
 
 
-def _measure(model: AskedModel, prompts: Path, context: str) -> tuple[int, int]:
+def _measure(
+    model: AskedModel, prompts: Iterator[FilePrompt], context: str
+) -> tuple[int, int]:
     """How many prompts there are, and the tokens of the longest with its answer."""
     total, longest = 0, 1
-    for prompt in read_prompts(prompts):
+    for prompt in prompts:
         total += 1
         if prompt.problem:
             continue

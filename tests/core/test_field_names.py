@@ -239,6 +239,11 @@ OF_DOORS = [
     (GenerateFlags, "system_prompt=a b", "--system='a b' here"),
     (GenerateFlags, "num_return_sequences=2", "--n=2 here"),
     (GenerateFlags, "stop_sequences=a b", "--stop='a b' here"),
+    (
+        GenerateFlags,
+        "config.data.columns.instruction=q",
+        "called --prompt_column=q here",
+    ),
     (GenerateFlags, "prompt_file=x", "--prompts here: a file with a prompt on each"),
     (GenerateFlags, "batch_size=4", "--slots here: answers that are made at a time"),
     (GenerateFlags, "typical_p=4", "not exist here: answers are chosen by --temperatu"),
@@ -292,7 +297,7 @@ def test_the_table_of_flags_names_flags_that_some_command_has():
     words = re.findall(r"--([\w-]+)", " ".join(help_of_all))
     known |= {word.replace("-", "_") for word in words} | {"sweep", "together"}
     for name, named in flags_of_others().items():
-        assert re.fullmatch(r"[a-z0-9_]+", name)
+        assert re.fullmatch(r"[a-z0-9_.]+", name)
         assert named.keys() <= known | {""}, (name, named)
 
 

@@ -177,7 +177,7 @@ ROWS = [
     ('{"id": 7, "prompt": "a", "context": "ctx"}', ""),
     ('{"messages": [{"role": "user", "content": "b"}]}', ""),
     ('{"prompt": "x"', "not a JSON object"),
-    ('{"text": "x"}', "neither prompt nor messages"),
+    ('{"text": "x"}', "no column prompt or messages"),
     ('{"prompt": "x", "messages": []}', "prompt and messages"),
     ('{"prompt": 3}', "prompt is 3, not str"),
     ('{"prompt": " "}', "prompt is empty"),

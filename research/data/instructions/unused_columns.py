@@ -102,7 +102,7 @@ class UnusedColumns:
             letters = sum(map(len, texts))
             if not letters:
                 continue
-            has_answer |= name == self._columns.response or _plain(name) in ANSWERS
+            has_answer |= name == self._columns.response or plain_name(name) in ANSWERS
             found = self._found.get(name)
             if found is None:
                 if len(self._found) >= MOST_COLUMNS and not is_material(name):
@@ -113,7 +113,7 @@ class UnusedColumns:
                 found.kind = type(filled[name]).__name__
             if not found.new and is_material(name) and not _repeats(texts, record):
                 new.append(name)
-        requests = [name for name in new if _plain(name) in REQUESTS]
+        requests = [name for name in new if plain_name(name) in REQUESTS]
         is_named = self._chat_is_named and len(names) == 1
         for name in new:
             found = self._found[name]
@@ -160,7 +160,7 @@ class UnusedColumns:
     def _remedy(self, name: str, found: UnusedColumn) -> str:
         columns, names = self._columns, found.names
         first = f"join each {found.kind} into one text, then " if found.kind else ""
-        if _plain(name) in SYSTEM and columns.system not in self._used:
+        if plain_name(name) in SYSTEM and columns.system not in self._used:
             return f"{first}map it with {column_flag('system', name)}"
         if len(names) < 3:
             return f"the messages in {names[0]!r} must have it"
@@ -181,11 +181,11 @@ def column_flag(field: str, column: str) -> str:
 
 def is_material(name: str) -> bool:
     """Whether a column of this name usually holds what a request is about."""
-    return _plain(name) in MATERIAL
+    return plain_name(name) in MATERIAL
 
 
 @functools.lru_cache(MOST_COLUMNS)
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """`Input Texts_2` as `input`."""
     letters = re.sub(r"[\W\d_]", "", name).casefold()
     for known in (letters, letters.removesuffix("s")):

@@ -1,0 +1,199 @@
+"""The difference of two models on the same rows: its interval, test, size and words."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from research.evaluate.statistics import resampling
+from research.evaluate.statistics.measured import Floats, Measured
+from research.evaluate.statistics.verdicts import verdict
+
+SEED = 0
+SIGNIFICANT = 0.05
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One model's result in one metric, with its 95 % interval.
+
+    The bounds are None where fewer than two clusters of rows have a score.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    rows: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of a candidate to a baseline, in one metric, on the same rows.
+
+    Attributes:
+      baseline, candidate: the values over the rows in which both have a score.
+      difference: candidate less baseline.
+      low, high: its 95 % interval; None for fewer than two clusters.
+      p_value: of the permutation test, for this metric alone.
+      effect_size: the difference in standard deviations of one cluster's difference
+        (Cohen's d of paired samples); None where all clusters differ by the same.
+      rows: those in which both have a score.
+      clusters: groups of rows that repeat; independent rows are one each.
+      rows_needed: rows of this kind with which a difference of this size would be
+        found in 80 of 100 test files; None where the models do not differ.
+      smallest_p: the least p-value that so few clusters can give.
+    """
+
+    baseline: float
+    candidate: float
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float
+    effect_size: float | None
+    rows: int
+    clusters: int
+    rows_needed: int | None
+    smallest_p: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison among others: `adjusted_p` is Holm's, `verdict` is in words."""
+
+    comparison: Comparison
+    adjusted_p: float
+    verdict: str
+
+
+def estimate(
+    measured: Measured, clusters: Sequence[Hashable], seed: int = SEED
+) -> Estimate | None:
+    """One model's value and interval; None if the metric applies to no row."""
+    kept = measured.applies
+    if measured.value is None:
+        return None
+    sums = _by_cluster(measured.sums[kept], clusters, kept)
+    low, high = resampling.bootstrap(sums, measured.value_of, seed) or (None, None)
+    return Estimate(measured.value, low, high, int(kept.sum()), len(sums))
+
+
+def compare(
+    baseline: Measured,
+    candidate: Measured,
+    clusters: Sequence[Hashable],
+    seed: int = SEED,
+) -> Comparison | None:
+    """Two models on the same rows; None if no row has a score of both.
+
+    Args:
+      clusters: for each row the cluster that it is in.
+    """
+    kept = baseline.applies & candidate.applies
+    if not kept.any():
+        return None
+    value_of = baseline.value_of
+    width = baseline.sums.shape[1]
+    one = _by_cluster(baseline.sums[kept], clusters, kept)
+    two = _by_cluster(candidate.sums[kept], clusters, kept)
+
+    def gap(both: Floats) -> Floats:
+        return value_of(both[..., width:]) - value_of(both[..., :width])
+
+    both = np.concatenate([one, two], axis=1)
+    values = [float(value_of(sums.sum(0))) for sums in (one, two)]
+    if not np.all(np.isfinite(values)):
+        return None
+    count, rows = len(one), int(kept.sum())
+    difference = values[1] - values[0]
+    low, high = resampling.bootstrap(both, gap, seed) or (None, None)
+    error = resampling.standard_error(both, gap)
+    least = resampling.smallest_p(count)
+    effect, needed = (None, None) if difference else (0.0, None)
+    if error > resampling.ROUNDING * abs(difference):
+        effect = difference / (error * math.sqrt(count))
+    if difference:
+        needed = _rows_needed(effect, rows / count)
+    return Comparison(
+        *values,
+        difference=difference,
+        low=low,
+        high=high,
+        p_value=resampling.permutation_p(one, two, value_of, seed),
+        effect_size=effect,
+        rows=rows,
+        clusters=count,
+        rows_needed=needed,
+        smallest_p=least,
+    )
+
+
+def compare_runs(
+    baseline: Mapping[str, Measured],
+    runs: Mapping[str, Mapping[str, Measured]],
+    clusters: Sequence[Hashable],
+    higher_is_better: Mapping[str, bool | None],
+    seed: int = SEED,
+) -> dict[str, dict[str, Judged]]:
+    """Several runs against one baseline: by run, then by metric.
+
+    Holm's correction is over all metrics of all runs, which are one table. A metric
+    that has no row in common is missing from its run.
+    """
+    found = {
+        (run, metric): comparison
+        for run, metrics in runs.items()
+        for metric, measured in metrics.items()
+        if metric in baseline
+        and (comparison := compare(baseline[metric], measured, clusters, seed))
+    }
+    adjusted = holm([each.p_value for each in found.values()])
+    judged: dict[str, dict[str, Judged]] = {run: {} for run in runs}
+    for ((run, metric), each), p_value in zip(found.items(), adjusted, strict=True):
+        words = verdict(each, p_value, len(found), higher_is_better.get(metric))
+        judged[run][metric] = Judged(each, p_value, words)
+    return judged
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: at 0.05 the chance of any false difference is at most 5 %.
+
+    Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def _by_cluster(sums: Floats, clusters: Sequence[Hashable], kept: np.ndarray) -> Floats:
+    """Sums [rows, k] to [clusters, k], in the order of each cluster's first row."""
+    numbers: dict[Hashable, int] = {}
+    owners = [
+        numbers.setdefault(name, len(numbers))
+        for name, keep in zip(clusters, kept, strict=True)
+        if keep
+    ]
+    added = np.zeros((len(numbers), sums.shape[1]))
+    np.add.at(added, owners, sums)
+    return added
+
+
+def _rows_needed(effect: float | None, rows_per_cluster: float) -> int:
+    """For one two-sided test at 5 % with 80 % power.
+
+    clusters = ((z(0.975) + z(0.8)) / effect) ** 2 + z(0.975) ** 2 / 2 (Guenther 1981,
+    doi 10.2307/2683298), and at least as many as the permutation test needs to reach
+    5 % at all.
+    """
+    least = math.ceil(1 - math.log2(SIGNIFICANT))
+    tail = float(stats.norm.ppf(1 - SIGNIFICANT / 2))
+    reach = tail + float(stats.norm.ppf(POWER))
+    clusters = max(least, (reach / effect) ** 2 + tail**2 / 2) if effect else least
+    return math.ceil(clusters * rows_per_cluster)

@@ -1,0 +1,34 @@
+"""A comparison in plain words."""
+
+from typing import Protocol
+
+ALPHA = 0.05
+BETTER, WORSE = "better", "worse"
+HIGHER, LOWER = "higher", "lower"
+NOTHING_SHOWN = "no difference shown"
+TOO_FEW = "too few rows to tell"
+
+
+class _Compared(Protocol):
+    difference: float
+    low: float | None
+    high: float | None
+    smallest_p: float
+
+
+def verdict(
+    compared: _Compared, adjusted_p: float, tests: int, higher_is_better: bool | None
+) -> str:
+    """One of the six words of this file.
+
+    A difference is shown if the interval excludes 0 and the adjusted p-value is at most
+    0.05. With so few rows that no result could reach 0.05 among `tests` tests, there
+    are too few rows to tell.
+    """
+    if compared.low is None or compared.smallest_p * tests > ALPHA:
+        return TOO_FEW
+    if adjusted_p > ALPHA or compared.low <= 0 <= compared.high:
+        return NOTHING_SHOWN
+    if higher_is_better is None:
+        return HIGHER if compared.difference > 0 else LOWER
+    return BETTER if (compared.difference > 0) == higher_is_better else WORSE

@@ -70,3 +70,8 @@ def skip_bytes(stream: Any, count: int, alive: Callable[[], None]) -> None:
 def kind_of(path: Path) -> str:
     """The ending of the file within, such as `.jsonl` for `rows.jsonl.zst`."""
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+
+
+def file_bytes(path: Path) -> int:
+    """The bytes of a file. One that is compressed can only be read as a whole: 1."""
+    return 1 if path.suffix in COMPRESSED else path.stat().st_size

@@ -18,6 +18,7 @@ from research.core.errors import UserError
 from research.core.hub_access import how_on_hub
 from research.data.compressed_files import (
     COMPRESSED,
+    file_bytes,
     kind_of,
     open_bytes,
     read_error,
@@ -110,22 +111,23 @@ class RowReader:
     length: Callable[[Path], int] | None = None
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row | BadRowError]]:
+def read_rows(path: Path, folder: str = "") -> Iterator[tuple[str, Row | BadRowError]]:
     """Yields `(where, row)` for every row, and a `BadRowError` for an unreadable one.
 
     Raises:
       UserError: the file is missing, unreadable or of an unknown kind.
     """
-    for _, where, row in read_located(path, Reading()):
+    for _, where, row in read_located(path, Reading(), folder):
         yield where, row
 
 
-def read_located(path: Path, reading: Reading) -> Iterator[Located]:
+def read_located(path: Path, reading: Reading, folder: str = "") -> Iterator[Located]:
     """Yields `(place, where, row)`: reading from `place` begins with this row.
 
     Args:
       path: the file; its ending chooses one of `READERS`.
       reading: how, and which part.
+      folder: stands before the file's name in `where`, such as `2024/`.
 
     Raises:
       UserError: the file is missing, unreadable or of an unknown kind.
@@ -143,7 +145,10 @@ def read_located(path: Path, reading: Reading) -> Iterator[Located]:
         )
     try:
         refuse_other_content(path, reader.is_plain)
-        yield from reader.read(path, reading)
+        for place, where, row in reader.read(path, reading):
+            if folder and isinstance(row, BadRowError):
+                row = BadRowError(row.reason, f"{folder}{where}", row.detail)
+            yield place, f"{folder}{where}", row
     except (OSError, EOFError, zlib.error) as error:
         raise read_error(path, error) from error
 
@@ -381,11 +386,6 @@ def _row_groups(path: Path) -> int:
         return pyarrow.parquet.read_metadata(path).num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"data file {path} is not readable parquet: {error}") from error
-
-
-def file_bytes(path: Path) -> int:
-    """The bytes of a file. One that is compressed can only be read as a whole: 1."""
-    return 1 if path.suffix in COMPRESSED else path.stat().st_size
 
 
 # A file format is a function above and a line here; all kinds of data read by it.

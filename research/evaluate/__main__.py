@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from research.config import command_line
 from research.config.knobs import changed, flat, knob
 from research.core.errors import UserError, files_of_step
-from research.core.visible_text import visible
+from research.core.visible_text import counted, visible
 
 USAGE = """
 python -m research.evaluate --run=RUN_DIR --data=test.jsonl [--step=best]
@@ -80,9 +80,11 @@ def main(argv: Sequence[str]) -> int:
         bold=result_tables.TOTAL,
     )
     if rows.left_out:
-        sys.stdout.write(f"dropped or cut: {len(rows.left_out)}\n")
+        sys.stdout.write("dropped or cut:\n")
         for line in rows.left_out[:SHOWN]:
             sys.stdout.write(f"  {visible(line)}\n")
+        if (more := len(rows.left_out) - SHOWN) > 0:
+            sys.stdout.write(f"  and {counted(more, 'more line')} in the file below\n")
     values = {
         "step": run.step,
         "data": {"origin": rows.origin, "sha256": rows.sha256},

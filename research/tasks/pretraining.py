@@ -94,7 +94,7 @@ class TextTask:
         self.groups = self._data.groups
         self.origin = self._data.origin
         self.sha256 = self._data.sha256
-        self.left_out = [f"{n} {why}" for why, n in self._data.left_out.items()]
+        self.left_out = self._data.dropped.lines()
         self._lost = _count_lost(config.text, config.data, tokenizer)
         self.held_out_bytes = _bytes_of_whole_text(self._data, self._lost)
 
@@ -139,8 +139,8 @@ class TextTask:
         findings += [
             Finding(
                 DROPPED,
-                ", ".join(self.left_out) or "none",
-                numbers=data.left_out,
+                str(data.dropped) or "none",
+                numbers=data.dropped.counts,
             ),
             Finding(
                 "held out",
@@ -256,7 +256,7 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
         groups=data.groups,
         origin=data.origin,
         sha256=data.sha256,
-        left_out=[f"{n} {why}" for why, n in data.left_out.items()],
+        left_out=data.dropped.lines(),
         text_bytes=_bytes_of_whole_text(data, lost),
         batches=data.held_out_batches,
     )

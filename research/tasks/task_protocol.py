@@ -39,7 +39,8 @@ class Task(Protocol):
       sha256: of the rows, to tell one dataset from another.
       rows: different training rows, packed, which one epoch trains; 0 if they are
         not counted.
-      left_out: `where: reason` for each row that is dropped or cut.
+      left_out: `where: reason` for each row that is dropped or cut; of documents of raw
+        text for the first ones, and `and 7 more: reason` for the others.
       held_out_bytes: UTF-8 bytes of the held-out text by group, where it is text.
     """
 

@@ -1,7 +1,6 @@
 """Every kind of file gives its documents, whole and in order, or says what is wrong."""
 
 import bz2
-import collections
 import csv
 import gzip
 import http.client
@@ -22,6 +21,7 @@ from research.core.errors import STUCK, UnreachableError, UserError
 from research.core.hub_access import HubAddress, ask_hub
 from research.data import hub_rows
 from research.data.batch_order import still
+from research.data.dropped_documents import DroppedDocuments
 from research.data.text import document_readers
 from research.data.text.text_sources import open_sources
 
@@ -39,9 +39,9 @@ def read(tmp_path, where, alive=still, **changes):
     (source,) = open_sources(
         *text_and_data(text_config(tmp_path, f"s={where}", **changes))
     )
-    left_out = collections.Counter()
+    dropped = DroppedDocuments()
     found, parts = [], None
-    for piece in source.read(source.files, left_out, alive=alive):
+    for piece in source.read(source.files, dropped, alive=alive):
         assert piece.text and len(piece.text) <= document_readers.PIECE_BYTES
         assert piece.starts == (parts is None)
         parts = [] if piece.starts else parts
@@ -50,7 +50,7 @@ def read(tmp_path, where, alive=still, **changes):
             found.append(("".join(parts), piece.where))
             parts = None
     assert parts is None, "the last document ends"
-    return found, dict(left_out)
+    return found, dict(dropped.counts)
 
 
 def texts_of(found):
@@ -131,7 +131,7 @@ def test_pieces_end_at_line_ends(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "a.txt").write_text("some words in a line\r\n" * 50, newline="")
     (source,) = open_sources(*text_and_data(text_config(tmp_path, f"s={folder}")))
-    pieces = list(source.read(source.files, collections.Counter()))
+    pieces = list(source.read(source.files))
     assert len(pieces) == 25 and all(p.text.endswith("line\r\n") for p in pieces)
 
 
@@ -459,4 +459,4 @@ def test_a_folder_of_code_is_read_around_its_settings(tmp_path):
         read(tmp_path, folder)
     found, left_out = read(tmp_path, folder, data={"bad_lines": "skip"})
     assert texts_of(found) == TEXTS[:3]
-    assert left_out == {"no rows with the text column": 2}
+    assert left_out == {"no text column": 2}

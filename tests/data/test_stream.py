@@ -271,8 +271,8 @@ def test_a_process_reads_only_its_share_of_a_large_file(
     read = document_readers.TextSource.read
     seen = collections.Counter()
 
-    def noted(source, files, *rest):
-        for piece in read(source, files, *rest):
+    def noted(source, files, **rest):
+        for piece in read(source, files, **rest):
             seen[piece.text] += 1
             yield piece
 

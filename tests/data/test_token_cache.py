@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 import tokenizers
 from text_helpers import HELD_OUT_SHARE as SHARE
-from text_helpers import build, make_texts, with_bos, write_texts
+from text_helpers import build, make_texts, text_config, with_bos, write_texts
 
 from research.core.errors import UserError
+from research.data import dropped_documents
 from research.data.text import document_readers, source_fingerprint, token_cache
 from research.data.text.document_readers import DocumentPiece, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.token_cache import units_of
 from research.data.text.tokenized_corpus import TokenStream
+from research.tasks.pretraining import TextTask
 from research.tokenize.tokenizer import Tokenizer
 from research.tokenize.tokenizer_training import byte_tokenizer, train_bpe
 
@@ -401,8 +403,67 @@ def test_what_was_left_out_is_counted_once(tmp_path, corpus):
     (corpus / "#image").write_bytes(b"\0\1\2")
     (corpus / "#empty").write_bytes(b"")
     for _ in range(2):
-        left_out = build(tmp_path, corpus).manifest.left_out()
-        assert left_out == {"binary file": 1, "empty": 1}
+        dropped = build(tmp_path, corpus).manifest.dropped()
+        assert dropped.counts == {"binary file": 1, "empty": 1}
+
+
+def left_out(tmp_path, *sources):
+    """The lines of `left_out.txt` of a run that reads these sources."""
+    skip = {"bad_lines": "skip", "batch_size": 1}
+    config = text_config(tmp_path, *sources, undecodable="skip", data=skip)
+    return TextTask(config, byte_tokenizer(), 512, (0, 1)).left_out
+
+
+def test_each_dropped_document_is_named_with_its_place(tmp_path):
+    """Also from the cache, and the rest of a file with a bad row is used."""
+    corpus = write_texts(tmp_path / "c", make_texts(20))
+    (corpus / "2024").mkdir()
+    (corpus / "empty.txt").write_bytes(b"")
+    (corpus / "image").write_bytes(b"12\0")
+    (corpus / "latin.txt").write_bytes(b"one\ntwo\ncaf\xe9")
+    rows = ['{"text": "first"}', '{"body": "x"}', '{"text": ""}', "{", '{"text": 3}']
+    rows += [json.dumps({"text": "the row behind them"})]
+    (corpus / "2024" / "rows.jsonl").write_text("\n".join(rows))
+    (corpus / "2024" / "table.csv").write_text("a,a\n1,2\n")
+    expected = [
+        "2024/rows.jsonl:2: no column 'text' for config.text.column; the row has",
+        "2024/rows.jsonl:3: empty",
+        "2024/rows.jsonl:4: not a JSON object",
+        "2024/rows.jsonl:5: text is int, not text",
+        "2024/table.csv: table.csv:1: two columns are named 'a'",
+        "empty.txt:1: empty",
+        "image: byte 2 is zero",
+        "latin.txt:3: byte 11 of the file is not UTF-8",
+    ]
+    for sources in ([f"s={corpus}"], [f"s={corpus}"], [f"s={corpus}", f"t={corpus}"]):
+        lines = left_out(tmp_path, *sources)
+        names = [f"{s[:1]}: " if len(sources) > 1 else "" for s in sources]
+        for start in (name + line for name in names for line in expected):
+            assert any(line.startswith(start) for line in lines), (start, lines)
+        assert len(lines) == len(names) * len(expected)
+    cached = build(tmp_path, corpus, undecodable="skip", data={"bad_lines": "skip"})
+    texts = decoded(cached, "train", byte_tokenizer())
+    texts += decoded(cached, "held", byte_tokenizer())
+    assert any("the row behind them" in text for text in texts)
+
+
+def test_a_few_places_stand_for_many_and_older_caches_have_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(dropped_documents, "MOST_NAMED", 3)
+    folder = write_texts(tmp_path / "c", [*make_texts(40), *[""] * 9])
+    (folder / "z").write_bytes(b"\0")
+    named = ["00040.txt:1: empty", "00041.txt:1: empty", "00042.txt:1: empty"]
+    lines = [*named, "and 6 more: empty", "z: byte 0 is zero, so this is a binary file"]
+    assert left_out(tmp_path, f"s={folder}") == lines
+    for path in (tmp_path / "cache").rglob("*.json"):
+        values = json.loads(path.read_text())
+        for shard in values.get("shards", ()):
+            assert not shard.pop("named"), "a manifest has few, however many shards"
+        values.pop("named", None)
+        path.write_text(json.dumps(values))
+    assert left_out(tmp_path, f"s={folder}") == [
+        "and 9 more: empty",
+        "and 1 more: binary file",
+    ]
 
 
 def test_a_tokenizer_must_tell_documents_apart(tmp_path, corpus):
@@ -421,4 +482,4 @@ def test_an_unreadable_document_stops_the_build(tmp_path, corpus):
     (corpus / "zz").write_bytes(b"text \xff")
     with pytest.raises(UserError, match=r"^zz:1: byte 5 "):
         build(tmp_path, corpus)
-    assert build(tmp_path, corpus, undecodable="skip").manifest.left_out()
+    assert build(tmp_path, corpus, undecodable="skip").manifest.dropped().counts

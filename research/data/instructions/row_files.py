@@ -26,11 +26,7 @@ def read_files(written: str) -> Iterator[tuple[str, Row | BadRowError]]:
     shared = Path(os.path.commonpath([file.parent for file in files]))
     for file in files:
         folder = file.parent.relative_to(shared).as_posix()
-        prefix = "" if folder == "." else f"{folder}/"
-        for where, row in read_rows(file):
-            if prefix and isinstance(row, BadRowError):
-                row = BadRowError(row.reason, f"{prefix}{where}", row.detail)
-            yield f"{prefix}{where}", row
+        yield from read_rows(file, "" if folder == "." else f"{folder}/")
 
 
 def row_files(written: str) -> list[Path]:

@@ -136,7 +136,7 @@ class ShareReader:
             held, found = False, bool(first_item or start.at)
             for item in range(first_item, len(share)):
                 pieces = source.read(
-                    [share[item]], collections.Counter(), start, self._tokenizing.alive
+                    [share[item]], start=start, alive=self._tokenizing.alive
                 )
                 start = START
                 for piece in pieces:

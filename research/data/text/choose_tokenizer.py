@@ -203,7 +203,7 @@ def _training_pieces(
     source: TextSource, item: SourceFile, share: float
 ) -> Iterator[str]:
     held = False
-    for piece in source.read([item], collections.Counter()):
+    for piece in source.read([item]):
         held = is_held_out(piece, share) if piece.starts else held
         if not held:
             yield piece.text

@@ -6,7 +6,6 @@ A plain-text file that is a source by itself is cut into many documents at line 
 because a single document could not be split into training and held-out text.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -19,7 +18,7 @@ from typing import Any
 from research.core.errors import UserError, look_up, nearest
 from research.core.hub_access import HubAddress
 from research.core.local_paths import local_path
-from research.data.compressed_files import COMPRESSED, kind_of, open_bytes
+from research.data.compressed_files import COMPRESSED, file_bytes, kind_of, open_bytes
 from research.data.document_pieces import (
     Chunks,
     DocumentPiece,
@@ -27,6 +26,7 @@ from research.data.document_pieces import (
     cut_pieces,
     read_chunks,
 )
+from research.data.dropped_documents import DroppedDocuments
 from research.data.hub_rows import HubRows
 from research.data.row_readers import (
     READERS,
@@ -36,7 +36,7 @@ from research.data.row_readers import (
     Located,
     Place,
     Reading,
-    file_bytes,
+    Row,
     read_located,
 )
 
@@ -100,22 +100,22 @@ class TextSource:
     def read(
         self,
         files: Iterable[SourceFile],
-        left_out: collections.Counter[str],
+        dropped: DroppedDocuments | None = None,
         start: Place = START,
         alive: Callable[[], None] = lambda: None,
     ) -> Iterator[DocumentPiece]:
-        """Reads the documents of some of the `files`, and counts those that it drops.
+        """Reads the documents of some of the `files`, and notes those that it drops.
 
         Args:
           files: some of `files`, or of their `parts`.
-          left_out: gets the counts.
+          dropped: gets them.
           start: the place in the first file at which to start; its `skip` is ignored.
           alive: called while what lies before `start` is skipped.
 
         Raises:
           UserError: something cannot be read, or is not text and must not be skipped.
         """
-        reading = _DocumentReader(self, left_out, alive)
+        reading = _DocumentReader(self, dropped or DroppedDocuments(), alive)
         for item in files:
             yield from reading.pieces(item, start)
             start = START
@@ -185,11 +185,11 @@ class _DocumentReader:
     def __init__(
         self,
         source: TextSource,
-        left_out: collections.Counter[str],
+        dropped: DroppedDocuments,
         alive: Callable[[], None],
     ):
         self._source = source
-        self._left_out = left_out
+        self._dropped = dropped
         self._alive = alive
 
     def pieces(self, item: SourceFile, start: Place) -> Iterator[DocumentPiece]:
@@ -201,7 +201,7 @@ class _DocumentReader:
         if self._source.revision:
             yield from self._of_rows(self._source.hub_rows.read(reading))
         elif kind in READERS:
-            yield from self._of_row_file(read_located(item.path, reading))
+            yield from self._of_rows(self._rows_of_file(item, reading))
         elif kind in RECORD_FILES:
             yield from self._of_records(item, reading)
         else:
@@ -210,26 +210,21 @@ class _DocumentReader:
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{item.path} cannot be read: {error}") from error
 
-    def _of_row_file(self, rows: Iterable[Located]) -> Iterator[DocumentPiece]:
-        """Reads a row file; one in a folder may hold no text, such as settings.json."""
+    def _rows_of_file(self, item: SourceFile, reading: Reading) -> Iterator[Located]:
+        """Reads a row file; one in a folder may be none, such as settings.json."""
+        folder = item.name.removesuffix(item.path.name)
         try:
-            yield from self._of_rows(rows)
-        except UserError:
+            yield from read_located(item.path, reading, folder)
+        except UserError as error:
             if not self._source.is_folder or self._stops_at_bad_rows():
                 raise
-            self._left_out["no rows with the text column"] += 1
+            self._dropped.add("unreadable file", f"{item.name}: {error}")
 
     def _of_rows(self, rows: Iterable[Located]) -> Iterator[DocumentPiece]:
-        column = self._source.column
         for place, where, row in rows:
-            if not isinstance(row, BadRowError) and column not in row:
-                raise UserError(
-                    f"{where}: no column {column!r} for config.text.column"
-                    f"{nearest(column, row)}; the row has {', '.join(map(repr, row))}"
-                )
-            text = row if isinstance(row, BadRowError) else row[column]
-            if not isinstance(text, str):
-                self._bad_row(text, where)
+            text = self._text_of(row, where)
+            if isinstance(text, BadRowError):
+                self._bad_row(text)
                 continue
             text = text.removeprefix("\ufeff")
             if not text.isascii() and SURROGATE.search(text):
@@ -241,21 +236,33 @@ class _DocumentReader:
     def _stops_at_bad_rows(self) -> bool:
         return look_up(STOPS, self._source.bad_lines, "config.data.bad_lines")
 
-    def _bad_row(self, found: Any, where: str) -> None:
-        """Raises an error for a row without text, or counts it."""
-        bad = found
-        if not isinstance(found, BadRowError):
-            detail = f"{self._source.column} is {type(found).__name__}, not text"
-            bad = BadRowError("wrong type", where, detail)
+    def _text_of(self, row: Row | BadRowError, where: str) -> str | BadRowError:
+        column = self._source.column
+        if isinstance(row, BadRowError):
+            return row
+        if column not in row:
+            detail = (
+                f"no column {column!r} for config.text.column{nearest(column, row)}; "
+                f"the row has {', '.join(map(repr, row))}"
+            )
+            return BadRowError("no text column", where, detail)
+        text = row[column]
+        if isinstance(text, str):
+            return text
+        detail = f"{column} is {type(text).__name__}, not text"
+        return BadRowError("wrong type", where, detail)
+
+    def _bad_row(self, bad: BadRowError) -> None:
+        """Raises an error for a row without text, or notes it."""
         if self._stops_at_bad_rows():
             raise UserError(
                 f"{bad}; fix it, or skip and count such rows with "
                 "--config.data.bad_lines=skip"
             )
-        self._left_out[bad.reason] += 1
+        self._dropped.add(bad.reason, str(bad))
 
     def _keep(self, where: str, what: str) -> bool:
-        """Whether to keep a document that is not valid UTF-8; counts it if not."""
+        """Whether to keep a document that is not valid UTF-8; notes it if not."""
         ways = {"stop": None, "skip": False, "replace": True}
         kept = look_up(ways, self._source.undecodable, "config.text.undecodable")
         if kept is None:
@@ -264,13 +271,13 @@ class _DocumentReader:
                 "or replace"
             )
         if not kept:
-            self._left_out["not UTF-8"] += 1
+            self._dropped.add("not UTF-8", f"{where}: {what}")
         return kept
 
     def _of_text(self, text: str, where: str, at: Place) -> Iterator[DocumentPiece]:
         """Cuts a document that is in memory already and begins at `at`."""
         if not text:
-            self._left_out["empty"] += 1
+            self._dropped.add("empty", f"{where}: empty")
         for number, piece in enumerate(
             cut_pieces([((0, 0), text)], where, PIECE_BYTES)
         ):
@@ -290,29 +297,27 @@ class _DocumentReader:
             else:
                 yield from _in_parts(chunks, item.name)
         except UndecodableError as bad:
-            where = f"{item.name}:{_line_of(item.path, bad.offset)}"
-            self._keep(where, f"byte {bad.offset} of the file is not UTF-8")
+            self._keep(*_place_and_fault(item, bad))
 
     def _is_wanted(self, item: SourceFile) -> bool:
-        """Whether a plain file holds text; counts it if it does not."""
+        """Whether a plain file holds text; notes it if it does not."""
         with open_bytes(item.path) as file:
             head = file.read(HEAD_BYTES)
         if not head:
-            self._left_out["empty"] += 1
-        elif b"\0" in head and self._source.is_folder:
-            self._left_out["binary file"] += 1
-        elif self._source.undecodable == "skip" and not self._decodes(item.path):
-            self._left_out["not UTF-8"] += 1
+            self._dropped.add("empty", f"{item.name}:1: empty")
+        elif (zero := head.find(b"\0")) >= 0 and self._source.is_folder:
+            said = f"{item.name}: byte {zero} is zero, so this is a binary file"
+            self._dropped.add("binary file", said)
         else:
-            return True
+            return self._source.undecodable != "skip" or self._decodes(item)
         return False
 
-    def _decodes(self, path: Path) -> bool:
+    def _decodes(self, item: SourceFile) -> bool:
         try:
-            for _ in read_chunks(path, "strict", Reading(), PIECE_BYTES):
+            for _ in read_chunks(item.path, "strict", Reading(), PIECE_BYTES):
                 self._alive()
-        except UndecodableError:
-            return False
+        except UndecodableError as bad:
+            return bool(self._keep(*_place_and_fault(item, bad)))
         return True
 
     def _of_records(
@@ -333,6 +338,11 @@ class _DocumentReader:
                 text = record.decode("utf-8", "replace")
             yield from self._of_text(text, where, Place(number, number))
         reader.close()
+
+
+def _place_and_fault(item: SourceFile, bad: UndecodableError) -> tuple[str, str]:
+    line = _line_of(item.path, bad.offset)
+    return f"{item.name}:{line}", f"byte {bad.offset} of the file is not UTF-8"
 
 
 def _line_of(path: Path, offset: int) -> int:

@@ -7,7 +7,6 @@ a process reads and tokenises only the shares of its own rows, and the batches a
 same for any number of processes. A small source is one share.
 """
 
-import collections
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import Alive, Union, still
+from research.data.dropped_documents import DroppedDocuments, join_sources
 from research.data.source_shares.share_division import (
     PART_BYTES,
     UNDIVIDED,
@@ -64,9 +64,12 @@ def load_streamed(
     names = [source.name for source in sources]
     row_layout = RowLayout(data.seq_len, text.isolate, marks)
     weights = mixture_weights(text, names) or _by_size(sources)
-    left_out: collections.Counter[str] = collections.Counter()
+    dropped = {name: DroppedDocuments() for name in names}
     evaluated, seen = zip(
-        *(_held_out(source, tokenizer, marks, text, left_out) for source in sources),
+        *(
+            _held_out(source, tokenizer, marks, text, dropped[source.name])
+            for source in sources
+        ),
         strict=True,
     )
     # The first part of a file then has all text that is evaluated, cut as here.
@@ -98,7 +101,7 @@ def load_streamed(
         source_rows={},
         shares=weights,
         held_out_bytes={name: totals.bytes for name, totals in held_out.items()},
-        left_out=dict(left_out),
+        dropped=join_sources(dropped),
         row_layout=row_layout,
         evaluated=list(evaluated),
         training=batches,
@@ -250,7 +253,7 @@ def _held_out(
     tokenizer: Tokenizer,
     marks: DocumentMarks,
     text: TextConfig,
-    left_out: collections.Counter[str],
+    dropped: DroppedDocuments,
 ) -> tuple[HeldOutText, int]:
     """The first held-out documents, each whole, up to about `held_out_bytes`.
 
@@ -261,7 +264,7 @@ def _held_out(
     room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
     found: list[np.ndarray] = []
     documents, size, seen, held = 0, 0, 0, False
-    for piece in source.read(source.files, left_out):
+    for piece in source.read(source.files, dropped):
         between = piece.starts or not held
         if between and (size >= text.held_out_bytes or room <= 0):
             break

@@ -1,6 +1,5 @@
 """Text for pre-training, cached or streamed: training batches and held-out batches."""
 
-import collections
 import dataclasses
 import itertools
 import logging
@@ -12,6 +11,7 @@ import numpy as np
 from research.config.field_names import shell_flag
 from research.core.errors import UserError
 from research.data.batch_order import Batches
+from research.data.dropped_documents import DroppedDocuments
 from research.data.text.document_readers import TextSource
 from research.data.text.row_layout import RowLayout, held_out_rank
 from research.data.text.token_shards import TextTotals
@@ -49,7 +49,8 @@ class TextData:
       source_rows: different training rows by source; empty where text is streamed.
       shares: the share of the training rows that is drawn from each source.
       held_out_bytes: UTF-8 bytes by source of exactly the documents evaluated.
-      left_out: how many documents were dropped, by reason.
+      dropped: the documents that are not used; of streamed text, those that were met
+        in the search for held-out ones.
       row_layout: the shape of every row.
       evaluated: the held-out documents of each source, in the order of `groups`.
       training: `training(batch_size, seed, mine)` gives the training batches.
@@ -64,7 +65,7 @@ class TextData:
     source_rows: dict[str, int]
     shares: dict[str, float]
     held_out_bytes: dict[str, int]
-    left_out: dict[str, int]
+    dropped: DroppedDocuments
     row_layout: RowLayout = dataclasses.field(repr=False)
     evaluated: list[HeldOutText] = dataclasses.field(repr=False)
     training: Callable[[int, int, Sequence[int] | None], Batches] = dataclasses.field(
@@ -175,7 +176,7 @@ def _fitting_share(sources: Sequence[TextSource]) -> str:
     """The flag that holds out about a tenth of the documents, and at least one."""
     ranks: set[int] = set()
     for source in sources:
-        pieces = source.read(source.files, collections.Counter())
+        pieces = source.read(source.files)
         first = itertools.islice(pieces, SEARCHED)
         ranks |= {held_out_rank(piece) for piece in first if piece.starts}
     places = [rank / (1 << 64) for rank in sorted(ranks)]

@@ -6,7 +6,6 @@ again and never deleted, so a build that is killed or fails loses at most the sh
 work.
 """
 
-import collections
 import dataclasses
 import hashlib
 import logging
@@ -20,6 +19,7 @@ from research.config.knob_groups import TextConfig
 from research.core.atomic_files import remove_leftovers
 from research.core.cache_folders import use_entry
 from research.core.errors import UserError
+from research.data.dropped_documents import DroppedDocuments
 from research.data.shared_builds import UnitClaims
 from research.data.text import document_readers
 from research.data.text.document_readers import DocumentPiece, SourceFile, TextSource
@@ -96,10 +96,11 @@ def open_cache(
             raise cannot_write(folder, error) from error
     total = manifest.total("train") + manifest.total("held")
     if not total.documents:
-        left_out = ", ".join(f"{n} {why}" for why, n in manifest.left_out().items())
+        dropped = manifest.dropped()
+        first = f"; the first is {dropped.lines()[0]}" if manifest.named else ""
         raise UserError(
             f"text source {source.name}={source.where} has no readable text "
-            f"(dropped: {left_out or 'nothing'})"
+            f"(dropped: {dropped or 'nothing'}){first}"
         )
     return CachedSource(source.name, folder, manifest, marks)
 
@@ -146,7 +147,7 @@ class _Step:
     held: bool
     closes: bool
     last: bool
-    left_out: dict[str, int]
+    dropped: DroppedDocuments
 
 
 class _OpenShard:
@@ -189,7 +190,8 @@ class _OpenShard:
             held_continues=self._held_continues,
             sha256=[hashlib.sha256(data).hexdigest() for data in self.data],
             last=end.last,
-            left_out=end.left_out,
+            left_out=end.dropped.counts,
+            named=end.dropped.named,
         )
 
 
@@ -230,8 +232,8 @@ class _CacheBuild:
         first = int(begin * count)
         with self._claims:
             self._make(self._claims.take([*range(first, count), *range(first)]))
-            shards = self._wait_for(range(count))
-        manifest = TokenManifest(key, self._layout.dtype, shards)
+            shards, named = self._wait_for(range(count))
+        manifest = TokenManifest(key, self._layout.dtype, shards, named)
         write_manifest(self._folder, manifest)
         self._claims.clear()
         self._sum_up(manifest)
@@ -259,13 +261,13 @@ class _CacheBuild:
 
     def _steps(self, unit: int) -> Iterator[_Step]:
         """The pieces of an unfinished unit that no finished shard holds."""
-        left_out: collections.Counter[str] = collections.Counter()
-        pieces = self._source.read(self._units[unit], left_out)
+        dropped = DroppedDocuments()
+        pieces = self._source.read(self._units[unit], dropped)
         number, taken, filled, held = 0, 0, 0, False
         done = read_shard(self._folder, unit, 0, self._layout.dtype)
         piece = next(pieces, None)
         if piece is None:
-            yield _Step(unit, 0, None, 0, False, True, True, dict(left_out))
+            yield _Step(unit, 0, None, 0, False, True, True, dropped)
         while piece is not None:
             following = next(pieces, None)
             last = following is None
@@ -276,8 +278,8 @@ class _CacheBuild:
             taken, filled = taken + 1, filled + size
             if done is None:
                 closes = last or filled >= SHARD_BYTES
-                counts = dict(left_out) if last else {}
-                yield _Step(unit, number, piece, size, held, closes, last, counts)
+                found = dropped if last else DroppedDocuments()
+                yield _Step(unit, number, piece, size, held, closes, last, found)
             else:
                 closes = taken == done.pieces
             self._tell(size)
@@ -299,9 +301,15 @@ class _CacheBuild:
     def _is_finished(self, unit: int) -> bool:
         return bool(self._finished(unit))
 
-    def _wait_for(self, units: Iterable[int]) -> list[TokenShard]:
-        """The shards of all units in order; makes those that others give up."""
+    def _wait_for(
+        self, units: Iterable[int]
+    ) -> tuple[list[TokenShard], dict[str, list[str]]]:
+        """The shards of all units in order; makes those that others give up.
+
+        Their dropped documents stand beside them, and only the first ones.
+        """
         shards: list[TokenShard] = []
+        dropped = DroppedDocuments()
         alone = False
         for unit in units:
             files = -1
@@ -312,8 +320,10 @@ class _CacheBuild:
                 alone |= time.monotonic() > deadline
                 if not self._make(self._claims.take([unit], alone=alone)):
                     time.sleep(0.1)
-            shards += found
-        return shards
+            for shard in found:
+                dropped.include(shard.left_out, shard.named)
+                shards.append(dataclasses.replace(shard, named={}))
+        return shards, dropped.named
 
     def _tell(self, size: int) -> None:
         self._seen += size

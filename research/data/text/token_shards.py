@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from research.core.atomic_files import write_whole
+from research.data.dropped_documents import DroppedDocuments
 
 MANIFEST = "manifest.json"
 SIDES = ("train", "held")
@@ -50,7 +51,8 @@ class TokenShard:
       held_continues: whether the first of these began in the shard before.
       sha256: of the ids of each side.
       last: whether the unit ends here.
-      left_out: in the last shard, dropped documents of the unit, counted by reason.
+      left_out, named: in the last shard, dropped documents of the unit by reason, as
+        `DroppedDocuments` has them. Shards of older versions name none.
     """
 
     unit: int
@@ -63,6 +65,7 @@ class TokenShard:
     sha256: list[str]
     last: bool
     left_out: dict[str, int]
+    named: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -124,22 +127,25 @@ class TokenManifest:
     Attributes:
       key: `source_key` of the text, the tokenizer and the settings.
       dtype: type of the ids.
-      shards: the shards in the order of the text.
+      shards: the shards in the order of the text. They name no dropped documents: a
+        large source has many shards, and every process holds this manifest.
+      named: the first dropped documents of the source, as in `DroppedDocuments`.
     """
 
     key: str
     dtype: str
     shards: list[TokenShard]
+    named: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def total(self, side: str) -> TextTotals:
         return sum((shard.totals(side) for shard in self.shards), TextTotals())
 
-    def left_out(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
+    def dropped(self) -> DroppedDocuments:
+        dropped = DroppedDocuments()
         for shard in self.shards:
-            for reason, count in shard.left_out.items():
-                counts[reason] = counts.get(reason, 0) + count
-        return counts
+            dropped.include(shard.left_out, {})
+        dropped.include({}, self.named)
+        return dropped
 
     def held_lengths(self) -> list[int]:
         """Bytes of every held-out document, in the order of the held-out stream."""
@@ -169,7 +175,8 @@ def read_manifest(folder: Path, key: str) -> TokenManifest | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         shards = [_from_dict(shard) for shard in values["shards"]]
-        manifest = TokenManifest(values["key"], values["dtype"], shards)
+        named = values.get("named", {})
+        manifest = TokenManifest(values["key"], values["dtype"], shards, named)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if manifest.key != key:

@@ -14,6 +14,7 @@ import numpy as np
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
+from research.data.dropped_documents import join_sources
 from research.data.text.row_layout import RowLayout
 from research.data.text.source_fingerprint import sweep_old
 from research.data.text.streaming import load_streamed
@@ -146,9 +147,7 @@ class _Corpus:
     def text_data(self, origin: str) -> TextData:
         manifests = [c.manifest for c in self._cached]
         evaluated = [self._evaluated(c) for c in self._cached]
-        left_out: collections.Counter[str] = collections.Counter()
-        for manifest in manifests:
-            left_out.update(manifest.left_out())
+        dropped = dict(zip(self._names, [m.dropped() for m in manifests], strict=True))
         digests = "".join(f"{m.key}{m.sha256}" for m in manifests)
         return TextData(
             groups=self._names,
@@ -160,7 +159,7 @@ class _Corpus:
             shares=self._weights
             or self._by_name(n / max(sum(self._rows), 1) for n in self._rows),
             held_out_bytes=self._by_name(e.totals.bytes for e in evaluated),
-            left_out=dict(left_out),
+            dropped=join_sources(dropped),
             row_layout=self._row_layout,
             evaluated=evaluated,
             training=self._batches,

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-# Of each reason. So memory and files stay small, however many are dropped, and a
+# This holds for each reason. So memory and files stay small, whatever is dropped, and a
 # frequent reason does not hide a rare one.
 MOST_NAMED = 100
 

@@ -287,7 +287,7 @@ class Engine:
         if self._prefixes.capacity:
             task.keys = chunk_keys(task.adapter.identity, prompt[:-1], chunk)
             # Scores of the prompt come from the same pass over it.
-            blocks = [] if task.request.echo else self._prefixes.find(task.keys)
+            blocks = self._prefixes.find(task.keys[: task.unscored // chunk])
             for index, block in enumerate(blocks):
                 self._decoder.write_block(task.slot, index, block)
             task.written = task.cached = len(blocks) * chunk
@@ -309,7 +309,7 @@ class Engine:
 
     def _write_part(self, task: AnswerProgress) -> None:
         part, following = task.next_part(self._decoder.chunk)
-        if task.request.echo:
+        if task.written + len(part) > task.unscored:
             top = task.request.top_logprobs or 0
             scores = self._decoder.score(task.slot, part, following, top)
             task.add_scores(scores, following)

@@ -89,6 +89,8 @@ class Request:
       top_logprobs: gives each new token its log-probability and those of this many
         likeliest tokens, at most `MOST_ALTERNATIVES`; None gives no scores.
       echo: gives the scores of the prompt, too; needs `top_logprobs`.
+      echo_from: the place in the prompt of the first score that `echo` gives. What is
+        before it may come from the prefix cache.
       constraint: a form that the answer must have; None allows every text.
       ignore_eos: `stop_ids` do not end the answer.
     """
@@ -100,6 +102,7 @@ class Request:
     adapter: str = ""
     top_logprobs: int | None = None
     echo: bool = False
+    echo_from: int = 1
     constraint: Constraint | None = None
     ignore_eos: bool = False
 
@@ -134,7 +137,7 @@ class Piece:
       logprobs: one for each of `ids`, if scores were requested.
       finish: why the answer ends with this piece; "" if it does not.
       prompt_logprobs: on the first piece of a request with `echo`: the scores of
-        `prompt[1:]`. The first id follows nothing and has none.
+        `prompt[echo_from:]`. The first id of a prompt follows nothing and has none.
       cached_tokens: on the first piece: the prompt's tokens that were in the prefix
         cache.
       error: why an answer failed, with `finish` "error".
@@ -242,6 +245,8 @@ def check_request(request: Request, *, vocabulary: int, length: int) -> None:
         raise UserError("top_p: 0 keeps no token; 1 keeps all")
     if request.echo and alternatives is None:
         raise UserError("echo: scores of the prompt need top_logprobs")
+    if request.echo_from < 1:
+        raise UserError(f"echo_from: {request.echo_from} is not above 0")
     if request.constraint and (sampling.min_new_tokens or request.ignore_eos):
         name = "ignore_eos" if request.ignore_eos else "min_new_tokens"
         raise UserError(f"{name}: the required form decides where the answer ends")

@@ -1,11 +1,13 @@
 """Text from parameters: engines that are made when a model is asked, and then freed."""
 
+import collections
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
+from research.engine.answers.answer_progress import Answer
 from research.engine.continuous_batching import Engine
 from research.engine.requests import Piece, Request
 from research.engine.slot_decoder import SlotDecoder
@@ -96,12 +98,37 @@ class TextGenerator:
         Raises:
           UserError: a request cannot be answered, see `Engine.submit`.
         """
+        return [answer.text() for answer in self.in_order(requests)]
+
+    def in_order(
+        self,
+        requests: Sequence[Request],
+        slots: int = MOST_SLOTS,
+        prefix_bytes: int = 0,
+    ) -> Iterator[Answer]:
+        """Yields the answers in the order of the requests, of any number.
+
+        Whoever takes an answer reads it before the next one. Others are made meanwhile.
+
+        Args:
+          requests: all that are answered.
+          slots: answers that are made at once.
+          prefix_bytes: see `Engine`.
+
+        Raises:
+          UserError: a request cannot be answered, see `Engine.submit`.
+        """
         if not requests:
-            return []
-        slots = min(len(requests), MOST_SLOTS)
-        with self.engine(slots, max(map(_room, requests))) as engine:
-            answers = [engine.submit(request) for request in requests]
-            return [answer.text() for answer in answers]
+            return
+        slots, room = min(len(requests), slots), max(map(_room, requests))
+        waiting: collections.deque[Answer] = collections.deque()
+        with self.engine(slots, room, prefix_bytes) as engine:
+            for request in requests:
+                waiting.append(engine.submit(request))
+                if len(waiting) > 2 * slots:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
 
 
 def tuned_generator(

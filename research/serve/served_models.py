@@ -91,11 +91,7 @@ class NamedModel:
 
         Control tokens in the text are letters: only a template writes them.
         """
-        if with_start and not self.served.is_chat:
-            return self.served.prompts.encode_prompt([Turn("user", text)])
-        [ids] = self.tokenizer.encode_texts([text])
-        starts = with_start and self.tokenizer.add_bos
-        return [self.tokenizer.bos, *ids] if starts else ids
+        return self.served.prompts.encode_text(text, with_start)
 
 
 class ModelNames:

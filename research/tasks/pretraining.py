@@ -55,8 +55,12 @@ class PlainFormat:
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
         """Ids of the last turn, after the mark that every document begins with."""
-        [ids] = self._tokenizer.encode_texts([context + turns[-1].text])
-        return [self._start, *ids]
+        return self.encode_text(context + turns[-1].text)
+
+    def encode_text(self, text: str, with_start: bool = True) -> list[int]:
+        """Ids of a text; `with_start` puts the mark of a document before it."""
+        [ids] = self._tokenizer.encode_texts([text])
+        return [self._start, *ids] if with_start else ids
 
 
 class TextTask:

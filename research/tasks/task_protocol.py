@@ -23,11 +23,13 @@ from research.tokenize.tokenizer import Tokenizer
 
 
 class PromptFormat(Protocol):
-    """Turns a prompt into ids; `stop_ids` end an answer."""
+    """Turns a prompt, or a text to continue, into ids; `stop_ids` end an answer."""
 
     stop_ids: frozenset[int]
 
     def encode_prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]: ...
+
+    def encode_text(self, text: str, with_start: bool = True) -> list[int]: ...
 
 
 class Task(Protocol):

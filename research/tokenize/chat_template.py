@@ -198,6 +198,15 @@ class ChatFormat:
         (of_parts,) = self._fill([(self._cut_prompt(hidden), texts)])
         return [i for ids in of_parts for i in ids]
 
+    def encode_text(self, text: str, with_start: bool = True) -> list[int]:
+        """Ids of a text outside any conversation, in which all tokens are letters.
+
+        `with_start` puts the model's mark before it, if texts of the model have one.
+        """
+        [ids] = self._tokenizer.encode_texts([text])
+        starts = with_start and self._tokenizer.add_bos
+        return [self._tokenizer.bos, *ids] if starts else ids
+
     def shorten(self, record: Record, encoded: Encoded, budget: int) -> Encoded | None:
         """Drops the end of the context; None if no word of it would remain."""
         excess = len(encoded.ids) - budget

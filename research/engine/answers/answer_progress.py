@@ -133,6 +133,12 @@ class AnswerProgress:
         """Tokens of the prompt that are to be written: all but the last one."""
         return len(self.request.prompt) - 1 - self.written
 
+    @property
+    def unscored(self) -> int:
+        """Ids at the beginning of the prompt whose next ones need no score."""
+        request = self.request
+        return request.echo_from - 1 if request.echo else len(request.prompt)
+
     def settings(self) -> SlotSettings:
         """The settings of its slot."""
         request = self.request
@@ -152,10 +158,11 @@ class AnswerProgress:
         return prompt[start:end], prompt[start + 1 : end + 1]
 
     def add_scores(self, scores: Scores, following: Sequence[int]) -> None:
-        """Takes the scores of ids of the prompt."""
+        """Takes the scores of the next ids of the prompt, those that are wanted."""
         top = self.request.top_logprobs or 0
+        first = max(self.unscored - self.written, 0)
         self.scores += [
-            _score(scores, i, token, top) for i, token in enumerate(following)
+            _score(scores, i, following[i], top) for i in range(first, len(following))
         ]
 
     def take(self, found: Round) -> Piece:

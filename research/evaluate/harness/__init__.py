@@ -1,0 +1,1 @@
+"""lm-evaluation-harness on a run directory, an optional extra: `lm-eval`."""

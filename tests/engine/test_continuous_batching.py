@@ -18,6 +18,7 @@ from research.engine import text_generation
 from research.engine.constraints import Grammars
 from research.engine.continuous_batching import Engine
 from research.engine.followed_decoder import FRAME, LeadingDecoder, follow
+from research.engine.prefix_cache import PrefixCache
 from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
@@ -191,6 +192,23 @@ def test_scores_of_the_prompt_come_with_the_first_piece(engine):
     (scored,) = engine.submit(echoed)
     assert scored.ids == piece.ids and scored.logprobs == piece.logprobs
     assert scored.prompt_logprobs == engine.score(MIDDLE, top=3)
+
+
+@pytest.mark.parametrize("first", [1, 7, 8, 9, 60, 89, 90])
+def test_scores_of_the_end_of_a_prompt_are_those_of_all_of_it(engine, first):
+    """What is before them is written without scores, or comes from the cache."""
+    every = engine.score(LONG, top=3)
+    wanted = request(LONG, Sampling(max_new_tokens=0), echo=True, echo_from=first)
+    for cached in (0, (first - 1) // CHUNK * CHUNK):
+        engine._prefixes = engine._prefixes if cached else PrefixCache(MIB)
+        (piece,) = engine.submit(wanted)
+        assert piece.cached_tokens == cached
+        assert [x.id for x in piece.prompt_logprobs] == [*LONG[first:]]
+        for found, expected in zip(
+            piece.prompt_logprobs, every[first - 1 :], strict=True
+        ):
+            np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
+            assert found.top[0][0] == expected.top[0][0]
 
 
 def test_a_form_allows_its_tokens_alone(engine):

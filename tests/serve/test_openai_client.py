@@ -9,6 +9,8 @@ import math
 import openai
 import pytest
 
+from research.evaluate.scored_continuations import score_continuations
+
 USER = [{"role": "user", "content": "Are whales fish?"}]
 DRAWN = {"temperature": 1.0, "max_tokens": 12}
 
@@ -186,6 +188,34 @@ def test_scores_of_a_prompt_are_those_that_lm_eval_reads(client, server):
     )  # fmt: skip
     assert len(ended.choices[0].logprobs.tokens) == len(ids) + 1
     assert ended.choices[0].text == "Whales swim."
+
+
+def test_lm_eval_reads_the_same_scores_from_the_server_and_in_process(client, server):
+    """Its request and its sum over the answer, against our own of the same engine."""
+    deployment = server.deployment
+
+    class InProcess:
+        def in_order(self, requests, slots, prefix_bytes):
+            return map(deployment.engine.submit, requests)
+
+    def encode(text):
+        return deployment.models.find("base").encode_text(text, True)
+
+    context = encode("Which of these animals can fly? Answer with one of them:")
+    pairs = [(context, encode(f" {x}")) for x in ("a whale", "a sparrow", "a pig")]
+    pairs += [(encode("A"), encode("nd")), (encode("x" * 70), encode("y"))]
+    ours = [*score_continuations(InProcess(), pairs)]
+    for (before, after), score in zip(pairs, ours, strict=True):
+        [choice] = complete(
+            client, prompt=[*before, *after], max_tokens=1, logprobs=1, echo=True,
+            temperature=0, seed=1234,
+        ).choices  # fmt: skip
+        kept = slice(len(before), -1)
+        theirs = choice.logprobs.token_logprobs[kept]
+        best = [max(top.values()) for top in choice.logprobs.top_logprobs[kept]]
+        assert score.tokens == len(after)
+        assert score.logprob == pytest.approx(sum(theirs), abs=1e-4)
+        assert score.is_greedy == (theirs == best)
 
 
 def test_prompts_come_back_in_order_and_in_any_form(client, server):

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--run is missing, e.g. --run=runs/finetune_dolly")
     if not importlib.util.find_spec("lm_eval"):
         raise UserError(
-            "lm-evaluation-harness is not installed: pip install 'lm-eval>=0.4.13'"
+            "lm-evaluation-harness is not installed: pip install 'lm-eval[api]>=0.4.13'"
         )
     from lm_eval.__main__ import cli_evaluate
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         )
     runtime.start_alone()
     for model in (BASE, TUNED) if f.compare else (TUNED,):
-        args = f"run={folder},step={f.step},of={model}"
+        args = f"run={folder},step={f.step},model={model}"
         sys.argv = ["lm-eval", "run", "--model", NAME, "--model_args", args]
         sys.argv += argv[end + 1 :]
         cli_evaluate()

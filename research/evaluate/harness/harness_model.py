@@ -31,7 +31,7 @@ class HarnessModel(TemplateLM):
         self,
         run: str,
         step: str = "latest",
-        of: str = TUNED,
+        model: str = TUNED,
         # The harness gives these to every model; the engine knows its own sizes.
         batch_size: Any = None,
         max_batch_size: Any = None,
@@ -42,17 +42,17 @@ class HarnessModel(TemplateLM):
         Args:
           run: its directory.
           step: the checkpoint: latest, best, or a number.
-          of: `tuned` or `base`.
+          model: `tuned` or `base`. The harness names its results by it.
           batch_size, max_batch_size, device: have no effect.
 
         Raises:
           UserError: there is no such run, step or model.
         """
         super().__init__()
-        look_up(dict.fromkeys(MODELS), of, "of")
+        look_up(dict.fromkeys(MODELS), model, "model")
         opened = reopen(str(run), step=str(step), in_compute_dtype=True)
-        model = opened.generators(compare=of == BASE)[of]
-        self._texts = HarnessTexts(model, opened.prompts)
+        generator = opened.generators(compare=model == BASE)[model]
+        self._texts = HarnessTexts(generator, opened.prompts)
         self._end = opened.base.tokenizer.eos
         self._name = f"{opened.base.tokenizer.fingerprint[:12]}-{opened.system}"
 

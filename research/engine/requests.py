@@ -89,8 +89,8 @@ class Request:
       top_logprobs: gives each new token its log-probability and those of this many
         likeliest tokens, at most `MOST_ALTERNATIVES`; None gives no scores.
       echo: gives the scores of the prompt, too; needs `top_logprobs`.
-      echo_from: the place in the prompt of the first score that `echo` gives. What is
-        before it may come from the prefix cache.
+      echo_from: the place in the prompt of the first score that `echo` gives. Keys
+        of earlier ids may come from the prefix cache.
       constraint: a form that the answer must have; None allows every text.
       ignore_eos: `stop_ids` do not end the answer.
     """

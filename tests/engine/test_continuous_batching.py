@@ -196,7 +196,7 @@ def test_scores_of_the_prompt_come_with_the_first_piece(engine):
 
 @pytest.mark.parametrize("first", [1, 7, 8, 9, 60, 89, 90])
 def test_scores_of_the_end_of_a_prompt_are_those_of_all_of_it(engine, first):
-    """What is before them is written without scores, or comes from the cache."""
+    """Earlier ids are written without scores, or come from the cache."""
     every = engine.score(LONG, top=3)
     wanted = request(LONG, Sampling(max_new_tokens=0), echo=True, echo_from=first)
     for cached in (0, (first - 1) // CHUNK * CHUNK):

@@ -66,7 +66,7 @@ def flags(folder, tasks, out, *more):
 
 
 def responses(out):
-    """What the model gave, by task, row and choice; and the metrics by task."""
+    """The answers of the model by task, row and choice; and the metrics by task."""
     given, metrics = {}, {}
     for file in out.rglob("samples_*.jsonl"):
         for line in file.read_text().splitlines():

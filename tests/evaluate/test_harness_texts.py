@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness gives and gets: ids, requests, cuts and refusals."""
+"""The texts of lm-evaluation-harness: ids, requests, cuts and refusals."""
 
 import types
 

@@ -1,9 +1,9 @@
 """Standard tasks: `python -m research.evaluate.harness --run=RUN -- --tasks=TASK`."""
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 from research.config import command_line
 from research.config.knobs import knob
@@ -32,12 +32,11 @@ def main(argv: Sequence[str]) -> int:
     f = command_line.parse(argv[:end], USAGE, HarnessFlags)
     if not f.run:
         raise UserError("--run is missing, e.g. --run=runs/finetune_dolly")
-    if not importlib.util.find_spec("lm_eval"):
+    commands = entry_points(group="console_scripts", name="lm_eval")
+    if not commands:
         raise UserError(
             "lm-evaluation-harness is not installed: pip install 'lm-eval[api]>=0.4.13'"
         )
-    from lm_eval.__main__ import cli_evaluate
-
     from research.evaluate.harness.harness_model import BASE, NAME, TUNED
     from research.parallel import runtime
     from research.runs.run_directory import RunDir
@@ -49,11 +48,12 @@ def main(argv: Sequence[str]) -> int:
             "sign; rename the folder, or give a link to it"
         )
     runtime.start_alone()
+    [command] = commands
     for model in (BASE, TUNED) if f.compare else (TUNED,):
         args = f"run={folder},step={f.step},model={model}"
         sys.argv = ["lm-eval", "run", "--model", NAME, "--model_args", args]
         sys.argv += argv[end + 1 :]
-        cli_evaluate()
+        command.load()()
     return 0
 
 

@@ -40,4 +40,5 @@ class AnsweredRow:
     @property
     def references(self) -> tuple[str, ...]:
         """All expected answers, empty if the row has none."""
-        return tuple(r for r in (self.reference, *self.other_references) if r.strip())
+        given = (self.reference, *self.other_references)
+        return tuple(text for text in given if text and text.strip())

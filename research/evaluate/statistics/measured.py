@@ -56,6 +56,15 @@ class Measured:
         scores = tuple(self.scores[row] for row in rows)
         return Measured(scores, self.sums[np.array(rows, int)], self.value_of)
 
+    def spread_over(self, rows: Sequence[int], count: int) -> "Measured":
+        """These results as those of `rows` among `count`; no others have a score."""
+        scores: list[float | None] = [None] * count
+        for row, score in zip(rows, self.scores, strict=True):
+            scores[row] = score
+        sums = np.zeros((count, self.sums.shape[1]))
+        sums[np.array(rows, int)] = self.sums
+        return Measured(tuple(scores), sums, self.value_of)
+
 
 def mean(scores: Sequence[float | None]) -> Measured:
     """A metric that is the mean of its rows' scores."""

@@ -1,0 +1,133 @@
+"""Metrics for classification, with the labels that the rows' references are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from research.core.errors import UserError
+from research.evaluate.answer_metrics.answer_metric import SHARE, AnswerMetric
+from research.evaluate.answer_metrics.short_answers import Words, has_run
+from research.evaluate.answer_metrics.words_of_text import comparable
+from research.evaluate.answered_row import AnsweredRow
+from research.evaluate.statistics import measured
+from research.evaluate.statistics.measured import Floats, Measured
+
+MOST_LABELS = 1000
+
+
+def labels_of(rows: Sequence[AnsweredRow]) -> list[str]:
+    """The different references of `rows`, as first written.
+
+    Raises:
+      UserError: there are too many to be labels.
+    """
+    found: dict[Words, str] = {}
+    for row in rows:
+        for text in row.references:
+            found.setdefault(comparable(text, text), text)
+    if len(found) > MOST_LABELS:
+        raise UserError(
+            f"accuracy and macro_f1 take the references as labels, and the references "
+            f"of {len(rows)} rows are {len(found)} different texts, where at most "
+            f"{MOST_LABELS} are labels; use exact_match or token_f1"
+        )
+    return list(found.values())
+
+
+def label_in(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that the answer is, or else the only one that it names.
+
+    A label inside a longer one that is named (`positive` in `very positive`) does not
+    count; None where several labels or none are named.
+    """
+    named: dict[str, Words] = {}
+    for label in labels:
+        words, run = comparable(answer, label), comparable(label, label)
+        if words == run:
+            return label
+        if has_run(words, run):
+            named[label] = run
+    longest = [
+        label
+        for label, run in named.items()
+        if not any(other != run and has_run(other, run) for other in named.values())
+    ]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _counted(rows: Sequence[AnsweredRow]) -> tuple[list[str | None], list[str], Floats]:
+    """The label in each answer, the right label, and counts [rows, labels, 3].
+
+    The counts are those of right answers, of answers and of references. Where several
+    labels are right, the one that was answered is, or else the first.
+    """
+    labels = labels_of(rows)
+    names = {comparable(label, label): place for place, label in enumerate(labels)}
+    counts = np.zeros((len(rows), len(labels), 3))
+    answered, right = [], []
+    for count, row in zip(counts, rows, strict=True):
+        label = label_in(row.answer, labels)
+        expected = [labels[names[comparable(r, r)]] for r in row.references]
+        truth = label if label in expected else expected[0]
+        answered.append(label)
+        right.append(truth)
+        count[labels.index(truth), 2] += 1
+        if label is not None:
+            count[labels.index(label), 1] += 1
+            count[labels.index(label), 0] += label == truth
+    return answered, right, counts
+
+
+def _accuracy(rows: Sequence[AnsweredRow]) -> Measured:
+    answered, right, _ = _counted(rows)
+    pairs = zip(answered, right, strict=True)
+    return measured.mean([float(label == truth) for label, truth in pairs])
+
+
+def _macro_f1(rows: Sequence[AnsweredRow]) -> Measured:
+    answered, right, counts = _counted(rows)
+    pairs = zip(answered, right, strict=True)
+    scores = tuple(float(label == truth) for label, truth in pairs)
+    return Measured(scores, counts.reshape(len(rows), counts.shape[1] * 3), _f1_of_sums)
+
+
+def _f1_of_sums(sums: Floats) -> Floats:
+    """The mean F1 over the labels that occur among the references."""
+    counts = sums.reshape(*sums.shape[:-1], sums.shape[-1] // 3, 3)
+    right, answered, expected = np.moveaxis(counts, -1, 0)
+    f1 = 2 * right / np.maximum(answered + expected, 1)
+    occurs = expected > 0
+    with np.errstate(invalid="ignore"):
+        return np.sum(f1 * occurs, -1) / np.sum(occurs, -1)
+
+
+def _named(rows: Sequence[AnsweredRow]) -> Measured:
+    answered, _, _ = _counted(rows)
+    return measured.mean([float(label is not None) for label in answered])
+
+
+READ_AS = "the answer is a label of the rows, or names exactly one"
+ACCURACY = AnswerMetric(
+    "accuracy",
+    SHARE,
+    True,
+    True,
+    f"share of answers with the right label; {READ_AS}",
+    _accuracy,
+)
+MACRO_F1 = AnswerMetric(
+    "macro_f1",
+    SHARE,
+    True,
+    True,
+    f"mean over labels of the F1 of each, labels of the references only; {READ_AS}",
+    _macro_f1,
+)
+LABEL_NAMED = AnswerMetric(
+    "label_named",
+    SHARE,
+    True,
+    True,
+    f"share of answers in which a label was found: {READ_AS}",
+    _named,
+)

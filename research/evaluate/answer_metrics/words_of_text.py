@@ -1,0 +1,85 @@
+"""Words of any script, and the form in which short answers are compared."""
+
+import functools
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+
+import regex
+
+# Scripts without spaces between words: each character counts as one word.
+_UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+)
+_UNSPACED_CHARACTER = rf"[{_UNSPACED}]\p{{M}}*"
+_WORD = regex.compile(
+    rf"{_UNSPACED_CHARACTER}|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+", regex.V1
+)
+# A sign is visible: no control or format character, and no half of a pair.
+_WORD_OR_SIGN = regex.compile(
+    rf"{_WORD.pattern}|[^\s\p{{Cc}}\p{{Cf}}\p{{Cs}}]", regex.V1
+)
+_SPLIT = regex.compile(
+    rf"{_UNSPACED_CHARACTER}|[^\s{_UNSPACED}]+", regex.V1
+)  # fmt: skip
+# Longer ones are no words but a character that repeats, or a script without spaces.
+LONGEST_WORD = 40
+_ARTICLES = regex.compile(r"\b(?:a|an|the)\b")
+# Punctuation and the signs of ASCII, except the point of a number and its minus.
+_PUNCTUATION = regex.compile(
+    r"(?<!\d)\.|\.(?!\d)|(?<!^|\s)-|-(?!\d)|[[\p{P}$+<=>^`|~]--[.\-]]", regex.V1
+)
+
+
+def plain(text: str) -> str:
+    """Compatible characters unified (NFKC), without case."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def words_of(text: str) -> list[str]:
+    """Letters and digits of any script, without case; the rest separates words.
+
+    For ASCII these are the words of the package `rouge-score` without stemming.
+    Chinese, Japanese, Thai and others without spaces give one word a character.
+    """
+    return _WORD.findall(plain(text))
+
+
+def words_and_signs_of(text: str) -> list[str]:
+    """As `words_of`, with every other sign as a word, and very long words cut up."""
+    found = []
+    for word in _WORD_OR_SIGN.findall(plain(text)):
+        found += word if len(word) > LONGEST_WORD else [word]
+    return found
+
+
+def grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    """All runs of `size` words."""
+    return zip(*(words[start:] for start in range(size)), strict=False)
+
+
+def comparable(text: str, like: str) -> tuple[str, ...]:
+    """The words of `text` in the form in which they are compared to those of `like`.
+
+    That of SQuAD (Rajpurkar et al. 2016, `evaluate-v1.1.py`): lower case, without
+    punctuation, the articles a, an, the, and surplus space. It departs from SQuAD in
+    four places: any script's case and punctuation count; characters of scripts without
+    spaces are words; 1.5 keeps its point and -5 its minus; and where nothing of `like`
+    would stay (the label A, the sign +), its article or its signs stay.
+    """
+    for form in (_without_articles, _without_punctuation, plain):
+        if _words_in(like, form):
+            return _words_in(text, form)
+    return ()
+
+
+def _without_punctuation(text: str) -> str:
+    return _PUNCTUATION.sub("", plain(text))
+
+
+def _without_articles(text: str) -> str:
+    return _ARTICLES.sub(" ", _without_punctuation(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def _words_in(text: str, form: Callable[[str], str]) -> tuple[str, ...]:
+    return tuple(_SPLIT.findall(form(text)))

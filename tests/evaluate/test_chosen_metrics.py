@@ -1,0 +1,254 @@
+"""Which metrics are measured: by name, those that suit the rows, and a user's own."""
+
+import logging
+import time
+from dataclasses import replace
+
+import pytest
+
+from research.core.errors import UserError
+from research.evaluate.answer_metrics import user_metric
+from research.evaluate.answer_metrics.choose_metrics import (
+    FOR_ALL,
+    METRICS,
+    choose_metrics,
+)
+from research.evaluate.answered_row import AnsweredRow
+from research.evaluate.multiple_choice import (
+    Choices,
+    ScoredChoices,
+    chosen,
+    measure_choices,
+    read_choices,
+)
+
+ROW = AnsweredRow(
+    "5f", "rows.jsonl:3", "", "rows", "P", "q", "", "", "an answer", 2, 1, True
+)  # fmt: skip
+LONG = "a reference of more words than a short one has in these files of rows"
+
+
+def rows(category, *references):
+    return [replace(ROW, category=category, reference=text) for text in references]
+
+
+def counts(given):
+    """How many rows each chosen metric that needs a reference is measured on."""
+    found = choose_metrics("auto", given)
+    without = {metric.name for metric in FOR_ALL}
+    assert [name for name in found if name in without]
+    return {
+        name: sum(map(metric.applies, given))
+        for name, metric in found.items()
+        if name not in without
+    }
+
+
+def test_auto_gives_each_row_the_metrics_that_suit_it():
+    given = [
+        *rows("classification", "Land", "sea.", "land", "sea"),
+        *rows("closed_qa", "Paris", LONG),
+        *rows("Summarization", LONG, "short one"),
+        *rows("brainstorming", "a short list", LONG, ""),
+    ]
+    assert counts(given) == {
+        "exact_match": 3, "token_f1": 3, "contains": 3,
+        "accuracy": 4, "macro_f1": 4, "label_named": 4,
+        "rouge_l": 4, "rouge_2": 4, "chrf": 6, "bleu": 6,
+    }  # fmt: skip
+
+
+def test_auto_takes_references_for_labels_by_their_look():
+    labels = ["yes", "no", "Yes", "No."]
+    assert set(counts(rows("", *labels))) == {"accuracy", "macro_f1", "label_named"}
+    # Lists of a classification row are no labels, and neither is one text.
+    lists = [f"Land: {LONG} {number}" for number in range(4)]
+    assert set(counts(rows("classification", *lists))) == {
+        "rouge_l", "rouge_2", "chrf", "bleu"
+    }  # fmt: skip
+    assert "accuracy" not in counts(rows("", "yes", "yes", "yes"))
+    assert "accuracy" not in counts(rows("", "a", "b", "c", "a"))
+
+
+def test_auto_without_references_measures_what_needs_none():
+    found = choose_metrics("auto", rows("", "", ""))
+    assert list(found) == [m.name for m in FOR_ALL if not m.needs_reference]
+
+
+def test_named_metrics_come_in_their_order_and_for_all_rows():
+    given = rows("brainstorming", LONG, "x")
+    found = choose_metrics(["rouge_l", "exact_match"], given)
+    assert list(found) == ["rouge_l", "exact_match"]
+    assert found["exact_match"].measure(given).scores == (0, 0)
+    assert {"auto"} < {"auto", *choose_metrics(["auto", "bleu"], given)}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rouge_1", r"a metric is 'rouge_1' \(did you mean 'rouge_l'\?\); it must be"),
+        ("", "a metric is ''; it must be one of exact_match"),
+        ("no_such_module:f", r"cannot be imported: ModuleNotFoundError: No module nam"),
+        (":f", "cannot be imported: ValueError"),
+        ("math:sine", r"names no function of math \(did you mean 'sin'"),
+        ("math:pi", "names no function of math"),
+        ("math:", "names no function of math"),
+        ("os.path:isdir", r"cannot be called with a row and an answer: too many"),
+    ],
+)
+def test_a_metric_that_there_is_not_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        choose_metrics([name], rows("", "x"))
+
+
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+    """Writes a module of a user and gives the name of its function `score`."""
+
+    def write(body, name):
+        (tmp_path / f"{name}.py").write_text(body)
+        monkeypatch.syspath_prepend(tmp_path)
+        return f"{name}:score"
+
+    return write
+
+
+def test_a_function_of_the_user_is_a_metric(write_module):
+    name = write_module(
+        "def score(row, answer):\n"
+        '    """Words of the answer."""\n'
+        "    return len(answer.split()) if row.reference else None\n"
+        "score.higher_is_better = False\n"
+        "score.unit = 'words'\n",
+        "counts_words",
+    )
+    given = rows("", "x", "", "y")
+    metric = choose_metrics([name], given)[name]
+    assert (metric.unit, metric.note) == ("words", "Words of the answer.")
+    assert metric.higher_is_better is False
+    assert metric.measure(given).scores == (2, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        ("float('nan')", "nan"),
+        ("float('inf')", "inf"),
+        ("'0.5'", "'0.5'"),
+        ("[1]", r"\[1\]"),
+        ("10 ** 400", r"1000*\.\.\."),
+        ("1j", "1j"),
+        ("print", "<built-in"),
+    ],
+)
+def test_a_result_that_is_no_finite_number_is_refused(write_module, returned, shown):
+    module = f"returns_{abs(hash(returned))}"
+    name = write_module(f"def score(row, answer): return {returned}\n", module)
+    metric = choose_metrics([name], [ROW])[name]
+    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*returned {shown}.*id 5f"):
+        metric.measure([ROW])
+
+
+@pytest.mark.parametrize("returned", ["True", "2", "__import__('numpy').float32(0.5)"])
+def test_numbers_of_all_kinds_are_taken(write_module, returned):
+    module = f"number_{abs(hash(returned))}"
+    name = write_module(f"def score(row, answer): return {returned}\n", module)
+    assert choose_metrics([name], [ROW])[name].measure([ROW]).value in (1, 2, 0.5)
+
+
+def test_a_function_that_fails_names_the_row_and_its_own_line(write_module):
+    body = "def score(row, answer):\n    return 1 / len(row.context)\n"
+    name = write_module(body, "divides")
+    metric = choose_metrics([name], [ROW])[name]
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: .*ZeroDivis.*divides\.py:2\)"):
+        metric.measure([replace(ROW, context="x"), ROW])
+
+
+@pytest.mark.parametrize(
+    "body", ["def score(row, answer)\n", "raise SystemExit(3)\n", "import no_such\n"]
+)
+def test_a_module_that_does_not_import_is_one_sentence(write_module, body):
+    name = write_module(body, f"broken_{abs(hash(body))}")
+    with pytest.raises(UserError, match=f"the metric {name} cannot be imported"):
+        choose_metrics([name], [ROW])
+
+
+def test_a_slow_function_is_told_while_it_works(write_module, monkeypatch, caplog):
+    monkeypatch.setattr(user_metric, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(time, "told", caplog, raising=False)
+    # The function itself waits until it has been told.
+    body = (
+        "import time\n"
+        "def score(row, answer):\n"
+        "    while 'is slow' not in time.told.text:\n"
+        "        time.sleep(0.01)\n"
+        "    return 1\n"
+    )
+    name = write_module(body, "waits")
+    with caplog.at_level(logging.WARNING):
+        choose_metrics([name], [ROW])[name].measure([ROW, ROW])
+    assert "at row 1 of 2, rows.jsonl:3" in caplog.text
+    assert "seconds in all" in caplog.text
+
+
+SCORED = ScoredChoices(
+    Choices("f:1", ("Yes", "No, not at all", "Ⅷ"), 1), (-3.0, -8.0, -4.0), (1, 4, 2)
+)
+
+
+def test_the_likeliest_choice_depends_on_the_normalisation():
+    assert chosen(SCORED, "none") == 0
+    # By tokens: -3, -2, -2, of which the first; by bytes: -1, -8/14, -4/3.
+    assert chosen(SCORED, "tokens") == 1
+    assert chosen(SCORED, "bytes") == 1
+    assert measure_choices([SCORED, SCORED], "bytes").value == 1
+    assert measure_choices([SCORED], "none").value == 0
+    with pytest.raises(UserError, match=r"must be one of none, tokens, bytes"):
+        chosen(SCORED, "byte_length")
+    broken = replace(SCORED, log_probabilities=(-1.0, float("nan"), -2.0))
+    with pytest.raises(UserError, match="f:1: a choice's log-probability is not a"):
+        chosen(broken, "none")
+    impossible = replace(SCORED, log_probabilities=(-float("inf"), -2.0, -1.0))
+    assert chosen(impossible, "tokens") in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        ({"choices": ["x", "y", "z"], "answer": 2}, 2),
+        ({"choices": ["x", "y", "z"], "answer": "C"}, 2),
+        ({"choices": ["x", "y", "z"], "answer": "z"}, 2),
+        ({"endings": ["x", "y"], "label": "1"}, 1),
+        ({"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, 1),
+        ({"choices": ["B", "A"], "answer": "B"}, 0),
+        ({"choices": ["2", "0"], "answer": "0"}, 1),
+        ({"choices": ["2", "0"], "answer": 0}, 0),
+    ],
+)
+def test_choices_are_read_as_public_test_sets_write_them(row, right):
+    assert read_choices(row, "f:1").right == right
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": 0}, "f:1: the row has no column for choices"),
+        ({"choices": ["x", "y"]}, "no column for the right choice"),
+        ({"choices": ["x"], "answer": 0}, "at least two texts"),
+        ({"choices": "xy", "answer": 0}, "at least two texts"),
+        ({"choices": ["x", ""], "answer": 0}, "at least two texts"),
+        (
+            {"choices": ["x", "y"], "answer": 2},
+            "right choice is 2; .* 0 to 1, .* A to B",
+        ),
+        ({"choices": ["x", "y"], "answer": -1}, "right choice is -1"),
+        ({"choices": ["x", "x"], "answer": "x"}, "right choice is 'x'"),
+    ],
+)
+def test_choices_that_cannot_be_read_are_refused(row, message):
+    with pytest.raises(UserError, match=message):
+        read_choices(row, "f:1")
+
+
+def test_every_metric_has_a_name_of_its_own():
+    assert all(name == metric.name for name, metric in METRICS.items())

@@ -153,6 +153,18 @@ def _flat(line: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def parse_line(written: bytes) -> dict[str, Any] | None:
+    """One line of a file that may still grow; None where it is no metrics line."""
+    try:
+        line = json.loads(written)
+    except (ValueError, RecursionError):
+        return None
+    if mismatch(line, LINE):
+        return None
+    line = _flat(line)
+    return None if mismatch(line, FIELDS.get(line["kind"], {})) else line
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Reads all lines of a `metrics.jsonl` that are metrics; none without a file.
 

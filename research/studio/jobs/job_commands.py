@@ -1,0 +1,71 @@
+"""The commands behind the buttons. A page shows each before it runs, with its flags."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from research.config import command_line
+from research.config.run_config import Config
+from research.studio.roots import Roots, shown_paths
+
+
+def python() -> str:
+    """The interpreter as people write it: `.venv/bin/python` where it is below here.
+
+    It is not resolved: the link in an environment leads to the bare interpreter.
+    """
+    return shown_paths([Path(sys.executable)])[0]
+
+
+def as_text(words: Sequence[str]) -> str:
+    """A command that can be pasted into a shell."""
+    return shlex.join(words)
+
+
+def launching(flags: Sequence[str]) -> list[str]:
+    """Trains on this machine, with restarts after failures."""
+    return [python(), "-m", "launch", "local", "--", *flags]
+
+
+def requesting(folder: Path, kind: str) -> list[str]:
+    """Sends a request to the job that trains in `folder`."""
+    return [python(), "-m", "research.runs", f"--run={shown_paths([folder])[0]}", kind]
+
+
+def resuming(folder: Path) -> list[str]:
+    """The trainer's flags that resume a run."""
+    return [f"--config={shown_paths([folder])[0]}"]
+
+
+def branching(
+    folder: Path, step: int, target: Path, changes: Sequence[str] = ()
+) -> list[str]:
+    """The trainer's flags of a new run that begins at a checkpoint of another.
+
+    Args:
+      folder: of the run that has the checkpoint.
+      step: of the checkpoint.
+      target: the new run directory.
+      changes: more flags, such as `--config.optim.learning_rate=1e-4`.
+    """
+    old, new = shown_paths([folder, target])
+    return [
+        f"--config={old}",
+        f"--config.run_dir={new}",
+        f"--config.model.init_from={old}@{step}",
+        *changes,
+    ]
+
+
+def config_of(flags: Sequence[str], roots: Roots) -> tuple[Config, Path]:
+    """The config that the trainer's flags make, and the run directory below a root.
+
+    Raises:
+      UserError: the trainer would refuse a flag.
+      PageError: the run would lie outside of the roots.
+    """
+    argv = ["research.train", *flags]
+    config, _ = command_line.parse_with_config(argv, "", command_line.NoFlags)
+    folder = Path(config.run_dir).expanduser().absolute()
+    return config, roots.require_inside(folder)

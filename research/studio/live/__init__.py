@@ -1,0 +1,1 @@
+"""Metrics of a run as they are written: columns, thinned curves, and a stream."""

@@ -1,0 +1,154 @@
+"""The numbers of `metrics.jsonl` as columns, read once and then followed.
+
+A chart of a long run needs a few fields of many lines. A line is read into these fields
+alone (`msgspec`), and when the file has grown, only the new bytes are read.
+"""
+
+import array
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from research.data.grouped_values import by_group
+from research.runs import metrics_file
+
+CHUNK = 8 << 20  # bytes that are read at a time
+# The fields of a `train` line that charts and figures show.
+TRAIN = (
+    *("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gb"),
+    *("mfu", "step_s", "tokens", "elapsed_s"),
+)
+_Value = float | str | None  # Earlier versions wrote "NaN" in place of a number.
+
+
+class _Line(msgspec.Struct):
+    step: int
+    kind: str
+
+
+_TrainLine = msgspec.defstruct(
+    "_TrainLine", [(name, _Value, None) for name in TRAIN], bases=(_Line,), kw_only=True
+)
+_DECODER = msgspec.json.Decoder(_TrainLine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """How far somebody has read: lines of each kind, of one edition of the file.
+
+    A run that resumes replaces its file; `edition` is then another one. It is stable
+    when the studio starts again, so a stream continues where it was.
+    """
+
+    edition: int
+    train: int
+    evals: int
+
+    def __str__(self) -> str:
+        return f"{self.edition}-{self.train}-{self.evals}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Cursor | None":
+        parts = text.split("-")
+        if len(parts) != 3 or not all(x.isascii() and x.isdigit() for x in parts):
+            return None
+        return cls(*map(int, parts))
+
+
+class MetricColumns:
+    """The columns of one file; threads may share them.
+
+    Attributes:
+      bad: lines that are no metrics.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / metrics_file.NAME
+        self._lock = threading.Lock()
+        self._clear(0)
+
+    def _clear(self, edition: int) -> None:
+        self._edition, self._offset = edition, 0
+        self._torn = b""  # The beginning of a line whose end is not written yet.
+        self.bad = 0
+        self._steps = array.array("q")
+        self._train = {name: array.array("d") for name in TRAIN}
+        self._evals: list[dict[str, Any]] = []
+
+    def refresh(self) -> None:
+        """Reads what has been written since. Raises OSError: the file cannot be read.
+
+        Without a file there are no lines.
+        """
+        with self._lock:
+            if not self._path.exists():
+                self._clear(0)
+                return
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._edition or found.st_size < self._offset:
+                    self._clear(found.st_ino)
+                file.seek(self._offset)
+                while chunk := file.read(CHUNK):
+                    self._offset += len(chunk)
+                    *lines, self._torn = (self._torn + chunk).split(b"\n")
+                    self._add(lines)
+
+    def _add(self, lines: list[bytes]) -> None:
+        for line in lines:
+            try:
+                found = _DECODER.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                self._add_other(line)
+                continue
+            if found.kind != "train":
+                self._add_other(line)
+                continue
+            self._steps.append(found.step)
+            for name, column in self._train.items():
+                value = getattr(found, name)
+                column.append(value if type(value) is float else math.nan)
+
+    def _add_other(self, written: bytes) -> None:
+        line = metrics_file.parse_line(written)
+        if line is None:
+            self.bad += 1
+        elif line["kind"] == "eval":
+            self._evals.append(line)
+
+    def cursor(self) -> Cursor:
+        """The end of what has been read."""
+        with self._lock:
+            return Cursor(self._edition, len(self._steps), len(self._evals))
+
+    def train(self, start: int = 0) -> dict[str, np.ndarray]:
+        """Columns `[lines]` of the `train` lines from number `start` on, and `step`."""
+        with self._lock:
+            found = {"step": np.array(self._steps[start:], dtype=np.int64)}
+            for name, column in self._train.items():
+                found[name] = np.array(column[start:], dtype=np.float64)
+            return found
+
+    def evals(self, start: int = 0) -> list[dict[str, Any]]:
+        """The `eval` lines from number `start` on."""
+        with self._lock:
+            return self._evals[start:]
+
+
+def held_out_curves(lines: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Held-out losses as `[steps, losses]`, in all under "" and by group."""
+    curves: dict[str, list[list[float]]] = {}
+    for line in lines:
+        values: Mapping[str, Any] = {"": line["loss"], **by_group(line, "loss")}
+        for group, value in values.items():
+            steps, losses = curves.setdefault(group, [[], []])
+            steps.append(line["step"])
+            losses.append(value)
+    return curves

@@ -1,0 +1,188 @@
+"""A stream of what happens in a run: one reader for all tabs that look at it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.data.grouped_values import by_group
+from research.runs import metrics_file
+from research.studio.live.metric_columns import TRAIN, Cursor, MetricColumns
+
+LOOK_EVERY, LOOK_ANYWAY = 1.0, 5.0  # seconds; the second without a change of files
+PING_EVERY = 15.0  # seconds after which a silent stream says that it lives
+# A reader that is further behind reads the thinned curves again.
+MOST_ROWS = 2000
+RECENT = 50  # updates whose median time gives the time that is left
+FILES = ("run.json", metrics_file.NAME, "samples.jsonl", "complete.json")
+
+
+def figures(columns: MetricColumns, steps: int) -> dict[str, float | None]:
+    """The newest numbers of a run, and `eta_s`, the seconds until step `steps`."""
+    count = columns.cursor().train
+    train = columns.train(max(0, count - RECENT))
+    if not len(train["step"]):
+        return {}
+    found: dict[str, float | None] = {"step": int(train["step"][-1])}
+    for name in TRAIN:
+        found[name] = plain(train[name][-1])
+    seconds = train["step_s"][np.isfinite(train["step_s"])]
+    left = steps - int(train["step"][-1])
+    if len(seconds) and left >= 0 and steps:
+        found["eta_s"] = float(np.median(seconds)) * left
+    return found
+
+
+def plain(value: float) -> float | None:
+    """JSON has no number that is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def plain_list(values: np.ndarray) -> list[float | None]:
+    """Numbers as JSON has them."""
+    return [plain(value) for value in values.tolist()]
+
+
+@dataclasses.dataclass
+class _Watch:
+    """What listeners of one run share."""
+
+    columns: MetricColumns
+    listeners: int = 0
+    version: int = 0
+    is_gone: bool = False
+    state: str = "{}"
+    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    task: "asyncio.Task[None] | None" = None
+
+
+class RunFeed:
+    """Streams of runs. Belongs to one event loop."""
+
+    def __init__(self, read_state: Callable[[Path, MetricColumns], dict[str, Any]]):
+        """`read_state(folder, columns)` gives what a `state` event says."""
+        self._read_state = read_state
+        self._watches: dict[Path, _Watch] = {}
+
+    async def events(self, folder: Path, columns: MetricColumns, last: str):
+        """Server-sent events from behind `last`, the id of the last one received.
+
+        `rows`: new lines of `metrics.jsonl`. `state`: see `read_state`. `reset`: read
+        the curves again, the file was replaced or is far ahead. `gone`: the run was
+        moved or removed; nothing follows.
+        """
+        async with self._watching(folder, columns) as watch:
+            cursor, said = Cursor.parse(last), ""
+            while True:
+                version = watch.version
+                if watch.is_gone:
+                    yield _event("gone", "{}")
+                    return
+                now = columns.cursor()
+                if cursor is None or _is_lost(cursor, now):
+                    yield _event("reset", "{}", now)
+                elif cursor != now:
+                    yield _event("rows", _rows(columns, cursor), now)
+                cursor = now
+                if watch.state != said:
+                    said = watch.state
+                    yield _event("state", said)
+                while watch.version == version:
+                    try:
+                        async with asyncio.timeout(PING_EVERY):
+                            await watch.changed.wait()
+                    except TimeoutError:
+                        yield b": still here\n\n"
+
+    @contextlib.asynccontextmanager
+    async def _watching(
+        self, folder: Path, columns: MetricColumns
+    ) -> AsyncIterator[_Watch]:
+        watch = self._watches.get(folder)
+        if watch is None:
+            watch = self._watches[folder] = _Watch(columns)
+            await self._look(folder, watch)
+            watch.task = asyncio.create_task(self._follow(folder, watch))
+        watch.listeners += 1
+        try:
+            yield watch
+        finally:
+            watch.listeners -= 1
+            if not watch.listeners:
+                self._watches.pop(folder, None)
+                if watch.task:
+                    watch.task.cancel()
+
+    async def _follow(self, folder: Path, watch: _Watch) -> None:
+        seen: object = None
+        while not watch.is_gone:
+            # A trainer that is killed changes no file, so time alone is a reason, too.
+            marks = await asyncio.to_thread(_marks, folder)
+            marks.append(time.monotonic() // LOOK_ANYWAY)
+            if marks != seen:
+                seen = marks
+                await self._look(folder, watch)
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def _look(self, folder: Path, watch: _Watch) -> None:
+        def read() -> str:
+            watch.columns.refresh()
+            return json.dumps(self._read_state(folder, watch.columns))
+
+        before = (watch.columns.cursor(), watch.state, watch.is_gone)
+        with contextlib.suppress(OSError):
+            watch.state = await asyncio.to_thread(read)
+        watch.is_gone = not os.path.isfile(folder / "config.json")
+        if before == (watch.columns.cursor(), watch.state, watch.is_gone):
+            return
+        watch.version += 1
+        watch.changed.set()
+        watch.changed = asyncio.Event()
+
+
+def _marks(folder: Path) -> list[Any]:
+    found: list[Any] = []
+    for name in ("", *FILES, "requests", "lock.holder"):
+        try:
+            status = os.stat(folder / name)
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _is_lost(cursor: Cursor, now: Cursor) -> bool:
+    return (
+        cursor.edition != now.edition
+        or not 0 <= now.train - cursor.train <= MOST_ROWS
+        or not 0 <= now.evals - cursor.evals <= MOST_ROWS
+    )
+
+
+def _rows(columns: MetricColumns, cursor: Cursor) -> str:
+    train = columns.train(cursor.train)
+    found = {name: plain_list(values) for name, values in train.items()}
+    evals = [
+        {"step": line["step"], "losses": losses_of(line)}
+        for line in columns.evals(cursor.evals)
+    ]
+    return json.dumps({"train": found, "evals": evals})
+
+
+def losses_of(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """The held-out losses of an `eval` line, in all under "" and by group."""
+    values = {"": line["loss"], **by_group(line, "loss")}
+    return {name: plain(value) for name, value in values.items()}
+
+
+def _event(kind: str, data: str, cursor: Cursor | None = None) -> bytes:
+    number = f"id: {cursor}\n" if cursor else ""
+    return f"event: {kind}\n{number}data: {data}\n\n".encode()

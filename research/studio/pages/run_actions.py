@@ -1,0 +1,133 @@
+"""What the buttons of a run do: a request, a resumption, a branch."""
+
+import asyncio
+import re
+import shlex
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from research.checkpoints.stored_steps import step_folders
+from research.core.errors import UserError
+from research.runs.control.request_files import write_request
+from research.runs.run_directory import RunDir
+from research.studio.jobs import job_commands as commands
+from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.run_page import changed_knobs, find_run
+
+NAME = re.compile(r"[\w.+=@-][\w.+=@ /-]*")
+
+
+async def ask(request: Request) -> Response:
+    """Writes a request to a running job: stop, checkpoint or sample."""
+    form = await Form.read(request)
+    studio, name, kind = studio_of(request), form.get("run"), form.get("kind")
+    folder = find_run(request, name)
+    state = await asyncio.to_thread(studio.state_of, folder)
+    if state.state != "running":
+        raise UserError(f"no job trains in {name}, so nobody would answer")
+    command = commands.as_text(commands.requesting(folder, kind))
+    studio.audit.add(kind, name, request.scope["who"], command=command)
+    write_request(folder, kind)
+    return see(f"/run/{name}", said=f"{kind}: the job acts after the step in hand")
+
+
+async def resume(request: Request) -> Response:
+    """Queues the command that resumes a run."""
+    form = await Form.read(request)
+    folder = find_run(request, form.get("run"))
+    return await enqueue(request, commands.resuming(folder))
+
+
+async def enqueue(request: Request, flags: list[str]) -> Response:
+    """Queues a training by its flags, and shows its run or the queue.
+
+    Raises:
+      UserError: the trainer would refuse a flag.
+      PageError: the run would lie outside of the roots.
+    """
+    studio, who = studio_of(request), request.scope["who"]
+    _, folder = await asyncio.to_thread(commands.config_of, flags, studio.runs)
+    command = commands.launching(flags)
+    name = studio.runs.name(folder)
+    studio.audit.add("start", name, who, command=commands.as_text(command))
+    await asyncio.to_thread(studio.queue.add, command, folder, who)
+    return see("/queue", said=f"{name} is queued")
+
+
+def branch(request: Request) -> Response:
+    """The form of a branch: step, folder, knobs; shows what would differ."""
+    fields = request.query_params
+    name = fields.get("run", "")
+    folder = find_run(request, name)
+    steps = [int(path.name) for path in step_folders(folder / "checkpoints")]
+    step = fields.get("step", str(steps[-1]) if steps else "")
+    target = fields.get("target", f"{folder.name}_from_{step}")
+    changes = fields.get("changes", "")
+    shown = {"command": None, "knobs": [], "problem": ""}
+    if "target" in fields:
+        try:
+            shown |= _planned(request, folder, step, target, changes)
+        except UserError as error:
+            shown["problem"] = str(error)
+    return render(
+        request,
+        "branch.html.jinja",
+        title=f"Branch of {name}",
+        name=name,
+        steps=steps,
+        step=step,
+        target=target,
+        changes=changes,
+        **shown,
+    )
+
+
+def _flags(
+    request: Request, folder: Path, step: str, target: str, changes: str
+) -> list[str]:
+    if not step.isdecimal():
+        raise UserError(
+            f"step {step!r} is no number; this run has a checkpoint to name"
+        )
+    if not NAME.fullmatch(target) or ".." in target:
+        raise UserError(f"{target!r} is no name for a folder beside the run")
+    place = studio_of(request).runs.require_inside(folder.parent / target)
+    if place.exists():
+        raise UserError(f"{place} is there already; choose another name")
+    try:
+        words = shlex.split(changes)
+    except ValueError as error:
+        raise UserError(f"knobs: {error}") from error
+    if strange := [word for word in words if not word.startswith("--config.")]:
+        raise UserError(f"{strange[0]!r} is no knob; write --config.NAME=VALUE")
+    return commands.branching(folder, int(step), place, words)
+
+
+def _planned(
+    request: Request, folder: Path, step: str, target: str, changes: str
+) -> dict[str, object]:
+    flags = _flags(request, folder, step, target, changes)
+    config, _ = commands.config_of(flags, studio_of(request).runs)
+    return {
+        "command": commands.launching(flags),
+        "knobs": changed_knobs(config, RunDir(folder).config()),
+    }
+
+
+async def start_branch(request: Request) -> Response:
+    """Queues a branch."""
+    form = await Form.read(request)
+    folder = find_run(request, form.get("run"))
+    given = [form.get(name) for name in ("step", "target", "changes")]
+    return await enqueue(request, _flags(request, folder, *given))
+
+
+ROUTES = (
+    Route("/act/request", ask, methods=["POST"]),
+    Route("/act/resume", resume, methods=["POST"]),
+    Route("/branch", branch),
+    Route("/act/branch", start_branch, methods=["POST"]),
+)

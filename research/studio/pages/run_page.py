@@ -1,0 +1,217 @@
+"""One run: figures and curves as they come, samples, log, findings, starts."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from research.checkpoints.stored_steps import size_of, step_folders
+from research.config.knobs import flat
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.report.result_tables import comparable, tabulate_losses
+from research.runs.display_files import read_findings, read_samples
+from research.runs.run_directory import RunDir
+from research.runs.run_history import goodput
+from research.runs.run_history import read as read_history
+from research.studio.jobs import job_commands as commands
+from research.studio.listing.run_index import is_run
+from research.studio.listing.run_notes import read_notes
+from research.studio.live.metric_columns import MetricColumns, held_out_curves
+from research.studio.live.run_feed import figures, plain_list
+from research.studio.live.thinning import MOST_POINTS, smooth, thin
+from research.studio.page_errors import not_found
+from research.studio.pages.page_view import json_answer, render, studio_of
+
+# Field, title, unit of each chart of a `train` line.
+CHARTS = (
+    ("loss", "Training loss", "per step"),
+    ("learning_rate", "Learning rate", "per step"),
+    ("grad_norm", "Gradient norm", "before clipping"),
+    ("tokens_per_s", "Tokens per second", "tokens/s"),
+    ("memory_gb", "Peak memory", "GB"),
+)
+HELD_OUT = "held_out"
+TABLE_ROWS = 40  # of a chart's data table
+LOG_BYTES = 24_000
+SAMPLES = 12
+REQUESTS = {
+    "stop": "Save after the step in hand, then end. Resumes bit for bit on a CPU.",
+    "checkpoint": "Save now and continue.",
+    "sample": "Let the model answer now; the answers appear under Samples.",
+}
+
+
+def run(request: Request) -> Response:
+    """The page of a run."""
+    name = request.path_params["name"].strip("/")
+    studio = studio_of(request)
+    folder = find_run(request, name)
+    columns = studio.columns(folder)
+    state = studio.state_of(folder)
+    tags, notes = read_notes(folder)
+    jobs = studio.queue.read()
+    return render(
+        request,
+        "run.html.jinja",
+        title=name,
+        name=name,
+        folder=folder,
+        state=state,
+        figures=figures(columns, state.steps),
+        bad_lines=columns.bad,
+        tables=_tables(columns),
+        losses=tabulate_losses(comparable(columns.evals())),
+        size=size_of(folder),
+        tags=tags,
+        notes=notes,
+        steps=[int(path.name) for path in step_folders(folder / "checkpoints")],
+        requests={
+            kind: (help, commands.requesting(folder, kind))
+            for kind, help in REQUESTS.items()
+        },
+        resume=commands.launching(commands.resuming(folder)),
+        job=next((x for x in jobs.running if x.run == str(folder)), None),
+        waits=any(x.run == str(folder) for x in jobs.waiting),
+        log=log_tail(folder),
+        said=request.query_params.get("said", ""),
+        has_report=(folder / "report.html").is_file(),
+        **_from_files(folder),
+    )
+
+
+def find_run(request: Request, name: str) -> Path:
+    """The folder of a run. Raises PageError: it is no run, or not below the roots."""
+    folder = studio_of(request).runs.find(name)
+    if not is_run(folder):
+        raise not_found(f"{name} is not a run directory")
+    return folder
+
+
+def _from_files(folder: Path) -> dict[str, Any]:
+    """What the page shows of files that may be absent or damaged."""
+    found: dict[str, Any] = {"problems": []}
+
+    def read(name: str, absent: Any, reader: Any) -> None:
+        try:
+            found[name] = reader()
+        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+            found[name] = absent
+            found["problems"].append(str(error))
+
+    read("findings", [], lambda: read_findings(folder))
+    read("samples", [], lambda: read_samples(folder)[-SAMPLES:][::-1])
+    read("history", {}, lambda: read_history(folder / "run.json"))
+    starts = found["history"].get("starts", [])
+    read("goodput", None, lambda: goodput(starts) if starts else None)
+    read("knobs", [], lambda: changed_knobs(RunDir(folder).config(), Config()))
+    return found
+
+
+def changed_knobs(config: Config, base: Config) -> list[tuple[str, Any, Any]]:
+    """Knob, its value in `base`, and its value in `config`, where they differ."""
+    old, new = flat(base), flat(config)
+    return [(k, old[k], new[k]) for k in new if new[k] != old[k] and k != "run_dir"]
+
+
+def _tables(columns: MetricColumns) -> dict[str, list[list[Any]]]:
+    """The data table of each chart: a header, then rows."""
+    train = columns.train()
+    tables: dict[str, list[list[Any]]] = {}
+    steps = train["step"]
+    places = range(len(steps))
+    if len(steps) > TABLE_ROWS:
+        last = len(steps) - 1
+        places = sorted({round(i * last / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)})
+    for field, title, _ in CHARTS:
+        values = train[field]
+        rows = [[int(steps[i]), plain_list(values[i : i + 1])[0]] for i in places]
+        tables[field] = [["step", title.lower()], *rows]
+    evals = columns.evals()
+    groups = list(held_out_curves(evals))
+    header = ["step", *("all" if group == "" else group for group in groups)]
+    rows = []
+    for line in evals[-TABLE_ROWS:]:
+        curve = held_out_curves([line])
+        rows.append([line["step"], *(curve.get(g, [0, [None]])[1][0] for g in groups)])
+    tables[HELD_OUT] = [header, *rows]
+    return tables
+
+
+def curves(request: Request) -> Response:
+    """The curves of a run, thinned to what a screen shows, and a cursor behind them."""
+    studio = studio_of(request)
+    folder = find_run(request, request.query_params.get("run", ""))
+    columns = studio.columns(folder)
+    window = _number(request.query_params.get("smooth", ""), 0, 100_000)
+    cursor = columns.cursor()
+    train = columns.train()
+    found: dict[str, Any] = {}
+    for field, _, _ in CHARTS:
+        x, y = thin(train["step"], smooth(train[field], window), MOST_POINTS)
+        found[field] = [x.tolist(), plain_list(y)]
+    held = {
+        group: [steps, [v if v - v == 0 else None for v in losses]]
+        for group, (steps, losses) in held_out_curves(columns.evals()).items()
+    }
+    return json_answer({"cursor": str(cursor), "train": found, HELD_OUT: held})
+
+
+async def events(request: Request) -> Response:
+    """The stream of a run, see `RunFeed.events`."""
+    studio = studio_of(request)
+    folder = find_run(request, request.query_params.get("run", ""))
+    last = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    columns = studio.columns(folder)
+    stream = studio.feed.events(folder, columns, last)
+    return StreamingResponse(stream, media_type="text/event-stream")
+
+
+def log(request: Request) -> Response:
+    """The end of the log, for a page that is open."""
+    folder = find_run(request, request.query_params.get("run", ""))
+    return json_answer({"log": log_tail(folder)})
+
+
+def log_tail(folder: Path) -> str:
+    """The last lines of the output of the job, without the lines before a return."""
+    path = folder.with_name(f"{folder.name}.log")
+    try:
+        if path.is_symlink():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
+            text = file.read(LOG_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [
+        line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")
+    ]
+    return "\n".join(lines)
+
+
+def report(request: Request) -> Response:
+    """`report.html` as it is: one file, whose own styles are allowed and no script."""
+    folder = find_run(request, request.query_params.get("run", ""))
+    path = folder / "report.html"
+    if path.is_symlink() or not path.is_file():
+        raise not_found("this run has no report.html; it is written at the end")
+    policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    headers = {"content-security-policy": policy}
+    return Response(path.read_bytes(), media_type="text/html", headers=headers)
+
+
+def _number(written: str, low: int, high: int) -> int:
+    return min(max(int(written), low), high) if written.isdecimal() else low
+
+
+ROUTES = (
+    Route("/run/{name:path}", run),
+    Route("/api/curves", curves),
+    Route("/api/events", events),
+    Route("/api/log", log),
+    Route("/report", report),
+)

@@ -1,0 +1,158 @@
+// The page of a run: curves and figures that follow the run. All text is set as text.
+import { Chart, chartControls, fetchCurves, heldOut } from "../parts/charts.js";
+import { formatDuration, formatNumber } from "../parts/numbers.js";
+
+const MOST_APPENDED = 1000; // New points after which the server thins the curves again.
+const place = document.querySelector("#run");
+const run = place.dataset.run;
+const connection = place.querySelector("[data-connection]");
+const charts = new Map([...place.querySelectorAll("[data-chart]")].map((figure) => [figure.dataset.chart, new Chart(figure)]));
+const overlays = new Map(); // Name of another run -> its curves.
+let curves = null;
+let appended = 0;
+let reading = null;
+
+const controls = place.querySelector("[data-chart-controls]");
+const choice = chartControls(controls, (changed) => (changed.smooth === smoothed ? draw() : read()));
+let smoothed = choice.smooth;
+
+function draw() {
+  if (!curves) return;
+  for (const [kind, chart] of charts) {
+    const own = kind === "held_out" ? heldOut(curves) : [line(kind, curves, overlays.size ? run : kind.replaceAll("_", " "))];
+    const others = [...overlays].flatMap(([name, found]) =>
+      kind === "held_out" ? heldOut(found, `${name} `).slice(0, 1) : [line(kind, found, name)]);
+    chart.show([...own, ...others], choice.log && kind !== "memory_gb");
+  }
+}
+
+function line(kind, found, label) {
+  const [x, y] = found.train[kind];
+  return { label, x, y };
+}
+
+async function read() {
+  if (reading) return reading;
+  reading = (async () => {
+    try {
+      smoothed = choice.smooth;
+      curves = await fetchCurves(run, smoothed);
+      for (const name of overlays.keys()) overlays.set(name, await fetchCurves(name, smoothed));
+      appended = 0;
+      draw();
+    } catch (error) {
+      connection.textContent = error.message;
+    } finally {
+      reading = null;
+    }
+  })();
+  return reading;
+}
+
+function addRows(rows) {
+  appended += rows.train.step.length;
+  for (const [kind, [x, y]] of Object.entries(curves.train)) {
+    x.push(...rows.train.step);
+    y.push(...rows.train[kind]);
+  }
+  for (const { step, losses } of rows.evals) {
+    for (const [group, value] of Object.entries(losses)) {
+      const [x, y] = (curves.held_out[group] ??= [[], []]);
+      x.push(step);
+      y.push(value);
+    }
+    if ("" in losses) set("held_out", formatNumber(losses[""]));
+  }
+  // Means over neighbours, and long curves, are the server's work.
+  if (smoothed || appended > MOST_APPENDED) read();
+  else draw();
+}
+
+function set(field, text) {
+  const found = place.querySelector(`[data-figure="${field}"]`);
+  if (found && found.textContent !== text) found.textContent = text;
+}
+
+let known = place.querySelector(".state").textContent;
+
+function showState(state) {
+  if (state.state !== known && known !== "queued") {
+    // Other buttons are right now; the server draws them.
+    location.reload();
+    return;
+  }
+  for (const field of ["step", "steps", "loss", "tokens_per_s", "memory_gb"]) {
+    if (state[field] !== undefined && !(field === "steps" && !state.steps)) set(field, formatNumber(state[field]));
+  }
+  if (state.eta_s !== undefined) set("eta_s", formatDuration(state.eta_s));
+  const bar = place.querySelector("progress");
+  if (state.steps) bar.max = state.steps;
+  if (state.step) bar.value = state.step;
+  const share = state.steps && state.step ? `${Math.floor((100 * state.step) / state.steps)}% ` : "";
+  document.title = `${state.state === "running" ? share : ""}${run} · studio`;
+  if (state.state === "running") showLog();
+}
+
+let logShown = 0;
+
+async function showLog() {
+  const log = place.querySelector("[data-log]");
+  if (!log || Date.now() - logShown < 3000) return;
+  logShown = Date.now();
+  const answer = await fetch(`/api/log?${new URLSearchParams({ run })}`);
+  if (!answer.ok) return;
+  const text = (await answer.json()).log;
+  if (text === log.textContent) return;
+  const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 30;
+  log.textContent = text;
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+function listen() {
+  const fields = new URLSearchParams({ run, after: curves.cursor });
+  const events = new EventSource(`/api/events?${fields}`);
+  events.addEventListener("open", () => { connection.textContent = "live"; });
+  events.addEventListener("error", () => { connection.textContent = "no connection; trying again"; });
+  events.addEventListener("rows", (event) => addRows(JSON.parse(event.data)));
+  events.addEventListener("state", (event) => showState(JSON.parse(event.data)));
+  events.addEventListener("reset", () => read());
+  events.addEventListener("gone", () => {
+    events.close();
+    connection.textContent = "this run was moved or removed";
+  });
+}
+
+async function offerOverlays() {
+  const answer = await fetch("/api/runs");
+  if (!answer.ok) return;
+  const others = (await answer.json()).map((one) => one.name).filter((name) => name !== run);
+  if (!others.length) return;
+  const select = document.createElement("select");
+  select.setAttribute("aria-label", "Lay another run over the curves");
+  select.append(new Option("lay a run over it", ""), ...others.map((name) => new Option(name, name)));
+  const clear = document.createElement("button");
+  clear.type = "button";
+  clear.textContent = "Remove overlays";
+  clear.hidden = true;
+  select.addEventListener("change", async () => {
+    const name = select.value;
+    select.value = "";
+    if (!name) return;
+    try {
+      overlays.set(name, await fetchCurves(name, smoothed));
+    } catch (error) {
+      connection.textContent = error.message;
+      return;
+    }
+    clear.hidden = false;
+    draw();
+  });
+  clear.addEventListener("click", () => { overlays.clear(); clear.hidden = true; draw(); });
+  controls.append(select, clear);
+}
+
+const log = place.querySelector("[data-log]");
+if (log) log.scrollTop = log.scrollHeight;
+await read();
+if (curves) listen();
+offerOverlays();

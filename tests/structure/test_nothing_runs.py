@@ -25,11 +25,12 @@ BANNED_CALLS = {
     "eval", "exec", "builtins.eval", "builtins.exec", "compile", "__import__",
     "os.system", "os.popen",
 }  # fmt: skip
-# All of Jinja that may be named: what renders in the sandbox, its errors, and what a
-# tag of our own is made of.
+# All of Jinja that may be named: what renders in the sandbox, its errors, what a tag of
+# our own is made of, and what finds the templates of pages.
 JINJA = {
     "jinja2.sandbox.ImmutableSandboxedEnvironment", "jinja2.TemplateError",
     "jinja2.TemplateSyntaxError", "jinja2.ext.Extension", "jinja2.nodes.CallBlock",
+    "jinja2.FileSystemLoader", "jinja2.StrictUndefined",
 }  # fmt: skip
 ROOMS_OF_JINJA = {"jinja2.sandbox", "jinja2.ext", "jinja2.nodes"}
 

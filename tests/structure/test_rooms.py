@@ -15,7 +15,7 @@ from source_files import FILES, LAUNCHER, PACKAGE, ROOT, dotted, files_of
 ROOMS = (
     "core", "config", "weights", "parallel", "models", "tokenize", "formats", "data",
     "engine", "tasks", "checkpoints", "runs", "report", "evaluate", "train",
-    "generate", "export", "serve", "plan",
+    "generate", "export", "serve", "plan", "studio",
 )  # fmt: skip
 MOST_ROOMS, MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES = 20, 12, 400, 60
 
@@ -76,7 +76,7 @@ def test_rooms_import_only_rooms_before_them():
 
 def test_only_rooms_about_whole_runs_know_the_whole_config():
     """All others receive the groups of `knob_groups`, or plain arguments."""
-    whole = {"config", "tasks", "runs", "train", "plan"}
+    whole = {"config", "tasks", "runs", "train", "plan", "studio"}
     users = {
         room(module)
         for module, file in MODULES.items()

@@ -86,7 +86,7 @@ class QueuedJob:
 
 @dataclasses.dataclass
 class Jobs:
-    """What `jobs.json` holds; `running` has one job at most, `ended` the last first."""
+    """The content of `jobs.json`: `running` has one at most, `ended` the last first."""
 
     waiting: list[QueuedJob]
     running: list[QueuedJob]
@@ -199,5 +199,5 @@ def _find(jobs: list[QueuedJob], name: str) -> QueuedJob:
 
 
 def queue_folder(root: Path) -> Path:
-    """Of the queue of this machine, where several machines share the runs."""
+    """The folder of this machine's queue, where several machines share the runs."""
     return root / ".studio" / f"queue-{os.uname().nodename}"

@@ -1,1 +1,1 @@
-"""What run directories are there, and what is known of each without opening a model."""
+"""The run directories that are there, and the facts of each, from small files."""

@@ -1,4 +1,4 @@
-"""What is known of a run from its small files: state, step, losses, how it ended."""
+"""The state of a run from its small files: step, losses, how it ended."""
 
 import contextlib
 import dataclasses

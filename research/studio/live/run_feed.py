@@ -53,7 +53,7 @@ def plain_list(values: np.ndarray) -> list[float | None]:
 
 @dataclasses.dataclass
 class _Watch:
-    """What listeners of one run share."""
+    """Shared by the listeners of one run."""
 
     columns: MetricColumns
     listeners: int = 0

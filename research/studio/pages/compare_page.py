@@ -9,8 +9,8 @@ from starlette.routing import Route
 from research.config.knobs import flat
 from research.core.errors import UserError
 from research.runs.run_directory import RunDir
+from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import render, studio_of
-from research.studio.pages.run_page import find_run
 
 MOST = 8  # runs whose curves can be told apart
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import jinja2.sandbox
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
@@ -26,7 +26,7 @@ LARGEST_FORM = 1 << 20  # bytes
 
 
 def studio_of(request: Request) -> StudioState:
-    """What the pages share."""
+    """The state that the pages share."""
     return request.app.state.studio
 
 
@@ -134,8 +134,8 @@ def format_time(value: str | float) -> str:
     return f"{when:%Y-%m-%d %H:%M}"
 
 
-def _make_environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def _make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,

@@ -1,4 +1,4 @@
-"""What the buttons of a run do: a request, a resumption, a branch."""
+"""The buttons of a run: a request, a resumption, a branch."""
 
 import asyncio
 import re
@@ -14,8 +14,8 @@ from research.core.errors import UserError
 from research.runs.control.request_files import write_request
 from research.runs.run_directory import RunDir
 from research.studio.jobs import job_commands as commands
+from research.studio.pages.live_run_page import changed_knobs, find_run
 from research.studio.pages.page_view import Form, render, see, studio_of
-from research.studio.pages.run_page import changed_knobs, find_run
 
 NAME = re.compile(r"[\w.+=@-][\w.+=@ /-]*")
 

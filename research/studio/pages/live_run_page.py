@@ -92,7 +92,7 @@ def find_run(request: Request, name: str) -> Path:
 
 
 def _from_files(folder: Path) -> dict[str, Any]:
-    """What the page shows of files that may be absent or damaged."""
+    """Parts of the page whose files may be absent or damaged."""
     found: dict[str, Any] = {"problems": []}
 
     def read(name: str, absent: Any, reader: Any) -> None:

@@ -25,6 +25,7 @@ from research.engine.requests import (
     Piece,
     Request,
     Sampling,
+    SlotStats,
     TokenScore,
     check_request,
 )
@@ -41,6 +42,10 @@ class Engine:
 
     Any thread may submit, cancel, load adapters and read statistics. Rounds are taken
     by one thread in `run_forever` or, without it, by whoever reads an answer.
+
+    Attributes:
+      prefixes: beginnings of prompts; another engine over the same parameters may have
+        them, too.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Engine:
         """
         self._decoder, self._tokenizer = decoder, tokenizer
         self._most_waiting, self._when_idle = most_waiting, when_idle
-        self._prefixes = PrefixCache(prefix_bytes)
+        self.prefixes = PrefixCache(prefix_bytes)
         self._adapters = AdapterNames(adapter_rows)
         self._slots: list[AnswerProgress | None] = [None] * decoder.slots
         self._waiting: collections.deque[AnswerProgress] = collections.deque()
@@ -180,13 +185,17 @@ class Engine:
             waiting=len(self._waiting),
             cache_tokens=sum(task.written + task.new for task in running),
             cache_capacity=len(self._slots) * self._decoder.length,
-            prefix_bytes=self._prefixes.nbytes,
+            prefix_bytes=self.prefixes.nbytes,
             prefix_hits=self._hits,
             adapter_rows=len(self.adapters()),
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
             finished=dict(self._finished),
         )
+
+    def slot_stats(self) -> list[SlotStats | None]:
+        """What each slot does; None for a free one."""
+        return [task.stats() if task else None for task in self._slots]
 
     # Called by the one thread that takes the rounds.
 
@@ -284,10 +293,10 @@ class Engine:
     def _prepare(self, task: AnswerProgress) -> None:
         prompt, chunk = task.request.prompt, self._decoder.chunk
         self._decoder.admit(task.slot, task.settings())
-        if self._prefixes.capacity:
+        if self.prefixes.capacity:
             task.keys = chunk_keys(task.adapter.identity, prompt[:-1], chunk)
             # Scores of the prompt come from the same pass over it.
-            blocks = self._prefixes.find(task.keys[: task.unscored // chunk])
+            blocks = self.prefixes.find(task.keys[: task.unscored // chunk])
             for index, block in enumerate(blocks):
                 self._decoder.write_block(task.slot, index, block)
             task.written = task.cached = len(blocks) * chunk
@@ -322,7 +331,7 @@ class Engine:
     def _begin(self, task: AnswerProgress) -> None:
         """The prompt is written, and the answer begins."""
         slot = task.slot
-        self._prefixes.add(task.keys, lambda i: self._decoder.read_block(slot, i))
+        self.prefixes.add(task.keys, lambda i: self._decoder.read_block(slot, i))
         if task.request.sampling.max_new_tokens == 0:
             self._end(task, task.piece(finish="length"))
             return

@@ -179,6 +179,25 @@ class EngineStats:
     finished: dict[str, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class SlotStats:
+    """The answer that a slot makes.
+
+    Attributes:
+      adapter: its name; "" is the base model.
+      prompt_tokens, written_tokens: of the prompt, and how many are in the slot.
+      cached_tokens: those of them that came from the prefix cache.
+      new_tokens, most_new_tokens: of the answer, and the most that it may have.
+    """
+
+    adapter: str
+    prompt_tokens: int
+    written_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    most_new_tokens: int
+
+
 class EngineFullError(UserError):
     """The queue has no room; the request may be sent again later.
 

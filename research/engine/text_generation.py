@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from research.engine.answers.answer_progress import Answer
 from research.engine.continuous_batching import Engine
+from research.engine.prefix_cache import PrefixCache
 from research.engine.requests import Piece, Request
 from research.engine.slot_decoder import SlotDecoder
 from research.formats.base_model import Base
@@ -21,6 +22,8 @@ Params = dict[str, Any]
 
 # Numbers of slots and lengths are powers of two, so that few programs compile.
 MOST_SLOTS, SHORTEST = 8, 256
+# Bytes of prompts that a conversation keeps: each of its turns begins with all before.
+KEPT_BYTES = 2**28
 
 
 class SlotDecoders:
@@ -47,15 +50,16 @@ class SlotDecoders:
         """
         length = min(_power_of_two(tokens, SHORTEST), self.longest)
         size = _power_of_two(slots, 1), length
-        if size not in self._decoders:
+        # Whoever asks for this size meanwhile gets a decoder of its own.
+        decoder = self._decoders.pop(size, None)
+        if decoder is None:
             decoder = SlotDecoder(self.model, None, *size, mesh=self.mesh)
-            self._decoders[size] = decoder
-        decoder = self._decoders[size]
         decoder.open(params)
         try:
             yield decoder
         finally:
             decoder.close()
+            self._decoders[size] = decoder
 
     @property
     def longest(self) -> int:
@@ -129,6 +133,24 @@ class TextGenerator:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
+
+
+class LastingGenerator(TextGenerator):
+    """Keeps its engine open between requests, and what it has read of prompts."""
+
+    def __init__(self, decoders: SlotDecoders, params: Params, tokenizer: Tokenizer):
+        super().__init__(decoders, params, tokenizer)
+        self._opened, self._room = contextlib.ExitStack(), 0
+        self._prefixes = PrefixCache(KEPT_BYTES)
+
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """See `TextGenerator`; a longer request than any before opens a longer slot."""
+        if _room(request) > self._room:
+            self._opened.close()
+            self._room = _power_of_two(_room(request), SHORTEST)
+            self._engine = self._opened.enter_context(self.engine(1, self._room))
+            self._engine.prefixes = self._prefixes
+        yield from self._engine.submit(request)
 
 
 def tuned_generator(

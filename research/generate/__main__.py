@@ -13,6 +13,7 @@ from research.config import command_line
 from research.config.knob_groups import ColumnsConfig
 from research.config.knobs import knob
 from research.core.errors import UserError
+from research.runs.answering.weight_forms import weights_knob
 
 if TYPE_CHECKING:
     from research.generate.asked_model import AskedModel
@@ -69,6 +70,7 @@ class GenerateFlags:
     jsonl: bool = knob(False, "older name of --json")
     compare: bool = knob(False, "answer with the base model of the run, too")
     step: str = knob("latest", "checkpoint of the run: latest, best, or a step number")
+    weights: str = weights_knob()
     temperature: float | None = knob(
         None,
         f"0 takes the likeliest token; above 0 samples; {OF_MODEL}, else 0",
@@ -133,9 +135,9 @@ def main(argv: Sequence[str]) -> int:
     names = [field.name for field in dataclasses.fields(SamplingFlags)]
     flags = SamplingFlags(**{name: getattr(f, name) for name in names})
     if f.model:
-        model = open_model(f.model, f.system, flags, f.stop)
+        model = open_model(f.model, f.system, flags, f.stop, f.weights)
     else:
-        model = open_run(f.run, f.step, f.compare, f.system, flags, f.stop)
+        model = open_run(f.run, f.step, f.compare, f.system, flags, f.stop, f.weights)
     return UserError.exit_code if _ask(model, f, prompt, columns) else 0
 
 

@@ -1,29 +1,28 @@
 """A model that answers in the terminal: one that a run has tuned, or one of a file."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
 from research.core.visible_text import visible
 from research.engine.requests import Piece, Request, Sampling
 from research.engine.sampling_defaults import model_sampling
-from research.engine.text_generation import SlotDecoders, TextGenerator
-from research.formats.base_model import Base, open_base
-from research.formats.load_parameters import load_base
-from research.models.make_model import make_model
-from research.models.transformer import Model
-from research.runs.reopen import fitting_mesh, reopen
-from research.runs.run_directory import RunDir
+from research.engine.text_generation import (
+    LastingGenerator,
+    SlotDecoders,
+    TextGenerator,
+)
+from research.formats.base_model import Base
+from research.runs.answering.int8_base import in_form
+from research.runs.answering.open_for_answering import open_for_answering, prompts_of
+from research.runs.answering.weight_forms import PLAIN
+from research.runs.reopen import ReopenedRun, reopen
 from research.tasks.pretraining import PlainFormat
 from research.tasks.task_protocol import PromptFormat
-from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Turn
-from research.tokenize.default_system import DEFAULT_SYSTEM
 
 USUAL = Sampling(temperature=0.0, top_p=0.95, max_new_tokens=256)
 
@@ -119,8 +118,11 @@ def open_run(
     system: str | None,
     flags: SamplingFlags,
     stop: tuple[str, ...] = (),
+    weights: str = PLAIN,
 ) -> AskedModel:
     """The model of a run, with the system text that it was trained with, or `system`.
+
+    `weights` is the form of the base under its adapters, or of all it has trained.
 
     Raises:
       UserError: there is no such run or checkpoint, or its prompts take no system text.
@@ -130,13 +132,37 @@ def open_run(
         logging.info("system text, as in training: %s", visible(trained_with))
     prompts = opened.prompts if system is None else opened.prompts_with(system)
     _check_system(prompts, system)
-    generators = opened.generators(compare=compare)
+    generators = _generators(opened, compare, weights)
     name = f"{opened.folder.path}@{opened.step}"
-    return _asked(name, prompts, generators, opened.base, flags, stop)
+    return _asked(name, prompts, generators, opened.base, flags, stop, weights)
+
+
+def _generators(
+    run: ReopenedRun, compare: bool, weights: str
+) -> Mapping[str, TextGenerator]:
+    convert = functools.partial(
+        in_form,
+        weights,
+        model=run.model,
+        mesh=run.mesh,
+        run=run.folder.path,
+        tokenizer=run.base.tokenizer,
+    )
+    if run.frozen:
+        frozen = convert(run.frozen)
+        return dataclasses.replace(run, frozen=frozen).generators(compare=compare)
+    generators = run.generators(compare=compare)
+    for generator in generators.values():
+        generator.params = convert(generator.params)
+    return generators
 
 
 def open_model(
-    name: str, system: str | None, flags: SamplingFlags, stop: tuple[str, ...] = ()
+    name: str,
+    system: str | None,
+    flags: SamplingFlags,
+    stop: tuple[str, ...] = (),
+    weights: str = PLAIN,
 ) -> AskedModel:
     """A model without a run, as `config.model.init_from` names it.
 
@@ -145,27 +171,16 @@ def open_model(
     Raises:
       UserError: there is no such model, or it takes no system text.
     """
-    if "://" not in name and RunDir(name).checkpoints.is_dir():
-        raise UserError(f"--model={name} is the folder of a run; use --run={name}")
-    base = open_base(name)
-    prompts: PromptFormat
-    if base.tokenizer.chat_template:
-        template = base.tokenizer.chat_template
-        sends_none = system == "" and DEFAULT_SYSTEM in template
-        args = (f"{DEFAULT_SYSTEM}=",) if sends_none else ()
-        prompts = ChatFormat(base.tokenizer, "chat", system or "", args)
-    else:
-        prompts = PlainFormat(base.tokenizer)
+    opened = open_for_answering(model=name, weights=weights)
+    prompts = prompts_of(opened.base, system)
+    if isinstance(prompts, PlainFormat):
         logging.warning("%s has no chat template: it completes the prompt", name)
     _check_system(prompts, system)
-    mesh = fitting_mesh(Model(base.architecture).specs, jax.local_devices())
-    config = ModelConfig()
-    model = make_model(
-        config, base.architecture, mesh, length=base.architecture.max_position, rows=1
+    decoders = SlotDecoders(opened.model, opened.mesh)
+    generator = TextGenerator(decoders, opened.params, opened.base.tokenizer)
+    return _asked(
+        name, prompts, {"model": generator}, opened.base, flags, stop, weights
     )
-    params = load_base(base, model, mesh, model.options.dtype, seed=0)
-    generator = TextGenerator(SlotDecoders(model, mesh), params, base.tokenizer)
-    return _asked(name, prompts, {"model": generator}, base, flags, stop)
 
 
 def _check_system(prompts: PromptFormat, system: str | None) -> None:
@@ -182,6 +197,7 @@ def _asked(
     base: Base,
     flags: SamplingFlags,
     stop: tuple[str, ...],
+    weights: str,
 ) -> AskedModel:
     sampling, unused = model_sampling(base.tokenizer.generation, USUAL)
     if unused:
@@ -193,9 +209,12 @@ def _asked(
     given = {name: value for name, value in given.items() if value is not None}
     return AskedModel(
         prompts,
-        generators,
+        {
+            name: LastingGenerator(each.decoders, each.params, each.tokenizer)
+            for name, each in generators.items()
+        },
         dataclasses.replace(sampling, **given),
         fits_answers=flags.max_new_tokens is None,
         stop=stop,
-        name=name,
+        name=name if weights == PLAIN else f"{name} {weights}",
     )

@@ -19,6 +19,7 @@ from research.serve.http.sockets import (
     tunnel_to,
     url_of,
 )
+from research.runs.answering.weight_forms import weights_knob
 
 USAGE = """
 python -m research.serve --run=RUN_DIR [--run=...] [--port=8000]
@@ -72,12 +73,7 @@ class ServeFlags:
         "largest rank of adapters that are loaded later; 0: that of --run, or 16",
         low=0,
     )
-    weights: str = knob(
-        "plain",
-        "int8: the base in one byte a weight, faster, and the log says what that does "
-        "to its loss; plain: in the dtype of the run",
-        choices=("plain", "int8"),
-    )
+    weights: str = weights_knob()
     adapters_from: str = knob(
         "",
         "folder below which /v1/load_lora_adapter may open runs; not given: the folder "

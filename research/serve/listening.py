@@ -36,6 +36,7 @@ ROUTES = (
     ("POST", "/tokenize", model_routes.tokenize),
     ("POST", "/detokenize", model_routes.detokenize),
     ("GET", "/tokenizer_info", model_routes.tokenizer_info),
+    ("GET", "/slots", model_routes.slots),
     ("GET", "/health", model_routes.health),
     ("GET", "/metrics", model_routes.metrics),
 )

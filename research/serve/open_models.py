@@ -21,12 +21,12 @@ from research.engine.slot_decoder import SlotDecoder
 from research.models.transformer import Model
 from research.parallel import runtime
 from research.runs.answering.open_for_answering import (
-    PLAIN,
     Answering,
     ServedModel,
     open_for_answering,
 )
 from research.runs.answering.run_addresses import RunAddress, run_addresses
+from research.runs.answering.weight_forms import PLAIN
 from research.serve.api.api_errors import ApiError, bad_request, unknown_model
 from research.serve.served_models import Deployment, ModelNames, NamedModel
 
@@ -49,7 +49,7 @@ class Capacity:
       rank: the largest rank of an adapter that is loaded later; 0: that of the runs.
       queue: requests that may wait.
       prefix_bytes: of beginnings of prompts that are kept.
-      weights: of the base, see `open_for_answering`.
+      weights: the form of the base, see `in_form`.
     """
 
     slots: int

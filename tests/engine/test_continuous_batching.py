@@ -11,6 +11,17 @@ import pytest
 from helpers import TINY, random_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_answers import (
+    CHUNK,
+    DRAWN,
+    GREEDY,
+    LENGTH,
+    LONG,
+    MIDDLE,
+    ROUNDS,
+    SHORT,
+    SLOTS,
+)
 
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
@@ -31,30 +42,8 @@ from research.engine.slot_decoder import SlotDecoder
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.weights.adapters import lora, serving_bank
 
-SLOTS, LENGTH, CHUNK, ROUNDS = 4, 150, 8, 2
 TOKENIZER = byte_tokenizer()
-RNG = np.random.default_rng(0)
-SHORT, MIDDLE, LONG = (
-    tuple(RNG.integers(0, TINY.vocab, n).tolist()) for n in (1, 20, 90)
-)
-GREEDY = Sampling(max_new_tokens=12)
-DRAWN = Sampling(
-    temperature=1.5, top_p=0.97, top_k=60, min_p=0.001, repetition_penalty=1.3,
-    frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 2.0, 95: -3.0},
-    max_new_tokens=12, min_new_tokens=3, seed=2**40 + 7,
-)  # fmt: skip
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def decoder(model, params):
-    """Warm; nothing that this file does may trace a program again."""
-    empty = serving_bank.bank(params, model.specs, adapters=3, rank=2)
-    decoder = SlotDecoder(model, empty, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
-    decoder.warm_up()
-    traces = decoder.traces
-    yield decoder
-    assert decoder.traces == traces
 
 
 @pytest.fixture
@@ -76,22 +65,6 @@ def read(answer):
     pieces = [*answer]
     ids = [i for piece in pieces for i in piece.ids]
     return ids, [x for piece in pieces for x in piece.logprobs], pieces[-1].finish
-
-
-@pytest.fixture(scope="module")
-def full_scores(model, params):
-    """Log-probabilities of the full forward pass after each id of a text."""
-    at = np.arange(LENGTH)[None]
-
-    @jax.jit
-    def scores(tokens):
-        hidden = model.hidden(params, tokens, at, np.ones_like(at))
-        return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[0]
-
-    def of(ids):
-        return np.asarray(scores(np.pad(ids, (0, LENGTH - len(ids)))[None]))[: len(ids)]
-
-    return of
 
 
 # -- the same answer, whatever else happens --------------------------------------------
@@ -344,7 +317,7 @@ def test_no_slot_is_ever_lost(decoder, data):
     assert not decoder.decode().active.any()
     assert len(ends) == len(answers) and all(len(x) == 1 for x in ends.values())
     assert sum(stats.finished.values()) == len(answers)
-    assert engine._prefixes.nbytes <= MIB // 8
+    assert engine.prefixes.nbytes <= MIB // 8
 
 
 # -- adapters --------------------------------------------------------------------------
@@ -422,6 +395,45 @@ def test_a_model_that_is_asked_now_and_then_holds_no_memory(
     sizes = {(8, min(256, longest)), (1, min(256, longest)), (1, min(512, longest))}
     assert {arguments[2:] for arguments in made} == sizes and len(made) == len(sizes)
     assert generator.answers([]) == []
+    decoder.open(params)
+
+
+def test_a_conversation_is_read_once(decoder, monkeypatch):
+    """Two models share their decoders, as where a run is compared with its base."""
+    params, known = decoder.params, [decoder]
+    decoder.close()
+
+    def make(model, params, slots, length, mesh):
+        closed = [x for x in known if x.params is None]
+        if not closed:
+            known.append(
+                SlotDecoder(
+                    model, None, SLOTS, LENGTH, mesh=mesh, chunk=CHUNK, rounds=ROUNDS
+                )
+            )
+        return (closed or known)[-1]
+
+    turns = [LONG[:n] for n in (20, 50, 90)]
+    other = {path: 2 * x if path == "head.kernel" else x for path, x in params.items()}
+    monkeypatch.setattr(text_generation, "SlotDecoder", make)
+    monkeypatch.setattr(text_generation, "SHORTEST", 64)
+    decoders = text_generation.SlotDecoders(decoder._model, decoder._mesh)
+    both = [
+        text_generation.LastingGenerator(decoders, p, TOKENIZER)
+        for p in (params, other)
+    ]
+    found = {}
+    for turn, cached in zip(turns, (0, 16, 48), strict=True):
+        for number, generator in enumerate(both):
+            pieces = [*generator.stream(request(turn, DRAWN))]
+            found[turn, number] = "".join(x.text for x in pieces)
+            assert pieces[0].cached_tokens == cached
+    for number, own in enumerate((params, other)):
+        plain = text_generation.TextGenerator(decoders, own, TOKENIZER)
+        for turn in turns:
+            said = plain.stream(request(turn, DRAWN))
+            assert "".join(x.text for x in said) == found[turn, number]
+    assert found[turns[0], 0] != found[turns[0], 1] and len(known) == 2
     decoder.open(params)
 
 

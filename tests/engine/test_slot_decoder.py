@@ -12,33 +12,24 @@ import jax
 import numpy as np
 import pytest
 from helpers import TINY, in_soak, mesh_sizes
+from slot_answers import (
+    CHUNK,
+    DRAWN,
+    GREEDY,
+    LENGTH,
+    LONG,
+    MIDDLE,
+    ROUNDS,
+    SHORT,
+    SLOTS,
+)
 
 from research.engine.requests import Sampling
 from research.engine.slot_decoder import SlotDecoder, SlotSettings
 from research.models.cached_attention import attend_cached, cache_partition
 from research.parallel import mesh as meshes
-from research.weights.adapters import serving_bank
 
-SLOTS, LENGTH, CHUNK, ROUNDS = 4, 150, 8, 2
 WORDS = -(-TINY.vocab // 32)
-RNG = np.random.default_rng(0)
-SHORT, MIDDLE, LONG = (RNG.integers(0, TINY.vocab, n).tolist() for n in (1, 20, 90))
-# Uses every step of `token_choice`, with penalties and bias that change the answer.
-GREEDY = Sampling(max_new_tokens=12)
-BUSY = Sampling(
-    temperature=1.5, top_p=0.97, top_k=60, min_p=0.001, repetition_penalty=1.3,
-    frequency_penalty=0.4, presence_penalty=0.2, logit_bias={3: 2.0, 95: -3.0},
-    max_new_tokens=12, min_new_tokens=3, seed=2**40 + 7,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def decoder(model, params):
-    """With an empty bank, as the tests of the engine have: the same programs."""
-    bank = serving_bank.bank(params, model.specs, adapters=3, rank=2)
-    decoder = SlotDecoder(model, bank, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
-    decoder.warm_up()
-    return decoder
 
 
 def begin(decoder, slot, prompt, sampling=GREEDY, stop=(), top=3):
@@ -68,22 +59,6 @@ def finish(decoder, *slots):
     return [said[slot] for slot in slots]
 
 
-@pytest.fixture(scope="module")
-def full_scores(model, params):
-    """Log-probabilities of the full forward pass after each id of a text."""
-    at = np.arange(LENGTH)[None]
-
-    @jax.jit
-    def scores(tokens):
-        hidden = model.hidden(params, tokens, at, np.ones_like(at))
-        return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[0]
-
-    def of(ids):
-        return np.asarray(scores(np.pad(ids, (0, LENGTH - len(ids)))[None]))[: len(ids)]
-
-    return of
-
-
 def test_answers_are_those_of_the_full_forward_pass(decoder, full_scores):
     prompts = SHORT, MIDDLE, LONG
     for slot, prompt in enumerate(prompts):
@@ -100,7 +75,7 @@ def test_answers_are_those_of_the_full_forward_pass(decoder, full_scores):
         np.testing.assert_allclose(top, found, atol=2e-5)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, BUSY])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_an_answer_does_not_depend_on_slot_or_load(decoder, sampling):
     traces = decoder.traces
     begin(decoder, 0, MIDDLE, sampling)
@@ -113,7 +88,7 @@ def test_an_answer_does_not_depend_on_slot_or_load(decoder, sampling):
         decoder.decode()
         begin(decoder, slot, MIDDLE, sampling)
         said = take(decoder.decode(), slot)
-        begin(decoder, others[1], SHORT, BUSY)
+        begin(decoder, others[1], SHORT, DRAWN)
         said += finish(decoder, slot)[0]
         assert said == alone
         for other in others[:2]:
@@ -150,10 +125,10 @@ def test_a_constraint_holds_for_one_token_at_a_time(decoder):
 
 def test_a_prefix_read_from_one_slot_continues_in_another(decoder):
     """Bit for bit as if its chunks had been computed there."""
-    begin(decoder, 0, LONG, BUSY)
+    begin(decoder, 0, LONG, DRAWN)
     blocks = [decoder.read_block(0, index) for index in range(5)]
     (expected,) = finish(decoder, 0)
-    decoder.admit(2, SlotSettings(BUSY, top=3, prompt_ids=LONG))
+    decoder.admit(2, SlotSettings(DRAWN, top=3, prompt_ids=LONG))
     for index, block in enumerate(blocks):
         decoder.write_block(2, index, block)
     for at in range(5 * CHUNK, len(LONG) - 1, CHUNK):
@@ -257,7 +232,7 @@ def four_answers(decoder):
         decoder.extend(3, LONG[:-1][at : at + CHUNK])
     decoder.start(3, LONG[-1])
     begin(decoder, 0, SHORT)
-    begin(decoder, 1, MIDDLE, BUSY)
+    begin(decoder, 1, MIDDLE, DRAWN)
     begin(decoder, 2, MIDDLE)
     return finish(decoder, 0, 1, 2, 3)
 

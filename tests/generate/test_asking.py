@@ -24,6 +24,7 @@ from research.generate.asked_model import USUAL, AskedModel, SamplingFlags
 from research.generate.chat import Conversation
 from research.generate.separate_prompts import answer_each, piped_prompts
 from research.parallel import runtime
+from research.runs.answering import int8_base
 from research.runs.display_files import write_findings
 from research.runs.reopen import ReopenedRun
 from research.tasks.findings import SYSTEM, Finding
@@ -31,6 +32,8 @@ from research.tasks.task_registry import exported_tokenizer, load_task
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Turn
 from research.tokenize.tokenizer_training import save_tokenizer
+from research.weights.representations.int8_weights import Int8Matrix
+from research.weights.representations.low_rank import LowRank
 
 CONTEXT = 40
 
@@ -264,6 +267,23 @@ def test_a_model_without_a_chat_template_completes_and_says_so(tmp_path, caplog)
         asked_model.open_model(str(folder), "Be brief.", SamplingFlags())
 
 
+def test_the_weights_of_a_model_or_a_run_may_be_bytes(
+    place, unbroken, tmp_path, monkeypatch, caplog
+):
+    assert unbroken.code == 0, unbroken.err
+    monkeypatch.setattr(int8_base, "mean_loss", lambda *given: 2.0)
+    model = str(place.folder / "model")
+    alone = asked_model.open_model(model, None, SamplingFlags(), (), "int8")
+    assert alone.name == f"{model} int8"
+    run = str(place.run_dir("unbroken"))
+    both = asked_model.open_run(run, "latest", True, None, SamplingFlags(), (), "int8")
+    found = [*alone.generators.values(), *both.generators.values()]
+    leaves = [x.params["layers.mlp.up.kernel"] for x in found]
+    assert [type(x) for x in leaves] == [Int8Matrix, Int8Matrix, LowRank]
+    assert leaves[1] is leaves[2].base
+    assert caplog.text.count("int8 weights: loss 2.0000 instead of 2.0000") == 2
+
+
 @pytest.mark.parametrize(
     ("own", "of_config", "found"),
     [
@@ -336,7 +356,7 @@ def test_the_system_text_of_training_is_that_of_asking(
         (("--run=a", "--stop="), "--stop is empty"),
         (("--run=a", "--n=0"), "--n is 0; it must be in 1 to 100"),
         (("--model=a",), "neither a folder nor a .gguf file"),
-        (("--model=run",), "--model=run is the folder of a run; use --run=run"),
+        (("--model=run",), "--model=run is the folder of a run: use --run=run"),
         (("--run=a", "--temperature=-1"), "--temperature is -1.0; it must be at least"),
         (("--run=a", "--top_p=x"), "--top_p"),
     ],

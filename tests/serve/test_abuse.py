@@ -136,6 +136,34 @@ def test_who_leaves_gives_up_his_slot_and_his_place(server):
         assert stats().new_tokens - before < 400
 
 
+def test_slots_say_what_they_do_and_no_text(server, monkeypatch):
+    decoder, held = server.deployment.engine._decoder, threading.Event()
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda: held.wait(300) and decode())
+    connection = server.socket()
+    try:
+        assert server.get("/slots?fail_on_no_slot=1").status_code == 200
+        connection.sendall(request("/v1/chat/completions", ENDLESS))
+        slot = lambda: server.get("/slots").json()[0]  # noqa: E731
+        server.until(lambda: slot().get("n_prompt_tokens_processed"))
+        found = slot()
+        tokens = found.pop("n_prompt_tokens")
+        assert found.pop("n_prompt_tokens_cache") in range(tokens)
+        assert found == {
+            "id": 0, "n_ctx": CONTEXT, "is_processing": True, "model": "base",
+            "n_prompt_tokens_processed": tokens,
+            "next_token": {"n_decoded": 0, "n_remain": CONTEXT - tokens},
+        }  # fmt: skip
+        assert server.get("/slots?fail_on_no_slot=1").status_code == 503
+    finally:
+        connection.close()
+        held.set()
+    server.idle()
+    assert server.get("/slots").json()[1] == {
+        "id": 1, "n_ctx": CONTEXT, "is_processing": False,
+    }  # fmt: skip
+
+
 def test_who_does_not_read_holds_nobody_up(server):
     connection = server.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -11,7 +11,7 @@ import numpy as np
 
 from research.engine.adapter_names import LoadedAdapter
 from research.engine.answers.text_stream import Detokenizer, StopTexts
-from research.engine.requests import Finish, Piece, Request, TokenScore
+from research.engine.requests import Finish, Piece, Request, SlotStats, TokenScore
 from research.engine.slot_decoder import Round, Scores, SlotSettings
 
 Pieces = queue.SimpleQueue[Piece]
@@ -138,6 +138,19 @@ class AnswerProgress:
         """Ids at the beginning of the prompt whose next ones need no score."""
         request = self.request
         return request.echo_from - 1 if request.echo else len(request.prompt)
+
+    def stats(self) -> SlotStats:
+        """How far it is, for people and monitoring."""
+        request = self.request
+        return SlotStats(
+            request.adapter,
+            len(request.prompt),
+            # The last token of a prompt is the first that is decoded.
+            self.written + self.decodes,
+            self.cached,
+            self.new,
+            request.sampling.max_new_tokens,
+        )
 
     def settings(self) -> SlotSettings:
         """The settings of its slot."""

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from research.core.errors import look_up
 from research.data.token_batch import Batch
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.runs.answering.weight_forms import INT8, WEIGHTS
 from research.runs.display_files import read_preview
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.tokenizer import Tokenizer
@@ -91,10 +93,31 @@ def texts_to_measure(run: Path | None, tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode_texts(["\n\n".join(part)])[0] for part in parts]
 
 
-def measured_int8(
-    params: Params, model: Model, mesh: Mesh, texts: Sequence[Sequence[int]]
+def in_form(
+    weights: str,
+    params: Params,
+    model: Model,
+    mesh: Mesh,
+    run: Path | None,
+    tokenizer: Tokenizer,
 ) -> Params:
-    """`with_int8`, and a line in the log about the loss on `texts` before and after."""
+    """A base model's `params` in the form that `--weights` names.
+
+    For `int8` a line in the log has the loss before and after; see `with_int8`.
+
+    Args:
+      weights: one of `WEIGHTS`.
+      params: of `model` on `mesh`.
+      model, mesh: see `mean_loss`.
+      run, tokenizer: see `texts_to_measure`.
+
+    Raises:
+      UserError: there is no such form.
+    """
+    look_up(dict.fromkeys(WEIGHTS), weights, "--weights")
+    if weights != INT8:
+        return params
+    texts = texts_to_measure(run, tokenizer)
     before = mean_loss(params, model, mesh, texts)
     changed = with_int8(params, model, mesh)
     after = mean_loss(changed, model, mesh, texts)

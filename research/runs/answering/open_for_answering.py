@@ -18,19 +18,20 @@ from jax.sharding import Mesh
 
 from research.checkpoints.checksums import seal_of
 from research.config.knob_groups import ModelConfig
-from research.core.errors import UserError, look_up
+from research.core.errors import UserError
 from research.core.local_paths import split_step
 from research.formats.base_model import Base, open_base
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.runs.answering.int8_base import measured_int8, texts_to_measure
+from research.runs.answering.int8_base import in_form
 from research.runs.answering.run_addresses import (
     BASE,
     RunAddress,
     run_addresses,
 )
+from research.runs.answering.weight_forms import PLAIN
 from research.runs.lineage.base_of_run import RunTensors, open_step
 from research.runs.lineage.start_pins import saved_step
 from research.runs.reopen import FoundRun, find_run, fitting_mesh
@@ -38,13 +39,13 @@ from research.runs.run_directory import RunDir
 from research.tasks.pretraining import PlainFormat
 from research.tasks.task_protocol import PromptFormat
 from research.tokenize.chat_template import ChatFormat
+from research.tokenize.default_system import DEFAULT_SYSTEM
 from research.weights.adapters import serving_bank
 from research.weights.parameter_spec import Spec
 from research.weights.representations.adapter_bank import AdapterBank
 
 Params = dict[str, Any]
 USUAL_RANK = 16
-PLAIN, INT8 = WEIGHTS = "plain", "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +173,11 @@ def open_for_answering(
         that is not used slows every answer down. With 0 and no run there is no bank.
       rank: the largest rank that has room; those of `runs` have room anyway, and
         without runs `USUAL_RANK`.
-      weights: `int8` stores the base in bytes, and logs what this does to its loss;
-        `plain` keeps the dtype of the model.
+      weights: the form of the base, see `in_form`.
 
     Raises:
       UserError: a run or model is absent, or two runs have different bases.
     """
-    look_up(dict.fromkeys(WEIGHTS), weights, "--weights")
     addresses = run_addresses(runs)
     if not model and not addresses:
         raise UserError("name a run with --run=RUN_DIR, or a model with --model=")
@@ -192,11 +191,11 @@ def open_for_answering(
     others = tuple(x for x in addresses if x not in full)
     opened = _open_full_run(full[0], mesh) if full else _open_base(model, others, mesh)
     found = [find_adapters(address, opened.base) for address in others]
-    if weights == INT8:
-        first = addresses[0].folder if addresses else None
-        texts = texts_to_measure(first, opened.base.tokenizer)
-        small = measured_int8(opened.params, opened.model, opened.mesh, texts)
-        opened = dataclasses.replace(opened, params=small)
+    first = addresses[0].folder if addresses else None
+    params = in_form(
+        weights, opened.params, opened.model, opened.mesh, first, opened.base.tokenizer
+    )
+    opened = dataclasses.replace(opened, params=params)
     count = max(adapters, len(found))
     params = _with_bank(opened, found, count, rank) if count else opened.params
     return dataclasses.replace(opened, runs=others, params=params)
@@ -230,15 +229,22 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun:
     return find_run(address.folder, base)
 
 
-def prompts_of(base: Base, system: str = "") -> PromptFormat:
+def prompts_of(base: Base, system: str | None = None) -> PromptFormat:
     """The format of a model's own prompts; without a chat template it continues text.
+
+    Args:
+      base: the model.
+      system: a system text; "" sends none, and None leaves it to the template.
 
     Raises:
       UserError: its template cannot be used.
     """
-    if base.tokenizer.chat_template:
-        return ChatFormat(base.tokenizer, "chat", system)
-    return PlainFormat(base.tokenizer)
+    template = base.tokenizer.chat_template
+    if not template:
+        return PlainFormat(base.tokenizer)
+    sends_none = system == "" and DEFAULT_SYSTEM in template
+    args = (f"{DEFAULT_SYSTEM}=",) if sends_none else ()
+    return ChatFormat(base.tokenizer, "chat", system or "", args)
 
 
 def open_named(name: str) -> Base:

@@ -104,6 +104,31 @@ async def tokenizer_info(http: HttpRequest) -> Response:
     )
 
 
+async def slots(http: HttpRequest) -> Response:
+    """What each slot does, with the names of llama.cpp's server, and no text."""
+    deployment = _state(http).deployment
+    found = deployment.engine.slot_stats()
+    if http.query_params.get("fail_on_no_slot") and all(found):
+        raise ApiError(503, "all slots are in use", None, "no_slot", 1)
+    base = next(m.name for m in deployment.models.all() if not m.adapter)
+    cards = []
+    for number, stats in enumerate(found):
+        card = {"id": number, "n_ctx": deployment.context, "is_processing": bool(stats)}
+        if stats:
+            card |= {
+                "model": stats.adapter or base,
+                "n_prompt_tokens": stats.prompt_tokens,
+                "n_prompt_tokens_processed": stats.written_tokens,
+                "n_prompt_tokens_cache": stats.cached_tokens,
+                "next_token": {
+                    "n_decoded": stats.new_tokens,
+                    "n_remain": stats.most_new_tokens - stats.new_tokens,
+                },
+            }
+        cards.append(card)
+    return _json(cards)
+
+
 async def health(http: HttpRequest) -> Response:
     """200 when the server answers requests, else 503."""
     state = _state(http)

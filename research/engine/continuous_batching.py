@@ -194,7 +194,7 @@ class Engine:
         )
 
     def slot_stats(self) -> list[SlotStats | None]:
-        """What each slot does; None for a free one."""
+        """The answers in the slots; None for a free one."""
         return [task.stats() if task else None for task in self._slots]
 
     # Called by the one thread that takes the rounds.

@@ -12,6 +12,7 @@ from pathlib import Path
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.errors import UserError
+from research.runs.answering.weight_forms import weights_knob
 from research.serve.http.sockets import (
     LOOPBACK,
     open_port,
@@ -19,7 +20,6 @@ from research.serve.http.sockets import (
     tunnel_to,
     url_of,
 )
-from research.runs.answering.weight_forms import weights_knob
 
 USAGE = """
 python -m research.serve --run=RUN_DIR [--run=...] [--port=8000]

@@ -105,7 +105,7 @@ async def tokenizer_info(http: HttpRequest) -> Response:
 
 
 async def slots(http: HttpRequest) -> Response:
-    """What each slot does, with the names of llama.cpp's server, and no text."""
+    """The state of each slot, with the names of llama.cpp's server, and no text."""
     deployment = _state(http).deployment
     found = deployment.engine.slot_stats()
     if http.query_params.get("fail_on_no_slot") and all(found):

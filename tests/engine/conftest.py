@@ -1,4 +1,4 @@
-"""One warm decoder with a bank, and the scores that its answers must have."""
+"""A warm decoder with a bank, and the scores that its answers must have."""
 
 import jax
 import numpy as np
@@ -9,21 +9,15 @@ from research.engine.slot_decoder import SlotDecoder
 from research.weights.adapters import serving_bank
 
 
-@pytest.fixture(scope="session")
-def warm_decoder(model, params):
+@pytest.fixture(scope="module")
+def decoder(model, params):
+    """Warm; nothing that a file does may trace a program again."""
     empty = serving_bank.bank(params, model.specs, adapters=3, rank=2)
     decoder = SlotDecoder(model, empty, SLOTS, LENGTH, chunk=CHUNK, rounds=ROUNDS)
     decoder.warm_up()
-    return decoder
-
-
-@pytest.fixture(scope="module")
-def decoder(warm_decoder):
-    """With empty slots; nothing that a file does may trace a program again."""
-    warm_decoder.open(warm_decoder.params)
-    traces = warm_decoder.traces
-    yield warm_decoder
-    assert warm_decoder.traces == traces
+    traces = decoder.traces
+    yield decoder
+    assert decoder.traces == traces
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,7 @@ def test_scores_of_the_end_of_a_prompt_are_those_of_all_of_it(engine, first):
     every = engine.score(LONG, top=3)
     wanted = request(LONG, Sampling(max_new_tokens=0), echo=True, echo_from=first)
     for cached in (0, (first - 1) // CHUNK * CHUNK):
-        engine._prefixes = engine._prefixes if cached else PrefixCache(MIB)
+        engine.prefixes = engine.prefixes if cached else PrefixCache(MIB)
         (piece,) = engine.submit(wanted)
         assert piece.cached_tokens == cached
         assert [x.id for x in piece.prompt_logprobs] == [*LONG[first:]]

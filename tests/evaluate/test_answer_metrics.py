@@ -189,6 +189,10 @@ def test_the_mean_is_over_labels_that_occur_in_the_rows_at_hand():
         ("Very positive", "very positive"),  # and not the label inside it
         ("A", "A"),
         ("(b)", "B"),
+        ("B, because a cat is one", "B"),
+        ("a cat", None),
+        ("positive\n\n### very positive or B?", "positive"),
+        ("A or B", None),
         ("unpositive", None),
         ("", None),
     ],

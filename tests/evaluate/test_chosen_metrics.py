@@ -173,6 +173,15 @@ def test_a_module_that_does_not_import_is_one_sentence(write_module, body):
         choose_metrics([name], [ROW])
 
 
+def test_a_function_says_which_direction_is_better(write_module):
+    body = "def score(row, answer): raise SystemExit\nscore.higher_is_better = 'yes'\n"
+    with pytest.raises(UserError, match="higher_is_better = 'yes'; it must be True"):
+        choose_metrics([write_module(body, "directs")], [ROW])
+    name = write_module("def score(row, answer): raise SystemExit\n", "exits")
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: .*SystemExit"):
+        choose_metrics([name], [ROW])[name].measure([ROW])
+
+
 def test_a_slow_function_is_told_while_it_works(write_module, monkeypatch, caplog):
     monkeypatch.setattr(user_metric, "SLOW_SECONDS", 0.05)
     monkeypatch.setattr(time, "told", caplog, raising=False)

@@ -183,7 +183,7 @@ def test_holm_by_hand():
 
 def test_a_table_of_several_runs_is_one_family_of_tests():
     """A difference that one test would show is not shown among twenty."""
-    gaps = random(11).normal(0.4, 1, 20)
+    gaps = random(13).normal(0.55, 1, 20)
     alone = paired.compare(means(np.zeros(20)), means(gaps), range(20))
     assert alone.p_value < 0.05 and alone.low > 0
     base = {"m": means(np.zeros(20))}
@@ -194,6 +194,37 @@ def test_a_table_of_several_runs_is_one_family_of_tests():
     assert judged["run"]["m"].comparison == alone
     assert judged["run"]["m"].adjusted_p == pytest.approx(20 * alone.p_value)
     assert judged["run"]["m"].verdict == "no difference shown"
+
+
+def test_metrics_in_which_no_test_can_succeed_cost_the_others_nothing():
+    """Among them those that are equal in every row, such as no empty answers."""
+    gaps, zeros = random(11).normal(0.55, 1, 20), means(np.zeros(20))
+    idle = {f"idle {number}": zeros for number in range(50)}
+    nearly = means([1, 1, 1, *[0] * 17])
+    base = {"m": zeros, "few": zeros, **idle}
+    run = {"m": means(gaps), "few": nearly, **idle}
+    judged = paired.compare_runs(base, {"run": run}, range(20), {})["run"]
+    assert judged["m"].adjusted_p == judged["m"].comparison.p_value < 0.05
+    few = judged["few"]
+    assert (few.comparison.differing, few.adjusted_p) == (3, 1)
+    assert few.verdict == judged["idle 1"].verdict == "no difference shown"
+
+
+def test_many_rows_get_fewer_resamples():
+    """The draws are bounded; a thousand resamples stay."""
+    assert resampling.resamples_of(500) == resampling.resamples_of(10_000) == 10_000
+    assert resampling.resamples_of(50_000) == 2000
+    assert resampling.resamples_of(10**7) == 1000
+
+
+def test_a_loss_that_falls_while_answers_get_worse_is_said():
+    words = {"loss": "better", "rouge_l": "worse", "chrf": "better", "bleu": "worse"}
+    said = verdicts.loss_against_answers(words, {"loss"})
+    assert said.startswith("loss got better while the answers got worse in rouge_l, bl")
+    for other in ("no difference shown", "better"):
+        same = words | {"rouge_l": other, "bleu": other}
+        assert verdicts.loss_against_answers(same, {"loss"}) is None
+    assert verdicts.loss_against_answers(words | {"loss": "worse"}, {"loss"}) is None
 
 
 ROW = AnsweredRow(

@@ -7,7 +7,7 @@ import numpy as np
 from research.core.errors import UserError
 from research.evaluate.answer_metrics.answer_metric import SHARE, AnswerMetric
 from research.evaluate.answer_metrics.short_answers import Words, has_run
-from research.evaluate.answer_metrics.words_of_text import comparable
+from research.evaluate.answer_metrics.words_of_text import comparable, letters_of
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.statistics import measured
 from research.evaluate.statistics.measured import Floats, Measured
@@ -37,22 +37,37 @@ def labels_of(rows: Sequence[AnsweredRow]) -> list[str]:
 def label_in(answer: str, labels: Sequence[str]) -> str | None:
     """The label that the answer is, or else the only one that it names.
 
-    A label inside a longer one that is named (`positive` in `very positive`) does not
-    count; None where several labels or none are named.
+    Where it names several, the only one that its first line names; else None. A label
+    inside a longer one that is named (`positive` in `very positive`) does not count,
+    and the case of a single letter does: `a` is a word where A is a label.
     """
+    for label in labels:
+        if comparable(answer, label) == comparable(label, label):
+            return label
+    first_line = answer.strip().partition("\n")[0]
+    for text in (answer, first_line):
+        named = _named_in(text, labels)
+        if len(named) <= 1:
+            break
+    return named[0] if len(named) == 1 else None
+
+
+def _named_in(text: str, labels: Sequence[str]) -> list[str]:
     named: dict[str, Words] = {}
     for label in labels:
-        words, run = comparable(answer, label), comparable(label, label)
-        if words == run:
-            return label
-        if has_run(words, run):
+        run = comparable(label, label)
+        letter = label.strip()
+        if len(letter) == 1 and letter.swapcase() != letter:
+            found = letter in letters_of(text)
+        else:
+            found = has_run(comparable(text, label), run)
+        if found:
             named[label] = run
-    longest = [
+    return [
         label
         for label, run in named.items()
         if not any(other != run and has_run(other, run) for other in named.values())
     ]
-    return longest[0] if len(longest) == 1 else None
 
 
 def _counted(rows: Sequence[AnsweredRow]) -> tuple[list[str | None], list[str], Floats]:
@@ -106,7 +121,7 @@ def _named(rows: Sequence[AnsweredRow]) -> Measured:
     return measured.mean([float(label is not None) for label in answered])
 
 
-READ_AS = "the answer is a label of the rows, or names exactly one"
+READ_AS = "the answer is a label of the rows, or it (or its first line) names one only"
 ACCURACY = AnswerMetric(
     "accuracy",
     SHARE,

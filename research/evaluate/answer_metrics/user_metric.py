@@ -31,11 +31,17 @@ def user_metric(name: str) -> AnswerMetric:
         and an answer.
     """
     function = _import(name)
+    higher = getattr(function, "higher_is_better", True)
+    if higher not in (True, False, None):
+        raise UserError(
+            f"the metric {name} has higher_is_better = {_short(higher)}; it must be "
+            "True, False or None"
+        )
     words = " ".join((inspect.getdoc(function) or "a function of the user").split())
     return AnswerMetric(
         name,
         str(getattr(function, "unit", "")),
-        getattr(function, "higher_is_better", True),
+        higher,
         bool(getattr(function, "needs_reference", False)),
         words,
         lambda rows: _measure(name, function, rows),
@@ -101,7 +107,7 @@ def _measure(
 def _number(name: str, function: Callable[..., Any], row: AnsweredRow) -> float | None:
     try:
         result = function(row, row.answer)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{row.place}: the metric {name} failed on this row (id {row.id}): "
             f"{_described(error)}"

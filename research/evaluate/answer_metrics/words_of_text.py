@@ -52,6 +52,12 @@ def words_and_signs_of(text: str) -> list[str]:
     return found
 
 
+def letters_of(text: str) -> set[str]:
+    """The words of one letter, with their case."""
+    words = _WORD.findall(unicodedata.normalize("NFKC", text))
+    return {word for word in words if len(word) == 1}
+
+
 def grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     """All runs of `size` words."""
     return zip(*(words[start:] for start in range(size)), strict=False)

@@ -9,10 +9,9 @@ from scipy import stats
 
 from research.evaluate.statistics import resampling
 from research.evaluate.statistics.measured import Floats, Measured
-from research.evaluate.statistics.verdicts import verdict
+from research.evaluate.statistics.verdicts import ALPHA, verdict
 
 SEED = 0
-SIGNIFICANT = 0.05
 POWER = 0.8
 
 
@@ -45,7 +44,7 @@ class Comparison:
       clusters: groups of rows that repeat; independent rows are one each.
       rows_needed: rows of this kind with which a difference of this size would be
         found in 80 of 100 test files; None where the models do not differ.
-      smallest_p: the least p-value that so few clusters can give.
+      differing: clusters in which the two models differ at all.
     """
 
     baseline: float
@@ -58,7 +57,7 @@ class Comparison:
     rows: int
     clusters: int
     rows_needed: int | None
-    smallest_p: float
+    differing: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ def compare(
     difference = values[1] - values[0]
     low, high = resampling.bootstrap(both, gap, seed) or (None, None)
     error = resampling.standard_error(both, gap)
-    least = resampling.smallest_p(count)
     effect, needed = (None, None) if difference else (0.0, None)
     if error > resampling.ROUNDING * abs(difference):
         effect = difference / (error * math.sqrt(count))
@@ -128,7 +126,7 @@ def compare(
         rows=rows,
         clusters=count,
         rows_needed=needed,
-        smallest_p=least,
+        differing=int((one != two).any(1).sum()),
     )
 
 
@@ -141,8 +139,9 @@ def compare_runs(
 ) -> dict[str, dict[str, Judged]]:
     """Several runs against one baseline: by run, then by metric.
 
-    Holm's correction is over all metrics of all runs, which are one table. A metric
-    that has no row in common is missing from its run.
+    Holm's correction is over all metrics of all runs, which are one table. Those in
+    which too few rows differ for any result below 0.05 are no tests (Tarone 1990, doi
+    10.2307/2531456). A metric that has no row in common is missing from its run.
     """
     found = {
         (run, metric): comparison
@@ -151,10 +150,18 @@ def compare_runs(
         if metric in baseline
         and (comparison := compare(baseline[metric], measured, clusters, seed))
     }
-    adjusted = holm([each.p_value for each in found.values()])
+    tests = [
+        key
+        for key, each in found.items()
+        if resampling.smallest_p(each.differing) <= ALPHA
+    ]
+    corrected = dict(
+        zip(tests, holm([found[key].p_value for key in tests]), strict=True)
+    )
     judged: dict[str, dict[str, Judged]] = {run: {} for run in runs}
-    for ((run, metric), each), p_value in zip(found.items(), adjusted, strict=True):
-        words = verdict(each, p_value, len(found), higher_is_better.get(metric))
+    for (run, metric), each in found.items():
+        p_value = corrected.get((run, metric), 1.0)
+        words = verdict(each, p_value, len(tests), higher_is_better.get(metric))
         judged[run][metric] = Judged(each, p_value, words)
     return judged
 
@@ -192,8 +199,8 @@ def _rows_needed(effect: float | None, rows_per_cluster: float) -> int:
     doi 10.2307/2683298), and at least as many as the permutation test needs to reach
     5 % at all.
     """
-    least = math.ceil(1 - math.log2(SIGNIFICANT))
-    tail = float(stats.norm.ppf(1 - SIGNIFICANT / 2))
+    least = math.ceil(1 - math.log2(ALPHA))
+    tail = float(stats.norm.ppf(1 - ALPHA / 2))
     reach = tail + float(stats.norm.ppf(POWER))
     clusters = max(least, (reach / effect) ** 2 + tail**2 / 2) if effect else least
     return math.ceil(clusters * rows_per_cluster)

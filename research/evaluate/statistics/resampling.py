@@ -12,6 +12,8 @@ from research.evaluate.statistics.measured import Floats
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+# Above 10,000 clusters the resamples are fewer: so many clusters are drawn in all.
+MOST_DRAWN, FEWEST = 100_000_000, 1000
 # Numbers held at once for one block of resamples: 32 MB.
 BLOCK = 4_000_000
 # Up to this many clusters every exchange of the two models is tried (2 ** 13 = 8192).
@@ -20,11 +22,16 @@ ENUMERATED = 13
 ROUNDING = 1e-9
 
 
-def _blocks(width: int) -> Iterator[int]:
-    """Sizes of blocks of resamples whose rows have `width` numbers."""
-    size = max(1, BLOCK // max(width, 1))
-    for start in range(0, RESAMPLES, size):
-        yield min(size, RESAMPLES - start)
+def resamples_of(clusters: int) -> int:
+    """How many resamples of so many clusters are drawn."""
+    return min(RESAMPLES, max(FEWEST, MOST_DRAWN // clusters))
+
+
+def _blocks(clusters: int, width: int) -> Iterator[int]:
+    """Sizes of blocks of resamples, each with `clusters` weights and `width` sums."""
+    total, size = resamples_of(clusters), max(1, BLOCK // max(clusters, width))
+    for start in range(0, total, size):
+        yield min(size, total - start)
 
 
 def bootstrap(
@@ -43,7 +50,7 @@ def bootstrap(
         return None
     generator = np.random.default_rng([seed, 0])
     drawn = []
-    for size in _blocks(max(count, sums.shape[1])):
+    for size in _blocks(count, sums.shape[1]):
         picks = generator.integers(0, count, (size, count))
         picks += np.arange(size)[:, None] * count
         weights = np.bincount(picks.ravel(), minlength=size * count)
@@ -87,9 +94,9 @@ def standard_error(sums: Floats, value_of: Callable[[Floats], Floats]) -> float:
     return float(np.sqrt((count - 1) / count * np.sum((values - values.mean()) ** 2)))
 
 
-def smallest_p(clusters: int) -> float:
-    """No permutation test of so many clusters can give less."""
-    return max(2.0 ** (1 - clusters), 1 / (RESAMPLES + 1))
+def smallest_p(differing: int) -> float:
+    """No exchange of two models can give less where they differ in so many clusters."""
+    return min(1.0, 2.0 ** (1 - differing))
 
 
 def permutation_p(
@@ -123,6 +130,6 @@ def permutation_p(
         return as_large(bits.astype(np.float64)) / 2**count
     generator = np.random.default_rng([seed, 1])
     found = 1
-    for size in _blocks(max(count, first.shape[1])):
+    for size in _blocks(count, first.shape[1]):
         found += as_large(generator.integers(0, 2, (size, count)).astype(np.float64))
-    return found / (RESAMPLES + 1)
+    return found / (resamples_of(count) + 1)

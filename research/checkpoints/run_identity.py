@@ -1,10 +1,17 @@
 """The identity of a run or checkpoint: fingerprints of base model, tokenizer, data."""
 
+import math
 import re
-from collections.abc import Collection, Mapping
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 from research.config.field_names import shell_flag
+from research.config.knobs import flat
+from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.visible_text import counted
 
 Identity = dict[str, str]
 # Parts of an identity that name the run, the step and the checkpoint of the base model.
@@ -14,6 +21,14 @@ CHANGED_WITH = {
     r"model\.init_from": ("base model", "tokenizer"),
     r"text\.tokenizer": ("tokenizer", "data"),
     r"text\.|data\.(kind|source|path|eval_path|columns|max_rows)": ("data",),
+}
+# Knobs that decide which arrays a checkpoint has, each with what matters of its value.
+OF_ARRAYS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("trainable", "model.preset", "optim.name"), str),
+    **dict.fromkeys(("lora.kind", "lora.rank"), str),
+    **dict.fromkeys(("lora.targets", "lora.rank_pattern"), tuple),
+    "optim.skip_spread": bool,
+    "optim.skip_window": int,
 }
 
 
@@ -62,3 +77,54 @@ def accepting(refused: Collection[str], accept: Collection[str]) -> str:
         if any(re.match(knobs, name) for name in refused):
             names.update(parts)
     return shell_flag("accept", tuple(sorted(names)))
+
+
+def refuse_impossible(
+    run: Path,
+    old: Config,
+    new: Config,
+    changed: Collection[str],
+    history: Mapping[str, Any],
+) -> None:
+    """Refuses differences that no flag can accept, as no checkpoint would fit them.
+
+    Args:
+      run: the run directory.
+      old: the config of the run.
+      new: the config to resume it with.
+      changed: the names of the knobs that differ.
+      history: its `run.json`.
+
+    Raises:
+      UserError: names what can work in their place.
+    """
+    made = history["saved"]
+    if not made:
+        return
+    has_made = f"{run} has made {counted(made, 'step')}"
+    was, now = flat(old), flat(new)
+    others = [x for x, part in OF_ARRAYS.items() if part(was[x]) != part(now[x])]
+    if arrays := sorted({*others}.intersection(changed)):
+        names = " and ".join(f"config.{name}" for name in arrays)
+        base = shlex.quote(f"--config.model.init_from={run}")
+        raise UserError(
+            f"{has_made}, and its checkpoints fit no other {names}: drop the change, "
+            "choose another --config.run_dir, or begin a new run on top of this one "
+            f"with --config.run_dir=NEW {base}"
+        )
+    if "steps" in changed and 0 < new.steps < made:
+        raise UserError(
+            f"{has_made}, and config.steps is {new.steps}: raise config.steps to at "
+            f"least {made}"
+        )
+    if "epochs" not in changed or not (new.epochs and old.epochs):
+        return
+    planned = next((x["steps"] for x in history["starts"][::-1] if "steps" in x), 0)
+    share = new.epochs / old.epochs
+    # The last step of an epoch may be rounded up, so these are the most.
+    if made <= planned and math.ceil(share * planned) < made:
+        least = math.ceil(100 * old.epochs * made / planned) / 100
+        raise UserError(
+            f"{has_made}, and config.epochs is {new.epochs:g}: raise config.epochs to "
+            f"at least {min(least, old.epochs):g}"
+        )

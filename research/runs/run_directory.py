@@ -12,7 +12,12 @@ from pathlib import Path
 
 import filelock
 
-from research.checkpoints.run_identity import Identity, accepting, check_identity
+from research.checkpoints.run_identity import (
+    Identity,
+    accepting,
+    check_identity,
+    refuse_impossible,
+)
 from research.config.field_names import explain
 from research.config.hub_pins import Pins, is_pin, pinned
 from research.config.knob_groups import BY_SIZE, BY_SIZE_SINCE, MOST_HELD_OUT
@@ -33,6 +38,7 @@ from research.core.atomic_files import (
 from research.core.errors import UserError, nearest
 from research.core.json_files import read_json, require_file
 from research.core.local_paths import local_path
+from research.runs import run_history
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
 RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.
@@ -183,7 +189,8 @@ class RunDir:
         if self.exists:
             pins = self.known_pins()
             with self._reading_config() as text:
-                edition = from_json(text).data.edition
+                old = from_json(text)
+                edition = old.data.edition
                 # Older runs kept their hub addresses as they were written.
                 changes = differences(
                     text,
@@ -191,6 +198,8 @@ class RunDir:
                     self.path,
                     lambda config: with_edition(pinned(config, pins), edition),
                 )
+            history = run_history.read(self.history)
+            refuse_impossible(self.path, old, config, changes, history)
             refused = changes.keys() - set(config.accept)
             if refused:
                 raise UserError(

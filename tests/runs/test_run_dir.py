@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
+from research.config.knobs import changed
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.config.saved_config import differences, to_json
 from research.core.errors import PREEMPTED, DamagedError, UserError
@@ -24,6 +25,10 @@ from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import FILES, RunDir, with_edition
 from research.runs.run_history import UNKNOWN, Goodput, History, goodput
 
+START = {
+    "first": 0, "step": 30, "redone": 0, "cause": None,
+    "seconds": {"start": 1.0, "step": 1.0},
+}  # fmt: skip
 IDENTITY = {"base model": "b", "tokenizer": "t", "data": "d"}
 
 
@@ -155,6 +160,55 @@ def test_another_config_is_refused_by_name_or_accepted(folder, knob):
     assert accepted.keys() == {knob} and " -> " in accepted[knob]
     with pytest.raises(UserError, match=rf"{knob}: "):
         folder.check_config(dataclasses.replace(other, accept=("data.held_out",)))
+
+
+ACCEPT_ALL = ("steps", "epochs", "lora.rank", "lora.targets", "optim.skip_spread")
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ({"steps": 30}, {"steps": 20}, "raise config.steps to at least 30"),
+        ({"steps": 30}, {"steps": 31}, ""),
+        ({"epochs": 3.0}, {"steps": 20, "epochs": 0.0}, "raise config.steps to at lea"),
+        ({"epochs": 3.0}, {"epochs": 1.0}, "raise config.epochs to at least 2.25"),
+        ({"epochs": 3.0}, {"epochs": 2.25}, ""),
+        ({}, {"lora.rank": 8, "seed": 1}, "no other config.lora.rank: drop the change"),
+        (
+            {},
+            {"lora.targets": ("q_proj",), "lora.rank": 8},
+            "lora.rank and config.lora",
+        ),
+        ({}, {"optim.skip_spread": 3.0}, "no other config.optim.skip_spread"),
+        ({"optim.skip_spread": 3.0}, {"optim.skip_spread": 4.0}, ""),
+    ],
+)
+def test_what_no_flag_can_accept_is_refused_with_what_can_work(
+    tmp_path, old, new, said
+):
+    """A run of 40 planned steps that has saved step 30."""
+    length = {"steps": -1} if "epochs" in old else {"steps": 40, **old}
+    config = changed(Config(), length | old, "test")
+    folder = RunDir(tmp_path / "run")
+    with folder.create(config, IDENTITY, []):
+        pass
+    folder._lock.release()
+    other = changed(config, new, "test")
+    history = run_history.read(folder.history)
+    for saved in (0, 30):
+        history |= {"saved": saved, "starts": [START | {"steps": 40}]}
+        folder.history.write_text(json.dumps(history))
+        for accept in ((), (*ACCEPT_ALL, "seed")):
+            if said and saved:
+                with pytest.raises(UserError, match="has made 30 steps") as raised:
+                    folder.check_config(dataclasses.replace(other, accept=accept))
+                assert said in str(raised.value)
+                assert "--config.accept" not in str(raised.value)
+            elif accept:
+                folder.check_config(dataclasses.replace(other, accept=accept))
+            else:
+                with pytest.raises(UserError, match=r"add --config\.accept"):
+                    folder.check_config(other)
 
 
 @pytest.mark.parametrize("part", IDENTITY)

@@ -1,5 +1,6 @@
 """Schedules, what each optimizer moves and decays, and the guard against spikes."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,15 +12,23 @@ import numpy as np
 import optax
 import pytest
 from helpers import TINY, mesh_sizes, random_params
+from small_run import one_device
+from tiny_model import make_tiny_model
 
+from research.checkpoints.run_identity import OF_ARRAYS
 from research.config.choices import OPTIMIZERS
+from research.config.cross_knob_rules import idle
+from research.config.knobs import changed, facts_of, fields, flat
 from research.config.run_config import Config, OptimConfig
 from research.core.errors import UserError
+from research.formats.base_model import open_base
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.tasks.task_registry import make_objective
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train import prepare_runs
 from research.train.step import train_step
+from research.train.step.definition_from_config import make_step_definition
 from research.train.step.optimizers import make_optimizer, read_skipped, skip_outliers
 from research.train.step.schedules import make_schedule
 from research.weights import trainable
@@ -339,3 +348,54 @@ def test_the_schedule_goes_on_through_skipped_steps(specs):
 def test_a_pattern_that_spares_nothing_is_refused(specs):
     with pytest.raises(UserError, match="matches no parameter"):
         make_optimizer(OptimConfig(no_decay=("scale$", "embeding")), 10, specs)
+
+
+# -- what no flag can accept -----------------------------------------------------------
+
+
+def other_value(path, field, value):
+    """A value that the knob may have and that differs."""
+    facts = facts_of(field)
+    if facts.choices:
+        return next((x for x in facts.choices if x != value), value)
+    if isinstance(value, tuple):
+        return {
+            "lora.rank_pattern": ("query=2",),
+            "lora.alpha_pattern": ("query=2",),
+        }.get(path, ("query",))
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 8
+    return value / 2 if value else 0.5
+
+
+def test_the_knobs_that_no_flag_can_accept_are_those_that_change_arrays(tmp_path):
+    """For every knob that a resumed run keeps: the arrays of its state, both ways."""
+    base = open_base(str(make_tiny_model(tmp_path / "model")))
+    mesh = one_device()
+
+    def arrays(config):
+        objective = make_objective(config, mesh)
+        definition = make_step_definition(config, base, mesh, objective)
+        state = train_step.abstract_state(definition)
+        return [(str(k), x.shape) for k, x in jax.tree.leaves_with_path(state)]
+
+    found = set()
+    skips = OptimConfig(skip_spread=3.0)
+    for config in (Config(), Config(trainable="full"), Config(optim=skips)):
+        usual = arrays(config)
+        for path, field, value in fields(config):
+            of_state = path.startswith(("lora.", "optim.", "trainable"))
+            if not of_state or not facts_of(field).fixed or path in idle(config):
+                continue
+            with contextlib.suppress(UserError):
+                other = changed(config, {path: other_value(path, field, value)}, "test")
+                new = flat(other)[path]
+                moves = path in OF_ARRAYS and OF_ARRAYS[path](value) != OF_ARRAYS[path](
+                    new
+                )
+                assert (arrays(other) != usual) == moves, path
+                found |= {path} if moves else set()
+    # One kind of adapter is there, and the tiny model is no preset.
+    assert found == OF_ARRAYS.keys() - {"model.preset", "lora.kind"}

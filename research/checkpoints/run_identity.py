@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from research.config.field_names import shell_flag
-from research.config.knobs import flat
-from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import counted
 
@@ -81,8 +79,8 @@ def accepting(refused: Collection[str], accept: Collection[str]) -> str:
 
 def refuse_impossible(
     run: Path,
-    old: Config,
-    new: Config,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
     changed: Collection[str],
     history: Mapping[str, Any],
 ) -> None:
@@ -90,8 +88,8 @@ def refuse_impossible(
 
     Args:
       run: the run directory.
-      old: the config of the run.
-      new: the config to resume it with.
+      old: the knobs of the run.
+      new: the knobs to resume it with.
       changed: the names of the knobs that differ.
       history: its `run.json`.
 
@@ -102,8 +100,7 @@ def refuse_impossible(
     if not made:
         return
     has_made = f"{run} has made {counted(made, 'step')}"
-    was, now = flat(old), flat(new)
-    others = [x for x, part in OF_ARRAYS.items() if part(was[x]) != part(now[x])]
+    others = [x for x, part in OF_ARRAYS.items() if part(old[x]) != part(new[x])]
     if arrays := sorted({*others}.intersection(changed)):
         names = " and ".join(f"config.{name}" for name in arrays)
         base = shlex.quote(f"--config.model.init_from={run}")
@@ -112,19 +109,20 @@ def refuse_impossible(
             "choose another --config.run_dir, or begin a new run on top of this one "
             f"with --config.run_dir=NEW {base}"
         )
-    if "steps" in changed and 0 < new.steps < made:
+    if "steps" in changed and 0 < new["steps"] < made:
         raise UserError(
-            f"{has_made}, and config.steps is {new.steps}: raise config.steps to at "
+            f"{has_made}, and config.steps is {new['steps']}: raise config.steps to at "
             f"least {made}"
         )
-    if "epochs" not in changed or not (new.epochs and old.epochs):
+    epochs = new["epochs"]
+    if "epochs" not in changed or not (epochs and old["epochs"]):
         return
     planned = next((x["steps"] for x in history["starts"][::-1] if "steps" in x), 0)
-    share = new.epochs / old.epochs
+    share = epochs / old["epochs"]
     # The last step of an epoch may be rounded up, so these are the most.
     if made <= planned and math.ceil(share * planned) < made:
-        least = math.ceil(100 * old.epochs * made / planned) / 100
+        least = math.ceil(100 * old["epochs"] * made / planned) / 100
         raise UserError(
-            f"{has_made}, and config.epochs is {new.epochs:g}: raise config.epochs to "
-            f"at least {min(least, old.epochs):g}"
+            f"{has_made}, and config.epochs is {epochs:g}: raise config.epochs to "
+            f"at least {min(least, old['epochs']):g}"
         )

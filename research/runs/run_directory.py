@@ -199,7 +199,7 @@ class RunDir:
                     lambda config: with_edition(pinned(config, pins), edition),
                 )
             history = run_history.read(self.history)
-            refuse_impossible(self.path, old, config, changes, history)
+            refuse_impossible(self.path, flat(old), flat(config), changes, history)
             refused = changes.keys() - set(config.accept)
             if refused:
                 raise UserError(

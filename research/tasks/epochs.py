@@ -106,12 +106,37 @@ def count_epochs(
     )  # fmt: skip
 
 
-def smaller_batch(data: DataConfig, rows: int) -> str:
-    """The flags of the largest batch that `rows` fill, a power of 2.
+def require_batch(data: DataConfig, rows: int, unit: int) -> None:
+    """Refuses a batch that has more rows than there are: a step would repeat some.
+
+    Args:
+      data: of the run.
+      rows: different training rows, packed; 0 if nobody has counted them.
+      unit: the rows of which a batch on this mesh is a multiple.
+
+    Raises:
+      UserError: names a batch that the rows fill, if there is one.
+    """
+    if not 0 < rows < data.batch_size:
+        return
+    found = (
+        f"config.data.batch_size is {data.batch_size}, and the training rows fill only "
+        f"{counted(rows, 'row')} of {data.seq_len} tokens"
+    )
+    if rows < unit:
+        raise UserError(
+            f"{found}, fewer than this mesh needs, {unit}: give more data, use fewer "
+            "devices, or lower config.data.seq_len, so that they fill more rows"
+        )
+    raise UserError(f"{found}: {smaller_batch(data, rows, unit)}, or give more data")
+
+
+def smaller_batch(data: DataConfig, rows: int, unit: int = 1) -> str:
+    """The flags of the largest batch that `rows` fill: `unit` times a power of 2.
 
     So it divides over devices, and into micro-batches of a power of 2.
     """
-    size = 1 << (max(rows, 1).bit_length() - 1)
+    size = unit << (max(rows // unit, 1).bit_length() - 1)
     flags = [shell_flag("data.batch_size", size)]
     if data.microbatch_size and size % data.microbatch_size:
         flags.append(shell_flag("data.microbatch_size", size))

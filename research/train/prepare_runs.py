@@ -117,6 +117,9 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         task = tasks[config.seed]
         config = epochs.resolved(config, task.rows)
         objective = task_registry.make_objective(config, devices, len(task.groups))
+        if not each.folder.exists:  # Runs of before may have begun so.
+            unit = mesh.batch_shards(devices) * objective.rows_per_unit
+            epochs.require_batch(config.data, task.rows, unit)
         definition = make_step_definition(config, base, devices, objective)
         state, frozen = _start(definition, each, base, runs)
         examination = doctor.examine(base, definition, state, frozen, task)

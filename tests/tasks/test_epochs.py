@@ -1,6 +1,7 @@
 """Epochs become a number of steps, once the packed rows are counted."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -16,7 +17,13 @@ from research.config.run_config import (
 )
 from research.config.saved_config import from_json, to_json
 from research.core.errors import UserError
-from research.tasks.epochs import count_epochs, passed, resolved, smaller_batch
+from research.tasks.epochs import (
+    count_epochs,
+    passed,
+    require_batch,
+    resolved,
+    smaller_batch,
+)
 
 
 def config_of(epochs, batch=8, **data):
@@ -86,6 +93,36 @@ def test_a_batch_larger_than_all_rows_is_said_with_one_that_fits(rows, batch, fi
     assert smaller_batch(passes, 9) == (
         "set --config.data.batch_size=8 --config.data.microbatch_size=8"
     )
+
+
+@pytest.mark.parametrize(
+    "rows, batch, micro, unit, fits",
+    [
+        (3, 64, 0, 1, (2,)),
+        (9, 12, 6, 1, (8, 8)),
+        (9, 12, 4, 2, (8,)),
+        (13, 30, 0, 3, (12,)),
+        (7, 8, 0, 8, ()),
+        (8, 8, 0, 8, None),
+        (0, 8, 0, 1, None),
+    ],
+)
+def test_fewer_rows_than_a_batch_are_refused_with_values_that_work(
+    rows, batch, micro, unit, fits
+):
+    data = DataConfig(batch_size=batch, microbatch_size=micro)
+    if fits is None:
+        return require_batch(data, rows, unit)
+    with pytest.raises(UserError, match=f"batch_size is {batch}, and ") as raised:
+        require_batch(data, rows, unit)
+    values = [int(x) for x in re.findall(r"size=(\d+)", str(raised.value))]
+    assert values == [*fits] and str(raised.value).count("--config.data.") == len(fits)
+    if fits:
+        size, passes = fits[0], fits[-1] if len(fits) > 1 else micro or fits[0]
+        require_batch(dataclasses.replace(data, batch_size=size), rows, unit)
+        assert size % passes == 0 == passes % unit and size <= rows
+    else:
+        assert "fewer than this mesh needs, 8: give more data" in str(raised.value)
 
 
 def test_a_list_of_runs_may_vary_either():

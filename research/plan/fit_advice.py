@@ -1,10 +1,12 @@
 """The knobs to turn if a config does not fit: one answer for plan, search and launch.
 
-The knobs are tried in order, those first that leave the training as it is. All are set
-as low as they go, one after the other, until the config fits. Then each is raised again
-as far as it still fits, those first that change the training.
+They are those of the fastest layout that a search finds. Where no layout fits, other
+knobs are set, too: those first that leave the training as it is, each as low as it
+goes, one after the other, until the config fits. Then each is raised again as far as it
+still fits, those first that change the training.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +23,7 @@ from research.models.architecture import Architecture
 from research.parallel import mesh as meshes
 from research.parallel.chips import GIB
 from research.plan import planner
+from research.plan.layout_search import search
 from research.plan.planned_devices import PlannedDevices
 from research.plan.planner import USABLE, Plan
 
@@ -187,18 +190,23 @@ def advise(plan: Plan, architecture: Architecture, asked: Config) -> Advice:
     Where the compiler has found that the plan needs more than its estimate, every
     estimate counts as so much more.
     """
-    replan = functools.partial(_replan, plan.config, architecture)
-    estimate = replan({}, plan.target)
+    estimate = _replan(plan.config, architecture, {}, plan.target)
     limit = plan.limit
     if estimate:
         limit /= max(1.0, plan.needed / estimate.needed)
-    lowest = _lowest(plan.config, plan.target, limit, CHANGES, replan)
+    with contextlib.suppress(UserError):  # No layout is possible.
+        best = search(asked, architecture, plan.target, usable=limit).plans[0]
+        if best.needed <= limit:
+            return Advice(flags_between(asked, best.config), best, (), fits=True)
+    replan = functools.partial(_replan, asked, architecture)
+    lowest = _lowest(asked, plan.target, limit, CHANGES, replan)
+    if lowest is None:  # Only layouts of a search can be laid on these chips.
+        alone = functools.partial(_replan, plan.config, architecture)
+        lowest = _lowest(plan.config, plan.target, limit, CHANGES, alone)
     assert lowest is not None, "the plan itself shows that its config can be planned"
     found = _raised(*lowest, limit, CHANGES, replan, asked)
     if found.fits and not found.costs:
         return found
-    # The plan's layout is one for its own chips, so others begin with that of `asked`.
-    replan = functools.partial(_replan, asked, architecture)
     for target in _larger(plan.target):
         lowest = _lowest(asked, target, limit, HARMLESS, replan)
         if lowest and lowest[-1].needed <= limit:

@@ -1,13 +1,16 @@
 """Searches the best mesh layouts: estimates all of them and compiles the best few."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 from research.config.choices import REMATS
 from research.config.knob_groups import MeshConfig
+from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.models.architecture import Architecture
@@ -41,12 +44,20 @@ def search(
     architecture: Architecture,
     target: PlannedDevices,
     compile_plan: Callable[[Config], Plan] | None = None,
+    usable: float = math.inf,
 ) -> SearchResult:
     """Tries mesh layouts and remat policies, each with the largest micro-batch.
 
     The batch of a step is kept. `replica` equals the number of slices, and `context`
-    is tried only if there are fewer rows than devices. `compile_plan` compiles one
-    config; it checks the best estimates.
+    is tried only if there are fewer rows than devices. Knobs that mean the same as the
+    config's own stay as they are written there.
+
+    Args:
+      config: of the run.
+      architecture: of the model.
+      target: the chips.
+      compile_plan: compiles one config; it checks the best estimates.
+      usable: the bytes that an estimate may need, if they are less than the chips have.
 
     Raises:
       UserError: no layout divides the model and the batch.
@@ -56,7 +67,7 @@ def search(
     for mesh, remat in itertools.product(layouts(config, target), REMATS):
         tried += 1
         try:
-            plans += _largest(config, architecture, target, mesh, remat)
+            plans += _largest(config, architecture, target, mesh, remat, usable)
         except UserError as error:
             causes[str(error)] += 1
     if not plans and causes.total() == tried:
@@ -70,25 +81,37 @@ def search(
             f"none of {tried} layouts on {target.name} divides {config.data.batch_size}"
             " rows and the model's dimensions; try another config.data.batch_size"
         )
-    fitting = sorted((plan for plan in plans if plan.fits), key=_slowness)
+    fitting = [plan for plan in plans if _fits(plan, usable)]
+    fitting.sort(key=lambda plan: slowness(plan, config))
     best = fitting[:SHOWN] or [min(plans, key=lambda plan: plan.needed)]
     if compile_plan is not None:
-        best = _check(best, compile_plan)
+        best = _check(best, compile_plan, config)
     return SearchResult(best, tried - len(best))
 
 
-def _slowness(plan: Plan) -> tuple[bool, float, float, float]:
+def _fits(plan: Plan, usable: float) -> bool:
+    return plan.fits and plan.needed <= usable
+
+
+def slowness(plan: Plan, asked: Config) -> tuple[bool, float, float, float]:
     """Sorts by time, halfway between full and no overlap, and then by memory.
 
-    Where no speed is known, by the FLOPs that a step computes.
+    Where no speed is known, it sorts by how many knobs differ from those of `asked`,
+    and then by the FLOPs that a step computes.
     """
     middle = (plan.best.seconds + plan.worst.seconds) / 2
-    unknown = 0.0 if plan.target.chip.flops else plan.flops.total
-    return (not plan.fits, round(middle, 6), unknown, plan.needed)
+    if plan.target.chip.flops:
+        return (not plan.fits, round(middle, 6), 0.0, plan.needed)
+    before = flat(asked)
+    others = sum(before[knob] != value for knob, value in flat(plan.config).items())
+    return (not plan.fits, others, plan.flops.total, plan.needed)
 
 
 def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:
     """Yields every split of the devices over data, fsdp, tensor and context."""
+    own: dict[str, int] = {}
+    with contextlib.suppress(UserError):  # It does not fit these devices.
+        own |= meshes.make_mesh(config.mesh, target.devices()).shape
     replica = target.slices if target.slices > 1 else max(1, config.mesh.replica)
     each = target.count // replica
     rows = config.data.batch_size
@@ -98,7 +121,8 @@ def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:
             if context > 1 and replica * rest * context <= rows:
                 continue
             for fsdp in meshes.divisors(rest):
-                yield MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
+                sizes = MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
+                yield config.mesh if dataclasses.asdict(sizes) == own else sizes
 
 
 def _largest(
@@ -107,30 +131,32 @@ def _largest(
     target: PlannedDevices,
     mesh: MeshConfig,
     remat: str,
+    usable: float,
 ) -> list[Plan]:
     """The plan with the largest micro-batch that fits, or else with the smallest.
 
     The list is empty if no micro-batch of this layout divides the rows.
     """
-    shards = mesh.replica * mesh.data * mesh.fsdp
+    shards = meshes.batch_shards(meshes.make_mesh(mesh, target.devices()))
     rows = config.data.batch_size
     plans = []
+    model = dataclasses.replace(config.model, remat=remat)
     for size in reversed(range(shards, rows + 1, shards)):
         if rows % size:
             continue
-        tried = dataclasses.replace(
-            config,
-            mesh=mesh,
-            model=dataclasses.replace(config.model, remat=remat),
-            data=dataclasses.replace(config.data, microbatch_size=size),
-        )
+        data = config.data
+        if size != data.rows_per_pass:
+            data = dataclasses.replace(data, microbatch_size=size)
+        tried = dataclasses.replace(config, mesh=mesh, model=model, data=data)
         plans = [planner.plan_estimate(tried, architecture, target)]
-        if plans[0].fits:
+        if _fits(plans[0], usable):
             break
     return plans
 
 
-def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Plan]:
+def _check(
+    plans: list[Plan], compile_plan: Callable[[Config], Plan], asked: Config
+) -> list[Plan]:
     """Compiles the best plans until `COMPILED` of them fit; these come first.
 
     Raises:
@@ -152,6 +178,6 @@ def _check(plans: list[Plan], compile_plan: Callable[[Config], Plan]) -> list[Pl
             refusal = error
     if refusal and not checked:
         raise refusal
-    checked.sort(key=_slowness)
+    checked.sort(key=lambda plan: slowness(plan, asked))
     found = [*checked, *plans[tried:]]
     return sorted(found, key=lambda plan: not plan.fits)

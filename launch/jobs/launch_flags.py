@@ -2,11 +2,13 @@
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from research.config.command_line import NoFlags
-from research.config.field_names import explain_flag, given_flags
+from research.config.field_names import GivenFlag, explain_flag, given_flags, repeats
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
@@ -32,13 +34,16 @@ class LaunchParser(argparse.ArgumentParser):
         `training` are the words behind `--`, for the trainer.
 
         Raises:
-          UserError: an unknown flag, which is explained, a wrong value, or a flag of
-            this parser in `training`.
+          UserError: an unknown flag, which is explained, a wrong value, a flag with
+            several values, or a flag of this parser in `training`.
         """
         options, unknown = self.parse_known_args(args, namespace)
         reader = self
         if self._subparsers:
             reader = self._subparsers._group_actions[0].choices[options.target]
+        words = sys.argv[1:] if args is None else args
+        if lines := repeats(reader._given(words), reader._types()):
+            self.error("; ".join(lines))
         known = [name.lstrip("-") for name in reader._option_string_actions]
         refused = [_explain(word, unknown[i:], known) for i, word in enumerate(unknown)]
         if any(refused):
@@ -56,6 +61,26 @@ class LaunchParser(argparse.ArgumentParser):
         if late:
             self.error("; ".join(late))
         return options
+
+    def _given(self, words: Sequence[str]) -> Iterator[GivenFlag]:
+        """The flags of this parser among `words`, in the order of the command line."""
+        rest = iter(words)
+        for word in rest:
+            name, equals, value = word.partition("=")
+            if action := self._option_string_actions.get(name):
+                if not equals:
+                    value = "True" if action.nargs == 0 else next(rest, "")
+                yield GivenFlag(name.lstrip("-"), value, (word,), is_known=True)
+
+    def _types(self) -> dict[str, Any]:
+        """The type of each flag, as `repeats` takes them."""
+        kinds = {expanded: Path, None: str}
+        return {
+            name.lstrip("-"): tuple[str, ...]
+            if isinstance(action.default, list)
+            else kinds.get(action.type, type(action.default))
+            for name, action in self._option_string_actions.items()
+        }
 
     def error(self, message: str) -> None:
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)

@@ -40,7 +40,24 @@ chat_template val_set_size cutoff_len push_to_hub deepspeed fsdp use_flash_atten
 sequence_len micro_batch_size base_output_directory finetuning_type optim
 save_total_limit remat_policy
 """
-UNLIKE = "foo bar xyzzy temperature flavour beam text eval rope vocab world"
+# Of TRL, transformers, axolotl, LLaMA-Factory, MaxText, torchtune, mlx and litgpt.
+TYPED_TOO = """
+dataset_config dataset_train_split loss_type activation_offloading eos_token pad_token
+lr_scheduler_kwargs optim_args dataloader_drop_last ddp_timeout disable_tqdm log_level
+eval_on_start full_determinism auto_find_batch_size remove_unused_columns
+save_only_model include_num_input_tokens_seen model_revision max_eval_samples
+average_tokens_across_devices roles_to_train train_on_eos special_tokens
+excess_length_strategy evals_per_epoch rl lora_model_dir peft_layers_to_transform
+wandb_entity dataset_prepared_path rope_scaling cut_cross_entropy dp_shard_size
+unfrozen_parameters pretraining_dataset mask_history neat_packing mix_strategy
+buffer_size freeze_trainable_layers plot_loss additional_target enable_thinking
+use_galore pref_beta tokenized_path tool_format sharding shard_mode mesh_axes
+logical_axis_rules dcn_fsdp_parallelism scan_layers vocab_size enable_data_shuffling
+optimizer_memory_host_offload jax_cache_dir base_emb_dim profiler max_steps_per_epoch
+optimizer_in_bwd lora_attn_modules packed fsdp_cpu_offload column_map iters num_nodes
+devices lora_query steps_per_report val_batches grad_checkpoint betas
+"""
+UNLIKE = "foo bar xyzzy humidity flavour beam text eval rope vocab world"
 
 
 @pytest.fixture
@@ -85,6 +102,13 @@ def test_a_name_of_another_trainer_is_explained_however_it_is_typed(name, refuse
     knob, how = names_of_others().get(name, ("", ""))
     if not how and name not in KNOBS:
         assert f"--config.{knob or 'optim.' + name}=" in refused(f"--{name}=7")
+
+
+def test_what_people_bring_from_seven_tools_has_an_answer():
+    names = TYPED_TOO.split()
+    assert len(names) > 70
+    silent = [name for name in names if explain(name, KNOBS) == " is not a knob"]
+    assert not silent and not any("did you mean" in explain(x, KNOBS) for x in names)
 
 
 # How the other trainers write the values of a knob; "3" for the rest.
@@ -254,7 +278,15 @@ OF_DOORS = [
     (ServeFlags, "served-model-name=x", "does not exist here: a model has the name of"),
     (ServeFlags, "api_key=5", "--api_key_file here: a file of keys"),
     (ServeFlags, "max_num_seqs=5", "--slots here"),
-    (ServeFlags, "top_p=0.5", "is not a flag"),
+    (ServeFlags, "top_p=0.5", "does not exist here: it is a flag of research.generate"),
+    (ServeFlags, "humidity=0.5", "is not a flag"),
+    (ServeFlags, "gpu_memory_utilization=0.9", "set XLA_CLIENT_MEM_FRACTION in the"),
+    (ServeFlags, "allowed-origins=*", "does not exist here: pages of other origins"),
+    (
+        EvaluateFlags,
+        "num_fewshot=5",
+        "python -m research.evaluate.harness --run=RUN -- ",
+    ),
     (ServeFlags, "stop=x", "does not exist here: it is --stop of research.generate"),
     (GenerateFlags, "load_in_4bit", "does not exist here: weights are not quantised"),
     (GenerateFlags, "tensor_parallel_size=2", "does not exist here: all visible dev"),

@@ -40,7 +40,7 @@ chat_template val_set_size cutoff_len push_to_hub deepspeed fsdp use_flash_atten
 sequence_len micro_batch_size base_output_directory finetuning_type optim
 save_total_limit remat_policy
 """
-# Of TRL, transformers, axolotl, LLaMA-Factory, MaxText, torchtune, mlx and litgpt.
+# From TRL, transformers, axolotl, LLaMA-Factory, MaxText, torchtune, mlx and litgpt.
 TYPED_TOO = """
 dataset_config dataset_train_split loss_type activation_offloading eos_token pad_token
 lr_scheduler_kwargs optim_args dataloader_drop_last ddp_timeout disable_tqdm log_level

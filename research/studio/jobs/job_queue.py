@@ -25,6 +25,7 @@ from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json
 from research.runs.utc_clock import utc_now
+from research.studio.jobs.job_logs import log_of
 
 FILE, LOCK, MACHINE = "jobs.json", "lock", "machine"
 KEPT = 50  # jobs that have ended and are still listed
@@ -69,9 +70,8 @@ class QueuedJob:
 
     @property
     def log(self) -> Path:
-        """The file of its output, beside the run directory as a sweep's are."""
-        run = Path(self.folder, self.run)
-        return run.with_name(f"{run.name}.log")
+        """The file of its output."""
+        return log_of(Path(self.folder, self.run))
 
     @property
     def is_alive(self) -> bool:

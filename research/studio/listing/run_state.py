@@ -128,12 +128,13 @@ class HeldLocks:
     def __init__(self) -> None:
         self._held: set[tuple[int, int, int]] | None = None
         with contextlib.suppress(OSError, ValueError):
-            self._held = set()
+            held = set()
             for line in LOCKS.read_text(encoding="ascii").splitlines():
                 words = line.split()
                 if words[1:2] == ["FLOCK"] and words[3] == "WRITE":
                     major, minor, inode = words[5].split(":")
-                    self._held.add((int(major, 16), int(minor, 16), int(inode)))
+                    held.add((int(major, 16), int(minor, 16), int(inode)))
+            self._held = held
 
     def holds(self, folder: Path) -> bool:
         """Whether a process trains in `folder`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from research.checkpoints.needed_steps import needed_steps
 from research.core.errors import UserError
+from research.studio.jobs.job_logs import log_of
 from research.studio.listing.run_index import is_run
 from research.studio.listing.run_state import HeldLocks
 from research.studio.roots import Roots
@@ -37,9 +38,9 @@ def move_to_trash(roots: Roots, folder: Path) -> Path:
     place = roots.folders[name] / TRASH / f"{time.time_ns():x}"
     (place / below).parent.mkdir(parents=True)
     os.rename(folder, place / below)
-    log = folder.with_name(f"{folder.name}.log")
+    log = log_of(folder)
     if log.is_file() and not log.is_symlink():
-        os.rename(log, (place / below).with_name(log.name))
+        os.rename(log, log_of(place / below))
     return place / below
 
 

@@ -1,6 +1,5 @@
 """One run: figures and curves as they come, samples, log, findings, starts."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from research.runs.run_directory import RunDir
 from research.runs.run_history import goodput
 from research.runs.run_history import read as read_history
 from research.studio.jobs import job_commands as commands
+from research.studio.jobs.job_logs import log_of, tail
 from research.studio.listing.run_index import is_run
 from research.studio.listing.run_notes import read_notes
 from research.studio.live.metric_columns import MetricColumns, held_out_curves
@@ -76,7 +76,7 @@ def run(request: Request) -> Response:
         resume=commands.launching(commands.resuming(folder)),
         job=next((x for x in jobs.running if x.run == str(folder)), None),
         waits=any(x.run == str(folder) for x in jobs.waiting),
-        log=log_tail(folder),
+        log=tail(log_of(folder), LOG_BYTES),
         said=request.query_params.get("said", ""),
         has_report=(folder / "report.html").is_file(),
         **_from_files(folder),
@@ -173,24 +173,7 @@ async def events(request: Request) -> Response:
 def log(request: Request) -> Response:
     """The end of the log, for a page that is open."""
     folder = find_run(request, request.query_params.get("run", ""))
-    return json_answer({"log": log_tail(folder)})
-
-
-def log_tail(folder: Path) -> str:
-    """The last lines of the output of the job, without the lines before a return."""
-    path = folder.with_name(f"{folder.name}.log")
-    try:
-        if path.is_symlink():
-            return ""
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
-            text = file.read(LOG_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
-    lines = [
-        line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")
-    ]
-    return "\n".join(lines)
+    return json_answer({"log": tail(log_of(folder), LOG_BYTES)})
 
 
 def report(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from pathlib import Path
 
 import psutil
 from starlette.requests import Request
@@ -9,9 +10,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.core.errors import UserError
+from research.studio.jobs.job_logs import tail
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import Form, render, see, studio_of
+
+LOG_BYTES = 2000  # of a job that has failed
 
 
 def queue(request: Request) -> Response:
@@ -25,6 +29,7 @@ def queue(request: Request) -> Response:
         jobs=jobs,
         name_of=lambda job: _name(request, job),
         folder=studio.queue.folder,
+        log_of=lambda job: tail(job.log, LOG_BYTES),
         said=request.query_params.get("said", ""),
     )
 
@@ -33,7 +38,7 @@ def _name(request: Request, job: QueuedJob) -> str:
     """The address of the run of a job; empty where it is not there, or not ours."""
     runs = studio_of(request).runs
     try:
-        name = runs.name(job.log.with_name(job.log.name.removesuffix(".log")))
+        name = runs.name(Path(job.folder, job.run))
         runs.find(name)
     except PageError:
         return ""

@@ -88,9 +88,10 @@ def branch(request: Request) -> Response:
 def _flags(
     request: Request, folder: Path, step: str, target: str, changes: str
 ) -> list[str]:
-    if not step.isdecimal():
+    steps = [path.name for path in step_folders(folder / "checkpoints")]
+    if step not in steps:
         raise UserError(
-            f"step {step!r} is no number; this run has a checkpoint to name"
+            f"step {step!r} is no checkpoint of this run; it has {', '.join(steps)}"
         )
     if not NAME.fullmatch(target) or ".." in target:
         raise UserError(f"{target!r} is no name for a folder beside the run")

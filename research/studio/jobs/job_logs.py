@@ -1,0 +1,26 @@
+"""The output of a job: a file beside its run directory, as a sweep's are."""
+
+import os
+from pathlib import Path
+
+
+def log_of(run: Path) -> Path:
+    """The file with the output of the jobs that train in `run`."""
+    return run.with_name(f"{run.name}.log")
+
+
+def tail(path: Path, size: int) -> str:
+    """The last `size` bytes of a log; empty where there is none, or a link.
+
+    Of a line that a progress bar has written again and again, the last state is kept.
+    """
+    try:
+        if path.is_symlink():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            text = file.read(size).decode(errors="replace")
+    except OSError:
+        return ""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "\n".join(line.rpartition("\r")[2] for line in lines)

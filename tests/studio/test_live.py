@@ -1,0 +1,208 @@
+"""Curves and streams: complete, thinned, replayed, and unharmed by what is broken."""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from studio_place import TOKEN, eval_line, make_run, train_line
+
+from research.serve.http.http_server import HttpServer
+from research.serve.http.sockets import open_port
+from research.studio.live import run_feed
+from research.studio.live.metric_columns import Cursor, MetricColumns
+from research.studio.live.thinning import smooth, thin
+
+
+def append(run, *lines, end="\n"):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(map(json.dumps, lines)) + end)
+
+
+def test_columns_follow_a_file_that_is_written_in_pieces(tmp_path):
+    run = make_run(tmp_path / "a", lines=[eval_line(0, 3.0, qa=2.0), train_line(1)])
+    columns = MetricColumns(run)
+    columns.refresh()
+    assert columns.cursor() == Cursor(columns.cursor().edition, 1, 1)
+    text = json.dumps(train_line(2, loss=0.25))
+    for piece in (text[:20], text[20:], "\n"):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(piece)
+        columns.refresh()
+    assert columns.train()["loss"].tolist() == [3.0, 0.25]
+    assert columns.train(1)["step"].tolist() == [2]
+    assert columns.bad == 0
+
+
+def test_lines_that_are_no_metrics_are_counted_and_passed_over(tmp_path):
+    run = make_run(tmp_path / "a", lines=[train_line(1)])
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "kind": "train", "lo\n\xff\xfe\n[]\n{"step": "x"}\n\n')
+        file.write(b'{"step": 3, "kind": "eval"}\n' + b"[" * 100_000 + b"\n")
+    append(run, train_line(4), {"step": 4, "kind": "goodput", "goodput": 0.5})
+    columns = MetricColumns(run)
+    columns.refresh()
+    assert columns.train()["step"].tolist() == [1, 4]
+    assert columns.bad == 7
+
+
+def test_numbers_that_are_not_finite_are_gaps(place):
+    nan = train_line(2) | {"loss": None, "not_finite/loss": "NaN"}
+    del nan["loss"]
+    lines = [train_line(1), nan, train_line(3, loss="Infinity"), eval_line(3, 1.0)]
+    make_run(place.runs / "a", lines=lines)
+    found = place.client().get("/api/curves", params={"run": "runs/a"}).json()
+    assert found["train"]["loss"] == [[1, 2, 3], [3.0, None, None]]
+    assert place.client().get("/run/runs/a").status_code == 200
+
+
+def test_a_replaced_file_is_another_edition(tmp_path):
+    run = make_run(tmp_path / "a", lines=[train_line(n) for n in range(1, 9)])
+    columns = MetricColumns(run)
+    columns.refresh()
+    before = columns.cursor()
+    (run / "new").write_text(json.dumps(train_line(1)) + "\n")
+    os.replace(run / "new", run / "metrics.jsonl")
+    columns.refresh()
+    assert columns.cursor().train == 1 and columns.cursor().edition != before.edition
+
+
+@pytest.mark.parametrize("count", [10, 1499, 1501, 12_345])
+def test_a_thinned_curve_keeps_both_ends_and_every_extreme(count):
+    rng = np.random.default_rng(count)
+    x, y = np.arange(count), rng.normal(size=count)
+    y[count // 3], y[count // 2], y[1] = 99.0, -99.0, np.nan
+    thin_x, thin_y = thin(x, y, 1500)
+    assert len(thin_x) <= 1502 and np.all(np.diff(thin_x) > 0)
+    assert thin_x[0] == 0 and thin_x[-1] == count - 1
+    assert np.nanmax(thin_y) == 99.0 and np.nanmin(thin_y) == -99.0
+    np.testing.assert_array_equal(y[thin_x], thin_y)
+
+
+def test_a_curve_without_finite_values_is_thinned_too():
+    x, y = thin(np.arange(5000), np.full(5000, np.nan), 100)
+    assert 2 <= len(x) <= 102 and np.all(np.isnan(y))
+
+
+def test_means_are_centred_and_pass_over_gaps():
+    line = np.arange(100.0)
+    np.testing.assert_allclose(smooth(line, 5)[2:-2], line[2:-2])
+    line[50] = np.nan
+    assert smooth(line, 5)[50] == pytest.approx(50.0)
+    assert smooth(line, 1) is line
+    assert math.isnan(smooth(np.full(3, np.nan), 5)[1])
+
+
+def test_100_000_lines_plot_at_once(place):
+    text = "".join(json.dumps(train_line(n)) + "\n" for n in (1, 2, 3, 4)) * 25_000
+    (make_run(place.runs / "a") / "metrics.jsonl").write_text(text)
+    client = place.client()
+    begun = time.process_time()
+    answer = client.get("/api/curves", params={"run": "runs/a", "smooth": "25"})
+    # The limit for users is 0.5 s on a quiet machine.
+    assert time.process_time() - begun < 1.0
+    assert len(answer.content) < 500_000
+
+
+class Served:
+    """A studio on a real socket, in a thread."""
+
+    def __init__(self, app):
+        self.listener = open_port("127.0.0.1", 0)
+        port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.server = HttpServer(app, 1.0)
+        program = self.server.serve([self.listener])
+        self.thread = threading.Thread(target=asyncio.run, args=(program,))
+        self.thread.start()
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def stream(self, client, run, last=""):
+        """The lines of a stream behind the event `last`."""
+        headers = {"last-event-id": last} if last else {}
+        path = f"/api/events?run={run}"
+        with client.stream("GET", path, headers=headers) as response:
+            yield response.iter_lines()
+
+
+@pytest.fixture
+def served(place, monkeypatch):
+    monkeypatch.setattr(run_feed, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(run_feed, "LOOK_ANYWAY", 0.1)
+    server = Served(place.app)
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=20) as client:
+        yield server, client
+    server.stop()
+
+
+def read_until(lines, kind):
+    """The `id` and the data of the next event of a kind."""
+    event = {}
+    for line in lines:
+        name, _, value = line.partition(": ")
+        if line:
+            event[name] = value
+            continue
+        if event.get("event") == kind:
+            return event.get("id", ""), json.loads(event["data"])
+        event = {}
+    raise AssertionError(f"the stream ended before {kind}")
+
+
+def test_a_stream_follows_a_run_and_replays_what_was_missed(place, served):
+    server, client = served
+    run = make_run(place.runs / "a")
+    with server.stream(client, "runs/a") as lines:
+        last, _ = read_until(lines, "reset")
+        _, state = read_until(lines, "state")
+        assert state["step"] == 3 and state["eta_s"] == 1.0
+        append(run, train_line(4, loss=0.5), eval_line(4, 0.75, qa=0.5))
+        _, rows = read_until(lines, "rows")
+    assert rows["train"]["step"] == [4] and rows["train"]["loss"] == [0.5]
+    assert rows["evals"] == [{"step": 4, "losses": {"": 0.75, "qa": 0.5}}]
+    # The connection is lost; lines come meanwhile; another server answers.
+    append(run, train_line(5))
+    with server.stream(client, "runs/a", last) as lines:
+        _, rows = read_until(lines, "rows")
+    assert rows["train"]["step"] == [4, 5]
+    # A run that is moved while it is shown says so, and the stream ends.
+    with server.stream(client, "runs/a", last) as lines:
+        read_until(lines, "rows")
+        shutil.rmtree(run)
+        read_until(lines, "gone")
+        assert [*lines] == []
+
+
+def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(place, served):
+    server, client = served
+    run = make_run(place.runs / "a", "failed")
+    with open(run / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with server.stream(client, "runs/a") as lines:
+            assert read_until(lines, "state")[1]["state"] == "running"
+            fcntl.flock(file, fcntl.LOCK_UN)
+            assert read_until(lines, "state")[1]["state"] == "failed"
+
+
+@pytest.mark.parametrize("last", ["x", "1-2", "0-9-9", "-1-0-0", "9" * 400 + "-0-0"])
+def test_a_strange_cursor_reads_everything_again(place, served, last):
+    server, client = served
+    make_run(place.runs / "a")
+    with server.stream(client, "runs/a", last) as lines:
+        assert read_until(lines, "reset")

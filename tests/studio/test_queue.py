@@ -1,0 +1,227 @@
+"""The queue: one job at a time, in order, whoever dies; and the buttons of a run."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from studio_place import StudioPlace, make_run
+
+from research.core.errors import UserError
+from research.runs.control.request_files import pending
+from research.studio.jobs import job_commands
+from research.studio.jobs.__main__ import main
+from research.studio.jobs.job_logs import tail
+from research.studio.jobs.job_queue import MACHINE, JobQueue, queue_folder
+from research.studio.jobs.queue_worker import run_detached, work_off
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A queue whose jobs nobody works off unless a test does."""
+    monkeypatch.setattr(JobQueue, "work", lambda self: None)
+    return JobQueue(tmp_path / "queue")
+
+
+def add(queue, tmp_path, *names, program="print(1)"):
+    command = [sys.executable, "-c", program]
+    return [queue.add(command, tmp_path / name, "me").id for name in names]
+
+
+def names(jobs):
+    return [Path(job.run).name for job in jobs]
+
+
+def test_jobs_run_in_the_order_that_people_gave_them(queue, tmp_path):
+    first, _, third = add(queue, tmp_path, "a", "b", "c")
+    queue.move(third, -1)
+    queue.move(first, 9)
+    queue.move(third, -9)
+    with pytest.raises(UserError, match="waits or trains already"):
+        add(queue, tmp_path, "a")
+    assert names(JobQueue(queue.folder).read().waiting) == ["c", "b", "a"]
+    ran = []
+
+    def run(job, _):
+        ran.append(Path(job.run).name)
+        assert names(queue.read().running) == ran[-1:]
+        if ran == ["c"]:  # Somebody else adds and removes while a job runs.
+            add(queue, tmp_path, "d")
+            queue.remove(first)
+            with pytest.raises(UserError, match="does not wait any more"):
+                queue.remove(third)
+        return len(ran)
+
+    assert work_off(queue, run) == 3 and ran == ["c", "b", "d"]
+    jobs = queue.read()
+    assert not jobs.waiting and not jobs.running
+    assert [job.exit_code for job in jobs.ended] == [3, 2, 1]
+
+
+def test_a_job_holds_the_machine_after_its_worker_is_killed(queue, tmp_path):
+    """The next worker waits for it, and says that nobody saw its end."""
+    go = tmp_path / "go"
+    waits = f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(.01)"
+    program = f"import pathlib, time\n{waits}\nprint('end')"
+    add(queue, tmp_path, "a", "b", program=program)
+    command = [sys.executable, "-m", "research.studio.jobs", f"--queue={queue.folder}"]
+    worker = subprocess.Popen(command, start_new_session=True)
+    while not (running := queue.read().running) or not running[0].is_alive:
+        time.sleep(0.02)
+    worker.kill()
+    worker.wait()
+    with open(queue.folder / MACHINE) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert names(queue.read().running) == ["a"], "the job has not ended with it"
+    go.touch()
+    assert main(["jobs", f"--queue={queue.folder}"]) == 0
+    jobs = queue.read()
+    assert names(jobs.ended) == ["b", "a"]
+    assert [job.exit_code for job in jobs.ended] == [0, None]
+    assert tail(tmp_path / "b.log", 99) == "end\n"
+
+
+def test_a_command_that_cannot_start_is_said_in_its_log(queue, tmp_path):
+    queue.add([str(tmp_path / "absent")], tmp_path / "a", "me")
+    assert work_off(queue, lambda job, lock: run_detached(queue, job, lock)) == 1
+    assert queue.read().ended[0].exit_code == 127
+    assert "cannot be started" in tail(tmp_path / "a.log", 999)
+
+
+def test_a_damaged_queue_says_what_to_do(queue):
+    queue.folder.mkdir()
+    (queue.folder / "jobs.json").write_text('{"waiting": [1]}')
+    with pytest.raises(UserError, match="jobs that wait are forgotten"):
+        queue.read()
+    with pytest.raises(UserError, match=r"holds no jobs\.json"):
+        main(["jobs", "--queue=absent"])
+
+
+@pytest.fixture
+def idle(tmp_path, monkeypatch):
+    """A studio whose jobs nobody works off."""
+    monkeypatch.setattr(JobQueue, "work", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    return StudioPlace(tmp_path)
+
+
+def test_a_request_is_a_file_that_the_job_reads(idle):
+    run = make_run(idle.runs / "a")
+    client, form = idle.client(), {"run": "runs/a", "kind": "checkpoint"}
+    assert client.post("/act/request", data=form).status_code == 400
+    with open(run / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert client.post("/act/request", data=form).status_code == 303
+        bad = client.post("/act/request", data=form | {"kind": "explode"})
+        assert bad.status_code == 400 and "is not a request" in bad.text
+        page = client.get("/run/runs/a").text
+    assert [request.kind for request in pending(run)] == ["checkpoint"]
+    for kind in ("stop", "checkpoint", "sample"):
+        assert f"-m research.runs --run=runs/a {kind}" in page
+
+
+def test_a_resumption_is_the_command_that_the_page_shows(idle):
+    make_run(idle.runs / "a")
+    client = idle.client()
+    python = job_commands.python()
+    command = [python, "-m", "launch", "local", "--", "--config=runs/a"]
+    assert job_commands.as_text(command) in client.get("/run/runs/a").text
+    assert client.post("/act/resume", data={"run": "runs/a"}).status_code == 303
+    (job,) = idle.state.queue.read().waiting
+    assert [*job.command] == command and job.folder == os.getcwd()
+    assert client.post("/act/resume", data={"run": "runs/a"}).status_code == 400
+    assert "waits" in client.get("/run/runs/a").text
+    assert '<span class="state queued"' in client.get("/").text
+    line = idle.state.audit.read()[0]
+    assert line["action"] == "start" and line["command"].endswith("--config=runs/a")
+
+
+def test_a_branch_shows_its_knobs_before_it_starts(idle):
+    run = make_run(idle.runs / "a")
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    client = idle.client()
+    fields = {"run": "runs/a", "step": "20", "target": "b"}
+    fields["changes"] = "--config.optim.learning_rate=0.25"
+    shown = client.get("/branch", params=fields).text
+    assert '<td class="text">optim.learning_rate</td>' in shown
+    assert "--config.model.init_from=runs/a@20" in shown
+    assert client.post("/act/branch", data=fields).status_code == 303
+    (job,) = idle.state.queue.read().waiting
+    assert job.command[5:] == (
+        "--config=runs/a", "--config.run_dir=runs/b",
+        "--config.model.init_from=runs/a@20", "--config.optim.learning_rate=0.25",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"target": "../../out"}, "no name for a folder"),
+        ({"target": "/etc"}, "no name for a folder"),
+        ({"target": "a"}, "is there already"),
+        ({"changes": "--config=evil.py"}, "is no knob"),
+        ({"changes": "--config.optim.learning_rat=1"}, "learning_rate"),
+        ({"changes": "--config.run_dir=/tmp/out"}, "given several times"),
+        ({"changes": "'"}, "No closing quotation"),
+        ({"step": "x"}, "no checkpoint of this run"),
+        ({"step": "21"}, "no checkpoint of this run"),
+    ],
+)
+def test_a_branch_that_would_not_start_is_refused(idle, changes, problem):
+    run = make_run(idle.runs / "a")
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    fields = {"run": "runs/a", "step": "20", "target": "b", "changes": ""} | changes
+    client = idle.client()
+    assert problem in client.get("/branch", params=fields).text
+    answer = client.post("/act/branch", data=fields)
+    assert answer.status_code in (400, 403)
+    assert not idle.state.queue.read().waiting
+
+
+def test_the_queue_page_moves_removes_and_ends_jobs(idle):
+    queue, client = idle.state.queue, idle.client()
+    program = "import time; time.sleep(60)"
+    a, b, c = add(queue, idle.runs, "a", "b", "c", program=program)
+    for job, action in ((c, "up"), (a, "down"), (b, "remove")):
+        form = {"job": job, "action": action}
+        assert client.post("/act/queue", data=form).status_code == 303
+    assert names(queue.read().waiting) == ["c", "a"]
+    assert client.post("/act/queue", data={"job": b, "action": "up"}).status_code == 400
+    assert client.post("/act/queue", data={"job": a, "action": "?"}).status_code == 400
+
+    def end_at_once(job, lock):
+        if job.id == a:
+            return 0
+        import threading
+
+        def end():
+            while not any(x.is_alive for x in queue.read().running):
+                time.sleep(0.02)
+            client.post("/act/queue", data={"job": c, "action": "end"})
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        code = run_detached(queue, job, lock)
+        thread.join()
+        return code
+
+    assert work_off(queue, end_at_once) == 2
+    assert [x.exit_code for x in queue.read().ended] == [0, -signal.SIGTERM]
+    text = client.get("/queue").text
+    assert "failed with code -15" in text and "It has written nothing." in text
+    assert [x["action"] for x in idle.state.audit.read()] == ["remove job", "end job"]
+
+
+def test_machines_that_share_runs_have_queues_of_their_own(tmp_path):
+    assert queue_folder(tmp_path).name == f"queue-{os.uname().nodename}"
+
+
+def test_the_log_shows_the_last_state_of_a_line_that_is_written_again(tmp_path):
+    (tmp_path / "a.log").write_bytes(b"x" * 99 + b"\nstep 1\rstep 2\rstep 3\r\n\xffend")
+    assert tail(tmp_path / "a.log", 40).splitlines()[-2:] == ["step 3", "\ufffdend"]
+    (tmp_path / "link.log").symlink_to("/etc/passwd")
+    assert tail(tmp_path / "link.log", 99) == ""

@@ -1,5 +1,6 @@
 """The queue: one job at a time, in order, whoever dies; and the buttons of a run."""
 
+import dataclasses
 import fcntl
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from studio_place import StudioPlace, make_run
 
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.runs.control.request_files import pending
 from research.studio.jobs import job_commands
@@ -141,7 +143,12 @@ def test_a_resumption_is_the_command_that_the_page_shows(idle):
 
 
 def test_a_branch_shows_its_knobs_before_it_starts(idle):
-    run = make_run(idle.runs / "a")
+    knobs = {
+        "model": dataclasses.replace(Config().model, init_from="", preset="tiny"),
+        "data": dataclasses.replace(Config().data, kind="text"),
+        "text": dataclasses.replace(Config().text, sources=("a=b",)),
+    }
+    run = make_run(idle.runs / "a", trainable="full", **knobs)
     (run / "checkpoints" / "20").mkdir(parents=True)
     client = idle.client()
     fields = {"run": "runs/a", "step": "20", "target": "b"}
@@ -153,7 +160,8 @@ def test_a_branch_shows_its_knobs_before_it_starts(idle):
     (job,) = idle.state.queue.read().waiting
     assert job.command[5:] == (
         "--config=runs/a", "--config.run_dir=runs/b",
-        "--config.model.init_from=runs/a@20", "--config.optim.learning_rate=0.25",
+        "--config.model.init_from=runs/a@20", "--config.model.preset=",
+        "--config.optim.learning_rate=0.25",
     )  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """The commands behind the buttons. A page shows each before it runs, with its flags."""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from research.config import command_line
+from research.config.cross_knob_rules import idle
+from research.config.field_names import flag
+from research.config.knobs import flat
 from research.config.run_config import Config
+from research.runs.run_directory import RunDir
 from research.studio.roots import Roots, shown_paths
 
 
@@ -43,17 +48,34 @@ def branching(
 ) -> list[str]:
     """The trainer's flags of a new run that begins at a checkpoint of another.
 
+    Knobs that made the old run's random weights or its tokenizer have no effect in the
+    new one, and are set back.
+
     Args:
       folder: of the run that has the checkpoint.
       step: of the checkpoint.
       target: the new run directory.
       changes: more flags, such as `--config.optim.learning_rate=1e-4`.
+
+    Raises:
+      UserError: `folder` is no run.
     """
     old, new = shown_paths([folder, target])
+    begun = f"{old}@{step}"
+    config, default = RunDir(folder).config(), flat(Config())
+    based = dataclasses.replace(config.model, init_from=begun)
+    later = dataclasses.replace(config, model=based)
+    given = {word.partition("=")[0] for word in changes}
+    back = [
+        flag(path, default[path])
+        for path in idle(later)
+        if flat(later)[path] != default[path] and f"--config.{path}" not in given
+    ]
     return [
         f"--config={old}",
         f"--config.run_dir={new}",
-        f"--config.model.init_from={old}@{step}",
+        f"--config.model.init_from={begun}",
+        *back,
         *changes,
     ]
 

@@ -12,7 +12,7 @@ def log_of(run: Path) -> Path:
 def tail(path: Path, size: int) -> str:
     """The last `size` bytes of a log; empty where there is none, or a link.
 
-    Of a line that a progress bar has written again and again, the last state is kept.
+    A line that a progress bar has written again and again is shown in its last state.
     """
     try:
         if path.is_symlink():

@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
         result_tables.compare_losses(lines),
         bold=result_tables.TOTAL,
     )
+    for line in rows.unused[:SHOWN]:
+        sys.stdout.write(f"unused column {visible(line)}\n")
     if rows.left_out:
         sys.stdout.write("dropped or cut:\n")
         for line in rows.left_out[:SHOWN]:

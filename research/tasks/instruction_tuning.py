@@ -14,6 +14,7 @@ from research.data.instructions.instruction_dataset import (
     load_dataset,
     training_batches,
 )
+from research.data.instructions.unused_columns import describe_unused
 from research.data.token_batch import Batch
 from research.engine.requests import Request, Sampling
 from research.engine.text_generation import TextGenerator
@@ -159,11 +160,7 @@ class InstructionTask:
 
     def _examine_unused(self) -> Finding:
         unused, ignored = self._data.counts.unused, self._config.data.columns.ignored
-        lines = [
-            f"{name}: filled in {each['share']:.1%} of the rows, {each['letters']:,} "
-            f"letters in {each['where']}"
-            for name, each in unused.items()
-        ]
+        lines = describe_unused(unused)
         if len(lines) > MOST_UNUSED:
             lines[MOST_UNUSED:] = [f"and {len(lines) - MOST_UNUSED} more"]
         if ignored:
@@ -380,6 +377,7 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
         origin=f"{data.origin}, {counted(data.counts.total, 'row')}",
         sha256=data.counts.sha256,
         left_out=data.examples,
+        unused=describe_unused(data.counts.unused),
         text_bytes={},
         batches=functools.partial(eval_batches, data.train),
     )

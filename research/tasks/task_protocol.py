@@ -96,6 +96,7 @@ class EvaluationRows:
       text_bytes: UTF-8 bytes of the rows by group, where they are whole texts.
       batches: `batches(rows, mine)` gives every row once, in batches of `rows`; `mine`
         are the rows of each that this process builds.
+      unused: a line for people on each column that is filled and not used.
     """
 
     groups: Sequence[str]
@@ -104,6 +105,7 @@ class EvaluationRows:
     left_out: Sequence[str]
     text_bytes: Mapping[str, int]
     batches: Callable[[int, Sequence[int]], Iterable[Batch]]
+    unused: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.row_selection import load_rows
-from research.data.instructions.unused_columns import is_material
+from research.data.instructions.unused_columns import describe_unused, is_material
 
 CHAT = [
     {"role": "user", "content": "Why is it so?"},
@@ -114,9 +114,32 @@ def test_columns_that_repeat_the_row_are_only_named(tmp_path):
     }  # fmt: skip
     assert facts["id"] == {
         "rows": 1, "share": 1 / 4, "where": "rows.jsonl:1", "letters": 1,
-        "is_material": False,
+        "is_material": False, "labels": 0,
     }  # fmt: skip
     assert not any(each["is_material"] for each in facts.values())
+
+
+def test_a_column_of_few_values_may_be_the_category(tmp_path):
+    rows = [
+        ROW | {"topic": "ab"[n % 2], "id": n, "all": "x", "note": f"{n % 2} " * 30}
+        for n in range(8)
+    ]
+    rows[0] |= {"seldom": "a", "tags": ["a", "b"]}
+    labels = {k: x["labels"] for k, x in load(tmp_path, rows).unused.items()}
+    assert labels == {"topic": 2, "id": 0, "all": 0, "note": 0, "seldom": 0, "tags": 0}
+    said = describe_unused(load(tmp_path, rows, ignored=("note", "id")).unused)
+    flag = "--config.data.columns.category=topic"
+    assert said[0].endswith(f"; {flag} reports the loss of each of its 2 values")
+    assert not any("category" in line for line in said[1:])
+    # The rows have one already, under the name of the config or another.
+    named = [row | {"category": row["topic"]} for row in rows]
+    for columns in ({}, {"category": "all"}):
+        unused = load(tmp_path, named, **columns).unused
+        assert not any(x["labels"] for x in unused.values()), unused
+    old = {"old": {"share": 1.0, "letters": 3, "where": "a:1"}}  # Of an older cache.
+    assert describe_unused(old) == [
+        "old: filled in 100.0% of the rows, 3 letters in a:1"
+    ]
 
 
 def test_the_short_form_of_a_chat_that_was_named_is_marked_and_stops_no_run(tmp_path):

@@ -178,6 +178,16 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     [batch] = found.batches(2, [0, 1])
     assert batch.tokens.shape == (2, data.seq_len)
     assert batch.weights.sum() == 3 * 2, "an answer of one letter, and its end"
+    assert not found.unused
+    # By the rule of training: material stops it, all else is named.
+    topics = [good | {"topic": "ab"[n % 2]} for n in range(4)]
+    [line] = read(topics).unused
+    assert line.startswith("topic: filled in 100.0% of the rows, 1 letters in rows.js")
+    assert "--config.data.columns.category=topic reports the loss of each" in line
+    with pytest.raises(
+        UserError, match=r"'passage' is filled .*columns.context=passage"
+    ):
+        read([good | {"passage": "It rains."}])
     with pytest.raises(UserError, match=r"every row of .*rows.jsonl is longer") as said:
         read([long])
     needed = re.search(

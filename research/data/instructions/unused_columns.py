@@ -32,6 +32,8 @@ SYSTEM = ("system", "systemmessage", "systemprompt")
 REQUESTS = {"instruction", "problem", "prompt", "query", "question", "request"}
 ANSWERS = {"answer", "completion", "output", "reply", "response", "solution"}
 KNOWN = MATERIAL | ANSWERS
+# A column of few short values, which come back, may be the category.
+MOST_LABELS, LONGEST_LABEL = 64, 40
 # The first edition of the rules in which such a column stops a run.
 REFUSED_SINCE = 3
 # Values that can be mapped as they are.
@@ -56,6 +58,7 @@ class UnusedColumn:
       is_short: whether a row has it as the request of its chat's short form, in words
         that are not the chat's.
       kind: the type of its values if they are no texts, or "".
+      labels: its different values, as long as they are few and short, else None.
     """
 
     rows: int
@@ -65,6 +68,15 @@ class UnusedColumn:
     names: Sequence[str] = ()
     is_short: bool = False
     kind: str = ""
+    labels: set[str] | None = dataclasses.field(default_factory=set)
+
+    def add_label(self, texts: Sequence[str]) -> None:
+        """Notes the texts of one more row."""
+        if self.labels is not None:
+            self.labels.update(texts)
+            is_label = len(texts) == 1 and len(texts[0]) <= LONGEST_LABEL
+            if not is_label or len(self.labels) > MOST_LABELS:
+                self.labels = None
 
 
 class UnusedColumns:
@@ -109,6 +121,7 @@ class UnusedColumns:
                     continue
                 found = self._found[name] = UnusedColumn(0, record.where, letters)
             found.rows += 1
+            found.add_label(texts)
             if not isinstance(filled[name], AS_TEXT):
                 found.kind = type(filled[name]).__name__
             if not found.new and is_material(name) and not _repeats(texts, record):
@@ -133,9 +146,17 @@ class UnusedColumns:
                 "where": each.where,
                 "letters": each.letters,
                 "is_material": bool(each.new) or each.is_short,
+                "labels": self._labels(each),
             }
             for name, each in most_first
         }
+
+    def _labels(self, found: UnusedColumn) -> int:
+        """How many values it has, if it may be the category that the rows lack."""
+        count = len(found.labels or ())
+        is_common = 2 * found.rows >= self._rows and 2 * count <= found.rows
+        has_none = self._columns.category not in self._used
+        return count if has_none and is_common and count > 1 else 0
 
     def check(self) -> None:
         """Refuses material that is neither mapped nor ignored.
@@ -172,6 +193,21 @@ class UnusedColumns:
             for field, column in flags.items()
             if column != getattr(columns, field) or field == "context"
         )
+
+
+def describe_unused(unused: UnusedFacts) -> list[str]:
+    """A line for people on each unused column; `unused` are its facts by name."""
+    lines = []
+    for name, facts in unused.items():
+        line = f"{name}: filled in {facts['share']:.1%} of the rows, "
+        line += f"{facts['letters']:,} letters in {facts['where']}"
+        if labels := facts.get("labels"):  # Older caches lack it.
+            line += (
+                f"; {column_flag('category', name)} reports the loss of each of its "
+            )
+            line += f"{labels} values"
+        lines.append(line)
+    return lines
 
 
 def column_flag(field: str, column: str) -> str:

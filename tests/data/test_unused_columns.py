@@ -136,7 +136,7 @@ def test_a_column_of_few_values_may_be_the_category(tmp_path):
     for columns in ({}, {"category": "all"}):
         unused = load(tmp_path, named, **columns).unused
         assert not any(x["labels"] for x in unused.values()), unused
-    old = {"old": {"share": 1.0, "letters": 3, "where": "a:1"}}  # Of an older cache.
+    old = {"old": {"share": 1.0, "letters": 3, "where": "a:1"}}  # From an older cache.
     assert describe_unused(old) == [
         "old: filled in 100.0% of the rows, 3 letters in a:1"
     ]

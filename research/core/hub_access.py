@@ -18,6 +18,17 @@ ADDRESS = re.compile(
     r"hub://(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
     r"(?:(?P<rows>:)(?P<subset>[^@]*)(?:@(?P<split>.+))?)?"
 )
+# The addresses of pages and files of the hub, and what looks like one of ours.
+PAGE = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://"
+    r"|hub:/(?:/(?=datasets/|models/)|(?!/)))"
+    r"(?:(?P<kind>datasets|models|spaces)/)?"
+    r"(?P<name>[\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)\b)[\w.-]+)?)"
+    r"(?:@(?P<at>[\w.-]+))?"
+    r"(?:/(?P<view>tree|blob|resolve|viewer)(?:/(?P<of>[^/?#]+))?)?"
+    r"(?:/(?P<rest>[^?#:]+?))?"
+    r"/?(?:[?#].*)?"
+)
 COMMIT = re.compile("[0-9a-f]{40}")
 # Weights that some repositories hold a second time, in a format of their own.
 OTHER_COPIES = ["consolidated*", "original/*"]
@@ -38,6 +49,33 @@ def how_on_hub(written: str, kind: str) -> str:
     ends_as_file = re.search(r"\.[A-Za-z]\w*$", written)
     name = written if is_name and not ends_as_file else f"owner/name[@revision]{rows}"
     return f"a {kind} on the hub is written {PREFIX}{name}"
+
+
+def how_from_page(written: str, kind: str) -> str:
+    """What to write for the address of a page or file of the hub; "" for other text.
+
+    `kind`: `dataset` or `model` where a `hub://` address of one may stand, else "".
+    """
+    found = PAGE.fullmatch(written)
+    if not found:
+        return ""
+    own = {"datasets": "dataset", "spaces": "space"}.get(found["kind"], "model")
+    if written.startswith("hub:") and not found["kind"]:
+        own = kind or own
+    viewed = found["of"] if found["view"] == "viewer" else None
+    revision = found["at"] or ("" if viewed else found["of"]) or "main"
+    rest = "" if found["view"] == "tree" else found["rest"] or ""
+    if kind and own != kind:
+        return f"it is a {own}, and a {kind} is needed"
+    if kind and (viewed or not rest):
+        at = "" if revision == "main" else f"@{revision}"
+        rows = f":{viewed}" + (f"@{rest}" if rest else "") if viewed else ""
+        return f"write {PREFIX}{found['name']}{at}{rows}"
+    words = ["hf download", found["name"], "" if viewed else rest]
+    words += [f"--repo-type {own}" if own != "model" else ""]
+    words += [f"--revision {revision}" if revision != "main" else ""]
+    words += ["--local-dir FOLDER"]
+    return f"fetch it with {' '.join(filter(None, words))}, and give the path"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +102,9 @@ class HubAddress:
         found = ADDRESS.fullmatch(where)
         if not found or (kind == "model" and found["rows"]):
             rows = "[:subset[@split]]" if kind == "dataset" else ""
+            form = f"write hub://owner/name[@revision]{rows}"
             raise UserError(
-                f"{where} is no {kind} on the hub; write "
-                f"hub://owner/name[@revision]{rows}"
+                f"{where} is no {kind} on the hub; {how_from_page(where, kind) or form}"
             )
         parts = {k: v or "" for k, v in found.groupdict().items() if k != "rows"}
         return cls(kind=kind, **parts)

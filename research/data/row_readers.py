@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from research.core.errors import UserError
-from research.core.hub_access import how_on_hub
+from research.core.local_paths import no_such
 from research.data.compressed_files import (
     COMPRESSED,
     file_bytes,
@@ -133,8 +133,7 @@ def read_located(path: Path, reading: Reading, folder: str = "") -> Iterator[Loc
       UserError: the file is missing, unreadable or of an unknown kind.
     """
     if not path.is_file():
-        hub = "" if kind_of(path) in READERS else how_on_hub(str(path), "dataset")
-        raise UserError(f"data file {path} does not exist; {hub or 'check its path'}")
+        raise no_such(f"data file {path}", path)
     reader = READERS.get(kind_of(path))
     if reader is None or (not reader.is_plain and path.suffix in COMPRESSED):
         plain = [kind for kind, known in READERS.items() if known.is_plain]

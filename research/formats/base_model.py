@@ -8,7 +8,7 @@ from pathlib import Path
 
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, how_on_hub, is_hub
-from research.core.local_paths import local_path
+from research.core.local_paths import local_path, no_such
 from research.formats.gguf_file import GGUFFile
 from research.formats.huggingface_weights import (
     HuggingFaceWeights,
@@ -116,13 +116,13 @@ def _locate(name: str, hub_timeout: float, files: Sequence[str]) -> Path:
         return _in_package(name)
     if is_hub(name):
         return _from_hub(name, hub_timeout, files)
-    path = local_path(name)
+    path = local_path(name, "the base model", "model")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    raise UserError(
-        f"base model {name!r} is neither a folder nor a .gguf file here; "
-        f"{how_on_hub(name, 'model')}, one in a package pkg://package/file.gguf"
-    )
+    how = f"{how_on_hub(name, 'model')}, one in a package pkg://package/file.gguf"
+    if not path.exists():
+        raise no_such(f"base model {name!r}", path, how)
+    raise UserError(f"base model {name!r} is neither a folder nor a .gguf file; {how}")
 
 
 def _in_package(name: str) -> Path:

@@ -13,6 +13,7 @@ from research.config import command_line
 from research.config.knob_groups import ColumnsConfig
 from research.config.knobs import knob
 from research.core.errors import UserError
+from research.core.local_paths import local_path, require_file
 from research.runs.answering.weight_forms import weights_knob
 
 if TYPE_CHECKING:
@@ -215,8 +216,8 @@ def _check(f: GenerateFlags) -> None:
         raise UserError(f"--chat is a conversation: it takes no {', '.join(given)}")
     if f.prompts and f.prompt is not None:
         raise UserError("--prompt and --prompts are both set: drop either")
-    if f.prompts and not Path(f.prompts).is_file():
-        raise UserError(f"--prompts={f.prompts} is no file")
+    if f.prompts:
+        require_file(f"--prompts={f.prompts}", local_path(f.prompts, "--prompts"))
     of_file = {
         "out": f.out,
         "prompt_column": f.prompt_column,

@@ -12,6 +12,7 @@ from typing import Any
 from research.config.knob_groups import ColumnsConfig
 from research.core.errors import UserError, nearest
 from research.core.json_files import mismatch
+from research.core.local_paths import require_file
 from research.data.compressed_files import kind_of, open_bytes, read_error
 from research.data.file_content import refuse_other_content
 from research.data.instructions.row_columns import CHATS, KNOWN_COLUMNS, ROLE_NAMES
@@ -99,8 +100,7 @@ def read_prompts(path: Path, columns: PromptColumns = USUAL) -> Iterator[FilePro
     Raises:
       UserError: there is no such file, or it cannot be read.
     """
-    if not path.is_file():
-        raise UserError(f"--prompts={path} is no file")
+    require_file(f"--prompts={path}", path)
     if kind_of(path) in READERS:
         for where, row in read_rows(path):
             yield _from_row(where, row, columns)

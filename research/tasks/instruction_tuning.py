@@ -371,7 +371,7 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
     chat = _chat_format(config, base.tokenizer)
     whole = {"eval_path": "", "held_out": 0, "max_rows": 0}
     rows = dataclasses.replace(config.data, path=files, **whole)
-    data = load_dataset(rows, config.seed, chat, config.text)
+    data = load_dataset(rows, config.seed, chat, config.text, "--data")
     return EvaluationRows(
         groups=data.categories,
         origin=f"{data.origin}, {counted(data.counts.total, 'row')}",

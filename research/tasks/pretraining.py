@@ -253,7 +253,7 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
         held_out_bytes=sys.maxsize,
         cache=True,
     )
-    data = load_text(text, config.data, base.tokenizer, *_processes())
+    data = load_text(text, config.data, base.tokenizer, *_processes(), "--data")
     sampled = dataclasses.replace(text, held_out_share=0.0)
     lost = _count_lost(sampled, config.data, base.tokenizer)
     return EvaluationRows(

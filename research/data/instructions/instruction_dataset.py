@@ -136,7 +136,11 @@ class InstructionDataset:
 
 
 def load_dataset(
-    config: DataConfig, seed: int, chat_format: ChatFormat, text: TextConfig
+    config: DataConfig,
+    seed: int,
+    chat_format: ChatFormat,
+    text: TextConfig,
+    knob: str = "config.data.path",
 ) -> InstructionDataset:
     """Reads, splits and tokenises the rows of `config` once; packs them by `seed`.
 
@@ -145,14 +149,16 @@ def load_dataset(
       seed: of the packing.
       chat_format: how a row becomes ids.
       text: names the folder of tokenised rows.
+      knob: the one that the user gave the path of the rows by.
 
     Raises:
       UserError: the data cannot be read, or nothing is left to train on.
     """
-    sources = [find_rows(config)]
+    sources = [find_rows(config, knob)]
     if config.eval_path:
         own = dataclasses.replace(config, path=config.eval_path)
-        sources.append(_told_apart(find_rows(own), sources[0]))
+        held_out = find_rows(own, "config.data.eval_path")
+        sources.append(_told_apart(held_out, sources[0]))
 
     def build(folder: Path, key: str) -> None:
         _build(folder, key, sources, config, seed, chat_format)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.core.errors import UserError
-from research.core.local_paths import listed_paths, local_path
+from research.core.hub_access import how_on_hub
+from research.core.local_paths import listed_paths, local_path, no_such
 from research.data.compressed_files import kind_of
 from research.data.row_readers import READERS, BadRowError, Row, read_rows
 
@@ -29,17 +30,18 @@ def read_files(written: str) -> Iterator[tuple[str, Row | BadRowError]]:
         yield from read_rows(file, "" if folder == "." else f"{folder}/")
 
 
-def row_files(written: str) -> list[Path]:
-    """The files of a path, or of paths between commas.
+def row_files(written: str, knob: str = "config.data.path") -> list[Path]:
+    """The files of a path, or of paths between commas; `knob` is what names them.
 
     Raises:
       UserError: a path leads to no file.
     """
-    places = [local_path(part) for part in listed_paths(written)]
-    return list(dict.fromkeys(file for place in places for file in _files_of(place)))
+    places = [local_path(part, knob, "dataset") for part in listed_paths(written)]
+    files = (file for place in places for file in _files_of(place, knob))
+    return list(dict.fromkeys(files))
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(path: Path, knob: str) -> list[Path]:
     if path.is_dir():
         inside = (p for p in path.rglob("*") if p.is_file() and kind_of(p) in READERS)
         files = [p for p in inside if not _is_hidden(p.relative_to(path))]
@@ -48,10 +50,14 @@ def _files_of(path: Path) -> list[Path]:
         found = glob.glob(str(path), recursive=True)
         files = [Path(p) for p in found if Path(p).is_file()]
         what = f"no file matches {path}"
+    elif not path.exists():
+        is_file = kind_of(path) in READERS
+        how = "check its path" if is_file else how_on_hub(str(path), "dataset")
+        raise no_such(f"{knob}={path}", path, how)
     else:
         return [path]
     if not files:
-        raise UserError(f"{what}; check config.data.path")
+        raise UserError(f"{what}; check {knob}")
     return sorted(files)
 
 

@@ -217,8 +217,10 @@ def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
                 )
 
 
-def find_rows(config: DataConfig) -> RowSource:
+def find_rows(config: DataConfig, knob: str = "config.data.path") -> RowSource:
     """The rows of `config.path`, else of `config.source`, else the embedded sample.
+
+    `knob` is the one that the user gave the path by.
 
     Raises:
       UserError: there is no such file, dataset or source.
@@ -226,7 +228,7 @@ def find_rows(config: DataConfig) -> RowSource:
     if is_hub(config.path):
         return _hub_rows(HubAddress.parse(config.path, "dataset"), config)
     if config.path and config.path != EMBEDDED:
-        return _file_rows(config.path, config.path)
+        return _file_rows(config.path, config.path, knob)
     if not config.path:
         source = None
         named = look_up(ROW_SOURCES, config.source, "config.data.source")
@@ -240,11 +242,11 @@ def find_rows(config: DataConfig) -> RowSource:
             return dataclasses.replace(source, origin=f"hub {address.name}")
     sample = importlib.resources.files("research.data.instructions") / "sample"
     with importlib.resources.as_file(sample) as folder:
-        return _file_rows("embedded sample", str(folder))
+        return _file_rows("embedded sample", str(folder), knob)
 
 
-def _file_rows(origin: str, path: str) -> RowSource:
-    return RowSource(origin, lambda: read_files(path), row_files(path))
+def _file_rows(origin: str, path: str, knob: str) -> RowSource:
+    return RowSource(origin, lambda: read_files(path), row_files(path, knob))
 
 
 def _hub_rows(address: HubAddress, config: DataConfig) -> RowSource:

@@ -15,7 +15,7 @@ from research.config.knob_groups import DataConfig, TextConfig
 from research.core.atomic_files import publish_folder
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, fetch_files, is_hub
-from research.core.local_paths import local_path
+from research.core.local_paths import local_path, no_such
 from research.data.text.document_readers import SourceFile, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
@@ -53,16 +53,15 @@ def open_tokenizer(text: TextConfig, data: DataConfig) -> Tokenizer:
         return _open_bpe(text, data, _vocabulary(asked, size))
     if is_hub(asked):
         return from_folder(_fetched(asked, data.hub_timeout))
-    path = local_path(asked)
+    path = local_path(asked, "config.text.tokenizer", "model")
     if path.is_file():
         return from_file(path)
     if path.is_dir():
         return from_folder(path)
-    raise UserError(
-        f"config.text.tokenizer is {asked!r}, and no such file or folder exists; give "
-        f"byte, bpe:SIZE, a tokenizer.json, a folder or hub://owner/name[@revision]"
-        f"{nearest(asked, ('byte', 'bpe:4096'))}"
-    )
+    raise no_such(
+        f"config.text.tokenizer={asked}{nearest(asked, ('byte', 'bpe:4096'))}", path,
+        "give byte, bpe:SIZE, a tokenizer.json, a folder or hub://owner/name[@revision]",
+    )  # fmt: skip
 
 
 def make_tokenizer(

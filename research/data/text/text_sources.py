@@ -11,7 +11,7 @@ from research.config.field_names import SOURCE_NAME, shell_flag, written_list
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, how_on_hub, is_hub, require_commit
-from research.core.local_paths import local_path
+from research.core.local_paths import local_path, no_such
 from research.data.text.document_readers import SourceFile, TextSource
 
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -51,15 +51,19 @@ def _places(config: TextConfig) -> dict[str, str]:
     return places
 
 
-def open_sources(text: TextConfig, data: DataConfig) -> list[TextSource]:
+def open_sources(
+    text: TextConfig, data: DataConfig, knob: str = "config.text.sources"
+) -> list[TextSource]:
     """Lists the files of all sources in `text`; reads none of them.
+
+    `knob` is the one that the user gave them by.
 
     Raises:
       UserError: a source is not `name=where`, or does not exist.
     """
     sources = []
     for name, where in _places(text).items():
-        files, revision = _locate(name, where, data.hub_timeout)
+        files, revision = _locate(name, where, data.hub_timeout, knob)
         sources.append(
             TextSource(
                 name, where, files, revision, text.column, text.undecodable,
@@ -70,7 +74,7 @@ def open_sources(text: TextConfig, data: DataConfig) -> list[TextSource]:
 
 
 def _locate(
-    name: str, where: str, timeout: float
+    name: str, where: str, timeout: float, knob: str
 ) -> tuple[tuple[SourceFile, ...], str]:
     if where == "stdlib":
         return tuple(_stdlib()), ""
@@ -78,19 +82,16 @@ def _locate(
         address = HubAddress.parse(where, "dataset")
         commit = require_commit(address, f"text source {name}={where}", timeout)
         return (SourceFile(address.name, Path(where), 0),), commit
-    path = local_path(where)
+    what = f"text source {name}={where} of {knob}"
+    path = local_path(where, f"text source {name} of {knob}", "dataset")
     if path.is_file():
         return (SourceFile(path.name, path, path.stat().st_size),), ""
     if not path.is_dir():
-        raise UserError(
-            f"text source {name}={where} does not exist; give stdlib, a file or a "
-            f"folder; {how_on_hub(where, 'dataset')}"
-        )
+        how = f"give stdlib, a file or a folder; {how_on_hub(where, 'dataset')}"
+        raise no_such(what, path, how)
     files = tuple(_files_under(path, lambda name: not name.startswith(".")))
     if not files:
-        raise UserError(
-            f"text source {name}={where} has no files; hidden ones do not count"
-        )
+        raise UserError(f"{what} has no files; hidden ones do not count")
     return files, ""
 
 

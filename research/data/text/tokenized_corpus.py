@@ -106,13 +106,16 @@ def load_text(
     tokenizer: Tokenizer,
     process_index: int = 0,
     process_count: int = 1,
+    knob: str = "config.text.sources",
 ) -> TextData:
     """Opens the sources of `text`, cached or streamed; makes caches first.
+
+    `knob` is the one that the user gave them by.
 
     Raises:
       UserError: a source, its text or the mixture cannot be used.
     """
-    sources = open_sources(text, data)
+    sources = open_sources(text, data, knob)
     # A typo should be reported now, and not after hours of tokenising.
     mixture_weights(text, [source.name for source in sources])
     if not text.cache:

@@ -133,7 +133,7 @@ DISPATCHES = {
     "data.overlength": [lambda c: UnitBuild(Path(), c, None, {}, set())],
     "data.bad_lines": [
         lambda c: refuse_row(BAD_ROW, c),
-        lambda c: text_reader(bad_lines="unheard")._bad_row(3, "rows:1"),
+        lambda c: text_reader(bad_lines="unheard")._stops_at_bad_rows(),
     ],
     "text.undecodable": [
         lambda c: text_reader(undecodable="unheard")._keep("notes:1", "no UTF-8"),

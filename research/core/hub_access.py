@@ -52,7 +52,7 @@ def how_on_hub(written: str, kind: str) -> str:
 
 
 def how_from_page(written: str, kind: str) -> str:
-    """What to write for the address of a page or file of the hub; "" for other text.
+    """Tells how to use what a page or file of the hub has; "" for other text.
 
     `kind`: `dataset` or `model` where a `hub://` address of one may stand, else "".
     """

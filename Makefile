@@ -99,4 +99,6 @@ $(VENV)/installed: $(VENV)/python-chosen requirements.txt
 
 $(VENV)/tested: $(VENV)/installed tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
+	@command -v chromium chromium-browser >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get install -qq -y chromium >/dev/null 2>&1; } || echo "no chromium: the tests of the studio in a browser are skipped"
 	@touch $@

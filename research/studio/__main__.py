@@ -30,7 +30,7 @@ Prints an address; open it in a browser. The page shows the run directories belo
 writes nothing outside of them. A training that it starts is a process of its own: to
 close the browser, or to end the studio, changes nothing. See docs/studio.md.
 """
-SHUTDOWN = 1.0  # seconds for requests that are being answered
+SHUTDOWN = 3.0  # seconds for requests that are being answered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
+        studio.feed.end()
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -58,5 +58,5 @@ class StudioState:
             "state": state.state,
             "cause": state.cause,
             "steps": state.steps,
-            **figures(columns, state.steps),
+            **figures(columns, state.steps, state.first),
         }

@@ -1,31 +1,22 @@
 """Curves and streams: complete, thinned, replayed, and unharmed by what is broken."""
 
-import asyncio
 import contextlib
 import fcntl
 import json
 import math
 import os
 import shutil
-import socket
-import threading
 import time
 
 import httpx
 import numpy as np
 import pytest
+from served_studio import ServedStudio, append
 from studio_place import TOKEN, eval_line, make_run, train_line
 
-from research.serve.http.http_server import HttpServer
-from research.serve.http.sockets import open_port
 from research.studio.live import run_feed
 from research.studio.live.metric_columns import Cursor, MetricColumns
 from research.studio.live.thinning import smooth, thin
-
-
-def append(run, *lines, end="\n"):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write("\n".join(map(json.dumps, lines)) + end)
 
 
 def test_columns_follow_a_file_that_is_written_in_pieces(tmp_path):
@@ -113,42 +104,24 @@ def test_100_000_lines_plot_at_once(place):
     assert len(answer.content) < 500_000
 
 
-class Served:
-    """A studio on a real socket, in a thread."""
-
-    def __init__(self, app):
-        self.listener = open_port("127.0.0.1", 0)
-        port = self.listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.server = HttpServer(app, 1.0)
-        program = self.server.serve([self.listener])
-        self.thread = threading.Thread(target=asyncio.run, args=(program,))
-        self.thread.start()
-
-    def stop(self):
-        self.server.should_exit = True
-        self.thread.join()
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-
-    @contextlib.contextmanager
-    def stream(self, client, run, last=""):
-        """The lines of a stream behind the event `last`."""
-        headers = {"last-event-id": last} if last else {}
-        path = f"/api/events?run={run}"
-        with client.stream("GET", path, headers=headers) as response:
-            yield response.iter_lines()
-
-
 @pytest.fixture
 def served(place, monkeypatch):
     monkeypatch.setattr(run_feed, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(run_feed, "LOOK_ANYWAY", 0.1)
-    server = Served(place.app)
+    server = ServedStudio(place.app)
     headers = {"authorization": f"Bearer {TOKEN}"}
     with httpx.Client(base_url=server.url, headers=headers, timeout=20) as client:
-        yield server, client
+        yield client
     server.stop()
+
+
+@contextlib.contextmanager
+def stream(client, run, last=""):
+    """The lines of a stream behind the event `last`."""
+    headers = {"last-event-id": last} if last else {}
+    path = f"/api/events?run={run}"
+    with client.stream("GET", path, headers=headers) as response:
+        yield response.iter_lines()
 
 
 def read_until(lines, kind):
@@ -166,23 +139,23 @@ def read_until(lines, kind):
 
 
 def test_a_stream_follows_a_run_and_replays_what_was_missed(place, served):
-    server, client = served
+    client = served
     run = make_run(place.runs / "a")
-    with server.stream(client, "runs/a") as lines:
+    with stream(client, "runs/a") as lines:
         last, _ = read_until(lines, "reset")
         _, state = read_until(lines, "state")
-        assert state["step"] == 3 and state["eta_s"] == 1.0
+        assert state["step"] == 3 and state["eta_s"] == 2.0
         append(run, train_line(4, loss=0.5), eval_line(4, 0.75, qa=0.5))
         _, rows = read_until(lines, "rows")
     assert rows["train"]["step"] == [4] and rows["train"]["loss"] == [0.5]
     assert rows["evals"] == [{"step": 4, "losses": {"": 0.75, "qa": 0.5}}]
     # The connection is lost; lines come meanwhile; another server answers.
     append(run, train_line(5))
-    with server.stream(client, "runs/a", last) as lines:
+    with stream(client, "runs/a", last) as lines:
         _, rows = read_until(lines, "rows")
     assert rows["train"]["step"] == [4, 5]
     # A run that is moved while it is shown says so, and the stream ends.
-    with server.stream(client, "runs/a", last) as lines:
+    with stream(client, "runs/a", last) as lines:
         read_until(lines, "rows")
         shutil.rmtree(run)
         read_until(lines, "gone")
@@ -190,11 +163,11 @@ def test_a_stream_follows_a_run_and_replays_what_was_missed(place, served):
 
 
 def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(place, served):
-    server, client = served
+    client = served
     run = make_run(place.runs / "a", "failed")
     with open(run / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with server.stream(client, "runs/a") as lines:
+        with stream(client, "runs/a") as lines:
             assert read_until(lines, "state")[1]["state"] == "running"
             fcntl.flock(file, fcntl.LOCK_UN)
             assert read_until(lines, "state")[1]["state"] == "failed"
@@ -202,7 +175,7 @@ def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(place, serve
 
 @pytest.mark.parametrize("last", ["x", "1-2", "0-9-9", "-1-0-0", "9" * 400 + "-0-0"])
 def test_a_strange_cursor_reads_everything_again(place, served, last):
-    server, client = served
+    client = served
     make_run(place.runs / "a")
-    with server.stream(client, "runs/a", last) as lines:
+    with stream(client, "runs/a", last) as lines:
         assert read_until(lines, "reset")

@@ -34,7 +34,8 @@ def train_line(step, loss=None, **more):
     values = {"loss": 3.0 / step if loss is None else loss, "tokens": 100}
     values |= {"elapsed_s": 0.5 * step, "memory_gb": 0.5, "learning_rate": 1e-3}
     values |= {"grad_norm": 1.0, "tokens_per_s": 200.0, "step_s": 0.5, **more}
-    return {"step": step, "kind": "train", **values}
+    time = f"2026-11-27T10:{step // 60 % 60:02}:{step % 60:02}+00:00"
+    return {"step": step, "kind": "train", "time": time, **values}
 
 
 def eval_line(step, loss, **groups):

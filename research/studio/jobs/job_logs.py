@@ -18,9 +18,12 @@ def tail(path: Path, size: int) -> str:
         if path.is_symlink():
             return ""
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            skipped = max(0, os.fstat(file.fileno()).st_size - size)
+            file.seek(skipped)
             text = file.read(size).decode(errors="replace")
     except OSError:
         return ""
     lines = text.replace("\r\n", "\n").split("\n")
+    if skipped and lines[1:]:  # The first one is cut, perhaps within a letter.
+        del lines[0]
     return "\n".join(line.rpartition("\r")[2] for line in lines)

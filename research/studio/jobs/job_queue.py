@@ -48,6 +48,7 @@ class QueuedJob:
       pid, born: of the process, and when the system started it (a pid returns).
       began, ended: ISO 8601, empty before.
       exit_code: None until it has ended, or where nobody saw it end.
+      said: the last lines of its output, if it has failed.
     """
 
     id: str
@@ -61,6 +62,7 @@ class QueuedJob:
     began: str = ""
     ended: str = ""
     exit_code: int | None = None
+    said: str = ""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "QueuedJob":

@@ -9,8 +9,13 @@ from collections.abc import Callable
 
 import psutil
 
+from research.core.errors import PREEMPTED, STOPPED
 from research.runs.utc_clock import utc_now
+from research.studio.jobs.job_logs import tail
 from research.studio.jobs.job_queue import MACHINE, JobQueue, QueuedJob
+
+ENDS_WELL = (0, STOPPED, PREEMPTED)
+SAID = 2000  # bytes of the output of a job that has failed
 
 
 def work_off(queue: JobQueue, run_job: Callable[[QueuedJob, int], int]) -> int:
@@ -41,7 +46,10 @@ def work_off(queue: JobQueue, run_job: Callable[[QueuedJob, int], int]) -> int:
             count += 1
             with queue.changing() as jobs:
                 mine = [x for x in jobs.running if x.id == job.id] or [job]
-                ended = dataclasses.replace(mine[0], ended=utc_now(), exit_code=code)
+                said = "" if code in ENDS_WELL else tail(job.log, SAID)
+                ended = dataclasses.replace(
+                    mine[0], ended=utc_now(), exit_code=code, said=said
+                )
                 jobs.ended = [ended, *(x for x in jobs.ended if x.id != job.id)]
                 jobs.running = [x for x in jobs.running if x.id != job.id]
 

@@ -35,6 +35,7 @@ class RunState:
       state: see `STATES`.
       cause: why the newest start ended; empty while it runs.
       step: updates made; None before the first start has begun.
+      first: the step that the newest start began with.
       steps: the last step of the whole run; 0 where it is not known.
       loss: of the newest update; None without one.
       held_out: of the newest evaluation; None without one.
@@ -46,6 +47,7 @@ class RunState:
     state: State
     cause: str
     step: int | None
+    first: int
     steps: int
     loss: float | None
     held_out: float | None
@@ -71,6 +73,7 @@ def read_state(folder: Path, *, is_training: bool) -> RunState:
         state=state,
         cause="" if state == "running" else str(last.get("cause") or ""),
         step=train.get("step", last.get("step")),
+        first=last.get("first") or 0,
         steps=steps[-1] if steps else 0,
         loss=train.get("loss"),
         held_out=held.get("loss"),

@@ -5,7 +5,9 @@ alone (`msgspec`), and when the file has grown, only the new bytes are read.
 """
 
 import array
+import collections
 import dataclasses
+import datetime
 import math
 import os
 import threading
@@ -20,6 +22,7 @@ from research.data.grouped_values import by_group
 from research.runs import metrics_file
 
 CHUNK = 8 << 20  # bytes that are read at a time
+RECENT = 400  # lines from which the pace of a run is taken
 # The fields of a `train` line that charts and figures show.
 TRAIN = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gb"),
@@ -31,6 +34,7 @@ _Value = float | str | None  # Earlier versions wrote "NaN" in place of a number
 class _Line(msgspec.Struct):
     step: int
     kind: str
+    time: str = ""
 
 
 _TrainLine = msgspec.defstruct(
@@ -79,6 +83,8 @@ class MetricColumns:
         self._torn = b""  # The beginning of a line whose end is not written yet.
         self.bad = 0
         self._steps = array.array("q")
+        self._times: collections.deque[tuple[int, str]]
+        self._times = collections.deque(maxlen=RECENT)
         self._train = {name: array.array("d") for name in TRAIN}
         self._evals: list[dict[str, Any]] = []
 
@@ -112,6 +118,7 @@ class MetricColumns:
                 self._add_other(line)
                 continue
             self._steps.append(found.step)
+            self._times.append((found.step, found.time))
             for name, column in self._train.items():
                 value = getattr(found, name)
                 column.append(value if type(value) is float else math.nan)
@@ -135,6 +142,21 @@ class MetricColumns:
             for name, column in self._train.items():
                 found[name] = np.array(column[start:], dtype=np.float64)
             return found
+
+    def pace(self, first: int) -> float | None:
+        """Wall seconds for a step in the newest lines behind step `first`, with the
+        evaluations and saves between them; None where there are too few.
+        """
+        with self._lock:
+            recent = [(step, time) for step, time in self._times if step > first]
+        if len(recent) < 2:
+            return None
+        (step, begun), (last, ended) = recent[0], recent[-1]
+        try:
+            begin, end = map(datetime.datetime.fromisoformat, (begun, ended))
+            return max(0.0, (end - begin).total_seconds()) / max(1, last - step)
+        except (ValueError, TypeError):  # No time, or one without its zone.
+            return None
 
     def evals(self, start: int = 0) -> list[dict[str, Any]]:
         """The `eval` lines from number `start` on."""

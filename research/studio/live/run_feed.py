@@ -21,23 +21,25 @@ LOOK_EVERY, LOOK_ANYWAY = 1.0, 5.0  # seconds; the second without a change of fi
 PING_EVERY = 15.0  # seconds after which a silent stream says that it lives
 # A reader that is further behind reads the thinned curves again.
 MOST_ROWS = 2000
-RECENT = 50  # updates whose median time gives the time that is left
 FILES = ("run.json", metrics_file.NAME, "samples.jsonl", "complete.json")
 
 
-def figures(columns: MetricColumns, steps: int) -> dict[str, float | None]:
-    """The newest numbers of a run, and `eta_s`, the seconds until step `steps`."""
-    count = columns.cursor().train
-    train = columns.train(max(0, count - RECENT))
+def figures(
+    columns: MetricColumns, steps: int, first: int = 0
+) -> dict[str, float | None]:
+    """The newest numbers of a run, and `eta_s`, the seconds until step `steps`.
+
+    `first` is the step that the newest start began with.
+    """
+    train = columns.train(max(0, columns.cursor().train - 1))
     if not len(train["step"]):
         return {}
     found: dict[str, float | None] = {"step": int(train["step"][-1])}
     for name in TRAIN:
         found[name] = plain(train[name][-1])
-    seconds = train["step_s"][np.isfinite(train["step_s"])]
-    left = steps - int(train["step"][-1])
-    if len(seconds) and left >= 0 and steps:
-        found["eta_s"] = float(np.median(seconds)) * left
+    pace, left = columns.pace(first), steps - int(train["step"][-1])
+    if pace is not None and left >= 0 and steps:
+        found["eta_s"] = pace * left
     return found
 
 
@@ -63,6 +65,12 @@ class _Watch:
     changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
+    def tell(self) -> None:
+        """Wakes all listeners."""
+        self.version += 1
+        self.changed.set()
+        self.changed = asyncio.Event()
+
 
 class RunFeed:
     """Streams of runs. Belongs to one event loop."""
@@ -71,6 +79,11 @@ class RunFeed:
         """`read_state(folder, columns)` gives what a `state` event says."""
         self._read_state = read_state
         self._watches: dict[Path, _Watch] = {}
+        self._is_ending = False
+
+    def end(self) -> None:
+        """Ends all streams soon, so that a server can stop; any thread may call it."""
+        self._is_ending = True
 
     async def events(self, folder: Path, columns: MetricColumns, last: str):
         """Server-sent events from behind `last`, the id of the last one received.
@@ -85,6 +98,8 @@ class RunFeed:
                 version = watch.version
                 if watch.is_gone:
                     yield _event("gone", "{}")
+                    return
+                if self._is_ending:
                     return
                 now = columns.cursor()
                 if cursor is None or _is_lost(cursor, now):
@@ -127,6 +142,9 @@ class RunFeed:
             # A trainer that is killed changes no file, so time alone is a reason, too.
             marks = await asyncio.to_thread(_marks, folder)
             marks.append(time.monotonic() // LOOK_ANYWAY)
+            if self._is_ending:
+                watch.tell()
+                return
             if marks != seen:
                 seen = marks
                 await self._look(folder, watch)
@@ -143,9 +161,7 @@ class RunFeed:
         watch.is_gone = not os.path.isfile(folder / "config.json")
         if before == (watch.columns.cursor(), watch.state, watch.is_gone):
             return
-        watch.version += 1
-        watch.changed.set()
-        watch.changed = asyncio.Event()
+        watch.tell()
 
 
 def _marks(folder: Path) -> list[Any]:

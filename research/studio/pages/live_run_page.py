@@ -61,7 +61,7 @@ def run(request: Request) -> Response:
         name=name,
         folder=folder,
         state=state,
-        figures=figures(columns, state.steps),
+        figures=figures(columns, state.steps, state.first),
         bad_lines=columns.bad,
         tables=_tables(columns),
         losses=tabulate_losses(comparable(columns.evals())),

@@ -10,12 +10,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.core.errors import UserError
-from research.studio.jobs.job_logs import tail
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import Form, render, see, studio_of
-
-LOG_BYTES = 2000  # of a job that has failed
 
 
 def queue(request: Request) -> Response:
@@ -29,7 +26,6 @@ def queue(request: Request) -> Response:
         jobs=jobs,
         name_of=lambda job: _name(request, job),
         folder=studio.queue.folder,
-        log_of=lambda job: tail(job.log, LOG_BYTES),
         said=request.query_params.get("said", ""),
     )
 

@@ -1,0 +1,139 @@
+"""The pages in a real browser: curves that follow a run, keyboard, accessibility."""
+
+import re
+import shutil
+
+import pytest
+from served_studio import ServedStudio, append
+from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
+
+from research.studio.live import run_feed
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
+NAME = "sweep/first"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_feed, "LOOK_EVERY", 0.05)
+    place = StudioPlace(tmp_path)
+    lines = [eval_line(0, 3.0, qa=3.5), *(train_line(n) for n in range(1, 80))]
+    make_run(place.runs / NAME, "killed", lines)
+    make_run(place.runs / "other", "finished")
+    server = ServedStudio(place.app)
+    yield place, server
+    server.stop()
+
+
+class Tab:
+    """A page of a browser that reaches nothing but the studio."""
+
+    def __init__(self, browser, server, **more):
+        context = browser.new_context(**more)
+        self.faults = []
+        context.route(
+            lambda url: not url.startswith(server.url),
+            lambda route: (self.faults.append(route.request.url), route.abort()),
+        )
+        self.page = context.new_page()
+        self.page.set_default_timeout(15_000)
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", self._note)
+        self.url = server.url
+        self.page.goto(f"{self.url}/?token={TOKEN}")
+
+    def _note(self, message):
+        if message.type == "error" and "ERR_CONNECTION" not in message.text:
+            self.faults.append(message.text)
+
+    def open(self, path):
+        self.page.goto(self.url + path)
+
+
+def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
+    place, server = served
+    tab = Tab(browser, server)
+    page, run = tab.page, place.runs / NAME
+    page.get_by_role("link", name=f"runs/{NAME}").click()
+    page.get_by_text("live", exact=True).wait_for()
+    assert "token" not in page.url
+    assert page.locator(".chart canvas").count() == 6
+    append(run, train_line(80, loss=0.125), eval_line(80, 0.75, qa=0.5))
+    page.locator('[data-figure="loss"]', has_text="0.125").wait_for()
+    page.locator('[data-figure="held_out"]', has_text="0.75").wait_for()
+    server.stop()
+    append(run, train_line(81, loss=0.0625))
+    again = ServedStudio(StudioPlace(place.runs.parent).app, server.port)
+    try:
+        page.locator('[data-figure="loss"]', has_text="0.0625").wait_for()
+        page.get_by_label("Smoothing").select_option("25")
+        page.get_by_label("Lay another run").select_option("runs/other")
+        legend = page.locator('[data-chart="loss"] .u-legend', has_text="runs/other")
+        legend.wait_for()
+        shutil.rmtree(run)
+        page.get_by_text("this run was moved or removed").wait_for()
+    finally:
+        again.stop()
+    assert tab.faults == []
+
+
+PATHS = (
+    "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
+    "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scheme, width",
+    [("dark", 390), pytest.param("light", 1280, marks=pytest.mark.soak)],
+)
+def test_pages_have_no_serious_fault_of_accessibility(browser, served, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    size = {"width": width, "height": 900}
+    # The policy forbids the checker's own script; `test_a_page_follows` has it on.
+    tab = Tab(browser, served[1], color_scheme=scheme, viewport=size, bypass_csp=True)
+    for path in PATHS:
+        tab.open(path)
+        tab.page.wait_for_load_state("networkidle") if "run/" not in path else None
+        found = axe.run(tab.page).response
+        assert len(found["passes"]) > 5
+        serious = [
+            (x["id"], [node["target"] for node in x["nodes"]])
+            for x in found["violations"]
+            if x["impact"] in ("serious", "critical")
+        ]
+        assert serious == [], path
+        wide = tab.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{path} is wider than the screen"
+
+
+def test_the_keyboard_reaches_runs_and_a_page_without_scripts_has_numbers(
+    browser, served
+):
+    tab = Tab(browser, served[1], java_script_enabled=False)
+    page = tab.page
+    page.keyboard.press("Tab")
+    assert "Skip to the content" in page.locator(":focus").inner_text()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.locator(":focus").get_attribute("href") == f"/run/runs/{NAME}":
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("/run/"))
+    assert page.locator(".state").inner_text() == "running"
+    loss = page.locator('[data-chart="loss"]')
+    assert not loss.locator(".chart").is_visible()
+    loss.locator("summary").press("Enter")
+    assert loss.locator("tbody tr").last.inner_text().split() == ["79", "0.03797"]

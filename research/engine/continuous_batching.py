@@ -1,7 +1,7 @@
 """Answers many requests at once: a queue, slots, and one round of tokens after another.
 
-One round admits what waits into free slots, writes at most one chunk of one prompt, so
-that a long prompt cannot stop the answers of others, and takes tokens for all slots.
+One round admits what waits into free slots, writes at most one chunk of prompts, so
+that a long one cannot stop the answers of others, and takes tokens for all slots.
 """
 
 import collections
@@ -226,7 +226,7 @@ class Engine:
         with self._stepping:
             self._rounds += 1
             try:
-                worked = self._obey() + self._admit() + self._write_chunk()
+                worked = self._obey() + self._admit() + self._write_prompts()
                 return bool(worked + self._decode())
             except Exception as error:
                 # The state of all slots may be gone, and nobody knows who is to blame.
@@ -306,14 +306,14 @@ class Engine:
         if not task.unwritten:
             self._begin(task)
 
-    def _write_chunk(self) -> int:
-        """Writes one chunk of the prompt that would be written first by itself.
-
-        So a short prompt passes a long one, and none waits for ever.
-        """
+    def _write_prompts(self) -> int:
+        """Writes a part of a long prompt or several short ones; none waits for ever."""
         tasks = [task for task in self._slots if task and not task.decodes]
-        if tasks:
-            self._guarded(min(tasks, key=lambda task: task.due), self._write_part)
+        room = self._decoder.chunk
+        for task in sorted(tasks, key=lambda task: task.due):
+            if (room := room - self._decoder.size(task.unwritten)) < 0:
+                break
+            self._guarded(task, self._write_part)
         return len(tasks)
 
     def _write_part(self, task: AnswerProgress) -> None:

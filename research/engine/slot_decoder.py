@@ -37,6 +37,9 @@ Params = dict[str, Any]
 # counts and a call costs little, and on accelerators.
 CPU_CHUNK, CPU_ROUNDS = 64, 1
 ACCELERATOR_CHUNK, ACCELERATOR_ROUNDS = 256, 8
+# The end of a prompt is written by the smallest program that holds it, of a whole chunk
+# or of these shares of one.
+SHARES = (4, 2, 1)
 # On a CPU, XLA takes ten times as long for a product of one row as for one of two.
 FEWEST_CPU_SLOTS = 2
 
@@ -69,6 +72,7 @@ class SlotDecoder:
       slots: S, which on a CPU is at least 2.
       length: the most tokens of prompt and answer together.
       chunk: the most tokens of one `extend`.
+      sizes: the tokens that one `extend` computes, in ascending order up to `chunk`.
       rounds: R, the most tokens a slot gets from one `decode`.
       vocabulary: V, the number of ids.
       traces: how often a program was traced. Constant after `warm_up`.
@@ -109,6 +113,7 @@ class SlotDecoder:
         slots = max(slots, FEWEST_CPU_SLOTS) if cpu else slots
         self.slots, self.length, self.vocabulary = slots, length, a.vocab
         self.chunk = chunk or (CPU_CHUNK if cpu else ACCELERATOR_CHUNK)
+        self.sizes = sorted({-(-self.chunk // share) for share in SHARES})
         self.rounds = rounds or (CPU_ROUNDS if cpu else ACCELERATOR_ROUNDS)
         self.traces = 0
         self._model = model.with_options(
@@ -170,8 +175,9 @@ class SlotDecoder:
     def warm_up(self) -> None:
         """Compiles every program. Call it before any request is admitted."""
         self.admit(0, SlotSettings(Sampling()))
-        self.score(0, [0], [0])
-        self.free(0)
+        for size in self.sizes:
+            self.score(0, [0] * size, [0] * size)
+            self.free(0)
         self.write_block(0, 0, self.read_block(0, 0))
         self.constrain(0, np.full(-(-self.vocabulary // 32), -1, np.int32))
         self.start(0, 0)
@@ -209,6 +215,10 @@ class SlotDecoder:
           ValueError: there is no room, or the chunk before was not a whole one.
         """
         self._extended(slot, ids, ids, scored=False, listed=False)
+
+    def size(self, count: int) -> int:
+        """The tokens that `extend` computes to write `count`, or a whole chunk."""
+        return next((size for size in self.sizes if size >= count), self.chunk)
 
     def score(
         self, slot: int, ids: Sequence[int], next_ids: Sequence[int], top: int = 0
@@ -283,7 +293,7 @@ class SlotDecoder:
             raise ValueError(f"{count} ids after {filled}, chunks of {self.chunk}")
         if filled + count > self.length:
             raise ValueError(f"{filled + count} tokens in a slot for {self.length}")
-        given = np.zeros((2, self.chunk), np.int32)
+        given = np.zeros((2, self.size(count)), np.int32)
         given[:, :count] = ids, next_ids
         self._state, scores = self._extend(
             self.params,

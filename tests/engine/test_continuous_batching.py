@@ -224,6 +224,15 @@ def test_a_long_prompt_does_not_stop_the_answers_of_others(engine):
         assert read(answer)[2] == "length"
 
 
+@pytest.mark.parametrize("length, begun", [(1, 4), (3, 4), (5, 2), (6, 1), (9, 1)])
+def test_a_round_writes_one_chunk_of_prompts(engine, length, begun):
+    answers = [engine.submit(request(LONG[i : i + length])) for i in range(SLOTS)]
+    engine.step()
+    assert sum(a.first_token_at > 0 for a in answers) == begun
+    for answer in answers:
+        answer.cancel()
+
+
 def test_what_waits_longest_gets_the_next_slot(engine):
     answers = [engine.submit(request(SHORT)) for _ in range(2 * SLOTS)]
     engine.step()

@@ -286,8 +286,23 @@ def test_each_program_is_traced_and_compiled_once(decoder):
     """After all tests above; jit also tells apart how arguments lie on devices."""
     begin(decoder, 0, MIDDLE)
     finish(decoder, 0)
-    sizes = [x._cache_size() for x in vars(decoder).values() if hasattr(x, "lower")]
-    assert sizes == [1] * 8 and decoder.traces == 8
+    programs = {k: x for k, x in vars(decoder).items() if hasattr(x, "lower")}
+    sizes = {name: x._cache_size() for name, x in programs.items()}
+    # One program extends by each size.
+    assert decoder.sizes == [2, 4, 8] and sizes.pop("_extend") == 3
+    assert [*sizes.values()] == [1] * 7 and decoder.traces == 10
+
+
+def test_a_short_end_of_a_prompt_takes_a_small_program(decoder):
+    ran, extend = [], decoder._extend
+    decoder._extend = lambda *given: ran.append(given[3].shape[1]) or extend(*given)
+    try:
+        for count in (19, 20, 21, 22):
+            begin(decoder, 0, LONG[:count])
+            decoder.free(0)
+    finally:
+        decoder._extend = extend
+    assert ran == [8, 8, 2, 8, 8, 4, 8, 8, 4, 8, 8, 8]
 
 
 OPTIMIZED = """

@@ -17,7 +17,7 @@ import ml_collections
 from research.config.field_names import explain
 from research.config.knobs import flat, to_config_dict
 from research.config.run_config import Config, from_config_dict
-from research.config.saved_config import from_json, model_and_no_run
+from research.config.saved_config import from_json, model_and_no_run, near_run
 from research.core.errors import UserError, closest, nearest
 from research.core.local_paths import expanded
 from research.core.visible_text import visible
@@ -100,7 +100,8 @@ def _config_of_run(given: str, run: Path) -> Config:
     if not file.is_file():
         raise UserError(
             f"--config={given}: {run} is no run directory, because it has no "
-            "config.json; give a config file, a run directory or its config.json"
+            f"config.json{near_run(run)}; give a config file, a run directory or its "
+            "config.json"
         )
     if said := model_and_no_run(str(run)):
         raise UserError(f"--config={given}: {run} {said}")
@@ -130,7 +131,8 @@ def call_in_file(
     file = expanded(file)
     if not os.path.isfile(file):
         name = flag.partition("=")[0]
-        near = _near_file(Path(file))
+        kept = "configs/sweeps" if name == "--sweep" else "configs"
+        near = _near_file(Path(file), kept)
         meant = f" (did you mean {name}={near}?)" if near else ""
         raise UserError(f"{flag}: there is no such file{meant}")
     if Path(file).suffix in OF_OTHERS:
@@ -150,10 +152,13 @@ def call_in_file(
         raise UserError(text) from error
 
 
-def _near_file(absent: Path) -> str:
-    """The Python file or run directory beside `absent`, or in configs, most like it."""
+def _near_file(absent: Path, kept: str) -> str:
+    """The Python file or run directory most like `absent`.
+
+    It is beside it, or in the folder `kept`, here or where this program lies.
+    """
     near: dict[str, Path] = {}
-    for folder in (Path("configs"), absent.parent):
+    for folder in (Path(__file__).parents[2] / kept, Path(kept), absent.parent):
         near |= {file.stem: file for file in folder.glob("*.py")}
         near |= {file.parent.name: file.parent for file in folder.glob("*/config.json")}
     found = closest(absent.name.removesuffix(".py"), near)

@@ -12,7 +12,7 @@ from typing import Any
 
 from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
-from research.core.errors import UserError
+from research.core.errors import UserError, nearest
 from research.core.hub_access import is_hub
 from research.core.local_paths import expanded, listed_paths, split_step
 
@@ -106,6 +106,21 @@ def model_and_no_run(written: str) -> str:
         f"is a model, and no run: give it as --model={written} to research.generate or "
         f"research.serve, or as --config.model.init_from={written} to research.train"
     )
+
+
+def near_run(path: Path) -> str:
+    """Where a run is, for a path that is none: the end of a sentence about it."""
+
+    def runs_in(folder: Path) -> list[str]:
+        return sorted(str(file.parent) for file in folder.glob("*/config.json"))
+
+    above = (x for x in path.parents if (x / "identity.json").is_file())
+    if found := next(above, None):
+        return f" (did you mean {str(found)!r}?)"
+    if inside := [x for x in runs_in(path) if Path(x, "identity.json").is_file()]:
+        more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
+        return f"; it holds the runs {', '.join(inside[:8])}{more}"
+    return nearest(str(path), runs_in(path.parent))
 
 
 def _guess_folder(config: Config, run: Path) -> Path:

@@ -27,6 +27,7 @@ from research.config.saved_config import (
     differences,
     from_json,
     model_and_no_run,
+    near_run,
     to_json,
 )
 from research.core.atomic_files import (
@@ -35,7 +36,7 @@ from research.core.atomic_files import (
     remove_leftovers,
     write_whole,
 )
-from research.core.errors import UserError, nearest
+from research.core.errors import UserError
 from research.core.json_files import read_json, require_file
 from research.core.local_paths import local_path
 from research.runs import run_history
@@ -145,12 +146,9 @@ class RunDir:
     def _reading_config(self) -> Iterator[str]:
         """Gives the text of the config; an error in it names the file."""
         if not self.exists:
-            beside = [
-                file.parent.name for file in self.path.parent.glob("*/config.json")
-            ]
             raise UserError(
                 f"{self.path} is not a run directory: it has no config.json"
-                f"{nearest(self.path.name, beside)}"
+                f"{near_run(self.path)}"
             )
         if said := model_and_no_run(str(self.path)):
             raise UserError(f"{self.path} {said}; or choose another run directory")

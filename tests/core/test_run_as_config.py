@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from source_files import ROOT
 
 from research.config.command_line import NoFlags, parse, parse_with_config
+from research.config.config_file import call_in_file
 from research.config.knobs import knob
 from research.config.run_config import Config, DataConfig, LoRAConfig, TextConfig
 from research.config.saved_config import to_json
@@ -113,6 +115,11 @@ def test_a_mistyped_config_gets_the_nearest_file_or_run(given, meant, config):
     Path("configs", "finetune.py").touch()
     with pytest.raises(UserError, match=f"did you mean --config={meant}\\?"):
         read(f"--config={given}")
+    # From another folder, a shipped file is named where it lies.
+    with pytest.raises(UserError, match=rf"--config={ROOT}/configs/pretrain_1b\.py\?"):
+        read("--config=pretrain_1b.py")
+    with pytest.raises(UserError, match=rf"--sweep={ROOT}/configs/sweeps/lora_rank\."):
+        call_in_file("--sweep=lora_rnk", "lora_rnk", "sweep")
 
 
 def test_a_run_is_named_by_its_folder_its_config_or_its_config_file(config, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
+from research.config.config_file import load_config_file
 from research.config.knobs import changed
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.config.saved_config import differences, to_json
@@ -99,11 +100,28 @@ def test_a_creation_that_was_killed_is_begun_again(tmp_path):
 
 
 def test_a_mistyped_run_is_answered_with_the_one_beside_it(tmp_path):
-    for name in ("chats", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no config\.json.*did you mean 'chats'"):
-        RunDir(tmp_path / "chat").config()
+    names = ["chats", "my other rün"]
+    for name in names:
+        (tmp_path / name / "checkpoints" / "20").mkdir(parents=True)
+        for file in ("config.json", "identity.json"):
+            (tmp_path / name / file).write_text("{}")
+    runs = [str(tmp_path / name) for name in names]
+    own = f"did you mean {runs[1]!r}?"
+    for path, said in {
+        "chat": f"did you mean {runs[0]!r}?",
+        "": f"it holds the runs {runs[0]}, {runs[1]}",
+        "my other rün/checkpoints": own,
+        "my other rün/checkpoints/20": own,
+        "my other rün/report.md": own,
+    }.items():
+        with pytest.raises(UserError, match=r"it has no config\.json") as raised:
+            RunDir(tmp_path / path).config()
+        assert said in str(raised.value)
+        (tmp_path / path).mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"it has no config\.json") as raised:
+            load_config_file(str(tmp_path / path))
+        assert said in str(raised.value)
+        (tmp_path / "chat").rmdir() if path == "chat" else None
 
 
 def test_a_folder_with_anything_else_is_refused(tmp_path):

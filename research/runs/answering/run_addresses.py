@@ -7,7 +7,8 @@ from pathlib import Path
 
 from research.checkpoints.stored_steps import step_folders
 from research.config.config_file import find_run
-from research.core.errors import UserError, nearest
+from research.config.saved_config import near_run
+from research.core.errors import UserError
 from research.core.local_paths import expanded, split_step
 from research.runs.run_directory import RunDir
 
@@ -68,7 +69,7 @@ def _members(given: str, folder: Path) -> list[Path]:
         there = f"; there are {', '.join(known[:8])}" if known else ""
         raise UserError(
             f"--run={given}: {folder} is no run directory and holds none"
-            f"{nearest(str(folder), known)}{there}"
+            f"{near_run(folder)}{there}"
         )
     if not ready:
         raise UserError(f"--run={given}: none of its {len(runs)} runs has a checkpoint")

@@ -20,6 +20,7 @@ import pytest
 from commands import CHAINS
 
 # Fixtures of all tests that run commands.
+from commands import caches_of_the_commands as caches_of_the_commands
 from commands import place as place
 from commands import results as results
 from commands import unbroken as unbroken

@@ -50,7 +50,7 @@ from research.config.run_config import BY_EPOCHS, Config, from_config_dict
 from research.config.saved_config import from_json
 from research.core import standard_streams
 from research.core.errors import SaveError, UserError, nearest
-from research.core.local_paths import expanded, local_path
+from research.core.local_paths import expanded, local_path, split_step
 
 T = TypeVar("T")
 # Seconds that a reader of standard output may hold a training before text is dropped.
@@ -184,7 +184,8 @@ def parse_with_changes(
             else f"a run keeps its config; only {', '.join(allowed)} can"
         )
         raise UserError(f"--config.{name} cannot be set here: {remedy}")
-    run = typing.cast(Any, values).run
+    runs = typing.cast(Any, values).run  # The config of the first is changed.
+    run = runs if isinstance(runs, str) else find_run(split_step([*runs, ""][0])[0])
     config, _ = parse_with_config([argv[0], f"--config={run}", *knobs], usage, NoFlags)
     changed = flat(config)
     return values, {name: changed[name] for name in given}

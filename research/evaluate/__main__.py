@@ -1,23 +1,28 @@
-"""Evaluates a run on files: `python -m research.evaluate --run=RUN --data=FILE`."""
+"""Evaluates runs on rows: `python -m research.evaluate --run=RUN --data=FILE`."""
 
 import dataclasses
 import sys
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.knobs import changed, flat, knob
+from research.config.knobs import flat, knob
 from research.core.errors import UserError, files_of_step
-from research.core.visible_text import counted, visible
 
 USAGE = """
-python -m research.evaluate --run=RUN_DIR --data=test.jsonl [--step=best]
+python -m research.evaluate --run=RUN_DIR [--run=RUN2 ...] [--against=base|RUN]
+    [--data=test.jsonl] [--metrics=NAME ...] [--rows=200] [--step=best]
 
-Prints the loss, the tokens and the perplexity of each category, of the base model and
-the tuned one side by side where the run trains adapters. The rows are read as the run
-reads its own: by its columns, template and seq_len. RUN_DIR/evaluations keeps the
-numbers in a JSON file for each data set, way to read it and step. Files that differ
-from those of the run need, for example, --config.data.columns.response=answer,
---config.text.column=body or --config.data.bad_lines=skip.
+Is it better? Measures the loss of the rows and answers them with every model, through
+the engine that serves: the likeliest tokens, unless a --temperature is given. Each
+model is compared with the baseline on the same rows, with 95 % intervals and a verdict.
+Without --data the rows are those that the first run holds out. They are read as that
+run reads its own; files that differ need, for example,
+--config.data.columns.response=answer, --config.text.column=body or
+--config.data.bad_lines=skip.
+
+RUN_DIR/evaluations keeps the results, and every answer as it comes: after a kill the
+same command continues. --metrics=none measures losses alone. docs/evaluation.md has
+the metrics, the statistics and the files.
 """
 # Knobs that say how files are read. Others would make another measurement.
 OF_FILES = ("data.columns", "data.bad_lines", "text.column", "text.undecodable")
@@ -25,19 +30,49 @@ INSTEAD = {
     **dict.fromkeys(("data.path", "data.eval_path", "text.sources"), "data"),
     "run_dir": "run",
 }
-SHOWN = 4  # rows that were dropped or cut; the file has all
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    run: str = knob("", "run directory, its config.json or config file", is_path=True)
+    run: tuple[str, ...] = knob(
+        (),
+        "run directory, RUN@STEP, or a folder of runs; may be repeated",
+        is_path=True,
+    )
+    against: str = knob(
+        "",
+        "what the runs are compared with: base, or another run; not given: the base "
+        "model of the first run, where it has one, and else the first run",
+        is_path=True,
+    )
     data: str = knob(
         "",
         "rows to evaluate, as config.data.path names them, or text, as "
-        "config.text.sources does with or without names; several between commas",
+        "config.text.sources does with or without names; several between commas; not "
+        "given: the rows that the first run holds out",
         is_path=True,
     )
     step: str = knob("latest", "checkpoint: latest, best, or a step number")
+    rows: int = knob(
+        0, "how many rows are evaluated, drawn by a hash of their texts; 0: all", low=0
+    )
+    metrics: tuple[str, ...] = knob(
+        ("auto",),
+        "metrics of the answers, several between commas or flags: auto chooses by the "
+        "rows, none makes no answers, module:function is your own",
+    )
+    max_new_tokens: int = knob(256, "longest answer, in tokens", above=0)
+    temperature: float = knob(
+        0.0, "0 takes the likeliest token; above 0 samples", low=0
+    )
+    top_p: float = knob(0.95, "nucleus to sample from, with a temperature", above=0)
+    seed: int = knob(0, "seed of the samples")
+    stop: tuple[str, ...] = knob(
+        (), "text that ends an answer and is not part of it; may be given repeatedly"
+    )
+    slots: int = knob(
+        0, "answers made at a time; 0: 8 on a CPU, 32 on accelerators", low=0, high=256
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,58 +80,45 @@ def main(argv: Sequence[str]) -> int:
     f, changes = command_line.parse_with_changes(
         argv, USAGE, EvaluateFlags, OF_FILES, INSTEAD
     )
-    for flag, value, example in (
-        ("run", f.run, "runs/finetune_dolly"),
-        ("data", f.data, "test.jsonl"),
-    ):
-        if not value:
-            raise UserError(f"--{flag} is missing, e.g. --{flag}={example}")
-    from rich.console import Console
-
-    from research.evaluate.compare_models import (
-        as_json,
-        evaluate_models,
-        result_name,
-    )
+    if not f.run:
+        raise UserError("--run is missing, e.g. --run=runs/finetune_dolly")
+    if "" in f.stop:
+        raise UserError("--stop is empty; it would end every answer at once")
+    metrics = tuple(name for part in f.metrics for name in part.split(",") if name)
+    if len(metrics) > 1 and "none" in metrics:
+        raise UserError("--metrics=none makes no answers: give it alone")
+    from research.engine.requests import Sampling
+    from research.evaluate.measuring.evaluated_models import find_models
+    from research.evaluate.run_evaluation import EvaluationChoices, evaluate
     from research.parallel import runtime
-    from research.report import result_tables, terminal
-    from research.runs.display_files import write_evaluation
-    from research.runs.reopen import find_run
-    from research.tasks.task_registry import rows_of_files
+    from research.report import evaluation_page
+    from research.runs.display_files import EVALUATIONS, write_evaluation
 
     runtime.start_alone()
-    found = find_run(f.run)
-    own = flat(found.config)
-    changes = {name: value for name, value in changes.items() if value != own[name]}
-    config = changed(found.config, changes, "--config")
-    rows = rows_of_files(config, found.base, f.data)
-    run = found.load(step=f.step, decodes=False)
-    results = evaluate_models(run, rows)
-    lines = {name: result.line() for name, result in results.items()}
-    terminal.show_table(
-        Console(),
-        f"step {run.step} of {found.folder}, {rows.origin}",
-        result_tables.compare_losses(lines),
-        bold=result_tables.TOTAL,
+    found = find_models(f.run, f.against, f.step)
+    target = found.target.run
+    own = flat(target.config)
+    choices = EvaluationChoices(
+        data=f.data,
+        changes={k: value for k, value in changes.items() if value != own[k]},
+        rows=f.rows,
+        metrics=metrics,
+        sampling=Sampling(
+            temperature=f.temperature,
+            top_p=f.top_p,
+            max_new_tokens=f.max_new_tokens,
+            seed=f.seed,
+        ),
+        stop=f.stop,
+        slots=f.slots,
     )
-    for line in rows.unused[:SHOWN]:
-        sys.stdout.write(f"unused column {visible(line)}\n")
-    if rows.left_out:
-        sys.stdout.write("dropped or cut:\n")
-        for line in rows.left_out[:SHOWN]:
-            sys.stdout.write(f"  {visible(line)}\n")
-        if (more := len(rows.left_out) - SHOWN) > 0:
-            sys.stdout.write(f"  and {counted(more, 'more line')} in the file below\n")
-    values = {
-        "step": run.step,
-        "data": {"origin": rows.origin, "sha256": rows.sha256},
-        "config": changes,
-        "left_out": list(rows.left_out),
-        "models": {name: as_json(result) for name, result in results.items()},
-    }
-    name = result_name(rows.sha256, changes, run.step)
-    with files_of_step(None, f"the evaluation in {found.folder}"):
-        path = write_evaluation(found.folder.path, name, values)
+    folder = target.folder.path
+    result = evaluate(found, choices, folder / EVALUATIONS)
+    lines = {name: found.line() for name, found in result.losses.items()}
+    evaluation_page.show_evaluation(result.values, lines)
+    with files_of_step(None, f"the evaluation in {folder}"):
+        pages = evaluation_page.format_pages(result.values, result.rows, lines)
+        path = write_evaluation(folder, result.name, result.values, result.rows, pages)
     sys.stdout.write(f"written to {path}\n")
     return 0
 

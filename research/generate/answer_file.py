@@ -8,22 +8,20 @@ import hashlib
 import itertools
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from research.core.errors import SaveError, UserError
 from research.engine.answers.answer_progress import Answer
+from research.engine.answers.full_answer import FullAnswer
 from research.engine.continuous_batching import Engine
 from research.generate.asked_model import AskedModel
 from research.generate.prompt_file import USUAL, FilePrompt, PromptColumns, read_prompts
-from research.generate.separate_prompts import FullAnswer, answer_fields, require_prompt
-from research.report.progress_view import duration
+from research.generate.separate_prompts import answer_fields, require_prompt
+from research.report.progress_view import AnswerCount
 from research.tokenize.conversation import Turn
 
-# Seconds between two lines of progress.
-REPORTED_EVERY = 10.0
 # Beginnings of prompts that many share, such as a system text, are kept.
 PREFIX_BYTES = 2**28
 
@@ -79,7 +77,7 @@ def answer_file(
         if done == total:
             logging.info("%s has the answers to all %d prompts", out, total)
             return failed
-        progress = _Progress(done, total)
+        progress = AnswerCount("prompts", done, total)
         with contextlib.ExitStack() as stack:
             engines = {
                 name: stack.enter_context(each.engine(slots, tokens, PREFIX_BYTES))
@@ -148,10 +146,10 @@ def _submit(
 
 
 def _write(
-    file: IO[bytes], asked: _Asked, settings: str, progress: "_Progress"
+    file: IO[bytes], asked: _Asked, settings: str, progress: AnswerCount
 ) -> bool:
     """Writes the line of a prompt when its answers are there; whether it failed."""
-    problem, fields = asked.problem, {}
+    problem, fields, tokens = asked.problem, {}, 0
     if not problem:
         try:
             found = {
@@ -162,7 +160,7 @@ def _write(
             problem = str(error)
         else:
             fields = answer_fields(found)
-            progress.tokens += sum(x.tokens for each in found.values() for x in each)
+            tokens = sum(x.tokens for each in found.values() for x in each)
     prompt = asked.prompt
     if problem:
         logging.error("%s: %s", prompt.where, problem)
@@ -171,7 +169,7 @@ def _write(
     # ASCII, because a prompt may hold bytes that are not UTF-8.
     file.write(json.dumps(line).encode() + b"\n")
     file.flush()
-    progress.add()
+    progress.add(tokens)
     return bool(problem)
 
 
@@ -243,28 +241,3 @@ def _digest(model: AskedModel, context: str, count: int) -> str:
         count,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-class _Progress:
-    """Logs how far the answers are, and when they will be done."""
-
-    def __init__(self, done: int, total: int):
-        self._first = self._done = done
-        self._total, self.tokens = total, 0
-        self._begun = self._told = time.monotonic()
-
-    def add(self) -> None:
-        """One more prompt is done."""
-        self._done += 1
-        now = time.monotonic()
-        if now - self._told < REPORTED_EVERY and self._done < self._total:
-            return
-        self._told, seconds = now, now - self._begun
-        left = seconds / (self._done - self._first) * (self._total - self._done)
-        logging.info(
-            "%d of %d prompts  %.1f tok/s  ETA %s",
-            self._done,
-            self._total,
-            self.tokens / seconds,
-            duration(left),
-        )

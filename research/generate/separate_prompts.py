@@ -1,6 +1,5 @@
 """Prompts that have nothing to do with each other, and their answers in order."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.visible_text import visible
-from research.engine.requests import Piece
+from research.engine.answers.full_answer import FullAnswer
 from research.generate.asked_model import AskedModel
 from research.generate.chat import show
 from research.generate.prompt_file import FilePrompt, text_prompts
@@ -16,35 +15,6 @@ from research.tasks.pretraining import PlainFormat
 from research.tokenize.conversation import Turn
 
 STANDARD_INPUT = "standard input"
-
-
-@dataclasses.dataclass(frozen=True)
-class FullAnswer:
-    """An answer that is complete.
-
-    Attributes:
-      text: of the answer.
-      finish: `stop` or `length`.
-      tokens: how many there are.
-    """
-
-    text: str
-    finish: str
-    tokens: int
-
-    @classmethod
-    def of(cls, pieces: Iterable[Piece]) -> "FullAnswer":
-        """Reads all pieces.
-
-        Raises:
-          Exception: what the answer failed with.
-        """
-        text, tokens, finish = "", 0, ""
-        for piece in pieces:
-            text += piece.text
-            tokens += len(piece.ids)
-            finish = piece.finish
-        return cls(text, finish, tokens)
 
 
 def answer_fields(found: Mapping[str, Sequence[FullAnswer]]) -> dict[str, Any]:

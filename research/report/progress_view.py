@@ -20,6 +20,7 @@ from rich.text import Text
 
 from research.core.errors import look_up
 
+REPORTED_EVERY = 10.0  # Seconds between two lines about answers.
 SHOWN = {
     "epoch": "epoch {:.2f}",
     "loss": "loss {:.3f}",
@@ -136,3 +137,31 @@ class ProgressView:
         if self._progress:
             self._live.stop()
             logging.getLogger().handlers[:] = self._handlers
+
+
+class AnswerCount:
+    """Logs how far the answers are, and when they will be done."""
+
+    def __init__(self, what: str, done: int, total: int):
+        """`done` of `total` were there already; `what` is counted, such as "rows"."""
+        self._what, self._first, self._done = what, done, done
+        self._total, self._tokens = total, 0
+        self._begun = self._told = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        """One more is done, with so many new tokens."""
+        self._done += 1
+        self._tokens += tokens
+        now = time.monotonic()
+        if now - self._told < REPORTED_EVERY and self._done < self._total:
+            return
+        self._told, seconds = now, now - self._begun
+        left = seconds / (self._done - self._first) * (self._total - self._done)
+        logging.info(
+            "%d of %d %s  %.1f tok/s  ETA %s",
+            self._done,
+            self._total,
+            self._what,
+            self._tokens / seconds,
+            duration(left),
+        )

@@ -61,7 +61,8 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
         return [f"{title} {first}", *others]
 
     header = [group_kind(each), "tokens" if in_nats else "counted"]
-    header += columns("loss") + columns("ppl") * in_nats + ["change"] * (len(each) > 1)
+    changes = ["change"] if len(each) == 2 else [f"change {x}" for x in [*lines][1:]]
+    header += columns("loss") + columns("ppl") * in_nats + changes
     header += columns("bits/byte") * text
     header += [cell for name in metrics for cell in columns(name)]
     rows = []

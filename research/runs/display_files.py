@@ -8,7 +8,7 @@ Whoever shows a run, in a terminal or on a page, reads these and `metrics.jsonl`
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,30 @@ def read_samples(folder: Path) -> list[Sample]:
     return [Sample(line["step"], line["prompt"], line["text"]) for line in lines]
 
 
-def write_evaluation(folder: Path, name: str, values: dict[str, Any]) -> Path:
-    """Writes a file of `evaluations/`, and returns its path. Raises OSError."""
-    path = folder / EVALUATIONS / f"{name}.json"
-    make_folder(path.parent)
-    _write(path, values)
-    return path
+def write_evaluation(
+    folder: Path,
+    name: str,
+    values: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    pages: Mapping[str, str],
+) -> Path:
+    """Writes a folder of `evaluations/`, and returns its path. Raises OSError.
+
+    Args:
+      folder: of the run.
+      name: of the evaluation.
+      values: the content of its `evaluation.json`, which is written last.
+      rows: the lines of its `rows.jsonl`; without any there is no such file.
+      pages: texts for people, by the name of the file.
+    """
+    place = folder / EVALUATIONS / name
+    make_folder(place)
+    if rows:
+        write_whole(place / "rows.jsonl", "".join(json.dumps(x) + "\n" for x in rows))
+    for page, text in pages.items():
+        write_whole(place / page, text)
+    write_whole(place / "evaluation.json", json.dumps(values, indent=1) + "\n")
+    return place
 
 
 def _plain(values: Sequence[Any]) -> list[dict[str, Any]]:

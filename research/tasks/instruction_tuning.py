@@ -1,7 +1,6 @@
 """Instruction tuning: only answers are trained; some are compared at the end."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -29,12 +28,16 @@ from research.tasks.findings import (
     count_mask,
     examine_lost_text,
 )
+from research.tasks.instruction_rows import (
+    chat_format,
+    held_out_rows,
+    rows_of_files,
+)
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
-from research.tasks.task_protocol import EvaluationRows, TaskKind
+from research.tasks.task_protocol import TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.chat_template import (
-    ChatFormat,
     with_template_args,
     written_template,
 )
@@ -65,7 +68,7 @@ class InstructionTask:
         """
         self._tokenizer = tokenizer
         self._longest = longest
-        self._chat = _chat_format(config, tokenizer)
+        self._chat = chat_format(config, tokenizer)
         self._data = load_dataset(config.data, config.seed, self._chat, config.text)
         self.rows = len(self._data.train.rows)
         self._config = resolved(config, self.rows)
@@ -345,15 +348,10 @@ def pick_records(records: list[Record], count: int) -> list[Record]:
     return picked
 
 
-def _chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
-    data = config.data
-    return ChatFormat(tokenizer, data.template, data.system, data.template_args)
-
-
 def _exported_tokenizer(config: Config, base: Base, system: str) -> Tokenizer:
     template = written_template(config.data.template, base.tokenizer)
     template = with_template_args(template, config.data.template_args)
-    chat = _chat_format(config, base.tokenizer)
+    chat = chat_format(config, base.tokenizer)
     # In a template, the text of a control token is that token.
     added = {token[0] for token in base.tokenizer.find_added(system)}
     if added & base.tokenizer.control_ids:
@@ -366,30 +364,14 @@ def _exported_tokenizer(config: Config, base: Base, system: str) -> Tokenizer:
     return base.tokenizer.with_chat_template(template, sorted(chat.stop_ids))
 
 
-def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
-    """Every usable row of the files is evaluated, packed as held-out rows are."""
-    chat = _chat_format(config, base.tokenizer)
-    whole = {"eval_path": "", "held_out": 0, "max_rows": 0}
-    rows = dataclasses.replace(config.data, path=files, **whole)
-    data = load_dataset(rows, config.seed, chat, config.text, "--data")
-    return EvaluationRows(
-        groups=data.categories,
-        origin=f"{data.origin}, {counted(data.counts.total, 'row')}",
-        sha256=data.counts.sha256,
-        left_out=data.examples,
-        unused=describe_unused(data.counts.unused),
-        text_bytes={},
-        batches=functools.partial(eval_batches, data.train),
-    )
-
-
 KIND = TaskKind(
     load=lambda config, base: InstructionTask(
         config, base.tokenizer, base.architecture.max_position
     ),
-    rows_of_files=_rows_of_files,
+    rows_of_files=rows_of_files,
+    held_out_rows=held_out_rows,
     objective=CrossEntropy.of,
     expected_groups=lambda config: CATEGORIES,
-    prompt_format=lambda config, base: _chat_format(config, base.tokenizer),
+    prompt_format=lambda config, base: chat_format(config, base.tokenizer),
     exported_tokenizer=_exported_tokenizer,
 )

@@ -64,7 +64,7 @@ class PlainFormat:
 
 
 class TextTask:
-    """The `Task` of `config.text`."""
+    """The `Task` of `config.text`; `data` is its text, tokenised."""
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class TextTask:
           UserError: a source cannot be read, or there is too little text.
         """
         self._tokenizer = tokenizer
-        self._data = load_text(config.text, config.data, tokenizer, *processes)
-        self._data.require_rows(config.data.batch_size)
-        self.rows = self._data.rows
+        self.data = load_text(config.text, config.data, tokenizer, *processes)
+        self.data.require_rows(config.data.batch_size)
+        self.rows = self.data.rows
         self._config = resolved(config, self.rows)
         self._plain = PlainFormat(tokenizer)
         self._prompts = {
@@ -95,12 +95,12 @@ class TextTask:
             for prompt in config.eval.text_prompts
         }
         self._check_prompts(longest)
-        self.groups = self._data.groups
-        self.origin = self._data.origin
-        self.sha256 = self._data.sha256
-        self.left_out = self._data.dropped.lines()
+        self.groups = self.data.groups
+        self.origin = self.data.origin
+        self.sha256 = self.data.sha256
+        self.left_out = self.data.dropped.lines()
         self._lost = _count_lost(config.text, config.data, tokenizer)
-        self.held_out_bytes = _bytes_of_whole_text(self._data, self._lost)
+        self.held_out_bytes = _bytes_of_whole_text(self.data, self._lost)
 
     def _check_prompts(self, longest: int) -> None:
         room = longest - self._config.eval.max_new_tokens
@@ -113,13 +113,13 @@ class TextTask:
 
     def batches(self, mine: Sequence[int]) -> Batches:
         config = self._config
-        return self._data.train_iterator(config.data.batch_size, config.seed, mine)
+        return self.data.train_iterator(config.data.batch_size, config.seed, mine)
 
     def held_out(self, rows: int, mine: Sequence[int]) -> list[Batch]:
-        return list(self._data.held_out_batches(rows, mine))
+        return list(self.data.held_out_batches(rows, mine))
 
     def examine(self) -> list[Finding]:
-        data = self._data
+        data = self.data
         findings = [Finding("data", f"{data.origin}, sha256 {data.sha256[:12]}")]
         findings += [
             Finding(
@@ -159,7 +159,7 @@ class TextTask:
     @functools.cached_property
     def _first_batch(self) -> Batch:
         """As many rows as a step has. Streamed text is read and tokenised for it."""
-        return self._data.sample_batch(self._config.data.batch_size)
+        return self.data.sample_batch(self._config.data.batch_size)
 
     def _examine_rows(self, batch: Batch) -> list[Finding]:
         real = np.asarray(batch.segments) > 0
@@ -266,10 +266,26 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
     )
 
 
+def _held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
+    task = _load(config, base)
+    data = task.data
+    if not any(data.held_out_bytes.values()):
+        return None
+    return EvaluationRows(
+        groups=task.groups,
+        origin=f"held out of {task.origin}",
+        sha256=task.sha256,
+        left_out=task.left_out,
+        text_bytes=task.held_out_bytes,
+        batches=data.held_out_batches,
+    )
+
+
 KIND = TaskKind(
     load=_load,
     objective=CrossEntropy.of,
     rows_of_files=_rows_of_files,
+    held_out_rows=_held_out_rows,
     expected_groups=lambda config: len(config.text.sources),
     prompt_format=lambda config, base: PlainFormat(base.tokenizer),
     # The mark of a beginning, and at most one token a byte.

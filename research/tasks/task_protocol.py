@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from research.config.run_config import Config
 from research.data.batch_order import Batches
+from research.data.instructions.instruction_dataset import PackedDocuments
 from research.data.metric_sums import Objective
 from research.data.token_batch import Batch
 from research.engine.text_generation import TextGenerator
@@ -18,7 +19,7 @@ from research.formats.base_model import Base
 from research.tasks.findings import Finding
 from research.tasks.model_answers import ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
-from research.tokenize.conversation import Turn
+from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer import Tokenizer
 
 
@@ -97,6 +98,9 @@ class EvaluationRows:
       batches: `batches(rows, mine)` gives every row once, in batches of `rows`; `mine`
         are the rows of each that this process builds.
       unused: a line for people on each column that is filled and not used.
+      packed: the same rows as documents, where each is a prompt with its answer.
+      records: reads these rows as text; there may be some that no document has, since
+        they are too long.
     """
 
     groups: Sequence[str]
@@ -106,6 +110,8 @@ class EvaluationRows:
     text_bytes: Mapping[str, int]
     batches: Callable[[int, Sequence[int]], Iterable[Batch]]
     unused: Sequence[str] = ()
+    packed: PackedDocuments | None = None
+    records: Callable[[], Iterable[Record]] = tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,8 @@ class TaskKind:
       check: raises UserError for what is wrong in the config alone.
       rows_of_files: `rows_of_files(config, base, files)` reads the files as held-out
         rows by the rules of `config`; None where a task has no such rows.
+      held_out_rows: `held_out_rows(config, base)` gives the held-out rows of a run, or
+        None where it holds out none.
     """
 
     load: Callable[[Config, Base], Task]
@@ -136,3 +144,6 @@ class TaskKind:
     )
     check: Callable[[Config], None] = lambda config: None
     rows_of_files: Callable[[Config, Base, str], EvaluationRows] | None = None
+    held_out_rows: Callable[[Config, Base], EvaluationRows | None] = (
+        lambda config, base: None
+    )

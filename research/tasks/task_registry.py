@@ -83,6 +83,20 @@ def rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
     return read(config, base, files)
 
 
+def held_out_rows(config: Config, base: Base) -> EvaluationRows:
+    """The rows that a run of `config` holds out, or those of `config.data.eval_path`.
+
+    Raises:
+      UserError: the data cannot be read, or no row is held out.
+    """
+    rows = find_kind(config).held_out_rows(config, base)
+    if rows is None:
+        raise UserError(
+            "this run holds out no rows: name rows to evaluate with --data=FILE"
+        )
+    return rows
+
+
 def make_objective(config: Config, mesh: Mesh, groups: int | None = None) -> Objective:
     """The loss that the step of `config` differentiates, and the sums it reports.
 

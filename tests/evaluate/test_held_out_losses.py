@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from research.data.metric_sums import Ratio
-from research.evaluate.compare_models import as_json
 from research.evaluate.held_out_losses import add_up
+from research.evaluate.loss_values import as_json
 from research.report.result_tables import compare_losses, tabulate_losses
 
 GROUPS = ["books", "code", "unseen"]

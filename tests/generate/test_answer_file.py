@@ -17,6 +17,7 @@ from research.generate import answer_file as module
 from research.generate.answer_file import answer_file
 from research.generate.asked_model import AskedModel
 from research.generate.prompt_file import read_prompts
+from research.report import progress_view
 from research.tasks.pretraining import PlainFormat
 from research.tokenize.tokenizer_training import byte_tokenizer
 
@@ -250,7 +251,7 @@ def test_without_prompts_nothing_is_answered(tmp_path):
 
 def test_progress_tells_the_time_left(prompts, tmp_path, monkeypatch, caplog):
     clock = iter(range(0, 1000, 30))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_view.time, "monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO):
         answer_file(model(), prompts, tmp_path / "out.jsonl", "")
     told = [x for x in caplog.messages if "ETA" in x]

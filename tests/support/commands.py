@@ -301,3 +301,12 @@ def results(request, place):
 def unbroken(place, results):
     peak = "--config.runtime.peak_tflops=0"
     return place.train("unbroken", peak, more=SECRETS, forked=False)
+
+
+@pytest.fixture
+def caches_of_the_commands(place, monkeypatch):
+    """Rows that the commands have tokenised are there; compiled programs stay here."""
+    from research.parallel import runtime
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place.cache))
+    monkeypatch.setattr(runtime, "start_alone", lambda: None)

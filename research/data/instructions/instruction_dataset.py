@@ -65,6 +65,12 @@ class PackedDocuments:
     ) -> "PackedDocuments":
         return cls(documents, pack(documents.slots, seq_len, seed), seq_len)
 
+    def only(self, documents: np.ndarray, seed: int) -> "PackedDocuments":
+        """Some of the documents, packed anew; `documents` are their numbers."""
+        packed = pack(self.documents.slots[documents], self.seq_len, seed)
+        rows = [[int(documents[i]) for i in row] for row in packed]
+        return dataclasses.replace(self, rows=rows)
+
     @property
     def real_tokens(self) -> int:
         return int(self.documents.slots.sum())

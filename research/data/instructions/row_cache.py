@@ -45,6 +45,7 @@ from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 
 UNIT_ROWS, UNIT_LETTERS = 8192, 8 << 20
+CUT = "context cut to fit"  # The reason of a row that is kept with less.
 OF_SCHEMA = 3  # documents of each schema that are shown to people
 SECONDS_BETWEEN_LINES = 5.0
 # More characters than any tokenizer packs into a token, on average over a long text. A
@@ -264,7 +265,7 @@ class UnitBuild:
                 encoded = self._chat.shorten(record, encoded, budget)
                 if encoded is not None:
                     cut += 1
-                    examples.append(f"{record.where}: context cut to fit")
+                    examples.append(f"{record.where}: {CUT}")
             if encoded is None or len(encoded.ids) > budget:
                 drop(record)
                 continue

@@ -194,6 +194,21 @@ def load_rows(
     )  # fmt: skip
 
 
+def read_records(config: DataConfig) -> Iterator[Record]:
+    """Yields the usable rows that `config` names one by one, and keeps none of them.
+
+    Raises:
+      UserError: a file or a row cannot be used.
+    """
+    for where, row in find_rows(config).read():
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            yield to_record(row, config.columns, where, edition=config.edition)
+        except BadRowError as bad:
+            refuse_row(bad, config)
+
+
 def refuse_row(bad: BadRowError, config: DataConfig) -> None:
     """Raises UserError for a bad row, unless such rows are dropped and counted."""
     stops = look_up(STOPS, config.bad_lines, "config.data.bad_lines")

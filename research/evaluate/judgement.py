@@ -1,0 +1,167 @@
+"""From losses and answers to an evaluation: numbers, intervals, comparisons, words."""
+
+import dataclasses
+import statistics as averages
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.evaluate.answer_metrics.answer_metric import POINTS, SHARE, AnswerMetric
+from research.evaluate.answered_row import AnsweredRow
+from research.evaluate.measuring.row_losses import RowSums
+from research.evaluate.statistics.measured import Measured, ratio
+from research.evaluate.statistics.paired import Judged, compare, compare_runs, estimate
+from research.evaluate.statistics.row_clusters import clusters_of
+from research.evaluate.statistics.verdicts import WORSE
+
+LOSS = "loss"
+SCALES = {SHARE: 1.0, POINTS: 0.01}  # Factors to 0 to 1, of units with an end.
+MOST_SHOWN = 10  # worst regressions, and best gains, of each run
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """The measurements of several models on the same rows.
+
+    Attributes:
+      rows: that all models answered, as each answered them.
+      losses: the sums of each row by model; a row that is too long has none.
+      metrics: by name.
+      measured: by model and metric, the loss among them.
+      clusters: the cluster of each row.
+    """
+
+    rows: Mapping[str, Sequence[AnsweredRow]]
+    losses: Mapping[str, Mapping[str, RowSums]]
+    metrics: Mapping[str, AnswerMetric]
+    measured: Mapping[str, Mapping[str, Measured]]
+    clusters: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Mapping[str, Sequence[AnsweredRow]],
+        losses: Mapping[str, Mapping[str, RowSums]],
+        metrics: Mapping[str, AnswerMetric],
+    ) -> "Measurements":
+        """Computes every metric of every model."""
+        measured: dict[str, dict[str, Measured]] = {}
+        for name, own in rows.items():
+            pairs = [losses[name].get(row.id, {LOSS: [0.0, 0.0]})[LOSS] for row in own]
+            measured[name] = {LOSS: ratio(*zip(*pairs, strict=True))}
+            measured[name] |= {k: metric.measure(own) for k, metric in metrics.items()}
+        clusters = clusters_of(next(iter(rows.values())))
+        return cls(rows, losses, metrics, measured, clusters)
+
+    @property
+    def first(self) -> Sequence[AnsweredRow]:
+        """The rows themselves, whatever the answers."""
+        return next(iter(self.rows.values()))
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        return False if metric == LOSS else self.metrics[metric].higher_is_better
+
+    def by_category(self) -> dict[str, list[int]]:
+        """The places of the rows of each category; empty if there is but one."""
+        found: dict[str, list[int]] = {}
+        for place, row in enumerate(self.first):
+            found.setdefault(row.category, []).append(place)
+        return dict(sorted(found.items())) if len(found) > 1 else {}
+
+    def answers_of(self, model: str) -> Values:
+        """Each metric of a model: its value, interval and rows; by category, too."""
+        parts = self.by_category()
+        return {
+            name: _plain(estimate(measured, self.clusters))
+            | {
+                "by_category": {
+                    category: _plain(
+                        estimate(
+                            measured.subset(rows), [self.clusters[i] for i in rows]
+                        )
+                    )
+                    for category, rows in parts.items()
+                }
+            }
+            for name, measured in self.measured[model].items()
+            if name != LOSS
+        }
+
+    def judge(self, baseline: str) -> dict[str, dict[str, Judged]]:
+        """Every other model against `baseline`, by metric."""
+        others = {k: v for k, v in self.measured.items() if k != baseline}
+        better = {name: self.higher_is_better(name) for name in (LOSS, *self.metrics)}
+        return compare_runs(self.measured[baseline], others, self.clusters, better)
+
+    def comparisons(self, baseline: str) -> Values:
+        """`judge` as plain values; differences by category are not tested."""
+        parts = self.by_category()
+        found: Values = {}
+        for model, by_metric in self.judge(baseline).items():
+            found[model] = {}
+            for metric, judged in by_metric.items():
+                before = self.measured[baseline][metric]
+                after = self.measured[model][metric]
+                found[model][metric] = {
+                    **dataclasses.asdict(judged.comparison),
+                    "adjusted_p": judged.adjusted_p,
+                    "verdict": judged.verdict,
+                    "by_category": {
+                        category: _plain(
+                            compare(
+                                before.subset(rows),
+                                after.subset(rows),
+                                [self.clusters[i] for i in rows],
+                            )
+                        )
+                        for category, rows in parts.items()
+                    },
+                }
+        return found
+
+    def changes(self, baseline: str, model: str) -> list[tuple[float, AnsweredRow]]:
+        """How much better each row is answered than by `baseline`, the worst first.
+
+        A row's change is the mean, from -1 to 1, over the metrics with a reference
+        that apply to it. Rows to which none applies are missing.
+        """
+        judges = [
+            (name, SCALES[metric.unit] * (1 if metric.higher_is_better else -1))
+            for name, metric in self.metrics.items()
+            if metric.needs_reference and metric.higher_is_better is not None
+            if metric.unit in SCALES
+        ]
+        found = []
+        for place, row in enumerate(self.first):
+            parts = []
+            for name, sign in judges:
+                before, after = (
+                    self.measured[x][name].scores[place] for x in (baseline, model)
+                )
+                if before is not None and after is not None:
+                    parts.append(sign * (after - before))
+            if parts:
+                found.append((averages.fmean(parts), row))
+        return sorted(found, key=lambda pair: (pair[0], pair[1].id))
+
+
+def find_contradictions(comparisons: Mapping[str, Values]) -> list[str]:
+    """Sentences to read first: the loss falls, and answers get worse."""
+    found = []
+    for model, by_metric in comparisons.items():
+        worse = [
+            f"{name} {values['baseline']:.3g} to {values['candidate']:.3g}"
+            for name, values in by_metric.items()
+            if name != LOSS and values["verdict"] == WORSE
+        ]
+        loss = by_metric.get(LOSS)
+        if worse and loss and loss["difference"] < 0:
+            found.append(
+                f"the perplexity of {model} falls while its answers get worse: "
+                f"{', '.join(worse)}; judge it by its answers"
+            )
+    return found
+
+
+def _plain(found: Any) -> Values:
+    return dataclasses.asdict(found) if found else {}

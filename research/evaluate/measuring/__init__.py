@@ -1,0 +1,1 @@
+"""The losses and answers of models on rows, kept line by line."""

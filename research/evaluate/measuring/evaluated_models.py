@@ -1,0 +1,213 @@
+"""The models of an evaluation: runs at their steps, and the base of the first."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from research.config.knobs import changed
+from research.core.errors import UserError
+from research.formats.load_parameters import load_base
+from research.models.make_model import model_of_run
+from research.models.transformer import Model
+from research.runs.answering.run_addresses import BASE, RunAddress, run_addresses
+from research.runs.lineage.base_of_run import NoTensors, RunTensors
+from research.runs.lineage.start_pins import saved_step
+from research.runs.phase_timer import PhaseTimer
+from research.runs.reopen import FoundRun, find_run, fitting_mesh
+from research.runs.run_history import History
+
+Params = dict[str, Any]
+TUNED = "tuned"  # The name of a single run.
+# How a model reads rows. All else about them is that of the first run.
+OF_MODEL = ("template", "template_args", "system", "seq_len", "overlength")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedModel:
+    """A run at one step, or the base model that it began from.
+
+    Attributes:
+      name: in tables and files.
+      run: the run.
+      step: the checkpoint; None: the base model of `run`.
+      identity: sha256 of the weights.
+    """
+
+    name: str
+    run: FoundRun
+    step: int | None
+    identity: str
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it is a base model, or adapters to it."""
+        return bool(self.run.trainable.frozen_specs)
+
+    @property
+    def base_in_memory(self) -> tuple[Any, ...]:
+        """Models for which this is equal can share their base in memory."""
+        run = self.run
+        if not self.is_adapted:
+            return (str(run.folder), self.step)
+        return (
+            run.base.fingerprint,
+            run.base.tokenizer.fingerprint,
+            repr(dataclasses.replace(run.config.model, init_from="")),
+            str(run.trainable.frozen_dtype),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSet:
+    """The models of an evaluation.
+
+    Attributes:
+      models: the baseline first, if there are several.
+      baseline: the name of that with which all others are compared; "" for one alone.
+    """
+
+    models: tuple[EvaluatedModel, ...]
+    baseline: str = ""
+
+    @property
+    def target(self) -> EvaluatedModel:
+        """The first that is not the baseline: its rows are evaluated."""
+        return next(x for x in self.models if x.name != self.baseline)
+
+    def config_for(self, model: EvaluatedModel, changes: Mapping[str, Any]) -> Any:
+        """The config by which `model` reads the rows: that of the target, `changes`
+        of the user included, with the template and length that the model has.
+        """
+        config = changed(self.target.run.config, changes, "--config")
+        own = {name: getattr(model.run.config.data, name) for name in OF_MODEL}
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
+
+
+def find_models(
+    runs: Sequence[str], against: str = "", step: str = "latest"
+) -> ModelSet:
+    """Finds runs and what they are compared with; no parameter is read.
+
+    Args:
+      runs: `RUN`, `RUN@STEP`, or folders of runs.
+      against: `base`, another run, or "": the base of the first run if it has one,
+        otherwise the first run.
+      step: of each run that is named without one.
+
+    Raises:
+      UserError: a run or checkpoint is absent, or there is no base model.
+    """
+    addresses = run_addresses(runs)
+    places = [(x.folder, x.step) for x in addresses]
+    if against not in ("", BASE):
+        [other, *more] = run_addresses([against])
+        if more:
+            raise UserError(f"--against={against} holds {1 + len(more)} runs: name one")
+        if (other.folder, other.step) in places:
+            first = places.index((other.folder, other.step))
+            addresses.insert(0, addresses.pop(first))
+        else:
+            addresses = run_addresses([against, *runs])
+    found = [_found(x, step) for x in addresses]
+    kinds = {x.run.config.data.kind for x in found}
+    if len(kinds) > 1:
+        raise UserError(
+            f"--run names runs of different kinds ({', '.join(sorted(kinds))}), which "
+            "share no rows: evaluate them one by one"
+        )
+    if len(found) == 1:
+        found = [dataclasses.replace(found[0], name=TUNED)]
+    if against in ("", BASE):
+        first = found[0].run
+        missing = _no_base(first)
+        if not missing:
+            base = EvaluatedModel(BASE, first, None, first.base.fingerprint)
+            return ModelSet((base, *found), BASE)
+        if against:
+            raise UserError(f"--against=base: {first.folder} {missing}; name a run")
+    return ModelSet(tuple(found), found[0].name if len(found) > 1 else "")
+
+
+def _found(address: RunAddress, step: str) -> EvaluatedModel:
+    run = find_run(address.folder)
+    number = saved_step(run.folder, step if address.step == "latest" else address.step)
+    last = History(run.folder.history, PhaseTimer()).planned_steps or run.config.steps
+    if number < last and not run.folder.is_complete:
+        logging.warning(
+            "%s is not finished: step %d of %d is evaluated", run.folder, number, last
+        )
+    return EvaluatedModel(
+        address.name, run, number, RunTensors(run, number).fingerprint
+    )
+
+
+def _no_base(run: FoundRun) -> str:
+    """Why there is no base model to compare with; empty if there is one."""
+    if run.base.tensors is None:
+        return "began with random weights, so there is no base model"
+    if isinstance(run.base.tensors, NoTensors):
+        return "has lost its base model"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModels:
+    """Models in memory that share a decoder: their parameters by name."""
+
+    config: Any
+    model: Model
+    mesh: Mesh
+    weights: dict[str, Params]
+
+
+def open_whole(
+    models: Sequence[EvaluatedModel],
+) -> list[tuple[list[str], Callable[[], OpenModels]]]:
+    """For models whose rows are read whole: names, and what opens them together.
+
+    A base model and the first adapters over it are open together. Whoever keeps none
+    that is open has one base in memory at a time.
+    """
+    base = next((x for x in models if x.step is None), None)
+    found = []
+    for each in models:
+        if each.step is None:
+            if not each.is_adapted:
+                opens = functools.partial(_open_base, each, each.run.trainable.dtype)
+                found.append(([each.name], opens))
+            continue
+        below = base if base and base.is_adapted and base.run is each.run else None
+        names = [below.name, each.name] if below else [each.name]
+        found.append((names, functools.partial(_open_run, each, below)))
+    return found
+
+
+def open_for_answers(model: EvaluatedModel) -> OpenModels:
+    """A model that shares its base with no other, in the dtype of its computation."""
+    if model.step is None:
+        dtype = jax.numpy.dtype(model.run.config.model.dtype)
+        return _open_base(model, dtype, decodes=True)
+    run = model.run.load(step=str(model.step), in_compute_dtype=True)
+    return OpenModels(run.config, run.model, run.mesh, {model.name: run.weights})
+
+
+def _open_run(model: EvaluatedModel, base: EvaluatedModel | None) -> OpenModels:
+    run = model.run.load(step=str(model.step), decodes=False)
+    weights = {base.name: run.frozen} if base else {}
+    weights[model.name] = run.weights
+    return OpenModels(run.config, run.model, run.mesh, weights)
+
+
+def _open_base(
+    model: EvaluatedModel, dtype: Any, *, decodes: bool = False
+) -> OpenModels:
+    config, base = model.run.config, model.run.base
+    mesh = fitting_mesh(model.run.specs, jax.local_devices(), decodes=decodes)
+    made = model_of_run(config.model, config.data, base.architecture, mesh)
+    weights = load_base(base, made, mesh, dtype, seed=0)
+    return OpenModels(config, made, mesh, {model.name: weights})

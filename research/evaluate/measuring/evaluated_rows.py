@@ -1,0 +1,159 @@
+"""The rows of an evaluation, and the requests that ask for their answers."""
+
+import collections
+import dataclasses
+import hashlib
+import heapq
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from research.core.errors import UserError
+from research.data.instructions.instruction_dataset import OTHERS
+from research.data.instructions.row_selection import content_key
+from research.engine.answers.full_answer import FullAnswer
+from research.engine.requests import Request, Sampling
+from research.evaluate.answered_row import AnsweredRow
+from research.tasks.task_protocol import PromptFormat
+from research.tokenize.conversation import Record
+from research.tokenize.tokenizer import Tokenizer
+
+ID_DIGITS = 16
+NO_ANSWER = FullAnswer("", "", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedRow:
+    """A row with its answer.
+
+    Attributes:
+      id: a hash of its texts, and its number among equal rows.
+      record: the row.
+    """
+
+    id: str
+    record: Record
+
+    @property
+    def place(self) -> str:
+        """`file:line`."""
+        return self.record.where
+
+    @property
+    def source(self) -> str:
+        """The file, or the dataset."""
+        return self.place.rpartition(":")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedRow:
+    """A row as one model is asked it.
+
+    Attributes:
+      row: the row.
+      request: for its answer; None where it cannot be asked.
+      problem: why it cannot.
+    """
+
+    row: EvaluatedRow
+    request: Request | None
+    problem: str = ""
+
+
+def choose_rows(
+    records: Iterable[Record], groups: Collection[str], count: int = 0
+) -> list[EvaluatedRow]:
+    """Up to `count` of the rows, in their order; 0 takes all.
+
+    A hash of its texts decides whether a row is taken, so the first hundred are among
+    the first thousand, and in whatever order the file has them.
+
+    A category that is none of `groups` is rare, and becomes one with the others.
+
+    Raises:
+      UserError: there is no row.
+    """
+    seen: collections.Counter[str] = collections.Counter()
+
+    def numbered() -> Iterator[tuple[str, int, EvaluatedRow]]:
+        for number, record in enumerate(records):
+            key = content_key(record).hex()[:ID_DIGITS]
+            seen[key] += 1
+            if record.category not in groups:
+                record = dataclasses.replace(record, category=OTHERS)
+            name = f"{key}-{seen[key]}"
+            yield name, number, EvaluatedRow(name, record)
+
+    every = numbered()
+    chosen = heapq.nsmallest(count, every) if count else [*every]
+    if not chosen:
+        raise UserError("there is no row to evaluate; name rows with --data=FILE")
+    return [row for _, _, row in sorted(chosen, key=lambda found: found[1])]
+
+
+def ask_rows(
+    rows: Sequence[EvaluatedRow],
+    prompts: PromptFormat,
+    sampling: Sampling,
+    longest: int,
+    stop: tuple[str, ...] = (),
+) -> list[AskedRow]:
+    """The request for each row's answer: all its turns but the last one are the prompt.
+
+    Args:
+      rows: any.
+      prompts: how they become ids, as in training.
+      sampling: its limit of tokens is lowered where the context has less room. Draws
+        depend on its seed and on the row, and not on the model.
+      longest: the context of the model.
+      stop: texts that end an answer.
+    """
+    return [_ask(row, prompts, sampling, longest, stop) for row in rows]
+
+
+def _ask(
+    row: EvaluatedRow,
+    prompts: PromptFormat,
+    sampling: Sampling,
+    longest: int,
+    stop: tuple[str, ...],
+) -> AskedRow:
+    record = row.record
+    try:
+        ids = prompts.encode_prompt(record.turns[:-1], record.context)
+    except UserError as error:
+        return AskedRow(row, None, str(error))
+    room = longest - len(ids)
+    if room < 1:
+        why = f"the prompt has {len(ids)} tokens, and the model's context is {longest}"
+        return AskedRow(row, None, why)
+    digest = hashlib.sha256(f"{sampling.seed} {row.id}".encode()).digest()
+    own = dataclasses.replace(
+        sampling,
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        seed=int.from_bytes(digest[:4]) >> 1,
+    )
+    return AskedRow(row, Request(tuple(ids), own, prompts.stop_ids, stop))
+
+
+def pair_answer(
+    asked: AskedRow, tokenizer: Tokenizer, answer: FullAnswer = NO_ANSWER
+) -> AnsweredRow:
+    """The row beside an answer, as metrics read it."""
+    record, request = asked.row.record, asked.request
+    reference = record.turns[-1].said
+    question = next(x for x in reversed(record.turns[:-1]) if x.role != "assistant")
+    stopped = answer.finish == "stop"
+    [reference_ids] = tokenizer.encode_texts([reference])
+    return AnsweredRow(
+        id=asked.row.id,
+        place=asked.row.place,
+        category=record.category,
+        source=asked.row.source,
+        prompt=tokenizer.decode(request.prompt, skip_control=False),
+        question=question.said,
+        context=record.context,
+        reference=reference,
+        answer=answer.text.strip(),
+        new_tokens=max(0, answer.tokens - stopped),
+        reference_tokens=len(reference_ids),
+        stopped=stopped,
+    )

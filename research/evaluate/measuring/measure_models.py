@@ -1,0 +1,183 @@
+"""Measures each model: the losses of rows, and its answers to them."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.core.errors import UserError
+from research.engine.requests import Request, Sampling
+from research.evaluate.answered_row import AnsweredRow
+from research.evaluate.measuring.ask_models import ask_models, usual_slots
+from research.evaluate.measuring.evaluated_models import (
+    EvaluatedModel,
+    ModelSet,
+    open_whole,
+)
+from research.evaluate.measuring.evaluated_rows import (
+    AskedRow,
+    EvaluatedRow,
+    ask_rows,
+    pair_answer,
+)
+from research.evaluate.measuring.kept_lines import KeptLines, digest
+from research.evaluate.measuring.row_losses import RowSums, measure_rows
+from research.tasks.task_protocol import EvaluationRows
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedRows:
+    """The rows that all models can be asked, and why they cannot be asked the others.
+
+    Attributes:
+      by_model: the rows as each model is asked them, in one order.
+      problems: `file:line: reason` for each row that is not asked.
+    """
+
+    by_model: dict[str, list[AskedRow]]
+    problems: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[EvaluatedRow],
+        models: Sequence[EvaluatedModel],
+        sampling: Sampling,
+        stop: tuple[str, ...],
+    ) -> "AskedRows":
+        """Writes the prompts of all models.
+
+        Raises:
+          UserError: there is no row that all of them can be asked.
+        """
+        every = {}
+        for each in models:
+            longest = each.run.base.architecture.max_position
+            every[each.name] = ask_rows(rows, each.run.prompts, sampling, longest, stop)
+        problems: dict[str, str] = {}
+        for asked in every.values():
+            for row in asked:
+                if row.problem:
+                    problems.setdefault(row.row.id, f"{row.row.place}: {row.problem}")
+        by_model = {
+            name: [x for x in asked if x.row.id not in problems]
+            for name, asked in every.items()
+        }
+        if len(problems) == len(rows):
+            raise UserError(
+                f"no row can be asked; the first is {next(iter(problems.values()))}"
+            )
+        return cls(by_model, [*problems.values()])
+
+    def requests(self) -> dict[str, dict[str, Request]]:
+        """By model and row."""
+        return {
+            name: {x.row.id: x.request for x in asked}
+            for name, asked in self.by_model.items()
+        }
+
+    def without_answers(self, models: Sequence[EvaluatedModel]) -> list[AnsweredRow]:
+        """The rows as the first model is asked them, before it has answered."""
+        first = models[0]
+        tokenizer = first.run.base.tokenizer
+        return [pair_answer(x, tokenizer) for x in self.by_model[first.name]]
+
+
+def measure_answers(
+    asked: AskedRows, models: Sequence[EvaluatedModel], folder: Path, slots: int
+) -> dict[str, list[AnsweredRow]]:
+    """The rows with the answers of each model, in one order.
+
+    Args:
+      asked: the rows.
+      models: that answer.
+      folder: has the answers that are known, and gets the others.
+      slots: see `ask_models`.
+
+    Raises:
+      UserError, SaveError: see `ask_models`.
+    """
+    requests = asked.requests()
+    device = jax.local_devices()[0]
+    name = digest(
+        [(x.name, x.identity, x.base_in_memory) for x in models],
+        requests,
+        slots or usual_slots(),
+        (jax.__version__, device.device_kind, jax.local_device_count()),
+    )
+    with KeptLines.opened(folder, "answers", name) as kept:
+        answers = ask_models(models, requests, kept, slots)
+    return {
+        x.name: [
+            pair_answer(row, x.run.base.tokenizer, answers[x.name, row.row.id])
+            for row in asked.by_model[x.name]
+        ]
+        for x in models
+    }
+
+
+def measure_losses(
+    rows: Sequence[EvaluatedRow],
+    found: ModelSet,
+    readings: Mapping[str, EvaluationRows],
+    changes: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, dict[str, RowSums]]:
+    """The sums of the loss by model and row; a row that is too long has none.
+
+    Args:
+      rows: that are measured.
+      found: the models.
+      readings: the tokenised rows of each.
+      changes: knobs that say how the rows were read.
+      folder: has the losses that are known, and gets the others.
+
+    Raises:
+      DivergedError: a loss is not finite.
+    """
+    models, seed = found.models, found.target.run.config.seed
+    name = digest(
+        [(x.name, x.identity, x.base_in_memory) for x in models],
+        [repr(found.config_for(x, changes).data) for x in models],
+        [row.id for row in rows],
+        (jax.__version__, jax.local_devices()[0].device_kind, jax.local_device_count()),
+    )
+    with KeptLines.opened(folder, "losses", name) as kept:
+        for names, opens in open_whole(models):
+            read = readings[names[-1]]
+            documents = documents_of(read, rows)
+            wanted = {(x, row) for x in names for row in documents.values()}
+            if wanted <= kept.found.keys():
+                continue
+            logging.info("losses of %s on %d rows", " and ".join(names), len(documents))
+            numbers = np.array([*documents])
+            measured = measure_rows(opens(), read.packed, numbers, seed, read.origin)
+            for model, sums in measured.items():
+                for row, each in zip(documents.values(), sums, strict=True):
+                    kept.add((model, row), each)
+        lines = dict(kept.found)
+    return {
+        x.name: {
+            row.id: lines[x.name, row.id] for row in rows if (x.name, row.id) in lines
+        }
+        for x in models
+    }
+
+
+def documents_of(read: EvaluationRows, rows: Sequence[EvaluatedRow]) -> dict[int, str]:
+    """The ids of `rows` by the numbers of their documents.
+
+    Raises:
+      UserError: none of them has a document.
+    """
+    by_place = {row.place: row.id for row in rows}
+    documents = read.packed.documents
+    places = ((i, documents.where(i)) for i in range(len(documents)))
+    found = {i: by_place[place] for i, place in places if place in by_place}
+    if not found:
+        raise UserError(f"no row of {read.origin} fits into config.data.seq_len")
+    return found

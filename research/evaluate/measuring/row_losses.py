@@ -1,0 +1,166 @@
+"""The loss of each row, or of whole texts by source, by the objective of training."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.config.knob_groups import MeshConfig
+from research.core.errors import DivergedError
+from research.data.instructions.instruction_dataset import PackedDocuments
+from research.data.metric_sums import Ratio, Sums, evaluate_weights
+from research.data.token_batch import Batch
+from research.evaluate.held_out_losses import Evaluation, add_up, sum_batches
+from research.evaluate.measuring.evaluated_models import OpenModels
+from research.parallel import mesh as meshes
+from research.tasks.task_protocol import EvaluationRows
+from research.tasks.task_registry import make_objective
+
+# The sums of one row by the name of the mean: numerator and denominator.
+RowSums = dict[str, list[float]]
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # Tokens that end a group of lengths.
+
+
+def measure_rows(
+    opened: OpenModels,
+    packed: PackedDocuments,
+    documents: np.ndarray,
+    seed: int,
+    origin: str,
+) -> dict[str, list[RowSums]]:
+    """The sums of each of `documents`, by model.
+
+    Args:
+      opened: the models.
+      packed: tokenised rows.
+      documents: numbers of those that are measured.
+      seed: of the packing.
+      origin: of the rows, for people.
+
+    Raises:
+      DivergedError: a loss is not finite.
+    """
+    chosen = packed.only(documents, seed)
+    count = _rows_per_pass(opened, 1)
+    parts = [chosen.rows[i : i + count] for i in range(0, len(chosen.rows), count)]
+    width = max(sum(map(len, part)) for part in parts)
+    # Few widths, so that few programs compile.
+    width = 1 << (width - 1).bit_length()
+    mine = meshes.local_rows(opened.mesh, count)
+
+    def batches() -> Iterator[Batch]:
+        for part in parts:
+            yield _numbered(chosen, part + [[]] * (count - len(part)), mine)
+
+    measured = _measure(opened, batches(), count, width)
+    order = [list(itertools.chain(*part)) for part in parts]
+    place = {int(document): i for i, document in enumerate(documents)}
+    found: dict[str, list[RowSums]] = {}
+    for name in opened.weights:
+        rows: list[RowSums] = [{} for _ in documents]
+        for numbers, sums in zip(order, measured, strict=True):
+            for mean, ratio in sums[name].items():
+                if np.ndim(ratio.denominator):
+                    pairs = np.stack([*map(np.float64, ratio)], 1).tolist()
+                    for number, pair in zip(numbers, pairs, strict=False):
+                        rows[place[number]][mean] = pair
+        found[name] = rows
+        losses = np.array([row["loss"][0] for row in rows])
+        if not np.isfinite(losses).all():
+            _refuse(name, origin, losses.sum())
+    return found
+
+
+def measure_texts(opened: OpenModels, rows: EvaluationRows) -> dict[str, Evaluation]:
+    """The results of each model on whole texts, by source.
+
+    Raises:
+      DivergedError: a loss is not finite.
+    """
+    objective = make_objective(opened.config, opened.mesh, len(rows.groups))
+    count = _rows_per_pass(opened, objective.rows_per_unit)
+    mine = meshes.local_rows(opened.mesh, count)
+    measured = _measure(opened, rows.batches(count, mine), count, len(rows.groups))
+    found = {}
+    for name in opened.weights:
+        sums = [each[name] for each in measured]
+        found[name] = add_up(sums, rows.groups, rows.text_bytes, objective.loss_unit)
+        if not np.isfinite(found[name].loss):
+            _refuse(name, rows.origin, found[name].loss)
+    return found
+
+
+def group_rows(
+    rows: Sequence[RowSums], labels: Sequence[str], loss_unit: str
+) -> Evaluation:
+    """The means over all rows, and over those of each label."""
+    groups = sorted(set(labels))
+    index = [groups.index(label) for label in labels]
+    sums: Sums = {}
+    for name in rows[0]:
+        pairs = np.array([row[name] for row in rows], np.float64)
+        total = np.zeros((len(groups), 2))
+        np.add.at(total, index, pairs)
+        sums[name] = Ratio(total[:, 0], total[:, 1])
+    return add_up([sums], groups, {}, loss_unit)
+
+
+def loss_unit(config: Any) -> str:
+    """The unit of the losses of a run."""
+    mesh = meshes.make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    return make_objective(config, mesh, 1).loss_unit
+
+
+def length_label(tokens: int) -> str:
+    """The group of lengths that a row of so many tokens belongs to.
+
+    The labels sort in the order of the lengths.
+    """
+    for low, high in itertools.pairwise((0, *LENGTHS)):
+        if tokens <= high:
+            return f"{low + 1:4} to {high:4} tokens"
+    return f"over {LENGTHS[-1]} tokens"
+
+
+def _rows_per_pass(opened: OpenModels, rows_per_unit: int) -> int:
+    """The last rows of a batch may be empty, so it has as many as the mesh needs."""
+    unit = meshes.batch_shards(opened.mesh) * rows_per_unit
+    return -(-opened.config.data.rows_per_pass // unit) * unit
+
+
+def _measure(
+    opened: OpenModels, batches: Iterator[Batch], count: int, groups: int
+) -> list[Mapping[str, Sums]]:
+    """The sums of each batch by model: all in one pass, which builds a batch once."""
+    objective = make_objective(opened.config, opened.mesh, groups)
+    sums_of: Callable[..., Sums]
+    sums_of = jax.jit(functools.partial(evaluate_weights, objective, opened.model))
+
+    def measure(batch: Batch) -> dict[str, Sums]:
+        return {k: sums_of(weights, batch) for k, weights in opened.weights.items()}
+
+    placed = (meshes.to_global(batch, opened.mesh, rows=count) for batch in batches)
+    return sum_batches(measure, placed)
+
+
+def _numbered(
+    packed: PackedDocuments, rows: list[list[int]], mine: Sequence[int]
+) -> Batch:
+    """A batch whose groups are its documents, numbered over all of its rows."""
+    first = np.cumsum([0, *map(len, rows)])[list(mine)]
+    batch = packed.batch([rows[i] for i in mine])
+    groups = np.maximum(first[:, None] + batch.segments - 1, 0)
+    return dataclasses.replace(batch, groups=groups.astype(np.int32))
+
+
+def _refuse(name: str, origin: str, loss: Any) -> None:
+    raise DivergedError(
+        f"the loss of the {name} model on {origin} is {loss}: look at the weights, or "
+        "choose another --step",
+        0,
+        None,
+    )

@@ -1,0 +1,309 @@
+"""One evaluation from its models and rows to its results, which are plain values."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.core.errors import UserError
+from research.data.instructions.row_cache import CUT
+from research.engine.requests import Sampling
+from research.evaluate.answer_metrics.choose_metrics import choose_metrics
+from research.evaluate.held_out_losses import Evaluation
+from research.evaluate.judgement import (
+    LOSS,
+    MOST_SHOWN,
+    Measurements,
+    find_contradictions,
+)
+from research.evaluate.loss_values import as_json
+from research.evaluate.measuring.evaluated_models import (
+    EvaluatedModel,
+    ModelSet,
+    open_whole,
+)
+from research.evaluate.measuring.evaluated_rows import EvaluatedRow, choose_rows
+from research.evaluate.measuring.kept_lines import digest
+from research.evaluate.measuring.measure_models import (
+    AskedRows,
+    documents_of,
+    measure_answers,
+    measure_losses,
+)
+from research.evaluate.measuring.row_losses import (
+    RowSums,
+    group_rows,
+    length_label,
+    loss_unit,
+    measure_texts,
+)
+from research.tasks.task_protocol import EvaluationRows
+from research.tasks.task_registry import held_out_rows, rows_of_files
+
+Values = dict[str, Any]
+NONE, AUTO = "none", "auto"
+USUAL = Sampling(max_new_tokens=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationChoices:
+    """The choices of the user about an evaluation, beside its models.
+
+    Attributes:
+      data: files of rows; "": the rows that the first run holds out.
+      changes: knobs that say how the files are read.
+      rows: how many are evaluated; 0: all.
+      metrics: their names; `auto` chooses by the rows, and `none` makes no answers.
+      sampling: how answers are made.
+      stop: texts that end an answer.
+      slots: answers at a time; 0: as many as suit the device.
+    """
+
+    data: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: int = 0
+    metrics: tuple[str, ...] = (AUTO,)
+    sampling: Sampling = USUAL
+    stop: tuple[str, ...] = ()
+    slots: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """The results of an evaluation.
+
+    Attributes:
+      name: a digest of all that they depend on, and the step.
+      values: the content of `evaluation.json`.
+      rows: the lines of `rows.jsonl`: each row, its answers and scores.
+      losses: of each model, for the table.
+    """
+
+    name: str
+    values: Values
+    rows: Sequence[Values]
+    losses: Mapping[str, Evaluation]
+
+
+def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evaluated:
+    """Evaluates models on the same rows.
+
+    Args:
+      found: the models.
+      choices: of the user.
+      folder: has what a call before this one has found, and gets the rest.
+
+    Raises:
+      UserError: the rows or metrics cannot be used.
+      DivergedError: a loss is not finite.
+      SaveError: the folder cannot be written.
+    """
+    readings = read_rows(found, choices)
+    own = readings[found.target.name]
+    if own.packed is None:
+        return _evaluate_texts(found, choices, readings)
+    rows = choose_rows(own.records(), own.groups, choices.rows)
+    asked, metrics = None, {}
+    if choices.metrics != (NONE,):
+        asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
+        metrics = choose_metrics(choices.metrics, asked.without_answers(found.models))
+    sums = measure_losses(rows, found, readings, choices.changes, folder)
+    losses = {k: _by_category(rows, each, found) for k, each in sums.items()}
+    values = _facts(found, choices, own) | {"rows": _count(rows, own, asked)}
+    values["models"] = {
+        x.name: _model(x)
+        | as_json(losses[x.name])
+        | _parts(rows, sums[x.name], own, found)
+        for x in found.models
+    }
+    lines = [_line(row, sums) for row in rows]
+    if asked:
+        answers = measure_answers(asked, found.models, folder, choices.slots)
+        measured = Measurements.of(answers, sums, metrics)
+        _add_answers(values, measured, found.baseline)
+        _add_lines(lines, measured)
+    name = digest(
+        [(x.name, x.identity) for x in found.models],
+        [row.id for row in rows],
+        dataclasses.replace(choices, slots=0, data=own.sha256),
+    )
+    return Evaluated(_named(name, found), values, lines, losses)
+
+
+def read_rows(found: ModelSet, choices: EvaluationChoices) -> dict[str, EvaluationRows]:
+    """The rows as each model reads them; models that read alike share them."""
+    read: dict[str, EvaluationRows] = {}
+    by_model = {}
+    for model in found.models:
+        config, base = found.config_for(model, choices.changes), model.run.base
+        key = repr((config.data, base.tokenizer.fingerprint))
+        if key not in read:
+            if read:
+                logging.warning(
+                    "%s reads the rows with another template, length or tokenizer than "
+                    "the model before it",
+                    model.name,
+                )
+            read[key] = (
+                rows_of_files(config, base, choices.data)
+                if choices.data
+                else held_out_rows(config, base)
+            )
+        by_model[model.name] = read[key]
+    return by_model
+
+
+def _evaluate_texts(
+    found: ModelSet, choices: EvaluationChoices, readings: Mapping[str, EvaluationRows]
+) -> Evaluated:
+    """Raw text has no answers: only its losses are measured."""
+    if choices.metrics not in ((AUTO,), (NONE,)):
+        raise UserError(
+            "--metrics are of answers, and a run on raw text has none: drop the flag "
+            "to get its losses"
+        )
+    own = readings[found.target.name]
+    losses: dict[str, Evaluation] = {}
+    for names, opens in open_whole(found.models):
+        losses |= measure_texts(opens(), readings[names[-1]])
+    values = _facts(found, choices, own)
+    values["models"] = {
+        x.name: _model(x) | as_json(losses[x.name]) for x in found.models
+    }
+    parts = [(x.name, x.identity) for x in found.models]
+    name = digest(parts, own.sha256, dict(choices.changes))
+    losses = {x.name: losses[x.name] for x in found.models}
+    return Evaluated(_named(name, found), values, [], losses)
+
+
+def _named(digits: str, found: ModelSet) -> str:
+    return f"{digits[:12]}-step-{found.target.step}"
+
+
+def _facts(found: ModelSet, choices: EvaluationChoices, own: EvaluationRows) -> Values:
+    return {
+        "step": found.target.step,
+        "data": {"origin": own.origin, "sha256": own.sha256},
+        "config": dict(choices.changes),
+        "baseline": found.baseline,
+        "left_out": list(own.left_out),
+        "unused": list(own.unused),
+    }
+
+
+def _model(model: EvaluatedModel) -> Values:
+    return {
+        "run": str(model.run.folder),
+        "step": model.step,
+        "identity": model.identity,
+    }
+
+
+def _count(
+    rows: Sequence[EvaluatedRow], own: EvaluationRows, asked: AskedRows | None
+) -> Values:
+    """How many rows are evaluated, and how many of them are not whole."""
+    cut = {x.rpartition(": ")[0] for x in own.left_out if x.endswith(f": {CUT}")}
+    documents = documents_of(own, rows)
+    count = {
+        "evaluated": len(rows),
+        "cut": sum(row.place in cut for row in rows),
+        "without_loss": len(rows) - len(documents),
+    }
+    if asked:
+        count["not_asked"] = asked.problems
+    return count
+
+
+def _by_category(
+    rows: Sequence[EvaluatedRow], sums: Mapping[str, RowSums], found: ModelSet
+) -> Evaluation:
+    labels = {row.id: row.record.category for row in rows}
+    return _grouped(labels, sums, found)
+
+
+def _grouped(
+    labels: Mapping[str, str], sums: Mapping[str, RowSums], found: ModelSet
+) -> Evaluation:
+    unit = loss_unit(found.target.run.config)
+    return group_rows([*sums.values()], [labels[row] for row in sums], unit)
+
+
+def _parts(
+    rows: Sequence[EvaluatedRow],
+    sums: Mapping[str, RowSums],
+    own: EvaluationRows,
+    found: ModelSet,
+) -> Values:
+    """The losses by source and by length."""
+    slots, documents = own.packed.documents.slots, documents_of(own, rows)
+    tokens = {row: length_label(int(slots[i])) for i, row in documents.items()}
+    sources = {row.id: row.source for row in rows}
+    known = {row: each for row, each in sums.items() if row in tokens}
+    return {
+        "by_source": as_json(_grouped(sources, sums, found))["by_group"],
+        "by_length": as_json(_grouped(tokens, known, found))["by_group"],
+    }
+
+
+def _add_answers(values: Values, measured: Measurements, baseline: str) -> None:
+    """Adds what the answers of all models are worth."""
+    values["metrics"] = {
+        name: {
+            "unit": metric.unit,
+            "higher_is_better": metric.higher_is_better,
+            "needs_reference": metric.needs_reference,
+            "note": metric.note,
+        }
+        for name, metric in measured.metrics.items()
+    }
+    for name in measured.rows:
+        values["models"][name]["answers"] = measured.answers_of(name)
+    if not baseline:
+        return
+    values["comparisons"] = measured.comparisons(baseline)
+    values["findings"] = find_contradictions(values["comparisons"])
+    values["regressions"], values["gains"] = {}, {}
+    for name in values["comparisons"]:
+        changes = measured.changes(baseline, name)
+        listed = [{"row": row.id, "change": change} for change, row in changes]
+        worse = [x for x in listed if x["change"] < 0]
+        better = [x for x in listed[::-1] if x["change"] > 0]
+        values["regressions"][name] = worse[:MOST_SHOWN]
+        values["gains"][name] = better[:MOST_SHOWN]
+
+
+def _line(row: EvaluatedRow, sums: Mapping[str, Mapping[str, RowSums]]) -> Values:
+    """A row and its losses, in nats per token or the unit of the objective."""
+    models: Values = {}
+    for name, by_row in sums.items():
+        loss, tokens = by_row.get(row.id, {}).get(LOSS, (0.0, 0.0))
+        models[name] = {"loss": loss / tokens if tokens else None}
+    record = row.record
+    return {
+        "row": row.id,
+        "place": row.place,
+        "category": record.category,
+        "reference": record.turns[-1].said,
+        "models": models,
+    }
+
+
+def _add_lines(lines: Sequence[Values], measured: Measurements) -> None:
+    """Adds the answers and their scores to the rows."""
+    by_row = {line["row"]: line for line in lines}
+    for name, rows in measured.rows.items():
+        for place, row in enumerate(rows):
+            line = by_row[row.id]
+            line |= {"question": row.question, "context": row.context}
+            line["models"][name] |= {
+                "answer": row.answer,
+                "new_tokens": row.new_tokens,
+                "stopped": row.stopped,
+                "scores": {
+                    metric: each.scores[place]
+                    for metric, each in measured.measured[name].items()
+                    if metric != LOSS
+                },
+            }

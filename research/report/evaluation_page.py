@@ -1,0 +1,180 @@
+"""An evaluation for people: tables in the terminal, `evaluation.md` and `.html`.
+
+The values are those of `evaluation.json`, and the rows those of `rows.jsonl`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from research.core.text_templates import fill
+from research.core.visible_text import counted, visible
+from research.report import result_tables
+from research.report.markdown_text import escaped, fenced, format_table
+from research.report.result_tables import Table
+from research.report.run_page import FOLDED, PREVIEW, STYLED, TEMPLATES
+from research.report.terminal import show_table
+
+Values = Mapping[str, Any]
+NONE = "-"
+SHOWN = 4  # rows that were dropped or cut, and columns; the file has all
+
+
+def show_evaluation(values: Values, losses: Values) -> None:
+    """Prints the findings and the tables.
+
+    Args:
+      values: of `evaluation.json`.
+      losses: for each model a line as in `metrics.jsonl`.
+    """
+    console = Console()
+    for finding in values.get("findings", ()):
+        console.print(Text(visible(finding), "bold yellow"))
+    title = f"step {values['step']}, {visible(values['data']['origin'])}"
+    table = result_tables.compare_losses(losses)
+    show_table(console, title, table, bold=result_tables.TOTAL)
+    show_table(console, "answers", tabulate_answers(values, short=True), bold="")
+    for line in row_facts(values):
+        console.print(Text(visible(line)))
+    for line in values["unused"][:SHOWN]:
+        console.print(Text(visible(f"unused column {line}")))
+    left_out = values["left_out"]
+    if left_out:
+        lines = ["dropped or cut:", *(f"  {line}" for line in left_out[:SHOWN])]
+        if (more := len(left_out) - SHOWN) > 0:
+            lines.append(f"  and {counted(more, 'more line')} in evaluation.json")
+        for line in lines:
+            console.print(Text(visible(line)))
+
+
+def row_facts(values: Values) -> list[str]:
+    """Sentences about the rows that are not whole or were not asked."""
+    rows = values.get("rows", {})
+    total = rows.get("evaluated", 0)
+    parts = (
+        ("cut", rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
+        ("lost", rows.get("without_loss", 0), "are longer than data.seq_len: no loss"),
+        ("silent", len(rows.get("not_asked", ())), "are too long to be answered"),
+    )
+    return [
+        f"{count:,} of {total:,} rows ({count / total:.1%}) {what}"
+        for _, count, what in parts
+        if count
+    ]
+
+
+def tabulate_answers(values: Values, *, short: bool = False) -> Table:
+    """A row for each metric of each model; empty where nothing was answered.
+
+    `short` has what fits into a terminal. A model that is compared stands beside the
+    baseline; one alone has its own interval.
+    """
+    models, compared = values["models"], values.get("comparisons", {})
+    named = len(compared) > 1 or not compared
+    rows = []
+    for metric in ("loss", *values.get("metrics", {})):
+        for model in compared or models:
+            own = models[model].get("answers", {}).get(metric, {})
+            judged = compared.get(model, {}).get(metric, {})
+            name = [metric, *[model] * named]
+            if judged:
+                rows.append([*name, *_compared(judged, short)])
+            elif not compared and own.get("value") is not None:
+                cells = [f"{own['rows']:,}", _number(own["value"]), _interval(own)]
+                rows.append([*name, *cells])
+    if not rows:
+        return []
+    header = ["metric", *["model"] * named, "rows"]
+    if not compared:
+        return [[*header, "value", "95 %"], *rows]
+    header += [values["baseline"], "model" if named else next(iter(compared))]
+    header += ["change, 95 %"]
+    if not short:
+        header += ["p (Holm)", "effect", "rows to tell"]
+    return [[*header, "verdict"], *rows]
+
+
+def tabulate_categories(values: Values) -> Table:
+    """The change of each metric in each category; empty without categories."""
+    header = ["category", "metric", "model", "rows", "baseline", "value"]
+    header += ["change", "95 % interval"]
+    rows = []
+    for model, by_metric in values.get("comparisons", {}).items():
+        for metric, judged in by_metric.items():
+            for category, each in judged["by_category"].items():
+                if each:
+                    name = result_tables.group_label(category or "(none)", "category")
+                    cells = [name, metric, model, f"{each['rows']:,}"]
+                    cells += [_number(each["baseline"]), _number(each["candidate"])]
+                    cells += [_signed(each["difference"]), _interval(each, signed=True)]
+                    rows.append(cells)
+    return [header, *sorted(rows)] if rows else []
+
+
+def format_pages(
+    values: Values, rows: Sequence[Values], losses: Values
+) -> dict[str, str]:
+    """The texts of `evaluation.md` and `evaluation.html`."""
+    by_row = {row["row"]: row for row in rows}
+    changed = [
+        (title, model, [(x["change"], by_row[x["row"]]) for x in found])
+        for title, key in (
+            ("Worst regressions", "regressions"),
+            ("Best gains", "gains"),
+        )
+        for model, found in values.get(key, {}).items()
+        if found
+    ]
+    return {
+        f"evaluation.{ending}": fill(
+            TEMPLATES / f"evaluation.{ending}.jinja",
+            lambda value: visible(value) if type(value) is str else value,
+            filters={
+                "literal": lambda value: escaped(str(value)),
+                "fenced": fenced,
+                "lines": lambda table: "\n".join(format_table(table)[1:]),
+            },
+            autoescape=ending == "html",
+            base=STYLED,
+            values=values,
+            losses=result_tables.compare_losses(losses),
+            answers=tabulate_answers(values),
+            categories=tabulate_categories(values),
+            facts=row_facts(values),
+            changed=changed,
+            folded=FOLDED,
+            preview=PREVIEW,
+        )
+        for ending in ("md", "html")
+    }
+
+
+def _compared(judged: Values, short: bool) -> list[str]:
+    values = (judged["baseline"], judged["candidate"])
+    cells = [f"{judged['rows']:,}", *map(_number, values)]
+    change = _signed(judged["difference"])
+    interval = _interval(judged, signed=True)
+    cells.append(change if interval == NONE else f"{change} ({interval})")
+    if not short:
+        effect, needed = judged["effect_size"], judged["rows_needed"]
+        cells.append(f"{judged['adjusted_p']:.3f}")
+        cells.append(NONE if effect is None else f"{effect:+.2f}")
+        cells.append(NONE if needed is None else f"{needed:,}")
+    return [*cells, judged["verdict"]]
+
+
+def _interval(found: Values, *, signed: bool = False) -> str:
+    if found.get("low") is None:
+        return NONE
+    write = _signed if signed else _number
+    return f"{write(found['low'])} to {write(found['high'])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"

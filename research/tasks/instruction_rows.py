@@ -1,0 +1,59 @@
+"""Instruction rows that a model is evaluated on: of files, or held out of training."""
+
+import dataclasses
+import functools
+
+from research.config.run_config import Config
+from research.core.visible_text import counted
+from research.data.instructions.instruction_dataset import eval_batches, load_dataset
+from research.data.instructions.row_selection import read_records
+from research.data.instructions.unused_columns import describe_unused
+from research.formats.base_model import Base
+from research.tasks.task_protocol import EvaluationRows
+from research.tokenize.chat_template import ChatFormat
+from research.tokenize.tokenizer import Tokenizer
+
+
+def chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
+    """How the rows of `config` become ids."""
+    data = config.data
+    return ChatFormat(tokenizer, data.template, data.system, data.template_args)
+
+
+def rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
+    """Every usable row of the files is evaluated, packed as held-out rows are."""
+    chat = chat_format(config, base.tokenizer)
+    whole = {"eval_path": "", "held_out": 0, "max_rows": 0}
+    rows = dataclasses.replace(config.data, path=files, **whole)
+    data = load_dataset(rows, config.seed, chat, config.text, "--data")
+    return EvaluationRows(
+        groups=data.categories,
+        origin=f"{data.origin}, {counted(data.counts.total, 'row')}",
+        sha256=data.counts.sha256,
+        left_out=data.examples,
+        unused=describe_unused(data.counts.unused),
+        text_bytes={},
+        batches=functools.partial(eval_batches, data.train),
+        packed=data.train,
+        records=functools.partial(read_records, rows),
+    )
+
+
+def held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
+    """The rows that a run of `config` does not train, or those of `data.eval_path`."""
+    chat = chat_format(config, base.tokenizer)
+    data = load_dataset(config.data, config.seed, chat, config.text)
+    if not data.held_out.rows:
+        return None
+    origin = config.data.eval_path or f"held out of {data.origin}"
+    places = {record.where for record in data.held_out_records}
+    return EvaluationRows(
+        groups=data.categories,
+        origin=f"{origin}, {counted(len(places), 'row')}",
+        sha256=data.counts.sha256,
+        left_out=[x for x in data.examples if x.rsplit(": ", 1)[0] in places],
+        text_bytes={},
+        batches=functools.partial(eval_batches, data.held_out),
+        packed=data.held_out,
+        records=lambda: data.held_out_records,
+    )

@@ -132,6 +132,17 @@ def test_a_mean_has_the_textbook_effect_size_and_number_of_rows():
     assert compared.rows_needed == np.ceil(7.848879 / effect**2 + 1.920729)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e200])
+def test_the_unit_of_a_metric_does_not_matter(scale):
+    base, tuned = random(8).normal(size=(2, 30))
+    one = paired.compare(means(base), means(tuned), range(30))
+    other = paired.compare(means(base * scale), means(tuned * scale), range(30))
+    assert other.low == pytest.approx(one.low * scale, rel=1e-6)
+    assert other.p_value == one.p_value
+    assert other.effect_size == pytest.approx(one.effect_size)
+    assert other.rows_needed == one.rows_needed
+
+
 def test_so_many_rows_as_needed_show_the_difference_in_80_of_100(few_resamples):
     needed = paired.compare(
         means(np.zeros(4000)), means(random(6).normal(0.5, 1, 4000)), range(4000)

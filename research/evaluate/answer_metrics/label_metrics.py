@@ -6,7 +6,7 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.evaluate.answer_metrics.answer_metric import SHARE, AnswerMetric
-from research.evaluate.answer_metrics.short_answers import Words, has_run
+from research.evaluate.answer_metrics.short_answers import Words, has_run, holds
 from research.evaluate.answer_metrics.words_of_text import comparable, letters_of
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.statistics import measured
@@ -55,14 +55,13 @@ def label_in(answer: str, labels: Sequence[str]) -> str | None:
 def _named_in(text: str, labels: Sequence[str]) -> list[str]:
     named: dict[str, Words] = {}
     for label in labels:
-        run = comparable(label, label)
         letter = label.strip()
         if len(letter) == 1 and letter.swapcase() != letter:
             found = letter in letters_of(text)
         else:
-            found = has_run(comparable(text, label), run)
+            found = holds(text, label)
         if found:
-            named[label] = run
+            named[label] = comparable(label, label)
     return [
         label
         for label, run in named.items()

@@ -24,10 +24,15 @@ _SPLIT = regex.compile(
 # Longer ones are no words but a character that repeats, or a script without spaces.
 LONGEST_WORD = 40
 _ARTICLES = regex.compile(r"\b(?:a|an|the)\b")
-# Punctuation and the signs of ASCII, except the point of a number and its minus.
+_INSIDE_NUMBERS = regex.compile(r"(?<=\d),(?=\d)")
+# Punctuation and the signs of ASCII, without those that make another answer: the point
+# and the minus of a number, and what follows a letter in C++, C# and A+.
 _PUNCTUATION = regex.compile(
-    r"(?<!\d)\.|\.(?!\d)|(?<!^|\s)-|-(?!\d)|[[\p{P}$+<=>^`|~]--[.\-]]", regex.V1
+    r"\.(?!\d)|(?<=\p{L})\.|-(?!\.?\d)|(?<=\S)-|(?<![\p{L}+])\+|(?<!\p{L})\#"
+    r"|[[\p{P}$<=>^`|~]--[.\-\#]]",
+    regex.V1,
 )
+_MINUS = str.maketrans({"\N{MINUS SIGN}": "-"})
 
 
 def plain(text: str) -> str:
@@ -63,29 +68,39 @@ def grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(size)), strict=False)
 
 
-def comparable(text: str, like: str) -> tuple[str, ...]:
+def comparable(text: str, like: str, between: str = "") -> tuple[str, ...]:
     """The words of `text` in the form in which they are compared to those of `like`.
 
     That of SQuAD (Rajpurkar et al. 2016, `evaluate-v1.1.py`): lower case, without
     punctuation, the articles a, an, the, and surplus space. It departs from SQuAD in
     four places: any script's case and punctuation count; characters of scripts without
-    spaces are words; 1.5 keeps its point and -5 its minus; and where nothing of `like`
+    spaces are words; 1.5, -5, C++ and C# keep their signs; and where nothing of `like`
     would stay (the label A, the sign +), its article or its signs stay.
+
+    Args:
+      between: stands in the place of punctuation; SQuAD has nothing there.
     """
-    for form in (_without_articles, _without_punctuation, plain):
-        if _words_in(like, form):
-            return _words_in(text, form)
+    for form in (_without_articles, _without_punctuation, _plain):
+        if _words_in(like, form, between):
+            return _words_in(text, form, between)
     return ()
 
 
-def _without_punctuation(text: str) -> str:
-    return _PUNCTUATION.sub("", plain(text))
+def _plain(text: str, _: str) -> str:
+    return plain(text)
 
 
-def _without_articles(text: str) -> str:
-    return _ARTICLES.sub(" ", _without_punctuation(text))
+def _without_punctuation(text: str, between: str) -> str:
+    whole_numbers = _INSIDE_NUMBERS.sub("", plain(text).translate(_MINUS))
+    return _PUNCTUATION.sub(between, whole_numbers)
+
+
+def _without_articles(text: str, between: str) -> str:
+    return _ARTICLES.sub(" ", _without_punctuation(text, between))
 
 
 @functools.lru_cache(maxsize=4096)
-def _words_in(text: str, form: Callable[[str], str]) -> tuple[str, ...]:
-    return tuple(_SPLIT.findall(form(text)))
+def _words_in(
+    text: str, form: Callable[[str, str], str], between: str
+) -> tuple[str, ...]:
+    return tuple(_SPLIT.findall(form(text, between)))

@@ -66,8 +66,7 @@ def bootstrap(
     equal = np.searchsorted(values, found + near, side="right") - below
     edge = 0.5 / len(values)
     bias = stats.norm.ppf(np.clip((below + equal / 2) / len(values), edge, 1 - edge))
-    left_one = jackknife(sums, value_of)
-    spread = left_one.mean() - left_one
+    spread, _ = jackknife(sums, value_of)
     scale = np.sum(spread**2) ** 1.5
     acceleration = np.sum(spread**3) / (6 * scale) if scale > 0 else 0.0
     tail = stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.sqrt(count / (count - 1))
@@ -79,19 +78,28 @@ def bootstrap(
     return float(low), float(high)
 
 
-def jackknife(sums: Floats, value_of: Callable[[Floats], Floats]) -> Floats:
-    """The values without each one cluster, [clusters]; undefined ones are dropped."""
+def jackknife(
+    sums: Floats, value_of: Callable[[Floats], Floats]
+) -> tuple[Floats, float]:
+    """How far the value without each one cluster is below the mean of these values.
+
+    Returns the distances [clusters] in units of the largest, so that squares and cubes
+    stay in range, and that unit. Undefined values are dropped.
+    """
     values = np.asarray(value_of(sums.sum(0) - sums))
-    return values[np.isfinite(values)]
+    values = values[np.isfinite(values)]
+    spread = values.mean() - values if len(values) else values
+    unit = float(np.max(np.abs(spread), initial=0.0))
+    return (spread / unit if unit > 0 else spread), unit
 
 
 def standard_error(sums: Floats, value_of: Callable[[Floats], Floats]) -> float:
     """By the jackknife (Efron and Stein 1981); for the mean of n rows, sd / sqrt(n)."""
-    values = jackknife(sums, value_of)
-    count = len(values)
+    spread, unit = jackknife(sums, value_of)
+    count = len(spread)
     if count < 2:
         return float("nan")
-    return float(np.sqrt((count - 1) / count * np.sum((values - values.mean()) ** 2)))
+    return unit * float(np.sqrt((count - 1) / count * np.sum(spread**2)))
 
 
 def smallest_p(differing: int) -> float:

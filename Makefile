@@ -69,7 +69,10 @@ $(VENV)/python-chosen: launch/setup/find_python.sh
 	@rm -rf $(VENV)
 	@python=$$(PYTHON="$(PYTHON)" bash launch/setup/find_python.sh) || exit 1; \
 	echo "environment: $$python -> $(VENV)"; \
-	"$$python" -m venv $(VENV) && touch $@
+	"$$python" -m venv $(VENV)
+	@# So `python -m research.train` works in any folder, by the files that lie here.
+	@$(BIN)/python -c "import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'research.pth').write_text(os.getcwd())"
+	@touch $@
 
 # Only references and comparisons need torch. It has an environment of its own, because
 # the pinned CPU build exists for Python 3.11.

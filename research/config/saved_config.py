@@ -14,7 +14,7 @@ from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError, nearest
 from research.core.hub_access import is_hub
-from research.core.local_paths import expanded, listed_paths, split_step
+from research.core.local_paths import expanded, holds_run, listed_paths, split_step
 
 # Entries of the file that are no knobs.
 VERSION, FOLDER = "version", "folder"
@@ -114,10 +114,9 @@ def near_run(path: Path) -> str:
     def runs_in(folder: Path) -> list[str]:
         return sorted(str(file.parent) for file in folder.glob("*/config.json"))
 
-    above = (x for x in path.parents if (x / "identity.json").is_file())
-    if found := next(above, None):
+    if found := next(filter(holds_run, path.parents), None):
         return f" (did you mean {str(found)!r}?)"
-    if inside := [x for x in runs_in(path) if Path(x, "identity.json").is_file()]:
+    if inside := [run for run in runs_in(path) if holds_run(Path(run))]:
         more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
         return f"; it holds the runs {', '.join(inside[:8])}{more}"
     return nearest(str(path), runs_in(path.parent))

@@ -102,6 +102,11 @@ def _how_fetched(address: str) -> str:
     return FETCHED.get(scheme, other).format(address)
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether it is a run directory: its files change, and are nobody's data."""
+    return (folder / "config.json").is_file() and (folder / "identity.json").is_file()
+
+
 def no_such(what: str, path: Path, remedy: str = "check its path") -> UserError:
     """The error that nothing is at `path`, which `what` names; suggests a near name."""
     near = _nearest(path)

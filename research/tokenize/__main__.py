@@ -1,10 +1,12 @@
 """Trains a tokenizer: `python -m research.tokenize --source=docs=folder --out=tok`."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from research.config import command_line
 from research.config.choices import UNDECODABLE
+from research.config.field_names import name_sources
 from research.config.knobs import knob
 from research.core.errors import UserError
 from research.core.local_paths import local_path
@@ -18,12 +20,15 @@ WHERE is stdlib, a file, a folder or hub://owner/name[@revision][:subset[@split]
 """
 
 
+KNOB = re.compile(r"(?:--)?config\.text\.(sources|column|undecodable|held_out_share)\b")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizeFlags:
     """The flags of `python -m research.tokenize`."""
 
     source: tuple[str, ...] = knob(
-        (), "text to train on, name=where; repeatable", is_path=True
+        (), "text to train on, where or name=where; repeatable", is_path=True
     )
     vocab: int = knob(4096, "number of ids", low=257)
     out: str = knob("", "new folder to write tokenizer.json to", is_path=True)
@@ -53,14 +58,20 @@ def main(argv: Sequence[str]) -> int:
     from research.config.knob_groups import DataConfig, TextConfig
     from research.data.text.choose_tokenizer import make_tokenizer
 
+    named = [source for written in f.source for source in name_sources(written)]
     text = TextConfig(
-        sources=f.source,
+        sources=tuple(named),
         column=f.column,
         undecodable=f.undecodable,
         held_out_share=f.held_out_share,
     )
-    for name, size, tokens in make_tokenizer(text, DataConfig(), f.vocab, f.out):
-        print(f"{name}: {size / tokens:.3f} bytes a token, over {size} bytes")
+    try:
+        for name, size, tokens in make_tokenizer(text, DataConfig(), f.vocab, f.out):
+            print(f"{name}: {size / tokens:.3f} bytes a token, over {size} bytes")
+    except UserError as error:
+        # It names the knobs of a training, which are flags here.
+        said = KNOB.sub(lambda knob: f"--{knob[1].removesuffix('s')}", str(error))
+        raise type(error)(said) from error
     print(f"tokenizer written to {f.out}")
     return 0
 

@@ -146,6 +146,10 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_or_binary(tmp_path):
     (corpus / "z.gz").write_bytes(gzip.compress(b"\0" * 10))
     (corpus / "empty").write_bytes(b"")
     (folder / "broken").symlink_to("nowhere")
+    run = write_texts(tmp_path / "corpus" / "runs" / "one", ["of a run"])
+    write_texts(run / "deep", ["of a run"])
+    for name in ("config.json", "identity.json"):  # They make it a run directory.
+        (run / name).write_text('{"text": "of a run"}')
     found, left_out = read(tmp_path, corpus)
     assert texts_of(found) == ["first", *TEXTS[:3], "row"]
     assert [where for _, where in found][:2] == ["a.md", "b/00000.txt"]

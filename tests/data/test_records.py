@@ -183,6 +183,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         load("rows.text")
     with pytest.raises(UserError, match=r"no file in folder .* ends in \.jsonl"):
         load(tmp_path)
+    run = tmp_path / "runs" / "one"  # The files of a run are no rows of a folder.
+    run.mkdir(parents=True)
+    for name in ("config.json", "identity.json", "answers.json"):
+        (run / name).write_text('[{"instruction": "q", "response": "a"}]')
+    with pytest.raises(UserError, match=r"no file in folder .* ends in \.jsonl"):
+        load(tmp_path)
+    assert load(run / "answers.json").marks
     with pytest.raises(UserError, match="no file matches"):
         load(tmp_path / "*.csv")
 

@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ def test_make_help_lists_every_target():
     told = dict(line.split("\t") for line in finished.stdout.splitlines())
     assert set(told) == set(phony.split())
     assert all(text.strip() for text in told.values())
+
+
+def test_the_environment_of_make_knows_the_program_in_any_folder(tmp_path, monkeypatch):
+    rules = (ROOT / "Makefile").read_text()
+    (code,) = re.findall(r'BIN\)/python -c "(.*)"$', rules, re.M)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sysconfig, "get_path", {"purelib": str(tmp_path)}.get)
+    exec(code)
+    monkeypatch.setattr(sys, "path", [])
+    site.addsitedir(str(tmp_path))
+    assert str(ROOT) in sys.path
 
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"

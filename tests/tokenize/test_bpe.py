@@ -236,7 +236,8 @@ def test_the_door_trains_and_measures(tmp_path, corpus):
     def call(*flags):
         return run_door(main, tmp_path, "tokenize", *flags)
 
-    out = tmp_path / "out"
+    out, bad = tmp_path / "out", tmp_path / "my text.txt"
+    bad.write_bytes(b"caf\xe9" * 99)
     done = call(f"--source=s={corpus}", "--vocab=300", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert "s: " in done.stdout and "bytes a token" in done.stdout
@@ -246,7 +247,14 @@ def test_the_door_trains_and_measures(tmp_path, corpus):
         ([f"--source=s={corpus}"], "--out=FOLDER is missing"),
         ([f"--source=s={corpus}", "--vocab=9", f"--out={tmp_path / 'new'}"], "257"),
         ([f"--source=s={corpus}", f"--out={out}"], "exists; name a folder"),
+        ([f"--source={corpus}x", f"--out={out}2"], "of --source does not exist"),
+        ([f"--source={bad}", f"--out={out}2"], "or choose --undecodable=skip"),
     ):
         failed = call(*flags)
         assert failed.returncode == 2 and said in failed.stderr
         assert failed.stderr.count("\n") == 1
+        assert "config.text" not in failed.stderr
+    # A place needs no name, and each flag that was named works.
+    words = (f"--source={bad}", "--undecodable=replace", f"--out={out}3")
+    done = call(*words, "--vocab=258", "--held_out_share=1e-9")
+    assert done.returncode == 0 and "my_text: " in done.stdout, done.stderr

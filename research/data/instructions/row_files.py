@@ -7,7 +7,7 @@ from pathlib import Path
 
 from research.core.errors import UserError
 from research.core.hub_access import how_on_hub
-from research.core.local_paths import listed_paths, local_path, no_such
+from research.core.local_paths import holds_run, listed_paths, local_path, no_such
 from research.data.compressed_files import kind_of
 from research.data.row_readers import READERS, BadRowError, Row, read_rows
 
@@ -44,7 +44,7 @@ def row_files(written: str, knob: str = "config.data.path") -> list[Path]:
 def _files_of(path: Path, knob: str) -> list[Path]:
     if path.is_dir():
         inside = (p for p in path.rglob("*") if p.is_file() and kind_of(p) in READERS)
-        files = [p for p in inside if not _is_hidden(p.relative_to(path))]
+        files = [p for p in inside if _is_wanted(p.relative_to(path), path)]
         what = f"no file in folder {path} ends in {', '.join(READERS)}"
     elif not path.exists() and glob.has_magic(str(path)):
         found = glob.glob(str(path), recursive=True)
@@ -61,5 +61,8 @@ def _files_of(path: Path, knob: str) -> list[Path]:
     return sorted(files)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_wanted(file: Path, folder: Path) -> bool:
+    """Whether `file`, below `folder`, is neither hidden nor part of a run."""
+    above = (folder / parent for parent in file.parents[:-1])
+    is_hidden = any(part.startswith(".") for part in file.parts)
+    return not is_hidden and not any(map(holds_run, above))

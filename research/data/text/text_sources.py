@@ -11,7 +11,7 @@ from research.config.field_names import SOURCE_NAME, shell_flag, written_list
 from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, how_on_hub, is_hub, require_commit
-from research.core.local_paths import local_path, no_such
+from research.core.local_paths import holds_run, local_path, no_such
 from research.data.text.document_readers import SourceFile, TextSource
 
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -98,8 +98,9 @@ def _locate(
 def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[SourceFile]:
     """Files in the order of their names, if every part of the path is wanted.
 
-    Links to folders are followed after the real folders, and no folder is read twice,
-    so a circle of links ends. A link to a folder above itself is only a circle.
+    Those of runs are nobody's text. Links to folders are followed after the real
+    folders, and no folder is read twice, so a circle of links ends. A link to a folder
+    above itself is only a circle.
     """
     found: list[Path] = []
     seen: set[Path] = set()
@@ -115,7 +116,9 @@ def _files_under(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Source
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(name for name in folders if wanted(name))
+            folders[:] = sorted(
+                x for x in folders if wanted(x) and not holds_run(Path(at, x))
+            )
             links = [path for name in folders if (path := Path(at, name)).is_symlink()]
             waiting += [p for p in links if not real.is_relative_to(p.resolve())]
             found += [Path(at, name) for name in names if wanted(name)]

@@ -253,16 +253,6 @@ def test_many_rows_get_fewer_resamples():
     assert resampling.resamples_of(10**7) == 1000
 
 
-def test_a_loss_that_falls_while_answers_get_worse_is_said():
-    words = {"loss": "better", "rouge_l": "worse", "chrf": "better", "bleu": "worse"}
-    said = verdicts.loss_against_answers(words, {"loss"})
-    assert said.startswith("loss got better while the answers got worse in rouge_l, bl")
-    for other in ("no difference shown", "better"):
-        same = words | {"rouge_l": other, "bleu": other}
-        assert verdicts.loss_against_answers(same, {"loss"}) is None
-    assert verdicts.loss_against_answers(words | {"loss": "worse"}, {"loss"}) is None
-
-
 ROW = AnsweredRow(
     "id", "f:1", "", "f", "P", "q", "c", "r", "a", 1, 1, True
 )  # fmt: skip

@@ -137,7 +137,9 @@ def permutation_p(
         bits = np.arange(2**count)[:, None] >> np.arange(count)[None] & 1
         return as_large(bits.astype(np.float64)) / 2**count
     generator = np.random.default_rng([seed, 1])
-    found = 1
+    found, width = 1, 4 * -(-count // 32)  # bytes of bits, in whole draws
     for size in _blocks(count, first.shape[1]):
-        found += as_large(generator.integers(0, 2, (size, count)).astype(np.float64))
+        drawn = np.frombuffer(generator.bytes(size * width), np.uint8)
+        bits = np.unpackbits(drawn.reshape(size, width), axis=1, count=count)
+        found += as_large(bits.astype(np.float64))
     return found / (resamples_of(count) + 1)

@@ -1,6 +1,5 @@
 """A comparison in plain words."""
 
-from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from research.evaluate.statistics.resampling import smallest_p
@@ -35,23 +34,3 @@ def verdict(
     if higher_is_better is None:
         return HIGHER if compared.difference > 0 else LOWER
     return BETTER if (compared.difference > 0) == higher_is_better else WORSE
-
-
-def loss_against_answers(
-    verdicts: Mapping[str, str], losses: Collection[str]
-) -> str | None:
-    """The first sentence to say of a run whose loss and answers disagree, or None.
-
-    Args:
-      verdicts: of each metric; those named in `losses` are losses, the rest answers.
-    """
-    better = [name for name, word in verdicts.items() if word == BETTER]
-    worse = [name for name, word in verdicts.items() if word == WORSE]
-    lower_losses = [name for name in better if name in losses]
-    worse_answers = [name for name in worse if name not in losses]
-    if not lower_losses or not worse_answers:
-        return None
-    return (
-        f"{', '.join(lower_losses)} got better while the answers got worse in "
-        f"{', '.join(worse_answers)}: trust the answers, and look at the worst rows"
-    )

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from research.config.config_file import call_in_file
@@ -121,5 +122,10 @@ def load(file: str) -> Sweep:
     module, found = call_in_file(f"--sweep={file}", file, "get_sweep")
     if not isinstance(found, Sweep):
         raise UserError(f"--sweep={file}: get_sweep() must return a Sweep")
+    config = found.config
+    if not Path(config).exists():  # As seen from a folder above the sweep file.
+        above = (parent / config for parent in Path(file).absolute().parents)
+        config = next((str(path) for path in above if path.is_file()), config)
     paragraph = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-    return dataclasses.replace(found, question=found.question or paragraph)
+    question = found.question or paragraph
+    return dataclasses.replace(found, config=config, question=question)

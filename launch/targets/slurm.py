@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,17 @@ TOOLS: Mapping[str, str] = {"sbatch": "install Slurm's client (slurm-client on D
 # It has no #SBATCH lines: a name could pass for a directive there, and cannot in an
 # argument of sbatch.
 TEMPLATE = Path(__file__).parent / "templates/slurm.sh.jinja"
+TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|infinite|unlimited", re.IGNORECASE)
+
+
+def _time_limit(text: str) -> str:
+    """The type of `--time`, which sbatch would only refuse on the cluster."""
+    if text and not TIME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time limit of Slurm: write hours:minutes:seconds, as "
+            "4:00:00, days-hours, as 1-12, or minutes, as 90"
+        )
+    return text
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +52,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--device",
         "the kind of GPU, such as h100; the launch then checks that the run fits",
     )
-    add_text(parser, "--time", "time limit as sbatch writes it: 4:00:00")
+    limit = "time limit as sbatch writes it: 4:00:00"
+    parser.add_argument("--time", type=_time_limit, default="", help=limit)
     add_grace(parser)
     add_restarts(parser)
     add_text(parser, "--partition", "default: the cluster's")

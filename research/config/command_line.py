@@ -47,7 +47,7 @@ from research.config.knobs import (
     map_paths,
 )
 from research.config.run_config import BY_EPOCHS, Config, from_config_dict
-from research.config.saved_config import from_json
+from research.config.saved_config import as_run, from_json
 from research.core import standard_streams
 from research.core.errors import SaveError, UserError, nearest
 from research.core.local_paths import expanded, local_path, split_step
@@ -261,9 +261,9 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
     for word in rest[1:]:
         if word not in verbs or len(rest) > 2:
             listed = f" (or one of {', '.join(filter(None, verbs))})" if verbs else ""
+            near = nearest(word, verbs) or ("run" in known and as_run(word)) or ""
             raise UserError(
-                f"unexpected argument {word!r}{nearest(word, verbs)}; flags start with "
-                f"--{listed}"
+                f"unexpected argument {word!r}{near}; flags start with --{listed}"
             )
         values["verb"] = word
     for name, value in values.items():

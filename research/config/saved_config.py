@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def model_and_no_run(written: str) -> str:
         f"is a model, and no run: give it as --model={written} to research.generate or "
         f"research.serve, or as --config.model.init_from={written} to research.train"
     )
+
+
+def as_run(word: str) -> str:
+    """The flag for a word of a command line that is the folder of a run, or ""."""
+    flag = shlex.quote(f"--run={word}")
+    return f" (did you mean {flag}?)" if holds_run(Path(expanded(word))) else ""
 
 
 def near_run(path: Path) -> str:

@@ -120,8 +120,8 @@ def require_batch(data: DataConfig, rows: int, unit: int) -> None:
     if not 0 < rows < data.batch_size:
         return
     found = (
-        f"config.data.batch_size is {data.batch_size}, and the training rows fill only "
-        f"{counted(rows, 'row')} of {data.seq_len} tokens"
+        f"config.data.batch_size is {data.batch_size}, and the training data fill only "
+        f"{counted(rows, 'packed row')} of {data.seq_len} tokens"
     )
     if rows < unit:
         raise UserError(

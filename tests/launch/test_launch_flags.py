@@ -3,11 +3,13 @@
 import argparse
 
 import pytest
+from source_files import ROOT
 
 from launch import targets
 from launch.__main__ import make_parser
 from launch.report.__main__ import main as report
 from launch.sweep.__main__ import parse
+from launch.sweep.sweep_spec import load
 from research.core.errors import UserError
 
 FLAGS = [
@@ -49,6 +51,24 @@ def test_a_flag_with_two_values_is_refused_and_one_value_twice_is_not(target, ac
             ):
                 given(*words)
         assert str(given(f"{name}={first}", name, first)) == first
+
+
+def test_a_time_limit_that_slurm_would_refuse_is_refused_here():
+    for limit in ("4h", "4 hours", "1:2:3:4", "-1"):
+        with pytest.raises(UserError, match="no time limit of Slurm: write hours:min"):
+            make_parser().parse_args(["slurm", f"--time={limit}"])
+    for limit in ("90", "90:30", "4:00:00", "1-12", "2-03:30:00", "UNLIMITED"):
+        assert make_parser().parse_args(["slurm", f"--time={limit}"]).time == limit
+
+
+def test_the_config_of_a_sweep_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = ROOT / "configs" / "sweeps" / "lora_rank.py"
+    written = load(str(sweep)).config
+    assert written == str(ROOT / "configs" / "finetune_dolly.py")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "finetune_dolly.py").touch()  # This folder comes first.
+    assert load(str(sweep)).config == "configs/finetune_dolly.py"
 
 
 def test_commands_beside_the_launcher_refuse_two_values_too():

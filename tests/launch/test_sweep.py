@@ -334,7 +334,7 @@ def get_sweep():
 """
 BAD_COMMANDS = {
     "unknown target": (("--target=locl",), "lora.rank", "'local'"),
-    "no sweep": (("--sweep=absent.py",), "lora.rank", "no such file"),
+    "two sweeps": (("--sweep=absent.py",), "lora.rank", "given several times"),
     "mistyped flag": (("--togehter=3",), "lora.rank", "--togehter"),
     "mistyped knob": (("--", "--config.stpes=3"), "lora.rank", "'steps'"),
     "axis of no knob": ((), "lora.rnak", "'lora.rank'"),

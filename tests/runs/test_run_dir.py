@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
+from research.config.command_line import parse
 from research.config.config_file import load_config_file
 from research.config.knobs import changed
 from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
 from research.config.saved_config import differences, to_json
 from research.core.errors import PREEMPTED, DamagedError, UserError
+from research.generate.__main__ import GenerateFlags
 from research.runs import run_history
 from research.runs.control.os_signals import INTERRUPTED, Preempted
 from research.runs.phase_timer import PHASES, PhaseTimer
@@ -122,6 +124,8 @@ def test_a_mistyped_run_is_answered_with_the_one_beside_it(tmp_path):
             load_config_file(str(tmp_path / path))
         assert said in str(raised.value)
         (tmp_path / "chat").rmdir() if path == "chat" else None
+    with pytest.raises(UserError, match=rf"did you mean '--run={runs[1]}'\?"):
+        parse(["door", runs[1], "hi"], "", GenerateFlags)
 
 
 def test_a_folder_with_anything_else_is_refused(tmp_path):

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     from research.runs.run_directory import RunDir
 
     folder = RunDir(f.run)
-    folder.config()  # Refuses a folder that is not a run directory.
+    config = folder.config()  # Refuses a folder that is not a run directory.
     if f.verb == "export-step":
         if not f.out:
             raise UserError("--out=FOLDER is missing: the folder to write")
@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if f.verb == "prune":
         folder.lock()  # A running trainer counts and removes its checkpoints itself.
-    found = inspect(folder.checkpoints, folder.origin().get("run", ""))
+    by, run = config.checkpoint.best_by, folder.origin().get("run", "")
+    found = inspect(folder.checkpoints, run, by)
     if f.verb == "prune":
         return _prune(folder, found, f.keep_last, f.keep_best)
     _show(folder, found)

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from research.checkpoints.stored_steps import size_of, step_folders
 from research.core.errors import UserError
 
 METRICS = "metrics"  # Orbax's own name for the item.
+LOSS = "loss"  # The value of `checkpoint.best_by` that is no metric of answers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Checkpoint:
       loss: held-out loss of exactly these parameters, if it was measured.
       data: fingerprint of the data of the run at that time, held-out rows included.
       damage: one line per damaged file; empty if the checkpoint is intact.
+      cost: the value that ranks it by `checkpoint.best_by`, the lower the better.
     """
 
     step: int
@@ -36,18 +38,19 @@ class Checkpoint:
     loss: float | None
     data: str
     damage: tuple[str, ...]
+    cost: float | None = None
 
 
-def inspect(folder: Path, run: str = "") -> list[Checkpoint]:
+def inspect(folder: Path, run: str = "", best_by: str = LOSS) -> list[Checkpoint]:
     """Lists all checkpoints in `folder`, oldest first, and reads every byte of them.
 
-    Those that another run than `run` has saved count as damaged.
+    Those that another run than `run` has saved count as damaged. `best_by` ranks them.
 
     Raises:
       UserError: see `refuse_other_identity`.
     """
     refuse_other_identity(folder, run)
-    return [_inspect_one(path, run) for path in step_folders(folder)]
+    return [_inspect_one(path, run, best_by) for path in step_folders(folder)]
 
 
 def refuse_other_identity(folder: Path, run: str) -> None:
@@ -68,21 +71,26 @@ def refuse_other_identity(folder: Path, run: str) -> None:
         )
 
 
-def _inspect_one(folder: Path, run: str) -> Checkpoint:
+def _inspect_one(folder: Path, run: str, best_by: str) -> Checkpoint:
     damage = tuple(find_damage(folder, run=run))
-    metrics, loss, data = folder / METRICS / METRICS, None, ""
+    metrics, loss, data, cost = folder / METRICS / METRICS, None, "", None
     if not damage:
         meta = json.loads((folder / "meta" / "metadata").read_bytes())
         data = meta["identity"].get("data", "")
         if metrics.is_file():
-            loss = json.loads(metrics.read_bytes())["loss"]
+            found = json.loads(metrics.read_bytes())
+            loss = found["loss"]
+            cost = comparable_cost(found, found.get("data", ""), best_by)
     saved = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
     size = size_of(folder)
-    return Checkpoint(int(folder.name), folder, size, saved, loss, data, damage)
+    step = int(folder.name)
+    return Checkpoint(step, folder, size, saved, loss, data, damage, cost)
 
 
-def measured_losses(folder: Path, data: str, run: str) -> dict[int, float]:
-    """The held-out losses by step that are intact, finite and of the data `data`.
+def measured_costs(
+    folder: Path, data: str, run: str, best_by: str = LOSS
+) -> dict[int, float]:
+    """The values by step that `best_by` ranks, intact, finite and of the data `data`.
 
     Those that another run than `run` has saved do not count.
     """
@@ -90,13 +98,15 @@ def measured_losses(folder: Path, data: str, run: str) -> dict[int, float]:
     for step in step_folders(folder):
         file = step / METRICS / METRICS
         if not find_damage(step, item=METRICS, run=run) and file.is_file():
-            loss = comparable_loss(json.loads(file.read_bytes()), data)
-            if math.isfinite(loss):
-                found[int(step.name)] = loss
+            cost = comparable_cost(json.loads(file.read_bytes()), data, best_by)
+            if cost is not None and math.isfinite(cost):
+                found[int(step.name)] = cost
     return found
 
 
-def choose_step(folder: Path, step: str, data: str, run: str) -> int:
+def choose_step(
+    folder: Path, step: str, data: str, run: str, best_by: str = LOSS
+) -> int:
     """The number of the checkpoint `step`: latest, best, or a number.
 
     Raises:
@@ -105,12 +115,13 @@ def choose_step(folder: Path, step: str, data: str, run: str) -> int:
     known = [int(path.name) for path in step_folders(folder)]
     number = max(known, default=None)
     if step == "best":
-        losses = measured_losses(folder, data, run)
-        number = min(losses, key=losses.__getitem__, default=None)
+        costs = measured_costs(folder, data, run, best_by)
+        number = min(costs, key=costs.__getitem__, default=None)
     elif step != "latest":
         number = int(step) if step.isdecimal() else None
     if number is None or number not in known:
-        why = ", as no held-out loss was measured at one" if step == "best" else ""
+        measured = "held-out loss" if best_by == LOSS else best_by
+        why = f", as no {measured} was measured at one" if step == "best" else ""
         raise UserError(
             f"{folder.parent} has no checkpoint {step!r}{why}; it has steps "
             f"{', '.join(map(str, known)) or 'none yet'}"
@@ -118,12 +129,19 @@ def choose_step(folder: Path, step: str, data: str, run: str) -> int:
     return number
 
 
-def comparable_loss(metrics: dict[str, Any], data: str) -> float:
-    """The held-out loss in a checkpoint's metrics; infinite if not measured on `data`.
+def comparable_cost(
+    metrics: Mapping[str, Any], data: str, best_by: str
+) -> float | None:
+    """The value in a checkpoint's metrics that `best_by` ranks, the lower the better.
 
-    Metrics that do not say which data it was are of an older version.
+    None if it was not measured, or not on `data`. Metrics that do not say which data it
+    was are of an older version.
     """
-    return metrics["loss"] if metrics.get("data", data) == data else math.inf
+    if metrics.get("data", data) != data:
+        return None
+    if best_by == LOSS:
+        return metrics["loss"]
+    return metrics.get("cost") if metrics.get("best_by") == best_by else None
 
 
 def superfluous(
@@ -137,12 +155,12 @@ def superfluous(
     The steps `needed` stay, too.
 
     Damaged checkpoints do not count and are removed: they can never be restored. A
-    loss is compared only with others on the data of the newest checkpoint.
+    cost is compared only with others on the data of the newest checkpoint.
     """
     whole = [x for x in found if not x.damage]
     same_data = [x for x in whole if x.data == whole[-1].data]
-    measured = [x for x in same_data if x.loss is not None]
-    measured.sort(key=lambda x: x.loss)
+    measured = [x for x in same_data if x.cost is not None]
+    measured.sort(key=lambda x: x.cost)
     kept = [*whole[max(len(whole) - keep_last, 0) :], *measured[:keep_best]]
     kept += [x for x in whole if x.step in needed]
     return [x for x in found if x not in kept]

@@ -20,7 +20,8 @@ from research.checkpoints.checkpoint_errors import (
 )
 from research.checkpoints.checkpoint_listing import (
     METRICS,
-    measured_losses,
+    comparable_cost,
+    measured_costs,
     refuse_other_identity,
 )
 from research.checkpoints.checksums import find_damage
@@ -84,9 +85,9 @@ class Checkpointer:
         self._failed: Exception | None = None
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
-        # In memory, so that all processes rank a new loss alike.
+        # In memory, so that all processes rank a new step alike.
         where = self._folder, self._data, self._run
-        self._losses = {} if read_only else measured_losses(*where)
+        self._costs = {} if read_only else measured_costs(*where, config.best_by)
 
     def _open(self) -> Manager:
         first = jax.process_index() == 0
@@ -161,15 +162,19 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """The kept step with the lowest held-out loss, if one was measured."""
-        losses = measured_losses(self._folder, self._data, self._run)
-        return min(losses, key=losses.__getitem__) if losses else None
+        """The kept step that `checkpoint.best_by` ranks first, if one was measured."""
+        by = self._config.best_by
+        costs = measured_costs(self._folder, self._data, self._run, by)
+        return min(costs, key=costs.__getitem__) if costs else None
 
-    def is_among_best(self, step: int, loss: float) -> bool:
-        """Whether `step` is not saved, and would be one of the `keep_best`."""
+    def is_among_best(self, step: int, cost: float) -> bool:
+        """Whether `step` is not saved, and would be one of the `keep_best`.
+
+        `cost` is what `checkpoint.best_by` ranks, the lower the better.
+        """
         steps = self.steps
-        known = [x for s, x in self._losses.items() if s in steps]
-        better = sum(x <= loss for x in known)
+        known = [x for s, x in self._costs.items() if s in steps]
+        better = sum(x <= cost for x in known)
         return step not in steps and better < self._config.keep_best
 
     def save(
@@ -178,6 +183,7 @@ class Checkpointer:
         state: Any,
         position: dict[str, Any],
         eval_loss: float | None,
+        cost: float | None = None,
     ) -> None:
         """Starts to save, unless the step is already saved.
 
@@ -187,6 +193,8 @@ class Checkpointer:
           position: the data position, as JSON.
           eval_loss: held-out loss of exactly this state on the rows of `measured_on`,
             if it was measured.
+          cost: of the metric of answers that `checkpoint.best_by` names, the lower the
+            better, if it was measured.
 
         Raises:
           SaveError: this save could not begin, or the one before it failed.
@@ -195,10 +203,13 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         meta = {"identity": self._identity, "position": position}
-        metrics = None
-        if eval_loss is not None:
+        metrics, by = None, self._config.best_by
+        if eval_loss is not None or cost is not None:
             metrics = {"loss": eval_loss, "data": self._data}
-            self._losses[step] = eval_loss
+            if cost is not None:
+                metrics |= {"best_by": by, "cost": cost}
+            if (ranked := comparable_cost(metrics, self._data, by)) is not None:
+                self._costs[step] = ranked
         with self._naming(step):
             self._forget_removed()
             self._manager.save(

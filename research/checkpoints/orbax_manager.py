@@ -1,8 +1,8 @@
 """Orbax's checkpoint manager, set up for our checkpoints."""
 
 import dataclasses
-import functools
 import glob
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from research.checkpoints.checkpoint_listing import comparable_loss
+from research.checkpoints.checkpoint_listing import comparable_cost
 from research.checkpoints.checksums import SealedArrays, SealedPath
 from research.checkpoints.needed_steps import needed_steps
 from research.config.knob_groups import CheckpointConfig
@@ -73,7 +73,7 @@ def open_manager(
     Args:
       folder: absolute.
       config: how many checkpoints are kept.
-      data: fingerprint of the data of this run; see `comparable_loss`.
+      data: fingerprint of the data of this run; see `comparable_cost`.
       failed: called with the error of an asynchronous save, as soon as it fails.
       read_only: nothing is written, moved or removed.
 
@@ -82,13 +82,17 @@ def open_manager(
     """
     type(epath.Path(folder)).glob = _match_below
     keep = ocp.checkpoint_managers
-    loss = functools.partial(comparable_loss, data=data)
+
+    def rank(metrics: dict[str, Any]) -> float:
+        cost = comparable_cost(metrics, data, config.best_by)
+        return math.inf if cost is None else cost
+
     options = ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(
             [
                 keep.LatestN(config.keep_last),
                 keep.BestN(
-                    get_metric_fn=loss,
+                    get_metric_fn=rank,
                     reverse=True,
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -97,7 +101,7 @@ def open_manager(
             ]
         ),
         # Without it Orbax neither writes nor reads metrics.
-        best_fn=loss,
+        best_fn=rank,
         best_mode="min",
         cleanup_tmp_directories=not read_only,
         read_only=read_only,

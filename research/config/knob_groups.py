@@ -326,7 +326,15 @@ class EvalConfig:
         "and after the last",
         low=0,
     )
-    prompts: int = free_knob(3, "held-out prompts answered at the end", low=0)
+    prompts: int = free_knob(3, "held-out prompts whose answers a report shows", low=0)
+    answers_every: int = free_knob(
+        0,
+        "steps between measurements of the answers to held-out rows; 0: at the end",
+        low=0,
+    )
+    answers_rows: int = free_knob(
+        24, "held-out rows whose answers are measured, the same each time", low=0
+    )
     max_new_tokens: int = free_knob(96, "tokens in an answer or sample", above=0)
     text_prompts: tuple[str, ...] = free_knob(
         ("",), "beginnings that the samples of pre-training continue"
@@ -344,9 +352,14 @@ class CheckpointConfig:
     keep_last: int = free_knob(2, "newest checkpoints that stay", above=0)
     keep_best: int = free_knob(
         1,
-        "checkpoints that stay for their held-out loss; a step whose loss is among "
-        "the best so far is saved at once",
+        "checkpoints that stay for their held-out loss, or for best_by; a step that is "
+        "among the best so far is saved at once",
         low=0,
+    )
+    best_by: str = free_knob(
+        "loss",
+        "decides which checkpoints are best: loss, or a metric of the answers that "
+        "eval.answers_every measures, as research.evaluate --metrics names it",
     )
     on_error: str = free_knob(
         "stop",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.data.grouped_values import NATS_PER_TOKEN, UNNAMED, by_group
+from research.tasks.model_answers import AnswerMeasure
 
 TOTAL = "all"  # A label that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
@@ -118,6 +119,25 @@ def _row(
         *(f"{loss - losses[0]:+.3f}" for loss in losses[1:]),
         *("-" if value is None else f"{value:.3f}" for value in others),
     ]
+
+
+def tabulate_measures(measures: Sequence[AnswerMeasure]) -> Table:
+    """Metrics of answers that apply to some row; empty without them."""
+    header = ["answers", "unit", "rows", "base", "tuned", "95 % interval", "verdict"]
+    rows = [
+        [
+            x.name,
+            x.unit,
+            str(x.rows),
+            "-" if x.base is None else f"{x.base:.3f}",
+            f"{x.tuned:.3f}",
+            "-" if x.low is None else f"{x.low:+.3f} to {x.high:+.3f}",
+            x.verdict or "-",
+        ]
+        for x in measures
+        if x.tuned is not None
+    ]
+    return [header, *rows] if rows else []
 
 
 def tabulate_wall_time(seconds: Sequence[tuple[str, float]]) -> Table:

@@ -10,7 +10,11 @@ from typing import Any
 from research.core.text_templates import fill
 from research.core.visible_text import visible
 from research.report.markdown_text import escaped, fenced, format_table
-from research.report.result_tables import tabulate_losses, tabulate_wall_time
+from research.report.result_tables import (
+    tabulate_losses,
+    tabulate_measures,
+    tabulate_wall_time,
+)
 from research.report.run_results import COMPARED, RunResults
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,6 +47,7 @@ def _fill(name: str, results: RunResults, **more: Any) -> str:
         base=STYLED,
         results=results,
         losses=tabulate_losses(results.evaluations),
+        measures=tabulate_measures(results.measures),
         times=tabulate_wall_time(results.wall_time),
         samples=[(p, [s for s in results.samples if s.prompt == p]) for p in prompts],
         compared=list(COMPARED),

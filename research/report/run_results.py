@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from research.report.result_tables import comparable
-from research.runs.display_files import read_answers, read_samples
+from research.runs.display_files import read_answers, read_measures, read_samples
 from research.runs.metrics_file import read_metrics
-from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.model_answers import AnswerMeasure, ComparedAnswer, Sample
 
 COMPARED = ("base", "tuned", "reference")  # the answers to a held-out prompt
 
@@ -25,6 +25,7 @@ class RunResults:
         that the run has now.
       wall_time: seconds by phase, the longest first.
       answers: held-out prompts, answered by both models.
+      measures: metrics of the answers to held-out rows, of both models.
       samples: continuations that were written during training.
     """
 
@@ -36,6 +37,7 @@ class RunResults:
     wall_time: Sequence[tuple[str, float]]
     answers: Sequence[ComparedAnswer]
     samples: Sequence[Sample]
+    measures: Sequence[AnswerMeasure] = ()
 
 
 def read_results(
@@ -55,4 +57,5 @@ def read_results(
         wall_time=wall_time,
         answers=read_answers(folder),
         samples=read_samples(folder),
+        measures=read_measures(folder),
     )

@@ -76,6 +76,8 @@ def show_results(console: Console, results: RunResults) -> None:
         _show_samples(console, [s for s in results.samples if s.prompt == prompt])
     losses = result_tables.tabulate_losses(results.evaluations)
     show_table(console, "held out, first and last", losses, bold=result_tables.TOTAL)
+    measures = result_tables.tabulate_measures(results.measures)
+    show_table(console, "answers to held-out rows", measures, bold="")
     times = result_tables.tabulate_wall_time(results.wall_time)
     show_table(console, "wall time, all starts", times, bold="step")
 

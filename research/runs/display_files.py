@@ -15,7 +15,7 @@ from typing import Any
 from research.core.atomic_files import make_folder, write_whole
 from research.core.json_files import read_json, read_json_lines, read_to_rewrite
 from research.tasks.findings import SYSTEM, Finding
-from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.model_answers import AnswerMeasure, ComparedAnswer, Sample
 from research.tasks.row_preview import PreviewRow
 
 DOCTOR, PREVIEW = "doctor.json", "preview.json"
@@ -25,7 +25,10 @@ SPAN = {"ids": [int], "text": str, "trained": bool}
 SHAPES = {
     DOCTOR: {"findings": [{"name": str, "text": str}]},
     PREVIEW: {"rows": [{"documents": [{"group": str, "where": str, "spans": [SPAN]}]}]},
-    ANSWERS: {"answers": [{f.name: str for f in dataclasses.fields(ComparedAnswer)}]},
+    ANSWERS: {
+        "answers": [{f.name: str for f in dataclasses.fields(ComparedAnswer)}],
+        "metrics": [{"name": str, "unit": str, "rows": int, "verdict": str}],
+    },
     SAMPLES: {"step": int, "prompt": str, "text": str},
 }
 
@@ -57,14 +60,28 @@ def read_preview(folder: Path) -> list[PreviewRow]:
     return [PreviewRow.from_json(x) for x in _read(folder, PREVIEW).get("rows", ())]
 
 
-def write_answers(folder: Path, answers: Sequence[ComparedAnswer]) -> None:
+def write_answers(
+    folder: Path,
+    answers: Sequence[ComparedAnswer],
+    measures: Sequence[AnswerMeasure] = (),
+) -> None:
     """Writes `answers.json`. Raises OSError."""
-    _write(folder / ANSWERS, {"answers": _plain(answers)})
+    values = {"answers": _plain(answers), "metrics": _plain(measures)}
+    _write(folder / ANSWERS, values)
 
 
 def read_answers(folder: Path) -> list[ComparedAnswer]:
     """Reads `answers.json`; an empty list where there is none. Raises UserError."""
     return [ComparedAnswer(**x) for x in _read(folder, ANSWERS).get("answers", ())]
+
+
+def read_measures(folder: Path) -> list[AnswerMeasure]:
+    """Reads the metrics in `answers.json`; earlier versions have none there.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    return [AnswerMeasure(**x) for x in _read(folder, ANSWERS).get("metrics", ())]
 
 
 def add_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:

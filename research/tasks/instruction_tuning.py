@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from research.config.knob_groups import BY_SIZE
 from research.config.run_config import Config
@@ -33,7 +33,7 @@ from research.tasks.instruction_rows import (
     held_out_rows,
     rows_of_files,
 )
-from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.model_answers import HeldOutPrompt, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
@@ -78,8 +78,6 @@ class InstructionTask:
         self.sha256 = counts.sha256
         self.left_out = self._data.examples
         self.held_out_bytes: dict[str, int] = {}
-        # Runs that train together share their task, and so the base model's answers.
-        self._base_answers: dict[str, str] = {}
 
     def batches(self, mine: Sequence[int]) -> Batches:
         config = self._config
@@ -252,41 +250,20 @@ class InstructionTask:
         )
 
     def sample(self, step: int, model: TextGenerator) -> list[Sample]:
-        """Greedy answers to the held-out prompts that `conclude` compares later."""
+        """Greedy answers to the held-out prompts that the report shows."""
         if step == self._config.steps:
-            return []  # `conclude` gives the same answers in a moment.
-        prompts = self._held_out_prompts()
-        answers = model.answers([request for _, request in prompts])
+            return []  # The report has the same answers in a moment.
+        prompts = self.asked()[: self._config.eval.prompts]
+        answers = model.answers([prompt.request for prompt in prompts])
         return [
-            Sample(step, _prompt_text(record), answer.strip())
-            for (record, _), answer in zip(prompts, answers, strict=True)
+            Sample(step, prompt.text, answer.strip())
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def conclude(
-        self,
-        base: Callable[[], TextGenerator | None],
-        tuned: Callable[[], TextGenerator],
-    ) -> list[ComparedAnswer]:
-        """Greedy answers of both models to held-out prompts of several categories."""
-        prompts = self._held_out_prompts()
-        after = _answer(tuned, prompts)
-        unknown = [x for x in prompts if x[0].where not in self._base_answers]
-        self._base_answers |= _answer(base, unknown)
-        return [
-            ComparedAnswer(
-                group=record.category,
-                where=record.where,
-                prompt=_prompt_text(record),
-                base=self._base_answers.get(record.where, ""),
-                tuned=after[record.where],
-                reference=record.turns[-1].said,
-            )
-            for record, _ in prompts
-        ]
-
-    def _held_out_prompts(self) -> list[tuple[Record, Request]]:
-        """`eval.prompts` held-out rows, each with the request for its answer."""
-        sampling = Sampling(max_new_tokens=self._config.eval.max_new_tokens)
+    def asked(self) -> list[HeldOutPrompt]:
+        """Held-out rows of each category in turn, those that the report shows first."""
+        config = self._config.eval
+        sampling = Sampling(max_new_tokens=config.max_new_tokens)
         # Training may have cut a context to fit; as a prompt it can still be too long.
         room = self._longest - sampling.max_new_tokens
         prompts = {
@@ -297,27 +274,15 @@ class InstructionTask:
             r for r in self._data.held_out_records if len(prompts[r.where]) <= room
         ]
         return [
-            (
+            HeldOutPrompt(
                 record,
+                _prompt_text(record),
                 Request(tuple(prompts[record.where]), sampling, self._chat.stop_ids),
             )
-            for record in pick_records(fitting, self._config.eval.prompts)
+            for record in pick_records(
+                fitting, max(config.prompts, config.answers_rows)
+            )
         ]
-
-
-def _answer(
-    open_model: Callable[[], TextGenerator | None],
-    prompts: Sequence[tuple[Record, Request]],
-) -> dict[str, str]:
-    """Answers by row. The model is opened for them alone, and freed after them."""
-    model = open_model() if prompts else None
-    if model is None:
-        return {}
-    answers = model.answers([request for _, request in prompts])
-    return {
-        record.where: answer.strip()
-        for (record, _), answer in zip(prompts, answers, strict=True)
-    }
 
 
 def _prompt_text(record: Record) -> str:

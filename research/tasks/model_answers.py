@@ -2,6 +2,24 @@
 
 import dataclasses
 
+from research.engine.requests import Request
+from research.tokenize.conversation import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutPrompt:
+    """A held-out row that a model is asked.
+
+    Attributes:
+      record: the row.
+      text: all turns before the answer, with the row's context.
+      request: for the answer by the likeliest tokens.
+    """
+
+    record: Record
+    text: str
+    request: Request
+
 
 @dataclasses.dataclass(frozen=True)
 class ComparedAnswer:
@@ -24,6 +42,31 @@ class ComparedAnswer:
     base: str
     tuned: str
     reference: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerMeasure:
+    """A metric of the answers to held-out rows, of the base model and the tuned one.
+
+    `dataclasses.asdict` gives an entry of `metrics` in `answers.json`.
+
+    Attributes:
+      name: of the metric.
+      unit: of its values.
+      rows: how many it applies to.
+      base, tuned: its values; None where it applies to no row, or there is no base.
+      low, high: 95 % interval of their difference.
+      verdict: in words; empty without a base model.
+    """
+
+    name: str
+    unit: str
+    rows: int
+    base: float | None
+    tuned: float | None
+    low: float | None = None
+    high: float | None = None
+    verdict: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

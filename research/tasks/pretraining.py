@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from research.tasks.findings import (
     Finding,
     examine_lost_text,
 )
-from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.model_answers import HeldOutPrompt, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import EvaluationRows, TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
@@ -204,11 +204,7 @@ class TextTask:
             for prompt, answer in zip(self._prompts, answers, strict=True)
         ]
 
-    def conclude(
-        self,
-        base: Callable[[], TextGenerator | None],
-        tuned: Callable[[], TextGenerator],
-    ) -> list[ComparedAnswer]:
+    def asked(self) -> list[HeldOutPrompt]:
         """Nothing: raw text has no prompts with a reference answer."""
         return []
 

@@ -17,7 +17,7 @@ from research.data.token_batch import Batch
 from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.findings import Finding
-from research.tasks.model_answers import ComparedAnswer, Sample
+from research.tasks.model_answers import HeldOutPrompt, Sample
 from research.tasks.row_preview import PreviewRow
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer import Tokenizer
@@ -75,17 +75,8 @@ class Task(Protocol):
         All processes call it, since all must compute.
         """
 
-    def conclude(
-        self,
-        base: Callable[[], TextGenerator | None],
-        tuned: Callable[[], TextGenerator],
-    ) -> list[ComparedAnswer]:
-        """Answers of both models to held-out prompts; empty where there are none.
-
-        `tuned` gives the trained model, until `base` is called: that loads the model
-        that training began from in its place, or gives None where the weights began at
-        random or are gone. The task keeps neither. All processes call it.
-        """
+    def asked(self) -> list[HeldOutPrompt]:
+        """The held-out rows that models are asked; empty where there are none."""
 
 
 @dataclasses.dataclass(frozen=True)

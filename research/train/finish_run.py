@@ -20,6 +20,7 @@ from research.runs import display_files, metrics_file
 from research.runs.display_files import read_system
 from research.runs.lineage.exported_run import REPLACE, export_run
 from research.tasks import task_registry
+from research.tasks.model_answers import AnswerMeasure, ComparedAnswer
 from research.train import run_facts
 from research.train.training_run import TrainingRun
 
@@ -52,6 +53,18 @@ def _untrained(run: TrainingRun) -> TextGenerator | None:
         return None
 
 
+def _answer(run: TrainingRun) -> tuple[list[ComparedAnswer], list[AnswerMeasure]]:
+    """Answers of both models side by side, and what all of them are worth."""
+    held_out, steps = run.answers, run.config.steps
+    if not held_out.rows:
+        return [], []
+    tuned = run.answered
+    if not tuned or tuned.step != steps:
+        tuned = held_out.answer(steps, _trained(run))
+    base = held_out.answer_base(lambda: _untrained(run))
+    return held_out.side_by_side(base, tuned), held_out.compare(base, tuned)
+
+
 def _finish(run: TrainingRun) -> None:
     folder = run.folder.path
     definition, base = run.definition, run.base
@@ -73,16 +86,12 @@ def _finish(run: TrainingRun) -> None:
             flag=REPLACE,
         )
     failed: list[str] = []
-    answers = attempt(
-        "the answers",
-        lambda: run.task.conclude(lambda: _untrained(run), lambda: _trained(run)),
-        failed,
-    )
+    answers = attempt("the answers", lambda: _answer(run), failed) or ([], [])
     if jax.process_index() > 0:
         return
     goodput = run.history.goodput()
     metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
-    display_files.write_answers(folder, answers or [])
+    display_files.write_answers(folder, *answers)
     facts = attempt("the facts", lambda: run_facts.describe(run), failed) or {}
     figures = attempt("the figures", lambda: run_facts.measure(run), failed) or {}
     figures["goodput"] = str(goodput)

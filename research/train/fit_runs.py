@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from research.checkpoints.checkpoint_listing import LOSS
 from research.core.errors import DivergedError, files_of_step
-from research.engine.text_generation import tuned_generator
+from research.engine.text_generation import TextGenerator, tuned_generator
 from research.evaluate.held_out_losses import add_up, sum_batches
 from research.parallel import agreement, runtime
 from research.runs import display_files, metrics_file
@@ -109,7 +110,7 @@ class _TrainingPass:
     def _add_writers(self, index: int, each: RestoredRun) -> None:
         run, count = each.run, len(self._runs)
         if not self._first:
-            run.evaluated = None
+            run.evaluated = run.answered = None
         elapsed = (each.position or {"elapsed": 0.0})["elapsed"]
         clock = SharedClock(self._clock, count, elapsed)
         log = StepLog(
@@ -177,25 +178,33 @@ class _TrainingPass:
     def _actions(self) -> list[training_loop.Action]:
         """The actions between steps, in this order."""
         config, action = self._config, training_loop.Action
-        samples_every = config.eval.samples_every or config.steps
         eval_every = config.eval.every or config.steps
-        actions = [
+        answers_every = config.eval.answers_every
+        actions = []
+        batches = held_out_batches(self._runs, self._program.to_devices)
+        if batches:
+            at_start = not self._first or self._has_new_data
+            evaluation = self._evaluation(batches)
+            actions += [action("evaluate", eval_every, evaluation, at_start)]
+        if answers_every and any(run.answers.metrics for run in self._runs):
+            at_start = not self._first
+            actions += [action("evaluate", answers_every, self._answer, at_start)]
+        actions += [
             action(
                 "save",
                 config.checkpoint.every,
                 self._save,
                 request=CHECKPOINT,
                 settle=self._wait_for_saves,
-            ),
-            # After the saves: a sample that fails must not cost a step.
-            action("sample", samples_every, self._sample, request=SAMPLE),
+            )
         ]
-        if batches := held_out_batches(self._runs, self._program.to_devices):
-            evaluation = self._evaluation(batches)
-            best = action("save", eval_every, self._save_best)
-            actions[1:1] = [best]
-            at_start = not self._first or self._has_new_data
-            actions[:0] = [action("evaluate", eval_every, evaluation, at_start)]
+        if batches:
+            by_loss = config.checkpoint.best_by == LOSS
+            best_every = eval_every if by_loss else answers_every
+            actions += [action("save", best_every, self._save_best)]
+        # After the saves: a sample that fails must not cost a step.
+        samples_every = config.eval.samples_every or config.steps
+        actions += [action("sample", samples_every, self._sample, request=SAMPLE)]
         return actions
 
     def _log(self, number: int, batch: int, metrics: train_step.Metrics) -> None:
@@ -276,18 +285,27 @@ class _TrainingPass:
             run.state = self._program.state_of(index, state)
             self._savers[index].finish(done, run.state)
 
+    def _generator(self, index: int, state: train_step.TrainState) -> TextGenerator:
+        """A run's model as it is now."""
+        run, own = self._runs[index], self._program.state_of(index, state)
+        trainable, tokenizer = run.definition.trainable, run.base.tokenizer
+        return tuned_generator(
+            run.decoders, trainable, own.params, run.frozen, tokenizer
+        )
+
+    def _answer(self, number: int, state: train_step.TrainState) -> None:
+        """Measures the answers to the held-out rows."""
+        for index in self._active():
+            run = self._runs[index]
+            found = run.answers.answer(number, self._generator(index, state))
+            run.answered = found
+            self._logs[index].answers(number, len(found.rows), found.values)
+
     def _sample(self, number: int, state: train_step.TrainState) -> None:
         """Adds the task's samples to the run directory."""
         for index in self._active():
-            run, own = self._runs[index], self._program.state_of(index, state)
-            generator = tuned_generator(
-                run.decoders,
-                run.definition.trainable,
-                own.params,
-                run.frozen,
-                run.base.tokenizer,
-            )
-            samples = run.task.sample(number, generator)
+            run = self._runs[index]
+            samples = run.task.sample(number, self._generator(index, state))
             if samples and jax.process_index() == 0:
                 with files_of_step(number, f"the samples of step {number}"):
                     display_files.add_samples(run.folder.path, number, samples)

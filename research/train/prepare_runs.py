@@ -36,6 +36,7 @@ from research.runs.run_history import History
 from research.tasks import epochs, task_registry
 from research.tasks.task_protocol import Task
 from research.train import doctor
+from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
 from research.train.step.schedules import make_schedule
@@ -94,6 +95,8 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     The runs share one base model and mesh, and runs of one seed share their rows.
     """
     first = opened[0]
+    for each in opened:
+        check_best_by(each.config)
     base = agreement.together(
         lambda: open_start(first.config, first.folder),
         lambda base: {
@@ -103,6 +106,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     )
     devices = mesh.make_mesh(first.config.mesh)
     tasks: dict[int, Task] = {}
+    answers: dict[int, HeldOutAnswers] = {}
     runs: list[TrainingRun] = []
     for each in opened:
         config = each.config
@@ -114,6 +118,8 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 functools.partial(task_registry.load_task, config, base),
                 lambda task: {"data": f"{task.origin}, sha256 {task.sha256}"},
             )
+            held_out = HeldOutAnswers(tasks[config.seed], base.tokenizer, config)
+            answers[config.seed] = held_out
         task = tasks[config.seed]
         config = epochs.resolved(config, task.rows)
         objective = task_registry.make_objective(config, devices, len(task.groups))
@@ -145,6 +151,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 console=console,
                 phases=phases,
                 history=each.history,
+                answers=answers[config.seed],
             )
         )
     return runs

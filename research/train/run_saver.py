@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from research.checkpoints.checkpoint_listing import LOSS
 from research.checkpoints.checkpointer import Checkpointer
 from research.core.errors import SaveError, look_up
 from research.train.metrics import throughput
@@ -47,9 +48,10 @@ class RunSaver:
         self._note(number)
 
     def is_best(self, number: int) -> bool:
-        """Whether step `number` is not saved and its loss is among the best so far."""
-        loss = self._measured(number)
-        return loss is not None and self._checkpointer.is_among_best(number, loss)
+        """Whether step `number` is not saved and is among the best so far."""
+        loss, cost = self._measured(number)
+        ranked = loss if self._run.config.checkpoint.best_by == LOSS else cost
+        return ranked is not None and self._checkpointer.is_among_best(number, ranked)
 
     def wait(self) -> None:
         """Until the save in progress is on disk, or has failed and is tolerated."""
@@ -77,12 +79,17 @@ class RunSaver:
         # The metrics reach the disk before a checkpoint that counts their steps.
         self._log.sync()
         position = self._position() | {"elapsed": self._clock.elapsed}
-        self._checkpointer.save(number, state, position, self._measured(number))
+        self._checkpointer.save(number, state, position, *self._measured(number))
 
-    def _measured(self, number: int) -> float | None:
-        """The held-out loss of exactly the parameters of step `number`, if known."""
-        step, loss = self._run.evaluated or (-1, None)
-        return loss if step == number else None
+    def _measured(self, number: int) -> tuple[float | None, float | None]:
+        """The held-out loss of exactly the parameters of step `number`, if known, and
+        the cost of their answers.
+        """
+        run = self._run
+        step, loss = run.evaluated or (-1, None)
+        found = run.answered
+        cost = run.answers.cost(found) if found and found.step == number else None
+        return loss if step == number else None, cost
 
     def _tolerate(self, action: Callable[[], None]) -> None:
         try:

@@ -16,6 +16,7 @@ from research.runs.run_history import History
 from research.tasks.task_protocol import Task
 from research.train.doctor import Examination
 from research.train.metrics import throughput
+from research.train.metrics.held_out_answers import HeldOutAnswers, JudgedAnswers
 from research.train.step import train_step
 
 
@@ -26,7 +27,9 @@ class TrainingRun:
     Attributes:
       config: with the number of steps, also where the user gave epochs.
       state: what is trained; None while a checkpoint is read, to make room for it.
-      evaluated: step and loss of the last evaluation, which `keep_best` judges by.
+      answers: the held-out rows that are answered; runs of one seed share them.
+      evaluated: step and loss of the last evaluation.
+      answered: the last answers to the held-out rows.
     """
 
     config: Config
@@ -41,7 +44,9 @@ class TrainingRun:
     console: Console
     phases: PhaseTimer
     history: History
+    answers: HeldOutAnswers
     evaluated: tuple[int, float] | None = None
+    answered: JudgedAnswers | None = None
 
     @property
     def microbatches(self) -> int:

@@ -28,7 +28,7 @@ from small_states import (
 )
 
 from research.checkpoints import checksums, orbax_manager
-from research.checkpoints.checkpoint_listing import inspect
+from research.checkpoints.checkpoint_listing import choose_step, inspect
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import find_damage
 from research.core.errors import DamagedError, SaveError, UserError
@@ -209,6 +209,30 @@ def test_losses_on_other_data_are_not_compared(copy):
         assert opened.steps == [4, 5] and opened.best_step == 4
     listed = inspect(copy / "checkpoints")
     assert [(x.step, x.loss, x.data) for x in listed] == [(4, 7.0, "e"), (5, 7.5, "e")]
+
+
+def test_steps_are_ranked_by_a_metric_of_their_answers(tmp_path):
+    """Its cost is the lower the better; a loss, or another metric, ranks nothing."""
+    keep = dataclasses.replace(KEEP, keep_last=1, keep_best=1, best_by="rouge_l")
+    folder = tmp_path / "checkpoints"
+    with Checkpointer(folder, keep, IDENTITY) as opened:
+        for step, loss, cost in ((1, 1.0, None), (2, 9.0, -0.5), (3, None, -0.1)):
+            opened.save(step, make_state(step), POSITION, loss, cost)
+        opened.wait()
+        assert opened.steps == [2, 3] and opened.best_step == 2
+        assert not opened.is_among_best(4, -0.4) and opened.is_among_best(4, -0.6)
+    with Checkpointer(folder, keep, IDENTITY) as opened:
+        assert not opened.is_among_best(4, -0.4) and opened.is_among_best(4, -0.6)
+    with Checkpointer(
+        folder, dataclasses.replace(keep, best_by="bleu"), IDENTITY
+    ) as opened:
+        assert opened.best_step is None and opened.is_among_best(4, 0.0)
+    listed = inspect(folder, best_by="rouge_l")
+    assert [(x.loss, x.cost) for x in listed] == [(9.0, -0.5), (None, -0.1)]
+    assert choose_step(folder, "best", IDENTITY["data"], "", "rouge_l") == 2
+    assert choose_step(folder, "best", IDENTITY["data"], "") == 2  # The only loss.
+    with pytest.raises(UserError, match="no chrf was measured"):
+        choose_step(folder, "best", IDENTITY["data"], "", "chrf")
 
 
 DAMAGES = {

@@ -300,6 +300,10 @@ def test_tokens_go_both_ways(server):
     assert server.post("/detokenize", {"tokens": ids}).json() == {"prompt": words}
     info = server.get("/tokenizer_info").json()
     assert info["eos_token"] == "<|im_end|>" and "im_start" in info["chat_template"]
+    # A harness asks so for the id of the token itself.
+    body = {"prompt": info["eos_token"], "add_special_tokens": False}
+    [end] = server.post("/tokenize", body).json()["tokens"]
+    assert end == server.deployment.models.find("base").tokenizer.eos not in ids
     wrong = server.post("/detokenize", {"tokens": [10**6]})
     assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "tokens[0]"
 

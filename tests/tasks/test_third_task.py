@@ -165,7 +165,7 @@ class PairTask:
     def sample(self, step, model):
         return []
 
-    def conclude(self, base, tuned):
+    def asked(self):
         return []
 
 

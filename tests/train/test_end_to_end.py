@@ -281,6 +281,23 @@ def test_held_out_loss_falls(place, unbroken):
 
 
 @pytest.mark.parametrize("run", ["unbroken", "broken"])
+def test_answers_of_training_are_those_of_the_report(place, unbroken):
+    lines = place.lines("unbroken", "answers")
+    assert [line["step"] for line in lines] == [0, 8, STEPS]
+    assert {line["rows"] for line in lines} == {3}
+    report = place.run_dir("unbroken") / "answers.json"
+    measures = json.loads(report.read_text())["metrics"]
+    assert {"rouge_l", "stopped", "repetition"} <= {x["name"] for x in measures}
+    for measure in measures:
+        ends = lines[0], lines[-1]
+        assert [x.get(measure["name"]) for x in ends] == [
+            measure["base"],
+            measure["tuned"],
+        ]
+    assert "answers to held-out rows" in unbroken.out
+    assert "| answers | unit |" in (report.parent / "report.md").read_text()
+
+
 def test_metrics_have_every_step_exactly_once(place, unbroken, broken, run):
     assert [x["step"] for x in place.lines(run, "train")] == [*range(1, STEPS + 1)]
     assert [x["step"] for x in place.lines(run, "eval")] == EVALUATIONS

@@ -94,4 +94,5 @@ def saved_step(folder: RunDir, step: str) -> int:
     """
     identity = folder.identity()
     data = History(folder.history, PhaseTimer()).measured_on(identity["data"], {})
-    return choose_step(folder.checkpoints, step, data, identity.get(RUN, ""))
+    by = folder.config().checkpoint.best_by
+    return choose_step(folder.checkpoints, step, data, identity.get(RUN, ""), by)

@@ -60,14 +60,23 @@ async def unload_adapter(http: HttpRequest) -> Response:
 
 
 async def tokenize(http: HttpRequest) -> Response:
-    """Ids of a text, or of a conversation as a chat puts it to the model."""
+    """Ids of a text, or of a conversation as a chat puts it to the model.
+
+    A text that is the name of the model's start or end token alone is that token;
+    elsewhere in a text it is letters.
+    """
     state = _state(http)
     body, _ = await state.read(http, TokenizeRequest)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     found = state.models.find(body.model)
+    tokenizer = found.tokenizer
+    # Harnesses ask for the ids of the names that `tokenizer_info` has given them.
+    named = {tokenizer.bos_token: tokenizer.bos, tokenizer.eos_token: tokenizer.eos}
     if body.messages is not None:
         ids = await state.in_text_thread(found.encode_chat, body.messages)
+    elif body.prompt and body.prompt in named:
+        ids = [named[body.prompt]]
     else:
         start = body.add_special_tokens is not False
         ids = await state.in_text_thread(found.encode_text, body.prompt, start)

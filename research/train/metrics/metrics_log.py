@@ -268,6 +268,18 @@ class StepLog:
                 batch,
             )
 
+    def answers(
+        self, number: int, rows: int, values: Mapping[str, float | None]
+    ) -> None:
+        """Writes what the answers to `rows` held-out rows are worth after an update.
+
+        Raises:
+          SaveError: it could not be written down.
+        """
+        self._write(number, "answers", {"rows": rows, **values})
+        shown = [f"{k} {v:.3f}" for k, v in values.items() if v is not None]
+        logging.info("%sstep %d  answers: %s", self._name, number, ", ".join(shown))
+
     def close(self) -> None:
         """Ends the progress view and closes the files; raises no error of the disk."""
         self._view.close()

@@ -1,0 +1,122 @@
+"""Answers to held-out rows: what they are worth, and how they rank steps."""
+
+import types
+
+import pytest
+
+from research.config.run_config import CheckpointConfig, Config, DataConfig, EvalConfig
+from research.core.errors import UserError
+from research.engine.requests import Piece, Request, Sampling
+from research.tasks.model_answers import HeldOutPrompt
+from research.tokenize.conversation import Record, Turn
+from research.tokenize.tokenizer_training import byte_tokenizer
+from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
+
+TOKENIZER = byte_tokenizer()
+SAID = {"Sky?": "blue", "Grass?": "green", "Snow?": "white", "Coal?": "black"}
+
+
+def prompt(question):
+    turns = Turn("user", question), Turn("assistant", SAID[question])
+    record = Record(turns, "", "open_qa", f"rows.jsonl:{[*SAID].index(question)}")
+    ids = tuple(TOKENIZER.encode_texts([question])[0])
+    return HeldOutPrompt(record, question, Request(ids, Sampling(max_new_tokens=9)))
+
+
+class Says:
+    """A model with one answer for everything, or the right ones."""
+
+    def __init__(self, text=""):
+        self.text, self.asked = text, 0
+
+    def in_order(self, requests):
+        for request in requests:
+            self.asked += 1
+            said = self.text or SAID[TOKENIZER.decode(request.prompt)]
+            ids = tuple(TOKENIZER.encode_texts([said])[0])
+            yield [Piece(said, ids), Piece(finish="stop", ids=(TOKENIZER.eos,))]
+
+
+def config(prompts=2, rows=3, every=1, best_by="loss"):
+    return Config(
+        data=DataConfig(),
+        eval=EvalConfig(prompts=prompts, answers_rows=rows, answers_every=every),
+        checkpoint=CheckpointConfig(best_by=best_by),
+    )
+
+
+def held_out(asked=SAID, **options):
+    task = types.SimpleNamespace(
+        asked=lambda: [prompt(x) for x in asked], groups=["open_qa"]
+    )
+    return HeldOutAnswers(task, TOKENIZER, config(**options))
+
+
+def test_rows_are_judged_and_the_first_of_them_are_shown():
+    answers = held_out()
+    right, wrong = answers.answer(4, Says()), answers.answer(0, Says("zzz"))
+    assert right.step == 4 and len(right.rows) == 4
+    assert right.values["exact_match"] == 1 and wrong.values["exact_match"] == 0
+    assert right.values["stopped"] == 1
+    shown = answers.side_by_side(wrong, right)
+    assert [(x.prompt, x.base, x.tuned, x.reference, x.group) for x in shown] == [
+        ("Sky?", "zzz", "blue", "blue", "open_qa"),
+        ("Grass?", "zzz", "green", "green", "open_qa"),
+    ]
+    measures = {x.name: x for x in answers.compare(wrong, right)}
+    found = measures["exact_match"]
+    assert (found.rows, found.base, found.tuned) == (3, 0, 1)  # Not the one that shows.
+    assert found.low == found.high == 1 and found.verdict
+    alone = {x.name: x for x in answers.compare(None, right)}["exact_match"]
+    assert (alone.base, alone.tuned, alone.low, alone.verdict) == (None, 1, None, "")
+    assert [x.base for x in answers.side_by_side(None, right)] == ["", ""]
+
+
+def test_more_rows_are_shown_than_judged():
+    answers = held_out(prompts=4, rows=1)
+    right = answers.answer(1, Says())
+    assert len(answers.side_by_side(None, right)) == 4
+    assert {x.rows for x in answers.compare(None, right)} <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"), [("exact_match", "", "x"), ("empty", "x", "  ")]
+)
+def test_a_lower_cost_is_a_better_step_whatever_the_direction(name, good, bad):
+    answers = held_out(best_by=name)
+    better, worse = (answers.cost(answers.answer(1, Says(x))) for x in (good, bad))
+    assert better < worse
+    assert held_out().cost(held_out().answer(1, Says())) is None
+
+
+def test_the_base_answers_once_for_runs_that_share_it():
+    answers, base = held_out(), Says("zzz")
+    found = [answers.answer_base(lambda: base) for _ in range(2)]
+    assert base.asked == 4 and found[0] is found[1]
+    assert held_out().answer_base(lambda: None) is None
+
+
+def test_a_task_without_prompts_asks_nothing():
+    answers = held_out(asked=())
+    assert not answers.rows and answers.metrics == {}
+    assert answers.answer_base(lambda: pytest.fail("opened")) is None
+    with pytest.raises(UserError, match=r"rouge_l .*no held-out row.*held_out"):
+        held_out(asked=(), best_by="rouge_l")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"best_by": "rogue_l"}, "rouge_l"),
+        ({"best_by": "auto"}, "name one"),
+        ({"best_by": "length_ratio"}, "neither a high nor a low"),
+        ({"best_by": "no_module:score"}, "no_module"),
+        ({"best_by": "rouge_l", "every": 0}, "answers_every"),
+        ({"best_by": "rouge_l", "rows": 0}, "answers_rows"),
+    ],
+)
+def test_what_can_rank_no_step_is_refused(options, said):
+    check_best_by(config())
+    check_best_by(config(best_by="rouge_l"))
+    with pytest.raises(UserError, match=said):
+        check_best_by(config(**options))

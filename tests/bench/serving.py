@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Side:
       process: that does it, by its number.
     """
 
-    answer: Callable[[Prompts, int], int]
+    answer: Callable[..., int]
     process: int = os.getpid()
 
     def cpu_seconds(self) -> float:
@@ -180,8 +180,9 @@ def rival(python: str, *arguments: str) -> Iterator[Side]:
             return json.loads(line)
         raise SystemExit(f"{python} {script} {' '.join(arguments)} has ended")
 
-    def answer(prompts: Prompts, new: int) -> int:
-        process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+    def answer(prompts: Prompts, new: int, stop: Sequence[int] = ()) -> int:
+        asked = {"prompts": prompts, "new": new, "stop": [*stop]}
+        process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         return read()["tokens"]
 

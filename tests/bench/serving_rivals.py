@@ -3,7 +3,8 @@
 Run by an interpreter that has torch and transformers, or xllamacpp, and never imported
 by the rest of the project. Reads lines of JSON, `{"prompts": [[ids]...], "new": n}`,
 answers all prompts at once, greedily, with exactly n tokens each, and prints
-`{"seconds": s, "tokens": n}`. It is idle between lines, so that sides can take turns.
+`{"seconds": s, "tokens": n}`. With `"stop": [ids]` an answer of `generate` ends at one
+of these ids, or after n tokens. It is idle between lines, so that sides can take turns.
 
     python tests/bench/serving_rivals.py generate FOLDER --dtype=bfloat16
     python tests/bench/serving_rivals.py llama FILE.gguf --parallel=8 --context=512
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-Answer = Callable[[list[list[int]], int], int]
+Answer = Callable[..., int]
 
 
 def hugging_face(options: argparse.Namespace) -> Answer:
@@ -32,7 +33,7 @@ def hugging_face(options: argparse.Namespace) -> Answer:
         options.model, dtype=getattr(torch, options.dtype)
     ).eval()
 
-    def answer(prompts: list[list[int]], new: int) -> int:
+    def answer(prompts: list[list[int]], new: int, stop: list[int]) -> int:
         longest = max(map(len, prompts))
         ids = [[0] * (longest - len(p)) + p for p in prompts]
         seen = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -41,11 +42,14 @@ def hugging_face(options: argparse.Namespace) -> Answer:
                 torch.tensor(ids),
                 attention_mask=torch.tensor(seen),
                 do_sample=False,
-                min_new_tokens=new,
+                min_new_tokens=0 if stop else new,
                 max_new_tokens=new,
+                eos_token_id=stop or None,
                 pad_token_id=0,
             )
-        return (made.shape[1] - longest) * len(prompts)
+        answers = made[:, longest:].tolist()
+        ends = ([i for i, token in enumerate(x, 1) if token in stop] for x in answers)
+        return sum(min(found, default=len(answers[0])) for found in ends)
 
     return answer
 
@@ -71,7 +75,9 @@ def llama_cpp(options: argparse.Namespace) -> Answer:
         }  # fmt: skip
         return server.handle_completions(body)["usage"]["completion_tokens"]
 
-    def answer(prompts: list[list[int]], new: int) -> int:
+    def answer(prompts: list[list[int]], new: int, stop: list[int]) -> int:
+        if stop:
+            raise ValueError("this side stops at no id")
         with ThreadPoolExecutor(len(prompts)) as pool:
             return sum(pool.map(lambda prompt: one(prompt, new), prompts))
 
@@ -100,7 +106,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         begun = time.perf_counter()
-        tokens = answer(asked["prompts"], asked["new"])
+        tokens = answer(asked["prompts"], asked["new"], asked.get("stop", []))
         say({"seconds": time.perf_counter() - begun, "tokens": tokens})
 
 

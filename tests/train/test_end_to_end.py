@@ -280,7 +280,6 @@ def test_held_out_loss_falls(place, unbroken):
     assert mean == pytest.approx(after["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("run", ["unbroken", "broken"])
 def test_answers_of_training_are_those_of_the_report(place, unbroken):
     lines = place.lines("unbroken", "answers")
     assert [line["step"] for line in lines] == [0, 8, STEPS]
@@ -298,6 +297,7 @@ def test_answers_of_training_are_those_of_the_report(place, unbroken):
     assert "| answers | unit |" in (report.parent / "report.md").read_text()
 
 
+@pytest.mark.parametrize("run", ["unbroken", "broken"])
 def test_metrics_have_every_step_exactly_once(place, unbroken, broken, run):
     assert [x["step"] for x in place.lines(run, "train")] == [*range(1, STEPS + 1)]
     assert [x["step"] for x in place.lines(run, "eval")] == EVALUATIONS

@@ -81,6 +81,7 @@ def _inspect_one(folder: Path, run: str, best_by: str) -> Checkpoint:
             found = json.loads(metrics.read_bytes())
             loss = found["loss"]
             cost = comparable_cost(found, found.get("data", ""), best_by)
+            cost = cost if math.isfinite(cost) else None
     saved = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
     size = size_of(folder)
     step = int(folder.name)
@@ -99,7 +100,7 @@ def measured_costs(
         file = step / METRICS / METRICS
         if not find_damage(step, item=METRICS, run=run) and file.is_file():
             cost = comparable_cost(json.loads(file.read_bytes()), data, best_by)
-            if cost is not None and math.isfinite(cost):
+            if math.isfinite(cost):
                 found[int(step.name)] = cost
     return found
 
@@ -129,19 +130,34 @@ def choose_step(
     return number
 
 
-def comparable_cost(
-    metrics: Mapping[str, Any], data: str, best_by: str
-) -> float | None:
+def comparable_cost(metrics: Mapping[str, Any], data: str, best_by: str) -> float:
     """The value in a checkpoint's metrics that `best_by` ranks, the lower the better.
 
-    None if it was not measured, or not on `data`. Metrics that do not say which data it
-    was are of an older version.
+    Infinite if it was not measured, or not on `data`. Metrics that do not say which
+    data it was are of an older version.
     """
-    if metrics.get("data", data) != data:
-        return None
-    if best_by == LOSS:
-        return metrics["loss"]
-    return metrics.get("cost") if metrics.get("best_by") == best_by else None
+    cost = None
+    if metrics.get("data", data) == data:
+        if best_by == LOSS:
+            cost = metrics["loss"]
+        elif metrics.get("best_by") == best_by:
+            cost = metrics["cost"]
+    return math.inf if cost is None else cost
+
+
+def make_metrics(
+    loss: float | None, cost: float | None, data: str, best_by: str
+) -> tuple[dict[str, Any] | None, float]:
+    """The metrics of a checkpoint, if any were measured, and their comparable cost.
+
+    `cost` is that of the answers by `best_by`.
+    """
+    if loss is None and cost is None:
+        return None, math.inf
+    metrics = {"loss": loss, "data": data}
+    if cost is not None:
+        metrics |= {"best_by": best_by, "cost": cost}
+    return metrics, comparable_cost(metrics, data, best_by)
 
 
 def superfluous(

@@ -20,7 +20,7 @@ from research.checkpoints.checkpoint_errors import (
 )
 from research.checkpoints.checkpoint_listing import (
     METRICS,
-    comparable_cost,
+    make_metrics,
     measured_costs,
     refuse_other_identity,
 )
@@ -86,8 +86,8 @@ class Checkpointer:
         self._lost: list[int] = []  # Steps set aside before Orbax opened the rest.
         self._manager = self._open()
         # In memory, so that all processes rank a new step alike.
-        where = self._folder, self._data, self._run
-        self._costs = {} if read_only else measured_costs(*where, config.best_by)
+        self._ranked = self._folder, self._data, self._run, config.best_by
+        self._costs = {} if read_only else measured_costs(*self._ranked)
 
     def _open(self) -> Manager:
         first = jax.process_index() == 0
@@ -163,18 +163,13 @@ class Checkpointer:
     @property
     def best_step(self) -> int | None:
         """The kept step that `checkpoint.best_by` ranks first, if one was measured."""
-        by = self._config.best_by
-        costs = measured_costs(self._folder, self._data, self._run, by)
+        costs = measured_costs(*self._ranked)
         return min(costs, key=costs.__getitem__) if costs else None
 
     def is_among_best(self, step: int, cost: float) -> bool:
-        """Whether `step` is not saved, and would be one of the `keep_best`.
-
-        `cost` is what `checkpoint.best_by` ranks, the lower the better.
-        """
+        """Whether `step` is not saved, and its cost is among the lowest `keep_best`."""
         steps = self.steps
-        known = [x for s, x in self._costs.items() if s in steps]
-        better = sum(x <= cost for x in known)
+        better = sum(x <= cost for s, x in self._costs.items() if s in steps)
         return step not in steps and better < self._config.keep_best
 
     def save(
@@ -191,10 +186,8 @@ class Checkpointer:
           step: optimizer updates that `state` holds.
           state: a tree of arrays.
           position: the data position, as JSON.
-          eval_loss: held-out loss of exactly this state on the rows of `measured_on`,
-            if it was measured.
-          cost: of the metric of answers that `checkpoint.best_by` names, the lower the
-            better, if it was measured.
+          eval_loss: its held-out loss on the rows of `measured_on`, if it was measured.
+          cost: of its answers by `checkpoint.best_by`, if they were measured.
 
         Raises:
           SaveError: this save could not begin, or the one before it failed.
@@ -203,13 +196,9 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         meta = {"identity": self._identity, "position": position}
-        metrics, by = None, self._config.best_by
-        if eval_loss is not None or cost is not None:
-            metrics = {"loss": eval_loss, "data": self._data}
-            if cost is not None:
-                metrics |= {"best_by": by, "cost": cost}
-            if (ranked := comparable_cost(metrics, self._data, by)) is not None:
-                self._costs[step] = ranked
+        metrics, self._costs[step] = make_metrics(
+            eval_loss, cost, self._data, self._config.best_by
+        )
         with self._naming(step):
             self._forget_removed()
             self._manager.save(

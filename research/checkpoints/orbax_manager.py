@@ -1,8 +1,8 @@
 """Orbax's checkpoint manager, set up for our checkpoints."""
 
 import dataclasses
+import functools
 import glob
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,7 @@ def open_manager(
     """
     type(epath.Path(folder)).glob = _match_below
     keep = ocp.checkpoint_managers
-
-    def rank(metrics: dict[str, Any]) -> float:
-        cost = comparable_cost(metrics, data, config.best_by)
-        return math.inf if cost is None else cost
-
+    rank = functools.partial(comparable_cost, data=data, best_by=config.best_by)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(
             [

@@ -230,10 +230,7 @@ class TextConfig:
     )
     isolate: bool = knob(True, "attention stays within a document")
     held_out_share: float = knob(
-        0.01,
-        "share of the documents kept for evaluation; 0: nothing is evaluated",
-        low=0,
-        high=0.5,
+        0.01, "share of documents kept for evaluation; 0: none", low=0, high=0.5
     )
     held_out_bytes: int = knob(
         200_000, "bytes of each source's kept documents that are evaluated", above=0
@@ -271,10 +268,7 @@ class OptimConfig:
         0.1, "learning rate at the last step, as a share of the peak", low=0, high=1
     )
     b1: float = knob(
-        0.9,
-        "decay of the first moment (Muon's momentum is always 0.95)",
-        low=0,
-        high=0.9999,
+        0.9, "decay of the first moment (Muon's momentum: 0.95)", low=0, high=0.9999
     )
     b2: float = knob(0.99, "decay of the second moment", low=0, high=0.9999)
     eps: float = knob(1e-8, "added to the root of the second moment", low=0)
@@ -321,19 +315,14 @@ class EvalConfig:
     """Evaluation and samples."""
 
     every: int = knob(
-        10,
-        "steps between evaluations of the held-out rows; 0: only before the first step "
-        "and after the last",
-        low=0,
+        10, "steps between evaluations of held-out rows; 0: at both ends", low=0
     )
     prompts: int = free_knob(3, "held-out prompts whose answers a report shows", low=0)
     answers_every: int = free_knob(
-        0,
-        "steps between measurements of the answers to held-out rows; 0: at the end",
-        low=0,
+        0, "steps between measurements of held-out answers; 0: at the end only", low=0
     )
     answers_rows: int = free_knob(
-        24, "held-out rows whose answers are measured, the same each time", low=0
+        24, "held-out rows whose answers are measured, always the same", low=0
     )
     max_new_tokens: int = free_knob(96, "tokens in an answer or sample", above=0)
     text_prompts: tuple[str, ...] = free_knob(
@@ -357,9 +346,7 @@ class CheckpointConfig:
         low=0,
     )
     best_by: str = free_knob(
-        "loss",
-        "decides which checkpoints are best: loss, or a metric of the answers that "
-        "eval.answers_every measures, as research.evaluate --metrics names it",
+        "loss", "ranks steps: loss, or a metric that eval.answers_every measures"
     )
     on_error: str = free_knob(
         "stop",

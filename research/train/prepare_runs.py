@@ -118,8 +118,9 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 functools.partial(task_registry.load_task, config, base),
                 lambda task: {"data": f"{task.origin}, sha256 {task.sha256}"},
             )
-            held_out = HeldOutAnswers(tasks[config.seed], base.tokenizer, config)
-            answers[config.seed] = held_out
+            answers[config.seed] = HeldOutAnswers(
+                tasks[config.seed], base.tokenizer, config, phases.sign_of_life
+            )
         task = tasks[config.seed]
         config = epochs.resolved(config, task.rows)
         objective = task_registry.make_objective(config, devices, len(task.groups))

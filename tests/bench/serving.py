@@ -42,11 +42,8 @@ from research.engine.continuous_batching import Engine
 from research.engine.requests import Request, Sampling
 from research.engine.slot_decoder import SlotDecoder
 from research.parallel import runtime
-from research.runs.answering.open_for_answering import (
-    WEIGHTS,
-    Answering,
-    open_for_answering,
-)
+from research.runs.answering.open_for_answering import Answering, open_for_answering
+from research.runs.answering.weight_forms import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 512

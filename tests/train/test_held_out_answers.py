@@ -1,6 +1,7 @@
 """Answers to held-out rows: what they are worth, and how they rank steps."""
 
 import types
+import unittest.mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from research.tasks.model_answers import HeldOutPrompt
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
+from research.train.run_saver import RunSaver
 
 TOKENIZER = byte_tokenizer()
 SAID = {"Sky?": "blue", "Grass?": "green", "Snow?": "white", "Coal?": "black"}
@@ -87,6 +89,31 @@ def test_a_lower_cost_is_a_better_step_whatever_the_direction(name, good, bad):
     better, worse = (answers.cost(answers.answer(1, Says(x))) for x in (good, bad))
     assert better < worse
     assert held_out().cost(held_out().answer(1, Says())) is None
+
+
+@pytest.mark.parametrize(("name", "ranked"), [("exact_match", -1.0), ("loss", 7.5)])
+def test_a_step_is_saved_with_what_ranks_it(name, ranked):
+    answers, saved, asked = held_out(best_by=name), [], []
+
+    def is_among_best(step, cost):
+        asked.append((step, cost))
+        return True
+
+    run = types.SimpleNamespace(
+        config=config(best_by=name), evaluated=(4, 7.5), answers=answers,
+        answered=answers.answer(4, Says()), history=unittest.mock.Mock(),
+    )  # fmt: skip
+    checkpointer = types.SimpleNamespace(
+        is_among_best=is_among_best, wait=lambda: None, save=lambda *x: saved.append(x)
+    )
+    others = unittest.mock.Mock(), dict, types.SimpleNamespace(elapsed=2.0)
+    saver = RunSaver(run, checkpointer, *others)
+    assert saver.is_best(4) and asked == [(4, ranked)]
+    assert not saver.is_best(5)  # Nothing of step 5 was measured.
+    for step in (4, 5):
+        saver.finish(step, "state")
+    cost = -1.0 if name == "exact_match" else None
+    assert [x[3:] for x in saved] == [(7.5, cost), (None, None)]
 
 
 def test_the_base_answers_once_for_runs_that_share_it():

@@ -74,13 +74,21 @@ class HeldOutAnswers:
       rows: as a model is asked them.
     """
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, config: Config):
-        """Chooses the metrics by the rows.
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        config: Config,
+        sign_of_life: Callable[[], None] = lambda: None,
+    ):
+        """The rows of a task; `sign_of_life` is called after each answer.
 
         Raises:
           UserError: no answer could be judged by `checkpoint.best_by`.
         """
         self._prompts, self._tokenizer = task.asked(), tokenizer
+        self._sign_of_life = sign_of_life
+        self._base: JudgedAnswers | None = None
         self._shown, self._best_by = config.eval.prompts, config.checkpoint.best_by
         records = [prompt.record for prompt in self._prompts]
         chosen = choose_rows(records, task.groups) if records else []
@@ -106,10 +114,10 @@ class HeldOutAnswers:
     def answer(self, step: int, model: TextGenerator) -> JudgedAnswers:
         """The answers of a model after `step` updates. All processes call it."""
         answers = model.in_order([row.request for row in self.rows])
-        rows = [
-            pair_answer(row, self._tokenizer, FullAnswer.of(answer))
-            for row, answer in zip(self.rows, answers, strict=True)
-        ]
+        rows = []
+        for row, answer in zip(self.rows, answers, strict=True):
+            rows.append(pair_answer(row, self._tokenizer, FullAnswer.of(answer)))
+            self._sign_of_life()
         judged = self._judged(rows)
         values = {k: metric.measure(judged).value for k, metric in self.metrics.items()}
         return JudgedAnswers(step, rows, values)
@@ -126,9 +134,8 @@ class HeldOutAnswers:
         self, open_base: Callable[[], TextGenerator | None]
     ) -> JudgedAnswers | None:
         """The answers of the base model; it is opened once for runs that share it."""
-        if not hasattr(self, "_base"):
-            model = open_base() if self.rows else None
-            self._base = model and self.answer(0, model)
+        if self._base is None and self.rows and (model := open_base()):
+            self._base = self.answer(0, model)
         return self._base
 
     def side_by_side(

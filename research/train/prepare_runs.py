@@ -105,23 +105,16 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         },
     )
     devices = mesh.make_mesh(first.config.mesh)
-    tasks: dict[int, Task] = {}
-    answers: dict[int, HeldOutAnswers] = {}
+    loaded: dict[int, tuple[Task, HeldOutAnswers]] = {}
     runs: list[TrainingRun] = []
     for each in opened:
         config = each.config
         # Before the data is read: a model that does not fit the mesh is refused early.
         objective = task_registry.make_objective(config, devices)
         make_step_definition(config, base, devices, objective)
-        if config.seed not in tasks:
-            tasks[config.seed] = agreement.together(
-                functools.partial(task_registry.load_task, config, base),
-                lambda task: {"data": f"{task.origin}, sha256 {task.sha256}"},
-            )
-            answers[config.seed] = HeldOutAnswers(
-                tasks[config.seed], base.tokenizer, config, phases.sign_of_life
-            )
-        task = tasks[config.seed]
+        if config.seed not in loaded:
+            loaded[config.seed] = _load(config, base, phases)
+        task, answers = loaded[config.seed]
         config = epochs.resolved(config, task.rows)
         objective = task_registry.make_objective(config, devices, len(task.groups))
         if not each.folder.exists:  # Runs of before may have begun so.
@@ -152,10 +145,21 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 console=console,
                 phases=phases,
                 history=each.history,
-                answers=answers[config.seed],
+                answers=answers,
             )
         )
     return runs
+
+
+def _load(
+    config: Config, base: Base, phases: PhaseTimer
+) -> tuple[Task, HeldOutAnswers]:
+    """The rows of a run, the same in all processes, and those that are answered."""
+    task = agreement.together(
+        functools.partial(task_registry.load_task, config, base),
+        lambda task: {"data": f"{task.origin}, sha256 {task.sha256}"},
+    )
+    return task, HeldOutAnswers(task, base.tokenizer, config, phases.sign_of_life)
 
 
 def _start(

@@ -1,6 +1,7 @@
 """Evaluates runs on rows: `python -m research.evaluate --run=RUN --data=FILE`."""
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -65,7 +66,9 @@ class EvaluateFlags:
     temperature: float = knob(
         0.0, "0 takes the likeliest token; above 0 samples", low=0
     )
-    top_p: float = knob(0.95, "nucleus to sample from, with a temperature", above=0)
+    top_p: float = knob(
+        0.95, "nucleus to sample from, with a temperature", above=0, high=1
+    )
     seed: int = knob(0, "seed of the samples")
     stop: tuple[str, ...] = knob(
         (), "text that ends an answer and is not part of it; may be given repeatedly"
@@ -89,10 +92,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--metrics=none makes no answers: give it alone")
     from research.engine.requests import Sampling
     from research.evaluate.measuring.evaluated_models import find_models
-    from research.evaluate.run_evaluation import EvaluationChoices, evaluate
+    from research.evaluate.run_evaluation import EvaluationChoices, evaluate, headline
     from research.parallel import runtime
     from research.report import evaluation_page
     from research.runs.display_files import EVALUATIONS, write_evaluation
+    from research.runs.run_history import add_event
 
     runtime.start_alone()
     found = find_models(f.run, f.against, f.step)
@@ -119,6 +123,10 @@ def main(argv: Sequence[str]) -> int:
     with files_of_step(None, f"the evaluation in {folder}"):
         pages = evaluation_page.format_pages(result.values, result.rows, lines)
         path = write_evaluation(folder, result.name, result.values, result.rows, pages)
+    if not add_event(folder, headline(result), evaluation=result.name):
+        logging.warning(
+            "run.json keeps no line of this, because a process trains the run"
+        )
     sys.stdout.write(f"written to {path}\n")
     return 0
 

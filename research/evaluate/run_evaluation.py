@@ -38,6 +38,8 @@ from research.evaluate.measuring.row_losses import (
     loss_unit,
     measure_texts,
 )
+from research.evaluate.measuring.seen_rows import find_seen
+from research.evaluate.statistics.verdicts import BETTER, WORSE
 from research.tasks.task_protocol import EvaluationRows
 from research.tasks.task_registry import held_out_rows, rows_of_files
 
@@ -108,9 +110,11 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     if choices.metrics != (NONE,):
         asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
         metrics = choose_metrics(choices.metrics, asked.without_answers(found.models))
+    seen = find_seen(found, rows)
     sums = measure_losses(rows, found, readings, choices.changes, folder)
     losses = {k: _by_category(rows, each, found) for k, each in sums.items()}
     values = _facts(found, choices, own) | {"rows": _count(rows, own, asked)}
+    values["overlap"] = seen
     values["models"] = {
         x.name: _model(x)
         | as_json(losses[x.name])
@@ -129,6 +133,19 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
         dataclasses.replace(choices, slots=0, data=own.sha256),
     )
     return Evaluated(_named(name, found), values, lines, losses)
+
+
+def headline(result: Evaluated) -> str:
+    """The result in a line, for `run.json`."""
+    losses = ", ".join(f"{k} {x.loss:.4f}" for k, x in result.losses.items())
+    verdicts = [
+        f"{model} {values['verdict']} in {metric}"
+        for model, by_metric in result.values.get("comparisons", {}).items()
+        for metric, values in by_metric.items()
+        if metric != LOSS and values["verdict"] in (BETTER, WORSE)
+    ]
+    parts = "; ".join([f"loss {losses}", *verdicts])
+    return f"evaluation, {result.values['data']['origin']}: {parts}"
 
 
 def read_rows(found: ModelSet, choices: EvaluationChoices) -> dict[str, EvaluationRows]:
@@ -167,7 +184,7 @@ def _evaluate_texts(
     losses: dict[str, Evaluation] = {}
     for names, opens in open_whole(found.models):
         losses |= measure_texts(opens(), readings[names[-1]])
-    values = _facts(found, choices, own)
+    values = _facts(found, choices, own) | {"overlap": find_seen(found, ())}
     values["models"] = {
         x.name: _model(x) | as_json(losses[x.name]) for x in found.models
     }

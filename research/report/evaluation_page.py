@@ -50,19 +50,32 @@ def show_evaluation(values: Values, losses: Values) -> None:
 
 
 def row_facts(values: Values) -> list[str]:
-    """Sentences about the rows that are not whole or were not asked."""
+    """Sentences about rows that are not whole, were not asked, or are known."""
     rows = values.get("rows", {})
     total = rows.get("evaluated", 0)
     parts = (
-        ("cut", rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
-        ("lost", rows.get("without_loss", 0), "are longer than data.seq_len: no loss"),
-        ("silent", len(rows.get("not_asked", ())), "are too long to be answered"),
+        (rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
+        (rows.get("without_loss", 0), "are longer than data.seq_len: no loss"),
+        (len(rows.get("not_asked", ())), "are too long to be answered"),
     )
-    return [
+    facts = [
         f"{count:,} of {total:,} rows ({count / total:.1%}) {what}"
-        for _, count, what in parts
+        for count, what in parts
         if count
     ]
+    for model, seen in values.get("overlap", {}).items():
+        same, part = seen["exact"], seen["words"]
+        if same or part:
+            facts.append(
+                f"{model} has seen {same + part:,} of {total:,} rows in training: "
+                f"{same:,} whole prompts, and {part:,} rows by a run of 13 words"
+            )
+        elif not seen["problem"]:
+            read = f"{seen['training_rows']:,} training rows"
+            facts.append(f"{model}: no row is among the {read} of the run")
+        if seen["problem"]:
+            facts.append(f"{model}: training rows not compared: {seen['problem']}")
+    return facts
 
 
 def tabulate_answers(values: Values, *, short: bool = False) -> Table:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -288,6 +289,23 @@ def read(path: Path) -> dict[str, Any]:
             "accepted": {},
         },
     )
+
+
+def add_event(folder: Path, what: str, **facts: Any) -> bool:
+    """Adds an event to the `run.json` of a run, once, unless a process trains it.
+
+    Returns:
+      Whether it is there: the process that trains a run would write over it.
+    """
+    with open(folder / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        event, known = {"what": what, **facts}, read(folder / "run.json")["events"]
+        if not any(event.items() <= each.items() for each in known):
+            History(folder / "run.json", PhaseTimer()).event(what, **facts)
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 from research.config.run_config import Config
 from research.core.visible_text import counted
@@ -11,6 +12,7 @@ from research.data.instructions.unused_columns import describe_unused
 from research.formats.base_model import Base
 from research.tasks.task_protocol import EvaluationRows
 from research.tokenize.chat_template import ChatFormat
+from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
 
 
@@ -57,3 +59,17 @@ def held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
         packed=data.held_out,
         records=lambda: data.held_out_records,
     )
+
+
+def training_records(config: Config, base: Base) -> Iterator[Record]:
+    """Yields the rows that a run of `config` trains, one by one, as text."""
+    chat = chat_format(config, base.tokenizer)
+    data = load_dataset(config.data, config.seed, chat, config.text)
+    documents = data.train.documents
+    # Both are in the order of the source.
+    places = map(documents.where, range(len(documents)))
+    place = next(places, None)
+    for record in read_records(config.data):
+        if record.where == place:
+            yield record
+            place = next(places, None)

@@ -32,6 +32,7 @@ from research.tasks.instruction_rows import (
     chat_format,
     held_out_rows,
     rows_of_files,
+    training_records,
 )
 from research.tasks.model_answers import HeldOutPrompt, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
@@ -335,6 +336,7 @@ KIND = TaskKind(
     ),
     rows_of_files=rows_of_files,
     held_out_rows=held_out_rows,
+    training_records=training_records,
     objective=CrossEntropy.of,
     expected_groups=lambda config: CATEGORIES,
     prompt_format=lambda config, base: chat_format(config, base.tokenizer),

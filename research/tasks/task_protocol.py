@@ -123,6 +123,8 @@ class TaskKind:
         rows by the rules of `config`; None where a task has no such rows.
       held_out_rows: `held_out_rows(config, base)` gives the held-out rows of a run, or
         None where it holds out none.
+      training_records: `training_records(config, base)` reads the rows that a run
+        trains, one by one; None where they are no prompts with answers.
     """
 
     load: Callable[[Config, Base], Task]
@@ -138,3 +140,4 @@ class TaskKind:
     held_out_rows: Callable[[Config, Base], EvaluationRows | None] = (
         lambda config, base: None
     )
+    training_records: Callable[[Config, Base], Iterable[Record]] | None = None

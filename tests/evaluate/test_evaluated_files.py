@@ -26,6 +26,7 @@ from research.evaluate.measuring import row_losses
 from research.formats.base_model import open_base
 from research.runs.reopen import find_run, fitting_mesh
 from research.tasks import task_registry
+from research.tasks.instruction_rows import held_out_rows, training_records
 from research.tasks.task_registry import prompt_format, rows_of_files
 
 
@@ -38,7 +39,7 @@ def evaluate(folder, run, *flags):
     return done.stdout, json.loads((folder / path / "evaluation.json").read_text())
 
 
-def held_out_rows(found):
+def rows_held_out(found):
     """The held-out rows of an instruction run, as rows of a file."""
     chat = prompt_format(found.config, found.base)
     data = load_dataset(found.config.data, found.config.seed, chat, found.config.text)
@@ -64,7 +65,7 @@ def test_held_out_rows_as_a_file_give_the_losses_of_the_run(
     count = lambda *given: passes.append(given) or measure(*given)  # noqa: E731
     monkeypatch.setattr(row_losses, "sum_batches", count)
     run = place.run_dir("unbroken")
-    rows = [*held_out_rows(find_run(run))]
+    rows = [*rows_held_out(find_run(run))]
     bad = {"instruction": "Nothing to say?", "response": "", "category": "open_qa"}
     write_lines(tmp_path / "rows.jsonl", [*rows, bad])
     flag = "--config.data.bad_lines=skip"
@@ -124,6 +125,27 @@ def held_out_documents(source, text):
 
 
 @pytest.mark.usefixtures("caches_of_the_commands")
+def test_rows_that_a_run_has_trained_are_counted_and_named(place, unbroken, tmp_path):
+    run = place.run_dir("unbroken")
+    found = find_run(run)
+    trained = next(training_records(found.config, found.base))
+    shouted, context = trained.turns[0].text.upper() + "!", trained.context
+    rows = [{"instruction": shouted, "context": context, "response": "yes"}]
+    rows += [{"instruction": "Who sells blue zebras?", "response": "no"}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    said, values = evaluate(tmp_path, run, "--data=rows.jsonl")
+    seen = values["overlap"]["tuned"]
+    assert (seen["exact"], seen["words"], seen["problem"]) == (1, 0, "")
+    assert seen["rows"][0]["training_place"] == f"unbroken: {trained.where}"
+    assert "tuned has seen 1 of 2 rows in training" in said.replace("\n", " ")
+    held = {
+        record.where for record in held_out_rows(found.config, found.base).records()
+    }
+    places = [x.where for x in training_records(found.config, found.base)]
+    assert len(places) == seen["training_rows"] and not held & {*places}
+
+
+@pytest.mark.usefixtures("caches_of_the_commands")
 def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp_path):
     assert pretrained.code == 0, pretrained.err
     run = place.run_dir("pretrained")
@@ -134,6 +156,7 @@ def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp
     _, found = evaluate(tmp_path, run, "--data=code.jsonl,words=words.jsonl")
     *_, last = place.lines("pretrained", "eval")
     assert set(found["models"]) == {"tuned"} and found["config"] == {}
+    assert "raw text" in found["overlap"]["tuned"]["problem"]
     close(found["models"]["tuned"]["loss"], last["loss"], 1e-5)
     close(found["models"]["tuned"]["bits_per_byte"], last["bits_per_byte"], 1e-5)
 

@@ -292,7 +292,9 @@ def test_a_chain_of_runs_adds_the_adapters_of_each(lora, tmp_path):
     shutil.copytree(lora.path, second)
     base = open_step(str(lora.path), "16")
     own = {"base model": base.fingerprint}
-    (second / "identity.json").write_text(json.dumps(lora.identity() | own))
+    # As a start writes it; the checkpoints of a run do not name its base run.
+    found = lora.identity() | own | dict(base.origin)
+    (second / "identity.json").write_text(json.dumps(found))
     config = dataclasses.replace(
         lora.config(), model=at(lora.config().model, f"{lora.path}@16")
     )

@@ -93,6 +93,10 @@ def open_stored(run: str | Path, base: Base | None = None) -> StoredRun:
         "tokenizer": base.tokenizer.fingerprint,
     }
     folder.check_identity(identity)
+    # Its folder alone names the run that it starts from; the weights of that one are
+    # the base model, whose fingerprint is compared.
+    for part in (BASE_RUN, BASE_STEP, BASE_SUM):
+        identity.pop(part, None)
     specs = Model(base.architecture).specs
     split = trainable.make(config.trainable, config.model, config.lora, specs)
     return StoredRun(folder, config, base, split, identity)

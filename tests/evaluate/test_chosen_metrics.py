@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -259,5 +260,15 @@ def test_choices_that_cannot_be_read_are_refused(row, message):
         read_choices(row, "f:1")
 
 
-def test_every_metric_has_a_name_of_its_own():
+def test_every_metric_is_documented_with_its_direction():
+    text = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    table = text.partition("| metric | unit | better |")[2].partition("\n\n")[0]
+    documented = {}
+    for line in table.splitlines()[2:]:
+        names, _, better, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        for name in names.replace("`", "").split(", "):
+            documented[name] = {"higher": True, "lower": False, "-": None}[better]
+    assert documented == {
+        name: metric.higher_is_better for name, metric in METRICS.items()
+    }
     assert all(name == metric.name for name, metric in METRICS.items())

@@ -18,15 +18,16 @@ from research.parallel import mesh as meshes
 
 Array = jax.Array
 
-# Keys that are compared at a time. A slot has room for whole blocks of a CPU, on which
-# long blocks waste more than they save.
-CPU_BLOCK, ACCELERATOR_BLOCK = 128, 512
+# Keys that are compared at a time: what a block has beyond a row's last key is wasted,
+# and on a CPU a short block costs nothing else. A slot has room for whole blocks.
+CPU_BLOCK, ACCELERATOR_BLOCK = 64, 512
+ROOM = 128  # Divides the room of a slot; accelerators take no shorter blocks.
 CACHE_AXES = ("layers", "batch", "kv_heads", "keys", "head_dim")
 
 
 def room_for(length: int) -> int:
     """Tokens for which a slot must have room, to hold `length`: whole blocks."""
-    return -(-length // CPU_BLOCK) * CPU_BLOCK
+    return -(-length // ROOM) * ROOM
 
 
 def attend_cached(

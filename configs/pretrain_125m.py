@@ -29,7 +29,6 @@ def get_config():
     config.text.tokenizer = "hub://HuggingFaceTB/SmolLM2-135M"
     config.text.undecodable = "skip"
     config.text.cache = False  # Already shuffled, and read about once.
-    config.text.held_out_share = 0.001
     config.text.held_out_bytes = 5_000_000
     config.optim.learning_rate = 6e-4
     config.optim.warmup = 0.02

@@ -24,7 +24,6 @@ def get_config():
     config.data.batch_size = 8
     config.text.sources = ("stdlib=stdlib",)
     config.text.tokenizer = "bpe:4096"
-    config.text.held_out_share = 0.03
     config.optim.learning_rate = 3e-3
     config.optim.b2 = 0.95
     config.optim.weight_decay = 0.1

@@ -22,8 +22,8 @@ from research.config.choices import (
 from research.config.knobs import free_knob, knob
 
 NEWEST_EDITION = 4  # of the rules by which rows are read and split
-# A value of `DataConfig.held_out`, the most rows that it then is, and the edition since
-# which it may be fewer.
+# The value of `DataConfig.held_out` and `TextConfig.held_out_share` that the data
+# decides. The most rows that it then is, and the edition since which it may be fewer.
 BY_SIZE, MOST_HELD_OUT, BY_SIZE_SINCE = -1.0, 48, 3
 
 
@@ -230,7 +230,10 @@ class TextConfig:
     )
     isolate: bool = knob(True, "attention stays within a document")
     held_out_share: float = knob(
-        0.01, "share of documents kept for evaluation; 0: none", low=0, high=0.5
+        BY_SIZE,
+        "share of documents kept for evaluation; 0: none; -1: by size, a tenth to 0.01",
+        low=BY_SIZE,
+        high=0.5,
     )
     held_out_bytes: int = knob(
         200_000, "bytes of each source's kept documents that are evaluated", above=0

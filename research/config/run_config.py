@@ -94,7 +94,7 @@ class Config:
         data = self.data
         asked = {
             "instructions": data.held_out != 0 or data.eval_path != "",
-            "text": self.text.held_out_share > 0,
+            "text": self.text.held_out_share != 0,
         }
         return asked.get(data.kind, True)
 

@@ -11,6 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from research.config.knob_groups import (
+    BY_SIZE,
+    BY_SIZE_SINCE,
+    MOST_HELD_OUT,
+    NEWEST_EDITION,
+)
 from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError, nearest
@@ -229,3 +235,23 @@ def differences(
     here = with_absolute_paths(config, Path.cwd())
     other_places = fixed_differences(alike(from_json(text, run)), alike(here))
     return {name: written[name] for name in written if name in other_places}
+
+
+def with_edition(config: Config, edition: int) -> Config:
+    """`config`, where the rows have the rules of `edition` if it names no other."""
+    data = dataclasses.replace(config.data, edition=config.data.edition or edition)
+    if data.edition < BY_SIZE_SINCE and data.held_out == BY_SIZE:
+        data = dataclasses.replace(data, held_out=float(MOST_HELD_OUT))
+    return dataclasses.replace(config, data=data)
+
+
+def as_begun(config: Config, old: Config | None) -> Config:
+    """`config`, where it leaves a choice to the data, with the choice of its run.
+
+    `old` is the config that the run began with; None where it begins now.
+    """
+    config = with_edition(config, old.data.edition if old else NEWEST_EDITION)
+    if old is None or config.text.held_out_share != BY_SIZE:
+        return config
+    text = {"held_out_share": old.text.held_out_share}
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **text))

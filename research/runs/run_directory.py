@@ -1,7 +1,6 @@
 """The folder of one run: its files, its identity, its lock, and its completion mark."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -20,10 +19,10 @@ from research.checkpoints.run_identity import (
 )
 from research.config.field_names import explain
 from research.config.hub_pins import Pins, is_pin, pinned
-from research.config.knob_groups import BY_SIZE, BY_SIZE_SINCE, MOST_HELD_OUT
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import (
+    as_begun,
     differences,
     from_json,
     model_and_no_run,
@@ -63,14 +62,6 @@ def is_complete(folder: Path) -> bool:
         return False
     read_json(mark, dict, "remove it: the same command then makes the report again")
     return True
-
-
-def with_edition(config: Config, edition: int) -> Config:
-    """`config`, where the rows have the rules of `edition` if it names no other."""
-    data = dataclasses.replace(config.data, edition=config.data.edition or edition)
-    if data.edition < BY_SIZE_SINCE and data.held_out == BY_SIZE:
-        data = dataclasses.replace(data, held_out=float(MOST_HELD_OUT))
-    return dataclasses.replace(config, data=data)
 
 
 class RunDir:
@@ -188,13 +179,12 @@ class RunDir:
             pins = self.known_pins()
             with self._reading_config() as text:
                 old = from_json(text)
-                edition = old.data.edition
                 # Older runs kept their hub addresses as they were written.
                 changes = differences(
                     text,
                     config,
                     self.path,
-                    lambda config: with_edition(pinned(config, pins), edition),
+                    lambda config: as_begun(pinned(config, pins), old),
                 )
             history = run_history.read(self.history)
             refuse_impossible(self.path, flat(old), flat(config), changes, history)

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from research.config.field_names import name_sources
-from research.config.knob_groups import DataConfig, TextConfig
+from research.config.knob_groups import BY_SIZE, DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import counted
 from research.data.batch_order import Batches
 from research.data.text.choose_tokenizer import sample_texts
 from research.data.text.row_layout import DocumentMarks
-from research.data.text.text_dataset import TextData
+from research.data.text.text_dataset import TextData, with_share
 from research.data.text.text_sources import check_text, open_sources
 from research.data.text.tokenized_corpus import load_text
 from research.data.token_batch import Batch
@@ -140,6 +140,10 @@ class TextTask:
             for name, n in data.held_out_bytes.items()
             if n
         )
+        chosen = ""
+        if self._config.text.held_out_share == BY_SIZE:
+            share = f"{data.held_out_share:g} of the documents"
+            chosen = f" ({share}, by size: config.text.held_out_share)"
         findings += [
             Finding(
                 DROPPED,
@@ -148,7 +152,7 @@ class TextTask:
             ),
             Finding(
                 "held out",
-                held or f"nothing: {NOT_EVALUATED}",
+                f"{held or f'nothing: {NOT_EVALUATED}'}{chosen}",
                 numbers=data.held_out_bytes,
             ),
             *self._examine_rows(self._first_batch),
@@ -213,12 +217,13 @@ def _count_lost(
     text: TextConfig, data: DataConfig, tokenizer: Tokenizer
 ) -> dict[str, LostText]:
     """Compares a sample from all over each source with what its ids stand for."""
-    share = text.held_out_share
+    sources = open_sources(text, data)
+    share = with_share(text, sources).held_out_share
     return {
         source.name: count_lost(
             tokenizer, sample_texts(source, COMPARED_LETTERS, share)
         )
-        for source in open_sources(text, data)
+        for source in sources
     }
 
 

@@ -33,9 +33,9 @@ class TokenizeFlags:
     vocab: int = knob(4096, "number of ids", low=257)
     out: str = knob("", "new folder to write tokenizer.json to", is_path=True)
     held_out_share: float = knob(
-        0.01,
+        -1.0,
         "share of the documents that is not trained on, as config.text.held_out_share",
-        above=0,
+        low=-1,
         high=0.5,
     )
     column: str = knob("text", "column with the text, in files of rows")

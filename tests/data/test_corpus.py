@@ -16,12 +16,13 @@ from text_helpers import (
     write_texts,
 )
 
+from research.config.knob_groups import BY_SIZE
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.text import token_cache
 from research.data.text.document_readers import DocumentPiece
 from research.data.text.row_layout import DocumentMarks, lay_rows
-from research.data.text.text_sources import open_sources
+from research.data.text.text_sources import check_text, open_sources
 from research.data.text.token_cache import open_cache
 from research.data.text.tokenized_corpus import TokenStream, load_text
 from research.tasks.epochs import count_epochs
@@ -386,6 +387,31 @@ def test_nothing_held_out_is_said_with_a_share_that_works(small, cache):
     write_texts(one, ["alone"])
     with pytest.raises(UserError, match=r"held_out_share=0\.0 to evaluate nothing"):
         load(small, ["one.d"], held_out_share=1e-9, cache=cache)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_size_of_the_text_chooses_how_much_is_held_out(small, tmp_path, cache):
+    """Of few documents one at least; an explicit share is obeyed or refused."""
+    by_size = {"held_out_share": BY_SIZE, "cache": cache}
+    share = load(small, **by_size).held_out_share
+    assert share == 0.1, "little text holds out a tenth"
+    size = sum(p.stat().st_size for s in "ab" for p in (small / s).iterdir())
+    data = load(small, held_out_bytes=size // 60, **by_size)
+    assert 0.045 < data.held_out_share < 0.055, "1.5 times the bytes of each source"
+    for few in (5, 9):
+        write_texts(tmp_path / f"few{few}", make_texts(few, seed=few))
+        data = load(tmp_path, [f"few{few}"], **by_size)
+        assert 0 < data.held_out_share <= 0.5
+        (held,) = data.held_out.values()
+        assert held.documents == 1
+        batch = data.sample_batch(1)
+        assert batch.tokens.shape == (1, 32)
+    write_texts(tmp_path / "one", make_texts(1, seed=3))
+    data = load(tmp_path, ["one"], **by_size)
+    assert data.held_out_share == 0 and not list(data.held_out_batches(1))
+    config = config_of(small, held_out_share=-0.5)
+    with pytest.raises(UserError, match=r"held_out_share is -0\.5; .* or -1 to be"):
+        check_text(config.text)
 
 
 def test_the_data_says_what_it_is(small):

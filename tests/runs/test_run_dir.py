@@ -17,15 +17,21 @@ from commands import ROOT
 from research.config.command_line import parse
 from research.config.config_file import load_config_file
 from research.config.knobs import changed
-from research.config.run_config import Config, DataConfig, LoRAConfig, ModelConfig
-from research.config.saved_config import differences, to_json
+from research.config.run_config import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    TextConfig,
+)
+from research.config.saved_config import as_begun, differences, to_json, with_edition
 from research.core.errors import PREEMPTED, DamagedError, UserError
 from research.generate.__main__ import GenerateFlags
 from research.runs import run_history
 from research.runs.control.os_signals import INTERRUPTED, Preempted
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
-from research.runs.run_directory import FILES, RunDir, with_edition
+from research.runs.run_directory import FILES, RunDir
 from research.runs.run_history import UNKNOWN, Goodput, History, goodput
 
 START = {
@@ -550,6 +556,22 @@ def test_a_tilde_in_the_run_directory_is_the_home_folder(tmp_path, monkeypatch):
     assert str(RunDir("~/runs/x")) == f"{tmp_path}/runs/x"
     with pytest.raises(UserError, match=r"config\.run_dir is ~nobody-here"):
         RunDir("~nobody-here/x")
+
+
+def test_a_run_of_text_keeps_the_share_that_it_began_with():
+    """Then 0.01 was the default; today it follows from the size of the text."""
+    text, data = TextConfig(("a=b",), held_out_share=0.01), DataConfig(kind="text")
+    begun = Config(data=data, text=text)
+    for asked, found in ((-1.0, {}), (0.02, {"text.held_out_share": "0.01 -> 0.02"})):
+        asked_text = dataclasses.replace(text, held_out_share=asked)
+        config = Config(data=data, text=asked_text)
+        alike = differences(
+            to_json(begun), config, Path("run"), lambda c: as_begun(c, begun)
+        )
+        assert alike == found
+    assert as_begun(Config(), begun).text.held_out_share == 0.01
+    assert as_begun(Config(), Config()).text == Config().text
+    assert as_begun(Config(), None).text.held_out_share == -1
 
 
 def test_a_run_keeps_the_rows_that_its_edition_held_out():

@@ -19,6 +19,7 @@ from research.core.local_paths import local_path, no_such
 from research.data.text.document_readers import SourceFile, TextSource
 from research.data.text.row_layout import is_held_out
 from research.data.text.source_fingerprint import cache_folder, cannot_write, source_key
+from research.data.text.text_dataset import with_share
 from research.data.text.text_sources import open_sources
 from research.tokenize.tokenizer import Tokenizer, from_file, from_folder
 from research.tokenize.tokenizer_training import (
@@ -76,7 +77,7 @@ def make_tokenizer(
       UserError: a source cannot be read, or the folder cannot be written.
     """
     sources = open_sources(text, data)
-    share = text.held_out_share
+    share = with_share(text, sources).held_out_share
     made = train_bpe(training_texts(sources, share), size)
     _tell_if_smaller(made, size)
     folder = local_path(out).absolute()
@@ -102,6 +103,7 @@ def _vocabulary(asked: str, size: str) -> int:
 def _open_bpe(text: TextConfig, data: DataConfig, size: int) -> Tokenizer:
     cache = cache_folder(text)
     sources = open_sources(text, data)
+    text = with_share(text, sources)
     settings = {
         "format": FORMAT,
         "size": size,

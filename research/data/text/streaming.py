@@ -101,6 +101,7 @@ def load_streamed(
         source_rows={},
         shares=weights,
         held_out_bytes={name: totals.bytes for name, totals in held_out.items()},
+        held_out_share=text.held_out_share,
         dropped=join_sources(dropped),
         row_layout=row_layout,
         evaluated=list(evaluated),

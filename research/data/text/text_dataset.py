@@ -9,16 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from research.config.field_names import shell_flag
+from research.config.knob_groups import BY_SIZE, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import Batches
+from research.data.document_pieces import DocumentPiece
 from research.data.dropped_documents import DroppedDocuments
 from research.data.text.document_readers import TextSource
-from research.data.text.row_layout import RowLayout, held_out_rank
+from research.data.text.row_layout import RowLayout, held_out_rank, is_held_out
 from research.data.text.token_shards import TextTotals
 from research.data.token_batch import Batch
 
 SEARCHED = 2000  # pieces of each source, for a share that holds out some of them
 MOST_SHARE = 0.5  # that `config.text.held_out_share` may be
+# By size, the kept documents have so many times the bytes that are evaluated, within
+# these shares. Of text on the hub, whose size nobody knows, they are the lowest one.
+ROOM, LOWEST_SHARE, HIGHEST_SHARE = 1.5, 0.01, 0.1
 LEAST_ROW = 16  # tokens of a row that is still worth a proposal
 
 
@@ -49,6 +54,7 @@ class TextData:
       source_rows: different training rows by source; empty where text is streamed.
       shares: the share of the training rows that is drawn from each source.
       held_out_bytes: UTF-8 bytes by source of exactly the documents evaluated.
+      held_out_share: of the documents that are kept for evaluation.
       dropped: the documents that are not used; of streamed text, those that were met
         in the search for held-out ones.
       row_layout: the shape of every row.
@@ -65,6 +71,7 @@ class TextData:
     source_rows: dict[str, int]
     shares: dict[str, float]
     held_out_bytes: dict[str, int]
+    held_out_share: float
     dropped: DroppedDocuments
     row_layout: RowLayout = dataclasses.field(repr=False)
     evaluated: list[HeldOutText] = dataclasses.field(repr=False)
@@ -145,6 +152,30 @@ class TextData:
         return self.row_layout.batch(ids, lengths, groups)
 
 
+def with_share(text: TextConfig, sources: Sequence[TextSource]) -> TextConfig:
+    """`text` with a share of held-out documents, chosen by size where it has none.
+
+    Some document is then held out, and another one trained. If no share up to a half
+    does so, as of one document alone, the share is 0. The hub is not asked: a resume does
+    not need it.
+    """
+    if text.held_out_share != BY_SIZE:
+        return text
+    if any(source.revision for source in sources):
+        return dataclasses.replace(text, held_out_share=LOWEST_SHARE)
+    size = sum(item.size for source in sources for item in source.files)
+    share = ROOM * text.held_out_bytes * len(sources) / max(size, 1)
+    share = min(max(round(share, 4), LOWEST_SHARE), HIGHEST_SHARE)
+    sides: set[bool] = set()
+    for piece in _first_pieces(sources):
+        sides.add(is_held_out(piece, share))
+        if len(sides) == 2:
+            break
+    else:
+        share = _fitting_share(sources)
+    return dataclasses.replace(text, held_out_share=share)
+
+
 def check_held_out(
     config_share: float,
     evaluated: dict[str, TextTotals],
@@ -159,10 +190,12 @@ def check_held_out(
         return
     without = [name for name, totals in evaluated.items() if not totals.documents]
     if len(without) == len(evaluated):
+        fitting = _fitting_share(sources)
         raise UserError(
             f"no document of {', '.join(without)} was kept for evaluation at "
             f"config.text.held_out_share={config_share:g}: set "
-            f"{_fitting_share(sources)}, or give more documents"
+            f"{shell_flag('text.held_out_share', fitting)}"
+            f"{'' if fitting else ' to evaluate nothing'}, or give more documents"
         )
     for name in without:
         logging.warning(
@@ -172,17 +205,20 @@ def check_held_out(
         )
 
 
-def _fitting_share(sources: Sequence[TextSource]) -> str:
-    """The flag that holds out about a tenth of the documents, and at least one."""
-    ranks: set[int] = set()
-    for source in sources:
-        pieces = source.read(source.files)
-        first = itertools.islice(pieces, SEARCHED)
-        ranks |= {held_out_rank(piece) for piece in first if piece.starts}
+def _fitting_share(sources: Sequence[TextSource]) -> float:
+    """Holds out about a tenth of the documents and at least one; 0 if none can be."""
+    ranks = {held_out_rank(piece) for piece in _first_pieces(sources)}
     places = [rank / (1 << 64) for rank in sorted(ranks)]
     if len(places) > 1:
         tenth = places[max(len(places) // 10, 1) - 1]
         share = math.ceil(tenth * 1e4 + 1) / 1e4
         if share <= min(places[-1], MOST_SHARE):
-            return shell_flag("text.held_out_share", share)
-    return f"{shell_flag('text.held_out_share', 0.0)} to evaluate nothing"
+            return share
+    return 0.0
+
+
+def _first_pieces(sources: Sequence[TextSource]) -> Iterator[DocumentPiece]:
+    """The first pieces of the first documents of each source."""
+    for source in sources:
+        pieces = itertools.islice(source.read(source.files), SEARCHED)
+        yield from (piece for piece in pieces if piece.starts)

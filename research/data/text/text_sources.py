@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from research.config.field_names import SOURCE_NAME, shell_flag, written_list
-from research.config.knob_groups import DataConfig, TextConfig
+from research.config.knob_groups import BY_SIZE, DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, how_on_hub, is_hub, require_commit
 from research.core.local_paths import holds_run, local_path, no_such
@@ -22,8 +22,14 @@ def check_text(config: TextConfig) -> None:
     """Checks the names in `sources` and `mixture` without reading any file.
 
     Raises:
-      UserError: a name is malformed, or the two do not match.
+      UserError: a name is malformed, or the two do not match, or `held_out_share` is
+        negative and not the value that lets the data decide.
     """
+    if BY_SIZE < config.held_out_share < 0:
+        raise UserError(
+            f"config.text.held_out_share is {config.held_out_share:g}; it must be in 0 "
+            f"to 0.5, or {BY_SIZE:g} to be chosen by the size of the text"
+        )
     mixture_weights(config, list(_places(config)))
 
 

@@ -18,7 +18,12 @@ from research.data.dropped_documents import join_sources
 from research.data.text.row_layout import RowLayout
 from research.data.text.source_fingerprint import sweep_old
 from research.data.text.streaming import load_streamed
-from research.data.text.text_dataset import HeldOutText, TextData, check_held_out
+from research.data.text.text_dataset import (
+    HeldOutText,
+    TextData,
+    check_held_out,
+    with_share,
+)
 from research.data.text.text_sources import mixture_weights, open_sources
 from research.data.text.token_cache import CachedSource, open_cache
 from research.data.text.token_shards import TextTotals
@@ -118,6 +123,7 @@ def load_text(
     sources = open_sources(text, data, knob)
     # A typo should be reported now, and not after hours of tokenising.
     mixture_weights(text, [source.name for source in sources])
+    text = with_share(text, sources)
     if not text.cache:
         return load_streamed(text, data, sources, tokenizer)
     cached = [
@@ -162,6 +168,7 @@ class _Corpus:
             shares=self._weights
             or self._by_name(n / max(sum(self._rows), 1) for n in self._rows),
             held_out_bytes=self._by_name(e.totals.bytes for e in evaluated),
+            held_out_share=self._text.held_out_share,
             dropped=join_sources(dropped),
             row_layout=self._row_layout,
             evaluated=evaluated,

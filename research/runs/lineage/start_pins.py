@@ -11,12 +11,12 @@ from research.checkpoints.checkpoint_listing import choose_step
 from research.checkpoints.needed_steps import need_step
 from research.checkpoints.run_identity import BASE_STEP
 from research.config.hub_pins import Pins, pinned, resolve_addresses
-from research.config.knob_groups import NEWEST_EDITION
 from research.config.run_config import Config
+from research.config.saved_config import as_begun
 from research.core.local_paths import split_step
 from research.parallel import agreement
 from research.runs.phase_timer import PhaseTimer
-from research.runs.run_directory import RUN, RunDir, with_edition
+from research.runs.run_directory import RUN, RunDir
 from research.runs.run_history import History
 
 
@@ -44,8 +44,8 @@ def pin_start(
         return resolve_addresses(config, known, asking=jax.process_index() == 0)
 
     folder.pins = agreement.of_first(agreement.together(found))
-    edition = folder.config().data.edition if folder.exists else NEWEST_EDITION
-    return with_edition(pinned(config, folder.pins), edition)
+    begun = folder.config() if folder.exists else None
+    return as_begun(pinned(config, folder.pins), begun)
 
 
 def _base_run(folder: RunDir, written: str, known: Pins) -> Pins:

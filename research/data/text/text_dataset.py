@@ -156,8 +156,8 @@ def with_share(text: TextConfig, sources: Sequence[TextSource]) -> TextConfig:
     """`text` with a share of held-out documents, chosen by size where it has none.
 
     Some document is then held out, and another one trained. If no share up to a half
-    does so, as of one document alone, the share is 0. The hub is not asked: a resume does
-    not need it.
+    does so, as of one document alone, the share is 0. The hub is not asked, because a
+    resume does not need it.
     """
     if text.held_out_share != BY_SIZE:
         return text

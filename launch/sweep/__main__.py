@@ -24,6 +24,7 @@ from launch.targets import Target, local
 from research.config import command_line
 from research.core.errors import UserError, nearest
 from research.core.local_paths import local_path
+from research.core.visible_text import counted
 
 USAGE = """
 Trains every run of a sweep that is not done, and names the runs that failed; the same
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
     sweep_runs.check_folder(folder, sweep, found)
     if options.dry_run:
         done = sum(run.is_done for run in found)
-        sys.stdout.write(f"# {len(found)} runs, {done} done; {len(wanted)} commands\n")
+        commands = counted(len(wanted), "command")
+        sys.stdout.write(f"# {counted(len(found), 'run')}, {done} done; {commands}\n")
     elif target is local:
         jobs = launcher.with_settings(local, [pack.job for pack in wanted], options)
         plans = [local.plan([job], options) for job in jobs]

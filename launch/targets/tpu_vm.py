@@ -25,6 +25,7 @@ from launch.jobs.launch_job import LaunchJob, LaunchPlan
 from research.config.run_config import Config
 from research.core.errors import PREEMPTED, UserError
 from research.core.text_templates import fill
+from research.core.visible_text import counted
 from research.runs import provenance
 
 HELP = "a TPU VM for each job on Google Cloud, which runs the last commit"
@@ -131,8 +132,9 @@ def worker_script(
     lost = chosen.hosts > 1 or (options.do == "run" and not options.keep)
     if lost and not options.bucket:
         raise UserError(
-            f"{chosen.hosts} host(s) of {chosen.type} keep {job.config.run_dir} on "
-            "their own disks, which are deleted with the VM: give --bucket=NAME"
+            f"{job.config.run_dir} would be on the own disks of "
+            f"{counted(chosen.hosts, 'host')} of {chosen.type}, which are deleted with "
+            "the VM: give --bucket=NAME"
         )
     job = remote_jobs.stored(job, FOLDER)
     arguments = job.command("python", distributed=chosen.hosts > 1)[1:]

@@ -38,10 +38,10 @@ def show_plan(console: Console, plan: PlanData) -> None:
     console.print(
         Text.assemble(
             (plan["target"], "bold"),
-            f", {plan['chips']} chips, mesh {_mesh(plan)}; {trained:,.1f} M parameters "
-            f"trained, {frozen:,.1f} M frozen; {counted(plan['batch_rows'], 'row')} of "
-            f"{plan['seq_len']} a step in passes of {plan['microbatch_rows']}, remat "
-            f"{plan['remat']} ({made})",
+            f", {counted(plan['chips'], 'chip')}, mesh {_mesh(plan)}; {trained:,.1f} M "
+            f"parameters trained, {frozen:,.1f} M frozen; "
+            f"{counted(plan['batch_rows'], 'row')} of {plan['seq_len']} a step in "
+            f"passes of {plan['microbatch_rows']}, remat {plan['remat']} ({made})",
         )
     )
     if plan["memory"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.core.errors import DamagedError, DivergedError, UserError
+from research.core.visible_text import counted
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start
 from research.train.training_run import TrainingRun
@@ -47,9 +48,9 @@ def restore(
         run.state = restored.state
         if restored.step > run.config.steps:
             raise UserError(
-                f"{run.folder.path} has made {restored.step} steps, and this config is "
-                f"{run.config.steps}: raise config.steps to at least {restored.step}, "
-                "or config.epochs"
+                f"{run.folder.path} has made {counted(restored.step, 'step')}, and "
+                f"this config is {run.config.steps}: raise config.steps to at least "
+                f"{restored.step}, or config.epochs"
             )
         return restored.step, restored.position
     if run.history.saved or checkpointer.has_set_aside:

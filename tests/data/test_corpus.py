@@ -391,7 +391,7 @@ def test_nothing_held_out_is_said_with_a_share_that_works(small, cache):
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_the_size_of_the_text_chooses_how_much_is_held_out(small, tmp_path, cache):
-    """Of few documents one at least; an explicit share is obeyed or refused."""
+    """It is one document of few, at least, and none where there is only one."""
     by_size = {"held_out_share": BY_SIZE, "cache": cache}
     share = load(small, **by_size).held_out_share
     assert share == 0.1, "little text holds out a tenth"

@@ -22,7 +22,7 @@ from research.data.token_batch import Batch
 SEARCHED = 2000  # pieces of each source, for a share that holds out some of them
 MOST_SHARE = 0.5  # that `config.text.held_out_share` may be
 # By size, the kept documents have so many times the bytes that are evaluated, within
-# these shares. Of text on the hub, whose size nobody knows, they are the lowest one.
+# these shares. Nobody knows the size of text on the hub, and it gets the lowest one.
 ROOM, LOWEST_SHARE, HIGHEST_SHARE = 1.5, 0.01, 0.1
 LEAST_ROW = 16  # tokens of a row that is still worth a proposal
 

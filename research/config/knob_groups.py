@@ -231,8 +231,8 @@ class TextConfig:
     isolate: bool = knob(True, "attention stays within a document")
     held_out_share: float = knob(
         BY_SIZE,
-        "share of documents kept for evaluation; 0: none; -1: by size, a tenth to 0.01",
-        low=BY_SIZE,
+        "share of documents to evaluate; 0: none; -1: by size",
+        low=-1,
         high=0.5,
     )
     held_out_bytes: int = knob(

@@ -230,10 +230,7 @@ class TextConfig:
     )
     isolate: bool = knob(True, "attention stays within a document")
     held_out_share: float = knob(
-        BY_SIZE,
-        "share of documents to evaluate; 0: none; -1: by size",
-        low=-1,
-        high=0.5,
+        BY_SIZE, "share of texts to evaluate; 0: none; -1: by size", low=-1, high=0.5
     )
     held_out_bytes: int = knob(
         200_000, "bytes of each source's kept documents that are evaluated", above=0

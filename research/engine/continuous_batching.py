@@ -8,13 +8,16 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from queue import Empty
+from typing import TypeVar
 
 import numpy as np
 
 from research.engine.adapter_names import AdapterNames
 from research.engine.answers.answer_progress import Answer, AnswerProgress, Pieces
+from research.engine.answers.engine_counts import EngineCounts
+from research.engine.answers.round_commands import RoundCommands
 from research.engine.answers.text_stream import Detokenizer, StopTexts
 from research.engine.followed_decoder import LeadingDecoder
 from research.engine.prefix_cache import PrefixCache, chunk_keys
@@ -33,6 +36,7 @@ from research.engine.slot_decoder import SlotDecoder
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.adapters.serving_bank import Row
 
+T = TypeVar("T")
 # Seconds after which an idle engine looks whether it should end.
 IDLE = 0.2
 
@@ -44,8 +48,8 @@ class Engine:
     by one thread in `run_forever` or, without it, by whoever reads an answer.
 
     Attributes:
-      prefixes: beginnings of prompts; another engine over the same parameters may have
-        them, too.
+      prefixes: beginnings of prompts, which engines over the same parameters may share.
+      adapter_rows: of the bank in the decoder's parameters; 0 without one.
     """
 
     def __init__(
@@ -71,18 +75,15 @@ class Engine:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._most_waiting, self._when_idle = most_waiting, when_idle
         self.prefixes = PrefixCache(prefix_bytes)
-        self._adapters = AdapterNames(adapter_rows)
+        self._adapters, self.adapter_rows = AdapterNames(adapter_rows), adapter_rows
         self._slots: list[AnswerProgress | None] = [None] * decoder.slots
         self._waiting: collections.deque[AnswerProgress] = collections.deque()
-        self._commands: collections.deque[tuple[Callable[[], None], Future[None]]]
-        self._commands = collections.deque()
+        self._commands = RoundCommands()
         self._changed = threading.Condition()
         self._stepping = threading.RLock()
         self._driven, self._failure = False, ""
         self._rounds = 0
-        self._seconds_each = 1.0
-        self._hits = self._prompt_tokens = self._new_tokens = 0
-        self._finished: collections.Counter[str] = collections.Counter()
+        self._counts = EngineCounts()
 
     # Called by any thread.
 
@@ -112,7 +113,7 @@ class Engine:
             # The first of those that wait get the free slots at the next round.
             waiting = len(self._waiting) - self._slots.count(None)
             if waiting >= self._most_waiting:
-                busy = self._seconds_each * waiting / len(self._slots)
+                busy = self._counts.seconds_each * waiting / len(self._slots)
                 raise EngineFullError(
                     f"{waiting} requests wait already; try again later",
                     retry_after=max(1.0, busy),
@@ -149,7 +150,7 @@ class Engine:
 
         Args:
           name: for `Request.adapter`.
-          row: its factors, as `bank_row` makes them for the decoder's parameters.
+          row: of `bank_row` for the decoder's parameters.
           identity: hash of its content and of its base.
 
         Raises:
@@ -162,7 +163,20 @@ class Engine:
                 self._decoder.set_row(loaded.row, row, identity)
             self._adapters.name(name, loaded)
 
-        self._between_rounds(load)
+        self.between_rounds(load)
+
+    def exchange_weights(self, place: Callable[[], T]) -> T:
+        """The result of `place`, which gives the decoder weights of the same shapes.
+
+        Requests that run end with the old weights first; those that wait begin with the
+        new ones. Whatever was kept of prompts is dropped.
+        """
+
+        def exchange() -> T:
+            self.prefixes.clear()
+            return place()
+
+        return self.between_rounds(exchange, when_empty=True)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; requests that run with it end with it.
@@ -178,20 +192,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts for people and monitoring."""
-        running = [task for task in self._slots if task]
-        return EngineStats(
-            slots=len(self._slots),
-            running=len(running),
-            waiting=len(self._waiting),
-            cache_tokens=sum(task.written + task.new for task in running),
-            cache_capacity=len(self._slots) * self._decoder.length,
-            prefix_bytes=self.prefixes.nbytes,
-            prefix_hits=self._hits,
-            adapter_rows=len(self.adapters()),
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=self._new_tokens,
-            finished=dict(self._finished),
-        )
+        waiting, length = len(self._waiting), self._decoder.length
+        cached, adapters = self.prefixes.nbytes, len(self.adapters())
+        return self._counts.stats(self._slots, waiting, length, cached, adapters)
 
     def slot_stats(self) -> list[SlotStats | None]:
         """The answers in the slots; None for a free one."""
@@ -216,6 +219,7 @@ class Engine:
         finally:
             self._driven = False
             self._end_all(Piece(finish="cancelled"))
+            self._commands.refuse(EngineStoppedError("the engine has stopped"))
 
     def step(self) -> bool:
         """Takes one round; returns whether there was anything to do.
@@ -242,31 +246,29 @@ class Engine:
                 if not self._driven:
                     self.step()
 
-    def _between_rounds(self, command: Callable[[], None]) -> None:
-        """Has a command run by the thread that takes the rounds."""
-        done: Future[None] = Future()
+    def between_rounds(
+        self, command: Callable[[], T], *, when_empty: bool = False
+    ) -> T:
+        """The result of a command that the thread runs which takes the rounds.
+
+        With `when_empty` it runs when no slot is in use; none is given away until then.
+
+        Raises:
+          EngineStoppedError: the engine has stopped before.
+        """
         with self._changed:
-            self._commands.append((command, done))
+            done = self._commands.put(command, when_empty)
             self._changed.notify_all()
         while not done.done():
             if self._driven:
                 wait([done], IDLE)
             else:
                 self.step()
-        done.result()
+        return done.result()
 
     def _obey(self) -> int:
-        """Runs the commands that wait, and ends what was cancelled."""
-        count = 0
-        while self._commands:
-            command, done = self._commands.popleft()
-            count += 1
-            try:
-                command()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+        """Runs the commands whose time has come, and ends what was cancelled."""
+        count = self._commands.run(are_empty=not any(self._slots))
         with self._changed:
             gone = [task for task in self._waiting if task.answer.cancelled]
             for task in gone:
@@ -279,6 +281,8 @@ class Engine:
     def _admit(self) -> int:
         """Gives free slots to those that have waited longest."""
         admitted = 0
+        if self._commands.need_empty_slots:
+            return admitted
         for slot in [i for i, occupant in enumerate(self._slots) if not occupant]:
             with self._changed:
                 if not self._waiting:
@@ -301,8 +305,7 @@ class Engine:
                 self._decoder.write_block(task.slot, index, block)
             task.written = task.cached = len(blocks) * chunk
         task.due = self._rounds + -(-task.unwritten // chunk)
-        self._hits += task.cached
-        self._prompt_tokens += len(prompt)
+        self._counts.prepared(task)
         if not task.unwritten:
             self._begin(task)
 
@@ -358,7 +361,7 @@ class Engine:
         self._decoder.constrain(task.slot, np.asarray(allowed))
 
     def _deliver(self, task: AnswerProgress, piece: Piece) -> None:
-        self._new_tokens += len(piece.ids)
+        self._counts.delivered(len(piece.ids))
         if piece.finish:
             self._end(task, piece)
         else:
@@ -391,9 +394,7 @@ class Engine:
             self._slots[task.slot] = None
             if not self._failure:
                 self._decoder.free(task.slot)
-            busy = time.monotonic() - task.answer.admitted_at
-            self._seconds_each += 0.1 * (busy - self._seconds_each)
         self._adapters.release(task.adapter)
-        self._finished[piece.finish] += 1
+        self._counts.ended(task, piece.finish)
         task.answer.failure = error
         task.answer.deliver(piece)

@@ -6,14 +6,17 @@ those that have a result, which is once a round.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from research.core.errors import LonelyError, UserError
 from research.engine.requests import Sampling
 from research.engine.slot_decoder import Round, Scores, SlotDecoder, SlotSettings
 from research.parallel import agreement
@@ -23,6 +26,8 @@ from research.weights.adapters.serving_bank import Row
 FRAME = 4096
 Call = tuple[Any, ...]
 Tell = Callable[[Any], Any]
+# What must be equal in all processes, and the result.
+Perform = Callable[[Any], tuple[str, Any]]
 
 
 class FollowedBlock:
@@ -38,14 +43,21 @@ class LeadingDecoder:
     An error of a call is raised by the next one that has a result.
     """
 
-    def __init__(self, decoder: SlotDecoder, tell: Tell = agreement.of_first):
+    def __init__(
+        self,
+        decoder: SlotDecoder,
+        tell: Tell = agreement.of_first,
+        perform: Perform = lambda task: ("", None),
+    ):
         """Every other process calls `follow` with its decoder.
 
         Args:
           decoder: with parameters.
           tell: gives a JSON value to all processes, each of which calls it.
+          perform: does a task of `everywhere` in this process, and returns what must
+            be equal in all of them beside the result.
         """
-        self._decoder, self._tell = decoder, tell
+        self._decoder, self._tell, self._perform = decoder, tell, perform
         # Blocks are dropped wherever Python collects them, also inside a call.
         self._calls: collections.deque[Call] = collections.deque()
         self._blocks: dict[int, Any] = {}
@@ -118,6 +130,17 @@ class LeadingDecoder:
         self._now("set_row", index, identity)
         self._rows.clear()
 
+    def everywhere(self, task: Any) -> Any:
+        """The result of `perform(task)` here; all processes do it at the same time.
+
+        Args:
+          task: a JSON value.
+
+        Raises:
+          UserError: it failed in one of them.
+        """
+        return self._now("perform", task)
+
     def flush(self) -> None:
         """Makes the calls that wait.
 
@@ -127,8 +150,9 @@ class LeadingDecoder:
         self._now("rest")
 
     def end(self) -> None:
-        """Lets the other processes return from `follow`."""
+        """Lets the other processes return from `follow`; no call is possible then."""
         self._now("end")
+        self._tell = _refuse
 
     def _later(self, *call: Any) -> None:
         self._calls.append(call)
@@ -140,11 +164,13 @@ class LeadingDecoder:
         calls.append(call)
         told = [calls, ""]
         told[1] = " " * (-len(json.dumps(told)) % FRAME)
-        self._tell(told)
-        results = [
-            _perform(self._decoder, self._blocks, each, self._rows.__getitem__)
-            for each in calls
-        ]
+        read_row = self._rows.__getitem__
+        with _naming_the_lost():
+            self._tell(told)
+            results = [
+                _make(self._decoder, self._blocks, each, read_row, self._perform)
+                for each in calls
+            ]
         return results[-1]
 
 
@@ -152,13 +178,14 @@ def follow(
     decoder: SlotDecoder,
     read_row: Callable[[str], Row],
     tell: Tell = agreement.of_first,
+    perform: Perform = lambda task: ("", None),
 ) -> None:
     """Does what the first process does, until it ends.
 
     Args:
       decoder: of the same sizes, with this process's part of the same parameters.
       read_row: gives the adapter of an identity.
-      tell: see `LeadingDecoder`.
+      tell, perform: see `LeadingDecoder`.
 
     Raises:
       LonelyError: another process is gone.
@@ -166,21 +193,51 @@ def follow(
     blocks: dict[int, Any] = {}
     call: Call = ("rest",)
     while call[0] != "end":
-        for call in tell(None)[0]:
-            _perform(decoder, blocks, call, read_row)
+        with _naming_the_lost():
+            for call in tell(None)[0]:
+                try:
+                    _make(decoder, blocks, call, read_row, perform)
+                except UserError as error:
+                    # A task that failed has failed in all processes.
+                    if call[0] != "perform" or isinstance(error, LonelyError):
+                        raise
 
 
-def _perform(
+def _refuse(value: Any) -> None:
+    raise LonelyError("the other processes of this server have ended")
+
+
+@contextlib.contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """Names what stops all processes, of which one is gone or has failed."""
+    try:
+        yield
+    except Exception as error:
+        is_lost = isinstance(error, LonelyError) or agreement.is_of_devices(error)
+        if not is_lost or jax.process_count() == 1:
+            raise
+        first_line = str(error.__cause__ or error).partition("\n")[0][:200]
+        raise LonelyError(
+            "another process of this server is gone, or a step of all has failed "
+            f"({first_line}); their own output says why; start all of them again"
+        ) from error
+
+
+def _make(
     decoder: SlotDecoder,
     blocks: dict[int, Any],
     call: Call,
     read_row: Callable[[str], Row],
+    perform: Perform,
 ) -> Any:
     """Makes one call, the same in every process."""
     name, *given = call
     match name:
         case "rest" | "end":
             return None
+        case "perform":
+            facts = lambda found: {"what was read": found[0]}  # noqa: E731
+            return agreement.together(lambda: perform(*given), facts)[1]
         case "drop":
             return blocks.pop(given[0])
         case "admit":

@@ -51,6 +51,11 @@ class PrefixCache:
         self.capacity, self.nbytes = capacity, 0
         self._blocks: collections.OrderedDict[bytes, Sized] = collections.OrderedDict()
 
+    def clear(self) -> None:
+        """Drops all blocks."""
+        self._blocks.clear()
+        self.nbytes = 0
+
     def find(self, keys: Sequence[bytes]) -> list[Sized]:
         """The blocks of the longest beginning of `keys` that is here."""
         found = []

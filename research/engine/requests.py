@@ -17,6 +17,8 @@ Finish = Literal["", "stop", "length", "cancelled", "error"]
 
 # The most alternatives that a token's score can list, as in OpenAI's chat completions.
 MOST_ALTERNATIVES = 20
+# The most stop ids and biased ids of a request (300: as OpenAI's API reference).
+MOST_STOP_IDS, MOST_BIASES = 32, 300
 NO_BIAS: Mapping[int, float] = types.MappingProxyType({})
 
 
@@ -238,7 +240,15 @@ def check_request(request: Request, *, vocabulary: int, length: int) -> None:
     if not prompt:
         raise UserError("prompt: it has no token; give at least one")
     _check_ids("prompt", prompt, vocabulary)
+    stop_ids = () if request.ignore_eos else tuple(request.stop_ids)
     _check_ids("logit_bias", tuple(sampling.logit_bias), vocabulary)
+    for name, ids, most in (
+        ("stop_ids", stop_ids, MOST_STOP_IDS),
+        ("logit_bias", [k for k, v in sampling.logit_bias.items() if v], MOST_BIASES),
+    ):
+        _check_ids(name, ids, vocabulary)
+        if len(ids) > most:
+            raise UserError(f"{name}: {len(ids)} ids; at most {most} are possible")
     alternatives = request.top_logprobs
     rules = (
         ("temperature", sampling.temperature, 0, float("inf")),

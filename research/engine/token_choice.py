@@ -28,12 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.errors import UserError
-from research.engine.requests import MOST_ALTERNATIVES, Sampling
+from research.engine.requests import (
+    MOST_ALTERNATIVES,
+    MOST_BIASES,
+    MOST_STOP_IDS,
+    Sampling,
+)
 
 Array = jax.Array
 
-# The most stop ids and biased ids of a request (300: as OpenAI's API reference).
-MOST_STOP_IDS, MOST_BIASES = 32, 300
 # Stands in a list of ids for no id: updates beyond the vocabulary are dropped.
 NO_ID = 2**31 - 1
 # The logit of a stop id that comes too early: below all others, and above the -inf of a

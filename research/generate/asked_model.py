@@ -17,7 +17,8 @@ from research.engine.text_generation import (
 )
 from research.formats.base_model import Base
 from research.runs.answering.int8_base import in_form
-from research.runs.answering.open_for_answering import open_for_answering, prompts_of
+from research.runs.answering.named_model import prompts_of
+from research.runs.answering.open_for_answering import open_for_answering
 from research.runs.answering.weight_forms import PLAIN
 from research.runs.reopen import ReopenedRun, reopen
 from research.tasks.pretraining import PlainFormat

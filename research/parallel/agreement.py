@@ -74,6 +74,14 @@ def union(texts: Sequence[str]) -> list[str]:
     ]
 
 
+def is_of_devices(error: BaseException) -> bool:
+    """Whether the devices failed, as they do where another process is gone.
+
+    On a CPU, a call whose collective fails at once raises a plain ValueError.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+
+
 class _Group:
     """The processes, as one of them sees the group.
 
@@ -157,7 +165,9 @@ def _maximum(values: np.ndarray) -> np.ndarray:
             (jax.device_count(), *values.shape), _each_device(), lambda _: values[None]
         )
         return np.asarray(_largest()(stacked).addressable_data(0))
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
+        if not is_of_devices(error):
+            raise
         first_line = str(error).partition("\n")[0]
         raise LonelyError(
             f"another process of this run is gone ({first_line}); its own output says "

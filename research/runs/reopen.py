@@ -121,6 +121,7 @@ class FoundRun(TrainedPrompts, StoredRun):
         step: str = "latest",
         in_compute_dtype: bool = False,
         decodes: bool = True,
+        number: int | None = None,
     ) -> ReopenedRun:
         """Reads the parameters.
 
@@ -132,6 +133,7 @@ class FoundRun(TrainedPrompts, StoredRun):
           in_compute_dtype: restores fully trained parameters in `config.model.dtype`,
             in which text is generated: half the memory where that is bfloat16.
           decodes: that of `fitting_mesh`.
+          number: that of `restored`.
 
         Raises:
           UserError: there is no such checkpoint, or a parameter does not divide over
@@ -144,7 +146,7 @@ class FoundRun(TrainedPrompts, StoredRun):
         model = model_of_run(config.model, config.data, base.architecture, mesh)
         narrow = in_compute_dtype and not split.frozen_specs
         dtype = model.options.dtype if narrow else split.dtype
-        number, params = self.restored(mesh, step, dtype)
+        number, params = self.restored(mesh, step, dtype, number)
         frozen: Params = {}
         if split.frozen_specs:
             frozen = load_frozen(base, model, mesh, split, config.seed)
@@ -153,7 +155,11 @@ class FoundRun(TrainedPrompts, StoredRun):
         )
 
     def restored(
-        self, mesh: Mesh, step: str = "latest", dtype: Any = None
+        self,
+        mesh: Mesh,
+        step: str = "latest",
+        dtype: Any = None,
+        number: int | None = None,
     ) -> tuple[int, Params]:
         """Reads the trained parameters alone: the adapters, or all of the model.
 
@@ -161,6 +167,7 @@ class FoundRun(TrainedPrompts, StoredRun):
           mesh: devices to shard them over.
           step: see `load`.
           dtype: of the result; by default that of training.
+          number: of the checkpoint that `step` stands for, if that is known already.
 
         Returns:
           The number of the checkpoint that was read, and what it holds.
@@ -170,7 +177,7 @@ class FoundRun(TrainedPrompts, StoredRun):
         """
         split = self.trainable
         wanted = meshes.abstract_arrays(split.specs, mesh, dtype or split.dtype)
-        number = saved_step(self.folder, step)
+        number = saved_step(self.folder, step) if number is None else number
         with self.checkpoints() as checkpoints:
             older = [s for s in checkpoints.steps if s < number and step == "latest"]
             number, found = _read(checkpoints, [*older, number], {"params": wanted})

@@ -6,8 +6,9 @@ import functools
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from research.config import command_line
 from research.config.knobs import knob
@@ -21,6 +22,11 @@ from research.serve.http.sockets import (
     url_of,
 )
 
+if TYPE_CHECKING:
+    from research.serve.http.access_keys import ApiKeys
+    from research.serve.open_models import Capacity
+    from research.serve.served_models import Deployment
+
 USAGE = """
 python -m research.serve --run=RUN_DIR [--run=...] [--port=8000]
 python -m research.serve --model=FOLDER|FILE.gguf|hub://OWNER/NAME|pkg://PACKAGE/FILE
@@ -29,7 +35,8 @@ Serves the models of runs with the API of OpenAI: /v1/chat/completions, /v1/comp
 and more, see docs/serving.md. The name of a model is that of its run, and `base` is the
 base model that all of the runs share. --run=FOLDER serves every run in a folder, such
 as that of a sweep; --run=RUN@STEP one checkpoint. A run that trains is followed.
-SIGTERM ends the server when the answers are made that it has begun.
+SIGTERM ends the server when the answers are made that it has begun. With --distributed
+it spans the devices of several processes, as training does: see docs/serving.md.
 """
 
 
@@ -85,6 +92,11 @@ class ServeFlags:
         512, "MiB for beginnings of prompts that return; 0: none are kept", low=0
     )
     grace: float = knob(30.0, "seconds for answers after SIGTERM", low=0)
+    distributed: bool = knob(
+        False,
+        "join the other processes that the JAX_* variables or the cluster name; the "
+        "first one listens",
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,16 +111,48 @@ def main(argv: Sequence[str]) -> int:
             f"--host={f.host} lets other machines in, and then --api_key_file is "
             "needed; or serve on 127.0.0.1 and reach it by ssh -L"
         )
-    from research.serve.api.server_state import ServerState
-    from research.serve.engine_thread import EngineThread
-    from research.serve.http.access_keys import ApiKeys
-    from research.serve.listening import make_app, serve
-
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not f.distributed:
+        _serve(f, _listen(f), functools.partial(_open_alone, f))
+        return 0
+    from research.serve import several_processes
+
+    if several_processes.join(f):
+        from research.serve.open_models import follow_models
+
+        several_processes.serve_together(
+            functools.partial(_listen, f),
+            functools.partial(_lead, f),
+            lambda: follow_models(f.run, f.model, _capacity(f)),
+        )
+    _serve(f, _listen(f), functools.partial(_open, f))
+    return 0
+
+
+def _listen(f: ServeFlags) -> tuple["ApiKeys", socket.socket]:
+    from research.serve.http.access_keys import ApiKeys
+
     keys = ApiKeys.from_file(Path(f.api_key_file)) if f.api_key_file else ApiKeys()
     listener = open_unix_socket(Path(f.uds)) if f.uds else open_port(f.host, f.port)
+    return keys, listener
+
+
+def _serve(
+    f: ServeFlags,
+    opened: tuple["ApiKeys", socket.socket],
+    open_models: Callable[[], "Deployment"],
+) -> bool:
+    """Serves until a signal; `open_models` runs while the server listens already.
+
+    Returns whether the engine has ended in order.
+    """
+    from research.serve.api.server_state import ServerState
+    from research.serve.engine_thread import EngineThread
+    from research.serve.listening import make_app, serve
+
+    keys, listener = opened
     _announce(f, listener)
-    thread = EngineThread(functools.partial(_open, f))
+    thread = EngineThread(open_models)
     hosts = () if f.uds else (f.host,)
     app = make_app(ServerState(thread), keys, hosts)
     try:
@@ -116,21 +160,38 @@ def main(argv: Sequence[str]) -> int:
     finally:
         if f.uds:
             Path(f.uds).unlink(missing_ok=True)
-    return 0
+    return thread.has_ended
 
 
-def _open(f: ServeFlags):
+def _lead(f: ServeFlags, opened: tuple["ApiKeys", socket.socket]) -> None:
+    if not _serve(f, opened, functools.partial(_open, f)):
+        raise UserError(
+            "stopped while the engine was busy: the other processes end with an error"
+        )
+
+
+def _open_alone(f: ServeFlags) -> "Deployment":
     """The models. JAX is imported here: the server listens before that."""
     from research.parallel import runtime
-    from research.serve.open_models import Capacity, open_models
 
     runtime.start_alone()
-    capacity = Capacity(
-        f.slots, f.context, f.adapters, f.rank, f.queue, f.prefix_mib << 20, f.weights
-    )
+    return _open(f)
+
+
+def _open(f: ServeFlags) -> "Deployment":
+    from research.serve.open_models import open_models
+
     root = f.adapters_from or (str(Path(f.run[0]).parent) if f.run else "")
     roots = (Path(root).resolve(),) if root else ()
-    return open_models(f.run, f.model, capacity, roots)
+    return open_models(f.run, f.model, _capacity(f), roots)
+
+
+def _capacity(f: ServeFlags) -> "Capacity":
+    from research.serve.open_models import Capacity
+
+    return Capacity(
+        f.slots, f.context, f.adapters, f.rank, f.queue, f.prefix_mib << 20, f.weights
+    )
 
 
 def _announce(f: ServeFlags, listener: socket.socket) -> None:

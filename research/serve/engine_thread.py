@@ -46,6 +46,11 @@ class EngineThread:
         self._when_changed = when_changed
         self._thread.start()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread is done."""
+        return not self._thread.is_alive()
+
     def stop(self, patience: float) -> None:
         """Ends the engine after its round; waiting answers get `cancelled`."""
         self._stop.set()
@@ -56,6 +61,7 @@ class EngineThread:
             self.deployment = self._open()
             self._when_changed()
             self.deployment.engine.run_forever(self._stop)
+            self.deployment.end()
         except BaseException as error:  # It must not die unseen on a thread.
             self.error = error
             if not isinstance(error, UserError):

@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import logging
+import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.engine.continuous_batching import Engine
+from research.engine.followed_decoder import LeadingDecoder, follow
 from research.engine.requests import Sampling
 from research.engine.sampling_defaults import model_sampling
 from research.engine.slot_decoder import SlotDecoder
@@ -27,7 +29,9 @@ from research.runs.answering.open_for_answering import (
 )
 from research.runs.answering.run_addresses import RunAddress, run_addresses
 from research.runs.answering.weight_forms import PLAIN
+from research.serve import model_reader
 from research.serve.api.api_errors import ApiError, bad_request, unknown_model
+from research.serve.model_reader import ModelReader, Task, reading
 from research.serve.served_models import Deployment, ModelNames, NamedModel
 
 USUAL_CONTEXT = 4096  # tokens of a slot, where the model has room for more
@@ -65,20 +69,27 @@ class ServedRuns:
     """The runs behind the names of a server."""
 
     def __init__(
-        self, opened: Answering, engine: Engine, roots: Sequence[Path], weights: str
+        self,
+        reader: ModelReader,
+        engine: Engine,
+        roots: Sequence[Path],
+        everywhere: Callable[[Task], ServedModel] | None = None,
     ):
-        """Loads the adapters that `opened` names.
+        """Loads the adapters that the base model was opened for.
 
         Args:
-          opened: the base model and the runs.
+          reader: has the base model and the runs.
           engine: answers with it.
           roots: folders below which runs may be loaded later.
-          weights: the form that `opened` has them in.
+          everywhere: does a task of `ModelReader` in all processes, between two rounds;
+            None where there is only this one.
 
         Raises:
           UserError: an adapter cannot be loaded.
         """
-        self._opened, self._engine, self._roots = opened, engine, roots
+        self._reader, self._engine, self._roots = reader, engine, roots
+        self._everywhere = everywhere
+        opened = reader.opened
         tokenizer = opened.base.tokenizer
         self._defaults, unused = model_sampling(tokenizer.generation, Sampling())
         if unused:
@@ -86,9 +97,11 @@ class ServedRuns:
                 "generation_config.json of the model sets %s, which have no effect",
                 ", ".join(unused),
             )
-        self._weights, self._lock = weights, threading.Lock()
+        self._lock = threading.Lock()
         adapters = [self._load(address) for address in opened.runs]
         self.models = ModelNames([*adapters, self._named(opened.served_base)])
+        if problem := self._why_it_stays(opened.served_base):
+            logging.warning("%s", problem)
 
     def load(self, name: str, path: str, inplace: bool) -> None:
         """Loads the adapter of a run, under a name of its own.
@@ -126,11 +139,14 @@ class ServedRuns:
     def follow(self) -> None:
         """Reads the adapters again whose runs have newer checkpoints."""
         for model in self.models.all():
-            if not model.served.has_changed():
-                continue
             try:
+                if not model.served.has_changed():
+                    continue
+                if problem := self._why_it_stays(model.served):
+                    raise UserError(problem)
                 with self._lock:
-                    new = self._load(model.served.address)
+                    change = self._load if model.adapter else self._exchange
+                    new = change(model.served.address)
                     self.models.put(new)
             except (UserError, OSError) as error:
                 logging.warning("%s stays at its step: %s", model.name, error)
@@ -138,21 +154,59 @@ class ServedRuns:
                 logging.info("%s is at step %d now", model.name, new.served.step)
 
     def _load(self, address: RunAddress) -> NamedModel:
-        served, row = self._opened.read(address)
+        served = self._read(model_reader.ADAPTER, address)
+        row = self._reader.row(served.identity)
         self._engine.load_adapter(served.name, row, served.identity)
         return self._named(served)
 
+    def _exchange(self, address: RunAddress) -> NamedModel:
+        """Answers with the newest weights of a base that trained all its parameters."""
+        self._read(model_reader.WEIGHTS, address)
+        place = self._everywhere or self._here
+        task = {"kind": model_reader.PLACE}
+        return self._named(self._engine.exchange_weights(lambda: place(task)))
+
+    def _read(self, kind: str, address: RunAddress) -> ServedModel:
+        task = reading(kind, address)
+        if self._everywhere is None:  # Others are answered meanwhile.
+            return self._here(task)
+        return self._engine.between_rounds(lambda: self._everywhere(task))
+
+    def _here(self, task: Task) -> ServedModel:
+        return self._reader.perform(task)[1]
+
+    def _why_it_stays(self, served: ServedModel) -> str:
+        """Why a fully trained run stays at its step; "" for all that are followed."""
+        opened = self._reader.opened
+        if served.parent or not served.address or served.address.step.isdecimal():
+            return ""
+        if self._engine.adapter_rows:
+            return (
+                f"{served.name} stays at step {served.step}: adapters to it fit no "
+                "other; without --adapters it is followed"
+            )
+        specs, width = opened.model.specs.values(), opened.model.options.dtype.itemsize
+        needed = sum(math.prod(x.shape) for x in specs) * width / jax.process_count()
+        if needed <= (free := _free_bytes() * (1 - KEPT_FREE)):
+            return ""
+        return (
+            f"{served.name} stays at step {served.step}: weights of a newer one need "
+            f"{needed / 2**30:.1f} GiB beside these, and {free / 2**30:.1f} GiB are "
+            "free; start the server again to serve it"
+        )
+
     def _named(self, served: ServedModel) -> NamedModel:
+        opened = self._reader.opened
         parts = (
-            self._opened.base.fingerprint,
+            opened.base.fingerprint,
             served.identity,
-            str(self._opened.model.options.dtype),
-            self._weights,
+            str(opened.model.options.dtype),
+            opened.weights,
             jax.__version__,
         )
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return NamedModel(
-            served, self._opened.base.tokenizer, self._defaults, f"fp_{digest[:12]}"
+            served, opened.base.tokenizer, self._defaults, f"fp_{digest[:12]}"
         )
 
     def _address(self, path: str) -> RunAddress:
@@ -190,15 +244,63 @@ def open_models(
 ) -> Deployment:
     """Loads the models and compiles all programs that answer.
 
+    Of several processes the first one calls this, and the others `follow_models`.
+
     Args:
       runs, model: those of `open_for_answering`.
       capacity: see the class.
       roots: folders below which runs may be loaded later.
-      mesh: devices; by default those of this process that fit.
+      mesh: devices; by default those of all processes that fit.
 
     Raises:
       UserError: a model cannot be opened, or there is no room for the slots.
     """
+    opened, own = _open_decoder(runs, model, capacity, mesh)
+    reader = ModelReader(opened, own)
+    leading = LeadingDecoder(own, perform=reader.perform)
+    alone = jax.process_count() == 1
+    decoder = own if alone else leading
+    decoder.warm_up()
+    rows = max(capacity.adapters, len(opened.runs))
+    engine = Engine(
+        decoder,
+        opened.base.tokenizer,
+        most_waiting=capacity.queue,
+        prefix_bytes=capacity.prefix_bytes,
+        adapter_rows=rows and rows + 1,  # The base has one of them.
+        when_idle=(lambda: None) if alone else leading.flush,
+    )
+    served = ServedRuns(reader, engine, roots, None if alone else leading.everywhere)
+    logging.info(
+        "ready %.1f s after the start, with %d slots of %d tokens: %s",
+        runtime.process_age(),
+        own.slots,
+        own.length,
+        ", ".join(model.name for model in served.models.all()),
+    )
+    return Deployment(
+        engine, served.models, own.length, own.slots, own.vocabulary, rows,
+        served.load, served.unload, served.follow,
+        (lambda: None) if alone else leading.end,
+    )  # fmt: skip
+
+
+def follow_models(runs: Sequence[str], model: str, capacity: Capacity) -> None:
+    """Does in this process what the first one does, until that ends.
+
+    Raises:
+      UserError: see `open_models`.
+      LonelyError: another process is gone.
+    """
+    opened, decoder = _open_decoder(runs, model, capacity)
+    reader = ModelReader(opened, decoder)
+    follow(decoder, reader.row, perform=reader.perform)
+
+
+def _open_decoder(
+    runs: Sequence[str], model: str, capacity: Capacity, mesh: Mesh | None = None
+) -> tuple[Answering, SlotDecoder]:
+    """The models, and a decoder that is not warm yet; see `open_models`."""
     opened = open_for_answering(
         runs,
         model=model,
@@ -206,6 +308,7 @@ def open_models(
         adapters=capacity.adapters,
         rank=capacity.rank,
         weights=capacity.weights,
+        devices=jax.devices() if jax.process_count() > 1 else jax.local_devices(),
     )
     longest = opened.model.architecture.max_position
     if capacity.context > longest:
@@ -216,35 +319,19 @@ def open_models(
     platform = opened.mesh.devices.flat[0].platform
     slots = capacity.slots or USUAL_SLOTS.get(platform, ACCELERATOR_SLOTS)
     _require_room(opened.model, slots, context)
-    decoder = SlotDecoder(opened.model, opened.params, slots, context, mesh=opened.mesh)
-    decoder.warm_up()
-    rows = max(capacity.adapters, len(opened.runs))
-    engine = Engine(
-        decoder,
-        opened.base.tokenizer,
-        most_waiting=capacity.queue,
-        prefix_bytes=capacity.prefix_bytes,
-        adapter_rows=rows and rows + 1,  # The base has one of them.
-    )
-    served = ServedRuns(opened, engine, roots, capacity.weights)
-    logging.info(
-        "ready %.1f s after the start, with %d slots of %d tokens: %s",
-        runtime.process_age(),
-        slots,
-        context,
-        ", ".join(model.name for model in served.models.all()),
-    )
-    return Deployment(
-        engine, served.models, context, slots, decoder.vocabulary, rows,
-        served.load, served.unload, served.follow,
-    )  # fmt: skip
+    mesh = opened.mesh
+    return opened, SlotDecoder(opened.model, opened.params, slots, context, mesh=mesh)
 
 
 def _require_room(model: Model, slots: int, context: int) -> None:
-    """Raises UserError if keys and values of all slots do not fit into memory."""
+    """Raises UserError if keys and values of all slots do not fit into memory.
+
+    Each process holds its part of them, and looks at its own devices.
+    """
     a = model.architecture
     each = np.dtype(model.options.dtype).itemsize
     slot = 2 * a.layers * context * a.kv_heads * a.head_dim * each
+    slot = -(-slot // jax.process_count())
     free = _free_bytes() * (1 - KEPT_FREE)
     fits = int(free // slot)
     if slots > fits:

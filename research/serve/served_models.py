@@ -140,7 +140,8 @@ class Deployment:
       load: `load(name, run, inplace)` loads the adapter of a run directory. Raises
         ApiError or UserError: it cannot, and nothing has changed.
       unload: `unload(name)` forgets an adapter. Raises ApiError: there is none.
-      follow: reads the adapters again whose runs have newer checkpoints.
+      follow: reads again what has a newer checkpoint.
+      end: lets other processes end, too; it is called after the last round.
     """
 
     engine: "Engine"
@@ -152,6 +153,7 @@ class Deployment:
     load: Callable[[str, str, bool], None]
     unload: Callable[[str], None]
     follow: Callable[[], None]
+    end: Callable[[], None]
 
 
 @functools.lru_cache(8)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import threading
+import time
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from slot_answers import (
 )
 
 from research.config.run_config import LoRAConfig
-from research.core.errors import UserError
+from research.core.errors import LonelyError, UserError
 from research.engine import text_generation
 from research.engine.constraints import Grammars
 from research.engine.continuous_batching import Engine
@@ -446,6 +447,48 @@ def test_a_conversation_is_read_once(decoder, monkeypatch):
     decoder.open(params)
 
 
+def test_weights_are_exchanged_between_two_answers(decoder):
+    """Those that run end with the old ones, and those that wait begin with the new."""
+    params = decoder.params
+    doubled = jax.device_put(2 * params["head.kernel"], params["head.kernel"].sharding)
+    other = params | {"head.kernel": doubled}
+    wanted = request(LONG, DRAWN)
+    old = read(Engine(decoder, TOKENIZER).submit(wanted))
+    decoder.open(other)
+    new = read(Engine(decoder, TOKENIZER).submit(wanted))
+    assert old != new
+    decoder.open(params)
+    engine = Engine(decoder, TOKENIZER, prefix_bytes=MIB)
+    stop, found = threading.Event(), []
+    running = [engine.submit(wanted) for _ in range(SLOTS)]
+    while not engine.stats().new_tokens:
+        engine.step()
+    waiting = [engine.submit(wanted) for _ in range(SLOTS)]
+
+    def place():
+        assert engine.stats().running == 0 and engine.stats().prefix_bytes == 0
+        decoder.params = other
+        return "placed"
+
+    def ask():
+        found.append(engine.exchange_weights(place))
+
+    asking = threading.Thread(target=ask)
+    # Until there is a thread that takes the rounds, whoever asks would take them.
+    engine._driven = True
+    asking.start()
+    while not engine._commands:
+        time.sleep(0.001)
+    runner = threading.Thread(target=engine.run_forever, args=[stop])
+    runner.start()
+    asking.join(60)
+    answers = [read(x) for x in (*running, *waiting)]
+    assert answers == [old] * SLOTS + [new] * SLOTS and found == ["placed"]
+    stop.set()
+    runner.join(60)
+    decoder.open(params)
+
+
 # -- several processes -----------------------------------------------------------------
 
 
@@ -463,7 +506,15 @@ def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
     config = LoRAConfig(rank=2, alpha=8.0)
     factors = random_adapters(lora.adapter_specs(model.specs, config), seed=9)
     row = serving_bank.bank_row(decoder.params, lora.adapt(params, factors, config))
-    leading = LeadingDecoder(decoder, tell)
+    done = []
+
+    def perform(task):
+        done.append(task)
+        if not task:
+            raise UserError("no such run")
+        return "same", task["read"]
+
+    leading = LeadingDecoder(decoder, tell, perform)
     # Room for one prompt: the blocks of the others leave.
     engine = Engine(leading, TOKENIZER, prefix_bytes=MIB // 8, adapter_rows=3)
     plain = Engine(decoder, TOKENIZER)
@@ -473,6 +524,9 @@ def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
     engine.load_adapter("mine", row, "sha")
     assert [read(engine.submit(request(p, DRAWN))) for p in prompts] == expected
     assert engine.stats().prefix_hits == 88
+    assert leading.everywhere({"read": 7}) == 7
+    with pytest.raises(UserError, match="no such run"):
+        leading.everywhere({})
     answers = [
         engine.submit(request(MIDDLE, adapter="mine", echo=True)),
         engine.submit(request(SHORT, constraint=Broken(3), stop_ids=frozenset([4]))),
@@ -485,7 +539,10 @@ def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
     rounds.clear()
     decoder.open(decoder.params)
     heard = map(json.loads, told)
-    follow(decoder, {"sha": row}.__getitem__, lambda _: next(heard))
+    follow(decoder, {"sha": row}.__getitem__, lambda _: next(heard), perform)
+    assert done == [{"read": 7}, {}] * 2
+    with pytest.raises(LonelyError, match="have ended"):
+        leading.flush()
     assert len(rounds) == len(of_leader) and next(heard, None) is None
     jax.tree.map(np.testing.assert_array_equal, rounds, of_leader)
     decoder.open(decoder.params)

@@ -8,6 +8,8 @@ import pytest
 from research.core.errors import UserError
 from research.engine.adapter_names import AdapterNames
 from research.engine.requests import (
+    MOST_BIASES,
+    MOST_STOP_IDS,
     ContextOverflowError,
     Request,
     Sampling,
@@ -28,7 +30,7 @@ GOOD = Request((1, 2, 3), Sampling(max_new_tokens=5), top_logprobs=1)
         ("logit_bias", {3: 101}), ("logit_bias", {10: 1}), ("logit_bias", {-1: 1}),
         ("max_new_tokens", -1), ("min_new_tokens", 6), ("prompt", ()),
         ("prompt", (1, 10)), ("prompt", (-1,)), ("stop", ("a", "")),
-        ("top_logprobs", 21), ("top_logprobs", -1),
+        ("top_logprobs", 21), ("top_logprobs", -1), ("stop_ids", frozenset([10])),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(field, value):
@@ -45,6 +47,20 @@ def test_what_fits_exactly_is_accepted_and_one_token_more_is_not():
     check_request(GOOD, vocabulary=10, length=8)
     with pytest.raises(ContextOverflowError, match=r"3 prompt tokens and 5 new .* 7:"):
         check_request(GOOD, vocabulary=10, length=7)
+
+
+def test_a_program_has_room_for_so_many_ids_and_no_more():
+    def check(stops, biases, bias=1.0):
+        sampling = Sampling(logit_bias=dict.fromkeys(range(biases), bias))
+        stop_ids = frozenset(range(stops))
+        check_request(Request((1,), sampling, stop_ids), vocabulary=999, length=200)
+
+    check(MOST_STOP_IDS, MOST_BIASES)
+    check(0, 999, bias=0.0)
+    with pytest.raises(UserError, match=r"^stop_ids: 33 ids; at most 32"):
+        check(MOST_STOP_IDS + 1, 0)
+    with pytest.raises(UserError, match=r"^logit_bias: 301 ids; at most 300"):
+        check(0, MOST_BIASES + 1)
 
 
 def test_scores_of_the_prompt_need_scores():

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
-from research.engine.requests import Sampling
+from research.engine.requests import MOST_STOP_IDS, Sampling
 from research.engine.token_choice import (
-    MOST_STOP_IDS,
     choice_row,
     choose,
     log_probabilities,

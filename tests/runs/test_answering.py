@@ -13,10 +13,10 @@ from tiny_model import make_tiny_model
 
 from research.core.errors import DamagedError, UserError
 from research.runs.answering.int8_base import mean_loss, texts_to_measure
+from research.runs.answering.named_model import open_named
 from research.runs.answering.open_for_answering import (
     find_adapters,
     open_for_answering,
-    open_named,
 )
 from research.runs.answering.run_addresses import run_addresses
 from research.runs.reopen import reopen
@@ -185,6 +185,28 @@ def test_a_fully_trained_run_is_a_base_of_its_own(place, pretrained, run):
         open_for_answering([str(run), str(full)])
     with pytest.raises(UserError, match="not an adapter to"):
         find_adapters(*run_addresses([str(full)]), found.base)
+
+
+def test_a_fully_trained_run_is_read_again_at_its_newest_step(
+    place, pretrained, tmp_path
+):
+    assert pretrained.code == 0, pretrained.err
+    run = shutil.copytree(place.run_dir("pretrained"), tmp_path / "run")
+    newest = max(place.saved_steps("pretrained"))
+    shutil.move(run / "checkpoints" / str(newest), tmp_path / "newest")
+    before = open_for_answering([str(run)], mesh=one_device())
+    assert not before.served_base.has_changed()
+    shutil.move(tmp_path / "newest", run / "checkpoints" / str(newest))
+    assert before.served_base.has_changed() and before.served_base.step < newest
+    after = before.reread()
+    assert (after.served_base.step, after.served_base.name) == (newest, "run")
+    assert not after.served_base.has_changed()
+    same(after.params, reopen(run, one_device()).weights)
+    # Whatever was compiled for the old ones fits the new ones.
+    like = [{p: (x.shape, x.dtype, x.sharding) for p, x in each.params.items()}
+            for each in (before, after)]  # fmt: skip
+    assert like[0] == like[1] and after.model is before.model
+    assert after.base.fingerprint != before.base.fingerprint
 
 
 def test_a_model_without_a_run_is_served_alone(run):

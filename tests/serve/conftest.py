@@ -1,5 +1,8 @@
 """One server of the tiny model with one device, for all tests of this folder."""
 
+import json
+import shutil
+
 import jax
 import pytest
 from live_servers import LiveServer
@@ -16,6 +19,21 @@ def open_tiny(folder, runs=(), roots=()):
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     capacity = Capacity(SLOTS, CONTEXT, 2, 4, QUEUE, 1 << 20)
     return open_models(runs, str(folder), capacity, roots, mesh)
+
+
+@pytest.fixture(scope="module")
+def runs(place, unbroken, tmp_path_factory):
+    """A folder with a copy of the run that others end with, and one step behind."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(place.run_dir("unbroken"), folder / "tuned")
+    behind = shutil.copytree(place.run_dir("unbroken"), folder / "behind")
+    newest = max(place.saved_steps("unbroken"))
+    shutil.move(behind / "checkpoints" / str(newest), folder / "newest")
+    other = shutil.copytree(behind, folder / "other")
+    identity = json.loads((other / "identity.json").read_text())
+    identity["base model"] = "0" * 64
+    (other / "identity.json").write_text(json.dumps(identity))
+    return folder
 
 
 @pytest.fixture(scope="session")

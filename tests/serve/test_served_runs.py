@@ -1,35 +1,21 @@
 """Runs by name: listed, loaded, followed, exchanged while others are answered."""
 
-import json
 import shutil
 
 import openai
 import pytest
-from conftest import open_tiny
+from conftest import QUEUE, open_tiny
 from doors import run_door
 from live_servers import LiveServer
+from small_run import one_device
 
 from research.core.errors import UserError
 from research.parallel import runtime
 from research.serve import open_models
 from research.serve.__main__ import main
+from research.serve.open_models import Capacity
 
 ASK = [{"role": "user", "content": "Are whales fish?"}]
-
-
-@pytest.fixture(scope="module")
-def runs(place, unbroken, tmp_path_factory):
-    """A folder with a copy of the run that others end with, and one step behind."""
-    folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(place.run_dir("unbroken"), folder / "tuned")
-    behind = shutil.copytree(place.run_dir("unbroken"), folder / "behind")
-    newest = max(place.saved_steps("unbroken"))
-    shutil.move(behind / "checkpoints" / str(newest), folder / "newest")
-    other = shutil.copytree(behind, folder / "other")
-    identity = json.loads((other / "identity.json").read_text())
-    identity["base model"] = "0" * 64
-    (other / "identity.json").write_text(json.dumps(identity))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +106,49 @@ def test_a_run_is_followed_to_its_newest_checkpoint(client, served, runs):
     served.deployment.follow()
     assert client.models.retrieve("behind").step == newest
     assert said(client, "behind") == said(client, "tuned")
+
+
+@pytest.mark.soak
+def test_a_fully_trained_run_is_followed(place, pretrained, tmp_path, caplog):
+    assert pretrained.code == 0, pretrained.err
+    run = shutil.copytree(place.run_dir("pretrained"), tmp_path / "run")
+    newest = max(place.saved_steps("pretrained"))
+    shutil.move(run / "checkpoints" / str(newest), tmp_path / "newest")
+    capacity = Capacity(2, 64, 0, 0, QUEUE, 1 << 20)
+    mesh = one_device()
+    server = LiveServer(
+        lambda: open_models.open_models([str(run)], "", capacity, mesh=mesh)
+    )
+    try:
+        assert not server.ready().error, server.error
+        ask = {"model": "run", "prompt": "import ", "max_tokens": 20, "logprobs": 0}
+
+        def said():
+            found = server.post("/v1/completions", ask).json()
+            return found["choices"][0]["logprobs"], found["system_fingerprint"]
+
+        old, traces = said(), server.deployment.engine._decoder.traces
+        shutil.move(tmp_path / "newest", run / "checkpoints" / str(newest))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(open_models, "_free_bytes", lambda: 1000)
+            server.deployment.follow()
+        assert "need" in caplog.text and "are free" in caplog.text and said() == old
+        server.deployment.follow()
+        new = said()
+        assert new[0] != old[0] and new[1] != old[1]
+        card = server.get("/v1/models/run").json()
+        assert card["step"] == newest
+        assert server.deployment.engine._decoder.traces == traces
+    finally:
+        server.stop()
+    fresh = LiveServer(
+        lambda: open_models.open_models([str(run)], "", capacity, mesh=mesh)
+    )
+    try:
+        server = fresh.ready()
+        assert said() == new
+    finally:
+        fresh.stop()
 
 
 def test_slots_without_room_say_how_many_fit(place, monkeypatch):

@@ -9,7 +9,8 @@ Whether a run was trained on this very base is checked before any weight is read
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,27 +20,26 @@ from jax.sharding import Mesh
 from research.checkpoints.checksums import seal_of
 from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
-from research.core.local_paths import split_step
-from research.formats.base_model import Base, open_base
+from research.formats.base_model import Base
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.runs.answering.int8_base import in_form
+from research.runs.answering.named_model import open_named, prompts_of
 from research.runs.answering.run_addresses import (
     BASE,
     RunAddress,
     run_addresses,
 )
 from research.runs.answering.weight_forms import PLAIN
-from research.runs.lineage.base_of_run import RunTensors, open_step
+from research.runs.lineage.base_of_run import RunTensors
 from research.runs.lineage.start_pins import saved_step
 from research.runs.reopen import FoundRun, find_run, fitting_mesh
 from research.runs.run_directory import RunDir
 from research.tasks.pretraining import PlainFormat
 from research.tasks.task_protocol import PromptFormat
 from research.tokenize.chat_template import ChatFormat
-from research.tokenize.default_system import DEFAULT_SYSTEM
 from research.weights.adapters import serving_bank
 from research.weights.parameter_spec import Spec
 from research.weights.representations.adapter_bank import AdapterBank
@@ -86,10 +86,10 @@ class ServedModel:
 
         A checkpoint appears whole, under its final name, so none is seen half-written.
         """
-        if not self.parent or self.address.step.isdecimal():
-            return False  # The base model stays what all adapters fit.
+        if not self.address or self.address.step.isdecimal():
+            return False
         try:
-            return _newest(self.address)[1] != self.newest
+            return newest_step(self.address)[1] != self.newest
         except UserError:  # None is there while the trainer exchanges them.
             return False
 
@@ -105,6 +105,7 @@ class Answering:
       params: with an empty bank; see `serving_bank`. Whoever writes a row owns it.
       served_base: the model without an adapter.
       runs: of adapters, as the user named them; none is read yet.
+      weights: the form of the base, see `in_form`.
     """
 
     base: Base
@@ -113,9 +114,16 @@ class Answering:
     params: Params
     served_base: ServedModel
     runs: tuple[RunAddress, ...]
+    weights: str = PLAIN
 
-    def read(self, address: RunAddress) -> tuple[ServedModel, serving_bank.Row]:
+    def read(
+        self, address: RunAddress, number: int | None = None
+    ) -> tuple[ServedModel, serving_bank.Row]:
         """Reads the adapters of a run; nothing that answers is changed.
+
+        Args:
+          address: of the run.
+          number: of the checkpoint that the address stands for, if that is known.
 
         Raises:
           UserError: there is no such run or checkpoint, it was trained on another base,
@@ -123,9 +131,9 @@ class Answering:
           DamagedError: no checkpoint can be read.
         """
         run = find_adapters(address, self.base)
-        number, newest = _newest(address)
+        number, newest = newest_step(address, number)
         try:
-            step, adapters = run.restored(self.mesh, address.step)
+            step, adapters = run.restored(self.mesh, address.step, number=number)
         except (OSError, ValueError):
             if (run.folder.checkpoints / str(number)).is_dir():
                 raise
@@ -151,6 +159,20 @@ class Answering:
         parent = self.served_base.name
         return _served(run, address, parent, step, identity, newest), row
 
+    def reread(self, number: int | None = None) -> "Answering":
+        """The fully trained run that is the base, at the step it has now, beside this.
+
+        Args:
+          number: of the checkpoint that its address stands for, if that is known.
+
+        Raises:
+          UserError, DamagedError: it cannot be read.
+        """
+        found = _open_full_run(self.served_base.address, self.mesh, number)
+        base = dataclasses.replace(found.base, tokenizer=self.base.tokenizer)
+        found = dataclasses.replace(found, base=base, model=self.model)
+        return _in_form(found, self.weights)
+
 
 def open_for_answering(
     runs: Sequence[str] = (),
@@ -160,6 +182,7 @@ def open_for_answering(
     adapters: int = 0,
     rank: int = 0,
     weights: str = PLAIN,
+    devices: Sequence[Any] = (),
 ) -> Answering:
     """Opens the one base model of several runs, or a model without a run.
 
@@ -168,15 +191,17 @@ def open_for_answering(
         is a base model itself, and stands alone or with adapters to it.
       model: the base model, as `config.model.init_from` names it; by default that of
         the first run.
-      mesh: devices for the parameters; by default those of this process that fit.
+      mesh: devices for the parameters; by default those of `devices` that fit.
       adapters: how many have room at once, at least as many as there are runs. Room
         that is not used slows every answer down. With 0 and no run there is no bank.
       rank: the largest rank that has room; those of `runs` have room anyway, and
         without runs `USUAL_RANK`.
       weights: the form of the base, see `in_form`.
+      devices: by default those of this process; all processes of `devices` call this.
 
     Raises:
-      UserError: a run or model is absent, or two runs have different bases.
+      UserError: a run or model is absent, two runs have different bases, or the model
+        does not divide over all processes.
     """
     addresses = run_addresses(runs)
     if not model and not addresses:
@@ -189,13 +214,14 @@ def open_for_answering(
             f"{'--model' if model else full[0].folder}"
         )
     others = tuple(x for x in addresses if x not in full)
-    opened = _open_full_run(full[0], mesh) if full else _open_base(model, others, mesh)
+    devices = devices or jax.local_devices()
+    if full:
+        found_mesh = mesh or _mesh(find_run(full[0].folder).specs, devices)
+        opened = _open_full_run(full[0], found_mesh)
+    else:
+        opened = _open_base(model, others, mesh, devices)
     found = [find_adapters(address, opened.base) for address in others]
-    first = addresses[0].folder if addresses else None
-    params = in_form(
-        weights, opened.params, opened.model, opened.mesh, first, opened.base.tokenizer
-    )
-    opened = dataclasses.replace(opened, params=params)
+    opened = _in_form(opened, weights, addresses[0].folder if addresses else None)
     count = max(adapters, len(found))
     params = _with_bank(opened, found, count, rank) if count else opened.params
     return dataclasses.replace(opened, runs=others, params=params)
@@ -229,45 +255,14 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun:
     return find_run(address.folder, base)
 
 
-def prompts_of(base: Base, system: str | None = None) -> PromptFormat:
-    """The format of a model's own prompts; without a chat template it continues text.
-
-    Args:
-      base: the model.
-      system: a system text; "" sends none, and None leaves it to the template.
+def newest_step(address: RunAddress, number: int | None = None) -> tuple[int, str]:
+    """The step that an address stands for now, and its checksums.
 
     Raises:
-      UserError: its template cannot be used.
+      UserError: there is none.
     """
-    template = base.tokenizer.chat_template
-    if not template:
-        return PlainFormat(base.tokenizer)
-    sends_none = system == "" and DEFAULT_SYSTEM in template
-    args = (f"{DEFAULT_SYSTEM}=",) if sends_none else ()
-    return ChatFormat(base.tokenizer, "chat", system or "", args)
-
-
-def open_named(name: str) -> Base:
-    """A base model by the name that `config.model.init_from` has for it.
-
-    Raises:
-      UserError: there is no such model, or it is the folder of a run without a step.
-    """
-    place, step = split_step(name)
-    if step:
-        return open_step(place, step)
-    if "://" not in name and RunDir(name).checkpoints.is_dir():
-        raise UserError(
-            f"--model={name} is the folder of a run: use --run={name}, or name a step "
-            f"of it as the base of other runs, --model={name}@latest"
-        )
-    return open_base(name)
-
-
-def _newest(address: RunAddress) -> tuple[int, str]:
-    """The step that an address stands for now, and its checksums."""
     folder = RunDir(address.folder)
-    number = saved_step(folder, address.step)
+    number = saved_step(folder, address.step) if number is None else number
     return number, f"{number} {seal_of(folder.checkpoints / str(number))}"
 
 
@@ -286,10 +281,35 @@ def _served(
     )  # fmt: skip
 
 
-def _open_full_run(address: RunAddress, mesh: Mesh | None) -> Answering:
-    number, newest = _newest(address)
+def _mesh(specs: Mapping[str, Any], devices: Sequence[Any]) -> Mesh:
+    """A mesh of all processes that have `devices`."""
+    mesh = fitting_mesh(specs, devices)
+    used, wanted = ({x.process_index for x in y} for y in (mesh.devices.flat, devices))
+    if used != wanted:
+        raise UserError(
+            f"the model divides over {mesh.size} of {len(devices)} devices, so "
+            f"{len(wanted - used)} of {len(wanted)} processes would hold nothing of "
+            f"it: start {len(used)}"
+        )
+    return mesh
+
+
+def _in_form(opened: Answering, weights: str, run: Path | None = None) -> Answering:
+    """`opened` with its base in the form that `--weights` names."""
+    if run is None and opened.served_base.address:
+        run = opened.served_base.address.folder
+    params = in_form(
+        weights, opened.params, opened.model, opened.mesh, run, opened.base.tokenizer
+    )
+    return dataclasses.replace(opened, params=params, weights=weights)
+
+
+def _open_full_run(
+    address: RunAddress, mesh: Mesh, number: int | None = None
+) -> Answering:
+    number, newest = newest_step(address, number)
     run = find_run(address.folder)
-    loaded = run.load(mesh, step=address.step, in_compute_dtype=True)
+    loaded = run.load(mesh, step=address.step, in_compute_dtype=True, number=number)
     # Adapters to this step have it as the base in their identity.
     tensors = RunTensors(run, loaded.step)
     base = dataclasses.replace(run.base, name=str(address.folder), tensors=tensors)
@@ -299,13 +319,18 @@ def _open_full_run(address: RunAddress, mesh: Mesh | None) -> Answering:
     return Answering(base, loaded.model, loaded.mesh, loaded.weights, served, ())
 
 
-def _open_base(name: str, runs: Sequence[RunAddress], mesh: Mesh | None) -> Answering:
+def _open_base(
+    name: str,
+    runs: Sequence[RunAddress],
+    mesh: Mesh | None,
+    devices: Sequence[Any],
+) -> Answering:
     first = None if name else find_run(runs[0].folder)
     base = first.base if first else open_named(name)
     for address in runs:  # Before any weight is read.
         find_adapters(address, base)
     specs = Model(base.architecture).specs
-    mesh = mesh or fitting_mesh(specs, jax.local_devices())
+    mesh = mesh or _mesh(specs, devices)
     config = first.config.model if first else ModelConfig()
     model = make_model(
         config, base.architecture, mesh, length=base.architecture.max_position, rows=1

@@ -92,7 +92,11 @@ def stopping() -> ApiError:
 
 
 # The names that the engine and the API have for one field.
-ENGINE_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+ENGINE_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_ids": "stop_token_ids",
+}
 
 
 def from_engine(error: UserError, prompt: str) -> ApiError:

@@ -47,7 +47,9 @@ async def chat_completions(http: HttpRequest) -> Response:
     ids = await state.in_text_thread(model.encode_chat, body.messages)
     most = body.max_completion_tokens or body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
-    requests = _requests(state, model, body, [ids], most, top, "messages")
+    requests = await state.in_text_thread(
+        _requests, state, model, body, [ids], most, top, "messages"
+    )
     shape = ChatShape(
         model.name,
         model.fingerprint,
@@ -66,7 +68,9 @@ async def completions(http: HttpRequest) -> Response:
     model = state.models.find(body.model)
     prompts = await state.in_text_thread(_encode_prompts, model, body)
     most = USUAL_TOKENS if body.max_tokens is None else body.max_tokens
-    requests = _requests(state, model, body, prompts, most, body.logprobs, "prompt")
+    requests = await state.in_text_thread(
+        _requests, state, model, body, prompts, most, body.logprobs, "prompt"
+    )
     shape = CompletionShape(
         model.name,
         model.fingerprint,

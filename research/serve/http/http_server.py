@@ -11,24 +11,38 @@ import logging
 import resource
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-FIRST_REQUEST = 20.0  # seconds in which a new connection must send one
+# Seconds in which a new connection must send the head of a request, and any connection
+# the rest of a head that it has begun.
+WHOLE_HEAD = 20.0
 KEEP_ALIVE = 75  # seconds that a connection stays open between two requests
 
 
 class _Protocol(H11Protocol):
     """Closes connections on which no request comes; uvicorn would keep them."""
 
+    _timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(FIRST_REQUEST, self._close_if_silent)
+        self._time_head()
 
-    def _close_if_silent(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        has_begun = self.cycle is None or bool(self.conn.trailing_data[0])
+        if self.conn.their_state is h11.IDLE and has_begun:
+            self._time_head()
+        elif self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_head(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(WHOLE_HEAD, self.transport.abort)
 
 
 class HttpServer(uvicorn.Server):

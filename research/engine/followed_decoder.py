@@ -26,7 +26,7 @@ from research.weights.adapters.serving_bank import Row
 FRAME = 4096
 Call = tuple[Any, ...]
 Tell = Callable[[Any], Any]
-# What must be equal in all processes, and the result.
+# Returns what must be equal in all processes, and the result.
 Perform = Callable[[Any], tuple[str, Any]]
 
 

@@ -29,7 +29,7 @@ def reading(kind: str, address: RunAddress) -> Task:
 
 
 class ModelReader:
-    """What one process has read. Tasks are JSON values, so that others hear of them.
+    """Reads in one process. Tasks are JSON values, so that the others hear of them.
 
     Attributes:
       opened: the base that answers.
@@ -66,7 +66,7 @@ class ModelReader:
             self._decoder.params = self.opened.params
             return self.opened.served_base
         if task["kind"] == WEIGHTS:
-            self._next = None  # Of a try that was not placed.
+            self._next = None  # A try before may not have been placed.
             self._next = self.opened.reread(task["number"])
             return self._next.served_base
         fields = task["address"]

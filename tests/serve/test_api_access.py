@@ -160,8 +160,11 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
             await asyncio.sleep(60)
 
     monkeypatch.setattr(guard, "BODY_TIME", 0.01)
-    with pytest.raises(ApiError, match="took over"):
+    with pytest.raises(ApiError, match="took over") as caught:
         asyncio.run(read_limited(Stuck(), 4))
+    # Its rest would be read as the next request.
+    response = caught.value.response()
+    assert (response.status_code, response.headers["connection"]) == (408, "close")
 
 
 def test_metrics_are_written_as_prometheus_reads_them():

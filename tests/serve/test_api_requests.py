@@ -121,6 +121,9 @@ def test_a_body_that_is_no_object_of_json_is_refused(body):
         (CompletionRequest, {"best_of": 3}, "best_of"),
         (CompletionRequest, {"max_tokens": 0}, "max_tokens"),
         (CompletionRequest, {"prompt": []}, "prompt"),
+        (TokenizeRequest, {"prompt": None, "messages": []}, "messages"),
+        (TokenizeRequest, {"prompt": None}, "prompt"),
+        (TokenizeRequest, {"messages": [USER]}, "prompt"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_field(kind, changes, param):
@@ -192,6 +195,7 @@ def test_the_errors_of_the_engine_become_those_of_the_api():
 def test_an_unknown_model_lists_names_and_nothing_long():
     error = unknown_model("../" * 10_000, [f"run{i}" for i in range(100)])
     assert error.status == 404 and error.param == "model"
+    assert unknown_model("x", []).message.endswith("none is")
     assert "run0, run1" in error.message and "80 more" in error.message
     assert len(error.message) < 500
     body = json.loads(error.response().body)

@@ -1,4 +1,4 @@
-"""What an engine has done since it began."""
+"""Counts of an engine since it began."""
 
 import collections
 import time

@@ -14,6 +14,8 @@ from research.engine.requests import (
 )
 
 LISTED = 20  # names in a message
+# The rest of the body may still come, and nothing can follow it on the connection.
+BODY_UNREAD = (408, 413)
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -58,6 +60,8 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status in BODY_UNREAD:
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         body = msgspec.json.encode(self.body())
@@ -73,7 +77,7 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
     """404: lists the models that there are."""
     names = list(known)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    listed = ", ".join(names[:LISTED]) + more
+    listed = ", ".join(names[:LISTED]) + more or "those that are loaded: none is"
     shown = name if len(name) <= 100 else f"{name[:100]}..."
     return ApiError(
         404,

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from research.serve.api.api_errors import ApiError, bad_request
+from research.serve.api.api_errors import ApiError
 from research.serve.http.access_keys import ApiKeys, Role
 
 BODY_TIME = 60.0  # seconds in which a body must arrive
@@ -110,7 +110,7 @@ async def read_limited(request: Request, limit: int) -> bytes:
                 elif size > DRAINED:
                     break
     except TimeoutError:
-        raise bad_request(f"the body took over {BODY_TIME:g} s", None) from None
+        raise ApiError(408, f"the body took over {BODY_TIME:g} s") from None
     if size > limit:
         raise ApiError(413, f"the body has over {limit} bytes", None, "body_too_long")
     return b"".join(chunks)

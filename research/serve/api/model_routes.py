@@ -67,8 +67,7 @@ async def tokenize(http: HttpRequest) -> Response:
     """
     state = _state(http)
     body, _ = await state.read(http, TokenizeRequest)
-    if (body.prompt is None) == (body.messages is None):
-        raise bad_request("give either prompt or messages", "prompt")
+    body.check()
     found = state.models.find(body.model)
     tokenizer = found.tokenizer
     # Harnesses ask for the ids of the names that `tokenizer_info` has given them.

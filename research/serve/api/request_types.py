@@ -110,11 +110,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
             raise bad_request("functions are not supported: drop them", "functions")
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs=true", "top_logprobs")
-        if not any(message.role == "user" for message in self.messages):
-            raise bad_request("messages has none of the role user", "messages")
-        if self.messages[-1].role == "assistant":
-            last = f"messages[{len(self.messages) - 1}].role"
-            raise bad_request("the last message is an answer; end with a prompt", last)
+        _check_messages(self.messages)
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
@@ -164,6 +160,13 @@ class TokenizeRequest(msgspec.Struct, frozen=True):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
 
+    def check(self) -> None:
+        """Raises ApiError for messages that are no prompt, or fields too many."""
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("give either prompt or messages", "prompt")
+        if self.messages is not None:
+            _check_messages(self.messages)
+
 
 class DetokenizeRequest(msgspec.Struct, frozen=True):
     """The body of `/detokenize`."""
@@ -184,6 +187,15 @@ class UnloadAdapterRequest(msgspec.Struct, frozen=True):
     """The body of `/v1/unload_lora_adapter`."""
 
     lora_name: Name
+
+
+def _check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises ApiError for a conversation that no answer can follow."""
+    if not any(message.role == "user" for message in messages):
+        raise bad_request("messages has none of the role user", "messages")
+    if messages[-1].role == "assistant":
+        last = f"messages[{len(messages) - 1}].role"
+        raise bad_request("the last message is an answer; end with a prompt", last)
 
 
 def message_text(message: ChatMessage, index: int) -> str:

@@ -244,7 +244,7 @@ def open_models(
 ) -> Deployment:
     """Loads the models and compiles all programs that answer.
 
-    Of several processes the first one calls this, and the others `follow_models`.
+    The first of several processes calls this, and the others `follow_models`.
 
     Args:
       runs, model: those of `open_for_answering`.

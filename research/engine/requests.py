@@ -241,14 +241,9 @@ def check_request(request: Request, *, vocabulary: int, length: int) -> None:
         raise UserError("prompt: it has no token; give at least one")
     _check_ids("prompt", prompt, vocabulary)
     stop_ids = () if request.ignore_eos else tuple(request.stop_ids)
-    _check_ids("logit_bias", tuple(sampling.logit_bias), vocabulary)
-    for name, ids, most in (
-        ("stop_ids", stop_ids, MOST_STOP_IDS),
-        ("logit_bias", [k for k, v in sampling.logit_bias.items() if v], MOST_BIASES),
-    ):
-        _check_ids(name, ids, vocabulary)
-        if len(ids) > most:
-            raise UserError(f"{name}: {len(ids)} ids; at most {most} are possible")
+    acting = [token for token, value in sampling.logit_bias.items() if value]
+    _check_ids("stop_ids", stop_ids, vocabulary, MOST_STOP_IDS)
+    _check_ids("logit_bias", acting, vocabulary, MOST_BIASES)
     alternatives = request.top_logprobs
     rules = (
         ("temperature", sampling.temperature, 0, float("inf")),
@@ -288,7 +283,11 @@ def check_request(request: Request, *, vocabulary: int, length: int) -> None:
         )
 
 
-def _check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
+def _check_ids(
+    name: str, ids: Sequence[int], vocabulary: int, most: int | None = None
+) -> None:
+    if most is not None and len(ids) > most:
+        raise UserError(f"{name}: {len(ids)} ids; at most {most} are possible")
     for token in ids:
         if not 0 <= token < vocabulary:
             raise UserError(f"{name}: id {token} is not in 0 to {vocabulary - 1}")

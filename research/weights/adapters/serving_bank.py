@@ -186,6 +186,10 @@ def _padded(own: AdapterBank, leaf: LowRank | None) -> dict[str, Array]:
 
 def _widened(x: Any, like: Array, axis: int, size: int) -> Array:
     """`x` with zeros up to `size` on `axis`, which no device splits, as `like` lies."""
+    if not like.is_fully_addressable and getattr(x, "is_fully_addressable", True):
+        # Every process has all of it, and takes its own part.
+        whole = np.asarray(x)
+        x = jax.make_array_from_callback(x.shape, like.sharding, whole.__getitem__)
     x = jax.device_put(x, like.sharding)
     missing = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
     parts = [

@@ -32,7 +32,7 @@ def finish(run: TrainingRun) -> None:
       SaveError: they could not be written; the last step is saved all the same.
     """
     steps = run.config.steps
-    with files_of_step(steps, f"step {steps}, the last, is saved, and the report"):
+    with files_of_step(steps, f"all {steps} steps are saved, and the report"):
         run.folder.require_present()
         _finish(run)
 

@@ -74,7 +74,7 @@ class EvaluateFlags:
         (), "text that ends an answer and is not part of it; may be given repeatedly"
     )
     slots: int = knob(
-        0, "answers made at a time; 0: 8 on a CPU, 32 on accelerators", low=0, high=256
+        0, "answers made at a time; 0: 16 on a CPU, 32 on accelerators", low=0, high=256
     )
 
 

@@ -10,6 +10,7 @@ from research.tasks.model_answers import AnswerMeasure
 
 TOTAL = "all"  # A label that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
+MOST_WITH_PERPLEXITY = 2  # Models: the table of more would be too wide.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
 
 
@@ -49,12 +50,13 @@ def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Losses and metrics by group of one model, or of two side by side.
+    """Losses and metrics by group of one model, or of several side by side.
 
     `lines` are evaluations of the same rows, as in `metrics.jsonl`, by model.
     """
     each = list(lines.values())
     text, in_nats = is_text(each), loss_unit(each) == NATS_PER_TOKEN
+    has_perplexity = in_nats and len(each) <= MOST_WITH_PERPLEXITY
     metrics = [name for name in each[-1].get("metrics", "").split(",") if name]
 
     def columns(title: str) -> list[str]:
@@ -63,7 +65,7 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
 
     header = [group_kind(each), "tokens" if in_nats else "counted"]
     changes = ["change"] if len(each) == 2 else [f"change {x}" for x in [*lines][1:]]
-    header += columns("loss") + columns("ppl") * in_nats + changes
+    header += columns("loss") + columns("ppl") * has_perplexity + changes
     header += columns("bits/byte") * text
     header += [cell for name in metrics for cell in columns(name)]
     rows = []
@@ -75,10 +77,11 @@ def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
         others = [by_group(x, name).get(group) for name in means for x in each]
         tokens = counted.get(group, 0)
         label = group_label(group, header[0])
-        rows.append(_row(label, tokens, losses, in_nats, others))
+        rows.append(_row(label, tokens, losses, has_perplexity, others))
     others = [line.get(name) for name in means for line in each]
     total = sum(counted.values())
-    rows.append(_row(TOTAL, total, [x["loss"] for x in each], in_nats, others))
+    losses = [x["loss"] for x in each]
+    rows.append(_row(TOTAL, total, losses, has_perplexity, others))
     return [header, *rows]
 
 
@@ -107,7 +110,7 @@ def _row(
     name: str,
     tokens: int,
     losses: Sequence[float],
-    in_nats: bool,
+    has_perplexity: bool,
     others: Sequence[float | None],
 ) -> list[str]:
     perplexities = [perplexity(x) for x in losses]
@@ -115,7 +118,7 @@ def _row(
         name,
         f"{tokens:,}",
         *(f"{loss:.3f}" for loss in losses),
-        *(f"{x:.2f}" for x in perplexities * in_nats),
+        *(f"{x:.2f}" for x in perplexities * has_perplexity),
         *(f"{loss - losses[0]:+.3f}" for loss in losses[1:]),
         *("-" if value is None else f"{value:.3f}" for value in others),
     ]

@@ -21,7 +21,7 @@ from research.report.progress_view import AnswerCount
 from research.runs.answering.open_for_answering import open_for_answering
 
 # Answers at a time, unless the user says how many.
-USUAL_SLOTS, ACCELERATOR_SLOTS = 8, 32
+USUAL_SLOTS, ACCELERATOR_SLOTS = 16, 32
 PREFIX_BYTES = 2**28  # Beginnings that prompts share, such as a system text, are kept.
 
 

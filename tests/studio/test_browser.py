@@ -48,7 +48,7 @@ class Tab:
             lambda route: (self.faults.append(route.request.url), route.abort()),
         )
         self.page = context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", self._note)
         self.url = server.url

@@ -17,7 +17,7 @@ from research.core.errors import UserError
 from research.runs.control.request_files import pending
 from research.studio.jobs import job_commands
 from research.studio.jobs.__main__ import main
-from research.studio.jobs.job_logs import tail
+from research.studio.jobs.job_logs import last_error, tail
 from research.studio.jobs.job_queue import MACHINE, JobQueue, queue_folder
 from research.studio.jobs.queue_worker import run_detached, work_off
 
@@ -222,6 +222,17 @@ def test_the_queue_page_moves_removes_and_ends_jobs(idle):
     text = client.get("/queue").text
     assert "failed with code -15" in text and "It has written nothing." in text
     assert [x["action"] for x in idle.state.audit.read()] == ["remove job", "end job"]
+
+
+def test_a_failed_run_shows_the_last_message_of_its_command(idle):
+    assert last_error("step 1\nan error: no\n") == ""
+    assert (
+        last_error("error: first\n\nerror: second\n  fix\n") == "error: second\n  fix"
+    )
+    make_run(idle.runs / "a", "failed")
+    (idle.runs / "a.log").write_text("step 1\nerror: no room\nmake some <b>\n")
+    page = idle.client().get("/run/runs/a").text
+    assert "error: no room\nmake some &lt;b&gt;</p>" in page
 
 
 def test_machines_that_share_runs_have_queues_of_their_own(tmp_path):

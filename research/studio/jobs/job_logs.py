@@ -3,10 +3,20 @@
 import os
 from pathlib import Path
 
+LONGEST = 1500  # letters of a message
+
 
 def log_of(run: Path) -> Path:
     """The file with the output of the jobs that train in `run`."""
     return run.with_name(f"{run.name}.log")
+
+
+def last_error(log: str) -> str:
+    """The last message of a command in a log, with its remedy; empty without one."""
+    begin = log.rfind("\nerror: ") + 1
+    if not begin and not log.startswith("error: "):
+        return ""
+    return log[begin:][:LONGEST].strip()
 
 
 def tail(path: Path, size: int) -> str:

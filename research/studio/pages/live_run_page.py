@@ -17,7 +17,7 @@ from research.runs.run_directory import RunDir
 from research.runs.run_history import goodput
 from research.runs.run_history import read as read_history
 from research.studio.jobs import job_commands as commands
-from research.studio.jobs.job_logs import log_of, tail
+from research.studio.jobs.job_logs import last_error, log_of, tail
 from research.studio.listing.run_index import is_run
 from research.studio.listing.run_notes import read_notes
 from research.studio.live.metric_columns import MetricColumns, held_out_curves
@@ -54,6 +54,7 @@ def run(request: Request) -> Response:
     state = studio.state_of(folder)
     tags, notes = read_notes(folder)
     jobs = studio.queue.read()
+    log = tail(log_of(folder), LOG_BYTES)
     return render(
         request,
         "run.html.jinja",
@@ -76,7 +77,8 @@ def run(request: Request) -> Response:
         resume=commands.launching(commands.resuming(folder)),
         job=next((x for x in jobs.running if x.run == str(folder)), None),
         waits=any(x.run == str(folder) for x in jobs.waiting),
-        log=tail(log_of(folder), LOG_BYTES),
+        log=log,
+        error=last_error(log) if state.state == "failed" else "",
         said=request.query_params.get("said", ""),
         has_report=(folder / "report.html").is_file(),
         **_from_files(folder),

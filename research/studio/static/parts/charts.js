@@ -10,6 +10,13 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+// Few letters, because an axis is narrow.
+function shortTick(value) {
+  if (value === null) return "";
+  if (value && Math.abs(value) < 1e-3) return Number(value.toPrecision(2)).toExponential();
+  return formatNumber(value);
+}
+
 // A curve that hardly changes is a flat line, and no picture of its last digits.
 function padded(plot, low, high) {
   if (low === null) return [0, 1];
@@ -90,7 +97,7 @@ export class Chart {
       scales: { x: { time: false }, y: this.log ? { distr: 3 } : { range: padded } },
       axes: [
         { ...axis, values: (plot, ticks) => ticks.map((v) => (Number.isInteger(v) ? formatNumber(v) : "")) },
-        { ...axis, size: 58, values: (plot, ticks) => ticks.map((v) => (v === null ? "" : formatNumber(v))) },
+        { ...axis, size: 58, values: (plot, ticks) => ticks.map(shortTick) },
       ],
       series: [{ label: "step", value: (plot, value) => formatNumber(value) }, ...series],
       cursor: { sync: { key: synced.key, scales: ["x", null] }, points: { size: 6 } },

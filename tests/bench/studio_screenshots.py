@@ -1,0 +1,88 @@
+"""Pictures of every page of the studio: two widths, light and dark.
+
+    make screenshots FLAGS="--out=screenshots"
+
+Without --url it shows a studio over small runs that it makes; with the address that a
+studio has printed, it shows that one.
+"""
+
+import argparse
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+from served_studio import ServedStudio
+from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
+
+from research.studio.pages.page_view import TABS
+
+WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
+OTHERS = (
+    "/run/runs/tuned", "/compare?run=runs/tuned&run=runs/rank-4",
+    "/remove?run=runs/rank-4", "/branch?run=runs/tuned",
+)  # fmt: skip
+
+
+def make_runs(runs: Path) -> None:
+    """Three runs whose losses fall."""
+    for name, end, speed in (
+        ("tuned", "stopped", 0.02), ("rank-4", "finished", 0.012),
+        ("sweep/seed-1", "failed", 0.03),
+    ):  # fmt: skip
+        lines = []
+        for step in range(1, 301):
+            loss = 1.2 + 2 * math.exp(-speed * step) + 0.08 * math.sin(step * 7.3)
+            if step % 50 == 1:
+                groups = {"open_qa": loss - 0.2, "summaries": loss + 0.15}
+                lines.append(eval_line(step - 1, loss, **groups))
+            rate = 5e-4 * min(1, step / 30) * (1 - step / 400)
+            lines.append(train_line(step, loss, learning_rate=rate))
+        make_run(runs / name, end, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("screenshots"))
+    parser.add_argument("--url", default="")
+    parser.add_argument("--path", action="append", default=[])
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.url:
+            take(options.url, options.path or [path for path, _ in TABS], options.out)
+            return
+        place = StudioPlace(Path(folder))
+        make_runs(place.runs)
+        server = ServedStudio(place.app)
+        paths = options.path or [*(path for path, _ in TABS), *OTHERS]
+        try:
+            take(f"{server.url}/?token={TOKEN}", paths, options.out)
+        finally:
+            server.stop()
+
+
+def take(url: str, paths: list[str], out: Path) -> None:
+    """Writes `NAME-WIDTH-SCHEME.png` for each page."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        for scheme in SCHEMES:
+            for width in WIDTHS:
+                size = {"width": width, "height": 900}
+                page = browser.new_page(viewport=size, color_scheme=scheme)
+                page.goto(url)
+                for path in paths:
+                    page.goto(url.split("/?")[0] + path)
+                    page.wait_for_timeout(800)  # The charts are drawn.
+                    name = path.split("?")[0].strip("/").replace("/", "-") or "runs"
+                    file = out / f"{name}-{width}-{scheme}.png"
+                    page.screenshot(path=file, full_page=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -70,7 +70,7 @@ def make_run(folder, **checkpoint):
     history.resume_from(0)
     config = Config(checkpoint=CheckpointConfig(**checkpoint))
     run = SimpleNamespace(
-        config=config, folder=run_dir, history=history, evaluated=None
+        config=config, folder=run_dir, history=history, evaluated=None, answered=None
     )
     run.warn = functools.partial(TrainingRun.warn, run)
     return run

@@ -341,6 +341,8 @@ def test_a_setting_that_jax_refuses_is_one_line(said, name, monkeypatch, capsys)
         ("eval.every=4", "no effect where config.data.held_out is 0.0", ""),
         ("eval.prompts=9", "no effect where config.data.held_out is 0.0", ""),
         ("eval.samples_every=4", "where config.data.held_out is 0.0", ""),
+        ("eval.answers_every=4", "where config.data.held_out is 0.0", ""),
+        ("checkpoint.best_by=bleu", "where config.data.held_out is 0.0", ""),
         ("checkpoint.keep_best=2", "where config.data.held_out is 0.0", ""),
         ("runtime.process_id=1", "config.runtime.distributed is False", ""),
         ("runtime.profile_steps=9", "config.runtime.profile_from is 0", ""),

@@ -245,6 +245,7 @@ def test_every_field_that_changes_the_result_is_fixed():
         "run_dir", "model.remat", "model.scan_unroll", "model.attention_block",
         "model.loss_chunk", "data.hub_timeout", "mesh.data", "mesh.fsdp",
         "mesh.tensor", "eval.prompts", "eval.max_new_tokens", "checkpoint.every",
+        "eval.answers_every", "eval.answers_rows", "checkpoint.best_by",
         "checkpoint.keep_last", "checkpoint.keep_best", "runtime.compilation_cache",
         "runtime.peak_tflops", "runtime.progress", "runtime.distributed", "export",
         "eval.text_prompts", "eval.samples_every", "text.cache_dir", "mesh.replica",

@@ -55,7 +55,7 @@ def small_config(place, name, steps, model=None, **changes):
         ),
         optim=OptimConfig(learning_rate=1e-2),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        eval=EvalConfig(every=100, prompts=0),
+        eval=EvalConfig(every=100, prompts=0, answers_rows=0),
         checkpoint=CheckpointConfig(every=2),
         runtime=RuntimeConfig(compilation_cache="", peak_tflops=0.05, progress="lines"),
         **{"text": TextConfig(cache_dir=str(place / "tokens")), **changes},

@@ -1,5 +1,6 @@
 """Curves and streams: complete, thinned, replayed, and unharmed by what is broken."""
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -171,6 +172,32 @@ def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(place, serve
             assert read_until(lines, "state")[1]["state"] == "running"
             fcntl.flock(file, fcntl.LOCK_UN)
             assert read_until(lines, "state")[1]["state"] == "failed"
+
+
+@pytest.mark.soak
+def test_500_tabs_follow_one_run(place, served):
+    """One reader serves them all."""
+    run = make_run(place.runs / "a")
+    came = []
+
+    async def follow(client):
+        async with client.stream("GET", "/api/events?run=runs/a") as response:
+            async for line in response.aiter_lines():
+                came.append(line) if line == "event: reset" else None
+                if line == "event: rows":
+                    return
+
+    async def follow_all():
+        limits = httpx.Limits(max_connections=None)
+        more = {"headers": served.headers, "limits": limits, "timeout": 60}
+        async with httpx.AsyncClient(base_url=served.base_url, **more) as client:
+            tabs = [asyncio.create_task(follow(client)) for _ in range(500)]
+            while len(came) < 500:
+                await asyncio.sleep(0.1)
+            append(run, train_line(4))
+            await asyncio.gather(*tabs)
+
+    asyncio.run(follow_all())
 
 
 @pytest.mark.parametrize("last", ["x", "1-2", "0-9-9", "-1-0-0", "9" * 400 + "-0-0"])

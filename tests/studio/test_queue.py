@@ -34,6 +34,13 @@ def add(queue, tmp_path, *names, program="print(1)"):
     return [queue.add(command, tmp_path / name, "me").id for name in names]
 
 
+def wait_until(happens, patience=60.0):
+    limit = time.monotonic() + patience
+    while not happens():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
 def names(jobs):
     return [Path(job.run).name for job in jobs]
 
@@ -67,13 +74,14 @@ def test_jobs_run_in_the_order_that_people_gave_them(queue, tmp_path):
 def test_a_job_holds_the_machine_after_its_worker_is_killed(queue, tmp_path):
     """The next worker waits for it, and says that nobody saw its end."""
     go = tmp_path / "go"
-    waits = f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(.01)"
+    # It ends by itself, too: a test that is killed leaves no process.
+    waits = f"time.sleep(0 if pathlib.Path({str(go)!r}).exists() else .05)"
+    waits = f"for _ in range(600): {waits}"
     program = f"import pathlib, time\n{waits}\nprint('end')"
     add(queue, tmp_path, "a", "b", program=program)
     command = [sys.executable, "-m", "research.studio.jobs", f"--queue={queue.folder}"]
     worker = subprocess.Popen(command, start_new_session=True)
-    while not (running := queue.read().running) or not running[0].is_alive:
-        time.sleep(0.02)
+    wait_until(lambda: any(job.is_alive for job in queue.read().running))
     worker.kill()
     worker.wait()
     with open(queue.folder / MACHINE) as file, pytest.raises(BlockingIOError):
@@ -192,7 +200,7 @@ def test_a_branch_that_would_not_start_is_refused(idle, changes, problem):
 
 def test_the_queue_page_moves_removes_and_ends_jobs(idle):
     queue, client = idle.state.queue, idle.client()
-    program = "import time; time.sleep(60)"
+    program = "import time; time.sleep(30)"
     a, b, c = add(queue, idle.runs, "a", "b", "c", program=program)
     for job, action in ((c, "up"), (a, "down"), (b, "remove")):
         form = {"job": job, "action": action}
@@ -207,8 +215,7 @@ def test_the_queue_page_moves_removes_and_ends_jobs(idle):
         import threading
 
         def end():
-            while not any(x.is_alive for x in queue.read().running):
-                time.sleep(0.02)
+            wait_until(lambda: any(x.is_alive for x in queue.read().running))
             client.post("/act/queue", data={"job": c, "action": "end"})
 
         thread = threading.Thread(target=end)

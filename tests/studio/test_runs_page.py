@@ -121,6 +121,21 @@ def test_foreign_text_is_never_html(place):
     assert pages[1].text.count("&lt;img") >= 9
 
 
+def test_a_report_is_shown_as_it_is_but_can_do_nothing(place):
+    """It is a file that anybody may have written."""
+    run = make_run(place.runs / "a", "finished")
+    client = place.client()
+    assert client.get("/report?run=runs/a").status_code == 404
+    (run / "report.html").write_text("<script>alert(1)</script><p>loss</p>")
+    answer = client.get("/report?run=runs/a")
+    policy = answer.headers["content-security-policy"]
+    assert "<p>loss</p>" in answer.text and policy.startswith("sandbox; default-src")
+    assert "script-src" not in policy and "allow-" not in policy
+    (run / "report.html").unlink()
+    (run / "report.html").symlink_to("/etc/passwd")
+    assert client.get("/report?run=runs/a").status_code == 404
+
+
 def test_a_removed_run_names_its_bytes_and_can_return(place):
     run = make_run(place.runs / "sweep" / "a")
     (place.runs / "sweep" / "a.log").write_text("log")

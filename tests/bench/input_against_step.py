@@ -63,6 +63,7 @@ def trained(name: str, steps: int) -> float:
         ]  # fmt: skip
         if read_config(name).data.kind == "instructions":
             command += ["--config.eval.prompts=1", "--config.data.held_out=8"]
+            command += ["--config.eval.answers_rows=0"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         text = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8")
     lines = [x for x in map(json.loads, text.splitlines()) if x["kind"] == "train"]

@@ -66,6 +66,7 @@ def run_ours(
             "--config.data.held_out=8",
             "--config.eval.every=1000",
             "--config.eval.prompts=1",
+            "--config.eval.answers_rows=0",
             "--config.eval.max_new_tokens=1",
         ]
         env = environment(tunables)

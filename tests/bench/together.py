@@ -65,6 +65,7 @@ def main() -> None:
         f"--config.model.dtype={options.dtype}",
         "--config.data.held_out=16",
         "--config.eval.prompts=1",
+        "--config.eval.answers_rows=0",
         "--config.eval.max_new_tokens=16",
     ]
     with tempfile.TemporaryDirectory() as name:

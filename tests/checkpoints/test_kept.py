@@ -83,7 +83,7 @@ JOBS = {
         *(
             flag(path, flat(Config())[path])
             for path in (
-                *("lora.rank", "lora.dropout", "eval.prompts"),
+                *("lora.rank", "lora.dropout", "eval.prompts", "eval.answers_rows"),
                 *("data.overlength", "data.held_out", "data.edition"),
             )
         ),

@@ -41,7 +41,7 @@ def get_config():
     config.optim.learning_rate = 1e-2
     config.eval.every = {EVAL_EVERY}
     config.eval.max_new_tokens = 16
-    config.eval.answers_rows = 3
+    config.eval.answers_rows = 1
     config.checkpoint.every = 5
     config.runtime.peak_tflops = 0.05
     return config
@@ -301,7 +301,8 @@ def results(request, place):
 @chain
 def unbroken(place, results):
     # Others measure no answers in training, and have the same losses.
-    own = "--config.runtime.peak_tflops=0", "--config.eval.answers_every=8"
+    answers = "--config.eval.answers_every=8", "--config.eval.answers_rows=3"
+    own = "--config.runtime.peak_tflops=0", *answers
     return place.train("unbroken", *own, more=SECRETS, forked=False)
 
 

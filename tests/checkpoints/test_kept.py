@@ -57,14 +57,14 @@ def machine():
 SMALL = (
     "--config.steps=100",
     "--config.eval.every=1000",
-    "--config.eval.prompts=1",
     "--config.data.batch_size=2",
     "--config.data.microbatch_size=1",
 )
 JOBS = {
-    "lora": ("--config.data.held_out=16",),
+    "lora": ("--config.data.held_out=16", "--config.eval.prompts=1"),
     "full": (
         "--config.data.held_out=16",
+        "--config.eval.prompts=1",
         "--config.trainable=full",
         "--config.optim.name=lion",
         "--config.optim.learning_rate=1e-3",
@@ -83,7 +83,7 @@ JOBS = {
         *(
             flag(path, flat(Config())[path])
             for path in (
-                *("lora.rank", "lora.dropout", "eval.prompts", "eval.answers_rows"),
+                *("lora.rank", "lora.dropout", "eval.answers_rows"),
                 *("data.overlength", "data.held_out", "data.edition"),
             )
         ),

@@ -115,6 +115,12 @@ def test_repeated_rows_do_not_narrow_the_interval():
     assert clustered.rows_needed == pytest.approx(3 * once.rows_needed, abs=3)
 
 
+def test_every_row_of_a_cluster_counts():
+    """Rows of one prompt may have other references, and so other scores."""
+    compared = paired.compare(means([0, 0, 0, 0]), means([1, 2, 3, 10]), "aaab")
+    assert (compared.difference, compared.rows, compared.clusters) == (4, 4, 2)
+
+
 def test_the_p_value_of_few_rows_is_exact():
     """All 16 ways to flip the signs of four differences, by hand."""
     base, tuned = means([0, 0, 0, 0]), means([1, 2, 3, 2])

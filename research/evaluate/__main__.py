@@ -60,7 +60,8 @@ class EvaluateFlags:
     metrics: tuple[str, ...] = knob(
         ("auto",),
         "metrics of the answers, several between commas or flags: auto chooses by the "
-        "rows, none makes no answers, module:function is your own",
+        "rows, none makes no answers, choice_none, choice_tokens and choice_bytes "
+        "score the choices of rows, module:function is your own",
     )
     max_new_tokens: int = knob(256, "longest answer, in tokens", above=0)
     temperature: float = knob(

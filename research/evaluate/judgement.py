@@ -42,16 +42,17 @@ class Measurements:
         cls,
         rows: Mapping[str, Sequence[AnsweredRow]],
         losses: Mapping[str, Mapping[str, RowSums]],
-        metrics: Mapping[str, AnswerMetric],
+        metrics: Mapping[str, Mapping[str, AnswerMetric]],
     ) -> "Measurements":
-        """Computes every metric of every model."""
+        """Computes every metric of every model; `metrics` are by model and name."""
         measured: dict[str, dict[str, Measured]] = {}
         for name, own in rows.items():
             pairs = [losses[name].get(row.id, {LOSS: [0.0, 0.0]})[LOSS] for row in own]
             measured[name] = {LOSS: ratio(*zip(*pairs, strict=True))}
-            measured[name] |= {k: metric.measure(own) for k, metric in metrics.items()}
+            measured[name] |= {k: x.measure(own) for k, x in metrics[name].items()}
         clusters = clusters_of(next(iter(rows.values())))
-        return cls(rows, losses, metrics, measured, clusters)
+        names = next(iter(metrics.values()))
+        return cls(rows, losses, names, measured, clusters)
 
     @property
     def first(self) -> Sequence[AnsweredRow]:

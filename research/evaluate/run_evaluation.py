@@ -9,7 +9,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.data.instructions.row_cache import CUT
 from research.engine.requests import Sampling
-from research.evaluate.answer_metrics.choose_metrics import choose_metrics
+from research.evaluate.answer_stage import AnswerStage
 from research.evaluate.held_out_losses import Evaluation
 from research.evaluate.judgement import (
     LOSS,
@@ -28,7 +28,6 @@ from research.evaluate.measuring.kept_lines import digest
 from research.evaluate.measuring.measure_models import (
     AskedRows,
     documents_of,
-    measure_answers,
     measure_losses,
 )
 from research.evaluate.measuring.row_losses import (
@@ -106,14 +105,17 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     if own.packed is None:
         return _evaluate_texts(found, choices, readings)
     rows = choose_rows(own.records(), own.groups, choices.rows)
-    asked, metrics = None, {}
+    stage = None
     if choices.metrics != (NONE,):
         asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
-        metrics = choose_metrics(choices.metrics, asked.without_answers(found.models))
+        data = found.config_for(found.target, choices.changes).data
+        path = choices.data or data.eval_path or data.path
+        data = dataclasses.replace(data, path=path)
+        stage = AnswerStage.of(asked, choices.metrics, found, data)
     seen = find_seen(found, rows)
     sums = measure_losses(rows, found, readings, choices.changes, folder)
     losses = {k: _by_category(rows, each, found) for k, each in sums.items()}
-    values = _facts(found, choices, own) | {"rows": _count(rows, own, asked)}
+    values = _facts(found, choices, own) | {"rows": _count(rows, own, stage)}
     values["overlap"] = seen
     values["models"] = {
         x.name: _model(x)
@@ -122,9 +124,8 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
         for x in found.models
     }
     lines = [_line(row, sums) for row in rows]
-    if asked:
-        answers = measure_answers(asked, found.models, folder, choices.slots)
-        measured = Measurements.of(answers, sums, metrics)
+    if stage:
+        measured = stage.measure(found, sums, folder, choices.slots)
         _add_answers(values, measured, found.baseline)
         _add_lines(lines, measured)
     name = digest(
@@ -218,7 +219,7 @@ def _model(model: EvaluatedModel) -> Values:
 
 
 def _count(
-    rows: Sequence[EvaluatedRow], own: EvaluationRows, asked: AskedRows | None
+    rows: Sequence[EvaluatedRow], own: EvaluationRows, stage: AnswerStage | None
 ) -> Values:
     """How many rows are evaluated, and how many of them are not whole."""
     cut = {x.rpartition(": ")[0] for x in own.left_out if x.endswith(f": {CUT}")}
@@ -228,8 +229,8 @@ def _count(
         "cut": sum(row.place in cut for row in rows),
         "without_loss": len(rows) - len(documents),
     }
-    if asked:
-        count["not_asked"] = asked.problems
+    if stage:
+        count["not_asked"] = stage.asked.problems
     return count
 
 

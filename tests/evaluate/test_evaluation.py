@@ -1,13 +1,18 @@
 """A whole evaluation: models answer, are compared, and a kill costs little."""
 
+import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from doors import run_door
 
 from research.evaluate.__main__ import main
 from research.evaluate.measuring import ask_models
+from research.evaluate.scored_continuations import score_continuations
+from research.runs.reopen import reopen
+from research.tokenize.conversation import Turn
 
 FEW = ("--rows=5", "--max_new_tokens=6", "--metrics=chrf,stopped")
 
@@ -15,6 +20,7 @@ FEW = ("--rows=5", "--max_new_tokens=6", "--metrics=chrf,stopped")
 @pytest.fixture
 def copies(place, unbroken):
     """Copies of a finished run beside it, which are removed in the end."""
+    assert unbroken.code == 0, unbroken.err
     made = []
 
     def copy(name):
@@ -80,3 +86,52 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same_bytes(
     bad = evaluate(place, f"--run={run}", *FEW)
     assert bad.returncode == 2 and "kept/answers-" in bad.stderr
     assert len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("caches_of_the_commands")
+def test_choices_are_scored_after_the_prompt_by_every_model(place, copies):
+    run = copies("quizzed")
+    texts = ["a red bird", "no", "maybe so"]
+    rows = [
+        {"question": f"What flies {i} times?", "choices": texts, "answer": i}
+        for i in range(3)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (place.folder / "quiz.jsonl").write_text(lines)
+    columns = [f"--config.data.columns.{k}" for k in ("instruction", "response")]
+    done = evaluate(
+        place, f"--run={run}", "--data=quiz.jsonl", "--metrics=choice_none",
+        f"{columns[0]}=question", f"{columns[1]}=answer",
+    )  # fmt: skip
+    folder = results(place, done)
+    [kept] = (run / "evaluations/kept").glob("choices-*")
+    assert not [*(run / "evaluations/kept").glob("answers-*")], "nothing is written"
+    found = {}
+    for line in map(json.loads, kept.read_text().splitlines()):
+        found[line["model"], line["row"]] = line["logprob"]
+    scored = [json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]
+    opened = reopen(run)
+    for name, generator in opened.generators(compare=True).items():
+        pairs = [
+            (
+                opened.prompts.encode_prompt([Turn("user", row["question"])]),
+                opened.base.tokenizer.encode_texts([text])[0],
+            )
+            for row in scored
+            for text in texts
+        ]
+        wanted = [x.logprob for x in score_continuations(generator, pairs)]
+        own = [found[name, f"{row['row']} {i}"] for row in scored for i in range(3)]
+        np.testing.assert_allclose(own, wanted, atol=1e-3)
+        for row, values in zip(scored, np.reshape(own, (3, 3)), strict=True):
+            is_right = float(np.argmax(values) == int(row["reference"]))
+            assert row["models"][name]["scores"] == {"choice_none": is_right}
+
+    rows[1]["answer"] = 7
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (place.folder / "quiz.jsonl").write_text(lines)
+    bad = evaluate(
+        place, f"--run={run}", "--data=quiz.jsonl", "--metrics=choice_none",
+        f"{columns[0]}=question", f"{columns[1]}=answer",
+    )  # fmt: skip
+    assert bad.returncode == 2 and "quiz.jsonl:2: the right choice is 7" in bad.stderr

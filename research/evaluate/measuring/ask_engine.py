@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from research.core.errors import UserError
-from research.engine.answers.full_answer import FullAnswer
 from research.engine.continuous_batching import Engine
 from research.engine.requests import Piece, Request
 
@@ -14,8 +13,8 @@ Key = TypeVar("Key")
 
 def ask(
     engine: Engine, requests: Mapping[Key, Request]
-) -> Iterator[tuple[Key, FullAnswer]]:
-    """Yields `(key, answer)` in the order in which answers end.
+) -> Iterator[tuple[Key, list[Piece]]]:
+    """Yields `(key, pieces of the answer)` in the order in which answers end.
 
     The longest prompts are answered first: the end then has short ones, and no slot
     waits long for the last. An answer depends on its request alone.
@@ -49,4 +48,4 @@ def ask(
             left -= 1
             if error := pieces[-1].error:
                 raise UserError(f"{key} could not be answered: {error}")
-            yield key, FullAnswer.of(pieces)
+            yield key, pieces

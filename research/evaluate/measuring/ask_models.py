@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
-from research.engine.answers.full_answer import FullAnswer
 from research.engine.continuous_batching import Engine
-from research.engine.requests import Request
+from research.engine.requests import Piece, Request
 from research.engine.text_generation import SlotDecoders
 from research.evaluate.measuring.ask_engine import ask
 from research.evaluate.measuring.evaluated_models import (
@@ -30,7 +30,8 @@ def ask_models(
     requests: Mapping[str, Mapping[str, Request]],
     kept: KeptLines,
     slots: int,
-) -> dict[Key, FullAnswer]:
+    read: Callable[[list[Piece]], dict[str, Any]],
+) -> dict[Key, dict[str, Any]]:
     """The answer of each model to each row; those that are kept are not made again.
 
     Each answer is a line of `kept` as soon as it ends.
@@ -40,6 +41,7 @@ def ask_models(
       requests: by model and row.
       kept: answers to the same requests.
       slots: answers at a time; 0: as many as suit the device.
+      read: what is kept of an answer, as fields of JSON; among them `tokens`.
 
     Raises:
       UserError: a model cannot be opened or cannot answer.
@@ -65,10 +67,10 @@ def ask_models(
         # All requests count, so that a start that continues has slots of the same size.
         tokens = max(len(r.prompt) + r.sampling.max_new_tokens for r in every.values())
         with _engine(group, slots, tokens, len(missing)) as engine:
-            for key, answer in ask(engine, missing):
-                kept.add(key, dataclasses.asdict(answer))
-                count.add(answer.tokens)
-    return {key: FullAnswer(**kept.found[key]) for key in wanted}
+            for key, pieces in ask(engine, missing):
+                kept.add(key, read(pieces))
+                count.add(kept.found[key]["tokens"])
+    return {key: kept.found[key] for key in wanted}
 
 
 def usual_slots() -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from research.core.errors import UserError
-from research.engine.requests import Request, Sampling
+from research.engine.answers.full_answer import FullAnswer
+from research.engine.requests import Piece, Request, Sampling
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.measuring.ask_models import ask_models, usual_slots
 from research.evaluate.measuring.evaluated_models import (
@@ -24,7 +25,7 @@ from research.evaluate.measuring.evaluated_rows import (
     ask_rows,
     pair_answer,
 )
-from research.evaluate.measuring.kept_lines import KeptLines, digest
+from research.evaluate.measuring.kept_lines import KeptLines, Key, digest
 from research.evaluate.measuring.row_losses import RowSums, measure_rows
 from research.tasks.task_protocol import EvaluationRows
 
@@ -80,11 +81,10 @@ class AskedRows:
             for name, asked in self.by_model.items()
         }
 
-    def without_answers(self, models: Sequence[EvaluatedModel]) -> list[AnsweredRow]:
-        """The rows as the first model is asked them, before it has answered."""
-        first = models[0]
-        tokenizer = first.run.base.tokenizer
-        return [pair_answer(x, tokenizer) for x in self.by_model[first.name]]
+    def without_answers(self, model: EvaluatedModel) -> list[AnsweredRow]:
+        """The rows as a model is asked them, before it has answered."""
+        tokenizer = model.run.base.tokenizer
+        return [pair_answer(x, tokenizer) for x in self.by_model[model.name]]
 
 
 def measure_answers(
@@ -101,7 +101,29 @@ def measure_answers(
     Raises:
       UserError, SaveError: see `ask_models`.
     """
-    requests = asked.requests()
+    answers = ask_kept("answers", asked.requests(), models, folder, slots, _whole)
+    return {
+        x.name: [
+            pair_answer(
+                row,
+                x.run.base.tokenizer,
+                FullAnswer(**answers[x.name, row.row.id]),
+            )
+            for row in asked.by_model[x.name]
+        ]
+        for x in models
+    }
+
+
+def ask_kept(
+    kind: str,
+    requests: Mapping[str, Mapping[str, Request]],
+    models: Sequence[EvaluatedModel],
+    folder: Path,
+    slots: int,
+    read: Callable[[list[Piece]], dict[str, Any]],
+) -> dict[Key, dict[str, Any]]:
+    """`ask_models`, where the answers of `kind` are kept in `folder`."""
     device = jax.local_devices()[0]
     name = digest(
         [(x.name, x.identity, x.base_in_memory) for x in models],
@@ -109,15 +131,12 @@ def measure_answers(
         slots or usual_slots(),
         (jax.__version__, device.device_kind, jax.local_device_count()),
     )
-    with KeptLines.opened(folder, "answers", name) as kept:
-        answers = ask_models(models, requests, kept, slots)
-    return {
-        x.name: [
-            pair_answer(row, x.run.base.tokenizer, answers[x.name, row.row.id])
-            for row in asked.by_model[x.name]
-        ]
-        for x in models
-    }
+    with KeptLines.opened(folder, kind, name) as kept:
+        return ask_models(models, requests, kept, slots, read)
+
+
+def _whole(pieces: list[Piece]) -> dict[str, Any]:
+    return dataclasses.asdict(FullAnswer.of(pieces))
 
 
 def measure_losses(

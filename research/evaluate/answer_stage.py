@@ -1,0 +1,78 @@
+"""The answers of an evaluation: what is checked before a model is open, and after."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.evaluate.answer_metrics.answer_metric import AnswerMetric
+from research.evaluate.answer_metrics.choose_metrics import choose_metrics
+from research.evaluate.judgement import Measurements
+from research.evaluate.measuring.evaluated_models import ModelSet
+from research.evaluate.measuring.measure_choices import (
+    CHOICE_METRICS,
+    choice_metrics,
+    choices_of,
+    score_choices,
+)
+from research.evaluate.measuring.measure_models import AskedRows, measure_answers
+from research.evaluate.measuring.row_losses import RowSums
+from research.evaluate.multiple_choice import Choices
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerStage:
+    """Rows with the metrics that judge their answers.
+
+    Attributes:
+      asked: the rows.
+      metrics: of answers that a model writes.
+      choice_names: metrics of choices that a model scores.
+      choices: of each row, where there are such metrics.
+    """
+
+    asked: AskedRows
+    metrics: Mapping[str, AnswerMetric]
+    choice_names: Sequence[str]
+    choices: Mapping[str, Choices]
+
+    @classmethod
+    def of(
+        cls, asked: AskedRows, names: Sequence[str], found: ModelSet, data: Any
+    ) -> "AnswerStage":
+        """Chooses the metrics; `data` is the config of the rows.
+
+        Raises:
+          UserError: a metric is not known, or the rows lack what it needs.
+        """
+        scored = [name for name in names if name in CHOICE_METRICS]
+        written = [name for name in names if name not in CHOICE_METRICS]
+        metrics = {}
+        if written:
+            metrics = choose_metrics(written, asked.without_answers(found.models[0]))
+        choices = choices_of(asked, data) if scored else {}
+        return cls(asked, metrics, scored, choices)
+
+    def measure(
+        self,
+        found: ModelSet,
+        sums: Mapping[str, Mapping[str, RowSums]],
+        folder: Path,
+        slots: int,
+    ) -> Measurements:
+        """Gets the answers of all models, and their metrics.
+
+        Raises:
+          UserError, SaveError: see `ask_models`.
+        """
+        models = found.models
+        by_model = {x.name: dict(self.metrics) for x in models}
+        if self.metrics:
+            rows = measure_answers(self.asked, models, folder, slots)
+        else:
+            rows = {x.name: self.asked.without_answers(x) for x in models}
+        if self.choices:
+            scored = score_choices(self.asked, self.choices, models, folder, slots)
+            for name, own in by_model.items():
+                own |= choice_metrics(self.choice_names, scored[name])
+        return Measurements.of(rows, sums, by_model)

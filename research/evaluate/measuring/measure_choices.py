@@ -1,0 +1,118 @@
+"""Rows with choices: which of them each model finds likeliest."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.core.errors import UserError
+from research.data.instructions.row_selection import find_rows
+from research.data.row_readers import BadRowError
+from research.engine.requests import Piece, Request, Sampling
+from research.evaluate.answer_metrics.answer_metric import SHARE, AnswerMetric
+from research.evaluate.measuring.evaluated_models import EvaluatedModel
+from research.evaluate.measuring.measure_models import AskedRows, ask_kept
+from research.evaluate.multiple_choice import (
+    NORMALISATIONS,
+    Choices,
+    ScoredChoices,
+    measure_choices,
+    read_choices,
+)
+
+# The names of these metrics, and how each divides log-probabilities.
+CHOICE_METRICS = {f"choice_{name}": name for name in NORMALISATIONS}
+
+
+def choices_of(asked: AskedRows, data_config: Any) -> dict[str, Choices]:
+    """The choices of each row by its id.
+
+    Args:
+      asked: the rows.
+      data_config: how they are read; its `path` leads to them.
+
+    Raises:
+      UserError: a row has none, or its right choice is not among them.
+    """
+    rows = next(iter(asked.by_model.values()))
+    wanted = {x.row.place.removeprefix("eval_path "): x.row.id for x in rows}
+    found = {}
+    for place, row in find_rows(data_config).read():
+        if place in wanted and not isinstance(row, BadRowError):
+            found[wanted[place]] = read_choices(row, place)
+    if missing := wanted.values() - found.keys():
+        raise UserError(f"the choices of {len(missing)} rows cannot be read again")
+    return found
+
+
+def score_choices(
+    asked: AskedRows,
+    choices: Mapping[str, Choices],
+    models: Sequence[EvaluatedModel],
+    folder: Path,
+    slots: int,
+) -> dict[str, dict[str, ScoredChoices]]:
+    """The log-probability of each choice after the row's prompt, by model and row.
+
+    Raises:
+      UserError, SaveError: see `ask_models`.
+    """
+    requests: dict[str, dict[str, Request]] = {}
+    for model in models:
+        tokenizer, own = model.run.base.tokenizer, {}
+        for x in asked.by_model[model.name]:
+            texts = choices[x.row.id].texts
+            for number, ids in enumerate(tokenizer.encode_texts(list(texts))):
+                own[f"{x.row.id} {number}"] = Request(
+                    (*x.request.prompt, *ids),
+                    Sampling(max_new_tokens=0),
+                    top_logprobs=0,
+                    echo=True,
+                    echo_from=len(x.request.prompt),
+                )
+        requests[model.name] = own
+    found = ask_kept("choices", requests, models, folder, slots, _score)
+    return {
+        model.name: {
+            row: _together(each, model.name, row, found)
+            for row, each in choices.items()
+        }
+        for model in models
+    }
+
+
+def choice_metrics(
+    names: Sequence[str], scored: Mapping[str, ScoredChoices]
+) -> dict[str, AnswerMetric]:
+    """The metrics of one model, which has `scored` the choices of each row."""
+    return {name: _metric(name, scored) for name in names}
+
+
+def _metric(name: str, scored: Mapping[str, ScoredChoices]) -> AnswerMetric:
+    divisor = CHOICE_METRICS[name]
+    by = "" if divisor == "none" else f" divided by its {divisor}"
+    return AnswerMetric(
+        name=name,
+        unit=SHARE,
+        higher_is_better=True,
+        needs_reference=True,
+        note=f"the right choice has the highest log-probability{by}",
+        measure_rows=lambda rows: measure_choices(
+            [scored[row.id] for row in rows], divisor
+        ),
+    )
+
+
+def _score(pieces: list[Piece]) -> dict[str, Any]:
+    scores = pieces[0].prompt_logprobs
+    return {"logprob": sum(x.logprob for x in scores), "tokens": len(scores)}
+
+
+def _together(
+    choices: Choices, model: str, row: str, found: Mapping[Any, Mapping[str, Any]]
+) -> ScoredChoices:
+    each = [found[model, f"{row} {i}"] for i in range(len(choices.texts))]
+    return ScoredChoices(
+        choices,
+        tuple(x["logprob"] for x in each),
+        tuple(x["tokens"] for x in each),
+    )

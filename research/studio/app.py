@@ -21,6 +21,7 @@ from research.studio.access import Access
 from research.studio.page_errors import PageError, as_page_error
 from research.studio.pages import (
     compare_page,
+    data_page,
     live_run_page,
     queue_page,
     run_actions,
@@ -30,7 +31,7 @@ from research.studio.pages.page_view import json_answer, render, wants_json
 from research.studio.studio_state import StudioState
 
 # Each has `ROUTES`. A new page is a file in `pages/`, a template, and a line here.
-PAGES = (runs_page, live_run_page, run_actions, compare_page, queue_page)
+PAGES = (runs_page, live_run_page, run_actions, compare_page, queue_page, data_page)
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them
 

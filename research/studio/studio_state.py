@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from research.studio.audit_log import AuditLog
+from research.studio.checks.check_process import Checks
 from research.studio.jobs.job_queue import JobQueue, queue_folder
 from research.studio.listing.run_index import ListedRun, RunIndex
 from research.studio.listing.run_state import HeldLocks, RunState, read_state
@@ -18,13 +19,14 @@ OPEN_COLUMNS = 16  # runs whose columns stay in memory, some 8 MB for 100,000 st
 
 
 class StudioState:
-    """Roots, runs, jobs, and the streams that are open."""
+    """Roots, runs, jobs, checks, and the streams that are open."""
 
     def __init__(self, runs: Roots, data: Roots):
         self.runs, self.data = runs, data
         own = runs.first / ".studio"
         self.audit = AuditLog(own)
         self.queue = JobQueue(queue_folder(runs.first))
+        self.checks = Checks(own / "checks")
         self.feed = RunFeed(self.live_state)
         self.began = time.monotonic()
         self._index = RunIndex(runs)

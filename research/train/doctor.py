@@ -197,11 +197,20 @@ def _compare_outputs(
     return differing, float(norm)
 
 
-def require_healthy(findings: Sequence[Finding]) -> None:
-    """Raises UserError with the remedies of all failed findings."""
-    failed = [finding for finding in findings if not finding.ok]
+class UnhealthyError(UserError):
+    """The doctor stops a run. `examination` is all that it has found."""
+
+    def __init__(self, message: str, examination: Examination):
+        super().__init__(message)
+        self.examination = examination
+
+
+def require_healthy(examination: Examination) -> None:
+    """Raises UnhealthyError with the remedies of all failed findings."""
+    failed = [finding for finding in examination.findings if not finding.ok]
     if failed:
-        raise UserError(
+        raise UnhealthyError(
             "the doctor stops this run:\n"
-            + "\n".join(f"  {f.name}: {f.text}\n    {f.remedy}" for f in failed)
+            + "\n".join(f"  {f.name}: {f.text}\n    {f.remedy}" for f in failed),
+            examination,
         )

@@ -126,7 +126,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
         terminal.show_findings(console, examination.findings)
         terminal.show_preview(console, examination.preview)
-        doctor.require_healthy(examination.findings)
+        doctor.require_healthy(examination)
         runs.append(
             TrainingRun(
                 config=config,

@@ -32,6 +32,7 @@ def served(tmp_path, monkeypatch):
     lines = [eval_line(0, 3.0, qa=3.5), *(train_line(n) for n in range(1, 80))]
     make_run(place.runs / NAME, "killed", lines)
     make_run(place.runs / "other", "finished")
+    (place.data / "rows.jsonl").write_text('{"ask": "Is it?", "say": "It is."}\n')
     server = ServedStudio(place.app)
     yield place, server
     server.stop()
@@ -92,6 +93,7 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
+    "/data", "/data?file=data/rows.jsonl",
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_more_trained_than_adapters_is_seen(lora_job):
 def test_a_failed_finding_stops_the_run_with_its_remedy():
     found = [Finding("a", "fine"), Finding("b", "odd", False, "fix it")]
     with pytest.raises(UserError, match=r"b: odd\n    fix it"):
-        doctor.require_healthy(found)
+        doctor.require_healthy(doctor.Examination(found, []))
 
 
 def test_the_size_of_a_product_with_the_head_is_stated(lora_job):

@@ -33,6 +33,13 @@ def launching(flags: Sequence[str]) -> list[str]:
     return [python(), "-m", "launch", "local", "--", *flags]
 
 
+def checking(flags: Sequence[str], into: Path, *, rows_only: bool) -> list[str]:
+    """Looks at a start and trains nothing; see `research.studio.checks`."""
+    kind = ["--rows_only"] if rows_only else []
+    place = f"--into={shown_paths([into])[0]}"
+    return [python(), "-m", "research.studio.checks", place, *kind, *flags]
+
+
 def requesting(folder: Path, kind: str) -> list[str]:
     """Sends a request to the job that trains in `folder`."""
     return [python(), "-m", "research.runs", f"--run={shown_paths([folder])[0]}", kind]

@@ -1,0 +1,77 @@
+"""The doctor without a training: `python -m research.studio.checks`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from research.config import command_line
+from research.config.knobs import knob
+from research.config.run_config import Config
+from research.core.errors import UserError
+
+USAGE = """
+python -m research.studio.checks --into=FOLDER [--rows_only] --config=FILE.py
+    [--config.KNOB=VALUE ...]
+
+Reads the data and the model of a run as `research.train` does before its first step,
+writes the doctor's findings and the first training rows into FOLDER, and trains
+nothing. The run directory is not touched.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckFlags:
+    into: str = knob("", "folder for doctor.json and preview.json", is_path=True)
+    rows_only: bool = knob(False, "look at the rows; no parameter is read")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 may start, 1 a finding forbids it."""
+    config, f = command_line.parse_with_config(argv, USAGE, CheckFlags)
+    if not f.into:
+        raise UserError("--into=FOLDER is missing: where the findings are written")
+    # Imported late: importing JAX takes longer than saying what is wrong with a flag.
+    from research.train import doctor
+
+    folder = Path(f.into)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _rows(config) if f.rows_only else _start(config)
+    doctor.save(folder, found)
+    bad = [finding for finding in found.findings if not finding.ok]
+    for finding in bad:
+        sys.stderr.write(f"{finding.name}: {finding.text}\n  {finding.remedy}\n")
+    return 1 if bad else 0
+
+
+def _rows(config: Config):
+    """What is found in the rows alone."""
+    from research.runs.lineage.base_of_run import open_start
+    from research.runs.run_directory import RunDir
+    from research.tasks import task_registry
+    from research.train import doctor
+
+    task = task_registry.load_task(config, open_start(config, RunDir(config.run_dir)))
+    return doctor.Examination(task.examine(), task.preview(doctor.PREVIEW_ROWS))
+
+
+def _start(config: Config):
+    """What is found in everything that a start reads."""
+    from research.parallel import runtime
+    from research.runs.phase_timer import PhaseTimer
+    from research.runs.run_directory import RunDir
+    from research.train import doctor, prepare_runs
+
+    runtime.start(config.runtime)
+    folder = RunDir(config.run_dir)
+    opened = prepare_runs.OpenedFolder(config, folder, folder.check_config(config))
+    try:
+        phases = PhaseTimer(runtime.process_age())
+        (run,) = prepare_runs.prepare([opened], phases)
+    except doctor.UnhealthyError as error:
+        return error.examination
+    return run.examination
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -4,11 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from research.config import command_line
 from research.config.knobs import knob
 from research.config.run_config import Config
 from research.core.errors import UserError
+
+if TYPE_CHECKING:
+    from research.train import doctor
 
 USAGE = """
 python -m research.studio.checks --into=FOLDER [--rows_only] --config=FILE.py
@@ -44,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def _rows(config: Config):
-    """What is found in the rows alone."""
+def _rows(config: Config) -> "doctor.Examination":
+    """Examines the rows alone."""
     from research.runs.lineage.base_of_run import open_start
     from research.runs.run_directory import RunDir
     from research.tasks import task_registry
@@ -55,8 +59,8 @@ def _rows(config: Config):
     return doctor.Examination(task.examine(), task.preview(doctor.PREVIEW_ROWS))
 
 
-def _start(config: Config):
-    """What is found in everything that a start reads."""
+def _start(config: Config) -> "doctor.Examination":
+    """Examines all that a start reads."""
     from research.parallel import runtime
     from research.runs.phase_timer import PhaseTimer
     from research.runs.run_directory import RunDir

@@ -27,6 +27,7 @@ from research.evaluate.measuring.evaluated_rows import (
 )
 from research.evaluate.measuring.kept_lines import KeptLines, Key, digest
 from research.evaluate.measuring.row_losses import RowSums, measure_rows
+from research.runs.provenance import shared_parts
 from research.tasks.task_protocol import EvaluationRows
 
 
@@ -124,15 +125,25 @@ def ask_kept(
     read: Callable[[list[Piece]], dict[str, Any]],
 ) -> dict[Key, dict[str, Any]]:
     """`ask_models`, where the answers of `kind` are kept in `folder`."""
-    device = jax.local_devices()[0]
     name = digest(
         [(x.name, x.identity, x.base_in_memory) for x in models],
         requests,
         slots or usual_slots(),
-        (jax.__version__, device.device_kind, jax.local_device_count()),
+        computed_by(),
     )
     with KeptLines.opened(folder, kind, name) as kept:
         return ask_models(models, requests, kept, slots, read)
+
+
+def computed_by() -> list[Any]:
+    """The parts that fix the numbers of a model, beside its weights and rows.
+
+    The code, the packages and the variables of the environment, and the devices. An
+    answer of another version is not reused.
+    """
+    device = jax.local_devices()[0]
+    devices = (device.platform, device.device_kind, jax.local_device_count())
+    return [sorted(shared_parts().items()), devices]
 
 
 def _whole(pieces: list[Piece]) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def measure_losses(
         [(x.name, x.identity, x.base_in_memory) for x in models],
         [repr(found.config_for(x, changes).data) for x in models],
         [row.id for row in rows],
-        (jax.__version__, jax.local_devices()[0].device_kind, jax.local_device_count()),
+        computed_by(),
     )
     with KeptLines.opened(folder, "losses", name) as kept:
         for names, opens in open_whole(models):

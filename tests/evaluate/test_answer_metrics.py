@@ -215,6 +215,23 @@ def test_labels_in_answers(answer, label):
     assert label_metrics.label_in(answer, labels) == label
 
 
+@pytest.mark.parametrize(
+    ("answer", "labels", "label"),
+    [
+        ("The text is non-toxic.", ["toxic", "non-toxic"], "non-toxic"),
+        ("The text is toxic.", ["toxic", "non-toxic"], "toxic"),
+        ("Label: non-fiction", ["fiction", "non-fiction"], "non-fiction"),
+        ("It is not_spam.", ["spam", "not_spam"], "not_spam"),
+        ("I say: very/positive", ["positive", "very positive"], "very positive"),
+        ("It is type A+B.", ["A", "A+B"], "A+B"),
+        ("It is pre-owned or new", ["owned", "pre-owned", "new"], None),
+    ],
+)
+def test_a_label_inside_a_longer_one_does_not_count(answer, labels, label):
+    assert label_metrics.label_in(answer, labels) == label
+    assert label_metrics.label_in(answer, labels[::-1]) == label
+
+
 def test_a_thousand_different_texts_are_no_labels():
     rows = [row("x", f"text {number}") for number in range(1001)]
     with pytest.raises(UserError, match=r"1001 different texts.*use exact_match"):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from doors import run_door
 
+from research.core.errors import UserError
 from research.evaluate.__main__ import main
 from research.evaluate.measuring import ask_models
+from research.evaluate.measuring.evaluated_models import find_models
 from research.evaluate.scored_continuations import score_continuations
 from research.runs.reopen import reopen
 from research.tokenize.conversation import Turn
@@ -86,6 +88,22 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same_bytes(
     bad = evaluate(place, f"--run={run}", *FEW)
     assert bad.returncode == 2 and "kept/answers-" in bad.stderr
     assert len(bad.stderr.splitlines()) == 1
+
+
+def test_no_checkpoint_is_compared_with_itself(place, unbroken, tmp_path):
+    assert unbroken.code == 0, unbroken.err
+    run = str(place.run_dir("unbroken"))
+    newest = find_models([run]).target.step
+    named = f"{run}@{newest}"
+    refused = [
+        ([run], run, "--run and --against both name"),
+        ([named], run, f"are both step {newest} of"),
+        ([run, named], "", f"are both step {newest} of"),
+        ([run], str(tmp_path / "none"), f"--against={tmp_path / 'none'}: "),
+    ]
+    for runs, against, said in refused:
+        with pytest.raises(UserError, match=re.escape(said)):
+            find_models(runs, against)
 
 
 @pytest.mark.usefixtures("caches_of_the_commands")

@@ -6,7 +6,7 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.evaluate.answer_metrics.answer_metric import SHARE, AnswerMetric
-from research.evaluate.answer_metrics.short_answers import Words, has_run, holds
+from research.evaluate.answer_metrics.short_answers import Words, holds
 from research.evaluate.answer_metrics.words_of_text import comparable, letters_of
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.statistics import measured
@@ -53,20 +53,19 @@ def label_in(answer: str, labels: Sequence[str]) -> str | None:
 
 
 def _named_in(text: str, labels: Sequence[str]) -> list[str]:
-    named: dict[str, Words] = {}
-    for label in labels:
-        letter = label.strip()
-        if len(letter) == 1 and letter.swapcase() != letter:
-            found = letter in letters_of(text)
-        else:
-            found = holds(text, label)
-        if found:
-            named[label] = comparable(label, label)
+    named = [label for label in labels if _names(text, label)]
     return [
         label
-        for label, run in named.items()
-        if not any(other != run and has_run(other, run) for other in named.values())
+        for label in named
+        if not any(other != label and _names(other, label) for other in named)
     ]
+
+
+def _names(text: str, label: str) -> bool:
+    letter = label.strip()
+    if len(letter) == 1 and letter.swapcase() != letter:
+        return letter in letters_of(text)
+    return holds(text, label)
 
 
 def _counted(rows: Sequence[AnsweredRow]) -> tuple[list[str | None], list[str], Floats]:

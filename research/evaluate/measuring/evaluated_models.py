@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -100,20 +101,27 @@ def find_models(
       step: of each run that is named without one.
 
     Raises:
-      UserError: a run or checkpoint is absent, or there is no base model.
+      UserError: a run or checkpoint is absent or named twice, or there is no base
+        model.
     """
     addresses = run_addresses(runs)
     places = [(x.folder, x.step) for x in addresses]
     if against not in ("", BASE):
-        [other, *more] = run_addresses([against])
+        [other, *more] = run_addresses([against], "--against")
         if more:
             raise UserError(f"--against={against} holds {1 + len(more)} runs: name one")
         if (other.folder, other.step) in places:
+            if len(places) == 1:
+                raise UserError(
+                    f"--run and --against both name {against}, which compares it with "
+                    "itself: drop --against, or name another run or step (RUN@STEP)"
+                )
             first = places.index((other.folder, other.step))
             addresses.insert(0, addresses.pop(first))
         else:
             addresses = run_addresses([against, *runs])
     found = [_found(x, step) for x in addresses]
+    _require_different(found)
     kinds = {x.run.config.data.kind for x in found}
     if len(kinds) > 1:
         raise UserError(
@@ -144,6 +152,18 @@ def _found(address: RunAddress, step: str) -> EvaluatedModel:
     return EvaluatedModel(
         address.name, run, number, RunTensors(run, number).fingerprint
     )
+
+
+def _require_different(found: Sequence[EvaluatedModel]) -> None:
+    names: dict[tuple[Path, int | None], str] = {}
+    for each in found:
+        folder = each.run.folder.path
+        first = names.setdefault((folder.resolve(), each.step), each.name)
+        if first != each.name:
+            raise UserError(
+                f"{first} and {each.name} are both step {each.step} of {folder}: name "
+                "this checkpoint once"
+            )
 
 
 def _no_base(run: FoundRun) -> str:

@@ -31,10 +31,11 @@ class RunAddress:
     step: str
 
 
-def run_addresses(written: Sequence[str]) -> list[RunAddress]:
+def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddress]:
     """The runs of `RUN`, `RUN@STEP` and of folders of runs, such as that of a sweep.
 
     A run in such a folder that has no checkpoint yet is passed over with a warning.
+    Messages name `flag`.
 
     Raises:
       UserError: there is no such run, it has no checkpoint, or it is named twice.
@@ -45,13 +46,13 @@ def run_addresses(written: Sequence[str]) -> list[RunAddress]:
         folder = Path(expanded(find_run(place)))
         if RunDir(folder).exists:
             if not step_folders(folder / "checkpoints"):
-                raise UserError(f"--run={given}: {folder} has no checkpoint yet")
+                raise UserError(f"{flag}={given}: {folder} has no checkpoint yet")
             found.append((folder, step))
         else:
-            found += [(member, step) for member in _members(given, folder)]
+            found += [(member, step) for member in _members(f"{flag}={given}", folder)]
     twice = [x for i, x in enumerate(found) if x in found[:i]]
     if twice:
-        raise UserError(f"--run names {twice[0][0]} twice; name it once")
+        raise UserError(f"{flag} names {twice[0][0]} twice; name it once")
     names = _names([folder for folder, _ in found])
     return [
         RunAddress(f"{name}@{step}" if step else name, folder, step or "latest")
@@ -68,11 +69,11 @@ def _members(given: str, folder: Path) -> list[Path]:
         known = sorted(str(x) for x in beside if RunDir(x).is_run)
         there = f"; there are {', '.join(known[:8])}" if known else ""
         raise UserError(
-            f"--run={given}: {folder} is no run directory and holds none"
+            f"{given}: {folder} is no run directory and holds none"
             f"{near_run(folder)}{there}"
         )
     if not ready:
-        raise UserError(f"--run={given}: none of its {len(runs)} runs has a checkpoint")
+        raise UserError(f"{given}: none of its {len(runs)} runs has a checkpoint")
     if waiting := [x.name for x in runs if x not in ready]:
         logging.warning(
             "%s: no checkpoint yet, not served: %s", folder, ", ".join(waiting)

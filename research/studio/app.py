@@ -26,12 +26,21 @@ from research.studio.pages import (
     queue_page,
     run_actions,
     runs_page,
+    train_page,
 )
 from research.studio.pages.page_view import json_answer, render, wants_json
 from research.studio.studio_state import StudioState
 
 # Each has `ROUTES`. A new page is a file in `pages/`, a template, and a line here.
-PAGES = (runs_page, live_run_page, run_actions, compare_page, queue_page, data_page)
+PAGES = (
+    runs_page,
+    live_run_page,
+    run_actions,
+    compare_page,
+    queue_page,
+    data_page,
+    train_page,
+)
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them
 

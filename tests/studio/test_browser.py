@@ -93,7 +93,7 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
-    "/data", "/data?file=data/rows.jsonl",
+    "/data", "/data?file=data/rows.jsonl", "/train",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from research.core.errors import UserError
 from research.data.compressed_files import kind_of
 from research.data.instructions.row_files import row_files
 from research.data.row_readers import READERS, BadRowError, read_rows
-from research.studio.checks.presets import first_preset
+from research.studio.checks.config_presets import first_preset
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import (
     Form,

@@ -21,7 +21,7 @@ from research.studio.studio_state import StudioState
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 # Address, title. A page adds itself here, and its `ROUTES` in `app.PAGES`.
-TABS = (("/", "Runs"), ("/data", "Data"), ("/queue", "Queue"))
+TABS = (("/", "Runs"), ("/data", "Data"), ("/train", "Train"), ("/queue", "Queue"))
 LARGEST_FORM = 1 << 20  # bytes
 
 
@@ -90,6 +90,9 @@ class Form:
     def get(self, name: str) -> str:
         """The value of a field; empty without one."""
         return self._fields.get(name, [""])[0]
+
+    def has(self, name: str) -> bool:
+        return name in self._fields
 
     def all(self, name: str) -> list[str]:
         return self._fields.get(name, [])

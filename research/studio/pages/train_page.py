@@ -1,0 +1,267 @@
+"""Train: a config, its knobs as a form, a check by the doctor, and the start."""
+
+import asyncio
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from research.checkpoints.stored_steps import step_folders
+from research.config.command_line import NoFlags, parse_with_config
+from research.config.field_names import flag, given_flags
+from research.config.help_text import type_name
+from research.config.hub_pins import EMBEDDED
+from research.config.knobs import facts_of, fields, flat
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.core.hub_access import is_hub
+from research.core.local_paths import listed_paths, local_path
+from research.studio.checks.check_process import Check
+from research.studio.checks.config_presets import first_preset, presets
+from research.studio.jobs import job_commands as commands
+from research.studio.listing.run_index import is_run
+from research.studio.page_errors import PageError
+from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.run_actions import enqueue
+from research.studio.roots import shown_paths
+from research.studio.studio_state import StudioState
+
+# Shown first; all others are in the list below them.
+MOST_USED = (
+    "run_dir", "model.init_from", "trainable", "data.path", "steps", "epochs",
+    "optim.learning_rate", "data.seq_len", "data.batch_size", "data.microbatch_size",
+    "lora.rank", "lora.alpha",
+)  # fmt: skip
+FIELD = "knob."  # before the name of a knob in the form
+CONFIG = "config"
+MOST_BASES = 50
+
+
+def train(request: Request) -> Response:
+    """The form of the flags in the address, their command, and their check."""
+    studio = studio_of(request)
+    values: dict[str, Any] = {"problem": "", "check": Check(), "command": None}
+    preset, given, flags = first_preset(), {}, []
+    try:
+        flags = complete(read_flags(request.query_params.get("flags", "")), studio)
+        preset, given = split(flags)
+        check_flags(flags, studio)
+        values["check"] = studio.checks.read(flags, rows_only=False)
+        values["command"] = commands.launching(flags)
+    except (UserError, PageError) as error:
+        values["problem"] = str(error)
+    preset = preset if is_config(preset, studio) else first_preset()
+    return render(
+        request,
+        "train.html.jinja",
+        title="Train",
+        field=FIELD,
+        groups=_groups(preset, given),
+        presets=presets(),
+        preset=preset,
+        bases=_bases(studio),
+        flags=flags,
+        first=complete([flag("data.path", EMBEDDED)], studio),
+        said=request.query_params.get("said", ""),
+        **values,
+    )
+
+
+def read_flags(text: str) -> list[str]:
+    """The trainer's flags in a command, or flags alone.
+
+    Raises:
+      UserError: this is no command of a training.
+    """
+    try:
+        words = shlex.split(text.replace("\\\n", " "))
+    except ValueError as error:
+        raise UserError(f"this is no command: {error}") from error
+    for last in ("--", "research.train"):
+        if last in words:
+            words = words[words.index(last) + 1 :]
+            break
+    for given in given_flags(words, NoFlags, flat(Config())):
+        if given.name != CONFIG and not given.name.startswith(f"{CONFIG}."):
+            raise UserError(
+                f"{given.words[0]!r} is no knob of a training: paste a command of "
+                "research.train, or its flags alone"
+            )
+    return words
+
+
+def split(flags: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The value of `--config`, and the text of each knob that is given."""
+    given = [*given_flags(flags, NoFlags, flat(Config()))]
+    preset = next((x.value or "" for x in given if x.name == CONFIG), "")
+    start = f"{CONFIG}."
+    return preset, {
+        x.name.removeprefix(start): x.value or ""
+        for x in given
+        if x.name.startswith(start)
+    }
+
+
+def complete(flags: Sequence[str], studio: StudioState) -> list[str]:
+    """With a config file, and with a new folder below the first root."""
+    preset, given = split(flags)
+    whole = [*flags]
+    if not preset:
+        preset = first_preset()
+        whole.insert(0, f"--config={preset}")
+    if "run_dir" not in given and preset in presets():
+        whole.append(flag("run_dir", new_folder(preset, studio)))
+    return whole
+
+
+def new_folder(preset: str, studio: StudioState) -> str:
+    """A run directory that is not there yet, named as the config file."""
+    name = plain = Path(preset).stem
+    number = 1
+    waiting = {job.run for job in studio.queue.read().waiting}
+    while (path := studio.runs.first / name).exists() or str(path) in waiting:
+        number += 1
+        name = f"{plain}-{number}"
+    return shown_paths([path])[0]
+
+
+def is_config(preset: str, studio: StudioState) -> bool:
+    """Whether it is a config file of this code, or a run below the roots.
+
+    Any other file is refused: a config file is a program.
+    """
+    if preset in presets():
+        return True
+    try:
+        studio.runs.require_inside(Path(preset).expanduser().absolute())
+        return is_run(Path(preset))
+    except (PageError, OSError, ValueError):
+        return False
+
+
+def check_flags(flags: Sequence[str], studio: StudioState) -> None:
+    """Refuses flags that the trainer would refuse, and files outside of the roots.
+
+    Raises:
+      UserError: see `config_of`; or the config file is not one of this code.
+      PageError: a run or data would lie outside of the roots.
+    """
+    preset, _ = split(flags)
+    if not is_config(preset, studio):
+        raise UserError(
+            f"--config={preset}: the studio takes a file of {', '.join(presets())} or "
+            "a run below --runs; start any other config file in a shell"
+        )
+    config, _ = commands.config_of(flags, studio.runs)
+    paths = (config.data.path, config.data.eval_path)
+    for part in (part for path in paths for part in listed_paths(path)):
+        if part and part != EMBEDDED and not is_hub(part):
+            studio.data.require_inside(local_path(part, "config.data.path"))
+
+
+def _groups(preset: str, given: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """The knobs for the form by group, those that are used most first."""
+    old = preset_texts(preset)
+    found: dict[str, list[dict[str, Any]]] = {"": []}
+    shown = {}
+    for path, field, _ in fields(Config()):
+        facts, value = facts_of(field), given.get(path, old[path])
+        choices = [*facts.choices]
+        if type_name(field.type) == "bool":
+            choices = ["True", "False"]
+        shown[path] = {
+            "path": path,
+            "help": facts.help,
+            "limits": "" if choices else _limits(field),
+            "choices": [*dict.fromkeys((*choices, value))] if choices else [],
+            "preset": old[path],
+            "value": value,
+            "is_changed": value != old[path],
+        }
+    found[""] = [shown.pop(path) for path in MOST_USED]
+    for path, knob in shown.items():
+        found.setdefault(path.rpartition(".")[0] or "run", []).append(knob)
+    return found
+
+
+def _limits(field: Any) -> str:
+    facts = facts_of(field)
+    return ", ".join(filter(None, (type_name(field.type), facts.range())))
+
+
+def preset_texts(preset: str) -> dict[str, str]:
+    """All knobs of a config as flags write them. Raises UserError."""
+    argv = ["research.train", f"--{CONFIG}={preset}"]
+    config, _ = parse_with_config(argv, "", NoFlags)
+    return {k: flag(k, v).partition("=")[2] for k, v in flat(config).items()}
+
+
+def _bases(studio: StudioState) -> list[str]:
+    """Base models that are here: the one that comes with the code, and runs."""
+    bases = [str(Config().model.init_from)]
+    for run in studio.listed()[:MOST_BASES]:
+        folder = studio.runs.find(run.name)
+        steps = step_folders(folder / "checkpoints")
+        bases += [f"{shown_paths([folder])[0]}@{path.name}" for path in steps[-1:]]
+    return bases
+
+
+async def change(request: Request) -> Response:
+    """Makes flags of the form, or of a pasted command, and shows them."""
+    form, studio = await Form.read(request), studio_of(request)
+    if pasted := form.get("pasted").strip():
+        return see("/train", flags=commands.as_text(read_flags(pasted)))
+    shown, chosen = form.get("shown"), form.get("preset")
+    if not (is_config(shown, studio) and is_config(chosen, studio)):
+        raise UserError(f"--config={chosen!r} is no config file of this code")
+    old = preset_texts(shown)
+    given = {path: form.get(FIELD + path) for path in old if form.has(FIELD + path)}
+    if chosen != shown and given.get("run_dir") == new_folder(shown, studio):
+        del given["run_dir"]
+    flags = [flag(path, text) for path, text in given.items() if text != old[path]]
+    return see("/train", flags=commands.as_text([f"--{CONFIG}={chosen}", *flags]))
+
+
+async def _sent(request: Request) -> list[str]:
+    """The flags of a button. Raises what `check_flags` raises."""
+    studio = studio_of(request)
+    flags = complete(read_flags((await Form.read(request)).get("flags")), studio)
+    await asyncio.to_thread(check_flags, flags, studio)
+    return flags
+
+
+async def check(request: Request) -> Response:
+    """Lets the doctor look at a start."""
+    studio, flags = studio_of(request), await _sent(request)
+    if studio.queue.read().running:
+        raise UserError(
+            "a run trains on this machine, and a check would take memory from it: "
+            "check once it has ended, or start; the trainer checks before it begins"
+        )
+    command = commands.as_text(studio.checks.command(flags, rows_only=False))
+    studio.audit.add("check", "", request.scope["who"], command=command)
+    await asyncio.to_thread(studio.checks.start, flags, rows_only=False)
+    return see("/train", flags=commands.as_text(flags))
+
+
+async def start(request: Request) -> Response:
+    """Queues the training, unless its check has found something that forbids it."""
+    flags = await _sent(request)
+    if studio_of(request).checks.read(flags, rows_only=False).is_red:
+        raise UserError(
+            "the doctor forbids this start: do what its findings say, or check again "
+            "if the files have changed"
+        )
+    return await enqueue(request, flags)
+
+
+ROUTES = (
+    Route("/train", train),
+    Route("/act/knobs", change, methods=["POST"]),
+    Route("/act/check", check, methods=["POST"]),
+    Route("/act/train", start, methods=["POST"]),
+)

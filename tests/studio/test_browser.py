@@ -139,3 +139,6 @@ def test_the_keyboard_reaches_runs_and_a_page_without_scripts_has_numbers(
     assert not loss.locator(".chart").is_visible()
     loss.locator("summary").press("Enter")
     assert loss.locator("tbody tr").last.inner_text().split() == ["79", "0.03797"]
+    page.get_by_label("Tags").fill("seen")
+    page.get_by_role("button", name="Save").click()
+    page.locator(".tag", has_text="seen").wait_for()

@@ -8,6 +8,7 @@ from typing import Any
 from research.evaluate.answer_metrics.answer_metric import AnswerMetric
 from research.evaluate.answer_metrics.choose_metrics import choose_metrics
 from research.evaluate.judgement import Measurements
+from research.evaluate.loss_values import CommonLosses
 from research.evaluate.measuring.evaluated_models import ModelSet
 from research.evaluate.measuring.measure_choices import (
     CHOICE_METRICS,
@@ -16,7 +17,6 @@ from research.evaluate.measuring.measure_choices import (
     score_choices,
 )
 from research.evaluate.measuring.measure_models import AskedRows, measure_answers
-from research.evaluate.measuring.row_losses import RowSums
 from research.evaluate.multiple_choice import Choices
 
 
@@ -56,11 +56,11 @@ class AnswerStage:
     def measure(
         self,
         found: ModelSet,
-        sums: Mapping[str, Mapping[str, RowSums]],
+        losses: CommonLosses,
         folder: Path,
         slots: int,
     ) -> Measurements:
-        """Gets the answers of all models, and their metrics.
+        """Gets the answers of all models where a metric reads them, and compares.
 
         Raises:
           UserError, SaveError: see `ask_models`.
@@ -75,4 +75,4 @@ class AnswerStage:
             scored = score_choices(self.asked, self.choices, models, folder, slots)
             for name, own in by_model.items():
                 own |= choice_metrics(self.choice_names, scored[name])
-        return Measurements.of(rows, sums, by_model)
+        return Measurements.of(rows, losses, by_model)

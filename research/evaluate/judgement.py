@@ -7,13 +7,12 @@ from typing import Any
 
 from research.evaluate.answer_metrics.answer_metric import POINTS, SHARE, AnswerMetric
 from research.evaluate.answered_row import AnsweredRow
-from research.evaluate.measuring.row_losses import RowSums
-from research.evaluate.statistics.measured import Measured, ratio
+from research.evaluate.loss_values import LOSSES, CommonLosses
+from research.evaluate.statistics.measured import Measured
 from research.evaluate.statistics.paired import Judged, compare, compare_runs, estimate
 from research.evaluate.statistics.row_clusters import clusters_of
-from research.evaluate.statistics.verdicts import WORSE
+from research.evaluate.statistics.verdicts import BETTER, WORSE
 
-LOSS = "loss"
 SCALES = {SHARE: 1.0, POINTS: 0.01}  # Factors to 0 to 1, of units with an end.
 MOST_SHOWN = 10  # worst regressions, and best gains, of each run
 Values = dict[str, Any]
@@ -25,14 +24,12 @@ class Measurements:
 
     Attributes:
       rows: that all models answered, as each answered them.
-      losses: the sums of each row by model; a row that is too long has none.
       metrics: by name.
-      measured: by model and metric, the loss among them.
+      measured: by model and metric, among them the loss that can be compared.
       clusters: the cluster of each row.
     """
 
     rows: Mapping[str, Sequence[AnsweredRow]]
-    losses: Mapping[str, Mapping[str, RowSums]]
     metrics: Mapping[str, AnswerMetric]
     measured: Mapping[str, Mapping[str, Measured]]
     clusters: Sequence[int]
@@ -41,18 +38,17 @@ class Measurements:
     def of(
         cls,
         rows: Mapping[str, Sequence[AnsweredRow]],
-        losses: Mapping[str, Mapping[str, RowSums]],
+        losses: CommonLosses,
         metrics: Mapping[str, Mapping[str, AnswerMetric]],
     ) -> "Measurements":
         """Computes every metric of every model; `metrics` are by model and name."""
         measured: dict[str, dict[str, Measured]] = {}
         for name, own in rows.items():
-            pairs = [losses[name].get(row.id, {LOSS: [0.0, 0.0]})[LOSS] for row in own]
-            measured[name] = {LOSS: ratio(*zip(*pairs, strict=True))}
+            measured[name] = losses.measure(name, [row.id for row in own])
             measured[name] |= {k: x.measure(own) for k, x in metrics[name].items()}
         clusters = clusters_of(next(iter(rows.values())))
         names = next(iter(metrics.values()))
-        return cls(rows, losses, names, measured, clusters)
+        return cls(rows, names, measured, clusters)
 
     @property
     def first(self) -> Sequence[AnsweredRow]:
@@ -60,7 +56,7 @@ class Measurements:
         return next(iter(self.rows.values()))
 
     def higher_is_better(self, metric: str) -> bool | None:
-        return False if metric == LOSS else self.metrics[metric].higher_is_better
+        return False if metric in LOSSES else self.metrics[metric].higher_is_better
 
     def by_category(self) -> dict[str, list[int]]:
         """The places of the rows of each category; empty if there is but one."""
@@ -85,13 +81,13 @@ class Measurements:
                 }
             }
             for name, measured in self.measured[model].items()
-            if name != LOSS
         }
 
     def judge(self, baseline: str) -> dict[str, dict[str, Judged]]:
         """Every other model against `baseline`, by metric."""
         others = {k: v for k, v in self.measured.items() if k != baseline}
-        better = {name: self.higher_is_better(name) for name in (LOSS, *self.metrics)}
+        names = self.measured[baseline]
+        better = {name: self.higher_is_better(name) for name in names}
         return compare_runs(self.measured[baseline], others, self.clusters, better)
 
     def comparisons(self, baseline: str) -> Values:
@@ -153,10 +149,10 @@ def find_contradictions(comparisons: Mapping[str, Values]) -> list[str]:
         worse = [
             f"{name} {values['baseline']:.3g} to {values['candidate']:.3g}"
             for name, values in by_metric.items()
-            if name != LOSS and values["verdict"] == WORSE
+            if name not in LOSSES and values["verdict"] == WORSE
         ]
-        loss = by_metric.get(LOSS)
-        if worse and loss and loss["difference"] < 0:
+        falls = any(by_metric.get(x, {}).get("verdict") == BETTER for x in LOSSES)
+        if worse and falls:
             found.append(
                 f"the perplexity of {model} falls while its answers get worse: "
                 f"{', '.join(worse)}; judge it by its answers"

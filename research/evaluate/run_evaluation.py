@@ -1,7 +1,6 @@
 """One evaluation from its models and rows to its results, which are plain values."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from research.engine.requests import Sampling
 from research.evaluate.answer_stage import AnswerStage
 from research.evaluate.held_out_losses import Evaluation
 from research.evaluate.judgement import (
-    LOSS,
     MOST_SHOWN,
     Measurements,
     find_contradictions,
 )
-from research.evaluate.loss_values import as_json
+from research.evaluate.loss_values import LOSS, LOSSES, CommonLosses, as_json
 from research.evaluate.measuring.evaluated_models import (
+    OF_MODEL,
     EvaluatedModel,
     ModelSet,
     open_whole,
@@ -32,7 +31,6 @@ from research.evaluate.measuring.measure_models import (
 )
 from research.evaluate.measuring.row_losses import (
     RowSums,
-    group_rows,
     length_label,
     loss_unit,
     measure_texts,
@@ -44,6 +42,7 @@ from research.tasks.task_registry import held_out_rows, rows_of_files
 
 Values = dict[str, Any]
 NONE, AUTO = "none", "auto"
+LONGEST_SHOWN = 24  # Characters of a value in a sentence.
 USUAL = Sampling(max_new_tokens=256)
 
 
@@ -105,28 +104,31 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     if own.packed is None:
         return _evaluate_texts(found, choices, readings)
     rows = choose_rows(own.records(), own.groups, choices.rows)
-    stage = None
-    if choices.metrics != (NONE,):
-        asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
-        data = found.config_for(found.target, choices.changes).data
-        path = choices.data or data.eval_path or data.path
-        data = dataclasses.replace(data, path=path)
-        stage = AnswerStage.of(asked, choices.metrics, found, data)
+    asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
+    data = found.config_for(found.target, choices.changes).data
+    path = choices.data or data.eval_path or data.path
+    data = dataclasses.replace(data, path=path)
+    metrics = () if choices.metrics == (NONE,) else choices.metrics
+    stage = AnswerStage.of(asked, metrics, found, data)
     seen = find_seen(found, rows)
     sums = measure_losses(rows, found, readings, choices.changes, folder)
-    losses = {k: _by_category(rows, each, found) for k, each in sums.items()}
-    values = _facts(found, choices, own) | {"rows": _count(rows, own, stage)}
-    values["overlap"] = seen
+    text_bytes = {row.id: row.answer_bytes for row in rows}
+    common = CommonLosses.of(sums, text_bytes, loss_unit(found.target.run.config))
+    categories = {row.id: row.record.category for row in rows}
+    losses = {x.name: common.group(x.name, categories) for x in found.models}
+    values = _facts(found, choices, own) | {"overlap": seen}
+    values["rows"] = _count(rows, readings, common) | {"not_asked": asked.problems}
     values["models"] = {
         x.name: _model(x)
+        | {"rows_with_loss": len(sums[x.name])}
         | as_json(losses[x.name])
-        | _parts(rows, sums[x.name], own, found)
+        | _parts(rows, x.name, own, common)
         for x in found.models
     }
     lines = [_line(row, sums) for row in rows]
-    if stage:
-        measured = stage.measure(found, sums, folder, choices.slots)
-        _add_answers(values, measured, found.baseline)
+    measured = stage.measure(found, common, folder, choices.slots)
+    _add_answers(values, measured, found.baseline)
+    if metrics:
         _add_lines(lines, measured)
     name = digest(
         [(x.name, x.identity) for x in found.models],
@@ -143,7 +145,7 @@ def headline(result: Evaluated) -> str:
         f"{model} {values['verdict']} in {metric}"
         for model, by_metric in result.values.get("comparisons", {}).items()
         for metric, values in by_metric.items()
-        if metric != LOSS and values["verdict"] in (BETTER, WORSE)
+        if metric not in LOSSES and values["verdict"] in (BETTER, WORSE)
     ]
     parts = "; ".join([f"loss {losses}", *verdicts])
     return f"evaluation, {result.values['data']['origin']}: {parts}"
@@ -157,12 +159,6 @@ def read_rows(found: ModelSet, choices: EvaluationChoices) -> dict[str, Evaluati
         config, base = found.config_for(model, choices.changes), model.run.base
         key = repr((config.data, base.tokenizer.fingerprint))
         if key not in read:
-            if read:
-                logging.warning(
-                    "%s reads the rows with another template, length or tokenizer than "
-                    "the model before it",
-                    model.name,
-                )
             read[key] = (
                 rows_of_files(config, base, choices.data)
                 if choices.data
@@ -170,6 +166,28 @@ def read_rows(found: ModelSet, choices: EvaluationChoices) -> dict[str, Evaluati
             )
         by_model[model.name] = read[key]
     return by_model
+
+
+def find_differences(found: ModelSet) -> list[str]:
+    """Sentences on models that are made, or read the rows, in another way."""
+    target, said = found.target, []
+    own = target.run
+    for model in found.models:
+        other = model.run
+        parts = []
+        for name in OF_MODEL:
+            values = [str(getattr(x.config.data, name)) for x in (other, own)]
+            if values[0] != values[1]:
+                short = max(map(len, values)) <= LONGEST_SHOWN
+                is_at = f" ({values[0] or NONE}, not {values[1] or NONE})" * short
+                parts.append(f"another data.{name}{is_at}")
+        if other.base.tokenizer.fingerprint != own.base.tokenizer.fingerprint:
+            parts.append("another tokenizer")
+        if other.base.fingerprint != own.base.fingerprint:
+            parts.append("another base model")
+        if parts:
+            said.append(f"{model.name} has {', '.join(parts)} than {target.name}")
+    return said
 
 
 def _evaluate_texts(
@@ -205,6 +223,7 @@ def _facts(found: ModelSet, choices: EvaluationChoices, own: EvaluationRows) -> 
         "data": {"origin": own.origin, "sha256": own.sha256},
         "config": dict(choices.changes),
         "baseline": found.baseline,
+        "differences": find_differences(found),
         "left_out": list(own.left_out),
         "unused": list(own.unused),
     }
@@ -219,49 +238,31 @@ def _model(model: EvaluatedModel) -> Values:
 
 
 def _count(
-    rows: Sequence[EvaluatedRow], own: EvaluationRows, stage: AnswerStage | None
+    rows: Sequence[EvaluatedRow],
+    readings: Mapping[str, EvaluationRows],
+    common: CommonLosses,
 ) -> Values:
     """How many rows are evaluated, and how many of them are not whole."""
-    cut = {x.rpartition(": ")[0] for x in own.left_out if x.endswith(f": {CUT}")}
-    documents = documents_of(own, rows)
-    count = {
+    lines = {x for read in readings.values() for x in read.left_out}
+    cut = {x.rpartition(": ")[0] for x in lines if x.endswith(f": {CUT}")}
+    with_loss = next(iter(common.sums.values()))
+    return {
         "evaluated": len(rows),
         "cut": sum(row.place in cut for row in rows),
-        "without_loss": len(rows) - len(documents),
+        "without_loss": len(rows) - len(with_loss),
     }
-    if stage:
-        count["not_asked"] = stage.asked.problems
-    return count
-
-
-def _by_category(
-    rows: Sequence[EvaluatedRow], sums: Mapping[str, RowSums], found: ModelSet
-) -> Evaluation:
-    labels = {row.id: row.record.category for row in rows}
-    return _grouped(labels, sums, found)
-
-
-def _grouped(
-    labels: Mapping[str, str], sums: Mapping[str, RowSums], found: ModelSet
-) -> Evaluation:
-    unit = loss_unit(found.target.run.config)
-    return group_rows([*sums.values()], [labels[row] for row in sums], unit)
 
 
 def _parts(
-    rows: Sequence[EvaluatedRow],
-    sums: Mapping[str, RowSums],
-    own: EvaluationRows,
-    found: ModelSet,
+    rows: Sequence[EvaluatedRow], model: str, own: EvaluationRows, common: CommonLosses
 ) -> Values:
     """The losses by source and by length."""
     slots, documents = own.packed.documents.slots, documents_of(own, rows)
     tokens = {row: length_label(int(slots[i])) for i, row in documents.items()}
     sources = {row.id: row.source for row in rows}
-    known = {row: each for row, each in sums.items() if row in tokens}
     return {
-        "by_source": as_json(_grouped(sources, sums, found))["by_group"],
-        "by_length": as_json(_grouped(tokens, known, found))["by_group"],
+        "by_source": as_json(common.group(model, sources))["by_group"],
+        "by_length": as_json(common.group(model, tokens))["by_group"],
     }
 
 

@@ -19,6 +19,7 @@ from research.report.terminal import show_table
 
 Values = Mapping[str, Any]
 NONE = "-"
+LOSSES = ("loss", "bits_per_byte")  # Whichever the models can be compared by.
 SHOWN = 4  # rows that were dropped or cut, and columns; the file has all
 
 
@@ -33,7 +34,7 @@ def show_evaluation(values: Values, losses: Values) -> None:
     for finding in values.get("findings", ()):
         console.print(Text(visible(finding), "bold yellow"))
     title = f"step {values['step']}, {visible(values['data']['origin'])}"
-    table = result_tables.compare_losses(losses)
+    table = tabulate_losses(values, losses)
     show_table(console, title, table, bold=result_tables.TOTAL)
     show_table(console, "answers", tabulate_answers(values, short=True), bold="")
     for line in row_facts(values):
@@ -55,7 +56,7 @@ def row_facts(values: Values) -> list[str]:
     total = rows.get("evaluated", 0)
     parts = (
         (rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
-        (rows.get("without_loss", 0), "are longer than data.seq_len: no loss"),
+        (rows.get("without_loss", 0), _without_loss(values)),
         (len(rows.get("not_asked", ())), "are too long to be answered"),
     )
     facts = [
@@ -63,6 +64,12 @@ def row_facts(values: Values) -> list[str]:
         for count, what in parts
         if count
     ]
+    facts += values["differences"]
+    if any("bits_per_byte" in x for x in values.get("comparisons", {}).values()):
+        facts.append(
+            "the models count other tokens, so that their losses per token say nothing "
+            "about each other: bits per byte of the answers are compared"
+        )
     for model, seen in values.get("overlap", {}).items():
         same, part = seen["exact"], seen["words"]
         if same or part:
@@ -78,6 +85,20 @@ def row_facts(values: Values) -> list[str]:
     return facts
 
 
+def tabulate_losses(values: Values, losses: Values) -> Table:
+    """The losses of all models: by category, or by source where texts are whole."""
+    kind = result_tables.CATEGORY if "rows" in values else result_tables.SOURCE
+    return result_tables.compare_losses(losses, kind)
+
+
+def _without_loss(values: Values) -> str:
+    """Which models have no loss of some rows, and for which rows that counts."""
+    total, models = values["rows"]["evaluated"], values["models"]
+    short = [name for name, x in models.items() if x["rows_with_loss"] < total]
+    of_whom = " or ".join(short)
+    return f"are longer than data.seq_len of {of_whom}, and are in no loss of any model"
+
+
 def tabulate_answers(values: Values, *, short: bool = False) -> Table:
     """A row for each metric of each model; empty where nothing was answered.
 
@@ -87,7 +108,7 @@ def tabulate_answers(values: Values, *, short: bool = False) -> Table:
     models, compared = values["models"], values.get("comparisons", {})
     named = len(compared) > 1 or not compared
     rows = []
-    for metric in ("loss", *values.get("metrics", {})):
+    for metric in (*LOSSES, *values.get("metrics", {})):
         for model in compared or models:
             own = models[model].get("answers", {}).get(metric, {})
             judged = compared.get(model, {}).get(metric, {})
@@ -152,7 +173,7 @@ def format_pages(
             autoescape=ending == "html",
             base=STYLED,
             values=values,
-            losses=result_tables.compare_losses(losses),
+            losses=tabulate_losses(values, losses),
             answers=tabulate_answers(values),
             categories=tabulate_categories(values),
             facts=row_facts(values),

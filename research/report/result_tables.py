@@ -8,6 +8,7 @@ from typing import Any
 from research.data.grouped_values import NATS_PER_TOKEN, UNNAMED, by_group
 from research.tasks.model_answers import AnswerMeasure
 
+CATEGORY, SOURCE = "category", "source"
 TOTAL = "all"  # A label that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
 MOST_WITH_PERPLEXITY = 2  # Models: the table of more would be too wide.
@@ -15,13 +16,13 @@ LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
 
 
 def is_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether whole texts were evaluated, so that there are bits per byte, too."""
+    """Whether there are bits per byte: whole texts were evaluated, or their answers."""
     return bool(evaluations) and evaluations[-1].get("bits_per_byte") is not None
 
 
 def group_kind(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """The word for one group of what was evaluated."""
-    return "source" if is_text(evaluations) else "category"
+    return SOURCE if is_text(evaluations) else CATEGORY
 
 
 def group_label(group: str, kind: str) -> str:
@@ -49,39 +50,46 @@ def tabulate_losses(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     return compare_losses({first: before, "tuned": last})
 
 
-def compare_losses(lines: Mapping[str, Mapping[str, Any]]) -> Table:
+def compare_losses(lines: Mapping[str, Mapping[str, Any]], kind: str = "") -> Table:
     """Losses and metrics by group of one model, or of several side by side.
 
-    `lines` are evaluations of the same rows, as in `metrics.jsonl`, by model.
+    `lines` are evaluations of the same rows, as in `metrics.jsonl`, by model, and
+    `kind` is the word for a group. Losses of models that count other tokens say
+    nothing about each other: bits per byte then stand for their changes.
     """
     each = list(lines.values())
-    text, in_nats = is_text(each), loss_unit(each) == NATS_PER_TOKEN
+    kind = kind or group_kind(each)
+    in_nats = loss_unit(each) == NATS_PER_TOKEN
     has_perplexity = in_nats and len(each) <= MOST_WITH_PERPLEXITY
     metrics = [name for name in each[-1].get("metrics", "").split(",") if name]
+    counts = [by_group(line, "tokens") for line in each]
+    is_alike = all(count == counts[0] for count in counts)
+    has_bits = is_text(each) and (kind == SOURCE or not is_alike)
 
     def columns(title: str) -> list[str]:
         first, *others = lines
         return [f"{title} {first}", *others]
 
-    header = [group_kind(each), "tokens" if in_nats else "counted"]
+    counted = "tokens" if in_nats else "counted"
+    header = [kind, *([counted] if is_alike else columns(counted))]
     changes = ["change"] if len(each) == 2 else [f"change {x}" for x in [*lines][1:]]
-    header += columns("loss") + columns("ppl") * has_perplexity + changes
-    header += columns("bits/byte") * text
+    header += columns("loss") + columns("ppl") * has_perplexity + changes * is_alike
+    header += columns("bits/byte") * has_bits
     header += [cell for name in metrics for cell in columns(name)]
     rows = []
-    means = ["bits_per_byte"] * text + metrics
-    counted = by_group(each[-1], "tokens")
-    groups = sorted(by_group(each[-1], "loss"))
+    means = ["bits_per_byte"] * has_bits + metrics
+    shown = counts[: 1 if is_alike else None]
+
+    groups = sorted(set().union(*(by_group(line, "loss") for line in each)))
     for group in [] if groups == [UNNAMED] else groups:  # It would repeat the total.
-        losses = [by_group(line, "loss").get(group, math.nan) for line in each]
         others = [by_group(x, name).get(group) for name in means for x in each]
-        tokens = counted.get(group, 0)
-        label = group_label(group, header[0])
-        rows.append(_row(label, tokens, losses, has_perplexity, others))
+        tokens = [count.get(group, 0) for count in shown]
+        losses = [by_group(line, "loss").get(group) for line in each]
+        label = group_label(group, kind)
+        rows.append(_row(label, tokens, losses, has_perplexity, is_alike, others))
     others = [line.get(name) for name in means for line in each]
-    total = sum(counted.values())
-    losses = [x["loss"] for x in each]
-    rows.append(_row(TOTAL, total, losses, has_perplexity, others))
+    tokens, losses = [sum(x.values()) for x in shown], [x["loss"] for x in each]
+    rows.append(_row(TOTAL, tokens, losses, has_perplexity, is_alike, others))
     return [header, *rows]
 
 
@@ -108,20 +116,27 @@ def comparable(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 
 def _row(
     name: str,
-    tokens: int,
-    losses: Sequence[float],
+    tokens: Sequence[int],
+    losses: Sequence[float | None],
     has_perplexity: bool,
+    has_change: bool,
     others: Sequence[float | None],
 ) -> list[str]:
-    perplexities = [perplexity(x) for x in losses]
+    first = losses[0]
+    perplexities = [None if x is None else perplexity(x) for x in losses]
+    changes = [None if None in (x, first) else x - first for x in losses[1:]]
     return [
         name,
-        f"{tokens:,}",
-        *(f"{loss:.3f}" for loss in losses),
-        *(f"{x:.2f}" for x in perplexities * has_perplexity),
-        *(f"{loss - losses[0]:+.3f}" for loss in losses[1:]),
-        *("-" if value is None else f"{value:.3f}" for value in others),
+        *(f"{count:,}" for count in tokens),
+        *_cells(losses, ".3f"),
+        *_cells(perplexities * has_perplexity, ".2f"),
+        *_cells(changes * has_change, "+.3f"),
+        *_cells(others, ".3f"),
     ]
+
+
+def _cells(values: Sequence[float | None], form: str) -> list[str]:
+    return ["-" if value is None else format(value, form) for value in values]
 
 
 def tabulate_measures(measures: Sequence[AnswerMeasure]) -> Table:

@@ -84,6 +84,17 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same_bytes(
     results(place, evaluate(place, f"--run={run}", FEW[0], "--max_new_tokens=7"))
     assert asked == [7, 10]
 
+    # Losses alone are compared, too.
+    none = results(place, evaluate(place, f"--run={run}", FEW[0], "--metrics=none"))
+    assert len(asked) == 3
+    values = json.loads((none / "evaluation.json").read_text())
+    [loss] = values["comparisons"]["tuned"].values()
+    models = values["models"]
+    assert loss["baseline"] == pytest.approx(models["base"]["loss"])
+    assert loss["candidate"] == pytest.approx(models["tuned"]["loss"])
+    assert loss["verdict"] and loss["rows"] == 5 == models["base"]["rows_with_loss"]
+    assert models["base"]["bits_per_byte"] > 0 and not values["differences"]
+
     kept.write_text("[1]\n")
     bad = evaluate(place, f"--run={run}", *FEW)
     assert bad.returncode == 2 and "kept/answers-" in bad.stderr

@@ -42,6 +42,13 @@ class EvaluatedRow:
         """The file, or the dataset."""
         return self.place.rpartition(":")[0]
 
+    @property
+    def answer_bytes(self) -> int:
+        """UTF-8 bytes of the answers that count in a loss."""
+        turns = self.record.turns
+        answers = [x.said for x in turns if x.role == "assistant" and x.trained]
+        return sum(len(text.encode()) for text in answers)
+
 
 @dataclasses.dataclass(frozen=True)
 class AskedRow:

@@ -95,9 +95,15 @@ def measure_texts(opened: OpenModels, rows: EvaluationRows) -> dict[str, Evaluat
 
 
 def group_rows(
-    rows: Sequence[RowSums], labels: Sequence[str], loss_unit: str
+    rows: Sequence[RowSums],
+    labels: Sequence[str],
+    text_bytes: Sequence[int],
+    loss_unit: str,
 ) -> Evaluation:
-    """The means over all rows, and over those of each label."""
+    """The means over all rows, and over those of each label.
+
+    `text_bytes` are of each row's answers; zeros if its loss is no coding of them.
+    """
     groups = sorted(set(labels))
     index = [groups.index(label) for label in labels]
     sums: Sums = {}
@@ -106,7 +112,8 @@ def group_rows(
         total = np.zeros((len(groups), 2))
         np.add.at(total, index, pairs)
         sums[name] = Ratio(total[:, 0], total[:, 1])
-    return add_up([sums], groups, {}, loss_unit)
+    in_groups = np.bincount(index, text_bytes, len(groups)).astype(int).tolist()
+    return add_up([sums], groups, dict(zip(groups, in_groups, strict=True)), loss_unit)
 
 
 def loss_unit(config: Any) -> str:

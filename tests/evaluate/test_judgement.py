@@ -1,0 +1,145 @@
+"""Models are compared on the rows that all of them have, by what they share."""
+
+import math
+
+import pytest
+
+from research.core.errors import UserError
+from research.data.grouped_values import NATS_PER_TOKEN
+from research.evaluate.answered_row import AnsweredRow
+from research.evaluate.judgement import Measurements, find_contradictions
+from research.evaluate.loss_values import CommonLosses, as_json
+from research.report import evaluation_page
+from research.report.result_tables import compare_losses
+
+PAIRS = "nats per pair"
+
+
+def answered(number):
+    return AnsweredRow(
+        f"row{number}", f"rows.jsonl:{number + 1}", "", "rows.jsonl",
+        f"prompt {number}", f"question {number}", "", "reference", "answer", 3, 4, True,
+    )  # fmt: skip
+
+
+def common(by_model, text_bytes=None, unit=NATS_PER_TOKEN):
+    """Losses from (nats, tokens) of each row by model; None: the row is too long."""
+    sums = {
+        name: {f"row{i}": {"loss": list(pair)} for i, pair in enumerate(rows) if pair}
+        for name, rows in by_model.items()
+    }
+    text_bytes = text_bytes or [10] * max(map(len, by_model.values()))
+    by_row = {f"row{i}": count for i, count in enumerate(text_bytes)}
+    return CommonLosses.of(sums, by_row, unit)
+
+
+def judge(losses, rows):
+    names = losses.sums
+    measured = Measurements.of(
+        {name: [answered(i) for i in range(rows)] for name in names},
+        losses,
+        {name: {} for name in names},
+    )
+    return measured.comparisons(next(iter(names)))
+
+
+def test_means_are_over_the_rows_that_every_model_has():
+    losses = common(
+        {"base": [(8, 4), (30, 3)], "a": [(4, 4), (15, 3)], "b": [(6, 4), None]}
+    )
+    labels = {"row0": "short", "row1": "long"}
+    lines = {name: losses.group(name, labels).line() for name in losses.sums}
+    header, *rows = compare_losses(lines, "category")
+    assert header == [
+        "category", "tokens", "loss base", "a", "b", "change a", "change b"
+    ]  # fmt: skip
+    assert rows[-1] == ["all", "4", "2.000", "1.000", "1.500", "-1.000", "-0.500"]
+    assert [row[0] for row in rows] == ["short", "all"]
+    with pytest.raises(UserError, match="no row has a loss of all of a, b"):
+        common({"a": [(1, 1), None], "b": [None, (1, 1)]})
+
+
+def test_losses_over_other_tokens_are_compared_by_bytes():
+    """Half the tokens at the same nats is twice the loss per token, and no worse."""
+    nats = [7.0 + i % 3 for i in range(12)]
+    losses = common({"base": [(x, 8) for x in nats], "other": [(x, 4) for x in nats]})
+    [(name, found)] = judge(losses, 12)["other"].items()
+    assert name == "bits_per_byte" and found["verdict"] == "no difference shown"
+    assert found["baseline"] == found["candidate"]
+    assert found["candidate"] == pytest.approx(sum(nats) / math.log(2) / 120)
+
+    labels = dict.fromkeys(losses.text_bytes, "")
+    groups = {name: losses.group(name, labels) for name in losses.sums}
+    assert as_json(groups["other"])["bits_per_byte"] == found["candidate"]
+    header, total = compare_losses({k: x.line() for k, x in groups.items()}, "category")
+    assert header[:3] == ["category", "tokens base", "other"]
+    assert total[:3] == ["all", "96", "48"] and "change" not in header
+    assert total[-2] == total[-1] == f"{found['candidate']:.3f}"
+
+    better = common(
+        {"base": [(x, 8) for x in nats], "other": [(x / 2, 6) for x in nats]}
+    )
+    [found] = judge(better, 12)["other"].values()
+    assert found["verdict"] == "better"
+
+
+def test_losses_that_nothing_makes_comparable_get_no_verdict():
+    pairs = common({"base": [(3, 1)] * 12, "other": [(3, 2)] * 12}, unit=PAIRS)
+    assert judge(pairs, 12) == {"other": {}}
+    same = common({"base": [(3, 1)] * 12, "other": [(2, 1)] * 12}, unit=PAIRS)
+    assert judge(same, 12)["other"]["loss"]["verdict"] == "better"
+    assert "bits_per_byte" not in as_json(
+        same.group("base", dict.fromkeys(same.text_bytes, ""))
+    )
+
+
+@pytest.mark.parametrize("loss", ["loss", "bits_per_byte"])
+def test_only_a_loss_that_is_shown_to_fall_contradicts_worse_answers(loss):
+    def found(loss_verdict, answer_verdict):
+        values = {"baseline": 0.5, "candidate": 0.4, "difference": -0.1}
+        return find_contradictions(
+            {
+                "tuned": {
+                    loss: values | {"verdict": loss_verdict},
+                    "rouge_l": values | {"verdict": answer_verdict},
+                }
+            }
+        )
+
+    [sentence] = found("better", "worse")
+    assert "rouge_l 0.5 to 0.4" in sentence and "tuned falls" in sentence
+    assert not found("no difference shown", "worse")
+    assert not found("worse", "worse") and not found("better", "better")
+    assert not find_contradictions({"tuned": {}})
+
+
+def page_values(**more):
+    model = {"rows_with_loss": 24}
+    return {
+        "step": 3,
+        "data": {"origin": "rows.jsonl (24 rows)"},
+        "rows": {"evaluated": 24, "cut": 0, "without_loss": 0, "not_asked": []},
+        "baseline": "base",
+        "differences": [],
+        "findings": [],
+        "models": {"base": dict(model), "tuned": dict(model)},
+        "comparisons": {"tuned": {}},
+        "metrics": {},
+        "left_out": [],
+        "unused": [],
+        **more,
+    }
+
+
+def test_pages_say_which_models_lack_rows_and_read_otherwise():
+    values = page_values(
+        rows={"evaluated": 24, "cut": 0, "without_loss": 11, "not_asked": []},
+        differences=["tuned has another data.seq_len (64, not 256) than base"],
+        models={"base": {"rows_with_loss": 24}, "tuned": {"rows_with_loss": 13}},
+    )
+    losses = common({"base": [(1, 1)], "tuned": [(2, 1)]})
+    lines = {k: losses.group(k, {"row0": ""}).line() for k in losses.sums}
+    pages = evaluation_page.format_pages(values, [], lines)
+    for text in pages.values():
+        assert "11 of 24 rows (45.8%) are longer than data.seq_len of tuned" in text
+        assert "another data.seq_len (64, not 256)" in text.replace("\\", "")

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from research.core.errors import LonelyError
 from research.engine.adapter_names import AdapterNames
 from research.engine.answers.answer_progress import Answer, AnswerProgress, Pieces
 from research.engine.answers.engine_counts import EngineCounts
@@ -49,7 +50,6 @@ class Engine:
 
     Attributes:
       prefixes: beginnings of prompts, which engines over the same parameters may share.
-      adapter_rows: of the bank in the decoder's parameters; 0 without one.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Engine:
         self._commands = RoundCommands()
         self._changed = threading.Condition()
         self._stepping = threading.RLock()
-        self._driven, self._failure = False, ""
+        self._driven, self._stopped = False, ""
         self._rounds = 0
         self._counts = EngineCounts()
 
@@ -101,15 +101,15 @@ class Engine:
           ContextOverflowError: prompt and answer are longer than a slot.
           UnknownAdapterError: no adapter has the name.
           EngineFullError: too many requests wait.
-          EngineStoppedError: the decoder has failed.
+          EngineStoppedError: the engine has ended, or its decoder has failed.
           UserError: a value of the request is out of its range.
         """
         decoder = self._decoder
         check_request(request, vocabulary=decoder.vocabulary, length=decoder.length)
         answer = Answer(request, self._wait_for, deliver)
         with self._changed:
-            if self._failure:
-                raise EngineStoppedError(f"the engine has stopped: {self._failure}")
+            if self._stopped:
+                raise EngineStoppedError(self._stopped)
             # The first of those that wait get the free slots at the next round.
             waiting = len(self._waiting) - self._slots.count(None)
             if waiting >= self._most_waiting:
@@ -127,15 +127,12 @@ class Engine:
     def score(
         self, ids: Sequence[int], adapter: str = "", top: int = 0
     ) -> tuple[TokenScore, ...]:
-        """The scores of `ids[1:]`, each after all the ids before it.
+        """The scores of `ids[1:]`, each after all before it; raises as `submit` does.
 
         Args:
           ids: of a text; at least one.
           adapter: name of a loaded adapter; "" is the base model.
           top: how many of the likeliest ids are listed at each place.
-
-        Raises:
-          UserError: see `submit`.
         """
         nothing_new = Sampling(max_new_tokens=0)
         request = Request(
@@ -181,8 +178,7 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; requests that run with it end with it.
 
-        Raises:
-          UnknownAdapterError: no adapter has the name.
+        Raises UnknownAdapterError: no adapter has the name.
         """
         self._adapters.unload(name)
 
@@ -205,8 +201,7 @@ class Engine:
     def run_forever(self, stop_event: threading.Event) -> None:
         """Takes rounds until the event is set, and then cancels what is left.
 
-        Raises:
-          Exception: the decoder failed; all answers have ended with it.
+        Raises Exception: the decoder failed; all answers have ended with it.
         """
         self._driven = True
         try:
@@ -217,25 +212,26 @@ class Engine:
                             self._changed.wait(IDLE)
                     self._when_idle()
         finally:
+            self._stop("the engine has stopped", Piece(finish="cancelled"))
             self._driven = False
-            self._end_all(Piece(finish="cancelled"))
-            self._commands.refuse(EngineStoppedError("the engine has stopped"))
 
     def step(self) -> bool:
         """Takes one round; returns whether there was anything to do.
 
-        Raises:
-          Exception: the decoder failed; all answers have ended with it.
+        One that has stopped has none. Raises Exception: the decoder failed, and all
+        answers have ended with it.
         """
         with self._stepping:
+            if self._stopped:
+                return False
             self._rounds += 1
             try:
                 worked = self._obey() + self._admit() + self._write_prompts()
                 return bool(worked + self._decode())
             except Exception as error:
                 # The state of all slots may be gone, and nobody knows who is to blame.
-                self._failure = repr(error)
-                self._end_all(Piece(finish="error", error=str(error)), error)
+                piece = Piece(finish="error", error=str(error))
+                self._stop(f"the engine has stopped: {error!r}", piece, error)
                 raise
 
     def _wait_for(self, pieces: Pieces) -> Piece:
@@ -346,8 +342,7 @@ class Engine:
         for task in self._answering():
             if task.request.constraint:
                 self._guarded(task, self._constrain)
-        tasks = self._answering()
-        if tasks:
+        if tasks := self._answering():
             found = self._decoder.decode()
             for task in tasks:
                 self._guarded(task, lambda task: self._deliver(task, task.take(found)))
@@ -373,11 +368,16 @@ class Engine:
         """Does something for one task; what it raises ends that task alone."""
         try:
             action(task)
+        except LonelyError:  # Without the other processes none can be answered.
+            raise
         except Exception as error:
             self._end(task, Piece(finish="error", error=str(error)), error)
 
-    def _end_all(self, piece: Piece, error: Exception | None = None) -> None:
+    def _stop(self, why: str, piece: Piece, error: Exception | None = None) -> None:
+        """Ends all that runs or waits; the engine takes nothing any longer."""
         with self._changed:
+            self._stopped = self._stopped or why
+            self._commands.refuse(self._stopped)
             tasks = [task for task in (*self._slots, *self._waiting) if task]
             self._waiting.clear()
         for task in tasks:
@@ -392,7 +392,7 @@ class Engine:
         task.ended = True
         if task.slot >= 0:
             self._slots[task.slot] = None
-            if not self._failure:
+            if not (error and self._stopped):  # Else the decoder has failed.
                 self._decoder.free(task.slot)
         self._adapters.release(task.adapter)
         self._counts.ended(task, piece.finish)

@@ -1,7 +1,6 @@
 """A server on its socket, from before the models are loaded to the last answer."""
 
 import asyncio
-import contextlib
 import functools
 import logging
 import signal
@@ -142,5 +141,9 @@ async def _follow(state: ServerState) -> None:
     """Looks for newer checkpoints of the runs that are served."""
     while True:
         await asyncio.sleep(FOLLOW_EVERY)
-        with contextlib.suppress(ApiError):  # Nothing is loaded yet.
+        try:
             await state.in_admin_thread(state.deployment.follow)
+        except ApiError:  # Nothing is loaded yet.
+            continue
+        except Exception:  # Memory that ends while weights are read, say.
+            logging.exception("a newer checkpoint could not be looked for or read")

@@ -590,3 +590,41 @@ def test_a_device_that_fails_ends_all_answers_and_the_engine(decoder, monkeypatc
     with pytest.raises(EngineStoppedError, match="lost"):
         engine.submit(request(MIDDLE))
     decoder.open(decoder.params)
+    with pytest.raises(EngineStoppedError, match="lost"):
+        engine.between_rounds(lambda: "done")
+
+
+def test_an_engine_that_has_ended_does_nothing_any_longer(decoder):
+    engine, stop, made = Engine(decoder, TOKENIZER), threading.Event(), []
+    stop.set()
+    engine.run_forever(stop)
+    for when_empty in (False, True):
+        with pytest.raises(EngineStoppedError, match="has stopped"):
+            engine.between_rounds(lambda: made.append(1), when_empty=when_empty)
+    with pytest.raises(EngineStoppedError, match="has stopped"):
+        engine.submit(request(SHORT))
+    assert made == [] and not engine.step()
+
+
+@pytest.mark.parametrize("call", ["read_block", "score", "a command"])
+def test_a_process_that_is_gone_ends_the_engine_and_not_one_answer(
+    decoder, monkeypatch, call
+):
+    engine = Engine(decoder, TOKENIZER, prefix_bytes=MIB)
+
+    def gone(*_):
+        raise LonelyError("another process is gone")
+
+    with monkeypatch.context() as patch:
+        if call != "a command":
+            patch.setattr(decoder, call, gone)
+        longest = Sampling(max_new_tokens=LENGTH - len(SHORT))
+        other = engine.submit(request(SHORT, longest))
+        asked = engine.submit(request(LONG, echo=call == "score"))
+        with pytest.raises(LonelyError):
+            engine.between_rounds(gone) if call == "a command" else read(asked)
+    with pytest.raises(LonelyError):
+        other.text()
+    with pytest.raises(EngineStoppedError, match="is gone"):
+        engine.submit(request(SHORT))
+    decoder.open(decoder.params)

@@ -6,10 +6,11 @@ import typing
 import msgspec
 import pytest
 
-from research.core.errors import UserError
+from research.core.errors import LonelyError, UserError
 from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
+    EngineStoppedError,
     UnknownAdapterError,
 )
 from research.serve.api.api_errors import ApiError, from_engine, unknown_model
@@ -187,6 +188,10 @@ def test_the_errors_of_the_engine_become_those_of_the_api():
     assert (long.param, long.code) == ("messages", "context_length_exceeded")
     assert long.message.endswith("max_tokens")
     assert from_engine(UnknownAdapterError("no a"), "prompt").status == 404
+    for error in (LonelyError("one is gone"), EngineStoppedError("it has stopped")):
+        found = from_engine(error, "prompt")
+        assert found.status == 503 and found.body()["error"]["param"] is None
+        assert found.body()["error"]["type"] == "unavailable_error"
     assert from_engine(UserError("top_k: -2 is not"), "prompt").param == "top_k"
     assert from_engine(UserError("no: name here"), "prompt").param == "no"
     assert from_engine(UserError("it is bad"), "prompt").param is None

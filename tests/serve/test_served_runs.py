@@ -1,6 +1,8 @@
 """Runs by name: listed, loaded, followed, exchanged while others are answered."""
 
+import asyncio
 import shutil
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -11,8 +13,9 @@ from small_run import one_device
 
 from research.core.errors import UserError
 from research.parallel import runtime
-from research.serve import open_models
+from research.serve import listening, open_models
 from research.serve.__main__ import main
+from research.serve.api.api_errors import ApiError
 from research.serve.open_models import Capacity
 
 ASK = [{"role": "user", "content": "Are whales fish?"}]
@@ -106,6 +109,23 @@ def test_a_run_is_followed_to_its_newest_checkpoint(client, served, runs):
     served.deployment.follow()
     assert client.models.retrieve("behind").step == newest
     assert said(client, "behind") == said(client, "tuned")
+
+
+def test_following_outlasts_a_look_that_fails(monkeypatch, caplog):
+    monkeypatch.setattr(listening, "FOLLOW_EVERY", 0)
+    ends = iter([MemoryError("RESOURCE_EXHAUSTED"), None, ApiError(503, "loading")])
+
+    class State:
+        deployment = SimpleNamespace(follow=None)
+
+        async def in_admin_thread(self, _):
+            error = next(ends, asyncio.CancelledError())
+            if error:
+                raise error
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(listening._follow(State()))
+    assert "RESOURCE_EXHAUSTED" in caplog.text and "loading" not in caplog.text
 
 
 @pytest.mark.soak

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from research.core.errors import LonelyError
+from research.engine.requests import EngineStoppedError
+
 Command = tuple[Callable[[], Any], Future[Any]]
 
 
@@ -17,9 +20,16 @@ class RoundCommands:
     def __init__(self) -> None:
         self._waiting: collections.deque[Command] = collections.deque()
         self._for_empty: collections.deque[Command] = collections.deque()
+        self._refused = ""
 
     def put(self, command: Callable[[], Any], when_empty: bool) -> Future[Any]:
-        """Adds a command; `when_empty` lets it wait until no slot is in use."""
+        """Adds a command; `when_empty` lets it wait until no slot is in use.
+
+        Raises:
+          EngineStoppedError: commands are refused now.
+        """
+        if self._refused:
+            raise EngineStoppedError(self._refused)
         done: Future[Any] = Future()
         (self._for_empty if when_empty else self._waiting).append((command, done))
         return done
@@ -38,6 +48,9 @@ class RoundCommands:
 
         Args:
           are_empty: whether no slot is in use.
+
+        Raises:
+          LonelyError: another process is gone; the command has ended with it, too.
         """
         count = 0
         for queue in (self._waiting, self._for_empty if are_empty else ()):
@@ -48,10 +61,13 @@ class RoundCommands:
                     done.set_result(command())
                 except Exception as error:
                     done.set_exception(error)
+                    if isinstance(error, LonelyError):
+                        raise
         return count
 
-    def refuse(self, error: Exception) -> None:
-        """Ends all commands that wait with `error`."""
+    def refuse(self, why: str) -> None:
+        """Ends all commands with EngineStoppedError: those that wait and any later."""
+        self._refused = why
         for queue in (self._waiting, self._for_empty):
             while queue:
-                queue.popleft()[1].set_exception(error)
+                queue.popleft()[1].set_exception(EngineStoppedError(why))

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 import msgspec
 from starlette.responses import Response
 
-from research.core.errors import UserError, nearest
+from research.core.errors import LonelyError, UserError, nearest
 from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
+    EngineStoppedError,
     UnknownAdapterError,
 )
 
@@ -110,6 +111,8 @@ def from_engine(error: UserError, prompt: str) -> ApiError:
     `prompt` is the field of the request that holds the prompt.
     """
     message = str(error)
+    if isinstance(error, LonelyError | EngineStoppedError):
+        return ApiError(503, message, None, "stopped")
     for theirs, ours in ENGINE_NAMES.items():
         message = message.replace(theirs, ours)
     if isinstance(error, EngineFullError):

@@ -55,6 +55,7 @@ def train(request: Request) -> Response:
     except (UserError, PageError) as error:
         values["problem"] = str(error)
     preset = preset if is_config(preset, studio) else first_preset()
+    first = complete([flag("data.path", EMBEDDED)], studio)
     return render(
         request,
         "train.html.jinja",
@@ -65,7 +66,8 @@ def train(request: Request) -> Response:
         preset=preset,
         bases=_bases(studio),
         flags=flags,
-        first=complete([flag("data.path", EMBEDDED)], studio),
+        first=first,
+        first_command=commands.launching(first),
         said=request.query_params.get("said", ""),
         **values,
     )

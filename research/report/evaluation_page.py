@@ -20,6 +20,11 @@ from research.report.terminal import show_table
 Values = Mapping[str, Any]
 NONE = "-"
 LOSSES = ("loss", "bits_per_byte")  # Whichever the models can be compared by.
+# Verdicts without a difference, and the words before the metrics.
+UNSHOWN = {
+    "no difference shown": "no difference is shown in",
+    "too few rows to tell": "there are too few rows to tell in",
+}
 SHOWN = 4  # rows that were dropped or cut, and columns; the file has all
 
 
@@ -33,6 +38,8 @@ def show_evaluation(values: Values, losses: Values) -> None:
     console = Console()
     for finding in values.get("findings", ()):
         console.print(Text(visible(finding), "bold yellow"))
+    for sentence in verdict_sentences(values):
+        console.print(Text(visible(sentence), "bold"))
     title = f"step {values['step']}, {visible(values['data']['origin'])}"
     table = tabulate_losses(values, losses)
     show_table(console, title, table, bold=result_tables.TOTAL)
@@ -48,6 +55,39 @@ def show_evaluation(values: Values, losses: Values) -> None:
             lines.append(f"  and {counted(more, 'more line')} in evaluation.json")
         for line in lines:
             console.print(Text(visible(line)))
+
+
+def verdict_sentences(values: Values) -> list[str]:
+    """A sentence on each comparison: its verdicts, by how much, on how many rows."""
+    if not values["baseline"]:
+        return ["There is no other model to compare with, so there is no verdict."]
+    if "comparisons" not in values:
+        return ["Losses of whole texts have no interval, so there is no verdict."]
+    sentences = []
+    for model, by_metric in values["comparisons"].items():
+        by_verdict: dict[str, list[str]] = {}
+        most = max((x["rows"] for x in by_metric.values()), default=0)
+        for metric, judged in by_metric.items():
+            values_of = [_number(judged[x]) for x in ("baseline", "candidate")]
+            rows = judged["rows"]
+            on = f" on {counted(rows, 'row')}" * (rows < most)
+            change = f" (from {' to '.join(values_of)}{on})"
+            name = metric if judged["verdict"] in UNSHOWN else metric + change
+            by_verdict.setdefault(judged["verdict"], []).append(name)
+        order = sorted(by_verdict, key=[*UNSHOWN].__contains__)
+        parts = [f"{UNSHOWN.get(x, f'{x} in')} {_listed(by_verdict[x])}" for x in order]
+        found = "; ".join(parts) or "they have no metric in common"
+        who = f"{model} against {values['baseline']}"
+        sentences.append(f"{who}, on {counted(most, 'row')}: {found}.")
+    return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a, b and c`; with few names and a number where there are many."""
+    shown = [*names[:SHOWN]]
+    if (more := len(names) - SHOWN) > 0:
+        shown.append(f"{more:,} more")
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def row_facts(values: Values) -> list[str]:
@@ -176,6 +216,7 @@ def format_pages(
             losses=tabulate_losses(values, losses),
             answers=tabulate_answers(values),
             categories=tabulate_categories(values),
+            verdicts=verdict_sentences(values),
             facts=row_facts(values),
             changed=changed,
             folded=FOLDED,

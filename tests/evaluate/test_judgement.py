@@ -143,3 +143,44 @@ def test_pages_say_which_models_lack_rows_and_read_otherwise():
     for text in pages.values():
         assert "11 of 24 rows (45.8%) are longer than data.seq_len of tuned" in text
         assert "another data.seq_len (64, not 256)" in text.replace("\\", "")
+
+
+def judged(verdict, rows=24):
+    return {
+        "baseline": 2.0, "candidate": 1.5, "difference": -0.5, "low": -0.6,
+        "high": -0.4, "rows": rows, "verdict": verdict, "adjusted_p": 0.01,
+        "effect_size": None, "rows_needed": None, "by_category": {},
+    }  # fmt: skip
+
+
+def test_pages_begin_with_what_was_shown_on_how_many_rows(capsys):
+    unshown = {f"m{i}": judged("no difference shown") for i in range(6)}
+    found = {
+        "loss": judged("better"), **unshown, "stopped": judged("worse", 1),
+        "length_ratio": judged("lower"), "few": judged("too few rows to tell", 2),
+    }  # fmt: skip
+    values = page_values(
+        comparisons={"tuned": found},
+        findings=["the perplexity falls"],
+        metrics={name: {"note": "", "unit": ""} for name in found if name != "loss"},
+    )
+    said = (
+        "tuned against base, on 24 rows: better in loss (from 2.000 to 1.500); worse "
+        "in stopped (from 2.000 to 1.500 on 1 row); lower in length_ratio (from 2.000 "
+        "to 1.500); no difference is shown in m0, m1, m2, m3 and 2 more; "
+        "there are too few rows to tell in few."
+    )
+    assert evaluation_page.verdict_sentences(values) == [said]
+    line = {"loss": 1.0, "loss/a": 1.0, "tokens/a": 4}
+    lines = {"base": line, "tuned": line}
+    for text in evaluation_page.format_pages(values, [], lines).values():
+        places = [text.index(x) for x in ("perplexity", said, "rows.jsonl", "Answers")]
+        assert places == sorted(places)
+    evaluation_page.show_evaluation(values, lines)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"the perplexity falls {said}")
+
+    alone = page_values(baseline="", comparisons={})
+    assert "no other model" in evaluation_page.verdict_sentences(alone)[0]
+    del values["comparisons"]
+    assert "whole texts" in evaluation_page.verdict_sentences(values)[0]

@@ -101,7 +101,7 @@ def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
     JAX 0.10 to 0.12 checks the same limits when it traces the call
     (`check_is_flash_attention`), but its messages do not say what to change.
     """
-    version = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    version = re.match(r"(\d+)\.\d", capability)  # AMD's are such as gfx942.
     if BEST.get(platform) != "cudnn":
         return f"it needs an NVIDIA GPU, this is {platform}"
     if version is None:

@@ -48,7 +48,8 @@ class Chip:
       shapes: shapes of the slices on offer; empty for chips without a torus.
       ring: an axis of the torus closes to a ring at multiples of this length.
       source: the sources of the numbers, see the top of this file.
-      capability: compute capability of a GPU, by which its kernels are chosen.
+      capability: compute capability of a GPU, by which its kernels are chosen; words
+        may follow that say where it is from.
     """
 
     name: str
@@ -195,7 +196,8 @@ def memory_of(text: str) -> Chip | None:
     nbytes = float(found[1]) * (GIB if found[2] else 1e9)
     name = f"{found[1]}G{found[2]}B"
     kinds = ("NVIDIA GPU",)
-    return Chip(name, kinds, 0.0, nbytes, 0.0, 0.0, 0.0, 8, capability="8.0")
+    capability = "8.0, as is assumed where only the memory is known"
+    return Chip(name, kinds, 0.0, nbytes, 0.0, 0.0, 0.0, 8, capability=capability)
 
 
 def by_device_kind(kind: str) -> Chip | None:

@@ -64,10 +64,11 @@ def write_answers(
     folder: Path,
     answers: Sequence[ComparedAnswer],
     measures: Sequence[AnswerMeasure] = (),
+    not_asked: Sequence[str] = (),
 ) -> None:
     """Writes `answers.json`. Raises OSError."""
     values = {"answers": _plain(answers), "metrics": _plain(measures)}
-    _write(folder / ANSWERS, values)
+    _write(folder / ANSWERS, values | {"not_asked": list(not_asked)})
 
 
 def read_answers(folder: Path) -> list[ComparedAnswer]:

@@ -1,6 +1,7 @@
 """Instruction tuning: only answers are trained; some are compared at the end."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ from research.tasks.instruction_rows import (
     rows_of_files,
     training_records,
 )
-from research.tasks.model_answers import HeldOutPrompt, Sample
+from research.tasks.model_answers import HeldOutPrompt, Sample, lack_of_room
 from research.tasks.row_preview import PreviewRow, preview_rows
 from research.tasks.task_protocol import TaskKind
 from research.tasks.token_loss_and_metrics import CrossEntropy
@@ -263,17 +264,10 @@ class InstructionTask:
 
     def asked(self) -> list[HeldOutPrompt]:
         """Held-out rows of each category in turn, those that the report shows first."""
-        config = self._config.eval
+        config, prompts = self._config.eval, self._prompts
         sampling = Sampling(max_new_tokens=config.max_new_tokens)
-        # Training may have cut a context to fit; as a prompt it can still be too long.
-        room = self._longest - sampling.max_new_tokens
-        prompts = {
-            record.where: self._chat.encode_prompt(record.turns[:-1], record.context)
-            for record in self._data.held_out_records
-        }
-        fitting = [
-            r for r in self._data.held_out_records if len(prompts[r.where]) <= room
-        ]
+        lacks = self._lacks_room
+        fitting = [r for r in self._data.held_out_records if not lacks[r.where]]
         return [
             HeldOutPrompt(
                 record,
@@ -284,6 +278,32 @@ class InstructionTask:
                 fitting, max(config.prompts, config.answers_rows)
             )
         ]
+
+    def not_asked(self) -> list[str]:
+        config = self._config.eval
+        if not max(config.prompts, config.answers_rows):
+            return []
+        return [f"{where}: {why}" for where, why in self._lacks_room.items() if why]
+
+    @functools.cached_property
+    def _prompts(self) -> dict[str, list[int]]:
+        """The ids of each held-out row's prompt, by `file:line`."""
+        return {
+            record.where: self._chat.encode_prompt(record.turns[:-1], record.context)
+            for record in self._data.held_out_records
+        }
+
+    @property
+    def _lacks_room(self) -> dict[str, str]:
+        """Why a held-out row cannot be asked, by `file:line`; "" if it can.
+
+        Training may have cut a context to fit; as a prompt it can still be too long.
+        """
+        answer = self._config.eval.max_new_tokens
+        return {
+            where: lack_of_room(len(ids), self._longest, answer)
+            for where, ids in self._prompts.items()
+        }
 
 
 def _prompt_text(record: Record) -> str:

@@ -21,6 +21,16 @@ class HeldOutPrompt:
     request: Request
 
 
+def lack_of_room(prompt: int, context: int, answer: int = 1) -> str:
+    """Why a prompt and an answer do not fit a context, in tokens; "" if they do."""
+    if prompt + answer <= context:
+        return ""
+    why = f"the prompt has {prompt} tokens, and the model's context is {context}"
+    if prompt >= context:
+        return why
+    return f"{why}: {context - prompt} are left, and an answer may have {answer}"
+
+
 @dataclasses.dataclass(frozen=True)
 class ComparedAnswer:
     """One held-out prompt, and what each model answers to it.

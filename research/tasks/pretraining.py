@@ -212,6 +212,9 @@ class TextTask:
         """Nothing: raw text has no prompts with a reference answer."""
         return []
 
+    def not_asked(self) -> list[str]:
+        return []
+
 
 def _count_lost(
     text: TextConfig, data: DataConfig, tokenizer: Tokenizer

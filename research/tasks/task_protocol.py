@@ -78,6 +78,9 @@ class Task(Protocol):
     def asked(self) -> list[HeldOutPrompt]:
         """The held-out rows that models are asked; empty where there are none."""
 
+    def not_asked(self) -> list[str]:
+        """`file:line: reason` for each held-out row that no model can be asked."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRows:

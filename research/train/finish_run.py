@@ -91,7 +91,7 @@ def _finish(run: TrainingRun) -> None:
         return
     goodput = run.history.goodput()
     metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
-    display_files.write_answers(folder, *answers)
+    display_files.write_answers(folder, *answers, run.answers.not_asked)
     facts = attempt("the facts", lambda: run_facts.describe(run), failed) or {}
     figures = attempt("the figures", lambda: run_facts.measure(run), failed) or {}
     figures["goodput"] = str(goodput)

@@ -13,6 +13,7 @@ from research.report.result_tables import Table
 from research.runs import metrics_file
 from research.tasks.epochs import passed
 from research.tasks.findings import DROPPED
+from research.train.metrics.held_out_answers import count_not_asked
 from research.train.training_run import TrainingRun
 
 SHOWN_DIGITS = 12  # of a sha256 or a commit
@@ -34,6 +35,8 @@ def describe(run: TrainingRun) -> dict[str, Any]:
     }
     if DROPPED in numbers:  # A task may drop nothing by its nature.
         facts[DROPPED] = count_dropped(numbers[DROPPED])
+    if not_asked := run.answers.not_asked:
+        facts["not asked"] = count_not_asked(not_asked)
     if kind := run.definition.trainable.kind:
         facts["adapters"] = _adapters(config, numbers[f"{kind.name} targets"])
     facts |= {

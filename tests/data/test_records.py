@@ -436,3 +436,20 @@ def test_only_a_number_or_a_share_of_rows_can_be_held_out():
     assert Config(data=own).evaluates and Config().evaluates
     silent = TextConfig(sources=("a=b",), held_out_share=0.0)
     assert not Config(data=DataConfig(kind="text"), text=silent).evaluates
+
+
+@pytest.mark.parametrize(
+    "roles, said",
+    [
+        ("user", "ends with a turn of the user, and the answer is missing"),
+        ("system user assistant user", "turn of the user, and the answer is missing"),
+        ("user assistant tool", "alternate user and assistant|turn of the tool"),
+        ("user user", "must alternate user and assistant, not user user"),
+        ("system", "must alternate user and assistant, not system"),
+    ],
+)
+def test_a_chat_without_its_last_answer_says_that_it_is_missing(tmp_path, roles, said):
+    messages = [{"role": role, "content": "c"} for role in roles.split()]
+    content = json.dumps({"messages": messages}).encode()
+    with pytest.raises(UserError, match=f"messages.*({said})"):
+        load(write(tmp_path / "rows.jsonl", content))

@@ -26,6 +26,7 @@ from research.config.run_config import (
 )
 from research.core.errors import UserError
 from research.formats.base_model import open_architecture, open_base, random_base
+from research.models import attention_kernels
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
 from research.plan import abstract_step, plan_json, planned_devices, planner
@@ -250,6 +251,18 @@ def test_the_table_of_chips_is_that_of_the_running_devices():
 def test_devices_are_named_as_people_name_them(text, name, count):
     target = parse_device(text)
     assert (target.chip.name, target.count) == (name, count)
+
+
+def test_a_memory_alone_says_that_its_compute_capability_is_assumed():
+    reasons = [
+        attention_kernels.choose(
+            "auto", "gpu", dtype="bfloat16", head_dim=64, length=128,
+            capability=parse_device(name).devices()[0].compute_capability,
+        ).reason
+        for name in ("24GB", "a100")
+    ]  # fmt: skip
+    assert "GPU has 8.0, as is assumed where only the memory is known" in reasons[0]
+    assert reasons[1].endswith("this GPU has 8.0")
 
 
 def test_a_memory_alone_is_judged_like_a_card_of_that_memory_and_claims_no_speed():

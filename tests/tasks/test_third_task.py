@@ -168,6 +168,9 @@ class PairTask:
     def asked(self):
         return []
 
+    def not_asked(self):
+        return []
+
 
 KIND = TaskKind(
     load=PairTask,

@@ -47,9 +47,11 @@ def config(prompts=2, rows=3, every=1, best_by="loss"):
     )
 
 
-def held_out(asked=SAID, **options):
+def held_out(asked=SAID, not_asked=(), **options):
     task = types.SimpleNamespace(
-        asked=lambda: [prompt(x) for x in asked], groups=["open_qa"]
+        asked=lambda: [prompt(x) for x in asked],
+        not_asked=lambda: [*not_asked],
+        groups=["open_qa"],
     )
     return HeldOutAnswers(task, TOKENIZER, config(**options))
 
@@ -121,6 +123,16 @@ def test_the_base_answers_once_for_runs_that_share_it():
     found = [answers.answer_base(lambda: base) for _ in range(2)]
     assert base.asked == 4 and found[0] is found[1]
     assert held_out().answer_base(lambda: None) is None
+
+
+def test_rows_that_cannot_be_asked_are_named(caplog):
+    assert not held_out().not_asked and not caplog.text
+    lines = [f"rows.jsonl:{i}: too long" for i in range(6)]
+    assert held_out(not_asked=lines[:1]).not_asked == lines[:1]
+    assert "not asked: 1 held-out row (rows.jsonl:0: too long)" in caplog.text
+    held_out(not_asked=lines)
+    assert "6 held-out rows (rows.jsonl:0" in caplog.text
+    assert "rows.jsonl:3: too long; and 2 more in answers.json)" in caplog.text
 
 
 def test_a_task_without_prompts_asks_nothing():

@@ -21,6 +21,7 @@ def test_facts_say_model_rows_recipe_machine_and_code():
     run = SimpleNamespace(
         config=config,
         base=SimpleNamespace(name="a model", fingerprint="ab" * 32),
+        answers=SimpleNamespace(not_asked=["a.jsonl:7: too long"]),
         task=SimpleNamespace(origin="a.jsonl", sha256="cd" * 32, rows=2),
         definition=SimpleNamespace(
             trainable=SimpleNamespace(kind=SimpleNamespace(name="lora")),
@@ -39,6 +40,7 @@ def test_facts_say_model_rows_recipe_machine_and_code():
     assert facts["trained"] == "1,000 of 4,000 parameters (25.00%)"
     assert facts["batch"] == "1 row of 64 tokens; passes: 1"
     assert facts["adapters"].endswith("on 4 matrices: attention, mlp")
+    assert facts["not asked"] == "1 held-out row (a.jsonl:7: too long)"
     assert (facts["epochs"], facts["starts"], facts["mesh"]) == (1.5, 2, "data=2")
     assert facts["versions"] == "jax 0.12, Python 3.13"
     assert facts["command"] == "python -m research.train '--config=a b.py'"

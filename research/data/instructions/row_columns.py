@@ -221,11 +221,15 @@ class _Row:
             raise self._bad("wrong type", f"{name} is not a list of messages")
         turns = tuple(self._turn(message) for message in messages)
         roles = [turn.role for turn in turns]
-        if not _alternates(roles[1:] if roles[0] == "system" else roles):
-            raise self._bad(
-                "not alternating",
-                f"{name} must alternate user and assistant, not {' '.join(roles[:12])}",
+        said = roles[1:] if roles[0] == "system" else roles
+        if not _alternates(said):
+            problem = (
+                f"{name} ends with a turn of the {said[-1]}, and the answer is missing"
+                if _alternates([*said, "assistant"])
+                else f"{name} must alternate user and assistant, not "
+                f"{' '.join(roles[:12])}"
             )
+            raise self._bad("not alternating", problem)
         if not self._reads_tools:
             return turns
         try:

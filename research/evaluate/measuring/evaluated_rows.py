@@ -12,6 +12,7 @@ from research.data.instructions.row_selection import content_key
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Request, Sampling
 from research.evaluate.answered_row import AnsweredRow
+from research.tasks.model_answers import lack_of_room
 from research.tasks.task_protocol import PromptFormat
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
@@ -130,14 +131,12 @@ def _ask(
         ids = prompts.encode_prompt(record.turns[:-1], record.context)
     except UserError as error:
         return AskedRow(row, None, str(error))
-    room = longest - len(ids)
-    if room < 1:
-        why = f"the prompt has {len(ids)} tokens, and the model's context is {longest}"
+    if why := lack_of_room(len(ids), longest):
         return AskedRow(row, None, why)
     digest = hashlib.sha256(f"{sampling.seed} {row.id}".encode()).digest()
     own = dataclasses.replace(
         sampling,
-        max_new_tokens=min(sampling.max_new_tokens, room),
+        max_new_tokens=min(sampling.max_new_tokens, longest - len(ids)),
         seed=int.from_bytes(digest[:4]) >> 1,
     )
     return AskedRow(row, Request(tuple(ids), own, prompts.stop_ids, stop))

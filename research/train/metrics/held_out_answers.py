@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from research.checkpoints.checkpoint_listing import LOSS
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.visible_text import counted
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.text_generation import TextGenerator
 from research.evaluate.answer_metrics.answer_metric import AnswerMetric
@@ -25,6 +27,7 @@ from research.tasks.task_protocol import Task
 from research.tokenize.tokenizer import Tokenizer
 
 TUNED = "tuned"
+SHOWN = 4  # rows that were not asked, in a sentence; answers.json has all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +70,19 @@ def check_best_by(config: Config) -> None:
         )
 
 
+def count_not_asked(rows: Sequence[str]) -> str:
+    """`1 held-out row (f.jsonl:7: reason)`, and so many more."""
+    more = len(rows) - SHOWN
+    named = [*rows[:SHOWN], *[f"and {more:,} more in answers.json"] * (more > 0)]
+    return f"{counted(len(rows), 'held-out row')} ({'; '.join(named)})"
+
+
 class HeldOutAnswers:
     """The same held-out rows for every step, in the order in which a task gives them.
 
     Attributes:
       rows: as a model is asked them.
+      not_asked: `file:line: reason` for each held-out row that cannot be asked.
     """
 
     def __init__(
@@ -90,6 +101,9 @@ class HeldOutAnswers:
         self._sign_of_life = sign_of_life
         self._base: JudgedAnswers | None = None
         self._shown, self._best_by = config.eval.prompts, config.checkpoint.best_by
+        self.not_asked = task.not_asked()
+        if self.not_asked:
+            logging.warning("not asked: %s", count_not_asked(self.not_asked))
         records = [prompt.record for prompt in self._prompts]
         chosen = choose_rows(records, task.groups) if records else []
         self.rows = [

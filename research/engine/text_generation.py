@@ -136,21 +136,21 @@ class TextGenerator:
 
 
 class LastingGenerator(TextGenerator):
-    """Keeps its engine open between requests, and what it has read of prompts."""
+    """Keeps what it has read of prompts from one request to the next.
+
+    The decoder is free between two requests, so models that are compared share it.
+    """
 
     def __init__(self, decoders: SlotDecoders, params: Params, tokenizer: Tokenizer):
         super().__init__(decoders, params, tokenizer)
-        self._opened, self._room = contextlib.ExitStack(), 0
-        self._prefixes = PrefixCache(KEPT_BYTES)
+        self._room, self._prefixes = 0, PrefixCache(KEPT_BYTES)
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """See `TextGenerator`; a longer request than any before opens a longer slot."""
-        if _room(request) > self._room:
-            self._opened.close()
-            self._room = _power_of_two(_room(request), SHORTEST)
-            self._engine = self._opened.enter_context(self.engine(1, self._room))
-            self._engine.prefixes = self._prefixes
-        yield from self._engine.submit(request)
+        """See `TextGenerator`; slots are as long as the longest request so far."""
+        room = max(self._room, _room(request))
+        with self.engine(1, room) as engine:
+            self._room, engine.prefixes = room, self._prefixes
+            yield from engine.submit(request)
 
 
 def tuned_generator(

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -113,8 +114,7 @@ def main(argv: Sequence[str]) -> int:
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if not f.distributed:
-        _serve(f, _listen(f), functools.partial(_open_alone, f))
-        return 0
+        return _serve_alone(f, _open_alone)
     from research.serve import several_processes
 
     if several_processes.join(f):
@@ -125,7 +125,17 @@ def main(argv: Sequence[str]) -> int:
             functools.partial(_lead, f),
             lambda: follow_models(f.run, f.model, _capacity(f)),
         )
-    _serve(f, _listen(f), functools.partial(_open, f))
+    return _serve_alone(f, _open)
+
+
+def _serve_alone(
+    f: ServeFlags, open_models: Callable[[ServeFlags], "Deployment"]
+) -> int:
+    if not _serve(f, _listen(f), functools.partial(open_models, f)):
+        # Its thread still loads or computes: an orderly end would abort under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

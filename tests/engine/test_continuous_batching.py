@@ -443,7 +443,15 @@ def test_a_conversation_is_read_once(decoder, monkeypatch):
         for turn in turns:
             said = plain.stream(request(turn, DRAWN))
             assert "".join(x.text for x in said) == found[turn, number]
-    assert found[turns[0], 0] != found[turns[0], 1] and len(known) == 2
+    assert found[turns[0], 0] != found[turns[0], 1] and len(known) == 1
+    # A decoder that fails, or cannot be opened, fails one request.
+    for name in ("open", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, name, lambda *_: 1 / 0)
+            with pytest.raises((ZeroDivisionError, UserError)):
+                [*both[0].stream(request(turns[0], DRAWN))]
+        pieces = [*both[0].stream(request(turns[0], DRAWN))]
+        assert "".join(x.text for x in pieces) == found[turns[0], 0]
     decoder.open(params)
 
 

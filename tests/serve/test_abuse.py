@@ -21,7 +21,6 @@ from tiny_model import make_tiny_model
 
 from research.core.errors import UserError
 from research.serve.api.request_types import ChatRequest, CompletionRequest
-from research.serve.http import http_server
 from research.serve.http.access_keys import ApiKeys
 from research.serve.http.sockets import open_port, open_unix_socket
 
@@ -104,22 +103,6 @@ def test_bytes_that_are_no_request_are_answered_or_dropped(server):
     assert works(server)
 
 
-def test_half_a_request_is_not_waited_for(server, monkeypatch):
-    whole = request("/health", b"", "GET")
-    with server.socket() as connection:
-        connection.sendall(whole)
-        connection.recv(65536)
-        monkeypatch.setattr(http_server, "WHOLE_HEAD", 0.05)
-        connection.sendall(whole[:-2])
-        assert not connection.recv(65536)
-    with server.socket() as connection:
-        assert not connection.recv(65536)
-    monkeypatch.undo()
-    # Two at once are answered one after the other; old clients are served, too.
-    old = whole.replace(b"HTTP/1.1", b"HTTP/1.0")
-    assert server.raw(whole + whole + old).count(b'{"status":"ok"}') == 3
-
-
 def test_paths_and_methods_that_are_not_there_say_so(server):
     for method, path, status in (
         ("GET", "/", 404), ("GET", "/v1/../../etc/passwd", 404),
@@ -128,7 +111,7 @@ def test_paths_and_methods_that_are_not_there_say_so(server):
         ("GET", "/%00", 404), ("GET", "/v1/models/%0d%0aSet-Cookie:%20a=b", 404),
         ("GET", "/v1/models/..%2f..%2fetc", 404),
     ):  # fmt: skip
-        found = httpx.request(method, server.url + path)
+        found = httpx.request(method, server.url + path, timeout=300)
         assert found.status_code == status and found.json()["error"]["message"]
         assert "set-cookie" not in found.headers
     answer = server.raw(request("/health", b"", "GET", X_Request_Id="a b\tc"))
@@ -312,7 +295,8 @@ def own_server(tmp_path, live):
 
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(own_server):
     body = LONG | {"stream": True, "stream_options": {"include_usage": True}}
-    with httpx.stream("POST", f"{own_server.url}/v1/completions", json=body) as stream:
+    url = f"{own_server.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=300) as stream:
         lines = stream.iter_lines()
         next(lines)
         own_server.begin_stop()

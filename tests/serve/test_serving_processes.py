@@ -99,7 +99,8 @@ def test_a_process_that_dies_ends_the_server_with_a_sentence(place, flags):
     first, second = start(place, 2, "--model=model", *flags)
     url = url_of(first)
     body = {"model": "base", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}):
+    body |= {"stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300):
         second.send(signal.SIGKILL)
         ended = first.finish()
     second.finish()

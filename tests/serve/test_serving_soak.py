@@ -70,7 +70,7 @@ def test_ten_minutes_at_twice_the_capacity(place):
         assert counts["answered"] > 100 and counts["refused"] and not counts["lost"]
         assert ended - settled < GROWTH
         time.sleep(2)
-        gauges = httpx.get(f"{url}/metrics").text
+        gauges = httpx.get(f"{url}/metrics", timeout=300).text
         assert "research:num_requests_running 0" in gauges
         assert "research:num_requests_waiting 0" in gauges
         print(counts, f"{(ended - settled) >> 20} MiB more")

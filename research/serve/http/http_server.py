@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Seconds in which a new connection must send the head of a request, and any connection
-# the rest of a head that it has begun.
+# the rest of a head that it has begun, or of a body that is answered already.
 WHOLE_HEAD = 20.0
 KEEP_ALIVE = 75  # seconds that a connection stays open between two requests
 
@@ -29,20 +29,28 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._time_head()
+        self._watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        has_begun = self.cycle is None or bool(self.conn.trailing_data[0])
-        if self.conn.their_state is h11.IDLE and has_begun:
-            self._time_head()
-        elif self._timer:
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Times what must still come, however slowly its bytes do."""
+        if self.conn.their_state is h11.IDLE:
+            must_come = self.cycle is None or bool(self.conn.trailing_data[0])
+        else:  # A body that nobody has read.
+            is_body = self.conn.their_state is h11.SEND_BODY
+            must_come = is_body and self.cycle.response_complete
+        if must_come and self._timer is None:
+            self._timer = self.loop.call_later(WHOLE_HEAD, self.transport.abort)
+        elif self._timer and not must_come:
             self._timer.cancel()
             self._timer = None
-
-    def _time_head(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(WHOLE_HEAD, self.transport.abort)
 
 
 class HttpServer(uvicorn.Server):

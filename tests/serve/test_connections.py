@@ -11,7 +11,7 @@ from research.serve.http import http_server
 
 
 def receive(connection, last):
-    """What comes up to `last`; head and body of an answer come one by one."""
+    """Reads up to `last`; head and body of an answer come one by one."""
     found = b""
     while last not in found:
         chunk = connection.recv(65536)

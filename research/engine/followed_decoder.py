@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from research.core.errors import LonelyError, UserError
-from research.engine.requests import Sampling
+from research.engine.requests import OtherProcessError, Sampling
 from research.engine.slot_decoder import Round, Scores, SlotDecoder, SlotSettings
 from research.parallel import agreement
 from research.weights.adapters.serving_bank import Row
@@ -48,6 +48,7 @@ class LeadingDecoder:
         decoder: SlotDecoder,
         tell: Tell = agreement.of_first,
         perform: Perform = lambda task: ("", None),
+        check: Callable[[Any], None] = lambda task: None,
     ):
         """Every other process calls `follow` with its decoder.
 
@@ -55,9 +56,12 @@ class LeadingDecoder:
           decoder: with parameters.
           tell: gives a JSON value to all processes, each of which calls it.
           perform: does a task of `everywhere` in this process, and returns what must
-            be equal in all of them beside the result.
+            be equal in all of them beside the result. It may wait for the others.
+          check: raises UserError if this process cannot do a task. It waits for
+            none, and nobody begins the task before all have checked it.
         """
-        self._decoder, self._tell, self._perform = decoder, tell, perform
+        self._decoder, self._tell = decoder, tell
+        self._perform = _after_a_check(perform, check)
         # Blocks are dropped wherever Python collects them, also inside a call.
         self._calls: collections.deque[Call] = collections.deque()
         self._blocks: dict[int, Any] = {}
@@ -137,7 +141,8 @@ class LeadingDecoder:
           task: a JSON value.
 
         Raises:
-          UserError: it failed in one of them.
+          UserError: this process cannot do it; all continue.
+          OtherProcessError: another one cannot; all continue.
         """
         return self._now("perform", task)
 
@@ -179,17 +184,19 @@ def follow(
     read_row: Callable[[str], Row],
     tell: Tell = agreement.of_first,
     perform: Perform = lambda task: ("", None),
+    check: Callable[[Any], None] = lambda task: None,
 ) -> None:
     """Does what the first process does, until it ends.
 
     Args:
       decoder: of the same sizes, with this process's part of the same parameters.
       read_row: gives the adapter of an identity.
-      tell, perform: see `LeadingDecoder`.
+      tell, perform, check: see `LeadingDecoder`.
 
     Raises:
       LonelyError: another process is gone.
     """
+    perform = _after_a_check(perform, check)
     blocks: dict[int, Any] = {}
     call: Call = ("rest",)
     while call[0] != "end":
@@ -201,6 +208,22 @@ def follow(
                     # A task that failed has failed in all processes.
                     if call[0] != "perform" or isinstance(error, LonelyError):
                         raise
+
+
+def _after_a_check(perform: Perform, check: Callable[[Any], None]) -> Perform:
+    def perform_if_all_can(task: Any) -> tuple[str, Any]:
+        own: list[None] = []
+        try:
+            agreement.together(lambda: own.append(check(task)))
+        except LonelyError:
+            raise
+        except UserError as error:
+            raise (OtherProcessError(str(error)) if own else error) from error
+        result = perform(task)
+        agreement.together(lambda: None, lambda _: {"what was read": result[0]})
+        return result
+
+    return perform_if_all_can
 
 
 def _refuse(value: Any) -> None:
@@ -236,8 +259,7 @@ def _make(
         case "rest" | "end":
             return None
         case "perform":
-            facts = lambda found: {"what was read": found[0]}  # noqa: E731
-            return agreement.together(lambda: perform(*given), facts)[1]
+            return perform(*given)[1]
         case "drop":
             return blocks.pop(given[0])
         case "admit":

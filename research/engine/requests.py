@@ -216,6 +216,10 @@ class EngineStoppedError(UserError):
     """The device failed before, and nothing can be answered any longer."""
 
 
+class OtherProcessError(UserError):
+    """Another process cannot do what this one could; nothing has changed."""
+
+
 class ContextOverflowError(UserError):
     """Prompt and answer together are longer than a slot."""
 

@@ -257,7 +257,7 @@ def open_models(
     """
     opened, own = _open_decoder(runs, model, capacity, mesh)
     reader = ModelReader(opened, own)
-    leading = LeadingDecoder(own, perform=reader.perform)
+    leading = LeadingDecoder(own, perform=reader.perform, check=reader.check)
     alone = jax.process_count() == 1
     decoder = own if alone else leading
     decoder.warm_up()
@@ -292,9 +292,9 @@ def follow_models(runs: Sequence[str], model: str, capacity: Capacity) -> None:
       UserError: see `open_models`.
       LonelyError: another process is gone.
     """
-    opened, decoder = _open_decoder(runs, model, capacity)
-    reader = ModelReader(opened, decoder)
-    follow(decoder, reader.row, perform=reader.perform)
+    # The reader alone holds the weights, since it exchanges them.
+    reader = ModelReader(*_open_decoder(runs, model, capacity))
+    follow(reader.decoder, reader.row, perform=reader.perform, check=reader.check)
 
 
 def _open_decoder(

@@ -35,11 +35,13 @@ from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
     EngineStoppedError,
+    OtherProcessError,
     Request,
     Sampling,
     UnknownAdapterError,
 )
 from research.engine.slot_decoder import SlotDecoder
+from research.parallel import agreement
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.weights.adapters import lora, serving_bank
 
@@ -554,6 +556,36 @@ def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
     assert len(rounds) == len(of_leader) and next(heard, None) is None
     jax.tree.map(np.testing.assert_array_equal, rounds, of_leader)
     decoder.open(decoder.params)
+
+
+def test_a_task_begins_when_all_processes_can_do_it(decoder, monkeypatch):
+    """Reading waits for others, who never come if one of them could not begin."""
+    done, other = [], []
+
+    def together(work, facts=lambda _: {}):
+        result = work()
+        if other:
+            raise other.pop()
+        return result
+
+    def check(task):
+        if task == "absent":
+            raise UserError("no such run")
+
+    monkeypatch.setattr(agreement, "together", together)
+    perform = lambda task: done.append(task) or ("same", task)  # noqa: E731
+    leading = LeadingDecoder(decoder, lambda told: told, perform, check)
+    assert leading.everywhere("there") == "there" and done == ["there"]
+    with pytest.raises(UserError, match="no such run") as own:
+        leading.everywhere("absent")
+    assert not isinstance(own.value, OtherProcessError)
+    other.append(UserError("process 1: no such run"))
+    with pytest.raises(OtherProcessError, match="process 1"):
+        leading.everywhere("there")
+    other.append(LonelyError("it is gone"))
+    with pytest.raises(LonelyError):
+        leading.everywhere("there")
+    assert done == ["there"] and leading.everywhere("again") == "again"
 
 
 # -- threads ---------------------------------------------------------------------------

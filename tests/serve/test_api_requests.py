@@ -11,6 +11,7 @@ from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
     EngineStoppedError,
+    OtherProcessError,
     UnknownAdapterError,
 )
 from research.serve.api.api_errors import ApiError, from_engine, unknown_model
@@ -188,7 +189,11 @@ def test_the_errors_of_the_engine_become_those_of_the_api():
     assert (long.param, long.code) == ("messages", "context_length_exceeded")
     assert long.message.endswith("max_tokens")
     assert from_engine(UnknownAdapterError("no a"), "prompt").status == 404
-    for error in (LonelyError("one is gone"), EngineStoppedError("it has stopped")):
+    for error in (
+        LonelyError("one is gone"),
+        EngineStoppedError("it has stopped"),
+        OtherProcessError("process 1: no such run"),
+    ):
         found = from_engine(error, "prompt")
         assert found.status == 503 and found.body()["error"]["param"] is None
         assert found.body()["error"]["type"] == "unavailable_error"

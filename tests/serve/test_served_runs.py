@@ -1,7 +1,10 @@
 """Runs by name: listed, loaded, followed, exchanged while others are answered."""
 
 import asyncio
+import gc
 import shutil
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import openai
@@ -13,7 +16,8 @@ from small_run import one_device
 
 from research.core.errors import UserError
 from research.parallel import runtime
-from research.serve import listening, open_models
+from research.runs.answering.run_addresses import RunAddress
+from research.serve import listening, model_reader, open_models
 from research.serve.__main__ import main
 from research.serve.api.api_errors import ApiError
 from research.serve.open_models import Capacity
@@ -109,6 +113,55 @@ def test_a_run_is_followed_to_its_newest_checkpoint(client, served, runs):
     served.deployment.follow()
     assert client.models.retrieve("behind").step == newest
     assert said(client, "behind") == said(client, "tuned")
+
+
+def test_followers_do_not_keep_the_weights_that_were_exchanged(monkeypatch):
+    class Weights:
+        pass
+
+    def opened():
+        base = SimpleNamespace(identity="sha")
+        return SimpleNamespace(served_base=base, params=Weights(), reread=reread)
+
+    def reread(_):
+        return opened()
+
+    def first(*_):
+        found = opened()
+        return found, SimpleNamespace(params=found.params)
+
+    def follow(decoder, row, perform, check):
+        old = weakref.ref(decoder.params)
+        for kind in ("weights", "place"):
+            perform({"kind": kind, "number": 1})
+        gc.collect()
+        assert decoder.params and old() is None
+
+    monkeypatch.setattr(open_models, "_open_decoder", first)
+    monkeypatch.setattr(open_models, "follow", follow)
+    open_models.follow_models((), "", None)
+
+
+def test_a_process_finds_what_it_cannot_read_before_it_reads(tmp_path):
+    reader = model_reader.ModelReader(None, None)
+    address = RunAddress("a", tmp_path / "a", "latest")
+    fields = {"name": "a", "folder": str(address.folder), "step": "latest"}
+    task = {"kind": "weights", "address": fields, "number": 3}
+    with pytest.raises(UserError, match=r"no checkpoint .*a/checkpoints/3"):
+        reader.check(task)
+    saved = tmp_path / "a" / "checkpoints" / "3"
+    saved.mkdir(parents=True)
+    reader.check(task)
+    (saved / "hidden").symlink_to("absent")
+    with pytest.raises(UserError, match="hidden may not be read"):
+        reader.check(task)
+
+
+def test_processes_with_other_folders_are_told_the_whole_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_reader, "newest_step", lambda address: (3, ""))
+    task = model_reader.reading("adapter", RunAddress("a", Path("a"), "3"))
+    assert task["address"]["folder"] == str(tmp_path / "a") and task["number"] == 3
 
 
 def test_following_outlasts_a_look_that_fails(monkeypatch, caplog):

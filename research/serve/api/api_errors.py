@@ -11,6 +11,7 @@ from research.engine.requests import (
     ContextOverflowError,
     EngineFullError,
     EngineStoppedError,
+    OtherProcessError,
     UnknownAdapterError,
 )
 
@@ -111,6 +112,8 @@ def from_engine(error: UserError, prompt: str) -> ApiError:
     `prompt` is the field of the request that holds the prompt.
     """
     message = str(error)
+    if isinstance(error, OtherProcessError):
+        return ApiError(503, message, None, "other_process")
     if isinstance(error, LonelyError | EngineStoppedError):
         return ApiError(503, message, None, "stopped")
     for theirs, ours in ENGINE_NAMES.items():

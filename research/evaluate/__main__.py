@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--metrics=none makes no answers: give it alone")
     from research.engine.requests import Sampling
     from research.evaluate.measuring.evaluated_models import find_models
+    from research.evaluate.measuring.kept_lines import KeptLines, digest
     from research.evaluate.run_evaluation import EvaluationChoices, evaluate, headline
     from research.parallel import runtime
     from research.report import evaluation_page
@@ -118,7 +119,10 @@ def main(argv: Sequence[str]) -> int:
         slots=f.slots,
     )
     folder = target.folder.path
-    result = evaluate(found, choices, folder / EVALUATIONS)
+    # A second command that does the same ends here, and not after its first answers.
+    models = [(x.name, x.identity) for x in found.models]
+    with KeptLines.opened(folder / EVALUATIONS, "command", digest(models, choices)):
+        result = evaluate(found, choices, folder / EVALUATIONS)
     lines = {name: found.line() for name, found in result.losses.items()}
     evaluation_page.show_evaluation(result.values, lines)
     with files_of_step(None, f"the evaluation in {folder}"):

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from research.evaluate.answer_metrics.answer_metric import AnswerMetric
-from research.evaluate.answer_metrics.choose_metrics import choose_metrics
+from research.evaluate.answer_metrics.choose_metrics import AUTO, choose_metrics
 from research.evaluate.judgement import Measurements
 from research.evaluate.loss_values import CommonLosses
 from research.evaluate.measuring.evaluated_models import ModelSet
 from research.evaluate.measuring.measure_choices import (
+    AUTO_CHOICES,
     CHOICE_METRICS,
     choice_metrics,
     choices_of,
+    has_choices,
     score_choices,
 )
 from research.evaluate.measuring.measure_models import AskedRows, measure_answers
@@ -42,10 +44,14 @@ class AnswerStage:
     ) -> "AnswerStage":
         """Chooses the metrics; `data` is the config of the rows.
 
+        For rows with choices `auto` stands for metrics of these: their reference is a
+        number or a letter, which no written answer is compared with.
+
         Raises:
           UserError: a metric is not known, or the rows lack what it needs.
         """
-        scored = [name for name in names if name in CHOICE_METRICS]
+        names = [x for name in names for x in _suited(name, asked, data)]
+        scored = [name for name in dict.fromkeys(names) if name in CHOICE_METRICS]
         written = [name for name in names if name not in CHOICE_METRICS]
         metrics = {}
         if written:
@@ -76,3 +82,7 @@ class AnswerStage:
             for name, own in by_model.items():
                 own |= choice_metrics(self.choice_names, scored[name])
         return Measurements.of(rows, losses, by_model)
+
+
+def _suited(name: str, asked: AskedRows, data: Any) -> list[str]:
+    return [*AUTO_CHOICES] if name == AUTO and has_choices(asked, data) else [name]

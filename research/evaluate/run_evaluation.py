@@ -8,6 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.data.instructions.row_cache import CUT
 from research.engine.requests import Sampling
+from research.evaluate.answer_metrics.user_metric import content_of
 from research.evaluate.answer_stage import AnswerStage
 from research.evaluate.held_out_losses import Evaluation
 from research.evaluate.judgement import (
@@ -134,6 +135,7 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
         [(x.name, x.identity) for x in found.models],
         [row.id for row in rows],
         dataclasses.replace(choices, slots=0, data=own.sha256),
+        [content_of(each) for each in choices.metrics if ":" in each],
     )
     return Evaluated(_named(name, found), values, lines, losses)
 

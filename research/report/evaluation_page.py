@@ -3,7 +3,7 @@
 The values are those of `evaluation.json`, and the rows those of `rows.jsonl`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -122,7 +122,20 @@ def row_facts(values: Values) -> list[str]:
             facts.append(f"{model}: no row is among the {read} of the run")
         if seen["problem"]:
             facts.append(f"{model}: training rows not compared: {seen['problem']}")
-    return facts
+    return [*facts, *_metrics_without_rows(values)]
+
+
+def _metrics_without_rows(values: Values) -> Iterator[str]:
+    """Metrics that a model has no row for are in no table, and are named here."""
+    compared = values.get("comparisons", {})
+    for metric in values.get("metrics", {}):
+        for model in compared or values["models"]:
+            answers = values["models"][model].get("answers", {})
+            if compared and metric not in compared[model]:
+                both = f"both {values['baseline']} and {model}"
+                yield f"{metric} has no row in which it applies to answers of {both}"
+            elif not compared and answers.get(metric, {}).get("value") is None:
+                yield f"{metric} has no row in which it applies to the answer"
 
 
 def tabulate_losses(values: Values, losses: Values) -> Table:

@@ -1,12 +1,15 @@
 """Which metrics are measured: by name, those that suit the rows, and a user's own."""
 
+import json
 import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from research.config.run_config import DataConfig
 from research.core.errors import UserError
 from research.evaluate.answer_metrics import user_metric
 from research.evaluate.answer_metrics.choose_metrics import (
@@ -14,7 +17,10 @@ from research.evaluate.answer_metrics.choose_metrics import (
     METRICS,
     choose_metrics,
 )
+from research.evaluate.answer_stage import AnswerStage
 from research.evaluate.answered_row import AnsweredRow
+from research.evaluate.measuring.measure_choices import has_choices
+from research.evaluate.measuring.measure_models import AskedRows
 from research.evaluate.multiple_choice import (
     Choices,
     ScoredChoices,
@@ -22,6 +28,7 @@ from research.evaluate.multiple_choice import (
     measure_choices,
     read_choices,
 )
+from research.report.evaluation_page import row_facts
 
 ROW = AnsweredRow(
     "5f", "rows.jsonl:3", "", "rows", "P", "q", "", "", "an answer", 2, 1, True
@@ -128,6 +135,62 @@ def test_a_function_of_the_user_is_a_metric(write_module):
     assert (metric.unit, metric.note) == ("words", "Words of the answer.")
     assert metric.higher_is_better is False
     assert metric.measure(given).scores == (2, None, 2)
+
+
+def test_a_metric_of_the_user_is_known_by_the_content_of_its_file(write_module):
+    name = write_module("def score(row, answer): return 1\n", "edited")
+    before = user_metric.content_of(name)
+    assert user_metric.content_of(name) == before
+    write_module("def score(row, answer): return 2\n", "edited")
+    assert user_metric.content_of(name) != before
+
+
+def test_metrics_without_any_row_are_named_below_the_table():
+    metrics = {"a": {}, "mine:f": {}, "own:g": {}}
+    one = {"answers": {"a": {"value": 1.0}, "mine:f": {"by_category": {}}, "own:g": {}}}
+    alone = {"metrics": metrics, "models": {"tuned": one}}
+    assert [line.split()[0] for line in row_facts(alone)] == ["mine:f", "own:g"]
+    both = alone | {
+        "baseline": "base",
+        "models": {"base": one, "tuned": one},
+        "comparisons": {"tuned": {"a": {}, "own:g": {}}},
+    }
+    [line] = row_facts(both)
+    assert line.startswith("mine:f has no row") and "both base and tuned" in line
+
+
+def test_texts_that_are_no_labels_are_refused_before_there_are_answers():
+    given = rows("", *(f"text {number}" for number in range(1001)))
+    for name in ("accuracy", "macro_f1", "label_named"):
+        with pytest.raises(UserError, match=r"1001 different texts.*use exact_match"):
+            choose_metrics([name], given)
+    assert choose_metrics(["exact_match"], given)
+
+
+def asked_rows(folder, *lines):
+    """Rows of a file, as they are asked, and the config that reads the file."""
+    path = folder / "quiz.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = []
+    for number, _ in enumerate(lines, start=1):
+        row = SimpleNamespace(place=f"{path.name}:{number}", id=f"row {number}")
+        asked.append(SimpleNamespace(row=row))
+    return AskedRows({"tuned": asked}, []), DataConfig(path=str(path))
+
+
+def test_auto_scores_the_choices_of_rows_that_have_them(tmp_path, caplog):
+    quiz = {"question": "q", "choices": ["red", "blue"], "answer": 1}
+    asked, data = asked_rows(tmp_path, quiz, quiz)
+    assert AnswerStage.of(asked, ("auto",), None, data).choice_names == [
+        "choice_none", "choice_bytes",
+    ]  # fmt: skip
+    again = AnswerStage.of(asked, ("choice_bytes", "auto"), None, data)
+    assert again.choice_names == ["choice_bytes", "choice_none"]
+    assert not again.metrics and len(again.choices) == 2
+    assert not has_choices(*asked_rows(tmp_path, {"question": "q", "answer": "red"}))
+    assert not caplog.text
+    assert not has_choices(*asked_rows(tmp_path, quiz, quiz | {"answer": "green"}))
+    assert "first 1 rows have choices" in caplog.text and ":2: the right" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,25 @@ def test_a_table_of_several_runs_is_one_family_of_tests():
     assert judged["run"]["m"].verdict == "no difference shown"
 
 
+def test_a_clear_difference_is_shown_in_a_large_table(few_resamples):
+    """The smallest p of 500 exchanges, times 50 tests, is above 0.05."""
+    noise = random(3).normal(size=(30, 10))
+    base = {f"m{i}": means(np.zeros(30)) for i in range(10)}
+    run = {f"m{i}": means(2 + noise[:, i]) for i in range(10)}
+    equal = {f"m{i}": means([1, -1] * 3 + [0] * 24) for i in range(10)}
+    runs = {"run": run, **{f"equal {number}": equal for number in range(4)}}
+    found = paired.compare_runs(base, runs, range(30), dict.fromkeys(base, True))
+    assert {x.verdict for x in found["run"].values()} == {"better"}
+    assert {x.verdict for x in found["equal 3"].values()} == {"no difference shown"}
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_one_cluster_does_not_tell_how_many_rows_are_needed(rows):
+    compared = paired.compare(means([0.0] * rows), means([1.0] * rows), [0] * rows)
+    assert (compared.clusters, compared.difference) == (1, 1)
+    assert compared.rows_needed is None
+
+
 def test_metrics_in_which_no_test_can_succeed_cost_the_others_nothing():
     """Among them those that are equal in every row, such as no empty answers."""
     gaps, zeros = random(11).normal(0.55, 1, 20), means(np.zeros(20))

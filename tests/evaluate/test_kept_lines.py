@@ -1,10 +1,15 @@
 """Kept answers are reused by the same code on the same devices alone."""
 
 import dataclasses
+import types
 
 import pytest
 
-from research.evaluate.measuring import measure_models
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.evaluate import run_evaluation
+from research.evaluate.__main__ import main
+from research.evaluate.measuring import evaluated_models, measure_models
 from research.runs import provenance
 
 
@@ -44,3 +49,25 @@ def test_answers_of_another_version_are_not_reused(tmp_path, monkeypatch, change
         gpu = [Device("gpu", "H100")]
         monkeypatch.setattr(measure_models.jax, "local_devices", lambda: gpu)
     assert len(kept()) == 2
+
+
+def test_a_second_equal_command_is_refused_before_it_measures(tmp_path, monkeypatch):
+    folder = types.SimpleNamespace(path=tmp_path)
+    run = types.SimpleNamespace(config=Config(), folder=folder)
+    one = types.SimpleNamespace(name="tuned", identity="5f", run=run)
+    found = types.SimpleNamespace(models=[one], target=one)
+    monkeypatch.setattr(evaluated_models, "find_models", lambda *_: found)
+    started = []
+
+    def evaluate(*_):
+        started.append(1)
+        with pytest.raises(UserError, match="by another evaluation: wait for it"):
+            main(["evaluate", "--run=a", "--rows=3"])
+        if len(started) == 1:
+            main(["evaluate", "--run=a", "--rows=4"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_evaluation, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        main(["evaluate", "--run=a", "--rows=3"])
+    assert len(started) == 2, "another command of the same run may work beside it"

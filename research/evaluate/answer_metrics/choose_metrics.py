@@ -58,8 +58,8 @@ def choose_metrics(
     for all rows that have what it needs. `module:function` is a user's own.
 
     Raises:
-      UserError: a name is not known, no row has the reference that a metric needs, or a
-        user's function cannot be imported.
+      UserError: a name is not known, no row has the reference that a metric needs, the
+        references are too many to be labels, or a user's function cannot be imported.
     """
     found: dict[str, AnswerMetric] = {}
     for name in [names] if isinstance(names, str) else names:
@@ -78,6 +78,8 @@ def choose_metrics(
                 f"{len(rows)} rows has one; give the rows a response, or choose "
                 "metrics that need none, such as stopped, repetition or empty"
             )
+        if metric in FOR_LABELS:
+            label_metrics.labels_of([row for row in rows if metric.applies(row)])
     return found
 
 

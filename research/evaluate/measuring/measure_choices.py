@@ -1,6 +1,7 @@
 """Rows with choices: which of them each model finds likeliest."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from research.evaluate.multiple_choice import (
 
 # The names of these metrics, and how each divides log-probabilities.
 CHOICE_METRICS = {f"choice_{name}": name for name in NORMALISATIONS}
+# Those of `auto`: acc and acc_norm of lm-evaluation-harness.
+AUTO_CHOICES = ("choice_none", "choice_bytes")
 
 
 def choices_of(asked: AskedRows, data_config: Any) -> dict[str, Choices]:
@@ -33,15 +36,42 @@ def choices_of(asked: AskedRows, data_config: Any) -> dict[str, Choices]:
     Raises:
       UserError: a row has none, or its right choice is not among them.
     """
+    found = {
+        row_id: read_choices(row, place)
+        for row_id, place, row in _read_again(asked, data_config)
+    }
+    if missing := len(next(iter(asked.by_model.values()))) - len(found):
+        raise UserError(f"the choices of {missing} rows cannot be read again")
+    return found
+
+
+def has_choices(asked: AskedRows, data_config: Any) -> bool:
+    """Whether every row has choices and the right one, as `read_choices` reads them."""
+    count = 0
+    for _, place, row in _read_again(asked, data_config):
+        try:
+            read_choices(row, place)
+        except UserError as error:
+            if count:
+                logging.warning(
+                    "the first %d rows have choices, but %s; written answers are "
+                    "measured, unless --metrics names choice_none or choice_bytes",
+                    *(count, error),
+                )
+            return False
+        count += 1
+    return count > 0
+
+
+def _read_again(
+    asked: AskedRows, data_config: Any
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Rows with all their columns: the id, the place and the row."""
     rows = next(iter(asked.by_model.values()))
     wanted = {x.row.place.removeprefix("eval_path "): x.row.id for x in rows}
-    found = {}
     for place, row in find_rows(data_config).read():
         if place in wanted and not isinstance(row, BadRowError):
-            found[wanted[place]] = read_choices(row, place)
-    if missing := wanted.values() - found.keys():
-        raise UserError(f"the choices of {len(missing)} rows cannot be read again")
-    return found
+            yield wanted[place], place, row
 
 
 def score_choices(

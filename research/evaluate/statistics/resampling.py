@@ -3,6 +3,7 @@
 Both take sums [clusters, k] of two models (or one) and a function of their total.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,9 +28,14 @@ def resamples_of(clusters: int) -> int:
     return min(RESAMPLES, max(FEWEST, MOST_DRAWN // clusters))
 
 
-def _blocks(clusters: int, width: int) -> Iterator[int]:
+def exchanges_of(clusters: int) -> float:
+    """How many exchanges of two models are tried, if no more are wanted."""
+    return math.inf if clusters <= ENUMERATED else resamples_of(clusters)
+
+
+def _blocks(clusters: int, width: int, total: int) -> Iterator[int]:
     """Sizes of blocks of resamples, each with `clusters` weights and `width` sums."""
-    total, size = resamples_of(clusters), max(1, BLOCK // max(clusters, width))
+    size = max(1, BLOCK // max(clusters, width))
     for start in range(0, total, size):
         yield min(size, total - start)
 
@@ -50,7 +56,7 @@ def bootstrap(
         return None
     generator = np.random.default_rng([seed, 0])
     drawn = []
-    for size in _blocks(count, sums.shape[1]):
+    for size in _blocks(count, sums.shape[1], resamples_of(count)):
         picks = generator.integers(0, count, (size, count))
         picks += np.arange(size)[:, None] * count
         weights = np.bincount(picks.ravel(), minlength=size * count)
@@ -108,15 +114,20 @@ def smallest_p(differing: int) -> float:
 
 
 def permutation_p(
-    first: Floats, second: Floats, value_of: Callable[[Floats], Floats], seed: int
+    first: Floats,
+    second: Floats,
+    value_of: Callable[[Floats], Floats],
+    seed: int,
+    exchanges: int = 0,
 ) -> float:
     """How often chance alone makes a difference as large as that of two models.
 
     If the models are equally good, their names can be exchanged in any cluster of rows
     (approximate randomization: Noreen 1989; for a mean this flips signs). Up to 13
-    clusters all exchanges are tried and the p-value is exact; beyond, 10,000 random
-    ones, with the observed one among them, so that p is never 0 (Phipson and Smyth
-    2010, doi 10.2202/1544-6115.1585). Two-sided.
+    clusters all exchanges are tried and the p-value is exact; beyond, `exchanges`
+    random ones (0: 10,000, fewer above 10,000 clusters), with the observed one among
+    them, so that p is never 0 (Phipson and Smyth 2010, doi 10.2202/1544-6115.1585).
+    Two-sided.
     """
     count = len(first)
     one, two, step = first.sum(0), second.sum(0), second - first
@@ -138,8 +149,9 @@ def permutation_p(
         return as_large(bits.astype(np.float64)) / 2**count
     generator = np.random.default_rng([seed, 1])
     found, width = 1, 4 * -(-count // 32)  # bytes of bits, in whole draws
-    for size in _blocks(count, first.shape[1]):
+    total = exchanges or resamples_of(count)
+    for size in _blocks(count, first.shape[1], total):
         drawn = np.frombuffer(generator.bytes(size * width), np.uint8)
         bits = np.unpackbits(drawn.reshape(size, width), axis=1, count=count)
         found += as_large(bits.astype(np.float64))
-    return found / (resamples_of(count) + 1)
+    return found / (total + 1)

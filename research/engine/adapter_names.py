@@ -66,17 +66,28 @@ class AdapterNames:
           UserError: no row is free.
         """
         with self._lock:
-            taken = {*self._names.values(), *(+self._users)}
-            for loaded in taken:
+            for loaded in self._taken():
                 if loaded.identity == identity:
                     return loaded, True
-            free = {*range(1, self._rows)} - {loaded.row for loaded in taken}
+            free = self._free()
         if not free:
             raise UserError(
-                f"all {max(0, self._rows - 1)} rows for adapters are in use: unload "
-                "one, or start with more rows"
+                f"all {max(0, self._rows - 1)} rows for adapters are in use, by names "
+                "or by answers that run: unload one, or try again when they have ended"
             )
         return LoadedAdapter(identity, min(free)), False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a row is free."""
+        with self._lock:
+            return bool(self._free())
+
+    def _taken(self) -> set[LoadedAdapter]:
+        return {*self._names.values(), *(+self._users)}
+
+    def _free(self) -> set[int]:
+        return {*range(1, self._rows)} - {loaded.row for loaded in self._taken()}
 
     def name(self, name: str, loaded: LoadedAdapter) -> None:
         """Lets `name` stand for an adapter that is in its row."""

@@ -50,6 +50,7 @@ class Engine:
 
     Attributes:
       prefixes: beginnings of prompts, which engines over the same parameters may share.
+      names: of the loaded adapters.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Engine:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._most_waiting, self._when_idle = most_waiting, when_idle
         self.prefixes = PrefixCache(prefix_bytes)
-        self._adapters, self.adapter_rows = AdapterNames(adapter_rows), adapter_rows
+        self.names, self.adapter_rows = AdapterNames(adapter_rows), adapter_rows
         self._slots: list[AnswerProgress | None] = [None] * decoder.slots
         self._waiting: collections.deque[AnswerProgress] = collections.deque()
         self._commands = RoundCommands()
@@ -118,7 +119,7 @@ class Engine:
                     f"{waiting} requests wait already; try again later",
                     retry_after=max(1.0, busy),
                 )
-            adapter = self._adapters.use(request.adapter)
+            adapter = self.names.use(request.adapter)
             text, stop = Detokenizer(self._tokenizer), StopTexts(request.stop)
             self._waiting.append(AnswerProgress(answer, adapter, text, stop))
             self._changed.notify_all()
@@ -155,10 +156,10 @@ class Engine:
         """
 
         def load() -> None:
-            loaded, is_there = self._adapters.place(identity)
+            loaded, is_there = self.names.place(identity)
             if not is_there:
                 self._decoder.set_row(loaded.row, row, identity)
-            self._adapters.name(name, loaded)
+            self.names.name(name, loaded)
 
         self.between_rounds(load)
 
@@ -180,11 +181,11 @@ class Engine:
 
         Raises UnknownAdapterError: no adapter has the name.
         """
-        self._adapters.unload(name)
+        self.names.unload(name)
 
     def adapters(self) -> dict[str, str]:
         """The identities of the loaded adapters by name."""
-        return self._adapters.identities()
+        return self.names.identities()
 
     def stats(self) -> EngineStats:
         """Counts for people and monitoring."""
@@ -394,7 +395,7 @@ class Engine:
             self._slots[task.slot] = None
             if not (error and self._stopped):  # Else the decoder has failed.
                 self._decoder.free(task.slot)
-        self._adapters.release(task.adapter)
+        self.names.release(task.adapter)
         self._counts.ended(task, piece.finish)
         task.answer.failure = error
         task.answer.deliver(piece)

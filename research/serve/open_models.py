@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import psutil
 from jax.sharding import Mesh
 
 from research.core.errors import UserError
+from research.core.local_paths import split_step
 from research.engine.continuous_batching import Engine
 from research.engine.followed_decoder import LeadingDecoder, follow
 from research.engine.requests import Sampling
@@ -39,6 +41,8 @@ USUAL_SLOTS = {"cpu": 8}
 ACCELERATOR_SLOTS = 32
 # A part of the memory that is free is kept for the work between two tokens.
 KEPT_FREE = 0.1
+# A newer checkpoint is put into this row while the older one still answers.
+SPARE_ROWS = 1
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_.@/-]{1,128}")
 
 
@@ -98,10 +102,11 @@ class ServedRuns:
                 ", ".join(unused),
             )
         self._lock = threading.Lock()
+        self._warned: dict[str, tuple[int, str]] = {}
         adapters = [self._load(address) for address in opened.runs]
         self.models = ModelNames([*adapters, self._named(opened.served_base)])
         if problem := self._why_it_stays(opened.served_base):
-            logging.warning("%s", problem)
+            self._warn_once(opened.served_base, problem)
 
     def load(self, name: str, path: str, inplace: bool) -> None:
         """Loads the adapter of a run, under a name of its own.
@@ -122,7 +127,7 @@ class ServedRuns:
             )
         address = dataclasses.replace(self._address(path), name=name)
         with self._lock:
-            self.models.put(self._load(address))
+            self.models.put(self._load(address, keeps_spare=True))
         logging.info("adapter %s is loaded from %s", name, address.folder)
 
     def unload(self, name: str) -> None:
@@ -149,12 +154,26 @@ class ServedRuns:
                     new = change(model.served.address)
                     self.models.put(new)
             except (UserError, OSError) as error:
-                logging.warning("%s stays at its step: %s", model.name, error)
+                self._warn_once(model.served, str(error))
             else:
                 logging.info("%s is at step %d now", model.name, new.served.step)
 
-    def _load(self, address: RunAddress) -> NamedModel:
+    def _warn_once(self, served: ServedModel, problem: str) -> None:
+        if self._warned.get(served.name) != (served.step, problem):
+            self._warned[served.name] = served.step, problem
+            logging.warning(
+                "%s stays at step %d: %s", served.name, served.step, problem
+            )
+
+    def _load(self, address: RunAddress, keeps_spare: bool = False) -> NamedModel:
         served = self._read(model_reader.ADAPTER, address)
+        loaded = self._engine.adapters() | {served.name: served.identity}
+        most = self._engine.adapter_rows - 1 - SPARE_ROWS
+        if keeps_spare and len({*loaded.values()}) > most:
+            raise UserError(
+                f"there is room for {max(0, most)} adapters, and it is in use: unload "
+                "one, or start the server with a larger --adapters"
+            )
         row = self._reader.row(served.identity)
         self._engine.load_adapter(served.name, row, served.identity)
         return self._named(served)
@@ -176,23 +195,26 @@ class ServedRuns:
         return self._reader.perform(task)[1]
 
     def _why_it_stays(self, served: ServedModel) -> str:
-        """Why a fully trained run stays at its step; "" for all that are followed."""
+        """Why a run cannot be at a newer step now; "" if it can."""
         opened = self._reader.opened
-        if served.parent or not served.address or served.address.step.isdecimal():
+        if not served.address or served.address.step.isdecimal():
             return ""
-        if self._engine.adapter_rows:
+        if served.parent:
+            if self._engine.names.has_room:
+                return ""
             return (
-                f"{served.name} stays at step {served.step}: adapters to it fit no "
-                "other; without --adapters it is followed"
+                "no row is free for its newer adapter; answers with older ones may end, "
+                "or start the server with a larger --adapters"
             )
+        if self._engine.adapter_rows:
+            return "adapters to it fit no other; without --adapters it is followed"
         specs, width = opened.model.specs.values(), opened.model.options.dtype.itemsize
         needed = sum(math.prod(x.shape) for x in specs) * width / jax.process_count()
         if needed <= (free := _free_bytes() * (1 - KEPT_FREE)):
             return ""
         return (
-            f"{served.name} stays at step {served.step}: weights of a newer one need "
-            f"{needed / 2**30:.1f} GiB beside these, and {free / 2**30:.1f} GiB are "
-            "free; start the server again to serve it"
+            f"weights of a newer one need {needed / 2**30:.1f} GiB beside these, and "
+            f"{free / 2**30:.1f} GiB are free; start the server again to serve it"
         )
 
     def _named(self, served: ServedModel) -> NamedModel:
@@ -211,28 +233,37 @@ class ServedRuns:
 
     def _address(self, path: str) -> RunAddress:
         """The run at a path of a request. Raises ApiError: it may not be opened."""
-        place = Path(path.partition("@")[0])
+        place, step = split_step(path)
+        folder = self._require_inside(Path(place), place)
+        # `run_addresses` runs a config file, and a client may not have that done.
+        if not os.path.isdir(folder):
+            raise ApiError(404, f"{place[:200]} is no run directory", "lora_path")
         try:
-            resolved = place.resolve()
-        except (OSError, RuntimeError, ValueError):
-            resolved = None  # No name that a file can have.
-        if not any(resolved and resolved.is_relative_to(x) for x in self._roots):
-            allowed = ", ".join(map(str, self._roots)) or "no folder"
-            raise ApiError(
-                403,
-                f"runs are loaded from below {allowed} (--adapters_from), and not from "
-                f"{str(place)[:200]}",
-                "lora_path",
-            )
-        try:
-            addresses = run_addresses([path])
+            addresses = run_addresses([f"{folder}@{step}" if step else str(folder)])
         except UserError as error:
             raise ApiError(404, str(error), "lora_path") from error
         if len(addresses) != 1:
             raise bad_request(
-                f"{str(place)[:200]} holds {len(addresses)} runs: name one", "lora_path"
+                f"{place[:200]} holds {len(addresses)} runs: name one", "lora_path"
             )
-        return addresses[0]
+        found = self._require_inside(addresses[0].folder, place)
+        return dataclasses.replace(addresses[0], folder=found)
+
+    def _require_inside(self, folder: Path, written: str) -> Path:
+        """The folder without links. Raises ApiError: runs may not be opened there."""
+        try:
+            resolved = folder.resolve()
+        except (OSError, RuntimeError, ValueError):
+            resolved = None  # No name that a file can have.
+        if resolved and any(resolved.is_relative_to(x) for x in self._roots):
+            return resolved
+        allowed = ", ".join(map(str, self._roots)) or "no folder"
+        raise ApiError(
+            403,
+            f"runs are loaded from below {allowed} (--adapters_from), and not from "
+            f"{written[:200]}",
+            "lora_path",
+        )
 
 
 def open_models(
@@ -267,7 +298,7 @@ def open_models(
         opened.base.tokenizer,
         most_waiting=capacity.queue,
         prefix_bytes=capacity.prefix_bytes,
-        adapter_rows=rows and rows + 1,  # The base has one of them.
+        adapter_rows=rows and 1 + rows + SPARE_ROWS,  # The base has one of them.
         when_idle=(lambda: None) if alone else leading.flush,
     )
     served = ServedRuns(reader, engine, roots, None if alone else leading.everywhere)
@@ -306,6 +337,7 @@ def _open_decoder(
         model=model,
         mesh=mesh,
         adapters=capacity.adapters,
+        spare=SPARE_ROWS,
         rank=capacity.rank,
         weights=capacity.weights,
         devices=jax.devices() if jax.process_count() > 1 else jax.local_devices(),

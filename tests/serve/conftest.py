@@ -15,20 +15,20 @@ from research.serve.open_models import Capacity, open_models
 SLOTS, CONTEXT, QUEUE = 3, 128, 6
 
 
-def open_tiny(folder, runs=(), roots=()):
+def open_tiny(folder, runs=(), roots=(), adapters=2):
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    capacity = Capacity(SLOTS, CONTEXT, 2, 4, QUEUE, 1 << 20)
+    capacity = Capacity(SLOTS, CONTEXT, adapters, 4, QUEUE, 1 << 20)
     return open_models(runs, str(folder), capacity, roots, mesh)
 
 
 @pytest.fixture(scope="module")
 def runs(place, unbroken, tmp_path_factory):
-    """A folder with a copy of the run that others end with, and one step behind."""
+    """A folder with a copy of the run that others end with, and two steps behind."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(place.run_dir("unbroken"), folder / "tuned")
     behind = shutil.copytree(place.run_dir("unbroken"), folder / "behind")
-    newest = max(place.saved_steps("unbroken"))
-    shutil.move(behind / "checkpoints" / str(newest), folder / "newest")
+    for step in place.saved_steps("unbroken")[-2:]:
+        shutil.move(behind / "checkpoints" / str(step), folder / str(step))
     other = shutil.copytree(behind, folder / "other")
     identity = json.loads((other / "identity.json").read_text())
     identity["base model"] = "0" * 64

@@ -31,7 +31,7 @@ def served(place, runs, live):
 
     def open_runs():
         names = [str(runs / "tuned"), str(runs / "behind")]
-        return open_tiny("", names, [runs.resolve()])
+        return open_tiny("", names, [runs.resolve()], adapters=0)
 
     server = LiveServer(open_runs).ready()
     assert not server.error, server.error
@@ -99,7 +99,7 @@ def test_what_cannot_be_loaded_is_explained_and_changes_nothing(served, runs):
     assert "other" in message and "000000000000" in message and "sha256" in message
     for path, status in (
         (runs / "absent", 404), (runs, 400), (runs / "tuned@99", 400),
-        (runs / ".." / "x", 403),
+        (runs / ".." / "x", 403), (runs / "tuned" / "config.json", 404),
     ):  # fmt: skip
         found = load(served, "refused", path)
         assert found.status_code == status, (path, found.text)
@@ -107,12 +107,16 @@ def test_what_cannot_be_loaded_is_explained_and_changes_nothing(served, runs):
 
 
 def test_a_run_is_followed_to_its_newest_checkpoint(client, served, runs):
-    assert said(client, "behind") != said(client, "tuned")
-    newest = client.models.retrieve("tuned").step
-    shutil.move(runs / "newest", runs / "behind" / "checkpoints" / str(newest))
-    served.deployment.follow()
-    assert client.models.retrieve("behind").step == newest
-    assert said(client, "behind") == said(client, "tuned")
+    found = [said(client, "behind")]
+    before = client.models.retrieve("behind").step
+    steps = [int(x.name) for x in runs.iterdir() if x.name.isdigit()]
+    for step in sorted(steps):
+        shutil.move(runs / str(step), runs / "behind" / "checkpoints" / str(step))
+        served.deployment.follow()
+        assert client.models.retrieve("behind").step == step > before
+        found.append(said(client, "behind"))
+    # Each has weights of its own, and only the last one is in a row already.
+    assert found[-1] == said(client, "tuned") and found[0] != found[1] != found[2]
 
 
 def test_followers_do_not_keep_the_weights_that_were_exchanged(monkeypatch):

@@ -180,6 +180,7 @@ def open_for_answering(
     model: str = "",
     mesh: Mesh | None = None,
     adapters: int = 0,
+    spare: int = 0,
     rank: int = 0,
     weights: str = PLAIN,
     devices: Sequence[Any] = (),
@@ -194,6 +195,8 @@ def open_for_answering(
       mesh: devices for the parameters; by default those of `devices` that fit.
       adapters: how many have room at once, at least as many as there are runs. Room
         that is not used slows every answer down. With 0 and no run there is no bank.
+      spare: rows of the bank beyond these, where a newer checkpoint of a run is put
+        while the older one still answers.
       rank: the largest rank that has room; those of `runs` have room anyway, and
         without runs `USUAL_RANK`.
       weights: the form of the base, see `in_form`.
@@ -223,7 +226,7 @@ def open_for_answering(
     found = [find_adapters(address, opened.base) for address in others]
     opened = _in_form(opened, weights, addresses[0].folder if addresses else None)
     count = max(adapters, len(found))
-    params = _with_bank(opened, found, count, rank) if count else opened.params
+    params = _with_bank(opened, found, count + spare, rank) if count else opened.params
     return dataclasses.replace(opened, runs=others, params=params)
 
 

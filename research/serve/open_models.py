@@ -203,8 +203,8 @@ class ServedRuns:
             if self._engine.names.has_room:
                 return ""
             return (
-                "no row is free for its newer adapter; answers with older ones may end, "
-                "or start the server with a larger --adapters"
+                "no row is free for its newer adapter until answers with older ones end; "
+                "if it stays so, start the server with a larger --adapters"
             )
         if self._engine.adapter_rows:
             return "adapters to it fit no other; without --adapters it is followed"
@@ -239,7 +239,9 @@ class ServedRuns:
         if not os.path.isdir(folder):
             raise ApiError(404, f"{place[:200]} is no run directory", "lora_path")
         try:
-            addresses = run_addresses([f"{folder}@{step}" if step else str(folder)])
+            addresses = run_addresses(
+                [f"{folder}@{step}" if step else str(folder)], "lora_path"
+            )
         except UserError as error:
             raise ApiError(404, str(error), "lora_path") from error
         if len(addresses) != 1:

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from research.engine.requests import Request, Sampling
 from research.runs.answering.run_addresses import RunAddress
 from research.weights.adapters import serving_bank
 
@@ -35,11 +34,10 @@ class FakeRuns:
             [jax.random.normal(key, x.shape, x.dtype) for x in leaves]
         )
         base = self._runs._reader.opened.served_base
-        served = dataclasses.replace(
+        return dataclasses.replace(
             base, name=address.name, parent="base", address=address, step=step,
             identity=identity,
         )  # fmt: skip
-        return served
 
     def row(self, identity):
         return self._row

@@ -203,8 +203,8 @@ class ServedRuns:
             if self._engine.names.has_room:
                 return ""
             return (
-                "no row is free for its newer adapter until answers with older ones end; "
-                "if it stays so, start the server with a larger --adapters"
+                "no row is free for its newer adapter until answers with older ones "
+                "end; if it stays so, start the server with a larger --adapters"
             )
         if self._engine.adapter_rows:
             return "adapters to it fit no other; without --adapters it is followed"

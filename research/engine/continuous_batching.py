@@ -183,14 +183,10 @@ class Engine:
         """
         self.names.unload(name)
 
-    def adapters(self) -> dict[str, str]:
-        """The identities of the loaded adapters by name."""
-        return self.names.identities()
-
     def stats(self) -> EngineStats:
         """Counts for people and monitoring."""
         waiting, length = len(self._waiting), self._decoder.length
-        cached, adapters = self.prefixes.nbytes, len(self.adapters())
+        cached, adapters = self.prefixes.nbytes, len(self.names.identities())
         return self._counts.stats(self._slots, waiting, length, cached, adapters)
 
     def slot_stats(self) -> list[SlotStats | None]:

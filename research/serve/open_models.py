@@ -167,7 +167,7 @@ class ServedRuns:
 
     def _load(self, address: RunAddress, keeps_spare: bool = False) -> NamedModel:
         served = self._read(model_reader.ADAPTER, address)
-        loaded = self._engine.adapters() | {served.name: served.identity}
+        loaded = self._engine.names.identities() | {served.name: served.identity}
         most = self._engine.adapter_rows - 1 - SPARE_ROWS
         if keeps_spare and len({*loaded.values()}) > most:
             raise UserError(

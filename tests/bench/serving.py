@@ -308,7 +308,7 @@ class Bench:
         sides = {
             "one of one": self._ours(8),
             "one of four": engine_side(four, ("tuned0",)),
-            "four of four": engine_side(four, tuple(four.adapters())),
+            "four of four": engine_side(four, tuple(four.names.identities())),
             "merged": engine_side(open_engine(merged, 8, 0), ("",)),
         }
         return self.turns(sides, 8), [

@@ -356,7 +356,7 @@ def test_adapters_come_and_go_while_others_answer(engine, decoder, model, params
         # The prompt is in the cache by now, of the base and of adapters before.
         assert read(engine.submit(request(LONG, adapter="one"))) == alone[number]
     assert len({tuple(ids) for ids, _, _ in (base, *alone)}) == 4
-    assert engine.adapters() == {"one": "sha of 2"}
+    assert engine.names.identities() == {"one": "sha of 2"}
     engine.load_adapter("two", rows[0], "sha of 0")
     others = [engine.submit(request(LONG, adapter=x)) for x in ("two", "one", "")]
     engine.step()

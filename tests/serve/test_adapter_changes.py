@@ -77,7 +77,7 @@ def test_a_full_bank_follows_its_runs_and_reads_nothing_that_has_no_row(
     engine = server.deployment.engine
     fake.steps["a"] = 2
     server.deployment.follow()
-    assert engine.adapters() == {"a": "a 2", "b": "b 1"}
+    assert engine.names.identities() == {"a": "a 2", "b": "b 1"}
     # While an answer runs with an adapter of before, its row stays.
     before, reads = engine.names.use("a"), fake.reads
     fake.steps["a"] = 3
@@ -85,11 +85,14 @@ def test_a_full_bank_follows_its_runs_and_reads_nothing_that_has_no_row(
     fake.steps["b"] = 2
     for _ in range(3):
         server.deployment.follow()
-    assert engine.adapters() == {"a": "a 3", "b": "b 1"} and fake.reads == reads + 1
+    assert (
+        engine.names.identities() == {"a": "a 3", "b": "b 1"}
+        and fake.reads == reads + 1
+    )
     assert caplog.text.count("b stays at step 1: no row is free") == 1
     engine.names.release(before)
     server.deployment.follow()
-    assert engine.adapters() == {"a": "a 3", "b": "b 2"}
+    assert engine.names.identities() == {"a": "a 3", "b": "b 2"}
 
 
 def test_a_path_runs_no_code_and_leads_nowhere_else(server, tmp_path, monkeypatch):

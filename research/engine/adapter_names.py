@@ -43,14 +43,18 @@ class AdapterNames:
         names = self._names.copy()
         return {name: loaded.identity for name, loaded in names.items() if name}
 
-    def use(self, name: str) -> LoadedAdapter:
+    def use(self, name: str, held: LoadedAdapter | None = None) -> LoadedAdapter:
         """The adapter for a request, which has to `release` it.
+
+        Args:
+          name: of an adapter.
+          held: an adapter in use, which is used again whatever `name` stands for now.
 
         Raises:
           UnknownAdapterError: no adapter has the name.
         """
         with self._lock:
-            loaded = self._named(name)
+            loaded = held or self._named(name)
             self._users[loaded] += 1
             return loaded
 

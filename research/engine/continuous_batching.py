@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from research.core.errors import LonelyError
-from research.engine.adapter_names import AdapterNames
+from research.engine.adapter_names import AdapterNames, LoadedAdapter
 from research.engine.answers.answer_progress import Answer, AnswerProgress, Pieces
 from research.engine.answers.engine_counts import EngineCounts
 from research.engine.answers.round_commands import RoundCommands
@@ -89,7 +89,10 @@ class Engine:
     # Called by any thread.
 
     def submit(
-        self, request: Request, deliver: Callable[[Piece], None] | None = None
+        self,
+        request: Request,
+        deliver: Callable[[Piece], None] | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> Answer:
         """Puts a request into the queue.
 
@@ -97,6 +100,7 @@ class Engine:
           request: is answered as soon as a slot is free.
           deliver: is called with each piece by the thread that takes the rounds. By
             default the pieces wait in the answer until they are read.
+          adapter: one in use, from `names`; by default what `request` names.
 
         Raises:
           ContextOverflowError: prompt and answer are longer than a slot.
@@ -119,7 +123,7 @@ class Engine:
                     f"{waiting} requests wait already; try again later",
                     retry_after=max(1.0, busy),
                 )
-            adapter = self.names.use(request.adapter)
+            adapter = self.names.use(request.adapter, adapter)
             text, stop = Detokenizer(self._tokenizer), StopTexts(request.stop)
             self._waiting.append(AnswerProgress(answer, adapter, text, stop))
             self._changed.notify_all()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from research.core.errors import UserError
+from research.engine.adapter_names import LoadedAdapter
 from research.engine.requests import EngineFullError, Piece, Request, check_request
 from research.serve.api.prometheus_text import ServerMetrics
 from research.serve.served_models import Deployment
@@ -82,8 +83,11 @@ class AnswerGroup:
         requests: Sequence[Request],
         metrics: ServerMetrics,
         model: str,
+        adapter: LoadedAdapter,
     ):
         """Submits the first answers; must be called on the loop.
+
+        All are made with `adapter`, which is in use, whatever is loaded meanwhile.
 
         Raises:
           EngineFullError: the queue has no room for one.
@@ -102,12 +106,18 @@ class AnswerGroup:
             check_request(
                 request, vocabulary=deployment.vocabulary, length=deployment.context
             )
-        self._submit()
+        self._adapter: LoadedAdapter | None = self._engine.names.use("", adapter)
+        try:
+            self._submit()
+        except UserError:
+            self.cancel()
+            raise
         self._ping_later()
 
     def cancel(self) -> None:
         """Gives up all answers; those that run end as `cancelled`."""
         self._later.clear()
+        self._release()
         for answer in self._running.values():
             answer.cancel()
 
@@ -150,12 +160,21 @@ class AnswerGroup:
             index, request = self._later[0]
             deliver = functools.partial(self._deliver, index)
             try:
-                self._running[index] = self._engine.submit(request, deliver)
+                answer = self._engine.submit(request, deliver, self._adapter)
+                self._running[index] = answer
             except EngineFullError:
                 if not self._running:
                     raise
                 return
             self._later.popleft()
+        if not self._later:
+            self._release()
+
+    def _release(self) -> None:
+        """The answers that have begun hold the adapter themselves."""
+        if self._adapter:
+            self._engine.names.release(self._adapter)
+            self._adapter = None
 
     async def _submit_more(self) -> None:
         """As `_submit`; with none running it waits for room among other requests."""

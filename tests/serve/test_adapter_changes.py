@@ -1,10 +1,14 @@
 """Adapters that change below requests, and paths that a client may not have opened."""
 
+import collections
 import dataclasses
+import json
 from pathlib import Path
 
+import httpx
 import jax
 import pytest
+from conftest import SLOTS
 
 from research.runs.answering.run_addresses import RunAddress
 from research.weights.adapters import serving_bank
@@ -31,7 +35,7 @@ class FakeRuns:
         leaves, shape = jax.tree.flatten(row)
         key = jax.random.key(sum(identity.encode()))
         self._row = shape.unflatten(
-            [jax.random.normal(key, x.shape, x.dtype) for x in leaves]
+            [0.3 * jax.random.normal(key, x.shape, x.dtype) for x in leaves]
         )
         base = self._runs._reader.opened.served_base
         return dataclasses.replace(
@@ -93,6 +97,44 @@ def test_a_full_bank_follows_its_runs_and_reads_nothing_that_has_no_row(
     engine.names.release(before)
     server.deployment.follow()
     assert engine.names.identities() == {"a": "a 3", "b": "b 2"}
+
+
+def test_all_answers_of_a_request_have_the_adapter_that_it_began_with(server, fake):
+    """With more answers than slots, the last begin after the adapter has changed."""
+    ask = {
+        "model": "a", "prompt": "a", "max_tokens": 40, "n": 2 * SLOTS + 1,
+        "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    assert load(server, "a").status_code == 200
+    alone = server.post("/v1/completions", ask | {"n": 1, "stream": False}).json()
+    for change in (
+        lambda: load(server, "a", load_inplace=True),
+        lambda: server.post("/v1/unload_lora_adapter", {"lora_name": "a"}),
+    ):
+        texts, marks, events = collections.defaultdict(str), set(), []
+        name = server.deployment.models.find("a").served.identity
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=ask, timeout=300
+        ) as stream:
+            for line in filter(None, stream.iter_lines()):
+                events.append(line.removeprefix("data: "))
+                if len(events) == 1:
+                    fake.steps["a"] = 2
+                    assert change().status_code == 200
+        assert events[-1] == "[DONE]"
+        for event in map(json.loads, events[:-1]):
+            assert "error" not in event, event
+            marks.add(event["system_fingerprint"])
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+        assert len(texts) == ask["n"] and len({*texts.values()}) == 1
+        if name == "a 1":
+            assert texts[0] == alone["choices"][0]["text"]
+            assert marks == {alone["system_fingerprint"]}
+            now = server.post("/v1/completions", ask | {"n": 1, "stream": False}).json()
+            assert now["system_fingerprint"] not in marks
+            assert now["choices"][0]["text"] != texts[0]
+    assert not server.deployment.engine.names.identities()
 
 
 def test_a_path_runs_no_code_and_leads_nowhere_else(server, tmp_path, monkeypatch):

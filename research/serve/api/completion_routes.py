@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from research.core.errors import UserError
+from research.engine.adapter_names import LoadedAdapter
 from research.engine.requests import Request, Sampling
 from research.serve.api.answer_shapes import (
     DONE,
@@ -43,21 +44,23 @@ async def chat_completions(http: HttpRequest) -> Response:
     state: ServerState = http.app.state.server
     body, ignored = await state.read(http, ChatRequest)
     body.check()
-    model = state.models.find(body.model)
-    ids = await state.in_text_thread(model.encode_chat, body.messages)
-    most = body.max_completion_tokens or body.max_tokens
-    top = (body.top_logprobs or 0) if body.logprobs else None
-    requests = await state.in_text_thread(
-        _requests, state, model, body, [ids], most, top, "messages"
-    )
-    shape = ChatShape(
-        model.name,
-        model.fingerprint,
-        token_texts(model.tokenizer),
-        with_ids=bool(body.return_token_ids),
-        with_scores=bool(body.logprobs),
-    )
-    return await _answer(http, state, model, body, requests, shape, ignored)
+    async with state.held(body.model) as (model, adapter):
+        ids = await state.in_text_thread(model.encode_chat, body.messages)
+        most = body.max_completion_tokens or body.max_tokens
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        requests = await state.in_text_thread(
+            _requests, state, model, body, [ids], most, top, "messages"
+        )
+        shape = ChatShape(
+            model.name,
+            model.fingerprint,
+            token_texts(model.tokenizer),
+            with_ids=bool(body.return_token_ids),
+            with_scores=bool(body.logprobs),
+        )
+        return await _answer(
+            http, state, model, adapter, body, requests, shape, ignored
+        )
 
 
 async def completions(http: HttpRequest) -> Response:
@@ -65,21 +68,23 @@ async def completions(http: HttpRequest) -> Response:
     state: ServerState = http.app.state.server
     body, ignored = await state.read(http, CompletionRequest)
     body.check()
-    model = state.models.find(body.model)
-    prompts = await state.in_text_thread(_encode_prompts, model, body)
-    most = USUAL_TOKENS if body.max_tokens is None else body.max_tokens
-    requests = await state.in_text_thread(
-        _requests, state, model, body, prompts, most, body.logprobs, "prompt"
-    )
-    shape = CompletionShape(
-        model.name,
-        model.fingerprint,
-        token_texts(model.tokenizer),
-        with_ids=bool(body.return_token_ids),
-        with_scores=body.logprobs is not None,
-        echo=bool(body.echo),
-    )
-    return await _answer(http, state, model, body, requests, shape, ignored)
+    async with state.held(body.model) as (model, adapter):
+        prompts = await state.in_text_thread(_encode_prompts, model, body)
+        most = USUAL_TOKENS if body.max_tokens is None else body.max_tokens
+        requests = await state.in_text_thread(
+            _requests, state, model, body, prompts, most, body.logprobs, "prompt"
+        )
+        shape = CompletionShape(
+            model.name,
+            model.fingerprint,
+            token_texts(model.tokenizer),
+            with_ids=bool(body.return_token_ids),
+            with_scores=body.logprobs is not None,
+            echo=bool(body.echo),
+        )
+        return await _answer(
+            http, state, model, adapter, body, requests, shape, ignored
+        )
 
 
 def _encode_prompts(model: NamedModel, body: CompletionRequest) -> list[list[int]]:
@@ -165,6 +170,7 @@ async def _answer(
     http: HttpRequest,
     state: ServerState,
     model: NamedModel,
+    adapter: LoadedAdapter,
     body: SamplingFields,
     requests: Sequence[Request],
     shape: AnswerShape,
@@ -172,7 +178,7 @@ async def _answer(
 ) -> Response:
     field = "messages" if isinstance(body, ChatRequest) else "prompt"
     try:
-        group = state.submit(requests, model.name)
+        group = state.submit(requests, model.name, adapter)
     except UserError as error:
         raise from_engine(error, field) from error
     answer = _OpenAnswer(state, group, requests, shape, body.n or 1)
@@ -251,6 +257,8 @@ class _OpenAnswer:
                 yield event(self._shape.closing(counts))
         except ApiError as error:
             yield event(error.body())
+        except UserError as error:  # Answers that had no slot yet cannot begin.
+            yield event(from_engine(error, "prompt").body())
         yield DONE
 
     def _check(self, finish: str, error: str) -> None:

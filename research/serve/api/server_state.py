@@ -1,8 +1,9 @@
 """The state that all routes of a server share."""
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +11,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 
 from research.core.errors import UserError
+from research.engine.adapter_names import LoadedAdapter
 from research.engine.requests import Constraint, Piece, Request
 from research.serve.api.answer_shapes import AnswerPart
 from research.serve.api.api_errors import ApiError, bad_request, stopping
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Body = TypeVar("Body", bound=msgspec.Struct)
 LONGEST_BODY = 8 << 20  # bytes
+EXCHANGE = 0.01  # seconds between two looks at a name that gets another adapter
 RETRY_LOADING = 2.0  # seconds after which a client may ask a server again that loads
 
 
@@ -83,9 +86,33 @@ class ServerState:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._admin, function, *args)
 
-    def submit(self, requests: Sequence[Request], model: str) -> AnswerGroup:
+    @contextlib.asynccontextmanager
+    async def held(
+        self, name: str | None
+    ) -> AsyncIterator[tuple[NamedModel, LoadedAdapter]]:
+        """The model of a name, and its adapter, which stays what it is in the block.
+
+        Raises:
+          ApiError, UserError: there is none.
+        """
+        names = self.deployment.engine.names
+        while True:
+            model = self.models.find(name)
+            adapter = names.use(model.adapter)
+            if adapter.identity == (model.served.identity if model.adapter else ""):
+                break
+            names.release(adapter)
+            await asyncio.sleep(EXCHANGE)
+        try:
+            yield model, adapter
+        finally:
+            names.release(adapter)
+
+    def submit(
+        self, requests: Sequence[Request], model: str, adapter: LoadedAdapter
+    ) -> AnswerGroup:
         """Gives requests to the engine. Raises UserError: see `AnswerGroup`."""
-        group = AnswerGroup(self.deployment, requests, self.metrics, model)
+        group = AnswerGroup(self.deployment, requests, self.metrics, model, adapter)
         self._groups.add(group)
         return group
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import jax
+import numpy as np
 import pytest
 from conftest import SLOTS
 
@@ -33,10 +34,11 @@ class FakeRuns:
         params = self._runs._engine._decoder.params
         row = serving_bank.bank_row(params, {})
         leaves, shape = jax.tree.flatten(row)
-        key = jax.random.key(sum(identity.encode()))
+        draw = np.random.default_rng(sum(identity.encode()))
         self._row = shape.unflatten(
-            [0.3 * jax.random.normal(key, x.shape, x.dtype) for x in leaves]
-        )
+            [jax.device_put(0.3 * draw.normal(size=x.shape).astype(x.dtype))
+             for x in leaves]
+        )  # fmt: skip
         base = self._runs._reader.opened.served_base
         return dataclasses.replace(
             base, name=address.name, parent="base", address=address, step=step,

@@ -50,7 +50,7 @@ class FakeRuns:
 
 
 @pytest.fixture
-def fake(server, monkeypatch):
+def fakes(server, monkeypatch):
     """Adapters for the runs of the server, which has none afterwards."""
     served_runs = server.deployment.load.__self__
     found = FakeRuns(served_runs)
@@ -74,26 +74,26 @@ def load(server, name, path="x", **more):
 
 
 def test_a_full_bank_follows_its_runs_and_reads_nothing_that_has_no_row(
-    server, fake, caplog
+    server, fakes, caplog
 ):
     assert load(server, "a").status_code == load(server, "b").status_code == 200
     refused = load(server, "c")
     assert refused.status_code == 400 and "room for 2 adapters" in refused.text
     assert "--adapters" in refused.text
     engine = server.deployment.engine
-    fake.steps["a"] = 2
+    fakes.steps["a"] = 2
     server.deployment.follow()
     assert engine.names.identities() == {"a": "a 2", "b": "b 1"}
     # While an answer runs with an adapter of before, its row stays.
-    before, reads = engine.names.use("a"), fake.reads
-    fake.steps["a"] = 3
+    before, reads = engine.names.use("a"), fakes.reads
+    fakes.steps["a"] = 3
     server.deployment.follow()
-    fake.steps["b"] = 2
+    fakes.steps["b"] = 2
     for _ in range(3):
         server.deployment.follow()
     assert (
         engine.names.identities() == {"a": "a 3", "b": "b 1"}
-        and fake.reads == reads + 1
+        and fakes.reads == reads + 1
     )
     assert caplog.text.count("b stays at step 1: no row is free") == 1
     engine.names.release(before)
@@ -101,7 +101,7 @@ def test_a_full_bank_follows_its_runs_and_reads_nothing_that_has_no_row(
     assert engine.names.identities() == {"a": "a 3", "b": "b 2"}
 
 
-def test_all_answers_of_a_request_have_the_adapter_that_it_began_with(server, fake):
+def test_all_answers_of_a_request_have_the_adapter_that_it_began_with(server, fakes):
     """With more answers than slots, the last begin after the adapter has changed."""
     ask = {
         "model": "a", "prompt": "a", "max_tokens": 40, "n": 2 * SLOTS + 1,
@@ -121,7 +121,7 @@ def test_all_answers_of_a_request_have_the_adapter_that_it_began_with(server, fa
             for line in filter(None, stream.iter_lines()):
                 events.append(line.removeprefix("data: "))
                 if len(events) == 1:
-                    fake.steps["a"] = 2
+                    fakes.steps["a"] = 2
                     assert change().status_code == 200
         assert events[-1] == "[DONE]"
         for event in map(json.loads, events[:-1]):

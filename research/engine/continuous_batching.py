@@ -98,8 +98,7 @@ class Engine:
 
         Args:
           request: is answered as soon as a slot is free.
-          deliver: is called with each piece by the thread that takes the rounds. By
-            default the pieces wait in the answer until they are read.
+          deliver: is called with each piece by the thread that takes the rounds.
           adapter: one in use, from `names`; by default what `request` names.
 
         Raises:

@@ -36,7 +36,7 @@ class FakeRuns:
         leaves, shape = jax.tree.flatten(row)
         draw = np.random.default_rng(sum(identity.encode()))
         self._row = shape.unflatten(
-            [jax.device_put(0.3 * draw.normal(size=x.shape).astype(x.dtype))
+            [jax.device_put((0.3 * draw.normal(size=x.shape)).astype(x.dtype))
              for x in leaves]
         )  # fmt: skip
         base = self._runs._reader.opened.served_base

@@ -2,13 +2,12 @@
 
 Each process holds its part of one `SlotDecoder` and must call it in the same order. The
 first process has the engine. Its calls are collected and told to the others before
-those that have a result, which is once a round.
+those whose result it needs: the tokens of a round, and scores.
 """
 
 import collections
 import contextlib
 import dataclasses
-import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,8 +21,6 @@ from research.engine.slot_decoder import Round, Scores, SlotDecoder, SlotSetting
 from research.parallel import agreement
 from research.weights.adapters.serving_bank import Row
 
-# Letters. A message fills whole frames, so that few programs compile.
-FRAME = 4096
 Call = tuple[Any, ...]
 Tell = Callable[[Any], Any]
 # Returns what must be equal in all processes, and the result.
@@ -66,7 +63,7 @@ class LeadingDecoder:
         self._calls: collections.deque[Call] = collections.deque()
         self._blocks: dict[int, Any] = {}
         self._rows: dict[str, Row] = {}
-        self._numbers = 0
+        self._numbers = self._block_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
@@ -83,6 +80,8 @@ class LeadingDecoder:
         sampling = dataclasses.asdict(
             dataclasses.replace(settings.sampling, logit_bias={})
         )
+        if settings.sampling.repetition_penalty == 1:
+            values["prompt_ids"] = ()
         bias = sorted(settings.sampling.logit_bias.items())
         values["stop_ids"] = sorted(settings.stop_ids)
         self._later("admit", slot, values, sampling, bias)
@@ -117,11 +116,13 @@ class LeadingDecoder:
     def read_block(self, slot: int, index: int) -> FollowedBlock:
         """See `SlotDecoder`. The other processes keep their parts as long as this."""
         self._numbers += 1
-        number = self._numbers
-        found = FollowedBlock(
-            number, self._now("read_block", slot, index, number).nbytes
-        )
-        weakref.finalize(found, self._later, "drop", number).atexit = False
+        call = ("read_block", slot, index, self._numbers)
+        if self._block_bytes:
+            self._later(*call)
+        else:  # All have one size.
+            self._block_bytes = self._now(*call).nbytes
+        found = FollowedBlock(self._numbers, self._block_bytes)
+        weakref.finalize(found, self._later, "drop", found.number).atexit = False
         return found
 
     def write_block(self, slot: int, index: int, block: FollowedBlock) -> None:
@@ -167,11 +168,9 @@ class LeadingDecoder:
         while self._calls:
             calls.append(self._calls.popleft())
         calls.append(call)
-        told = [calls, ""]
-        told[1] = " " * (-len(json.dumps(told)) % FRAME)
         read_row = self._rows.__getitem__
         with _naming_the_lost():
-            self._tell(told)
+            self._tell(calls)
             results = [
                 _make(self._decoder, self._blocks, each, read_row, self._perform)
                 for each in calls
@@ -201,7 +200,7 @@ def follow(
     call: Call = ("rest",)
     while call[0] != "end":
         with _naming_the_lost():
-            for call in tell(None)[0]:
+            for call in tell(None):
                 try:
                     _make(decoder, blocks, call, read_row, perform)
                 except UserError as error:

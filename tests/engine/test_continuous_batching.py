@@ -29,7 +29,7 @@ from research.core.errors import LonelyError, UserError
 from research.engine import text_generation
 from research.engine.constraints import Grammars
 from research.engine.continuous_batching import Engine
-from research.engine.followed_decoder import FRAME, LeadingDecoder, follow
+from research.engine.followed_decoder import LeadingDecoder, follow
 from research.engine.prefix_cache import PrefixCache
 from research.engine.requests import (
     ContextOverflowError,
@@ -543,12 +543,18 @@ def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
     ]
     read(answers[0])
     leading.end()
-    # A frame is as long as any other, so that hearing it compiles nothing.
-    assert all(len(each) % FRAME == 0 for each in told)
+    heard = [json.loads(each) for each in told]
+    # Blocks are told with the next round, and a prompt is told twice with a penalty.
+    assert [calls[-1][0] for calls in heard].count("read_block") == 1
+    calls = [call for calls in heard for call in calls if call[0] == "admit"]
+    admitted = [values | sampling for _, _, values, sampling, _ in calls]
+    assert {
+        (x["repetition_penalty"] == 1, x["prompt_ids"] == []) for x in admitted
+    } == {(True, True), (False, False)}
     of_leader = rounds.copy()
     rounds.clear()
     decoder.open(decoder.params)
-    heard = map(json.loads, told)
+    heard = iter(heard)
     follow(decoder, {"sha": row}.__getitem__, lambda _: next(heard), perform)
     assert done == [{"read": 7}, {}] * 2
     with pytest.raises(LonelyError, match="have ended"):

@@ -23,6 +23,7 @@ from research.engine.followed_decoder import LeadingDecoder, follow
 from research.engine.requests import Request, Sampling
 from research.engine.slot_decoder import SlotDecoder
 from research.models.transformer import Model
+from research.parallel import agreement
 from research.parallel import mesh as meshes
 from research.tokenize.tokenizer_training import byte_tokenizer
 
@@ -41,7 +42,8 @@ if rank:
 else:
     leading = LeadingDecoder(decoder)
     leading.warm_up()
-    traces = decoder.traces
+    programs = lambda: (decoder.traces, agreement._largest()._cache_size())
+    compiled = programs()
     engine = Engine(
         leading, byte_tokenizer(), prefix_bytes=2**20, when_idle=leading.flush
     )
@@ -50,13 +52,14 @@ else:
     runner.start()
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, TINY.vocab, n).tolist()) for n in (5, 70, 20)]
-    drawn = Sampling(max_new_tokens=8, temperature=1.0, seed=3)
+    bias = {i: i / 96 + 0.123456789012345 for i in range(96)}
+    drawn = Sampling(max_new_tokens=8, temperature=1.0, seed=3, logit_bias=bias)
     answers = [engine.submit(Request(p, drawn)) for p in (*prompts, prompts[1])]
     said = [[i for piece in answer for i in piece.ids] for answer in answers]
     stop.set()
     runner.join()
     leading.end()
-    assert decoder.traces == traces
+    assert programs() == compiled
     print(json.dumps([said, engine.stats().prefix_hits]))
 """
 

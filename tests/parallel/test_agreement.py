@@ -97,8 +97,14 @@ def test_the_failure_of_one_process_is_raised_in_all(failure, kind, code):
 
 
 def test_one_process_says_something_to_all():
-    said = Meeting(3).each(lambda group, i: group.said_by(1, f"by {i}" * 100))
-    assert said == ["by 1" * 100] * 3
+    """Each size is a program: a long text has no size of its own."""
+    meeting = Meeting(3)
+    for count in (0, 1, 100, agreement.PIECE // 4, agreement.PIECE):
+        said = meeting.each(
+            lambda group, i, count=count: group.said_by(1, f"by {i}" * count)
+        )
+        assert said == ["by 1" * count] * 3
+    assert set(meeting.sizes) == {1, agreement.PIECE}
 
 
 def test_the_devices_find_the_maximum():

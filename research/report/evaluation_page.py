@@ -146,8 +146,9 @@ def tabulate_losses(values: Values, losses: Values) -> Table:
 
 def _without_loss(values: Values) -> str:
     """Which models have no loss of some rows, and for which rows that counts."""
-    total, models = values["rows"]["evaluated"], values["models"]
-    short = [name for name, x in models.items() if x["rows_with_loss"] < total]
+    total = values.get("rows", {}).get("evaluated", 0)
+    models = values["models"].items()
+    short = [name for name, x in models if x.get("rows_with_loss", total) < total]
     of_whom = " or ".join(short)
     return f"are longer than data.seq_len of {of_whom}, and are in no loss of any model"
 

@@ -184,3 +184,8 @@ def test_pages_begin_with_what_was_shown_on_how_many_rows(capsys):
     assert "no other model" in evaluation_page.verdict_sentences(alone)[0]
     del values["comparisons"]
     assert "whole texts" in evaluation_page.verdict_sentences(values)[0]
+    del values["rows"]
+    values["models"] = {"base": {}, "tuned": {}}
+    texts = {k: x | {"bits_per_byte": 0.5} for k, x in lines.items()}
+    for text in evaluation_page.format_pages(values, [], texts).values():
+        assert "whole texts" in text and "source" in text

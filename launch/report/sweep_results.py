@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.jobs import restart_policy
 from launch.report import seed_statistics
 from launch.report.seed_statistics import Interval, PairedComparison
 from launch.sweep import sweep_runs
@@ -166,7 +167,7 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
         total = [run["steps"] or "?", *planned][-1]
         state = f"step {made} of {total}: {cause}"
     else:
-        state = "not begun"
+        state = _unbegun(folder, run["name"])
     return RunResult(
         name=run["name"],
         point=tuple(run["point"]),
@@ -180,6 +181,15 @@ def _read(folder: Path, run: dict[str, Any], metric: str) -> RunResult:
         chip_hours=seconds * devices / 3600,
         origin=_origin(starts),
     )
+
+
+def _unbegun(folder: Path, name: str) -> str:
+    """`not begun`, or why a run that never had a start has failed."""
+    mark = sweep_runs.failure_of(folder, name)
+    if not mark.is_file():
+        return "not begun"
+    code, _, said = mark.read_text(encoding="utf-8").partition("\n")
+    return " ".join(f"failed with {restart_policy.describe(int(code))} {said}".split())
 
 
 def _metric(line: dict[str, Any], metric: str) -> float | None:
@@ -196,7 +206,7 @@ def _measured(folder: Path, listed: list[dict[str, Any]]) -> str:
             if line["kind"] == "eval":
                 groups = ", ".join(f"loss/{name}" for name in by_group(line, "loss"))
                 return f"{run['name']} has loss and {groups}"
-    return "none has an evaluation"
+    return f"none has an evaluation; {sweep_runs.HOLD_OUT}"
 
 
 def _history(place: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -119,7 +120,9 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="sweep: %(message)s")
     with local.ProcessGroup() as group:
-        worker = SweepWorker(wanted, found, folder, group)
+        # A run that cannot be judged tells of all: the others are not trained for it.
+        check = functools.partial(sweep_results.load, folder)
+        worker = SweepWorker(wanted, found, folder, group, check)
         code = worker.work(plans, options.restarts)
     if group.last_signal is None:
         if best := best_run.find_best(sweep_results.load(folder)):

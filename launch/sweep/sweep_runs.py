@@ -24,6 +24,7 @@ from research.core.errors import UserError, nearest
 from research.core.json_files import read_json
 from research.runs.run_directory import is_complete
 
+HOLD_OUT = "see config.data.held_out (of raw text config.text.held_out_share)"
 # Knobs that a sweep sets for each run.
 OWN = ("seed", "run_dir")
 LENGTH = {"steps", "epochs"}  # Only one of them can be set.
@@ -115,8 +116,7 @@ def expand(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> list[Sw
             if not made.evaluates:
                 raise UserError(
                     f"{where} holds out no rows, and its metric, {sweep.metric!r}, is "
-                    "measured on them: see config.data.held_out (of raw text "
-                    "config.text.held_out_share)"
+                    f"measured on them: {HOLD_OUT}"
                 )
             runs.append(SweepRun(name, labels, own, made, shared))
     _require_distinct(runs)
@@ -314,6 +314,11 @@ def _merged(
         "seeds": sorted({run["seed"] for run in listed.values()}),
         "runs": list(listed.values()),
     }
+
+
+def failure_of(folder: Path, name: str) -> Path:
+    """The file with the exit code of a run that has failed, and its last message."""
+    return folder / "claims" / f"{name}.failed"
 
 
 def read(folder: Path) -> dict[str, Any]:

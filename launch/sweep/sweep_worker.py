@@ -11,21 +11,23 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launch.jobs import restart_policy
 from launch.jobs.launch_job import LaunchPlan
 from launch.sweep.run_packs import RunPack
-from launch.sweep.sweep_runs import SweepRun
+from launch.sweep.sweep_runs import SweepRun, failure_of
 from launch.targets.local import ProcessGroup
 from research.core.errors import PREEMPTED, UserError
 from research.core.json_files import read_json
 from research.report.progress_view import duration
 from research.runs.metrics_file import read_metrics
+from research.studio.jobs.job_logs import last_error, tail
 
 POLL = 2.0  # seconds between two checks of what other workers have finished
 LOG_EVERY = 30.0  # seconds between two lines of progress
+LOG_BYTES = 2**16  # of the end of a log, where its last message is
 
 
 class SweepWorker:
@@ -41,8 +43,13 @@ class SweepWorker:
         runs: Sequence[SweepRun],
         folder: Path,
         group: ProcessGroup,
+        check: Callable[[], object] = lambda: None,
     ):
-        """`packs` remain to be trained; `runs` are all runs of the sweep."""
+        """`packs` remain to be trained; `runs` are all runs of the sweep.
+
+        `check` is called after each pack that has ended.
+        """
+        self._check = check
         self._packs, self._runs = packs, runs
         self._folder, self._group = folder, group
         self._begun = time.time()
@@ -53,7 +60,11 @@ class SweepWorker:
     def work(self, plans: Sequence[LaunchPlan], restarts: int) -> int:
         """Trains all packs that no other worker trains; returns the exit code.
 
-        `plans` has the commands of each pack.
+        `plans` has the commands of each pack. No other pack is started after an error
+        of the user's before any run of the sweep has made a step.
+
+        Raises:
+          UserError: what `check` raises.
         """
         logging.info("%s", self._standing())
         waiting = list(zip(self._packs, plans, strict=True))
@@ -71,6 +82,9 @@ class SweepWorker:
                         left.append((pack, plan))
                     elif not pack.is_done:
                         self._train(pack, plan, restarts, locks)
+                        if self._is_refused(pack):
+                            return UserError.exit_code
+                        self._check()
             if len(left) == len(waiting):
                 time.sleep(POLL)  # Other workers train all that is left.
             waiting = left
@@ -104,6 +118,8 @@ class SweepWorker:
         log.parent.mkdir(parents=True, exist_ok=True)
         logging.info("training %s; its output is in %s", pack.job.name, log)
         begun, before = time.monotonic(), self._steps(pack)
+        for run in pack.runs:
+            self._mark(run).unlink(missing_ok=True)
         said = begun
 
         def watch() -> None:
@@ -117,14 +133,16 @@ class SweepWorker:
                 logging.info("%s: %s%s", pack.job.name, done, to_go)
 
         with log.open("ab") as output:
+            old = output.tell()
             code = self._group.train(plan, restarts, output, watch, locks)
         self._trained += self._steps(pack) - before
         self._spent += time.monotonic() - begun
         if self._group.last_signal is None:
-            self._judge(pack, code, log)
+            self._judge(pack, code, log, log.stat().st_size - old)
         logging.info("%s%s", self._standing(), self._to_go())
 
-    def _judge(self, pack: RunPack, code: int, log: Path) -> None:
+    def _judge(self, pack: RunPack, code: int, log: Path, written: int) -> None:
+        said = last_error(tail(log, min(written, LOG_BYTES)))
         for run in pack.runs:
             mark = self._mark(run)
             if run.is_done:
@@ -132,12 +150,24 @@ class SweepWorker:
                 continue
             # A pack exits with the code of its worst run.
             self.failures[run.name] = code or 1
-            mark.write_text(str(code or 1), encoding="utf-8")
+            mark.write_text(f"{code or 1}\n{said}", encoding="utf-8")
             what = restart_policy.describe(code or 1)
-            logging.error("%s failed with %s; see %s", run.name, what, log)
+            why = said and f"\n{said}"
+            logging.error("%s failed with %s; see %s%s", run.name, what, log, why)
         if len(pack.runs) > 1 and not any(run.is_done for run in pack.runs):
             half = math.ceil(len(pack.runs) / 2)
             logging.error("none of them is done: --together=%d needs less memory", half)
+
+    def _is_refused(self, pack: RunPack) -> bool:
+        """Whether an error of the user's has ended it before any run made a step."""
+        codes = {self.failures.get(run.name) for run in pack.runs}
+        if codes != {UserError.exit_code} or any(
+            run.is_done or last_step(run) for run in self._runs
+        ):
+            return False
+        if len(self._packs) > 1:
+            logging.error("no other run is started: correct this first")
+        return True
 
     def _failed(self, pack: RunPack) -> bool:
         """Whether each run of it is done or has failed since this worker began."""
@@ -145,11 +175,12 @@ class SweepWorker:
             mark = self._mark(run)
             with contextlib.suppress(OSError, ValueError):
                 if not run.is_done and mark.stat().st_mtime >= self._begun:
-                    self.failures[run.name] = int(mark.read_text(encoding="utf-8"))
+                    code = mark.read_text(encoding="utf-8").partition("\n")[0]
+                    self.failures[run.name] = int(code)
         return all(run.is_done or run.name in self.failures for run in pack.runs)
 
     def _mark(self, run: SweepRun) -> Path:
-        return self._folder / "claims" / f"{run.name}.failed"
+        return failure_of(self._folder, run.name)
 
     def _standing(self) -> str:
         done = sum(run.is_done for run in self._runs)

@@ -343,6 +343,8 @@ class Checkpointer:
             partial_restore=True,
         )
         part = self._restore_state(step, restored)
+        if check:  # Otherwise it is one more part of a checkpoint that is named.
+            self._log_restored(step)
         require_undamaged(step, self._folder, odd_numbers(part))
         return part
 
@@ -378,6 +380,7 @@ class Checkpointer:
             return None, damage
         meta = self._meta(step)
         state = self._restore_state(step, ocp.args.StandardRestore(abstract_state))
+        self._log_restored(step)
         return Restored(step, state, meta["position"]), odd_numbers(state)
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -396,5 +399,7 @@ class Checkpointer:
             whole = isinstance(request, ocp.args.StandardRestore)
             other = find_other_shape(self._folder / str(step), request.item, whole)
             raise other_parameters(step, other or str(error)) from error
-        logging.info("checkpoint: step %d restored", step)
         return items["state"]
+
+    def _log_restored(self, step: int) -> None:
+        logging.info("checkpoint: step %d restored from %s", step, self._folder.parent)

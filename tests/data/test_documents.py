@@ -262,6 +262,7 @@ def test_the_standard_library_is_python_without_its_tests(tmp_path):
         (["a="], "write name=where"),
         (["a=stdlib", "a=stdlib"], "two named 'a'"),
         (["a=/nowhere/at/all"], r"does not exist; .* hub://owner/name\["),
+        (["a=/nowhere/*.txt"], r"it takes no patterns: give stdlib, a file or a fold"),
         (["a=some-lab/text"], r"does not exist; .* is written hub://some-lab/text$"),
     ],
 )

@@ -21,6 +21,7 @@ from doors import run_door
 import launch.sweep
 from launch.jobs import compiler_settings
 from launch.jobs.launch_job import LaunchPlan
+from launch.report import sweep_results
 from launch.sweep import __main__ as sweep_door
 from launch.sweep import run_packs, sweep_runs, sweep_spec, sweep_worker
 from launch.sweep.sweep_spec import Sweep, choice, grid, listed, log, sampled
@@ -198,6 +199,8 @@ for folder in sys.argv[3:]:
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(os.path.dirname(folder), "trained"), "a") as out:
         out.write(os.path.basename(folder) + "\\n")
+    if code == 2:
+        print("error: no such rows\\n  name others")
     if not code:
         open(os.path.join(folder, "complete.json"), "w").write("{}")
 sys.exit(code)
@@ -212,7 +215,7 @@ sys.exit(test_sweep.work(Path({folder!r}), {most}, {code}))
 """
 
 
-def work(folder, most=1, code=0, seconds=0.05):
+def work(folder, most=1, code=0, seconds=0.05, check=lambda: None):
     """One worker, to its end; returns its exit code."""
     found = expand(make(seeds=(0, 1, 2)), folder=str(folder))
     made = run_packs.make_packs(found, most, folder)
@@ -223,7 +226,8 @@ def work(folder, most=1, code=0, seconds=0.05):
         command = [sys.executable, "-c", TRAINER, str(seconds), str(code), *folders]
         plans.append(LaunchPlan({}, [command]))
     with mock.patch.object(sweep_worker, "POLL", 0.2), ProcessGroup() as group:
-        return SweepWorker(made, found, folder, group).work(plans, restarts=1)
+        worker = SweepWorker(made, found, folder, group, check)
+        return worker.work(plans, restarts=1)
 
 
 def trained(folder):
@@ -259,6 +263,35 @@ def test_a_failed_run_is_tried_again_and_told_and_stops_no_other(tmp_path):
     assert len(trained(tmp_path)) == 8
     assert work(tmp_path) == 0
     assert len(trained(tmp_path)) == 9
+
+
+def test_a_users_error_before_any_step_is_shown_and_starts_no_other(tmp_path, caplog):
+    assert work(tmp_path, code=2) == 2
+    assert trained(tmp_path) == ["rank-4_seed-0"]
+    assert "failed with code 2; see" in caplog.text
+    assert "\nerror: no such rows\n  name others" in caplog.text
+    assert "no other run is started" in caplog.text
+    sweep = make(seeds=(0, 1, 2))
+    found = expand(sweep, folder=str(tmp_path))
+    sweep_runs.write(tmp_path, sweep, "s.py", found)
+    states = [x.state for row in sweep_results.load(tmp_path).rows for x in row.results]
+    assert states[0] == "failed with code 2 error: no such rows name others"
+    assert set(states[1:]) == {"not begun"}
+    assert work(tmp_path) == 0 and len(trained(tmp_path)) == 7
+    # A run is done, so the error is this run's own.
+    (found[0].folder / "complete.json").unlink()
+    (found[1].folder / "complete.json").unlink()
+    assert work(tmp_path, code=2) == 2 and len(trained(tmp_path)) == 9
+
+
+def test_a_sweep_that_cannot_be_judged_ends_after_its_first_run(tmp_path):
+    sweep = make(seeds=(0, 1, 2))
+    sweep_runs.write(tmp_path, sweep, "s.py", expand(sweep, folder=str(tmp_path)))
+    with pytest.raises(
+        UserError, match=r"has an evaluation; see config.data.held_out "
+    ):
+        work(tmp_path, check=lambda: sweep_results.load(tmp_path))
+    assert trained(tmp_path) == ["rank-4_seed-0"]
 
 
 def test_a_pack_is_given_up_only_where_all_that_is_left_of_it_has_failed(tmp_path):

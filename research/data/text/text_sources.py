@@ -94,6 +94,8 @@ def _locate(
         return (SourceFile(path.name, path, path.stat().st_size),), ""
     if not path.is_dir():
         how = f"give stdlib, a file or a folder; {how_on_hub(where, 'dataset')}"
+        if set(where) & set("*?["):
+            how = f"it takes no patterns: {how}"
         raise no_such(what, path, how)
     files = tuple(_files_under(path, lambda name: not name.startswith(".")))
     if not files:

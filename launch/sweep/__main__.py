@@ -120,7 +120,7 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="sweep: %(message)s")
     with local.ProcessGroup() as group:
-        # A run that cannot be judged tells of all: the others are not trained for it.
+        # Where one run cannot be judged, no other is trained.
         check = functools.partial(sweep_results.load, folder)
         worker = SweepWorker(wanted, found, folder, group, check)
         code = worker.work(plans, options.restarts)

@@ -183,6 +183,16 @@ def test_parameters_that_are_not_finite_are_not_opened(copy):
     assert equal(found["params"], make_state(4)["params"])
 
 
+def test_a_checkpoint_that_is_read_in_parts_is_named_once_with_its_run(copy, caplog):
+    wanted = abstract(make_state(0))
+    caplog.set_level("INFO")
+    with open_checkpoints(copy, read_only=True) as checkpointer:
+        for check in (True, False, False):
+            checkpointer.restore_part(3, {"params": wanted["params"]}, check=check)
+    (said,) = (x for x in caplog.messages if " restored" in x)
+    assert said == f"checkpoint: step 3 restored from {copy}"
+
+
 def test_moments_that_were_saved_in_bfloat16_are_read_in_float32(tmp_path):
     """Older versions kept them in the dtype of the parameters."""
     state = make_state(1)

@@ -71,7 +71,7 @@ class Checkpointer:
         measured_on: a mark of the held-out rows; only losses on the same rows are
           compared. By default the data of the identity.
         """
-        self._folder = folder.absolute()
+        self._folder, self._shown = folder.absolute(), folder.parent
         self._aside = self._folder.parent / "damaged"
         self._config = config
         self._identity, self._run = identity, identity.get("run", "")
@@ -402,4 +402,4 @@ class Checkpointer:
         return items["state"]
 
     def _log_restored(self, step: int) -> None:
-        logging.info("checkpoint: step %d restored from %s", step, self._folder.parent)
+        logging.info("checkpoint: step %d restored from %s", step, self._shown)

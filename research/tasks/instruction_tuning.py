@@ -14,7 +14,7 @@ from research.data.instructions.instruction_dataset import (
     load_dataset,
     training_batches,
 )
-from research.data.instructions.unused_columns import describe_unused
+from research.data.instructions.unused_columns import describe_unused, needs_look
 from research.data.token_batch import Batch
 from research.engine.requests import Request, Sampling
 from research.engine.text_generation import TextGenerator
@@ -56,7 +56,7 @@ COMPARED_LETTERS = 10_000
 COUNTED_ROWS = 4096
 SHOWN = 4  # dropped rows in the doctor's table
 MUCH_LOST = 0.05  # share of the rows dropped or cut, from which a user should look
-MOST_UNUSED, LONG_TEXT = 12, 200  # columns in the table; letters that may be material
+MOST_UNUSED = 12  # columns in the table
 
 
 class InstructionTask:
@@ -171,10 +171,7 @@ class InstructionTask:
         return Finding(
             "unused columns",
             "\n".join(lines) or "none is filled",
-            warns=any(
-                each["is_material"] or each["letters"] >= LONG_TEXT
-                for each in unused.values()
-            ),
+            warns=any(needs_look(*each) for each in unused.items()),
             numbers={name: each["rows"] for name, each in unused.items()},
         )
 

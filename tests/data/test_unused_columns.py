@@ -9,7 +9,11 @@ import pytest
 from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.row_selection import load_rows
-from research.data.instructions.unused_columns import describe_unused, is_material
+from research.data.instructions.unused_columns import (
+    describe_unused,
+    is_material,
+    needs_look,
+)
 
 CHAT = [
     {"role": "user", "content": "Why is it so?"},
@@ -181,3 +185,14 @@ def test_names_of_material():
         assert is_material(name), name
     for name in ("id", "source", "text_length", "input_ids", "category", "url", ""):
         assert not is_material(name), name
+
+
+def test_a_user_looks_at_texts_whose_names_have_a_word_for_material():
+    def looks(name, letters):
+        return needs_look(name, {"letters": letters, "is_material": False})
+
+    for name in ("manual_page", "Support-Article", "source_documents", "section 2"):
+        assert looks(name, 60) and not looks(name, 40), name
+    for name in ("url", "sha256", "author", "pager"):
+        assert not looks(name, 64) and looks(name, 200), name
+    assert needs_look("x", {"letters": 1, "is_material": True})

@@ -32,6 +32,9 @@ SYSTEM = ("system", "systemmessage", "systemprompt")
 REQUESTS = {"instruction", "problem", "prompt", "query", "question", "request"}
 ANSWERS = {"answer", "completion", "output", "reply", "response", "solution"}
 KNOWN = MATERIAL | ANSWERS
+# Words in longer names of material, such as `manual_page`.
+PARTS = {"chapter", "comment", "description", "manual", "note", "page", "section"}
+LONG_TEXT = 200  # letters that may be material, whatever the name
 # A column of few short values, which come back, may be the category.
 MOST_LABELS, LONGEST_LABEL = 64, 40
 # The first edition of the rules in which such a column stops a run.
@@ -208,6 +211,15 @@ def describe_unused(unused: UnusedFacts) -> list[str]:
             line += f"{labels} values"
         lines.append(line)
     return lines
+
+
+def needs_look(name: str, facts: Mapping[str, Any]) -> bool:
+    """Whether a user should look at an unused column, though it may be meant."""
+    letters, parts = facts["letters"], re.findall(r"[a-z]+", name.casefold())
+    is_named = letters > LONGEST_LABEL and any(
+        plain_name(part) in MATERIAL | PARTS for part in parts
+    )
+    return facts["is_material"] or letters >= LONG_TEXT or is_named
 
 
 def column_flag(field: str, column: str) -> str:

@@ -38,6 +38,7 @@ from research.core.errors import SaveError, UserError
 from research.parallel import agreement
 
 POLL = 0.02  # seconds between two looks at a pending save
+RESTORED = "checkpoint: step %d restored from %s"
 
 
 class Checkpointer:
@@ -337,14 +338,11 @@ class Checkpointer:
         self._meta(step)
         if other := find_other_shape(self._folder / str(step), abstract_part):
             raise other_parameters(step, other)
-        restored = ocp.args.PyTreeRestore(
-            abstract_part,
-            ocp.checkpoint_utils.construct_restore_args(abstract_part),
-            partial_restore=True,
-        )
-        part = self._restore_state(step, restored)
+        as_saved = ocp.checkpoint_utils.construct_restore_args(abstract_part)
+        wanted = ocp.args.PyTreeRestore(abstract_part, as_saved, partial_restore=True)
+        part = self._restore_state(step, wanted)
         if check:  # Otherwise it is one more part of a checkpoint that is named.
-            self._log_restored(step)
+            logging.info(RESTORED, step, self._shown)
         require_undamaged(step, self._folder, odd_numbers(part))
         return part
 
@@ -380,7 +378,7 @@ class Checkpointer:
             return None, damage
         meta = self._meta(step)
         state = self._restore_state(step, ocp.args.StandardRestore(abstract_state))
-        self._log_restored(step)
+        logging.info(RESTORED, step, self._shown)
         return Restored(step, state, meta["position"]), odd_numbers(state)
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -400,6 +398,3 @@ class Checkpointer:
             other = find_other_shape(self._folder / str(step), request.item, whole)
             raise other_parameters(step, other or str(error)) from error
         return items["state"]
-
-    def _log_restored(self, step: int) -> None:
-        logging.info("checkpoint: step %d restored from %s", step, self._shown)

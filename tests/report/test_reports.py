@@ -364,7 +364,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
         config=space(export=False, steps=3),
         definition=space(trainable=None, mesh=None),
         base=base,
-        answers=space(rows=[1], answer=fail),
+        answers=space(rows=[1], answer=fail, not_asked=[]),
         answered=None,
         task=space(origin="rows", rows=0),
         decoders=None,

@@ -15,7 +15,6 @@ from commands import ENVIRONMENT, ROOT
 from step_definitions import ONE, make_definition, spread
 
 from research.engine.text_generation import SlotDecoders, tuned_generator
-from research.tasks.instruction_tuning import InstructionTask
 from research.tokenize.conversation import Record, Turn
 from research.train import finish_run
 from research.train.step import train_step
@@ -50,14 +49,14 @@ class Parrot:
 def test_the_report_holds_one_model_at_a_time(monkeypatch):
     """The trained parameters and their moments are gone when the base is loaded."""
     record = Record((Turn("user", "Hi"), Turn("assistant", "Ho")), "", "", "rows:1")
-    task = object.__new__(InstructionTask)
-    task._base_answers = {}
-    task._held_out_prompts = lambda: [(record, "Hi")]
     state = train_step.TrainState(0, {"w": np.ones(3)}, {"w": np.ones(3)})
     alive = [weakref.ref(state.params["w"]), weakref.ref(state.opt_state["w"])]
     run = SimpleNamespace(
         folder=SimpleNamespace(path=None), definition=None, state=state,
-        config=SimpleNamespace(export=False), task=task,
+        config=SimpleNamespace(export=False, steps=1), answered=None,
+        answers=SimpleNamespace(
+            rows=[record], answer=lambda step, model: None, answer_base=lambda x: x()
+        ),
     )  # fmt: skip
     del state
 

@@ -1,16 +1,15 @@
 """The chips that a plan is for: which, how many, and how they are connected."""
 
-import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
 
 import psutil
 
 from research.core.errors import UserError, nearest
 from research.parallel.chips import CHIPS, Chip, find_chip, memory_of
+from research.parallel.memory_limits import memory_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,33 +173,3 @@ def _chip(
             f"{hint}"
         )
     return chip
-
-
-def memory_limit(
-    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
-) -> float:
-    """The bytes that a container or job may use; infinite without a limit.
-
-    A limit of any group above the process's own counts, too. A line of `groups` is
-    `0::/path` in version 2 of control groups, and `N:memory:/path` in version 1, whose
-    memory controller has a folder of its own (Linux, cgroups(7)).
-    """
-    limits = [math.inf]
-    try:
-        lines = groups.read_text(encoding="utf-8").splitlines()
-    except OSError:  # No such system.
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = mount / "memory" if controllers else mount
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
-        own = PurePosixPath(path.lstrip("/"))
-        for group in (own, *own.parents):
-            # A container may not see the groups above its own.
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(
-                    float((top / group / name).read_text().replace("max", "inf"))
-                )
-    return min(limits)

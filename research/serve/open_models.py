@@ -24,6 +24,7 @@ from research.engine.sampling_defaults import model_sampling
 from research.engine.slot_decoder import SlotDecoder
 from research.models.transformer import Model
 from research.parallel import runtime
+from research.parallel.memory_limits import memory_limit
 from research.runs.answering.open_for_answering import (
     Answering,
     ServedModel,
@@ -210,7 +211,7 @@ class ServedRuns:
             return "adapters to it fit no other; without --adapters it is followed"
         specs, width = opened.model.specs.values(), opened.model.options.dtype.itemsize
         needed = sum(math.prod(x.shape) for x in specs) * width / jax.process_count()
-        if needed <= (free := _free_bytes() * (1 - KEPT_FREE)):
+        if needed <= (free := _free_bytes(opened.mesh) * (1 - KEPT_FREE)):
             return ""
         return (
             f"weights of a newer one need {needed / 2**30:.1f} GiB beside these, and "
@@ -352,12 +353,12 @@ def _open_decoder(
     context = capacity.context or min(longest, USUAL_CONTEXT)
     platform = opened.mesh.devices.flat[0].platform
     slots = capacity.slots or USUAL_SLOTS.get(platform, ACCELERATOR_SLOTS)
-    _require_room(opened.model, slots, context)
     mesh = opened.mesh
+    _require_room(opened.model, mesh, slots, context)
     return opened, SlotDecoder(opened.model, opened.params, slots, context, mesh=mesh)
 
 
-def _require_room(model: Model, slots: int, context: int) -> None:
+def _require_room(model: Model, mesh: Mesh, slots: int, context: int) -> None:
     """Raises UserError if keys and values of all slots do not fit into memory.
 
     Each process holds its part of them, and looks at its own devices.
@@ -366,7 +367,7 @@ def _require_room(model: Model, slots: int, context: int) -> None:
     each = np.dtype(model.options.dtype).itemsize
     slot = 2 * a.layers * context * a.kv_heads * a.head_dim * each
     slot = -(-slot // jax.process_count())
-    free = _free_bytes() * (1 - KEPT_FREE)
+    free = _free_bytes(mesh) * (1 - KEPT_FREE)
     fits = int(free // slot)
     if slots > fits:
         remedy = f"--slots={fits}" if fits else "a smaller --context"
@@ -376,12 +377,16 @@ def _require_room(model: Model, slots: int, context: int) -> None:
         )
 
 
-def _free_bytes() -> int:
-    """Free memory of all devices together; on a CPU that of the machine."""
-    total = 0
-    for device in jax.local_devices():
+def _free_bytes(mesh: Mesh) -> float:
+    """Free memory of this process's devices of `mesh` together; of a CPU its RAM.
+
+    A container may have less memory than its machine, and this process uses part of it.
+    """
+    total = 0.0
+    for device in mesh.local_devices:
         stats = device.memory_stats() or {}
         if "bytes_limit" not in stats:
-            return psutil.virtual_memory().available
+            own = psutil.Process().memory_info().rss
+            return min(psutil.virtual_memory().available, memory_limit() - own)
         total += stats["bytes_limit"] - stats["bytes_in_use"]
     return total

@@ -29,13 +29,14 @@ from research.formats.base_model import open_architecture, open_base, random_bas
 from research.models import attention_kernels
 from research.parallel import chips, runtime
 from research.parallel import mesh as meshes
+from research.parallel.memory_limits import memory_limit
 from research.plan import abstract_step, plan_json, planned_devices, planner
 from research.plan.__main__ import main
 from research.plan.compiled import compile_step
 from research.plan.estimate import memory_formulas
 from research.plan.estimate.roofline import make_roofline
 from research.plan.estimate.step_flops import StepFlops
-from research.plan.planned_devices import memory_limit, parse_device, parse_topology
+from research.plan.planned_devices import parse_device, parse_topology
 from research.plan.step_costs import Collective
 from research.report import plan_tables
 from research.tasks import task_registry

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import openai
+import psutil
 import pytest
 from conftest import QUEUE, open_tiny
 from doors import run_door
@@ -207,7 +208,7 @@ def test_a_fully_trained_run_is_followed(place, pretrained, tmp_path, caplog):
         old, traces = said(), server.deployment.engine._decoder.traces
         shutil.move(tmp_path / "newest", run / "checkpoints" / str(newest))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(open_models, "_free_bytes", lambda: 1000)
+            patch.setattr(open_models, "_free_bytes", lambda mesh: 1000)
             server.deployment.follow()
         assert "need" in caplog.text and "are free" in caplog.text and said() == old
         server.deployment.follow()
@@ -228,8 +229,17 @@ def test_a_fully_trained_run_is_followed(place, pretrained, tmp_path, caplog):
         fresh.stop()
 
 
+def test_free_memory_is_that_of_the_container_and_of_the_devices_in_use(monkeypatch):
+    own = psutil.Process().memory_info().rss
+    monkeypatch.setattr(open_models, "memory_limit", lambda: own * 1.5)
+    assert open_models._free_bytes(one_device()) < own
+    stats = {"bytes_limit": 9, "bytes_in_use": 4}
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    assert open_models._free_bytes(SimpleNamespace(local_devices=[device])) == 5
+
+
 def test_slots_without_room_say_how_many_fit(place, monkeypatch):
-    monkeypatch.setattr(open_models, "_free_bytes", lambda: 10 << 20)
+    monkeypatch.setattr(open_models, "_free_bytes", lambda mesh: 10 << 20)
     capacity = open_models.Capacity(1000, 512, 0, 4, 9, 0)
     with pytest.raises(UserError, match=r"--slots=1000.*use --slots=(\d+)$") as caught:
         open_models.open_models((), str(place.folder / "model"), capacity)

@@ -42,7 +42,7 @@ class EvaluateFlags:
     )
     against: str = knob(
         "",
-        "what the runs are compared with: base, or another run; not given: the base "
+        "what is compared with: base, or another run directory; not given: the base "
         "model of the first run, where it has one, and else the first run",
         is_path=True,
     )

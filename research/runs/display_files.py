@@ -22,13 +22,20 @@ DOCTOR, PREVIEW = "doctor.json", "preview.json"
 ANSWERS, SAMPLES = "answers.json", "samples.jsonl"
 EVALUATIONS = "evaluations"
 SPAN = {"ids": [int], "text": str, "trained": bool}
+METRIC = {"name": str, "unit": str, "rows": int, "verdict": str}
+
+
+def _shape_of_answers(value: Any) -> dict[str, Any]:
+    answers = {f.name: str for f in dataclasses.fields(ComparedAnswer)}
+    # Runs of earlier versions measured no metrics.
+    measured = isinstance(value, dict) and "metrics" in value
+    return {"answers": [answers]} | ({"metrics": [METRIC]} if measured else {})
+
+
 SHAPES = {
     DOCTOR: {"findings": [{"name": str, "text": str}]},
     PREVIEW: {"rows": [{"documents": [{"group": str, "where": str, "spans": [SPAN]}]}]},
-    ANSWERS: {
-        "answers": [{f.name: str for f in dataclasses.fields(ComparedAnswer)}],
-        "metrics": [{"name": str, "unit": str, "rows": int, "verdict": str}],
-    },
+    ANSWERS: _shape_of_answers,
     SAMPLES: {"step": int, "prompt": str, "text": str},
 }
 

@@ -105,7 +105,10 @@ def map_paths(
         return value
     if isinstance(value, tuple):
         parts = [written.partition("=") for written in value]
-        return tuple(name + mark + change(where) for name, mark, where in parts)
+        return tuple(
+            name + mark + change(where) if mark else change(name)
+            for name, mark, where in parts
+        )
     return change(value)
 
 

@@ -55,7 +55,8 @@ class AnswerStage:
         written = [name for name in names if name not in CHOICE_METRICS]
         metrics = {}
         if written:
-            metrics = choose_metrics(written, asked.without_answers(found.models[0]))
+            before = asked.without_answers(found.models[0])
+            metrics = choose_metrics(written, before, CHOICE_METRICS)
         choices = choices_of(asked, data) if scored else {}
         return cls(asked, metrics, scored, choices)
 

@@ -36,7 +36,7 @@ from research.evaluate.measuring.row_losses import (
     loss_unit,
     measure_texts,
 )
-from research.evaluate.measuring.seen_rows import find_seen
+from research.evaluate.measuring.seen_rows import describe_change, find_seen
 from research.evaluate.statistics.verdicts import BETTER, WORSE
 from research.tasks.task_protocol import EvaluationRows
 from research.tasks.task_registry import held_out_rows, rows_of_files
@@ -220,9 +220,10 @@ def _named(digits: str, found: ModelSet) -> str:
 
 
 def _facts(found: ModelSet, choices: EvaluationChoices, own: EvaluationRows) -> Values:
+    problem = "" if choices.data else describe_change(found.target.run, own.sha256)
     return {
         "step": found.target.step,
-        "data": {"origin": own.origin, "sha256": own.sha256},
+        "data": {"origin": own.origin, "sha256": own.sha256, "problem": problem},
         "config": dict(choices.changes),
         "baseline": found.baseline,
         "differences": find_differences(found),

@@ -92,14 +92,15 @@ def _listed(names: Sequence[str]) -> str:
 
 def row_facts(values: Values) -> list[str]:
     """Sentences about rows that are not whole, were not asked, or are known."""
-    rows = values.get("rows", {})
+    rows, problem = values.get("rows", {}), values["data"].get("problem")
     total = rows.get("evaluated", 0)
     parts = (
         (rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
         (rows.get("without_loss", 0), _without_loss(values)),
         (len(rows.get("not_asked", ())), "are too long to be answered"),
     )
-    facts = [
+    facts = [problem] if problem else []
+    facts += [
         f"{count:,} of {total:,} rows ({count / total:.1%}) {what}"
         for count, what in parts
         if count

@@ -19,7 +19,7 @@ from research.evaluate.answer_metrics.choose_metrics import (
 )
 from research.evaluate.answer_stage import AnswerStage
 from research.evaluate.answered_row import AnsweredRow
-from research.evaluate.measuring.measure_choices import has_choices
+from research.evaluate.measuring.measure_choices import CHOICE_METRICS, has_choices
 from research.evaluate.measuring.measure_models import AskedRows
 from research.evaluate.multiple_choice import (
     Choices,
@@ -107,6 +107,11 @@ def test_named_metrics_come_in_their_order_and_for_all_rows():
 def test_a_metric_that_there_is_not_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         choose_metrics([name], rows("", "x"))
+
+
+def test_metrics_that_the_caller_takes_besides_are_listed():
+    with pytest.raises(UserError, match=r"did you mean 'choice_none'.* choice_bytes,"):
+        choose_metrics(["choice_non"], rows("", "x"), CHOICE_METRICS)
 
 
 @pytest.fixture

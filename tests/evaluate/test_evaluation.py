@@ -1,22 +1,26 @@
 """A whole evaluation: models answer, are compared, and a kill costs little."""
 
+import dataclasses
 import json
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from doors import run_door
 
 from research.core.errors import UserError
+from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
 from research.evaluate.measuring import ask_models
 from research.evaluate.measuring.evaluated_models import find_models
 from research.evaluate.scored_continuations import score_continuations
 from research.runs.reopen import reopen
+from research.tasks.task_registry import held_out_rows
 from research.tokenize.conversation import Turn
 
-FEW = ("--rows=5", "--max_new_tokens=6", "--metrics=chrf,stopped")
+FEW = ("--rows=2", "--max_new_tokens=4", "--slots=2")
 
 
 @pytest.fixture
@@ -43,62 +47,55 @@ def results(place, done):
     return place.folder / re.search(r"written to (\S+)", done.stdout)[1]
 
 
+def values_of(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
 def contents(folder, run):
     """The files of an evaluation, in which the run has no name of its own."""
     return {x.name: x.read_bytes().replace(run, b"RUN") for x in folder.iterdir()}
 
 
 @pytest.mark.usefixtures("caches_of_the_commands")
-def test_an_interrupted_evaluation_continues_and_gives_the_same_bytes(
-    place, copies, monkeypatch
-):
-    whole = results(place, evaluate(place, f"--run={copies('whole')}", *FEW))
-    asked, ask = [], ask_models.ask
-
-    def interrupted(engine, requests):
-        for count, found in enumerate(ask(engine, requests), start=1):
-            yield found
-            if count == 3:
-                raise KeyboardInterrupt
+def test_models_answer_once_and_their_answers_are_judged(place, copies, monkeypatch):
+    run, asked, ask = copies("judged"), [], ask_models.ask
 
     def counted(engine, requests):
         asked.append(len(requests))
         return ask(engine, requests)
 
-    run = copies("interrupted")
-    monkeypatch.setattr(ask_models, "ask", interrupted)
-    assert evaluate(place, f"--run={run}", *FEW).returncode == 130
-    [kept] = (run / "evaluations/kept").glob("answers-*")
-    assert len(kept.read_text().splitlines()) == 3
-    with kept.open("a") as file:
-        file.write('{"model": "base", "row": "torn')
     monkeypatch.setattr(ask_models, "ask", counted)
-    again = results(place, evaluate(place, f"--run={run}", *FEW))
-    assert asked == [2 * 5 - 3], "what was answered before is not asked again"
-    assert again.name == whole.name
-    assert contents(again, b"interrupted") == contents(whole, b"whole")
+    first = results(place, evaluate(place, f"--run={run}", *FEW, "--metrics=chrf"))
+    lines = [json.loads(x) for x in (first / "rows.jsonl").read_text().splitlines()]
+    assert [x["models"].keys() for x in lines] == [{"base", "tuned"}] * 2
+    for each in (x["models"][name] for x in lines for name in x["models"]):
+        assert 0 < each["new_tokens"] + each["stopped"] <= 4
+        assert each["scores"].keys() == {"chrf"}
+    history = (run / "run.json").read_text()
+    assert f'"evaluation": "{first.name}"' in history
 
-    # Other metrics need no new answers; other answers never mix with these.
-    other = results(place, evaluate(place, f"--run={run}", *FEW[:2], "--metrics=empty"))
-    assert len(asked) == 1 and other.name != whole.name
-    results(place, evaluate(place, f"--run={run}", FEW[0], "--max_new_tokens=7"))
-    assert asked == [7, 10]
+    # Other metrics need no new answers.
+    other = results(place, evaluate(place, f"--run={run}", *FEW, "--metrics=empty"))
+    assert asked == [2 * 2] and other.name != first.name
 
-    # Losses alone are compared, too.
-    none = results(place, evaluate(place, f"--run={run}", FEW[0], "--metrics=none"))
-    assert asked == [7, 10]
-    values = json.loads((none / "evaluation.json").read_text())
+    def changed(config, base):
+        return dataclasses.replace(held_out_rows(config, base), sha256="f" * 64)
+
+    # Losses alone are compared, too; here of data that has changed.
+    monkeypatch.setattr(run_evaluation, "held_out_rows", changed)
+    done = evaluate(place, f"--run={run}", *FEW, "--metrics=none")
+    values = values_of(results(place, done))
+    assert len(asked) == 1
     [loss] = values["comparisons"]["tuned"].values()
     models = values["models"]
     assert loss["baseline"] == pytest.approx(models["base"]["loss"])
     assert loss["candidate"] == pytest.approx(models["tuned"]["loss"])
-    assert loss["verdict"] and loss["rows"] == 5 == models["base"]["rows_with_loss"]
+    assert loss["verdict"] and loss["rows"] == 2 == models["base"]["rows_with_loss"]
     assert models["base"]["bits_per_byte"] > 0 and not values["differences"]
-
-    kept.write_text("[1]\n")
-    bad = evaluate(place, f"--run={run}", *FEW)
-    assert bad.returncode == 2 and "kept/answers-" in bad.stderr
-    assert len(bad.stderr.splitlines()) == 1
+    said = values["data"]["problem"]
+    assert not values_of(first)["data"]["problem"]
+    assert "has changed since its training" in said and "now ffffffffffff" in said
+    assert "judged has changed since" in " ".join(done.stdout.split())
 
 
 def test_no_checkpoint_is_compared_with_itself(place, unbroken, tmp_path):
@@ -117,6 +114,42 @@ def test_no_checkpoint_is_compared_with_itself(place, unbroken, tmp_path):
             find_models(runs, against)
 
 
+# Its answers come so slowly that a signal can meet each.
+SLOW_ANSWERS = """
+import time
+from research.evaluate.measuring.kept_lines import KeptLines
+add = KeptLines.add
+def add_late(self, *given):
+    add(self, *given)
+    time.sleep(0.2)
+KeptLines.add = add_late
+"""
+
+
+@pytest.mark.soak
+def test_a_command_that_is_killed_again_and_again_gives_the_same_bytes(place, copies):
+    flags = ("--rows=5", "--max_new_tokens=6", "--metrics=chrf,stopped")
+    whole, run = copies("whole"), copies("killed")
+    [whole_done, killed] = ((f"--run=runs/{x.name}", *flags) for x in (whole, run))
+    expected = place.run("evaluate", *whole_done)
+    assert expected.code == 0, expected.err
+    for kind, count in (("losses", 4), ("answers", 3), ("answers", 7)):
+        process = place.start("evaluate", *killed, program=SLOW_ANSWERS)
+        while count > sum(
+            x.read_bytes().count(b"\n") for x in run.glob(f"evaluations/kept/{kind}-*")
+        ):
+            assert not process.wait(0.01), process.finish().err
+        process.send(signal.SIGKILL)
+        assert process.finish().code == -signal.SIGKILL
+    done = place.run("evaluate", *killed)
+    assert done.code == 0, done.err
+    [wanted] = (x for x in (whole / "evaluations").iterdir() if x.name != "kept")
+    [found] = (x for x in (run / "evaluations").iterdir() if x.name != "kept")
+    assert found.name == wanted.name
+    assert contents(found, b"killed") == contents(wanted, b"whole")
+
+
+@pytest.mark.soak
 @pytest.mark.usefixtures("caches_of_the_commands")
 def test_choices_are_scored_after_the_prompt_by_every_model(place, copies):
     run = copies("quizzed")

@@ -1,15 +1,18 @@
-"""Kept answers are reused by the same code on the same devices alone."""
+"""Kept answers are reused, by the same code on the same devices alone."""
 
 import dataclasses
+import json
 import types
+from contextlib import nullcontext
 
 import pytest
 
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.engine.requests import Request, Sampling
 from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
-from research.evaluate.measuring import evaluated_models, measure_models
+from research.evaluate.measuring import ask_models, evaluated_models, measure_models
 from research.runs import provenance
 
 
@@ -71,3 +74,67 @@ def test_a_second_equal_command_is_refused_before_it_measures(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         main(["evaluate", "--run=a", "--rows=3"])
     assert len(started) == 2, "another command of the same run may work beside it"
+
+
+MODELS = [
+    types.SimpleNamespace(
+        name=name, identity=name, base_in_memory=("b",), is_adapted=False, step=None
+    )
+    for name in ("base", "tuned")
+]
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Answers rows with models; `asked` has what was asked of each engine.
+
+    An engine answers each request by its prompt, up to the number `limit`.
+    """
+    asked = []
+
+    def ask(engine, requests):
+        asked.append([*requests])
+        for count, (key, request) in enumerate(requests.items()):
+            if count == answer.limit:
+                raise KeyboardInterrupt
+            yield key, request.prompt[0]
+
+    def answer(limit=None, longest=6):
+        answer.limit = limit
+        sampling = Sampling(max_new_tokens=longest)
+        by_row = {f"r{n}": Request((n,), sampling) for n in range(4)}
+        requests = {x.name: by_row for x in MODELS}
+        return measure_models.ask_kept(
+            "answers", requests, MODELS, tmp_path, 2, lambda pieces: {"tokens": pieces}
+        )
+
+    monkeypatch.setattr(ask_models, "_engine", lambda *given: nullcontext())
+    monkeypatch.setattr(ask_models, "ask", ask)
+    return types.SimpleNamespace(of=answer, asked=asked, folder=tmp_path / "kept")
+
+
+def test_an_interrupted_evaluation_asks_for_what_is_missing(answers):
+    with pytest.raises(KeyboardInterrupt):
+        answers.of(limit=3)
+    [kept] = answers.folder.iterdir()
+    assert len(kept.read_text().splitlines()) == 3
+    with kept.open("a") as file:
+        file.write('{"model": "base", "row": "torn')
+    found = answers.of()
+    first, second = answers.asked
+    assert second == first[3:], "no answer is made twice"
+    wanted = {(x.name, f"r{n}"): {"tokens": n} for x in MODELS for n in range(4)}
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(lines) == 8
+    assert found == wanted and answers.of() == wanted
+    assert len(answers.asked) == 2
+    answers.of(longest=7)
+    assert answers.asked[2] == first, "other answers never mix with these"
+
+
+def test_a_line_of_something_else_is_named(answers):
+    answers.of()
+    [kept] = answers.folder.iterdir()
+    kept.write_text("[1]\n")
+    with pytest.raises(UserError, match=r"kept/answers-\w+.jsonl:1 is no line of an"):
+        answers.of()

@@ -1,7 +1,15 @@
 """Test rows among training rows: equal prompts, shared runs of 13 words, any script."""
 
+import re
+import types
+from unittest import mock
+
+import pytest
+
 from research.evaluate import training_overlap
+from research.evaluate.measuring import seen_rows
 from research.evaluate.training_overlap import Overlap, TrainingOverlap
+from research.report.evaluation_page import row_facts
 
 THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
 ELSEWHERE = "words of a training row that no test row has, in any order at all, ever"
@@ -81,3 +89,25 @@ def test_training_rows_leave_nothing_in_memory():
         finder.add(f"train:{number}", f"{number} {THIRTEEN} {number}")
     sizes = [len(v) for v in vars(finder).values() if hasattr(v, "__len__")]
     assert max(sizes) <= held
+
+
+@pytest.mark.parametrize(
+    ("accepted", "now", "said"),
+    [
+        ({}, "a" * 64, ""),
+        ({}, "b" * 64, r"the data of runs/x has changed .*sha256 a{12}, now b{12}\)"),
+        ({"data": f"{'a' * 64} -> {'b' * 64}"}, "b" * 64, ""),
+        ({"data": f"{'a' * 64} -> {'b' * 64}"}, "a" * 64, "has changed"),
+    ],
+)
+def test_data_that_has_changed_since_the_training_is_said(
+    monkeypatch, accepted, now, said
+):
+    history = types.SimpleNamespace(accepted=accepted)
+    monkeypatch.setattr(seen_rows, "History", lambda *given: history)
+    folder = mock.MagicMock(identity=lambda: {"data": "a" * 64})
+    folder.__str__.return_value = "runs/x"
+    found = seen_rows.describe_change(types.SimpleNamespace(folder=folder), now)
+    assert re.search(said, found) and bool(found) == bool(said)
+    facts = row_facts({"data": {"problem": found}})
+    assert facts == ([found] if found else [])

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from research.core.errors import UserError, look_up
 from research.evaluate.answer_metrics import (
@@ -49,13 +49,14 @@ LABEL_WORDS, LABEL_ROWS = 5, 2
 
 
 def choose_metrics(
-    names: Sequence[str] | str, rows: Sequence[AnsweredRow]
+    names: Sequence[str] | str, rows: Sequence[AnsweredRow], also: Iterable[str] = ()
 ) -> dict[str, AnswerMetric]:
     """The metrics of these names, in their order.
 
     `auto` stands for those that suit the rows, each for the rows that it suits: by
     category (as Dolly names them) and by the look of the references. A named metric is
-    for all rows that have what it needs. `module:function` is a user's own.
+    for all rows that have what it needs. `module:function` is a user's own. The names
+    `also` are those that the caller takes besides, for the message.
 
     Raises:
       UserError: a name is not known, no row has the reference that a metric needs, the
@@ -68,7 +69,7 @@ def choose_metrics(
         elif ":" in name:
             found[name] = user_metric(name)
         else:
-            known = dict.fromkeys([*METRICS, AUTO, "module:function"])
+            known = dict.fromkeys([*METRICS, *also, AUTO, "module:function"])
             look_up(known, name, "a metric")
             found[name] = look_up(METRICS, name, "a metric")
     for name, metric in found.items():

@@ -10,8 +10,10 @@ from research.core.local_paths import split_step
 from research.evaluate.measuring.evaluated_models import ModelSet
 from research.evaluate.measuring.evaluated_rows import EvaluatedRow
 from research.evaluate.training_overlap import EXACT, TrainingOverlap
+from research.runs.phase_timer import PhaseTimer
 from research.runs.reopen import FoundRun, find_run
 from research.runs.run_directory import RunDir
+from research.runs.run_history import History
 from research.tasks.task_registry import find_kind
 from research.tokenize.conversation import Record
 
@@ -51,6 +53,25 @@ def find_seen(found: ModelSet, rows: Sequence[EvaluatedRow]) -> dict[str, Any]:
     return seen
 
 
+def describe_change(run: FoundRun, sha256: str) -> str:
+    """Says that the data of a run is not that of its training; empty if it is.
+
+    Args:
+      run: any.
+      sha256: of the data that its config leads to now.
+    """
+    begun = run.folder.identity()["data"]
+    accepted = History(run.folder.history, PhaseTimer()).accepted
+    known = accepted.get("data", begun).rpartition(" -> ")[2]
+    if known == sha256:
+        return ""
+    return (
+        f"the data of {run.folder} has changed since its training (sha256 "
+        f"{known[:12]}, now {sha256[:12]}): these rows are not those "
+        "that it held out, and it may have trained some of them"
+    )
+
+
 def _texts(record: Record) -> tuple[str, str]:
     """The text that is asked, and the expected answer."""
     asked = [turn.text for turn in record.turns[:-1] if turn.role != "system"]
@@ -69,7 +90,7 @@ def _training(run: FoundRun) -> Iterator[tuple[str, Record]]:
     """The training rows of a run with their places.
 
     Raises:
-      UserError: they are gone, have changed, or are no rows.
+      UserError: they are gone, or are no rows.
     """
     read = find_kind(run.config).training_records
     if read is None:

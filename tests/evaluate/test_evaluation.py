@@ -151,6 +151,25 @@ def test_a_command_that_is_killed_again_and_again_gives_the_same_bytes(place, co
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("caches_of_the_commands")
+def test_runs_of_one_base_answer_together_as_each_alone(place, copies):
+    flags = ("--rows=5", "--max_new_tokens=8", "--metrics=chrf")
+    runs = [f"{copies('early')}@15", str(copies("late"))]
+
+    def answers(*named):
+        folder = results(place, evaluate(place, *(f"--run={x}" for x in named), *flags))
+        lines = (folder / "rows.jsonl").read_text().splitlines()
+        every = [json.loads(line)["models"] for line in lines]
+        return {x: [each[x]["answer"] for each in every] for x in every[0]}
+
+    together = answers(*runs)
+    base, *tuned = together.values()
+    assert len(tuned) == 2 and tuned[0] != tuned[1] and base not in tuned
+    for run, own in zip(runs, tuned, strict=True):
+        assert answers(run) == {"base": base, "tuned": own}
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("caches_of_the_commands")
 def test_choices_are_scored_after_the_prompt_by_every_model(place, copies):
     run = copies("quizzed")
     texts = ["a red bird", "no", "maybe so"]

@@ -93,10 +93,10 @@ def _listed(names: Sequence[str]) -> str:
 def row_facts(values: Values) -> list[str]:
     """Sentences about rows that are not whole, were not asked, or are known."""
     rows, problem = values.get("rows", {}), values["data"].get("problem")
-    total = rows.get("evaluated", 0)
+    total, without = rows.get("evaluated", 0), rows.get("without_loss", 0)
     parts = (
         (rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
-        (rows.get("without_loss", 0), _without_loss(values)),
+        (without, _without_loss(values) if without else ""),
         (len(rows.get("not_asked", ())), "are too long to be answered"),
     )
     facts = [problem] if problem else []

@@ -31,15 +31,18 @@ def hostile_pages(text):
         "step": 3,
         "data": {"origin": text, "sha256": "0", "problem": text},
         "config": {},
-        "rows": {"evaluated": 1, "not_asked": [text]},
+        "rows": {"evaluated": 1, "without_loss": 1, "not_asked": [text]},
         "left_out": [text],
         "unused": [text],
         "baseline": "base",
-        "models": {name: {"answers": {}} for name in ("base", text)},
+        "models": {
+            name: {"answers": {}, "rows_with_loss": 0} for name in ("base", text)
+        },
         "metrics": {text: metric | {"note": text}},
         "comparisons": {text: {text: judged, "loss": judged}},
         "overlap": {text: seen},
         "findings": [text],
+        "differences": [text],
         "regressions": {text: [{"row": text, "change": -1.0}]},
         "gains": {text: [{"row": text, "change": 1.0}]},
     }

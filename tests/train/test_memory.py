@@ -14,9 +14,14 @@ import pytest
 from commands import ENVIRONMENT, ROOT
 from step_definitions import ONE, make_definition, spread
 
+from research.config.run_config import Config
+from research.engine.requests import Piece, Request, Sampling
 from research.engine.text_generation import SlotDecoders, tuned_generator
+from research.tasks.model_answers import HeldOutPrompt
 from research.tokenize.conversation import Record, Turn
+from research.tokenize.tokenizer_training import byte_tokenizer
 from research.train import finish_run
+from research.train.metrics.held_out_answers import HeldOutAnswers
 from research.train.step import train_step
 from research.weights import parameter_paths
 
@@ -40,23 +45,31 @@ def test_samples_use_the_parameters_themselves(model, params):
 
 
 class Parrot:
-    """A generator that repeats its prompts."""
+    """A generator that answers every prompt with nothing."""
 
-    def answers(self, prompts):
-        return prompts
+    def in_order(self, requests):
+        for _ in requests:
+            yield [Piece(finish="stop")]
+
+
+def held_out_answers():
+    turns = Turn("user", "Hi"), Turn("assistant", "Ho")
+    record = Record(turns, "", "open_qa", "rows:1")
+    prompt = HeldOutPrompt(record, "Hi", Request((1, 2), Sampling(max_new_tokens=3)))
+    task = SimpleNamespace(
+        asked=lambda: [prompt], not_asked=lambda: [], groups=["open_qa"]
+    )
+    return HeldOutAnswers(task, byte_tokenizer(), Config())
 
 
 def test_the_report_holds_one_model_at_a_time(monkeypatch):
     """The trained parameters and their moments are gone when the base is loaded."""
-    record = Record((Turn("user", "Hi"), Turn("assistant", "Ho")), "", "", "rows:1")
     state = train_step.TrainState(0, {"w": np.ones(3)}, {"w": np.ones(3)})
     alive = [weakref.ref(state.params["w"]), weakref.ref(state.opt_state["w"])]
     run = SimpleNamespace(
-        folder=SimpleNamespace(path=None), definition=None, state=state,
-        config=SimpleNamespace(export=False, steps=1), answered=None,
-        answers=SimpleNamespace(
-            rows=[record], answer=lambda step, model: None, answer_base=lambda x: x()
-        ),
+        folder=SimpleNamespace(path=None), definition=SimpleNamespace(mesh=None),
+        config=SimpleNamespace(export=False, steps=0), state=state, answered=None,
+        answers=held_out_answers(), decoders=None, base=None, frozen=None,
     )  # fmt: skip
     del state
 
@@ -72,8 +85,6 @@ def test_the_report_holds_one_model_at_a_time(monkeypatch):
 
     monkeypatch.setattr(finish_run, "_trained", trained)
     monkeypatch.setattr(finish_run, "base_generator", load)
-    run.decoders = run.base = run.frozen = None
-    run.definition = SimpleNamespace(mesh=None)
     with pytest.raises(KeyboardInterrupt, match="seen"):
         finish_run._finish(run)
 

@@ -154,6 +154,7 @@ def test_metrics_without_any_row_are_named_below_the_table():
     metrics = {"a": {}, "mine:f": {}, "own:g": {}}
     one = {"answers": {"a": {"value": 1.0}, "mine:f": {"by_category": {}}, "own:g": {}}}
     alone = {"metrics": metrics, "models": {"tuned": one}, "data": {}}
+    alone |= {"differences": []}
     assert [line.split()[0] for line in row_facts(alone)] == ["mine:f", "own:g"]
     both = alone | {
         "baseline": "base",

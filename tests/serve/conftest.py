@@ -23,11 +23,11 @@ def open_tiny(folder, runs=(), roots=(), adapters=2):
 
 @pytest.fixture(scope="module")
 def runs(place, unbroken, tmp_path_factory):
-    """A folder with a copy of the run that others end with, and two steps behind."""
+    """A folder with copies of the run that others end with, as it is and behind."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(place.run_dir("unbroken"), folder / "tuned")
     behind = shutil.copytree(place.run_dir("unbroken"), folder / "behind")
-    for step in place.saved_steps("unbroken")[-2:]:
+    for step in place.saved_steps("unbroken")[1:]:
         shutil.move(behind / "checkpoints" / str(step), folder / str(step))
     other = shutil.copytree(behind, folder / "other")
     identity = json.loads((other / "identity.json").read_text())

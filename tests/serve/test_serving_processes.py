@@ -64,7 +64,7 @@ def answers(url, runs):
         step = client.models.retrieve("behind").step
         newest = client.models.retrieve("tuned").step
         place = runs / "behind" / "checkpoints" / str(newest)
-        shutil.copytree(runs / "newest", place)
+        shutil.copytree(runs / str(newest), place)
         over = time.monotonic() + 120
         while client.models.retrieve("behind").step == step:
             assert time.monotonic() < over

@@ -112,7 +112,7 @@ class UnusedColumns:
             if any(_texts(filled[name])):
                 self._used.add(name)
         new, has_answer = [], False
-        for name in filled.keys() - used:
+        for name in (x for x in filled if x not in used):
             texts = list(_texts(filled[name]))
             letters = sum(map(len, texts))
             if not letters:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch.jobs.launch_flags import add_texts
 from launch.jobs.launch_job import LaunchJob
+from research.config.choices import EMBEDDED
 from research.config.config_file import folder_of_run
-from research.config.hub_pins import EMBEDDED
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import is_hub

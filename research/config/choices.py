@@ -19,6 +19,7 @@ TASK_MODULES = {
 }
 # Each value of `config.data.source` is a dataset of the hub.
 ROW_SOURCES = {"dolly": "hub://databricks/databricks-dolly-15k"}
+EMBEDDED = "embedded"  # As `data.path`: the sample that is part of this package.
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")

@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from research.config.cross_knob_rules import check_effects, check_rules, idle
+from research.config.data_knobs import DataConfig, TextConfig
 from research.config.knob_groups import (
     CheckpointConfig,
-    DataConfig,
     EvalConfig,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     RuntimeConfig,
-    TextConfig,
 )
 from research.config.knobs import (
     build,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.config.knob_groups import (
+from research.config.data_knobs import (
     BY_SIZE,
     BY_SIZE_SINCE,
     MOST_HELD_OUT,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research.config import command_line
-from research.config.knob_groups import ColumnsConfig
+from research.config.data_knobs import ColumnsConfig
 from research.config.knobs import knob
 from research.core.errors import UserError
 from research.core.local_paths import local_path, require_file

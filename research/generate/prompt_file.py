@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.config.knob_groups import ColumnsConfig
+from research.config.data_knobs import ColumnsConfig
 from research.core.errors import UserError, nearest
 from research.core.json_files import mismatch
 from research.core.local_paths import require_file

@@ -6,7 +6,8 @@ import logging
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from research.config.knob_groups import DataConfig, ModelConfig
+from research.config.data_knobs import DataConfig
+from research.config.knob_groups import ModelConfig
 from research.models import attention_kernels
 from research.models.architecture import Architecture
 from research.models.attention_sharding import make_attend

@@ -18,7 +18,6 @@ from research.checkpoints.run_identity import (
     refuse_impossible,
 )
 from research.config.field_names import explain
-from research.config.hub_pins import Pins, is_pin, pinned
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.config.saved_config import (
@@ -39,6 +38,7 @@ from research.core.errors import UserError
 from research.core.json_files import read_json, require_file
 from research.core.local_paths import local_path
 from research.runs import run_history
+from research.runs.lineage.hub_pins import Pins, is_pin, pinned
 
 IDENTITY_PARTS = ("base model", "tokenizer", "data")
 RUN = "run"  # The part of an identity that tells runs apart; older runs lack it.

@@ -10,8 +10,8 @@ import fractions
 import math
 from collections.abc import Mapping
 
+from research.config.data_knobs import DataConfig
 from research.config.field_names import shell_flag
-from research.config.knob_groups import DataConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import counted

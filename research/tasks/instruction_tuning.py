@@ -5,7 +5,7 @@ import functools
 import logging
 from collections.abc import Sequence
 
-from research.config.knob_groups import BY_SIZE
+from research.config.data_knobs import BY_SIZE
 from research.config.run_config import Config
 from research.core.visible_text import counted
 from research.data.batch_order import Batches

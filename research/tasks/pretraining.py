@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from research.config.data_knobs import BY_SIZE, DataConfig, TextConfig
 from research.config.field_names import name_sources
-from research.config.knob_groups import BY_SIZE, DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.visible_text import counted

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--out=FOLDER is missing, e.g. --out=runs/tokenizer")
     if local_path(f.out).exists():
         raise UserError(f"--out={f.out} exists; name a folder that does not")
-    from research.config.knob_groups import DataConfig, TextConfig
+    from research.config.data_knobs import DataConfig, TextConfig
     from research.data.text.choose_tokenizer import make_tokenizer
 
     named = [source for written in f.source for source in name_sources(written)]

@@ -30,12 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from random_rows import random_rows
 
-from research.config.knob_groups import (
-    LoRAConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-)
+from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig, OptimConfig
 from research.core.errors import UserError
 from research.data.token_batch import Batch
 from research.engine.requests import Sampling

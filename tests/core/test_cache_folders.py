@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from research.config.knob_groups import TextConfig
+from research.config.data_knobs import TextConfig
 from research.core import cache_folders
 from research.core.cache_folders import KEPT_DAYS, USED, sweep, use_entry
 from research.data.text.source_fingerprint import sweep_old

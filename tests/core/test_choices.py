@@ -13,14 +13,10 @@ from helpers import TINY
 from rich.console import Console
 from source_files import FILES
 
-from research.config import choices, hub_pins
+from research.config import choices
 from research.config.choices import KERNELS, OPTIMIZERS, REMATS, SCHEDULES, TASK_MODULES
-from research.config.knob_groups import (
-    DataConfig,
-    LoRAConfig,
-    ModelConfig,
-    OptimConfig,
-)
+from research.config.data_knobs import DataConfig
+from research.config.knob_groups import LoRAConfig, ModelConfig, OptimConfig
 from research.config.knobs import facts_of, fields
 from research.config.run_config import Config
 from research.core.errors import UserError, look_up
@@ -32,6 +28,7 @@ from research.models.attention_kernels import choose
 from research.models.transformer import REMAT_POLICIES
 from research.plan.estimate import memory_formulas
 from research.report.progress_view import ProgressView
+from research.runs.lineage import hub_pins
 from research.tasks import task_registry
 from research.tokenize.chat_template import written_template
 from research.train.run_saver import RunSaver

@@ -10,7 +10,6 @@ from hub_fakes import COMMIT, HubDataset, fake_hub
 from text_helpers import text_and_data, text_config
 from tiny_model import make_tiny_model
 
-from research.config import hub_pins
 from research.config.run_config import Config, DataConfig, ModelConfig
 from research.core import hub_access
 from research.core.errors import UserError
@@ -20,6 +19,7 @@ from research.data.text.source_fingerprint import source_key
 from research.data.text.streaming import load_streamed
 from research.data.text.text_sources import open_sources
 from research.formats.base_model import open_base
+from research.runs.lineage import hub_pins
 from research.runs.lineage.start_pins import pin_start
 from research.runs.run_directory import RunDir
 from research.tokenize.tokenizer_training import byte_tokenizer, save_tokenizer

@@ -16,7 +16,7 @@ from text_helpers import (
     write_texts,
 )
 
-from research.config.knob_groups import BY_SIZE
+from research.config.data_knobs import BY_SIZE
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.text import token_cache

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from research.config.knob_groups import ColumnsConfig, DataConfig, TextConfig
+from research.config.data_knobs import ColumnsConfig, DataConfig, TextConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions import row_selection

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from research.config import saved_config
-from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.config.data_knobs import ColumnsConfig, DataConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import _told_apart

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.config.data_knobs import ColumnsConfig, DataConfig
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import RowMark, draw

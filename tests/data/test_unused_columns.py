@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig, DataConfig
+from research.config.data_knobs import NEWEST_EDITION, ColumnsConfig, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.row_selection import load_rows
 from research.data.instructions.unused_columns import (

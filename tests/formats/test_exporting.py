@@ -12,12 +12,8 @@ import tiny_model
 from helpers import mesh_sizes, random_adapters, random_params
 from safetensors.numpy import load_file
 
-from research.config.knob_groups import (
-    DataConfig,
-    LoRAConfig,
-    MeshConfig,
-    ModelConfig,
-)
+from research.config.data_knobs import DataConfig
+from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig
 from research.config.run_config import Config
 from research.core.errors import SaveError, UserError, files_of_step
 from research.formats import huggingface_export

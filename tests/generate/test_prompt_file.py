@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from research.config.knob_groups import ColumnsConfig
+from research.config.data_knobs import ColumnsConfig
 from research.config.knobs import changed
 from research.config.run_config import Config
 from research.config.saved_config import to_json

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from research.config.knob_groups import TextConfig
+from research.config.data_knobs import TextConfig
 from research.core.errors import UserError
 from research.data.text.source_fingerprint import cache_folder
 from research.parallel import runtime

@@ -20,7 +20,7 @@ from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.checksums import seal
 from research.checkpoints.needed_steps import needed_steps
 from research.config.choices import ADAPTER_MODULES, TASK_MODULES
-from research.config.knob_groups import ColumnsConfig
+from research.config.data_knobs import ColumnsConfig
 from research.config.run_config import CheckpointConfig, MeshConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError

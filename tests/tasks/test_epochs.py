@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from research.config.knob_groups import DataConfig, TextConfig
+from research.config.data_knobs import DataConfig, TextConfig
 from research.config.knobs import changed
 from research.config.run_config import (
     BY_EPOCHS,

@@ -11,7 +11,7 @@ import pytest
 from chat_families import CHATML, FAMILIES
 from transformers import PreTrainedTokenizerFast
 
-from research.config.knob_groups import ColumnsConfig, DataConfig
+from research.config.data_knobs import ColumnsConfig, DataConfig
 from research.core.errors import UserError
 from research.data.instructions.row_columns import to_record
 from research.data.instructions.row_selection import content_key, load_rows

@@ -29,7 +29,7 @@ from kills import torn
 from rich.console import Console
 from run_results import check_equal, final_state, history, tensorboard_events
 
-from research.config.knob_groups import NEWEST_EDITION
+from research.config.data_knobs import NEWEST_EDITION
 from research.config.knobs import flat
 from research.config.run_config import Config, DataConfig, ModelConfig, TextConfig
 from research.data.grouped_values import by_group

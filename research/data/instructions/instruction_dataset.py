@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from research.config.data_knobs import DataConfig, TextConfig
 from research.config.field_names import shell_flag
-from research.config.knob_groups import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.instructions.packing import build_batch, pack

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from research.config.knob_groups import NEWEST_EDITION, DataConfig, TextConfig
+from research.config.data_knobs import NEWEST_EDITION, DataConfig, TextConfig
 from research.core.atomic_files import remove_leftovers
 from research.core.cache_folders import use_entry
 from research.core.errors import UserError, look_up

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from research.config.knob_groups import NEWEST_EDITION, ColumnsConfig
+from research.config.data_knobs import NEWEST_EDITION, ColumnsConfig
 from research.core.errors import nearest
 from research.data.instructions.tool_messages import (
     CALLING_ROLES,

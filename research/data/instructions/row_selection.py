@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.config.choices import ROW_SOURCES
-from research.config.hub_pins import EMBEDDED
-from research.config.knob_groups import (
+from research.config.choices import EMBEDDED, ROW_SOURCES
+from research.config.data_knobs import (
     BY_SIZE,
     BY_SIZE_SINCE,
     MOST_HELD_OUT,

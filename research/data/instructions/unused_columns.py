@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from research.config.knob_groups import ColumnsConfig
+from research.config.data_knobs import ColumnsConfig
 from research.core.errors import UserError
 from research.tokenize.conversation import Record
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from research.config.knob_groups import DataConfig, TextConfig
+from research.config.data_knobs import DataConfig, TextConfig
 from research.core.atomic_files import publish_folder
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, fetch_files, is_hub

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.config.knob_groups import TextConfig
+from research.config.data_knobs import TextConfig
 from research.core.atomic_files import write_whole
 from research.core.cache_folders import sweep, user_cache
 from research.core.errors import UserError

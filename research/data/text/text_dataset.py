@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from research.config.data_knobs import BY_SIZE, TextConfig
 from research.config.field_names import shell_flag
-from research.config.knob_groups import BY_SIZE, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import Batches
 from research.data.document_pieces import DocumentPiece

@@ -7,8 +7,8 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from research.config.data_knobs import BY_SIZE, DataConfig, TextConfig
 from research.config.field_names import SOURCE_NAME, shell_flag, written_list
-from research.config.knob_groups import BY_SIZE, DataConfig, TextConfig
 from research.core.errors import UserError, nearest
 from research.core.hub_access import HubAddress, how_on_hub, is_hub, require_commit
 from research.core.local_paths import holds_run, local_path, no_such

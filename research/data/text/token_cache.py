@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from research.config.knob_groups import TextConfig
+from research.config.data_knobs import TextConfig
 from research.core.atomic_files import remove_leftovers
 from research.core.cache_folders import use_entry
 from research.core.errors import UserError

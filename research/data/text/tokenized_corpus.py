@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from research.config.knob_groups import DataConfig, TextConfig
+from research.config.data_knobs import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.dropped_documents import join_sources

@@ -10,11 +10,11 @@ import jax
 from research.checkpoints.checkpoint_listing import choose_step
 from research.checkpoints.needed_steps import need_step
 from research.checkpoints.run_identity import BASE_STEP
-from research.config.hub_pins import Pins, pinned, resolve_addresses
 from research.config.run_config import Config
 from research.config.saved_config import as_begun
 from research.core.local_paths import split_step
 from research.parallel import agreement
+from research.runs.lineage.hub_pins import Pins, pinned, resolve_addresses
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RUN, RunDir
 from research.runs.run_history import History

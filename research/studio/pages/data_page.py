@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from research.config.choices import EMBEDDED
+from research.config.data_knobs import ColumnsConfig
 from research.config.field_names import flag
-from research.config.hub_pins import EMBEDDED
-from research.config.knob_groups import ColumnsConfig
 from research.core.errors import UserError
 from research.data.compressed_files import kind_of
 from research.data.instructions.row_files import row_files

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.checkpoints.stored_steps import step_folders
+from research.config.choices import EMBEDDED
 from research.config.command_line import NoFlags, parse_with_config
 from research.config.field_names import flag, given_flags
 from research.config.help_text import type_name
-from research.config.hub_pins import EMBEDDED
 from research.config.knobs import facts_of, fields, flat
 from research.config.run_config import Config
 from research.core.errors import UserError

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 
-from research.config.choices import ROW_SOURCES
+from research.config.choices import EMBEDDED, ROW_SOURCES
 from research.config.run_config import Config
 from research.core.errors import look_up
 from research.core.hub_access import (
@@ -22,8 +22,6 @@ from research.core.hub_access import (
     resolve,
 )
 from research.core.local_paths import split_step
-
-EMBEDDED = "embedded"  # As `data.path`: the sample that is part of this package.
 
 Pins = dict[str, str]
 

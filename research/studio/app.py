@@ -29,6 +29,7 @@ from research.studio.pages import (
     train_page,
 )
 from research.studio.pages.page_view import json_answer, render, wants_json
+from research.studio.serving import server_routes
 from research.studio.studio_state import StudioState
 
 # Each has `ROUTES`. A new page is a file in `pages/`, a template, and a line here.
@@ -40,6 +41,7 @@ PAGES = (
     queue_page,
     data_page,
     train_page,
+    server_routes,
 )
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them

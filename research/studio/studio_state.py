@@ -14,12 +14,13 @@ from research.studio.listing.run_state import HeldLocks, RunState, read_state
 from research.studio.live.metric_columns import MetricColumns
 from research.studio.live.run_feed import RunFeed, figures
 from research.studio.roots import Roots
+from research.studio.serving.model_servers import ModelServers
 
 OPEN_COLUMNS = 16  # runs whose columns stay in memory, some 8 MB for 100,000 steps
 
 
 class StudioState:
-    """Roots, runs, jobs, checks, and the streams that are open."""
+    """Roots, runs, jobs, checks, servers, and the streams that are open."""
 
     def __init__(self, runs: Roots, data: Roots):
         self.runs, self.data = runs, data
@@ -27,6 +28,7 @@ class StudioState:
         self.audit = AuditLog(own)
         self.queue = JobQueue(queue_folder(runs.first))
         self.checks = Checks(own / "checks")
+        self.servers = ModelServers(own / "servers")
         self.feed = RunFeed(self.live_state)
         self.began = time.monotonic()
         self._index = RunIndex(runs)

@@ -45,6 +45,12 @@ def requesting(folder: Path, kind: str) -> list[str]:
     return [python(), "-m", "research.runs", f"--run={shown_paths([folder])[0]}", kind]
 
 
+def serving(flags: Sequence[str], port: int, keys: Path) -> list[str]:
+    """Serves models on a port of this machine, to whoever has a key of a file."""
+    place = [f"--port={port}", f"--api_key_file={shown_paths([keys])[0]}"]
+    return [python(), "-m", "research.serve", *flags, *place]
+
+
 def resuming(folder: Path) -> list[str]:
     """The trainer's flags that resume a run."""
     return [f"--config={shown_paths([folder])[0]}"]

@@ -1,0 +1,1 @@
+"""Models that are served: processes with a folder, and the way from a page to them."""

@@ -2,7 +2,8 @@
 
 Adapters are of no use without the weights that they were added to. So a run of adapters
 leaves a file in the run that it starts from. The file counts while that other run is
-there and still starts from that step.
+there and still starts from that step. So does an alias such as `prod`, for the step
+that it stands for.
 """
 
 import hashlib
@@ -18,15 +19,20 @@ from research.core.json_files import read_json
 
 PINS = "needed_by"  # The folder of these files, in the run directory of the base.
 SHAPE = {"folder": str, BASE_RUN: str, BASE_STEP: str}
+IDENTITY = "identity.json"
 
 
-def need_step(base: Path, needing: Path, identity: Identity) -> None:
-    """Records in the run `base` that the run in `needing` is built on one of its steps.
+def need_step(
+    base: Path, needing: Path, identity: Identity, said_in: str = IDENTITY
+) -> None:
+    """Records in the run `base` that what is in `needing` is built on one of its steps.
 
     Args:
       base: run directory.
-      needing: run directory.
+      needing: run directory, or an alias.
       identity: of the run in `needing`; it names the step.
+      said_in: the file in `needing` that says so as long as it does: an identity, or
+        `needs`, a list of several.
 
     Raises:
       OSError: `base` cannot be written.
@@ -34,7 +40,10 @@ def need_step(base: Path, needing: Path, identity: Identity) -> None:
     folder = str(needing.absolute())
     pin = {"folder": folder, **{x: identity[x] for x in (BASE_RUN, BASE_STEP)}}
     make_folder(base / PINS)
-    name = hashlib.sha256(folder.encode()).hexdigest()[:16]
+    one = folder
+    if said_in != IDENTITY:
+        pin, one = pin | {"said_in": said_in}, f"{folder}@{pin[BASE_STEP]}"
+    name = hashlib.sha256(one.encode()).hexdigest()[:16]
     write_whole(base / PINS / f"{name}.json", json.dumps(pin, indent=2))
 
 
@@ -58,9 +67,12 @@ def needed_steps(base: Path) -> dict[int, str]:
 def _is_needed(pin: Mapping[str, str]) -> bool:
     """Whether the run is there, and starts from the step; True if it cannot be read."""
     try:
-        text = (Path(pin["folder"]) / "identity.json").read_bytes()
-        identity = json.loads(text)
-        return all(identity.get(x) == pin[x] for x in (BASE_RUN, BASE_STEP))
+        file = Path(pin["folder"]) / pin.get("said_in", IDENTITY)
+        found = json.loads(file.read_bytes())
+        return any(
+            all(needed.get(x) == pin[x] for x in (BASE_RUN, BASE_STEP))
+            for needed in found.get("needs", [found])
+        )
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, AttributeError):

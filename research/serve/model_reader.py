@@ -92,7 +92,7 @@ class ModelReader:
             return self.opened.served_base
         if task["kind"] == WEIGHTS:
             self._next = None  # A try before may not have been placed.
-            self._next = self.opened.reread(task["number"])
+            self._next = self.opened.reread(_address(task), task["number"])
             return self._next.served_base
         served, row = self.opened.read(_address(task), task["number"])
         self._rows = {served.identity: row}

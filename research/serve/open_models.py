@@ -152,7 +152,7 @@ class ServedRuns:
                     raise UserError(problem)
                 with self._lock:
                     change = self._load if model.adapter else self._exchange
-                    new = change(model.served.address)
+                    new = change(model.served.address.now())
                     self.models.put(new)
             except (UserError, OSError) as error:
                 self._warn_once(model.served, str(error))
@@ -198,7 +198,8 @@ class ServedRuns:
     def _why_it_stays(self, served: ServedModel) -> str:
         """Why a run cannot be at a newer step now; "" if it can."""
         opened = self._reader.opened
-        if not served.address or served.address.step.isdecimal():
+        address = served.address
+        if not address or (address.step.isdecimal() and not address.alias):
             return ""
         if served.parent:
             if self._engine.names.has_room:

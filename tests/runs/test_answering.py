@@ -12,15 +12,17 @@ from small_run import one_device
 from tiny_model import make_tiny_model
 
 from research.core.errors import DamagedError, UserError
+from research.runs.aliases import run_alias
 from research.runs.answering.int8_base import mean_loss, texts_to_measure
 from research.runs.answering.named_model import open_named
 from research.runs.answering.open_for_answering import (
     find_adapters,
     open_for_answering,
 )
-from research.runs.answering.run_addresses import run_addresses
+from research.runs.answering.run_addresses import RunAddress, run_addresses
 from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
+from research.serve import model_reader
 from research.tokenize.conversation import Turn
 from research.weights.adapters import serving_bank
 from research.weights.representations.int8_weights import Int8Matrix
@@ -115,6 +117,32 @@ def test_the_newest_checkpoint_of_a_run_in_training_is_followed(run, opened, tmp
     same(with_row(opened, row), reopen(run, one_device()).weights)
 
 
+def test_an_alias_answers_under_its_name_and_is_followed(run, opened, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "runs" / "one")
+    (tmp_path / "model").symlink_to(run.parents[1] / "model")
+    other = shutil.copytree(folder, tmp_path / "runs" / "two")
+    steps = sorted(int(x.name) for x in (run / "checkpoints").iterdir())
+    alias = tmp_path / "runs" / "prod"
+    run_alias.promote(alias, folder, str(steps[0]))
+    (address,) = run_addresses([str(alias)])
+    served, _ = opened.read(address)
+    assert (served.name, served.step, served.root) == ("prod", steps[0], str(folder))
+    assert not served.has_changed()
+    run_alias.promote(alias, other, "latest")
+    assert served.has_changed()
+    task = model_reader.reading(model_reader.ADAPTER, served.address.now())
+    fields = json.loads(json.dumps(task["address"]))
+    newer, _ = opened.read(RunAddress(**fields | {"folder": other}))
+    assert (newer.name, newer.step, newer.root) == ("prod", steps[-1], str(other))
+    assert not newer.has_changed()
+    shutil.rmtree(other)
+    assert not newer.has_changed(), "it answers with what it has"
+    with pytest.raises(UserError, match="it is not there: promote another one"):
+        run_addresses([str(alias)])
+    with pytest.raises(UserError, match="an alias has one step"):
+        run_addresses([f"{alias}@{steps[0]}"])
+
+
 def test_a_damaged_checkpoint_is_passed_over_once(run, opened, tmp_path, caplog):
     folder = shutil.copytree(run, tmp_path / "damaged")
     (tmp_path / "model").symlink_to(run.parents[1] / "model")
@@ -198,7 +226,7 @@ def test_a_fully_trained_run_is_read_again_at_its_newest_step(
     assert not before.served_base.has_changed()
     shutil.move(tmp_path / "newest", run / "checkpoints" / str(newest))
     assert before.served_base.has_changed() and before.served_base.step < newest
-    after = before.reread()
+    after = before.reread(before.served_base.address)
     assert (after.served_base.step, after.served_base.name) == (newest, "run")
     assert not after.served_base.has_changed()
     same(after.params, reopen(run, one_device()).weights)

@@ -130,17 +130,19 @@ def test_followers_do_not_keep_the_weights_that_were_exchanged(monkeypatch):
         base = SimpleNamespace(identity="sha")
         return SimpleNamespace(served_base=base, params=Weights(), reread=reread)
 
-    def reread(_):
+    def reread(*_):
         return opened()
 
     def first(*_):
         found = opened()
         return found, SimpleNamespace(params=found.params)
 
+    address = {"name": "a", "folder": "a", "step": "latest"}
+
     def follow(decoder, row, perform, check):
         old = weakref.ref(decoder.params)
         for kind in ("weights", "place"):
-            perform({"kind": kind, "number": 1})
+            perform({"kind": kind, "number": 1, "address": address})
         gc.collect()
         assert decoder.params and old() is None
 

@@ -86,10 +86,13 @@ class ServedModel:
 
         A checkpoint appears whole, under its final name, so none is seen half-written.
         """
-        if not self.address or self.address.step.isdecimal():
+        if not self.address:
             return False
         try:
-            return newest_step(self.address)[1] != self.newest
+            now = self.address.now()
+            if now.step.isdecimal():
+                return now != self.address
+            return newest_step(now)[1] != self.newest
         except UserError:  # None is there while the trainer exchanges them.
             return False
 
@@ -159,16 +162,27 @@ class Answering:
         parent = self.served_base.name
         return _served(run, address, parent, step, identity, newest), row
 
-    def reread(self, number: int | None = None) -> "Answering":
+    def reread(self, address: RunAddress, number: int | None = None) -> "Answering":
         """The fully trained run that is the base, at the step it has now, beside this.
 
         Args:
-          number: of the checkpoint that its address stands for, if that is known.
+          address: of the run; an alias may stand for another one by now.
+          number: of the checkpoint that the address stands for, if that is known.
 
         Raises:
-          UserError, DamagedError: it cannot be read.
+          UserError, DamagedError: it cannot be read, or is a model of other shapes.
         """
-        found = _open_full_run(self.served_base.address, self.mesh, number)
+        run, own = find_run(address.folder), self.base
+        if (
+            run.config.trainable != "full"
+            or run.base.architecture != own.architecture
+            or run.base.tokenizer.fingerprint != own.tokenizer.fingerprint
+        ):
+            raise UserError(
+                f"{address.folder} is a model of another shape, tokenizer or kind than "
+                f"{self.served_base.root}: start the server again to serve it"
+            )
+        found = _open_full_run(address, self.mesh, number)
         base = dataclasses.replace(found.base, tokenizer=self.base.tokenizer)
         found = dataclasses.replace(found, base=base, model=self.model)
         return _in_form(found, self.weights)

@@ -10,6 +10,7 @@ from research.config.config_file import find_run
 from research.config.saved_config import near_run
 from research.core.errors import UserError
 from research.core.local_paths import expanded, split_step
+from research.runs.aliases import run_alias
 from research.runs.run_directory import RunDir
 
 BASE = "base"  # The name of the model without an adapter.
@@ -24,15 +25,28 @@ class RunAddress:
         and `@STEP` where the user named a step.
       folder: of the run.
       step: `latest` (the newest, also of a run that is training), `best`, or a number.
+      alias: the folder of the alias that stood for this checkpoint; "" without one.
     """
 
     name: str
     folder: Path
     step: str
+    alias: str = ""
+
+    def now(self) -> "RunAddress":
+        """What the same name stands for now: an alias can be moved.
+
+        Raises:
+          UserError: the alias stands for nothing that is there.
+        """
+        if not self.alias:
+            return self
+        folder, step = run_alias.target(Path(self.alias))
+        return dataclasses.replace(self, folder=folder, step=str(step))
 
 
 def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddress]:
-    """The runs of `RUN`, `RUN@STEP` and of folders of runs, such as that of a sweep.
+    """The runs of `RUN`, `RUN@STEP`, aliases, and folders of runs, as that of a sweep.
 
     A run in such a folder that has no checkpoint yet is passed over with a warning.
     Messages name `flag`.
@@ -44,7 +58,11 @@ def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddres
     for given in written:
         place, step = split_step(given)
         folder = Path(expanded(find_run(place)))
-        if RunDir(folder).exists:
+        if run_alias.is_alias(folder):
+            if step:
+                raise UserError(f"{flag}={given}: an alias has one step; give {place}")
+            found.append((folder, ""))
+        elif RunDir(folder).exists:
             if not step_folders(folder / "checkpoints"):
                 raise UserError(f"{flag}={given}: {folder} has no checkpoint yet")
             found.append((folder, step))
@@ -55,7 +73,9 @@ def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddres
         raise UserError(f"{flag} names {twice[0][0]} twice; name it once")
     names = _names([folder for folder, _ in found])
     return [
-        RunAddress(f"{name}@{step}" if step else name, folder, step or "latest")
+        RunAddress(name, folder, "", str(folder)).now()
+        if run_alias.is_alias(folder)
+        else RunAddress(f"{name}@{step}" if step else name, folder, step or "latest")
         for name, (folder, step) in zip(names, found, strict=True)
     ]
 

@@ -1,0 +1,1 @@
+"""Names such as `prod` that stand for one checkpoint, and can be moved to another."""

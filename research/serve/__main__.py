@@ -24,7 +24,7 @@ from research.serve.http.sockets import (
 )
 
 if TYPE_CHECKING:
-    from research.serve.http.access_keys import ApiKeys
+    from research.serve.http.access_keys import ApiKeys, KeyFile
     from research.serve.open_models import Capacity
     from research.serve.served_models import Deployment
 
@@ -139,17 +139,17 @@ def _serve_alone(
     return 0
 
 
-def _listen(f: ServeFlags) -> tuple["ApiKeys", socket.socket]:
-    from research.serve.http.access_keys import ApiKeys
+def _listen(f: ServeFlags) -> tuple["ApiKeys | KeyFile", socket.socket]:
+    from research.serve.http.access_keys import ApiKeys, KeyFile
 
-    keys = ApiKeys.from_file(Path(f.api_key_file)) if f.api_key_file else ApiKeys()
+    keys = KeyFile(Path(f.api_key_file)) if f.api_key_file else ApiKeys()
     listener = open_unix_socket(Path(f.uds)) if f.uds else open_port(f.host, f.port)
     return keys, listener
 
 
 def _serve(
     f: ServeFlags,
-    opened: tuple["ApiKeys", socket.socket],
+    opened: tuple["ApiKeys | KeyFile", socket.socket],
     open_models: Callable[[], "Deployment"],
 ) -> bool:
     """Serves until a signal; `open_models` runs while the server listens already.
@@ -173,7 +173,7 @@ def _serve(
     return thread.has_ended
 
 
-def _lead(f: ServeFlags, opened: tuple["ApiKeys", socket.socket]) -> None:
+def _lead(f: ServeFlags, opened: tuple["ApiKeys | KeyFile", socket.socket]) -> None:
     if not _serve(f, opened, functools.partial(_open, f)):
         raise UserError(
             "stopped while the engine was busy: the other processes end with an error"

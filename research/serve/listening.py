@@ -21,7 +21,7 @@ from research.serve.api.api_errors import ApiError, from_engine
 from research.serve.api.guard import Guard
 from research.serve.api.server_state import ServerState
 from research.serve.engine_thread import EngineThread
-from research.serve.http.access_keys import ApiKeys
+from research.serve.http.access_keys import ApiKeys, KeyFile
 from research.serve.http.http_server import HttpServer
 
 FOLLOW_EVERY = 10.0  # seconds between two looks for newer checkpoints
@@ -41,7 +41,9 @@ ROUTES = (
 )
 
 
-def make_app(state: ServerState, keys: ApiKeys, hosts: Collection[str]) -> Starlette:
+def make_app(
+    state: ServerState, keys: ApiKeys | KeyFile, hosts: Collection[str]
+) -> Starlette:
     """The routes; `hosts` are those of `Guard`."""
     handlers = {
         ApiError: _answer_error,

@@ -1,6 +1,7 @@
 """Keys, host names and metrics: what a stranger can and cannot do."""
 
 import asyncio
+import hashlib
 import hmac
 import re
 
@@ -13,7 +14,7 @@ from research.serve.api.api_errors import ApiError
 from research.serve.api.guard import Guard, read_limited, require_admin
 from research.serve.api.prometheus_text import Metric, ServerMetrics
 from research.serve.http import access_keys
-from research.serve.http.access_keys import ApiKeys
+from research.serve.http.access_keys import ApiKeys, KeyFile
 
 USER, ADMIN = "u" * 20, "a" * 20
 
@@ -82,6 +83,37 @@ def test_a_file_without_keys_is_refused(tmp_path, text):
         ApiKeys.from_file(file)
     with pytest.raises(UserError, match="cannot be read"):
         ApiKeys.from_file(tmp_path / "absent")
+
+
+def test_a_key_can_be_known_by_its_digest_alone(tmp_path):
+    hashed = f"sha256:{hashlib.sha256(ADMIN.encode()).hexdigest()}"
+    keys = ApiKeys.from_text(f"{USER} # of ann, #1\nadmin {hashed}  # of bob", "keys")
+    assert keys.role(f"Bearer {USER}".encode()) == "user"
+    assert keys.role(f"Bearer {ADMIN}".encode()) == "admin"
+    assert keys.role(f"Bearer {hashed}".encode()) is None
+    for wrong in (hashed[:-1], hashed.upper().replace("SHA", "sha"), hashed + "0"):
+        with pytest.raises(UserError, match="keys:1: sha256: needs 64"):
+            ApiKeys.from_text(wrong, "keys")
+
+
+def test_a_server_follows_its_key_file_and_opens_to_nobody_without_one(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(USER)
+    keys = KeyFile(file)
+
+    def statuses():
+        sent = [f"Bearer {USER}", f"Bearer {ADMIN}", "", "Bearer "]
+        return [answered(keys, authorization=x)[0] for x in sent]
+
+    assert statuses() == [200, 401, 401, 401]
+    for text, expected in (
+        (f"{ADMIN} ", 401), (f"{USER}\n{ADMIN}", 200), ("", 401), (USER, 200),
+        ("odd line of words", 401), (None, 401),
+    ):  # fmt: skip
+        file.unlink() if text is None else file.write_text(text)
+        assert statuses()[0] == expected, text
+        assert statuses()[2:] == [401, 401]
+    assert statuses() == [401] * 4
 
 
 def test_a_request_without_a_key_reaches_nothing_but_health(keys):

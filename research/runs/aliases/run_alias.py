@@ -31,7 +31,7 @@ REMEDY = "promote a run again: --alias=FOLDER --run=RUN@STEP; the history is the
 
 @dataclasses.dataclass(frozen=True)
 class Promotion:
-    """What an alias stood for from a time on.
+    """The checkpoint that an alias stood for from a time on.
 
     Attributes:
       run: run directory, relative to the folder of the alias where both lie in one.

@@ -34,7 +34,7 @@ class RunAddress:
     alias: str = ""
 
     def now(self) -> "RunAddress":
-        """What the same name stands for now: an alias can be moved.
+        """The address that the same name has now: an alias can be moved.
 
         Raises:
           UserError: the alias stands for nothing that is there.

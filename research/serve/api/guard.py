@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research.serve.api.api_errors import ApiError
-from research.serve.http.access_keys import ApiKeys, Role
+from research.serve.http.access_keys import ApiKeys, KeyFile, Role
 
 BODY_TIME = 60.0  # seconds in which a body must arrive
 DRAINED = 64 << 20  # bytes of a body that is too long and read to its end
@@ -27,7 +27,7 @@ class Guard:
     rebinding). So the `Host` must then be one of ours, and an `Origin` the same.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str]):
+    def __init__(self, app: ASGIApp, keys: ApiKeys | KeyFile, hosts: Collection[str]):
         """`hosts` are the names of this server; empty where it has no address."""
         self.app, self.keys = app, keys
         self.hosts = {"localhost", "127.0.0.1", "[::1]", *hosts} if hosts else set()

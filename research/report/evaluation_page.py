@@ -11,6 +11,7 @@ from rich.text import Text
 
 from research.core.text_templates import fill
 from research.core.visible_text import counted, visible
+from research.data.grouped_values import group_fields
 from research.report import result_tables
 from research.report.markdown_text import escaped, fenced, format_table
 from research.report.result_tables import Table
@@ -143,6 +144,24 @@ def tabulate_losses(values: Values, losses: Values) -> Table:
     """The losses of all models: by category, or by source where texts are whole."""
     kind = result_tables.CATEGORY if "rows" in values else result_tables.SOURCE
     return result_tables.compare_losses(losses, kind)
+
+
+def loss_lines(values: Values) -> dict[str, Values]:
+    """The losses in `evaluation.json` as lines of `metrics.jsonl`, by model."""
+    lines: dict[str, Values] = {}
+    for model, found in values["models"].items():
+        lines[model] = {
+            "loss": found["loss"],
+            "loss_unit": found["loss_unit"],
+            **{x: found[x] for x in ("bits_per_byte",) if x in found},
+            **found["metrics"],
+            "metrics": ",".join(x for x in found["metrics"] if "/" not in x),
+        }
+        for name in ("loss", "tokens", "bits_per_byte"):
+            groups = found["by_group"].items()
+            by_group = {group: x[name] for group, x in groups if name in x}
+            lines[model] |= group_fields(name, by_group)
+    return lines
 
 
 def _without_loss(values: Values) -> str:

@@ -8,6 +8,10 @@ from typing import Any
 
 from research.studio.audit_log import AuditLog
 from research.studio.checks.check_process import Checks
+from research.studio.evaluations.evaluation_files import (
+    EvaluationIndex,
+    ListedEvaluation,
+)
 from research.studio.jobs.job_queue import JobQueue, queue_folder
 from research.studio.listing.run_index import ListedRun, RunIndex
 from research.studio.listing.run_state import HeldLocks, RunState, read_state
@@ -31,7 +35,9 @@ class StudioState:
         self.servers = ModelServers(own / "servers")
         self.feed = RunFeed(self.live_state)
         self.began = time.monotonic()
+        self.logs = own / "logs"
         self._index = RunIndex(runs)
+        self._evaluations = EvaluationIndex()
         self._columns: collections.OrderedDict[Path, MetricColumns]
         self._columns = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -40,6 +46,15 @@ class StudioState:
         """All runs, the one that changed last first."""
         with self._lock:
             return self._index.runs()
+
+    def evaluations(self, run: str, most: int) -> tuple[list[ListedEvaluation], int]:
+        """The newest evaluations of a run, or of all if it is empty; and how many.
+
+        At most so many are read.
+        """
+        runs = [each for each in self.listed() if run in ("", each.name)]
+        with self._lock:
+            return self._evaluations.newest(runs, most)
 
     def columns(self, folder: Path) -> MetricColumns:
         """The columns of a run, up to date. Raises OSError."""

@@ -19,7 +19,7 @@ from research.config.field_names import (
 from research.config.knobs import build, changed, flat
 from research.config.run_config import Config, defaults
 from research.core.errors import UserError
-from research.evaluate.__main__ import EvaluateFlags
+from research.evaluate.evaluate_flags import EvaluateFlags
 from research.export.__main__ import ExportFlags
 from research.generate.__main__ import GenerateFlags
 from research.plan.__main__ import PlanFlags

@@ -21,7 +21,8 @@ from research.data.grouped_values import by_group
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
-from research.evaluate.__main__ import INSTEAD, OF_FILES, EvaluateFlags, main
+from research.evaluate.__main__ import main
+from research.evaluate.evaluate_flags import INSTEAD, OF_FILES, EvaluateFlags
 from research.evaluate.measuring import row_losses
 from research.formats.base_model import open_base
 from research.runs.reopen import find_run, fitting_mesh

@@ -16,7 +16,9 @@ from research.evaluate.__main__ import main
 from research.evaluate.measuring import ask_models
 from research.evaluate.measuring.evaluated_models import find_models
 from research.evaluate.scored_continuations import score_continuations
+from research.report import evaluation_page
 from research.runs.reopen import reopen
+from research.studio.evaluations.evaluation_files import read_results
 from research.tasks.task_registry import held_out_rows
 from research.tokenize.conversation import Turn
 
@@ -73,6 +75,14 @@ def test_models_answer_once_and_their_answers_are_judged(place, copies, monkeypa
         assert each["scores"].keys() == {"chrf"}
     history = (run / "run.json").read_text()
     assert f'"evaluation": "{first.name}"' in history
+
+    # The studio shows the same from the files alone.
+    shown = read_results(first, first / "rows.jsonl")
+    losses = evaluation_page.loss_lines(shown.values)
+    pages = evaluation_page.format_pages(shown.values, lines, losses)
+    for page, text in pages.items():
+        assert text == (first / page).read_text()
+    assert shown.verdicts and shown.answers and len(shown.losses) > 1
 
     # Other metrics need no new answers.
     other = results(place, evaluate(place, f"--run={run}", *FEW, "--metrics=empty"))

@@ -1,12 +1,17 @@
 """The pages in a real browser: curves that follow a run, keyboard, accessibility."""
 
+import dataclasses
+import os
 import re
 import shutil
 
+import psutil
 import pytest
+from evaluation_folder import DIGEST, make_evaluation
 from served_studio import ServedStudio, append
 from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
 
+from research.studio.jobs.job_queue import QueuedJob
 from research.studio.live import run_feed
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -32,6 +37,8 @@ def served(tmp_path, monkeypatch):
     lines = [eval_line(0, 3.0, qa=3.5), *(train_line(n) for n in range(1, 80))]
     make_run(place.runs / NAME, "killed", lines)
     make_run(place.runs / "other", "finished")
+    make_evaluation(place.runs / NAME)
+    (place.runs / NAME / "checkpoints" / "60").mkdir(parents=True)
     (place.data / "rows.jsonl").write_text('{"ask": "Is it?", "say": "It is."}\n')
     server = ServedStudio(place.app)
     yield place, server
@@ -90,10 +97,36 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
     assert tab.faults == []
 
 
+def test_a_page_follows_a_job_that_begins_writes_and_ends(browser, served):
+    place, server = served
+    log = place.runs / "job.log"
+    own = {"pid": os.getpid(), "born": psutil.Process().create_time(), "began": "2026"}
+    queue = place.state.queue
+    job = QueuedJob("1", ("x", "-m", "y"), "my job", "a", str(log), "/", "2026")
+    with queue.changing() as jobs:
+        jobs.waiting.append(job)
+    tab = Tab(browser, server)
+    tab.open("/queue")
+    tab.page.get_by_text("1. my job").wait_for()
+    log.write_text("3 of 8 answers\n")
+    with queue.changing() as jobs:
+        jobs.waiting, jobs.running = [], [dataclasses.replace(job, **own)]
+    bar = tab.page.get_by_label("Progress of my job")
+    bar.wait_for()
+    assert bar.get_attribute("value") == "3"
+    log.write_text("4 of 8 answers <b>\n")
+    tab.page.locator("pre", has_text="4 of 8 answers <b>").wait_for()
+    with queue.changing() as jobs:
+        jobs.running, jobs.ended = [], [dataclasses.replace(job, exit_code=0)]
+    tab.page.locator(".state", has_text="done").wait_for()
+    assert tab.faults == []
+
+
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
-    "/data", "/data?file=data/rows.jsonl", "/train",
+    "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
+    "/evaluate?flags=--run=", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
 )  # fmt: skip
 
 

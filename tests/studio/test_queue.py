@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from research.core.errors import UserError
 from research.runs.control.request_files import pending
 from research.studio.jobs import job_commands
 from research.studio.jobs.__main__ import main
-from research.studio.jobs.job_logs import last_error, tail
+from research.studio.jobs.job_logs import last_error, progress, tail
 from research.studio.jobs.job_queue import MACHINE, JobQueue, queue_folder
 from research.studio.jobs.queue_worker import run_detached, work_off
 
@@ -42,7 +43,7 @@ def wait_until(happens, patience=60.0):
 
 
 def names(jobs):
-    return [Path(job.run).name for job in jobs]
+    return [Path(job.place).name for job in jobs]
 
 
 def test_jobs_run_in_the_order_that_people_gave_them(queue, tmp_path):
@@ -50,13 +51,13 @@ def test_jobs_run_in_the_order_that_people_gave_them(queue, tmp_path):
     queue.move(third, -1)
     queue.move(first, 9)
     queue.move(third, -9)
-    with pytest.raises(UserError, match="waits or trains already"):
+    with pytest.raises(UserError, match="waits or runs already"):
         add(queue, tmp_path, "a")
     assert names(JobQueue(queue.folder).read().waiting) == ["c", "b", "a"]
     ran = []
 
     def run(job, _):
-        ran.append(Path(job.run).name)
+        ran.append(Path(job.place).name)
         assert names(queue.read().running) == ran[-1:]
         if ran == ["c"]:  # Somebody else adds and removes while a job runs.
             add(queue, tmp_path, "d")
@@ -100,6 +101,51 @@ def test_a_command_that_cannot_start_is_said_in_its_log(queue, tmp_path):
     assert work_off(queue, lambda job, lock: run_detached(queue, job, lock)) == 1
     assert queue.read().ended[0].exit_code == 127
     assert "cannot be started" in tail(tmp_path / "a.log", 999)
+
+
+def test_any_command_is_a_job_with_a_name_and_a_log(queue, tmp_path):
+    """Two may write below one run, as two evaluations do; none shares a log."""
+    command = [sys.executable, "-m", "research.evaluate", "--run=a"]
+    for log in ("1.log", "2.log"):
+        log = tmp_path / "logs" / log
+        queue.add(command, tmp_path / "a", "me", name="evaluate a", log=log)
+    with pytest.raises(UserError, match="evaluate a waits or runs already"):
+        queue.add(command, tmp_path / "b", "me", name="evaluate a", log=log)
+    assert work_off(queue, lambda job, _: 0) == 2
+    assert {job.log.name for job in queue.read().ended} == {"1.log", "2.log"}
+    assert {job.door for job in queue.read().ended} == {"research.evaluate"}
+
+
+def test_a_queue_of_an_earlier_version_is_read(queue, tmp_path):
+    queue.folder.mkdir()
+    job = {"id": "1", "command": ["true"], "run": str(tmp_path / "a"), "folder": "/"}
+    jobs = {"waiting": [job | {"added": "2026"}], "running": [], "ended": []}
+    (queue.folder / "jobs.json").write_text(json.dumps(jobs))
+    (found,) = queue.read().waiting
+    assert found.target == tmp_path / "a" and found.log == tmp_path / "a.log"
+
+
+def test_an_open_page_sees_how_far_a_job_is_since_it_began(idle):
+    queue, client = idle.state.queue, idle.client()
+    (idle.runs / "a.log").write_text("39 of 40 answers <b>\n")
+    program = "print('losses of 2 models'); print('3 of 8 answers')"
+    (name,) = add(queue, idle.runs, "a", program=program)
+    address = f"/api/job/{name}"
+    waits = {"state": "waiting", "progress": None, "log": ""}
+    assert client.get(address).json() == waits
+
+    def run(job, lock):
+        code = run_detached(queue, job, lock)
+        found = client.get(address).json()
+        assert found["state"] == "running" and found["progress"] == [3, 8]
+        assert found["log"] == "losses of 2 models\n3 of 8 answers\n"
+        assert 'max="8" value="3"' in client.get("/queue").text
+        return code
+
+    work_off(queue, run)
+    assert client.get(address).json()["state"] == "ended"
+    assert client.get("/api/job/absent").status_code == 404
+    assert progress("step 5/20  loss 1") == (5, 20) and progress("9 of 8 rows") is None
 
 
 def test_a_damaged_queue_says_what_to_do(queue):

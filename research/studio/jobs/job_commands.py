@@ -11,6 +11,7 @@ from research.config.cross_knob_rules import idle
 from research.config.field_names import flag
 from research.config.knobs import flat
 from research.config.run_config import Config
+from research.core.errors import UserError
 from research.runs.run_directory import RunDir
 from research.studio.roots import Roots, shown_paths
 
@@ -26,6 +27,29 @@ def python() -> str:
 def as_text(words: Sequence[str]) -> str:
     """A command that can be pasted into a shell."""
     return shlex.join(words)
+
+
+def flags_in(text: str, *doors: str) -> list[str]:
+    """The flags in a command of one of `doors`, or flags alone.
+
+    Those behind `--` are meant where a launcher has flags of its own.
+
+    Raises:
+      UserError: a shell could not read it.
+    """
+    try:
+        words = shlex.split(text.replace("\\\n", " "))
+    except ValueError as error:
+        raise UserError(f"this is no command: {error}") from error
+    for last in ("--", *doors):
+        if last in words:
+            return words[words.index(last) + 1 :]
+    return words
+
+
+def evaluating(flags: Sequence[str]) -> list[str]:
+    """Evaluates runs; see `research.evaluate`."""
+    return [python(), "-m", "research.evaluate", *flags]
 
 
 def launching(flags: Sequence[str]) -> list[str]:

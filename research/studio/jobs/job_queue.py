@@ -1,10 +1,11 @@
 """The jobs of this machine, one at a time: a file, a lock, and a process beside it.
 
-`jobs.json` holds the jobs that wait, in their order, the one that trains, and the last
-that ended. Whoever changes it holds `lock`; two studios with one root share the queue.
-The process that works it off (`python -m research.studio.jobs`) is no child that ends
-with the studio. It and the job it has started hold `machine` together, so the next job
-starts only when both have ended, however they end.
+A job is a command with a name, a log and the folder that it writes into, whatever door
+it runs. `jobs.json` holds those that wait, in their order, the one that runs, and the
+last that ended. Whoever changes it holds `lock`; two studios with one root share the
+queue. The process that works it off (`python -m research.studio.jobs`) is no child that
+ends with the studio. It and the job it has started hold `machine` together, so the next
+job starts only when both have ended, however they end.
 """
 
 import contextlib
@@ -29,8 +30,18 @@ from research.studio.jobs.job_logs import log_of
 
 FILE, LOCK, MACHINE = "jobs.json", "lock", "machine"
 KEPT = 50  # jobs that have ended and are still listed
-JOB = {"id": str, "command": [str], "run": str, "folder": str, "added": str}
-SHAPE = {"waiting": [JOB], "running": [JOB], "ended": [JOB]}
+
+
+def _shape_of_job(value: Any) -> dict[str, Any]:
+    # Earlier versions had trainings alone, and named the run.
+    is_old = isinstance(value, dict) and "run" in value
+    names = ("run",) if is_old else ("name", "place", "log_file")
+    return {"id": str, "command": [str], "folder": str, "added": str} | dict.fromkeys(
+        names, str
+    )
+
+
+SHAPE = {name: [_shape_of_job] for name in ("waiting", "running", "ended")}
 REMEDY = "remove it: jobs that wait are forgotten, and no run is touched"
 
 
@@ -41,19 +52,24 @@ class QueuedJob:
     Attributes:
       id: unique.
       command: its argv.
-      run: the run directory that it trains in.
-      folder: the working folder of the command.
+      name: for people.
+      place: the folder that it writes into, such as a run directory.
+      log_file: of its output; no two jobs that wait or run have the same.
+      folder: the working folder of the command; the other paths start there.
       added: ISO 8601, UTC.
       by: who added it.
       pid, born: of the process, and when the system started it (a pid returns).
       began, ended: ISO 8601, empty before.
+      log_begin: bytes that its log had before it began.
       exit_code: None until it has ended, or where nobody saw it end.
       said: the last lines of its output, if it has failed.
     """
 
     id: str
     command: tuple[str, ...]
-    run: str
+    name: str
+    place: str
+    log_file: str
     folder: str
     added: str
     by: str = ""
@@ -61,11 +77,14 @@ class QueuedJob:
     born: float = 0.0
     began: str = ""
     ended: str = ""
+    log_begin: int = 0
     exit_code: int | None = None
     said: str = ""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "QueuedJob":
+        if run := values.get("run"):  # Earlier versions had trainings alone.
+            values |= {"name": run, "place": run, "log_file": str(log_of(Path(run)))}
         known = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in values.items() if name in known}
         return cls(**values | {"command": tuple(values["command"])})
@@ -73,7 +92,18 @@ class QueuedJob:
     @property
     def log(self) -> Path:
         """The file of its output."""
-        return log_of(Path(self.folder, self.run))
+        return Path(self.folder, self.log_file)
+
+    @property
+    def target(self) -> Path:
+        """The folder that it writes into."""
+        return Path(self.folder, self.place)
+
+    @property
+    def door(self) -> str:
+        """The module that its command runs, such as `research.evaluate`."""
+        flagged = "-m" in self.command[:-1]
+        return self.command[self.command.index("-m") + 1] if flagged else ""
 
     @property
     def is_alive(self) -> bool:
@@ -123,18 +153,40 @@ class JobQueue:
             jobs.ended = jobs.ended[:KEPT]
             write_whole(self.folder / FILE, json.dumps(dataclasses.asdict(jobs)))
 
-    def add(self, command: Sequence[str], run: Path, by: str) -> QueuedJob:
+    def add(
+        self,
+        command: Sequence[str],
+        place: Path,
+        by: str,
+        *,
+        name: str = "",
+        log: Path | None = None,
+    ) -> QueuedJob:
         """Appends a job and sees to it that somebody works the queue off.
 
+        Args:
+          command: its argv.
+          place: the folder that it writes into.
+          by: who adds it.
+          name: for people; that of the folder if it is empty.
+          log: the file of its output; beside the folder if it is None.
+
         Raises:
-          UserError: a job for this run waits or trains already.
+          UserError: a job with this log waits or runs already.
         """
-        name = uuid.uuid4().hex[:12]
-        here = str(Path.cwd())
-        job = QueuedJob(name, tuple(command), str(run), here, utc_now(), by)
+        job = QueuedJob(
+            id=uuid.uuid4().hex[:12],
+            command=tuple(command),
+            name=name or str(place),
+            place=str(place),
+            log_file=str(log or log_of(place)),
+            folder=str(Path.cwd()),
+            added=utc_now(),
+            by=by,
+        )
         with self.changing() as jobs:
-            if any(x.run == job.run for x in (*jobs.waiting, *jobs.running)):
-                raise UserError(f"a job for {run} waits or trains already")
+            if any(x.log == job.log for x in (*jobs.waiting, *jobs.running)):
+                raise UserError(f"a job for {job.name} waits or runs already")
             jobs.waiting.append(job)
         self.work()
         return job

@@ -62,6 +62,7 @@ def run_detached(queue: JobQueue, job: QueuedJob, inherit: int) -> int:
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
+        before = os.fstat(log.fileno()).st_size
         try:
             process = subprocess.Popen(
                 job.command,
@@ -76,8 +77,10 @@ def run_detached(queue: JobQueue, job: QueuedJob, inherit: int) -> int:
             log.write(f"{job.command[0]} cannot be started: {error}\n".encode())
             return 127
     born = psutil.Process(process.pid).create_time()
-    begun = dataclasses.replace(job, pid=process.pid, born=born, began=utc_now())
+    begun = dataclasses.replace(
+        job, pid=process.pid, born=born, began=utc_now(), log_begin=before
+    )
     with queue.changing() as jobs:
         jobs.running = [begun if x.id == job.id else x for x in jobs.running]
-    logging.info("%s: process %d of %d", job.run, process.pid, os.getpid())
+    logging.info("%s: process %d of %d", job.name, process.pid, os.getpid())
     return process.wait()

@@ -59,7 +59,7 @@ def data(request: Request) -> Response:
         request,
         "data.html.jinja",
         title="Data",
-        files=[*itertools.islice(_files(request), MOST_FILES)],
+        files=[*itertools.islice(data_files(request), MOST_FILES)],
         folders=list(studio.data.folders),
         embedded=EMBEDDED,
         chosen=chosen,
@@ -73,7 +73,7 @@ def data(request: Request) -> Response:
     )
 
 
-def _files(request: Request) -> Iterator[tuple[str, int]]:
+def data_files(request: Request) -> Iterator[tuple[str, int]]:
     """Name and bytes of the files of rows below the roots, without hidden ones."""
     roots = studio_of(request).data
     for top in roots.folders.values():

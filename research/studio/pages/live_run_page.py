@@ -25,6 +25,7 @@ from research.studio.live.run_feed import figures, plain_list
 from research.studio.live.thinning import MOST_POINTS, smooth, thin
 from research.studio.page_errors import not_found
 from research.studio.pages.page_view import json_answer, render, studio_of
+from research.studio.roots import shown_paths
 
 # Field, title, unit of each chart of a `train` line.
 CHARTS = (
@@ -75,11 +76,12 @@ def run(request: Request) -> Response:
             for kind, help in REQUESTS.items()
         },
         resume=commands.launching(commands.resuming(folder)),
-        job=next((x for x in jobs.running if x.run == str(folder)), None),
-        waits=any(x.run == str(folder) for x in jobs.waiting),
+        job=next((x for x in jobs.running if x.target == folder), None),
+        waits=any(x.target == folder for x in jobs.waiting),
         log=log,
         error=last_error(log) if state.state == "failed" else "",
         said=request.query_params.get("said", ""),
+        evaluate=commands.as_text([f"--run={shown_paths([folder])[0]}"]),
         has_report=(folder / "report.html").is_file(),
         **_from_files(folder),
     )

@@ -21,7 +21,13 @@ from research.studio.studio_state import StudioState
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 # Address, title. A page adds itself here, and its `ROUTES` in `app.PAGES`.
-TABS = (("/", "Runs"), ("/data", "Data"), ("/train", "Train"), ("/queue", "Queue"))
+TABS = (
+    ("/", "Runs"),
+    ("/data", "Data"),
+    ("/train", "Train"),
+    ("/evaluate", "Evaluate"),
+    ("/queue", "Queue"),
+)
 LARGEST_FORM = 1 << 20  # bytes
 
 

@@ -1,8 +1,8 @@
-"""The jobs of this machine: the one that trains, those that wait, those that ended."""
+"""The jobs of this machine: the one that runs, those that wait, those that ended."""
 
 import asyncio
 import signal
-from pathlib import Path
+import urllib.parse
 
 import psutil
 from starlette.requests import Request
@@ -10,35 +10,77 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.core.errors import UserError
+from research.runs.display_files import EVALUATIONS
+from research.studio.jobs.job_logs import progress, tail
 from research.studio.jobs.job_queue import QueuedJob
-from research.studio.page_errors import PageError
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.listing.run_index import is_run
+from research.studio.page_errors import PageError, not_found
+from research.studio.pages.page_view import (
+    Form,
+    address,
+    json_answer,
+    render,
+    see,
+    studio_of,
+)
+
+LOG_BYTES = 24_000
 
 
 def queue(request: Request) -> Response:
     """The list of jobs."""
     studio = studio_of(request)
-    jobs = studio.queue.read()
     return render(
         request,
         "queue.html.jinja",
         title="Queue",
-        jobs=jobs,
-        name_of=lambda job: _name(request, job),
+        jobs=studio.queue.read(),
+        views=JobViews(request),
         folder=studio.queue.folder,
         said=request.query_params.get("said", ""),
     )
 
 
-def _name(request: Request, job: QueuedJob) -> str:
-    """The address of the run of a job; empty where it is not there, or not ours."""
-    runs = studio_of(request).runs
-    try:
-        name = runs.name(Path(job.folder, job.run))
-        runs.find(name)
-    except PageError:
+class JobViews:
+    """The parts of a job that a page shows beside its fields."""
+
+    def __init__(self, request: Request):
+        self._runs = studio_of(request).runs
+
+    def page(self, job: QueuedJob) -> str:
+        """The address of what it makes; empty where that is not there, or not ours."""
+        try:
+            name = self._runs.name(job.target)
+            folder = self._runs.find(name)
+        except PageError:
+            return ""
+        if is_run(folder):
+            return f"/run/{urllib.parse.quote(name)}"
+        if folder.name == EVALUATIONS:
+            return address("/evaluate", run=self._runs.name(folder.parent))
         return ""
-    return name
+
+    @staticmethod
+    def log(job: QueuedJob) -> str:
+        """The end of its output since it began."""
+        return tail(job.log, LOG_BYTES, job.log_begin) if job.began else ""
+
+    @staticmethod
+    def progress(log: str) -> tuple[int, int] | None:
+        return progress(log)
+
+
+def job_json(request: Request) -> Response:
+    """A job for a page that is open: its state, how far it is, and its log."""
+    jobs = studio_of(request).queue.read()
+    name = request.path_params["job"]
+    for state, listed in vars(jobs).items():
+        for job in listed:
+            if job.id == name:
+                log = JobViews.log(job)
+                found = {"progress": progress(log), "log": log}
+                return json_answer({"state": state, **found})
+    raise not_found("this job is not listed any more")
 
 
 async def change(request: Request) -> Response:
@@ -54,13 +96,13 @@ async def change(request: Request) -> Response:
     studio.audit.add(f"{action} job", job, request.scope["who"])
     if action == "remove":
         removed = await asyncio.to_thread(studio.queue.remove, job)
-        return see("/queue", said=f"{removed.run} does not wait any more")
+        return see("/queue", said=f"{removed.name} does not wait any more")
     ended = await asyncio.to_thread(_end, studio.queue.read().running, job)
-    return see("/queue", said=f"{ended.run} was told to save and end (SIGTERM)")
+    return see("/queue", said=f"{ended.name} was told to save and end (SIGTERM)")
 
 
 def _end(running: list[QueuedJob], name: str) -> QueuedJob:
-    """Sends SIGTERM to the launcher of a job, which stops its trainers."""
+    """Sends SIGTERM to a job; a launcher stops its trainers, which save."""
     for job in running:
         if job.id == name and job.is_alive:
             psutil.Process(job.pid).send_signal(signal.SIGTERM)
@@ -70,5 +112,6 @@ def _end(running: list[QueuedJob], name: str) -> QueuedJob:
 
 ROUTES = (
     Route("/queue", queue),
+    Route("/api/job/{job}", job_json),
     Route("/act/queue", change, methods=["POST"]),
 )

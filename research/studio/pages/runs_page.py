@@ -68,10 +68,10 @@ def as_json(run: ListedRun) -> dict[str, Any]:
 def with_queue(studio: StudioState) -> list[ListedRun]:
     """All runs; those of jobs that wait or start are `queued`."""
     jobs = studio.queue.read()
-    queued = {job.run for job in (*jobs.waiting, *jobs.running)}
+    queued = {job.target for job in (*jobs.waiting, *jobs.running)}
     return [
         dataclasses.replace(run, state=dataclasses.replace(run.state, state="queued"))
-        if str(run.folder) in queued and run.state.state != "running"
+        if run.folder in queued and run.state.state != "running"
         else run
         for run in studio.listed()
     ]

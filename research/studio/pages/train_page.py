@@ -1,7 +1,6 @@
 """Train: a config, its knobs as a form, a check by the doctor, and the start."""
 
 import asyncio
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,14 +78,7 @@ def read_flags(text: str) -> list[str]:
     Raises:
       UserError: this is no command of a training.
     """
-    try:
-        words = shlex.split(text.replace("\\\n", " "))
-    except ValueError as error:
-        raise UserError(f"this is no command: {error}") from error
-    for last in ("--", "research.train"):
-        if last in words:
-            words = words[words.index(last) + 1 :]
-            break
+    words = commands.flags_in(text, "research.train")
     for given in given_flags(words, NoFlags, flat(Config())):
         if given.name != CONFIG and not given.name.startswith(f"{CONFIG}."):
             raise UserError(
@@ -124,8 +116,8 @@ def new_folder(preset: str, studio: StudioState) -> str:
     """A run directory that is not there yet, named as the config file."""
     name = plain = Path(preset).stem
     number = 1
-    waiting = {job.run for job in studio.queue.read().waiting}
-    while (path := studio.runs.first / name).exists() or str(path) in waiting:
+    waiting = {job.target for job in studio.queue.read().waiting}
+    while (path := studio.runs.first / name).exists() or path in waiting:
         number += 1
         name = f"{plain}-{number}"
     return shown_paths([path])[0]

@@ -1,4 +1,4 @@
-// Uploads a file as it is, and opens it.
+// Uploads a file as it is, and opens it at the address of the form, `data-upload`.
 
 const form = document.querySelector("[data-upload]");
 const said = document.querySelector("[data-upload-said]");
@@ -15,7 +15,8 @@ form?.addEventListener("submit", (event) => {
   });
   request.addEventListener("load", () => {
     const answer = JSON.parse(request.responseText);
-    if (request.status === 200) location.assign(answer.page);
+    const page = form.dataset.upload + encodeURIComponent(answer.file);
+    if (request.status === 200) location.assign(page);
     else said.textContent = answer.error;
   });
   request.addEventListener("error", () => { said.textContent = "the connection was lost; nothing of the file stays"; });

@@ -1,0 +1,1 @@
+"""Evaluations: the commands that make them, and the files that hold them."""

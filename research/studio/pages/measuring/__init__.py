@@ -1,0 +1,1 @@
+"""Pages on how good runs are: evaluations and sweeps."""

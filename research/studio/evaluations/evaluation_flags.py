@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from research.config.choices import EMBEDDED
 from research.config.field_names import flag, given_flags, name_sources
-from research.config.hub_pins import EMBEDDED
 from research.config.knobs import facts_of, flat
 from research.config.knobs import fields as knob_fields
 from research.config.run_config import Config

@@ -181,6 +181,7 @@ ACTS: dict[str, Conditions] = {
     "optim.no_decay": _never("optim.weight_decay", 0.0),
     "optim.skip_window": _never("optim.skip_spread", 0.0),
     "eval.every": EVALUATED,
+    "eval.stop_loss": EVALUATED + _never("eval.every", 0),
     "eval.prompts": ROWS + HELD_ROWS,
     "eval.answers_rows": ROWS + HELD_ROWS,
     "eval.answers_every": ROWS + HELD_ROWS + _never("eval.answers_rows", 0),

@@ -127,6 +127,13 @@ class OptimConfig:
     clip_norm: float = knob(
         1.0, "the global gradient norm is clipped to this; 0: never", low=0
     )
+    stop_loss: float = knob(
+        0.0,
+        "the run ends, saved and reported, once its training loss is at most this, as "
+        "the mean of 10 steps; 0: never. Rows learned by heart lower it, too: "
+        "eval.stop_loss does the same by the held-out loss",
+        low=0,
+    )
     z_loss: float = knob(0.0, "weight of the squared log-normaliser in the loss", low=0)
     skip_spread: float = knob(
         0.0,
@@ -163,6 +170,12 @@ class EvalConfig:
     every: int = knob(
         10, "steps between evaluations of held-out rows; 0: at both ends", low=0
     )
+    stop_loss: float = knob(
+        0.0,
+        "the run ends, saved and reported, once an evaluation after its first step "
+        "finds a held-out loss of at most this; 0: never",
+        low=0,
+    )
     prompts: int = free_knob(3, "held-out prompts whose answers a report shows", low=0)
     answers_every: int = free_knob(
         0, "steps between measurements of held-out answers; 0: at the end only", low=0
@@ -184,6 +197,13 @@ class CheckpointConfig:
     """When state is saved, and which checkpoints stay."""
 
     every: int = free_knob(20, "steps between checkpoints", above=0)
+    loss_drop: float = free_knob(
+        0.0,
+        "also save when the training loss, as the mean of 10 steps, has dropped by "
+        "this share since the last such save, or since it was first known; 0: never",
+        low=0,
+        high=0.99,
+    )
     keep_last: int = free_knob(2, "newest checkpoints that stay", above=0)
     keep_best: int = free_knob(
         1,

@@ -25,16 +25,17 @@ from research.train import run_facts
 from research.train.training_run import TrainingRun
 
 
-def finish(run: TrainingRun) -> None:
+def finish(run: TrainingRun, steps: int) -> None:
     """Writes the plot, the tables, the model's answers and the exported model.
+
+    `steps` are the updates that the run has made.
 
     Raises:
       SaveError: they could not be written; the last step is saved all the same.
     """
-    steps = run.config.steps
     with files_of_step(steps, f"all {steps} steps are saved, and the report"):
         run.folder.require_present()
-        _finish(run)
+        _finish(run, steps)
 
 
 def _trained(run: TrainingRun) -> TextGenerator:
@@ -53,9 +54,11 @@ def _untrained(run: TrainingRun) -> TextGenerator | None:
         return None
 
 
-def _answer(run: TrainingRun) -> tuple[list[ComparedAnswer], list[AnswerMeasure]]:
+def _answer(
+    run: TrainingRun, steps: int
+) -> tuple[list[ComparedAnswer], list[AnswerMeasure]]:
     """Answers of both models side by side, and what all of them are worth."""
-    held_out, steps = run.answers, run.config.steps
+    held_out = run.answers
     if not held_out.rows:
         return [], []
     tuned = run.answered
@@ -65,7 +68,7 @@ def _answer(run: TrainingRun) -> tuple[list[ComparedAnswer], list[AnswerMeasure]
     return held_out.side_by_side(base, tuned), held_out.compare(base, tuned)
 
 
-def _finish(run: TrainingRun) -> None:
+def _finish(run: TrainingRun, steps: int) -> None:
     folder = run.folder.path
     definition, base = run.definition, run.base
     # All is saved: the moments make room for the export and the answers.
@@ -74,25 +77,25 @@ def _finish(run: TrainingRun) -> None:
     if run.config.export:
         export_run(
             run.folder,
-            run.config.steps,
+            steps,
             definition.model,
             definition.trainable.forward(run.state.params, run.frozen, None),
             task_registry.exported_tokenizer(
                 run.config, base, read_system(folder, run.config.data.system)
             ),
             folder / EXPORTED,
-            card=format_card(run.folder, run.config.steps, base.licence),
+            card=format_card(run.folder, steps, base.licence),
             replace=run.config.replace_export,
             flag=REPLACE,
         )
     failed: list[str] = []
-    answers = attempt("the answers", lambda: _answer(run), failed) or ([], [])
+    answers = attempt("the answers", lambda: _answer(run, steps), failed) or ([], [])
     if jax.process_index() > 0:
         return
     goodput = run.history.goodput()
-    metrics_file.append_line(folder, run.config.steps, "goodput", goodput.line())
+    metrics_file.append_line(folder, steps, "goodput", goodput.line())
     display_files.write_answers(folder, *answers, run.answers.not_asked)
-    facts = attempt("the facts", lambda: run_facts.describe(run), failed) or {}
+    facts = attempt("the facts", lambda: run_facts.describe(run, steps), failed) or {}
     figures = attempt("the figures", lambda: run_facts.measure(run), failed) or {}
     figures["goodput"] = str(goodput)
     facts |= figures

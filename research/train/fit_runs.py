@@ -23,6 +23,7 @@ from research.runs.control.request_files import CHECKPOINT, SAMPLE
 from research.runs.control.request_listener import RequestListener
 from research.train import training_loop
 from research.train.metrics import profiling
+from research.train.metrics.loss_watch import LossWatch, resumed_watch
 from research.train.metrics.metrics_log import StepLog
 from research.train.metrics.throughput import Clock, SharedClock
 from research.train.programs.device_batches import DeviceBatches, held_out_batches
@@ -104,6 +105,7 @@ class _TrainingPass:
         self._clock = Clock()
         self._logs: list[StepLog] = []
         self._savers: list[RunSaver] = []
+        self._watches: list[LossWatch] = []
         for index, each in enumerate(restored):
             self._add_writers(index, each)
 
@@ -131,6 +133,11 @@ class _TrainingPass:
             log,
             lambda: self._batches.whole_position(index),
             clock,
+        )
+        config = run.config
+        knobs = config.optim, config.eval, config.checkpoint
+        self._watches.append(
+            resumed_watch(run.folder.path, self._first, run.measured_on, *knobs)
         )
         self._logs.append(log)
         self._savers.append(saver)
@@ -166,6 +173,7 @@ class _TrainingPass:
                     stop=self._stop,
                     requests=requests,
                     phases=self._phases,
+                    ends=self._ends,
                 )
                 with self._phases.during("save"):
                     self._save_last(done, state)
@@ -174,6 +182,18 @@ class _TrainingPass:
                 for log in self._logs:
                     log.close()
         return done
+
+    def _ends(self, step: int) -> bool:
+        """Whether the losses end the run at `step`; runs that share a pack have all
+        their steps, see `together.compatibility`."""
+        run, watch = self._runs[0], self._watches[0]
+        why = watch.why_end(step, run.config.optim, run.config.eval)
+        run.ended_early = why if step < run.config.steps else ""
+        return bool(run.ended_early)
+
+    def _has_dropped(self, step: int) -> bool:
+        """Whether the loss of a run says that `step` is saved, which saves them all."""
+        return any(self._watches[i].has_dropped(step) for i in self._active())
 
     def _actions(self) -> list[training_loop.Action]:
         """The actions between steps, in this order."""
@@ -196,6 +216,7 @@ class _TrainingPass:
                 self._save,
                 request=CHECKPOINT,
                 settle=self._wait_for_saves,
+                wanted=self._has_dropped,
             )
         ]
         if batches:
@@ -213,7 +234,10 @@ class _TrainingPass:
         self._clock.tick()
 
         def write(index: int) -> None:
-            self._logs[index](number, batch, self._program.part_of(index, fetched))
+            part = self._program.part_of(index, fetched)
+            loss = self._logs[index](number, batch, part)
+            drop = self._config.checkpoint.loss_drop
+            self._watches[index].add(number, loss, drop)
             self._savers[index].check(number)
 
         self._for_each(write)
@@ -258,6 +282,8 @@ class _TrainingPass:
                 run.evaluated = (number, found.loss)
                 last = self._batches.number if number else None
                 self._logs[index].evaluation(number, found, last, run.measured_on)
+                if number:
+                    self._watches[index].evaluated = found.loss
 
             self._for_each(write)
 

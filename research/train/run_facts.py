@@ -19,8 +19,11 @@ from research.train.training_run import TrainingRun
 SHOWN_DIGITS = 12  # of a sha256 or a commit
 
 
-def describe(run: TrainingRun) -> dict[str, Any]:
-    """One value a name; facts of a start hold all values that the starts had."""
+def describe(run: TrainingRun, steps: int) -> dict[str, Any]:
+    """One value a name; facts of a start hold all values that the starts had.
+
+    `steps` are the updates that the run has made.
+    """
     config, base, starts = run.config, run.base, run.history.starts
     numbers = {x.name: x.numbers for x in run.examination.findings}
     parameters = numbers["parameters"]
@@ -40,7 +43,7 @@ def describe(run: TrainingRun) -> dict[str, Any]:
     if kind := run.definition.trainable.kind:
         facts["adapters"] = _adapters(config, numbers[f"{kind.name} targets"])
     facts |= {
-        "steps": config.steps,
+        "steps": steps,
         "batch": f"{counted(config.data.batch_size, 'row')} of "
         f"{counted(config.data.seq_len, 'token')}; passes: "
         f"{config.data.passes_per_step}",
@@ -49,7 +52,9 @@ def describe(run: TrainingRun) -> dict[str, Any]:
         "optimizer": config.optim.name,
         "seed": config.seed,
     }
-    if (epochs := passed(config.steps, config, run.task.rows)) is not None:
+    if run.ended_early:
+        facts["ended early"] = f"{steps} of {config.steps} steps: {run.ended_early}"
+    if (epochs := passed(steps, config, run.task.rows)) is not None:
         facts["epochs"] = round(epochs, 3)
     for step, lines in run.history.accepted_by_step.items():
         facts[f"accepted after step {step}"] = shortened("; ".join(lines))

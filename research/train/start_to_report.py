@@ -146,7 +146,7 @@ def _conclude(restored: RestoredRun, done: int, stop: StopRequest) -> int:
     run = restored.run
     if restored.diverged:
         code, cause = DivergedError.exit_code, str(restored.diverged).partition("\n")[0]
-    elif done < run.config.steps:
+    elif done < run.config.steps and not run.ended_early:
         name = stop.signal.name if stop.signal else "stop request"
         code = PREEMPTED if stop.signal else STOPPED
         cause = f"{name} after step {done}"
@@ -159,7 +159,10 @@ def _conclude(restored: RestoredRun, done: int, stop: StopRequest) -> int:
     else:
         stop.raise_if_lost()  # All is saved; the report can wait.
         run.phases.enter("finish")
-        finish(run)
         code, cause = 0, "done"
+        if run.ended_early:
+            cause = f"done after step {done}: {run.ended_early}"
+            logging.info("the run is %s", cause)
+        finish(run, done)
     run.history.end(cause, code)
     return code

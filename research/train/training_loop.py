@@ -37,6 +37,8 @@ class Action:
       settle: waits until the work that `run` began is done; called before a request
         is answered.
       at_start: also runs before the first step of this start.
+      wanted: called with the step; whether it runs there, too. Its answer may not
+        depend on what is done at that step.
     """
 
     phase: str
@@ -45,6 +47,7 @@ class Action:
     at_start: bool = False
     request: str = ""
     settle: Callable[[], None] = lambda: None
+    wanted: Callable[[int], bool] = lambda step: False
 
     def is_due(
         self, step: int, first: int, total: int, requested: Collection[str] = ()
@@ -54,7 +57,7 @@ class Action:
             return True
         if step == first:
             return self.at_start
-        return step % self.every == 0 or step == total
+        return step % self.every == 0 or step == total or self.wanted(step)
 
 
 def run(
@@ -70,6 +73,7 @@ def run(
     stop: StopRequest,
     requests: RequestListener,
     phases: PhaseTimer,
+    ends: Callable[[int], bool] = lambda step: False,
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
 
@@ -81,6 +85,8 @@ def run(
       resume_clock: called after actions, which do not count as step time.
       stop, requests: both are polled before every step.
       phases: counts the time of each part of the loop.
+      ends: called with a step; whether it is the last one before `total` is reached.
+        Asked again after each action, since an evaluation may decide it.
 
     Returns:
       The state and the number of updates it holds.
@@ -89,15 +95,18 @@ def run(
     phases.enter("compile")
     for step in range(first, total + 1):
         requested = requests.agreed()
+        interrupted = stop.is_due() or STOP in requested
+        total = step if ends(step) else total
         due = [a for a in actions if a.is_due(step, first, total, requested)]
-        ending = step == total or stop.is_due() or STOP in requested
-        if pending and (due or ending):
+        if pending and (due or interrupted or step == total):
             log(*pending)
             pending = None
-        for action in due:
-            with phases.during(action.phase):
-                action.run(step, state)
-        if ending:
+        for action in actions if due else ():
+            if action.is_due(step, first, total, requested):
+                with phases.during(action.phase):
+                    action.run(step, state)
+                total = step if ends(step) else total
+        if interrupted or step == total:
             break  # The caller answers once the last save is on disk.
         if requested:
             for action in due:

@@ -30,6 +30,7 @@ class TrainingRun:
       answers: the held-out rows that are answered; runs of one seed share them.
       evaluated: step and loss of the last evaluation.
       answered: the last answers to the held-out rows.
+      ended_early: the loss that ended the run before its last step, as a clause.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class TrainingRun:
     answers: HeldOutAnswers
     evaluated: tuple[int, float] | None = None
     answered: JudgedAnswers | None = None
+    ended_early: str = ""
 
     @property
     def microbatches(self) -> int:

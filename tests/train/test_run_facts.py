@@ -20,6 +20,7 @@ def test_facts_say_model_rows_recipe_machine_and_code():
     config = Config(steps=3, data=DataConfig(batch_size=1, seq_len=64))
     run = SimpleNamespace(
         config=config,
+        ended_early="",
         base=SimpleNamespace(name="a model", fingerprint="ab" * 32),
         answers=SimpleNamespace(not_asked=["a.jsonl:7: too long"]),
         task=SimpleNamespace(origin="a.jsonl", sha256="cd" * 32, rows=2),
@@ -36,7 +37,11 @@ def test_facts_say_model_rows_recipe_machine_and_code():
             ]
         ),
     )
-    facts = describe(run)
+    facts = describe(run, 3)
+    assert "ended early" not in facts
+    run.ended_early, run.config = "the loss fell", Config(steps=9, data=config.data)
+    assert describe(run, 3)["ended early"] == "3 of 9 steps: the loss fell"
+    assert describe(run, 3)["steps"] == 3 and describe(run, 3)["epochs"] == 1.5
     assert facts["trained"] == "1,000 of 4,000 parameters (25.00%)"
     assert facts["batch"] == "1 row of 64 tokens; passes: 1"
     assert facts["adapters"].endswith("on 4 matrices: attention, mlp")

@@ -111,8 +111,11 @@ class StepLog:
         mode = config.runtime.progress if leader else "lines"
         self._view = ProgressView(console, mode, first, config.steps)
 
-    def __call__(self, number: int, batch: int, sums: Metrics) -> None:
+    def __call__(self, number: int, batch: int, sums: Metrics) -> float:
         """Writes the metrics of update `number`, made from the batch numbered `batch`.
+
+        Returns:
+          Its loss.
 
         Raises:
           DivergedError: its loss, gradient norm or parameters are not finite, or one
@@ -166,6 +169,7 @@ class StepLog:
                 number,
                 batch,
             )
+        return line["loss"]
 
     def _means(
         self, sums: Sums, means: Mapping[str, Any]

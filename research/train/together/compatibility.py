@@ -61,6 +61,8 @@ def why_alone(config: Config) -> str:
         "trainable": (config.trainable, ("lora",)),
         "optim.name": (config.optim.name, PADDED_OPTIMIZERS),
         "optim.rollbacks": (config.optim.rollbacks, (0,)),
+        "optim.stop_loss": (config.optim.stop_loss, (0.0,)),
+        "eval.stop_loss": (config.eval.stop_loss, (0.0,)),
         "runtime.distributed": (config.runtime.distributed, (False,)),
         "runtime.offload_optimizer": (config.runtime.offload_optimizer, (False,)),
         "runtime.profile_from": (config.runtime.profile_from, (0,)),

@@ -196,8 +196,9 @@ class SweepWorker:
     def _to_go(self, more: float = 0.0, seconds: float = 0.0) -> str:
         """The time that the rest takes at the pace so far, as text."""
         trained, spent = self._trained + more, self._spent + seconds
-        totals = [total_steps(run) for run in self._runs]
-        left = sum(totals) - sum(map(last_step, self._runs)) if all(totals) else 0
+        open_runs = [run for run in self._runs if not run.is_done]
+        totals = [total_steps(run) for run in open_runs]
+        left = sum(totals) - sum(map(last_step, open_runs)) if all(totals) else 0
         if not (trained and left):
             return ""
         return f"; about {duration(left * spent / trained)} to go for one worker"

@@ -259,13 +259,13 @@ def test_metrics_that_cannot_be_opened_are_said(tmp_path, monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_is_said(tmp_path, monkeypatch):
-    def refuse(run):
+    def refuse(run, steps):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "report.md")
 
     monkeypatch.setattr(finish_run, "_finish", refuse)
     (tmp_path / "config.json").touch()
     with pytest.raises(SaveError) as failed:
-        finish_run.finish(make_run(tmp_path))
+        finish_run.finish(make_run(tmp_path), 10)
     check_one_line(failed, "steps are saved", "report.md")
 
 

@@ -253,7 +253,7 @@ def test_every_field_that_changes_the_result_is_fixed():
         "runtime.offload_optimizer", "runtime.profile_from", "runtime.profile_steps",
         "accept", "optim.rollbacks", "checkpoint.on_error", "runtime.grad_norms",
         "runtime.watchdog_s", "runtime.coordinator_address", "runtime.num_processes",
-        "runtime.process_id", "replace_export",
+        "runtime.process_id", "replace_export", "checkpoint.loss_drop",
     }  # fmt: skip
     fixed = {path for path, field, _ in fields(Config()) if facts_of(field).fixed}
     fixed -= {"run_dir"}

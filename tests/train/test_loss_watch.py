@@ -1,4 +1,4 @@
-"""A run that ends at a loss, or saves at a drop, does so at the same step when resumed."""
+"""A run that ends at a loss, or saves at a drop, does so at the same step resumed."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What the losses of a run decide: an early end, and saves between the regular ones.
+"""The losses of a run decide on an early end, and on saves between the regular ones.
 
 The loss of a step is read while the next step runs. So after step N a run is judged by
 the training losses up to step N - 1, whatever else is done there: a run that resumes at

@@ -50,14 +50,14 @@ class Action:
     wanted: Callable[[int], bool] = lambda step: False
 
     def is_due(
-        self, step: int, first: int, total: int, requested: Collection[str] = ()
+        self, step: int, first: int, is_last: bool, requested: Collection[str] = ()
     ) -> bool:
-        """Whether to run at `step` of a start that trains from `first` to `total`."""
+        """Whether to run at `step` of a start that trains from `first` on."""
         if self.request in requested:
             return True
         if step == first:
             return self.at_start
-        return step % self.every == 0 or step == total or self.wanted(step)
+        return step % self.every == 0 or is_last or self.wanted(step)
 
 
 def run(
@@ -84,29 +84,26 @@ def run(
       log: called with (step, batch number, metrics) after the next step is dispatched.
       resume_clock: called after actions, which do not count as step time.
       stop, requests: both are polled before every step.
-      phases: counts the time of each part of the loop.
-      ends: called with a step; whether it is the last one before `total` is reached.
-        Asked again after each action, since an evaluation may decide it.
+      phases: counts the time of each part.
+      ends: whether a step is the last one; an evaluation at this step may decide it.
 
     Returns:
       The state and the number of updates it holds.
     """
-    pending: tuple[int, int, Any] | None = None
+    later = _DelayedLog(log)
     phases.enter("compile")
     for step in range(first, total + 1):
         requested = requests.agreed()
-        interrupted = stop.is_due() or STOP in requested
-        total = step if ends(step) else total
-        due = [a for a in actions if a.is_due(step, first, total, requested)]
-        if pending and (due or interrupted or step == total):
-            log(*pending)
-            pending = None
-        for action in actions if due else ():
-            if action.is_due(step, first, total, requested):
+        ending, due = stop.is_due() or STOP in requested, []
+        for action in actions:
+            is_last = step == total or ends(step)
+            if action.is_due(step, first, is_last, requested):
+                later()
                 with phases.during(action.phase):
                     action.run(step, state)
-                total = step if ends(step) else total
-        if interrupted or step == total:
+                due.append(action)
+        if ending or step == total or ends(step):
+            later()
             break  # The caller answers once the last save is on disk.
         if requested:
             for action in due:
@@ -117,12 +114,23 @@ def run(
         try:
             batch = next(batches)
         except Preempted:  # In the wait for data; no process has begun the step.
-            if pending:
-                log(*pending)
+            later()
             break
         state, metrics = step_fn(state, batch)
         phases.enter("step")
-        if pending:
-            log(*pending)
-        pending = (step + 1, batches.number, metrics)
+        later(step + 1, batches.number, metrics)
     return state, step
+
+
+class _DelayedLog:
+    """Logs a step only when the next one is dispatched, or when it is called."""
+
+    def __init__(self, log: Callable[[int, int, Any], None]):
+        self._log = log
+        self._kept: tuple[Any, ...] = ()
+
+    def __call__(self, *metrics: Any) -> None:
+        """Logs what is kept, and keeps the arguments of `log` for the next call."""
+        kept, self._kept = self._kept, metrics
+        if kept:
+            self._log(*kept)

@@ -72,6 +72,22 @@ class Part:
         return bool(self.why)
 
 
+def drops(part, optim=0.0, evals=0.0, drop=0.0):
+    """Steps that are saved for the loss, from the mean up to the step before."""
+    means = np.convolve(LOSSES[1:], np.ones(WINDOW) / WINDOW, "valid")
+    level, found = means[0], []
+    for step, mean in enumerate(means[1:], WINDOW + 1):
+        if drop and mean <= (1 - drop) * level and step < part.done:
+            level = mean
+            found.append(step + 1)
+    assert bool(found) == bool(drop)
+    return found
+
+
+def expected(part):
+    return [*range(SAVE_EVERY, part.done, SAVE_EVERY), part.done]
+
+
 def line(number):
     numbers = dict.fromkeys(("tokens", "elapsed_s", "memory_gb"), 1)
     return {"loss": float(LOSSES[number]), **numbers}
@@ -88,7 +104,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_and_saves_as_the_unbroken(
     whole = Part(tmp_path / "whole", 0, **knobs)
     assert (whole.done < STEPS) == ("optim" in knobs or "evals" in knobs)
     assert bool(whole.why) == (whole.done < STEPS)
-    assert len(whole.saved) > ("drop" in knobs) * 3
+    assert {*whole.saved} == {*drops(whole, **knobs), *expected(whole)}
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().count("\n")
     for at in {*range(1, whole.done, 7), EVERY, WINDOW, whole.done - 1}:
         folder = tmp_path / str(at)

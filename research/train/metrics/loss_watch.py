@@ -27,14 +27,14 @@ class LossWatch:
       recent: the losses of the last `WINDOW` steps, the newest last.
       means: their mean after each of the last two steps, `[step, mean]`.
       level: the mean that the next drop is measured from; None before a full window.
-      dropped: the last step after which the mean had dropped far enough.
+      dropped: the last two steps after which the mean had dropped far enough.
       evaluated: the held-out loss of the newest evaluation after the first step.
     """
 
     recent: list[float] = dataclasses.field(default_factory=list)
     means: list[list[float]] = dataclasses.field(default_factory=list)
     level: float | None = None
-    dropped: int = -1
+    dropped: list[int] = dataclasses.field(default_factory=list)
     evaluated: float | None = None
 
     def add(self, step: int, loss: float, drop: float) -> None:
@@ -47,11 +47,11 @@ class LossWatch:
         if self.level is None:
             self.level = mean
         elif drop and mean <= (1 - drop) * self.level:
-            self.level, self.dropped = mean, step
+            self.level, self.dropped = mean, [*self.dropped, step][-2:]
 
     def has_dropped(self, step: int) -> bool:
         """Whether the training loss says that `step` is to be saved."""
-        return self.dropped == step - 1
+        return step - 1 in self.dropped
 
     def why_end(self, step: int, optim: OptimConfig, evals: EvalConfig) -> str:
         """Why the run ends with `step` updates, as a clause; empty if it does not."""

@@ -6,22 +6,19 @@ that a long one cannot stop the answers of others, and takes tokens for all slot
 
 import collections
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from queue import Empty
 from typing import TypeVar
 
-import numpy as np
-
-from research.core.errors import LonelyError
 from research.engine.adapter_names import AdapterNames, LoadedAdapter
 from research.engine.answers.answer_progress import Answer, AnswerProgress, Pieces
 from research.engine.answers.engine_counts import EngineCounts
 from research.engine.answers.round_commands import RoundCommands
+from research.engine.answers.slot_rounds import SlotRounds
 from research.engine.answers.text_stream import Detokenizer, StopTexts
 from research.engine.followed_decoder import LeadingDecoder
-from research.engine.prefix_cache import PrefixCache, chunk_keys
+from research.engine.prefix_cache import PrefixCache
 from research.engine.requests import (
     EngineFullError,
     EngineStats,
@@ -49,7 +46,6 @@ class Engine:
     by one thread in `run_forever` or, without it, by whoever reads an answer.
 
     Attributes:
-      prefixes: beginnings of prompts, which engines over the same parameters may share.
       names: of the loaded adapters.
     """
 
@@ -75,16 +71,24 @@ class Engine:
         """
         self._decoder, self._tokenizer = decoder, tokenizer
         self._most_waiting, self._when_idle = most_waiting, when_idle
-        self.prefixes = PrefixCache(prefix_bytes)
         self.names, self.adapter_rows = AdapterNames(adapter_rows), adapter_rows
-        self._slots: list[AnswerProgress | None] = [None] * decoder.slots
         self._waiting: collections.deque[AnswerProgress] = collections.deque()
         self._commands = RoundCommands()
         self._changed = threading.Condition()
         self._stepping = threading.RLock()
         self._driven, self._stopped = False, ""
-        self._rounds = 0
         self._counts = EngineCounts()
+        prefixes = PrefixCache(prefix_bytes)
+        self._slots = SlotRounds(decoder, prefixes, self.names, self._counts)
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """Beginnings of prompts, which engines over the same parameters may share."""
+        return self._slots.prefixes
+
+    @prefixes.setter
+    def prefixes(self, shared: PrefixCache) -> None:
+        self._slots.prefixes = shared
 
     # Called by any thread.
 
@@ -115,9 +119,9 @@ class Engine:
             if self._stopped:
                 raise EngineStoppedError(self._stopped)
             # The first of those that wait get the free slots at the next round.
-            waiting = len(self._waiting) - self._slots.count(None)
+            waiting = len(self._waiting) - self._slots.tasks.count(None)
             if waiting >= self._most_waiting:
-                busy = self._counts.seconds_each * waiting / len(self._slots)
+                busy = self._counts.seconds_each * waiting / decoder.slots
                 raise EngineFullError(
                     f"{waiting} requests wait already; try again later",
                     retry_after=max(1.0, busy),
@@ -190,11 +194,11 @@ class Engine:
         """Counts for people and monitoring."""
         waiting, length = len(self._waiting), self._decoder.length
         cached, adapters = self.prefixes.nbytes, len(self.names.identities())
-        return self._counts.stats(self._slots, waiting, length, cached, adapters)
+        return self._counts.stats(self._slots.tasks, waiting, length, cached, adapters)
 
     def slot_stats(self) -> list[SlotStats | None]:
         """The answers in the slots; None for a free one."""
-        return [task.stats() if task else None for task in self._slots]
+        return [task.stats() if task else None for task in self._slots.tasks]
 
     # Called by the one thread that takes the rounds.
 
@@ -224,10 +228,9 @@ class Engine:
         with self._stepping:
             if self._stopped:
                 return False
-            self._rounds += 1
             try:
-                worked = self._obey() + self._admit() + self._write_prompts()
-                return bool(worked + self._decode())
+                worked = self._obey() + self._admit() + self._slots.write_prompts()
+                return bool(worked + self._slots.take_tokens())
             except Exception as error:
                 # The state of all slots may be gone, and nobody knows who is to blame.
                 piece = Piece(finish="error", error=str(error))
@@ -264,14 +267,15 @@ class Engine:
 
     def _obey(self) -> int:
         """Runs the commands whose time has come, and ends what was cancelled."""
-        count = self._commands.run(are_empty=not any(self._slots))
+        tasks = self._slots.tasks
+        count = self._commands.run(are_empty=not any(tasks))
         with self._changed:
             gone = [task for task in self._waiting if task.answer.cancelled]
             for task in gone:
                 self._waiting.remove(task)
-        gone += [task for task in self._slots if task and task.answer.cancelled]
+        gone += [task for task in tasks if task and task.answer.cancelled]
         for task in gone:
-            self._end(task, Piece(finish="cancelled"))
+            self._slots.end(task, Piece(finish="cancelled"))
         return count + len(gone)
 
     def _admit(self) -> int:
@@ -279,122 +283,21 @@ class Engine:
         admitted = 0
         if self._commands.need_empty_slots:
             return admitted
-        for slot in [i for i, occupant in enumerate(self._slots) if not occupant]:
+        for slot in [i for i, task in enumerate(self._slots.tasks) if not task]:
             with self._changed:
                 if not self._waiting:
                     break
                 task = self._waiting.popleft()
-            self._slots[slot], task.slot = task, slot
-            task.answer.admitted_at = time.monotonic()
-            self._guarded(task, self._prepare)
+            self._slots.admit(slot, task)
             admitted += 1
         return admitted
-
-    def _prepare(self, task: AnswerProgress) -> None:
-        prompt, chunk = task.request.prompt, self._decoder.chunk
-        self._decoder.admit(task.slot, task.settings())
-        if self.prefixes.capacity:
-            task.keys = chunk_keys(task.adapter.identity, prompt[:-1], chunk)
-            # Scores of the prompt come from the same pass over it.
-            blocks = self.prefixes.find(task.keys[: task.unscored // chunk])
-            for index, block in enumerate(blocks):
-                self._decoder.write_block(task.slot, index, block)
-            task.written = task.cached = len(blocks) * chunk
-        task.due = self._rounds + -(-task.unwritten // chunk)
-        self._counts.prepared(task)
-        if not task.unwritten:
-            self._begin(task)
-
-    def _write_prompts(self) -> int:
-        """Writes a part of a long prompt or several short ones; none waits for ever."""
-        tasks = [task for task in self._slots if task and not task.decodes]
-        room = self._decoder.chunk
-        for task in sorted(tasks, key=lambda task: task.due):
-            if (room := room - self._decoder.size(task.unwritten)) < 0:
-                break
-            self._guarded(task, self._write_part)
-        return len(tasks)
-
-    def _write_part(self, task: AnswerProgress) -> None:
-        part, following = task.next_part(self._decoder.chunk)
-        if task.written + len(part) > task.unscored:
-            top = task.request.top_logprobs or 0
-            scores = self._decoder.score(task.slot, part, following, top)
-            task.add_scores(scores, following)
-        else:
-            self._decoder.extend(task.slot, part)
-        task.written += len(part)
-        if not task.unwritten:
-            self._begin(task)
-
-    def _begin(self, task: AnswerProgress) -> None:
-        """The prompt is written, and the answer begins."""
-        slot = task.slot
-        self.prefixes.add(task.keys, lambda i: self._decoder.read_block(slot, i))
-        if task.request.sampling.max_new_tokens == 0:
-            self._end(task, task.piece(finish="length"))
-            return
-        self._decoder.start(slot, task.request.prompt[-1])
-        task.decodes = True
-
-    def _decode(self) -> int:
-        """Takes tokens for all slots that answer."""
-        for task in self._answering():
-            if task.request.constraint:
-                self._guarded(task, self._constrain)
-        if tasks := self._answering():
-            found = self._decoder.decode()
-            for task in tasks:
-                self._guarded(task, lambda task: self._deliver(task, task.take(found)))
-        return len(tasks)
-
-    def _answering(self) -> list[AnswerProgress]:
-        return [task for task in self._slots if task and task.decodes]
-
-    def _constrain(self, task: AnswerProgress) -> None:
-        allowed = task.request.constraint.allowed()
-        self._decoder.constrain(task.slot, np.asarray(allowed))
-
-    def _deliver(self, task: AnswerProgress, piece: Piece) -> None:
-        self._counts.delivered(len(piece.ids))
-        if piece.finish:
-            self._end(task, piece)
-        else:
-            task.answer.deliver(piece)
-
-    def _guarded(
-        self, task: AnswerProgress, action: Callable[[AnswerProgress], None]
-    ) -> None:
-        """Does something for one task; what it raises ends that task alone."""
-        try:
-            action(task)
-        except LonelyError:  # Without the other processes none can be answered.
-            raise
-        except Exception as error:
-            self._end(task, Piece(finish="error", error=str(error)), error)
 
     def _stop(self, why: str, piece: Piece, error: Exception | None = None) -> None:
         """Ends all that runs or waits; the engine takes nothing any longer."""
         with self._changed:
             self._stopped = self._stopped or why
             self._commands.refuse(self._stopped)
-            tasks = [task for task in (*self._slots, *self._waiting) if task]
+            tasks = [task for task in (*self._slots.tasks, *self._waiting) if task]
             self._waiting.clear()
         for task in tasks:
-            self._end(task, piece, error)
-
-    def _end(
-        self, task: AnswerProgress, piece: Piece, error: Exception | None = None
-    ) -> None:
-        """Frees the slot of a task, and delivers its last piece."""
-        if task.ended:
-            return
-        task.ended = True
-        if task.slot >= 0:
-            self._slots[task.slot] = None
-            if not (error and self._stopped):  # Else the decoder has failed.
-                self._decoder.free(task.slot)
-        self.names.release(task.adapter)
-        self._counts.ended(task, piece.finish)
-        task.answer.failure = error
-        task.answer.deliver(piece)
+            self._slots.end(task, piece, error, is_lost=error is not None)

@@ -107,6 +107,10 @@ class LeadingDecoder:
         """See `SlotDecoder`."""
         return self._now("decode")
 
+    def launch(self) -> Round:
+        """As `decode`: all processes wait here, and an error belongs to its call."""
+        return self.decode()
+
     def score(
         self, slot: int, ids: Sequence[int], next_ids: Sequence[int], top: int = 0
     ) -> Scores:

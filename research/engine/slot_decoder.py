@@ -251,8 +251,16 @@ class SlotDecoder:
 
     def decode(self) -> Round:
         """Takes up to R tokens for each slot that is answering."""
+        return self.read(self.launch())
+
+    def launch(self) -> Round:
+        """Starts a `decode`; `read` waits for its result. Any call may be between."""
         self._state, result = self._decode(self.params, self._state)
-        return jax.device_get(result)
+        return result
+
+    def read(self, launched: Round) -> Round:
+        """The result of a `decode` that `launch` has started."""
+        return jax.device_get(launched)
 
     def set_row(self, index: int, row: Row, identity: str) -> None:
         """Writes an adapter into row `index` of the bank that `params` hold.

@@ -216,11 +216,13 @@ def test_a_long_prompt_does_not_stop_the_answers_of_others(engine):
     slow = engine.submit(request(LONG))
     given = []
     fast._deliver = given.append
+    engine.step()
     for expected in range(1, 9):
         engine.step()
         assert len(given) == expected  # A piece in each round, with ROUNDS tokens.
         assert slow.first_token_at == 0
     late = engine.submit(request(MIDDLE[:9]))
+    engine.step()
     engine.step()
     assert late.first_token_at > 0  # It had less to write.
     for answer in (slow, late):
@@ -231,6 +233,7 @@ def test_a_long_prompt_does_not_stop_the_answers_of_others(engine):
 def test_a_round_writes_one_chunk_of_prompts(engine, length, begun):
     answers = [engine.submit(request(LONG[i : i + length])) for i in range(SLOTS)]
     engine.step()
+    engine.step()  # Delivers what the first one has begun.
     assert sum(a.first_token_at > 0 for a in answers) == begun
     for answer in answers:
         answer.cancel()
@@ -330,6 +333,58 @@ def test_no_slot_is_ever_lost(decoder, data):
     assert len(ends) == len(answers) and all(len(x) == 1 for x in ends.values())
     assert sum(stats.finished.values()) == len(answers)
     assert engine.prefixes.nbytes <= MIB // 8
+
+
+# -- a round is computed while the one before is delivered -----------------------------
+
+
+@pytest.fixture
+def events(decoder, monkeypatch):
+    """The calls `launch` and `read` of the decoder, and what a test adds."""
+    found = []
+    for name in ("launch", "read"):
+        call = getattr(decoder, name)
+        monkeypatch.setattr(
+            decoder,
+            name,
+            lambda *given, name=name, call=call: found.append(name) or call(*given),
+        )
+    return found
+
+
+def test_the_devices_compute_while_tokens_are_delivered(engine, events):
+    sampling = dataclasses.replace(GREEDY, max_new_tokens=3 * ROUNDS)
+    engine.submit(request(SHORT, sampling), lambda piece: events.append("piece"))
+    while engine.step():
+        pass
+    # The devices say that the answer has its length, so no round is in vain.
+    assert events == ["launch", *["read", "launch", "piece"] * 2, "read", "piece"]
+
+
+def test_a_constrained_answer_reads_its_token_before_the_next(engine, events):
+    asked = request(SHORT, constraint=Broken(3))
+    engine.submit(asked, lambda piece: events.append(piece.finish or "piece"))
+    while engine.step():
+        pass
+    assert events == [
+        "launch",
+        *["read", "piece", "launch"] * 2,
+        *["read", "piece", "error"],
+    ]
+
+
+def test_tokens_of_a_round_reach_nobody_who_came_after_it_began(engine):
+    alone = [read(engine.submit(request(p, DRAWN))) for p in (MIDDLE, LONG)]
+    left = [engine.submit(request(SHORT, DRAWN)) for _ in range(SLOTS)]
+    for _ in range(2):
+        engine.step()
+    before = engine.stats().new_tokens
+    for answer in left:
+        answer.cancel()  # Each has a round under way.
+    answers = [engine.submit(request(p, DRAWN)) for p in (MIDDLE, LONG)]
+    engine.step()
+    assert engine.stats().new_tokens == before and engine.stats().running == 2
+    assert [read(answer) for answer in answers] == alone
 
 
 # -- adapters --------------------------------------------------------------------------
@@ -447,7 +502,7 @@ def test_a_conversation_is_read_once(decoder, monkeypatch):
             assert "".join(x.text for x in said) == found[turn, number]
     assert found[turns[0], 0] != found[turns[0], 1] and len(known) == 1
     # A decoder that fails, or cannot be opened, fails one request.
-    for name in ("open", "decode"):
+    for name in ("open", "launch", "read"):
         with monkeypatch.context() as patch:
             patch.setattr(decoder, name, lambda *_: 1 / 0)
             with pytest.raises((ZeroDivisionError, UserError)):
@@ -619,15 +674,18 @@ def test_any_thread_may_ask_while_one_takes_the_rounds(engine):
     assert engine.stats().running == 0
 
 
-def test_a_device_that_fails_ends_all_answers_and_the_engine(decoder, monkeypatch):
+@pytest.mark.parametrize("call", ["launch", "read"])
+def test_a_device_that_fails_ends_all_answers_and_the_engine(
+    decoder, monkeypatch, call
+):
     engine = Engine(decoder, TOKENIZER)
     answers = [engine.submit(request(MIDDLE)) for _ in range(SLOTS + 1)]
 
-    def lost():
+    def lost(*_):
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "decode", lost)
+        patch.setattr(decoder, call, lost)
         with pytest.raises(RuntimeError, match="lost"):
             answers[0].text()
         for answer in answers[1:]:

@@ -34,18 +34,18 @@ def held(server, slots=SLOTS):
     """No token is taken, once so many slots are in use, until the block has ended."""
     engine, ended = server.deployment.engine, threading.Event()
     decoder = engine._decoder
-    decode = decoder.decode
+    launch = decoder.launch
 
     def wait():
         if engine.stats().running >= slots:
             ended.wait(300)
-        return decode()
+        return launch()
 
-    decoder.decode = wait
+    decoder.launch = wait
     try:
         yield
     finally:
-        del decoder.decode
+        del decoder.launch
         ended.set()
 
 
@@ -147,6 +147,7 @@ def test_connections_that_are_dropped_leave_nothing(server):
 
 def test_who_leaves_gives_up_his_slot_and_his_place(server):
     engine = server.deployment.engine
+    tasks = engine._slots.tasks
     for body in (ENDLESS, ENDLESS | {"stream": False}):
         with held(server):
             connection = server.socket()
@@ -154,7 +155,7 @@ def test_who_leaves_gives_up_his_slot_and_his_place(server):
             server.until(lambda: engine.stats().running == SLOTS)
             before = engine.stats().new_tokens
             connection.close()
-            server.until(lambda: all(x.answer.cancelled for x in engine._slots if x))
+            server.until(lambda: all(x.answer.cancelled for x in tasks if x))
         server.idle()
         # The round that was under way.
         assert engine.stats().new_tokens - before <= SLOTS
@@ -314,10 +315,10 @@ def test_a_stop_lets_answers_end_and_takes_no_new_ones(own_server):
 
 def test_a_second_stop_ends_answers_with_an_error_that_clients_read(own_server):
     """At once: a round of the engine may take long."""
-    ended, decode = threading.Event(), own_server.deployment.engine._decoder.decode
+    ended, launch = threading.Event(), own_server.deployment.engine._decoder.launch
     rounds = itertools.count()
-    own_server.deployment.engine._decoder.decode = lambda: (
-        (next(rounds) < 2 or ended.wait(300)) and decode()
+    own_server.deployment.engine._decoder.launch = lambda: (
+        (next(rounds) < 2 or ended.wait(300)) and launch()
     )
     with openai.OpenAI(base_url=f"{own_server.url}/v1", api_key="k") as client:
         stream = client.completions.create(
@@ -335,14 +336,14 @@ def test_a_second_stop_ends_answers_with_an_error_that_clients_read(own_server):
 
 
 def test_a_failed_engine_ends_streams_with_an_error_and_the_server(own_server):
-    decode, rounds = own_server.deployment.engine._decoder.decode, itertools.count()
+    launch, rounds = own_server.deployment.engine._decoder.launch, itertools.count()
 
     def broken():
         if next(rounds) < 2:
-            return decode()
+            return launch()
         raise RuntimeError("the device is gone")
 
-    own_server.deployment.engine._decoder.decode = broken
+    own_server.deployment.engine._decoder.launch = broken
     url = f"{own_server.url}/v1"
     client = openai.OpenAI(base_url=url, api_key="k", max_retries=0)
     stream = client.completions.create(

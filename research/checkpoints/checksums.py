@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 import xxhash
 from orbax.checkpoint.path import atomicity
 
+from research.checkpoints.stored_steps import SEAL
 from research.core.atomic_files import publish_folder, sync, write_whole
 
-SEAL = "sums.json"
 # Names that Orbax uses.
 COMMITTED = "commit_success.txt"
 MERGED = "manifest.ocdbt"
@@ -106,17 +106,6 @@ def find_damage(
         elif actual_digest != digest:
             problems.append(f"{name}: bytes have changed")
     return problems or _find_other_origin(folder, run)
-
-
-def seal_of(folder: Path) -> str:
-    """The sum of all checksums of a sealed folder, which stands for all its bytes.
-
-    Empty where there is no seal that can be read.
-    """
-    try:
-        return str(json.loads((folder / SEAL).read_bytes())["sum"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def saving_run(folder: Path) -> str | None:

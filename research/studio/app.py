@@ -18,6 +18,7 @@ from research.core.errors import UserError
 from research.serve.api.api_errors import ApiError
 from research.serve.http.access_keys import ApiKeys
 from research.studio.access import Access
+from research.studio.deploying import deploy_page, served_page
 from research.studio.page_errors import PageError, as_page_error
 from research.studio.pages import (
     compare_page,
@@ -44,6 +45,8 @@ PAGES = (
     train_page,
     server_routes,
     evaluate_page,
+    deploy_page,
+    served_page,
 )
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them

@@ -12,7 +12,7 @@ from small_run import one_device
 from tiny_model import make_tiny_model
 
 from research.core.errors import DamagedError, UserError
-from research.runs.aliases import run_alias
+from research.runs.aliases import promotions
 from research.runs.answering.int8_base import mean_loss, texts_to_measure
 from research.runs.answering.named_model import open_named
 from research.runs.answering.open_for_answering import (
@@ -123,12 +123,12 @@ def test_an_alias_answers_under_its_name_and_is_followed(run, opened, tmp_path):
     other = shutil.copytree(folder, tmp_path / "runs" / "two")
     steps = sorted(int(x.name) for x in (run / "checkpoints").iterdir())
     alias = tmp_path / "runs" / "prod"
-    run_alias.promote(alias, folder, str(steps[0]))
+    promotions.promote(alias, folder, str(steps[0]))
     (address,) = run_addresses([str(alias)])
     served, _ = opened.read(address)
     assert (served.name, served.step, served.root) == ("prod", steps[0], str(folder))
     assert not served.has_changed()
-    run_alias.promote(alias, other, "latest")
+    promotions.promote(alias, other, "latest")
     assert served.has_changed()
     task = model_reader.reading(model_reader.ADAPTER, served.address.now())
     fields = json.loads(json.dumps(task["address"]))

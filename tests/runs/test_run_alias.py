@@ -10,7 +10,7 @@ from studio_place import make_run
 from research.checkpoints.needed_steps import needed_steps
 from research.core.errors import UserError
 from research.runs.aliases import __main__ as aliases_door
-from research.runs.aliases import run_alias
+from research.runs.aliases import promotions, run_alias
 
 
 @pytest.fixture
@@ -43,16 +43,16 @@ def shown(alias):
 
 def test_an_alias_moves_and_returns_and_training_keeps_both_steps(runs):
     alias, one, two = runs / "prod", runs / "one", runs / "two"
-    run_alias.promote(alias, one, "2", by="ann")
+    promotions.promote(alias, one, "2", by="ann")
     assert run_alias.target(alias) == (one, 2)
     assert needed_steps(one) == {2: str(alias)}
-    run_alias.promote(alias, two)
+    promotions.promote(alias, two)
     assert run_alias.target(alias) == (two, 4)
     assert (needed_steps(one), needed_steps(two)) == ({2: str(alias)}, {4: str(alias)})
-    run_alias.promote(alias, two, "2")
+    promotions.promote(alias, two, "2")
     assert needed_steps(one) == {}, "only the one before is kept beside the current"
     assert needed_steps(two) == dict.fromkeys((2, 4), str(alias))
-    run_alias.back(alias, by="bob")
+    promotions.back(alias, by="bob")
     assert run_alias.target(alias) == (two, 4)
     assert shown(alias) == ["one@2", "two@4", "two@2", "two@4"]
     assert [x.by for x in run_alias.history(alias)] == ["ann", "", "", "bob"]
@@ -73,7 +73,7 @@ def test_an_alias_moves_and_returns_and_training_keeps_both_steps(runs):
 def test_an_alias_never_stands_for_other_weights_than_were_promoted(
     runs, break_it, said
 ):
-    run_alias.promote(runs / "prod", runs / "one", "2")
+    promotions.promote(runs / "prod", runs / "one", "2")
     break_it(runs)
     with pytest.raises(UserError, match=said):
         run_alias.target(runs / "prod")
@@ -83,12 +83,12 @@ def test_what_is_no_alias_stays_as_it_is(runs):
     (runs / "file").write_text("mine")
     for name in ("two", "file"):
         with pytest.raises(UserError, match="is something else already"):
-            run_alias.promote(runs / name, runs / "one")
+            promotions.promote(runs / name, runs / "one")
     assert (runs / "file").read_text() == "mine"
     with pytest.raises(UserError, match="is no run directory"):
-        run_alias.promote(runs / "prod", runs)
+        promotions.promote(runs / "prod", runs)
     with pytest.raises(UserError, match="3"):
-        run_alias.promote(runs / "prod", runs / "one", "3")
+        promotions.promote(runs / "prod", runs / "one", "3")
     assert not (runs / "prod").exists()
 
 

@@ -36,16 +36,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             "give --alias=FOLDER, such as runs/prod, and --run=RUN@STEP or --back"
         )
-    from research.runs.aliases import run_alias
+    from research.runs.aliases import promotions, run_alias
 
     alias, who = local_path(f.alias, "--alias"), getpass.getuser()
     if f.run:
         place, step = split_step(f.run)
-        run_alias.promote(
+        promotions.promote(
             alias, Path(local_path(place, "--run")), step or "latest", who
         )
     elif f.back:
-        run_alias.back(alias, who)
+        promotions.back(alias, who)
     for each in run_alias.history(alias):
         sys.stdout.write(f"{each.at}  {each.run}@{each.step}  {each.by}\n")
     return 0

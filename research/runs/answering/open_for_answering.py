@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research.checkpoints.checksums import seal_of
+from research.checkpoints.stored_steps import seal_of
 from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
 from research.formats.base_model import Base

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.checkpoints.checkpointer import Checkpointer
-from research.checkpoints.checksums import seal_of
 from research.checkpoints.run_identity import BASE_RUN, BASE_STEP, BASE_SUM
+from research.checkpoints.stored_steps import seal_of
 from research.config.knob_groups import MeshConfig, RuntimeConfig
 from research.config.knobs import flat
 from research.config.run_config import Config

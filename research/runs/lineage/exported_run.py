@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from research.checkpoints.checksums import checksum, seal_of
+from research.checkpoints.checksums import checksum
+from research.checkpoints.stored_steps import seal_of
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json

@@ -27,6 +27,7 @@ TABS = (
     ("/train", "Train"),
     ("/evaluate", "Evaluate"),
     ("/queue", "Queue"),
+    ("/deploy", "Deploy"),
 )
 LARGEST_FORM = 1 << 20  # bytes
 

@@ -39,7 +39,7 @@ REMEDY = "repair it, or remove its folder after you have stopped its process"
 # Flags of `research.serve` that a page may set. All others are the studio's own.
 FLAGS = (
     *("run", "model", "slots", "context", "adapters", "rank", "weights", "queue"),
-    *("prefix_mib", "grace", "port"),
+    *("prefix_mib", "grace", "port", "adapters_from"),
 )
 
 
@@ -99,13 +99,16 @@ class ModelServer:
     def key(self) -> str:
         """The first key that may also change adapters, else the first one, or "".
 
+        A key that is kept as its digest cannot be used.
+
         Raises:
           OSError: the file of keys cannot be read.
         """
         if not self.key_file:
             return ""
         lines = Path(self.key_file).read_text(encoding="utf-8").splitlines()
-        keys = [words for line in lines if (words := line.split()) and line[0] != "#"]
+        found = [f" {line}".partition(" #")[0].split() for line in lines]
+        keys = [x for x in found if x and not x[-1].startswith("sha256:")]
         admins = [words for words in keys if words[0] == "admin"]
         return (admins or keys or [[""]])[0][-1]
 

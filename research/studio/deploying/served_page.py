@@ -1,0 +1,174 @@
+"""One server: its endpoint, figures, models, keys, and programs that ask it."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from research.core.errors import UserError
+from research.core.local_paths import split_step
+from research.studio.deploying import snippets
+from research.studio.deploying.exports import newest
+from research.studio.deploying.key_lines import make_key, read_keys, remove_key
+from research.studio.deploying.served_figures import figures_of
+from research.studio.jobs.job_logs import tail
+from research.studio.page_errors import PageError
+from research.studio.pages.live_run_page import find_run
+from research.studio.pages.page_view import Form, json_answer, render, see, studio_of
+from research.studio.serving.model_servers import ModelServer
+from research.studio.serving.server_client import (
+    LOG_BYTES,
+    LOOK,
+    call,
+    call_json,
+    status_of,
+)
+from research.studio.serving.server_routes import start_server
+
+
+async def served(request: Request) -> Response:
+    """The page of a server."""
+    return await _page(request, request.path_params["name"])
+
+
+async def _page(request: Request, server_name: str, **made: str) -> Response:
+    """`made`: the name and the text of a key that was made just now."""
+    server = await _find(request, server_name)
+    status = await status_of(server)
+    models: list[dict[str, Any]] = []
+    figures, problem, is_chat = None, server.problem, True
+    if status.state == "ready":
+        try:
+            models = (await call_json(server, "GET", "/v1/models"))["data"]
+            figures = await _figures(server)
+            is_chat = await _is_chat(server, _first(models))
+        except PageError as error:
+            problem = error.message
+    keys = []
+    if server.key_file:
+        try:
+            keys = read_keys(Path(server.key_file))
+        except UserError as error:
+            problem = problem or str(error)
+    asked = (server, _first(models), is_chat, made.get("key", ""))
+    return render(
+        request,
+        "served.html.jinja",
+        title=f"Server {server.name}",
+        server=server,
+        now=status,
+        problem=problem,
+        models=models,
+        figures=figures,
+        keys=keys,
+        made=made,
+        curl=snippets.curl(*asked),
+        client=snippets.openai_client(*asked),
+        runs=[x.name for x in studio_of(request).listed() if newest(x.folder)],
+        log=tail(server.log, LOG_BYTES),
+        said=request.query_params.get("said", ""),
+    )
+
+
+async def _find(request: Request, name: str) -> ModelServer:
+    return await asyncio.to_thread(studio_of(request).servers.find, name)
+
+
+def _first(models: list[dict[str, Any]]) -> str:
+    """The model of a program that asks: an adapter before the base."""
+    names = [x["id"] for x in sorted(models, key=lambda x: not x.get("parent"))]
+    return names[0] if names else "base"
+
+
+async def _is_chat(server: ModelServer, model: str) -> bool:
+    """Whether it has a template for a conversation."""
+    asked = {"model": model, "messages": [{"role": "user", "content": "a"}]}
+    body = json.dumps(asked).encode()
+    return (await call(server, "POST", "/tokenize", body, LOOK)).status_code == 200
+
+
+async def _figures(server: ModelServer) -> dict[str, float]:
+    metrics = await call(server, "GET", "/metrics", patience=LOOK)
+    slots = await call_json(server, "GET", "/slots")
+    return figures_of(metrics.text, slots)
+
+
+async def figures(request: Request) -> Response:
+    """The figures for a page that is open; `state` says why there are none."""
+    server = await _find(request, request.path_params["name"])
+    status = await status_of(server)
+    found = await _figures(server) if status.state == "ready" else None
+    return json_answer({"state": status.state, "said": status.said, "figures": found})
+
+
+async def key(request: Request) -> Response:
+    """Makes a key, whose page shows it once, or removes one."""
+    form = await Form.read(request)
+    studio, who = studio_of(request), request.scope["who"]
+    server = await _find(request, form.get("server"))
+    if not server.key_file:
+        raise UserError(f"the server {server.name} needs no key, so it has no key file")
+    file = Path(server.key_file)
+    if form.get("action") == "remove":
+        studio.audit.add("remove key", server.name, who, key=form.get("key"))
+        gone = await asyncio.to_thread(remove_key, file, form.get("key"))
+        said = f"the key of {gone.said or gone.id} opens nothing any more"
+        return see(f"/deploy/{server.name}", said=said)
+    name, role = form.get("name"), form.get("role")
+    studio.audit.add("make key", server.name, who, key=name, role=role)
+    made = await asyncio.to_thread(make_key, file, name, role)
+    return await _page(request, server.name, name=name, key=made)
+
+
+async def adapter(request: Request) -> Response:
+    """Loads the adapter of a run under a name, or unloads one."""
+    form = await Form.read(request)
+    studio, who = studio_of(request), request.scope["who"]
+    server, name = await _find(request, form.get("server")), form.get("name").strip()
+    if form.get("action") == "unload":
+        studio.audit.add("unload", name, who, server=server.name)
+        await _change(server, "unload", {"lora_name": name})
+        return see(f"/deploy/{server.name}", said=f"{name} is unloaded")
+    written = form.get("run")
+    run = find_run(request, split_step(written)[0])
+    step = form.get("step").strip()
+    body = {"lora_name": name or run.name, "lora_path": str(run)}
+    body["lora_path"] += f"@{step}" if step else ""
+    studio.audit.add("load", written, who, server=server.name, **body)
+    await _change(server, "load", body)
+    return see(f"/deploy/{server.name}", said=f"{body['lora_name']} is loaded")
+
+
+async def again(request: Request) -> Response:
+    """Starts a server that has ended, by its command of before."""
+    server = await _find(request, (await Form.read(request)).get("server"))
+    own = ("--port=", "--api_key_file=")
+    flags = [x for x in server.command[3:] if not x.startswith(own)]
+    await start_server(request, server.name, flags)
+    return see(f"/deploy/{server.name}", said="it loads its models now")
+
+
+async def _change(server: ModelServer, verb: str, body: dict[str, str]) -> None:
+    """Raises PageError: the server refuses."""
+    path, sent = f"/v1/{verb}_lora_adapter", json.dumps(body).encode()
+    answer = await call(server, "POST", path, sent)
+    if answer.status_code == 200:
+        return
+    try:
+        said = str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        said = answer.text[:500]
+    raise PageError(answer.status_code, f"server {server.name}: {said}")
+
+
+ROUTES = (
+    Route("/deploy/{name}", served),
+    Route("/api/served/{name}", figures),
+    Route("/act/serve-again", again, methods=["POST"]),
+    Route("/act/key", key, methods=["POST"]),
+    Route("/act/adapter", adapter, methods=["POST"]),
+)

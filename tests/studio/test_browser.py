@@ -1,6 +1,7 @@
 """The pages in a real browser: curves that follow a run, keyboard, accessibility."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import shutil
 import psutil
 import pytest
 from evaluation_folder import DIGEST, make_evaluation
+from fake_upstream import list_server
 from served_studio import ServedStudio, append
 from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
 
@@ -17,6 +19,11 @@ from research.studio.live import run_feed
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 NAME = "sweep/first"
+PROMOTED = {
+    "run": "other", "step": 3, "checkpoint": "", "by": "ann",
+    "at": "2026-11-27T10:00:00+00:00",
+}  # fmt: skip
+ALIAS = {"promotions": [PROMOTED, PROMOTED]}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +46,14 @@ def served(tmp_path, monkeypatch):
     make_run(place.runs / "other", "finished")
     make_evaluation(place.runs / NAME)
     (place.runs / NAME / "checkpoints" / "60").mkdir(parents=True)
+    (place.runs / "other" / "checkpoints" / "3").mkdir(parents=True)
+    (place.runs / "prod").mkdir()
+    (place.runs / "prod" / "alias.json").write_text(json.dumps(ALIAS))
+    servers = place.runs / ".studio" / "servers"
+    keys = list_server(servers, "api", port=9, key_file="keys") / "keys"
+    keys.write_text("admin the-key-of-the-studio\nthe-key-of-ann-00000 # ann\n")
+    text = json.dumps({"port": 9, "key_file": str(keys)})
+    keys.with_name("server.json").write_text(text)
     (place.data / "rows.jsonl").write_text('{"ask": "Is it?", "say": "It is."}\n')
     server = ServedStudio(place.app)
     yield place, server
@@ -127,6 +142,7 @@ PATHS = (
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
     "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
     "/evaluate?flags=--run=", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
+    "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
 )  # fmt: skip
 
 

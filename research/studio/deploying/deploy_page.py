@@ -20,6 +20,7 @@ from research.studio.jobs.job_logs import last_error
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.queue_page import JobViews
 from research.studio.roots import shown_paths
 from research.studio.serving import server_routes
 from research.studio.studio_state import StudioState
@@ -55,7 +56,8 @@ async def deploy(request: Request) -> Response:
         servers=await server_routes.described(request),
         formats=exports.FORMATS,
         exports=await asyncio.to_thread(_exports, studio, runs),
-        jobs=await asyncio.to_thread(_export_jobs, studio),
+        jobs=await asyncio.to_thread(studio.queue.read),
+        views=JobViews(request),
         said=fields.get("said", ""),
         **planned,
     )
@@ -102,18 +104,6 @@ def _exports(
     for name, _ in runs:
         found += [(name, x) for x in exports.find_exports(studio.runs.find(name))]
     return found
-
-
-def _export_jobs(studio: StudioState) -> list[tuple[str, Any]]:
-    """Jobs of the queue that export, with their state."""
-    jobs = studio.queue.read()
-    states = (("waits", jobs.waiting), ("runs", jobs.running), ("ended", jobs.ended))
-    return [
-        (state, job)
-        for state, listed in states
-        for job in listed
-        if "research.export" in job.command
-    ]
 
 
 async def _command(request: Request, kind: str, fields: Fields) -> list[str]:
@@ -202,7 +192,7 @@ async def export(request: Request) -> Response:
     name = studio.runs.name(out)
     studio.audit.add("export", name, who, command=as_text(command))
     await asyncio.to_thread(out.parent.mkdir, exist_ok=True)
-    await asyncio.to_thread(studio.queue.add, command, out, who)
+    await asyncio.to_thread(studio.queue.add, command, out, who, name=f"export {name}")
     return see("/deploy", said=f"the export {name} is queued")
 
 

@@ -6,59 +6,55 @@ Legend of the axis letters used in names, here and in `transformer.py`:
     N query heads   K key/value heads   G = N / K queries that share a key   H head_dim
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.models.architecture import Architecture, RopeScaling
-
 Array = jax.Array
 
 # Finite, so that a fully masked row (padding) gives a uniform softmax, not NaN.
 MASKED = -1e30
+BEYOND = 2**30  # Tokens; no row is that long.
 
 
-def rope_frequencies(architecture: Architecture) -> Array:
-    """Radians per token of each rotary pair, float32 `[H / 2]`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoreRule:
+    """How the scores of a layer differ from plain causal ones.
 
-    Su et al. 2021, arXiv:2104.09864, eq. 15, then `RopeScaling`.
+    Attributes:
+      window: tokens that a query sees, itself included; 0: all.
+      softcap: c in c * tanh(score / c); 0: none.
+      windowed: whether this layer has the window, a boolean scalar that only the
+        running program knows; None: it has.
     """
-    half = architecture.head_dim // 2
-    exponent = jnp.arange(half, dtype=jnp.float32) / half
-    frequency = 1.0 / architecture.rope_theta**exponent
-    return _scale_frequencies(frequency, architecture.rope_scaling)
+
+    window: int = dataclasses.field(default=0, metadata={"static": True})
+    softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
+    windowed: Array | None = None
+
+    @property
+    def reach(self) -> Array | None:
+        """The window as an int32 scalar, beyond any row where there is none."""
+        if not self.window:
+            return None
+        window = jnp.int32(self.window)
+        return (
+            window
+            if self.windowed is None
+            else jnp.where(self.windowed, window, jnp.int32(BEYOND))
+        )
 
 
-def _scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
-    if scaling.kind == "default":
-        return frequency
-    slowed = frequency / scaling.factor
-    if scaling.kind == "linear":
-        return slowed
-    if scaling.kind != "llama3":
-        raise ValueError(f"no rotary scaling {scaling.kind!r}")
-    # `keep` is 1 for a frequency that stays and 0 for one that is slowed. In
-    # between it is linear in the number of turns over the original context.
-    turns = scaling.original_max_position * frequency / (2 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return keep * frequency + (1.0 - keep) * slowed
+PLAIN = ScoreRule()
 
 
-def rope_tables(positions_BT: Array, frequencies: Array) -> tuple[Array, Array]:
-    """Cosines and sines `[B, T, 1, H / 2]` in float32, shared by all layers."""
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
-def rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Applies the rotary embedding; a pair is (i, i + H/2), as in Hugging Face."""
-    cos, sin = rope
-    low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
-    return turned.astype(x_BTNH.dtype)
+def cap(scores: Array, softcap: float) -> Array:
+    """`softcap * tanh(scores / softcap)`; no change where `softcap` is 0."""
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
 def blocked_attention(
@@ -69,6 +65,7 @@ def blocked_attention(
     k_segments_BS: Array,
     block: int,
     offset: int | Array = 0,
+    rule: ScoreRule = PLAIN,
 ) -> Array:
     """Causal attention within each document of a packed row, in plain XLA.
 
@@ -77,11 +74,12 @@ def blocked_attention(
     tokens of a document lie beside each other.
 
     Queries and keys go in blocks of `block` tokens. A block of queries visits the
-    blocks of keys from the start of its first document to its own end, so the cost
-    follows the documents, not the square of the row. The softmax is accumulated over
-    blocks, and computed again in the backward pass from the saved normalizers (Dao
-    2023, arXiv:2307.08691, section 3.1), so no `[T, S]` array is kept. The result is
-    exact for any `block`: a masked key adds exactly zero, visited or not.
+    blocks of keys from the start of its first document, or of the window of its first
+    query, to its own end, so the cost follows the documents, not the square of the
+    row. The softmax is accumulated over blocks, and computed again in the backward
+    pass from the saved normalizers (Dao 2023, arXiv:2307.08691, section 3.1), so no
+    `[T, S]` array is kept. The result is exact for any `block`: a masked key adds
+    exactly zero, visited or not.
 
     Returns:
       `[B, T, N, H]` in the dtype of `q_BTNH`.
@@ -96,9 +94,10 @@ def blocked_attention(
         q_segments,
         k_segments,
         jnp.asarray(offset, jnp.int32),
-        *_visited(k_segments, length, keys, block, offset),
+        rule.reach,
+        *_visited(k_segments, length, keys, block, offset, rule.reach),
     )
-    return _blocked(q, k, v, rows, block)[:, :length]
+    return _blocked(q, k, v, rows, block, rule.softcap)[:, :length]
 
 
 class _Rows(NamedTuple):
@@ -107,6 +106,7 @@ class _Rows(NamedTuple):
     q_segments: Array
     k_segments: Array
     offset: Array
+    reach: Array | None
     first: Array
     end: Array
 
@@ -118,15 +118,22 @@ def _fill(block: int, x: Array, segments: Array, nobody: int) -> tuple[Array, Ar
 
 
 def _visited(
-    k_segments_BS: Array, length: int, keys: int, block: int, offset: int | Array
+    k_segments_BS: Array,
+    length: int,
+    keys: int,
+    block: int,
+    offset: int | Array,
+    reach: Array | None,
 ) -> tuple[Array, Array]:
     """The first block of keys that each block of queries visits, and the end."""
     index = jnp.arange(k_segments_BS.shape[1])
     begins = jnp.diff(k_segments_BS, axis=1, prepend=k_segments_BS[:, :1]) != 0
     start_BS = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
     first_query = offset + jnp.arange(0, length, block)
-    first = jnp.min(jnp.take(start_BS, first_query, axis=1), axis=0) // block
-    return first, -(-jnp.minimum(first_query + block, keys) // block)
+    first_key = jnp.min(jnp.take(start_BS, first_query, axis=1), axis=0)
+    if reach is not None:
+        first_key = jnp.maximum(first_key, first_query - reach + 1)
+    return first_key // block, -(-jnp.minimum(first_query + block, keys) // block)
 
 
 def _heads_first(x_BTNH: Array, kv_heads: int) -> Array:
@@ -151,28 +158,42 @@ def _put(x: Array, part: Array, number: Array, block: int, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part, number * block, axis)
 
 
-def _logits(q_BKGTH: Array, k_BKSH: Array, rows: _Rows, i: Array, j: Array) -> Array:
+def _logits(
+    q_BKGTH: Array, k_BKSH: Array, rows: _Rows, i: Array, j: Array, softcap: float
+) -> Array:
     """Masked float32 logits of the scaled queries of block i and the keys of j."""
     block = k_BKSH.shape[2]
     logits = jnp.einsum(
         "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
     )
+    logits = cap(logits, softcap)
     index = jnp.arange(block)
-    order_TS = (rows.offset + i * block + index)[:, None] >= (j * block + index)[None]
+    query_T1, key_1S = (
+        (rows.offset + i * block + index)[:, None],
+        (j * block + index)[None],
+    )
+    order_TS = query_T1 >= key_1S
+    if rows.reach is not None:
+        order_TS &= query_T1 - key_1S < rows.reach
     q_segments_BT = _part(rows.q_segments, i, block, 1)
     k_segments_BS = _part(rows.k_segments, j, block, 1)
     same_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
     return jnp.where((same_BTS & order_TS[None])[:, None, None], logits, MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _blocked(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: _Rows, block: int
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    rows: _Rows,
+    block: int,
+    softcap: float,
 ) -> Array:
-    return _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block)[0]
+    return _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block, softcap)[0]
 
 
-def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block):
+def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block, softcap):
     q = _heads_first(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH.shape[2])
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
 
@@ -182,7 +203,7 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block):
 
         def keys(j, carry):
             largest, total, mixed = carry
-            logits = _logits(q_block, _part(k, j, block, 2), rows, i, j)
+            logits = _logits(q_block, _part(k, j, block, 2), rows, i, j, softcap)
             larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
             # Until a query reaches its first key, its weights are all one. The first
             # key that it does reach multiplies their sum by zero.
@@ -213,7 +234,7 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block):
     return output, (q_BTNH, k_BSKH, v_BSKH, rows, output, normalizer)
 
 
-def _blocked_backward(block, residuals, d_output_BTNH):
+def _blocked_backward(block, softcap, residuals, d_output_BTNH):
     q_BTNH, k_BSKH, v_BSKH, rows, output_BTNH, normalizer = residuals
     kv_heads, scale = k_BSKH.shape[2], q_BTNH.shape[-1] ** -0.5
     q = _heads_first(q_BTNH * scale, kv_heads)
@@ -231,10 +252,13 @@ def _blocked_backward(block, residuals, d_output_BTNH):
         def keys(j, carry):
             d_q_block, d_k, d_v = carry
             k_block, v_block = _part(k, j, block, 2), _part(v, j, block, 2)
-            logits = _logits(q_block, k_block, rows, i, j)
+            logits = _logits(q_block, k_block, rows, i, j, softcap)
             weights = jnp.exp(logits - normalizer_block)
             d_weights = mix("BKGTH,BKSH->BKGTS", d_block, v_block)
-            d_logits = (weights * (d_weights - along_block)).astype(q.dtype)
+            d_logits = weights * (d_weights - along_block)
+            if softcap:  # The slope of tanh; masked logits have no weight anyway.
+                d_logits *= 1.0 - (jnp.maximum(logits, -softcap) / softcap) ** 2
+            d_logits = d_logits.astype(q.dtype)
             weights = weights.astype(q.dtype)
             d_q_block += mix("BKGTS,BKSH->BKGTH", d_logits, k_block)
             d_k_block = mix("BKGTS,BKGTH->BKSH", d_logits, q_block)

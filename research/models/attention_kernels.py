@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from research.config.choices import AUTO, KERNELS
 from research.core.errors import UserError, look_up
 from research.models import cudnn_attention
-from research.models.attention import blocked_attention
+from research.models.attention import PLAIN, ScoreRule, blocked_attention
 from research.models.cudnn_attention import pad_tokens
 
 Array = jax.Array
@@ -50,6 +50,7 @@ def choose(
     length: int,
     rows: int = 1,
     capability: str = "8.0",
+    rule: ScoreRule = PLAIN,
 ) -> KernelChoice:
     """Picks the kernel of `packed_attention` for a platform.
 
@@ -61,13 +62,16 @@ def choose(
       length: tokens of a whole row, over all shards of the context axis.
       rows: that a device holds in a forward pass.
       capability: of a GPU, `device.compute_capability`.
+      rule: of the model's scores.
 
     Raises:
       UserError: an explicit `kernel` cannot work here.
     """
     best = BEST.get(platform, "xla")
     wanted = best if kernel == AUTO else kernel
-    by_cudnn = functools.partial(_cudnn_lacks, platform, dtype, head_dim, capability)
+    by_cudnn = functools.partial(
+        _cudnn_lacks, platform, dtype, head_dim, capability, rule
+    )
     found = {
         "xla": lambda: None,
         "cudnn": by_cudnn,
@@ -77,7 +81,7 @@ def choose(
     lacks = look_up(found, wanted, "config.model.attention")()
     note = ""
     if lacks is None and wanted == "cudnn":
-        wanted, note = _cudnn_form(capability)
+        wanted, note = _cudnn_form(capability, rule)
     if kernel != AUTO:
         if lacks is None:
             return KernelChoice(wanted, f"set in the config{note}")
@@ -95,7 +99,7 @@ def choose(
     return KernelChoice(wanted, f"{only} on {platform}{note}")
 
 
-def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
+def _cudnn_lacks(platform, dtype, head_dim, capability, rule) -> str | None:
     """The requirement of cuDNN's fused attention that is not met, or None.
 
     JAX 0.10 to 0.12 checks the same limits when it traces the call
@@ -114,12 +118,16 @@ def _cudnn_lacks(platform, dtype, head_dim, capability) -> str | None:
     widest = 256 if major >= 9 else 128
     if head_dim % 8 or head_dim > widest:
         return f"head_dim must be a multiple of 8 up to {widest}, it is {head_dim}"
+    if rule.softcap:
+        return f"it cannot cap scores, and this model caps them at {rule.softcap:g}"
     return None
 
 
-def _cudnn_form(capability: str) -> tuple[str, str]:
+def _cudnn_form(capability: str, rule: ScoreRule) -> tuple[str, str]:
     """The kernel that `cudnn` is on a GPU that can run it, and why it is not itself."""
     without = cudnn_attention.lack_of_places(capability)
+    if rule.window:
+        without = f"layers see windows of {rule.window} tokens"
     if without:
         return "cudnn_mask", f"; documents as a mask: {without}"
     return "cudnn", ""
@@ -143,6 +151,7 @@ def packed_attention(
     kernel: str,
     block: int,
     offset: int | Array = 0,
+    rule: ScoreRule = PLAIN,
     interpret: bool = False,
 ) -> Array:
     """Causal attention within each document of packed rows, with grouped heads.
@@ -157,6 +166,8 @@ def packed_attention(
       offset: a Python int, or an int32 scalar if only the running program knows it (a
         shard of the context axis). `cudnn` is then `cudnn_mask`, which computes every
         pair of a query and a key; `xla` and `splash` still skip keys of the future.
+      rule: a window, a soft cap, or neither. With a window `cudnn` is `cudnn_mask`;
+        neither of the two can cap scores.
       interpret: runs `splash` without a TPU, slowly, for tests.
 
     Returns:
@@ -170,32 +181,52 @@ def packed_attention(
         )
     arrays = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS)
     if kernel == "xla":
-        return blocked_attention(*arrays, block, offset)
-    whole = isinstance(offset, int) and offset == 0
+        return blocked_attention(*arrays, block, offset, rule)
+    whole = isinstance(offset, int) and offset == 0 and not rule.window
     if kernel == "cudnn" and whole and cudnn_attention.bounds(q_BTNH.shape[1]):
         return cudnn_attention.placed(*arrays[:3], q_segments_BT)
     if kernel in ("cudnn", "cudnn_mask"):
-        return cudnn_attention.masked(*arrays, offset)
+        if rule.softcap:
+            raise ValueError(f"attention kernel {kernel!r} cannot cap scores")
+        return cudnn_attention.masked(*arrays, offset, rule.reach)
     if kernel == "splash":
-        return _splash(*arrays, offset, interpret)
+        return _splash(*arrays, offset, rule, interpret)
     raise ValueError(f"no attention kernel {kernel!r}: it is one of {KERNELS}")
 
 
 def _splash(
-    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset, interpret
+    q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset, rule, interpret
 ) -> Array:
-    """The TPU kernel of `jax.experimental.pallas`, skipping blocks of the future."""
+    """The TPU kernel of `jax.experimental.pallas`, skipping unseen blocks."""
+    width = q_BTNH.shape[-1]
+    q, q_segments = pad_tokens(LANES, q_BTNH * width**-0.5, q_segments_BT)
+    k, v, k_segments = pad_tokens(LANES, k_BSKH, v_BSKH, k_segments_BS)
+    arrays = [x.transpose(0, 2, 1, 3) for x in (q, k, v)] + [q_segments, k_segments]
+
+    def run(window: int, *arrays: Array) -> Array:
+        return _splash_of_window(*arrays, offset, window, rule.softcap, interpret)
+
+    if rule.windowed is None:
+        mixed = run(rule.window, *arrays)
+    else:
+        # Splash must know the window when it is traced.
+        forms = [functools.partial(run, window) for window in (rule.window, 0)]
+        mixed = jax.lax.cond(rule.windowed, *forms, *arrays)
+    return mixed.transpose(0, 2, 1, 3)[:, : q_BTNH.shape[1]]
+
+
+def _splash_of_window(
+    q, k, v, q_segments, k_segments, offset, window, softcap, interpret
+) -> Array:
+    """Splash on scaled queries with heads first; a window of 0 has no end."""
     # Pallas is slow to import, and no other kernel needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
 
-    length, width = q_BTNH.shape[1], q_BTNH.shape[-1]
-    q, q_segments = pad_tokens(LANES, q_BTNH * width**-0.5, q_segments_BT)
-    k, v, k_segments = pad_tokens(LANES, k_BSKH, v_BSKH, k_segments_BS)
-    queries, keys = q.shape[1], k.shape[1]
+    queries, keys = q.shape[2], k.shape[2]
     block_q, block_k = (_splash_block(n) for n in (queries, keys))
-    by_query, by_key = _schedule(offset, queries, keys, block_q, block_k)
+    by_query, by_key = _schedule(offset, queries, keys, block_q, block_k, window)
     kernel = splash.SplashAttentionKernel(
         by_query,
         by_query,
@@ -211,9 +242,9 @@ def _splash(
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
+        attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=None,
-        mask_function=_sees,
+        mask_function=functools.partial(_sees, window) if window else _sees_all,
         interpret=interpret,
     )
 
@@ -221,14 +252,15 @@ def _splash(
         segments = splash.SegmentIds(q_segments_T, k_segments_S)
         return kernel(q_NTH, k_KSH, v_KSH, segments)
 
-    mixed = jax.vmap(row)(
-        *(x.transpose(0, 2, 1, 3) for x in (q, k, v)), q_segments, k_segments
-    )
-    return mixed.transpose(0, 2, 1, 3)[:, :length]
+    return jax.vmap(row)(q, k, v, q_segments, k_segments)
 
 
-def _sees(q_index: Array, k_index: Array) -> Array:
+def _sees_all(q_index: Array, k_index: Array) -> Array:
     return q_index >= k_index
+
+
+def _sees(window: int, q_index: Array, k_index: Array) -> Array:
+    return (q_index >= k_index) & (q_index - k_index < window)
 
 
 def _splash_block(length: int) -> int:
@@ -236,7 +268,7 @@ def _splash_block(length: int) -> int:
     return max(size for size in sizes if length % size == 0)
 
 
-def _schedule(offset, queries: int, keys: int, block_q: int, block_k: int):
+def _schedule(offset, queries: int, keys: int, block_q: int, block_k: int, window: int):
     """The blocks that Splash computes, for its passes by query and its pass by key.
 
     Splash usually derives this from a mask while it is traced. A shard of the context
@@ -249,6 +281,9 @@ def _schedule(offset, queries: int, keys: int, block_q: int, block_k: int):
     q_block, k_block = jnp.arange(queries // block_q), jnp.arange(keys // block_k)
     last_query = offset + (q_block + 1) * block_q - 1
     runs = last_query[:, None] >= (k_block * block_k)[None, :]
+    if window:
+        first_key = offset + q_block * block_q - window + 1
+        runs &= first_key[:, None] < ((k_block + 1) * block_k)[None, :]
     # A skipped step names the block to fetch meanwhile, which is the next one to run:
     # the first key of the next queries, or the first query that sees these keys.
     next_k = jnp.where(runs, k_block[None, :], 0)

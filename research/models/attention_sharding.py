@@ -8,24 +8,30 @@ the size of the queries.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from research.models.attention import PLAIN, ScoreRule
 from research.models.attention_kernels import packed_attention
 from research.parallel import mesh as meshes
 
 Array = jax.Array
-Attend = Callable[[Array, Array, Array, Array], Array]
+Attend = Callable[..., Array]
 
 
 def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
-    """Makes `attend(q, k, v, segments)`, causal within documents, on global arrays.
+    """Makes `attend(q, k, v, segments, rule)`, causal within documents.
+
+    Arrays are global. The last argument, a `ScoreRule`, may be omitted.
 
     `kernel` and `block` are those of `attention_kernels.packed_attention`.
     """
 
-    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    def local(
+        q: Array, k: Array, v: Array, segments: Array, rule: ScoreRule = PLAIN
+    ) -> Array:
         offset: Array | int = 0
         k_segments = segments
         if mesh.shape["context"] > 1:
@@ -35,19 +41,24 @@ def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
                 for x in (k, v, segments)
             )
         return packed_attention(
-            q, k, v, segments, k_segments, kernel=kernel, block=block, offset=offset
-        )
+            q, k, v, segments, k_segments,
+            kernel=kernel, block=block, offset=offset, rule=rule,
+        )  # fmt: skip
 
     if mesh.size == 1:
         return local
     heads = meshes.partition(("batch", "length", "heads", "head_dim"))
     keys = meshes.partition(("batch", "length", "kv_heads", "head_dim"))
     rows: PartitionSpec = meshes.partition(("batch", "length"))
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, keys, keys, rows),
-        out_specs=heads,
-        # Pallas kernels do not declare how their results vary over the mesh.
-        check_vma=False,
-    )
+
+    def attend(*arrays: Any) -> Array:
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(heads, keys, keys, rows, PartitionSpec())[: len(arrays)],
+            out_specs=heads,
+            # Pallas kernels do not declare how their results vary over the mesh.
+            check_vma=False,
+        )(*arrays)
+
+    return attend

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.models.attention import MASKED
+from research.models.attention import MASKED, PLAIN, ScoreRule, cap
 from research.parallel import mesh as meshes
 
 Array = jax.Array
@@ -39,15 +39,17 @@ def attend_cached(
     layer: Array,
     slot: Array,
     length_B: Array,
-    kept: Array | None = None,
+    rule: ScoreRule = PLAIN,
     *,
+    kept: Array | None = None,
     cpu: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Writes keys and values of T new tokens a row, and attends to all up to each.
 
     Row b has `length_B[b]` tokens in slot `slot + b` already; its new ones follow.
     Keys go in blocks, whose softmax is accumulated (Dao 2023, arXiv:2307.08691,
-    section 3.1), up to the end of the longest row: the cost follows what is filled.
+    section 3.1), up to the end of the longest row, and in a layer with a window from
+    the first key that any row sees: the cost follows what is filled.
     A block in which a row sees nothing changes its result by exactly nothing, so a
     row's result does not depend on the lengths of the others. Where `kept` is false,
     the caches stay as they are, and the result means nothing. A `cpu` multiplies
@@ -73,7 +75,7 @@ def attend_cached(
         return k.astype(dtype), v.astype(dtype)
 
     position_BT = length_B[:, None] + jnp.arange(length)[None]
-    mixed_BKGTH = _accumulate(q_BKGTH.astype(dtype), position_BT, block, read)
+    mixed_BKGTH = _accumulate(q_BKGTH.astype(dtype), position_BT, block, read, rule)
     mixed_BTKGH = mixed_BKGTH.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4)
     return mixed_BTKGH.reshape(q_BTNH.shape), k_LSKCH, v_LSKCH
 
@@ -83,16 +85,20 @@ def _accumulate(
     position_BT: Array,
     block: int,
     read: Callable[[Array], tuple[Array, Array]],
+    rule: ScoreRule,
 ) -> Array:
     """The softmax of scaled queries over keys up to their positions, in float32."""
     mix = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    reach = rule.reach
 
     def visit(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         largest, total, mixed = carry
         k_BKSH, v_BKSH = read(number)
-        logits = mix("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+        logits = cap(mix("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), rule.softcap)
         index_S = number * block + jnp.arange(block)
         seen_BTS = index_S[None, None] <= position_BT[..., None]
+        if reach is not None:
+            seen_BTS &= position_BT[..., None] - index_S[None, None] < reach
         logits = jnp.where(seen_BTS[:, None, None], logits, MASKED)
         larger = jnp.maximum(largest, jnp.max(logits, axis=-1, keepdims=True))
         weights, keep = jnp.exp(logits - larger), jnp.exp(largest - larger)
@@ -104,7 +110,10 @@ def _accumulate(
     none = jnp.zeros((*q_BKGTH.shape[:-1], 1), jnp.float32)
     begin = (none + MASKED, none, jnp.zeros(q_BKGTH.shape, jnp.float32))
     end = jnp.max(position_BT) // block + 1
-    _, total, mixed = jax.lax.fori_loop(0, end, visit, begin)
+    first: Array | int = 0
+    if reach is not None:
+        first = jnp.maximum(jnp.min(position_BT) - reach + 1, 0) // block
+    _, total, mixed = jax.lax.fori_loop(first, end, visit, begin)
     return mixed / total
 
 
@@ -179,21 +188,23 @@ def make_attend_cached(
     split, heads = cache[1], cache[2]
     here = slots // meshes.ways(mesh, split)
 
-    def one_row(q, new_k, new_v, k, v, layer, slot, length):
+    def one_row(q, new_k, new_v, k, v, layer, slot, length, rule=PLAIN):
         slot = slot - jax.lax.axis_index(split) * here
         mine = (slot >= 0) & (slot < here)
         slot = jnp.clip(slot, 0, here - 1)
-        mixed, k, v = on_platform(q, new_k, new_v, k, v, layer, slot, length, mine)
+        at = layer, slot, length, rule
+        mixed, k, v = on_platform(q, new_k, new_v, k, v, *at, kept=mine)
         return jax.lax.psum(jnp.where(mine, mixed, 0), split), k, v
 
     def attend(q_BTNH, *arrays):
         whole = split is None or q_BTNH.shape[0] == slots
         rows = PartitionSpec(split if whole else None, None, heads, None)
-        lengths = PartitionSpec(rows[0])
+        everywhere = PartitionSpec()
+        at = everywhere, everywhere, PartitionSpec(rows[0]), everywhere
         return jax.shard_map(
             on_platform if whole else one_row,
             mesh=mesh,
-            in_specs=(rows, rows, rows, cache, cache, *[PartitionSpec()] * 2, lengths),
+            in_specs=(rows, rows, rows, cache, cache, *at)[: 1 + len(arrays)],
             out_specs=(rows, cache, cache),
             check_vma=False,
         )(q_BTNH, *arrays)

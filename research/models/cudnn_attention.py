@@ -55,8 +55,11 @@ def masked(
     q_segments_BT: Array,
     k_segments_BS: Array,
     offset: int | Array = 0,
+    reach: Array | None = None,
 ) -> Array:
     """Attention with documents as a mask; see `attention_kernels.packed_attention`.
+
+    `reach` is `ScoreRule.reach`.
 
     `jax.nn.dot_product_attention` has no segments; its sequence lengths describe one
     document for each row. The mask becomes an additive `[B, 1, T, S]` in the dtype of
@@ -69,9 +72,12 @@ def masked(
     mask_BTS = q_segments[:, :, None] == k_segments[:, None, :]
     # cuDNN can skip the upper triangle, but only one that starts at the first key.
     triangle = isinstance(offset, int) and offset == 0
+    index_T1 = (offset + jnp.arange(q.shape[1]))[:, None]
+    index_1S = jnp.arange(k.shape[1])[None, :]
     if not triangle:
-        index_T = offset + jnp.arange(q.shape[1])
-        mask_BTS &= (index_T[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
+        mask_BTS &= (index_T1 >= index_1S)[None]
+    if reach is not None:
+        mask_BTS &= (index_T1 - index_1S < reach)[None]
     mixed = jax.nn.dot_product_attention(
         q,
         k,

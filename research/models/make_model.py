@@ -10,6 +10,7 @@ from research.config.data_knobs import DataConfig
 from research.config.knob_groups import ModelConfig
 from research.models import attention_kernels
 from research.models.architecture import Architecture
+from research.models.attention import ScoreRule
 from research.models.attention_sharding import make_attend
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
@@ -81,4 +82,5 @@ def choose_kernel(
         length=length,
         rows=max(1, rows // meshes.batch_shards(mesh)),
         capability=getattr(device, "compute_capability", "0.0"),
+        rule=ScoreRule(max(architecture.windows), architecture.attention_softcap),
     )

@@ -17,12 +17,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.errors import look_up
-from research.models import attention
 from research.models.architecture import Architecture
+from research.models.attention import PLAIN, ScoreRule, cap
 from research.models.attention_kernels import packed_attention
 from research.models.cached_attention import attend_cached, room_for
 from research.models.families.family_registry import module_names
-from research.models.layers import Embedding, Linear, Parameter, RMSNorm, gated
+from research.models.parts.block import (
+    Block,
+    LayerKind,
+    kinds_of_layers,
+    make_norm,
+    rule_of,
+)
+from research.models.parts.layers import Embedding, Linear, Parameter
+from research.models.parts.rotary import Tables, tables_of_layers
 from research.weights.contraction import contract, transpose
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
@@ -38,12 +46,15 @@ REMAT_POLICIES = {
 
 
 def attend_whole_rows(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    segments_BT: Array,
+    rule: ScoreRule = PLAIN,
 ) -> Array:
     """Attention by the `xla` kernel, of rows that one device holds entirely."""
-    return packed_attention(
-        q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, kernel="xla", block=128
-    )
+    arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT)
+    return packed_attention(*arrays, kernel="xla", block=128, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Options:
       dtype: of activations, and of weights inside a matrix product.
       remat: how much the backward pass recomputes; a key of `REMAT_POLICIES`.
       scan_unroll: layers per iteration of the scan; with all layers, there is no loop.
-      attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`.
+      attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`,
+        with a `ScoreRule` as last argument in models whose scores are not plain.
       attend_cached: attention of decoding, as `cached_attention.attend_cached`.
       constrain: fixes the sharding of an activation by its axis names.
       constrain_cached: fixes that of hidden states `[B, T, D]` of decoding.
@@ -63,7 +75,7 @@ class Options:
     dtype: Any = jnp.float32
     remat: str = "none"
     scan_unroll: int = 1
-    attend: Callable[[Array, Array, Array, Array], Array] = attend_whole_rows
+    attend: Callable[..., Array] = attend_whole_rows
     attend_cached: Callable[..., tuple[Array, Array, Array]] = attend_cached
     constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
     constrain_cached: Callable[[Array], Array] = lambda x: x
@@ -82,59 +94,6 @@ class Cache:
     k: Array
     v: Array
     length: Array
-
-
-class Attention(nnx.Module):
-    def __init__(self, a: Architecture, rngs: nnx.Rngs):
-        q, kv = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        std = a.embed**-0.5
-        self.query = Linear(Spec((a.embed, a.heads, a.head_dim), q, std=std), rngs)
-        self.key = Linear(Spec((a.embed, a.kv_heads, a.head_dim), kv, std=std), rngs)
-        self.value = Linear(Spec((a.embed, a.kv_heads, a.head_dim), kv, std=std), rngs)
-        out = Spec(
-            (a.heads, a.head_dim, a.embed),
-            ("heads", "head_dim", "embed"),
-            n_in=2,
-            std=(a.heads * a.head_dim * 2 * a.layers) ** -0.5,
-        )
-        self.output = Linear(out, rngs)
-
-    def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
-        q_BTNH = attention.rotate(self.query(x_BTD), rope)
-        k_BTKH = attention.rotate(self.key(x_BTD), rope)
-        mixed_BTNH, cache = attend(q_BTNH, k_BTKH, self.value(x_BTD))
-        return self.output(mixed_BTNH), cache
-
-
-class GatedMLP(nnx.Module):
-    """SwiGLU: Shazeer 2020, arXiv:2002.05202, section 2."""
-
-    def __init__(self, a: Architecture, rngs: nnx.Rngs):
-        up = Spec((a.embed, a.mlp), ("embed", "mlp"), std=a.embed**-0.5)
-        down = Spec(
-            (a.mlp, a.embed), ("mlp", "embed"), std=(a.mlp * 2 * a.layers) ** -0.5
-        )
-        self.gate = Linear(up, rngs)
-        self.up = Linear(up, rngs)
-        self.down = Linear(down, rngs)
-
-    def __call__(self, x_BTD: Array) -> Array:
-        return self.down(gated(self.gate(x_BTD), self.up(x_BTD)))
-
-
-class Block(nnx.Module):
-    def __init__(self, a: Architecture, rngs: nnx.Rngs):
-        norm = Spec((a.embed,), ("norm",), n_in=0, std=0.0)
-        self.attention_norm = RMSNorm(norm, a.norm_eps, rngs)
-        self.attention = Attention(a, rngs)
-        self.mlp_norm = RMSNorm(norm, a.norm_eps, rngs)
-        self.mlp = GatedMLP(a, rngs)
-
-    def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
-        """`attend(q, k, v)` gives mixed values, and the layer's cache or None."""
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), rope, attend)
-        x_BTD += mixed_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
 class Transformer(nnx.Module):
@@ -156,25 +115,32 @@ class Transformer(nnx.Module):
         table = Spec((a.vocab, a.embed), ("vocab", "embed"), std=a.embed**-0.5)
         self.embedding = Embedding(table, rngs)
         self.layers = make_layers(rngs)
-        norm = Spec((a.embed,), ("norm",), n_in=0, std=0.0)
-        self.final_norm = RMSNorm(norm, a.norm_eps, rngs)
+        self.final_norm = make_norm(a, (a.embed,), ("norm",), rngs)
+        if a.positions == "learned":
+            places = Spec((a.max_position, a.embed), ("positions", "embed"))
+            self.position_embedding = Embedding(places, rngs)
         if not a.tied_head:
             head = Spec((a.embed, a.vocab), ("embed", "vocab"), std=a.embed**-0.5)
             self.head = Linear(head, rngs)
         self.architecture = a
 
     def hidden(self, tokens_BT, positions_BT, segments_BT, options: Options) -> Array:
-        rope = self._rope(positions_BT)
+        a = self.architecture
+        ropes = self._ropes(positions_BT, tokens_BT.shape[1])
         graph, layers = nnx.split(self.layers)
-
-        def attend(q_BTNH, k_BTKH, v_BTKH):
-            return options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT), None
 
         # Otherwise the partitioner may split activations like the weights.
         def pin(x_BTD):
             return options.constrain(x_BTD, ("batch", "length", "hidden"))
 
-        def body(x_BTD, layer):
+        def body(x_BTD, layer_and_kind):
+            layer, kind = layer_and_kind
+
+            def attend(q_BTNH, k_BTKH, v_BTKH):
+                rule = rule_of(a, kind)
+                return options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *rule), None
+
+            rope = _rope_of(ropes, kind)
             x_BTD, _ = nnx.merge(graph, layer)(x_BTD, rope, attend)
             return pin(x_BTD), None
 
@@ -183,42 +149,65 @@ class Transformer(nnx.Module):
             # Inside a scan, the barrier against common-subexpression elimination is
             # unnecessary and slow.
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x_BTD = pin(self.embedding(tokens_BT, options.dtype))
-        x_BTD, _ = jax.lax.scan(body, x_BTD, layers, unroll=options.scan_unroll)
+        x_BTD = pin(self._embed(tokens_BT, positions_BT, options.dtype))
+        each = layers, kinds_of_layers(a)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, each, unroll=options.scan_unroll)
         return self.final_norm(x_BTD)
 
     def decode(self, tokens_BT, cache: Cache, slot, options: Options):
+        a = self.architecture
         batch, length = tokens_BT.shape
         start_B = jax.lax.dynamic_slice_in_dim(cache.length, slot, batch)
-        rope = self._rope(start_B[:, None] + jnp.arange(length)[None])
+        positions_BT = start_B[:, None] + jnp.arange(length)[None]
+        ropes = self._ropes(positions_BT, cache.k.shape[3])
         graph, layers = nnx.split(self.layers)
 
         # The cache is carried, so that each layer writes into the one buffer.
-        def body(carry, layer_and_number):
+        def body(carry, layer_number_and_kind):
             x_BTD, k, v = carry
-            layer, number = layer_and_number
+            layer, number, kind = layer_number_and_kind
 
             def attend(q_BTNH, k_BTKH, v_BTKH):
                 new = (q_BTNH, k_BTKH, v_BTKH)
-                mixed, *kept = options.attend_cached(*new, k, v, number, slot, start_B)
+                at = (number, slot, start_B, *rule_of(a, kind))
+                mixed, *kept = options.attend_cached(*new, k, v, *at)
                 return mixed, kept
 
+            rope = _rope_of(ropes, kind)
             x_BTD, (k, v) = nnx.merge(graph, layer)(x_BTD, rope, attend)
             return (options.constrain_cached(x_BTD), k, v), None
 
-        x_BTD = options.constrain_cached(self.embedding(tokens_BT, options.dtype))
-        numbers = jnp.arange(self.architecture.layers)
-        (x_BTD, k, v), _ = jax.lax.scan(
-            body, (x_BTD, cache.k, cache.v), (layers, numbers)
-        )
+        x_BTD = self._embed(tokens_BT, positions_BT, options.dtype)
+        x_BTD = options.constrain_cached(x_BTD)
+        each = layers, jnp.arange(a.layers), kinds_of_layers(a)
+        (x_BTD, k, v), _ = jax.lax.scan(body, (x_BTD, cache.k, cache.v), each)
         filled = jax.lax.dynamic_update_slice_in_dim(
             cache.length, start_B + length, slot, 0
         )
         return self.final_norm(x_BTD), Cache(k=k, v=v, length=filled)
 
-    def _rope(self, positions_BT: Array) -> tuple[Array, Array]:
-        frequencies = attention.rope_frequencies(self.architecture)
-        return attention.rope_tables(positions_BT, frequencies)
+    def _embed(self, tokens_BT: Array, positions_BT: Array, dtype: Any) -> Array:
+        a = self.architecture
+        x_BTD = self.embedding(tokens_BT, dtype)
+        if a.embedding_scale != 1.0:
+            # Rounded to the dtype of the embeddings, as Gemma was trained.
+            x_BTD *= jnp.asarray(a.embedding_scale, dtype)
+        if a.positions == "learned":
+            # An idle slot of an engine may stand behind the last position.
+            places_BT = jnp.minimum(positions_BT, a.max_position - 1)
+            x_BTD += self.position_embedding(places_BT, dtype)
+        return x_BTD
+
+    def _ropes(self, positions_BT: Array, room: int) -> Tables | None:
+        a = self.architecture
+        return tables_of_layers(a.ropes, positions_BT, a.head_dim, room)
+
+
+def _rope_of(ropes: Tables | None, kind: LayerKind) -> Tables | None:
+    """The tables of one layer, out of those of all."""
+    if kind.rope is None:
+        return ropes
+    return jax.tree.map(lambda tables: tables[kind.rope], ropes)
 
 
 class Model:
@@ -271,13 +260,18 @@ class Model:
         """Scores of every id, float32 `[*batch, V]`, from `[*batch, D]` hidden states.
 
         The only way from the one to the other. The product gives float32 whatever
-        goes into it: in bfloat16, logits in [16, 32) would lie 0.125 apart.
-        `params` may be all of the model's or `head(params)`.
+        goes into it: in bfloat16, logits in [16, 32) would lie 0.125 apart. A family's
+        scale and soft cap of logits are applied here. `params` may be all of the
+        model's or `head(params)`.
         """
+        a = self.architecture
         head: Matrix = params[self._head_path]
-        if self.architecture.tied_head:
+        if a.tied_head:
             head = transpose(head)
-        return contract(hidden, head, dtype=jnp.float32)
+        logits = contract(hidden, head, dtype=jnp.float32)
+        if a.logit_scale != 1.0:
+            logits *= a.logit_scale
+        return cap(logits, a.logit_softcap)
 
     def init_cache(self, slots: int, length: int) -> Cache:
         """An empty cache for `length` tokens a slot, in `options.dtype`."""

@@ -35,6 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "head_dim": None,
     "norm": None,
+    "positions": None,
     "layers": None,
     "rank": None,
     "batch": BATCH_AXES,

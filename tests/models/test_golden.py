@@ -123,11 +123,11 @@ def test_settings_that_families_differ_in_are_read():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "gpt2"},
+        {"model_type": "bert"},
         {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        {"model_type": "mistral", "attention_bias": True},
+        {"model_type": "mistral", "mlp_bias": True},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
         {"num_key_value_heads": 3},
     ],
     ids=str,

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from research.config.knob_groups import MeshConfig, ModelConfig
 from research.core.errors import UserError
 from research.models import attention_kernels, cudnn_attention, make_model
+from research.models.attention import PLAIN, ScoreRule
 from research.models.attention_kernels import KERNELS, choose, packed_attention
 from research.parallel import mesh as meshes
 
@@ -66,9 +67,9 @@ def as_if_accelerated(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "TOKENS_PER_DOCUMENT", (140, 60))
 
 
-def attend(kernel, *arrays, offset=0, block=BLOCK):
+def attend(kernel, *arrays, offset=0, block=BLOCK, rule=PLAIN):
     return packed_attention(
-        *arrays, kernel=kernel, block=block, offset=offset, interpret=True
+        *arrays, kernel=kernel, block=block, offset=offset, rule=rule, interpret=True
     )
 
 
@@ -82,20 +83,21 @@ def draw(heads, kv_heads, dtype=np.float32):
 
 @functools.partial(jax.jit, static_argnames=("kernel", "static", "block"))
 def outputs_and_gradients(
-    q, k, v, d_output, q_segments, k_segments, *, kernel, offset=0, static=None, block
-):
+    q, k, v, d_output, q_segments, k_segments, *,
+    kernel, offset=0, static=None, block, rule=PLAIN,
+):  # fmt: skip
     """Output and gradients of q, k, v; `offset` is traced unless `static` is given."""
 
     def attention(q, k, v):
         arrays = (q, k, v, q_segments, k_segments)
         at = offset if static is None else static
-        return attend(kernel, *arrays, offset=at, block=block)
+        return attend(kernel, *arrays, offset=at, block=block, rule=rule)
 
     output, backward = jax.vjp(attention, q, k, v)
     return output, *backward(d_output)
 
 
-def formula(q, k, v, d_output):
+def formula(q, k, v, d_output, window=LENGTH, softcap=np.inf):
     """The same of whole rows in float64, all scores at once, heads one by one."""
     q, k, v, d_output = (np.asarray(x, np.float64) for x in (q, k, v, d_output))
     output, d_q = np.zeros_like(q), np.zeros_like(q)
@@ -104,13 +106,19 @@ def formula(q, k, v, d_output):
     for row, head in np.ndindex(ROWS, q.shape[2]):
         at, shared = (row, slice(None), head), (row, slice(None), head // group)
         same = SEGMENTS[row][:, None] == SEGMENTS[row][None, :]
-        seen = same & np.tri(LENGTH, dtype=bool)
-        scores = np.exp(q[at] @ k[shared].T / WIDTH**0.5) * seen
+        seen = (
+            same & np.tri(LENGTH, dtype=bool) & ~np.tri(LENGTH, k=-window, dtype=bool)
+        )
+        scores, slope = q[at] @ k[shared].T / WIDTH**0.5, 1.0
+        if softcap < np.inf:
+            scores = softcap * np.tanh(scores / softcap)
+            slope = 1 - (scores / softcap) ** 2
+        scores = np.exp(scores) * seen
         weights = scores / scores.sum(1, keepdims=True)
         output[at] = weights @ v[shared]
         d_weights = d_output[at] @ v[shared].T
         inner = (d_weights * weights).sum(1, keepdims=True)
-        d_scores = weights * (d_weights - inner) / WIDTH**0.5
+        d_scores = weights * (d_weights - inner) * slope / WIDTH**0.5
         d_q[at] = d_scores @ k[shared]
         d_k[shared] += d_scores.T @ q[at]
         d_v[shared] += weights.T @ d_output[at]
@@ -186,6 +194,59 @@ def test_the_block_of_xla_does_not_change_its_results(block):
     )
     for actual, expected in zip(found, formula(*arrays), strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "kernel, softcap, windowed",
+    [
+        ("xla", 0.9, True),
+        ("splash", 0.9, None),
+        ("cudnn", 0.0, True),
+        in_soak("splash", 0.0, True),
+    ],
+)
+def test_windows_and_soft_caps_are_the_formula(kernel, softcap, windowed):
+    """The window ends within a block; a flag of the running program switches it."""
+    window, arrays = 70, draw(4, 2)
+
+    def found(windowed):
+        rule = ScoreRule(window, softcap, windowed)
+        options = {"kernel": kernel, "static": 0, "block": BLOCK, "rule": rule}
+        return outputs_and_gradients(*arrays, SEGMENTS, SEGMENTS, **options)
+
+    cap = softcap or np.inf
+    flag = None if windowed is None else jnp.array(True)
+    expected = formula(*arrays, window=window, softcap=cap)
+    for actual, right in zip(found(flag), expected, strict=True):
+        close(actual, right)
+    if windowed:
+        everything = found(jnp.array(False))
+        for actual, right in zip(
+            everything, formula(*arrays, softcap=cap), strict=True
+        ):
+            close(actual, right)
+
+
+def test_xla_reads_no_block_before_the_window():
+    q, k, v, d_output = draw(2, 2)
+    earlier = (np.arange(LENGTH) < BLOCK)[None, :, None, None]
+    k, v = (jnp.where(earlier, jnp.nan, x) for x in (k, v))
+    late, ones = np.s_[:, 2 * BLOCK :], np.ones_like(SEGMENTS)
+    arrays = (q[late], k, v, d_output[late], ones[late], ones)
+    options = {"kernel": "xla", "block": BLOCK, "offset": np.int32(2 * BLOCK)}
+    for x in outputs_and_gradients(*arrays, **options, rule=ScoreRule(80)):
+        assert np.isfinite(x).all()
+
+
+def test_cudnn_says_that_it_cannot_cap_scores():
+    capped = ScoreRule(softcap=50.0)
+    assert chosen("auto", "gpu", rule=capped).kernel == "xla"
+    with pytest.raises(UserError, match="it cannot cap scores, and this model caps"):
+        chosen("cudnn", "gpu", rule=capped)
+    assert chosen("auto", "gpu", rule=ScoreRule(128)).kernel == "cudnn_mask"
+    assert chosen("auto", "tpu", rule=capped).kernel == "splash"
+    with pytest.raises(ValueError, match="cannot cap scores"):
+        attend("cudnn_mask", *draw(2, 2)[:3], SEGMENTS, SEGMENTS, rule=capped)
 
 
 @pytest.mark.soak

@@ -10,9 +10,9 @@ import pytest
 from helpers import TINY, close, in_soak
 
 from research.core.errors import UserError
-from research.models.architecture import RopeScaling
-from research.models.attention import rope_frequencies
+from research.models.architecture import Rope, RopeScaling
 from research.models.attention_kernels import packed_attention
+from research.models.parts.rotary import rope_frequencies
 from research.models.transformer import Model
 
 DOCUMENTS = (6, 9, 5)  # and four positions of padding
@@ -207,10 +207,7 @@ def test_compute_dtype_is_the_dtype_of_the_output(model, params):
 
 def test_each_rope_scaling_is_what_its_paper_says():
     def frequencies(**scaling):
-        wide = dataclasses.replace(
-            TINY, head_dim=64, rope_theta=5e5, rope_scaling=RopeScaling(**scaling)
-        )
-        return np.array(rope_frequencies(wide))
+        return np.array(rope_frequencies(Rope(5e5, RopeScaling(**scaling)), 64))
 
     plain = frequencies()
     np.testing.assert_allclose(plain, 5e5 ** -(np.arange(32) / 32), rtol=1e-5)

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.core.errors import UserError
-from research.models.architecture import Architecture, RopeScaling
 
-ROPE_TYPES = ("default", "linear", "llama3")
 LARGEST = 2**31 - 1  # of any dimension
 
 
@@ -79,6 +77,21 @@ class ConfigFields:
             raise self.wrong(name, value, "a list of texts")
         return value
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers above 0."""
+        value = self._needed(name, None)
+        known = isinstance(value, list) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30
+            for x in value
+        )
+        if not known or len(value) != count:
+            raise self.wrong(name, value, f"a list of {count} numbers above 0")
+        return tuple(map(float, value))
+
+    def with_defaults(self, **values: Any) -> "ConfigFields":
+        """The same fields, with these values where a field is absent."""
+        return ConfigFields(values | self._values, self.where)
+
     def group(self, *names: str) -> "ConfigFields":
         """The objects `names` as one: later ones win, absent ones are empty."""
         together: dict[str, Any] = {}
@@ -115,64 +128,3 @@ class ConfigFields:
 def is_text(value: Any) -> bool:
     """Whether it is text, in which JSON allows half a character; nobody else does."""
     return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
-
-
-def read_rope(fields: ConfigFields) -> tuple[float, RopeScaling]:
-    """Base and scaling of the rotary embedding.
-
-    Both spellings are understood: `rope_parameters` (transformers 5), and `rope_theta`
-    with `rope_scaling` (before).
-
-    Raises:
-      UserError: a field is malformed, or asks for a scaling that is not computed.
-    """
-    rope = fields.group("rope_scaling", "rope_parameters")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
-    for group in (fields, rope):
-        group.only("partial_rotary_factor", 1.0)
-    for layers in ("full_attention", "sliding_attention"):
-        rope.only(layers, None)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UserError(
-            f"{rope.where}: rope_type is {kind!r}; it must be one of "
-            f"{', '.join(ROPE_TYPES)}"
-        )
-    if kind == "default":
-        return theta, RopeScaling()
-    factor = rope.number("factor", above=0, high=1e6)
-    if factor < 1:
-        raise rope.wrong("factor", factor, "at least 1")
-    if kind == "linear":
-        return theta, RopeScaling(kind=kind, factor=factor)
-    low = rope.number("low_freq_factor")
-    original = "original_max_position_embeddings"
-    longest = fields.integer("max_position_embeddings", 2048)
-    return theta, RopeScaling(
-        kind=kind,
-        factor=factor,
-        low_freq_factor=low,
-        # Wavelengths between the two are interpolated, so they must differ.
-        high_freq_factor=rope.number("high_freq_factor", above=low),
-        # As transformers reads it: outside the object first, then inside.
-        original_max_position=fields.integer(original, rope.integer(original, longest)),
-    )
-
-
-def write_rope(a: Architecture) -> dict[str, Any]:
-    """The fields that `read_rope` reads, in the spellings of both kinds of readers."""
-    scaling = a.rope_scaling
-    rope: dict[str, Any] = {"rope_type": scaling.kind}
-    if scaling.kind != "default":
-        rope["factor"] = scaling.factor
-    if scaling.kind == "llama3":
-        rope |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        }
-    return {
-        "rope_theta": a.rope_theta,
-        "rope_scaling": None if scaling.kind == "default" else rope,
-        "rope_parameters": rope | {"rope_theta": a.rope_theta},
-    }

@@ -6,14 +6,39 @@ from typing import Any
 
 from research.core.errors import UserError, nearest
 from research.models.architecture import Architecture
-from research.models.families import llama, mistral
 from research.models.families.config_fields import ConfigFields
+from research.models.families.dense import llama, mistral, qwen
 from research.models.families.model_family import ModelFamily
 
 # By `model_type`. Where two share llama.cpp's name, its files are read as the first.
 FAMILIES: dict[str, ModelFamily] = {
-    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY)
+    family.model_type: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3)
 }
+
+_STATE_SPACE = "its layers keep a state in place of keys and values (Mamba)"
+_GATED_DELTA = "three of four layers are linear attention with gated deltas"
+_GEMMA_4 = "layers share keys and values, and each has embeddings of its own"
+_CONVOLUTION = "most of its layers are short convolutions"
+_LLAMA_4 = "it attends in chunks, and its experts scale their inputs"
+# Known families whose models switches of the Block cannot describe, and the reason.
+NOT_COMPUTED = {
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+         "olmo_hybrid"),
+        _GATED_DELTA,
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"), _GEMMA_4
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl"), _CONVOLUTION),
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba", "zamba2",
+         "falcon_h1", "nemotron_h", "granitemoehybrid"),
+        _STATE_SPACE,
+    ),
+    **dict.fromkeys(("llama4", "llama4_text"), _LLAMA_4),
+}  # fmt: skip
 
 
 def from_hf_config(
@@ -35,10 +60,15 @@ def from_hf_config(
                 "GGUF file"
             )
     kind = config.get("model_type")
+    if isinstance(kind, str) and kind in NOT_COMPUTED:
+        raise UserError(
+            f"{where}: model_type is {kind!r}, which is not computed here: "
+            f"{NOT_COMPUTED[kind]}; choose a base model of another family"
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise _unknown(f"{where}: model_type is {kind!r}", str(kind), FAMILIES)
     shape = FAMILIES[kind].from_hf_config(ConfigFields(config, where))
-    return dataclasses.replace(shape, family=kind)
+    return dataclasses.replace(shape, family=FAMILIES[kind].model_type)
 
 
 def to_hf_config(architecture: Architecture) -> dict[str, Any]:
@@ -56,7 +86,7 @@ def module_names(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for tensor in family_of(architecture).hf_tensors:
         for path in tensor.paths:
-            name = tensor.name.removesuffix(".weight")
+            name = tensor.name.removesuffix(".weight").removesuffix(".bias")
             found[path] = (*found.get(path, ()), name)
     return found
 

@@ -175,12 +175,13 @@ def _on_matrices(
 
 
 def _decayed(config: OptimConfig, specs: dict[str, Any]) -> Any:
-    """Which parameters weight decay reaches: not those `no_decay` names."""
+    """Which parameters weight decay reaches: no bias, and nothing of `no_decay`."""
     paths, structure = parameter_paths.flatten(specs)
     # The default may match nothing: adapters have no norm scales. Others are typos.
     named = [p for p in config.no_decay if p not in OptimConfig().no_decay]
     parameter_paths.select(paths, named)
-    spared = {p for p in paths if parameter_paths.matches(p, config.no_decay)}
+    never = (*config.no_decay, r"\.bias$")
+    spared = {p for p in paths if parameter_paths.matches(p, never)}
     return parameter_paths.unflatten(structure, {p: p not in spared for p in paths})
 
 

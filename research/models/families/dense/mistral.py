@@ -4,31 +4,29 @@ import dataclasses
 from typing import Any
 
 from research.models.architecture import Architecture
-from research.models.families import llama
 from research.models.families.config_fields import ConfigFields
+from research.models.families.dense import llama
+from research.models.families.layer_fields import read_window
 
 
 def from_hf_config(fields: ConfigFields) -> Architecture:
-    """Reads the fields of `MistralConfig`.
-
-    A sliding window (Mistral v0.1) equals full attention up to its own length, so
-    that length becomes the longest context.
+    """Reads the fields of `MistralConfig`, whose window is that of every layer.
 
     Raises:
       UserError: a field is missing or malformed, or asks for another computation.
     """
-    shape = llama.from_hf_config(fields)
-    window = fields.integer("sliding_window", shape.max_position)
-    return dataclasses.replace(shape, max_position=min(shape.max_position, window))
+    fields.only("attention_bias", False)
+    fields.only("mlp_bias", False)
+    shape = llama.read_shape(fields)
+    window = read_window(fields, shape.layers, lambda layer: True)
+    return dataclasses.replace(shape, **window)
 
 
 def to_hf_config(a: Architecture) -> dict[str, Any]:
     """The `config.json` that `MistralForCausalLM` reads."""
-    return llama.to_hf_config(a) | {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        # Its default is a window of 4096.
-        "sliding_window": None,
+    return llama.write_shape(a, "mistral", "MistralForCausalLM") | {
+        # The default of its class is a window of 4096.
+        "sliding_window": a.window or None,
     }
 
 

@@ -1,0 +1,1 @@
+"""Families without experts, one file of switches and names each."""

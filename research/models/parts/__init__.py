@@ -1,0 +1,1 @@
+"""The parts of a decoder block: layers, rotary embeddings, and the block."""

@@ -65,8 +65,12 @@ class NamedModel:
             "system_fingerprint": self.fingerprint,
         }
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], context: str = ""
+    ) -> list[int]:
         """Ids of a conversation up to where the answer begins.
+
+        `context` goes where that of a training row goes: behind the first user message.
 
         Raises:
           ApiError: a message is no text, or the template refuses the conversation.
@@ -82,7 +86,7 @@ class NamedModel:
             for i, message in enumerate(messages)
         ]
         try:
-            return self.served.prompts.encode_prompt(turns)
+            return self.served.prompts.encode_prompt(turns, context)
         except UserError as error:
             raise bad_request(str(error), "messages") from error
 

@@ -18,9 +18,11 @@ from research.core.errors import UserError
 from research.serve.api.api_errors import ApiError
 from research.serve.http.access_keys import ApiKeys
 from research.studio.access import Access
+from research.studio.chats import chat_api
 from research.studio.deploying import deploy_page, served_page
 from research.studio.page_errors import PageError, as_page_error
 from research.studio.pages import (
+    chat_page,
     compare_page,
     data_page,
     live_run_page,
@@ -47,6 +49,8 @@ PAGES = (
     evaluate_page,
     deploy_page,
     served_page,
+    chat_page,
+    chat_api,
 )
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them

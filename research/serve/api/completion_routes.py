@@ -45,7 +45,9 @@ async def chat_completions(http: HttpRequest) -> Response:
     body, ignored = await state.read(http, ChatRequest)
     body.check()
     async with state.held(body.model) as (model, adapter):
-        ids = await state.in_text_thread(model.encode_chat, body.messages)
+        ids = await state.in_text_thread(
+            model.encode_chat, body.messages, body.context or ""
+        )
         most = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
         requests = await state.in_text_thread(

@@ -73,7 +73,8 @@ async def tokenize(http: HttpRequest) -> Response:
     # Harnesses ask for the ids of the names that `tokenizer_info` has given them.
     named = {tokenizer.bos_token: tokenizer.bos, tokenizer.eos_token: tokenizer.eos}
     if body.messages is not None:
-        ids = await state.in_text_thread(found.encode_chat, body.messages)
+        chat = (body.messages, body.context or "")
+        ids = await state.in_text_thread(found.encode_chat, *chat)
     elif body.prompt and body.prompt in named:
         ids = [named[body.prompt]]
     else:

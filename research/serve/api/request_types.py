@@ -94,6 +94,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    context: str | None = None  # As that of a training row; ours alone.
     max_completion_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
@@ -158,6 +159,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    context: str | None = None
     add_special_tokens: bool | None = None
 
     def check(self) -> None:

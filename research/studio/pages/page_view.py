@@ -26,6 +26,7 @@ TABS = (
     ("/data", "Data"),
     ("/train", "Train"),
     ("/evaluate", "Evaluate"),
+    ("/chat", "Chat"),
     ("/queue", "Queue"),
     ("/deploy", "Deploy"),
 )

@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
             "or stay on 127.0.0.1 and reach it by ssh -L"
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # A line for each request.
     token = "" if f.key_file else make_token(user_cache() / "studio_token")
     keys = (
         ApiKeys.from_file(Path(f.key_file), "--key_file")

@@ -9,7 +9,13 @@ import shutil
 import psutil
 import pytest
 from evaluation_folder import DIGEST, make_evaluation
-from fake_upstream import list_server
+from fake_upstream import (
+    FakeUpstream,
+    chunk,
+    head,
+    list_server,
+    said_by_models,
+)
 from served_studio import ServedStudio, append
 from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
 
@@ -143,6 +149,7 @@ PATHS = (
     "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
     "/evaluate?flags=--run=", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
     "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
+    "/chat",
 )  # fmt: skip
 
 
@@ -191,3 +198,103 @@ def test_the_keyboard_reaches_runs_and_a_page_without_scripts_has_numbers(
     page.get_by_label("Tags").fill("seen")
     page.get_by_role("button", name="Save").click()
     page.locator(".tag", has_text="seen").wait_for()
+
+
+@pytest.fixture
+def hand(served, socket_folder):
+    """A server `hand` with the models `base` and `tuned`, that says their names."""
+    fake = FakeUpstream(socket_folder / "hand", said_by_models)
+    servers = served[0].runs / ".studio" / "servers"
+    list_server(servers, "hand", uds=str(fake.path))
+    yield fake
+    fake.stop()
+
+
+def test_models_answer_side_by_side_and_a_reload_shows_them(browser, served, hand):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    tab = Tab(browser, served[1])
+    page = tab.page
+    tab.open("/chat")
+    page.get_by_text("System text and context").click()
+    page.get_by_label("Context").fill("A passage.")
+    page.get_by_label("Message").fill("Why?")
+    page.get_by_label("Message").press("Control+Enter")
+    tuned = page.get_by_label("Answer of tuned")
+    token = tuned.locator(".more-2").first
+    token.wait_for()
+    assert token.inner_text() == "tuned"
+    assert "difference +2.50" in token.get_attribute("title")
+    assert "3 prompt tokens" in tuned.inner_text()
+    asked = [json.loads(body) for top, body in hand.requests if "/chat/" in top]
+    assert len(asked) == 2 and asked[0] | {"model": ""} == asked[1] | {"model": ""}
+    assert (asked[0]["context"], asked[0]["seed"]) == ("A passage.", 1)
+    tuned.get_by_role("button", name="show").click()
+    tuned.get_by_text("<user>Why?").wait_for()
+    tuned.get_by_text("Tokens (2)").click()
+    assert tuned.locator("tbody tr").first.inner_text().split("\t")[1:] == [
+        "5", "-0.500", "-3.000", "+2.50",
+    ]  # fmt: skip
+    # Another version of the turn is a branch; the first one stays.
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("Message").first.fill("Why not?")
+    page.get_by_role("button", name="Ask this instead").click()
+    page.get_by_text("version 2 of 2").wait_for()
+    page.locator(".more-2").first.wait_for()
+    page.get_by_role("checkbox", name="blind vote").check()
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_text("Which is best?").wait_for()
+    assert page.get_by_label("Answer of A").is_visible()
+    assert page.get_by_label("Answer of tuned").count() == 0
+    page.get_by_role("button", name="A", exact=True).click()
+    page.get_by_text("You chose").wait_for()
+    page.get_by_role("heading", name="Blind votes").wait_for()
+    page.get_by_text("Use as a training row").click()
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_text("added to data/chats.jsonl").wait_for()
+    page.reload()
+    page.get_by_text("answers 2 of 2").wait_for()
+    page.get_by_text("You chose").wait_for()
+    page.get_by_label("Earlier version").click()
+    page.get_by_text("version 1 of 2").wait_for()
+    assert page.locator(".asked").inner_text() == "Why?"
+    assert tab.faults == []
+    url = page.url.removeprefix(tab.url)
+    for scheme, width in (("dark", 390), ("light", 1280)):
+        size = {"width": width, "height": 900}
+        tab = Tab(browser, served[1], color_scheme=scheme, viewport=size,
+                  bypass_csp=True)  # fmt: skip
+        tab.open(url)
+        tab.page.locator(".more-2").first.wait_for()
+        found = axe.run(tab.page).response["violations"]
+        serious = [x["id"] for x in found if x["impact"] in ("serious", "critical")]
+        assert serious == []
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_server_that_ends_in_an_answer_is_said_and_the_rest_is_kept(
+    browser, served, hand
+):
+    def dies(connection, fake):
+        top, body = fake.requests[-1]
+        if "/chat/" not in top or json.loads(body)["model"] == "base":
+            said_by_models(connection, fake)
+            return
+        event = {"choices": [{"delta": {"content": "half"}, "token_ids": [5]}]}
+        event["choices"][0]["logprobs"] = {"content": [{"token": "a", "logprob": -1}]}
+        connection.sendall(head(200, "text/event-stream", transfer_encoding="chunked"))
+        connection.sendall(chunk(f"data: {json.dumps(event)}\n\n"))
+
+    hand._answer = dies
+    tab = Tab(browser, served[1])
+    page = tab.page
+    tab.open("/chat")
+    page.get_by_label("colour tokens").uncheck()
+    page.get_by_label("Message").fill("Why?")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("ended in the middle of an answer").wait_for()
+    page.get_by_text("The answers are complete.").wait_for(state="attached")
+    page.reload()
+    tuned = page.get_by_label("Answer of tuned")
+    tuned.get_by_text("half").wait_for()
+    assert "ended in the middle" in tuned.inner_text()
+    assert "base says <b>" in page.get_by_label("Answer of base").inner_text()

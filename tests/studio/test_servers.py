@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,24 +25,25 @@ PATH = "/api/servers/hand/v1/chat/completions"
 
 
 @pytest.fixture
-def upstream(place):
+def upstream(place, socket_folder):
     """Lists a server `hand` that answers as a test says."""
     started = []
-    # A path of a socket has at most 107 bytes, and those of pytest may be longer.
-    with tempfile.TemporaryDirectory() as folder:
 
-        def make(answer):
-            fake = FakeUpstream(Path(folder, "socket"), answer)
-            started.append(fake)
-            keys = Path(folder, "keys")
-            keys.write_text("# ours\na-key-of-a-user-1\nadmin the-key-of-an-admin\n")
-            servers = place.runs / ".studio" / "servers"
-            list_server(servers, "hand", uds=str(fake.path), key_file=str(keys))
-            return fake
+    def make(answer):
+        fake = FakeUpstream(socket_folder / "socket", answer)
+        started.append(fake)
+        keys = socket_folder / "keys"
+        keys.write_text(
+            f"# ours\na-key-of-a-user-1\nadmin sha256:{'0' * 64}\n"
+            "admin the-key-of-an-admin # of the studio\n"
+        )
+        servers = place.runs / ".studio" / "servers"
+        list_server(servers, "hand", uds=str(fake.path), key_file=str(keys))
+        return fake
 
-        yield make
-        for fake in started:
-            fake.stop()
+    yield make
+    for fake in started:
+        fake.stop()
 
 
 def post(place, body=ASK, path=PATH):

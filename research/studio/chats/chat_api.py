@@ -14,7 +14,13 @@ from research.studio.chats.conversation_files import Conversations
 from research.studio.chats.model_stamps import stamps_of
 from research.studio.chats.training_rows import append_row, row_of
 from research.studio.page_errors import PageError
-from research.studio.pages.page_view import Form, json_answer, see, studio_of
+from research.studio.pages.page_view import (
+    Form,
+    format_bytes,
+    json_answer,
+    see,
+    studio_of,
+)
 
 LONGEST = 8 << 20  # bytes of a line: an answer with the score of each token
 
@@ -117,9 +123,7 @@ async def append(request: Request) -> Response:
     studio.audit.add("append row", file, request.scope["who"], chat=found.id)
     path = await asyncio.to_thread(append_row, studio.data, file, row)
     name = studio.data.name(path)
-    with path.open("rb") as written:
-        count = sum(1 for _ in written)
-    said = f"added to {name}, which has {count:,} rows"
+    said = f"added to {name}, which has {format_bytes(path.stat().st_size)} now"
     if form.get("script"):
         return json_answer({"said": said, "file": name})
     return see("/chat", chat=found.id, said=said)

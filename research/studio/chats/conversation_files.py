@@ -5,7 +5,8 @@ what a person wrote, `answers` are what the models said to it at one time, side 
 A turn follows one of the answers, by `parent` and `chosen`, or nothing: an edited turn
 is another one with the same parent, and answers that are made again are others to the
 same turn. A `pick` is the answer with which people continue, and `scores` are the
-log-probabilities of the ids of an answer, under its model and its base. Together they are a tree, and a conversation is one way down.
+log-probabilities of the ids of an answer, under its model and its base. Together they
+are a tree, and a conversation is one way down.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from research.studio.page_errors import PageError, not_found
 ID = re.compile(r"[0-9a-f]{12}")
 LARGEST = 32 << 20  # bytes of a conversation
 TITLE = 60  # letters
+FIRST_LINE = 1 << 20  # bytes
 TOKEN = {"text": str, "logprob": NUMBER}
 COLUMN = {"model": str, "text": str, "ids": [int], "tokens": [TOKEN], "stamp": {}}
 # What each kind of line must hold, beside its `kind`, `id` and `time`.
@@ -51,13 +53,6 @@ class Conversation:
     id: str
     lines: tuple[dict[str, Any], ...]
     bad: tuple[int, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """The beginning of the first turn."""
-        first = next((x["text"] for x in self.lines if x["kind"] == "turn"), "")
-        words = " ".join(first.split())
-        return f"{words[:TITLE]}..." if len(words) > TITLE else words or "empty"
 
     def line(self, kind: str, name: str) -> dict[str, Any]:
         """A line by its id. Raises UserError: there is none of this kind."""
@@ -125,6 +120,16 @@ class Conversations:
             and entry.is_file(follow_symlinks=False)
         ]
         return sorted(found, key=lambda each: -each[1])
+
+    def title(self, name: str) -> str:
+        """The beginning of the first turn; the rest of the file is not read."""
+        with open(self._path(name), "rb") as file:
+            try:
+                first = json.loads(file.readline(FIRST_LINE))["text"]
+                words = " ".join(first.split())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return "a long one, or damaged"
+        return f"{words[:TITLE]}..." if len(words) > TITLE else words or "empty"
 
     def read(self, name: str) -> Conversation:
         """A conversation. Raises PageError: there is none of this name."""

@@ -71,6 +71,7 @@ async def chat(request: Request) -> Response:
         models=models,
         problem=problem,
         conversation=conversation,
+        title_of=kept.title,
         chats=await asyncio.to_thread(_titles, request),
         choices=await asyncio.to_thread(_choices, request),
         plan=await _planned(request),
@@ -91,7 +92,7 @@ def _titles(request: Request) -> list[tuple[str, str, float]]:
     """Id, title and time of the newest conversations."""
     kept = conversations(request)
     newest = kept.all()[:SHOWN_CHATS]
-    return [(name, kept.read(name).title, changed) for name, changed in newest]
+    return [(name, kept.title(name), changed) for name, changed in newest]
 
 
 def _choices(request: Request) -> dict[str, list[str]]:

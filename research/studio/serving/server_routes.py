@@ -146,7 +146,8 @@ class ForwardedAnswer(Response):
             async with asking(*self._asked) as answer:
                 if answer.status_code == 401:  # The browser's own key is another one.
                     server = self._asked[0].name
-                    raise PageError(502, f"the server {server} refuses its key")
+                    message = f"the server {server} refuses its key: its file of keys "
+                    raise PageError(502, f"{message}must hold one that is no digest")
                 found = answer.headers
                 kept = [(x, found[x]) for x in KEPT_HEADERS if x in found]
                 headers = [(k.encode(), v.encode("latin-1")) for k, v in kept]

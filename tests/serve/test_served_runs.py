@@ -13,8 +13,10 @@ import psutil
 import pytest
 from conftest import QUEUE, open_tiny
 from doors import run_door
+from fake_upstream import list_server
 from live_servers import LiveServer
 from small_run import one_device
+from studio_place import StudioPlace
 
 from research.core.errors import UserError
 from research.parallel import runtime
@@ -23,6 +25,7 @@ from research.serve import listening, model_reader, open_models
 from research.serve.__main__ import main
 from research.serve.api.api_errors import ApiError
 from research.serve.open_models import Capacity
+from research.tokenize.conversation import Turn
 
 ASK = [{"role": "user", "content": "Are whales fish?"}]
 
@@ -269,3 +272,44 @@ def test_a_command_that_cannot_serve_says_why(tmp_path, monkeypatch, flags, foun
     ended = run_door(main, tmp_path, "serve", *flags)
     assert ended.returncode == 2
     assert found in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_the_chat_of_the_studio_shows_exactly_these_models(served, client, tmp_path):
+    """Answers, stamps, prompts with a context, and scores under the base."""
+    studio = StudioPlace(tmp_path)
+    list_server(studio.runs / ".studio" / "servers", "hand", port=served.port)
+    tab = studio.client()
+    page = tab.get("/chat").text
+    assert all(f'value="{name}" checked' in page for name in ("base", "tuned"))
+    names, options = ["base", "tuned", "behind"], {"temperature": 0.9, "seed": 5}
+    form = {"server": "hand", "model": names, "text": "Are whales fish?"}
+    form |= {**options, "max_tokens": 8, "context": "Whales breathe air."}
+    there = tab.post("/act/chat/ask", data=form).headers["location"]
+    lines = tab.get(f"/api/chats/{there.partition('chat=')[2]}").json()["lines"]
+    cards = {card.id: card for card in client.models.list().data}
+    extra = {"extra_body": {"context": "Whales breathe air.", "return_token_ids": True}}
+    for column in lines[-1]["columns"]:
+        card = cards[column["model"]]
+        answer = client.chat.completions.create(
+            model=card.id, messages=ASK, max_tokens=8, **options, **extra
+        )
+        assert column["ids"] == answer.choices[0].token_ids
+        assert column["text"] == answer.choices[0].message.content
+        stamp = column["stamp"]
+        assert (stamp["step"], stamp["fingerprint"], stamp["base_model"]) == (
+            card.step, card.system_fingerprint, "base",
+        )  # fmt: skip
+        path = "/api/servers/hand/tokenize"
+        asked = {"model": card.id, "messages": ASK, "context": "Whales breathe air."}
+        ids = tab.post(path, json=asked).json()["tokens"]
+        model = served.deployment.models.find(card.id)
+        turns = [Turn("user", "Are whales fish?")]
+        assert ids == model.served.prompts.encode_prompt(turns, "Whales breathe air.")
+        assert ids != model.served.prompts.encode_prompt(turns)
+        assert column["prompt_tokens"] == len(ids)
+        scored = {"model": card.id, "prompt": [*ids, *column["ids"]], "echo": True}
+        scored |= {"logprobs": 0, "max_tokens": 0}
+        path = "/api/servers/hand/v1/completions"
+        found = tab.post(path, json=scored).json()["choices"][0]["logprobs"]
+        said = [token["logprob"] for token in column["tokens"]]
+        assert found["token_logprobs"][len(ids) :] == pytest.approx(said, abs=1e-3)

@@ -1,4 +1,4 @@
-"""What the script of the chat page reads and sends: lines, votes, stamps, rows."""
+"""The lines, votes, stamps and rows that the script of the chat page uses."""
 
 import asyncio
 import json

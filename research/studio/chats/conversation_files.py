@@ -30,7 +30,7 @@ TITLE = 60  # letters
 FIRST_LINE = 1 << 20  # bytes
 TOKEN = {"text": str, "logprob": NUMBER}
 COLUMN = {"model": str, "text": str, "ids": [int], "tokens": [TOKEN], "stamp": {}}
-# What each kind of line must hold, beside its `kind`, `id` and `time`.
+# Each kind of line must hold this beside its `kind`, `id` and `time`.
 KINDS: dict[str, dict[str, Any]] = {
     "turn": {"parent": str, "chosen": str, "text": str, "context": str, "system": str},
     "answers": {"turn": str, "server": str, "settings": {}, "columns": [COLUMN]},

@@ -1,4 +1,4 @@
-"""What each model of a server is, exactly: base, adapter, step, template."""
+"""The exact models of a server: base, adapter, step, template."""
 
 import asyncio
 import hashlib

@@ -41,7 +41,7 @@ LINE = {"kind": str, "id": str, "time": str}
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
+class KeptChat:
     """A conversation as its file tells it.
 
     Attributes:
@@ -131,14 +131,14 @@ class Conversations:
                 return "a long one, or damaged"
         return f"{words[:TITLE]}..." if len(words) > TITLE else words or "empty"
 
-    def read(self, name: str) -> Conversation:
+    def read(self, name: str) -> KeptChat:
         """A conversation. Raises PageError: there is none of this name."""
         path = self._path(name)
         if not path.is_file():
             raise not_found(f"there is no conversation {name[:40]!r}")
         values, bad = read_json_lines(path, LINE)
         lines = [x for x in values if not mismatch(x, KINDS.get(x["kind"], {}))]
-        return Conversation(name, tuple(lines), tuple(bad))
+        return KeptChat(name, tuple(lines), tuple(bad))
 
     def add(self, name: str, line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Appends a line; returns the conversation's id and the line as it is kept.

@@ -21,7 +21,7 @@ def row_of(way: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
     there in the first message, as templates join the two.
 
     Args:
-      way: each turn and its answer, of `Conversation.way_to`.
+      way: each turn and its answer, of `KeptChat.way_to`.
 
     Raises:
       UserError: there is no answer yet, or an empty one.

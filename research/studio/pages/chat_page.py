@@ -17,7 +17,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.studio.chats.blind_votes import win_rates
 from research.studio.chats.chat_api import conversations, votes_of
-from research.studio.chats.conversation_files import Conversation, messages_of
+from research.studio.chats.conversation_files import KeptChat, messages_of
 from research.studio.chats.model_stamps import stamps_of
 from research.studio.listing.run_state import read_json_object
 from research.studio.page_errors import PageError
@@ -154,7 +154,7 @@ async def ask(request: Request) -> Response:
         raise UserError("choose at least one model, and write a message")
     parent, chosen = form.get("parent"), form.get("chosen")
     chat = form.get("chat")
-    before = await asyncio.to_thread(kept.read, chat) if chat else Conversation("", ())
+    before = await asyncio.to_thread(kept.read, chat) if chat else KeptChat("", ())
     turn = {
         "kind": "turn",
         "parent": parent,

@@ -1,8 +1,9 @@
 """Evaluates runs on rows: `python -m research.evaluate --run=RUN --data=FILE`."""
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from research.config import command_line
 from research.config.knobs import flat
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     folder = target.folder.path
     # A second command that does the same ends here, and not after its first answers.
     models = [(x.name, x.identity) for x in found.models]
-    with KeptLines.opened(folder / EVALUATIONS, "command", digest(models, choices)):
+    command = KeptLines.opened(folder / EVALUATIONS, "command", digest(models, choices))
+    with _said_once(), command:
         result = evaluate(found, choices, folder / EVALUATIONS)
     lines = {name: found.line() for name, found in result.losses.items()}
     evaluation_page.show_evaluation(result.values, lines)
@@ -56,6 +58,22 @@ def main(argv: Sequence[str]) -> int:
         )
     sys.stdout.write(f"written to {path}\n")
     return 0
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Drops lines of the log that repeat: the same rows and runs are opened often."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        return not (line in said or said.add(line))
+
+    logging.getLogger().addFilter(is_new)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_new)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,27 @@ class Measurements:
     """The measurements of several models on the same rows.
 
     Attributes:
-      rows: that all models answered, as each answered them.
+      rows: that all models answered, as each answered them; no model has any where
+        whole texts are measured.
       metrics: by name.
       measured: by model and metric, among them the loss that can be compared.
       clusters: the cluster of each row.
+      categories: the category of each row, or the source of each text.
     """
 
     rows: Mapping[str, Sequence[AnsweredRow]]
     metrics: Mapping[str, AnswerMetric]
     measured: Mapping[str, Mapping[str, Measured]]
     clusters: Sequence[int]
+    categories: Sequence[str]
+
+    @classmethod
+    def of_texts(
+        cls, losses: CommonLosses, sources: Mapping[str, str], clusters: Sequence[int]
+    ) -> "Measurements":
+        """The losses of whole texts; `sources` and `clusters` are in one order."""
+        measured = {name: losses.measure(name, [*sources]) for name in losses.sums}
+        return cls({}, {}, measured, clusters, [*sources.values()])
 
     @classmethod
     def of(
@@ -46,14 +57,14 @@ class Measurements:
         for name, own in rows.items():
             measured[name] = losses.measure(name, [row.id for row in own])
             measured[name] |= {k: x.measure(own) for k, x in metrics[name].items()}
-        clusters = clusters_of(next(iter(rows.values())))
-        names = next(iter(metrics.values()))
-        return cls(rows, names, measured, clusters)
+        first, names = (next(iter(x.values())) for x in (rows, metrics))
+        categories = [row.category for row in first]
+        return cls(rows, names, measured, clusters_of(first), categories)
 
     @property
     def first(self) -> Sequence[AnsweredRow]:
         """The rows themselves, whatever the answers."""
-        return next(iter(self.rows.values()))
+        return next(iter(self.rows.values()), ())
 
     def higher_is_better(self, metric: str) -> bool | None:
         return False if metric in LOSSES else self.metrics[metric].higher_is_better
@@ -61,8 +72,8 @@ class Measurements:
     def by_category(self) -> dict[str, list[int]]:
         """The places of the rows of each category; empty if there is but one."""
         found: dict[str, list[int]] = {}
-        for place, row in enumerate(self.first):
-            found.setdefault(row.category, []).append(place)
+        for place, category in enumerate(self.categories):
+            found.setdefault(category, []).append(place)
         return dict(sorted(found.items())) if len(found) > 1 else {}
 
     def answers_of(self, model: str) -> Values:

@@ -23,7 +23,7 @@ class CommonLosses:
 
     Attributes:
       sums: of each row, by model; all models have the same rows.
-      text_bytes: UTF-8 bytes of the answers that count in the loss, by row.
+      text_bytes: UTF-8 bytes by row that count in the loss, of answers or of a text.
       unit: of the losses.
     """
 
@@ -41,17 +41,21 @@ class CommonLosses:
         """Keeps the rows that all models have.
 
         Raises:
-          UserError: there is none.
+          UserError: there is none, though each model has losses.
         """
         first, *others = sums.values()
         rows = [row for row in first if all(row in each for each in others)]
-        if not rows:
+        if not rows and any(sums.values()):
             raise UserError(
                 f"no row has a loss of all of {', '.join(sums)}, since some are too "
                 "long for each data.seq_len: evaluate them one by one"
             )
         common = {k: {row: own[row] for row in rows} for k, own in sums.items()}
         return cls(common, text_bytes, unit)
+
+    def __bool__(self) -> bool:
+        """Whether there is a loss at all: rows without a reference have none."""
+        return any(self.sums.values())
 
     @property
     def compared(self) -> str:
@@ -60,6 +64,8 @@ class CommonLosses:
         A loss per token compares models that count the same tokens. Another tokenizer
         or template counts others, while the bytes of the answers stay the same.
         """
+        if not self:
+            return ""
         counts = {
             tuple(each[LOSS][1] for each in own.values()) for own in self.sums.values()
         }

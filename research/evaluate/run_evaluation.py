@@ -21,7 +21,6 @@ from research.evaluate.measuring.evaluated_models import (
     OF_MODEL,
     EvaluatedModel,
     ModelSet,
-    open_whole,
 )
 from research.evaluate.measuring.evaluated_rows import EvaluatedRow, choose_rows
 from research.evaluate.measuring.kept_lines import digest
@@ -29,12 +28,13 @@ from research.evaluate.measuring.measure_models import (
     AskedRows,
     documents_of,
     measure_losses,
+    measure_text_losses,
 )
 from research.evaluate.measuring.row_losses import (
     RowSums,
     length_label,
     loss_unit,
-    measure_texts,
+    same_texts,
 )
 from research.evaluate.measuring.seen_rows import describe_change, find_seen
 from research.evaluate.statistics.verdicts import BETTER, WORSE
@@ -102,28 +102,39 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     """
     readings = read_rows(found, choices)
     own = readings[found.target.name]
-    if own.packed is None:
-        return _evaluate_texts(found, choices, readings)
+    if own.texts is not None:
+        return _evaluate_texts(found, choices, readings, folder)
     rows = choose_rows(own.records(), own.groups, choices.rows)
     asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
     data = found.config_for(found.target, choices.changes).data
     path = choices.data or data.eval_path or data.path
     data = dataclasses.replace(data, path=path)
     metrics = () if choices.metrics == (NONE,) else choices.metrics
+    if not metrics and not any(row.record.has_answer for row in rows):
+        raise UserError(
+            f"--metrics=none measures losses, and none of the rows of {own.origin} has "
+            "a response, of which there could be one: drop the flag, or name the "
+            "column with --config.data.columns.response"
+        )
     stage = AnswerStage.of(asked, metrics, found, data)
     seen = find_seen(found, rows)
     sums = measure_losses(rows, found, readings, choices.changes, folder)
     text_bytes = {row.id: row.answer_bytes for row in rows}
     common = CommonLosses.of(sums, text_bytes, loss_unit(found.target.run.config))
     categories = {row.id: row.record.category for row in rows}
-    losses = {x.name: common.group(x.name, categories) for x in found.models}
+    losses = {x.name: common.group(x.name, categories) for x in found.models if common}
     values = _facts(found, choices, own) | {"overlap": seen}
+    places = {row.place for row in rows}
+    values["left_out"] = [
+        line
+        for line in own.left_out
+        if not line.endswith(f": {CUT}") or line.rpartition(": ")[0] in places
+    ]
     values["rows"] = _count(rows, readings, common) | {"not_asked": asked.problems}
     values["models"] = {
         x.name: _model(x)
         | {"rows_with_loss": len(sums[x.name])}
-        | as_json(losses[x.name])
-        | _parts(rows, x.name, own, common)
+        | (_parts(rows, x.name, own, common, losses[x.name]) if common else {})
         for x in found.models
     }
     lines = [_line(row, sums) for row in rows]
@@ -142,14 +153,15 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
 
 def headline(result: Evaluated) -> str:
     """The result in a line, for `run.json`."""
-    losses = ", ".join(f"{k} {x.loss:.4f}" for k, x in result.losses.items())
+    losses = [f"{k} {x.loss:.4f}" for k, x in result.losses.items()]
     verdicts = [
         f"{model} {values['verdict']} in {metric}"
         for model, by_metric in result.values.get("comparisons", {}).items()
         for metric, values in by_metric.items()
         if metric not in LOSSES and values["verdict"] in (BETTER, WORSE)
     ]
-    parts = "; ".join([f"loss {losses}", *verdicts])
+    loss = [f"loss {', '.join(losses)}"] if losses else []
+    parts = "; ".join([*loss, *verdicts]) or "answers without references"
     return f"evaluation, {result.values['data']['origin']}: {parts}"
 
 
@@ -193,25 +205,40 @@ def find_differences(found: ModelSet) -> list[str]:
 
 
 def _evaluate_texts(
-    found: ModelSet, choices: EvaluationChoices, readings: Mapping[str, EvaluationRows]
+    found: ModelSet,
+    choices: EvaluationChoices,
+    readings: Mapping[str, EvaluationRows],
+    folder: Path,
 ) -> Evaluated:
-    """Raw text has no answers: only its losses are measured."""
+    """Raw text has no answers: only the losses of its documents are measured."""
     if choices.metrics not in ((AUTO,), (NONE,)):
         raise UserError(
             "--metrics are of answers, and a run on raw text has none: drop the flag "
             "to get its losses"
         )
     own = readings[found.target.name]
-    losses: dict[str, Evaluation] = {}
-    for names, opens in open_whole(found.models):
-        losses |= measure_texts(opens(), readings[names[-1]])
+    sums = measure_text_losses(found, readings, choices.changes, folder)
+    names = [str(number) for number in range(len(own.texts.sizes))]
+    text_bytes = dict(zip(names, own.texts.sizes, strict=True))
+    unit = loss_unit(found.target.run.config)
+    common = CommonLosses.of(sums, text_bytes, unit)
+    sources = dict(zip(names, own.texts.sources, strict=True))
+    losses = {x.name: common.group(x.name, sources) for x in found.models}
     values = _facts(found, choices, own) | {"overlap": find_seen(found, ())}
+    values["documents"] = len(names)
     values["models"] = {
         x.name: _model(x) | as_json(losses[x.name]) for x in found.models
     }
+    for name, by_row in sums.items():
+        lengths = {row: length_label(int(x[LOSS][1])) for row, x in by_row.items()}
+        by_length = as_json(common.group(name, lengths))["by_group"]
+        values["models"][name]["by_length"] = by_length
+    clusters = same_texts(own.texts)
+    _add_answers(
+        values, Measurements.of_texts(common, sources, clusters), found.baseline
+    )
     parts = [(x.name, x.identity) for x in found.models]
     name = digest(parts, own.sha256, dict(choices.changes))
-    losses = {x.name: losses[x.name] for x in found.models}
     return Evaluated(_named(name, found), values, [], losses)
 
 
@@ -252,18 +279,25 @@ def _count(
     return {
         "evaluated": len(rows),
         "cut": sum(row.place in cut for row in rows),
-        "without_loss": len(rows) - len(with_loss),
+        "without_reference": sum(not row.record.has_answer for row in rows),
+        "without_loss": sum(
+            row.record.has_answer and row.id not in with_loss for row in rows
+        ),
     }
 
 
 def _parts(
-    rows: Sequence[EvaluatedRow], model: str, own: EvaluationRows, common: CommonLosses
+    rows: Sequence[EvaluatedRow],
+    model: str,
+    own: EvaluationRows,
+    common: CommonLosses,
+    losses: Evaluation,
 ) -> Values:
-    """The losses by source and by length."""
+    """The losses over all rows, by category, by source and by length."""
     slots, documents = own.packed.documents.slots, documents_of(own, rows)
     tokens = {row: length_label(int(slots[i])) for i, row in documents.items()}
     sources = {row.id: row.source for row in rows}
-    return {
+    return as_json(losses) | {
         "by_source": as_json(common.group(model, sources))["by_group"],
         "by_length": as_json(common.group(model, tokens))["by_group"],
     }
@@ -280,7 +314,7 @@ def _add_answers(values: Values, measured: Measurements, baseline: str) -> None:
         }
         for name, metric in measured.metrics.items()
     }
-    for name in measured.rows:
+    for name in measured.measured:
         values["models"][name]["answers"] = measured.answers_of(name)
     if not baseline:
         return

@@ -14,7 +14,7 @@ from research.core.visible_text import counted, visible
 from research.data.grouped_values import group_fields
 from research.report import result_tables
 from research.report.markdown_text import escaped, fenced, format_table
-from research.report.result_tables import Table
+from research.report.result_tables import SAME, Table, text_columns
 from research.report.run_page import FOLDED, PREVIEW, STYLED, TEMPLATES
 from research.report.terminal import show_table
 
@@ -26,6 +26,7 @@ UNSHOWN = {
     "no difference shown": "no difference is shown in",
     "too few rows to tell": "there are too few rows to tell in",
 }
+NO_REFERENCE = "without a reference, in no loss and in no metric that needs one"
 SHOWN = 4  # rows that were dropped or cut, and columns; the file has all
 
 
@@ -41,10 +42,10 @@ def show_evaluation(values: Values, losses: Values) -> None:
         console.print(Text(visible(finding), "bold yellow"))
     for sentence in verdict_sentences(values):
         console.print(Text(visible(sentence), "bold"))
-    title = f"step {values['step']}, {visible(values['data']['origin'])}"
+    console.print(Text(visible(described(values)), "dim"))
     table = tabulate_losses(values, losses)
-    show_table(console, title, table, bold=result_tables.TOTAL)
-    show_table(console, "answers", tabulate_answers(values, short=True), bold="")
+    show_table(console, "losses", table, bold=result_tables.TOTAL)
+    show_table(console, "metrics", tabulate_answers(values, short=True), bold="")
     for line in row_facts(values):
         console.print(Text(visible(line)))
     for line in values["unused"][:SHOWN]:
@@ -58,20 +59,33 @@ def show_evaluation(values: Values, losses: Values) -> None:
             console.print(Text(visible(line)))
 
 
+def described(values: Values) -> str:
+    """What was evaluated: the rows, the step, and what they are compared with."""
+    rows = values.get("rows", {})
+    count = rows.get("evaluated", values.get("documents", 0))
+    whole = values["data"]["origin"]
+    parts = [f"{counted(count, _unit(values))}: {whole}", f"step {values['step']}"]
+    if values["baseline"]:
+        parts.append(f"every model is compared with {values['baseline']}")
+    return "; ".join(parts)
+
+
+def _unit(values: Values) -> str:
+    return "row" if "rows" in values else "document"
+
+
 def verdict_sentences(values: Values) -> list[str]:
     """A sentence on each comparison: its verdicts, by how much, on how many rows."""
     if not values["baseline"]:
         return ["There is no other model to compare with, so there is no verdict."]
-    if "comparisons" not in values:
-        return ["Losses of whole texts have no interval, so there is no verdict."]
-    sentences = []
-    for model, by_metric in values["comparisons"].items():
+    sentences, unit = [], _unit(values)
+    for model, by_metric in values.get("comparisons", {}).items():
         by_verdict: dict[str, list[str]] = {}
         most = max((x["rows"] for x in by_metric.values()), default=0)
         for metric, judged in by_metric.items():
             values_of = [_number(judged[x]) for x in ("baseline", "candidate")]
             rows = judged["rows"]
-            on = f" on {counted(rows, 'row')}" * (rows < most)
+            on = f" on {counted(rows, unit)}" * (rows < most)
             change = f" (from {' to '.join(values_of)}{on})"
             name = metric if judged["verdict"] in UNSHOWN else metric + change
             by_verdict.setdefault(judged["verdict"], []).append(name)
@@ -79,7 +93,7 @@ def verdict_sentences(values: Values) -> list[str]:
         parts = [f"{UNSHOWN.get(x, f'{x} in')} {_listed(by_verdict[x])}" for x in order]
         found = "; ".join(parts) or "they have no metric in common"
         who = f"{model} against {values['baseline']}"
-        sentences.append(f"{who}, on {counted(most, 'row')}: {found}.")
+        sentences.append(f"{who}, on {counted(most, unit)}: {found}.")
     return sentences
 
 
@@ -96,13 +110,14 @@ def row_facts(values: Values) -> list[str]:
     rows, problem = values.get("rows", {}), values["data"].get("problem")
     total, without = rows.get("evaluated", 0), rows.get("without_loss", 0)
     parts = (
-        (rows.get("cut", 0), "have a shorter context to fit data.seq_len"),
+        (rows.get("cut", 0), "with a shorter context, to fit data.seq_len"),
+        (rows.get("without_reference", 0), NO_REFERENCE),
         (without, _without_loss(values) if without else ""),
-        (len(rows.get("not_asked", ())), "are too long to be answered"),
+        (len(rows.get("not_asked", ())), "too long to be answered"),
     )
     facts = [problem] if problem else []
     facts += [
-        f"{count:,} of {total:,} rows ({count / total:.1%}) {what}"
+        f"{count:,} of {counted(total, 'row')} ({count / total:.1%}): {what}"
         for count, what in parts
         if count
     ]
@@ -116,12 +131,13 @@ def row_facts(values: Values) -> list[str]:
         same, part = seen["exact"], seen["words"]
         if same or part:
             facts.append(
-                f"{model} has seen {same + part:,} of {total:,} rows in training: "
-                f"{same:,} whole prompts, and {part:,} rows by a run of 13 words"
+                f"{model} has seen {same + part:,} of {counted(total, 'row')} in "
+                f"training: {same:,} by the whole prompt, and {part:,} by a run of 13 "
+                "words"
             )
         elif not seen["problem"]:
-            read = f"{seen['training_rows']:,} training rows"
-            facts.append(f"{model}: no row is among the {read} of the run")
+            read = counted(seen["training_rows"], "training row")
+            facts.append(f"{model} has seen no row in training ({read} compared)")
         if seen["problem"]:
             facts.append(f"{model}: training rows not compared: {seen['problem']}")
     return [*facts, *_metrics_without_rows(values)]
@@ -143,13 +159,15 @@ def _metrics_without_rows(values: Values) -> Iterator[str]:
 def tabulate_losses(values: Values, losses: Values) -> Table:
     """The losses of all models: by category, or by source where texts are whole."""
     kind = result_tables.CATEGORY if "rows" in values else result_tables.SOURCE
-    return result_tables.compare_losses(losses, kind)
+    return result_tables.compare_losses(losses, kind) if losses else []
 
 
 def loss_lines(values: Values) -> dict[str, Values]:
     """The losses in `evaluation.json` as lines of `metrics.jsonl`, by model."""
     lines: dict[str, Values] = {}
     for model, found in values["models"].items():
+        if "loss" not in found:  # No row has a reference.
+            continue
         lines[model] = {
             "loss": found["loss"],
             "loss_unit": found["loss_unit"],
@@ -166,11 +184,12 @@ def loss_lines(values: Values) -> dict[str, Values]:
 
 def _without_loss(values: Values) -> str:
     """Which models have no loss of some rows, and for which rows that counts."""
-    total = values.get("rows", {}).get("evaluated", 0)
+    rows = values["rows"]
+    total = rows["evaluated"] - rows.get("without_reference", 0)
     models = values["models"].items()
     short = [name for name, x in models if x.get("rows_with_loss", total) < total]
     of_whom = " or ".join(short)
-    return f"are longer than data.seq_len of {of_whom}, and are in no loss of any model"
+    return f"longer than data.seq_len of {of_whom}, and in no loss of any model"
 
 
 def tabulate_answers(values: Values, *, short: bool = False) -> Table:
@@ -194,7 +213,7 @@ def tabulate_answers(values: Values, *, short: bool = False) -> Table:
                 rows.append([*name, *cells])
     if not rows:
         return []
-    header = ["metric", *["model"] * named, "rows"]
+    header = ["metric", *["model"] * named, f"{_unit(values)}s"]
     if not compared:
         return [[*header, "value", "95 %"], *rows]
     header += [values["baseline"], "model" if named else next(iter(compared))]
@@ -205,15 +224,19 @@ def tabulate_answers(values: Values, *, short: bool = False) -> Table:
 
 
 def tabulate_categories(values: Values) -> Table:
-    """The change of each metric in each category; empty without categories."""
-    header = ["category", "metric", "model", "rows", "baseline", "value"]
+    """The change of each metric in each category; empty without categories.
+
+    A metric in which no row of a category differs is no line.
+    """
+    group = result_tables.CATEGORY if "rows" in values else result_tables.SOURCE
+    header = [group, "metric", "model", f"{_unit(values)}s", "baseline", "value"]
     header += ["change", "95 % interval"]
     rows = []
     for model, by_metric in values.get("comparisons", {}).items():
         for metric, judged in by_metric.items():
             for category, each in judged["by_category"].items():
-                if each:
-                    name = result_tables.group_label(category or "(none)", "category")
+                if each and each["differing"]:
+                    name = result_tables.group_label(category or "(none)", group)
                     cells = [name, metric, model, f"{each['rows']:,}"]
                     cells += [_number(each["baseline"]), _number(each["candidate"])]
                     cells += [_signed(each["difference"]), _interval(each, signed=True)]
@@ -242,6 +265,7 @@ def format_pages(
             filters={
                 "literal": lambda value: escaped(str(value)),
                 "fenced": fenced,
+                "words": text_columns,
                 "lines": lambda table: "\n".join(format_table(table)[1:]),
             },
             autoescape=ending == "html",
@@ -251,6 +275,7 @@ def format_pages(
             answers=tabulate_answers(values),
             categories=tabulate_categories(values),
             verdicts=verdict_sentences(values),
+            described=described(values),
             facts=row_facts(values),
             changed=changed,
             folded=FOLDED,
@@ -263,8 +288,8 @@ def format_pages(
 def _compared(judged: Values, short: bool) -> list[str]:
     values = (judged["baseline"], judged["candidate"])
     cells = [f"{judged['rows']:,}", *map(_number, values)]
-    change = _signed(judged["difference"])
-    interval = _interval(judged, signed=True)
+    change = _signed(judged["difference"]) if judged["differing"] else SAME
+    interval = _interval(judged, signed=True) if judged["differing"] else NONE
     cells.append(change if interval == NONE else f"{change} ({interval})")
     if not short:
         effect, needed = judged["effect_size"], judged["rows_needed"]

@@ -3,7 +3,7 @@
 import re
 
 from research.core.visible_text import visible
-from research.report.result_tables import Table
+from research.report.result_tables import Table, text_columns
 
 # An underscore within a word is text already, and names such as `closed_qa` stay
 # readable in the file.
@@ -27,5 +27,7 @@ def format_table(table: Table) -> list[str]:
     if not table:
         return []
     lines = [f"| {' | '.join(map(escaped, row))} |" for row in table]
-    rule = "|---" + "|---:" * (len(table[0]) - 1) + "|"
+    words = text_columns(table)
+    rules = ["---" if number in words else "---:" for number in range(len(table[0]))]
+    rule = f"|{'|'.join(rules)}|"
     return ["", lines[0], rule, *lines[1:]]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,26 @@ from research.tasks.model_answers import AnswerMeasure
 CATEGORY, SOURCE = "category", "source"
 TOTAL = "all"  # A label that no group has.
 Table = list[list[str]]  # A header, and a row below it for each group or phase.
+SAME = "the same"  # In place of a change where no row differs.
+# A number, which may have an interval behind it, or the lack of one.
+NUMBER = re.compile(rf"[-+]?\d[\d,.]*%?( \(.*\)| to .*)?|-|{SAME}|")
 MOST_WITH_PERPLEXITY = 2  # Models: the table of more would be too wide.
 LARGEST_EXPONENT = 700  # `math.exp` overflows a little above it.
+
+
+def text_columns(table: Table) -> set[int]:
+    """The columns that hold words, which begin at the left; numbers end at the right.
+
+    The first column has the names of the rows.
+    """
+    _, *rows = table
+    words = {
+        number
+        for row in rows
+        for number, cell in enumerate(row)
+        if not NUMBER.fullmatch(str(cell))
+    }
+    return {0, *words}
 
 
 def is_text(evaluations: Sequence[Mapping[str, Any]]) -> bool:

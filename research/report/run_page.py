@@ -14,6 +14,7 @@ from research.report.result_tables import (
     tabulate_losses,
     tabulate_measures,
     tabulate_wall_time,
+    text_columns,
 )
 from research.report.run_results import COMPARED, RunResults
 
@@ -41,6 +42,7 @@ def _fill(name: str, results: RunResults, **more: Any) -> str:
         filters={
             "literal": lambda value: escaped(str(value)),
             "fenced": fenced,
+            "words": text_columns,
             "lines": lambda table: "\n".join(format_table(table)[1:]),
         },
         autoescape=".html" in name,

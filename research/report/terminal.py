@@ -107,9 +107,10 @@ def show_table(
     if not table:
         return
     header, *rows = table
+    words = result_tables.text_columns(table)
     shown = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
-        side = "right" if number else "left"
+        side = "left" if number in words else "right"
         shown.add_column(_literal(name), justify=side, overflow="fold")
     for row in rows:
         shown.add_row(*map(_literal, row), style="bold" if row[0] == bold else "")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from research.config.run_config import Config
 from research.core.visible_text import counted
-from research.data.instructions.instruction_dataset import eval_batches, load_dataset
+from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import read_records
 from research.data.instructions.unused_columns import describe_unused
 from research.formats.base_model import Base
@@ -23,21 +23,22 @@ def chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
 
 
 def rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
-    """Every usable row of the files is evaluated, packed as held-out rows are."""
+    """Every usable row of the files is evaluated, packed as held-out rows are.
+
+    A row without an answer is one of `records`, and has no document.
+    """
     chat = chat_format(config, base.tokenizer)
     whole = {"eval_path": "", "held_out": 0, "max_rows": 0}
     rows = dataclasses.replace(config.data, path=files, **whole)
-    data = load_dataset(rows, config.seed, chat, config.text, "--data")
+    data = load_dataset(rows, config.seed, chat, config.text, "--data", is_test=True)
     return EvaluationRows(
         groups=data.categories,
         origin=f"{data.origin}, {counted(data.counts.total, 'row')}",
         sha256=data.counts.sha256,
         left_out=data.examples,
         unused=describe_unused(data.counts.unused),
-        text_bytes={},
-        batches=functools.partial(eval_batches, data.train),
         packed=data.train,
-        records=functools.partial(read_records, rows),
+        records=functools.partial(read_records, rows, is_test=True),
     )
 
 
@@ -54,8 +55,6 @@ def held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
         origin=f"{origin}, {counted(len(places), 'row')}",
         sha256=data.counts.sha256,
         left_out=[x for x in data.examples if x.rsplit(": ", 1)[0] in places],
-        text_bytes={},
-        batches=functools.partial(eval_batches, data.held_out),
         packed=data.held_out,
         records=lambda: data.held_out_records,
     )

@@ -33,7 +33,7 @@ from research.tasks.findings import (
 )
 from research.tasks.model_answers import HeldOutPrompt, Sample
 from research.tasks.row_preview import PreviewRow, preview_rows
-from research.tasks.task_protocol import EvaluationRows, TaskKind
+from research.tasks.task_protocol import EvaluationRows, TaskKind, WholeTexts
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.conversation import Turn
 from research.tokenize.lost_text import LostText, count_lost
@@ -64,7 +64,10 @@ class PlainFormat:
 
 
 class TextTask:
-    """The `Task` of `config.text`; `data` is its text, tokenised."""
+    """The `Task` of `config.text`; `data` is its text, tokenised.
+
+    `lost` is what the ids of a sample of each source do not stand for.
+    """
 
     def __init__(
         self,
@@ -99,8 +102,8 @@ class TextTask:
         self.origin = self.data.origin
         self.sha256 = self.data.sha256
         self.left_out = self.data.dropped.lines()
-        self._lost = _count_lost(config.text, config.data, tokenizer)
-        self.held_out_bytes = _bytes_of_whole_text(self.data, self._lost)
+        self.lost = _count_lost(config.text, config.data, tokenizer)
+        self.held_out_bytes = _bytes_of_whole_text(self.data, self.lost)
 
     def _check_prompts(self, longest: int) -> None:
         room = longest - self._config.eval.max_new_tokens
@@ -176,7 +179,7 @@ class TextTask:
                 remedy="pre-training counts nearly every token: this mask is broken",
                 numbers={"share": share},
             ),
-            examine_lost_text(self._lost, bits_per_byte=True),
+            examine_lost_text(self.lost, bits_per_byte=True),
         ]
 
     def preview(self, count: int) -> list[PreviewRow]:
@@ -238,6 +241,17 @@ def _bytes_of_whole_text(
     return {name: n for name, n in sizes if lost[name].share <= TOLERATED_LOSS}
 
 
+def _whole_texts(data: TextData, lost: Mapping[str, LostText]) -> WholeTexts:
+    whole = _bytes_of_whole_text(data, lost)
+    documents = [
+        (name, size if name in whole else 0)
+        for name, held in zip(data.groups, data.evaluated, strict=True)
+        for size in held.sizes
+    ]
+    sources, sizes = zip(*documents, strict=True)
+    return WholeTexts(sources, sizes, data.numbered_batches)
+
+
 def _processes() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
@@ -265,8 +279,7 @@ def _rows_of_files(config: Config, base: Base, files: str) -> EvaluationRows:
         origin=data.origin,
         sha256=data.sha256,
         left_out=data.dropped.lines(),
-        text_bytes=_bytes_of_whole_text(data, lost),
-        batches=data.held_out_batches,
+        texts=_whole_texts(data, lost),
     )
 
 
@@ -280,8 +293,7 @@ def _held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
         origin=f"held out of {task.origin}",
         sha256=task.sha256,
         left_out=task.left_out,
-        text_bytes=task.held_out_bytes,
-        batches=data.held_out_batches,
+        texts=_whole_texts(data, task.lost),
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 from jax.sharding import Mesh
 
 from research.config.run_config import Config
@@ -83,27 +84,41 @@ class Task(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class WholeTexts:
+    """Documents that are evaluated whole, as they have no answers.
+
+    Attributes:
+      sources: the name of each document's source.
+      sizes: UTF-8 bytes of each; 0 where its ids do not stand for all of it.
+      batches: `batches(rows)` gives every document once, in their order, in batches of
+        `rows`; with each the numbers of the documents `[rows, seq]`, -1 for padding.
+        All documents begin with the same id.
+    """
+
+    sources: Sequence[str]
+    sizes: Sequence[int]
+    batches: Callable[[int], Iterable[tuple[Batch, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationRows:
     """Rows that a trained model is evaluated on; none of them is for training.
 
     Attributes:
       groups, origin, sha256, left_out: as those of a `Task`.
-      text_bytes: UTF-8 bytes of the rows by group, where they are whole texts.
-      batches: `batches(rows, mine)` gives every row once, in batches of `rows`; `mine`
-        are the rows of each that this process builds.
       unused: a line for people on each column that is filled and not used.
+      texts: the rows, where each is a whole text; otherwise there are the next two.
       packed: the same rows as documents, where each is a prompt with its answer.
-      records: reads these rows as text; there may be some that no document has, since
-        they are too long.
+      records: reads these rows as text; some may have no document, since they are too
+        long or have no answer.
     """
 
     groups: Sequence[str]
     origin: str
     sha256: str
     left_out: Sequence[str]
-    text_bytes: Mapping[str, int]
-    batches: Callable[[int, Sequence[int]], Iterable[Batch]]
     unused: Sequence[str] = ()
+    texts: WholeTexts | None = None
     packed: PackedDocuments | None = None
     records: Callable[[], Iterable[Record]] = tuple
 

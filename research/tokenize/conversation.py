@@ -85,6 +85,7 @@ class Record:
       category: the group under which its loss is reported, or "".
       where: `file:line`, for messages to the user.
       schema: the columns that it was read from, for people.
+      other_answers: answers of a test row that are as good as the last turn.
     """
 
     turns: tuple[Turn, ...]
@@ -92,9 +93,16 @@ class Record:
     category: str
     where: str
     schema: str = ""
+    other_answers: tuple[str, ...] = ()
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the last turn says something; a row of a test may be a prompt."""
+        return bool(self.turns[-1].said.strip())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Record":
         """Undoes `dataclasses.asdict`."""
         turns = tuple(Turn(**turn) for turn in values["turns"])
-        return cls(**{**values, "turns": turns})
+        others = tuple(values.get("other_answers", ()))
+        return cls(**{**values, "turns": turns, "other_answers": others})

@@ -307,6 +307,7 @@ def test_each_byte_of_the_held_out_documents_is_predicted_once(
     data = load(small, "ab", tokenizer, held_out_bytes=limit, isolate=isolate)
     marks = DocumentMarks.of(tokenizer)
     batches = list(data.held_out_batches(8))
+    numbered = list(data.numbered_batches(8))
     assert {batch.tokens.shape for batch in batches} == {(8, 32)}
     for group, ids in enumerate(streams(small, "ab", "held", tokenizer)):
         predicted = np.concatenate(
@@ -324,6 +325,12 @@ def test_each_byte_of_the_held_out_documents_is_predicted_once(
         assert count == len(whole) or len(text) >= limit
         assert len(b"".join(whole[: count - 1])) < limit, "no more than needed"
         assert data.held_out[data.groups[group]].documents == len(whole)
+        first = sum(x.totals.documents for x in data.evaluated[:group])
+        assert [len(d) for d in whole[:count]] == data.evaluated[group].sizes
+        for number, expected in enumerate(whole[:count], first):
+            ids = [b.targets[numbers == number] for b, numbers in numbered]
+            assert bytes_of(np.concatenate(ids)) == expected
+    assert all((n < 0).sum() == (b.segments == 0).sum() for b, n in numbered)
 
 
 def bytes_of(ids):

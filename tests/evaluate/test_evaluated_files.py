@@ -151,15 +151,30 @@ def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp
     assert pretrained.code == 0, pretrained.err
     run = place.run_dir("pretrained")
     config = find_run(run).config
-    for source in open_sources(config.text, config.data):
-        rows = [{"text": t} for t in held_out_documents(source, config.text)]
-        write_lines(tmp_path / f"{source.name}.jsonl", rows)
-    _, found = evaluate(tmp_path, run, "--data=code.jsonl,words=words.jsonl")
+    texts = {
+        source.name: [*held_out_documents(source, config.text)]
+        for source in open_sources(config.text, config.data)
+    }
+    for name, own in texts.items():
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in own])
+    first, *_, newest = place.saved_steps("pretrained")
+    names = ("--data=code.jsonl,words=words.jsonl", f"--against={run}@{first}")
+    said, found = evaluate(tmp_path, f"{run}@{newest}", *names)
     *_, last = place.lines("pretrained", "eval")
-    assert set(found["models"]) == {"tuned"} and found["config"] == {}
-    assert "raw text" in found["overlap"]["tuned"]["problem"]
-    close(found["models"]["tuned"]["loss"], last["loss"], 1e-5)
-    close(found["models"]["tuned"]["bits_per_byte"], last["bits_per_byte"], 1e-5)
+    [(name, by_metric)] = found["comparisons"].items()
+    own, loss = found["models"][name], by_metric["loss"]
+    assert found["config"] == {} and "raw text" in found["overlap"][name]["problem"]
+    close(own["loss"], last["loss"], 1e-5)
+    close(own["bits_per_byte"], last["bits_per_byte"], 1e-5)
+    # Each document is compared with itself, and a copy is no other one.
+    documents = [*texts["code"], *texts["words"]]
+    assert found["documents"] == loss["rows"] == len(documents)
+    assert loss["clusters"] == len({*documents})
+    close(loss["candidate"], own["loss"], 1e-9)
+    assert loss["low"] <= loss["difference"] <= loss["high"] < 0
+    assert loss["by_category"].keys() == texts.keys()
+    assert sum(x["tokens"] for x in own["by_length"].values()) == own["tokens"]
+    assert f"on {len(documents)} documents: {loss['verdict']}" in " ".join(said.split())
 
 
 def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
@@ -174,7 +189,7 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
         return rows_of_files(config, base, str(tmp_path / "rows.jsonl"))
 
     good, long = ({"instruction": "q", "response": x} for x in ("a", "a" * 600))
-    bad = {"instruction": "q"}
+    bad = {"response": "a"}
     with pytest.raises(UserError, match=r"rows.jsonl:2: .*--config.data.bad_lines"):
         read([good, bad])
     # All rows, whatever the run held out and how many it used.
@@ -182,8 +197,8 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     assert found.origin.endswith("rows.jsonl, 4 rows")
     reasons = dict(line.split(": ", 1) for line in found.left_out)
     assert reasons.keys() == {"rows.jsonl:2", "rows.jsonl:4"}
-    [batch] = found.batches(2, [0, 1])
-    assert batch.tokens.shape == (2, data.seq_len)
+    batch = found.packed.batch(found.packed.rows)
+    assert batch.tokens.shape == (1, data.seq_len)
     assert batch.weights.sum() == 3 * 2, "an answer of one letter, and its end"
     assert not found.unused
     # By the rule of training: material stops it, all else is named.

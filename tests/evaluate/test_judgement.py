@@ -10,7 +10,8 @@ from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.judgement import Measurements, find_contradictions
 from research.evaluate.loss_values import CommonLosses, as_json
 from research.report import evaluation_page
-from research.report.result_tables import compare_losses
+from research.report.markdown_text import format_table
+from research.report.result_tables import compare_losses, text_columns
 
 PAIRS = "nats per pair"
 
@@ -141,15 +142,16 @@ def test_pages_say_which_models_lack_rows_and_read_otherwise():
     lines = {k: losses.group(k, {"row0": ""}).line() for k in losses.sums}
     pages = evaluation_page.format_pages(values, [], lines)
     for text in pages.values():
-        assert "11 of 24 rows (45.8%) are longer than data.seq_len of tuned" in text
+        assert "11 of 24 rows (45.8%): longer than data.seq_len of tuned" in text
         assert "another data.seq_len (64, not 256)" in text.replace("\\", "")
 
 
-def judged(verdict, rows=24):
+def judged(verdict, rows=24, differing=24):
     return {
         "baseline": 2.0, "candidate": 1.5, "difference": -0.5, "low": -0.6,
         "high": -0.4, "rows": rows, "verdict": verdict, "adjusted_p": 0.01,
-        "effect_size": None, "rows_needed": None, "by_category": {},
+        "effect_size": None, "rows_needed": None, "differing": differing,
+        "by_category": {},
     }  # fmt: skip
 
 
@@ -157,7 +159,8 @@ def test_pages_begin_with_what_was_shown_on_how_many_rows(capsys):
     unshown = {f"m{i}": judged("no difference shown") for i in range(6)}
     found = {
         "loss": judged("better"), **unshown, "stopped": judged("worse", 1),
-        "length_ratio": judged("lower"), "few": judged("too few rows to tell", 2),
+        "length_ratio": judged("lower", differing=0),
+        "few": judged("too few rows to tell", 2),
     }  # fmt: skip
     values = page_values(
         comparisons={"tuned": found},
@@ -174,18 +177,48 @@ def test_pages_begin_with_what_was_shown_on_how_many_rows(capsys):
     line = {"loss": 1.0, "loss/a": 1.0, "tokens/a": 4}
     lines = {"base": line, "tuned": line}
     for text in evaluation_page.format_pages(values, [], lines).values():
-        places = [text.index(x) for x in ("perplexity", said, "rows.jsonl", "Answers")]
+        places = [
+            text.index(x) for x in ("perplexity", said, "24 rows: rows", "Metrics")
+        ]
         assert places == sorted(places)
+        assert "the same" in text and text.count("-0.600 to -0.400") == len(found) - 1
+        assert "|---|---:|---:|---:|---:|---:|---:|---:|---|" in text or "<html" in text
     evaluation_page.show_evaluation(values, lines)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith(f"the perplexity falls {said}")
 
     alone = page_values(baseline="", comparisons={})
     assert "no other model" in evaluation_page.verdict_sentences(alone)[0]
-    del values["comparisons"]
-    assert "whole texts" in evaluation_page.verdict_sentences(values)[0]
     del values["rows"]
-    values["models"] = {"base": {}, "tuned": {}}
+    values |= {"documents": 24, "models": {"base": {}, "tuned": {}}}
     texts = {k: x | {"bits_per_byte": 0.5} for k, x in lines.items()}
     for text in evaluation_page.format_pages(values, [], texts).values():
-        assert "whole texts" in text and "source" in text
+        assert "on 24 documents: better" in text and "source" in text
+    values["models"] = {"base": {"answers": {}}, "tuned": {}}
+    for text in evaluation_page.format_pages(values, [], {}).values():
+        assert "Losses" not in text, "rows without a reference have none"
+
+
+def test_words_begin_at_the_left_of_their_column_and_numbers_end_at_its_right():
+    rows = [
+        ["loss", "1,024", "-0.2 (-0.3 to -0.1)", "better", "-", "12.5%", "0.1 to 0.2"],
+        ["stopped", "7", "the same", "-", "nan", "-", "-"],
+    ]
+    assert text_columns([list("abcdefg"), *rows]) == {0, 3, 4}
+    assert format_table([["a", "b", "c"], ["x", "1", "y"]])[2] == "|---|---:|---|"
+
+
+def test_texts_are_compared_one_by_one_and_copies_count_once():
+    nats = [20.0 + i % 5 for i in range(16)]
+    losses = common(
+        {"base": [(x, 8) for x in nats], "tuned": [(x - 4, 8) for x in nats]}
+    )
+    sources = {f"row{i}": "ab"[i % 2] for i in range(16)}
+    found = Measurements.of_texts(losses, sources, range(16)).comparisons("base")
+    loss = found["tuned"]["loss"]
+    assert loss["verdict"] == "better" and loss["clusters"] == loss["rows"] == 16
+    assert loss["low"] <= loss["difference"] == -0.5 <= loss["high"]
+    assert loss["by_category"].keys() == {"a", "b"}
+    copies = Measurements.of_texts(losses, sources, [0] * 16).comparisons("base")
+    assert copies["tuned"]["loss"]["verdict"] == "too few rows to tell"
+    assert copies["tuned"]["loss"]["low"] is None

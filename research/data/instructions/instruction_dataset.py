@@ -147,6 +147,7 @@ def load_dataset(
     chat_format: ChatFormat,
     text: TextConfig,
     knob: str = "config.data.path",
+    is_test: bool = False,
 ) -> InstructionDataset:
     """Reads, splits and tokenises the rows of `config` once; packs them by `seed`.
 
@@ -156,11 +157,13 @@ def load_dataset(
       chat_format: how a row becomes ids.
       text: names the folder of tokenised rows.
       knob: the one that the user gave the path of the rows by.
+      is_test: the rows are for a test, see `to_record`. Those without an answer have
+        no document, and all rows may be such.
 
     Raises:
       UserError: the data cannot be read, or nothing is left to train on.
     """
-    sources = [find_rows(config, knob)]
+    sources = [dataclasses.replace(find_rows(config, knob), is_test=is_test)]
     if config.eval_path:
         own = dataclasses.replace(config, path=config.eval_path)
         held_out = find_rows(own, "config.data.eval_path")
@@ -235,7 +238,8 @@ def _build(
             dropped.update(unit.dropped)
             truncated += unit.truncated
             examples += unit.examples
-        if not any(size.documents for size in units if size.side == side):
+        documents = sum(size.documents for size in units if size.side == side)
+        if not documents and not work.prompts:
             of, marks = (rows, rest) if side == "train" else (held_rows, held)
             name = side if len(readers) > 1 else ""
             raise _all_too_long(name, of, marks, chat_format)

@@ -156,6 +156,7 @@ def _key(
             _hashes(source, cache) if source.files else [source.revision]
             for source in sources
         ],
+        "tests": [source.is_test for source in sources],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -197,6 +198,7 @@ class UnitBuild:
         """
         self.sample: list[Record] = []
         self.of_schema: dict[str, list[int]] = {}  # Numbers of training documents.
+        self.prompts = 0  # Rows of a test without an answer, which have no document.
         self._folder, self._config, self._chat = folder, config, chat_format
         self._group_of, self._sampled = group_of, sampled
         groups = sorted(set(group_of.values()))
@@ -215,12 +217,14 @@ class UnitBuild:
         first = 0
         for number, part in enumerate(_parts(records)):
             self.sample += [r for r in part if r.where in self._sampled]
+            rows, part = part, [record for record in part if record.has_answer]
+            self.prompts += len(rows) - len(part)
             unit = read_unit(self._folder, side, number)
             if unit is None:
                 unit = self._make(side, number, part)
             for note in unit.template_notes:
                 self._chat.say(note)
-            self._tell(len(part))
+            self._tell(len(rows))
             if side == "train":
                 for name, places in unit.schemas.items():
                     shown = self.of_schema.setdefault(name, [])

@@ -57,6 +57,7 @@ def to_record(
     notes: collections.Counter[str] | None = None,
     edition: int = NEWEST_EDITION,
     unused: UnusedColumns | None = None,
+    is_test: bool = False,
 ) -> Record:
     """Makes a `Record` from the columns of a row.
 
@@ -69,6 +70,8 @@ def to_record(
         it, and there is no column of system texts. Before `TOOLS_SINCE`, a list of
         tools is not used, and a row that calls one is refused.
       unused: counts the columns that the record is not made of.
+      is_test: the row is for a test. It may lack an answer, and the last turn is then
+        empty; or have several, in a list, or in a list `text` as SQuAD has them.
 
     Raises:
       BadRowError: this row cannot be used: a column is missing, a value is of a wrong
@@ -76,7 +79,7 @@ def to_record(
     """
     notes = collections.Counter() if notes is None else notes
     edition = edition or NEWEST_EDITION
-    return _Row(row, columns, where, notes, edition).record(unused)
+    return _Row(row, columns, where, notes, edition, is_test).record(unused)
 
 
 class _Row:
@@ -87,7 +90,9 @@ class _Row:
         where: str,
         notes: collections.Counter[str],
         edition: int,
+        is_test: bool,
     ):
+        self._is_test = is_test
         self._is_old = edition == 1
         self._reads_tools = edition >= TOOLS_SINCE
         self._row = {k: v for k, v in row.items() if k not in columns.ignored}
@@ -102,16 +107,17 @@ class _Row:
         names = self._schema()
         request, context, answer = names if len(names) == 3 else ("", "", "")
         values = [self._present.get(name) for name in names]
+        others: Sequence[str] = ()
         if len(names) == 1:
             turns, context = self._chat(values[0], names[0]), ""
-        elif isinstance(values[0], list) and isinstance(values[-1], list):
-            turns, context = self._chat(values[0] + values[-1], request), ""
-            names = (request, answer)
+        elif isinstance(values[0], list) and (
+            isinstance(values[-1], list) or (self._is_test and values[-1] is None)
+        ):
+            turns = self._chat(values[0] + (values[-1] or []), request)
+            names, context = (request, answer), ""
         else:
-            turns = (
-                Turn("user", self._text(request)),
-                Turn("assistant", self._text(answer, is_answer=True)),
-            )
+            said, *others = self._answers(answer)
+            turns = (Turn("user", self._text(request)), Turn("assistant", said))
             context = self._text(context)
             if not turns[0].text and not context:
                 raise self._bad(
@@ -121,12 +127,15 @@ class _Row:
         if system and turns[0].role != "system":
             turns = (Turn("system", system), *turns)
         answers = [turn for turn in turns if turn.role == "assistant"]
-        if not all(turn.said.strip() for turn in answers):
+        needed = answers[:-1] if self._is_test else answers
+        if not all(turn.said.strip() for turn in needed):
             raise self._bad("empty response", "a response is empty")
         if not any(turn.trained for turn in answers):
             raise self._bad("empty response", "the weight of every answer is 0")
         schema = " and ".join(dict.fromkeys((names[0], names[-1])))
-        record = Record(turns, context, self._category(), self._where, schema)
+        record = Record(
+            turns, context, self._category(), self._where, schema, tuple(others)
+        )
         if unused:
             used = {*names, self._columns.category}
             used |= set() if self._is_old else {self._columns.system}
@@ -154,16 +163,47 @@ class _Row:
             # Context alone, or an answer without a request, are empty, not missing.
             if columns.response in row and columns.context in row:
                 return own
+        for names in pairs if self._is_test else ():
+            # Another column may have the answer, so there must be none.
+            if names[0] in self._present and not self._others(names):
+                return names
         field = "response" if columns.instruction in self._row else "instruction"
         if chat_renamed and not renamed:
             field = "messages"
         name = getattr(columns, field)
-        raise self._bad(
+        bad = self._bad(
             MISSING,
             f"no column {name!r} for config.data.columns.{field}"
             f"{nearest(name, self._row)}; the row has "
             f"{', '.join(map(repr, self._row))}",
         )
+        asked = next((x for x in pairs if x[0] in self._present), ())
+        if self._is_test and asked:
+            ignored = (*columns.ignored, *self._others(asked))
+            bad.remedy = (
+                f"{map_columns(self._row)}; or, if they hold no reference, ignore the "
+                f'other columns with --config.data.columns.ignored="{ignored}"'
+            )
+        raise bad
+
+    def _others(self, names: Sequence[str]) -> list[str]:
+        """The columns that are filled and neither `names` nor a category or system."""
+        used = {*names, self._columns.category, self._columns.system}
+        return [name for name in self._present if name not in used]
+
+    def _answers(self, name: str) -> list[str]:
+        """The answer, and behind it others that are as good, of which tests have any.
+
+        A row of a test without an answer has an empty one.
+        """
+        value = self._present.get(name)
+        if self._is_test:
+            if isinstance(value, dict) and isinstance(value.get("text"), list):
+                value = value["text"]
+            if isinstance(value, list):
+                texts = [self._as_text(x, name, is_answer=True) for x in value]
+                return list(dict.fromkeys(filter(str.strip, texts))) or [""]
+        return [self._as_text(value, name, is_answer=True)]
 
     def _category(self) -> str:
         name = self._columns.category
@@ -222,7 +262,9 @@ class _Row:
         turns = tuple(self._turn(message) for message in messages)
         roles = [turn.role for turn in turns]
         said = roles[1:] if roles[0] == "system" else roles
-        if not _alternates(said):
+        if self._is_test and _alternates([*said, "assistant"]):
+            turns = (*turns, Turn("assistant", ""))
+        elif not _alternates(said):
             problem = (
                 f"{name} ends with a turn of the {said[-1]}, and the answer is missing"
                 if _alternates([*said, "assistant"])

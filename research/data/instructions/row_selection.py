@@ -63,12 +63,20 @@ class RowSource:
       read: yields `(where, row)`.
       files: the files, or none for a dataset of the hub.
       revision: of the hub's dataset, or "".
+      is_test: the rows are for a test, see `to_record`.
     """
 
     origin: str
     read: Callable[[], Iterator[tuple[str, Row | BadRowError]]]
     files: Sequence[Path] = ()
     revision: str = ""
+    is_test: bool = False
+
+    def record(self, where: str, row: Row, config: DataConfig) -> Record:
+        """The record of a row. Raises BadRowError: it cannot be used."""
+        return to_record(
+            row, config.columns, where, edition=config.edition, is_test=self.is_test
+        )
 
     def named_files(self) -> list[tuple[str, Path]]:
         """The files, each with its name below the folder that all share."""
@@ -117,9 +125,7 @@ class LoadedRows:
                 continue
             if isinstance(row, BadRowError):
                 break
-            record = to_record(
-                row, self.config.columns, where, edition=self.config.edition
-            )
+            record = self.source.record(where, row, self.config)
             if content_key(record) != mark.key:
                 break
             yield record
@@ -159,11 +165,12 @@ def load_rows(
                 raise row
             seen.update(row)
             record = to_record(
-                row, config.columns, where, notes, config.edition, unused
-            )
+                row, config.columns, where, notes, config.edition, unused,
+                source.is_test,
+            )  # fmt: skip
         except BadRowError as bad:
             if bad.reason == MISSING and not marks:
-                bad.remedy = map_columns(row)  # The mapping is wrong, not this row.
+                bad.remedy = bad.remedy or map_columns(row)  # It is no single row.
             refuse_row(bad, config)
             dropped[bad.reason] += 1
             examples.append(str(bad))
@@ -174,7 +181,7 @@ def load_rows(
         )
         marks.append(RowMark.of(number, record)._replace(category=label))
         schema_of.append(schema)
-    check_columns(config.columns, seen)
+    check_columns(config.columns, seen, source.is_test)
     if not 0 < config.edition < REFUSED_SINCE:
         unused.check()
     if not marks:
@@ -193,17 +200,18 @@ def load_rows(
     )  # fmt: skip
 
 
-def read_records(config: DataConfig) -> Iterator[Record]:
+def read_records(config: DataConfig, is_test: bool = False) -> Iterator[Record]:
     """Yields the usable rows that `config` names one by one, and keeps none of them.
 
     Raises:
       UserError: a file or a row cannot be used.
     """
-    for where, row in find_rows(config).read():
+    source = dataclasses.replace(find_rows(config), is_test=is_test)
+    for where, row in source.read():
         try:
             if isinstance(row, BadRowError):
                 raise row
-            yield to_record(row, config.columns, where, edition=config.edition)
+            yield source.record(where, row, config)
         except BadRowError as bad:
             refuse_row(bad, config)
 
@@ -218,9 +226,11 @@ def refuse_row(bad: BadRowError, config: DataConfig) -> None:
         raise UserError(f"{bad}; {remedy}") from bad
 
 
-def check_columns(columns: ColumnsConfig, seen: set[str]) -> None:
+def check_columns(columns: ColumnsConfig, seen: set[str], is_test: bool) -> None:
     """Raises UserError for a column that the user named and that no row has."""
     for field in dataclasses.fields(columns):
+        if is_test and field.name == "response":
+            continue
         given = getattr(columns, field.name)
         for name in (given,) if isinstance(given, str) else given:
             if seen and name != field.default and name not in seen:

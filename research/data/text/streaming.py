@@ -264,14 +264,15 @@ def _held_out(
     expected = text.held_out_bytes / max(text.held_out_share, 1e-9)
     room = max(SEARCH_BYTES, SEARCH_FACTOR * expected) if text.held_out_share else 0
     found: list[np.ndarray] = []
-    documents, size, seen, held = 0, 0, 0, False
+    sizes: list[int] = []
+    size, seen, held = 0, 0, False
     for piece in source.read(source.files, dropped):
         between = piece.starts or not held
         if between and (size >= text.held_out_bytes or room <= 0):
             break
         if piece.starts:
             held = is_held_out(piece, text.held_out_share)
-            documents += held
+            sizes += [0] * held
         room -= len(piece.text)
         piece_bytes = len(piece.text.encode())
         seen += piece_bytes
@@ -279,10 +280,12 @@ def _held_out(
             (ids,) = tokenizer.encode_arrays([piece.text], marks.dtype)
             found.append(marks.frame(piece, ids))
             size += piece_bytes
+            sizes[-1] += piece_bytes
     ids = np.concatenate(found) if found else np.empty(0, marks.dtype)
     held_out = HeldOutText(
-        TextTotals(documents, len(ids), size),
+        TextTotals(len(sizes), len(ids), size),
         lambda start, count: ids[start : start + count],
+        sizes,
     )
     return held_out, seen
 

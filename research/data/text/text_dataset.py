@@ -34,10 +34,12 @@ class HeldOutText:
     Attributes:
       totals: of these documents.
       read: `read(start, count)` gives ids `[count]`.
+      sizes: UTF-8 bytes of each.
     """
 
     totals: TextTotals
     read: Callable[[int, int], np.ndarray]
+    sizes: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,29 @@ class TextData:
 
         `mine` are the rows of each global batch that this process builds.
         """
+        for chosen in self._evaluated_rows(batch_size):
+            own = chosen if mine is None else [chosen[i] for i in mine]
+            yield self._evaluation_batch(own)
+
+    def numbered_batches(self, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+        """`held_out_batches`, with the number of the document at each position.
+
+        Numbers `[B, T]` count the documents of all sources from 0; padding has -1.
+        """
+        counts = [stretch.totals.documents for stretch in self.evaluated]
+        last = np.cumsum([0, *counts])[:-1] - 1  # The document before, by source.
+        for rows in self._evaluated_rows(batch_size):
+            batch = self._evaluation_batch(rows)
+            numbers = np.full(batch.tokens.shape, -1)
+            for row, (group, _, count) in enumerate(rows):
+                if count:
+                    starts = batch.tokens[row, :count] == self.row_layout.marks.start
+                    numbers[row, :count] = last[group] + np.cumsum(starts)
+                    last[group] = numbers[row, count - 1]
+            yield batch, numbers
+
+    def _evaluated_rows(self, batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Group, start and count of each row, by batch; empty rows fill the last."""
         rows = [
             (
                 group,
@@ -139,9 +164,7 @@ class TextData:
         logging.info("text: %d held-out batches of %d rows", len(starts), batch_size)
         for first in starts:
             chosen = rows[first : first + batch_size]
-            chosen += [(0, 0, 0)] * (batch_size - len(chosen))
-            own = chosen if mine is None else [chosen[i] for i in mine]
-            yield self._evaluation_batch(own)
+            yield chosen + [(0, 0, 0)] * (batch_size - len(chosen))
 
     def _evaluation_batch(self, rows: list[tuple[int, int, int]]) -> Batch:
         ids = np.zeros((len(rows), self.row_layout.seq_len + 1), np.int32)

@@ -230,7 +230,8 @@ class _Corpus:
         enough = np.searchsorted(ends, self._text.held_out_bytes) + 1
         count = min(int(enough), len(lengths))
         tokens = _end_of(stream, count, len(lengths), cached.marks.start)
-        return HeldOutText(TextTotals(count, tokens, sum(lengths[:count])), stream.read)
+        sizes = lengths[:count]
+        return HeldOutText(TextTotals(count, tokens, sum(sizes)), stream.read, sizes)
 
 
 def _end_of(stream: TokenStream, count: int, documents: int, start: int) -> int:

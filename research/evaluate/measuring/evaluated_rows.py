@@ -151,6 +151,7 @@ def pair_answer(
     question = next(x for x in reversed(record.turns[:-1]) if x.role != "assistant")
     stopped = answer.finish == "stop"
     [reference_ids] = tokenizer.encode_texts([reference])
+    others = tuple(text for text in record.other_answers if text != reference)
     return AnsweredRow(
         id=asked.row.id,
         place=asked.row.place,
@@ -164,4 +165,5 @@ def pair_answer(
         new_tokens=max(0, answer.tokens - stopped),
         reference_tokens=len(reference_ids),
         stopped=stopped,
+        other_references=others,
     )

@@ -26,7 +26,11 @@ from research.evaluate.measuring.evaluated_rows import (
     pair_answer,
 )
 from research.evaluate.measuring.kept_lines import KeptLines, Key, digest
-from research.evaluate.measuring.row_losses import RowSums, measure_rows
+from research.evaluate.measuring.row_losses import (
+    RowSums,
+    measure_rows,
+    measure_texts,
+)
 from research.runs.provenance import shared_parts
 from research.tasks.task_protocol import EvaluationRows
 
@@ -169,6 +173,9 @@ def measure_losses(
     Raises:
       DivergedError: a loss is not finite.
     """
+    rows = [row for row in rows if row.record.has_answer]
+    if not rows:
+        return {x.name: {} for x in found.models}
     models, seed = found.models, found.target.run.config.seed
     name = digest(
         [(x.name, x.identity, x.base_in_memory) for x in models],
@@ -196,6 +203,40 @@ def measure_losses(
         }
         for x in models
     }
+
+
+def measure_text_losses(
+    found: ModelSet,
+    readings: Mapping[str, EvaluationRows],
+    changes: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, dict[str, RowSums]]:
+    """`measure_losses` of whole texts: by model and the number of each document."""
+    models = found.models
+    name = digest(
+        [(x.name, x.identity, x.base_in_memory) for x in models],
+        [repr(found.config_for(x, changes).data) for x in models],
+        [readings[x.name].sha256 for x in models],
+        computed_by(),
+    )
+    with KeptLines.opened(folder, "losses", name) as kept:
+        for names, opens in open_whole(models):
+            read = readings[names[-1]]
+            documents = [str(number) for number in range(len(read.texts.sizes))]
+            if {(x, row) for x in names for row in documents} <= kept.found.keys():
+                continue
+            logging.info(
+                "losses of %s on %d documents", " and ".join(names), len(documents)
+            )
+            measured = measure_texts(opens(), read.texts, read.origin)
+            for model, sums in measured.items():
+                for row, each in zip(documents, sums, strict=True):
+                    kept.add((model, row), each)
+        lines = dict(kept.found)
+    by_model: dict[str, dict[str, RowSums]] = {x.name: {} for x in models}
+    for (model, row), sums in lines.items():
+        by_model[model][row] = sums
+    return by_model
 
 
 def documents_of(read: EvaluationRows, rows: Sequence[EvaluatedRow]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""The loss of each row, or of whole texts by source, by the objective of training."""
+"""The loss of each row, or of each whole text, by the objective of training."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import xxhash
 
 from research.config.knob_groups import MeshConfig
 from research.core.errors import DivergedError
@@ -17,7 +18,7 @@ from research.data.token_batch import Batch
 from research.evaluate.held_out_losses import Evaluation, add_up, sum_batches
 from research.evaluate.measuring.evaluated_models import OpenModels
 from research.parallel import mesh as meshes
-from research.tasks.task_protocol import EvaluationRows
+from research.tasks.task_protocol import WholeTexts
 from research.tasks.task_registry import make_objective
 
 # The sums of one row by the name of the mean: numerator and denominator.
@@ -75,23 +76,66 @@ def measure_rows(
     return found
 
 
-def measure_texts(opened: OpenModels, rows: EvaluationRows) -> dict[str, Evaluation]:
-    """The results of each model on whole texts, by source.
+def measure_texts(
+    opened: OpenModels, texts: WholeTexts, origin: str
+) -> dict[str, list[RowSums]]:
+    """The sums of each document, by model; a long one may fill many rows.
 
     Raises:
       DivergedError: a loss is not finite.
     """
-    objective = make_objective(opened.config, opened.mesh, len(rows.groups))
+    objective = make_objective(opened.config, opened.mesh, 1)
     count = _rows_per_pass(opened, objective.rows_per_unit)
-    mine = meshes.local_rows(opened.mesh, count)
-    measured = _measure(opened, rows.batches(count, mine), count, len(rows.groups))
-    found = {}
+    mine = [*meshes.local_rows(opened.mesh, count)]
+    # Documents follow each other, so that those of a batch are a range.
+    ranges = []
+    for _, numbers in texts.batches(count):
+        inside = numbers[numbers >= 0]
+        ranges.append((int(inside.min()), int(inside.max()) + 1))
+    width = max(last - first for first, last in ranges)
+    width = 1 << (width - 1).bit_length()
+
+    def batches() -> Iterator[Batch]:
+        for (batch, numbers), (first, _) in zip(
+            texts.batches(count), ranges, strict=True
+        ):
+            groups = np.maximum(numbers - first, 0).astype(np.int32)
+            batch = dataclasses.replace(batch, groups=groups)
+            yield jax.tree.map(lambda array: array[mine], batch)
+
+    measured = _measure(opened, batches(), count, width)
+    found: dict[str, list[RowSums]] = {}
     for name in opened.weights:
-        sums = [each[name] for each in measured]
-        found[name] = add_up(sums, rows.groups, rows.text_bytes, objective.loss_unit)
-        if not np.isfinite(found[name].loss):
-            _refuse(name, rows.origin, found[name].loss)
+        totals: dict[str, np.ndarray] = {}
+        for (first, last), sums in zip(ranges, measured, strict=True):
+            for mean, ratio in sums[name].items():
+                if np.ndim(ratio.denominator):
+                    pairs = np.stack([*map(np.float64, ratio)], 1)
+                    empty = np.zeros((len(texts.sizes), 2))
+                    totals.setdefault(mean, empty)[first:last] += pairs[: last - first]
+        losses = totals["loss"][:, 0]
+        if not np.isfinite(losses).all():
+            _refuse(name, origin, losses.sum())
+        lists = {mean: total.tolist() for mean, total in totals.items()}
+        found[name] = [
+            {mean: pairs[number] for mean, pairs in lists.items()}
+            for number in range(len(losses))
+        ]
     return found
+
+
+def same_texts(texts: WholeTexts) -> list[int]:
+    """A number for each document, the same for those with equal ids."""
+    digests = [xxhash.xxh3_64() for _ in texts.sizes]
+    mark = None
+    for batch, numbers in texts.batches(1):
+        mark = batch.tokens[0, 0] if mark is None else mark
+        for number in np.unique(numbers[numbers >= 0]):
+            ids = batch.targets[numbers == number]
+            # Behind the last document no other begins.
+            digests[number].update(ids[ids != mark].tobytes())
+    first: dict[int, int] = {}
+    return [first.setdefault(x.intdigest(), len(first)) for x in digests]
 
 
 def group_rows(

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_model import make_tiny_model
 
-from research.config.knob_groups import ColumnsConfig, DataConfig, TextConfig
+from research.config.data_knobs import ColumnsConfig, DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_columns import to_record

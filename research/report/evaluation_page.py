@@ -60,7 +60,7 @@ def show_evaluation(values: Values, losses: Values) -> None:
 
 
 def described(values: Values) -> str:
-    """What was evaluated: the rows, the step, and what they are compared with."""
+    """The rows that were evaluated, the step, and the model to compare with."""
     rows = values.get("rows", {})
     count = rows.get("evaluated", values.get("documents", 0))
     whole = values["data"]["origin"]

@@ -72,11 +72,13 @@ class RowSource:
     revision: str = ""
     is_test: bool = False
 
-    def record(self, where: str, row: Row, config: DataConfig) -> Record:
-        """The record of a row. Raises BadRowError: it cannot be used."""
-        return to_record(
-            row, config.columns, where, edition=config.edition, is_test=self.is_test
-        )
+    def record(
+        self, where: str, row: Row, config: DataConfig, notes: Any = None,
+        unused: UnusedColumns | None = None,
+    ) -> Record:  # fmt: skip
+        """The record of a row, see `to_record`."""
+        columns, edition = config.columns, config.edition
+        return to_record(row, columns, where, notes, edition, unused, self.is_test)
 
     def named_files(self) -> list[tuple[str, Path]]:
         """The files, each with its name below the folder that all share."""
@@ -164,10 +166,7 @@ def load_rows(
             if isinstance(row, BadRowError):
                 raise row
             seen.update(row)
-            record = to_record(
-                row, config.columns, where, notes, config.edition, unused,
-                source.is_test,
-            )  # fmt: skip
+            record = source.record(where, row, config, notes, unused)
         except BadRowError as bad:
             if bad.reason == MISSING and not marks:
                 bad.remedy = bad.remedy or map_columns(row)  # It is no single row.

@@ -110,12 +110,8 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     path = choices.data or data.eval_path or data.path
     data = dataclasses.replace(data, path=path)
     metrics = () if choices.metrics == (NONE,) else choices.metrics
-    if not metrics and not any(row.record.has_answer for row in rows):
-        raise UserError(
-            f"--metrics=none measures losses, and none of the rows of {own.origin} has "
-            "a response, of which there could be one: drop the flag, or name the "
-            "column with --config.data.columns.response"
-        )
+    if not metrics:
+        _require_losses(rows, own.origin)
     stage = AnswerStage.of(asked, metrics, found, data)
     seen = find_seen(found, rows)
     sums = measure_losses(rows, found, readings, choices.changes, folder)
@@ -124,12 +120,7 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     categories = {row.id: row.record.category for row in rows}
     losses = {x.name: common.group(x.name, categories) for x in found.models if common}
     values = _facts(found, choices, own) | {"overlap": seen}
-    places = {row.place for row in rows}
-    values["left_out"] = [
-        line
-        for line in own.left_out
-        if not line.endswith(f": {CUT}") or line.rpartition(": ")[0] in places
-    ]
+    values["left_out"] = _left_out(rows, own)
     values["rows"] = _count(rows, readings, common) | {"not_asked": asked.problems}
     values["models"] = {
         x.name: _model(x)
@@ -284,6 +275,25 @@ def _count(
             row.record.has_answer and row.id not in with_loss for row in rows
         ),
     }
+
+
+def _require_losses(rows: Sequence[EvaluatedRow], origin: str) -> None:
+    if not any(row.record.has_answer for row in rows):
+        raise UserError(
+            f"--metrics=none measures losses, and no row of {origin} has a response "
+            "to measure one of: drop the flag, or name the column with "
+            "--config.data.columns.response"
+        )
+
+
+def _left_out(rows: Sequence[EvaluatedRow], own: EvaluationRows) -> list[str]:
+    """The lines on rows that were dropped, and on those of `rows` that were cut."""
+    places = {row.place for row in rows}
+    return [
+        line
+        for line in own.left_out
+        if not line.endswith(f": {CUT}") or line.rpartition(": ")[0] in places
+    ]
 
 
 def _parts(

@@ -73,7 +73,8 @@ class RowSource:
     is_test: bool = False
 
     def record(
-        self, where: str, row: Row, config: DataConfig, notes: Any = None,
+        self, where: str, row: Row, config: DataConfig,
+        notes: collections.Counter[str] | None = None,
         unused: UnusedColumns | None = None,
     ) -> Record:  # fmt: skip
         """The record of a row, see `to_record`."""

@@ -95,7 +95,7 @@ def line(number):
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"optim": 1.5}, {"evals": 2.0}, {"optim": 1.5, "drop": 0.2}, {"drop": 0.1}],
+    [{"optim": 1.5}, {"evals": 2.0}, {"optim": 1.5, "drop": 0.2}, {"drop": 0.02}],
 )
 def test_a_run_that_was_interrupted_anywhere_ends_and_saves_as_the_unbroken(
     tmp_path, knobs

@@ -87,6 +87,12 @@ RULES = (
         lambda c: c.data.batch_size % c.data.rows_per_pass == 0,
     ),
     Rule(
+        ("text.overlap", "data.seq_len"),
+        "each row of text begins less than half a row before the end of the last one: "
+        "lower config.text.overlap or raise config.data.seq_len",
+        lambda c: c.data.kind != "text" or 2 * c.text.overlap < c.data.seq_len,
+    ),
+    Rule(
         ("data.path", "data.eval_path"),
         "rows are those of one dataset on the hub, or of files and folders: a list "
         "with commas has no hub:// in it",

@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from research.config.choices import ROW_SOURCES, TASK_MODULES, UNDECODABLE
+from research.config.choices import (
+    ROW_CUTS,
+    ROW_SOURCES,
+    TASK_MODULES,
+    UNDECODABLE,
+)
 from research.config.knobs import free_knob, knob
 
 NEWEST_EDITION = 4  # of the rules by which rows are read and split
@@ -139,6 +144,21 @@ class TextConfig:
         choices=UNDECODABLE,
     )
     isolate: bool = knob(True, "attention stays within a document")
+    cut: str = knob(
+        "anywhere",
+        "where a training row of data.seq_len tokens ends; paragraph: behind the last "
+        "empty line in its second half, or else its last line end, if it has any; the "
+        "rest is padding. Held-out text is measured as ever",
+        choices=ROW_CUTS,
+    )
+    overlap: int = knob(
+        0, "tokens at the end of a training row that begin the next one, too", low=0
+    )
+    hard_cut: str = knob(
+        "",
+        "letters that end a document wherever they stand, and belong to none; \\n "
+        "stands for a line end, so \\n\\n\\n is two empty lines; empty: none",
+    )
     held_out_share: float = knob(
         BY_SIZE, "share of texts to evaluate; 0: none; -1: by size", low=-1, high=0.5
     )

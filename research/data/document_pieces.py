@@ -85,7 +85,7 @@ def _blocks(file: Any, position: int, end: int | None, size: int) -> Iterator[by
 
 
 def cut_pieces(
-    chunks: Chunks, where: str, size: int, starts: bool = True
+    chunks: Chunks, where: str, size: int, starts: bool = True, mark: str = ""
 ) -> Iterator[DocumentPiece]:
     """Cuts one document behind line ends, else behind spaces, else anywhere.
 
@@ -97,21 +97,53 @@ def cut_pieces(
       where: for messages to the user.
       size: the most characters of a piece.
       starts: whether the first chunk begins the document.
+      mark: no piece ends in or behind these letters, which a piece may begin with; see
+        `split_at`.
     """
     rest, origin = "", (0, 0)
     for begun, chunk in chunks:
         carried, text, at = len(rest), rest + chunk, 0
-        while len(text) - at > size:
-            most = at + size
+        while len(text) - at > size + len(mark):
+            most, least = at + size, at + len(mark)
             end = (
-                text.rfind("\n", at, most) + 1 or text.rfind(" ", at, most) + 1 or most
+                text.rfind("\n", least, most) + 1
+                or text.rfind(" ", least, most) + 1
+                or most
             )
+            if mark and (cut := text.find(mark, max(end - len(mark), at + 1))) >= 0:
+                end = min(end, cut)
             place = Place([*_place(at, carried, origin, begun)])
             yield DocumentPiece(text[at:end], starts, False, where, place)
             starts, at = False, end
         origin, rest = _place(at, carried, origin, begun), text[at:]
     if rest:
         yield DocumentPiece(rest, starts, True, where, Place([*origin]))
+
+
+def split_at(mark: str, pieces: Iterable[DocumentPiece]) -> Iterator[DocumentPiece]:
+    """Makes a document of the text between two marks; the mark belongs to none.
+
+    Reading may begin at any of the pieces: the `skip` of a place counts the parts of
+    its piece that lie before. The pieces are those that `cut_pieces` cuts by the mark.
+    """
+    if not mark:
+        yield from pieces
+        return
+    kept: DocumentPiece | None = None
+    has_ended = False
+    for piece in pieces:
+        skip, starts = 0, piece.starts
+        for text in piece.text.split(mark):
+            has_ended |= starts
+            if text:
+                if kept:
+                    yield dataclasses.replace(kept, ends=has_ended)
+                place = piece.place._replace(skip=skip)
+                kept = DocumentPiece(text, starts, False, piece.where, place)
+                skip, has_ended = skip + 1, False
+            starts = True
+    if kept:
+        yield dataclasses.replace(kept, ends=True)
 
 
 def _place(

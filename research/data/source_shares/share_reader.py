@@ -15,7 +15,7 @@ from research.data.document_pieces import DocumentPiece
 from research.data.row_readers import START, Place
 from research.data.text.document_readers import SourceFile, TextSource
 from research.data.text.parallel_tokenization import encoded
-from research.data.text.row_layout import DocumentMarks, is_held_out
+from research.data.text.row_layout import DocumentMarks, RowLayout, is_held_out
 from research.tokenize.tokenizer import Tokenizer
 
 
@@ -103,6 +103,19 @@ class ShareReader:
 
     def take(self, count: int) -> np.ndarray:
         """The next ids `[count + 1]`; the last is also the first of the next row."""
+        ids = self._peek(count)
+        self._advance(count)
+        return ids
+
+    def take_row(self, layout: RowLayout) -> tuple[np.ndarray, int]:
+        """Ids `[seq_len + 1]`, and how many predictions the row makes with them."""
+        ids = self._peek(layout.seq_len)
+        predictions = layout.predictions(ids)
+        self._advance(layout.stride(predictions))
+        return ids, predictions
+
+    def _peek(self, count: int) -> np.ndarray:
+        """The next ids `[count + 1]`."""
         while self._there <= count:
             (turn, item, piece), ids = next(self._ahead)
             ids = self._stream.marks.frame(piece, ids)
@@ -116,7 +129,6 @@ class ShareReader:
             offset = 0
             if not missing:
                 break
-        self._advance(count)
         return np.concatenate(parts)
 
     def _advance(self, count: int) -> None:

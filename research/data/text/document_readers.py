@@ -25,6 +25,7 @@ from research.data.document_pieces import (
     UndecodableError,
     cut_pieces,
     read_chunks,
+    split_at,
 )
 from research.data.dropped_documents import DroppedDocuments
 from research.data.hub_rows import HubRows
@@ -77,6 +78,7 @@ class TextSource:
       column: the column of row files that holds the text.
       undecodable: stop, skip or replace.
       bad_lines: stop or skip.
+      hard_cut: letters that end a document wherever they stand; "" for none.
     """
 
     name: str
@@ -86,6 +88,7 @@ class TextSource:
     column: str
     undecodable: str
     bad_lines: str
+    hard_cut: str = ""
 
     @property
     def is_folder(self) -> bool:
@@ -159,7 +162,7 @@ class TextSource:
             units = _open_records(item.path).num_records()
         else:
             # With `skip`, the whole file decides whether any of it is used.
-            whole = self.is_folder or self.undecodable == "skip"
+            whole = self.is_folder or self.hard_cut or self.undecodable == "skip"
             units = 1 if whole else file_bytes(item.path)
         count = min(count, units)
         if count < 2:
@@ -278,9 +281,9 @@ class _DocumentReader:
         """Cuts a document that is in memory already and begins at `at`."""
         if not text:
             self._dropped.add("empty", f"{where}: empty")
-        for number, piece in enumerate(
-            cut_pieces([((0, 0), text)], where, PIECE_BYTES)
-        ):
+        mark, chunks = self._source.hard_cut, [((0, 0), text)]
+        pieces = cut_pieces(chunks, where, PIECE_BYTES, mark=mark)
+        for number, piece in enumerate(split_at(mark, pieces)):
             yield dataclasses.replace(piece, place=at._replace(skip=number))
 
     def _of_plain_text(
@@ -291,9 +294,11 @@ class _DocumentReader:
         errors = "replace" if self._source.undecodable == "replace" else "strict"
         try:
             chunks = read_chunks(item.path, errors, reading, PIECE_BYTES)
-            if self._source.is_folder:
+            mark = self._source.hard_cut
+            if self._source.is_folder or mark:
                 starts = not any(reading.start.at or ())
-                yield from cut_pieces(chunks, item.name, PIECE_BYTES, starts)
+                pieces = cut_pieces(chunks, item.name, PIECE_BYTES, starts, mark)
+                yield from split_at(mark, pieces)
             else:
                 yield from _in_parts(chunks, item.name)
         except UndecodableError as bad:

@@ -6,9 +6,11 @@ where documents begin, and no index is needed.
 
 import dataclasses
 import hashlib
+import re
 
 import numpy as np
 
+from research.config.data_knobs import DataConfig, TextConfig
 from research.core.errors import UserError
 from research.data.text.document_readers import DocumentPiece
 from research.data.token_batch import Batch
@@ -124,6 +126,22 @@ def lay_rows(
     )
 
 
+# The text of an id ends with no line end, with one behind other letters, with an empty
+# line, or is one line end alone.
+NO_END, LINE, BLANK, BARE = range(4)
+
+
+def line_ends(tokenizer: Tokenizer) -> np.ndarray:
+    """`[ids]` uint8: one of `NO_END`, `LINE`, `BLANK` and `BARE` for each id."""
+    found = np.zeros(tokenizer.largest_id + 1, np.uint8)
+    for number in range(len(found)):
+        text = re.sub(r"[^\S\n]", "", tokenizer.decode([number]))
+        if text.endswith("\n"):
+            found[number] = LINE if text[-2:-1].strip() else BARE
+            found[number] = BLANK if text.endswith("\n\n") else found[number]
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
     """The properties that all rows of a run have in common.
@@ -132,11 +150,47 @@ class RowLayout:
       seq_len: predictions of a row.
       isolate: whether attention stays within a document.
       marks: the ids around each document.
+      overlap: predictions of a row that the next one makes again.
+      line_ends: what the text of each id ends with, as `line_ends` gives it; None where
+        rows are cut anywhere.
     """
 
     seq_len: int
     isolate: bool
     marks: DocumentMarks
+    overlap: int = 0
+    line_ends: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, text: TextConfig, data: DataConfig, marks: DocumentMarks, by: Tokenizer
+    ) -> "RowLayout":
+        """The layout that the knobs ask for; `by` is the tokenizer of the run."""
+        ends = line_ends(by) if text.cut == "paragraph" else None
+        return cls(data.seq_len, text.isolate, marks, text.overlap, ends)
+
+    def predictions(self, ids: np.ndarray) -> int:
+        """How many predictions the row makes that begins with `ids`.
+
+        Args:
+          ids: `[T + 1]` from its first id on, or fewer where the stream ends.
+        """
+        most = len(ids) - 1
+        if self.line_ends is None or most < self.seq_len:
+            return most
+        least = max(most // 2 + 1, 2)
+        ends = self.line_ends[ids[least - 2 : most]]
+        before, last = ends[:-1], ends[1:]
+        blank = (last == BLANK) | ((last == BARE) & (before > NO_END))
+        blank |= ids[least:] == self.marks.start  # The next row begins a document.
+        for found in (blank, last > NO_END):
+            if found.any():
+                return least + int(np.flatnonzero(found)[-1])
+        return most
+
+    def stride(self, predictions: int) -> int:
+        """From the first id of a row with so many predictions to that of the next."""
+        return max(predictions - self.overlap, 1)
 
     def batch(self, ids: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> Batch:
         """Calls `lay_rows`."""

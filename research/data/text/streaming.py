@@ -62,7 +62,7 @@ def load_streamed(
     """
     marks = DocumentMarks.of(tokenizer)
     names = [source.name for source in sources]
-    row_layout = RowLayout(data.seq_len, text.isolate, marks)
+    row_layout = RowLayout.of(text, data, marks, tokenizer)
     weights = mixture_weights(text, names) or _by_size(sources)
     dropped = {name: DroppedDocuments() for name in names}
     evaluated, seen = zip(
@@ -166,7 +166,7 @@ class StreamedBatches:
     def __next__(self) -> Batch:
         length = self._row_layout.seq_len
         ids = np.empty((self._size, length + 1), self._row_layout.marks.dtype)
-        groups = np.empty(self._size, np.int32)
+        groups, lengths = np.empty((2, self._size), np.int32)
         turn = self._turn()
         for i in range(self._size):
             # The source that is furthest behind its share of the rows so far.
@@ -177,9 +177,9 @@ class StreamedBatches:
             self._taken[group] += 1
             reader = self._readers[group].get(self._share_of(row, self._deals[group]))
             if reader:
-                ids[row] = reader.take(length)
+                ids[row], lengths[row] = reader.take_row(self._row_layout)
         own = list(self._mine)
-        return self._row_layout.batch(ids[own], np.full(len(own), length), groups[own])
+        return self._row_layout.batch(ids[own], lengths[own], groups[own])
 
     def _turn(self) -> int:
         """The row of the batch that chooses its source first.
@@ -304,7 +304,7 @@ def _identity(
     parts = {
         "tokenizer": tokenizer.fingerprint,
         "held_out_share": text.held_out_share,
-        "policies": [text.undecodable, bad_lines],
+        "policies": [text.undecodable, bad_lines, *filter(None, [text.hard_cut])],
         "sources": [
             [s.name, s.column, s.revision, [[i.name, i.size] for i in s.files]]
             for s in sources

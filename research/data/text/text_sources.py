@@ -68,12 +68,13 @@ def open_sources(
       UserError: a source is not `name=where`, or does not exist.
     """
     sources = []
+    hard_cut = text.hard_cut.replace("\\n", "\n").replace("\\t", "\t")
     for name, where in _places(text).items():
         files, revision = _locate(name, where, data.hub_timeout, knob)
         sources.append(
             TextSource(
                 name, where, files, revision, text.column, text.undecodable,
-                data.bad_lines,
+                data.bad_lines, hard_cut,
             )
         )  # fmt: skip
     return sources

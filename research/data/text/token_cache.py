@@ -120,7 +120,7 @@ def _settings(
         "tokenizer": tokenizer.fingerprint,
         "layout": dataclasses.astuple(marks),
         "held_out_share": config.held_out_share,
-    }
+    } | ({"hard_cut": source.hard_cut} if source.hard_cut else {})
 
 
 def units_of(files: Iterable[SourceFile]) -> list[list[SourceFile]]:

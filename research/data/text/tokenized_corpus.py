@@ -1,17 +1,22 @@
 """Cached sources as rows for training, which can be read in any order."""
 
+import array
 import bisect
 import collections
+import contextlib
 import hashlib
+import io
 import itertools
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from research.config.data_knobs import DataConfig, TextConfig
+from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.data.batch_order import OrderedBatches, endless
 from research.data.dropped_documents import join_sources
@@ -105,6 +110,56 @@ class TokenStream:
         return handle
 
 
+class RowSpans(Sequence[tuple[int, int]]):
+    """Where the rows of a stream begin, and how many predictions each makes.
+
+    Rows that are cut anywhere are counted. Rows that end at paragraphs follow from each
+    other, so the ends of all of them are found once and kept beside the ids: 8 bytes a
+    row, of which a process maps what it reads.
+    """
+
+    def __init__(self, stream: TokenStream, layout: RowLayout, folder: Path):
+        self._length, self._stride = layout.seq_len, layout.stride(layout.seq_len)
+        self._ends: np.ndarray | None = None
+        self._overlap, targets = layout.overlap, max(len(stream) - 1, 0)
+        self._count = max(targets - self._overlap, 0) // self._stride
+        if layout.line_ends is None:
+            return
+        file = folder / f"row-ends-{layout.seq_len}-{layout.overlap}.npy"
+        with contextlib.suppress(OSError, ValueError):
+            self._ends = np.load(file, mmap_mode="r")
+        if self._ends is None or (self._ends[-1:] != targets).any():
+            self._ends = _row_ends(stream, layout)
+            with contextlib.suppress(OSError):  # A finished cache may be read-only.
+                written = io.BytesIO()
+                np.save(written, self._ends)
+                write_whole(file, written.getvalue())
+        self._count = len(self._ends)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        """The first id of a row, and the number of its predictions."""
+        if self._ends is None:
+            return row * self._stride, self._length
+        start = int(self._ends[row - 1]) - self._overlap if row else 0
+        return start, int(self._ends[row]) - start
+
+
+def _row_ends(stream: TokenStream, layout: RowLayout) -> np.ndarray:
+    """`[rows]` int64: the last id of each row, which it only predicts."""
+    ends, start, targets = array.array("q"), 0, len(stream) - 1
+    while start < targets:
+        ids = stream.read(start, min(layout.seq_len, targets - start) + 1)
+        predictions = layout.predictions(ids)
+        ends.append(start + predictions)
+        if ends[-1] == targets:
+            break
+        start += layout.stride(predictions)
+    return np.array(ends, np.int64)
+
+
 def load_text(
     text: TextConfig,
     data: DataConfig,
@@ -131,7 +186,8 @@ def load_text(
         for source in sources
     ]
     sweep_old(text)
-    found = _Corpus(text, data, cached).text_data(
+    layout = RowLayout.of(text, data, cached[0].marks, tokenizer)
+    found = _Corpus(text, cached, layout).text_data(
         ", ".join(f"{source.name} ({source.where})" for source in sources)
     )
     check_held_out(text.held_out_share, found.held_out, sources)
@@ -141,15 +197,19 @@ def load_text(
 class _Corpus:
     """All cached sources; their training rows are numbered consecutively."""
 
-    def __init__(self, text: TextConfig, data: DataConfig, cached: list[CachedSource]):
-        self._text, self._data = text, data
+    def __init__(
+        self, text: TextConfig, cached: list[CachedSource], row_layout: RowLayout
+    ):
+        self._text = text
         self._cached = cached
         self._names = [c.name for c in cached]
-        self._row_layout = RowLayout(data.seq_len, text.isolate, cached[0].marks)
+        self._row_layout = row_layout
         self._streams = [TokenStream(c, "train") for c in cached]
-        self._rows = [
-            max(len(stream) - 1, 0) // data.seq_len for stream in self._streams
+        self._spans = [
+            RowSpans(stream, row_layout, c.folder)
+            for stream, c in zip(self._streams, cached, strict=True)
         ]
+        self._rows = [len(spans) for spans in self._spans]
         self._offsets = np.cumsum([0, *self._rows])
         self._weights = mixture_weights(text, self._names)
 
@@ -213,11 +273,14 @@ class _Corpus:
     def _batch(self, numbers: np.ndarray) -> Batch:
         length = self._row_layout.seq_len
         groups = np.searchsorted(self._offsets, numbers, side="right") - 1
-        ids = np.empty((len(numbers), length + 1), self._row_layout.marks.dtype)
+        ids = np.zeros((len(numbers), length + 1), self._row_layout.marks.dtype)
+        lengths = np.empty(len(numbers), np.int32)
         for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
             row = int(number - self._offsets[group])
-            ids[i] = self._streams[group].read(row * length, length + 1)
-        return self._row_layout.batch(ids, np.full(len(numbers), length), groups)
+            start, lengths[i] = self._spans[group][row]
+            count = lengths[i] + 1
+            ids[i, :count] = self._streams[group].read(start, count)
+        return self._row_layout.batch(ids, lengths, groups)
 
     def _first_rows(self, count: int) -> Batch:
         return self._batch(np.arange(min(count, sum(self._rows))))

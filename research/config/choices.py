@@ -28,5 +28,4 @@ AUTO = "auto"
 KERNELS = ("xla", "cudnn", "cudnn_mask", "splash")
 REMATS = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
-ROW_CUTS = ("anywhere", "paragraph")
 UNDECODABLE = ("stop", "skip", "replace")

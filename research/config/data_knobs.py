@@ -2,12 +2,7 @@
 
 import dataclasses
 
-from research.config.choices import (
-    ROW_CUTS,
-    ROW_SOURCES,
-    TASK_MODULES,
-    UNDECODABLE,
-)
+from research.config.choices import ROW_SOURCES, TASK_MODULES, UNDECODABLE
 from research.config.knobs import free_knob, knob
 
 NEWEST_EDITION = 4  # of the rules by which rows are read and split
@@ -149,7 +144,7 @@ class TextConfig:
         "where a training row of data.seq_len tokens ends; paragraph: behind the last "
         "empty line in its second half, or else its last line end, if it has any; the "
         "rest is padding. Held-out text is measured as ever",
-        choices=ROW_CUTS,
+        choices=("anywhere", "paragraph"),
     )
     overlap: int = knob(
         0, "tokens at the end of a training row that begin the next one, too", low=0

@@ -24,6 +24,7 @@ from research.data.instructions.row_cache import UnitBuild
 from research.data.instructions.row_selection import find_rows, refuse_row
 from research.data.row_readers import BadRowError
 from research.data.text import document_readers
+from research.data.text.row_layout import RowLayout
 from research.models.attention_kernels import choose
 from research.models.transformer import REMAT_POLICIES
 from research.plan.estimate import memory_formulas
@@ -135,6 +136,7 @@ DISPATCHES = {
     "text.undecodable": [
         lambda c: text_reader(undecodable="unheard")._keep("notes:1", "no UTF-8"),
     ],
+    "text.cut": [lambda c: RowLayout.of(c, DataConfig(), None, None)],
     "optim.name": [lambda c: make_optimizer(c, 10, {})],
     "optim.schedule": [lambda c: make_schedule(c, 10)],
     "checkpoint.on_error": [

@@ -44,6 +44,8 @@ OTHER = {
     "checkpoint.on_error": "go_on",
     "text.undecodable": "skip",
     "text.held_out_share": 0.25,
+    "text.cut": "paragraph",
+    "text.overlap": 3,
     "optim.name": "muon",
     "optim.schedule": "wsd",
     "data.template": "dolly",

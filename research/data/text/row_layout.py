@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from research.config.data_knobs import DataConfig, TextConfig
-from research.core.errors import UserError
+from research.core.errors import UserError, look_up
 from research.data.text.document_readers import DocumentPiece
 from research.data.token_batch import Batch
 from research.tokenize.tokenizer import Tokenizer
@@ -166,7 +166,9 @@ class RowLayout:
         cls, text: TextConfig, data: DataConfig, marks: DocumentMarks, by: Tokenizer
     ) -> "RowLayout":
         """The layout that the knobs ask for; `by` is the tokenizer of the run."""
-        ends = line_ends(by) if text.cut == "paragraph" else None
+        ways = {"anywhere": None, "paragraph": line_ends}
+        find = look_up(ways, text.cut, "config.text.cut")
+        ends = find(by) if find else None
         return cls(data.seq_len, text.isolate, marks, text.overlap, ends)
 
     def predictions(self, ids: np.ndarray) -> int:

@@ -5,14 +5,23 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from research.config import command_line
 from research.config.knobs import knob
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
-from research.plan.planned_devices import PlannedDevices, parse_device, parse_topology
+from research.plan.planned_devices import (
+    HERE,
+    PlannedDevices,
+    local_device,
+    parse_device,
+    parse_topology,
+)
+
+if TYPE_CHECKING:
+    from research.models.architecture import Architecture
 
 USAGE = """
 python -m research.plan --config=FILE.py [--config.KNOB=VALUE ...]
@@ -22,9 +31,10 @@ Compiles the real train step for TPUs, even without one in this machine (pip ins
 libtpu, in an environment of its own) and shows the memory of a chip, the traffic
 between chips, the best possible speed and the cost. --device estimates the same by
 formula, for any chip, without a compiler: 4090, a100-40x8, v5e:4x4, or 24GB for a card
-of which only the memory is known. A config that does not fit gets the flags with which
-it does. Neither weights nor data are read. Topologies count chips. The cloud's name
-v5p-512 counts cores; it is --topology=v5p:4x8x8.
+of which only the memory is known; here means the chips of this machine. Several between
+commas are planned one after the other. A config that does not fit gets the flags with
+which it does. Neither weights nor data are read. Topologies count chips. The cloud's
+name v5p-512 counts cores; it is --topology=v5p:4x8x8.
 """
 
 
@@ -32,7 +42,9 @@ v5p-512 counts cores; it is --topology=v5p:4x8x8.
 class PlanFlags:
     topology: str = knob("", "TPU slice; empty: config.runtime.topology")
     slices: int = knob(0, "number of slices; 0: config.runtime.slices", low=0)
-    device: str = knob("", "estimate only, for 4090, h100:8, v5e:4x4, 24GB or cpu")
+    device: str = knob(
+        "", "estimate only, for 4090, h100:8, v5e:4x4, 24GB, cpu or here; or several"
+    )
     search: bool = knob(False, "find the largest micro-batch, layouts and remat")
     json: str = knob("", "file to write the plan into", is_path=True)
     preset: str = knob("", "shape that stands for the config's model")
@@ -50,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
             "no chips are named: give --topology=v5e:4x4, --device=h100:8 or "
             "--device=cpu, or set config.runtime.topology"
         )
+    if f.search and "," in f.device:
+        raise UserError("--search compares layouts on one kind of chips: name one")
     os.environ |= ENVIRONMENT
     return plan(config, f)
 
@@ -59,24 +73,46 @@ def plan(config: Config, f: PlanFlags) -> int:
     # JAX starts with these imports, and reads the environment.
     from rich.console import Console
 
-    from research.plan import (
-        abstract_step,
-        fit_advice,
-        layout_search,
-        plan_json,
-        planner,
-    )
-    from research.plan.compiled import compile_step
+    from research.plan import abstract_step, plan_json
     from research.report import plan_tables
 
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("jax").setLevel(logging.ERROR)
-    console, target = Console(), find_target(config, f)
+    console, names = Console(), f.device.split(",")
     if f.json:
         plan_json.check_json(f.json)
     architecture = abstract_step.find_architecture(config, f.preset)
+    if len(names) > 1:
+        plans = []
+        for name in names:
+            one = dataclasses.replace(f, device=name.strip())
+            try:
+                plans += make_plans(config, one, architecture)[0]
+            except UserError as error:
+                plans.append({"target": one.device, "problem": str(error)})
+        plan_tables.show_devices(console, plans)
+    else:
+        plans, refused = make_plans(config, f, architecture)
+        if f.search:
+            plan_tables.show_search(console, plans, refused)
+        else:
+            plan_tables.show_plan(console, plans[0])
+    several = f.search or len(names) > 1
+    if f.json:
+        plan_json.write_json(f.json, plans if several else plans[0])
+    return 0 if any(x.get("fits") for x in plans) else 1
+
+
+def make_plans(
+    config: Config, f: PlanFlags, architecture: "Architecture"
+) -> tuple[list[dict[str, Any]], int]:
+    """The plan for one kind of chips, or those of a search and how many it refused."""
+    from research.plan import fit_advice, layout_search, plan_json, planner
+    from research.plan.compiled import compile_step
+
+    target = find_target(config, f)
     devices = [] if f.device else compile_step.topology_devices(target)
 
     def plan_one(config: Config) -> planner.Plan:
@@ -96,16 +132,10 @@ def plan(config: Config, f: PlanFlags) -> int:
         logging.getLogger().setLevel(logging.WARNING)
         compile_plan = plan_one if devices else None
         found = layout_search.search(config, architecture, target, compile_plan)
-        plans = [shown(plan) for plan in found.plans]
-        plan_tables.show_search(console, plans, found.refused)
-    else:
-        plan = plan_one(config)
-        logging.getLogger().setLevel(logging.WARNING)
-        plans = [shown(plan)]
-        plan_tables.show_plan(console, plans[0])
-    if f.json:
-        plan_json.write_json(f.json, plans if f.search else plans[0])
-    return 0 if plans[0]["fits"] else 1
+        return [shown(plan) for plan in found.plans], found.refused
+    plan = plan_one(config)
+    logging.getLogger().setLevel(logging.WARNING)
+    return [shown(plan)], 0
 
 
 def find_target(config: Config, f: PlanFlags) -> PlannedDevices:
@@ -115,11 +145,11 @@ def find_target(config: Config, f: PlanFlags) -> PlannedDevices:
     slices = f.slices or config.runtime.slices
     if not f.device:
         return parse_topology(f.topology or config.runtime.topology, slices)
-    flops = 0.0
-    if f.device.partition(":")[0] == "cpu":
+    flops, device = 0.0, local_device() if f.device == HERE else f.device
+    if device.partition(":")[0] == "cpu":
         known = runtime.peak_flops(config.runtime)
         flops = known or runtime.measure_matmul_flops(config.model.dtype)
-    return parse_device(f.device, slices, flops)
+    return parse_device(device, slices, flops)
 
 
 if __name__ == "__main__":

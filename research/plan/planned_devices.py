@@ -1,15 +1,20 @@
 """The chips that a plan is for: which, how many, and how they are connected."""
 
+import contextlib
 import dataclasses
+import glob
 import math
 import re
+import subprocess
 from collections.abc import Sequence
 
 import psutil
 
 from research.core.errors import UserError, nearest
-from research.parallel.chips import CHIPS, Chip, find_chip, memory_of
+from research.parallel.chips import CHIPS, Chip, by_device_kind, find_chip, memory_of
 from research.parallel.memory_limits import memory_limit
+
+HERE = "here"  # Stands for the chips of this machine.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +149,36 @@ def parse_device(text: str, slices: int = 1, cpu_flops: float = 0.0) -> PlannedD
     flops = cpu_flops / count
     chip = Chip("cpu", ("cpu",), flops, memory / count, 0.0, 0.0, 0.0, count)
     return PlannedDevices(chip, count)
+
+
+def local_device() -> str:
+    """The chips of this machine as `parse_device` reads them; `cpu` without others.
+
+    No accelerator is opened: a training may hold it.
+
+    Raises:
+      UserError: the machine has chips of a kind that is not known here.
+    """
+    cards: list[str] = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        cards = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    chip = by_device_kind(cards[0]) if cards else None
+    if chip:
+        return f"{chip.name}:{cards.count(cards[0])}"
+    if cards or glob.glob("/dev/accel*"):
+        found = cards[0] if cards else "TPUs"
+        raise UserError(
+            f"the chips of this machine are {found}: name their kind in place "
+            "of here, as h100:8, v5e:2x4 or 24GB"
+        )
+    return "cpu"
 
 
 def _split_count(text: str) -> tuple[str, str]:

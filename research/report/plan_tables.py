@@ -12,6 +12,8 @@ from research.core.visible_text import counted
 
 PlanData = dict[str, Any]  # `research.plan.plan_json.to_json` lists the fields.
 
+DeviceTable = list[list[str]]  # A header, and a row for each plan.
+
 MEANINGS = {
     "frozen": "parameters that are not trained",
     "trained": "parameters that are trained",
@@ -118,6 +120,59 @@ def _show_prediction(console: Console, plan: PlanData) -> None:
     console.print(Text(f"assumed: {plan['assumed']}", "dim"))
 
 
+def tabulate_devices(
+    plans: Sequence[PlanData], prices: Sequence[float | None] = ()
+) -> DeviceTable:
+    """A row for each plan: does it fit, how long does it take, what does it cost.
+
+    Args:
+      plans: of one config on several kinds of chips; one that cannot be made has a
+        `problem` instead.
+      prices: of an hour of one chip, in any currency; None or no price: no cost.
+    """
+    has_cost = any(price is not None for price in prices)
+    header = ["chips", "fits", "GiB of a chip", "a step", "tokens/s", "whole run"]
+    rows = [[*header, "chip-hours", *["cost"] * has_cost, "what to know"]]
+    for index, plan in enumerate(plans):
+        price = prices[index] if index < len(prices) else None
+        if "problem" in plan:
+            dashes = ["-"] * (len(rows[0]) - 2)
+            rows.append([plan["target"], *dashes, plan["problem"]])
+            continue
+        best, worst = plan["best"], plan["not_overlapped"]
+        sizes = [plan[x] / 2**30 for x in ("hbm_needed", "hbm_usable")]
+        size = " of ".join(f"{x:,.1f}" for x in sizes)
+        cells = [plan["target"], "yes" if plan["fits"] else "no", size]
+        cells += ["-"] * (len(rows[0]) - 4)
+        if best["seconds"]:
+            cells[3] = _range([f"{x['seconds']:.3g}" for x in (best, worst)]) + " s"
+            cells[4] = _range([f"{x['tokens_per_second']:,.0f}" for x in (worst, best)])
+        if best["seconds"] and plan["steps"] is not None:
+            cells[5] = _range([_format_days(x["days"]) for x in (best, worst)])
+            hours = [x["chip_hours"] for x in (best, worst)]
+            cells[6] = _range([_amount(x) for x in hours])
+            if price is not None:
+                cells[7] = _range([_amount(price * x) for x in hours])
+        notes = [plan["advice"] if not plan["fits"] else "", *plan["notes"]]
+        rows.append([*cells, "; ".join(filter(None, notes))])
+    return rows
+
+
+def show_devices(console: Console, plans: Sequence[PlanData]) -> None:
+    """Plans of one config on several kinds of chips."""
+    header, *rows = tabulate_devices(plans)
+    # A terminal of 80 columns has no room for the time of a step.
+    shown = [i for i, name in enumerate(header[:-1]) if name != "a step"]
+    title = "with all compute and traffic overlapped, to none"
+    table = _table(title, *(header[i] for i in shown))
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    console.print(table)
+    for row in rows:
+        if row[-1]:
+            console.print(Text(f"{row[0]}: {row[-1]}"), soft_wrap=True)
+
+
 def show_search(console: Console, plans: Sequence[PlanData], refused: int) -> None:
     """Plans beside each other, the fastest that fits first; the search has tried and
     `refused` so many more.
@@ -166,6 +221,14 @@ def _between(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _amount(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"
+
+
+def _range(values: Sequence[str]) -> str:
+    return "-".join(dict.fromkeys(values))
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(
         title=title,
@@ -193,4 +256,6 @@ def _format_days(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} d"
     hours = 24 * days
-    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"

@@ -5,6 +5,7 @@ A search ranks by speed, so a flag is also needed if the step is slower without 
 
 import dataclasses
 import functools
+import json
 import re
 import shlex
 
@@ -23,7 +24,8 @@ from research.models.presets import PRESETS
 from research.plan import fit_advice, planner
 from research.plan.__main__ import main
 from research.plan.layout_search import search, slowness
-from research.plan.planned_devices import parse_device
+from research.plan.planned_devices import local_device, parse_device
+from research.report import plan_tables
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -191,6 +193,38 @@ def test_plan_search_and_launch_give_one_advice():
         fit_check.require_fit(config, "16GB", preset="llama3.1-8b")
     (advice,) = re.findall(r"nothing fits 16GB:1: .*", plan.stdout)
     assert advice in str(caught.value) and advice in search.stdout
+
+
+def test_several_chips_are_planned_in_one_command(tmp_path):
+    config, file = f"--config={ROOT}/configs/finetune_dolly.py", tmp_path / "plan.json"
+    chips = "--device=h100, nope,v5e:1x1,24GB"
+    done = run_door(main, ROOT, "plan", config, chips, f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    known = [x["target"] for x in found]
+    assert known == ["h100:1", "nope", "v5e:1x1", "24GB:1"]
+    assert [x.get("fits") for x in found] == [True, None, True, True]
+    assert "'nope' is none of" in found[1]["problem"]
+    for target in known:
+        assert re.search(rf"^ *{target} ", done.stdout, re.MULTILINE), done.stdout
+    rows = plan_tables.tabulate_devices(found, [None, None, 2.0, None])
+    hours = f"{2 * found[2]['best']['chip_hours']:.2g}"
+    assert hours in rows[3][7] and rows[1][7] == "-" and len({*map(len, rows)}) == 1
+    done = run_door(main, ROOT, "plan", config, chips, "--search")
+    assert done.returncode == 2 and "name one" in done.stderr
+
+
+def test_the_chips_of_this_machine_are_known_without_opening_them(fake):
+    assert local_device() == "cpu"
+    fake("nvidia-smi")
+    card = "NVIDIA H100 80GB HBM3\n"
+    fake.answer("nvidia-smi", "--query-gpu=name", out=2 * card, times=1)
+    fake.answer("nvidia-smi", "--query-gpu=name", out="NVIDIA Unknown\n", times=1)
+    fake.answer("nvidia-smi", "--query-gpu=name", code=9, out="no driver")
+    assert local_device() == "h100:2"
+    with pytest.raises(UserError, match="are NVIDIA Unknown: name their kind"):
+        local_device()
+    assert local_device() == "cpu"
 
 
 def test_the_readme_answers_whether_8b_fits_24_gb():

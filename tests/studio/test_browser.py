@@ -147,7 +147,7 @@ PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
     "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
-    "/evaluate?flags=--run=", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
+    "/evaluate?flags=--run=", "/plans", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
     "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
     "/chat",
 )  # fmt: skip

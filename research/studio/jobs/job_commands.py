@@ -64,6 +64,18 @@ def checking(flags: Sequence[str], into: Path, *, rows_only: bool) -> list[str]:
     return [python(), "-m", "research.studio.checks", place, *kind, *flags]
 
 
+def planning(flags: Sequence[str], devices: Sequence[str], file: Path) -> list[str]:
+    """Plans a training on several kinds of chips; see `research.plan`."""
+    into = f"--json={shown_paths([file])[0]}"
+    door = [python(), "-m", "research.plan", f"--device={','.join(devices)}", into]
+    return [*door, *flags]
+
+
+def launching_on(target: str, own: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Trains elsewhere; `own` are the flags of the target, see `docs/launch.md`."""
+    return [python(), "-m", "launch", target, *own, "--", *flags]
+
+
 def requesting(folder: Path, kind: str) -> list[str]:
     """Sends a request to the job that trains in `folder`."""
     return [python(), "-m", "research.runs", f"--run={shown_paths([folder])[0]}", kind]

@@ -1,1 +1,1 @@
-"""Pages on how good runs are: evaluations and sweeps."""
+"""Pages on how good runs are, and on what they need: evaluations, sweeps, plans."""

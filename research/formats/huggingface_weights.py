@@ -92,7 +92,7 @@ class HuggingFaceWeights:
         return self._handles[name].get_tensor(name)
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
-        return family.hf_tensors
+        return family.hf_layout(self._handles)
 
     def on(self, mesh: Mesh) -> "HuggingFaceWeights":
         return self

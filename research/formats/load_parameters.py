@@ -136,7 +136,7 @@ def check_tensors(tensors: TensorFile, model: Model) -> None:
     wrong += [
         f"{name} is not part of this model"
         for name in found
-        if not name.endswith(family.ignored_tensors)
+        if not family.ignores(name)
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""

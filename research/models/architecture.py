@@ -97,8 +97,9 @@ class Architecture:
       attention_scale: of scores; None: 1 / sqrt(H).
       attention_softcap, logit_softcap: c in c * tanh(x / c), of scores and of logits;
         0: none.
-      embedding_scale, residual_scale, logit_scale: multiply the embeddings, what each
-        branch adds to the stream, and the logits.
+      embedding_scale, residual_scale: multiply the embeddings, and the output of each
+        branch.
+      logit_divisor: divides the logits.
 
     Raises:
       UserError: the switches contradict each other.
@@ -136,7 +137,7 @@ class Architecture:
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    logit_scale: float = 1.0
+    logit_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

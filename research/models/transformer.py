@@ -261,7 +261,7 @@ class Model:
 
         The only way from the one to the other. The product gives float32 whatever
         goes into it: in bfloat16, logits in [16, 32) would lie 0.125 apart. A family's
-        scale and soft cap of logits are applied here. `params` may be all of the
+        divisor and soft cap of logits are applied here. `params` may be all of the
         model's or `head(params)`.
         """
         a = self.architecture
@@ -269,8 +269,8 @@ class Model:
         if a.tied_head:
             head = transpose(head)
         logits = contract(hidden, head, dtype=jnp.float32)
-        if a.logit_scale != 1.0:
-            logits *= a.logit_scale
+        if a.logit_divisor != 1.0:
+            logits /= a.logit_divisor
         return cap(logits, a.logit_softcap)
 
     def init_cache(self, slots: int, length: int) -> Cache:

@@ -28,12 +28,16 @@ SHAPE = {
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A tiny model: the name of its folder, and what its config changes in SHAPE."""
+    """A tiny model: the name of its folder, and what its config changes in SHAPE.
+
+    `long_row`: tokens of a row longer than the original context, or 0.
+    """
 
     name: str
     model_type: str
     changes: dict[str, Any]
     norm_mean: float = 1.0
+    long_row: int = 0
 
     @property
     def seed(self) -> int:
@@ -45,6 +49,10 @@ def rope(theta: float = 10000.0, kind: str = "default", **fields: Any) -> dict:
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA = {
+    "head_dim": 8, "query_pre_attn_scalar": 3, "sliding_window": 7,
+    "rms_norm_eps": 1e-3, "pad_token_id": None,
+}  # fmt: skip
 # Epsilons are far from any default, so that a reader which ignores one shows.
 TINY = [
     Tiny(
@@ -62,11 +70,99 @@ TINY = [
         "qwen3", "qwen3",
         {"head_dim": 8, "rms_norm_eps": 1e-3, "rope_parameters": rope(1e6)},
     ),
+    Tiny(
+        "olmo2", "olmo2",
+        {"pad_token_id": None, "rms_norm_eps": 1e-3, "rope_parameters": rope(5e5)},
+    ),
+    Tiny(
+        "olmo3", "olmo3",
+        {
+            "pad_token_id": None, "num_hidden_layers": 4, "sliding_window": 7,
+            "rope_parameters": {
+                "sliding_attention": rope(5e5),
+                "full_attention": rope(5e5, "yarn", **YARN),
+            },
+        },
+    ),
+    Tiny(
+        "granite", "granite",
+        {
+            "attention_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7, "attention_multiplier": 0.9,
+            "logits_scaling": 1.7, "rope_parameters": rope(kind="linear", factor=2.0),
+        },
+    ),
+    Tiny(
+        "smollm3", "smollm3",
+        {
+            "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0],
+            "pad_token_id": None, "use_sliding_window": True, "sliding_window": 7,
+            "rope_parameters": rope(2e6),
+        },
+    ),
+    Tiny(
+        "phi3", "phi3",
+        {
+            "head_dim": 8, "sliding_window": 9, "pad_token_id": None,
+            "rope_parameters": rope(partial_rotary_factor=0.75),
+        },
+    ),
+    Tiny(
+        "phi3_longrope", "phi3",
+        {
+            "num_attention_heads": 2, "pad_token_id": None,
+            "tie_word_embeddings": True, "max_position_embeddings": 512,
+            "original_max_position_embeddings": 160,
+            "rope_parameters": rope(
+                kind="longrope", partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 4.0],
+            ),
+        },
+        long_row=170,
+    ),
+    Tiny(
+        "gemma2", "gemma2",
+        {
+            **GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 9.0,
+            "rope_parameters": rope(),
+        },
+        norm_mean=1.5,
+    ),
+    Tiny(
+        "gemma3", "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+            "rope_parameters": {
+                "sliding_attention": rope(100.0),
+                "full_attention": rope(1e6, "linear", factor=8.0),
+            },
+        },
+        norm_mean=1.5,
+    ),
+    Tiny(
+        "gpt_neox", "gpt_neox",
+        {
+            "num_attention_heads": 2, "layer_norm_eps": 1e-3,
+            "rope_parameters": rope(partial_rotary_factor=0.25),
+        },
+    ),
+    Tiny(
+        "gpt_neox_serial", "gpt_neox",
+        {
+            "num_attention_heads": 2, "use_parallel_residual": False,
+            "attention_bias": False, "hidden_act": "gelu_new",
+            "rope_parameters": rope(partial_rotary_factor=1.0),
+        },
+    ),
+    Tiny("gpt2", "gpt2", {"n_inner": 24, "layer_norm_epsilon": 1e-3}),
 ]  # fmt: skip
 
 
 def config_of(tiny: Tiny) -> Any:
-    return AutoConfig.for_model(tiny.model_type, **SHAPE | tiny.changes)
+    known = AutoConfig.for_model(tiny.model_type)
+    shape = {name: value for name, value in SHAPE.items() if hasattr(known, name)}
+    return AutoConfig.for_model(tiny.model_type, **shape | tiny.changes)
 
 
 def written(tiny: Tiny) -> tuple[dict[str, Any], dict[str, list[int]], PreTrainedModel]:
@@ -106,6 +202,9 @@ def arrays_of(tiny: Tiny, model: PreTrainedModel) -> Arrays:
         "tokens": tokens.astype(np.int32),
         "logits": logits.numpy()[:, EVERY - 1 :: EVERY],
     }
+    if tiny.long_row:
+        row = np.resize(tokens, (1, tiny.long_row)).astype(np.int32)
+        recorded |= {"long": row, "long_logits": forward(model, row).numpy()[:, -4:]}
     return recorded | continue_prompt(model, make_prompt)
 
 

@@ -94,6 +94,18 @@ def test_packed_rows_match_hugging_face(golden, name):
     np.testing.assert_array_equal(likeliest, greedy)
 
 
+def test_a_row_beyond_the_original_context_has_the_long_frequencies(golden):
+    it = golden("phi3_longrope")
+    row, model = it.expected["long"], it.model
+
+    @jax.jit
+    def logits(params, *row):
+        return model.logits(params, model.hidden(params, *row)[:, -4:])
+
+    found = logits(it.params, *packed(row))
+    np.testing.assert_allclose(found, it.expected["long_logits"], atol=1e-3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_through_the_cache_gives_the_greedy_tokens(golden, name):
     it = golden(name)

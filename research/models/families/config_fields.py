@@ -11,12 +11,15 @@ LARGEST = 2**31 - 1  # of any dimension
 class ConfigFields:
     """A JSON object whose getters check types; null counts as absent.
 
+    Only `with_defaults` tells the two apart: null stays null there.
+
     Every getter raises a UserError that names the file, the field, what was found and
     what is right. A getter without a default needs the field.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self._values = {k: v for k, v in values.items() if v is not None}
+        self._null = values.keys() - self._values.keys()
         self.where = where
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -90,7 +93,8 @@ class ConfigFields:
 
     def with_defaults(self, **values: Any) -> "ConfigFields":
         """The same fields, with these values where a field is absent."""
-        return ConfigFields(values | self._values, self.where)
+        nulls = dict.fromkeys(self._null)
+        return ConfigFields(values | self._values | nulls, self.where)
 
     def group(self, *names: str) -> "ConfigFields":
         """The objects `names` as one: later ones win, absent ones are empty."""

@@ -7,14 +7,31 @@ from typing import Any
 from research.core.errors import UserError, nearest
 from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
-from research.models.families.dense import llama, mistral, qwen
+from research.models.families.dense import (
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi3,
+    qwen,
+    smollm3,
+)
 from research.models.families.model_family import ModelFamily
 
 # By `model_type`. Where two share llama.cpp's name, its files are read as the first.
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
-    for family in (llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3)
-}
+    for family in (
+        llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA2,
+        gemma.GEMMA3, olmo.OLMO2, olmo.OLMO3, phi3.FAMILY, granite.FAMILY,
+        smollm3.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY,
+    )
+}  # fmt: skip
+# Written as a family of its own: only the text part is read.
+FAMILIES["gemma3"] = gemma.MULTIMODAL
 
 _STATE_SPACE = "its layers keep a state in place of keys and values (Mamba)"
 _GATED_DELTA = "three of four layers are linear attention with gated deltas"

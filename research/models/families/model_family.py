@@ -1,7 +1,8 @@
 """A model family as the rest of the code knows it: its switches and its names."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -22,7 +23,10 @@ class ModelFamily:
       hf_tensors: every tensor of a Hugging Face folder. Tensors of parameters that a
         model does not have, such as the head of one with tied embeddings, count for
         nothing.
-      ignored_tensors: endings of names of tensors that are no parameters.
+      beginnings: of names in `hf_tensors`. They have the first; a file may have any
+        other in its place.
+      ignored_tensors: regular expressions; a tensor whose name one of them finds is no
+        parameter.
       gguf_architecture: as in llama.cpp's `general.architecture`; "" if llama.cpp
         files of the family cannot be read.
       gguf_tensors: every tensor of a llama.cpp file.
@@ -33,6 +37,28 @@ class ModelFamily:
     from_hf_config: Callable[[ConfigFields], Architecture]
     to_hf_config: Callable[[Architecture], dict[str, Any]]
     hf_tensors: tuple[StoredTensor, ...]
+    beginnings: tuple[str, ...] = ("",)
     ignored_tensors: tuple[str, ...] = ()
     gguf_architecture: str = ""
     gguf_tensors: tuple[StoredTensor, ...] = ()
+
+    def hf_layout(self, names: Iterable[str]) -> tuple[StoredTensor, ...]:
+        """`hf_tensors` as a file with tensors of these `names` has them."""
+        names = {*names}
+        written = self.beginnings[0]
+        for beginning in self.beginnings:
+            tensors = tuple(
+                dataclasses.replace(
+                    tensor, name=beginning + tensor.name.removeprefix(written)
+                )
+                if tensor.name.startswith(written)
+                else tensor
+                for tensor in self.hf_tensors
+            )
+            if any(t.name in names for t in tensors if "embedding.table" in t.paths):
+                return tensors
+        return self.hf_tensors
+
+    def ignores(self, name: str) -> bool:
+        """Whether the tensor `name` of a file is no parameter."""
+        return any(re.search(pattern, name) for pattern in self.ignored_tensors)

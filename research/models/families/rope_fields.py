@@ -5,6 +5,8 @@ Transformers 5 writes `rope_parameters`; older releases write `rope_theta` besid
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from research.core.errors import UserError
@@ -16,13 +18,20 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(fields: ConfigFields, head_dim: int, *, partial: bool = False) -> Rope:
+def read_rope(
+    fields: ConfigFields,
+    head_dim: int,
+    *,
+    partial: bool = False,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Rope:
     """The one rotary embedding of all layers.
 
     Args:
       fields: the whole file.
       head_dim: width of a head.
       partial: the family knows embeddings that turn only a part of a head.
+      names: of kinds of scaling, by other names that the family has for them.
 
     Raises:
       UserError: a field is malformed, or asks for a scaling that is not computed.
@@ -33,6 +42,9 @@ def read_rope(fields: ConfigFields, head_dim: int, *, partial: bool = False) -> 
     for group in (fields, rope):
         if not partial:
             group.only("partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type", rope.get("type"))
+    if isinstance(kind, str) and kind in names:
+        rope = ConfigFields(rope.present() | {"rope_type": names[kind]}, rope.where)
     return _read(fields, rope, head_dim)
 
 
@@ -70,7 +82,9 @@ def _read(fields: ConfigFields, rope: ConfigFields, head_dim: int) -> Rope:
     fraction = rope.number(share, fields.number(share, 1.0, high=1), high=1)
     turned = int(head_dim * fraction)
     if turned < 2 or turned % 2:
-        raise rope.wrong(share, fraction, f"an even number of the {head_dim} of a head")
+        raise rope.wrong(
+            share, fraction, f"an even share of the {head_dim} numbers of a head"
+        )
     return Rope(theta, _read_scaling(fields, rope, turned // 2), fraction)
 
 

@@ -1,6 +1,8 @@
 """Llama 2 and 3, and what is built like them: every switch at its default."""
 
+import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from research.models.architecture import Architecture, Rope
@@ -14,11 +16,16 @@ Names = Mapping[str, tuple[str, str]]
 
 
 def read_shape(
-    fields: ConfigFields, *, partial_rope: bool = False, **switches: Any
+    fields: ConfigFields,
+    *,
+    partial_rope: bool = False,
+    rope_names: Mapping[str, str] = MappingProxyType({}),
+    **switches: Any,
 ) -> Architecture:
     """Reads the fields that most families share with `LlamaConfig`.
 
-    `switches` are fields of `Architecture` that the family sets itself.
+    `switches` are fields of `Architecture` that the family sets itself; the other two
+    arguments are those of `read_rope`.
 
     Raises:
       UserError: a field is missing or malformed, or asks for another computation.
@@ -32,10 +39,10 @@ def read_shape(
         raise fields.wrong(
             "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads"
         )
-    # Rotary embeddings turn pairs.
-    head_dim = fields.integer("head_dim", embed // heads, multiple_of=2)
+    head_dim = read_head_dim(fields)
     if "rope_theta" not in switches:
-        switches |= rope_switches(read_rope(fields, head_dim, partial=partial_rope))
+        rope = read_rope(fields, head_dim, partial=partial_rope, names=rope_names)
+        switches |= rope_switches(rope)
     return Architecture(
         vocab=fields.integer("vocab_size"),
         embed=embed,
@@ -49,6 +56,22 @@ def read_shape(
         max_position=fields.integer("max_position_embeddings", 2048),
         **({"biases": read_biases(fields)} | switches),
     )
+
+
+def read_head_dim(fields: ConfigFields) -> int:
+    """The width of a head, which the file may leave to others."""
+    embed, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    # Rotary embeddings turn pairs.
+    return fields.integer("head_dim", embed // heads, multiple_of=2)
+
+
+def with_window(
+    shape: Architecture, window: Mapping[str, Any], rope: Rope
+) -> Architecture:
+    """`shape` with the switches of `read_window`; its layers are turned by `rope`."""
+    every = Rope(shape.rope_theta, shape.rope_scaling, shape.rope_fraction)
+    other = rope if window and rope != every else None
+    return dataclasses.replace(shape, window_rope=other, **window)
 
 
 def rope_switches(rope: Rope) -> dict[str, Any]:
@@ -112,6 +135,13 @@ ENDS: Names = {
     "final_norm.scale": ("model.norm", "output_norm"),
     "head.kernel": ("lm_head", "output"),
 }
+OUT_NORMS: Names = {
+    "layers.attention_out_norm.scale": (
+        "post_attention_layernorm",
+        "post_attention_norm",
+    ),
+    "layers.mlp_out_norm.scale": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
 QK_NORMS: Names = {
     "layers.attention.query_norm.scale": ("self_attn.q_norm", "attn_q_norm"),
     "layers.attention.key_norm.scale": ("self_attn.k_norm", "attn_k_norm"),
@@ -166,7 +196,7 @@ FAMILY = ModelFamily(
     to_hf_config=to_hf_config,
     hf_tensors=HF_TENSORS,
     # Old exports carry the rotary table, which is computed here.
-    ignored_tensors=("rotary_emb.inv_freq",),
+    ignored_tensors=(r"rotary_emb\.inv_freq$",),
     gguf_architecture="llama",
     gguf_tensors=GGUF_TENSORS,
 )

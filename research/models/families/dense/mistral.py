@@ -17,6 +17,7 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
     """
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
+    fields = fields.with_defaults(sliding_window=4096)
     shape = llama.read_shape(fields)
     window = read_window(fields, shape.layers, lambda layer: True)
     return dataclasses.replace(shape, **window)
@@ -25,7 +26,6 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
 def to_hf_config(a: Architecture) -> dict[str, Any]:
     """The `config.json` that `MistralForCausalLM` reads."""
     return llama.write_shape(a, "mistral", "MistralForCausalLM") | {
-        # The default of its class is a window of 4096.
         "sliding_window": a.window or None,
     }
 

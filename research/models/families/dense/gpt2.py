@@ -1,0 +1,96 @@
+"""GPT-2: learned positions, LayerNorm, and matrices that lie as they multiply."""
+
+from typing import Any
+
+from research.models.architecture import Architecture
+from research.models.families.config_fields import ConfigFields
+from research.models.families.dense import llama
+from research.models.families.dense.gpt_neox import read_activation, write_activation
+from research.models.families.model_family import ModelFamily
+from research.models.families.stored_tensor import StoredTensor
+
+
+def from_hf_config(fields: ConfigFields) -> Architecture:
+    """Reads the fields of `GPT2Config`.
+
+    Raises:
+      UserError: a field is missing or malformed, or asks for another computation.
+    """
+    fields.only("scale_attn_weights", True)
+    fields.only("scale_attn_by_inverse_layer_idx", False)
+    fields.only("add_cross_attention", False)
+    embed, heads = fields.integer("n_embd"), fields.integer("n_head")
+    if embed % heads:
+        raise fields.wrong("n_head", heads, f"a divisor of {embed}")
+    return Architecture(
+        vocab=fields.integer("vocab_size"),
+        embed=embed,
+        mlp=fields.integer("n_inner", 4 * embed),
+        layers=fields.integer("n_layer", high=llama.MOST_LAYERS),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=embed // heads,
+        tied_head=fields.flag("tie_word_embeddings", True),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, high=1),
+        max_position=fields.integer("n_positions", 1024),
+        positions="learned",
+        norm="layer",
+        biases=("qkv", "out", "mlp"),
+        activation=read_activation(fields, "activation_function", "gelu_new"),
+        gated_mlp=False,
+    )
+
+
+def to_hf_config(a: Architecture) -> dict[str, Any]:
+    """The `config.json` that `GPT2LMHeadModel` reads."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": a.vocab,
+        "n_embd": a.embed,
+        "n_inner": a.mlp,
+        "n_layer": a.layers,
+        "n_head": a.heads,
+        "n_positions": a.max_position,
+        "n_ctx": a.max_position,
+        "activation_function": write_activation(a, "gelu_new"),
+        "layer_norm_epsilon": a.norm_eps,
+        "tie_word_embeddings": a.tied_head,
+        "torch_dtype": "float32",
+    }
+
+
+def _both(name: str, *modules: str) -> tuple[StoredTensor, StoredTensor]:
+    """A matrix `[in, out]`, several with the same inputs, or a norm; and its biases."""
+    part = "scale" if modules[0].endswith("norm") else "kernel"
+    return (
+        StoredTensor(f"{name}.weight", tuple(f"{x}.{part}" for x in modules)),
+        StoredTensor(f"{name}.bias", tuple(f"{x}.bias" for x in modules)),
+    )
+
+
+LAYER = "transformer.h.{}."
+QKV = tuple(f"layers.attention.{x}" for x in ("query", "key", "value"))
+
+FAMILY = ModelFamily(
+    model_type="gpt2",
+    members="GPT-2",
+    from_hf_config=from_hf_config,
+    to_hf_config=to_hf_config,
+    hf_tensors=(
+        StoredTensor("transformer.wte.weight", ("embedding.table",)),
+        StoredTensor("transformer.wpe.weight", ("position_embedding.table",)),
+        *_both(f"{LAYER}ln_1", "layers.attention_norm"),
+        *_both(f"{LAYER}attn.c_attn", *QKV),
+        *_both(f"{LAYER}attn.c_proj", "layers.attention.output"),
+        *_both(f"{LAYER}ln_2", "layers.mlp_norm"),
+        *_both(f"{LAYER}mlp.c_fc", "layers.mlp.up"),
+        *_both(f"{LAYER}mlp.c_proj", "layers.mlp.down"),
+        *_both("transformer.ln_f", "final_norm"),
+        StoredTensor("lm_head.weight", ("head.kernel",), transposed=True),
+    ),
+    # The files of the first release have no prefix.
+    beginnings=("transformer.", ""),
+    # Old files carry masks.
+    ignored_tensors=(r"\.attn\.(masked_)?bias$",),
+)

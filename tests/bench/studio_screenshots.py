@@ -10,12 +10,16 @@ import argparse
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from fake_upstream import FakeUpstream, list_server, said_by_models
 from playwright.sync_api import sync_playwright
 from served_studio import ServedStudio
 from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
 
+from research.studio.chats.conversation_files import Conversations
 from research.studio.pages.page_view import TABS
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
@@ -42,6 +46,44 @@ def make_runs(runs: Path) -> None:
         make_run(runs / name, end, lines)
 
 
+CHAT = {
+    "base": ("There are many reasons. One of them is that males sing to attract mates, "
+             "which is a complex system of communication.", 0.0),
+    "tuned": ("Whales sing to find mates and to stay in touch over long ways.", 1.9),
+    "rank-4": ("Whales sing to communicate, and the songs change over the years.", 0.9),
+}  # fmt: skip
+
+
+@contextmanager
+def made_chat(place: StudioPlace, folder: Path) -> Iterator[str]:
+    """A conversation and a server that answers; gives the address of its page."""
+    fake = FakeUpstream(folder / "chat", said_by_models)
+    own = place.runs / ".studio"
+    list_server(own / "servers", "chat", uds=str(fake.path), began="2026-11-27T10:00Z")
+    kept = Conversations(own / "chats")
+    asked = {"text": "Why do whales sing?", "context": "", "system": ""}
+    name, turn = kept.add("", {"kind": "turn", "parent": "", "chosen": "", **asked})
+    columns, scores = [], []
+    for number, (model, (text, far)) in enumerate(CHAT.items()):
+        words = [f"{word} " for word in text.split()]
+        tokens = [{"text": word, "logprob": -1.0} for word in words]
+        stamp = {"base": "SmolLM2-135M-Instruct.Q4_1.gguf", "template": "chat 872be49d"}
+        stamp |= {"is_base": model == "base", "step": 300, "fingerprint": "fp_6604181e"}
+        ids = [*range(len(words))]
+        columns.append({"model": model, "stamp": stamp, "text": text, "ids": ids})
+        columns[-1] |= {"tokens": tokens, "finish": "stop", "prompt_tokens": 38}
+        own_scores = [-1.0 + far * math.sin(i * (number + 2.3)) for i in ids]
+        scores.append({"kind": "scores", "model": model, "own": own_scores})
+        scores[-1] |= {"base": [-1.0 for _ in ids]}
+    answers = {"kind": "answers", "turn": turn["id"], "server": "chat"}
+    settings = {"temperature": 0.7, "seed": 1}
+    _, said = kept.add(name, answers | {"settings": settings, "columns": columns})
+    for line in scores[1:]:
+        kept.add(name, line | {"answers": said["id"]})
+    yield f"/chat?chat={name}"
+    fake.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("screenshots"))
@@ -56,9 +98,11 @@ def main() -> None:
         place = StudioPlace(Path(folder))
         make_runs(place.runs)
         server = ServedStudio(place.app)
-        paths = options.path or [*(path for path, _ in TABS), *OTHERS]
         try:
-            take(f"{server.url}/?token={TOKEN}", paths, options.out)
+            with made_chat(place, Path(folder)) as chat:
+                tabs = [path for path, _ in TABS if path != "/chat"]
+                paths = options.path or [*tabs, chat, *OTHERS]
+                take(f"{server.url}/?token={TOKEN}", paths, options.out)
         finally:
             server.stop()
 

@@ -14,6 +14,7 @@ from fake_upstream import (
     chunk,
     head,
     list_server,
+    reply,
     said_by_models,
 )
 from served_studio import ServedStudio, append
@@ -259,16 +260,14 @@ def test_models_answer_side_by_side_and_a_reload_shows_them(browser, served, han
     assert page.locator(".asked").inner_text() == "Why?"
     assert tab.faults == []
     url = page.url.removeprefix(tab.url)
-    for scheme, width in (("dark", 390), ("light", 1280)):
-        size = {"width": width, "height": 900}
-        tab = Tab(browser, served[1], color_scheme=scheme, viewport=size,
-                  bypass_csp=True)  # fmt: skip
-        tab.open(url)
-        tab.page.locator(".more-2").first.wait_for()
-        found = axe.run(tab.page).response["violations"]
-        serious = [x["id"] for x in found if x["impact"] in ("serious", "critical")]
-        assert serious == []
-        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    size = {"width": 390, "height": 900}
+    tab = Tab(browser, served[1], color_scheme="dark", viewport=size, bypass_csp=True)
+    tab.open(url)
+    tab.page.locator(".more-2").first.wait_for()
+    found = axe.run(tab.page).response["violations"]
+    serious = [x["id"] for x in found if x["impact"] in ("serious", "critical")]
+    assert serious == []
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_server_that_ends_in_an_answer_is_said_and_the_rest_is_kept(
@@ -298,3 +297,25 @@ def test_a_server_that_ends_in_an_answer_is_said_and_the_rest_is_kept(
     tuned.get_by_text("half").wait_for()
     assert "ended in the middle" in tuned.inner_text()
     assert "base says <b>" in page.get_by_label("Answer of base").inner_text()
+
+
+@pytest.mark.soak
+def test_scores_of_a_model_that_has_moved_on_are_not_shown(browser, served, hand):
+    def moved(connection, fake):
+        top, body = fake.requests[-1]
+        if "/v1/completions" in top and json.loads(body)["model"] == "tuned":
+            scores = {"logprobs": {"token_logprobs": [None] + [-0.5] * 4}}
+            found = {"choices": [scores], "system_fingerprint": "fp_newer"}
+            reply(connection, found)
+        else:
+            said_by_models(connection, fake)
+
+    hand._answer = moved
+    tab = Tab(browser, served[1])
+    page = tab.page
+    tab.open("/chat")
+    page.get_by_label("Message").fill("Why?")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("tuned is another one now than the one that answered").wait_for()
+    assert page.get_by_label("Answer of tuned").get_by_text("Tokens (2)").is_visible()
+    assert page.get_by_label("Answer of tuned").locator(".tok").count() == 0

@@ -97,6 +97,7 @@ def said_by_models(connection, fake):
         assert asked["echo"] and asked["max_tokens"] == 0
         own = [None, -9.0, -9.0] + [-0.5 if asked["model"] == "tuned" else -3.0] * 2
         found = {"choices": [{"logprobs": {"token_logprobs": own}}]}
+        found["system_fingerprint"] = f"fp_{asked['model']}"
     else:
         send_answer(connection, asked)
         return

@@ -195,10 +195,12 @@ async def _column(
     path = "/v1/chat/completions"
     found = await call_json(server, "POST", path, json.dumps(body).encode())
     (choice,) = found["choices"]
-    scores = choice["logprobs"]["content"]
+    scores, fingerprint = choice["logprobs"]["content"], found["system_fingerprint"]
+    if fingerprint != stamp["fingerprint"]:  # It has been read anew meanwhile.
+        stamp = stamp | {"fingerprint": fingerprint, "step": None}
     return {
         "model": stamp["model"],
-        "stamp": stamp | {"fingerprint": found["system_fingerprint"]},
+        "stamp": stamp,
         "text": choice["message"]["content"],
         "ids": choice["token_ids"],
         "tokens": [{"text": x["token"], "logprob": x["logprob"]} for x in scores],

@@ -59,6 +59,8 @@ function describe(settings) {
   return given.map(([title, value]) => `${title} ${value}`).join(", ");
 }
 
+const settingsText = (numbers) => Object.entries(numbers).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+
 function numbersOf(settings) {
   const found = {};
   for (const [name, , usual] of SETTINGS) {
@@ -164,13 +166,18 @@ function Chat() {
         draw();
       }
       if (!server) return;
-      const found = await fetchJson(`/api/stamps/${server}`);
-      setStamps(found);
+      const found = await fetchStamps();
       const names = found.map((stamp) => stamp.model);
       const before = kept("models", []).filter((name) => names.includes(name));
       setChosen(before.length ? before : names.slice(0, MOST));
     })();
   }, []);
+
+  const fetchStamps = async () => {
+    const found = await fetchJson(`/api/stamps/${server}`);
+    setStamps(found);
+    return found;
+  };
 
   const write = async (line) => {
     const isNew = !state.chat;
@@ -184,11 +191,14 @@ function Chat() {
     return found.line;
   };
 
+  // Another seed each time, or the answers would be the same: draws depend on it alone.
   const ask = async (turn) => {
     if (!chosen?.length) throw new Error("choose at least one model");
     const asked = messagesOf(state.tree.way().slice(0, state.tree.way().findIndex((step) => step.turn.id === turn.id) + 1));
     const numbers = numbersOf(settings);
-    const models = stamps.filter((stamp) => chosen.includes(stamp.model)).slice(0, MOST);
+    if ("seed" in numbers) numbers.seed += state.tree.answers(turn.id).length;
+    const found = await fetchStamps();
+    const models = found.filter((stamp) => chosen.includes(stamp.model)).slice(0, MOST);
     const begun = performance.now();
     const columns = models.map((stamp) => ({ model: stamp.model, stamp: { ...stamp }, text: "", ids: [], tokens: [], finish: null, prompt_tokens: null }));
     const blind = isBlind && columns.length > 1;
@@ -220,20 +230,35 @@ function Chat() {
       column.seconds = (performance.now() - begun) / 1000;
       soon();
     }));
-    const answers = await write({ kind: "answers", turn: turn.id, server, settings: numbers, columns, ...order });
+    // A run that trains may have had a newer checkpoint when its answer began.
+    if (columns.some(({ model, stamp }) => !found.some((one) => one.model === model && one.fingerprint === stamp.fingerprint))) {
+      const now = await fetchStamps().catch(() => []);
+      for (const { model, stamp } of columns) stamp.step = [...now, ...found].find((one) => one.model === model && one.fingerprint === stamp.fingerprint)?.step ?? null;
+    }
+    const line = { kind: "answers", turn: turn.id, server, settings: numbers, columns, ...order };
     Object.assign(state, { live: null, stop: null });
+    let answers;
+    try {
+      answers = await write(line);
+    } catch (error) {
+      state.tree.add({ ...line, id: `unsaved-${performance.now()}` });
+      throw new Error(`these answers are not kept: ${error.message}`);
+    }
     draw();
     await redraw("chats");
     if (colours && !blind) await score(answers, asked);
   };
 
+  // Whether the model of an answer is served as it was; another conversation may have others.
+  const isServed = ({ model, stamp }) => stamps.some((one) => one.model === model && one.fingerprint === stamp.fingerprint);
+
   // Scores the answers of all adapters under their base, and keeps the scores.
   const score = async (answers, asked) => {
-    const columns = answers.columns.filter((column) => !column.stamp.is_base && column.ids.length && !state.tree.scores(answers.id, column.model));
-    for (const { model, stamp, ids } of columns) {
-      const prompt = await readPrompt(server, model, asked);
-      const [own, base] = await scoreAnswer(server, [model, stamp.base_model], prompt.ids, ids);
-      await write({ kind: "scores", answers: answers.id, model, own, base });
+    const columns = answers.columns.filter((column) => !column.stamp.is_base && column.ids.length && isServed(column) && !state.tree.scores(answers.id, column.model));
+    for (const column of columns) {
+      const prompt = await readPrompt(server, column.model, asked);
+      const [own, base] = await scoreAnswer(server, column, prompt.ids);
+      await write({ kind: "scores", answers: answers.id, model: column.model, own, base });
       draw();
     }
   };
@@ -293,9 +318,10 @@ function Chat() {
       return html`<section key=${step.turn.id} aria-label="Turn ${index + 1}">
         <${Turn} step=${step} isFirst=${index === 0} onEdit=${edit(step)} onBranch=${(turn) => show("turn", step.turn.parent ? `${step.turn.parent} ${step.turn.chosen}` : "", turn)} />
         ${answers && html`<${Columns} answers=${answers} tree=${state.tree} voted=${answers.id ? state.voted[answers.id] : undefined} colours=${colours}
-          picked=${isLive ? null : step.picked} onPick=${mayAsk && !isLive ? pick(answers) : null} onVote=${vote(answers, asked)} server=${mayAsk ? server : ""} asked=${asked} />`}
+          picked=${isLive ? null : step.picked} onPick=${mayAsk && !isLive ? pick(answers) : null} onVote=${vote(answers, asked)} server=${mayAsk ? server : ""} asked=${asked} isServed=${isServed} />`}
         ${!isLive && html`<div class="row small quiet">
           ${mayAsk && html`<button type="button" class="plain" disabled=${isBusy} onClick=${again(step)}>${answers ? "Answer again" : "Answer this"}</button>`}
+          ${answers?.settings && html`<span>${settingsText(answers.settings)}</span>`}
           <${Branches} items=${step.all} shown=${step.answers} what="answers" onShow=${(line) => show("answers", step.turn.id, line)} /></div>`}
         ${isLast && !isLive && step.answers && !(step.answers.blind && state.voted[step.answers.id] === undefined) && html`<${Export} key=${step.answers.id + step.picked} chat=${state.chat} step=${step} />`}
       </section>`;

@@ -78,13 +78,17 @@ export async function readPrompt(server, model, asked) {
   return { ids: tokens, text: prompt };
 }
 
-// The log-probability of each id of an answer under two models, both scored in one way:
-// as a prompt. So a difference is one of the models.
-export async function scoreAnswer(server, models, prompt, ids) {
-  const scores = await Promise.all(models.map(async (model) => {
-    const body = { model, prompt: [...prompt, ...ids], echo: true, logprobs: 0, max_tokens: 0 };
-    const { choices } = await fetchJson(`/api/servers/${server}/v1/completions`, body);
+// The log-probability of each id of an answer under its model and its base, both scored
+// in one way: as a prompt. So a difference is one of the models. The fingerprint is that
+// of the answer: a run that trains may have moved on since.
+export async function scoreAnswer(server, { model, stamp, ids }, prompt) {
+  const score = async (name, fingerprint) => {
+    const body = { model: name, prompt: [...prompt, ...ids], echo: true, logprobs: 0, max_tokens: 0 };
+    const { choices, system_fingerprint } = await fetchJson(`/api/servers/${server}/v1/completions`, body);
+    if (fingerprint && system_fingerprint !== fingerprint) {
+      throw new Refusal(`${name} is another one now than the one that answered, so its tokens are not coloured`);
+    }
     return choices[0].logprobs.token_logprobs.slice(prompt.length);
-  }));
-  return scores;
+  };
+  return Promise.all([score(model, stamp.fingerprint), score(stamp.base_model, "")]);
 }

@@ -56,8 +56,9 @@ function Prompt({ server, model, asked }) {
 
 function Stamp({ column, server, asked }) {
   const { stamp } = column;
-  const facts = [stamp.base, ...(stamp.is_base ? [] : [stamp.fingerprint, `step ${stamp.step?.toLocaleString("en-US")}`]), `template ${stamp.template}`];
-  return html`<div class="stamp small quiet">${facts.join(" · ")} · ${column.prompt_tokens ?? "…"} prompt tokens
+  const adapter = stamp.is_base ? [stamp.fingerprint] : [`adapter ${stamp.fingerprint}`, `step ${stamp.step?.toLocaleString("en-US") ?? "?"}`];
+  const facts = [...adapter, `template ${stamp.template}`];
+  return html`<div class="stamp small quiet"><span title=${stamp.base}>${stamp.base?.split("/").at(-1)}</span> · ${facts.join(" · ")} · ${column.prompt_tokens ?? "…"} prompt tokens
     ${server && asked && html` <${Prompt} key=${column.model} server=${server} model=${column.model} asked=${asked} />`}</div>`;
 }
 
@@ -67,7 +68,7 @@ function Column({ column, name, hidden, colours, scores, picked, onPick, server,
   const counts = `${column.ids.length} tokens${column.seconds ? `, ${(column.ids.length / column.seconds).toFixed(1)} a second` : ""}`;
   const title = hidden ? name : column.model;
   return html`<article class="panel answer ${picked ? "picked" : ""}" aria-label="Answer of ${title}">
-    <h3>${title}${column.stamp.is_base && !hidden ? html` <span class="tag">base</span>` : ""}</h3>
+    <h3>${title}${column.stamp.is_base && !hidden && title !== "base" ? html` <span class="tag">base</span>` : ""}</h3>
     ${hidden ? html`<div class="stamp small quiet">named after the vote</div>` : html`<${Stamp} column=${column} server=${server} asked=${asked} />`}
     ${column.problem && html`<p class="problem" role="alert">${column.problem}</p>`}
     ${colours && scores && !hidden ? html`<${Tokens} column=${column} scores=${scores} />` : html`<div class="answer-text">${column.text}${column.finish || column.problem ? "" : html`<span class="caret" aria-hidden="true"></span>`}</div>`}
@@ -78,14 +79,14 @@ function Column({ column, name, hidden, colours, scores, picked, onPick, server,
 }
 
 // `answers` has columns and, where they are blind, `order`; `vote` is called with a model or "".
-export function Columns({ answers, tree, voted, colours, picked, onPick, onVote, server, asked }) {
+export function Columns({ answers, tree, voted, colours, picked, onPick, onVote, server, asked, isServed }) {
   const hidden = Boolean(answers.blind) && voted === undefined;
   const columns = answers.blind ? answers.order.map((model) => answers.columns.find((x) => x.model === model)) : answers.columns;
   const isDone = columns.every((column) => column.finish || column.problem);
   return html`<div class="answers">${columns.map((column, i) => html`<${Column}
       key=${column.model} column=${column} name=${NAMES[i]} hidden=${hidden} colours=${colours}
       scores=${answers.id && tree.scores(answers.id, column.model)} picked=${picked === column.model}
-      onPick=${onPick && columns.length > 1 ? Object.assign((model) => onPick(model), { group: answers.id }) : null} server=${server} asked=${asked} />`)}</div>
+      onPick=${onPick && columns.length > 1 ? Object.assign((model) => onPick(model), { group: answers.id }) : null} server=${isServed(column) ? server : ""} asked=${asked} />`)}</div>
     ${hidden && isDone && answers.id && html`<div class="row vote" role="group" aria-label="Vote">
       <strong>Which is best?</strong>
       ${columns.map((column, i) => html`<button type="button" onClick=${() => onVote(column.model)}>${NAMES[i]}</button>`)}

@@ -57,6 +57,7 @@ class Engine:
         most_waiting: int = 1024,
         prefix_bytes: int = 0,
         adapter_rows: int = 0,
+        prompts_first: bool = False,
         when_idle: Callable[[], None] = lambda: None,
     ):
         """An engine without requests.
@@ -67,6 +68,8 @@ class Engine:
           most_waiting: requests that may wait beside those that free slots will take.
           prefix_bytes: the most bytes of prompt beginnings that are kept.
           adapter_rows: of the bank in the decoder's parameters; 0 without one.
+          prompts_first: all prompts in slots are written before the next tokens are
+            taken: more tokens per second, and answers that pause for them.
           when_idle: is called by `run_forever` now and then while nothing waits.
         """
         self._decoder, self._tokenizer = decoder, tokenizer
@@ -79,7 +82,9 @@ class Engine:
         self._driven, self._stopped = False, ""
         self._counts = EngineCounts()
         prefixes = PrefixCache(prefix_bytes)
-        self._slots = SlotRounds(decoder, prefixes, self.names, self._counts)
+        self._slots = SlotRounds(
+            decoder, prefixes, self.names, self._counts, prompts_first
+        )
 
     @property
     def prefixes(self) -> PrefixCache:

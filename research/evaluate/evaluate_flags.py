@@ -77,7 +77,11 @@ class EvaluateFlags:
         (), "text that ends an answer and is not part of it; may be given repeatedly"
     )
     slots: int = knob(
-        0, "answers made at a time; 0: 16 on a CPU, 32 on accelerators", low=0, high=256
+        0,
+        "answers made at a time; 0: 32 on accelerators; on a CPU 64 of up to 512 "
+        "tokens with their prompts, and 16 of longer ones",
+        low=0,
+        high=256,
     )
 
 

@@ -148,20 +148,26 @@ class AnswerCount:
         self._total, self._tokens = total, 0
         self._begun = self._told = time.monotonic()
 
-    def add(self, tokens: int) -> None:
-        """One more is done, with so many new tokens."""
+    def add(self, tokens: int, share: float | None = None) -> None:
+        """One more is done, with so many new tokens.
+
+        `share` is that of the work of this start; 0: nobody can tell yet, and None: all
+        take alike.
+        """
         self._done += 1
         self._tokens += tokens
         now = time.monotonic()
         if now - self._told < REPORTED_EVERY and self._done < self._total:
             return
         self._told, seconds = now, now - self._begun
-        left = seconds / (self._done - self._first) * (self._total - self._done)
+        if share is None:
+            share = (self._done - self._first) / (self._total - self._first)
+        eta = duration(seconds / share - seconds) if share else "estimating"
         logging.info(
             "%d of %d %s  %.1f tok/s  ETA %s",
             self._done,
             self._total,
             self._what,
             self._tokens / seconds,
-            duration(left),
+            eta,
         )

@@ -74,8 +74,12 @@ def code_version(root: Path) -> str:
         return "unknown"
 
 
-def shared_parts(root: Path = ROOT) -> dict[str, str]:
+def shared_parts(root: Path = ROOT, code: tuple[str, ...] = ("",)) -> dict[str, str]:
     """The facts that the processes of one run share if they compute the same.
+
+    Args:
+      root: of the code.
+      code: beginnings of the paths below `research/` that count; by default all.
 
     Returns:
       Python, the packages, the sha256 of our own source files, and that of each
@@ -83,7 +87,8 @@ def shared_parts(root: Path = ROOT) -> dict[str, str]:
     """
     digest = hashlib.sha256()
     for path in sorted((root / "research").rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+        if path.relative_to(root / "research").as_posix().startswith(code):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     found = {
         "python": sys.version.partition(" ")[0],
         "code version": digest.hexdigest(),

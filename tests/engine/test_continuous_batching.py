@@ -239,6 +239,18 @@ def test_a_round_writes_one_chunk_of_prompts(engine, length, begun):
         answer.cancel()
 
 
+def test_prompts_first_are_whole_before_the_next_tokens(decoder, engine):
+    first = Engine(decoder, TOKENIZER, prompts_first=True)
+    prompts = [LONG, SHORT, MIDDLE][:SLOTS]
+    answers = [first.submit(request(p)) for p in prompts]
+    first.step()
+    found = [x for x in first.slot_stats() if x]
+    written = [x.written_tokens for x in first.slot_stats() if x]
+    assert written == [len(p) for p in prompts], "nobody waits for the next round"
+    found = [read(x) for x in answers]
+    assert found == [read(engine.submit(request(p))) for p in prompts]
+
+
 def test_what_waits_longest_gets_the_next_slot(engine):
     answers = [engine.submit(request(SHORT)) for _ in range(2 * SLOTS)]
     engine.step()

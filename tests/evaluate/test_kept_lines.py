@@ -1,15 +1,18 @@
 """Kept answers are reused, by the same code on the same devices alone."""
 
 import dataclasses
+import functools
 import json
+import re
 import types
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.engine.requests import Request, Sampling
+from research.engine.requests import Piece, Request, Sampling
 from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
 from research.evaluate.measuring import ask_models, evaluated_models, measure_models
@@ -22,16 +25,19 @@ class Device:
     device_kind: str = "cpu"
 
 
-def write_code(root, text):
-    (root / "research").mkdir(exist_ok=True)
-    (root / "research" / "engine.py").write_text(text)
+def write_code(root, text, room="engine"):
+    folder = root / "research" / room
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "some.py").write_text(text)
 
 
 @pytest.mark.parametrize("changed", ["code", "jax", "environment", "backend"])
 def test_answers_of_another_version_are_not_reused(tmp_path, monkeypatch, changed):
     write_code(tmp_path, "x = 1")
     parts = provenance.shared_parts
-    monkeypatch.setattr(measure_models, "shared_parts", lambda: parts(tmp_path))
+    monkeypatch.setattr(
+        measure_models, "shared_parts", functools.partial(parts, tmp_path)
+    )
     folder = tmp_path / "evaluations"
 
     def kept():
@@ -40,6 +46,9 @@ def test_answers_of_another_version_are_not_reused(tmp_path, monkeypatch, change
 
     [first] = kept()
     assert kept() == {first}, "the same command finds its own answers"
+    for room in ("report", "evaluate/statistics"):
+        write_code(tmp_path, "x = 1", room)
+        assert kept() == {first}, "code that reads answers decides none"
     if changed == "code":
         write_code(tmp_path, "x = 2")
     elif changed == "jax":
@@ -52,6 +61,23 @@ def test_answers_of_another_version_are_not_reused(tmp_path, monkeypatch, change
         gpu = [Device("gpu", "H100")]
         monkeypatch.setattr(measure_models.jax, "local_devices", lambda: gpu)
     assert len(kept()) == 2
+
+
+def test_all_code_that_measures_counts():
+    research = Path(measure_models.__file__).parents[2]
+    seen, left = set(), [Path(measure_models.__file__)]
+    while left:
+        path = left.pop()
+        if not path.exists() or path in seen:
+            continue
+        seen.add(path)
+        for name in re.findall(r"(?m)^ *from research\.(\S+) import", path.read_text()):
+            found = research.joinpath(*name.split("."))
+            left += [found.with_suffix(".py"), *found.glob("*.py")]
+    names = {x.relative_to(research).as_posix() for x in seen}
+    missing = {x for x in names if not x.startswith(measure_models.COMPUTING)}
+    assert missing == {"report/progress_view.py"}
+    assert len(names) > 100
 
 
 def test_a_second_equal_command_is_refused_before_it_measures(tmp_path, monkeypatch):
@@ -97,7 +123,7 @@ def answers(tmp_path, monkeypatch):
         for count, (key, request) in enumerate(requests.items()):
             if count == answer.limit:
                 raise KeyboardInterrupt
-            yield key, request.prompt[0]
+            yield key, [Piece(ids=(request.prompt[0],))]
 
     def answer(limit=None, longest=6):
         answer.limit = limit
@@ -105,10 +131,13 @@ def answers(tmp_path, monkeypatch):
         by_row = {f"r{n}": Request((n,), sampling) for n in range(4)}
         requests = {x.name: by_row for x in MODELS}
         return measure_models.ask_kept(
-            "answers", requests, MODELS, tmp_path, 2, lambda pieces: {"tokens": pieces}
+            "answers", requests, MODELS, tmp_path, 2, lambda x: {"tokens": x[0].ids[0]}
         )
 
-    monkeypatch.setattr(ask_models, "_engine", lambda *given: nullcontext())
+    stats = types.SimpleNamespace(prompt_tokens=0, new_tokens=0, slots=2)
+    engine = types.SimpleNamespace(stats=lambda: stats)
+    opened = types.SimpleNamespace(engine=lambda *given: nullcontext(engine))
+    monkeypatch.setattr(ask_models, "open_group", lambda group: opened)
     monkeypatch.setattr(ask_models, "ask", ask)
     return types.SimpleNamespace(of=answer, asked=asked, folder=tmp_path / "kept")
 
@@ -130,6 +159,29 @@ def test_an_interrupted_evaluation_asks_for_what_is_missing(answers):
     assert len(answers.asked) == 2
     answers.of(longest=7)
     assert answers.asked[2] == first, "other answers never mix with these"
+
+
+def test_a_cpu_gives_short_answers_more_slots():
+    rows = {("m", f"r{n}"): Request((1,) * (320 + n)) for n in range(90)}
+    room = {key: len(x.prompt) + x.sampling.max_new_tokens for key, x in rows.items()}
+    (few, long), (many, short) = ask_models._parts(rows, 0)
+    assert (few, many) == (16, 64) and long | short == rows
+    assert max(room[key] for key in short) == 384 + 128 < min(room[key] for key in long)
+    for given, slots, expected in ((rows, 8, 8), (dict([*rows.items()][:9]), 0, 16)):
+        assert ask_models._parts(given, slots) == [(expected, given)]
+
+
+def test_the_time_left_follows_tokens_and_is_not_told_too_early():
+    work = ask_models._Work(answers=4, prompts=300)
+    stats = lambda prompt, new: types.SimpleNamespace(  # noqa: E731
+        slots=2, prompt_tokens=prompt, new_tokens=new
+    )
+    ended = [Piece(ids=(1,) * 10), Piece(ids=(1,) * 40, finish="stop")]
+    assert work.share(ended, stats(150, 60)) == 0, "as many end as there are slots"
+    assert work.share(ended, stats(200, 100)) == (200 + 100) / (300 + 4 * 50)
+    work.end()
+    assert work.share(ended, stats(60, 50)) == (300 + 110) / 500
+    assert work.share(ended, stats(100, 100)) == 1
 
 
 def test_a_line_of_something_else_is_named(answers):

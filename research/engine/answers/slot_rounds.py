@@ -32,10 +32,13 @@ class SlotRounds:
         prefixes: PrefixCache,
         names: AdapterNames,
         counts: EngineCounts,
+        prompts_first: bool = False,
     ):
+        """No slot is in use. See `Engine` for `prompts_first`."""
         self.tasks: list[AnswerProgress | None] = [None] * decoder.slots
         self._decoder, self.prefixes = decoder, prefixes
         self._names, self._counts = names, counts
+        self._prompts_first = prompts_first
         self._number = 0
         # A round that is being computed, and the answers that get its tokens.
         self._under_way: tuple[list[AnswerProgress], Round | None] = [], None
@@ -49,12 +52,17 @@ class SlotRounds:
     def write_prompts(self) -> int:
         """Writes a part of a long prompt or several short ones; none waits for ever.
 
+        With `prompts_first` it writes all of them.
+
         Returns how many prompts were not written before.
         """
         self._number += 1
         tasks = [task for task in self.tasks if task and not task.decodes]
         room = self._decoder.chunk
         for task in sorted(tasks, key=lambda task: task.due):
+            if self._prompts_first:
+                self._guarded(task, self._write_all)
+                continue
             if (room := room - self._decoder.size(task.unwritten)) < 0:
                 break
             self._guarded(task, self._write_part)
@@ -121,6 +129,10 @@ class SlotRounds:
         self._counts.prepared(task)
         if not task.unwritten:
             self._begin(task)
+
+    def _write_all(self, task: AnswerProgress) -> None:
+        while task.unwritten:
+            self._write_part(task)
 
     def _write_part(self, task: AnswerProgress) -> None:
         part, following = task.next_part(self._decoder.chunk)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from research.engine.continuous_batching import Engine
-from research.engine.requests import Piece, Request
+from research.engine.requests import EngineStats, Piece, Request
 from research.engine.text_generation import SlotDecoders
 from research.evaluate.measuring.ask_engine import ask
 from research.evaluate.measuring.evaluated_models import (
@@ -19,9 +19,13 @@ from research.evaluate.measuring.evaluated_models import (
 from research.evaluate.measuring.kept_lines import KeptLines, Key
 from research.report.progress_view import AnswerCount
 from research.runs.answering.open_for_answering import open_for_answering
+from research.tokenize.tokenizer import Tokenizer
+from research.weights.adapters.serving_bank import Row
 
-# Answers at a time, unless the user says how many.
+# Answers at a time, unless the user says how many. A CPU makes more where many prompts
+# with their answers have so few tokens: a pass over the weights serves more of them.
 USUAL_SLOTS, ACCELERATOR_SLOTS = 16, 32
+MANY_SLOTS, FEW_TOKENS = 64, 512
 PREFIX_BYTES = 2**28  # Beginnings that prompts share, such as a system text, are kept.
 
 
@@ -47,12 +51,13 @@ def ask_models(
       UserError: a model cannot be opened or cannot answer.
       SaveError: a line could not be written.
     """
-    slots = slots or usual_slots()
     wanted = {(x.name, row) for x in models for row in requests[x.name]}
     done = len(wanted & kept.found.keys())
     if done:
         logging.info("%d of %d answers are kept from before", done, len(wanted))
     count = AnswerCount("answers", done, len(wanted))
+    left = [requests[name][row] for name, row in wanted - kept.found.keys()]
+    work = _Work(len(left), sum(len(request.prompt) for request in left))
     groups = share_bases(models)
     if len(groups) > 1:
         listed = "; ".join(", ".join(x.name for x in group) for group in groups)
@@ -61,22 +66,78 @@ def ask_models(
         )
     for group in groups:
         every = {(x.name, row): r for x in group for row, r in requests[x.name].items()}
-        missing = {k: _of(k, r, group) for k, r in every.items() if k not in kept.found}
-        if not missing:
-            continue
+        opened = None
         # All requests count, so that a start that continues has slots of the same size.
-        tokens = max(len(r.prompt) + r.sampling.max_new_tokens for r in every.values())
-        with _engine(group, slots, tokens, len(missing)) as engine:
-            for key, pieces in ask(engine, missing):
-                kept.add(key, read(pieces))
-                count.add(kept.found[key]["tokens"])
+        for number, part in _parts(every, slots):
+            missing = {
+                k: _of(k, r, group) for k, r in part.items() if k not in kept.found
+            }
+            if not missing:
+                continue
+            opened = opened or open_group(group)
+            tokens = max(map(_room, part.values()))
+            with opened.engine(number, tokens, len(missing)) as engine:
+                for key, pieces in ask(engine, missing):
+                    kept.add(key, read(pieces))
+                    share = work.share(pieces, engine.stats())
+                    count.add(kept.found[key]["tokens"], share)
+            work.end()
     return {key: kept.found[key] for key in wanted}
 
 
-def usual_slots() -> int:
-    """How many answers at a time suit the devices of this process."""
-    is_cpu = jax.local_devices()[0].platform == "cpu"
-    return USUAL_SLOTS if is_cpu else ACCELERATOR_SLOTS
+def _parts(
+    requests: Mapping[Key, Request], slots: int
+) -> list[tuple[int, dict[Key, Request]]]:
+    """Requests that are answered together, and how many at a time; `slots` of a user.
+
+    Slots are as long as their longest answer, and few are long: on a CPU those that
+    are short get more slots, and shorter ones.
+    """
+    if slots or jax.local_devices()[0].platform != "cpu":
+        return [(slots or ACCELERATOR_SLOTS, dict(requests))]
+    short = {k: r for k, r in requests.items() if _room(r) <= FEW_TOKENS}
+    if len(short) < MANY_SLOTS:
+        return [(USUAL_SLOTS, dict(requests))]
+    rest = {k: r for k, r in requests.items() if k not in short}
+    return [(USUAL_SLOTS, rest), (MANY_SLOTS, short)]
+
+
+def _room(request: Request) -> int:
+    return len(request.prompt) + request.sampling.max_new_tokens
+
+
+@dataclasses.dataclass
+class _Work:
+    """How far all answers are, by the tokens of prompts and answers.
+
+    Attributes:
+      answers: that are to be made.
+      prompts: their tokens.
+      before: tokens of engines that have ended.
+      ended, new: answers that have ended, and their tokens.
+    """
+
+    answers: int
+    prompts: int
+    before: int = 0
+    ended: int = 0
+    new: int = 0
+    _now: int = 0
+
+    def share(self, pieces: Sequence[Piece], stats: EngineStats) -> float:
+        """One more answer has ended. The share that is done; 0: too early to tell."""
+        self.ended += 1
+        self.new += sum(len(piece.ids) for piece in pieces)
+        self._now = stats.prompt_tokens + stats.new_tokens
+        # The first to end are the short ones.
+        if self.ended < min(stats.slots, self.answers):
+            return 0.0
+        whole = self.prompts + self.new / self.ended * self.answers
+        return min(1.0, (self.before + self._now) / whole)
+
+    def end(self) -> None:
+        """The engine ends."""
+        self.before, self._now = self.before + self._now, 0
 
 
 def share_bases(models: Sequence[EvaluatedModel]) -> list[list[EvaluatedModel]]:
@@ -94,29 +155,54 @@ def _of(key: Key, request: Request, group: Sequence[EvaluatedModel]) -> Request:
     return dataclasses.replace(request, adapter=model.name if has_adapter else "")
 
 
-@contextlib.contextmanager
-def _engine(
-    group: Sequence[EvaluatedModel], slots: int, tokens: int, waiting: int
-) -> Iterator[Engine]:
-    """An engine in which all models of a group answer."""
-    settings = {"most_waiting": waiting, "prefix_bytes": PREFIX_BYTES}
+@dataclasses.dataclass
+class OpenGroup:
+    """Models of one base in memory.
+
+    Attributes:
+      decoders: of the base.
+      params: of the base, with a bank if there are adapters.
+      tokenizer: of all models.
+      adapters: name, row of the bank and identity.
+    """
+
+    decoders: SlotDecoders
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    adapters: list[tuple[str, Row, str]]
+
+    @contextlib.contextmanager
+    def engine(self, slots: int, tokens: int, waiting: int) -> Iterator[Engine]:
+        """An engine in which all of the models answer."""
+        with self.decoders.opened(self.params, slots, tokens) as decoder:
+            engine = Engine(
+                decoder,
+                self.tokenizer,
+                most_waiting=waiting,
+                prefix_bytes=PREFIX_BYTES,
+                adapter_rows=len(self.adapters) + bool(self.adapters),
+                prompts_first=True,
+            )
+            for adapter in self.adapters:
+                engine.load_adapter(*adapter)
+            # Loading has consumed the arrays of the bank.
+            self.params = decoder.params
+            yield engine
+
+
+def open_group(group: Sequence[EvaluatedModel]) -> OpenGroup:
+    """Reads the models of a group."""
     first = group[0]
     if not first.is_adapted:
         opened = open_for_answers(first)
         decoders = SlotDecoders(opened.model, opened.mesh)
         weights = opened.weights[first.name]
-        with decoders.opened(weights, slots, tokens) as decoder:
-            yield Engine(decoder, first.run.base.tokenizer, **settings)
-        return
+        return OpenGroup(decoders, weights, first.run.base.tokenizer, [])
     adapted = [x for x in group if x.step is not None]
-    addresses = [f"{x.run.folder}@{x.step}" for x in adapted]
-    shared = open_for_answering(addresses)
+    shared = open_for_answering([f"{x.run.folder}@{x.step}" for x in adapted])
+    adapters = []
+    for model, address in zip(adapted, shared.runs, strict=True):
+        served, row = shared.read(address)
+        adapters.append((model.name, row, served.identity))
     decoders = SlotDecoders(shared.model, shared.mesh)
-    with decoders.opened(shared.params, slots, tokens) as decoder:
-        engine = Engine(
-            decoder, shared.base.tokenizer, adapter_rows=len(adapted) + 1, **settings
-        )
-        for model, address in zip(adapted, shared.runs, strict=True):
-            served, row = shared.read(address)
-            engine.load_adapter(model.name, row, served.identity)
-        yield engine
+    return OpenGroup(decoders, shared.params, shared.base.tokenizer, adapters)

@@ -13,7 +13,7 @@ from research.core.errors import UserError
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Piece, Request, Sampling
 from research.evaluate.answered_row import AnsweredRow
-from research.evaluate.measuring.ask_models import ask_models, usual_slots
+from research.evaluate.measuring.ask_models import ask_models
 from research.evaluate.measuring.evaluated_models import (
     EvaluatedModel,
     ModelSet,
@@ -33,6 +33,14 @@ from research.evaluate.measuring.row_losses import (
 )
 from research.runs.provenance import shared_parts
 from research.tasks.task_protocol import EvaluationRows
+
+# The code that decides the losses and answers of a model: all that this file imports
+# but the view of the progress. Metrics, statistics and pages only read them.
+COMPUTING = (
+    *("core/", "config/", "weights/", "parallel/", "models/", "tokenize/", "formats/"),
+    *("data/", "engine/", "tasks/", "checkpoints/", "runs/", "evaluate/measuring/"),
+    *("evaluate/answered_row.py", "evaluate/held_out_losses.py"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +140,7 @@ def ask_kept(
     name = digest(
         [(x.name, x.identity, x.base_in_memory) for x in models],
         requests,
-        slots or usual_slots(),
+        slots,
         computed_by(),
     )
     with KeptLines.opened(folder, kind, name) as kept:
@@ -142,12 +150,12 @@ def ask_kept(
 def computed_by() -> list[Any]:
     """The parts that fix the numbers of a model, beside its weights and rows.
 
-    The code, the packages and the variables of the environment, and the devices. An
-    answer of another version is not reused.
+    The code that reads rows and models and computes, the packages and the variables of
+    the environment, and the devices. An answer of another version is not reused.
     """
     device = jax.local_devices()[0]
     devices = (device.platform, device.device_kind, jax.local_device_count())
-    return [sorted(shared_parts().items()), devices]
+    return [sorted(shared_parts(code=COMPUTING).items()), devices]
 
 
 def _whole(pieces: list[Piece]) -> dict[str, Any]:

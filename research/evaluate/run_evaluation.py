@@ -280,8 +280,8 @@ def _count(
 def _require_losses(rows: Sequence[EvaluatedRow], origin: str) -> None:
     if not any(row.record.has_answer for row in rows):
         raise UserError(
-            f"--metrics=none measures losses, and no row of {origin} has a response "
-            "to measure one of: drop the flag, or name the column with "
+            "--metrics=none measures losses, and there is none without a response, "
+            f"which every row lacks ({origin}): drop the flag, or name the column with "
             "--config.data.columns.response"
         )
 

@@ -94,8 +94,8 @@ def test_named_metrics_come_in_their_order_and_for_all_rows():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rouge_1", r"a metric is 'rouge_1' \(did you mean 'rouge_l'\?\); it must be"),
-        ("", "a metric is ''; it must be one of exact_match"),
+        ("rouge_1", r"a name in --metrics is 'rouge_1' \(did you mean 'rouge_l'\?\)"),
+        ("", "a name in --metrics is ''; it must be one of exact_match"),
         ("no_such_module:f", r"cannot be imported: ModuleNotFoundError: No module nam"),
         (":f", "cannot be imported: ValueError"),
         ("math:sine", r"names no function of math \(did you mean 'sin'"),

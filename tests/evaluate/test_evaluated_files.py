@@ -73,6 +73,9 @@ def test_held_out_rows_as_a_file_give_the_losses_of_the_run(
     said, found = evaluate(tmp_path, run, "--data=rows.jsonl", flag)
     assert found["config"] == {"data.bad_lines": "skip"}
     assert len(passes) == 1, "both models see each batch as it is built"
+    counts = {"evaluated": len(rows) + 1, "without_reference": 1, "without_loss": 0}
+    assert counts.items() <= found["rows"].items()
+    assert f"1 of {len(rows) + 1} rows" in said and "without a reference" in said
     first, *_, last = place.lines("unbroken", "eval")
     assert found["step"] == last["step"] and set(found["models"]) == {"base", "tuned"}
     for name, line in (("base", first), ("tuned", last)):

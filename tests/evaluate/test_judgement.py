@@ -58,6 +58,9 @@ def test_means_are_over_the_rows_that_every_model_has():
     assert [row[0] for row in rows] == ["short", "all"]
     with pytest.raises(UserError, match="no row has a loss of all of a, b"):
         common({"a": [(1, 1), None], "b": [None, (1, 1)]})
+    prompts = common({"a": [None], "b": [None]})
+    assert not prompts and not prompts.measure("a", ["row0"])
+    assert judge(prompts, 1) == {"b": {}}
 
 
 def test_losses_over_other_tokens_are_compared_by_bytes():

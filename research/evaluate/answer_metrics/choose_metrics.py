@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from research.core.errors import UserError, look_up
+from research.core.visible_text import counted
 from research.evaluate.answer_metrics import (
     beyond_loss,
     label_metrics,
@@ -70,14 +71,14 @@ def choose_metrics(
             found[name] = user_metric(name)
         else:
             known = dict.fromkeys([*METRICS, *also, AUTO, "module:function"])
-            look_up(known, name, "a metric")
-            found[name] = look_up(METRICS, name, "a metric")
+            look_up(known, name, "a name in --metrics")
+            found[name] = look_up(METRICS, name, "a name in --metrics")
     for name, metric in found.items():
         if rows and not any(map(metric.applies, rows)):
             raise UserError(
                 f"the metric {name} compares answers to references, and none of "
-                f"{len(rows)} rows has one; give the rows a response, or choose "
-                "metrics that need none, such as stopped, repetition or empty"
+                f"{counted(len(rows), 'row')} has one; give the rows a response, or "
+                "choose metrics that need none, such as stopped, repetition or empty"
             )
         if metric in FOR_LABELS:
             label_metrics.labels_of([row for row in rows if metric.applies(row)])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.models.attention import MASKED, PLAIN, ScoreRule, cap
+from research.models.paged_attention import attend_pages, can_attend_pages
 from research.parallel import mesh as meshes
 
 Array = jax.Array
@@ -42,7 +43,7 @@ def attend_cached(
     rule: ScoreRule = PLAIN,
     *,
     kept: Array | None = None,
-    cpu: bool = False,
+    platform: str = "",
 ) -> tuple[Array, Array, Array]:
     """Writes keys and values of T new tokens a row, and attends to all up to each.
 
@@ -52,21 +53,27 @@ def attend_cached(
     the first key that any row sees: the cost follows what is filled.
     A block in which a row sees nothing changes its result by exactly nothing, so a
     row's result does not depend on the lengths of the others. Where `kept` is false,
-    the caches stay as they are, and the result means nothing. A `cpu` multiplies
-    float32 twice as fast as bfloat16, conversion included.
+    the caches stay as they are, and the result means nothing. The platform "cpu"
+    multiplies float32 twice as fast as bfloat16, conversion included; for "tpu" there
+    is the kernel of `paged_attention`.
 
     Returns:
       `[B, T, N, H]`, and the caches of keys and values.
     """
     batch, length, heads, width = q_BTNH.shape
     kv_heads, room = k_LSKCH.shape[2:4]
+    cpu = platform == "cpu"
     block = CPU_BLOCK if cpu else math.gcd(room, ACCELERATOR_BLOCK)
     dtype = jnp.float32 if cpu else q_BTNH.dtype
     start = layer, slot, length_B, kept, cpu
     k_LSKCH = _write(k_LSKCH, new_k_BTKH, *start)
     v_LSKCH = _write(v_LSKCH, new_v_BTKH, *start)
+    q_BTNH *= width**-0.5
+    if platform == "tpu" and can_attend_pages(q_BTNH, k_LSKCH, rule):
+        at = layer, slot, length_B, rule.softcap
+        return attend_pages(q_BTNH, k_LSKCH, v_LSKCH, *at), k_LSKCH, v_LSKCH
     grouped = (batch, length, kv_heads, heads // kv_heads, width)
-    q_BKGTH = (q_BTNH * width**-0.5).reshape(grouped).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = q_BTNH.reshape(grouped).transpose(0, 2, 3, 1, 4)
 
     def read(number: Array) -> tuple[Array, Array]:
         at = (layer, slot, 0, number * block, 0)
@@ -180,7 +187,7 @@ def make_attend_cached(
     slot, is computed by all; the devices that hold the slot keep it.
     """
     on_platform = functools.partial(
-        attend_cached, cpu=mesh.devices.flat[0].platform == "cpu"
+        attend_cached, platform=mesh.devices.flat[0].platform
     )
     if mesh.size == 1:
         return on_platform

@@ -180,10 +180,10 @@ def test_closing_frees_the_state_and_compiles_nothing_again(decoder):
     assert finish(decoder, 0) == [before] and decoder.traces == traces
 
 
-@pytest.mark.parametrize("cpu", [True, False])
-def test_numbers_that_are_not_finite_stay_in_their_slot(model, cpu):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_numbers_that_are_not_finite_stay_in_their_slot(model, platform):
     """A slot's next request finds them beyond its own tokens, masked."""
-    attend = jax.jit(functools.partial(attend_cached, cpu=cpu))
+    attend = jax.jit(functools.partial(attend_cached, platform=platform))
     cache = model.init_cache(1, 4)
     x = np.full((1, 3, TINY.heads, TINY.head_dim), np.nan, np.float32)
     keys = x[:, :, : TINY.kv_heads]
@@ -202,8 +202,10 @@ def test_accelerators_and_cpus_write_and_attend_alike():
     held = rng.normal(size=(2, 2, 4, 4, 256, 10)).astype(np.float32)
     where = np.int32(1), np.int32(2), np.array([200, 7])
     expected, found = (
-        jax.jit(functools.partial(attend_cached, cpu=cpu))(q, k, v, *held, *where)
-        for cpu in (True, False)
+        jax.jit(functools.partial(attend_cached, platform=platform))(
+            q, k, v, *held, *where
+        )
+        for platform in ("cpu", "gpu")
     )
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     for new, one, other, before in zip(
@@ -214,8 +216,8 @@ def test_accelerators_and_cpus_write_and_attend_alike():
             changed[1, 2 + row, :, at : at + 3] = new[row].transpose(1, 0, 2)
         np.testing.assert_array_equal(one, changed)
         np.testing.assert_array_equal(other, changed)
-    for cpu in (True, False):
-        attend = jax.jit(functools.partial(attend_cached, cpu=cpu))
+    for platform in ("cpu", "gpu"):
+        attend = jax.jit(functools.partial(attend_cached, platform=platform))
         same = attend(q, k, v, *held, *where, kept=np.bool(False))[1:]
         np.testing.assert_array_equal(same, held)
 

@@ -142,10 +142,13 @@ def _write(
     new = jnp.where(jnp.isfinite(new_BTKH), new_BTKH, 0).astype(cache.dtype)
     if not cpu:
         at_B = at_B if kept is None else jnp.where(kept, at_B, cache.shape[3])
-        row_B1 = slot + jnp.arange(batch)[:, None]
+        row_B = slot + jnp.arange(batch)
         at_BT = at_B[:, None] + jnp.arange(length)[None]
-        # Beyond the room nothing is written.
-        return cache.at[layer, row_B1, :, at_BT].set(new, mode="drop")
+        head_K = jnp.arange(cache.shape[2])
+        # Beyond the room nothing is written. Heads are among the indices, so that a
+        # TPU writes rows of H as they lie: it would copy the cache to another layout.
+        where = layer, row_B[:, None, None], head_K[None, None], at_BT[..., None]
+        return cache.at[where].set(new, mode="drop")
     # A CPU would take a token at a time of the same update.
     new_BKTH = new.transpose(0, 2, 1, 3)
     for row in range(batch):

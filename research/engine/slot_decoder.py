@@ -129,7 +129,18 @@ class SlotDecoder:
         whole = meshes.replicated(self._mesh)
         state = programs.Slots(keys, keys, whole)
         block = NamedSharding(self._mesh, PartitionSpec(None, None, keys.spec[2]))
-        by_slot = NamedSharding(self._mesh, PartitionSpec(keys.spec[1]))
+        sizes = {"batch": self.slots, "vocab": self.vocabulary}
+        split = meshes.partition_if_divisible(self._mesh, sizes)
+        by_slot = PartitionSpec(keys.spec[1])
+
+        def place(logits_SV: Array) -> Array:
+            # As the head is split, and then by slot. The partitioner would else gather
+            # the head, which is a thousand times larger than the logits.
+            for where in split, by_slot:
+                where = NamedSharding(self._mesh, where)
+                logits_SV = jax.lax.with_sharding_constraint(logits_SV, where)
+            return logits_SV
+
         # One token more than is used: a slot that waits writes there in each round.
         room = max(self.length + 1, -(-self.length // self.chunk) * self.chunk)
 
@@ -159,7 +170,7 @@ class SlotDecoder:
             programs.decode,
             model,
             self.rounds,
-            lambda x: jax.lax.with_sharding_constraint(x, by_slot),
+            place,
         )
 
     def open(self, params: Params | None) -> None:

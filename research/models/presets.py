@@ -3,7 +3,7 @@
 import dataclasses
 
 from research.core.errors import UserError, nearest
-from research.models.architecture import Architecture, RopeScaling
+from research.models.architecture import Architecture, Rope, RopeScaling
 
 # Sizes count the vocabulary given here; pre-training takes its tokenizer's instead. The
 # shapes of released models are those of their config.json; mistral-7b is version 0.3.
@@ -68,6 +68,31 @@ PRESETS = {
         embed=4096, mlp=14336, layers=32, heads=32, kv_heads=8, head_dim=128,
         vocab=32768, tied_head=False, rope_theta=1000000.0, max_position=32768,
         family="mistral",
+    ),
+    "qwen3-0.6b": Architecture(
+        embed=1024, mlp=3072, layers=28, heads=16, kv_heads=8, head_dim=128,
+        vocab=151936, tied_head=True, rope_theta=1000000.0, max_position=40960,
+        norm_eps=1e-6, family="qwen3", qk_norm="head",
+    ),
+    "gemma3-270m": Architecture(
+        embed=640, mlp=2048, layers=18, heads=4, kv_heads=1, head_dim=256,
+        vocab=262144, tied_head=True, rope_theta=1000000.0, max_position=32768,
+        norm_eps=1e-6, family="gemma3_text", qk_norm="head", norm_at="both",
+        norm_shift=1.0, activation="gelu_tanh", attention_scale=256**-0.5,
+        embedding_scale=640**0.5, window=512, window_rope=Rope(10000.0),
+        window_layers=tuple(n for n in range(18) if (n + 1) % 6),
+    ),
+    "pythia-160m": Architecture(
+        embed=768, mlp=3072, layers=12, heads=12, kv_heads=12, head_dim=64,
+        vocab=50304, tied_head=False, rope_fraction=0.25, family="gpt_neox",
+        norm="layer", parallel_residual=True, gated_mlp=False, activation="gelu",
+        biases=("qkv", "out", "mlp"),
+    ),
+    "gpt2": Architecture(
+        embed=768, mlp=3072, layers=12, heads=12, kv_heads=12, head_dim=64,
+        vocab=50257, tied_head=True, max_position=1024, family="gpt2",
+        positions="learned", norm="layer", gated_mlp=False, activation="gelu_tanh",
+        biases=("qkv", "out", "mlp"),
     ),
 }  # fmt: skip
 

@@ -5,18 +5,29 @@ a model shows parity and packing at once: its rows lie behind each other in one 
 second one decodes through the cache.
 """
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, in_soak, mesh_sizes, random_adapters
+from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 from seeded_weights import make_weights
 
+from research.config.knob_groups import LoRAConfig
 from research.formats.huggingface_weights import HuggingFaceWeights, read_hf_config
 from research.formats.load_parameters import load_params
+from research.models.attention_sharding import make_attend
+from research.models.cached_attention import (
+    cache_partition,
+    constrain_cached,
+    make_attend_cached,
+)
 from research.models.families.family_registry import (
     family_of,
     from_hf_config,
@@ -24,6 +35,8 @@ from research.models.families.family_registry import (
 )
 from research.models.families.stored_tensor import used
 from research.models.transformer import Model
+from research.parallel.mesh import constrain, make_mesh, shardings
+from research.weights.adapters.lora import adapt, adapter_specs, merge
 
 SWITCHES = Path(__file__).parents[1] / "golden" / "switches"
 NAMES = sorted(path.name for path in SWITCHES.iterdir())
@@ -149,6 +162,92 @@ def test_its_files_are_written_back(golden, name):
     assert from_hf_config(written) == it.architecture
     ours, theirs = read_by_transformers(written), read_by_transformers(it.config)
     assert within(theirs, ours) == ours
+
+
+@pytest.fixture(scope="module")
+def split():
+    """Rows, matrices, heads and tokens over eight devices."""
+    return make_mesh(mesh_sizes(fsdp=2, tensor=2, context=2))
+
+
+def placed(golden, mesh):
+    specs = golden.model.specs
+    return jax.device_put(golden.params, shardings(specs, mesh))
+
+
+def test_a_mesh_computes_the_same(golden, split):
+    """One norm over heads that are split; windows that end in another part of a row."""
+    it = golden("olmo3")
+    model = it.model.with_options(
+        attend=make_attend(split, "xla", 8), constrain=constrain(split)
+    )
+    tokens = it.expected["tokens"]
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def logits(params, tokens, positions):
+        segments = jnp.ones_like(tokens)
+        return model.logits(params, model.hidden(params, tokens, positions, segments))
+
+    found = np.array(logits(placed(it, split), tokens, positions))
+    every = found.shape[1] // it.expected["logits"].shape[1]
+    found = found[:, every - 1 :: every]
+    np.testing.assert_allclose(found, it.expected["logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [0, in_soak(1)])
+def test_a_mesh_decodes_the_same(golden, split, first):
+    """Both slots at once, or the second one alone, whose device keeps the result."""
+    it, mesh = golden("gemma2"), split
+    heads = it.architecture.kv_heads
+    model = it.model.with_options(
+        attend_cached=make_attend_cached(mesh, 2, heads),
+        constrain_cached=constrain_cached(mesh, 2),
+    )
+
+    @jax.jit
+    def logits(params, tokens, cache):
+        hidden, _ = model.decode(params, tokens, cache, first)
+        return model.logits(params, hidden)
+
+    cache = model.init_cache(2, 128)
+    where = NamedSharding(mesh, cache_partition(mesh, 2, heads))
+    cache = dataclasses.replace(
+        cache, **jax.device_put({"k": cache.k, "v": cache.v}, where)
+    )
+    found = np.array(logits(placed(it, mesh), it.expected["tokens"][first:], cache))
+    every = found.shape[1] // it.expected["logits"].shape[1]
+    expected = it.expected["logits"][first:]
+    np.testing.assert_allclose(found[:, every - 1 :: every], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_reaches_every_matrix(golden, name):
+    it = golden(name)
+    specs = adapter_specs(it.model.specs, LoRAConfig(targets=(".",), rank=2))
+    assert {*specs} == {path for path, spec in it.model.specs.items() if spec.n_in}
+    # The modules that other tools know them by are those of the files.
+    names = {name for spec in it.model.specs.values() for name in spec.names}
+    recorded = json.loads((SWITCHES / name / "tensors.json").read_text())["shapes"]
+    for tensor in recorded:
+        module = re.sub(r"\.\d+\.", ".{}.", tensor.rpartition(".")[0])
+        assert module in names, module
+
+
+def test_adapters_on_every_matrix_compute_what_merged_weights_do(golden):
+    """With biases, a tied head, and a table of positions among the matrices."""
+    it = golden("gpt2")
+    config = LoRAConfig(targets=(".",), rank=2)
+    adapters = random_adapters(adapter_specs(it.model.specs, config))
+    tokens = it.expected["tokens"][:1]
+
+    @jax.jit
+    def logits(params):
+        return it.model.logits(params, it.model.hidden(params, *packed(tokens)))
+
+    together = logits(adapt(it.params, adapters, config))
+    close(together, logits(merge(it.params, adapters, config)), rtol=1e-4)
+    assert np.abs(together - logits(it.params)).max() > 0.1
 
 
 # A run does not compute these: ids, dropout, initial values, and how the file was made.

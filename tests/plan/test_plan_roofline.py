@@ -44,6 +44,27 @@ def test_mfu_of_published_speeds(shape, chip, length, tokens_per_second, publish
     assert 0.88 * theirs < ours < theirs
 
 
+def test_a_window_leaves_fewer_pairs():
+    """Counted one by one: a query sees itself and those before it in its window."""
+    windowed = dataclasses.replace(EIGHT_B, window=100, window_layers=(0, 2, 4, 6))
+    seen = sum(min(i + 1, 100) for i in range(1000))
+    share = seen / (1000 * 1001 / 2)
+    expected = (4 * share + EIGHT_B.layers - 4) / EIGHT_B.layers
+    assert windowed.seen_share(1000) == pytest.approx(expected)
+    assert windowed.seen_share(100) == EIGHT_B.seen_share(1000) == 1.0
+    assert windowed.seen_share(50) == 1.0
+
+    def flops(shape):
+        config = big_config("full", remat="none")
+        mesh = meshes.make_mesh(config.mesh, parse_device("h100:8").devices())
+        return count_step_flops(abstract_step.make_abstract_step(config, shape, mesh))
+
+    all_pairs = throughput.count_flops(EIGHT_B, trained=0, full=True).per_pair
+    all_pairs *= 64 * 2048 * 2049 / 2
+    less = flops(EIGHT_B).model - flops(windowed).model
+    assert less == pytest.approx(all_pairs * (1 - windowed.seen_share(2048)))
+
+
 def test_flops_of_a_step_and_what_remat_repeats():
     """Against the textbook: 6P a token, 2P of them again; LoRA 4P, and again 2P."""
 

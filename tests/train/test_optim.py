@@ -110,15 +110,17 @@ def test_the_first_update_is_not_lost_to_a_rate_of_zero():
     np.testing.assert_allclose(update["w"], -2e-3, rtol=1e-3)
 
 
-def test_weight_decay_spares_norms():
+def test_weight_decay_spares_norms_and_biases():
     params = {
         "final_norm.scale": jnp.ones(4),
         "layers.mlp_norm.scale": jnp.ones((2, 4)),
+        "layers.mlp.up.bias": jnp.ones((2, 4)),
         "layers.mlp.up.kernel": jnp.ones((2, 4, 4)),
     }
     still = jax.tree.map(jnp.zeros_like, params)
     update = moved(OptimConfig(weight_decay=0.5), still, params)
     assert update["final_norm.scale"] == update["layers.mlp_norm.scale"] == 0
+    assert update["layers.mlp.up.bias"] == 0
     assert update["layers.mlp.up.kernel"] < 0
 
 

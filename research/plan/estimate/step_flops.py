@@ -39,7 +39,8 @@ def count_step_flops(step: AbstractStep) -> StepFlops:
     trained = parameter_paths.count(step.state.params)
     count = throughput.count_flops(a, trained, full=not step.frozen)
     tokens = step.tokens
-    pairs = tokens * (config.data.seq_len + 1) / 2
+    length = config.data.seq_len
+    pairs = tokens * (length + 1) / 2 * a.seen_share(length)
     again_per_token, again_per_pair = recomputed(step, count, trained)
     # A causal square is cut into n parts along the queries. The last part has 2n - 1
     # of the n * n small triangles, where the mean part has n.

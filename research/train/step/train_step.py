@@ -109,7 +109,8 @@ def train_step(
     Returns:
       The next state, and `sums` (those of the objective), `means` (each of them
       divided, over all groups), `weight` (trained tokens), `tokens` (real tokens),
-      `pairs` (queries with each key they may see), `grad_norm` (before clipping),
+      `pairs` (queries with each key they may see, as a mean over layers),
+      `grad_norm` (before clipping),
       `param_norm` (of the next state, finite only if all its parameters are),
       `batch_hash` (of what was trained on, the same on every mesh),
       `skipped` (updates skipped so far, where `optim.skip_outliers` is in use),
@@ -132,13 +133,23 @@ def train_step(
         "means": means,
         "weight": jnp.sum(batch.weights),
         "tokens": jnp.sum(batch.segments != 0),
-        "pairs": jnp.sum((batch.positions + 1.0) * (batch.segments != 0)),
+        "pairs": jnp.sum(_keys_seen(definition, batch) * (batch.segments != 0)),
         **_gradient_norms(definition, gradients),
         "param_norm": _norm_in_float32(params),
         "batch_hash": hash_batch(batch),
         **optimizers.read_skipped(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _keys_seen(definition: StepDefinition, batch: Batch) -> Array:
+    """The keys that each token sees, as a mean over layers: windows see fewer."""
+    a = definition.model.architecture
+    seen = batch.positions + 1.0
+    if not any(a.windows):
+        return seen
+    share = sum(window > 0 for window in a.windows) / a.layers
+    return (1 - share) * seen + share * jnp.minimum(seen, a.window)
 
 
 def _gradient_norms(definition: StepDefinition, gradients: Params) -> dict[str, Any]:

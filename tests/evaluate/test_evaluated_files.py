@@ -24,11 +24,13 @@ from research.data.text.text_sources import open_sources
 from research.evaluate.__main__ import main
 from research.evaluate.evaluate_flags import INSTEAD, OF_FILES, EvaluateFlags
 from research.evaluate.measuring import row_losses
+from research.evaluate.measuring.evaluated_rows import choose_rows
 from research.formats.base_model import open_base
 from research.runs.reopen import find_run, fitting_mesh
 from research.tasks import task_registry
 from research.tasks.instruction_rows import held_out_rows, training_records
 from research.tasks.task_registry import prompt_format, rows_of_files
+from research.tokenize.conversation import Record, Turn
 
 
 def evaluate(folder, run, *flags):
@@ -260,3 +262,11 @@ def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, flags, said):
     done = run_door(main, tmp_path, "evaluate", *flags)
     assert done.returncode == 2 and said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_more_rows_than_there_are_is_said(caplog):
+    turns = (Turn("user", "q"), Turn("assistant", "a"))
+    records = [Record(turns, "", "", f"rows.jsonl:{i}") for i in (1, 2)]
+    assert len(choose_rows(records, [""], 2)) == 2 and not caplog.messages
+    assert len(choose_rows(records, [""], 9)) == 2
+    assert caplog.messages == ["--rows=9, and there are 2: all are evaluated"]

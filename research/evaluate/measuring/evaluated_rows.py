@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import heapq
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from research.core.errors import UserError
@@ -96,6 +97,10 @@ def choose_rows(
     chosen = heapq.nsmallest(count, every) if count else [*every]
     if not chosen:
         raise UserError("there is no row to evaluate; name rows with --data=FILE")
+    if len(chosen) < count:
+        logging.warning(
+            "--rows=%d, and there are %d: all are evaluated", count, len(chosen)
+        )
     return [row for _, _, row in sorted(chosen, key=lambda found: found[1])]
 
 

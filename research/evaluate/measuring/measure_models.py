@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from research.core.errors import UserError
+from research.core.visible_text import counted
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Piece, Request, Sampling
 from research.evaluate.answered_row import AnsweredRow
@@ -198,7 +199,8 @@ def measure_losses(
             wanted = {(x, row) for x in names for row in documents.values()}
             if wanted <= kept.found.keys():
                 continue
-            logging.info("losses of %s on %d rows", " and ".join(names), len(documents))
+            count = counted(len(documents), "row")
+            logging.info("losses of %s on %s", " and ".join(names), count)
             numbers = np.array([*documents])
             measured = measure_rows(opens(), read.packed, numbers, seed, read.origin)
             for model, sums in measured.items():
@@ -233,9 +235,8 @@ def measure_text_losses(
             documents = [str(number) for number in range(len(read.texts.sizes))]
             if {(x, row) for x in names for row in documents} <= kept.found.keys():
                 continue
-            logging.info(
-                "losses of %s on %d documents", " and ".join(names), len(documents)
-            )
+            count = counted(len(documents), "document")
+            logging.info("losses of %s on %s", " and ".join(names), count)
             measured = measure_texts(opens(), read.texts, read.origin)
             for model, sums in measured.items():
                 for row, each in zip(documents, sums, strict=True):

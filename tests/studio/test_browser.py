@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import threading
 
 import psutil
 import pytest
@@ -246,6 +247,9 @@ def test_models_answer_side_by_side_and_a_reload_shows_them(browser, served, han
     page.get_by_text("Which is best?").wait_for()
     assert page.get_by_label("Answer of A").is_visible()
     assert page.get_by_label("Answer of tuned").count() == 0
+    # Nothing but the text tells them apart.
+    shown = page.locator(".answer").last.evaluate("x => x.parentElement.innerHTML")
+    assert "fp_" not in shown and "picked" not in shown and "a second" not in shown
     page.get_by_role("button", name="A", exact=True).click()
     page.get_by_text("You chose").wait_for()
     page.get_by_role("heading", name="Blind votes").wait_for()
@@ -297,6 +301,30 @@ def test_a_server_that_ends_in_an_answer_is_said_and_the_rest_is_kept(
     tuned.get_by_text("half").wait_for()
     assert "ended in the middle" in tuned.inner_text()
     assert "base says <b>" in page.get_by_label("Answer of base").inner_text()
+
+
+def test_a_page_waits_for_models_that_load(browser, served, hand):
+    is_ready = threading.Event()
+
+    def loads(connection, fake):
+        if is_ready.is_set() or "/health" not in fake.requests[-1][0]:
+            said_by_models(connection, fake)
+            return
+        body = b'{"error": {"code": "loading", "message": "the model is loading"}}'
+        start = head(503, "application/json", content_length=len(body))
+        connection.sendall(start + body)
+
+    hand._answer = loads
+    log = served[0].runs / ".studio" / "servers" / "hand" / "log"
+    log.write_text("reading the base model\n")
+    tab = Tab(browser, served[1])
+    tab.open("/chat")
+    tab.page.get_by_text("reading the base model").wait_for()
+    log.write_text("compiling\n")
+    tab.page.get_by_text("compiling").wait_for()
+    is_ready.set()
+    tab.page.get_by_label("Message").wait_for()
+    assert tab.faults == []
 
 
 @pytest.mark.soak

@@ -8,6 +8,7 @@ const place = document.querySelector("#chat");
 const server = place.dataset.server;
 const mayAsk = Boolean(server) && place.dataset.may === "yes";
 const MOST = 5;
+const LOOK_EVERY = 1500; // milliseconds
 const SETTINGS = [
   ["temperature", "Temperature", "0.7", "0 takes the likeliest token"],
   ["top_p", "Top p", "", "share of probability that is drawn from"],
@@ -40,10 +41,9 @@ function shuffled(items) {
 // Parts of the page that the server draws: replaced by what it would draw now.
 async function redraw(...ids) {
   const answer = await fetch(location.href, { headers: { accept: "text/html" } });
-  if (!answer.ok) return null;
+  if (!answer.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const id of ids) document.getElementById(id).replaceWith(page.getElementById(id));
-  return page;
 }
 
 function Settings({ settings, set }) {
@@ -140,7 +140,7 @@ function Composer({ isFirst, isBusy, onSend, onStop }) {
 }
 
 function Chat() {
-  const state = useRef({ chat: place.dataset.chat, tree: new Tree(), voted: {}, live: null, stop: null, problem: "" }).current;
+  const state = useRef({ chat: place.dataset.chat, tree: new Tree(), voted: {}, live: null, scored: "", stop: null, problem: "" }).current;
   const [, draw] = useReducer((count) => count + 1, 0);
   const [stamps, setStamps] = useState([]);
   const [chosen, setChosen] = useState(null);
@@ -255,10 +255,17 @@ function Chat() {
   // Scores the answers of all adapters under their base, and keeps the scores.
   const score = async (answers, asked) => {
     const columns = answers.columns.filter((column) => !column.stamp.is_base && column.ids.length && isServed(column) && !state.tree.scores(answers.id, column.model));
-    for (const column of columns) {
-      const prompt = await readPrompt(server, column.model, asked);
-      const [own, base] = await scoreAnswer(server, column, prompt.ids);
-      await write({ kind: "scores", answers: answers.id, model: column.model, own, base });
+    state.scored = answers.id;
+    draw();
+    try {
+      for (const column of columns) {
+        const prompt = await readPrompt(server, column.model, asked);
+        const [own, base] = await scoreAnswer(server, column, prompt.ids);
+        await write({ kind: "scores", answers: answers.id, model: column.model, own, base });
+        draw();
+      }
+    } finally {
+      state.scored = "";
       draw();
     }
   };
@@ -321,6 +328,7 @@ function Chat() {
           picked=${isLive ? null : step.picked} onPick=${mayAsk && !isLive ? pick(answers) : null} onVote=${vote(answers, asked)} server=${mayAsk ? server : ""} asked=${asked} isServed=${isServed} />`}
         ${!isLive && html`<div class="row small quiet">
           ${mayAsk && html`<button type="button" class="plain" disabled=${isBusy} onClick=${again(step)}>${answers ? "Answer again" : "Answer this"}</button>`}
+          ${answers && state.scored === answers.id && html`<span>the base scores the tokens…</span>`}
           ${answers?.settings && html`<span>${settingsText(answers.settings)}</span>`}
           <${Branches} items=${step.all} shown=${step.answers} what="answers" onShow=${(line) => show("answers", step.turn.id, line)} /></div>`}
         ${isLast && !isLive && step.answers && !(step.answers.blind && state.voted[step.answers.id] === undefined) && html`<${Export} key=${step.answers.id + step.picked} chat=${state.chat} step=${step} />`}
@@ -333,14 +341,14 @@ function Chat() {
 }
 
 // While models load, their panel is kept up to date; when they are ready, the page begins.
-function watch() {
-  const state = document.querySelector("#server").dataset.state;
-  if (!["loading", "stopping"].includes(state)) return;
-  setTimeout(async () => {
-    const page = document.hidden ? null : await redraw("server").catch(() => null);
-    if (page?.querySelector("#server").dataset.state === "ready" || page?.querySelector("#server").dataset.state === "ended") location.reload();
-    else watch();
-  }, 1500);
+async function watch() {
+  const state = () => document.querySelector("#server").dataset.state;
+  while (["loading", "stopping"].includes(state())) {
+    await new Promise((wake) => setTimeout(wake, LOOK_EVERY));
+    if (document.hidden) continue;
+    await redraw("server").catch(() => null); // The studio is started again, say.
+    if (state() === "ready") location.reload();
+  }
 }
 
 place.querySelector(".plain-only").remove();

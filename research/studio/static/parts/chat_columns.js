@@ -65,9 +65,9 @@ function Stamp({ column, server, asked }) {
 const ENDS = { stop: "ended", length: "cut at max tokens", stopped: "stopped by you" };
 
 function Column({ column, name, hidden, colours, scores, picked, onPick, server, asked }) {
-  const counts = `${column.ids.length} tokens${column.seconds ? `, ${(column.ids.length / column.seconds).toFixed(1)} a second` : ""}`;
+  const counts = `${column.ids.length} tokens${column.seconds && !hidden ? `, ${(column.ids.length / column.seconds).toFixed(1)} a second` : ""}`;
   const title = hidden ? name : column.model;
-  return html`<article class="panel answer ${picked ? "picked" : ""}" aria-label="Answer of ${title}">
+  return html`<article class="panel answer ${picked && !hidden ? "picked" : ""}" aria-label="Answer of ${title}">
     <h3>${title}${column.stamp.is_base && !hidden && title !== "base" ? html` <span class="tag">base</span>` : ""}</h3>
     ${hidden ? html`<div class="stamp small quiet">named after the vote</div>` : html`<${Stamp} column=${column} server=${server} asked=${asked} />`}
     ${column.problem && html`<p class="problem" role="alert">${column.problem}</p>`}
@@ -91,5 +91,5 @@ export function Columns({ answers, tree, voted, colours, picked, onPick, onVote,
       <strong>Which is best?</strong>
       ${columns.map((column, i) => html`<button type="button" onClick=${() => onVote(column.model)}>${NAMES[i]}</button>`)}
       <button type="button" onClick=${() => onVote("")}>No difference</button></div>`}
-    ${answers.blind && !hidden && html`<p class="small said" role="status">${voted ? `You chose ${voted}.` : "You saw no difference."}</p>`}`;
+    ${answers.blind && !hidden && html`<p class="small" role="status">${voted ? `You chose ${voted}.` : "You saw no difference."}</p>`}`;
 }

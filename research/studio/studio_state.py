@@ -79,5 +79,6 @@ class StudioState:
             "state": state.state,
             "cause": state.cause,
             "steps": state.steps,
+            "job": self.queue.read().state_of(folder),
             **figures(columns, state.steps, state.first),
         }

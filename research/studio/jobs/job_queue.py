@@ -124,6 +124,13 @@ class Jobs:
     running: list[QueuedJob]
     ended: list[QueuedJob]
 
+    def state_of(self, folder: Path) -> str:
+        """`running` or `waiting` if a job writes into `folder`, else empty."""
+        for state, jobs in (("running", self.running), ("waiting", self.waiting)):
+            if any(job.target == folder for job in jobs):
+                return state
+        return ""
+
 
 class JobQueue:
     """The queue in a folder, which is made when it is first changed."""

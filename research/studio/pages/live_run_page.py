@@ -54,7 +54,6 @@ def run(request: Request) -> Response:
     columns = studio.columns(folder)
     state = studio.state_of(folder)
     tags, notes = read_notes(folder)
-    jobs = studio.queue.read()
     log = tail(log_of(folder), LOG_BYTES)
     return render(
         request,
@@ -76,8 +75,7 @@ def run(request: Request) -> Response:
             for kind, help in REQUESTS.items()
         },
         resume=commands.launching(commands.resuming(folder)),
-        job=next((x for x in jobs.running if x.target == folder), None),
-        waits=any(x.target == folder for x in jobs.waiting),
+        job=studio.queue.read().state_of(folder),
         log=log,
         error=last_error(log) if state.state == "failed" else "",
         said=request.query_params.get("said", ""),

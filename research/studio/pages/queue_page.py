@@ -78,7 +78,8 @@ def job_json(request: Request) -> Response:
         for job in listed:
             if job.id == name:
                 log = JobViews.log(job)
-                found = {"progress": progress(log), "log": log}
+                page = JobViews(request).page(job)
+                found = {"progress": progress(log), "log": log, "page": page}
                 return json_answer({"state": state, **found})
     raise not_found("this job is not listed any more")
 

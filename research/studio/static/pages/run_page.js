@@ -76,7 +76,8 @@ function set(field, text) {
 let known = place.querySelector(".state").textContent;
 
 function showState(state) {
-  if (state.state !== known && known !== "queued") {
+  const isOther = state.state !== known && known !== "queued";
+  if (isOther || (state.state !== "running" && state.job !== place.dataset.job)) {
     // Other buttons are right now; the server draws them.
     location.reload();
     return;

@@ -1,5 +1,5 @@
-// The output of jobs that run, as it comes; the page is read again when one begins or ends,
-// unless somebody has begun to fill a form.
+// The output of jobs that run, as it comes; the page is read again when one begins or ends, or
+// when its results have a page, unless somebody has begun to fill a form.
 
 const EVERY = 2000; // milliseconds
 
@@ -23,7 +23,7 @@ async function follow(place) {
       continue; // The server is away; the job is not.
     }
     if (log) show(job, log, bar);
-    if (job.state === place.dataset.state) continue;
+    if (job.state === place.dataset.state && job.page === (place.dataset.page ?? job.page)) continue;
     if (!isTouched) return location.reload();
     const said = document.createElement("p");
     said.setAttribute("role", "status");

@@ -76,12 +76,13 @@ function set(field, text) {
 let known = place.querySelector(".state").textContent;
 
 function showState(state) {
-  const isOther = state.state !== known && known !== "queued";
-  if (isOther || (state.state !== "running" && state.job !== place.dataset.job)) {
+  if (state.state !== known && known !== "queued") {
     // Other buttons are right now; the server draws them.
     location.reload();
     return;
   }
+  // Not by a new page: that could swallow a click.
+  for (const part of place.querySelectorAll("[data-job]")) part.hidden = part.dataset.job !== state.job;
   for (const field of ["step", "steps", "loss", "tokens_per_s", "memory_gb"]) {
     if (state[field] !== undefined && !(field === "steps" && !state.steps)) set(field, formatNumber(state[field]));
   }

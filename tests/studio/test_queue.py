@@ -131,7 +131,7 @@ def test_an_open_page_sees_how_far_a_job_is_since_it_began(idle):
     program = "print('losses of 2 models'); print('3 of 8 answers')"
     (name,) = add(queue, idle.runs, "a", program=program)
     address = f"/api/job/{name}"
-    waits = {"state": "waiting", "progress": None, "log": ""}
+    waits = {"state": "waiting", "progress": None, "log": "", "page": ""}
     assert client.get(address).json() == waits
 
     def run(job, lock):
@@ -139,6 +139,10 @@ def test_an_open_page_sees_how_far_a_job_is_since_it_began(idle):
         found = client.get(address).json()
         assert found["state"] == "running" and found["progress"] == [3, 8]
         assert found["log"] == "losses of 2 models\n3 of 8 answers\n"
+        # The page of what it makes is there as soon as that is.
+        assert found["page"] == ""
+        make_run(idle.runs / "a", "killed")
+        assert client.get(address).json()["page"] == "/run/runs/a"
         assert 'max="8" value="3"' in client.get("/queue").text
         return code
 

@@ -25,7 +25,7 @@ from research.studio.pages.page_view import TABS
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 OTHERS = (
     "/run/runs/tuned", "/compare?run=runs/tuned&run=runs/rank-4",
-    "/remove?run=runs/rank-4", "/branch?run=runs/tuned",
+    "/remove?run=runs/rank-4", "/branch?run=runs/tuned", "/deploy/chat",
 )  # fmt: skip
 
 

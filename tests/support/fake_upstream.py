@@ -91,6 +91,10 @@ def said_by_models(connection, fake):
         found = {"chat_template": "{{ messages }}"}
     elif path == "/tokenize":
         found = {"tokens": [1, 2, 3], "count": 3}
+    elif path == "/slots":
+        found = [{"is_processing": number < 2} for number in range(8)]
+    elif path == "/metrics":
+        found = []
     elif path == "/detokenize":
         found = {"prompt": "<user>Why?"}
     elif path == "/v1/completions":

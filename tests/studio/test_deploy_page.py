@@ -259,6 +259,15 @@ def test_the_page_of_a_server_shows_models_slots_and_programs(place, ready):
     assert "api" in client.get("/deploy").text
 
 
+def test_a_server_that_stops_while_it_is_looked_at_is_no_error(
+    place, ready, monkeypatch
+):
+    monkeypatch.delitem(ANSWERS, "/slots")
+    found = place.client().get("/api/served/api")
+    assert found.status_code == 200 and found.json()["figures"] is None
+    assert place.client().get("/deploy/api").status_code == 200
+
+
 def test_adapters_are_loaded_from_runs_of_the_studio_alone(place, ready):
     with_steps(place.runs / "a", 2)
     client = place.client()

@@ -101,8 +101,13 @@ async def figures(request: Request) -> Response:
     """The figures for a page that is open; `state` says why there are none."""
     server = await _find(request, request.path_params["name"])
     status = await status_of(server)
-    found = await _figures(server) if status.state == "ready" else None
-    return json_answer({"state": status.state, "said": status.said, "figures": found})
+    state, said, found = status.state, status.said, None
+    if state == "ready":
+        try:
+            found = await _figures(server)
+        except PageError as error:  # It has begun to stop meanwhile.
+            state, said = "stopping", error.message
+    return json_answer({"state": state, "said": said, "figures": found})
 
 
 async def key(request: Request) -> Response:

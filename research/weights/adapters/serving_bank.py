@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from research.core.errors import UserError
-from research.weights.adapters.lora import KIND
 from research.weights.parameter_spec import Spec
 from research.weights.representations.adapter_bank import AdapterBank
 from research.weights.representations.low_rank import LowRank
@@ -31,11 +31,17 @@ Row = dict[str, dict[str, Array]]
 
 def bank_specs(spec: Spec, adapters: int, rank: int) -> dict[str, Spec]:
     """Shapes and axis names of what a bank holds beside the matrix `spec`."""
-    stack = spec.shape[: spec.stacked]
-    scale = Spec(
-        (*stack, adapters), (*spec.axes[: spec.stacked], "rank"), 0, len(stack)
-    )
-    return {**KIND.matrix_specs(spec, adapters * rank), "scale": scale}
+    stack, split, size = spec.stacked, spec.stacked + spec.n_in, adapters * rank
+
+    def beside(size: int, axes: slice) -> Spec:
+        shape = (*spec.shape[:stack], size, *spec.shape[axes])
+        return Spec(shape, (*spec.axes[:stack], "rank", *spec.axes[axes]), 0, stack)
+
+    return {
+        "a": beside(size, slice(stack, split)),
+        "b": beside(size, slice(split, None)),
+        "scale": beside(adapters, slice(0, 0)),
+    }
 
 
 def bank(
@@ -169,33 +175,45 @@ def _write(
 
 
 def _padded(own: AdapterBank, leaf: LowRank | None) -> dict[str, Array]:
-    stack, rank = own.scale.ndim - 1, own.rank
-    last = len(own.a.shape) - 1
+    axis, rank = own.scale.ndim - 1, own.rank
+
+    def empty(x: Array) -> np.ndarray:
+        return np.zeros((*x.shape[:axis], 0, *x.shape[axis + 1 :]), np.float32)
+
     if leaf is None:
-        a = np.zeros((*own.a.shape[:-1], 0), np.float32)
-        b = np.zeros((*own.b.shape[:stack], 0, *own.b.shape[stack + 1 :]), np.float32)
-        scale = np.zeros((*own.scale.shape[:-1], 0), np.float32)
-    else:
-        a, b, scale = leaf.a, leaf.b, leaf.scale[..., None]
+        a, b, scale = map(empty, (own.a, own.b, own.scale))
+        return {
+            "a": _widened(a, own.a, axis, axis, rank),
+            "b": _widened(b, own.b, axis, axis, rank),
+            "scale": _widened(scale, own.scale, axis, axis, 1),
+        }
     return {
-        "a": _widened(a, own.a, last, rank),
-        "b": _widened(b, own.b, stack, rank),
-        "scale": _widened(scale, own.scale, stack, 1),
+        "a": _widened(leaf.a, own.a, own.a.ndim - 1, axis, rank),
+        "b": _widened(leaf.b, own.b, axis, axis, rank),
+        "scale": _widened(leaf.scale[..., None], own.scale, axis, axis, 1),
     }
 
 
-def _widened(x: Any, like: Array, axis: int, size: int) -> Array:
-    """`x` with zeros up to `size` on `axis`, which no device splits, as `like` lies."""
+def _widened(x: Any, like: Array, axis: int, moved: int, size: int) -> Array:
+    """`x` as `like` lies: `axis`, which no device splits, is `moved` and has `size`.
+
+    It ends in zeros.
+    """
+    where = like.sharding
+    if isinstance(where, NamedSharding) and axis != moved:
+        names = [*where.spec] + [None] * (like.ndim - len(where.spec))
+        names.insert(axis, names.pop(moved))
+        where = NamedSharding(where.mesh, PartitionSpec(*names))
     if not like.is_fully_addressable and getattr(x, "is_fully_addressable", True):
         # Every process has all of it, and takes its own part.
         whole = np.asarray(x)
-        x = jax.make_array_from_callback(x.shape, like.sharding, whole.__getitem__)
-    x = jax.device_put(x, like.sharding)
-    missing = [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+        x = jax.make_array_from_callback(x.shape, where, whole.__getitem__)
+    x = jax.device_put(x, where)
+    missing = [(0, size - x.shape[axis] if i == moved else 0) for i in range(x.ndim)]
     parts = [
-        jax.device_put(np.pad(np.asarray(part.data), missing).astype(like.dtype), at)
-        for part in x.addressable_shards
-        for at in [part.device]
+        jax.device_put(np.pad(part, missing).astype(like.dtype), shard.device)
+        for shard in x.addressable_shards
+        for part in [np.moveaxis(np.asarray(shard.data), axis, moved)]
     ]
-    shape = tuple(n + more for n, (_, more) in zip(x.shape, missing, strict=True))
+    shape = (*like.shape[:moved], size, *like.shape[moved + 1 :])
     return jax.make_array_from_single_device_arrays(shape, like.sharding, parts)

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.weights.contraction import contract, lookup, materialize, transpose
+from research.weights.contraction import contract, lookup, transpose
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
+from research.weights.representations.transposed import Transposed
 
 Array = jax.Array
 
@@ -25,13 +26,14 @@ class AdapterBank(Leaf):
     """`base + scale[n] * a[n] @ b[n]` with n = `choice[i] - 1` for row i of a batch.
 
     Choice 0 is the base, which takes no room. The factors of all adapters lie side by
-    side: adapter n has the columns of `a` and the rows of `b` from `n * rank` to
-    `(n + 1) * rank`, and a smaller rank ends in zeros. Terms of other adapters are
-    exactly zero, so they change no result.
+    side: adapter n has the rows of `a` and `b` from `n * rank` to `(n + 1) * rank`, and
+    a smaller rank ends in zeros. Terms of other adapters are exactly zero, so they
+    change no result. The outputs of `a` come first, since a CPU multiplies a few rows
+    by such a matrix in two thirds of the time.
 
     Attributes:
       base: the frozen weight, `[*stack, *in, *out]`.
-      a: `[*stack, *in, adapters * rank]`.
+      a: `[*stack, adapters * rank, *in]`.
       b: `[*stack, adapters * rank, *out]`.
       scale: `[*stack, adapters]`.
       choice: `[*stack, B]` int32, by row of the batch, which is the first axis of
@@ -39,8 +41,8 @@ class AdapterBank(Leaf):
     """
 
     base: Matrix
-    a: Matrix
-    b: Matrix
+    a: Array
+    b: Array
     scale: Array
     choice: Array | None = None
 
@@ -68,12 +70,17 @@ class AdapterBank(Leaf):
             choice = jnp.broadcast_to(choice, (*stack, *choice.shape))
             return dataclasses.replace(self, choice=choice)
         n = jnp.maximum(choice[0] - 1, 0)
-        part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.rank)
+        part = functools.partial(
+            jax.lax.dynamic_slice_in_dim,
+            start_index=n * self.rank,
+            slice_size=self.rank,
+            axis=len(stack),
+        )
         scale = jax.lax.dynamic_index_in_dim(self.scale, n, axis=-1, keepdims=False)
         return LowRank(
             self.base,
-            part(self.a, n * self.rank, axis=len(self.a.shape) - 1),
-            part(self.b, n * self.rank, axis=len(stack)),
+            Transposed(part(self.a)),
+            part(self.b),
             jnp.where(choice[0] > 0, scale, 0),
         )
 
@@ -81,32 +88,28 @@ class AdapterBank(Leaf):
         return contract(x, self.base, n_in, dtype) + self._update(x, n_in, dtype)
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
-        low = self._own(lookup(self.a, ids, dtype))
+        low = self._own(lookup(Transposed(self.a), ids, dtype))
         return lookup(self.base, ids, dtype) + contract(low, self.b)
 
     def transpose(self) -> "AdapterBank":
-        return dataclasses.replace(
-            self,
-            base=transpose(self.base),
-            a=transpose(self.b),
-            b=transpose(self.a),
-        )
+        base = transpose(self.base)
+        return dataclasses.replace(self, base=base, a=self.b, b=self.a)
 
     def materialize(self) -> Array:
         raise ValueError("a bank stands for another matrix in each row of a batch")
 
     def _update(self, x: Array, n_in: int, dtype: Any) -> Array:
         if self.adapters <= GATHER_ABOVE * x.shape[0]:
-            low = self._own(contract(x, self.a, n_in))
+            low = self._own(contract(x, Transposed(self.a), n_in))
             return contract(low, self.b, 1, dtype)
         own = jnp.maximum(self.choice - 1, 0)
         a, b = self._gathered(own)
         scale = jnp.where(self.choice > 0, self.scale[own], 0).astype(x.dtype)
 
         def one(x: Array, a: Array, b: Array, scale: Array) -> Array:
-            return contract(contract(x, a, n_in) * scale, b, 1, dtype)
+            return contract(contract(x, Transposed(a), n_in) * scale, b, 1, dtype)
 
-        return jax.vmap(one, in_axes=(0, -2, 0, 0))(x, a, b, scale)
+        return jax.vmap(one)(x, a, b, scale)
 
     def _own(self, low: Array) -> Array:
         """`low`, `[B, ..., adapters * rank]`, scaled, with zeros for other adapters."""
@@ -119,10 +122,11 @@ class AdapterBank(Leaf):
         return jnp.where(mine, scaled, 0)
 
     def _gathered(self, own: Array) -> tuple[Array, Array]:
-        """The factors by row of the batch: `[*in, B, rank]` and `[B, rank, *out]`."""
-        a, b = materialize(self.a), materialize(self.b)
-        a = a.reshape(*a.shape[:-1], self.adapters, self.rank)
-        b = b.reshape(self.adapters, self.rank, *b.shape[1:])
-        # By default each number would be compared with the bounds of the bank.
-        take = functools.partial(jnp.take, indices=own, mode="clip")
-        return take(a, axis=-2), take(b, axis=0)
+        """The factors by row of the batch: `[B, rank, *in]` and `[B, rank, *out]`."""
+
+        def of_rows(x: Array) -> Array:
+            x = x.reshape(self.adapters, self.rank, *x.shape[1:])
+            # By default each number would be compared with the bounds of the bank.
+            return jnp.take(x, own, axis=0, mode="clip")
+
+        return of_rows(self.a), of_rows(self.b)

@@ -18,7 +18,8 @@ class Transposed(Leaf):
     """A two-axis matrix used from its other side, without a copy in that layout.
 
     Attributes:
-      of: `[out, in]`, such as an embedding table used as vocabulary head.
+      of: `[out, in]`, such as an embedding table used as vocabulary head. A product
+        alone may also sum over several axes, `[out, *in]`.
     """
 
     of: Array

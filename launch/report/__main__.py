@@ -11,8 +11,8 @@ from research.core.errors import UserError
 from research.core.local_paths import local_path
 
 USAGE = """
-Writes report.html and report.md into the folder of a sweep, from the files of its runs
-so far, and shows report.md. It names the runs that are not done.
+Writes report.html, report.md and report.json into the folder of a sweep, from the files
+of its runs so far, and shows report.md. It names the runs that are not done.
 """
 
 

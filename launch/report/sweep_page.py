@@ -1,24 +1,21 @@
-"""Writes a sweep's report: `report.html`, a single file, and `report.md`."""
+"""Writes a sweep's report: `report.html`, a single file, `report.md` and `.json`."""
 
-import math
 import shlex
 from pathlib import Path
-from typing import Any
 
-from launch.report import best_run, sweep_plots, sweep_results
+from launch.report import best_run, sweep_plots, sweep_results, sweep_values
 from launch.report.seed_statistics import PERCENT
-from launch.report.sweep_results import PointResult, SweepReport
+from launch.report.sweep_results import SweepReport
 from research.core.text_templates import fill
 from research.core.visible_text import visible
 from research.report import run_page
 from research.report.markdown_text import escaped
-from research.report.progress_view import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(folder: Path) -> list[Path]:
-    """Reads the sweep in `folder` and writes both pages and the plots.
+    """Reads the sweep in `folder` and writes its values, both pages and the plots.
 
     Raises:
       UserError: there is no sweep, or its runs do not measure its metric.
@@ -29,7 +26,7 @@ def write(folder: Path) -> list[Path]:
         pictures[f"axis-{index + 1}"] = sweep_plots.along(report, index)
     for name, svg in pictures.items():
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-    written = []
+    written = [sweep_values.write(report)]
     for name in ("report.html", "report.md"):
         path = folder / name
         path.write_text(_render(name, report, pictures), encoding="utf-8")
@@ -47,8 +44,8 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         sweep=report.sweep,
         name=report.folder.name,
         best=best_run.find_best(report),
-        header=header(report),
-        rows=[(row, cells(row)) for row in report.rows],
+        header=sweep_values.header(report),
+        rows=[(row, sweep_values.cells(row)) for row in report.rows],
         pictures=pictures,
         origins=report.origins,
         done=sum(r.state == "done" for row in report.rows for r in row.results),
@@ -58,42 +55,3 @@ def _render(name: str, report: SweepReport, pictures: dict[str, str]) -> str:
         comparisons=len(report.rows) - 1,
         baseline=sweep_plots.label(report.baseline),
     )
-
-
-def header(report: SweepReport) -> list[str]:
-    """The names of the table's columns."""
-    return [
-        *report.axes,
-        "seeds",
-        f"{report.sweep['metric']}, mean",
-        f"{PERCENT} % interval",
-        "against the baseline",
-        f"{PERCENT} % interval",
-        "verdict",
-        "time a run",
-        "tokens",
-        "chip-hours",
-    ]
-
-
-def cells(row: PointResult) -> list[str]:
-    """One row of the table, in the order of `header`."""
-    found, against = row.found, row.comparison and row.comparison.difference
-    return [
-        *row.point,
-        str(found.count if found else 0),
-        f"{found.mean:.4f}" if found else "-",
-        _between(found),
-        f"{against.mean:+.4f}" if against else "-",
-        _between(against, "+"),
-        row.verdict,
-        duration(row.mean("seconds")) if found else "-",
-        f"{row.mean('tokens'):,.0f}" if found else "-",
-        f"{row.mean('chip_hours'):.3f}" if found else "-",
-    ]
-
-
-def _between(found: Any, sign: str = "") -> str:
-    if found is None or not math.isfinite(found.half):
-        return "-"
-    return f"{found.low:{sign}.4f} to {found.high:{sign}.4f}"

@@ -3,12 +3,16 @@
 import dataclasses
 import math
 import random
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.config.config_file import call_in_file
-from research.core.errors import UserError
+from research.config.field_names import READERS
+from research.config.knobs import bare_type, fields
+from research.config.run_config import Config
+from research.core.errors import UserError, nearest
 
 Changes = Mapping[str, Any]
 Draw = Callable[[random.Random], Any]
@@ -89,6 +93,54 @@ def uniform(low: float, high: float) -> Draw:
 def choice(*values: Any) -> Draw:
     """Draws one of the values."""
     return lambda rng: rng.choice(values)
+
+
+def of_axes(
+    written: Sequence[str], arguments: Sequence[str]
+) -> tuple[Sweep, list[str]]:
+    """A sweep without a file, from `KNOB=A,B` for each axis and the trainer's flags.
+
+    Within a value, `+` stands between the items of a list, as in
+    `lora.targets=attention,attention+mlp`.
+
+    Returns:
+      The sweep, and the flags of the trainer but for `--config`.
+
+    Raises:
+      UserError: the config file is missing, or an axis is none.
+    """
+    configs = [x for x in arguments if x.lstrip("-").startswith("config=")]
+    if len(configs) != 1:
+        raise UserError(
+            f"--axis needs one --config=FILE.py after --, and there are {len(configs)}"
+        )
+    axes = [_read_axis(text) for text in written]
+    names = " and ".join(axis.name for axis in axes)
+    config = configs[0].partition("=")[2]
+    rest = [word for word in arguments if word not in configs]
+    return Sweep(config, axes, question=f"Which value of {names} is best?"), rest
+
+
+def _read_axis(text: str) -> Axis:
+    knob, _, values = text.partition("=")
+    kinds = {path: field.type for path, field, _ in fields(Config())}
+    if knob not in kinds:
+        raise UserError(
+            f"--axis={text}: {knob!r} is no knob{nearest(knob, kinds)}; write "
+            "--axis=KNOB=A,B"
+        )
+    kind = bare_type(kinds[knob])
+    found = []
+    for value in map(str.strip, values.split(",")):
+        if typing.get_origin(kind) is tuple:
+            found.append(tuple(filter(None, value.split("+"))))
+            continue
+        try:
+            found.append(READERS.get(kind, str)(value))
+        except (ValueError, KeyError):
+            name = kind.__name__
+            raise UserError(f"--axis={text}: {value!r} is no {name}") from None
+    return grid(knob, *found)
 
 
 def _labelled(points: Sequence[Changes]) -> dict[str, Changes]:

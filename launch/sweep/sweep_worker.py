@@ -27,6 +27,7 @@ from research.studio.jobs.job_logs import last_error, tail
 
 POLL = 2.0  # seconds between two checks of what other workers have finished
 LOG_EVERY = 30.0  # seconds between two lines of progress
+REPORT_REST = 20  # A report rests this many times as long as it took.
 LOG_BYTES = 2**16  # of the end of a log, where its last message is
 
 
@@ -47,7 +48,7 @@ class SweepWorker:
     ):
         """`packs` remain to be trained; `runs` are all runs of the sweep.
 
-        `check` is called after each pack that has ended.
+        `check` is called after each pack that has ended, and meanwhile.
         """
         self._check = check
         self._packs, self._runs = packs, runs
@@ -120,11 +121,18 @@ class SweepWorker:
         begun, before = time.monotonic(), self._steps(pack)
         for run in pack.runs:
             self._mark(run).unlink(missing_ok=True)
-        said = begun
+        said = reported = begun
 
         def watch() -> None:
-            nonlocal said
+            nonlocal said, reported
             now = time.monotonic()
+            if now - reported >= LOG_EVERY:
+                # What is wrong with one run is said when all of them have ended.
+                with contextlib.suppress(UserError):
+                    self._check()
+                # A report of many long runs takes a small share of the time.
+                after = time.monotonic()
+                reported = after + REPORT_REST * (after - now)
             if now - said >= LOG_EVERY:
                 said = now
                 first = pack.runs[0]

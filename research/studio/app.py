@@ -31,7 +31,7 @@ from research.studio.pages import (
     runs_page,
     train_page,
 )
-from research.studio.pages.measuring import evaluate_page, plan_page
+from research.studio.pages.measuring import evaluate_page, plan_page, sweeps_page
 from research.studio.pages.page_view import json_answer, render, wants_json
 from research.studio.serving import server_routes
 from research.studio.studio_state import StudioState
@@ -52,6 +52,7 @@ PAGES = (
     chat_page,
     chat_api,
     plan_page,
+    sweeps_page,
 )
 STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them

@@ -8,6 +8,7 @@ from typing import Any
 
 from research.studio.audit_log import AuditLog
 from research.studio.checks.check_process import Checks
+from research.studio.checks.page_process import PageProcesses
 from research.studio.checks.start_plans import StartPlans
 from research.studio.evaluations.evaluation_files import (
     EvaluationIndex,
@@ -35,6 +36,7 @@ class StudioState:
         self.checks = Checks(own / "checks")
         self.servers = ModelServers(own / "servers")
         self.plans = StartPlans(own)
+        self.reports = PageProcesses(own / "reports")
         self.feed = RunFeed(self.live_state)
         self.began = time.monotonic()
         self.logs = own / "logs"

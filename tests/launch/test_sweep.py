@@ -112,6 +112,36 @@ def test_epochs_take_the_place_of_steps_wherever_they_are_varied():
     assert sweep_worker.total_steps(found[0]) == 0  # Its data was never counted.
 
 
+def test_axes_on_the_command_line_make_the_sweep_of_a_file():
+    written = ["lora.rank=4, 16", "lora.targets=attention,attention+mlp"]
+    sweep, rest = sweep_spec.of_axes(written, [f"--config={CONFIG}", *REST])
+    assert (sweep.config, rest) == (CONFIG, REST)
+    rank, targets = sweep.axes
+    assert rank == grid("lora.rank", 4, 16)
+    assert targets == grid("lora.targets", ("attention",), ("attention", "mlp"))
+    runs = expand(sweep, *rest)
+    assert len(runs) == 12 and runs[-1].config.lora.targets == ("attention", "mlp")
+    assert runs[0].config.steps == 3
+
+
+REST = ["--config.steps=3"]
+
+
+@pytest.mark.parametrize(
+    "axis, more, said",
+    [
+        ("lora.rnak=1,2", (), "did you mean 'lora.rank'"),
+        ("lora.rank=1,b", (), "'b' is no int"),
+        ("export=yes,no", (), "'yes' is no bool"),
+        ("lora.rank=4,4", (), "give each once"),
+        ("lora.rank=4,8", ("--config=b.py",), "there are 2"),
+    ],
+)
+def test_an_axis_that_makes_no_sense_is_refused(axis, more, said):
+    with pytest.raises(UserError, match=said):
+        sweep_spec.of_axes([axis], [f"--config={CONFIG}", *more])
+
+
 def test_seeds_whose_epochs_may_be_of_other_lengths_train_apart():
     found = expand(make(changes={"epochs": 2.0}, seeds=(0, 1, 2)))
     packs = run_packs.make_packs(found, 8, Path("sweep"))

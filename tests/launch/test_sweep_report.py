@@ -140,6 +140,22 @@ def test_the_table_is_that_of_the_metrics(folder):
         assert shown == pytest.approx([low, high], abs=6e-5)
 
 
+def test_the_values_are_those_of_the_page(folder):
+    sweep_page.write(folder)
+    values = json.loads((folder / "report.json").read_text())
+    shown = table(folder)
+    for cells in values["rows"]:
+        escaped = [*map(markdown_text.escaped, cells)]
+        assert shown[escaped[0]] == escaped
+    assert (values["done"], values["count"]) == (11, 12)
+    said = markdown_text.escaped(values["best"]["words"])
+    assert said in (folder / "report.md").read_text()
+    known = last_losses(folder).values()
+    assert values["best"]["value"] in {x for by_seed in known for x in by_seed.values()}
+    states = [run["state"] for run in values["runs"]]
+    assert states.count("done") == 11 and "step 20" in states[2]
+
+
 def test_the_verdicts_are_in_words(folder):
     sweep_page.write(folder)
     verdicts = {label: row[6] for label, row in table(folder).items()}

@@ -24,6 +24,22 @@ from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.live import run_feed
 
+SWEEP = {
+    "question": "Which?",
+    "metric": "loss",
+    "axes": [{"name": "lora.rank"}],
+    "runs": [{"name": "first", "point": ["4"], "seed": 0}],
+}
+
+
+def write_sweep(run):
+    """A sweep with one run, and its report."""
+    (run.parent / "sweep.json").write_text(json.dumps(SWEEP))
+    report = {"done": 0, "count": 1, "best": None, "origins": {}}
+    report |= {"header": ["lora.rank", "loss, mean"], "rows": [["4", "-"]]}
+    (run.parent / "report.json").write_text(json.dumps(report))
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 NAME = "sweep/first"
@@ -53,6 +69,7 @@ def served(tmp_path, monkeypatch):
     make_run(place.runs / NAME, "killed", lines)
     make_run(place.runs / "other", "finished")
     make_evaluation(place.runs / NAME)
+    write_sweep(place.runs / NAME)
     (place.runs / NAME / "checkpoints" / "60").mkdir(parents=True)
     (place.runs / "other" / "checkpoints" / "3").mkdir(parents=True)
     (place.runs / "prod").mkdir()
@@ -150,7 +167,7 @@ PATHS = (
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
     "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
     "/evaluate?flags=--run=", "/plans", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
-    "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
+    "/sweeps", "/sweep/runs/sweep", "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
     "/chat",
 )  # fmt: skip
 

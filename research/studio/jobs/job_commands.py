@@ -37,14 +37,38 @@ def flags_in(text: str, *doors: str) -> list[str]:
     Raises:
       UserError: a shell could not read it.
     """
-    try:
-        words = shlex.split(text.replace("\\\n", " "))
-    except ValueError as error:
-        raise UserError(f"this is no command: {error}") from error
+    words = _words(text)
     for last in ("--", *doors):
         if last in words:
             return words[words.index(last) + 1 :]
     return words
+
+
+def flags_behind(text: str, door: str) -> list[str]:
+    """The flags in a command of a launcher, those behind `--` among them.
+
+    Raises:
+      UserError: a shell could not read it.
+    """
+    words = _words(text)
+    return words[words.index(door) + 1 :] if door in words else words
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text.replace("\\\n", " "))
+    except ValueError as error:
+        raise UserError(f"this is no command: {error}") from error
+
+
+def sweeping(flags: Sequence[str]) -> list[str]:
+    """Trains a sweep on this machine; see `docs/sweeps.md`."""
+    return [python(), "-m", "launch.sweep", *flags]
+
+
+def reporting(folder: Path) -> list[str]:
+    """Reports what is done of a sweep."""
+    return [python(), "-m", "launch.report", f"--sweep={shown_paths([folder])[0]}"]
 
 
 def evaluating(flags: Sequence[str]) -> list[str]:

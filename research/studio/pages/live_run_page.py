@@ -181,9 +181,13 @@ def log(request: Request) -> Response:
 def report(request: Request) -> Response:
     """`report.html` as it is: one file, whose own styles are allowed and no script."""
     folder = find_run(request, request.query_params.get("run", ""))
-    path = folder / "report.html"
+    return own_page(folder / "report.html")
+
+
+def own_page(path: Path) -> Response:
+    """A page that a command has written, without scripts. Raises PageError: none."""
     if path.is_symlink() or not path.is_file():
-        raise not_found("this run has no report.html; it is written at the end")
+        raise not_found(f"there is no {path.name} yet; it is written at the end")
     policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     headers = {"content-security-policy": policy}
     return Response(path.read_bytes(), media_type="text/html", headers=headers)

@@ -26,6 +26,7 @@ TABS = (
     ("/data", "Data"),
     ("/train", "Train"),
     ("/evaluate", "Evaluate"),
+    ("/sweeps", "Sweeps"),
     ("/chat", "Chat"),
     ("/queue", "Queue"),
     ("/deploy", "Deploy"),

@@ -23,6 +23,7 @@ from research.studio.pages.page_view import (
     see,
     studio_of,
 )
+from research.studio.sweeps import sweep_files
 
 LOG_BYTES = 24_000
 
@@ -58,6 +59,8 @@ class JobViews:
             return f"/run/{urllib.parse.quote(name)}"
         if folder.name == EVALUATIONS:
             return address("/evaluate", run=self._runs.name(folder.parent))
+        if (folder / sweep_files.FILE).is_file():
+            return f"/sweep/{urllib.parse.quote(name)}"
         return ""
 
     @staticmethod

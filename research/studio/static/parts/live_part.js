@@ -9,7 +9,7 @@ for (const part of document.querySelectorAll("[data-part]")) follow(part);
 async function follow(part) {
   if (part.dataset.state === "absent") part = await replace(part, fetch(part.dataset.part));
   while (part?.isConnected && part.dataset.state === "running") {
-    await new Promise((resolve) => setTimeout(resolve, EVERY));
+    await new Promise((resolve) => setTimeout(resolve, Number(part.dataset.every ?? EVERY)));
     if (part.isConnected) part = await replace(part, fetch(part.dataset.part));
   }
 }

@@ -1,0 +1,1 @@
+"""Sweeps: the commands that start them, and the files of their folders."""

@@ -1,0 +1,128 @@
+"""The flags of `launch.sweep`: as the fields of a form, and checked before a start."""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from research.config.knobs import flat
+from research.config.run_config import Config
+from research.core.errors import UserError, nearest
+from research.studio.checks.config_presets import FOLDER as CONFIGS
+from research.studio.roots import shown_paths
+
+DOOR = "launch.sweep"
+# The flags that a form has; all others are for a shell.
+OWN = ("sweep", "axis", "folder", "seeds", "together", "metric")
+PATTERNS = {
+    "seeds": re.compile(r"\d{1,9}(,\d{1,9})*"),
+    "together": re.compile(r"[1-9]\d{0,2}"),
+    "metric": re.compile(r"[^\x00-\x1f]+"),
+}
+CONFIG, CHANGES = "config", "changes"
+KNOB = "--config."
+
+
+def sweep_files() -> dict[str, str]:
+    """The first line of each sweep file that comes with the code, by its path."""
+    found = {}
+    for file in sorted((CONFIGS / "sweeps").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        makes = {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
+        if "get_sweep" in makes:
+            said = ast.get_docstring(tree) or ""
+            found[shown_paths([file])[0]] = said.partition("\n")[0]
+    return found
+
+
+def fields_of(flags: Sequence[str]) -> dict[str, str]:
+    """The text of each field for some flags.
+
+    Raises:
+      UserError: a word is no flag that the form has.
+    """
+    fields = dict.fromkeys((*OWN, CONFIG, CHANGES), "")
+    middle = flags.index("--") if "--" in flags else len(flags)
+    own, trainer = [*flags[:middle]], flags[middle + 1 :]
+    while own:
+        word = own.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in OWN:
+            raise UserError(
+                f"{word!r} is no flag of the form, which has "
+                f"{', '.join(f'--{x}' for x in OWN)} and, after --, --config and "
+                "--config.KNOB=VALUE; start other sweeps in a shell"
+            )
+        if not equals and own and not re.match(r"--|-[^.\d]", own[0]):
+            value = own.pop(0)
+        fields[name] = f"{fields[name]}\n{value}".strip() if name == "axis" else value
+    changes = []
+    for word in trainer:
+        if word.startswith("--config=") and not fields[CONFIG]:
+            fields[CONFIG] = word.partition("=")[2]
+        elif word.startswith(KNOB) and "=" in word:
+            changes.append(word.removeprefix(KNOB))
+        else:
+            raise UserError(f"{word!r}: write --config.KNOB=VALUE after --")
+    return fields | {CHANGES: "\n".join(changes)}
+
+
+def flags_of(fields: Mapping[str, str]) -> list[str]:
+    """The flags for the text of fields: a file, or else axes and a config."""
+    text = {name: fields.get(name, "").strip() for name in (*OWN, CONFIG, CHANGES)}
+    flags = [f"--sweep={text['sweep']}"] if text["sweep"] else []
+    if not text["sweep"]:
+        axes = filter(None, map(str.strip, text["axis"].splitlines()))
+        flags += [f"--axis={axis}" for axis in axes]
+    for name in ("folder", "seeds", "together", "metric"):
+        flags += [f"--{name}={text[name]}"] if text[name] else []
+    config = [f"--config={text[CONFIG]}"] if not text["sweep"] else []
+    changes = filter(None, map(str.strip, text[CHANGES].splitlines()))
+    trainer = [*config, *(KNOB + change for change in changes)]
+    return [*flags, "--", *trainer] if trainer else flags
+
+
+def check_words(fields: Mapping[str, str]) -> None:
+    """Checks everything but paths and configs.
+
+    Raises:
+      UserError: a field makes no sense to the command.
+    """
+    files, knobs = sweep_files(), flat(Config())
+    if fields["sweep"] and fields["sweep"] not in files:
+        raise UserError(
+            f"--sweep={fields['sweep']}: a sweep file is a program, and the studio "
+            f"takes {', '.join(files)}; start any other in a shell"
+        )
+    if not (fields["sweep"] or fields["axis"]):
+        raise UserError("choose a sweep file, or write an axis, such as lora.rank=4,16")
+    for name, pattern in PATTERNS.items():
+        if fields[name] and not pattern.fullmatch(fields[name]):
+            raise UserError(f"--{name}={fields[name]!r} is not as --help has it")
+    for line in (*fields["axis"].splitlines(), *fields[CHANGES].splitlines()):
+        knob, equals, _ = line.partition("=")
+        if knob not in knobs or not equals:
+            near = nearest(knob, knobs)
+            raise UserError(f"{line!r}: write KNOB=VALUE; {knob!r} is no knob{near}")
+
+
+def named_paths(fields: Mapping[str, str]) -> list[str]:
+    """The data that the axes and changes name."""
+    return [
+        value.partition("=")[2]
+        for value in (*fields["axis"].splitlines(), *fields[CHANGES].splitlines())
+        if value.partition("=")[0] in ("data.path", "data.eval_path")
+    ]
+
+
+def new_folder(fields: Mapping[str, str], root: Path) -> Path:
+    """The folder of a sweep that has none: its file's, or a new one of its knobs."""
+    if fields["sweep"]:
+        return root / "sweeps" / Path(fields["sweep"]).stem
+    knobs = [line.partition("=")[0] for line in fields["axis"].splitlines()]
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(knobs)) or "sweep"
+    path, number = root / "sweeps" / plain, 1
+    while path.exists():
+        number += 1
+        path = root / "sweeps" / f"{plain}-{number}"
+    return path

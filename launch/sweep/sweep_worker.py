@@ -127,7 +127,7 @@ class SweepWorker:
             nonlocal said, reported
             now = time.monotonic()
             if now - reported >= LOG_EVERY:
-                # What is wrong with one run is said when all of them have ended.
+                # A run without the metric is an error only when all have ended.
                 with contextlib.suppress(UserError):
                     self._check()
                 # A report of many long runs takes a small share of the time.

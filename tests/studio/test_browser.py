@@ -167,7 +167,8 @@ PATHS = (
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
     "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
     "/evaluate?flags=--run=", "/plans", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
-    "/sweeps", "/sweep/runs/sweep", "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
+    "/sweeps", "/sweep/runs/sweep",
+    "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
     "/chat",
 )  # fmt: skip
 

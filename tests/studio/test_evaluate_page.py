@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from evaluation_folder import DIGEST, evaluated_row, make_evaluation
+from evaluation_folder import DIGEST, evaluated_row, judged, make_evaluation
 from studio_place import make_run
 
 from research.studio.jobs.job_queue import JobQueue
@@ -209,6 +209,15 @@ def test_a_file_that_holds_something_else_is_said_in_a_sentence(place, client, c
     assert answer.status_code == 400
     assert "run the evaluation again" in html.unescape(answer.text)
     assert client.get("/evaluate").status_code == 200
+
+
+def test_prompts_alone_have_no_losses_and_are_shown(place, client):
+    models = {name: {"run": "a", "answers": {}} for name in ("base", "tuned")}
+    one = {"tuned": {"empty": judged(0.5, 0.25, "better")}}
+    make_evaluation(place.runs / "a", models=models, comparisons=one)
+    page = client.get(f"/evaluation/runs/a/evaluations/{DIGEST}").text
+    assert "better in empty (from 0.500 to 0.250)" in page and "Losses" not in page
+    assert "cannot be used" not in client.get("/evaluate").text
 
 
 def test_evaluations_of_earlier_versions_and_without_a_baseline_are_shown(

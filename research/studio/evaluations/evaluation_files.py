@@ -16,13 +16,21 @@ from research.runs.display_files import EVALUATIONS
 from research.studio.listing.run_index import ListedRun
 
 FILE, ROWS = "evaluation.json", "rows.jsonl"
+
+
+def _shape_of_model(value: Any) -> dict[str, Any]:
+    losses = {"loss": NUMBER, "tokens": int, "by_group": dict}
+    has_loss = isinstance(value, dict) and "loss" in value
+    return {"run": str} | (losses if has_loss else {})  # Prompts alone have none.
+
+
 REQUIRED = {
     "step": int | None,
     "data": {"origin": str},
     "baseline": str,
     "differences": [str],
     "left_out": [str],
-    "models": {...: {"run": str, "loss": NUMBER, "tokens": int, "by_group": dict}},
+    "models": {...: _shape_of_model},
 }
 ANSWER = {"answer": str, "scores": {...: NUMBER | None}}
 ROW = {"row": str, "reference": str, "models": {...: ANSWER}}
@@ -110,6 +118,7 @@ class EvaluationResults:
 
     Attributes:
       values: the content of `evaluation.json`.
+      described: a sentence on the rows, the step and the baseline.
       verdicts: a sentence on each comparison.
       facts: sentences about rows and models.
       answers, losses, categories: tables; empty where nothing was measured.
@@ -117,6 +126,7 @@ class EvaluationResults:
     """
 
     values: Mapping[str, Any]
+    described: str
     verdicts: Sequence[str]
     facts: Sequence[str]
     answers: Table
@@ -141,6 +151,7 @@ def read_results(folder: Path, rows: Path | None) -> EvaluationResults:
         values = {name: type(shape)() for name, shape in OPTIONAL.items()} | values
         return EvaluationResults(
             values=values,
+            described=evaluation_page.described(values),
             verdicts=evaluation_page.verdict_sentences(values),
             facts=evaluation_page.row_facts(values),
             answers=evaluation_page.tabulate_answers(values),

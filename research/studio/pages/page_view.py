@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from research.core.visible_text import visible
 from research.report.progress_view import duration
+from research.report.result_tables import text_columns
 from research.serve.api.guard import read_limited
 from research.studio.jobs.job_commands import as_text
 from research.studio.page_errors import PageError
@@ -162,6 +163,7 @@ def _make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         "time": format_time,
         "duration": lambda seconds: "" if seconds is None else duration(seconds),
         "command": as_text,
+        "words": text_columns,
         "quote": lambda text: urllib.parse.quote(text, safe="/"),
     }
     environment.globals["address"] = address

@@ -233,7 +233,7 @@ async def check(request: Request) -> Response:
     studio, flags = studio_of(request), await _sent(request)
     if studio.queue.read().running:
         raise UserError(
-            "a run trains on this machine, and a check would take memory from it: "
+            "a job runs on this machine, and a check would take memory from it: "
             "check once it has ended, or start; the trainer checks before it begins"
         )
     command = commands.as_text(studio.checks.command(flags, rows_only=False))

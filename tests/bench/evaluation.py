@@ -35,11 +35,16 @@ from serving import ROOT, Side, rival
 
 from research.data.instructions.instruction_dataset import eval_batches
 from research.data.metric_sums import evaluate_weights
+from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Request, Sampling
-from research.evaluate.measuring.ask_models import ask_models
+from research.evaluate.measuring.ask_models import (
+    ask_group,
+    open_group,
+    requests_of,
+    share_bases,
+)
 from research.evaluate.measuring.evaluated_models import find_models, open_whole
 from research.evaluate.measuring.evaluated_rows import choose_rows
-from research.evaluate.measuring.kept_lines import KeptLines
 from research.evaluate.measuring.measure_models import AskedRows, documents_of
 from research.evaluate.measuring.row_losses import measure_rows
 from research.evaluate.run_evaluation import EvaluationChoices, read_rows
@@ -65,12 +70,16 @@ class Bench:
 
     def answers(self) -> Figures:
         """Answers per second."""
-        models, rounds = self.models.models, self.options.rounds
-        count = self.options.each * rounds
+        models, options = self.models.models, self.options
+        rounds = options.rounds
+        count = options.each * rounds
         asked = AskedRows.of(
             self.rows[:count], models, self.choices.sampling, self.choices.stop
         ).requests()
         keys = [*next(iter(asked.values()))]
+        [group] = share_bases(models)
+        opened, every = open_group(group), requests_of(group, asked)
+        tuned = asked[self.models.target.name]
         parts = np.array_split(keys, rounds)
         figures: Figures = {
             "ours": [],
@@ -78,25 +87,19 @@ class Bench:
             "tokens": [],
             "their tokens": [],
         }
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            rival(self.options.torch_python, "generate", self.options.merged) as side,
-        ):
+        with rival(self.options.torch_python, "generate", self.options.merged) as side:
             for number, part in enumerate([keys[: 2 * BATCH], *parts]):
-                requests = {
-                    model: {key: by_row[key] for key in part}
-                    for model, by_row in asked.items()
-                }
-                with KeptLines.opened(Path(folder), "answers", str(number)) as kept:
-                    ask = functools.partial(ask_models, models, requests, kept, 0)
-                    seconds, found = timed(ask)
-                tuned = requests[self.models.target.name].values()
-                generate = functools.partial(self._generate, side, [*tuned])
+                # As if the others were known: slots have one size in all rounds.
+                known = {key for key in every if key[1] not in part}
+                ask = functools.partial(ask_group, opened, every, known, options.slots)
+                seconds, found = timed(lambda ask=ask: [*ask()])
+                own = [tuned[key] for key in part]
+                generate = functools.partial(self._generate, side, own)
                 their_seconds, tokens = timed(generate)
                 if number:  # The first part compiles and warms.
                     figures["ours"].append(len(found) / seconds)
-                    figures["generate"].append(len(tuned) / their_seconds)
-                    ours = sum(x.tokens for x in found.values())
+                    figures["generate"].append(len(own) / their_seconds)
+                    ours = sum(FullAnswer.of(x).tokens for _, x, _ in found)
                     figures["tokens"].append(ours / seconds)
                     figures["their tokens"].append(tokens / their_seconds)
         return figures
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500, help="of the command")
     parser.add_argument("--new", type=int, default=96, help="most tokens of an answer")
     parser.add_argument("--each", type=int, default=32, help="rows of each round")
+    parser.add_argument("--slots", type=int, default=0, help="see research.evaluate")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="answers,scoring,command")
     parser.add_argument("--out", help="file of all figures, JSON")

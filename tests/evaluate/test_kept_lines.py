@@ -171,17 +171,13 @@ def test_a_cpu_gives_short_answers_more_slots():
         assert ask_models._parts(given, slots) == [(expected, given)]
 
 
-def test_the_time_left_follows_tokens_and_is_not_told_too_early():
+def test_the_time_left_follows_tokens_and_is_not_told_too_early(monkeypatch):
+    monkeypatch.setattr(ask_models, "MANY_SLOTS", 2)
     work = ask_models._Work(answers=4, prompts=300)
-    stats = lambda prompt, new: types.SimpleNamespace(  # noqa: E731
-        slots=2, prompt_tokens=prompt, new_tokens=new
-    )
     ended = [Piece(ids=(1,) * 10), Piece(ids=(1,) * 40, finish="stop")]
-    assert work.share(ended, stats(150, 60)) == 0, "as many end as there are slots"
-    assert work.share(ended, stats(200, 100)) == (200 + 100) / (300 + 4 * 50)
-    work.end()
-    assert work.share(ended, stats(60, 50)) == (300 + 110) / 500
-    assert work.share(ended, stats(100, 100)) == 1
+    assert work.share(ended, 210) == 0, "as many end as there are slots"
+    assert work.share(ended, 300) == 300 / (300 + 4 * 50)
+    assert work.share(ended, 410) == 410 / 500 and work.share(ended, 500) == 1
 
 
 def test_a_line_of_something_else_is_named(answers):

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from research.engine.continuous_batching import Engine
-from research.engine.requests import EngineStats, Piece, Request
+from research.engine.requests import Piece, Request
 from research.engine.text_generation import SlotDecoders
 from research.evaluate.measuring.ask_engine import ask
 from research.evaluate.measuring.evaluated_models import (
@@ -65,23 +65,14 @@ def ask_models(
             "models of different bases answer one after another: %s", listed
         )
     for group in groups:
-        every = {(x.name, row): r for x in group for row, r in requests[x.name].items()}
-        opened = None
-        # All requests count, so that a start that continues has slots of the same size.
-        for number, part in _parts(every, slots):
-            missing = {
-                k: _of(k, r, group) for k, r in part.items() if k not in kept.found
-            }
-            if not missing:
-                continue
-            opened = opened or open_group(group)
-            tokens = max(map(_room, part.values()))
-            with opened.engine(number, tokens, len(missing)) as engine:
-                for key, pieces in ask(engine, missing):
-                    kept.add(key, read(pieces))
-                    share = work.share(pieces, engine.stats())
-                    count.add(kept.found[key]["tokens"], share)
-            work.end()
+        every = requests_of(group, requests)
+        if every.keys() <= kept.found.keys():
+            continue
+        opened, before = open_group(group), work.done
+        for key, pieces, done in ask_group(opened, every, kept.found, slots):
+            kept.add(key, read(pieces))
+            count.add(kept.found[key]["tokens"], work.share(pieces, before + done))
+        del opened  # The base of the next group takes its memory.
     return {key: kept.found[key] for key in wanted}
 
 
@@ -113,31 +104,24 @@ class _Work:
     Attributes:
       answers: that are to be made.
       prompts: their tokens.
-      before: tokens of engines that have ended.
       ended, new: answers that have ended, and their tokens.
+      done: tokens of prompts and answers, ended or not.
     """
 
     answers: int
     prompts: int
-    before: int = 0
     ended: int = 0
     new: int = 0
-    _now: int = 0
+    done: int = 0
 
-    def share(self, pieces: Sequence[Piece], stats: EngineStats) -> float:
+    def share(self, pieces: Sequence[Piece], done: int) -> float:
         """One more answer has ended. The share that is done; 0: too early to tell."""
-        self.ended += 1
+        self.ended, self.done = self.ended + 1, done
         self.new += sum(len(piece.ids) for piece in pieces)
-        self._now = stats.prompt_tokens + stats.new_tokens
         # The first to end are the short ones.
-        if self.ended < min(stats.slots, self.answers):
+        if self.ended < min(MANY_SLOTS, self.answers):
             return 0.0
-        whole = self.prompts + self.new / self.ended * self.answers
-        return min(1.0, (self.before + self._now) / whole)
-
-    def end(self) -> None:
-        """The engine ends."""
-        self.before, self._now = self.before + self._now, 0
+        return min(1.0, done / (self.prompts + self.new / self.ended * self.answers))
 
 
 def share_bases(models: Sequence[EvaluatedModel]) -> list[list[EvaluatedModel]]:
@@ -146,6 +130,17 @@ def share_bases(models: Sequence[EvaluatedModel]) -> list[list[EvaluatedModel]]:
     for each in models:
         groups.setdefault(each.base_in_memory, []).append(each)
     return [*groups.values()]
+
+
+def requests_of(
+    group: Sequence[EvaluatedModel], requests: Mapping[str, Mapping[str, Request]]
+) -> dict[Key, Request]:
+    """The requests to the models of a group, by model and row."""
+    return {
+        (x.name, row): _of((x.name, row), request, group)
+        for x in group
+        for row, request in requests[x.name].items()
+    }
 
 
 def _of(key: Key, request: Request, group: Sequence[EvaluatedModel]) -> Request:
@@ -188,6 +183,30 @@ class OpenGroup:
             # Loading has consumed the arrays of the bank.
             self.params = decoder.params
             yield engine
+
+
+def ask_group(
+    opened: OpenGroup,
+    requests: Mapping[Key, Request],
+    known: Container[Key],
+    slots: int,
+) -> Iterator[tuple[Key, list[Piece], int]]:
+    """Yields each answer that is not known, and the tokens of prompts and answers so
+    far: those that are under way count.
+    """
+    before = 0
+    # All requests count, so that a start that continues has slots of the same size.
+    for number, part in _parts(requests, slots):
+        missing = {k: r for k, r in part.items() if k not in known}
+        if not missing:
+            continue
+        tokens = max(map(_room, part.values()))
+        with opened.engine(number, tokens, len(missing)) as engine:
+            for key, pieces in ask(engine, missing):
+                stats = engine.stats()
+                done = before + stats.prompt_tokens + stats.new_tokens
+                yield key, pieces, done
+        before = done
 
 
 def open_group(group: Sequence[EvaluatedModel]) -> OpenGroup:

@@ -1,11 +1,16 @@
 """`report.md` and `report.html`: the report of a run for reading later.
 
-Both show the same. The page is a single file, with its picture inside.
+Both show the same, and the page also the curves of the run. The page is a single file,
+with its pictures inside.
 """
 
 import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from research.core.text_templates import fill
 from research.core.visible_text import visible
@@ -17,11 +22,57 @@ from research.report.result_tables import (
     text_columns,
 )
 from research.report.run_results import COMPARED, RunResults
+from research.runs.thinning import thin
 
 TEMPLATES = Path(__file__).parent / "templates"
 STYLED = TEMPLATES / "page.html.jinja"  # the frame of every page
 # The page shows so many characters of a longer text, until a click.
 FOLDED, PREVIEW = 1500, 200
+# Curves beside those of the losses, by their field in a line of kind `train`.
+CURVES = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "tokens_per_s": "tokens per second",
+    "memory_gb": "peak memory, GB",
+}
+CURVE_POINTS, CURVE_WIDTH, CURVE_HEIGHT = 400, 600, 120
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnCurve:
+    """One curve as a line of SVG.
+
+    Attributes:
+      points: `x,y x,y`, in a box of `CURVE_WIDTH` and `CURVE_HEIGHT`.
+      low, high, last: values, as text.
+      steps: its first and last step.
+    """
+
+    title: str
+    points: str
+    low: str
+    high: str
+    last: str
+    steps: tuple[int, int]
+
+
+def drawn_curves(train: Sequence[Mapping[str, Any]]) -> list[DrawnCurve]:
+    """The curves of the lines of training steps, those that have two points."""
+    found = []
+    for field, title in CURVES.items():
+        known = [(x["step"], x[field]) for x in train if x.get(field) is not None]
+        x, y = np.array(known, float).reshape(-1, 2).T
+        x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+        if len(x) < 2:
+            continue
+        low, high = float(y.min()), float(y.max())
+        at, values = thin(x, y, CURVE_POINTS)
+        across = (at - x[0]) / (x[-1] - x[0]) * CURVE_WIDTH
+        up = (1 - (values - low) / ((high - low) or 1.0)) * CURVE_HEIGHT
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up, strict=True))
+        shown = (f"{value:.4g}" for value in (low, high, float(y[-1])))
+        found.append(DrawnCurve(title, points, *shown, (int(x[0]), int(x[-1]))))
+    return found
 
 
 def format_report(results: RunResults) -> str:
@@ -31,7 +82,13 @@ def format_report(results: RunResults) -> str:
 
 def format_page(results: RunResults, picture: bytes = b"") -> str:
     """The text of `report.html`; `picture` is a PNG file, or empty."""
-    return _fill("run.html.jinja", results, picture=base64.b64encode(picture).decode())
+    return _fill(
+        "run.html.jinja",
+        results,
+        picture=base64.b64encode(picture).decode(),
+        curves=drawn_curves(results.train),
+        box=(CURVE_WIDTH, CURVE_HEIGHT),
+    )
 
 
 def _fill(name: str, results: RunResults, **more: Any) -> str:

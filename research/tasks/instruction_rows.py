@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 
 from research.config.run_config import Config
 from research.core.visible_text import counted
 from research.data.instructions.instruction_dataset import load_dataset
 from research.data.instructions.row_selection import read_records
+from research.data.instructions.row_store import StoredDocuments
 from research.data.instructions.unused_columns import describe_unused
 from research.formats.base_model import Base
+from research.tasks.row_preview import RowPage, preview_rows
 from research.tasks.task_protocol import EvaluationRows
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
+
+MOST_COMPARED = 200_000  # rows
 
 
 def chat_format(config: Config, tokenizer: Tokenizer) -> ChatFormat:
@@ -58,6 +63,44 @@ def held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
         packed=data.held_out,
         records=lambda: data.held_out_records,
     )
+
+
+def browse_rows(config: Config, base: Base, first: int, count: int) -> RowPage:
+    """The training rows from number `first` on, at most `count` of them.
+
+    Copies are searched among the first `MOST_COMPARED` rows of each side.
+    """
+    chat = chat_format(config, base.tokenizer)
+    data = load_dataset(config.data, config.seed, chat, config.text)
+    documents = data.train.documents
+    numbers = range(first, min(first + count, len(documents)))
+    shown = preview_rows(
+        data.train.batch([[number] for number in numbers]),
+        data.categories,
+        lambda ids: base.tokenizer.decode(ids, skip_control=False),
+        lambda row, _: documents.where(numbers[row]),
+    )
+    counts, sides = data.counts, (documents, data.held_out.documents)
+    return RowPage(
+        first=first,
+        documents=[row.documents[0] for row in shown],
+        lengths=documents.slots + 1,
+        copies=_copies(sides),
+        too_long=counts.truncated + counts.dropped.get("too long", 0),
+    )
+
+
+def _copies(sides: Iterable[StoredDocuments]) -> list[tuple[str, str]]:
+    """`(place, place of the first)` of documents with the ids of one before."""
+    before: dict[bytes, str] = {}
+    found = []
+    for side in sides:
+        for number in range(min(len(side), MOST_COMPARED)):
+            ids, place = side[number].ids, side.where(number)
+            key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+            if (first := before.setdefault(key, place)) != place:
+                found.append((place, first))
+    return found
 
 
 def training_records(config: Config, base: Base) -> Iterator[Record]:

@@ -30,6 +30,7 @@ from research.tasks.findings import (
     examine_lost_text,
 )
 from research.tasks.instruction_rows import (
+    browse_rows,
     chat_format,
     held_out_rows,
     rows_of_files,
@@ -354,6 +355,7 @@ KIND = TaskKind(
     rows_of_files=rows_of_files,
     held_out_rows=held_out_rows,
     training_records=training_records,
+    browse=browse_rows,
     objective=CrossEntropy.of,
     expected_groups=lambda config: CATEGORIES,
     prompt_format=lambda config, base: chat_format(config, base.tokenizer),

@@ -74,6 +74,26 @@ class PreviewRow:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class RowPage:
+    """Some training rows of a data set, and facts about all of them.
+
+    Attributes:
+      first: the number of the first of `documents`, from 0.
+      documents: the rows, as the model reads them.
+      lengths: int `[rows]`, tokens of every training row.
+      copies: `(place, place of the first)` of rows with the same tokens as one before;
+        held-out rows are among them.
+      too_long: rows that were cut or dropped, because they were too long.
+    """
+
+    first: int
+    documents: Sequence[PreviewDocument]
+    lengths: np.ndarray
+    copies: Sequence[tuple[str, str]]
+    too_long: int
+
+
 def preview_rows(
     batch: "Batch",
     groups: Sequence[str],

@@ -19,7 +19,7 @@ from research.engine.text_generation import TextGenerator
 from research.formats.base_model import Base
 from research.tasks.findings import Finding
 from research.tasks.model_answers import HeldOutPrompt, Sample
-from research.tasks.row_preview import PreviewRow
+from research.tasks.row_preview import PreviewRow, RowPage
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer import Tokenizer
 
@@ -143,6 +143,8 @@ class TaskKind:
         None where it holds out none.
       training_records: `training_records(config, base)` reads the rows that a run
         trains, one by one; None where they are no prompts with answers.
+      browse: `browse(config, base, first, count)` gives some training rows and facts of
+        all, for pages; None where the first rows of a batch are all that is shown.
     """
 
     load: Callable[[Config, Base], Task]
@@ -159,3 +161,4 @@ class TaskKind:
         lambda config, base: None
     )
     training_records: Callable[[Config, Base], Iterable[Record]] | None = None
+    browse: Callable[[Config, Base, int, int], RowPage] | None = None

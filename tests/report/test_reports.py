@@ -374,7 +374,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
     )
     odd = {"kind": "eval", "step": 3, "loss": 1, "tokens/a": "x"}
     (folder.path / "metrics.jsonl").write_bytes(json.dumps(odd).encode() + b"\n\xff\n")
-    finish_run.finish(run)
+    finish_run.finish(run, 3)
     facts = json.loads((folder.path / "complete.json").read_text())
     assert "the answers: ValueError: no base" in facts["missing in the report"]
     assert "report.md: TypeError" in facts["missing in the report"]
@@ -435,3 +435,23 @@ def test_a_file_of_a_run_that_holds_something_else_is_named(tmp_path, name):
         (tmp_path / f"{name}.json").write_text(content)
         with pytest.raises(UserError, match=f"{name}.json cannot be used .*remove it"):
             read(tmp_path)
+
+
+def test_the_page_draws_the_course_of_the_run_and_no_peak_is_lost():
+    line = {"kind": "train", "loss": 1.0, "tokens": 1}
+    train = [
+        line
+        | {"step": n, "learning_rate": 1e-3, "grad_norm": 50.0 if n == 777 else 1.0}
+        for n in range(1, 3001)
+    ]
+    train[5]["grad_norm"] = math.nan
+    rate, norm = run_page.drawn_curves(train)
+    assert (rate.title, rate.last, rate.steps) == ("learning rate", "0.001", (1, 3000))
+    assert (norm.low, norm.high) == ("1", "50")
+    points = [tuple(map(float, point.split(","))) for point in norm.points.split()]
+    assert len(points) <= run_page.CURVE_POINTS + 2 and "nan" not in norm.points
+    assert [p for p in points if p[1] < 60] == [(pytest.approx(155.25, abs=0.1), 0.0)]
+    assert points[0][0] == 0 and points[-1][0] == run_page.CURVE_WIDTH
+    page = run_page.format_page(results(["a"], train=train))
+    assert page.count("<polyline") == 2 and "<script" not in page
+    assert run_page.drawn_curves(train[:1]) == run_page.drawn_curves([]) == []

@@ -68,5 +68,5 @@ def test_no_report_is_made_of_a_folder_that_was_moved(folder):
     move(folder, anew=False)
     run = types.SimpleNamespace(config=Config(steps=9), folder=folder)
     with pytest.raises(SaveError, match=r"all 9 steps are saved, .* moved or removed"):
-        finish(run)
+        finish(run, 9)
     assert not folder.path.exists()

@@ -1,12 +1,26 @@
 """The data page: files below the roots, columns, uploads, and what a check finds."""
 
+import itertools
 import json
+import re
 import time
 
+import numpy as np
 import pytest
+from tiny_model import make_tiny_model
 
+from research.studio.checks import __main__ as checks_door
 from research.studio.checks import check_process
 from research.studio.checks.check_process import Checks
+from research.studio.checks.config_presets import first_preset
+from research.studio.checks.row_survey import (
+    BLOCK,
+    histogram,
+    read_survey,
+    summed_up,
+    write_survey,
+)
+from research.tasks.row_preview import PreviewDocument, PreviewSpan, RowPage
 
 ROW = {"question": "What is <b>red</b>?", "reply": "A colour.", "kind": "plain"}
 
@@ -23,7 +37,7 @@ def started(monkeypatch):
     """The flags of the checks that are started; none is run."""
     found = []
     monkeypatch.setattr(
-        Checks, "start", lambda self, flags, rows_only: found.append(flags)
+        Checks, "start", lambda self, flags, rows_only, first: found.append(flags)
     )
     return found
 
@@ -75,7 +89,7 @@ def script(monkeypatch, code):
     monkeypatch.setattr(
         check_process,
         "checking",
-        lambda flags, into, rows_only: ["", "-c", code % into],
+        lambda flags, into, rows_only, first: ["", "-c", code % into],
     )
 
 
@@ -119,3 +133,113 @@ def test_a_check_that_fails_says_why_and_a_new_one_ends_the_last(tmp_path, monke
     found = ended(checks, ["bad"])
     assert (found.problem, found.is_red) == ("no such column", True)
     assert checks.read(["never"], rows_only=True).state == "absent"
+
+
+# -- all rows ------------------------------------------------------------------------
+
+
+def survey(place, flags, first=0, **more):
+    """Files as a check of 450 rows leaves them."""
+    spans = [PreviewSpan((), "ask", False), PreviewSpan((), "<u>", True)]
+    numbers = range(first, min(first + BLOCK, 450))
+    rows = [PreviewDocument("", f"row-{n}", tuple(spans)) for n in numbers]
+    page = RowPage(first, rows, np.full(450, 40), [("b:2", "<b>:1")], 3)
+    checks = place.state.checks
+    folder = checks._place(flags, True, first)
+    folder.mkdir(parents=True)
+    (folder / "process.json").write_text('{"pid": 99999999, "born": 1.0}')
+    (folder / "doctor.json").write_text('{"findings": []}')
+    write_survey(folder, summed_up(page, ["rows.jsonl:7: <i>empty</i>"], 63))
+
+
+def test_all_rows_are_paged_with_bounded_work_for_each_page(place, started):
+    flags = ["--config=configs/finetune_dolly.py", "--config.data.path=embedded"]
+    survey(place, flags)
+    survey(place, flags, BLOCK)
+    client = place.client()
+
+    def places(at):
+        return re.findall(r"row-(\d+)", client.get(f"/data?file=embedded{at}").text)
+
+    assert places("") == [str(n) for n in range(10)]
+    assert places("&at=195") == [str(n) for n in range(190, 200)]
+    assert places("&at=200") == [str(n) for n in range(200, 210)]
+    page = client.get("/data?file=embedded").text
+    assert "at=10#rows" in page and 'rel="prev"' not in page
+    assert "ask<mark>&lt;u&gt;</mark>" in page
+    assert "rows.jsonl:7: &lt;i&gt;empty" in page and "b:2 is &lt;b&gt;:1" in page
+    assert "<strong>3 rows were too long" in page
+    # The next block has not been read: a button reads it.
+    beyond = client.get("/data?file=embedded&at=400").text
+    assert "Read the rows from 401 on" in beyond and not places("&at=400")
+    for at in ("&at=-1", "&at=x", "&at=٣"):
+        assert places(at)[0] == "0"
+    assert client.post("/act/look", data={"file": "embedded", "at": "400"}).is_redirect
+    assert started == [flags]
+
+
+def test_lengths_are_counted_up_to_the_limit():
+    found = histogram(np.array([1, 4, 5, 64, 64]), 63)
+    assert found[0] == (1, 4, 2) and found[1] == (5, 8, 1) and found[-1] == (61, 64, 2)
+    assert sum(rows for *_, rows in found) == 5
+    for seq_len in (1, 15, 16, 17, 100, 8192):
+        found = histogram(np.arange(1, seq_len + 2), seq_len)
+        assert found[0][0] == 1 and found[-1][1] == seq_len + 1 and len(found) <= 16
+        assert all(x[1] + 1 == y[0] for x, y in itertools.pairwise(found))
+        assert all(most - least + 1 == rows for least, most, rows in found)
+
+
+def test_a_check_of_rows_writes_what_the_page_shows(tmp_path, monkeypatch):
+    make_tiny_model(tmp_path / "model")
+    rows = [{"instruction": f"say {n % 20}", "response": "yes"} for n in range(24)]
+    rows[5]["response"], rows[6]["response"] = "", "long " * 40
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    flags = {
+        **{"model.init_from": tmp_path / "model", "text.cache_dir": tmp_path / "cache"},
+        **{"data.path": tmp_path / "rows.jsonl", "data.seq_len": 48, "steps": 1},
+        **{"data.batch_size": 1, "data.held_out": 4, "run_dir": tmp_path / "run"},
+        **{"data.microbatch_size": 0, "epochs": 0, "data.overlength": "drop"},
+    }
+    into = tmp_path / "into"
+    words = [f"--config.{name}={value}" for name, value in flags.items()]
+    door = ["checks", f"--into={into}", "--rows_only", "--first=3"]
+    assert checks_door.main([*door, f"--config={first_preset()}", *words]) == 0
+    found = read_survey(into)
+    assert (found.total, found.first, found.too_long) == (18, 3, 1)
+    assert len({row.where for row in found.rows}) == 15
+    assert found.copy_count == 4 and found.left_out_count == 2
+    assert all("yes" in row.spans[-1].text for row in found.rows)
+    assert all(row.spans[-1].trained for row in found.rows)
+
+
+SOURCES = "--config.text.sources="
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ({"hub": "owner/name"}, ["--config.data.path=hub://owner/name"]),
+        ({"hub": "hub://a/b@main"}, ["--config.data.path=hub://a/b@main"]),
+        (
+            {"file": "data/notes.md"},
+            ["--config.text.sources=('notes={data}/notes.md',)"],
+        ),
+        ({"file": "data", "read": "text"}, ["--config.text.sources=('data={data}',)"]),
+    ],
+)
+def test_the_hub_folders_and_raw_text_are_sources(place, started, fields, flags):
+    (place.data / "notes.md").write_text("# Notes\n")
+    client = place.client()
+    assert client.post("/act/look", data=fields).is_redirect
+    preset, *found = started[0]
+    assert found == [flag.format(data=place.data) for flag in flags]
+    assert ("pretrain_tiny" in preset) == ("text" in flags[0])
+    assert "Look at the" in client.get("/data", params=fields).text
+
+
+def test_raw_text_outside_of_the_roots_is_refused_on_the_train_page(place):
+    flags = "--config=configs/pretrain_tiny.py --config.text.sources=\"('x=/etc',)\""
+    assert (
+        "lies outside of" in place.client().get("/train", params={"flags": flags}).text
+    )

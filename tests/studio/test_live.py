@@ -15,9 +15,9 @@ import pytest
 from served_studio import ServedStudio, append
 from studio_place import TOKEN, eval_line, make_run, train_line
 
+from research.runs.thinning import smooth, thin
 from research.studio.live import run_feed
 from research.studio.live.metric_columns import Cursor, MetricColumns
-from research.studio.live.thinning import smooth, thin
 
 
 def test_columns_follow_a_file_that_is_written_in_pieces(tmp_path):

@@ -41,7 +41,9 @@ def test_to_look_at_a_lock_never_keeps_a_trainer_out(tmp_path):
 @pytest.mark.parametrize("end", ["stopped", "failed", "finished"])
 def test_the_state_says_how_a_run_ended(tmp_path, end):
     state = read_state(make_run(tmp_path / "a", end), is_training=False)
-    assert (state.state, state.step, state.steps) == (end, 3, 5)
+    # A loss may end a run before its planned step.
+    steps = 3 if end == "finished" else 5
+    assert (state.state, state.step, state.steps) == (end, 3, steps)
     assert (state.loss, state.held_out) == (1.0, 3.5)
 
 

@@ -126,3 +126,19 @@ def test_the_folder_of_a_run_is_never_taken_twice(place):
     assert flags == [PRESET, flag("run_dir", place.runs / "finetune_dolly-2")]
     with pytest.raises(UserError, match="no knob"):
         train_page.read_flags("rm -rf /")
+
+
+def test_knobs_that_act_in_the_job_come_first_and_the_others_say_what_they_need(client):
+    def first(flags):
+        page = client.get("/train", params={"flags": flags}).text
+        return re.findall(r'id="knob\.([\w.]+)"', page.partition("All other knobs")[0])
+
+    rows, text = first(PRESET), first("--config=configs/pretrain_tiny.py")
+    assert "data.path" in rows and "lora.rank" in rows and "text.sources" not in rows
+    assert "text.cut" in text and "model.preset" in text and "data.path" not in text
+    assert "lora.rank" not in first(f"{PRESET} --config.trainable=full")
+    page = html.unescape(client.get("/train", params={"flags": PRESET}).text)
+    needed = "would need: config.data.kind is not 'instructions'"
+    assert needed in page.partition('id="knob.text.overlap"')[2].partition("</div>")[0]
+    # Flags that contradict each other still leave a form.
+    assert "data.path" in first(f"{PRESET} --config.steps=5 --config.epochs=2")

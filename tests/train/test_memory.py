@@ -86,7 +86,7 @@ def test_the_report_holds_one_model_at_a_time(monkeypatch):
     monkeypatch.setattr(finish_run, "_trained", trained)
     monkeypatch.setattr(finish_run, "base_generator", load)
     with pytest.raises(KeyboardInterrupt, match="seen"):
-        finish_run._finish(run)
+        finish_run._finish(run, 4)
 
 
 def test_a_long_prompt_forms_no_square_of_its_length(model):

@@ -10,6 +10,7 @@ from research.config import command_line
 from research.config.knobs import knob
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.studio.checks.row_survey import BLOCK
 
 if TYPE_CHECKING:
     from research.train import doctor
@@ -20,7 +21,8 @@ python -m research.studio.checks --into=FOLDER [--rows_only] --config=FILE.py
 
 Reads the data and the model of a run as `research.train` does before its first step,
 writes the doctor's findings and the first training rows into FOLDER, and trains
-nothing. The run directory is not touched.
+nothing. The run directory is not touched. With --rows_only it also writes rows.json:
+lengths, copies, dropped rows, and training rows one by one.
 """
 
 
@@ -28,6 +30,9 @@ nothing. The run directory is not touched.
 class CheckFlags:
     into: str = knob("", "folder for doctor.json and preview.json", is_path=True)
     rows_only: bool = knob(False, "look at the rows; no parameter is read")
+    first: int = knob(
+        0, f"with rows_only, the first of {BLOCK} rows that rows.json shows", low=0
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
     folder = Path(f.into)
     folder.mkdir(parents=True, exist_ok=True)
-    found = _rows(config) if f.rows_only else _start(config)
+    found = _rows(config, folder, f.first) if f.rows_only else _start(config)
     doctor.save(folder, found)
     bad = [finding for finding in found.findings if not finding.ok]
     for finding in bad:
@@ -48,14 +53,20 @@ def main(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def _rows(config: Config) -> "doctor.Examination":
-    """Examines the rows alone."""
+def _rows(config: Config, folder: Path, first: int) -> "doctor.Examination":
+    """Examines the rows alone, and writes what a page shows of them."""
     from research.runs.lineage.base_of_run import open_start
     from research.runs.run_directory import RunDir
+    from research.studio.checks.row_survey import summed_up, write_survey
     from research.tasks import task_registry
     from research.train import doctor
 
-    task = task_registry.load_task(config, open_start(config, RunDir(config.run_dir)))
+    base = open_start(config, RunDir(config.run_dir))
+    task = task_registry.load_task(config, base)
+    if browse := task_registry.find_kind(config).browse:
+        page = browse(config, base, first, BLOCK)
+        found = summed_up(page, task.left_out, config.data.seq_len)
+        write_survey(folder, found)
     return doctor.Examination(task.examine(), task.preview(doctor.PREVIEW_ROWS))
 
 

@@ -81,9 +81,12 @@ def launching(flags: Sequence[str]) -> list[str]:
     return [python(), "-m", "launch", "local", "--", *flags]
 
 
-def checking(flags: Sequence[str], into: Path, *, rows_only: bool) -> list[str]:
+def checking(
+    flags: Sequence[str], into: Path, *, rows_only: bool, first: int = 0
+) -> list[str]:
     """Looks at a start and trains nothing; see `research.studio.checks`."""
     kind = ["--rows_only"] if rows_only else []
+    kind += [f"--first={first}"] if first else []
     place = f"--into={shown_paths([into])[0]}"
     return [python(), "-m", "research.studio.checks", place, *kind, *flags]
 

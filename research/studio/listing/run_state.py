@@ -36,7 +36,8 @@ class RunState:
       cause: why the newest start ended; empty while it runs.
       step: updates made; None before the first start has begun.
       first: the step that the newest start began with.
-      steps: the last step of the whole run; 0 where it is not known.
+      steps: the last step of the whole run, which a loss may have ended before the
+        planned one; 0 where it is not known.
       loss: of the newest update; None without one.
       held_out: of the newest evaluation; None without one.
       began: ISO 8601, of the first start; empty without one.
@@ -69,6 +70,8 @@ def read_state(folder: Path, *, is_training: bool) -> RunState:
     changed = _changed(folder)
     state = _state(folder, last, changed, is_training=is_training)
     steps = [x["steps"] for x in starts if isinstance(x.get("steps"), int)]
+    if state == "finished" and train:
+        steps.append(train["step"])
     return RunState(
         state=state,
         cause="" if state == "running" else str(last.get("cause") or ""),

@@ -2,10 +2,12 @@
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,12 +15,15 @@ from starlette.routing import Route
 
 from research.config.choices import EMBEDDED
 from research.config.data_knobs import ColumnsConfig
-from research.config.field_names import flag
+from research.config.field_names import flag, name_sources
 from research.core.errors import UserError
+from research.core.hub_access import is_hub
 from research.data.compressed_files import kind_of
 from research.data.instructions.row_files import row_files
 from research.data.row_readers import READERS, BadRowError, read_rows
-from research.studio.checks.config_presets import first_preset
+from research.studio.checks.check_process import Check
+from research.studio.checks.config_presets import FOLDER, first_preset
+from research.studio.checks.row_survey import BLOCK
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import (
     Form,
@@ -37,40 +42,90 @@ MOST_FILES = 500
 # A .json file is read whole, and the server must stay small.
 LARGEST_WHOLE = 64 << 20  # bytes
 NO_COLUMN = "the usual names"
+# Files of raw text, which a model continues; all other files hold rows.
+TEXTS = (".txt", ".md")
+TEXT_PRESET = "pretrain_tiny.py"
+KINDS = (*READERS, *TEXTS)
+PAGE = 10  # rows
 
 
 def data(request: Request) -> Response:
     """The page: files, the mapping of columns, and what a check has found."""
-    studio, fields = studio_of(request), request.query_params
-    chosen = fields.get("file", "")
+    fields = request.query_params
+    chosen = _chosen(fields)
     values = {"columns": [], "problem": "", "flags": [], "check": None, "command": None}
+    values |= {"is_text": _is_text(chosen, fields), "rows": None, "tallest": 1}
     if chosen:
         try:
-            flags = _flags(request, fields)
-            values["columns"] = _columns(request, chosen)
-            values |= {
-                "flags": flags,
-                "check": studio.checks.read(flags, rows_only=True),
-                "command": studio.checks.command(flags, rows_only=True),
-            }
+            values |= _opened(request, chosen, fields)
         except UserError as error:
             values["problem"] = str(error)
+    roots = studio_of(request).data
     return render(
         request,
         "data.html.jinja",
         title="Data",
         files=[*itertools.islice(data_files(request), MOST_FILES)],
-        folders=list(studio.data.folders),
+        folders=list(roots.folders),
         embedded=EMBEDDED,
         chosen=chosen,
+        hub=chosen if is_hub(chosen) else "",
         mapped=[(f.name, f.metadata["facts"].help) for f in MAPPED],
         given={f.name: fields.get(f.name, "") for f in MAPPED},
         usual=NO_COLUMN,
         skips=fields.get("skip", "") == "yes",
-        kinds=", ".join(READERS),
+        kinds=", ".join(KINDS),
         said=fields.get("said", ""),
         **values,
     )
+
+
+def _chosen(fields: Mapping[str, str]) -> str:
+    """A file or folder as the roots name it, or the address of a data set."""
+    hub = fields.get("hub", "").strip()
+    if hub and not is_hub(hub):
+        return f"hub://{hub}"
+    return hub or fields.get("file", "")
+
+
+def _is_text(chosen: str, fields: Mapping[str, str]) -> bool:
+    """Whether it is raw text for pre-training, and not rows with answers."""
+    return fields.get("read", "") == "text" or kind_of(Path(chosen)) in TEXTS
+
+
+def _opened(request: Request, chosen: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a choice that the page shows. Raises UserError: none can be."""
+    studio, flags = studio_of(request), _flags(request, fields)
+    at = _number(fields.get("at", ""))
+    first = at // BLOCK * BLOCK
+    check = studio.checks.read(flags, rows_only=True, first=first)
+    survey = check.survey
+    return {
+        "columns": [] if _is_text(chosen, fields) else _columns(request, chosen),
+        "flags": flags,
+        "check": check,
+        "command": studio.checks.command(flags, rows_only=True, first=first),
+        "tallest": max([1, *(n for *_, n in survey.lengths)]) if survey else 1,
+        "rows": _page_of(check, at, {k: v for k, v in fields.items() if k != "at"}),
+    }
+
+
+def _page_of(check: Check, at: int, fields: dict[str, str]) -> dict[str, Any]:
+    """The rows from number `at` on, and the pages before and after them."""
+    survey = check.survey
+    total = survey.total if survey else 0
+    begin = at - survey.first if survey else 0
+    return {
+        "at": at,
+        "shown": survey.rows[begin : begin + PAGE] if survey else [],
+        "before": address("/data", **fields, at=max(at - PAGE, 0)) if at else "",
+        "after": address("/data", **fields, at=at + PAGE) if at + PAGE < total else "",
+    }
+
+
+def _number(text: str) -> int:
+    """The number of a page's first row, which a person may have typed."""
+    return int(text) // PAGE * PAGE if text.isascii() and text.isdecimal() else 0
 
 
 def data_files(request: Request) -> Iterator[tuple[str, int]]:
@@ -80,7 +135,7 @@ def data_files(request: Request) -> Iterator[tuple[str, int]]:
         for folder, inner, names in os.walk(top):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             for path in (Path(folder, name) for name in sorted(names)):
-                if path.name.startswith(".") or kind_of(path) not in READERS:
+                if path.name.startswith(".") or kind_of(path) not in KINDS:
                     continue
                 try:
                     name = roots.name(path)
@@ -91,14 +146,17 @@ def data_files(request: Request) -> Iterator[tuple[str, int]]:
 
 def _path(request: Request, chosen: str) -> str:
     """The value of `config.data.path` for what was chosen. Raises PageError."""
-    if chosen == EMBEDDED:
-        return EMBEDDED
+    if chosen == EMBEDDED or is_hub(chosen):
+        return chosen
     return shown_paths([studio_of(request).data.find(chosen)])[0]
 
 
 def _columns(request: Request, chosen: str) -> list[str]:
-    """The columns of the first rows. Raises UserError: the file cannot be read."""
-    if chosen == EMBEDDED:
+    """The columns of the first rows. Raises UserError: the file cannot be read.
+
+    Nobody knows those on the hub before a check has read them.
+    """
+    if chosen == EMBEDDED or is_hub(chosen):
         return []
     names: dict[str, None] = {}
     for file in row_files(str(studio_of(request).data.find(chosen)))[:1]:
@@ -115,7 +173,13 @@ def _columns(request: Request, chosen: str) -> list[str]:
 
 def _flags(request: Request, fields: Mapping[str, str]) -> list[str]:
     """The trainer's flags for the choices of the form. Raises PageError."""
-    path = _path(request, fields.get("file", ""))
+    chosen = _chosen(fields)
+    path = _path(request, chosen)
+    if _is_text(chosen, fields):
+        if chosen == EMBEDDED:
+            raise UserError("the embedded sample has rows, and no raw text")
+        sources = flag("text.sources", name_sources(path))
+        return [f"--config={shown_paths([FOLDER / TEXT_PRESET])[0]}", sources]
     named = [
         flag(f"data.columns.{f.name}", fields[f.name])
         for f in MAPPED
@@ -128,19 +192,20 @@ def _flags(request: Request, fields: Mapping[str, str]) -> list[str]:
 async def look(request: Request) -> Response:
     """Starts a check of the rows with the choices of the form."""
     form = await Form.read(request)
-    names = ("file", "skip", *(field.name for field in MAPPED))
+    names = ("file", "hub", "read", "at", "skip", *(field.name for field in MAPPED))
     fields = {name: form.get(name) for name in names if form.get(name)}
     flags = _flags(request, fields)
-    checks = studio_of(request).checks
-    await asyncio.to_thread(checks.start, flags, rows_only=True)
+    first = _number(fields.get("at", "")) // BLOCK * BLOCK
+    start = functools.partial(studio_of(request).checks.start, flags, rows_only=True)
+    await asyncio.to_thread(start, first=first)
     return see("/data", **fields)
 
 
 async def upload(request: Request) -> Response:
     """Writes a file into the first of the data folders."""
     studio, name = studio_of(request), request.path_params["name"]
-    if kind_of(Path(name)) not in READERS:
-        raise UserError(f"{name}: the name must end in {', '.join(READERS)}")
+    if kind_of(Path(name)) not in KINDS:
+        raise UserError(f"{name}: the name must end in {', '.join(KINDS)}")
     folder = studio.data.first
     found = await receive_upload(request, folder, name)
     written = studio.data.name(folder / found.path.name)

@@ -1,5 +1,6 @@
 """One run: figures and curves as they come, samples, log, findings, starts."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from research.runs.display_files import read_findings, read_samples
 from research.runs.run_directory import RunDir
 from research.runs.run_history import goodput
 from research.runs.run_history import read as read_history
+from research.runs.thinning import MOST_POINTS, smooth, thin
 from research.studio.jobs import job_commands as commands
 from research.studio.jobs.job_logs import last_error, log_of, tail
 from research.studio.listing.run_index import is_run
 from research.studio.listing.run_notes import read_notes
 from research.studio.live.metric_columns import MetricColumns, held_out_curves
 from research.studio.live.run_feed import figures, plain_list
-from research.studio.live.thinning import MOST_POINTS, smooth, thin
 from research.studio.page_errors import not_found
 from research.studio.pages.page_view import json_answer, render, studio_of
 from research.studio.roots import shown_paths
+from research.tasks.model_answers import Sample
 
 # Field, title, unit of each chart of a `train` line.
 CHARTS = (
@@ -105,7 +107,7 @@ def _from_files(folder: Path) -> dict[str, Any]:
             found["problems"].append(str(error))
 
     read("findings", [], lambda: read_findings(folder))
-    read("samples", [], lambda: read_samples(folder)[-SAMPLES:][::-1])
+    read("samples", [], lambda: _newest_samples(folder))
     read("history", {}, lambda: read_history(folder / "run.json"))
     starts = found["history"].get("starts", [])
     read("goodput", None, lambda: goodput(starts) if starts else None)
@@ -173,9 +175,15 @@ async def events(request: Request) -> Response:
 
 
 def log(request: Request) -> Response:
-    """The end of the log, for a page that is open."""
+    """The end of the log and the newest samples, for a page that is open."""
     folder = find_run(request, request.query_params.get("run", ""))
-    return json_answer({"log": tail(log_of(folder), LOG_BYTES)})
+    samples = [dataclasses.asdict(sample) for sample in _newest_samples(folder)]
+    return json_answer({"log": tail(log_of(folder), LOG_BYTES), "samples": samples})
+
+
+def _newest_samples(folder: Path) -> list[Sample]:
+    """The samples that the page shows, the newest first."""
+    return read_samples(folder)[-SAMPLES:][::-1]
 
 
 def report(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Train: a config, its knobs as a form, a check by the doctor, and the start."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.routing import Route
 from research.checkpoints.stored_steps import step_folders
 from research.config.choices import EMBEDDED
 from research.config.command_line import NoFlags, parse_with_config
+from research.config.cross_knob_rules import idle
 from research.config.field_names import flag, given_flags
 from research.config.help_text import type_name
 from research.config.knobs import facts_of, fields, flat
@@ -29,11 +31,11 @@ from research.studio.pages.run_actions import enqueue
 from research.studio.roots import shown_paths
 from research.studio.studio_state import StudioState
 
-# Shown first; all others are in the list below them.
+# Shown first where they act in the job; all others are in the list below them.
 MOST_USED = (
     "run_dir", "model.init_from", "trainable", "data.path", "steps", "epochs",
     "optim.learning_rate", "data.seq_len", "data.batch_size", "data.microbatch_size",
-    "lora.rank", "lora.alpha",
+    "lora.rank", "lora.alpha", "text.sources", "text.cut", "model.preset",
 )  # fmt: skip
 FIELD = "knob."  # before the name of a knob in the form
 CONFIG = "config"
@@ -60,7 +62,7 @@ def train(request: Request) -> Response:
         "train.html.jinja",
         title="Train",
         field=FIELD,
-        groups=_groups(preset, given),
+        groups=_groups(preset, given, _idle(preset, flags)),
         presets=presets(),
         preset=preset,
         bases=_bases(studio),
@@ -152,12 +154,28 @@ def check_flags(flags: Sequence[str], studio: StudioState) -> None:
         )
     config, _ = commands.config_of(flags, studio.runs)
     paths = (config.data.path, config.data.eval_path)
-    for part in (part for path in paths for part in listed_paths(path)):
-        if part and part != EMBEDDED and not is_hub(part):
-            studio.data.require_inside(local_path(part, "config.data.path"))
+    places = [part for path in paths for part in listed_paths(path)]
+    places += [source.partition("=")[2] for source in config.text.sources]
+    for place in places:
+        if place and place not in (EMBEDDED, "stdlib") and not is_hub(place):
+            studio.data.require_inside(local_path(place, "the path of the data"))
 
 
-def _groups(preset: str, given: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+def _idle(preset: str, flags: Sequence[str]) -> dict[str, str]:
+    """The knobs that have no effect in the job, each with what it would need.
+
+    Flags that contradict each other are left to the message that says so.
+    """
+    for words in (flags, [f"--{CONFIG}={preset}"]):
+        with contextlib.suppress(UserError):
+            config, _ = parse_with_config(["research.train", *words], "", NoFlags)
+            return {path: str(needed) for path, needed in idle(config).items()}
+    return {}
+
+
+def _groups(
+    preset: str, given: Mapping[str, str], without_effect: Mapping[str, str]
+) -> dict[str, list[dict[str, Any]]]:
     """The knobs for the form by group, those that are used most first."""
     old = preset_texts(preset)
     found: dict[str, list[dict[str, Any]]] = {"": []}
@@ -175,8 +193,10 @@ def _groups(preset: str, given: Mapping[str, str]) -> dict[str, list[dict[str, A
             "preset": old[path],
             "value": value,
             "is_changed": value != old[path],
+            "needs": without_effect.get(path, ""),
         }
-    found[""] = [shown.pop(path) for path in MOST_USED]
+    acting = [path for path in MOST_USED if path not in without_effect]
+    found[""] = [shown.pop(path) for path in acting]
     for path, knob in shown.items():
         found.setdefault(path.rpartition(".")[0] or "run", []).append(knob)
     return found

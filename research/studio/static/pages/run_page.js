@@ -99,15 +99,36 @@ let logShown = 0;
 
 async function showLog() {
   const log = place.querySelector("[data-log]");
-  if (!log || Date.now() - logShown < 3000) return;
+  if (Date.now() - logShown < 3000) return;
   logShown = Date.now();
   const answer = await fetch(`/api/log?${new URLSearchParams({ run })}`);
   if (!answer.ok) return;
-  const text = (await answer.json()).log;
-  if (text === log.textContent) return;
+  const { log: text, samples } = await answer.json();
+  showSamples(samples);
+  if (!log || text === log.textContent) return;
   const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 30;
   log.textContent = text;
   if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+// Samples as they come, the newest first.
+function showSamples(samples) {
+  const section = place.querySelector("[data-samples]");
+  const known = section.querySelector(".panel p")?.textContent;
+  if (!samples.length || known === `step ${samples[0].step}`) return;
+  const panels = samples.map(({ step, prompt, text }) => {
+    const panel = document.createElement("div");
+    panel.className = "panel";
+    for (const [kind, words] of [["p", `step ${step}`], ["pre", prompt], ["pre", text]]) {
+      const part = document.createElement(kind);
+      if (kind === "p") part.className = "small quiet";
+      part.textContent = words;
+      panel.append(part);
+    }
+    return panel;
+  });
+  section.querySelector(".columns").replaceChildren(...panels);
+  section.hidden = false;
 }
 
 function listen() {

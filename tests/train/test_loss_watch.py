@@ -1,18 +1,25 @@
 """A run that ends at a loss, or saves at a drop, does so at the same step resumed."""
 
 import dataclasses
+import gc
+import json
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small_run import as_killed, make_small_place, small_config
 
+from research.checkpoints.stored_steps import step_folders
 from research.config.knob_groups import CheckpointConfig, EvalConfig, OptimConfig
 from research.core.errors import UserError
-from research.runs.metrics_file import MetricsFile
+from research.runs.metrics_file import MetricsFile, read_metrics
 from research.runs.phase_timer import PhaseTimer
+from research.runs.run_directory import RunDir
+from research.runs.run_history import History
 from research.train import training_loop
 from research.train.metrics.loss_watch import WINDOW, LossWatch, resumed_watch
+from research.train.start_to_report import train
 from research.train.together import compatibility
 
 STEPS, EVERY, SAVE_EVERY = 60, 8, 25
@@ -153,3 +160,42 @@ def test_a_run_that_may_end_early_trains_alone():
     runs = [Config(run_dir=x, optim=OptimConfig(stop_loss=1.0)) for x in "ab"]
     with pytest.raises(UserError, match=r"optim.stop_loss is 1.0; runs train together"):
         compatibility.check(runs)
+
+
+@pytest.mark.soak
+def test_a_run_that_a_loss_ends_is_complete_and_the_same_after_a_kill(tmp_path):
+    make_small_place(tmp_path)
+    changes = {
+        "eval": EvalConfig(every=4, prompts=0, answers_rows=0),
+        "checkpoint": CheckpointConfig(every=4, keep_last=9, loss_drop=0.2),
+        "optim": OptimConfig(learning_rate=1e-2, stop_loss=4.0),
+    }
+
+    def config(name):
+        made = small_config(tmp_path, name, 40)
+        return dataclasses.replace(made, export=False, **changes)
+
+    def lines(name):
+        found = read_metrics(tmp_path / name)
+        return [(x["step"], x["kind"], x["loss"]) for x in found if "loss" in x]
+
+    assert train([config("whole")]) == 0
+    whole = RunDir(tmp_path / "whole")
+    facts = json.loads((whole.path / "complete.json").read_text())
+    assert facts["steps"] < 40 and "stop_loss is 4" in facts["ended early"]
+    assert lines("whole")[-1][:2] == (facts["steps"], "eval")
+    (last, *_) = History(whole.history, PhaseTimer()).starts
+    assert last["exit_code"] == 0 and last["cause"].startswith("done after step ")
+    as_killed(whole.path, 8, tmp_path / "killed")
+    gc.collect()  # The lock of the start before.
+    assert train([config("killed")]) == 0
+    assert lines("killed") == lines("whole")
+    steps = [
+        [path.name for path in step_folders(tmp_path / name / "checkpoints")]
+        for name in ("whole", "killed")
+    ]
+    assert steps[0] == steps[1]
+    gc.collect()
+    with pytest.raises(UserError, match=r"--config.accept=\"\('optim.stop_loss',\)\""):
+        other = OptimConfig(learning_rate=1e-2, stop_loss=3.0)
+        train([dataclasses.replace(config("killed"), optim=other)])

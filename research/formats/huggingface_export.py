@@ -27,6 +27,7 @@ from research.tokenize.tokenizer_training import save_tokenizer
 from research.weights.contraction import materialize
 
 FILE_BYTES = 2 * 2**30
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(
@@ -76,7 +77,8 @@ def save_settings(
 
 def _save_settings(config: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
     marks = _marks(tokenizer)
-    _write_json(folder / "config.json", config | marks)
+    # Null where the tokenizer has none: a class of transformers has ids of its own.
+    _write_json(folder / "config.json", config | dict.fromkeys(MARKS) | marks)
     generation = {**tokenizer.generation, **marks}
     _write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
@@ -89,12 +91,9 @@ def _write_json(path: Path, value: Any) -> None:
 def _marks(tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids of control tokens, as both config files have them."""
     ends = list(tokenizer.end_ids)
-    marks = {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": tokenizer.pad,
-    }
-    return {name: value for name, value in marks.items() if value is not None}
+    eos = ends[0] if len(ends) == 1 else ends or None
+    marks = zip(MARKS, (tokenizer.bos, eos, tokenizer.pad), strict=True)
+    return {name: value for name, value in marks if value is not None}
 
 
 def fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:

@@ -167,6 +167,9 @@ def test_a_new_family_loads_computes_and_is_exported(
     assert written.keys() == original.keys()
     for name, value in original.items():
         np.testing.assert_array_equal(written[name], value, err_msg=name)
+    # A class of transformers would have an id of its own in its place.
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["bos_token_id"] is None
     again, _, found = load(tmp_path / "out")
     assert again.architecture == base.architecture
     jax.tree.map(np.testing.assert_array_equal, found, params)

@@ -371,7 +371,7 @@ def test_xla_reads_no_block_of_earlier_documents():
     assert np.isfinite(whole[:, 2 * BLOCK :]).all()
 
 
-def lowered(platform, kernel, *, length=256, traced=False):
+def lowered(platform, kernel, *, length=256, traced=False, rule=PLAIN):
     """The program of a gradient for `platform`, which this machine may lack."""
     rows = [jax.ShapeDtypeStruct((2, length), jnp.int32)] * 2
     q, k = (
@@ -381,7 +381,8 @@ def lowered(platform, kernel, *, length=256, traced=False):
     def loss(q, k, v, q_segments, k_segments, offset):
         arrays = (q, k, v, q_segments, k_segments)
         at = offset if traced else 0
-        mixed = packed_attention(*arrays, kernel=kernel, block=128, offset=at)
+        options = {"kernel": kernel, "block": 128, "offset": at, "rule": rule}
+        mixed = packed_attention(*arrays, **options)
         return mixed.astype(jnp.float32).sum()
 
     traced_program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(
@@ -425,6 +426,20 @@ def test_the_mask_becomes_cudnns_calls_on_a_gpu(as_for_a_gpu):
     # A gradient of the mask would be a fourth result; JAX 0.10 computes it for all.
     if jax.__version_info__ >= (0, 12):
         assert not re.search(r"Backward.*-> \(.*tensor<2x1x256x256xbf16>.*\)", text)
+
+
+def test_windows_and_soft_caps_become_calls_of_the_real_platforms(as_for_a_gpu):
+    """Splash has a form for either kind of layer; the program chooses."""
+    windowed = jnp.array(True)
+    text = lowered("cuda", "cudnn_mask", rule=ScoreRule(100, 0.0, windowed))
+    names = re.findall(r"custom_call @__cudnn\$(\w+)", text)
+    assert names == ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
+    text = lowered("tpu", "splash", rule=ScoreRule(100, 50.0, windowed))
+    assert text.count("stablehlo.case") == 2
+    assert text.count("tpu_custom_call") == 2 * 3
+    # The backward pass keeps the normalizers of one form, not those of both.
+    results = re.findall(r"^    }\) : \(tensor<i32>\) -> (.*)$", text, re.MULTILINE)
+    assert [types.count("256xf32") for types in results] == [1, 0]
 
 
 def test_places_of_documents_become_cudnns_calls_on_a_gpu(as_for_a_gpu):

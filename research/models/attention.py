@@ -36,6 +36,12 @@ class ScoreRule:
     softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
     windowed: Array | None = None
 
+    def within(self, keys: int) -> "ScoreRule":
+        """The rule for rows of so many keys: a window of as many has no end."""
+        if self.window < keys:
+            return self
+        return dataclasses.replace(self, window=0, windowed=None)
+
     @property
     def reach(self) -> Array | None:
         """The window as an int32 scalar, beyond any row where there is none."""

@@ -67,6 +67,7 @@ def choose(
     Raises:
       UserError: an explicit `kernel` cannot work here.
     """
+    rule = rule.within(length)
     best = BEST.get(platform, "xla")
     wanted = best if kernel == AUTO else kernel
     by_cudnn = functools.partial(
@@ -180,6 +181,7 @@ def packed_attention(
             x[:, :end] for x in (k_BSKH, v_BSKH, k_segments_BS)
         )
     arrays = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS)
+    rule = rule.within(k_BSKH.shape[1])
     if kernel == "xla":
         return blocked_attention(*arrays, block, offset, rule)
     whole = isinstance(offset, int) and offset == 0 and not rule.window

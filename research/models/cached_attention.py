@@ -65,6 +65,7 @@ def attend_cached(
     cpu = platform == "cpu"
     block = CPU_BLOCK if cpu else math.gcd(room, ACCELERATOR_BLOCK)
     dtype = jnp.float32 if cpu else q_BTNH.dtype
+    rule = rule.within(room)
     start = layer, slot, length_B, kept, cpu
     k_LSKCH = _write(k_LSKCH, new_k_BTKH, *start)
     v_LSKCH = _write(v_LSKCH, new_v_BTKH, *start)

@@ -244,6 +244,8 @@ def test_cudnn_says_that_it_cannot_cap_scores():
     with pytest.raises(UserError, match="it cannot cap scores, and this model caps"):
         chosen("cudnn", "gpu", rule=capped)
     assert chosen("auto", "gpu", rule=ScoreRule(128)).kernel == "cudnn_mask"
+    # A window as long as the row changes nothing.
+    assert chosen("auto", "gpu", rule=ScoreRule(2048)).kernel == "cudnn"
     assert chosen("auto", "tpu", rule=capped).kernel == "splash"
     with pytest.raises(ValueError, match="cannot cap scores"):
         attend("cudnn_mask", *draw(2, 2)[:3], SEGMENTS, SEGMENTS, rule=capped)
@@ -369,6 +371,21 @@ def test_xla_reads_no_block_of_earlier_documents():
     whole = jax.jit(functools.partial(attend, "xla"))(q, k, v, segments, segments)
     assert np.isnan(whole[:, BLOCK : BLOCK + 12]).all()
     assert np.isfinite(whole[:, 2 * BLOCK :]).all()
+
+
+@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash"])
+def test_a_window_as_long_as_the_row_is_the_plain_program(kernel):
+    arrays = (*draw(2, 2)[:3], SEGMENTS, SEGMENTS)
+
+    def text(**options):
+        run = functools.partial(attend, kernel, **options)
+        return str(jax.make_jaxpr(run)(*arrays))
+
+    flag = jnp.array(True)
+    plain = text()
+    for whole in (ScoreRule(LENGTH), ScoreRule(LENGTH, 0.0, flag)):
+        assert len(text(rule=whole)) == len(plain)
+    assert len(text(rule=ScoreRule(LENGTH - 1))) != len(plain)
 
 
 def lowered(platform, kernel, *, length=256, traced=False, rule=PLAIN):

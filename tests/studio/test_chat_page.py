@@ -237,8 +237,11 @@ def test_the_command_of_a_server_is_shown_before_it_starts(place, monkeypatch):
         run = make_run(place.runs / name, "finished")
         (run / "identity.json").write_text(json.dumps({"base model": base}))
         (run / "checkpoints" / "30").mkdir(parents=True)
+    (place.runs / "prod").mkdir()
+    (place.runs / "prod" / "alias.json").write_text("{}")
     client = place.client()
     page = client.get("/chat").text
+    assert "<option>runs/prod</option>" in page
     assert '<optgroup label="base 11111111">' in page and "runs/b@30" in page
     page = client.get("/chat", params={"run": ["runs/a", "runs/a@30", "", ""]}).text
     assert "-m research.serve --run=runs/a --run=runs/a@30 --port=87" in page

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from research.checkpoints.stored_steps import step_folders
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.runs.aliases.run_alias import is_alias
 from research.studio.chats.blind_votes import win_rates
 from research.studio.chats.chat_api import conversations, votes_of
 from research.studio.chats.conversation_files import KeptChat, messages_of
@@ -96,16 +97,22 @@ def _titles(request: Request) -> list[tuple[str, str, float]]:
 
 
 def _choices(request: Request) -> dict[str, list[str]]:
-    """Runs and their checkpoints, by the base that they need."""
+    """Runs and their checkpoints, by the base that they need, and aliases of some."""
+    studio = studio_of(request)
     found: dict[str, list[str]] = {}
-    for run in studio_of(request).listed()[:SHOWN_RUNS]:
+    for run in studio.listed()[:SHOWN_RUNS]:
         steps = [path.name for path in step_folders(run.folder / "checkpoints")]
         if steps:
             file = run.folder / "identity.json"
             base = read_json_object(file, {"base model": str}).get("base model", "")
             # The newest step is followed, so the run alone stands for it.
             older = [f"{run.name}@{step}" for step in steps[::-1][:SHOWN_STEPS]]
-            found.setdefault(base[:8], []).extend([run.name, *older])
+            group = f"base {base[:8]}" if base else "base not known"
+            found.setdefault(group, []).extend([run.name, *older])
+    for name, root in studio.runs.folders.items():
+        folders = [x for x in sorted(root.iterdir()) if is_alias(x)]
+        if aliases := [f"{name}/{x.name}" for x in folders if not x.is_symlink()]:
+            found.setdefault("aliases", []).extend(aliases)
     return found
 
 

@@ -9,6 +9,8 @@ import threading
 
 import psutil
 import pytest
+from browser_tab import Tab
+from browser_tab import browser as browser
 from evaluation_folder import DIGEST, make_evaluation
 from fake_upstream import (
     FakeUpstream,
@@ -19,7 +21,7 @@ from fake_upstream import (
     said_by_models,
 )
 from served_studio import ServedStudio, append
-from studio_place import TOKEN, StudioPlace, eval_line, make_run, train_line
+from studio_place import StudioPlace, eval_line, make_run, train_line
 
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.live import run_feed
@@ -40,25 +42,12 @@ def write_sweep(run):
     (run.parent / "report.json").write_text(json.dumps(report))
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 NAME = "sweep/first"
 PROMOTED = {
     "run": "other", "step": 3, "checkpoint": "", "by": "ann",
     "at": "2026-11-27T10:00:00+00:00",
 }  # fmt: skip
 ALIAS = {"promotions": [PROMOTED, PROMOTED]}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -83,31 +72,6 @@ def served(tmp_path, monkeypatch):
     server = ServedStudio(place.app)
     yield place, server
     server.stop()
-
-
-class Tab:
-    """A page of a browser that reaches nothing but the studio."""
-
-    def __init__(self, browser, server, **more):
-        context = browser.new_context(**more)
-        self.faults = []
-        context.route(
-            lambda url: not url.startswith(server.url),
-            lambda route: (self.faults.append(route.request.url), route.abort()),
-        )
-        self.page = context.new_page()
-        self.page.set_default_timeout(60_000)
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("console", self._note)
-        self.url = server.url
-        self.page.goto(f"{self.url}/?token={TOKEN}")
-
-    def _note(self, message):
-        if message.type == "error" and "ERR_CONNECTION" not in message.text:
-            self.faults.append(message.text)
-
-    def open(self, path):
-        self.page.goto(self.url + path)
 
 
 def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import test_browser
+from browser_tab import Tab
+from browser_tab import browser as browser
 from studio_place import TOKEN
-from test_browser import Tab
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
-browser = test_browser.browser
 # A tiny model on short rows, many of them: it trains until somebody stops it.
 KNOBS = {
     "model.init_from": "model", "steps": "100000", "data.seq_len": "128",

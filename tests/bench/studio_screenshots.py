@@ -7,6 +7,7 @@ studio has printed, it shows that one.
 """
 
 import argparse
+import json
 import math
 import shutil
 import tempfile
@@ -43,7 +44,17 @@ def make_runs(runs: Path) -> None:
                 lines.append(eval_line(step - 1, loss, **groups))
             rate = 5e-4 * min(1, step / 30) * (1 - step / 400)
             lines.append(train_line(step, loss, learning_rate=rate))
-        make_run(runs / name, end, lines)
+        folder = make_run(runs / name, end, lines)
+        record = json.loads((folder / "run.json").read_text())
+        record["starts"][0] |= {"step": 300, "steps": 400}
+        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "checkpoints" / "300").mkdir(parents=True)
+    (runs / "prod").mkdir()
+    moves = [
+        {"run": run, "step": 300, "checkpoint": "", "by": "ann", "at": f"{day}T10:00Z"}
+        for run, day in (("rank-4", "2026-11-26"), ("tuned", "2026-11-27"))
+    ]
+    (runs / "prod" / "alias.json").write_text(json.dumps({"promotions": moves}))
 
 
 CHAT = {

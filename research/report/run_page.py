@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from research.core.text_templates import fill
+from research.core.thinning import thin
 from research.core.visible_text import visible
 from research.report.markdown_text import escaped, fenced, format_table
 from research.report.result_tables import (
@@ -22,7 +23,6 @@ from research.report.result_tables import (
     text_columns,
 )
 from research.report.run_results import COMPARED, RunResults
-from research.runs.thinning import thin
 
 TEMPLATES = Path(__file__).parent / "templates"
 STYLED = TEMPLATES / "page.html.jinja"  # the frame of every page

@@ -15,7 +15,7 @@ import pytest
 from served_studio import ServedStudio, append
 from studio_place import TOKEN, eval_line, make_run, train_line
 
-from research.runs.thinning import smooth, thin
+from research.core.thinning import smooth, thin
 from research.studio.live import run_feed
 from research.studio.live.metric_columns import Cursor, MetricColumns
 

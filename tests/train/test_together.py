@@ -248,7 +248,11 @@ class Apart:
         def prepare(opened, phases):
             return [
                 SimpleNamespace(
-                    config=x.config, folder=x.folder, history=x.history, phases=phases
+                    config=x.config,
+                    folder=x.folder,
+                    history=x.history,
+                    phases=phases,
+                    ended_early="",
                 )
                 for x in opened
             ]
@@ -263,7 +267,7 @@ class Apart:
             "open_checkpoints": lambda *run: contextlib.nullcontext(),
             "restore": lambda run, checkpointer: (next(steps), None),
             "record_start": lambda *run: None,
-            "finish": lambda run: None,
+            "finish": lambda run, steps: None,
             "fit": fit_apart,
         }
         for name, function in patches.items():

@@ -12,12 +12,12 @@ from research.checkpoints.stored_steps import size_of, step_folders
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.thinning import MOST_POINTS, smooth, thin
 from research.report.result_tables import comparable, tabulate_losses
 from research.runs.display_files import read_findings, read_samples
 from research.runs.run_directory import RunDir
 from research.runs.run_history import goodput
 from research.runs.run_history import read as read_history
-from research.runs.thinning import MOST_POINTS, smooth, thin
 from research.studio.jobs import job_commands as commands
 from research.studio.jobs.job_logs import last_error, log_of, tail
 from research.studio.listing.run_index import is_run

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from evaluation_folder import DIGEST, make_evaluation
 from fake_upstream import FakeUpstream, list_server, said_by_models
 from playwright.sync_api import sync_playwright
 from served_studio import ServedStudio
@@ -26,7 +27,8 @@ from research.studio.pages.page_view import TABS
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 OTHERS = (
     "/run/runs/tuned", "/compare?run=runs/tuned&run=runs/rank-4",
-    "/remove?run=runs/rank-4", "/branch?run=runs/tuned", "/deploy/chat",
+    "/remove?run=runs/rank-4", "/branch?run=runs/tuned",
+    "/plans", f"/evaluation/runs/tuned/evaluations/{DIGEST}", "/deploy/chat",
 )  # fmt: skip
 
 
@@ -49,6 +51,7 @@ def make_runs(runs: Path) -> None:
         record["starts"][0] |= {"step": 300, "steps": 400}
         (folder / "run.json").write_text(json.dumps(record))
         (folder / "checkpoints" / "300").mkdir(parents=True)
+    make_evaluation(runs / "tuned")
     (runs / "prod").mkdir()
     moves = [
         {"run": run, "step": 300, "checkpoint": "", "by": "ann", "at": f"{day}T10:00Z"}

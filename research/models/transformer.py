@@ -273,6 +273,15 @@ class Model:
             logits /= a.logit_divisor
         return cap(logits, a.logit_softcap)
 
+    def keys_seen(self, positions_BT: Array) -> Array:
+        """The keys that each token sees, as a mean over layers: windows see fewer."""
+        a = self.architecture
+        seen = positions_BT + 1.0
+        if not any(a.windows):
+            return seen
+        share = sum(window > 0 for window in a.windows) / a.layers
+        return (1 - share) * seen + share * jnp.minimum(seen, a.window)
+
     def init_cache(self, slots: int, length: int) -> Cache:
         """An empty cache for `length` tokens a slot, in `options.dtype`."""
         a = self.architecture

@@ -133,23 +133,15 @@ def train_step(
         "means": means,
         "weight": jnp.sum(batch.weights),
         "tokens": jnp.sum(batch.segments != 0),
-        "pairs": jnp.sum(_keys_seen(definition, batch) * (batch.segments != 0)),
+        "pairs": jnp.sum(
+            definition.model.keys_seen(batch.positions) * (batch.segments != 0)
+        ),
         **_gradient_norms(definition, gradients),
         "param_norm": _norm_in_float32(params),
         "batch_hash": hash_batch(batch),
         **optimizers.read_skipped(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def _keys_seen(definition: StepDefinition, batch: Batch) -> Array:
-    """The keys that each token sees, as a mean over layers: windows see fewer."""
-    a = definition.model.architecture
-    seen = batch.positions + 1.0
-    if not any(a.windows):
-        return seen
-    share = sum(window > 0 for window in a.windows) / a.layers
-    return (1 - share) * seen + share * jnp.minimum(seen, a.window)
 
 
 def _gradient_norms(definition: StepDefinition, gradients: Params) -> dict[str, Any]:

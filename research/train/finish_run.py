@@ -64,7 +64,11 @@ def _answer(
     tuned = run.answered
     if not tuned or tuned.step != steps:
         tuned = held_out.answer(steps, _trained(run))
+        for problem in tuned.problems:
+            run.warn(problem)
     base = held_out.answer_base(lambda: _untrained(run))
+    for problem in base.problems if base else ():
+        run.warn(f"the base model: {problem}")
     return held_out.side_by_side(base, tuned), held_out.compare(base, tuned)
 
 

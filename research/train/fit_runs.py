@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from research.checkpoints.checkpoint_listing import LOSS
-from research.core.errors import DivergedError, files_of_step
+from research.core.errors import DivergedError, UserError, files_of_step
 from research.engine.text_generation import TextGenerator, tuned_generator
 from research.evaluate.held_out_losses import add_up, sum_batches
 from research.parallel import agreement, runtime
@@ -50,6 +50,7 @@ def fit(
     Raises:
       DivergedError: no run is left.
       SaveError: a checkpoint, a metric or a sample could not be written.
+      UserError: a metric of the user fails before the first update.
     """
     while True:
         try:
@@ -320,12 +321,21 @@ class _TrainingPass:
         )
 
     def _answer(self, number: int, state: train_step.TrainState) -> None:
-        """Measures the answers to the held-out rows."""
+        """Measures the answers to the held-out rows.
+
+        Raises:
+          UserError: a metric fails before the first update, when nothing is lost.
+        """
         for index in self._active():
             run = self._runs[index]
             found = run.answers.answer(number, self._generator(index, state))
+            if found.problems and not number:
+                raise UserError(found.problems[0])
+            for problem in found.problems:
+                run.warn(problem)
             run.answered = found
-            self._logs[index].answers(number, len(found.rows), found.values)
+            values = run.answers.values(found)
+            self._logs[index].answers(number, len(found.rows), values)
 
     def _sample(self, number: int, state: train_step.TrainState) -> None:
         """Adds the task's samples to the run directory."""

@@ -1,5 +1,6 @@
 """Answers to held-out rows: what they are worth, and how they rank steps."""
 
+import sys
 import types
 import unittest.mock
 
@@ -11,6 +12,7 @@ from research.engine.requests import Piece, Request, Sampling
 from research.tasks.model_answers import HeldOutPrompt
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer_training import byte_tokenizer
+from research.train.fit_runs import _TrainingPass
 from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
 from research.train.run_saver import RunSaver
 
@@ -60,8 +62,11 @@ def test_rows_are_judged_and_the_first_of_them_are_shown():
     answers = held_out()
     right, wrong = answers.answer(4, Says()), answers.answer(0, Says("zzz"))
     assert right.step == 4 and len(right.rows) == 4
-    assert right.values["exact_match"] == 1 and wrong.values["exact_match"] == 0
-    assert right.values["stopped"] == 1
+    assert (
+        answers.values(right)["exact_match"] == 1
+        and answers.values(wrong)["exact_match"] == 0
+    )
+    assert answers.values(right)["stopped"] == 1
     shown = answers.side_by_side(wrong, right)
     assert [(x.prompt, x.base, x.tuned, x.reference, x.group) for x in shown] == [
         ("Sky?", "zzz", "blue", "blue", "open_qa"),
@@ -116,6 +121,40 @@ def test_a_step_is_saved_with_what_ranks_it(name, ranked):
         saver.finish(step, "state")
     cost = -1.0 if name == "exact_match" else None
     assert [x[3:] for x in saved] == [(7.5, cost), (None, None)]
+
+
+def test_a_metric_that_fails_costs_its_value_alone(monkeypatch):
+    def late(row, answer):
+        return len(answer) // (answer != "zzz")
+
+    module = types.ModuleType("own_words")
+    module.late = late
+    monkeypatch.setitem(sys.modules, "own_words", module)
+    name = "own_words:late"
+    answers = held_out(best_by=name)
+    fails, works = answers.answer(6, Says("zzz")), answers.answer(4, Says())
+    assert answers.cost(works) == -14 / 3 and answers.cost(fails) is None
+    assert answers.values(fails)["exact_match"] == 0 and not works.problems
+    [problem] = fails.problems
+    assert "rows.jsonl:0: the metric own_words:late failed on this row" in problem
+    assert "(after step 6: own_words:late has no value)" in problem
+    measures = {x.name: x for x in answers.compare(fails, works)}
+    assert measures["exact_match"].verdict and not measures[name].verdict
+    assert (measures[name].base, measures[name].tuned) == (None, 14 / 3)
+
+    def answer(step):
+        run = types.SimpleNamespace(answers=answers, warn=warned.append, answered=None)
+        loop = types.SimpleNamespace(
+            _active=lambda: [0], _runs=[run], _logs=[unittest.mock.Mock()],
+            _generator=lambda index, state: Says("zzz"),
+        )  # fmt: skip
+        _TrainingPass._answer(loop, step, "state")
+        return run.answered
+
+    warned = []
+    assert answer(6).step == 6 and warned == [problem]
+    with pytest.raises(UserError, match=r"rows\.jsonl:0: the metric own_words:late"):
+        answer(0)
 
 
 def test_the_base_answers_once_for_runs_that_share_it():

@@ -20,6 +20,7 @@ from research.evaluate.measuring.evaluated_rows import (
     choose_rows,
     pair_answer,
 )
+from research.evaluate.statistics.measured import Measured
 from research.evaluate.statistics.paired import compare_runs
 from research.evaluate.statistics.row_clusters import clusters_of
 from research.tasks.model_answers import AnswerMeasure, ComparedAnswer
@@ -37,12 +38,14 @@ class JudgedAnswers:
     Attributes:
       step: updates that the model has had.
       rows: the rows with their answers.
-      values: by metric; None where it applies to no row.
+      measured: the results by metric; a metric that failed is missing.
+      problems: a sentence on each metric that failed, as a user's function may.
     """
 
     step: int
     rows: Sequence[AnsweredRow]
-    values: Mapping[str, float | None]
+    measured: Mapping[str, Measured]
+    problems: Sequence[str] = ()
 
 
 def check_best_by(config: Config) -> None:
@@ -132,15 +135,24 @@ class HeldOutAnswers:
         for row, answer in zip(self.rows, answers, strict=True):
             rows.append(pair_answer(row, self._tokenizer, FullAnswer.of(answer)))
             self._sign_of_life()
-        judged = self._judged(rows)
-        values = {k: metric.measure(judged).value for k, metric in self.metrics.items()}
-        return JudgedAnswers(step, rows, values)
+        measured, problems = {}, []
+        for name, metric in self.metrics.items():
+            try:
+                measured[name] = metric.measure(self._judged(rows))
+            except UserError as error:  # It costs its value, and nothing of the run.
+                problems.append(f"{error} (after step {step}: {name} has no value)")
+        return JudgedAnswers(step, rows, measured, problems)
+
+    def values(self, found: JudgedAnswers) -> dict[str, float | None]:
+        """By metric; None where it failed or applies to no row."""
+        known = found.measured
+        return {k: known[k].value if k in known else None for k in self.metrics}
 
     def cost(self, found: JudgedAnswers) -> float | None:
         """The value by which steps are ranked, the lower the better; None without."""
         if self._best_by == LOSS:
             return None
-        value = found.values[self._best_by]
+        value = self.values(found)[self._best_by]
         sign = -1 if self.metrics[self._best_by].higher_is_better else 1
         return None if value is None else sign * value + 0.0  # Never -0.0.
 
@@ -174,10 +186,11 @@ class HeldOutAnswers:
     ) -> list[AnswerMeasure]:
         """Every metric of both models, with the interval of their difference."""
         rows, judged = self._judged(tuned.rows), {}
+        before, after = self.values(base) if base else {}, self.values(tuned)
         if base and self.metrics:
             judged = compare_runs(
-                self._measure(base),
-                {TUNED: self._measure(tuned)},
+                base.measured,
+                {TUNED: tuned.measured},
                 clusters_of(rows),
                 {k: metric.higher_is_better for k, metric in self.metrics.items()},
             )[TUNED]
@@ -194,16 +207,12 @@ class HeldOutAnswers:
                 name=name,
                 unit=metric.unit,
                 rows=sum(map(metric.applies, rows)),
-                base=base.values[name] if base else None,
-                tuned=tuned.values[name],
+                base=before.get(name),
+                tuned=after[name],
                 **difference(name),
             )
             for name, metric in self.metrics.items()
         ]
-
-    def _measure(self, found: JudgedAnswers) -> dict[str, Any]:
-        rows = self._judged(found.rows)
-        return {name: metric.measure(rows) for name, metric in self.metrics.items()}
 
     def _judged(self, rows: Sequence[Any]) -> Sequence[Any]:
         """Those that metrics judge; others are only shown."""

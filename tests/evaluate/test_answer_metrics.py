@@ -267,6 +267,58 @@ def test_the_language_of_an_answer_is_that_of_its_reference():
     assert value("language_switch", row("Ja.", english)) is None
 
 
+ENGLISH = "The museum opens at nine and closes late in the evening."
+CHINESE = [
+    "博物馆早上九点开门。",
+    "水在一百摄氏度时沸腾。",
+    "台灣的首都台北人口約有兩百五十萬。",
+    "牛顿是发现了万有引力定律的物理学家。",
+]
+
+
+@pytest.mark.parametrize("chinese", CHINESE)
+def test_a_switch_from_and_to_chinese_is_seen(chinese):
+    assert value("language_switch", row(chinese, ENGLISH)) == 1
+    assert value("language_switch", row(ENGLISH, chinese)) == 1
+    for other in CHINESE:
+        assert value("language_switch", row(chinese, other)) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hovedstaden i Norge er Oslo, som ligger innerst i Oslofjorden.",
+        "Glavni grad Srbije je Beograd, koji leži na ušću Save u Dunav.",
+        "Ibu kota Indonesia adalah Jakarta, yang terletak di pulau Jawa.",
+        "Det er en god idé at drikke vand hver dag.",
+        "東京は日本の首都です。",
+        "서울은 대한민국의 수도이다.",
+    ],
+)
+def test_languages_that_look_like_another_are_not_english(text):
+    assert value("language_switch", row(text, ENGLISH)) == 1
+    assert value("language_switch", row(text, text)) in (0, None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "是的。",
+        "Oslo.",
+        "3,141 + 2,718 = 5,859",
+        "Ganges, Nile, Yamuna, Indus, Thames",
+    ],
+)
+def test_an_answer_that_shows_no_language_is_no_switch(answer):
+    assert value("language_switch", row(answer, ENGLISH)) is None
+
+
+def test_a_wrong_label_is_named_and_makes_a_model_no_better():
+    assert value("label_named", row("negative", "positive"), *LABELLED) > 4 / 6
+    assert METRICS["label_named"].higher_is_better is None
+
+
 def test_properties_of_answers_by_hand():
     rows = [
         row("yes", "a b", new_tokens=1, reference_tokens=2),

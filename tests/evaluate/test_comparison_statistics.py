@@ -271,6 +271,15 @@ def test_metrics_in_which_no_test_can_succeed_cost_the_others_nothing():
     assert few.verdict == judged["idle 1"].verdict == "no difference shown"
 
 
+def test_a_p_that_survives_the_correction_has_enough_rows():
+    """Holm multiplies less than the number of tests, from the second on."""
+    rows = 7  # The smallest p is 2 / 128; four tests of it would be above 0.05.
+    found = paired.compare(means([0.0] * rows), means([1.0] * rows), range(rows))
+    assert verdicts.verdict(found, 0.047, 4, True) == verdicts.BETTER
+    assert verdicts.verdict(found, 0.06, 4, True) == verdicts.TOO_FEW
+    assert verdicts.verdict(found, 0.06, 1, True) == verdicts.NOTHING_SHOWN
+
+
 def test_many_rows_get_fewer_resamples():
     """The draws are bounded; a thousand resamples stay."""
     assert resampling.resamples_of(500) == resampling.resamples_of(10_000) == 10_000

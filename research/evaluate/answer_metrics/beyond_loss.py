@@ -1,8 +1,10 @@
 """Properties of answers that a loss cannot see, with no need for a right answer."""
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
+import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from research.evaluate.answer_metrics.answer_metric import (
@@ -22,8 +24,18 @@ from research.evaluate.statistics.measured import Measured
 
 REPEATED = 4
 COPIED = 8
-# Below this confidence, or with fewer letters, a text's language is not known.
-CONFIDENCE, LETTERS = 0.8, 20
+# Below this confidence, or in a shorter text, a language is not known. A character of
+# these scripts is a syllable or a word: fewer of them are as long as so many letters.
+CONFIDENCE, LETTERS, SYLLABLES = 0.8, 20, 8
+# Names and lists spread over many languages, a sentence over one or two near ones.
+TOP_TWO = 0.9
+_SYLLABLE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
+# Variants of a language share its probability, so that none of them alone is sure.
+VARIANT_OF = {
+    **{"wuu": "zh", "yue": "zh", "nn": "no", "pcm": "en", "ary": "ar", "arz": "ar"},
+    **{"bs": "hr", "sr": "hr", "ms": "id", "uzs": "uz"},
+}
+NO_LANGUAGE = "zxx"  # ISO 639, for numbers and signs
 
 
 def _length_ratio(rows: Sequence[AnsweredRow]) -> Measured:
@@ -69,18 +81,28 @@ def _identifier() -> LanguageIdentifier:
 
 
 @functools.lru_cache(maxsize=4096)
-def language_of(text: str) -> str | None:
-    """ISO 639 code of the text's language, None if it is short or not clear."""
-    if sum(map(str.isalpha, text)) < LETTERS:
-        return None
-    language, confidence = _identifier().classify(text)
-    return language if confidence >= CONFIDENCE else None
+def languages_of(text: str) -> Counter[str]:
+    """The probability of each language (ISO 639); empty if the text is short."""
+    syllables = len(_SYLLABLE.findall(text))
+    letters = sum(map(str.isalpha, text)) - syllables
+    if letters / LETTERS + syllables / SYLLABLES < 1:
+        return Counter()
+    found: Counter[str] = Counter()
+    for language, probability in _identifier().rank(text):
+        found[VARIANT_OF.get(language, language)] += float(probability)
+    return found
 
 
 def _language_switch(row: AnsweredRow) -> float | None:
-    expected = language_of(row.reference or row.question)
-    found = language_of(row.answer)
-    return None if None in (expected, found) else float(found != expected)
+    """Whether the answer is in one or two other languages; None where it is open."""
+    wanted, found = map(languages_of, (row.reference or row.question, row.answer))
+    expected, actual = (max(x, key=x.get, default=NO_LANGUAGE) for x in (wanted, found))
+    if NO_LANGUAGE in (expected, actual) or wanted[expected] < CONFIDENCE:
+        return None
+    if found[expected] >= CONFIDENCE:
+        return 0.0
+    clear = sum(probability for _, probability in found.most_common(2)) >= TOP_TWO
+    return 1.0 if clear and found[expected] <= 1 - CONFIDENCE else None
 
 
 STOPPED = AnswerMetric(
@@ -130,6 +152,6 @@ LANGUAGE_SWITCH = AnswerMetric(
     False,
     False,
     "share of answers in another language than the reference, or the question where "
-    "there is none; where py3langid is sure of both",
+    "there is none; where py3langid is sure of the one, and that it is not the other",
     mean_of(_language_switch),
 )

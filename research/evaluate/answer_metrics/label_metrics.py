@@ -139,7 +139,7 @@ MACRO_F1 = AnswerMetric(
 LABEL_NAMED = AnswerMetric(
     "label_named",
     SHARE,
-    True,
+    None,  # A wrong label is named, too.
     True,
     f"share of answers in which a label was found: {READ_AS}",
     _named,

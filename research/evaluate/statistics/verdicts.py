@@ -24,10 +24,11 @@ def verdict(
     """One of the six words of this file.
 
     A difference is shown if the interval excludes 0 and the adjusted p-value is at most
-    0.05. With so few rows that no result could reach 0.05 among `tests` tests, there
-    are too few rows to tell.
+    0.05. Otherwise, with so few rows that even the smallest p of `tests` tests would
+    not be significant, there are too few rows to tell.
     """
-    if compared.low is None or smallest_p(compared.clusters) * max(tests, 1) > ALPHA:
+    few = smallest_p(compared.clusters) * max(tests, 1) > ALPHA
+    if compared.low is None or (few and adjusted_p > ALPHA):
         return TOO_FEW
     if adjusted_p > ALPHA or compared.low <= 0 <= compared.high:
         return NOTHING_SHOWN

@@ -172,10 +172,59 @@ def test_a_run_that_trains_or_is_needed_stays(place):
     (run / "needed_by" / "x.json").write_text(pin)
     answer = client.post("/act/trash", data={"run": "runs/a"})
     assert answer.status_code == 400 and "is built on its step 3" in answer.text
+    assert run.exists()
+
+
+def test_a_folder_that_is_no_run_gets_no_notes_and_is_not_removed(place):
     (place.runs / "plain").mkdir()
-    assert client.post("/act/trash", data={"run": "runs/plain"}).status_code == 400
-    assert client.post("/act/trash", data={"run": "runs"}).status_code == 400
-    assert run.exists() and (place.runs / "plain").exists()
+    client = place.client()
+    for name in ("runs/plain", "runs"):
+        form = {"run": name, "tags": "x", "notes": ""}
+        assert client.post("/act/notes", data=form).status_code == 404
+        assert client.post("/act/trash", data=form).status_code == 404
+        assert client.get("/remove", params=form).status_code == 404
+    assert [*(place.runs / "plain").iterdir()] == [*place.runs.glob("*.json")] == []
+
+
+def test_a_run_that_trains_elsewhere_or_whose_job_waits_stays(place, monkeypatch):
+    """Its lock is held on another machine, or not yet."""
+    monkeypatch.setattr(place.state.queue, "work", lambda: None)
+    pod, free = make_run(place.runs / "pod", "killed"), make_run(place.runs / "free")
+    client = place.client()
+    for action in ("trash", "resume"):
+        answer = client.post(f"/act/{action}", data={"run": "runs/pod"})
+        assert answer.status_code == 400 and "on another machine" in answer.text
+    assert place.state.queue.read().waiting == []
+    place.state.queue.add(["true"], free / "evaluations", "me", name="evaluate free")
+    answer = client.post("/act/trash", data={"run": "runs/free"})
+    assert answer.status_code == 400 and "evaluate free runs or waits" in answer.text
+    assert pod.exists() and free.exists()
+
+
+@pytest.mark.parametrize("target", ["victim", "runs/sweep"])
+def test_a_trash_that_is_a_link_is_never_followed(place, tmp_path, target):
+    run = make_run(place.runs / "a")
+    (tmp_path / target).mkdir()
+    (tmp_path / target / "precious").write_text("x")
+    (place.runs / ".trash").symlink_to(tmp_path / target)
+    client = place.client()
+    assert client.post("/act/empty-trash").status_code == 400
+    assert client.post("/act/trash", data={"run": "runs/a"}).status_code == 400
+    assert [x.name for x in (tmp_path / target).iterdir()] == ["precious"]
+    assert run.exists()
+
+
+def test_a_link_in_the_trash_goes_and_its_target_stays(place, tmp_path):
+    make_run(place.runs / "a")
+    client = place.client()
+    assert "The trash is empty" in client.get("/remove").text
+    client.post("/act/trash", data={"run": "runs/a"})
+    make_run(tmp_path / "outside")
+    (place.runs / ".trash" / "link").symlink_to(tmp_path / "outside")
+    assert "Delete 2 runs" in client.get("/remove").text
+    assert client.post("/act/empty-trash").status_code == 303
+    assert [*(place.runs / ".trash").iterdir()] == []
+    assert (tmp_path / "outside" / "config.json").exists()
 
 
 def test_a_run_that_is_removed_while_it_is_listed_is_no_error(place):

@@ -131,6 +131,15 @@ class Jobs:
                 return state
         return ""
 
+    def require_none_in(self, folder: Path) -> None:
+        """Raises UserError: a job that runs or waits writes into or below `folder`."""
+        for job in (*self.running, *self.waiting):
+            if job.target.is_relative_to(folder):
+                raise UserError(
+                    f"{folder} stays: {job.name} runs or waits; end or remove that job "
+                    "on the page Queue first"
+                )
+
 
 class JobQueue:
     """The queue in a folder, which is made when it is first changed."""

@@ -105,6 +105,16 @@ def _state(
     return "stopped" if ends_well else "failed"
 
 
+def require_idle(folder: Path) -> None:
+    """Raises UserError: a job trains in `folder`, here or on another machine."""
+    if read_state(folder, is_training=HeldLocks().holds(folder)).state == "running":
+        raise UserError(
+            f"{folder} is being trained in, here or on another machine: stop it first; "
+            f"a job elsewhere that was killed counts until {SILENT / 60:.0f} minutes "
+            "after its newest line"
+        )
+
+
 def newest_lines(folder: Path) -> dict[str, dict[str, Any]]:
     """The newest line of each kind near the end of `metrics.jsonl`."""
     found: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,7 @@ from research.core.errors import UserError
 from research.runs.control.request_files import write_request
 from research.runs.run_directory import RunDir
 from research.studio.jobs import job_commands as commands
+from research.studio.listing.run_state import require_idle
 from research.studio.pages.live_run_page import changed_knobs, find_run
 from research.studio.pages.page_view import Form, render, see, studio_of
 
@@ -45,13 +46,14 @@ async def enqueue(request: Request, flags: list[str]) -> Response:
     """Queues a training by its flags, and shows its run or the queue.
 
     Raises:
-      UserError: the trainer would refuse a flag.
+      UserError: the trainer would refuse a flag, or a job trains in the folder.
       PageError: the run would lie outside of the roots.
     """
     studio, who = studio_of(request), request.scope["who"]
     _, folder = await asyncio.to_thread(commands.config_of, flags, studio.runs)
     command = commands.launching(flags)
     name = studio.runs.name(folder)
+    await asyncio.to_thread(require_idle, folder)
     studio.audit.add("start", name, who, command=commands.as_text(command))
     await asyncio.to_thread(studio.queue.add, command, folder, who)
     return see("/queue", said=f"{name} is queued")

@@ -12,7 +12,12 @@ from research.checkpoints.stored_steps import size_of
 from research.studio.listing.run_index import ListedRun
 from research.studio.listing.run_notes import write_notes
 from research.studio.listing.run_state import STATES
-from research.studio.listing.run_trash import empty_trash, move_to_trash
+from research.studio.listing.run_trash import (
+    empty_trash,
+    move_to_trash,
+    trash_size,
+)
+from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import (
     Form,
     format_bytes,
@@ -87,8 +92,8 @@ def _matches(run: ListedRun, query: str, state: str) -> bool:
 async def save_notes(request: Request) -> Response:
     """Replaces tags and notes of a run."""
     form = await Form.read(request)
-    studio, name = studio_of(request), form.get("run")
-    folder = studio.runs.find(name)
+    name = form.get("run")
+    folder = find_run(request, name)
     write_notes(folder, form.get("tags"), form.get("notes"))
     return see(f"/run/{name}", said="tags and notes are saved")
 
@@ -97,7 +102,7 @@ def remove(request: Request) -> Response:
     """Asks before a run is removed, and names its bytes."""
     studio = studio_of(request)
     names = request.query_params.getlist("run")
-    folders = [studio.runs.find(name) for name in names]
+    folders = [find_run(request, name) for name in names]
     sizes = [size_of(folder) for folder in folders]
     return render(
         request,
@@ -105,6 +110,7 @@ def remove(request: Request) -> Response:
         title="Remove",
         runs=list(zip(names, folders, sizes, strict=True)),
         total=sum(sizes),
+        trash=trash_size(studio.runs),
     )
 
 
@@ -114,9 +120,10 @@ async def trash(request: Request) -> Response:
     studio, who = studio_of(request), request.scope["who"]
     moved = 0
     for name in form.all("run"):
-        folder = studio.runs.find(name)
+        folder = find_run(request, name)
         size = size_of(folder)
         studio.audit.add("trash", name, who, bytes=size)
+        studio.queue.read().require_none_in(folder)
         move_to_trash(studio.runs, folder)
         moved += size
     return see("/", said=f"{format_bytes(moved)} are in the trash")
@@ -125,9 +132,11 @@ async def trash(request: Request) -> Response:
 async def empty(request: Request) -> Response:
     """Deletes what is in the trash."""
     studio = studio_of(request)
-    studio.audit.add("empty trash", "", request.scope["who"])
-    count = empty_trash(studio.runs)
-    return see("/", said=f"the trash is empty: {count} runs are deleted")
+    count, size = trash_size(studio.runs)
+    what = f"{count} run{'s' * (count != 1)}"
+    studio.audit.add("empty trash", what, request.scope["who"], bytes=size)
+    empty_trash(studio.runs)
+    return see("/", said=f"{what} deleted for ever, {format_bytes(size)} are free")
 
 
 ROUTES = (

@@ -15,6 +15,7 @@ from research.evaluate.measuring.measure_choices import (
     CHOICE_METRICS,
     choice_metrics,
     choices_of,
+    drop_long_choices,
     has_choices,
     score_choices,
 )
@@ -27,7 +28,7 @@ class AnswerStage:
     """Rows with the metrics that judge their answers.
 
     Attributes:
-      asked: the rows.
+      asked: the rows that every model has room for, choices included.
       metrics: of answers that a model writes.
       choice_names: metrics of choices that a model scores.
       choices: of each row, where there are such metrics.
@@ -53,11 +54,15 @@ class AnswerStage:
         names = [x for name in names for x in _suited(name, asked, data)]
         scored = [name for name in dict.fromkeys(names) if name in CHOICE_METRICS]
         written = [name for name in names if name not in CHOICE_METRICS]
-        metrics = {}
+        choices, metrics = {}, {}
+        if scored:
+            choices = choices_of(asked, data)
+            asked = drop_long_choices(asked, choices, found.models)
+            left = next(iter(asked.by_model.values()))
+            choices = {x.row.id: choices[x.row.id] for x in left}
         if written:
             before = asked.without_answers(found.models[0])
             metrics = choose_metrics(written, before, CHOICE_METRICS)
-        choices = choices_of(asked, data) if scored else {}
         return cls(asked, metrics, scored, choices)
 
     def measure(

@@ -121,7 +121,9 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     losses = {x.name: common.group(x.name, categories) for x in found.models if common}
     values = _facts(found, choices, own) | {"overlap": seen}
     values["left_out"] = _left_out(rows, own)
-    values["rows"] = _count(rows, readings, common) | {"not_asked": asked.problems}
+    values["rows"] = _count(rows, readings, common) | {
+        "not_asked": stage.asked.problems
+    }
     values["models"] = {
         x.name: _model(x)
         | {"rows_with_loss": len(sums[x.name])}

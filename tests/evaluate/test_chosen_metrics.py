@@ -29,7 +29,9 @@ from research.evaluate.multiple_choice import (
     read_choices,
 )
 from research.report.evaluation_page import row_facts
+from research.tokenize.tokenizer_training import byte_tokenizer
 
+PROMPT = 8  # tokens of each prompt
 ROW = AnsweredRow(
     "5f", "rows.jsonl:3", "", "rows", "P", "q", "", "", "an answer", 2, 1, True
 )  # fmt: skip
@@ -180,17 +182,44 @@ def asked_rows(folder, *lines):
     asked = []
     for number, _ in enumerate(lines, start=1):
         row = SimpleNamespace(place=f"{path.name}:{number}", id=f"row {number}")
-        asked.append(SimpleNamespace(row=row))
+        request = SimpleNamespace(prompt=(5,) * PROMPT)
+        asked.append(SimpleNamespace(row=row, request=request))
     return AskedRows({"tuned": asked}, []), DataConfig(path=str(path))
+
+
+def model_with_room_for(tokens):
+    shape = SimpleNamespace(max_position=tokens)
+    base = SimpleNamespace(architecture=shape, tokenizer=byte_tokenizer())
+    return SimpleNamespace(name="tuned", run=SimpleNamespace(base=base))
+
+
+def test_a_row_with_a_choice_that_does_not_fit_is_named_and_not_asked(tmp_path):
+    short = {"question": "q", "choices": ["red", "blue"], "answer": 1}
+    long = short | {"choices": ["red", "blue " * 5]}
+    asked, data = asked_rows(tmp_path, short, long, short)
+
+    def stage(tokens):
+        found = SimpleNamespace(models=[model_with_room_for(tokens)])
+        return AnswerStage.of(asked, ("auto",), found, data)
+
+    assert not stage(PROMPT + 25).asked.problems
+    left = stage(PROMPT + 24)
+    assert left.choices.keys() == {"row 1", "row 3"}
+    assert [x.row.id for x in left.asked.by_model["tuned"]] == ["row 1", "row 3"]
+    [problem] = left.asked.problems
+    assert problem.startswith("quiz.jsonl:2: choice 1 has 25 tokens, its prompt 8, ")
+    with pytest.raises(UserError, match=r"no row can be asked.*quiz.jsonl:1: choice 1"):
+        stage(PROMPT + 3)
 
 
 def test_auto_scores_the_choices_of_rows_that_have_them(tmp_path, caplog):
     quiz = {"question": "q", "choices": ["red", "blue"], "answer": 1}
     asked, data = asked_rows(tmp_path, quiz, quiz)
-    assert AnswerStage.of(asked, ("auto",), None, data).choice_names == [
+    found = SimpleNamespace(models=[model_with_room_for(100)])
+    assert AnswerStage.of(asked, ("auto",), found, data).choice_names == [
         "choice_none", "choice_bytes",
     ]  # fmt: skip
-    again = AnswerStage.of(asked, ("choice_bytes", "auto"), None, data)
+    again = AnswerStage.of(asked, ("choice_bytes", "auto"), found, data)
     assert again.choice_names == ["choice_bytes", "choice_none"]
     assert not again.metrics and len(again.choices) == 2
     assert not has_choices(*asked_rows(tmp_path, {"question": "q", "answer": "red"}))

@@ -11,6 +11,7 @@ from research.data.row_readers import BadRowError
 from research.engine.requests import Piece, Request, Sampling
 from research.evaluate.answer_metrics.answer_metric import SHARE, AnswerMetric
 from research.evaluate.measuring.evaluated_models import EvaluatedModel
+from research.evaluate.measuring.evaluated_rows import AskedRow
 from research.evaluate.measuring.measure_models import AskedRows, ask_kept
 from research.evaluate.multiple_choice import (
     NORMALISATIONS,
@@ -74,6 +75,29 @@ def _read_again(
             yield wanted[place], place, row
 
 
+def drop_long_choices(
+    asked: AskedRows,
+    choices: Mapping[str, Choices],
+    models: Sequence[EvaluatedModel],
+) -> AskedRows:
+    """The rows of which every model can read each choice after the prompt.
+
+    Raises:
+      UserError: there is no such row.
+    """
+    problems: dict[str, str] = {}
+    for model in models:
+        longest = model.run.base.architecture.max_position
+        for x, number, ids in _continuations(asked, choices, model):
+            if len(x.request.prompt) + len(ids) > longest:
+                problems.setdefault(
+                    x.row.id,
+                    f"{x.row.place}: choice {number} has {len(ids)} tokens, its prompt "
+                    f"{len(x.request.prompt)}, and the model's context is {longest}",
+                )
+    return asked.without(problems)
+
+
 def score_choices(
     asked: AskedRows,
     choices: Mapping[str, Choices],
@@ -86,20 +110,19 @@ def score_choices(
     Raises:
       UserError, SaveError: see `ask_models`.
     """
-    requests: dict[str, dict[str, Request]] = {}
-    for model in models:
-        tokenizer, own = model.run.base.tokenizer, {}
-        for x in asked.by_model[model.name]:
-            texts = choices[x.row.id].texts
-            for number, ids in enumerate(tokenizer.encode_texts(list(texts))):
-                own[f"{x.row.id} {number}"] = Request(
-                    (*x.request.prompt, *ids),
-                    Sampling(max_new_tokens=0),
-                    top_logprobs=0,
-                    echo=True,
-                    echo_from=len(x.request.prompt),
-                )
-        requests[model.name] = own
+    requests = {
+        model.name: {
+            f"{x.row.id} {number}": Request(
+                (*x.request.prompt, *ids),
+                Sampling(max_new_tokens=0),
+                top_logprobs=0,
+                echo=True,
+                echo_from=len(x.request.prompt),
+            )
+            for x, number, ids in _continuations(asked, choices, model)
+        }
+        for model in models
+    }
     found = ask_kept("choices", requests, models, folder, slots, _score)
     return {
         model.name: {
@@ -108,6 +131,16 @@ def score_choices(
         }
         for model in models
     }
+
+
+def _continuations(
+    asked: AskedRows, choices: Mapping[str, Choices], model: EvaluatedModel
+) -> Iterator[tuple[AskedRow, int, Sequence[int]]]:
+    """Each row as the model is asked it, the number of a choice, and its ids."""
+    for x in asked.by_model[model.name]:
+        texts = [*choices[x.row.id].texts]
+        for number, ids in enumerate(model.run.base.tokenizer.encode_texts(texts)):
+            yield x, number, ids
 
 
 def choice_metrics(

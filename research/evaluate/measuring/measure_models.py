@@ -78,15 +78,22 @@ class AskedRows:
             for row in asked:
                 if row.problem:
                     problems.setdefault(row.row.id, f"{row.row.place}: {row.problem}")
+        return cls(every, []).without(problems)
+
+    def without(self, problems: Mapping[str, str]) -> "AskedRows":
+        """All but these rows; `problems` has `file:line: reason` by row.
+
+        Raises:
+          UserError: no row is left.
+        """
         by_model = {
             name: [x for x in asked if x.row.id not in problems]
-            for name, asked in every.items()
+            for name, asked in self.by_model.items()
         }
-        if len(problems) == len(rows):
-            raise UserError(
-                f"no row can be asked; the first is {next(iter(problems.values()))}"
-            )
-        return cls(by_model, [*problems.values()])
+        named = [*self.problems, *problems.values()]
+        if named and not any(by_model.values()):
+            raise UserError(f"no row can be asked; the first is {named[0]}")
+        return AskedRows(by_model, named)
 
     def requests(self) -> dict[str, dict[str, Request]]:
         """By model and row."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError
-from research.data.instructions.row_cache import CUT
+from research.core.visible_text import counted
+from research.data.instructions.row_cache import CUT, place_of
 from research.engine.requests import Sampling
 from research.evaluate.answer_metrics.user_metric import content_of
 from research.evaluate.answer_stage import AnswerStage
@@ -22,7 +23,11 @@ from research.evaluate.measuring.evaluated_models import (
     EvaluatedModel,
     ModelSet,
 )
-from research.evaluate.measuring.evaluated_rows import EvaluatedRow, choose_rows
+from research.evaluate.measuring.evaluated_rows import (
+    EvaluatedRow,
+    RowsRead,
+    choose_rows,
+)
 from research.evaluate.measuring.kept_lines import digest
 from research.evaluate.measuring.measure_models import (
     AskedRows,
@@ -104,7 +109,8 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     own = readings[found.target.name]
     if own.texts is not None:
         return _evaluate_texts(found, choices, readings, folder)
-    rows = choose_rows(own.records(), own.groups, choices.rows)
+    counts = RowsRead(own)
+    rows = choose_rows(counts.records(), own.groups, choices.rows)
     asked = AskedRows.of(rows, found.models, choices.sampling, choices.stop)
     data = found.config_for(found.target, choices.changes).data
     path = choices.data or data.eval_path or data.path
@@ -120,10 +126,12 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
     categories = {row.id: row.record.category for row in rows}
     losses = {x.name: common.group(x.name, categories) for x in found.models if common}
     values = _facts(found, choices, own) | {"overlap": seen}
-    values["left_out"] = _left_out(rows, own)
-    values["rows"] = _count(rows, readings, common) | {
-        "not_asked": stage.asked.problems
-    }
+    values["left_out"] = counts.lines_on(rows)
+    values["rows"] = (
+        counts.values()
+        | _count(rows, readings, common)
+        | {"not_asked": stage.asked.problems}
+    )
     values["models"] = {
         x.name: _model(x)
         | {"rows_with_loss": len(sums[x.name])}
@@ -155,7 +163,11 @@ def headline(result: Evaluated) -> str:
     ]
     loss = [f"loss {', '.join(losses)}"] if losses else []
     parts = "; ".join([*loss, *verdicts]) or "answers without references"
-    return f"evaluation, {result.values['data']['origin']}: {parts}"
+    values = result.values
+    origin, rows = values["data"]["origin"], values.get("rows", {})
+    some = rows and rows["evaluated"] < rows["read"] - rows["dropped"]
+    of = f"{counted(rows['evaluated'], 'row')} of " if some else ""
+    return f"evaluation, {of}{origin}: {parts}"
 
 
 def read_rows(found: ModelSet, choices: EvaluationChoices) -> dict[str, EvaluationRows]:
@@ -267,7 +279,7 @@ def _count(
 ) -> Values:
     """How many rows are evaluated, and how many of them are not whole."""
     lines = {x for read in readings.values() for x in read.left_out}
-    cut = {x.rpartition(": ")[0] for x in lines if x.endswith(f": {CUT}")}
+    cut = {place_of(x) for x in lines if x.endswith(f": {CUT}")}
     with_loss = next(iter(common.sums.values()))
     return {
         "evaluated": len(rows),
@@ -286,16 +298,6 @@ def _require_losses(rows: Sequence[EvaluatedRow], origin: str) -> None:
             f"which every row lacks ({origin}): drop the flag, or name the column with "
             "--config.data.columns.response"
         )
-
-
-def _left_out(rows: Sequence[EvaluatedRow], own: EvaluationRows) -> list[str]:
-    """The lines on rows that were dropped, and on those of `rows` that were cut."""
-    places = {row.place for row in rows}
-    return [
-        line
-        for line in own.left_out
-        if not line.endswith(f": {CUT}") or line.rpartition(": ")[0] in places
-    ]
 
 
 def _parts(

@@ -116,6 +116,9 @@ def row_facts(values: Values) -> list[str]:
         (len(rows.get("not_asked", ())), "too long to be answered"),
     )
     facts = [problem] if problem else []
+    if dropped := rows.get("dropped", 0):
+        share = f"{counted(rows['read'], 'row')} ({dropped / rows['read']:.1%})"
+        facts.append(f"{dropped:,} of {share} dropped when they were read")
     facts += [
         f"{count:,} of {counted(total, 'row')} ({count / total:.1%}): {what}"
         for count, what in parts

@@ -19,13 +19,17 @@ from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.data.grouped_values import by_group
 from research.data.instructions.instruction_dataset import load_dataset
+from research.data.instructions.row_cache import place_of
 from research.data.text.row_layout import is_held_out
 from research.data.text.text_sources import open_sources
+from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
 from research.evaluate.evaluate_flags import INSTEAD, OF_FILES, EvaluateFlags
 from research.evaluate.measuring import row_losses
-from research.evaluate.measuring.evaluated_rows import choose_rows
+from research.evaluate.measuring.evaluated_rows import RowsRead, choose_rows
+from research.evaluate.run_evaluation import Evaluated
 from research.formats.base_model import open_base
+from research.report.evaluation_page import row_facts
 from research.runs.reopen import find_run, fitting_mesh
 from research.tasks import task_registry
 from research.tasks.instruction_rows import held_out_rows, training_records
@@ -202,10 +206,25 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     assert found.origin.endswith("rows.jsonl, 4 rows")
     reasons = dict(line.split(": ", 1) for line in found.left_out)
     assert reasons.keys() == {"rows.jsonl:2", "rows.jsonl:4"}
+    counts = RowsRead(found)
+    rows = choose_rows(counts.records(), found.groups)
+    assert [x.place for x in rows] == [f"rows.jsonl:{n}" for n in (1, 3, 4, 5)]
+    assert counts.values() == {"read": 5, "dropped": 1}
+    assert counts.lines_on(rows) == found.left_out
+    first = [x for x in found.left_out if x.startswith("rows.jsonl:2: ")]
+    assert counts.lines_on(rows[:2]) == first, "the long row was not chosen"
     batch = found.packed.batch(found.packed.rows)
     assert batch.tokens.shape == (1, data.seq_len)
     assert batch.weights.sum() == 3 * 2, "an answer of one letter, and its end"
     assert not found.unused
+    # The same rows as those that a run holds out.
+    write_lines(tmp_path / "gone.jsonl", [good | {"context": "z"}] * 3 + [bad, good])
+    whole = {"eval_path": str(tmp_path / "rows.jsonl"), "max_rows": 0}
+    own = dataclasses.replace(data, bad_lines="skip", **whole)
+    held = RowsRead(held_out_rows(Config(data=own, text=text), base))
+    assert len([*held.records()]) == 3
+    assert held.values() == {"read": 5, "dropped": 2}
+    assert sorted(map(place_of, held.lines_on(()))) == ["rows.jsonl:2", "rows.jsonl:4"]
     # By the rule of training: material stops it, all else is named.
     topics = [good | {"topic": "ab"[n % 2]} for n in range(4)]
     [line] = read(topics).unused
@@ -224,6 +243,25 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     with pytest.raises(UserError, match=r"response=x, or messages for chats$") as said:
         read([{"question": "q", "x": "a"}, good])
     assert "bad_lines" not in str(said.value)
+
+
+@pytest.mark.parametrize("place", ["a b:7", "f: row 7", "f: item 7", "f: byte 7"])
+def test_the_place_of_a_line_ends_before_its_reason(place):
+    assert place_of(f"{place}: the column x:1: is 'a: b'") == place
+    assert place_of("2 rows have no place: really") == "2 rows have no place: really"
+
+
+def test_counts_say_how_many_rows_were_read_and_evaluated():
+    counts = {"evaluated": 2, "read": 8, "dropped": 2, "not_asked": []}
+    values = {"data": {"origin": "f, 6 rows"}, "rows": counts, "differences": []}
+    values |= {"models": {"base": {}}}
+    assert row_facts(values) == ["2 of 8 rows (25.0%) dropped when they were read"]
+    losses = {"base": types.SimpleNamespace(loss=1.5)}
+    said = run_evaluation.headline(Evaluated("", values, [], losses))
+    assert said == "evaluation, 2 rows of f, 6 rows: loss base 1.5000"
+    counts["evaluated"] = 6
+    said = run_evaluation.headline(Evaluated("", values, [], losses))
+    assert said.startswith("evaluation, f, 6 rows: ")
 
 
 def test_a_task_without_rows_of_files_says_so(monkeypatch):

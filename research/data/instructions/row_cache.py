@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -46,6 +47,7 @@ from research.tokenize.conversation import Record
 
 UNIT_ROWS, UNIT_LETTERS = 8192, 8 << 20
 CUT = "context cut to fit"  # The reason of a row that is kept with less.
+_PLACE = re.compile(r".*?:(?: item | row | byte )?\d+(?=: )")
 OF_SCHEMA = 3  # documents of each schema that are shown to people
 SECONDS_BETWEEN_LINES = 5.0
 # More characters than any tokenizer packs into a token, on average over a long text. A
@@ -60,6 +62,15 @@ FREE_FIELDS = (
 CODE = ("data/instructions", "data", "tokenize", "tokenize/templates")
 
 Build = Callable[[Path, str], None]
+
+
+def place_of(line: str) -> str:
+    """The place, such as `rows.jsonl:7`, of `place: reason`; a reason may have colons.
+
+    A line that begins with no place is given as it is.
+    """
+    found = _PLACE.match(line)
+    return found[0] if found else line
 
 
 def open_folder(

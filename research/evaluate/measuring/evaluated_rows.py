@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import OTHERS
+from research.data.instructions.row_cache import place_of
 from research.data.instructions.row_selection import content_key
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Request, Sampling
 from research.evaluate.answered_row import AnsweredRow
 from research.tasks.model_answers import lack_of_room
-from research.tasks.task_protocol import PromptFormat
+from research.tasks.task_protocol import EvaluationRows, PromptFormat
 from research.tokenize.conversation import Record
 from research.tokenize.tokenizer import Tokenizer
 
@@ -65,6 +66,31 @@ class AskedRow:
     row: EvaluatedRow
     request: Request | None
     problem: str = ""
+
+
+class RowsRead:
+    """Counts rows while they are read: those that can be evaluated, and the others."""
+
+    def __init__(self, rows: EvaluationRows):
+        self._rows, self._usable = rows, 0
+        self._dropped = {place_of(line) for line in rows.left_out}
+
+    def records(self) -> Iterator[Record]:
+        """The rows that can be evaluated; to be read once, before the counts."""
+        for record in self._rows.records():
+            self._usable += 1
+            self._dropped.discard(record.where)
+            yield record
+
+    def values(self) -> dict[str, int]:
+        """How many rows were read, and how many of them were dropped."""
+        dropped = len(self._dropped)
+        return {"read": self._usable + dropped, "dropped": dropped}
+
+    def lines_on(self, chosen: Iterable[EvaluatedRow]) -> list[str]:
+        """The lines on rows that were dropped, and on those that were chosen."""
+        places = self._dropped | {row.place for row in chosen}
+        return [line for line in self._rows.left_out if place_of(line) in places]
 
 
 def choose_rows(

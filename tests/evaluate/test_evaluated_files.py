@@ -74,12 +74,13 @@ def test_held_out_rows_as_a_file_give_the_losses_of_the_run(
     run = place.run_dir("unbroken")
     rows = [*rows_held_out(find_run(run))]
     bad = {"instruction": "Nothing to say?", "response": "", "category": "open_qa"}
-    write_lines(tmp_path / "rows.jsonl", [*rows, bad])
+    write_lines(tmp_path / "rows.jsonl", [*rows, bad, {"response": "a"}])
     flag = "--config.data.bad_lines=skip"
     said, found = evaluate(tmp_path, run, "--data=rows.jsonl", flag)
     assert found["config"] == {"data.bad_lines": "skip"}
     assert len(passes) == 1, "both models see each batch as it is built"
     counts = {"evaluated": len(rows) + 1, "without_reference": 1, "without_loss": 0}
+    counts |= {"read": len(rows) + 2, "dropped": 1}
     assert counts.items() <= found["rows"].items()
     assert f"1 of {len(rows) + 1} rows" in said and "without a reference" in said
     first, *_, last = place.lines("unbroken", "eval")
@@ -91,8 +92,9 @@ def test_held_out_rows_as_a_file_give_the_losses_of_the_run(
         for group, own in model["by_group"].items():
             close(own["loss"], line[f"loss/{group}"], 1e-5)
             assert own["tokens"] == line[f"tokens/{group}"]
-    refused = f"rows.jsonl:{len(rows) + 1}: a response is empty"
-    assert found["left_out"] == [refused] and refused in said
+    [refused] = found["left_out"]
+    assert refused.startswith(f"rows.jsonl:{len(rows) + 2}: ") and refused in said
+    assert f"1 of {len(rows) + 2} rows" in said and "dropped when they were" in said
     assert re.search(r"loss base .* ppl base .* change", said), said
 
 

@@ -328,6 +328,8 @@ def _add_answers(values: Values, measured: Measurements, baseline: str) -> None:
         }
         for name, metric in measured.metrics.items()
     }
+    clusters = measured.clusters
+    values["repeats"] = {"rows": len(clusters), "different": len({*clusters})}
     for name in measured.measured:
         values["models"][name]["answers"] = measured.answers_of(name)
     if not baseline:

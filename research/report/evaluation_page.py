@@ -124,6 +124,14 @@ def row_facts(values: Values) -> list[str]:
         for count, what in parts
         if count
     ]
+    repeats = values.get("repeats", {"rows": 0, "different": 0})
+    if repeats["different"] < repeats["rows"]:
+        count, different = repeats["rows"], repeats["different"]
+        unit = _unit(values)
+        facts.append(
+            f"{counted(count, unit)} are {counted(different, f'different {unit}')}: "
+            f"{unit}s that repeat count once"
+        )
     facts += values["differences"]
     if any("bits_per_byte" in x for x in values.get("comparisons", {}).values()):
         facts.append(
@@ -212,7 +220,7 @@ def tabulate_answers(values: Values, *, short: bool = False) -> Table:
             if judged:
                 rows.append([*name, *_compared(judged, short)])
             elif not compared and own.get("value") is not None:
-                cells = [f"{own['rows']:,}", _number(own["value"]), _interval(own)]
+                cells = [_rows(own), _number(own["value"]), _interval(own)]
                 rows.append([*name, *cells])
     if not rows:
         return []
@@ -240,7 +248,7 @@ def tabulate_categories(values: Values) -> Table:
             for category, each in judged["by_category"].items():
                 if each and each["differing"]:
                     name = result_tables.group_label(category or "(none)", group)
-                    cells = [name, metric, model, f"{each['rows']:,}"]
+                    cells = [name, metric, model, _rows(each)]
                     cells += [_number(each["baseline"]), _number(each["candidate"])]
                     cells += [_signed(each["difference"]), _interval(each, signed=True)]
                     rows.append(cells)
@@ -290,7 +298,7 @@ def format_pages(
 
 def _compared(judged: Values, short: bool) -> list[str]:
     values = (judged["baseline"], judged["candidate"])
-    cells = [f"{judged['rows']:,}", *map(_number, values)]
+    cells = [_rows(judged), *map(_number, values)]
     change = _signed(judged["difference"]) if judged["differing"] else SAME
     interval = _interval(judged, signed=True) if judged["differing"] else NONE
     cells.append(change if interval == NONE else f"{change} ({interval})")
@@ -300,6 +308,11 @@ def _compared(judged: Values, short: bool) -> list[str]:
         cells.append(NONE if effect is None else f"{effect:+.2f}")
         cells.append(NONE if needed is None else f"{needed:,}")
     return [*cells, judged["verdict"]]
+
+
+def _rows(found: Values) -> str:
+    rows, different = found["rows"], found["clusters"]
+    return f"{rows:,}" + f" ({different:,} different)" * (different < rows)
 
 
 def _interval(found: Values, *, signed: bool = False) -> str:

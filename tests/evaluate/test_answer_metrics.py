@@ -314,6 +314,24 @@ def test_an_answer_that_shows_no_language_is_no_switch(answer):
     assert value("language_switch", row(answer, ENGLISH)) is None
 
 
+def test_a_category_has_labels_of_its_own():
+    mood = [row("It is bad, no doubt.", "bad"), row("good", "good"), row("Bad", "Bad")]
+    mood = [replace(x, category="mood") for x in (*mood, row("yes", "good"))]
+    checks = [row("yes", "Yes"), row("no", "yes"), row("No good", "no"), row("", "no")]
+    checks = [replace(x, category="check") for x in checks]
+    found = METRICS["accuracy"].measure([*mood, *checks])
+    assert found.scores == (1, 1, 1, 0, 1, 0, 1, 0)
+    # bad: 2 of 2; good: 1 of 1, of 2; yes and no: 1 of 1 and 1 of 2, of 2 each.
+    by_hand = np.mean([1, 2 / 3, 2 / 3, 2 / 4])
+    assert value("macro_f1", *mood, *checks) == pytest.approx(by_hand)
+
+
+def test_rows_of_one_kind_share_their_labels_across_small_categories():
+    rows = [row("positive or negative", x) for x in ("positive", "negative")]
+    rows = [replace(x, category=x.reference) for x in rows]
+    assert value("accuracy", *rows) == 0
+
+
 def test_a_wrong_label_is_named_and_makes_a_model_no_better():
     assert value("label_named", row("negative", "positive"), *LABELLED) > 4 / 6
     assert METRICS["label_named"].higher_is_better is None

@@ -154,7 +154,7 @@ def judged(verdict, rows=24, differing=24):
         "baseline": 2.0, "candidate": 1.5, "difference": -0.5, "low": -0.6,
         "high": -0.4, "rows": rows, "verdict": verdict, "adjusted_p": 0.01,
         "effect_size": None, "rows_needed": None, "differing": differing,
-        "by_category": {},
+        "clusters": rows, "by_category": {},
     }  # fmt: skip
 
 
@@ -200,6 +200,24 @@ def test_pages_begin_with_what_was_shown_on_how_many_rows(capsys):
     values["models"] = {"base": {"answers": {}}, "tuned": {}}
     for text in evaluation_page.format_pages(values, [], {}).values():
         assert "Losses" not in text, "rows without a reference have none"
+
+
+@pytest.mark.parametrize("unit", ["row", "document"])
+def test_pages_say_that_rows_are_few_different_ones(unit):
+    few = judged("too few rows to tell") | {"clusters": 1}
+    values = page_values(
+        comparisons={"tuned": {"loss": few | {"by_category": {"a": few}}}},
+        repeats={"rows": 24, "different": 1},
+    )
+    if unit == "document":
+        values |= {"documents": values.pop("rows")["evaluated"]}
+    line = {"loss": 1.0, "loss/a": 1.0, "tokens/a": 4}
+    pages = evaluation_page.format_pages(values, [], {"base": line, "tuned": line})
+    for text in pages.values():
+        assert f"24 {unit}s are 1 different {unit}: {unit}s that repeat" in text
+        assert text.count("24 (1 different)") == 2
+    values["repeats"]["different"] = 24
+    assert "repeat" not in " ".join(evaluation_page.row_facts(values))
 
 
 def test_words_begin_at_the_left_of_their_column_and_numbers_end_at_its_right():

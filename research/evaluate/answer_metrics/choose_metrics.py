@@ -1,7 +1,6 @@
 """The metrics that there are, and those that suit the rows of a file."""
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from research.core.errors import UserError, look_up
@@ -15,7 +14,7 @@ from research.evaluate.answer_metrics import (
 )
 from research.evaluate.answer_metrics.answer_metric import AnswerMetric
 from research.evaluate.answer_metrics.user_metric import user_metric
-from research.evaluate.answer_metrics.words_of_text import comparable, words_of
+from research.evaluate.answer_metrics.words_of_text import words_of
 from research.evaluate.answered_row import AnsweredRow
 
 AUTO = "auto"
@@ -45,8 +44,6 @@ QUESTIONS = {"closed_qa", "open_qa", "information_extraction", "qa"}
 SUMMARIES = {"summarization", "summarisation", "summary"}
 # A reference of at most so many words is short.
 SHORT = 10
-# References are labels if each has at most so many words, and occurs twice on average.
-LABEL_WORDS, LABEL_ROWS = 5, 2
 
 
 def choose_metrics(
@@ -86,7 +83,7 @@ def choose_metrics(
 
 
 def _suited(rows: Sequence[AnsweredRow]) -> dict[str, AnswerMetric]:
-    labelled = labelled_categories(rows)
+    labelled = label_metrics.labelled_categories(rows)
 
     def is_label(row: AnsweredRow) -> bool:
         return row.category in labelled
@@ -121,24 +118,6 @@ def _suited(rows: Sequence[AnsweredRow]) -> dict[str, AnswerMetric]:
         for metric in (*suited, *FOR_ALL)
         if any(map(metric.applies, rows))
     }
-
-
-def labelled_categories(rows: Sequence[AnsweredRow]) -> set[str]:
-    """The categories of rows whose references are labels.
-
-    They are few words each, at least two, and occur at least twice on average.
-    """
-    references = defaultdict(list)
-    for row in rows:
-        if row.references:
-            references[row.category].append(row.reference or row.references[0])
-    found = set()
-    for category, texts in references.items():
-        labels = {comparable(text, text) for text in texts}
-        many = len(texts) >= LABEL_ROWS * len(labels)
-        if many and len(labels) >= 2 and max(map(len, labels)) <= LABEL_WORDS:
-            found.add(category)
-    return found
 
 
 def _has_short(row: AnsweredRow) -> bool:

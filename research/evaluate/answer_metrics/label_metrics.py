@@ -1,6 +1,7 @@
 """Metrics for classification, with the labels that the rows' references are."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +14,26 @@ from research.evaluate.statistics import measured
 from research.evaluate.statistics.measured import Floats, Measured
 
 MOST_LABELS = 1000
+# References are labels if each has at most so many words, and occurs twice on average.
+LABEL_WORDS, LABEL_ROWS = 5, 2
+
+
+def labelled_categories(rows: Sequence[AnsweredRow]) -> set[str]:
+    """The categories of rows whose references are labels.
+
+    They are few words each, at least two, and occur at least twice on average.
+    """
+    references = defaultdict(list)
+    for row in rows:
+        if row.references:
+            references[row.category].append(row.reference or row.references[0])
+    found = set()
+    for category, texts in references.items():
+        labels = {comparable(text, text) for text in texts}
+        many = len(texts) >= LABEL_ROWS * len(labels)
+        if many and len(labels) >= 2 and max(map(len, labels)) <= LABEL_WORDS:
+            found.add(category)
+    return found
 
 
 def labels_of(rows: Sequence[AnsweredRow]) -> list[str]:
@@ -32,6 +53,23 @@ def labels_of(rows: Sequence[AnsweredRow]) -> list[str]:
             f"{MOST_LABELS} are labels; use exact_match or token_f1"
         )
     return list(found.values())
+
+
+def _labels_by_category(rows: Sequence[AnsweredRow]) -> Mapping[str, Sequence[str]]:
+    """The labels that each row's answer may name.
+
+    A category with labels of its own has these: "bad, no doubt" names one of good and
+    bad, whatever rows with yes and no the file has. The other categories share theirs.
+    """
+    own = labelled_categories(rows)
+    shared = labels_of([row for row in rows if row.category not in own])
+    return defaultdict(
+        lambda: shared,
+        {
+            name: labels_of([row for row in rows if row.category == name])
+            for name in own
+        },
+    )
 
 
 def label_in(answer: str, labels: Sequence[str]) -> str | None:
@@ -74,13 +112,16 @@ def _counted(rows: Sequence[AnsweredRow]) -> tuple[list[str | None], list[str], 
     The counts are those of right answers, of answers and of references. Where several
     labels are right, the one that was answered is, or else the first.
     """
-    labels = labels_of(rows)
+    labels, own = labels_of(rows), _labels_by_category(rows)
     names = {comparable(label, label): place for place, label in enumerate(labels)}
     counts = np.zeros((len(rows), len(labels), 3))
     answered, right = [], []
     for count, row in zip(counts, rows, strict=True):
-        label = label_in(row.answer, labels)
-        expected = [labels[names[comparable(r, r)]] for r in row.references]
+        named = label_in(row.answer, own[row.category])
+        label, *expected = (
+            None if text is None else labels[names[comparable(text, text)]]
+            for text in (named, *row.references)
+        )
         truth = label if label in expected else expected[0]
         answered.append(label)
         right.append(truth)

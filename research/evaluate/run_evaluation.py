@@ -188,8 +188,8 @@ def read_rows(found: ModelSet, choices: EvaluationChoices) -> dict[str, Evaluati
 
 
 def find_differences(found: ModelSet) -> list[str]:
-    """Sentences on models that are made, or read the rows, in another way."""
-    target, said = found.target, []
+    """Sentences on runs that have not ended, and on models of other kinds or rows."""
+    target, said = found.target, [x.unfinished for x in found.models if x.unfinished]
     own = target.run
     for model in found.models:
         other = model.run

@@ -27,6 +27,7 @@ UNSHOWN = {
     "too few rows to tell": "there are too few rows to tell in",
 }
 NO_REFERENCE = "without a reference, in no loss and in no metric that needs one"
+LEAST_P = 0.001  # Smaller ones are only said to be smaller.
 SHOWN = 4  # rows that were dropped or cut, and columns; the file has all
 
 
@@ -304,7 +305,8 @@ def _compared(judged: Values, short: bool) -> list[str]:
     cells.append(change if interval == NONE else f"{change} ({interval})")
     if not short:
         effect, needed = judged["effect_size"], judged["rows_needed"]
-        cells.append(f"{judged['adjusted_p']:.3f}")
+        p_value = judged["adjusted_p"]
+        cells.append(f"{p_value:.3f}" if p_value >= LEAST_P else f"< {LEAST_P}")
         cells.append(NONE if effect is None else f"{effect:+.2f}")
         cells.append(NONE if needed is None else f"{needed:,}")
     return [*cells, judged["verdict"]]

@@ -263,6 +263,15 @@ def test_a_function_that_fails_names_the_row_and_its_own_line(write_module):
         metric.measure([replace(ROW, context="x"), ROW])
 
 
+def test_an_error_of_several_lines_is_said_in_one(write_module):
+    body = "def score(row, answer): raise ValueError('one\\n\\n  two')\n"
+    name = write_module(body, "says_lines")
+    with pytest.raises(UserError) as found:
+        choose_metrics([name], [ROW])[name].measure([ROW])
+    assert "ValueError: one two (" in str(found.value)
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     "body", ["def score(row, answer)\n", "raise SystemExit(3)\n", "import no_such\n"]
 )

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -25,7 +26,8 @@ from research.data.text.text_sources import open_sources
 from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
 from research.evaluate.evaluate_flags import INSTEAD, OF_FILES, EvaluateFlags
-from research.evaluate.measuring import row_losses
+from research.evaluate.measuring import evaluated_models, row_losses
+from research.evaluate.measuring.evaluated_models import EvaluatedModel, ModelSet
 from research.evaluate.measuring.evaluated_rows import RowsRead, choose_rows
 from research.evaluate.run_evaluation import Evaluated
 from research.formats.base_model import open_base
@@ -264,6 +266,59 @@ def test_counts_say_how_many_rows_were_read_and_evaluated():
     counts["evaluated"] = 6
     said = run_evaluation.headline(Evaluated("", values, [], losses))
     assert said.startswith("evaluation, f, 6 rows: ")
+
+
+@pytest.mark.parametrize(
+    ("runs", "against", "has_base", "names", "baseline"),
+    [
+        (["a", "b"], "a", True, "ab", "a"),
+        (["a", "b"], "b", True, "ba", "b"),
+        (["a", "b"], "", False, "ab", "a"),
+        (["a", "b"], "c", True, "cab", "c"),
+        (["a", "b"], "", True, ["base", *"ab"], "base"),
+        (["a"], "b", True, "ba", "b"),
+    ],
+)
+def test_the_rows_are_those_of_the_first_run(
+    monkeypatch, runs, against, has_base, names, baseline
+):
+    def found(address, step):
+        base, data = types.SimpleNamespace(fingerprint="f"), DataConfig()
+        config = types.SimpleNamespace(data=data)
+        run = types.SimpleNamespace(folder=address.folder, base=base, config=config)
+        return EvaluatedModel(address.name, run, 3, "f")
+
+    change = functools.partial(monkeypatch.setattr, evaluated_models)
+    address = lambda x: types.SimpleNamespace(folder=x, name=x, step="latest")  # noqa: E731
+    change("run_addresses", lambda given, *_: [*map(address, given)])
+    change("_found", found)
+    change("_require_different", lambda _: None)
+    change("_no_base", lambda _: "" if has_base else "has none")
+    models = evaluated_models.find_models(runs, against)
+    assert models.target.run.folder == "a" and models.baseline == baseline
+    assert models.target in models.models
+    assert [x.name for x in models.models] == [*names]
+
+
+def test_a_run_that_has_not_ended_is_said(monkeypatch):
+    planned = types.SimpleNamespace(planned_steps=9)
+    monkeypatch.setattr(evaluated_models, "History", lambda *_: planned)
+
+    class Folder(types.SimpleNamespace):
+        __str__ = lambda self: "runs/a"  # noqa: E731
+
+    def model(step, is_complete=False):
+        tokenizer = types.SimpleNamespace(fingerprint="t")
+        base = types.SimpleNamespace(tokenizer=tokenizer, fingerprint="f")
+        folder = Folder(history="", is_complete=is_complete)
+        run = types.SimpleNamespace(config=Config(), base=base, folder=folder)
+        return EvaluatedModel(f"{step}", run, step, "f")
+
+    said = "runs/a is not finished: step 4 of 9 is evaluated"
+    assert model(4).unfinished == said
+    assert not any(x.unfinished for x in (model(9), model(None), model(4, True)))
+    found = ModelSet((model(None), model(4)), model(4), "None")
+    assert run_evaluation.find_differences(found) == [said]
 
 
 def test_a_task_without_rows_of_files_says_so(monkeypatch):

@@ -135,6 +135,13 @@ def page_values(**more):
     }
 
 
+def test_a_small_p_is_said_to_be_small_and_not_zero():
+    for p_value, shown in ((0.0004, "< 0.001"), (0.0012, "0.001"), (1.0, "1.000")):
+        each = judged("better") | {"adjusted_p": p_value}
+        values = page_values(comparisons={"tuned": {"loss": each}})
+        assert shown in evaluation_page.tabulate_answers(values)[1]
+
+
 def test_pages_say_which_models_lack_rows_and_read_otherwise():
     values = page_values(
         rows={"evaluated": 24, "cut": 0, "without_loss": 11, "not_asked": []},

@@ -8,7 +8,9 @@ import pytest
 
 from research.config.run_config import CheckpointConfig, Config, DataConfig, EvalConfig
 from research.core.errors import UserError
+from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Piece, Request, Sampling
+from research.evaluate.measuring.evaluated_rows import pair_answer
 from research.tasks.model_answers import HeldOutPrompt
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer_training import byte_tokenizer
@@ -24,7 +26,9 @@ def prompt(question):
     turns = Turn("user", question), Turn("assistant", SAID[question])
     record = Record(turns, "", "open_qa", f"rows.jsonl:{[*SAID].index(question)}")
     ids = tuple(TOKENIZER.encode_texts([question])[0])
-    return HeldOutPrompt(record, question, Request(ids, Sampling(max_new_tokens=9)))
+    stops = frozenset({TOKENIZER.eos})
+    request = Request(ids, Sampling(max_new_tokens=9), stops, ("ue",))
+    return HeldOutPrompt(record, question, request)
 
 
 class Says:
@@ -121,6 +125,14 @@ def test_a_step_is_saved_with_what_ranks_it(name, ranked):
         saver.finish(step, "state")
     cost = -1.0 if name == "exact_match" else None
     assert [x[3:] for x in saved] == [(7.5, cost), (None, None)]
+
+
+def test_a_text_that_ends_an_answer_is_no_end_by_the_model():
+    answers, ids = held_out(), tuple(TOKENIZER.encode_texts(["blue"])[0])
+    ends = ((ids, "stop"), (ids, "length"), ((*ids, TOKENIZER.eos), "stop"))
+    pieces = [[Piece("bl", ids[:2]), Piece("", x[2:], finish=f)] for x, f in ends]
+    said = [pair_answer(answers.rows[0], TOKENIZER, FullAnswer.of(x)) for x in pieces]
+    assert [(x.stopped, x.new_tokens) for x in said] == [(0, 4), (0, 4), (1, 4)]
 
 
 def test_a_metric_that_fails_costs_its_value_alone(monkeypatch):

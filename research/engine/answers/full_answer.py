@@ -14,11 +14,13 @@ class FullAnswer:
       text: of the answer.
       finish: `stop` or `length`.
       tokens: how many there are, its end token among them.
+      last: the id of the last of them; None without any.
     """
 
     text: str
     finish: str
     tokens: int
+    last: int | None = None
 
     @classmethod
     def of(cls, pieces: Iterable[Piece]) -> "FullAnswer":
@@ -27,9 +29,10 @@ class FullAnswer:
         Raises:
           Exception: what the answer failed with.
         """
-        text, tokens, finish = "", 0, ""
+        text, tokens, finish, last = "", 0, "", None
         for piece in pieces:
             text += piece.text
             tokens += len(piece.ids)
             finish = piece.finish
-        return cls(text, finish, tokens)
+            last = piece.ids[-1] if piece.ids else last
+        return cls(text, finish, tokens, last)

@@ -149,7 +149,8 @@ def _described(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f"{error.filename}:{error.lineno}"
     told = isinstance(error, ModuleNotFoundError) or not where
-    return f"{type(error).__name__}: {error}" + ("" if told else f" ({where})")
+    said = " ".join(f"{type(error).__name__}: {error}".split())  # One line.
+    return said + ("" if told else f" ({where})")
 
 
 def _short(result: object) -> str:

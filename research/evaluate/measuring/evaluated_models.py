@@ -45,6 +45,16 @@ class EvaluatedModel:
     identity: str
 
     @property
+    def unfinished(self) -> str:
+        """A sentence if the run has not ended; empty otherwise, or for a base model."""
+        run = self.run
+        planned = History(run.folder.history, PhaseTimer()).planned_steps
+        last = planned or run.config.steps
+        if self.step is None or self.step >= last or run.folder.is_complete:
+            return ""
+        return f"{run.folder} is not finished: step {self.step} of {last} is evaluated"
+
+    @property
     def is_adapted(self) -> bool:
         """Whether it is a base model, or adapters to it."""
         return bool(self.run.trainable.frozen_specs)
@@ -69,16 +79,13 @@ class ModelSet:
 
     Attributes:
       models: the baseline first, if there are several.
+      target: the run that was named first: its rows are evaluated.
       baseline: the name of that with which all others are compared; "" for one alone.
     """
 
     models: tuple[EvaluatedModel, ...]
+    target: EvaluatedModel
     baseline: str = ""
-
-    @property
-    def target(self) -> EvaluatedModel:
-        """The first that is not the baseline: its rows are evaluated."""
-        return next(x for x in self.models if x.name != self.baseline)
 
     def config_for(self, model: EvaluatedModel, changes: Mapping[str, Any]) -> Any:
         """The config by which `model` reads the rows: that of the target, `changes`
@@ -121,6 +128,7 @@ def find_models(
         else:
             addresses = run_addresses([against, *runs])
     found = [_found(x, step) for x in addresses]
+    named_first = [(x.folder, x.step) for x in addresses].index(places[0])
     _require_different(found)
     kinds = {x.run.config.data.kind for x in found}
     if len(kinds) > 1:
@@ -135,23 +143,22 @@ def find_models(
         missing = _no_base(first)
         if not missing:
             base = EvaluatedModel(BASE, first, None, first.base.fingerprint)
-            return ModelSet((base, *found), BASE)
+            return ModelSet((base, *found), found[named_first], BASE)
         if against:
             raise UserError(f"--against=base: {first.folder} {missing}; name a run")
-    return ModelSet(tuple(found), found[0].name if len(found) > 1 else "")
+    baseline = found[0].name if len(found) > 1 else ""
+    return ModelSet(tuple(found), found[named_first], baseline)
 
 
 def _found(address: RunAddress, step: str) -> EvaluatedModel:
     run = find_run(address.folder)
     number = saved_step(run.folder, step if address.step == "latest" else address.step)
-    last = History(run.folder.history, PhaseTimer()).planned_steps or run.config.steps
-    if number < last and not run.folder.is_complete:
-        logging.warning(
-            "%s is not finished: step %d of %d is evaluated", run.folder, number, last
-        )
-    return EvaluatedModel(
+    found = EvaluatedModel(
         address.name, run, number, RunTensors(run, number).fingerprint
     )
+    if found.unfinished:
+        logging.warning("%s", found.unfinished)
+    return found
 
 
 def _require_different(found: Sequence[EvaluatedModel]) -> None:

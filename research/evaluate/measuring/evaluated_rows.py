@@ -180,7 +180,8 @@ def pair_answer(
     record, request = asked.row.record, asked.request
     reference = record.turns[-1].said
     question = next(x for x in reversed(record.turns[:-1]) if x.role != "assistant")
-    stopped = answer.finish == "stop"
+    # A text of --stop ends an answer that the model itself would have continued.
+    stopped = answer.finish == "stop" and answer.last in request.stop_ids
     [reference_ids] = tokenizer.encode_texts([reference])
     others = tuple(text for text in record.other_answers if text != reference)
     return AnsweredRow(

@@ -16,6 +16,7 @@ from research.core.errors import UserError
 # other entries, too; the key `...` gives their shape.
 Shape = Any
 NUMBER = int | float
+LARGEST = 2**63  # Beyond it, an int fits no column and no float.
 
 
 def read_json(path: Path, shape: Shape, remedy: str, absent: Any = None) -> Any:
@@ -121,7 +122,10 @@ def mismatch(value: Any, shape: Shape, where: str = "it") -> str:
     kind = type(shape) if isinstance(shape, list | dict) else shape
     # To Python, a bool is an int.
     fits = isinstance(value, kind)
-    if not fits or (isinstance(value, bool) and kind not in (bool, object)):
+    if isinstance(value, int) and kind is not object:
+        is_bool = isinstance(value, bool)
+        fits &= kind is bool if is_bool else -LARGEST <= value < LARGEST
+    if not fits:
         name = getattr(kind, "__name__", None) or str(kind)
         return f"{where} is {repr(value)[:80]}, not {name}"
     if isinstance(shape, list):

@@ -162,7 +162,18 @@ def parse_line(written: bytes) -> dict[str, Any] | None:
     if mismatch(line, LINE):
         return None
     line = _flat(line)
-    return None if mismatch(line, FIELDS.get(line["kind"], {})) else line
+    return None if mismatch(line, _shape) else line
+
+
+def _shape(line: dict[str, Any]) -> dict[str, Any]:
+    """What reports and charts expect of a line, whose metrics and groups differ."""
+    if line["kind"] not in FIELDS:
+        return {}
+    words = [name for name in ("metrics", "loss_unit") if name in line]
+    names = {"bits_per_byte", *str(line.get("metrics", "")).split(",")}
+    numbers = [name for name in line if "/" in name or name in names]
+    shape = dict.fromkeys(numbers, NUMBER) | dict.fromkeys(words, str)
+    return shape | FIELDS[line["kind"]]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -177,7 +188,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     lines, bad = read_json_lines(folder / NAME, LINE)
     known = [_flat(line) for line in lines]
-    found = [x for x in known if not mismatch(x, FIELDS.get(x["kind"], {}))]
+    found = [x for x in known if not mismatch(x, _shape)]
     if dropped := len(bad) + len(known) - len(found):
         logging.warning(
             "%s: %d of %d lines are no metrics, and are not shown",

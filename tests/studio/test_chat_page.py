@@ -143,6 +143,8 @@ def test_rows_are_added_below_the_data_alone(place):
     assert written == '{"torn": 1}\n{"a": 1}\n{"a": 1}\n'
     assert (data / "inner" / "new.jsonl").is_file()
     bad = ("x.csv", "", "../x.jsonl", "data/../../x.jsonl", "/etc/x.jsonl", "a\0.jsonl")
+    bad += ("a\n.jsonl", ".x.jsonl", "data/.hidden/x.jsonl", "a\u202e.jsonl")
+    (data / ".hidden").mkdir()
     for name in (*bad, "runs/x.jsonl", "data/absent/x.jsonl", "out.jsonl"):
         with pytest.raises((UserError, PageError)):
             append_row(roots, name, "{}\n")

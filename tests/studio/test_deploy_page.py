@@ -219,9 +219,10 @@ MODELS = [
     {"id": "base", "root": "m", "parent": None, "step": None},
     {"id": "tuned", "root": "runs/a", "parent": "base", "step": 2},
 ]
+OF_ALL = {"system_fingerprint": "fp_1", "max_model_len": 64}
 ANSWERS = {
     "/health": {"status": "ok"},
-    "/v1/models": {"data": [x | {"system_fingerprint": "fp_1"} for x in MODELS]},
+    "/v1/models": {"data": [x | OF_ALL for x in MODELS]},
     "/slots": [{"is_processing": True}, {"is_processing": False}],
     "/metrics": "research:num_requests_waiting 5\n",
     "/tokenize": {"tokens": [1]},

@@ -13,9 +13,10 @@ import httpx
 import numpy as np
 import pytest
 from served_studio import ServedStudio, append
-from studio_place import TOKEN, eval_line, make_run, train_line
+from studio_place import START, TOKEN, eval_line, make_run, train_line
 
 from research.core.thinning import smooth, thin
+from research.runs.metrics_file import read_metrics
 from research.studio.live import run_feed
 from research.studio.live.metric_columns import Cursor, MetricColumns
 
@@ -206,3 +207,66 @@ def test_a_strange_cursor_reads_everything_again(place, served, last):
     make_run(place.runs / "a")
     with stream(client, "runs/a", last) as lines:
         assert read_until(lines, "reset")
+
+
+@pytest.mark.parametrize("step", ["9" * 25, "-1", "9" * 500])
+def test_a_step_that_no_column_holds_is_a_bad_line(tmp_path, step):
+    run = make_run(tmp_path / "a", lines=[train_line(1)])
+    odd = json.dumps(train_line(7)).replace('"step": 7', f'"step": {step}')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{odd}\n{json.dumps(train_line(2))}\n")
+    columns = MetricColumns(run)
+    columns.refresh()
+    assert {name: len(x) for name, x in columns.train().items()} == dict.fromkeys(
+        columns.train(), 2
+    )
+    assert columns.bad == 1
+
+
+EVALUATION = eval_line(3, 1.0, qa=2.0) | {"metrics": "accuracy", "accuracy": 0.5}
+ODD_EVALUATIONS = [
+    *({"loss/qa": value} for value in ("<b>", [1], True, 10**400)),
+    *({"tokens/qa": "x"}, {"metrics": 7}, {"accuracy": "x"}, {"loss_unit": 3}),
+    *({"bits_per_byte": "x"}, {"accuracy/qa": "much"}, {"loss": 10**400}),
+]
+ODD_RECORDS = [
+    *(b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"starts": 3}'),
+    json.dumps({"starts": [START | {"first": 10**400}]}).encode(),
+]
+ODD_EVENTS = [3, "x", None, [], {"at": None}, {"at": [], "what": {}}, {"at": 1e400}]
+
+
+def require_pages(place, said=""):
+    client, other = place.client(), place.runs / "b"
+    other.is_dir() or make_run(other)
+    compared = "/compare?run=runs/a&run=runs/b"
+    for path in ("/", "/api/runs", "/run/runs/a", compared):
+        found = client.get(path)
+        assert found.status_code == 200, (path, found.text)
+        assert said in found.text or not path.startswith("/run/")
+    assert client.get("/api/curves?run=runs/a").status_code == 200
+
+
+def test_evaluations_of_no_numbers_are_bad_lines(place):
+    odd = [EVALUATION | each for each in ODD_EVALUATIONS]
+    run = make_run(place.runs / "a", lines=[EVALUATION, *odd, train_line(3)])
+    require_pages(place, f"{len(odd)} lines of metrics.jsonl are no metrics")
+    assert [x["kind"] for x in read_metrics(run)] == ["eval", "train"]
+
+
+@pytest.mark.parametrize("record", ODD_RECORDS, ids=lambda record: repr(record[:20]))
+def test_a_run_whose_record_is_damaged_is_shown_with_the_reason(place, record):
+    (make_run(place.runs / "a") / "run.json").write_bytes(record)
+    require_pages(place, "run.json cannot be used")
+
+
+def test_a_record_with_strange_values_is_shown(place):
+    run = make_run(place.runs / "a")
+    record = json.loads((run / "run.json").read_text())
+    starts = [START | {"began": [], "steps": 10**400}, START | {"began": 10**400}]
+    starts.append(START | {"host": None, "devices": {}})
+    for seconds in (START["seconds"], {"start": 10**400, "step": 1.0}):
+        starts[0]["seconds"] = seconds
+        more = {"starts": starts, "events": ODD_EVENTS}
+        (run / "run.json").write_text(json.dumps(record | more))
+        require_pages(place)

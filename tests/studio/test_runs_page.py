@@ -12,6 +12,8 @@ from studio_place import StudioPlace, make_run, train_line
 from research.studio.listing import run_state
 from research.studio.listing.run_index import RunIndex
 from research.studio.listing.run_state import HeldLocks, read_state
+from research.studio.live.metric_columns import Cursor
+from research.studio.pages.page_view import address, number_of
 from research.studio.roots import Roots
 
 XSS = "<img src=x onerror=alert(1)>"
@@ -249,3 +251,26 @@ def test_200_runs_are_listed_at_once(tmp_path):
     # The limit for users is 0.3 s on a quiet machine.
     assert time.process_time() - begun < 0.6
     assert text.count('data-run="') == 200
+
+
+def test_a_name_of_any_letters_keeps_its_address(place):
+    client, name = place.client(), "runs/a?b#c&d=e é"
+    make_run(place.runs.parent / name)
+    fields = {"run": name, "tags": "kept", "notes": ""}
+    there = client.post("/act/notes", data=fields).headers["location"]
+    shown = client.get(there)
+    assert shown.status_code == 200 and ">kept<" in shown.text
+    assert address("/run/a%41") == "/run/a%2541"  # Tests' clients decode it twice.
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "-1", "x", "²", "٣"])
+def test_a_number_of_an_address_has_bounds(place, number):
+    (place.data / "a.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    make_run(place.runs / "a")
+    client = place.client()
+    fields = {"file": "data/a.jsonl", "at": number}
+    assert client.get("/data", params=fields).status_code == 200
+    fields = {"run": "runs/a", "smooth": number}
+    assert client.get("/api/curves", params=fields).status_code == 200
+    assert 0 <= number_of(number, 50) <= 50
+    assert Cursor.parse(f"{number}-0-0") is None

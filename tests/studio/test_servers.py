@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +13,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from fake_upstream import FakeUpstream, chunk, head, list_server
+from fake_upstream import (
+    CARDS,
+    FakeUpstream,
+    chunk,
+    head,
+    list_server,
+    reply,
+    said_by_models,
+)
 from served_studio import ServedStudio
 from studio_place import StudioPlace, make_run
 
@@ -275,3 +284,79 @@ def test_runs_of_a_server_lie_below_the_roots(place, monkeypatch):
     for bad in ("/etc", "runs/../../etc@3", "runs/b", "runs/a@9/../.."):
         with pytest.raises(PageError):
             run_flags(request, [bad])
+
+
+ASKED = {"server": "hand", "model": "base", "text": "Why?"}
+UNLOADED = {"server": "hand", "action": "unload", "name": "x"}
+CHATS = ("/chat?server=hand", "/api/stamps/hand")
+FIGURES = ("/deploy/hand", "/api/served/hand")
+# The path at which something answers what is none of ours, and the pages that ask it.
+ODD_ANSWERS = [
+    ("/", {}, (*CHATS, *FIGURES, "/api/servers")),
+    ("/health", [], (*CHATS, *FIGURES, "/api/servers")),
+    ("/v1/models", {}, (*CHATS, "/deploy/hand")),
+    ("/v1/models", {"data": [CARDS[0] | {"parent": []}]}, CHATS),
+    ("/tokenizer_info", {"chat_template": 3}, CHATS),
+    ("/slots", [3], FIGURES),
+    ("/v1/chat", {"choices": []}, ()),
+]
+
+
+def test_another_program_at_the_address_of_a_server_breaks_no_page(place, upstream):
+    def answer(connection, fake):
+        asked = fake.requests[-1][0].split()[1]
+        if asked.startswith(path):
+            reply(connection, odd)
+        elif asked == "/metrics":
+            text = b"research:x NaN\nresearch:generation_tokens_total x"
+            connection.sendall(head(200, "text/plain") + text)
+        else:
+            said_by_models(connection, fake)
+
+    path, odd = "/absent", None
+    fake, client = upstream(answer), place.client()
+    assert client.get("/api/served/hand").json()["figures"]["tokens"] == 0
+    for path, odd, pages in ODD_ANSWERS:
+        found = client.post("/act/chat/ask", data=ASKED)
+        assert found.status_code == (303 if path in ("/health", "/slots") else 502)
+        for page in pages:
+            assert client.get(page).status_code in (200, 502), (path, odd, page)
+        if path in "/health":
+            (said,) = client.get("/api/servers").json()
+            assert said["state"] == "ended" and "is another program" in said["said"]
+    tops = [top for top, _ in fake.requests if "/health" in top]
+    assert tops and not any("authorization" in top for top in tops)
+
+
+def test_a_server_that_has_ended_gets_no_request_and_no_key(place, upstream):
+    """Another program may have its port, or its socket, by now."""
+    fake = upstream(said_by_models)
+    file = place.runs / ".studio" / "servers" / "hand" / "server.json"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    fields = json.loads(file.read_text()) | {"pid": ended.pid, "born": 1.0}
+    file.write_text(json.dumps(fields))
+    for path in ("/api/stamps/hand", "/api/servers/hand/v1/models", "/deploy/hand"):
+        place.client().get(path)
+    assert post(place).status_code == 502
+    assert fake.requests == []
+
+
+@pytest.mark.parametrize(
+    "status, body, told",
+    [
+        (401, {"error": {"message": "a key, please"}}, 502),
+        (302, {"error": {"message": "elsewhere"}}, 502),
+        (404, {"error": "no"}, 502),
+        (404, {"error": {"message": "no adapter x"}}, 404),
+    ],
+)
+def test_only_an_error_of_ours_keeps_its_status(place, upstream, status, body, told):
+    def answer(connection, fake):
+        sent = json.dumps(body).encode()
+        start = head(status, "application/json", content_length=len(sent))
+        connection.sendall(start + sent)
+
+    upstream(answer)
+    found = place.client().post("/act/adapter", data=UNLOADED)
+    assert found.status_code == told

@@ -11,7 +11,7 @@ from research.runs.run_directory import RunDir
 from research.studio.page_errors import PageError
 from research.studio.roots import Roots
 from research.studio.serving.model_servers import ModelServer
-from research.studio.serving.server_client import call_json
+from research.studio.serving.server_client import call_json, models_of
 
 SHORT = 8  # digits of a fingerprint
 
@@ -22,10 +22,13 @@ async def stamps_of(server: ModelServer, runs: Roots) -> list[dict[str, Any]]:
     Raises:
       PageError: it does not answer.
     """
-    cards = (await call_json(server, "GET", "/v1/models"))["data"]
+    cards = await models_of(server)
     known = {card["id"]: card for card in cards}
     paths = (f"/tokenizer_info?model={urllib.parse.quote(card)}" for card in known)
-    tokenizers = await asyncio.gather(*(call_json(server, "GET", x) for x in paths))
+    shape = {"chat_template": str | None}
+    tokenizers = await asyncio.gather(
+        *(call_json(server, "GET", path, shape) for path in paths)
+    )
     stamps = []
     for card, tokenizer in zip(cards, tokenizers, strict=True):
         base = known.get(card["parent"], card)

@@ -8,6 +8,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.studio.chats.conversation_files import append_lines, messages_of
 from research.studio.roots import Roots
+from research.studio.uploads import plain_name
 
 LARGEST = 1 << 30  # bytes of a file to which rows are added
 CATEGORY = "chat"
@@ -59,17 +60,18 @@ def append_row(roots: Roots, name: str, row: str) -> Path:
       row: of `row_of`.
 
     Raises:
-      PageError: 403 the path leads out; 413 the file is too long.
+      PageError: 400 a name in it is none; 403 the path leads out; 413 the file is
+        too long.
       UserError: it is no `.jsonl` file, or its folder is not there.
     """
-    top, _, below = name.strip("/").partition("/")
+    top, *below = [plain_name(part) for part in name.split("/")]
     folder = roots.folders.get(top) if below else roots.first
-    if folder is None or not name.endswith(".jsonl") or ".." in name or "\0" in name:
+    if folder is None or not name.endswith(".jsonl"):
         raise UserError(
             f"{name[:120]!r} is no file for rows: write NAME.jsonl, or one below "
             f"{', '.join(f'{x}/' for x in roots.folders)}"
         )
-    path = roots.require_inside(folder / (below or name))
+    path = roots.require_inside(folder.joinpath(*below or [top]))
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"{name[:120]}: its folder is not there; make it first")
     append_lines(path, row.encode(), LARGEST)

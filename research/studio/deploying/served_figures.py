@@ -1,6 +1,8 @@
 """The numbers of a server's `/metrics` that a page shows."""
 
 import collections
+import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +18,9 @@ def totals(text: str) -> dict[str, float]:
     for line in text.splitlines():
         sample = SAMPLE.fullmatch(line)
         if sample and not sample[1].endswith("_bucket"):
-            found[sample[1]] += float(sample[2])
+            with contextlib.suppress(ValueError):  # Another program wrote no number.
+                value = float(sample[2])
+                found[sample[1]] += value if math.isfinite(value) else 0.0
     return found
 
 

@@ -25,6 +25,8 @@ from research.studio.serving.server_client import (
     LOOK,
     call,
     call_json,
+    models_of,
+    refusal,
     status_of,
 )
 from research.studio.serving.server_routes import start_server
@@ -43,7 +45,7 @@ async def _page(request: Request, server_name: str, **made: str) -> Response:
     figures, problem, is_chat = None, server.problem, True
     if status.state == "ready":
         try:
-            models = (await call_json(server, "GET", "/v1/models"))["data"]
+            models = await models_of(server)
             figures = await _figures(server)
             is_chat = await _is_chat(server, _first(models))
         except PageError as error:
@@ -93,7 +95,7 @@ async def _is_chat(server: ModelServer, model: str) -> bool:
 
 async def _figures(server: ModelServer) -> dict[str, float]:
     metrics = await call(server, "GET", "/metrics", patience=LOOK)
-    slots = await call_json(server, "GET", "/slots")
+    slots = await call_json(server, "GET", "/slots", [dict])
     return figures_of(metrics.text, slots)
 
 
@@ -161,13 +163,8 @@ async def _change(server: ModelServer, verb: str, body: dict[str, str]) -> None:
     """Raises PageError: the server refuses."""
     path, sent = f"/v1/{verb}_lora_adapter", json.dumps(body).encode()
     answer = await call(server, "POST", path, sent)
-    if answer.status_code == 200:
-        return
-    try:
-        said = str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        said = answer.text[:500]
-    raise PageError(answer.status_code, f"server {server.name}: {said}")
+    if answer.status_code != 200:
+        raise refusal(server, answer)
 
 
 ROUTES = (

@@ -69,7 +69,7 @@ def read_state(folder: Path, *, is_training: bool) -> RunState:
     train, held = newest.get("train", {}), newest.get("eval", {})
     changed = _changed(folder)
     state = _state(folder, last, changed, is_training=is_training)
-    steps = [x["steps"] for x in starts if isinstance(x.get("steps"), int)]
+    steps = [x["steps"] for x in starts if not mismatch(x.get("steps"), int)]
     if state == "finished" and train:
         steps.append(train["step"])
     return RunState(

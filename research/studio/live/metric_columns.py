@@ -11,10 +11,11 @@ import datetime
 import math
 import operator
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -33,7 +34,7 @@ _Value = float | str | None  # Earlier versions wrote "NaN" in place of a number
 
 
 class _Line(msgspec.Struct):
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     kind: str
     time: str = ""
 
@@ -44,6 +45,7 @@ _TrainLine = msgspec.defstruct(
 _DECODER = msgspec.json.Decoder(_TrainLine)
 _MANY = msgspec.json.Decoder(list[_TrainLine])
 _VALUES = operator.attrgetter(*TRAIN)
+_NUMBER = re.compile("[0-9]{1,20}")
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -65,7 +67,7 @@ class Cursor:
     @classmethod
     def parse(cls, text: str) -> "Cursor | None":
         parts = text.split("-")
-        if len(parts) != 3 or not all(x.isascii() and x.isdigit() for x in parts):
+        if len(parts) != 3 or not all(map(_NUMBER.fullmatch, parts)):
             return None
         return cls(*map(int, parts))
 
@@ -133,7 +135,7 @@ class MetricColumns:
 
     def _add_other(self, written: bytes) -> None:
         line = metrics_file.parse_line(written)
-        if line is None:
+        if line is None or line["kind"] == "train":  # One that is no `_TrainLine`.
             self.bad += 1
         elif line["kind"] == "eval":
             self._evals.append(line)

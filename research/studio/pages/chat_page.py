@@ -15,6 +15,7 @@ from starlette.routing import Route
 from research.checkpoints.stored_steps import step_folders
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.json_files import NUMBER
 from research.runs.aliases.run_alias import is_alias
 from research.studio.chats.blind_votes import win_rates
 from research.studio.chats.chat_api import conversations, votes_of
@@ -41,6 +42,15 @@ SETTINGS = {
     "max_tokens": ("longest answer", int),
     "stop": ("text that ends an answer", str),
 }
+# The shape of an answer of `/v1/chat/completions`.
+CHOICE = {
+    "message": {"content": str},
+    "logprobs": {"content": [{"token": str, "logprob": NUMBER}]},
+    "token_ids": [int],
+    "finish_reason": str,
+}
+USED = {"prompt_tokens": int}
+ANSWER = {"choices": [CHOICE], "system_fingerprint": str, "usage": USED}
 USUAL = {"temperature": "0.7", "seed": "1", "max_tokens": "200"}
 
 
@@ -199,9 +209,11 @@ async def _column(
     server: ModelServer, stamp: dict[str, Any], body: dict[str, Any]
 ) -> dict[str, Any]:
     """The answer of one model, in the form in which it is kept."""
-    path = "/v1/chat/completions"
-    found = await call_json(server, "POST", path, json.dumps(body).encode())
-    (choice,) = found["choices"]
+    path, asked = "/v1/chat/completions", json.dumps(body).encode()
+    found = await call_json(server, "POST", path, ANSWER, asked)
+    if not found["choices"]:
+        raise PageError(502, f"the server {server.name} answered without a choice")
+    choice = found["choices"][0]
     scores, fingerprint = choice["logprobs"]["content"], found["system_fingerprint"]
     if fingerprint != stamp["fingerprint"]:  # It has been read anew meanwhile.
         stamp = stamp | {"fingerprint": fingerprint, "step": None}

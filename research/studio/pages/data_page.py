@@ -29,6 +29,7 @@ from research.studio.pages.page_view import (
     Form,
     address,
     json_answer,
+    number_of,
     render,
     see,
     studio_of,
@@ -47,6 +48,7 @@ TEXTS = (".txt", ".md")
 TEXT_PRESET = "pretrain_tiny.py"
 KINDS = (*READERS, *TEXTS)
 PAGE = 10  # rows
+LARGEST_ROW = 10**12
 
 
 def data(request: Request) -> Response:
@@ -125,7 +127,7 @@ def _page_of(check: Check, at: int, fields: dict[str, str]) -> dict[str, Any]:
 
 def _number(text: str) -> int:
     """The number of a page's first row, which a person may have typed."""
-    return int(text) // PAGE * PAGE if text.isascii() and text.isdecimal() else 0
+    return number_of(text, LARGEST_ROW) // PAGE * PAGE
 
 
 def data_files(request: Request) -> Iterator[tuple[str, int]]:

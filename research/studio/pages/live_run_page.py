@@ -25,7 +25,12 @@ from research.studio.listing.run_notes import read_notes
 from research.studio.live.metric_columns import MetricColumns, held_out_curves
 from research.studio.live.run_feed import figures, plain_list
 from research.studio.page_errors import not_found
-from research.studio.pages.page_view import json_answer, render, studio_of
+from research.studio.pages.page_view import (
+    json_answer,
+    number_of,
+    render,
+    studio_of,
+)
 from research.studio.roots import shown_paths
 from research.tasks.model_answers import Sample
 
@@ -41,6 +46,7 @@ HELD_OUT = "held_out"
 TABLE_ROWS = 40  # of a chart's data table
 LOG_BYTES = 24_000
 SAMPLES = 12
+WRONG_VALUES = (ArithmeticError, TypeError, ValueError)  # of a damaged file
 REQUESTS = {
     "stop": "Save after the step in hand, then end. Resumes bit for bit on a CPU.",
     "checkpoint": "Save now and continue.",
@@ -102,14 +108,15 @@ def _from_files(folder: Path) -> dict[str, Any]:
     def read(name: str, absent: Any, reader: Any) -> None:
         try:
             found[name] = reader()
-        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        except (UserError, OSError, LookupError, *WRONG_VALUES) as error:
             found[name] = absent
             found["problems"].append(str(error))
 
     read("findings", [], lambda: read_findings(folder))
     read("samples", [], lambda: _newest_samples(folder))
-    read("history", {}, lambda: read_history(folder / "run.json"))
-    starts = found["history"].get("starts", [])
+    absent = {"starts": [], "events": []}
+    read("history", absent, lambda: read_history(folder / "run.json"))
+    starts = found["history"]["starts"]
     read("goodput", None, lambda: goodput(starts) if starts else None)
     read("knobs", [], lambda: changed_knobs(RunDir(folder).config(), Config()))
     return found
@@ -150,7 +157,7 @@ def curves(request: Request) -> Response:
     studio = studio_of(request)
     folder = find_run(request, request.query_params.get("run", ""))
     columns = studio.columns(folder)
-    window = _number(request.query_params.get("smooth", ""), 0, 100_000)
+    window = number_of(request.query_params.get("smooth", ""), 100_000)
     cursor = columns.cursor()
     train = columns.train()
     found: dict[str, Any] = {}
@@ -199,10 +206,6 @@ def own_page(path: Path) -> Response:
     policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     headers = {"content-security-policy": policy}
     return Response(path.read_bytes(), media_type="text/html", headers=headers)
-
-
-def _number(written: str, low: int, high: int) -> int:
-    return min(max(int(written), low), high) if written.isdecimal() else low
 
 
 ROUTES = (

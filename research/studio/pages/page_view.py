@@ -71,8 +71,21 @@ def see(path: str, **fields: str) -> RedirectResponse:
 
 
 def address(path: str, **fields: Any) -> str:
-    """A path of this server with fields."""
-    return f"{path}?{urllib.parse.urlencode(fields)}" if fields else path
+    """A path of this server, with names as they are, and with fields."""
+    found = quoted(path)
+    return f"{found}?{urllib.parse.urlencode(fields)}" if fields else found
+
+
+def quoted(path: str) -> str:
+    """A path whose names may hold any letter, for an address."""
+    return urllib.parse.quote(path, safe="/")
+
+
+def number_of(written: str, most: int) -> int:
+    """A number from 0 to `most` of an address; 0 for what is none."""
+    if not written.isdecimal():
+        return 0
+    return min(int(written), most) if len(written) <= len(str(most)) else most
 
 
 class Form:
@@ -142,7 +155,7 @@ def format_time(value: str | float) -> str:
             when = datetime.datetime.fromisoformat(value).astimezone()
         else:
             when = datetime.datetime.fromtimestamp(value).astimezone()
-    except (ValueError, OverflowError, OSError):
+    except (ValueError, TypeError, OverflowError, OSError):
         return ""
     return f"{when:%Y-%m-%d %H:%M}"
 
@@ -164,7 +177,7 @@ def _make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         "duration": lambda seconds: "" if seconds is None else duration(seconds),
         "command": as_text,
         "words": text_columns,
-        "quote": lambda text: urllib.parse.quote(text, safe="/"),
+        "quote": quoted,
     }
     environment.globals["address"] = address
     return environment

@@ -34,6 +34,7 @@ from research.studio.page_errors import not_found
 
 FILE, KEYS, LOG, LOCK = "server.json", "keys", "log", "lock"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PORT = re.compile(r"[0-9]{1,5}")
 FIRST_PORT, LAST_PORT = 8701, 8899
 REMEDY = "repair it, or remove its folder after you have stopped its process"
 # Flags of `research.serve` that a page may set. All others are the studio's own.
@@ -264,7 +265,7 @@ class ModelServers:
         """The port of the flags, or that this name has had, or the first free one."""
         for word in flags:
             given = word.partition("--port=")[2]
-            if given.isdecimal() and 0 < int(given) < 1 << 16:
+            if PORT.fullmatch(given) and 0 < int(given) < 1 << 16:
                 return int(given)
             if given:
                 raise UserError(f"--port={given[:20]} is no port from 1 to 65535")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import httpx
 
+from research.core.json_files import Shape, mismatch
 from research.studio.jobs.job_logs import last_error, tail
 from research.studio.page_errors import PageError
 from research.studio.serving.model_servers import ModelServer
@@ -16,6 +17,14 @@ CONNECT = 5.0  # seconds
 SILENT = 120.0  # seconds
 LOOK = 2.0  # seconds for the answer of /health
 LOG_BYTES = 6000
+OPEN_PATH = "/health"  # It needs no key.
+# Shapes of what `research.serve` answers. Another program may have its port.
+HEALTHY = {"status": str}
+REFUSED = {"error": {"message": str}}
+CARD = {
+    **dict.fromkeys(("id", "root", "system_fingerprint"), str),
+    **{"parent": str | None, "step": int | None, "max_model_len": int},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +51,22 @@ async def status_of(server: ModelServer) -> ServerStatus:
         error = last_error(log).removeprefix("error: ")
         return ServerStatus("ended", error or line or "it has written nothing")
     try:
-        answer = await call(server, "GET", "/health", patience=LOOK)
+        answer = await call(server, "GET", OPEN_PATH, patience=LOOK)
     except PageError as error:
         if server.pid:
             return ServerStatus("loading", line or "its process has begun")
         return ServerStatus("ended", error.message)
-    if answer.status_code == 200:
+    try:
+        found = _json_of(server, answer, HEALTHY if answer.is_success else REFUSED)
+    except PageError as error:  # It says so while our process still loads, too.
+        return ServerStatus("loading" if server.pid else "ended", error.message)
+    if answer.is_success:
         return ServerStatus("ready", line)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        found = answer.json()["error"]
-        if found["code"] == "stopping":
-            return ServerStatus("stopping", str(found["message"]))
-        if found["code"] != "loading":  # Its engine has failed.
-            return ServerStatus("ended", str(found["message"]))
-    return ServerStatus("loading", line)
+    code, message = found["error"].get("code"), found["error"]["message"]
+    if code == "loading":
+        return ServerStatus("loading", line)
+    # Any other code: its engine has failed.
+    return ServerStatus("stopping" if code == "stopping" else "ended", message)
 
 
 @contextlib.asynccontextmanager
@@ -78,8 +89,10 @@ async def asking(
     Raises:
       PageError: 502 it cannot be reached, in the block, too: it ended or is silent.
     """
+    if server.pid and server.process is None:  # Its port may be another program's.
+        raise PageError(502, f"the server {server.name} has ended")
     try:
-        key = server.key()
+        key = server.key() if path != OPEN_PATH else ""
     except OSError as error:
         message = f"the keys of server {server.name} cannot be read: {error}"
         raise PageError(502, message) from error
@@ -121,20 +134,52 @@ async def call(
 
 
 async def call_json(
-    server: ModelServer, method: str, path: str, body: bytes | None = None
+    server: ModelServer,
+    method: str,
+    path: str,
+    shape: Shape,
+    body: bytes | None = None,
 ) -> Any:
-    """The JSON of an answer.
+    """The JSON of an answer, which has a shape.
 
     Raises:
       PageError: the status and message of the server where it refuses; 502 otherwise.
     """
     answer = await call(server, method, path, body)
+    if answer.status_code != 200:
+        raise refusal(server, answer)
+    return _json_of(server, answer, shape)
+
+
+async def models_of(server: ModelServer) -> list[dict[str, Any]]:
+    """The cards of its models, see `CARD`. Raises PageError."""
+    return (await call_json(server, "GET", "/v1/models", {"data": [CARD]}))["data"]
+
+
+def refusal(server: ModelServer, answer: httpx.Response) -> PageError:
+    """The error that a server has answered with, or 502 where that is none."""
+    try:
+        message = _json_of(server, answer, REFUSED)["error"]["message"]
+    except PageError as error:
+        return error
+    # A browser that is told 401 would take it for its own key.
+    status = answer.status_code if answer.is_error else 502
+    return PageError(
+        502 if status == 401 else status, f"server {server.name}: {message}"
+    )
+
+
+def _json_of(server: ModelServer, answer: httpx.Response, shape: Shape) -> Any:
+    """Raises PageError: the answer is no such JSON."""
     try:
         found = answer.json()
-        if answer.status_code == 200:
-            return found
-        message = found["error"]["message"]
-    except (ValueError, KeyError, TypeError) as error:
-        message = f"the server {server.name} answered what cannot be read"
-        raise PageError(502, message) from error
-    raise PageError(answer.status_code, f"server {server.name}: {message}")
+        problem = mismatch(found, shape)
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        raise PageError(
+            502,
+            f"the server {server.name} answered what cannot be read ({problem}): is "
+            f"another program at {server.endpoint}?",
+        )
+    return found

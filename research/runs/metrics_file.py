@@ -166,7 +166,7 @@ def parse_line(written: bytes) -> dict[str, Any] | None:
 
 
 def _shape(line: dict[str, Any]) -> dict[str, Any]:
-    """What reports and charts expect of a line, whose metrics and groups differ."""
+    """The types that reports and charts expect in a line with these metrics."""
     if line["kind"] not in FIELDS:
         return {}
     words = [name for name in ("metrics", "loss_unit") if name in line]

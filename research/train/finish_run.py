@@ -3,15 +3,20 @@
 import dataclasses
 import logging
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
+from research.checkpoints.checkpoint_listing import LOSS
 from research.core.errors import UserError, files_of_step
 from research.engine.text_generation import (
     TextGenerator,
     base_generator,
     tuned_generator,
 )
+from research.evaluate.judgement import find_contradictions
+from research.evaluate.statistics.verdicts import BETTER
 from research.formats.base_model import EXPORTED
 from research.report.final_report import attempt, write_report
 from research.report.model_card import format_card
@@ -22,6 +27,7 @@ from research.runs.lineage.exported_run import REPLACE, export_run
 from research.tasks import task_registry
 from research.tasks.model_answers import AnswerMeasure, ComparedAnswer
 from research.train import run_facts
+from research.train.metrics.held_out_answers import TUNED
 from research.train.training_run import TrainingRun
 
 
@@ -72,6 +78,21 @@ def _answer(
     return held_out.side_by_side(base, tuned), held_out.compare(base, tuned)
 
 
+def contradictions(folder: Path, measures: Sequence[AnswerMeasure]) -> list[str]:
+    """Sentences if the held-out loss of a run fell while its answers got worse."""
+    lines = metrics_file.read_metrics(folder)
+    losses = [line["loss"] for line in lines if line["kind"] == "eval"]
+    found = {
+        x.name: {"baseline": x.base, "candidate": x.tuned, "verdict": x.verdict}
+        for x in measures
+        if x.verdict
+    }
+    fell = bool(losses) and losses[-1] < losses[0]
+    return find_contradictions(
+        {TUNED: {LOSS: {"verdict": BETTER if fell else ""}} | found}
+    )
+
+
 def _finish(run: TrainingRun, steps: int) -> None:
     folder = run.folder.path
     definition, base = run.definition, run.base
@@ -103,6 +124,11 @@ def _finish(run: TrainingRun, steps: int) -> None:
     figures = attempt("the figures", lambda: run_facts.measure(run), failed) or {}
     figures["goodput"] = str(goodput)
     facts |= figures
+    warnings = attempt(
+        "the loss against answers", lambda: contradictions(folder, answers[1]), failed
+    )
+    if warnings:
+        facts = {"warning": "; ".join(warnings)} | facts
     knobs = attempt(
         "the knobs",
         lambda: run_facts.changed_knobs(run.config, run.folder.config()),

@@ -299,7 +299,9 @@ class _TrainingPass:
 
         All of them, because only runs at one step can resume as one program.
         """
-        if any(self._savers[index].is_best(number) for index in self._active()):
+        is_best = any(self._savers[index].is_best(number) for index in self._active())
+        # A metric of the user may fail in one process alone, and all save together.
+        if agreement.of_first(is_best):
             self._save(number, state)
 
     def _wait_for_saves(self) -> None:

@@ -11,9 +11,11 @@ from research.core.errors import UserError
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Piece, Request, Sampling
 from research.evaluate.measuring.evaluated_rows import pair_answer
-from research.tasks.model_answers import HeldOutPrompt
+from research.runs.metrics_file import append_line
+from research.tasks.model_answers import AnswerMeasure, HeldOutPrompt
 from research.tokenize.conversation import Record, Turn
 from research.tokenize.tokenizer_training import byte_tokenizer
+from research.train.finish_run import contradictions
 from research.train.fit_runs import _TrainingPass
 from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
 from research.train.run_saver import RunSaver
@@ -133,6 +135,19 @@ def test_a_text_that_ends_an_answer_is_no_end_by_the_model():
     pieces = [[Piece("bl", ids[:2]), Piece("", x[2:], finish=f)] for x, f in ends]
     said = [pair_answer(answers.rows[0], TOKENIZER, FullAnswer.of(x)) for x in pieces]
     assert [(x.stopped, x.new_tokens) for x in said] == [(0, 4), (0, 4), (1, 4)]
+
+
+def test_the_report_warns_of_a_loss_that_falls_while_answers_get_worse(tmp_path):
+    def warned(first, last, verdict):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        for step, loss in ((0, first), (2, 9.0), (4, last)):
+            append_line(tmp_path, step, "eval", {"loss": loss})
+        measures = [AnswerMeasure("chrf", "points", 9, 31.0, 20.0, -9, -2, verdict)]
+        return contradictions(tmp_path, measures)
+
+    [said] = warned(2.0, 1.5, "worse")
+    assert "perplexity of tuned falls" in said and "chrf 31 to 20" in said
+    assert not warned(2.0, 2.5, "worse") and not warned(2.0, 1.5, "better")
 
 
 def test_a_metric_that_fails_costs_its_value_alone(monkeypatch):

@@ -356,6 +356,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
     with folder.create(Config(), dict.fromkeys(IDENTITY_PARTS, "x"), []):
         pass
     monkeypatch.setattr(finish_run, "tuned_generator", lambda *_: None)
+    monkeypatch.setattr(run_page, "tabulate_losses", fail)
     space = types.SimpleNamespace
     base = space(name="base", tokenizer=None, tensors=None)
     run = space(
@@ -377,7 +378,7 @@ def test_answers_and_metrics_that_are_lost_do_not_cost_the_completion(
     finish_run.finish(run, 3)
     facts = json.loads((folder.path / "complete.json").read_text())
     assert "the answers: ValueError: no base" in facts["missing in the report"]
-    assert "report.md: TypeError" in facts["missing in the report"]
+    assert "report.md: ValueError" in facts["missing in the report"]
     folder._lock.release()
 
 

@@ -360,3 +360,26 @@ def test_only_an_error_of_ours_keeps_its_status(place, upstream, status, body, t
     upstream(answer)
     found = place.client().post("/act/adapter", data=UNLOADED)
     assert found.status_code == told
+
+
+ODD_FILES = [
+    *({"pid": -1}, {"pid": 10**400}, {"pid": True}, {"command": 3}, {"began": 3}),
+    *({"port": 10**400, "uds": "", "key_file": ""}, {"uds": "a\0"}, {"born": "x"}),
+    {"key_file": "b\0"},
+]
+
+
+def test_a_damaged_file_of_a_server_or_of_its_keys_breaks_no_page(place, upstream):
+    upstream(said_by_models)
+    folder, client = place.runs / ".studio" / "servers" / "hand", place.client()
+    good = json.loads((folder / "server.json").read_text())
+    for odd in ODD_FILES:
+        (folder / "server.json").write_text(json.dumps(good | odd))
+        (said,) = client.get("/api/servers").json()
+        assert "server.json cannot be used" in said["said"], odd
+        assert client.get("/chat?server=hand").status_code == 200
+    (folder / "server.json").write_text(json.dumps(good))
+    for keys in (b"\xff", "admin schlüssel".encode()):
+        Path(good["key_file"]).write_bytes(keys)
+        found = client.get("/api/stamps/hand")
+        assert found.status_code == 502 and "keys of server hand" in found.text

@@ -27,7 +27,7 @@ import psutil
 
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
-from research.core.json_files import read_json
+from research.core.json_files import NUMBER, mismatch, read_json
 from research.runs.utc_clock import utc_now
 from research.studio.jobs.job_commands import serving
 from research.studio.page_errors import not_found
@@ -37,6 +37,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PORT = re.compile(r"[0-9]{1,5}")
 FIRST_PORT, LAST_PORT = 8701, 8899
 REMEDY = "repair it, or remove its folder after you have stopped its process"
+SHAPE = {
+    **dict.fromkeys(("uds", "key_file", "began", "by"), str),
+    **{"port": int, "pid": int, "born": NUMBER, "command": list | tuple},
+}
 # Flags of `research.serve` that a page may set. All others are the studio's own.
 FLAGS = (
     *("run", "model", "slots", "context", "adapters", "rank", "weights", "queue"),
@@ -104,6 +108,7 @@ class ModelServer:
 
         Raises:
           OSError: the file of keys cannot be read.
+          ValueError: it is no ASCII text, so no header can hold its keys.
         """
         if not self.key_file:
             return ""
@@ -111,7 +116,8 @@ class ModelServer:
         found = [f" {line}".partition(" #")[0].split() for line in lines]
         keys = [x for x in found if x and not x[-1].startswith("sha256:")]
         admins = [words for words in keys if words[0] == "admin"]
-        return (admins or keys or [[""]])[0][-1]
+        key = (admins or keys or [[""]])[0][-1]
+        return key.encode("ascii").decode()
 
 
 class ModelServers:
@@ -287,13 +293,15 @@ class ModelServers:
 
 def _checked(server: ModelServer) -> ModelServer:
     """`server`, if its fields have their types. Raises UserError."""
-    kinds = {"port": int, "pid": int, "born": int | float, "uds": str, "key_file": str}
-    kinds |= {"began": str, "by": str}
-    wrong = [k for k, kind in kinds.items() if not isinstance(getattr(server, k), kind)]
-    if wrong or not (server.uds or 0 < server.port < 1 << 16):
-        raise UserError(
-            f"{server.folder / FILE} cannot be used ({wrong or 'no port'}); {REMEDY}"
-        )
+    problem = mismatch({name: getattr(server, name) for name in SHAPE}, SHAPE)
+    if not problem and not (server.uds or 0 < server.port < 1 << 16):
+        problem = "no port"
+    if not problem and not 0 <= server.pid < 1 << 31:
+        problem = "no pid"
+    if not problem and "\0" in server.uds + server.key_file:
+        problem = "no path"
+    if problem:
+        raise UserError(f"{server.folder / FILE} cannot be used ({problem}); {REMEDY}")
     return dataclasses.replace(server, command=tuple(map(str, server.command)))
 
 

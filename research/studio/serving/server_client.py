@@ -93,7 +93,7 @@ async def asking(
         raise PageError(502, f"the server {server.name} has ended")
     try:
         key = server.key() if path != OPEN_PATH else ""
-    except OSError as error:
+    except (OSError, ValueError) as error:
         message = f"the keys of server {server.name} cannot be read: {error}"
         raise PageError(502, message) from error
     headers = {"authorization": f"Bearer {key}"} if key else {}

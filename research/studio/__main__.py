@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from starlette.types import ASGIApp
+
 from research.config import command_line
 from research.config.knobs import knob
 from research.core.cache_folders import user_cache
@@ -17,7 +19,7 @@ from research.core.errors import UserError
 from research.serve.http.access_keys import ApiKeys
 from research.serve.http.http_server import HttpServer
 from research.serve.http.sockets import LOOPBACK, open_port, tunnel_to, url_of
-from research.studio.access import TOKEN, make_token
+from research.studio.access import HOST, TOKEN, make_token
 from research.studio.app import keep_working, make_app
 from research.studio.roots import Roots
 from research.studio.studio_state import StudioState
@@ -44,6 +46,9 @@ class StudioFlags:
         ("data",), "folder of data files; may be repeated", is_path=True
     )
     host: str = knob("127.0.0.1", "address; another one needs --key_file")
+    name: tuple[str, ...] = knob(
+        (), "host name of its address, as of a proxy in front; may be repeated"
+    )
     port: int = knob(8700, "port; 0 takes any free one", low=0, high=65535)
     key_file: str = knob(
         "",
@@ -62,6 +67,10 @@ def main(argv: Sequence[str]) -> int:
             f"--host={f.host} lets other machines in, and then --key_file is needed; "
             "or stay on 127.0.0.1 and reach it by ssh -L"
         )
+    names = [name.lower() for name in f.name]
+    for name in names:
+        if not HOST.fullmatch(name) or ":" in name:
+            raise UserError(f"--name={name} is no host name: give it without a port")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # A line for each request.
     token = "" if f.key_file else make_token(user_cache() / "studio_token")
@@ -73,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     studio = StudioState(Roots(f.runs, "--runs"), Roots(f.data, "--data"))
     listener = open_port(f.host, f.port)
     _announce(f, token, listener)
-    asyncio.run(_serve(studio, keys, f.host, listener))
+    asyncio.run(_serve(make_app(studio, keys, f.host, names), studio, listener))
     return 0
 
 
@@ -86,11 +95,9 @@ def _announce(f: StudioFlags, token: str, listener: socket.socket) -> None:
         logging.info("from another machine: %s", tunnel_to(listener))
 
 
-async def _serve(
-    studio: StudioState, keys: ApiKeys, host: str, listener: socket.socket
-) -> None:
+async def _serve(app: ASGIApp, studio: StudioState, listener: socket.socket) -> None:
     """Serves until SIGTERM or Ctrl-C. Jobs continue."""
-    server = HttpServer(make_app(studio, keys, host), SHUTDOWN)
+    server = HttpServer(app, SHUTDOWN)
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

@@ -2,14 +2,18 @@
 
 A page in the browser of the user could send requests to a server on the same machine:
 directly, or under a name of its own that leads there (DNS rebinding). So `Host` must be
-a name of this server, whatever changes something must come from a page of this server
+a name of this server (or its address as a number, to which no name of another site can
+lead), whatever changes something must come from a page of this server
 (`Origin`), and the cookie is sent to nobody else (`SameSite=Strict`).
 """
 
 import hashlib
 import hmac
+import ipaddress
 import os
+import re
 import secrets
+import socket
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +33,7 @@ COOKIE = "research_studio"
 KEPT = 30 * 24 * 3600  # seconds that a browser keeps the cookie
 OPEN_PATHS = "/static/"  # Files of this repository; the page of a refusal needs them.
 READS = ("GET", "HEAD")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -70,17 +75,28 @@ def _private(path: str, flags: int) -> int:
 class Access:
     """ASGI middleware. `scope["role"]` and `scope["who"]` say who sent a request."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, host: str, answer_error: object):
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        host: str,
+        names: Iterable[str],
+        answer_error: object,
+    ):
         """
         Args:
           app: what is behind.
           keys: of which a client must have one.
-          host: the address that the server listens on; on a loopback address `Host`
-            must be a name of it.
+          host: the address that the server listens on. `Host` must be a name of the
+            loopback; for another address, this machine's name or any IP address.
+          names: more names that `Host` may be, such as that of a proxy.
           answer_error: `(scope, PageError) -> response`, an ASGI app.
         """
         self.app, self.keys, self._answer = app, keys, answer_error
-        self._hosts = {"localhost", "127.0.0.1", "[::1]"} if host in LOOPBACK else set()
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", *names}
+        self._is_public = host not in LOOPBACK
+        if self._is_public:
+            self._hosts |= {host.lower(), socket.gethostname().lower()}
         self._sessions = {_session(digest): role for digest, role in keys.digests}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,6 +125,13 @@ class Access:
             answer = self.app
         await answer(scope, receive, send_safely)
 
+    def _is_own_name(self, host: str) -> bool:
+        """Whether the header `Host` is a name of this server, with any port or none."""
+        found = HOST.fullmatch(host)
+        if found is None or found[1] in self._hosts:
+            return found is not None
+        return self._is_public and _is_address(found[1])
+
     def _role(self, headers: Headers) -> Role | None:
         if "authorization" in headers:
             return self.keys.role(headers["authorization"].encode("latin-1"))
@@ -123,12 +146,11 @@ class Access:
         self, scope: Scope, headers: Headers, role: Role | None, token: str
     ) -> PageError | None:
         host = headers.get("host", "").lower()
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._hosts and name not in self._hosts:
+        if not self._is_own_name(host):
             return PageError(
                 403,
                 f"the header Host is {host[:80]!r}, which is no name of this server: "
-                "use the address that it printed",
+                "use the address that it printed, or start it with --name=NAME",
             )
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         is_own = origin is None or origin.lower().partition("://")[2] == host
@@ -169,6 +191,13 @@ class Access:
             path="/",
         )
         return answer
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False
 
 
 def _session(digest: bytes) -> str:

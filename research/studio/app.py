@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -58,8 +59,10 @@ STATIC = Path(__file__).parent / "static"
 WORK_EVERY = 5.0  # seconds between two looks whether jobs wait and nobody runs them
 
 
-def make_app(studio: StudioState, keys: ApiKeys, host: str) -> Starlette:
-    """The ASGI app; `host` is the address that it is served on."""
+def make_app(
+    studio: StudioState, keys: ApiKeys, host: str, names: Sequence[str] = ()
+) -> Starlette:
+    """The ASGI app, served on the address `host`, and under more `names`."""
     errors = (PageError, UserError, ApiError, HTTPException, OSError, Exception)
     app = Starlette(
         routes=[
@@ -67,7 +70,7 @@ def make_app(studio: StudioState, keys: ApiKeys, host: str) -> Starlette:
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[
-            Middleware(Access, keys=keys, host=host, answer_error=_refuse),
+            Middleware(Access, keys=keys, host=host, names=names, answer_error=_refuse),
         ],
         exception_handlers=dict.fromkeys(errors, _answer_error),
     )

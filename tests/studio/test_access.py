@@ -1,6 +1,7 @@
 """Who comes in: token, cookie, Host, Origin, rights of a key, and which paths."""
 
 import json
+import socket
 
 import pytest
 from studio_place import TOKEN, URL, StudioPlace, make_run
@@ -8,7 +9,10 @@ from studio_place import TOKEN, URL, StudioPlace, make_run
 from research.core.errors import UserError
 from research.studio.__main__ import main
 from research.studio.access import make_token
+from research.studio.checks.config_presets import first_preset
+from research.studio.jobs.job_queue import JobQueue
 from research.studio.page_errors import PageError
+from research.studio.pages.page_view import address, counted
 from research.studio.roots import Roots
 
 USER = "a-key-that-only-looks"
@@ -41,11 +45,37 @@ def test_the_cookie_still_opens_after_a_restart(tmp_path):
     assert again.get("/").status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example:8700", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example:8700", "127.0.0.1.evil.example", "", "127.0.0.1:8700@evil.com"),
+        *("127.0.0.1:", "127.0.0.1:x", "[::1", "127.0.0.1:8700:1", "10.0.0.7:8700"),
+    ],
+)
 def test_a_name_that_leads_here_is_refused(place, host):
     answer = place.client().get("/", headers={"host": host})
     assert answer.status_code == 403
     assert "no name of this server" in answer.text
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        *(("evil.example:8700", 403), ("10.0.0.7:8700@evil.example", 403), ("", 403)),
+        *(("10.0.0.7:8700", 401), ("[fe80::7]:8700", 401), ("10.0.0.7.evil.test", 403)),
+        *(("Studio.Example.ORG", 401), (socket.gethostname(), 401), ("[::g]", 403)),
+    ],
+)
+def test_a_public_server_answers_to_its_addresses_and_names(tmp_path, host, status):
+    names = ["studio.example.org"]
+    place = StudioPlace(tmp_path, host="0.0.0.0", names=names)
+    assert place.stranger().get("/", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize("name", ["*", "a.test:80", "http://a.test", ""])
+def test_a_name_is_that_of_a_host(name):
+    with pytest.raises(UserError, match="is no host name"):
+        main(["studio", f"--name={name}"])
 
 
 @pytest.mark.parametrize(
@@ -69,13 +99,34 @@ def test_a_page_of_another_origin_changes_nothing(place, headers):
     assert json.loads((place.runs / "a" / "notes.json").read_text())["tags"]
 
 
-def test_a_key_that_only_looks_changes_nothing_and_sees_no_button(tmp_path):
+def test_a_key_that_only_looks_changes_nothing_and_sees_no_button(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(JobQueue, "work", lambda self: None)
+    monkeypatch.chdir(tmp_path)
     place = StudioPlace(tmp_path, f"{USER}\nadmin {TOKEN}", host="0.0.0.0")
     make_run(place.runs / "a")
     client = place.client(USER)
-    assert "/act/" not in client.get("/run/runs/a").text
+    place.state.queue.add(["python", "-m", "launch.sweep"], place.runs, "ann", name="s")
+    train = address("/train", flags=f"--config={first_preset()}")
+    for path in (
+        *("/", "/run/runs/a", "/remove?run=runs/a", "/branch?run=runs/a", "/chat"),
+        *("/data", "/data?file=embedded", train, train.replace("train", "plans", 1)),
+        *(
+            "/evaluate?flags=--run=runs/a",
+            "/sweeps?flags=--axis=lora.rank=1,2",
+            "/queue",
+            "/deploy",
+        ),
+    ):
+        page = client.get(path)
+        assert page.status_code == 200, path
+        for wrong in ('"post"', "/act/", "data-upload"):
+            assert wrong not in page.text, path
     form = {"run": "runs/a", "tags": "x", "notes": ""}
     assert client.post("/act/notes", data=form).status_code == 403
+    for path in ("/flags/train", "/flags/evaluate", "/flags/sweeps"):
+        assert client.get(path, params={"pasted": ""}).status_code in (303, 400)
     assert place.client().post("/act/notes", data=form).status_code == 303
 
 
@@ -145,3 +196,8 @@ def test_only_its_user_reads_the_token(tmp_path):
     assert file.stat().st_mode & 0o077 == 0
     with pytest.raises(UserError, match="cannot hold the token"):
         make_token(tmp_path / "cache" / "studio_token" / "below")
+
+
+def test_one_of_something_is_not_many():
+    said = [counted(n, "row") for n in (None, 0, 1, 2, 1000)]
+    assert said == ["- rows", "0 rows", "1 row", "2 rows", "1,000 rows"]

@@ -220,6 +220,11 @@ def test_the_form_asks_all_models_and_the_page_shows_what_is_kept(place, hand):
     assert client.post("/act/vote", data=vote).json()[0]["name"] == "tuned"
     assert client.post("/act/vote", data=vote).status_code == 409
     assert "cannot be told yet" in client.get("/chat").text
+    with (place.runs / ".studio" / "chats" / f"{chat}.jsonl").open("a") as file:
+        file.write('{"kind": "tu\n')
+    # Scripts replace what is in #chat, so a warning there would not be seen.
+    page = client.get(f"/chat?chat={chat}").text
+    assert "damaged: 1 line of this" in page.partition('id="chat"')[0]
     assert client.post("/act/chat/remove", data={"chat": chat}).status_code == 303
     assert client.get(f"/chat?chat={chat}").status_code == 404
 

@@ -28,7 +28,7 @@ def client(place, monkeypatch):
 
 def sent(page):
     """The fields of the form, as a browser would send them."""
-    form = page.partition('action="/act/evaluation"')[2].partition("</form>")[0]
+    form = page.partition('action="/flags/evaluate"')[2].partition("</form>")[0]
     fields = dict(re.findall(r'<input[^>]* name="([^"]+)" value="([^"]*)"', form))
     fields.pop("run", None)
     runs = re.findall(r'name="run" value="([^"]*)" checked', form)
@@ -61,10 +61,10 @@ def flags_of(answer):
 )
 def test_a_pasted_command_fills_the_form_which_makes_the_same_command(client, flags):
     pasted = shlex.join([".venv/bin/python", "-m", "research.evaluate", *flags])
-    answer = client.post("/act/evaluation", data={"pasted": pasted})
+    answer = client.get("/flags/evaluate", params={"pasted": pasted})
     page = client.get(answer.next_request.url).text
     assert shlex.join(flags) in html.unescape(page).partition("<h2>Command")[2]
-    again = flags_of(client.post("/act/evaluation", data=sent(page)))
+    again = flags_of(client.get("/flags/evaluate", params=sent(page)))
     assert sorted(again) == sorted(flags)
 
 

@@ -34,7 +34,7 @@ def client(place, monkeypatch):
 
 def sent(page):
     """The fields of the form, as a browser would send them."""
-    form = page.partition('action="/act/sweep-form"')[2].partition("</form>")[0]
+    form = page.partition('action="/flags/sweeps"')[2].partition("</form>")[0]
     fields = dict(re.findall(r'<input[^>]* name="([^"]+)" value="([^"]*)"', form))
     fields |= re.findall(r'<textarea[^>]* name="([^"]+)"[^>]*>([^<]*)<', form)
     for name, inner in re.findall(
@@ -75,9 +75,9 @@ def make_sweep(folder, question="Which rank?", names=("4", "16"), **more):
 )
 def test_a_pasted_command_fills_the_form_which_makes_the_same(place, client, flags):
     pasted = f"python -m launch.sweep {flags}"
-    answer = client.post("/act/sweep-form", data={"pasted": pasted})
+    answer = client.get("/flags/sweeps", params={"pasted": pasted})
     page = client.get(answer.next_request.url).text
-    again = client.post("/act/sweep-form", data=sent(page))
+    again = client.get("/flags/sweeps", params=sent(page))
     made = shlex.split(again.next_request.url.params["flags"])
     folder = [word for word in made if word.startswith("--folder=")]
     assert len(folder) == 1 and str(place.runs / "sweeps") in folder[0]
@@ -154,7 +154,7 @@ def test_a_sweep_shows_its_runs_before_and_its_best_run_after_the_first_report(
     assert EVIL not in page
     best = page.index("has the lowest mean loss: 1.9375 over 2 seeds")
     assert best < page.index("1 of 2 runs not done") < page.index("<h2>Runs")
-    assert "3 of 4 runs are done" in page
+    assert "Done: 3 of 4 runs." in page
     (folder / "report.json").write_text('{"best": 3}')
     page = client.get("/sweep/runs/sweeps/ranks").text
     assert "make the report again" in page and "<h2>Runs" in page

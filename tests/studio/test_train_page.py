@@ -25,7 +25,7 @@ def client(place, monkeypatch):
 
 def sent(page):
     """The fields of the form of knobs, as a browser would send them."""
-    form = page.partition('action="/act/knobs"')[2].partition("</form>")[0]
+    form = page.partition('action="/flags/train"')[2].partition("</form>")[0]
     fields = dict(re.findall(r'<input[^>]* name="([^"]+)" value="([^"]*)"', form))
     for name, inner in re.findall(
         r'<select[^>]* name="([^"]+)">(.*?)</select>', form, re.S
@@ -43,14 +43,14 @@ def test_every_preset_fills_the_form_and_an_unchanged_form_keeps_it(client):
     for preset in presets():
         page = client.get("/train", params={"flags": f"--config={preset}"})
         assert page.status_code == 200
-        flags = flags_of(client.post("/act/knobs", data=sent(page.text)))
+        flags = flags_of(client.get("/flags/train", params=sent(page.text)))
         assert [x for x in flags if "run_dir" not in x] == [f"--config={preset}"]
 
 
 def test_a_changed_field_becomes_a_flag_and_is_marked(client):
     fields = sent(client.get("/train").text)
     fields |= {"knob.lora.rank": "4", "knob.eval.text_prompts": "('a b', '\"')"}
-    answer = client.post("/act/knobs", data=fields)
+    answer = client.get("/flags/train", params=fields)
     flags = flags_of(answer)
     assert "--config.lora.rank=4" in flags
     assert "--config.eval.text_prompts=('a b', '\"')" in flags
@@ -69,7 +69,7 @@ def test_a_changed_field_becomes_a_flag_and_is_marked(client):
 )
 def test_a_pasted_command_fills_the_form(client, before):
     pasted = f"{before}{PRESET} --config.steps 7 --config.export"
-    answer = client.post("/act/knobs", data={"pasted": pasted})
+    answer = client.get("/flags/train", params={"pasted": pasted})
     fields = sent(client.get(answer.next_request.url).text)
     assert (fields["knob.steps"], fields["knob.export"]) == ("7", "True")
 

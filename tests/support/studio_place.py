@@ -67,11 +67,11 @@ def make_run(folder, end="stopped", lines=None, **knobs):
 class StudioPlace:
     """Folders `runs` and `data`, the state of a studio, its app, and clients."""
 
-    def __init__(self, folder, keys=f"admin {TOKEN}", host="127.0.0.1"):
+    def __init__(self, folder, keys=f"admin {TOKEN}", host="127.0.0.1", names=()):
         self.runs, self.data = folder / "runs", folder / "data"
         roots = Roots([str(self.runs)], "--runs"), Roots([str(self.data)], "--data")
         self.state = StudioState(*roots)
-        self.app = make_app(self.state, ApiKeys.from_text(keys, "keys"), host)
+        self.app = make_app(self.state, ApiKeys.from_text(keys, "keys"), host, names)
 
     def stranger(self, url=URL, **more):
         """A browser without a cookie."""

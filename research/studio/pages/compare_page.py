@@ -10,7 +10,7 @@ from research.config.knobs import flat
 from research.core.errors import UserError
 from research.runs.run_directory import RunDir
 from research.studio.pages.live_run_page import find_run
-from research.studio.pages.page_view import render, studio_of
+from research.studio.pages.page_view import counted, render, studio_of
 
 MOST = 8  # runs whose curves can be told apart
 
@@ -20,7 +20,7 @@ def compare(request: Request) -> Response:
     names = [*dict.fromkeys(request.query_params.getlist("run"))]
     if not 2 <= len(names) <= MOST:
         raise UserError(
-            f"{len(names)} runs are selected: select 2 to {MOST} to compare"
+            f"{counted(len(names), 'run')} selected: select 2 to {MOST} to compare"
         )
     studio = studio_of(request)
     folders = [find_run(request, name) for name in names]

@@ -96,10 +96,15 @@ class Form:
 
     @classmethod
     async def read(cls, request: Request) -> "Form":
-        """Reads the body. Raises ApiError: it is too long; PageError: no form."""
+        """Reads the body, or the address of a form that changes nothing (GET).
+
+        Raises:
+          ApiError: the body is too long.
+          PageError: this is no form.
+        """
         body = await read_limited(request, LARGEST_FORM)
         try:
-            text = body.decode()
+            text = request.url.query if request.method == "GET" else body.decode()
             if request.headers.get("content-type", "").startswith("application/json"):
                 found = json.loads(text)
                 return cls({str(k): [str(v)] for k, v in found.items()})
@@ -131,6 +136,11 @@ def format_bytes(size: int | None) -> str:
             break
         number, unit = number / 1000, bigger
     return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+
+
+def counted(count: int | None, noun: str) -> str:
+    """`1 run`, `2,000 runs`, `- runs` where the count is not known."""
+    return f"{format_number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def format_number(value: Any) -> str:
@@ -172,6 +182,7 @@ def _make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     )
     environment.filters |= {
         "bytes": format_bytes,
+        "counted": counted,
         "number": format_number,
         "time": format_time,
         "duration": lambda seconds: "" if seconds is None else duration(seconds),

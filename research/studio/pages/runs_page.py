@@ -20,6 +20,7 @@ from research.studio.listing.run_trash import (
 from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import (
     Form,
+    counted,
     format_bytes,
     json_answer,
     render,
@@ -133,7 +134,7 @@ async def empty(request: Request) -> Response:
     """Deletes what is in the trash."""
     studio = studio_of(request)
     count, size = trash_size(studio.runs)
-    what = f"{count} run{'s' * (count != 1)}"
+    what = counted(count, "run")
     studio.audit.add("empty trash", what, request.scope["who"], bytes=size)
     empty_trash(studio.runs)
     return see("/", said=f"{what} deleted for ever, {format_bytes(size)} are free")

@@ -275,7 +275,7 @@ async def start(request: Request) -> Response:
 
 ROUTES = (
     Route("/train", train),
-    Route("/act/knobs", change, methods=["POST"]),
+    Route("/flags/train", change),
     Route("/act/check", check, methods=["POST"]),
     Route("/act/train", start, methods=["POST"]),
 )

@@ -33,11 +33,12 @@ class ServerStatus:
 
     Attributes:
       state: `loading` (its process runs, and its models are read or compiled),
-        `ready`, `stopping`, or `ended`.
+        `ready`, `stopping`, `ended`, or `unreachable`: it does not answer, and its
+        process is not known.
       said: the last line of its log, or why it has ended.
     """
 
-    state: Literal["loading", "ready", "stopping", "ended"]
+    state: Literal["loading", "ready", "stopping", "ended", "unreachable"]
     said: str
 
 
@@ -55,7 +56,7 @@ async def status_of(server: ModelServer) -> ServerStatus:
     except PageError as error:
         if server.pid:
             return ServerStatus("loading", line or "its process has begun")
-        return ServerStatus("ended", error.message)
+        return ServerStatus("unreachable", error.message)
     try:
         found = _json_of(server, answer, HEALTHY if answer.is_success else REFUSED)
     except PageError as error:  # It says so while our process still loads, too.

@@ -184,6 +184,6 @@ def results(request: Request) -> Response:
 ROUTES = (
     Route("/evaluate", evaluate),
     Route("/evaluation/{name:path}", results),
-    Route("/act/evaluation", change, methods=["POST"]),
+    Route("/flags/evaluate", change),
     Route("/act/evaluate", start, methods=["POST"]),
 )

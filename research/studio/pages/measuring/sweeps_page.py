@@ -170,7 +170,7 @@ ROUTES = (
     Route("/sweeps", sweeps),
     Route("/sweep/{name:path}", sweep),
     Route("/sweep-report", report_page),
-    Route("/act/sweep-form", change, methods=["POST"]),
+    Route("/flags/sweeps", change),
     Route("/act/sweep", start, methods=["POST"]),
     Route("/act/sweep-report", make_report, methods=["POST"]),
 )

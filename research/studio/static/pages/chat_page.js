@@ -3,6 +3,7 @@ import { html, render, useEffect, useReducer, useRef, useState } from "../vendor
 import { fetchJson, postForm, readPrompt, scoreAnswer, streamAnswer } from "../parts/chat_client.js";
 import { Columns, Legend } from "../parts/chat_columns.js";
 import { Tree, messagesOf } from "../parts/conversation_tree.js";
+import { counted } from "../parts/numbers.js";
 
 const place = document.querySelector("#chat");
 const server = place.dataset.server;
@@ -92,7 +93,7 @@ function Turn({ step, isFirst, onEdit, onBranch }) {
   return html`<div class="turn">
     ${turn.system && html`<p class="small quiet">System text: ${turn.system}</p>`}
     <pre class="asked">${turn.text}</pre>
-    ${turn.context && html`<details class="small"><summary>Context (${turn.context.length.toLocaleString("en-US")} letters)</summary><pre>${turn.context}</pre></details>`}
+    ${turn.context && html`<details class="small"><summary>Context (${counted(turn.context.length, "letter")})</summary><pre>${turn.context}</pre></details>`}
     <div class="row small quiet">${mayAsk && html`<button type="button" class="plain" onClick=${() => edit({ text: turn.text, context: turn.context, system: turn.system })}>Edit</button>`}
       <${Branches} items=${step.turns} shown=${turn} what="version" onShow=${onBranch} /></div></div>`;
 }

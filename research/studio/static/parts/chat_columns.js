@@ -1,6 +1,7 @@
 // The answers to one turn side by side: stamps, colours, votes.
 import { html, useState } from "../vendor/htm-preact.mjs";
 import { readPrompt } from "./chat_client.js";
+import { counted } from "./numbers.js";
 
 // Differences of log-probability to the base, in nats, at which the colour changes.
 const STEPS = [[2, "more-2"], [0.5, "more-1"], [-0.5, ""], [-2, "less-1"], [-Infinity, "less-2"]];
@@ -58,14 +59,14 @@ function Stamp({ column, server, asked }) {
   const { stamp } = column;
   const adapter = stamp.is_base ? [stamp.fingerprint] : [`adapter ${stamp.fingerprint}`, `step ${stamp.step?.toLocaleString("en-US") ?? "?"}`];
   const facts = [...adapter, `template ${stamp.template}`];
-  return html`<div class="stamp small quiet"><span title=${stamp.base}>${stamp.base?.split("/").at(-1)}</span> · ${facts.join(" · ")} · ${column.prompt_tokens ?? "…"} prompt tokens
+  return html`<div class="stamp small quiet"><span title=${stamp.base}>${stamp.base?.split("/").at(-1)}</span> · ${facts.join(" · ")} · ${(column.prompt_tokens ?? null) === null ? "… prompt tokens" : counted(column.prompt_tokens, "prompt token")}
     ${server && asked && html` <${Prompt} key=${column.model} server=${server} model=${column.model} asked=${asked} />`}</div>`;
 }
 
 const ENDS = { stop: "ended", length: "cut at max tokens", stopped: "stopped by you" };
 
 function Column({ column, name, hidden, colours, scores, picked, onPick, server, asked }) {
-  const counts = `${column.ids.length} tokens${column.seconds && !hidden ? `, ${(column.ids.length / column.seconds).toFixed(1)} a second` : ""}`;
+  const counts = `${counted(column.ids.length, "token")}${column.seconds && !hidden ? `, ${(column.ids.length / column.seconds).toFixed(1)} a second` : ""}`;
   const title = hidden ? name : column.model;
   return html`<article class="panel answer ${picked && !hidden ? "picked" : ""}" aria-label="Answer of ${title}">
     <h3>${title}${column.stamp.is_base && !hidden && title !== "base" ? html` <span class="tag">base</span>` : ""}</h3>

@@ -18,9 +18,11 @@ document.addEventListener("submit", async (event) => {
   const part = event.target.closest("[data-part]");
   if (!part) return;
   event.preventDefault();
+  const { action, method } = event.target;
   const body = new URLSearchParams(new FormData(event.target, event.submitter));
   const headers = { Accept: "text/html" };
-  follow(await replace(part, fetch(event.target.action, { method: "POST", body, headers })));
+  const asked = method === "get" ? fetch(`${action}?${body}`, { headers }) : fetch(action, { method: "POST", body, headers });
+  follow(await replace(part, asked));
 });
 
 // The part as the answer has it; the same one if the server is away.

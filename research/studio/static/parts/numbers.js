@@ -10,6 +10,9 @@ export function formatNumber(value) {
   return value.toLocaleString("en-US", digits);
 }
 
+// `1 token`, `2 tokens`, as the server's `counted`.
+export const counted = (count, noun) => `${formatNumber(count)} ${noun}${count === 1 ? "" : "s"}`;
+
 export function formatDuration(seconds) {
   if (seconds === null || seconds === undefined) return "-";
   const whole = Math.round(seconds);

@@ -10,6 +10,7 @@ from research.studio.audit_log import AuditLog
 from research.studio.checks.check_process import Checks
 from research.studio.checks.page_process import PageProcesses
 from research.studio.checks.start_plans import StartPlans
+from research.studio.confinement import Confinement
 from research.studio.evaluations.evaluation_files import (
     EvaluationIndex,
     ListedEvaluation,
@@ -30,6 +31,7 @@ class StudioState:
 
     def __init__(self, runs: Roots, data: Roots):
         self.runs, self.data = runs, data
+        self.confined = Confinement(runs, data)
         own = runs.first / ".studio"
         self.audit = AuditLog(own)
         self.queue = JobQueue(queue_folder(runs.first))

@@ -204,7 +204,7 @@ def test_a_branch_shows_its_knobs_before_it_starts(idle):
     knobs = {
         "model": dataclasses.replace(Config().model, init_from="", preset="tiny"),
         "data": dataclasses.replace(Config().data, kind="text"),
-        "text": dataclasses.replace(Config().text, sources=("a=b",)),
+        "text": dataclasses.replace(Config().text, sources=("a=data/b",)),
     }
     run = make_run(idle.runs / "a", trainable="full", **knobs)
     (run / "checkpoints" / "20").mkdir(parents=True)

@@ -24,7 +24,7 @@ from tiny_model import make_tiny_model
 ROOT = Path(__file__).parents[2]
 # A tiny model on short rows, many of them: it trains until somebody stops it.
 KNOBS = {
-    "model.init_from": "model", "steps": "100000", "data.seq_len": "128",
+    "model.init_from": "runs/model", "steps": "100000", "data.seq_len": "128",
     "data.batch_size": "4", "data.microbatch_size": "4", "data.held_out": "4",
     "lora.rank": "4", "run_dir": "runs/whales",
     "model.dtype": "float32", "optim.learning_rate": "1e-2",
@@ -87,7 +87,7 @@ def until(condition, log=None, seconds=300):
 @pytest.fixture
 def studio(tmp_path):
     folder = tmp_path.resolve() / "home"
-    make_tiny_model(folder / "model")
+    make_tiny_model(folder / "runs" / "model")
     token = folder / "cache" / "research" / "studio_token"
     token.parent.mkdir(parents=True)
     token.write_text(TOKEN)

@@ -4,16 +4,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from research.config.choices import EMBEDDED
-from research.config.field_names import flag, given_flags, name_sources
+from research.config.field_names import flag, given_flags
 from research.config.knobs import facts_of, flat
 from research.config.knobs import fields as knob_fields
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.core.hub_access import is_hub
-from research.core.local_paths import local_path, split_step
 from research.evaluate.evaluate_flags import OF_FILES, EvaluateFlags, read_flags
-from research.studio.roots import Roots
+from research.studio.confinement import Confinement
 
 DOOR = "research.evaluate"
 BASE = "base"  # Stands for the base model of the first run in `--against`.
@@ -100,7 +97,7 @@ def _knob_fields() -> dict[str, "dataclasses.Field[Any]"]:
     return {path: field for path, field, _ in knob_fields(Config()) if path in wanted}
 
 
-def check_evaluation(flags: Sequence[str], runs: Roots, data: Roots) -> EvaluateFlags:
+def check_evaluation(flags: Sequence[str], confined: Confinement) -> EvaluateFlags:
     """Refuses what the command would refuse at once, and files outside of the roots.
 
     Raises:
@@ -110,15 +107,10 @@ def check_evaluation(flags: Sequence[str], runs: Roots, data: Roots) -> Evaluate
     fields = fields_of(flags)
     named = [*fields["run"].splitlines(), fields["against"]]
     for written in (each for each in named if each not in ("", BASE)):
-        folder = local_path(split_step(written)[0], "--run").absolute()
-        runs.require_inside(folder)
         # A file would be a config file, which is a program.
-        if not folder.is_dir():
+        if not confined.check_read("--run", written).is_dir():
             raise UserError(f"{written} is no folder of a run, or of runs")
-    for part in name_sources(fields["data"]) if fields["data"] else ():
-        where = part.partition("=")[2]
-        if where != EMBEDDED and not is_hub(where):
-            data.require_inside(local_path(where, "--data").absolute())
+    confined.check_data("--data", fields["data"])
     if ":" in fields["metrics"]:
         raise UserError(
             f"--metrics={fields['metrics']}: a metric of your own is a program; start "

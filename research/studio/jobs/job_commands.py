@@ -13,7 +13,8 @@ from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.runs.run_directory import RunDir
-from research.studio.roots import Roots, shown_paths
+from research.studio.confinement import Confinement
+from research.studio.roots import shown_paths
 
 
 def python() -> str:
@@ -156,14 +157,13 @@ def branching(
     ]
 
 
-def config_of(flags: Sequence[str], roots: Roots) -> tuple[Config, Path]:
-    """The config that the trainer's flags make, and the run directory below a root.
+def config_of(flags: Sequence[str], confined: Confinement) -> tuple[Config, Path]:
+    """The config that the trainer's flags make, and the run directory.
 
     Raises:
       UserError: the trainer would refuse a flag.
-      PageError: the run would lie outside of the roots.
+      UserError, PageError: see `Confinement.check_config`.
     """
     argv = ["research.train", *flags]
     config, _ = command_line.parse_with_config(argv, "", command_line.NoFlags)
-    folder = Path(config.run_dir).expanduser().absolute()
-    return config, roots.require_inside(folder)
+    return config, confined.check_config(config)

@@ -147,10 +147,16 @@ def data_files(request: Request) -> Iterator[tuple[str, int]]:
 
 
 def _path(request: Request, chosen: str) -> str:
-    """The value of `config.data.path` for what was chosen. Raises PageError."""
+    """The value of `config.data.path` for what was chosen.
+
+    Raises:
+      UserError, PageError: see `Confinement.check_read`; no file of it leads out.
+    """
     if chosen == EMBEDDED or is_hub(chosen):
         return chosen
-    return shown_paths([studio_of(request).data.find(chosen)])[0]
+    studio = studio_of(request)
+    path = studio.data.find(chosen)
+    return shown_paths([studio.confined.check_read("the data", str(path))])[0]
 
 
 def _columns(request: Request, chosen: str) -> list[str]:

@@ -47,10 +47,10 @@ async def enqueue(request: Request, flags: list[str]) -> Response:
 
     Raises:
       UserError: the trainer would refuse a flag, or a job trains in the folder.
-      PageError: the run would lie outside of the roots.
+      PageError: a path would lie outside of the roots.
     """
     studio, who = studio_of(request), request.scope["who"]
-    _, folder = await asyncio.to_thread(commands.config_of, flags, studio.runs)
+    _, folder = await asyncio.to_thread(commands.config_of, flags, studio.confined)
     command = commands.launching(flags)
     name = studio.runs.name(folder)
     await asyncio.to_thread(require_idle, folder)
@@ -113,7 +113,7 @@ def _planned(
     request: Request, folder: Path, step: str, target: str, changes: str
 ) -> dict[str, object]:
     flags = _flags(request, folder, step, target, changes)
-    config, _ = commands.config_of(flags, studio_of(request).runs)
+    config, _ = commands.config_of(flags, studio_of(request).confined)
     return {
         "command": commands.launching(flags),
         "knobs": changed_knobs(config, RunDir(folder).config()),

@@ -19,8 +19,6 @@ from research.config.help_text import type_name
 from research.config.knobs import facts_of, fields, flat
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.core.hub_access import is_hub
-from research.core.local_paths import listed_paths, local_path
 from research.studio.checks.check_process import Check
 from research.studio.checks.config_presets import first_preset, presets
 from research.studio.jobs import job_commands as commands
@@ -144,7 +142,7 @@ def check_flags(flags: Sequence[str], studio: StudioState) -> None:
 
     Raises:
       UserError: see `config_of`; or the config file is not one of this code.
-      PageError: a run or data would lie outside of the roots.
+      PageError: a path would lie outside of the roots.
     """
     preset, _ = split(flags)
     if not is_config(preset, studio):
@@ -152,13 +150,7 @@ def check_flags(flags: Sequence[str], studio: StudioState) -> None:
             f"--config={preset}: the studio takes a file of {', '.join(presets())} or "
             "a run below --runs; start any other config file in a shell"
         )
-    config, _ = commands.config_of(flags, studio.runs)
-    paths = (config.data.path, config.data.eval_path)
-    places = [part for path in paths for part in listed_paths(path)]
-    places += [source.partition("=")[2] for source in config.text.sources]
-    for place in places:
-        if place and place not in (EMBEDDED, "stdlib") and not is_hub(place):
-            studio.data.require_inside(local_path(place, "the path of the data"))
+    commands.config_of(flags, studio.confined)
 
 
 def _idle(preset: str, flags: Sequence[str]) -> dict[str, str]:

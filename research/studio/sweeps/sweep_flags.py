@@ -2,10 +2,13 @@
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from research.config.knobs import flat
+from research.config.field_names import written_list
+from research.config.knobs import facts_of, flat
+from research.config.knobs import fields as knob_fields
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
 from research.studio.checks.config_presets import FOLDER as CONFIGS
@@ -106,13 +109,29 @@ def check_words(fields: Mapping[str, str]) -> None:
             raise UserError(f"{line!r}: write KNOB=VALUE; {knob!r} is no knob{near}")
 
 
-def named_paths(fields: Mapping[str, str]) -> list[str]:
-    """The data that the axes and changes name."""
-    return [
-        value.partition("=")[2]
-        for value in (*fields["axis"].splitlines(), *fields[CHANGES].splitlines())
-        if value.partition("=")[0] in ("data.path", "data.eval_path")
-    ]
+def named_paths(fields: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """The knobs that name paths in the axes and changes, with each of their values."""
+    knobs = {path: field for path, field, _ in knob_fields(Config())}
+    lines = [(line, ",") for line in fields["axis"].splitlines()]
+    lines += [(line, None) for line in fields[CHANGES].splitlines()]
+    for line, between in lines:
+        knob, _, text = line.partition("=")
+        if not facts_of(knobs[knob]).is_path:
+            continue
+        for value in text.split(between) if between else [text]:
+            is_list = isinstance(flat(Config())[knob], tuple)
+            yield knob, _listed(value, between) if is_list else value.strip()
+
+
+def _listed(text: str, between: str | None) -> tuple[str, ...]:
+    """A list of paths as an axis, where `+` joins them, or a flag has it."""
+    if between:
+        return tuple(text.strip().split("+"))
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return written_list("text.sources", text)
+    return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
 
 
 def new_folder(fields: Mapping[str, str], root: Path) -> Path:

@@ -44,7 +44,7 @@ def evaluate(request: Request) -> Response:
             fields["data"] = shown_paths([studio.data.find(chosen)])[0]
             flags = flags_of_form.flags_of(fields)
         if flags:
-            flags_of_form.check_evaluation(flags, studio.runs, studio.data)
+            flags_of_form.check_evaluation(flags, studio.confined)
             command = commands.evaluating(flags)
     except (UserError, PageError) as error:
         problem = str(error)
@@ -137,7 +137,7 @@ async def start(request: Request) -> Response:
     studio, who = studio_of(request), request.scope["who"]
     flags = _flags((await Form.read(request)).get("flags"))
     found = await asyncio.to_thread(
-        flags_of_form.check_evaluation, flags, studio.runs, studio.data
+        flags_of_form.check_evaluation, flags, studio.confined
     )
     command = commands.evaluating(flags)
     name, digest = _name(found), hashlib.sha256(repr(command).encode()).hexdigest()

@@ -7,10 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from research.config.choices import EMBEDDED
+from research.config.command_line import NoFlags, parse_with_config
 from research.core.errors import UserError
-from research.core.hub_access import is_hub
-from research.core.local_paths import listed_paths, local_path
+from research.core.local_paths import local_path
 from research.studio.checks.config_presets import first_preset, presets
 from research.studio.jobs import job_commands as commands
 from research.studio.listing.run_index import is_run
@@ -78,7 +77,7 @@ def check_sweep(flags: list[str], studio: StudioState) -> Path:
 
     Raises:
       UserError: the command would refuse a flag, or one names a program.
-      PageError: the folder or data lies outside of the roots.
+      PageError: the folder or another path lies outside of the roots.
     """
     fields = sweep_flags.fields_of(flags)
     sweep_flags.check_words(fields)
@@ -88,12 +87,13 @@ def check_sweep(flags: list[str], studio: StudioState) -> Path:
             f"--config={config}: the studio takes a file of {', '.join(presets())} or "
             "a run below --runs"
         )
-    for path in sweep_flags.named_paths(fields):
-        for part in listed_paths(path):
-            if part and part != EMBEDDED and not is_hub(part):
-                studio.data.require_inside(local_path(part, "data.path").absolute())
     folder = local_path(fields["folder"], "--folder").absolute()
-    studio.runs.require_inside(folder)
+    studio.confined.check_written("--folder", str(folder), folder)
+    if not fields["sweep"]:
+        begun, _ = parse_with_config([DOOR, f"--config={config}"], "", NoFlags)
+        studio.confined.check_config(begun, folder)
+    for knob, value in sweep_flags.named_paths(fields):
+        studio.confined.check_knob(knob, value, folder)
     if is_run(folder):
         raise UserError(f"--folder={folder} is a run: choose a folder for the sweep")
     return folder

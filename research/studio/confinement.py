@@ -105,6 +105,15 @@ class Confinement:
                 self._require(self._both, name, link)
         return path
 
+    def check_run(self, name: str, written: str) -> Path:
+        """The folder of a run, or of runs, below `--runs`, as results go there.
+
+        Raises what `check_read` raises.
+        """
+        path = self.check_read(name, written)
+        self._require(self._runs, name, path)
+        return path
+
     def check_written(self, name: str, written: str, own: Path) -> None:
         """Checks a folder that a command writes; `own` is that of its run or sweep.
 

@@ -108,7 +108,7 @@ def check_evaluation(flags: Sequence[str], confined: Confinement) -> EvaluateFla
     named = [*fields["run"].splitlines(), fields["against"]]
     for written in (each for each in named if each not in ("", BASE)):
         # A file would be a config file, which is a program.
-        if not confined.check_read("--run", written).is_dir():
+        if not confined.check_run("--run", written).is_dir():
             raise UserError(f"{written} is no folder of a run, or of runs")
     confined.check_data("--data", fields["data"])
     if ":" in fields["metrics"]:

@@ -278,7 +278,9 @@ def test_the_queue_page_moves_removes_and_ends_jobs(idle):
     assert [x.exit_code for x in queue.read().ended] == [0, -signal.SIGTERM]
     text = client.get("/queue").text
     assert "failed with code -15" in text and "It has written nothing." in text
-    assert [x["action"] for x in idle.state.audit.read()] == ["remove job", "end job"]
+    assert [x["action"] for x in idle.state.audit.read()] == [
+        *("up job", "down job", "remove job", "up job", "end job")
+    ]
 
 
 def test_a_failed_run_shows_the_last_message_of_its_command(idle):

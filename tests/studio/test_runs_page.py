@@ -207,7 +207,7 @@ def test_a_run_that_trains_elsewhere_or_whose_job_waits_stays(place, monkeypatch
 def test_a_trash_that_is_a_link_is_never_followed(place, tmp_path, target):
     run = make_run(place.runs / "a")
     (tmp_path / target).mkdir()
-    (tmp_path / target / "precious").write_text("x")
+    (tmp_path / target / "precious").mkdir()
     (place.runs / ".trash").symlink_to(tmp_path / target)
     client = place.client()
     assert client.post("/act/empty-trash").status_code == 400

@@ -18,6 +18,7 @@ from research.studio.pages.page_view import (
     Form,
     format_bytes,
     json_answer,
+    noted,
     see,
     studio_of,
 )
@@ -120,8 +121,8 @@ async def append(request: Request) -> Response:
     found = await asyncio.to_thread(conversations(request).read, form.get("chat"))
     row = row_of(found.way_to(form.get("answers"), form.get("model")))
     file = form.get("file").strip()
-    studio.audit.add("append row", file, request.scope["who"], chat=found.id)
-    path = await asyncio.to_thread(append_row, studio.data, file, row)
+    with noted(request, "append row", file, chat=found.id):
+        path = await asyncio.to_thread(append_row, studio.data, file, row)
     name = studio.data.name(path)
     said = f"added to {name}, which has {format_bytes(path.stat().st_size)} now"
     if form.get("script"):

@@ -1,6 +1,7 @@
 """Deploy: aliases, servers and exports; each button shows its command before."""
 
 import asyncio
+import functools
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from research.studio.jobs.job_commands import as_text, python
 from research.studio.jobs.job_logs import last_error
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.page_view import Form, noted, render, see, studio_of
 from research.studio.pages.queue_page import JobViews
 from research.studio.roots import shown_paths
 from research.studio.serving import server_routes
@@ -190,19 +191,20 @@ async def export(request: Request) -> Response:
     studio, who, fields = studio_of(request), request.scope["who"], await _sent(request)
     command, out = _exporting(request, fields)
     name = studio.runs.name(out)
-    studio.audit.add("export", name, who, command=as_text(command))
-    await asyncio.to_thread(out.parent.mkdir, exist_ok=True)
-    await asyncio.to_thread(studio.queue.add, command, out, who, name=f"export {name}")
+    with noted(request, "export", name, command=as_text(command)):
+        await asyncio.to_thread(out.parent.mkdir, exist_ok=True)
+        add = functools.partial(studio.queue.add, name=f"export {name}")
+        await asyncio.to_thread(add, command, out, who)
     return see("/deploy", said=f"the export {name} is queued")
 
 
 async def promote(request: Request) -> Response:
     """Moves an alias, by the command that the page shows."""
-    studio, who, fields = studio_of(request), request.scope["who"], await _sent(request)
+    fields = await _sent(request)
     kind = "back" if fields["do"] == "back" else "promote"
     command = _promoting(request, kind, fields)
-    studio.audit.add(kind, fields["alias"], who, command=as_text(command))
-    await asyncio.to_thread(_run, command)
+    with noted(request, kind, fields["alias"], command=as_text(command)):
+        await asyncio.to_thread(_run, command)
     return see("/deploy", said=f"{fields['alias']} is moved; servers of it follow")
 
 

@@ -18,7 +18,14 @@ from research.studio.deploying.served_figures import figures_of
 from research.studio.jobs.job_logs import tail
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
-from research.studio.pages.page_view import Form, json_answer, render, see, studio_of
+from research.studio.pages.page_view import (
+    Form,
+    json_answer,
+    noted,
+    render,
+    see,
+    studio_of,
+)
 from research.studio.serving.model_servers import ModelServer
 from research.studio.serving.server_client import (
     LOG_BYTES,
@@ -115,38 +122,36 @@ async def figures(request: Request) -> Response:
 async def key(request: Request) -> Response:
     """Makes a key, whose page shows it once, or removes one."""
     form = await Form.read(request)
-    studio, who = studio_of(request), request.scope["who"]
     server = await _find(request, form.get("server"))
     if not server.key_file:
         raise UserError(f"the server {server.name} needs no key, so it has no key file")
     file = Path(server.key_file)
     if form.get("action") == "remove":
-        studio.audit.add("remove key", server.name, who, key=form.get("key"))
-        gone = await asyncio.to_thread(remove_key, file, form.get("key"))
+        with noted(request, "remove key", server.name, key=form.get("key")):
+            gone = await asyncio.to_thread(remove_key, file, form.get("key"))
         said = f"the key of {gone.said or gone.id} opens nothing any more"
         return see(f"/deploy/{server.name}", said=said)
     name, role = form.get("name"), form.get("role")
-    studio.audit.add("make key", server.name, who, key=name, role=role)
-    made = await asyncio.to_thread(make_key, file, name, role)
+    with noted(request, "make key", server.name, key=name, role=role):
+        made = await asyncio.to_thread(make_key, file, name, role)
     return await _page(request, server.name, name=name, key=made)
 
 
 async def adapter(request: Request) -> Response:
     """Loads the adapter of a run under a name, or unloads one."""
     form = await Form.read(request)
-    studio, who = studio_of(request), request.scope["who"]
     server, name = await _find(request, form.get("server")), form.get("name").strip()
     if form.get("action") == "unload":
-        studio.audit.add("unload", name, who, server=server.name)
-        await _change(server, "unload", {"lora_name": name})
+        with noted(request, "unload", name, server=server.name):
+            await _change(server, "unload", {"lora_name": name})
         return see(f"/deploy/{server.name}", said=f"{name} is unloaded")
     written = form.get("run")
     run = find_run(request, split_step(written)[0])
     step = form.get("step").strip()
     body = {"lora_name": name or run.name, "lora_path": str(run)}
     body["lora_path"] += f"@{step}" if step else ""
-    studio.audit.add("load", written, who, server=server.name, **body)
-    await _change(server, "load", body)
+    with noted(request, "load", written, server=server.name, **body):
+        await _change(server, "load", body)
     return see(f"/deploy/{server.name}", said=f"{body['lora_name']} is loaded")
 
 

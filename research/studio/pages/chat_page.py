@@ -23,7 +23,7 @@ from research.studio.chats.conversation_files import KeptChat, messages_of
 from research.studio.chats.model_stamps import stamps_of
 from research.studio.listing.run_state import read_json_object
 from research.studio.page_errors import PageError
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.page_view import Form, noted, render, see, studio_of
 from research.studio.serving.model_servers import ModelServer
 from research.studio.serving.server_client import call_json
 from research.studio.serving.server_routes import described, run_flags, start_server
@@ -232,8 +232,8 @@ async def remove(request: Request) -> Response:
     """Moves a conversation to the trash."""
     form = await Form.read(request)
     name = form.get("chat")
-    studio_of(request).audit.add("remove chat", name, request.scope["who"])
-    await asyncio.to_thread(conversations(request).remove, name)
+    with noted(request, "remove chat", name):
+        await asyncio.to_thread(conversations(request).remove, name)
     return see("/chat", said="the conversation is in .studio/chats/.trash")
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -24,11 +23,13 @@ from research.data.row_readers import READERS, BadRowError, read_rows
 from research.studio.checks.check_process import Check
 from research.studio.checks.config_presets import FOLDER, first_preset
 from research.studio.checks.row_survey import BLOCK
+from research.studio.jobs.job_commands import as_text
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import (
     Form,
     address,
     json_answer,
+    noted,
     number_of,
     render,
     see,
@@ -204,8 +205,10 @@ async def look(request: Request) -> Response:
     fields = {name: form.get(name) for name in names if form.get(name)}
     flags = _flags(request, fields)
     first = _number(fields.get("at", "")) // BLOCK * BLOCK
-    start = functools.partial(studio_of(request).checks.start, flags, rows_only=True)
-    await asyncio.to_thread(start, first=first)
+    checks, how = studio_of(request).checks, {"rows_only": True, "first": first}
+    command = as_text(checks.command(flags, **how))
+    with noted(request, "check rows", _chosen(fields), command=command):
+        await asyncio.to_thread(checks.start, flags, **how)
     return see("/data", **fields)
 
 
@@ -215,10 +218,10 @@ async def upload(request: Request) -> Response:
     if kind_of(Path(name)) not in KINDS:
         raise UserError(f"{name}: the name must end in {', '.join(KINDS)}")
     folder = studio.data.first
-    found = await receive_upload(request, folder, name)
+    with noted(request, "upload", name) as facts:
+        found = await receive_upload(request, folder, name)
+        facts |= {"file": found.path.name, "bytes": found.size, "sha256": found.sha256}
     written = studio.data.name(folder / found.path.name)
-    said = f"{found.size:,} bytes, sha256 {found.sha256}"
-    studio.audit.add("upload", written, request.scope["who"], command=said)
     return json_answer({"file": written, "page": address("/data", file=written)})
 
 

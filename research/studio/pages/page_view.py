@@ -5,6 +5,7 @@ import json
 import math
 import urllib.parse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ LARGEST_FORM = 1 << 20  # bytes
 def studio_of(request: Request) -> StudioState:
     """The state that the pages share."""
     return request.app.state.studio
+
+
+def noted(
+    request: Request, action: str, what: str, **more: Any
+) -> AbstractContextManager[dict[str, Any]]:
+    """`AuditLog.noting` for who sent the request; each change stands in its block."""
+    return studio_of(request).audit.noting(action, what, request.scope["who"], **more)
 
 
 def render(

@@ -19,6 +19,7 @@ from research.studio.pages.page_view import (
     Form,
     address,
     json_answer,
+    noted,
     render,
     see,
     studio_of,
@@ -91,17 +92,17 @@ async def change(request: Request) -> Response:
     """Moves, removes or ends a job."""
     form = await Form.read(request)
     studio, job, action = studio_of(request), form.get("job"), form.get("action")
-    if action in ("up", "down"):
-        by = -1 if action == "up" else 1
-        await asyncio.to_thread(studio.queue.move, job, by)
-        return see("/queue")
-    if action not in ("remove", "end"):
+    if action not in ("up", "down", "remove", "end"):
         raise PageError(400, f"action={action!r}: it must be up, down, remove or end")
-    studio.audit.add(f"{action} job", job, request.scope["who"])
-    if action == "remove":
-        removed = await asyncio.to_thread(studio.queue.remove, job)
-        return see("/queue", said=f"{removed.name} does not wait any more")
-    ended = await asyncio.to_thread(_end, studio.queue.read().running, job)
+    with noted(request, f"{action} job", job):
+        if action in ("up", "down"):
+            by = -1 if action == "up" else 1
+            await asyncio.to_thread(studio.queue.move, job, by)
+            return see("/queue")
+        if action == "remove":
+            removed = await asyncio.to_thread(studio.queue.remove, job)
+            return see("/queue", said=f"{removed.name} does not wait any more")
+        ended = await asyncio.to_thread(_end, studio.queue.read().running, job)
     return see("/queue", said=f"{ended.name} was told to save and end (SIGTERM)")
 
 

@@ -16,7 +16,7 @@ from research.runs.run_directory import RunDir
 from research.studio.jobs import job_commands as commands
 from research.studio.listing.run_state import require_idle
 from research.studio.pages.live_run_page import changed_knobs, find_run
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.page_view import Form, noted, render, see, studio_of
 
 NAME = re.compile(r"[\w.+=@-][\w.+=@ /-]*")
 
@@ -30,8 +30,8 @@ async def ask(request: Request) -> Response:
     if state.state != "running":
         raise UserError(f"no job trains in {name}, so nobody would answer")
     command = commands.as_text(commands.requesting(folder, kind))
-    studio.audit.add(kind, name, request.scope["who"], command=command)
-    write_request(folder, kind)
+    with noted(request, kind, name, command=command):
+        write_request(folder, kind)
     return see(f"/run/{name}", said=f"{kind}: the job acts after the step in hand")
 
 
@@ -53,9 +53,9 @@ async def enqueue(request: Request, flags: list[str]) -> Response:
     _, folder = await asyncio.to_thread(commands.config_of, flags, studio.confined)
     command = commands.launching(flags)
     name = studio.runs.name(folder)
-    await asyncio.to_thread(require_idle, folder)
-    studio.audit.add("start", name, who, command=commands.as_text(command))
-    await asyncio.to_thread(studio.queue.add, command, folder, who)
+    with noted(request, "start", name, command=commands.as_text(command)):
+        await asyncio.to_thread(require_idle, folder)
+        await asyncio.to_thread(studio.queue.add, command, folder, who)
     return see("/queue", said=f"{name} is queued")
 
 

@@ -23,6 +23,7 @@ from research.studio.pages.page_view import (
     counted,
     format_bytes,
     json_answer,
+    noted,
     render,
     see,
     studio_of,
@@ -95,7 +96,8 @@ async def save_notes(request: Request) -> Response:
     form = await Form.read(request)
     name = form.get("run")
     folder = find_run(request, name)
-    write_notes(folder, form.get("tags"), form.get("notes"))
+    with noted(request, "notes", name):
+        write_notes(folder, form.get("tags"), form.get("notes"))
     return see(f"/run/{name}", said="tags and notes are saved")
 
 
@@ -118,14 +120,14 @@ def remove(request: Request) -> Response:
 async def trash(request: Request) -> Response:
     """Moves runs to the trash."""
     form = await Form.read(request)
-    studio, who = studio_of(request), request.scope["who"]
+    studio = studio_of(request)
     moved = 0
     for name in form.all("run"):
         folder = find_run(request, name)
         size = size_of(folder)
-        studio.audit.add("trash", name, who, bytes=size)
-        studio.queue.read().require_none_in(folder)
-        move_to_trash(studio.runs, folder)
+        with noted(request, "trash", name, bytes=size):
+            studio.queue.read().require_none_in(folder)
+            move_to_trash(studio.runs, folder)
         moved += size
     return see("/", said=f"{format_bytes(moved)} are in the trash")
 
@@ -133,10 +135,11 @@ async def trash(request: Request) -> Response:
 async def empty(request: Request) -> Response:
     """Deletes what is in the trash."""
     studio = studio_of(request)
-    count, size = trash_size(studio.runs)
+    with noted(request, "empty trash", "") as facts:
+        count, size = trash_size(studio.runs)
+        facts |= {"runs": count, "bytes": size}
+        empty_trash(studio.runs)
     what = counted(count, "run")
-    studio.audit.add("empty trash", what, request.scope["who"], bytes=size)
-    empty_trash(studio.runs)
     return see("/", said=f"{what} deleted for ever, {format_bytes(size)} are free")
 
 

@@ -24,7 +24,7 @@ from research.studio.checks.config_presets import first_preset, presets
 from research.studio.jobs import job_commands as commands
 from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.page_view import Form, noted, render, see, studio_of
 from research.studio.pages.run_actions import enqueue
 from research.studio.roots import shown_paths
 from research.studio.studio_state import StudioState
@@ -249,8 +249,8 @@ async def check(request: Request) -> Response:
             "check once it has ended, or start; the trainer checks before it begins"
         )
     command = commands.as_text(studio.checks.command(flags, rows_only=False))
-    studio.audit.add("check", "", request.scope["who"], command=command)
-    await asyncio.to_thread(studio.checks.start, flags, rows_only=False)
+    with noted(request, "check", "", command=command):
+        await asyncio.to_thread(studio.checks.start, flags, rows_only=False)
     return see("/train", flags=commands.as_text(flags))
 
 

@@ -20,7 +20,7 @@ from research.core.local_paths import split_step
 from research.serve.api.guard import read_limited
 from research.studio.jobs.job_commands import as_text
 from research.studio.page_errors import PageError, not_found
-from research.studio.pages.page_view import Form, json_answer, see, studio_of
+from research.studio.pages.page_view import Form, json_answer, noted, see, studio_of
 from research.studio.roots import shown_paths
 from research.studio.serving.model_servers import ModelServer
 from research.studio.serving.server_client import asking, status_of
@@ -61,8 +61,8 @@ async def start_server(
     """Starts a server and notes it. Raises UserError: see `ModelServers.start`."""
     studio, who = studio_of(request), request.scope["who"]
     command = await asyncio.to_thread(studio.servers.command, name, flags)
-    studio.audit.add("serve", name, who, command=as_text(command))
-    return await asyncio.to_thread(studio.servers.start, name, flags, who)
+    with noted(request, "serve", name, command=as_text(command)):
+        return await asyncio.to_thread(studio.servers.start, name, flags, who)
 
 
 async def change(request: Request) -> Response:
@@ -72,8 +72,8 @@ async def change(request: Request) -> Response:
     actions = {"stop": studio.servers.stop, "remove": studio.servers.remove}
     if action not in actions:
         raise PageError(400, f"action={action[:80]!r}: it must be stop or remove")
-    studio.audit.add(f"{action} server", name, request.scope["who"])
-    await asyncio.to_thread(actions[action], name)
+    with noted(request, f"{action} server", name):
+        await asyncio.to_thread(actions[action], name)
     done = {"stop": "was told to end (SIGTERM)", "remove": "is removed"}[action]
     page = form.get("page")
     page = page if page in ("/chat", "/deploy") else "/chat"

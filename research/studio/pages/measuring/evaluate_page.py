@@ -1,6 +1,7 @@
 """Evaluate: choose runs and rows, start the command, and see all evaluations."""
 
 import asyncio
+import functools
 import hashlib
 import itertools
 from pathlib import Path
@@ -21,7 +22,7 @@ from research.studio.evaluations.evaluation_flags import BASE, DOOR
 from research.studio.jobs import job_commands as commands
 from research.studio.page_errors import PageError, not_found
 from research.studio.pages.data_page import data_files
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.page_view import Form, noted, render, see, studio_of
 from research.studio.pages.queue_page import JobViews
 from research.studio.roots import shown_paths
 
@@ -141,10 +142,11 @@ async def start(request: Request) -> Response:
     )
     command = commands.evaluating(flags)
     name, digest = _name(found), hashlib.sha256(repr(command).encode()).hexdigest()
-    studio.audit.add("evaluate", name, who, command=commands.as_text(command))
-    place = local_path(split_step(found.run[0])[0]).absolute() / EVALUATIONS
-    log = studio.logs / f"evaluate-{digest[:16]}.log"
-    await asyncio.to_thread(studio.queue.add, command, place, who, name=name, log=log)
+    with noted(request, "evaluate", name, command=commands.as_text(command)):
+        place = local_path(split_step(found.run[0])[0]).absolute() / EVALUATIONS
+        log = studio.logs / f"evaluate-{digest[:16]}.log"
+        add = functools.partial(studio.queue.add, name=name, log=log)
+        await asyncio.to_thread(add, command, place, who)
     return see("/evaluate", said=f"queued: {name}")
 
 

@@ -4,6 +4,7 @@ The Train page shows it as a part of itself.
 """
 
 import asyncio
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from research.core.errors import UserError
 from research.studio.checks.start_plans import DEVICES, TARGETS, PricedDevices
 from research.studio.jobs import job_commands as commands
 from research.studio.page_errors import PageError
-from research.studio.pages.page_view import Form, address, render, see, studio_of
+from research.studio.pages.page_view import Form, address, noted, render, see, studio_of
 from research.studio.pages.train_page import check_flags, complete, read_flags
 
 OWN = "launch."  # before the name of a target in a field with its flags
@@ -82,10 +83,14 @@ async def act(request: Request) -> Response:
     await asyncio.to_thread(check_flags, flags, studio)
     if kind == "plan":
         devices = PricedDevices.from_text(fields["devices"])
-        await asyncio.to_thread(studio.plans.start_plan, flags, devices)
+        command = studio.plans.plan_command(flags, devices)
+        start = functools.partial(studio.plans.start_plan, flags, devices)
     else:
         own = fields.get(OWN + kind, "")
-        await asyncio.to_thread(studio.plans.start_dry_run, kind, own, flags)
+        command = studio.plans.dry_run(kind, own, flags)
+        start = functools.partial(studio.plans.start_dry_run, kind, own, flags)
+    with noted(request, "plan", kind, command=commands.as_text(command)):
+        await asyncio.to_thread(start)
     return see("/plans", flags=commands.as_text(flags), **fields)
 
 

@@ -15,7 +15,7 @@ from research.studio.jobs import job_commands as commands
 from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import own_page
-from research.studio.pages.page_view import Form, render, see, studio_of
+from research.studio.pages.page_view import Form, noted, render, see, studio_of
 from research.studio.pages.queue_page import JobViews
 from research.studio.pages.train_page import is_config
 from research.studio.roots import shown_paths
@@ -118,8 +118,8 @@ async def start(request: Request) -> Response:
     folder = await asyncio.to_thread(check_sweep, flags, studio)
     command = commands.sweeping(flags)
     name = f"sweep {folder.name}"
-    studio.audit.add("sweep", name, who, command=commands.as_text(command))
-    await asyncio.to_thread(studio.queue.add, command, folder, who, name=name)
+    with noted(request, "sweep", name, command=commands.as_text(command)):
+        await asyncio.to_thread(studio.queue.add, command, folder, who, name=name)
     return see("/sweeps", said=f"queued: {name}")
 
 
@@ -155,8 +155,8 @@ async def make_report(request: Request) -> Response:
     await asyncio.to_thread(read_sweep, name, studio.runs.find, studio.state_of)
     folder = studio.runs.find(name)
     place, words = studio.reports.place(str(folder)), commands.reporting(folder)
-    studio.audit.add("report", name, request.scope["who"])
-    await asyncio.to_thread(studio.reports.start, place, words)
+    with noted(request, "report", name):
+        await asyncio.to_thread(studio.reports.start, place, words)
     return see(f"/sweep/{name}")
 
 

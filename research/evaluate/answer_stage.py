@@ -7,12 +7,14 @@ from typing import Any
 
 from research.evaluate.answer_metrics.answer_metric import AnswerMetric
 from research.evaluate.answer_metrics.choose_metrics import AUTO, choose_metrics
+from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.judgement import Measurements
 from research.evaluate.loss_values import CommonLosses
 from research.evaluate.measuring.evaluated_models import ModelSet
 from research.evaluate.measuring.measure_choices import (
     AUTO_CHOICES,
     CHOICE_METRICS,
+    choice_line,
     choice_metrics,
     choices_of,
     drop_long_choices,
@@ -83,11 +85,25 @@ class AnswerStage:
             rows = measure_answers(self.asked, models, folder, slots)
         else:
             rows = {x.name: self.asked.without_answers(x) for x in models}
+        said = {
+            name: [_written(row) if self.metrics else {} for row in own]
+            for name, own in rows.items()
+        }
         if self.choices:
             scored = score_choices(self.asked, self.choices, models, folder, slots)
             for name, own in by_model.items():
                 own |= choice_metrics(self.choice_names, scored[name])
-        return Measurements.of(rows, losses, by_model)
+                for row, line in zip(rows[name], said[name], strict=True):
+                    line |= choice_line(self.choice_names, scored[name][row.id])
+        return Measurements.of(rows, losses, by_model, said)
+
+
+def _written(row: AnsweredRow) -> dict[str, Any]:
+    return {
+        "answer": row.answer,
+        "new_tokens": row.new_tokens,
+        "stopped": row.stopped,
+    }
 
 
 def _suited(name: str, asked: AskedRows, data: Any) -> list[str]:

@@ -29,6 +29,7 @@ class Measurements:
       measured: by model and metric, among them the loss that can be compared.
       clusters: the cluster of each row.
       categories: the category of each row, or the source of each text.
+      said: by model what it answered or chose in each row, for `rows.jsonl`.
     """
 
     rows: Mapping[str, Sequence[AnsweredRow]]
@@ -36,6 +37,7 @@ class Measurements:
     measured: Mapping[str, Mapping[str, Measured]]
     clusters: Sequence[int]
     categories: Sequence[str]
+    said: Mapping[str, Sequence[Values]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_texts(
@@ -51,6 +53,7 @@ class Measurements:
         rows: Mapping[str, Sequence[AnsweredRow]],
         losses: CommonLosses,
         metrics: Mapping[str, Mapping[str, AnswerMetric]],
+        said: Mapping[str, Sequence[Values]],
     ) -> "Measurements":
         """Computes every metric of every model; `metrics` are by model and name."""
         measured: dict[str, dict[str, Measured]] = {}
@@ -59,7 +62,7 @@ class Measurements:
             measured[name] |= {k: x.measure(own) for k, x in metrics[name].items()}
         first, names = (next(iter(x.values())) for x in (rows, metrics))
         categories = [row.category for row in first]
-        return cls(rows, names, measured, clusters_of(first), categories)
+        return cls(rows, names, measured, clusters_of(first), categories, said)
 
     @property
     def first(self) -> Sequence[AnsweredRow]:
@@ -127,22 +130,40 @@ class Measurements:
                 }
         return found
 
-    def changes(self, baseline: str, model: str) -> list[tuple[float, AnsweredRow]]:
+    def changes(
+        self, baseline: str, model: str
+    ) -> tuple[str, list[tuple[float, AnsweredRow]]]:
         """How much better each row is answered than by `baseline`, the worst first.
 
         A row's change is the mean, from -1 to 1, over the metrics with a reference
-        that apply to it. Rows to which none applies are missing.
+        that apply to it. Rows to which none applies are missing. If these are all, a
+        user's own metric ranks the rows, or else the loss; its name comes first.
         """
-        judges = [
-            (name, SCALES[metric.unit] * (1 if metric.higher_is_better else -1))
+        better = {
+            name: (1 if up else -1)
+            for name in self.measured[baseline]
+            if name in self.measured[model]
+            if (up := self.higher_is_better(name)) is not None
+        }
+        shared = {
+            name: SCALES[metric.unit] * better[name]
             for name, metric in self.metrics.items()
-            if metric.needs_reference and metric.higher_is_better is not None
-            if metric.unit in SCALES
-        ]
+            if metric.needs_reference and metric.unit in SCALES and name in better
+        }
+        own = [name for name in better if ":" in name]
+        for by in ("", *own, *(name for name in better if name in LOSSES)):
+            judges = {by: better[by]} if by else shared
+            if ranked := self._rank(judges, baseline, model):
+                return by, ranked
+        return "", []
+
+    def _rank(
+        self, judges: Mapping[str, float], baseline: str, model: str
+    ) -> list[tuple[float, AnsweredRow]]:
         found = []
         for place, row in enumerate(self.first):
             parts = []
-            for name, sign in judges:
+            for name, sign in judges.items():
                 before, after = (
                     self.measured[x][name].scores[place] for x in (baseline, model)
                 )

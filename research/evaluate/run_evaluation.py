@@ -42,6 +42,7 @@ from research.evaluate.measuring.row_losses import (
     same_texts,
 )
 from research.evaluate.measuring.seen_rows import describe_change, find_seen
+from research.evaluate.multiple_choice import Choices
 from research.evaluate.statistics.verdicts import BETTER, WORSE
 from research.tasks.task_protocol import EvaluationRows
 from research.tasks.task_registry import held_out_rows, rows_of_files
@@ -138,11 +139,10 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
         | (_parts(rows, x.name, own, common, losses[x.name]) if common else {})
         for x in found.models
     }
-    lines = [_line(row, sums) for row in rows]
+    lines = [_line(row, sums, stage.choices) for row in rows]
     measured = stage.measure(found, common, folder, choices.slots)
     _add_answers(values, measured, found.baseline)
-    if metrics:
-        _add_lines(lines, measured)
+    _add_lines(lines, measured)
     name = digest(
         [(x.name, x.identity) for x in found.models],
         [row.id for row in rows],
@@ -336,9 +336,9 @@ def _add_answers(values: Values, measured: Measurements, baseline: str) -> None:
         return
     values["comparisons"] = measured.comparisons(baseline)
     values["findings"] = find_contradictions(values["comparisons"])
-    values["regressions"], values["gains"] = {}, {}
+    values["regressions"], values["gains"], values["ranked_by"] = {}, {}, {}
     for name in values["comparisons"]:
-        changes = measured.changes(baseline, name)
+        values["ranked_by"][name], changes = measured.changes(baseline, name)
         listed = [{"row": row.id, "change": change} for change, row in changes]
         worse = [x for x in listed if x["change"] < 0]
         better = [x for x in listed[::-1] if x["change"] > 0]
@@ -346,18 +346,24 @@ def _add_answers(values: Values, measured: Measurements, baseline: str) -> None:
         values["gains"][name] = better[:MOST_SHOWN]
 
 
-def _line(row: EvaluatedRow, sums: Mapping[str, Mapping[str, RowSums]]) -> Values:
+def _line(
+    row: EvaluatedRow,
+    sums: Mapping[str, Mapping[str, RowSums]],
+    choices: Mapping[str, Choices],
+) -> Values:
     """A row and its losses, in nats per token or the unit of the objective."""
     models: Values = {}
     for name, by_row in sums.items():
         loss, tokens = by_row.get(row.id, {}).get(LOSS, (0.0, 0.0))
         models[name] = {"loss": loss / tokens if tokens else None}
     record = row.record
+    own = choices.get(row.id)
     return {
         "row": row.id,
         "place": row.place,
         "category": record.category,
         "reference": record.turns[-1].said,
+        **({"choices": own.texts, "right": own.right} if own else {}),
         "models": models,
     }
 
@@ -370,9 +376,7 @@ def _add_lines(lines: Sequence[Values], measured: Measurements) -> None:
             line = by_row[row.id]
             line |= {"question": row.question, "context": row.context}
             line["models"][name] |= {
-                "answer": row.answer,
-                "new_tokens": row.new_tokens,
-                "stopped": row.stopped,
+                **measured.said[name][place],
                 "scores": {
                     metric: each.scores[place]
                     for metric, each in measured.measured[name].items()

@@ -263,12 +263,7 @@ def format_pages(
     by_row = {row["row"]: row for row in rows}
     changed = [
         (title, model, [(x["change"], by_row[x["row"]]) for x in found])
-        for title, key in (
-            ("Worst regressions", "regressions"),
-            ("Best gains", "gains"),
-        )
-        for model, found in values.get(key, {}).items()
-        if found
+        for title, model, found in changed_rows(values)
     ]
     return {
         f"evaluation.{ending}": fill(
@@ -290,11 +285,42 @@ def format_pages(
             described=described(values),
             facts=row_facts(values),
             changed=changed,
+            answer_text=answer_text,
+            expected_text=expected_text,
             folded=FOLDED,
             preview=PREVIEW,
         )
         for ending in ("md", "html")
     }
+
+
+def changed_rows(values: Values) -> list[tuple[str, str, Sequence[Values]]]:
+    """`(title, model, rows)` of the rows that changed most, regressions first."""
+    found = []
+    for title, key in (("Worst regressions", "regressions"), ("Best gains", "gains")):
+        for model, rows in values.get(key, {}).items():
+            by = values.get("ranked_by", {}).get(model)
+            found.append((f"{title} by {by}" if by else title, model, rows))
+    return [each for each in found if each[2]]
+
+
+def answer_text(row: Values, model: str) -> str:
+    """What a model answered and chose; its loss if it did neither."""
+    each = row["models"][model]
+    texts = {k: row["choices"][place] for k, place in each.get("chosen", {}).items()}
+    if len({*texts.values()}) == 1:
+        chosen = [next(iter(texts.values()))]
+    else:
+        chosen = [f"{name}: {text}" for name, text in texts.items()]
+    said = [*([each["answer"]] if "answer" in each else []), *chosen]
+    if not said and each.get("loss") is not None:
+        return f"loss {_number(each['loss'])}"
+    return "\n".join(said)
+
+
+def expected_text(row: Values) -> str:
+    """The right choice where a row has choices, or else its reference."""
+    return row["choices"][row["right"]] if "choices" in row else row["reference"]
 
 
 def _compared(judged: Values, short: bool) -> list[str]:

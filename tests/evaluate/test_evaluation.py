@@ -222,6 +222,12 @@ def test_choices_are_scored_after_the_prompt_by_every_model(place, copies):
     for line in map(json.loads, kept.read_text().splitlines()):
         found[line["model"], line["row"]] = line["logprob"]
     scored = [json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]
+    for row in scored:
+        assert row["choices"] == texts
+        for own in row["models"].values():
+            assert own.keys() == {"loss", "log_probabilities", "chosen", "scores"}
+            right = row["right"] == own["chosen"]["choice_none"]
+            assert own["scores"]["choice_none"] == right
     opened = reopen(run)
     for name, generator in opened.generators(compare=True).items():
         pairs = [

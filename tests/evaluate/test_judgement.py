@@ -1,14 +1,19 @@
 """Models are compared on the rows that all of them have, by what they share."""
 
+import dataclasses
+import json
 import math
 
 import pytest
 
 from research.core.errors import UserError
 from research.data.grouped_values import NATS_PER_TOKEN
+from research.evaluate.answer_metrics.answer_metric import AnswerMetric, mean_of
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.judgement import Measurements, find_contradictions
 from research.evaluate.loss_values import CommonLosses, as_json
+from research.evaluate.measuring.measure_choices import CHOICE_METRICS, choice_line
+from research.evaluate.multiple_choice import Choices, ScoredChoices
 from research.report import evaluation_page
 from research.report.markdown_text import format_table
 from research.report.result_tables import compare_losses, text_columns
@@ -40,6 +45,7 @@ def judge(losses, rows):
         {name: [answered(i) for i in range(rows)] for name in names},
         losses,
         {name: {} for name in names},
+        {},
     )
     return measured.comparisons(next(iter(names)))
 
@@ -225,6 +231,79 @@ def test_pages_say_that_rows_are_few_different_ones(unit):
         assert text.count("24 (1 different)") == 2
     values["repeats"]["different"] = 24
     assert "repeat" not in " ".join(evaluation_page.row_facts(values))
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [
+        ("", ["m:long", "share"]),
+        ("m:long", ["stopped", "m:long"]),
+        ("loss", ["length"]),
+    ],
+)
+def test_rows_are_ranked_by_a_users_metric_or_by_the_loss(by, names):
+    """Without a metric that compares to a reference; in the metric's own unit."""
+
+    def metric(name, unit="words", better=True, reference=False):
+        score = mean_of(lambda row: len(row.answer))
+        return AnswerMetric(name, unit, better, reference, "", score)
+
+    every = {
+        "m:long": metric("m:long", better=False),
+        "share": metric("share", "points", reference=True),
+        "stopped": metric("stopped"),
+        "length": metric("length", better=None, reference=True),
+    }
+    losses = common({"base": [(8, 4), (8, 4)], "tuned": [(4, 4), (10, 4)]})
+    answers = {"base": ["aa", "aa"], "tuned": ["aaaaa", "a"]}
+    rows = {
+        name: [dataclasses.replace(answered(i), answer=x) for i, x in enumerate(own)]
+        for name, own in answers.items()
+    }
+    metrics = {name: {k: every[k] for k in names} for name in rows}
+    measured = Measurements.of(rows, losses, metrics, {})
+    wanted = {
+        "": [(-0.01, "row1"), (0.03, "row0")],
+        "m:long": [(-3, "row0"), (1, "row1")],
+        "loss": [(-0.5, "row1"), (1, "row0")],
+    }
+    named, ranked = measured.changes("base", "tuned")
+    assert (named, [(round(x, 9), row.id) for x, row in ranked]) == (by, wanted[by])
+    values = {"regressions": {"tuned": [1]}, "ranked_by": {"tuned": named}}
+    [(title, *_)] = evaluation_page.changed_rows(values)
+    assert title == ("Worst regressions by " + by if by else "Worst regressions")
+
+
+def test_pages_show_which_choice_each_model_took():
+    scored = ScoredChoices(
+        Choices("f:1", ("up & away", "down", "left"), 2),
+        (-1.0, -math.inf, -4.0),
+        (1, 1, 9),
+    )
+    one, both = (
+        choice_line(names, scored) for names in (["choice_none"], CHOICE_METRICS)
+    )
+    assert json.loads(json.dumps(one, allow_nan=False)) == {
+        "log_probabilities": [-1, None, -4], "chosen": {"choice_none": 0},
+    }  # fmt: skip
+    row = {
+        "row": "r1", "place": "f:1", "category": "", "question": "?", "context": "",
+        "reference": "C", "choices": scored.choices.texts, "right": 2,
+        "models": {"base": one, "tuned": both | {"answer": "It is left."}},
+    }  # fmt: skip
+    assert evaluation_page.answer_text(row, "base") == "up & away"
+    assert evaluation_page.answer_text(row, "tuned") == (
+        "It is left.\nchoice_none: up & away\nchoice_tokens: left\n"
+        "choice_bytes: up & away"
+    )
+    assert evaluation_page.expected_text(row) == "left"
+    losses = {"reference": "C", "models": {"base": {"loss": 2.5}}}
+    assert evaluation_page.answer_text(losses, "base") == "loss 2.500"
+    values = page_values(regressions={"tuned": [{"row": "r1", "change": -1.0}]})
+    pages = evaluation_page.format_pages(values, [row], {})
+    assert "up & away" in pages["evaluation.md"]
+    assert "up &amp; away" in pages["evaluation.html"]
+    assert all("choice_tokens: left" in text for text in pages.values())
 
 
 def test_words_begin_at_the_left_of_their_column_and_numbers_end_at_its_right():

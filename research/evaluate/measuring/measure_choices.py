@@ -1,6 +1,7 @@
 """Rows with choices: which of them each model finds likeliest."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from research.evaluate.multiple_choice import (
     NORMALISATIONS,
     Choices,
     ScoredChoices,
+    chosen,
     measure_choices,
     read_choices,
 )
@@ -148,6 +150,16 @@ def choice_metrics(
 ) -> dict[str, AnswerMetric]:
     """The metrics of one model, which has `scored` the choices of each row."""
     return {name: _metric(name, scored) for name in names}
+
+
+def choice_line(names: Sequence[str], scored: ScoredChoices) -> dict[str, Any]:
+    """What a model chose by each metric, for `rows.jsonl`; -inf is null there."""
+    return {
+        "log_probabilities": [
+            x if math.isfinite(x) else None for x in scored.log_probabilities
+        ],
+        "chosen": {name: chosen(scored, CHOICE_METRICS[name]) for name in names},
+    }
 
 
 def _metric(name: str, scored: Mapping[str, ScoredChoices]) -> AnswerMetric:

@@ -32,7 +32,7 @@ REQUIRED = {
     "left_out": [str],
     "models": {...: _shape_of_model},
 }
-ANSWER = {"answer": str, "scores": {...: NUMBER | None}}
+ANSWER = {"scores": {...: NUMBER | None}}
 ROW = {"row": str, "reference": str, "models": {...: ANSWER}}
 MOST_KNOWN = 2000  # evaluations whose line in the list stays in memory
 # Earlier versions, and evaluations of losses alone, have no such parts.
@@ -106,10 +106,19 @@ class ChangedRow:
     Attributes:
       change: from -1 to 1; above 0 the answer got better.
       row: its line of `rows.jsonl`.
+      answers: by model what it answered or chose.
+      expected: the reference, or the right choice.
     """
 
     change: float
     row: Mapping[str, Any]
+    answers: Mapping[str, str]
+    expected: str
+
+    @classmethod
+    def of(cls, change: float, row: Mapping[str, Any]) -> "ChangedRow":
+        answers = {x: str(evaluation_page.answer_text(row, x)) for x in row["models"]}
+        return cls(change, row, answers, str(evaluation_page.expected_text(row)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,15 +177,7 @@ def read_results(folder: Path, rows: Path | None) -> EvaluationResults:
 def _changed(
     values: Mapping[str, Any], rows: Path | None
 ) -> list[tuple[str, str, list[ChangedRow]]]:
-    listed = [
-        (title, model, found)
-        for title, key in (
-            ("Worst regressions", "regressions"),
-            ("Best gains", "gains"),
-        )
-        for model, found in values.get(key, {}).items()
-        if found and rows
-    ]
+    listed = evaluation_page.changed_rows(values) if rows else []
     wanted = {each["row"] for _, _, found in listed for each in found}
     by_id = dict(_rows(rows, wanted)) if rows and wanted else {}
     return [
@@ -184,7 +185,7 @@ def _changed(
             title,
             model,
             [
-                ChangedRow(float(each["change"]), by_id[each["row"]])
+                ChangedRow.of(float(each["change"]), by_id[each["row"]])
                 for each in found
                 if each["row"] in by_id
             ],

@@ -305,7 +305,7 @@ def changed_rows(values: Values) -> list[tuple[str, str, Sequence[Values]]]:
 
 
 def answer_text(row: Values, model: str) -> str:
-    """What a model answered and chose; its loss if it did neither."""
+    """The answer of a model and its choices; its loss if it has neither."""
     each = row["models"][model]
     texts = {k: row["choices"][place] for k, place in each.get("chosen", {}).items()}
     if len({*texts.values()}) == 1:

@@ -153,7 +153,7 @@ def choice_metrics(
 
 
 def choice_line(names: Sequence[str], scored: ScoredChoices) -> dict[str, Any]:
-    """What a model chose by each metric, for `rows.jsonl`; -inf is null there."""
+    """The choices a model made, by metric, for `rows.jsonl`; -inf is null there."""
     return {
         "log_probabilities": [
             x if math.isfinite(x) else None for x in scored.log_probabilities

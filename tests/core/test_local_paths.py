@@ -143,6 +143,7 @@ PLACE = re.compile(r"\b(folders?|files?|directory|path|text to train on)\b")
 NO_PATHS = {
     *("export", "replace_export", "lora.targets", "data.source", "text.column"),
     *("replace", "dtype", "column", "--dry-run", "--image", "--name"),
+    *("--axis", "--metric"),
 }
 
 

@@ -26,6 +26,7 @@ from research.serve import model_reader
 from research.tokenize.conversation import Turn
 from research.weights.adapters import serving_bank
 from research.weights.representations.int8_weights import Int8Matrix
+from research.weights.representations.transposed import Transposed
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,14 @@ def with_row(opened, row, index=1):
     """The parameters of a batch of one row that uses `row`; `opened` stays usable."""
     params = jax.tree.map(jax.numpy.copy, opened.params)
     written = serving_bank.set_row(params, index, row)
-    return serving_bank.rows(written, np.array([index]))
+    rows = serving_bank.rows(written, np.array([index]))
+
+    def plain(x):  # A bank keeps the first factors with their outputs first.
+        if not isinstance(x, Transposed):
+            return x
+        return jax.numpy.moveaxis(x.of, x.of.ndim > 2, -1)  # Layers stand before.
+
+    return jax.tree.map(plain, rows, is_leaf=lambda x: isinstance(x, Transposed))
 
 
 def test_a_run_is_read_onto_the_base_as_reopen_reads_it(run, opened):

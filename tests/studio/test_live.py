@@ -250,7 +250,7 @@ def require_pages(place, said=""):
 def test_evaluations_of_no_numbers_are_bad_lines(place):
     odd = [EVALUATION | each for each in ODD_EVALUATIONS]
     run = make_run(place.runs / "a", lines=[EVALUATION, *odd, train_line(3)])
-    require_pages(place, f"{len(odd)} lines of metrics.jsonl are no metrics")
+    require_pages(place, f"{len(odd)} lines of metrics.jsonl.")
     assert [x["kind"] for x in read_metrics(run)] == ["eval", "train"]
 
 

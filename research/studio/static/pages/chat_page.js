@@ -344,7 +344,7 @@ function Chat() {
 // While models load, their panel is kept up to date; when they are ready, the page begins.
 async function watch() {
   const state = () => document.querySelector("#server").dataset.state;
-  while (["loading", "stopping"].includes(state())) {
+  while (["loading", "stopping", "unreachable"].includes(state())) {
     await new Promise((wake) => setTimeout(wake, LOOK_EVERY));
     if (document.hidden) continue;
     await redraw("server").catch(() => null); // The studio is started again, say.

@@ -44,6 +44,7 @@ from research.engine.slot_decoder import SlotDecoder
 from research.parallel import runtime
 from research.runs.answering.open_for_answering import Answering, open_for_answering
 from research.runs.answering.weight_forms import WEIGHTS
+from research.serve.open_models import SPARE_ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 512
@@ -104,11 +105,16 @@ class Goal:
     less: bool = False
 
 
-def open_engine(opened: Answering, slots: int, adapters: int, **how: Any) -> Engine:
-    """A warm engine with so many adapters: the run's own, and others like it."""
+def open_engine(
+    opened: Answering, slots: int, adapters: int, spare: int = 0, **how: Any
+) -> Engine:
+    """A warm engine with so many adapters: the run's own, and others like it.
+
+    Its bank has `spare` rows more.
+    """
     decoder = SlotDecoder(opened.model, opened.params, slots, CONTEXT, mesh=opened.mesh)
     decoder.warm_up()
-    rows = adapters and adapters + 1  # The base is one of them.
+    rows = adapters and adapters + 1 + spare  # The base is one of them.
     engine = Engine(decoder, opened.base.tokenizer, adapter_rows=rows, **how)
     for number in range(adapters):
         served, row = opened.read(opened.runs[0])
@@ -332,7 +338,9 @@ class Bench:
         return seconds, [Goal(name, "cached", "uncached", 0.2, less=True)]
 
     def server(self) -> tuple[Figures, list[Goal]]:
-        engine = self._ours(8)
+        # With as many rows in its bank as the server has.
+        opened = self._open([self.options.run], spare=SPARE_ROWS)
+        engine = engine_side(open_engine(opened, 8, 1, SPARE_ROWS), ("tuned0",))
         weights = f"--weights={self.options.weights}"
         flags = [f"--context={CONTEXT}", "--slots=8", weights]
         run = self.options.run

@@ -13,14 +13,14 @@ import pytest
 ASK = [{"role": "user", "content": "Are whales fish?"}]
 
 
-def start(place, count, *flags):
+def start(place, count, *flags, port=0):
     """The command in some processes that have two devices together."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
     return [
         place.start(
-            "serve", "--port=0", "--slots=2", "--context=128", *flags,
+            "serve", f"--port={port}", "--slots=2", "--context=128", *flags,
             *["--distributed"] * (count > 1), devices=2, forked=False,
             more={"JAX_NUM_CPU_DEVICES": str(2 // count)} | {
                 "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
@@ -114,7 +114,7 @@ def test_flags_that_differ_or_a_port_in_use_end_both(place):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        both = start(place, 2, "--model=model", f"--port={port}")
+        both = start(place, 2, "--model=model", port=port)
         ended = [process.finish() for process in both]
     assert [x.code for x in ended] == [2, 2]
     assert all("another process listens there" in x.err for x in ended)

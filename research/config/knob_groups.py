@@ -161,6 +161,9 @@ class MeshConfig:
     fsdp: int = free_knob(1, "splits the batch and every matrix")
     tensor: int = free_knob(1, "splits heads, MLP and vocabulary")
     context: int = free_knob(1, "splits the tokens of a row")
+    expert: int = free_knob(
+        1, "splits the batch, and the experts of a layer; 1 for a model without experts"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from research.config.data_knobs import DataConfig
 from research.config.knob_groups import ModelConfig
+from research.core.errors import UserError
 from research.models import attention_kernels
 from research.models.architecture import Architecture
 from research.models.attention import ScoreRule
@@ -29,8 +30,8 @@ def make_model(
     A forward pass has `rows` rows of `length` tokens, over all devices.
 
     Raises:
-      UserError: the devices cannot run the kernel that `config` names, or a
-        parameter does not divide over the mesh.
+      UserError: the devices cannot run the kernel that `config` names, a parameter
+        does not divide over the mesh, or there is an `expert` axis and no expert.
     """
     choice = choose_kernel(config, architecture, mesh, length=length, rows=rows)
     _log_once(choice)
@@ -42,6 +43,12 @@ def make_model(
         constrain=meshes.constrain(mesh),
     )
     model = Model(architecture, options)
+    experts = mesh.shape["expert"]
+    if experts > 1 and not any("expert" in x.axes for x in model.specs.values()):
+        raise UserError(
+            f"config.mesh.expert is {experts}, and the model has no experts: set it to "
+            "1 and give its devices to config.mesh.fsdp or config.mesh.data"
+        )
     meshes.shardings(model.specs, mesh)
     return model
 

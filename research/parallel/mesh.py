@@ -18,9 +18,10 @@ from research.weights.parameter_spec import Spec
 Array = jax.Array
 
 # The axes of a mesh, outermost first: neighbours in `context` exchange most, replicas
-# least.
-AXES = ("replica", "data", "fsdp", "tensor", "context")
-BATCH_AXES = ("replica", "data", "fsdp")
+# least. `expert` splits the batch as `fsdp` does: its devices exchange tokens only
+# where they meet experts.
+AXES = ("replica", "data", "fsdp", "expert", "tensor", "context")
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
 # JAX's name for memory of a host that its devices can read directly.
 HOST_MEMORY = "pinned_host"
 
@@ -29,10 +30,14 @@ HOST_MEMORY = "pinned_host"
 # the omission.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "expert": ("expert", "tensor"),
+    "expert_embed": "fsdp",
+    "expert_mlp": None,
+    "choices": None,
     "head_dim": None,
     "norm": None,
     "positions": None,
@@ -118,7 +123,7 @@ def _lay(shape: Sequence[int], devices: Sequence[Any], granules: int) -> np.ndar
         )
     return mesh_utils.create_hybrid_device_mesh(
         (shape[0] // granules, *shape[1:]),
-        (granules, 1, 1, 1, 1),
+        (granules, *[1] * (len(shape) - 1)),
         devices,
         process_is_granule=not _slices(devices) > 1,
         allow_split_physical_axes=True,
@@ -148,8 +153,13 @@ def _shown(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def partition(axes: Sequence[str], path: str = "activation") -> PartitionSpec:
+def partition(
+    axes: Sequence[str], path: str = "activation", mesh: Mesh | None = None
+) -> PartitionSpec:
     """The mesh axes of logical `axes`.
+
+    With `mesh`, its axes of length 1 are dropped beside longer ones, as JAX does: it
+    takes two spellings of one sharding for two shardings.
 
     Raises:
       ValueError: an axis has no rule, or two axes are split over the same mesh axis.
@@ -157,13 +167,17 @@ def partition(axes: Sequence[str], path: str = "activation") -> PartitionSpec:
     for axis in axes:
         if axis not in RULES:
             raise ValueError(f"{path}: axis {axis!r} has no rule in mesh.RULES")
-    split = [RULES[axis] for axis in axes]
+    split: list[Any] = [RULES[axis] for axis in axes]
     used = [name for entry in split if entry for name in _names(entry)]
     if len(used) != len(set(used)):
         raise ValueError(
             f"{path}: axes {tuple(axes)} map to a mesh axis twice ({used}); give one "
             "of them another name in mesh.RULES"
         )
+    for i, entry in enumerate(split):
+        if mesh and isinstance(entry, tuple):
+            long = [axis for axis in entry if mesh.shape[axis] > 1] or entry[:1]
+            split[i] = tuple(long) if len(long) > 1 else long[0]
     return PartitionSpec(*split)
 
 
@@ -192,13 +206,14 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """
 
     def one(path: str, spec: Spec) -> NamedSharding:
-        where = partition(spec.axes, path)
+        where = partition(spec.axes, path, mesh)
         for size, name, entry in zip(spec.shape, spec.axes, where, strict=True):
             if size % ways(mesh, entry):
+                axes = _names(entry)
+                knobs = " times ".join(f"config.mesh.{axis}" for axis in axes)
                 raise UserError(
                     f"{path}: axis {name!r} of size {size} does not divide "
-                    f"over {'*'.join(_names(entry))}={ways(mesh, entry)}; for "
-                    f"config.mesh.{_names(entry)[-1]} use "
+                    f"over {'*'.join(axes)}={ways(mesh, entry)}; for {knobs} use "
                     f"{', '.join(map(str, divisors(size, 64)))}"
                 )
         return NamedSharding(mesh, where)
@@ -234,7 +249,8 @@ def reduced_sharding(shape: Sequence[int], spec: Spec, mesh: Mesh) -> NamedShard
     """
     for candidate in (spec, spec.as_matrix):
         kept: list[Any] = []
-        axes = list(zip(candidate.shape, partition(candidate.axes), strict=True))
+        where = partition(candidate.axes, mesh=mesh)
+        axes = list(zip(candidate.shape, where, strict=True))
         for size in shape:
             while axes and axes[0][0] != size:
                 axes.pop(0)

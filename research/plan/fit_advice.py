@@ -54,13 +54,13 @@ class Change:
 
 def _layouts(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
     """Every matrix split as far as it goes, first by rows and then also by heads."""
-    context = max(1, config.mesh.context)
-    each, left = divmod(target.count // target.slices, context)
+    kept = max(1, config.mesh.context), max(1, config.mesh.expert)
+    each, left = divmod(target.count // target.slices, math.prod(kept))
     for tensor in meshes.divisors(each, WIDEST) if not left else ():
-        shards = target.slices * each // tensor
+        shards = target.slices * each // tensor * kept[1]
         if target.count > 1 and config.data.batch_size % shards == 0:
-            sizes = (target.slices, 1, each // tensor, tensor, context)
-            axes = ("replica", "data", "fsdp", "tensor", "context")
+            sizes = (target.slices, 1, each // tensor, tensor, *kept)
+            axes = ("replica", "data", "fsdp", "tensor", "context", "expert")
             yield {f"mesh.{axis}": n for axis, n in zip(axes, sizes, strict=True)}
 
 
@@ -70,7 +70,7 @@ def _spread(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
 
 def _split_further(config: Config, target: PlannedDevices) -> Iterator[Knobs]:
     for sizes in itertools.islice(_layouts(config, target), 1, None):
-        rows = sizes["mesh.replica"] * sizes["mesh.fsdp"]
+        rows = math.prod(sizes[f"mesh.{axis}"] for axis in meshes.BATCH_AXES)
         yield {**sizes, "data.microbatch_size": rows}
 
 

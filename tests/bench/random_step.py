@@ -102,6 +102,31 @@ def make_batch(
     return meshes.to_global(Batch(groups=groups, **drawn), step.definition.mesh, passes)
 
 
+class RandomStep:
+    """The train step of a config on random weights and rows, with its state so far."""
+
+    def __init__(
+        self, config: Config, architecture: Architecture, trained: float, documents: int
+    ):
+        """Draws weights and rows; the arguments are those of `measure`."""
+        mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+        step = abstract_step.make_abstract_step(config, architecture, mesh)
+        # Weights that are drawn need no tokenizer, rows that are drawn neither.
+        base = Base("random", architecture, cast(Tokenizer, None), None)
+        params, self._frozen = load_start(step.definition, base)
+        self.state = train_step.jit_init(step.definition)(params)
+        self._batch = make_batch(step, trained, documents)
+        self._train = train_step.jit_train_step(step.definition)
+        self.sums: Any = None
+
+    def run(self) -> float:
+        """One update. Returns its seconds; the first one compiles."""
+        begun = time.perf_counter()
+        self.state, self.sums = self._train(self.state, self._frozen, self._batch)
+        jax.block_until_ready((self.state, self.sums))
+        return time.perf_counter() - begun
+
+
 def measure(
     config: Config,
     architecture: Architecture,
@@ -122,23 +147,11 @@ def measure(
       warmup: that do not; the first of them compiles.
     """
     device = jax.devices()[0]
-    mesh = meshes.make_mesh(config.mesh, [device])
-    step = abstract_step.make_abstract_step(config, architecture, mesh)
-    # Weights that are drawn need no tokenizer, rows that are drawn neither.
-    base = Base("random", architecture, cast(Tokenizer, None), None)
-    params, frozen = load_start(step.definition, base)
-    state = train_step.jit_init(step.definition)(params)
-    del params
-    batch = make_batch(step, trained, documents)
-    train = train_step.jit_train_step(step.definition)
-    seconds: list[float] = []
-    for _ in range(warmup + steps):
-        begun = time.perf_counter()
-        state, sums = train(state, frozen, batch)
-        jax.block_until_ready((state, sums))
-        seconds.append(time.perf_counter() - begun)
+    step = RandomStep(config, architecture, trained, documents)
+    seconds = [step.run() for _ in range(warmup + steps)]
+    sums = step.sums
     step_s = statistics.median(seconds[warmup:])
-    count = parameter_paths.count(state.params)
+    count = parameter_paths.count(step.state.params)
     flops = throughput.count_flops(architecture, count, full=config.trainable == "full")
     needed = flops.step(*(float(sums[name]) for name in ("tokens", "weight", "pairs")))
     peak = peak_flops(config, device)

@@ -10,10 +10,13 @@ from helpers import TINY, mesh_sizes
 from jax.sharding import PartitionSpec as P
 from step_definitions import make_definition
 
+from research.config.knob_groups import ModelConfig
 from research.core.errors import UserError
+from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.train.step import train_step
+from research.weights.parameter_spec import Spec
 
 
 def test_adapters_lie_as_their_base_kernels(model):
@@ -62,13 +65,41 @@ def test_a_tensor_axis_leaves_no_matrix_whole(model, kind):
             r"embedding\.table: axis 'embed' of size 42 does not divide over fsdp=8; "
             r".*config\.mesh\.fsdp.* 1, 2, 3, 6, 7, 14, 21, 42",
         ),
+        (
+            {},
+            (1, 2, 1, 1, 1, 3),
+            r"embedding\.table: axis 'embed' of size 40 does not divide over "
+            r"fsdp\*expert=6; for config\.mesh\.fsdp times config\.mesh\.expert use 1",
+        ),
     ],
-    ids=["heads", "embed"],
+    ids=["heads", "embed", "two axes"],
 )
 def test_a_size_that_does_not_divide_names_path_axis_and_remedy(changes, sizes, said):
     specs = Model(dataclasses.replace(TINY, **changes)).specs
     with pytest.raises(UserError, match=said):
-        meshes.shardings(specs, meshes.make_mesh(mesh_sizes(*sizes)))
+        devices = jax.devices()[: math.prod(sizes)]
+        meshes.shardings(specs, meshes.make_mesh(mesh_sizes(*sizes), devices))
+
+
+def test_experts_lie_whole_and_all_else_is_split_by_their_axis_too():
+    matrix = Spec((3, 8, 40, 56), ("layers", "expert", "expert_embed", "expert_mlp"))
+    mesh = meshes.make_mesh(mesh_sizes(fsdp=2, expert=2, tensor=2))
+    found = meshes.shardings(
+        {"up": matrix, "table": Spec((96, 40), ("vocab", "embed"))}, mesh
+    )
+    assert found["up"].spec == P(None, ("expert", "tensor"), "fsdp", None)
+    assert found["table"].spec == P("tensor", ("fsdp", "expert"))
+    assert meshes.batch_shards(mesh) == 4
+    three = meshes.make_mesh(mesh_sizes(expert=3), jax.devices()[:3])
+    with pytest.raises(UserError, match=r"up: axis 'expert' of size 8.*1, 2, 4, 8"):
+        meshes.shardings({"up": matrix}, three)
+
+
+def test_a_model_without_experts_refuses_devices_for_them():
+    mesh = meshes.make_mesh(mesh_sizes(expert=2, fsdp=4))
+    said = r"config\.mesh\.expert is 2.* no experts.*config\.mesh\.fsdp"
+    with pytest.raises(UserError, match=said):
+        make_model(ModelConfig(), TINY, mesh, length=8, rows=8)
 
 
 def test_an_axis_without_a_rule_is_not_replicated_silently():
@@ -106,5 +137,5 @@ def test_sizes_that_an_error_names_fit(sizes):
 
 def test_the_rest_of_the_devices_is_found():
     assert meshes.make_mesh(mesh_sizes(-1, 2, 2)).shape == {
-        "replica": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1,
+        "replica": 1, "data": 2, "fsdp": 2, "expert": 1, "tensor": 2, "context": 1,
     }  # fmt: skip

@@ -21,9 +21,9 @@ TINY = Architecture(
 )
 
 
-def mesh_sizes(data=1, fsdp=1, tensor=1, replica=1, context=1):
+def mesh_sizes(data=1, fsdp=1, tensor=1, replica=1, context=1, expert=1):
     """A `MeshConfig`, the axes that most tests split first."""
-    return MeshConfig(replica, data, fsdp, tensor, context)
+    return MeshConfig(replica, data, fsdp, tensor, context, expert)
 
 
 def random_params(specs, seed=0):

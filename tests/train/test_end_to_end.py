@@ -175,7 +175,7 @@ def test_doctor_tells_the_facts_of_the_run(place, unbroken):
     frozen = sum(tensor.size for tensor in weights.values())
     assert f"{trained:,} trained" in told
     assert f"{frozen:,} frozen" in told
-    assert "mesh replica=1, data=1, fsdp=1, tensor=1, context=1 on cpu" in told
+    assert "mesh replica=1, data=1, fsdp=1, expert=1, tensor=1, context=1 on cpu" in told
     part, whole, share = re.search(
         r"trained tokens ([\d,]+) of ([\d,]+) \(([\d.]+)%\)", told
     ).groups()
@@ -476,7 +476,7 @@ def test_a_broken_run_equals_the_unbroken_one_exactly(place, unbroken, broken):
 @pytest.mark.soak
 def test_eight_devices_train_as_one_does(place, unbroken, remeshed):
     assert [x.code for x in remeshed] == [75, 0], remeshed[0].err + remeshed[1].err
-    assert "data=2, fsdp=2, tensor=2" in remeshed[0].out
+    assert "data=2, fsdp=2, expert=1, tensor=2" in remeshed[0].out
     one, eight = (place.lines(run, "train") for run in ("unbroken", "remeshed"))
     for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
         expected = [x[name] for x in one]

@@ -9,7 +9,7 @@ from pathlib import Path
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, how_on_hub, is_hub
 from research.core.local_paths import local_path, no_such
-from research.formats.gguf_file import GGUFFile
+from research.formats.gguf.gguf_file import GGUFFile
 from research.formats.huggingface_weights import (
     HuggingFaceWeights,
     has_weights,

@@ -17,7 +17,7 @@ from tiny_model import make_tiny_model
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 from research.formats.base_model import open_base
-from research.formats.gguf_file import GGUFFile
+from research.formats.gguf.gguf_file import GGUFFile
 from research.formats.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import check_tensors, load_params
 from research.models.families.dense.llama import GGUF_TENSORS, HF_TENSORS

@@ -20,7 +20,7 @@ from research.formats.tensor_file import TensorFile
 from research.models import presets
 from research.models.architecture import Architecture
 from research.tokenize import tokenizer as tokenizers
-from research.tokenize.gguf_tokenizer import from_gguf_metadata
+from research.tokenize.gguf.gguf_tokenizer import from_gguf_metadata
 
 EXPORTED = "model"  # The folder of a run in which its model is written for others.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")

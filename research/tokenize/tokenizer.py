@@ -1,7 +1,7 @@
 """Text to ids and back, with control tokens kept apart from text.
 
 A tokenizer here is always a Hugging Face `tokenizers.Tokenizer`, read from a
-`tokenizer.json` or built by `gguf_tokenizer` or `tokenizer_training`.
+`tokenizer.json` or built by `gguf.gguf_tokenizer` or `tokenizer_training`.
 """
 
 import copy

@@ -201,7 +201,7 @@ def test_a_model_type_of_any_kind_is_the_users_error(kind):
     with pytest.raises(UserError, match="model_type is"):
         family_registry.from_hf_config({"model_type": kind})
     with pytest.raises(UserError, match=r"general\.architecture is"):
-        family_registry.find_gguf_family(kind, "x.gguf")
+        family_registry.find_gguf_family({"general.architecture": kind}, "x.gguf")
 
 
 LLAMA3 = {

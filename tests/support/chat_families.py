@@ -22,8 +22,12 @@ from transformers.utils import chat_template_utils
 from research.tokenize import tokenizer as own_tokenizer
 from research.tokenize.chat_template import ChatFormat, read_template_args
 from research.tokenize.conversation import Record, Turn
-from research.tokenize.gguf_tokenizer import LLAMA3_SPLIT
 
+# How Llama 3 splits text before byte-pair encoding, from its tokenizer.json.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT4_SPLIT = LLAMA3_SPLIT.replace(r"\s+(?!\S)|\s+", r"\s+(?!\S)|\s")
 QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 WORDS = (

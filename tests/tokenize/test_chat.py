@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from research.core.errors import UserError
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Record, Turn
-from research.tokenize.gguf_tokenizer import from_gguf_metadata
+from research.tokenize.gguf.gguf_tokenizer import from_gguf_metadata
 from research.tokenize.templates import template_process
 from research.tokenize.templates.template_holes import CLOSE, OPEN
 from research.tokenize.tokenizer import Tokenizer, from_folder
@@ -450,7 +450,7 @@ def test_a_gguf_tokenizer_is_built_from_its_metadata():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model": "llama"}, {"pre": "unheard-of"}], ids=str
+    "changes", [{"model": "bert"}, {"pre": "unheard-of"}, {"pre": ["smollm"]}], ids=str
 )
 def test_a_gguf_tokenizer_of_another_kind_is_refused(changes):
     with pytest.raises(UserError, match="Hugging Face folder"):

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from research.core.errors import UserError
+from research.formats.gguf.metadata_fields import read_architecture
+from research.formats.gguf.rope_metadata import TABLES
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
-from research.models.families.config_fields import ConfigFields
-from research.models.families.family_registry import find_gguf_family, from_hf_config
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
@@ -38,11 +37,12 @@ class GGUFFile:
         self.fingerprint = fingerprint_files([file])
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every parameter; tables of rotary embeddings are none."""
+        return {name: self._shape(name) for name in self._tensors if name not in TABLES}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
         # GGUF lists the fastest dimension first.
-        return {
-            name: tuple(int(n) for n in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def read(self, name: str) -> np.ndarray:
         import gguf
@@ -55,7 +55,7 @@ class GGUFFile:
                 f"{self._file}: {name} is stored as {tensor.tensor_type.name}, which "
                 f"cannot be read ({error}); give the model as Q8_0, F16 or BF16"
             ) from error
-        return values.reshape(self.shapes()[name])
+        return values.reshape(self._shape(name))
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.gguf_tensors
@@ -70,53 +70,9 @@ class GGUFFile:
           UserError: no family reads such files, a field is missing or malformed, or
             the model computes something that the Block does not.
         """
-        where = str(self._file)
-        kind = self.metadata.get("general.architecture")
-        family = find_gguf_family(kind, where)
-        own = f"{kind}."
-        fields = ConfigFields(
-            {
-                key.removeprefix(own): value
-                for key, value in self.metadata.items()
-                if key.startswith(own)
-            },
-            where,
+        return read_architecture(
+            self.metadata,
+            self.shapes(),
+            {name: self.read(name) for name in TABLES if name in self._tensors},
+            str(self._file),
         )
-        config = {"model_type": family.model_type, **self._hf_config(fields)}
-        return from_hf_config(config, where)
-
-    def _hf_config(self, fields: ConfigFields) -> dict[str, Any]:
-        """The metadata under the names of a Hugging Face `config.json`."""
-        shapes = self.shapes()
-        if "token_embd.weight" not in shapes:
-            raise UserError(f"{self._file} lacks the tensor token_embd.weight")
-        embed = fields.integer("embedding_length")
-        heads = fields.integer("attention.head_count")
-        epsilon = fields.number("attention.layer_norm_rms_epsilon")
-        return {
-            "vocab_size": shapes["token_embd.weight"][0],
-            "hidden_size": embed,
-            "intermediate_size": fields.integer("feed_forward_length"),
-            "num_hidden_layers": fields.integer("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
-            "head_dim": fields.integer("attention.key_length", embed // heads),
-            # The float32 nearest to 1e-5 is meant as 1e-5.
-            "rms_norm_eps": float(f"{epsilon:.6g}"),
-            "rope_theta": fields.number("rope.freq_base", 10000.0),
-            "max_position_embeddings": fields.integer("context_length", 2048),
-            "tie_word_embeddings": "output.weight" not in shapes,
-            "rope_scaling": self._rope_scaling(fields),
-        }
-
-    def _rope_scaling(self, fields: ConfigFields) -> dict[str, Any] | None:
-        if "rope_freqs.weight" in self._tensors:
-            raise UserError(
-                f"{self._file} keeps its rotary scaling as a table (Llama 3.1 and "
-                "newer), from which the original settings cannot be read; use the "
-                "model's Hugging Face folder, whose config.json has them"
-            )
-        kind = fields.get("rope.scaling.type", "none")
-        if kind in ("none", ""):
-            return None
-        return {"rope_type": kind, "factor": fields.number("rope.scaling.factor", 1.0)}

@@ -21,7 +21,8 @@ from research.models.families.dense import (
 )
 from research.models.families.model_family import ModelFamily
 
-# By `model_type`. Where two share llama.cpp's name, its files are read as the first.
+# By `model_type`. Where two share llama.cpp's name, a mark tells its files apart, or
+# else they are read as the first.
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
@@ -108,20 +109,24 @@ def module_names(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def find_gguf_family(architecture: Any, where: str) -> ModelFamily:
-    """The family of llama.cpp's `general.architecture`.
+def find_gguf_family(metadata: Mapping[str, Any], where: str) -> ModelFamily:
+    """The family of a llama.cpp file with these `metadata`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none for its `general.architecture`.
     """
+    kind = metadata.get("general.architecture")
     known: dict[str, ModelFamily] = {}
     for family in FAMILIES.values():
-        known.setdefault(family.gguf_architecture, family)
-    known.pop("", None)
-    if not isinstance(architecture, str) or architecture not in known:
-        said = f"{where}: general.architecture is {architecture!r}"
-        raise _unknown(said, str(architecture), known)
-    return known[architecture]
+        name, mark = family.gguf_architecture, family.gguf_mark
+        if name == kind and mark and metadata.get(f"{name}.{mark}"):
+            return family
+        if name and not mark:
+            known.setdefault(name, family)
+    if not isinstance(kind, str) or kind not in known:
+        said = f"{where}: general.architecture is {kind!r}"
+        raise _unknown(said, str(kind), known)
+    return known[kind]
 
 
 def _unknown(said: str, name: str, known: Mapping[str, ModelFamily]) -> UserError:

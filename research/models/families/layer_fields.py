@@ -1,6 +1,6 @@
 """Which layers have a window, in a Hugging Face `config.json`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -39,4 +39,9 @@ def read_window(
 
 def layer_types(a: Architecture) -> list[str]:
     """`layer_types` of this model."""
-    return [SLIDING if window else FULL for window in a.windows]
+    return kinds_of_layers(a.windows)
+
+
+def kinds_of_layers(slides: Iterable[object]) -> list[str]:
+    """`layer_types` of layers that have a window where `slides` is true."""
+    return [SLIDING if window else FULL for window in slides]

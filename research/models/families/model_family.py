@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -27,9 +28,17 @@ class ModelFamily:
         other in its place.
       ignored_tensors: regular expressions; a tensor whose name one of them finds is no
         parameter.
-      gguf_architecture: as in llama.cpp's `general.architecture`; "" if llama.cpp
-        files of the family cannot be read.
+      gguf_architecture: as in llama.cpp's `general.architecture`.
       gguf_tensors: every tensor of a llama.cpp file.
+      gguf_fields: by the name of a field of llama.cpp's metadata, without the
+        architecture in front: the field of `config.json` that says the same. Those of
+        rotary embeddings are common to all families, and are not among them.
+      gguf_mark: such a name, which files of this family have and files of others with
+        the same `gguf_architecture` lack; "" if they have none.
+      gguf_period: llama.cpp gives the window to all layers but each of this number; 0:
+        it computes no windows.
+      gguf_unsaid: from the fields of `config.json` that a llama.cpp file has: those
+        that it leaves unsaid, for llama.cpp knows them.
     """
 
     model_type: str
@@ -41,6 +50,10 @@ class ModelFamily:
     ignored_tensors: tuple[str, ...] = ()
     gguf_architecture: str = ""
     gguf_tensors: tuple[StoredTensor, ...] = ()
+    gguf_fields: Mapping[str, str] = MappingProxyType({})
+    gguf_mark: str = ""
+    gguf_period: int = 0
+    gguf_unsaid: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
 
     def hf_layout(self, names: Iterable[str]) -> tuple[StoredTensor, ...]:
         """`hf_tensors` as a file with tensors of these `names` has them."""

@@ -30,6 +30,7 @@ class StoredTensor:
         output axis (the query, key and value of head 0, then those of head 1).
       rotary_neighbours: both numbers of a rotary pair lie beside each other, as in
         llama.cpp's Llama; or else half a head apart, as in `attention.rotate`.
+      shift: the file has the values plus this.
     """
 
     name: str
@@ -37,6 +38,7 @@ class StoredTensor:
     transposed: bool = False
     interleaved: bool = False
     rotary_neighbours: bool = False
+    shift: float = 0.0
 
     def names(self, specs: Mapping[str, Spec]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each tensor's name, with its index into the stacking axes."""
@@ -59,6 +61,7 @@ class StoredTensor:
             for path, value in zip(self.paths, values, strict=True)
         ]
         matrix = np.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+        matrix = matrix + self.shift if self.shift else matrix
         matrix = matrix.reshape(*matrix.shape[:-2], -1)
         if not specs[self.paths[0]].n_in:
             return matrix[..., 0, :]
@@ -69,6 +72,7 @@ class StoredTensor:
     ) -> np.ndarray:
         """The value of one of `paths` that `tensor` holds; undoes `pack`."""
         spec, position = specs[path], self.paths.index(path)
+        tensor = tensor - self.shift if self.shift else tensor
         if not spec.n_in:
             matrix = tensor[..., None, :]
         else:

@@ -4,6 +4,7 @@ The multimodal Gemma 3 is read as its text part and written as a text model.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -116,22 +117,60 @@ NAMES = {
     "layers.mlp_norm.scale": ("pre_feedforward_layernorm", "ffn_norm"),
 }
 
+GGUF_FIELDS = {
+    **llama.GGUF_FIELDS,
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def _unsaid(
+    largest: int, window: int | None
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What llama.cpp knows of the family without a word in the file.
+
+    The scores are scaled by the width of a head; in the model of 27 billion parameters,
+    which has `largest` layers, by the share of a head in the embedding. `window`: its
+    width where the file gives none.
+    """
+
+    def unsaid(config: dict[str, Any]) -> dict[str, Any]:
+        share = config["hidden_size"] // config["num_attention_heads"]
+        is_largest = config["num_hidden_layers"] == largest
+        width = share if is_largest else config["head_dim"]
+        return {"query_pre_attn_scalar": width, "sliding_window": window}
+
+    return unsaid
+
+
 GEMMA2 = ModelFamily(
     model_type="gemma2",
     members="Gemma 2",
     from_hf_config=read_gemma2,
     to_hf_config=write_gemma2,
     hf_tensors=llama.hf_tensors(NAMES),
+    gguf_architecture="gemma2",
+    gguf_tensors=llama.gguf_tensors(NAMES, norm_shift=1.0),
+    gguf_fields=GGUF_FIELDS,
+    gguf_period=2,
+    gguf_unsaid=_unsaid(46, window=4096),
 )
+GEMMA3_NAMES = {**NAMES, **llama.QK_NORMS}
 GEMMA3 = dataclasses.replace(
     GEMMA2,
     model_type="gemma3_text",
     members="Gemma 3",
     from_hf_config=read_gemma3,
     to_hf_config=write_gemma3,
-    hf_tensors=llama.hf_tensors({**NAMES, **llama.QK_NORMS}),
+    hf_tensors=llama.hf_tensors(GEMMA3_NAMES),
     # The second and the third are those of multimodal files, old and new.
     beginnings=("model.", "language_model.model.", "model.language_model."),
     ignored_tensors=(r"^(model\.)?(vision_tower|multi_modal_projector)\.",),
+    gguf_architecture="gemma3",
+    gguf_tensors=llama.gguf_tensors(GEMMA3_NAMES, norm_shift=1.0),
+    gguf_fields={**GGUF_FIELDS, "rope.freq_base_swa": "rope_local_base_freq"},
+    gguf_period=6,
+    gguf_unsaid=_unsaid(62, window=None),
 )
 MULTIMODAL = dataclasses.replace(GEMMA3, from_hf_config=read_multimodal)

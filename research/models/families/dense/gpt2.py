@@ -5,7 +5,12 @@ from typing import Any
 from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import llama
-from research.models.families.dense.gpt_neox import read_activation, write_activation
+from research.models.families.dense.gpt_neox import (
+    GGUF_TENSORS,
+    QKV,
+    read_activation,
+    write_activation,
+)
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
@@ -70,7 +75,6 @@ def _both(name: str, *modules: str) -> tuple[StoredTensor, StoredTensor]:
 
 
 LAYER = "transformer.h.{}."
-QKV = tuple(f"layers.attention.{x}" for x in ("query", "key", "value"))
 
 FAMILY = ModelFamily(
     model_type="gpt2",
@@ -93,4 +97,17 @@ FAMILY = ModelFamily(
     beginnings=("transformer.", ""),
     # Old files carry masks.
     ignored_tensors=(r"\.attn\.(masked_)?bias$",),
+    gguf_architecture="gpt2",
+    gguf_tensors=(
+        StoredTensor("position_embd.weight", ("position_embedding.table",)),
+        *GGUF_TENSORS,
+    ),
+    gguf_fields={
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "block_count": "n_layer",
+        "feed_forward_length": "n_inner",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
 )

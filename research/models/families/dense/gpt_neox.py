@@ -85,21 +85,33 @@ def write_activation(a: Architecture, tanh: str) -> str:
 LAYER = "gpt_neox.layers.{}."
 
 
-def _both(name: str, module: str) -> tuple[StoredTensor, StoredTensor]:
-    """A matrix with its bias, or a norm's scale with its bias."""
-    value = f"{module}.scale" if module.endswith("norm") else f"{module}.kernel"
-    return (
-        StoredTensor(f"{name}.weight", (value,), transposed=value.endswith("kernel")),
-        StoredTensor(f"{name}.bias", (f"{module}.bias",)),
-    )
+QKV = tuple(f"layers.attention.{x}" for x in ("query", "key", "value"))
 
 
-def _fused(end: str, part: str) -> StoredTensor:
-    """Query, key and value of head 0, then those of head 1."""
-    paths = tuple(f"layers.attention.{x}.{part}" for x in ("query", "key", "value"))
-    name = f"{LAYER}attention.query_key_value.{end}"
-    return StoredTensor(name, paths, transposed=part == "kernel", interleaved=True)
+def _both(
+    name: str, *modules: str, interleaved: bool = False
+) -> tuple[StoredTensor, StoredTensor]:
+    """A matrix, several with the same inputs, or a norm's scale; and the biases."""
+    part = "scale" if modules[0].endswith("norm") else "kernel"
 
+    def tensor(end: str, part: str) -> StoredTensor:
+        paths = tuple(f"{module}.{part}" for module in modules)
+        return StoredTensor(f"{name}.{end}", paths, part == "kernel", interleaved)
+
+    return tensor("weight", part), tensor("bias", "bias")
+
+
+GGUF_TENSORS = (
+    StoredTensor("token_embd.weight", ("embedding.table",)),
+    *_both("blk.{}.attn_norm", "layers.attention_norm"),
+    *_both("blk.{}.attn_qkv", *QKV),
+    *_both("blk.{}.attn_output", "layers.attention.output"),
+    *_both("blk.{}.ffn_norm", "layers.mlp_norm"),
+    *_both("blk.{}.ffn_up", "layers.mlp.up"),
+    *_both("blk.{}.ffn_down", "layers.mlp.down"),
+    *_both("output_norm", "final_norm"),
+    StoredTensor("output.weight", ("head.kernel",), transposed=True),
+)
 
 FAMILY = ModelFamily(
     model_type="gpt_neox",
@@ -109,8 +121,8 @@ FAMILY = ModelFamily(
     hf_tensors=(
         StoredTensor("gpt_neox.embed_in.weight", ("embedding.table",)),
         *_both(f"{LAYER}input_layernorm", "layers.attention_norm"),
-        _fused("weight", "kernel"),
-        _fused("bias", "bias"),
+        # Query, key and value of head 0, then those of head 1.
+        *_both(f"{LAYER}attention.query_key_value", *QKV, interleaved=True),
         *_both(f"{LAYER}attention.dense", "layers.attention.output"),
         *_both(f"{LAYER}post_attention_layernorm", "layers.mlp_norm"),
         *_both(f"{LAYER}mlp.dense_h_to_4h", "layers.mlp.up"),
@@ -120,4 +132,15 @@ FAMILY = ModelFamily(
     ),
     # Old files carry masks and the rotary table, which are computed here.
     ignored_tensors=(r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$"),
+    gguf_architecture="gptneox",
+    gguf_tensors=GGUF_TENSORS,
+    gguf_fields={
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+        "use_parallel_residual": "use_parallel_residual",
+    },
 )

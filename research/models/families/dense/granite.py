@@ -40,6 +40,12 @@ FAMILY = dataclasses.replace(
     members="Granite 3",
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
-    gguf_architecture="",
-    gguf_tensors=(),
+    gguf_architecture="granite",
+    gguf_fields={
+        **llama.GGUF_FIELDS,
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
 )

@@ -168,7 +168,7 @@ ROTARY = tuple(
 )
 
 
-def stored(path: str, name: str, layer: str, **rules: bool) -> StoredTensor:
+def stored(path: str, name: str, layer: str, **rules: Any) -> StoredTensor:
     """A tensor by PyTorch's rules: a `Linear` has its matrix as `[out, in]`."""
     prefix = layer if path.startswith("layers.") else ""
     is_matrix = path.endswith(".kernel")
@@ -183,11 +183,34 @@ def hf_tensors(names: Names) -> tuple[StoredTensor, ...]:
     )
 
 
+def gguf_tensors(names: Names, norm_shift: float = 0.0) -> tuple[StoredTensor, ...]:
+    """A llama.cpp file with a tensor for each parameter, in their own order of rows.
+
+    Its scales of norms have `norm_shift` added.
+    """
+    return tuple(
+        stored(
+            path, name, "blk.{}.", shift=norm_shift if path.endswith(".scale") else 0.0
+        )
+        for path, (_, name) in names.items()
+    )
+
+
 HF_TENSORS = hf_tensors(NAMES)
 GGUF_TENSORS = tuple(
-    stored(path, name, "blk.{}.", rotary_neighbours=path in ROTARY)
-    for path, (_, name) in NAMES.items()
+    dataclasses.replace(tensor, rotary_neighbours=tensor.paths[0] in ROTARY)
+    for tensor in gguf_tensors(NAMES)
 )
+GGUF_FIELDS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
 
 FAMILY = ModelFamily(
     model_type="llama",
@@ -199,4 +222,5 @@ FAMILY = ModelFamily(
     ignored_tensors=(r"rotary_emb\.inv_freq$",),
     gguf_architecture="llama",
     gguf_tensors=GGUF_TENSORS,
+    gguf_fields=GGUF_FIELDS,
 )

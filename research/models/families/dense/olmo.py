@@ -55,20 +55,23 @@ def write_olmo3(a: Architecture) -> dict[str, Any]:
     }
 
 
+NAMES = {
+    **llama.ENDS,
+    **llama.MATRICES,
+    **llama.biases(llama.MATRICES),
+    **llama.QK_NORMS,
+    **llama.OUT_NORMS,
+}
+
 OLMO2 = ModelFamily(
     model_type="olmo2",
     members="OLMo 2",
     from_hf_config=read_olmo2,
     to_hf_config=write_olmo2,
-    hf_tensors=llama.hf_tensors(
-        {
-            **llama.ENDS,
-            **llama.MATRICES,
-            **llama.biases(llama.MATRICES),
-            **llama.QK_NORMS,
-            **llama.OUT_NORMS,
-        }
-    ),
+    hf_tensors=llama.hf_tensors(NAMES),
+    gguf_architecture="olmo2",
+    gguf_tensors=llama.gguf_tensors(NAMES),
+    gguf_fields=llama.GGUF_FIELDS,
 )
 OLMO3 = dataclasses.replace(
     OLMO2,
@@ -76,4 +79,12 @@ OLMO3 = dataclasses.replace(
     members="OLMo 3",
     from_hf_config=read_olmo3,
     to_hf_config=write_olmo3,
+    gguf_fields={
+        **llama.GGUF_FIELDS,
+        "attention.sliding_window": "sliding_window",
+        "rope.freq_base_swa": "rope_local_base_freq",
+    },
+    gguf_mark="attention.sliding_window",
+    gguf_period=4,
+    gguf_unsaid=lambda config: {"rope_local_base_freq": config["rope_theta"]},
 )

@@ -42,29 +42,37 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-def _fused(name: str, *matrices: str) -> StoredTensor:
-    """One tensor: all outputs of one matrix, then all of the next."""
-    paths = tuple(f"layers.{matrix}.kernel" for matrix in matrices)
-    return StoredTensor(f"model.layers.{{}}.{name}.weight", paths, transposed=True)
+def _fuse(
+    tensors: tuple[StoredTensor, ...], layer: str, qkv: str, gate_up: str
+) -> tuple[StoredTensor, ...]:
+    """Llama's `tensors`, with all outputs of one matrix and then all of the next."""
+    attention = tuple(
+        f"layers.attention.{name}.kernel" for name in ("query", "key", "value")
+    )
+    mlp = ("layers.mlp.gate.kernel", "layers.mlp.up.kernel")
+    return (
+        StoredTensor(f"{layer}{qkv}.weight", attention, transposed=True),
+        StoredTensor(f"{layer}{gate_up}.weight", mlp, transposed=True),
+        *(
+            tensor
+            for tensor in tensors
+            if not {*tensor.paths} & {*attention, *mlp}
+            and not tensor.name.endswith(".bias")
+        ),
+    )
 
-
-FUSED = (
-    _fused(
-        "self_attn.qkv_proj", *(f"attention.{x}" for x in ("query", "key", "value"))
-    ),
-    _fused("mlp.gate_up_proj", "mlp.gate", "mlp.up"),
-)
 
 FAMILY = ModelFamily(
     model_type="phi3",
     members="Phi-3, Phi-4 and Phi-4-mini",
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
-    hf_tensors=FUSED
-    + tuple(
-        tensor
-        for tensor in llama.HF_TENSORS
-        if not any({*tensor.paths} & {*fused.paths} for fused in FUSED)
-        and not tensor.name.endswith(".bias")
+    hf_tensors=_fuse(
+        llama.HF_TENSORS, "model.layers.{}.", "self_attn.qkv_proj", "mlp.gate_up_proj"
     ),
+    gguf_architecture="phi3",
+    gguf_tensors=_fuse(
+        llama.gguf_tensors(llama.NAMES), "blk.{}.", "attn_qkv", "ffn_up"
+    ),
+    gguf_fields={**llama.GGUF_FIELDS, "attention.sliding_window": "sliding_window"},
 )

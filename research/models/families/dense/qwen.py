@@ -71,12 +71,18 @@ QWEN2 = ModelFamily(
     to_hf_config=write_qwen2,
     hf_tensors=llama.HF_TENSORS,
     ignored_tensors=llama.FAMILY.ignored_tensors,
+    gguf_architecture="qwen2",
+    gguf_tensors=llama.gguf_tensors(llama.NAMES),
+    gguf_fields=llama.GGUF_FIELDS,
 )
+QWEN3_NAMES = {**llama.NAMES, **llama.QK_NORMS}
 QWEN3 = dataclasses.replace(
     QWEN2,
     model_type="qwen3",
     members="Qwen 3",
     from_hf_config=read_qwen3,
     to_hf_config=write_qwen3,
-    hf_tensors=llama.hf_tensors({**llama.NAMES, **llama.QK_NORMS}),
+    hf_tensors=llama.hf_tensors(QWEN3_NAMES),
+    gguf_architecture="qwen3",
+    gguf_tensors=llama.gguf_tensors(QWEN3_NAMES),
 )

@@ -59,6 +59,5 @@ FAMILY = dataclasses.replace(
     members="SmolLM3",
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
-    gguf_architecture="",
-    gguf_tensors=(),
+    gguf_architecture="smollm3",
 )

@@ -1,0 +1,1 @@
+"""Tokenizers in the words of llama.cpp's files."""

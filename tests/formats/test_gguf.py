@@ -1,0 +1,308 @@
+"""llama.cpp's files of every family: their names, layouts and metadata.
+
+A file is written by the library of llama.cpp's authors from our own tables and read
+back, so tables are held against what that library knows: its names of tensors.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from gguf_files import gguf_tensors, write_gguf, write_model
+from helpers import random_params
+
+from research.core.errors import UserError
+from research.formats.gguf.gguf_file import GGUFFile
+from research.formats.gguf.metadata_fields import write_metadata
+from research.formats.gguf.rope_metadata import DIVISORS, rope_tables
+from research.formats.load_parameters import check_tensors, load_params
+from research.models.architecture import RopeScaling
+from research.models.families.family_registry import (
+    FAMILIES,
+    family_of,
+    from_hf_config,
+    to_hf_config,
+)
+from research.models.families.stored_tensor import used
+from research.models.transformer import Model
+
+SWITCHES = Path(__file__).parents[1] / "golden" / "switches"
+SMALL = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 96, "rms_norm_eps": 1e-3,
+    "rope_theta": 5e4,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 7}
+LAYERS = {"num_hidden_layers": 7}
+NEOX = {"head_dim": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}
+SHORT = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 4.0]}
+# What every family's files can say, by a name for the test.
+SAID = {
+    "llama": {"rope_scaling": LLAMA3, "head_dim": 64},
+    "llama_bias": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"rope_scaling": {**YARN, "beta_fast": 16.0}, "tie_word_embeddings": True},
+    "qwen3": {"rope_scaling": {**YARN, "attention_factor": 1.5}},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 20.0, "num_hidden_layers": 3},
+    "gemma3_text": {
+        **GEMMA, **LAYERS, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": 1e3,
+    },
+    "olmo2": {"tie_word_embeddings": True},
+    "olmo3": {**LAYERS, "sliding_window": 7, "rope_scaling": YARN, "rope_theta": 5e5},
+    "phi3": {"partial_rotary_factor": 0.75, "sliding_window": None},
+    "phi3_longrope": {
+        "partial_rotary_factor": 0.75, "sliding_window": None,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "longrope", **SHORT},
+    },
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
+        "attention_multiplier": 0.9, "logits_scaling": 1.7,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
+    "smollm3": {**LAYERS, "num_key_value_heads": 4},
+    "gpt_neox": {"layer_norm_eps": 1e-3, "rotary_pct": 0.5, "hidden_size": 32},
+    "gpt_neox_serial": {"use_parallel_residual": False, "rotary_pct": 1.0},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "n_inner": 24},
+}  # fmt: skip
+
+
+def shape_of(name, **changes):
+    """The architecture of an entry of SAID."""
+    model_type = re.sub("_(bias|longrope|serial)$", "", name)
+    return from_hf_config({**SMALL, "model_type": model_type, **SAID[name], **changes})
+
+
+def computed(architecture):
+    """All that changes what a model computes; Mistral's files are read as Llama's."""
+    return dataclasses.replace(architecture, family="", rope_scaling=RopeScaling())
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_every_family_is_read_as_it_was_written(tmp_path, name):
+    model = Model(shape_of(name))
+    params = random_params(model.specs)
+    file = GGUFFile(write_model(tmp_path / "x.gguf", model, params))
+    found = file.read_architecture()
+    assert computed(found) == computed(model.architecture)
+    np.testing.assert_equal(rope_tables(found), rope_tables(model.architecture))
+    if found.rope_scaling.kind != "longrope":
+        assert found.rope_scaling == model.architecture.rope_scaling
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    again = Model(found)
+    assert again.specs.keys() == model.specs.keys()
+    loaded = load_params(file, again, dict.fromkeys(again.specs, here), np.float32)
+    shifted = {t for s in family_of(found).gguf_tensors if s.shift for t in s.paths}
+    for path, value in params.items():
+        # Adding one and taking it off again rounds.
+        close = 2e-7 if path in shifted else 0
+        np.testing.assert_allclose(loaded[path], value, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_tensors_have_the_names_that_llama_cpp_gives_them(name):
+    """Its converter names every tensor of a Hugging Face folder by this table."""
+    shape = shape_of(name)
+    family, specs = family_of(shape), Model(shape).specs
+    (kind,) = [
+        arch
+        for arch, said in gguf.MODEL_ARCH_NAMES.items()
+        if said == family.gguf_architecture
+    ]
+    table = gguf.get_tensor_name_map(kind, shape.layers)
+    ours = {p: t for t in used(family.gguf_tensors, specs) for p in t.paths}
+    for theirs in used(family.hf_tensors, specs):
+        # Attention biases of OLMo 2 and the like are only known by their matrices.
+        name, _, end = theirs.name.format(1).rpartition(".")
+        expected = table.get_name(name.removeprefix("transformer."))
+        expected = expected or table.get_name(name)
+        assert expected, theirs.name
+        for path in theirs.paths:
+            assert ours[path].name.format(1) == f"{expected}.{end}"
+
+
+def test_recorded_models_that_llama_cpp_cannot_say_are_refused_by_name():
+    """Switches that no field of a file carries, and llama.cpp takes for granted."""
+    for name, switch in {
+        "gemma2": "attention_scale",
+        "gemma3": "window_layers",
+        "smollm3": "ropes",
+    }.items():
+        config = json.loads((SWITCHES / name / "config.json").read_text())
+        with pytest.raises(UserError, match=f"cannot say that {switch} is") as error:
+            write_metadata(from_hf_config(config))
+        assert "Export the model as a Hugging Face folder" in str(error.value)
+
+
+def test_a_window_that_llama_cpp_ignores_ends_the_context(caplog):
+    metadata = write_metadata(shape_of("mistral", sliding_window=20))
+    assert metadata["llama.context_length"] == 20
+    assert "contexts of 20 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "theta, settings",
+    [
+        (5e5, LLAMA3),
+        (5e5, {**LLAMA3, "factor": 32.0}),
+        (1e4, {**LLAMA3, "high_freq_factor": 6.5}),
+        (1e4, {**LLAMA3, "original_max_position_embeddings": 3000}),
+        (1e4, {**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 8.0}),
+    ],
+)
+def test_the_settings_of_llama_3_are_recovered_from_their_table(theta, settings):
+    a = shape_of("llama", rope_theta=theta, rope_scaling=settings)
+    found = reread(a).rope_scaling
+    assert found.kind == "llama3"
+    assert found.factor == settings["factor"]
+    # Only the ratios of these three show in the table.
+    share = found.original_max_position / found.low_freq_factor
+    original = settings["original_max_position_embeddings"]
+    assert share == pytest.approx(original / settings["low_freq_factor"], rel=1e-3)
+
+
+def test_a_table_that_no_settings_make_is_carried_as_it_is(tmp_path):
+    a = shape_of("llama")
+    model = Model(a)
+    odd = np.linspace(1, 9, a.head_dim // 2, dtype=np.float32)
+    tensors = gguf_tensors(model, random_params(model.specs)) | {DIVISORS: odd}
+    write_gguf(tmp_path / "x.gguf", write_metadata(a), tensors)
+    found = GGUFFile(tmp_path / "x.gguf").read_architecture()
+    assert found.rope_scaling.kind == "longrope"
+    np.testing.assert_array_equal(np.float32(found.rope_scaling.short), odd)
+    assert found.rope_scaling.short == found.rope_scaling.long
+    # transformers reads this, too.
+    assert from_hf_config(to_hf_config(found)) == found
+
+
+def reread(a, tables=None, **changes):
+    """What `read_architecture` makes of the metadata of `a` with some changed."""
+    from research.formats.gguf.metadata_fields import read_architecture
+
+    metadata = write_metadata(a) | changes
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    shapes = {name: tensor.shape for name, tensor in gguf_tensors_of(a).items()}
+    tables = rope_tables(a) if tables is None else tables
+    return read_architecture(metadata, shapes, tables, "x.gguf")
+
+
+def gguf_tensors_of(a):
+    model = Model(a)
+    zeros = {path: np.zeros(spec.shape) for path, spec in model.specs.items()}
+    return gguf_tensors(model, zeros)
+
+
+@pytest.mark.parametrize(
+    "name, changes, said",
+    [
+        ("llama", {"general.architecture": "gemma9"}, "architecture is 'gemma9'"),
+        ("llama", {"llama.block_count": None}, "x.gguf lacks block_count"),
+        ("llama", {"llama.block_count": 0}, "block_count is 0; it must be a whole"),
+        ("llama", {"llama.block_count": "2"}, "block_count is '2'; it must be"),
+        ("llama", {"llama.attention.head_count": [4, 4]}, r"head_count is \[4, 4\]"),
+        ("llama", {"llama.attention.head_count_kv": 3}, "num_key_value_heads is 3"),
+        ("llama", {"llama.attention.value_length": 32}, "value_length is 32"),
+        ("llama", {"llama.rope.dimension_count": 6}, "partial_rotary_factor is 0.09"),
+        ("llama", {"llama.expert_count": 8}, "expert_count is 8, which Llama 2 and"),
+        ("llama", {"llama.attention.scale": 0.5}, "attention.scale is 0.5"),
+        ("llama", {"llama.attention.causal": False}, "causal is False; it must be"),
+        ("llama", {"llama.rope.scaling.type": "yarn"}, "beside the table rope_freqs"),
+        ("qwen3", {"qwen3.rope.scaling.type": "ntk"}, "rope_type is 'ntk'"),
+        ("qwen3", {"qwen3.rope.freq_base": -1.0}, "rope.freq_base is -1.0"),
+        (
+            "qwen3",
+            {"qwen3.attention.layer_norm_rms_epsilon": None},
+            "lacks attention.layer_norm_rms_epsilon",
+        ),
+        (
+            "olmo3",
+            {"olmo2.attention.sliding_window_pattern": [True, False]},
+            "one for each of the 7 layers",
+        ),
+        ("gpt2", {"gpt2.attention.head_count_kv": 1}, "head_count_kv is 1"),
+    ],
+)
+def test_metadata_that_cannot_be_true_are_refused_in_one_sentence(name, changes, said):
+    with pytest.raises(UserError, match=said) as error:
+        reread(shape_of(name), **changes)
+    assert str(error.value).startswith("x.gguf")
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_that_change_nothing_are_read_over():
+    a = shape_of("llama")
+    notes = {
+        "llama.vocab_size": 7, "llama.expert_count": 0, "llama.pooling_type": 0,
+        "llama.rope.scaling.finetuned": False, "llama.attention.causal": True,
+        "general.name": "Odd", "clip.has_vision_encoder": True,
+    }  # fmt: skip
+    assert reread(a, **notes) == a
+
+
+def test_fields_that_a_file_lacks_have_llama_cpps_values():
+    """Not those of a family's config.json, such as 256 wide heads of Gemma 3."""
+    a = shape_of("gemma3_text", head_dim=4, num_key_value_heads=4)
+    a = dataclasses.replace(a, attention_scale=0.5)
+    lacking = ("head_count_kv", "key_length", "value_length", "sliding_window")
+    found = reread(a, **{f"gemma3.attention.{name}": None for name in lacking})
+    assert (found.kv_heads, found.head_dim, found.window) == (4, 4, 0)
+    found = reread(shape_of("gemma2"), **{"gemma2.attention.sliding_window": None})
+    assert found.window == 4096
+    found = reread(a, **{"gemma3.rope.freq_base_swa": None})
+    assert found.window_rope.theta == 1e4
+
+
+@pytest.mark.parametrize("pattern", [3, [True, True, False] * 2 + [True]])
+def test_a_pattern_of_windows_in_the_file_counts(pattern):
+    a = shape_of("olmo3")
+    found = reread(a, **{"olmo2.attention.sliding_window_pattern": pattern})
+    assert found.window_layers == (0, 1, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "tables, said",
+    [
+        ({"rope_factors_long.weight": np.ones(3)}, "needs both"),
+        ({DIVISORS: np.ones(2)}, "must hold 3 numbers above 0"),
+        ({DIVISORS: np.array([1, 0, 1.0])}, "must hold 3 numbers above 0"),
+        ({DIVISORS: np.array([1, np.nan, 1.0])}, "must hold 3 numbers above 0"),
+    ],
+)
+def test_tables_of_rotary_embeddings_that_cannot_be_true_are_refused(tables, said):
+    with pytest.raises(UserError, match=f"x.gguf.*{said}"):
+        reread(shape_of("phi3"), tables=tables)
+
+
+def test_tensors_that_do_not_fit_the_metadata_are_named(tmp_path):
+    model = Model(shape_of("qwen2"))
+    params = random_params(model.specs)
+    tensors = gguf_tensors(model, params)
+    tensors["blk.0.attn_k.weight"] = tensors["blk.0.attn_k.weight"][:8]
+    del tensors["blk.1.ffn_up.weight"]
+    tensors["blk.0.ffn_gate_inp.weight"] = np.ones((2, 16), np.float32)
+    file = GGUFFile(
+        write_gguf(tmp_path / "x.gguf", write_metadata(model.architecture), tensors)
+    )
+    with pytest.raises(UserError) as error:
+        check_tensors(file, model)
+    said = str(error.value)
+    assert "blk.0.attn_k.weight is [8, 16], not [16, 16]" in said
+    assert "blk.1.ffn_up.weight is missing" in said
+    assert "blk.0.ffn_gate_inp.weight is not part of this model" in said
+
+
+def test_every_family_can_be_read_from_llama_cpps_files():
+    said = {re.sub("_(bias|longrope|serial)$", "", name) for name in SAID}
+    assert said == {family.model_type for family in FAMILIES.values()}

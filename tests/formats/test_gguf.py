@@ -214,7 +214,7 @@ def gguf_tensors_of(a):
         ("llama", {"llama.attention.head_count": [4, 4]}, r"head_count is \[4, 4\]"),
         ("llama", {"llama.attention.head_count_kv": 3}, "num_key_value_heads is 3"),
         ("llama", {"llama.attention.value_length": 32}, "value_length is 32"),
-        ("llama", {"llama.rope.dimension_count": 6}, "partial_rotary_factor is 0.09"),
+        ("qwen3", {"qwen3.rope.dimension_count": 6}, "partial_rotary_factor is 0.75"),
         ("llama", {"llama.expert_count": 8}, "expert_count is 8, which Llama 2 and"),
         ("llama", {"llama.attention.scale": 0.5}, "attention.scale is 0.5"),
         ("llama", {"llama.attention.causal": False}, "causal is False; it must be"),
@@ -306,3 +306,68 @@ def test_tensors_that_do_not_fit_the_metadata_are_named(tmp_path):
 def test_every_family_can_be_read_from_llama_cpps_files():
     said = {re.sub("_(bias|longrope|serial)$", "", name) for name in SAID}
     assert said == {family.model_type for family in FAMILIES.values()}
+
+
+def small_file(tmp_path):
+    model = Model(shape_of("qwen3"))
+    return write_model(tmp_path / "x.gguf", model, random_params(model.specs))
+
+
+def test_a_length_that_cannot_be_is_refused_at_once(tmp_path):
+    """The library would read nothing, for as often as the file says."""
+    metadata = write_metadata(shape_of("qwen3")) | {"general.tags": [1, 2, 3]}
+    file = write_gguf(tmp_path / "x.gguf", metadata, {})
+    whole = file.read_bytes()
+    three, many = (n.to_bytes(8, "little") for n in (3, 2**62))
+    at = whole.index(three, whole.index(b"general.tags"))
+    file.write_bytes(whole[:at] + many + whole[at + 8 :])
+    with pytest.raises(UserError, match=r"x\.gguf is damaged: it ends at byte"):
+        GGUFFile(file)
+
+
+def test_no_cut_and_no_changed_byte_of_the_description_ends_in_a_traceback(tmp_path):
+    file = small_file(tmp_path)
+    whole = file.read_bytes()
+    draw = np.random.default_rng(0)
+    description = whole.index(b"token_embd") + 200
+    for n in range(60):
+        changed = bytearray(whole)
+        if n % 2:
+            changed = changed[: draw.integers(4, len(whole) - 64)]
+        else:
+            changed[draw.integers(4, description)] = draw.integers(256)
+        file.write_bytes(changed)
+        try:
+            opened = GGUFFile(file)
+            check_tensors(opened, Model(opened.read_architecture()))
+        except UserError as error:
+            assert str(file) in str(error) or "do not fit" in str(error)
+            assert "\n" not in str(error)
+        else:
+            assert n % 2 == 0, "a file that was cut was read"
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    file = small_file(tmp_path)
+    whole = file.read_bytes()
+    # The place of a tensor's bytes lies behind its name, shape and type.
+    at = whole.index(b"blk.1.ffn_up.weight") + len("blk.1.ffn_up.weight") + 4 + 16 + 4
+    file.write_bytes(whole[:at] + bytes(8) + whole[at + 8 :])
+    with pytest.raises(UserError, match=r"x\.gguf is damaged: .* share bytes"):
+        GGUFFile(file)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"split.count": 3}, "one of 3 parts of a model; join them with"),
+        ({"general.type": "adapter"}, "holds no model: its general.type is 'adapter'"),
+    ],
+)
+def test_a_file_that_is_no_whole_model_says_what_it_is(tmp_path, changes, said):
+    model = Model(shape_of("qwen3"))
+    file = write_model(
+        tmp_path / "x.gguf", model, random_params(model.specs), **changes
+    )
+    with pytest.raises(UserError, match=said):
+        GGUFFile(file)

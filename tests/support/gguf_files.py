@@ -1,6 +1,7 @@
 """Files of llama.cpp, written for tests by the library of its authors."""
 
 import gguf
+import numpy as np
 
 from research.formats.gguf.metadata_fields import write_metadata
 from research.formats.gguf.rope_metadata import rope_tables
@@ -36,7 +37,7 @@ def gguf_tensors(model, params):
     tensors = dict(rope_tables(model.architecture))
     for stored in used(family_of(model.architecture).gguf_tensors, model.specs):
         for name, index in stored.names(model.specs):
-            values = [params[path][index] for path in stored.paths]
+            values = [np.asarray(params[path][index]) for path in stored.paths]
             tensors[name] = stored.pack(values, model.specs)
     return tensors
 

@@ -1,7 +1,9 @@
 """A GGUF file of llama.cpp: its metadata, and its weights one tensor at a time."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,6 +16,8 @@ from research.models.architecture import Architecture
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
+MAGIC = b"GGUF"
+
 
 class GGUFFile:
     """An open file; tensors are dequantised as they are read.
@@ -21,20 +25,46 @@ class GGUFFile:
     Its metadata stands in for a `config.json` and for a tokenizer's files.
 
     Raises:
-      UserError: it is damaged, or no GGUF file.
+      UserError: it is damaged, or no GGUF file of a whole model.
     """
 
     def __init__(self, file: Path):
-        import gguf
-
+        with file.open("rb") as opened:
+            if opened.read(len(MAGIC)) != MAGIC:
+                raise UserError(f"{file} is not a GGUF file: it does not begin as one")
         try:
-            reader = gguf.GGUFReader(file)
+            reader = _open_strictly(file)
+            self.metadata = {key: f.contents() for key, f in reader.fields.items()}
+            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self._refuse_overlaps()
         except Exception as error:  # The reader raises whatever parsing runs into.
-            raise UserError(f"{file} is not a GGUF file: {error}") from error
-        self.metadata = {key: f.contents() for key, f in reader.fields.items()}
+            raise UserError(
+                f"{file} is damaged: {error}; download or write it again"
+            ) from error
         self._file = file
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._refuse_parts()
         self.fingerprint = fingerprint_files([file])
+
+    def _refuse_overlaps(self) -> None:
+        """Each tensor has bytes of its own; a wrong offset would give another's."""
+        ordered = sorted(self._tensors.values(), key=lambda tensor: tensor.data_offset)
+        for one, other in itertools.pairwise(ordered):
+            if one.data_offset + one.n_bytes > other.data_offset:
+                raise ValueError(f"{one.name} and {other.name} share bytes")
+
+    def _refuse_parts(self) -> None:
+        kind = self.metadata.get("general.type", "model")
+        if kind != "model":
+            raise UserError(
+                f"{self._file} holds no model: its general.type is {kind!r}; give the "
+                "file of the whole model"
+            )
+        parts = self.metadata.get("split.count", 0)
+        if parts not in (0, 1):
+            raise UserError(
+                f"{self._file} is one of {parts} parts of a model; join them with "
+                "llama-gguf-split --merge, and give the joined file"
+            )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every parameter; tables of rotary embeddings are none."""
@@ -76,3 +106,24 @@ class GGUFFile:
             {name: self.read(name) for name in TABLES if name in self._tensors},
             str(self._file),
         )
+
+
+def _open_strictly(file: Path) -> Any:
+    """A reader that stops where the file does.
+
+    That of the library reads nothing there, for as many times as the file says that
+    something comes: for ever, if a length is wrong.
+    """
+    import gguf
+
+    class StrictReader(gguf.GGUFReader):
+        def _get(
+            self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None
+        ) -> np.ndarray:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                size = len(self.data)
+                raise ValueError(f"it ends at byte {size}, and announces more")
+            return super()._get(offset, dtype, count, override_order)
+
+    return StrictReader(file)

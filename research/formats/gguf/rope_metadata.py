@@ -39,18 +39,17 @@ def read_rope(
     """
     config: dict[str, Any] = {"rope_theta": fields.number("rope.freq_base", 10000.0)}
     turned = fields.integer("rope.dimension_count", head_dim, high=head_dim)
-    if turned != head_dim:
-        share = turned / head_dim
-        # Its product with the width must not fall below the whole number.
-        whole = int(head_dim * share) == turned
-        config["partial_rotary_factor"] = share if whole else math.nextafter(share, 1)
+    share = turned / head_dim
+    # Its product with the width must not fall below the whole number.
+    whole = int(head_dim * share) == turned
+    config["partial_rotary_factor"] = share if whole else math.nextafter(share, 1)
     for name, table in tables.items():
         if table.shape != (turned // 2,) or not np.all((table > 0) & (table < 1e30)):
             raise UserError(
                 f"{fields.where}: {name} must hold {turned // 2} numbers above 0, one "
                 "for each pair of a head that is rotated"
             )
-    rope = Rope(config["rope_theta"], fraction=config.get("partial_rotary_factor", 1.0))
+    rope = Rope(config["rope_theta"], fraction=config["partial_rotary_factor"])
     scaling = _read_scaling(fields, rope, head_dim, tables)
     if ORIGINAL in scaling:
         config[ORIGINAL] = scaling.pop(ORIGINAL)
@@ -91,7 +90,8 @@ def _read_scaling(
     if kind == "yarn":
         scaling |= original
         if warmth != 1.0:
-            scaling["attention_factor"] = warmth * yarn_warmth(factor)
+            product = np.float32(warmth * yarn_warmth(factor))
+            scaling["attention_factor"] = shortest(product)
         for end in ("fast", "slow"):
             name = f"{SCALING}yarn_beta_{end}"
             if fields.get(name):

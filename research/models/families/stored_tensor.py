@@ -48,11 +48,17 @@ class StoredTensor:
 
     def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
         """The shape of each of these tensors in the file."""
-        empty = [
-            np.empty(specs[path].shape[self._named_axes :], np.bool_)
-            for path in self.paths
-        ]
-        return self.pack(empty, specs).shape
+        first = specs[self.paths[0]]
+        stack = first.shape[self._named_axes : first.stacked]
+        widths = (
+            specs[path].shape[first.stacked + first.n_in :] for path in self.paths
+        )
+        width = sum(map(math.prod, widths))
+        if not first.n_in:
+            return (*stack, width)
+        inputs = math.prod(first.in_shape)
+        ends = (width, inputs) if self.transposed else (inputs, width)
+        return (*stack, *ends)
 
     def pack(self, values: list[np.ndarray], specs: Mapping[str, Spec]) -> np.ndarray:
         """The file's tensor that holds `values`, one for each of `paths`."""

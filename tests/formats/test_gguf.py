@@ -47,7 +47,7 @@ GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 7}
 LAYERS = {"num_hidden_layers": 7}
 NEOX = {"head_dim": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}
 SHORT = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 4.0]}
-# What every family's files can say, by a name for the test.
+# Models that files of every family can describe, by a name for the test.
 SAID = {
     "llama": {"rope_scaling": LLAMA3, "head_dim": 64},
     "llama_bias": {"attention_bias": True, "mlp_bias": True},
@@ -188,7 +188,7 @@ def test_a_table_that_no_settings_make_is_carried_as_it_is(tmp_path):
 
 
 def reread(a, tables=None, **changes):
-    """What `read_architecture` makes of the metadata of `a` with some changed."""
+    """The architecture that the metadata of `a` describe with some changed."""
     from research.formats.gguf.metadata_fields import read_architecture
 
     metadata = write_metadata(a) | changes

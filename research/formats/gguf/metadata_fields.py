@@ -33,7 +33,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
 PATTERN = "attention.sliding_window_pattern"
 LOCAL_BASE = "rope.freq_base_swa"
-# Of the fields in tables of families; all others are whole numbers.
+# Fields in tables of families; all others are whole numbers.
 NUMBERS = {
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
     "attention.scale", "embedding_scale", "residual_scale", "logit_scale",
@@ -135,7 +135,7 @@ def _read_widths(fields: ConfigFields) -> int:
 
 
 def _defaults(fields: ConfigFields, head_dim: int) -> dict[str, Any]:
-    """What llama.cpp takes for absent fields; families have other defaults."""
+    """Values that llama.cpp takes for absent fields; families have others."""
     return {
         "head_dim": head_dim,
         "num_key_value_heads": fields.integer("attention.head_count"),

@@ -167,7 +167,7 @@ def turns(rope: Rope, head_dim: int) -> tuple[np.ndarray, ...]:
 
 
 def rope_divisors(rope: Rope, head_dim: int) -> np.ndarray:
-    """What `rope.scaling` divides the frequency of each rotary pair by, float32."""
+    """The number that divides the frequency of each rotary pair, float32."""
     plain = rope_frequencies(Rope(rope.theta, fraction=rope.fraction), head_dim)
     return np.asarray(plain / rope_frequencies(rope, head_dim), np.float32)
 

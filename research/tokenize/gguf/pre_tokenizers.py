@@ -112,7 +112,7 @@ def name_of_cut(rules: dict[str, Any]) -> str | None:
 
 
 def pieces(cuts: PreTokenizer) -> list[str]:
-    """What PROBE is cut into."""
+    """The pieces that PROBE is cut into."""
     return [piece for piece, _ in cuts.pre_tokenize_str(PROBE)]
 
 

@@ -128,7 +128,7 @@ GGUF_FIELDS = {
 def _unsaid(
     largest: int, window: int | None
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What llama.cpp knows of the family without a word in the file.
+    """The fields that llama.cpp knows without a word in the file.
 
     The scores are scaled by the width of a head; in the model of 27 billion parameters,
     which has `largest` layers, by the share of a head in the embedding. `window`: its

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, normalizers
 
 from research.core.errors import UserError
 from research.models.families.config_fields import ConfigFields
-from research.tokenize.gguf.pre_tokenizers import BY_NAME, NO_MERGES
+from research.tokenize.gguf.pre_tokenizers import BY_NAME, COMPOSED, NO_MERGES
 from research.tokenize.tokenizer import Tokenizer
 
 KEY = "tokenizer.ggml."
@@ -19,8 +19,6 @@ SPACE = "\u2581"  # SentencePiece's sign for a space
 # llama.cpp ends a turn at these, where a file names no token for it.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 DEFAULT_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # of SentencePiece
-# These compose accents with their letters first (NFC); llama.cpp itself does not.
-COMPOSED = {"olmo", "mpt", "qwen2", "deepseek-r1-qwen"}
 
 
 def from_gguf_metadata(
@@ -98,7 +96,7 @@ def _byte_level_bpe(
 ) -> tokenizers.Tokenizer:
     cut = fields.text(f"{KEY}pre")
     written = fields.texts(f"{KEY}merges")
-    merges = [tuple(x.split(" ", 1)) for x in written if x not in NO_MERGES]
+    merges = [tuple(x.split(" ", 1)) for x in written if x != NO_MERGES]
     inner = _bpe(fields, tokens, merges, ignore_merges=BY_NAME[cut].whole_words)
     inner.normalizer = normalizers.NFC() if cut in COMPOSED else None
     inner.pre_tokenizer = BY_NAME[cut].cuts

@@ -43,7 +43,7 @@ def _split(expression: str) -> PreTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class NamedCut:
     """One way to cut text.
 
     Attributes:
@@ -60,23 +60,27 @@ class Cut:
 
 
 CUTS = {
-    "gpt-2": Cut(_byte_level(), aliases=("olmo", "mpt", "phi-2", "mellum")),
-    "smollm": Cut(
+    "gpt-2": NamedCut(_byte_level(), aliases=("olmo", "mpt", "phi-2", "mellum")),
+    "smollm": NamedCut(
         _byte_level(pre_tokenizers.Digits(individual_digits=True)),
         aliases=("refact", "starcoder", "codeshell", "command-r"),
     ),
-    "llama-bpe": Cut(
+    "llama-bpe": NamedCut(
         _split(LLAMA3_SPLIT),
         whole_words=True,
         adds_bos=True,
         aliases=("llama3", "llama-v3", "falcon3"),
     ),
-    "dbrx": Cut(_split(LLAMA3_SPLIT), aliases=("smaug-bpe",)),
-    "qwen2": Cut(_split(_QWEN2), aliases=("stablelm2", "deepseek-r1-qwen", "megrez")),
-    "qwen35": Cut(_split(_QWEN35)),
-    "gpt-4o": Cut(_split(_GPT4O), aliases=("llama4",)),
-    "tekken": Cut(_split(_TEKKEN), whole_words=True, adds_bos=True),
+    "dbrx": NamedCut(_split(LLAMA3_SPLIT), aliases=("smaug-bpe",)),
+    "qwen2": NamedCut(
+        _split(_QWEN2), aliases=("stablelm2", "deepseek-r1-qwen", "megrez")
+    ),
+    "qwen35": NamedCut(_split(_QWEN35)),
+    "gpt-4o": NamedCut(_split(_GPT4O), aliases=("llama4",)),
+    "tekken": NamedCut(_split(_TEKKEN), whole_words=True, adds_bos=True),
 }
+# These compose accents with their letters first (NFC); llama.cpp itself does not.
+COMPOSED = {"olmo", "mpt", "qwen2", "deepseek-r1-qwen"}
 BY_NAME = {name: cut for own, cut in CUTS.items() for name in (own, *cut.aliases)}
 
 # llama.cpp wants a list of merges, and a list cannot be empty. This one never applies:
@@ -97,14 +101,23 @@ def name_of_cut(rules: dict[str, Any]) -> str | None:
     Args:
       rules: the content of a `tokenizer.json`.
     """
+    name = _own_name(rules)
+    if name is None:
+        return None
+    composed = rules["normalizer"] is not None
+    names = (name, *CUTS[name].aliases)
+    return next((n for n in names if (n in COMPOSED) == composed), name)
+
+
+def _own_name(rules: dict[str, Any]) -> str | None:
     model = rules["model"]
-    if not model["merges"] and not model.get("ignore_merges"):
+    whole = bool(model.get("ignore_merges"))
+    if not model["merges"] and not whole:
         return "gpt-2"  # Every byte is a token, wherever the text is cut.
     if rules["pre_tokenizer"] is None:
         return None
     own = pieces(_pre_tokenizer(rules["pre_tokenizer"]))
     alike = [name for name, cut in CUTS.items() if pieces(cut.cuts) == own]
-    whole = bool(model.get("ignore_merges"))
     for name in alike:
         if CUTS[name].whole_words == whole:
             return name

@@ -31,6 +31,7 @@ from kills import broken as broken
 from pretraining_runs import pretrained as pretrained
 from process_pairs import two_processes as two_processes
 from step_definitions import five_steps as five_steps
+from studio_story import story as story
 
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.formats.base_model import open_base

@@ -22,8 +22,8 @@ from launch.targets.local import ProcessGroup
 from research.core.errors import PREEMPTED, UserError
 from research.core.json_files import read_json
 from research.report.progress_view import duration
+from research.runs.control.job_logs import last_error, tail
 from research.runs.metrics_file import read_metrics
-from research.studio.jobs.job_logs import last_error, tail
 
 POLL = 2.0  # seconds between two checks of what other workers have finished
 LOG_EVERY = 30.0  # seconds between two lines of progress

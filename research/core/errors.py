@@ -25,6 +25,8 @@ LIKENESS = 0.65
 STOPPED = 7  # Stopped by a request and saved: the same command resumes the run.
 STUCK = 6  # No progress, or another process is gone.
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal; the same command resumes the run.
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
+ENDS_WELL = (0, STOPPED, PREEMPTED, INTERRUPTED)
 
 
 class UserError(ValueError):

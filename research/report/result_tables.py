@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.data.grouped_values import NATS_PER_TOKEN, UNNAMED, by_group
+from research.tasks.findings import Finding
 from research.tasks.model_answers import AnswerMeasure
 
 CATEGORY, SOURCE = "category", "source"
@@ -184,3 +185,29 @@ def tabulate_wall_time(seconds: Sequence[tuple[str, float]]) -> Table:
     total = sum(s for _, s in seconds) or 1.0
     rows = [[name, f"{s:,.1f}", f"{s / total:.1%}"] for name, s in seconds]
     return [["phase", "seconds", "share"], *rows]
+
+
+def tabulate_findings(findings: Sequence[Finding]) -> Table:
+    """What the doctor found, with a remedy for what forbids a start; empty without."""
+    rows = [
+        [
+            "fails" if not x.ok else "look" if x.warns else "ok",
+            x.name,
+            x.text if x.ok or not x.remedy else f"{x.text}\n{x.remedy}",
+        ]
+        for x in findings
+    ]
+    return [["", "finding", "text"], *rows] if rows else []
+
+
+def tabulate_starts(starts: Sequence[Mapping[str, Any]]) -> Table:
+    """Each start of a `run.json` and how it ended, the newest first; empty without."""
+    rows = [
+        [
+            *(str(x.get(name) or "") for name in ("began", "host", "devices")),
+            "none" if x["first"] is None else f"{x['first']:,} to {x['step']:,}",
+            x["cause"] or "no end was recorded when this was written",
+        ]
+        for x in reversed(starts)
+    ]
+    return [["began", "where", "devices", "steps", "end"], *rows] if rows else []

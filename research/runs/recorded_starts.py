@@ -5,9 +5,9 @@ import signal
 
 import jax
 
-from research.core.errors import PREEMPTED
+from research.core.errors import INTERRUPTED, PREEMPTED
 from research.parallel import agreement
-from research.runs.control.os_signals import INTERRUPTED, Preempted
+from research.runs.control.os_signals import Preempted
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History

@@ -90,7 +90,7 @@ def browse_rows(config: Config, base: Base, first: int, count: int) -> RowPage:
     counts, sides = data.counts, (documents, data.held_out.documents)
     return RowPage(
         first=first,
-        documents=[row.documents[0] for row in shown],
+        rows=shown,
         lengths=documents.slots + 1,
         copies=_copies(sides),
         too_long=counts.truncated + counts.dropped.get("too long", 0),

@@ -32,7 +32,7 @@ from research.tasks.findings import (
     examine_lost_text,
 )
 from research.tasks.model_answers import HeldOutPrompt, Sample
-from research.tasks.row_preview import PreviewRow, preview_rows
+from research.tasks.row_preview import PreviewRow, RowPage, preview_rows
 from research.tasks.task_protocol import EvaluationRows, TaskKind, WholeTexts
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.conversation import Turn
@@ -297,11 +297,27 @@ def _held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
     )
 
 
+def _browse(config: Config, base: Base, first: int, count: int) -> RowPage | None:
+    """Rows of text that is cached; those of a stream have no numbers."""
+    data = load_text(config.text, config.data, base.tokenizer, *_processes())
+    if data.counted is None:
+        return None
+    rows = preview_rows(
+        data.counted.rows_from(first, count),
+        data.groups,
+        lambda ids: base.tokenizer.decode(ids, skip_control=False),
+        lambda row, number: f"training row {first + row + 1}, document {number + 1}",
+    )
+    lengths = data.counted.row_lengths() + 1
+    return RowPage(first, rows, lengths, data.counted.copies(), too_long=0)
+
+
 KIND = TaskKind(
     load=_load,
     objective=CrossEntropy.of,
     rows_of_files=_rows_of_files,
     held_out_rows=_held_out_rows,
+    browse=_browse,
     expected_groups=lambda config: len(config.text.sources),
     prompt_format=lambda config, base: PlainFormat(base.tokenizer),
     # The mark of a beginning, and at most one token a byte.

@@ -79,16 +79,16 @@ class RowPage:
     """Some training rows of a data set, and facts about all of them.
 
     Attributes:
-      first: the number of the first of `documents`, from 0.
-      documents: the rows, as the model reads them.
+      first: the number of the first of `rows`, from 0.
+      rows: as the model reads them.
       lengths: int `[rows]`, tokens of every training row.
-      copies: `(place, place of the first)` of rows with the same tokens as one before;
-        held-out rows are among them.
+      copies: `(place, place of the first)` of rows, or of documents of raw text, with
+        the same tokens as one before; held-out rows are among them.
       too_long: rows that were cut or dropped, because they were too long.
     """
 
     first: int
-    documents: Sequence[PreviewDocument]
+    rows: Sequence[PreviewRow]
     lengths: np.ndarray
     copies: Sequence[tuple[str, str]]
     too_long: int

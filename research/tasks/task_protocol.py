@@ -144,7 +144,7 @@ class TaskKind:
       training_records: `training_records(config, base)` reads the rows that a run
         trains, one by one; None where they are no prompts with answers.
       browse: `browse(config, base, first, count)` gives some training rows and facts of
-        all, for pages; None where the first rows of a batch are all that is shown.
+        all, for pages; None where the first rows of a batch are all that is known.
     """
 
     load: Callable[[Config, Base], Task]
@@ -161,4 +161,6 @@ class TaskKind:
         lambda config, base: None
     )
     training_records: Callable[[Config, Base], Iterable[Record]] | None = None
-    browse: Callable[[Config, Base, int, int], RowPage] | None = None
+    browse: Callable[[Config, Base, int, int], RowPage | None] = (
+        lambda config, base, first, count: None
+    )

@@ -19,7 +19,7 @@ from text_helpers import (
 from research.config.data_knobs import BY_SIZE
 from research.config.run_config import Config, DataConfig, TextConfig
 from research.core.errors import UserError
-from research.data.text import token_cache
+from research.data.text import token_cache, tokenized_corpus
 from research.data.text.document_readers import DocumentPiece
 from research.data.text.row_layout import DocumentMarks, lay_rows
 from research.data.text.text_sources import check_text, open_sources
@@ -475,3 +475,36 @@ def test_a_share_of_0_trains_all_documents_and_evaluates_none(small, caplog):
     streamed = load(small, held_out_share=0.0, cache=False)
     assert list(streamed.held_out_batches(4)) == []
     assert next(iter(streamed.train_iterator(4, 0))).tokens.shape == (4, 32)
+
+
+def test_all_rows_are_read_by_their_numbers(small):
+    data = load(small)
+    whole = data.first_rows(data.rows)
+    assert len(whole.tokens) == data.rows > 300
+    for first, count in ((0, 7), (5, 9), (data.rows - 3, 200), (data.rows + 5, 9)):
+        part = data.counted.rows_from(first, count)
+        for name in ("tokens", "targets", "groups"):
+            expected = getattr(whole, name)[first : first + count]
+            np.testing.assert_array_equal(getattr(part, name), expected)
+    assert data.counted.row_lengths().tolist() == [32] * data.rows
+    # A source that the mixture draws nothing from has no training rows.
+    one, used = load(small, "b"), load(small, mixture=["a=0", "b=1"])
+    same_rows = [x.counted.rows_from(3, 50).tokens for x in (one, used)]
+    np.testing.assert_array_equal(*same_rows)
+    assert len(used.counted.row_lengths()) == one.rows == used.rows
+    assert load(small, cache=False).counted is None
+
+
+@pytest.mark.parametrize("scanned", [50, 1 << 18])
+def test_copies_of_documents_are_found_with_their_places(
+    small, tmp_path, monkeypatch, scanned
+):
+    monkeypatch.setattr(tokenized_corpus, "SCAN_TOKENS", scanned)
+    texts = make_texts(9, seed=5)
+    write_texts(tmp_path / "a", [*texts, texts[2]])
+    write_texts(tmp_path / "b", [texts[4]])
+    found = load(tmp_path, held_out_share=0.0).counted.copies()
+    assert found == [
+        ("a, document 10", "a, document 3"),
+        ("b, document 1", "a, document 5"),
+    ]

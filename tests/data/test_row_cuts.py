@@ -92,6 +92,8 @@ def test_rows_end_at_paragraphs_and_every_id_is_predicted(folder, tokenizer, ove
     stream, _ = stream_of(folder, tokenizer)
     ids, mark = stream.read(0, len(stream)).tolist(), DocumentMarks.of(tokenizer).start
     assert rows[0][0][0] == ids[0]
+    lengths = [len(targets) for _, targets in rows]
+    assert data.counted.row_lengths().tolist() == lengths
     again = [targets[overlap if i else 0 :] for i, (_, targets) in enumerate(rows)]
     assert list(itertools.chain(*again)) == ids[1:]
     for (before, targets), (tokens, _) in itertools.pairwise(rows):

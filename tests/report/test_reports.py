@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 from rich.console import Console
+from studio_place import make_run
 
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -20,7 +21,7 @@ from research.data.instructions.instruction_dataset import _group_categories
 from research.report import final_report, loss_plot, plan_tables, run_page, terminal
 from research.report.markdown_text import escaped
 from research.report.result_tables import tabulate_losses
-from research.report.run_results import RunResults, read_results
+from research.report.run_results import LOG_BYTES, RunResults, read_results
 from research.runs import display_files
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import IDENTITY_PARTS, RunDir
@@ -446,13 +447,49 @@ def test_the_page_draws_the_course_of_the_run_and_no_peak_is_lost():
         for n in range(1, 3001)
     ]
     train[5]["grad_norm"] = math.nan
-    rate, norm = run_page.drawn_curves(train)
+    _, rate, norm = run_page.drawn_curves(run_page.columns_of(train))
     assert (rate.title, rate.last, rate.steps) == ("learning rate", "0.001", (1, 3000))
     assert (norm.low, norm.high) == ("1", "50")
     points = [tuple(map(float, point.split(","))) for point in norm.points.split()]
     assert len(points) <= run_page.CURVE_POINTS + 2 and "nan" not in norm.points
     assert [p for p in points if p[1] < 60] == [(pytest.approx(155.25, abs=0.1), 0.0)]
     assert points[0][0] == 0 and points[-1][0] == run_page.CURVE_WIDTH
-    page = run_page.format_page(results(["a"], train=train))
-    assert page.count("<polyline") == 2 and "<script" not in page
-    assert run_page.drawn_curves(train[:1]) == run_page.drawn_curves([]) == []
+    for picture, curves in ((b"", 3), (b"\x89PNG", 2)):  # The picture has the loss.
+        page = run_page.format_page(results(["a"], train=train), picture)
+        assert page.count("<polyline") == curves and "<script" not in page
+    for few in (train[:1], []):
+        assert run_page.drawn_curves(run_page.columns_of(few)) == []
+
+
+def test_the_page_has_starts_findings_and_the_end_of_the_log(tmp_path):
+    """And first of all why the run has failed, with what its log says to do."""
+    run = make_run(tmp_path / "<i>a", "failed")
+    record = json.loads((run / "run.json").read_text())
+    record["starts"].append(record["starts"][0] | {"first": None, "step": None})
+    (run / "run.json").write_text(json.dumps(record))
+    findings = [
+        Finding("rows", "7 <b>"),
+        Finding("loss", "is high", ok=False, remedy="lower the rate"),
+    ]
+    display_files.write_findings(run, findings)
+    log = "step 3\nerror: no room <u>\n  use less\n"
+    run.with_name("<i>a.log").write_text("x" * 2 * LOG_BYTES + "\n" + log)
+    found = read_results(run, {}, [])
+    assert found.problems == ["error: no room <u>\n  use less"]
+    page, text = run_page.format_page(found), run_page.format_report(found)
+    shown = Shown(page)
+    for part in ("<i>a", "7 <b>", "is high\nlower the rate", "1 cpu", "0 to 3", log):
+        assert part in shown.text, part
+    assert shown.text.index("use less") < shown.text.index("The run")
+    assert not {"b", "i", "u"} & {*shown.tags} and len(page) < 3 * LOG_BYTES
+    assert "| elsewhere | 1 cpu | none |" in text and "lower the rate" in text
+    # A damaged file costs its part alone.
+    (run / "doctor.json").write_text("{")
+    (run / "run.json").write_text("[]")
+    found = read_results(run, {}, [])
+    assert len(found.problems) == 2 and found.log and found.train
+    # Without a log the cause stands there, and a run that goes well has no problem.
+    for end, problems in (("failed", 1), ("stopped", 0), ("killed", 0)):
+        run = make_run(tmp_path / end, end)
+        found = read_results(run, {}, [])
+        assert len(found.problems) == problems and len(found.starts) == 1

@@ -25,10 +25,10 @@ from research.config.run_config import (
     TextConfig,
 )
 from research.config.saved_config import as_begun, differences, to_json, with_edition
-from research.core.errors import PREEMPTED, DamagedError, UserError
+from research.core.errors import INTERRUPTED, PREEMPTED, DamagedError, UserError
 from research.generate.__main__ import GenerateFlags
 from research.runs import run_history
-from research.runs.control.os_signals import INTERRUPTED, Preempted
+from research.runs.control.os_signals import Preempted
 from research.runs.phase_timer import PHASES, PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
 from research.runs.run_directory import FILES, RunDir
@@ -56,7 +56,7 @@ HOLD = """
 import sys, time
 from research.runs.run_directory import RunDir
 from research.runs.recorded_starts import RecordedStarts
-from research.runs.control.os_signals import INTERRUPTED, Preempted
+from research.runs.control.os_signals import Preempted
 folder = RunDir(sys.argv[1])
 folder.lock()
 print("held", flush=True)

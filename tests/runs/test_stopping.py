@@ -10,9 +10,9 @@ import time
 import pytest
 from commands import ROOT
 
-from research.core.errors import PREEMPTED
+from research.core.errors import INTERRUPTED, PREEMPTED
 from research.runs.control import os_signals
-from research.runs.control.os_signals import INTERRUPTED, Preempted, StopRequest
+from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.phase_timer import PhaseTimer
 
 

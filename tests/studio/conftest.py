@@ -8,7 +8,7 @@ from studio_place import StudioPlace
 
 
 @pytest.fixture
-def place(tmp_path):
+def site(tmp_path):
     return StudioPlace(tmp_path)
 
 

@@ -18,8 +18,8 @@ from research.studio.roots import Roots
 USER = "a-key-that-only-looks"
 
 
-def test_the_token_becomes_a_cookie_that_no_script_and_no_other_site_has(place):
-    client = place.stranger()
+def test_the_token_becomes_a_cookie_that_no_script_and_no_other_site_has(site):
+    client = site.stranger()
     assert client.get("/").status_code == 401
     answer = client.get(f"/?token={TOKEN}&q=x")
     assert (answer.status_code, answer.headers["location"]) == (303, "/?q=x")
@@ -27,12 +27,12 @@ def test_the_token_becomes_a_cookie_that_no_script_and_no_other_site_has(place):
     assert "httponly" in cookie and "samesite=strict" in cookie
     assert TOKEN not in cookie and "_8700=" in cookie
     assert client.get("/").status_code == 200
-    assert place.stranger().get("/").status_code == 401
+    assert site.stranger().get("/").status_code == 401
 
 
 @pytest.mark.parametrize("given", ["", "wrong", TOKEN[:-1], TOKEN.upper(), "%00", "é"])
-def test_another_token_opens_nothing(place, given):
-    client = place.stranger()
+def test_another_token_opens_nothing(site, given):
+    client = site.stranger()
     assert client.get(f"/?token={given}").status_code == 401
     client.cookies.set("research_studio_8700", given.encode("utf-8").hex())
     assert client.get("/").status_code == 401
@@ -52,8 +52,8 @@ def test_the_cookie_still_opens_after_a_restart(tmp_path):
         *("127.0.0.1:", "127.0.0.1:x", "[::1", "127.0.0.1:8700:1", "10.0.0.7:8700"),
     ],
 )
-def test_a_name_that_leads_here_is_refused(place, host):
-    answer = place.client().get("/", headers={"host": host})
+def test_a_name_that_leads_here_is_refused(site, host):
+    answer = site.client().get("/", headers={"host": host})
     assert answer.status_code == 403
     assert "no name of this server" in answer.text
 
@@ -68,8 +68,8 @@ def test_a_name_that_leads_here_is_refused(place, host):
 )
 def test_a_public_server_answers_to_its_addresses_and_names(tmp_path, host, status):
     names = ["studio.example.org"]
-    place = StudioPlace(tmp_path, host="0.0.0.0", names=names)
-    assert place.stranger().get("/", headers={"host": host}).status_code == status
+    site = StudioPlace(tmp_path, host="0.0.0.0", names=names)
+    assert site.stranger().get("/", headers={"host": host}).status_code == status
 
 
 @pytest.mark.parametrize("name", ["*", "a.test:80", "http://a.test", ""])
@@ -88,15 +88,15 @@ def test_a_name_is_that_of_a_host(name):
         {"sec-fetch-site": "same-site"},
     ],
 )
-def test_a_page_of_another_origin_changes_nothing(place, headers):
-    make_run(place.runs / "a")
+def test_a_page_of_another_origin_changes_nothing(site, headers):
+    make_run(site.runs / "a")
     form = {"run": "runs/a", "tags": "forged", "notes": ""}
-    answer = place.client().post("/act/notes", data=form, headers=headers)
+    answer = site.client().post("/act/notes", data=form, headers=headers)
     assert answer.status_code == 403
-    assert not (place.runs / "a" / "notes.json").exists()
-    own = place.client().post("/act/notes", data=form, headers={"origin": URL})
+    assert not (site.runs / "a" / "notes.json").exists()
+    own = site.client().post("/act/notes", data=form, headers={"origin": URL})
     assert own.status_code == 303
-    assert json.loads((place.runs / "a" / "notes.json").read_text())["tags"]
+    assert json.loads((site.runs / "a" / "notes.json").read_text())["tags"]
 
 
 def test_a_key_that_only_looks_changes_nothing_and_sees_no_button(
@@ -104,10 +104,10 @@ def test_a_key_that_only_looks_changes_nothing_and_sees_no_button(
 ):
     monkeypatch.setattr(JobQueue, "work", lambda self: None)
     monkeypatch.chdir(tmp_path)
-    place = StudioPlace(tmp_path, f"{USER}\nadmin {TOKEN}", host="0.0.0.0")
-    make_run(place.runs / "a")
-    client = place.client(USER)
-    place.state.queue.add(["python", "-m", "launch.sweep"], place.runs, "ann", name="s")
+    site = StudioPlace(tmp_path, f"{USER}\nadmin {TOKEN}", host="0.0.0.0")
+    make_run(site.runs / "a")
+    client = site.client(USER)
+    site.state.queue.add(["python", "-m", "launch.sweep"], site.runs, "ann", name="s")
     train = address("/train", flags=f"--config={first_preset()}")
     for path in (
         *("/", "/run/runs/a", "/remove?run=runs/a", "/branch?run=runs/a", "/chat"),
@@ -127,22 +127,22 @@ def test_a_key_that_only_looks_changes_nothing_and_sees_no_button(
     assert client.post("/act/notes", data=form).status_code == 403
     for path in ("/flags/train", "/flags/evaluate", "/flags/sweeps"):
         assert client.get(path, params={"pasted": ""}).status_code in (303, 400)
-    assert place.client().post("/act/notes", data=form).status_code == 303
+    assert site.client().post("/act/notes", data=form).status_code == 303
 
 
-def test_every_answer_forbids_other_scripts_and_frames(place):
-    client = place.client()
+def test_every_answer_forbids_other_scripts_and_frames(site):
+    client = site.client()
     for path in ("/", "/absent", "/static/studio.css"):
         policy = client.get(path).headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy
         assert "frame-ancestors 'none'" in policy
 
 
-def test_a_page_holds_no_script_or_style_of_its_own(place):
+def test_a_page_holds_no_script_or_style_of_its_own(site):
     """The policy would block them, so they would be missed by nobody but users."""
-    make_run(place.runs / "a", "finished")
-    make_run(place.runs / "b", "failed")
-    client = place.client()
+    make_run(site.runs / "a", "finished")
+    make_run(site.runs / "b", "failed")
+    client = site.client()
     paths = ("/", "/run/runs/a", "/compare?run=runs/a&run=runs/b", "/queue")
     for path in (*paths, "/remove?run=runs/a", "/branch?run=runs/a", "/absent"):
         text = client.get(path).text
@@ -157,11 +157,11 @@ def test_a_page_holds_no_script_or_style_of_its_own(place):
         "elsewhere/a", "", "runs/link", "runs/link/inner", "runs/./a", "~/a",
     ],
 )  # fmt: skip
-def test_no_path_leads_out_of_the_roots(place, tmp_path, name):
-    make_run(place.runs / "a")
+def test_no_path_leads_out_of_the_roots(site, tmp_path, name):
+    make_run(site.runs / "a")
     make_run(tmp_path / "outside" / "inner")
-    (place.runs / "link").symlink_to(tmp_path / "outside")
-    client = place.client(accept="application/json")
+    (site.runs / "link").symlink_to(tmp_path / "outside")
+    client = site.client(accept="application/json")
     for answer in (
         client.get("/api/curves", params={"run": name}),
         client.get("/remove", params={"run": name}),

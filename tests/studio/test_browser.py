@@ -53,31 +53,31 @@ ALIAS = {"promotions": [PROMOTED, PROMOTED]}
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     monkeypatch.setattr(run_feed, "LOOK_EVERY", 0.05)
-    place = StudioPlace(tmp_path)
+    site = StudioPlace(tmp_path)
     lines = [eval_line(0, 3.0, qa=3.5), *(train_line(n) for n in range(1, 80))]
-    make_run(place.runs / NAME, "killed", lines)
-    make_run(place.runs / "other", "finished")
-    make_evaluation(place.runs / NAME)
-    write_sweep(place.runs / NAME)
-    (place.runs / NAME / "checkpoints" / "60").mkdir(parents=True)
-    (place.runs / "other" / "checkpoints" / "3").mkdir(parents=True)
-    (place.runs / "prod").mkdir()
-    (place.runs / "prod" / "alias.json").write_text(json.dumps(ALIAS))
-    servers = place.runs / ".studio" / "servers"
+    make_run(site.runs / NAME, "killed", lines)
+    make_run(site.runs / "other", "finished")
+    make_evaluation(site.runs / NAME)
+    write_sweep(site.runs / NAME)
+    (site.runs / NAME / "checkpoints" / "60").mkdir(parents=True)
+    (site.runs / "other" / "checkpoints" / "3").mkdir(parents=True)
+    (site.runs / "prod").mkdir()
+    (site.runs / "prod" / "alias.json").write_text(json.dumps(ALIAS))
+    servers = site.runs / ".studio" / "servers"
     keys = list_server(servers, "api", port=9, key_file="keys") / "keys"
     keys.write_text("admin the-key-of-the-studio\nthe-key-of-ann-00000 # ann\n")
     text = json.dumps({"port": 9, "key_file": str(keys)})
     keys.with_name("server.json").write_text(text)
-    (place.data / "rows.jsonl").write_text('{"ask": "Is it?", "say": "It is."}\n')
-    server = ServedStudio(place.app)
-    yield place, server
+    (site.data / "rows.jsonl").write_text('{"ask": "Is it?", "say": "It is."}\n')
+    server = ServedStudio(site.app)
+    yield site, server
     server.stop()
 
 
 def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
-    place, server = served
+    site, server = served
     tab = Tab(browser, server)
-    page, run = tab.page, place.runs / NAME
+    page, run = tab.page, site.runs / NAME
     page.get_by_role("link", name=f"runs/{NAME}").click()
     page.get_by_text("live", exact=True).wait_for()
     assert "token" not in page.url
@@ -87,7 +87,7 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
     page.locator('[data-figure="held_out"]', has_text="0.75").wait_for()
     server.stop()
     append(run, train_line(81, loss=0.0625))
-    again = ServedStudio(StudioPlace(place.runs.parent).app, server.port)
+    again = ServedStudio(StudioPlace(site.runs.parent).app, server.port)
     try:
         page.locator('[data-figure="loss"]', has_text="0.0625").wait_for()
         page.get_by_label("Smoothing").select_option("25")
@@ -101,11 +101,34 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
     assert tab.faults == []
 
 
+def test_compared_curves_have_a_table_and_outlive_a_run_that_is_removed(
+    browser, served
+):
+    site, server = served
+    tab = Tab(browser, server)
+    page = tab.page
+    tab.open(f"/compare?run=runs/{NAME}&run=runs/other")
+    table = page.locator('[data-chart="loss"] details')
+    table.locator("summary").press("Enter")
+    table.locator("tbody tr").first.wait_for()
+    heads = ["step", f"runs/{NAME}", "runs/other"]
+    assert table.locator("th").all_inner_texts() == heads
+    last = table.locator("tbody tr").last.locator("td")
+    assert last.all_inner_texts() == ["79", "0.03797", "-"]
+    page.get_by_label("logarithmic").check()
+    page.locator('[data-chart="loss"] .u-legend', has_text="runs/other").wait_for()
+    assert tab.faults == []
+    shutil.rmtree(site.runs / "other")
+    page.get_by_label("Smoothing").select_option("25")
+    page.locator("[data-problem]", has_text="runs/other").wait_for()
+    assert table.locator("th").all_inner_texts() == heads[:2]
+
+
 def test_a_page_follows_a_job_that_begins_writes_and_ends(browser, served):
-    place, server = served
-    log = place.runs / "job.log"
+    site, server = served
+    log = site.runs / "job.log"
     own = {"pid": os.getpid(), "born": psutil.Process().create_time(), "began": "2026"}
-    queue = place.state.queue
+    queue = site.state.queue
     job = QueuedJob("1", ("x", "-m", "y"), "my job", "a", str(log), "/", "2026")
     with queue.changing() as jobs:
         jobs.waiting.append(job)

@@ -132,8 +132,8 @@ def test_a_conversation_becomes_the_row_that_training_reads(kept):
         row_of([])
 
 
-def test_rows_are_added_below_the_data_alone(place):
-    roots, data = place.state.data, place.data
+def test_rows_are_added_below_the_data_alone(site):
+    roots, data = site.state.data, site.data
     (data / "old.jsonl").write_text('{"torn": 1}')
     (data / "out.jsonl").symlink_to("/tmp/elsewhere.jsonl")
     (data / "inner").mkdir()
@@ -175,16 +175,16 @@ def test_win_rates_have_wilsons_interval_and_a_prompt_counts_once(tmp_path):
 
 
 @pytest.fixture
-def hand(place, socket_folder):
+def hand(site, socket_folder):
     """A server `hand` with the models `base` and `tuned`."""
     fake = FakeUpstream(socket_folder / "hand", said_by_models)
-    list_server(place.runs / ".studio" / "servers", "hand", uds=str(fake.path))
+    list_server(site.runs / ".studio" / "servers", "hand", uds=str(fake.path))
     yield fake
     fake.stop()
 
 
-def test_the_form_asks_all_models_and_the_page_shows_what_is_kept(place, hand):
-    client = place.client()
+def test_the_form_asks_all_models_and_the_page_shows_what_is_kept(site, hand):
+    client = site.client()
     page = client.get("/chat").text
     assert "ready" in page and 'name="model" value="tuned"' in page
     form = {"server": "hand", "model": ["base", "tuned"], "text": EVIL, "seed": "7"}
@@ -211,7 +211,7 @@ def test_the_form_asks_all_models_and_the_page_shows_what_is_kept(place, hand):
     assert json.loads(row.text)["response"] == "tuned says <b>"
     added = client.post("/act/chat/rows", data=fields | {"file": "mine.jsonl"})
     assert added.status_code == 303
-    assert (place.data / "mine.jsonl").read_text() == row.text
+    assert (site.data / "mine.jsonl").read_text() == row.text
     bad = {"temperature": "warm"}, {"model": "absent"}, {"text": " "}
     for change in bad:
         assert client.post("/act/chat/ask", data=form | change).status_code == 400
@@ -220,7 +220,7 @@ def test_the_form_asks_all_models_and_the_page_shows_what_is_kept(place, hand):
     assert client.post("/act/vote", data=vote).json()[0]["name"] == "tuned"
     assert client.post("/act/vote", data=vote).status_code == 409
     assert "cannot be told yet" in client.get("/chat").text
-    with (place.runs / ".studio" / "chats" / f"{chat}.jsonl").open("a") as file:
+    with (site.runs / ".studio" / "chats" / f"{chat}.jsonl").open("a") as file:
         file.write('{"kind": "tu\n')
     # Scripts replace what is in #chat, so a warning there would not be seen.
     page = client.get(f"/chat?chat={chat}").text
@@ -230,23 +230,23 @@ def test_the_form_asks_all_models_and_the_page_shows_what_is_kept(place, hand):
 
 
 def test_a_key_that_looks_reads_chats_and_asks_nothing(tmp_path):
-    place = StudioPlace(tmp_path, f"{'looks-only-' * 2}\nadmin {TOKEN}")
-    client = place.client("looks-only-" * 2)
+    site = StudioPlace(tmp_path, f"{'looks-only-' * 2}\nadmin {TOKEN}")
+    client = site.client("looks-only-" * 2)
     assert client.get("/chat").status_code == 200
     for path in ("/act/chat/ask", "/act/chat/serve", "/api/chats", "/act/vote"):
         assert client.post(path, data={}).status_code == 403
     assert client.post("/api/servers/a/v1/completions").status_code == 403
 
 
-def test_the_command_of_a_server_is_shown_before_it_starts(place, monkeypatch):
-    monkeypatch.chdir(place.runs.parent)
+def test_the_command_of_a_server_is_shown_before_it_starts(site, monkeypatch):
+    monkeypatch.chdir(site.runs.parent)
     for name, base in (("a", "1" * 64), ("b", "2" * 64)):
-        run = make_run(place.runs / name, "finished")
+        run = make_run(site.runs / name, "finished")
         (run / "identity.json").write_text(json.dumps({"base model": base}))
         (run / "checkpoints" / "30").mkdir(parents=True)
-    (place.runs / "prod").mkdir()
-    (place.runs / "prod" / "alias.json").write_text("{}")
-    client = place.client()
+    (site.runs / "prod").mkdir()
+    (site.runs / "prod" / "alias.json").write_text("{}")
+    client = site.client()
     page = client.get("/chat").text
     assert "<option>runs/prod</option>" in page
     assert '<optgroup label="base 11111111">' in page and "runs/b@30" in page

@@ -41,25 +41,25 @@ WRONG = {f"{knob}={value}": "outside of" for knob, value in OUT.items()} | TAKEN
 
 
 @pytest.fixture
-def full(place, monkeypatch):
+def full(site, monkeypatch):
     """A run, and a data folder with links that lead out."""
     monkeypatch.setattr(JobQueue, "work", lambda self: None)
-    secret = place.data.parent / "secret.jsonl"
+    secret = site.data.parent / "secret.jsonl"
     secret.write_text(SECRET)
     for name in ("sub", "hidden/inner"):
-        (place.data / name).mkdir(parents=True)
-    (place.data / "sub" / "a.jsonl").symlink_to(secret)
+        (site.data / name).mkdir(parents=True)
+    (site.data / "sub" / "a.jsonl").symlink_to(secret)
     # A link to a folder of the roots, and from there out of them.
-    (place.data / "hidden" / "inner" / "a.jsonl").symlink_to(secret)
-    (place.data / "above").mkdir()
-    (place.data / "above" / "link").symlink_to(place.data / "hidden")
-    run = make_run(place.runs / "tuned")
+    (site.data / "hidden" / "inner" / "a.jsonl").symlink_to(secret)
+    (site.data / "above").mkdir()
+    (site.data / "above" / "link").symlink_to(site.data / "hidden")
+    run = make_run(site.runs / "tuned")
     (run / "checkpoints" / "20").mkdir(parents=True)
-    return place
+    return site
 
 
-def written(place, text):
-    return text.replace("RUNS", str(place.runs)).replace("DATA", str(place.data))
+def written(site, text):
+    return text.replace("RUNS", str(site.runs)).replace("DATA", str(site.data))
 
 
 @pytest.mark.parametrize("change, said", WRONG.items())
@@ -137,14 +137,14 @@ def test_what_lies_below_the_roots_or_is_no_path_is_taken(full):
         ("text.cache_dir", "RUNS/cache"), ("text.cache_dir", "RUNS/new/cache"),
         ("text.cache_dir", "auto"), ("runtime.compilation_cache", ""),
     ):  # fmt: skip
-        place = full.runs / "tuned" if value == "RUNS/tuned" else own
+        site = full.runs / "tuned" if value == "RUNS/tuned" else own
         is_list = isinstance(value, tuple)
         value = (
             tuple(written(full, part) for part in value)
             if is_list
             else written(full, value)
         )
-        confined.check_knob(knob, value, place)
+        confined.check_knob(knob, value, site)
     with pytest.raises(PageError, match="outside of"):
         confined.check_knob("data.path", "auto", own)  # A word of another knob.
     with pytest.raises(UserError, match="is no path"):

@@ -20,14 +20,14 @@ from research.studio.checks.row_survey import (
     summed_up,
     write_survey,
 )
-from research.tasks.row_preview import PreviewDocument, PreviewSpan, RowPage
+from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan, RowPage
 
 ROW = {"question": "What is <b>red</b>?", "reply": "A colour.", "kind": "plain"}
 
 
 @pytest.fixture
-def file(place):
-    path = place.data / "rows.jsonl"
+def file(site):
+    path = site.data / "rows.jsonl"
     path.write_text(json.dumps(ROW) + "\nno JSON\n")
     return path
 
@@ -42,8 +42,8 @@ def started(monkeypatch):
     return found
 
 
-def test_columns_are_chosen_from_those_of_the_file(place, file, started):
-    client = place.client()
+def test_columns_are_chosen_from_those_of_the_file(site, file, started):
+    client = site.client()
     page = client.get("/data?file=data/rows.jsonl").text
     assert '<option value="reply">' in page
     fields = {"file": "data/rows.jsonl", "instruction": "question", "skip": "yes"}
@@ -60,28 +60,28 @@ def test_columns_are_chosen_from_those_of_the_file(place, file, started):
 
 
 @pytest.mark.parametrize("name", ["../rows.jsonl", "data/../../etc", "/etc/passwd"])
-def test_no_file_outside_is_read(place, file, started, name):
-    client = place.client()
+def test_no_file_outside_is_read(site, file, started, name):
+    client = site.client()
     page = client.get("/data", params={"file": name}).text
     assert "Look at the rows" not in page
     assert client.post("/act/look", data={"file": name}).status_code in (403, 404)
     assert started == []
 
 
-def test_a_link_that_leads_out_is_not_listed(place, tmp_path):
+def test_a_link_that_leads_out_is_not_listed(site, tmp_path):
     (tmp_path / "secret.jsonl").write_text("{}\n")
-    (place.data / "linked.jsonl").symlink_to(tmp_path / "secret.jsonl")
-    assert "linked.jsonl" not in place.client().get("/data").text
+    (site.data / "linked.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    assert "linked.jsonl" not in site.client().get("/data").text
 
 
-def test_an_upload_is_written_and_named_once(place):
-    client = place.client(origin="http://127.0.0.1:8700", accept="application/json")
+def test_an_upload_is_written_and_named_once(site):
+    client = site.client(origin="http://127.0.0.1:8700", accept="application/json")
     answer = client.put("/act/upload/new.csv", content=b"question,reply\na,b\n")
     assert answer.json()["file"] == "data/new.csv"
-    assert (place.data / "new.csv").read_bytes() == b"question,reply\na,b\n"
+    assert (site.data / "new.csv").read_bytes() == b"question,reply\na,b\n"
     assert client.put("/act/upload/new.csv", content=b"x").status_code == 409
     assert client.put("/act/upload/new.exe", content=b"x").status_code == 400
-    assert '"action": "upload"' in (place.runs / ".studio/audit.jsonl").read_text()
+    assert '"action": "upload"' in (site.runs / ".studio/audit.jsonl").read_text()
 
 
 def script(monkeypatch, code):
@@ -101,7 +101,7 @@ def ended(checks, flags=()):
     raise AssertionError("the check does not end")
 
 
-def test_what_a_check_finds_is_read_from_its_files(place, monkeypatch):
+def test_what_a_check_finds_is_read_from_its_files(site, monkeypatch):
     findings = {"findings": [{"name": "rows", "text": "2: <i>a</i>", "ok": False}]}
     spans = [{"ids": [1], "text": "ask", "trained": False}]
     spans += [{"ids": [2], "text": "<u>", "trained": True}]
@@ -111,9 +111,9 @@ def test_what_a_check_finds_is_read_from_its_files(place, monkeypatch):
     code += f"(p / 'preview.json').write_text({json.dumps(rows)!r})\n"
     code += f"(p / 'doctor.json').write_text({json.dumps(findings)!r})\n"
     script(monkeypatch, code.replace("%r", "'%s'"))
-    client = place.client()
+    client = site.client()
     at = client.post("/act/look", data={"file": "embedded"}).next_request.url
-    checks = place.state.checks
+    checks = site.state.checks
     flags = ["--config=configs/finetune_dolly.py", "--config.data.path=embedded"]
     found = ended(checks, flags)
     assert found.is_red
@@ -138,13 +138,14 @@ def test_a_check_that_fails_says_why_and_a_new_one_ends_the_last(tmp_path, monke
 # -- all rows ------------------------------------------------------------------------
 
 
-def survey(place, flags, first=0, **more):
+def survey(site, flags, first=0, **more):
     """Files as a check of 450 rows leaves them."""
     spans = [PreviewSpan((), "ask", False), PreviewSpan((), "<u>", True)]
     numbers = range(first, min(first + BLOCK, 450))
-    rows = [PreviewDocument("", f"row-{n}", tuple(spans)) for n in numbers]
+    documents = (PreviewDocument("", f"row-{n}", tuple(spans)) for n in numbers)
+    rows = [PreviewRow((document,)) for document in documents]
     page = RowPage(first, rows, np.full(450, 40), [("b:2", "<b>:1")], 3)
-    checks = place.state.checks
+    checks = site.state.checks
     folder = checks._place(flags, True, first)
     folder.mkdir(parents=True)
     (folder / "process.json").write_text('{"pid": 99999999, "born": 1.0}')
@@ -152,11 +153,11 @@ def survey(place, flags, first=0, **more):
     write_survey(folder, summed_up(page, ["rows.jsonl:7: <i>empty</i>"], 63))
 
 
-def test_all_rows_are_paged_with_bounded_work_for_each_page(place, started):
+def test_all_rows_are_paged_with_bounded_work_for_each_page(site, started):
     flags = ["--config=configs/finetune_dolly.py", "--config.data.path=embedded"]
-    survey(place, flags)
-    survey(place, flags, BLOCK)
-    client = place.client()
+    survey(site, flags)
+    survey(site, flags, BLOCK)
+    client = site.client()
 
     def places(at):
         return re.findall(r"row-(\d+)", client.get(f"/data?file=embedded{at}").text)
@@ -207,10 +208,35 @@ def test_a_check_of_rows_writes_what_the_page_shows(tmp_path, monkeypatch):
     assert checks_door.main([*door, f"--config={first_preset()}", *words]) == 0
     found = read_survey(into)
     assert (found.total, found.first, found.too_long) == (18, 3, 1)
-    assert len({row.where for row in found.rows}) == 15
+    (shown,) = zip(*(row.documents for row in found.rows), strict=True)
+    assert len({row.where for row in shown}) == 15
     assert found.copy_count == 4 and found.left_out_count == 2
-    assert all("yes" in row.spans[-1].text for row in found.rows)
-    assert all(row.spans[-1].trained for row in found.rows)
+    assert all("yes" in row.spans[-1].text for row in shown)
+    assert all(row.spans[-1].trained for row in shown)
+
+
+def test_a_check_of_raw_text_writes_all_of_its_rows(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b", "c"):
+        text = "".join(f"Line {n} of a note.\n" for n in range(20 + (name == "c")))
+        (texts / f"{name}.txt").write_text(text)
+    flags = {
+        **{"text.sources": f"('notes={texts}',)", "text.tokenizer": "byte"},
+        **{"text.cache_dir": tmp_path / "cache", "text.held_out_share": 0},
+        **{"data.seq_len": 32, "data.batch_size": 2, "run_dir": tmp_path / "run"},
+    }
+    into = tmp_path / "into"
+    words = [f"--config.{name}={value}" for name, value in flags.items()]
+    door = ["checks", f"--into={into}", "--rows_only", "--first=5"]
+    assert checks_door.main([*door, "--config=configs/pretrain_tiny.py", *words]) == 0
+    found = read_survey(into)
+    assert found.total > 30 and len(found.rows) == found.total - 5
+    assert found.rows[0].documents[0].where == "training row 6, document 1"
+    assert found.longest == 33 and found.lengths[-1][2] == found.total
+    assert list(map(tuple, found.copies)) == [
+        ("notes, document 2", "notes, document 1")
+    ]
 
 
 SOURCES = "--config.text.sources="
@@ -228,18 +254,18 @@ SOURCES = "--config.text.sources="
         ({"file": "data", "read": "text"}, ["--config.text.sources=('data={data}',)"]),
     ],
 )
-def test_the_hub_folders_and_raw_text_are_sources(place, started, fields, flags):
-    (place.data / "notes.md").write_text("# Notes\n")
-    client = place.client()
+def test_the_hub_folders_and_raw_text_are_sources(site, started, fields, flags):
+    (site.data / "notes.md").write_text("# Notes\n")
+    client = site.client()
     assert client.post("/act/look", data=fields).is_redirect
     preset, *found = started[0]
-    assert found == [flag.format(data=place.data) for flag in flags]
+    assert found == [flag.format(data=site.data) for flag in flags]
     assert ("pretrain_tiny" in preset) == ("text" in flags[0])
     assert "Look at the" in client.get("/data", params=fields).text
 
 
-def test_raw_text_outside_of_the_roots_is_refused_on_the_train_page(place):
+def test_raw_text_outside_of_the_roots_is_refused_on_the_train_page(site):
     flags = "--config=configs/pretrain_tiny.py --config.text.sources=\"('x=/etc',)\""
     assert (
-        "lies outside of" in place.client().get("/train", params={"flags": flags}).text
+        "lies outside of" in site.client().get("/train", params={"flags": flags}).text
     )

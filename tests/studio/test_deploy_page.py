@@ -29,9 +29,9 @@ def with_steps(folder, *steps):
     identity = dict.fromkeys(("run", "data", "base model", "tokenizer"), "x")
     (folder / "identity.json").write_text(json.dumps(identity))
     for step in steps:
-        place = folder / "checkpoints" / str(step)
-        place.mkdir(parents=True)
-        (place / "sums.json").write_text(json.dumps({"sum": f"{folder.name}{step}"}))
+        site = folder / "checkpoints" / str(step)
+        site.mkdir(parents=True)
+        (site / "sums.json").write_text(json.dumps({"sum": f"{folder.name}{step}"}))
     return folder
 
 
@@ -47,25 +47,25 @@ def commands_in_this_process(monkeypatch):
     monkeypatch.setattr(deploy_page, "_run", run)
 
 
-def audit(place):
-    return [(x["action"], x["what"]) for x in place.state.audit.read()]
+def audit(site):
+    return [(x["action"], x["what"]) for x in site.state.audit.read()]
 
 
-def test_an_alias_is_moved_by_the_command_that_the_page_shows(place):
-    with_steps(place.runs / "a", 2, 4)
-    client = place.client()
+def test_an_alias_is_moved_by_the_command_that_the_page_shows(site):
+    with_steps(site.runs / "a", 2, 4)
+    client = site.client()
     fields = {"do": "promote", "run": "runs/a", "step": "2", "alias": "prod"}
     page = client.get("/deploy", params=fields).text
-    command = f"--alias={place.runs}/prod --run={place.runs}/a@2"
+    command = f"--alias={site.runs}/prod --run={site.runs}/a@2"
     assert command in page and "Move the alias" in page
     assert client.post("/act/promote", data=fields).status_code == 303
-    assert run_alias.target(place.runs / "prod") == (place.runs / "a", 2)
-    assert audit(place) == [("promote", "prod")]
+    assert run_alias.target(site.runs / "prod") == (site.runs / "a", 2)
+    assert audit(site) == [("promote", "prod")]
     assert "runs/a@2" in client.get("/deploy").text
-    ((line),) = place.state.audit.read()
+    ((line),) = site.state.audit.read()
     assert line["command"].endswith(command)
     # The alias is no run, and the step it stands for holds its run here.
-    assert len(place.state.listed()) == 1
+    assert len(site.state.listed()) == 1
     refused = client.post("/act/trash", data={"run": "runs/a"})
     assert refused.status_code == 400 and "prod" in refused.text
     refused = client.post("/act/promote", data={"do": "back", "alias": "runs/prod"})
@@ -86,24 +86,24 @@ def test_an_alias_is_moved_by_the_command_that_the_page_shows(place):
         ({"run": ""}, "choose a run"),
     ],
 )
-def test_an_alias_that_cannot_be_is_refused_in_one_sentence(place, change, said):
-    with_steps(place.runs / "a", 2)
+def test_an_alias_that_cannot_be_is_refused_in_one_sentence(site, change, said):
+    with_steps(site.runs / "a", 2)
     fields = {"do": "promote", "run": "runs/a", "step": "2", "alias": "prod", **change}
-    answer = place.client().post("/act/promote", data=fields)
+    answer = site.client().post("/act/promote", data=fields)
     assert answer.status_code in (400, 403, 404) and said in answer.text
-    assert not (place.runs / "prod").exists()
+    assert not (site.runs / "prod").exists()
 
 
-def test_an_export_is_a_job_of_the_queue_in_each_format(place, monkeypatch):
-    monkeypatch.setattr(place.state.queue, "work", lambda: None)
-    with_steps(place.runs / "a", 2, 4)
-    client = place.client()
+def test_an_export_is_a_job_of_the_queue_in_each_format(site, monkeypatch):
+    monkeypatch.setattr(site.state.queue, "work", lambda: None)
+    with_steps(site.runs / "a", 2, 4)
+    client = site.client()
     for number, each in enumerate(deploy_page.exports.FORMATS):
         fields = {"do": "export", "run": "runs/a", "step": "", "format": each.name}
         assert client.post("/act/export", data=fields).status_code == 303
-        job = place.state.queue.read().waiting[number]
-        out = place.runs / "a" / "exports" / f"4-{each.name}"
-        words = [f"--run={place.runs}/a", "--step=4", f"--out={out}", *each.flags]
+        job = site.state.queue.read().waiting[number]
+        out = site.runs / "a" / "exports" / f"4-{each.name}"
+        words = [f"--run={site.runs}/a", "--step=4", f"--out={out}", *each.flags]
         assert job.command[1:3] == ("-m", "research.export")
         assert [*job.command[3:]] == words
     assert "waits" in client.get("/deploy").text
@@ -111,8 +111,8 @@ def test_an_export_is_a_job_of_the_queue_in_each_format(place, monkeypatch):
     assert bad.status_code == 400 and "float32, bfloat16, float16" in bad.text
 
 
-def test_exports_on_disk_are_listed_with_their_step_and_comparison(place):
-    run = with_steps(place.runs / "a", 4)
+def test_exports_on_disk_are_listed_with_their_step_and_comparison(site):
+    run = with_steps(site.runs / "a", 4)
     for name, facts in (
         ("4-float32", {"step": 4, "dtype": "float32", "files": {"x": []}}),
         ("4-checked", {"step": 4, "dtype": "int8", "verified": "32 tokens are equal"}),
@@ -121,42 +121,42 @@ def test_exports_on_disk_are_listed_with_their_step_and_comparison(place):
         folder = run / "exports" / name
         folder.mkdir(parents=True)
         (folder / "exported_from.json").write_text(json.dumps(facts))
-    page = place.client().get("/deploy").text
+    page = site.client().get("/deploy").text
     assert "not compared; 1 files with checksums" in page
     assert "32 tokens are equal" in page
     assert "cannot be used" in page
 
 
 @pytest.fixture
-def started(place, monkeypatch):
+def started(site, monkeypatch):
     """The commands of servers that would have been started."""
     found = []
 
     def start(name, flags, by):
-        command = place.state.servers.command(name, flags)
+        command = site.state.servers.command(name, flags)
         found.append(command)
-        folder = place.runs / ".studio" / "servers"
+        folder = site.runs / ".studio" / "servers"
         return ModelServer(name, folder / name, tuple(command), 8701)
 
-    monkeypatch.setattr(place.state.servers, "start", start)
+    monkeypatch.setattr(site.state.servers, "start", start)
     return found
 
 
-def test_a_server_of_an_alias_is_started_by_the_command_that_is_shown(place, started):
-    with_steps(place.runs / "a", 2)
-    (place.runs / "prod").mkdir()
-    (place.runs / "prod" / "alias.json").write_text('{"promotions": []}')
-    client = place.client()
+def test_a_server_of_an_alias_is_started_by_the_command_that_is_shown(site, started):
+    with_steps(site.runs / "a", 2)
+    (site.runs / "prod").mkdir()
+    (site.runs / "prod" / "alias.json").write_text('{"promotions": []}')
+    client = site.client()
     fields = {"do": "serve", "name": "api", "run": ["runs/prod", "runs/a"]}
     fields |= {"port": "9123", "slots": "4", "weights": ""}
     page = client.get("/deploy", params=fields).text
     answer = client.post("/act/serve", data=fields)
     assert answer.headers["location"].startswith("/deploy/api")
     ((command),) = started
-    assert f"--run={place.runs}/prod" in command and "--slots=4" in command
-    assert "--port=9123" in command and f"--adapters_from={place.runs}" in command
+    assert f"--run={site.runs}/prod" in command and "--slots=4" in command
+    assert "--port=9123" in command and f"--adapters_from={site.runs}" in command
     assert " ".join(command[1:]) in page
-    assert audit(place) == [("serve", "api")]
+    assert audit(site) == [("serve", "api")]
     for change, said in (
         ({"name": "../x"}, "is no name for a server"), ({"run": []}, "at least one"),
         ({"run": "runs"}, "is not a run directory"), ({"port": "x"}, "is no port"),
@@ -166,14 +166,14 @@ def test_a_server_of_an_alias_is_started_by_the_command_that_is_shown(place, sta
     assert len(started) == 1
 
 
-def test_a_key_is_shown_once_kept_as_a_digest_and_removed(place, tmp_path):
-    folder = place.runs / ".studio" / "servers"
+def test_a_key_is_shown_once_kept_as_a_digest_and_removed(site, tmp_path):
+    folder = site.runs / ".studio" / "servers"
     list_server(folder, "api", port=9, key_file=str(folder / "api" / "keys"))
     file = folder / "api" / "keys"
     file.write_text("admin the-key-of-the-studio-itself\n")
     file.chmod(0o600)
     keys = KeyFile(file)
-    client = place.client()
+    client = site.client()
     made = {"server": "api", "action": "make", "name": "ann's laptop", "role": "user"}
     assert client.post("/act/key", data=made).status_code == 400
     page = client.post("/act/key", data=made | {"name": "ann@laptop"})
@@ -187,7 +187,7 @@ def test_a_key_is_shown_once_kept_as_a_digest_and_removed(place, tmp_path):
     again = client.get("/deploy/api").text
     assert key not in again and "ann@laptop" in again
     assert "the-key-of-the-studio" not in again
-    assert place.state.servers.find("api").key() == "the-key-of-the-studio-itself"
+    assert site.state.servers.find("api").key() == "the-key-of-the-studio-itself"
     remove = {"server": "api", "action": "remove"}
     assert client.post("/act/key", data=remove | {"key": own.id}).status_code == 400
     assert client.post("/act/key", data=remove | {"key": ann.id}).status_code == 303
@@ -195,8 +195,8 @@ def test_a_key_is_shown_once_kept_as_a_digest_and_removed(place, tmp_path):
     assert keys.role(b"Bearer the-key-of-the-studio-itself") == "admin"
     assert client.post("/act/key", data=remove | {"key": ann.id}).status_code == 400
     assert (
-        audit(place)[0] == ("make key", "api")
-        and key not in place.state.audit.path.read_text()
+        audit(site)[0] == ("make key", "api")
+        and key not in site.state.audit.path.read_text()
     )
 
 
@@ -231,7 +231,7 @@ ANSWERS = {
 
 
 @pytest.fixture
-def ready(place):
+def ready(site):
     """A server that is ready, as far as it shows; its requests."""
 
     def answer(connection, fake):
@@ -244,13 +244,13 @@ def ready(place):
 
     with tempfile.TemporaryDirectory() as folder:
         fake = FakeUpstream(Path(folder, "socket"), answer)
-        list_server(place.runs / ".studio" / "servers", "api", uds=str(fake.path))
+        list_server(site.runs / ".studio" / "servers", "api", uds=str(fake.path))
         yield fake
         fake.stop()
 
 
-def test_the_page_of_a_server_shows_models_slots_and_programs(place, ready):
-    client = place.client()
+def test_the_page_of_a_server_shows_models_slots_and_programs(site, ready):
+    client = site.client()
     page = html.unescape(client.get("/deploy/api").text)
     assert "1 of 2" in page and "fp_1" in page
     assert '"model": "tuned"' in page and "model='tuned'" in page
@@ -261,21 +261,21 @@ def test_the_page_of_a_server_shows_models_slots_and_programs(place, ready):
 
 
 def test_a_server_that_stops_while_it_is_looked_at_is_no_error(
-    place, ready, monkeypatch
+    site, ready, monkeypatch
 ):
     monkeypatch.delitem(ANSWERS, "/slots")
-    found = place.client().get("/api/served/api")
+    found = site.client().get("/api/served/api")
     assert found.status_code == 200 and found.json()["figures"] is None
-    assert place.client().get("/deploy/api").status_code == 200
+    assert site.client().get("/deploy/api").status_code == 200
 
 
-def test_adapters_are_loaded_from_runs_of_the_studio_alone(place, ready):
-    with_steps(place.runs / "a", 2)
-    client = place.client()
+def test_adapters_are_loaded_from_runs_of_the_studio_alone(site, ready):
+    with_steps(site.runs / "a", 2)
+    client = site.client()
     load = {"server": "api", "action": "load", "name": "", "run": "runs/a", "step": "2"}
     assert client.post("/act/adapter", data=load).status_code == 303
     top, body = ready.requests[-1]
-    sent = {"lora_name": "a", "lora_path": f"{place.runs}/a@2"}
+    sent = {"lora_name": "a", "lora_path": f"{site.runs}/a@2"}
     assert "/v1/load_lora_adapter" in top and json.loads(body) == sent
     count = len(ready.requests)
     for run in ("runs/../a", "/etc", "runs"):
@@ -284,7 +284,7 @@ def test_adapters_are_loaded_from_runs_of_the_studio_alone(place, ready):
     assert len(ready.requests) == count
     gone = client.post("/act/adapter", data=load | {"action": "unload", "name": "x"})
     assert gone.status_code == 404 and "no such adapter" in gone.text
-    assert [x[0] for x in audit(place)] == ["load", "unload"]
+    assert [x[0] for x in audit(site)] == ["load", "unload"]
 
 
 @pytest.mark.parametrize("is_chat", [True, False])

@@ -16,14 +16,14 @@ EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture
-def client(place, monkeypatch):
+def client(site, monkeypatch):
     monkeypatch.setattr(JobQueue, "work", lambda self: None)
-    monkeypatch.chdir(place.runs.parent)
+    monkeypatch.chdir(site.runs.parent)
     for name in ("a", "b"):
-        make_run(place.runs / name, "finished")
-        (place.runs / name / "checkpoints" / "3").mkdir(parents=True)
-    (place.data / "test.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
-    return place.client()
+        make_run(site.runs / name, "finished")
+        (site.runs / name / "checkpoints" / "3").mkdir(parents=True)
+    (site.data / "test.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    return site.client()
 
 
 def sent(page):
@@ -68,7 +68,7 @@ def test_a_pasted_command_fills_the_form_which_makes_the_same_command(client, fl
     assert sorted(again) == sorted(flags)
 
 
-def test_a_start_queues_the_command_that_is_shown(place, client):
+def test_a_start_queues_the_command_that_is_shown(site, client):
     flags = "--run=runs/a --run=runs/b --data=data/test.jsonl"
     page = client.get("/evaluate", params={"flags": flags}).text
     assert f"-m research.evaluate {flags}" in page
@@ -77,7 +77,7 @@ def test_a_start_queues_the_command_that_is_shown(place, client):
         assert answer.status_code == expected
     other = client.post("/act/evaluate", data={"flags": "--run=runs/a --rows=1"})
     assert other.status_code == 303
-    first, second = place.state.queue.read().waiting
+    first, second = site.state.queue.read().waiting
     assert first.command[1:] == ("-m", "research.evaluate", *flags.split())
     assert first.name == "evaluate a, b on test.jsonl" and first.log != second.log
     page = client.get("/evaluate").text
@@ -85,7 +85,7 @@ def test_a_start_queues_the_command_that_is_shown(place, client):
     assert "<strong>evaluate a, b on test.jsonl</strong>" in page
     # An evaluation of a run is no training of it.
     assert "queued" not in client.get("/run/runs/a").text
-    line = place.state.audit.read()[0]
+    line = site.state.audit.read()[0]
     assert line["action"] == "evaluate" and line["command"].endswith("test.jsonl")
 
 
@@ -112,16 +112,16 @@ def test_a_start_queues_the_command_that_is_shown(place, client):
     ],
 )
 def test_what_would_be_refused_or_leads_out_is_said_and_not_queued(
-    place, client, flags, said
+    site, client, flags, said
 ):
-    (place.runs / "evil.py").write_text("raise SystemExit('it was run')\n")
-    (place.runs / "out").symlink_to("/etc")
+    (site.runs / "evil.py").write_text("raise SystemExit('it was run')\n")
+    (site.runs / "out").symlink_to("/etc")
     page = client.get("/evaluate", params={"flags": flags})
     assert page.status_code == 200
     assert said in page.text and "<h2>Command" not in page.text
     answer = client.post("/act/evaluate", data={"flags": flags})
     assert answer.status_code in (400, 403)
-    assert not place.state.queue.read().waiting
+    assert not site.state.queue.read().waiting
 
 
 def test_an_upload_is_chosen_beside_the_other_flags(client):
@@ -131,12 +131,12 @@ def test_an_upload_is_chosen_beside_the_other_flags(client):
     assert client.get("/evaluate", params=fields | {"file": "data/../x"}).is_success
 
 
-def test_all_evaluations_are_listed_also_those_started_by_hand(place, client):
-    make_evaluation(place.runs / "a", findings=[EVIL])
-    bad = make_evaluation(place.runs / "b", "bad-step-3")
+def test_all_evaluations_are_listed_also_those_started_by_hand(site, client):
+    make_evaluation(site.runs / "a", findings=[EVIL])
+    bad = make_evaluation(site.runs / "b", "bad-step-3")
     (bad / "evaluation.json").write_text('{"step": 3}')
-    (place.runs / "b/evaluations/out-step-3").symlink_to("/etc")
-    linked = place.runs / "b/evaluations/link-step-3"
+    (site.runs / "b/evaluations/out-step-3").symlink_to("/etc")
+    linked = site.runs / "b/evaluations/link-step-3"
     linked.mkdir()
     (linked / "evaluation.json").symlink_to("/etc/passwd")
     page = client.get("/evaluate").text
@@ -147,14 +147,14 @@ def test_all_evaluations_are_listed_also_those_started_by_hand(place, client):
     assert client.get("/evaluate?run=runs/b").text.count("<tr>") == 2
 
 
-def test_results_begin_with_verdicts_and_show_the_rows_that_changed(place, client):
+def test_results_begin_with_verdicts_and_show_the_rows_that_changed(site, client):
     answers = {"base": "good", "tuned": EVIL, "other": "not shown"}
     rows = [
         evaluated_row("r1", EVIL, answers, category=EVIL),
         evaluated_row("r2", "x" * 2000, answers),
         evaluated_row("r3", "not among them", answers),
     ]
-    folder = make_evaluation(place.runs / "a", rows=rows, left_out=[EVIL])
+    folder = make_evaluation(site.runs / "a", rows=rows, left_out=[EVIL])
     with (folder / "rows.jsonl").open("a") as file:
         file.write('{"row": "r1", "models": 3}\n{"row": "r2\n[]\n')
     page = client.get(f"/evaluation/runs/a/evaluations/{DIGEST}").text
@@ -182,8 +182,8 @@ def test_results_begin_with_verdicts_and_show_the_rows_that_changed(place, clien
         ("elsewhere/x", 404),
     ],
 )
-def test_nothing_but_evaluations_below_the_roots_is_read(place, client, name, status):
-    folder = make_evaluation(place.runs / "a", "rows-out")
+def test_nothing_but_evaluations_below_the_roots_is_read(site, client, name, status):
+    folder = make_evaluation(site.runs / "a", "rows-out")
     os.remove(folder / "rows.jsonl")
     (folder / "rows.jsonl").symlink_to("/etc/passwd")
     (folder.parent / "out").symlink_to("/etc")
@@ -203,27 +203,25 @@ def test_nothing_but_evaluations_below_the_roots_is_read(place, client, name, st
         {"models": []},
     ],
 )
-def test_a_file_that_holds_something_else_is_said_in_a_sentence(place, client, changes):
-    make_evaluation(place.runs / "a", **changes)
+def test_a_file_that_holds_something_else_is_said_in_a_sentence(site, client, changes):
+    make_evaluation(site.runs / "a", **changes)
     answer = client.get(f"/evaluation/runs/a/evaluations/{DIGEST}")
     assert answer.status_code == 400
     assert "run the evaluation again" in html.unescape(answer.text)
     assert client.get("/evaluate").status_code == 200
 
 
-def test_prompts_alone_have_no_losses_and_are_shown(place, client):
+def test_prompts_alone_have_no_losses_and_are_shown(site, client):
     models = {name: {"run": "a", "answers": {}} for name in ("base", "tuned")}
     one = {"tuned": {"empty": judged(0.5, 0.25, "better")}}
-    make_evaluation(place.runs / "a", models=models, comparisons=one)
+    make_evaluation(site.runs / "a", models=models, comparisons=one)
     page = client.get(f"/evaluation/runs/a/evaluations/{DIGEST}").text
     assert "better in empty (from 0.500 to 0.250)" in page and "Losses" not in page
     assert "cannot be used" not in client.get("/evaluate").text
 
 
-def test_evaluations_of_earlier_versions_and_without_a_baseline_are_shown(
-    place, client
-):
-    folder = make_evaluation(place.runs / "a", baseline="")
+def test_evaluations_of_earlier_versions_and_without_a_baseline_are_shown(site, client):
+    folder = make_evaluation(site.runs / "a", baseline="")
     values = json.loads((folder / "evaluation.json").read_text())
     for later in ("findings", "unused", "overlap", "comparisons", "regressions"):
         del values[later]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from served_studio import ServedStudio, append
 from studio_place import START, TOKEN, eval_line, make_run, train_line
+from studio_process import StudioProcess, until
 
 from research.core.thinning import smooth, thin
 from research.runs.metrics_file import read_metrics
@@ -48,14 +49,14 @@ def test_lines_that_are_no_metrics_are_counted_and_passed_over(tmp_path):
     assert columns.bad == 7
 
 
-def test_numbers_that_are_not_finite_are_gaps(place):
+def test_numbers_that_are_not_finite_are_gaps(site):
     nan = train_line(2) | {"loss": None, "not_finite/loss": "NaN"}
     del nan["loss"]
     lines = [train_line(1), nan, train_line(3, loss="Infinity"), eval_line(3, 1.0)]
-    make_run(place.runs / "a", lines=lines)
-    found = place.client().get("/api/curves", params={"run": "runs/a"}).json()
+    make_run(site.runs / "a", lines=lines)
+    found = site.client().get("/api/curves", params={"run": "runs/a"}).json()
     assert found["train"]["loss"] == [[1, 2, 3], [3.0, None, None]]
-    assert place.client().get("/run/runs/a").status_code == 200
+    assert site.client().get("/run/runs/a").status_code == 200
 
 
 def test_a_replaced_file_is_another_edition(tmp_path):
@@ -95,10 +96,10 @@ def test_means_are_centred_and_pass_over_gaps():
     assert math.isnan(smooth(np.full(3, np.nan), 5)[1])
 
 
-def test_100_000_lines_plot_at_once(place):
+def test_100_000_lines_plot_at_once(site):
     text = "".join(json.dumps(train_line(n)) + "\n" for n in (1, 2, 3, 4)) * 25_000
-    (make_run(place.runs / "a") / "metrics.jsonl").write_text(text)
-    client = place.client()
+    (make_run(site.runs / "a") / "metrics.jsonl").write_text(text)
+    client = site.client()
     begun = time.process_time()
     answer = client.get("/api/curves", params={"run": "runs/a", "smooth": "25"})
     # The limit for users is 0.5 s on a quiet machine.
@@ -107,10 +108,10 @@ def test_100_000_lines_plot_at_once(place):
 
 
 @pytest.fixture
-def served(place, monkeypatch):
+def served(site, monkeypatch):
     monkeypatch.setattr(run_feed, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(run_feed, "LOOK_ANYWAY", 0.1)
-    server = ServedStudio(place.app)
+    server = ServedStudio(site.app)
     headers = {"authorization": f"Bearer {TOKEN}"}
     with httpx.Client(base_url=server.url, headers=headers, timeout=20) as client:
         yield client
@@ -140,9 +141,9 @@ def read_until(lines, kind):
     raise AssertionError(f"the stream ended before {kind}")
 
 
-def test_a_stream_follows_a_run_and_replays_what_was_missed(place, served):
+def test_a_stream_follows_a_run_and_replays_what_was_missed(site, served):
     client = served
-    run = make_run(place.runs / "a")
+    run = make_run(site.runs / "a")
     with stream(client, "runs/a") as lines:
         last, _ = read_until(lines, "reset")
         _, state = read_until(lines, "state")
@@ -164,9 +165,9 @@ def test_a_stream_follows_a_run_and_replays_what_was_missed(place, served):
         assert [*lines] == []
 
 
-def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(place, served):
+def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(site, served):
     client = served
-    run = make_run(place.runs / "a", "failed")
+    run = make_run(site.runs / "a", "failed")
     with open(run / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with stream(client, "runs/a") as lines:
@@ -175,36 +176,56 @@ def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(place, serve
             assert read_until(lines, "state")[1]["state"] == "failed"
 
 
-@pytest.mark.soak
-def test_500_tabs_follow_one_run(place, served):
-    """One reader serves them all."""
-    run = make_run(place.runs / "a")
-    came = []
+def test_500_tabs_follow_one_run_and_more_are_refused(tmp_path):
+    """One server and one reader for all; it stays small, and answers others."""
+    run = make_run(tmp_path / "runs" / "a")
+    studio = StudioProcess(tmp_path, tmp_path / "cache").start()
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    ask = f"GET /api/events?run=runs/a HTTP/1.1\r\nHost: 127.0.0.1:{studio.port}\r\n"
+    ask += f"Authorization: Bearer {TOKEN}\r\n\r\n"
 
-    async def follow(client):
-        async with client.stream("GET", "/api/events?run=runs/a") as response:
-            async for line in response.aiter_lines():
-                came.append(line) if line == "event: reset" else None
-                if line == "event: rows":
-                    return
+    async def tab():
+        reader, writer = await asyncio.open_connection("127.0.0.1", studio.port)
+        writer.write(ask.encode())
+        status = (await reader.readline()).split()[1]
+        if status == b"200":
+            await reader.readuntil(b"event: state")
+        return status, reader, writer
 
     async def follow_all():
-        limits = httpx.Limits(max_connections=None)
-        more = {"headers": served.headers, "limits": limits, "timeout": 60}
-        async with httpx.AsyncClient(base_url=served.base_url, **more) as client:
-            tabs = [asyncio.create_task(follow(client)) for _ in range(500)]
-            while len(came) < 500:
-                await asyncio.sleep(0.1)
-            append(run, train_line(4))
-            await asyncio.gather(*tabs)
+        tabs = await asyncio.gather(*(tab() for _ in range(500)))
+        assert {status for status, *_ in tabs} == {b"200"}
+        append(run, train_line(4))
+        rows = (reader.readuntil(b"event: rows") for _, reader, _ in tabs)
+        await asyncio.gather(*rows)
+        begun = time.monotonic()
+        assert httpx.get(f"{studio.url}/api/runs", headers=headers).is_success
+        seconds = time.monotonic() - begun
+        more = [tab() for _ in range(run_feed.MOST_LISTENERS - 500)]
+        tabs += await asyncio.gather(*more)
+        assert {status for status, *_ in tabs} == {b"200"}
+        megabytes = studio.megabytes()
+        status, reader, writer = await tab()
+        assert status == b"503"
+        answer = (await reader.readuntil(b"}")).decode()
+        assert "the studio serves no more" in answer
+        for *_, writer in tabs:
+            writer.close()
+        return seconds, megabytes
 
-    asyncio.run(follow_all())
+    try:
+        seconds, megabytes = asyncio.run(follow_all())
+        # A tab that is closed makes room.
+        until(lambda: asyncio.run(tab())[0] == b"200", seconds=20)
+    finally:
+        studio.end_all()
+    assert megabytes < 150 and seconds < 2, (megabytes, seconds)
 
 
 @pytest.mark.parametrize("last", ["x", "1-2", "0-9-9", "-1-0-0", "9" * 400 + "-0-0"])
-def test_a_strange_cursor_reads_everything_again(place, served, last):
+def test_a_strange_cursor_reads_everything_again(site, served, last):
     client = served
-    make_run(place.runs / "a")
+    make_run(site.runs / "a")
     with stream(client, "runs/a", last) as lines:
         assert read_until(lines, "reset")
 
@@ -236,32 +257,32 @@ ODD_RECORDS = [
 ODD_EVENTS = [3, "x", None, [], {"at": None}, {"at": [], "what": {}}, {"at": 1e400}]
 
 
-def require_pages(place, said=""):
-    client, other = place.client(), place.runs / "b"
+def require_pages(site, said=""):
+    client, other = site.client(), site.runs / "b"
     other.is_dir() or make_run(other)
     compared = "/compare?run=runs/a&run=runs/b"
-    for path in ("/", "/api/runs", "/run/runs/a", compared):
+    for path in ("/", "/api/runs", "/run/runs/a", "/report?run=runs/a", compared):
         found = client.get(path)
         assert found.status_code == 200, (path, found.text)
         assert said in found.text or not path.startswith("/run/")
     assert client.get("/api/curves?run=runs/a").status_code == 200
 
 
-def test_evaluations_of_no_numbers_are_bad_lines(place):
+def test_evaluations_of_no_numbers_are_bad_lines(site):
     odd = [EVALUATION | each for each in ODD_EVALUATIONS]
-    run = make_run(place.runs / "a", lines=[EVALUATION, *odd, train_line(3)])
-    require_pages(place, f"{len(odd)} lines of metrics.jsonl.")
+    run = make_run(site.runs / "a", lines=[EVALUATION, *odd, train_line(3)])
+    require_pages(site, f"{len(odd)} lines of metrics.jsonl.")
     assert [x["kind"] for x in read_metrics(run)] == ["eval", "train"]
 
 
 @pytest.mark.parametrize("record", ODD_RECORDS, ids=lambda record: repr(record[:20]))
-def test_a_run_whose_record_is_damaged_is_shown_with_the_reason(place, record):
-    (make_run(place.runs / "a") / "run.json").write_bytes(record)
-    require_pages(place, "run.json cannot be used")
+def test_a_run_whose_record_is_damaged_is_shown_with_the_reason(site, record):
+    (make_run(site.runs / "a") / "run.json").write_bytes(record)
+    require_pages(site, "run.json cannot be used")
 
 
-def test_a_record_with_strange_values_is_shown(place):
-    run = make_run(place.runs / "a")
+def test_a_record_with_strange_values_is_shown(site):
+    run = make_run(site.runs / "a")
     record = json.loads((run / "run.json").read_text())
     starts = [START | {"began": [], "steps": 10**400}, START | {"began": 10**400}]
     starts.append(START | {"host": None, "devices": {}})
@@ -269,4 +290,4 @@ def test_a_record_with_strange_values_is_shown(place):
         starts[0]["seconds"] = seconds
         more = {"starts": starts, "events": ODD_EVENTS}
         (run / "run.json").write_text(json.dumps(record | more))
-        require_pages(place)
+        require_pages(site)

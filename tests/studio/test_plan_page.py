@@ -18,20 +18,20 @@ FLAGS = "--config=configs/finetune_dolly.py --config.run_dir=runs/new"
 
 
 @pytest.fixture
-def client(place, monkeypatch):
+def client(site, monkeypatch):
     """Its commands are written down, and not started."""
-    place.started = []
+    site.started = []
 
     def start(self, folder, command, env=None):
-        place.started.append(command)
+        site.started.append(command)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "process.json").write_text('{"pid": 1, "born": 0.5}')
         (folder / "output").write_text("# file <b>run.sh</b>\n")
         (folder / "log").write_text("launch: a warning\n")
 
     monkeypatch.setattr(PageProcesses, "start", start)
-    place.flags = f"{FLAGS}".replace("runs/new", str(place.runs / "new"))
-    return place.client()
+    site.flags = f"{FLAGS}".replace("runs/new", str(site.runs / "new"))
+    return site.client()
 
 
 def plan_of(chips, hours, **more):
@@ -46,15 +46,15 @@ def test_all_targets_that_are_not_this_machine_are_shown():
     assert TARGETS.keys() == {*targets.names()} - {"local"}
 
 
-def test_a_plan_is_a_process_with_the_command_that_is_shown(place, client):
+def test_a_plan_is_a_process_with_the_command_that_is_shown(site, client):
     devices = "here\nh100:8 2.5"
-    page = html.unescape(client.get("/plans", params={"flags": place.flags}).text)
-    assert "--device=here,l4,h100,v5e:1x1" in page and not place.started
-    form = {"flags": place.flags, "devices": devices, "start": "plan"}
+    page = html.unescape(client.get("/plans", params={"flags": site.flags}).text)
+    assert "--device=here,l4,h100,v5e:1x1" in page and not site.started
+    form = {"flags": site.flags, "devices": devices, "start": "plan"}
     answer = client.post("/act/plan", data=form)
-    (command,) = place.started
+    (command,) = site.started
     assert shlex.join(command[1:]).startswith("-m research.plan --device=here,h100:8 ")
-    assert shlex.join(command).endswith(place.flags)
+    assert shlex.join(command).endswith(site.flags)
     shown = answer.next_request.url
     assert shlex.join(command) in html.unescape(client.get(shown).text)
     file = command[4].partition("=")[2]
@@ -75,17 +75,17 @@ def test_a_plan_is_a_process_with_the_command_that_is_shown(place, client):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_dry_run_shows_files_and_commands(place, client, target):
+def test_a_dry_run_shows_files_and_commands(site, client, target):
     field, own = f"launch.{target}", "--restarts=2"
-    form = {"flags": place.flags, field: own, "start": target}
+    form = {"flags": site.flags, field: own, "start": target}
     answer = client.post("/act/plan", data=form)
-    (command,) = place.started
+    (command,) = site.started
     assert command[1:6] == ["-m", "launch", target, "--dry-run", own]
-    assert shlex.join(command).endswith(f" -- {place.flags}")
+    assert shlex.join(command).endswith(f" -- {site.flags}")
     page = client.get(answer.next_request.url).text
     assert "# file &lt;b&gt;run.sh" in page and "launch: a warning" in page
     shown = html.unescape(page)
-    assert f"launch {target} {own} -- {place.flags}" in shown
+    assert f"launch {target} {own} -- {site.flags}" in shown
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_a_dry_run_shows_files_and_commands(place, client, target):
         ({"start": "plan", "flags": "--config.run_dir=/etc/x"}, "outside of"),
     ],
 )
-def test_nothing_starts_for_a_form_that_makes_no_sense(place, client, form, said):
-    form = {"flags": place.flags} | form
+def test_nothing_starts_for_a_form_that_makes_no_sense(site, client, form, said):
+    form = {"flags": site.flags} | form
     answer = client.post("/act/plan", data=form)
     assert answer.status_code in (400, 403) and said in html.unescape(answer.text)
-    assert not place.started
+    assert not site.started
     assert client.get("/plans", params=form).status_code == 200
 
 

@@ -15,10 +15,10 @@ from studio_place import StudioPlace, make_run
 
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.runs.control.job_logs import last_error, progress, tail
 from research.runs.control.request_files import pending
 from research.studio.jobs import job_commands
 from research.studio.jobs.__main__ import main
-from research.studio.jobs.job_logs import last_error, progress, tail
 from research.studio.jobs.job_queue import MACHINE, JobQueue, queue_folder
 from research.studio.jobs.queue_worker import run_detached, work_off
 

@@ -34,7 +34,7 @@ PATH = "/api/servers/hand/v1/chat/completions"
 
 
 @pytest.fixture
-def upstream(place, socket_folder):
+def upstream(site, socket_folder):
     """Lists a server `hand` that answers as a test says."""
     started = []
 
@@ -46,7 +46,7 @@ def upstream(place, socket_folder):
             f"# ours\na-key-of-a-user-1\nadmin sha256:{'0' * 64}\n"
             "admin the-key-of-an-admin # of the studio\n"
         )
-        servers = place.runs / ".studio" / "servers"
+        servers = site.runs / ".studio" / "servers"
         list_server(servers, "hand", uds=str(fake.path), key_file=str(keys))
         return fake
 
@@ -55,19 +55,19 @@ def upstream(place, socket_folder):
         fake.stop()
 
 
-def post(place, body=ASK, path=PATH):
-    return place.client(accept="application/json").post(path, json=body)
+def post(site, body=ASK, path=PATH):
+    return site.client(accept="application/json").post(path, json=body)
 
 
 def test_a_stream_comes_through_with_the_servers_key_and_not_the_browsers(
-    place, upstream
+    site, upstream
 ):
     def answer(connection, fake):
         connection.sendall(EVENTS + chunk("data: {}\n\n") + chunk("data: [DONE]\n\n"))
         connection.sendall(b"0\r\n\r\n")
 
     fake = upstream(answer)
-    found = post(place)
+    found = post(site)
     assert found.text == "data: {}\n\ndata: [DONE]\n\n"
     assert found.headers["content-type"] == "text/event-stream"
     ((top, body),) = fake.requests
@@ -76,12 +76,12 @@ def test_a_stream_comes_through_with_the_servers_key_and_not_the_browsers(
 
 
 @pytest.mark.parametrize("end", [b"", b"5\r\nda"], ids=["between", "within"])
-def test_a_server_that_dies_in_a_stream_is_an_event_and_no_end(place, upstream, end):
+def test_a_server_that_dies_in_a_stream_is_an_event_and_no_end(site, upstream, end):
     def answer(connection, fake):
         connection.sendall(EVENTS + chunk('data: {"a": 1}\n\n') + end)
 
     upstream(answer)
-    found = post(place)
+    found = post(site)
     first, *_, last = filter(None, found.text.split("\n\n"))
     assert first == 'data: {"a": 1}'
     error = json.loads(last.removeprefix("data: "))["error"]["message"]
@@ -89,7 +89,7 @@ def test_a_server_that_dies_in_a_stream_is_an_event_and_no_end(place, upstream, 
     assert "[DONE]" not in found.text
 
 
-def test_a_refusal_keeps_its_status_its_words_and_when_to_come_again(place, upstream):
+def test_a_refusal_keeps_its_status_its_words_and_when_to_come_again(site, upstream):
     body = '{"error": {"message": "the queue is full"}}'
 
     def answer(connection, fake):
@@ -97,12 +97,12 @@ def test_a_refusal_keeps_its_status_its_words_and_when_to_come_again(place, upst
         connection.sendall(sent + body.encode())
 
     upstream(answer)
-    found = post(place)
+    found = post(site)
     assert (found.status_code, found.headers["retry-after"]) == (429, "7")
     assert found.json()["error"]["message"] == "the queue is full"
 
 
-def test_a_key_that_the_server_refuses_does_not_look_like_the_browsers(place, upstream):
+def test_a_key_that_the_server_refuses_does_not_look_like_the_browsers(site, upstream):
     body = "{}"
 
     def answer(connection, fake):
@@ -110,20 +110,20 @@ def test_a_key_that_the_server_refuses_does_not_look_like_the_browsers(place, up
         connection.sendall(sent + body.encode())
 
     upstream(answer)
-    found = post(place)
+    found = post(site)
     assert found.status_code == 502 and "refuses its key" in found.json()["error"]
 
 
-def test_a_silent_server_is_given_up(place, upstream, monkeypatch):
+def test_a_silent_server_is_given_up(site, upstream, monkeypatch):
     monkeypatch.setattr(server_client.asking.__wrapped__, "__defaults__", (None, 0.05))
     ended = threading.Event()
     upstream(lambda connection, fake: ended.wait(20))
-    found = post(place)
+    found = post(site)
     ended.set()
     assert found.status_code == 502 and "silent for 0.05 s" in found.json()["error"]
 
 
-def test_the_server_stops_answering_when_the_browser_is_gone(place, upstream):
+def test_the_server_stops_answering_when_the_browser_is_gone(site, upstream):
     def answer(connection, fake):
         connection.sendall(EVENTS)
         for _ in range(2000):  # It ends by itself, too.
@@ -131,9 +131,9 @@ def test_the_server_stops_answering_when_the_browser_is_gone(place, upstream):
             time.sleep(0.005)
 
     fake = upstream(answer)
-    cookies = dict(place.client().cookies)
+    cookies = dict(site.client().cookies)
     name = next(iter(cookies)).rpartition("_")[0]
-    studio = ServedStudio(place.app)
+    studio = ServedStudio(site.app)
     try:
         cookies = {f"{name}_{studio.port}": next(iter(cookies.values()))}
         with httpx.stream(
@@ -155,18 +155,18 @@ def test_the_server_stops_answering_when_the_browser_is_gone(place, upstream):
         ("%2e%2e/v1/completions", 404),
     ],
 )
-def test_only_paths_that_answer_are_forwarded(place, upstream, path, status):
+def test_only_paths_that_answer_are_forwarded(site, upstream, path, status):
     fake = upstream(lambda connection, fake: None)
-    assert post(place, path=f"/api/servers/{path}").status_code == status
+    assert post(site, path=f"/api/servers/{path}").status_code == status
     assert fake.requests == []
 
 
-def test_a_server_that_is_gone_or_damaged_is_said(place):
-    servers = place.runs / ".studio" / "servers"
+def test_a_server_that_is_gone_or_damaged_is_said(site):
+    servers = site.runs / ".studio" / "servers"
     list_server(servers, "gone", uds="/absent/socket")
     list_server(servers, "odd", port="80")
     (servers / "linked").symlink_to(servers / "gone")
-    client = place.client(accept="application/json")
+    client = site.client(accept="application/json")
     found = {x["name"]: x for x in client.get("/api/servers").json()}
     states = {name: x["state"] for name, x in found.items()}
     # Nobody can say that a server has ended whose process is not known.
@@ -193,14 +193,14 @@ time.sleep(60)
 
 
 @pytest.fixture
-def started(place, monkeypatch, tmp_path):
+def started(site, monkeypatch, tmp_path):
     """Servers whose process is a program of one line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "research.studio.serving.model_servers.serving",
         lambda flags, port, keys: ["python", "-c", PROGRAM, *flags, f"--port={port}"],
     )
-    servers = place.state.servers
+    servers = site.state.servers
     yield servers
     for server in servers.all():
         if server.process:
@@ -216,13 +216,13 @@ def wait(happens):
         time.sleep(0.02)
 
 
-def test_a_server_outlives_the_studio_and_is_found_again(place, started):
+def test_a_server_outlives_the_studio_and_is_found_again(site, started):
     server = started.start("first", ["--slots=2"], "me")
     with pytest.raises(ValueError, match="runs already"):
         started.start("first", [], "me")
     second = started.start("second", [], "me")
     assert second.port != server.port
-    again = StudioPlace(place.runs.parent)  # A studio that was started anew.
+    again = StudioPlace(site.runs.parent)  # A studio that was started anew.
     client = again.client(accept="application/json")
 
     def states():
@@ -251,36 +251,36 @@ def test_a_server_outlives_the_studio_and_is_found_again(place, started):
     assert actions.count("stop server") == 2 and "remove server" in actions
 
 
-def test_the_command_is_that_of_a_shell_and_holds_no_other_flag(place, monkeypatch):
-    monkeypatch.chdir(place.runs.parent)
-    words = place.state.servers.command("a", ["--run=runs/x@3", "--context=512"])
+def test_the_command_is_that_of_a_shell_and_holds_no_other_flag(site, monkeypatch):
+    monkeypatch.chdir(site.runs.parent)
+    words = site.state.servers.command("a", ["--run=runs/x@3", "--context=512"])
     assert words[:-2] == [
         *(job_commands.python(), "-m", "research.serve"),
         *("--run=runs/x@3", "--context=512"),
     ]
     assert words[-1] == "--api_key_file=runs/.studio/servers/a/keys"
     assert sys.executable.endswith(Path(words[0]).name)
-    assert "--port=99" in place.state.servers.command("a", ["--port=99"])
+    assert "--port=99" in site.state.servers.command("a", ["--port=99"])
     for bad in ("--port=0", "--port=x", "--port=65536"):
         with pytest.raises(ValueError, match="is no port"):
-            place.state.servers.command("a", [bad])
+            site.state.servers.command("a", [bad])
     for bad in ("--host=0.0.0.0", "--uds=x", "--run", "runs/x", "--help"):
         with pytest.raises(ValueError, match="is no flag for this"):
-            place.state.servers.command("a", [bad])
+            site.state.servers.command("a", [bad])
     for bad in ("", "..", "a/b", ".a", "a" * 65, "a\n"):
         with pytest.raises(ValueError, match="is no name"):
-            place.state.servers.command(bad, [])
+            site.state.servers.command(bad, [])
 
 
-def test_runs_of_a_server_lie_below_the_roots(place, monkeypatch):
+def test_runs_of_a_server_lie_below_the_roots(site, monkeypatch):
     from starlette.requests import Request
 
     from research.studio.page_errors import PageError
     from research.studio.serving.server_routes import run_flags
 
-    monkeypatch.chdir(place.runs.parent)
-    make_run(place.runs / "a")
-    request = Request({"type": "http", "app": place.app})
+    monkeypatch.chdir(site.runs.parent)
+    make_run(site.runs / "a")
+    request = Request({"type": "http", "app": site.app})
     found = run_flags(request, ["runs/a", "runs/a@30", "runs/a@best"])
     assert found == ["--run=runs/a", "--run=runs/a@30", "--run=runs/a@best"]
     for bad in ("/etc", "runs/../../etc@3", "runs/b", "runs/a@9/../.."):
@@ -304,7 +304,7 @@ ODD_ANSWERS = [
 ]
 
 
-def test_another_program_at_the_address_of_a_server_breaks_no_page(place, upstream):
+def test_another_program_at_the_address_of_a_server_breaks_no_page(site, upstream):
     def answer(connection, fake):
         asked = fake.requests[-1][0].split()[1]
         if asked.startswith(path):
@@ -316,7 +316,7 @@ def test_another_program_at_the_address_of_a_server_breaks_no_page(place, upstre
             said_by_models(connection, fake)
 
     path, odd = "/absent", None
-    fake, client = upstream(answer), place.client()
+    fake, client = upstream(answer), site.client()
     assert client.get("/api/served/hand").json()["figures"]["tokens"] == 0
     for path, odd, pages in ODD_ANSWERS:
         found = client.post("/act/chat/ask", data=ASKED)
@@ -330,17 +330,17 @@ def test_another_program_at_the_address_of_a_server_breaks_no_page(place, upstre
     assert tops and not any("authorization" in top for top in tops)
 
 
-def test_a_server_that_has_ended_gets_no_request_and_no_key(place, upstream):
+def test_a_server_that_has_ended_gets_no_request_and_no_key(site, upstream):
     """Another program may have its port, or its socket, by now."""
     fake = upstream(said_by_models)
-    file = place.runs / ".studio" / "servers" / "hand" / "server.json"
+    file = site.runs / ".studio" / "servers" / "hand" / "server.json"
     ended = subprocess.Popen(["true"])
     ended.wait()
     fields = json.loads(file.read_text()) | {"pid": ended.pid, "born": 1.0}
     file.write_text(json.dumps(fields))
     for path in ("/api/stamps/hand", "/api/servers/hand/v1/models", "/deploy/hand"):
-        place.client().get(path)
-    assert post(place).status_code == 502
+        site.client().get(path)
+    assert post(site).status_code == 502
     assert fake.requests == []
 
 
@@ -353,14 +353,14 @@ def test_a_server_that_has_ended_gets_no_request_and_no_key(place, upstream):
         (404, {"error": {"message": "no adapter x"}}, 404),
     ],
 )
-def test_only_an_error_of_ours_keeps_its_status(place, upstream, status, body, told):
+def test_only_an_error_of_ours_keeps_its_status(site, upstream, status, body, told):
     def answer(connection, fake):
         sent = json.dumps(body).encode()
         start = head(status, "application/json", content_length=len(sent))
         connection.sendall(start + sent)
 
     upstream(answer)
-    found = place.client().post("/act/adapter", data=UNLOADED)
+    found = site.client().post("/act/adapter", data=UNLOADED)
     assert found.status_code == told
 
 
@@ -371,9 +371,9 @@ ODD_FILES = [
 ]
 
 
-def test_a_damaged_file_of_a_server_or_of_its_keys_breaks_no_page(place, upstream):
+def test_a_damaged_file_of_a_server_or_of_its_keys_breaks_no_page(site, upstream):
     upstream(said_by_models)
-    folder, client = place.runs / ".studio" / "servers" / "hand", place.client()
+    folder, client = site.runs / ".studio" / "servers" / "hand", site.client()
     good = json.loads((folder / "server.json").read_text())
     for odd in ODD_FILES:
         (folder / "server.json").write_text(json.dumps(good | odd))

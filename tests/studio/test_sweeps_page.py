@@ -20,16 +20,16 @@ VALUES = "-- --config=configs/finetune_dolly.py --config.steps=4"
 
 
 @pytest.fixture
-def client(place, monkeypatch):
+def client(site, monkeypatch):
     """Jobs and reports are written down, and not started."""
     monkeypatch.setattr(JobQueue, "work", lambda self: None)
-    place.started = []
+    site.started = []
 
     def start(self, folder, command):
-        place.started.append(command)
+        site.started.append(command)
 
     monkeypatch.setattr(PageProcesses, "start", start)
-    return place.client()
+    return site.client()
 
 
 def sent(page):
@@ -73,28 +73,28 @@ def make_sweep(folder, question="Which rank?", names=("4", "16"), **more):
         "--sweep=configs/sweeps/lora_rank.py --seeds=3",
     ],
 )
-def test_a_pasted_command_fills_the_form_which_makes_the_same(place, client, flags):
+def test_a_pasted_command_fills_the_form_which_makes_the_same(site, client, flags):
     pasted = f"python -m launch.sweep {flags}"
     answer = client.get("/flags/sweeps", params={"pasted": pasted})
     page = client.get(answer.next_request.url).text
     again = client.get("/flags/sweeps", params=sent(page))
     made = shlex.split(again.next_request.url.params["flags"])
     folder = [word for word in made if word.startswith("--folder=")]
-    assert len(folder) == 1 and str(place.runs / "sweeps") in folder[0]
+    assert len(folder) == 1 and str(site.runs / "sweeps") in folder[0]
     made.remove(folder[0])
     assert sorted(made) == sorted(shlex.split(flags))
     own = made[: made.index("--")] if "--" in made else made
     parse_sweep([*own, *folder])  # The command takes these flags.
 
 
-def test_a_start_queues_the_sweep_and_its_folder_is_never_taken_twice(place, client):
+def test_a_start_queues_the_sweep_and_its_folder_is_never_taken_twice(site, client):
     flags = f"{AXES} {VALUES}"
     for status in (303, 400):
         answer = client.post("/act/sweep", data={"flags": flags})
         assert answer.status_code == status
-    (job,) = place.state.queue.read().waiting
+    (job,) = site.state.queue.read().waiting
     assert job.command[1:3] == ("-m", "launch.sweep")
-    assert job.target == place.runs / "sweeps" / "lora.rank_optim.learning_rate"
+    assert job.target == site.runs / "sweeps" / "lora.rank_optim.learning_rate"
     assert job.log.name == "lora.rank_optim.learning_rate.log"
     page = client.get("/sweeps").text
     assert "sweep lora.rank_optim.learning_rate" in page
@@ -127,22 +127,22 @@ def test_a_start_queues_the_sweep_and_its_folder_is_never_taken_twice(place, cli
     ],
 )
 def test_what_would_be_refused_or_leads_out_is_said_and_not_queued(
-    place, client, flags, said
+    site, client, flags, said
 ):
-    make_run(place.runs / "a")
-    flags = flags.replace("RUNS", str(place.runs))
+    make_run(site.runs / "a")
+    flags = flags.replace("RUNS", str(site.runs))
     page = client.get("/sweeps", params={"flags": flags})
     assert page.status_code == 200
     assert said in html.unescape(page.text) and "<h2>Command" not in page.text
     answer = client.post("/act/sweep", data={"flags": flags})
     assert answer.status_code in (400, 403)
-    assert not place.state.queue.read().waiting
+    assert not site.state.queue.read().waiting
 
 
 def test_a_sweep_shows_its_runs_before_and_its_best_run_after_the_first_report(
-    place, client
+    site, client
 ):
-    folder = make_sweep(place.runs / "sweeps" / "ranks", EVIL, ("4", EVIL))
+    folder = make_sweep(site.runs / "sweeps" / "ranks", EVIL, ("4", EVIL))
     assert 'href="/sweep/runs/sweeps/ranks"' in client.get("/sweeps").text
     page = client.get("/sweep/runs/sweeps/ranks").text
     assert EVIL not in page and html.escape(EVIL) in page
@@ -160,12 +160,12 @@ def test_a_sweep_shows_its_runs_before_and_its_best_run_after_the_first_report(
     assert "make the report again" in page and "<h2>Runs" in page
 
 
-def test_the_report_is_made_by_the_command_that_is_shown(place, client):
-    folder = make_sweep(place.runs / "ranks")
+def test_the_report_is_made_by_the_command_that_is_shown(site, client):
+    folder = make_sweep(site.runs / "ranks")
     page = client.get("/sweep/runs/ranks").text
     answer = client.post("/act/sweep-report", data={"sweep": "runs/ranks"})
     assert answer.status_code == 303
-    (command,) = place.started
+    (command,) = site.started
     assert shlex.join(command) in html.unescape(page)
     assert command[1:] == ["-m", "launch.report", f"--sweep={folder}"]
     assert client.get("/sweep-report?sweep=runs/ranks").status_code == 404
@@ -178,19 +178,19 @@ def test_the_report_is_made_by_the_command_that_is_shown(place, client):
     "name, status",
     [("runs/absent", 404), ("runs/a", 404), ("runs/out", 403), ("x/y", 404)],
 )
-def test_nothing_but_sweeps_below_the_roots_is_read(place, client, name, status):
-    make_run(place.runs / "a")
-    outside = make_sweep(place.runs.parent / "outside")
-    (place.runs / "out").symlink_to(outside)
+def test_nothing_but_sweeps_below_the_roots_is_read(site, client, name, status):
+    make_run(site.runs / "a")
+    outside = make_sweep(site.runs.parent / "outside")
+    (site.runs / "out").symlink_to(outside)
     assert client.get(f"/sweep/{name}").status_code == status
     answer = client.post("/act/sweep-report", data={"sweep": name})
-    assert answer.status_code == status and not place.started
+    assert answer.status_code == status and not site.started
 
 
 @pytest.mark.parametrize("title", ["../a", "/etc", "..", "out"])
-def test_a_sweep_that_names_strange_runs_reads_none_of_them(place, client, title):
-    folder = make_sweep(place.runs / "ranks", names=("4", "16"))
-    make_run(place.runs / "a")
+def test_a_sweep_that_names_strange_runs_reads_none_of_them(site, client, title):
+    folder = make_sweep(site.runs / "ranks", names=("4", "16"))
+    make_run(site.runs / "a")
     (folder / "out").symlink_to("/etc")
     sweep = json.loads((folder / "sweep.json").read_text())
     sweep["runs"][0]["name"] = title

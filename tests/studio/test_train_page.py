@@ -18,9 +18,9 @@ PRESET = "--config=configs/finetune_dolly.py"
 
 
 @pytest.fixture
-def client(place, monkeypatch):
+def client(site, monkeypatch):
     monkeypatch.setattr(JobQueue, "work", lambda self: None)
-    return place.client()
+    return site.client()
 
 
 def sent(page):
@@ -95,20 +95,20 @@ def test_what_the_trainer_would_refuse_is_said_and_not_started(client, flags, sa
         assert answer.status_code in (400, 403)
 
 
-def test_one_click_trains_on_the_embedded_sample(place, client):
+def test_one_click_trains_on_the_embedded_sample(site, client):
     page = client.get("/train").text
     words = re.search(r'name="flags" value="([^"]+)"', page)[1]
     for number in ("", "-2"):
         assert f"finetune_dolly{number}" in words
         assert client.post("/act/train", data={"flags": words}).status_code == 303
         words = re.search(r'name="flags" value="([^"]+)"', client.get("/train").text)[1]
-    first, _ = place.state.queue.read().waiting
+    first, _ = site.state.queue.read().waiting
     assert first.command[1:6] == ("-m", "launch", "local", "--", PRESET)
     assert "--config.data.path=embedded" in first.command
 
 
 @pytest.mark.parametrize("is_red", [True, False])
-def test_a_red_finding_locks_the_start(place, client, monkeypatch, is_red):
+def test_a_red_finding_locks_the_start(site, client, monkeypatch, is_red):
     finding = Finding("end token", "<b>never</b> trained", not is_red, "set a template")
     found = Check("ended", [finding])
     monkeypatch.setattr(Checks, "read", lambda *_, **__: found)
@@ -117,13 +117,13 @@ def test_a_red_finding_locks_the_start(place, client, monkeypatch, is_red):
     assert ("set a template" in page) is is_red and "&lt;b&gt;never" in page
     answer = client.post("/act/train", data={"flags": PRESET})
     assert answer.status_code == (400 if is_red else 303)
-    assert len(place.state.queue.read().waiting) == (not is_red)
+    assert len(site.state.queue.read().waiting) == (not is_red)
 
 
-def test_the_folder_of_a_run_is_never_taken_twice(place):
-    (place.runs / "finetune_dolly").mkdir()
-    flags = train_page.complete([], place.state)
-    assert flags == [PRESET, flag("run_dir", place.runs / "finetune_dolly-2")]
+def test_the_folder_of_a_run_is_never_taken_twice(site):
+    (site.runs / "finetune_dolly").mkdir()
+    flags = train_page.complete([], site.state)
+    assert flags == [PRESET, flag("run_dir", site.runs / "finetune_dolly-2")]
     with pytest.raises(UserError, match="no knob"):
         train_page.read_flags("rm -rf /")
 

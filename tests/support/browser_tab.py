@@ -1,5 +1,6 @@
 """Chromium, and a tab of it that reaches nothing but the studio."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -9,8 +10,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextlib.contextmanager
+def chromium():
+    """The browser; skips the test where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here")
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")
@@ -18,6 +20,12 @@ def browser():
         found = started.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
         yield found
         found.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
 
 
 class Tab:

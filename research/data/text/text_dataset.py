@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -42,6 +43,19 @@ class HeldOutText:
     sizes: Sequence[int]
 
 
+class CountedText(Protocol):
+    """Text whose training rows are known before they are read."""
+
+    def rows_from(self, first: int, count: int) -> Batch:
+        """The rows from number `first` on, in the order of the sources."""
+
+    def row_lengths(self) -> np.ndarray:
+        """The predictions `[rows]` that each row makes."""
+
+    def copies(self) -> list[tuple[str, str]]:
+        """`(place, place of the first)` of documents with the ids of one before."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextData:
     """The training side and the held-out side of all sources.
@@ -63,6 +77,7 @@ class TextData:
       evaluated: the held-out documents of each source, in the order of `groups`.
       training: `training(batch_size, seed, mine)` gives the training batches.
       first_rows: `first_rows(n)` gives training rows in the order of the sources.
+      counted: all training rows by their numbers; None where the text is streamed.
     """
 
     groups: list[str]
@@ -81,6 +96,7 @@ class TextData:
         repr=False
     )
     first_rows: Callable[[int], Batch] = dataclasses.field(repr=False)
+    counted: CountedText | None = dataclasses.field(repr=False, default=None)
 
     @property
     def rows(self) -> int:

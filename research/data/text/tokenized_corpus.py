@@ -9,7 +9,7 @@ import io
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from research.tokenize.tokenizer import Tokenizer
 
 OPEN_FILES = 64
 SCAN_TOKENS = 1 << 18
+MOST_COMPARED = 1 << 26  # ids of a source in which copies are searched
 
 
 class TokenStream:
@@ -139,6 +140,13 @@ class RowSpans(Sequence[tuple[int, int]]):
     def __len__(self) -> int:
         return self._count
 
+    def lengths(self) -> np.ndarray:
+        """The predictions `[rows]` of all rows."""
+        if self._ends is None:
+            return np.full(self._count, self._length)
+        starts = np.concatenate([[0], self._ends[:-1] - self._overlap])
+        return self._ends - starts[: self._count]
+
     def __getitem__(self, row: int) -> tuple[int, int]:
         """The first id of a row, and the number of its predictions."""
         if self._ends is None:
@@ -233,7 +241,8 @@ class _Corpus:
             row_layout=self._row_layout,
             evaluated=evaluated,
             training=self._batches,
-            first_rows=self._first_rows,
+            first_rows=lambda count: self.rows_from(0, count),
+            counted=self,
         )
 
     def _by_name(self, values: Iterable[Any]) -> dict[str, Any]:
@@ -282,8 +291,36 @@ class _Corpus:
             ids[i, :count] = self._streams[group].read(start, count)
         return self._row_layout.batch(ids, lengths, groups)
 
-    def _first_rows(self, count: int) -> Batch:
-        return self._batch(np.arange(min(count, sum(self._rows))))
+    def rows_from(self, first: int, count: int) -> Batch:
+        """The rows from number `first` on, in the order of the used sources."""
+        used = np.flatnonzero(self._used())
+        rows = np.array(self._rows)[used]
+        ends = np.cumsum(rows)
+        numbers = np.arange(first, max(first, min(first + count, int(ends[-1]))))
+        source = np.searchsorted(ends, numbers, side="right")
+        begins = self._offsets[used] - (ends - rows)
+        return self._batch(numbers + begins[source])
+
+    def row_lengths(self) -> np.ndarray:
+        """The predictions `[rows]` that each row makes."""
+        used = itertools.compress(self._spans, self._used())
+        return np.concatenate([spans.lengths() for spans in used])
+
+    def copies(self) -> list[tuple[str, str]]:
+        """`(place, place of the first)` of documents with the ids of one before.
+
+        They are searched among the first `MOST_COMPARED` ids of each source.
+        """
+        before: dict[bytes, str] = {}
+        found = []
+        for i in np.flatnonzero(self._used()):
+            marks = self._row_layout.marks
+            digests = _document_digests(self._streams[i], marks.start)
+            for number, digest in enumerate(digests, 1):
+                place = f"{self._names[i]}, document {number}"
+                if (first := before.setdefault(digest, place)) != place:
+                    found.append((place, first))
+        return found
 
     def _evaluated(self, cached: CachedSource) -> HeldOutText:
         """Whole documents in order, up to `held_out_bytes`, and at least one."""
@@ -309,6 +346,23 @@ def _end_of(stream: TokenStream, count: int, documents: int, start: int) -> int:
             return at + int(starts[count - seen])
         seen += len(starts)
     raise ValueError(f"{documents} documents were written, and {seen} are there")
+
+
+def _document_digests(stream: TokenStream, start: int) -> Iterator[bytes]:
+    """A digest of each of the first documents of a stream, in order."""
+    size = min(len(stream), MOST_COMPARED)
+    digest = None
+    for at in range(0, size, SCAN_TOKENS):
+        ids = stream.read(at, min(SCAN_TOKENS, size - at))
+        head, *rest = np.split(ids, np.flatnonzero(ids == start))
+        if digest is not None:
+            digest.update(head.tobytes())
+        for part in rest:
+            if digest is not None:
+                yield digest.digest()
+            digest = hashlib.blake2b(part.tobytes(), digest_size=16)
+    if digest is not None and size == len(stream):  # Else it may be cut.
+        yield digest.digest()
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -28,11 +28,10 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from research.core.errors import UnreachableError
+from research.core.errors import INTERRUPTED, UnreachableError
 from research.core.stop_signals import stop_signals
 from research.runs.phase_timer import PhaseTimer
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
 # Queries per step. In a wait they are at first one second apart, later a tenth of the
 # time waited so far: half an hour in all. The service counts queries in 32 bits.
 MOMENTS = 64

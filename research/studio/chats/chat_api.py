@@ -24,6 +24,14 @@ from research.studio.pages.page_view import (
 )
 
 LONGEST = 8 << 20  # bytes of a line: an answer with the score of each token
+# The actions that add lines of each kind to a conversation.
+ACTIONS = {
+    "turn": "ask",
+    "answers": "keep answers",
+    "pick": "pick answer",
+    "scores": "keep scores",
+}
+NEW = "a new conversation"
 
 
 def conversations(request: Request) -> Conversations:
@@ -69,8 +77,13 @@ async def add(request: Request) -> Response:
     name, line = body.get("chat", ""), body.get("line")
     if not isinstance(name, str) or not isinstance(line, dict):
         raise PageError(400, "the body must be {chat: ID or empty, line: {...}}")
-    found = conversations(request)
-    name, line = await asyncio.to_thread(found.add, name, line)
+    found, action = (
+        conversations(request),
+        ACTIONS.get(str(line.get("kind")), "add line"),
+    )
+    with noted(request, action, name[:40] or NEW) as facts:
+        name, line = await asyncio.to_thread(found.add, name, line)
+        facts |= {"chat": name, "line": line["id"]}
     return json_answer({"chat": name, "line": line})
 
 
@@ -92,7 +105,8 @@ async def vote(request: Request) -> Response:
     said = [one["text"] for one, _ in way] + [turn["text"]]
     prompt = json.dumps([(way[0][0] if way else turn)["context"], *said])
     who = request.scope["who"]
-    await asyncio.to_thread(votes.add, chat, answers, prompt, winner, who)
+    with noted(request, "vote", chat, answers=answers["id"], winner=winner):
+        await asyncio.to_thread(votes.add, chat, answers, prompt, winner, who)
     return rates(request)
 
 

@@ -63,8 +63,7 @@ def _rows(config: Config, folder: Path, first: int) -> "doctor.Examination":
 
     base = open_start(config, RunDir(config.run_dir))
     task = task_registry.load_task(config, base)
-    if browse := task_registry.find_kind(config).browse:
-        page = browse(config, base, first, BLOCK)
+    if page := task_registry.find_kind(config).browse(config, base, first, BLOCK):
         found = summed_up(page, task.left_out, config.data.seq_len)
         write_survey(folder, found)
     return doctor.Examination(task.examine(), task.preview(doctor.PREVIEW_ROWS))

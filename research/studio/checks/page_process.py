@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from research.core.atomic_files import write_whole
-from research.studio.jobs.job_logs import last_error, tail
+from research.runs.control.job_logs import last_error, tail
 from research.studio.listing.run_state import read_json_object
 
 MOST_BYTES = 64_000  # of a text that a page shows
@@ -86,7 +86,7 @@ class PageProcesses:
                     env=os.environ | {**(env or {})},
                 )
             process = psutil.Process(self._last.pid)
-            process.nice(NICE)
+            process.nice(max(NICE, process.nice()))  # Only root may lower it.
             record = {"pid": process.pid, "born": process.create_time()}
             write_whole(place / RECORD, json.dumps(record))
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from research.core.atomic_files import write_whole
 from research.core.json_files import read_json
-from research.tasks.row_preview import PreviewDocument, PreviewRow, RowPage
+from research.runs.display_files import PREVIEW, SHAPES
+from research.tasks.row_preview import PreviewRow, RowPage
 
 SURVEY = "rows.json"
 BLOCK = 200  # rows that one check reads for the page
@@ -35,7 +36,7 @@ class RowSurvey:
 
     total: int
     first: int
-    rows: Sequence[PreviewDocument]
+    rows: Sequence[PreviewRow]
     lengths: Sequence[tuple[int, int, int]]
     longest: int
     too_long: int
@@ -50,7 +51,7 @@ def summed_up(page: RowPage, left_out: Sequence[str], seq_len: int) -> RowSurvey
     return RowSurvey(
         total=len(page.lengths),
         first=page.first,
-        rows=page.documents,
+        rows=page.rows,
         lengths=histogram(page.lengths, seq_len),
         longest=int(max(page.lengths, default=0)),
         too_long=page.too_long,
@@ -84,8 +85,9 @@ def write_survey(folder: Path, found: RowSurvey) -> None:
 def read_survey(folder: Path) -> RowSurvey | None:
     """Reads `rows.json`; None where there is none. Raises UserError: it is damaged."""
     shape = {field.name: object for field in dataclasses.fields(RowSurvey)}
+    shape |= SHAPES[PREVIEW]
     values = read_json(folder / SURVEY, shape, "check the rows again", absent={})
     if not values:
         return None
-    rows = PreviewRow.from_json({"documents": values["rows"]}).documents
+    rows = [PreviewRow.from_json(row) for row in values["rows"]]
     return RowSurvey(**{**values, "rows": rows})

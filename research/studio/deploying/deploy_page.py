@@ -15,9 +15,10 @@ from starlette.routing import Route
 from research.core.errors import UserError
 from research.core.local_paths import split_step
 from research.runs.aliases.run_alias import folder_of, history, is_alias
+from research.runs.control.job_logs import last_error
 from research.studio.deploying import exports
+from research.studio.deploying.pasted_commands import fields_of_command
 from research.studio.jobs.job_commands import as_text, python
-from research.studio.jobs.job_logs import last_error
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
@@ -105,6 +106,12 @@ def _exports(
     for name, _ in runs:
         found += [(name, x) for x in exports.find_exports(studio.runs.find(name))]
     return found
+
+
+async def paste(request: Request) -> Response:
+    """Fills the form that would make a pasted command."""
+    text = (await Form.read(request)).get("pasted")
+    return see("/deploy", **fields_of_command(text, studio_of(request).runs))
 
 
 async def _command(request: Request, kind: str, fields: Fields) -> list[str]:
@@ -225,6 +232,7 @@ def _run(command: list[str]) -> None:
 
 ROUTES = (
     Route("/deploy", deploy),
+    Route("/flags/deploy", paste),
     Route("/act/serve", serve, methods=["POST"]),
     Route("/act/export", export, methods=["POST"]),
     Route("/act/promote", promote, methods=["POST"]),

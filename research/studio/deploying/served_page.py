@@ -11,11 +11,11 @@ from starlette.routing import Route
 
 from research.core.errors import UserError
 from research.core.local_paths import split_step
+from research.runs.control.job_logs import tail
 from research.studio.deploying import snippets
 from research.studio.deploying.exports import newest
 from research.studio.deploying.key_lines import make_key, read_keys, remove_key
 from research.studio.deploying.served_figures import figures_of
-from research.studio.jobs.job_logs import tail
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import (

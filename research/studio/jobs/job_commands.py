@@ -1,6 +1,7 @@
 """The commands behind the buttons. A page shows each before it runs, with its flags."""
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from research.core.errors import UserError
 from research.runs.run_directory import RunDir
 from research.studio.confinement import Confinement
 from research.studio.roots import shown_paths
+
+NEXT_FLAG = re.compile(r"--|-[^.\d]")
 
 
 def python() -> str:
@@ -38,7 +41,7 @@ def flags_in(text: str, *doors: str) -> list[str]:
     Raises:
       UserError: a shell could not read it.
     """
-    words = _words(text)
+    words = words_of(text)
     for last in ("--", *doors):
         if last in words:
             return words[words.index(last) + 1 :]
@@ -51,11 +54,31 @@ def flags_behind(text: str, door: str) -> list[str]:
     Raises:
       UserError: a shell could not read it.
     """
-    words = _words(text)
+    words = words_of(text)
     return words[words.index(door) + 1 :] if door in words else words
 
 
-def _words(text: str) -> list[str]:
+def flag_values(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and value of each flag; the value may be a word of its own, or absent.
+
+    Raises:
+      UserError: a word is no flag.
+    """
+    found = []
+    left = [*reversed(words)]
+    while left:
+        word = left.pop()
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise UserError(f"{word[:80]!r} is no flag: write --NAME=VALUE")
+        if not equals and left and not NEXT_FLAG.match(left[-1]):
+            value = left.pop()
+        found.append((name, value))
+    return found
+
+
+def words_of(text: str) -> list[str]:
+    """A command as a shell reads it. Raises UserError."""
     try:
         return shlex.split(text.replace("\\\n", " "))
     except ValueError as error:

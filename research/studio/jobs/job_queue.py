@@ -25,8 +25,8 @@ import psutil
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json
+from research.runs.control.job_logs import log_of
 from research.runs.utc_clock import utc_now
-from research.studio.jobs.job_logs import log_of
 
 FILE, LOCK, MACHINE = "jobs.json", "lock", "machine"
 KEPT = 50  # jobs that have ended and are still listed

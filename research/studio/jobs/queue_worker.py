@@ -10,8 +10,8 @@ from collections.abc import Callable
 import psutil
 
 from research.core.errors import PREEMPTED, STOPPED
+from research.runs.control.job_logs import tail
 from research.runs.utc_clock import utc_now
-from research.studio.jobs.job_logs import tail
 from research.studio.jobs.job_queue import MACHINE, JobQueue, QueuedJob
 
 ENDS_WELL = (0, STOPPED, PREEMPTED)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from research.core.errors import PREEMPTED, STOPPED, UserError
+from research.core.errors import ENDS_WELL, UserError
 from research.core.json_files import mismatch
 from research.runs import metrics_file
 from research.runs.run_directory import COMPLETE, RunDir
@@ -20,7 +20,6 @@ State = Literal["running", "queued", "stopped", "failed", "finished", "new"]
 STATES: tuple[State, ...] = (
     *("running", "queued", "stopped", "failed", "finished", "new"),
 )
-INTERRUPTED = 130
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that hold its newest lines
 # A job on another machine cannot be seen; it lives if it has written this recently.
 SILENT = 600.0  # seconds
@@ -101,8 +100,7 @@ def _state(
         return "new"
     if not has_ended:
         return "failed"
-    ends_well = last.get("exit_code") in (0, STOPPED, PREEMPTED, INTERRUPTED)
-    return "stopped" if ends_well else "failed"
+    return "stopped" if last.get("exit_code") in ENDS_WELL else "failed"
 
 
 def require_idle(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from research.checkpoints.needed_steps import needed_steps
 from research.checkpoints.stored_steps import size_of
 from research.core.errors import UserError
-from research.studio.jobs.job_logs import log_of
+from research.runs.control.job_logs import log_of
 from research.studio.listing.run_index import is_run
 from research.studio.listing.run_state import require_idle
 from research.studio.roots import Roots

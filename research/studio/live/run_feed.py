@@ -16,11 +16,13 @@ import numpy as np
 from research.data.grouped_values import by_group
 from research.runs import metrics_file
 from research.studio.live.metric_columns import TRAIN, Cursor, MetricColumns
+from research.studio.page_errors import PageError
 
 LOOK_EVERY, LOOK_ANYWAY = 1.0, 5.0  # seconds; the second without a change of files
 PING_EVERY = 15.0  # seconds after which a silent stream says that it lives
 # A reader that is further behind reads the thinned curves again.
 MOST_ROWS = 2000
+MOST_LISTENERS = 1000  # A tab has one stream, of some 60 kB here.
 FILES = ("run.json", metrics_file.NAME, "samples.jsonl", "complete.json")
 
 
@@ -80,6 +82,16 @@ class RunFeed:
         self._read_state = read_state
         self._watches: dict[Path, _Watch] = {}
         self._is_ending = False
+        self._listeners = 0
+
+    def require_room(self) -> None:
+        """Raises PageError: 503 so many tabs are open that one more is refused."""
+        if self._listeners >= MOST_LISTENERS:
+            raise PageError(
+                503,
+                f"{MOST_LISTENERS:,} tabs follow runs now, and the studio serves no "
+                "more: close some, or load the page again for the figures of now",
+            )
 
     def end(self) -> None:
         """Ends all streams soon, so that a server can stop; any thread may call it."""
@@ -127,10 +139,12 @@ class RunFeed:
             await self._look(folder, watch)
             watch.task = asyncio.create_task(self._follow(folder, watch))
         watch.listeners += 1
+        self._listeners += 1
         try:
             yield watch
         finally:
             watch.listeners -= 1
+            self._listeners -= 1
             if not watch.listeners:
                 self._watches.pop(folder, None)
                 if watch.task:

@@ -18,9 +18,11 @@ from research.core.errors import UserError
 from research.core.json_files import NUMBER
 from research.runs.aliases.run_alias import is_alias
 from research.studio.chats.blind_votes import win_rates
-from research.studio.chats.chat_api import conversations, votes_of
+from research.studio.chats.chat_api import ACTIONS, NEW, conversations, votes_of
 from research.studio.chats.conversation_files import KeptChat, messages_of
 from research.studio.chats.model_stamps import stamps_of
+from research.studio.deploying.pasted_commands import fields_of_command
+from research.studio.jobs.job_commands import as_text, words_of
 from research.studio.listing.run_state import read_json_object
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
@@ -31,6 +33,7 @@ from research.studio.serving.server_routes import described, run_flags, start_se
 MOST_MODELS = 4  # beside the base
 SHOWN_STEPS, SHOWN_RUNS, SHOWN_CHATS = 8, 100, 30
 NAME = "chat"
+BASE_ALONE = f"--model={Config().model.init_from}"
 # Field of the form and of the API, what it means, its kind.
 SETTINGS = {
     "temperature": ("0 takes the likeliest token", float),
@@ -148,7 +151,18 @@ def _server_flags(request: Request, written: list[str]) -> tuple[str, list[str]]
     running = {one.name for one in studio_of(request).servers.all() if one.process}
     names = (f"{NAME}-{number}" if number > 1 else NAME for number in range(1, 1000))
     name = next(one for one in names if one not in running)
-    return name, run_flags(request, written) or [f"--model={Config().model.init_from}"]
+    return name, run_flags(request, written) or [BASE_ALONE]
+
+
+async def paste(request: Request) -> Response:
+    """Chooses the runs of a pasted command of a server."""
+    words = words_of((await Form.read(request)).get("pasted"))
+    text = as_text([x for x in words if x != BASE_ALONE])
+    fields = fields_of_command(text, studio_of(request).runs)
+    if more := fields.keys() - {"do", "run", "name", "port"}:
+        shown = ", ".join(sorted(more))
+        raise UserError(f"this form has runs alone, and no {shown}: use Deploy")
+    return see("/chat", run=fields["run"] or [""])
 
 
 async def serve(request: Request) -> Response:
@@ -180,15 +194,17 @@ async def ask(request: Request) -> Response:
     }
     messages, context = messages_of(before.way_to(parent, chosen), turn)
     settings = _settings(form)
-    chat, turn = await asyncio.to_thread(kept.add, chat, turn)
-    body = settings | {"messages": messages, "context": context}
-    body |= {"logprobs": True, "return_token_ids": True}
-    columns = await asyncio.gather(
-        *(_column(server, stamps[name], body | {"model": name}) for name in models)
-    )
-    answers = {"kind": "answers", "turn": turn["id"], "server": server.name}
-    answers |= {"settings": settings, "columns": columns}
-    await asyncio.to_thread(kept.add, chat, answers)
+    with noted(request, ACTIONS["turn"], chat or NEW, models=models) as facts:
+        chat, turn = await asyncio.to_thread(kept.add, chat, turn)
+        facts["chat"] = chat
+        body = settings | {"messages": messages, "context": context}
+        body |= {"logprobs": True, "return_token_ids": True}
+        asked = (
+            _column(server, stamps[name], body | {"model": name}) for name in models
+        )
+        answers = {"kind": "answers", "turn": turn["id"], "server": server.name}
+        answers |= {"settings": settings, "columns": await asyncio.gather(*asked)}
+        await asyncio.to_thread(kept.add, chat, answers)
     return see("/chat", server=server.name, chat=chat)
 
 
@@ -239,6 +255,7 @@ async def remove(request: Request) -> Response:
 
 ROUTES = (
     Route("/chat", chat),
+    Route("/flags/chat", paste),
     Route("/act/chat/serve", serve, methods=["POST"]),
     Route("/act/chat/ask", ask, methods=["POST"]),
     Route("/act/chat/remove", remove, methods=["POST"]),

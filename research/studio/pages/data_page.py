@@ -17,13 +17,14 @@ from research.config.data_knobs import ColumnsConfig
 from research.config.field_names import flag, name_sources
 from research.core.errors import UserError
 from research.core.hub_access import is_hub
+from research.core.local_paths import local_path
 from research.data.compressed_files import kind_of
 from research.data.instructions.row_files import row_files
 from research.data.row_readers import READERS, BadRowError, read_rows
 from research.studio.checks.check_process import Check
 from research.studio.checks.config_presets import FOLDER, first_preset
 from research.studio.checks.row_survey import BLOCK
-from research.studio.jobs.job_commands import as_text
+from research.studio.jobs.job_commands import as_text, config_of, flags_in
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import (
     Form,
@@ -35,6 +36,7 @@ from research.studio.pages.page_view import (
     see,
     studio_of,
 )
+from research.studio.pages.train_page import check_flags, complete, read_flags
 from research.studio.roots import shown_paths
 from research.studio.uploads import receive_upload
 
@@ -50,6 +52,8 @@ TEXT_PRESET = "pretrain_tiny.py"
 KINDS = (*READERS, *TEXTS)
 PAGE = 10  # rows
 LARGEST_ROW = 10**12
+CHECKS = "research.studio.checks"
+OF_CHECKS = ("--into=", "--rows_only", "--first=")
 
 
 def data(request: Request) -> Response:
@@ -198,6 +202,27 @@ def _flags(request: Request, fields: Mapping[str, str]) -> list[str]:
     return [f"--config={first_preset()}", flag("data.path", path), *named, *skips]
 
 
+async def paste(request: Request) -> Response:
+    """Fills the form from the data of a pasted training."""
+    text, studio = (await Form.read(request)).get("pasted"), studio_of(request)
+    words = [x for x in flags_in(text, CHECKS) if not x.startswith(OF_CHECKS)]
+    flags = complete(read_flags(as_text(words)), studio)
+    check_flags(flags, studio)
+    config, _ = config_of(flags, studio.confined)
+    place, fields = config.data.path, {"read": ""}
+    if config.data.kind == "text":
+        fields["read"] = "text"
+        place = config.text.sources[0].partition("=")[2]
+    elif config.data.bad_lines == "skip":
+        fields["skip"] = "yes"
+    if is_hub(place):
+        return see("/data", hub=place, **fields)
+    given = {f: getattr(config.data.columns, f.name) for f in MAPPED}
+    fields |= {f.name: column for f, column in given.items() if column != f.default}
+    file = place if place == EMBEDDED else studio.data.name(local_path(place))
+    return see("/data", file=file, **fields)
+
+
 async def look(request: Request) -> Response:
     """Starts a check of the rows with the choices of the form."""
     form = await Form.read(request)
@@ -227,6 +252,7 @@ async def upload(request: Request) -> Response:
 
 ROUTES = (
     Route("/data", data),
+    Route("/flags/data", paste),
     Route("/act/look", look, methods=["POST"]),
     Route("/act/upload/{name}", upload, methods=["PUT"]),
 )

@@ -1,6 +1,7 @@
 """One run: figures and curves as they come, samples, log, findings, starts."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.thinning import MOST_POINTS, smooth, thin
 from research.report.result_tables import comparable, tabulate_losses
+from research.report.run_page import format_page
+from research.report.run_results import LOG_BYTES, read_results
+from research.runs.control.job_logs import last_error, log_of, tail
 from research.runs.display_files import read_findings, read_samples
 from research.runs.run_directory import RunDir
 from research.runs.run_history import goodput
 from research.runs.run_history import read as read_history
 from research.studio.jobs import job_commands as commands
-from research.studio.jobs.job_logs import last_error, log_of, tail
 from research.studio.listing.run_index import is_run
 from research.studio.listing.run_notes import read_notes
 from research.studio.live.metric_columns import MetricColumns, held_out_curves
 from research.studio.live.run_feed import figures, plain_list
 from research.studio.page_errors import not_found
 from research.studio.pages.page_view import (
+    format_number,
     json_answer,
     number_of,
     render,
@@ -44,7 +48,6 @@ CHARTS = (
 )
 HELD_OUT = "held_out"
 TABLE_ROWS = 40  # of a chart's data table
-LOG_BYTES = 24_000
 SAMPLES = 12
 WRONG_VALUES = (ArithmeticError, TypeError, ValueError)  # of a damaged file
 REQUESTS = {
@@ -88,7 +91,6 @@ def run(request: Request) -> Response:
         error=last_error(log) if state.state == "failed" else "",
         said=request.query_params.get("said", ""),
         evaluate=commands.as_text([f"--run={shown_paths([folder])[0]}"]),
-        has_report=(folder / "report.html").is_file(),
         **_from_files(folder),
     )
 
@@ -172,10 +174,11 @@ def curves(request: Request) -> Response:
 
 
 async def events(request: Request) -> Response:
-    """The stream of a run, see `RunFeed.events`."""
+    """The stream of a run, see `RunFeed.events`; it may be refused."""
     studio = studio_of(request)
     folder = find_run(request, request.query_params.get("run", ""))
     last = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    studio.feed.require_room()
     columns = studio.columns(folder)
     stream = studio.feed.events(folder, columns, last)
     return StreamingResponse(stream, media_type="text/event-stream")
@@ -194,18 +197,39 @@ def _newest_samples(folder: Path) -> list[Sample]:
 
 
 def report(request: Request) -> Response:
-    """`report.html` as it is: one file, whose own styles are allowed and no script."""
-    folder = find_run(request, request.query_params.get("run", ""))
-    return own_page(folder / "report.html")
+    """The run as one file: `report.html`, or before its end what there is by now."""
+    name = request.query_params.get("run", "")
+    folder = find_run(request, name)
+    if os.path.lexists(folder / "report.html"):
+        return own_page(folder / "report.html")
+    studio, found = studio_of(request), _from_files(folder)
+    columns, state = studio.columns(folder), studio.state_of(folder)
+    knobs = [[k, str(new), str(old)] for k, old, new in found["knobs"]]
+    figures = {"step": state.step, "loss": state.loss, "held out": state.held_out}
+    facts = {"run": name, "state": state.state}
+    facts |= {k: format_number(x) for k, x in figures.items()}
+    results = read_results(
+        folder,
+        facts,
+        found["goodput"].parts if found["goodput"] else [],
+        [["knob", "value", "default"], *knobs],
+        columns.evals(),
+    )
+    return _harmless(format_page(results, train=columns.train()).encode())
 
 
 def own_page(path: Path) -> Response:
     """A page that a command has written, without scripts. Raises PageError: none."""
     if path.is_symlink() or not path.is_file():
         raise not_found(f"there is no {path.name} yet; it is written at the end")
+    return _harmless(path.read_bytes())
+
+
+def _harmless(page: bytes) -> Response:
+    """A page that keeps its own styles, runs no script and reads nothing."""
     policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     headers = {"content-security-policy": policy}
-    return Response(path.read_bytes(), media_type="text/html", headers=headers)
+    return Response(page, media_type="text/html", headers=headers)
 
 
 ROUTES = (

@@ -73,15 +73,15 @@ def wants_json(request: Request) -> bool:
     return request.url.path.startswith("/api/") or "text/html" not in accepted
 
 
-def see(path: str, **fields: str) -> RedirectResponse:
+def see(path: str, **fields: Any) -> RedirectResponse:
     """Leads the browser to a page after a form was sent."""
     return RedirectResponse(address(path, **fields), 303)
 
 
 def address(path: str, **fields: Any) -> str:
-    """A path of this server, with names as they are, and with fields."""
+    """A path of this server, with names as they are, and with fields; lists repeat."""
     found = quoted(path)
-    return f"{found}?{urllib.parse.urlencode(fields)}" if fields else found
+    return f"{found}?{urllib.parse.urlencode(fields, doseq=True)}" if fields else found
 
 
 def quoted(path: str) -> str:

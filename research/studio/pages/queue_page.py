@@ -10,8 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.core.errors import UserError
+from research.runs.control.job_logs import progress, tail
 from research.runs.display_files import EVALUATIONS
-from research.studio.jobs.job_logs import progress, tail
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError, not_found

@@ -1,6 +1,7 @@
 """The buttons of a run: a request, a resumption, a branch."""
 
 import asyncio
+import os
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from starlette.routing import Route
 
 from research.checkpoints.stored_steps import step_folders
 from research.core.errors import UserError
+from research.core.local_paths import local_path, split_step
 from research.runs.control.request_files import write_request
 from research.runs.run_directory import RunDir
 from research.studio.jobs import job_commands as commands
@@ -87,6 +89,27 @@ def branch(request: Request) -> Response:
     )
 
 
+async def paste(request: Request) -> Response:
+    """Fills the form from a pasted command of a branch."""
+    flags = commands.flags_in(
+        (await Form.read(request)).get("pasted"), "research.train"
+    )
+    given = dict(commands.flag_values(flags))
+    given.pop("config", None)
+    place, step = split_step(given.pop("config.model.init_from", ""))
+    if not step:
+        raise UserError("a branch has --config.model.init_from=RUN@STEP")
+    folder, runs = local_path(place).absolute(), studio_of(request).runs
+    target = local_path(given.pop("config.run_dir", f"{folder}_from_{step}"))
+    return see(
+        "/branch",
+        run=runs.name(folder),
+        step=step,
+        target=os.path.relpath(target.absolute(), folder.parent),
+        changes=commands.as_text([f"--{k}={v}" for k, v in given.items()]),
+    )
+
+
 def _flags(
     request: Request, folder: Path, step: str, target: str, changes: str
 ) -> list[str]:
@@ -132,5 +155,6 @@ ROUTES = (
     Route("/act/request", ask, methods=["POST"]),
     Route("/act/resume", resume, methods=["POST"]),
     Route("/branch", branch),
+    Route("/flags/branch", paste),
     Route("/act/branch", start_branch, methods=["POST"]),
 )

@@ -44,6 +44,7 @@ def train(request: Request) -> Response:
     """The form of the flags in the address, their command, and their check."""
     studio = studio_of(request)
     values: dict[str, Any] = {"problem": "", "check": Check(), "command": None}
+    values["check_command"] = None
     preset, given, flags = first_preset(), {}, []
     try:
         flags = complete(read_flags(request.query_params.get("flags", "")), studio)
@@ -51,6 +52,7 @@ def train(request: Request) -> Response:
         check_flags(flags, studio)
         values["check"] = studio.checks.read(flags, rows_only=False)
         values["command"] = commands.launching(flags)
+        values["check_command"] = studio.checks.command(flags, rows_only=False)
     except (UserError, PageError) as error:
         values["problem"] = str(error)
     preset = preset if is_config(preset, studio) else first_preset()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import httpx
 
 from research.core.json_files import Shape, mismatch
-from research.studio.jobs.job_logs import last_error, tail
+from research.runs.control.job_logs import last_error, tail
 from research.studio.page_errors import PageError
 from research.studio.serving.model_servers import ModelServer
 

@@ -12,6 +12,7 @@ from research.config.knobs import fields as knob_fields
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
 from research.studio.checks.config_presets import FOLDER as CONFIGS
+from research.studio.jobs.job_commands import flag_values
 from research.studio.roots import shown_paths
 
 DOOR = "launch.sweep"
@@ -47,17 +48,13 @@ def fields_of(flags: Sequence[str]) -> dict[str, str]:
     fields = dict.fromkeys((*OWN, CONFIG, CHANGES), "")
     middle = flags.index("--") if "--" in flags else len(flags)
     own, trainer = [*flags[:middle]], flags[middle + 1 :]
-    while own:
-        word = own.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in OWN:
+    for name, value in flag_values(own):
+        if name not in OWN:
             raise UserError(
-                f"{word!r} is no flag of the form, which has "
+                f"--{name} is no flag of the form, which has "
                 f"{', '.join(f'--{x}' for x in OWN)} and, after --, --config and "
                 "--config.KNOB=VALUE; start other sweeps in a shell"
             )
-        if not equals and own and not re.match(r"--|-[^.\d]", own[0]):
-            value = own.pop(0)
         fields[name] = f"{fields[name]}\n{value}".strip() if name == "axis" else value
     changes = []
     for word in trainer:

@@ -1,21 +1,29 @@
 // Curves of several runs over each other.
-import { Chart, chartControls, fetchCurves, heldOut } from "../parts/charts.js";
+import { Chart, chartControls, fetchCurves, fillTable, heldOut } from "../parts/charts.js";
 
 const names = [...document.querySelectorAll("#compared tr[data-run]")].map((row) => row.dataset.run);
 const charts = new Map([...document.querySelectorAll("[data-chart]")].map((figure) => [figure.dataset.chart, new Chart(figure)]));
+const problem = document.querySelector("[data-problem]");
 let found = [];
 const choice = chartControls(document.querySelector("[data-chart-controls]"), read);
 
+// A run that was moved meanwhile is named, and the others are shown.
 async function read() {
-  found = await Promise.all(names.map((name) => fetchCurves(name, choice.smooth)));
+  const answers = await Promise.allSettled(names.map((name) => fetchCurves(name, choice.smooth)));
+  found = answers.flatMap(({ value }, index) => (value ? [{ name: names[index], ...value }] : []));
+  problem.textContent = answers.flatMap(({ reason }) => (reason ? [reason.message] : [])).join("; ");
+  problem.hidden = !problem.textContent;
   draw();
 }
 
 function draw() {
-  const loss = found.map((one, index) => ({ label: names[index], x: one.train.loss[0], y: one.train.loss[1] }));
-  charts.get("loss").show(loss, choice.log);
-  const held = found.flatMap((one, index) => heldOut(one).slice(0, 1).map((curve) => ({ ...curve, label: names[index] })));
-  charts.get("held_out").show(held, choice.log);
+  show("loss", found.map(({ name, train }) => ({ label: name, x: train.loss[0], y: train.loss[1] })));
+  show("held_out", found.flatMap((one) => heldOut(one).slice(0, 1).map((curve) => ({ ...curve, label: one.name }))));
+}
+
+function show(kind, curves) {
+  charts.get(kind).show(curves, choice.log);
+  fillTable(document.querySelector(`[data-chart="${kind}"] [data-table]`), curves);
 }
 
 read();

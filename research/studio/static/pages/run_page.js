@@ -3,6 +3,7 @@ import { Chart, chartControls, fetchCurves, heldOut } from "../parts/charts.js";
 import { formatDuration, formatNumber } from "../parts/numbers.js";
 
 const MOST_APPENDED = 1000; // New points after which the server thins the curves again.
+const RETRY_AFTER = 10_000; // milliseconds
 const place = document.querySelector("#run");
 const run = place.dataset.run;
 const connection = place.querySelector("[data-connection]");
@@ -135,7 +136,11 @@ function listen() {
   const fields = new URLSearchParams({ run, after: curves.cursor });
   const events = new EventSource(`/api/events?${fields}`);
   events.addEventListener("open", () => { connection.textContent = "live"; });
-  events.addEventListener("error", () => { connection.textContent = "no connection; trying again"; });
+  events.addEventListener("error", () => {
+    connection.textContent = "no connection; trying again";
+    // A browser gives up behind an answer with an error, as of a studio with too many tabs.
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_AFTER);
+  });
   events.addEventListener("rows", (event) => addRows(JSON.parse(event.data)));
   events.addEventListener("state", (event) => showState(JSON.parse(event.data)));
   events.addEventListener("reset", () => read());

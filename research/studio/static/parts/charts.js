@@ -159,3 +159,34 @@ export function heldOut(found, prefix = "") {
     return { label: prefix + (group === "" ? "all" : group), x, y };
   });
 }
+
+const TABLE_ROWS = 40;
+
+// The numbers of a chart: at some of its steps, the newest value of each curve there.
+export function fillTable(place, curves) {
+  const steps = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
+  const last = steps.length - 1;
+  const count = Math.min(steps.length, TABLE_ROWS);
+  const table = document.createElement("table");
+  addRow(table.createTHead(), "th", ["step", ...curves.map((curve) => curve.label)]);
+  const body = table.createTBody();
+  for (let row = 0; row < count; row++) {
+    const step = steps[Math.round((row * last) / Math.max(count - 1, 1))];
+    addRow(body, "td", [formatNumber(step), ...curves.map((curve) => valueAt(curve, step))]);
+  }
+  place.replaceChildren(table);
+}
+
+function addRow(part, kind, texts) {
+  const row = part.insertRow();
+  for (const text of texts) {
+    const cell = document.createElement(kind);
+    cell.textContent = text;
+    row.append(cell);
+  }
+}
+
+function valueAt({ x, y }, step) {
+  const at = x.findLastIndex((value) => value <= step);
+  return at < 0 || step > x[x.length - 1] ? "-" : formatNumber(y[at]);
+}

@@ -1,0 +1,66 @@
+"""A pasted command of a server, an export or an alias as the fields of its form."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from research.core.errors import UserError
+from research.core.local_paths import split_step
+from research.studio.deploying.exports import FORMATS
+from research.studio.jobs.job_commands import flag_values, words_of
+from research.studio.roots import Roots
+
+SERVE, EXPORT, ALIASES = "research.serve", "research.export", "research.runs.aliases"
+# Flags of each command that its form has; those of the second list follow from others.
+FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    SERVE: (
+        ("run", "port", "slots", "adapters", "weights", "api_key_file"),
+        ("adapters_from",),
+    ),
+    EXPORT: (("run", "step", "dtype"), ("out",)),
+    ALIASES: (("alias", "run", "back"), ()),
+}
+
+
+def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
+    """The fields of the Deploy page: `do`, `run`, and those of its form.
+
+    Raises:
+      UserError: it is none of these commands, or a flag is for a shell.
+      PageError: a run lies outside of the roots.
+    """
+    words = words_of(text)
+    door = next((x for x in FLAGS if x in words), None)
+    if door is None:
+        raise UserError(f"paste a command of {', '.join(FLAGS)}")
+    known, implied = FLAGS[door]
+    given: dict[str, list[str]] = {}
+    for name, value in flag_values(words[words.index(door) + 1 :]):
+        if name not in (*known, *implied):
+            shown = ", ".join(f"--{x}" for x in known)
+            raise UserError(
+                f"--{name[:40]} is no flag of the form, which has {shown}; run that "
+                "command in a shell"
+            )
+        given.setdefault(name, []).append(value)
+    chosen = [_named(x, runs) for x in given.pop("run", [])]
+    last = {name: values[-1] for name, values in given.items() if name in known}
+    if door == SERVE:
+        keys = Path(last.pop("api_key_file", ""))  # In the folder of the server.
+        name = {"name": keys.parent.name} if keys.parent.name else {}
+        return {"do": "serve", "run": chosen, **name, **last}
+    if door == EXPORT:
+        dtype = f"--dtype={last.pop('dtype', 'float32')}"
+        formats = [x.name for x in FORMATS if x.flags == (dtype,)]
+        return {"do": "export", "run": chosen, "format": [*formats, dtype][0], **last}
+    alias = {"alias": _named(last.get("alias", ""), runs)}
+    if "back" in last:
+        return {"do": "back", **alias}
+    run, step = split_step(chosen[0] if chosen else "")
+    return {"do": "promote", "run": [run], "step": step, **alias}
+
+
+def _named(written: str, runs: Roots) -> str:
+    """`runs/a@3` as pages name it."""
+    place, step = split_step(written)
+    return runs.name(Path(place).expanduser()) + (f"@{step}" if step else "")

@@ -188,7 +188,7 @@ def tabulate_wall_time(seconds: Sequence[tuple[str, float]]) -> Table:
 
 
 def tabulate_findings(findings: Sequence[Finding]) -> Table:
-    """What the doctor found, with a remedy for what forbids a start; empty without."""
+    """The findings of the doctor, with a remedy for each that forbids a start."""
     rows = [
         [
             "fails" if not x.ok else "look" if x.warns else "ok",

@@ -101,7 +101,7 @@ def full(site, monkeypatch, socket_folder):
 
 
 def forms(site):
-    """What each route that changes something is sent, in this order."""
+    """A form for each route that changes something, in this order."""
     train = f"--config={first_preset()} --config.run_dir=runs/new"
     sweep = f"--axis=lora.rank=4,8 -- --config={first_preset()}"
     served = {"name": "api", "run": "runs/tuned"}

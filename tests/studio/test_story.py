@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.soak
+
 
 def test_the_whole_story(story):
     assert story.faults == []

@@ -21,7 +21,7 @@ KNOBS = {
     "model.init_from": "runs/model", "steps": "100000", "data.seq_len": "128",
     "data.batch_size": "4", "data.microbatch_size": "4", "data.held_out": "4",
     "lora.rank": "4", "run_dir": "runs/whales",
-    "model.dtype": "float32", "optim.learning_rate": "1e-2",
+    "model.dtype": "float32", "optim.learning_rate": "1e-2", "optim.warmup": "0",
     "eval.every": "500", "eval.prompts": "0", "eval.answers_rows": "0",
     "checkpoint.every": "1000", "runtime.peak_tflops": "0.05",
 }  # fmt: skip
@@ -32,7 +32,7 @@ WAIT = 240_000  # milliseconds; the machine may be busy with other tests
 
 @dataclasses.dataclass
 class Story:
-    """What is left of it.
+    """The files and figures that it leaves.
 
     Attributes:
       folder: of the studio.

@@ -118,13 +118,13 @@ function Export({ chat, step }) {
     <span role="status">${said}</span></form></details>`;
 }
 
-function Composer({ isFirst, isBusy, onSend, onStop }) {
+function Composer({ isFirst, isBusy, models, onSend, onStop }) {
   const [text, setText] = useState("");
   const [context, setContext] = useState("");
   const [system, setSystem] = useState(kept("system", ""));
   const send = (event) => {
     event.preventDefault();
-    if (isBusy || !text.trim()) return;
+    if (isBusy || !models?.length || !text.trim()) return;
     keep("system", system);
     onSend({ text, context: isFirst ? context : "", system: isFirst ? system : "" });
     setText("");
@@ -136,8 +136,8 @@ function Composer({ isFirst, isBusy, onSend, onStop }) {
     <label class="block" for="text">Message</label>
     <textarea id="text" value=${text} onInput=${(event) => setText(event.target.value)}
       onKeyDown=${(event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send(event); }}></textarea>
-    <p class="row">${isBusy ? html`<button type="button" class="danger" onClick=${onStop}>Stop</button>` : html`<button class="main" disabled=${!text.trim()}>Send</button>`}
-    <span class="small quiet">Ctrl+Enter sends</span></p></form>`;
+    <p class="row">${isBusy ? html`<button type="button" class="danger" onClick=${onStop}>Stop</button>` : html`<button class="main" disabled=${!models?.length || !text.trim()}>Send</button>`}
+    <span class="small quiet">${models?.length === 0 ? "Choose at least one model." : "Ctrl+Enter sends"}</span></p></form>`;
 }
 
 function Chat() {
@@ -337,7 +337,7 @@ function Chat() {
     })}
     <p class="unseen" role="status">${isBusy ? "The models answer." : steps.length ? "The answers are complete." : ""}</p>
     ${state.problem && html`<p class="problem" role="alert">${state.problem}</p>`}
-    ${mayAsk && html`<${Composer} isFirst=${!steps.length} isBusy=${isBusy} onSend=${send} onStop=${() => state.stop?.abort()} />`}
+    ${mayAsk && html`<${Composer} isFirst=${!steps.length} isBusy=${isBusy} models=${chosen} onSend=${send} onStop=${() => state.stop?.abort()} />`}
   </div>`;
 }
 

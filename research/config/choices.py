@@ -26,6 +26,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 # "auto" picks one of the kernels for the devices at hand.
 AUTO = "auto"
 KERNELS = ("xla", "cudnn", "cudnn_mask", "splash")
+EXPERT_KERNELS = ("blocked", "ragged_dot", "tokamax")
 REMATS = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
 UNDECODABLE = ("stop", "skip", "replace")

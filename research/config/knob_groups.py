@@ -11,6 +11,7 @@ from research.config.choices import (
     AUTO,
     BASE_FORMAT_MODULES,
     DTYPES,
+    EXPERT_KERNELS,
     KERNELS,
     OPTIMIZERS,
     REMATS,
@@ -61,6 +62,12 @@ class ModelConfig:
     )
     attention_block: int = free_knob(
         128, "tokens in a block of the xla kernel", above=0
+    )
+    expert_kernel: str = free_knob(
+        "auto",
+        "product of sorted tokens with the matrices of their experts; blocked suits "
+        "CPUs, tokamax is an optional package for GPUs and TPUs",
+        choices=(AUTO, *EXPERT_KERNELS),
     )
     loss_chunk: int = free_knob(
         0,
@@ -135,6 +142,12 @@ class OptimConfig:
         low=0,
     )
     z_loss: float = knob(0.0, "weight of the squared log-normaliser in the loss", low=0)
+    balance_loss: float = knob(
+        -1.0,
+        "weight of the loss that keeps the load of a model's experts alike; -1: that "
+        "of the model's config",
+        low=-1,
+    )
     skip_spread: float = knob(
         0.0,
         "skip an update whose loss or gradient norm is this many standard deviations "

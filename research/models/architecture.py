@@ -68,6 +68,35 @@ class Rope:
     fraction: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Experts:
+    """The mixture of experts that takes the place of each layer's MLP.
+
+    Attributes:
+      count: E, experts of a layer, each an MLP of width F.
+      chosen: C, experts that compute a token.
+      renormalized: the shares of a token's chosen experts sum to 1; or else they are
+        their probabilities among all experts.
+      balance_weight: of the loss that keeps the load of all experts alike, see
+        `parts.experts.ExpertLoad`.
+    """
+
+    count: int
+    chosen: int
+    renormalized: bool = True
+    balance_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chosen <= self.count:
+            raise UserError(
+                f"{self.chosen} of {self.count} experts cannot be chosen for a token: "
+                "it must be 1 or more, and not more than there are"
+            )
+
+    def __repr__(self) -> str:
+        return _shown(self, ("count", "chosen"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """The shape of a decoder. Field names follow the legend in `attention.py`:
@@ -91,8 +120,10 @@ class Architecture:
       norm_at: before each branch (`pre`), behind it (`post`), or `both`.
       parallel_residual: attention and MLP both read the input of the block.
       qk_norm: of queries and keys: `none`, each `head`, or all heads at once (`flat`).
-      biases: which matrices have one: `qkv`, `out` (both of attention) and `mlp`.
-      activation: `silu`, `gelu`, or its approximation `gelu_tanh`.
+      biases: which matrices have one: `qkv`, `out` (both of attention) and `mlp`, or
+        `router` and `experts` in its place.
+      activation: `silu`, `gelu`, or its approximation `gelu_tanh`; or `clamped_swiglu`,
+        which has the gate in it.
       gated_mlp: the activation of one matrix multiplies the output of another.
       attention_scale: of scores; None: 1 / sqrt(H).
       attention_softcap, logit_softcap: c in c * tanh(x / c), of scores and of logits;
@@ -100,6 +131,9 @@ class Architecture:
       embedding_scale, residual_scale: multiply the embeddings, and the output of each
         branch.
       logit_divisor: divides the logits.
+      attention_sinks: each head has a score that its softmax counts beside those of
+        the keys.
+      experts: in the place of each MLP; None: none. F is then the width of one.
 
     Raises:
       UserError: the switches contradict each other.
@@ -138,6 +172,8 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    attention_sinks: bool = False
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -175,10 +211,20 @@ class Architecture:
     def matrices_per_layer(self) -> int:
         """Scalars in a layer's matrices: 2D(N+K)H of attention and 3DF of the MLP.
 
-        An MLP without a gate has 2DF.
+        An MLP without a gate has 2DF. E experts have E times as many, and DE more.
         """
+        return self._matrices(self.experts.count if self.experts else 1)
+
+    @property
+    def used_per_layer(self) -> int:
+        """As `matrices_per_layer`, without experts that are not a token's own."""
+        return self._matrices(self.experts.chosen if self.experts else 1)
+
+    def _matrices(self, mlps: int) -> int:
         attention = 2 * self.embed * (self.heads + self.kv_heads) * self.head_dim
-        return attention + (3 if self.gated_mlp else 2) * self.embed * self.mlp
+        router = self.embed * self.experts.count if self.experts else 0
+        mlp = (3 if self.gated_mlp else 2) * self.embed * self.mlp
+        return attention + router + mlps * mlp
 
     def seen_share(self, length: int) -> float:
         """Mean share over layers of the (query, key) pairs of a causal row that count.

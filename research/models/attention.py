@@ -8,10 +8,11 @@ Legend of the axis letters used in names, here and in `transformer.py`:
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 Array = jax.Array
 
@@ -30,11 +31,14 @@ class ScoreRule:
       softcap: c in c * tanh(score / c); 0: none.
       windowed: whether this layer has the window, a boolean scalar that only the
         running program knows; None: it has.
+      sinks: float32 `[N]`, a score of each head that every softmax counts beside those
+        of the keys, and that mixes no value in; None: none.
     """
 
     window: int = dataclasses.field(default=0, metadata={"static": True})
     softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
     windowed: Array | None = None
+    sinks: Array | None = None
 
     def within(self, keys: int) -> "ScoreRule":
         """The rule for rows of so many keys: a window of as many has no end."""
@@ -56,6 +60,13 @@ class ScoreRule:
 
 
 PLAIN = ScoreRule()
+
+
+def rule_partition(rule: ScoreRule, heads: Any) -> ScoreRule:
+    """`PartitionSpec`s in the place of the arrays of `rule`; mesh axes of `heads`."""
+    return jax.tree.map(
+        lambda x: PartitionSpec(heads) if x.ndim else PartitionSpec(), rule
+    )
 
 
 def cap(scores: Array, softcap: float) -> Array:
@@ -103,7 +114,20 @@ def blocked_attention(
         rule.reach,
         *_visited(k_segments, length, keys, block, offset, rule.reach),
     )
-    return _blocked(q, k, v, rows, block, rule.softcap)[:, :length]
+    return _blocked(q, k, v, rule.sinks, rows, block, rule.softcap)[:, :length]
+
+
+def start_of_softmax(q_BKGTH: Array, sinks_N: Array | None) -> tuple[Array, ...]:
+    """The largest score, the sum of weights and the mix before the first key.
+
+    A sink is a score that is there before it.
+    """
+    none = jnp.zeros((*q_BKGTH.shape[:-1], 1), jnp.float32)
+    mixed = jnp.zeros(q_BKGTH.shape, jnp.float32)
+    if sinks_N is None:
+        return none + MASKED, none, mixed
+    sinks = sinks_N.astype(jnp.float32).reshape(*q_BKGTH.shape[1:3], 1, 1)
+    return none + sinks[None], none + 1.0, mixed
 
 
 class _Rows(NamedTuple):
@@ -187,19 +211,20 @@ def _logits(
     return jnp.where((same_BTS & order_TS[None])[:, None, None], logits, MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _blocked(
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
+    sinks_N: Array | None,
     rows: _Rows,
     block: int,
     softcap: float,
 ) -> Array:
-    return _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block, softcap)[0]
+    return _blocked_forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, block, softcap)[0]
 
 
-def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block, softcap):
+def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, block, softcap):
     q = _heads_first(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH.shape[2])
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
 
@@ -223,10 +248,8 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block, softcap):
             )
             return larger, total, mixed
 
-        none = jnp.zeros((*q_block.shape[:-1], 1), jnp.float32)
-        start = (none + MASKED, none, jnp.zeros(q_block.shape, jnp.float32))
         largest, total, mixed = jax.lax.fori_loop(
-            rows.first[i], rows.end[i], keys, start
+            rows.first[i], rows.end[i], keys, start_of_softmax(q_block, sinks_N)
         )
         mixed = _heads_last((mixed / total).astype(q.dtype))
         return (
@@ -237,11 +260,11 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, rows, block, softcap):
     empty = jnp.zeros_like(q_BTNH), jnp.zeros((*q.shape[:-1], 1), jnp.float32)
     blocks = q_BTNH.shape[1] // block
     output, normalizer = jax.lax.fori_loop(0, blocks, queries, empty)
-    return output, (q_BTNH, k_BSKH, v_BSKH, rows, output, normalizer)
+    return output, (q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, output, normalizer)
 
 
 def _blocked_backward(block, softcap, residuals, d_output_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, rows, output_BTNH, normalizer = residuals
+    q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, output_BTNH, normalizer = residuals
     kv_heads, scale = k_BSKH.shape[2], q_BTNH.shape[-1] ** -0.5
     q = _heads_first(q_BTNH * scale, kv_heads)
     d_output = _heads_first(d_output_BTNH, kv_heads)
@@ -284,7 +307,13 @@ def _blocked_backward(block, softcap, residuals, d_output_BTNH):
     blocks = q_BTNH.shape[1] // block
     d_q, d_k, d_v = jax.lax.fori_loop(0, blocks, queries, empty)
     d_k, d_v = (d.transpose(0, 2, 1, 3).astype(k.dtype) for d in (d_k, d_v))
-    return d_q, d_k, d_v, None
+    d_sinks = None
+    if sinks_N is not None:
+        # Its weight is that of a key whose value is zero.
+        weights = jnp.exp(sinks_N.reshape(*q.shape[1:3], 1, 1)[None] - normalizer)
+        d_sinks = -jnp.sum(weights * along, axis=(0, 3, 4))
+        d_sinks = d_sinks.reshape(-1).astype(sinks_N.dtype)
+    return d_q, d_k, d_v, d_sinks, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -34,6 +34,9 @@ CUDNN_MASK_BYTES = 2**31
 LANES, SPLASH_BLOCK = 128, 512
 
 
+NO_SINKS = "it has no sinks, and each head of this model has one"
+
+
 class KernelChoice(NamedTuple):
     """A kernel that works on the platform, and the reason for it, for the log."""
 
@@ -77,7 +80,7 @@ def choose(
         "xla": lambda: None,
         "cudnn": by_cudnn,
         "cudnn_mask": by_cudnn,
-        "splash": lambda: _splash_lacks(platform, dtype),
+        "splash": lambda: _splash_lacks(platform, dtype, rule),
     }
     lacks = look_up(found, wanted, "config.model.attention")()
     note = ""
@@ -121,7 +124,7 @@ def _cudnn_lacks(platform, dtype, head_dim, capability, rule) -> str | None:
         return f"head_dim must be a multiple of 8 up to {widest}, it is {head_dim}"
     if rule.softcap:
         return f"it cannot cap scores, and this model caps them at {rule.softcap:g}"
-    return None
+    return NO_SINKS if rule.sinks is not None else None
 
 
 def _cudnn_form(capability: str, rule: ScoreRule) -> tuple[str, str]:
@@ -134,12 +137,12 @@ def _cudnn_form(capability: str, rule: ScoreRule) -> tuple[str, str]:
     return "cudnn", ""
 
 
-def _splash_lacks(platform, dtype) -> str | None:
+def _splash_lacks(platform, dtype, rule) -> str | None:
     if BEST.get(platform) != "splash":
         return f"it needs a TPU, this is {platform}"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         return f"it computes in bfloat16 or float32, not in {jnp.dtype(dtype)}"
-    return None
+    return NO_SINKS if rule.sinks is not None else None
 
 
 def packed_attention(
@@ -184,6 +187,8 @@ def packed_attention(
     rule = rule.within(k_BSKH.shape[1])
     if kernel == "xla":
         return blocked_attention(*arrays, block, offset, rule)
+    if rule.sinks is not None:
+        raise ValueError(f"attention kernel {kernel!r} has no sinks")
     whole = isinstance(offset, int) and offset == 0 and not rule.window
     if kernel == "cudnn" and whole and cudnn_attention.bounds(q_BTNH.shape[1]):
         return cudnn_attention.placed(*arrays[:3], q_segments_BT)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from research.models.attention import PLAIN, ScoreRule
+from research.models.attention import PLAIN, ScoreRule, rule_partition
 from research.models.attention_kernels import packed_attention
 from research.parallel import mesh as meshes
 
@@ -52,10 +52,11 @@ def make_attend(mesh: Mesh, kernel: str, block: int) -> Attend:
     rows: PartitionSpec = meshes.partition(("batch", "length"))
 
     def attend(*arrays: Any) -> Array:
+        rules = [rule_partition(rule, heads[2]) for rule in arrays[4:]]
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(heads, keys, keys, rows, PartitionSpec())[: len(arrays)],
+            in_specs=(heads, keys, keys, rows, *rules),
             out_specs=heads,
             # Pallas kernels do not declare how their results vary over the mesh.
             check_vma=False,

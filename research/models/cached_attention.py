@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.models.attention import MASKED, PLAIN, ScoreRule, cap
+from research.models.attention import (
+    MASKED,
+    PLAIN,
+    ScoreRule,
+    cap,
+    rule_partition,
+    start_of_softmax,
+)
 from research.models.paged_attention import attend_pages, can_attend_pages
 from research.parallel import mesh as meshes
 
@@ -115,8 +122,7 @@ def _accumulate(
         mixed = mixed * keep + mix("BKGTS,BKSH->BKGTH", weights, v_BKSH)
         return larger, total, mixed
 
-    none = jnp.zeros((*q_BKGTH.shape[:-1], 1), jnp.float32)
-    begin = (none + MASKED, none, jnp.zeros(q_BKGTH.shape, jnp.float32))
+    begin = start_of_softmax(q_BKGTH, rule.sinks)
     end = jnp.max(position_BT) // block + 1
     first: Array | int = 0
     if reach is not None:
@@ -211,11 +217,12 @@ def make_attend_cached(
         whole = split is None or q_BTNH.shape[0] == slots
         rows = PartitionSpec(split if whole else None, None, heads, None)
         everywhere = PartitionSpec()
-        at = everywhere, everywhere, PartitionSpec(rows[0]), everywhere
+        at = everywhere, everywhere, PartitionSpec(rows[0])
+        rules = [rule_partition(rule, heads) for rule in arrays[7:]]
         return jax.shard_map(
             on_platform if whole else one_row,
             mesh=mesh,
-            in_specs=(rows, rows, rows, cache, cache, *at)[: 1 + len(arrays)],
+            in_specs=(rows, rows, rows, cache, cache, *at, *rules),
             out_specs=(rows, cache, cache),
             check_vma=False,
         )(q_BTNH, *arrays)

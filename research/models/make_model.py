@@ -3,6 +3,7 @@
 import functools
 import logging
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -13,6 +14,8 @@ from research.models import attention_kernels
 from research.models.architecture import Architecture
 from research.models.attention import ScoreRule
 from research.models.attention_sharding import make_attend
+from research.models.parts.expert_dispatch import mix_experts
+from research.models.parts.expert_kernels import choose_expert_kernel
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
 
@@ -34,12 +37,17 @@ def make_model(
         does not divide over the mesh, or there is an `expert` axis and no expert.
     """
     choice = choose_kernel(config, architecture, mesh, length=length, rows=rows)
-    _log_once(choice)
+    _log_once("attention", choice)
+    platform = mesh.devices.flat[0].platform
+    product = choose_expert_kernel(config.expert_kernel, platform)
+    if architecture.experts:
+        _log_once("experts", product)
     options = Options(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         scan_unroll=config.scan_unroll,
         attend=make_attend(mesh, choice.kernel, config.attention_block),
+        mix_experts=functools.partial(mix_experts, kernel=product.kernel),
         constrain=meshes.constrain(mesh),
     )
     model = Model(architecture, options)
@@ -63,8 +71,8 @@ def model_of_run(
 
 
 @functools.cache  # A start makes the model again once its data is counted.
-def _log_once(choice: attention_kernels.KernelChoice) -> None:
-    logging.info("attention: %s (%s)", choice.kernel, choice.reason)
+def _log_once(what: str, choice: attention_kernels.KernelChoice) -> None:
+    logging.info("%s: %s (%s)", what, choice.kernel, choice.reason)
 
 
 def choose_kernel(
@@ -89,5 +97,10 @@ def choose_kernel(
         length=length,
         rows=max(1, rows // meshes.batch_shards(mesh)),
         capability=getattr(device, "compute_capability", "0.0"),
-        rule=ScoreRule(max(architecture.windows), architecture.attention_softcap),
+        rule=_rule_of_scores(architecture),
     )
+
+
+def _rule_of_scores(a: Architecture) -> ScoreRule:
+    sinks = jax.ShapeDtypeStruct((a.heads,), jnp.float32) if a.attention_sinks else None
+    return ScoreRule(max(a.windows), a.attention_softcap, sinks=sinks)

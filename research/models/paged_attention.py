@@ -32,6 +32,7 @@ def can_attend_pages(new_BTNH: Array, cache_LSKCH: Array, rule: ScoreRule) -> bo
         and new_BTNH.shape[3] % TILE == 0
         and cache_LSKCH.shape[3] % PAGE == 0
         and not rule.window
+        and rule.sinks is None
     )
 
 

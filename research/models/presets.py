@@ -3,7 +3,7 @@
 import dataclasses
 
 from research.core.errors import UserError, nearest
-from research.models.architecture import Architecture, Rope, RopeScaling
+from research.models.architecture import Architecture, Experts, Rope, RopeScaling
 
 # Sizes count the vocabulary given here; pre-training takes its tokenizer's instead. The
 # shapes of released models are those of their config.json; mistral-7b is version 0.3.
@@ -93,6 +93,32 @@ PRESETS = {
         vocab=50257, tied_head=True, max_position=1024, family="gpt2",
         positions="learned", norm="layer", gated_mlp=False, activation="gelu_tanh",
         biases=("qkv", "out", "mlp"),
+    ),
+    # As many matrices for each token as llama-6m and llama-125m have.
+    "mixtral-6m": Architecture(
+        embed=256, mlp=384, layers=6, heads=4, kv_heads=4, head_dim=64,
+        vocab=4096, tied_head=True, family="mixtral",
+        experts=Experts(8, 2, balance_weight=0.01),
+    ),
+    "mixtral-125m": Architecture(
+        embed=768, mlp=1024, layers=14, heads=12, kv_heads=4, head_dim=64,
+        vocab=32768, tied_head=True, family="mixtral",
+        experts=Experts(8, 2, balance_weight=0.01),
+    ),
+    "mixtral-8x7b": Architecture(
+        embed=4096, mlp=14336, layers=32, heads=32, kv_heads=8, head_dim=128,
+        vocab=32000, tied_head=False, rope_theta=1000000.0, max_position=32768,
+        family="mixtral", experts=Experts(8, 2),
+    ),
+    "qwen3-30b-a3b": Architecture(
+        embed=2048, mlp=768, layers=48, heads=32, kv_heads=4, head_dim=128,
+        vocab=151936, tied_head=False, rope_theta=1000000.0, max_position=40960,
+        norm_eps=1e-6, family="qwen3_moe", qk_norm="head", experts=Experts(128, 8),
+    ),
+    "olmoe-1b-7b": Architecture(
+        embed=2048, mlp=1024, layers=16, heads=16, kv_heads=16, head_dim=128,
+        vocab=50304, tied_head=False, max_position=4096, family="olmoe",
+        qk_norm="flat", experts=Experts(64, 8, False, balance_weight=0.01),
     ),
 }  # fmt: skip
 

@@ -29,10 +29,13 @@ from research.models.parts.block import (
     make_norm,
     rule_of,
 )
+from research.models.parts.expert_dispatch import mix_experts
+from research.models.parts.experts import ExpertLoad
 from research.models.parts.layers import Embedding, Linear, Parameter
 from research.models.parts.rotary import Tables, tables_of_layers
 from research.weights.contraction import contract, transpose
 from research.weights.parameter_spec import Spec
+from research.weights.representations.grouped_product import GROUPED_PRODUCT
 from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
@@ -41,7 +44,10 @@ Params = dict[str, Any]
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(GROUPED_PRODUCT),
+    ),
 }
 
 
@@ -68,6 +74,7 @@ class Options:
       attend: attention of packed rows, `attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)`,
         with a `ScoreRule` as last argument in models whose scores are not plain.
       attend_cached: attention of decoding, as `cached_attention.attend_cached`.
+      mix_experts: the experts of all tokens, as `expert_dispatch.mix_experts`.
       constrain: fixes the sharding of an activation by its axis names.
       constrain_cached: fixes that of hidden states `[B, T, D]` of decoding.
     """
@@ -77,6 +84,7 @@ class Options:
     scan_unroll: int = 1
     attend: Callable[..., Array] = attend_whole_rows
     attend_cached: Callable[..., tuple[Array, Array, Array]] = attend_cached
+    mix_experts: Callable[..., Array] = mix_experts
     constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
     constrain_cached: Callable[[Array], Array] = lambda x: x
 
@@ -136,13 +144,15 @@ class Transformer(nnx.Module):
         def body(x_BTD, layer_and_kind):
             layer, kind = layer_and_kind
 
-            def attend(q_BTNH, k_BTKH, v_BTKH):
-                rule = rule_of(a, kind)
+            def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
+                rule = rule_of(a, kind, sinks_N)
                 return options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *rule), None
 
-            rope = _rope_of(ropes, kind)
-            x_BTD, _ = nnx.merge(graph, layer)(x_BTD, rope, attend)
-            return pin(x_BTD), None
+            rope, real_BT = _rope_of(ropes, kind), segments_BT != 0
+            x_BTD, _, load = nnx.merge(graph, layer)(
+                x_BTD, rope, attend, options.mix_experts, real_BT
+            )
+            return pin(x_BTD), load
 
         policy = look_up(REMAT_POLICIES, options.remat, "config.model.remat")
         if policy is not None:
@@ -151,8 +161,8 @@ class Transformer(nnx.Module):
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x_BTD = pin(self._embed(tokens_BT, positions_BT, options.dtype))
         each = layers, kinds_of_layers(a)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, each, unroll=options.scan_unroll)
-        return self.final_norm(x_BTD)
+        x_BTD, load = jax.lax.scan(body, x_BTD, each, unroll=options.scan_unroll)
+        return self.final_norm(x_BTD), load
 
     def decode(self, tokens_BT, cache: Cache, slot, options: Options):
         a = self.architecture
@@ -167,14 +177,15 @@ class Transformer(nnx.Module):
             x_BTD, k, v = carry
             layer, number, kind = layer_number_and_kind
 
-            def attend(q_BTNH, k_BTKH, v_BTKH):
+            def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
                 new = (q_BTNH, k_BTKH, v_BTKH)
-                at = (number, slot, start_B, *rule_of(a, kind))
+                at = (number, slot, start_B, *rule_of(a, kind, sinks_N))
                 mixed, *kept = options.attend_cached(*new, k, v, *at)
                 return mixed, kept
 
             rope = _rope_of(ropes, kind)
-            x_BTD, (k, v) = nnx.merge(graph, layer)(x_BTD, rope, attend)
+            block = nnx.merge(graph, layer)
+            x_BTD, (k, v), _ = block(x_BTD, rope, attend, options.mix_experts)
             return (options.constrain_cached(x_BTD), k, v), None
 
         x_BTD = self._embed(tokens_BT, positions_BT, options.dtype)
@@ -249,6 +260,12 @@ class Model:
         self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array
     ) -> Array:
         """Final hidden states `[B, T, D]` of packed rows, in `options.dtype`."""
+        return self.hidden_and_load(params, tokens_BT, positions_BT, segments_BT)[0]
+
+    def hidden_and_load(
+        self, params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array
+    ) -> tuple[Array, ExpertLoad | None]:
+        """As `hidden`, with the load `[L, E]` of experts; None in a model without."""
         module = self._bind(params)
         return module.hidden(tokens_BT, positions_BT, segments_BT, self.options)
 
@@ -332,5 +349,5 @@ def _stacked_spec(variable: Parameter) -> Spec:
         spec,
         shape=tuple(variable.get_value().shape),
         axes=("layers",) * stacked + spec.axes,
-        stacked=stacked,
+        stacked=stacked + spec.stacked,
     )

@@ -21,6 +21,7 @@ from research.config.run_config import Config
 from research.data.grouped_values import NATS_PER_TOKEN
 from research.data.metric_sums import Ratio, Sums, sum_by_group
 from research.data.token_batch import Batch
+from research.models.parts.experts import ExpertLoad
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.tasks.head_chunk import head_chunk
@@ -43,6 +44,8 @@ class CrossEntropy:
       chunk: see `weighted_loss`, as are the next two; 0: by `head_chunk`.
       shards: into how many parts the mesh splits the batch, and each row.
       z_loss: weight of the squared log-normaliser.
+      balance_loss: weight of the loss that keeps the load of experts alike; below 0:
+        that of the model.
       mesh: needed if `chunk` is 0.
     """
 
@@ -51,18 +54,30 @@ class CrossEntropy:
     shards: tuple[int, int] = (1, 1)
     z_loss: float = 0.0
     mesh: Mesh | None = None
+    balance_loss: float = -1.0
     rows_per_unit: int = 1
     loss_unit: str = NATS_PER_TOKEN
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh, groups: int) -> "CrossEntropy":
         """The cross entropy by the knobs of `config`, for batches split over `mesh`."""
-        chunk, z_loss = config.model.loss_chunk, config.optim.z_loss
-        return cls(groups, chunk, meshes.shards(mesh), z_loss, mesh)
+        optim, shards = config.optim, meshes.shards(mesh)
+        return cls(
+            groups,
+            config.model.loss_chunk,
+            shards,
+            optim.z_loss,
+            mesh,
+            optim.balance_loss,
+        )
 
     def train(self, model: Model, params: Params, batch: Batch) -> tuple[Array, Sums]:
-        """The sum to differentiate; and `loss`, the cross entropies by group."""
-        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        """The sum to differentiate; and `loss`, the cross entropies by group.
+
+        A model with experts also gives the figures of `expert_sums`.
+        """
+        packed = (batch.tokens, batch.positions, batch.segments)
+        hidden, load = model.hidden_and_load(params, *packed)
         objective, by_group = weighted_loss(
             model.logits,
             model.head(params),
@@ -75,7 +90,16 @@ class CrossEntropy:
             shards=self.shards,
             z_loss=self.z_loss,
         )
-        return objective, {"loss": Ratio(by_group, self._counts(batch))}
+        sums = {"loss": Ratio(by_group, self._counts(batch))}
+        if load is not None:
+            weight = self.balance_loss
+            if weight < 0:
+                weight = model.architecture.experts.balance_weight
+            # A mean over tokens as the loss, so the sum counts it once for each.
+            trained = jnp.sum(batch.weights)
+            objective += weight * trained * load.balance_loss()
+            sums |= jax.lax.stop_gradient(expert_sums(load, trained))
+        return objective, sums
 
     def evaluate(self, model: Model, params: Params, batch: Batch) -> Sums:
         """`loss`: the cross entropies by group."""
@@ -99,6 +123,25 @@ class CrossEntropy:
 
     def _counts(self, batch: Batch) -> Array:
         return sum_by_group(batch.weights, batch.groups, self.groups)
+
+
+def expert_sums(load: ExpertLoad, trained: Array) -> Sums:
+    """What the router of a microbatch with `trained` tokens did, as sums to divide.
+
+    `balance_loss` is made of two means over the microbatch, so unlike the loss it
+    depends on the size of one. `busiest_expert` is how many times an even share of the
+    tokens the busiest expert of a layer got, as a mean over layers. `expert_load/e` is
+    the share of all assignments that went to the experts numbered e.
+    """
+    by_layer = jnp.sum(load.assigned, axis=-1)
+    experts = load.assigned.shape[-1]
+    busiest = jnp.sum(jnp.max(load.assigned, axis=-1)) * experts
+    total, assigned = jnp.sum(by_layer), jnp.sum(load.assigned, axis=0)
+    return {
+        "balance_loss": Ratio(load.balance_loss() * trained, trained),
+        "busiest_expert": Ratio(busiest, total),
+        **{f"expert_load/{e}": Ratio(assigned[e], total) for e in range(experts)},
+    }
 
 
 def token_losses(logits_CV: Array, targets_C: Array) -> tuple[Array, Array]:

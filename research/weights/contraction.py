@@ -10,6 +10,7 @@ because leaves are pytrees.
 import jax
 import jax.numpy as jnp
 
+from research.weights.representations.grouped_product import Groups, multiply_groups
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.plain_array import multiply
 from research.weights.representations.transposed import Transposed
@@ -36,6 +37,26 @@ def contract(
     if isinstance(w, Leaf):
         return w.contract(x, n_in, dtype)
     return multiply(x, w, n_in, False, dtype)
+
+
+def contract_groups(
+    x: Array, w: Matrix, groups: Groups, dtype: jnp.dtype | None = None
+) -> Array:
+    """Each row of `x` times the one of several stacked matrices that is its own.
+
+    Args:
+      x: `[rows, in]`, sorted by matrix.
+      w: `[matrices, in, out]`, an array or a `Leaf` with this one stacking axis.
+      groups: the matrix of each row.
+      dtype: of the result; by default that of `x`.
+
+    Returns:
+      `[rows, out]`, zero in rows without a matrix. Weights are cast to `x.dtype`.
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    if isinstance(w, Leaf):
+        return w.contract_groups(x, groups, dtype)
+    return multiply_groups(x, w, groups, False, dtype)
 
 
 def lookup(w: Matrix, ids: Array, dtype: jnp.dtype) -> Array:

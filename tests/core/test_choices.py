@@ -26,6 +26,7 @@ from research.data.row_readers import BadRowError
 from research.data.text import document_readers
 from research.data.text.row_layout import RowLayout
 from research.models.attention_kernels import choose
+from research.models.parts.expert_kernels import choose_expert_kernel
 from research.models.transformer import REMAT_POLICIES
 from research.plan.estimate import memory_formulas
 from research.report.progress_view import ProgressView
@@ -119,6 +120,7 @@ DISPATCHES = {
     "model.attention": [
         lambda c: choose("unheard", "cpu", dtype="float32", head_dim=64, length=128),
     ],
+    "model.expert_kernel": [lambda c: choose_expert_kernel("unheard", "cpu")],
     "lora.kind": [lambda c: find_kind("unheard")],
     "data.kind": [lambda c: task_registry.find_kind(as_run("data.kind"))],
     "data.source": [

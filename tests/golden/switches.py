@@ -155,6 +155,40 @@ TINY = [
             "rope_parameters": rope(partial_rotary_factor=1.0),
         },
     ),
+    Tiny(
+        "mixtral", "mixtral",
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3,
+            "output_router_logits": True, "router_aux_loss_coef": 0.02,
+            "sliding_window": 9, "rope_parameters": rope(1e6),
+        },
+    ),
+    Tiny(
+        "qwen3_moe", "qwen3_moe",
+        {
+            "head_dim": 8, "rms_norm_eps": 1e-3, "intermediate_size": 12,
+            "moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_tok": 3,
+            "norm_topk_prob": True, "output_router_logits": True,
+            "rope_parameters": rope(1e6),
+        },
+    ),
+    Tiny(
+        "olmoe", "olmoe",
+        {
+            "pad_token_id": None, "rms_norm_eps": 1e-3, "num_experts": 5,
+            "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0,
+            "rope_parameters": rope(5e4),
+        },
+    ),
+    Tiny(
+        "gpt_oss", "gpt_oss",
+        {
+            "head_dim": 8, "rms_norm_eps": 1e-3, "num_local_experts": 4,
+            "num_experts_per_tok": 2, "output_router_logits": True,
+            "sliding_window": 7, "num_hidden_layers": 4, "pad_token_id": None,
+            "rope_parameters": rope(1.5e5, "yarn", truncate=False, **YARN),
+        },
+    ),
     Tiny("gpt2", "gpt2", {"n_inner": 24, "layer_norm_epsilon": 1e-3}),
 ]  # fmt: skip
 

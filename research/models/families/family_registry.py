@@ -19,6 +19,7 @@ from research.models.families.dense import (
     qwen,
     smollm3,
 )
+from research.models.families.experts import gpt_oss, mixtral, olmoe, qwen3_moe
 from research.models.families.model_family import ModelFamily
 
 # By `model_type`. Where two share llama.cpp's name, a mark tells its files apart, or
@@ -29,6 +30,8 @@ FAMILIES: dict[str, ModelFamily] = {
         llama.FAMILY, mistral.FAMILY, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA2,
         gemma.GEMMA3, olmo.OLMO2, olmo.OLMO3, phi3.FAMILY, granite.FAMILY,
         smollm3.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY,
+        mixtral.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY,
+        gpt_oss.FAMILY,
     )
 }  # fmt: skip
 # Written as a family of its own: only the text part is read.
@@ -68,15 +71,6 @@ def from_hf_config(
       UserError: no family has its `model_type`, a field is missing or malformed, or
         the model computes something that the Block does not.
     """
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            values = config[key]
-            method = values.get("quant_method") if isinstance(values, dict) else values
-            raise UserError(
-                f"{where}: {key} says that the weights are quantised ({method}); give "
-                "the model as it was before, in float32, bfloat16 or float16, or a "
-                "GGUF file"
-            )
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in NOT_COMPUTED:
         raise UserError(
@@ -85,8 +79,18 @@ def from_hf_config(
         )
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise _unknown(f"{where}: model_type is {kind!r}", str(kind), FAMILIES)
-    shape = FAMILIES[kind].from_hf_config(ConfigFields(config, where))
-    return dataclasses.replace(shape, family=FAMILIES[kind].model_type)
+    family = FAMILIES[kind]
+    for key in ("quantization_config", "compression_config"):
+        values = config.get(key)
+        method = values.get("quant_method") if isinstance(values, dict) else values
+        if values and method not in family.quantised_as:
+            raise UserError(
+                f"{where}: {key} says that the weights are quantised ({method}); give "
+                "the model as it was before, in float32, bfloat16 or float16, or a "
+                "GGUF file"
+            )
+    shape = family.from_hf_config(ConfigFields(config, where))
+    return dataclasses.replace(shape, family=family.model_type)
 
 
 def to_hf_config(architecture: Architecture) -> dict[str, Any]:

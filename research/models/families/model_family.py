@@ -24,11 +24,15 @@ class ModelFamily:
       hf_tensors: every tensor of a Hugging Face folder. Tensors of parameters that a
         model does not have, such as the head of one with tied embeddings, count for
         nothing.
+      other_hf_tensors: other ways in which folders hold a model, as `hf_tensors` each.
+        They are read, and never written.
       beginnings: of names in `hf_tensors`. They have the first; a file may have any
         other in its place.
       ignored_tensors: regular expressions; a tensor whose name one of them finds is no
         parameter.
-      gguf_architecture: as in llama.cpp's `general.architecture`.
+      quantised_as: methods in a `quantization_config` whose tensors are read.
+      gguf_architecture: as in llama.cpp's `general.architecture`; "" if llama.cpp
+        files of the family cannot be read.
       gguf_tensors: every tensor of a llama.cpp file.
       gguf_fields: by the name of a field of llama.cpp's metadata, without the
         architecture in front: the field of `config.json` that says the same. Those of
@@ -46,8 +50,10 @@ class ModelFamily:
     from_hf_config: Callable[[ConfigFields], Architecture]
     to_hf_config: Callable[[Architecture], dict[str, Any]]
     hf_tensors: tuple[StoredTensor, ...]
+    other_hf_tensors: tuple[tuple[StoredTensor, ...], ...] = ()
     beginnings: tuple[str, ...] = ("",)
     ignored_tensors: tuple[str, ...] = ()
+    quantised_as: tuple[str, ...] = ()
     gguf_architecture: str = ""
     gguf_tensors: tuple[StoredTensor, ...] = ()
     gguf_fields: Mapping[str, str] = MappingProxyType({})
@@ -58,6 +64,8 @@ class ModelFamily:
     def hf_layout(self, names: Iterable[str]) -> tuple[StoredTensor, ...]:
         """`hf_tensors` as a file with tensors of these `names` has them."""
         names = {*names}
+        layouts = (self.hf_tensors, *self.other_hf_tensors)
+        found = max(layouts, key=lambda layout: sum(t.first in names for t in layout))
         written = self.beginnings[0]
         for beginning in self.beginnings:
             tensors = tuple(
@@ -66,11 +74,11 @@ class ModelFamily:
                 )
                 if tensor.name.startswith(written)
                 else tensor
-                for tensor in self.hf_tensors
+                for tensor in found
             )
             if any(t.name in names for t in tensors if "embedding.table" in t.paths):
                 return tensors
-        return self.hf_tensors
+        return found
 
     def ignores(self, name: str) -> bool:
         """Whether the tensor `name` of a file is no parameter."""

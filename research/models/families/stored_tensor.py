@@ -46,6 +46,11 @@ class StoredTensor:
         for index in itertools.product(*(range(size) for size in sizes)):
             yield self.name.format(*index), index
 
+    @property
+    def first(self) -> str:
+        """The name of its first tensor."""
+        return self.name.replace("{}", "0")
+
     def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
         """The shape of each of these tensors in the file."""
         first = specs[self.paths[0]]

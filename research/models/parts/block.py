@@ -13,7 +13,16 @@ from flax import nnx
 
 from research.models.architecture import Architecture
 from research.models.attention import ScoreRule
-from research.models.parts.layers import LayerNorm, Linear, RMSNorm, activated, gated
+from research.models.parts.experts import ExpertLoad, ExpertMLP, Router
+from research.models.parts.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    activated,
+    gated,
+    make_parameter,
+    vector,
+)
 from research.models.parts.rotary import distinct, rotate
 from research.weights.parameter_spec import Spec
 
@@ -64,6 +73,9 @@ class Attention(nnx.Module):
         self.output = Linear(out, rngs, "out" in a.biases)
         self.query_norm = _make_qk_norm(a, queries[1:], q[1:], rngs)
         self.key_norm = _make_qk_norm(a, keys[1:], kv[1:], rngs)
+        self.has_sinks = a.attention_sinks
+        if a.attention_sinks:
+            self.sinks = make_parameter(vector((a.heads,), ("heads",), fill=0.0), rngs)
         # Kernels scale by 1 / sqrt(H).
         scale = a.attention_scale
         self.query_scale = 1.0 if scale is None else scale * a.head_dim**0.5
@@ -71,7 +83,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
         q_BTNH = rotate(self.query_norm(self.query(x_BTD)), rope, self.query_scale)
         k_BTKH = rotate(self.key_norm(self.key(x_BTD)), rope)
-        mixed_BTNH, cache = attend(q_BTNH, k_BTKH, self.value(x_BTD))
+        sinks_N = self.sinks.get_value() if self.has_sinks else None
+        mixed_BTNH, cache = attend(q_BTNH, k_BTKH, self.value(x_BTD), sinks_N)
         return self.output(mixed_BTNH), cache
 
 
@@ -106,17 +119,41 @@ class Block(nnx.Module):
         self.attention = Attention(a, rngs)
         self.attention_out_norm = norm("post")
         self.mlp_norm = norm("pre")
-        self.mlp = MLP(a, rngs)
+        self.has_experts = a.experts is not None
+        if self.has_experts:
+            self.router = Router(a, rngs)
+        self.mlp = ExpertMLP(a, rngs) if self.has_experts else MLP(a, rngs)
         self.mlp_out_norm = norm("post")
         self.is_parallel, self.residual_scale = a.parallel_residual, a.residual_scale
 
-    def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
-        """`attend(q, k, v)` gives mixed values, and the layer's cache or None."""
+    def __call__(
+        self,
+        x_BTD: Array,
+        rope: Any,
+        attend: Callable[..., Any],
+        mix: Callable[..., Array],
+        real_BT: Array | None = None,
+    ) -> tuple[Array, Any, ExpertLoad | None]:
+        """The next hidden states, the layer's cache, and the load of its experts.
+
+        Args:
+          x_BTD: hidden states.
+          rope: tables of the rotary embedding, or None.
+          attend: `attend(q, k, v, sinks)` gives mixed values, and the layer's cache or
+            None; sinks may be None.
+          mix: as `Options.mix_experts`.
+          real_BT: tokens that are no padding; None: all.
+        """
         mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), rope, attend)
         after_BTD = x_BTD + self._branch(self.attention_out_norm(mixed_BTD))
-        read_BTD = x_BTD if self.is_parallel else after_BTD
-        made_BTD = self.mlp(self.mlp_norm(read_BTD))
-        return after_BTD + self._branch(self.mlp_out_norm(made_BTD)), cache
+        read_BTD = self.mlp_norm(x_BTD if self.is_parallel else after_BTD)
+        load = None
+        if self.has_experts:
+            chosen, shares, load = self.router(read_BTD, real_BT)
+            made_BTD = self.mlp(read_BTD, chosen, shares, mix)
+        else:
+            made_BTD = self.mlp(read_BTD)
+        return after_BTD + self._branch(self.mlp_out_norm(made_BTD)), cache, load
 
     def _branch(self, x_BTD: Array) -> Array:
         return x_BTD if self.residual_scale == 1.0 else x_BTD * self.residual_scale
@@ -146,9 +183,11 @@ def kinds_of_layers(a: Architecture) -> LayerKind:
     )
 
 
-def rule_of(a: Architecture, kind: LayerKind) -> tuple[ScoreRule, ...]:
+def rule_of(
+    a: Architecture, kind: LayerKind, sinks_N: Array | None
+) -> tuple[ScoreRule, ...]:
     """The last argument of attention in a layer of this kind; none if it is plain."""
     window = max(a.windows)
-    if not window and not a.attention_softcap:
+    if not window and not a.attention_softcap and sinks_N is None:
         return ()
-    return (ScoreRule(window, a.attention_softcap, kind.windowed),)
+    return (ScoreRule(window, a.attention_softcap, kind.windowed, sinks_N),)

@@ -155,7 +155,9 @@ class StepLog:
             line |= group_fields("grad_norm", norms)
         line = add_metrics(line, metrics)
         self._write(number, "train", line)
-        self._view.update(number, line, metrics=means_of.keys() - {"loss"})
+        # A name with a slash is one of many, such as the load of one expert.
+        shown = [name for name in means_of if name != "loss" and "/" not in name]
+        self._view.update(number, line, metrics=shown)
         if self._skips:
             self._skips.count(number, line)
         else:

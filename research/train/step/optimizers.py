@@ -175,12 +175,12 @@ def _on_matrices(
 
 
 def _decayed(config: OptimConfig, specs: dict[str, Any]) -> Any:
-    """Which parameters weight decay reaches: no bias, and nothing of `no_decay`."""
+    """Which parameters weight decay reaches: no bias or sink, nothing of `no_decay`."""
     paths, structure = parameter_paths.flatten(specs)
     # The default may match nothing: adapters have no norm scales. Others are typos.
     named = [p for p in config.no_decay if p not in OptimConfig().no_decay]
     parameter_paths.select(paths, named)
-    never = (*config.no_decay, r"\.bias$")
+    never = (*config.no_decay, r"\.(bias|sinks)$")
     spared = {p for p in paths if parameter_paths.matches(p, never)}
     return parameter_paths.unflatten(structure, {p: p not in spared for p in paths})
 

@@ -7,7 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.weights.contraction import contract, lookup, transpose
+from research.weights.contraction import (
+    contract,
+    contract_groups,
+    lookup,
+    transpose,
+)
+from research.weights.representations.grouped_product import Groups
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
 from research.weights.representations.transposed import Transposed
@@ -87,8 +93,15 @@ class AdapterBank(Leaf):
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
         return contract(x, self.base, n_in, dtype) + self._update(x, n_in, dtype)
 
+    def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
+        low = contract_groups(x, Transposed(self.a), groups)
+        low = self._own(low, self.choice[0][groups.origins], self.scale[groups.owners])
+        base = contract_groups(x, self.base, groups, dtype)
+        return base + contract_groups(low, self.b, groups, dtype)
+
     def lookup(self, ids: Array, dtype: Any) -> Array:
-        low = self._own(lookup(Transposed(self.a), ids, dtype))
+        low = lookup(Transposed(self.a), ids, dtype)
+        low = self._own(low, self.choice, self.scale[None])
         return lookup(self.base, ids, dtype) + contract(low, self.b)
 
     def transpose(self) -> "AdapterBank":
@@ -100,7 +113,8 @@ class AdapterBank(Leaf):
 
     def _update(self, x: Array, n_in: int, dtype: Any) -> Array:
         if self.adapters <= GATHER_ABOVE * x.shape[0]:
-            low = self._own(contract(x, Transposed(self.a), n_in))
+            low = contract(x, Transposed(self.a), n_in)
+            low = self._own(low, self.choice, self.scale[None])
             return contract(low, self.b, 1, dtype)
         own = jnp.maximum(self.choice - 1, 0)
         a, b = self._gathered(own)
@@ -111,15 +125,18 @@ class AdapterBank(Leaf):
 
         return jax.vmap(one)(x, a, b, scale)
 
-    def _own(self, low: Array) -> Array:
-        """`low`, `[B, ..., adapters * rank]`, scaled, with zeros for other adapters."""
+    def _own(self, low: Array, choice: Array, scale: Array) -> Array:
+        """`low`, `[rows, ..., adapters * rank]`, scaled; zero for other adapters.
+
+        `choice` is `[rows]`, and `scale` `[rows or 1, adapters]`.
+        """
         owner = jnp.arange(low.shape[-1], dtype=jnp.int32) // self.rank + 1
-        mine = self.choice[:, None] == owner[None]
-        scale = jnp.repeat(self.scale, self.rank).astype(low.dtype)
-        mine = jnp.expand_dims(mine, range(1, low.ndim - 1))
-        scaled = low * jnp.expand_dims(scale, range(low.ndim - 1))
+        mine = choice[:, None] == owner[None]
+        scale = jnp.repeat(scale, self.rank, axis=1).astype(low.dtype)
+        between = range(1, low.ndim - 1)
+        scaled = low * jnp.expand_dims(scale, between)
         # Not a product with 0, which a number that is not finite would survive.
-        return jnp.where(mine, scaled, 0)
+        return jnp.where(jnp.expand_dims(mine, between), scaled, 0)
 
     def _gathered(self, own: Array) -> tuple[Array, Array]:
         """The factors by row of the batch: `[B, rank, *in]` and `[B, rank, *out]`."""

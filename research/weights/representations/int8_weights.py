@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.weights.parameter_spec import Spec
+from research.weights.representations.grouped_product import Groups, multiply_groups
 from research.weights.representations.leaf import Leaf
 
 Array = jax.Array
@@ -61,6 +62,12 @@ class Int8Matrix(Leaf):
         )
         y = y * jnp.expand_dims(self.scale.reshape(-1), range(y.ndim - 1))
         return y.astype(dtype).reshape(*batch, *self.scale.shape)
+
+    def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
+        matrices, inputs = self.codes.shape[0], x.shape[-1]
+        codes = self.codes.reshape(matrices, -1, inputs)
+        y = multiply_groups(x, codes, groups, True, jnp.dtype(jnp.float32))
+        return (y * self.scale.reshape(matrices, -1)[groups.owners]).astype(dtype)
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
         if self.flipped:

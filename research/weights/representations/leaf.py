@@ -5,6 +5,8 @@ from typing import Any, TypeAlias
 
 import jax
 
+from research.weights.representations.grouped_product import Groups, multiply_groups
+
 Array = jax.Array
 
 
@@ -32,6 +34,13 @@ class Leaf(abc.ABC):
 
         The result has `dtype`; weights are cast to `x.dtype`, never activations.
         """
+
+    def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
+        """Each row of `x` times its own matrix of `[matrices, in, out]`.
+
+        A class that can do so without making all matrices overrides this.
+        """
+        return multiply_groups(x, self.materialize(), groups, False, dtype)
 
     @abc.abstractmethod
     def lookup(self, ids: Array, dtype: Any) -> Array:

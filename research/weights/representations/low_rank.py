@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.weights.contraction import contract, lookup, materialize, transpose
+from research.weights.contraction import (
+    contract,
+    contract_groups,
+    lookup,
+    materialize,
+    transpose,
+)
+from research.weights.representations.grouped_product import Groups
 from research.weights.representations.leaf import Leaf, Matrix
 
 Array = jax.Array
@@ -45,6 +52,13 @@ class LowRank(Leaf):
         low = contract(self._dropout(x), self.a, n_in) * self.scale.astype(x.dtype)
         return contract(x, self.base, n_in, dtype) + contract(low, self.b, 1, dtype)
 
+    def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
+        """Each row goes through the adapter of its own matrix; those share `key[0]`."""
+        low = contract_groups(self._dropout(x), self.a, groups)
+        low *= self.scale[groups.owners][:, None].astype(x.dtype)
+        base = contract_groups(x, self.base, groups, dtype)
+        return base + contract_groups(low, self.b, groups, dtype)
+
     def lookup(self, ids: Array, dtype: Any) -> Array:
         """Dropout does not apply: a one-hot row has only whole tokens to drop."""
         low = lookup(self.a, ids, dtype) * self.scale.astype(dtype)
@@ -77,6 +91,7 @@ class LowRank(Leaf):
     def _dropout(self, x: Array) -> Array:
         if self.key is None:
             return x
-        share = 1.0 - jnp.asarray(self.rate, jnp.float32)
-        keep = jax.random.bernoulli(self.key, share, x.shape)
+        key, rate = (y[0] if y.ndim else y for y in (self.key, self.rate))
+        share = 1.0 - jnp.asarray(rate, jnp.float32)
+        keep = jax.random.bernoulli(key, share, x.shape)
         return jnp.where(keep, x / share.astype(x.dtype), jnp.zeros_like(x))

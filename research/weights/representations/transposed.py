@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.weights.representations.grouped_product import Groups, multiply_groups
 from research.weights.representations.leaf import Leaf
 from research.weights.representations.plain_array import multiply
 
@@ -19,7 +20,8 @@ class Transposed(Leaf):
 
     Attributes:
       of: `[out, in]`, such as an embedding table used as vocabulary head. A product
-        alone may also sum over several axes, `[out, *in]`.
+        alone may also sum over several axes, `[out, *in]`, and one of sorted rows have
+        several matrices, `[matrices, out, in]`.
     """
 
     of: Array
@@ -30,6 +32,9 @@ class Transposed(Leaf):
 
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
         return multiply(x, self.of, n_in, True, dtype)
+
+    def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
+        return multiply_groups(x, self.of, groups, True, dtype)
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
         return jnp.moveaxis(jnp.take(self.of, ids, axis=1), 0, -1).astype(dtype)

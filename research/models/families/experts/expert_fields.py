@@ -1,0 +1,86 @@
+"""What families with experts share: fields of their configs, and names of tensors."""
+
+from typing import Any
+
+from research.models.architecture import Architecture, Experts
+from research.models.families.config_fields import ConfigFields
+from research.models.families.stored_tensor import StoredTensor
+
+BALANCE = "router_aux_loss_coef"
+MOST_EXPERTS = 100_000
+
+
+def read_experts(
+    fields: ConfigFields, count: str, balance: float, renormalized: bool
+) -> Experts:
+    """The experts of each layer.
+
+    Args:
+      fields: the whole file.
+      count: the name of the field that counts them.
+      balance: the weight of the balance loss where the file has none. As in
+        transformers it counts only with `output_router_logits`.
+      renormalized: see `Experts`.
+
+    Raises:
+      UserError: a field is missing or malformed.
+    """
+    experts = fields.integer(count, high=MOST_EXPERTS)
+    weight = 0.0
+    if fields.flag("output_router_logits", False) and fields.get(BALANCE) != 0:
+        weight = fields.number(BALANCE, balance)
+    return Experts(
+        count=experts,
+        chosen=fields.integer("num_experts_per_tok", high=experts),
+        renormalized=renormalized,
+        balance_weight=weight,
+    )
+
+
+def write_experts(a: Architecture, count: str) -> dict[str, Any]:
+    """The fields that `read_experts` reads."""
+    return {
+        count: a.experts.count,
+        "num_experts_per_tok": a.experts.chosen,
+        "output_router_logits": a.experts.balance_weight > 0,
+        BALANCE: a.experts.balance_weight,
+    }
+
+
+def expert_tensors(router: str, matrices: dict[str, str]) -> tuple[StoredTensor, ...]:
+    """One tensor for each matrix of each expert, and that of the router.
+
+    `matrices` are names of a layer, with a `{}` for the expert, by our names.
+    """
+    return (
+        _of_layer(f"{router}.weight", "router"),
+        *(_of_layer(f"{name}.weight", f"mlp.{own}") for own, name in matrices.items()),
+    )
+
+
+# As transformers 5 holds them in memory: gate and up of all experts in one tensor.
+STACKED = (
+    StoredTensor(
+        "model.layers.{}.mlp.gate.weight", ("layers.router.kernel",), transposed=True
+    ),
+    StoredTensor(
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        ("layers.mlp.gate.kernel", "layers.mlp.up.kernel"),
+        transposed=True,
+    ),
+    StoredTensor(
+        "model.layers.{}.mlp.experts.down_proj",
+        ("layers.mlp.down.kernel",),
+        transposed=True,
+    ),
+)
+
+
+def _of_layer(name: str, own: str) -> StoredTensor:
+    path = f"layers.{own}.kernel"
+    return StoredTensor(f"model.layers.{{}}.{name}", (path,), transposed=True)
+
+
+def without_mlp(tensors: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:
+    """Those of a dense family that a family with experts has, too."""
+    return tuple(t for t in tensors if not t.paths[0].startswith("layers.mlp."))

@@ -1,0 +1,61 @@
+"""Mixtral: Mistral with a choice of two out of eight MLPs."""
+
+import dataclasses
+from typing import Any
+
+from research.models.architecture import Architecture
+from research.models.families.config_fields import ConfigFields
+from research.models.families.dense import llama
+from research.models.families.experts.expert_fields import (
+    STACKED,
+    expert_tensors,
+    read_experts,
+    without_mlp,
+    write_experts,
+)
+from research.models.families.layer_fields import read_window
+from research.models.families.model_family import ModelFamily
+
+EXPERTS = "num_local_experts"
+
+
+def from_hf_config(fields: ConfigFields) -> Architecture:
+    """Reads the fields of `MixtralConfig`, whose window is that of every layer.
+
+    Raises:
+      UserError: a field is missing or malformed, or asks for another computation.
+    """
+    fields.only("attention_bias", False)
+    fields.only("mlp_bias", False)
+    fields = fields.with_defaults(
+        rope_theta=1e6, rms_norm_eps=1e-5, max_position_embeddings=131072,
+        num_key_value_heads=8, num_experts_per_tok=2, num_local_experts=8,
+    )  # fmt: skip
+    shape = llama.read_shape(fields, experts=read_experts(fields, EXPERTS, 0.001, True))
+    window = read_window(fields, shape.layers, lambda layer: True)
+    return dataclasses.replace(shape, **window)
+
+
+def to_hf_config(a: Architecture) -> dict[str, Any]:
+    """The `config.json` that `MixtralForCausalLM` reads."""
+    return llama.write_shape(a, "mixtral", "MixtralForCausalLM") | {
+        "sliding_window": a.window or None,
+        **write_experts(a, EXPERTS),
+    }
+
+
+SHARED = without_mlp(llama.hf_tensors(llama.NAMES))
+MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
+FAMILY = ModelFamily(
+    model_type="mixtral",
+    members="Mixtral",
+    from_hf_config=from_hf_config,
+    to_hf_config=to_hf_config,
+    hf_tensors=SHARED
+    + expert_tensors(
+        "block_sparse_moe.gate",
+        {own: f"block_sparse_moe.experts.{{}}.{w}" for own, w in MATRICES.items()},
+    ),
+    other_hf_tensors=(SHARED + STACKED,),
+    ignored_tensors=llama.FAMILY.ignored_tensors,
+)

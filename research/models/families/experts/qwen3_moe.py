@@ -1,0 +1,61 @@
+"""Qwen 3 with experts, such as Qwen3-30B-A3B."""
+
+import dataclasses
+from typing import Any
+
+from research.models.architecture import Architecture
+from research.models.families.config_fields import ConfigFields
+from research.models.families.dense import qwen
+from research.models.families.experts.expert_fields import (
+    STACKED,
+    expert_tensors,
+    read_experts,
+    without_mlp,
+    write_experts,
+)
+
+WIDTH, EXPERTS = "moe_intermediate_size", "num_experts"
+MATRICES = {own: f"mlp.experts.{{}}.{own}_proj" for own in ("gate", "up", "down")}
+
+
+def from_hf_config(fields: ConfigFields) -> Architecture:
+    """Reads the fields of `Qwen3MoeConfig`.
+
+    Raises:
+      UserError: a field is missing or malformed, or asks for another computation, such
+        as layers without experts.
+    """
+    fields.only("decoder_sparse_step", 1)
+    fields.only("mlp_only_layers", [])
+    fields = fields.with_defaults(num_experts_per_tok=8, num_experts=128)
+    fields = fields.with_defaults(**{WIDTH: 768})
+    experts = read_experts(fields, EXPERTS, 0.001, fields.flag("norm_topk_prob", False))
+    shape = dataclasses.replace(qwen.read_qwen3(fields), experts=experts)
+    return dataclasses.replace(shape, mlp=fields.integer(WIDTH))
+
+
+def to_hf_config(a: Architecture) -> dict[str, Any]:
+    """The `config.json` that `Qwen3MoeForCausalLM` reads."""
+    return qwen.write_qwen3(a) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        WIDTH: a.mlp,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": a.experts.renormalized,
+        **write_experts(a, EXPERTS),
+    }
+
+
+SHARED = without_mlp(qwen.QWEN3.hf_tensors)
+FAMILY = dataclasses.replace(
+    qwen.QWEN3,
+    model_type="qwen3_moe",
+    members="Qwen 3 with experts",
+    from_hf_config=from_hf_config,
+    to_hf_config=to_hf_config,
+    hf_tensors=SHARED + expert_tensors("mlp.gate", MATRICES),
+    other_hf_tensors=(SHARED + STACKED,),
+    gguf_architecture="",
+    gguf_tensors=(),
+)

@@ -126,7 +126,7 @@ class CrossEntropy:
 
 
 def expert_sums(load: ExpertLoad, trained: Array) -> Sums:
-    """What the router of a microbatch with `trained` tokens did, as sums to divide.
+    """How the router has spread a microbatch with `trained` tokens, as sums to divide.
 
     `balance_loss` is made of two means over the microbatch, so unlike the loss it
     depends on the size of one. `busiest_expert` is how many times an even share of the

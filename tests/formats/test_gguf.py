@@ -305,7 +305,8 @@ def test_tensors_that_do_not_fit_the_metadata_are_named(tmp_path):
 
 def test_every_family_can_be_read_from_llama_cpps_files():
     said = {re.sub("_(bias|longrope|serial)$", "", name) for name in SAID}
-    assert said == {family.model_type for family in FAMILIES.values()}
+    known = [family for family in FAMILIES.values() if family.gguf_architecture]
+    assert said == {family.model_type for family in known}
 
 
 def small_file(tmp_path):

@@ -26,7 +26,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertLoad:
-    """What the router did with the tokens of a batch; padding does not count.
+    """How the router has spread the tokens of a batch; padding does not count.
 
     Attributes:
       assigned: float32 `[E]`, or `[L, E]` for all layers: tokens of each expert.

@@ -156,7 +156,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 CLAMPED = "clamped_swiglu"
-# Of `CLAMPED`, as GPT-OSS was trained (https://github.com/openai/gpt-oss).
+# The numbers with which GPT-OSS was trained (https://github.com/openai/gpt-oss).
 GATE_LIMIT, GATE_SLOPE = 7.0, 1.702
 
 

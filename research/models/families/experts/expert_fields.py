@@ -1,4 +1,4 @@
-"""What families with experts share: fields of their configs, and names of tensors."""
+"""Fields of configs and names of tensors that families with experts share."""
 
 from typing import Any
 
@@ -8,16 +8,19 @@ from research.models.families.stored_tensor import StoredTensor
 
 BALANCE = "router_aux_loss_coef"
 MOST_EXPERTS = 100_000
+# How many there are: releases of transformers write one or the other.
+COUNTS = ("num_local_experts", "num_experts")
 
 
 def read_experts(
-    fields: ConfigFields, count: str, balance: float, renormalized: bool
+    fields: ConfigFields, count: int, chosen: int, balance: float, renormalized: bool
 ) -> Experts:
     """The experts of each layer.
 
     Args:
       fields: the whole file.
-      count: the name of the field that counts them.
+      count: how many there are where the file has neither of `COUNTS`.
+      chosen: likewise, of each token.
       balance: the weight of the balance loss where the file has none. As in
         transformers it counts only with `output_router_logits`.
       renormalized: see `Experts`.
@@ -25,22 +28,23 @@ def read_experts(
     Raises:
       UserError: a field is missing or malformed.
     """
-    experts = fields.integer(count, high=MOST_EXPERTS)
+    name = COUNTS[fields.get(COUNTS[0]) is None]
+    experts = fields.integer(name, count, high=MOST_EXPERTS)
     weight = 0.0
     if fields.flag("output_router_logits", False) and fields.get(BALANCE) != 0:
         weight = fields.number(BALANCE, balance)
     return Experts(
         count=experts,
-        chosen=fields.integer("num_experts_per_tok", high=experts),
+        chosen=fields.integer("num_experts_per_tok", chosen, high=experts),
         renormalized=renormalized,
         balance_weight=weight,
     )
 
 
-def write_experts(a: Architecture, count: str) -> dict[str, Any]:
+def write_experts(a: Architecture) -> dict[str, Any]:
     """The fields that `read_experts` reads."""
     return {
-        count: a.experts.count,
+        **dict.fromkeys(COUNTS, a.experts.count),
         "num_experts_per_tok": a.experts.chosen,
         "output_router_logits": a.experts.balance_weight > 0,
         BALANCE: a.experts.balance_weight,

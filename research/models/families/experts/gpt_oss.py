@@ -10,7 +10,6 @@ from research.models.families.experts.expert_fields import (
     without_mlp,
     write_experts,
 )
-from research.models.families.experts.mixtral import EXPERTS
 from research.models.families.layer_fields import layer_types, read_window
 from research.models.families.model_family import ModelFamily
 from research.models.families.rope_fields import ORIGINAL
@@ -35,7 +34,7 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
     fields.only("mlp_bias", False)
     fields = fields.with_defaults(
         rope_theta=150000.0, rms_norm_eps=1e-5, max_position_embeddings=131072,
-        head_dim=64, sliding_window=128, attention_bias=True, num_experts_per_tok=4,
+        head_dim=64, sliding_window=128, attention_bias=True,
     )  # fmt: skip
     if fields.get("rope_parameters") is None:
         fields = fields.with_defaults(rope_scaling=ROPE)
@@ -45,7 +44,7 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
         activation=CLAMPED,
         attention_sinks=True,
         biases=(*biases, "router", "experts"),
-        experts=read_experts(fields, EXPERTS, 0.001, True),
+        experts=read_experts(fields, 128, 4, 0.001, True),
     )
     window = read_window(fields, shape.layers, lambda layer: layer % 2 == 0)
     return llama.with_window(shape, window, shape.ropes[0])
@@ -58,7 +57,7 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
         "sliding_window": a.window or None,
         "layer_types": layer_types(a),
         "swiglu_limit": GATE_LIMIT,
-        **write_experts(a, EXPERTS),
+        **write_experts(a),
     }
 
 

@@ -16,8 +16,6 @@ from research.models.families.experts.expert_fields import (
 from research.models.families.layer_fields import read_window
 from research.models.families.model_family import ModelFamily
 
-EXPERTS = "num_local_experts"
-
 
 def from_hf_config(fields: ConfigFields) -> Architecture:
     """Reads the fields of `MixtralConfig`, whose window is that of every layer.
@@ -29,9 +27,9 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
     fields.only("mlp_bias", False)
     fields = fields.with_defaults(
         rope_theta=1e6, rms_norm_eps=1e-5, max_position_embeddings=131072,
-        num_key_value_heads=8, num_experts_per_tok=2, num_local_experts=8,
+        num_key_value_heads=8,
     )  # fmt: skip
-    shape = llama.read_shape(fields, experts=read_experts(fields, EXPERTS, 0.001, True))
+    shape = llama.read_shape(fields, experts=read_experts(fields, 8, 2, 0.001, True))
     window = read_window(fields, shape.layers, lambda layer: True)
     return dataclasses.replace(shape, **window)
 
@@ -40,7 +38,7 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     """The `config.json` that `MixtralForCausalLM` reads."""
     return llama.write_shape(a, "mixtral", "MixtralForCausalLM") | {
         "sliding_window": a.window or None,
-        **write_experts(a, EXPERTS),
+        **write_experts(a),
     }
 
 

@@ -12,7 +12,7 @@ from research.models.families.experts.expert_fields import (
     without_mlp,
     write_experts,
 )
-from research.models.families.experts.qwen3_moe import EXPERTS, MATRICES
+from research.models.families.experts.qwen3_moe import MATRICES
 from research.models.families.model_family import ModelFamily
 
 
@@ -24,12 +24,9 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
     """
     fields.only("clip_qkv", None)
     fields.only("mlp_bias", False)
-    fields = fields.with_defaults(
-        rms_norm_eps=1e-5, max_position_embeddings=4096,
-        num_experts_per_tok=8, num_experts=64,
-    )  # fmt: skip
+    fields = fields.with_defaults(rms_norm_eps=1e-5, max_position_embeddings=4096)
     renormalized = fields.flag("norm_topk_prob", False)
-    experts = read_experts(fields, EXPERTS, 0.01, renormalized)
+    experts = read_experts(fields, 64, 8, 0.01, renormalized)
     return llama.read_shape(fields, qk_norm="flat", experts=experts)
 
 
@@ -38,7 +35,7 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     return llama.write_shape(a, "olmoe", "OlmoeForCausalLM") | {
         "attention_bias": "out" in a.biases,
         "norm_topk_prob": a.experts.renormalized,
-        **write_experts(a, EXPERTS),
+        **write_experts(a),
     }
 
 

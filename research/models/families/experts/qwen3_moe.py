@@ -14,7 +14,7 @@ from research.models.families.experts.expert_fields import (
     write_experts,
 )
 
-WIDTH, EXPERTS = "moe_intermediate_size", "num_experts"
+WIDTH = "moe_intermediate_size"
 MATRICES = {own: f"mlp.experts.{{}}.{own}_proj" for own in ("gate", "up", "down")}
 
 
@@ -27,11 +27,10 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
     """
     fields.only("decoder_sparse_step", 1)
     fields.only("mlp_only_layers", [])
-    fields = fields.with_defaults(num_experts_per_tok=8, num_experts=128)
-    fields = fields.with_defaults(**{WIDTH: 768})
-    experts = read_experts(fields, EXPERTS, 0.001, fields.flag("norm_topk_prob", False))
+    renormalized = fields.flag("norm_topk_prob", False)
+    experts = read_experts(fields, 128, 8, 0.001, renormalized)
     shape = dataclasses.replace(qwen.read_qwen3(fields), experts=experts)
-    return dataclasses.replace(shape, mlp=fields.integer(WIDTH))
+    return dataclasses.replace(shape, mlp=fields.integer(WIDTH, 768))
 
 
 def to_hf_config(a: Architecture) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": a.experts.renormalized,
-        **write_experts(a, EXPERTS),
+        **write_experts(a),
     }
 
 

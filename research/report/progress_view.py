@@ -111,7 +111,8 @@ class ProgressView:
         """Shows `values` beside the earlier ones; `metrics` names those that only this
         task has. Where there is no bar, they get a log line if `line` is true.
         """
-        self._metrics |= dict.fromkeys(sorted(metrics))
+        # A name with a slash is one of many, such as the load of one expert.
+        self._metrics |= dict.fromkeys(x for x in sorted(metrics) if "/" not in x)
         self._values.update(values)
         eta = self._eta(step)
         if self._progress:

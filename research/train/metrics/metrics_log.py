@@ -155,9 +155,7 @@ class StepLog:
             line |= group_fields("grad_norm", norms)
         line = add_metrics(line, metrics)
         self._write(number, "train", line)
-        # A name with a slash is one of many, such as the load of one expert.
-        shown = [name for name in means_of if name != "loss" and "/" not in name]
-        self._view.update(number, line, metrics=shown)
+        self._view.update(number, line, metrics=means_of.keys() - {"loss"})
         if self._skips:
             self._skips.count(number, line)
         else:

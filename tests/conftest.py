@@ -32,6 +32,7 @@ from pretraining_runs import pretrained as pretrained
 from process_pairs import two_processes as two_processes
 from step_definitions import five_steps as five_steps
 from studio_story import story as story
+from switch_models import golden as golden
 
 from research.data.instructions.packing import TokenizedDocument, build_batch, pack
 from research.formats.base_model import open_base

@@ -6,7 +6,8 @@
     python3.11 tests/golden/make.py --check    # recompute and compare
 
 Five tiny random models are stored whole (config, weights, outputs). The others, in
-`switches/`, have seeded weights, which are not stored. For the real one,
+`switches/`, have seeded weights, which are not stored; `adapters/` has adapters to
+them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them. For the real one,
 SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
 float32 on one CPU thread with eager attention, and nothing touches the network.
 """
@@ -24,6 +25,7 @@ os.environ["TQDM_DISABLE"] = "1"
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
+import adapters
 import numpy as np
 import real
 import switches
@@ -96,6 +98,15 @@ def check(root: Path) -> bool:
         except (OSError, RuntimeError, ValueError) as error:
             largest, faults, more = float("nan"), [], [str(error)]
         agreed &= report(model.name, largest, faults + more)
+    for model in adapters.TINY:
+        folder = root / adapters.FOLDER / model.name
+        try:
+            recorded = recorded_arrays(folder)
+            arrays, faults = adapters.read_adapter(model, root)
+            largest, more = compare(arrays, recorded, switches.TOLERANCE)
+        except (OSError, RuntimeError, ValueError) as error:
+            largest, faults, more = float("nan"), [], [str(error)]
+        agreed &= report(f"adapters to {model.name}", largest, faults + more)
     folder = root / real.NAME
     try:
         recorded = recorded_arrays(folder)
@@ -114,6 +125,8 @@ def write(root: Path) -> None:
         tiny.write_tiny(family, root / family.name)
     for model in switches.TINY:
         switches.write_tiny(model, root)
+    for model in adapters.TINY:
+        adapters.write_adapter(model, root)
     arrays, facts = real.compute()
     folder = root / real.NAME
     folder.mkdir(parents=True, exist_ok=True)

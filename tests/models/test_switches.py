@@ -8,7 +8,6 @@ second one decodes through the cache.
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,10 @@ import numpy as np
 import pytest
 from helpers import close, in_soak, mesh_sizes, random_adapters
 from jax.sharding import NamedSharding
-from safetensors.numpy import load_file, save_file
-from seeded_weights import make_weights
+from safetensors.numpy import load_file
+from switch_models import NAMES, SWITCHES, packed
 
 from research.config.knob_groups import LoRAConfig
-from research.formats.huggingface_weights import HuggingFaceWeights, read_hf_config
-from research.formats.load_parameters import load_params
 from research.models.attention_sharding import make_attend
 from research.models.cached_attention import (
     cache_partition,
@@ -34,73 +31,17 @@ from research.models.families.family_registry import (
     to_hf_config,
 )
 from research.models.families.stored_tensor import used
-from research.models.transformer import Model
 from research.parallel.mesh import constrain, make_mesh, shardings
 from research.weights.adapters.lora import adapt, adapter_specs, merge
-
-SWITCHES = Path(__file__).parents[1] / "golden" / "switches"
-NAMES = sorted(path.name for path in SWITCHES.iterdir())
-
-
-class Golden:
-    """One recorded model: its folder with weights, its parameters, and outputs."""
-
-    def __init__(self, name, folder):
-        folder.mkdir()
-        recorded = SWITCHES / name
-        facts = json.loads((recorded / "tensors.json").read_text())
-        weights = make_weights(facts["shapes"], facts["seed"], facts["norm_mean"])
-        save_file(weights, folder / "model.safetensors")
-        self.config = json.loads((recorded / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(self.config))
-        self.folder, self.expected = folder, np.load(recorded / "expected.npz")
-        self.architecture = read_hf_config(folder)
-        self.model = Model(self.architecture)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = dict.fromkeys(self.model.specs, here)
-        self.params = load_params(
-            HuggingFaceWeights(folder), self.model, shardings, np.float32
-        )
-
-
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("switches"), {}
-
-    def make(name):
-        if name not in made:
-            made[name] = Golden(name, root / name)
-        return made[name]
-
-    return make
-
-
-def packed(rows):
-    """Rows behind each other in one: ids, positions and segments `[1, T]`."""
-    positions = [np.arange(len(row)) for row in rows]
-    segments = [np.full(len(row), n + 1) for n, row in enumerate(rows)]
-    return [
-        np.concatenate(x)[None].astype(np.int32) for x in (rows, positions, segments)
-    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_rows_match_hugging_face(golden, name):
     """Logits of single rows; and each greedy token is the likeliest one."""
     it = golden(name)
-    tokens, recorded = it.expected["tokens"], it.expected["logits"]
+    recorded = it.expected["logits"]
     prompt, greedy = it.expected["prompt"][0], it.expected["greedy"][0]
-    rows = [*tokens, np.concatenate([prompt, greedy])]
-    model = it.model
-
-    @jax.jit
-    def logits(params, *row):
-        return model.logits(params, model.hidden(params, *row))
-
-    found = np.array(logits(it.params, *packed(rows)))[0]
-    first, second, said = np.split(found, np.cumsum([len(row) for row in rows])[:-1])
-    every = tokens.shape[1] // recorded.shape[1]
-    ours = np.stack([first, second])[:, every - 1 :: every]
+    ours, said = it.logits(it.params)
     difference = np.abs(ours - recorded).max()
     assert difference < 1e-3, f"{name}: logits differ by {difference:.2e}"
     likeliest = said[len(prompt) - 1 : -1].argmax(-1)

@@ -1,0 +1,155 @@
+"""Adapter folders of PEFT, in both directions, for every family.
+
+`golden/adapters.py` recorded adapters that PEFT made, and what PEFT computes from ours.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from peft_exports import (
+    ADAPTERS,
+    LORA,
+    adapters_of,
+    export_of,
+    model_of,
+    write_adapter,
+)
+from seeded_factors import make_factors, read_export
+
+from research.config.knob_groups import LoRAConfig
+from research.formats.peft.adapter_folder import AdapterFolder
+from research.models.families.family_registry import family_of
+from research.models.families.stored_tensor import used
+from research.weights.adapters.lora import KIND, merge
+
+START = "base_model.model."
+NAMES = sorted(path.name for path in ADAPTERS.iterdir())
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """Models, adapters and exports by name, each made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model = model_of(name)
+            factors, scales = adapters_of(model)
+            made[name] = model, factors, scales, *export_of(model, factors, scales)
+        return made[name]
+
+    return make
+
+
+def update(factors, scale, spec):
+    """What the adapter of one parameter adds to it, in float64."""
+    a, b = (np.asarray(factors[name], np.float64) for name in "ab")
+    stack, rank = spec.shape[: spec.stacked], a.shape[-1]
+    product = a.reshape(*stack, -1, rank) @ b.reshape(*stack, rank, -1)
+    return scale * product.reshape(spec.shape)
+
+
+def updates_of_files(model, factors, scales):
+    """By module of Hugging Face's model, what is added to its weight, `[out, in]`."""
+    specs, found = model.specs, {}
+    added = {path: update(factors[path], scales[path], specs[path]) for path in factors}
+    for stored in used(family_of(model.architecture).hf_tensors, specs):
+        if specs[stored.paths[0]].n_in:
+            for name, index in stored.names(specs):
+                none = [np.zeros(specs[path].shape) for path in stored.paths]
+                parts = [
+                    added.get(path, zero)[index]
+                    for path, zero in zip(stored.paths, none, strict=True)
+                ]
+                value = stored.pack(parts, specs)
+                module = name.removesuffix(".weight").replace("embed_out", "lm_head")
+                found[module] = value if stored.transposed else value.T
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loader_that_knows_no_patterns_computes_the_same(exported, name):
+    """As vLLM: one scale, room for rank r, and two tensors for each module."""
+    model, factors, scales, tensors, config = exported(name)
+    assert {"peft_type", "task_type", "r", "lora_alpha", "target_modules"} <= {*config}
+    assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int)
+    scale = config["lora_alpha"] / config["r"]
+    expected = updates_of_files(model, factors, scales)
+    if model.architecture.tied_head:
+        table = "transformer.wte" if name == "gpt2" else "model.embed_tokens"
+        expected["lm_head"] = expected[table].T
+        assert config["ensure_weight_tying"]
+    found = {}
+    for key, value in tensors.items():
+        module, _, end = key.removeprefix(START).partition(".lora_")
+        assert key.startswith(START)
+        assert end in ("A.weight", "B.weight", "embedding_A", "embedding_B")
+        is_table = expected[module].shape[1] == model.architecture.vocab
+        assert end.startswith("embedding") == (is_table or module.endswith("wpe"))
+        found.setdefault(module, {})[end[-1] if end[-1] in "AB" else end[0]] = value
+    assert {*found} == {*expected} == {*config["target_modules"]}
+    for module, pair in found.items():
+        assert pair["A"].shape[0] == pair["B"].shape[1] <= config["r"]
+        wide = pair["B"].astype(np.float64) @ pair["A"]
+        np.testing.assert_array_equal(scale * wide, expected[module], err_msg=module)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_is_read_back_exactly(exported, tmp_path, name):
+    model, factors, scales, tensors, config = exported(name)
+    folder = write_adapter(tmp_path / "adapter", tensors, config)
+    adapter = AdapterFolder(folder, model.architecture, model.specs)
+    assert [*adapter.ranks] == [path for path in model.specs if path in factors]
+    found = adapter.lora_config(LoRAConfig(dropout=0.1))
+    assert found.dropout == 0.1
+    assert KIND.specs(model.specs, found) == KIND.specs(model.specs, LORA)
+    assert KIND.settings(adapter.ranks, found).scales == adapter.scales
+    for path, own in factors.items():
+        read, spec = adapter.factors(path), model.specs[path]
+        np.testing.assert_array_equal(read["a"], own["a"], err_msg=path)
+        expected = update(own, scales[path], spec)
+        np.testing.assert_array_equal(
+            update(read, adapter.scales[path], spec), expected, err_msg=path
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_has_read_this_very_export(exported, name):
+    """The recorded one, from which `make golden` lets PEFT compute its logits."""
+    _, _, _, tensors, config = exported(name)
+    known, recorded = read_export(ADAPTERS / name)
+    assert known == config
+    assert [*recorded] == [*tensors]
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(value, recorded[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_peft(golden, exported, tmp_path, name):
+    """From our adapters in PEFT, and from PEFT's adapters here."""
+    it, expected = golden(name), np.load(ADAPTERS / name / "expected.npz")
+    _, factors, *_ = exported(name)
+    ours, _ = it.logits(merge(it.params, factors, LORA))
+    assert np.abs(ours - expected["ours"]).max() < 1e-3
+    folder = write_adapter(tmp_path / "peft", *made_by_peft(name))
+    adapter = AdapterFolder(folder, it.architecture, it.model.specs)
+    read = {path: adapter.factors(path) for path in adapter.ranks}
+    config = adapter.lora_config(LoRAConfig())
+    theirs, _ = it.logits(merge(it.params, read, config))
+    assert np.abs(theirs - expected["peft"]).max() < 1e-3
+    plain, _ = it.logits(it.params)
+    assert min(np.abs(plain - x).max() for x in (ours, theirs)) > 0.1
+
+
+def made_by_peft(name):
+    """The tensors and config of the recorded adapter that PEFT made."""
+    recorded = json.loads((ADAPTERS / name / "peft.json").read_text())
+    tensors = make_factors(recorded["shapes"], recorded["seed"])
+    if recorded["config"]["ensure_weight_tying"]:
+        (table,) = [key[:-1] for key in tensors if key.endswith("embedding_A")
+                    and "wpe" not in key]  # fmt: skip
+        for key in [key for key in tensors if ".lm_head." in key]:
+            other = "B" if key.endswith("lora_A.weight") else "A"
+            tensors[key] = tensors[table + other].T
+    return tensors, recorded["config"]

@@ -1,0 +1,76 @@
+"""Our adapters to the models of `golden/switches`, and their export for PEFT."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from seeded_factors import make_factors, save_export
+
+from research.config.knob_groups import LoRAConfig
+from research.formats.peft.peft_export import adapter_files
+from research.models.families.family_registry import from_hf_config
+from research.models.transformer import Model
+from research.weights.adapters.lora import KIND
+
+SWITCHES = Path(__file__).parents[1] / "golden" / "switches"
+ADAPTERS = SWITCHES.parent / "adapters"
+# Every matrix has an adapter; some have a rank or a scale of their own.
+LORA = LoRAConfig(
+    targets=(".",),
+    rank=2,
+    alpha=4.0,
+    rank_pattern=("key=1", "down=3"),
+    alpha_pattern=("key=1", "value=8", "down=6"),
+)
+
+
+def adapters_of(model):
+    """Seeded factors of every matrix, and their scales, by path."""
+    specs = KIND.specs(model.specs, LORA)
+    shapes = {f"{p}.{k}": s.shape for p, x in specs.items() for k, s in x.items()}
+    values = make_factors(shapes, 7)
+    factors = {p: {k: values[f"{p}.{k}"] for k in x} for p, x in specs.items()}
+    ranks = {path: KIND.rank(x) for path, x in specs.items()}
+    return factors, KIND.settings(ranks, LORA).scales
+
+
+def model_of(name):
+    config = json.loads((SWITCHES / name / "config.json").read_text())
+    return Model(from_hf_config(config))
+
+
+def export_of(model, factors, scales):
+    """The tensors and the config that the format `peft` writes."""
+
+    def fetch(path, index):
+        return tuple(np.asarray(factors[path][name][index]) for name in "ab")
+
+    return adapter_files(model.architecture, model.specs, scales, fetch)
+
+
+def write_adapter(folder, tensors, config):
+    """An adapter folder as PEFT writes one; returns its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    path = folder / "adapter_model.safetensors"
+    save_file(
+        {k: np.ascontiguousarray(x) for k, x in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    return str(folder)
+
+
+def write_exports():
+    """Writes the exports that `golden/adapters.py` lets PEFT read."""
+    for folder in sorted(SWITCHES.iterdir()):
+        model = model_of(folder.name)
+        if model.architecture.experts:
+            continue
+        tensors, config = export_of(model, *adapters_of(model))
+        save_export(ADAPTERS / folder.name, config, tensors)
+
+
+if __name__ == "__main__":
+    write_exports()

@@ -98,6 +98,12 @@ class LoRAConfig:
     alpha_pattern: tuple[str, ...] = knob(
         (), "alphas of some matrices, as ('pattern=alpha', ...); the last match wins"
     )
+    init_from: str = knob(
+        "",
+        "adapter folder of PEFT to continue, in place of a no-op; its targets, ranks "
+        "and alphas replace those of the config",
+        is_path=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from research.formats.base_model import Base
 from research.models.architecture import Architecture
 from research.models.presets import PRESETS, preset
 from research.parallel import mesh as meshes
+from research.runs.lineage.adapter_start import with_adapter
 from research.runs.lineage.base_of_run import start_architecture
 from research.tasks import task_registry
 from research.tokenize.tokenizer import Tokenizer
@@ -103,6 +104,7 @@ def make_abstract_step(
     Raises:
       UserError: rows, targets or dimensions do not fit the model or the mesh.
     """
+    config = with_adapter(config, architecture=architecture)
     # A step definition reads nothing of the tokenizer.
     base = Base("planned", architecture, cast(Tokenizer, None), None)
     objective = task_registry.make_objective(config, mesh)

@@ -49,9 +49,14 @@ def examine(
     state: TrainState,
     frozen: dict[str, Any],
     task: Task,
+    continued: str = "",
 ) -> Examination:
-    """Examines a run that is ready to start; decides nothing."""
-    findings = examine_model(base, definition, state, frozen) + task.examine()
+    """Examines a run that is ready to start; decides nothing.
+
+    `continued` names the adapter whose values the start may have; "" for none.
+    """
+    findings = examine_model(base, definition, state, frozen, continued)
+    findings += task.examine()
     return Examination(findings, task.preview(PREVIEW_ROWS))
 
 
@@ -72,9 +77,16 @@ def save(folder: Path, examination: Examination) -> None:
 
 
 def examine_model(
-    base: Base, definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
+    base: Base,
+    definition: StepDefinition,
+    state: TrainState,
+    frozen: dict[str, Any],
+    continued: str = "",
 ) -> list[Finding]:
-    """Reports the trained parameters and devices; checks that adapters are a no-op."""
+    """Reports the trained parameters and devices; checks that adapters are a no-op.
+
+    Those of `continued` are one only where they are switched off.
+    """
     # A state that a checkpoint will fill has only shapes; the restore checks it.
     is_read = isinstance(state.step, jax.Array)
     odd = parameter_paths.not_finite(state.params) if is_read else []
@@ -109,7 +121,7 @@ def examine_model(
         *_examine_chunk(definition),
     ]
     if definition.trainable.kind is not None:
-        findings[2:2] = _examine_adapters(definition, state, frozen)
+        findings[2:2] = _examine_adapters(definition, state, frozen, continued)
     return findings
 
 
@@ -123,7 +135,10 @@ def _examine_chunk(definition: StepDefinition) -> list[Finding]:
 
 
 def _examine_adapters(
-    definition: StepDefinition, state: TrainState, frozen: dict[str, Any]
+    definition: StepDefinition,
+    state: TrainState,
+    frozen: dict[str, Any],
+    continued: str = "",
 ) -> list[Finding]:
     kind = definition.trainable.kind
     paths = "\n".join(
@@ -146,9 +161,10 @@ def _examine_adapters(
         ),
         Finding(
             f"{kind.name} at step 0",
-            f"adapters change {differing:,} outputs of a test row, and the base model "
-            f"without them is {distance:.1e} away",
-            ok=differing == 0 and distance < rounding,
+            f"adapters change {differing:,} outputs of a test row"
+            f"{f' as they continue {continued}' if continued else ''}, and the base "
+            f"model without them is {distance:.1e} away",
+            ok=(differing == 0 or bool(continued)) and distance < rounding,
             remedy="adapters must start as an exact no-op: they differ from the no-op "
             f"state of {kind.name}, or they lie over other weights than the base "
             "model's",
@@ -171,8 +187,8 @@ def _compare_outputs(
 
     Returns:
       The number of outputs that differ in any bit from those of adapters in their
-      no-op state, which the same compiled program computes; and their distance from
-      the base model's outputs, as a share of the norm of those. The base model is
+      no-op state, which the same compiled program computes; and the distance of these
+      from the base model's outputs, as a share of the norm of those. The base model is
       another program, whose products the compiler may round in another order, so its
       outputs cannot be compared bit for bit on every processor.
     """
@@ -191,9 +207,10 @@ def _compare_outputs(
 
     found, base = adapted(params), outputs(frozen)
     off = definition.trainable.kind.off(params, frozen)
-    differing = int(jnp.sum(found != adapted(off)))
+    without = adapted(off)
+    differing = int(jnp.sum(found != without))
     wide = base.astype(jnp.float32)
-    norm = jnp.linalg.norm(found.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)
+    norm = jnp.linalg.norm(without.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)
     return differing, float(norm)
 
 

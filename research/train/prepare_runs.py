@@ -122,7 +122,9 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             epochs.require_batch(config.data, task.rows, unit)
         definition = make_step_definition(config, base, devices, objective)
         state, frozen = _start(definition, each, base, runs)
-        examination = doctor.examine(base, definition, state, frozen, task)
+        examination = doctor.examine(
+            base, definition, state, frozen, task, config.lora.init_from
+        )
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
         terminal.show_findings(console, examination.findings)
         terminal.show_preview(console, examination.preview)
@@ -177,7 +179,8 @@ def _start(
     if saved and not definition.trainable.frozen_specs:
         return train_step.abstract_state(definition), {}
     frozen = others[0].frozen if others else None
-    params, frozen = load_start(definition, base, frozen)
+    continued = None if saved else opened.config.lora
+    params, frozen = load_start(definition, base, frozen, continued)
     return train_step.jit_init(definition)(params), frozen
 
 

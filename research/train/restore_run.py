@@ -60,6 +60,8 @@ def restore(
             f"{run.folder.path} to begin anew"
         )
     if run.state is None:
-        params, run.frozen = load_start(run.definition, run.base)
+        params, run.frozen = load_start(
+            run.definition, run.base, continued=run.config.lora
+        )
         run.state = train_step.jit_init(run.definition)(params)
     return 0, None

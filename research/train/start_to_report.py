@@ -11,6 +11,7 @@ from research.core.errors import PREEMPTED, STOPPED, STUCK, DivergedError
 from research.parallel import agreement, runtime
 from research.runs.control.os_signals import Preempted, StopRequest
 from research.runs.control.watchdog import Watchdog
+from research.runs.lineage.adapter_start import with_adapter
 from research.runs.lineage.start_pins import keep_base_step, pin_start
 from research.runs.phase_timer import PhaseTimer
 from research.runs.recorded_starts import RecordedStarts
@@ -71,6 +72,7 @@ def _open_unfinished(configs: Sequence[Config]) -> list[OpenedFolder]:
     wanted = []
     for config in configs:
         folder = RunDir(config.run_dir)
+        config = with_adapter(config, folder)
         changed = folder.check_config(config)
         if folder.is_complete and not changed:
             path = folder.path

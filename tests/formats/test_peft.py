@@ -43,7 +43,7 @@ def exported():
 
 
 def update(factors, scale, spec):
-    """What the adapter of one parameter adds to it, in float64."""
+    """The sum that the adapter of one parameter adds to it, in float64."""
     a, b = (np.asarray(factors[name], np.float64) for name in "ab")
     stack, rank = spec.shape[: spec.stacked], a.shape[-1]
     product = a.reshape(*stack, -1, rank) @ b.reshape(*stack, rank, -1)

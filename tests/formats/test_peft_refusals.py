@@ -103,7 +103,7 @@ def test_layers_may_differ_in_rank_scale_and_presence(llama, tmp_path):
     found = factors["a"] @ factors["b"].reshape(layers, 5, out) * adapter.scales[path]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert not factors["a"][1].any() and not factors["b"][0, 2:].any()
-    # What padded the ranks is not written again, and the layer without one stays so.
+    # The padding is not written again, and the layer without an adapter has none.
     again, written = export_of(model, {path: factors}, adapter.scales)
     shapes = {key: x.shape for key, x in again.items()}
     assert shapes == {key: x.shape for key, x in tensors.items()}

@@ -2,7 +2,7 @@
 
 An adapter of PEFT has seeded factors, so only its config and the names of its tensors
 are stored. Ours is stored as `research.formats.peft` has written it; see
-`support/peft_exports.py`. Of both there are the logits that PEFT computes.
+`support/peft_exports.py`. The logits that PEFT computes are stored for both.
 """
 
 import json

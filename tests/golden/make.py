@@ -7,8 +7,8 @@
 
 Five tiny random models are stored whole (config, weights, outputs). The others, in
 `switches/`, have seeded weights, which are not stored; `adapters/` has adapters to
-them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them. For the real one,
-SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
+them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them. For the real
+one, SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
 float32 on one CPU thread with eager attention, and nothing touches the network.
 """
 

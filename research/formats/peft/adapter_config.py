@@ -16,7 +16,7 @@ CONFIG, TENSORS, PICKLED = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-PREFIX = "base_model.model."  # Of the names of all tensors.
+PREFIX = "base_model.model."  # The names of all tensors begin so.
 # Fields that change what an adapter computes, or what it is added to, in a way that is
 # not computed here.
 CHANGES_FORWARD = (

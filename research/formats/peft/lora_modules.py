@@ -19,7 +19,7 @@ from research.weights.parameter_spec import Spec
 Pair = tuple[np.ndarray, np.ndarray]
 # The head of GPT-NeoX: in files, and in the models of transformers 5.
 IN_MEMORY = {"embed_out": "lm_head"}
-# What stands behind a module's name in the names of its two tensors.
+# The ends of the names of a module's two tensors.
 LINEAR_ENDS = "lora_A.weight", "lora_B.weight"
 TABLE_ENDS = "lora_embedding_A", "lora_embedding_B"
 
@@ -47,7 +47,7 @@ class LoraModule:
 
     @property
     def ends(self) -> tuple[str, str]:
-        """What stands behind its name in the names of its two tensors."""
+        """The ends of the names of its two tensors."""
         return TABLE_ENDS if self.is_table else LINEAR_ENDS
 
     def join(self, pairs: Mapping[str, Pair], specs: Mapping[str, Spec]) -> Pair:

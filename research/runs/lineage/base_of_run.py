@@ -260,8 +260,11 @@ class RunTensors:
         parts = {
             **self.origin,
             "dtypes": [model.dtype, model.param_dtype, model.base_format],
-            # A knob of a later version is at its default here.
-            "lora": {k: v for k, v in lora.items() if v != plain[k]},
+            # A knob of a later version is at its default here. Where the adapters
+            # began is no part of what they are.
+            "lora": {
+                k: v for k, v in lora.items() if v != plain[k] and k != "init_from"
+            },
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -166,9 +166,10 @@ def branching(
     based = dataclasses.replace(config.model, init_from=begun)
     later = dataclasses.replace(config, model=based)
     given = {word.partition("=")[0] for word in changes}
+    # An adapter that the old run continues is part of the new one's base.
     back = [
         flag(path, default[path])
-        for path in idle(later)
+        for path in (*idle(later), "lora.init_from")
         if flat(later)[path] != default[path] and f"--config.{path}" not in given
     ]
     return [

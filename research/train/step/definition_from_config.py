@@ -5,11 +5,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from research.config.knob_groups import LoRAConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.metric_sums import Objective
 from research.formats.base_model import Base
 from research.formats.load_parameters import load_base, load_frozen
+from research.formats.peft.adapter_folder import AdapterFolder
 from research.models.make_model import model_of_run
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
@@ -67,16 +69,36 @@ def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:
 
 
 def load_start(
-    definition: StepDefinition, base: Base, frozen: Params | None = None
+    definition: StepDefinition,
+    base: Base,
+    frozen: Params | None = None,
+    continued: LoRAConfig | None = None,
 ) -> tuple[Params, Params]:
     """The trained parameters at their start, and the frozen ones.
 
-    `frozen`: the frozen parameters, where they are loaded already.
+    Args:
+      definition: of the step.
+      base: the base model.
+      frozen: the frozen parameters, where they are loaded already.
+      continued: names an adapter folder whose values are the start; None for none.
+
+    Raises:
+      UserError: the adapter cannot be read, or is not what the config was made for.
     """
     split, model, mesh = definition.trainable, definition.model, definition.mesh
     if not split.frozen_specs:
         return load_base(base, model, mesh, split.dtype, definition.seed), {}
     frozen = frozen or load_frozen(base, model, mesh, split, definition.seed)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(definition))
+    if continued and continued.init_from:
+        adapter = AdapterFolder(continued.init_from, base.architecture, model.specs)
+        if adapter.lora_config(continued) != continued:
+            raise UserError(
+                f"the adapter {continued.init_from} has other targets, ranks or alphas "
+                "than when the run began: bring it back, or choose another "
+                "--config.run_dir"
+            )
+        adapter.require_base(base.tensors.on(mesh))
+        return adapter.load(shardings), frozen
     init = jax.jit(split.init, out_shardings=shardings)
     return init(jax.random.key(definition.seed), frozen), frozen

@@ -1,0 +1,58 @@
+"""A run that continues an adapter of another tool has its targets, ranks and alphas."""
+
+import dataclasses
+import os
+
+from research.config.field_names import shell_flag
+from research.config.knob_groups import LoRAConfig
+from research.config.run_config import Config
+from research.core.errors import UserError
+from research.formats.peft.adapter_folder import AdapterFolder
+from research.models.architecture import Architecture
+from research.models.transformer import Model
+from research.runs.lineage.base_of_run import start_architecture
+from research.runs.run_directory import RunDir
+
+# The knobs that an adapter answers.
+ANSWERED = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern")
+
+
+def with_adapter(
+    config: Config,
+    folder: RunDir | None = None,
+    architecture: Architecture | None = None,
+) -> Config:
+    """`config` with the numbers of the adapter that `config.lora.init_from` names.
+
+    Args:
+      config: of the run.
+      folder: of the run. One that exists keeps the numbers that it began with, and its
+        adapter may be gone.
+      architecture: of the base model, if that is known already.
+
+    Raises:
+      UserError: the adapter cannot be used, is one to another base, or has other
+        numbers than `config` asks for.
+    """
+    asked = config.lora
+    if not asked.init_from or config.trainable != "lora":
+        return config
+    begun = folder.config().lora if folder and folder.exists else None
+    if begun and os.path.abspath(begun.init_from) == os.path.abspath(asked.init_from):
+        own = {name: getattr(begun, name) for name in ANSWERED}
+        found = dataclasses.replace(asked, **own)
+    else:
+        architecture = architecture or start_architecture(config)
+        adapter = AdapterFolder(
+            asked.init_from, architecture, Model(architecture).specs
+        )
+        found = adapter.lora_config(asked)
+    for name in ANSWERED:
+        value, default = getattr(asked, name), getattr(LoRAConfig(), name)
+        if value not in (default, getattr(found, name)):
+            raise UserError(
+                f"config.lora.{name} is {value!r}, and the adapter "
+                f"{asked.init_from} has {getattr(found, name)!r}: drop what sets it, "
+                f"or add {shell_flag(f'lora.{name}', default)}"
+            )
+    return dataclasses.replace(config, lora=found)

@@ -1,0 +1,108 @@
+"""A run that continues an adapter folder of PEFT: its config, its start, its resume."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from peft_exports import adapters_of, export_of, write_adapter
+from small_run import make_small_place, one_device, small_config
+from tiny_model import CONFIG
+
+from research.config.knob_groups import LoRAConfig
+from research.config.saved_config import to_json
+from research.core.errors import UserError
+from research.models.families.family_registry import from_hf_config
+from research.models.transformer import Model
+from research.runs.lineage.adapter_start import with_adapter
+from research.runs.run_directory import RunDir
+from research.studio.jobs.job_commands import branching
+from research.tasks import task_registry
+from research.train.step.definition_from_config import load_start, make_step_definition
+from research.weights.adapters.lora import KIND
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A place with a model, rows and an adapter to the model; factors and scales."""
+    folder = tmp_path_factory.mktemp("continued")
+    make_small_place(folder)
+    model = Model(from_hf_config(CONFIG))
+    factors, scales = adapters_of(model)
+    write_adapter(folder / "adapter", *export_of(model, factors, scales))
+    return folder, factors, scales
+
+
+def config_of(folder, **lora):
+    lora = LoRAConfig(**{"init_from": str(folder / "adapter"), **lora})
+    return small_config(folder, "run", 2, lora=lora)
+
+
+def test_the_adapter_gives_targets_ranks_and_scales(adapter):
+    folder, factors, scales = adapter
+    found = with_adapter(config_of(folder, dropout=0.1)).lora
+    model = Model(from_hf_config(CONFIG))
+    specs = KIND.specs(model.specs, found)
+    assert {path: x["a"].shape for path, x in specs.items()} == {
+        path: x["a"].shape for path, x in factors.items()
+    }
+    ranks = {path: KIND.rank(x) for path, x in specs.items()}
+    # Its files have one scale, which most of ours had.
+    assert KIND.settings(ranks, found).scales == dict.fromkeys(scales, 2.0)
+    assert found.dropout == 0.1 and found.init_from == str(folder / "adapter")
+
+
+def test_a_run_without_one_stays_as_it_is(adapter):
+    config = config_of(adapter[0], init_from="", rank=3)
+    assert with_adapter(config) is config
+    full = dataclasses.replace(config_of(adapter[0]), trainable="full")
+    assert with_adapter(full) is full
+
+
+@pytest.mark.parametrize("asked", [{"rank": 64}, {"alpha": 1.0}, {"targets": ("mlp",)}])
+def test_numbers_that_the_adapter_does_not_have_are_refused(adapter, asked):
+    (name,) = asked
+    with pytest.raises(UserError, match=rf"lora\.{name} is .*, and the adapter"):
+        with_adapter(config_of(adapter[0], **asked))
+
+
+def test_a_run_keeps_the_numbers_that_it_began_with(adapter, tmp_path):
+    """Its adapter may be gone, as its factors are in its checkpoints."""
+    config = config_of(adapter[0])
+    begun = with_adapter(config)
+    gone = dataclasses.replace(begun.lora, init_from=str(tmp_path / "gone"))
+    (tmp_path / "run").mkdir()
+    old = dataclasses.replace(begun, lora=gone)
+    (tmp_path / "run" / "config.json").write_text(to_json(old))
+    folder = RunDir(tmp_path / "run")
+    asked = LoRAConfig(init_from=gone.init_from)
+    again = with_adapter(dataclasses.replace(config, lora=asked), folder)
+    assert again.lora == gone
+    with pytest.raises(UserError, match="does not exist"):
+        with_adapter(dataclasses.replace(config, lora=asked))
+    # A branch lies over the weights with this adapter, and does not add it again.
+    flags = branching(folder.path, 1, tmp_path / "next")
+    assert "--config.lora.init_from=" in flags
+
+
+def test_training_starts_at_the_adapter(adapter):
+    folder, factors, scales = adapter
+    config = with_adapter(config_of(folder))
+    base = task_registry.open_start(config)
+    mesh = one_device()
+    objective = task_registry.make_objective(config, mesh)
+    definition = make_step_definition(config, base, mesh, objective)
+    params, frozen = load_start(definition, base, continued=config.lora)
+    own = KIND.pad(factors, definition.trainable.specs)
+    for path, leaf in definition.trainable.forward(params, frozen, None).items():
+        if path in params:
+            update = np.asarray(leaf.update())
+            pair = KIND.attach_matrix(
+                frozen[path], own[path], np.full(leaf.scale.shape, scales[path]), None,
+                None,
+            )  # fmt: skip
+            np.testing.assert_allclose(update, pair.update(), rtol=1e-6)
+    changed = dataclasses.replace(config.lora, alpha=7.0)
+    with pytest.raises(UserError, match="other targets, ranks or alphas"):
+        load_start(definition, base, frozen, changed)
+    assert jax.tree.all(jax.tree.map(lambda x: x.dtype == "float32", params))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
 from research.formats.base_model import Base
 from research.parallel import mesh as meshes
@@ -49,13 +50,10 @@ def examine(
     state: TrainState,
     frozen: dict[str, Any],
     task: Task,
-    continued: str = "",
+    lora: LoRAConfig,
 ) -> Examination:
-    """Examines a run that is ready to start; decides nothing.
-
-    `continued` names the adapter whose values the start may have; "" for none.
-    """
-    findings = examine_model(base, definition, state, frozen, continued)
+    """Examines a run that is ready to start; decides nothing."""
+    findings = examine_model(base, definition, state, frozen, lora.init_from)
     findings += task.examine()
     return Examination(findings, task.preview(PREVIEW_ROWS))
 

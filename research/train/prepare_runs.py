@@ -122,9 +122,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             epochs.require_batch(config.data, task.rows, unit)
         definition = make_step_definition(config, base, devices, objective)
         state, frozen = _start(definition, each, base, runs)
-        examination = doctor.examine(
-            base, definition, state, frozen, task, config.lora.init_from
-        )
+        examination = doctor.examine(base, definition, state, frozen, task, config.lora)
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
         terminal.show_findings(console, examination.findings)
         terminal.show_preview(console, examination.preview)

@@ -220,6 +220,12 @@ class Architecture:
         """As `matrices_per_layer`, without experts that are not a token's own."""
         return self._matrices(self.experts.chosen if self.experts else 1)
 
+    @property
+    def experts_per_layer(self) -> int:
+        """Scalars in the matrices of all experts of a layer; 0 without experts."""
+        others = self._matrices(0)
+        return self.matrices_per_layer - others if self.experts else 0
+
     def _matrices(self, mlps: int) -> int:
         attention = 2 * self.embed * (self.heads + self.kv_heads) * self.head_dim
         router = self.embed * self.experts.count if self.experts else 0

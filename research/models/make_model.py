@@ -16,6 +16,7 @@ from research.models.attention import ScoreRule
 from research.models.attention_sharding import make_attend
 from research.models.parts.expert_dispatch import mix_experts
 from research.models.parts.expert_kernels import choose_expert_kernel
+from research.models.parts.expert_sharding import make_mix_experts
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
 
@@ -42,17 +43,18 @@ def make_model(
     product = choose_expert_kernel(config.expert_kernel, platform)
     if architecture.experts:
         _log_once("experts", product)
+    alone = functools.partial(mix_experts, kernel=product.kernel)
     options = Options(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         scan_unroll=config.scan_unroll,
         attend=make_attend(mesh, choice.kernel, config.attention_block),
-        mix_experts=functools.partial(mix_experts, kernel=product.kernel),
+        mix_experts=make_mix_experts(mesh, alone),
         constrain=meshes.constrain(mesh),
     )
     model = Model(architecture, options)
     experts = mesh.shape["expert"]
-    if experts > 1 and not any("expert" in x.axes for x in model.specs.values()):
+    if experts > 1 and not architecture.experts:
         raise UserError(
             f"config.mesh.expert is {experts}, and the model has no experts: set it to "
             "1 and give its devices to config.mesh.fsdp or config.mesh.data"

@@ -64,7 +64,8 @@ def search(
     """
     tried, plans = 0, []
     causes: collections.Counter[str] = collections.Counter()
-    for mesh, remat in itertools.product(layouts(config, target), REMATS):
+    experts = architecture.experts.count if architecture.experts else 0
+    for mesh, remat in itertools.product(layouts(config, target, experts), REMATS):
         tried += 1
         try:
             plans += _largest(config, architecture, target, mesh, remat, usable)
@@ -107,8 +108,13 @@ def slowness(plan: Plan, asked: Config) -> tuple[bool, float, float, float]:
     return (not plan.fits, others, plan.flops.total, plan.needed)
 
 
-def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:
-    """Yields every split of the devices over data, fsdp, tensor and context."""
+def layouts(
+    config: Config, target: PlannedDevices, experts: int = 0
+) -> Iterator[MeshConfig]:
+    """Yields every split of the devices over data, fsdp, tensor, context and expert.
+
+    `experts` of a layer are split where they divide; 0: the model has none.
+    """
     own: dict[str, int] = {}
     with contextlib.suppress(UserError):  # It does not fit these devices.
         own |= meshes.make_mesh(config.mesh, target.devices()).shape
@@ -120,8 +126,13 @@ def layouts(config: Config, target: PlannedDevices) -> Iterator[MeshConfig]:
             rest = each // tensor // context
             if context > 1 and replica * rest * context <= rows:
                 continue
-            for fsdp in meshes.divisors(rest):
-                sizes = MeshConfig(replica, rest // fsdp, fsdp, tensor, context)
+            for fsdp, expert in itertools.product(meshes.divisors(rest), repeat=2):
+                data, left = divmod(rest, fsdp * expert)
+                if left or (
+                    expert > 1 and (not experts or experts % (expert * tensor))
+                ):
+                    continue
+                sizes = MeshConfig(replica, data, fsdp, tensor, context, expert)
                 yield config.mesh if dataclasses.asdict(sizes) == own else sizes
 
 

@@ -24,6 +24,7 @@ from research.tasks.findings import Finding
 from research.tasks.row_preview import PreviewRow
 from research.tasks.task_protocol import Task
 from research.tasks.token_loss_and_metrics import CrossEntropy
+from research.train.metrics.throughput import count_used
 from research.train.step.train_step import StepDefinition, TrainState
 from research.weights import parameter_paths
 
@@ -89,6 +90,8 @@ def examine_model(
     is_read = isinstance(state.step, jax.Array)
     odd = parameter_paths.not_finite(state.params) if is_read else []
     trained, kept = parameter_paths.count(state.params), parameter_paths.count(frozen)
+    used = sum(count_used(x, definition.model) for x in (state.params, frozen))
+    of_token = f"; a token uses {used:,} of all" if used < trained + kept else ""
     findings = [
         Finding("base model", f"{base.name}, sha256 {base.fingerprint[:12]}"),
         Finding(
@@ -100,7 +103,7 @@ def examine_model(
             "parameters",
             f"{trained:,} trained ({parameter_paths.nbytes(state):,} bytes with "
             "optimizer), "
-            f"{kept:,} frozen ({parameter_paths.nbytes(frozen):,} bytes)",
+            f"{kept:,} frozen ({parameter_paths.nbytes(frozen):,} bytes){of_token}",
             ok=trained > 0 and not odd,
             remedy="if nothing is trained, check config.lora.targets; start from other "
             f"weights if some are not finite: {', '.join(odd) or 'none are'}",
@@ -109,6 +112,7 @@ def examine_model(
                 "trained_bytes": parameter_paths.nbytes(state),
                 "frozen": kept,
                 "frozen_bytes": parameter_paths.nbytes(frozen),
+                "used": used,
             },
         ),
         Finding(

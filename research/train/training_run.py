@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from research.config.run_config import Config
@@ -69,6 +68,6 @@ class TrainingRun:
         """The FLOPs of one step of this run, for MFU."""
         return throughput.count_flops(
             self.base.architecture,
-            trained=sum(x.size for x in jax.tree.leaves(self.state.params)),
+            trained=throughput.count_used(self.state.params, self.definition.model),
             full=not self.frozen,
         )

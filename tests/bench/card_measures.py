@@ -392,9 +392,10 @@ def step(
         seconds.append(time.perf_counter() - begun)
     step_s = statistics.median(seconds[1 + warmup :])
     count = parameter_paths.count(state.params)
-    flops = throughput.count_flops(
-        job.definition.model.architecture, count, full=trainable == "full"
-    )
+    model = job.definition.model
+    used = throughput.count_used(state.params, model)
+    full = trainable == "full"
+    flops = throughput.count_flops(model.architecture, used, full=full)
     needed = flops.step(*(float(sums[name]) for name in ("tokens", "weight", "pairs")))
     peak = peak_flops()
     yield {

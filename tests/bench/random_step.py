@@ -115,6 +115,7 @@ class RandomStep:
         base = Base("random", architecture, cast(Tokenizer, None), None)
         params, self._frozen = load_start(step.definition, base)
         self.state = train_step.jit_init(step.definition)(params)
+        self.model = step.definition.model
         self._batch = make_batch(step, trained, documents)
         self._train = train_step.jit_train_step(step.definition)
         self.sums: Any = None
@@ -152,7 +153,8 @@ def measure(
     sums = step.sums
     step_s = statistics.median(seconds[warmup:])
     count = parameter_paths.count(step.state.params)
-    flops = throughput.count_flops(architecture, count, full=config.trainable == "full")
+    used = throughput.count_used(step.state.params, step.model)
+    flops = throughput.count_flops(architecture, used, full=config.trainable == "full")
     needed = flops.step(*(float(sums[name]) for name in ("tokens", "weight", "pairs")))
     peak = peak_flops(config, device)
     return Measured(

@@ -448,7 +448,7 @@ def test_the_door_says_what_does_not_fit_and_what_is_wrong(place):
 def test_rows_that_the_mesh_cannot_split_name_the_axes_that_do(folder):
     config = tiny_config(folder, microbatch_size=2)
     mesh = meshes.make_mesh(MeshConfig(replica=2, data=2, fsdp=2))
-    said = r"has 2 rows .*splits a batch into 8 \(replica\*data\*fsdp\).*multiple of 8"
+    said = r"has 2 rows .*splits a batch into 8 .*fsdp\*expert\).*multiple of 8"
     with pytest.raises(UserError, match=said):
         objective = task_registry.make_objective(config, mesh)
         make_step_definition(config, open_base(str(folder)), mesh, objective)

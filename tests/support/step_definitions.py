@@ -13,6 +13,8 @@ from helpers import mesh_sizes, random_adapters
 
 from research.config.run_config import Config, LoRAConfig, ModelConfig, OptimConfig
 from research.models.attention_sharding import make_attend
+from research.models.parts.expert_dispatch import mix_experts
+from research.models.parts.expert_sharding import make_mix_experts
 from research.parallel import mesh as meshes
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import optimizers, train_step
@@ -41,6 +43,7 @@ def make_definition(model, kind, sizes, dtype="float32"):
         model=model.with_options(
             constrain=meshes.constrain(mesh),
             attend=make_attend(mesh, "xla", 7),
+            mix_experts=make_mix_experts(mesh, mix_experts),
             dtype=jnp.dtype(dtype),
         ),
         trainable=dataclasses.replace(made, forward=forward),

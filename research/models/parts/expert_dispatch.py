@@ -6,6 +6,7 @@ by expert. Both ways are gathers, in the backward pass as well: JAX would turn t
 gradient of a gather into a scatter that adds, which no device does fast.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def mix_experts(
     shares_BTC: Array,
     *,
     experts: int,
+    first_row: Array | int = 0,
     kernel: str = "blocked",
     block: int = 64,
 ) -> Array:
@@ -57,6 +59,7 @@ def mix_experts(
         stands for no expert (padding, or an expert on another device), and counts 0.
       shares_BTC: float32, how much each of them counts.
       experts: E.
+      first_row: the number of the first of these rows in the whole batch.
       kernel: see `Groups`, as is `block`.
 
     Returns:
@@ -66,6 +69,7 @@ def mix_experts(
     chosen_NC = chosen_BTC.reshape(batch * length, -1)
     owners_NC = jnp.where((chosen_NC >= 0) & (chosen_NC < experts), chosen_NC, experts)
     places, groups = _sort(owners_NC, experts, batch, kernel, block)
+    groups = dataclasses.replace(groups, origins=groups.origins + first_row)
     rows_MD = _spread(x_BTD.reshape(-1, width), places)
     made_MD = compute(weights, rows_MD, groups)
     shares_NC = shares_BTC.reshape(chosen_NC.shape)

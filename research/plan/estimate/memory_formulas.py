@@ -54,7 +54,7 @@ def _temporaries(step: AbstractStep) -> float:
     head = a.embed * a.vocab / tensor
     logits = min(chunk_size(step), tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
-    matrices = a.matrices_per_layer / tensor
+    matrices = sum(_gathered_matrices(step))
     at_layer = width * (2 * matrices + tokens * kept_per_token(step, "none"))
     at_layer += _mask_bytes(step)
     if step.passes > 1:  # The sum over the passes so far is kept, too.
@@ -78,7 +78,7 @@ def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
     held += optimizer_bytes(step)
     head = width * a.embed * a.vocab / tensor
     logits = min(chunk_size(step), device_tokens(step)) * a.vocab / tensor
-    weights = 2 * width * a.matrices_per_layer / tensor
+    weights = 2 * width * sum(_gathered_matrices(step))
 
     def layer(tokens: float) -> float:
         return weights + tokens * width * kept_per_token(step, "none")
@@ -109,23 +109,39 @@ def _mask_bytes(step: AbstractStep) -> float:
     return 3 * device_tokens(step) * length if has_mask else 0.0
 
 
+def _gathered_matrices(step: AbstractStep) -> tuple[float, float]:
+    """Scalars of one layer on one device where they are used: all others, and experts.
+
+    Experts lie whole, but on other devices along `expert` and `tensor`.
+    """
+    a, shape = step.architecture, step.definition.mesh.shape
+    dense = (a.matrices_per_layer - a.experts_per_layer) / shape["tensor"]
+    return dense, a.experts_per_layer / (shape["tensor"] * shape["expert"])
+
+
 def kept_per_token(step: AbstractStep, remat: str) -> float:
     """Values per token that a layer's forward pass keeps for its backward pass.
 
     `full` keeps the layer's input. `dots` also keeps the products with weights:
     queries, keys, values, the attention's result, gate and up. `none` keeps the inputs
-    of all products, and what attention and the gate need.
+    of all products, and what attention and the gate need. Experts have a row for each
+    of their tokens, which all of a device's experts may share: it has room for every
+    token that it gathers, as often as a token has experts.
     """
-    a, tensor = step.architecture, step.definition.mesh.shape["tensor"]
+    a, shape = step.architecture, step.definition.mesh.shape
+    tensor = shape["tensor"]
     tile = 128 if step.definition.mesh.devices.flat[0].platform == "tpu" else 1
     # A TPU's attention kernel pads each head to whole tiles.
     head_dim = math.ceil(a.head_dim / tile) * tile
-    split = (a.heads * head_dim, a.kv_heads * head_dim, a.mlp)
-    queries, keys, mlp = (size / tensor for size in split)
+    queries, keys = (n * head_dim / tensor for n in (a.heads, a.kv_heads))
+    mlp, results = a.mlp / tensor, 0.0
+    if a.experts:
+        rows = a.experts.chosen * shape["expert"]
+        mlp, results = rows * a.mlp, rows * a.embed
     kept = {
         "full": a.embed,
-        "dots": 2 * a.embed + queries + 2 * keys + 2 * mlp,
-        "none": 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp,
+        "dots": 2 * a.embed + queries + 2 * keys + 2 * mlp + results,
+        "none": 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp + 2 * results,
     }
     return look_up(kept, remat, "config.model.remat")
 
@@ -158,7 +174,7 @@ def estimate_moved(step: AbstractStep) -> float:
     a, width = step.architecture, compute_width(step)
     tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
     activations = tokens * kept_per_token(step, "none") * ACTIVATION_TRIPS
-    weights = a.matrices_per_layer / tensor * WEIGHT_TRIPS
+    weights = sum(_gathered_matrices(step)) * WEIGHT_TRIPS
     head = a.embed * a.vocab / tensor * head_chunks(step) * WEIGHT_TRIPS / 2
     logits = tokens * a.vocab / tensor * (FLOAT32 / width + 1) * 2
     a_pass = width * (a.layers * (activations + weights) + head + logits)
@@ -173,7 +189,7 @@ def estimate_collectives(step: AbstractStep) -> list[Collective]:
     mesh, passes = step.definition.mesh, step.passes
     a, width = step.architecture, compute_width(step)
     shape, tokens = mesh.shape, device_tokens(step)
-    layer = a.matrices_per_layer / shape["tensor"]
+    dense, experts = _gathered_matrices(step)
     head, chunks = a.embed * a.vocab / shape["tensor"], head_chunks(step)
     stream = tokens * a.embed * width
     again = step.config.model.remat == "full"
@@ -186,9 +202,15 @@ def estimate_collectives(step: AbstractStep) -> list[Collective]:
             found.append(Collective(kind, split, round(nbytes), times, members))
 
     # The forward and the backward pass each gather a layer's weights.
-    add("all-gather", ("fsdp",), layer * width, 2 * a.layers * passes)
-    add("all-gather", ("fsdp",), head * width, chunks * passes)
-    add("all-to-all", ("fsdp",), stream, passes)
+    split = meshes.RULES["embed"]
+    add("all-gather", split, dense * width, 2 * a.layers * passes)
+    add("all-gather", ("fsdp",), experts * width, 2 * a.layers * passes)
+    add("all-gather", split, head * width, chunks * passes)
+    add("all-to-all", split, stream, passes)
+    # Tokens come to experts, and what these make returns; both also as gradients.
+    met = stream * shape["expert"]
+    for kind in ("all-gather", "reduce-scatter"):
+        add(kind, ("expert",), met, (2 + again) * a.layers * passes)
     # Attention and MLP each end with a sum over `tensor`; the backward pass of each
     # has another one.
     add("all-reduce", ("tensor",), stream, (4 + again) * a.layers * passes)
@@ -196,32 +218,48 @@ def estimate_collectives(step: AbstractStep) -> list[Collective]:
     add("all-gather", ("context",), 2 * rows * width, (1 + again) * a.layers * passes)
     add("reduce-scatter", ("context",), 2 * rows * width, a.layers * passes)
     if step.frozen:
-        trained = parameter_paths.count(step.state.params) / shape["tensor"]
-        add("reduce-scatter", ("fsdp",), trained * width, passes)
+        dense, experts, head, times = *_adapters(step), 0.0, 1
     else:
-        add("reduce-scatter", ("fsdp",), layer * width, a.layers * passes)
-        add("reduce-scatter", ("fsdp",), head * width, chunks * passes)
-    reduced = _reduced_bytes(step, layer, head)
+        times = a.layers
+    add("reduce-scatter", split, dense * width, times * passes)
+    add("reduce-scatter", ("fsdp",), experts * width, times * passes)
+    add("reduce-scatter", split, head * width, chunks * passes)
+    reduced = _reduced_bytes(step, times * dense, times * experts, head)
     for axis in ("context", "data", "replica"):
         add("all-reduce", (axis,), reduced, passes)
     return found
 
 
-def _reduced_bytes(step: AbstractStep, layer: float, head: float) -> float:
+def _adapters(step: AbstractStep) -> tuple[float, float]:
+    """Scalars of adapters on one device before `fsdp` splits them, as
+    `_gathered_matrices` has those of a layer.
+    """
+    shape, specs = step.definition.mesh.shape, step.definition.model.specs
+    count = {True: 0, False: 0}
+    for path, factors in step.state.params.items():
+        count["expert" in specs[path].axes] += parameter_paths.count(factors)
+    tensor = shape["tensor"]
+    return count[False] / tensor, count[True] / (tensor * shape["expert"])
+
+
+def _reduced_bytes(
+    step: AbstractStep, dense: float, experts: float, head: float
+) -> float:
     """Bytes of gradients that replicas of the parameters sum after each pass.
 
     Gradients are scattered over `fsdp` first, those of replicated adapters too. A head
     that is sharded over `fsdp` is reduced after every chunk; otherwise it is reduced
     once, in float32 as the embedding is.
     """
-    width, fsdp = compute_width(step), step.definition.mesh.shape["fsdp"]
-    if step.frozen:
-        tensor = step.definition.mesh.shape["tensor"]
-        return parameter_paths.count(step.state.params) / tensor / fsdp * width
-    body = step.architecture.layers * layer * width
-    if fsdp == 1:
+    width, shape = compute_width(step), step.definition.mesh.shape
+    fsdp, split = (
+        shape["fsdp"],
+        meshes.ways(step.definition.mesh, meshes.RULES["embed"]),
+    )
+    body = width * (dense / split + experts / fsdp)
+    if split == 1:
         return body + 2 * head * FLOAT32
-    return (body + head * head_chunks(step) * width) / fsdp
+    return body + width * head * head_chunks(step) / split
 
 
 def axis_members(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ import dataclasses
 from research.core.errors import look_up
 from research.plan.abstract_step import AbstractStep
 from research.train.metrics import throughput
-from research.weights import parameter_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ def count_step_flops(step: AbstractStep) -> StepFlops:
     instruction data needs the head only for the answers.
     """
     config, a = step.config, step.architecture
-    trained = parameter_paths.count(step.state.params)
+    trained = throughput.count_used(step.state.params, step.definition.model)
     count = throughput.count_flops(a, trained, full=not step.frozen)
     tokens = step.tokens
     length = config.data.seq_len

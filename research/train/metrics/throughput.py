@@ -2,8 +2,12 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from research.models.architecture import Architecture
+from research.models.transformer import Model
+from research.weights import parameter_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +37,24 @@ class FlopCount:
         )
 
 
+def count_used(params: Mapping[str, Any], model: Model) -> int:
+    """The scalars of `params`, by path, that a token meets: not all experts."""
+    experts, used = model.architecture.experts, 0
+    for path, leaf in params.items():
+        count = parameter_paths.count(leaf)
+        if experts and "expert" in model.specs[path].axes:
+            count = count * experts.chosen // experts.count
+        used += count
+    return used
+
+
 def count_flops(architecture: Architecture, trained: int, *, full: bool) -> FlopCount:
-    """Counts FLOPs where `trained` scalars train; `full`: the whole model trains."""
+    """Counts FLOPs where `trained` scalars train, by `count_used`.
+
+    `full`: the whole model trains.
+    """
     a = architecture
-    body = a.layers * a.matrices_per_layer
+    body = a.layers * a.used_per_layer
     head = a.vocab * a.embed
     return FlopCount(
         per_token=6.0 * body if full else 4.0 * body + 6.0 * trained,

@@ -1,0 +1,78 @@
+"""The train step of a model with experts against a dense one of the same active size.
+
+    python tests/bench/experts.py --experts=8 --chosen=2
+
+Both train in full on the same random rows, on one device, and take turns step by step,
+so that other work on the machine slows both. The dense model's MLP is as wide as the
+chosen experts together, so each token meets as many matrices. Prints the medians and
+their ratio. On CPU set the GLIBC_TUNABLES of the Makefile, as `make` does for training.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from random_step import RandomStep, read_config, value_of
+
+from research.config import command_line
+from research.models.architecture import Experts
+from research.models.presets import preset
+from research.parallel import runtime
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", default="llama-6m", help="the dense model")
+    add("--experts", type=int, default=8, help="of a layer")
+    add("--chosen", type=int, default=2, help="for each token")
+    add("--rows", type=int, default=8, help="of a step")
+    add("--seq", type=int, default=256, help="tokens of a row")
+    add("--steps", type=int, default=15, help="of each side that count")
+    add("--warmup", type=int, default=2, help="steps that do not count")
+    add("--knob", action="append", default=[], metavar="PATH=VALUE")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv[1:])
+    given = dict(pair.partition("=")[::2] for pair in options.knob)
+    changes = {
+        "data.batch_size": options.rows,
+        "data.seq_len": options.seq,
+        **{knob: value_of(text) for knob, text in given.items()},
+    }
+    config = read_config("configs/pretrain_tiny.py", changes)
+    runtime.start(config.runtime)
+    dense = preset(options.preset)
+    mixed = dataclasses.replace(
+        dense,
+        family="mixtral",
+        mlp=dense.mlp // options.chosen,
+        experts=Experts(options.experts, options.chosen, balance_weight=0.01),
+    )
+    sides = {
+        name: RandomStep(config, shape, trained=1.0, documents=1)
+        for name, shape in (("dense", dense), ("experts", mixed))
+    }
+    seconds = {name: [] for name in sides}
+    for _ in range(options.warmup + options.steps):
+        for name, step in sides.items():
+            seconds[name].append(step.run())
+    medians = {
+        name: statistics.median(taken[options.warmup :])
+        for name, taken in seconds.items()
+    }
+    print(
+        f"{options.preset}, {options.rows} x {options.seq} tokens, "
+        f"{config.model.dtype}: dense {medians['dense']:.3f} s a step, "
+        f"{options.chosen} of {options.experts} experts {medians['experts']:.3f} s, "
+        f"ratio {medians['experts'] / medians['dense']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

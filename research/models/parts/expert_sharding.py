@@ -32,7 +32,7 @@ def make_mix_experts(mesh: Mesh, alone: Mix) -> Mix:
     if mesh.size == 1:
         return alone
     over = meshes.partition(("expert",), mesh=mesh)[0]
-    # Of the devices along `expert`, each has the rows behind those of the one before.
+    # A device along `expert` has the rows behind those of the one before it.
     outer = meshes.BATCH_AXES[: meshes.BATCH_AXES.index("expert")]
 
     def mix(

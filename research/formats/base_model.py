@@ -10,7 +10,7 @@ from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, how_on_hub, is_hub
 from research.core.local_paths import local_path, no_such
 from research.formats.gguf.gguf_file import GGUFFile
-from research.formats.huggingface_weights import (
+from research.formats.huggingface.huggingface_weights import (
     HuggingFaceWeights,
     has_weights,
     read_hf_config,

@@ -23,7 +23,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.engine.text_generation import SlotDecoders
 from research.formats.base_model import Base
-from research.formats.huggingface_export import save_settings
+from research.formats.huggingface.huggingface_export import save_settings
 from research.parallel import agreement, mesh
 from research.report import terminal
 from research.runs import provenance

@@ -42,7 +42,7 @@ def read_config(steps: int | None) -> Any:
 
 def prepare(config: Any, folder: Path) -> None:
     """Writes the first weights, all batches and the learning rates for torch."""
-    from research.formats import huggingface_export
+    from research.formats.huggingface import huggingface_export
     from research.parallel import mesh
     from research.tasks import task_registry
     from research.train.step.definition_from_config import (

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 from research.formats.base_model import open_base
-from research.formats.huggingface_export import export
+from research.formats.huggingface.huggingface_export import export
 from research.formats.load_parameters import load_base
 from research.models.architecture import Architecture
 from research.models.families import family_registry

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from research.core.errors import UserError
-from research.formats.huggingface_weights import HuggingFaceWeights
+from research.formats.huggingface.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import check_tensors
 from research.models.architecture import Rope, RopeScaling
 from research.models.families.family_registry import FAMILIES, from_hf_config

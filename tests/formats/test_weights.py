@@ -18,7 +18,7 @@ from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 from research.formats.base_model import open_base
 from research.formats.gguf.gguf_file import GGUFFile
-from research.formats.huggingface_weights import HuggingFaceWeights
+from research.formats.huggingface.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import check_tensors, load_params
 from research.models.families.dense.llama import GGUF_TENSORS, HF_TENSORS
 from research.models.families.stored_tensor import used

@@ -15,7 +15,7 @@ import tokenizers
 from helpers import in_soak
 
 from research.core.errors import UserError
-from research.formats.huggingface_weights import HuggingFaceWeights
+from research.formats.huggingface.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import load_params
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model

@@ -23,7 +23,7 @@ from research.core.atomic_files import make_folder
 from research.core.errors import UserError
 from research.data.text import choose_tokenizer, token_shards
 from research.data.text.token_shards import SIDES, TextTotals, TokenManifest, TokenShard
-from research.formats import huggingface_export
+from research.formats.huggingface import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
 from research.runs import metrics_file, run_history
 from research.runs.phase_timer import PhaseTimer

@@ -26,7 +26,7 @@ from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.export.write_model import write_model
 from research.formats.base_model import open_base
-from research.formats.huggingface_export import save_settings
+from research.formats.huggingface.huggingface_export import save_settings
 from research.formats.load_parameters import load_base
 from research.models.transformer import Model
 from research.parallel import mesh as meshes

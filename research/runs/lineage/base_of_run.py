@@ -25,8 +25,8 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.local_paths import split_step
 from research.formats.base_model import Base, open_architecture
-from research.formats.huggingface_export import fetch
-from research.formats.huggingface_weights import read_hf_config
+from research.formats.huggingface.huggingface_export import fetch
+from research.formats.huggingface.huggingface_weights import read_hf_config
 from research.formats.load_parameters import check_tensors, load_param, store_frozen
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of

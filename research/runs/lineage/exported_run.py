@@ -17,7 +17,7 @@ from research.checkpoints.stored_steps import seal_of
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json
-from research.formats import huggingface_export
+from research.formats.huggingface import huggingface_export
 from research.formats.base_model import EXPORTED
 from research.models.transformer import Model
 from research.parallel import agreement

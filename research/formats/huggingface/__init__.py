@@ -1,0 +1,1 @@
+"""A model as a Hugging Face folder: config.json, safetensors and a tokenizer."""

@@ -3,7 +3,7 @@
 | code | error | meaning |
 |---|---|---|
 | 0 | | done |
-| 1 | | not done: a plan does not fit, or a request got no answer |
+| 1 | ParityError | not done: a plan does not fit, no answer, or an export is wrong |
 | 2 | UserError | a flag, a file or the config is wrong |
 | 3 | DivergedError | a loss, a gradient norm or parameters are not finite |
 | 4 | SaveError | a file could not be written |
@@ -93,6 +93,12 @@ def files_of_step(step: int | None, what: str) -> Iterator[None]:
             "to write, then start the same command again",
             step,
         ) from error
+
+
+class ParityError(UserError):
+    """Written files compute something else than the model that they were made of."""
+
+    exit_code = 1
 
 
 class DamagedError(UserError):

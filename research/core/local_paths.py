@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from research.core.errors import UserError, closest
 from research.core.hub_access import how_from_page
@@ -136,3 +136,8 @@ def _nearest(path: Path) -> Path | None:
         whole = near / path.relative_to(place)
         return None if near == place else whole if whole.exists() else near
     return None
+
+
+def public_name(where: str) -> str:
+    """An address as it is; of a path only the last part."""
+    return where if "://" in where else PurePosixPath(where.strip()).name or where

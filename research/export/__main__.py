@@ -6,29 +6,46 @@ import sys
 from collections.abc import Sequence
 
 from research.config import command_line
+from research.config.choices import EXPORT_MODULES
 from research.config.knobs import knob
 from research.core.errors import UserError
 from research.core.local_paths import local_path
 
 USAGE = """
-python -m research.export --run=RUN_DIR [--out=FOLDER] [--step=latest] [--dtype=float32]
+python -m research.export --run=RUN_DIR [--format=hf] [--out=FOLDER] [--step=latest]
+    [--dtype=float32]
 
-Writes a Hugging Face folder (config.json, safetensors, tokenizer) with the adapters
-merged into the weights, a model card, and exported_from.json, which names the step. A
+Writes a model in one format, or in several with commas between them:
+
+  hf    a Hugging Face folder (config.json, safetensors, tokenizer) with the adapters
+        merged into the weights
+
+Each gets a model card, and exported_from.json, which names the step. The files are read
+back and compared with the run on some of its held-out rows: parity.json has the
+differences. Files that compute something else are removed, and the exit code is 1. A
 folder that holds another step is replaced with --replace=True only. The default folder
-is RUN_DIR/model.
+is RUN_DIR/model, and RUN_DIR/exports/FORMAT for other formats; with several formats,
+--out has a folder for each.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
     run: str = knob("", "run directory, its config.json or config file", is_path=True)
-    out: str = knob("", "folder to write; empty: RUN_DIR/model", is_path=True)
+    format: str = knob(
+        "hf", f"with commas between several: {', '.join(EXPORT_MODULES)}"
+    )
+    out: str = knob("", "folder to write; empty: in RUN_DIR", is_path=True)
     step: str = knob("latest", "checkpoint: latest, best, or a step number")
     dtype: str = knob(
         "float32",
         "dtype of the weights in the file",
         choices=("float32", "bfloat16", "float16"),
+    )
+    quant: str = knob(
+        "",
+        "codes in place of numbers, where the format has them",
+        choices=("", "q8_0", "q4_0"),
     )
     replace: bool = knob(False, "replace the model of another step in the folder")
 
@@ -41,11 +58,11 @@ def main(argv: Sequence[str]) -> int:
     # Before an import sets another level.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from research.export.write_model import write_model
-    from research.formats.base_model import EXPORTED
-    from research.runs.run_directory import RunDir
 
-    out = local_path(f.out) if f.out else RunDir(f.run).path / EXPORTED
-    write_model(f.run, f.step, out, f.dtype, f.replace)
+    # Each once, in the order of the flag.
+    formats = [*dict.fromkeys(name.strip() for name in f.format.split(","))]
+    out = local_path(f.out) if f.out else None
+    write_model(f.run, f.step, out, f.dtype, f.replace, formats, f.quant)
     return 0
 
 

@@ -132,9 +132,18 @@ class Transformer(nnx.Module):
             self.head = Linear(head, rngs)
         self.architecture = a
 
-    def hidden(self, tokens_BT, positions_BT, segments_BT, options: Options) -> Array:
+    def hidden(self, tokens_BT, positions_BT, segments_BT, options: Options):
+        x_BTD = self.embed(tokens_BT, positions_BT, options.dtype)
+        kinds = kinds_of_layers(self.architecture)
+        x_BTD, load = self.through(x_BTD, positions_BT, segments_BT, kinds, options)
+        return self.final_norm(x_BTD), load
+
+    def through(
+        self, x_BTD, positions_BT, segments_BT, kinds: LayerKind, options: Options
+    ) -> tuple[Array, ExpertLoad | None]:
+        """The layers that `self.layers` holds, which are of these kinds."""
         a = self.architecture
-        ropes = self._ropes(positions_BT, tokens_BT.shape[1])
+        ropes = self._ropes(positions_BT, positions_BT.shape[1])
         graph, layers = nnx.split(self.layers)
 
         # Otherwise the partitioner may split activations like the weights.
@@ -159,10 +168,8 @@ class Transformer(nnx.Module):
             # Inside a scan, the barrier against common-subexpression elimination is
             # unnecessary and slow.
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x_BTD = pin(self._embed(tokens_BT, positions_BT, options.dtype))
-        each = layers, kinds_of_layers(a)
-        x_BTD, load = jax.lax.scan(body, x_BTD, each, unroll=options.scan_unroll)
-        return self.final_norm(x_BTD), load
+        each = layers, kinds
+        return jax.lax.scan(body, pin(x_BTD), each, unroll=options.scan_unroll)
 
     def decode(self, tokens_BT, cache: Cache, slot, options: Options):
         a = self.architecture
@@ -188,7 +195,7 @@ class Transformer(nnx.Module):
             x_BTD, (k, v), _ = block(x_BTD, rope, attend, options.mix_experts)
             return (options.constrain_cached(x_BTD), k, v), None
 
-        x_BTD = self._embed(tokens_BT, positions_BT, options.dtype)
+        x_BTD = self.embed(tokens_BT, positions_BT, options.dtype)
         x_BTD = options.constrain_cached(x_BTD)
         each = layers, jnp.arange(a.layers), kinds_of_layers(a)
         (x_BTD, k, v), _ = jax.lax.scan(body, (x_BTD, cache.k, cache.v), each)
@@ -197,7 +204,7 @@ class Transformer(nnx.Module):
         )
         return self.final_norm(x_BTD), Cache(k=k, v=v, length=filled)
 
-    def _embed(self, tokens_BT: Array, positions_BT: Array, dtype: Any) -> Array:
+    def embed(self, tokens_BT: Array, positions_BT: Array, dtype: Any) -> Array:
         a = self.architecture
         x_BTD = self.embedding(tokens_BT, dtype)
         if a.embedding_scale != 1.0:
@@ -269,6 +276,33 @@ class Model:
         module = self._bind(params)
         return module.hidden(tokens_BT, positions_BT, segments_BT, self.options)
 
+    def embed(self, params: Params, tokens_BT: Array, positions_BT: Array) -> Array:
+        """The input of the first layer, `[B, T, D]`; reads only embeddings."""
+        module = self._bind(params, whole=False)
+        return module.embed(tokens_BT, positions_BT, self.options.dtype)
+
+    def layer(
+        self,
+        params: Params,
+        number: Array | int,
+        x_BTD: Array,
+        positions_BT: Array,
+        segments_BT: Array,
+    ) -> Array:
+        """The output of layer `number` for `x_BTD`; `params` has this layer alone.
+
+        Its arrays are stacked over this one layer. A caller may so run a model that is
+        never in memory as a whole.
+        """
+        kinds = kinds_of_layers(self.architecture)
+        own = jax.tree.map(lambda x: x[number][None], kinds)
+        module = self._bind(params, whole=False)
+        return module.through(x_BTD, positions_BT, segments_BT, own, self.options)[0]
+
+    def final_norm(self, params: Params, x_BTD: Array) -> Array:
+        """Hidden states as `logits` reads them, from the output of the last layer."""
+        return self._bind(params, whole=False).final_norm(x_BTD)
+
     def head(self, params: Params) -> Params:
         """The part of `params` that `logits` reads: the vocabulary head alone."""
         return {self._head_path: params[self._head_path]}
@@ -321,13 +355,17 @@ class Model:
         slot = jnp.asarray(slot, jnp.int32)
         return self._bind(params).decode(tokens_BT, cache, slot, self.options)
 
-    def _bind(self, params: Params) -> Transformer:
-        if params.keys() != self.specs.keys():
+    def _bind(self, params: Params, whole: bool = True) -> Transformer:
+        """The module with these values; without `whole` others may stay abstract."""
+        if whole and params.keys() != self.specs.keys():
             odd = sorted(params.keys() ^ self.specs.keys())
             raise ValueError(f"parameters and model differ in: {', '.join(odd)}")
         state = nnx.from_flat_state(
             [
-                (path, variable.replace(params[".".join(path)]))
+                (
+                    path,
+                    variable.replace(params.get(".".join(path), variable.get_value())),
+                )
                 for path, variable in self._variables.items()
             ]
         )

@@ -7,13 +7,14 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from research.config.choices import ROW_SOURCES
 from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
+from research.core.local_paths import public_name
 from research.core.visible_text import counted
 from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
@@ -23,18 +24,18 @@ from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
 from research.runs.run_history import History
 
-LOAD = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
-```"""
-
-
-def format_card(folder: RunDir, step: int, licence: str) -> str:
+def format_card(
+    folder: RunDir, step: int, licence: str, usage: str, command: Sequence[str] = ()
+) -> str:
     """The card of the model of a run after `step` updates.
 
-    `licence`: of the base model; empty where it is not known.
+    Args:
+      folder: of the run.
+      step: the updates.
+      licence: of the base model; empty where it is not known.
+      usage: Markdown that says how the files are loaded.
+      command: flags of `research.export` that write the same again.
     """
     changes = History(folder.history, PhaseTimer()).accepted_by_step
     newest = flat(folder.config())
@@ -73,14 +74,30 @@ def format_card(folder: RunDir, step: int, licence: str) -> str:
         facts["changed in training"] = earlier
     lines = read_metrics(folder.path)
     measured = [x for x in lines if x["kind"] == "eval" and x["step"] <= step]
-    head = {
+    parts = {
+        "Use": usage,
+        "Licence": "The licence of the base model holds for this model, too.",
+        "Made by": _command(folder, step, command),
+    }
+    name, head = folder.path.absolute().name, _front(base, licence, sources)
+    return _card(name, head, facts, measured, parts)
+
+
+def _front(base: str, licence: str, sources: Iterable[str]) -> dict[str, Any]:
+    """The fields that the hub reads."""
+    return {
         "base_model": HubAddress.parse(base, "model").name if is_hub(base) else None,
         "license": licence or None,
         "datasets": [HubAddress.parse(x, "dataset").name for x in sources if is_hub(x)],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
     }
-    return _card(folder.path.absolute().name, head, facts, measured)
+
+
+def _command(folder: RunDir, step: int, flags: Sequence[str]) -> str:
+    name = folder.path.absolute().name
+    again = shlex.join([f"--run={name}", f"--step={step}", *flags])
+    return f"```\npython -m research.export {again}\n```"
 
 
 def _knobs_at(
@@ -133,6 +150,7 @@ def _card(
     head: Mapping[str, Any],
     facts: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]],
+    parts: Mapping[str, str],
 ) -> str:
     # JSON is YAML, too.
     front = [f"{key}: {json.dumps(value)}" for key, value in head.items() if value]
@@ -141,9 +159,6 @@ def _card(
     if table := tabulate_losses(evaluations):
         lines += ["", "## Held-out losses"]
         lines += format_table(table)
-    return "\n".join([*lines, "", "## Use", "", LOAD, ""])
-
-
-def public_name(where: str) -> str:
-    """An address as it is; of a path only the last part."""
-    return where if "://" in where else PurePosixPath(where.strip()).name or where
+    for title, text in parts.items():
+        lines += ["", f"## {title}", "", text]
+    return "\n".join([*lines, ""])

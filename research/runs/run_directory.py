@@ -48,6 +48,7 @@ FILES = (
     *("config.json", "identity.json", "hub_revisions.json", "run.json", COMPLETE),
     *("doctor.json", "preview.json", "answers.json", "samples.jsonl", "metrics.jsonl"),
     *("left_out.txt", "report.md", "report.html", "loss.png", "lock", "lock.holder"),
+    "proof_rows.json",
 )
 
 

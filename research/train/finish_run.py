@@ -18,13 +18,14 @@ from research.engine.text_generation import (
 from research.evaluate.judgement import find_contradictions
 from research.evaluate.statistics.verdicts import BETTER
 from research.formats.base_model import EXPORTED
+from research.formats.export_format import ExportOptions, find_format
 from research.report.final_report import attempt, write_report
 from research.report.model_card import format_card
 from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
-from research.runs.display_files import read_system
+from research.runs.lineage.exported_model import exported_model
 from research.runs.lineage.exported_run import REPLACE, export_run
-from research.tasks import task_registry
+from research.runs.lineage.proof_rows import find_rows
 from research.tasks.model_answers import AnswerMeasure, ComparedAnswer
 from research.train import run_facts
 from research.train.metrics.held_out_answers import TUNED
@@ -42,6 +43,35 @@ def finish(run: TrainingRun, steps: int) -> None:
     with files_of_step(steps, f"all {steps} steps are saved, and the report"):
         run.folder.require_present()
         _finish(run, steps)
+
+
+def _export(run: TrainingRun, steps: int) -> None:
+    definition, base, options = run.definition, run.base, ExportOptions()
+    format = find_format("hf")
+    exported = exported_model(
+        run.folder,
+        steps,
+        run.config,
+        base,
+        definition.model,
+        definition.trainable,
+        run.state.params,
+        run.frozen,
+    )
+    export_run(
+        run.folder,
+        steps,
+        exported,
+        find_rows(run.folder.path, exported.tokenizer),
+        run.folder.path / EXPORTED,
+        format,
+        options,
+        card=format_card(
+            run.folder, steps, base.licence, format.usage(exported, options)
+        ),
+        replace=run.config.replace_export,
+        flag=REPLACE,
+    )
 
 
 def _trained(run: TrainingRun) -> TextGenerator:
@@ -95,24 +125,11 @@ def contradictions(folder: Path, measures: Sequence[AnswerMeasure]) -> list[str]
 
 def _finish(run: TrainingRun, steps: int) -> None:
     folder = run.folder.path
-    definition, base = run.definition, run.base
     # All is saved: the moments make room for the export and the answers.
     run.state = dataclasses.replace(run.state, opt_state=None)
     # The export first: nothing that only shows results may cost it.
     if run.config.export:
-        export_run(
-            run.folder,
-            steps,
-            definition.model,
-            definition.trainable.forward(run.state.params, run.frozen, None),
-            task_registry.exported_tokenizer(
-                run.config, base, read_system(folder, run.config.data.system)
-            ),
-            folder / EXPORTED,
-            card=format_card(run.folder, steps, base.licence),
-            replace=run.config.replace_export,
-            flag=REPLACE,
-        )
+        _export(run, steps)
     failed: list[str] = []
     answers = attempt("the answers", lambda: _answer(run, steps), failed) or ([], [])
     if jax.process_index() > 0:

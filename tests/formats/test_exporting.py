@@ -16,8 +16,8 @@ from research.config.data_knobs import DataConfig
 from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig
 from research.config.run_config import Config
 from research.core.errors import SaveError, UserError, files_of_step
-from research.formats.huggingface import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
+from research.formats.huggingface import huggingface_export
 from research.formats.load_parameters import load_base
 from research.models.families.family_registry import from_hf_config, to_hf_config
 from research.models.presets import PRESETS

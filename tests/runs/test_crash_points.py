@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 from crash_points import Recorder, crash_states
+from helpers import random_params
 from small_run import make_small_place, small_config
 from small_states import FUTURES, IDENTITY, POSITION, abstract, equal, make_state
-from tiny_model import CONFIG, make_tiny_model, random_weights
+from tiny_model import make_tiny_model, random_weights
 
 from research.checkpoints.checkpoint_listing import inspect
 from research.checkpoints.checkpointer import Checkpointer
@@ -23,8 +24,9 @@ from research.core.atomic_files import make_folder
 from research.core.errors import UserError
 from research.data.text import choose_tokenizer, token_shards
 from research.data.text.token_shards import SIDES, TextTotals, TokenManifest, TokenShard
-from research.formats.huggingface import huggingface_export
 from research.formats.base_model import EXPORTED, open_base
+from research.formats.huggingface import huggingface_export
+from research.models.transformer import Model
 from research.runs import metrics_file, run_history
 from research.runs.phase_timer import PhaseTimer
 from research.runs.run_directory import RunDir
@@ -170,11 +172,10 @@ def test_a_run_that_exists_can_be_opened(states, tmp_path):
     states.each(recorder, check)
 
 
-def export(folder, seed, tokenizer):
-    writer = huggingface_export._Writer(folder, "float32")
-    for name, tensor in random_weights(seed).items():
-        writer.add(name, tensor)
-    writer.finish(CONFIG, tokenizer)
+def export(folder, seed, base):
+    model = Model(base.architecture)
+    params = random_params(model.specs, seed)
+    huggingface_export.export(model, params, base.tokenizer, folder)
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -182,12 +183,12 @@ def test_a_complete_run_has_its_export(states, tmp_path, monkeypatch, files):
     """While an export replaces another, a line may say that there is none."""
     size = sum(tensor.nbytes for tensor in random_weights(0).values())
     monkeypatch.setattr(huggingface_export, "FILE_BYTES", size * 2 // (2 * files - 1))
-    tokenizer = open_base(str(make_tiny_model(tmp_path / "base"))).tokenizer
+    base = open_base(str(make_tiny_model(tmp_path / "base")))
     run, made = RunDir(tmp_path / "run"), []
     run.checkpoints.mkdir(parents=True)
     with Recorder(run.path) as recorder:
         for seed in (1, 2):
-            export(run.path / EXPORTED, seed, tokenizer)
+            export(run.path / EXPORTED, seed, base)
             made.append(open_base(str(run.path)).fingerprint)
             recorder.mark(f"export {seed}")
             run.mark_complete({"export": seed})
@@ -205,7 +206,7 @@ def test_a_complete_run_has_its_export(states, tmp_path, monkeypatch, files):
             assert f"{run.path} is a run without an exported model" in str(error)
         else:
             assert found.fingerprint in made[max(exports, 1) - 1 : exports + 1]
-            assert found.tokenizer.fingerprint == tokenizer.fingerprint
+            assert found.tokenizer.fingerprint == base.tokenizer.fingerprint
 
     states.each(recorder, check)
 

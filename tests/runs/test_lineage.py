@@ -26,7 +26,10 @@ from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.export.write_model import write_model
 from research.formats.base_model import open_base
-from research.formats.huggingface.huggingface_export import save_settings
+from research.formats.huggingface.huggingface_export import (
+    HuggingFaceFormat,
+    save_settings,
+)
 from research.formats.load_parameters import load_base
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
@@ -83,7 +86,7 @@ def test_an_export_says_which_step_it_is(lora, exported):
 
 
 def test_the_same_step_again_writes_nothing(lora, exported, caplog, monkeypatch):
-    monkeypatch.setattr(exported_run.huggingface_export, "export", None)
+    monkeypatch.setattr(HuggingFaceFormat, "write", None)
     before = content(exported)
     with caplog.at_level("INFO"):
         write_model(str(lora.path), "latest", exported, "float32", False)
@@ -203,7 +206,7 @@ def card_of(run, path, step, data, changes, **knobs):
     history = History(folder.history, PhaseTimer())
     for made, changed in changes.items():
         history.accept(changed, made)
-    return format_card(folder, step, "")
+    return format_card(folder, step, "", "text")
 
 
 def test_the_card_names_the_data_of_an_added_task_and_its_adapters(

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from seeded_weights import make_weights
 
-from research.formats.huggingface_weights import (
+from research.formats.huggingface.huggingface_weights import (
     HuggingFaceWeights,
     read_hf_config,
 )

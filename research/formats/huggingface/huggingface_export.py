@@ -1,13 +1,14 @@
 """Writes a trained model as a Hugging Face folder, for other tools and `init_from`.
 
-A host holds one layer of one parameter at a time, beside the file that it is filling.
+A host holds one layer of one parameter at a time.
 """
 
+import contextlib
 import functools
 import json
 import logging
-import shutil
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,78 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.core.atomic_files import make_folder, publish_folder, sync, write_whole
-from research.core.errors import UserError
+from research.core.atomic_files import make_folder, write_whole
+from research.formats.export_folder import new_folder
+from research.formats.export_format import (
+    ExportedModel,
+    ExportOptions,
+    WrittenModel,
+)
+from research.formats.huggingface.huggingface_weights import (
+    HuggingFaceWeights,
+    read_hf_config,
+)
+from research.formats.huggingface.safetensors_writer import SafetensorsWriter
+from research.formats.written_tensors import layer_reader
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of, to_hf_config
-from research.models.families.stored_tensor import used
+from research.models.families.stored_tensor import StoredTensor, used
 from research.models.transformer import Model
-from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.tokenizer import Tokenizer, from_folder
 from research.tokenize.tokenizer_training import save_tokenizer
 from research.weights.contraction import materialize
+from research.weights.representations.leaf import Leaf
 
 FILE_BYTES = 2 * 2**30
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
+```"""
+
+
+class HuggingFaceFormat:
+    """`config.json`, safetensors with the adapters added in, and the tokenizer."""
+
+    name = "hf"
+    quants = ()
+
+    def write(
+        self, exported: ExportedModel, folder: Path, options: ExportOptions
+    ) -> None:
+        """See `ExportFormat`; a number that is not finite is a UserError."""
+        architecture = exported.model.architecture
+        _write_weights(exported, folder, options.dtype)
+        if jax.process_index() == 0:
+            config = to_hf_config(architecture) | {"torch_dtype": options.dtype}
+            _save_settings(config, exported.tokenizer, folder)
+
+    def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
+        architecture = read_hf_config(folder)
+        tensors = HuggingFaceWeights(folder)
+        return WrittenModel(
+            architecture,
+            from_folder(folder).within(architecture.vocab),
+            layer_reader(tensors, architecture),
+        )
+
+    def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
+        return USAGE
+
+
+FORMAT = HuggingFaceFormat()
 
 
 def export(
     model: Model,
-    weights: dict[str, Any],
+    weights: Mapping[str, Any],
     tokenizer: Tokenizer,
     folder: Path,
     dtype: str = "float32",
-    describe: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes config.json, safetensors and tokenizer; every process must call it.
+    """Writes a model that belongs to no run; every process must call it.
 
     Args:
       model: has the architecture and the specs.
@@ -46,7 +96,6 @@ def export(
       tokenizer: of the model.
       folder: made anew; an old folder is replaced once all files are written.
       dtype: of the file: float32, bfloat16 or float16.
-      describe: adds files to the folder, before it gets its name.
 
     Raises:
       UserError: a number is not finite in the file's dtype.
@@ -54,17 +103,58 @@ def export(
 
     After an error no part of the export stays, and an older one is as it was.
     """
-    writer = _Writer(folder, np.dtype(jnp.dtype(dtype)))
-    for stored in used(family_of(model.architecture).hf_tensors, model.specs):
-        for name, index in stored.names(model.specs):
-            values = [fetch(weights[path], index) for path in stored.paths]
-            if writer.leading:
-                writer.add(name, stored.pack(values, model.specs))
-    if not writer.leading:
-        return
-    config = to_hf_config(model.architecture) | {"torch_dtype": dtype}
-    writer.finish(config, tokenizer, describe)
+    with new_folder(folder) as partial:
+        exported = ExportedModel(model, weights, tokenizer)
+        FORMAT.write(exported, partial, ExportOptions(dtype))
     logging.info("export: %s, %s", folder, dtype)
+
+
+def _write_weights(exported: ExportedModel, folder: Path, dtype: str) -> None:
+    """Fills one safetensors file after the other, and writes their index."""
+    specs, leading = exported.model.specs, jax.process_index() == 0
+    tensors: dict[str, tuple[StoredTensor, tuple[int, ...]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stored in used(family_of(exported.model.architecture).hf_tensors, specs):
+        shape = stored.shape(specs)
+        for name, index in stored.names(specs):
+            tensors[name], shapes[name] = (stored, index), shape
+    width = np.dtype(jnp.dtype(dtype)).itemsize
+    files = _divide({name: width * math.prod(x) for name, x in shapes.items()})
+    for place, names in files.items():
+        of_file = {name: shapes[name] for name in names}
+        with contextlib.ExitStack() as opened:
+            writer = None
+            if leading:
+                file = SafetensorsWriter(folder / place, of_file, dtype, exported.facts)
+                writer = opened.enter_context(file)
+            for name in names:
+                stored, index = tensors[name]
+                values = [fetch(exported.weights[path], index) for path in stored.paths]
+                if writer:
+                    writer.add(name, stored.pack(values, specs))
+    if leading and len(files) > 1:
+        placed = {name: file for file, names in files.items() for name in names}
+        total = sum(width * math.prod(x) for x in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _divide(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Names of tensors by the file that they go to, given the bytes of each."""
+    parts: list[list[str]] = [[]]
+    room = FILE_BYTES
+    for name, size in sizes.items():
+        if parts[-1] and size > room:
+            parts.append([])
+            room = FILE_BYTES
+        parts[-1].append(name)
+        room -= size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {
+        f"model-{i + 1:05}-of-{len(parts):05}.safetensors": names
+        for i, names in enumerate(parts)
+    }
 
 
 def save_settings(
@@ -97,127 +187,28 @@ def _marks(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
-    """One layer of a parameter on every host, with its adapter added."""
-    sharding = jax.tree.leaves(leaf)[0].sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return np.asarray(_jit_pick(sharding)(leaf, index))
+    """One layer of a parameter on every host; every process must call it.
+
+    A plain array keeps its dtype. Anything else, such as one with an adapter, is summed
+    in float32 and stays so, to be rounded once, to the dtype of a file.
+    """
+    whole = None  # JAX leaves it split over the devices of this process.
+    where = jax.tree.leaves(leaf)[0].sharding
+    if isinstance(where, NamedSharding) and not where.is_fully_addressable:
+        whole = NamedSharding(where.mesh, PartitionSpec())
+    return np.asarray(_jit_pick(whole)(leaf, index))
 
 
 @functools.cache
 def _jit_pick(sharding: Any) -> Any:
     def pick(leaf: Any, index: tuple[Any, ...]) -> jax.Array:
-        # In float32, so that an added adapter is rounded once, to the file's dtype.
-        return materialize(jax.tree.map(lambda x: _widened(x[index]), leaf))
+        leaf = jax.tree.map(lambda x: x[index], leaf)
+        if not isinstance(leaf, Leaf):
+            return leaf
+        return materialize(jax.tree.map(_widened, leaf))
 
     return jax.jit(pick, out_shardings=sharding)
 
 
 def _widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def _require_finite(name: str, tensor: np.ndarray, stored: np.ndarray) -> None:
-    """Raises UserError: `stored`, which is `tensor` in the file's dtype, is not."""
-    if np.isfinite(stored).all():
-        return
-    if np.isfinite(tensor).all():
-        wider = "float32" if stored.dtype == jnp.bfloat16 else "bfloat16 or float32"
-        raise UserError(
-            f"{name} holds {np.abs(tensor).max():g}, which is too large for "
-            f"{stored.dtype}; export with --dtype={wider}"
-        )
-    raise UserError(
-        f"{name} holds numbers that are not finite; export an earlier step with --step"
-    )
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file for good. Raises OSError: the disk refuses."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if "I/O error" in str(error):
-            raise OSError(f"{path}: {error}") from error
-        raise
-    # safetensors lets only the owner read it; the umask has made the folder's mode.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    sync(path)
-
-
-class _Writer:
-    """Fills one safetensors file after the other, then writes the index."""
-
-    def __init__(self, folder: Path, dtype: np.dtype):
-        self.leading = jax.process_index() == 0
-        self._folder, self._dtype = folder, dtype
-        self._partial = folder.with_name(f"{folder.name}.partial")
-        self._tensors: dict[str, np.ndarray] = {}
-        self._files: list[list[str]] = []
-        self._bytes = 0
-        if self.leading:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._guard(lambda: make_folder(self._partial))
-
-    def _guard(self, write: Any) -> None:
-        try:
-            write()
-        except BaseException:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise
-
-    def add(self, name: str, tensor: np.ndarray) -> None:
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(tensor.astype(self._dtype))
-        self._guard(lambda: _require_finite(name, tensor, stored))
-        if self._tensors and self._held() + stored.nbytes > FILE_BYTES:
-            self._flush()
-        self._tensors[name] = stored
-
-    def _held(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
-    def _flush(self) -> None:
-        path = self._partial / f"{len(self._files)}.safetensors"
-        self._guard(lambda: _save(self._tensors, path))
-        self._files.append(list(self._tensors))
-        self._bytes += self._held()
-        self._tensors = {}
-
-    def finish(
-        self,
-        config: dict[str, Any],
-        tokenizer: Tokenizer,
-        describe: Callable[[Path], None] = lambda folder: None,
-    ) -> None:
-        self._flush()
-        self._guard(lambda: self._finish(config, tokenizer, describe))
-
-    def _finish(
-        self,
-        config: dict[str, Any],
-        tokenizer: Tokenizer,
-        describe: Callable[[Path], None],
-    ) -> None:
-        count, placed = len(self._files), {}
-        for i, names in enumerate(self._files):
-            name = f"model-{i + 1:05}-of-{count:05}.safetensors"
-            if count == 1:
-                name = "model.safetensors"
-            (self._partial / f"{i}.safetensors").rename(self._partial / name)
-            placed |= dict.fromkeys(names, name)
-        if count > 1:
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": placed}
-            _write_json(self._partial / "model.safetensors.index.json", index)
-        _save_settings(config, tokenizer, self._partial)
-        describe(self._partial)
-        replaced = self._folder.with_name(f"{self._folder.name}.replaced")
-        # The old folder leaves as a whole: no part of it may pass for a model.
-        if self._folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._folder.rename(replaced)
-        publish_folder(self._partial, self._folder)
-        shutil.rmtree(replaced, ignore_errors=True)

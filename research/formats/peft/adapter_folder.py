@@ -14,7 +14,7 @@ import numpy as np
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError, nearest
 from research.core.local_paths import local_path, no_such
-from research.formats.huggingface_weights import PLAIN_TYPES
+from research.formats.huggingface.huggingface_weights import PLAIN_TYPES
 from research.formats.peft.adapter_config import (
     CONFIG,
     PICKLED,

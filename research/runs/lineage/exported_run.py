@@ -1,12 +1,14 @@
 """The model of a run for other tools, in a folder that says which step it is.
 
-A folder that holds one step is replaced by another one only if the user says so.
+A folder that holds one step is replaced by another one only if the user says so. The
+files are read back before the folder gets its name, and must compute what the run does.
 """
 
 import dataclasses
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,17 @@ from research.checkpoints.stored_steps import seal_of
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json
-from research.formats.huggingface import huggingface_export
 from research.formats.base_model import EXPORTED
-from research.models.transformer import Model
+from research.formats.export_folder import new_folder
+from research.formats.export_format import ExportedModel, ExportFormat, ExportOptions
+from research.formats.proof.logit_parity import ProofRows, prove
 from research.parallel import agreement
 from research.runs.run_directory import RUN, RunDir
-from research.tokenize.tokenizer import Tokenizer
 
-ORIGIN, CARD = "exported_from.json", "README.md"
+ORIGIN, CARD, PARITY = "exported_from.json", "README.md", "parity.json"
 REPLACE = "--config.replace_export=True"  # In training.
-# Files of every model. A folder without them is never replaced.
+# Files of every export of older versions. A folder that has neither these nor ORIGIN is
+# never replaced.
 MARKS = ("config.json", "tokenizer.json")
 SHAPE = {"run": str, "step": int, "checkpoint": str, "dtype": str, "files": {...: list}}
 
@@ -39,71 +42,94 @@ class ModelOrigin:
       run: the id of the run; empty in runs of older versions.
       step: optimizer updates.
       checkpoint: the sum of all checksums of its checkpoint; empty if it is not saved.
-      dtype: of the file.
+      dtype: the numbers in the files, such as bfloat16 or q8_0.
+      format: name of the format.
     """
 
     run: str
     step: int
     checkpoint: str
     dtype: str
+    format: str = "hf"
 
     @classmethod
-    def of(cls, folder: RunDir, step: int, dtype: str) -> "ModelOrigin":
+    def of(
+        cls, folder: RunDir, step: int, dtype: str, format: str = "hf"
+    ) -> "ModelOrigin":
         """That of step `step` of the run in `folder`."""
         saved = seal_of(folder.checkpoints / str(step))
-        return cls(folder.origin().get(RUN, ""), step, saved, dtype)
+        return cls(folder.origin().get(RUN, ""), step, saved, dtype, format)
 
     def saved_as(self, checkpoint: str) -> "ModelOrigin":
         return dataclasses.replace(self, checkpoint=checkpoint)
 
     def __str__(self) -> str:
-        return f"step {self.step} of run {self.run[:8] or '(no id)'} in {self.dtype}"
+        said = f"step {self.step} of run {self.run[:8] or '(no id)'} in {self.dtype}"
+        return said if self.format == "hf" else f"{said} as {self.format}"
 
 
 def export_run(
     folder: RunDir,
     step: int,
-    model: Model,
-    weights: dict[str, Any],
-    tokenizer: Tokenizer,
+    exported: ExportedModel,
+    rows: ProofRows,
     out: Path,
+    format: ExportFormat,
+    options: ExportOptions,
     *,
     card: str,
-    dtype: str = "float32",
     replace: bool,
     flag: str,
 ) -> None:
-    """Writes the model at `step` as a Hugging Face folder; every process must call it.
+    """Writes the model at `step` in a format; every process must call it.
 
     A folder that holds the same already stays as it is, and the log says so.
 
     Args:
       folder: of the run.
-      step: the updates that `weights` hold; it is saved.
-      model, weights, tokenizer, out, dtype: see `huggingface_export.export`.
-      card: text of the model card.
+      step: the updates that the weights of `exported` hold; it is saved.
+      exported: the model of the run.
+      rows: what the model and its files both compute; see `prove`.
+      out: the folder to write.
+      format, options: what is written.
+      card: text of the model card; the result of the proof is added.
       replace: whether another step in `out` is replaced; `flag` sets it.
 
     Raises:
-      UserError: `out` holds something else, or a number is not finite in `dtype`.
+      UserError: `out` holds something else, or the format cannot hold the model.
+      ParityError: the files compute something else. Nothing of them stays.
       OSError: the folder cannot be written.
     """
-    origin = ModelOrigin.of(folder, step, dtype)
+    origin = ModelOrigin.of(folder, step, options.numbers, format.name)
     leading = jax.process_index() == 0
     if agreement.of_first(
         agreement.together(lambda: leading and holds(out, origin, replace, flag))
     ):
         logging.info("export: %s holds %s already; nothing is written", out, origin)
         return
+    with new_folder(out) as partial:
+        format.write(exported, partial, options)
+        # The others read what the first one has written.
+        agreement.together(lambda: None)
+        written = format.read_back(partial, exported)
+        parity = prove(exported, written, rows, options.numbers)
+        if leading:
+            proof = (
+                f"## Proof\n\nRead back and compared with the run: {parity.sentence()}."
+            )
+            write_whole(partial / CARD, f"{card}\n{proof}\n")
+            write_whole(partial / PARITY, json.dumps(parity.facts(), indent=2))
+            _describe(partial, origin, folder.identity(), parity.sentence())
+    logging.info("export: %s, %s; %s", out, origin, parity.sentence())
 
-    def describe(written: Path) -> None:
-        write_whole(written / CARD, card)
-        sums = {file.name: checksum(file) for file in sorted(written.iterdir())}
-        facts = dataclasses.asdict(origin) | {"identity": folder.identity()}
-        text = json.dumps(facts | {"files": sums}, indent=2)
-        write_whole(written / ORIGIN, text)
 
-    huggingface_export.export(model, weights, tokenizer, out, dtype, describe)
+def _describe(
+    written: Path, origin: ModelOrigin, identity: Mapping[str, str], verified: str
+) -> None:
+    """Writes which step the folder holds, and the checksums of its files."""
+    sums = {file.name: checksum(file) for file in sorted(written.iterdir())}
+    facts = dataclasses.asdict(origin) | {"identity": identity, "verified": verified}
+    write_whole(written / ORIGIN, json.dumps(facts | {"files": sums}, indent=2))
 
 
 def refuse_other_step(folder: RunDir, steps: int, replace: bool) -> None:
@@ -128,13 +154,14 @@ def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
     """
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
-    if not all((out / name).is_file() for name in MARKS):
+    is_export = (out / ORIGIN).is_file()
+    if not is_export and not all((out / name).is_file() for name in MARKS):
         raise UserError(f"{out} exists and is no exported model; name another folder")
     what, new = "a model that does not say which step it is", ""
-    if (out / ORIGIN).is_file():
+    if is_export:
         found = read_json(out / ORIGIN, SHAPE, f"remove {out}, and export again")
-        names = (field.name for field in dataclasses.fields(ModelOrigin))
-        here = ModelOrigin(**{name: found[name] for name in names})
+        names = {field.name for field in dataclasses.fields(ModelOrigin)}
+        here = ModelOrigin(**{k: v for k, v in found.items() if k in names})
         what = str(here)
         if here == wanted:
             # Reads the whole export, so it comes last.

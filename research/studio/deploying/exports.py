@@ -18,7 +18,7 @@ SHAPE = {"step": int, "dtype": str}
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportFormat:
+class ExportChoice:
     """A form in which a model can be written.
 
     Attributes:
@@ -34,13 +34,13 @@ class ExportFormat:
 
 # A new format is a line here, once `research.export` has flags for it.
 FORMATS = (
-    ExportFormat(
+    ExportChoice(
         "float32", "Hugging Face folder, merged, float32", ("--dtype=float32",)
     ),
-    ExportFormat(
+    ExportChoice(
         "bfloat16", "Hugging Face folder, merged, bfloat16", ("--dtype=bfloat16",)
     ),
-    ExportFormat(
+    ExportChoice(
         "float16", "Hugging Face folder, merged, float16", ("--dtype=float16",)
     ),
 )

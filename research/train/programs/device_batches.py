@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from research.data.token_batch import Batch
 from research.parallel import agreement, mesh
+from research.runs.lineage.proof_rows import keep_rows
 from research.train.training_run import TrainingRun
 
 Position = dict[str, Any]
@@ -112,6 +114,10 @@ def held_out_batches(runs: Sequence[TrainingRun], to_devices: ToDevices) -> list
     rows = first.config.data.rows_per_pass
     mine = mesh.local_rows(first.definition.mesh, rows)
     every = [run.task.held_out(rows, mine) for run in runs]
+    if jax.process_index() == 0:
+        for run, own in zip(runs, every, strict=True):
+            if own:
+                keep_rows(run.folder.path, own[0])
 
     def take(own: Sequence[Batch], number: int) -> Batch:
         if number < len(own):

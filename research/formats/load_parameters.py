@@ -5,6 +5,7 @@ devices hold, so a host never holds more than its own share of one parameter and
 tensor of a file. Nothing here unpickles, and nothing runs code that came with weights.
 """
 
+import collections
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -141,7 +142,8 @@ def check_tensors(tensors: TensorFile, model: Model) -> None:
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
-            f"the weights do not fit their config: {'; '.join(wrong[:5])}{more}"
+            f"the weights do not fit their config: {'; '.join(wrong[:5])}{more}; give "
+            "the config.json, or the GGUF file, that belongs to these weights"
         )
 
 
@@ -197,7 +199,11 @@ def load_param(
             if all(start <= i < stop for (start, stop), i in held):
                 place = tuple(i - b[0] for i, b in zip(index, outer, strict=True))
                 buffer[place] = value[tuple(slice(*b) for b in inner)]
-    arrays = [
-        jax.device_put(buffers[bounds], device) for device, bounds in by_device.items()
-    ]
+    arrays = []
+    waiting = collections.Counter(by_device.values())
+    for device, bounds in by_device.items():
+        arrays.append(jax.device_put(buffers[bounds], device).block_until_ready())
+        waiting[bounds] -= 1
+        if not waiting[bounds]:
+            del buffers[bounds]  # Room for the next part.
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -237,6 +237,85 @@ def test_an_index_may_not_point_outside_its_folder(folder, model, name):
         load(folder, model)
 
 
+def test_a_tensor_in_two_files_is_refused(folder, tensors):
+    """Such as a copy of all weights under another name; the last one read would win."""
+    head = {"lm_head.weight": tensors["lm_head.weight"] + 1}
+    save_file(head, folder / "consolidated.safetensors")
+    said = r"lm_head\.weight is in consolidated\.safetensors and in model\.safetensors"
+    with pytest.raises(UserError, match=said):
+        HuggingFaceWeights(folder)
+    index = dict.fromkeys(tensors, "model.safetensors")
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": index}))
+    assert HuggingFaceWeights(folder).shapes().keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("other", [{}, {"model.norm.weight": "other.safetensors"}])
+def test_an_index_that_its_files_contradict_is_named(folder, tensors, other):
+    save_file({"x": np.ones(1, np.float32)}, folder / "other.safetensors")
+    index = {"lm_head.bias": "model.safetensors", **other}
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(
+        UserError, match=r"places (lm_head\.bias|.*norm.*) in .*not have"
+    ):
+        HuggingFaceWeights(folder)
+
+
+def test_a_tensor_of_whole_numbers_is_named_when_it_is_read(tmp_path, tensors, model):
+    changed = tensors | {"model.norm.bias": np.ones(4, np.int32)}
+    save_file(changed, tmp_path / "model.safetensors")
+    found = HuggingFaceWeights(tmp_path)
+    with pytest.raises(UserError, match=r"norm\.bias is stored as I32, so"):
+        found.read("model.norm.bias")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_header_that_was_tampered_with_is_the_users_error(folder, model, seed):
+    """A changed byte of the header; or, past it, the file is cut or too long."""
+    file, rng = folder / "model.safetensors", np.random.default_rng(seed)
+    content = bytearray(file.read_bytes())
+    end = 8 + int.from_bytes(content[:8], "little")
+    if seed < 30:
+        place = int(rng.integers(end))
+        content[place] ^= 1 << int(rng.integers(7))
+    elif seed < 35:
+        del content[int(rng.integers(end, len(content))) :]
+    else:
+        content += bytes(int(rng.integers(1, 100)))
+    before = load(folder, model)
+    file.write_bytes(content)
+    try:
+        after = load(folder, model)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:  # White space of JSON.
+        assert seed < 30
+        assert_same(after, before)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\..* is missing"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\..* is not part of this model"),
+        ({"vocab_size": 97}, r"embed_tokens\.weight is \[96, 40\], not \[97, 40\]"),
+        ({"head_dim": 12}, r"proj\.weight is \[.*\], not \["),
+        ({"intermediate_size": 57}, r"is \[56, 40\], not \[57, 40\]"),
+        ({"attention_bias": True}, r"q_proj\.bias is missing"),
+        ({"model_type": "qwen3"}, r"q_norm\.weight is missing"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_of_another_model_is_named(base_folder, change, said):
+    file = base_folder / "config.json"
+    file.write_text(json.dumps(HF_CONFIG | change))
+    base = open_base(str(base_folder))
+    with pytest.raises(UserError, match=f"{said}.*config\\.json") as error:
+        check_tensors(base.tensors, Model(base.architecture))
+    assert "\n" not in str(error.value)
+
+
 def write_gguf(file, tensors, **metadata):
     """A llama.cpp file, as its own converter lays out a Llama."""
     writer = gguf.GGUFWriter(file, "llama")

@@ -1,8 +1,10 @@
 """The config and weights of a Hugging Face folder, read one tensor at a time."""
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +17,7 @@ from research.models.families.family_registry import from_hf_config
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
+INDEX = "model.safetensors.index.json"
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -45,7 +48,7 @@ def read_licence(folder: Path) -> str:
 def has_weights(folder: Path) -> bool:
     """Whether the folder has every file of weights that it should have."""
     try:
-        return bool(_weight_files(folder))
+        return bool(_weight_files(folder)[0])
     except UserError:
         return False
 
@@ -54,53 +57,83 @@ class HuggingFaceWeights:
     """The `*.safetensors` of a Hugging Face folder: one file, or an index of many.
 
     Raises:
-      UserError: there are none, or one is missing or damaged.
+      UserError: there are none; or one is missing or damaged, lacks a tensor that the
+        index places in it, or repeats one of another file.
     """
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
-
-        files = _weight_files(folder)
-        self._handles = {}
+        self._folder, self._files = folder, dict[str, Path]()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, str] = {}
+        files, placed = _weight_files(folder)
         for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except Exception as error:  # SafetensorError, or an error of mmap.
-                raise UserError(f"{file} is not a safetensors file: {error}") from error
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-        self._refuse_quantised(folder)
+            with _opened(file) as handle:
+                names = handle.keys()  # One cannot iterate over a handle.
+                for name in names:
+                    self._add(name, file, handle.get_slice(name))
+        for name, file in placed.items():
+            if self._files.get(name) != file:
+                raise UserError(
+                    f"{folder}: {INDEX} places {name} in {file.name}, which does not "
+                    "have it; copy the files of the model again"
+                )
+        for name in self._files:
+            if name.endswith(".weight"):  # Others may be tables that nobody reads.
+                self._require_numbers(name)
         self.fingerprint = fingerprint_files(files)
 
-    def _refuse_quantised(self, folder: Path) -> None:
+    def _add(self, name: str, file: Path, found: Any) -> None:
+        if name in self._files:
+            raise UserError(
+                f"{self._folder}: {name} is in {self._files[name].name} and in "
+                f"{file.name}; remove the file that is not part of the model"
+            )
+        self._files[name] = file
+        self._shapes[name] = tuple(found.get_shape())
+        self._types[name] = found.get_dtype()
+
+    def _require_numbers(self, name: str) -> None:
         """A checkpoint can hold codes for weights without a word in its config."""
-        for name, handle in self._handles.items():
-            kind = handle.get_slice(name).get_dtype()
-            if name.endswith(".weight") and kind not in PLAIN_TYPES:
-                raise UserError(
-                    f"{folder}: {name} is stored as {kind}, so the weights are "
-                    "quantised; give the model as it was before, in float32, bfloat16 "
-                    "or float16, or a GGUF file"
-                )
+        kind = self._types[name]
+        if kind not in PLAIN_TYPES:
+            raise UserError(
+                f"{self._folder}: {name} is stored as {kind}, so the weights are "
+                "quantised; give the model as it was before, in float32, bfloat16 "
+                "or float16, or a GGUF file"
+            )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {
-            name: tuple(handle.get_slice(name).get_shape())
-            for name, handle in self._handles.items()
-        }
+        return self._shapes
 
     def read(self, name: str) -> np.ndarray:
-        return self._handles[name].get_tensor(name)
+        self._require_numbers(name)
+        # An open file would keep all that was read of it in the memory of the process.
+        with _opened(self._files[name]) as handle:
+            return handle.get_tensor(name)
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
-        return family.hf_layout(self._handles)
+        return family.hf_layout(self._files)
 
     def on(self, mesh: Mesh) -> "HuggingFaceWeights":
         return self
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The open file. Raises UserError: it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a safetensors file: {error}") from error
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of weights, and the file of each tensor where an index says so."""
+    index = folder / INDEX
+    files, placed = sorted(folder.glob("*.safetensors")), dict[str, Path]()
     if index.is_file():
         found = read_json(index, {"weight_map": dict}, "give the index of the model")
         names = found["weight_map"].values()
@@ -114,6 +147,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 "an index may name files of its own folder only"
             )
         files = [folder / path for path in paths]
+        placed = {tensor: folder / name for tensor, name in found["weight_map"].items()}
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         problem = f"lacks {', '.join(missing)}" if missing else "has no .safetensors"
@@ -121,4 +155,4 @@ def _weight_files(folder: Path) -> list[Path]:
         raise UserError(
             f"{folder} {problem}{pickled if list(folder.glob('*.bin')) else ''}"
         )
-    return files
+    return files, placed

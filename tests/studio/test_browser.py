@@ -48,6 +48,7 @@ PROMOTED = {
     "at": "2026-11-27T10:00:00+00:00",
 }  # fmt: skip
 ALIAS = {"promotions": [PROMOTED, PROMOTED]}
+LOOK = 2100  # milliseconds: pages that follow something look again by then
 
 
 @pytest.fixture
@@ -133,18 +134,22 @@ def test_a_page_follows_a_job_that_begins_writes_and_ends(browser, served):
     with queue.changing() as jobs:
         jobs.waiting.append(job)
     tab = Tab(browser, server)
+    tab.page.clock.install()
     tab.open("/queue")
     tab.page.get_by_text("1. my job").wait_for()
     log.write_text("3 of 8 answers\n")
     with queue.changing() as jobs:
         jobs.waiting, jobs.running = [], [dataclasses.replace(job, **own)]
+    tab.page.clock.fast_forward(LOOK)
     bar = tab.page.get_by_label("Progress of my job")
     bar.wait_for()
     assert bar.get_attribute("value") == "3"
     log.write_text("4 of 8 answers <b>\n")
+    tab.page.clock.fast_forward(LOOK)
     tab.page.locator("pre", has_text="4 of 8 answers <b>").wait_for()
     with queue.changing() as jobs:
         jobs.running, jobs.ended = [], [dataclasses.replace(job, exit_code=0)]
+    tab.page.clock.fast_forward(LOOK)
     tab.page.locator(".state", has_text="done").wait_for()
     assert tab.faults == []
 
@@ -171,7 +176,10 @@ def test_pages_have_no_serious_fault_of_accessibility(browser, served, scheme, w
     tab = Tab(browser, served[1], color_scheme=scheme, viewport=size, bypass_csp=True)
     for path in PATHS:
         tab.open(path)
-        tab.page.wait_for_load_state("networkidle") if "run/" not in path else None
+        if path.startswith(("/run/", "/compare")):
+            tab.page.locator(".chart canvas").first.wait_for()
+        elif path == "/train":
+            tab.page.locator("#plans[data-state=ended]").wait_for()
         found = axe.run(tab.page).response
         assert len(found["passes"]) > 5
         serious = [
@@ -323,11 +331,14 @@ def test_a_page_waits_for_models_that_load(browser, served, hand):
     log = served[0].runs / ".studio" / "servers" / "hand" / "log"
     log.write_text("reading the base model\n")
     tab = Tab(browser, served[1])
+    tab.page.clock.install()
     tab.open("/chat")
     tab.page.get_by_text("reading the base model").wait_for()
     log.write_text("compiling\n")
+    tab.page.clock.fast_forward(LOOK)
     tab.page.get_by_text("compiling").wait_for()
     is_ready.set()
+    tab.page.clock.fast_forward(LOOK)
     tab.page.get_by_label("Message").wait_for()
     assert tab.faults == []
 

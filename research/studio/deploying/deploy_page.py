@@ -22,7 +22,7 @@ from research.studio.jobs.job_commands import as_text, python
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
-from research.studio.pages.queue_page import JobViews
+from research.studio.pages.queue_page import jobs_of
 from research.studio.roots import shown_paths
 from research.studio.serving import server_routes
 from research.studio.studio_state import StudioState
@@ -58,8 +58,7 @@ async def deploy(request: Request) -> Response:
         servers=await server_routes.described(request),
         formats=exports.FORMATS,
         exports=await asyncio.to_thread(_exports, studio, runs),
-        jobs=await asyncio.to_thread(studio.queue.read),
-        views=JobViews(request),
+        **await asyncio.to_thread(jobs_of, request, "research.export"),
         said=fields.get("said", ""),
         **planned,
     )

@@ -20,6 +20,8 @@ from research.studio.page_errors import PageError
 
 LOOK_EVERY, LOOK_ANYWAY = 1.0, 5.0  # seconds; the second without a change of files
 PING_EVERY = 15.0  # seconds after which a silent stream says that it lives
+# After a lost connection; a browser would wait for 3 seconds.
+RETRY = b"retry: 1000\n\n"  # milliseconds
 # A reader that is further behind reads the thinned curves again.
 MOST_ROWS = 2000
 MOST_LISTENERS = 1000  # A tab has one stream, of some 60 kB here.
@@ -104,6 +106,7 @@ class RunFeed:
         the curves again, the file was replaced or is far ahead. `gone`: the run was
         moved or removed; nothing follows.
         """
+        yield RETRY
         async with self._watching(folder, columns) as watch:
             cursor, said = Cursor.parse(last), ""
             while True:

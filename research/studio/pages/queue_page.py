@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import urllib.parse
+from typing import Any
 
 import psutil
 from starlette.requests import Request
@@ -36,11 +37,16 @@ def queue(request: Request) -> Response:
         request,
         "queue.html.jinja",
         title="Queue",
-        jobs=studio.queue.read(),
-        views=JobViews(request),
+        **jobs_of(request),
         folder=studio.queue.folder,
         said=request.query_params.get("said", ""),
     )
+
+
+def jobs_of(request: Request, door: str = "") -> dict[str, Any]:
+    """The jobs that a page shows, and their parts; those of one `door` have a list."""
+    jobs = studio_of(request).queue.read()
+    return {"jobs": jobs, "door": door, "views": JobViews(request)}
 
 
 class JobViews:

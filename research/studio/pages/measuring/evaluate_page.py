@@ -23,7 +23,7 @@ from research.studio.jobs import job_commands as commands
 from research.studio.page_errors import PageError, not_found
 from research.studio.pages.data_page import data_files
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
-from research.studio.pages.queue_page import JobViews
+from research.studio.pages.queue_page import jobs_of
 from research.studio.roots import shown_paths
 
 MOST_RUNS, MOST_FILES, MOST_LISTED = 300, 500, 100
@@ -71,9 +71,7 @@ def evaluate(request: Request) -> Response:
         flags=flags,
         command=command,
         problem=problem,
-        jobs=studio.queue.read(),
-        door=DOOR,
-        views=JobViews(request),
+        **jobs_of(request, DOOR),
         listed=listed,
         total=total,
         of_run=of_run,

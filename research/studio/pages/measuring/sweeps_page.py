@@ -16,7 +16,7 @@ from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import own_page
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
-from research.studio.pages.queue_page import JobViews
+from research.studio.pages.queue_page import jobs_of
 from research.studio.pages.train_page import is_config
 from research.studio.roots import shown_paths
 from research.studio.studio_state import StudioState
@@ -55,9 +55,7 @@ def sweeps(request: Request) -> Response:
         flags=flags,
         command=command,
         problem=problem,
-        jobs=studio.queue.read(),
-        door=DOOR,
-        views=JobViews(request),
+        **jobs_of(request, DOOR),
         sweeps=sweep_folders(studio.listed()),
         said=query.get("said", ""),
     )

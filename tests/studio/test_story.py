@@ -2,10 +2,6 @@
 
 import json
 
-import pytest
-
-pytestmark = pytest.mark.soak
-
 
 def test_the_whole_story(story):
     assert story.faults == []

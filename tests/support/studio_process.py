@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 from commands import ENVIRONMENT
-from studio_place import TOKEN
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,6 +17,8 @@ class StudioProcess:
     """The command in a folder, and all that it has started."""
 
     def __init__(self, folder, cache):
+        from studio_place import TOKEN  # Late: most tests need no studio.
+
         self.folder, self.port, self.process = folder.resolve(), 0, None
         self._cache, self._log = cache, self.folder / "studio.log"
         token = cache / "research" / "studio_token"

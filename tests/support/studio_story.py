@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-from browser_tab import Tab, chromium
 from commands import chain
 from studio_process import StudioProcess, until
 from tiny_model import make_tiny_model
@@ -51,6 +50,8 @@ class Story:
 
 @chain
 def story(place, results):
+    from browser_tab import chromium  # Late: most tests need no studio.
+
     studio = made(place)
     try:
         with chromium() as browser:
@@ -98,6 +99,8 @@ def tell(browser, studio):
 
 
 def opened(browser, studio):
+    from browser_tab import Tab
+
     tab = Tab(browser, studio)
     tab.page.set_default_timeout(WAIT)
     return tab

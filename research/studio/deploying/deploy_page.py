@@ -56,7 +56,7 @@ async def deploy(request: Request) -> Response:
         runs=runs,
         aliases=aliases,
         servers=await server_routes.described(request),
-        formats=exports.FORMATS,
+        formats=exports.known_formats(),
         exports=await asyncio.to_thread(_exports, studio, runs),
         **await asyncio.to_thread(jobs_of, request, "research.export"),
         said=fields.get("said", ""),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from research.checkpoints.stored_steps import size_of, step_folders
+from research.config.choices import EXPORT_MODULES
 from research.core.errors import UserError
 from research.core.json_files import read_json
 from research.studio.jobs.job_commands import python
@@ -32,18 +33,24 @@ class ExportChoice:
     flags: tuple[str, ...]
 
 
-# A new format is a line here, once `research.export` has flags for it.
-FORMATS = (
-    ExportChoice(
-        "float32", "Hugging Face folder, merged, float32", ("--dtype=float32",)
-    ),
-    ExportChoice(
-        "bfloat16", "Hugging Face folder, merged, bfloat16", ("--dtype=bfloat16",)
-    ),
-    ExportChoice(
-        "float16", "Hugging Face folder, merged, float16", ("--dtype=float16",)
-    ),
+HUGGING_FACE = tuple(
+    ExportChoice(dtype, f"Hugging Face folder, merged, {dtype}", (f"--dtype={dtype}",))
+    for dtype in ("float32", "bfloat16", "float16")
 )
+# Each is offered where `research.export` has it.
+MORE = (
+    ExportChoice("peft", "adapter of PEFT", ("--format=peft",)),
+    ExportChoice("gguf", "GGUF, merged, float16", ("--format=gguf", "--dtype=float16")),
+    ExportChoice("gguf-q8_0", "GGUF, merged, q8_0", ("--format=gguf", "--quant=q8_0")),
+    ExportChoice("gguf-q4_0", "GGUF, merged, q4_0", ("--format=gguf", "--quant=q4_0")),
+    ExportChoice("gguf-adapter", "adapter in GGUF", ("--format=gguf-adapter",)),
+)
+
+
+def known_formats() -> tuple[ExportChoice, ...]:
+    """The formats that `research.export` writes."""
+    names = {f"--format={name}" for name in EXPORT_MODULES}
+    return (*HUGGING_FACE, *(x for x in MORE if x.flags[0] in names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +83,9 @@ def exporting(run: Path, step: str, format: str) -> tuple[list[str], Path]:
     Raises:
       UserError: there is no such format or step.
     """
-    (chosen, *_) = [x for x in FORMATS if x.name == format] or [None]
+    (chosen, *_) = [x for x in known_formats() if x.name == format] or [None]
     if chosen is None:
-        known = ", ".join(x.name for x in FORMATS)
+        known = ", ".join(x.name for x in known_formats())
         raise UserError(f"format={format[:40]!r}; there are {known}")
     require_step(run, step)
     out = run / FOLDER / f"{step}-{format}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.local_paths import split_step
-from research.studio.deploying.exports import FORMATS
+from research.studio.deploying.exports import HUGGING_FACE, known_formats
 from research.studio.jobs.job_commands import flag_values, words_of
 from research.studio.roots import Roots
 
@@ -17,7 +17,7 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("run", "port", "slots", "adapters", "weights", "api_key_file"),
         ("adapters_from",),
     ),
-    EXPORT: (("run", "step", "dtype"), ("out",)),
+    EXPORT: (("run", "step", "format", "dtype", "quant"), ("out",)),
     ALIASES: (("alias", "run", "back"), ()),
 }
 
@@ -50,9 +50,12 @@ def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
         name = {"name": keys.parent.name} if keys.parent.name else {}
         return {"do": "serve", "run": chosen, **name, **last}
     if door == EXPORT:
-        dtype = f"--dtype={last.pop('dtype', 'float32')}"
-        formats = [x.name for x in FORMATS if x.flags == (dtype,)]
-        return {"do": "export", "run": chosen, "format": [*formats, dtype][0], **last}
+        numbers = ("format", "dtype", "quant")
+        flags = tuple(f"--{x}={last.pop(x)}" for x in numbers if x in last)
+        flags = flags or HUGGING_FACE[0].flags
+        names = [x.name for x in known_formats() if x.flags == flags]
+        format = [*names, " ".join(flags)][0]
+        return {"do": "export", "run": chosen, "format": format, **last}
     alias = {"alias": _named(last.get("alias", ""), runs)}
     if "back" in last:
         return {"do": "back", **alias}

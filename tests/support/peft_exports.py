@@ -66,8 +66,8 @@ def write_exports():
     """Writes the exports that `golden/adapters.py` lets PEFT read."""
     for folder in sorted(SWITCHES.iterdir()):
         model = model_of(folder.name)
-        if model.architecture.experts:
-            continue
+        if folder.name == "gpt_oss":
+            continue  # PEFT has no module for one of its experts.
         tensors, config = export_of(model, *adapters_of(model))
         save_export(ADAPTERS / folder.name, config, tensors)
 

@@ -22,7 +22,7 @@ PREFIX = "base_model.model."  # The names of all tensors begin so.
 CHANGES_FORWARD = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
     "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
-    "trainable_token_indices", "target_parameters",
+    "trainable_token_indices",
 )  # fmt: skip
 # These begin at the base model as it is; others (PiSSA, OLoRA, LoftQ) change it.
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -30,7 +30,8 @@ KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 HARMLESS = (
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "peft_version", "r", "lora_alpha", "lora_dropout", "use_rslora",
-    "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
+    "exclude_modules",
     "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
     "fan_in_fan_out", "init_lora_weights", "ensure_weight_tying", "megatron_config",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -163,17 +164,23 @@ def _pattern(file: Path, name: str, found: Any) -> dict[str, float]:
 
 
 def written_config(
-    ranks: Mapping[str, int], scale: float, *, fan_in_fan_out: bool, tied: bool
+    ranks: Mapping[str, int],
+    scale: float,
+    *,
+    of_experts: int = 0,
+    fan_in_fan_out: bool = False,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """The smallest config with which PEFT reads modules of these `ranks`.
 
     All modules have one `scale`, so that tools which know no patterns (vLLM) compute
-    the same. `r` is the largest rank: such tools make room for it.
+    the same. `r` is the largest rank, as such tools make room for it; or it is the
+    rank `of_experts`, for which PEFT knows no pattern.
 
     A pattern lacks the first part of a module's name, behind which PEFT looks for
     patterns in all of its versions.
     """
-    largest = max(ranks.values())
+    largest = of_experts or max(ranks.values())
     config: dict[str, Any] = {
         "peft_type": "LORA",
         # Without it, PEFT imports the library that `auto_mapping` names.

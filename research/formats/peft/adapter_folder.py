@@ -26,7 +26,9 @@ from research.formats.peft.adapter_config import (
 from research.formats.peft.lora_modules import (
     LoraModule,
     Pair,
+    StackedExperts,
     lora_modules,
+    stacked_experts,
     tied_head,
 )
 from research.formats.tensor_file import TensorFile, fingerprint_files
@@ -44,13 +46,17 @@ MERGED = "merge the adapter with PEFT's merge_and_unload, and start from that fo
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A module that the adapter changes: its tensors' names, its rank and scale."""
+    """A module that the adapter changes: its tensors' names, its rank and scale.
+
+    `stack` is the parameter of which it is a part, in folders of transformers 5.
+    """
 
     module: LoraModule
     down: str
     up: str
     rank: int
     scale: float
+    stack: StackedExperts | None = None
 
 
 class AdapterFolder:
@@ -242,32 +248,49 @@ class AdapterFolder:
             for name in (module.name, *module.other_names):
                 if found := rest.pop(name, None):
                     entries.append(self._entry(module, name, found))
+        for stack in stacked_experts(self._architecture, self._specs):
+            if found := rest.pop(stack.keys, None):
+                entry = self._entry(stack.experts[0], stack.name, found, stack)
+                entries += [
+                    dataclasses.replace(entry, module=module)
+                    for module in stack.experts
+                ]
         if rest:
             known = [module.name for module in self._modules]
             name = min(rest)
             raise self._other_base(f"{name} is no matrix of it", name, known)
         return entries
 
-    def _entry(self, module: LoraModule, name: str, keys: dict[str, str]) -> _Entry:
+    def _entry(
+        self,
+        module: LoraModule,
+        name: str,
+        keys: dict[str, str],
+        stack: StackedExperts | None = None,
+    ) -> _Entry:
         if missing := {"A", "B"} - keys.keys():
             raise UserError(
                 f"{self._file}: {name} lacks its lora_{min(missing)}; copy the folder "
                 "again"
             )
         rank = self.numbers.rank_of(name)
-        needed = module.shapes(rank, self._specs)
+        count = len(stack.experts) if stack else 1
+        (_, inputs), (outputs, _) = module.shapes(rank, self._specs)
+        needed = (count * rank, inputs), (outputs, count * rank)
         for side, shape in enumerate(needed):
             key = keys["AB"[side]]
             found = tuple(self._handle.get_slice(key).get_shape())
             fits = len(found) == 2 and found[1 - side] == shape[1 - side]
             if fits and found != shape:
                 raise UserError(
-                    f"{self._file}: {key} has rank {found[side]}, and {CONFIG} gives "
-                    f"{rank} (r, rank_pattern); copy both files from one folder"
+                    f"{self._file}: {key} has rank {found[side] // count}, and "
+                    f"{CONFIG} gives {rank} (r, rank_pattern); copy both files from "
+                    "one folder"
                 )
             if found != shape:
                 raise self._other_base(_differs(key, found, shape))
-        return _Entry(module, keys["A"], keys["B"], rank, self.numbers.scale_of(name))
+        scale = self.numbers.scale_of(name)
+        return _Entry(module, keys["A"], keys["B"], rank, scale, stack)
 
     def _numbers_by_path(self) -> tuple[dict[str, int], dict[str, float]]:
         ranks: dict[str, int] = {}
@@ -286,6 +309,8 @@ class AdapterFolder:
 
     def _pairs(self, entry: _Entry) -> dict[str, Pair]:
         down, up = self._read(entry.down), self._read(entry.up)
+        if entry.stack:
+            down, up = entry.stack.part(down, up, entry.module.index[-1])
         return entry.module.split(down, up, self._specs)
 
     def _read(self, key: str) -> np.ndarray:

@@ -2,6 +2,10 @@
 
 PEFT keeps two matrices for a module, `lora_A` `[rank, in]` and `lora_B` `[out, rank]`.
 Where Hugging Face fuses several of our matrices, `lora_A` is one for all of them.
+
+Each matrix of each expert is a module of its own in files, as it is in vLLM and was in
+transformers 4. PEFT makes of them what transformers 5 has in memory: two parameters
+for all experts of a layer, which it also saves so.
 """
 
 import dataclasses
@@ -44,6 +48,16 @@ class LoraModule:
     def is_table(self) -> bool:
         """Whether it looks rows up, and multiplies nothing."""
         return self.stored.paths[0].endswith(".table")
+
+    @property
+    def is_of_expert(self) -> bool:
+        """Whether it is one of several experts in its layer."""
+        return len(self.index) > 1
+
+    @property
+    def has_no_pattern(self) -> bool:
+        """Whether PEFT makes a parameter of it, for whose rank it has no pattern."""
+        return self.is_of_expert or self.stored.paths[0].endswith("router.kernel")
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -123,6 +137,54 @@ def lora_modules(
         if is_matrix(stored, specs)
         for module in _modules(stored, architecture, specs)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedExperts:
+    """One parameter of transformers 5 that holds matrices of all experts of a layer.
+
+    Attributes:
+      name: of the parameter, such as `model.layers.3.mlp.experts.gate_up_proj`.
+      keys: the module in whose place PEFT writes the tensors of its adapter.
+      experts: the modules of the experts, in their order.
+    """
+
+    name: str
+    keys: str
+    experts: tuple[LoraModule, ...]
+
+    def part(self, down: np.ndarray, up: np.ndarray, expert: int) -> Pair:
+        """`lora_A` and `lora_B` of one expert.
+
+        PEFT has the ranks of expert 0 behind those of expert 1 in `down` `[E*r, in]`,
+        and an expert after the other for each rank in `up` `[out, r*E]`.
+        """
+        count = len(self.experts)
+        down = down.reshape(count, -1, down.shape[1])
+        return down[expert], up.reshape(len(up), -1, count)[..., expert]
+
+
+def stacked_experts(
+    architecture: Architecture, specs: Mapping[str, Spec]
+) -> list[StackedExperts]:
+    """The parameters of a model of transformers 5 that hold several experts."""
+    family, found = family_of(architecture), []
+    for layout in (family.hf_tensors, *family.other_hf_tensors):
+        for stored in used(layout, specs):
+            spec = specs[stored.paths[0]]
+            if not spec.n_in or spec.stacked == stored.name.count("{}"):
+                continue
+            single = dataclasses.replace(stored, name=f"{stored.name}.{{}}")
+            for name, index in stored.names(specs):
+                place, _, what = name.rpartition(".")
+                # PEFT wraps the module twice, the inner time for the first parameter.
+                keys = f"{place}.base_layer" if what.startswith("gate") else place
+                modules = tuple(
+                    LoraModule(f"{name}.{i}", (), (*index, i), single)
+                    for i in range(spec.shape[len(index)])
+                )
+                found.append(StackedExperts(name, keys, modules))
+    return found
 
 
 def is_matrix(stored: StoredTensor, specs: Mapping[str, Spec]) -> bool:

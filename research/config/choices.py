@@ -11,7 +11,10 @@ ADAPTER_MODULES = {"lora": "research.weights.adapters.lora"}
 # Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
 BASE_FORMAT_MODULES = {"plain": "research.weights.representations.plain_array"}
 # Each format of `research.export` names a module whose `FORMAT` is an `ExportFormat`.
-EXPORT_MODULES = {"hf": "research.formats.huggingface.huggingface_export"}
+EXPORT_MODULES = {
+    "hf": "research.formats.huggingface.huggingface_export",
+    "peft": "research.formats.peft.peft_format",
+}
 # Each kind of task, a value of `config.data.kind`, names a module whose `KIND` is a
 # `tasks.task_protocol.TaskKind`. A new task is a line here, or
 # `TASK_MODULES["name"] = "module"` in a file that a run imports.

@@ -30,6 +30,7 @@ from research.formats.peft.lora_modules import (
     lora_modules,
     stacked_experts,
     tied_head,
+    without_idle,
 )
 from research.formats.tensor_file import TensorFile, fingerprint_files
 from research.models.architecture import Architecture
@@ -298,12 +299,13 @@ class AdapterFolder:
         for entry in self._entries:
             paths = entry.module.stored.paths
             found = dict.fromkeys(paths, entry.rank)
-            if len(paths) > 1:
+            # These may be padded, which only their values show.
+            if len(paths) > 1 or entry.module.has_no_pattern:
                 found = {path: len(b) for path, (_, b) in self._pairs(entry).items()}
             for path, rank in found.items():
                 ranks[path] = max(rank, ranks.get(path, 0))
                 scales.setdefault(path, collections.Counter())[entry.scale] += 1
-        ordered = [path for path in self._specs if path in ranks]
+        ordered = [path for path in self._specs if ranks.get(path)]
         usual = {path: scales[path].most_common(1)[0][0] for path in ordered}
         return {path: ranks[path] for path in ordered}, usual
 
@@ -311,7 +313,8 @@ class AdapterFolder:
         down, up = self._read(entry.down), self._read(entry.up)
         if entry.stack:
             down, up = entry.stack.part(down, up, entry.module.index[-1])
-        return entry.module.split(down, up, self._specs)
+        pairs = entry.module.split(down, up, self._specs)
+        return {path: without_idle(pair) for path, pair in pairs.items()}
 
     def _read(self, key: str) -> np.ndarray:
         return self._handle.get_tensor(key).astype(np.float32)

@@ -1,0 +1,96 @@
+"""The export format `peft`: the adapters of a run as a folder that PEFT reads."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.core.atomic_files import write_whole
+from research.core.errors import UserError
+from research.core.hub_access import HubAddress, is_hub
+from research.formats.export_format import ExportedModel, ExportOptions, WrittenModel
+from research.formats.huggingface.huggingface_export import fetch
+from research.formats.huggingface.safetensors_writer import SafetensorsWriter
+from research.formats.peft.adapter_config import CONFIG, TENSORS
+from research.formats.peft.adapter_folder import AdapterFolder
+from research.formats.peft.lora_modules import Pair
+from research.formats.peft.peft_export import adapter_files
+from research.tokenize.tokenizer_training import save_tokenizer
+
+USAGE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```"""
+
+
+class PeftFormat:
+    """`adapter_config.json`, `adapter_model.safetensors`, and the tokenizer."""
+
+    name = "peft"
+    quants = ()
+
+    def write(
+        self, exported: ExportedModel, folder: Path, options: ExportOptions
+    ) -> None:
+        """See `ExportFormat`; without adapters of LoRA it is a UserError."""
+        if exported.adapter_kind != "lora":
+            raise UserError(
+                "--format=peft writes the adapters of LoRA, and this run has "
+                f"{exported.adapter_kind or 'none, as it trained all its parameters'}: "
+                "use --format=hf"
+            )
+
+        def pair(path: str, index: tuple[int, ...]) -> Pair:
+            factors = exported.adapters[path].factors
+            return fetch(factors["a"], index), fetch(factors["b"], index)
+
+        model = exported.model
+        scales = {p: x.alpha / x.rank for p, x in exported.adapters.items()}
+        tensors, config = adapter_files(model.architecture, model.specs, scales, pair)
+        if jax.process_index() > 0:
+            return
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        file = folder / TENSORS
+        with SafetensorsWriter(file, shapes, options.dtype, exported.facts) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+        text = json.dumps(_base(exported) | config, indent=2)
+        write_whole(folder / CONFIG, text)
+        save_tokenizer(exported.tokenizer, folder)
+
+    def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
+        model = exported.model
+        adapter = AdapterFolder(str(folder), model.architecture, model.specs)
+        factors = functools.lru_cache(1)(adapter.factors)
+
+        def read(path: str, index: tuple[int, ...]) -> np.ndarray:
+            base = fetch(exported.base_weights[path], index)
+            if path not in adapter.ranks:
+                return base
+            a, b = (factors(path)[name][index] for name in ("a", "b"))
+            update = np.tensordot(a, b, axes=1) * np.float32(adapter.scales[path])
+            return base.astype(np.float32) + update
+
+        return WrittenModel(model.architecture, None, read)
+
+    def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
+        return USAGE.format(base=_base(exported)["base_model_name_or_path"])
+
+
+FORMAT = PeftFormat()
+
+
+def _base(exported: ExportedModel) -> dict[str, Any]:
+    """The fields that name the base model."""
+    name = exported.facts.get("base_model", "")
+    if not is_hub(name):
+        return {"base_model_name_or_path": name}
+    address = HubAddress.parse(name, "model")
+    fields = {"base_model_name_or_path": address.name, "revision": address.revision}
+    return {name: value for name, value in fields.items() if value}

@@ -1,0 +1,86 @@
+"""The export format `peft`: what it writes is what the run computes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_model
+from helpers import random_adapters, random_params
+from safetensors import safe_open
+
+from research.config.knob_groups import LoRAConfig, ModelConfig
+from research.core.errors import UserError
+from research.formats.base_model import open_base
+from research.formats.export_format import (
+    ExportedAdapter,
+    ExportedModel,
+    ExportOptions,
+    find_format,
+)
+from research.formats.huggingface.huggingface_export import fetch
+from research.models.transformer import Model
+from research.weights import trainable
+
+FORMAT = find_format("peft")
+HUB = "hub://owner/name@0123456789012345678901234567890123456789"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny model with adapters, as if trained for a while."""
+    folder = tmp_path_factory.mktemp("peft") / "model"
+    base = open_base(str(tiny_model.make_tiny_model(folder)))
+    model = Model(base.architecture)
+    lora = LoRAConfig(rank=2, rank_pattern=("down=3",), targets=("attention", "down"))
+    split = trainable.make("lora", ModelConfig(), lora, model.specs)
+    params, frozen = random_adapters(split.specs), random_params(model.specs)
+    ranks = {path: split.kind.rank(factors) for path, factors in params.items()}
+    scales = split.kind.settings(ranks, lora).scales
+    return ExportedModel(
+        model,
+        split.forward(params, frozen, None),
+        base.tokenizer,
+        {
+            path: ExportedAdapter(factors, ranks[path], scales[path] * ranks[path])
+            for path, factors in params.items()
+        },
+        "lora",
+        frozen,
+        base,
+        {"base_model": HUB, "step": "7"},
+    )
+
+
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_the_files_hold_what_the_run_computes(exported, tmp_path, dtype, near):
+    FORMAT.write(exported, tmp_path, ExportOptions(dtype))
+    written = FORMAT.read_back(tmp_path, exported)
+    assert written.architecture == exported.model.architecture
+    moved = 0.0
+    for path, spec in exported.model.specs.items():
+        for layer in range(spec.shape[0] if spec.stacked else 1):
+            index = (layer,) if spec.stacked else ()
+            ours, found = (
+                fetch(exported.weights[path], index),
+                written.read(path, index),
+            )
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, ours, atol=near * np.abs(ours).max())
+            moved = max(moved, np.abs(ours - exported.base_weights[path][index]).max())
+    assert moved > 0.01
+    with safe_open(tmp_path / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt", **exported.facts}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/name"
+    assert config["revision"] == HUB.partition("@")[2]
+    assert config["r"] == 3 and config["lora_alpha"] == 48
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert '"owner/name"' in FORMAT.usage(exported, ExportOptions(dtype))
+
+
+def test_a_run_without_adapters_is_refused(exported, tmp_path):
+    full = dataclasses.replace(exported, adapters={}, adapter_kind="")
+    with pytest.raises(UserError, match="trained all its parameters: use --format=hf"):
+        FORMAT.write(full, tmp_path, ExportOptions())
+    assert not [*tmp_path.iterdir()]

@@ -144,14 +144,14 @@ def _open_strictly(file: Path) -> Any:
             values = self._get(start, self.gguf_scalar_to_np[types[1]], count[0])
             return 12 + values.nbytes, [kind, count, values], [2], types
 
-        def _texts(self, at: int, count: int) -> tuple[int, list[bytes]]:
+        def _texts(self, at: int, count: int) -> tuple[int, list[memoryview]]:
             length = struct.Struct(">Q" if self.byte_order == "S" else "<Q")
             content, texts = memoryview(self.data), []
             for _ in range(count):
                 self._check_end(at + length.size)
                 end = at + length.size + length.unpack_from(content, at)[0]
                 self._check_end(end)
-                texts.append(content[at + length.size : end].tobytes())
+                texts.append(content[at + length.size : end])
                 at = end
             return at, texts
 

@@ -18,7 +18,7 @@ from research.formats.gguf.rope_metadata import (
     turns,
     write_rope,
 )
-from research.models.architecture import Architecture, Rope
+from research.models.architecture import Architecture, Experts, Rope
 from research.models.families.config_fields import ConfigFields
 from research.models.families.family_registry import (
     family_of,
@@ -40,8 +40,10 @@ NUMBERS = {
     "attn_logit_softcapping", "final_logit_softcapping", LOCAL_BASE,
 }  # fmt: skip
 FLAGS = {"use_parallel_residual"}
+SOFTMAX = 1  # The only way of llama.cpp to choose experts that is computed here.
 NEEDED = {
     "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "expert_count", "expert_used_count",
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
 }  # fmt: skip
 ROPE = {
@@ -49,9 +51,13 @@ ROPE = {
     *(f"{SCALING}{x}" for x in ("type", "factor", "original_context_length",
       "attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
 }  # fmt: skip
+GELUS = {"gelu", "gelu_tanh"}
 ROPE_SWITCHES = {
     "rope_theta", "rope_scaling", "rope_fraction", "window_rope", "unrotated_layers",
 }  # fmt: skip
+# Architectures whose heads together are as wide as the embedding, and whose head is a
+# tensor of its own.
+EVEN_HEADS, OWN_HEADS = {"phi3", "olmo2"}, {"olmo2"}
 # They change nothing that is computed.
 NOTES = {"vocab_size", "tensor_data_layout", f"{SCALING}finetuned"}
 
@@ -102,7 +108,7 @@ def read_architecture(
         "mlp_bias": "blk.0.ffn_up.bias" in shapes,
     }
     _refuse_unknown(fields, family)
-    config = family.gguf_unsaid(config) | config
+    config |= family.gguf_unsaid(config)
     return from_hf_config(config, f"{where}, in the terms of a config.json")
 
 
@@ -162,6 +168,9 @@ def _refuse_unknown(fields: ConfigFields, family: ModelFamily) -> None:
     known = {*family.gguf_fields, *ROPE, *NOTES, "attention.causal"}
     known |= {"attention.key_length", "attention.value_length"}
     known |= {PATTERN} if window else set()
+    if "expert_count" in known:
+        fields.only("expert_gating_func", SOFTMAX)
+        known.add("expert_gating_func")
     if "attention.head_count_kv" not in known:
         fields.only("attention.head_count_kv", fields.integer("attention.head_count"))
         known.add("attention.head_count_kv")
@@ -184,6 +193,7 @@ def write_metadata(a: Architecture) -> dict[str, Any]:
       UserError: llama.cpp's files of the family cannot say what this model computes.
     """
     family = family_of(a)
+    _refuse_unloadable(a, family)
     a = _without_unknown_windows(a, family)
     config = to_hf_config(a)
     values = write_rope(a)
@@ -201,6 +211,20 @@ def write_metadata(a: Architecture) -> dict[str, Any]:
     metadata["general.architecture"] = own
     _check_written(a, metadata)
     return metadata
+
+
+def _refuse_unloadable(a: Architecture, family: ModelFamily) -> None:
+    """llama.cpp's loader of some families expects tensors of certain shapes."""
+    problem = ""
+    if family.gguf_architecture in EVEN_HEADS and a.heads * a.head_dim != a.embed:
+        problem = f"{a.heads} heads that are not {a.embed} / {a.heads} wide"
+    if family.gguf_architecture in OWN_HEADS and a.tied_head:
+        problem = "a head that is tied to the embeddings"
+    if problem:
+        raise UserError(
+            f"llama.cpp does not load {family.members} with {problem}. Export the "
+            "model as a Hugging Face folder"
+        )
 
 
 def _without_unknown_windows(a: Architecture, family: ModelFamily) -> Architecture:
@@ -242,6 +266,11 @@ def _check_written(a: Architecture, metadata: Mapping[str, Any]) -> None:
 
 def _same(ours: Any, theirs: Any, head_dim: int) -> bool:
     """Whether two values of a switch compute the same, as far as float32 can tell."""
+    if isinstance(ours, Experts) and isinstance(theirs, Experts):
+        # A loss is no part of what is computed in a file.
+        theirs = dataclasses.replace(theirs, balance_weight=ours.balance_weight)
+    if isinstance(ours, str) and {ours, theirs} <= GELUS:
+        return True  # llama.cpp computes the approximation for both.
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     if isinstance(ours, Rope) and isinstance(theirs, Rope):

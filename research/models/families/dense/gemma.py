@@ -139,7 +139,8 @@ def _unsaid(
         share = config["hidden_size"] // config["num_attention_heads"]
         is_largest = config["num_hidden_layers"] == largest
         width = share if is_largest else config["head_dim"]
-        return {"query_pre_attn_scalar": width, "sliding_window": window}
+        said = config.get("sliding_window", window)
+        return {"query_pre_attn_scalar": width, "sliding_window": said}
 
     return unsaid
 

@@ -86,5 +86,8 @@ OLMO3 = dataclasses.replace(
     },
     gguf_mark="attention.sliding_window",
     gguf_period=4,
-    gguf_unsaid=lambda config: {"rope_local_base_freq": config["rope_theta"]},
+    gguf_unsaid=lambda config: {
+        "rope_local_base_freq": config.get("rope_local_base_freq")
+        or config["rope_theta"]
+    },
 )

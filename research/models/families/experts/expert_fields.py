@@ -4,6 +4,7 @@ from typing import Any
 
 from research.models.architecture import Architecture, Experts
 from research.models.families.config_fields import ConfigFields
+from research.models.families.dense import llama
 from research.models.families.stored_tensor import StoredTensor
 
 BALANCE = "router_aux_loss_coef"
@@ -61,6 +62,23 @@ def expert_tensors(router: str, matrices: dict[str, str]) -> tuple[StoredTensor,
         *(_of_layer(f"{name}.weight", f"mlp.{own}") for own, name in matrices.items()),
     )
 
+
+# The fields of llama.cpp's metadata beside those of Llama.
+GGUF_FIELDS = {
+    **llama.GGUF_FIELDS,
+    "expert_count": COUNTS[0],
+    "expert_used_count": "num_experts_per_tok",
+}
+# llama.cpp has one tensor for all experts of a layer, `[E, out, in]`.
+GGUF_MATRICES = tuple(
+    llama.stored(f"layers.mlp.{own}.{part}", f"ffn_{own}_exps", "blk.{}.")
+    for own in ("gate", "up", "down")
+    for part in ("kernel", "bias")
+)
+GGUF_ROUTER = tuple(
+    llama.stored(f"layers.router.{part}", "ffn_gate_inp", "blk.{}.")
+    for part in ("kernel", "bias")
+)
 
 # As transformers 5 holds them in memory: gate and up of all experts in one tensor.
 STACKED = (

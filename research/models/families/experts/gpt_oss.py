@@ -6,6 +6,9 @@ from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import llama
 from research.models.families.experts.expert_fields import (
+    GGUF_FIELDS,
+    GGUF_MATRICES,
+    GGUF_ROUTER,
     read_experts,
     without_mlp,
     write_experts,
@@ -70,6 +73,18 @@ def _stacked(name: str, *paths: str) -> StoredTensor:
     )
 
 
+def _unsaid(config: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp rounds the ends of YaRN's ramp; the model was trained without."""
+    rope = config["rope_scaling"]
+    return {"rope_scaling": rope and {**rope, "truncate": False}}
+
+
+# Named for where it lies: behind the attention.
+GGUF_NAMES = {
+    **llama.NAMES,
+    "layers.mlp_norm.scale": ("post_attention_layernorm", "post_attention_norm"),
+}
+
 FAMILY = ModelFamily(
     model_type="gpt_oss",
     members="GPT-OSS",
@@ -86,4 +101,18 @@ FAMILY = ModelFamily(
         _stacked("down_proj_bias", "down.bias"),
     ),
     quantised_as=("mxfp4",),
+    gguf_architecture="gpt-oss",
+    gguf_tensors=(
+        *without_mlp(llama.gguf_tensors(GGUF_NAMES)),
+        llama.stored("layers.attention.sinks", "attn_sinks", "blk.{}."),
+        *GGUF_ROUTER,
+        *GGUF_MATRICES,
+    ),
+    gguf_fields={
+        **GGUF_FIELDS,
+        "expert_feed_forward_length": "intermediate_size",
+        "attention.sliding_window": "sliding_window",
+    },
+    gguf_period=2,
+    gguf_unsaid=_unsaid,
 )

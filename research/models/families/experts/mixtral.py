@@ -7,6 +7,9 @@ from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import llama
 from research.models.families.experts.expert_fields import (
+    GGUF_FIELDS,
+    GGUF_MATRICES,
+    GGUF_ROUTER,
     STACKED,
     expert_tensors,
     read_experts,
@@ -56,4 +59,8 @@ FAMILY = ModelFamily(
     ),
     other_hf_tensors=(SHARED + STACKED,),
     ignored_tensors=llama.FAMILY.ignored_tensors,
+    gguf_architecture="llama",
+    gguf_tensors=(*without_mlp(llama.GGUF_TENSORS), *GGUF_ROUTER, *GGUF_MATRICES),
+    gguf_fields=GGUF_FIELDS,
+    gguf_mark="expert_count",
 )

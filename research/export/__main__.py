@@ -13,12 +13,16 @@ from research.core.local_paths import local_path
 
 USAGE = """
 python -m research.export --run=RUN_DIR [--format=hf] [--out=FOLDER] [--step=latest]
-    [--dtype=float32]
+    [--dtype=float32] [--quant=q8_0]
 
 Writes a model in one format, or in several with commas between them:
 
   hf    a Hugging Face folder (config.json, safetensors, tokenizer) with the adapters
         merged into the weights
+  gguf  one file of llama.cpp with the adapters merged, and a Modelfile for Ollama;
+        --quant=q8_0 or q4_0 stores matrices as codes
+  gguf-adapter
+        the adapters alone, for llama.cpp and the GGUF file of the base model
 
 Each gets a model card, and exported_from.json, which names the step. The files are read
 back and compared with the run on some of its held-out rows: parity.json has the

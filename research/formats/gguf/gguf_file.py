@@ -25,11 +25,15 @@ class GGUFFile:
 
     Its metadata stands in for a `config.json` and for a tokenizer's files.
 
+    Args:
+      file: the whole file.
+      kind: what it must hold, as in `general.type`: a `model`, or an `adapter`.
+
     Raises:
-      UserError: it is damaged, or no GGUF file of a whole model.
+      UserError: it is damaged, or holds something else.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, kind: str = "model"):
         with file.open("rb") as opened:
             if opened.read(len(MAGIC)) != MAGIC:
                 raise UserError(f"{file} is not a GGUF file: it does not begin as one")
@@ -43,7 +47,7 @@ class GGUFFile:
                 f"{file} is damaged: {error}; download or write it again"
             ) from error
         self._file = file
-        self._refuse_parts()
+        self._refuse_parts(kind)
         self.fingerprint = fingerprint_files([file])
 
     def _refuse_overlaps(self) -> None:
@@ -53,12 +57,12 @@ class GGUFFile:
             if one.data_offset + one.n_bytes > other.data_offset:
                 raise ValueError(f"{one.name} and {other.name} share bytes")
 
-    def _refuse_parts(self) -> None:
-        kind = self.metadata.get("general.type", "model")
-        if kind != "model":
+    def _refuse_parts(self, kind: str) -> None:
+        found = self.metadata.get("general.type", "model")
+        if found != kind:
             raise UserError(
-                f"{self._file} holds no model: its general.type is {kind!r}; give the "
-                "file of the whole model"
+                f"{self._file} holds no {kind}: its general.type is {found!r}; give "
+                f"the file of the whole {kind}"
             )
         parts = self.metadata.get("split.count", 0)
         if parts not in (0, 1):

@@ -1,0 +1,202 @@
+"""LoRA factors as a file of llama.cpp, which it adds to the base model's GGUF file.
+
+llama.cpp adds `alpha / rank` times the product of a tensor's two factors, with one
+`alpha` for the file and the rank of the tensor's own factors. Scales that differ from
+that are multiplied into B.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from research.core.errors import UserError
+from research.formats.export_format import (
+    ExportedAdapter,
+    ExportedModel,
+    ExportOptions,
+    WrittenModel,
+)
+from research.formats.gguf.gguf_file import GGUFFile
+from research.formats.gguf.gguf_model import general_metadata
+from research.formats.gguf.gguf_writer import PlannedTensor, write_gguf
+from research.formats.gguf.metadata_fields import write_metadata
+from research.formats.huggingface.huggingface_export import fetch
+from research.models.families.family_registry import family_of
+from research.models.families.stored_tensor import StoredTensor, used
+from research.weights.parameter_spec import Spec
+
+FILE = "adapter.gguf"
+ALPHA = "adapter.lora.alpha"
+EMBEDDING, PLACES = "embedding.table", "position_embedding.table"
+USAGE = """```sh
+llama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf
+```"""
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class GGUFAdapterFormat:
+    """`adapter.gguf`: the factors alone, in float32."""
+
+    name = "gguf-adapter"
+    quants = ()
+
+    def write(
+        self, exported: ExportedModel, folder: Path, options: ExportOptions
+    ) -> None:
+        """See `ExportFormat`; what llama.cpp cannot adapt is a UserError."""
+        _check(exported)
+        architecture = write_metadata(exported.model.architecture)
+        alpha = next(iter(exported.adapters.values())).alpha
+        metadata = {
+            "general.architecture": architecture["general.architecture"],
+            **general_metadata(exported, "adapter"),
+            "adapter.type": "lora",
+            ALPHA: float(alpha),
+        }
+        write_gguf(folder / FILE, metadata, _plan(exported, alpha), "F32")
+
+    def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
+        file = GGUFFile(folder / FILE, "adapter")
+        alpha, specs = file.metadata[ALPHA], exported.model.specs
+        tensors = {path: t for t in _adapted(exported) for path in t.paths}
+
+        def read(path: str, index: tuple[int, ...]) -> np.ndarray:
+            value = fetch(exported.base_weights[path], index)
+            if stored := tensors.get(path):
+                update = _update(file, stored.name.format(*index), alpha)
+                value = value + stored.unpack(path, update, specs)
+            return value
+
+        return WrittenModel(exported.model.architecture, None, read)
+
+    def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
+        return USAGE
+
+
+FORMAT = GGUFAdapterFormat()
+
+
+def _check(exported: ExportedModel) -> None:
+    """Raises UserError: llama.cpp would skip an adapter, or stop at it."""
+    how = "; export the merged model with --format=gguf instead"
+    if not exported.adapters:
+        raise UserError(
+            "the run trained all parameters, so there is no adapter to write: export "
+            "the model with --format=gguf"
+        )
+    if exported.adapter_kind != "lora":
+        raise UserError(
+            f"llama.cpp has no adapters of kind {exported.adapter_kind!r}{how}"
+        )
+    if PLACES in exported.adapters:
+        raise UserError(f"llama.cpp skips an adapter of {PLACES}{how}")
+    if EMBEDDING in exported.adapters and exported.model.architecture.tied_head:
+        raise UserError(
+            f"llama.cpp cannot adapt embeddings that are the vocabulary head, too{how}"
+        )
+
+
+def _adapted(exported: ExportedModel) -> list[StoredTensor]:
+    tensors = used(
+        family_of(exported.model.architecture).gguf_tensors, exported.model.specs
+    )
+    return [stored for stored in tensors if exported.adapters.keys() & {*stored.paths}]
+
+
+def _plan(exported: ExportedModel, alpha: float) -> list[PlannedTensor]:
+    specs, planned = exported.model.specs, []
+
+    def make(stored: StoredTensor, index: tuple[int, ...], which: int) -> np.ndarray:
+        own = {p: exported.adapters[p] for p in stored.paths if p in exported.adapters}
+        factors = {
+            path: tuple(fetch(adapter.factors[x], index) for x in ("a", "b"))
+            for path, adapter in own.items()
+        }
+        scales = {path: adapter.alpha / adapter.rank for path, adapter in own.items()}
+        return packed_factors(stored, factors, scales, alpha, specs)[which]
+
+    for stored in _adapted(exported):
+        shapes = _shapes(stored, exported.adapters, specs)
+        for name, index in stored.names(specs):
+            for which, suffix in enumerate(("lora_a", "lora_b")):
+                one = functools.partial(make, stored, index, which)
+                planned.append(PlannedTensor(f"{name}.{suffix}", shapes[which], one))
+    return planned
+
+
+def _shapes(
+    stored: StoredTensor,
+    adapters: Mapping[str, ExportedAdapter],
+    specs: Mapping[str, Spec],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of the two arrays of `packed_factors`."""
+    *stack, first, second = stored.shape(specs)
+    rank = sum(adapters[path].rank for path in stored.paths if path in adapters)
+    if stored.transposed:
+        return (*stack, rank, second), (*stack, first, rank)
+    return (*stack, first, rank), (*stack, second, rank)
+
+
+def packed_factors(
+    stored: StoredTensor,
+    factors: Mapping[str, Pair],
+    scales: Mapping[str, float],
+    alpha: float,
+    specs: Mapping[str, Spec],
+) -> Pair:
+    """One tensor's factors as llama.cpp multiplies them.
+
+    Where a tensor fuses matrices, their A lie behind each other, and each B has rows
+    of zeros for the A of the others.
+
+    Args:
+      stored: the tensor of the base model.
+      factors: by path, one layer of A `[*stack, *in, rank]` and B `[*stack, rank,
+        *out]`.
+      scales: by path, the number by which a product is multiplied.
+      alpha: of the file.
+      specs: of the model.
+
+    Returns:
+      A `[*stack, r, in]` and B `[*stack, out, r]`, in the file's order of outputs; of
+      an embedding, which is looked up, A `[vocabulary, r]` and B `[embed, r]`.
+    """
+    ranks = {path: a.shape[-1] for path, (a, _) in factors.items()}
+    total, start, columns, values = sum(ranks.values()), 0, [], []
+    stack = len(stored.shape(specs)) - 2
+    wide = {path: _with_inputs(specs[path], total) for path in stored.paths}
+    for path in stored.paths:
+        spec = specs[path]
+        outputs = spec.shape[spec.stacked + spec.n_in :]
+        stacked = spec.shape[spec.stacked - stack : spec.stacked]
+        value = np.zeros((*stacked, total, *outputs), np.float32)
+        if path in factors:
+            a, b = factors[path]
+            columns.append(a.reshape(*stacked, -1, ranks[path]))
+            place = (slice(None),) * stack + (slice(start, start + ranks[path]),)
+            value[place] = b * np.float32(scales[path] * total / alpha)
+            start += ranks[path]
+        values.append(value)
+    packed_a, packed_b = np.concatenate(columns, -1), stored.pack(values, wide)
+    if stored.transposed:
+        return packed_a.swapaxes(-1, -2), packed_b
+    return packed_a, packed_b.swapaxes(-1, -2)
+
+
+def _with_inputs(spec: Spec, count: int) -> Spec:
+    """The same outputs for `count` inputs."""
+    outputs = spec.shape[spec.stacked + spec.n_in :]
+    shape = (*spec.shape[: spec.stacked], count, *outputs)
+    return dataclasses.replace(spec, shape=shape, n_in=1)
+
+
+def _update(file: GGUFFile, name: str, alpha: float) -> np.ndarray:
+    """The product that llama.cpp adds to the tensor `name`, as the file has it."""
+    a, b = (file.read(f"{name}.{suffix}") for suffix in ("lora_a", "lora_b"))
+    rank = b.shape[-1]
+    # An embedding is looked up: its A has a row for each token.
+    product = b @ a if a.shape[-2] == rank else a @ b.T
+    return product * np.float32(alpha / rank)

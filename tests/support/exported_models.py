@@ -1,0 +1,51 @@
+"""Models as an export gets them, and a real tokenizer for those of 64 tokens."""
+
+import string
+
+import tokenizers
+from helpers import random_adapters
+from tokenizers import decoders, models, trainers
+
+from research.formats.export_format import ExportedAdapter, ExportedModel
+from research.tokenize.gguf.pre_tokenizers import CUTS
+from research.tokenize.tokenizer import Tokenizer
+from research.weights.adapters.lora import adapt, adapter_specs
+
+VOCABULARY = 64
+FACTS = {"step": "12", "base_hash": "d5d56f"}
+TALE = "a tiny tale: the cat is in the hat, and the rat is at it. hello, user!\n\n" * 3
+
+
+def with_adapters(model, base, config):
+    """A model for an export: `base` with random adapters, as if trained for a while."""
+    factors = random_adapters(adapter_specs(model.specs, config))
+    weights = adapt(base, factors, config)
+    adapters = {}
+    for path, pair in factors.items():
+        rank = pair["a"].shape[-1]
+        scale = float(weights[path].scale.ravel()[0])
+        adapters[path] = ExportedAdapter(pair, rank, scale * rank)
+    tokenizer = tiny_tokenizer()
+    return ExportedModel(model, weights, tokenizer, adapters, "lora", base, None, FACTS)
+
+
+def tiny_tokenizer(size=VOCABULARY):
+    """Letters, digits and a few marks as byte-level BPE, with ChatML's tokens."""
+    marks = " \n" + string.ascii_lowercase + string.digits + ",.!'"
+    cut = CUTS["smollm"].cuts
+    alphabet = sorted({c for x in marks for c, _ in cut.pre_tokenize_str(x)})
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = cut, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=alphabet,
+        special_tokens=[],
+        show_progress=False,
+    )
+    text = "".join(c for c in TALE if c in marks)
+    trainer.vocab_size = size - 3
+    inner.train_from_iterator([text], trainer)
+    inner.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return Tokenizer(
+        inner, bos=None, eos="<|im_end|>", end_ids=[inner.get_vocab_size() - 3]
+    )

@@ -120,6 +120,17 @@ PRESETS = {
         vocab=50304, tied_head=False, max_position=4096, family="olmoe",
         qk_norm="flat", experts=Experts(64, 8, False, balance_weight=0.01),
     ),
+    "gpt-oss-20b": Architecture(
+        embed=2880, mlp=2880, layers=24, heads=64, kv_heads=8, head_dim=64,
+        vocab=201088, tied_head=False, rope_theta=150000.0, max_position=131072,
+        rope_scaling=RopeScaling(
+            kind="yarn", factor=32.0, original_max_position=4096,
+            attention_factor=1.3465735902799727, truncate=False,
+        ),
+        family="gpt_oss", biases=("qkv", "out", "router", "experts"), window=128,
+        window_layers=tuple(range(0, 24, 2)), activation="clamped_swiglu",
+        attention_sinks=True, experts=Experts(32, 4),
+    ),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from research.models.architecture import Architecture, Experts
 from research.models.parts.expert_dispatch import mix_experts
 from research.models.parts.expert_kernels import choose_expert_kernel
 from research.models.parts.experts import ExpertLoad, Router, compute_experts
+from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.weights.adapters import lora, serving_bank
@@ -310,3 +311,10 @@ def test_a_kernel_that_cannot_work_here_is_refused():
 def test_an_architecture_without_experts_has_no_router():
     a: Architecture = TINY
     assert not [path for path in Model(a).specs if "router" in path]
+
+
+@pytest.mark.parametrize("size", ["6m", "125m"])
+def test_small_shapes_with_experts_use_as_many_matrices_as_dense_ones(size):
+    dense, mixed = PRESETS[f"llama-{size}"], PRESETS[f"mixtral-{size}"]
+    router = mixed.embed * mixed.experts.count
+    assert mixed.used_per_layer == dense.used_per_layer + router

@@ -11,6 +11,12 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.core.json_files import read_json
+from research.formats.huggingface.mxfp4_tensors import (
+    BLOCKS,
+    SCALES,
+    mxfp4_shapes,
+    read_mxfp4,
+)
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.family_registry import from_hf_config
@@ -77,6 +83,11 @@ class HuggingFaceWeights:
                     f"{folder}: {INDEX} places {name} in {file.name}, which does not "
                     "have it; copy the files of the model again"
                 )
+        # A tensor in two parts counts as one.
+        self._in_parts = mxfp4_shapes(self._shapes)
+        for name in self._in_parts:
+            del self._shapes[name + BLOCKS], self._shapes[name + SCALES]
+        self._shapes |= self._in_parts
         for name in self._files:
             if name.endswith(".weight"):  # Others may be tables that nobody reads.
                 self._require_numbers(name)
@@ -106,13 +117,19 @@ class HuggingFaceWeights:
         return self._shapes
 
     def read(self, name: str) -> np.ndarray:
+        if name in self._in_parts:
+            parts = (self._read(name + end) for end in (BLOCKS, SCALES))
+            return read_mxfp4(name, *parts)
         self._require_numbers(name)
+        return self._read(name)
+
+    def _read(self, name: str) -> np.ndarray:
         # An open file would keep all that was read of it in the memory of the process.
         with _opened(self._files[name]) as handle:
             return handle.get_tensor(name)
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
-        return family.hf_layout(self._files)
+        return family.hf_layout(self._shapes)
 
     def on(self, mesh: Mesh) -> "HuggingFaceWeights":
         return self

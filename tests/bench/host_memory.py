@@ -6,9 +6,12 @@ Writes a random model in bfloat16 with the proportions of an 8B Llama (embedding
 head take 6 % of it each) in several files, loads it over eight virtual devices, whose
 memory is the host's, exports it in bfloat16, and reads the export back for the proof.
 Each peak is the highest resident size of the process (`VmHWM`) less that before the
-model. Needs 4.5 times the size of the model on the disk below TMPDIR while it runs.
+model. The files are written by a process of their own, and freed memory returns to the
+system at once, so that only what is in use counts. Needs twice the size of the model on
+the disk below TMPDIR.
 """
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -35,6 +38,7 @@ from research.parallel import mesh as meshes
 from research.tokenize.tokenizer_training import byte_tokenizer
 
 GB = 1e9
+FREEING = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
 
 
 def shape(layers: int) -> Architecture:
@@ -45,8 +49,10 @@ def shape(layers: int) -> Architecture:
     )  # fmt: skip
 
 
-def write_model(folder: Path, model: Model) -> None:
+def write_model(folder: Path, layers: int) -> None:
     """Random files, in the order of the layers, a tensor at a time."""
+    huggingface_export.FILE_BYTES = 500_000_000
+    model = Model(shape(layers))
     rng = np.random.default_rng(0)
     block = rng.normal(size=1 << 20).astype(np.float32)
 
@@ -56,13 +62,8 @@ def write_model(folder: Path, model: Model) -> None:
         std = leaf.std if leaf.n_in else 0.1
         return (values * std + (not leaf.n_in)).astype(ml_dtypes.bfloat16)
 
-    kept, huggingface_export.fetch = huggingface_export.fetch, draw
-    try:
-        huggingface_export.export(
-            model, model.specs, byte_tokenizer(), folder, "bfloat16"
-        )
-    finally:
-        huggingface_export.fetch = kept
+    huggingface_export.fetch = draw
+    huggingface_export.export(model, model.specs, byte_tokenizer(), folder, "bfloat16")
 
 
 def status(field: str) -> int:
@@ -84,12 +85,19 @@ def peak_of(name: str, size: int, before: int, work):
 
 
 def main() -> None:
+    if os.environ.get("GLIBC_TUNABLES") != FREEING:  # Read at the start of a process.
+        os.environ["GLIBC_TUNABLES"] = FREEING
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     huggingface_export.FILE_BYTES = 500_000_000
     top = Path(tempfile.mkdtemp(prefix="host-memory-"))
     try:
         model = Model(shape(layers))
-        write_model(top / "in", model)
+        writing = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(top / "in", layers)
+        )
+        writing.start()
+        writing.join()
         files = [*(top / "in").glob("*.safetensors")]
         size = sum(file.stat().st_size for file in files)
         print(f"{size / GB:.2f} GB in {len(files)} files, 8 virtual devices")

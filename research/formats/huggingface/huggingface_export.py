@@ -192,11 +192,20 @@ def fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     A plain array keeps its dtype. Anything else, such as one with an adapter, is summed
     in float32 and stays so, to be rounded once, to the dtype of a file.
     """
-    whole = None  # JAX leaves it split over the devices of this process.
-    where = jax.tree.leaves(leaf)[0].sharding
-    if isinstance(where, NamedSharding) and not where.is_fully_addressable:
-        whole = NamedSharding(where.mesh, PartitionSpec())
-    return np.asarray(_jit_pick(whole)(leaf, index))
+    return np.asarray(_jit_pick(_sharding_of(leaf, len(index)))(leaf, index))
+
+
+def _sharding_of(leaf: Any, named: int) -> Any:
+    """Where a layer lies: split as its parameter, or whole where hosts share it."""
+    arrays = jax.tree.leaves(leaf)
+    where = arrays[0].sharding
+    if not isinstance(where, NamedSharding):
+        return None
+    if not where.is_fully_addressable:
+        return NamedSharding(where.mesh, PartitionSpec())
+    (split, *_) = [x for x in arrays if x.shape == tuple(leaf.shape)] or [None]
+    axes = split.sharding.spec[named:] if split is not None else ()
+    return NamedSharding(where.mesh, PartitionSpec(*axes))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from research.core.atomic_files import sync
 from research.core.errors import UserError
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-PIECE_BYTES = 64 * 2**20  # that are converted at a time
+PIECE_BYTES = 16 * 2**20  # that are converted at a time
 
 
 class SafetensorsWriter:

@@ -1,8 +1,8 @@
 """Compares written files with the model of a run: weights by layer, and logits.
 
-Our model computes as always, with its adapters beside the weights. The model of the
-files is never in memory as a whole: each layer is read, split over the devices,
-compared and applied, and then dropped.
+Both run layer by layer: ours with its adapters beside the weights, and the one in the
+files, which is never in memory as a whole. Each of its layers is read, split over the
+devices, compared and applied, and then dropped.
 """
 
 import dataclasses
@@ -69,10 +69,7 @@ def prove(
     if written.tokenizer is not None:
         _compare_tokenizers(exported.tokenizer, written.tokenizer)
     with jax.default_matmul_precision(PRECISION):
-        ours = _logits(exported.model.architecture)(
-            dict(exported.weights), rows.tokens, rows.positions, rows.segments
-        )
-        parity = _compare(exported, written, rows, ours, numbers)
+        parity = _compare(exported, written, rows, numbers)
     if faults := parity.faults():
         raise ParityError(
             "the written files compute something else than the run, so they are "
@@ -100,40 +97,31 @@ def _proof_model(architecture: Architecture) -> Model:
 
 
 @functools.cache
-def _logits(architecture: Architecture) -> Any:
-    """`(params, tokens, positions, segments) -> [B, T, V]`, compiled on use."""
-    model = _proof_model(architecture)
-
-    def logits(params: Leaves, *rows: Array) -> Array:
-        return model.logits(params, model.hidden(params, *rows))
-
-    return jax.jit(logits)
-
-
-@functools.cache
 def _programs(architecture: Architecture) -> tuple[Any, Any, Any]:
-    """The begin, one layer and the end of the model of the files.
-
-    Each also measures how far its parameters are from ours, in squares.
-    """
+    """The begin, one layer and the end of a model, compiled on use."""
     model = _proof_model(architecture)
 
-    def begin(theirs: Leaves, ours: Leaves, tokens: Array, positions: Array):
-        return model.embed(theirs, tokens, positions), _squares(theirs, ours)
+    def layer(params: Leaves, place: Array, number: Array, x: Array, *rows: Array):
+        own = _one_layer(params, place)
+        return model.layer(own, number, x, *rows)
 
-    def layer(theirs: Leaves, ours: Leaves, number: Array, x: Array, *rows: Array):
-        own = {p: jax.tree.map(lambda x: x[number][None], v) for p, v in ours.items()}
-        return model.layer(theirs, number, x, *rows), _squares(theirs, own)
+    def end(params: Leaves, x: Array) -> Array:
+        return model.logits(params, model.final_norm(params, x))
 
-    def end(theirs: Leaves, ours: Leaves, x: Array, logits: Array, is_token: Array):
-        found = model.logits(theirs, model.final_norm(theirs, x))
-        return _statistics(logits, found, is_token), _squares(theirs, ours)
-
-    return jax.jit(begin), jax.jit(layer), jax.jit(end)
+    return jax.jit(model.embed), jax.jit(layer), jax.jit(end)
 
 
-def _squares(theirs: Leaves, ours: Leaves) -> dict[str, tuple[Array, Array]]:
+def _one_layer(params: Leaves, place: Array) -> Leaves:
+    """The layer at `place` of stacked parameters, stacked alone."""
+    return {p: jax.tree.map(lambda x: x[place][None], v) for p, v in params.items()}
+
+
+@jax.jit
+def _squares(
+    ours: Leaves, theirs: Leaves, place: Array | None = None
+) -> dict[str, tuple[Array, Array]]:
     """By path: the sum of squared differences, and of our squares."""
+    ours = ours if place is None else _one_layer(ours, place)
 
     def one(found: Array, own: Any) -> tuple[Array, Array]:
         own = materialize(jax.tree.map(_widened, own)).astype(jnp.float32)
@@ -146,6 +134,7 @@ def _widened(x: Array) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+@jax.jit
 def _statistics(ours: Array, theirs: Array, is_token: Array) -> dict[str, Array]:
     """Sums and largest values over the real tokens of `[B, T, V]` logits."""
     ours -= ours.mean(-1, keepdims=True)
@@ -165,43 +154,41 @@ def _statistics(ours: Array, theirs: Array, is_token: Array) -> dict[str, Array]
 
 
 def _compare(
-    exported: ExportedModel,
-    written: WrittenModel,
-    rows: ProofRows,
-    logits: Array,
-    numbers: str,
+    exported: ExportedModel, written: WrittenModel, rows: ProofRows, numbers: str
 ) -> Parity:
-    architecture, specs = written.architecture, exported.model.specs
-    begin, layer, end = _programs(architecture)
-    mesh = _mesh_of(exported.weights)
-    squares: dict[str, tuple[Array, Array]] = {}
+    """Each step takes one model after the other, for there is room for one alone."""
+    specs, weights = exported.model.specs, exported.weights
+    own = _programs(exported.model.architecture)
+    found = _programs(written.architecture)
+    mesh, squares = _mesh_of(weights), {}
 
     def load(paths: list[str], index: tuple[int, ...] = ()) -> dict[str, Array]:
         return {p: _placed(written.read(p, index), p, exported, mesh) for p in paths}
 
-    def ours(paths: list[str]) -> dict[str, Any]:
-        return {path: exported.weights[path] for path in paths}
-
-    def keep(found: Mapping[str, tuple[Array, Array]], suffix: str = "") -> None:
-        squares.update({path + suffix: pair for path, pair in found.items()})
-
     stacked = [path for path in specs if path.startswith("layers.")]
     first = [path for path in specs if "embedding." in path]
     last = [path for path in specs if path not in {*stacked, *first}]
-    if architecture.tied_head:
+    if exported.model.architecture.tied_head:
         last.append("embedding.table")
-    x, found = begin(load(first), ours(first), rows.tokens, rows.positions)
-    keep(found)
-    for number in range(architecture.layers):
-        theirs = load(stacked, (number,))
-        at = (np.int32(number), x, rows.positions, rows.segments)
-        x, found = layer(theirs, ours(stacked), *at)
-        del theirs  # Room for the next layer.
-        keep(found, f" of layer {number}")
-    is_token = rows.segments > 0
-    sums, found = end(load(last), ours(last), x, logits, is_token)
-    keep(found)
-    return _parity(sums, squares, int(is_token.sum()), rows.origin, numbers)
+    at = rows.positions, rows.segments
+    ours, theirs = {path: weights[path] for path in first}, load(first)
+    squares.update(_squares(ours, theirs))
+    x, y = (
+        programs[0](params, rows.tokens, rows.positions)
+        for programs, params in ((own, ours), (found, theirs))
+    )
+    ours = {path: weights[path] for path in stacked}
+    for number in map(np.int32, range(written.architecture.layers)):
+        theirs = load(stacked, (int(number),))
+        apart = _squares(ours, theirs, number)
+        squares |= {f"{path} of layer {number}": pair for path, pair in apart.items()}
+        x = own[1](ours, number, number, x, *at).block_until_ready()
+        y = found[1](theirs, np.int32(0), number, y, *at).block_until_ready()
+    ours, theirs = {path: weights[path] for path in last}, load(last)
+    squares.update(_squares(ours, theirs))
+    logits = own[2](ours, x).block_until_ready()
+    sums = _statistics(logits, found[2](theirs, y), rows.segments > 0)
+    return _parity(sums, squares, int((rows.segments > 0).sum()), rows.origin, numbers)
 
 
 def _parity(

@@ -57,7 +57,7 @@ def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
         format = [*names, " ".join(flags)][0]
         return {"do": "export", "run": chosen, "format": format, **last}
     alias = {"alias": _named(last.get("alias", ""), runs)}
-    if "back" in last:
+    if last.get("back", "False") in ("", "True"):
         return {"do": "back", **alias}
     run, step = split_step(chosen[0] if chosen else "")
     return {"do": "promote", "run": [run], "step": step, **alias}

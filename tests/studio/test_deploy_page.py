@@ -281,6 +281,8 @@ def test_adapters_are_loaded_from_runs_of_the_studio_alone(site, ready):
     top, body = ready.requests[-1]
     sent = {"lora_name": "a", "lora_path": f"{site.runs}/a@2"}
     assert "/v1/load_lora_adapter" in top and json.loads(body) == sent
+    page = html.unescape(client.get("/deploy/api").text)
+    assert "/v1/load_lora_adapter" in page and '"lora_path": "RUN@STEP"' in page
     count = len(ready.requests)
     for run in ("runs/../a", "/etc", "runs"):
         answer = client.post("/act/adapter", data=load | {"run": run})

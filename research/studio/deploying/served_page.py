@@ -77,6 +77,7 @@ async def _page(request: Request, server_name: str, **made: str) -> Response:
         made=made,
         curl=snippets.curl(*asked),
         client=snippets.openai_client(*asked),
+        loading=snippets.loading(server),
         runs=[x.name for x in studio_of(request).listed() if newest(x.folder)],
         log=tail(server.log, LOG_BYTES),
         said=request.query_params.get("said", ""),

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from research.studio.serving.model_servers import ModelServer
 
@@ -14,6 +16,16 @@ def curl(server: ModelServer, model: str, is_chat: bool, key: str = "") -> str:
     """A shell command; `key` is one that was just made."""
     path = "chat/completions" if is_chat else "completions"
     asked = {"model": model, **_asked(is_chat), "max_tokens": NEW_TOKENS}
+    return _posting(server, path, asked, key)
+
+
+def loading(server: ModelServer) -> str:
+    """A shell command that loads an adapter; names stand in it for what is chosen."""
+    named = {"lora_name": "NAME", "lora_path": "RUN@STEP"}
+    return _posting(server, "load_lora_adapter", named, "")
+
+
+def _posting(server: ModelServer, path: str, body: Mapping[str, Any], key: str) -> str:
     words = ["curl", "-sS"]
     if server.uds:
         words += ["--unix-socket", server.uds]
@@ -22,7 +34,7 @@ def curl(server: ModelServer, model: str, is_chat: bool, key: str = "") -> str:
     if server.key_file:
         words += ["-H", f"Authorization: Bearer {key or PLACE}"]
     return shlex.join([*words, "-H", "Content-Type: application/json"]) + (
-        f" \\\n  -d {shlex.quote(json.dumps(asked, ensure_ascii=False))}"
+        f" \\\n  -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )
 
 

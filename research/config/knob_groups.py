@@ -100,8 +100,9 @@ class LoRAConfig:
     )
     init_from: str = knob(
         "",
-        "adapter folder of PEFT to continue, in place of a no-op; its targets, ranks "
-        "and alphas replace those of the config",
+        "adapter of PEFT to continue, in place of a no-op: its folder, or "
+        "hub://owner/name[@revision]; its targets, ranks and alphas replace those of "
+        "the config",
         is_path=True,
     )
 

@@ -23,6 +23,7 @@ PACKAGE = r"pkg://[\w.]+(/(?!\.\.?(/|$))[^/]+)+"
 # Values that name no path of this machine, by knob.
 NO_PATH = {
     "model.init_from": f"{HUB}|{PACKAGE}",
+    "lora.init_from": HUB,
     "data.path": f"{HUB}|{EMBEDDED}",
     "data.eval_path": HUB,
     "text.sources": f"{HUB}|stdlib",

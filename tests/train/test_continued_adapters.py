@@ -1,6 +1,7 @@
 """A run that continues an adapter folder of PEFT: its config, its start, its resume."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ from tiny_model import CONFIG
 from research.config.knob_groups import LoRAConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
+from research.formats.peft import find_adapter
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
 from research.runs.lineage.adapter_start import with_adapter
+from research.runs.lineage.hub_pins import pinned, resolve_addresses
 from research.runs.run_directory import RunDir
 from research.studio.jobs.job_commands import branching
 from research.tasks import task_registry
@@ -106,3 +109,30 @@ def test_training_starts_at_the_adapter(adapter):
     with pytest.raises(UserError, match="other targets, ranks or alphas"):
         load_start(definition, base, frozen, changed)
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == "float32", params))
+
+
+def test_an_adapter_of_the_hub_keeps_its_commit(adapter, tmp_path, monkeypatch):
+    config = config_of(adapter[0], init_from="hub://owner/name")
+    asked = []
+
+    def fetch(address, timeout, patterns, lacking):
+        asked.append((str(address), timeout, patterns))
+        assert lacking(tmp_path) and not lacking(adapter[0] / "adapter")
+        return adapter[0] / "adapter"
+
+    monkeypatch.setattr(find_adapter, "fetch_files", fetch)
+    found = with_adapter(config)
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert asked == [("hub://owner/name", config.data.hub_timeout, files)]
+    assert found.lora == dataclasses.replace(
+        with_adapter(config_of(adapter[0])).lora, init_from="hub://owner/name"
+    )
+    pins = {"hub://owner/name": f"hub://owner/name@{'0' * 40}"}
+    assert resolve_addresses(found, pins, asking=False) == pins
+    at_commit = pinned(found, pins)
+    assert at_commit.lora.init_from == pins["hub://owner/name"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(at_commit))
+    (tmp_path / "run" / "hub_revisions.json").write_text(json.dumps(pins))
+    monkeypatch.setattr(find_adapter, "fetch_files", None)
+    assert with_adapter(config, RunDir(tmp_path / "run")).lora == found.lora

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,16 +12,15 @@ import numpy as np
 
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError, nearest
-from research.core.local_paths import local_path, no_such
 from research.formats.huggingface.huggingface_weights import PLAIN_TYPES
 from research.formats.peft.adapter_config import (
     CONFIG,
-    PICKLED,
     PREFIX,
     TENSORS,
     LoraNumbers,
     read_numbers,
 )
+from research.formats.peft.find_adapter import find_adapter, open_tensors
 from research.formats.peft.lora_modules import (
     LoraModule,
     Pair,
@@ -61,7 +59,7 @@ class _Entry:
 
 
 class AdapterFolder:
-    """An open adapter, whose tensors fit a model of one shape.
+    """An open adapter of a folder or the hub, whose tensors fit a model of one shape.
 
     Attributes:
       numbers: ranks and scales as its config has them.
@@ -75,12 +73,16 @@ class AdapterFolder:
     """
 
     def __init__(
-        self, name: str, architecture: Architecture, specs: Mapping[str, Spec]
+        self,
+        name: str,
+        architecture: Architecture,
+        specs: Mapping[str, Spec],
+        hub_timeout: float = 5.0,
     ):
-        self._folder = _located(name)
+        self._folder = find_adapter(name, hub_timeout)
         self._file = self._folder / TENSORS
         self.numbers: LoraNumbers = read_numbers(self._folder)
-        self._handle = _opened(self._file)
+        self._handle = open_tensors(self._file)
         self._architecture, self._specs = architecture, specs
         names, self._whole = self._sorted_names()
         self._entries = self._match(self._without_tied_head(names))
@@ -331,34 +333,6 @@ class AdapterFolder:
 
 def _differs(key: str, found: tuple[int, ...], needed: tuple[int, ...]) -> str:
     return f"{key} is {list(found)}, and it needs {list(needed)}"
-
-
-def _located(name: str) -> Path:
-    folder = local_path(name, "config.lora.init_from")
-    how = "give the folder that PEFT's save_pretrained wrote"
-    if not folder.exists():
-        raise no_such(f"adapter {name!r}", folder, how)
-    if not (folder / CONFIG).is_file():
-        inside = sorted(str(x.parent) for x in folder.glob(f"*/{CONFIG}"))
-        there = f"; there are {', '.join(inside[:8])}" if inside else ""
-        raise UserError(f"{folder} has no {CONFIG}: {how}{there}")
-    if not (folder / TENSORS).is_file():
-        if (folder / PICKLED).exists():
-            raise UserError(
-                f"{folder} has {PICKLED} alone, which is pickled and never read: load "
-                "it with PEFT and save it again, which writes safetensors"
-            )
-        raise UserError(f"{folder} has no {TENSORS}: {how}")
-    return folder
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import safe_open
-
-    try:
-        return safe_open(file, framework="numpy")
-    except Exception as error:  # SafetensorError, or an error of mmap.
-        raise UserError(f"{file} is not a safetensors file: {error}") from error
 
 
 def _exactly(path: str) -> str:

@@ -11,6 +11,7 @@ from research.formats.peft.adapter_folder import AdapterFolder
 from research.models.architecture import Architecture
 from research.models.transformer import Model
 from research.runs.lineage.base_of_run import start_architecture
+from research.runs.lineage.hub_pins import pinned
 from research.runs.run_directory import RunDir
 
 # The knobs that an adapter answers.
@@ -37,15 +38,13 @@ def with_adapter(
     asked = config.lora
     if not asked.init_from or config.trainable != "lora":
         return config
-    begun = folder.config().lora if folder and folder.exists else None
-    if begun and os.path.abspath(begun.init_from) == os.path.abspath(asked.init_from):
+    if folder and (begun := _begun_at(folder, config)):
         own = {name: getattr(begun, name) for name in ANSWERED}
         found = dataclasses.replace(asked, **own)
     else:
         architecture = architecture or start_architecture(config)
-        adapter = AdapterFolder(
-            asked.init_from, architecture, Model(architecture).specs
-        )
+        specs, timeout = Model(architecture).specs, config.data.hub_timeout
+        adapter = AdapterFolder(asked.init_from, architecture, specs, timeout)
         found = adapter.lora_config(asked)
     for name in ANSWERED:
         value, default = getattr(asked, name), getattr(LoRAConfig(), name)
@@ -56,3 +55,15 @@ def with_adapter(
                 f"or add {shell_flag(f'lora.{name}', default)}"
             )
     return dataclasses.replace(config, lora=found)
+
+
+def _begun_at(folder: RunDir, config: Config) -> LoRAConfig | None:
+    """The adapters of the run in `folder`, if it began with the one of `config`."""
+    if not folder.exists:
+        return None
+    begun = folder.config().lora
+    asked = pinned(config, folder.known_pins()).lora.init_from
+    is_same = begun.init_from == asked or (
+        os.path.abspath(begun.init_from) == os.path.abspath(asked)
+    )
+    return begun if is_same else None

@@ -103,6 +103,8 @@ def _mapped(config: Config, change: Callable[[str, str], str]) -> Config:
 
     model, data, text = config.model, config.data, config.text
     model = dataclasses.replace(model, init_from=hub(model.init_from, "model"))
+    adapter = hub(config.lora.init_from, "model")
+    lora = dataclasses.replace(config.lora, init_from=adapter)
     # An added task may read what either of ours does.
     if data.kind != "instructions":
         text = dataclasses.replace(
@@ -116,4 +118,4 @@ def _mapped(config: Config, change: Callable[[str, str], str]) -> Config:
             path = change("", "dataset")
         held_out = data.eval_path and hub(data.eval_path, "dataset")
         data = dataclasses.replace(data, path=path, eval_path=held_out)
-    return dataclasses.replace(config, model=model, data=data, text=text)
+    return dataclasses.replace(config, model=model, data=data, text=text, lora=lora)

@@ -171,6 +171,7 @@ def test_recorded_models_that_llama_cpp_cannot_say_are_refused_by_name():
     [
         ("phi3", {"head_dim": 16}, "4 heads that are not 32 / 4 wide"),
         ("olmo2", {"tie_word_embeddings": True}, "a head that is tied"),
+        ("gpt_neox", {"attention_bias": False}, "attention that has no biases"),
         ("qwen3_moe", {"norm_topk_prob": False}, "cannot say that experts is"),
         ("qwen3", {"head_dim": 64, "rope_scaling": RAMP}, "that ropes is"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 from plan_helpers import EIGHT_B, big_config
 
@@ -11,6 +12,7 @@ from research.parallel import chips
 from research.parallel import mesh as meshes
 from research.plan import abstract_step
 from research.plan.estimate import roofline
+from research.plan.estimate.memory_formulas import kept_per_token
 from research.plan.estimate.step_flops import StepFlops, count_step_flops
 from research.plan.planned_devices import parse_device
 from research.plan.step_costs import Collective
@@ -145,3 +147,20 @@ def test_roofline_and_prediction():
     assert told.chip_hours == pytest.approx(4 * 24 * 16)
     epochs = roofline.predict(line.overlapped, flops, 1000, None, target)
     assert epochs == dataclasses.replace(told, days=None, chip_hours=None)
+
+
+def test_an_mlp_without_a_gate_keeps_one_product_and_no_gate():
+    """GPT-2 and GPT-NeoX: up and its activation, where others have gate and up."""
+    mesh = types.SimpleNamespace(
+        shape={"tensor": 2}, devices=np.array([types.SimpleNamespace(platform="cpu")])
+    )
+
+    def kept(remat, gated):
+        shape = dataclasses.replace(EIGHT_B, gated_mlp=gated)
+        definition = types.SimpleNamespace(mesh=mesh)
+        step = types.SimpleNamespace(architecture=shape, definition=definition)
+        return kept_per_token(step, remat)
+
+    for remat in ("dots", "none"):
+        assert kept(remat, gated=True) - kept(remat, gated=False) == EIGHT_B.mlp / 2
+    assert kept("full", gated=True) == kept("full", gated=False) == EIGHT_B.embed

@@ -220,6 +220,8 @@ def _refuse_unloadable(a: Architecture, family: ModelFamily) -> None:
         problem = f"{a.heads} heads that are not {a.embed} / {a.heads} wide"
     if family.gguf_architecture in OWN_HEADS and a.tied_head:
         problem = "a head that is tied to the embeddings"
+    if family.gguf_architecture == "gptneox" and "qkv" not in a.biases:
+        problem = "attention that has no biases"
     if problem:
         raise UserError(
             f"llama.cpp does not load {family.members} with {problem}. Export the "

@@ -138,10 +138,12 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     if a.experts:
         rows = a.experts.chosen * shape["expert"]
         mlp, results = rows * a.mlp, rows * a.embed
+    # An MLP without a gate has one product in, and nothing that the gate needs.
+    products, inputs = (2, 3) if a.gated_mlp else (1, 2)
     kept = {
         "full": a.embed,
-        "dots": 2 * a.embed + queries + 2 * keys + 2 * mlp + results,
-        "none": 4 * a.embed + 2 * queries + 2 * keys + 3 * mlp + 2 * results,
+        "dots": 2 * a.embed + queries + 2 * keys + products * mlp + results,
+        "none": 4 * a.embed + 2 * queries + 2 * keys + inputs * mlp + 2 * results,
     }
     return look_up(kept, remat, "config.model.remat")
 

@@ -5,12 +5,14 @@
 Both train in full on the same random rows, on one device, and take turns step by step,
 so that other work on the machine slows both. The dense model's MLP is as wide as the
 chosen experts together, so each token meets as many matrices. Prints the medians and
-their ratio. On CPU set the GLIBC_TUNABLES of the Makefile, as `make` does for training.
+their ratio, also of the seconds of all the process's threads: on a busy machine these
+say more. On CPU set the GLIBC_TUNABLES of the Makefile, as `make` does for training.
 """
 
 import argparse
 import dataclasses
 import statistics
+import time
 from collections.abc import Sequence
 
 from random_step import RandomStep, read_config, value_of
@@ -58,20 +60,22 @@ def main(argv: Sequence[str]) -> None:
         name: RandomStep(config, shape, trained=1.0, documents=1)
         for name, shape in (("dense", dense), ("experts", mixed))
     }
-    seconds = {name: [] for name in sides}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(options.warmup + options.steps):
         for name, step in sides.items():
-            seconds[name].append(step.run())
-    medians = {
-        name: statistics.median(taken[options.warmup :])
-        for name, taken in seconds.items()
-    }
+            begun = time.process_time()
+            taken[name].append((step.run(), time.process_time() - begun))
     print(
         f"{options.preset}, {options.rows} x {options.seq} tokens, "
-        f"{config.model.dtype}: dense {medians['dense']:.3f} s a step, "
-        f"{options.chosen} of {options.experts} experts {medians['experts']:.3f} s, "
-        f"ratio {medians['experts'] / medians['dense']:.2f}"
+        f"{config.model.dtype}, {options.chosen} of {options.experts} experts"
     )
+    for what, index in (("seconds", 0), ("of all threads", 1)):
+        dense_s, experts_s = (
+            statistics.median(each[index] for each in taken[name][options.warmup :])
+            for name in sides
+        )
+        ratio = experts_s / dense_s
+        print(f"{what}: dense {dense_s:.3f}, experts {experts_s:.3f}, {ratio:.2f}")
 
 
 if __name__ == "__main__":

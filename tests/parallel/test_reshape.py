@@ -1,5 +1,6 @@
 """Another mesh resumes from what one mesh has saved, byte for byte."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -7,11 +8,13 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers import in_soak
+from helpers import TINY, in_soak
 from step_definitions import make_definition, spread
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.config.run_config import CheckpointConfig
+from research.models.architecture import Experts
+from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.train.step import train_step
 
@@ -90,6 +93,32 @@ def test_parameters_and_optimizer_come_back(on_mesh, checkpoints, kind, source, 
         assert np.asarray(new).tobytes() == old.tobytes()
         assert new.sharding == leaf.sharding
         assert len(new.sharding.device_set) == math.prod(target)
+
+
+def test_experts_come_back_on_another_split(tmp_path):
+    experts = Experts(count=8, chosen=2)
+    model = Model(dataclasses.replace(TINY, mlp=24, experts=experts))
+
+    def state_on(sizes):
+        definition, _ = make_definition(model, "full", sizes)
+        return train_step.abstract_state(definition)
+
+    source, *targets = map(
+        state_on,
+        [(1, 2, 2, 1, 1, 2), (1, 1, 1, 1, 1, 8), (1, 2, 1, 1, 2, 2), (1, 1, 1)],
+    )
+    values = random_values(source)
+    state = jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), values, source)
+    with Checkpointer(tmp_path, CheckpointConfig(), {}) as checkpointer:
+        checkpointer.save(3, state, {"data": 1}, None)
+    parts = set()
+    for abstract in targets:
+        found = restore(tmp_path, abstract)
+        jax.tree.map(np.testing.assert_array_equal, found, values)
+        up = found.params["layers.mlp.up.kernel"]
+        assert up.sharding == abstract.params["layers.mlp.up.kernel"].sharding
+        parts.add(up.sharding.shard_shape(up.shape)[1])
+    assert parts == {1, 4, 8}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doors import run_door
 from small_run import make_small_place, small_config
 
 from research.checkpoints import __main__ as checkpoints_door
@@ -24,6 +25,7 @@ from research.config.data_knobs import ColumnsConfig
 from research.config.run_config import CheckpointConfig, MeshConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
+from research.export import __main__ as export_door
 from research.export.write_model import write_model
 from research.formats.base_model import open_base
 from research.formats.huggingface.huggingface_export import (
@@ -109,6 +111,61 @@ def test_another_step_is_refused_until_the_flag(lora, exported, tmp_path, monkey
     assert 'system text: "Answer in \\*verse\\*."' in (out / "README.md").read_text()
     template = json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
     assert "'Answer in *verse*.'" in template
+
+
+def test_several_formats_are_written_at_once(lora, tmp_path, caplog):
+    formats = ["hf", "peft", "gguf", "gguf-adapter"]
+    wanted = (str(lora.path), "latest", tmp_path / "all", "float32", False, formats)
+    write_model(*wanted)
+    assert {x.name for x in (tmp_path / "all").iterdir()} == {*formats}
+    for name in formats:
+        folder = tmp_path / "all" / name
+        facts = json.loads((folder / "exported_from.json").read_text())
+        parity = json.loads((folder / "parity.json").read_text())
+        assert (facts["format"], facts["step"]) == (name, 16)
+        assert facts["verified"] in (folder / "README.md").read_text()
+        assert "held-out rows of the run" in facts["verified"]
+        assert parity["weights"] <= parity["limits"]["weights"]
+        assert parity["largest"] < 1e-3 and parity["agreement"] == 1
+        assert f"--format={name}" in (folder / "README.md").read_text()
+    before = {name: content(tmp_path / "all" / name) for name in formats}
+    with caplog.at_level("INFO"):
+        write_model(*wanted)
+    assert caplog.text.count("nothing is written") == len(formats)
+    assert before == {name: content(tmp_path / "all" / name) for name in formats}
+
+
+def test_files_that_compute_something_else_are_removed(
+    lora, exported, tmp_path, monkeypatch
+):
+    out = shutil.copytree(exported, tmp_path / "out")
+    read_back = HuggingFaceFormat.read_back
+
+    def spoilt(self, folder, exported):
+        written = read_back(self, folder, exported)
+        return dataclasses.replace(
+            written,
+            read=lambda path, index: written.read(path, index) * np.float32(1.01),
+        )
+
+    monkeypatch.setattr(HuggingFaceFormat, "read_back", spoilt)
+    flags = ("export", f"--run={lora.path}", "--step=15", "--replace=True")
+    for folder in (out, tmp_path / "new"):
+        ended = run_door(export_door.main, tmp_path, *flags, f"--out={folder}")
+        assert ended.returncode == 1
+        assert ended.stderr.count("compute something else than the run") == 1
+    assert content(out) == content(exported)
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_quant_that_no_format_stores_is_refused(lora, tmp_path):
+    said = r"--quant=q8_0: --format=hf,peft stores plain numbers"
+    with pytest.raises(UserError, match=said):
+        write_model(
+            str(lora.path), "15", tmp_path, "float32", False, ["hf", "peft"], "q8_0"
+        )
+    with pytest.raises(UserError, match=r"--format is 'gguff'.*gguf"):
+        write_model(str(lora.path), "15", tmp_path, "float32", False, ["gguff"])
 
 
 def test_a_file_that_changed_is_not_the_same_export(lora, exported, tmp_path):

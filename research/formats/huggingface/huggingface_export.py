@@ -192,7 +192,24 @@ def fetch(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     A plain array keeps its dtype. Anything else, such as one with an adapter, is summed
     in float32 and stays so, to be rounded once, to the dtype of a file.
     """
+    if not index and isinstance(leaf, jax.Array) and _is_on_cpu(leaf):
+        return _assembled(leaf)
     return np.asarray(_jit_pick(_sharding_of(leaf, len(index)))(leaf, index))
+
+
+def _is_on_cpu(array: jax.Array) -> bool:
+    """Whether this process can read all of it without a copy."""
+    devices = array.sharding.device_set
+    return array.is_fully_addressable and {x.platform for x in devices} == {"cpu"}
+
+
+def _assembled(array: jax.Array) -> np.ndarray:
+    """The parts of an array as one, without a second copy on its devices."""
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = np.asarray(shard.data)
+    return whole
 
 
 def _sharding_of(leaf: Any, named: int) -> Any:

@@ -184,9 +184,10 @@ def _compare(
         squares |= {f"{path} of layer {number}": pair for path, pair in apart.items()}
         x = own[1](ours, number, number, x, *at).block_until_ready()
         y = found[1](theirs, np.int32(0), number, y, *at).block_until_ready()
-    ours, theirs = {path: weights[path] for path in last}, load(last)
-    squares.update(_squares(ours, theirs))
+    ours = {path: weights[path] for path in last}
     logits = own[2](ours, x).block_until_ready()
+    theirs = load(last)
+    squares.update(_squares(ours, theirs))
     sums = _statistics(logits, found[2](theirs, y), rows.segments > 0)
     return _parity(sums, squares, int((rows.segments > 0).sum()), rows.origin, numbers)
 

@@ -4,7 +4,8 @@ Experts are split over `expert` and `tensor`. Devices along `expert` hold differ
 rows: each gathers the tokens of all of them, computes its own experts, and gets back
 the sum of what all have made of its rows. Devices along `tensor` hold the same rows, so
 they only sum. No token is dropped, and no expert has a capacity: a device whose experts
-are popular takes longer.
+are popular takes longer. It must have room for every token that it gathers, so it
+computes those of one device after those of another, and keeps nothing but inputs.
 
 A ragged all-to-all would send a token only to the devices of its experts, but XLA has
 none for CPUs, and with 8 experts for each token most devices get most tokens anyway.
@@ -32,6 +33,7 @@ def make_mix_experts(mesh: Mesh, alone: Mix) -> Mix:
     if mesh.size == 1:
         return alone
     over = meshes.partition(("expert",), mesh=mesh)[0]
+    alone_in_row = mesh.shape["expert"] == 1
     # A device along `expert` has the rows behind those of the one before it.
     outer = meshes.BATCH_AXES[: meshes.BATCH_AXES.index("expert")]
 
@@ -53,20 +55,23 @@ def make_mix_experts(mesh: Mesh, alone: Mix) -> Mix:
         is_split = rows[0] is not None
 
         def local(weights: Any, *tokens: Array) -> Array:
-            first_row: Array | int = 0
-            if is_split:
-                tokens = tuple(
-                    jax.lax.all_gather(each, "expert", axis=0, tiled=True)
-                    for each in tokens
-                )
-                first_row = jax.lax.axis_index(outer) * len(tokens[0])
-            x, chosen, shares = tokens
-            chosen -= jax.lax.axis_index(over) * here
-            fixed = {"experts": here, "first_row": first_row}
-            y = alone(compute, weights, x, chosen, shares, **fixed)
-            if not is_split:
+            first = jax.lax.axis_index(over) * here
+
+            def own_part(_: None, part: tuple[Array, ...]) -> tuple[None, Array]:
+                first_row, x, chosen, shares = part
+                fixed = {"experts": here, "first_row": first_row}
+                y = alone(compute, weights, x, chosen - first, shares, **fixed)
+                return None, y
+
+            if not is_split or alone_in_row:
+                shard = jax.lax.axis_index(outer) if is_split else 0
+                _, y = own_part(None, (shard * len(tokens[0]), *tokens))
                 return jax.lax.psum(y, over)
-            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+            met = [jax.lax.all_gather(each, "expert", axis=0) for each in tokens]
+            shards = jnp.arange(len(met[0])) + jax.lax.axis_index(outer) * len(met[0])
+            parts = shards * len(tokens[0]), *met
+            _, y = jax.lax.scan(jax.checkpoint(own_part), None, parts)
+            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0)
             return jax.lax.psum(y, "tensor")
 
         return jax.shard_map(

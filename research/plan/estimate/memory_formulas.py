@@ -55,7 +55,7 @@ def _temporaries(step: AbstractStep) -> float:
     logits = min(chunk_size(step), tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = sum(_gathered_matrices(step))
-    at_layer = width * (2 * matrices + tokens * kept_per_token(step, "none"))
+    at_layer = width * (2 * matrices + tokens * _used_per_token(step, 1))
     at_layer += _mask_bytes(step)
     if step.passes > 1:  # The sum over the passes so far is kept, too.
         gradients *= 2
@@ -81,7 +81,7 @@ def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
     weights = 2 * width * sum(_gathered_matrices(step))
 
     def layer(tokens: float) -> float:
-        return weights + tokens * width * kept_per_token(step, "none")
+        return weights + tokens * width * _used_per_token(step, 1)
 
     # A prompt is one row, which no axis but `tensor` splits.
     prompt = task_registry.find_kind(step.config).longest_prompt(step.config)
@@ -124,9 +124,8 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
 
     `full` keeps the layer's input. `dots` also keeps the products with weights:
     queries, keys, values, the attention's result, gate and up. `none` keeps the inputs
-    of all products, and what attention and the gate need. Experts have a row for each
-    of their tokens, which all of a device's experts may share: it has room for every
-    token that it gathers, as often as a token has experts.
+    of all products, and what attention and the gate need. With an `expert` axis it
+    keeps the tokens that a device gathers, and nothing that experts make of them.
     """
     a, shape = step.architecture, step.definition.mesh.shape
     tensor = shape["tensor"]
@@ -136,16 +135,31 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     queries, keys = (n * head_dim / tensor for n in (a.heads, a.kv_heads))
     mlp, results = a.mlp / tensor, 0.0
     if a.experts:
-        rows = a.experts.chosen * shape["expert"]
+        rows = a.experts.chosen if shape["expert"] == 1 else 0
         mlp, results = rows * a.mlp, rows * a.embed
+    met = shape["expert"] * a.embed if shape["expert"] > 1 else 0
     # An MLP without a gate has one product in, and nothing that the gate needs.
     products, inputs = (2, 3) if a.gated_mlp else (1, 2)
     kept = {
         "full": a.embed,
         "dots": 2 * a.embed + queries + 2 * keys + products * mlp + results,
-        "none": 4 * a.embed + 2 * queries + 2 * keys + inputs * mlp + 2 * results,
+        "none": 4 * a.embed + 2 * (queries + keys + results) + inputs * mlp + met,
     }
     return look_up(kept, remat, "config.model.remat")
+
+
+def _used_per_token(step: AbstractStep, parts: int) -> float:
+    """Values per token of a device that a layer holds while it computes.
+
+    With an `expert` axis, a device computes the tokens of one other after those of
+    another, and has a row for each expert of each of them. `parts` of them count.
+    """
+    a, experts = step.architecture, step.definition.mesh.shape["expert"]
+    used = kept_per_token(step, "none")
+    if a.experts and experts > 1:
+        used += experts * a.embed
+        used += parts * a.experts.chosen * (3 * a.mlp + 2 * a.embed)
+    return used
 
 
 def device_tokens(step: AbstractStep) -> float:
@@ -175,7 +189,8 @@ def estimate_moved(step: AbstractStep) -> float:
     """Bytes that a step reads from and writes to one device's memory."""
     a, width = step.architecture, compute_width(step)
     tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
-    activations = tokens * kept_per_token(step, "none") * ACTIVATION_TRIPS
+    parts = step.definition.mesh.shape["expert"]
+    activations = tokens * _used_per_token(step, parts) * ACTIVATION_TRIPS
     weights = sum(_gathered_matrices(step)) * WEIGHT_TRIPS
     head = a.embed * a.vocab / tensor * head_chunks(step) * WEIGHT_TRIPS / 2
     logits = tokens * a.vocab / tensor * (FLOAT32 / width + 1) * 2

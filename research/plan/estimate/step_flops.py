@@ -59,7 +59,8 @@ def recomputed(
 
     Attention always computes its scores again, one of the two products of its forward
     pass. Remat `dots` keeps the products with weights but not those of attention;
-    `full` keeps neither. The head is never rematerialised.
+    `full` keeps neither. The head is never rematerialised. With an `expert` axis,
+    experts are always computed again.
     """
     forward_pair = count.per_pair / 3
     again = forward_pair / 2
@@ -68,9 +69,13 @@ def recomputed(
     adapters = 6.0 * trained if step.frozen else 0.0
     frozen_share = 2 if step.frozen else 3
     body = (count.per_token - adapters) / frozen_share + adapters / 3
+    a, experts = step.architecture, 0.0
+    if a.experts and step.definition.mesh.shape["expert"] > 1:
+        of_token = a.experts.chosen / a.experts.count
+        experts = 2.0 * a.layers * a.experts_per_layer * of_token
     repeated = {
-        "none": (0.0, again),
-        "dots": (0.0, again + forward_pair),
+        "none": (experts, again),
+        "dots": (experts, again + forward_pair),
         "full": (body, again + forward_pair),
     }
     return look_up(repeated, step.config.model.remat, "config.model.remat")

@@ -6,6 +6,7 @@ tests/launch/test_cloud_targets.py` records them again: read the difference firs
 
 import os
 import re
+import types
 
 import pytest
 from fake_tools import FLAGS, ROOT, files, launch, options_of
@@ -17,6 +18,7 @@ from research.config.run_config import from_config_dict
 from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.parallel.chips import CHIPS
+from research.plan import fit_advice
 
 KEPT = ROOT / "tests/golden/launch"
 CONFIG = f"--config={ROOT}/configs/finetune_8b.py"  # runtime.topology is v5e:4x4
@@ -231,7 +233,12 @@ def test_types_count_cores_where_google_does():
         ("skypilot", ("--accelerators=H100:8", "--nodes=2"), "h100:16"),
     ],
 )
-def test_what_does_not_fit_is_not_rented(tmp_path, fake, target, more, chips):
+def test_what_does_not_fit_is_not_rented(
+    tmp_path, fake, monkeypatch, target, more, chips
+):
+    # A search of seconds, which `test_fit_check` looks at.
+    advice = types.SimpleNamespace(words="rent more")
+    monkeypatch.setattr(fit_advice, "advise", lambda *_: advice)
     fake.git()
     for tool in ("gcloud", "kubectl", "sky"):
         fake(tool)

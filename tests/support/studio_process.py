@@ -88,4 +88,4 @@ def until(condition, log=None, seconds=300):
     over = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < over, log.read_text() if log else condition
-        time.sleep(0.1)
+        time.sleep(0.25)

@@ -84,7 +84,7 @@ class StudioProcess:
         return "\n".join(f"{file}\n{file.read_text()[-3000:]}" for file in files)
 
 
-def until(condition, log=None, seconds=300):
+def until(condition, log=None, seconds=400):
     over = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < over, log.read_text() if log else condition

@@ -19,9 +19,12 @@ from seeded_factors import make_factors, read_export
 
 from research.config.knob_groups import LoRAConfig
 from research.formats.peft.adapter_folder import AdapterFolder
+from research.formats.peft.lora_modules import is_module
 from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import used
+from research.weights.adapters.adapter_kind import Settings
 from research.weights.adapters.lora import KIND, merge
+from research.weights.contraction import materialize
 
 START = "base_model.model."
 NAMES = sorted(path.name for path in ADAPTERS.iterdir())
@@ -55,7 +58,7 @@ def updates_of_files(model, factors, scales):
     specs, found = model.specs, {}
     added = {path: update(factors[path], scales[path], specs[path]) for path in factors}
     for stored in used(family_of(model.architecture).hf_tensors, specs):
-        if specs[stored.paths[0]].n_in:
+        if is_module(stored, specs):
             for name, index in stored.names(specs):
                 none = [np.zeros(specs[path].shape) for path in stored.paths]
                 parts = [
@@ -103,7 +106,8 @@ def test_an_export_is_read_back_exactly(exported, tmp_path, name):
     assert [*adapter.ranks] == [path for path in model.specs if path in factors]
     found = adapter.lora_config(LoRAConfig(dropout=0.1))
     assert found.dropout == 0.1
-    assert KIND.specs(model.specs, found) == KIND.specs(model.specs, LORA)
+    own = KIND.specs(model.specs, LORA)
+    assert KIND.specs(model.specs, found) == {path: own[path] for path in adapter.ranks}
     assert KIND.settings(adapter.ranks, found).scales == adapter.scales
     for path, own in factors.items():
         read, spec = adapter.factors(path), model.specs[path]
@@ -129,8 +133,10 @@ def test_peft_has_read_this_very_export(exported, name):
 def test_logits_are_those_of_peft(golden, exported, tmp_path, name):
     """From our adapters in PEFT, and from PEFT's adapters here."""
     it, expected = golden(name), np.load(ADAPTERS / name / "expected.npz")
-    _, factors, *_ = exported(name)
-    ours, _ = it.logits(merge(it.params, factors, LORA))
+    _, factors, scales, *_ = exported(name)
+    streams = dict.fromkeys(factors, 0)
+    adapted = KIND.attach(it.params, factors, Settings(scales, streams, 0.0))
+    ours, _ = it.logits({path: materialize(leaf) for path, leaf in adapted.items()})
     assert np.abs(ours - expected["ours"]).max() < 1e-3
     folder = write_adapter(tmp_path / "peft", *made_by_peft(name))
     adapter = AdapterFolder(folder, it.architecture, it.model.specs)

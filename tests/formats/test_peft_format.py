@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_model
 from helpers import random_adapters, random_params
+from peft_exports import adapters_of, model_of
 from safetensors import safe_open
 
 from research.config.knob_groups import LoRAConfig, ModelConfig
@@ -19,6 +21,7 @@ from research.formats.export_format import (
     find_format,
 )
 from research.formats.huggingface.huggingface_export import fetch
+from research.formats.peft.adapter_folder import AdapterFolder
 from research.models.transformer import Model
 from research.weights import trainable
 
@@ -84,3 +87,43 @@ def test_a_run_without_adapters_is_refused(exported, tmp_path):
     with pytest.raises(UserError, match="trained all its parameters: use --format=hf"):
         FORMAT.write(full, tmp_path, ExportOptions())
     assert not [*tmp_path.iterdir()]
+
+
+class NamedTensors:
+    """A file whose names begin otherwise than its family's do."""
+
+    def __init__(self, beginning):
+        self._beginning = beginning
+
+    def layout(self, family):
+        return family.hf_layout([f"{self._beginning}embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    "beginning, own",
+    [
+        ("model.", "model."),
+        ("language_model.model.", "model.language_model."),
+        ("model.language_model.", "model.language_model."),
+    ],
+)
+def test_a_text_part_has_the_names_of_its_multimodal_model(
+    exported, tmp_path, beginning, own
+):
+    """As transformers 5 has them in memory, whatever the files of the base say."""
+    model = model_of("gemma3")
+    factors, scales = adapters_of(model)
+    base = dataclasses.replace(exported.base, tensors=NamedTensors(beginning))
+    adapters = {
+        path: ExportedAdapter(jax.device_put(x), rank, scales[path] * rank)
+        for path, x in factors.items()
+        for rank in [x["a"].shape[-1]]
+    }
+    part = dataclasses.replace(exported, model=model, base=base, adapters=adapters)
+    FORMAT.write(part, tmp_path, ExportOptions())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    names = {*config["target_modules"]} - {"lm_head"}
+    assert f"{own}layers.0.mlp.up_proj" in names
+    assert all(name.startswith(own) for name in names)
+    opened = AdapterFolder(str(tmp_path), model.architecture, model.specs)
+    assert opened.ranks.keys() == factors.keys()

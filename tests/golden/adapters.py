@@ -20,8 +20,6 @@ from safetensors.numpy import load_file, save_file
 from seeded_factors import make_factors, read_export
 
 FOLDER = "adapters"
-# PEFT has no module for an expert of GPT-OSS, whose files stack them.
-TINY = [tiny for tiny in switches.TINY if tiny.name != "gpt_oss"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Every config has ranks and alphas of its own for some layers, of which the first
 # pattern counts. PEFT sorts them when it saves.
@@ -46,7 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granite": {"target_modules": r".*\.(v_proj|gate_proj)", "use_rslora": True},
     "phi3": {"use_rslora": True},
     "gemma3": {"target_modules": ["o_proj", "lm_head"], **TIED},
-    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), EXPERTS),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), EXPERTS),
     "gpt2": {"target_modules": ["c_attn", "mlp.c_proj", "lm_head", "wpe"], **TIED},
 }
 
@@ -80,6 +78,10 @@ def by_peft(tiny: switches.Tiny) -> tuple[dict[str, Any], dict[str, Any], Arrays
         with tempfile.TemporaryDirectory() as folder:
             adapted.save_pretrained(folder)
             config = json.loads(Path(folder, CONFIG).read_text())
+    # A folder of this machine, and sets, which PEFT writes in any order.
+    config["base_model_name_or_path"] = tiny.name
+    for field, value in config.items():
+        config[field] = sorted(value) if isinstance(value, list) else value
     return config, shapes, logits_of(tiny, adapted.eval())
 
 

@@ -98,7 +98,6 @@ def check(root: Path) -> bool:
         except (OSError, RuntimeError, ValueError) as error:
             largest, faults, more = float("nan"), [], [str(error)]
         agreed &= report(model.name, largest, faults + more)
-    for model in adapters.TINY:
         folder = root / adapters.FOLDER / model.name
         try:
             recorded = recorded_arrays(folder)
@@ -125,7 +124,6 @@ def write(root: Path) -> None:
         tiny.write_tiny(family, root / family.name)
     for model in switches.TINY:
         switches.write_tiny(model, root)
-    for model in adapters.TINY:
         adapters.write_adapter(model, root)
     arrays, facts = real.compute()
     folder = root / real.NAME

@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 from seeded_factors import make_factors, save_export
 
 from research.config.knob_groups import LoRAConfig
+from research.formats.peft.lora_modules import lora_modules
 from research.formats.peft.peft_export import adapter_files
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
@@ -26,13 +27,16 @@ LORA = LoRAConfig(
 
 
 def adapters_of(model):
-    """Seeded factors of every matrix, and their scales, by path."""
-    specs = KIND.specs(model.specs, LORA)
+    """Seeded factors of every matrix that PEFT has a module for, and their scales."""
+    known = {x for module in lora_modules(model.architecture, model.specs)
+             for x in module.stored.paths}  # fmt: skip
+    every = KIND.specs(model.specs, LORA)
+    scales = KIND.settings({p: KIND.rank(x) for p, x in every.items()}, LORA).scales
+    specs = {path: every[path] for path in every if path in known}
     shapes = {f"{p}.{k}": s.shape for p, x in specs.items() for k, s in x.items()}
     values = make_factors(shapes, 7)
     factors = {p: {k: values[f"{p}.{k}"] for k in x} for p, x in specs.items()}
-    ranks = {path: KIND.rank(x) for path, x in specs.items()}
-    return factors, KIND.settings(ranks, LORA).scales
+    return factors, {path: scales[path] for path in specs}
 
 
 def model_of(name):
@@ -66,8 +70,6 @@ def write_exports():
     """Writes the exports that `golden/adapters.py` lets PEFT read."""
     for folder in sorted(SWITCHES.iterdir()):
         model = model_of(folder.name)
-        if folder.name == "gpt_oss":
-            continue  # PEFT has no module for one of its experts.
         tensors, config = export_of(model, *adapters_of(model))
         save_export(ADAPTERS / folder.name, config, tensors)
 

@@ -23,6 +23,8 @@ from research.weights.parameter_spec import Spec
 Pair = tuple[np.ndarray, np.ndarray]
 # The head of GPT-NeoX: in files, and in the models of transformers 5.
 IN_MEMORY = {"embed_out": "lm_head"}
+# The text part of a multimodal model in transformers 5, whatever its files say.
+MULTIMODAL = "model.language_model."
 # The ends of the names of a module's two tensors.
 LINEAR_ENDS = "lora_A.weight", "lora_B.weight"
 TABLE_ENDS = "lora_embedding_A", "lora_embedding_B"
@@ -128,14 +130,21 @@ class LoraModule:
 
 
 def lora_modules(
-    architecture: Architecture, specs: Mapping[str, Spec]
+    architecture: Architecture, specs: Mapping[str, Spec], beginning: str = ""
 ) -> list[LoraModule]:
-    """Every module of a model that has matrices, in the order of its family's files."""
+    """Every module of a model that has matrices, in the order of its family's files.
+
+    Args:
+      architecture, specs: of the model.
+      beginning: of the names in the files of the base, one of its family's; "" for
+        the usual one. A text model that is part of a multimodal one has another name
+        in memory, too.
+    """
     return [
         module
         for stored in used(family_of(architecture).hf_tensors, specs)
-        if is_matrix(stored, specs)
-        for module in _modules(stored, architecture, specs)
+        if is_module(stored, specs)
+        for module in _modules(stored, architecture, specs, beginning)
     ]
 
 
@@ -187,10 +196,14 @@ def stacked_experts(
     return found
 
 
-def is_matrix(stored: StoredTensor, specs: Mapping[str, Spec]) -> bool:
-    """Whether it is one matrix, and neither a vector nor a stack of matrices."""
+def is_module(stored: StoredTensor, specs: Mapping[str, Spec]) -> bool:
+    """Whether PEFT has a module for it: for one matrix, and not for a stack of them.
+
+    GPT-OSS's router is a parameter that it knows under no module's name.
+    """
     spec = specs[stored.paths[0]]
-    return spec.n_in > 0 and spec.stacked == stored.name.count("{}")
+    is_matrix = spec.n_in > 0 and spec.stacked == stored.name.count("{}")
+    return is_matrix and not stored.name.endswith(".router.weight")
 
 
 def tied_head(architecture: Architecture) -> str:
@@ -204,15 +217,19 @@ def tied_head(architecture: Architecture) -> str:
 
 
 def _modules(
-    stored: StoredTensor, architecture: Architecture, specs: Mapping[str, Spec]
+    stored: StoredTensor,
+    architecture: Architecture,
+    specs: Mapping[str, Spec],
+    beginning: str,
 ) -> Iterator[LoraModule]:
     first, *others = family_of(architecture).beginnings
     for tensor, index in stored.names(specs):
         name = tensor.removesuffix(".weight")
-        known = {name}
+        known, own = {name}, IN_MEMORY.get(name, name)
         if name.startswith(first):
-            known |= {other + name.removeprefix(first) for other in others}
-        own = IN_MEMORY.get(name, name)
+            rest = name.removeprefix(first)
+            known |= {other + rest for other in others}
+            own = MULTIMODAL + rest if "language_model." in beginning else own
         yield LoraModule(own, tuple(sorted(known - {own})), index, stored)
 
 

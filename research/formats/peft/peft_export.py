@@ -28,6 +28,7 @@ def adapter_files(
     specs: Mapping[str, Spec],
     scales: Mapping[str, float],
     fetch: Fetch,
+    beginning: str = "",
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The float32 tensors of an adapter folder, and its config without a base.
 
@@ -46,7 +47,8 @@ def adapter_files(
         for end, value in zip(ends, (down, up), strict=True):
             tensors[f"{PREFIX}{name}.{end}"] = np.ascontiguousarray(value)
 
-    for module, (down, up) in lora_tensors(architecture, specs, scales, fetch):
+    found = lora_tensors(architecture, specs, scales, fetch, beginning)
+    for module, (down, up) in found:
         add(module.name, module.ends, down, up)
         of_experts = len(down) if module.has_no_pattern else of_experts
         fan_in_fan_out |= not (module.is_table or module.stored.transposed)
@@ -75,6 +77,7 @@ def lora_tensors(
     specs: Mapping[str, Spec],
     scales: Mapping[str, float],
     fetch: Fetch,
+    beginning: str = "",
 ) -> Iterator[tuple[LoraModule, Pair]]:
     """`lora_A` and `lora_B` of each module with adapters, all at `common_scale`.
 
@@ -82,11 +85,12 @@ def lora_tensors(
       architecture, specs: of the model.
       scales: alpha / rank by path.
       fetch: `(path, index) -> (a, b)`, the factors of one layer.
+      beginning: that of `lora_modules`.
 
     Raises:
       UserError: a path has adapters, and is no module that PEFT adapts.
     """
-    modules = lora_modules(architecture, specs)
+    modules = lora_modules(architecture, specs, beginning)
     known = {path for module in modules for path in module.stored.paths}
     if odd := sorted(scales.keys() - known):
         raise UserError(f"PEFT has no modules for the adapters of {', '.join(odd)}")

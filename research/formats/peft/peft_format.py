@@ -18,6 +18,7 @@ from research.formats.peft.adapter_config import CONFIG, TENSORS
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.formats.peft.lora_modules import Pair
 from research.formats.peft.peft_export import adapter_files
+from research.models.families.family_registry import family_of
 from research.tokenize.tokenizer_training import save_tokenizer
 
 USAGE = """```python
@@ -52,7 +53,9 @@ class PeftFormat:
 
         model = exported.model
         scales = {p: x.alpha / x.rank for p, x in exported.adapters.items()}
-        tensors, config = adapter_files(model.architecture, model.specs, scales, pair)
+        tensors, config = adapter_files(
+            model.architecture, model.specs, scales, pair, _beginning(exported)
+        )
         if jax.process_index() > 0:
             return
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -84,6 +87,20 @@ class PeftFormat:
 
 
 FORMAT = PeftFormat()
+
+
+def _beginning(exported: ExportedModel) -> str:
+    """The beginning of the names in the files of the base; "" where it has none."""
+    family = family_of(exported.model.architecture)
+    if exported.base is None or exported.base.tensors is None:
+        return ""
+    names = [
+        stored.name
+        for stored in exported.base.tensors.layout(family)
+        if "embedding.table" in stored.paths
+    ]
+    fitting = [x for x in family.beginnings if names[0].startswith(x)]
+    return max(fitting, key=len, default="")
 
 
 def _base(exported: ExportedModel) -> dict[str, Any]:

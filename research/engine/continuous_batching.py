@@ -30,7 +30,7 @@ from research.engine.requests import (
     TokenScore,
     check_request,
 )
-from research.engine.slot_decoder import SlotDecoder
+from research.engine.slot_decoder import CacheBlock, SlotDecoder
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.adapters.serving_bank import Row
 
@@ -102,6 +102,7 @@ class Engine:
         request: Request,
         deliver: Callable[[Piece], None] | None = None,
         adapter: LoadedAdapter | None = None,
+        read: CacheBlock | None = None,
     ) -> Answer:
         """Puts a request into the queue.
 
@@ -109,6 +110,8 @@ class Engine:
           request: is answered as soon as a slot is free.
           deliver: is called with each piece by the thread that takes the rounds.
           adapter: one in use, from `names`; by default what `request` names.
+          read: keys and values of all ids of the prompt but the last one, computed by
+            another program. The decoder is a `SlotDecoder`, and no id has a score.
 
         Raises:
           ContextOverflowError: prompt and answer are longer than a slot.
@@ -133,7 +136,8 @@ class Engine:
                 )
             adapter = self.names.use(request.adapter, adapter)
             text, stop = Detokenizer(self._tokenizer), StopTexts(request.stop)
-            self._waiting.append(AnswerProgress(answer, adapter, text, stop))
+            task = AnswerProgress(answer, adapter, text, stop, read=read)
+            self._waiting.append(task)
             self._changed.notify_all()
         return answer
 

@@ -293,10 +293,36 @@ class SlotDecoder:
         Raises:
           ValueError: the chunks before are not there.
         """
+        self._write_part(slot, index, self.chunk, block)
+
+    def write_prompt(self, slot: int, block: CacheBlock) -> None:
+        """Writes a prompt into an empty slot: what another program computed of it.
+
+        Args:
+          slot: its number.
+          block: of all ids of the prompt but the last one, on the host.
+
+        Raises:
+          ValueError: the slot is not empty.
+        """
+        tokens = block.k.shape[3]
+        for index, start in enumerate(range(0, tokens, self.chunk)):
+            count = min(self.chunk, tokens - start)
+            rest = [(0, 0)] * 3 + [(0, self.chunk - count), (0, 0)]
+            part = jax.tree.map(
+                lambda x, start=start, count=count, rest=rest: np.pad(
+                    x[:, :, :, start : start + count], rest
+                ),
+                block,
+            )
+            self._write_part(slot, index, count, part)
+
+    def _write_part(self, slot: int, index: int, count: int, block: CacheBlock) -> None:
         if self._filled[slot] != index * self.chunk:
             raise ValueError(f"slot {slot} has {self._filled[slot]} tokens")
-        self._state = self._write(self._state, np.int32(slot), np.int32(index), block)
-        self._filled[slot] += self.chunk
+        at = np.int32(slot), np.int32(index), np.int32(count)
+        self._state = self._write(self._state, *at, block)
+        self._filled[slot] += count
 
     def _extended(
         self,

@@ -100,10 +100,13 @@ class Round:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CacheBlock:
-    """Keys and values of one chunk of a prompt, `[L, 1, K, CHUNK, H]` each."""
+    """Keys and values of one chunk of a prompt, `[L, 1, K, CHUNK, H]` each.
 
-    k: Array
-    v: Array
+    Those of a whole prompt have its length in place of the chunk's.
+    """
+
+    k: Any
+    v: Any
 
     @property
     def nbytes(self) -> int:
@@ -163,11 +166,16 @@ def read_block(chunk: int, slots: Slots, slot: Array, index: Array) -> CacheBloc
 
 
 def write_block(
-    chunk: int, slots: Slots, slot: Array, index: Array, block: CacheBlock
+    chunk: int,
+    slots: Slots,
+    slot: Array,
+    index: Array,
+    count: Array,
+    block: CacheBlock,
 ) -> Slots:
-    """Puts chunk `index` into a slot, which then ends with it."""
+    """Puts chunk `index` into a slot, which then ends after `count` tokens of it."""
     at, put = (0, slot, 0, index * chunk, 0), jax.lax.dynamic_update_slice
-    length = slots.rows.length.at[slot].set((index + 1) * chunk)
+    length = slots.rows.length.at[slot].set(index * chunk + count)
     rows = dataclasses.replace(slots.rows, length=length)
     return Slots(put(slots.k, block.k, at), put(slots.v, block.v, at), rows)
 

@@ -10,7 +10,7 @@ from research.evaluate.answer_metrics.choose_metrics import AUTO, choose_metrics
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.judgement import Measurements
 from research.evaluate.loss_values import CommonLosses
-from research.evaluate.measuring.evaluated_models import ModelSet
+from research.evaluate.measuring.evaluated_models import EvaluatedModel, ModelSet
 from research.evaluate.measuring.measure_choices import (
     AUTO_CHOICES,
     CHOICE_METRICS,
@@ -21,7 +21,12 @@ from research.evaluate.measuring.measure_choices import (
     has_choices,
     score_choices,
 )
-from research.evaluate.measuring.measure_models import AskedRows, measure_answers
+from research.evaluate.measuring.measure_models import (
+    AskedRows,
+    measure_answers,
+    plan_prompts,
+)
+from research.evaluate.measuring.prompt_keys import PromptKeys
 from research.evaluate.multiple_choice import Choices
 
 
@@ -67,12 +72,21 @@ class AnswerStage:
             metrics = choose_metrics(written, before, CHOICE_METRICS)
         return cls(asked, metrics, scored, choices)
 
+    def prompts(
+        self, models: Sequence[EvaluatedModel], folder: Path, slots: int
+    ) -> PromptKeys:
+        """What the pass over whole rows keeps for the answers, see `plan_prompts`."""
+        if not self.metrics:
+            return PromptKeys({})
+        return plan_prompts(self.asked, models, folder, slots)
+
     def measure(
         self,
         found: ModelSet,
         losses: CommonLosses,
         folder: Path,
         slots: int,
+        prompts: PromptKeys,
     ) -> Measurements:
         """Gets the answers of all models where a metric reads them, and compares.
 
@@ -82,7 +96,7 @@ class AnswerStage:
         models = found.models
         by_model = {x.name: dict(self.metrics) for x in models}
         if self.metrics:
-            rows = measure_answers(self.asked, models, folder, slots)
+            rows = measure_answers(self.asked, models, folder, slots, prompts)
         else:
             rows = {x.name: self.asked.without_answers(x) for x in models}
         said = {

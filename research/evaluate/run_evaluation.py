@@ -121,7 +121,8 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
         _require_losses(rows, own.origin)
     stage = AnswerStage.of(asked, metrics, found, data)
     seen = find_seen(found, rows)
-    sums = measure_losses(rows, found, readings, choices.changes, folder)
+    prompts = stage.prompts(found.models, folder, choices.slots)
+    sums = measure_losses(rows, found, readings, choices.changes, folder, prompts)
     text_bytes = {row.id: row.answer_bytes for row in rows}
     common = CommonLosses.of(sums, text_bytes, loss_unit(found.target.run.config))
     categories = {row.id: row.record.category for row in rows}
@@ -140,7 +141,7 @@ def evaluate(found: ModelSet, choices: EvaluationChoices, folder: Path) -> Evalu
         for x in found.models
     }
     lines = [_line(row, sums, stage.choices) for row in rows]
-    measured = stage.measure(found, common, folder, choices.slots)
+    measured = stage.measure(found, common, folder, choices.slots, prompts)
     _add_answers(values, measured, found.baseline)
     _add_lines(lines, measured)
     name = digest(

@@ -77,6 +77,8 @@ class Options:
       mix_experts: the experts of all tokens, as `expert_dispatch.mix_experts`.
       constrain: fixes the sharding of an activation by its axis names.
       constrain_cached: fixes that of hidden states `[B, T, D]` of decoding.
+      keep: is given the keys and values `[L, B, T, K, H]` of packed rows while `hidden`
+        is traced, as a cache for decoding holds them; None: nobody needs them.
     """
 
     dtype: Any = jnp.float32
@@ -87,6 +89,7 @@ class Options:
     mix_experts: Callable[..., Array] = mix_experts
     constrain: Callable[[Array, Sequence[str]], Array] = lambda x, axes: x
     constrain_cached: Callable[[Array], Array] = lambda x: x
+    keep: Callable[[Array, Array], None] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -155,13 +158,14 @@ class Transformer(nnx.Module):
 
             def attend(q_BTNH, k_BTKH, v_BTKH, sinks_N):
                 rule = rule_of(a, kind, sinks_N)
-                return options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *rule), None
+                mixed = options.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *rule)
+                return mixed, (k_BTKH, v_BTKH) if options.keep else None
 
             rope, real_BT = _rope_of(ropes, kind), segments_BT != 0
-            x_BTD, _, load = nnx.merge(graph, layer)(
+            x_BTD, kept, load = nnx.merge(graph, layer)(
                 x_BTD, rope, attend, options.mix_experts, real_BT
             )
-            return pin(x_BTD), load
+            return pin(x_BTD), (load, kept)
 
         policy = look_up(REMAT_POLICIES, options.remat, "config.model.remat")
         if policy is not None:
@@ -169,7 +173,12 @@ class Transformer(nnx.Module):
             # unnecessary and slow.
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         each = layers, kinds
-        return jax.lax.scan(body, pin(x_BTD), each, unroll=options.scan_unroll)
+        x_BTD, (load, kept) = jax.lax.scan(
+            body, pin(x_BTD), each, unroll=options.scan_unroll
+        )
+        if options.keep:
+            options.keep(*kept)
+        return x_BTD, load
 
     def decode(self, tokens_BT, cache: Cache, slot, options: Options):
         a = self.architecture

@@ -12,7 +12,7 @@ import numpy as np
 from research.engine.adapter_names import LoadedAdapter
 from research.engine.answers.text_stream import Detokenizer, StopTexts
 from research.engine.requests import Finish, Piece, Request, SlotStats, TokenScore
-from research.engine.slot_decoder import Round, Scores, SlotSettings
+from research.engine.slot_decoder import CacheBlock, Round, Scores, SlotSettings
 
 Pieces = queue.SimpleQueue[Piece]
 
@@ -102,6 +102,8 @@ class AnswerProgress:
       new: tokens of the answer.
       scores: of the prompt, as far as it is written.
       ended: whether the last piece is delivered.
+      read: keys and values of the prompt that another program has computed; None once
+        they are in the slot, or if the engine computes them.
     """
 
     answer: Answer
@@ -117,6 +119,7 @@ class AnswerProgress:
     new: int = 0
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     ended: bool = False
+    read: CacheBlock | None = None
 
     @property
     def request(self) -> Request:

@@ -118,7 +118,10 @@ class SlotRounds:
     def _prepare(self, task: AnswerProgress) -> None:
         prompt, chunk = task.request.prompt, self._decoder.chunk
         self._decoder.admit(task.slot, task.settings())
-        if self.prefixes.capacity:
+        if task.read:
+            self._decoder.write_prompt(task.slot, task.read)
+            task.written, task.read = len(prompt) - 1, None
+        elif self.prefixes.capacity:
             task.keys = chunk_keys(task.adapter.identity, prompt[:-1], chunk)
             # Scores of the prompt come from the same pass over it.
             blocks = self.prefixes.find(task.keys[: task.unscored // chunk])

@@ -1,18 +1,21 @@
 """Many answers from an engine, each as soon as it ends."""
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TypeVar
 
 from research.core.errors import UserError
 from research.engine.continuous_batching import Engine
 from research.engine.requests import Piece, Request
+from research.engine.slot_programs import CacheBlock
 
 Key = TypeVar("Key")
 
 
 def ask(
-    engine: Engine, requests: Mapping[Key, Request]
+    engine: Engine,
+    requests: Mapping[Key, Request],
+    read: MutableMapping[Key, CacheBlock],
 ) -> Iterator[tuple[Key, list[Piece]]]:
     """Yields `(key, pieces of the answer)` in the order in which answers end.
 
@@ -22,6 +25,7 @@ def ask(
     Args:
       engine: has room for all requests in its queue; nobody else takes its rounds.
       requests: by key.
+      read: keys and values of prompts that are known; the engine takes them away.
 
     Raises:
       UserError: a request cannot be answered, see `Engine.submit`.
@@ -39,7 +43,7 @@ def ask(
         return add
 
     for key in sorted(requests, key=lambda key: -len(requests[key].prompt)):
-        engine.submit(requests[key], collector(key))
+        engine.submit(requests[key], collector(key), read=read.pop(key, None))
     left = len(requests)
     while left:
         engine.step()

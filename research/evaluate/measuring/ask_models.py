@@ -3,13 +3,21 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import jax
 
 from research.engine.continuous_batching import Engine
 from research.engine.requests import Piece, Request
+from research.engine.slot_programs import CacheBlock
 from research.engine.text_generation import SlotDecoders
 from research.evaluate.measuring.ask_engine import ask
 from research.evaluate.measuring.evaluated_models import (
@@ -35,6 +43,7 @@ def ask_models(
     kept: KeptLines,
     slots: int,
     read: Callable[[list[Piece]], dict[str, Any]],
+    prompts: MutableMapping[Key, CacheBlock],
 ) -> dict[Key, dict[str, Any]]:
     """The answer of each model to each row; those that are kept are not made again.
 
@@ -46,6 +55,7 @@ def ask_models(
       kept: answers to the same requests.
       slots: answers at a time; 0: as many as suit the device.
       read: what is kept of an answer, as fields of JSON; among them `tokens`.
+      prompts: keys and values of prompts that are known; each is taken away.
 
     Raises:
       UserError: a model cannot be opened or cannot answer.
@@ -69,7 +79,8 @@ def ask_models(
         if every.keys() <= kept.found.keys():
             continue
         opened, before = open_group(group), work.done
-        for key, pieces, done in ask_group(opened, every, kept.found, slots):
+        asked = ask_group(opened, every, kept.found, slots, prompts)
+        for key, pieces, done in asked:
             kept.add(key, read(pieces))
             count.add(kept.found[key]["tokens"], work.share(pieces, before + done))
         del opened  # The base of the next group takes its memory.
@@ -190,6 +201,7 @@ def ask_group(
     requests: Mapping[Key, Request],
     known: Container[Key],
     slots: int,
+    prompts: MutableMapping[Key, CacheBlock],
 ) -> Iterator[tuple[Key, list[Piece], int]]:
     """Yields each answer that is not known, and the tokens of prompts and answers so
     far: those that are under way count.
@@ -202,7 +214,7 @@ def ask_group(
             continue
         tokens = max(map(_room, part.values()))
         with opened.engine(number, tokens, len(missing)) as engine:
-            for key, pieces in ask(engine, missing):
+            for key, pieces in ask(engine, missing, prompts):
                 stats = engine.stats()
                 done = before + stats.prompt_tokens + stats.new_tokens
                 yield key, pieces, done

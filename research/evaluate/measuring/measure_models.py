@@ -1,8 +1,10 @@
 """Measures each model: the losses of rows, and its answers to them."""
 
+import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from research.core.errors import UserError
 from research.core.visible_text import counted
 from research.engine.answers.full_answer import FullAnswer
 from research.engine.requests import Piece, Request, Sampling
+from research.engine.slot_programs import CacheBlock
 from research.evaluate.answered_row import AnsweredRow
 from research.evaluate.measuring.ask_models import ask_models
 from research.evaluate.measuring.evaluated_models import (
@@ -27,6 +30,7 @@ from research.evaluate.measuring.evaluated_rows import (
     pair_answer,
 )
 from research.evaluate.measuring.kept_lines import KeptLines, Key, digest
+from research.evaluate.measuring.prompt_keys import PromptKeys
 from research.evaluate.measuring.row_losses import (
     RowSums,
     measure_rows,
@@ -108,8 +112,25 @@ class AskedRows:
         return [pair_answer(x, tokenizer) for x in self.by_model[model.name]]
 
 
-def measure_answers(
+def plan_prompts(
     asked: AskedRows, models: Sequence[EvaluatedModel], folder: Path, slots: int
+) -> PromptKeys:
+    """The prompts that the pass over whole rows reads for `measure_answers`.
+
+    Raises:
+      UserError, SaveError: see `ask_models`.
+    """
+    requests = asked.requests()
+    with _kept("answers", requests, models, folder, slots) as kept:
+        return PromptKeys.planned(requests, models, kept.found)
+
+
+def measure_answers(
+    asked: AskedRows,
+    models: Sequence[EvaluatedModel],
+    folder: Path,
+    slots: int,
+    prompts: PromptKeys,
 ) -> dict[str, list[AnsweredRow]]:
     """The rows with the answers of each model, in one order.
 
@@ -118,11 +139,14 @@ def measure_answers(
       models: that answer.
       folder: has the answers that are known, and gets the others.
       slots: see `ask_models`.
+      prompts: what is known of prompts; it is taken away.
 
     Raises:
       UserError, SaveError: see `ask_models`.
     """
-    answers = ask_kept("answers", asked.requests(), models, folder, slots, _whole)
+    answers = ask_kept(
+        "answers", asked.requests(), models, folder, slots, _whole, prompts.found
+    )
     return {
         x.name: [
             pair_answer(
@@ -143,16 +167,29 @@ def ask_kept(
     folder: Path,
     slots: int,
     read: Callable[[list[Piece]], dict[str, Any]],
+    prompts: MutableMapping[Key, CacheBlock] | None = None,
 ) -> dict[Key, dict[str, Any]]:
     """`ask_models`, where the answers of `kind` are kept in `folder`."""
+    prompts = {} if prompts is None else prompts
+    with _kept(kind, requests, models, folder, slots) as kept:
+        return ask_models(models, requests, kept, slots, read, prompts)
+
+
+def _kept(
+    kind: str,
+    requests: Mapping[str, Mapping[str, Request]],
+    models: Sequence[EvaluatedModel],
+    folder: Path,
+    slots: int,
+) -> contextlib.AbstractContextManager[KeptLines]:
+    """The answers of `kind` to `requests` that are in `folder`."""
     name = digest(
         [(x.name, x.identity, x.base_in_memory) for x in models],
         requests,
         slots,
         computed_by(),
     )
-    with KeptLines.opened(folder, kind, name) as kept:
-        return ask_models(models, requests, kept, slots, read)
+    return KeptLines.opened(folder, kind, name)
 
 
 def computed_by() -> list[Any]:
@@ -176,6 +213,7 @@ def measure_losses(
     readings: Mapping[str, EvaluationRows],
     changes: Mapping[str, Any],
     folder: Path,
+    prompts: PromptKeys,
 ) -> dict[str, dict[str, RowSums]]:
     """The sums of the loss by model and row; a row that is too long has none.
 
@@ -185,6 +223,7 @@ def measure_losses(
       readings: the tokenised rows of each.
       changes: knobs that say how the rows were read.
       folder: has the losses that are known, and gets the others.
+      prompts: gets what is computed of the prompts that it wants.
 
     Raises:
       DivergedError: a loss is not finite.
@@ -204,15 +243,21 @@ def measure_losses(
             read = readings[names[-1]]
             documents = documents_of(read, rows)
             wanted = {(x, row) for x in names for row in documents.values()}
-            if wanted <= kept.found.keys():
+            take = None
+            if prompts.wants(names):
+                take = functools.partial(_take, prompts, read, documents)
+            elif wanted <= kept.found.keys():
                 continue
             count = counted(len(documents), "row")
             logging.info("losses of %s on %s", " and ".join(names), count)
             numbers = np.array([*documents])
-            measured = measure_rows(opens(), read.packed, numbers, seed, read.origin)
+            measured = measure_rows(
+                opens(), read.packed, numbers, seed, read.origin, take
+            )
             for model, sums in measured.items():
                 for row, each in zip(documents.values(), sums, strict=True):
-                    kept.add((model, row), each)
+                    if (model, row) not in kept.found:
+                        kept.add((model, row), each)
         lines = dict(kept.found)
     return {
         x.name: {
@@ -220,6 +265,20 @@ def measure_losses(
         }
         for x in models
     }
+
+
+def _take(
+    prompts: PromptKeys,
+    read: EvaluationRows,
+    documents: Mapping[int, str],
+    model: str,
+    document: int,
+    k_LTKH: np.ndarray,
+    v_LTKH: np.ndarray,
+) -> None:
+    """Keeps the part of a prompt; see `row_losses.TakeKeys`."""
+    ids = read.packed.documents[document].ids
+    prompts.take((model, documents[document]), ids, k_LTKH, v_LTKH)
 
 
 def measure_text_losses(

@@ -21,8 +21,12 @@ from research.parallel import mesh as meshes
 from research.tasks.task_protocol import WholeTexts
 from research.tasks.task_registry import make_objective
 
+Params = dict[str, Any]
 # The sums of one row by the name of the mean: numerator and denominator.
 RowSums = dict[str, list[float]]
+# Receives a model, the number of a document, and the keys and values `[L, T, K, H]` of
+# all its ids but the last.
+TakeKeys = Callable[[str, int, np.ndarray, np.ndarray], None]
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # Tokens that end a group of lengths.
 
 
@@ -32,6 +36,7 @@ def measure_rows(
     documents: np.ndarray,
     seed: int,
     origin: str,
+    take: TakeKeys | None = None,
 ) -> dict[str, list[RowSums]]:
     """The sums of each of `documents`, by model.
 
@@ -41,6 +46,7 @@ def measure_rows(
       documents: numbers of those that are measured.
       seed: of the packing.
       origin: of the rows, for people.
+      take: receives what a model has computed of each document on the way.
 
     Raises:
       DivergedError: a loss is not finite.
@@ -57,7 +63,14 @@ def measure_rows(
         for part in parts:
             yield _numbered(chosen, part + [[]] * (count - len(part)), mine)
 
-    measured = _measure(opened, batches(), count, width)
+    def take_part(number: int, model: str, k: np.ndarray, v: np.ndarray) -> None:
+        for at, row in enumerate(parts[number]):
+            ends = np.cumsum(chosen.documents.slots[row])
+            for document, end in zip(row, ends, strict=True):
+                where = slice(end - chosen.documents.slots[document], end)
+                take(model, document, k[:, at, where], v[:, at, where])
+
+    measured = _measure(opened, batches(), count, width, take and take_part)
     order = [list(itertools.chain(*part)) for part in parts]
     place = {int(document): i for i, document in enumerate(documents)}
     found: dict[str, list[RowSums]] = {}
@@ -184,18 +197,51 @@ def _rows_per_pass(opened: OpenModels, rows_per_unit: int) -> int:
 
 
 def _measure(
-    opened: OpenModels, batches: Iterator[Batch], count: int, groups: int
+    opened: OpenModels,
+    batches: Iterator[Batch],
+    count: int,
+    groups: int,
+    take: Callable[[int, str, np.ndarray, np.ndarray], None] | None = None,
 ) -> list[Mapping[str, Sums]]:
-    """The sums of each batch by model: all in one pass, which builds a batch once."""
+    """The sums of each batch by model: all in one pass, which builds a batch once.
+
+    `take` receives the number of a batch, a model, and keys and values `[L, B, T, K, H]`.
+    """
     objective = make_objective(opened.config, opened.mesh, groups)
-    sums_of: Callable[..., Sums]
-    sums_of = jax.jit(functools.partial(evaluate_weights, objective, opened.model))
+    whole = meshes.replicated(opened.mesh)
+
+    @jax.jit
+    def read(weights: Params, batch: Batch) -> tuple[Sums, list[Any]]:
+        kept: list[Any] = []
+        keep = (lambda *keys: kept.append(keys)) if take else None
+        model = opened.model.with_options(keep=keep)
+        sums = evaluate_weights(objective, model, weights, batch)
+        return sums, jax.lax.with_sharding_constraint(kept, whole)
+
+    numbers = itertools.count()
+    under_way: list[tuple[int, dict[str, list[Any]]]] = []
+
+    def take_first() -> None:
+        number, by_model = under_way.pop(0)
+        for model, kept in by_model.items():
+            # An objective that reads a batch twice does not say what belongs to its rows.
+            if len(kept) == 1:
+                take(number, model, *map(np.asarray, kept[0]))
 
     def measure(batch: Batch) -> dict[str, Sums]:
-        return {k: sums_of(weights, batch) for k, weights in opened.weights.items()}
+        found = {k: read(weights, batch) for k, weights in opened.weights.items()}
+        if take:
+            # The devices compute this batch while the keys of the one before leave.
+            under_way.append((next(numbers), {k: x[1] for k, x in found.items()}))
+            if len(under_way) > 1:
+                take_first()
+        return {k: sums for k, (sums, _) in found.items()}
 
     placed = (meshes.to_global(batch, opened.mesh, rows=count) for batch in batches)
-    return sum_batches(measure, placed)
+    measured = sum_batches(measure, placed)
+    if take:
+        take_first()
+    return measured
 
 
 def _numbered(

@@ -1,0 +1,100 @@
+"""Keys and values of prompts, from the pass over whole rows that gives their losses.
+
+A row begins with its prompt. So whoever measures the loss of a row has read the prompt,
+and the engine need not read it again.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+import psutil
+
+from research.engine.requests import Request
+from research.engine.slot_programs import CacheBlock
+from research.evaluate.measuring.evaluated_models import EvaluatedModel
+from research.evaluate.measuring.kept_lines import Key
+from research.parallel.memory_limits import memory_limit
+
+# Of the host's memory, for all prompts together. The engine reads those beyond it.
+SHARE = 0.25
+
+
+@dataclasses.dataclass
+class PromptKeys:
+    """Keys and values by model and row, until the engine has them.
+
+    Attributes:
+      prompts: ids of the prompts that are kept, but for the last one.
+      found: what was computed of them.
+    """
+
+    prompts: Mapping[Key, tuple[int, ...]]
+    found: dict[Key, CacheBlock] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def planned(
+        cls,
+        requests: Mapping[str, Mapping[str, Request]],
+        models: Sequence[EvaluatedModel],
+        known: Mapping[Key, object],
+        room: float | None = None,
+    ) -> "PromptKeys":
+        """Chooses the prompts: those that have room, and whose answers are not `known`.
+
+        What has room does not depend on what is known, so that an evaluation that
+        continues reads each prompt as it would have done before. LongRoPE turns keys
+        by the length of the row that they are in, so such a model has none.
+
+        Args:
+          requests: by model and row.
+          models: that answer.
+          known: the answers of before.
+          room: bytes; by default `SHARE` of the memory of the host or container.
+        """
+        if room is None:
+            room = SHARE * min(psutil.virtual_memory().total, memory_limit())
+        prompts = {}
+        for model in models:
+            each = _bytes_of_token(model)
+            for row, request in requests[model.name].items():
+                room -= each * len(request.prompt)
+                if each and room >= 0 and (model.name, row) not in known:
+                    prompts[model.name, row] = request.prompt[:-1]
+        return cls(prompts)
+
+    def wants(self, models: Sequence[str]) -> bool:
+        """Whether a prompt of one of `models` is missing."""
+        return any(x[0] in models and x not in self.found for x in self.prompts)
+
+    def take(
+        self, key: Key, ids: np.ndarray, k_LTKH: np.ndarray, v_LTKH: np.ndarray
+    ) -> None:
+        """Keeps the prompt's part of what a model computed of a row, `ids`.
+
+        A row that does not begin with the prompt, such as one that was cut to fit, is
+        left to the engine.
+        """
+        prompt = self.prompts.get(key)
+        if prompt is None or not np.array_equal(ids[: len(prompt)], prompt):
+            return
+        self.found[key] = CacheBlock(
+            *(_cache_block(x[:, : len(prompt)]) for x in (k_LTKH, v_LTKH))
+        )
+
+
+def _bytes_of_token(model: EvaluatedModel) -> int:
+    """Of keys and values; 0 if they depend on more than the tokens before."""
+    a, dtype = model.run.base.architecture, model.run.config.model.dtype
+    if any(rope and rope.scaling.kind == "longrope" for rope in a.ropes):
+        return 0
+    return 2 * a.layers * a.kv_heads * a.head_dim * jax.numpy.dtype(dtype).itemsize
+
+
+def _cache_block(x_LTKH: np.ndarray) -> np.ndarray:
+    """`[L, T, K, H]` as `[L, 1, K, T, H]`, in memory of its own."""
+    # NumPy moves integers ten times as fast as bfloat16.
+    as_numbers = x_LTKH.view(f"u{x_LTKH.dtype.itemsize}")
+    moved = np.ascontiguousarray(as_numbers.transpose(0, 2, 1, 3))
+    return moved.view(x_LTKH.dtype)[:, None]

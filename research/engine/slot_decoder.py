@@ -128,7 +128,7 @@ class SlotDecoder:
         """Makes the programs; each compiles at its first call."""
         whole = meshes.replicated(self._mesh)
         state = programs.Slots(keys, keys, whole)
-        block = NamedSharding(self._mesh, PartitionSpec(None, None, keys.spec[2]))
+        self._block = NamedSharding(self._mesh, PartitionSpec(None, None, keys.spec[2]))
         sizes = {"batch": self.slots, "vocab": self.vocabulary}
         split = meshes.partition_if_divisible(self._mesh, sizes)
         by_slot = PartitionSpec(keys.spec[1])
@@ -163,7 +163,7 @@ class SlotDecoder:
         self._start = program(state, programs.start)
         self._constrain = program(state, programs.constrain)
         self._write = program(state, programs.write_block, self.chunk)
-        self._read = program(block, programs.read_block, self.chunk, donate=False)
+        self._read = program(self._block, programs.read_block, self.chunk, donate=False)
         self._extend = program((state, whole), programs.extend, model)
         self._decode = program(
             (state, whole),
@@ -315,6 +315,8 @@ class SlotDecoder:
                 ),
                 block,
             )
+            # As `read_block` gives it, so that nothing is traced again.
+            part = jax.device_put(part, self._block)
             self._write_part(slot, index, count, part)
 
     def _write_part(self, slot: int, index: int, count: int, block: CacheBlock) -> None:

@@ -36,10 +36,12 @@ class SlotDecoders:
 
     def __init__(self, model: Model, mesh: Mesh):
         self.model, self.mesh = model, mesh
-        self._decoders: dict[tuple[int, int], SlotDecoder] = {}
+        self._decoders: dict[tuple[int, int, int | None], SlotDecoder] = {}
 
     @contextlib.contextmanager
-    def opened(self, params: Params, slots: int, tokens: int) -> Iterator[SlotDecoder]:
+    def opened(
+        self, params: Params, slots: int, tokens: int, chunk: int | None = None
+    ) -> Iterator[SlotDecoder]:
         """A decoder with room for `slots` answers, which is freed afterwards.
 
         Args:
@@ -47,13 +49,16 @@ class SlotDecoders:
           slots: answers at once; there may be more.
           tokens: of the longest prompt with its answer; there may be room for more, up
             to the context of the model.
+          chunk: see `SlotDecoder`.
         """
         length = min(_power_of_two(tokens, SHORTEST), self.longest)
-        size = _power_of_two(slots, 1), length
+        size = _power_of_two(slots, 1), length, chunk
         # Whoever asks for this size meanwhile gets a decoder of its own.
         decoder = self._decoders.pop(size, None)
         if decoder is None:
-            decoder = SlotDecoder(self.model, None, *size, mesh=self.mesh)
+            decoder = SlotDecoder(
+                self.model, None, *size[:2], mesh=self.mesh, chunk=chunk
+            )
         decoder.open(params)
         try:
             yield decoder

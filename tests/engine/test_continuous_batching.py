@@ -448,7 +448,7 @@ def test_a_model_that_is_asked_now_and_then_holds_no_memory(
     """As reports of a run ask it: the slots are gone when the answers are there."""
     made = []
 
-    def make(*arguments, mesh):
+    def make(*arguments, mesh, chunk):
         made.append(arguments)
         return decoder
 

@@ -26,6 +26,7 @@ from slot_answers import (
 
 from research.engine.requests import Sampling
 from research.engine.slot_decoder import SlotDecoder, SlotSettings
+from research.engine.slot_programs import CacheBlock
 from research.models.cached_attention import attend_cached, cache_partition
 from research.parallel import mesh as meshes
 
@@ -137,6 +138,32 @@ def test_a_prefix_read_from_one_slot_continues_in_another(decoder):
     assert finish(decoder, 2) == [expected]
     with pytest.raises(ValueError, match="slot 2 has 0 tokens"):
         decoder.write_block(2, 1, blocks[1])
+
+
+@pytest.mark.parametrize("prompt", [SHORT, MIDDLE, LONG], ids=len)
+def test_a_prompt_that_a_pass_over_rows_has_read_is_not_read_again(
+    decoder, model, params, prompt, monkeypatch
+):
+    """Its keys in a packed row, behind another document, are those of the engine."""
+    tokens = np.array([[7, 8, 9, *prompt, 3]])
+    segments = np.array([[1] * 3 + [2] * (len(prompt) + 1)])
+    positions = np.array([[*range(3), *range(len(prompt) + 1)]])
+    kept = []
+    keeping = model.with_options(keep=lambda *keys: kept.extend(keys))
+    keeping.hidden(params, tokens, positions, segments)
+    begin(decoder, 1, prompt, DRAWN)
+    (expected,) = finish(decoder, 1)
+    given = [
+        np.asarray(x)[:, 0, 3 : 2 + len(prompt)].swapaxes(1, 2)[:, None] for x in kept
+    ]
+    decoder.admit(1, SlotSettings(DRAWN, frozenset(), 0, 3, prompt))
+    monkeypatch.setattr(decoder, "_extend", None)
+    decoder.write_prompt(1, CacheBlock(*given))
+    decoder.start(1, prompt[-1])
+    (found,) = finish(decoder, 1)
+    ids, logprobs, *_ = zip(*found, strict=True)
+    assert ids == tuple(x[0] for x in expected)
+    np.testing.assert_allclose(logprobs, [x[1] for x in expected], atol=2e-5)
 
 
 def test_scores_of_a_text_are_those_of_the_full_forward_pass(decoder, full_scores):

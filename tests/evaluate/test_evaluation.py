@@ -11,6 +11,7 @@ import pytest
 from doors import run_door
 
 from research.core.errors import UserError
+from research.engine.slot_decoder import SlotDecoder
 from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
 from research.evaluate.measuring import ask_models
@@ -62,11 +63,14 @@ def contents(folder, run):
 def test_models_answer_once_and_their_answers_are_judged(place, copies, monkeypatch):
     run, asked, ask = copies("judged"), [], ask_models.ask
 
-    def counted(engine, requests):
+    def counted(engine, requests, read):
         asked.append(len(requests))
-        return ask(engine, requests)
+        # The pass that gave the losses has read all prompts.
+        assert read.keys() == requests.keys()
+        return ask(engine, requests, read)
 
     monkeypatch.setattr(ask_models, "ask", counted)
+    monkeypatch.setattr(SlotDecoder, "extend", None)
     first = results(place, evaluate(place, f"--run={run}", *FEW, "--metrics=chrf"))
     lines = [json.loads(x) for x in (first / "rows.jsonl").read_text().splitlines()]
     assert [x["models"].keys() for x in lines] == [{"base", "tuned"}] * 2

@@ -118,7 +118,7 @@ def answers(tmp_path, monkeypatch):
     """
     asked = []
 
-    def ask(engine, requests):
+    def ask(engine, requests, read):
         asked.append([*requests])
         for count, (key, request) in enumerate(requests.items()):
             if count == answer.limit:
@@ -161,14 +161,25 @@ def test_an_interrupted_evaluation_asks_for_what_is_missing(answers):
     assert answers.asked[2] == first, "other answers never mix with these"
 
 
-def test_a_cpu_gives_short_answers_more_slots():
-    rows = {("m", f"r{n}"): Request((1,) * (320 + n)) for n in range(90)}
-    room = {key: len(x.prompt) + x.sampling.max_new_tokens for key, x in rows.items()}
-    (few, long), (many, short) = ask_models._parts(rows, 0)
-    assert (few, many) == (16, 64) and long | short == rows
-    assert max(room[key] for key in short) == 384 + 128 < min(room[key] for key in long)
-    for given, slots, expected in ((rows, 8, 8), (dict([*rows.items()][:9]), 0, 16)):
-        assert ask_models._parts(given, slots) == [(expected, given)]
+def test_a_cpu_answers_rows_of_like_lengths_together_and_more_of_short_ones():
+    def rows(*rooms):
+        return {("m", f"r{n}"): Request((1,) * (x - 128)) for n, x in enumerate(rooms)}
+
+    def parts(given, slots=0):
+        return [
+            (number, [len(x.prompt) + 128 for x in part.values()])
+            for number, part in ask_models._parts(given, slots)
+        ]
+
+    short, middle, long = [300] * 63 + [512], [513] * 31 + [1024], [1100, 2000, 3000]
+    every = rows(*long, *short, *middle)
+    # Three fill no slots of 2,048, and are made with a longer one.
+    assert parts(every) == [(4, long), (32, middle), (64, short)]
+    assert parts(rows(*short[1:], *long)) == [(4, long), (64, short[1:])]
+    assert parts(rows(300, *long)) == [(4, [300, *long])]
+    assert parts(rows(*short[:9])) == [(16, short[:9])]
+    assert parts(rows(99_000, 99_000)) == [(1, [99_000] * 2)]
+    assert [number for number, _ in parts(every, slots=8)] == [8]
 
 
 def test_the_time_left_follows_tokens_and_is_not_told_too_early(monkeypatch):

@@ -30,10 +30,12 @@ from research.runs.answering.open_for_answering import open_for_answering
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.adapters.serving_bank import Row
 
-# Answers at a time, unless the user says how many. A CPU makes more where many prompts
-# with their answers have so few tokens: a pass over the weights serves more of them.
-USUAL_SLOTS, ACCELERATOR_SLOTS = 16, 32
+# Answers at a time, unless the user says how many. A CPU has room for so many tokens in
+# all slots: the shorter the answers, the more of them share a pass over the weights.
+ACCELERATOR_SLOTS = 32
 MANY_SLOTS, FEW_TOKENS = 64, 512
+CPU_TOKENS = MANY_SLOTS * FEW_TOKENS
+LONG_CHUNK = 256  # Tokens of a prompt that are read at a time, where slots are longer.
 PREFIX_BYTES = 2**28  # Beginnings that prompts share, such as a system text, are kept.
 
 
@@ -92,16 +94,27 @@ def _parts(
 ) -> list[tuple[int, dict[Key, Request]]]:
     """Requests that are answered together, and how many at a time; `slots` of a user.
 
-    Slots are as long as their longest answer, and few are long: on a CPU those that
-    are short get more slots, and shorter ones.
+    Slots are as long as their longest answer, and a round takes as long for each slot
+    as for the longest. So on a CPU answers of like lengths are made together, if there
+    are enough to fill the slots; the longest are made first.
     """
     if slots or jax.local_devices()[0].platform != "cpu":
         return [(slots or ACCELERATOR_SLOTS, dict(requests))]
-    short = {k: r for k, r in requests.items() if _room(r) <= FEW_TOKENS}
-    if len(short) < MANY_SLOTS:
-        return [(USUAL_SLOTS, dict(requests))]
-    rest = {k: r for k, r in requests.items() if k not in short}
-    return [(USUAL_SLOTS, rest), (MANY_SLOTS, short)]
+    parts: list[dict[Key, Request]] = [{}]
+    length = FEW_TOKENS
+    for key in sorted(requests, key=lambda key: _room(requests[key])):
+        while _room(requests[key]) > length:
+            if len(parts[-1]) >= max(1, CPU_TOKENS // length):
+                parts.append({})
+            length *= 2
+        parts[-1][key] = requests[key]
+    return [(_cpu_slots(part), part) for part in reversed(parts)]
+
+
+def _cpu_slots(requests: Mapping[Key, Request]) -> int:
+    longest = max(FEW_TOKENS, *map(_room, requests.values()))
+    room = CPU_TOKENS >> (longest - 1).bit_length()
+    return max(1, min(room, 1 << (len(requests) - 1).bit_length()))
 
 
 def _room(request: Request) -> int:
@@ -180,7 +193,8 @@ class OpenGroup:
     @contextlib.contextmanager
     def engine(self, slots: int, tokens: int, waiting: int) -> Iterator[Engine]:
         """An engine in which all of the models answer."""
-        with self.decoders.opened(self.params, slots, tokens) as decoder:
+        chunk = LONG_CHUNK if tokens > FEW_TOKENS else None
+        with self.decoders.opened(self.params, slots, tokens, chunk) as decoder:
             engine = Engine(
                 decoder,
                 self.tokenizer,

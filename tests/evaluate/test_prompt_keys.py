@@ -1,0 +1,63 @@
+"""Prompts that the pass over whole rows reads for the engine, and those that it cannot."""
+
+import dataclasses
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY
+
+from research.engine.requests import Request
+from research.evaluate.measuring.prompt_keys import PromptKeys
+from research.models.architecture import RopeScaling
+
+PROMPTS = {"r1": (5, 6, 7), "r2": (5, 6), "r3": (9, 8, 7, 6)}
+TOKEN = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 2  # bytes in bfloat16
+
+
+def planned(known=(), room=1e9, architecture=TINY):
+    config = types.SimpleNamespace(model=types.SimpleNamespace(dtype="bfloat16"))
+    base = types.SimpleNamespace(architecture=architecture)
+    run = types.SimpleNamespace(base=base, config=config)
+    models = [types.SimpleNamespace(name=name, run=run) for name in ("base", "tuned")]
+    requests = {row: Request(prompt) for row, prompt in PROMPTS.items()}
+    of_models = {x.name: requests for x in models}
+    return PromptKeys.planned(of_models, models, dict.fromkeys(known), room)
+
+
+def keys(tokens):
+    shape = (TINY.layers, tokens, TINY.kv_heads, TINY.head_dim)
+    return jnp.arange(np.prod(shape), dtype=jnp.bfloat16).reshape(shape)
+
+
+def test_what_has_room_does_not_depend_on_what_is_known():
+    assert len(planned().prompts) == 6
+    assert planned().prompts["base", "r3"] == (9, 8, 7)
+    some = planned(room=12 * TOKEN).prompts.keys()
+    assert some == {("base", row) for row in PROMPTS} | {("tuned", "r1")}
+    known = ("base", "r1"), ("base", "r2")
+    assert planned(known, 12 * TOKEN).prompts.keys() == some - {*known}
+
+
+def test_keys_that_depend_on_the_length_of_their_row_are_not_handed_over():
+    scaling = RopeScaling(kind="longrope", original_max_position=8)
+    turned = dataclasses.replace(TINY, rope_scaling=scaling)
+    assert planned(architecture=turned).prompts == {}
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_kept"),
+    [((9, 8, 7, 1, 2), True), ((9, 8, 7), True), ((9, 8, 1, 7), False), ((9, 8), False)],
+)
+def test_a_row_that_does_not_begin_with_its_prompt_is_left_to_the_engine(ids, is_kept):
+    plan, key = planned(), ("base", "r3")
+    k, v = (np.asarray(x) for x in (keys(len(ids)), -keys(len(ids))))
+    assert plan.wants(["base"])
+    plan.take(("another", "r3"), np.array(ids), k, v)
+    plan.take(key, np.array(ids), k, v)
+    assert [*plan.found] == [key] * is_kept
+    if is_kept:
+        for found, given in ((plan.found[key].k, k), (plan.found[key].v, v)):
+            np.testing.assert_array_equal(found[:, 0].swapaxes(1, 2), given[:, :3])
+            assert not np.shares_memory(found, given), "the whole batch stays otherwise"

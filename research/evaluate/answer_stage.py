@@ -75,7 +75,7 @@ class AnswerStage:
     def prompts(
         self, models: Sequence[EvaluatedModel], folder: Path, slots: int
     ) -> PromptKeys:
-        """What the pass over whole rows keeps for the answers, see `plan_prompts`."""
+        """The prompts that the pass over whole rows reads, see `plan_prompts`."""
         if not self.metrics:
             return PromptKeys({})
         return plan_prompts(self.asked, models, folder, slots)

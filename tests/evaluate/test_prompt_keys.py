@@ -1,4 +1,4 @@
-"""Prompts that the pass over whole rows reads for the engine, and those that it cannot."""
+"""The pass over whole rows reads prompts for the engine, but not all of them."""
 
 import dataclasses
 import types
@@ -48,7 +48,12 @@ def test_keys_that_depend_on_the_length_of_their_row_are_not_handed_over():
 
 @pytest.mark.parametrize(
     ("ids", "is_kept"),
-    [((9, 8, 7, 1, 2), True), ((9, 8, 7), True), ((9, 8, 1, 7), False), ((9, 8), False)],
+    [
+        ((9, 8, 7, 1, 2), True),
+        ((9, 8, 7), True),
+        ((9, 8, 1, 7), False),
+        ((9, 8), False),
+    ],
 )
 def test_a_row_that_does_not_begin_with_its_prompt_is_left_to_the_engine(ids, is_kept):
     plan, key = planned(), ("base", "r3")

@@ -1,7 +1,7 @@
 """Keys and values of prompts, from the pass over whole rows that gives their losses.
 
-A row begins with its prompt. So whoever measures the loss of a row has read the prompt,
-and the engine need not read it again.
+A row begins with its prompt, so the pass that measures its loss has read the prompt. The
+engine gets the result, and reads no prompt a second time.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from research.evaluate.measuring.evaluated_models import EvaluatedModel
 from research.evaluate.measuring.kept_lines import Key
 from research.parallel.memory_limits import memory_limit
 
-# Of the host's memory, for all prompts together. The engine reads those beyond it.
+# The share of the host's memory for all prompts. The engine reads those beyond it.
 SHARE = 0.25
 
 
@@ -43,7 +43,7 @@ class PromptKeys:
     ) -> "PromptKeys":
         """Chooses the prompts: those that have room, and whose answers are not `known`.
 
-        What has room does not depend on what is known, so that an evaluation that
+        The choice by room does not depend on `known`, so that an evaluation that
         continues reads each prompt as it would have done before. LongRoPE turns keys
         by the length of the row that they are in, so such a model has none.
 
@@ -85,7 +85,7 @@ class PromptKeys:
 
 
 def _bytes_of_token(model: EvaluatedModel) -> int:
-    """Of keys and values; 0 if they depend on more than the tokens before."""
+    """Bytes of keys and values; 0 if they depend on more than the tokens before."""
     a, dtype = model.run.base.architecture, model.run.config.model.dtype
     if any(rope and rope.scaling.kind == "longrope" for rope in a.ropes):
         return 0

@@ -1,7 +1,6 @@
 """The loss of each row, or of each whole text, by the objective of training."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -205,7 +204,7 @@ def _measure(
 ) -> list[Mapping[str, Sums]]:
     """The sums of each batch by model: all in one pass, which builds a batch once.
 
-    `take` receives the number of a batch, a model, and keys and values `[L, B, T, K, H]`.
+    `take` receives the number of a batch, a model, keys and values `[L, B, T, K, H]`.
     """
     objective = make_objective(opened.config, opened.mesh, groups)
     whole = meshes.replicated(opened.mesh)
@@ -224,7 +223,7 @@ def _measure(
     def take_first() -> None:
         number, by_model = under_way.pop(0)
         for model, kept in by_model.items():
-            # An objective that reads a batch twice does not say what belongs to its rows.
+            # An objective that reads more hides which rows are the batch.
             if len(kept) == 1:
                 take(number, model, *map(np.asarray, kept[0]))
 

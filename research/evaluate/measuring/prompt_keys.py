@@ -1,7 +1,7 @@
 """Keys and values of prompts, from the pass over whole rows that gives their losses.
 
-A row begins with its prompt, so the pass that measures its loss has read the prompt. The
-engine gets the result, and reads no prompt a second time.
+A row begins with its prompt, so the pass that measures its loss has read the prompt.
+The engine gets the result, and reads no prompt a second time.
 """
 
 import dataclasses

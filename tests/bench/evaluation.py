@@ -7,8 +7,9 @@
 
 answers: the rows of `--data` that `research.evaluate` answers with the base and the
     tuned model, by the code of the command, against `generate` in batches of 8 with the
-    merged model in bf16. Prompts, stop ids and limit are equal. Rows of `generate` are
-    sorted by length, so that it pads little. The sides take turns, round by round.
+    merged model in bf16. Prompts, stop ids and limit are equal, and both sides read
+    the prompts. Rows of `generate` are sorted by length, so that it pads little. The
+    sides take turns, round by round.
 scoring: tokens per second of the losses by row, against the forward pass of the
     training step on the same packed rows.
 command: the seconds of the whole command on `--rows` rows with `--new` tokens.
@@ -91,7 +92,8 @@ class Bench:
             for number, part in enumerate([keys[: 2 * BATCH], *parts]):
                 # As if the others were known: slots have one size in all rounds.
                 known = {key for key in every if key[1] not in part}
-                ask = functools.partial(ask_group, opened, every, known, options.slots)
+                how = every, known, options.slots, {}
+                ask = functools.partial(ask_group, opened, *how)
                 seconds, found = timed(lambda ask=ask: [*ask()])
                 own = [tuned[key] for key in part]
                 generate = functools.partial(self._generate, side, own)
@@ -186,9 +188,10 @@ def main() -> None:
     parser.add_argument("--torch-python", help="with transformers")
     parser.add_argument("--rows", type=int, default=500, help="of the command")
     parser.add_argument("--new", type=int, default=96, help="most tokens of an answer")
-    parser.add_argument("--each", type=int, default=32, help="rows of each round")
+    # Fewer leave most slots empty for much of the time.
+    parser.add_argument("--each", type=int, default=128, help="rows of each round")
     parser.add_argument("--slots", type=int, default=0, help="see research.evaluate")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default="answers,scoring,command")
     parser.add_argument("--out", help="file of all figures, JSON")
     options = parser.parse_args()

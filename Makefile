@@ -34,8 +34,9 @@ test: $(VENV)/tested  ## set up, then run the linter and all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(FLAGS)
 
-golden: $(VENV)-torch/golden  ## compute the reference logits again with torch and compare them
+golden: $(VENV)/tested $(VENV)-torch/golden  ## compute the reference logits again with torch, and read exports
 	$(VENV)-torch/bin/python tests/golden/make.py --check
+	$(BIN)/python tests/golden/merged_exports.py --torch-python=$(VENV)-torch/bin/python
 
 bench: $(VENV)/tested $(VENV)-torch/bench  ## measure LoRA throughput against TRL + PEFT
 	$(BIN)/python tests/bench/lora_throughput.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)

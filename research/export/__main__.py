@@ -19,6 +19,7 @@ Writes a model in one format, or in several with commas between them:
 
   hf    a Hugging Face folder (config.json, safetensors, tokenizer) with the adapters
         merged into the weights
+  peft  the adapters alone, as a folder of PEFT
   gguf  one file of llama.cpp with the adapters merged, and a Modelfile for Ollama;
         --quant=q8_0 or q4_0 stores matrices as codes
   gguf-adapter

@@ -126,7 +126,13 @@ def _write(
             format,
             options,
             card=format_card(
-                opened.folder, opened.step, opened.base.licence, usage, flags
+                opened.folder,
+                opened.step,
+                opened.base.licence,
+                usage,
+                flags,
+                format.library,
+                format.merges,
             ),
             replace=replace,
             flag=FLAG,

@@ -104,10 +104,14 @@ class ExportFormat(Protocol):
     Attributes:
       name: as in `--format`.
       quants: values of `ExportOptions.quant` that it can store.
+      library: that loads the files, as the hub names it.
+      merges: whether the files hold a whole model, with the adapters added in.
     """
 
     name: str
     quants: Sequence[str]
+    library: str
+    merges: bool
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions

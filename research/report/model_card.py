@@ -26,7 +26,13 @@ from research.runs.run_history import History
 
 
 def format_card(
-    folder: RunDir, step: int, licence: str, usage: str, command: Sequence[str] = ()
+    folder: RunDir,
+    step: int,
+    licence: str,
+    usage: str,
+    command: Sequence[str] = (),
+    library: str = "transformers",
+    merged: bool = True,
 ) -> str:
     """The card of the model of a run after `step` updates.
 
@@ -36,6 +42,8 @@ def format_card(
       licence: of the base model; empty where it is not known.
       usage: Markdown that says how the files are loaded.
       command: flags of `research.export` that write the same again.
+      library: that loads the files, as the hub names it.
+      merged: whether adapters are added to the weights; or else they are alone.
     """
     changes = History(folder.history, PhaseTimer()).accepted_by_step
     newest = flat(folder.config())
@@ -49,16 +57,11 @@ def format_card(
         public_name(x) + (f" (from update {n} on)" if n > 1 else "")
         for x, n in sources.items()
     ] or [f"read by the task {knobs['data.kind']!r}"]
-    tuned = "all parameters"
-    if knobs["trainable"] == "lora":
-        kind, rank = knobs["lora.kind"], knobs["lora.rank"]
-        kind = "LoRA adapters" if kind == "lora" else f"adapters of the kind {kind!r}"
-        tuned = f"{kind} of rank {rank}, added to the weights"
     facts = {
         "base model": public_name(base) if base else f"random {knobs['model.preset']}",
         "licence of the base model": licence or "not known",
         "data": ", ".join(data),
-        "trained": tuned,
+        "trained": _trained(knobs, merged),
         "steps": f"{step:,} of {counted(knobs['data.batch_size'], 'row')} of "
         f"{counted(knobs['data.seq_len'], 'token')}",
         "learning rate": f"{knobs['optim.learning_rate']:g}, {knobs['optim.schedule']}",
@@ -79,17 +82,28 @@ def format_card(
         "Licence": "The licence of the base model holds for this model, too.",
         "Made by": _command(folder, step, command),
     }
-    name, head = folder.path.absolute().name, _front(base, licence, sources)
+    name, head = folder.path.absolute().name, _front(base, licence, sources, library)
     return _card(name, head, facts, measured, parts)
 
 
-def _front(base: str, licence: str, sources: Iterable[str]) -> dict[str, Any]:
+def _trained(knobs: Mapping[str, Any], merged: bool) -> str:
+    if knobs["trainable"] != "lora":
+        return "all parameters"
+    kind = knobs["lora.kind"]
+    kind = "LoRA adapters" if kind == "lora" else f"adapters of the kind {kind!r}"
+    place = "added to the weights" if merged else "without the base model"
+    return f"{kind} of rank {knobs['lora.rank']}, {place}"
+
+
+def _front(
+    base: str, licence: str, sources: Iterable[str], library: str
+) -> dict[str, Any]:
     """The fields that the hub reads."""
     return {
         "base_model": HubAddress.parse(base, "model").name if is_hub(base) else None,
         "license": licence or None,
         "datasets": [HubAddress.parse(x, "dataset").name for x in sources if is_hub(x)],
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
     }
 

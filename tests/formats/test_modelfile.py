@@ -35,7 +35,7 @@ COUNTING = "{{ messages | length }}" + CHATML
 
 def test_the_words_of_chatml_become_a_go_template(tokenizer):
     own = tokenizer.with_chat_template(CHATML)
-    text = format_modelfile("./model.gguf", own, 'Be "brief".')
+    text = format_modelfile("model.gguf", own, 'Be "brief".')
     assert text == (
         "FROM ./model.gguf\n"
         'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n'

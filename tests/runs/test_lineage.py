@@ -127,7 +127,9 @@ def test_several_formats_are_written_at_once(lora, tmp_path, caplog):
         assert "held-out rows of the run" in facts["verified"]
         assert parity["weights"] <= parity["limits"]["weights"]
         assert parity["largest"] < 1e-3 and parity["agreement"] == 1
-        assert f"--format={name}" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert f"--format={name}" in card
+        assert ("without the base model" in card) == (name in ("peft", "gguf-adapter"))
     before = {name: content(tmp_path / "all" / name) for name in formats}
     with caplog.at_level("INFO"):
         write_model(*wanted)

@@ -42,6 +42,7 @@ class GGUFAdapterFormat:
 
     name = "gguf-adapter"
     quants = ()
+    library, merges = "llama.cpp", False
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions

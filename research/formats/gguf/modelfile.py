@@ -56,14 +56,14 @@ def format_modelfile(
     """The text of a Modelfile.
 
     Args:
-      model: the file of the model, as `FROM` names it, or the name of the base model.
+      model: the file of the model beside the Modelfile, or the name of the base model.
       tokenizer: has the chat template and the ids that end an answer.
       system: the system text that all training rows had; "" for none.
       adapter: the file of an adapter; "" for none.
     """
-    lines = [f"FROM {model}"]
+    lines = [f"FROM {_place(model)}"]
     if adapter:
-        lines.append(f"ADAPTER {adapter}")
+        lines.append(f"ADAPTER {_place(adapter)}")
     words = find_words(tokenizer)
     template = words.as_go() if words else ""
     if template and '"""' not in template:
@@ -134,6 +134,11 @@ def _common_end(one: str, other: str) -> str:
     pairs = zip(reversed(one), reversed(other), strict=False)
     count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return one[len(one) - count :]
+
+
+def _place(name: str) -> str:
+    """A file as a path, since a bare word would be a model of Ollama's library."""
+    return f"./{name}" if name.endswith(".gguf") and "/" not in name else name
 
 
 def _go_text(text: str) -> str:

@@ -54,6 +54,7 @@ class HuggingFaceFormat:
 
     name = "hf"
     quants = ()
+    library, merges = "transformers", True
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions

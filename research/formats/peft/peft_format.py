@@ -35,6 +35,7 @@ class PeftFormat:
 
     name = "peft"
     quants = ()
+    library, merges = "peft", False
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions

@@ -79,7 +79,26 @@ def test_the_files_hold_what_the_run_computes(exported, tmp_path, dtype, near):
     assert config["revision"] == HUB.partition("@")[2]
     assert config["r"] == 3 and config["lora_alpha"] == 48
     assert (tmp_path / "tokenizer.json").is_file()
-    assert '"owner/name"' in FORMAT.usage(exported, ExportOptions(dtype))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (HUB, f'"owner/name", revision="{HUB.partition("@")[2]}", dtype'),
+        ("hub://owner/name", '("owner/name", dtype'),
+        ("pkg://package/base.gguf", '"FOLDER_OF_THE_BASE", gguf_file="base.gguf", d'),
+        ("model", '("FOLDER_OF_THE_BASE", dtype'),
+    ],
+)
+def test_the_card_says_how_other_tools_get_the_base(exported, tmp_path, name, said):
+    """The config names a base only where a name is enough to find it."""
+    found = dataclasses.replace(exported, facts={"base_model": name})
+    usage = FORMAT.usage(found, ExportOptions())
+    assert said in usage and f"# Trained on {name}\n" in usage
+    compile(usage.removeprefix("```python").removesuffix("```"), "usage", "exec")
+    FORMAT.write(found, tmp_path, ExportOptions())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert ("base_model_name_or_path" in config) == name.startswith("hub://")
 
 
 def test_a_run_without_adapters_is_refused(exported, tmp_path):

@@ -25,7 +25,8 @@ USAGE = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+# Trained on {name}
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```"""
 
@@ -84,7 +85,8 @@ class PeftFormat:
         return WrittenModel(model.architecture, None, read)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
-        return USAGE.format(base=_base(exported)["base_model_name_or_path"])
+        name = exported.facts.get("base_model", "")
+        return USAGE.format(name=name, base=_argument(name, _base(exported)))
 
 
 FORMAT = PeftFormat()
@@ -105,10 +107,20 @@ def _beginning(exported: ExportedModel) -> str:
 
 
 def _base(exported: ExportedModel) -> dict[str, Any]:
-    """The fields that name the base model."""
+    """The fields that name the base model, where other tools can find it by a name."""
     name = exported.facts.get("base_model", "")
     if not is_hub(name):
-        return {"base_model_name_or_path": name}
+        return {}
     address = HubAddress.parse(name, "model")
     fields = {"base_model_name_or_path": address.name, "revision": address.revision}
     return {name: value for name, value in fields.items() if value}
+
+
+def _argument(name: str, fields: dict[str, Any]) -> str:
+    """How transformers gets the base model `name`; of a run it needs an export."""
+    if fields:
+        known = json.dumps(fields["base_model_name_or_path"])
+        at = fields.get("revision")
+        return f"{known}, revision={json.dumps(at)}" if at else known
+    of_gguf = f", gguf_file={json.dumps(name.rpartition('/')[2])}"
+    return f'"FOLDER_OF_THE_BASE"{of_gguf if name.endswith(".gguf") else ""}'

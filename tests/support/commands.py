@@ -230,6 +230,7 @@ def snapshot(folder, *besides):
 
 # The commands that run in the background, by the fixture that wants them.
 CHAINS = {}
+LONGEST = "story"  # It begins first, or it would run alone at the end.
 
 
 def chain(function):
@@ -290,7 +291,7 @@ def results(request, place):
         return futures[name].result()
 
     pool = ThreadPoolExecutor(2)
-    for fixture, functions in CHAINS.items():
+    for fixture, functions in sorted(CHAINS.items(), key=lambda x: x[0] != LONGEST):
         for name, function in functions.items():
             if fixture in wanted:
                 futures[name] = pool.submit(function, place, result)

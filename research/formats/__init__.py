@@ -1,1 +1,1 @@
-"""Files of other tools: Hugging Face folders are read and written, GGUF files read."""
+"""Files of other tools, read and written: Hugging Face folders, PEFT, llama.cpp."""

@@ -17,6 +17,7 @@ from gguf_files import gguf_tensors, write_gguf, write_model
 from helpers import random_params
 
 from research.core.errors import UserError
+from research.formats.base_model import open_base
 from research.formats.gguf.gguf_file import GGUFFile
 from research.formats.gguf.metadata_fields import write_metadata
 from research.formats.gguf.rope_metadata import DIVISORS, rope_tables
@@ -350,6 +351,40 @@ def test_every_family_can_be_read_from_llama_cpps_files():
     said = {re.sub("_(bias|longrope|serial)$", "", name) for name in SAID}
     known = [family for family in FAMILIES.values() if family.gguf_architecture]
     assert said == {family.model_type for family in known}
+
+
+SPACE, WORDS = "\u2581", [*"abcdefghijklmnopqrstuvwxyz", "ab", "\u2581ab"]
+TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(9)), SPACE, *WORDS]
+TOKENIZER = {
+    "model": "llama", "pre": "default", "tokens": TOKENS,
+    "token_type": [2, 3, 3, *[6] * 9, *[1] * (len(WORDS) + 1)],
+    "scores": [float(-n) for n in range(len(TOKENS))],
+}  # fmt: skip
+
+
+def write_whole(tmp_path, vocab):
+    model = Model(shape_of("gemma3_text", vocab_size=vocab))
+    keys = {f"tokenizer.ggml.{key}": value for key, value in TOKENIZER.items()}
+    licence = {"general.license": "gemma"}
+    file = tmp_path / "x.gguf"
+    return model, write_model(
+        file, model, random_params(model.specs), **keys, **licence
+    )
+
+
+def test_one_file_is_a_whole_base_model(tmp_path):
+    model, file = write_whole(tmp_path, vocab=48)
+    base = open_base(str(file))
+    assert computed(base.architecture) == computed(model.architecture)
+    assert base.tokenizer.encode_texts(["ab"])[0][-1] == TOKENS.index("ab")
+    assert (base.tokenizer.bos, base.tokenizer.eos, base.licence) == (1, 2, "gemma")
+    check_tensors(base.tensors, model)
+
+
+def test_more_tokens_than_embeddings_do_not_belong_together(tmp_path):
+    _, file = write_whole(tmp_path, vocab=16)
+    with pytest.raises(UserError, match="ids up to 40 and the model 16 of them"):
+        open_base(str(file))
 
 
 def test_lists_of_every_type_are_read_as_the_library_reads_them(tmp_path):

@@ -238,6 +238,50 @@ def test_xla_reads_no_block_before_the_window():
         assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize("window", [0, 80])
+def test_a_sink_is_a_score_that_mixes_no_value_in(window):
+    """Outputs, and gradients of queries, keys, values and sinks."""
+    q, k, v, d_output = draw(4, 2)
+    sinks = jnp.float32([0.5, -2.0, 3.0, 1.0])
+    seen = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tri(LENGTH, dtype=bool)[
+        None
+    ]
+    if window:
+        seen &= ~np.tri(LENGTH, k=-window, dtype=bool)[None]
+
+    def at_once(q, k, v, sinks):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / WIDTH**0.5
+        scores = jnp.where(seen[:, None], scores, -1e30)
+        sink = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1))
+        return jnp.einsum("bnts,bsnh->btnh", weights[..., :-1], v)
+
+    def in_blocks(q, k, v, sinks):
+        rule = ScoreRule(window, sinks=sinks)
+        return attend("xla", q, k, v, SEGMENTS, SEGMENTS, rule=rule)
+
+    def run(attention):
+        @jax.jit
+        def both(*arrays):
+            output, back = jax.vjp(attention, *arrays)
+            return output, *back(d_output)
+
+        return both(q, k, v, sinks)
+
+    close(run(in_blocks), run(at_once))
+
+
+@pytest.mark.parametrize("kernel, platform", [("cudnn", "gpu"), ("splash", "tpu")])
+def test_fused_kernels_say_that_they_have_no_sinks(kernel, platform):
+    rule = ScoreRule(sinks=jnp.zeros(4))
+    assert chosen("auto", platform, rule=rule).kernel == "xla"
+    with pytest.raises(UserError, match=f"{kernel}' cannot work here: it has no sinks"):
+        chosen(kernel, platform, rule=rule)
+    with pytest.raises(ValueError, match="has no sinks"):
+        attend(kernel, *draw(4, 2)[:3], SEGMENTS, SEGMENTS, rule=rule)
+
+
 def test_cudnn_says_that_it_cannot_cap_scores():
     capped = ScoreRule(softcap=50.0)
     assert chosen("auto", "gpu", rule=capped).kernel == "xla"

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from helpers import close, in_soak, mesh_sizes, random_adapters
 from jax.sharding import NamedSharding
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from switch_models import NAMES, SWITCHES, packed
 
 from research.config.knob_groups import LoRAConfig
+from research.formats.huggingface.huggingface_weights import HuggingFaceWeights
+from research.formats.load_parameters import load_params
 from research.models.attention_sharding import make_attend
 from research.models.cached_attention import (
     cache_partition,
@@ -103,6 +105,32 @@ def test_its_files_are_written_back(golden, name):
     assert from_hf_config(written) == it.architecture
     ours, theirs = read_by_transformers(written), read_by_transformers(it.config)
     assert within(theirs, ours) == ours
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_experts_that_lie_in_one_tensor_are_read(golden, name, tmp_path):
+    """As transformers 5 has them in memory, and as some files have them."""
+    it = golden(name)
+    written = used(family_of(it.architecture).other_hf_tensors[0], it.model.specs)
+    tensors = {
+        tensor: np.ascontiguousarray(
+            stored.pack([np.asarray(it.params[p])[i] for p in stored.paths], specs)
+        )
+        for specs in [it.model.specs]
+        for stored in written
+        for tensor, i in stored.names(specs)
+    }
+    a = it.architecture
+    fused = tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    assert fused.shape == (a.experts.count, 2 * a.mlp, a.embed)
+    gate = np.asarray(it.params["layers.mlp.gate.kernel"])[1, 2].T
+    np.testing.assert_array_equal(fused[2, : a.mlp], gate)
+    save_file(tensors, tmp_path / "model.safetensors")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where, files = dict.fromkeys(it.model.specs, here), HuggingFaceWeights(tmp_path)
+    found = load_params(files, it.model, where, np.float32)
+    for path, value in it.params.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
 @pytest.fixture(scope="module")

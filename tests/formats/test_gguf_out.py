@@ -69,6 +69,8 @@ def test_an_adapter_file_is_read_back_on_the_base(recorded, tmp_path):
     said = {key: file.metadata[key] for key in ("general.type", "adapter.type")}
     assert said == {"general.type": "adapter", "adapter.type": "lora"}
     assert file.metadata["research.base_hash"] == "d5d56f"
+    modelfile = (tmp_path / "Modelfile").read_text()
+    assert modelfile.startswith("FROM base.gguf\nADAPTER adapter.gguf\n")
     written = ADAPTER.read_back(tmp_path, exported)
     for path in ("query", "key", "value"):
         path = f"layers.attention.{path}.kernel"
@@ -147,6 +149,22 @@ def test_an_adapter_that_llama_cpp_cannot_use_is_refused(name, targets, said, tm
     model = Model(shape_of(name))
     with pytest.raises(UserError, match=said):
         ADAPTER.write(make_exported(model, targets), tmp_path, ExportOptions())
+
+
+@pytest.mark.parametrize(
+    "name, changes, said",
+    [
+        ("olmoe", {}, "2 heads of keys for 4 of queries"),
+        ("gpt_neox", {"tied_head": True}, "a head that is tied"),
+        ("gpt_neox", {"biases": ("mlp",)}, "attention that has no biases"),
+    ],
+)
+def test_a_shape_at_which_llama_cpp_stops_is_refused(name, changes, said, tmp_path):
+    shape = dataclasses.replace(shape_of(name), **changes)
+    exported = ExportedModel(Model(shape), {}, tiny_tokenizer())
+    with pytest.raises(UserError, match=said):
+        MODEL.write(exported, tmp_path, ExportOptions())
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_without_adapters_has_no_adapter_file(tmp_path):

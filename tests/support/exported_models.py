@@ -7,6 +7,7 @@ from helpers import random_adapters
 from tokenizers import decoders, models, trainers
 
 from research.formats.export_format import ExportedAdapter, ExportedModel
+from research.tokenize.gguf.gguf_tokenizer import KEY, SPACE, from_gguf_metadata
 from research.tokenize.gguf.pre_tokenizers import CUTS
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.adapters.lora import adapt, adapter_specs
@@ -27,6 +28,23 @@ def with_adapters(model, base, config):
         adapters[path] = ExportedAdapter(pair, rank, scale * rank)
     tokenizer = tiny_tokenizer()
     return ExportedModel(model, weights, tokenizer, adapters, "lora", base, None, FACTS)
+
+
+def sentence_pieces():
+    """A SentencePiece model of bytes, letters and words of TALE, as Llama 2's is."""
+    words = sorted({*TALE.replace(":", "").split()} - {"a"})
+    letters = [*sorted({*"".join(words)}), SPACE, "\n"]
+    pieces = [SPACE + "t", SPACE + "a", "th", "in", "at", "he", "ello"]
+    joined = [SPACE + "ca", SPACE + "cat", SPACE + "th", SPACE + "the", "ti", "tin"]
+    bytes_ = [f"<0x{n:02X}>" for n in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *pieces, *joined, *letters, "<|im_end|>"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 260), 3]
+    metadata = {
+        "model": "llama", "pre": "default", "tokens": tokens, "token_type": kinds,
+        "scores": [0.0] * 259 + [-float(n) for n in range(len(tokens) - 259)],
+        "eot_token_id": len(tokens) - 1,
+    }  # fmt: skip
+    return from_gguf_metadata({f"{KEY}{k}": v for k, v in metadata.items()})
 
 
 def tiny_tokenizer(size=VOCABULARY):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tokenizers
+from exported_models import TALE, sentence_pieces
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from research.core.errors import UserError
@@ -136,6 +137,36 @@ def test_composed_accents_are_a_warning(caplog):
     assert metadata[f"{KEY}pre"] == "olmo"
     theirs = from_gguf_metadata(metadata)
     assert theirs.encode_texts(["e\u0301"]) == theirs.encode_texts(["\u00e9"])
+
+
+def test_sentence_pieces_are_read_back():
+    """Their scores follow from the merges: the same pieces win."""
+    ours = sentence_pieces()
+    rows = ours.largest_id + 3
+    metadata = tokenizer_metadata(ours, rows)
+    assert metadata[f"{KEY}model"] == "llama" and metadata[f"{KEY}add_space_prefix"]
+    assert len(metadata[f"{KEY}scores"]) == len(metadata[f"{KEY}tokens"]) == rows
+    theirs = from_gguf_metadata(metadata)
+    texts = [*TEXTS, TALE, "hello tin cat, the  hat", "<|im_end|>the"]
+    assert theirs.encode_texts(texts) == ours.encode_texts(texts)
+    assert (theirs.bos, theirs.eos, theirs.add_bos) == (ours.bos, ours.eos, True)
+    assert {*theirs.end_ids} == {*ours.end_ids}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda merges: merges[1:], "no merge makes"),
+        (lambda merges: [merges[-1], *merges[:-1]], "stand in several places"),
+    ],
+)
+def test_merges_that_no_scores_can_say_are_refused(change, said):
+    ours = sentence_pieces()
+    rules = json.loads(ours.to_json())
+    rules["model"]["merges"] = change(rules["model"]["merges"])
+    inner = tokenizers.Tokenizer.from_str(json.dumps(rules))
+    with pytest.raises(UserError, match=said):
+        tokenizer_metadata(Tokenizer(inner, bos="<s>", eos="</s>"), 300)
 
 
 def test_two_tokens_of_one_name_are_refused():

@@ -10,8 +10,10 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.formats.export_format import (
     ExportedAdapter,
@@ -23,17 +25,21 @@ from research.formats.gguf.gguf_file import GGUFFile
 from research.formats.gguf.gguf_model import general_metadata
 from research.formats.gguf.gguf_writer import PlannedTensor, write_gguf
 from research.formats.gguf.metadata_fields import write_metadata
+from research.formats.gguf.modelfile import format_modelfile
 from research.formats.huggingface.huggingface_export import fetch
 from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import StoredTensor, used
 from research.weights.parameter_spec import Spec
 
-FILE = "adapter.gguf"
+FILE, BASE = "adapter.gguf", "base.gguf"
 ALPHA = "adapter.lora.alpha"
 EMBEDDING, PLACES = "embedding.table", "position_embedding.table"
 USAGE = """```sh
-llama-cli -m BASE.gguf --lora THIS_FOLDER/adapter.gguf
-```"""
+llama-cli -m base.gguf --lora THIS_FOLDER/adapter.gguf
+```
+
+The Modelfile is for Ollama: put the GGUF file of the base model beside it as base.gguf.
+"""
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -58,6 +64,10 @@ class GGUFAdapterFormat:
             ALPHA: float(alpha),
         }
         write_gguf(folder / FILE, metadata, _plan(exported, alpha), "F32")
+        if jax.process_index() == 0:
+            system = exported.facts.get("system_prompt", "")
+            text = format_modelfile(BASE, exported.tokenizer, system, FILE)
+            write_whole(folder / "Modelfile", text)
 
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         file = GGUFFile(folder / FILE, "adapter")

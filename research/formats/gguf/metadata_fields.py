@@ -57,7 +57,8 @@ ROPE_SWITCHES = {
 }  # fmt: skip
 # Architectures whose heads together are as wide as the embedding, and whose head is a
 # tensor of its own.
-EVEN_HEADS, OWN_HEADS = {"phi3", "olmo2"}, {"olmo2"}
+EVEN_HEADS = {"phi3", "olmo2"}
+OWN_HEADS = {"olmo2", "olmoe", "gptneox", "gpt-oss"}
 # They change nothing that is computed.
 NOTES = {"vocab_size", "tensor_data_layout", f"{SCALING}finetuned"}
 
@@ -222,6 +223,8 @@ def _refuse_unloadable(a: Architecture, family: ModelFamily) -> None:
         problem = "a head that is tied to the embeddings"
     if family.gguf_architecture == "gptneox" and "qkv" not in a.biases:
         problem = "attention that has no biases"
+    if family.gguf_architecture == "olmoe" and a.kv_heads != a.heads:
+        problem = f"{a.kv_heads} heads of keys for {a.heads} of queries"
     if problem:
         raise UserError(
             f"llama.cpp does not load {family.members} with {problem}. Export the "

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -96,6 +97,23 @@ def test_a_loader_that_knows_no_patterns_computes_the_same(exported, name):
         assert pair["A"].shape[0] == pair["B"].shape[1] <= config["r"]
         wide = pair["B"].astype(np.float64) @ pair["A"]
         np.testing.assert_array_equal(scale * wide, expected[module], err_msg=module)
+        # Newer versions of PEFT match a whole name, too, and older ones only its end.
+        for start in (r"(.*\.)?", r".*\."):
+            number = pattern_of(start, module, config)
+            assert number("rank_pattern", config["r"]) == pair["A"].shape[0]
+            alpha = number("alpha_pattern", config["lora_alpha"])
+            assert alpha == scale * pair["A"].shape[0]
+
+
+def pattern_of(start, module, config):
+    """The number of the first pattern that matches a module from `start` on."""
+
+    def number(name, default):
+        patterns = config.get(name, {}).items()
+        found = [x for key, x in patterns if re.match(f"{start}({key})$", module)]
+        return found[0] if found else default
+
+    return number
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,10 @@
 """An export is compared with its run, and a wrong one leaves nothing."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +13,9 @@ import pytest
 import tiny_model
 from helpers import mesh_sizes, random_adapters, random_params
 from safetensors.numpy import load_file, save_file
+from slurm_cluster import free_ports
 
+from research.config.choices import EXPORT_MODULES
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import ParityError
 from research.formats.base_model import open_base
@@ -163,3 +169,23 @@ def test_a_model_runs_layer_by_layer(model, params, batch):
         x = own.layer(layer, number, x, *rows)
     whole = own.hidden(params, batch.tokens, *rows)
     np.testing.assert_allclose(own.final_norm(params, x), whole, atol=1e-5)
+
+
+@pytest.mark.soak
+def test_two_processes_export_a_model_that_neither_holds(tmp_path):
+    script = Path(__file__).parents[1] / "support" / "export_pair.py"
+    port, root = str(free_ports(1)[0]), str(script.parents[2])
+    pair = [
+        subprocess.Popen(
+            [sys.executable, script, str(number), port, tmp_path],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        for number in (0, 1)
+    ]
+    said = [process.communicate(timeout=400)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    first, second = ([x for x in text.splitlines() if "ids" in x] for text in said)
+    assert first == second and len(first) == len(EXPORT_MODULES)
+    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_MODULES}

@@ -48,7 +48,7 @@ class GGUFAdapterFormat:
 
     name = "gguf-adapter"
     quants = ()
-    library, merges = "llama.cpp", False
+    library, merges = "gguf", False
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions

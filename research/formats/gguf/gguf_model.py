@@ -40,7 +40,7 @@ class GGUFModelFormat:
 
     name = "gguf"
     quants = ("q8_0", "q4_0")
-    library, merges = "llama.cpp", True
+    library, merges = "gguf", True
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions

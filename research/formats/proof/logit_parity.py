@@ -156,7 +156,7 @@ def _statistics(ours: Array, theirs: Array, is_token: Array) -> dict[str, Array]
 def _compare(
     exported: ExportedModel, written: WrittenModel, rows: ProofRows, numbers: str
 ) -> Parity:
-    """Each step takes one model after the other, for there is room for one alone."""
+    """Each step takes one model after the other, which needs less memory."""
     specs, weights = exported.model.specs, exported.weights
     own = _programs(exported.model.architecture)
     found = _programs(written.architecture)
@@ -179,11 +179,12 @@ def _compare(
     )
     ours = {path: weights[path] for path in stacked}
     for number in map(np.int32, range(written.architecture.layers)):
+        x = own[1](ours, number, number, x, *at).block_until_ready()
         theirs = load(stacked, (int(number),))
         apart = _squares(ours, theirs, number)
         squares |= {f"{path} of layer {number}": pair for path, pair in apart.items()}
-        x = own[1](ours, number, number, x, *at).block_until_ready()
         y = found[1](theirs, np.int32(0), number, y, *at).block_until_ready()
+        del theirs  # Room for the next layer of ours.
     ours = {path: weights[path] for path in last}
     logits = own[2](ours, x).block_until_ready()
     theirs = load(last)

@@ -255,6 +255,35 @@ def test_the_balance_loss_counts_with_the_weight_of_the_config_or_the_model(trai
     assert np.abs(own - without).max() > 1e-3 * np.abs(without).max()
 
 
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_dots_keeps_the_products_of_experts(mixed, weights):
+    """The backward pass reads the matrix of an expert as often as without remat."""
+    matrices = {(1, MIXED.embed, MIXED.mlp), (1, MIXED.mlp, MIXED.embed)}
+
+    def reads(remat):
+        model = mixed.with_options(remat=remat)
+
+        def total(params):
+            return jnp.sum(model.hidden(params, TOKENS, POSITIONS, SEGMENTS))
+
+        traced = jax.make_jaxpr(jax.grad(total))(weights)
+        return sum(
+            each.primitive.name == "dynamic_slice"
+            and each.outvars[0].aval.shape in matrices
+            for each in equations(traced.jaxpr)
+        )
+
+    assert 0 < reads("none") == reads("dots") < reads("full")
+
+
 def test_dense_models_report_no_load():
     dense = Model(TINY)
     objective = CrossEntropy(groups=1, chunk=5)

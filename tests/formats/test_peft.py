@@ -109,9 +109,9 @@ def pattern_of(start, module, config):
     """The number of the first pattern that matches a module from `start` on."""
 
     def number(name, default):
-        patterns = config.get(name, {}).items()
-        found = [x for key, x in patterns if re.match(f"{start}({key})$", module)]
-        return found[0] if found else default
+        pattern = config.get(name, {})
+        keys = [key for key in pattern if re.match(f"{start}({key})$", module)]
+        return pattern.get(keys[0] if keys else module, default)
 
     return number
 

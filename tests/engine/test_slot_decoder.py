@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, in_soak, mesh_sizes
+from helpers import TINY, in_soak, mesh_sizes, random_params
 from slot_answers import (
     CHUNK,
     DRAWN,
@@ -24,10 +24,14 @@ from slot_answers import (
     SLOTS,
 )
 
+from research.config.knob_groups import ModelConfig
 from research.engine.requests import Sampling
 from research.engine.slot_decoder import SlotDecoder, SlotSettings
 from research.engine.slot_programs import CacheBlock
+from research.models.architecture import Experts
 from research.models.cached_attention import attend_cached, cache_partition
+from research.models.make_model import make_model
+from research.models.transformer import Model
 from research.parallel import mesh as meshes
 
 WORDS = -(-TINY.vocab // 32)
@@ -299,6 +303,30 @@ def test_a_mesh_gives_the_answers_of_one_device(
     assert (keys.shape[1] // part[1], keys.shape[2] // part[2]) == split
     # XLA says so where it has to copy a whole array to split it in another way.
     assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sizes", [mesh_sizes(fsdp=2, expert=2), mesh_sizes(expert=8)])
+def test_experts_on_a_mesh_give_the_answers_of_one_device(sizes):
+    """Slots that divide over the devices, and slots that do not."""
+    experts = Experts(count=8, chosen=2)
+    shape = dataclasses.replace(TINY, mlp=24, experts=experts)
+    params = random_params(Model(shape).specs)
+    found = []
+    for each in (mesh_sizes(), sizes):
+        count = math.prod(dataclasses.astuple(each))
+        mesh = meshes.make_mesh(each, jax.devices()[:count])
+        config = ModelConfig(dtype="float32")
+        model = make_model(config, shape, mesh, length=LENGTH, rows=1)
+        placed = jax.device_put(params, meshes.shardings(model.specs, mesh))
+        decoder = SlotDecoder(
+            model, placed, SLOTS, LENGTH, mesh=mesh, chunk=CHUNK, rounds=ROUNDS
+        )
+        found.append(four_answers(decoder))
+    for one, many in zip(*found, strict=True):
+        assert [x[0] for x in one] == [x[0] for x in many]
+        scores = [[x[1] for x in said] for said in (one, many)]
+        np.testing.assert_allclose(*scores, atol=2e-5)
 
 
 def test_slots_and_heads_that_do_not_divide_stay_whole():

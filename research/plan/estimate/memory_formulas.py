@@ -55,7 +55,7 @@ def _temporaries(step: AbstractStep) -> float:
     logits = min(chunk_size(step), tokens) * a.vocab / tensor
     at_head = head * width + logits * (FLOAT32 + width)
     matrices = sum(_gathered_matrices(step))
-    at_layer = width * (2 * matrices + tokens * _used_per_token(step, 1))
+    at_layer = width * (2 * matrices + tokens * _used_per_token(step))
     at_layer += _mask_bytes(step)
     if step.passes > 1:  # The sum over the passes so far is kept, too.
         gradients *= 2
@@ -81,7 +81,7 @@ def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
     weights = 2 * width * sum(_gathered_matrices(step))
 
     def layer(tokens: float) -> float:
-        return weights + tokens * width * _used_per_token(step, 1)
+        return weights + tokens * width * _used_per_token(step)
 
     # A prompt is one row, which no axis but `tensor` splits.
     prompt = task_registry.find_kind(step.config).longest_prompt(step.config)
@@ -148,18 +148,23 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     return look_up(kept, remat, "config.model.remat")
 
 
-def _used_per_token(step: AbstractStep, parts: int) -> float:
+def _used_per_token(step: AbstractStep) -> float:
     """Values per token of a device that a layer holds while it computes.
 
-    With an `expert` axis, a device computes the tokens of one other after those of
-    another, and has a row for each expert of each of them. `parts` of them count.
+    With an `expert` axis also what all have made of the tokens that it gathers, and the
+    gradients of both; and the rows of one device's tokens, and their gradients.
     """
-    a, experts = step.architecture, step.definition.mesh.shape["expert"]
-    used = kept_per_token(step, "none")
-    if a.experts and experts > 1:
-        used += experts * a.embed
-        used += parts * a.experts.chosen * (3 * a.mlp + 2 * a.embed)
-    return used
+    met = step.definition.mesh.shape["expert"] * step.architecture.embed
+    rows = _rows_per_token(step)
+    return kept_per_token(step, "none") + (3 * met + 2 * rows if rows else 0.0)
+
+
+def _rows_per_token(step: AbstractStep) -> float:
+    """Values of the rows in which a device computes a gathered token's experts."""
+    a = step.architecture
+    if a.experts is None or step.definition.mesh.shape["expert"] == 1:
+        return 0.0
+    return a.experts.chosen * (3 * a.mlp + 2 * a.embed)
 
 
 def device_tokens(step: AbstractStep) -> float:
@@ -189,8 +194,8 @@ def estimate_moved(step: AbstractStep) -> float:
     """Bytes that a step reads from and writes to one device's memory."""
     a, width = step.architecture, compute_width(step)
     tensor, tokens = step.definition.mesh.shape["tensor"], device_tokens(step)
-    parts = step.definition.mesh.shape["expert"]
-    activations = tokens * _used_per_token(step, parts) * ACTIVATION_TRIPS
+    rows = step.definition.mesh.shape["expert"] * _rows_per_token(step)
+    activations = tokens * (kept_per_token(step, "none") + rows) * ACTIVATION_TRIPS
     weights = sum(_gathered_matrices(step)) * WEIGHT_TRIPS
     head = a.embed * a.vocab / tensor * head_chunks(step) * WEIGHT_TRIPS / 2
     logits = tokens * a.vocab / tensor * (FLOAT32 / width + 1) * 2

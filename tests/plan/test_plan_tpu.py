@@ -123,7 +123,13 @@ def test_no_parameter_lies_whole_on_a_chip_that_should_hold_a_part(shipped, name
     assert 0 <= memory.padding < 0.2 * arguments
 
 
+QWEN = PRESETS["qwen3-30b-a3b"]
 PAIRS = {
+    "30B-A3B full, v5p-64, experts over 8 chips": (
+        big_config(rows=64, seq=4096, mesh=MeshConfig(data=1, fsdp=8, expert=8)),
+        QWEN,
+        "v5p:4x4x4",
+    ),
     "135M full, v5e-16, 4 x 4, nothing recomputed": (
         big_config(rows=64, seq=1024, remat="none", mesh=MeshConfig(data=4, fsdp=4)),
         PRESETS["smollm2-135m"],
@@ -157,6 +163,22 @@ def test_the_estimate_is_within_a_tenth_of_the_compiler(plan, name):
     made, estimate = plan(name, *PAIRS[name])
     print(f"{name}: {made.needed / 2**30:.2f} GiB, {estimate.needed / 2**30:.2f}")
     assert estimate.needed == pytest.approx(made.needed, rel=0.1)
+
+
+def test_adapters_of_128_experts_fit_sixteen_small_chips(plan):
+    """Along `expert` tokens travel, as many as planned, and no matrix does."""
+    config = big_config("lora", rows=16, mesh=MeshConfig(data=1, fsdp=2, expert=8))
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=4))
+    made, estimate = plan("experts", config, QWEN, "v5e:4x4")
+    assert made.fits and made.source == "compiled"
+    assert estimate.needed == pytest.approx(made.needed, rel=0.12)
+    met, planned = (
+        next(
+            x.nbytes for x in p.traffic if (x.kind, x.axes) == ("all-gather", "expert")
+        )
+        for p in (made, estimate)
+    )
+    assert met == pytest.approx(planned, rel=0.05)
 
 
 def test_two_slices_meet_in_the_adapters_alone(plan):

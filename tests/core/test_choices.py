@@ -101,7 +101,7 @@ def text_reader(**policies):
 
 def abstract_layers():
     devices = np.array([types.SimpleNamespace(platform="cpu")])
-    mesh = types.SimpleNamespace(shape={"tensor": 1}, devices=devices)
+    mesh = types.SimpleNamespace(shape={"tensor": 1, "expert": 1}, devices=devices)
     definition = types.SimpleNamespace(mesh=mesh)
     return types.SimpleNamespace(architecture=TINY, definition=definition)
 

@@ -40,6 +40,7 @@ OTHER = {
     "model.param_dtype": "bfloat16",
     "model.remat": "dots",
     "model.attention": "splash",
+    "model.expert_kernel": "ragged_dot",
     "data.kind": "text",
     "checkpoint.on_error": "go_on",
     "text.undecodable": "skip",
@@ -256,6 +257,7 @@ def test_every_field_that_changes_the_result_is_fixed():
         "accept", "optim.rollbacks", "checkpoint.on_error", "runtime.grad_norms",
         "runtime.watchdog_s", "runtime.coordinator_address", "runtime.num_processes",
         "runtime.process_id", "replace_export", "checkpoint.loss_drop",
+        "mesh.expert", "model.expert_kernel",
     }  # fmt: skip
     fixed = {path for path, field, _ in fields(Config()) if facts_of(field).fixed}
     fixed -= {"run_dir"}

@@ -228,6 +228,9 @@ class Noise:
     def hidden(self, weights, tokens, positions, segments):
         return jnp.full((*tokens.shape, 1), weights["noise"])
 
+    def hidden_and_load(self, *packed):
+        return self.hidden(*packed), None
+
     def head(self, weights):
         return weights
 

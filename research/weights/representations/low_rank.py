@@ -91,7 +91,7 @@ class LowRank(Leaf):
     def _dropout(self, x: Array) -> Array:
         if self.key is None:
             return x
-        key, rate = (y[0] if y.ndim else y for y in (self.key, self.rate))
+        key, rate = (y[0] if jnp.ndim(y) else y for y in (self.key, self.rate))
         share = 1.0 - jnp.asarray(rate, jnp.float32)
         keep = jax.random.bernoulli(key, share, x.shape)
         return jnp.where(keep, x / share.astype(x.dtype), jnp.zeros_like(x))

@@ -85,7 +85,10 @@ SAID = {
         "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True,
         "moe_intermediate_size": 20,
     },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 3, "hidden_size": 32},
+    "olmoe": {
+        "num_experts": 4, "num_experts_per_tok": 3, "hidden_size": 32,
+        "num_key_value_heads": 4,
+    },
     "gpt_oss": {
         "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7,
         "rope_scaling": {**YARN, "truncate": False}, "num_hidden_layers": 3,

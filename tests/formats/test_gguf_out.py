@@ -53,7 +53,7 @@ def test_a_model_file_is_read_back_with_its_adapters_added(recorded, tmp_path):
         ours = values_of(exported.weights[path])[index]
         theirs = written.read(path, index)
         np.testing.assert_allclose(theirs, ours, atol=1e-6, err_msg=path)
-    assert (tmp_path / "Modelfile").read_text().startswith("FROM model.gguf\n")
+    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
     texts = ["a cat, 12!", "the\n\nhat"]
     found = written.tokenizer.encode_texts(texts)
     assert found == exported.tokenizer.encode_texts(texts)
@@ -70,7 +70,7 @@ def test_an_adapter_file_is_read_back_on_the_base(recorded, tmp_path):
     assert said == {"general.type": "adapter", "adapter.type": "lora"}
     assert file.metadata["research.base_hash"] == "d5d56f"
     modelfile = (tmp_path / "Modelfile").read_text()
-    assert modelfile.startswith("FROM base.gguf\nADAPTER adapter.gguf\n")
+    assert modelfile.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
     written = ADAPTER.read_back(tmp_path, exported)
     for path in ("query", "key", "value"):
         path = f"layers.attention.{path}.kernel"
@@ -154,7 +154,7 @@ def test_an_adapter_that_llama_cpp_cannot_use_is_refused(name, targets, said, tm
 @pytest.mark.parametrize(
     "name, changes, said",
     [
-        ("olmoe", {}, "2 heads of keys for 4 of queries"),
+        ("olmoe", {"kv_heads": 2}, "2 heads of keys for 4 of queries"),
         ("gpt_neox", {"tied_head": True}, "a head that is tied"),
         ("gpt_neox", {"biases": ("mlp",)}, "attention that has no biases"),
     ],

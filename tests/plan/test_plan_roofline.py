@@ -152,7 +152,8 @@ def test_roofline_and_prediction():
 def test_an_mlp_without_a_gate_keeps_one_product_and_no_gate():
     """GPT-2 and GPT-NeoX: up and its activation, where others have gate and up."""
     mesh = types.SimpleNamespace(
-        shape={"tensor": 2}, devices=np.array([types.SimpleNamespace(platform="cpu")])
+        shape={"tensor": 2, "expert": 1},
+        devices=np.array([types.SimpleNamespace(platform="cpu")]),
     )
 
     def kept(remat, gated):

@@ -35,6 +35,7 @@ from research.formats.huggingface.huggingface_export import (
 from research.formats.load_parameters import load_base
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.parallel import runtime
 from research.report.model_card import format_card
 from research.runs import display_files
 from research.runs.lineage import exported_run
@@ -113,7 +114,9 @@ def test_another_step_is_refused_until_the_flag(lora, exported, tmp_path, monkey
     assert "'Answer in *verse*.'" in template
 
 
-def test_several_formats_are_written_at_once(lora, tmp_path, caplog):
+def test_several_formats_are_written_at_once(lora, tmp_path, caplog, monkeypatch):
+    # A command would take the records for itself.
+    monkeypatch.setattr(runtime, "start_alone", lambda: None)
     formats = ["hf", "peft", "gguf", "gguf-adapter"]
     wanted = (str(lora.path), "latest", tmp_path / "all", "float32", False, formats)
     write_model(*wanted)

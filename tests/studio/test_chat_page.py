@@ -256,4 +256,4 @@ def test_the_command_of_a_server_is_shown_before_it_starts(site, monkeypatch):
     assert "-m research.serve --model=pkg://" in page
     for bad in (["runs/absent"], ["runs/../../etc"], [f"runs/a@{i}" for i in range(5)]):
         page = client.get("/chat", params={"run": bad}).text
-        assert 'role="alert"' in page and "research.serve --run" not in page
+        assert 'role="alert"' in page and "--port=" not in page

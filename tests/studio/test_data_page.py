@@ -129,10 +129,28 @@ def test_a_check_that_fails_says_why_and_a_new_one_ends_the_last(tmp_path, monke
     assert checks.read(["slow"], rows_only=True).state == "running"
     script(monkeypatch, "raise SystemExit('error: no such column') # %s")
     checks.start(["bad"], rows_only=True)
-    assert "ended by another" in checks.read(["slow"], rows_only=True).problem
+    stopped = checks.read(["slow"], rows_only=True)
+    assert (stopped.state, stopped.is_red) == ("interrupted", False)
+    assert "ended by another" in stopped.problem
     found = ended(checks, ["bad"])
     assert (found.problem, found.is_red) == ("no such column", True)
     assert checks.read(["never"], rows_only=True).state == "absent"
+
+
+def test_a_look_at_rows_does_not_end_the_check_of_a_start(tmp_path, monkeypatch):
+    checks = Checks(tmp_path)
+    script(monkeypatch, "import time; time.sleep(30) # %s")
+    checks.start(["x"], rows_only=False)
+    checks.start(["x"], rows_only=True)
+    try:
+        assert checks.read(["x"], rows_only=False).state == "running"
+        assert checks.read(["x"], rows_only=True).state == "running"
+    finally:
+        script(monkeypatch, "# %s")
+        for rows_only in (False, True):
+            checks.start(["done"], rows_only=rows_only)
+            while checks.read(["done"], rows_only=rows_only).state == "running":
+                time.sleep(0.02)
 
 
 # -- all rows ------------------------------------------------------------------------

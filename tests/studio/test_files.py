@@ -46,6 +46,12 @@ def test_no_file_of_ours_names_another_host():
         assert "| safe" not in text and "autoescape" not in text, file
 
 
+def test_the_keyboard_can_scroll_every_wide_table():
+    for file in TEMPLATES.iterdir():
+        for area in re.findall(r'<div class="scroll[^>]*>', file.read_text()):
+            assert 'tabindex="0" role="region" aria-label="' in area, file
+
+
 def receiver(folder, limit):
     async def put(request):
         name = request.path_params["name"]

@@ -120,6 +120,25 @@ def test_a_red_finding_locks_the_start(site, client, monkeypatch, is_red):
     assert len(site.state.queue.read().waiting) == (not is_red)
 
 
+@pytest.mark.parametrize(
+    "check, said",
+    [
+        (Check("interrupted", problem="something ended it"), ""),
+        (Check("failed", problem="no such column"), "failed: no such column"),
+    ],
+)
+def test_a_start_without_findings_is_not_forbidden_by_them(
+    site, client, monkeypatch, check, said
+):
+    monkeypatch.setattr(Checks, "read", lambda *_, **__: check)
+    page = client.get("/train", params={"flags": PRESET}).text
+    assert check.problem in page and "doctor forbids" not in page
+    answer = client.post("/act/train", data={"flags": PRESET})
+    assert answer.status_code == (400 if said else 303)
+    assert said in answer.text and "findings" not in answer.text
+    assert len(site.state.queue.read().waiting) == (not said)
+
+
 def test_the_folder_of_a_run_is_never_taken_twice(site):
     (site.runs / "finetune_dolly").mkdir()
     flags = train_page.complete([], site.state)

@@ -13,6 +13,7 @@ from research.tasks.findings import Finding
 from research.tasks.row_preview import PreviewDocument
 
 SHOWN_ROWS = 3
+INTERRUPTED = "its process was ended by another check, or from outside: check again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,11 @@ class Check:
     """A check as its files tell it.
 
     Attributes:
-      state: `absent`, `running`, `ended` (it has findings) or `failed` (it has none).
+      state: `absent`, `running`, `ended` (it has findings), `failed` (it has none) or
+        `interrupted` (something ended it, so nothing is known).
       findings: of the doctor.
       rows: the first rows as the model reads them.
-      problem: why it has failed.
+      problem: why it has no findings.
       survey: of all rows; None where the task has none.
       began: seconds since 1970.
     """
@@ -38,15 +40,28 @@ class Check:
     @property
     def is_red(self) -> bool:
         """Whether a training would be refused for what was found."""
-        bad = any(not finding.ok for finding in self.findings)
-        return self.state == "failed" or bad
+        return bool(self.refusal)
+
+    @property
+    def refusal(self) -> str:
+        """Why a training would be refused; empty if nothing is known against it."""
+        if any(not finding.ok for finding in self.findings):
+            return (
+                "the doctor forbids this start: do what its findings say, or check "
+                "again if the files have changed"
+            )
+        if self.state == "failed":
+            return f"the check of this start failed: {self.problem}"
+        return ""
 
 
 class Checks:
-    """The checks of a studio."""
+    """The checks of a studio. One of rows, and one of a start, run at a time."""
 
     def __init__(self, folder: Path):
-        self._processes = PageProcesses(folder)
+        self._rows, self._starts = (
+            PageProcesses(folder / kind) for kind in ("rows", "starts")
+        )
 
     def command(
         self, flags: Sequence[str], *, rows_only: bool, first: int = 0
@@ -62,15 +77,18 @@ class Checks:
         """
         words = self.command(flags, rows_only=rows_only, first=first)
         env = {"JAX_PLATFORMS": "cpu"} if rows_only else {}
-        self._processes.start(self._place(flags, rows_only, first), words, env)
+        place = self._place(flags, rows_only, first)
+        self._of_kind(rows_only).start(place, words, env)
 
     def read(self, flags: Sequence[str], *, rows_only: bool, first: int = 0) -> Check:
         """The check of these flags, as far as it has come."""
         place = self._place(flags, rows_only, first)
-        found = self._processes.look(place)
+        found = self._of_kind(rows_only).look(place)
         if found.state != "ended":
             return Check(found.state, began=found.began)
         if not (place / DOCTOR).is_file():
+            if found.was_interrupted:
+                return Check("interrupted", problem=INTERRUPTED, began=found.began)
             return Check("failed", problem=found.problem, began=found.began)
         try:
             findings, rows = read_findings(place), read_preview(place)
@@ -82,4 +100,8 @@ class Checks:
         return Check("ended", findings, shown, began=began, survey=survey)
 
     def _place(self, flags: Sequence[str], rows_only: bool, first: int) -> Path:
-        return self._processes.place([rows_only, *flags, *filter(None, [first])])
+        question = [rows_only, *flags, *filter(None, [first])]
+        return self._of_kind(rows_only).place(question)
+
+    def _of_kind(self, rows_only: bool) -> PageProcesses:
+        return self._rows if rows_only else self._starts

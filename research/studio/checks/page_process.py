@@ -24,6 +24,7 @@ from research.studio.listing.run_state import read_json_object
 MOST_BYTES = 64_000  # of a text that a page shows
 OUTPUT, LOG, RECORD = "output", "log", "process.json"
 KEPT = 40  # answers whose files stay
+TRACEBACK = "Traceback (most recent call last)"  # of a program that failed
 NICE = 5  # How much a process stands back behind a training.
 
 
@@ -42,6 +43,11 @@ class PageProcess:
     began: float = 0.0
     output: str = ""
     log: str = ""
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether it was ended before it could say why, if it has no results."""
+        return not last_error(self.log) and TRACEBACK not in self.log
 
     @property
     def problem(self) -> str:

@@ -259,11 +259,8 @@ async def check(request: Request) -> Response:
 async def start(request: Request) -> Response:
     """Queues the training, unless its check has found something that forbids it."""
     flags = await _sent(request)
-    if studio_of(request).checks.read(flags, rows_only=False).is_red:
-        raise UserError(
-            "the doctor forbids this start: do what its findings say, or check again "
-            "if the files have changed"
-        )
+    if refusal := studio_of(request).checks.read(flags, rows_only=False).refusal:
+        raise UserError(refusal)
     return await enqueue(request, flags)
 
 

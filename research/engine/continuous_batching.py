@@ -188,6 +188,9 @@ class Engine:
 
         def exchange() -> T:
             self.prefixes.clear()
+            with self._changed:
+                for task in self._waiting:
+                    task.read = None
             return place()
 
         return self.between_rounds(exchange, when_empty=True)

@@ -17,7 +17,13 @@ import numpy as np
 
 from research.core.errors import LonelyError, UserError
 from research.engine.requests import OtherProcessError, Sampling
-from research.engine.slot_decoder import Round, Scores, SlotDecoder, SlotSettings
+from research.engine.slot_decoder import (
+    CacheBlock,
+    Round,
+    Scores,
+    SlotDecoder,
+    SlotSettings,
+)
 from research.parallel import agreement
 from research.weights.adapters.serving_bank import Row
 
@@ -132,6 +138,12 @@ class LeadingDecoder:
     def write_block(self, slot: int, index: int, block: FollowedBlock) -> None:
         """See `SlotDecoder`."""
         self._later("write_block", slot, index, block.number)
+
+    def write_prompt(self, slot: int, block: CacheBlock) -> None:
+        """Raises ValueError: only this process has the keys and values."""
+        raise ValueError(
+            f"slot {slot}: the other processes have no keys and values of the prompt"
+        )
 
     def set_row(self, index: int, row: Row, identity: str) -> None:
         """See `SlotDecoder`. The other processes read the row by its identity."""

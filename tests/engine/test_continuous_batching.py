@@ -41,6 +41,7 @@ from research.engine.requests import (
     UnknownAdapterError,
 )
 from research.engine.slot_decoder import SlotDecoder
+from research.engine.slot_programs import CacheBlock
 from research.parallel import agreement
 from research.tokenize.tokenizer_training import byte_tokenizer
 from research.weights.adapters import lora, serving_bank
@@ -57,6 +58,14 @@ def engine(decoder):
         pass
     assert engine.stats().running == engine.stats().waiting == 0
     assert not decoder.decode().active.any()
+
+
+@pytest.fixture
+def base_params(decoder):
+    """The decoder has them again after a test that closes it or gives it others."""
+    params = decoder.params
+    yield params
+    decoder.open(params)
 
 
 def request(prompt, sampling=GREEDY, **fields):
@@ -443,7 +452,7 @@ def test_adapters_come_and_go_while_others_answer(engine, decoder, model, params
 
 
 def test_a_model_that_is_asked_now_and_then_holds_no_memory(
-    decoder, model, monkeypatch
+    decoder, base_params, model, monkeypatch
 ):
     """As reports of a run ask it: the slots are gone when the answers are there."""
     made = []
@@ -452,10 +461,9 @@ def test_a_model_that_is_asked_now_and_then_holds_no_memory(
         made.append(arguments)
         return decoder
 
-    params = decoder.params
     monkeypatch.setattr(text_generation, "SlotDecoder", make)
     decoders = text_generation.SlotDecoders(model, decoder._mesh)
-    generator = text_generation.TextGenerator(decoders, params, TOKENIZER)
+    generator = text_generation.TextGenerator(decoders, base_params, TOKENIZER)
     expected = Engine(decoder, TOKENIZER).submit(request(MIDDLE, DRAWN)).text()
     decoder.close()
     before = sum(x.nbytes for x in jax.live_arrays())
@@ -474,15 +482,14 @@ def test_a_model_that_is_asked_now_and_then_holds_no_memory(
     sizes = {(8, min(256, longest)), (1, min(256, longest)), (1, min(512, longest))}
     assert {arguments[2:] for arguments in made} == sizes and len(made) == len(sizes)
     assert generator.answers([]) == []
-    decoder.open(params)
 
 
-def test_a_conversation_is_read_once(decoder, monkeypatch):
+def test_a_conversation_is_read_once(decoder, base_params, monkeypatch):
     """Two models share their decoders, as where a run is compared with its base."""
-    params, known = decoder.params, [decoder]
+    params, known = base_params, [decoder]
     decoder.close()
 
-    def make(model, params, slots, length, mesh):
+    def make(model, params, slots, length, mesh, chunk):
         closed = [x for x in known if x.params is None]
         if not closed:
             known.append(
@@ -521,16 +528,18 @@ def test_a_conversation_is_read_once(decoder, monkeypatch):
                 [*both[0].stream(request(turns[0], DRAWN))]
         pieces = [*both[0].stream(request(turns[0], DRAWN))]
         assert "".join(x.text for x in pieces) == found[turns[0], 0]
-    decoder.open(params)
 
 
-def test_weights_are_exchanged_between_two_answers(decoder):
+def test_weights_are_exchanged_between_two_answers(decoder, base_params):
     """Those that run end with the old ones, and those that wait begin with the new."""
-    params = decoder.params
+    params = base_params
     doubled = jax.device_put(2 * params["head.kernel"], params["head.kernel"].sharding)
     other = params | {"head.kernel": doubled}
     wanted = request(LONG, DRAWN)
     old = read(Engine(decoder, TOKENIZER).submit(wanted))
+    layers, _, heads, _, width = decoder.read_block(0, 0).k.shape
+    zeros = np.zeros((layers, 1, heads, len(LONG) - 1, width), np.float32)
+    of_old = CacheBlock(zeros, zeros)  # Whoever uses it gives another answer.
     decoder.open(other)
     new = read(Engine(decoder, TOKENIZER).submit(wanted))
     assert old != new
@@ -540,7 +549,7 @@ def test_weights_are_exchanged_between_two_answers(decoder):
     running = [engine.submit(wanted) for _ in range(SLOTS)]
     while not engine.stats().new_tokens:
         engine.step()
-    waiting = [engine.submit(wanted) for _ in range(SLOTS)]
+    waiting = [engine.submit(wanted, read=of_old) for _ in range(SLOTS)]
 
     def place():
         assert engine.stats().running == 0 and engine.stats().prefix_bytes == 0
@@ -563,7 +572,6 @@ def test_weights_are_exchanged_between_two_answers(decoder):
     assert answers == [old] * SLOTS + [new] * SLOTS and found == ["placed"]
     stop.set()
     runner.join(60)
-    decoder.open(params)
 
 
 # -- several processes -----------------------------------------------------------------
@@ -629,6 +637,23 @@ def test_other_processes_follow_every_call(decoder, model, params, monkeypatch):
     assert len(rounds) == len(of_leader) and next(heard, None) is None
     jax.tree.map(np.testing.assert_array_equal, rounds, of_leader)
     decoder.open(decoder.params)
+
+
+def test_no_call_is_made_by_the_first_process_alone(decoder):
+    """A call that the leading decoder merely passes on would part the processes."""
+    calls = {name for name, x in vars(SlotDecoder).items() if callable(x)}
+    passed_on = {name for name in calls - {*vars(LeadingDecoder)} if name[0] != "_"}
+    # The first two frame all calls; the others do nothing on the devices of others.
+    assert passed_on == {"open", "close", "size", "read"}
+    told = []
+    engine = Engine(LeadingDecoder(decoder, told.append), TOKENIZER)
+    block = jax.device_get(decoder.read_block(0, 0))
+    given = engine.submit(request(LONG[: CHUNK + 1]), read=block)
+    with pytest.raises(ValueError, match="the other processes have no keys and values"):
+        read(given)
+    assert read(engine.submit(request(MIDDLE)))[2] == "length"
+    made = {call[0] for calls in told for call in calls}
+    assert made == {"admit", "free", "extend", "start", "decode"}
 
 
 def test_a_task_begins_when_all_processes_can_do_it(decoder, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from helpers import TINY
 
 from research.engine.requests import Request
+from research.evaluate.measuring import row_losses
 from research.evaluate.measuring.prompt_keys import PromptKeys
 from research.models.architecture import RopeScaling
 
@@ -58,7 +59,7 @@ def test_keys_that_depend_on_the_length_of_their_row_are_not_handed_over():
 def test_a_row_that_does_not_begin_with_its_prompt_is_left_to_the_engine(ids, is_kept):
     plan, key = planned(), ("base", "r3")
     k, v = (np.asarray(x) for x in (keys(len(ids)), -keys(len(ids))))
-    assert plan.wants(["base"])
+    assert plan.wants("base") and not plan.wants("another")
     plan.take(("another", "r3"), np.array(ids), k, v)
     plan.take(key, np.array(ids), k, v)
     assert [*plan.found] == [key] * is_kept
@@ -66,3 +67,21 @@ def test_a_row_that_does_not_begin_with_its_prompt_is_left_to_the_engine(ids, is
         for found, given in ((plan.found[key].k, k), (plan.found[key].v, v)):
             np.testing.assert_array_equal(found[:, 0].swapaxes(1, 2), given[:, :3])
             assert not np.shares_memory(found, given), "the whole batch stays otherwise"
+
+
+@pytest.mark.parametrize(
+    ("limit", "fits"), [(None, True), (2**20, True), (2**19, False)]
+)
+def test_keys_leave_a_device_its_memory(limit, fits):
+    """Two batches of 4 rows of 16 tokens: 2 * 2 layers * 2 heads * 8 * 4 B a token."""
+    stats = None if limit is None else {"bytes_limit": limit}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    opened = types.SimpleNamespace(
+        model=types.SimpleNamespace(
+            architecture=types.SimpleNamespace(layers=2, kv_heads=2, head_dim=8),
+            options=types.SimpleNamespace(dtype="float32"),
+        ),
+        config=types.SimpleNamespace(data=types.SimpleNamespace(seq_len=16)),
+        mesh=types.SimpleNamespace(local_devices=[device]),
+    )
+    assert row_losses._keys_fit(opened, rows=4, models=2) == fits

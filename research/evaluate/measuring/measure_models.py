@@ -243,10 +243,12 @@ def measure_losses(
             read = readings[names[-1]]
             documents = documents_of(read, rows)
             wanted = {(x, row) for x in names for row in documents.values()}
-            take = None
-            if prompts.wants(names):
-                take = functools.partial(_take, prompts, read, documents)
-            elif wanted <= kept.found.keys():
+            take = {
+                x: functools.partial(_take, prompts, read, documents, x)
+                for x in names
+                if prompts.wants(x)
+            }
+            if not take and wanted <= kept.found.keys():
                 continue
             count = counted(len(documents), "row")
             logging.info("losses of %s on %s", " and ".join(names), count)

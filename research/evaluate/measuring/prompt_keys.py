@@ -64,9 +64,9 @@ class PromptKeys:
                     prompts[model.name, row] = request.prompt[:-1]
         return cls(prompts)
 
-    def wants(self, models: Sequence[str]) -> bool:
-        """Whether a prompt of one of `models` is missing."""
-        return any(x[0] in models and x not in self.found for x in self.prompts)
+    def wants(self, model: str) -> bool:
+        """Whether a prompt of `model` is missing."""
+        return any(x[0] == model and x not in self.found for x in self.prompts)
 
     def take(
         self, key: Key, ids: np.ndarray, k_LTKH: np.ndarray, v_LTKH: np.ndarray

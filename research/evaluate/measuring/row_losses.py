@@ -1,8 +1,10 @@
 """The loss of each row, or of each whole text, by the objective of training."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +25,12 @@ from research.tasks.task_registry import make_objective
 Params = dict[str, Any]
 # The sums of one row by the name of the mean: numerator and denominator.
 RowSums = dict[str, list[float]]
-# Receives a model, the number of a document, and the keys and values `[L, T, K, H]` of
-# all its ids but the last.
-TakeKeys = Callable[[str, int, np.ndarray, np.ndarray], None]
+# Receives the number of a document, and the keys and values `[L, T, K, H]` of all its
+# ids but the last.
+TakeKeys = Callable[[int, np.ndarray, np.ndarray], None]
+# Keys and values on their way to the host may take this share of a device's memory. It
+# is a share of all memory, as what is free differs from one start to the next.
+DEVICE_SHARE = 1 / 16
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # Tokens that end a group of lengths.
 
 
@@ -35,7 +40,7 @@ def measure_rows(
     documents: np.ndarray,
     seed: int,
     origin: str,
-    take: TakeKeys | None = None,
+    take: Mapping[str, TakeKeys] | None = None,
 ) -> dict[str, list[RowSums]]:
     """The sums of each of `documents`, by model.
 
@@ -45,7 +50,8 @@ def measure_rows(
       documents: numbers of those that are measured.
       seed: of the packing.
       origin: of the rows, for people.
-      take: receives what a model has computed of each document on the way.
+      take: by model, receives what it has computed of each document on the way, unless
+        that takes more than `DEVICE_SHARE` of a device.
 
     Raises:
       DivergedError: a loss is not finite.
@@ -62,14 +68,16 @@ def measure_rows(
         for part in parts:
             yield _numbered(chosen, part + [[]] * (count - len(part)), mine)
 
+    takers = take if take and _keys_fit(opened, count, len(take)) else {}
+
     def take_part(number: int, model: str, k: np.ndarray, v: np.ndarray) -> None:
         for at, row in enumerate(parts[number]):
             ends = np.cumsum(chosen.documents.slots[row])
             for document, end in zip(row, ends, strict=True):
                 where = slice(end - chosen.documents.slots[document], end)
-                take(model, document, k[:, at, where], v[:, at, where])
+                takers[model](document, k[:, at, where], v[:, at, where])
 
-    measured = _measure(opened, batches(), count, width, take and take_part)
+    measured = _measure(opened, batches(), count, width, take_part, {*takers})
     order = [list(itertools.chain(*part)) for part in parts]
     place = {int(document): i for i, document in enumerate(documents)}
     found: dict[str, list[RowSums]] = {}
@@ -201,18 +209,20 @@ def _measure(
     count: int,
     groups: int,
     take: Callable[[int, str, np.ndarray, np.ndarray], None] | None = None,
+    taken: Container[str] = (),
 ) -> list[Mapping[str, Sums]]:
     """The sums of each batch by model: all in one pass, which builds a batch once.
 
-    `take` receives the number of a batch, a model, keys and values `[L, B, T, K, H]`.
+    `take` receives the number of a batch, a model that is `taken`, and its keys and
+    values `[L, B, T, K, H]`.
     """
     objective = make_objective(opened.config, opened.mesh, groups)
     whole = meshes.replicated(opened.mesh)
 
-    @jax.jit
-    def read(weights: Params, batch: Batch) -> tuple[Sums, list[Any]]:
+    @functools.partial(jax.jit, static_argnums=2)
+    def read(weights: Params, batch: Batch, keeps: bool) -> tuple[Sums, list[Any]]:
         kept: list[Any] = []
-        keep = (lambda *keys: kept.append(keys)) if take else None
+        keep = (lambda *keys: kept.append(keys)) if keeps else None
         model = opened.model.with_options(keep=keep)
         sums = evaluate_weights(objective, model, weights, batch)
         return sums, jax.lax.with_sharding_constraint(kept, whole)
@@ -228,19 +238,32 @@ def _measure(
                 take(number, model, *map(np.asarray, kept[0]))
 
     def measure(batch: Batch) -> dict[str, Sums]:
-        found = {k: read(weights, batch) for k, weights in opened.weights.items()}
-        if take:
-            # The devices compute this batch while the keys of the one before leave.
-            under_way.append((next(numbers), {k: x[1] for k, x in found.items()}))
-            if len(under_way) > 1:
-                take_first()
+        found = {
+            name: read(weights, batch, name in taken)
+            for name, weights in opened.weights.items()
+        }
+        # The devices compute this batch while the keys of the one before leave.
+        under_way.append((next(numbers), {k: x[1] for k, x in found.items()}))
+        if len(under_way) > 1:
+            take_first()
         return {k: sums for k, (sums, _) in found.items()}
 
     placed = (meshes.to_global(batch, opened.mesh, rows=count) for batch in batches)
     measured = sum_batches(measure, placed)
-    if take:
+    while under_way:
         take_first()
     return measured
+
+
+def _keys_fit(opened: OpenModels, rows: int, models: int) -> bool:
+    """Whether keys and values of two batches fit; each device has them whole."""
+    a, dtype = opened.model.architecture, opened.model.options.dtype
+    token = 2 * a.layers * a.kv_heads * a.head_dim * jax.numpy.dtype(dtype).itemsize
+    needed = 2 * models * rows * opened.config.data.seq_len * token
+    stats = [device.memory_stats() or {} for device in opened.mesh.local_devices]
+    # A CPU reports none: its limit is that of the host, see `PromptKeys`.
+    limit = min(x.get("bytes_limit", math.inf) for x in stats)
+    return needed <= DEVICE_SHARE * limit
 
 
 def _numbered(

@@ -20,11 +20,14 @@ KNOBS = {
     "model.init_from": "runs/model", "steps": "100000", "data.seq_len": "128",
     "data.batch_size": "4", "data.microbatch_size": "4", "data.held_out": "4",
     "lora.rank": "4", "run_dir": "runs/whales",
-    "model.dtype": "float32", "optim.learning_rate": "1e-2", "optim.warmup": "0",
+    "model.dtype": "float32", "optim.learning_rate": "3e-3", "optim.warmup": "0",
     "eval.every": "500", "eval.prompts": "0", "eval.answers_rows": "0",
     "checkpoint.every": "1000", "runtime.peak_tflops": "0.05",
 }  # fmt: skip
 QUESTION = "How long is a whale?"
+# The answer of each row: the model learns it soon, whatever it is asked, and keeps it.
+LEARNED = "30 m"
+ENOUGH = 60  # steps until it surely has; ten are enough
 WATCHED = 3.0  # seconds
 WAIT = 400_000  # milliseconds; the machine may be busy with other work
 
@@ -70,7 +73,8 @@ def made(place):
         write = csv.writer(file).writerow
         write(["ask", "passage", "reply", "kind"])
         for n in range(60):
-            write([f"How long is whale {n}?", f'Whale {n}, "Moby".', f"{n} m", "size"])
+            ask, passage = f"How long is whale {n}?", f'Whale {n}, "Moby".'
+            write([ask, passage, LEARNED, "size"])
         write(["A question without an answer?", "", "", "size"])
     return StudioProcess(folder, place.cache)
 
@@ -172,7 +176,7 @@ def watch(tab, studio, found):
     until(lambda: time.monotonic() - begun > WATCHED)
     found.share = (studio.cpu() - cpu) / (time.monotonic() - begun)
     found.megabytes = studio.megabytes()
-    assert page.locator('[data-figure="loss"]').inner_text() != first
+    until(lambda: page.locator('[data-figure="loss"]').inner_text() != first)
     assert page.locator('[data-chart="loss"] canvas').count() == 1
 
 
@@ -189,7 +193,7 @@ def survive_a_kill(browser, studio, tab):
     tab = opened(browser, studio.start())
     tab.open("/run/runs/whales")
     wait_for_state(tab.page, "running")
-    assert step_of(tab.page) > before
+    wait_for_step(tab.page, before + 1)  # It may evaluate, which takes no step.
     wait_for_step(tab.page, step_of(tab.page) + 5)
     return tab
 
@@ -205,7 +209,10 @@ def trainers(studio):
 
 
 def stop_and_resume(tab):
-    """Twice, so that the run has two checkpoints at the end."""
+    """Twice, so that the run has two checkpoints at the end.
+
+    However slow the machine is, the last has learned what `compare_in_chat` asks.
+    """
     page = tab.page
     page.get_by_role("button", name="Stop", exact=True).click()
     wait_for_state(page, "stopped")
@@ -217,7 +224,7 @@ def stop_and_resume(tab):
     page.wait_for_url("**/queue*")
     tab.open("/run/runs/whales")
     wait_for_state(page, "running")
-    wait_for_step(page, stopped + 5)
+    wait_for_step(page, max(stopped + 5, ENOUGH))
     page.get_by_role("button", name="Stop", exact=True).click()
     wait_for_state(page, "stopped")
 
@@ -274,18 +281,22 @@ def ask(shell):
 
 
 def compare_in_chat(tab):
-    """Base and tuned answer one question."""
+    """Base and tuned answer one question: only the tuned one as the rows do."""
     page = tab.page
     tab.open("/chat")
+    page.get_by_text("Sampling:").click()
+    page.get_by_label("Temperature", exact=True).fill("0")  # A draw could be any token.
     page.get_by_label("Message").fill(QUESTION)
     page.get_by_role("button", name="Send").click()
     page.get_by_text("The answers are complete.").wait_for(state="attached")
     base, tuned = (
-        page.get_by_role("article", name=f"Answer of {name}").locator(".answer-text")
+        page.get_by_role("article", name=f"Answer of {name}")
+        .locator(".answer-text")
+        .inner_text()
         for name in ("base", "prod")
     )
-    assert base.inner_text().strip() != tuned.inner_text().strip()
-    assert re.search(r"[0-9]", tuned.inner_text()), "it was trained on lengths"
+    assert LEARNED not in base
+    assert tuned.strip().removesuffix("<|im_end|>") == LEARNED
 
 
 def move_the_alias(tab, found):

@@ -1,6 +1,7 @@
 """Deploy: aliases, servers and exports; each button shows its command before."""
 
 import asyncio
+import contextlib
 import functools
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from research.core.local_paths import split_step
 from research.runs.aliases.run_alias import folder_of, history, is_alias
 from research.runs.control.job_logs import last_error
 from research.studio.deploying import exports
-from research.studio.deploying.pasted_commands import fields_of_command
+from research.studio.deploying.pasted_commands import fields_of_command, lost
 from research.studio.jobs.job_commands import as_text, python
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
@@ -110,7 +111,12 @@ def _exports(
 async def paste(request: Request) -> Response:
     """Fills the form that would make a pasted command."""
     text = (await Form.read(request)).get("pasted")
-    return see("/deploy", **fields_of_command(text, studio_of(request).runs))
+    fields = fields_of_command(text, studio_of(request).runs)
+    made: list[str] = []
+    with contextlib.suppress(UserError, PageError):  # The page says why.
+        runs = {"runs": fields.get("run", [])}
+        made = await _command(request, fields["do"], fields | runs)
+    return see("/deploy", **fields, said=lost(text, made))
 
 
 async def _command(request: Request, kind: str, fields: Fields) -> list[str]:

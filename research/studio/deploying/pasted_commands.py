@@ -1,13 +1,14 @@
 """A pasted command of a server, an export or an alias as the fields of its form."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError
 from research.core.local_paths import split_step
 from research.studio.deploying.exports import HUGGING_FACE, known_formats
-from research.studio.jobs.job_commands import flag_values, words_of
+from research.studio.jobs.job_commands import flag_values, without, words_of
 from research.studio.roots import Roots
 
 SERVE, EXPORT, ALIASES = "research.serve", "research.export", "research.runs.aliases"
@@ -20,6 +21,7 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     EXPORT: (("run", "step", "format", "dtype", "quant"), ("out",)),
     ALIASES: (("alias", "run", "back"), ()),
 }
+SET_BY_FORMS = ("out", "adapters_from", "api_key_file")
 
 
 def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
@@ -61,6 +63,30 @@ def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
         return {"do": "back", **alias}
     run, step = split_step(chosen[0] if chosen else "")
     return {"do": "promote", "run": [run], "step": step, **alias}
+
+
+def lost(text: str, made: Sequence[str], names: Sequence[str] = SET_BY_FORMS) -> str:
+    """A sentence about flags that a form sets itself, and not as a pasted command.
+
+    Args:
+      text: the pasted command.
+      made: the command that the form makes of it; empty if it makes none.
+      names: of the flags that are compared, whose values are paths or numbers.
+    """
+    words = words_of(text)
+    door = next(x for x in FLAGS if x in words)
+    own = dict(flag_values(made[made.index(door) + 1 :])) if made else {}
+    return without(
+        [
+            f"--{name}={value}"
+            for name, value in flag_values(words[words.index(door) + 1 :])
+            if name in names and (name not in own or _whole(own[name]) != _whole(value))
+        ]
+    )
+
+
+def _whole(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _named(written: str, runs: Roots) -> str:

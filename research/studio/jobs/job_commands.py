@@ -77,6 +77,17 @@ def flag_values(words: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def without(words: Sequence[str]) -> str:
+    """A sentence about flags of a pasted command that a form has no field for."""
+    if not words:
+        return ""
+    them = "it" if len(words) == 1 else "them"
+    return (
+        f"this form has no place for {', '.join(words)}: the command that it makes is "
+        f"without {them}"
+    )
+
+
 def words_of(text: str) -> list[str]:
     """A command as a shell reads it. Raises UserError."""
     try:

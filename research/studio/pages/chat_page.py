@@ -5,6 +5,7 @@ and a form that answers when all models have ended.
 """
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -21,7 +22,11 @@ from research.studio.chats.blind_votes import win_rates
 from research.studio.chats.chat_api import ACTIONS, NEW, conversations, votes_of
 from research.studio.chats.conversation_files import KeptChat, messages_of
 from research.studio.chats.model_stamps import stamps_of
-from research.studio.deploying.pasted_commands import fields_of_command
+from research.studio.deploying.pasted_commands import (
+    SET_BY_FORMS,
+    fields_of_command,
+    lost,
+)
 from research.studio.jobs.job_commands import as_text, words_of
 from research.studio.listing.run_state import read_json_object
 from research.studio.page_errors import PageError
@@ -162,7 +167,13 @@ async def paste(request: Request) -> Response:
     if more := fields.keys() - {"do", "run", "name", "port"}:
         shown = ", ".join(sorted(more))
         raise UserError(f"this form has runs alone, and no {shown}: use Deploy")
-    return see("/chat", run=fields["run"] or [""])
+    made: list[str] = []
+    with contextlib.suppress(UserError, PageError):  # The page says why.
+        name, flags = await asyncio.to_thread(_server_flags, request, fields["run"])
+        servers = studio_of(request).servers
+        made = await asyncio.to_thread(servers.command, name, flags)
+    said = lost(text, made, (*SET_BY_FORMS, "port"))
+    return see("/chat", run=fields["run"] or [""], said=said)
 
 
 async def serve(request: Request) -> Response:

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.config.choices import EMBEDDED
+from research.config.command_line import NoFlags
 from research.config.data_knobs import ColumnsConfig
-from research.config.field_names import flag, name_sources
+from research.config.field_names import flag, given_flags, name_sources
+from research.config.knobs import flat
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import is_hub
 from research.core.local_paths import local_path
@@ -24,7 +27,7 @@ from research.data.row_readers import READERS, BadRowError, read_rows
 from research.studio.checks.check_process import Check
 from research.studio.checks.config_presets import FOLDER, first_preset
 from research.studio.checks.row_survey import BLOCK
-from research.studio.jobs.job_commands import as_text, config_of, flags_in
+from research.studio.jobs.job_commands import as_text, config_of, flags_in, without
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import (
     Form,
@@ -36,8 +39,9 @@ from research.studio.pages.page_view import (
     see,
     studio_of,
 )
-from research.studio.pages.train_page import check_flags, complete, read_flags
+from research.studio.pages.train_page import check_flags, complete, read_flags, split
 from research.studio.roots import shown_paths
+from research.studio.studio_state import StudioState
 from research.studio.uploads import receive_upload
 
 MAPPED = [field for field in dataclasses.fields(ColumnsConfig) if field.type is str]
@@ -113,7 +117,9 @@ def _opened(request: Request, chosen: str, fields: Mapping[str, str]) -> dict[st
         "check": check,
         "command": studio.checks.command(flags, rows_only=True, first=first),
         "tallest": max([1, *(n for *_, n in survey.lengths)]) if survey else 1,
-        "rows": _page_of(check, at, {k: v for k, v in fields.items() if k != "at"}),
+        "rows": _page_of(
+            check, at, {k: v for k, v in fields.items() if k not in ("at", "said")}
+        ),
     }
 
 
@@ -205,22 +211,60 @@ def _flags(request: Request, fields: Mapping[str, str]) -> list[str]:
 async def paste(request: Request) -> Response:
     """Fills the form from the data of a pasted training."""
     text, studio = (await Form.read(request)).get("pasted"), studio_of(request)
-    words = [x for x in flags_in(text, CHECKS) if not x.startswith(OF_CHECKS)]
-    flags = complete(read_flags(as_text(words)), studio)
+    words = flags_in(text, CHECKS)
+    first = [x.partition("=")[2] for x in words if x.startswith("--first=")]
+    written = read_flags(as_text([x for x in words if not x.startswith(OF_CHECKS)]))
+    flags = complete(written, studio)
     check_flags(flags, studio)
     config, _ = config_of(flags, studio.confined)
-    place, fields = config.data.path, {"read": ""}
+    place, fields = config.data.path, {"read": "", "at": "".join(first[-1:])}
     if config.data.kind == "text":
         fields["read"] = "text"
         place = config.text.sources[0].partition("=")[2]
     elif config.data.bad_lines == "skip":
         fields["skip"] = "yes"
-    if is_hub(place):
-        return see("/data", hub=place, **fields)
     given = {f: getattr(config.data.columns, f.name) for f in MAPPED}
     fields |= {f.name: column for f, column in given.items() if column != f.default}
-    file = place if place == EMBEDDED else studio.data.name(local_path(place))
-    return see("/data", file=file, **fields)
+    if is_hub(place):
+        fields["hub"] = place
+    else:
+        fields["file"] = place if place == EMBEDDED else _named(studio, place)
+    made = complete(_flags(request, fields), studio)
+    return see("/data", **fields, said=without(_lost(written, config, made, studio)))
+
+
+def _named(studio: StudioState, place: str) -> str:
+    """Raises UserError: it is no file or folder of this page."""
+    try:
+        return studio.data.name(local_path(place))
+    except PageError as error:
+        raise UserError(
+            f"{place}: this page shows files below {', '.join(studio.data.folders)} "
+            "and data sets of the hub; paste this command on the Train page"
+        ) from error
+
+
+def _lost(
+    written: Sequence[str], config: Config, made: Sequence[str], studio: StudioState
+) -> list[str]:
+    """The flags of a pasted command that differ in the command of the form.
+
+    The form shows the first source of raw text, under the name of its file.
+    """
+    own, _ = config_of(made, studio.confined)
+    old, new = flat(config), flat(own)
+    names = [[x.partition("=")[0] for x in c.text.sources] for c in (config, own)]
+    is_held = {"data.path": True, "text.sources": names[0] == names[1]}
+    preset, _ = split(made)
+    found = []
+    for each in given_flags(written, NoFlags, flat(Config())):
+        path = each.name.removeprefix("config.")
+        if each.name == "config":
+            is_same = local_path(each.value or "") == local_path(preset)
+        else:
+            is_same = is_held.get(path, old.get(path) == new.get(path))
+        found += [] if is_same else [" ".join(each.words)]
+    return found
 
 
 async def look(request: Request) -> Response:

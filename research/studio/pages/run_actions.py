@@ -11,6 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.checkpoints.stored_steps import step_folders
+from research.config.command_line import NoFlags
+from research.config.field_names import given_flags
+from research.config.knobs import flat
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.local_paths import local_path, split_step
 from research.runs.control.request_files import write_request
@@ -94,12 +98,21 @@ async def paste(request: Request) -> Response:
     flags = commands.flags_in(
         (await Form.read(request)).get("pasted"), "research.train"
     )
-    given = dict(commands.flag_values(flags))
-    given.pop("config", None)
+    given: dict[str, str] = {}
+    for x in given_flags(flags, NoFlags, flat(Config())):
+        if not x.name or x.value is None:
+            raise UserError(f"{x.words[0][:80]!r} is no flag: write --NAME=VALUE")
+        given[x.name] = x.value
+    config = given.pop("config", "")
     place, step = split_step(given.pop("config.model.init_from", ""))
     if not step:
         raise UserError("a branch has --config.model.init_from=RUN@STEP")
     folder, runs = local_path(place).absolute(), studio_of(request).runs
+    if config and local_path(config).absolute() != folder:
+        raise UserError(
+            f"--config={config}: a branch has the config of the run that it begins at, "
+            f"{place}; use Train for another one"
+        )
     target = local_path(given.pop("config.run_dir", f"{folder}_from_{step}"))
     return see(
         "/branch",

@@ -94,7 +94,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             found.message = f"there is no page {request.url.path}"
     else:
         found = as_page_error(error)
-    if found.status >= 500:
+    if found.status == 500:  # Others are answers, as of a studio with many tabs.
         logging.error("%s %s", request.method, request.url.path, exc_info=error)
     return _error_page(request, found)
 

@@ -22,6 +22,7 @@ from fake_upstream import (
 )
 from served_studio import ServedStudio, append
 from studio_place import StudioPlace, eval_line, make_run, train_line
+from studio_process import until
 
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.live import run_feed
@@ -99,6 +100,67 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
         page.get_by_text("this run was moved or removed").wait_for()
     finally:
         again.stop()
+    assert tab.faults == []
+
+
+# Keeps the curves of a chart where a test can read them.
+KEEP = (
+    "\n    (window.drawn ??= {})[this.place.closest('[data-chart]').dataset.chart] = "
+)
+
+
+def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
+    browser, served, monkeypatch
+):
+    site, server = served
+    tab, run = Tab(browser, server), site.runs / NAME
+    page, feed = tab.page, site.app.state.studio.feed
+
+    def spy(route):
+        answer = route.fetch()
+        begin = "show(curves, log) {"
+        assert begin in answer.text()
+        text = answer.text().replace(begin, f"{begin}{KEEP}curves;")
+        route.fulfill(response=answer, body=text)
+
+    def show(is_hidden):
+        script = "Object.defineProperty(document, 'hidden', "
+        script += f"{{value: {json.dumps(is_hidden)}, configurable: true}});"
+        page.evaluate(f"{script} document.dispatchEvent(new Event('visibilitychange'))")
+
+    def require_once(last):
+        loss = page.locator('[data-figure="loss"]', has_text=f"0.{last}5")
+        loss.wait_for()
+        steps = page.evaluate("drawn.loss[0].x")
+        assert steps == [*range(1, last + 1)]
+
+    page.route("**/charts.js", spy)
+    tab.open(f"/run/runs/{NAME}")
+    page.get_by_text("live", exact=True).wait_for()
+    append(run, train_line(80, loss=0.805))
+    require_once(80)
+    show(is_hidden=True)
+    until(lambda: not feed._listeners, seconds=10)
+    append(run, train_line(81, loss=0.815))
+    show(is_hidden=False)
+    require_once(81)
+    # The curves are read before the stream looks at the file.
+    waits, looks, find_marks = threading.Event(), threading.Event(), run_feed._marks
+
+    def find_marks_late(folder):
+        waits.set()
+        assert looks.wait(20)
+        return find_marks(folder)
+
+    monkeypatch.setattr(run_feed, "_marks", find_marks_late)
+    assert waits.wait(20)
+    append(run, train_line(82, loss=0.825))
+    for steps in ("5", "0"):
+        with page.expect_response("**/api/curves*"):
+            page.get_by_label("Smoothing").select_option(steps)
+    looks.set()
+    require_once(82)
+    assert feed._listeners == 1
     assert tab.faults == []
 
 

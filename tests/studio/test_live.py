@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 
 import httpx
@@ -176,6 +177,59 @@ def test_a_trainer_that_is_killed_is_seen_without_a_change_of_files(site, served
             assert read_until(lines, "state")[1]["state"] == "failed"
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_tabs_that_come_during_the_first_look_are_told_the_state(
+    tmp_path, monkeypatch, leaves
+):
+    monkeypatch.setattr(run_feed, "LOOK_EVERY", 0.01)
+    run = make_run(tmp_path / "a")
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def read_state(folder, columns):
+        begun.set()
+        assert goes_on.wait(20)
+        return {"step": columns.cursor().train}
+
+    feed = run_feed.RunFeed(read_state)
+
+    async def tab():
+        async for event in feed.events(run, MetricColumns(run), ""):
+            if event.startswith(b"event: state"):
+                return event
+
+    async def come_and_leave():
+        first = asyncio.create_task(tab())
+        await asyncio.to_thread(begun.wait, 20)
+        second = asyncio.create_task(tab())
+        await asyncio.sleep(0.01)
+        if leaves:
+            first.cancel()
+            await asyncio.sleep(0.01)
+        goes_on.set()
+        told = [second] if leaves else [first, second]
+        async with asyncio.timeout(5):
+            return await asyncio.gather(*told)
+
+    for event in asyncio.run(come_and_leave()):
+        assert b'data: {"step": 3}' in event
+
+
+def test_lines_that_another_reader_adds_are_left_to_the_stream(site, monkeypatch):
+    run, find_end = make_run(site.runs / "a"), MetricColumns.cursor
+
+    def find_end_late(columns):
+        end = find_end(columns)
+        append(run, train_line(end.train + 1), eval_line(end.train + 1, 1.0))
+        columns.refresh()
+        return end
+
+    monkeypatch.setattr(MetricColumns, "cursor", find_end_late)
+    found = site.client().get("/api/curves?run=runs/a").json()
+    end = Cursor.parse(found["cursor"])
+    assert found["train"]["loss"][0] == [*range(1, end.train + 1)]
+    assert len(found["held_out"][""][0]) == end.evals
+
+
 def test_500_tabs_follow_one_run(tmp_path):
     """One server and one reader for all; it stays small, and answers others."""
     run = make_run(tmp_path / "runs" / "a")
@@ -192,7 +246,8 @@ def test_500_tabs_follow_one_run(tmp_path):
         writer.write(ask.encode())
         status = (await reader.readline()).split()[1]
         if status == b"200":
-            await reader.readuntil(b"event: state")
+            await reader.readuntil(b"event: state\ndata: ")
+            assert json.loads(await reader.readline())["step"] == 3
         return status, reader
 
     async def follow_all():
@@ -217,7 +272,7 @@ def test_500_tabs_follow_one_run(tmp_path):
 
 
 def test_a_tab_too_many_is_refused_until_another_one_is_closed(
-    site, served, monkeypatch
+    site, served, monkeypatch, caplog
 ):
     monkeypatch.setattr(run_feed, "MOST_LISTENERS", 1)
     make_run(site.runs / "a")
@@ -227,6 +282,7 @@ def test_a_tab_too_many_is_refused_until_another_one_is_closed(
         answer = served.get(path)
         assert answer.status_code == 503
         assert "1 tabs follow runs now" in answer.json()["error"]
+    assert "/api/events" not in caplog.text
 
     def is_served():
         with served.stream("GET", path) as answer:

@@ -145,12 +145,15 @@ class MetricColumns:
         with self._lock:
             return Cursor(self._edition, len(self._steps), len(self._evals))
 
-    def train(self, start: int = 0) -> dict[str, np.ndarray]:
-        """Columns `[lines]` of the `train` lines from number `start` on, and `step`."""
+    def train(self, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        """Columns `[lines]` of the `train` lines `[start:stop]`, and `step`.
+
+        With a cursor's `stop` they end there, although another thread reads on.
+        """
         with self._lock:
-            found = {"step": np.array(self._steps[start:], dtype=np.int64)}
+            found = {"step": np.array(self._steps[start:stop], dtype=np.int64)}
             for name, column in self._train.items():
-                found[name] = np.array(column[start:], dtype=np.float64)
+                found[name] = np.array(column[start:stop], dtype=np.float64)
             return found
 
     def pace(self, first: int) -> float | None:
@@ -168,10 +171,10 @@ class MetricColumns:
         except (ValueError, TypeError):  # No time, or one without its zone.
             return None
 
-    def evals(self, start: int = 0) -> list[dict[str, Any]]:
-        """The `eval` lines from number `start` on."""
+    def evals(self, start: int = 0, stop: int | None = None) -> list[dict[str, Any]]:
+        """The `eval` lines `[start:stop]`."""
         with self._lock:
-            return self._evals[start:]
+            return self._evals[start:stop]
 
 
 def _decode(line: bytes) -> Any:

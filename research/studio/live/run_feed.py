@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class _Watch:
     version: int = 0
     is_gone: bool = False
     state: str = "{}"
+    told: object = None  # The end, state and presence that listeners know.
     changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
@@ -106,41 +107,40 @@ class RunFeed:
         the curves again, the file was replaced or is far ahead. `gone`: the run was
         moved or removed; nothing follows.
         """
-        yield RETRY
-        async with self._watching(folder, columns) as watch:
-            cursor, said = Cursor.parse(last), ""
+        with self._watching(folder, columns) as watch:
+            yield RETRY
+            cursor, said, version = Cursor.parse(last), "", 0
             while True:
-                version = watch.version
-                if watch.is_gone:
-                    yield _event("gone", "{}")
-                    return
-                if self._is_ending:
-                    return
-                now = columns.cursor()
-                if cursor is None or _is_lost(cursor, now):
-                    yield _event("reset", "{}", now)
-                elif cursor != now:
-                    yield _event("rows", _rows(columns, cursor), now)
-                cursor = now
-                if watch.state != said:
-                    said = watch.state
-                    yield _event("state", said)
-                while watch.version == version:
+                while watch.version == version:  # At first until the first look.
                     try:
                         async with asyncio.timeout(PING_EVERY):
                             await watch.changed.wait()
                     except TimeoutError:
                         yield b": still here\n\n"
+                version = watch.version
+                if watch.is_gone:
+                    yield _event("gone", "{}")
+                    return
+                if watch.task is None or watch.task.done():
+                    return
+                now = watch.columns.cursor()
+                if cursor is None or _is_lost(cursor, now):
+                    yield _event("reset", "{}", now)
+                elif cursor != now:
+                    yield _event("rows", _rows(watch.columns, cursor, now), now)
+                cursor = now
+                if watch.state != said:
+                    said = watch.state
+                    yield _event("state", said)
 
-    @contextlib.asynccontextmanager
-    async def _watching(
-        self, folder: Path, columns: MetricColumns
-    ) -> AsyncIterator[_Watch]:
+    @contextlib.contextmanager
+    def _watching(self, folder: Path, columns: MetricColumns) -> Iterator[_Watch]:
         watch = self._watches.get(folder)
         if watch is None:
             watch = self._watches[folder] = _Watch(columns)
-            await self._look(folder, watch)
             watch.task = asyncio.create_task(self._follow(folder, watch))
+            watch.task.add_done_callback(lambda _: watch.tell())
+        watch.columns = columns  # Read a moment ago, so no listener is ahead of them.
         watch.listeners += 1
         self._listeners += 1
         try:
@@ -149,7 +149,7 @@ class RunFeed:
             watch.listeners -= 1
             self._listeners -= 1
             if not watch.listeners:
-                self._watches.pop(folder, None)
+                self._watches.pop(folder)
                 if watch.task:
                     watch.task.cancel()
 
@@ -160,7 +160,6 @@ class RunFeed:
             marks = await asyncio.to_thread(_marks, folder)
             marks.append(time.monotonic() // LOOK_ANYWAY)
             if self._is_ending:
-                watch.tell()
                 return
             if marks != seen:
                 seen = marks
@@ -172,13 +171,13 @@ class RunFeed:
             watch.columns.refresh()
             return json.dumps(self._read_state(folder, watch.columns))
 
-        before = (watch.columns.cursor(), watch.state, watch.is_gone)
         with contextlib.suppress(OSError):
             watch.state = await asyncio.to_thread(read)
         watch.is_gone = not os.path.isfile(folder / "config.json")
-        if before == (watch.columns.cursor(), watch.state, watch.is_gone):
-            return
-        watch.tell()
+        now = (watch.columns.cursor(), watch.state, watch.is_gone)
+        if watch.told != now:
+            watch.told = now
+            watch.tell()
 
 
 def _marks(folder: Path) -> list[Any]:
@@ -200,12 +199,12 @@ def _is_lost(cursor: Cursor, now: Cursor) -> bool:
     )
 
 
-def _rows(columns: MetricColumns, cursor: Cursor) -> str:
-    train = columns.train(cursor.train)
+def _rows(columns: MetricColumns, begin: Cursor, end: Cursor) -> str:
+    train = columns.train(begin.train, end.train)
     found = {name: plain_list(values) for name, values in train.items()}
     evals = [
         {"step": line["step"], "losses": losses_of(line)}
-        for line in columns.evals(cursor.evals)
+        for line in columns.evals(begin.evals, end.evals)
     ]
     return json.dumps({"train": found, "evals": evals})
 

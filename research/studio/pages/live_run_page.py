@@ -161,14 +161,16 @@ def curves(request: Request) -> Response:
     columns = studio.columns(folder)
     window = number_of(request.query_params.get("smooth", ""), 100_000)
     cursor = columns.cursor()
-    train = columns.train()
+    train = columns.train(0, cursor.train)
     found: dict[str, Any] = {}
     for field, _, _ in CHARTS:
         x, y = thin(train["step"], smooth(train[field], window), MOST_POINTS)
         found[field] = [x.tolist(), plain_list(y)]
     held = {
         group: [steps, [v if v - v == 0 else None for v in losses]]
-        for group, (steps, losses) in held_out_curves(columns.evals()).items()
+        for group, (steps, losses) in held_out_curves(
+            columns.evals(0, cursor.evals)
+        ).items()
     }
     return json_answer({"cursor": str(cursor), "train": found, HELD_OUT: held})
 

@@ -12,6 +12,9 @@ const overlays = new Map(); // Name of another run -> its curves.
 let curves = null;
 let appended = 0;
 let reading = null;
+let events = null; // The one stream of this page.
+let retry = 0;
+let gone = false;
 
 const controls = place.querySelector("[data-chart-controls]");
 const choice = chartControls(controls, (changed) => (changed.smooth === smoothed ? draw() : read()));
@@ -37,14 +40,19 @@ async function read() {
   reading = (async () => {
     try {
       smoothed = choice.smooth;
-      curves = await fetchCurves(run, smoothed);
+      const found = await fetchCurves(run, smoothed);
       for (const name of overlays.keys()) overlays.set(name, await fetchCurves(name, smoothed));
+      const follows = found.cursor === curves?.cursor;
+      curves = found;
       appended = 0;
       draw();
+      // The stream stands elsewhere: it would send lines twice, or skip some.
+      if (events && !follows) listen();
     } catch (error) {
       connection.textContent = error.message;
     } finally {
       reading = null;
+      if (smoothed !== choice.smooth) read();
     }
   })();
   return reading;
@@ -132,20 +140,35 @@ function showSamples(samples) {
   section.hidden = false;
 }
 
+// Follows the run from behind the lines that the page has.
 function listen() {
-  const fields = new URLSearchParams({ run, after: curves.cursor });
-  const events = new EventSource(`/api/events?${fields}`);
-  events.addEventListener("open", () => { connection.textContent = "live"; });
-  events.addEventListener("error", () => {
+  clearTimeout(retry);
+  events?.close();
+  events = null;
+  // A browser opens six connections to a server, and hidden tabs would hold them all.
+  if (document.hidden || gone) return;
+  const fields = new URLSearchParams({ run, after: curves?.cursor ?? "" });
+  const stream = new EventSource(`/api/events?${fields}`);
+  events = stream;
+  stream.addEventListener("open", () => { connection.textContent = "live"; });
+  stream.addEventListener("error", () => {
     connection.textContent = "no connection; trying again";
     // A browser gives up behind an answer with an error, as of a studio with too many tabs.
-    if (events.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_AFTER);
+    if (stream.readyState === EventSource.CLOSED) retry = setTimeout(listen, RETRY_AFTER);
   });
-  events.addEventListener("rows", (event) => addRows(JSON.parse(event.data)));
-  events.addEventListener("state", (event) => showState(JSON.parse(event.data)));
-  events.addEventListener("reset", () => read());
-  events.addEventListener("gone", () => {
-    events.close();
+  stream.addEventListener("rows", (event) => {
+    if (!curves) {
+      read();
+      return;
+    }
+    curves.cursor = event.lastEventId;
+    addRows(JSON.parse(event.data));
+  });
+  stream.addEventListener("state", (event) => showState(JSON.parse(event.data)));
+  stream.addEventListener("reset", () => read());
+  stream.addEventListener("gone", () => {
+    gone = true;
+    listen();
     connection.textContent = "this run was moved or removed";
   });
 }
@@ -182,5 +205,6 @@ async function offerOverlays() {
 const log = place.querySelector("[data-log]");
 if (log) log.scrollTop = log.scrollHeight;
 await read();
-if (curves) listen();
+listen();
+document.addEventListener("visibilitychange", listen);
 offerOverlays();

@@ -15,6 +15,9 @@ from typing import Any
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
+# Ends of the names of folders that are not complete yet, or are no longer in use.
+PARTIAL, REPLACED = ".partial", ".replaced"
+
 
 def write_whole(path: Path, content: bytes | bytearray | str) -> None:
     """Writes a file that others see complete or not at all, even after a power loss.

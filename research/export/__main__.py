@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.choices import EXPORT_MODULES
+from research.config.choices import EXPORT_DTYPES, EXPORT_MODULES
 from research.config.knobs import knob
 from research.core.errors import UserError
 from research.core.local_paths import local_path
@@ -45,7 +45,7 @@ class ExportFlags:
     dtype: str = knob(
         "float32",
         "dtype of the weights in the file",
-        choices=("float32", "bfloat16", "float16"),
+        choices=EXPORT_DTYPES,
     )
     quant: str = knob(
         "",

@@ -72,15 +72,27 @@ def write_model(
 def _with_options(
     formats: Sequence[ExportFormat], dtype: str, quant: str
 ) -> dict[ExportFormat, ExportOptions]:
-    """`quant` is for the formats that store codes. Raises UserError: none does."""
+    """Gives each format what it can store of `dtype` and `quant`.
+
+    Raises:
+      UserError: no format stores one of them.
+    """
+    named = ",".join(format.name for format in formats)
+    if not any(dtype in format.dtypes for format in formats):
+        raise UserError(
+            f"--dtype={dtype}: --format={named} stores {formats[0].dtypes[0]} alone; "
+            "remove --dtype"
+        )
     if quant and not any(quant in format.quants for format in formats):
-        named = ",".join(format.name for format in formats)
         raise UserError(
             f"--quant={quant}: --format={named} stores plain numbers; use --dtype, or "
             "--format=gguf"
         )
     return {
-        format: ExportOptions(dtype, quant if quant in format.quants else "")
+        format: ExportOptions(
+            dtype if dtype in format.dtypes else format.dtypes[0],
+            quant if quant in format.quants else "",
+        )
         for format in formats
     }
 

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import jax
 
-from research.core.atomic_files import make_folder, publish_folder
+from research.core.atomic_files import (
+    PARTIAL,
+    REPLACED,
+    make_folder,
+    publish_folder,
+)
 
 
 @contextlib.contextmanager
@@ -21,7 +26,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
       OSError: the disk refuses.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(folder.name + PARTIAL)
     if jax.process_index() > 0:
         yield partial
         return
@@ -36,7 +41,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    replaced = folder.with_name(f"{folder.name}.replaced")
+    replaced = folder.with_name(folder.name + REPLACED)
     # The old folder leaves as a whole: no part of it may pass for a model.
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)

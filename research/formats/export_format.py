@@ -103,12 +103,15 @@ class ExportFormat(Protocol):
 
     Attributes:
       name: as in `--format`.
+      dtypes: values of `ExportOptions.dtype` that it can store; it gets the first of
+        them in place of another.
       quants: values of `ExportOptions.quant` that it can store.
       library: that loads the files, as the hub names it.
       merges: whether the files hold a whole model, with the adapters added in.
     """
 
     name: str
+    dtypes: Sequence[str]
     quants: Sequence[str]
     library: str
     merges: bool

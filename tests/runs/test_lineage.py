@@ -169,6 +169,9 @@ def test_a_quant_that_no_format_stores_is_refused(lora, tmp_path):
         write_model(
             str(lora.path), "15", tmp_path, "float32", False, ["hf", "peft"], "q8_0"
         )
+    said = r"--dtype=float16: --format=gguf-adapter stores float32 alone"
+    with pytest.raises(UserError, match=said):
+        write_model(str(lora.path), "15", tmp_path, "float16", False, ["gguf-adapter"])
     with pytest.raises(UserError, match=r"--format is 'gguff'.*gguf"):
         write_model(str(lora.path), "15", tmp_path, "float32", False, ["gguff"])
 

@@ -125,7 +125,9 @@ def test_exports_on_disk_are_listed_with_their_step_and_comparison(site):
         folder = run / "exports" / name
         folder.mkdir(parents=True)
         (folder / "exported_from.json").write_text(json.dumps(facts))
+    (run / "exports" / "gguf.partial").mkdir()
     page = site.client().get("/deploy").text
+    assert "gguf.partial" not in page
     assert "not compared; 1 files with checksums" in page
     assert "32 tokens are equal" in page
     assert "cannot be used" in page

@@ -47,6 +47,7 @@ class GGUFAdapterFormat:
     """`adapter.gguf`: the factors alone, in float32."""
 
     name = "gguf-adapter"
+    dtypes = ("float32",)
     quants = ()
     library, merges = "gguf", False
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from research.config.choices import EXPORT_DTYPES
 from research.core.atomic_files import write_whole
 from research.formats.export_format import (
     ExportedModel,
@@ -39,6 +40,7 @@ class GGUFModelFormat:
     """`model.gguf`: the adapters are added in, and matrices may be codes."""
 
     name = "gguf"
+    dtypes = EXPORT_DTYPES
     quants = ("q8_0", "q4_0")
     library, merges = "gguf", True
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from research.config.choices import EXPORT_DTYPES
 from research.core.atomic_files import make_folder, write_whole
 from research.formats.export_folder import new_folder
 from research.formats.export_format import (
@@ -53,6 +54,7 @@ class HuggingFaceFormat:
     """`config.json`, safetensors with the adapters added in, and the tokenizer."""
 
     name = "hf"
+    dtypes = EXPORT_DTYPES
     quants = ()
     library, merges = "transformers", True
 

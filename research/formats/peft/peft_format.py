@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from research.config.choices import EXPORT_DTYPES
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, is_hub
@@ -35,6 +36,7 @@ class PeftFormat:
     """`adapter_config.json`, `adapter_model.safetensors`, and the tokenizer."""
 
     name = "peft"
+    dtypes = EXPORT_DTYPES
     quants = ()
     library, merges = "peft", False
 

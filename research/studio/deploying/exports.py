@@ -1,13 +1,13 @@
 """Exports of runs: the formats that there are, and those that lie on this disk."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.checkpoints.stored_steps import size_of, step_folders
 from research.config.choices import EXPORT_MODULES
+from research.core.atomic_files import PARTIAL, REPLACED
 from research.core.errors import UserError
 from research.core.json_files import read_json
 from research.studio.jobs.job_commands import python
@@ -114,8 +114,7 @@ def find_exports(run: Path) -> Iterator[FoundExport]:
     """The exports in a run directory."""
     folders: Sequence[Path] = sorted((run / FOLDER).glob("*"))
     for folder in (run / "model", *folders):
-        # A folder that is being written has a name with a dot.
-        if not folder.is_dir() or not re.match(r"\w", folder.name):
+        if not folder.is_dir() or folder.suffix in (PARTIAL, REPLACED):
             continue
         try:
             facts = read_json(folder / ORIGIN, SHAPE, "export again")

@@ -284,7 +284,14 @@ def test_adapters_are_loaded_from_runs_of_the_studio_alone(site, ready):
     sent = {"lora_name": "a", "lora_path": f"{site.runs}/a@2"}
     assert "/v1/load_lora_adapter" in top and json.loads(body) == sent
     page = html.unescape(client.get("/deploy/api").text)
-    assert "/v1/load_lora_adapter" in page and '"lora_path": "RUN@STEP"' in page
+    assert f'"lora_name": "a", "lora_path": "{site.runs}/a"' in page
+    assert "/v1/unload_lora_adapter" in page and '{"lora_name": "tuned"}' in page
+    chosen = {"run": "runs/a", "step": "2", "name": "x y"}
+    page = html.unescape(client.get("/deploy/api", params=chosen).text)
+    assert f'"lora_name": "x y", "lora_path": "{site.runs}/a@2"' in page
+    assert 'value="x y"' in page and "no run" not in page
+    away = client.get("/deploy/api", params={"run": "runs/none"})
+    assert away.status_code == 200 and "runs/none" in away.text
     count = len(ready.requests)
     for run in ("runs/../a", "/etc", "runs"):
         answer = client.post("/act/adapter", data=load | {"run": run})
@@ -293,6 +300,16 @@ def test_adapters_are_loaded_from_runs_of_the_studio_alone(site, ready):
     gone = client.post("/act/adapter", data=load | {"action": "unload", "name": "x"})
     assert gone.status_code == 404 and "no such adapter" in gone.text
     assert [x[0] for x in audit(site)] == ["load", "unload"]
+
+
+def test_remove_has_its_command_on_both_pages(site):
+    fields = {"command": ["python"], "port": 9, "pid": 2**31 - 1, "born": 1.0}
+    folder = list_server(site.runs / ".studio" / "servers", "old", **fields)
+    client = site.client()
+    for page in ("/deploy/old", "/chat?server=old"):
+        assert f"rm -r {folder}" in client.get(page).text
+    gone = client.post("/act/server", data={"server": "old", "action": "remove"})
+    assert gone.status_code == 303 and not folder.exists()
 
 
 @pytest.mark.parametrize("is_chat", [True, False])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from research.studio.deploying import snippets
 from research.studio.deploying.exports import newest
 from research.studio.deploying.key_lines import make_key, read_keys, remove_key
 from research.studio.deploying.served_figures import figures_of
+from research.studio.jobs.job_commands import removing
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import find_run
 from research.studio.pages.page_view import (
@@ -63,6 +65,7 @@ async def _page(request: Request, server_name: str, **made: str) -> Response:
             keys = read_keys(Path(server.key_file))
         except UserError as error:
             problem = problem or str(error)
+    load = await asyncio.to_thread(_planned_load, request, server)
     asked = (server, _first(models), is_chat, made.get("key", ""))
     return render(
         request,
@@ -70,15 +73,16 @@ async def _page(request: Request, server_name: str, **made: str) -> Response:
         title=f"Server {server.name}",
         server=server,
         now=status,
-        problem=problem,
+        problem=problem or load["problem"],
         models=models,
         figures=figures,
         keys=keys,
         made=made,
         curl=snippets.curl(*asked),
         client=snippets.openai_client(*asked),
-        loading=snippets.loading(server),
-        runs=[x.name for x in studio_of(request).listed() if newest(x.folder)],
+        unloading={x["id"]: _unload_command(server, x["id"]) for x in models},
+        removing=removing(server.folder),
+        load=load,
         log=tail(server.log, LOG_BYTES),
         said=request.query_params.get("said", ""),
     )
@@ -86,6 +90,38 @@ async def _page(request: Request, server_name: str, **made: str) -> Response:
 
 async def _find(request: Request, name: str) -> ModelServer:
     return await asyncio.to_thread(studio_of(request).servers.find, name)
+
+
+def _planned_load(request: Request, server: ModelServer) -> dict[str, Any]:
+    """The adapter that the fields in the address choose, and the command to load it.
+
+    `problem` says why there is none.
+    """
+    runs = [x.name for x in studio_of(request).listed() if newest(x.folder)]
+    fields = {x: request.query_params.get(x, "") for x in ("run", "step", "name")}
+    fields["run"] = fields["run"] or "".join(runs[:1])
+    found = {"runs": runs, "fields": fields, "command": "", "problem": ""}
+    found["is_asked"] = "run" in request.query_params
+    if not fields["run"]:
+        return found
+    try:
+        body = _load_body(request, fields)
+    except PageError as error:
+        return found | {"problem": error.message}
+    command = snippets.changing(server, "load", body)
+    return found | {"body": body, "command": command}
+
+
+def _load_body(request: Request, fields: Mapping[str, str]) -> dict[str, str]:
+    """What a server is sent to load an adapter. Raises PageError."""
+    run = find_run(request, split_step(fields["run"])[0])
+    step = fields["step"].strip()
+    place = f"{run}@{step}" if step else str(run)
+    return {"lora_name": fields["name"].strip() or run.name, "lora_path": place}
+
+
+def _unload_command(server: ModelServer, name: str) -> str:
+    return snippets.changing(server, "unload", {"lora_name": name})
 
 
 def _first(models: list[dict[str, Any]]) -> str:
@@ -146,12 +182,8 @@ async def adapter(request: Request) -> Response:
         with noted(request, "unload", name, server=server.name):
             await _change(server, "unload", {"lora_name": name})
         return see(f"/deploy/{server.name}", said=f"{name} is unloaded")
-    written = form.get("run")
-    run = find_run(request, split_step(written)[0])
-    step = form.get("step").strip()
-    body = {"lora_name": name or run.name, "lora_path": str(run)}
-    body["lora_path"] += f"@{step}" if step else ""
-    with noted(request, "load", written, server=server.name, **body):
+    body = _load_body(request, {x: form.get(x) for x in ("run", "step", "name")})
+    with noted(request, "load", form.get("run"), server=server.name, **body):
         await _change(server, "load", body)
     return see(f"/deploy/{server.name}", said=f"{body['lora_name']} is loaded")
 

@@ -19,10 +19,9 @@ def curl(server: ModelServer, model: str, is_chat: bool, key: str = "") -> str:
     return _posting(server, path, asked, key)
 
 
-def loading(server: ModelServer) -> str:
-    """A shell command that loads an adapter; names stand in it for what is chosen."""
-    named = {"lora_name": "NAME", "lora_path": "RUN@STEP"}
-    return _posting(server, "load_lora_adapter", named, "")
+def changing(server: ModelServer, verb: str, body: Mapping[str, str]) -> str:
+    """A shell command that does what a button does: `load` or `unload` an adapter."""
+    return _posting(server, f"{verb}_lora_adapter", body, "")
 
 
 def _posting(server: ModelServer, path: str, body: Mapping[str, Any], key: str) -> str:

@@ -149,6 +149,11 @@ def serving(flags: Sequence[str], port: int, keys: Path) -> list[str]:
     return [python(), "-m", "research.serve", *flags, *place]
 
 
+def removing(folder: Path) -> list[str]:
+    """Removes a folder of the studio's own files."""
+    return ["rm", "-r", shown_paths([folder])[0]]
+
+
 def resuming(folder: Path) -> list[str]:
     """The trainer's flags that resume a run."""
     return [f"--config={shown_paths([folder])[0]}"]

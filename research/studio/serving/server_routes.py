@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from research.core.local_paths import split_step
 from research.serve.api.guard import read_limited
-from research.studio.jobs.job_commands import as_text
+from research.studio.jobs.job_commands import as_text, removing
 from research.studio.page_errors import PageError, not_found
 from research.studio.pages.page_view import Form, json_answer, noted, see, studio_of
 from research.studio.roots import shown_paths
@@ -92,6 +92,7 @@ async def described(request: Request) -> list[dict[str, Any]]:
             "began": server.began,
             "by": server.by,
             "pid": server.pid,
+            "removing": removing(server.folder),
             **dataclasses.asdict(status),
         }
         for server, status in zip(servers, states, strict=True)

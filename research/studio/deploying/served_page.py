@@ -113,7 +113,7 @@ def _planned_load(request: Request, server: ModelServer) -> dict[str, Any]:
 
 
 def _load_body(request: Request, fields: Mapping[str, str]) -> dict[str, str]:
-    """What a server is sent to load an adapter. Raises PageError."""
+    """The request body that loads an adapter. Raises PageError."""
     run = find_run(request, split_step(fields["run"])[0])
     step = fields["step"].strip()
     place = f"{run}@{step}" if step else str(run)

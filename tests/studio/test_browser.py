@@ -218,7 +218,7 @@ def test_a_page_follows_a_job_that_begins_writes_and_ends(browser, served):
 
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
-    "/remove?run=runs/other", f"/branch?run=runs/{NAME}", "/absent",
+    "/remove?run=runs/other", f"/branch?run=runs/{NAME}&step=60&target=x", "/absent",
     "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
     "/evaluate?flags=--run=", "/plans", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
     "/sweeps", "/sweep/runs/sweep",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from research.checkpoints.stored_steps import size_of, step_folders
-from research.config.choices import EXPORT_MODULES
+from research.config.choices import EXPORT_DTYPES, EXPORT_MODULES
 from research.core.atomic_files import PARTIAL, REPLACED
 from research.core.errors import UserError
 from research.core.json_files import read_json
@@ -35,7 +35,7 @@ class ExportChoice:
 
 HUGGING_FACE = tuple(
     ExportChoice(dtype, f"Hugging Face folder, merged, {dtype}", (f"--dtype={dtype}",))
-    for dtype in ("float32", "bfloat16", "float16")
+    for dtype in EXPORT_DTYPES
 )
 # Each is offered where `research.export` has it.
 MORE = (

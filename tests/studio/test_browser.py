@@ -103,10 +103,18 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
     assert tab.faults == []
 
 
-# Keeps the curves of a chart where a test can read them.
-KEEP = (
-    "\n    (window.drawn ??= {})[this.place.closest('[data-chart]').dataset.chart] = "
-)
+def keep_charts(page):
+    """Lets the scripts of a page keep their charts where `page.evaluate` finds them."""
+    begin = "show(curves, choice) {"
+    kept = "(window.charts ??= {})[this.place.closest('[data-chart]').dataset.chart]"
+
+    def spy(route):
+        answer = route.fetch()
+        assert begin in answer.text()
+        text = answer.text().replace(begin, f"{begin} {kept} = this;")
+        route.fulfill(response=answer, body=text)
+
+    page.route("**/charts.js", spy)
 
 
 def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
@@ -116,13 +124,6 @@ def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
     tab, run = Tab(browser, server), site.runs / NAME
     page, feed = tab.page, site.app.state.studio.feed
 
-    def spy(route):
-        answer = route.fetch()
-        begin = "show(curves, log) {"
-        assert begin in answer.text()
-        text = answer.text().replace(begin, f"{begin}{KEEP}curves;")
-        route.fulfill(response=answer, body=text)
-
     def show(is_hidden):
         script = "Object.defineProperty(document, 'hidden', "
         script += f"{{value: {json.dumps(is_hidden)}, configurable: true}});"
@@ -131,10 +132,10 @@ def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
     def require_once(last):
         loss = page.locator('[data-figure="loss"]', has_text=f"0.{last}5")
         loss.wait_for()
-        steps = page.evaluate("drawn.loss[0].x")
+        steps = page.evaluate("charts.loss.curves[0].x")
         assert steps == [*range(1, last + 1)]
 
-    page.route("**/charts.js", spy)
+    keep_charts(page)
     tab.open(f"/run/runs/{NAME}")
     page.get_by_text("live", exact=True).wait_for()
     append(run, train_line(80, loss=0.805))
@@ -170,6 +171,7 @@ def test_compared_curves_have_a_table_and_outlive_a_run_that_is_removed(
     site, server = served
     tab = Tab(browser, server)
     page = tab.page
+    keep_charts(page)
     tab.open(f"/compare?run=runs/{NAME}&run=runs/other")
     table = page.locator('[data-chart="loss"] details')
     table.locator("summary").press("Enter")
@@ -180,11 +182,54 @@ def test_compared_curves_have_a_table_and_outlive_a_run_that_is_removed(
     assert last.all_inner_texts() == ["79", "0.03797", "-"]
     page.get_by_label("logarithmic").check()
     page.locator('[data-chart="loss"] .u-legend', has_text="runs/other").wait_for()
+    require_keys_hide_a_curve_and_choose_steps(page)
     assert tab.faults == []
     shutil.rmtree(site.runs / "other")
     page.get_by_label("Smoothing").select_option("25")
     page.locator("[data-problem]", has_text="runs/other").wait_for()
     assert table.locator("th").all_inner_texts() == heads[:2]
+
+
+def require_keys_hide_a_curve_and_choose_steps(page):
+    """All that a mouse does with a chart, and that the mouse still does it."""
+    curve = page.locator('[data-chart="loss"]').get_by_role("button", name="runs/other")
+    for key, is_shown in (("Enter", False), ("Space", True), ("Enter", False)):
+        curve.press(key)
+        assert page.evaluate("charts.loss.plot.series[2].show") is is_shown
+        assert curve.get_attribute("aria-pressed") == str(is_shown).lower()
+    # A chart that is built anew keeps what is hidden, and where the keyboard is.
+    page.evaluate("charts.loss.shape = ''; charts.loss.draw()")
+    assert page.evaluate("charts.loss.plot.series[2].show") is False
+    assert curve.evaluate("x => x === document.activeElement")
+
+    def require_steps(*steps):
+        shown = "(({min, max}) => [min, max])(charts.loss.plot.scales.x)"
+        until(lambda: page.evaluate(shown) == [*steps], seconds=20)
+        ends = page.evaluate("(x => [x.at(0), x.at(-1)])(charts.loss.curves[0].x)")
+        assert ends == [max(steps[0] - 1, 1), min(steps[1] + 1, 79)]
+
+    page.get_by_label("from step").fill("20")
+    page.get_by_label("to step").fill("40")
+    page.get_by_label("to step").press("Enter")
+    require_steps(20, 40)
+    page.get_by_label("to step").fill("10")
+    page.get_by_label("to step").press("Enter")
+    assert page.locator("input.step:invalid").count() == 1
+    require_steps(20, 40)
+    page.get_by_role("button", name="All steps").press("Enter")
+    require_steps(1, 79)
+    assert page.get_by_label("from step").evaluate("x => x === document.activeElement")
+    over = page.locator('[data-chart="loss"] .u-over')
+    box = over.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"], box["y"] + 50, steps=3)
+    page.mouse.up()
+    require_steps(40, 79)
+    assert page.get_by_label("from step").input_value() == "40"
+    assert page.evaluate("charts.held_out.plot.scales.x.min") == 40
+    over.dblclick()
+    require_steps(1, 79)
 
 
 def test_a_page_follows_a_job_that_begins_writes_and_ends(browser, served):

@@ -49,6 +49,7 @@ CHARTS = (
 HELD_OUT = "held_out"
 TABLE_ROWS = 40  # of a chart's data table
 SAMPLES = 12
+MOST_STEP = 2**62
 WRONG_VALUES = (ArithmeticError, TypeError, ValueError)  # of a damaged file
 REQUESTS = {
     "stop": "Save after the step in hand, then end. Resumes bit for bit on a CPU.",
@@ -155,16 +156,28 @@ def _tables(columns: MetricColumns) -> dict[str, list[list[Any]]]:
 
 
 def curves(request: Request) -> Response:
-    """The curves of a run, thinned to what a screen shows, and a cursor behind them."""
+    """The curves of a run, thinned to what a screen shows, and a cursor behind them.
+
+    With `from` or `to` only those steps, and one on each side, so that lines reach both
+    sides of a chart.
+    """
     studio = studio_of(request)
     folder = find_run(request, request.query_params.get("run", ""))
     columns = studio.columns(folder)
     window = number_of(request.query_params.get("smooth", ""), 100_000)
+    first, last = (request.query_params.get(x, "") for x in ("from", "to"))
     cursor = columns.cursor()
     train = columns.train(0, cursor.train)
+    steps = train["step"]
+    begin, end = 0, len(steps)
+    if first:
+        begin = max(0, int(steps.searchsorted(number_of(first, MOST_STEP))) - 1)
+    if last:
+        end = int(steps.searchsorted(number_of(last, MOST_STEP), "right")) + 1
     found: dict[str, Any] = {}
     for field, _, _ in CHARTS:
-        x, y = thin(train["step"], smooth(train[field], window), MOST_POINTS)
+        values = smooth(train[field], window)[begin:end]
+        x, y = thin(steps[begin:end], values, MOST_POINTS)
         found[field] = [x.tolist(), plain_list(y)]
     held = {
         group: [steps, [v if v - v == 0 else None for v in losses]]

@@ -2,14 +2,14 @@
 import { Chart, chartControls, fetchCurves, fillTable, heldOut } from "../parts/charts.js";
 
 const names = [...document.querySelectorAll("#compared tr[data-run]")].map((row) => row.dataset.run);
-const charts = new Map([...document.querySelectorAll("[data-chart]")].map((figure) => [figure.dataset.chart, new Chart(figure)]));
+const charts = new Map([...document.querySelectorAll("[data-chart]")].map((figure) => [figure.dataset.chart, new Chart(figure, (from, to) => choice.span(from, to))]));
 const problem = document.querySelector("[data-problem]");
 let found = [];
 const choice = chartControls(document.querySelector("[data-chart-controls]"), read);
 
 // A run that was moved meanwhile is named, and the others are shown.
 async function read() {
-  const answers = await Promise.allSettled(names.map((name) => fetchCurves(name, choice.smooth)));
+  const answers = await Promise.allSettled(names.map((name) => fetchCurves(name, choice)));
   found = answers.flatMap(({ value }, index) => (value ? [{ name: names[index], ...value }] : []));
   problem.textContent = answers.flatMap(({ reason }) => (reason ? [reason.message] : [])).join("; ");
   problem.hidden = !problem.textContent;
@@ -22,7 +22,7 @@ function draw() {
 }
 
 function show(kind, curves) {
-  charts.get(kind).show(curves, choice.log);
+  charts.get(kind).show(curves, choice);
   fillTable(document.querySelector(`[data-chart="${kind}"] [data-table]`), curves);
 }
 

@@ -1,5 +1,5 @@
 // The page of a run: curves and figures that follow the run. All text is set as text.
-import { Chart, chartControls, fetchCurves, heldOut } from "../parts/charts.js";
+import { asked, Chart, chartControls, fetchCurves, heldOut } from "../parts/charts.js";
 import { formatDuration, formatNumber } from "../parts/numbers.js";
 
 const MOST_APPENDED = 1000; // New points after which the server thins the curves again.
@@ -7,7 +7,7 @@ const RETRY_AFTER = 10_000; // milliseconds
 const place = document.querySelector("#run");
 const run = place.dataset.run;
 const connection = place.querySelector("[data-connection]");
-const charts = new Map([...place.querySelectorAll("[data-chart]")].map((figure) => [figure.dataset.chart, new Chart(figure)]));
+const charts = new Map([...place.querySelectorAll("[data-chart]")].map((figure) => [figure.dataset.chart, new Chart(figure, (from, to) => choice.span(from, to))]));
 const overlays = new Map(); // Name of another run -> its curves.
 let curves = null;
 let appended = 0;
@@ -17,8 +17,12 @@ let retry = 0;
 let gone = false;
 
 const controls = place.querySelector("[data-chart-controls]");
-const choice = chartControls(controls, (changed) => (changed.smooth === smoothed ? draw() : read()));
-let smoothed = choice.smooth;
+const choice = chartControls(controls, () => (isRead() ? draw() : read()));
+let shown = asked(choice); // What the points on this page are.
+
+function isRead() {
+  return JSON.stringify(asked(choice)) === JSON.stringify(shown);
+}
 
 function draw() {
   if (!curves) return;
@@ -26,7 +30,7 @@ function draw() {
     const own = kind === "held_out" ? heldOut(curves) : [line(kind, curves, overlays.size ? run : kind.replaceAll("_", " "))];
     const others = [...overlays].flatMap(([name, found]) =>
       kind === "held_out" ? heldOut(found, `${name} `).slice(0, 1) : [line(kind, found, name)]);
-    chart.show([...own, ...others], choice.log && kind !== "memory_gb");
+    chart.show([...own, ...others], { ...choice, log: choice.log && kind !== "memory_gb" });
   }
 }
 
@@ -39,9 +43,10 @@ async function read() {
   if (reading) return reading;
   reading = (async () => {
     try {
-      smoothed = choice.smooth;
-      const found = await fetchCurves(run, smoothed);
-      for (const name of overlays.keys()) overlays.set(name, await fetchCurves(name, smoothed));
+      const wanted = { ...choice };
+      shown = asked(wanted);
+      const found = await fetchCurves(run, wanted);
+      for (const name of overlays.keys()) overlays.set(name, await fetchCurves(name, wanted));
       const follows = found.cursor === curves?.cursor;
       curves = found;
       appended = 0;
@@ -52,7 +57,7 @@ async function read() {
       connection.textContent = error.message;
     } finally {
       reading = null;
-      if (smoothed !== choice.smooth) read();
+      if (!isRead()) read();
     }
   })();
   return reading;
@@ -73,7 +78,7 @@ function addRows(rows) {
     if ("" in losses) set("held_out", formatNumber(losses[""]));
   }
   // Means over neighbours, and long curves, are the server's work.
-  if (smoothed || appended > MOST_APPENDED) read();
+  if (shown.smooth || appended > MOST_APPENDED) read();
   else draw();
 }
 
@@ -190,7 +195,7 @@ async function offerOverlays() {
     select.value = "";
     if (!name) return;
     try {
-      overlays.set(name, await fetchCurves(name, smoothed));
+      overlays.set(name, await fetchCurves(name, choice));
     } catch (error) {
       connection.textContent = error.message;
       return;

@@ -28,12 +28,19 @@ function padded(plot, low, high) {
 }
 
 export class Chart {
-  constructor(figure) {
+  // `choice` is what `chartControls` gives; `onSpan(from, to)` is told what the mouse has marked.
+  constructor(figure, onSpan) {
     this.place = figure.querySelector(".chart");
     this.curves = [];
-    this.log = false;
+    this.choice = { log: false, from: null, to: null };
+    this.onSpan = onSpan;
     this.plot = null;
     this.shape = "";
+    this.hidden = new Set(); // Labels of curves.
+    this.buttons = new Map(); // Label of a curve -> its button in the legend.
+    // Beside the chart, which is a picture to those who do not see it.
+    this.legend = document.createElement("div");
+    this.place.after(this.legend);
     new ResizeObserver(() => this.resize()).observe(this.place);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
       this.shape = "";
@@ -41,9 +48,9 @@ export class Chart {
     });
   }
 
-  show(curves, log) {
+  show(curves, choice) {
     this.curves = curves.filter((curve) => curve.x.length);
-    this.log = log;
+    this.choice = choice;
     this.draw();
   }
 
@@ -57,20 +64,22 @@ export class Chart {
     }
     const data = this.data();
     const few = this.curves.every((curve) => curve.x.length < 60);
-    const shape = JSON.stringify([this.log, few, this.curves.map((curve) => curve.label)]);
+    const shape = JSON.stringify([this.choice.log, few, this.curves.map((curve) => curve.label)]);
     if (this.plot && shape === this.shape) {
       this.plot.setData(data);
       return;
     }
+    const focused = document.activeElement;
     this.drop();
     this.place.textContent = "";
     this.shape = shape;
     this.plot = new uPlot(this.options(few), data, this.place);
+    if (this.legend.contains(focused)) focused.focus();
   }
 
   data() {
     // A logarithm has no value at zero and below: a gap.
-    const shown = (y) => (this.log ? y.map((v) => (v > 0 ? v : null)) : y);
+    const shown = (y) => (this.choice.log ? y.map((v) => (v > 0 ? v : null)) : y);
     const tables = this.curves.map((curve) => [curve.x, shown(curve.y)]);
     return tables.length === 1 ? tables[0] : uPlot.join(tables);
   }
@@ -83,7 +92,8 @@ export class Chart {
       font: "12px system-ui, sans-serif",
     };
     const series = this.curves.map((curve, index) => ({
-      label: curve.label,
+      label: this.button(curve.label),
+      show: !this.hidden.has(curve.label),
       stroke: colour(`--c${index % COLOURS}`),
       width: 1.5,
       dash: index >= COLOURS ? [6, 4] : undefined,
@@ -94,15 +104,58 @@ export class Chart {
     return {
       width: this.place.clientWidth,
       height: HEIGHT,
-      scales: { x: { time: false }, y: this.log ? { distr: 3 } : { range: padded } },
+      scales: {
+        x: { time: false, range: (plot, low, high) => this.span(low, high) },
+        y: this.choice.log ? { distr: 3 } : { range: padded },
+      },
       axes: [
         { ...axis, values: (plot, ticks) => ticks.map((v) => (Number.isInteger(v) ? formatNumber(v) : "")) },
         { ...axis, size: 58, values: (plot, ticks) => ticks.map(shortTick) },
       ],
       series: [{ label: "step", value: (plot, value) => formatNumber(value) }, ...series],
-      cursor: { sync: { key: synced.key, scales: ["x", null] }, points: { size: 6 } },
-      legend: { live: true },
+      cursor: {
+        sync: { key: synced.key, scales: ["x", null], filters: { pub: (kind) => kind === "mousemove" } },
+        points: { size: 6 },
+        drag: { setScale: false },
+        bind: { dblclick: () => () => this.onSpan(null, null) },
+      },
+      legend: { live: true, mount: (plot, table) => this.legend.replaceChildren(table) },
+      hooks: { setSelect: [(plot) => this.mark(plot)], setSeries: [(plot, index) => this.toggle(plot, index)] },
     };
+  }
+
+  // The steps that are shown: those chosen, or all.
+  span(low, high) {
+    const { from, to } = this.choice;
+    const [begin, end] = [from ?? low, to ?? high];
+    return begin < end ? [begin, end] : [begin - 1, begin + 1];
+  }
+
+  mark(plot) {
+    const { left, width } = plot.select;
+    const [from, to] = [left, left + width].map((x) => Math.round(plot.posToVal(x, "x")));
+    plot.setSelect({ left: 0, width: 0 }, false);
+    if (from < to) this.onSpan(Math.max(from, 0), to);
+  }
+
+  // What a click on the name of a curve does in uPlot, a button lets keys do, too.
+  button(label) {
+    if (!this.buttons.has(label)) {
+      const made = document.createElement("button");
+      Object.assign(made, { type: "button", className: "plain", textContent: label });
+      made.setAttribute("aria-pressed", String(!this.hidden.has(label)));
+      this.buttons.set(label, made);
+    }
+    return this.buttons.get(label);
+  }
+
+  toggle(plot, index) {
+    const curve = this.curves[index - 1];
+    if (!curve) return;
+    const { show } = plot.series[index];
+    if (show) this.hidden.delete(curve.label);
+    else this.hidden.add(curve.label);
+    this.button(curve.label).setAttribute("aria-pressed", String(show));
   }
 
   resize() {
@@ -117,9 +170,10 @@ export class Chart {
   }
 }
 
-// Smoothing and the axis, remembered by this browser.
+// Smoothing and the axis, remembered by this browser, and the steps that are shown.
+// `choice.span(from, to)` chooses them as the fields do; null shows all.
 export function chartControls(place, onChange) {
-  const choice = { smooth: Number(localStorage.smooth || 0), log: localStorage.log === "1" };
+  const choice = { smooth: Number(localStorage.smooth || 0), log: localStorage.log === "1", from: null, to: null };
   const smooth = document.createElement("select");
   for (const [steps, name] of [[0, "no smoothing"], [5, "mean of 5 steps"], [25, "mean of 25"], [100, "mean of 100"], [500, "mean of 500"], [2500, "mean of 2,500"]]) {
     const option = new Option(name, steps, false, steps === choice.smooth);
@@ -131,24 +185,51 @@ export function chartControls(place, onChange) {
   log.type = "checkbox";
   log.checked = choice.log;
   label.append(log, " logarithmic");
-  place.append(smooth, label);
+  const [from, to] = [stepField("from step"), stepField("to step")];
+  const all = document.createElement("button");
+  Object.assign(all, { type: "button", textContent: "All steps", hidden: true });
+  place.append(smooth, label, from.parentElement, to.parentElement, all);
   const changed = () => {
     choice.smooth = Number(smooth.value);
     choice.log = log.checked;
     localStorage.smooth = choice.smooth;
     localStorage.log = choice.log ? "1" : "0";
-    onChange(choice);
+    const [begin, end] = [from, to].map((field) => (field.value === "" ? null : Number(field.value)));
+    const isEmpty = begin !== null && end !== null && begin >= end;
+    to.setCustomValidity(isEmpty ? "The last step must be above the first." : "");
+    if (isEmpty) return to.reportValidity();
+    Object.assign(choice, { from: begin, to: end });
+    all.hidden = begin === null && end === null;
+    return onChange(choice);
   };
-  smooth.addEventListener("change", changed);
-  log.addEventListener("change", changed);
+  choice.span = (begin, end) => {
+    from.value = begin ?? "";
+    to.value = end ?? "";
+    changed();
+  };
+  for (const field of [smooth, log, from, to]) field.addEventListener("change", changed);
+  all.addEventListener("click", () => { from.focus(); choice.span(null, null); });
   return choice;
 }
 
-export async function fetchCurves(run, smooth) {
-  const fields = new URLSearchParams({ run, smooth });
-  const answer = await fetch(`/api/curves?${fields}`, { headers: { accept: "application/json" } });
+function stepField(name) {
+  const label = document.createElement("label");
+  const field = document.createElement("input");
+  Object.assign(field, { type: "number", min: 0, className: "step" });
+  label.append(`${name} `, field);
+  return field;
+}
+
+// The curves of a run as a choice has them: a long one has fewer points, so a part of it is
+// read for itself. `asked` tells whether another choice needs other points.
+export async function fetchCurves(run, choice) {
+  const answer = await fetch(`/api/curves?${new URLSearchParams({ run, ...asked(choice) })}`, { headers: { accept: "application/json" } });
   if (!answer.ok) throw new Error((await answer.json()).error);
   return answer.json();
+}
+
+export function asked({ smooth, from, to }) {
+  return { smooth, from: from ?? "", to: to ?? "" };
 }
 
 // The held-out curves of a run, the total first.

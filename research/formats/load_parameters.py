@@ -8,7 +8,7 @@ tensor of a file. Nothing here unpickles, and nothing runs code that came with w
 import collections
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -182,7 +182,26 @@ def load_param(
     Fills each distinct slice that this process holds, one file tensor at a time.
     """
     (stored,) = [x for x in tensors.layout(family) if path in x.paths]
-    shape = specs[path].shape
+    parts = (
+        (index, stored.unpack(path, tensors.read(name), specs))
+        for name, index in stored.names(specs)
+    )
+    return make_sharded(specs[path].shape, dtype, sharding, parts)
+
+
+def make_sharded(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Any,
+    parts: Iterable[tuple[tuple[int, ...], np.ndarray]],
+) -> Array:
+    """An array in its sharding, filled part by part.
+
+    Args:
+      shape, dtype: of the array.
+      sharding: in which it is made.
+      parts: all indices into the first axes, with the values there.
+    """
     by_device = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
@@ -191,8 +210,7 @@ def load_param(
         bounds: np.empty([stop - start for start, stop in bounds], np.dtype(dtype))
         for bounds in by_device.values()
     }
-    for name, index in stored.names(specs):
-        value = stored.unpack(path, tensors.read(name), specs)
+    for index, value in parts:
         for bounds, buffer in buffers.items():
             outer, inner = bounds[: len(index)], bounds[len(index) :]
             held = zip(outer, index, strict=True)

@@ -20,7 +20,6 @@ from seeded_factors import make_factors, read_export
 
 from research.config.knob_groups import LoRAConfig
 from research.formats.peft.adapter_folder import AdapterFolder
-from research.formats.peft.lora_modules import is_module
 from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import used
 from research.weights.adapters.adapter_kind import Settings
@@ -54,12 +53,22 @@ def update(factors, scale, spec):
     return scale * product.reshape(spec.shape)
 
 
+def place_of(name):
+    """Where PEFT writes the factors of a tensor: both parameters of experts, nested."""
+    name = re.sub(r"experts\.gate_up_proj$", "experts.base_layer", name)
+    name = re.sub(r"experts\.down_proj$", "experts", name)
+    return name.removesuffix(".weight").replace("embed_out", "lm_head")
+
+
 def updates_of_files(model, factors, scales):
-    """By module of Hugging Face's model, what is added to its weight, `[out, in]`."""
+    """By place of PEFT's tensors, what is added to a weight, `[out, in]`.
+
+    Of the experts of GPT-OSS, which lie in one tensor, it is `[E, out, in]`.
+    """
     specs, found = model.specs, {}
     added = {path: update(factors[path], scales[path], specs[path]) for path in factors}
     for stored in used(family_of(model.architecture).hf_tensors, specs):
-        if is_module(stored, specs):
+        if specs[stored.paths[0]].n_in:
             for name, index in stored.names(specs):
                 none = [np.zeros(specs[path].shape) for path in stored.paths]
                 parts = [
@@ -67,9 +76,19 @@ def updates_of_files(model, factors, scales):
                     for path, zero in zip(stored.paths, none, strict=True)
                 ]
                 value = stored.pack(parts, specs)
-                module = name.removesuffix(".weight").replace("embed_out", "lm_head")
-                found[module] = value if stored.transposed else value.T
+                found[place_of(name)] = (
+                    value if stored.transposed else value.swapaxes(-1, -2)
+                )
     return found
+
+
+def product(pair, experts):
+    """What PEFT's `get_delta_weight` adds for two tensors, without a scale."""
+    a, b = np.float64(pair["A"]), np.float64(pair["B"])
+    if experts == 1:
+        return b @ a
+    a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(len(b), -1, experts)
+    return np.einsum("o r e, e r i -> e o i", b, a)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,20 +108,23 @@ def test_a_loader_that_knows_no_patterns_computes_the_same(exported, name):
         module, _, end = key.removeprefix(START).partition(".lora_")
         assert key.startswith(START)
         assert end in ("A.weight", "B.weight", "embedding_A", "embedding_B")
-        is_table = expected[module].shape[1] == model.architecture.vocab
+        is_table = expected[module].shape[-1] == model.architecture.vocab
         assert end.startswith("embedding") == (is_table or module.endswith("wpe"))
         found.setdefault(module, {})[end[-1] if end[-1] in "AB" else end[0]] = value
-    assert {*found} == {*expected} == {*config["target_modules"]}
+    targets = [*config["target_modules"], *config.get("target_parameters", ())]
+    targets = {place_of(target): target for target in targets}
+    assert {*found} == {*expected} == {*targets}
     for module, pair in found.items():
-        assert pair["A"].shape[0] == pair["B"].shape[1] <= config["r"]
-        wide = pair["B"].astype(np.float64) @ pair["A"]
-        np.testing.assert_array_equal(scale * wide, expected[module], err_msg=module)
+        experts = len(expected[module]) if expected[module].ndim == 3 else 1
+        rank = pair["A"].shape[0] // experts
+        assert pair["B"].shape[1] // experts == rank <= config["r"]
+        update = scale * product(pair, experts)
+        np.testing.assert_array_equal(update, expected[module], err_msg=module)
         # Newer versions of PEFT match a whole name, too, and older ones only its end.
         for start in (r"(.*\.)?", r".*\."):
-            number = pattern_of(start, module, config)
-            assert number("rank_pattern", config["r"]) == pair["A"].shape[0]
-            alpha = number("alpha_pattern", config["lora_alpha"])
-            assert alpha == scale * pair["A"].shape[0]
+            number = pattern_of(start, targets[module], config)
+            assert number("rank_pattern", config["r"]) == rank
+            assert number("alpha_pattern", config["lora_alpha"]) == scale * rank
 
 
 def pattern_of(start, module, config):

@@ -1,17 +1,21 @@
 """Adapter folders that are read with care: other layouts, other bases, damage."""
 
 import dataclasses
+import json
 import re
 
 import ml_dtypes
 import numpy as np
 import pytest
-from peft_exports import adapters_of, export_of, model_of, write_adapter
+from peft_exports import ADAPTERS, adapters_of, export_of, model_of, write_adapter
 
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
+from research.formats.peft.adapter_config import FIELDS, NO_EFFECT
+from research.formats.peft.adapter_config import REFUSED as REFUSED_HERE
 from research.formats.peft.adapter_folder import AdapterFolder
 
+LORA_FIELDS = ADAPTERS.parent / "lora_fields.json"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 TABLE = "base_model.model.model.embed_tokens"
 
@@ -57,7 +61,8 @@ SAME = {
     ),
     "fields without effect": lambda tensors, config: config.update(
         use_dora=False, lora_bias=False, trainable_token_indices=None, bias="none",
-        layers_to_transform=[0], init_lora_weights="gaussian", a_field_of_2030=7,
+        layers_to_transform=[0], init_lora_weights="mica", a_field_of_2030=None,
+        megatron_core="megatron.core", qalora_group_size=16, velora_config={"scale": 2},
     ),
 }  # fmt: skip
 
@@ -142,12 +147,13 @@ REFUSED = {
     "BD-LoRA": (put(use_bdlora={"nblocks": 2}), "use_bdlora is"),
     "copies": (put(layer_replication=[[0, 2], [1, 3]]), "layer_replication is"),
     "tokens": (put(trainable_token_indices=[1]), "trainable_token_indices is [1]"),
+    "field of 2030": (put(a_field_of_2030=7), "a_field_of_2030 is 7, a field that is"),
     "PiSSA": (put(init_lora_weights="pissa_niter_4"), "over a changed base"),
     "another kind": (put(peft_type="LOHA"), "peft_type is 'LOHA', and only LORA"),
     "no rank": (put(r=0), "r is 0; it must be above 0"),
     "text for a rank": (put(r="8"), "it.r is '8', not int"),
     "bad pattern": (put(rank_pattern={"(": 4}), "which is no regular expression"),
-    "pattern of texts": (put(alpha_pattern={"q": "4"}), "not a number for each"),
+    "pattern of texts": (put(alpha_pattern={"q": "4"}), "alpha_pattern.q is '4', not"),
     "magnitude": (
         tensor(f"{FIRST}.lora_magnitude_vector", np.ones(16)), "more than two factors"
     ),
@@ -182,6 +188,19 @@ def test_an_adapter_that_is_not_computed_here_is_refused(opened, change, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         opened(change)
     assert "adapter_" in str(error.value)  # The file.
+
+
+def test_every_field_of_peft_has_a_place_in_the_table(opened):
+    """`make golden` compares the recorded fields with those of the installed PEFT."""
+    defaults = json.loads(LORA_FIELDS.read_text())
+    assert defaults.keys() == FIELDS.keys()
+    opened(lambda tensors, config: (tensors, defaults | config))
+    values = {"layer_replication": [[0, 2]], "alora_invocation_tokens": [3, 5]}
+    for name in (name for name, kind in FIELDS.items() if kind == REFUSED_HERE):
+        with pytest.raises(UserError, match=f"json: {name} is .*, which is not"):
+            opened(put(**{name: values.get(name, {"beta": 1})}))
+    for name in (name for name, kind in FIELDS.items() if kind == NO_EFFECT):
+        opened(put(**{name: {"beta": 1}}))
 
 
 def test_folders_without_the_right_files_are_refused(llama, tmp_path):

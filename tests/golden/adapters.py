@@ -5,6 +5,7 @@ are stored. Ours is stored as `research.formats.peft` has written it; see
 `support/peft_exports.py`. The logits that PEFT computes are stored for both.
 """
 
+import dataclasses
 import json
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from seeded_factors import make_factors, read_export
 
 FOLDER = "adapters"
+FIELDS = "lora_fields.json"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Every config has ranks and alphas of its own for some layers, of which the first
 # pattern counts. PEFT sorts them when it saves.
@@ -111,6 +113,14 @@ def of_ours(tiny: switches.Tiny, root: Path) -> Arrays:
     difference = float(np.abs(found["logits"] - merged["logits"]).max())
     require(difference < 1e-3, f"{tiny.name}: merging changes {difference:.1e}")
     return found
+
+
+def lora_fields() -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig with their defaults, as in a config file."""
+    defaults = LoraConfig().to_dict() | {"runtime_config": None}
+    assert defaults.keys() == {field.name for field in dataclasses.fields(LoraConfig)}
+    # The version is that of the library that writes the file.
+    return json.loads(json.dumps(defaults | {"peft_version": None}))
 
 
 def logits_of(tiny: switches.Tiny, model: Any) -> Arrays:

@@ -13,6 +13,7 @@ float32 on one CPU thread with eager attention, and nothing touches the network.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -79,7 +80,9 @@ def recorded_arrays(folder: Path) -> Arrays:
 
 def check(root: Path) -> bool:
     """Recompute everything, print a line per family; whether all of it agrees."""
-    agreed = True
+    recorded = json.loads((root / adapters.FIELDS).read_text())
+    odd = [] if recorded == adapters.lora_fields() else [adapters.FIELDS]
+    agreed = report("fields of LoraConfig", 0.0, odd)
     for family in tiny.families():
         folder = root / family.name
         try:
@@ -122,6 +125,8 @@ def write(root: Path) -> None:
     """Write every family's folder under the root and print its size."""
     for family in tiny.families():
         tiny.write_tiny(family, root / family.name)
+    fields = json.dumps(adapters.lora_fields(), indent=1)
+    (root / adapters.FIELDS).write_text(fields + "\n")
     for model in switches.TINY:
         switches.write_tiny(model, root)
         adapters.write_adapter(model, root)

@@ -9,7 +9,7 @@ from seeded_factors import make_factors, save_export
 
 from research.config.knob_groups import LoRAConfig
 from research.formats.peft.lora_modules import lora_modules
-from research.formats.peft.peft_export import adapter_files
+from research.formats.peft.peft_export import plan_adapter
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
 from research.weights.adapters.lora import KIND
@@ -50,7 +50,10 @@ def export_of(model, factors, scales):
     def fetch(path, index):
         return tuple(np.asarray(factors[path][name][index]) for name in "ab")
 
-    return adapter_files(model.architecture, model.specs, scales, fetch)
+    plan = plan_adapter(model.architecture, model.specs, scales, fetch)
+    tensors = dict(plan.tensors())
+    assert {name: value.shape for name, value in tensors.items()} == plan.shapes
+    return tensors, plan.config
 
 
 def write_adapter(folder, tensors, config):

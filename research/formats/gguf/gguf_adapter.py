@@ -5,7 +5,6 @@ llama.cpp adds `alpha / rank` times the product of a tensor's two factors, with 
 that are multiplied into B.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from research.formats.export_format import (
     ExportOptions,
     WrittenModel,
 )
+from research.formats.fused_factors import Pair, factor_shapes, join_factors
 from research.formats.gguf.gguf_file import GGUFFile
 from research.formats.gguf.gguf_model import general_metadata
 from research.formats.gguf.gguf_writer import PlannedTensor, write_gguf
@@ -40,7 +40,6 @@ llama-cli -m base.gguf --lora THIS_FOLDER/adapter.gguf
 
 The Modelfile is for Ollama: put the GGUF file of the base model beside it as base.gguf.
 """
-Pair = tuple[np.ndarray, np.ndarray]
 
 
 class GGUFAdapterFormat:
@@ -145,11 +144,9 @@ def _shapes(
     specs: Mapping[str, Spec],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Those of the two arrays of `packed_factors`."""
-    *stack, first, second = stored.shape(specs)
     rank = sum(adapters[path].rank for path in stored.paths if path in adapters)
-    if stored.transposed:
-        return (*stack, rank, second), (*stack, first, rank)
-    return (*stack, first, rank), (*stack, second, rank)
+    down, up = factor_shapes(stored, rank, specs)
+    return (down if stored.transposed else (*down[:-2], down[-1], rank)), up
 
 
 def packed_factors(
@@ -160,9 +157,6 @@ def packed_factors(
     specs: Mapping[str, Spec],
 ) -> Pair:
     """One tensor's factors as llama.cpp multiplies them.
-
-    Where a tensor fuses matrices, their A lie behind each other, and each B has rows
-    of zeros for the A of the others.
 
     Args:
       stored: the tensor of the base model.
@@ -176,33 +170,13 @@ def packed_factors(
       A `[*stack, r, in]` and B `[*stack, out, r]`, in the file's order of outputs; of
       an embedding, which is looked up, A `[vocabulary, r]` and B `[embed, r]`.
     """
-    ranks = {path: a.shape[-1] for path, (a, _) in factors.items()}
-    total, start, columns, values = sum(ranks.values()), 0, [], []
-    stack = len(stored.shape(specs)) - 2
-    wide = {path: _with_inputs(specs[path], total) for path in stored.paths}
-    for path in stored.paths:
-        spec = specs[path]
-        outputs = spec.shape[spec.stacked + spec.n_in :]
-        stacked = spec.shape[spec.stacked - stack : spec.stacked]
-        value = np.zeros((*stacked, total, *outputs), np.float32)
-        if path in factors:
-            a, b = factors[path]
-            columns.append(a.reshape(*stacked, -1, ranks[path]))
-            place = (slice(None),) * stack + (slice(start, start + ranks[path]),)
-            value[place] = b * np.float32(scales[path] * total / alpha)
-            start += ranks[path]
-        values.append(value)
-    packed_a, packed_b = np.concatenate(columns, -1), stored.pack(values, wide)
-    if stored.transposed:
-        return packed_a.swapaxes(-1, -2), packed_b
-    return packed_a, packed_b.swapaxes(-1, -2)
-
-
-def _with_inputs(spec: Spec, count: int) -> Spec:
-    """The same outputs for `count` inputs."""
-    outputs = spec.shape[spec.stacked + spec.n_in :]
-    shape = (*spec.shape[: spec.stacked], count, *outputs)
-    return dataclasses.replace(spec, shape=shape, n_in=1)
+    total = sum(a.shape[-1] for a, _ in factors.values())
+    scaled = {
+        path: (a, b * np.float32(scales[path] * total / alpha))
+        for path, (a, b) in factors.items()
+    }
+    down, up = join_factors(stored, scaled, specs)
+    return (down if stored.transposed else down.swapaxes(-1, -2)), up
 
 
 def _update(file: GGUFFile, name: str, alpha: float) -> np.ndarray:

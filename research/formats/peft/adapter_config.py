@@ -1,15 +1,14 @@
 """The numbers of a PEFT adapter, as its `adapter_config.json` has them."""
 
 import dataclasses
-import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError
-from research.core.json_files import read_json
+from research.core.json_files import mismatch, read_json
 
 CONFIG, TENSORS, PICKLED = (
     "adapter_config.json",
@@ -17,27 +16,42 @@ CONFIG, TENSORS, PICKLED = (
     "adapter_model.bin",
 )
 PREFIX = "base_model.model."  # The names of all tensors begin so.
-# Fields that change what an adapter computes, or what it is added to, in a way that is
-# not computed here.
-CHANGES_FORWARD = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-    "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
-    "trainable_token_indices",
-)  # fmt: skip
 # These begin at the base model as it is; others (PiSSA, OLoRA, LoftQ) change it.
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-# Fields without an effect on what a trained adapter computes.
-HARMLESS = (
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
-    "inference_mode", "peft_version", "r", "lora_alpha", "lora_dropout", "use_rslora",
-    "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
-    "exclude_modules",
-    "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
-    "fan_in_fan_out", "init_lora_weights", "ensure_weight_tying", "megatron_config",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "velora_config", "qalora_group_size", "runtime_config",
-)  # fmt: skip
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Every field of PEFT 0.21's LoraConfig. Supported: its value, or the tensors that it
+# led to, are read here. Without effect: only on the start of the factors, on how they
+# are trained or on how they are computed. Refused, where set: it changes what the
+# adapter computes, or what it is added to, in a way that is not computed here.
+SUPPORTED, NO_EFFECT, REFUSED = "supported", "without effect", "refused"
+FIELDS = {
+    **dict.fromkeys((
+        "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha",
+        "use_rslora", "rank_pattern", "alpha_pattern", "ensure_weight_tying",
+        "target_modules", "target_parameters", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
+        "fan_in_fan_out", "init_lora_weights",
+    ), SUPPORTED),
+    **dict.fromkeys((
+        "task_type", "auto_mapping", "inference_mode", "peft_version", "lora_dropout",
+        "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "velora_config",
+    ), NO_EFFECT),
+    **dict.fromkeys((
+        "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+        "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
+        "trainable_token_indices",
+    ), REFUSED),
+}  # fmt: skip
+MERGED = (
+    "merge the adapter with PEFT's merge_and_unload, and give the merged folder to "
+    "config.model.init_from"
+)
 NUMBER = int | float
+
+
+LARGEST = 2**31
+REMEDY = "give the folder that PEFT's save_pretrained wrote"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +65,7 @@ class LoraNumbers:
       rslora: whether the scale is alpha / sqrt(rank), and not alpha / rank.
       tied: whether an adapter of the embeddings is that of a tied head, too.
       base_name: the model that it says it was trained on.
+      parameters: ends of the names of parameters that PEFT wraps.
     """
 
     rank: int
@@ -60,6 +75,13 @@ class LoraNumbers:
     rslora: bool
     tied: bool
     base_name: str
+    parameters: tuple[str, ...]
+
+    def target_of(self, module: str) -> str:
+        """The name that patterns are matched with: the module's or its weight's."""
+        weight = f"{module}.weight"
+        is_parameter = any(f".{weight}".endswith(f".{x}") for x in self.parameters)
+        return weight if is_parameter else module
 
     def rank_of(self, module: str) -> int:
         return int(_first_match(self.rank_pattern, module, self.rank))
@@ -85,51 +107,57 @@ def read_numbers(folder: Path) -> LoraNumbers:
         adapter computes and is not computed here.
     """
     file = folder / CONFIG
-    config = read_json(
-        file,
-        {
-            "peft_type": str,
-            "r": int,
-            "lora_alpha": NUMBER,
-            ...: object,
-        },
-        "give the folder that PEFT's save_pretrained wrote",
-    )
+    shape = {"peft_type": str, "r": int, "lora_alpha": NUMBER, ...: object}
+    config = read_json(file, shape, REMEDY)
     _refuse(file, config)
-    patterns = [
-        _pattern(file, name, config.get(name))
-        for name in ("rank_pattern", "alpha_pattern")
-    ]
-    numbers = LoraNumbers(
+
+    def field(name: str, kind: Any, default: Any) -> Any:
+        value = config.get(name)
+        if problem := "" if value is None else mismatch(value, kind, name):
+            raise UserError(f"{file}: {problem}; {REMEDY}")
+        return default if value is None else value
+
+    ranks = field("rank_pattern", {...: int}, {})
+    alphas = field("alpha_pattern", {...: NUMBER}, {})
+    _require_expressions(file, [*ranks, *alphas])
+    for name, number in [
+        ("r", config["r"]), ("lora_alpha", config["lora_alpha"]),
+        *ranks.items(), *alphas.items(),
+    ]:  # fmt: skip
+        if not 0 < number < LARGEST:
+            raise UserError(
+                f"{file}: {name} is {number}; it must be above 0 and below {LARGEST}"
+            )
+    return LoraNumbers(
         config["r"],
         config["lora_alpha"],
-        *patterns,
-        bool(config.get("use_rslora")),
-        bool(config.get("ensure_weight_tying")),
-        str(config.get("base_model_name_or_path") or "a base without a name"),
+        ranks,
+        alphas,
+        field("use_rslora", bool, False),
+        field("ensure_weight_tying", bool, False),
+        field("base_model_name_or_path", str, "") or "a base without a name",
+        tuple(field("target_parameters", [str], ())),
     )
-    for name, number in [
-        ("r", numbers.rank), ("lora_alpha", numbers.alpha),
-        *(item for each in patterns for item in each.items()),
-    ]:  # fmt: skip
-        if not 0 < number < math.inf:
-            raise UserError(f"{file}: {name} is {number}; it must be above 0")
-    return numbers
 
 
 def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     if config["peft_type"] != "LORA":
         raise UserError(
             f"{file}: peft_type is {config['peft_type']!r}, and only LORA is computed "
-            "here: merge it with PEFT's merge_and_unload, and give the merged folder "
-            "to config.model.init_from"
+            f"here: {MERGED}"
         )
-    for name in CHANGES_FORWARD:
-        if config.get(name):
+    for name, value in config.items():
+        kind = FIELDS.get(name)
+        if value and kind == REFUSED:
             raise UserError(
-                f"{file}: {name} is {config[name]!r}, which is not computed here: "
-                "merge the adapter with PEFT's merge_and_unload, and give the merged "
-                "folder to config.model.init_from"
+                f"{file}: {name} is {_short(value)}, which is not computed here: "
+                f"{MERGED}"
+            )
+        if value and kind is None:
+            raise UserError(
+                f"{file}: {name} is {_short(value)}, a field that is not known here "
+                f"and may change what the adapter computes: {MERGED}; or remove the "
+                "field, if you know that it has no effect on a trained adapter"
             )
     start = config.get("init_lora_weights", True)
     if start not in KEEPS_BASE:
@@ -139,39 +167,35 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
             "path_initial_model_for_weight_conversion, which makes it one to the "
             "unchanged base"
         )
-    unknown = [x for x in config if x not in (*HARMLESS, *CHANGES_FORWARD)]
-    if odd := [name for name in unknown if config[name]]:
-        logging.warning("%s: %s is not known, and has no effect", file, ", ".join(odd))
 
 
-def _pattern(file: Path, name: str, found: Any) -> dict[str, float]:
-    found = found or {}
-    is_pattern = isinstance(found, dict) and all(
-        isinstance(x, NUMBER) and not isinstance(x, bool) for x in found.values()
-    )
-    if not is_pattern:
-        raise UserError(
-            f"{file}: {name} is {repr(found)[:80]}, not a number for each pattern"
-        )
-    for key in found:
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _require_expressions(file: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
         try:
-            re.compile(key)
-        except re.error as error:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
-                f"{file}: {name} has {key!r}, which is no regular expression: {error}"
+                f"{file}: rank_pattern or alpha_pattern has {_short(pattern)}, which "
+                f"is no regular expression: {error}"
             ) from error
-    return found
 
 
 def written_config(
     ranks: Mapping[str, int],
     scale: float,
     *,
+    parameters: Collection[str] = (),
     of_experts: int = 0,
     fan_in_fan_out: bool = False,
     tied: bool = False,
 ) -> dict[str, Any]:
     """The smallest config with which PEFT reads modules of these `ranks`.
+
+    Those in `parameters` are no modules, but parameters that PEFT wraps.
 
     All modules have one `scale`, so that tools which know no patterns (vLLM) compute
     the same. `r` is the largest rank, as such tools make room for it; or it is the
@@ -187,8 +211,10 @@ def written_config(
         "task_type": "CAUSAL_LM",
         "r": largest,
         "lora_alpha": _whole(scale * largest),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - parameters),
     }
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
     others = {
         re.escape(name.partition(".")[2] or name): rank
         for name, rank in ranks.items()

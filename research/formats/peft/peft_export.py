@@ -1,70 +1,111 @@
 """Writes the adapters of a run as a folder of PEFT."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from research.core.errors import UserError
+from research.formats.fused_factors import Pair, filled, without_idle
 from research.formats.peft.adapter_config import PREFIX, written_config
 from research.formats.peft.lora_modules import (
+    INNER,
     LINEAR_ENDS,
     LoraModule,
-    Pair,
     lora_modules,
     tied_head,
-    without_idle,
 )
 from research.models.architecture import Architecture
-from research.weights.adapters.lora import KIND
 from research.weights.parameter_spec import Spec
 
 Fetch = Callable[[str, tuple[int, ...]], Pair]
 
 
-def adapter_files(
+@dataclasses.dataclass(frozen=True)
+class AdapterPlan:
+    """What an adapter folder will hold.
+
+    Attributes:
+      config: `adapter_config.json` without a base.
+      shapes: of the tensors by name, in their order.
+      tensors: makes the tensors one after the other, float32. Every process calls it.
+    """
+
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]
+
+
+def plan_adapter(
     architecture: Architecture,
     specs: Mapping[str, Spec],
     scales: Mapping[str, float],
     fetch: Fetch,
     beginning: str = "",
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The float32 tensors of an adapter folder, and its config without a base.
+) -> AdapterPlan:
+    """The folder of an adapter; the factors of one module at a time are in memory.
 
-    An adapter of tied embeddings is written for both ends: older versions of PEFT do
-    not know that one is the other.
+    They are fetched twice: how many components of a padded rank remain shows only in
+    their values.
 
     See `lora_tensors` for the arguments and errors.
     """
-    tensors: dict[str, np.ndarray] = {}
+    head, shapes = tied_head(architecture), {}
     ranks: dict[str, int] = {}
+    parameters: set[str] = set()
     tied = fan_in_fan_out = False
     of_experts = 0
 
-    def add(name: str, ends: tuple[str, str], down: np.ndarray, up: np.ndarray) -> None:
-        ranks[name] = len(down)
-        for end, value in zip(ends, (down, up), strict=True):
-            tensors[f"{PREFIX}{name}.{end}"] = np.ascontiguousarray(value)
+    def modules() -> Iterator[tuple[LoraModule, Pair]]:
+        return lora_tensors(architecture, specs, scales, fetch, beginning)
 
-    found = lora_tensors(architecture, specs, scales, fetch, beginning)
-    for module, (down, up) in found:
-        add(module.name, module.ends, down, up)
-        of_experts = len(down) if module.has_no_pattern else of_experts
-        fan_in_fan_out |= not (module.is_table or module.stored.transposed)
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for module, pair in modules():
+            yield from _named(module.name, module.ends, pair)
+            if architecture.tied_head and "embedding.table" in module.stored.paths:
+                # Older versions of PEFT do not know that one end is the other.
+                down, up = pair
+                yield from _named(head, LINEAR_ENDS, (up.T, down.T))
+
+    for module, (down, up) in modules():
+        rank = len(down) // module.experts(specs)
+        ranks[module.target] = rank
+        shapes |= _shapes(module.name, module.ends, down.shape, up.shape)
+        of_experts = rank if module.has_no_pattern else of_experts
+        if module.parameter:
+            parameters.add(module.parameter)
+        else:
+            fan_in_fan_out |= not (module.is_table or module.stored.transposed)
         if architecture.tied_head and "embedding.table" in module.stored.paths:
-            add(tied_head(architecture), LINEAR_ENDS, up.T, down.T)
-            tied = True
+            ranks[head], tied = rank, True
+            shapes |= _shapes(head, LINEAR_ENDS, up.shape[::-1], down.shape[::-1])
     if not ranks:
         raise UserError("the adapters are all zero, and PEFT has no rank for them")
     config = written_config(
         ranks,
         common_scale(scales),
+        parameters=parameters,
         of_experts=of_experts,
         fan_in_fan_out=fan_in_fan_out,
         tied=tied,
     )
-    return tensors, config
+    return AdapterPlan(config, shapes, tensors)
+
+
+def _named(
+    name: str, ends: tuple[str, str], pair: Pair
+) -> Iterator[tuple[str, np.ndarray]]:
+    for end, value in zip(ends, pair, strict=True):
+        yield f"{PREFIX}{name}.{end}", value
+
+
+def _shapes(
+    name: str, ends: tuple[str, str], *shapes: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    names = [f"{PREFIX}{name}.{end}" for end in ends]
+    return dict(zip(names, shapes, strict=True))
 
 
 def common_scale(scales: Mapping[str, float]) -> float:
@@ -95,9 +136,9 @@ def lora_tensors(
     if odd := sorted(scales.keys() - known):
         raise UserError(f"PEFT has no modules for the adapters of {', '.join(odd)}")
     common = common_scale(scales)
-    with_experts = any(
-        x.is_of_expert and not scales.keys().isdisjoint(x.stored.paths) for x in modules
-    )
+    adapted = [x for x in modules if not scales.keys().isdisjoint(x.stored.paths)]
+    with_experts = any(x.is_of_expert for x in adapted)
+    places = {x.name for x in adapted}
     wide = _rank_without_pattern(modules, scales, fetch)
     for module in modules:
         pairs = {}
@@ -107,9 +148,12 @@ def lora_tensors(
                 pair = _scaled(fetch(path, module.index), scales[path] / common)
             if module.has_no_pattern:
                 if pair or (with_experts and module.is_of_expert):
-                    pairs[path] = _filled(pair, wide, specs[path])
-            elif pair and len((pair := without_idle(pair))[1]):
+                    pairs[path] = filled(pair, wide, specs[path], len(module.index))
+            elif pair and (module.parameter or len((pair := without_idle(pair))[1])):
                 pairs[path] = pair
+        outer = module.name.removesuffix(INNER)
+        if outer not in places:  # PEFT wraps the experts for this parameter alone.
+            module = dataclasses.replace(module, name=outer)
         if pairs:
             yield module, module.join(pairs, specs)
 
@@ -134,12 +178,3 @@ def _rank_without_pattern(
 def _scaled(pair: Pair, factor: float) -> Pair:
     a, b = pair
     return pair if factor == 1 else (a, b * np.float32(factor))
-
-
-def _filled(pair: Pair | None, rank: int, spec: Spec) -> Pair:
-    """`pair` with zeros up to `rank`."""
-    shapes = KIND.matrix_specs(spec, rank)
-    a, b = (np.zeros(shapes[x].shape[spec.stacked :], np.float32) for x in "ab")
-    if pair is not None:
-        a[..., : len(pair[1])], b[: len(pair[1])] = pair
-    return a, b

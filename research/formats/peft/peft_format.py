@@ -1,6 +1,6 @@
 """The export format `peft`: the adapters of a run as a folder that PEFT reads."""
 
-import functools
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, is_hub
 from research.formats.export_format import ExportedModel, ExportOptions, WrittenModel
+from research.formats.fused_factors import Pair, update_of
 from research.formats.huggingface.huggingface_export import fetch
 from research.formats.huggingface.safetensors_writer import SafetensorsWriter
 from research.formats.peft.adapter_config import CONFIG, TENSORS
 from research.formats.peft.adapter_folder import AdapterFolder
-from research.formats.peft.lora_modules import Pair
-from research.formats.peft.peft_export import adapter_files
+from research.formats.peft.peft_export import plan_adapter
 from research.models.families.family_registry import family_of
 from research.tokenize.tokenizer_training import save_tokenizer
 
@@ -57,31 +57,32 @@ class PeftFormat:
 
         model = exported.model
         scales = {p: x.alpha / x.rank for p, x in exported.adapters.items()}
-        tensors, config = adapter_files(
+        plan = plan_adapter(
             model.architecture, model.specs, scales, pair, _beginning(exported)
         )
         if jax.process_index() > 0:
+            collections.deque(plan.tensors(), maxlen=0)
             return
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         file = folder / TENSORS
-        with SafetensorsWriter(file, shapes, options.dtype, exported.facts) as writer:
-            for name, tensor in tensors.items():
+        with SafetensorsWriter(
+            file, plan.shapes, options.dtype, exported.facts
+        ) as writer:
+            for name, tensor in plan.tensors():
                 writer.add(name, tensor)
-        text = json.dumps(_base(exported) | config, indent=2)
+        text = json.dumps(_base(exported) | plan.config, indent=2)
         write_whole(folder / CONFIG, text)
         save_tokenizer(exported.tokenizer, folder)
 
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         model = exported.model
         adapter = AdapterFolder(str(folder), model.architecture, model.specs)
-        factors = functools.lru_cache(1)(adapter.factors)
 
         def read(path: str, index: tuple[int, ...]) -> np.ndarray:
             base = fetch(exported.base_weights[path], index)
             if path not in adapter.ranks:
                 return base
-            a, b = (factors(path)[name][index] for name in ("a", "b"))
-            update = np.tensordot(a, b, axes=1) * np.float32(adapter.scales[path])
+            pair, spec = adapter.layer(path, index), model.specs[path]
+            update = update_of(pair, spec, adapter.scales[path])
             return base.astype(np.float32) + update
 
         return WrittenModel(model.architecture, None, read)

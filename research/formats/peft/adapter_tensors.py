@@ -1,0 +1,274 @@
+"""The tensors in an adapter folder of PEFT, matched with the matrices of a model."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.core.errors import UserError, nearest
+from research.formats.fused_factors import Pair
+from research.formats.huggingface.huggingface_weights import PLAIN_TYPES
+from research.formats.peft.adapter_config import CONFIG, PREFIX, LoraNumbers
+from research.formats.peft.find_adapter import open_tensors
+from research.formats.peft.lora_modules import (
+    INNER,
+    LoraModule,
+    lora_modules,
+    modules_in_memory,
+    tied_head,
+)
+from research.models.architecture import Architecture
+from research.models.families.family_registry import family_of
+from research.models.families.stored_tensor import StoredTensor, used
+from research.weights.parameter_spec import Spec
+
+FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+# How PEFT marks a parameter that it saves whole.
+WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.(weight|bias)$)")
+MERGED = "merge the adapter with PEFT's merge_and_unload, and start from that folder"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModule:
+    """A module that the adapter changes: its tensors' names, its rank and scale."""
+
+    module: LoraModule
+    down: str
+    up: str
+    rank: int
+    scale: float
+
+    @property
+    def layer(self) -> tuple[int, ...]:
+        """Its index without that of an expert."""
+        return self.module.index[:1]
+
+
+class AdapterTensors:
+    """The open tensors of an adapter.
+
+    Attributes:
+      entries: the modules that have adapters, in the order of the model.
+      whole: parameters that the file holds whole, by name: the tensor's name, how it
+        lies there, and its index.
+
+    Raises:
+      UserError: the file is damaged, holds an adapter to a model of other shapes, or
+        one that is not computed here.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        numbers: LoraNumbers,
+        architecture: Architecture,
+        specs: Mapping[str, Spec],
+    ):
+        self._file, self._numbers = file, numbers
+        self._architecture, self._specs = architecture, specs
+        self._handle = open_tensors(file)
+        self._near: tuple[Any, dict[str, dict[str, Pair]]] = None, {}
+        names, self.whole = self._sorted_names()
+        self.entries = self._match(self._without_tied_head(names))
+
+    def pairs(self, entry: AdaptedModule) -> dict[str, Pair]:
+        """The factors of the matrices of a module.
+
+        Those of one layer are kept, as its matrices are asked for by themselves.
+        """
+        if self._near[0] != entry.layer:
+            self._near = entry.layer, {}
+        known = self._near[1]
+        if entry.down not in known:
+            down, up = self.read(entry.down), self.read(entry.up)
+            known[entry.down] = entry.module.split(down, up, self._specs)
+        return known[entry.down]
+
+    def stored(self, key: str) -> np.ndarray:
+        """A tensor in the dtype of the file."""
+        return self._handle.get_tensor(key)
+
+    def read(self, key: str) -> np.ndarray:
+        """A tensor in float32. Raises UserError: a number in it is not finite."""
+        value = self.stored(key).astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{self._file}: {key} holds a number that is not finite; the training "
+                "that wrote it has diverged: use an earlier checkpoint of it"
+            )
+        return value
+
+    def _sorted_names(self) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+        """Names of both factors by module, and of the tensors of whole parameters."""
+        factors: dict[str, dict[str, str]] = {}
+        whole, known = {}, self._parameters()
+        for key in self._handle.keys():  # noqa: SIM118, it is no dictionary
+            kind = self._handle.get_slice(key).get_dtype()
+            if kind not in PLAIN_TYPES:
+                raise UserError(
+                    f"{self._file}: {key} is stored as {kind}, not as float32, "
+                    "bfloat16 or float16: save the adapter in one of them"
+                )
+            name = key.removeprefix(PREFIX)
+            if found := FACTOR.fullmatch(name):
+                own = factors.setdefault(found[1], {})
+                self._require_one_name(key, own.setdefault(found[2], key))
+                continue
+            if ".lora_" in name:
+                raise UserError(
+                    f"{self._file}: {key} is part of an adapter that is more than two "
+                    f"factors, which is not computed here: {MERGED}"
+                )
+            name = WHOLE.sub("", name)
+            if name not in known:
+                raise self._other_base(f"{key} is no parameter of it", name, known)
+            stored, index = known[name]
+            shape = tuple(self._handle.get_slice(key).get_shape())
+            if shape != (needed := stored.shape(self._specs)):
+                raise self._other_base(_differs(key, shape, needed))
+            whole[name] = key, stored, index
+        if not factors:
+            raise UserError(f"{self._file} holds no lora_A and lora_B")
+        return factors, whole
+
+    def _parameters(self) -> dict[str, tuple[StoredTensor, tuple[int, ...]]]:
+        """Every tensor of the base, by each name that it can have in such a file."""
+        family, found = family_of(self._architecture), {}
+        first, *others = family.beginnings
+        for stored in used(family.hf_tensors, self._specs):
+            for name, index in stored.names(self._specs):
+                found[name] = stored, index
+                if name.startswith(first):
+                    for other in others:
+                        found[other + name.removeprefix(first)] = stored, index
+                if self._architecture.tied_head and "embedding.table" in stored.paths:
+                    found[f"{tied_head(self._architecture)}.weight"] = stored, index
+        return found
+
+    def _without_tied_head(
+        self, names: dict[str, dict[str, str]]
+    ) -> dict[str, dict[str, str]]:
+        """`names` without those of a tied head, which must be those of the embeddings.
+
+        Raises:
+          UserError: only one of both ends has this adapter.
+        """
+        if not self._architecture.tied_head:
+            return names
+        head = tied_head(self._architecture)
+        (table,) = [x for x in self._modules if "embedding.table" in x.stored.paths]
+        ends = [names.get(name) for name in (table.name, *table.other_names)]
+        own, other = next(filter(None, ends), None), names.get(head)
+        if own is None and other is None:
+            return names
+        tied = self._numbers.tied if own and not other else False
+        if own and other and own.keys() == other.keys() == {"A", "B"}:
+            pairs = (own["A"], other["B"]), (own["B"], other["A"])
+            tied = all(np.array_equal(self.read(x), self.read(y).T) for x, y in pairs)
+            scales = [self._numbers.scale_of(name) for name in (table.name, head)]
+            tied &= scales[0] == scales[1]
+        if not tied:
+            raise UserError(
+                f"{self._file}: the base model ties its head to its embeddings, and "
+                f"the adapter changes {table.name if own else head} alone, or both "
+                "differently, which is not computed here; adapters of both ends that "
+                "are one have ensure_weight_tying in their config"
+            )
+        return {name: own for name, own in names.items() if name != head}
+
+    @functools.cached_property
+    def _modules(self) -> list[LoraModule]:
+        return lora_modules(self._architecture, self._specs)
+
+    def _match(self, names: dict[str, dict[str, str]]) -> list[AdaptedModule]:
+        """The modules that have adapters, in the order of the model."""
+        rest, entries = dict(names), []
+        others = modules_in_memory(self._architecture, self._specs)
+        for module in (*self._modules, *others):
+            for name in (module.name, *module.other_names):
+                if module.name.endswith(INNER) and name not in rest:
+                    name = self._alone(name, module, rest)
+                if found := rest.pop(name, None):
+                    entries.append(self._entry(module, name, found))
+        if rest:
+            known = [module.name for module in self._modules]
+            name = min(rest)
+            raise self._other_base(f"{name} is no matrix of it", name, known)
+        self._require_one_of_each(entries)
+        return entries
+
+    def _alone(
+        self, name: str, module: LoraModule, names: Mapping[str, dict[str, str]]
+    ) -> str:
+        """Where the tensors of an inner parameter lie if PEFT wraps no other one."""
+        outer = name.removesuffix(INNER)
+        down = names.get(outer, {}).get("A")
+        inputs = module.shapes(1, self._specs)[0][1]
+        is_own = down and self._handle.get_slice(down).get_shape()[-1:] == [inputs]
+        return outer if is_own else name
+
+    def _require_one_of_each(self, entries: Iterable[AdaptedModule]) -> None:
+        """Raises UserError: two modules of the file hold the same matrix."""
+        owners: dict[Any, str] = {}
+        for entry in sorted(entries, key=lambda entry: len(entry.module.index)):
+            for path in entry.module.stored.paths:
+                own = owners.setdefault((path, entry.module.index), entry.down)
+                # A parameter of all experts is there before a module of one of them.
+                for first in (own, owners.get((path, entry.layer), own)):
+                    self._require_one_name(entry.down, first)
+
+    def _require_one_name(self, name: str, first: str) -> None:
+        if name != first:
+            raise UserError(
+                f"{self._file}: {first} and {name} are two names of one tensor: remove "
+                "the one that PEFT did not write"
+            )
+
+    def _entry(
+        self, module: LoraModule, name: str, keys: dict[str, str]
+    ) -> AdaptedModule:
+        if missing := {"A", "B"} - keys.keys():
+            raise UserError(
+                f"{self._file}: {name} lacks its lora_{min(missing)}; copy the folder "
+                "again"
+            )
+        target = module.parameter or self._numbers.target_of(name)
+        rank = self._numbers.rank_of(target)
+        for side, shape in enumerate(module.shapes(rank, self._specs)):
+            key = keys["AB"[side]]
+            found = tuple(self._handle.get_slice(key).get_shape())
+            fits = len(found) == 2 and found[1 - side] == shape[1 - side]
+            if fits and found != shape:
+                own = found[side] // module.experts(self._specs)
+                raise UserError(
+                    f"{self._file}: {key} has rank {own}, and {CONFIG} gives {rank} "
+                    "(r, rank_pattern); copy both files from one folder"
+                )
+            if found != shape:
+                raise self._other_base(_differs(key, found, shape))
+        scale = self._numbers.scale_of(target)
+        return AdaptedModule(module, keys["A"], keys["B"], rank, scale)
+
+    def _other_base(
+        self, what: str, name: str = "", known: Iterable[str] = ()
+    ) -> UserError:
+        if family_of(self._architecture).ignores(name):
+            return UserError(
+                f"{self._file} adapts {name}, a part of the multimodal model that is "
+                "not computed here, which reads its text part alone: train the adapter "
+                "with target_modules of the text part, or remove these tensors if the "
+                "adapter is for text"
+            )
+        return UserError(
+            f"{self._file} is an adapter to another base model than config.model."
+            f"init_from: {what}{nearest(name, [*known]) if name else ''}; it was "
+            f"trained on {self._numbers.base_name}"
+        )
+
+
+def _differs(key: str, found: tuple[int, ...], needed: tuple[int, ...]) -> str:
+    return f"{key} is {list(found)}, and it needs {list(needed)}"

@@ -63,7 +63,7 @@ def place_of(name):
 def updates_of_files(model, factors, scales):
     """By place of PEFT's tensors, what is added to a weight, `[out, in]`.
 
-    Of the experts of GPT-OSS, which lie in one tensor, it is `[E, out, in]`.
+    The experts of GPT-OSS lie in one tensor, `[E, out, in]`.
     """
     specs, found = model.specs, {}
     added = {path: update(factors[path], scales[path], specs[path]) for path in factors}
@@ -83,7 +83,7 @@ def updates_of_files(model, factors, scales):
 
 
 def product(pair, experts):
-    """What PEFT's `get_delta_weight` adds for two tensors, without a scale."""
+    """The sum that PEFT's `get_delta_weight` makes of two tensors, without a scale."""
     a, b = np.float64(pair["A"]), np.float64(pair["B"])
     if experts == 1:
         return b @ a

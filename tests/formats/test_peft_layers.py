@@ -24,7 +24,7 @@ from research.weights.adapters.lora import KIND
 
 @pytest.mark.parametrize(("name", "layers"), [("qwen3_moe", 8), ("phi3", 48)])
 def test_a_writer_holds_the_tensors_of_one_module(name, layers):
-    """Factors are made when they are asked for, and the sum of all is never there."""
+    """Factors are made when their turn comes, and never all of them."""
     shape = dataclasses.replace(model_of(name).architecture, layers=layers)
     model = Model(shape)
     paths = [x for x in model.specs if ".mlp." in x and x.endswith("kernel")]

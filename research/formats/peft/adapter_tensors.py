@@ -78,7 +78,7 @@ class AdapterTensors:
     def pairs(self, entry: AdaptedModule) -> dict[str, Pair]:
         """The factors of the matrices of a module.
 
-        Those of one layer are kept, as its matrices are asked for by themselves.
+        Those of one layer are kept, as each of its matrices is read by itself.
         """
         if self._near[0] != entry.layer:
             self._near = entry.layer, {}

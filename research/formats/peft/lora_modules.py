@@ -144,7 +144,7 @@ def lora_modules(
 def modules_in_memory(
     architecture: Architecture, specs: Mapping[str, Spec]
 ) -> list[LoraModule]:
-    """What models of transformers 5 have in the place of some `lora_modules`."""
+    """Modules that models of transformers 5 have in place of some `lora_modules`."""
     family = family_of(architecture)
     return [
         module

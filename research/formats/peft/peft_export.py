@@ -25,7 +25,7 @@ Fetch = Callable[[str, tuple[int, ...]], Pair]
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPlan:
-    """What an adapter folder will hold.
+    """The content of an adapter folder, before it is written.
 
     Attributes:
       config: `adapter_config.json` without a base.

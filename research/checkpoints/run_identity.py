@@ -24,7 +24,7 @@ CHANGED_WITH = {
 OF_ARRAYS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("trainable", "model.preset", "optim.name"), str),
     **dict.fromkeys(("lora.kind", "lora.rank"), str),
-    **dict.fromkeys(("lora.targets", "lora.rank_pattern"), tuple),
+    **dict.fromkeys(("lora.targets", "lora.full", "lora.rank_pattern"), tuple),
     "optim.skip_spread": bool,
     "optim.skip_window": int,
 }

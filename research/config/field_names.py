@@ -42,7 +42,7 @@ READERS: Mapping[Any, Callable[[str], Any]] = {
     Path: os.path.normpath,
 }
 # Their value is a list, which other trainers write with commas.
-LISTS = ("lora.targets", "text.sources", "eval.text_prompts")
+LISTS = ("lora.targets", "lora.full", "text.sources", "eval.text_prompts")
 
 
 class GivenFlag(NamedTuple):
@@ -170,7 +170,7 @@ def written_list(knob: str, text: str) -> tuple[str, ...]:
         whole = os.path.exists(text)
         parts = [text] if whole else map(_source, text.strip("()[] ").split(","))
         return name_sources(",".join(parts))
-    if knob == "lora.targets":
+    if knob in ("lora.targets", "lora.full"):
         text = ",".join(text.split())
     parts = [text] if knob == "eval.text_prompts" else text.split(",")
     return tuple(filter(None, (part.strip("()[]'\" ") for part in parts)))

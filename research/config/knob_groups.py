@@ -98,11 +98,17 @@ class LoRAConfig:
     alpha_pattern: tuple[str, ...] = knob(
         (), "alphas of some matrices, as ('pattern=alpha', ...); the last match wins"
     )
+    full: tuple[str, ...] = knob(
+        (),
+        "parameters that are trained whole, in float32, beside the adapters: norms, "
+        "embeddings, head, biases, regular expressions of paths, or names such as "
+        "lm_head; none of them may have an adapter, too",
+    )
     init_from: str = knob(
         "",
         "adapter of PEFT to continue, in place of a no-op: its folder, or "
-        "hub://owner/name[@revision]; its targets, ranks and alphas replace those of "
-        "the config",
+        "hub://owner/name[@revision]; its targets, ranks, alphas and whole parameters "
+        "replace those of the config",
         is_path=True,
     )
 

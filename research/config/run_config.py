@@ -97,6 +97,11 @@ class Config:
         }
         return asked.get(data.kind, True)
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it trains adapters alone, of which many share one base in memory."""
+        return self.trainable == "lora" and not self.lora.full
+
     def __post_init__(self) -> None:
         if self.steps == BY_EPOCHS and not self.epochs:
             object.__setattr__(self, "steps", DEFAULT_STEPS)

@@ -68,6 +68,7 @@ class ExportedModel:
       base_weights: the parameters without adapters; empty where there are no adapters.
       base: that training began with; None outside of a run.
       facts: texts by name that travel inside each file that has room for them.
+      full: paths of the parameters that were trained whole beside adapters.
     """
 
     model: Model
@@ -78,6 +79,7 @@ class ExportedModel:
     base_weights: Mapping[str, Matrix] = MappingProxyType({})
     base: Base | None = None
     facts: Mapping[str, str] = MappingProxyType({})
+    full: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

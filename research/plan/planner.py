@@ -172,5 +172,5 @@ def _assemble(
         best=best,
         worst=worst,
         trained=parameter_paths.count(step.state.params),
-        frozen=parameter_paths.count(step.frozen),
+        frozen=parameter_paths.count(step.definition.trainable.used(step.frozen)),
     )

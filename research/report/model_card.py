@@ -92,7 +92,9 @@ def _trained(knobs: Mapping[str, Any], merged: bool) -> str:
     kind = knobs["lora.kind"]
     kind = "LoRA adapters" if kind == "lora" else f"adapters of the kind {kind!r}"
     place = "added to the weights" if merged else "without the base model"
-    return f"{kind} of rank {knobs['lora.rank']}, {place}"
+    whole = knobs.get("lora.full")
+    beside = f" and whole parameters ({', '.join(whole)})" if whole else ""
+    return f"{kind} of rank {knobs['lora.rank']}{beside}, {place}"
 
 
 def _front(

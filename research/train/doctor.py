@@ -17,6 +17,7 @@ import numpy as np
 
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
+from research.core.visible_text import counted
 from research.formats.base_model import Base
 from research.parallel import mesh as meshes
 from research.runs import display_files
@@ -89,8 +90,10 @@ def examine_model(
     # A state that a checkpoint will fill has only shapes; the restore checks it.
     is_read = isinstance(state.step, jax.Array)
     odd = parameter_paths.not_finite(state.params) if is_read else []
-    trained, kept = parameter_paths.count(state.params), parameter_paths.count(frozen)
-    used = sum(count_used(x, definition.model) for x in (state.params, frozen))
+    kept_ones = definition.trainable.used(frozen)
+    trained = parameter_paths.count(state.params)
+    kept = parameter_paths.count(kept_ones)
+    used = sum(count_used(x, definition.model) for x in (state.params, kept_ones))
     of_token = f"; a token uses {used:,} of all" if used < trained + kept else ""
     findings = [
         Finding("base model", f"{base.name}, sha256 {base.fingerprint[:12]}"),
@@ -142,25 +145,27 @@ def _examine_adapters(
     frozen: dict[str, Any],
     continued: str = "",
 ) -> list[Finding]:
-    kind = definition.trainable.kind
-    paths = "\n".join(
-        f"  {path} {tuple(frozen[path].shape)} rank {kind.rank(factors)}"
-        for path, factors in state.params.items()
+    split = definition.trainable
+    kind, adapters = split.kind, split.adapters(state.params)
+    paths = "".join(
+        f"\n  {path} {tuple(frozen[path].shape)} rank {kind.rank(factors)}"
+        for path, factors in adapters.items()
     )
     matrices = sum(
         math.prod(spec.shape[: spec.stacked])
-        for spec in (definition.model.specs[path] for path in state.params)
+        for spec in (definition.model.specs[path] for path in adapters)
     )
-    specs = len(jax.tree.leaves(definition.trainable.specs))
+    specs = len(jax.tree.leaves(split.specs))
     leaves = len(jax.tree.leaves(state.params))
     differing, distance = _compare_outputs(definition, state.params, frozen)
     rounding = float(jnp.finfo(definition.model.options.dtype).eps) ** 0.5
     return [
         Finding(
             f"{kind.name} targets",
-            f"{matrices} matrices under {len(state.params)} paths\n{paths}",
-            numbers={"matrices": matrices, "paths": len(state.params)},
+            f"{matrices} matrices under {len(adapters)} paths{paths}",
+            numbers={"matrices": matrices, "paths": len(adapters)},
         ),
+        *_examine_full(definition),
         Finding(
             f"{kind.name} at step 0",
             f"adapters change {differing:,} outputs of a test row"
@@ -174,11 +179,34 @@ def _examine_adapters(
         ),
         Finding(
             "frozen weights",
-            f"in no optimizer state: {leaves} trained arrays, {specs} of adapters",
+            f"in no optimizer state: {leaves} trained arrays, {specs} of adapters"
+            f"{' and whole parameters' if split.full else ''}",
             ok=leaves == specs,
             remedy="the trained state holds more than adapters: this would be full "
             f"fine-tuning under the name of {kind.name}",
         ),
+    ]
+
+
+def _examine_full(definition: StepDefinition) -> list[Finding]:
+    """The parameters that are trained whole beside adapters; nothing without any."""
+    full, model = definition.trainable.full, definition.model
+    if not full:
+        return []
+    specs = model.specs
+    tied = model.head(specs).keys() if model.architecture.tied_head else ()
+    paths = "".join(
+        f"\n  {path} {specs[path].shape}{', which is the head, too' * (path in tied)}"
+        for path in specs
+        if path in full
+    )
+    count = parameter_paths.count([specs[path] for path in full])
+    return [
+        Finding(
+            "whole parameters",
+            f"{count:,} trained in float32 under {counted(len(full), 'path')}{paths}",
+            numbers={"scalars": count, "paths": len(full)},
+        )
     ]
 
 
@@ -208,7 +236,7 @@ def _compare_outputs(
         return outputs(definition.trainable.forward(adapters, frozen, None))
 
     found, base = adapted(params), outputs(frozen)
-    off = definition.trainable.kind.off(params, frozen)
+    off = definition.trainable.off(params, frozen)
     without = adapted(off)
     differing = int(jnp.sum(found != without))
     wide = base.astype(jnp.float32)

@@ -83,10 +83,11 @@ def _adapters(config: Config, targets: Mapping[str, float]) -> str:
     lora = config.lora
     patterns = (*lora.rank_pattern, *lora.alpha_pattern)
     others = f" ({', '.join(patterns)})" if patterns else ""
+    whole = f"; whole: {', '.join(lora.full)}" if lora.full else ""
     return (
         f"{lora.kind} of rank {lora.rank} and alpha {lora.alpha:g}{others}, dropout "
         f"{lora.dropout:g}, on {targets['matrices']} matrices: "
-        f"{', '.join(lora.targets)}"
+        f"{', '.join(lora.targets)}{whole}"
     )
 
 

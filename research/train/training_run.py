@@ -66,8 +66,7 @@ class TrainingRun:
 
     def count_flops(self) -> throughput.FlopCount:
         """The FLOPs of one step of this run, for MFU."""
-        return throughput.count_flops(
-            self.base.architecture,
-            trained=throughput.count_used(self.state.params, self.definition.model),
-            full=not self.frozen,
+        counted = throughput.count_trained(
+            self.state.params, self.definition.trainable, self.definition.model
         )
+        return throughput.count_flops(self.base.architecture, **counted)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -51,12 +52,17 @@ def select(paths: Iterable[str], patterns: Sequence[str]) -> dict[str, str]:
     return {path: chosen[path] for path in paths if path in chosen}
 
 
-def own_patterns(patterns: Sequence[str], specs: Mapping[str, Spec]) -> tuple[str, ...]:
+def own_patterns(
+    patterns: Sequence[str],
+    specs: Mapping[str, Spec],
+    groups: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """`patterns` for `select`, where names of other tools may stand among them.
 
     A pattern that matches no path of ours may match the end of a module's name, from a
     dot on, as `q_proj`, `self_attn.q_proj` and `(q|v)_proj` do. `all-linear` stands for
     every matrix of the layers. One pattern may hold several names between commas.
+    `groups` has the patterns that further names stand for.
 
     Raises:
       UserError: a pattern matches neither a path nor a name; the message lists both.
@@ -65,21 +71,24 @@ def own_patterns(patterns: Sequence[str], specs: Mapping[str, Spec]) -> tuple[st
     for written in patterns:
         several = LISTED.fullmatch(written)
         for pattern in written.replace(" ", "").split(",") if several else [written]:
-            expression = _compile(pattern)
+            own = groups.get(pattern, pattern)
+            expression = _compile(own)
             if any(expression.search(path) for path in specs):
-                found.append(pattern)
+                found.append(own)
                 continue
             paths = [
                 path
                 for path, spec in specs.items()
-                if (pattern == ALL_LINEAR and spec.stacked)
+                if (pattern == ALL_LINEAR and spec.stacked and spec.n_in)
                 or any(map(expression.fullmatch, _ends(spec)))
             ]
             if not paths:
                 words = {end for spec in specs.values() for end in _ends(spec)}
                 listed = [f"{path}{_shown(spec)}" for path, spec in specs.items()]
                 listed.append(f"and {ALL_LINEAR} stands for every matrix of the layers")
-                raise _no_match(pattern, {*_words(specs), *words}, listed)
+                if groups:
+                    listed.append(f"and {', '.join(groups)} for all of their kind")
+                raise _no_match(pattern, {*_words(specs), *words, *groups}, listed)
             found.append(f"^({'|'.join(map(re.escape, paths))})$")
     return tuple(found)
 

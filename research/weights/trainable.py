@@ -4,7 +4,7 @@ This is the one place that knows whether a run trains adapters or the whole mode
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import UserError, look_up
+from research.weights import parameter_paths
 from research.weights.adapters.adapter_kind import AdapterKind, with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
@@ -20,6 +21,13 @@ from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 Params = dict[str, Any]
+# What the names of `config.lora.full` stand for.
+FULL_GROUPS = {
+    "norms": r"norm\.(scale|bias)$",
+    "embeddings": r"embedding\.table$",
+    "head": r"^head\.kernel$",
+    "biases": r"\.bias$",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +35,11 @@ class Trainable:
     """A run's split of the parameters.
 
     Attributes:
-      specs: trained parameters, a (nested) dictionary of `Spec`.
-      frozen_specs: frozen parameters by path as they are stored, each a `Spec` or a
-        `Leaf` of `Spec`s; empty in full training.
+      specs: trained parameters by path: of an adapted matrix the `Spec` of each factor
+        by name, of a parameter that is trained whole its `Spec`.
+      frozen_specs: parameters of the base by path as they are stored, each a `Spec` or
+        a `Leaf` of `Spec`s; empty in full training. The base's own values of parameters
+        that are trained whole are among them, to compare with.
       frozen_dtype: dtype of stored arrays whose `Spec` fixes no other.
       dtype: dtype of the trained parameters.
       init: `(key, base) -> params`, the start of the trained parameters.
@@ -37,6 +47,7 @@ class Trainable:
         of adapters on and is None in evaluation.
       store: `(path, weight) -> stored form`, in the structure of `frozen_specs`.
       kind: of the adapters; None in full training.
+      full: paths of the parameters that are trained whole beside adapters.
     """
 
     specs: dict[str, Any]
@@ -47,6 +58,20 @@ class Trainable:
     forward: Callable[[Params, Params, Array | None], Params]
     store: Callable[[str, Array], Matrix] = lambda path, weight: weight
     kind: AdapterKind | None = None
+    full: frozenset[str] = frozenset()
+
+    def adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The factors among `params`, or the specs of factors among `specs`."""
+        return {path: x for path, x in params.items() if path not in self.full}
+
+    def used(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """The frozen parameters in whose place no trained one stands."""
+        return {path: x for path, x in frozen.items() if path not in self.full}
+
+    def off(self, params: Params, frozen: Params) -> Params:
+        """Trained parameters of the same shapes with which the model is the base."""
+        whole = {path: frozen[path].astype(self.dtype) for path in self.full}
+        return self.kind.off(self.adapters(params), frozen) | whole
 
 
 def make(
@@ -58,8 +83,8 @@ def make(
     """Splits the parameters `specs` of a model; `trainable` is "lora" or "full".
 
     Raises:
-      UserError: targets match nothing, a rank is below 1, or the whole model is
-        trained and the config gives frozen weights a format.
+      UserError: targets match nothing, a rank is below 1, a parameter would be trained
+        whole and have an adapter, or the config gives trained weights a format.
     """
     ways = {"lora": _make_adapters, "full": _make_full}
     return look_up(ways, trainable, "config.trainable")(model, lora, specs)
@@ -71,16 +96,58 @@ def _make_adapters(
     kind = find_kind(lora.kind)
     lora = with_own_patterns(lora, specs)
     stored = find_format(model.base_format)
+    adapters = kind.specs(specs, lora)
+    frozen_specs = {path: stored.specs(spec) for path, spec in specs.items()}
+    full = _full(lora.full, specs)
+    for path, spec in full.items():
+        if path in adapters:
+            raise UserError(
+                f"config.lora.full trains {path} whole, and config.lora.targets gives "
+                "it an adapter: name it in one of them"
+            )
+        if frozen_specs[path] != spec:
+            raise UserError(
+                f"config.lora.full trains {path} whole, and config.model.base_format="
+                f"{model.base_format} stores it as codes, which do not train: drop it "
+                "from config.lora.full, or use --config.model.base_format=plain"
+            )
+
+    def init(key: Array, base: Params) -> Params:
+        whole = {path: base[path].astype(jnp.float32) for path in full}
+        return kind.init(key, specs, lora, base) | whole
+
+    def forward(params: Params, frozen: Params, key: Array | None) -> Params:
+        factors = {path: params[path] for path in params if path not in full}
+        adapted = kind.adapt(frozen, factors, lora, key)
+        return adapted | {path: params[path] for path in params if path in full}
+
     return Trainable(
-        specs=kind.specs(specs, lora),
-        frozen_specs={path: stored.specs(spec) for path, spec in specs.items()},
+        specs=adapters | full,
+        frozen_specs=frozen_specs,
         frozen_dtype=jnp.dtype(model.dtype),
         dtype=jnp.dtype(jnp.float32),
-        init=lambda key, base: kind.init(key, specs, lora, base),
-        forward=lambda params, frozen, key: kind.adapt(frozen, params, lora, key),
+        init=init,
+        forward=forward,
         store=lambda path, weight: stored.store(weight, specs[path]),
         kind=kind,
+        full=frozenset(full),
     )
+
+
+def _full(patterns: Sequence[str], specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The parameters that are trained whole.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    named = {name.strip() for pattern in patterns for name in pattern.split(",")}
+    if "head.kernel" not in specs and (tied := {"head", "lm_head"} & named):
+        raise UserError(
+            f"config.lora.full names {min(tied)!r}, and this model's head is its table "
+            "of embeddings: name 'embeddings', which trains both ends"
+        )
+    own = parameter_paths.own_patterns(patterns, specs, FULL_GROUPS)
+    return {path: specs[path] for path in parameter_paths.select(specs, own)}
 
 
 def _make_full(

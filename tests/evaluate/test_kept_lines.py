@@ -104,7 +104,7 @@ def test_a_second_equal_command_is_refused_before_it_measures(tmp_path, monkeypa
 
 MODELS = [
     types.SimpleNamespace(
-        name=name, identity=name, base_in_memory=("b",), is_adapted=False, step=None
+        name=name, identity=name, base_in_memory=("b",), shares_base=False, step=None
     )
     for name in ("base", "tuned")
 ]

@@ -20,26 +20,42 @@ import numpy as np
 import pytest
 from helpers import close, in_soak, random_adapters
 from jax.sharding import PartitionSpec
-from small_run import as_killed, make_small_place, small_config, small_hidden
+from small_run import (
+    as_killed,
+    make_small_place,
+    one_device,
+    small_config,
+    small_hidden,
+)
 
 from research.config.choices import ADAPTER_MODULES, BASE_FORMAT_MODULES
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
+from research.evaluate.measuring.ask_models import open_group, share_bases
+from research.evaluate.measuring.evaluated_models import find_models
 from research.formats.base_model import EXPORTED, open_architecture, open_base
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.plan import planner
 from research.plan.planned_devices import parse_device
+from research.runs.answering.open_for_answering import (
+    find_adapters,
+    open_for_answering,
+)
+from research.runs.answering.run_addresses import run_addresses
 from research.runs.display_files import read_findings
+from research.runs.lineage.base_of_run import RunTensors
 from research.runs.metrics_file import read_metrics
-from research.runs.reopen import reopen
+from research.runs.reopen import find_run, reopen
 from research.train import start_to_report
 from research.train.metrics import metrics_log
 from research.weights import parameter_paths, trainable
 from research.weights.adapters.lora import LoRA
 from research.weights.contraction import contract, lookup, materialize, transpose
 from research.weights.parameter_spec import Spec
+from research.weights.representations.adapter_bank import AdapterBank
+from research.weights.representations.int8_weights import Int8Matrix
 from research.weights.representations.leaf import Leaf
 
 STEPS, KILLED = 4, 2
@@ -194,7 +210,10 @@ FEW = ("attention.output", "attention.query", "mlp.down")
 
 
 def adapters(kind="scaled", rank=2, targets=FEW):
-    return LoRAConfig(kind=kind, rank=rank, dropout=0.0, targets=targets)
+    """With the scales of norms, which both formats keep, trained whole beside them."""
+    return LoRAConfig(
+        kind=kind, rank=rank, dropout=0.0, targets=targets, full=("norms",)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -251,16 +270,28 @@ def test_it_trains_every_factor_and_the_loss_falls(trained):
     assert len(losses) == STEPS and losses[-1] < losses[0]
     run = reopen(trained)
     assert isinstance(run.frozen[MATRIX], Int8)
-    for path, factors in run.params.items():
+    for path, factors in run.trainable.adapters(run.params).items():
         assert factors.keys() == {"a", "b", "gain"}
         assert np.abs(factors["b"]).max() > 0, path
         assert np.abs(factors["gain"] - 1.0).max() > 1e-3, path
+    assert len(run.trainable.full) == 3
+    for path in run.trainable.full:
+        assert np.abs(run.params[path] - run.frozen[path]).max() > 1e-3, path
 
 
 def test_the_doctor_proves_its_start_by_its_own_no_op_state(small, trained):
     found = {finding.name: finding for finding in read_findings(trained)}
     assert found["scaled at step 0"].ok
     assert found["scaled at step 0"].numbers["differing"] == 0
+    whole = found["whole parameters"]
+    assert whole.text.startswith(
+        "320 trained in float32 under 3 paths\n  final_norm.sc"
+    )
+    assert whole.numbers == {"scalars": 320, "paths": 3}
+    run, numbers = reopen(trained), found["parameters"].numbers
+    factors = parameter_paths.count(run.trainable.adapters(run.params))
+    assert numbers["trained"] == factors + 320
+    assert numbers["frozen"] == parameter_paths.count(run.frozen) - 320
     with pytest.raises(UserError, match=r"crooked at step 0: .*\n.*exact no-op"):
         train(small, "crooked", kind="crooked")
 
@@ -298,15 +329,45 @@ def check_resumed(folder, unbroken, first):
 def test_merged_and_exported_weights_compute_what_the_adapters_do(alone_or_together):
     run = reopen(alone_or_together)
     kind = SCALED if run.config.lora.kind == "scaled" else LoRA()
-    merged = kind.merge(run.frozen, run.params, run.config.lora)
+    factors = run.trainable.adapters(run.params)
+    whole = {path: run.params[path] for path in run.trainable.full}
+    merged = kind.merge(run.frozen, factors, run.config.lora)
     adapted = small_hidden(run.model, run.weights)
-    close(small_hidden(run.model, merged), adapted)
+    close(small_hidden(run.model, merged | whole), adapted)
     assert np.abs(adapted - small_hidden(run.model, run.frozen)).max() > 1e-2
-    restored = kind.unmerge(merged, run.params, run.config.lora)
+    assert np.abs(adapted - small_hidden(run.model, merged)).max() > 1e-3
+    restored = kind.unmerge(merged, factors, run.config.lora)
     close(restored, {path: materialize(leaf) for path, leaf in run.frozen.items()})
     exported = open_base(str(alone_or_together / EXPORTED))
     written = load_base(exported, run.model, run.mesh, jnp.float32, 0)
     close(small_hidden(run.model, written), adapted)
+
+
+def test_with_whole_parameters_it_is_a_base_model_itself(small, trained):
+    """It answers alone, as others share a base in which norms are not trained."""
+    run, mesh = reopen(trained, one_device()), one_device()
+    found = open_for_answering([str(trained)], mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, found.params, run.weights)
+    assert not isinstance(found.params[MATRIX], AdapterBank)
+    coded = open_for_answering([str(trained)], mesh=mesh, weights="int8")
+    assert isinstance(coded.params[MATRIX], Int8Matrix)
+    start, base = str(small / "model"), open_base(str(small / "model"))
+    with pytest.raises(UserError, match=r"whole \(config.lora.full\), so it is a base"):
+        open_for_answering([str(trained)], model=start)
+    with pytest.raises(UserError, match="not an adapter to .*: serve it by itself"):
+        find_adapters(*run_addresses([str(trained)]), base)
+    ours = find_models([str(trained)]).models
+    assert [[x.name for x in group] for group in share_bases(ours)] == [
+        ["base"], ["tuned"],
+    ]  # fmt: skip
+    for each, weights in zip(ours, (run.frozen, run.weights), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, open_group([each]).params, weights)
+    # Adapters to it lie over what it has trained.
+    tensors = RunTensors(find_run(trained), STEPS, mesh)
+    written = open_base(str(trained / EXPORTED)).tensors
+    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        np.testing.assert_array_equal(tensors.read(name), written.read(name))
+        assert np.abs(tensors.read(name) - 1.0).max() > 1e-3
 
 
 def test_it_is_counted_and_planned(small, trained):
@@ -321,14 +382,15 @@ def test_it_is_counted_and_planned(small, trained):
     lora = config_for(small, "lora", "plain", kind="lora")
     without = trainable.make(lora.trainable, lora.model, lora.lora, specs)
     gains = 0
-    for path in without.specs:
+    for path in without.adapters(without.specs):
         spec = specs[path]
         out = math.prod(spec.shape[spec.stacked + spec.n_in :])
         gains += math.prod(spec.shape[: spec.stacked]) * out
     expected = parameter_paths.count(without.specs) + gains
     assert coded.trained == parameter_paths.count(final_params(trained)) == expected
     assert coded.trained == plain.trained
-    assert coded.frozen == plain.frozen == parameter_paths.count(specs)
+    whole = parameter_paths.count([specs[path] for path in without.full])
+    assert coded.frozen == plain.frozen == parameter_paths.count(specs) - whole
     assert coded.memory.frozen < 0.35 * plain.memory.frozen
 
 

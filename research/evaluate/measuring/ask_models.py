@@ -170,7 +170,7 @@ def requests_of(
 def _of(key: Key, request: Request, group: Sequence[EvaluatedModel]) -> Request:
     """The request for the adapter of its model; the base has none."""
     model = next(x for x in group if x.name == key[0])
-    has_adapter = model.is_adapted and model.step is not None
+    has_adapter = model.shares_base and model.step is not None
     return dataclasses.replace(request, adapter=model.name if has_adapter else "")
 
 
@@ -238,12 +238,12 @@ def ask_group(
 def open_group(group: Sequence[EvaluatedModel]) -> OpenGroup:
     """Reads the models of a group."""
     first = group[0]
-    if not first.is_adapted:
+    adapted = [x for x in group if x.shares_base and x.step is not None]
+    if not adapted:
         opened = open_for_answers(first)
         decoders = SlotDecoders(opened.model, opened.mesh)
         weights = opened.weights[first.name]
         return OpenGroup(decoders, weights, first.run.base.tokenizer, [])
-    adapted = [x for x in group if x.step is not None]
     shared = open_for_answering([f"{x.run.folder}@{x.step}" for x in adapted])
     adapters = []
     for model, address in zip(adapted, shared.runs, strict=True):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from research.config.knobs import changed
 from research.core.errors import UserError
-from research.formats.load_parameters import load_base
+from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import model_of_run
 from research.models.transformer import Model
 from research.runs.answering.run_addresses import BASE, RunAddress, run_addresses
@@ -60,10 +60,15 @@ class EvaluatedModel:
         return bool(self.run.trainable.frozen_specs)
 
     @property
+    def shares_base(self) -> bool:
+        """Whether it answers beside others over one base in memory."""
+        return self.is_adapted and (self.step is None or self.run.config.is_adapter)
+
+    @property
     def base_in_memory(self) -> tuple[Any, ...]:
         """Models for which this is equal can share their base in memory."""
         run = self.run
-        if not self.is_adapted:
+        if not self.shares_base:
             return (str(run.folder), self.step)
         return (
             run.base.fingerprint,
@@ -236,5 +241,9 @@ def _open_base(
     config, base = model.run.config, model.run.base
     mesh = fitting_mesh(model.run.specs, jax.local_devices(), decodes=decodes)
     made = model_of_run(config.model, config.data, base.architecture, mesh)
-    weights = load_base(base, made, mesh, dtype, seed=0)
+    if model.is_adapted:
+        split, seed = model.run.trainable, config.seed
+        weights = load_frozen(base, made, mesh, split, seed)
+    else:
+        weights = load_base(base, made, mesh, dtype, seed=0)
     return OpenModels(config, made, mesh, {model.name: weights})

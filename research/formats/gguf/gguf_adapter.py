@@ -93,7 +93,7 @@ FORMAT = GGUFAdapterFormat()
 def _check(exported: ExportedModel) -> None:
     """Raises UserError: llama.cpp would skip an adapter, or stop at it."""
     how = "; export the merged model with --format=gguf instead"
-    if not exported.adapters:
+    if not exported.adapters and not exported.full:
         raise UserError(
             "the run trained all parameters, so there is no adapter to write: export "
             "the model with --format=gguf"
@@ -101,6 +101,11 @@ def _check(exported: ExportedModel) -> None:
     if exported.adapter_kind != "lora":
         raise UserError(
             f"llama.cpp has no adapters of kind {exported.adapter_kind!r}{how}"
+        )
+    if exported.full:
+        raise UserError(
+            "an adapter of llama.cpp holds no whole parameters, and this run trained "
+            f"{min(exported.full)} whole (config.lora.full){how}"
         )
     if PLACES in exported.adapters:
         raise UserError(f"llama.cpp skips an adapter of {PLACES}{how}")

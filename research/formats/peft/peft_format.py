@@ -51,6 +51,12 @@ class PeftFormat:
                 "use --format=hf"
             )
 
+        if exported.full:
+            raise UserError(
+                f"--format=peft writes adapters alone, and this run trained "
+                f"{min(exported.full)} whole: use --format=hf"
+            )
+
         def pair(path: str, index: tuple[int, ...]) -> Pair:
             factors = exported.adapters[path].factors
             return fetch(factors["a"], index), fetch(factors["b"], index)

@@ -35,12 +35,14 @@ def count_step_flops(step: AbstractStep) -> StepFlops:
     instruction data needs the head only for the answers.
     """
     config, a = step.config, step.architecture
-    trained = throughput.count_used(step.state.params, step.definition.model)
-    count = throughput.count_flops(a, trained, full=not step.frozen)
+    counted = throughput.count_trained(
+        step.state.params, step.definition.trainable, step.definition.model
+    )
+    count = throughput.count_flops(a, **counted)
     tokens = step.tokens
     length = config.data.seq_len
     pairs = tokens * (length + 1) / 2 * a.seen_share(length)
-    again_per_token, again_per_pair = recomputed(step, count, trained)
+    again_per_token, again_per_pair = recomputed(step, count, counted["trained"])
     # A causal square is cut into n parts along the queries. The last part has 2n - 1
     # of the n * n small triangles, where the mean part has n.
     parts = step.definition.mesh.shape["context"]

@@ -20,6 +20,7 @@ from research.runs.answering.weight_forms import INT8, WEIGHTS
 from research.runs.display_files import read_preview
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.tokenizer import Tokenizer
+from research.weights.contraction import materialize
 from research.weights.representations.int8_weights import as_int8, int8_specs
 
 Params = dict[str, Any]
@@ -40,7 +41,10 @@ def with_int8(params: Params, model: Model, mesh: Mesh) -> Params:
         if path not in paths:
             return weight
         where = meshes.shardings({path: int8_specs(specs[path])}, mesh)[path]
-        made = functools.partial(as_int8, spec=specs[path])
+
+        def made(weight: Any) -> Any:
+            return as_int8(materialize(weight), specs[path])
+
         return jax.jit(made, out_shardings=where)(weight)
 
     return {path: convert(path, params.pop(path)) for path in sorted(params)}

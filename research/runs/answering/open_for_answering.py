@@ -163,7 +163,7 @@ class Answering:
         return _served(run, address, parent, step, identity, newest), row
 
     def reread(self, address: RunAddress, number: int | None = None) -> "Answering":
-        """The fully trained run that is the base, at the step it has now, beside this.
+        """The run whose whole model is the base, at the step it has now, beside this.
 
         Args:
           address: of the run; an alias may stand for another one by now.
@@ -174,7 +174,7 @@ class Answering:
         """
         run, own = find_run(address.folder), self.base
         if (
-            run.config.trainable != "full"
+            run.config.is_adapter
             or run.base.architecture != own.architecture
             or run.base.tokenizer.fingerprint != own.tokenizer.fingerprint
         ):
@@ -202,8 +202,8 @@ def open_for_answering(
     """Opens the one base model of several runs, or a model without a run.
 
     Args:
-      runs: `RUN`, `RUN@STEP`, or folders of runs. A run that trained all its parameters
-        is a base model itself, and stands alone or with adapters to it.
+      runs: `RUN`, `RUN@STEP`, or folders of runs. A run that trained all or some of its
+        parameters whole is a base model itself, and stands alone or with adapters.
       model: the base model, as `config.model.init_from` names it; by default that of
         the first run.
       mesh: devices for the parameters; by default those of `devices` that fit.
@@ -217,18 +217,16 @@ def open_for_answering(
       devices: by default those of this process; all processes of `devices` call this.
 
     Raises:
-      UserError: a run or model is absent, two runs have different bases, or the model
-        does not divide over all processes.
+      UserError: a run or model is absent, bases differ, or a model does not divide.
     """
     addresses = run_addresses(runs)
     if not model and not addresses:
         raise UserError("name a run with --run=RUN_DIR, or a model with --model=")
-    full = [x for x in addresses if RunDir(x.folder).config().trainable == "full"]
+    full = [x for x in addresses if not RunDir(x.folder).config().is_adapter]
     if full and (model or len(full) > 1):
         raise UserError(
-            f"{full[-1].folder} trained all its parameters, so it is a base model "
-            "itself, and one base is served at a time: serve it without "
-            f"{'--model' if model else full[0].folder}"
+            f"{_is_base(RunDir(full[-1].folder))}, and one base is served at a time: "
+            f"serve it without {'--model' if model else full[0].folder}"
         )
     others = tuple(x for x in addresses if x not in full)
     devices = devices or jax.local_devices()
@@ -248,16 +246,14 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun:
     """The run of an address, whose adapters must be those of `base`.
 
     Raises:
-      UserError: it was trained on another base, trained all its parameters, or has no
-        such checkpoint.
+      UserError: it has another base, no such checkpoint, or more than adapters.
     """
     folder = RunDir(address.folder)
     saved_step(folder, address.step)
     config, identity = folder.config(), folder.identity()
-    if config.trainable == "full":
+    if not config.is_adapter:
         raise UserError(
-            f"{folder} trained all its parameters, so it is a base model itself, and "
-            f"not an adapter to {base.name}: serve it by itself"
+            f"{_is_base(folder)}, and not an adapter to {base.name}: serve it by itself"
         )
     for part, here in (
         ("base model", base.fingerprint),
@@ -270,6 +266,13 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun:
                 f"({here[:12]}): serve the run by itself"
             )
     return find_run(address.folder, base)
+
+
+def _is_base(folder: RunDir) -> str:
+    """Why a run that is no adapter alone stands for a base model, as a clause."""
+    every = folder.config().trainable == "full"
+    what = "all its parameters" if every else "parameters whole (config.lora.full)"
+    return f"{folder} trained {what}, so it is a base model itself"
 
 
 def newest_step(address: RunAddress, number: int | None = None) -> tuple[int, str]:

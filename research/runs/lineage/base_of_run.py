@@ -295,7 +295,8 @@ class RunTensors:
 
     @functools.cached_property
     def _adapters(self) -> Params:
-        return self._restore(self._run.trainable.specs)
+        split = self._run.trainable
+        return self._restore(split.adapters(split.specs))
 
     def _restore(self, specs: Mapping[str, Any]) -> Params:
         """Trained parameters over the mesh; the first read checks the checkpoint."""
@@ -310,7 +311,7 @@ class RunTensors:
     def _load(self, path: str) -> Any:
         """One parameter over the mesh, with its adapter attached."""
         split, specs, mesh = self._run.trainable, self._run.specs, self._mesh
-        if not split.frozen_specs:
+        if not split.frozen_specs or path in split.full:
             return self._restore({path: specs[path]})[path]
         adapters = self._adapters
         sharding = meshes.shardings({path: specs[path]}, mesh)[path]

@@ -60,6 +60,7 @@ def exported_model(
         tokenizer=task_registry.exported_tokenizer(config, base, system),
         adapters=adapters,
         adapter_kind=split.kind.name if split.kind else "",
+        full=split.full,
         base_weights=frozen,
         base=base,
         facts=facts,
@@ -77,10 +78,11 @@ def _adapters(
 ) -> Mapping[str, ExportedAdapter]:
     if split.kind is None:
         return {}
-    ranks = {path: split.kind.rank(factors) for path, factors in params.items()}
+    adapters = split.adapters(params)
+    ranks = {path: split.kind.rank(factors) for path, factors in adapters.items()}
     lora = with_own_patterns(config.lora, model.specs)
     scales = split.kind.settings(ranks, lora).scales
     return {
         path: ExportedAdapter(factors, ranks[path], float(scales[path] * ranks[path]))
-        for path, factors in params.items()
+        for path, factors in adapters.items()
     }

@@ -8,6 +8,7 @@ from typing import Any
 from research.models.architecture import Architecture
 from research.models.transformer import Model
 from research.weights import parameter_paths
+from research.weights.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +49,41 @@ def count_used(params: Mapping[str, Any], model: Model) -> int:
     return used
 
 
-def count_flops(architecture: Architecture, trained: int, *, full: bool) -> FlopCount:
-    """Counts FLOPs where `trained` scalars train, by `count_used`.
+def count_trained(
+    params: Mapping[str, Any], split: Trainable, model: Model
+) -> dict[str, Any]:
+    """What `count_flops` has to know of a run that trains `params`.
 
-    `full`: the whole model trains.
+    A whole matrix costs its own gradient more than a frozen one, which is a third of
+    all that the factors of an adapter cost.
+    """
+    full = not split.frozen_specs
+    whole = {
+        path: model.specs[path]
+        for path in split.full
+        if model.specs[path].n_in and model.specs[path].stacked
+    }
+    factors = count_used(split.adapters(params), model)
+    return {
+        "trained": factors + count_used(whole, model) // 3,
+        "full": full,
+        "head": full or not split.full.isdisjoint(model.head(model.specs)),
+    }
+
+
+def count_flops(
+    architecture: Architecture, trained: int, *, full: bool, head: bool | None = None
+) -> FlopCount:
+    """Counts FLOPs where `trained` scalars train, by `count_trained`.
+
+    `full`: the whole model trains; `head`: the head does, by default as the model.
     """
     a = architecture
     body = a.layers * a.used_per_layer
-    head = a.vocab * a.embed
+    trains_head = full if head is None else head
     return FlopCount(
         per_token=6.0 * body if full else 4.0 * body + 6.0 * trained,
-        per_weight=(6.0 if full else 4.0) * head,
+        per_weight=(6.0 if trains_head else 4.0) * a.vocab * a.embed,
         per_pair=12.0 * a.layers * a.heads * a.head_dim,
     )
 

@@ -59,6 +59,7 @@ def why_alone(config: Config) -> str:
     """Why a run can only train alone; empty if it can train with others."""
     required: dict[str, tuple[object, Iterable[object]]] = {
         "trainable": (config.trainable, ("lora",)),
+        "lora.full": (config.lora.full, ((),)),
         "optim.name": (config.optim.name, PADDED_OPTIMIZERS),
         "optim.rollbacks": (config.optim.rollbacks, (0,)),
         "optim.stop_loss": (config.optim.stop_loss, (0.0,)),

@@ -130,8 +130,11 @@ class AdapterKind(abc.ABC):
         """
         matrices = {path: spec for path, spec in specs.items() if spec.n_in > 0}
         targets = parameter_paths.select(matrices, config.targets)
-        if not targets:
-            raise UserError("config.lora.targets is empty: nothing would be trained")
+        if not targets and not config.full:
+            raise UserError(
+                "config.lora.targets and config.lora.full are empty: nothing would be "
+                "trained"
+            )
         ranks = _by_pattern(targets, config.rank_pattern, config.rank)
         adapters = {}
         for path in targets:

@@ -21,7 +21,7 @@ from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 Params = dict[str, Any]
-# What the names of `config.lora.full` stand for.
+# Patterns of paths, by the names that `config.lora.full` has for them.
 FULL_GROUPS = {
     "norms": r"norm\.(scale|bias)$",
     "embeddings": r"embedding\.table$",

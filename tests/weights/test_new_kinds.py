@@ -39,6 +39,7 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.plan import planner
 from research.plan.planned_devices import parse_device
+from research.runs.answering.int8_base import with_int8
 from research.runs.answering.open_for_answering import (
     find_adapters,
     open_for_answering,
@@ -349,12 +350,13 @@ def test_with_whole_parameters_it_is_a_base_model_itself(small, trained):
     found = open_for_answering([str(trained)], mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, found.params, run.weights)
     assert not isinstance(found.params[MATRIX], AdapterBank)
-    coded = open_for_answering([str(trained)], mesh=mesh, weights="int8")
-    assert isinstance(coded.params[MATRIX], Int8Matrix)
+    few = {x: found.params[x] for x in (MATRIX, "head.kernel")}
+    coded = with_int8(few, found.model, mesh)
+    assert isinstance(coded[MATRIX], Int8Matrix)
     start, base = str(small / "model"), open_base(str(small / "model"))
     with pytest.raises(UserError, match=r"whole \(config.lora.full\), so it is a base"):
         open_for_answering([str(trained)], model=start)
-    with pytest.raises(UserError, match="not an adapter to .*: serve it by itself"):
+    with pytest.raises(UserError, match=r"not an adapter to .*: serve it by itself"):
         find_adapters(*run_addresses([str(trained)]), base)
     ours = find_models([str(trained)]).models
     assert [[x.name for x in group] for group in share_bases(ours)] == [

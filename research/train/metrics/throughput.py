@@ -52,7 +52,7 @@ def count_used(params: Mapping[str, Any], model: Model) -> int:
 def count_trained(
     params: Mapping[str, Any], split: Trainable, model: Model
 ) -> dict[str, Any]:
-    """What `count_flops` has to know of a run that trains `params`.
+    """The arguments of `count_flops` for a run that trains `params`.
 
     A whole matrix costs its own gradient more than a frozen one, which is a third of
     all that the factors of an adapter cost.

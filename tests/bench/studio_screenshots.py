@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +26,43 @@ from research.studio.chats.conversation_files import Conversations
 from research.studio.pages.page_view import TABS
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
-OTHERS = (
-    "/run/runs/tuned", "/compare?run=runs/tuned&run=runs/rank-4",
-    "/remove?run=runs/rank-4", "/branch?run=runs/tuned",
-    "/plans", f"/evaluation/runs/tuned/evaluations/{DIGEST}", "/deploy/chat",
-)  # fmt: skip
+# Name of the picture, address.
+OTHERS = {
+    "run": "/run/runs/tuned",
+    "compare": "/compare?run=runs/tuned&run=runs/rank-4",
+    "remove": "/remove?run=runs/rank-4",
+    "branch": "/branch?run=runs/tuned&step=300&target=new",
+    "plans": "/plans",
+    "evaluation": f"/evaluation/runs/tuned/evaluations/{DIGEST}",
+    "served": "/deploy/chat",
+    "sweep": "/sweep/runs/sweep",
+    "data-rows": "/data?file=embedded",
+}
+SWEEP = {
+    "question": "Which rank suits the rows best?",
+    "metric": "loss",
+    "axes": [{"name": "lora.rank"}],
+    "runs": [
+        {"name": f"seed-{seed}", "point": [rank], "seed": seed}
+        for rank, seed in (("4", 1), ("4", 2), ("16", 3))
+    ],
+}
+REPORT = {
+    "done": 2,
+    "count": 3,
+    "origins": {},
+    "best": {
+        "words": "lora.rank 16 lowers loss by 0.112 (95 % interval 0.041 to 0.183).",
+        "flags": "--config.lora.rank=16",
+        "run": "seed-1",
+        "value": 1.4183,
+    },
+    "header": ["lora.rank", "seeds", "loss, mean", "against the baseline", "verdict"],
+    "rows": [
+        ["4", "2", "1.5302 ± 0.021", "-", "baseline"],
+        ["16", "1", "1.4183", "-0.112 (-0.183 to -0.041)", "better"],
+    ],
+}
 
 
 def make_runs(runs: Path) -> None:
@@ -51,6 +84,8 @@ def make_runs(runs: Path) -> None:
         record["starts"][0] |= {"step": 300, "steps": 400}
         (folder / "run.json").write_text(json.dumps(record))
         (folder / "checkpoints" / "300").mkdir(parents=True)
+    (runs / "sweep" / "sweep.json").write_text(json.dumps(SWEEP))
+    (runs / "sweep" / "report.json").write_text(json.dumps(REPORT))
     make_evaluation(runs / "tuned")
     (runs / "prod").mkdir()
     moves = [
@@ -98,6 +133,20 @@ def made_chat(place: StudioPlace, folder: Path) -> Iterator[str]:
     fake.stop()
 
 
+def look_at_rows(place: StudioPlace) -> None:
+    """A check of the embedded sample, as the Data page starts it."""
+    client = place.client()
+    at = client.post("/act/look", data={"file": "embedded"}).next_request.url
+    while "A process reads it now" in client.get(at).text:
+        time.sleep(1)
+
+
+def chosen(paths: list[str]) -> dict[str, str]:
+    """Addresses by names for their pictures."""
+    names = (path.split("?")[0].strip("/").replace("/", "-") for path in paths)
+    return {name or "runs": path for name, path in zip(names, paths, strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("screenshots"))
@@ -107,21 +156,26 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if options.url:
-            take(options.url, options.path or [path for path, _ in TABS], options.out)
+            take(
+                options.url,
+                chosen(options.path or [path for path, _ in TABS]),
+                options.out,
+            )
             return
         place = StudioPlace(Path(folder))
         make_runs(place.runs)
         server = ServedStudio(place.app)
         try:
             with made_chat(place, Path(folder)) as chat:
-                tabs = [path for path, _ in TABS if path != "/chat"]
-                paths = options.path or [*tabs, chat, *OTHERS]
-                take(f"{server.url}/?token={TOKEN}", paths, options.out)
+                look_at_rows(place)
+                pages = chosen([path for path, _ in TABS]) | {"chat": chat} | OTHERS
+                pages = chosen(options.path) or pages
+                take(f"{server.url}/?token={TOKEN}", pages, options.out)
         finally:
             server.stop()
 
 
-def take(url: str, paths: list[str], out: Path) -> None:
+def take(url: str, pages: dict[str, str], out: Path) -> None:
     """Writes `NAME-WIDTH-SCHEME.png` for each page."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
@@ -133,10 +187,9 @@ def take(url: str, paths: list[str], out: Path) -> None:
                 size = {"width": width, "height": 900}
                 page = browser.new_page(viewport=size, color_scheme=scheme)
                 page.goto(url)
-                for path in paths:
+                for name, path in pages.items():
                     page.goto(url.split("/?")[0] + path)
                     page.wait_for_timeout(800)  # The charts are drawn.
-                    name = path.split("?")[0].strip("/").replace("/", "-") or "runs"
                     file = out / f"{name}-{width}-{scheme}.png"
                     page.screenshot(path=file, full_page=True)
         browser.close()

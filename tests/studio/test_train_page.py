@@ -143,7 +143,7 @@ def test_the_folder_of_a_run_is_never_taken_twice(site):
     (site.runs / "finetune_dolly").mkdir()
     flags = train_page.complete([], site.state)
     assert flags == [PRESET, flag("run_dir", site.runs / "finetune_dolly-2")]
-    with pytest.raises(UserError, match="no knob"):
+    with pytest.raises(UserError, match="paste a command"):
         train_page.read_flags("rm -rf /")
 
 

@@ -16,6 +16,7 @@ FILE = "plan.json"
 MOST_DEVICES = 12
 DEVICE = re.compile(r"[A-Za-z0-9_.-]+(:[0-9x]+)?")
 DEVICES = "here\nl4\nh100\nv5e:1x1"
+OWN = "launch."  # before the name of a target in a field with its flags
 # The targets of `launch` that are not this machine, with flags to begin from.
 TARGETS = {
     "slurm": "--gpus-per-node=1 --device=h100",

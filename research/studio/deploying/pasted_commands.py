@@ -1,6 +1,5 @@
 """A pasted command of a server, an export or an alias as the fields of its form."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,12 @@ from typing import Any
 from research.core.errors import UserError
 from research.core.local_paths import split_step
 from research.studio.deploying.exports import HUGGING_FACE, known_formats
-from research.studio.jobs.job_commands import flag_values, without, words_of
+from research.studio.jobs.pasted_words import (
+    flag_values,
+    lacking,
+    read_pasted,
+    without,
+)
 from research.studio.roots import Roots
 
 SERVE, EXPORT, ALIASES = "research.serve", "research.export", "research.runs.aliases"
@@ -21,7 +25,10 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     EXPORT: (("run", "step", "format", "dtype", "quant"), ("out",)),
     ALIASES: (("alias", "run", "back"), ()),
 }
+LISTS = {SERVE: ("run",), EXPORT: (), ALIASES: ()}  # Flags with several values.
 SET_BY_FORMS = ("out", "adapters_from", "api_key_file")
+RESOLVED = ("run", "step", "alias", "back")  # A form may write another value.
+FORMAT_FLAGS, USUAL_FORMAT = ("format", "dtype", "quant"), "--format=hf"
 
 
 def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
@@ -31,36 +38,37 @@ def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
       UserError: it is none of these commands, or a flag is for a shell.
       PageError: a run lies outside of the roots.
     """
-    words = words_of(text)
-    door = next((x for x in FLAGS if x in words), None)
-    if door is None:
+    found = read_pasted(text, *FLAGS)
+    door = found.door
+    if not door:
         raise UserError(f"paste a command of {', '.join(FLAGS)}")
     known, implied = FLAGS[door]
-    given: dict[str, list[str]] = {}
-    for name, value in flag_values(words[words.index(door) + 1 :]):
+    given = flag_values(found.words, LISTS[door])
+    for name in given:
         if name not in (*known, *implied):
             shown = ", ".join(f"--{x}" for x in known)
             raise UserError(
                 f"--{name[:40]} is no flag of the form, which has {shown}; run that "
                 "command in a shell"
             )
-        given.setdefault(name, []).append(value)
     chosen = [_named(x, runs) for x in given.pop("run", [])]
-    last = {name: values[-1] for name, values in given.items() if name in known}
+    last = {name: values[0] for name, values in given.items() if name in known}
     if door == SERVE:
         keys = Path(last.pop("api_key_file", ""))  # In the folder of the server.
         name = {"name": keys.parent.name} if keys.parent.name else {}
         return {"do": "serve", "run": chosen, **name, **last}
     if door == EXPORT:
-        numbers = ("format", "dtype", "quant")
-        flags = tuple(f"--{x}={last.pop(x)}" for x in numbers if x in last)
-        flags = flags or HUGGING_FACE[0].flags
+        written = [f"--{x}={last.pop(x)}" for x in FORMAT_FLAGS if x in last]
+        flags = tuple(x for x in written if x != USUAL_FORMAT) or HUGGING_FACE[0].flags
         names = [x.name for x in known_formats() if x.flags == flags]
-        format = [*names, " ".join(flags)][0]
-        return {"do": "export", "run": chosen, "format": format, **last}
+        chosen_format = [*names, " ".join(flags)][0]
+        return {"do": "export", "run": chosen, "format": chosen_format, **last}
     alias = {"alias": _named(last.get("alias", ""), runs)}
-    if last.get("back", "False") in ("", "True"):
+    back = last.get("back", "False")
+    if back in ("", "True"):
         return {"do": "back", **alias}
+    if back != "False":
+        raise UserError(f"--back {back}: --back takes no value")
     run, step = split_step(chosen[0] if chosen else "")
     return {"do": "promote", "run": [run], "step": step, **alias}
 
@@ -70,23 +78,19 @@ def lost(text: str, made: Sequence[str], names: Sequence[str] = SET_BY_FORMS) ->
 
     Args:
       text: the pasted command.
-      made: the command that the form makes of it; empty if it makes none.
-      names: of the flags that are compared, whose values are paths or numbers.
+      made: the command that the form makes of it; empty if it makes none, and then only
+        the flags of `names` are compared.
+      names: of the flags that no field is for.
     """
-    words = words_of(text)
-    door = next(x for x in FLAGS if x in words)
-    own = dict(flag_values(made[made.index(door) + 1 :])) if made else {}
-    return without(
-        [
-            f"--{name}={value}"
-            for name, value in flag_values(words[words.index(door) + 1 :])
-            if name in names and (name not in own or _whole(own[name]) != _whole(value))
-        ]
-    )
-
-
-def _whole(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    found = read_pasted(text, *FLAGS)
+    given = [
+        f"--{name}={value}"
+        for name, values in flag_values(found.words, LISTS[found.door]).items()
+        for value in values
+        if name in names or (made and name not in RESOLVED)
+    ]
+    given = [word for word in given if word != USUAL_FORMAT]
+    return without([*found.before, *lacking(given, made)])
 
 
 def _named(written: str, runs: Roots) -> str:

@@ -1,7 +1,6 @@
 """The commands behind the buttons. A page shows each before it runs, with its flags."""
 
 import dataclasses
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,12 +11,9 @@ from research.config.cross_knob_rules import idle
 from research.config.field_names import flag
 from research.config.knobs import flat
 from research.config.run_config import Config
-from research.core.errors import UserError
 from research.runs.run_directory import RunDir
 from research.studio.confinement import Confinement
 from research.studio.roots import shown_paths
-
-NEXT_FLAG = re.compile(r"--|-[^.\d]")
 
 
 def python() -> str:
@@ -31,69 +27,6 @@ def python() -> str:
 def as_text(words: Sequence[str]) -> str:
     """A command that can be pasted into a shell."""
     return shlex.join(words)
-
-
-def flags_in(text: str, *doors: str) -> list[str]:
-    """The flags in a command of one of `doors`, or flags alone.
-
-    Those behind `--` are meant where a launcher has flags of its own.
-
-    Raises:
-      UserError: a shell could not read it.
-    """
-    words = words_of(text)
-    for last in ("--", *doors):
-        if last in words:
-            return words[words.index(last) + 1 :]
-    return words
-
-
-def flags_behind(text: str, door: str) -> list[str]:
-    """The flags in a command of a launcher, those behind `--` among them.
-
-    Raises:
-      UserError: a shell could not read it.
-    """
-    words = words_of(text)
-    return words[words.index(door) + 1 :] if door in words else words
-
-
-def flag_values(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and value of each flag; the value may be a word of its own, or absent.
-
-    Raises:
-      UserError: a word is no flag.
-    """
-    found = []
-    left = [*reversed(words)]
-    while left:
-        word = left.pop()
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name:
-            raise UserError(f"{word[:80]!r} is no flag: write --NAME=VALUE")
-        if not equals and left and not NEXT_FLAG.match(left[-1]):
-            value = left.pop()
-        found.append((name, value))
-    return found
-
-
-def without(words: Sequence[str]) -> str:
-    """A sentence about flags of a pasted command that a form has no field for."""
-    if not words:
-        return ""
-    them = "it" if len(words) == 1 else "them"
-    return (
-        f"this form has no place for {', '.join(words)}: the command that it makes is "
-        f"without {them}"
-    )
-
-
-def words_of(text: str) -> list[str]:
-    """A command as a shell reads it. Raises UserError."""
-    try:
-        return shlex.split(text.replace("\\\n", " "))
-    except ValueError as error:
-        raise UserError(f"this is no command: {error}") from error
 
 
 def sweeping(flags: Sequence[str]) -> list[str]:

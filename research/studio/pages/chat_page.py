@@ -27,7 +27,8 @@ from research.studio.deploying.pasted_commands import (
     fields_of_command,
     lost,
 )
-from research.studio.jobs.job_commands import as_text, words_of
+from research.studio.jobs.job_commands import as_text
+from research.studio.jobs.pasted_words import words_of
 from research.studio.listing.run_state import read_json_object
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import Form, noted, render, see, studio_of

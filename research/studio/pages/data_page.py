@@ -13,9 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.config.choices import EMBEDDED
-from research.config.command_line import NoFlags
 from research.config.data_knobs import ColumnsConfig
-from research.config.field_names import flag, given_flags, name_sources
+from research.config.field_names import flag, name_sources
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -27,7 +26,8 @@ from research.data.row_readers import READERS, BadRowError, read_rows
 from research.studio.checks.check_process import Check
 from research.studio.checks.config_presets import FOLDER, first_preset
 from research.studio.checks.row_survey import BLOCK
-from research.studio.jobs.job_commands import as_text, config_of, flags_in, without
+from research.studio.jobs.job_commands import as_text, config_of
+from research.studio.jobs.pasted_words import given_knobs, read_start, without
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import (
     Form,
@@ -39,7 +39,7 @@ from research.studio.pages.page_view import (
     see,
     studio_of,
 )
-from research.studio.pages.train_page import check_flags, complete, read_flags, split
+from research.studio.pages.train_page import check_flags, complete, split
 from research.studio.roots import shown_paths
 from research.studio.studio_state import StudioState
 from research.studio.uploads import receive_upload
@@ -56,8 +56,6 @@ TEXT_PRESET = "pretrain_tiny.py"
 KINDS = (*READERS, *TEXTS)
 PAGE = 10  # rows
 LARGEST_ROW = 10**12
-CHECKS = "research.studio.checks"
-OF_CHECKS = ("--into=", "--rows_only", "--first=")
 
 
 def data(request: Request) -> Response:
@@ -210,11 +208,10 @@ def _flags(request: Request, fields: Mapping[str, str]) -> list[str]:
 
 async def paste(request: Request) -> Response:
     """Fills the form from the data of a pasted training."""
-    text, studio = (await Form.read(request)).get("pasted"), studio_of(request)
-    words = flags_in(text, CHECKS)
-    first = [x.partition("=")[2] for x in words if x.startswith("--first=")]
-    written = read_flags(as_text([x for x in words if not x.startswith(OF_CHECKS)]))
-    flags = complete(written, studio)
+    start = read_start((await Form.read(request)).get("pasted"))
+    studio = studio_of(request)
+    first = [x.partition("=")[2] for x in start.own if x.startswith("--first=")]
+    flags = complete(start.flags, studio)
     check_flags(flags, studio)
     config, _ = config_of(flags, studio.confined)
     place, fields = config.data.path, {"read": "", "at": "".join(first[-1:])}
@@ -229,8 +226,11 @@ async def paste(request: Request) -> Response:
         fields["hub"] = place
     else:
         fields["file"] = place if place == EMBEDDED else _named(studio, place)
-    made = complete(_flags(request, fields), studio)
-    return see("/data", **fields, said=without(_lost(written, config, made, studio)))
+    made = _flags(request, fields)
+    first_row = _number(fields["at"]) // BLOCK * BLOCK
+    shown = studio.checks.command(made, rows_only=True, first=first_row)
+    lost = _lost(start.flags, config, complete(made, studio), studio)
+    return see("/data", **fields, said=without([*start.dropped(shown), *lost]))
 
 
 def _named(studio: StudioState, place: str) -> str:
@@ -257,7 +257,7 @@ def _lost(
     is_held = {"data.path": True, "text.sources": names[0] == names[1]}
     preset, _ = split(made)
     found = []
-    for each in given_flags(written, NoFlags, flat(Config())):
+    for each in given_knobs(written):
         path = each.name.removeprefix("config.")
         if each.name == "config":
             is_same = local_path(each.value or "") == local_path(preset)

@@ -33,6 +33,13 @@ TABS = (
     ("/queue", "Queue"),
     ("/deploy", "Deploy"),
 )
+# Pages below that of a tab, by the first part of their address.
+BELOW = {
+    **dict.fromkeys(("run", "compare", "branch", "remove"), "/"),
+    "plans": "/train",
+    "evaluation": "/evaluate",
+    "sweep": "/sweeps",
+}
 LARGEST_FORM = 1 << 20  # bytes
 
 
@@ -52,9 +59,11 @@ def render(
     request: Request, template: str, status: int = 200, **values: Any
 ) -> HTMLResponse:
     """A page. Every value is text and never HTML: the templates escape all of them."""
+    top = request.url.path.split("/")[1]
     text = ENVIRONMENT.get_template(template).render(
         tabs=TABS,
-        path=request.url.path,
+        tab=BELOW.get(top, f"/{top}"),
+        is_below=request.url.path not in dict(TABS),
         may_change=request.scope.get("role") == "admin",
         **values,
     )

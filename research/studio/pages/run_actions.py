@@ -11,15 +11,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.checkpoints.stored_steps import step_folders
-from research.config.command_line import NoFlags
-from research.config.field_names import given_flags
-from research.config.knobs import flat
-from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.local_paths import local_path, split_step
 from research.runs.control.request_files import write_request
 from research.runs.run_directory import RunDir
 from research.studio.jobs import job_commands as commands
+from research.studio.jobs.pasted_words import given_knobs, read_start, without
 from research.studio.listing.run_state import require_idle
 from research.studio.pages.live_run_page import changed_knobs, find_run
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
@@ -89,18 +86,17 @@ def branch(request: Request) -> Response:
         step=step,
         target=target,
         changes=changes,
+        said=fields.get("said", ""),
         **shown,
     )
 
 
 async def paste(request: Request) -> Response:
     """Fills the form from a pasted command of a branch."""
-    flags = commands.flags_in(
-        (await Form.read(request)).get("pasted"), "research.train"
-    )
+    start = read_start((await Form.read(request)).get("pasted"))
     given: dict[str, str] = {}
-    for x in given_flags(flags, NoFlags, flat(Config())):
-        if not x.name or x.value is None:
+    for x in given_knobs(start.flags):
+        if x.value is None:
             raise UserError(f"{x.words[0][:80]!r} is no flag: write --NAME=VALUE")
         given[x.name] = x.value
     config = given.pop("config", "")
@@ -120,6 +116,7 @@ async def paste(request: Request) -> Response:
         step=step,
         target=os.path.relpath(target.absolute(), folder.parent),
         changes=commands.as_text([f"--{k}={v}" for k, v in given.items()]),
+        said=without(start.dropped([])),
     )
 
 

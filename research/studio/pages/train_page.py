@@ -14,14 +14,24 @@ from research.checkpoints.stored_steps import step_folders
 from research.config.choices import EMBEDDED
 from research.config.command_line import NoFlags, parse_with_config
 from research.config.cross_knob_rules import idle
-from research.config.field_names import flag, given_flags
+from research.config.field_names import flag
 from research.config.help_text import type_name
 from research.config.knobs import facts_of, fields, flat
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.studio.checks.check_process import Check
 from research.studio.checks.config_presets import first_preset, presets
+from research.studio.checks.start_plans import DEVICES, OWN, PricedDevices
 from research.studio.jobs import job_commands as commands
+from research.studio.jobs.pasted_words import (
+    CHECKS,
+    HERE,
+    PLAN,
+    PastedStart,
+    given_knobs,
+    read_start,
+    without,
+)
 from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
@@ -69,30 +79,27 @@ def train(request: Request) -> Response:
         flags=flags,
         first=first,
         first_command=commands.launching(first),
+        plan_fields={
+            name: value
+            for name, value in request.query_params.items()
+            if name == "devices" or name.startswith(OWN)
+        },
         said=request.query_params.get("said", ""),
         **values,
     )
 
 
 def read_flags(text: str) -> list[str]:
-    """The trainer's flags in a command, or flags alone.
-
-    Raises:
-      UserError: this is no command of a training.
-    """
-    words = commands.flags_in(text, "research.train")
-    for given in given_flags(words, NoFlags, flat(Config())):
-        if given.name != CONFIG and not given.name.startswith(f"{CONFIG}."):
-            raise UserError(
-                f"{given.words[0]!r} is no knob of a training: paste a command of "
-                "research.train, or its flags alone"
-            )
-    return words
+    """The trainer's flags. Raises UserError: a word is no knob of a training."""
+    start = read_start(text)
+    if words := start.dropped([]):
+        raise UserError(without(words))
+    return start.flags
 
 
 def split(flags: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The value of `--config`, and the text of each knob that is given."""
-    given = [*given_flags(flags, NoFlags, flat(Config()))]
+    given = [*given_knobs(flags)]
     preset = next((x.value or "" for x in given if x.name == CONFIG), "")
     start = f"{CONFIG}."
     return preset, {
@@ -222,7 +229,7 @@ async def change(request: Request) -> Response:
     """Makes flags of the form, or of a pasted command, and shows them."""
     form, studio = await Form.read(request), studio_of(request)
     if pasted := form.get("pasted").strip():
-        return see("/train", flags=commands.as_text(read_flags(pasted)))
+        return _fill(studio, read_start(pasted))
     shown, chosen = form.get("shown"), form.get("preset")
     if not (is_config(shown, studio) and is_config(chosen, studio)):
         raise UserError(f"--config={chosen!r} is no config file of this code")
@@ -232,6 +239,28 @@ async def change(request: Request) -> Response:
         del given["run_dir"]
     flags = [flag(path, text) for path, text in given.items() if text != old[path]]
     return see("/train", flags=commands.as_text([f"--{CONFIG}={chosen}", *flags]))
+
+
+def _fill(studio: StudioState, start: PastedStart) -> Response:
+    """Shows the flags of a pasted command, and those of its plan or launch."""
+    fields, made = {}, commands.launching(start.flags)
+    with contextlib.suppress(UserError):  # The page says why.
+        flags = complete(start.flags, studio)
+        if start.target not in ("", HERE):
+            own = commands.as_text([x for x in start.own if x != "--dry-run"])
+            made = studio.plans.dry_run(start.target, own, flags)
+            fields[OWN + start.target] = own
+        elif start.door == PLAN:
+            chips = [
+                x.partition("=")[2] for x in start.own if x.startswith("--device=")
+            ]
+            fields["devices"] = "\n".join(",".join(chips).split(",")) or DEVICES
+            devices = PricedDevices.from_text(fields["devices"])
+            made = studio.plans.plan_command(flags, devices)
+        elif start.door == CHECKS:
+            made = studio.checks.command(flags, rows_only=False)
+    said = without(start.dropped(made))
+    return see("/train", flags=commands.as_text(start.flags), said=said, **fields)
 
 
 async def _sent(request: Request) -> list[str]:

@@ -12,7 +12,7 @@ from research.config.knobs import fields as knob_fields
 from research.config.run_config import Config
 from research.core.errors import UserError, nearest
 from research.studio.checks.config_presets import FOLDER as CONFIGS
-from research.studio.jobs.job_commands import flag_values
+from research.studio.jobs.pasted_words import flag_values, given_knobs
 from research.studio.roots import shown_paths
 
 DOOR = "launch.sweep"
@@ -48,35 +48,40 @@ def fields_of(flags: Sequence[str]) -> dict[str, str]:
     fields = dict.fromkeys((*OWN, CONFIG, CHANGES), "")
     middle = flags.index("--") if "--" in flags else len(flags)
     own, trainer = [*flags[:middle]], flags[middle + 1 :]
-    for name, value in flag_values(own):
+    for name, values in flag_values(own, ("axis",)).items():
         if name not in OWN:
             raise UserError(
                 f"--{name} is no flag of the form, which has "
                 f"{', '.join(f'--{x}' for x in OWN)} and, after --, --config and "
                 "--config.KNOB=VALUE; start other sweeps in a shell"
             )
-        fields[name] = f"{fields[name]}\n{value}".strip() if name == "axis" else value
+        fields[name] = "\n".join(values) if name == "axis" else values[0]
     changes = []
-    for word in trainer:
-        if word.startswith("--config=") and not fields[CONFIG]:
-            fields[CONFIG] = word.partition("=")[2]
-        elif word.startswith(KNOB) and "=" in word:
-            changes.append(word.removeprefix(KNOB))
+    for given in given_knobs(trainer):
+        if given.name == CONFIG and not fields[CONFIG]:
+            fields[CONFIG] = given.value or ""
+        elif given.name.startswith(f"{CONFIG}.") and given.value is not None:
+            changes.append(f"{given.name.removeprefix(f'{CONFIG}.')}={given.value}")
         else:
-            raise UserError(f"{word!r}: write --config.KNOB=VALUE after --")
+            raise UserError(f"{given.words[0]!r}: write --config.KNOB=VALUE after --")
     return fields | {CHANGES: "\n".join(changes)}
 
 
 def flags_of(fields: Mapping[str, str]) -> list[str]:
     """The flags for the text of fields: a file, or else axes and a config."""
+    has_file = bool(fields.get("sweep", "").strip())
+    return all_flags({**fields, **({"axis": "", CONFIG: ""} if has_file else {})})
+
+
+def all_flags(fields: Mapping[str, str]) -> list[str]:
+    """A flag for each field that is filled, also where the command refuses both."""
     text = {name: fields.get(name, "").strip() for name in (*OWN, CONFIG, CHANGES)}
     flags = [f"--sweep={text['sweep']}"] if text["sweep"] else []
-    if not text["sweep"]:
-        axes = filter(None, map(str.strip, text["axis"].splitlines()))
-        flags += [f"--axis={axis}" for axis in axes]
+    axes = filter(None, map(str.strip, text["axis"].splitlines()))
+    flags += [f"--axis={axis}" for axis in axes]
     for name in ("folder", "seeds", "together", "metric"):
         flags += [f"--{name}={text[name]}"] if text[name] else []
-    config = [f"--config={text[CONFIG]}"] if not text["sweep"] else []
+    config = [f"--config={text[CONFIG]}"] if text[CONFIG] else []
     changes = filter(None, map(str.strip, text[CHANGES].splitlines()))
     trainer = [*config, *(KNOB + change for change in changes)]
     return [*flags, "--", *trainer] if trainer else flags

@@ -20,6 +20,7 @@ from research.studio.evaluations import evaluation_flags as flags_of_form
 from research.studio.evaluations.evaluation_files import FILE, ROWS, read_results
 from research.studio.evaluations.evaluation_flags import BASE, DOOR
 from research.studio.jobs import job_commands as commands
+from research.studio.jobs.pasted_words import read_pasted, without, words_of
 from research.studio.page_errors import PageError, not_found
 from research.studio.pages.data_page import data_files
 from research.studio.pages.page_view import Form, noted, render, see, studio_of
@@ -39,7 +40,7 @@ def evaluate(request: Request) -> Response:
     problem, command, flags = "", None, []
     fields = flags_of_form.fields_of([])
     try:
-        flags = commands.flags_in(query.get("flags", ""), DOOR)
+        flags = words_of(query.get("flags", ""))
         fields = flags_of_form.fields_of(flags)
         if chosen := query.get("file", ""):  # An upload, or a choice of another page.
             fields["data"] = shown_paths([studio.data.find(chosen)])[0]
@@ -117,7 +118,9 @@ async def change(request: Request) -> Response:
     """Makes flags of the form, or of a pasted command, and shows them."""
     form = await Form.read(request)
     if pasted := form.get("pasted").strip():
-        return see("/evaluate", flags=commands.as_text(_flags(pasted)))
+        found = read_pasted(pasted, DOOR)
+        flags = commands.as_text(_flags(commands.as_text(found.words)))
+        return see("/evaluate", flags=flags, said=without(found.before))
     names = [*(f for f in flags_of_form.OWN if f != "run"), *_knob_flags()]
     fields = {n: form.get(FIELD + n) for n in names if form.has(FIELD + n)}
     runs = [*form.all("run"), *form.get("others").splitlines()]
@@ -126,7 +129,7 @@ async def change(request: Request) -> Response:
 
 
 def _flags(text: str) -> list[str]:
-    flags = commands.flags_in(text, DOOR)
+    flags = words_of(text)
     flags_of_form.fields_of(flags)
     return flags
 

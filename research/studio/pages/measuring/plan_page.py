@@ -13,13 +13,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from research.core.errors import UserError
-from research.studio.checks.start_plans import DEVICES, TARGETS, PricedDevices
+from research.studio.checks.start_plans import DEVICES, OWN, TARGETS, PricedDevices
 from research.studio.jobs import job_commands as commands
 from research.studio.page_errors import PageError
 from research.studio.pages.page_view import Form, address, noted, render, see, studio_of
 from research.studio.pages.train_page import check_flags, complete, read_flags
-
-OWN = "launch."  # before the name of a target in a field with its flags
 
 
 def plans(request: Request) -> Response:
@@ -61,7 +59,7 @@ def _target(
 ) -> dict[str, Any]:
     own = fields[OWN + name]
     target: dict[str, Any] = {"name": name, "field": OWN + name, "own": own}
-    target["run"] = None
+    target |= {"run": None, "is_changed": own != TARGETS[name]}
     found = studio_of(request).plans
     try:
         return target | {

@@ -12,6 +12,7 @@ from research.core.errors import UserError
 from research.core.local_paths import local_path
 from research.studio.checks.config_presets import first_preset, presets
 from research.studio.jobs import job_commands as commands
+from research.studio.jobs.pasted_words import lacking, read_pasted, without, words_of
 from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError
 from research.studio.pages.live_run_page import own_page
@@ -35,7 +36,7 @@ def sweeps(request: Request) -> Response:
     fields = sweep_flags.fields_of([])
     try:
         if text := query.get("flags", ""):
-            given = commands.flags_behind(text, DOOR)
+            given = words_of(text)
             fields = sweep_flags.fields_of(given)
             flags = _complete(given, studio)
             check_sweep(flags, studio)
@@ -101,17 +102,21 @@ async def change(request: Request) -> Response:
     """Makes flags of the form, or of a pasted command, and shows them."""
     form = await Form.read(request)
     if pasted := form.get("pasted").strip():
-        flags = commands.flags_behind(pasted, DOOR)
-        sweep_flags.fields_of(flags)
+        found = read_pasted(pasted, DOOR)
+        fields = sweep_flags.fields_of(found.words)
+        flags = sweep_flags.flags_of(fields)
+        lost = lacking(sweep_flags.all_flags(fields), flags)
+        said = without([*found.before, *lost])
     else:
         flags = sweep_flags.flags_of({name: form.get(name) for name in FIELDS})
-    return see("/sweeps", flags=commands.as_text(flags))
+        said = ""
+    return see("/sweeps", flags=commands.as_text(flags), said=said)
 
 
 async def start(request: Request) -> Response:
     """Queues a sweep."""
     studio, who = studio_of(request), request.scope["who"]
-    given = commands.flags_behind((await Form.read(request)).get("flags"), DOOR)
+    given = words_of((await Form.read(request)).get("flags"))
     flags = _complete(given, studio)
     folder = await asyncio.to_thread(check_sweep, flags, studio)
     command = commands.sweeping(flags)

@@ -201,7 +201,7 @@ SHOWN = (
     *CASES,
 )
 FORMS = ("train", "data", "branch", "evaluate", "sweeps", "chat", "deploy")
-# What people write around and into a command, where it stands, and what it says.
+# Words that people write before a command, and into it.
 BEFORE = ("CUDA_VISIBLE_DEVICES=1", "nohup", "nice -n 15", "JAX_PLATFORMS=cpu srun")
 MORE = (
     "--config.steps 9", "--noconfig.export", "--search", "--host=0.0.0.0", "> log",

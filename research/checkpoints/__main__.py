@@ -61,8 +61,10 @@ def main(argv: Sequence[str]) -> int:
         if not f.out:
             raise UserError("--out=FOLDER is missing: the folder to write")
         from research.export.write_model import write_model
+        from research.parallel import runtime
 
-        write_model(f.run, f.step, local_path(f.out), "float32", f.replace)
+        runtime.start_alone()
+        write_model(f.run, f.step, local_path(f.out), "", f.replace)
         return 0
     if f.verb == "prune":
         folder.lock()  # A running trainer counts and removes its checkpoints itself.

@@ -4,18 +4,46 @@ A registry in a later room has an entry for each name; tests/core/test_choices.p
 compares them.
 """
 
+import dataclasses
+
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatChoice:
+    """A format of `research.export`.
+
+    Attributes:
+      module: whose `FORMAT` is an `ExportFormat`; it is imported on use.
+      title: for people.
+      dtypes: of the weights in its files; the first is the usual one.
+      quants: codes that its matrices can be in.
+    """
+
+    module: str
+    title: str
+    dtypes: tuple[str, ...] = EXPORT_DTYPES
+    quants: tuple[str, ...] = ()
+
+
 # Each kind of adapter names a module whose `KIND` is an `AdapterKind`. A new kind is a
 # file and a line here. The modules are imported on use, so launchers read the names
 # without JAX.
 ADAPTER_MODULES = {"lora": "research.weights.adapters.lora"}
 # Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
 BASE_FORMAT_MODULES = {"plain": "research.weights.representations.plain_array"}
-# Each format of `research.export` names a module whose `FORMAT` is an `ExportFormat`.
-EXPORT_MODULES = {
-    "hf": "research.formats.huggingface.huggingface_export",
-    "peft": "research.formats.peft.peft_format",
-    "gguf": "research.formats.gguf.gguf_model",
-    "gguf-adapter": "research.formats.gguf.gguf_adapter",
+# The formats of `research.export`, by name.
+EXPORT_FORMATS = {
+    "hf": FormatChoice(
+        "research.formats.huggingface.huggingface_export", "Hugging Face folder, merged"
+    ),
+    "peft": FormatChoice("research.formats.peft.peft_format", "adapter of PEFT"),
+    "gguf": FormatChoice(
+        "research.formats.gguf.gguf_model", "GGUF, merged", quants=("q8_0", "q4_0")
+    ),
+    "gguf-adapter": FormatChoice(
+        "research.formats.gguf.gguf_adapter", "adapter in GGUF", ("float32",)
+    ),
 }
 # Each kind of task, a value of `config.data.kind`, names a module whose `KIND` is a
 # `tasks.task_protocol.TaskKind`. A new task is a line here, or
@@ -36,5 +64,4 @@ KERNELS = ("xla", "cudnn", "cudnn_mask", "splash")
 EXPERT_KERNELS = ("blocked", "ragged_dot", "tokamax")
 REMATS = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
-EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 UNDECODABLE = ("stop", "skip", "replace")

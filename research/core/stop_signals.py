@@ -1,8 +1,11 @@
-"""The signals that ask a training to stop, and to be resumed later."""
+"""The signals that ask a command to stop, and to be started again later."""
 
 import contextlib
 import os
 import signal
+import sys
+import threading
+from collections.abc import Iterator
 
 from research.core.errors import PREEMPTED
 
@@ -22,6 +25,32 @@ def resume_after_signals() -> None:
     """
     for number in stop_signals():
         signal.signal(number, _end)
+
+
+@contextlib.contextmanager
+def unwinding_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit in the block, which then removes its files.
+
+    Where this is not the main thread, signals keep their meaning.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # None is a handler that Python has not made.
+    before = {x: signal.signal(x, _unwind) or signal.SIG_DFL for x in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, frame: object) -> None:
+    for each in stop_signals():
+        signal.signal(each, signal.SIG_IGN)  # The first one is enough.
+    name = signal.Signals(number).name
+    os.write(2, f"stopped by {name}; the same command begins again\n".encode())
+    sys.exit(PREEMPTED)
 
 
 def _end(number: int, frame: object) -> None:

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.choices import EXPORT_DTYPES, EXPORT_MODULES
+from research.config.choices import EXPORT_DTYPES, EXPORT_FORMATS
 from research.config.knobs import knob
 from research.core.errors import UserError
 from research.core.local_paths import local_path
 
 USAGE = """
 python -m research.export --run=RUN_DIR [--format=hf] [--out=FOLDER] [--step=latest]
-    [--dtype=float32] [--quant=q8_0]
+    [--dtype=float32 | --quant=q8_0] [--distributed]
 
 Writes a model in one format, or in several with commas between them:
 
@@ -21,16 +21,21 @@ Writes a model in one format, or in several with commas between them:
         merged into the weights
   peft  the adapters alone, as a folder of PEFT
   gguf  one file of llama.cpp with the adapters merged, and a Modelfile for Ollama;
-        --quant=q8_0 or q4_0 stores matrices as codes
+        --quant=q8_0 or q4_0 stores matrices as codes, and those whose rows no block
+        of 32 divides in float16; norms and biases stay in float32
   gguf-adapter
-        the adapters alone, for llama.cpp and the GGUF file of the base model
+        the adapters alone, in float32, for llama.cpp and the GGUF file of the base
 
-Each gets a model card, and exported_from.json, which names the step. The files are read
-back and compared with the run on some of its held-out rows: parity.json has the
-differences. Files that compute something else are removed, and the exit code is 1. A
-folder that holds another step is replaced with --replace=True only. The default folder
+What cannot be written is refused before anything is. Each format gets a model card, and
+exported_from.json, which names the step. The files are read back and compared with the
+run on some of its held-out rows: parity.json has the differences. Files that compute
+something else are removed, and the exit code is 1. A folder that holds another step is
+replaced with --replace=True only, and one that is no export never. The default folder
 is RUN_DIR/model, and RUN_DIR/exports/FORMAT for other formats; with several formats,
 --out has a folder for each.
+
+A model that is too large for one machine is split over a process on each: start the
+same command with --distributed on all of them, as for research.serve.
 """
 
 
@@ -38,21 +43,27 @@ is RUN_DIR/model, and RUN_DIR/exports/FORMAT for other formats; with several for
 class ExportFlags:
     run: str = knob("", "run directory, its config.json or config file", is_path=True)
     format: str = knob(
-        "hf", f"with commas between several: {', '.join(EXPORT_MODULES)}"
+        "hf", f"with commas between several: {', '.join(EXPORT_FORMATS)}"
     )
     out: str = knob("", "folder to write; empty: in RUN_DIR", is_path=True)
     step: str = knob("latest", "checkpoint: latest, best, or a step number")
     dtype: str = knob(
-        "float32",
-        "dtype of the weights in the file",
-        choices=EXPORT_DTYPES,
+        "",
+        "dtype of the matrices in the files; not given: float32",
+        choices=("", *EXPORT_DTYPES),
     )
     quant: str = knob(
         "",
-        "codes in place of numbers, where the format has them",
-        choices=("", "q8_0", "q4_0"),
+        "codes in place of the dtype, for formats that have them",
+        choices=(
+            "",
+            *dict.fromkeys(q for x in EXPORT_FORMATS.values() for q in x.quants),
+        ),
     )
     replace: bool = knob(False, "replace the model of another step in the folder")
+    distributed: bool = knob(
+        False, "join the other processes that the JAX_* variables or the cluster name"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,11 +74,20 @@ def main(argv: Sequence[str]) -> int:
     # Before an import sets another level.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     from research.export.write_model import write_model
+    from research.parallel import joined_processes, runtime
 
     # Each once, in the order of the flag.
     formats = [*dict.fromkeys(name.strip() for name in f.format.split(","))]
     out = local_path(f.out) if f.out else None
-    write_model(f.run, f.step, out, f.dtype, f.replace, formats, f.quant)
+
+    def write() -> None:
+        write_model(f.run, f.step, out, f.dtype, f.replace, formats, f.quant)
+
+    if f.distributed and joined_processes.join(f):
+        joined_processes.or_abandon(write)
+        return 0
+    runtime.start_alone()
+    write()
     return 0
 
 

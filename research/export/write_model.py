@@ -1,23 +1,33 @@
 """A step of a run in the formats of other tools, for the commands that write them."""
 
-import logging
+import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from research.core.errors import UserError, files_of_step
-from research.formats.base_model import EXPORTED
-from research.formats.export_format import ExportFormat, ExportOptions, find_format
-from research.parallel import runtime
+import jax
+
+from research.config.choices import EXPORT_FORMATS
+from research.core.errors import UserError, files_of_step, look_up
+from research.core.stop_signals import unwinding_on_signals
+from research.formats.export_folder import ExportFolder
+from research.formats.export_format import (
+    ExportedModel,
+    ExportFormat,
+    ExportOptions,
+    find_format,
+)
+from research.formats.export_names import EXPORTED, EXPORTS
+from research.parallel import agreement
 from research.report.model_card import format_card
 from research.runs.lineage.exported_model import exported_model
-from research.runs.lineage.exported_run import ModelOrigin, export_run, holds
+from research.runs.lineage.exported_run import ModelOrigin, export_run, is_there
 from research.runs.lineage.proof_rows import find_rows
 from research.runs.lineage.start_pins import saved_step
-from research.runs.reopen import ReopenedRun, reopen
+from research.runs.reopen import ReopenedRun, find_run
 from research.runs.run_directory import RunDir
 
 FLAG = "--replace=True"
-EXPORTS = "exports"  # The folder of a run with the formats that have no other place.
 
 
 def write_model(
@@ -31,69 +41,74 @@ def write_model(
 ) -> None:
     """Writes `step` (latest, best or a number) of the run in each of `formats`.
 
+    The model is split over the devices of all processes, and every one calls this.
+
     Args:
       run: its folder.
       step: of the checkpoint.
       out: the folder to write, or the one that has a folder for each of several
         formats; None for the folders in the run.
-      dtype, quant: see `ExportOptions`.
+      dtype, quant: see `ExportOptions`; "" for the usual ones of each format.
       replace: whether another step in a folder is replaced.
       formats: names, see `find_format`.
 
     Raises:
       UserError: there is no such step or format, a folder holds something else, or a
-        format cannot hold the model.
+        format cannot hold the model. Nothing is written then.
       ParityError: the files compute something else than the run.
       SaveError: the disk refuses.
     """
-    folder = RunDir(run)
-    chosen = _with_options([find_format(name) for name in formats], dtype, quant)
-    places = _places(folder, out, formats)
-    # Before the model is loaded. The newest step may turn out to be damaged.
-    number = saved_step(folder, step)
-    wanted = {}
-    for format, options in chosen.items():
-        origin = ModelOrigin.of(folder, number, options.numbers, format.name)
-        if holds(places[format.name], origin, replace, FLAG):
-            logging.info(
-                "export: %s holds %s already; nothing is written",
-                *(places[format.name], origin),
-            )
-        else:
-            wanted[format] = options
-    if not wanted:
-        return
-    runtime.start_alone()
-    opened = reopen(run, step=step)
-    for format, options in wanted.items():
-        _write(opened, format, options, places[format.name], replace)
+    folder, chosen = RunDir(run), choose_options(formats, dtype, quant)
+    # The newest step may turn out to be damaged.
+    number = agreement.of_first(agreement.together(lambda: saved_step(folder, step)))
+    with unwinding_on_signals(), contextlib.ExitStack() as stack:
+        wanted = {}
+        for name, place in _places(folder, out, formats).items():
+            with files_of_step(None, f"the export to {place}"):
+                claimed = stack.enter_context(ExportFolder.claimed(place))
+            origin = ModelOrigin.of(folder, number, chosen[name].numbers, name)
+            if not is_there(claimed, origin, replace, FLAG):
+                wanted[claimed] = find_format(name), chosen[name]
+        if not wanted:
+            return
+        opened = find_run(run).load(devices=jax.devices(), step=step, number=number)
+        exported = _exported(opened)
+        for format, options in wanted.values():
+            agreement.together(functools.partial(format.check, exported, options))
+        for claimed, (format, options) in wanted.items():
+            _write(opened, exported, format, options, claimed, replace)
 
 
-def _with_options(
-    formats: Sequence[ExportFormat], dtype: str, quant: str
-) -> dict[ExportFormat, ExportOptions]:
-    """Gives each format what it can store of `dtype` and `quant`.
+def choose_options(
+    formats: Sequence[str], dtype: str, quant: str
+) -> dict[str, ExportOptions]:
+    """Gives each format, by name, what it can store of `dtype` and `quant`.
 
     Raises:
-      UserError: no format stores one of them.
+      UserError: there is no such format, or one of them has an effect in none.
     """
-    named = ",".join(format.name for format in formats)
-    if not any(dtype in format.dtypes for format in formats):
-        raise UserError(
-            f"--dtype={dtype}: --format={named} stores {formats[0].dtypes[0]} alone; "
-            "remove --dtype"
-        )
-    if quant and not any(quant in format.quants for format in formats):
+    found = {name: look_up(EXPORT_FORMATS, name, "--format") for name in formats}
+    named, coded = ",".join(found), [x for x in found.values() if quant in x.quants]
+    if quant and not coded:
         raise UserError(
             f"--quant={quant}: --format={named} stores plain numbers; use --dtype, or "
             "--format=gguf"
         )
-    return {
-        format: ExportOptions(
-            dtype if dtype in format.dtypes else format.dtypes[0],
-            quant if quant in format.quants else "",
+    plain = [x for x in found.values() if x not in coded]
+    if dtype and not any(dtype in x.dtypes for x in plain):
+        stored = [
+            f"{name} is stored in {quant if x in coded else ' or '.join(x.dtypes)}"
+            for name, x in found.items()
+        ]
+        raise UserError(
+            f"--dtype={dtype} has no effect, as {' and '.join(stored)}; remove --dtype"
         )
-        for format in formats
+    return {
+        name: ExportOptions(
+            dtype if dtype in each.dtypes else each.dtypes[0],
+            quant if each in coded else "",
+        )
+        for name, each in found.items()
     }
 
 
@@ -103,18 +118,12 @@ def _places(
     """The folder of each format."""
     if out is None:
         others = {name: folder.path / EXPORTS / name for name in formats}
-        return others | {"hf": folder.path / EXPORTED}
+        return others | ({"hf": folder.path / EXPORTED} if "hf" in others else {})
     return {name: out if len(formats) == 1 else out / name for name in formats}
 
 
-def _write(
-    opened: ReopenedRun,
-    format: ExportFormat,
-    options: ExportOptions,
-    out: Path,
-    replace: bool,
-) -> None:
-    exported = exported_model(
+def _exported(opened: ReopenedRun) -> ExportedModel:
+    return exported_model(
         opened.folder,
         opened.step,
         opened.config,
@@ -124,10 +133,20 @@ def _write(
         opened.params,
         opened.frozen,
     )
-    flags = [f"--format={format.name}", f"--dtype={options.dtype}"]
-    if options.quant:
-        flags.append(f"--quant={options.quant}")
-    usage = format.usage(exported, options)
+
+
+def _write(
+    opened: ReopenedRun,
+    exported: ExportedModel,
+    format: ExportFormat,
+    options: ExportOptions,
+    out: ExportFolder,
+    replace: bool,
+) -> None:
+    flags = [f"--format={format.name}"]
+    flags.append(
+        f"--quant={options.quant}" if options.quant else f"--dtype={options.dtype}"
+    )
     with files_of_step(None, f"the export to {out}"):
         export_run(
             opened.folder,
@@ -141,7 +160,7 @@ def _write(
                 opened.folder,
                 opened.step,
                 opened.base.licence,
-                usage,
+                format.usage(exported, options),
                 flags,
                 format.library,
                 format.merges,

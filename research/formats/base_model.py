@@ -9,6 +9,7 @@ from pathlib import Path
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, how_on_hub, is_hub
 from research.core.local_paths import local_path, no_such
+from research.formats.export_names import EXPORTED
 from research.formats.gguf.gguf_file import GGUFFile
 from research.formats.huggingface.huggingface_weights import (
     HuggingFaceWeights,
@@ -22,7 +23,6 @@ from research.models.architecture import Architecture
 from research.tokenize import tokenizer as tokenizers
 from research.tokenize.gguf.gguf_tokenizer import from_gguf_metadata
 
-EXPORTED = "model"  # The folder of a run in which its model is written for others.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from research.config.choices import EXPORT_MODULES
+from research.config.choices import EXPORT_FORMATS
 from research.core.errors import look_up
 from research.formats.base_model import Base
 from research.models.architecture import Architecture
@@ -105,18 +105,21 @@ class ExportFormat(Protocol):
 
     Attributes:
       name: as in `--format`.
-      dtypes: values of `ExportOptions.dtype` that it can store; it gets the first of
-        them in place of another.
-      quants: values of `ExportOptions.quant` that it can store.
       library: that loads the files, as the hub names it.
       merges: whether the files hold a whole model, with the adapters added in.
     """
 
     name: str
-    dtypes: Sequence[str]
-    quants: Sequence[str]
     library: str
     merges: bool
+
+    def check(self, exported: ExportedModel, options: ExportOptions) -> None:
+        """Refuses a model before anything is written; reads no weights.
+
+        Raises:
+          UserError: the format cannot hold it, as far as its numbers do not matter.
+        """
+        ...
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions
@@ -146,5 +149,5 @@ class ExportFormat(Protocol):
 
 def find_format(name: str) -> ExportFormat:
     """The format that `--format` names. Raises UserError: there is none."""
-    module = look_up(EXPORT_MODULES, name, "--format")
+    module = look_up(EXPORT_FORMATS, name, "--format").module
     return importlib.import_module(module).FORMAT

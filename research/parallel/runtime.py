@@ -107,7 +107,7 @@ def abandon(error: BaseException, code: int) -> NoReturn:
     """
     if isinstance(error, UserError):
         sys.stderr.write(f"error: {error}\n")
-    else:
+    elif not isinstance(error, SystemExit):  # That has been explained.
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()

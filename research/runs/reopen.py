@@ -118,6 +118,7 @@ class FoundRun(TrainedPrompts, StoredRun):
         self,
         mesh: Mesh | None = None,
         *,
+        devices: Sequence[Any] = (),
         step: str = "latest",
         in_compute_dtype: bool = False,
         decodes: bool = True,
@@ -126,8 +127,8 @@ class FoundRun(TrainedPrompts, StoredRun):
         """Reads the parameters.
 
         Args:
-          mesh: devices to shard the parameters over; by default `fitting_mesh` of all
-            devices of this process.
+          mesh: devices to shard the parameters over; by default `shared_mesh`.
+          devices: of that; by default those of this process.
           step: the checkpoint: `latest` (the newest that can be used), `best`, or a
             number.
           in_compute_dtype: restores fully trained parameters in `config.model.dtype`,
@@ -142,7 +143,8 @@ class FoundRun(TrainedPrompts, StoredRun):
         """
         config, base, split = self.config, self.base, self.trainable
         wanted_specs = {**self.specs, "trained": split.specs}
-        mesh = mesh or fitting_mesh(wanted_specs, jax.local_devices(), decodes=decodes)
+        devices = devices or jax.local_devices()
+        mesh = mesh or shared_mesh(wanted_specs, devices, decodes=decodes)
         model = model_of_run(config.model, config.data, base.architecture, mesh)
         narrow = in_compute_dtype and not split.frozen_specs
         dtype = model.options.dtype if narrow else split.dtype
@@ -240,6 +242,25 @@ def fitting_mesh(
             logging.info("reopen: %d of %d devices, tensor=%d", count, total, tensor)
             return mesh
     return meshes.make_mesh(MeshConfig(data=1), devices[:1])
+
+
+def shared_mesh(
+    specs: Mapping[str, Any], devices: Sequence[Any], *, decodes: bool = True
+) -> Mesh:
+    """The `fitting_mesh` of `devices`, which needs every process that has one of them.
+
+    Raises:
+      UserError: a process would hold nothing.
+    """
+    mesh = fitting_mesh(specs, devices, decodes=decodes)
+    used, wanted = ({x.process_index for x in y} for y in (mesh.devices.flat, devices))
+    if used != wanted:
+        raise UserError(
+            f"the model divides over {mesh.size} of {len(devices)} devices, so "
+            f"{len(wanted - used)} of {len(wanted)} processes would hold nothing of "
+            f"it: start {len(used)}"
+        )
+    return mesh
 
 
 def _read(

@@ -115,9 +115,10 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if not f.distributed:
         return _serve_alone(f, _open_alone)
+    from research.parallel import joined_processes
     from research.serve import several_processes
 
-    if several_processes.join(f):
+    if joined_processes.join(f):
         from research.serve.open_models import follow_models
 
         several_processes.serve_together(

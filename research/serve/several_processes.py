@@ -7,26 +7,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from research.config.knob_groups import RuntimeConfig
-from research.core.errors import UserError
 from research.parallel import agreement, runtime
-
-
-def join(flags: Any) -> bool:
-    """Joins the other processes; whether there are any.
-
-    Args:
-      flags: a dataclass, which must be equal in all of them.
-
-    Raises:
-      UserError: they cannot be joined, or have other flags.
-    """
-    runtime.start(RuntimeConfig(distributed=True))
-    if jax.process_count() == 1:
-        return False
-    facts = {f"--{name}": str(value) for name, value in vars(flags).items()}
-    _or_abandon(lambda: agreement.together(lambda: None, lambda _: facts))
-    return True
+from research.parallel.joined_processes import or_abandon
 
 
 def serve_together(
@@ -50,16 +32,8 @@ def serve_together(
                 signal.signal(number, _explain)
             follow()
 
-    _or_abandon(work)
+    or_abandon(work)
     runtime.leave(0)
-
-
-def _or_abandon(work: Callable[[], Any]) -> None:
-    try:
-        work()
-    except BaseException as error:
-        code = error.exit_code if isinstance(error, UserError) else 1
-        runtime.abandon(error, code)
 
 
 def _explain(number: int, frame: object) -> None:

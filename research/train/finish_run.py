@@ -17,8 +17,9 @@ from research.engine.text_generation import (
 )
 from research.evaluate.judgement import find_contradictions
 from research.evaluate.statistics.verdicts import BETTER
-from research.formats.base_model import EXPORTED
+from research.formats.export_folder import ExportFolder
 from research.formats.export_format import ExportOptions, find_format
+from research.formats.export_names import EXPORTED
 from research.report.final_report import attempt, write_report
 from research.report.model_card import format_card
 from research.report.run_results import read_results
@@ -58,20 +59,20 @@ def _export(run: TrainingRun, steps: int) -> None:
         run.state.params,
         run.frozen,
     )
-    export_run(
-        run.folder,
-        steps,
-        exported,
-        find_rows(run.folder.path, exported.tokenizer),
-        run.folder.path / EXPORTED,
-        format,
-        options,
-        card=format_card(
-            run.folder, steps, base.licence, format.usage(exported, options)
-        ),
-        replace=run.config.replace_export,
-        flag=REPLACE,
-    )
+    card = format_card(run.folder, steps, base.licence, format.usage(exported, options))
+    with ExportFolder.claimed(run.folder.path / EXPORTED) as out:
+        export_run(
+            run.folder,
+            steps,
+            exported,
+            find_rows(run.folder.path, exported.tokenizer),
+            out,
+            format,
+            options,
+            card=card,
+            replace=run.config.replace_export,
+            flag=REPLACE,
+        )
 
 
 def _trained(run: TrainingRun) -> TextGenerator:

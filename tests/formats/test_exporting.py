@@ -16,7 +16,8 @@ from research.config.data_knobs import DataConfig
 from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig
 from research.config.run_config import Config
 from research.core.errors import SaveError, UserError, files_of_step
-from research.formats.base_model import EXPORTED, open_base
+from research.formats.base_model import open_base
+from research.formats.export_names import EXPORTED
 from research.formats.huggingface import huggingface_export
 from research.formats.load_parameters import load_base
 from research.models.families.family_registry import from_hf_config, to_hf_config
@@ -243,7 +244,7 @@ def test_a_run_stands_for_the_model_it_has_exported(base, tmp_path):
 def test_a_full_disk_or_a_wrong_place_leaves_nothing(base, tmp_path):
     (tmp_path / "file").write_text("in the way")
     params = random_params(Model(base.architecture).specs)
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(UserError, match="file/out cannot be a folder"):
         huggingface_export.export(
             Model(base.architecture), params, base.tokenizer, tmp_path / "file" / "out"
         )

@@ -15,7 +15,7 @@ from helpers import mesh_sizes, random_adapters, random_params
 from safetensors.numpy import load_file, save_file
 from slurm_cluster import free_ports
 
-from research.config.choices import EXPORT_MODULES
+from research.config.choices import EXPORT_FORMATS
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import ParityError
 from research.formats.base_model import open_base
@@ -187,5 +187,5 @@ def test_two_processes_export_a_model_that_neither_holds(tmp_path):
     said = [process.communicate(timeout=400)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     first, second = ([x for x in text.splitlines() if "ids" in x] for text in said)
-    assert first == second and len(first) == len(EXPORT_MODULES)
-    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_MODULES}
+    assert first == second and len(first) == len(EXPORT_FORMATS)
+    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_FORMATS}

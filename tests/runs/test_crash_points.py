@@ -24,7 +24,8 @@ from research.core.atomic_files import make_folder
 from research.core.errors import UserError
 from research.data.text import choose_tokenizer, token_shards
 from research.data.text.token_shards import SIDES, TextTotals, TokenManifest, TokenShard
-from research.formats.base_model import EXPORTED, open_base
+from research.formats.base_model import open_base
+from research.formats.export_names import EXPORTED
 from research.formats.huggingface import huggingface_export
 from research.models.transformer import Model
 from research.runs import metrics_file, run_history

@@ -26,8 +26,9 @@ from research.config.run_config import CheckpointConfig, MeshConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
 from research.export import __main__ as export_door
-from research.export.write_model import write_model
+from research.export.write_model import choose_options, write_model
 from research.formats.base_model import open_base
+from research.formats.export_format import ExportOptions
 from research.formats.huggingface.huggingface_export import (
     HuggingFaceFormat,
     save_settings,
@@ -169,9 +170,16 @@ def test_a_quant_that_no_format_stores_is_refused(lora, tmp_path):
         write_model(
             str(lora.path), "15", tmp_path, "float32", False, ["hf", "peft"], "q8_0"
         )
-    said = r"--dtype=float16: --format=gguf-adapter stores float32 alone"
-    with pytest.raises(UserError, match=said):
-        write_model(str(lora.path), "15", tmp_path, "float16", False, ["gguf-adapter"])
+    for formats, dtype, quant, said in (
+        (["gguf-adapter"], "float16", "", "gguf-adapter is stored in float32;"),
+        (["gguf"], "float16", "q8_0", "gguf is stored in q8_0;"),
+        (["gguf", "gguf-adapter"], "bfloat16", "q8_0", "q8_0 and gguf-adapter is "),
+    ):
+        with pytest.raises(UserError, match=rf"--dtype={dtype} has no effect.*{said}"):
+            write_model(str(lora.path), "15", tmp_path, dtype, False, formats, quant)
+    assert choose_options(["hf", "gguf"], "bfloat16", "q8_0") == {
+        "hf": ExportOptions("bfloat16"), "gguf": ExportOptions("bfloat16", "q8_0"),
+    }  # fmt: skip
     with pytest.raises(UserError, match=r"--format is 'gguff'.*gguf"):
         write_model(str(lora.path), "15", tmp_path, "float32", False, ["gguff"])
 
@@ -205,18 +213,35 @@ def test_the_files_of_another_step_are_not_read(exported, monkeypatch):
         exported_run.holds(exported, other, False, "--replace")
 
 
-def test_an_export_of_an_older_version_is_of_no_known_step(lora, exported, tmp_path):
-    out = shutil.copytree(exported, tmp_path / "out")
-    (out / "exported_from.json").unlink()
-    with pytest.raises(UserError, match="does not say which step it is"):
-        write_model(str(lora.path), "latest", out, "float32", False)
+def test_what_is_not_of_an_export_is_never_replaced(lora, exported, tmp_path):
+    """Nor the model of somebody else, nor the tokenizer of the run, nor notes."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "thesis.txt").write_text("years of work")
+    foreign = shutil.copytree(exported, tmp_path / "foreign")
+    (foreign / "exported_from.json").unlink()
+    noted = shutil.copytree(exported, tmp_path / "noted")
+    (noted / "notes.txt").write_text("my own")
+    run = shutil.copytree(lora.path, tmp_path / "run")
+    before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*") if x.is_file()}
+    for out, said in (
+        (tmp_path / "text", "has no exported_from.json"),
+        (foreign, "has no exported_from.json"),
+        (run / "tokenizer", "has no exported_from.json"),
+        (run / "checkpoints" / "99", "lies among the files of a run.*/run/exports/99"),
+        (noted, "holds notes.txt, which is no part of the export"),
+    ):
+        with pytest.raises(UserError, match=said):
+            write_model(str(run), "15", out, "", True)
+    after = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*") if x.is_file()}
+    assert after == before
 
 
-def test_a_folder_that_is_no_model_is_never_replaced(lora, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is no exported model"):
-        write_model(str(lora.path), "latest", tmp_path, "float32", True)
-    assert [x.name for x in tmp_path.iterdir()] == ["thesis.txt"]
+def test_no_format_is_written_where_a_later_one_is_refused(pretrained, place, tmp_path):
+    assert pretrained.code == 0, pretrained.err
+    run = str(place.run_dir("pretrained"))
+    with pytest.raises(UserError, match="it trained all its parameters"):
+        write_model(run, "latest", tmp_path / "all", "", False, ["hf", "peft"])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_is_refused_before_it_trains_over_an_older_export(

@@ -127,7 +127,7 @@ def forms(site):
     yield "/act/key", {"server": "hand", "action": "make", "name": "x", "role": "user"}
     yield "/act/adapter", {"server": "hand", "action": "unload", "name": "x"}
     yield "/act/server", {"server": "old", "action": "remove"}
-    yield "/act/export", {"run": "runs/tuned", "format": "float32"}
+    yield "/act/export", {"run": "runs/tuned", "format": "hf-float32"}
     yield "/act/promote", {"do": "promote", "alias": "prod", "run": "runs/tuned"}
     yield "/act/chat/serve", {"run": "runs/tuned"}
     asked = {"server": "hand", "model": ["base", "tuned"], "text": "Why?"}

@@ -14,6 +14,7 @@ from doors import run_door
 from fake_upstream import FakeUpstream, head, list_server
 from studio_place import make_run
 
+from research.config.choices import FormatChoice
 from research.core.errors import UserError
 from research.runs.aliases import __main__ as aliases_door
 from research.runs.aliases import run_alias
@@ -98,10 +99,13 @@ def test_an_export_is_a_job_of_the_queue_in_each_format(site, monkeypatch):
     monkeypatch.setattr(site.state.queue, "work", lambda: None)
     with_steps(site.runs / "a", 2, 4)
     client = site.client()
-    for name in ("peft", "gguf", "gguf-adapter"):  # All that may come.
-        monkeypatch.setitem(deploy_page.exports.EXPORT_MODULES, name, "")
+    added = FormatChoice("no.module", "tablets", ("clay",), ("runes",))
+    monkeypatch.setitem(deploy_page.exports.EXPORT_FORMATS, "stone", added)
     formats = deploy_page.exports.known_formats()
-    assert len(formats) == 8
+    names = [x.name for x in formats]
+    assert names[:3] == ["hf-float32", "hf-bfloat16", "hf-float16"]
+    assert {"gguf-q8_0", "gguf-bfloat16", "peft-bfloat16"} < {*names}
+    assert names[-3:] == ["gguf-adapter-float32", "stone-clay", "stone-runes"]
     for number, each in enumerate(formats):
         fields = {"do": "export", "run": "runs/a", "step": "", "format": each.name}
         assert client.post("/act/export", data=fields).status_code == 303
@@ -112,7 +116,7 @@ def test_an_export_is_a_job_of_the_queue_in_each_format(site, monkeypatch):
         assert [*job.command[3:]] == words
     assert "waits" in client.get("/deploy").text
     bad = client.post("/act/export", data={"run": "runs/a", "format": "odd"})
-    assert bad.status_code == 400 and "float32, bfloat16, float16" in bad.text
+    assert bad.status_code == 400 and "hf-float32, hf-bfloat16, hf-float16" in bad.text
 
 
 def test_exports_on_disk_are_listed_with_their_step_and_comparison(site):
@@ -125,9 +129,11 @@ def test_exports_on_disk_are_listed_with_their_step_and_comparison(site):
         folder = run / "exports" / name
         folder.mkdir(parents=True)
         (folder / "exported_from.json").write_text(json.dumps(facts))
-    (run / "exports" / "gguf.partial").mkdir()
+    unfinished = ("gguf.partial", ".4-gguf.partial", ".4-gguf.replaced")
+    for name in unfinished:
+        (run / "exports" / name).mkdir()
     page = site.client().get("/deploy").text
-    assert "gguf.partial" not in page
+    assert not [name for name in unfinished if name in page]
     assert "not compared; 1 files with checksums" in page
     assert "32 tokens are equal" in page
     assert "cannot be used" in page

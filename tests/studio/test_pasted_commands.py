@@ -21,8 +21,11 @@ PROMOTED = {"run": "tuned", "step": 3, "checkpoint": "", "by": "ann", "at": ""}
 TRAIN, BEGUN = "python -m research.train", "--config.model.init_from=runs/tuned@3"
 CASES = [
     ("deploy", {"do": "serve", "run": ["runs/tuned", "runs/prod"], **SERVED}),
-    ("deploy", {"do": "export", "run": "runs/tuned", "step": "3", "format": "float16"}),
-    ("deploy", {"do": "export", "run": "runs/tuned", "format": "float32"}),
+    (
+        "deploy",
+        {"do": "export", "run": "runs/tuned", "step": "3", "format": "hf-float16"},
+    ),
+    ("deploy", {"do": "export", "run": "runs/tuned", "format": "hf-float32"}),
     ("deploy", {"do": "promote", "run": "runs/tuned", "step": "3", "alias": "new"}),
     ("deploy", {"do": "back", "alias": "runs/prod"}),
     ("chat", {"run": ["runs/tuned", "runs/tuned@3"]}),

@@ -16,10 +16,10 @@ import numpy as np
 import tiny_model
 from helpers import mesh_sizes, random_adapters, random_params
 
-from research.config.choices import EXPORT_MODULES
+from research.config.choices import EXPORT_FORMATS
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.formats.base_model import open_base
-from research.formats.export_folder import new_folder
+from research.formats.export_folder import ExportFolder
 from research.formats.export_format import (
     ExportedAdapter,
     ExportedModel,
@@ -79,9 +79,10 @@ def main(number, port, folder):
     tokens = np.arange(48, dtype=np.int32).reshape(2, 24) + 60
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
     rows = ProofRows(tokens, places, np.ones_like(tokens), "some ids")
-    for name in EXPORT_MODULES:
+    for name in EXPORT_FORMATS:
         format = find_format(name)
-        with new_folder(Path(folder, name)) as partial:
+        out = ExportFolder.claimed(Path(folder, name))
+        with out as claimed, claimed.filled() as partial:
             format.write(exported, partial, ExportOptions())
             agreement.together(lambda: None)
             written = format.read_back(partial, exported)

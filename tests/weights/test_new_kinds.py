@@ -33,7 +33,8 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.evaluate.measuring.ask_models import open_group, share_bases
 from research.evaluate.measuring.evaluated_models import find_models
-from research.formats.base_model import EXPORTED, open_architecture, open_base
+from research.formats.base_model import open_architecture, open_base
+from research.formats.export_names import EXPORTED
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.transformer import Model
 from research.parallel import mesh as meshes

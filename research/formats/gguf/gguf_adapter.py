@@ -46,15 +46,17 @@ class GGUFAdapterFormat:
     """`adapter.gguf`: the factors alone, in float32."""
 
     name = "gguf-adapter"
-    dtypes = ("float32",)
-    quants = ()
     library, merges = "gguf", False
+
+    def check(self, exported: ExportedModel, options: ExportOptions) -> None:
+        """See `ExportFormat`; what llama.cpp cannot adapt is a UserError."""
+        _check(exported)
+        write_metadata(exported.model.architecture)
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions
     ) -> None:
-        """See `ExportFormat`; what llama.cpp cannot adapt is a UserError."""
-        _check(exported)
+        self.check(exported, options)
         architecture = write_metadata(exported.model.architecture)
         alpha = next(iter(exported.adapters.values())).alpha
         metadata = {

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.config.choices import EXPORT_DTYPES
 from research.core.atomic_files import write_whole
 from research.formats.export_format import (
     ExportedModel,
@@ -40,18 +39,17 @@ class GGUFModelFormat:
     """`model.gguf`: the adapters are added in, and matrices may be codes."""
 
     name = "gguf"
-    dtypes = EXPORT_DTYPES
-    quants = ("q8_0", "q4_0")
     library, merges = "gguf", True
+
+    def check(self, exported: ExportedModel, options: ExportOptions) -> None:
+        """See `ExportFormat`; what llama.cpp cannot compute or cut is a UserError."""
+        _metadata(exported)
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions
     ) -> None:
-        """See `ExportFormat`; what llama.cpp cannot compute or cut is a UserError."""
         architecture = exported.model.architecture
-        metadata = write_metadata(architecture)
-        metadata |= tokenizer_metadata(exported.tokenizer, architecture.vocab)
-        metadata |= general_metadata(exported, "model")
+        metadata = _metadata(exported)
         if options.quant == "q4_0":
             logging.warning(
                 "export: Q4_0 keeps 4 bits of each number, and answers get worse; "
@@ -94,6 +92,15 @@ def general_metadata(exported: ExportedModel, kind: str) -> dict[str, Any]:
         "general.license": exported.base.licence if exported.base else "",
     }
     return metadata | {f"research.{key}": x for key, x in exported.facts.items()}
+
+
+def _metadata(exported: ExportedModel) -> dict[str, Any]:
+    architecture = exported.model.architecture
+    return {
+        **write_metadata(architecture),
+        **tokenizer_metadata(exported.tokenizer, architecture.vocab),
+        **general_metadata(exported, "model"),
+    }
 
 
 def _plan(exported: ExportedModel) -> list[PlannedTensor]:

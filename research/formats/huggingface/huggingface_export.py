@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.config.choices import EXPORT_DTYPES
 from research.core.atomic_files import make_folder, write_whole
-from research.formats.export_folder import new_folder
+from research.formats.export_folder import ExportFolder
 from research.formats.export_format import (
     ExportedModel,
     ExportOptions,
@@ -54,9 +53,10 @@ class HuggingFaceFormat:
     """`config.json`, safetensors with the adapters added in, and the tokenizer."""
 
     name = "hf"
-    dtypes = EXPORT_DTYPES
-    quants = ()
     library, merges = "transformers", True
+
+    def check(self, exported: ExportedModel, options: ExportOptions) -> None:
+        to_hf_config(exported.model.architecture)
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions
@@ -106,7 +106,7 @@ def export(
 
     After an error no part of the export stays, and an older one is as it was.
     """
-    with new_folder(folder) as partial:
+    with ExportFolder.claimed(folder) as out, out.filled() as partial:
         exported = ExportedModel(model, weights, tokenizer)
         FORMAT.write(exported, partial, ExportOptions(dtype))
     logging.info("export: %s, %s", folder, dtype)

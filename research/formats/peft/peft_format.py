@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.config.choices import EXPORT_DTYPES
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, is_hub
@@ -36,13 +35,9 @@ class PeftFormat:
     """`adapter_config.json`, `adapter_model.safetensors`, and the tokenizer."""
 
     name = "peft"
-    dtypes = EXPORT_DTYPES
-    quants = ()
     library, merges = "peft", False
 
-    def write(
-        self, exported: ExportedModel, folder: Path, options: ExportOptions
-    ) -> None:
+    def check(self, exported: ExportedModel, options: ExportOptions) -> None:
         """See `ExportFormat`; without adapters of LoRA it is a UserError."""
         if exported.adapter_kind != "lora":
             raise UserError(
@@ -50,12 +45,16 @@ class PeftFormat:
                 f"{exported.adapter_kind or 'none, as it trained all its parameters'}: "
                 "use --format=hf"
             )
-
         if exported.full:
             raise UserError(
                 f"--format=peft writes adapters alone, and this run trained "
                 f"{min(exported.full)} whole: use --format=hf"
             )
+
+    def write(
+        self, exported: ExportedModel, folder: Path, options: ExportOptions
+    ) -> None:
+        self.check(exported, options)
 
         def pair(path: str, index: tuple[int, ...]) -> Pair:
             factors = exported.adapters[path].factors

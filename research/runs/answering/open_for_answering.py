@@ -9,7 +9,7 @@ Whether a run was trained on this very base is checked before any weight is read
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from research.runs.answering.run_addresses import (
 from research.runs.answering.weight_forms import PLAIN
 from research.runs.lineage.base_of_run import RunTensors
 from research.runs.lineage.start_pins import saved_step
-from research.runs.reopen import FoundRun, find_run, fitting_mesh
+from research.runs.reopen import FoundRun, find_run, shared_mesh
 from research.runs.run_directory import RunDir
 from research.tasks.pretraining import PlainFormat
 from research.tasks.task_protocol import PromptFormat
@@ -231,7 +231,7 @@ def open_for_answering(
     others = tuple(x for x in addresses if x not in full)
     devices = devices or jax.local_devices()
     if full:
-        found_mesh = mesh or _mesh(find_run(full[0].folder).specs, devices)
+        found_mesh = mesh or shared_mesh(find_run(full[0].folder).specs, devices)
         opened = _open_full_run(full[0], found_mesh)
     else:
         opened = _open_base(model, others, mesh, devices)
@@ -301,19 +301,6 @@ def _served(
     )  # fmt: skip
 
 
-def _mesh(specs: Mapping[str, Any], devices: Sequence[Any]) -> Mesh:
-    """A mesh of all processes that have `devices`."""
-    mesh = fitting_mesh(specs, devices)
-    used, wanted = ({x.process_index for x in y} for y in (mesh.devices.flat, devices))
-    if used != wanted:
-        raise UserError(
-            f"the model divides over {mesh.size} of {len(devices)} devices, so "
-            f"{len(wanted - used)} of {len(wanted)} processes would hold nothing of "
-            f"it: start {len(used)}"
-        )
-    return mesh
-
-
 def _in_form(opened: Answering, weights: str, run: Path | None = None) -> Answering:
     """`opened` with its base in the form that `--weights` names."""
     if run is None and opened.served_base.address:
@@ -350,7 +337,7 @@ def _open_base(
     for address in runs:  # Before any weight is read.
         find_adapters(address, base)
     specs = Model(base.architecture).specs
-    mesh = mesh or _mesh(specs, devices)
+    mesh = mesh or shared_mesh(specs, devices)
     config = first.config.model if first else ModelConfig()
     model = make_model(
         config, base.architecture, mesh, length=base.architecture.max_position, rows=1

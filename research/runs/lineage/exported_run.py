@@ -19,18 +19,14 @@ from research.checkpoints.stored_steps import seal_of
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json
-from research.formats.base_model import EXPORTED
-from research.formats.export_folder import new_folder
+from research.formats.export_folder import ExportFolder
 from research.formats.export_format import ExportedModel, ExportFormat, ExportOptions
+from research.formats.export_names import CARD, EXPORTED, ORIGIN, PARITY
 from research.formats.proof.logit_parity import ProofRows, prove
 from research.parallel import agreement
 from research.runs.run_directory import RUN, RunDir
 
-ORIGIN, CARD, PARITY = "exported_from.json", "README.md", "parity.json"
 REPLACE = "--config.replace_export=True"  # In training.
-# Files of every export of older versions. A folder that has neither these nor ORIGIN is
-# never replaced.
-MARKS = ("config.json", "tokenizer.json")
 SHAPE = {"run": str, "step": int, "checkpoint": str, "dtype": str, "files": {...: list}}
 
 
@@ -73,7 +69,7 @@ def export_run(
     step: int,
     exported: ExportedModel,
     rows: ProofRows,
-    out: Path,
+    out: ExportFolder,
     format: ExportFormat,
     options: ExportOptions,
     *,
@@ -90,7 +86,7 @@ def export_run(
       step: the updates that the weights of `exported` hold; it is saved.
       exported: the model of the run.
       rows: what the model and its files both compute; see `prove`.
-      out: the folder to write.
+      out: the folder to write, which is claimed.
       format, options: what is written.
       card: text of the model card; the result of the proof is added.
       replace: whether another step in `out` is replaced; `flag` sets it.
@@ -101,19 +97,15 @@ def export_run(
       OSError: the folder cannot be written.
     """
     origin = ModelOrigin.of(folder, step, options.numbers, format.name)
-    leading = jax.process_index() == 0
-    if agreement.of_first(
-        agreement.together(lambda: leading and holds(out, origin, replace, flag))
-    ):
-        logging.info("export: %s holds %s already; nothing is written", out, origin)
+    if is_there(out, origin, replace, flag):
         return
-    with new_folder(out) as partial:
+    with out.filled() as partial:
         format.write(exported, partial, options)
         # The others read what the first one has written.
         agreement.together(lambda: None)
         written = format.read_back(partial, exported)
         parity = prove(exported, written, rows, options.numbers)
-        if leading:
+        if jax.process_index() == 0:
             proof = (
                 f"## Proof\n\nRead back and compared with the run: {parity.sentence()}."
             )
@@ -142,11 +134,26 @@ def refuse_other_step(folder: RunDir, steps: int, replace: bool) -> None:
     holds(folder.path / EXPORTED, wanted, replace, REPLACE)
 
 
+def is_there(out: ExportFolder, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
+    """Whether `out` is the export of `wanted` already, which the log then says.
+
+    Every process calls it. See `holds` for the arguments and errors.
+    """
+    leading = jax.process_index() == 0
+    found = agreement.of_first(
+        agreement.together(lambda: leading and holds(out.path, wanted, replace, flag))
+    )
+    if found:
+        logging.info("export: %s holds %s already; nothing is written", out, wanted)
+    return found
+
+
 def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
     """Whether `out` is the export of `wanted`; False where it may be written.
 
     A step that was trained again is another one if its checkpoint differs, but a run
-    replaces its own export of its last step. See `export_run` for the arguments.
+    replaces its own export of its last step. A folder with anything else than the files
+    of an export is never replaced. See `export_run` for the arguments.
 
     Raises:
       UserError: another step is there and must not be replaced, or something that is
@@ -154,26 +161,31 @@ def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
     """
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
-    is_export = (out / ORIGIN).is_file()
-    if not is_export and not all((out / name).is_file() for name in MARKS):
-        raise UserError(f"{out} exists and is no exported model; name another folder")
-    what, new = "a model that does not say which step it is", ""
-    if is_export:
-        found = read_json(out / ORIGIN, SHAPE, f"remove {out}, and export again")
-        names = {field.name for field in dataclasses.fields(ModelOrigin)}
-        here = ModelOrigin(**{k: v for k, v in found.items() if k in names})
-        what = str(here)
-        if here == wanted:
-            # Reads the whole export, so it comes last.
-            if not (changed := _changed_file(out, found["files"])):
-                return True
-            what = f"{here}, {changed} of which has changed since"
-        elif here.saved_as(wanted.checkpoint) == wanted:
-            if flag == REPLACE:
-                # A run that was killed after its export trains its last step again.
-                return False
-            what = f"{here} from another checkpoint ({_short(here)})"
-            new = f" ({_short(wanted)})"
+    if not (out / ORIGIN).is_file():
+        raise UserError(
+            f"{out} exists, and has no {ORIGIN} that says it is an export, so it is "
+            "never replaced: name another folder, or move it away"
+        )
+    found = read_json(out / ORIGIN, SHAPE, f"remove {out}, and export again")
+    names = {field.name for field in dataclasses.fields(ModelOrigin)}
+    here, new = ModelOrigin(**{k: v for k, v in found.items() if k in names}), ""
+    what = str(here)
+    if here == wanted:
+        # Reads the whole export.
+        if not (changed := _changed_file(out, found["files"])):
+            return True
+        what = f"{here}, {changed} of which has changed since"
+    elif here.saved_as(wanted.checkpoint) == wanted:
+        what = f"{here} from another checkpoint ({_short(here)})"
+        new = f" ({_short(wanted)})"
+        # A run that was killed after its export trains its last step again.
+        replace |= flag == REPLACE
+    others = sorted({x.name for x in out.iterdir()} - {*found["files"], ORIGIN})
+    if others and replace:
+        raise UserError(
+            f"{out} holds {others[0]}, which is no part of the export there, so it is "
+            "not replaced: move that away, or name another folder"
+        )
     if replace:
         return False
     raise UserError(

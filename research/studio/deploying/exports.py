@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from research.checkpoints.stored_steps import size_of, step_folders
-from research.config.choices import EXPORT_DTYPES, EXPORT_MODULES
-from research.core.atomic_files import PARTIAL, REPLACED
+from research.config.choices import EXPORT_FORMATS
 from research.core.errors import UserError
 from research.core.json_files import read_json
+from research.formats.export_names import EXPORTED, EXPORTS, ORIGIN, is_unfinished
 from research.studio.jobs.job_commands import python
 from research.studio.roots import shown_paths
 
-FOLDER = "exports"  # In a run directory; `model` is the export of its end.
-ORIGIN = "exported_from.json"
 SHAPE = {"step": int, "dtype": str}
 
 
@@ -33,24 +31,25 @@ class ExportChoice:
     flags: tuple[str, ...]
 
 
-HUGGING_FACE = tuple(
-    ExportChoice(dtype, f"Hugging Face folder, merged, {dtype}", (f"--dtype={dtype}",))
-    for dtype in EXPORT_DTYPES
-)
-# Each is offered where `research.export` has it.
-MORE = (
-    ExportChoice("peft", "adapter of PEFT", ("--format=peft",)),
-    ExportChoice("gguf", "GGUF, merged, float16", ("--format=gguf", "--dtype=float16")),
-    ExportChoice("gguf-q8_0", "GGUF, merged, q8_0", ("--format=gguf", "--quant=q8_0")),
-    ExportChoice("gguf-q4_0", "GGUF, merged, q4_0", ("--format=gguf", "--quant=q4_0")),
-    ExportChoice("gguf-adapter", "adapter in GGUF", ("--format=gguf-adapter",)),
-)
-
-
 def known_formats() -> tuple[ExportChoice, ...]:
-    """The formats that `research.export` writes."""
-    names = {f"--format={name}" for name in EXPORT_MODULES}
-    return (*HUGGING_FACE, *(x for x in MORE if x.flags[0] in names))
+    """The formats that `research.export` writes, with the numbers of each."""
+    return tuple(
+        ExportChoice(
+            f"{name}-{numbers}",
+            f"{format.title}, {numbers}",
+            (f"--format={name}", f"--{flag}={numbers}"),
+        )
+        for name, format in EXPORT_FORMATS.items()
+        for flag, choices in (("dtype", format.dtypes), ("quant", format.quants))
+        for numbers in choices
+    )
+
+
+def name_of_choice(format: str = "", dtype: str = "", quant: str = "") -> str:
+    """The name of the choice that flags of `research.export` make."""
+    format = format or next(iter(EXPORT_FORMATS))
+    usual = [x.dtypes[0] for x in (EXPORT_FORMATS.get(format),) if x]
+    return "-".join([format, *([quant or dtype] if quant or dtype else usual)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ def exporting(run: Path, step: str, format: str) -> tuple[list[str], Path]:
         known = ", ".join(x.name for x in known_formats())
         raise UserError(f"format={format[:40]!r}; there are {known}")
     require_step(run, step)
-    out = run / FOLDER / f"{step}-{format}"
+    out = run / EXPORTS / f"{step}-{format}"
     written, place = shown_paths([run, out])
     flags = [f"--run={written}", f"--step={step}", f"--out={place}", *chosen.flags]
     return [python(), "-m", "research.export", *flags], out
@@ -112,9 +111,9 @@ def newest(run: Path) -> str:
 
 def find_exports(run: Path) -> Iterator[FoundExport]:
     """The exports in a run directory."""
-    folders: Sequence[Path] = sorted((run / FOLDER).glob("*"))
-    for folder in (run / "model", *folders):
-        if not folder.is_dir() or folder.suffix in (PARTIAL, REPLACED):
+    folders: Sequence[Path] = sorted((run / EXPORTS).glob("*"))
+    for folder in (run / EXPORTED, *folders):
+        if not folder.is_dir() or is_unfinished(folder.name):
             continue
         try:
             facts = read_json(folder / ORIGIN, SHAPE, "export again")

@@ -6,7 +6,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.local_paths import split_step
-from research.studio.deploying.exports import HUGGING_FACE, known_formats
+from research.studio.deploying.exports import name_of_choice
 from research.studio.jobs.pasted_words import (
     flag_values,
     lacking,
@@ -28,7 +28,7 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 LISTS = {SERVE: ("run",), EXPORT: (), ALIASES: ()}  # Flags with several values.
 SET_BY_FORMS = ("out", "adapters_from", "api_key_file")
 RESOLVED = ("run", "step", "alias", "back")  # A form may write another value.
-FORMAT_FLAGS, USUAL_FORMAT = ("format", "dtype", "quant"), "--format=hf"
+FORMAT_FLAGS = ("format", "dtype", "quant")
 
 
 def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
@@ -58,11 +58,9 @@ def fields_of_command(text: str, runs: Roots) -> dict[str, Any]:
         name = {"name": keys.parent.name} if keys.parent.name else {}
         return {"do": "serve", "run": chosen, **name, **last}
     if door == EXPORT:
-        written = [f"--{x}={last.pop(x)}" for x in FORMAT_FLAGS if x in last]
-        flags = tuple(x for x in written if x != USUAL_FORMAT) or HUGGING_FACE[0].flags
-        names = [x.name for x in known_formats() if x.flags == flags]
-        chosen_format = [*names, " ".join(flags)][0]
-        return {"do": "export", "run": chosen, "format": chosen_format, **last}
+        numbers = {x: last.pop(x) for x in FORMAT_FLAGS if x in last}
+        made = name_of_choice(**numbers)
+        return {"do": "export", "run": chosen, "format": made, **last}
     alias = {"alias": _named(last.get("alias", ""), runs)}
     back = last.get("back", "False")
     if back in ("", "True"):
@@ -89,7 +87,6 @@ def lost(text: str, made: Sequence[str], names: Sequence[str] = SET_BY_FORMS) ->
         for value in values
         if name in names or (made and name not in RESOLVED)
     ]
-    given = [word for word in given if word != USUAL_FORMAT]
     return without([*found.before, *lacking(given, made)])
 
 

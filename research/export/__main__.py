@@ -26,13 +26,13 @@ Writes a model in one format, or in several with commas between them:
   gguf-adapter
         the adapters alone, in float32, for llama.cpp and the GGUF file of the base
 
-What cannot be written is refused before anything is. Each format gets a model card, and
-exported_from.json, which names the step. The files are read back and compared with the
-run on some of its held-out rows: parity.json has the differences. Files that compute
-something else are removed, and the exit code is 1. A folder that holds another step is
-replaced with --replace=True only, and one that is no export never. The default folder
-is RUN_DIR/model, and RUN_DIR/exports/FORMAT for other formats; with several formats,
---out has a folder for each.
+A format that cannot hold the model is refused before anything is written. Each gets a
+model card, and exported_from.json, which names the step. The files are read back and
+compared with the run on some of its held-out rows: parity.json has the differences.
+Files that compute something else are removed, and the exit code is 1. A folder that
+holds another step is replaced with --replace=True only, and one that is no export
+never. The default folder is RUN_DIR/model, and RUN_DIR/exports/FORMAT for other
+formats; with several formats, --out has a folder for each.
 
 A model that is too large for one machine is split over a process on each: start the
 same command with --distributed on all of them, as for research.serve.

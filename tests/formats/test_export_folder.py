@@ -26,7 +26,7 @@ def write(path, text):
 
 
 def leave(folder, name, *parts):
-    """What a kill leaves of an export `name`."""
+    """Makes the leftovers of an export `name` that was killed."""
     (folder / f".{name}.partial.lock").touch()
     for part in parts:
         (folder / f".{name}.{part}").mkdir()

@@ -22,6 +22,8 @@ import psutil
 from served_studio import append
 from studio_place import eval_line, make_run, train_line
 
+from research.studio.pages.page_view import TABS
+
 TRIES = 5
 LONG = 100_000  # lines of a long run
 WATCHED = 30.0  # seconds of a run that trains
@@ -92,10 +94,8 @@ def measure(folder: Path, runs: int) -> None:
         server = Server(folder)
         try:
             start = server.megabytes()
-            cold_list, cold_curves = (
-                server.cost("/"),
-                server.cost("/api/curves?run=runs/long"),
-            )
+            cold_list = server.cost("/")
+            cold_curves = server.cost("/api/curves?run=runs/long")
             lists.append((cold_list, server.cost("/")))
             curves.append((cold_curves, server.cost("/api/curves?run=runs/long")))
             grown = server.megabytes()
@@ -126,7 +126,8 @@ def first_paints(server: Server) -> None:
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    pages = ("/", "/run/runs/run-000", "/run/runs/long", "/train", "/data", "/deploy")
+    tabs = [path for path, _ in TABS]
+    pages = (*tabs, "/run/runs/run-000", "/run/runs/long")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]

@@ -21,7 +21,14 @@ from fake_upstream import (
     said_by_models,
 )
 from served_studio import ServedStudio, append
-from studio_place import StudioPlace, eval_line, make_run, train_line
+from studio_place import (
+    ENDS,
+    StudioPlace,
+    eval_line,
+    make_run,
+    make_survey,
+    train_line,
+)
 from studio_process import until
 
 from research.studio.jobs.job_queue import QueuedJob
@@ -84,8 +91,15 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
     page.get_by_text("live", exact=True).wait_for()
     assert "token" not in page.url
     assert page.locator(".chart canvas").count() == 6
+    assert not page.get_by_role("heading", name="Samples").is_visible()
+    sample = {"step": 80, "prompt": "Why <b>?", "text": "It is so."}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page.evaluate("Date.now = () => Number.MAX_SAFE_INTEGER")  # Files were just read.
     append(run, train_line(80, loss=0.125), eval_line(80, 0.75, qa=0.5))
     page.locator('[data-figure="loss"]', has_text="0.125").wait_for()
+    panel = page.get_by_role("heading", name="Samples").locator("xpath=..")
+    panel.get_by_text("It is so.").wait_for()
+    assert panel.locator("pre").all_inner_texts() == ["Why <b>?", "It is so."]
     page.locator('[data-figure="held_out"]', has_text="0.75").wait_for()
     server.stop()
     append(run, train_line(81, loss=0.0625))
@@ -162,7 +176,25 @@ def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
     looks.set()
     require_once(82)
     assert feed._listeners == 1
+    require_two_tabs_agree(page, run)
     assert tab.faults == []
+
+
+def require_two_tabs_agree(page, run):
+    """Both follow the run, and both say so when it has ended."""
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.get_by_text("live", exact=True).wait_for()
+    append(run, train_line(83, loss=0.835))
+    for each in (page, other):
+        each.locator('[data-figure="loss"]', has_text="0.835").wait_for()
+    record = json.loads((run / "run.json").read_text())
+    record["starts"][0] |= ENDS["stopped"]
+    (run / "run.json").write_text(json.dumps(record))
+    for each in (page, other):
+        each.locator(".state", has_text="stopped").wait_for()
+        each.get_by_role("button", name="Resume").wait_for()
+    other.close()
 
 
 def test_compared_curves_have_a_table_and_outlive_a_run_that_is_removed(
@@ -261,14 +293,41 @@ def test_a_page_follows_a_job_that_begins_writes_and_ends(browser, served):
     assert tab.faults == []
 
 
+def test_a_command_is_copied_and_knobs_are_found(browser, served):
+    may = ["clipboard-read", "clipboard-write"]
+    tab = Tab(browser, served[1], permissions=may)
+    page = tab.page
+    tab.open("/train")
+    command = page.locator(".command").nth(1)
+    copy = command.get_by_role("button", name="Copy")
+    copy.press("Enter")
+    command.get_by_role("button", name="Copied").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == command.locator("pre").inner_text()
+    assert "-m launch local -- --config=" in copied
+    page.get_by_label("Search").fill("ALPHA pattern")
+    shown = page.locator("[data-group] [data-knob]:visible label")
+    assert shown.all_inner_texts() == ["lora.alpha_pattern"]
+    page.get_by_label("Search").press("Enter")
+    assert page.url.endswith("/train")
+    page.get_by_label("Search").fill("no such knob")
+    assert shown.count() == 0
+    page.get_by_label("Search").fill("")
+    assert page.locator("[data-group]:visible").count() > 8
+    copy.wait_for()  # Not `Copied` any more.
+    assert tab.faults == []
+
+
+LOOKED_AT = ["--config=configs/finetune_dolly.py", "--config.data.path=embedded"]
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}&step=60&target=x", "/absent",
-    "/data", "/data?file=data/rows.jsonl", "/train", f"/evaluate?run=runs/{NAME}",
+    "/data", "/data?file=data/rows.jsonl", "/data?file=embedded", "/train",
+    f"/evaluate?run=runs/{NAME}",
     "/evaluate?flags=--run=", "/plans", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
     "/sweeps", "/sweep/runs/sweep",
     "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
-    "/chat",
+    "/chat?server=api", "/deploy/hand", "/chat",
 )  # fmt: skip
 
 
@@ -276,9 +335,20 @@ PATHS = (
     "scheme, width",
     [("dark", 390), pytest.param("light", 1280, marks=pytest.mark.soak)],
 )
-def test_pages_have_no_serious_fault_of_accessibility(browser, served, scheme, width):
+def test_pages_have_no_serious_fault_of_accessibility(
+    browser, served, hand, scheme, width
+):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     size = {"width": width, "height": 900}
+    state = served[0].state
+    make_survey(state.checks, LOOKED_AT)
+    own = {"pid": os.getpid(), "born": psutil.Process().create_time()}
+    log = str(served[0].runs / "job.log")
+    job = QueuedJob("1", ("x", "-m", "y"), "a job", "a", log, "/", "2026", began="2026")
+    with state.queue.changing() as jobs:
+        jobs.running.append(dataclasses.replace(job, **own))
+        jobs.waiting += [dataclasses.replace(job, id=x, began="") for x in "23"]
+        jobs.ended += [dataclasses.replace(job, id="4", exit_code=1, said="broken")]
     # The policy forbids the checker's own script; `test_a_page_follows` has it on.
     tab = Tab(browser, served[1], color_scheme=scheme, viewport=size, bypass_csp=True)
     for path in PATHS:

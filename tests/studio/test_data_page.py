@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from studio_place import make_survey
+from studio_process import until
 from tiny_model import make_tiny_model
 
 from research.studio.checks import __main__ as checks_door
@@ -17,10 +19,7 @@ from research.studio.checks.row_survey import (
     BLOCK,
     histogram,
     read_survey,
-    summed_up,
-    write_survey,
 )
-from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan, RowPage
 
 ROW = {"question": "What is <b>red</b>?", "reply": "A colour.", "kind": "plain"}
 
@@ -94,11 +93,8 @@ def script(monkeypatch, code):
 
 
 def ended(checks, flags=()):
-    for _ in range(500):
-        if (found := checks.read(flags, rows_only=True)).state != "running":
-            return found
-        time.sleep(0.02)
-    raise AssertionError("the check does not end")
+    until(lambda: checks.read(flags, rows_only=True).state != "running")
+    return checks.read(flags, rows_only=True)
 
 
 def test_what_a_check_finds_is_read_from_its_files(site, monkeypatch):
@@ -156,25 +152,10 @@ def test_a_look_at_rows_does_not_end_the_check_of_a_start(tmp_path, monkeypatch)
 # -- all rows ------------------------------------------------------------------------
 
 
-def survey(site, flags, first=0, **more):
-    """Files as a check of 450 rows leaves them."""
-    spans = [PreviewSpan((), "ask", False), PreviewSpan((), "<u>", True)]
-    numbers = range(first, min(first + BLOCK, 450))
-    documents = (PreviewDocument("", f"row-{n}", tuple(spans)) for n in numbers)
-    rows = [PreviewRow((document,)) for document in documents]
-    page = RowPage(first, rows, np.full(450, 40), [("b:2", "<b>:1")], 3)
-    checks = site.state.checks
-    folder = checks._place(flags, True, first)
-    folder.mkdir(parents=True)
-    (folder / "process.json").write_text('{"pid": 99999999, "born": 1.0}')
-    (folder / "doctor.json").write_text('{"findings": []}')
-    write_survey(folder, summed_up(page, ["rows.jsonl:7: <i>empty</i>"], 63))
-
-
 def test_all_rows_are_paged_with_bounded_work_for_each_page(site, started):
     flags = ["--config=configs/finetune_dolly.py", "--config.data.path=embedded"]
-    survey(site, flags)
-    survey(site, flags, BLOCK)
+    make_survey(site.state.checks, flags)
+    make_survey(site.state.checks, flags, BLOCK)
     client = site.client()
 
     def places(at):

@@ -30,9 +30,9 @@ def with_steps(folder, *steps):
     identity = dict.fromkeys(("run", "data", "base model", "tokenizer"), "x")
     (folder / "identity.json").write_text(json.dumps(identity))
     for step in steps:
-        site = folder / "checkpoints" / str(step)
-        site.mkdir(parents=True)
-        (site / "sums.json").write_text(json.dumps({"sum": f"{folder.name}{step}"}))
+        saved = folder / "checkpoints" / str(step)
+        saved.mkdir(parents=True)
+        (saved / "sums.json").write_text(json.dumps({"sum": f"{folder.name}{step}"}))
     return folder
 
 
@@ -63,7 +63,7 @@ def test_an_alias_is_moved_by_the_command_that_the_page_shows(site):
     assert run_alias.target(site.runs / "prod") == (site.runs / "a", 2)
     assert audit(site) == [("promote", "prod")]
     assert "runs/a@2" in client.get("/deploy").text
-    ((line),) = site.state.audit.read()
+    (line,) = site.state.audit.read()
     assert line["command"].endswith(command)
     # The alias is no run, and the step it stands for holds its run here.
     assert len(site.state.listed()) == 1
@@ -164,7 +164,7 @@ def test_a_server_of_an_alias_is_started_by_the_command_that_is_shown(site, star
     page = client.get("/deploy", params=fields).text
     answer = client.post("/act/serve", data=fields)
     assert answer.headers["location"].startswith("/deploy/api")
-    ((command),) = started
+    (command,) = started
     assert f"--run={site.runs}/prod" in command and "--slots=4" in command
     assert "--port=9123" in command and f"--adapters_from={site.runs}" in command
     assert " ".join(command[1:]) in page

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import random
 import socket
 import threading
 
+from research.core.errors import UserError
 from research.serve.http.http_server import HttpServer
 from research.serve.http.sockets import open_port
 
@@ -15,11 +17,21 @@ def append(run, *lines, end="\n"):
         file.write("\n".join(map(json.dumps, lines)) + end)
 
 
+def open_kept_port():
+    """A port that a server which starts again finds free.
+
+    Linux gives programs that ask for any port those from 32768 on.
+    """
+    while True:
+        with contextlib.suppress(UserError):  # Another process listens there.
+            return open_port("127.0.0.1", random.SystemRandom().randrange(20000, 32768))
+
+
 class ServedStudio:
     """A studio on a real socket, in a thread."""
 
     def __init__(self, app, port=0):
-        self.listener = open_port("127.0.0.1", port)
+        self.listener = open_port("127.0.0.1", port) if port else open_kept_port()
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.app, self.server = app, HttpServer(app, 3.0)

@@ -4,14 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 from starlette.testclient import TestClient
 
 from research.config.run_config import Config
 from research.config.saved_config import to_json
 from research.serve.http.access_keys import ApiKeys
 from research.studio.app import make_app
+from research.studio.checks.row_survey import BLOCK, summed_up, write_survey
 from research.studio.roots import Roots
 from research.studio.studio_state import StudioState
+from research.tasks.row_preview import PreviewDocument, PreviewRow, PreviewSpan, RowPage
 
 TOKEN = "a-token-of-the-tests"
 URL = "http://127.0.0.1:8700"
@@ -62,6 +65,20 @@ def make_run(folder, end="stopped", lines=None, **knobs):
     if end == "finished":
         (folder / "complete.json").write_text("{}")
     return folder
+
+
+def make_survey(checks, flags, first=0):
+    """Files as a check of 450 rows leaves them."""
+    spans = [PreviewSpan((), "ask", False), PreviewSpan((), "<u>", True)]
+    numbers = range(first, min(first + BLOCK, 450))
+    documents = (PreviewDocument("", f"row-{n}", tuple(spans)) for n in numbers)
+    rows = [PreviewRow((document,)) for document in documents]
+    page = RowPage(first, rows, np.full(450, 40), [("b:2", "<b>:1")], 3)
+    folder = checks._place(flags, True, first)
+    folder.mkdir(parents=True)
+    (folder / "process.json").write_text('{"pid": 99999999, "born": 1.0}')
+    (folder / "doctor.json").write_text('{"findings": []}')
+    write_survey(folder, summed_up(page, ["rows.jsonl:7: <i>empty</i>"], 63))
 
 
 class StudioPlace:

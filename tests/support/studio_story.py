@@ -21,14 +21,15 @@ KNOBS = {
     "data.batch_size": "4", "data.microbatch_size": "4", "data.held_out": "4",
     "lora.rank": "4", "run_dir": "runs/whales",
     "model.dtype": "float32", "optim.learning_rate": "3e-3", "optim.warmup": "0",
-    "eval.every": "500", "eval.prompts": "0", "eval.answers_rows": "0",
+    "eval.every": "500", "eval.prompts": "1", "eval.max_new_tokens": "4",
+    "eval.answers_rows": "0",
     "checkpoint.every": "1000", "runtime.peak_tflops": "0.05",
 }  # fmt: skip
 QUESTION = "How long is a whale?"
 # The answer of each row: the model learns it soon, whatever it is asked, and keeps it.
 LEARNED = "30 m"
 ENOUGH = 60  # steps until it surely has; ten are enough
-WATCHED = 3.0  # seconds
+WATCHED = 5.0  # seconds
 WAIT = 400_000  # milliseconds; the machine may be busy with other work
 
 
@@ -88,7 +89,7 @@ def tell(browser, studio):
         watch(tab, studio, found)
         found.faults += tab.faults
         tab = survive_a_kill(browser, studio, tab)
-        stop_and_resume(tab)
+        stop_and_resume(tab, studio)
         deploy_and_call(tab)
         compare_in_chat(tab)
         move_the_alias(tab, found)
@@ -141,6 +142,8 @@ def upload_and_map(tab, studio):
     assert " m" in trained and "How long" not in trained
     assert "How long is whale" in row.inner_text() and "Moby" in row.inner_text()
     assert "whales.csv:" in page.content()
+    findings = page.get_by_role("region", name="findings")
+    findings.get_by_text("60: size 60", exact=True).wait_for()  # Rows by category.
 
 
 def start_training(tab):
@@ -208,7 +211,7 @@ def trainers(studio):
     ]
 
 
-def stop_and_resume(tab):
+def stop_and_resume(tab, studio):
     """Twice, so that the run has two checkpoints at the end.
 
     However slow the machine is, the last has learned what `compare_in_chat` asks.
@@ -225,8 +228,26 @@ def stop_and_resume(tab):
     tab.open("/run/runs/whales")
     wait_for_state(page, "running")
     wait_for_step(page, max(stopped + 5, ENOUGH))
+    save_and_answer_now(page, studio.folder / "runs" / "whales" / "checkpoints")
     page.get_by_role("button", name="Stop", exact=True).click()
     wait_for_state(page, "stopped")
+
+
+def save_and_answer_now(page, checkpoints):
+    """A checkpoint appears on the disk, and an answer on the page, while it trains."""
+
+    def saved():
+        return {x.name for x in checkpoints.iterdir() if x.name.isdecimal()}
+
+    before = saved()
+    page.get_by_role("button", name="Checkpoint now").click()
+    page.get_by_text("checkpoint: the job acts after the step in hand").wait_for()
+    until(lambda: saved() - before)
+    assert not page.get_by_role("heading", name="Samples").is_visible()
+    page.get_by_role("button", name="Sample now").click()
+    sample = page.locator("[data-samples] .panel").first
+    sample.wait_for()
+    assert "How long is whale" in sample.inner_text()
 
 
 def promote(tab, step):

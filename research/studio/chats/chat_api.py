@@ -77,12 +77,10 @@ async def add(request: Request) -> Response:
     name, line = body.get("chat", ""), body.get("line")
     if not isinstance(name, str) or not isinstance(line, dict):
         raise PageError(400, "the body must be {chat: ID or empty, line: {...}}")
-    found, action = (
-        conversations(request),
-        ACTIONS.get(str(line.get("kind")), "add line"),
-    )
+    kept = conversations(request)
+    action = ACTIONS.get(str(line.get("kind")), "add line")
     with noted(request, action, name[:40] or NEW) as facts:
-        name, line = await asyncio.to_thread(found.add, name, line)
+        name, line = await asyncio.to_thread(kept.add, name, line)
         facts |= {"chat": name, "line": line["id"]}
     return json_answer({"chat": name, "line": line})
 

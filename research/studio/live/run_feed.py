@@ -92,8 +92,8 @@ class RunFeed:
         if self._listeners >= MOST_LISTENERS:
             raise PageError(
                 503,
-                f"{MOST_LISTENERS:,} tabs follow runs now, and the studio serves no "
-                "more: close some, or load the page again for the figures of now",
+                f"too many tabs follow runs: there may be at most {MOST_LISTENERS:,}; "
+                "close some, or load the page again for the figures of now",
             )
 
     def end(self) -> None:

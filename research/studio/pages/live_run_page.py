@@ -54,7 +54,7 @@ WRONG_VALUES = (ArithmeticError, TypeError, ValueError)  # of a damaged file
 REQUESTS = {
     "stop": "Save after the step in hand, then end. Resumes bit for bit on a CPU.",
     "checkpoint": "Save now and continue.",
-    "sample": "Let the model answer now; the answers appear under Samples.",
+    "sample": "Answer eval.prompts held-out prompts now; see Samples below.",
 }
 
 

@@ -14,7 +14,9 @@ from research.core.errors import UserError, nearest
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf
 
-ALL_LINEAR = "all-linear"  # As in PEFT: all matrices but the embedding and the head.
+# As in PEFT: all matrices but the embedding, the head, and the router of experts, which
+# is no linear layer in transformers 5.
+ALL_LINEAR, ROUTED = "all-linear", "choices"
 LISTED = re.compile(r"[\w.-]+( *, *[\w.-]+)+")
 
 
@@ -61,8 +63,8 @@ def own_patterns(
 
     A pattern that matches no path of ours may match the end of a module's name, from a
     dot on, as `q_proj`, `self_attn.q_proj` and `(q|v)_proj` do. `all-linear` stands for
-    every matrix of the layers. One pattern may hold several names between commas.
-    `groups` has the patterns that further names stand for.
+    every matrix of the layers but routers. One pattern may hold several names between
+    commas. `groups` has the patterns that further names stand for.
 
     Raises:
       UserError: a pattern matches neither a path nor a name; the message lists both.
@@ -79,18 +81,23 @@ def own_patterns(
             paths = [
                 path
                 for path, spec in specs.items()
-                if (pattern == ALL_LINEAR and spec.stacked and spec.n_in)
+                if (pattern == ALL_LINEAR and _is_linear(spec))
                 or any(map(expression.fullmatch, _ends(spec)))
             ]
             if not paths:
                 words = {end for spec in specs.values() for end in _ends(spec)}
                 listed = [f"{path}{_shown(spec)}" for path, spec in specs.items()]
-                listed.append(f"and {ALL_LINEAR} stands for every matrix of the layers")
+                every = "every matrix of the layers but routers"
+                listed.append(f"and {ALL_LINEAR} stands for {every}")
                 if groups:
                     listed.append(f"and {', '.join(groups)} for all of their kind")
                 raise _no_match(pattern, {*_words(specs), *words, *groups}, listed)
             found.append(f"^({'|'.join(map(re.escape, paths))})$")
     return tuple(found)
+
+
+def _is_linear(spec: Spec) -> bool:
+    return spec.stacked > 0 and spec.n_in > 0 and ROUTED not in spec.axes
 
 
 def _ends(spec: Spec) -> list[str]:

@@ -152,6 +152,8 @@ def test_a_file_may_spell_names_otherwise(tmp_path, name, beginning, other, igno
             "partial_rotary_factor is 0.4; it must be an even share of the 8 numbers",
         ),
         ("qwen3", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic', whose"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "is [1]; it must be []: all layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "is 2; it must be 1: all layers"),
         ("qwen3", {"model_type": "gemma4"}, "layers share keys and values, and each"),
         ("qwen3", {"model_type": "lfm2"}, "most of its layers are short convol"),
         ("qwen3", {"model_type": "mamba2"}, "keep a state in place of keys and"),

@@ -175,6 +175,7 @@ def test_recorded_models_that_llama_cpp_cannot_say_are_refused_by_name():
     [
         ("phi3", {"head_dim": 16}, "4 heads that are not 32 / 4 wide"),
         ("olmo2", {"tie_word_embeddings": True}, "a head that is tied"),
+        ("gemma2", {"tie_word_embeddings": False}, "a head that is not tied"),
         ("gpt_neox", {"attention_bias": False}, "attention that has no biases"),
         ("qwen3_moe", {"norm_topk_prob": False}, "cannot say that experts is"),
         ("qwen3", {"head_dim": 64, "rope_scaling": RAMP}, "that ropes is"),
@@ -330,6 +331,23 @@ def test_a_pattern_of_windows_in_the_file_counts(pattern):
 def test_tables_of_rotary_embeddings_that_cannot_be_true_are_refused(tables, said):
     with pytest.raises(UserError, match=f"x.gguf.*{said}"):
         reread(shape_of("phi3"), tables=tables)
+
+
+def test_an_old_file_has_a_tensor_for_each_expert(tmp_path):
+    model = Model(shape_of("mixtral"))
+    params = random_params(model.specs)
+    tensors = gguf_tensors(model, params)
+    for name in [name for name in tensors if "_exps" in name]:
+        for expert, matrix in enumerate(tensors.pop(name)):
+            tensors[name.replace("_exps", f".{expert}")] = matrix
+    assert "blk.1.ffn_down.2.weight" in tensors
+    metadata = write_metadata(model.architecture)
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", metadata, tensors))
+    assert computed(file.read_architecture()) == computed(model.architecture)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loaded = load_params(file, model, dict.fromkeys(model.specs, here), np.float32)
+    for path, value in params.items():
+        np.testing.assert_array_equal(loaded[path], value, err_msg=path)
 
 
 def test_tensors_that_do_not_fit_the_metadata_are_named(tmp_path):

@@ -23,6 +23,7 @@ from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.weights.adapters import lora, serving_bank
+from research.weights.adapters.adapter_kind import with_own_patterns
 
 MIXED = dataclasses.replace(
     TINY, mlp=24, experts=Experts(count=5, chosen=2, balance_weight=0.5)
@@ -206,6 +207,9 @@ def test_each_row_of_a_batch_has_experts_of_its_own_adapter(mixed, weights):
 def test_the_router_is_frozen_unless_it_is_a_target(mixed):
     adapted = lora.adapter_specs(mixed.specs, LoRAConfig())
     assert not [path for path in adapted if "router" in path]
+    # To PEFT on transformers 5 it is no linear layer.
+    linear = with_own_patterns(LoRAConfig(targets=("all-linear",)), mixed.specs)
+    assert lora.adapter_specs(mixed.specs, linear).keys() == adapted.keys()
     assert {p for p in adapted if ".mlp." in p} == {
         f"layers.mlp.{name}.kernel" for name in ("gate", "up", "down")
     }

@@ -93,7 +93,7 @@ class GGUFFile:
         return values.reshape(self._shape(name))
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
-        return family.gguf_tensors
+        return family.gguf_layout(self._tensors)
 
     def on(self, mesh: Mesh) -> "GGUFFile":
         return self
@@ -117,7 +117,8 @@ def _open_strictly(file: Path) -> Any:
     """A reader that stops where the file does, and reads long lists at once.
 
     That of the library reads nothing behind the end, for as many times as the file
-    says that something comes; and it takes a minute for the tokens of Gemma.
+    says that something comes; and it takes a minute for the tokens of Gemma. Its public
+    methods all come after both, so two private ones are replaced.
     """
     import gguf
 

@@ -55,10 +55,11 @@ GELUS = {"gelu", "gelu_tanh"}
 ROPE_SWITCHES = {
     "rope_theta", "rope_scaling", "rope_fraction", "window_rope", "unrotated_layers",
 }  # fmt: skip
-# Architectures whose heads together are as wide as the embedding, and whose head is a
-# tensor of its own.
+# Architectures whose heads together are as wide as the embedding, whose vocabulary head
+# is a tensor of its own, and whose vocabulary head is always the embeddings.
 EVEN_HEADS = {"phi3", "olmo2"}
 OWN_HEADS = {"olmo2", "olmoe", "gptneox", "gpt-oss"}
+TIED_HEADS = {"gemma2"}
 # They change nothing that is computed.
 NOTES = {"vocab_size", "tensor_data_layout", f"{SCALING}finetuned"}
 
@@ -221,6 +222,8 @@ def _refuse_unloadable(a: Architecture, family: ModelFamily) -> None:
         problem = f"{a.heads} heads that are not {a.embed} / {a.heads} wide"
     if family.gguf_architecture in OWN_HEADS and a.tied_head:
         problem = "a head that is tied to the embeddings"
+    if family.gguf_architecture in TIED_HEADS and not a.tied_head:
+        problem = "a head that is not tied to the embeddings"
     if family.gguf_architecture == "gptneox" and "qkv" not in a.biases:
         problem = "attention that has no biases"
     if family.gguf_architecture == "olmoe" and a.kv_heads != a.heads:

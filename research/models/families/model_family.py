@@ -34,6 +34,7 @@ class ModelFamily:
       gguf_architecture: as in llama.cpp's `general.architecture`; "" if llama.cpp
         files of the family cannot be read.
       gguf_tensors: every tensor of a llama.cpp file.
+      other_gguf_tensors: as `other_hf_tensors`, of such files.
       gguf_fields: by the name of a field of llama.cpp's metadata, without the
         architecture in front: the field of `config.json` that says the same. Those of
         rotary embeddings are common to all families, and are not among them.
@@ -56,6 +57,7 @@ class ModelFamily:
     quantised_as: tuple[str, ...] = ()
     gguf_architecture: str = ""
     gguf_tensors: tuple[StoredTensor, ...] = ()
+    other_gguf_tensors: tuple[tuple[StoredTensor, ...], ...] = ()
     gguf_fields: Mapping[str, str] = MappingProxyType({})
     gguf_mark: str = ""
     gguf_period: int = 0
@@ -64,8 +66,7 @@ class ModelFamily:
     def hf_layout(self, names: Iterable[str]) -> tuple[StoredTensor, ...]:
         """`hf_tensors` as a file with tensors of these `names` has them."""
         names = {*names}
-        layouts = (self.hf_tensors, *self.other_hf_tensors)
-        found = max(layouts, key=lambda layout: sum(t.first in names for t in layout))
+        found = _closest((self.hf_tensors, *self.other_hf_tensors), names)
         written = self.beginnings[0]
         for beginning in self.beginnings:
             tensors = tuple(
@@ -80,6 +81,17 @@ class ModelFamily:
                 return tensors
         return found
 
+    def gguf_layout(self, names: Iterable[str]) -> tuple[StoredTensor, ...]:
+        """`gguf_tensors` as a file with tensors of these `names` has them."""
+        return _closest((self.gguf_tensors, *self.other_gguf_tensors), {*names})
+
     def ignores(self, name: str) -> bool:
         """Whether the tensor `name` of a file is no parameter."""
         return any(re.search(pattern, name) for pattern in self.ignored_tensors)
+
+
+def _closest(
+    layouts: tuple[tuple[StoredTensor, ...], ...], names: set[str]
+) -> tuple[StoredTensor, ...]:
+    """The layout of which a file with these names has the most."""
+    return max(layouts, key=lambda layout: sum(t.first in names for t in layout))

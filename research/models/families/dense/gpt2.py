@@ -1,5 +1,6 @@
 """GPT-2: learned positions, LayerNorm, and matrices that lie as they multiply."""
 
+import functools
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -8,6 +9,7 @@ from research.models.families.dense import llama
 from research.models.families.dense.gpt_neox import (
     GGUF_TENSORS,
     QKV,
+    both,
     read_activation,
     write_activation,
 )
@@ -65,15 +67,8 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-def _both(name: str, *modules: str) -> tuple[StoredTensor, StoredTensor]:
-    """A matrix `[in, out]`, several with the same inputs, or a norm; and its biases."""
-    part = "scale" if modules[0].endswith("norm") else "kernel"
-    return (
-        StoredTensor(f"{name}.weight", tuple(f"{x}.{part}" for x in modules)),
-        StoredTensor(f"{name}.bias", tuple(f"{x}.bias" for x in modules)),
-    )
-
-
+# Matrices lie `[in, out]`.
+_both = functools.partial(both, transposed=False)
 LAYER = "transformer.h.{}."
 
 FAMILY = ModelFamily(

@@ -88,28 +88,29 @@ LAYER = "gpt_neox.layers.{}."
 QKV = tuple(f"layers.attention.{x}" for x in ("query", "key", "value"))
 
 
-def _both(
-    name: str, *modules: str, interleaved: bool = False
+def both(
+    name: str, *modules: str, transposed: bool = True, interleaved: bool = False
 ) -> tuple[StoredTensor, StoredTensor]:
     """A matrix, several with the same inputs, or a norm's scale; and the biases."""
     part = "scale" if modules[0].endswith("norm") else "kernel"
 
     def tensor(end: str, part: str) -> StoredTensor:
         paths = tuple(f"{module}.{part}" for module in modules)
-        return StoredTensor(f"{name}.{end}", paths, part == "kernel", interleaved)
+        is_turned = transposed and part == "kernel"
+        return StoredTensor(f"{name}.{end}", paths, is_turned, interleaved)
 
     return tensor("weight", part), tensor("bias", "bias")
 
 
 GGUF_TENSORS = (
     StoredTensor("token_embd.weight", ("embedding.table",)),
-    *_both("blk.{}.attn_norm", "layers.attention_norm"),
-    *_both("blk.{}.attn_qkv", *QKV),
-    *_both("blk.{}.attn_output", "layers.attention.output"),
-    *_both("blk.{}.ffn_norm", "layers.mlp_norm"),
-    *_both("blk.{}.ffn_up", "layers.mlp.up"),
-    *_both("blk.{}.ffn_down", "layers.mlp.down"),
-    *_both("output_norm", "final_norm"),
+    *both("blk.{}.attn_norm", "layers.attention_norm"),
+    *both("blk.{}.attn_qkv", *QKV),
+    *both("blk.{}.attn_output", "layers.attention.output"),
+    *both("blk.{}.ffn_norm", "layers.mlp_norm"),
+    *both("blk.{}.ffn_up", "layers.mlp.up"),
+    *both("blk.{}.ffn_down", "layers.mlp.down"),
+    *both("output_norm", "final_norm"),
     StoredTensor("output.weight", ("head.kernel",), transposed=True),
 )
 
@@ -120,14 +121,14 @@ FAMILY = ModelFamily(
     to_hf_config=to_hf_config,
     hf_tensors=(
         StoredTensor("gpt_neox.embed_in.weight", ("embedding.table",)),
-        *_both(f"{LAYER}input_layernorm", "layers.attention_norm"),
+        *both(f"{LAYER}input_layernorm", "layers.attention_norm"),
         # Query, key and value of head 0, then those of head 1.
-        *_both(f"{LAYER}attention.query_key_value", *QKV, interleaved=True),
-        *_both(f"{LAYER}attention.dense", "layers.attention.output"),
-        *_both(f"{LAYER}post_attention_layernorm", "layers.mlp_norm"),
-        *_both(f"{LAYER}mlp.dense_h_to_4h", "layers.mlp.up"),
-        *_both(f"{LAYER}mlp.dense_4h_to_h", "layers.mlp.down"),
-        *_both("gpt_neox.final_layer_norm", "final_norm"),
+        *both(f"{LAYER}attention.query_key_value", *QKV, interleaved=True),
+        *both(f"{LAYER}attention.dense", "layers.attention.output"),
+        *both(f"{LAYER}post_attention_layernorm", "layers.mlp_norm"),
+        *both(f"{LAYER}mlp.dense_h_to_4h", "layers.mlp.up"),
+        *both(f"{LAYER}mlp.dense_4h_to_h", "layers.mlp.down"),
+        *both("gpt_neox.final_layer_norm", "final_norm"),
         StoredTensor("embed_out.weight", ("head.kernel",), transposed=True),
     ),
     # Old files carry masks and the rotary table, which are computed here.

@@ -1,10 +1,12 @@
 """Fields of configs and names of tensors that families with experts share."""
 
+import dataclasses
 from typing import Any
 
 from research.models.architecture import Architecture, Experts
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import llama
+from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 BALANCE = "router_aux_loss_coef"
@@ -52,17 +54,6 @@ def write_experts(a: Architecture) -> dict[str, Any]:
     }
 
 
-def expert_tensors(router: str, matrices: dict[str, str]) -> tuple[StoredTensor, ...]:
-    """One tensor for each matrix of each expert, and that of the router.
-
-    `matrices` are names of a layer, with a `{}` for the expert, by our names.
-    """
-    return (
-        _of_layer(f"{router}.weight", "router"),
-        *(_of_layer(f"{name}.weight", f"mlp.{own}") for own, name in matrices.items()),
-    )
-
-
 # The fields of llama.cpp's metadata beside those of Llama.
 GGUF_FIELDS = {
     **llama.GGUF_FIELDS,
@@ -96,11 +87,45 @@ STACKED = (
         transposed=True,
     ),
 )
+# Until April 2024 it had one for each expert. It has not loaded those since October.
+GGUF_PER_EXPERT = tuple(
+    StoredTensor(
+        f"blk.{{}}.ffn_{own}.{{}}.weight", (f"layers.mlp.{own}.kernel",), transposed=True
+    )
+    for own in ("gate", "up", "down")
+)
+
+
+def with_experts(
+    dense: ModelFamily, router: str, matrices: dict[str, str], **changes: Any
+) -> ModelFamily:
+    """A family that has a router and experts in the place of each MLP of `dense`.
+
+    Args:
+      dense: names everything else.
+      router: the module of a layer.
+      matrices: those of one expert by our names; `{}` stands for its number.
+      changes: other fields in which the family differs.
+    """
+    shared = without_mlp(dense.hf_tensors)
+    per_expert = (
+        _of_layer(router, "router"),
+        *(_of_layer(name, f"mlp.{own}") for own, name in matrices.items()),
+    )
+    of_llama_cpp = (*without_mlp(dense.gguf_tensors), *GGUF_ROUTER)
+    names: dict[str, Any] = {
+        "hf_tensors": shared + per_expert,
+        "other_hf_tensors": (shared + STACKED,),
+        "gguf_tensors": of_llama_cpp + GGUF_MATRICES,
+        "other_gguf_tensors": (of_llama_cpp + GGUF_PER_EXPERT,),
+        "gguf_fields": GGUF_FIELDS,
+    }
+    return dataclasses.replace(dense, **names | changes)
 
 
 def _of_layer(name: str, own: str) -> StoredTensor:
     path = f"layers.{own}.kernel"
-    return StoredTensor(f"model.layers.{{}}.{name}", (path,), transposed=True)
+    return StoredTensor(f"model.layers.{{}}.{name}.weight", (path,), transposed=True)
 
 
 def without_mlp(tensors: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:

@@ -7,17 +7,11 @@ from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import llama
 from research.models.families.experts.expert_fields import (
-    GGUF_FIELDS,
-    GGUF_MATRICES,
-    GGUF_ROUTER,
-    STACKED,
-    expert_tensors,
     read_experts,
-    without_mlp,
+    with_experts,
     write_experts,
 )
 from research.models.families.layer_fields import read_window
-from research.models.families.model_family import ModelFamily
 
 
 def from_hf_config(fields: ConfigFields) -> Architecture:
@@ -45,22 +39,14 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-SHARED = without_mlp(llama.hf_tensors(llama.NAMES))
-MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
-FAMILY = ModelFamily(
+EXPERT = "block_sparse_moe.experts.{}."
+FAMILY = with_experts(
+    llama.FAMILY,
+    "block_sparse_moe.gate",
+    {"gate": f"{EXPERT}w1", "up": f"{EXPERT}w3", "down": f"{EXPERT}w2"},
     model_type="mixtral",
     members="Mixtral",
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
-    hf_tensors=SHARED
-    + expert_tensors(
-        "block_sparse_moe.gate",
-        {own: f"block_sparse_moe.experts.{{}}.{w}" for own, w in MATRICES.items()},
-    ),
-    other_hf_tensors=(SHARED + STACKED,),
-    ignored_tensors=llama.FAMILY.ignored_tensors,
-    gguf_architecture="llama",
-    gguf_tensors=(*without_mlp(llama.GGUF_TENSORS), *GGUF_ROUTER, *GGUF_MATRICES),
-    gguf_fields=GGUF_FIELDS,
     gguf_mark="expert_count",
 )

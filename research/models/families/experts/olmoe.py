@@ -4,19 +4,13 @@ from typing import Any
 
 from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
-from research.models.families.dense import llama
+from research.models.families.dense import llama, qwen
 from research.models.families.experts.expert_fields import (
-    GGUF_FIELDS,
-    GGUF_MATRICES,
-    GGUF_ROUTER,
-    STACKED,
-    expert_tensors,
     read_experts,
-    without_mlp,
+    with_experts,
     write_experts,
 )
 from research.models.families.experts.qwen3_moe import MATRICES
-from research.models.families.model_family import ModelFamily
 
 
 def from_hf_config(fields: ConfigFields) -> Architecture:
@@ -42,21 +36,13 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-NAMES = {**llama.NAMES, **llama.QK_NORMS}
-SHARED = without_mlp(llama.hf_tensors(NAMES))
-FAMILY = ModelFamily(
+FAMILY = with_experts(
+    qwen.QWEN3,  # Its norms of queries and keys have the same names.
+    "mlp.gate",
+    MATRICES,
     model_type="olmoe",
     members="OLMoE",
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
-    hf_tensors=SHARED + expert_tensors("mlp.gate", MATRICES),
-    other_hf_tensors=(SHARED + STACKED,),
-    ignored_tensors=llama.FAMILY.ignored_tensors,
     gguf_architecture="olmoe",
-    gguf_tensors=(
-        *without_mlp(llama.gguf_tensors(NAMES)),
-        *GGUF_ROUTER,
-        *GGUF_MATRICES,
-    ),
-    gguf_fields=GGUF_FIELDS,
 )

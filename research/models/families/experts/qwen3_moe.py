@@ -8,12 +8,8 @@ from research.models.families.config_fields import ConfigFields
 from research.models.families.dense import qwen
 from research.models.families.experts.expert_fields import (
     GGUF_FIELDS,
-    GGUF_MATRICES,
-    GGUF_ROUTER,
-    STACKED,
-    expert_tensors,
     read_experts,
-    without_mlp,
+    with_experts,
     write_experts,
 )
 
@@ -28,8 +24,12 @@ def from_hf_config(fields: ConfigFields) -> Architecture:
       UserError: a field is missing or malformed, or asks for another computation, such
         as layers without experts.
     """
-    fields.only("decoder_sparse_step", 1)
-    fields.only("mlp_only_layers", [])
+    for name, usual in {"decoder_sparse_step": 1, "mlp_only_layers": []}.items():
+        if fields.get(name, usual) != usual:
+            # One scan runs all layers, so they have the same parameters. No released
+            # model of the family mixes them.
+            right = f"{usual}: all layers have experts here, or none has"
+            raise fields.wrong(name, fields.get(name), right)
     renormalized = fields.flag("norm_topk_prob", False)
     experts = read_experts(fields, 128, 8, 0.001, renormalized)
     shape = dataclasses.replace(qwen.read_qwen3(fields), experts=experts)
@@ -49,17 +49,15 @@ def to_hf_config(a: Architecture) -> dict[str, Any]:
     }
 
 
-SHARED = without_mlp(qwen.QWEN3.hf_tensors)
-FAMILY = dataclasses.replace(
+FAMILY = with_experts(
     qwen.QWEN3,
+    "mlp.gate",
+    MATRICES,
     model_type="qwen3_moe",
     members="Qwen 3 with experts",
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
-    hf_tensors=SHARED + expert_tensors("mlp.gate", MATRICES),
-    other_hf_tensors=(SHARED + STACKED,),
     gguf_architecture="qwen3moe",
-    gguf_tensors=(*without_mlp(qwen.QWEN3.gguf_tensors), *GGUF_ROUTER, *GGUF_MATRICES),
     gguf_fields={**GGUF_FIELDS, "expert_feed_forward_length": WIDTH},
     gguf_unsaid=lambda config: {"norm_topk_prob": True},
 )

@@ -89,9 +89,7 @@ STACKED = (
 )
 # Until April 2024 it had one for each expert. It has not loaded those since October.
 GGUF_PER_EXPERT = tuple(
-    StoredTensor(
-        f"blk.{{}}.ffn_{own}.{{}}.weight", (f"layers.mlp.{own}.kernel",), transposed=True
-    )
+    llama.stored(f"layers.mlp.{own}.kernel", f"ffn_{own}.{{}}", "blk.{}.")
     for own in ("gate", "up", "down")
 )
 

@@ -110,8 +110,9 @@ class Engine:
           request: is answered as soon as a slot is free.
           deliver: is called with each piece by the thread that takes the rounds.
           adapter: one in use, from `names`; by default what `request` names.
-          read: keys and values of all ids of the prompt but the last one, computed by
-            another program. The decoder is a `SlotDecoder`, and no id has a score.
+          read: keys and values of all ids of the prompt but the last one, or of the
+            first ones, computed by another program. The decoder is a `SlotDecoder`, and
+            no id has a score.
 
         Raises:
           ContextOverflowError: prompt and answer are longer than a slot.

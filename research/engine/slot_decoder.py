@@ -296,11 +296,12 @@ class SlotDecoder:
         self._write_part(slot, index, self.chunk, block)
 
     def write_prompt(self, slot: int, block: CacheBlock) -> None:
-        """Writes a prompt into an empty slot: what another program computed of it.
+        """Writes into an empty slot what another program computed of a prompt.
 
         Args:
           slot: its number.
-          block: of all ids of the prompt but the last one, on the host.
+          block: of all ids of the prompt but the last one, or of the first ones; they
+            fill whole chunks then, as `extend` continues behind such. On the host.
 
         Raises:
           ValueError: the slot is not empty.

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -88,21 +88,23 @@ def sum_batches(
     sign_of_life: Callable[[], None] = lambda: None,
 ) -> list[T]:
     """The sums of each batch, on the host; `sign_of_life` is called after each."""
-    found: list[T] = []
-    waiting: collections.deque[T] = collections.deque()
-
-    def read() -> None:
-        found.append(jax.tree.map(np.asarray, waiting.popleft()))
+    found = []
+    for sums in each_sum(sums_of, batches):
+        found.append(sums)
         sign_of_life()
+    return found
 
+
+def each_sum(sums_of: Callable[[Any], T], batches: Iterable[Any]) -> Iterator[T]:
+    """Yields the sums of each batch, on the host, as soon as they are there."""
+    waiting: collections.deque[T] = collections.deque()
     # A read waits for the device, so batches are dispatched some way ahead of it.
     for batch in batches:
         waiting.append(sums_of(batch))
         if len(waiting) > AHEAD:
-            read()
+            yield jax.tree.map(np.asarray, waiting.popleft())
     while waiting:
-        read()
-    return found
+        yield jax.tree.map(np.asarray, waiting.popleft())
 
 
 def add_up(

@@ -83,7 +83,7 @@ class Evaluated:
     Attributes:
       name: a digest of all that they depend on, and the step.
       values: the content of `evaluation.json`.
-      rows: the lines of `rows.jsonl`: each row, its answers and scores.
+      rows: the lines of `rows.jsonl`: each row or text, its answers and scores.
       losses: of each model, for the table.
     """
 
@@ -243,9 +243,18 @@ def _evaluate_texts(
     _add_answers(
         values, Measurements.of_texts(common, sources, clusters), found.baseline
     )
+    lines = [
+        {
+            "row": row,
+            "source": sources[row],
+            "bytes": text_bytes[row],
+            "models": {name: _loss(by_row, row) for name, by_row in sums.items()},
+        }
+        for row in names
+    ]
     parts = [(x.name, x.identity) for x in found.models]
     name = digest(parts, own.sha256, dict(choices.changes))
-    return Evaluated(_named(name, found), values, [], losses)
+    return Evaluated(_named(name, found), values, lines, losses)
 
 
 def _named(digits: str, found: ModelSet) -> str:
@@ -353,10 +362,7 @@ def _line(
     choices: Mapping[str, Choices],
 ) -> Values:
     """A row and its losses, in nats per token or the unit of the objective."""
-    models: Values = {}
-    for name, by_row in sums.items():
-        loss, tokens = by_row.get(row.id, {}).get(LOSS, (0.0, 0.0))
-        models[name] = {"loss": loss / tokens if tokens else None}
+    models = {name: _loss(by_row, row.id) for name, by_row in sums.items()}
     record = row.record
     own = choices.get(row.id)
     return {
@@ -367,6 +373,11 @@ def _line(
         **({"choices": own.texts, "right": own.right} if own else {}),
         "models": models,
     }
+
+
+def _loss(sums: Mapping[str, RowSums], row: str) -> Values:
+    loss, tokens = sums.get(row, {}).get(LOSS, (0.0, 0.0))
+    return {"loss": loss / tokens if tokens else None}
 
 
 def _add_lines(lines: Sequence[Values], measured: Measurements) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from research.config.run_config import Config
 from research.core.visible_text import counted
 from research.data.instructions.instruction_dataset import load_dataset
-from research.data.instructions.row_cache import place_of
 from research.data.instructions.row_selection import read_records
 from research.data.instructions.row_store import StoredDocuments
 from research.data.instructions.unused_columns import describe_unused
@@ -55,18 +54,11 @@ def held_out_rows(config: Config, base: Base) -> EvaluationRows | None:
     if not data.held_out.rows:
         return None
     origin = config.data.eval_path or f"held out of {data.origin}"
-    places = {record.where for record in data.held_out_records}
-    # A training row has the name of none of these files, see `load_dataset`.
-    files = {x.rpartition(":")[0] for x in places if config.data.eval_path}
-
-    def is_of_held_out(place: str) -> bool:
-        return place in places or place.rpartition(":")[0] in files
-
     return EvaluationRows(
         groups=data.categories,
-        origin=f"{origin}, {counted(len(places), 'row')}",
+        origin=f"{origin}, {counted(len(data.held_out_records), 'row')}",
         sha256=data.counts.sha256,
-        left_out=[x for x in data.examples if is_of_held_out(place_of(x))],
+        left_out=data.held_out_examples,
         packed=data.held_out,
         records=lambda: data.held_out_records,
     )

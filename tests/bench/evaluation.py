@@ -128,7 +128,7 @@ class Bench:
         mine = meshes.local_rows(opened.mesh, rows)
 
         def score() -> None:
-            measure_rows(opened, packed, numbers, 0, self.read.origin)
+            [*measure_rows(opened, packed, numbers, 0, self.read.origin)]
 
         def step() -> None:
             for batch in eval_batches(chosen, rows, mine):

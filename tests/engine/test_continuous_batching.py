@@ -530,6 +530,24 @@ def test_a_conversation_is_read_once(decoder, base_params, monkeypatch):
         assert "".join(x.text for x in pieces) == found[turns[0], 0]
 
 
+@pytest.mark.parametrize("tokens", [2 * CHUNK + 1, CHUNK - 1])
+def test_the_engine_reads_the_rest_of_a_prompt_of_which_it_has_the_beginning(
+    decoder, monkeypatch, tokens
+):
+    engine = Engine(decoder, TOKENIZER)
+    whole = read(engine.submit(request(LONG)))
+    blocks = jax.device_get([decoder.read_block(0, i) for i in range(3)])
+    beginning = jax.tree.map(
+        lambda *parts: np.concatenate(parts, 3)[:, :, :, :tokens], *blocks
+    )
+    extended, extend = [], decoder.extend
+    monkeypatch.setattr(
+        decoder, "extend", lambda slot, ids: extended.extend(ids) or extend(slot, ids)
+    )
+    assert read(engine.submit(request(LONG), read=beginning)) == whole
+    assert (*extended,) == tuple(LONG[tokens // CHUNK * CHUNK : -1])
+
+
 def test_weights_are_exchanged_between_two_answers(decoder, base_params):
     """Those that run end with the old ones, and those that wait begin with the new."""
     params = base_params

@@ -70,9 +70,9 @@ def write_lines(path, rows):
 def test_held_out_rows_as_a_file_give_the_losses_of_the_run(
     place, unbroken, tmp_path, monkeypatch
 ):
-    passes, measure = [], row_losses.sum_batches
+    passes, measure = [], row_losses.each_sum
     count = lambda *given: passes.append(given) or measure(*given)  # noqa: E731
-    monkeypatch.setattr(row_losses, "sum_batches", count)
+    monkeypatch.setattr(row_losses, "each_sum", count)
     run = place.run_dir("unbroken")
     rows = [*rows_held_out(find_run(run))]
     bad = {"instruction": "Nothing to say?", "response": "", "category": "open_qa"}
@@ -180,6 +180,13 @@ def test_held_out_text_as_files_gives_the_bits_of_the_run(place, pretrained, tmp
     assert found["config"] == {} and "raw text" in found["overlap"][name]["problem"]
     close(own["loss"], last["loss"], 1e-5)
     close(own["bits_per_byte"], last["bits_per_byte"], 1e-5)
+    path = tmp_path / re.search(r"written to (\S+)", said)[1] / "rows.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum(x["bytes"] for x in lines) == sum(
+        len(text.encode()) for own in texts.values() for text in own
+    )
+    assert {x["source"] for x in lines} == texts.keys()
+    assert all(x["models"][name]["loss"] > 0 for x in lines)
     # Each document is compared with itself, and a copy is no other one.
     documents = [*texts["code"], *texts["words"]]
     assert found["documents"] == loss["rows"] == len(documents)
@@ -230,6 +237,14 @@ def test_rows_that_cannot_be_evaluated_are_named_by_file_and_line(tmp_path):
     assert len([*held.records()]) == 3
     assert held.values() == {"read": 5, "dropped": 2}
     assert sorted(map(place_of, held.lines_on(()))) == ["rows.jsonl:2", "rows.jsonl:4"]
+    # Without a file of their own, too long ones count as well if they are drawn.
+    drawn = [[good, long][n % 2] | {"context": str(n)} for n in range(12)]
+    write_lines(tmp_path / "gone.jsonl", drawn)
+    own = dataclasses.replace(data, held_out=6, max_rows=0)
+    held = RowsRead(held_out_rows(Config(data=own, text=text), base))
+    usable = len([*held.records()])
+    assert 0 < usable < 6 and held.values() == {"read": 6, "dropped": 6 - usable}
+    assert len(held.lines_on(())) == 6 - usable
     # By the rule of training: material stops it, all else is named.
     topics = [good | {"topic": "ab"[n % 2]} for n in range(4)]
     [line] = read(topics).unused

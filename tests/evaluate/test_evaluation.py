@@ -14,7 +14,7 @@ from research.core.errors import UserError
 from research.engine.slot_decoder import SlotDecoder
 from research.evaluate import run_evaluation
 from research.evaluate.__main__ import main
-from research.evaluate.measuring import ask_models
+from research.evaluate.measuring import ask_models, prompt_keys
 from research.evaluate.measuring.evaluated_models import find_models
 from research.evaluate.scored_continuations import score_continuations
 from research.report import evaluation_page
@@ -70,6 +70,7 @@ def test_models_answer_once_and_their_answers_are_judged(place, copies, monkeypa
         return ask(engine, requests, read)
 
     monkeypatch.setattr(ask_models, "ask", counted)
+    extend = SlotDecoder.extend
     monkeypatch.setattr(SlotDecoder, "extend", None)
     first = results(place, evaluate(place, f"--run={run}", *FEW, "--metrics=chrf"))
     lines = [json.loads(x) for x in (first / "rows.jsonl").read_text().splitlines()]
@@ -87,6 +88,19 @@ def test_models_answer_once_and_their_answers_are_judged(place, copies, monkeypa
     for page, text in pages.items():
         assert text == (first / page).read_text()
     assert shown.verdicts and shown.answers and len(shown.losses) > 1
+
+    # Both ways to read a prompt give the same answers, here in float32.
+    with monkeypatch.context() as patch:
+        for kept in run.glob("evaluations/kept/answers-*"):
+            kept.unlink()
+        patch.setattr(prompt_keys, "SHARE", 0.0)
+        patch.setattr(ask_models, "ask", ask)
+        patch.setattr(SlotDecoder, "extend", extend)
+        rows = (first / "rows.jsonl").read_bytes()
+        assert any(x["models"]["tuned"]["answer"] for x in lines)
+        done = evaluate(place, f"--run={run}", *FEW, "--metrics=chrf")
+        assert results(place, done) == first and "losses of" not in done.stderr
+        assert (first / "rows.jsonl").read_bytes() == rows
 
     # Other metrics need no new answers.
     other = results(place, evaluate(place, f"--run={run}", *FEW, "--metrics=empty"))

@@ -1,6 +1,7 @@
 """The pass over whole rows reads prompts for the engine, but not all of them."""
 
 import dataclasses
+import itertools
 import types
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import TINY
 
+from research.data.metric_sums import Ratio
 from research.engine.requests import Request
 from research.evaluate.measuring import row_losses
 from research.evaluate.measuring.prompt_keys import PromptKeys
@@ -48,25 +50,57 @@ def test_keys_that_depend_on_the_length_of_their_row_are_not_handed_over():
 
 
 @pytest.mark.parametrize(
-    ("ids", "is_kept"),
+    ("ids", "kept"),
     [
-        ((9, 8, 7, 1, 2), True),
-        ((9, 8, 7), True),
-        ((9, 8, 1, 7), False),
-        ((9, 8), False),
+        ((9, 8, 7, 1, 2), 3),
+        ((9, 8, 7), 3),
+        ((9, 8, 1, 7), 2),
+        ((9, 8), 2),
+        ((8, 9, 7), 0),
     ],
 )
-def test_a_row_that_does_not_begin_with_its_prompt_is_left_to_the_engine(ids, is_kept):
+def test_the_part_of_a_prompt_that_its_row_begins_with_is_kept(ids, kept):
     plan, key = planned(), ("base", "r3")
     k, v = (np.asarray(x) for x in (keys(len(ids)), -keys(len(ids))))
-    assert plan.wants("base") and not plan.wants("another")
+    assert plan.wants("base") and not plan.wants("another") and plan.lacks(key)
     plan.take(("another", "r3"), np.array(ids), k, v)
     plan.take(key, np.array(ids), k, v)
-    assert [*plan.found] == [key] * is_kept
-    if is_kept:
+    assert [*plan.found] == [key] * (kept > 0) and plan.lacks(key) == (kept == 0)
+    if kept:
         for found, given in ((plan.found[key].k, k), (plan.found[key].v, v)):
-            np.testing.assert_array_equal(found[:, 0].swapaxes(1, 2), given[:, :3])
+            np.testing.assert_array_equal(found[:, 0].swapaxes(1, 2), given[:, :kept])
             assert not np.shares_memory(found, given), "the whole batch stays otherwise"
+
+
+def test_batches_of_which_nothing_is_missing_are_not_measured_again(monkeypatch):
+    rows = [[4, 0], [1], [3], [2]]
+    made = []
+
+    def measure(opened, batches, count, width, take, taken):
+        assert (count, width) == (2, 4), "the program is the same"
+        for part in batches:
+            made.append(part)
+            loss = np.array([*itertools.chain(*part), 0.0])[:width]
+            yield {x: {"loss": Ratio(loss, loss + 1)} for x in ("base", "tuned")}
+
+    packed = types.SimpleNamespace(rows=rows, only=lambda documents, seed: packed)
+    monkeypatch.setattr(row_losses, "_rows_per_pass", lambda *_: 2)
+    monkeypatch.setattr(row_losses.meshes, "local_rows", lambda *_: range(2))
+    monkeypatch.setattr(row_losses, "_numbered", lambda chosen, part, mine: part)
+    monkeypatch.setattr(row_losses, "_measure", measure)
+    opened = types.SimpleNamespace(mesh=None)
+    found = row_losses.measure_rows(opened, packed, np.arange(5), 0, "")
+    model, number, sums = next(found)
+    assert (model, number, sums) == ("base", 4, {"loss": [4.0, 5.0]})
+    assert made == [rows[:2]], "each is known before the next is measured"
+    assert len([*found]) == 2 * 5 - 1 and made == [rows[:2], rows[2:]]
+    del made[:]
+    again = row_losses.measure_rows(
+        opened, packed, np.arange(5), 0, "", None, {4, 0, 1}
+    )
+    assert {number for _, number, _ in again} == {2, 3} and made == [rows[2:]]
+    one = row_losses.measure_rows(opened, packed, np.arange(5), 0, "", None, {4, 0})
+    assert {number for _, number, _ in one} == {*range(5)}
 
 
 @pytest.mark.parametrize(

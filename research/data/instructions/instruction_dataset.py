@@ -128,6 +128,7 @@ class InstructionDataset:
       held_out_records: the held-out rows as text, for prompts.
       sample: rows as text from all over the data, at most `SAMPLED`.
       examples: `file:line: reason` for each row that was dropped or cut.
+      held_out_examples: those of them that are known to be of the held-out side.
     """
 
     origin: str
@@ -139,6 +140,7 @@ class InstructionDataset:
     held_out_records: list[Record]
     sample: list[Record]
     examples: list[str]
+    held_out_examples: list[str]
 
 
 def load_dataset(
@@ -198,6 +200,7 @@ def load_dataset(
         held_out_records=[Record.from_json(r) for r in manifest["held_out"]],
         sample=[Record.from_json(r) for r in manifest["sample"]],
         examples=manifest["examples"],
+        held_out_examples=manifest["held_out_examples"],
     )
 
 
@@ -213,11 +216,13 @@ def _build(
     rows = held_rows = load_rows(config, seed, sources[0])
     dropped: collections.Counter[str] = collections.Counter(rows.dropped)
     examples, sha256 = list(rows.examples), rows.sha256
+    held_examples: list[str] = []
     if config.eval_path:
         held_rows = load_rows(dataclasses.replace(config, max_rows=0), seed, sources[1])
         held, rest = held_rows.marks, _without(rows, held_rows, dropped, examples)
         dropped.update(held_rows.dropped)
         examples += held_rows.examples
+        held_examples += held_rows.examples
         digests = f"{rows.sha256} {held_rows.sha256}".encode()
         sha256 = hashlib.sha256(digests).hexdigest()
     else:
@@ -238,6 +243,7 @@ def _build(
             dropped.update(unit.dropped)
             truncated += unit.truncated
             examples += unit.examples
+            held_examples += unit.examples if side == "held_out" else []
         documents = sum(size.documents for size in units if size.side == side)
         if not documents and not work.prompts:
             of, marks = (rows, rest) if side == "train" else (held_rows, held)
@@ -259,6 +265,7 @@ def _build(
         "held_out": held_out,
         "sample": [dataclasses.asdict(record) for record in work.sample],
         "examples": examples,
+        "held_out_examples": held_examples,
     }
     write_manifest(folder, parts)
 

@@ -102,8 +102,8 @@ class AnswerProgress:
       new: tokens of the answer.
       scores: of the prompt, as far as it is written.
       ended: whether the last piece is delivered.
-      read: keys and values of the prompt that another program has computed; None once
-        they are in the slot, or if the engine computes them.
+      read: keys and values of the prompt, or of its beginning, that another program
+        has computed; None once they are in the slot, or if there are none.
     """
 
     answer: Answer

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from research.core.errors import LonelyError
@@ -119,8 +120,12 @@ class SlotRounds:
         prompt, chunk = task.request.prompt, self._decoder.chunk
         self._decoder.admit(task.slot, task.settings())
         if task.read:
-            self._decoder.write_prompt(task.slot, task.read)
-            task.written, task.read = len(prompt) - 1, None
+            count = task.read.k.shape[3]
+            if count < len(prompt) - 1:
+                count -= count % chunk
+            read = jax.tree.map(lambda x: x[:, :, :, :count], task.read)
+            self._decoder.write_prompt(task.slot, read)
+            task.written, task.read = count, None
         elif self.prefixes.capacity:
             task.keys = chunk_keys(task.adapter.identity, prompt[:-1], chunk)
             # Scores of the prompt come from the same pass over it.

@@ -242,24 +242,29 @@ def measure_losses(
         for names, opens in open_whole(models):
             read = readings[names[-1]]
             documents = documents_of(read, rows)
-            wanted = {(x, row) for x in names for row in documents.values()}
+            known = {
+                number
+                for number, row in documents.items()
+                if all(
+                    (x, row) in kept.found and not prompts.lacks((x, row))
+                    for x in names
+                )
+            }
+            if len(known) == len(documents):
+                continue
             take = {
                 x: functools.partial(_take, prompts, read, documents, x)
                 for x in names
                 if prompts.wants(x)
             }
-            if not take and wanted <= kept.found.keys():
-                continue
-            count = counted(len(documents), "row")
+            count = counted(len(documents) - len(known), "row")
             logging.info("losses of %s on %s", " and ".join(names), count)
             numbers = np.array([*documents])
-            measured = measure_rows(
-                opens(), read.packed, numbers, seed, read.origin, take
-            )
-            for model, sums in measured.items():
-                for row, each in zip(documents.values(), sums, strict=True):
-                    if (model, row) not in kept.found:
-                        kept.add((model, row), each)
+            for model, number, sums in measure_rows(
+                opens(), read.packed, numbers, seed, read.origin, take, known
+            ):
+                if (model, documents[number]) not in kept.found:
+                    kept.add((model, documents[number]), sums)
         lines = dict(kept.found)
     return {
         x.name: {
@@ -301,14 +306,20 @@ def measure_text_losses(
         for names, opens in open_whole(models):
             read = readings[names[-1]]
             documents = [str(number) for number in range(len(read.texts.sizes))]
-            if {(x, row) for x in names for row in documents} <= kept.found.keys():
+            known = {
+                number
+                for number, row in enumerate(documents)
+                if all((x, row) in kept.found for x in names)
+            }
+            if len(known) == len(documents):
                 continue
-            count = counted(len(documents), "document")
+            count = counted(len(documents) - len(known), "document")
             logging.info("losses of %s on %s", " and ".join(names), count)
-            measured = measure_texts(opens(), read.texts, read.origin)
-            for model, sums in measured.items():
-                for row, each in zip(documents, sums, strict=True):
-                    kept.add((model, row), each)
+            for model, number, sums in measure_texts(
+                opens(), read.texts, read.origin, known
+            ):
+                if (model, documents[number]) not in kept.found:
+                    kept.add((model, documents[number]), sums)
         lines = dict(kept.found)
     by_model: dict[str, dict[str, RowSums]] = {x.name: {} for x in models}
     for (model, row), sums in lines.items():

@@ -66,22 +66,27 @@ class PromptKeys:
 
     def wants(self, model: str) -> bool:
         """Whether a prompt of `model` is missing."""
-        return any(x[0] == model and x not in self.found for x in self.prompts)
+        return any(x[0] == model and self.lacks(x) for x in self.prompts)
+
+    def lacks(self, key: Key) -> bool:
+        """Whether this prompt is missing."""
+        return key in self.prompts and key not in self.found
 
     def take(
         self, key: Key, ids: np.ndarray, k_LTKH: np.ndarray, v_LTKH: np.ndarray
     ) -> None:
         """Keeps the prompt's part of what a model computed of a row, `ids`.
 
-        A row that does not begin with the prompt, such as one that was cut to fit, is
-        left to the engine.
+        A row whose context was cut begins with a part of its prompt; the engine reads
+        the rest.
         """
-        prompt = self.prompts.get(key)
-        if prompt is None or not np.array_equal(ids[: len(prompt)], prompt):
-            return
-        self.found[key] = CacheBlock(
-            *(_cache_block(x[:, : len(prompt)]) for x in (k_LTKH, v_LTKH))
-        )
+        prompt = self.prompts.get(key, ())
+        shared = min(len(prompt), len(ids))
+        differs = np.flatnonzero(ids[:shared] != np.array(prompt[:shared], ids.dtype))
+        if count := int(differs[0]) if len(differs) else shared:
+            self.found[key] = CacheBlock(
+                *(_cache_block(x[:, :count]) for x in (k_LTKH, v_LTKH))
+            )
 
 
 def _bytes_of_token(model: EvaluatedModel) -> int:

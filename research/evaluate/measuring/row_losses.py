@@ -16,7 +16,7 @@ from research.core.errors import DivergedError
 from research.data.instructions.instruction_dataset import PackedDocuments
 from research.data.metric_sums import Ratio, Sums, evaluate_weights
 from research.data.token_batch import Batch
-from research.evaluate.held_out_losses import Evaluation, add_up, sum_batches
+from research.evaluate.held_out_losses import Evaluation, add_up, each_sum
 from research.evaluate.measuring.evaluated_models import OpenModels
 from research.parallel import mesh as meshes
 from research.tasks.task_protocol import WholeTexts
@@ -41,8 +41,11 @@ def measure_rows(
     seed: int,
     origin: str,
     take: Mapping[str, TakeKeys] | None = None,
-) -> dict[str, list[RowSums]]:
-    """The sums of each of `documents`, by model.
+    known: Container[int] = (),
+) -> Iterator[tuple[str, int, RowSums]]:
+    """Yields model, document and sums as soon as they are measured.
+
+    A batch is the same whatever is known, and so are the sums of its documents.
 
     Args:
       opened: the models.
@@ -52,6 +55,7 @@ def measure_rows(
       origin: of the rows, for people.
       take: by model, receives what it has computed of each document on the way, unless
         that takes more than `DEVICE_SHARE` of a device.
+      known: documents of which nothing is missing; a batch of such is not measured.
 
     Raises:
       DivergedError: a loss is not finite.
@@ -63,6 +67,7 @@ def measure_rows(
     # Few widths, so that few programs compile.
     width = 1 << (width - 1).bit_length()
     mine = meshes.local_rows(opened.mesh, count)
+    parts = [x for x in parts if any(i not in known for i in itertools.chain(*x))]
 
     def batches() -> Iterator[Batch]:
         for part in parts:
@@ -78,28 +83,37 @@ def measure_rows(
                 takers[model](document, k[:, at, where], v[:, at, where])
 
     measured = _measure(opened, batches(), count, width, take_part, {*takers})
-    order = [list(itertools.chain(*part)) for part in parts]
-    place = {int(document): i for i, document in enumerate(documents)}
-    found: dict[str, list[RowSums]] = {}
-    for name in opened.weights:
-        rows: list[RowSums] = [{} for _ in documents]
-        for numbers, sums in zip(order, measured, strict=True):
-            for mean, ratio in sums[name].items():
-                if np.ndim(ratio.denominator):
-                    pairs = np.stack([*map(np.float64, ratio)], 1).tolist()
-                    for number, pair in zip(numbers, pairs, strict=False):
-                        rows[place[number]][mean] = pair
-        found[name] = rows
-        losses = np.array([row["loss"][0] for row in rows])
-        if not np.isfinite(losses).all():
-            _refuse(name, origin, losses.sum())
-    return found
+    for part, by_model in zip(parts, measured, strict=True):
+        numbers = [*itertools.chain(*part)]
+        for name, rows in _rows_of(by_model, len(numbers), origin):
+            for number, row in zip(numbers, rows, strict=True):
+                yield name, number, row
+
+
+def _rows_of(
+    by_model: Mapping[str, Sums], count: int, origin: str
+) -> Iterator[tuple[str, list[RowSums]]]:
+    """The sums of the first `count` groups, by model.
+
+    Raises:
+      DivergedError: a loss is not finite.
+    """
+    for name, sums in by_model.items():
+        rows: list[RowSums] = [{} for _ in range(count)]
+        for mean, ratio in sums.items():
+            if np.ndim(ratio.denominator):
+                pairs = np.stack([*map(np.float64, ratio)], 1)[:count].tolist()
+                for row, pair in zip(rows, pairs, strict=True):
+                    row[mean] = pair
+        if not all(math.isfinite(loss := row["loss"][0]) for row in rows):
+            _refuse(name, origin, loss)
+        yield name, rows
 
 
 def measure_texts(
-    opened: OpenModels, texts: WholeTexts, origin: str
-) -> dict[str, list[RowSums]]:
-    """The sums of each document, by model; a long one may fill many rows.
+    opened: OpenModels, texts: WholeTexts, origin: str, known: Container[int] = ()
+) -> Iterator[tuple[str, int, RowSums]]:
+    """`measure_rows` of documents, of which a long one may fill many rows.
 
     Raises:
       DivergedError: a loss is not finite.
@@ -115,33 +129,39 @@ def measure_texts(
     width = max(last - first for first, last in ranges)
     width = 1 << (width - 1).bit_length()
 
-    def batches() -> Iterator[Batch]:
-        for (batch, numbers), (first, _) in zip(
-            texts.batches(count), ranges, strict=True
-        ):
-            groups = np.maximum(numbers - first, 0).astype(np.int32)
-            batch = dataclasses.replace(batch, groups=groups)
-            yield jax.tree.map(lambda array: array[mine], batch)
+    wanted = [any(i not in known for i in range(*part)) for part in ranges]
 
+    def batches() -> Iterator[Batch]:
+        for (batch, numbers), (first, _), is_wanted in zip(
+            texts.batches(count), ranges, wanted, strict=True
+        ):
+            if is_wanted:
+                groups = np.maximum(numbers - first, 0).astype(np.int32)
+                batch = dataclasses.replace(batch, groups=groups)
+                yield jax.tree.map(lambda array: array[mine], batch)
+
+    ranges = [*itertools.compress(ranges, wanted)]
+    # A document is complete when the next batch begins with another one.
+    ends = [first for first, _ in ranges[1:]] + [len(texts.sizes)]
     measured = _measure(opened, batches(), count, width)
-    found: dict[str, list[RowSums]] = {}
-    for name in opened.weights:
-        totals: dict[str, np.ndarray] = {}
-        for (first, last), sums in zip(ranges, measured, strict=True):
-            for mean, ratio in sums[name].items():
-                if np.ndim(ratio.denominator):
-                    pairs = np.stack([*map(np.float64, ratio)], 1)
-                    empty = np.zeros((len(texts.sizes), 2))
-                    totals.setdefault(mean, empty)[first:last] += pairs[: last - first]
-        losses = totals["loss"][:, 0]
-        if not np.isfinite(losses).all():
-            _refuse(name, origin, losses.sum())
-        lists = {mean: total.tolist() for mean, total in totals.items()}
-        found[name] = [
-            {mean: pairs[number] for mean, pairs in lists.items()}
-            for number in range(len(losses))
-        ]
-    return found
+    open_rows: dict[str, dict[int, RowSums]] = {name: {} for name in opened.weights}
+    for (first, last), end, by_model in zip(ranges, ends, measured, strict=True):
+        for name, rows in _rows_of(by_model, last - first, origin):
+            own = open_rows[name]
+            for number, row in enumerate(rows, first):
+                own[number] = _added(own.get(number, {}), row)
+            for number in [x for x in own if x < end]:
+                row = own.pop(number)
+                # Of a known one, batches may be missing.
+                if number not in known:
+                    yield name, number, row
+
+
+def _added(before: RowSums, more: RowSums) -> RowSums:
+    return {
+        mean: [x + y for x, y in zip(before.get(mean, (0.0, 0.0)), pair, strict=True)]
+        for mean, pair in more.items()
+    }
 
 
 def same_texts(texts: WholeTexts) -> list[int]:
@@ -210,8 +230,8 @@ def _measure(
     groups: int,
     take: Callable[[int, str, np.ndarray, np.ndarray], None] | None = None,
     taken: Container[str] = (),
-) -> list[Mapping[str, Sums]]:
-    """The sums of each batch by model: all in one pass, which builds a batch once.
+) -> Iterator[Mapping[str, Sums]]:
+    """Yields the sums of each batch by model, in one pass, which builds a batch once.
 
     `take` receives the number of a batch, a model that is `taken`, and its keys and
     values `[L, B, T, K, H]`.
@@ -249,10 +269,9 @@ def _measure(
         return {k: sums for k, (sums, _) in found.items()}
 
     placed = (meshes.to_global(batch, opened.mesh, rows=count) for batch in batches)
-    measured = sum_batches(measure, placed)
+    yield from each_sum(measure, placed)
     while under_way:
         take_first()
-    return measured
 
 
 def _keys_fit(opened: OpenModels, rows: int, models: int) -> bool:

@@ -152,7 +152,7 @@ def measure_texts(
                 own[number] = _added(own.get(number, {}), row)
             for number in [x for x in own if x < end]:
                 row = own.pop(number)
-                # Of a known one, batches may be missing.
+                # Batches of a known one may be missing.
                 if number not in known:
                     yield name, number, row
 

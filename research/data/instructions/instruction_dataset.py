@@ -216,13 +216,11 @@ def _build(
     rows = held_rows = load_rows(config, seed, sources[0])
     dropped: collections.Counter[str] = collections.Counter(rows.dropped)
     examples, sha256 = list(rows.examples), rows.sha256
-    held_examples: list[str] = []
     if config.eval_path:
         held_rows = load_rows(dataclasses.replace(config, max_rows=0), seed, sources[1])
         held, rest = held_rows.marks, _without(rows, held_rows, dropped, examples)
         dropped.update(held_rows.dropped)
         examples += held_rows.examples
-        held_examples += held_rows.examples
         digests = f"{rows.sha256} {held_rows.sha256}".encode()
         sha256 = hashlib.sha256(digests).hexdigest()
     else:
@@ -243,7 +241,6 @@ def _build(
             dropped.update(unit.dropped)
             truncated += unit.truncated
             examples += unit.examples
-            held_examples += unit.examples if side == "held_out" else []
         documents = sum(size.documents for size in units if size.side == side)
         if not documents and not work.prompts:
             of, marks = (rows, rest) if side == "train" else (held_rows, held)
@@ -265,7 +262,8 @@ def _build(
         "held_out": held_out,
         "sample": [dataclasses.asdict(record) for record in work.sample],
         "examples": examples,
-        "held_out_examples": held_examples,
+        "held_out_examples": held_rows.examples * bool(config.eval_path)
+        + work.held_examples,
     }
     write_manifest(folder, parts)
 

@@ -209,6 +209,7 @@ class UnitBuild:
         """
         self.sample: list[Record] = []
         self.of_schema: dict[str, list[int]] = {}  # Numbers of training documents.
+        self.held_examples: list[str] = []  # Reasons of rows that are held out.
         self.prompts = 0  # Rows of a test without an answer, which have no document.
         self._folder, self._config, self._chat = folder, config, chat_format
         self._group_of, self._sampled = group_of, sampled
@@ -240,6 +241,8 @@ class UnitBuild:
                 for name, places in unit.schemas.items():
                     shown = self.of_schema.setdefault(name, [])
                     shown += [first + place for place in places]
+            else:
+                self.held_examples += unit.examples
             first += len(unit.where)
             yield unit
 

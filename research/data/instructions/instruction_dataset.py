@@ -224,12 +224,11 @@ def _build(
         digests = f"{rows.sha256} {held_rows.sha256}".encode()
         sha256 = hashlib.sha256(digests).hexdigest()
     else:
-        count = held_out_count(config, rows.marks)
-        held, rest = draw(rows.marks, count, config, seed)
+        held, rest = draw(rows.marks, held_out_count(config, rows.marks), config, seed)
     group_of = _group_categories([mark.category for mark in held + rest])
-    step = -(-len(rows.marks) // SAMPLED)
-    sampled = {mark.where for mark in rows.marks[::step]}
+    sampled = {x.where for x in rows.marks[:: -(-len(rows.marks) // SAMPLED)]}
     work = UnitBuild(folder, config, chat_format, group_of, sampled)
+    work.held_examples += held_rows.examples if config.eval_path else []
     units, held_out, truncated = [], [], 0
     readers = {"train": rows.records(rest), "held_out": held_rows.records(held)}
     if not held:
@@ -262,8 +261,7 @@ def _build(
         "held_out": held_out,
         "sample": [dataclasses.asdict(record) for record in work.sample],
         "examples": examples,
-        "held_out_examples": held_rows.examples * bool(config.eval_path)
-        + work.held_examples,
+        "held_out_examples": work.held_examples,
     }
     write_manifest(folder, parts)
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,14 +242,7 @@ def measure_losses(
         for names, opens in open_whole(models):
             read = readings[names[-1]]
             documents = documents_of(read, rows)
-            known = {
-                number
-                for number, row in documents.items()
-                if all(
-                    (x, row) in kept.found and not prompts.lacks((x, row))
-                    for x in names
-                )
-            }
+            known = _known(kept, names, documents, prompts.lacks)
             if len(known) == len(documents):
                 continue
             take = {
@@ -259,12 +252,8 @@ def measure_losses(
             }
             count = counted(len(documents) - len(known), "row")
             logging.info("losses of %s on %s", " and ".join(names), count)
-            numbers = np.array([*documents])
-            for model, number, sums in measure_rows(
-                opens(), read.packed, numbers, seed, read.origin, take, known
-            ):
-                if (model, documents[number]) not in kept.found:
-                    kept.add((model, documents[number]), sums)
+            given = read.packed, np.array([*documents]), seed, read.origin, take, known
+            _keep(kept, documents, measure_rows(opens(), *given))
         lines = dict(kept.found)
     return {
         x.name: {
@@ -272,6 +261,32 @@ def measure_losses(
         }
         for x in models
     }
+
+
+def _known(
+    kept: KeptLines,
+    models: Sequence[str],
+    documents: Mapping[int, str],
+    lacks: Callable[[Key], bool] = lambda key: False,
+) -> set[int]:
+    """The documents of which all models have the loss, and none lacks a prompt."""
+    return {
+        number
+        for number, row in documents.items()
+        if all((x, row) in kept.found and not lacks((x, row)) for x in models)
+    }
+
+
+def _keep(
+    kept: KeptLines,
+    documents: Mapping[int, str],
+    measured: Iterable[tuple[str, int, RowSums]],
+) -> None:
+    """Keeps each of the losses as soon as it is measured."""
+    for model, number, sums in measured:
+        key = model, documents[number]
+        if key not in kept.found:
+            kept.add(key, sums)
 
 
 def _take(
@@ -305,21 +320,14 @@ def measure_text_losses(
     with KeptLines.opened(folder, "losses", name) as kept:
         for names, opens in open_whole(models):
             read = readings[names[-1]]
-            documents = [str(number) for number in range(len(read.texts.sizes))]
-            known = {
-                number
-                for number, row in enumerate(documents)
-                if all((x, row) in kept.found for x in names)
-            }
+            documents = {n: str(n) for n in range(len(read.texts.sizes))}
+            known = _known(kept, names, documents)
             if len(known) == len(documents):
                 continue
             count = counted(len(documents) - len(known), "document")
             logging.info("losses of %s on %s", " and ".join(names), count)
-            for model, number, sums in measure_texts(
-                opens(), read.texts, read.origin, known
-            ):
-                if (model, documents[number]) not in kept.found:
-                    kept.add((model, documents[number]), sums)
+            measured = measure_texts(opens(), read.texts, read.origin, known)
+            _keep(kept, documents, measured)
         lines = dict(kept.found)
     by_model: dict[str, dict[str, RowSums]] = {x.name: {} for x in models}
     for (model, row), sums in lines.items():

@@ -21,7 +21,13 @@ from research.config.knobs import build, changed, fields, map_paths
 from research.config.run_config import Config, fixed_differences
 from research.core.errors import UserError, nearest
 from research.core.hub_access import is_hub
-from research.core.local_paths import expanded, holds_run, listed_paths, split_step
+from research.core.local_paths import (
+    expanded,
+    holds_adapter,
+    holds_run,
+    listed_paths,
+    split_step,
+)
 
 # Entries of the file that are no knobs.
 VERSION, FOLDER = "version", "folder"
@@ -123,6 +129,14 @@ def as_run(word: str) -> str:
 
 def near_run(path: Path) -> str:
     """Where a run is, for a path that is none: the end of a sentence about it."""
+    if holds_adapter(path):
+        return (
+            "; it is an adapter folder of PEFT, which research.generate and "
+            "research.serve open as --run, and of which this makes a run that computes "
+            "the same: python -m research.train --config=CONFIG "
+            f"--config.lora.init_from={shlex.quote(str(path))} --config.steps=1 "
+            "--config.optim.learning_rate=1e-30"
+        )
 
     def runs_in(folder: Path) -> list[str]:
         return sorted(str(file.parent) for file in folder.glob("*/config.json"))

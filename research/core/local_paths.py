@@ -23,6 +23,7 @@ GITHUB = re.compile(
     r"https?://(?:www\.)?github\.com/(?P<project>[\w.-]+/[\w.-]+)"
     r"(?:/blob/(?P<file>[^?#]+))?"
 )
+ADAPTER_FILE = "adapter_config.json"  # Every adapter folder of PEFT has it.
 LISTED = 10_000  # names in a folder among which a near one is searched
 STEP = re.compile(r"(?P<run>.+)@(?P<step>latest|best|[0-9]+)")
 
@@ -105,6 +106,11 @@ def _how_fetched(address: str) -> str:
 def holds_run(folder: Path) -> bool:
     """Whether it is a run directory: its files change, and are nobody's data."""
     return (folder / "config.json").is_file() and (folder / "identity.json").is_file()
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether it is an adapter folder of PEFT, and no run directory."""
+    return (folder / ADAPTER_FILE).is_file() and not holds_run(folder)
 
 
 def no_such(what: str, path: Path, remedy: str = "check its path") -> UserError:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError
@@ -16,6 +17,7 @@ from research.engine.text_generation import (
     TextGenerator,
 )
 from research.formats.base_model import Base
+from research.runs.answering.found_adapters import base_of_folder, find_folder
 from research.runs.answering.int8_base import in_form
 from research.runs.answering.named_model import prompts_of
 from research.runs.answering.open_for_answering import open_for_answering
@@ -182,6 +184,37 @@ def open_model(
     return _asked(
         name, prompts, {"model": generator}, opened.base, flags, stop, weights
     )
+
+
+def open_adapter(
+    folder: str,
+    model: str,
+    compare: bool,
+    system: str | None,
+    flags: SamplingFlags,
+    stop: tuple[str, ...] = (),
+    weights: str = PLAIN,
+) -> AskedModel:
+    """The base model `model`, or that which the adapter names, with a PEFT adapter.
+
+    Raises:
+      UserError: the base model is absent, the adapter is one to another base or is not
+        computed here, or its prompts take no system text.
+    """
+    place = Path(folder).expanduser()
+    name = model or base_of_folder(place)
+    opened = open_for_answering(model=name, weights=weights)
+    found = find_folder(place, opened.base)
+    prompts = found.prompts_with(system)
+    _check_system(prompts, system)
+    adapters = found.read(opened.mesh)
+    tuned = found.trainable.forward(adapters, opened.params, None)
+    decoders, tokenizer = SlotDecoders(opened.model, opened.mesh), found.base.tokenizer
+    params = {"base": opened.params, "tuned": tuned} if compare else {"tuned": tuned}
+    generators = {
+        key: TextGenerator(decoders, own, tokenizer) for key, own in params.items()
+    }
+    return _asked(folder, prompts, generators, found.base, flags, stop, weights)
 
 
 def _check_system(prompts: PromptFormat, system: str | None) -> None:

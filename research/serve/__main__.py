@@ -47,7 +47,8 @@ class ServeFlags:
 
     run: tuple[str, ...] = knob(
         (),
-        "run directory, RUN@STEP, or a folder of runs; may be repeated",
+        "run directory, RUN@STEP, a folder of runs, or an adapter folder of PEFT; may "
+        "be repeated",
         is_path=True,
     )
     model: str = knob(

@@ -7,10 +7,10 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.engine.slot_decoder import SlotDecoder
+from research.runs.answering.found_adapters import find_adapters
 from research.runs.answering.open_for_answering import (
     Answering,
     ServedModel,
-    find_adapters,
     newest_step,
 )
 from research.runs.answering.run_addresses import RunAddress
@@ -58,7 +58,9 @@ class ModelReader:
         if task["kind"] == PLACE:
             return
         address = _address(task)
-        saved = RunDir(address.folder).checkpoints / str(task["number"])
+        saved = address.folder
+        if not address.is_folder:
+            saved = RunDir(address.folder).checkpoints / str(task["number"])
         if not saved.is_dir():
             raise UserError(f"there is no checkpoint {saved} here")
         hidden = [x for x in saved.rglob("*") if not os.access(x, os.R_OK)]

@@ -242,7 +242,9 @@ class ServedRuns:
             raise ApiError(404, f"{place[:200]} is no run directory", "lora_path")
         try:
             addresses = run_addresses(
-                [f"{folder}@{step}" if step else str(folder)], "lora_path"
+                [f"{folder}@{step}" if step else str(folder)],
+                "lora_path",
+                with_folders=True,
             )
         except UserError as error:
             raise ApiError(404, str(error), "lora_path") from error

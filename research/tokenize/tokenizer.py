@@ -174,6 +174,11 @@ class Tokenizer:
         return self._template_view.get_vocab_size(with_added_tokens=True)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token by name, added tokens included."""
+        return self._template_view.get_vocab(with_added_tokens=True)
+
+    @property
     def largest_id(self) -> int:
         """At least `vocab_size - 1`; more if the numbering has gaps."""
         return max(self._template_view.get_vocab(with_added_tokens=True).values())

@@ -13,12 +13,10 @@ from tiny_model import make_tiny_model
 
 from research.core.errors import DamagedError, UserError
 from research.runs.aliases import promotions
+from research.runs.answering.found_adapters import find_adapters
 from research.runs.answering.int8_base import mean_loss, texts_to_measure
 from research.runs.answering.named_model import open_named
-from research.runs.answering.open_for_answering import (
-    find_adapters,
-    open_for_answering,
-)
+from research.runs.answering.open_for_answering import open_for_answering
 from research.runs.answering.run_addresses import RunAddress, run_addresses
 from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir

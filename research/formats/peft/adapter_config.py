@@ -9,9 +9,10 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.json_files import mismatch, read_json
+from research.core.local_paths import ADAPTER_FILE
 
 CONFIG, TENSORS, PICKLED = (
-    "adapter_config.json",
+    ADAPTER_FILE,
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
@@ -64,7 +65,7 @@ class LoraNumbers:
         expression; the first that matches counts.
       rslora: whether the scale is alpha / sqrt(rank), and not alpha / rank.
       tied: whether an adapter of the embeddings is that of a tied head, too.
-      base_name: the model that it says it was trained on.
+      base_name, revision: the model that it says it was trained on, or "".
       parameters: ends of the names of parameters that PEFT wraps.
     """
 
@@ -75,6 +76,7 @@ class LoraNumbers:
     rslora: bool
     tied: bool
     base_name: str
+    revision: str
     parameters: tuple[str, ...]
 
     def target_of(self, module: str) -> str:
@@ -135,7 +137,8 @@ def read_numbers(folder: Path) -> LoraNumbers:
         alphas,
         field("use_rslora", bool, False),
         field("ensure_weight_tying", bool, False),
-        field("base_model_name_or_path", str, "") or "a base without a name",
+        field("base_model_name_or_path", str, ""),
+        field("revision", str, ""),
         tuple(field("target_parameters", [str], ())),
     )
 

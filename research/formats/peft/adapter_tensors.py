@@ -263,10 +263,11 @@ class AdapterTensors:
                 "with target_modules of the text part, or remove these tensors if the "
                 "adapter is for text"
             )
+        trained = self._numbers.base_name or "a base without a name"
         return UserError(
-            f"{self._file} is an adapter to another base model than config.model."
-            f"init_from: {what}{nearest(name, [*known]) if name else ''}; it was "
-            f"trained on {self._numbers.base_name}"
+            f"{self._file} is an adapter to another base model than the one that is "
+            f"open: {what}{nearest(name, [*known]) if name else ''}; it was trained on "
+            f"{trained}"
         )
 
 

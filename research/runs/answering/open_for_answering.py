@@ -25,6 +25,12 @@ from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.runs.answering.found_adapters import (
+    FoundFolder,
+    base_of_folder,
+    find_adapters,
+    why_base,
+)
 from research.runs.answering.int8_base import in_form
 from research.runs.answering.named_model import open_named, prompts_of
 from research.runs.answering.run_addresses import (
@@ -86,7 +92,7 @@ class ServedModel:
 
         A checkpoint appears whole, under its final name, so none is seen half-written.
         """
-        if not self.address:
+        if not self.address or self.address.is_folder:
             return False
         try:
             now = self.address.now()
@@ -133,7 +139,28 @@ class Answering:
             or the bank has no room for its ranks and targets.
           DamagedError: no checkpoint can be read.
         """
-        run = find_adapters(address, self.base)
+        found = find_adapters(address, self.base)
+        if isinstance(found, FoundFolder):
+            step, adapters, newest = 0, found.read(self.mesh), ""
+            identity = found.identity
+        else:
+            step, adapters, newest = self._restored(found, address, number)
+            identity = RunTensors(found, step).fingerprint
+        # Only shapes are needed: the engine may have donated the arrays since.
+        frozen = {
+            path: leaf.base if isinstance(leaf, AdapterBank) else leaf
+            for path, leaf in self.params.items()
+        }
+        adapted = found.trainable.forward(adapters, frozen, None)
+        changed = {path: adapted[path] for path in adapters}
+        row = serving_bank.bank_row(self.params, changed)
+        parent = self.served_base.name
+        return _served(found, address, parent, step, identity, newest), row
+
+    def _restored(
+        self, run: FoundRun, address: RunAddress, number: int | None
+    ) -> tuple[int, Params, str]:
+        """The step and the adapters of a run, and the checkpoint that is its newest."""
         number, newest = newest_step(address, number)
         try:
             step, adapters = run.restored(self.mesh, address.step, number=number)
@@ -150,17 +177,7 @@ class Answering:
                 run.config.model.dtype,
                 own,
             )
-        # Only shapes are needed: the engine may have donated the arrays since.
-        frozen = {
-            path: leaf.base if isinstance(leaf, AdapterBank) else leaf
-            for path, leaf in self.params.items()
-        }
-        adapted = run.trainable.forward(adapters, frozen, None)
-        changed = {path: adapted[path] for path in adapters}
-        row = serving_bank.bank_row(self.params, changed)
-        identity = RunTensors(run, step).fingerprint
-        parent = self.served_base.name
-        return _served(run, address, parent, step, identity, newest), row
+        return step, adapters, newest
 
     def reread(self, address: RunAddress, number: int | None = None) -> "Answering":
         """The run whose whole model is the base, at the step it has now, beside this.
@@ -202,8 +219,9 @@ def open_for_answering(
     """Opens the one base model of several runs, or a model without a run.
 
     Args:
-      runs: `RUN`, `RUN@STEP`, or folders of runs. A run that trained all or some of its
-        parameters whole is a base model itself, and stands alone or with adapters.
+      runs: `RUN`, `RUN@STEP`, folders of runs, or adapter folders of PEFT. A run that
+        trained all or some of its parameters whole is a base model itself, and stands
+        alone or with adapters.
       model: the base model, as `config.model.init_from` names it; by default that of
         the first run.
       mesh: devices for the parameters; by default those of `devices` that fit.
@@ -219,13 +237,14 @@ def open_for_answering(
     Raises:
       UserError: a run or model is absent, bases differ, or a model does not divide.
     """
-    addresses = run_addresses(runs)
+    addresses = run_addresses(runs, with_folders=True)
     if not model and not addresses:
         raise UserError("name a run with --run=RUN_DIR, or a model with --model=")
-    full = [x for x in addresses if not RunDir(x.folder).config().is_adapter]
+    of_runs = [x for x in addresses if not x.is_folder]
+    full = [x for x in of_runs if not RunDir(x.folder).config().is_adapter]
     if full and (model or len(full) > 1):
         raise UserError(
-            f"{_is_base(RunDir(full[-1].folder))}, and one base is served at a time: "
+            f"{why_base(RunDir(full[-1].folder))}, and one base is served at a time: "
             f"serve it without {'--model' if model else full[0].folder}"
         )
     others = tuple(x for x in addresses if x not in full)
@@ -236,43 +255,10 @@ def open_for_answering(
     else:
         opened = _open_base(model, others, mesh, devices)
     found = [find_adapters(address, opened.base) for address in others]
-    opened = _in_form(opened, weights, addresses[0].folder if addresses else None)
+    opened = _in_form(opened, weights, of_runs[0].folder if of_runs else None)
     count = max(adapters, len(found))
     params = _with_bank(opened, found, count + spare, rank) if count else opened.params
     return dataclasses.replace(opened, runs=others, params=params)
-
-
-def find_adapters(address: RunAddress, base: Base) -> FoundRun:
-    """The run of an address, whose adapters must be those of `base`.
-
-    Raises:
-      UserError: it has another base, no such checkpoint, or more than adapters.
-    """
-    folder = RunDir(address.folder)
-    saved_step(folder, address.step)
-    config, identity = folder.config(), folder.identity()
-    if not config.is_adapter:
-        raise UserError(
-            f"{_is_base(folder)}, and not an adapter to {base.name}: serve it by itself"
-        )
-    for part, here in (
-        ("base model", base.fingerprint),
-        ("tokenizer", base.tokenizer.fingerprint),
-    ):
-        if identity[part] != here:
-            raise UserError(
-                f"{folder} was trained on {config.model.init_from} ({part} sha256 "
-                f"{identity[part][:12]}), and the base that is served is {base.name} "
-                f"({here[:12]}): serve the run by itself"
-            )
-    return find_run(address.folder, base)
-
-
-def _is_base(folder: RunDir) -> str:
-    """Why a run that is no adapter alone stands for a base model, as a clause."""
-    every = folder.config().trainable == "full"
-    what = "all its parameters" if every else "parameters whole (config.lora.full)"
-    return f"{folder} trained {what}, so it is a base model itself"
 
 
 def newest_step(address: RunAddress, number: int | None = None) -> tuple[int, str]:
@@ -281,13 +267,15 @@ def newest_step(address: RunAddress, number: int | None = None) -> tuple[int, st
     Raises:
       UserError: there is none.
     """
+    if address.is_folder:
+        return 0, ""
     folder = RunDir(address.folder)
     number = saved_step(folder, address.step) if number is None else number
     return number, f"{number} {seal_of(folder.checkpoints / str(number))}"
 
 
 def _served(
-    run: FoundRun,
+    run: FoundRun | FoundFolder,
     address: RunAddress,
     parent: str,
     step: int,
@@ -332,8 +320,9 @@ def _open_base(
     mesh: Mesh | None,
     devices: Sequence[Any],
 ) -> Answering:
-    first = None if name else find_run(runs[0].folder)
-    base = first.base if first else open_named(name)
+    of_runs = [] if name else [x for x in runs if not x.is_folder]
+    first = find_run(of_runs[0].folder) if of_runs else None
+    base = first.base if first else open_named(name or base_of_folder(runs[0].folder))
     for address in runs:  # Before any weight is read.
         find_adapters(address, base)
     specs = Model(base.architecture).specs
@@ -354,7 +343,10 @@ def _open_base(
 
 
 def _with_bank(
-    opened: Answering, runs: Sequence[FoundRun], adapters: int, rank: int
+    opened: Answering,
+    runs: Sequence[FoundRun | FoundFolder],
+    adapters: int,
+    rank: int,
 ) -> Params:
     """The parameters with a bank for `adapters` beside the base."""
     targets: set[str] = set()

@@ -9,7 +9,7 @@ from research.checkpoints.stored_steps import step_folders
 from research.config.config_file import find_run
 from research.config.saved_config import near_run
 from research.core.errors import UserError
-from research.core.local_paths import expanded, split_step
+from research.core.local_paths import expanded, holds_adapter, split_step
 from research.runs.aliases import run_alias
 from research.runs.run_directory import RunDir
 
@@ -24,7 +24,8 @@ class RunAddress:
       name: the run's folder, with as many folders above it as tell it from the others;
         and `@STEP` where the user named a step.
       folder: of the run.
-      step: `latest` (the newest, also of a run that is training), `best`, or a number.
+      step: `latest` (the newest, also of a run that is training), `best`, or a number;
+        "" of an adapter folder of PEFT, which has no steps.
       alias: the folder of the alias that stood for this checkpoint; "" without one.
     """
 
@@ -32,6 +33,11 @@ class RunAddress:
     folder: Path
     step: str
     alias: str = ""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is an adapter folder of PEFT, and no run."""
+        return not self.step
 
     def now(self) -> "RunAddress":
         """The address that the same name has now: an alias can be moved.
@@ -45,11 +51,14 @@ class RunAddress:
         return dataclasses.replace(self, folder=folder, step=str(step))
 
 
-def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddress]:
+def run_addresses(
+    written: Sequence[str], flag: str = "--run", *, with_folders: bool = False
+) -> list[RunAddress]:
     """The runs of `RUN`, `RUN@STEP`, aliases, and folders of runs, as that of a sweep.
 
     A run in such a folder that has no checkpoint yet is passed over with a warning.
-    Messages name `flag`.
+    With `with_folders` an adapter folder of PEFT may stand for a run. Messages name
+    `flag`.
 
     Raises:
       UserError: there is no such run, it has no checkpoint, or it is named twice.
@@ -57,6 +66,9 @@ def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddres
     found: list[tuple[Path, str]] = []
     for given in written:
         place, step = split_step(given)
+        if with_folders and not step and holds_adapter(Path(expanded(place))):
+            found.append((Path(expanded(place)), ""))
+            continue
         folder = Path(expanded(find_run(place)))
         if run_alias.is_alias(folder):
             if step:
@@ -73,11 +85,17 @@ def run_addresses(written: Sequence[str], flag: str = "--run") -> list[RunAddres
         raise UserError(f"{flag} names {twice[0][0]} twice; name it once")
     names = _names([folder for folder, _ in found])
     return [
-        RunAddress(name, folder, "", str(folder)).now()
-        if run_alias.is_alias(folder)
-        else RunAddress(f"{name}@{step}" if step else name, folder, step or "latest")
+        _address(name, folder, step)
         for name, (folder, step) in zip(names, found, strict=True)
     ]
+
+
+def _address(name: str, folder: Path, step: str) -> RunAddress:
+    if holds_adapter(folder):
+        return RunAddress(name, folder, "")
+    if run_alias.is_alias(folder):
+        return RunAddress(name, folder, "", str(folder)).now()
+    return RunAddress(f"{name}@{step}" if step else name, folder, step or "latest")
 
 
 def _members(given: str, folder: Path) -> list[Path]:

@@ -1,0 +1,155 @@
+"""Adapters to a base model that is open: those of a run, or of a folder of PEFT."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from research.config.knob_groups import LoRAConfig, ModelConfig
+from research.core.errors import UserError
+from research.core.hub_access import PREFIX
+from research.formats.base_model import Base
+from research.formats.peft.adapter_config import read_numbers
+from research.formats.peft.adapter_folder import AdapterFolder
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.runs.answering.named_model import prompts_of
+from research.runs.answering.run_addresses import RunAddress
+from research.runs.lineage.start_pins import saved_step
+from research.runs.reopen import FoundRun, find_run
+from research.runs.run_directory import RunDir
+from research.tasks.task_protocol import PromptFormat
+from research.tokenize.tokenizer import Tokenizer, from_folder
+from research.weights import trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundFolder:
+    """An adapter folder of PEFT that fits an open base model; no factor has been read.
+
+    Attributes:
+      folder: of the adapter.
+      base: the model under it, whose tokenizer has the chat template of the folder.
+      adapter: the open files.
+      trainable: the split into the adapter's parameters and those of the base.
+    """
+
+    folder: Path
+    base: Base
+    adapter: AdapterFolder
+    trainable: trainable.Trainable
+
+    @property
+    def system(self) -> str:
+        """No text: the chat template of an export writes that of training itself."""
+        return ""
+
+    @property
+    def prompts(self) -> PromptFormat:
+        """Prompts as the chat template of the folder has them, or of its base."""
+        return self.prompts_with(None)
+
+    def prompts_with(self, system: str | None) -> PromptFormat:
+        """`prompts` with a system text; None leaves it to the template."""
+        return prompts_of(self.base, system)
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what is read."""
+        return self.adapter.fingerprint
+
+    def read(self, mesh: Mesh) -> dict[str, Any]:
+        """The adapters over the devices of `mesh`.
+
+        Raises:
+          UserError: a number is not finite, or a parameter that the folder holds whole
+            is not that of the base.
+        """
+        if self.base.tensors is not None:
+            self.adapter.require_base(self.base.tensors.on(mesh))
+        return self.adapter.load(meshes.shardings(self.trainable.specs, mesh))
+
+
+def find_folder(folder: Path, base: Base) -> FoundFolder:
+    """The adapter folder of PEFT at `folder`, which must fit `base`.
+
+    Raises:
+      UserError: it is damaged, computes something that is not computed here, is an
+        adapter to another base, or has other tokens.
+    """
+    specs = Model(base.architecture).specs
+    adapter = AdapterFolder(str(folder), base.architecture, specs)
+    lora = adapter.lora_config(LoRAConfig())
+    split = trainable.make("lora", ModelConfig(), lora, specs)
+    base = dataclasses.replace(base, tokenizer=_tokenizer(folder, base))
+    return FoundFolder(folder, base, adapter, split)
+
+
+def _tokenizer(folder: Path, base: Base) -> Tokenizer:
+    """That of `base`, with the chat template that the folder has."""
+    if not (folder / "tokenizer.json").is_file():
+        return base.tokenizer
+    own, known = from_folder(folder), base.tokenizer.vocabulary
+    if odd := [name for name, i in own.vocabulary.items() if known.get(name) != i]:
+        raise UserError(
+            f"{folder} has a tokenizer with {len(odd)} other tokens than {base.name} "
+            f"(such as {odd[0]!r}): give the base model that it was trained on as "
+            "--model="
+        )
+    if not own.chat_template:
+        return base.tokenizer
+    return base.tokenizer.with_chat_template(own.chat_template, own.end_ids)
+
+
+def base_of_folder(folder: Path) -> str:
+    """The base model that an adapter folder names, as `config.model.init_from` does.
+
+    Raises:
+      UserError: it names none, or one that is not on this machine.
+    """
+    numbers = read_numbers(folder)
+    name, how = numbers.base_name, "give its base model as --model="
+    if not name:
+        raise UserError(f"{folder} names no base model: {how}")
+    if "://" in name or Path(name).exists():
+        return name
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        at = f"@{numbers.revision}" if numbers.revision else ""
+        return f"{PREFIX}{name}{at}"
+    raise UserError(f"{folder} was trained on {name}, which is not here: {how}")
+
+
+def find_adapters(address: RunAddress, base: Base) -> FoundRun | FoundFolder:
+    """The adapters of an address, which must be those of `base`.
+
+    Raises:
+      UserError: it has another base, no such checkpoint, or more than adapters.
+    """
+    if address.is_folder:
+        return find_folder(address.folder, base)
+    folder = RunDir(address.folder)
+    saved_step(folder, address.step)
+    config, identity = folder.config(), folder.identity()
+    if not config.is_adapter:
+        raise UserError(
+            f"{why_base(folder)}, and not an adapter to {base.name}: serve it by itself"
+        )
+    for part, here in (
+        ("base model", base.fingerprint),
+        ("tokenizer", base.tokenizer.fingerprint),
+    ):
+        if identity[part] != here:
+            raise UserError(
+                f"{folder} was trained on {config.model.init_from} ({part} sha256 "
+                f"{identity[part][:12]}), and the base that is served is {base.name} "
+                f"({here[:12]}): serve the run by itself"
+            )
+    return find_run(address.folder, base)
+
+
+def why_base(folder: RunDir) -> str:
+    """Why a run that is no adapter alone stands for a base model, as a clause."""
+    every = folder.config().trainable == "full"
+    what = "all its parameters" if every else "parameters whole (config.lora.full)"
+    return f"{folder} trained {what}, so it is a base model itself"

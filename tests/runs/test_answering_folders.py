@@ -36,7 +36,7 @@ def run(place, unbroken):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-    """What the export of that run in PEFT's format holds."""
+    """The export of that run in the format of PEFT."""
     factors = {
         p: {k: np.asarray(x) for k, x in f.items()} for p, f in run.params.items()
     }

@@ -97,8 +97,8 @@ class AdapterTensors:
         value = self.stored(key).astype(np.float32)
         if not np.isfinite(value).all():
             raise UserError(
-                f"{self._file}: {key} holds a number that is not finite; the training "
-                "that wrote it has diverged: use an earlier checkpoint of it"
+                f"{self._file}: {key} holds a number that is not finite: the training "
+                "that wrote it has diverged, or the file is damaged; use an earlier one"
             )
         return value
 

@@ -8,9 +8,11 @@ dropped.
 import contextlib
 import errno
 import io
+import logging
 import os
 import select
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -77,6 +79,22 @@ def keep_open(patience: float | None = None) -> None:
             line_buffering=not before or before.line_buffering or before.write_through,
         )
         setattr(sys, name, lossy)
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Drops lines of the log that repeat in the block, as of files opened twice."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        return not (line in said or said.add(line))
+
+    logging.getLogger().addFilter(is_new)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_new)
 
 
 def lost_output() -> OSError | None:

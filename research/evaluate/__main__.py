@@ -1,13 +1,13 @@
 """Evaluates runs on rows: `python -m research.evaluate --run=RUN --data=FILE`."""
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from research.config import command_line
 from research.config.knobs import flat
 from research.core.errors import files_of_step
+from research.core.standard_streams import said_once
 from research.evaluate.evaluate_flags import read_flags
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     # A second command that does the same ends here, and not after its first answers.
     models = [(x.name, x.identity) for x in found.models]
     command = KeptLines.opened(folder / EVALUATIONS, "command", digest(models, choices))
-    with _said_once(), command:
+    with said_once(), command:
         result = evaluate(found, choices, folder / EVALUATIONS)
     lines = {name: found.line() for name, found in result.losses.items()}
     evaluation_page.show_evaluation(result.values, lines)
@@ -58,22 +58,6 @@ def main(argv: Sequence[str]) -> int:
         )
     sys.stdout.write(f"written to {path}\n")
     return 0
-
-
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Drops lines of the log that repeat: the same rows and runs are opened often."""
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        line = record.getMessage()
-        return not (line in said or said.add(line))
-
-    logging.getLogger().addFilter(is_new)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(is_new)
 
 
 if __name__ == "__main__":

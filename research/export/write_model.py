@@ -9,6 +9,7 @@ import jax
 
 from research.config.choices import EXPORT_FORMATS
 from research.core.errors import UserError, files_of_step, look_up
+from research.core.standard_streams import said_once
 from research.core.stop_signals import unwinding_on_signals
 from research.formats.export_folder import ExportFolder
 from research.formats.export_format import (
@@ -61,7 +62,7 @@ def write_model(
     folder, chosen = RunDir(run), choose_options(formats, dtype, quant)
     # The newest step may turn out to be damaged.
     number = agreement.of_first(agreement.together(lambda: saved_step(folder, step)))
-    with unwinding_on_signals(), contextlib.ExitStack() as stack:
+    with unwinding_on_signals(), said_once(), contextlib.ExitStack() as stack:
         wanted = {}
         for name, place in _places(folder, out, formats).items():
             with files_of_step(None, f"the export to {place}"):
@@ -164,6 +165,7 @@ def _write(
                 flags,
                 format.library,
                 format.merges,
+                exported.adapters,
             ),
             replace=replace,
             flag=FLAG,

@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from research.config.choices import ROW_SOURCES
@@ -16,6 +16,7 @@ from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
 from research.core.local_paths import public_name
 from research.core.visible_text import counted
+from research.formats.export_format import NOTHING, ExportedAdapter
 from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
 from research.runs.display_files import read_system
@@ -33,6 +34,7 @@ def format_card(
     command: Sequence[str] = (),
     library: str = "transformers",
     merged: bool = True,
+    adapters: Mapping[str, ExportedAdapter] = NOTHING,
 ) -> str:
     """The card of the model of a run after `step` updates.
 
@@ -44,6 +46,7 @@ def format_card(
       command: flags of `research.export` that write the same again.
       library: that loads the files, as the hub names it.
       merged: whether adapters are added to the weights; or else they are alone.
+      adapters: of the model, by path.
     """
     changes = History(folder.history, PhaseTimer()).accepted_by_step
     newest = flat(folder.config())
@@ -61,7 +64,7 @@ def format_card(
         "base model": public_name(base) if base else f"random {knobs['model.preset']}",
         "licence of the base model": licence or "not known",
         "data": ", ".join(data),
-        "trained": _trained(knobs, merged),
+        "trained": _trained(knobs, merged, adapters.values()),
         "steps": f"{step:,} of {counted(knobs['data.batch_size'], 'row')} of "
         f"{counted(knobs['data.seq_len'], 'token')}",
         "learning rate": f"{knobs['optim.learning_rate']:g}, {knobs['optim.schedule']}",
@@ -86,15 +89,25 @@ def format_card(
     return _card(name, head, facts, measured, parts)
 
 
-def _trained(knobs: Mapping[str, Any], merged: bool) -> str:
-    if knobs["trainable"] != "lora":
+def _trained(
+    knobs: Mapping[str, Any], merged: bool, adapters: Collection[ExportedAdapter]
+) -> str:
+    if not adapters:
         return "all parameters"
     kind = knobs["lora.kind"]
     kind = "LoRA adapters" if kind == "lora" else f"adapters of the kind {kind!r}"
     place = "added to the weights" if merged else "without the base model"
     whole = knobs.get("lora.full")
     beside = f" and whole parameters ({', '.join(whole)})" if whole else ""
-    return f"{kind} of rank {knobs['lora.rank']}{beside}, {place}"
+    rank = _range(x.rank for x in adapters)
+    alpha = _range(x.alpha for x in adapters)
+    return f"{kind} of rank {rank} and alpha {alpha}{beside}, {place}"
+
+
+def _range(values: Iterable[float]) -> str:
+    """The smallest and the largest of `values`, or the one that all are."""
+    ordered = sorted({*values})
+    return " to ".join(f"{x:g}" for x in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def _front(

@@ -59,7 +59,13 @@ def _export(run: TrainingRun, steps: int) -> None:
         run.state.params,
         run.frozen,
     )
-    card = format_card(run.folder, steps, base.licence, format.usage(exported, options))
+    card = format_card(
+        run.folder,
+        steps,
+        base.licence,
+        format.usage(exported, options),
+        adapters=exported.adapters,
+    )
     with ExportFolder.claimed(run.folder.path / EXPORTED) as out:
         export_run(
             run.folder,

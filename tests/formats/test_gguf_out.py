@@ -64,6 +64,8 @@ def test_an_adapter_file_is_read_back_on_the_base(recorded, tmp_path):
     """Scales that differ by path are multiplied into B; fused matrices share one."""
     knobs = {"rank_pattern": ("query=3",), "alpha_pattern": ("value=7", "mlp=1")}
     exported = make_exported(recorded, ("query.kernel", "value.kernel", "mlp"), **knobs)
+    chats = exported.tokenizer.with_chat_template("{{ messages[0].content }}")
+    exported = dataclasses.replace(exported, tokenizer=chats)
     ADAPTER.write(exported, tmp_path, ExportOptions())
     file = GGUFFile(tmp_path / "adapter.gguf", "adapter")
     said = {key: file.metadata[key] for key in ("general.type", "adapter.type")}
@@ -71,6 +73,9 @@ def test_an_adapter_file_is_read_back_on_the_base(recorded, tmp_path):
     assert file.metadata["research.base_hash"] == "d5d56f"
     modelfile = (tmp_path / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
+    assert (tmp_path / "chat_template.jinja").read_text() == chats.chat_template
+    usage = ADAPTER.usage(exported, ExportOptions())
+    assert "--chat-template-file THIS_FOLDER/chat_template.jinja" in usage
     written = ADAPTER.read_back(tmp_path, exported)
     for path in ("query", "key", "value"):
         path = f"layers.attention.{path}.kernel"

@@ -1,5 +1,8 @@
 """Ollama gets the words that the chat template writes, or the template as it is."""
 
+import re
+import types
+
 import pytest
 import tiny_model
 
@@ -77,5 +80,54 @@ def test_a_template_that_does_more_is_left_to_the_model_file(tokenizer, template
     assert text.splitlines()[:3] == [
         "FROM base",
         "ADAPTER ./a.gguf",
-        "# The chat template is the one in the model file.",
+        "# Ollama takes the chat template of the base model's file, which may be "
+        "another one than the template of training beside this file.",
     ]
+    alone = format_modelfile("model.gguf", own).splitlines()[1]
+    assert alone == "# The chat template is the one in the model file."
+
+
+def read_as_ollama(text):
+    """The commands of a Modelfile, as `ParseFile` of Ollama takes them apart."""
+    found, waiting = [], ""
+    for part in re.split(r"([\r\n])", text):
+        if not waiting and (part in ("\r", "\n", "") or part.startswith("#")):
+            continue
+        ends = waiting and part in ("\r", "\n")
+        name, _, value = waiting.partition(" ")
+        if name == "PARAMETER":
+            name, _, value = value.partition(" ")
+        value = value.strip()
+        quotes = 3 if value.startswith('"""') else int(value.startswith('"'))
+        whole = len(value) >= 2 * quotes and value.endswith('"' * quotes)
+        if ends and whole:
+            found.append((name, value[quotes : len(value) - quotes]))
+            waiting = ""
+        else:
+            shown = [x for x in part if x.isprintable() or x in "\t\r\n"]
+            waiting += "".join(shown)
+    assert not waiting
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|end|>", 'a"b', '"', '""', '"""', "back\\slash", "\n", "\n\nUser:", " x ",
+        'say "hi"\nor not', 'ends in "', '"begins', "tab\t", "\u2581\uff5cend\uff5c",
+        'code:\n"""\ndoc\n"""\nend', '"""\nx', 'a"""\rb', "zero\u200bwidth",
+        "no\u00a0break", "nul\0", "a\r\nb",
+    ],
+)  # fmt: skip
+def test_ollama_reads_a_text_as_it_is_or_a_comment_says_that_it_cannot(text):
+    stops = types.SimpleNamespace(
+        chat_template="", end_ids=(1,), decode=lambda ids, skip_control: text
+    )
+    written = format_modelfile("model.gguf", stops, text)
+    read = dict(read_as_ollama(written))
+    assert read["FROM"] == "./model.gguf"
+    said = written.count("# A Modelfile cannot hold")
+    if said:
+        assert said == 2 and {*read} == {"FROM"}
+    else:
+        assert read["SYSTEM"] == read["stop"] == text

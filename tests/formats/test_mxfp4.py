@@ -95,7 +95,7 @@ def test_every_number_is_exact(folder):
 )
 def test_damaged_parts_are_named(folder, changes, said):
     rewrite(folder, **changes)
-    with pytest.raises(UserError, match=f"down_proj.*{said}"):
+    with pytest.raises(UserError, match=f"{folder}.*down_proj.*{said}.*download"):
         HuggingFaceWeights(folder).read(DOWN)
 
 

@@ -28,7 +28,7 @@ from research.core.errors import UserError
 from research.export import __main__ as export_door
 from research.export.write_model import choose_options, write_model
 from research.formats.base_model import open_base
-from research.formats.export_format import ExportOptions
+from research.formats.export_format import ExportedAdapter, ExportOptions
 from research.formats.huggingface.huggingface_export import (
     HuggingFaceFormat,
     save_settings,
@@ -296,7 +296,8 @@ def card_of(run, path, step, data, changes, **knobs):
     history = History(folder.history, PhaseTimer())
     for made, changed in changes.items():
         history.accept(changed, made)
-    return format_card(folder, step, "", "text")
+    adapters = {x: ExportedAdapter({}, x, 8.0) for x in (4, 16, 8)}
+    return format_card(folder, step, "", "text", adapters=adapters)
 
 
 def test_the_card_names_the_data_of_an_added_task_and_its_adapters(
@@ -308,7 +309,8 @@ def test_the_card_names_the_data_of_an_added_task_and_its_adapters(
     data = {"kind": "pairs", "path": "", "columns": ColumnsConfig()}
     card = card_of(lora, tmp_path / "a", 16, data, {}, lora=kind)
     assert "olly" not in card and "- data: read by the task 'pairs'" in card
-    assert "adapters of the kind 'scaled' of rank 4" in card and "LoRA" not in card
+    assert "adapters of the kind 'scaled' of rank 4 to 16 and alpha 8, " in card
+    assert "LoRA" not in card
     named = card_of(lora, tmp_path / "b", 16, data | {"path": "/x/pairs.jsonl"}, {})
     assert "- data: pairs.jsonl\n" in named
 

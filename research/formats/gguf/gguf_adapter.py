@@ -31,15 +31,17 @@ from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import StoredTensor, used
 from research.weights.parameter_spec import Spec
 
-FILE, BASE = "adapter.gguf", "base.gguf"
+FILE, BASE, TEMPLATE = "adapter.gguf", "base.gguf", "chat_template.jinja"
 ALPHA = "adapter.lora.alpha"
 EMBEDDING, PLACES = "embedding.table", "position_embedding.table"
 USAGE = """```sh
-llama-cli -m base.gguf --lora THIS_FOLDER/adapter.gguf
+llama-cli -m base.gguf --lora THIS_FOLDER/adapter.gguf{template}
 ```
 
 The Modelfile is for Ollama: put the GGUF file of the base model beside it as base.gguf.
 """
+# llama.cpp would take the template of the base model's file.
+WITH_TEMPLATE = f" \\\n  --jinja --chat-template-file THIS_FOLDER/{TEMPLATE}"
 
 
 class GGUFAdapterFormat:
@@ -70,6 +72,8 @@ class GGUFAdapterFormat:
             system = exported.facts.get("system_prompt", "")
             text = format_modelfile(BASE, exported.tokenizer, system, FILE)
             write_whole(folder / "Modelfile", text)
+            if exported.tokenizer.chat_template:
+                write_whole(folder / TEMPLATE, exported.tokenizer.chat_template)
 
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         file = GGUFFile(folder / FILE, "adapter")
@@ -86,7 +90,8 @@ class GGUFAdapterFormat:
         return WrittenModel(exported.model.architecture, None, read)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
-        return USAGE
+        chats = exported.tokenizer.chat_template
+        return USAGE.format(template=WITH_TEMPLATE if chats else "")
 
 
 FORMAT = GGUFAdapterFormat()

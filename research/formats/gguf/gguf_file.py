@@ -1,5 +1,6 @@
 """A GGUF file of llama.cpp: its metadata, and its weights one tensor at a time."""
 
+import functools
 import itertools
 import struct
 from collections.abc import Mapping
@@ -48,7 +49,11 @@ class GGUFFile:
             ) from error
         self._file = file
         self._refuse_parts(kind)
-        self.fingerprint = fingerprint_files([file])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the file; the first use reads it."""
+        return fingerprint_files([self._file])
 
     def _refuse_overlaps(self) -> None:
         """Each tensor has bytes of its own; a wrong offset would give another's."""

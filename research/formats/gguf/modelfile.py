@@ -8,7 +8,7 @@ that the model file holds.
 
 import dataclasses
 import itertools
-import json
+import re
 from collections.abc import Sequence
 
 from research.core.errors import UserError
@@ -17,6 +17,16 @@ from research.tokenize.tokenizer import Tokenizer
 
 SYSTEM, ASKED, ANSWER, AGAIN = "QSYSQ", "QASKQ", "QANSQ", "QAGNQ"
 Turns = Sequence[tuple[str, str]]
+LINE_END = re.compile(r"[\r\n]")
+LEFT_TO_MODEL = "The chat template is the one in the model file."
+LEFT_TO_ADAPTED = (
+    "Ollama takes the chat template of the base model's file, which may be another one "
+    "than the template of training beside this file."
+)
+NO_SYSTEM = (
+    "A Modelfile cannot hold the system text of training: send it with each chat."
+)
+NO_STOP = "A Modelfile cannot hold a text that ends an answer: stop at"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +75,38 @@ def format_modelfile(
     if adapter:
         lines.append(f"ADAPTER {_place(adapter)}")
     words = find_words(tokenizer)
-    template = words.as_go() if words else ""
-    if template and '"""' not in template:
-        lines.append(f'TEMPLATE """{template}"""')
+    if words and (written := _value(words.as_go())):
+        lines.append(f"TEMPLATE {written}")
     elif tokenizer.chat_template:
-        lines.append("# The chat template is the one in the model file.")
-    if system and '"""' not in system:
-        lines.append(f'SYSTEM """{system}"""')
+        lines.append(f"# {LEFT_TO_ADAPTED if adapter else LEFT_TO_MODEL}")
+    if system:
+        written = _value(system)
+        lines.append(f"SYSTEM {written}" if written else f"# {NO_SYSTEM}")
     for end in tokenizer.end_ids:
         text = tokenizer.decode([end], skip_control=False)
-        lines.append(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}")
+        written = _value(text)
+        if text:  # Every answer ends in an empty one.
+            stop = f"PARAMETER stop {written}" if written else f"# {NO_STOP} {text!a}"
+            lines.append(stop)
     return "\n".join(lines) + "\n"
+
+
+def _value(text: str) -> str:
+    """`text` in quotes as Ollama's parser reads it back; "" where it cannot.
+
+    That takes the quotes off and knows no escapes. A value ends with the first line
+    that ends in its closing quotes, and characters that cannot be shown are dropped
+    (`parser/parser.go` of github.com/ollama/ollama, read in 2026).
+    """
+    if not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
+        return ""
+    if not set(text) & {'"', "\r", "\n"}:
+        return f'"{text}"'
+    written = f'"""{text}"""'
+    begun = [written[: found.start()].rstrip() for found in LINE_END.finditer(written)]
+    if any(len(part) >= 6 and part.endswith('"""') for part in begun):
+        return ""
+    return written
 
 
 def find_words(tokenizer: Tokenizer) -> TurnWords | None:

@@ -1,6 +1,7 @@
 """The config and weights of a Hugging Face folder, read one tensor at a time."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,14 +85,19 @@ class HuggingFaceWeights:
                     "have it; copy the files of the model again"
                 )
         # A tensor in two parts counts as one.
-        self._in_parts = mxfp4_shapes(self._shapes)
+        self._in_parts = mxfp4_shapes(self._shapes, folder)
         for name in self._in_parts:
             del self._shapes[name + BLOCKS], self._shapes[name + SCALES]
         self._shapes |= self._in_parts
         for name in self._files:
             if name.endswith(".weight"):  # Others may be tables that nobody reads.
                 self._require_numbers(name)
-        self.fingerprint = fingerprint_files(files)
+        self._hashed = files
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the files; the first use reads them."""
+        return fingerprint_files(self._hashed)
 
     def _add(self, name: str, file: Path, found: Any) -> None:
         if name in self._files:
@@ -119,7 +125,7 @@ class HuggingFaceWeights:
     def read(self, name: str) -> np.ndarray:
         if name in self._in_parts:
             parts = (self._read(name + end) for end in (BLOCKS, SCALES))
-            return read_mxfp4(name, *parts)
+            return read_mxfp4(name, *parts, self._files[name + BLOCKS])
         self._require_numbers(name)
         return self._read(name)
 

@@ -7,6 +7,7 @@ in / 32, 16]` bytes of two numbers each, the low four bits first, and `NAME_scal
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +27,15 @@ def _pairs_of_numbers() -> np.ndarray:
     return np.stack([numbers[byte & 15], numbers[byte >> 4]], axis=1)
 
 
-def mxfp4_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+AGAIN = "download or write the model again"
+
+
+def mxfp4_shapes(
+    shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> dict[str, tuple[int, ...]]:
     """By NAME, the shape `[*stack, in, out]` of each tensor that lies in two parts.
+
+    `folder` has the files, and is named in errors.
 
     Raises:
       UserError: the parts of one do not fit each other.
@@ -40,26 +48,33 @@ def mxfp4_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, 
         scales = shapes[own + SCALES]
         if len(shape) < 3 or shape[-1] != BYTES or shape[:-1] != scales:
             raise UserError(
-                f"{name} is {list(shape)} and {own + SCALES} is {list(scales)}: they "
-                f"must be [..., {BYTES}] and the same without the last axis"
+                f"{folder}: {name} is {list(shape)} and {own + SCALES} is "
+                f"{list(scales)}: they must be [..., {BYTES}] and the same without the "
+                f"last axis; {AGAIN}"
             )
         found[own] = (*shape[:-3], shape[-2] * 2 * BYTES, shape[-3])
     return found
 
 
-def read_mxfp4(name: str, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def read_mxfp4(
+    name: str, blocks: np.ndarray, scales: np.ndarray, file: Path
+) -> np.ndarray:
     """The matrices as bfloat16 `[*stack, in, out]`, without rounding.
+
+    `file` has `name`, and is named in errors.
 
     Raises:
       UserError: a part holds no bytes, or a scale that stands for no number.
     """
     if blocks.dtype != np.uint8 or scales.dtype != np.uint8:
         raise UserError(
-            f"{name}: its parts {BLOCKS} and {SCALES} are {blocks.dtype} and "
-            f"{scales.dtype}; MXFP4 has bytes (uint8)"
+            f"{file}: the parts {BLOCKS} and {SCALES} of {name} are {blocks.dtype} and "
+            f"{scales.dtype}, and MXFP4 has bytes (uint8); {AGAIN}"
         )
     if (scales == NOT_A_NUMBER).any():
-        raise UserError(f"{name}{SCALES} holds {NOT_A_NUMBER}, which is no number")
+        raise UserError(
+            f"{file}: {name}{SCALES} holds {NOT_A_NUMBER}, which is no number; {AGAIN}"
+        )
     numbers = _pairs_of_numbers()[blocks]
     powers = np.ldexp(np.float32(1), scales.astype(np.int32) - BIAS)
     numbers *= powers.astype(jnp.bfloat16)[..., None, None]

@@ -56,10 +56,9 @@ def format_card(
     for begun in (0, *(x for x in sorted(changes) if x < step)):
         for source in _sources(_knobs_at(begun + 1, newest, changes)):
             sources.setdefault(source, begun + 1)
-    data = [
-        public_name(x) + (f" (from update {n} on)" if n > 1 else "")
-        for x, n in sources.items()
-    ] or [f"read by the task {knobs['data.kind']!r}"]
+    since = {x: f" (from update {n} on)" if n > 1 else "" for x, n in sources.items()}
+    data = [public_name(x) + when for x, when in since.items()]
+    data = data or [f"read by the task {knobs['data.kind']!r}"]
     facts = {
         "base model": public_name(base) if base else f"random {knobs['model.preset']}",
         "licence of the base model": licence or "not known",
@@ -78,8 +77,8 @@ def format_card(
         )
     if earlier := _changed_facts(changes, step):
         facts["changed in training"] = earlier
-    lines = read_metrics(folder.path)
-    measured = [x for x in lines if x["kind"] == "eval" and x["step"] <= step]
+    evaluations = [x for x in read_metrics(folder.path) if x["kind"] == "eval"]
+    measured = [x for x in evaluations if x["step"] <= step]
     parts = {
         "Use": usage,
         "Licence": "The licence of the base model holds for this model, too.",

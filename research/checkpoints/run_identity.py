@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from research.config.choices import SAME_ARRAYS
 from research.config.field_names import shell_flag
 from research.core.errors import UserError
 from research.core.visible_text import counted
@@ -23,7 +24,8 @@ CHANGED_WITH = {
 # Knobs that decide which arrays a checkpoint has, each with what matters of its value.
 OF_ARRAYS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("trainable", "model.preset", "optim.name"), str),
-    **dict.fromkeys(("lora.kind", "lora.rank"), str),
+    "lora.rank": str,
+    "lora.kind": lambda kind: SAME_ARRAYS.get(kind, kind),
     **dict.fromkeys(("lora.targets", "lora.full", "lora.rank_pattern"), tuple),
     "optim.skip_spread": bool,
     "optim.skip_window": int,

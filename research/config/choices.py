@@ -29,7 +29,18 @@ class FormatChoice:
 # Each kind of adapter names a module whose `KIND` is an `AdapterKind`. A new kind is a
 # file and a line here. The modules are imported on use, so launchers read the names
 # without JAX.
-ADAPTER_MODULES = {"lora": "research.weights.adapters.lora"}
+ADAPTER_MODULES = {
+    "lora": "research.weights.adapters.lora",
+    "dora": "research.weights.adapters.dora",
+    "gaussian": "research.weights.adapters.gaussian",
+    "orthogonal": "research.weights.adapters.orthogonal",
+    "pissa": "research.weights.adapters.pissa",
+    "olora": "research.weights.adapters.olora",
+}
+# Kinds that differ only in their start have the arrays of another one.
+SAME_ARRAYS = {"gaussian": "lora", "orthogonal": "lora", "olora": "pissa"}
+# Kinds that compute the same of their arrays, so that they train as one program.
+LOW_RANK = ("lora", "gaussian", "orthogonal", "pissa", "olora")
 # Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
 BASE_FORMAT_MODULES = {"plain": "research.weights.representations.plain_array"}
 # The formats of `research.export`, by name.

@@ -81,9 +81,15 @@ class ModelConfig:
 class LoRAConfig:
     """The adapters."""
 
-    kind: str = knob("lora", "kind of adapter", choices=ADAPTER_MODULES)
+    kind: str = knob(
+        "lora",
+        "kind of adapter; dora trains the length of each output's weights, too; "
+        "gaussian, orthogonal, pissa and olora are lora with another start",
+        choices=ADAPTER_MODULES,
+    )
     rank: int = knob(16, "inner dimension of the adapters", above=0)
     alpha: float = knob(32.0, "the adapters' product counts alpha / rank", above=0)
+    rslora: bool = knob(False, "the product counts alpha / sqrt(rank) instead")
     dropout: float = knob(
         0.0, "share of adapter inputs dropped in training", low=0, high=0.99
     )
@@ -119,6 +125,11 @@ class OptimConfig:
 
     name: str = knob("adamw", "name of the optimizer", choices=OPTIMIZERS)
     learning_rate: float = knob(5e-4, "peak learning rate", above=0)
+    rate_pattern: tuple[str, ...] = knob(
+        (),
+        "factors of the learning rate of some arrays, as ('pattern=factor', ...); the "
+        "last match of a path wins; LoRA+ is ('[.]b$=16',)",
+    )
     schedule: str = knob(
         "cosine",
         "learning rate after the warm-up; wsd: constant, then a linear decay",

@@ -64,7 +64,7 @@ class ExportedModel:
       weights: all parameters by path, with adapters attached.
       tokenizer: has the chat template of training, and the ids that end an answer.
       adapters: by path; empty after full training.
-      adapter_kind: their kind, such as `lora`; "" without any.
+      adapter_kind: their kind; `lora` for each that is a low-rank update; "" without.
       base_weights: the parameters without adapters; empty where there are no adapters.
       base: that training began with; None outside of a run.
       facts: texts by name that travel inside each file that has room for them.

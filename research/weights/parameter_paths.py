@@ -140,6 +140,31 @@ def _words(paths: Iterable[str]) -> list[str]:
     return sorted({word for path in paths for word in path.split(".")})
 
 
+def numbers_by_pattern(
+    paths: Mapping[str, Any], overrides: Sequence[str], default: float
+) -> dict[str, float]:
+    """One number a path: that of the last `pattern=number` that matches, or default.
+
+    Raises:
+      UserError: an override has another form, or its pattern matches no path.
+    """
+    numbers = {}
+    for override in overrides:
+        pattern, equals, number = override.rpartition("=")
+        numbers.pop(pattern, None)  # A repeated pattern counts as the last one.
+        try:
+            numbers[pattern] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 < numbers[pattern] < math.inf:
+            raise UserError(
+                f"{override!r} is not 'pattern=number' with a number above 0, "
+                "such as 'mlp=4'"
+            )
+    chosen = select(paths, tuple(numbers))
+    return {path: numbers.get(chosen.get(path), default) for path in paths}
+
+
 def pad_with_zeros(own: Any, wide: Any) -> Any:
     """`own` in the shapes of `wide`: values first on every axis, then zeros.
 

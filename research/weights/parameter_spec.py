@@ -22,6 +22,7 @@ class Spec:
       stacked: number of leading axes that count copies (1 for scanned layers).
       std: standard deviation of its random initialisation; 0 gives `fill` everywhere.
       fill: its initial value where `std` is 0.
+      fixed: it lies among trained parameters, and is not trained.
       dtype: name of its dtype, where that is fixed (codes of a quantized weight);
         None for the dtype of the tree that it belongs to.
       names: of the modules that hold it in other tools' files, with `{}` for the layer.
@@ -35,6 +36,7 @@ class Spec:
     dtype: str | None = None
     names: tuple[str, ...] = ()
     fill: float = 1.0
+    fixed: bool = False
 
     @property
     def in_shape(self) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ class Trainable:
       init: `(key, base) -> params`, the start of the trained parameters.
       forward: `(params, frozen, key) -> model parameters`; `key` switches the dropout
         of adapters on and is None in evaluation.
+      measure: `(params, frozen) -> frozen` for `forward` with these parameters, with
+        what gets no gradient computed; a step calls it once for its microbatches.
       store: `(path, weight) -> stored form`, in the structure of `frozen_specs`.
       kind: of the adapters; None in full training.
       full: paths of the parameters that are trained whole beside adapters.
@@ -56,6 +58,7 @@ class Trainable:
     dtype: Any
     init: Callable[[Array, Params], Params]
     forward: Callable[[Params, Params, Array | None], Params]
+    measure: Callable[[Params, Params], Params] = lambda params, frozen: frozen
     store: Callable[[str, Array], Matrix] = lambda path, weight: weight
     kind: AdapterKind | None = None
     full: frozenset[str] = frozenset()
@@ -116,10 +119,16 @@ def _make_adapters(
         whole = {path: base[path].astype(jnp.float32) for path in full}
         return kind.init(key, specs, lora, base) | whole
 
+    def factors(params: Params) -> Params:
+        return {path: params[path] for path in params if path not in full}
+
     def forward(params: Params, frozen: Params, key: Array | None) -> Params:
-        factors = {path: params[path] for path in params if path not in full}
-        adapted = kind.adapt(frozen, factors, lora, key)
+        adapted = kind.adapt(frozen, factors(params), lora, key)
         return adapted | {path: params[path] for path in params if path in full}
+
+    def measure(params: Params, frozen: Params) -> Params:
+        own = factors(params)
+        return kind.measure(frozen, own, kind.settings(kind.ranks(own), lora))
 
     return Trainable(
         specs=adapters | full,
@@ -128,6 +137,7 @@ def _make_adapters(
         dtype=jnp.dtype(jnp.float32),
         init=init,
         forward=forward,
+        measure=measure,
         store=lambda path, weight: stored.store(weight, specs[path]),
         kind=kind,
         full=frozenset(full),

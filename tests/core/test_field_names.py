@@ -113,6 +113,7 @@ def test_what_people_bring_from_seven_tools_has_an_answer():
 
 # How the other trainers write the values of a knob; "3" for the rest.
 TYPICAL = {
+    "lora.rslora": ("True",),
     "run_dir": ("outputs/a-b",),
     "steps": ("1000", "-1"),
     "optim.learning_rate": ("2e-4", "5e-05", "1.0e-5"),

@@ -7,7 +7,8 @@
 
 Five tiny random models are stored whole (config, weights, outputs). The others, in
 `switches/`, have seeded weights, which are not stored; `adapters/` has adapters to
-them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them. For the real
+them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them. `training/`
+has what PEFT trains with each kind of adapter. For the real
 one, SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
 float32 on one CPU thread with eager attention, and nothing touches the network.
 """
@@ -32,6 +33,7 @@ import real
 import switches
 import tiny
 import torch
+import training
 from reference import Arrays
 from transformers.utils import logging as hf_logging
 
@@ -109,6 +111,13 @@ def check(root: Path) -> bool:
         except (OSError, RuntimeError, ValueError) as error:
             largest, faults, more = float("nan"), [], [str(error)]
         agreed &= report(f"adapters to {model.name}", largest, faults + more)
+    for case in training.CASES:
+        try:
+            arrays, recorded, faults = training.read(case, root)
+            largest, more = compare(arrays, recorded, training.TOLERANCE)
+        except (OSError, RuntimeError, ValueError) as error:
+            largest, faults, more = float("nan"), [], [str(error)]
+        agreed &= report(f"training of {case}", largest, faults + more)
     folder = root / real.NAME
     try:
         recorded = recorded_arrays(folder)
@@ -130,6 +139,7 @@ def write(root: Path) -> None:
     for model in switches.TINY:
         switches.write_tiny(model, root)
         adapters.write_adapter(model, root)
+    training.write(root)
     arrays, facts = real.compute()
     folder = root / real.NAME
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, random_params
+from helpers import TINY, in_soak, random_params
 
 from research.config.run_config import Config, LoRAConfig, MeshConfig
 from research.core.errors import UserError
@@ -57,9 +57,10 @@ def test_masks_of_all_or_nothing_are_seen():
         assert found.trained in (0, found.real)
 
 
-@pytest.fixture(scope="module")
-def lora_job():
-    config = Config(lora=LoRAConfig(rank=2))
+def make_job(kind):
+    """A definition, a base and adapters at their start, on few small matrices."""
+    targets = ("attention", "mlp") if kind == "lora" else ("output", "mlp.up")
+    config = Config(lora=LoRAConfig(rank=2, kind=kind, targets=targets))
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = Model(TINY)
     parts = trainable.make(config.trainable, config.model, config.lora, model.specs)
@@ -67,7 +68,12 @@ def lora_job():
         model, parts, optimizers.make_optimizer(config.optim, 2, parts.specs), mesh, 8
     )
     base = random_params(model.specs)
-    return definition, base, parts.init(jax.random.key(0), base)
+    return definition, base, jax.jit(parts.init)(jax.random.key(0), base)
+
+
+@pytest.fixture(scope="module")
+def lora_job():
+    return make_job("lora")
 
 
 def failed(*args):
@@ -77,6 +83,21 @@ def failed(*args):
 def test_fresh_adapters_pass(lora_job):
     definition, base, adapters = lora_job
     assert failed(definition, train_step.init_state(definition, adapters), base) == []
+
+
+@pytest.mark.parametrize(
+    "kind, moved",
+    [("dora", "magnitude"), ("pissa", "b0"), in_soak("olora", "a"),
+     in_soak("gaussian", "b"), in_soak("orthogonal", "b")],
+)  # fmt: skip
+def test_each_kind_proves_its_start(kind, moved):
+    definition, base, adapters = make_job(kind)
+    state = train_step.init_state(definition, adapters)
+    assert failed(definition, state, base) == []
+    path = next(iter(adapters))
+    odd = adapters | {path: adapters[path] | {moved: adapters[path][moved] + 0.1}}
+    state = train_step.init_state(definition, odd)
+    assert failed(definition, state, base) == [f"{kind} at step 0"]
 
 
 def test_adapters_that_change_the_base_model_are_seen(lora_job):

@@ -32,6 +32,7 @@ from research.train.step.definition_from_config import make_step_definition
 from research.train.step.optimizers import make_optimizer, read_skipped, skip_outliers
 from research.train.step.schedules import make_schedule
 from research.weights import trainable
+from research.weights.parameter_spec import Spec
 
 
 def test_the_rate_warms_up_peaks_and_ends_at_its_share():
@@ -91,9 +92,13 @@ def zeros(params):
     return {path: np.zeros(x.shape, x.dtype) for path, x in params.items()}
 
 
+def specs_of(params):
+    return jax.tree.map(lambda x: Spec(x.shape, ("rank",) * x.ndim, x.ndim - 1), params)
+
+
 def moved(config, gradient, params, specs=None):
     """The mean change of each parameter by the first update."""
-    optimizer = make_optimizer(config, 10, specs or params)
+    optimizer = make_optimizer(config, 10, specs or specs_of(params))
 
     @jax.jit
     def means(gradient, params):
@@ -290,7 +295,7 @@ def test_moments_of_bfloat16_parameters_decay_as_those_of_float32():
     found = []
     for dtype in (jnp.float32, jnp.bfloat16):
         params = {"w": jnp.ones(3, dtype)}
-        optimizer = make_optimizer(OptimConfig(b2=0.999), 10, params)
+        optimizer = make_optimizer(OptimConfig(b2=0.999), 10, specs_of(params))
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for slope in (0.5, 0.0, 0.0):
             moved, state = update({"w": jnp.full(3, slope)}, state, params)
@@ -399,5 +404,36 @@ def test_the_knobs_that_no_flag_can_accept_are_those_that_change_arrays(tmp_path
                 )
                 assert (arrays(other) != usual) == moves, path
                 found |= {path} if moves else set()
-    # One kind of adapter is there, and the tiny model is no preset.
-    assert found == OF_ARRAYS.keys() - {"model.preset", "lora.kind"}
+    assert found == OF_ARRAYS.keys() - {"model.preset"}  # The tiny model is none.
+
+
+def test_a_rate_pattern_multiplies_the_rate_of_its_paths():
+    """LoRA+: the factor applies to the whole update, decay included, as in PEFT."""
+    specs = {"m": {name: Spec((4,), ("rank",), n_in=0) for name in ("a", "b")}}
+    params = jax.tree.map(lambda spec: jnp.ones(spec.shape), specs)
+    config = OptimConfig(warmup=0.0, clip_norm=0.0, weight_decay=0.1)
+    plain = moved(config, params, params, specs)["m"]
+    plus = dataclasses.replace(config, rate_pattern=(r"\.b$=16",))
+    found = moved(plus, params, params, specs)["m"]
+    assert found["a"] == plain["a"]
+    np.testing.assert_allclose(found["b"], 16 * plain["b"], rtol=1e-6)
+    for pattern, said in (("beta=2", "matches no parameter"), ("b", "pattern=number")):
+        with pytest.raises(UserError, match=said):
+            bad = dataclasses.replace(config, rate_pattern=(pattern,))
+            make_optimizer(bad, 10, specs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_fixed_does_not_move_and_has_no_moments(name):
+    spec = Spec((2, 4, 6), ("layers", "embed", "rank"), stacked=1)
+    specs = {"m": {"a": spec, "a0": dataclasses.replace(spec, fixed=True)}}
+    params = jax.tree.map(lambda spec: jnp.ones(spec.shape), specs)
+    slope = {"m": {"a": params["m"]["a"], "a0": jnp.zeros_like(params["m"]["a0"])}}
+    config = OptimConfig(name=name, warmup=0.0, weight_decay=0.1)
+    found = moved(config, slope, params, specs)["m"]
+    assert found["a0"] == 0 and found["a"] < 0
+    alone = {"m": {"a": spec}}, {"m": {"a": params["m"]["a"]}}
+    states = [
+        make_optimizer(config, 10, s).init(p) for s, p in ((specs, params), alone)
+    ]
+    assert len(jax.tree.leaves(states[0])) == len(jax.tree.leaves(states[1]))

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from helpers import TINY, close, in_soak, random_adapters, random_params
 
+from research.config.choices import ADAPTER_MODULES
 from research.config.run_config import LoRAConfig, ModelConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
-from research.weights import trainable
+from research.weights import parameter_paths, trainable
 from research.weights.adapters import lora
 from research.weights.adapters.adapter_kind import with_own_patterns
+from research.weights.adapters.adapter_registry import find_kind
 from research.weights.representations.low_rank import LowRank
 
 EVERYTHING = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
@@ -317,17 +319,21 @@ def test_dropout_reaches_the_scanned_layers(model, params, batch):
     assert np.abs(first - logits(jax.random.key(1))).max() > 0.1
 
 
-def check_lifted(function, params):
-    """Zero B is the identity, and training only the factors lowers the loss."""
-    config = LoRAConfig(rank=4, alpha=4.0, targets=("kernel",))
-    adapters = lora.init(jax.random.key(0), lora.specs_of(params), config)
-    assert [path.split(".")[:2] for path in adapters] == [
+def check_lifted(function, params, kind):
+    """The start is the model itself, and training adapters alone lowers the loss."""
+    config = LoRAConfig(kind=kind, rank=4, alpha=4.0, targets=("kernel",))
+    base = parameter_paths.flatten(params)[0]
+    specs = lora.specs_of(params)
+    adapters = find_kind(kind).init(jax.random.key(0), specs, config, base)
+    assert sorted(path.removesuffix(".value").split(".")[-2:] for path in adapters) == [
         ["dense0", "kernel"],
         ["dense1", "kernel"],
     ]
     lifted = lora.lift(function, config)
     x = jnp.float32(np.random.default_rng(0).normal(size=(16, 6)))
-    assert (lifted(params, adapters, x) == function(params, x)).all()
+    close(lifted(params, adapters, x), function(params, x))
+    if find_kind(kind).is_exact and kind in ("lora", "gaussian"):
+        assert (lifted(params, adapters, x) == function(params, x)).all()
 
     @jax.jit
     def descend(adapters):
@@ -337,14 +343,17 @@ def check_lifted(function, params):
         value, slope = jax.value_and_grad(loss)(adapters)
         return jax.tree.map(lambda p, g: p - 0.1 * g, adapters, slope), value
 
-    losses = []
+    start, losses = adapters, []
     for _ in range(30):
         adapters, value = descend(adapters)
         losses.append(float(value))
     assert losses[-1] < 0.7 * losses[0]
+    for path, own in adapters.items():
+        still = {name for name, x in own.items() if (x == start[path][name]).all()}
+        assert still == {name for name in own if name.endswith("0")}, path
 
 
-def test_lift_trains_a_flax_model_that_is_not_ours():
+def nnx_model():
     class MLP(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             self.dense0 = nnx.Linear(6, 8, rngs=rngs)
@@ -354,7 +363,30 @@ def test_lift_trains_a_flax_model_that_is_not_ours():
             return self.dense1(nnx.relu(self.dense0(x)))
 
     graph, state = nnx.split(MLP(nnx.Rngs(0)))
-    check_lifted(lambda state, x: nnx.merge(graph, state)(x), state)
+    return lambda state, x: nnx.merge(graph, state)(x), state
+
+
+def linen_model():
+    class MLP(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            hidden = linen.relu(linen.Dense(8, name="dense0")(x))
+            return linen.Dense(6, name="dense1")(hidden)
+
+    model = MLP()
+    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 6)))
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (make, kind) if i % 2 == j else in_soak(make, kind)
+        for i, kind in enumerate(ADAPTER_MODULES)
+        for j, make in enumerate((nnx_model, linen_model))
+    ],
+)
+def test_lift_trains_every_kind_on_a_flax_model_that_is_not_ours(make, kind):
+    check_lifted(*make(), kind)
 
 
 def test_lift_trains_a_plain_function_of_nested_parameters():
@@ -368,4 +400,4 @@ def test_lift_trains_a_plain_function_of_nested_parameters():
         hidden = x @ params["dense0"]["kernel"] + params["dense0"]["bias"][None]
         return jnp.tanh(hidden) @ params["dense1"]["kernel"]
 
-    check_lifted(apply, params)
+    check_lifted(apply, params, "lora")

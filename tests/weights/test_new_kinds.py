@@ -107,9 +107,9 @@ class ScaledLoRA(LoRA):
         )
         return super().matrix_specs(spec, rank) | {"gain": gain}
 
-    def init_matrix(self, key, specs, base):
+    def init_matrix(self, key, specs, base, scale):
         gain = jnp.ones(specs["gain"].shape, jnp.float32)
-        return super().init_matrix(key, specs, base) | {"gain": gain}
+        return super().init_matrix(key, specs, base, scale) | {"gain": gain}
 
     def attach_matrix(self, base, factors, scale, key, rate):
         low_rank = super().attach_matrix(base, factors, scale, key, rate)
@@ -137,8 +137,8 @@ class Crooked(ScaledLoRA):
 
     name = "crooked"
 
-    def init_matrix(self, key, specs, base):
-        start = super().init_matrix(key, specs, base)
+    def init_matrix(self, key, specs, base, scale):
+        start = super().init_matrix(key, specs, base, scale)
         return start | {"gain": start["gain"] * 1.01}
 
 

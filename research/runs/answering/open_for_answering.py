@@ -353,7 +353,7 @@ def _with_bank(
     for run in runs:
         kind, specs = run.trainable.kind, run.trainable.specs
         targets |= specs.keys()
-        rank = max(rank, *(kind.rank(factors) for factors in specs.values()))
+        rank = max(rank, *(kind.update_rank(factors) for factors in specs.values()))
     rank = rank or USUAL_RANK
     specs = opened.model.specs
     layers = {path for path, spec in specs.items() if spec.n_in and spec.stacked}

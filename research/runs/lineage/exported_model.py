@@ -13,6 +13,8 @@ from research.runs.display_files import read_system
 from research.runs.run_directory import RUN, RunDir
 from research.tasks import task_registry
 from research.weights.adapters.adapter_kind import with_own_patterns
+from research.weights.adapters.lora import LoRA
+from research.weights.representations.low_rank import LowRank
 from research.weights.trainable import Trainable
 
 Params = dict[str, Any]
@@ -40,7 +42,8 @@ def exported_model(
       params, frozen: as `split` describes them.
     """
     system = read_system(folder.path, config.data.system)
-    adapters = _adapters(config, model, split, params)
+    weights = split.forward(params, frozen, None)
+    kind, adapters = _adapters(config, model, split, params, weights)
     facts = {
         "run": folder.origin().get(RUN, ""),
         "step": str(step),
@@ -56,10 +59,10 @@ def exported_model(
     }
     return ExportedModel(
         model=model,
-        weights=split.forward(params, frozen, None),
+        weights=weights,
         tokenizer=task_registry.exported_tokenizer(config, base, system),
         adapters=adapters,
-        adapter_kind=split.kind.name if split.kind else "",
+        adapter_kind=kind,
         full=split.full,
         base_weights=frozen,
         base=base,
@@ -74,15 +77,21 @@ def base_name(config: Config) -> str:
 
 
 def _adapters(
-    config: Config, model: Model, split: Trainable, params: Params
-) -> Mapping[str, ExportedAdapter]:
+    config: Config, model: Model, split: Trainable, params: Params, weights: Params
+) -> tuple[str, Mapping[str, ExportedAdapter]]:
+    """The kind of the adapters, and those of each path.
+
+    Every kind whose leaf is a low-rank update is `lora` to other tools.
+    """
     if split.kind is None:
-        return {}
-    adapters = split.adapters(params)
-    ranks = {path: split.kind.rank(factors) for path, factors in adapters.items()}
+        return "", {}
+    own = split.adapters(params)
     lora = with_own_patterns(config.lora, model.specs)
-    scales = split.kind.settings(ranks, lora).scales
-    return {
-        path: ExportedAdapter(factors, ranks[path], float(scales[path] * ranks[path]))
-        for path, factors in adapters.items()
-    }
+    scales = split.kind.settings(split.kind.ranks(own), lora).scales
+    kind, found = split.kind.name, {}
+    for path, factors in own.items():
+        leaf, rank = weights[path], split.kind.update_rank(factors)
+        if type(leaf) is LowRank:
+            kind, factors = LoRA.name, {"a": leaf.a, "b": leaf.b}
+        found[path] = ExportedAdapter(factors, rank, float(scales[path] * rank))
+    return kind, found

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.config.run_config import Config
+from research.train.step import optimizers
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import TrainState
 from research.weights import parameter_paths
@@ -38,34 +39,52 @@ class RunNumbers:
     Attributes:
       seed: int32, seeds dropout.
       rates: `[steps]`, learning rate of each update.
+      factors: of the rate, by path; empty where it is 1 for all runs.
       settings: of its adapters, for every path that any run of the pack adapts.
     """
 
     seed: Array
     rates: Array
+    factors: dict[str, Array]
     settings: Settings
 
 
-def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Factors:
-    """For each path that any run adapts, the factors of the largest rank."""
-    kind = find_kind(configs[0].lora.kind)
+def union(
+    specs: Mapping[str, Spec], configs: Sequence[Config]
+) -> tuple[AdapterKind, Factors]:
+    """The kind with the most arrays, and its factors of the largest rank by path.
+
+    Kinds that train together compute the same where the arrays of another are zero.
+    """
     own = [with_own_patterns(config.lora, specs) for config in configs]
-    return kind.union(specs, own)
+    unions = [(kind, kind.union(specs, own)) for kind in map(_kind, configs)]
+    return max(unions, key=lambda made: len(jax.tree.leaves(made[1])))
+
+
+def _kind(config: Config) -> AdapterKind:
+    return find_kind(config.lora.kind)
 
 
 def run_numbers(
-    config: Config, specs: Mapping[str, Spec], factors: Factors
+    config: Config,
+    specs: Mapping[str, Spec],
+    factors: Factors,
+    has_factors: bool,
 ) -> RunNumbers:
-    """The numbers of one run, over the paths of `factors`."""
-    kind = find_kind(config.lora.kind)
-    lora = with_own_patterns(config.lora, specs)
+    """The numbers of one run, over the paths of `factors`.
+
+    `has_factors`: any run of the pack has a `rate_pattern`.
+    """
+    kind, lora = _kind(config), with_own_patterns(config.lora, specs)
     own = kind.specs(specs, lora)
-    ranks = {path: kind.rank(factors) for path, factors in own.items()}
-    known = kind.settings(ranks, lora)
+    known = kind.settings(kind.ranks(own), lora)
+    rates = optimizers.rate_factors(config.optim, own)
+    paths = parameter_paths.flatten(factors)[0] if has_factors else {}
     schedule = make_schedule(config.optim, config.steps)
     return RunNumbers(
         seed=jnp.int32(config.seed),
         rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
+        factors={path: jnp.float32(rates.get(path, 1.0)) for path in paths},
         settings=Settings(
             scales={p: jnp.float32(known.scales.get(p, 0.0)) for p in factors},
             # Without an adapter any stream will do: dropout drops only zeros.

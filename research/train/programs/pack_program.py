@@ -26,7 +26,7 @@ class PackProgram:
         configs = [run.config for run in runs]
         self._frozen = first.frozen
         specs = definition.model.specs
-        factors = pack_arrays.union(specs, configs)
+        kind, factors = pack_arrays.union(specs, configs)
         # Wide enough for the run with the most groups; those of others stay empty.
         objective = task_registry.make_objective(
             first.config, definition.mesh, max(len(run.task.groups) for run in runs)
@@ -34,12 +34,16 @@ class PackProgram:
         self._pack = pack_step.make_pack_definition(
             first.config,
             dataclasses.replace(definition, objective=objective),
+            kind,
             factors,
             any(config.lora.dropout > 0 for config in configs),
             at_once,
         )
         self._own = [train_step.abstract_state(run.definition) for run in runs]
-        numbers = [pack_arrays.run_numbers(c, specs, factors) for c in configs]
+        has_factors = any(config.optim.rate_pattern for config in configs)
+        numbers = [
+            pack_arrays.run_numbers(c, specs, factors, has_factors) for c in configs
+        ]
         everywhere = meshes.replicated(definition.mesh)
         self._numbers = jax.device_put(pack_arrays.stack(numbers), everywhere)
         self._stack = {

@@ -23,6 +23,7 @@ from research.train.programs.pack_arrays import Factors, RunNumbers
 from research.train.step import optimizers
 from research.train.step import train_step as step
 from research.weights import trainable
+from research.weights.adapters.adapter_kind import AdapterKind
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -50,6 +51,7 @@ class PackDefinition:
 def make_pack_definition(
     config: Config,
     definition: step.StepDefinition,
+    kind: AdapterKind,
     factors: Factors,
     dropout: bool,
     at_once: int,
@@ -58,8 +60,11 @@ def make_pack_definition(
     if not at_once:
         is_cpu = definition.mesh.devices.flat[0].platform == "cpu"
         at_once = 1 if is_cpu else ALL
-    wide = dataclasses.replace(definition.trainable, specs=factors)
-    optimizer = optimizers.make_optimizer(config.optim, config.steps, factors)
+    wide = dataclasses.replace(definition.trainable, specs=factors, kind=kind)
+    # Its state alone is used here; factors of the rate have none.
+    optimizer = optimizers.make_optimizer(
+        config.optim, config.steps, factors, factors={}
+    )
     return PackDefinition(
         config=config,
         definition=dataclasses.replace(definition, trainable=wide, optimizer=optimizer),
@@ -77,11 +82,18 @@ def bind(pack: PackDefinition, numbers: RunNumbers) -> step.StepDefinition:
         key = key if pack.dropout else None
         return split.kind.attach(frozen, params, numbers.settings, key)
 
+    def measure(params: Params, frozen: Params) -> Params:
+        return split.kind.measure(frozen, params, numbers.settings)
+
     return dataclasses.replace(
         pack.definition,
-        trainable=dataclasses.replace(split, forward=forward),
+        trainable=dataclasses.replace(split, forward=forward, measure=measure),
         optimizer=optimizers.make_optimizer(
-            config.optim, config.steps, split.specs, lambda n: numbers.rates[n - 1]
+            config.optim,
+            config.steps,
+            split.specs,
+            lambda n: numbers.rates[n - 1],
+            numbers.factors,
         ),
         seed=numbers.seed,
     )

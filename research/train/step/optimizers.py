@@ -1,6 +1,7 @@
 """The optimizers of optax by name, and the guard that skips outlier steps."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ def make_optimizer(
     steps: int,
     specs: dict[str, Any],
     schedule: optax.Schedule | None = None,
+    factors: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain: outlier guard, norm clipping, the optimizer of `config.name`.
 
@@ -30,6 +32,7 @@ def make_optimizer(
       steps: of the whole run, for the schedule.
       specs: of what is trained, a (nested) dictionary of `Spec`.
       schedule: instead of the one of `config`, see `make_schedule`.
+      factors: instead of those of `config`, see `rate_factors`.
 
     Returns:
       A transformation of float32 gradients into float32 updates. Its state is float32,
@@ -39,8 +42,9 @@ def make_optimizer(
       UserError: a pattern of `no_decay` is no regular expression.
     """
     schedule = schedule or make_schedule(config, steps)
+    direction = look_up(DIRECTIONS, config.name, "config.optim.name")
     chain = [
-        look_up(DIRECTIONS, config.name, "config.optim.name")(config, specs),
+        _where_trained(functools.partial(direction, config), specs),
         optax.add_decayed_weights(config.weight_decay, _decayed(config, specs)),
     ]
     if config.clip_norm > 0:
@@ -52,7 +56,70 @@ def make_optimizer(
     # first update at rate 0. The rate is outside the guard, so that skipped steps
     # advance the schedule, too.
     rate = optax.scale_by_learning_rate(lambda count: schedule(count + 1))
-    return _in_float32(optax.chain(step, rate))
+    factors = rate_factors(config, specs) if factors is None else factors
+    return _in_float32(_by_path(optax.chain(step, rate), factors))
+
+
+def rate_factors(config: OptimConfig, specs: dict[str, Any]) -> dict[str, float]:
+    """By path, what the learning rate is multiplied with; empty where it is 1 for all.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives the factors b a larger rate.
+
+    Raises:
+      UserError: an override of `rate_pattern` matches nothing, or has another form.
+    """
+    if not config.rate_pattern:
+        return {}
+    paths, _ = parameter_paths.flatten(specs)
+    return parameter_paths.numbers_by_pattern(paths, config.rate_pattern, 1.0)
+
+
+def _by_path(
+    inner: optax.GradientTransformationExtraArgs, factors: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` with its update of each path multiplied; the state is that of `inner`."""
+
+    def update(
+        gradients: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        updates, state = inner.update(gradients, state, params, **extra)
+        leaves, structure = parameter_paths.flatten(updates)
+        scaled = {path: x * factors[path] for path, x in leaves.items()}
+        return parameter_paths.unflatten(structure, scaled), state
+
+    if not factors:
+        return inner
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _where_trained(
+    make: Callable[[dict[str, Any]], optax.GradientTransformation],
+    specs: dict[str, Any],
+) -> optax.GradientTransformation:
+    """`make(specs)` without state for what is fixed, whose gradient is zero.
+
+    The paths of the state are those of a run that has nothing fixed (as they would not
+    be with `optax.masked`), so both can train as one program.
+    """
+
+    def trained(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda s, x: optax.MaskedNode() if s.fixed else x, specs, tree
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        made, state = inner.update(trained(updates), state, trained(params))
+        is_left = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        return jax.tree.map(
+            lambda m, u: u if is_left(m) else m, made, updates, is_leaf=is_left
+        ), state
+
+    if not any(spec.fixed for spec in jax.tree.leaves(specs)):
+        return make(specs)
+    inner = make(trained(specs))
+    return optax.GradientTransformation(
+        lambda params: inner.init(trained(params)), update
+    )
 
 
 def _in_float32(
@@ -175,13 +242,18 @@ def _on_matrices(
 
 
 def _decayed(config: OptimConfig, specs: dict[str, Any]) -> Any:
-    """Which parameters weight decay reaches: no bias or sink, nothing of `no_decay`."""
+    """Which parameters weight decay reaches: no bias or sink, nothing of `no_decay`.
+
+    What is fixed does not decay.
+    """
     paths, structure = parameter_paths.flatten(specs)
     # The default may match nothing: adapters have no norm scales. Others are typos.
     named = [p for p in config.no_decay if p not in OptimConfig().no_decay]
     parameter_paths.select(paths, named)
     never = (*config.no_decay, r"\.(bias|sinks)$")
-    spared = {p for p in paths if parameter_paths.matches(p, never)}
+    spared = {
+        p for p, s in paths.items() if s.fixed or parameter_paths.matches(p, never)
+    }
     return parameter_paths.unflatten(structure, {p: p not in spared for p in paths})
 
 

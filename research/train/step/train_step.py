@@ -75,6 +75,7 @@ def _sum_microbatches(
     # numbers, too.
     dropout = jax.random.fold_in(jax.random.key(definition.seed), DROPOUT_STREAM)
     key = jax.random.fold_in(dropout, state.step)
+    frozen = definition.trainable.measure(state.params, frozen)
 
     def accumulate(total, microbatch_and_key):
         microbatch, key = microbatch_and_key

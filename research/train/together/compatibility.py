@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from research.config.choices import LOW_RANK
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -14,11 +15,17 @@ MAY_DIFFER = frozenset(
         "run_dir",
         "seed",
         *(f"lora.{x}" for x in ("rank", "alpha", "dropout", "targets")),
-        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern")),
+        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern", "rslora")),
         *(f"optim.{x}" for x in ("learning_rate", "schedule", "warmup", "decay")),
-        "optim.final",
+        *("optim.final", "optim.rate_pattern"),
     }
 )
+
+WHY = {
+    "seed": "; in epochs, which each seed packs into its own number of steps",
+    "lora.kind": f"; of the kinds of adapters, {', '.join(LOW_RANK)} are one program, "
+    "and each other one has arrays of its own",
+}
 
 
 def check(configs: Sequence[Config]) -> None:
@@ -34,11 +41,11 @@ def check(configs: Sequence[Config]) -> None:
     for config in configs:
         for path, value in shared(config).items():
             if value != known[path]:
-                why = "; in epochs, which each seed packs into its own number of steps"
+                own, other = (flat(x)[path] for x in (first, config))
                 raise UserError(
-                    f"{first.run_dir} has {path}={known[path]!r} and {config.run_dir} "
-                    f"{value!r}: runs that train together may differ only in "
-                    f"{', '.join(sorted(MAY_DIFFER))}{why if path == 'seed' else ''}"
+                    f"{first.run_dir} has {path}={own!r} and {config.run_dir} "
+                    f"{other!r}: runs that train together may differ only in "
+                    f"{', '.join(sorted(MAY_DIFFER))}{WHY.get(path, '')}"
                 )
     folders = [config.run_dir for config in configs]
     for folder in folders:
@@ -52,7 +59,10 @@ def shared(config: Config) -> dict[str, object]:
     Each seed packs the rows in its own way, so an epoch may be a step more or less.
     """
     alike = {"seed"} if config.epochs else set()
-    return {k: v for k, v in flat(config).items() if k not in MAY_DIFFER - alike}
+    knobs = {k: v for k, v in flat(config).items() if k not in MAY_DIFFER - alike}
+    if config.lora.kind in LOW_RANK:
+        knobs["lora.kind"] = LOW_RANK
+    return knobs
 
 
 def why_alone(config: Config) -> str:

@@ -7,7 +7,6 @@ path, merging, packing and counting follow here for every kind.
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +34,7 @@ class Settings:
     """The numbers of a `LoRAConfig` that a forward pass uses; they may be traced.
 
     Attributes:
-      scales: alpha / rank by path.
+      scales: by path, alpha / rank, or alpha / sqrt(rank) with rsLoRA.
       streams: by path, the number that tells its dropout keys from those of others.
       dropout: share of adapter inputs dropped.
     """
@@ -53,9 +52,11 @@ class AdapterKind(abc.ABC):
 
     Attributes:
       name: value of `config.lora.kind`.
+      is_exact: the start is a no-op to the last bit; else as far as rounding allows.
     """
 
     name: str
+    is_exact: bool = True
 
     # A kind defines these methods, each about one matrix.
 
@@ -68,15 +69,16 @@ class AdapterKind(abc.ABC):
 
     @abc.abstractmethod
     def init_matrix(
-        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None
+        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None, scale: float
     ) -> Factors:
-        """The start of the factors: a no-op, exactly.
+        """The start of the factors: a no-op.
 
         Args:
           key: of this path alone.
           specs: what `matrix_specs` gave.
           base: the frozen weight, with its stacking axes; None where the caller has
-            none at hand (`lora.init`).
+            none at hand, for kinds that do not look at it.
+          scale: of `Settings`.
         """
 
     @abc.abstractmethod
@@ -93,7 +95,7 @@ class AdapterKind(abc.ABC):
         Args:
           base: the frozen weight, `[*stack, *in, *out]`.
           factors: as `matrix_specs` describes them.
-          scale: `[*stack]`, alpha / rank.
+          scale: `[*stack]`, that of `Settings`.
           key: `[*stack]` keys of dropout, or None for no dropout.
           rate: `[*stack]`, share of adapter inputs dropped; None with `key`.
         """
@@ -109,6 +111,23 @@ class AdapterKind(abc.ABC):
     @abc.abstractmethod
     def stack_axes(self, base: Any, factors: Mapping[str, Any]) -> int:
         """The number of stacking axes, from shapes alone."""
+
+    def rank_fault(self, spec: Spec, rank: int) -> str:
+        """Why the matrix `spec` cannot have an adapter of this rank, or ""."""
+        return ""
+
+    def measure_matrix(
+        self, base: Matrix, factors: Factors, scale: Array
+    ) -> Matrix | Any:
+        """`base` with what `attach_matrix` would compute of factors without gradients.
+
+        A step calls it once for all its microbatches.
+        """
+        return base
+
+    def update_rank(self, factors: Mapping[str, Any]) -> int:
+        """The rank of what is added to the frozen weight (arrays or specs)."""
+        return self.rank(factors)
 
     def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
         """The frozen weight, from the merged one; `adapted` has `merged` as its base.
@@ -135,7 +154,9 @@ class AdapterKind(abc.ABC):
                 "config.lora.targets and config.lora.full are empty: nothing would be "
                 "trained"
             )
-        ranks = _by_pattern(targets, config.rank_pattern, config.rank)
+        ranks = parameter_paths.numbers_by_pattern(
+            targets, config.rank_pattern, config.rank
+        )
         adapters = {}
         for path in targets:
             rank = int(ranks[path])
@@ -144,6 +165,8 @@ class AdapterKind(abc.ABC):
                     f"lora rank for {path} is {ranks[path]}; it must be a whole number "
                     "from 1"
                 )
+            if fault := self.rank_fault(matrices[path], rank):
+                raise UserError(f"lora rank for {path} is {rank}; {fault}")
             adapters[path] = self.matrix_specs(matrices[path], rank)
         return adapters
 
@@ -159,18 +182,27 @@ class AdapterKind(abc.ABC):
         `specs` are those of the model's parameters. `base` has their values, for kinds
         that start from them.
         """
+        own = self.specs(specs, config)
+        scales = self.settings(self.ranks(own), config).scales
         return {
             path: self.init_matrix(
-                jax.random.fold_in(key, index), factors, base.get(path)
+                jax.random.fold_in(key, index), factors, base.get(path), scales[path]
             )
-            for index, (path, factors) in enumerate(self.specs(specs, config).items())
+            for index, (path, factors) in enumerate(own.items())
         }
+
+    def ranks(self, adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+        """The rank of each path (arrays or specs)."""
+        return {path: self.rank(factors) for path, factors in adapters.items()}
 
     def settings(self, ranks: Mapping[str, int], config: LoRAConfig) -> Settings:
         """The numbers that `config` gives adapters of these ranks, by path."""
-        alphas = _by_pattern(ranks, config.alpha_pattern, config.alpha)
+        alphas = parameter_paths.numbers_by_pattern(
+            ranks, config.alpha_pattern, config.alpha
+        )
+        power = 0.5 if config.rslora else 1.0
         return Settings(
-            scales={path: alphas[path] / rank for path, rank in ranks.items()},
+            scales={path: alphas[path] / rank**power for path, rank in ranks.items()},
             streams={path: index for index, path in enumerate(sorted(ranks))},
             dropout=config.dropout,
         )
@@ -199,6 +231,15 @@ class AdapterKind(abc.ABC):
             adapted[path] = self.attach_matrix(base, factors, scale, keys, rate)
         return adapted
 
+    def measure(self, params: Params, adapters: Adapters, settings: Settings) -> Params:
+        """`params` for `attach` with these adapters; see `measure_matrix`."""
+        measured = dict(params)
+        for path, factors in adapters.items():
+            stack = params[path].shape[: self.stack_axes(params[path], factors)]
+            scale = jnp.full(stack, settings.scales[path], jnp.float32)
+            measured[path] = self.measure_matrix(params[path], factors, scale)
+        return measured
+
     def adapt(
         self,
         params: Params,
@@ -210,9 +251,9 @@ class AdapterKind(abc.ABC):
 
         `params` are flat and not changed. `key` switches dropout on.
         """
-        ranks = {path: self.rank(factors) for path, factors in adapters.items()}
+        settings = self.settings(self.ranks(adapters), config)
         key = key if config.dropout > 0.0 else None
-        return self.attach(params, adapters, self.settings(ranks, config), key)
+        return self.attach(params, adapters, settings, key)
 
     def merge(self, params: Params, adapters: Adapters, config: LoRAConfig) -> Params:
         """Plain arrays with the adapters added in, each in its base leaf's dtype."""
@@ -282,28 +323,3 @@ def with_own_patterns(config: LoRAConfig, specs: Mapping[str, Spec]) -> LoRAConf
         rank_pattern=tuple(x for each in config.rank_pattern for x in own(each)),
         alpha_pattern=tuple(x for each in config.alpha_pattern for x in own(each)),
     )
-
-
-def _by_pattern(
-    paths: Mapping[str, Any], overrides: Sequence[str], default: float
-) -> dict[str, float]:
-    """One number a path: that of the last `pattern=number` that matches, or default.
-
-    Raises:
-      UserError: an override has another form, or its pattern matches no path.
-    """
-    numbers = {}
-    for override in overrides:
-        pattern, equals, number = override.rpartition("=")
-        numbers.pop(pattern, None)  # A repeated pattern counts as the last one.
-        try:
-            numbers[pattern] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not 0 < numbers[pattern] < math.inf:
-            raise UserError(
-                f"{override!r} is not 'pattern=number' with a number above 0, "
-                "such as 'mlp=4'"
-            )
-    chosen = parameter_paths.select(paths, tuple(numbers))
-    return {path: numbers.get(chosen.get(path), default) for path in paths}

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from research.config.knob_groups import LoRAConfig
 from research.weights import parameter_paths
 from research.weights.adapters.adapter_kind import AdapterKind, Adapters, Factors
+from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
@@ -55,18 +56,21 @@ class LoRA(AdapterKind):
         return {"a": a, "b": b}
 
     def init_matrix(
-        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None
+        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None, scale: float
     ) -> Factors:
-        """A uniform in +-1/sqrt(fan_in), as PEFT draws it, and B zero."""
+        """A as `draw` gives it, and B zero."""
         a = specs["a"]
-        bound = math.prod(a.in_shape) ** -0.5
         # Drawn as rows, which gives the same numbers: a CPU takes seconds to compile
         # the random bits of three axes. A mesh splits only the first input axis of A
         # (`mesh.RULES`), which is the first of a row, so no device has all of A.
         rows = (*a.shape[: a.stacked], math.prod(a.shape[a.stacked :]))
-        drawn = jax.random.uniform(key, rows, jnp.float32, -bound, bound)
         b = jnp.zeros(specs["b"].shape, jnp.float32)
-        return {"a": drawn.reshape(a.shape), "b": b}
+        return {"a": self.draw(key, rows, a).reshape(a.shape), "b": b}
+
+    def draw(self, key: Array, shape: tuple[int, ...], a: Spec) -> Array:
+        """Values of the factor `a`, uniform in +-1/sqrt(fan_in), as PEFT draws them."""
+        bound = math.prod(a.in_shape) ** -0.5
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     def attach_matrix(
         self,
@@ -108,13 +112,15 @@ def lift(function: Callable[..., Any], config: LoRAConfig) -> Callable[..., Any]
     """`function(params, ...)` as `lifted(params, adapters, ...)`, for any pytree.
 
     Works for models that do not use `contract` (another Flax module, a plain function).
-    `params` may be nested; adapters are keyed by dotted path, see `specs_of`.
+    `params` may be nested; adapters of `config.kind` are keyed by dotted path. They
+    begin with `find_kind(config.kind).init(key, specs_of(params), config, base)`, where
+    `base` is `params` by dotted path.
     """
 
     @functools.wraps(function)
     def lifted(params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
         flat, structure = parameter_paths.flatten(params)
-        merged = merge(flat, adapters, config)
+        merged = find_kind(config.kind).merge(flat, adapters, config)
         return function(parameter_paths.unflatten(structure, merged), *args, **kwargs)
 
     return lifted

@@ -31,7 +31,7 @@ class LowRank(Leaf):
       base: the frozen weight, shape `[*stack, *in, *out]`.
       a: `[*stack, *in, rank]`.
       b: `[*stack, rank, *out]`.
-      scale: `[*stack]`, alpha / rank.
+      scale: `[*stack]`, alpha / rank or alpha / sqrt(rank).
       key: `[*stack]` typed PRNG keys, or None for no dropout.
       rate: `[*stack]`, share of adapter inputs dropped. An array, because adapters
         that train together may differ in it.
@@ -49,12 +49,12 @@ class LowRank(Leaf):
         return tuple(self.base.shape)
 
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
-        low = contract(self._dropout(x), self.a, n_in) * self.scale.astype(x.dtype)
+        low = contract(self.dropped(x), self.a, n_in) * self.scale.astype(x.dtype)
         return contract(x, self.base, n_in, dtype) + contract(low, self.b, 1, dtype)
 
     def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
         """Each row goes through the adapter of its own matrix; those share `key[0]`."""
-        low = contract_groups(self._dropout(x), self.a, groups)
+        low = contract_groups(self.dropped(x), self.a, groups)
         low *= self.scale[groups.owners][:, None].astype(x.dtype)
         base = contract_groups(x, self.base, groups, dtype)
         return base + contract_groups(low, self.b, groups, dtype)
@@ -88,7 +88,8 @@ class LowRank(Leaf):
             one = jax.vmap(one)
         return one(materialize(self.a), materialize(self.b), self.scale)
 
-    def _dropout(self, x: Array) -> Array:
+    def dropped(self, x: Array) -> Array:
+        """The inputs of the adapter: `x` with dropout, if there is any."""
         if self.key is None:
             return x
         key, rate = (y[0] if jnp.ndim(y) else y for y in (self.key, self.rate))

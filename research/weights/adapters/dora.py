@@ -1,0 +1,97 @@
+"""DoRA: LoRA that trains the lengths of weights apart from their directions.
+
+Liu et al. 2024, arXiv:2402.09353: the weights of an output are m (W + s A B) / n, where
+n is the length of the column W + s A B. It counts as a constant in the gradient
+(section 4.3), and m starts at it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.config.knob_groups import LoRAConfig
+from research.core.errors import UserError
+from research.weights.adapters.adapter_kind import AdapterKind, AdapterSpecs, Factors
+from research.weights.adapters.lora import LoRA
+from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Leaf, Matrix
+from research.weights.representations.low_rank import LowRank
+from research.weights.representations.weight_decomposed import (
+    Measured,
+    WeightDecomposed,
+    output_norms,
+)
+
+Array = jax.Array
+
+
+class DoRA(LoRA):
+    """Factors `a` and `b`, and the lengths `magnitude`, `[*stack, *out]`."""
+
+    name = "dora"
+    is_exact = False  # Two programs may round a length in two ways.
+
+    def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
+        split = spec.stacked + spec.n_in
+        magnitude = dataclasses.replace(
+            spec,
+            shape=(*spec.shape[: spec.stacked], *spec.shape[split:]),
+            axes=(*spec.axes[: spec.stacked], *spec.axes[split:]),
+            n_in=0,
+        )
+        return super().matrix_specs(spec, rank) | {"magnitude": magnitude}
+
+    def init_matrix(
+        self, key: Array, specs: Mapping[str, Spec], base: Matrix | None, scale: float
+    ) -> Factors:
+        if base is None:
+            raise UserError("adapters of kind 'dora' start from the weights")
+        start = super().init_matrix(key, specs, base, scale)
+        return self.off_matrix(start, base)
+
+    def measure_matrix(
+        self, base: Matrix, factors: Factors, scale: Array
+    ) -> Matrix | Any:
+        return Measured(base, self._norms(base, factors, scale))
+
+    def attach_matrix(
+        self,
+        base: Matrix | Measured,
+        factors: Factors,
+        scale: Array,
+        key: Array | None,
+        rate: Array | None,
+    ) -> Leaf:
+        if not isinstance(base, Measured):
+            base = self.measure_matrix(base, factors, scale)
+        inner = super().attach_matrix(base.base, factors, scale, key, rate)
+        return WeightDecomposed(inner, factors["magnitude"] / base.norm)
+
+    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
+        off = super().off_matrix(factors, base) | {"a": factors["a"]}
+        scale = jnp.ones(base.shape[: self.stack_axes(base, factors)], jnp.float32)
+        return off | {"magnitude": self._norms(base, off, scale)}
+
+    def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
+        # The length of W + s A B is not in the product any more.
+        return AdapterKind.unmerge_matrix(self, merged, adapted)
+
+    def union(
+        self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]
+    ) -> AdapterSpecs:
+        if len({config.targets for config in configs}) > 1:
+            raise UserError(
+                "runs of DoRA that train together have the same config.lora.targets: a "
+                "length is trained for every matrix of the pack"
+            )
+        return super().union(specs, configs)
+
+    def _norms(self, base: Matrix, factors: Factors, scale: Array) -> Array:
+        fixed = jax.lax.stop_gradient((factors["a"], factors["b"]))
+        return output_norms(LowRank(base, *fixed, scale))
+
+
+KIND = DoRA()

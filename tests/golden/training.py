@@ -1,0 +1,157 @@
+"""Twenty steps of PEFT with each kind of adapter: losses, tensors, merged weights.
+
+The model is one of `tiny.py`, and rows follow from a seed. All tensors are those of
+PEFT's own files, at the start and at the end, so that a test can begin where PEFT did.
+"""
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from reference import Arrays, require
+from safetensors.numpy import load_file
+
+FOLDER, MODEL = "training", "llama2"
+STEPS, BATCHES, ROWS, LENGTH = 20, 2, 4, 24
+RATE, RATIO = 5e-3, 16.0
+TOLERANCE = 1e-4
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+USUAL: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj", "down_proj"],
+    "task_type": "CAUSAL_LM",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "loraplus": {},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora": {
+        "use_dora": True,
+        "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+    },
+}
+# Those whose merge adds one product to the original weight, and rounds once.
+MERGED = ("lora", "rslora", "dora")
+
+
+def rows() -> np.ndarray:
+    """Token ids `[steps, rows, length + 1]`; targets are the next ones.
+
+    Few batches come again and again, so that the losses fall.
+    """
+    family = _family()
+    rng = np.random.default_rng([family.seed, STEPS])
+    shape = BATCHES, ROWS, LENGTH + 1
+    drawn = rng.integers(0, family.config.vocab_size, shape).astype(np.int32)
+    return drawn[np.arange(STEPS) % BATCHES]
+
+
+def _family() -> tiny.Family:
+    (family,) = [x for x in tiny.families() if x.name == MODEL]
+    return family
+
+
+def _adapted(case: str, model: Any) -> Any:
+    torch.manual_seed(7)
+    return get_peft_model(model, LoraConfig(**USUAL | CASES[case]))
+
+
+def _saved(model: Any) -> tuple[dict[str, Any], Arrays]:
+    """The config and the tensors of the adapter as PEFT writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return (
+            json.loads(Path(folder, CONFIG).read_text()),
+            load_file(Path(folder, TENSORS)),
+        )
+
+
+def _optimizer(case: str, model: Any) -> torch.optim.Optimizer:
+    numbers = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    if case == "loraplus":
+        return create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, **numbers
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=RATE, **numbers)
+
+
+def compute(case: str) -> tuple[dict[str, Any], Arrays]:
+    """The config of the adapter, and the arrays of `CASE.npz`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _compute(case)
+
+
+def _compute(case: str) -> tuple[dict[str, Any], Arrays]:
+    model = _adapted(case, tiny.build(_family()))
+    _, start = _saved(model)
+    optimizer, losses = _optimizer(case, model), []
+    for batch in torch.from_numpy(rows().astype(np.int64)):
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    require(losses[-1] < losses[0] - 0.2, f"{case}: the losses are {losses}")
+    config, final = _saved(model)
+    # A folder of this machine, and sets, which PEFT writes in any order.
+    config["base_model_name_or_path"] = MODEL
+    for field, value in config.items():
+        config[field] = sorted(value) if isinstance(value, list) else value
+    arrays = {"losses": np.float32(losses), "rows": rows()[:BATCHES]}
+    arrays |= {f"start {name}": value for name, value in start.items()}
+    arrays |= {f"final {name}": value for name, value in final.items()}
+    if case in MERGED:
+        arrays |= _merged(model)
+    return config, arrays
+
+
+def _merged(model: Any) -> Arrays:
+    """The bits of the adapted weights, merged into a base of bfloat16."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    adapted = sorted(n for n, x in model.named_modules() if hasattr(x, "base_layer"))
+    merged = dict(model.merge_and_unload().named_parameters())
+    found = {}
+    for name in adapted:
+        weight = merged[f"{name.removeprefix('base_model.model.')}.weight"]
+        found[f"merged {name}"] = weight.detach().view(torch.int16).numpy()
+    return found
+
+
+def write(root: Path) -> None:
+    folder = root / FOLDER
+    folder.mkdir(exist_ok=True)
+    configs = {}
+    for case in CASES:
+        configs[case], arrays = compute(case)
+        np.savez_compressed(folder / f"{case}.npz", **arrays)
+    text = json.dumps(configs, indent=1, sort_keys=True)
+    (folder / "configs.json").write_text(text + "\n")
+
+
+def read(case: str, root: Path) -> tuple[Arrays, Arrays, list[str]]:
+    """Arrays computed again, those recorded, and what is wrong with the config."""
+    config, arrays = compute(case)
+    stored = json.loads((root / FOLDER / "configs.json").read_text())[case]
+    version = {"peft_version": config["peft_version"]}
+    faults = [] if stored | version == config else [f"{CONFIG} differs"]
+    with np.load(root / FOLDER / f"{case}.npz", allow_pickle=False) as recorded:
+        return arrays, dict(recorded), faults

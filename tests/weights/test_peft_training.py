@@ -1,0 +1,262 @@
+"""Each kind of adapter trains as PEFT trains it, from PEFT's own start.
+
+`golden/training.py` recorded losses, adapters and merged weights.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close, in_soak
+
+from research.config.run_config import LoRAConfig, OptimConfig
+from research.core.errors import UserError
+from research.formats.huggingface.huggingface_weights import (
+    HuggingFaceWeights,
+    read_hf_config,
+)
+from research.formats.load_parameters import load_params
+from research.models.transformer import Model
+from research.train.step.optimizers import make_optimizer
+from research.weights.adapters.adapter_registry import find_kind
+from research.weights.contraction import contract
+from research.weights.representations.low_rank import LowRank
+from research.weights.representations.weight_decomposed import WeightDecomposed
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RATE = 5e-3
+MODULES = {
+    "layers.attention.query.kernel": "model.layers.{}.self_attn.q_proj",
+    "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj",
+    "embedding.table": "model.embed_tokens",
+}
+LINEAR = tuple(MODULES)[:2]
+LORAPLUS = {"rate_pattern": (r"\.b$=16",)}
+# How a config asks for what `golden/training.py` asks PEFT for.
+CASES = {
+    "lora": ({}, {}),
+    "rslora": ({"rslora": True}, {}),
+    "loraplus": ({}, LORAPLUS),
+    "gaussian": ({"kind": "gaussian"}, {}),
+    "orthogonal": ({"kind": "orthogonal"}, {}),
+    "pissa": ({"kind": "pissa"}, {}),
+    "olora": ({"kind": "olora"}, {}),
+    "dora": ({"kind": "dora", "targets": tuple(MODULES)}, {}),
+}
+# The others run the programs of these, or take longer than a quick test may.
+PROGRAMS = ("lora", "rslora", "loraplus", "pissa", "dora")
+
+
+def config_of(case):
+    return LoRAConfig(**{"rank": 4, "alpha": 6.0, "targets": LINEAR} | CASES[case][0])
+
+
+@functools.cache
+def base():
+    """The tiny model of the golden runs, float32, on one device."""
+    folder = GOLDEN / "llama2"
+    model = Model(read_hf_config(folder))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = dict.fromkeys(model.specs, here)
+    return model, load_params(HuggingFaceWeights(folder), model, where, np.float32)
+
+
+@functools.cache
+def recorded(case):
+    with np.load(GOLDEN / "training" / f"{case}.npz") as arrays:
+        return dict(arrays)
+
+
+def factors_of(case, when):
+    """The adapters of PEFT at `when`, "start" or "final", in our shapes."""
+    model, found = base()[0], {}
+    for path in config_of(case).targets:
+        spec, module = model.specs[path], MODULES[path]
+        outputs = spec.shape[spec.stacked + spec.n_in :]
+        ends = {
+            "lora_A.weight": ("a", (*spec.in_shape, -1)),
+            "lora_B.weight": ("b", (-1, *outputs)),
+            "lora_embedding_A": ("a", (*spec.in_shape, -1)),
+            "lora_embedding_B": ("b", (-1, *outputs)),
+            "lora_magnitude_vector": ("magnitude", outputs),
+        }
+        layers = range(spec.shape[0] if spec.stacked else 1)
+        own = {}
+        for end, (name, shape) in ends.items():
+            keys = [f"{when} base_model.model.{module.format(i)}.{end}" for i in layers]
+            if keys[0] in recorded(case):
+                values = [recorded(case)[key].T.reshape(shape) for key in keys]
+                own[name] = jnp.stack(values) if spec.stacked else jnp.array(values[0])
+        found[path] = own
+    return found
+
+
+def started(case):
+    """PEFT's start, with what our kinds keep beside it."""
+    kind, config = find_kind(config_of(case).kind), config_of(case)
+    start = factors_of(case, "start")
+    if "a0" in next(iter(kind.specs(base()[0].specs, config).values())):
+        start = {p: f | {"a0": f["a"], "b0": f["b"]} for p, f in start.items()}
+    return kind, config, start
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def slope(kind, adapters, settings, tokens):
+    """The loss of PEFT's steps, and its gradient. Settings are traced."""
+    model, params = base()
+
+    def loss(adapters):
+        weights = kind.attach(params, adapters, settings)
+        inputs = tokens[:, :-1]
+        places = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        hidden = model.hidden(weights, inputs, places, jnp.ones_like(inputs))
+        likely = jax.nn.log_softmax(model.logits(weights, hidden))
+        return -jnp.mean(jnp.take_along_axis(likely, tokens[:, 1:, None], -1))
+
+    return jax.value_and_grad(loss)(adapters)
+
+
+@pytest.mark.parametrize("case", [x if x in PROGRAMS else in_soak(x) for x in CASES])
+def test_twenty_steps_follow_those_of_peft(case):
+    kind, config, adapters = started(case)
+    settings = kind.settings(kind.ranks(adapters), config)
+    settings = jax.tree.map(jnp.float32, settings)
+    optim = OptimConfig(
+        learning_rate=RATE, schedule="constant", warmup=0.0, b2=0.999, clip_norm=0.0,
+        weight_decay=0.0, **CASES[case][1],
+    )  # fmt: skip
+    optimizer = make_optimizer(optim, 20, kind.specs(base()[0].specs, config))
+    state, losses, rows = optimizer.init(adapters), [], recorded(case)["rows"]
+
+    @jax.jit
+    def update(gradients, state, adapters):
+        updates, state = optimizer.update(gradients, state, adapters)
+        return jax.tree.map(jnp.add, adapters, updates), state
+
+    for number in range(20):
+        batch = rows[number % len(rows)]
+        value, gradients = slope(kind, adapters, settings, batch)
+        adapters, state = update(gradients, state, adapters)
+        losses.append(float(value))
+    np.testing.assert_allclose(losses, recorded(case)["losses"], rtol=0, atol=1e-4)
+    for path, own in factors_of(case, "final").items():
+        for name, value in own.items():
+            np.testing.assert_allclose(
+                adapters[path][name], value, rtol=0, atol=1e-3, err_msg=f"{path} {name}"
+            )
+
+
+@pytest.mark.parametrize("case", ["lora", "rslora", "dora"])
+def test_a_merge_in_bfloat16_has_the_bits_of_peft(case):
+    config, adapters = config_of(case), factors_of(case, "final")
+    params = {path: base()[1][path].astype(jnp.bfloat16) for path in adapters}
+    merged = find_kind(config.kind).merge(params, adapters, config)
+    for path, value in merged.items():
+        spec = base()[0].specs[path]
+        value = np.asarray(value).view(np.int16).reshape(-1, *spec.as_matrix.shape[-2:])
+        for layer, own in enumerate(value):
+            module = MODULES[path].format(layer)
+            peft = recorded(case)[f"merged base_model.model.{module}"]
+            own = own if path == "embedding.table" else own.T
+            np.testing.assert_array_equal(own, peft, err_msg=module)
+
+
+@pytest.mark.parametrize("case", ["pissa", "olora"])
+def test_a_start_out_of_the_weights_is_that_of_peft(case):
+    """Singular vectors have no sign of their own, so products are compared."""
+    kind, config, peft = started(case)
+    model, params = base()
+    start = kind.init(jax.random.key(0), model.specs, config, params)
+    for path, own in start.items():
+        products = [
+            np.matmul(f["a"].reshape(2, -1, 4), f["b"].reshape(2, 4, -1))
+            for f in (own, peft[path])
+        ]
+        np.testing.assert_allclose(*products, rtol=0, atol=1e-4)
+        assert (own["a"] == own["a0"]).all() and (own["b"] == own["b0"]).all()
+
+
+@pytest.mark.parametrize(
+    "case, spreads", [("gaussian", (1 / 4, 0.0)), ("orthogonal", (0.1 / 2**0.5,) * 2)]
+)
+def test_a_random_start_has_the_spread_of_that_of_peft(case, spreads):
+    kind, config, peft = started(case)
+    start = kind.init(jax.random.key(0), base()[0].specs, config)
+    for path, own in start.items():
+        for name, spread in zip("ab", spreads, strict=True):
+            for factors in (own, peft[path]):
+                np.testing.assert_allclose(np.std(factors[name]), spread, rtol=0.2)
+        update = np.matmul(own["a"].reshape(2, -1, 4), own["b"].reshape(2, 4, -1))
+        assert np.abs(update).max() < 1e-6
+
+
+def test_lengths_are_measured_once_a_step_and_get_no_gradient():
+    """A step attaches what was measured to every microbatch: the very same leaf."""
+    config, adapters = config_of("dora"), factors_of("dora", "final")
+    kind, params = find_kind("dora"), base()[1]
+    settings = kind.settings(kind.ranks(adapters), config)
+    measured = kind.measure(params, adapters, settings)
+    for tree in (measured, params):
+        close(
+            kind.attach(tree, adapters, settings), kind.adapt(params, adapters, config)
+        )
+    merged = kind.merge(params, adapters, config)
+    for path in adapters:
+        spec = base()[0].specs[path]
+        whole = np.moveaxis(
+            merged[path],
+            range(spec.stacked, spec.stacked + spec.n_in),
+            range(spec.n_in),
+        )
+        found = np.linalg.norm(whole.reshape(-1, *whole.shape[spec.n_in :]), axis=0)
+        close(found, np.abs(adapters[path]["magnitude"]))
+
+    def norms(factors):
+        return kind.measure(params, factors, settings)["embedding.table"].norm.sum()
+
+    slopes = jax.grad(norms)(adapters)
+    assert all((x == 0).all() for x in jax.tree.leaves(slopes))
+
+
+def test_dropout_spares_the_frozen_product_as_in_peft():
+    """PEFT drops inputs of what it adds to the frozen product, and not of that."""
+    rng = np.random.default_rng(3)
+    x, w, a, b = (
+        jnp.float32(rng.normal(size=shape))
+        for shape in ((7, 5), (5, 6), (5, 2), (2, 6))
+    )
+    gain, scale = jnp.float32(rng.normal(size=6)), jnp.float32(1.5)
+    inner = LowRank(w, a, b, scale, jax.random.key(1), jnp.float32(0.5))
+    left = inner.dropped(x)
+    assert (left == 0).any() and (left != 0).any()
+    expected = (
+        x @ w + (gain - 1)[None] * (left @ w) + gain[None] * (left @ a @ b * scale)
+    )
+    close(contract(x, WeightDecomposed(inner, gain)), expected)
+
+
+@pytest.mark.parametrize(
+    "kind, rank, said",
+    [
+        (
+            "pissa",
+            33,
+            "rank for layers.attention.query.kernel is 33; pissa takes it out",
+        ),
+        ("olora", 64, r"out of a matrix \[32, 32\]"),
+        ("orthogonal", 3, "is 3; an orthogonal start needs an even one"),
+    ],
+)
+def test_a_rank_that_a_start_cannot_have_is_refused(kind, rank, said):
+    config = LoRAConfig(kind=kind, rank=rank, targets=LINEAR)
+    with pytest.raises(UserError, match=said):
+        find_kind(kind).specs(base()[0].specs, config)
+
+
+def test_kinds_that_start_from_weights_say_so_without_them():
+    config = LoRAConfig(kind="dora", targets=LINEAR)
+    with pytest.raises(UserError, match="start from the weights"):
+        find_kind("dora").init(jax.random.key(0), base()[0].specs, config)

@@ -244,7 +244,7 @@ def _on_matrices(
 def _decayed(config: OptimConfig, specs: dict[str, Any]) -> Any:
     """Which parameters weight decay reaches: no bias or sink, nothing of `no_decay`.
 
-    What is fixed does not decay.
+    Fixed arrays do not decay.
     """
     paths, structure = parameter_paths.flatten(specs)
     # The default may match nothing: adapters have no norm scales. Others are typos.

@@ -11,7 +11,7 @@ from research.weights.adapters.lora import LoRA
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
 
-SIZE = 0.1  # Of both factors, as in PEFT.
+SIZE = 0.1  # The deviation of both factors, as in PEFT.
 
 
 class OrthogonalLoRA(LoRA):

@@ -78,15 +78,18 @@ def every_expert(weights, x, shares):
     return jnp.einsum("btce,bted->btd", picked, made)
 
 
-@pytest.mark.parametrize("kernel", ["blocked", "ragged_dot"])
-def test_a_token_is_the_weighted_sum_of_its_experts(kernel):
-    """And so are the gradients of inputs, shares and weights."""
+def sorted_rows(weights, x, shares, kernel="blocked", block=3):
+    compute = functools.partial(compute_experts, "silu")
+    return mix_experts(
+        compute, weights, x, CHOSEN, shares, experts=E, kernel=kernel, block=block
+    )
 
-    def sorted_rows(weights, x, shares):
-        compute = functools.partial(compute_experts, "silu")
-        return mix_experts(
-            compute, weights, x, CHOSEN, shares, experts=E, kernel=kernel, block=3
-        )
+
+@pytest.mark.parametrize(
+    "kernel, block", [("blocked", 3), ("blocked", 8), ("ragged_dot", 3)]
+)
+def test_a_token_is_the_weighted_sum_of_its_experts(kernel, block):
+    """And so are the gradients of inputs, shares and weights."""
 
     def gradients(mix):
         def total(weights, x, shares):
@@ -95,8 +98,16 @@ def test_a_token_is_the_weighted_sum_of_its_experts(kernel):
 
         return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
 
-    found = gradients(sorted_rows)(STACKED, X, SHARES)
+    blocked = functools.partial(sorted_rows, kernel=kernel, block=block)
+    found = gradients(blocked)(STACKED, X, SHARES)
     close(found, gradients(every_expert)(STACKED, X, SHARES))
+
+
+def test_the_backward_pass_keeps_two_products_of_each_row():
+    """Rows are gathered again, and what experts put out is needed no more."""
+    _, pull = jax.vjp(sorted_rows, STACKED, X, SHARES)
+    wide = [x.shape for x in jax.tree.leaves(pull) if x.ndim == 2 and len(x) == 28]
+    assert wide == [(28, F), (28, F)]
 
 
 def route(renormalized, x, real=None):

@@ -7,20 +7,24 @@ gradient of a gather into a scatter that adds, which no device does fast.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.weights.representations.grouped_product import Groups
+from research.weights.representations.grouped_product import GROUPED_PRODUCT, Groups
 
 Array = jax.Array
-# A CPU computes more rows no faster, and fewer in a fifth more time.
-LARGEST_BLOCK = 128
-# `(weights, rows [M, D], groups) -> [M, D]`: the experts of all rows. Rows without an
-# expert come out as zeros.
-Compute = Callable[[Any, Array, Groups], Array]
+# A CPU multiplies more rows at a time no faster.
+LARGEST_BLOCK = 256
+# To gather rows again, and to apply the gate again, costs less than to keep the results
+# of both for every layer.
+KEPT = jax.checkpoint_policies.save_only_these_names(GROUPED_PRODUCT)
+# `(weights, rows [M, D], shares [M], groups) -> [M, D]`: the experts of all rows, times
+# the shares. Rows without an expert come out as zeros.
+Compute = Callable[[Any, Array, Array, Groups], Array]
 
 
 class _Places(NamedTuple):
@@ -74,10 +78,14 @@ def mix_experts(
     owners_NC = jnp.where((chosen_NC >= 0) & (chosen_NC < experts), chosen_NC, experts)
     places, groups = _sort(owners_NC, experts, batch, kernel, block)
     groups = dataclasses.replace(groups, origins=groups.origins + first_row)
-    rows_MD = _spread(x_BTD.reshape(-1, width), places)
-    made_MD = compute(weights, rows_MD, groups)
+
+    @functools.partial(jax.checkpoint, policy=KEPT, prevent_cse=False)
+    def mix(weights: Any, x_ND: Array, shares_NC: Array) -> Array:
+        rows_MD, shares_M = _spread(x_ND, places), _sorted(shares_NC, places)
+        return _collect(compute(weights, rows_MD, shares_M, groups), places)
+
     shares_NC = shares_BTC.reshape(chosen_NC.shape)
-    return _collect(made_MD, shares_NC, places).reshape(x_BTD.shape)
+    return mix(weights, x_BTD.reshape(-1, width), shares_NC).reshape(x_BTD.shape)
 
 
 def _sort(
@@ -107,37 +115,32 @@ def _spread(x_ND: Array, places: _Places) -> Array:
     return _take(x_ND, places.token)
 
 
-def _spread_forward(x_ND, places):
-    return _spread(x_ND, places), places
+@jax.custom_vjp
+def _collect(rows_MD: Array, places: _Places) -> Array:
+    """The sum over the rows of each token, in float32: `[tokens, D]`."""
+    # A CPU adds up one axis among others several times as slowly.
+    chosen = [_take(rows_MD, row_N).astype(jnp.float32) for row_N in places.row.T]
+    return functools.reduce(jnp.add, chosen).astype(rows_MD.dtype)
 
 
-def _spread_backward(places, d_rows_MD):
-    d_NCD = _take(d_rows_MD, places.row)
-    d_ND = jnp.sum(d_NCD, axis=1, dtype=jnp.float32).astype(d_rows_MD.dtype)
-    return d_ND, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
+# Each is the transpose of the other.
+_spread.defvjp(
+    lambda x_ND, places: (_spread(x_ND, places), places),
+    lambda places, d_MD: (_collect(d_MD, places), None),
+)
+_collect.defvjp(
+    lambda rows_MD, places: (_collect(rows_MD, places), places),
+    lambda places, d_ND: (_spread(d_ND, places), None),
+)
 
 
 @jax.custom_vjp
-def _collect(made_MD: Array, shares_NC: Array, places: _Places) -> Array:
-    """The rows of each token, each times its share, in float32: `[tokens, D]`."""
-    made_NCD = _take(made_MD, places.row).astype(jnp.float32)
-    return jnp.sum(made_NCD * shares_NC[..., None], axis=1).astype(made_MD.dtype)
+def _sorted(shares_NC: Array, places: _Places) -> Array:
+    """The share of each sorted row: `[M]`."""
+    return _take(shares_NC.reshape(-1), places.choice)
 
 
-def _collect_forward(made_MD, shares_NC, places):
-    return _collect(made_MD, shares_NC, places), (made_MD, shares_NC, places)
-
-
-def _collect_backward(kept, d_ND):
-    made_MD, shares_NC, places = kept
-    share_M = _take(shares_NC.reshape(-1), places.choice)
-    d_MD = _take(d_ND, places.token).astype(jnp.float32)
-    d_share_M = jnp.sum(d_MD * made_MD.astype(jnp.float32), axis=1)
-    d_made_MD = (d_MD * share_M[:, None]).astype(made_MD.dtype)
-    return d_made_MD, _take(d_share_M, places.row), None
-
-
-_collect.defvjp(_collect_forward, _collect_backward)
+_sorted.defvjp(
+    lambda shares_NC, places: (_sorted(shares_NC, places), places),
+    lambda places, d_M: (_take(d_M, places.row), None),
+)

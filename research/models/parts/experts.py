@@ -141,17 +141,23 @@ def compute_experts(
     activation: str,
     weights: dict[str, tuple[Any, Any]],
     rows_MD: Array,
+    shares_M: Array,
     groups: Groups,
 ) -> Array:
-    """The MLP of each row's expert; zeros in rows without one."""
+    """The MLP of each row's expert, times the row's share; zeros without an expert.
 
-    def linear(name: str, rows: Array) -> Array:
+    The last matrix reads its input times the share, so that the gradient of a share
+    does not need the outputs.
+    """
+    shares_M1 = shares_M[:, None]
+
+    def linear(name: str, rows: Array, times: Array | float = 1.0) -> Array:
         kernel, bias = weights[name]
         made = contract_groups(rows, kernel, groups)
         if bias is None:
             return made
         own = bias.at[groups.owners].get(mode="fill", fill_value=0)
-        return made + own.astype(made.dtype)
+        return made + (own * times).astype(made.dtype)
 
-    middle = gated(linear("gate", rows_MD), linear("up", rows_MD), activation)
-    return linear("down", middle)
+    gate, up = linear("gate", rows_MD), linear("up", rows_MD)
+    return linear("down", gated(gate, up, activation, shares_M1), shares_M1)

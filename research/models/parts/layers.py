@@ -161,18 +161,18 @@ GATE_LIMIT, GATE_SLOPE = 7.0, 1.702
 
 
 @functools.partial(_recomputed, static_argnums=2)
-def gated(gate: Array, up: Array, activation: str) -> Array:
-    """`activation(gate) * up`, computed in float32.
+def gated(gate: Array, up: Array, activation: str, times: Array | float = 1.0) -> Array:
+    """`activation(gate) * up * times`, computed in float32.
 
-    `CLAMPED` bounds both, and has an approximation of GELU and `up + 1`.
+    `CLAMPED` bounds gate and up, and has an approximation of GELU and `up + 1`.
     """
     gate_32, up_32 = gate.astype(jnp.float32), up.astype(jnp.float32)
     if activation == CLAMPED:
         gate_32 = jnp.minimum(gate_32, GATE_LIMIT)
         up_32 = jnp.clip(up_32, -GATE_LIMIT, GATE_LIMIT)
         shut = jax.nn.sigmoid(GATE_SLOPE * gate_32)
-        return (gate_32 * shut * (up_32 + 1.0)).astype(up.dtype)
-    return (ACTIVATIONS[activation](gate_32) * up_32).astype(up.dtype)
+        return (gate_32 * shut * (up_32 + 1.0) * times).astype(up.dtype)
+    return (ACTIVATIONS[activation](gate_32) * up_32 * times).astype(up.dtype)
 
 
 @functools.partial(_recomputed, static_argnums=1)

@@ -124,8 +124,9 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
 
     `full` keeps the layer's input. `dots` also keeps the products with weights:
     queries, keys, values, the attention's result, gate and up. `none` keeps the inputs
-    of all products, and what attention and the gate need. With an `expert` axis it
-    keeps the tokens that a device gathers, and nothing that experts make of them.
+    of all products, and what attention and the gate need; from experts gate and up
+    alone. With an `expert` axis it keeps the tokens that a device gathers, and nothing
+    that experts make of them.
     """
     a, shape = step.architecture, step.definition.mesh.shape
     tensor = shape["tensor"]
@@ -133,17 +134,17 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     # A TPU's attention kernel pads each head to whole tiles.
     head_dim = math.ceil(a.head_dim / tile) * tile
     queries, keys = (n * head_dim / tensor for n in (a.heads, a.kv_heads))
-    mlp, results = a.mlp / tensor, 0.0
-    if a.experts:
-        rows = a.experts.chosen if shape["expert"] == 1 else 0
-        mlp, results = rows * a.mlp, rows * a.embed
-    met = shape["expert"] * a.embed if shape["expert"] > 1 else 0
     # An MLP without a gate has one product in, and nothing that the gate needs.
     products, inputs = (2, 3) if a.gated_mlp else (1, 2)
+    mlp = a.mlp / tensor
+    if a.experts:
+        mlp = (a.experts.chosen if shape["expert"] == 1 else 0) * a.mlp
+        inputs = products
+    met = shape["expert"] * a.embed if shape["expert"] > 1 else 0
     kept = {
         "full": a.embed,
-        "dots": 2 * a.embed + queries + 2 * keys + products * mlp + results,
-        "none": 4 * a.embed + 2 * (queries + keys + results) + inputs * mlp + met,
+        "dots": 2 * a.embed + queries + 2 * keys + products * mlp,
+        "none": 4 * a.embed + 2 * (queries + keys) + inputs * mlp + met,
     }
     return look_up(kept, remat, "config.model.remat")
 

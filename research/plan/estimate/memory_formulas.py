@@ -155,17 +155,19 @@ def _used_per_token(step: AbstractStep) -> float:
     With an `expert` axis also what all have made of the tokens that it gathers, and the
     gradients of both; and the rows of one device's tokens, and their gradients.
     """
-    met = step.definition.mesh.shape["expert"] * step.architecture.embed
-    rows = _rows_per_token(step)
-    return kept_per_token(step, "none") + (3 * met + 2 * rows if rows else 0.0)
+    ways = step.definition.mesh.shape["expert"]
+    rows, met = _rows_per_token(step), ways * step.architecture.embed
+    more = 3 * met + 2 * rows if ways > 1 else rows
+    return kept_per_token(step, "none") + more
 
 
 def _rows_per_token(step: AbstractStep) -> float:
-    """Values of the rows in which a device computes a gathered token's experts."""
+    """Values of the rows in which a token's experts are computed, but those kept."""
     a = step.architecture
-    if a.experts is None or step.definition.mesh.shape["expert"] == 1:
+    if a.experts is None:
         return 0.0
-    return a.experts.chosen * (3 * a.mlp + 2 * a.embed)
+    is_kept = step.definition.mesh.shape["expert"] == 1  # Outputs of gate and up.
+    return a.experts.chosen * ((1 if is_kept else 3) * a.mlp + 2 * a.embed)
 
 
 def device_tokens(step: AbstractStep) -> float:

@@ -63,7 +63,7 @@ class StudioState:
             return self._evaluations.newest(runs, most)
 
     def columns(self, folder: Path) -> MetricColumns:
-        """The columns of a run, up to date. Raises OSError."""
+        """The columns of a run, up to date."""
         with self._lock:
             columns = self._columns.pop(folder, None) or MetricColumns(folder)
             self._columns[folder] = columns

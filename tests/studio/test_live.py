@@ -343,6 +343,16 @@ def test_evaluations_of_no_numbers_are_bad_lines(site):
     assert [x["kind"] for x in read_metrics(run)] == ["eval", "train"]
 
 
+def test_a_run_whose_metrics_cannot_be_read_is_shown_with_the_reason(site):
+    run = make_run(site.runs / "a")
+    os.replace(run / "metrics.jsonl", run / "kept")
+    (run / "metrics.jsonl").mkdir()
+    require_pages(site, "metrics.jsonl cannot be read: Is a directory")
+    (run / "metrics.jsonl").rmdir()
+    os.replace(run / "kept", run / "metrics.jsonl")
+    assert "cannot be read" not in site.client().get("/run/runs/a").text
+
+
 @pytest.mark.parametrize("record", ODD_RECORDS, ids=lambda record: repr(record[:20]))
 def test_a_run_whose_record_is_damaged_is_shown_with_the_reason(site, record):
     (make_run(site.runs / "a") / "run.json").write_bytes(record)

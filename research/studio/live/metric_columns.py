@@ -77,11 +77,13 @@ class MetricColumns:
 
     Attributes:
       bad: lines that are no metrics.
+      problem: why the file cannot be read; empty where it can.
     """
 
     def __init__(self, folder: Path):
         self._path = folder / metrics_file.NAME
         self._lock = threading.Lock()
+        self.problem = ""
         self._clear(0)
 
     def _clear(self, edition: int) -> None:
@@ -95,23 +97,27 @@ class MetricColumns:
         self._evals: list[dict[str, Any]] = []
 
     def refresh(self) -> None:
-        """Reads what has been written since. Raises OSError: the file cannot be read.
-
-        Without a file there are no lines.
-        """
+        """Reads what has been written since. Without a file there are no lines."""
         with self._lock:
-            if not self._path.exists():
+            self.problem = ""
+            try:
+                self._read_on()
+            except FileNotFoundError:
                 self._clear(0)
-                return
-            with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._edition or found.st_size < self._offset:
-                    self._clear(found.st_ino)
-                file.seek(self._offset)
-                while chunk := file.read(CHUNK):
-                    self._offset += len(chunk)
-                    *lines, self._torn = (self._torn + chunk).split(b"\n")
-                    self._add(lines)
+            except OSError as error:
+                self._clear(0)
+                self.problem = f"{self._path.name} cannot be read: {error.strerror}"
+
+    def _read_on(self) -> None:
+        with self._path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._edition or found.st_size < self._offset:
+                self._clear(found.st_ino)
+            file.seek(self._offset)
+            while chunk := file.read(CHUNK):
+                self._offset += len(chunk)
+                *lines, self._torn = (self._torn + chunk).split(b"\n")
+                self._add(lines)
 
     def _add(self, lines: list[bytes]) -> None:
         """Reads all lines at once, or one by one where one of them is damaged."""

@@ -76,6 +76,7 @@ def run(request: Request) -> Response:
         state=state,
         figures=figures(columns, state.steps, state.first),
         bad_lines=columns.bad,
+        bad_file=columns.problem,
         tables=_tables(columns),
         losses=tabulate_losses(comparable(columns.evals())),
         size=size_of(folder),

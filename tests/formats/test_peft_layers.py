@@ -14,6 +14,7 @@ from peft_exports import adapters_of, export_of, model_of, write_adapter
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
 from research.formats.export_format import ExportOptions
+from research.formats.fused_factors import update_of
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.formats.peft.adapter_tensors import AdapterTensors
 from research.formats.peft.peft_export import plan_adapter
@@ -129,6 +130,63 @@ def test_peft_wraps_a_single_parameter_once(only, tmp_path):
     assert adapter.ranks.keys() == chosen.keys()
     for path, each in chosen.items():
         np.testing.assert_array_equal(adapter.factors(path)["a"], each["a"])
+
+
+@pytest.mark.parametrize("width", ["square", "half", "wide"])
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2", ""])
+def test_experts_of_older_versions_of_peft_are_turned(width, version, tmp_path):
+    """Shapes tell it; where all tensors are square, the version of PEFT does."""
+    shape = model_of("qwen3_moe").architecture
+    mlp = {"square": shape.embed, "half": shape.embed // 2, "wide": 24}[width]
+    # The gates of experts half as wide as the model are square, and not their outputs.
+    model = Model(dataclasses.replace(shape, mlp=mlp))
+    place = "base_model.model.model.layers.0.mlp.experts"
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 2,
+        "target_parameters": ["experts.down_proj"],
+    }  # fmt: skip
+    count, rng = shape.experts.count, np.random.default_rng(1)
+    ends, updates, tensors = {"down": (mlp, shape.embed)}, {}, {}
+    places = {"down": f"{place}.lora_"}
+    if width == "half":
+        config["target_parameters"].append("experts.gate_up_proj")
+        ends["gate"] = shape.embed, 2 * mlp
+        places["gate"] = f"{place}.base_layer.lora_"
+    for name, (inputs, outputs) in ends.items():
+        a, b = (
+            rng.normal(size=(2 * count, inputs)),
+            rng.normal(size=(outputs, 2 * count)),
+        )
+        if version == "0.18.1":
+            a, b = (
+                rng.normal(size=(2 * count, outputs)),
+                rng.normal(size=(inputs, 2 * count)),
+            )
+        pair = a.reshape(count, 2, -1), b.reshape(-1, 2, count)
+        # As `get_delta_weight` of either version: the older one adds it as it is.
+        product = np.einsum("ore,eri->eoi", pair[1], pair[0])
+        updates[name] = product if version == "0.18.1" else product.swapaxes(1, 2)
+        tensors[f"{places[name]}A.weight"] = np.float32(a)
+        tensors[f"{places[name]}B.weight"] = np.float32(b)
+    if version:
+        config["peft_version"] = version
+    folder = write_adapter(tmp_path / "adapter", tensors, config)
+
+    def read():
+        return AdapterFolder(folder, model.architecture, model.specs)
+
+    if width == "square" and not version:
+        with pytest.raises(UserError, match="set peft_version in adapter_config"):
+            read()
+        return
+    adapter = read()
+    for path in adapter.ranks:
+        spec, name = model.specs[path], path.split(".")[-2]
+        found = update_of(adapter.layer(path, (0,)), spec, adapter.scales[path])
+        expected = updates["down" if name == "down" else "gate"]
+        if name != "down":
+            expected = np.split(expected, 2, 2)[name == "up"]
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=path)
 
 
 def test_a_router_may_be_a_parameter_of_a_newer_model(tmp_path):

@@ -27,13 +27,14 @@ SUPPORTED, NO_EFFECT, REFUSED = "supported", "without effect", "refused"
 FIELDS = {
     **dict.fromkeys((
         "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha",
+        "peft_version",
         "use_rslora", "rank_pattern", "alpha_pattern", "ensure_weight_tying",
         "target_modules", "target_parameters", "exclude_modules",
         "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
         "fan_in_fan_out", "init_lora_weights",
     ), SUPPORTED),
     **dict.fromkeys((
-        "task_type", "auto_mapping", "inference_mode", "peft_version", "lora_dropout",
+        "task_type", "auto_mapping", "inference_mode", "lora_dropout",
         "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
         "loftq_config", "eva_config", "corda_config", "lora_ga_config",
         "velora_config",
@@ -66,6 +67,7 @@ class LoraNumbers:
       rslora: whether the scale is alpha / sqrt(rank), and not alpha / rank.
       tied: whether an adapter of the embeddings is that of a tied head, too.
       base_name, revision: the model that it says it was trained on, or "".
+      version: of the PEFT that wrote it, or "".
       parameters: ends of the names of parameters that PEFT wraps.
     """
 
@@ -77,6 +79,7 @@ class LoraNumbers:
     tied: bool
     base_name: str
     revision: str
+    version: str
     parameters: tuple[str, ...]
 
     def target_of(self, module: str) -> str:
@@ -139,6 +142,7 @@ def read_numbers(folder: Path) -> LoraNumbers:
         field("ensure_weight_tying", bool, False),
         field("base_model_name_or_path", str, ""),
         field("revision", str, ""),
+        field("peft_version", str, ""),
         tuple(field("target_parameters", [str], ())),
     )
 

@@ -34,13 +34,17 @@ MERGED = "merge the adapter with PEFT's merge_and_unload, and start from that fo
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """A module that the adapter changes: its tensors' names, its rank and scale."""
+    """A module that the adapter changes: its tensors' names, its rank and scale.
+
+    `is_turned` tells whether its tensors are `turned`; None: their shapes do not.
+    """
 
     module: LoraModule
     down: str
     up: str
     rank: int
     scale: float
+    is_turned: bool | None = False
 
     @property
     def layer(self) -> tuple[int, ...]:
@@ -85,6 +89,10 @@ class AdapterTensors:
         known = self._near[1]
         if entry.down not in known:
             down, up = self.read(entry.down), self.read(entry.up)
+            if entry.is_turned:
+                down, up = entry.module.turned(
+                    down, up, entry.module.experts(self._specs)
+                )
             known[entry.down] = entry.module.split(down, up, self._specs)
         return known[entry.down]
 
@@ -199,17 +207,50 @@ class AdapterTensors:
             name = min(rest)
             raise self._other_base(f"{name} is no matrix of it", name, known)
         self._require_one_of_each(entries)
-        return entries
+        is_turned = self._are_turned(entries)
+        return [
+            dataclasses.replace(entry, is_turned=is_turned)
+            if entry.is_turned is None
+            else entry
+            for entry in entries
+        ]
+
+    def _are_turned(self, entries: Iterable[AdaptedModule]) -> bool:
+        """Whether tensors that are square have the order of PEFT before 0.19.
+
+        Raises:
+          UserError: neither other tensors of the file nor its config tell.
+        """
+        kinds = {
+            entry.is_turned: entry
+            for entry in entries
+            if entry.module.could_be_turned(self._specs)
+        }
+        if None not in kinds or len(kinds) > 1:
+            return bool(kinds.get(True))
+        version = re.match(r"(\d+)\.(\d+)", self._numbers.version)
+        if not version:
+            raise UserError(
+                f"{self._file}: {kinds[None].down} and its lora_B are as large as each "
+                "other, and PEFT exchanged both in version 0.19: set peft_version in "
+                f"{CONFIG} to the version that made the adapter"
+            )
+        return tuple(map(int, version.groups())) < (0, 19)
 
     def _alone(
         self, name: str, module: LoraModule, names: Mapping[str, dict[str, str]]
     ) -> str:
         """Where the tensors of an inner parameter lie if PEFT wraps no other one."""
         outer = name.removesuffix(INNER)
-        down = names.get(outer, {}).get("A")
-        inputs = module.shapes(1, self._specs)[0][1]
-        is_own = down and self._handle.get_slice(down).get_shape()[-1:] == [inputs]
-        return outer if is_own else name
+        keys = names.get(outer, {})
+        if len(keys) < 2:
+            return name
+        (_, inputs), (outputs, _) = module.shapes(1, self._specs)
+        found = {self._shape(keys["A"])[-1:], self._shape(keys["B"])[:1]}
+        return outer if found == {(inputs,), (outputs,)} else name
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(key).get_shape())
 
     def _require_one_of_each(self, entries: Iterable[AdaptedModule]) -> None:
         """Raises UserError: two modules of the file hold the same matrix."""
@@ -238,9 +279,15 @@ class AdapterTensors:
             )
         target = module.parameter or self._numbers.target_of(name)
         rank = self._numbers.rank_of(target)
-        for side, shape in enumerate(module.shapes(rank, self._specs)):
+        needed, is_turned = module.shapes(rank, self._specs), False
+        shapes = self._shape(keys["A"]), self._shape(keys["B"])
+        if module.could_be_turned(self._specs):
+            (rows, inputs), (outputs, _) = needed
+            turned = (rows, outputs), (inputs, rows)
+            is_turned = None if inputs == outputs else shapes == turned
+            needed = turned if is_turned else needed
+        for side, (found, shape) in enumerate(zip(shapes, needed, strict=True)):
             key = keys["AB"[side]]
-            found = tuple(self._handle.get_slice(key).get_shape())
             fits = len(found) == 2 and found[1 - side] == shape[1 - side]
             if fits and found != shape:
                 own = found[side] // module.experts(self._specs)
@@ -251,7 +298,7 @@ class AdapterTensors:
             if found != shape:
                 raise self._other_base(_differs(key, found, shape))
         scale = self._numbers.scale_of(target)
-        return AdaptedModule(module, keys["A"], keys["B"], rank, scale)
+        return AdaptedModule(module, keys["A"], keys["B"], rank, scale, is_turned)
 
     def _other_base(
         self, what: str, name: str = "", known: Iterable[str] = ()

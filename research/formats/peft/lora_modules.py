@@ -81,6 +81,10 @@ class LoraModule:
         several = len(self.stored.paths) > 1 or bool(self.parameter)
         return several or self.has_no_pattern
 
+    def could_be_turned(self, specs: Mapping[str, Spec]) -> bool:
+        """Whether older versions of PEFT have `turned` tensors for it."""
+        return self.experts(specs) > 1 and self.stored.transposed
+
     @property
     def ends(self) -> tuple[str, str]:
         """The ends of the names of its two tensors."""
@@ -107,6 +111,16 @@ class LoraModule:
             down = down.reshape(*stack, -1, down.shape[-1])
             up = np.moveaxis(up.reshape(len(up), -1, *stack), -1, 0)
         return split_factors(self.stored, down, up, specs)
+
+    def turned(self, down: np.ndarray, up: np.ndarray, count: int) -> Pair:
+        """Both tensors as PEFT has them since 0.19, of an adapter that was made before.
+
+        For parameters `[E, out, in]` it took the outputs for the inputs: `lora_A` was
+        `[E*r, out]` and `lora_B` `[in, r*E]`, and their product was the transpose.
+        """
+        outputs = down.reshape(count, -1, down.shape[1]).transpose(2, 1, 0)
+        inputs = up.reshape(len(up), -1, count).transpose(2, 1, 0)
+        return inputs.reshape(-1, len(up)), outputs.reshape(down.shape[1], -1)
 
     def shapes(
         self, rank: int, specs: Mapping[str, Spec]

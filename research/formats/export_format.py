@@ -13,6 +13,7 @@ import numpy as np
 from research.config.choices import EXPORT_FORMATS
 from research.core.errors import look_up
 from research.formats.base_model import Base
+from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.architecture import Architecture
 from research.models.transformer import Model
 from research.tokenize.tokenizer import Tokenizer
@@ -89,15 +90,21 @@ class WrittenModel:
     Attributes:
       architecture: as the files describe it; of adapters that of their base model.
       tokenizer: out of the files; None where they have none.
-      read: `read(path, index)` gives one layer of a parameter, `[*in, *out]`, in the
-        dtype of the file, or in float32 where it is decoded or an adapter is added.
-        `index` is `(layer,)` for a path that is stacked over layers, or else `()`.
-        Every process calls it, in the same order.
+      read: `read(path, index)` gives one layer of a path in `held`, `[*in, *out]`: the
+        parameter, or what the files add to it. It is in the dtype of the file, or in
+        float32 where it is computed. `index` is `(layer,)` for a path that is stacked
+        over layers, or else `()`. Every process calls it, in the same order.
+      held: the paths that the files hold; the base model has all others.
+      facts: texts by name that travel in the files.
+      for_llama_cpp: some settings may differ, see `architecture_parity.excused`.
     """
 
     architecture: Architecture
     tokenizer: Tokenizer | None
     read: Callable[[str, tuple[int, ...]], np.ndarray]
+    held: Mapping[str, StoredNumbers]
+    facts: Mapping[str, str]
+    for_llama_cpp: bool = False
 
 
 class ExportFormat(Protocol):

@@ -25,6 +25,14 @@ class TensorFile(Protocol):
         """One whole tensor."""
         ...
 
+    def kind(self, name: str) -> str:
+        """The numbers of a tensor: a dtype, or a kind of codes, such as `q8_0`."""
+        ...
+
+    def facts(self) -> Mapping[str, str]:
+        """Texts by name that an export has put beside the tensors."""
+        ...
+
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         """How a model of `family` lies in files of this format."""
         ...

@@ -1,27 +1,48 @@
-"""One layer of one parameter at a time, out of a file of tensors."""
+"""A whole model out of a file of tensors, a layer of a parameter at a time."""
 
 from collections.abc import Callable
 
 import numpy as np
 
+from research.formats.export_format import WrittenModel
 from research.formats.load_parameters import check_tensors
+from research.formats.proof.stored_numbers import StoredNumbers
 from research.formats.tensor_file import TensorFile
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
 from research.models.transformer import Model
+from research.tokenize.tokenizer import Tokenizer
 
 
-def layer_reader(
-    tensors: TensorFile, architecture: Architecture
-) -> Callable[[str, tuple[int, ...]], np.ndarray]:
-    """`WrittenModel.read` of a file that holds a whole model.
+def whole_model(
+    tensors: TensorFile, architecture: Architecture, tokenizer: Tokenizer
+) -> WrittenModel:
+    """The model that a file holds, with all its parameters.
 
     Raises:
       UserError: the file does not hold a model of this shape.
     """
     model = Model(architecture)
     check_tensors(tensors, model)
-    layout, specs = tensors.layout(family_of(architecture)), model.specs
+    specs, layout = model.specs, tensors.layout(family_of(architecture))
+    held = {
+        path: StoredNumbers(
+            tensors.kind(stored.first),
+            by_inputs=stored.transposed and specs[path].n_in > 0,
+            shift=stored.shift,
+        )
+        for stored in layout
+        for path in stored.paths
+        if path in specs
+    }
+    read = _layer_reader(tensors, model)
+    return WrittenModel(architecture, tokenizer, read, held, tensors.facts())
+
+
+def _layer_reader(
+    tensors: TensorFile, model: Model
+) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    layout, specs = tensors.layout(family_of(model.architecture)), model.specs
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
         (stored,) = [x for x in layout if path in x.paths]

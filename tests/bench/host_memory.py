@@ -31,7 +31,8 @@ from research.formats.export_format import ExportedModel, ExportOptions
 from research.formats.huggingface import huggingface_export
 from research.formats.huggingface.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import load_base
-from research.formats.proof.logit_parity import ProofRows, prove
+from research.formats.proof.logit_parity import prove
+from research.formats.proof.proof_tokens import ProofRows
 from research.models.architecture import Architecture
 from research.models.transformer import Model
 from research.parallel import mesh as meshes

@@ -21,7 +21,8 @@ from research.core.errors import ParityError
 from research.formats.base_model import open_base
 from research.formats.export_format import ExportedModel, ExportOptions
 from research.formats.huggingface.huggingface_export import FORMAT
-from research.formats.proof.logit_parity import ProofRows, prove
+from research.formats.proof.logit_parity import prove
+from research.formats.proof.proof_tokens import ProofRows
 from research.formats.proof.parity_limits import LIMITS
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes

@@ -26,7 +26,8 @@ from research.formats.export_format import (
     ExportOptions,
     find_format,
 )
-from research.formats.proof.logit_parity import ProofRows, prove
+from research.formats.proof.logit_parity import prove
+from research.formats.proof.proof_tokens import ProofRows
 from research.models.transformer import Model
 from research.parallel import agreement
 from research.parallel import mesh as meshes

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from research.core.atomic_files import write_whole
-from research.core.errors import UserError
+from research.core.errors import ParityError, UserError
 from research.formats.export_format import (
     ExportedAdapter,
     ExportedModel,
@@ -27,6 +27,8 @@ from research.formats.gguf.gguf_writer import PlannedTensor, write_gguf
 from research.formats.gguf.metadata_fields import write_metadata
 from research.formats.gguf.modelfile import format_modelfile
 from research.formats.huggingface.huggingface_export import fetch
+from research.formats.proof.stored_numbers import StoredNumbers
+from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import StoredTensor, used
 from research.weights.parameter_spec import Spec
@@ -77,17 +79,26 @@ class GGUFAdapterFormat:
 
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         file = GGUFFile(folder / FILE, "adapter")
+        _require_architecture(file, exported.model.architecture)
         alpha, specs = file.metadata[ALPHA], exported.model.specs
-        tensors = {path: t for t in _adapted(exported) for path in t.paths}
+        family, names = family_of(exported.model.architecture), {*file.shapes()}
+        tensors = {
+            path: stored
+            for stored in used(family.gguf_tensors, specs)
+            for path in stored.paths
+            if any(f"{name}.lora_a" in names for name, _ in stored.names(specs))
+        }
 
         def read(path: str, index: tuple[int, ...]) -> np.ndarray:
-            value = fetch(exported.base_weights[path], index)
-            if stored := tensors.get(path):
-                update = _update(file, stored.name.format(*index), alpha)
-                value = value + stored.unpack(path, update, specs)
-            return value
+            stored = tensors[path]
+            name = stored.name.format(*index)
+            if not {f"{name}.lora_a", f"{name}.lora_b"} <= names:
+                return np.zeros(specs[path].shape[len(index) :], np.float32)
+            return stored.unpack(path, _update(file, name, alpha), specs)
 
-        return WrittenModel(exported.model.architecture, None, read)
+        held = dict.fromkeys(tensors, StoredNumbers("float32", is_update=True))
+        architecture = exported.model.architecture
+        return WrittenModel(architecture, None, read, held, file.facts())
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         chats = exported.tokenizer.chat_template
@@ -95,6 +106,16 @@ class GGUFAdapterFormat:
 
 
 FORMAT = GGUFAdapterFormat()
+
+
+def _require_architecture(file: GGUFFile, architecture: Architecture) -> None:
+    """Raises ParityError: llama.cpp would not add the adapter to this model."""
+    found = file.metadata.get("general.architecture")
+    if found != (needed := family_of(architecture).gguf_architecture):
+        raise ParityError(
+            f"the written adapter is for the architecture {found!r}, and the base "
+            f"model is {needed!r}: please report this, with the command"
+        )
 
 
 def _check(exported: ExportedModel) -> None:

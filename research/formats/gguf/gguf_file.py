@@ -13,12 +13,14 @@ from jax.sharding import Mesh
 from research.core.errors import UserError
 from research.formats.gguf.metadata_fields import read_architecture
 from research.formats.gguf.rope_metadata import TABLES
+from research.formats.gguf.tensor_types import TYPES
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 MAGIC = b"GGUF"
+FACTS = "research."  # Keys of texts that an export puts into a file begin so.
 
 
 class GGUFFile:
@@ -96,6 +98,17 @@ class GGUFFile:
                 f"cannot be read ({error}); give the model as Q8_0, F16 or BF16"
             ) from error
         return values.reshape(self._shape(name))
+
+    def kind(self, name: str) -> str:
+        found = self._tensors[name].tensor_type.name
+        return {own: name for name, own in TYPES.items()}.get(found, found)
+
+    def facts(self) -> Mapping[str, str]:
+        return {
+            key.removeprefix(FACTS): str(value)
+            for key, value in self.metadata.items()
+            if key.startswith(FACTS)
+        }
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.gguf_layout(self._tensors)

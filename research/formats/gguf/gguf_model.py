@@ -1,5 +1,6 @@
 """A whole model as one file of llama.cpp, with its tokenizer and chat template."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -15,14 +16,14 @@ from research.formats.export_format import (
     ExportOptions,
     WrittenModel,
 )
-from research.formats.gguf.gguf_file import GGUFFile
+from research.formats.gguf.gguf_file import FACTS, GGUFFile
 from research.formats.gguf.gguf_writer import PlannedTensor, write_gguf
 from research.formats.gguf.metadata_fields import write_metadata
 from research.formats.gguf.modelfile import format_modelfile
 from research.formats.gguf.rope_metadata import rope_tables
 from research.formats.gguf.tensor_types import TYPES
 from research.formats.huggingface.huggingface_export import fetch
-from research.formats.written_tensors import layer_reader
+from research.formats.written_tensors import whole_model
 from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import StoredTensor, used
 from research.tokenize.gguf.gguf_tokenizer import from_gguf_metadata
@@ -70,7 +71,8 @@ class GGUFModelFormat:
         file = GGUFFile(folder / FILE)
         architecture = file.read_architecture()
         tokenizer = from_gguf_metadata(file.metadata, str(folder / FILE))
-        return WrittenModel(architecture, tokenizer, layer_reader(file, architecture))
+        whole = whole_model(file, architecture, tokenizer)
+        return dataclasses.replace(whole, for_llama_cpp=True)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         return USAGE
@@ -91,7 +93,7 @@ def general_metadata(exported: ExportedModel, kind: str) -> dict[str, Any]:
         "general.name": re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE),
         "general.license": exported.base.licence if exported.base else "",
     }
-    return metadata | {f"research.{key}": x for key, x in exported.facts.items()}
+    return metadata | {f"{FACTS}{key}": x for key, x in exported.facts.items()}
 
 
 def _metadata(exported: ExportedModel) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """llama.cpp's metadata of a model, read and written by one table of each family."""
 
 import dataclasses
-import itertools
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +13,10 @@ from research.formats.gguf.rope_metadata import (
     read_rope,
     rope_tables,
     shortest,
-    turns,
     write_rope,
 )
-from research.models.architecture import Architecture, Experts, Rope
+from research.formats.proof.architecture_parity import differences, excused
+from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.family_registry import (
     family_of,
@@ -50,10 +48,6 @@ ROPE = {
     "rope.freq_base", "rope.dimension_count",
     *(f"{SCALING}{x}" for x in ("type", "factor", "original_context_length",
       "attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
-}  # fmt: skip
-GELUS = {"gelu", "gelu_tanh"}
-ROPE_SWITCHES = {
-    "rope_theta", "rope_scaling", "rope_fraction", "window_rope", "unrotated_layers",
 }  # fmt: skip
 # Architectures whose heads together are as wide as the embedding, whose vocabulary head
 # is a tensor of its own, and whose vocabulary head is always the embeddings.
@@ -257,34 +251,11 @@ def _check_written(a: Architecture, metadata: Mapping[str, Any]) -> None:
     shapes |= {"blk.0.attn_q.bias": (1,)} if "qkv" in a.biases else {}
     shapes |= {"blk.0.ffn_up.bias": (1,)} if "mlp" in a.biases else {}
     found = read_architecture(metadata, shapes, rope_tables(a), "the file")
-    pairs = [
-        (field.name, getattr(a, field.name), getattr(found, field.name))
-        for field in dataclasses.fields(a)
-        if field.name not in ("family", *ROPE_SWITCHES)
-    ]
-    pairs += zip(itertools.repeat("ropes"), a.ropes, found.ropes, strict=False)
-    for name, ours, theirs in pairs:
-        if not _same(ours, theirs, a.head_dim):
+    allowed = excused(a, found)
+    for name, (ours, theirs) in differences(a, found).items():
+        if name not in allowed:
             raise UserError(
                 f"llama.cpp's files of {family_of(a).members} cannot say that {name} "
                 f"is {ours!r}; they would mean {theirs!r}. Export the model as a "
                 "Hugging Face folder"
             )
-
-
-def _same(ours: Any, theirs: Any, head_dim: int) -> bool:
-    """Whether two values of a switch compute the same, as far as float32 can tell."""
-    if isinstance(ours, Experts) and isinstance(theirs, Experts):
-        # A loss is no part of what is computed in a file.
-        theirs = dataclasses.replace(theirs, balance_weight=ours.balance_weight)
-    if isinstance(ours, str) and {ours, theirs} <= GELUS:
-        return True  # llama.cpp computes the approximation for both.
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=1e-6)
-    if isinstance(ours, Rope) and isinstance(theirs, Rope):
-        pairs = zip(turns(ours, head_dim), turns(theirs, head_dim), strict=True)
-        return all(
-            x.shape == y.shape and np.allclose(x, y, rtol=1e-5, atol=0)
-            for x, y in pairs
-        )
-    return ours == theirs

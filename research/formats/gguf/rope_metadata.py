@@ -154,18 +154,6 @@ def _settings(rope: Rope, head_dim: int, divisors: np.ndarray) -> Iterator[RopeS
         )
 
 
-def turns(rope: Rope, head_dim: int) -> tuple[np.ndarray, ...]:
-    """All that a rotary embedding computes with: two ropes with the same are one."""
-    short, long = (
-        np.asarray(rope_frequencies(rope, head_dim, long_row=long_row))
-        for long_row in (False, True)
-    )
-    scaling = rope.scaling
-    ends = scaling.original_max_position if scaling.kind == "longrope" else 0
-    same = np.array_equal(short, long)
-    return short, long, np.array([scaling.attention_factor, 0 if same else ends])
-
-
 def rope_divisors(rope: Rope, head_dim: int) -> np.ndarray:
     """The number that divides the frequency of each rotary pair, float32."""
     plain = rope_frequencies(Rope(rope.theta, fraction=rope.fraction), head_dim)

@@ -29,7 +29,7 @@ from research.formats.huggingface.huggingface_weights import (
     read_hf_config,
 )
 from research.formats.huggingface.safetensors_writer import SafetensorsWriter
-from research.formats.written_tensors import layer_reader
+from research.formats.written_tensors import whole_model
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of, to_hf_config
 from research.models.families.stored_tensor import StoredTensor, used
@@ -70,12 +70,8 @@ class HuggingFaceFormat:
 
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         architecture = read_hf_config(folder)
-        tensors = HuggingFaceWeights(folder)
-        return WrittenModel(
-            architecture,
-            from_folder(folder).within(architecture.vocab),
-            layer_reader(tensors, architecture),
-        )
+        tokenizer = from_folder(folder).within(architecture.vocab)
+        return whole_model(HuggingFaceWeights(folder), architecture, tokenizer)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         return USAGE

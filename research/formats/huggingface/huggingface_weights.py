@@ -26,6 +26,7 @@ from research.models.families.stored_tensor import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_hf_config(folder: Path) -> Architecture:
@@ -133,6 +134,13 @@ class HuggingFaceWeights:
         # An open file would keep all that was read of it in the memory of the process.
         with _opened(self._files[name]) as handle:
             return handle.get_tensor(name)
+
+    def kind(self, name: str) -> str:
+        return NAMES.get(self._types[name], self._types[name])
+
+    def facts(self) -> Mapping[str, str]:
+        with _opened(next(iter(self._files.values()))) as handle:
+            return handle.metadata() or {}
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
         return family.hf_layout(self._shapes)

@@ -40,6 +40,7 @@ class AdapterFolder:
       ranks: by path of ours, the rank that holds the adapters of all its layers.
       scales: by path, alpha / rank.
       fingerprint: sha256 of its two files.
+      kind, facts: see `AdapterTensors`.
 
     Raises:
       UserError: it is absent, damaged or pickled, is an adapter to a model of other
@@ -65,6 +66,7 @@ class AdapterFolder:
                 self._entries.setdefault((path, entry.layer), []).append(entry)
         self.ranks, self.scales = self._numbers_by_path(entries)
         self.fingerprint = fingerprint_files([self._folder / CONFIG, self._file])
+        self.kind, self.facts = self._tensors.kind, self._tensors.facts
 
     def lora_config(self, lora: LoRAConfig) -> LoRAConfig:
         """`lora` with the targets, ranks and alphas of this adapter."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from research.core.errors import UserError, nearest
 from research.formats.fused_factors import Pair
-from research.formats.huggingface.huggingface_weights import PLAIN_TYPES
+from research.formats.huggingface.huggingface_weights import NAMES, PLAIN_TYPES
 from research.formats.peft.adapter_config import CONFIG, PREFIX, LoraNumbers
 from research.formats.peft.find_adapter import open_tensors
 from research.formats.peft.lora_modules import (
@@ -59,6 +59,8 @@ class AdapterTensors:
       entries: the modules that have adapters, in the order of the model.
       whole: parameters that the file holds whole, by name: the tensor's name, how it
         lies there, and its index.
+      kind: the least exact numbers of the factors, such as `bfloat16`.
+      facts: texts by name that an export has put beside the tensors.
 
     Raises:
       UserError: the file is damaged, holds an adapter to a model of other shapes, or
@@ -78,6 +80,12 @@ class AdapterTensors:
         self._near: tuple[Any, dict[str, dict[str, Pair]]] = None, {}
         names, self.whole = self._sorted_names()
         self.entries = self._match(self._without_tied_head(names))
+        keys = [key for entry in self.entries for key in (entry.down, entry.up)]
+        kinds = {self._handle.get_slice(key).get_dtype() for key in keys}
+        # In the order from exact to coarse; float64 is read as float32.
+        found = [name for code, name in NAMES.items() if code in {"F32", *kinds}]
+        self.kind = found[-1]
+        self.facts: Mapping[str, str] = self._handle.metadata() or {}
 
     def pairs(self, entry: AdaptedModule) -> dict[str, Pair]:
         """The factors of the matrices of a module.

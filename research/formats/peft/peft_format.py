@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from research.core.atomic_files import write_whole
-from research.core.errors import UserError
+from research.core.errors import ParityError, UserError
 from research.core.hub_access import HubAddress, is_hub
 from research.formats.export_format import ExportedModel, ExportOptions, WrittenModel
 from research.formats.fused_factors import Pair, update_of
@@ -18,6 +18,7 @@ from research.formats.huggingface.safetensors_writer import SafetensorsWriter
 from research.formats.peft.adapter_config import CONFIG, TENSORS
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.formats.peft.peft_export import plan_adapter
+from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.families.family_registry import family_of
 from research.tokenize.tokenizer_training import save_tokenizer
 
@@ -81,16 +82,14 @@ class PeftFormat:
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         model = exported.model
         adapter = AdapterFolder(str(folder), model.architecture, model.specs)
+        _require_base(folder, _base(exported))
 
         def read(path: str, index: tuple[int, ...]) -> np.ndarray:
-            base = fetch(exported.base_weights[path], index)
-            if path not in adapter.ranks:
-                return base
             pair, spec = adapter.layer(path, index), model.specs[path]
-            update = update_of(pair, spec, adapter.scales[path])
-            return base.astype(np.float32) + update
+            return update_of(pair, spec, adapter.scales[path])
 
-        return WrittenModel(model.architecture, None, read)
+        held = dict.fromkeys(adapter.ranks, StoredNumbers(adapter.kind, is_update=True))
+        return WrittenModel(model.architecture, None, read, held, adapter.facts)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         name = exported.facts.get("base_model", "")
@@ -122,6 +121,17 @@ def _base(exported: ExportedModel) -> dict[str, Any]:
     address = HubAddress.parse(name, "model")
     fields = {"base_model_name_or_path": address.name, "revision": address.revision}
     return {name: value for name, value in fields.items() if value}
+
+
+def _require_base(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raises ParityError: the folder names another base model than `wanted`."""
+    found = json.loads((folder / CONFIG).read_text())
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ParityError(
+                f"{CONFIG} has {found.get(name)!r} as {name}, and the run began with "
+                f"{value!r}: please report this, with the command"
+            )
 
 
 def _argument(name: str, fields: dict[str, Any]) -> str:

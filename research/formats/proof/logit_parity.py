@@ -1,13 +1,15 @@
-"""Compares written files with the model of a run: weights by layer, and logits.
+"""Compares written files with the model of a run: settings, weights and logits.
 
-Both run layer by layer: ours with its adapters beside the weights, and the one in the
-files, which is never in memory as a whole. Each of its layers is read, split over the
-devices, compared and applied, and then dropped.
+Models run layer by layer: the run's own with its adapters beside the weights, and the
+one in the files, which is never in memory as a whole. Each of its layers is read, split
+over the devices, compared and applied, and then dropped. Tables of embeddings and heads
+are compared in pieces of the vocabulary.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,32 +19,38 @@ from jax.sharding import Mesh, NamedSharding
 
 from research.core.errors import ParityError
 from research.formats.export_format import ExportedModel, WrittenModel
-from research.formats.proof.parity_limits import Parity
+from research.formats.proof.logit_differences import add_piece, measures, no_sums
+from research.formats.proof.parity import Parity
+from research.formats.proof.proof_tokens import ProofRows
+from research.formats.proof.same_model import require_same_model
+from research.formats.proof.stored_numbers import KINDS, Axes
+from research.formats.proof.weight_parity import (
+    Held,
+    add_updates,
+    compare_layer,
+    layer_of,
+    round_layer,
+    vocabulary_rows,
+)
 from research.models.architecture import Architecture
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
-from research.tokenize.tokenizer import Tokenizer
-from research.weights.contraction import materialize
+from research.weights.contraction import transpose
+from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 Leaves = Mapping[str, Any]
 # Logits are exact to float32 on every device, also where products are faster in less.
 PRECISION = "highest"
-TEXTS = ("Hello, world! 123", "ü 日本\n\n  x\t{}", "<|im_start|>user")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProofRows:
-    """Rows of tokens; `[B, T]` int32 each, as in a `Batch`. `origin` is for people."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    origin: str
+TABLE, HEAD = "embedding.table", "head.kernel"
+# A piece of the vocabulary: one name, so that a table and a head share programs.
+PART, ROWS = "rows", Axes(1, 0)
+PIECE = 2**23  # numbers of a table that are compared at a time
 
 
 def prove(
-    exported: ExportedModel, written: WrittenModel, rows: ProofRows, numbers: str
+    exported: ExportedModel, written: WrittenModel, rows: ProofRows, asked: str
 ) -> Parity:
     """Measures how far `written` is from `exported`; every process must call it.
 
@@ -50,194 +58,281 @@ def prove(
       exported: the model of the run.
       written: its files, opened anew.
       rows: what both compute.
-      numbers: in the files, a key of `LIMITS`.
+      asked: the numbers that the files were to have, as `ExportOptions.numbers`.
 
     Raises:
-      ParityError: the files describe another model, or are further away than rounding
+      ParityError: the files hold another model, or are further away than rounding
         explains.
     """
-    architecture, specs = written.architecture, exported.model.specs
-    model = _proof_model(architecture)
-    for path in {**specs, **model.specs}:
-        ours, theirs = (
-            x[path].shape if path in x else None for x in (specs, model.specs)
-        )
-        if ours != theirs:
-            raise ParityError(
-                f"the written files describe {path} as {theirs}, and the run has {ours}"
-            )
-    if written.tokenizer is not None:
-        _compare_tokenizers(exported.tokenizer, written.tokenizer)
+    reasons = require_same_model(exported, written, asked)
+    rows = rows.within(written.architecture.max_position)
     with jax.default_matmul_precision(PRECISION):
-        parity = _compare(exported, written, rows, numbers)
+        parity = _Proof(exported, written, rows).run(tuple(reasons.values()))
     if faults := parity.faults():
         raise ParityError(
             "the written files compute something else than the run, so they are "
-            f"removed: {'; '.join(faults)}, on {parity.rows}"
+            f"removed: {'; '.join(faults)}, on {parity.rows}; use --dtype=float32 "
+            "without --quant, and report this if it fails, too"
         )
     return parity
 
 
-def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> None:
-    """Raises ParityError: they split texts or end answers differently."""
-    for name, read in (
-        ("ids of texts", lambda x: x.encode_texts(TEXTS)),
-        ("chat template", lambda x: x.chat_template),
-        ("ids that end an answer", lambda x: sorted(x.end_ids)),
-    ):
-        if read(ours) != read(theirs):
-            raise ParityError(
-                f"the tokenizer in the written files has other {name} than the run: "
-                f"{str(read(theirs))[:80]!r}, not {str(read(ours))[:80]!r}"
-            )
-
-
-def _proof_model(architecture: Architecture) -> Model:
-    return Model(architecture, Options(dtype=jnp.float32))
-
-
 @functools.cache
-def _programs(architecture: Architecture) -> tuple[Any, Any, Any]:
-    """The begin, one layer and the end of a model, compiled on use."""
-    model = _proof_model(architecture)
+def _programs(architecture: Architecture) -> tuple[Any, Any, Any, Any]:
+    """The parts of a model, compiled on use: beginning, one layer, and both ends."""
+    model = Model(architecture, Options(dtype=jnp.float32))
 
     def layer(params: Leaves, place: Array, number: Array, x: Array, *rows: Array):
-        own = _one_layer(params, place)
-        return model.layer(own, number, x, *rows)
+        return model.layer(layer_of(params, place), number, x, *rows)
 
-    def end(params: Leaves, x: Array) -> Array:
-        return model.logits(params, model.final_norm(params, x))
+    def piece(rows: Matrix, x: Array) -> Array:
+        path, head = (
+            (TABLE, rows) if architecture.tied_head else (HEAD, transpose(rows))
+        )
+        return model.logits({path: head}, x)
 
-    return jax.jit(model.embed), jax.jit(layer), jax.jit(end)
-
-
-def _one_layer(params: Leaves, place: Array) -> Leaves:
-    """The layer at `place` of stacked parameters, stacked alone."""
-    return {p: jax.tree.map(lambda x: x[place][None], v) for p, v in params.items()}
-
-
-@jax.jit
-def _squares(
-    ours: Leaves, theirs: Leaves, place: Array | None = None
-) -> dict[str, tuple[Array, Array]]:
-    """By path: the sum of squared differences, and of our squares."""
-    ours = ours if place is None else _one_layer(ours, place)
-
-    def one(found: Array, own: Any) -> tuple[Array, Array]:
-        own = materialize(jax.tree.map(_widened, own)).astype(jnp.float32)
-        return jnp.sum((found.astype(jnp.float32) - own) ** 2), jnp.sum(own**2)
-
-    return {path: one(found, ours[path]) for path, found in theirs.items()}
+    parts = (model.embed, layer, model.final_norm, piece)
+    embed, layer, norm, piece = map(jax.jit, parts)
+    return embed, layer, norm, piece
 
 
-def _widened(x: Array) -> Array:
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+_rows_of = jax.jit(vocabulary_rows, static_argnums=2)
+_layer_of = jax.jit(layer_of)
 
 
-@jax.jit
-def _statistics(ours: Array, theirs: Array, is_token: Array) -> dict[str, Array]:
-    """Sums and largest values over the real tokens of `[B, T, V]` logits."""
-    ours -= ours.mean(-1, keepdims=True)
-    apart = theirs - theirs.mean(-1, keepdims=True) - ours
-    log_p, log_q = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
-    kl = jnp.where(is_token, jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1), 0.0)
-    mask = is_token[..., None]
-    same = ours.argmax(-1) == theirs.argmax(-1)
-    return {
-        "largest": jnp.max(jnp.where(mask, jnp.abs(apart), 0.0)),
-        "apart": jnp.sum(jnp.where(mask, apart**2, 0.0)),
-        "square": jnp.sum(jnp.where(mask, ours**2, 0.0)),
-        "kl": jnp.sum(kl),
-        "largest_kl": jnp.max(kl),
-        "same": jnp.sum(is_token & same),
-    }
+@dataclasses.dataclass
+class _State:
+    """One of the compared models: what it computes with, and how far it is.
+
+    Attributes:
+      architecture: of the model.
+      hidden: the input of the next layer.
+    """
+
+    architecture: Architecture
+    hidden: Any = None
+
+    @property
+    def programs(self) -> tuple[Any, Any, Any, Any]:
+        return _programs(self.architecture)
 
 
-def _compare(
-    exported: ExportedModel, written: WrittenModel, rows: ProofRows, numbers: str
-) -> Parity:
-    """Each step takes one model after the other, which needs less memory."""
-    specs, weights = exported.model.specs, exported.weights
-    own = _programs(exported.model.architecture)
-    found = _programs(written.architecture)
-    mesh, squares = _mesh_of(weights), {}
+class _Proof:
+    """One comparison. Models take turns at each step, which needs less memory.
 
-    def load(paths: list[str], index: tuple[int, ...] = ()) -> dict[str, Array]:
-        return {p: _placed(written.read(p, index), p, exported, mesh) for p in paths}
+    `run` is the run's, and `files` that of the files. `other` is the run's with the
+    rounding of the files; or the base model, where the files hold adapters alone.
+    """
 
-    stacked = [path for path in specs if path.startswith("layers.")]
-    first = [path for path in specs if "embedding." in path]
-    last = [path for path in specs if path not in {*stacked, *first}]
-    if exported.model.architecture.tied_head:
-        last.append("embedding.table")
-    at = rows.positions, rows.segments
-    ours, theirs = {path: weights[path] for path in first}, load(first)
-    squares.update(_squares(ours, theirs))
-    x, y = (
-        programs[0](params, rows.tokens, rows.positions)
-        for programs, params in ((own, ours), (found, theirs))
-    )
-    ours = {path: weights[path] for path in stacked}
-    for number in map(np.int32, range(written.architecture.layers)):
-        x = own[1](ours, number, number, x, *at).block_until_ready()
-        theirs = load(stacked, (int(number),))
-        apart = _squares(ours, theirs, number)
-        squares |= {f"{path} of layer {number}": pair for path, pair in apart.items()}
-        y = found[1](theirs, np.int32(0), number, y, *at).block_until_ready()
-        del theirs  # Room for the next layer of ours.
-    ours = {path: weights[path] for path in last}
-    logits = own[2](ours, x).block_until_ready()
-    theirs = load(last)
-    squares.update(_squares(ours, theirs))
-    sums = _statistics(logits, found[2](theirs, y), rows.segments > 0)
-    return _parity(sums, squares, int((rows.segments > 0).sum()), rows.origin, numbers)
+    def __init__(self, exported: ExportedModel, written: WrittenModel, rows: ProofRows):
+        self.exported, self.written, self.rows = exported, written, rows
+        self.specs = exported.model.specs
+        own, found = exported.model.architecture, written.architecture
+        self.on_base = any(x.is_update for x in written.held.values())
+        self.states = {"run": _State(own), "files": _State(found)}
+        rounds = {x.kind for x in written.held.values()} != {"float32"}
+        if self.on_base or rounds or own.activation != found.activation:
+            like = dataclasses.replace(own, activation=found.activation)
+            self.states["other"] = _State(own if self.on_base else like)
+        self.mesh = _mesh_of(exported.weights)
+        self.sums: dict[str, dict[str, float]] = {}
+
+    def run(self, reasons: tuple[str, ...]) -> Parity:
+        """Measures everything."""
+        architecture = self.written.architecture
+        self._begin()
+        stacked = [path for path in self.specs if path.startswith("layers.")]
+        for number in range(architecture.layers):
+            self._layer(stacked, number)
+        last = [path for path in self.specs if path.startswith("final_norm.")]
+        for name, state in self.states.items():
+            state.hidden = state.programs[2](self._params(name, last), state.hidden)
+        sums = self._end(TABLE if architecture.tied_head else HEAD)
+        return self._parity(sums, reasons)
+
+    def _begin(self) -> None:
+        """Embeds the tokens; only their rows of the table are needed."""
+        table = _Vocabulary(self, TABLE)
+        if not self.exported.model.architecture.tied_head:
+            for ids in table.pieces():
+                table.compare(ids)
+        used, tokens = np.unique(self.rows.tokens, return_inverse=True)
+        tokens = tokens.reshape(self.rows.tokens.shape).astype(np.int32)
+        places = [path for path in self.specs if path.startswith("position_embedding.")]
+        for name, state in self.states.items():
+            params = {TABLE: table.rows(name, used), **self._params(name, places)}
+            embed = state.programs[0](params, tokens, self.rows.positions)
+            state.hidden = embed.block_until_ready()
+
+    def _layer(self, paths: list[str], number: int) -> None:
+        place = np.int32(number)
+        for name, state in self.states.items():
+            params = self._params(name, paths, place)
+            at = (place if name == "run" else np.int32(0)), place
+            rows = state.hidden, self.rows.positions, self.rows.segments
+            state.hidden = state.programs[1](params, *at, *rows).block_until_ready()
+            del params  # Room for the next model's.
+
+    def _params(
+        self, name: str, paths: list[str], place: np.int32 | None = None
+    ) -> dict[str, Any]:
+        """Parameters of one of the models: one layer, but all layers of the run's."""
+        own = {path: self.exported.weights[path] for path in paths}
+        if name == "run":
+            return own
+        base = self.exported.base_weights
+        held = {p: self.written.held[p] for p in paths if p in self.written.held}
+        static = tuple(
+            (path, x, Axes(self.specs[path].stacked, self.specs[path].n_in))
+            for path, x in held.items()
+        )
+        updates = {path for path, numbers in held.items() if numbers.is_update}
+        if name == "other" and self.on_base:
+            own |= {p: base[p] for p in paths if p not in held or p in updates}
+            return dict(_layer_of(own, place))
+        if name == "other":
+            return round_layer(own, place, static)
+        index = () if place is None else (int(place),)
+        found = {path: self._read(path, index) for path in held}
+        trained = self.exported.adapters.keys() & held.keys() & base.keys()
+        before = {path: base[path] for path in trained}
+        for path, sums in compare_layer(own, before, found, place, static).items():
+            self.note(path if place is None else f"{path} of layer {place}", sums)
+        rest = {p: base[p] for p in paths if p not in held or p in updates}
+        added = {path: found[path] for path in updates}
+        return found | (add_updates(rest, added, place) if rest else {})
+
+    def _read(self, path: str, index: tuple[int, ...]) -> Array:
+        """One layer in the files `[1, *in, *out]`, or a parameter without layers."""
+        value, spec = self.written.read(path, index), self.specs[path]
+        value = value[None] if index else value
+        return self.placed(value, dataclasses.replace(spec, shape=value.shape))
+
+    def _end(self, path: str) -> dict[str, Array]:
+        """The logits of all models, in pieces of the vocabulary."""
+        head, sums = _Vocabulary(self, path), no_sums(self.rows.tokens.shape)
+        for ids in head.pieces():
+            head.compare(ids)
+            logits = {
+                name: state.programs[3](head.rows(name, ids), state.hidden)
+                for name, state in self.states.items()
+            }
+            run, files = logits["run"], logits["files"]
+            other = logits.get("other", run)
+            same, changed = (run, other) if self.on_base else (other, other)
+            sums = add_piece(sums, run, files, same, changed, ids[0])
+        return measures(sums, self.rows.segments > 0, np.int32(head.size))
+
+    def note(self, path: str, sums: Mapping[str, Array]) -> None:
+        found = {name: float(value) for name, value in sums.items()}
+        old = self.sums.setdefault(path, dict.fromkeys(found, 0.0))
+        for name, value in found.items():
+            old[name] = (
+                _largest(old[name], value) if name == "share" else (old[name] + value)
+            )
+
+    def placed(self, value: np.ndarray, spec: Spec) -> Array:
+        """An array over the devices, split as its axes say."""
+        if self.mesh is None:
+            return jnp.asarray(value)
+        sharding = meshes.shardings({"": spec}, self.mesh)[""]
+        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+    def _parity(self, sums: Mapping[str, Array], reasons: tuple[str, ...]) -> Parity:
+        of = {name: float(value) for name, value in sums.items()}
+        shares = {path: x["share"] for path, x in self.sums.items()}
+        worst = max(shares, key=lambda path: (math.isnan(shares[path]), shares[path]))
+        trained = {path: x for path, x in self.sums.items() if x.get("size")}
+        kept = {path: x["kept"] / x["size"] for path, x in trained.items()}
+        update = [math.sqrt(x["apart"] / x["size"]) for x in trained.values()]
+        total = sum(x["size"] for x in trained.values())
+        merged = trained and not self.on_base
+        kinds = {x.kind for x in self.written.held.values()}
+        return Parity(
+            rows=self.rows.origin,
+            tokens=int((self.rows.segments > 0).sum()),
+            numbers=max(kinds, key=[*KINDS].index),
+            architecture=reasons,
+            weights=shares[worst],
+            worst=worst,
+            update=max(update, default=0.0) if self.on_base else None,
+            kept=sum(x["kept"] for x in trained.values()) / total if merged else None,
+            least_kept=min(kept, key=kept.__getitem__) if merged else "",
+            **{name: max(0.0, x) if name == "kl" else x for name, x in of.items()},
+        )
 
 
-def _parity(
-    sums: Mapping[str, Array],
-    squares: Mapping[str, tuple[Array, Array]],
-    tokens: int,
-    origin: str,
-    numbers: str,
-) -> Parity:
-    of = {name: float(value) for name, value in sums.items()}
-    apart = {path: _share(float(x), float(y)) for path, (x, y) in squares.items()}
-    # Not `max` of values: a NaN must win.
-    worst = max(apart, key=lambda path: (np.isnan(apart[path]), apart[path]))
-    return Parity(
-        rows=origin,
-        tokens=tokens,
-        numbers=numbers,
-        weights=apart[worst],
-        worst=worst,
-        logits=_share(of["apart"], of["square"]),
-        largest=of["largest"],
-        kl=max(0.0, of["kl"] / tokens) if of["kl"] == of["kl"] else of["kl"],
-        largest_kl=of["largest_kl"],
-        agreement=of["same"] / tokens,
-    )
+class _Vocabulary:
+    """The table of embeddings or the head, by rows of the vocabulary."""
+
+    def __init__(self, proof: _Proof, path: str):
+        self._proof, self._path = proof, path
+        spec = proof.specs[path]
+        self._is_head = path == HEAD
+        self.size, self._width = reversed(spec.shape) if self._is_head else spec.shape
+        self._held = proof.written.held.get(path)
+        self._found = None
+        if self._held:
+            found = proof.written.read(path, ())
+            self._found = found.T if self._is_head else found
+            # A piece has rows of the vocabulary, each a row of the file.
+            self._held = dataclasses.replace(self._held, by_inputs=False)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Ids of the vocabulary, piece by piece."""
+        count = math.ceil(self.size * self._width / PIECE)
+        yield from np.array_split(np.arange(self.size, dtype=np.int32), count)
+
+    def compare(self, ids: np.ndarray) -> None:
+        """Notes how far these rows in the files are from the run's."""
+        if self._held is None:
+            return
+        exported, base = self._proof.exported, {}
+        if self._path in exported.adapters and self._path in exported.base_weights:
+            base = self._rows(exported.base_weights, ids)
+        own = self._rows(exported.weights, ids)
+        found = {PART: self._placed(ids)}
+        sums = compare_layer(own, base, found, None, self._static())
+        self._proof.note(self._path, sums[PART])
+
+    def rows(self, name: str, ids: np.ndarray) -> Any:
+        """Rows `[n, D]` of one of the models."""
+        exported, held = self._proof.exported, self._held
+        if name == "run":
+            rows = self._rows(exported.weights, ids)
+        elif held is None or (name == "other" and held.is_update):
+            rows = self._rows(exported.base_weights, ids)
+        elif name == "other":
+            rows = self._rows(exported.weights, ids)
+            rows = (
+                rows if self._proof.on_base else round_layer(rows, None, self._static())
+            )
+        elif held.is_update:
+            rows = self._rows(exported.base_weights, ids)
+            rows = add_updates(rows, {PART: self._placed(ids)}, None)
+        else:
+            return self._placed(ids)
+        return rows[PART]
+
+    def _static(self) -> Held:
+        assert self._held is not None
+        return ((PART, self._held, ROWS),)
+
+    def _rows(self, leaves: Leaves, ids: np.ndarray) -> dict[str, Matrix]:
+        return {PART: _rows_of(leaves[self._path], ids, self._is_head)}
+
+    def _placed(self, ids: np.ndarray) -> Array:
+        assert self._found is not None
+        shape = (len(ids), self._width)
+        return self._proof.placed(self._found[ids], Spec(shape, ("positions", "embed")))
 
 
-def _share(apart: float, whole: float) -> float:
-    """The root of a share of squares; where all is zero, nothing may differ."""
-    return float(np.sqrt(apart / whole)) if whole else float(apart > 0)
+def _largest(one: float, other: float) -> float:
+    """The larger number; one that is none counts as the largest."""
+    return one if math.isnan(one) or one > other else other
 
 
 def _mesh_of(weights: Leaves) -> Mesh | None:
     """The mesh over which the parameters are split; None on one device."""
     where = jax.tree.leaves(dict(weights))[0].sharding
     return where.mesh if isinstance(where, NamedSharding) else None
-
-
-def _placed(
-    value: np.ndarray, path: str, exported: ExportedModel, mesh: Mesh | None
-) -> Array:
-    """One layer `[1, *in, *out]`, or a parameter without layers, over the devices."""
-    spec = exported.model.specs[path]
-    if spec.stacked:
-        value = value[None]
-    if mesh is None:
-        return jnp.asarray(value)
-    alone = dataclasses.replace(spec, shape=value.shape)
-    sharding = meshes.shardings({path: alone}, mesh)[path]
-    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)

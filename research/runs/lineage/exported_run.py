@@ -22,7 +22,8 @@ from research.core.json_files import read_json
 from research.formats.export_folder import ExportFolder
 from research.formats.export_format import ExportedModel, ExportFormat, ExportOptions
 from research.formats.export_names import CARD, EXPORTED, ORIGIN, PARITY
-from research.formats.proof.logit_parity import ProofRows, prove
+from research.formats.proof.logit_parity import prove
+from research.formats.proof.proof_tokens import ProofRows
 from research.parallel import agreement
 from research.runs.run_directory import RUN, RunDir
 
@@ -113,6 +114,8 @@ def export_run(
             write_whole(partial / PARITY, json.dumps(parity.facts(), indent=2))
             _describe(partial, origin, folder.identity(), parity.sentence())
     logging.info("export: %s, %s; %s", out, origin, parity.sentence())
+    if warning := parity.warning():
+        logging.warning("export: %s", warning)
 
 
 def _describe(

@@ -1,4 +1,4 @@
-"""An export is compared with its run, and a wrong one leaves nothing."""
+"""What the proof of an export measures, and over which devices and rows."""
 
 import dataclasses
 import os
@@ -6,157 +6,255 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
-from helpers import mesh_sizes, random_adapters, random_params
-from safetensors.numpy import load_file, save_file
+from exported_models import tiny_export, tiny_rows, with_adapters
+from helpers import TINY, in_soak, mesh_sizes
 from slurm_cluster import free_ports
+from switch_models import NAMES, SWITCHES
 
-from research.config.choices import EXPORT_FORMATS
-from research.config.knob_groups import LoRAConfig, ModelConfig
-from research.core.errors import ParityError
-from research.formats.base_model import open_base
-from research.formats.export_format import ExportedModel, ExportOptions
-from research.formats.huggingface.huggingface_export import FORMAT
+from research.config.choices import EXPORT_MODULES
+from research.config.knob_groups import LoRAConfig
+from research.core.errors import ParityError, UserError
+from research.formats.export_format import ExportOptions, find_format
+from research.formats.huggingface.huggingface_weights import read_hf_config
+from research.formats.proof import same_model
+from research.formats.proof.architecture_parity import differences, excused
 from research.formats.proof.logit_parity import prove
 from research.formats.proof.proof_tokens import ProofRows
-from research.formats.proof.parity_limits import LIMITS
+from research.formats.proof.stored_numbers import (
+    Axes,
+    StoredNumbers,
+    half_step,
+    rounded,
+)
+from research.formats.proof.weight_parity import compare_layer
+from research.models.architecture import Experts
+from research.models.families.family_registry import from_hf_config, to_hf_config
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
-from research.weights import trainable
+from research.weights.representations.low_rank import LowRank
+
+QUERY = "layers.attention.query.kernel"
 
 
-def make_rows(vocab, length=24):
-    tokens = np.random.default_rng(2).integers(0, vocab, (2, length)).astype(np.int32)
-    places = np.tile(np.arange(length, dtype=np.int32) % 16, (2, 1))
-    segments = np.tile(1 + np.arange(length, dtype=np.int32) // 16, (2, 1))
-    segments[1, -5:] = 0  # padding
-    return ProofRows(tokens, places, segments, "random rows")
+# -- numbers ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A tiny model with adapters, as if trained for a while."""
-    folder = tmp_path_factory.mktemp("parity") / "model"
-    base = open_base(str(tiny_model.make_tiny_model(folder)))
-    model = Model(base.architecture)
-    split = trainable.make("lora", ModelConfig(), LoRAConfig(rank=2), model.specs)
-    weights = split.forward(
-        random_adapters(split.specs), random_params(model.specs), None
-    )
-    return ExportedModel(model, weights, base.tokenizer)
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "q8_0", "q4_0"])
+def test_rounding_is_that_of_the_formats(kind):
+    """The bound is met by what their library stores, and barely."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(2, 8, 3, 64)).astype(np.float32)
+    values[0, 0, 0, :4] = [3.0, -3.0, 1e-7, 0.0]  # two that are the largest
+    values[1, 1, 1] = 0
+    values[1, 2] *= 1e-4  # scales that float16 has few bits for
+    numbers, axes = StoredNumbers(kind), Axes(1, 1)
+    own, step = (np.array(f(values, numbers, axes)) for f in (rounded, half_step))
+    if kind.startswith("q"):
+        code = gguf.GGMLQuantizationType[kind.upper()]
+        rows = values.reshape(-1, 32)
+        stored = gguf.dequantize(gguf.quantize(rows, code), code).reshape(values.shape)
+    else:
+        stored = values.astype(jnp.dtype(kind)).astype(np.float32)
+    np.testing.assert_allclose(own.astype(np.float32), stored, rtol=1e-6)
+    apart = np.abs(stored - values)
+    assert np.all(apart <= step * (1 + 1e-5)) and apart.max() > 0.9 * step.min()
+    assert np.mean(apart / np.maximum(step, 1e-20)) > 0.3
 
 
-def written(exported, folder, dtype="float32", change=None):
-    """The files of an export, read back; `change` may alter their tensors before."""
-    folder.mkdir()
-    FORMAT.write(exported, folder, ExportOptions(dtype))
-    if change:
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file)
-    return FORMAT.read_back(folder, exported)
+def test_rows_of_a_file_may_be_inputs():
+    values = np.random.default_rng(1).normal(size=(2, 32, 2, 24)).astype(np.float32)
+    by_inputs = StoredNumbers("q8_0", by_inputs=True)
+    found = rounded(values.reshape(2, 32, 2, 24), by_inputs, Axes(1, 1))
+    across = values.reshape(2, 32, 48).swapaxes(1, 2)
+    expected = rounded(across, StoredNumbers("q8_0"), Axes(1, 1)).swapaxes(1, 2)
+    np.testing.assert_array_equal(found.reshape(2, 32, 48), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_an_export_is_within_the_limits_of_its_numbers(exported, tmp_path, dtype):
-    rows = make_rows(exported.model.architecture.vocab)
-    found = prove(exported, written(exported, tmp_path / "x", dtype), rows, dtype)
-    assert found.tokens == 43 and found.agreement > 0.9
-    limits = LIMITS[dtype]
-    assert found.weights <= limits.weights and found.logits < limits.logits / 2
-    assert found.kl < limits.kl / 2 and 0 <= found.kl <= found.largest_kl
-    # The measure is not blind: what is rounded differs.
-    assert (found.weights > 1e-5) == (dtype != "float32")
+@pytest.mark.parametrize("kind", ["bfloat16", "q4_0"])
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-5])
+def test_what_is_left_of_a_small_update_is_known_and_a_lost_one_is_found(kind, size):
+    """Rounding may drop an update; a file of the base model alone is another thing."""
+    rng = np.random.default_rng(3)
+    base, a, b = (rng.normal(size=x) for x in ((1, 512, 64), (1, 512, 4), (1, 4, 64)))
+    base = np.float32(base).astype(jnp.bfloat16)
+    a, b = jnp.float32(a), jnp.float32(b * size)
+    leaf = LowRank(base.astype(np.float32), a, b, jnp.ones(1))
+    numbers, axes = StoredNumbers(kind), Axes(1, 1)
+    held = (("x", numbers, axes),)
+
+    def measure(value):
+        found = {"x": rounded(value, numbers, axes)}
+        return compare_layer({"x": leaf}, {}, found, None, held)["x"]
+
+    right, lost = measure(leaf.materialize()), measure(leaf.base)
+    assert right["share"] <= 1 < lost["share"]
+    kept = float(right["kept"] / right["size"])
+    if kind == "bfloat16":  # The base is in bfloat16 itself.
+        low, high = {1e-2: (0.95, 1.05), 1e-3: (0.5, 0.95), 1e-5: (0, 0.3)}[size]
+        assert low < kept < high
 
 
-NORM, QUERY = (
-    "model.layers.1.input_layernorm.weight",
-    "model.layers.{}.self_attn.q_proj.weight",
-)
+# -- settings --------------------------------------------------------------------------
 
 
-def swap_layers(tensors):
-    first, second = QUERY.format(0), QUERY.format(1)
-    tensors[first], tensors[second] = tensors[second], tensors[first]
-
-
-def swap_heads(tensors):
-    name = QUERY.format(1)
-    tensors[name] = np.ascontiguousarray(tensors[name][::-1])
-
-
-def scale(tensors):
-    tensors[NORM] = (tensors[NORM] * 1.02).astype(tensors[NORM].dtype)
-
-
-def spoil(tensors):
-    tensors[NORM][3] = np.nan
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_says_again_what_a_model_computes(name):
+    own = read_hf_config(SWITCHES / name)
+    assert differences(own, from_hf_config(to_hf_config(own), "x")) == {}
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "changes",
     [
-        (swap_layers, r"layers\.attention\.query\.kernel of layer [01]"),
-        (swap_heads, r"layers\.attention\.query\.kernel of layer 1"),
-        (scale, r"layers\.attention_norm\.scale of layer 1 0\.02"),
-        (spoil, r"layers\.attention_norm\.scale of layer 1 nan.*the logits nan"),
+        {"rope_theta": 10001.0},
+        {"norm_eps": 1.1e-5},
+        {"window": 5, "window_layers": (1,)},
+        {"attention_scale": 0.3},
+        {"attention_softcap": 30.0},
+        {"logit_softcap": 30.0},
+        {"embedding_scale": 2.0},
+        {"residual_scale": 2.0},
+        {"logit_divisor": 2.0},
+        {"norm_shift": 1.0},
+        {"activation": "gelu"},
+        {"unrotated_layers": (0,)},
+        {"parallel_residual": True},
+        {"max_position": 4096},
+        {"experts": Experts(4, 2)},
+        {"rope_fraction": 0.4},
     ],
 )
-def test_files_that_compute_something_else_are_refused(
-    exported, tmp_path, change, said
-):
-    rows = make_rows(exported.model.architecture.vocab)
-    found = written(exported, tmp_path / "x", "bfloat16", change)
-    with pytest.raises(ParityError, match=f"something else.*{said}") as error:
-        prove(exported, found, rows, "bfloat16")
-    assert error.value.exit_code == 1
+def test_every_setting_counts(changes):
+    other = dataclasses.replace(TINY, **changes)
+    assert len(differences(TINY, other)) == 1 and not excused(TINY, other)
+    assert differences(other, other) == differences(TINY, TINY) == {}
 
 
-def test_another_shape_or_tokenizer_in_the_files_is_refused(exported, tmp_path):
-    rows = make_rows(exported.model.architecture.vocab)
+def test_settings_that_mean_the_same_are_no_difference():
+    same = {"window": 5, "attention_scale": 10**-0.5, "family": "mistral"}
+    assert differences(TINY, dataclasses.replace(TINY, **same)) == {}
+
+
+def test_a_dropped_window_is_excused_where_the_context_ends_with_it():
+    own = dataclasses.replace(TINY, window=9, window_layers=(0, 1))
+    short = dataclasses.replace(TINY, max_position=9)
+    assert {*excused(own, short)} == {"windows", "max_position"}
+    assert not excused(own, dataclasses.replace(TINY, max_position=10))
+
+
+def test_rows_are_cut_to_a_context():
+    places = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 0, 0], [*range(700, 710)]], np.int32)
+    segments = np.array([[1] * 6 + [2] * 2 + [0] * 2, [1] * 10], np.int32)
+    rows = ProofRows(places, places, segments, "x")
+    assert rows.within(710) is rows
+    cut = rows.within(4)
+    assert cut.positions.max() == 3
+    assert cut.positions[0].tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 0, 0]
+    one, two, three = cut.segments[0, [0, 4, 6]]
+    assert len({one, two, three}) == 3 and 0 not in (one, two, three)
+    assert cut.segments[0].tolist() == [one] * 4 + [two] * 2 + [three] * 2 + [0] * 2
+    for row in range(2):  # No document is longer than the context.
+        _, counts = np.unique(cut.segments[row][segments[row] > 0], return_counts=True)
+        assert counts.max() <= 4
+
+
+# -- whole proofs ----------------------------------------------------------------------
+
+
+def written(exported, folder, name="hf", options=None):
+    folder.mkdir()
+    format = find_format(name)
+    format.write(exported, folder, options or ExportOptions())
+    return format.read_back(folder, exported)
+
+
+def test_a_setting_that_the_files_lost_shows_in_the_logits(tmp_path, monkeypatch):
+    """Even beside the rounding of Q4_0, and if no field of the settings showed it."""
+    exported, options = tiny_export(), ExportOptions(quant="q4_0")
+    found = written(exported, tmp_path / "x", "gguf", options)
+    monkeypatch.setattr(same_model, "differences", lambda ours, theirs: {})
+    other = dataclasses.replace(found.architecture, rope_theta=300.0)
+    with pytest.raises(ParityError, match="the logits at the median token") as error:
+        prove(
+            exported,
+            dataclasses.replace(found, architecture=other),
+            tiny_rows(),
+            "q4_0",
+        )
+    assert error.value.exit_code == 1 and "in steps" not in str(error.value)
+    assert "use --dtype=float32 without --quant" in str(error.value)
+
+
+def test_another_tokenizer_in_the_files_is_refused(tmp_path):
+    exported = tiny_export()
     found = written(exported, tmp_path / "x")
-    wide = dataclasses.replace(found.architecture, mlp=8)
-    with pytest.raises(ParityError, match=r"layers\.mlp\.down\.kernel as \(.*, 8, "):
-        prove(exported, dataclasses.replace(found, architecture=wide), rows, "float32")
     other = exported.tokenizer.with_chat_template("{{ messages }}")
     with pytest.raises(ParityError, match="other chat template than the run"):
-        prove(exported, dataclasses.replace(found, tokenizer=other), rows, "float32")
-
-
-def test_a_setting_that_the_files_lost_shows_in_the_logits(exported, tmp_path):
-    """All weights are right, and the config says something else."""
-    rows = make_rows(exported.model.architecture.vocab)
-    found = written(exported, tmp_path / "x")
-    turned = dataclasses.replace(found.architecture, rope_theta=100.0)
-    with pytest.raises(ParityError, match=r"the logits .*on random rows") as error:
         prove(
-            exported, dataclasses.replace(found, architecture=turned), rows, "float32"
+            exported,
+            dataclasses.replace(found, tokenizer=other),
+            tiny_rows(),
+            "float32",
         )
-    assert "the weights" not in str(error.value)
 
 
-def test_the_proof_is_the_same_over_a_mesh(exported, tmp_path):
+def test_a_file_without_windows_says_where_its_context_ends(tmp_path):
+    """llama.cpp computes none for Mixtral."""
+    exported = tiny_export(window=9, window_layers=(0, 1))
+    found = written(exported, tmp_path / "x", "gguf")
+    assert not any(found.architecture.windows)
+    reasons = same_model.require_same_model(exported, found, "float32")
+    assert {*reasons} == {"windows", "max_position"}
+    assert "no windows: the context ends at 9 tokens" in reasons.values()
+
+
+@pytest.mark.soak
+def test_a_file_without_windows_is_compared_within_its_context(tmp_path):
+    exported = tiny_export(window=9, window_layers=(0, 1))
+    found = written(exported, tmp_path / "x", "gguf")
+    parity = prove(exported, found, tiny_rows(), "float32")
+    assert parity.tokens == 43 and parity.logits < 1e-4
+
+
+def test_the_proof_is_the_same_over_a_mesh(tmp_path):
     mesh = meshes.make_mesh(mesh_sizes(2, 2, 2))
-    model = exported.model
-    split = trainable.make("lora", ModelConfig(), LoRAConfig(rank=2), model.specs)
-    placed = {
-        "params": jax.device_put(
-            random_adapters(split.specs), meshes.shardings(split.specs, mesh)
-        ),
-        "frozen": jax.device_put(
-            random_params(model.specs), meshes.shardings(model.specs, mesh)
-        ),
-    }
-    weights = split.forward(placed["params"], placed["frozen"], None)
-    over = dataclasses.replace(exported, weights=weights)
-    rows = make_rows(model.architecture.vocab)
-    found = prove(over, written(over, tmp_path / "x"), rows, "float32")
-    assert found.weights < 1e-6 and found.largest < 1e-4
+    exported = tiny_export()
+    specs, model = exported.model.specs, exported.model
+    base = jax.device_put(exported.base_weights, meshes.shardings(specs, mesh))
+    config = LoRAConfig(rank=2, targets=("attention", "mlp"))
+    over = with_adapters(model, base, config)
+    found = prove(over, written(over, tmp_path / "x"), tiny_rows(), "float32")
+    assert found.weights <= 1 and found.largest < 1e-4
+
+
+@pytest.mark.parametrize("name", [in_soak(name) for name in NAMES])
+@pytest.mark.parametrize("numbers", ["float32", "float16", "bfloat16", "q8_0", "q4_0"])
+def test_no_family_fails_falsely(golden, tmp_path, name, numbers):
+    """With adapters; experts that are chosen otherwise after rounding do not matter."""
+    tiny = golden(name)
+    targets = ("attention", "mlp")
+    exported = with_adapters(
+        tiny.model, tiny.params, LoRAConfig(rank=2, targets=targets)
+    )
+    code = numbers if numbers.startswith("q") else ""
+    for format in ("gguf",) if code else ("hf", "gguf", "peft", "gguf-adapter"):
+        if numbers not in (*find_format(format).dtypes, code):
+            continue
+        options = ExportOptions(quant=code) if code else ExportOptions(numbers)
+        try:
+            found = written(exported, tmp_path / format, format, options)
+        except UserError as error:  # llama.cpp does not load such a shape.
+            assert format.startswith("gguf"), error
+            continue
+        parity = prove(exported, found, tiny_rows(), numbers)
+        print(
+            name, format, numbers, parity.logits / parity.logits_limit, parity.facts()
+        )
 
 
 def test_a_model_runs_layer_by_layer(model, params, batch):
@@ -188,5 +286,5 @@ def test_two_processes_export_a_model_that_neither_holds(tmp_path):
     said = [process.communicate(timeout=400)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     first, second = ([x for x in text.splitlines() if "ids" in x] for text in said)
-    assert first == second and len(first) == len(EXPORT_FORMATS)
-    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_FORMATS}
+    assert first == second and len(first) == len(EXPORT_MODULES)
+    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_MODULES}

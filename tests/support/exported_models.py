@@ -1,12 +1,18 @@
 """Models as an export gets them, and a real tokenizer for those of 64 tokens."""
 
+import functools
 import string
 
+import numpy as np
 import tokenizers
-from helpers import random_adapters
+from helpers import random_adapters, random_params
 from tokenizers import decoders, models, trainers
 
+from research.config.knob_groups import LoRAConfig
 from research.formats.export_format import ExportedAdapter, ExportedModel
+from research.formats.proof.proof_tokens import ProofRows
+from research.models.architecture import Architecture, Experts
+from research.models.transformer import Model
 from research.tokenize.gguf.gguf_tokenizer import KEY, SPACE, from_gguf_metadata
 from research.tokenize.gguf.pre_tokenizers import CUTS
 from research.tokenize.tokenizer import Tokenizer
@@ -67,3 +73,25 @@ def tiny_tokenizer(size=VOCABULARY):
     return Tokenizer(
         inner, bos=None, eos="<|im_end|>", end_ids=[inner.get_vocab_size() - 3]
     )
+
+
+@functools.cache
+def tiny_export(**changes):
+    """A tiny Mixtral with adapters on all matrices, as if trained for a while."""
+    shape = Architecture(
+        vocab=VOCABULARY, embed=64, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=16,
+        tied_head=False, family="mixtral", experts=Experts(4, 2), max_position=64,
+        **changes,
+    )  # fmt: skip
+    model = Model(shape)
+    config = LoRAConfig(rank=2, targets=("attention", "mlp"))
+    return with_adapters(model, random_params(model.specs), config)
+
+
+def tiny_rows():
+    """Documents behind each other, and padding."""
+    tokens = np.random.default_rng(2).integers(0, VOCABULARY, (2, 24)).astype(np.int32)
+    places = np.tile(np.arange(24, dtype=np.int32) % 16, (2, 1))
+    segments = np.tile(1 + np.arange(24, dtype=np.int32) // 16, (2, 1))
+    segments[1, -5:] = 0
+    return ProofRows(tokens, places, segments, "random rows")

@@ -67,7 +67,9 @@ def prove(
     reasons = require_same_model(exported, written, asked)
     rows = rows.within(written.architecture.max_position)
     with jax.default_matmul_precision(PRECISION):
-        parity = _Proof(exported, written, rows).run(tuple(reasons.values()))
+        parity = _Proof(exported, written, rows).run(
+            tuple(dict.fromkeys(reasons.values()))
+        )
     if faults := parity.faults():
         raise ParityError(
             "the written files compute something else than the run, so they are "

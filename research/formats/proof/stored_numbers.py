@@ -6,7 +6,6 @@ Q8_0 and Q4_0 store 32 numbers of a row as codes with one float16 scale
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ Array = jax.Array
 KINDS = {"float32": 24, "float16": 11, "bfloat16": 8, "q8_0": 7, "q4_0": 3}
 LARGEST_CODE = {"q8_0": 127, "q4_0": 8}
 BLOCK = 32
-HALF_SUBNORMAL = {"float16": 2.0**-25}
+# The distance of the smallest numbers of a kind.
+SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 EXPONENT = 0x7F800000  # Its bits of a float32.
 
 
@@ -66,15 +66,10 @@ def half_step(own: Array, numbers: StoredNumbers, axes: Axes) -> Array:
     """
     kind = numbers.kind
     if kind not in LARGEST_CODE:
-        at = own + numbers.shift
-        # The power of two at or below each number.
-        bits = jax.lax.bitcast_convert_type(at, jnp.int32) & EXPONENT
-        power = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        step = power * 2.0 ** -KINDS[kind]
-        return jnp.maximum(step, HALF_SUBNORMAL.get(kind, 0.0))
+        return _unit(own + numbers.shift, kind) / 2
     blocks = _blocks(own, numbers, axes)
     step = jnp.abs(blocks).max(-1, keepdims=True) / LARGEST_CODE[kind]
-    lost = jnp.abs(step.astype(jnp.float16).astype(jnp.float32) - step)
+    lost = jnp.abs(_nearest(step, "float16") - step)
     codes = jnp.abs(blocks) / jnp.maximum(step, 1e-30)
     # Two numbers of a block may be the largest, and one of them has no code.
     last = codes > LARGEST_CODE[kind] - 0.5 if kind == "q4_0" else False
@@ -88,11 +83,9 @@ def rounded(own: Array, numbers: StoredNumbers, axes: Axes) -> Array:
     if kind == "float32":
         return own
     if kind not in LARGEST_CODE:
-        at = own + numbers.shift if numbers.shift else own
-        about: Any = jnp.finfo(jnp.dtype(kind))
-        # Of two casts in one program, XLA may compute neither.
-        at = jax.lax.reduce_precision(at, about.nexp, about.nmant)
-        return at - numbers.shift if numbers.shift else at.astype(kind)
+        if numbers.shift:
+            return _nearest(own + numbers.shift, kind) - numbers.shift
+        return _nearest(own, kind).astype(kind)
     blocks = _blocks(own, numbers, axes)
     if kind == "q8_0":
         step = jnp.abs(blocks).max(-1, keepdims=True) / 127
@@ -102,8 +95,20 @@ def rounded(own: Array, numbers: StoredNumbers, axes: Axes) -> Array:
         step = jnp.take_along_axis(blocks, largest, -1) / -8
         codes = jnp.where(step == 0, 0.0, blocks / jnp.where(step == 0, 1.0, step))
         codes = jnp.clip(jnp.floor(codes + 0.5), -8, 7)
-    step = jax.lax.reduce_precision(step, 5, 10)
-    return _from_blocks(codes * step, own.shape, numbers, axes)
+    return _from_blocks(codes * _nearest(step, "float16"), own.shape, numbers, axes)
+
+
+def _unit(x: Array, kind: str) -> Array:
+    """A unit in the last place of each number."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & EXPONENT
+    power = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.maximum(power * 2.0 ** (1 - KINDS[kind]), SMALLEST[kind])
+
+
+def _nearest(x: Array, kind: str) -> Array:
+    """`x` rounded to a kind, as float32: XLA may leave out two casts in a row."""
+    unit = _unit(x, kind)
+    return jnp.round(x / unit) * unit
 
 
 def _blocks(x: Array, numbers: StoredNumbers, axes: Axes) -> Array:

@@ -161,7 +161,7 @@ def test_recorded_models_that_llama_cpp_cannot_say_are_refused_by_name():
     """Switches that no field of a file carries, and llama.cpp takes for granted."""
     for name, switch in {
         "gemma2": "attention_scale",
-        "gemma3": "window_layers",
+        "gemma3": "windows",
         "smollm3": "ropes",
     }.items():
         config = json.loads((SWITCHES / name / "config.json").read_text())

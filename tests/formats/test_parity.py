@@ -16,7 +16,7 @@ from helpers import TINY, in_soak, mesh_sizes
 from slurm_cluster import free_ports
 from switch_models import NAMES, SWITCHES
 
-from research.config.choices import EXPORT_MODULES
+from research.config.choices import EXPORT_FORMATS
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import ParityError, UserError
 from research.formats.export_format import ExportOptions, find_format
@@ -243,7 +243,7 @@ def test_no_family_fails_falsely(golden, tmp_path, name, numbers):
     )
     code = numbers if numbers.startswith("q") else ""
     for format in ("gguf",) if code else ("hf", "gguf", "peft", "gguf-adapter"):
-        if numbers not in (*find_format(format).dtypes, code):
+        if numbers not in (*EXPORT_FORMATS[format].dtypes, code):
             continue
         options = ExportOptions(quant=code) if code else ExportOptions(numbers)
         try:
@@ -286,5 +286,5 @@ def test_two_processes_export_a_model_that_neither_holds(tmp_path):
     said = [process.communicate(timeout=400)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     first, second = ([x for x in text.splitlines() if "ids" in x] for text in said)
-    assert first == second and len(first) == len(EXPORT_MODULES)
-    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_MODULES}
+    assert first == second and len(first) == len(EXPORT_FORMATS)
+    assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_FORMATS}

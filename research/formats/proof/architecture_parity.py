@@ -28,12 +28,12 @@ def differences(ours: Architecture, theirs: Architecture) -> Mapping[str, Pair]:
     Numbers are compared as far as float32 can tell, and rotary embeddings by what
     they turn: several settings can mean one computation.
     """
-    names = [
+    names = ["windows", "ropes"]
+    names += [
         field.name
         for field in dataclasses.fields(ours)
         if field.name not in BY_LAYER | WITHOUT_EFFECT
     ]
-    names += ["windows", "ropes"]
     ours, theirs = _with_scale(ours), _with_scale(theirs)
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
     return {

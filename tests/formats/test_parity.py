@@ -1,4 +1,4 @@
-"""What the proof of an export measures, and over which devices and rows."""
+"""The measures of the proof of an export, over which devices and rows."""
 
 import dataclasses
 import os

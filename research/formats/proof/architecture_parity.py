@@ -70,7 +70,7 @@ def _with_scale(a: Architecture) -> Architecture:
 
 
 def _shown(pair: Pair, head_dim: int) -> Pair:
-    """Of the embeddings of all layers, those of the first layer that differs."""
+    """The embeddings of the first layer that differs."""
     for ours, theirs in zip(*pair, strict=False):
         if not _same(ours, theirs, head_dim):
             return ours, theirs

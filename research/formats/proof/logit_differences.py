@@ -76,7 +76,7 @@ def measures(sums: Sums, is_token: Array, ids: Array) -> dict[str, Array]:
     """
 
     def norm(name: str) -> Array:
-        """Of the logits, their mean taken off."""
+        """That of logits, their mean taken off."""
         spread = sums[f"{name}2"] - sums[name] ** 2 / ids
         return jnp.sqrt(jnp.maximum(spread, 0.0))
 

@@ -1,4 +1,4 @@
-"""What a proof has measured, and what it must not exceed.
+"""The measures of a proof, and their limits.
 
 There are two limits, and no kind of numbers has one of its own. Every stored number
 must be the one that rounding gives, so a lost adapter, an exchanged tensor or a scale
@@ -11,7 +11,7 @@ from typing import Any
 
 # Logits of the same model differ by so much in float32: sums in another order.
 FLOOR = 1e-3
-# Of what rounding, or an adapter, changes in the logits. An adapter at 1.1 times its
+# A share of the change that rounding, or an adapter, makes in logits. An adapter at 1.1 times its
 # scale is beyond it, and so is a setting that changes as much as rounding does.
 SHARE = 0.05
 # Less of what adapters add than this, and rounding has undone the training.

@@ -60,7 +60,7 @@ class Axes:
 def half_step(own: Array, numbers: StoredNumbers, axes: Axes) -> Array:
     """The furthest that a number may be from `own` when it was rounded to nearest.
 
-    Half a unit in the last place. Of codes it is half a step; where a scale is
+    Half a unit in the last place. For codes it is half a step; where a scale is
     rounded to float16, as many times its error as the code says; and a whole step for
     the numbers of Q4_0 at the end that has no code of its own.
     """

@@ -12,7 +12,7 @@ from typing import Any
 # Logits of the same model differ by so much in float32: sums in another order.
 FLOOR = 1e-3
 # A share of the change that rounding, or an adapter, makes in logits. An adapter at
-# 1.1 times its scale is beyond it, and so is a setting that changes as much as rounding.
+# 1.1 times its scale is beyond it, and so is a setting that changes as much as that.
 SHARE = 0.05
 # Less of what adapters add than this, and rounding has undone the training.
 MUCH = 0.9

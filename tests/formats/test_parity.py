@@ -99,6 +99,19 @@ def test_what_is_left_of_a_small_update_is_known_and_a_lost_one_is_found(kind, s
         assert low < kept < high
 
 
+def test_an_update_may_be_the_difference_of_two_products():
+    """PiSSA and OLoRA take their first factors off the base model."""
+    rng = np.random.default_rng(3)
+    base, a, b = (rng.normal(size=x) for x in ((1, 32, 8), (1, 32, 2), (1, 2, 8)))
+    base, a, b = map(jnp.float32, (base, a, b))
+    inner = LowRank(base, -a, b, jnp.ones(1))
+    leaf = LowRank(inner, a * 1.01, b, jnp.ones(1))
+    held = (("x", StoredNumbers("float32", is_update=True), Axes(1, 1)),)
+    for found, right in ((0.01 * a @ b, True), (1.01 * a @ b, False)):
+        sums = compare_layer({"x": leaf}, {"x": base}, {"x": found}, None, held)["x"]
+        assert (sums["share"] <= 1) == right
+
+
 # -- settings --------------------------------------------------------------------------
 
 

@@ -38,11 +38,14 @@ def layer_of(leaves: Leaves, place: Array | None) -> dict[str, Matrix]:
 
 def vocabulary_rows(leaf: Matrix, ids: Array, is_head: bool) -> Matrix:
     """Rows `[n, D]` of a table `[V, D]`, or of a head `[D, V]`, in float32."""
-    leaf = transpose(leaf) if is_head else leaf
+    return _rows(transpose(leaf) if is_head else leaf, ids)
+
+
+def _rows(leaf: Matrix, ids: Array) -> Matrix:
     if not isinstance(leaf, LowRank):
         return lookup(leaf, ids, jnp.float32)
-    base, a = (lookup(x, ids, jnp.float32) for x in (leaf.base, leaf.a))
-    return dataclasses.replace(leaf, base=base, a=a)
+    a = lookup(leaf.a, ids, jnp.float32)
+    return dataclasses.replace(leaf, base=_rows(leaf.base, ids), a=a)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -137,8 +140,16 @@ def _parts(leaf: Matrix, base: Matrix | None) -> _Parts:
     if not isinstance(leaf, Leaf):
         return _Parts(_widened(leaf), None, 0.0, 0.0)
     if isinstance(leaf, LowRank):
-        under = _float32(leaf.base)
         update, terms = (jax.tree.map(f, leaf).update() for f in (_widened, _magnitude))
+        if isinstance(leaf.base, LowRank):  # Factors that are taken off, as in PiSSA.
+            inner = _parts(leaf.base, None)
+            return _Parts(
+                inner.own + update,
+                inner.update + update,
+                inner.terms + terms,
+                inner.terms_of_all + terms,
+            )
+        under = _float32(leaf.base)
         return _Parts(under + update, update, terms, jnp.abs(under) + terms)
     own, whole = (_float32(x) for x in (leaf, jax.tree.map(_magnitude, leaf)))
     update = None if base is None else own - _float32(base)

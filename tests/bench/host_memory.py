@@ -1,9 +1,10 @@
 """Peak host memory of loading and exporting a sharded model, beside its size.
 
-    python tests/bench/host_memory.py [layers=16]
+    python tests/bench/host_memory.py [layers=16] [width=2048]
 
 Writes a random model in bfloat16 with the proportions of an 8B Llama (embeddings and
-head take 6 % of it each) in several files, loads it over eight virtual devices, whose
+head take 6 % of it each; with a width of 4096 its layers and vocabulary are those of
+Llama 3 8B) in several files, loads it over eight virtual devices, whose
 memory is the host's, exports it in bfloat16, and reads the export back for the proof.
 Each peak is the highest resident size of the process (`VmHWM`) less that before the
 model. The files are written by a process of their own, and freed memory returns to the
@@ -42,18 +43,19 @@ GB = 1e9
 FREEING = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
 
 
-def shape(layers: int) -> Architecture:
-    """A Llama 3 8B at half the width and half the layers."""
+def shape(layers: int, width: int) -> Architecture:
+    """A Llama 3 8B, at half the width with a smaller vocabulary."""
+    vocab, mlp = {2048: (32768, 8192), 4096: (128256, 14336)}[width]
     return Architecture(
-        vocab=32768, embed=2048, mlp=8192, layers=layers, heads=16, kv_heads=4,
-        head_dim=128, tied_head=False,
+        vocab=vocab, embed=width, mlp=mlp, layers=layers, heads=width // 128,
+        kv_heads=width // 512, head_dim=128, tied_head=False,
     )  # fmt: skip
 
 
-def write_model(folder: Path, layers: int) -> None:
+def write_model(folder: Path, layers: int, width: int) -> None:
     """Random files, in the order of the layers, a tensor at a time."""
     huggingface_export.FILE_BYTES = 500_000_000
-    model = Model(shape(layers))
+    model = Model(shape(layers, width))
     rng = np.random.default_rng(0)
     block = rng.normal(size=1 << 20).astype(np.float32)
 
@@ -89,13 +91,14 @@ def main() -> None:
     if os.environ.get("GLIBC_TUNABLES") != FREEING:  # Read at the start of a process.
         os.environ["GLIBC_TUNABLES"] = FREEING
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 16
+    given = [int(x) for x in sys.argv[1:]]
+    layers, width = [*given, *(16, 2048)[len(given) :]]
     huggingface_export.FILE_BYTES = 500_000_000
     top = Path(tempfile.mkdtemp(prefix="host-memory-"))
     try:
-        model = Model(shape(layers))
+        model = Model(shape(layers, width))
         writing = multiprocessing.get_context("spawn").Process(
-            target=write_model, args=(top / "in", layers)
+            target=write_model, args=(top / "in", layers, width)
         )
         writing.start()
         writing.join()

@@ -18,6 +18,7 @@ from research.config.run_config import MeshConfig
 from research.core.errors import UserError
 from research.formats.base_model import open_base
 from research.formats.gguf.gguf_file import GGUFFile
+from research.formats.huggingface import huggingface_weights
 from research.formats.huggingface.huggingface_weights import HuggingFaceWeights
 from research.formats.load_parameters import check_tensors, load_params
 from research.models.families.dense.llama import GGUF_TENSORS, HF_TENSORS
@@ -116,6 +117,22 @@ def test_half_precision_files_are_read_right(tmp_path, tensors, model, params, k
         p: np.array(v).astype(kind).astype(np.float32) for p, v in params.items()
     }
     assert_same(load(tmp_path, model), rounded)
+
+
+def test_a_large_tensor_is_read_in_pieces(tmp_path, tensors, monkeypatch):
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    save_file(half, tmp_path / "model.safetensors")
+    monkeypatch.setattr(huggingface_weights, "PIECE", 1000)
+    found, read = HuggingFaceWeights(tmp_path), []
+    opened = huggingface_weights._opened
+    monkeypatch.setattr(
+        huggingface_weights, "_opened", lambda file: read.append(file) or opened(file)
+    )
+    for name, expected in half.items():
+        value = found.read(name)
+        assert value.dtype == expected.dtype
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    assert len(read) > 2 * len(half), "no tensor was large"
 
 
 def test_parameters_get_the_dtype_that_is_asked_for(folder, model, params):

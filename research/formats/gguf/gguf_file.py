@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ class GGUFFile:
             reader = _open_strictly(file)
             self.metadata = {key: f.contents() for key, f in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self._mapped = reader.data
             self._refuse_overlaps()
         except Exception as error:  # The reader raises whatever parsing runs into.
             raise UserError(
@@ -90,6 +92,8 @@ class GGUFFile:
         import gguf
 
         tensor = self._tensors[name]
+        # What was read before would stay in the memory of the process.
+        self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 INDEX = "model.safetensors.index.json"
+PIECE = 2**24  # numbers of a tensor that are read at a time
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -131,9 +133,23 @@ class HuggingFaceWeights:
         return self._read(name)
 
     def _read(self, name: str) -> np.ndarray:
-        # An open file would keep all that was read of it in the memory of the process.
-        with _opened(self._files[name]) as handle:
-            return handle.get_tensor(name)
+        file, value = self._files[name], None
+        with _opened(file) as handle:
+            shape = handle.get_slice(name).get_shape()
+            size = math.prod(shape)
+            if size <= PIECE:
+                return handle.get_tensor(name)
+        step = max(1, PIECE * shape[0] // size)
+        for begin in range(0, shape[0], step):
+            end = min(begin + step, shape[0])
+            # All that was read of an open file stays in the memory of the process.
+            with _opened(file) as handle:
+                part = handle.get_slice(name)[begin:end]
+            if value is None:
+                value = np.empty(shape, part.dtype)
+            value[begin:end] = part
+        assert value is not None
+        return value
 
     def kind(self, name: str) -> str:
         return NAMES.get(self._types[name], self._types[name])

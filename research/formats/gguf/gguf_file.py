@@ -92,7 +92,7 @@ class GGUFFile:
         import gguf
 
         tensor = self._tensors[name]
-        # What was read before would stay in the memory of the process.
+        # Tensors that were read before would stay in the memory of the process.
         self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)

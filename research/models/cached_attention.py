@@ -8,6 +8,7 @@ A slot's number takes the place of the batch: row b of a call lies in slot `slot
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,28 +93,42 @@ def attend_cached(
     q_BKGTH = q_BTNH.reshape(grouped).transpose(0, 2, 3, 1, 4)
 
     position_BT = length_B[:, None] + jnp.arange(length)[None]
-
-    def mix(first: Array) -> Array:
-        """For the rows from number `first` on."""
-
-        def read(number: Array) -> tuple[Array, Array]:
-            at = (layer, slot + first, 0, number * block, 0)
-            size = (1, rows, kv_heads, block, width)
-            k, v = (jax.lax.dynamic_slice(x, at, size)[0] for x in (k_LSKCH, v_LSKCH))
-            return k.astype(dtype), v.astype(dtype)
-
-        q, position = (
-            jax.lax.dynamic_slice_in_dim(x, first, rows) for x in (q_BKGTH, position_BT)
-        )
-        return _accumulate(q.astype(dtype), position, block, read, rule)
-
+    given = (q_BKGTH, position_BT, k_LSKCH, v_LSKCH, layer, slot)
+    mix = functools.partial(_mix, *given, rows, block, dtype, rule)
     if rows == batch:
-        mixed_BKGTH = mix(jnp.int32(0))
+        mixed_BKGTH = mix(0)
     else:
         parts = jax.lax.map(mix, jnp.arange(0, batch, rows))
         mixed_BKGTH = parts.reshape(q_BKGTH.shape)
     mixed_BTKGH = mixed_BKGTH.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4)
     return mixed_BTKGH.reshape(q_BTNH.shape), k_LSKCH, v_LSKCH
+
+
+def _mix(
+    q_BKGTH: Array,
+    position_BT: Array,
+    k_LSKCH: Array,
+    v_LSKCH: Array,
+    layer: Array,
+    slot: Array,
+    rows: int,
+    block: int,
+    dtype: Any,
+    rule: ScoreRule,
+    first: Array | int,
+) -> Array:
+    """The values that `rows` rows from number `first` on see, mixed, in float32."""
+
+    def read(number: Array) -> tuple[Array, Array]:
+        at = (layer, slot + first, 0, number * block, 0)
+        size = (1, rows, k_LSKCH.shape[2], block, k_LSKCH.shape[4])
+        k, v = (jax.lax.dynamic_slice(x, at, size)[0] for x in (k_LSKCH, v_LSKCH))
+        return k.astype(dtype), v.astype(dtype)
+
+    q_BKGTH, position_BT = (
+        jax.lax.dynamic_slice_in_dim(x, first, rows) for x in (q_BKGTH, position_BT)
+    )
+    return _accumulate(q_BKGTH.astype(dtype), position_BT, block, read, rule)
 
 
 def _accumulate(

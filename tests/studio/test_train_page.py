@@ -102,7 +102,8 @@ def test_one_click_trains_on_the_embedded_sample(site, client):
         assert f"finetune_dolly{number}" in words
         assert client.post("/act/train", data={"flags": words}).status_code == 303
         words = re.search(r'name="flags" value="([^"]+)"', client.get("/train").text)[1]
-    first, _ = site.state.queue.read().waiting
+    first, second = site.state.queue.read().waiting
+    assert (first.name, second.name) == ("runs/finetune_dolly", "runs/finetune_dolly-2")
     assert first.command[1:6] == ("-m", "launch", "local", "--", PRESET)
     assert "--config.data.path=embedded" in first.command
 

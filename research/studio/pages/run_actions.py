@@ -58,7 +58,7 @@ async def enqueue(request: Request, flags: list[str]) -> Response:
     name = studio.runs.name(folder)
     with noted(request, "start", name, command=commands.as_text(command)):
         await asyncio.to_thread(require_idle, folder)
-        await asyncio.to_thread(studio.queue.add, command, folder, who)
+        await asyncio.to_thread(studio.queue.add, command, folder, who, name=name)
     return see("/queue", said=f"{name} is queued")
 
 

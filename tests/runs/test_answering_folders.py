@@ -6,22 +6,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from peft_exports import write_adapter
+from peft_exports import write_adapter, write_run
 from safetensors.numpy import load_file
 from small_run import one_device
 
 from research.core.errors import UserError
 from research.evaluate.measuring.evaluated_models import find_models
-from research.formats.peft.peft_export import plan_adapter
 from research.generate.__main__ import GenerateFlags, _check
 from research.generate.asked_model import SamplingFlags, open_adapter
 from research.runs.answering.open_for_answering import open_for_answering
 from research.runs.answering.run_addresses import RunAddress, run_addresses
 from research.runs.reopen import reopen
 from research.serve import model_reader
-from research.tasks import task_registry
 from research.tokenize.conversation import Turn
-from research.tokenize.tokenizer_training import save_tokenizer
 from research.weights.representations.low_rank import LowRank
 
 TURNS = [Turn("user", "Add 3 to 4")]
@@ -37,23 +34,7 @@ def run(place, unbroken):
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
     """The export of that run in the format of PEFT."""
-    factors = {
-        p: {k: np.asarray(x) for k, x in f.items()} for p, f in run.params.items()
-    }
-    scales = {path: float(run.weights[path].scale[0]) for path in factors}
-    plan = plan_adapter(
-        run.base.architecture,
-        run.model.specs,
-        scales,
-        lambda path, index: tuple(factors[path][name][index] for name in "ab"),
-    )
-    config = plan.config | {"base_model_name_or_path": run.config.model.init_from}
-    folder = tmp_path_factory.mktemp("adapters") / "tuned"
-    write_adapter(folder, dict(plan.tensors()), config)
-    save_tokenizer(
-        task_registry.exported_tokenizer(run.config, run.base, run.system), folder
-    )
-    return folder
+    return write_run(run, tmp_path_factory.mktemp("adapters") / "tuned")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,14 @@ from conftest import QUEUE, open_tiny
 from doors import run_door
 from fake_upstream import list_server
 from live_servers import LiveServer
+from peft_exports import write_run
 from small_run import one_device
 from studio_place import StudioPlace
 
 from research.core.errors import UserError
 from research.parallel import runtime
 from research.runs.answering.run_addresses import RunAddress
+from research.runs.reopen import reopen
 from research.serve import listening, model_reader, open_models
 from research.serve.__main__ import main
 from research.serve.api.api_errors import ApiError
@@ -95,6 +97,20 @@ def test_adapters_come_and_go_while_others_are_answered(client, served, runs):
         said(client, "again")
     assert len([*stream]) > 40
     assert said(client, "tuned") == before
+
+
+def test_an_adapter_folder_of_peft_is_loaded_as_its_run_is(client, served, runs):
+    before = said(client, "tuned")
+    write_run(reopen(runs / "tuned", one_device()), runs / "peft")
+    gone = served.post("/v1/unload_lora_adapter", {"lora_name": "behind"})
+    found = load(served, "peft", runs / "peft")
+    assert gone.status_code == found.status_code == 200, found.text
+    assert said(client, "peft") == before
+    served.deployment.follow()
+    gone = served.post("/v1/unload_lora_adapter", {"lora_name": "peft"})
+    back = load(served, "behind", runs / "behind")
+    assert gone.status_code == back.status_code == 200, back.text
+    shutil.rmtree(runs / "peft")
 
 
 def test_what_cannot_be_loaded_is_explained_and_changes_nothing(served, runs):

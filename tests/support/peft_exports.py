@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 from seeded_factors import make_factors, save_export
@@ -12,6 +13,8 @@ from research.formats.peft.lora_modules import lora_modules
 from research.formats.peft.peft_export import plan_adapter
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
+from research.tasks import task_registry
+from research.tokenize.tokenizer_training import save_tokenizer
 from research.weights.adapters.lora import KIND
 
 SWITCHES = Path(__file__).parents[1] / "golden" / "switches"
@@ -67,6 +70,20 @@ def write_adapter(folder, tensors, config):
         metadata={"format": "pt"},
     )
     return str(folder)
+
+
+def write_run(run, folder):
+    """The adapters of a reopened run as its export in the format `peft` holds them."""
+    factors = {
+        p: {k: np.asarray(x) for k, x in f.items()} for p, f in run.params.items()
+    }
+    scales = {path: float(run.weights[path].scale[0]) for path in factors}
+    tensors, config = export_of(run.model, factors, scales)
+    base = {"base_model_name_or_path": run.config.model.init_from}
+    write_adapter(folder, tensors, config | base)
+    tokenizer = task_registry.exported_tokenizer(run.config, run.base, run.system)
+    save_tokenizer(tokenizer, folder)
+    return folder
 
 
 def write_exports():

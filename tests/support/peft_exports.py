@@ -74,9 +74,7 @@ def write_adapter(folder, tensors, config):
 
 def write_run(run, folder):
     """The adapters of a reopened run as its export in the format `peft` holds them."""
-    factors = {
-        p: {k: np.asarray(x) for k, x in f.items()} for p, f in run.params.items()
-    }
+    factors = jax.tree.map(np.asarray, dict(run.params))
     scales = {path: float(run.weights[path].scale[0]) for path in factors}
     tensors, config = export_of(run.model, factors, scales)
     base = {"base_model_name_or_path": run.config.model.init_from}

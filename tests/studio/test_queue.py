@@ -212,7 +212,7 @@ def test_a_branch_shows_its_knobs_before_it_starts(idle):
     fields = {"run": "runs/a", "step": "20", "target": "b"}
     fields["changes"] = "--config.optim.learning_rate=0.25"
     shown = client.get("/branch", params=fields).text
-    assert '<td class="text">optim.learning_rate</td>' in shown
+    assert '<td class="text block">optim.learning_rate</td>' in shown
     assert "--config.model.init_from=runs/a@20" in shown
     assert client.post("/act/branch", data=fields).status_code == 303
     (job,) = idle.state.queue.read().waiting

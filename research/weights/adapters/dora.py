@@ -20,7 +20,7 @@ from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
 from research.weights.representations.weight_decomposed import (
-    Measured,
+    NormedWeight,
     WeightDecomposed,
     output_norms,
 )
@@ -55,17 +55,17 @@ class DoRA(LoRA):
     def measure_matrix(
         self, base: Matrix, factors: Factors, scale: Array
     ) -> Matrix | Any:
-        return Measured(base, self._norms(base, factors, scale))
+        return NormedWeight(base, self._norms(base, factors, scale))
 
     def attach_matrix(
         self,
-        base: Matrix | Measured,
+        base: Matrix | NormedWeight,
         factors: Factors,
         scale: Array,
         key: Array | None,
         rate: Array | None,
     ) -> Leaf:
-        if not isinstance(base, Measured):
+        if not isinstance(base, NormedWeight):
             base = self.measure_matrix(base, factors, scale)
         inner = super().attach_matrix(base.base, factors, scale, key, rate)
         return WeightDecomposed(inner, factors["magnitude"] / base.norm)

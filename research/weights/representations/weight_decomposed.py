@@ -89,7 +89,7 @@ class WeightDecomposed(Leaf):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class NormedWeight:
     """A frozen weight, and the length of each output of it with its update.
 
     Attributes:

@@ -79,6 +79,30 @@ def split_factors(
     }
 
 
+def join_lengths(
+    stored: StoredTensor, lengths: Mapping[str, np.ndarray], specs: Mapping[str, Spec]
+) -> np.ndarray:
+    """One number for each output of a tensor, `[out]`, from those of its matrices."""
+    rows = [lengths[path][None] for path in stored.paths]
+    return _by_rows(stored).pack(rows, _outputs(stored, 1, specs))[:, 0]
+
+
+def split_lengths(
+    stored: StoredTensor, value: np.ndarray, specs: Mapping[str, Spec]
+) -> dict[str, np.ndarray]:
+    """Undoes `join_lengths`: `[*out]` of each matrix."""
+    rows, column = _by_rows(stored), value[:, None]
+    wide = _outputs(stored, 1, specs)
+    return {path: rows.unpack(path, column, wide)[0] for path in stored.paths}
+
+
+def with_lengths(weight: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A weight `[*in, *out]` with outputs of these `lengths` `[*out]`, as in DoRA."""
+    into = tuple(range(weight.ndim - lengths.ndim))
+    norms = np.sqrt(np.sum(np.square(weight, dtype=np.float32), into))
+    return weight * (lengths / np.maximum(norms, np.finfo(np.float32).tiny))
+
+
 def factor_shapes(
     stored: StoredTensor, rank: int, specs: Mapping[str, Spec]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -140,7 +140,7 @@ def dropped(part):
 
 A, B = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
 REFUSED = {
-    "DoRA": (put(use_dora=True), "use_dora is True, which is not computed here"),
+    "DoRA": (put(use_dora=True), "lacks its lora_magnitude_vector"),
     "bias": (put(lora_bias=True), "lora_bias is True"),
     "aLoRA": (put(alora_invocation_tokens=[5]), "alora_invocation_tokens is [5]"),
     "QALoRA": (put(use_qalora=True), "use_qalora is True"),
@@ -155,7 +155,7 @@ REFUSED = {
     "bad pattern": (put(rank_pattern={"(": 4}), "which is no regular expression"),
     "pattern of texts": (put(alpha_pattern={"q": "4"}), "alpha_pattern.q is '4', not"),
     "magnitude": (
-        tensor(f"{FIRST}.lora_magnitude_vector", np.ones(16)), "more than two factors"
+        tensor(f"{FIRST}.lora_magnitude_vector", np.ones(16)), "does not say use_dora"
     ),
     "other inputs": (tensor(A, np.ones((2, 64))), "is [2, 64], and it needs [2, 16]"),
     "other outputs": (tensor(B, np.ones((9, 2))), "is [9, 2], and it needs [16, 2]"),

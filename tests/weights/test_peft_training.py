@@ -4,6 +4,7 @@
 """
 
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, in_soak
+from peft_exports import write_adapter
 
 from research.config.run_config import LoRAConfig, OptimConfig
 from research.core.errors import UserError
@@ -19,6 +21,8 @@ from research.formats.huggingface.huggingface_weights import (
     read_hf_config,
 )
 from research.formats.load_parameters import load_params
+from research.formats.peft.adapter_folder import AdapterFolder
+from research.formats.peft.peft_export import plan_adapter
 from research.models.transformer import Model
 from research.train.step.optimizers import make_optimizer
 from research.weights.adapters.adapter_registry import find_kind
@@ -260,3 +264,69 @@ def test_kinds_that_start_from_weights_say_so_without_them():
     config = LoRAConfig(kind="dora", targets=LINEAR)
     with pytest.raises(UserError, match="start from the weights"):
         find_kind("dora").init(jax.random.key(0), base()[0].specs, config)
+
+
+def folder_of(case, folder):
+    """What PEFT saved at the end, as a folder."""
+    config = json.loads((GOLDEN / "training" / "configs.json").read_text())[case]
+    tensors = {
+        name.removeprefix("final "): value
+        for name, value in recorded(case).items()
+        if name.startswith("final ")
+    }
+    return write_adapter(folder, tensors, config), tensors
+
+
+@pytest.mark.parametrize("case", ["rslora", "dora"])
+def test_a_folder_of_peft_is_read_and_written_again(case, tmp_path):
+    """The tensors are PEFT's own, by name, shape and value, and so is the product."""
+    (model, params), config = base(), config_of(case)
+    name, theirs = folder_of(case, tmp_path / "peft")
+    adapter = AdapterFolder(name, model.architecture, model.specs)
+    found = adapter.lora_config(LoRAConfig())
+    assert found.kind == config.kind and not found.rslora
+    factors = {path: adapter.factors(path) for path in adapter.ranks}
+    jax.tree.map(
+        np.testing.assert_array_equal, factors, dict(factors_of(case, "final"))
+    )
+    merged = find_kind(found.kind).merge(params, factors, found)
+    close(merged, find_kind(config.kind).merge(params, factors, config), rtol=1e-6)
+    written = plan_adapter(
+        model.architecture,
+        model.specs,
+        adapter.scales,
+        lambda path, index: tuple(factors[path][x][index] for x in "ab"),
+        fetch_lengths=(lambda path, index: factors[path]["magnitude"][index])
+        if case == "dora"
+        else None,
+    )
+    tensors = dict(written.tensors())
+    assert {k: x.shape for k, x in theirs.items()} == written.shapes
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(tensors[key], value, err_msg=key)
+    assert written.config.get("use_dora", False) == (case == "dora")
+    again = write_adapter(tmp_path / "ours", tensors, written.config)
+    own = AdapterFolder(again, model.architecture, model.specs)
+    assert own.scales == adapter.scales and own.kind is adapter.kind
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"use_dora": False}, "a lora_magnitude_vector, and .* does not say use_dora"),
+        ("0.self_attn.q_proj.lora_magnitude", "q_proj lacks its lora_magnitude"),
+        ("0.self_attn.q_proj.lora_", "layer 0 of layers.attention.query.kernel has no"),
+    ],
+)
+def test_a_damaged_folder_of_dora_is_one_sentence(change, said, tmp_path):
+    folder = tmp_path / "peft"
+    _, tensors = folder_of("dora", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if isinstance(change, str):
+        tensors = {name: x for name, x in tensors.items() if change not in name}
+    else:
+        config |= change
+    write_adapter(folder, tensors, config)
+    model = base()[0]
+    with pytest.raises(UserError, match=said):
+        AdapterFolder(str(folder), model.architecture, model.specs)

@@ -31,7 +31,7 @@ FIELDS = {
         "use_rslora", "rank_pattern", "alpha_pattern", "ensure_weight_tying",
         "target_modules", "target_parameters", "exclude_modules",
         "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
-        "fan_in_fan_out", "init_lora_weights",
+        "fan_in_fan_out", "init_lora_weights", "use_dora",
     ), SUPPORTED),
     **dict.fromkeys((
         "task_type", "auto_mapping", "inference_mode", "lora_dropout",
@@ -40,7 +40,7 @@ FIELDS = {
         "velora_config",
     ), NO_EFFECT),
     **dict.fromkeys((
-        "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+        "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
         "layer_replication", "arrow_config", "kasa_config", "monteclora_config",
         "trainable_token_indices",
     ), REFUSED),
@@ -69,6 +69,7 @@ class LoraNumbers:
       base_name, revision: the model that it says it was trained on, or "".
       version: of the PEFT that wrote it, or "".
       parameters: ends of the names of parameters that PEFT wraps.
+      dora: whether each module has the lengths of DoRA.
     """
 
     rank: int
@@ -81,6 +82,7 @@ class LoraNumbers:
     revision: str
     version: str
     parameters: tuple[str, ...]
+    dora: bool
 
     def target_of(self, module: str) -> str:
         """The name that patterns are matched with: the module's or its weight's."""
@@ -144,6 +146,7 @@ def read_numbers(folder: Path) -> LoraNumbers:
         field("revision", str, ""),
         field("peft_version", str, ""),
         tuple(field("target_parameters", [str], ())),
+        field("use_dora", bool, False),
     )
 
 
@@ -199,6 +202,7 @@ def written_config(
     of_experts: int = 0,
     fan_in_fan_out: bool = False,
     tied: bool = False,
+    dora: bool = False,
 ) -> dict[str, Any]:
     """The smallest config with which PEFT reads modules of these `ranks`.
 
@@ -237,6 +241,8 @@ def written_config(
         config["fan_in_fan_out"] = True
     if tied:
         config["ensure_weight_tying"] = True
+    if dora:
+        config["use_dora"] = True
     return config
 
 

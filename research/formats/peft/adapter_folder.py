@@ -28,6 +28,7 @@ from research.formats.peft.find_adapter import find_adapter
 from research.formats.tensor_file import TensorFile, fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
+from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.lora import KIND
 from research.weights.parameter_spec import Spec
 
@@ -37,6 +38,7 @@ class AdapterFolder:
 
     Attributes:
       numbers: ranks and scales as its config has them.
+      adapter_kind: LoRA or DoRA.
       ranks: by path of ours, the rank that holds the adapters of all its layers.
       scales: by path, alpha / rank.
       fingerprint: sha256 of its two files.
@@ -65,16 +67,20 @@ class AdapterFolder:
             for path in entry.module.stored.paths:
                 self._entries.setdefault((path, entry.layer), []).append(entry)
         self.ranks, self.scales = self._numbers_by_path(entries)
+        self.adapter_kind = find_kind("dora" if self.numbers.dora else "lora")
+        self._require_lengths()
         self.fingerprint = fingerprint_files([self._folder / CONFIG, self._file])
         self.kind, self.facts = self._tensors.kind, self._tensors.facts
 
     def lora_config(self, lora: LoRAConfig) -> LoRAConfig:
-        """`lora` with the targets, ranks and alphas of this adapter."""
+        """`lora` with the kind, the targets, ranks and alphas of this adapter."""
         alphas = {path: _tidy(s * self.ranks[path]) for path, s in self.scales.items()}
         rank, ranks = _patterns(self.ranks)
         alpha, others = _patterns(alphas)
         return dataclasses.replace(
             lora,
+            kind=self.adapter_kind.name,
+            rslora=False,
             targets=tuple(map(_exactly, self.ranks)),
             rank=int(rank),
             alpha=float(alpha),
@@ -109,13 +115,26 @@ class AdapterFolder:
             b[(*expert, *axes, slice(down.shape[-1]))] = up
         return a, b
 
+    def lengths(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray | None:
+        """Those of DoRA for one layer of a matrix, `[*out]`; None for LoRA."""
+        if not self.numbers.dora:
+            return None
+        (entry,) = self._entries[path, index]
+        return self._tensors.lengths(entry)[path]
+
     def factors(self, path: str) -> dict[str, np.ndarray]:
-        """The factors of all layers of a matrix; see `layer`."""
-        shapes = KIND.matrix_specs(self._specs[path], self.ranks[path])
+        """The factors of all layers of a matrix; see `layer` and `lengths`."""
+        shapes = self.adapter_kind.matrix_specs(self._specs[path], self.ranks[path])
         found = {name: np.empty(x.shape, np.float32) for name, x in shapes.items()}
         for index in self._layers(path):
-            found["a"][index], found["b"][index] = self.layer(path, index)
+            for name in found:
+                found[name][index] = self._factor(path, name, index)
         return found
+
+    def _factor(self, path: str, name: str, index: tuple[int, ...]) -> np.ndarray:
+        if name == "magnitude":
+            return self.lengths(path, index)
+        return self.layer(path, index)["ab".index(name)]
 
     def load(self, shardings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """All adapters, each factor made in its sharding.
@@ -125,18 +144,29 @@ class AdapterFolder:
 
         def make(path: str, name: str, spec: Spec) -> jax.Array:
             parts = (
-                (index, self.layer(path, index)["ab".index(name)])
-                for index in self._layers(path)
+                (index, self._factor(path, name, index)) for index in self._layers(path)
             )
             return make_sharded(spec.shape, np.float32, shardings[path][name], parts)
 
         return {
             path: {
                 name: make(path, name, spec)
-                for name, spec in KIND.matrix_specs(self._specs[path], rank).items()
+                for name, spec in self.adapter_kind.matrix_specs(
+                    self._specs[path], rank
+                ).items()
             }
             for path, rank in self.ranks.items()
         }
+
+    def _require_lengths(self) -> None:
+        """Raises UserError: DoRA has no lengths for some layers of a matrix."""
+        for path in self.ranks if self.numbers.dora else ():
+            for index in self._layers(path):
+                if (path, index) not in self._entries:
+                    raise UserError(
+                        f"{self._file}: layer {index[0]} of {path} has no adapter of "
+                        f"DoRA, and others have: {MERGED}"
+                    )
 
     def _layers(self, path: str) -> list[tuple[int, ...]]:
         spec = self._specs[path]
@@ -172,8 +202,9 @@ class AdapterFolder:
         ranks: dict[str, int] = {}
         scales: dict[str, collections.Counter[float]] = {}
         for entry in entries:
-            found = {entry.module.stored.paths[0]: entry.rank}
-            if entry.module.may_be_padded:  # Only the values show by how much.
+            found = dict.fromkeys(entry.module.stored.paths, entry.rank)
+            # Only the values show by how much. Lengths act where factors are zero.
+            if entry.module.may_be_padded and not entry.lengths:
                 pairs = self._tensors.pairs(entry)
                 found = {path: a.shape[-1] for path, (a, _) in pairs.items()}
             for path, rank in found.items():

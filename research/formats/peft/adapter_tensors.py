@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UserError, nearest
-from research.formats.fused_factors import Pair
+from research.formats.fused_factors import Pair, split_lengths
 from research.formats.huggingface.huggingface_weights import NAMES, PLAIN_TYPES
 from research.formats.peft.adapter_config import CONFIG, PREFIX, LoraNumbers
 from research.formats.peft.find_adapter import open_tensors
 from research.formats.peft.lora_modules import (
     INNER,
+    MAGNITUDE,
     LoraModule,
     lora_modules,
     modules_in_memory,
@@ -26,7 +27,9 @@ from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import StoredTensor, used
 from research.weights.parameter_spec import Spec
 
-FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+FACTOR = re.compile(
+    rf"(.+)\.lora_(?:embedding_)?([AB]|{MAGNITUDE})(?:\.default)?(?:\.weight)?"
+)
 # How PEFT marks a parameter that it saves whole.
 WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.(weight|bias)$)")
 MERGED = "merge the adapter with PEFT's merge_and_unload, and start from that folder"
@@ -37,6 +40,7 @@ class AdaptedModule:
     """A module that the adapter changes: its tensors' names, its rank and scale.
 
     `is_turned` tells whether its tensors are `turned`; None: their shapes do not.
+    `lengths` names those of DoRA; "" without.
     """
 
     module: LoraModule
@@ -45,6 +49,7 @@ class AdaptedModule:
     rank: int
     scale: float
     is_turned: bool | None = False
+    lengths: str = ""
 
     @property
     def layer(self) -> tuple[int, ...]:
@@ -103,6 +108,11 @@ class AdapterTensors:
                 )
             known[entry.down] = entry.module.split(down, up, self._specs)
         return known[entry.down]
+
+    def lengths(self, entry: AdaptedModule) -> dict[str, np.ndarray]:
+        """Those of DoRA for each matrix of a module, `[*out]`."""
+        value = self.read(entry.lengths)
+        return split_lengths(entry.module.stored, value, self._specs)
 
     def stored(self, key: str) -> np.ndarray:
         """A tensor in the dtype of the file."""
@@ -280,7 +290,13 @@ class AdapterTensors:
     def _entry(
         self, module: LoraModule, name: str, keys: dict[str, str]
     ) -> AdaptedModule:
-        if missing := {"A", "B"} - keys.keys():
+        needed = {"A", "B", *([MAGNITUDE] if self._numbers.dora else [])}
+        if extra := keys.keys() - needed:
+            raise UserError(
+                f"{self._file}: {name} has a lora_{min(extra)}, and {CONFIG} does not "
+                "say use_dora: copy both files from one folder"
+            )
+        if missing := needed - keys.keys():
             raise UserError(
                 f"{self._file}: {name} lacks its lora_{min(missing)}; copy the folder "
                 "again"
@@ -305,8 +321,21 @@ class AdapterTensors:
                 )
             if found != shape:
                 raise self._other_base(_differs(key, found, shape))
-        scale = self._numbers.scale_of(target)
-        return AdaptedModule(module, keys["A"], keys["B"], rank, scale, is_turned)
+        scale, lengths = self._numbers.scale_of(target), keys.get(MAGNITUDE, "")
+        if lengths:
+            self._check_lengths(module, lengths)
+        down, up = keys["A"], keys["B"]
+        return AdaptedModule(module, down, up, rank, scale, is_turned, lengths)
+
+    def _check_lengths(self, module: LoraModule, key: str) -> None:
+        found = tuple(self._handle.get_slice(key).get_shape())
+        if found != (shape := (module.shapes(1, self._specs)[1][0],)):
+            raise self._other_base(_differs(key, found, shape))
+        if module.has_no_pattern or module.parameter:
+            raise UserError(
+                f"{self._file}: {key} is of an expert or a router, for which PEFT has "
+                f"no DoRA: {MERGED}"
+            )
 
     def _other_base(
         self, what: str, name: str = "", known: Iterable[str] = ()

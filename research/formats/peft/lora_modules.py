@@ -31,6 +31,8 @@ MULTIMODAL = "model.language_model."
 # The ends of the names of a module's two tensors.
 LINEAR_ENDS = "lora_A.weight", "lora_B.weight"
 TABLE_ENDS = "lora_embedding_A", "lora_embedding_B"
+# Behind `lora_`, the name of the lengths of DoRA, `[out]`.
+MAGNITUDE = "magnitude_vector"
 # PEFT wraps a module once for each of its parameters: the first wrap is the inner one.
 INNER = ".base_layer"
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UserError
-from research.formats.fused_factors import Pair, filled, without_idle
+from research.formats.fused_factors import Pair, filled, join_lengths, without_idle
 from research.formats.peft.adapter_config import PREFIX, written_config
 from research.formats.peft.lora_modules import (
     INNER,
     LINEAR_ENDS,
+    MAGNITUDE,
     LoraModule,
     lora_modules,
     tied_head,
@@ -21,6 +22,7 @@ from research.models.architecture import Architecture
 from research.weights.parameter_spec import Spec
 
 Fetch = Callable[[str, tuple[int, ...]], Pair]
+FetchLengths = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +46,15 @@ def plan_adapter(
     scales: Mapping[str, float],
     fetch: Fetch,
     beginning: str = "",
+    fetch_lengths: FetchLengths | None = None,
 ) -> AdapterPlan:
     """The folder of an adapter; the factors of one module at a time are in memory.
 
     They are fetched twice: how many components of a padded rank remain shows only in
     their values.
 
-    See `lora_tensors` for the arguments and errors.
+    `fetch_lengths` gives those of DoRA for one layer of a path, `[*out]`. See
+    `lora_tensors` for the other arguments, and errors.
     """
     head, shapes = tied_head(architecture), {}
     ranks: dict[str, int] = {}
@@ -59,11 +63,19 @@ def plan_adapter(
     of_experts = 0
 
     def modules() -> Iterator[tuple[LoraModule, Pair]]:
-        return lora_tensors(architecture, specs, scales, fetch, beginning)
+        return lora_tensors(
+            architecture, specs, scales, fetch, beginning, bool(fetch_lengths)
+        )
+
+    def lengths(module: LoraModule) -> np.ndarray:
+        own = {path: fetch_lengths(path, module.index) for path in module.stored.paths}
+        return join_lengths(module.stored, own, specs)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for module, pair in modules():
             yield from _named(module.name, module.ends, pair)
+            if fetch_lengths:
+                yield f"{PREFIX}{module.name}.lora_{MAGNITUDE}", lengths(module)
             if architecture.tied_head and "embedding.table" in module.stored.paths:
                 # Older versions of PEFT do not know that one end is the other.
                 down, up = pair
@@ -73,6 +85,8 @@ def plan_adapter(
         rank = len(down) // module.experts(specs)
         ranks[module.target] = rank
         shapes |= _shapes(module.name, module.ends, down.shape, up.shape)
+        if fetch_lengths:
+            shapes[f"{PREFIX}{module.name}.lora_{MAGNITUDE}"] = (len(up),)
         of_experts = rank if module.has_no_pattern else of_experts
         if module.parameter:
             parameters.add(module.parameter)
@@ -90,6 +104,7 @@ def plan_adapter(
         of_experts=of_experts,
         fan_in_fan_out=fan_in_fan_out,
         tied=tied,
+        dora=bool(fetch_lengths),
     )
     return AdapterPlan(config, shapes, tensors)
 
@@ -119,6 +134,7 @@ def lora_tensors(
     scales: Mapping[str, float],
     fetch: Fetch,
     beginning: str = "",
+    keep_idle: bool = False,
 ) -> Iterator[tuple[LoraModule, Pair]]:
     """`lora_A` and `lora_B` of each module with adapters, all at `common_scale`.
 
@@ -127,6 +143,7 @@ def lora_tensors(
       scales: alpha / rank by path.
       fetch: `(path, index) -> (a, b)`, the factors of one layer.
       beginning: that of `lora_modules`.
+      keep_idle: a module stays where all its factors are zero.
 
     Raises:
       UserError: a path has adapters, and is no module that PEFT adapts.
@@ -149,8 +166,11 @@ def lora_tensors(
             if module.has_no_pattern:
                 if pair or (with_experts and module.is_of_expert):
                     pairs[path] = filled(pair, wide, specs[path], len(module.index))
-            elif pair and (module.parameter or len((pair := without_idle(pair))[1])):
-                pairs[path] = pair
+            elif pair:
+                is_whole = module.parameter or keep_idle
+                pair = pair if is_whole else without_idle(pair)
+                if is_whole or len(pair[1]):
+                    pairs[path] = pair
         outer = module.name.removesuffix(INNER)
         if outer not in places:  # PEFT wraps the experts for this parameter alone.
             module = dataclasses.replace(module, name=outer)

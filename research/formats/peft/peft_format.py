@@ -12,11 +12,12 @@ from research.core.atomic_files import write_whole
 from research.core.errors import ParityError, UserError
 from research.core.hub_access import HubAddress, is_hub
 from research.formats.export_format import ExportedModel, ExportOptions, WrittenModel
-from research.formats.fused_factors import Pair, update_of
+from research.formats.fused_factors import Pair, update_of, with_lengths
 from research.formats.huggingface.huggingface_export import fetch
 from research.formats.huggingface.safetensors_writer import SafetensorsWriter
 from research.formats.peft.adapter_config import CONFIG, TENSORS
 from research.formats.peft.adapter_folder import AdapterFolder
+from research.formats.peft.lora_modules import lora_modules
 from research.formats.peft.peft_export import plan_adapter
 from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.families.family_registry import family_of
@@ -39,8 +40,10 @@ class PeftFormat:
     library, merges = "peft", False
 
     def check(self, exported: ExportedModel, options: ExportOptions) -> None:
-        """See `ExportFormat`; without adapters of LoRA it is a UserError."""
-        if exported.adapter_kind != "lora":
+        """See `ExportFormat`; without adapters of LoRA or DoRA it is a UserError."""
+        if exported.adapter_kind == "dora":
+            _check_lengths(exported)
+        elif exported.adapter_kind != "lora":
             raise UserError(
                 "--format=peft writes the adapters of LoRA, and this run has "
                 f"{exported.adapter_kind or 'none, as it trained all its parameters'}: "
@@ -61,10 +64,17 @@ class PeftFormat:
             factors = exported.adapters[path].factors
             return fetch(factors["a"], index), fetch(factors["b"], index)
 
+        def lengths(path: str, index: tuple[int, ...]) -> np.ndarray:
+            return fetch(exported.adapters[path].factors["magnitude"], index)
+
         model = exported.model
-        scales = {p: x.alpha / x.rank for p, x in exported.adapters.items()}
         plan = plan_adapter(
-            model.architecture, model.specs, scales, pair, _beginning(exported)
+            model.architecture,
+            model.specs,
+            {p: x.alpha / x.rank for p, x in exported.adapters.items()},
+            pair,
+            _beginning(exported),
+            lengths if exported.adapter_kind == "dora" else None,
         )
         if jax.process_index() > 0:
             collections.deque(plan.tensors(), maxlen=0)
@@ -86,7 +96,12 @@ class PeftFormat:
 
         def read(path: str, index: tuple[int, ...]) -> np.ndarray:
             pair, spec = adapter.layer(path, index), model.specs[path]
-            return update_of(pair, spec, adapter.scales[path])
+            update = update_of(pair, spec, adapter.scales[path])
+            lengths = adapter.lengths(path, index)
+            if lengths is None:
+                return update
+            base = np.float32(fetch(exported.base_weights[path], index))
+            return with_lengths(base + update, lengths) - base
 
         held = dict.fromkeys(adapter.ranks, StoredNumbers(adapter.kind, is_update=True))
         return WrittenModel(model.architecture, None, read, held, adapter.facts)
@@ -97,6 +112,24 @@ class PeftFormat:
 
 
 FORMAT = PeftFormat()
+
+
+def _check_lengths(exported: ExportedModel) -> None:
+    """Raises UserError: PEFT has no DoRA of these matrices."""
+    how, model, paths = "use --format=hf", exported.model, exported.adapters.keys()
+    if model.architecture.tied_head and "embedding.table" in paths:
+        raise UserError(
+            "PEFT has no DoRA of embeddings that are the vocabulary head, too: " + how
+        )
+    for module in lora_modules(model.architecture, model.specs):
+        own = paths & {*module.stored.paths}
+        if own and (module.has_no_pattern or module.parameter):
+            raise UserError(f"PEFT has no DoRA of {min(own)}, in {module.name}: {how}")
+        if own and (others := sorted({*module.stored.paths} - own)):
+            raise UserError(
+                f"PEFT has one DoRA for {module.name}, and {', '.join(others)} in it "
+                f"has no adapter: {how}"
+            )
 
 
 def _beginning(exported: ExportedModel) -> str:

@@ -15,7 +15,10 @@ from research.runs.lineage.hub_pins import pinned
 from research.runs.run_directory import RunDir
 
 # The knobs that an adapter answers.
-ANSWERED = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern", "full")
+ANSWERED = (
+    *("kind", "rslora", "targets", "rank", "alpha"),
+    *("rank_pattern", "alpha_pattern", "full"),
+)
 
 
 def with_adapter(

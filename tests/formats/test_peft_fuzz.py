@@ -132,7 +132,7 @@ CASES = {
     "codes": (first('"F32"', '"I32"'), "is stored as I32, not as float32"),
     "A without B": (first(r"q_proj\.lora_B", "q_proj.lora_C"), "lora_C.weight is part"),
     "magnitude": (first(r"q_proj\.lora_A\.weight", "q_proj.lora_magnitude_vector"),
-                  "is part of an adapter that is more than two factors"),
+                  "lora_magnitude_vector, and adapter_config.json does not say"),
     "another base": (header(lambda old: old.replace("layers.0.", "layers.9.")),
                      "another base model than"),
     "no adapter": (header(lambda old: old.replace("lora_", "lore_")), "another base"),

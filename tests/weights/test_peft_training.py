@@ -307,7 +307,7 @@ def test_a_folder_of_peft_is_read_and_written_again(case, tmp_path):
     assert written.config.get("use_dora", False) == (case == "dora")
     again = write_adapter(tmp_path / "ours", tensors, written.config)
     own = AdapterFolder(again, model.architecture, model.specs)
-    assert own.scales == adapter.scales and own.kind is adapter.kind
+    assert own.scales == adapter.scales and own.adapter_kind is adapter.adapter_kind
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_kinds_that_start_from_weights_say_so_without_them():
 
 
 def folder_of(case, folder):
-    """What PEFT saved at the end, as a folder."""
+    """The folder that PEFT saved at the end, and its tensors."""
     config = json.loads((GOLDEN / "training" / "configs.json").read_text())[case]
     tensors = {
         name.removeprefix("final "): value

@@ -33,6 +33,7 @@ LINEAR_ENDS = "lora_A.weight", "lora_B.weight"
 TABLE_ENDS = "lora_embedding_A", "lora_embedding_B"
 # Behind `lora_`, the name of the lengths of DoRA, `[out]`.
 MAGNITUDE = "magnitude_vector"
+LENGTHS_END = f".lora_{MAGNITUDE}"
 # PEFT wraps a module once for each of its parameters: the first wrap is the inner one.
 INNER = ".base_layer"
 

@@ -12,8 +12,8 @@ from research.formats.fused_factors import Pair, filled, join_lengths, without_i
 from research.formats.peft.adapter_config import PREFIX, written_config
 from research.formats.peft.lora_modules import (
     INNER,
+    LENGTHS_END,
     LINEAR_ENDS,
-    MAGNITUDE,
     LoraModule,
     lora_modules,
     tied_head,
@@ -51,42 +51,33 @@ def plan_adapter(
     """The folder of an adapter; the factors of one module at a time are in memory.
 
     They are fetched twice: how many components of a padded rank remain shows only in
-    their values.
-
-    `fetch_lengths` gives those of DoRA for one layer of a path, `[*out]`. See
-    `lora_tensors` for the other arguments, and errors.
+    their values. `fetch_lengths` gives the lengths of DoRA for one layer of a path,
+    `[*out]`. See `lora_tensors` for the other arguments, and errors.
     """
     head, shapes = tied_head(architecture), {}
     ranks: dict[str, int] = {}
     parameters: set[str] = set()
     tied = fan_in_fan_out = False
-    of_experts = 0
+    of_experts, dora = 0, bool(fetch_lengths)
 
     def modules() -> Iterator[tuple[LoraModule, Pair]]:
-        return lora_tensors(
-            architecture, specs, scales, fetch, beginning, bool(fetch_lengths)
-        )
-
-    def lengths(module: LoraModule) -> np.ndarray:
-        own = {path: fetch_lengths(path, module.index) for path in module.stored.paths}
-        return join_lengths(module.stored, own, specs)
+        return lora_tensors(architecture, specs, scales, fetch, beginning, dora)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for module, pair in modules():
             yield from _named(module.name, module.ends, pair)
-            if fetch_lengths:
-                yield f"{PREFIX}{module.name}.lora_{MAGNITUDE}", lengths(module)
+            if dora:
+                value = _lengths(module, fetch_lengths, specs)
+                yield f"{PREFIX}{module.name}{LENGTHS_END}", value
             if architecture.tied_head and "embedding.table" in module.stored.paths:
                 # Older versions of PEFT do not know that one end is the other.
                 down, up = pair
                 yield from _named(head, LINEAR_ENDS, (up.T, down.T))
 
     for module, (down, up) in modules():
-        rank = len(down) // module.experts(specs)
-        ranks[module.target] = rank
+        rank = ranks[module.target] = len(down) // module.experts(specs)
         shapes |= _shapes(module.name, module.ends, down.shape, up.shape)
-        if fetch_lengths:
-            shapes[f"{PREFIX}{module.name}.lora_{MAGNITUDE}"] = (len(up),)
+        shapes |= {f"{PREFIX}{module.name}{LENGTHS_END}": up.shape[:1]} if dora else {}
         of_experts = rank if module.has_no_pattern else of_experts
         if module.parameter:
             parameters.add(module.parameter)
@@ -104,9 +95,16 @@ def plan_adapter(
         of_experts=of_experts,
         fan_in_fan_out=fan_in_fan_out,
         tied=tied,
-        dora=bool(fetch_lengths),
+        dora=dora,
     )
     return AdapterPlan(config, shapes, tensors)
+
+
+def _lengths(
+    module: LoraModule, fetch: FetchLengths, specs: Mapping[str, Spec]
+) -> np.ndarray:
+    own = {path: fetch(path, module.index) for path in module.stored.paths}
+    return join_lengths(module.stored, own, specs)
 
 
 def _named(

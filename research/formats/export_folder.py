@@ -101,6 +101,7 @@ class ExportFolder:
         """Locks the folder, and removes what kills have left beside it."""
         make_folder(self._final.parent)
         lock = filelock.FileLock(self._lock, fallback_to_soft=False)
+        left = self._lock.exists()  # Whoever makes the folders makes this first.
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -114,13 +115,25 @@ class ExportFolder:
                 "export to it meanwhile",
                 self,
             )
-            lock = None
+            lock, left = None, True
+        if not left:
+            self._require_free()
         self._settle()
         for file in self._final.parent.glob(f".*{PARTIAL}.lock"):
             found = LOCK.fullmatch(file.name)
             if found and file != self._lock:
                 ExportFolder(self._final.with_name(found["name"]))._clean_up()
         return lock
+
+    def _require_free(self) -> None:
+        """Raises UserError: something that no export has left has one of its names."""
+        for folder in (self._partial, self._replaced):
+            if os.path.lexists(folder):
+                self._lock.unlink(missing_ok=True)
+                raise UserError(
+                    f"{folder} exists, and an export to {self} needs that name for a "
+                    "while: move it away, or name another folder"
+                )
 
     def _clean_up(self) -> None:
         """Removes what a killed export of this folder has left."""
@@ -162,8 +175,9 @@ def _require_place(path: Path) -> None:
         raise UserError(f"{path} cannot be a folder: {there} is none; name another")
     for run in final.parents:
         inside = final.relative_to(run).parts
-        if len(inside) > 1 and inside[0] != EXPORTS and holds_run(run):
+        own = inside == (EXPORTS,) or (len(inside) > 1 and inside[0] != EXPORTS)
+        if own and holds_run(run):
             raise UserError(
                 f"{path} lies among the files of a run: name a folder elsewhere, or "
-                f"{run / EXPORTS / final.name}"
+                f"one in {run / EXPORTS}"
             )

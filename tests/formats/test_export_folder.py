@@ -66,6 +66,15 @@ def test_the_next_export_beside_it_removes_what_a_kill_has_left(tmp_path):
     assert names(tmp_path / "third") == []
 
 
+def test_what_no_export_has_left_is_not_removed(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "mine").touch()
+    with pytest.raises(UserError, match=r"\.out\.partial exists, .*: move it away"):
+        write(tmp_path / "out", "new")
+    assert names(tmp_path) == [".out.partial"]
+    assert names(tmp_path / ".out.partial") == ["mine"]
+
+
 def test_a_second_export_to_a_folder_is_refused_and_harms_nothing(tmp_path):
     claim = ExportFolder.claimed(tmp_path / "out")
     with claim as claimed, claimed.filled() as partial:

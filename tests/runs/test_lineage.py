@@ -229,7 +229,8 @@ def test_what_is_not_of_an_export_is_never_replaced(lora, exported, tmp_path):
         (tmp_path / "text", "has no exported_from.json"),
         (foreign, "has no exported_from.json"),
         (run / "tokenizer", "has no exported_from.json"),
-        (run / "checkpoints" / "99", "lies among the files of a run.*/run/exports/99"),
+        (run / "checkpoints" / "99", "lies among the files of a run.*/run/exports"),
+        (run / "exports", "lies among the files of a run.*/run/exports"),
         (noted, "holds notes.txt, which is no part of the export"),
     ):
         with pytest.raises(UserError, match=said):

@@ -189,6 +189,16 @@ def test_experts_of_older_versions_of_peft_are_turned(width, version, tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=path)
 
 
+def test_factors_of_zeros_alone_are_no_adapter(tmp_path):
+    """Which of the fused matrices they would belong to cannot be known."""
+    model = model_of("phi3")
+    tensors, config = export_of(model, *adapters_of(model))
+    tensors = {k: 0 * x for k, x in tensors.items() if "qkv_proj" in k}
+    folder = write_adapter(tmp_path / "adapter", tensors, config)
+    with pytest.raises(UserError, match="holds zeros alone"):
+        AdapterFolder(folder, model.architecture, model.specs)
+
+
 def test_a_router_may_be_a_parameter_of_a_newer_model(tmp_path):
     """As PEFT saves Mixtral's: under the newer name, with patterns for the weight."""
     model, path = model_of("mixtral"), "layers.router.kernel"

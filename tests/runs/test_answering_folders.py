@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 from peft_exports import write_adapter, write_run
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small_run import one_device
 
 from research.core.errors import UserError
 from research.evaluate.measuring.evaluated_models import find_models
 from research.generate.__main__ import GenerateFlags, _check
 from research.generate.asked_model import SamplingFlags, open_adapter
+from research.runs.answering.found_adapters import find_adapters
 from research.runs.answering.open_for_answering import open_for_answering
 from research.runs.answering.run_addresses import RunAddress, run_addresses
 from research.runs.reopen import reopen
@@ -129,6 +130,27 @@ def test_a_folder_has_no_steps_and_no_rows(folder):
         find_models([str(folder)])
     with pytest.raises(UserError, match="is no run directory"):
         run_addresses([f"{folder}@3"], with_folders=True)
+
+
+def test_an_adapter_is_no_base_model(folder):
+    with pytest.raises(UserError, match="and no base model: give it as --run to"):
+        open_for_answering(model=str(folder))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_another_base_of_the_same_shape_is_warned_of(
+    folder, opened, tmp_path, caplog, known
+):
+    """An export of ours says which files it was trained on."""
+    changed(folder, tmp_path / "own")
+    digest = opened.base.fingerprint if known else "f" * 64
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        tensors, tmp_path / "own" / "adapter_model.safetensors",
+        {"format": "pt", "base_sha256": digest},
+    )  # fmt: skip
+    find_adapters(RunAddress("own", tmp_path / "own", ""), opened.base)
+    assert ("sha256 ffffffffffff" in caplog.text) != known
 
 
 def test_a_number_that_is_not_finite_answers_nobody(folder, opened, tmp_path):

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.core.json_files import read_json
+from research.core.local_paths import holds_adapter
 from research.formats.huggingface.mxfp4_tensors import (
     BLOCKS,
     SCALES,
@@ -39,7 +40,14 @@ def read_hf_config(folder: Path) -> Architecture:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} has no config.json")
+        adapter = (
+            ", as it is an adapter folder of PEFT and no base model: give it as --run "
+            "to research.generate or research.serve, or as --config.lora.init_from to "
+            "research.train"
+        )
+        raise UserError(
+            f"{folder} has no config.json{adapter if holds_adapter(folder) else ''}"
+        )
     config = read_json(file, dict, "give the file of the model")
     return from_hf_config(config, str(file))
 

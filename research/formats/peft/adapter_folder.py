@@ -69,6 +69,11 @@ class AdapterFolder:
         self.ranks, self.scales = self._numbers_by_path(entries)
         self.adapter_kind = find_kind("dora" if self.numbers.dora else "lora")
         self._require_lengths()
+        if not self.ranks:
+            raise UserError(
+                f"{self._file} holds zeros alone, so it changes nothing and has no "
+                "rank: use the base model without it"
+            )
         self.fingerprint = fingerprint_files([self._folder / CONFIG, self._file])
         self.kind, self.facts = self._tensors.kind, self._tensors.facts
 

@@ -1,6 +1,7 @@
 """Adapters to a base model that is open: those of a run, or of a folder of PEFT."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def find_folder(folder: Path, base: Base) -> FoundFolder:
     adapter = AdapterFolder(str(folder), base.architecture, specs)
     lora = adapter.lora_config(LoRAConfig())
     split = trainable.make("lora", ModelConfig(), lora, specs)
+    trained_on = adapter.facts.get("base_sha256", base.fingerprint)
+    if trained_on != base.fingerprint:
+        logging.warning(
+            "%s was trained on a base with sha256 %s, and %s has %s: another model of "
+            "the same shape would answer nonsense, and another file format of the same "
+            "one would not",
+            folder,
+            trained_on[:12],
+            base.name,
+            base.fingerprint[:12],
+        )
     base = dataclasses.replace(base, tokenizer=_tokenizer(folder, base))
     return FoundFolder(folder, base, adapter, split)
 

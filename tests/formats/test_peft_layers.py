@@ -23,7 +23,7 @@ from research.models.transformer import Model
 from research.weights.adapters.lora import KIND
 
 
-@pytest.mark.parametrize(("name", "layers"), [("qwen3_moe", 8), ("phi3", 48)])
+@pytest.mark.parametrize(("name", "layers"), [("qwen3_moe", 4), ("phi3", 48)])
 def test_a_writer_holds_the_tensors_of_one_module(name, layers):
     """Factors are made when their turn comes, and never all of them."""
     shape = dataclasses.replace(model_of(name).architecture, layers=layers)
@@ -85,7 +85,7 @@ def test_a_walk_over_layers_reads_each_tensor_once(name, tmp_path, monkeypatch):
             assert whole[name].shape == own[name].shape
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt_oss"])
 def test_experts_are_read_back_as_they_were_written(name, tmp_path):
     model = model_of(name)
     config = LoRAConfig(rank=3, alpha=6.0, targets=("down.kernel",))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 
@@ -31,6 +32,7 @@ from studio_place import (
 )
 from studio_process import until
 
+from research.studio.checks.check_process import Checks
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.live import run_feed
 
@@ -185,15 +187,18 @@ def require_two_tabs_agree(page, run):
     other = page.context.new_page()
     other.goto(page.url)
     other.get_by_text("live", exact=True).wait_for()
+    other.get_by_label("Notes").fill("half a sent")
     append(run, train_line(83, loss=0.835))
     for each in (page, other):
         each.locator('[data-figure="loss"]', has_text="0.835").wait_for()
     record = json.loads((run / "run.json").read_text())
     record["starts"][0] |= ENDS["stopped"]
     (run / "run.json").write_text(json.dumps(record))
-    for each in (page, other):
-        each.locator(".state", has_text="stopped").wait_for()
-        each.get_by_role("button", name="Resume").wait_for()
+    page.locator(".state", has_text="stopped").wait_for()
+    page.get_by_role("button", name="Resume").wait_for()
+    # Nothing is drawn anew under the hands of somebody who writes.
+    other.get_by_text("stopped now: load this page again").wait_for()
+    assert other.get_by_label("Notes").input_value() == "half a sent"
     other.close()
 
 
@@ -319,6 +324,59 @@ def test_a_command_is_copied_and_knobs_are_found(browser, served):
 
 
 LOOKED_AT = ["--config=configs/finetune_dolly.py", "--config.data.path=embedded"]
+
+
+def test_what_is_typed_stays_while_a_check_runs_and_ends(browser, served):
+    checks = served[0].state.checks
+    tab = Tab(browser, served[1])
+    page = tab.page
+    page.clock.install()
+    tab.open("/train")
+    sent = page.locator('form[action="/act/check"] [name=flags]').get_attribute("value")
+    place = checks._place(shlex.split(sent), False, 0)
+    place.mkdir(parents=True)
+    own = {"pid": os.getpid(), "born": psutil.Process().create_time()}
+    (place / "process.json").write_text(json.dumps(own))
+    page.reload()
+    page.get_by_text("A process reads it now").wait_for()
+    page.get_by_label("steps", exact=True).fill("123")
+    page.locator("#check summary").press("Enter")
+    finding = {"name": "rows", "text": "none", "ok": False, "remedy": "give some"}
+    (place / "doctor.json").write_text(json.dumps({"findings": [finding]}))
+    (place / "process.json").write_text('{"pid": 99999999, "born": 1.0}')
+    page.clock.fast_forward(LOOK)
+    page.get_by_text("The doctor forbids this start.").wait_for()
+    assert page.get_by_role("button", name="Start", exact=True).is_disabled()
+    assert page.get_by_label("steps", exact=True).input_value() == "123"
+    assert page.locator("#check details[open]").count() == 1
+    assert page.evaluate("document.activeElement.id") == "check"
+    assert tab.faults == []
+
+
+def test_arrows_choose_columns_and_each_choice_looks_again(
+    browser, served, monkeypatch
+):
+    site, server = served
+    started = []
+    monkeypatch.setattr(
+        Checks, "start", lambda self, flags, rows_only, first: started.append(flags)
+    )
+    preset, path = LOOKED_AT[0], f"--config.data.path={site.data}/rows.jsonl"
+    make_survey(site.state.checks, [preset, path])
+    tab = Tab(browser, server)
+    page = tab.page
+    tab.open("/data?file=data/rows.jsonl")
+    page.get_by_role("heading", name="Rows as the model reads them").wait_for()
+    field = page.get_by_label("instruction", exact=True)
+    field.press("ArrowDown")
+    page.wait_for_url("**instruction=ask**")
+    assert started == [[preset, path, "--config.data.columns.instruction=ask"]]
+    assert field.input_value() == "ask"
+    assert page.evaluate("document.activeElement.id") == "instruction"
+    assert tab.faults == []
+
+
+
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}&step=60&target=x", "/absent",

@@ -279,8 +279,8 @@ def require_told(client, form, command):
     said = html.unescape(
         " ".join(re.findall(r'class="(?:said|problem)"[^>]*>([^<]*)<', page))
     )
-    if part := re.search(r'data-part="([^"]*)"', page):
-        page += client.get(html.unescape(part[1])).text
+    for part in re.findall(r'data-part="(/plans[^"]*)"', page):
+        page += client.get(html.unescape(part)).text
     wanted = parts(command) - (parts(NEW_FOLDER) if form == "data" else set())
     left = [
         [x for x in wanted - parts(made) if not is_said(x, said)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.runs.run_directory import RunDir
+from research.studio.listing.run_index import is_run
 from research.studio.page_errors import PageError
 from research.studio.roots import Roots
 from research.studio.serving.model_servers import ModelServer
@@ -52,10 +53,9 @@ def _name(root: Path, runs: Roots) -> str:
     """The run by which pages know a folder; "" if it is none of ours."""
     try:
         name = runs.name(root)
-        runs.find(name)
+        return name if is_run(runs.find(name)) else ""
     except (PageError, OSError, ValueError):
         return ""
-    return name
 
 
 def _template(card: dict[str, Any], source: str | None, runs: Roots) -> str:

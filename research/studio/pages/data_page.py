@@ -85,6 +85,7 @@ def data(request: Request) -> Response:
         skips=fields.get("skip", "") == "yes",
         kinds=", ".join(KINDS),
         said=fields.get("said", ""),
+        here=f"/data?{request.url.query}",
         **values,
     )
 

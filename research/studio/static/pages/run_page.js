@@ -88,11 +88,14 @@ function set(field, text) {
 }
 
 let known = place.querySelector(".state").textContent;
+let isTouched = false;
+place.querySelector("form[action='/act/notes']")?.addEventListener("input", () => { isTouched = true; });
 
 function showState(state) {
   if (state.state !== known && known !== "queued") {
-    // Other buttons are right now; the server draws them.
-    location.reload();
+    // Other buttons are right now, and the server draws them; but typed notes must stay.
+    if (isTouched) connection.textContent = `${state.state} now: load this page again for its buttons`;
+    else location.reload();
     return;
   }
   // Not by a new page: that could swallow a click.

@@ -45,7 +45,8 @@ async function look() {
   place.querySelector("[data-window]").textContent = `Rates, and times where answers have ended, are of the last ${Math.round(span)} s.`;
 }
 
-if (place.querySelector("[data-window]")) {
+const state = place.querySelector('[data-figure="state"]').textContent;
+if (place.querySelector("[data-window]") || state === "loading") {
   look();
   setInterval(look, EVERY);
 }

@@ -376,13 +376,12 @@ def test_arrows_choose_columns_and_each_choice_looks_again(
     assert tab.faults == []
 
 
-
 PATHS = (
     "/", f"/run/runs/{NAME}", f"/compare?run=runs/{NAME}&run=runs/other", "/queue",
     "/remove?run=runs/other", f"/branch?run=runs/{NAME}&step=60&target=x", "/absent",
-    "/data", "/data?file=data/rows.jsonl", "/data?file=embedded", "/train",
+    "/data?file=data/rows.jsonl", "/data?file=embedded", "/train",
     f"/evaluate?run=runs/{NAME}",
-    "/evaluate?flags=--run=", "/plans", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
+    "/evaluate?flags=--run=", f"/evaluation/runs/{NAME}/evaluations/{DIGEST}",
     "/sweeps", "/sweep/runs/sweep",
     "/deploy?do=promote&run=runs/other&step=3&alias=prod", "/deploy/api",
     "/chat?server=api", "/deploy/hand", "/chat",

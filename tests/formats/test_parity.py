@@ -31,7 +31,7 @@ from research.formats.proof.stored_numbers import (
     half_step,
     rounded,
 )
-from research.formats.proof.weight_parity import compare_layer
+from research.formats.proof.weight_parity import compare_numbers
 from research.models.architecture import Experts
 from research.models.families.family_registry import from_hf_config, to_hf_config
 from research.models.transformer import Model, Options
@@ -85,11 +85,10 @@ def test_what_is_left_of_a_small_update_is_known_and_a_lost_one_is_found(kind, s
     a, b = jnp.float32(a), jnp.float32(b * size)
     leaf = LowRank(base.astype(np.float32), a, b, jnp.ones(1))
     numbers, axes = StoredNumbers(kind), Axes(1, 1)
-    held = (("x", numbers, axes),)
 
     def measure(value):
-        found = {"x": rounded(value, numbers, axes)}
-        return compare_layer({"x": leaf}, {}, found, None, held)["x"]
+        found = rounded(value, numbers, axes)
+        return compare_numbers(leaf, None, found, None, numbers, axes)
 
     right, lost = measure(leaf.materialize()), measure(leaf.base)
     assert right["share"] <= 1 < lost["share"]
@@ -106,9 +105,9 @@ def test_an_update_may_be_the_difference_of_two_products():
     base, a, b = map(jnp.float32, (base, a, b))
     inner = LowRank(base, -a, b, jnp.ones(1))
     leaf = LowRank(inner, a * 1.01, b, jnp.ones(1))
-    held = (("x", StoredNumbers("float32", is_update=True), Axes(1, 1)),)
+    numbers = StoredNumbers("float32", is_update=True)
     for found, right in ((0.01 * a @ b, True), (1.01 * a @ b, False)):
-        sums = compare_layer({"x": leaf}, {"x": base}, {"x": found}, None, held)["x"]
+        sums = compare_numbers(leaf, base, found, None, numbers, Axes(1, 1))
         assert (sums["share"] <= 1) == right
 
 

@@ -4,22 +4,24 @@ So neither the logits of all ids nor a whole head is in memory at once.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
-Sums = Mapping[str, Array]
+Sums = Mapping[str, Any]
 LOWEST = -1e30
 
 
-def no_sums(shape: tuple[int, ...]) -> dict[str, Array]:
+def no_sums(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """The sums before the first piece, for tokens of this shape."""
-    zero, low = jnp.zeros(shape), jnp.full(shape, LOWEST)
+    zero, low = np.zeros(shape, np.float32), np.full(shape, LOWEST, np.float32)
     names = ("run", "run2", "files", "files2", "same", "same2", "change", "change2")
     sums = dict.fromkeys((*names, "z", "kl", "z_files"), zero)
     sums |= dict.fromkeys(("most", "most_files", "above", "below"), low)
-    return sums | dict.fromkeys(("best", "best_files"), jnp.zeros(shape, jnp.int32))
+    return sums | dict.fromkeys(("best", "best_files"), np.zeros(shape, np.int32))
 
 
 @jax.jit

@@ -25,11 +25,10 @@ from research.formats.proof.proof_tokens import ProofRows
 from research.formats.proof.same_model import require_same_model
 from research.formats.proof.stored_numbers import KINDS, Axes
 from research.formats.proof.weight_parity import (
-    Held,
-    add_updates,
-    compare_layer,
+    add_update,
+    compare_numbers,
     layer_of,
-    round_layer,
+    round_numbers,
     vocabulary_rows,
 )
 from research.models.architecture import Architecture
@@ -44,8 +43,7 @@ Leaves = Mapping[str, Any]
 # Logits are exact to float32 on every device, also where products are faster in less.
 PRECISION = "highest"
 TABLE, HEAD = "embedding.table", "head.kernel"
-# A piece of the vocabulary: one name, so that a table and a head share programs.
-PART, ROWS = "rows", Axes(1, 0)
+ROWS = Axes(1, 0)  # of a piece of the vocabulary
 PIECE = 2**23  # numbers of a table that are compared at a time
 
 
@@ -85,7 +83,8 @@ def _programs(architecture: Architecture) -> tuple[Any, Any, Any, Any]:
     model = Model(architecture, Options(dtype=jnp.float32))
 
     def layer(params: Leaves, place: Array, number: Array, x: Array, *rows: Array):
-        return model.layer(layer_of(params, place), number, x, *rows)
+        own = {path: layer_of(leaf, place) for path, leaf in params.items()}
+        return model.layer(own, number, x, *rows)
 
     def piece(rows: Matrix, x: Array) -> Array:
         path, head = (
@@ -182,33 +181,41 @@ class _Proof:
         own = {path: self.exported.weights[path] for path in paths}
         if name == "run":
             return own
-        base = self.exported.base_weights
-        held = {p: self.written.held[p] for p in paths if p in self.written.held}
-        static = tuple(
-            (path, x, Axes(self.specs[path].stacked, self.specs[path].n_in))
-            for path, x in held.items()
-        )
-        updates = {path for path, numbers in held.items() if numbers.is_update}
+        base, held = self.exported.base_weights, self.written.held
         if name == "other" and self.on_base:
-            own |= {p: base[p] for p in paths if p not in held or p in updates}
-            return dict(_layer_of(own, place))
+            return {path: _layer_of(base[path], place) for path in paths}
         if name == "other":
-            return round_layer(own, place, static)
-        index = () if place is None else (int(place),)
-        found = {path: self._read(path, index) for path in held}
-        trained = self.exported.adapters.keys() & held.keys() & base.keys()
-        before = {path: base[path] for path in trained}
-        for path, sums in compare_layer(own, before, found, place, static).items():
-            self.note(path if place is None else f"{path} of layer {place}", sums)
-        rest = {p: base[p] for p in paths if p not in held or p in updates}
-        added = {path: found[path] for path in updates}
-        return found | (add_updates(rest, added, place) if rest else {})
+            return {
+                path: round_numbers(own[path], place, held[path], self._axes(path))
+                for path in paths
+            }
+        return {
+            path: self._found(path, place)
+            if path in held
+            else _layer_of(base[path], place)
+            for path in paths
+        }
 
-    def _read(self, path: str, index: tuple[int, ...]) -> Array:
-        """One layer in the files `[1, *in, *out]`, or a parameter without layers."""
-        value, spec = self.written.read(path, index), self.specs[path]
-        value = value[None] if index else value
-        return self.placed(value, dataclasses.replace(spec, shape=value.shape))
+    def _found(self, path: str, place: np.int32 | None) -> Array:
+        """A parameter in the files, or a layer of it, compared with the run's."""
+        numbers, spec = self.written.held[path], self.specs[path]
+        value = self.written.read(path, () if place is None else (int(place),))
+        value = value if place is None else value[None]
+        found = self.placed(value, dataclasses.replace(spec, shape=value.shape))
+        own, base = self.exported.weights[path], self.trained_base(path)
+        sums = compare_numbers(own, base, found, place, numbers, self._axes(path))
+        self.note(path if place is None else f"{path} of layer {place}", sums)
+        if not numbers.is_update:
+            return found
+        return add_update(self.exported.base_weights[path], found, place)
+
+    def trained_base(self, path: str) -> Matrix | None:
+        """The base model's parameter, if the run has trained an adapter of it."""
+        base = self.exported.base_weights
+        return base.get(path) if path in self.exported.adapters else None
+
+    def _axes(self, path: str) -> Axes:
+        return Axes(self.specs[path].stacked, self.specs[path].n_in)
 
     def _end(self, path: str) -> dict[str, Array]:
         """The logits of all models, in pieces of the vocabulary."""
@@ -289,39 +296,30 @@ class _Vocabulary:
         """Notes how far these rows in the files are from the run's."""
         if self._held is None:
             return
-        exported, base = self._proof.exported, {}
-        if self._path in exported.adapters and self._path in exported.base_weights:
-            base = self._rows(exported.base_weights, ids)
-        own = self._rows(exported.weights, ids)
-        found = {PART: self._placed(ids)}
-        sums = compare_layer(own, base, found, None, self._static())
-        self._proof.note(self._path, sums[PART])
+        base = self._proof.trained_base(self._path)
+        base = None if base is None else _rows_of(base, ids, self._is_head)
+        own = self._rows(self._proof.exported.weights, ids)
+        found = self._placed(ids)
+        sums = compare_numbers(own, base, found, None, self._held, ROWS)
+        self._proof.note(self._path, sums)
 
     def rows(self, name: str, ids: np.ndarray) -> Any:
         """Rows `[n, D]` of one of the models."""
         exported, held = self._proof.exported, self._held
         if name == "run":
-            rows = self._rows(exported.weights, ids)
-        elif held is None or (name == "other" and held.is_update):
-            rows = self._rows(exported.base_weights, ids)
-        elif name == "other":
-            rows = self._rows(exported.weights, ids)
-            rows = (
-                rows if self._proof.on_base else round_layer(rows, None, self._static())
-            )
-        elif held.is_update:
-            rows = self._rows(exported.base_weights, ids)
-            rows = add_updates(rows, {PART: self._placed(ids)}, None)
-        else:
-            return self._placed(ids)
-        return rows[PART]
+            return self._rows(exported.weights, ids)
+        if held is None or (name == "other" and self._proof.on_base):
+            return self._rows(exported.base_weights, ids)
+        if name == "other":
+            own = self._rows(exported.weights, ids)
+            return round_numbers(own, None, held, ROWS)
+        if held.is_update:
+            base = self._rows(exported.base_weights, ids)
+            return add_update(base, self._placed(ids), None)
+        return self._placed(ids)
 
-    def _static(self) -> Held:
-        assert self._held is not None
-        return ((PART, self._held, ROWS),)
-
-    def _rows(self, leaves: Leaves, ids: np.ndarray) -> dict[str, Matrix]:
-        return {PART: _rows_of(leaves[self._path], ids, self._is_head)}
+    def _rows(self, leaves: Leaves, ids: np.ndarray) -> Matrix:
+        return _rows_of(leaves[self._path], ids, self._is_head)
 
     def _placed(self, ids: np.ndarray) -> Array:
         assert self._found is not None

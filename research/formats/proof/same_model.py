@@ -63,7 +63,7 @@ def _compare_shapes(exported: ExportedModel, written: WrittenModel) -> None:
             )
     lacking = specs.keys() - written.held.keys()
     if any(numbers.is_update for numbers in written.held.values()) or not written.held:
-        lacking &= exported.adapters.keys()
+        lacking &= {*exported.adapters, *exported.full}
     if lacking:
         raise ParityError(
             f"the written files lack {', '.join(sorted(lacking))}: {REPORT}"

@@ -20,6 +20,7 @@ LARGEST_CODE = {"q8_0": 127, "q4_0": 8}
 BLOCK = 32
 # The distance of the smallest numbers of a kind.
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+FLOAT_NOISE = 2.0**-18  # A code is the rounded quotient of two numbers.
 EXPONENT = 0x7F800000  # Its bits of a float32.
 
 
@@ -74,6 +75,7 @@ def half_step(own: Array, numbers: StoredNumbers, axes: Axes) -> Array:
     # Two numbers of a block may be the largest, and one of them has no code.
     last = codes > LARGEST_CODE[kind] - 0.5 if kind == "q4_0" else False
     bound = jnp.where(last, 1.0, 0.5) * step + (codes + 0.5) * lost
+    bound += jnp.abs(blocks) * FLOAT_NOISE
     return _from_blocks(bound, own.shape, numbers, axes)
 
 

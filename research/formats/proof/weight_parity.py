@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,20 +19,17 @@ from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
 
 Array = jax.Array
-Leaves = Mapping[str, Any]
-# Path, numbers and axes of the parameters that a file holds.
-Held = tuple[tuple[str, StoredNumbers, Axes], ...]
 # A sum in another order: so many units in the last place of the sum of magnitudes.
 # Ranks of some hundreds stay far below it.
 NOISE = 64 * 2.0**-24
 TINY = 1e-37  # Below it a device may take a number for zero.
 
 
-def layer_of(leaves: Leaves, place: Array | None) -> dict[str, Matrix]:
-    """The layer at `place` of stacked parameters, stacked alone; None: all as it is."""
+def layer_of(leaf: Matrix, place: Array | None) -> Matrix:
+    """The layer at `place` of a stacked parameter, stacked alone; None: all of it."""
     if place is None:
-        return dict(leaves)
-    return {p: jax.tree.map(lambda x: x[place][None], v) for p, v in leaves.items()}
+        return leaf
+    return jax.tree.map(lambda x: x[place][None], leaf)
 
 
 def vocabulary_rows(leaf: Matrix, ids: Array, is_head: bool) -> Matrix:
@@ -48,35 +44,32 @@ def _rows(leaf: Matrix, ids: Array) -> Matrix:
     return dataclasses.replace(leaf, base=_rows(leaf.base, ids), a=a)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def compare_layer(
-    leaves: Leaves, base: Leaves, found: Leaves, place: Array | None, held: Held
-) -> dict[str, dict[str, Array]]:
-    """How far the parameters in a file are from those of a run, by path.
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def compare_numbers(
+    leaf: Matrix,
+    base: Matrix | None,
+    found: Array,
+    place: Array | None,
+    numbers: StoredNumbers,
+    axes: Axes,
+) -> dict[str, Array]:
+    """How far `found` in a file is from what a run has.
 
     Args:
-      leaves: the parameters of the run, at least those of `held`.
-      base: of the base model, those of which the run trained an adapter.
-      found: by path, one layer of the parameter in the file, or what the file adds to
-        the base model's.
+      leaf: the parameter of the run.
+      base: of the base model; None where the run trained no adapter of it.
+      found: one layer of the parameter in the file, or what the file adds to the base
+        model's.
       place: the layer, see `layer_of`.
-      held: how the file holds them.
+      numbers: those in the file.
+      axes: of `found`.
 
     Returns:
       `share`, the largest difference in units of what is explained; sums of squares
       `apart` of the differences and `size` of the update, and `kept`, the product of
       the update with what is left of it.
     """
-    leaves, base = layer_of(leaves, place), layer_of(base, place)
-    return {
-        path: _compare(leaves[path], base.get(path), found[path], numbers, axes)
-        for path, numbers, axes in held
-    }
-
-
-def _compare(
-    leaf: Matrix, base: Matrix | None, found: Array, numbers: StoredNumbers, axes: Axes
-) -> dict[str, Array]:
+    leaf, base = layer_of(leaf, place), layer_of(base, place)
     found, parts = found.astype(jnp.float32), _parts(leaf, base)
     update = parts.update
     if numbers.is_update:
@@ -96,26 +89,18 @@ def _compare(
     return sums
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def round_layer(leaves: Leaves, place: Array | None, held: Held) -> dict[str, Array]:
-    """The parameters of the run as a file of such numbers gives them back."""
-    leaves = layer_of(leaves, place)
-    return {
-        path: rounded(_float32(leaves[path]), numbers, axes)
-        for path, numbers, axes in held
-    }
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def round_numbers(
+    leaf: Matrix, place: Array | None, numbers: StoredNumbers, axes: Axes
+) -> Array:
+    """A layer of the run as a file of such numbers gives it back."""
+    return rounded(_float32(layer_of(leaf, place)), numbers, axes)
 
 
 @jax.jit
-def add_updates(
-    base: Leaves, updates: Leaves, place: Array | None
-) -> dict[str, Matrix]:
-    """The base model's parameters, some with what files add to them."""
-    base = layer_of(base, place)
-    return base | {
-        path: _float32(base[path]) + update.astype(jnp.float32)
-        for path, update in updates.items()
-    }
+def add_update(base: Matrix, update: Array, place: Array | None) -> Array:
+    """A layer of the base model with what files add to it."""
+    return _float32(layer_of(base, place)) + update.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ def find_rows(folder: Path, tokenizer: Tokenizer) -> ProofRows:
       UserError: the file holds something else.
     """
     found = read_json(folder / FILE, SHAPE, "remove it, and export again", absent={})
-    if found:
+    if found and any(map(any, found["segments"])):
         arrays = {name: np.array(found[name], np.int32) for name in FIELDS}
         return ProofRows(**arrays, origin="held-out rows of the run")
     (ids,) = tokenizer.encode_texts([TEXT])

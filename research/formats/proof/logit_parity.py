@@ -186,7 +186,9 @@ class _Proof:
             return {path: _layer_of(base[path], place) for path in paths}
         if name == "other":
             return {
-                path: round_numbers(own[path], place, held[path], self._axes(path))
+                path: round_numbers(
+                    own[path], place, held[path], self._axes(path)
+                ).block_until_ready()
                 for path in paths
             }
         return {
@@ -230,6 +232,7 @@ class _Proof:
             other = logits.get("other", run)
             same, changed = (run, other) if self.on_base else (other, other)
             sums = add_piece(sums, run, files, same, changed, ids[0])
+            jax.block_until_ready(sums)  # Room for the next piece.
         return measures(sums, self.rows.segments > 0, np.int32(head.size))
 
     def note(self, path: str, sums: Mapping[str, Array]) -> None:

@@ -24,6 +24,7 @@ from research.formats.huggingface.huggingface_weights import read_hf_config
 from research.formats.proof import same_model
 from research.formats.proof.architecture_parity import differences, excused
 from research.formats.proof.logit_parity import prove
+from research.formats.proof.parity import Parity
 from research.formats.proof.proof_tokens import ProofRows
 from research.formats.proof.stored_numbers import (
     Axes,
@@ -109,6 +110,23 @@ def test_an_update_may_be_the_difference_of_two_products():
     for found, right in ((0.01 * a @ b, True), (1.01 * a @ b, False)):
         sums = compare_numbers(leaf, base, found, None, numbers, Axes(1, 1))
         assert (sums["share"] <= 1) == right
+
+
+def test_numbers_that_lose_what_was_trained_are_named():
+    whole = Parity(
+        rows="x", tokens=1, numbers="bfloat16", architecture=(), weights=0.5, worst="w",
+        update=None, kept=0.99, least_kept="w", logits=0, changed=0, largest=0, kl=0,
+        largest_kl=0, agreement=1,
+    )  # fmt: skip
+    assert not whole.faults() and not whole.warning()
+    lost = dataclasses.replace(whole, kept=0.1)
+    assert "bfloat16 leaves 10% of what the adapters add" in lost.warning()
+    moved = dataclasses.replace(whole, kept=None, update=0.2)
+    assert "moves what the adapters add to a matrix by 20%" in moved.warning()
+    assert "float32" in lost.warning() and "float32" in moved.warning()
+    nan = float("nan")
+    for name in ("weights", "logits", "changed", "largest"):
+        assert dataclasses.replace(whole, **{name: nan}).faults()
 
 
 # -- settings --------------------------------------------------------------------------

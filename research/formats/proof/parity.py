@@ -84,6 +84,11 @@ class Parity:
 
     def warning(self) -> str:
         """A sentence on what the numbers in the files lose; "" where that is little."""
+        if self.update is not None and self.update > 1 - MUCH:
+            return (
+                f"rounding to {self.numbers} moves what the adapters add to a matrix "
+                f"by {self.update:.0%}; export in float32"
+            )
         if self.kept is None or self.kept > MUCH:
             return ""
         return (
@@ -103,5 +108,6 @@ class Parity:
     def facts(self) -> dict[str, Any]:
         """The content of `parity.json`."""
         return dataclasses.asdict(self) | {
-            "limits": {"weights": 1.0, "logits": self.logits_limit}
+            "architecture": self.architecture or "equal",
+            "limits": {"weights": 1.0, "logits": self.logits_limit},
         }

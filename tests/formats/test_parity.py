@@ -253,7 +253,7 @@ def test_a_file_without_windows_is_compared_within_its_context(tmp_path):
 
 def test_the_proof_is_the_same_over_a_mesh(tmp_path):
     mesh = meshes.make_mesh(mesh_sizes(2, 2, 2))
-    exported = tiny_export()
+    exported = tiny_export(family="llama", experts=None, layers=1)
     specs, model = exported.model.specs, exported.model
     base = jax.device_put(exported.base_weights, meshes.shardings(specs, mesh))
     config = LoRAConfig(rank=2, targets=("attention", "mlp"))

@@ -78,11 +78,12 @@ def tiny_tokenizer(size=VOCABULARY):
 @functools.cache
 def tiny_export(**changes):
     """A tiny Mixtral with adapters on all matrices, as if trained for a while."""
-    shape = Architecture(
-        vocab=VOCABULARY, embed=64, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=16,
-        tied_head=False, family="mixtral", experts=Experts(4, 2), max_position=64,
-        **changes,
-    )  # fmt: skip
+    fields = {
+        "vocab": VOCABULARY, "embed": 64, "mlp": 32, "layers": 2, "heads": 4,
+        "kv_heads": 2, "head_dim": 16, "tied_head": False, "family": "mixtral",
+        "experts": Experts(4, 2), "max_position": 64,
+    }  # fmt: skip
+    shape = Architecture(**fields | changes)
     model = Model(shape)
     config = LoRAConfig(rank=2, targets=("attention", "mlp"))
     return with_adapters(model, random_params(model.specs), config)

@@ -79,7 +79,7 @@ class EvaluateFlags:
     slots: int = knob(
         0,
         "answers made at a time; 0: 32 on accelerators; on a CPU 64 of up to 512 "
-        "tokens with their prompts, and 16 of longer ones",
+        "tokens with their prompts, 32 of up to 1,024, and so on",
         low=0,
         high=256,
     )

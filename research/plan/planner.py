@@ -171,6 +171,6 @@ def _assemble(
         roofline=line,
         best=best,
         worst=worst,
-        trained=parameter_paths.count(step.state.params),
+        trained=step.definition.trainable.count,
         frozen=parameter_paths.count(step.definition.trainable.used(step.frozen)),
     )

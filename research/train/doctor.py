@@ -91,7 +91,7 @@ def examine_model(
     is_read = isinstance(state.step, jax.Array)
     odd = parameter_paths.not_finite(state.params) if is_read else []
     kept_ones = definition.trainable.used(frozen)
-    trained = parameter_paths.count(state.params)
+    trained = definition.trainable.count
     kept = parameter_paths.count(kept_ones)
     used = sum(count_used(x, definition.model) for x in (state.params, kept_ones))
     of_token = f"; a token uses {used:,} of all" if used < trained + kept else ""

@@ -43,6 +43,11 @@ class Spec:
         return self.shape[self.stacked : self.stacked + self.n_in]
 
     @property
+    def is_table(self) -> bool:
+        """Whether its rows belong to ids: embeddings, which a tied head shares."""
+        return self.n_in == 1 and not self.stacked and self.axes[0] == "vocab"
+
+    @property
     def as_matrix(self) -> "Spec":
         """The same values as `[*stack, in, out]`, split by the first axis of each."""
         if not self.n_in:

@@ -63,6 +63,12 @@ class Trainable:
     kind: AdapterKind | None = None
     full: frozenset[str] = frozenset()
 
+    @property
+    def count(self) -> int:
+        """Number of scalars that are trained."""
+        specs = jax.tree.leaves(self.specs)
+        return parameter_paths.count([spec for spec in specs if not spec.fixed])
+
     def adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The factors among `params`, or the specs of factors among `specs`."""
         return {path: x for path, x in params.items() if path not in self.full}

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import close
 from peft_exports import adapters_of, export_of, write_adapter
 from small_run import make_small_place, one_device, small_config
 from tiny_model import CONFIG
@@ -13,16 +14,22 @@ from tiny_model import CONFIG
 from research.config.knob_groups import LoRAConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
+from research.export.write_model import write_model
 from research.formats.peft import find_adapter
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
+from research.runs.answering.open_for_answering import open_for_answering
 from research.runs.lineage.adapter_start import with_adapter
 from research.runs.lineage.hub_pins import pinned, resolve_addresses
+from research.runs.reopen import reopen
 from research.runs.run_directory import RunDir
 from research.studio.jobs.job_commands import branching
 from research.tasks import task_registry
+from research.train import start_to_report
 from research.train.step.definition_from_config import load_start, make_step_definition
 from research.weights.adapters.lora import KIND
+from research.weights.contraction import materialize
+from research.weights.representations.adapter_bank import AdapterBank
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +143,34 @@ def test_an_adapter_of_the_hub_keeps_its_commit(adapter, tmp_path, monkeypatch):
     (tmp_path / "run" / "hub_revisions.json").write_text(json.dumps(pins))
     monkeypatch.setattr(find_adapter, "fetch_files", None)
     assert with_adapter(config, RunDir(tmp_path / "run")).lora == found.lora
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["dora", "pissa"])
+def test_a_run_of_each_kind_is_exported_and_continued(kind, adapter):
+    """From the first step over a mesh of eight to other tools' files and back."""
+    lora = LoRAConfig(kind=kind, rank=2, targets=("attention", "mlp.up"), rslora=True)
+    config = small_config(adapter[0], kind, 4, lora=lora)
+    assert start_to_report.train([config]) == 0
+    run = reopen(config.run_dir)
+    merged = {path: materialize(leaf) for path, leaf in run.weights.items()}
+    out = adapter[0] / f"{kind}-peft"
+    write_model(config.run_dir, "latest", out, "float32", False, ["peft"])
+    asked = dataclasses.replace(config_of(adapter[0]), run_dir=str(adapter[0] / "next"))
+    asked = dataclasses.replace(asked, lora=LoRAConfig(init_from=str(out)))
+    asked = with_adapter(asked)
+    assert asked.lora.kind == {"dora": "dora", "pissa": "lora"}[kind]
+    mesh, base = one_device(), task_registry.open_start(asked)
+    objective = task_registry.make_objective(asked, mesh)
+    definition = make_step_definition(asked, base, mesh, objective)
+    params, frozen = load_start(definition, base, continued=asked.lora)
+    found = definition.trainable.forward(params, frozen, None)
+    close({path: materialize(leaf) for path, leaf in found.items()}, merged)
+    if kind == "dora":
+        with pytest.raises(UserError, match="no adapters of kind 'dora'"):
+            write_model(config.run_dir, "latest", None, "", False, ["gguf-adapter"])
+        with pytest.raises(UserError, match="base model itself, and one base"):
+            open_for_answering([config.run_dir], model=asked.model.init_from, mesh=mesh)
+    served = open_for_answering([config.run_dir], mesh=mesh).params
+    shared = [leaf for leaf in served.values() if isinstance(leaf, AdapterBank)]
+    assert bool(shared) == (kind == "pissa") and {x.rank for x in shared} <= {4}

@@ -53,6 +53,7 @@ from research.runs.reopen import find_run, reopen
 from research.train import start_to_report
 from research.train.metrics import metrics_log
 from research.weights import parameter_paths, trainable
+from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.lora import LoRA
 from research.weights.contraction import contract, lookup, materialize, transpose
 from research.weights.parameter_spec import Spec
@@ -249,6 +250,8 @@ def trained(small):
         ("scaled", "int8"),
         in_soak(("scaled", "plain")),
         in_soak(("lora", "int8")),
+        in_soak(("dora", "int8")),
+        in_soak(("pissa", "int8")),
     ],
     ids="-".join,
 )
@@ -330,7 +333,7 @@ def check_resumed(folder, unbroken, first):
 
 def test_merged_and_exported_weights_compute_what_the_adapters_do(alone_or_together):
     run = reopen(alone_or_together)
-    kind = SCALED if run.config.lora.kind == "scaled" else LoRA()
+    kind = find_kind(run.config.lora.kind)
     factors = run.trainable.adapters(run.params)
     whole = {path: run.params[path] for path in run.trainable.full}
     merged = kind.merge(run.frozen, factors, run.config.lora)
@@ -338,8 +341,12 @@ def test_merged_and_exported_weights_compute_what_the_adapters_do(alone_or_toget
     close(small_hidden(run.model, merged | whole), adapted)
     assert np.abs(adapted - small_hidden(run.model, run.frozen)).max() > 1e-2
     assert np.abs(adapted - small_hidden(run.model, merged)).max() > 1e-3
-    restored = kind.unmerge(merged, factors, run.config.lora)
-    close(restored, {path: materialize(leaf) for path, leaf in run.frozen.items()})
+    if kind.name == "dora":
+        with pytest.raises(UserError, match="cannot be taken out"):
+            kind.unmerge(merged, factors, run.config.lora)
+    else:
+        restored = kind.unmerge(merged, factors, run.config.lora)
+        close(restored, {p: materialize(leaf) for p, leaf in run.frozen.items()})
     exported = open_base(str(alone_or_together / EXPORTED))
     written = load_base(exported, run.model, run.mesh, jnp.float32, 0)
     close(small_hidden(run.model, written), adapted)

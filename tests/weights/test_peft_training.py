@@ -330,3 +330,14 @@ def test_a_damaged_folder_of_dora_is_one_sentence(change, said, tmp_path):
     model = base()[0]
     with pytest.raises(UserError, match=said):
         AdapterFolder(str(folder), model.architecture, model.specs)
+
+
+def test_embeddings_start_as_those_of_peft():
+    (kind, config, peft), specs = started("dora"), base()[0].specs
+    start = jax.jit(lambda key, base: kind.init(key, specs, config, base))
+    for own in (start(jax.random.key(0), base()[1]), peft):
+        table = own["embedding.table"]
+        assert not np.any(table["a"])
+        np.testing.assert_allclose(np.std(table["b"]), 1.0, rtol=0.2)
+        close(table["magnitude"], peft["embedding.table"]["magnitude"])
+        assert not np.any(own[LINEAR[0]]["b"])

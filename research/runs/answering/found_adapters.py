@@ -162,6 +162,10 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun | FoundFolder:
 
 def why_base(folder: RunDir) -> str:
     """Why a run that is no adapter alone stands for a base model, as a clause."""
-    every = folder.config().trainable == "full"
-    what = "all its parameters" if every else "parameters whole (config.lora.full)"
+    config = folder.config()
+    what = f"adapters of kind {config.lora.kind!r}, which are no low-rank update"
+    if config.trainable == "full":
+        what = "all its parameters"
+    elif config.lora.full:
+        what = "parameters whole (config.lora.full)"
     return f"{folder} trained {what}, so it is a base model itself"

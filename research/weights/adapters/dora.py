@@ -50,7 +50,7 @@ class DoRA(LoRA):
         if base is None:
             raise UserError("adapters of kind 'dora' start from the weights")
         start = super().init_matrix(key, specs, base, scale)
-        return self.off_matrix(start, base)
+        return start | {"magnitude": self._norms(base, start)}
 
     def measure_matrix(
         self, base: Matrix, factors: Factors, scale: Array
@@ -71,9 +71,8 @@ class DoRA(LoRA):
         return WeightDecomposed(inner, factors["magnitude"] / base.norm)
 
     def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
-        off = super().off_matrix(factors, base) | {"a": factors["a"]}
-        scale = jnp.ones(base.shape[: self.stack_axes(base, factors)], jnp.float32)
-        return off | {"magnitude": self._norms(base, off, scale)}
+        off = super().off_matrix(factors, base)
+        return off | {"magnitude": self._norms(base, off)}
 
     def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
         # The length of W + s A B is not in the product any more.
@@ -89,7 +88,12 @@ class DoRA(LoRA):
             )
         return super().union(specs, configs)
 
-    def _norms(self, base: Matrix, factors: Factors, scale: Array) -> Array:
+    def _norms(
+        self, base: Matrix, factors: Factors, scale: Array | None = None
+    ) -> Array:
+        if scale is None:  # Any will do where the product of factors is zero.
+            stack = base.shape[: self.stack_axes(base, factors)]
+            scale = jnp.ones(stack, jnp.float32)
         fixed = jax.lax.stop_gradient((factors["a"], factors["b"]))
         return output_norms(LowRank(base, *fixed, scale))
 

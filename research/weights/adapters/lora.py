@@ -58,8 +58,14 @@ class LoRA(AdapterKind):
     def init_matrix(
         self, key: Array, specs: Mapping[str, Spec], base: Matrix | None, scale: float
     ) -> Factors:
-        """A as `draw` gives it, and B zero."""
+        """A as `draw` gives it, and B zero; of a table A zero and B normal, as in PEFT.
+
+        A table gives rows away: one with small factors in both would hardly train.
+        """
         a = specs["a"]
+        if a.is_table:
+            drawn = jax.random.normal(key, specs["b"].shape, jnp.float32)
+            return {"a": jnp.zeros(a.shape, jnp.float32), "b": drawn}
         # Drawn as rows, which gives the same numbers: a CPU takes seconds to compile
         # the random bits of three axes. A mesh splits only the first input axis of A
         # (`mesh.RULES`), which is the first of a row, so no device has all of A.

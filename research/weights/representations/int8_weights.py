@@ -89,7 +89,7 @@ class Int8Matrix(Leaf):
 
 def int8_specs(spec: Spec) -> Int8Matrix:
     """The `Int8Matrix` of the matrix `spec`, with a `Spec` for each array."""
-    stack, ends, is_table = spec.stacked, spec.stacked + spec.n_in, _is_table(spec)
+    stack, ends, is_table = spec.stacked, spec.stacked + spec.n_in, spec.is_table
 
     def moved(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return (
@@ -114,10 +114,6 @@ def as_int8(weight: Array, spec: Spec) -> Int8Matrix:
         weight = jnp.moveaxis(weight, into, range(last - spec.n_in, last))
     codes, scale = _rounded(weight, tuple(range(len(like.scale.shape), last)))
     return dataclasses.replace(like, codes=codes, scale=scale)
-
-
-def _is_table(spec: Spec) -> bool:
-    return spec.n_in == 1 and not spec.stacked and spec.axes[0] == "vocab"
 
 
 def _rounded(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -39,6 +39,12 @@ def _is_size(held_out: float) -> bool:
 
 RULES = (
     Rule(
+        ("lora.layers", "lora.kind"),
+        "DoRA trains the lengths of every layer, so it has no choice of layers: use "
+        "another kind",
+        lambda c: not c.lora.layers or c.lora.kind != "dora",
+    ),
+    Rule(
         ("model.init_from", "model.preset"),
         "one of them names a model to start from, or the shape of a random one",
         lambda c: bool(c.model.init_from or c.model.preset),

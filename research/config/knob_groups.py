@@ -89,6 +89,11 @@ class LoRAConfig:
     )
     rank: int = knob(16, "inner dimension of the adapters", above=0)
     alpha: float = knob(32.0, "the adapters' product counts alpha / rank", above=0)
+    layers: str = knob(
+        "",
+        "layers whose matrices get adapters, such as 0-11 or 0-3,8, counted from 0; "
+        "empty: all",
+    )
     rslora: bool = knob(False, "the product counts alpha / sqrt(rank) instead")
     dropout: float = knob(
         0.0, "share of adapter inputs dropped in training", low=0, high=0.99

@@ -151,10 +151,7 @@ def _examine_adapters(
         f"\n  {path} {tuple(frozen[path].shape)} rank {kind.rank(factors)}"
         for path, factors in adapters.items()
     )
-    matrices = sum(
-        math.prod(spec.shape[: spec.stacked])
-        for spec in (definition.model.specs[path] for path in adapters)
-    )
+    matrices = sum(next(iter(split.specs[path].values())).copies for path in adapters)
     specs = len(jax.tree.leaves(split.specs))
     leaves = len(jax.tree.leaves(state.params))
     differing, moved, distance = _compare_outputs(definition, state.params, frozen)

@@ -23,6 +23,7 @@ class Spec:
       std: standard deviation of its random initialisation; 0 gives `fill` everywhere.
       fill: its initial value where `std` is 0.
       fixed: it lies among trained parameters, and is not trained.
+      layers: of the first axis, those that are not zero for ever; empty: all.
       dtype: name of its dtype, where that is fixed (codes of a quantized weight);
         None for the dtype of the tree that it belongs to.
       names: of the modules that hold it in other tools' files, with `{}` for the layer.
@@ -37,10 +38,17 @@ class Spec:
     names: tuple[str, ...] = ()
     fill: float = 1.0
     fixed: bool = False
+    layers: tuple[int, ...] = ()
 
     @property
     def in_shape(self) -> tuple[int, ...]:
         return self.shape[self.stacked : self.stacked + self.n_in]
+
+    @property
+    def copies(self) -> int:
+        """How many stacked arrays it has, without those that are zero for ever."""
+        whole = math.prod(self.shape[: self.stacked])
+        return whole // self.shape[0] * len(self.layers) if self.layers else whole
 
     @property
     def is_table(self) -> bool:

@@ -4,6 +4,7 @@ This is the one place that knows whether a run trains adapters or the whole mode
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,8 +67,8 @@ class Trainable:
     @property
     def count(self) -> int:
         """Number of scalars that are trained."""
-        specs = jax.tree.leaves(self.specs)
-        return parameter_paths.count([spec for spec in specs if not spec.fixed])
+        specs = [spec for spec in jax.tree.leaves(self.specs) if not spec.fixed]
+        return sum(x.copies * math.prod(x.shape[x.stacked :]) for x in specs)
 
     def adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The factors among `params`, or the specs of factors among `specs`."""

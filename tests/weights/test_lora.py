@@ -12,7 +12,7 @@ from flax import linen, nnx
 from helpers import TINY, close, in_soak, random_adapters, random_params
 
 from research.config.choices import ADAPTER_MODULES
-from research.config.run_config import LoRAConfig, ModelConfig
+from research.config.run_config import Config, LoRAConfig, ModelConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.weights import parameter_paths, trainable
@@ -401,3 +401,33 @@ def test_lift_trains_a_plain_function_of_nested_parameters():
         return jnp.tanh(hidden) @ params["dense1"]["kernel"]
 
     check_lifted(apply, params, "lora")
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa"])
+def test_layers_without_adapters_are_zero_and_not_counted(kind, model, params):
+    config = LoRAConfig(kind=kind, rank=2, targets=("query", "embedding"), layers="1")
+    split = trainable.make("lora", ModelConfig(), config, model.specs)
+    start = split.init(jax.random.key(0), params)
+    for name, value in start[QUERY].items():
+        assert not np.any(value[0]), name
+        assert np.any(value[1]) == (name != "b" or kind == "pissa"), name
+    assert start["embedding.table"]["a"].shape == (TINY.vocab, 2)
+    every = trainable.make(
+        "lora", ModelConfig(), dataclasses.replace(config, layers=""), model.specs
+    )
+    inputs, outputs = model.specs[QUERY].as_matrix.shape[-2:]
+    assert every.count - split.count == 2 * (inputs + outputs)
+
+
+@pytest.mark.parametrize(
+    "layers, said",
+    [("0-2", "has 0-2, and .* are 0 to 1"), ("1-0", "has 1-0"), ("a", "is 'a'; give")],
+)
+def test_layers_that_are_not_there_are_refused(layers, said, model):
+    with pytest.raises(UserError, match=said):
+        lora.adapter_specs(model.specs, LoRAConfig(layers=layers))
+
+
+def test_dora_has_no_choice_of_layers():
+    with pytest.raises(UserError, match=r"lora\.kind is 'dora'.*every layer"):
+        Config(lora=LoRAConfig(kind="dora", layers="0-1"))

@@ -86,6 +86,7 @@ class AdapterFolder:
             lora,
             kind=self.adapter_kind.name,
             rslora=False,
+            layers="",
             targets=tuple(map(_exactly, self.ranks)),
             rank=int(rank),
             alpha=float(alpha),

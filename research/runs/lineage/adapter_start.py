@@ -16,7 +16,7 @@ from research.runs.run_directory import RunDir
 
 # The knobs that an adapter answers.
 ANSWERED = (
-    *("kind", "rslora", "targets", "rank", "alpha"),
+    *("kind", "rslora", "layers", "targets", "rank", "alpha"),
     *("rank_pattern", "alpha_pattern", "full"),
 )
 

@@ -15,7 +15,7 @@ MAY_DIFFER = frozenset(
         "run_dir",
         "seed",
         *(f"lora.{x}" for x in ("rank", "alpha", "dropout", "targets")),
-        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern", "rslora")),
+        *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern", "rslora", "layers")),
         *(f"optim.{x}" for x in ("learning_rate", "schedule", "warmup", "decay")),
         *("optim.final", "optim.rate_pattern"),
     }

@@ -167,7 +167,8 @@ class AdapterKind(abc.ABC):
                 )
             if fault := self.rank_fault(matrices[path], rank):
                 raise UserError(f"lora rank for {path} is {rank}; {fault}")
-            adapters[path] = self.matrix_specs(matrices[path], rank)
+            own = self.matrix_specs(matrices[path], rank)
+            adapters[path] = _in_layers(own, config.layers)
         return adapters
 
     def init(
@@ -184,12 +185,12 @@ class AdapterKind(abc.ABC):
         """
         own = self.specs(specs, config)
         scales = self.settings(self.ranks(own), config).scales
-        return {
-            path: self.init_matrix(
-                jax.random.fold_in(key, index), factors, base.get(path), scales[path]
-            )
-            for index, (path, factors) in enumerate(own.items())
-        }
+        started = {}
+        for index, (path, factors) in enumerate(own.items()):
+            own_key = jax.random.fold_in(key, index)
+            start = self.init_matrix(own_key, factors, base.get(path), scales[path])
+            started[path] = {k: _only(x, factors[k].layers) for k, x in start.items()}
+        return started
 
     def ranks(self, adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         """The rank of each path (arrays or specs)."""
@@ -323,3 +324,38 @@ def with_own_patterns(config: LoRAConfig, specs: Mapping[str, Spec]) -> LoRAConf
         rank_pattern=tuple(x for each in config.rank_pattern for x in own(each)),
         alpha_pattern=tuple(x for each in config.alpha_pattern for x in own(each)),
     )
+
+
+def _in_layers(specs: dict[str, Spec], layers: str) -> dict[str, Spec]:
+    """`specs` of one matrix, of which only some layers have an adapter.
+
+    Raises:
+      UserError: `layers` has another form, or names a layer that is not there.
+    """
+    if not layers or not all(spec.axes[0] == "layers" for spec in specs.values()):
+        return specs
+    count, found = next(iter(specs.values())).shape[0], set()
+    for part in map(str.strip, layers.split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(
+                f"config.lora.layers is {layers!r}; give numbers and ranges, such as "
+                "0-11 or 0-3,8"
+            )
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers or numbers[-1] >= count:
+            raise UserError(
+                f"config.lora.layers has {part}, and the layers of this model are 0 to "
+                f"{count - 1}"
+            )
+        found.update(numbers)
+    chosen = tuple(sorted(found))
+    return {name: dataclasses.replace(x, layers=chosen) for name, x in specs.items()}
+
+
+def _only(value: Array, layers: Sequence[int]) -> Array:
+    """Zeros in the other layers: where both factors are, they get no gradient."""
+    if not layers:
+        return value
+    kept = jnp.zeros(value.shape[0], bool).at[jnp.array(layers)].set(True)
+    return jnp.where(jnp.expand_dims(kept, range(1, value.ndim)), value, 0)

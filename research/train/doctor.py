@@ -6,7 +6,6 @@ in the real data and parameters. It returns its findings as data.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

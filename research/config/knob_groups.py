@@ -133,7 +133,7 @@ class OptimConfig:
     rate_pattern: tuple[str, ...] = knob(
         (),
         "factors of the learning rate of some arrays, as ('pattern=factor', ...); the "
-        "last match of a path wins; LoRA+ is ('[.]b$=16',)",
+        "last match wins; LoRA+ is ('[.]b$=16',)",
     )
     schedule: str = knob(
         "cosine",

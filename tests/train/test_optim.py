@@ -369,6 +369,8 @@ def other_value(path, field, value):
         return {
             "lora.rank_pattern": ("query=2",),
             "lora.alpha_pattern": ("query=2",),
+            "lora.full": ("norms",),
+            "optim.rate_pattern": ("query=2",),
         }.get(path, ("query",))
     if isinstance(value, bool):
         return not value

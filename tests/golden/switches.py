@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from reference import Arrays, continue_prompt, forward, require
+from rounding_error import rounding_error
 from safetensors.numpy import load_file, save_file
 from seeded_weights import make_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -199,7 +200,9 @@ def config_of(tiny: Tiny) -> Any:
     return AutoConfig.for_model(tiny.model_type, **shape | tiny.changes)
 
 
-def written(tiny: Tiny) -> tuple[dict[str, Any], dict[str, list[int]], PreTrainedModel]:
+def written(
+    tiny: Tiny, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Any], dict[str, list[int]], PreTrainedModel]:
     """The config and tensor names that transformers writes, and the seeded model."""
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config_of(tiny)).save_pretrained(folder)
@@ -208,7 +211,10 @@ def written(tiny: Tiny) -> tuple[dict[str, Any], dict[str, list[int]], PreTraine
         weights = make_weights(shapes, tiny.seed, tiny.norm_mean)
         save_file(weights, file, metadata={"format": "pt"})
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         config = json.loads(Path(folder, "config.json").read_text())
     return config, shapes, model.eval()
@@ -242,12 +248,23 @@ def arrays_of(tiny: Tiny, model: PreTrainedModel) -> Arrays:
     return recorded | continue_prompt(model, make_prompt)
 
 
+def half_error(tiny: Tiny) -> float:
+    """The rounding error of transformers in bfloat16, see `rounding_error`."""
+    model = written(tiny, torch.bfloat16)[2]
+    vocab = model.config.get_text_config().vocab_size
+    tokens = np.random.RandomState(tiny.seed).randint(0, vocab, (2, LENGTH))
+    found = forward(model, tokens).float().numpy()
+    exact = forward(model.float(), tokens).numpy()
+    return rounding_error(*(x[:, EVERY - 1 :: EVERY] for x in (found, exact)))
+
+
 def write_tiny(tiny: Tiny, root: Path) -> None:
     folder = root / FOLDER / tiny.name
     folder.mkdir(parents=True, exist_ok=True)
     config, shapes, model = written(tiny)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     facts = {"seed": tiny.seed, "norm_mean": tiny.norm_mean, "shapes": shapes}
+    facts["half_error"] = round(half_error(tiny), 6)
     (folder / "tensors.json").write_text(json.dumps(facts) + "\n")
     np.savez_compressed(folder / "expected.npz", **arrays_of(tiny, model))
 
@@ -261,6 +278,9 @@ def read_tiny(tiny: Tiny, root: Path) -> tuple[Arrays, list[str]]:
     # The version alone may differ, when newer pins are being tried.
     if stored | {"transformers_version": config["transformers_version"]} != config:
         faults.append("config.json differs")
-    if json.loads((folder / "tensors.json").read_text())["shapes"] != shapes:
+    facts = json.loads((folder / "tensors.json").read_text())
+    if facts["shapes"] != shapes:
         faults.append("tensor names differ")
+    if abs(half_error(tiny) / facts["half_error"] - 1) > 0.05:
+        faults.append("the rounding error in bfloat16 differs")
     return arrays_of(tiny, model), faults

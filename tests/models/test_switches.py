@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import close, in_soak, mesh_sizes, random_adapters
 from jax.sharding import NamedSharding
+from rounding_error import rounding_error
 from safetensors.numpy import load_file, save_file
 from switch_models import NAMES, SWITCHES, packed
 
@@ -48,6 +49,20 @@ def test_packed_rows_match_hugging_face(golden, name):
     assert difference < 1e-3, f"{name}: logits differ by {difference:.2e}"
     likeliest = said[len(prompt) - 1 : -1].argmax(-1)
     np.testing.assert_array_equal(likeliest, greedy)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "gemma2" else in_soak(name) for name in NAMES]
+)
+def test_bfloat16_rounds_no_more_than_in_hugging_face(golden, name):
+    """With the same rounded weights. Norms in bfloat16 would show."""
+    it = golden(name)
+    rounded = {path: x.astype(jnp.bfloat16) for path, x in it.params.items()}
+    exact, _ = it.logits({path: x.astype(jnp.float32) for path, x in rounded.items()})
+    found, _ = it.logits(rounded, dtype=jnp.bfloat16)
+    error = rounding_error(found, exact)
+    print(f"{name}: {error:.5f}, in Hugging Face's {it.half_error:.5f}")
+    assert 0 < error < 1.35 * it.half_error
 
 
 def test_a_row_beyond_the_original_context_has_the_long_frequencies(golden):

@@ -31,6 +31,7 @@ class SwitchModel:
         save_file(weights, folder / "model.safetensors")
         self.config = json.loads((recorded / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(self.config))
+        self.half_error = facts["half_error"]
         self.folder, self.expected = folder, np.load(recorded / "expected.npz")
         self.architecture = read_hf_config(folder)
         self.model = Model(self.architecture)
@@ -39,13 +40,9 @@ class SwitchModel:
         self.params = load_params(
             HuggingFaceWeights(folder), self.model, shardings, np.float32
         )
-        self._logits = jax.jit(
-            lambda params, *row: self.model.logits(
-                params, self.model.hidden(params, *row)
-            )
-        )
+        self._logits = make_logits(self.model)
 
-    def logits(self, params):
+    def logits(self, params, **options):
         """Logits at the positions that are recorded, and those of the greedy row.
 
         Also computed behind each other in one row, so that one program has all.
@@ -53,10 +50,19 @@ class SwitchModel:
         tokens, every = self.expected["tokens"], 6
         prompt, greedy = self.expected["prompt"][0], self.expected["greedy"][0]
         rows = [*tokens, np.concatenate([prompt, greedy])]
-        found = np.array(self._logits(params, *packed(rows)))[0]
+        logits = self._logits
+        if options:
+            logits = make_logits(self.model.with_options(**options))
+        found = np.array(logits(params, *packed(rows)))[0]
         ends = np.cumsum([len(row) for row in rows])[:-1]
         first, second, said = np.split(found, ends)
         return np.stack([first, second])[:, every - 1 :: every], said
+
+
+def make_logits(model):
+    return jax.jit(
+        lambda params, *row: model.logits(params, model.hidden(params, *row))
+    )
 
 
 def packed(rows):

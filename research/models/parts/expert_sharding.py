@@ -7,8 +7,9 @@ they only sum. No token is dropped, and no expert has a capacity: a device whose
 are popular takes longer. It must have room for every token that it gathers, so it
 computes those of one device after those of another, and keeps nothing but inputs.
 
-A ragged all-to-all would send a token only to the devices of its experts, but XLA has
-none for CPUs, and with 8 experts for each token most devices get most tokens anyway.
+A ragged all-to-all would send a token only to the devices of its experts. With 8
+experts for each token and 8 devices it sends as much, into a buffer 8 times as large:
+see docs/scale.md.
 """
 
 from collections.abc import Callable

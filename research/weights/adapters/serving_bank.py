@@ -100,8 +100,9 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
         if type(leaf) is not LowRank:
             raise UserError(
                 f"the adapter of {path} is a {type(leaf).__name__}, and only low-rank "
-                "updates fit beside others in one batch: export the run, and serve the "
-                "exported model"
+                "updates fit beside others in one batch: export the run with "
+                "--format=hf, or merge the adapter folder with PEFT, and serve that "
+                "model"
             )
         if path not in banks:
             raise UserError(

@@ -1,5 +1,6 @@
 """Adapter folders of PEFT answer as runs do: the same weights, prompts and refusals."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from small_run import one_device
 
 from research.core.errors import UserError
 from research.evaluate.measuring.evaluated_models import find_models
+from research.formats.peft.adapter_folder import AdapterFolder
 from research.generate.__main__ import GenerateFlags, _check
 from research.generate.asked_model import SamplingFlags, open_adapter
 from research.runs.answering.found_adapters import find_adapters
@@ -130,6 +132,18 @@ def test_a_folder_has_no_steps_and_no_rows(folder):
         find_models([str(folder)])
     with pytest.raises(UserError, match="is no run directory"):
         run_addresses([f"{folder}@3"], with_folders=True)
+
+
+def test_parameters_that_are_trained_whole_enter_no_bank(folder, opened, monkeypatch):
+    """A bank has room for factors alone, and would drop them without a word."""
+    read = AdapterFolder.lora_config
+
+    def with_norms(self, lora):
+        return dataclasses.replace(read(self, lora), full=("norm",))
+
+    monkeypatch.setattr(AdapterFolder, "lora_config", with_norms)
+    with pytest.raises(UserError, match=r"norm.* whole, trained beside its factors"):
+        opened.read(RunAddress("tuned", folder, ""))
 
 
 def test_an_adapter_is_no_base_model(folder):

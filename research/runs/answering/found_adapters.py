@@ -139,7 +139,14 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun | FoundFolder:
       UserError: it has another base, no such checkpoint, or more than adapters.
     """
     if address.is_folder:
-        return find_folder(address.folder, base)
+        found = find_folder(address.folder, base)
+        if whole := found.trainable.full:
+            raise UserError(
+                f"{address.folder} holds {min(whole)} whole, trained beside its "
+                "factors, and adapters of one batch share all parameters: ask it with "
+                "research.generate, or merge it with PEFT and serve that model"
+            )
+        return found
     folder = RunDir(address.folder)
     saved_step(folder, address.step)
     config, identity = folder.config(), folder.identity()

@@ -104,6 +104,26 @@ def test_a_run_without_adapters_is_refused(exported, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_whole_parameters_are_written_beside_adapters(exported, tmp_path):
+    full = {"final_norm.scale", "embedding.table", "layers.mlp_norm.scale"}
+    moved = {path: exported.base_weights[path] + 0.5 for path in full}
+    whole = dataclasses.replace(
+        exported, full=frozenset(full), weights=exported.weights | moved
+    )
+    FORMAT.write(whole, tmp_path, ExportOptions())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == [
+        "model.embed_tokens", "model.norm",
+        *(f"model.layers.{i}.post_attention_layernorm" for i in range(2)),
+    ]  # fmt: skip
+    written = FORMAT.read_back(tmp_path, whole)
+    for path, index in (("embedding.table", ()), ("layers.mlp_norm.scale", (1,))):
+        np.testing.assert_array_equal(written.read(path, index), moved[path][index])
+    alone = dataclasses.replace(whole, adapters={})
+    with pytest.raises(UserError, match="has no adapters: use --format=hf"):
+        FORMAT.write(alone, tmp_path, ExportOptions())
+
+
 class NamedTensors:
     """A file whose names begin otherwise than its family's do."""
 

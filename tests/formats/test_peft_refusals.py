@@ -254,7 +254,7 @@ def test_whole_parameters_must_be_those_of_the_base(opened, key):
     base = HeldTensors("model.embed_tokens.weight", table)
     adapter.require_base(base)
     other = HeldTensors("model.embed_tokens.weight", table + 0.1)
-    with pytest.raises(UserError, match="modules_to_save or bias"):
+    with pytest.raises(UserError, match="modules_to_save nor bias"):
         adapter.require_base(other)
     with pytest.raises(UserError, match=r"is \[64, 8\], and it needs \[64, 16\]"):
         opened(lambda t, c: t.update({name: table[:, :8]}))

@@ -7,10 +7,11 @@
 
 Five tiny random models are stored whole (config, weights, outputs). The others, in
 `switches/`, have seeded weights, which are not stored; `adapters/` has adapters to
-them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them. `training/`
-has what PEFT trains with each kind of adapter. For the real
-one, SmolLM2-135M-Instruct, only outputs and tokenizer facts are stored. Everything is
-float32 on one CPU thread with eager attention, and nothing touches the network.
+them, of PEFT and of ours (`support/peft_exports.py`) as PEFT reads them, and
+`whole_modules/` some with `modules_to_save` and `bias`. `training/` has what PEFT
+trains with each kind of adapter. For the real one, SmolLM2-135M-Instruct, only outputs
+and tokenizer facts are stored. Everything is float32 on one CPU thread with eager
+attention, and nothing touches the network.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import switches
 import tiny
 import torch
 import training
+import whole_modules
 from reference import Arrays
 from transformers.utils import logging as hf_logging
 
@@ -118,6 +120,15 @@ def check(root: Path) -> bool:
         except (OSError, RuntimeError, ValueError) as error:
             largest, faults, more = float("nan"), [], [str(error)]
         agreed &= report(f"training of {case}", largest, faults + more)
+    for model in whole_modules.cases():
+        folder = root / whole_modules.FOLDER / model.name
+        try:
+            recorded = recorded_arrays(folder)
+            arrays, faults = whole_modules.read_whole(model, root)
+            largest, more = compare(arrays, recorded, switches.TOLERANCE)
+        except (OSError, RuntimeError, ValueError) as error:
+            largest, faults, more = float("nan"), [], [str(error)]
+        agreed &= report(f"whole modules of {model.name}", largest, faults + more)
     folder = root / real.NAME
     try:
         recorded = recorded_arrays(folder)
@@ -140,6 +151,8 @@ def write(root: Path) -> None:
         switches.write_tiny(model, root)
         adapters.write_adapter(model, root)
     training.write(root)
+    for model in whole_modules.cases():
+        whole_modules.write_whole(model, root)
     arrays, facts = real.compute()
     folder = root / real.NAME
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,30 @@
 """Our adapters to the models of `golden/switches`, and their export for PEFT."""
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 from seeded_factors import make_factors, save_export
+from seeded_weights import make_weights
+from switch_models import SwitchModel
 
-from research.config.knob_groups import LoRAConfig
+from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.formats.peft.lora_modules import lora_modules
 from research.formats.peft.peft_export import plan_adapter
+from research.formats.peft.whole_parameters import plan_whole
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
 from research.tasks import task_registry
 from research.tokenize.tokenizer_training import save_tokenizer
+from research.weights import trainable
 from research.weights.adapters.lora import KIND
 
 SWITCHES = Path(__file__).parents[1] / "golden" / "switches"
-ADAPTERS = SWITCHES.parent / "adapters"
+ADAPTERS, WHOLE_MODULES = (SWITCHES.parent / x for x in ("adapters", "whole_modules"))
 # Every matrix has an adapter; some have a rank or a scale of their own.
 LORA = LoRAConfig(
     targets=(".",),
@@ -27,6 +33,17 @@ LORA = LoRAConfig(
     rank_pattern=("key=1", "down=3"),
     alpha_pattern=("key=1", "value=8", "down=6"),
 )
+
+# The targets and whole parameters of our exports in `golden/whole_modules`: modules
+# that fuse parameters, biases of modules with and without adapters, tied embeddings.
+WHOLE = {
+    "qwen2": (("mlp",), ("norms", "embeddings", "head", "biases", "query")),
+    "qwen2_window": (("attention",), ("norms", "embeddings", "biases")),
+    "gemma3": (("mlp",), ("norms", "embeddings")),
+    "gpt_neox": (("mlp",), ("norms", "head", "biases", "query", "key", "value")),
+    "gpt2": (("mlp",), ("norms", "embeddings", "biases")),
+    "mixtral": (("attention",), ("norms", "embeddings")),
+}
 
 
 def adapters_of(model):
@@ -59,6 +76,38 @@ def export_of(model, factors, scales):
     return tensors, plan.config
 
 
+def whole_of(it):
+    """Seeded factors, scales and whole parameters of a model of `WHOLE`."""
+    targets, full = WHOLE[it.name]
+    lora = dataclasses.replace(
+        LORA, targets=targets, full=full, rank_pattern=(), alpha_pattern=()
+    )
+    split = trainable.make("lora", ModelConfig(), lora, it.model.specs)
+    adapters = split.adapters(split.specs)
+    shapes = {f"{p}.{k}": s.shape for p, x in adapters.items() for k, s in x.items()}
+    values = make_factors(shapes, 7)
+    factors = {p: {k: values[f"{p}.{k}"] for k in x} for p, x in adapters.items()}
+    whole = {path: split.specs[path].shape for path in sorted(split.full)}
+    mean = 0.5 if it.name == "gemma3" else 1.0  # Such scales are added to one.
+    return factors, dict.fromkeys(factors, 2.0), make_weights(whole, 7, mean)
+
+
+def whole_export_of(it, factors, scales, whole):
+    """As `export_of`, with the parameters `whole` beside the adapters."""
+    model = it.model
+    tensors, config = export_of(model, factors, scales)
+
+    def fetch(path, index):
+        return np.asarray(whole.get(path, it.params[path])[index])
+
+    names = config["target_modules"]
+    shape = model.architecture, model.specs
+    plan = plan_whole(*shape, frozenset(whole), names, fetch)
+    found = dict(plan.tensors())
+    assert {name: value.shape for name, value in found.items()} == plan.shapes
+    return tensors | found, config | plan.fields
+
+
 def write_adapter(folder, tensors, config):
     """An adapter folder as PEFT writes one; returns its name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +134,16 @@ def write_run(run, folder):
 
 
 def write_exports():
-    """Writes the exports that `golden/adapters.py` lets PEFT read."""
+    """Writes the exports that `golden/adapters.py` and `whole_modules.py` read."""
     for folder in sorted(SWITCHES.iterdir()):
         model = model_of(folder.name)
         tensors, config = export_of(model, *adapters_of(model))
         save_export(ADAPTERS / folder.name, config, tensors)
+    with tempfile.TemporaryDirectory() as place:
+        for name in WHOLE:
+            it = SwitchModel(name, Path(place, name))
+            tensors, config = whole_export_of(it, *whole_of(it))
+            save_export(WHOLE_MODULES / name, config, tensors)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class SwitchModel:
 
     def __init__(self, name, folder):
         folder.mkdir()
+        self.name = name
         recorded = SWITCHES / name
         facts = json.loads((recorded / "tensors.json").read_text())
         weights = make_weights(facts["shapes"], facts["seed"], facts["norm_mean"])

@@ -70,6 +70,8 @@ class LoraNumbers:
       version: of the PEFT that wrote it, or "".
       parameters: ends of the names of parameters that PEFT wraps.
       dora: whether each module has the lengths of DoRA.
+      modules: ends of the names of modules that were trained whole.
+      bias: which biases were trained: none, all, or lora_only (of adapted modules).
     """
 
     rank: int
@@ -83,6 +85,18 @@ class LoraNumbers:
     version: str
     parameters: tuple[str, ...]
     dora: bool
+    modules: tuple[str, ...] = ()
+    bias: str = "none"
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter `name`, which the folder holds whole, was trained.
+
+        PEFT trains every parameter in a module whose name ends in one of `modules`.
+        """
+        parts = name.split(".")[:-1]
+        places = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        of_module = any(place.endswith(x) for place in places for x in self.modules)
+        return of_module or (self.bias != "none" and name.endswith(".bias"))
 
     def target_of(self, module: str) -> str:
         """The name that patterns are matched with: the module's or its weight's."""
@@ -147,6 +161,8 @@ def read_numbers(folder: Path) -> LoraNumbers:
         field("peft_version", str, ""),
         tuple(field("target_parameters", [str], ())),
         field("use_dora", bool, False),
+        tuple(field("modules_to_save", [str], ())),
+        field("bias", str, "none"),
     )
 
 

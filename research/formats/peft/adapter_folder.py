@@ -25,9 +25,9 @@ from research.formats.peft.adapter_tensors import (
     AdapterTensors,
 )
 from research.formats.peft.find_adapter import find_adapter
+from research.formats.peft.whole_parameters import WholeParameters
 from research.formats.tensor_file import TensorFile, fingerprint_files
 from research.models.architecture import Architecture
-from research.models.families.family_registry import family_of
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.lora import KIND
 from research.weights.parameter_spec import Spec
@@ -41,6 +41,7 @@ class AdapterFolder:
       adapter_kind: LoRA or DoRA.
       ranks: by path of ours, the rank that holds the adapters of all its layers.
       scales: by path, alpha / rank.
+      whole: parameters that it holds whole.
       fingerprint: sha256 of its two files.
       kind, facts: see `AdapterTensors`.
 
@@ -59,8 +60,10 @@ class AdapterFolder:
         self._folder = find_adapter(name, hub_timeout)
         self._file = self._folder / TENSORS
         self.numbers: LoraNumbers = read_numbers(self._folder)
-        self._architecture, self._specs = architecture, specs
-        self._tensors = AdapterTensors(self._file, self.numbers, architecture, specs)
+        self._specs = specs
+        shape = architecture, specs
+        self._tensors = AdapterTensors(self._file, self.numbers, *shape)
+        self.whole = WholeParameters(self._file, self._tensors, self.numbers, *shape)
         entries = self._tensors.entries
         self._entries: dict[Any, list[AdaptedModule]] = {}
         for entry in entries:
@@ -78,7 +81,7 @@ class AdapterFolder:
         self.kind, self.facts = self._tensors.kind, self._tensors.facts
 
     def lora_config(self, lora: LoRAConfig) -> LoRAConfig:
-        """`lora` with the kind, the targets, ranks and alphas of this adapter."""
+        """`lora` with the kind, targets, ranks, alphas and whole parameters of this."""
         alphas = {path: _tidy(s * self.ranks[path]) for path, s in self.scales.items()}
         rank, ranks = _patterns(self.ranks)
         alpha, others = _patterns(alphas)
@@ -92,6 +95,7 @@ class AdapterFolder:
             alpha=float(alpha),
             rank_pattern=ranks,
             alpha_pattern=others,
+            full=tuple(map(_exactly, self.whole.trained)),
         )
 
     def layer(self, path: str, index: tuple[int, ...] = ()) -> Pair:
@@ -142,8 +146,8 @@ class AdapterFolder:
             return self.lengths(path, index)
         return self.layer(path, index)["ab".index(name)]
 
-    def load(self, shardings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """All adapters, each factor made in its sharding.
+    def load(self, shardings: Mapping[str, Any]) -> dict[str, Any]:
+        """All adapters and trained whole parameters, each array made in its sharding.
 
         A host holds its own share of one factor, and one layer.
         """
@@ -162,7 +166,7 @@ class AdapterFolder:
                 ).items()
             }
             for path, rank in self.ranks.items()
-        }
+        } | self.whole.load(shardings)
 
     def _require_lengths(self) -> None:
         """Raises UserError: DoRA has no lengths for some layers of a matrix."""
@@ -179,28 +183,8 @@ class AdapterFolder:
         return [(i,) for i in range(spec.shape[0])] if spec.stacked else [()]
 
     def require_base(self, tensors: TensorFile) -> None:
-        """Checks that parameters which the folder holds whole are those of the base.
-
-        PEFT writes those of targeted embeddings beside their adapters.
-
-        Raises:
-          UserError: one differs, so it was trained (`modules_to_save`, `bias`), or lies
-            over another base.
-        """
-        family = family_of(self._architecture)
-        layout = {p: x for x in tensors.layout(family) for p in x.paths}
-        for name, (key, stored, index) in self._tensors.whole.items():
-            value = self._tensors.stored(key)
-            for path in stored.paths:
-                own = stored.unpack(path, value, self._specs)
-                tensor = tensors.read(layout[path].name.format(*index))
-                base = layout[path].unpack(path, tensor, self._specs)
-                if not np.array_equal(own, base.astype(own.dtype)):
-                    raise UserError(
-                        f"{self._file}: {key} differs from {name} of the base model. "
-                        "It was trained beside the adapter (modules_to_save or bias), "
-                        f"which is not done here, or belongs to another base: {MERGED}"
-                    )
+        """See `WholeParameters.require_base`."""
+        self.whole.require_base(tensors)
 
     def _numbers_by_path(
         self, entries: Iterable[AdaptedModule]

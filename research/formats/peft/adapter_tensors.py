@@ -20,6 +20,7 @@ from research.formats.peft.lora_modules import (
     LoraModule,
     lora_modules,
     modules_in_memory,
+    names_in_memory,
     tied_head,
 )
 from research.models.architecture import Architecture
@@ -149,6 +150,8 @@ class AdapterTensors:
                     f"{self._file}: {key} is part of an adapter that is more than two "
                     f"factors, which is not computed here: {MERGED}"
                 )
+            if ".original_module." in name:
+                continue  # The base's own, beside the one that was trained.
             name = WHOLE.sub("", name)
             if name not in known:
                 raise self._other_base(f"{key} is no parameter of it", name, known)
@@ -156,7 +159,12 @@ class AdapterTensors:
             shape = tuple(self._handle.get_slice(key).get_shape())
             if shape != (needed := stored.shape(self._specs)):
                 raise self._other_base(_differs(key, shape, needed))
-            whole[name] = key, stored, index
+            first, *_ = whole.setdefault(name, (key, stored, index))
+            # PEFT may write one value under two names.
+            if key != first and not np.array_equal(
+                self.stored(first), self.stored(key)
+            ):
+                self._require_one_name(key, first)
         if not factors:
             raise UserError(f"{self._file} holds no lora_A and lora_B")
         return factors, whole
@@ -164,15 +172,16 @@ class AdapterTensors:
     def _parameters(self) -> dict[str, tuple[StoredTensor, tuple[int, ...]]]:
         """Every tensor of the base, by each name that it can have in such a file."""
         family, found = family_of(self._architecture), {}
-        first, *others = family.beginnings
-        for stored in used(family.hf_tensors, self._specs):
-            for name, index in stored.names(self._specs):
-                found[name] = stored, index
-                if name.startswith(first):
-                    for other in others:
-                        found[other + name.removeprefix(first)] = stored, index
-                if self._architecture.tied_head and "embedding.table" in stored.paths:
-                    found[f"{tied_head(self._architecture)}.weight"] = stored, index
+        for layout in (*family.other_hf_tensors, family.hf_tensors):
+            for stored in used(layout, self._specs):
+                for name, index in stored.names(self._specs):
+                    place, _, part = name.rpartition(".")
+                    own, others = names_in_memory(place, self._architecture)
+                    for each in (own, *others):
+                        found[f"{each}.{part}"] = stored, index
+        if self._architecture.tied_head:
+            tables = (x for x in found.values() if "embedding.table" in x[0].paths)
+            found[f"{tied_head(self._architecture)}.weight"] = next(tables)
         return found
 
     def _without_tied_head(

@@ -188,19 +188,33 @@ def _modules(
     specs: Mapping[str, Spec],
     beginning: str,
 ) -> Iterator[LoraModule]:
-    first, *others = family_of(architecture).beginnings
     has_experts = len(stored.shape(specs)) > 2
     for tensor, index in stored.names(specs):
         name = tensor.removesuffix(".weight")
         if has_experts:
             place, _, what = tensor.rpartition(".")
             name = place + INNER if what.startswith("gate") else place
-        known, own = {name}, IN_MEMORY.get(name, name)
-        if name.startswith(first):
-            rest = name.removeprefix(first)
-            known |= {other + rest for other in others}
-            own = MULTIMODAL + rest if "language_model." in beginning else own
+        own, others = names_in_memory(name, architecture, beginning)
         # GPT-OSS's router is no `Linear`, and PEFT has no older name for it.
         is_parameter = has_experts or tensor.endswith(".router.weight")
         parameter = tensor if is_parameter else ""
-        yield LoraModule(own, tuple(sorted(known - {own})), index, stored, parameter)
+        yield LoraModule(own, others, index, stored, parameter)
+
+
+def names_in_memory(
+    name: str, architecture: Architecture, beginning: str = ""
+) -> tuple[str, tuple[str, ...]]:
+    """The name of a module in models of transformers 5, and others that it may have.
+
+    Args:
+      name: of the module in its family's files.
+      architecture: of the model.
+      beginning: that of `lora_modules`.
+    """
+    first, *others = family_of(architecture).beginnings
+    known, own = {name}, IN_MEMORY.get(name, name)
+    if name.startswith(first):
+        rest = name.removeprefix(first)
+        known |= {other + rest for other in others}
+        own = MULTIMODAL + rest if "language_model." in beginning else own
+    return own, tuple(sorted(known - {own}))

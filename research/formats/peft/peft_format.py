@@ -1,6 +1,7 @@
 """The export format `peft`: the adapters of a run as a folder that PEFT reads."""
 
 import collections
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from research.formats.peft.adapter_config import CONFIG, TENSORS
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.formats.peft.lora_modules import lora_modules
 from research.formats.peft.peft_export import plan_adapter
+from research.formats.peft.whole_parameters import plan_whole
 from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.families.family_registry import family_of
 from research.tokenize.tokenizer_training import save_tokenizer
@@ -49,10 +51,10 @@ class PeftFormat:
                 f"{exported.adapter_kind or 'none, as it trained all its parameters'}: "
                 "use --format=hf"
             )
-        if exported.full:
+        if not exported.adapters:
             raise UserError(
-                f"--format=peft writes adapters alone, and this run trained "
-                f"{min(exported.full)} whole: use --format=hf"
+                "--format=peft writes whole parameters beside adapters, and this run "
+                "has no adapters: use --format=hf"
             )
 
     def write(
@@ -68,24 +70,28 @@ class PeftFormat:
             return fetch(exported.adapters[path].factors["magnitude"], index)
 
         model = exported.model
-        plan = plan_adapter(
-            model.architecture,
-            model.specs,
-            {p: x.alpha / x.rank for p, x in exported.adapters.items()},
-            pair,
-            _beginning(exported),
-            lengths if exported.adapter_kind == "dora" else None,
+        scales = {p: x.alpha / x.rank for p, x in exported.adapters.items()}
+        shape, beginning = (model.architecture, model.specs), _beginning(exported)
+        dora = lengths if exported.adapter_kind == "dora" else None
+        plan = plan_adapter(*shape, scales, pair, beginning, dora)
+        whole = plan_whole(
+            *shape,
+            exported.full,
+            plan.config["target_modules"],
+            lambda path, index: fetch(exported.weights[path], index),
+            beginning,
         )
+        tensors = itertools.chain(plan.tensors(), whole.tensors())
         if jax.process_index() > 0:
-            collections.deque(plan.tensors(), maxlen=0)
+            collections.deque(tensors, maxlen=0)
             return
+        shapes = plan.shapes | whole.shapes
         file = folder / TENSORS
-        with SafetensorsWriter(
-            file, plan.shapes, options.dtype, exported.facts
-        ) as writer:
-            for name, tensor in plan.tensors():
+        with SafetensorsWriter(file, shapes, options.dtype, exported.facts) as writer:
+            for name, tensor in tensors:
                 writer.add(name, tensor)
-        text = json.dumps(_base(exported) | plan.config, indent=2)
+        config = _base(exported) | plan.config | whole.fields
+        text = json.dumps(config, indent=2)
         write_whole(folder / CONFIG, text)
         save_tokenizer(exported.tokenizer, folder)
 
@@ -95,6 +101,8 @@ class PeftFormat:
         _require_base(folder, _base(exported))
 
         def read(path: str, index: tuple[int, ...]) -> np.ndarray:
+            if path in adapter.whole.trained:
+                return adapter.whole.layer(path, index)
             pair, spec = adapter.layer(path, index), model.specs[path]
             update = update_of(pair, spec, adapter.scales[path])
             lengths = adapter.lengths(path, index)
@@ -104,6 +112,8 @@ class PeftFormat:
             return with_lengths(base + update, lengths) - base
 
         held = dict.fromkeys(adapter.ranks, StoredNumbers(adapter.kind, is_update=True))
+        for path in adapter.whole.trained:
+            held[path] = StoredNumbers(adapter.kind, shift=adapter.whole.shift(path))
         return WrittenModel(model.architecture, None, read, held, adapter.facts)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:

@@ -41,6 +41,7 @@ from research.runs.run_history import History
 from research.tasks import task_registry
 from research.tokenize import tokenizer as tokenizers
 from research.weights import trainable
+from research.weights.adapters.adapter_kind import with_own_patterns
 
 Params = dict[str, Any]
 
@@ -323,6 +324,7 @@ class RunTensors:
         if path not in adapters:
             return stored
         ranks = {p: split.kind.rank(factors) for p, factors in adapters.items()}
-        settings = split.kind.settings(ranks, self._run.config.lora)
+        lora = with_own_patterns(self._run.config.lora, specs)
+        settings = split.kind.settings(ranks, lora)
         own = {path: adapters[path]}
         return split.kind.attach({path: stored}, own, settings)[path]

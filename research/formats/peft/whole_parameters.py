@@ -70,7 +70,7 @@ class WholeParameters:
         return value
 
     def shift(self, path: str) -> float:
-        """What the file has added to the values of a trained parameter."""
+        """The number that the file adds to the values of a trained parameter."""
         return next(stored.shift for _, stored in self.trained[path].values())
 
     def load(self, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:

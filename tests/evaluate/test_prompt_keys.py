@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from helpers import TINY
 from research.data.metric_sums import Ratio
 from research.engine.requests import Request
 from research.evaluate.measuring import row_losses
-from research.evaluate.measuring.prompt_keys import PromptKeys
+from research.evaluate.measuring.prompt_keys import DEVICE_SHARE, PromptKeys
 from research.models.architecture import RopeScaling
 
 PROMPTS = {"r1": (5, 6, 7), "r2": (5, 6), "r3": (9, 8, 7, 6)}
@@ -20,7 +21,10 @@ TOKEN = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 2  # bytes in bfloat16
 
 
 def planned(known=(), room=1e9, architecture=TINY):
-    config = types.SimpleNamespace(model=types.SimpleNamespace(dtype="bfloat16"))
+    config = types.SimpleNamespace(
+        model=types.SimpleNamespace(dtype="bfloat16"),
+        data=types.SimpleNamespace(rows_per_pass=4, seq_len=16),
+    )
     base = types.SimpleNamespace(architecture=architecture)
     run = types.SimpleNamespace(base=base, config=config)
     models = [types.SimpleNamespace(name=name, run=run) for name in ("base", "tuned")]
@@ -62,10 +66,11 @@ def test_keys_that_depend_on_the_length_of_their_row_are_not_handed_over():
 def test_the_part_of_a_prompt_that_its_row_begins_with_is_kept(ids, kept):
     plan, key = planned(), ("base", "r3")
     k, v = (np.asarray(x) for x in (keys(len(ids)), -keys(len(ids))))
-    assert plan.wants("base") and not plan.wants("another") and plan.lacks(key)
+    assert plan.wants("base") and not plan.wants("another")
+    assert plan.lacks(key, ids) == (kept > 0), "no pass over such a row would give it"
     plan.take(("another", "r3"), np.array(ids), k, v)
     plan.take(key, np.array(ids), k, v)
-    assert [*plan.found] == [key] * (kept > 0) and plan.lacks(key) == (kept == 0)
+    assert [*plan.found] == [key] * (kept > 0) and not plan.lacks(key, ids)
     if kept:
         for found, given in ((plan.found[key].k, k), (plan.found[key].v, v)):
             np.testing.assert_array_equal(found[:, 0].swapaxes(1, 2), given[:, :kept])
@@ -103,19 +108,12 @@ def test_batches_of_which_nothing_is_missing_are_not_measured_again(monkeypatch)
     assert {number for _, number, _ in one} == {*range(5)}
 
 
-@pytest.mark.parametrize(
-    ("limit", "fits"), [(None, True), (2**20, True), (2**19, False)]
-)
-def test_keys_leave_a_device_its_memory(limit, fits):
-    """Two batches of 4 rows of 16 tokens: 2 * 2 layers * 2 heads * 8 * 4 B a token."""
-    stats = None if limit is None else {"bytes_limit": limit}
+@pytest.mark.parametrize("share", [None, 1.0, 0.99])
+def test_keys_leave_a_device_its_memory(monkeypatch, share):
+    """Two batches of each of two models that are read together."""
+    rows = -(-4 // jax.device_count()) * jax.device_count()
+    limit = 2 * 2 * rows * 16 * TOKEN / DEVICE_SHARE
+    stats = None if share is None else {"bytes_limit": limit * share}
     device = types.SimpleNamespace(memory_stats=lambda: stats)
-    opened = types.SimpleNamespace(
-        model=types.SimpleNamespace(
-            architecture=types.SimpleNamespace(layers=2, kv_heads=2, head_dim=8),
-            options=types.SimpleNamespace(dtype="float32"),
-        ),
-        config=types.SimpleNamespace(data=types.SimpleNamespace(seq_len=16)),
-        mesh=types.SimpleNamespace(local_devices=[device]),
-    )
-    assert row_losses._keys_fit(opened, rows=4, models=2) == fits
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert len(planned().prompts) == (0 if share == 0.99 else 6)

@@ -242,7 +242,8 @@ def measure_losses(
         for names, opens in open_whole(models):
             read = readings[names[-1]]
             documents = documents_of(read, rows)
-            known = _known(kept, names, documents, prompts.lacks)
+            lacks = functools.partial(_lacks, prompts, read)
+            known = _known(kept, names, documents, lacks)
             if len(known) == len(documents):
                 continue
             take = {
@@ -267,13 +268,13 @@ def _known(
     kept: KeptLines,
     models: Sequence[str],
     documents: Mapping[int, str],
-    lacks: Callable[[Key], bool] = lambda key: False,
+    lacks: Callable[[Key, int], bool] = lambda key, document: False,
 ) -> set[int]:
     """The documents of which all models have the loss, and none lacks a prompt."""
     return {
         number
         for number, row in documents.items()
-        if all((x, row) in kept.found and not lacks((x, row)) for x in models)
+        if all((x, row) in kept.found and not lacks((x, row), number) for x in models)
     }
 
 
@@ -287,6 +288,11 @@ def _keep(
         key = model, documents[number]
         if key not in kept.found:
             kept.add(key, sums)
+
+
+def _lacks(prompts: PromptKeys, read: EvaluationRows, key: Key, document: int) -> bool:
+    """Whether measuring a document would give a prompt that is missing."""
+    return prompts.lacks(key, read.packed.documents[document].ids)
 
 
 def _take(

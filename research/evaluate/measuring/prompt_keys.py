@@ -5,6 +5,7 @@ The engine gets the result, and reads no prompt a second time.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -19,6 +20,9 @@ from research.parallel.memory_limits import memory_limit
 
 # The share of the host's memory for all prompts. The engine reads those beyond it.
 SHARE = 0.25
+# Keys and values on their way to the host may take this share of a device's memory.
+# Both are shares of all memory, as what is free differs from one start to the next.
+DEVICE_SHARE = 1 / 16
 
 
 @dataclasses.dataclass
@@ -44,8 +48,9 @@ class PromptKeys:
         """Chooses the prompts: those that have room, and whose answers are not `known`.
 
         The choice by room does not depend on `known`, so that an evaluation that
-        continues reads each prompt as it would have done before. LongRoPE turns keys
-        by the length of the row that they are in, so such a model has none.
+        continues reads each prompt as it would have done before. A model has none if
+        the keys of its batches have no room on a device, or if it has LongRoPE, which
+        turns keys by the length of the row that they are in.
 
         Args:
           requests: by model and row.
@@ -57,7 +62,7 @@ class PromptKeys:
             room = SHARE * min(psutil.virtual_memory().total, memory_limit())
         prompts = {}
         for model in models:
-            each = _bytes_of_token(model)
+            each = _bytes_of_token(model) if _fits_devices(model) else 0
             for row, request in requests[model.name].items():
                 room -= each * len(request.prompt)
                 if each and room >= 0 and (model.name, row) not in known:
@@ -66,11 +71,12 @@ class PromptKeys:
 
     def wants(self, model: str) -> bool:
         """Whether a prompt of `model` is missing."""
-        return any(x[0] == model and self.lacks(x) for x in self.prompts)
+        return any(x[0] == model and x not in self.found for x in self.prompts)
 
-    def lacks(self, key: Key) -> bool:
-        """Whether this prompt is missing."""
-        return key in self.prompts and key not in self.found
+    def lacks(self, key: Key, ids: Sequence[int]) -> bool:
+        """Whether this prompt is missing, and a row of `ids` begins as it does."""
+        prompt = () if key in self.found else self.prompts.get(key, ())
+        return bool(prompt) and [*prompt[:1]] == [*ids[:1]]
 
     def take(
         self, key: Key, ids: np.ndarray, k_LTKH: np.ndarray, v_LTKH: np.ndarray
@@ -95,6 +101,18 @@ def _bytes_of_token(model: EvaluatedModel) -> int:
     if any(rope and rope.scaling.kind == "longrope" for rope in a.ropes):
         return 0
     return 2 * a.layers * a.kv_heads * a.head_dim * jax.numpy.dtype(dtype).itemsize
+
+
+def _fits_devices(model: EvaluatedModel) -> bool:
+    """Whether keys and values of two batches fit; each device has them whole."""
+    data, unit = model.run.config.data, jax.device_count()
+    rows = -(-data.rows_per_pass // unit) * unit  # As many as any mesh needs.
+    # A base and one that was trained on it are read together.
+    needed = 2 * 2 * rows * data.seq_len * _bytes_of_token(model)
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    # A CPU reports none: its limit is that of the host.
+    limit = min(x.get("bytes_limit", math.inf) for x in stats)
+    return needed <= DEVICE_SHARE * limit
 
 
 def _cache_block(x_LTKH: np.ndarray) -> np.ndarray:

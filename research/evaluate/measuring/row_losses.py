@@ -28,9 +28,6 @@ RowSums = dict[str, list[float]]
 # Receives the number of a document, and the keys and values `[L, T, K, H]` of all its
 # ids but the last.
 TakeKeys = Callable[[int, np.ndarray, np.ndarray], None]
-# Keys and values on their way to the host may take this share of a device's memory. It
-# is a share of all memory, as what is free differs from one start to the next.
-DEVICE_SHARE = 1 / 16
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # Tokens that end a group of lengths.
 
 
@@ -53,8 +50,7 @@ def measure_rows(
       documents: numbers of those that are measured.
       seed: of the packing.
       origin: of the rows, for people.
-      take: by model, receives what it has computed of each document on the way, unless
-        that takes more than `DEVICE_SHARE` of a device.
+      take: by model, receives what it has computed of each document on the way.
       known: documents of which nothing is missing; a batch of such is not measured.
 
     Raises:
@@ -73,7 +69,7 @@ def measure_rows(
         for part in parts:
             yield _numbered(chosen, part + [[]] * (count - len(part)), mine)
 
-    takers = take if take and _keys_fit(opened, count, len(take)) else {}
+    takers = take or {}
 
     def take_part(number: int, model: str, k: np.ndarray, v: np.ndarray) -> None:
         for at, row in enumerate(parts[number]):
@@ -272,17 +268,6 @@ def _measure(
     yield from each_sum(measure, placed)
     while under_way:
         take_first()
-
-
-def _keys_fit(opened: OpenModels, rows: int, models: int) -> bool:
-    """Whether keys and values of two batches fit; each device has them whole."""
-    a, dtype = opened.model.architecture, opened.model.options.dtype
-    token = 2 * a.layers * a.kv_heads * a.head_dim * jax.numpy.dtype(dtype).itemsize
-    needed = 2 * models * rows * opened.config.data.seq_len * token
-    stats = [device.memory_stats() or {} for device in opened.mesh.local_devices]
-    # A CPU reports none: its limit is that of the host, see `PromptKeys`.
-    limit = min(x.get("bytes_limit", math.inf) for x in stats)
-    return needed <= DEVICE_SHARE * limit
 
 
 def _numbered(

@@ -112,11 +112,19 @@ def test_a_page_follows_its_run_over_a_restart_of_the_server(browser, served):
         page.get_by_label("Lay another run").select_option("runs/other")
         legend = page.locator('[data-chart="loss"] .u-legend', has_text="runs/other")
         legend.wait_for()
+        shutil.rmtree(site.runs / "other")
+        page.get_by_label("Smoothing").select_option("100")
+        page.get_by_text("runs/other is no longer shown").wait_for()
+        page.wait_for_function(
+            "!document.querySelector('[data-chart=loss] .u-legend')"
+            ".textContent.includes('runs/other')"
+        )
         shutil.rmtree(run)
         page.get_by_text("this run was moved or removed").wait_for()
     finally:
         again.stop()
-    assert tab.faults == []
+    # A browser logs each answer of 404, here that of the run which was laid over.
+    assert [x for x in tab.faults if "(Not Found)" not in x] == []
 
 
 def keep_charts(page):
@@ -414,6 +422,9 @@ def test_pages_have_no_serious_fault_of_accessibility(
             tab.page.locator(".chart canvas").first.wait_for()
         elif path == "/train":
             tab.page.locator("#plans[data-state=ended]").wait_for()
+        if scheme == "light":  # The other scheme examines the pages as they open.
+            opened = "document.querySelectorAll('details').forEach(x => x.open = true)"
+            tab.page.evaluate(opened)
         found = axe.run(tab.page).response
         assert len(found["passes"]) > 5
         serious = [

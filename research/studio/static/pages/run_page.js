@@ -12,13 +12,14 @@ const overlays = new Map(); // Name of another run -> its curves.
 let curves = null;
 let appended = 0;
 let reading = null;
+let again = 0; // The timer of another try.
 let events = null; // The one stream of this page.
 let retry = 0;
 let gone = false;
 
 const controls = place.querySelector("[data-chart-controls]");
 const choice = chartControls(controls, () => (isRead() ? draw() : read()));
-let shown = asked(choice); // What the points on this page are.
+let shown = null; // What the points on this page are, once there are any.
 
 function isRead() {
   return JSON.stringify(asked(choice)) === JSON.stringify(shown);
@@ -41,12 +42,14 @@ function line(kind, found, label) {
 
 async function read() {
   if (reading) return reading;
+  clearTimeout(again);
+  let wait = 0;
   reading = (async () => {
     try {
       const wanted = { ...choice };
-      shown = asked(wanted);
       const found = await fetchCurves(run, wanted);
-      for (const name of overlays.keys()) overlays.set(name, await fetchCurves(name, wanted));
+      await readOverlays(wanted);
+      shown = asked(wanted);
       const follows = found.cursor === curves?.cursor;
       curves = found;
       appended = 0;
@@ -55,12 +58,27 @@ async function read() {
       if (events && !follows) listen();
     } catch (error) {
       connection.textContent = error.message;
+      wait = RETRY_AFTER;
     } finally {
       reading = null;
-      if (!isRead()) read();
+      if (!isRead() && !gone) again = setTimeout(read, wait);
     }
   })();
   return reading;
+}
+
+// A run that was moved meanwhile is named, and no longer laid over the others.
+async function readOverlays(wanted) {
+  const names = [...overlays.keys()];
+  const answers = await Promise.allSettled(names.map((name) => fetchCurves(name, wanted)));
+  answers.forEach(({ value, reason }, index) => {
+    if (value) {
+      overlays.set(names[index], value);
+    } else {
+      overlays.delete(names[index]);
+      connection.textContent = `${names[index]} is no longer shown: ${reason.message}`;
+    }
+  });
 }
 
 function addRows(rows) {

@@ -22,7 +22,9 @@ async function look() {
   if (!answer.ok) return;
   const { state, figures } = await answer.json();
   if (state !== place.querySelector('[data-figure="state"]').textContent) {
-    location.reload();
+    // Other buttons are right now, and the server draws them; but what is typed stays.
+    const fields = [...document.querySelectorAll("input, textarea")];
+    if (fields.every((field) => field.value === field.defaultValue)) location.reload();
     return;
   }
   if (!figures) return;

@@ -8,10 +8,12 @@ const headers = { Accept: "text/html" };
 for (const part of document.querySelectorAll("[data-part]")) follow(part);
 
 async function follow(part) {
-  if (part.dataset.state === "absent") part = await replace(part, fetch(part.dataset.part, { headers }));
+  // An answer without the part and without a reason is a proxy's: the next look may find it.
+  const look = () => replace(part, fetch(part.dataset.part, { headers }), (same, why) => (why ? refuse(same, why) : same));
+  if (part.dataset.state === "absent") part = await look();
   while (part?.isConnected && part.dataset.state === "running") {
     await new Promise((resolve) => setTimeout(resolve, Number(part.dataset.every ?? EVERY)));
-    if (part.isConnected) part = await replace(part, fetch(part.dataset.part, { headers }));
+    if (part.isConnected) part = await look();
   }
 }
 
@@ -22,15 +24,16 @@ document.addEventListener("submit", async (event) => {
   const { action, method } = event.target;
   const body = new URLSearchParams(new FormData(event.target, event.submitter));
   const asked = method === "get" ? fetch(`${action}?${body}`, { headers }) : fetch(action, { method: "POST", body, headers });
-  follow(await replace(part, asked));
+  follow(await replace(part, asked, refuse));
 });
 
-// The part as the answer has it; the same one if the server is away.
-async function replace(part, asked) {
+// The part as the answer has it; the same one if the server is away; what `without`
+// makes of it if the answer has none.
+async function replace(part, asked, without) {
   try {
     const page = new DOMParser().parseFromString(await (await asked).text(), "text/html");
     const found = page.querySelector(`#${part.id}`);
-    if (!found) return refuse(part, page.querySelector("main .problem")?.textContent);
+    if (!found) return without(part, page.querySelector("main .problem")?.textContent);
     const typed = [...part.querySelectorAll("input, textarea")].filter((x) => x.value !== x.defaultValue);
     const opened = [...part.querySelectorAll("details[open] > summary")].map((x) => x.textContent);
     const focused = part.contains(document.activeElement) ? document.activeElement.id : null;

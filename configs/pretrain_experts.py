@@ -6,8 +6,8 @@ Eight experts in each layer, two for each token: 17 million parameters, of which
 meets as many as in configs/pretrain_tiny.py. metrics.jsonl has the load of experts.
 
 Hardware: any; sized for 2 CPU cores and 3 GB of memory (planned).
-Duration: 1.35 times that of configs/pretrain_tiny.py in bfloat16 (measured in seconds of
-    all threads; see docs/measured.md).
+Duration: 1.35 times that of configs/pretrain_tiny.py in bfloat16 (measured in seconds
+    of all threads; see docs/measured.md).
 Expect: below its 1.43 bits per byte of held-out library source (planned).
 """
 

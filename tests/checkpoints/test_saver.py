@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -110,9 +111,14 @@ def is_saving(checkpointer):
     return checkpointer._manager.is_saving_in_progress()
 
 
-def until_it_is_known(saver):
-    """Steps go on after a save, and one of them learns how it ended."""
-    for number in range(200):
+def until_it_is_known(saver, checkpointer):
+    """Steps go on after a save, and one of them learns how it ended.
+
+    A slow disk may take any time, so the number of steps has no limit.
+    """
+    for number in itertools.takewhile(
+        lambda _: checkpointer._pending is not None, itertools.count()
+    ):
         saver.check(number)
         time.sleep(0.01)
 
@@ -129,7 +135,7 @@ def test_a_failed_save_stops_the_run(tmp_path, disk):
         disk.full = True
         saver(10, make_state(10))
         with pytest.raises(SaveError, match=r"step 10 .* left: 5") as failed:
-            until_it_is_known(saver)
+            until_it_is_known(saver, checkpointer)
         assert failed.value.step == 10
     assert run.history.saved == 5
 
@@ -142,7 +148,7 @@ def test_a_failed_save_is_told_of_and_the_run_goes_on(tmp_path, disk):
         checkpointer.wait()
         disk.full = True
         saver(10, make_state(10))
-        until_it_is_known(saver)  # By a step in between,
+        until_it_is_known(saver, checkpointer)  # By a step in between,
         saver(15, make_state(15))
         saver(20, make_state(20))  # by the next save,
         while is_saving(checkpointer):

@@ -175,6 +175,16 @@ def test_texts_that_are_no_labels_are_refused_before_there_are_answers():
     assert choose_metrics(["exact_match"], given)
 
 
+def test_sentences_that_all_differ_are_no_labels_and_short_or_repeated_ones_are():
+    sentence = "the river has {} long and quiet bends"
+    differing = rows("", sentence.format("two"), sentence.format("three"))
+    with pytest.raises(UserError, match=r"2 rows are 2 different texts.*at most 5 wo"):
+        choose_metrics(["accuracy"], differing)
+    repeated = rows("", sentence.format("two"), sentence.format("two"), "no")
+    for given in (repeated, rows("", "yes", "no", "I do not know")):
+        assert choose_metrics(["accuracy"], given)
+
+
 def asked_rows(folder, *lines):
     """Rows of a file, as they are asked, and the config that reads the file."""
     path = folder / "quiz.jsonl"

@@ -78,7 +78,7 @@ def choose_metrics(
                 "choose metrics that need none, such as stopped, repetition or empty"
             )
         if metric in FOR_LABELS:
-            label_metrics.labels_of([row for row in rows if metric.applies(row)])
+            label_metrics.require_labels([row for row in rows if metric.applies(row)])
     return found
 
 

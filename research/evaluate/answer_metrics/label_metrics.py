@@ -1,7 +1,7 @@
 """Metrics for classification, with the labels that the rows' references are."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -47,12 +47,31 @@ def labels_of(rows: Sequence[AnsweredRow]) -> list[str]:
         for text in row.references:
             found.setdefault(comparable(text, text), text)
     if len(found) > MOST_LABELS:
-        raise UserError(
-            f"accuracy and macro_f1 take the references as labels, and the references "
-            f"of {len(rows)} rows are {len(found)} different texts, where at most "
-            f"{MOST_LABELS} are labels; use exact_match or token_f1"
-        )
+        raise _no_labels(rows, found, f"at most {MOST_LABELS} are labels")
     return list(found.values())
+
+
+def require_labels(rows: Sequence[AnsweredRow]) -> None:
+    """Raises UserError where the references of `rows` are texts, not labels.
+
+    There are too many, or no two are equal and one is longer than a label is.
+    """
+    words = [comparable(label, label) for label in labels_of(rows)]
+    given = sum(len(row.references) for row in rows)
+    if len(words) == given > 1 and max(map(len, words)) > LABEL_WORDS:
+        raise _no_labels(
+            rows, words, f"labels repeat or have at most {LABEL_WORDS} words"
+        )
+
+
+def _no_labels(
+    rows: Sequence[AnsweredRow], found: Collection[Words], rule: str
+) -> UserError:
+    return UserError(
+        f"accuracy and macro_f1 take the references as labels, and the references of "
+        f"{len(rows)} rows are {len(found)} different texts, where {rule}; use "
+        "exact_match or token_f1"
+    )
 
 
 def _labels_by_category(rows: Sequence[AnsweredRow]) -> Mapping[str, Sequence[str]]:

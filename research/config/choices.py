@@ -42,7 +42,12 @@ SAME_ARRAYS = {"gaussian": "lora", "orthogonal": "lora", "olora": "pissa"}
 # Kinds that compute the same of their arrays, so that they train as one program.
 LOW_RANK = ("lora", "gaussian", "orthogonal", "pissa", "olora")
 # Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
-BASE_FORMAT_MODULES = {"plain": "research.weights.representations.plain_array"}
+BASE_FORMAT_MODULES = {
+    "none": "research.weights.representations.plain_array",
+    "int8": "research.weights.quantized.int8_weights",
+    "int4": "research.weights.quantized.int4_weights",
+    "nf4": "research.weights.quantized.nf4_weights",
+}
 # The formats of `research.export`, by name.
 EXPORT_FORMATS = {
     "hf": FormatChoice(

@@ -173,7 +173,7 @@ ACTS: dict[str, Conditions] = {
     "replace_export": _only("export", True),
     "model.preset": RANDOM,
     "model.param_dtype": _only("trainable", "full"),
-    "model.base_format": _only("trainable", "lora"),
+    "model.quantize": _only("trainable", "lora"),
     "model.attention_block": _only("model.attention", "auto", "xla"),
     "lora": _only("trainable", "lora"),
     "data": ROWS,

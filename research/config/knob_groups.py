@@ -40,9 +40,10 @@ class ModelConfig:
         "float32; bfloat16 saves 2 bytes a parameter and rounds small updates away",
         choices=DTYPES,
     )
-    base_format: str = knob(
-        "plain",
-        "how frozen weights are stored while adapters train; plain: arrays of dtype",
+    quantize: str = knob(
+        "none",
+        "how frozen matrices are stored while adapters train (QLoRA); none: arrays of "
+        "dtype; int8: one byte a weight; nf4, int4: four bits, of which nf4 loses less",
         choices=BASE_FORMAT_MODULES,
     )
     remat: str = free_knob(

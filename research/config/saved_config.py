@@ -59,6 +59,7 @@ CHANGES = (
     KnobChange(renamed={"model.weights": "model.init_from"}),
     KnobChange(added={"data.edition": 1}),
     KnobChange(added={"text.sources": ("stdlib=stdlib",)}),
+    KnobChange(removed={"model.base_format": "plain"}),
 )
 
 

@@ -8,7 +8,7 @@ tensor of a file. Nothing here unpickles, and nothing runs code that came with w
 import collections
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,27 +35,33 @@ def load_frozen(
 ) -> dict[str, Matrix]:
     """The frozen parameters in the format in which `split` stores them.
 
-    A parameter is stored as soon as it is loaded, so only one at a time takes the
-    memory of a plain array. See `load_base` for the other arguments.
+    See `load_base` for the other arguments.
     """
     meshes.shardings(split.frozen_specs, mesh)  # Refuses what does not divide.
+    if base.tensors is not None:
+        tensors, family = base.tensors.on(mesh), family_of(model.architecture)
+        check_tensors(tensors, model)
+        return {
+            path: load_frozen_param(tensors, family, path, model.specs, split, mesh)
+            for path in model.specs
+        }
+    drawn = load_base(base, model, mesh, split.frozen_dtype, seed)
+    return {
+        path: _stored(split, path, drawn.pop(path), spec, mesh)
+        for path, spec in model.specs.items()
+    }
 
-    def store(path: str, weight: Array) -> Matrix:
-        return store_frozen(split, path, weight, model.specs[path], mesh)
 
-    return load_base(base, model, mesh, split.frozen_dtype, seed, store)
-
-
-def store_frozen(
+def _stored(
     split: Trainable, path: str, weight: Array, spec: Spec, mesh: Mesh
 ) -> Matrix:
-    """`weight`, which `spec` describes, in the format in which `split` stores it."""
+    """`weight`, which lies over the mesh, in the format in which `split` stores it."""
     stored = split.frozen_specs[path]
     if stored == spec:
         return weight
     sharding = meshes.shardings({path: stored}, mesh)[path]
-    store = jax.jit(functools.partial(split.store, path), out_shardings=sharding)
-    return store(weight)
+    store = functools.partial(split.store, path, spec=spec)
+    return jax.jit(store, out_shardings=sharding)(weight)
 
 
 def load_base(
@@ -64,8 +70,7 @@ def load_base(
     mesh: Mesh,
     dtype: Any,
     seed: int,
-    store: Callable[[str, Array], Any] = lambda path, weight: weight,
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """The parameters of a base model in their shardings.
 
     Args:
@@ -74,17 +79,15 @@ def load_base(
       mesh: the devices to shard over.
       dtype: of the loaded arrays.
       seed: of the random draw, which is the same on every mesh.
-      store: `(path, weight) -> value`, what is kept of each parameter.
     """
     shardings = meshes.shardings(model.specs, mesh)
     if base.tensors is not None:
-        return load_params(base.tensors.on(mesh), model, shardings, dtype, store)
+        return load_params(base.tensors.on(mesh), model, shardings, dtype)
 
     def init(key: Array) -> dict[str, Array]:
         return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
 
-    drawn = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
-    return {path: store(path, weight) for path, weight in drawn.items()}
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 def load_params(
@@ -92,8 +95,7 @@ def load_params(
     model: Model,
     shardings: Mapping[str, Any],
     dtype: Any,
-    store: Callable[[str, Array], Any] = lambda path, weight: weight,
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """All parameters, each made directly in its sharding.
 
     Args:
@@ -101,18 +103,16 @@ def load_params(
       model: of the architecture that lies in the file.
       shardings: `jax.sharding.Sharding` by path.
       dtype: of the loaded arrays.
-      store: `(path, weight) -> value`, what is kept of each parameter.
 
     Raises:
       UserError: the file does not hold this model.
     """
     check_tensors(tensors, model)
     family = family_of(model.architecture)
-
-    def load(path: str) -> Array:
-        return load_param(tensors, family, path, model.specs, shardings[path], dtype)
-
-    return {path: store(path, load(path)) for path in model.specs}
+    return {
+        path: load_param(tensors, family, path, model.specs, shardings[path], dtype)
+        for path in model.specs
+    }
 
 
 def check_tensors(tensors: TensorFile, model: Model) -> None:
@@ -181,12 +181,105 @@ def load_param(
 
     Fills each distinct slice that this process holds, one file tensor at a time.
     """
-    (stored,) = [x for x in tensors.layout(family) if path in x.paths]
-    parts = (
-        (index, stored.unpack(path, tensors.read(name), specs))
-        for name, index in stored.names(specs)
-    )
+    parts = _parts(tensors, family, path, specs)
     return make_sharded(specs[path].shape, dtype, sharding, parts)
+
+
+def load_frozen_param(
+    tensors: TensorFile,
+    family: ModelFamily,
+    path: str,
+    specs: Mapping[str, Spec],
+    split: Trainable,
+    mesh: Mesh,
+) -> Matrix:
+    """One parameter of a model of `family` in the format in which `split` stores it.
+
+    Each tensor of the file becomes codes by itself, on one device, which gives the same
+    codes on every mesh. So beside codes only one tensor is in memory, whole as it is.
+    """
+    spec, stored = specs[path], split.frozen_specs[path]
+    sharding = meshes.shardings({path: stored}, mesh)[path]
+    parts = _parts(tensors, family, path, specs)
+    dtype = split.frozen_dtype
+    if stored == spec:
+        return make_sharded(spec.shape, dtype, sharding, parts)
+
+    @functools.cache
+    def store(done: int) -> Callable[[Array], Matrix]:
+        one = spec.of_stack(done)
+        return jax.jit(lambda weight: split.store(path, weight, one))
+
+    described = jax.tree.leaves(stored)
+    arrays = [
+        ShardedFill(x.shape, x.dtype or dtype, where)
+        for x, where in zip(described, jax.tree.leaves(sharding), strict=True)
+    ]
+    with jax.default_device(jax.local_devices()[0]):
+        for index, value in parts:
+            if not any(array.holds(index) for array in arrays):
+                continue
+            codes = store(len(index))(np.asarray(value, dtype))
+            for array, part in zip(arrays, jax.tree.leaves(codes), strict=True):
+                array.fill(index, np.asarray(part))
+    structure = jax.tree.structure(stored)
+    return jax.tree.unflatten(structure, [array.finish() for array in arrays])
+
+
+def _parts(
+    tensors: TensorFile, family: ModelFamily, path: str, specs: Mapping[str, Spec]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """The values of a parameter by their index into its first axes."""
+    (stored,) = [x for x in tensors.layout(family) if path in x.paths]
+    for name, index in stored.names(specs):
+        yield index, stored.unpack(path, tensors.read(name), specs)
+
+
+class ShardedFill:
+    """The shards of an array that this process holds, while they are filled."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: Any):
+        self._shape, self._sharding = shape, sharding
+        where = sharding.addressable_devices_indices_map(shape)
+        self._by_device = {
+            device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            for device, index in where.items()
+        }
+        self._buffers = {
+            bounds: np.empty([stop - start for start, stop in bounds], np.dtype(dtype))
+            for bounds in self._by_device.values()
+        }
+
+    def holds(self, index: tuple[int, ...]) -> bool:
+        """Whether any part of `array[index]` is among the shards."""
+        return any(_is_within(index, bounds) for bounds in self._buffers)
+
+    def fill(self, index: tuple[int, ...], value: np.ndarray) -> None:
+        """Sets `array[index]`, where `index` is one of the first axes."""
+        for bounds, buffer in self._buffers.items():
+            if _is_within(index, bounds):
+                outer, inner = bounds[: len(index)], bounds[len(index) :]
+                place = tuple(i - b[0] for i, b in zip(index, outer, strict=True))
+                buffer[place] = value[tuple(slice(*b) for b in inner)]
+
+    def finish(self) -> Array:
+        """The array. A buffer goes as soon as its devices have it."""
+        arrays = []
+        waiting = collections.Counter(self._by_device.values())
+        for device, bounds in self._by_device.items():
+            placed = jax.device_put(self._buffers[bounds], device)
+            arrays.append(placed.block_until_ready())
+            waiting[bounds] -= 1
+            if not waiting[bounds]:
+                del self._buffers[bounds]  # Room for the next part.
+        return jax.make_array_from_single_device_arrays(
+            self._shape, self._sharding, arrays
+        )
+
+
+def _is_within(index: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> bool:
+    held = zip(bounds, index, strict=False)
+    return all(start <= i < stop for (start, stop), i in held)
 
 
 def make_sharded(
@@ -202,26 +295,7 @@ def make_sharded(
       sharding: in which it is made.
       parts: all indices into the first axes, with the values there.
     """
-    by_device = {
-        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-    }
-    buffers = {
-        bounds: np.empty([stop - start for start, stop in bounds], np.dtype(dtype))
-        for bounds in by_device.values()
-    }
+    array = ShardedFill(shape, dtype, sharding)
     for index, value in parts:
-        for bounds, buffer in buffers.items():
-            outer, inner = bounds[: len(index)], bounds[len(index) :]
-            held = zip(outer, index, strict=True)
-            if all(start <= i < stop for (start, stop), i in held):
-                place = tuple(i - b[0] for i, b in zip(index, outer, strict=True))
-                buffer[place] = value[tuple(slice(*b) for b in inner)]
-    arrays = []
-    waiting = collections.Counter(by_device.values())
-    for device, bounds in by_device.items():
-        arrays.append(jax.device_put(buffers[bounds], device).block_until_ready())
-        waiting[bounds] -= 1
-        if not waiting[bounds]:
-            del buffers[bounds]  # Room for the next part.
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        array.fill(index, value)
+    return array.finish()

@@ -42,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "positions": None,
     "layers": None,
+    "groups": None,
     "rank": None,
     "batch": BATCH_AXES,
     "length": "context",
@@ -207,6 +208,9 @@ def shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
     def one(path: str, spec: Spec) -> NamedSharding:
         where = partition(spec.axes, path, mesh)
+        if spec.keeps_odd_axes:
+            sizes = dict(zip(spec.axes, spec.shape, strict=True))
+            where = partition_if_divisible(mesh, sizes)
         for size, name, entry in zip(spec.shape, spec.axes, where, strict=True):
             if size % ways(mesh, entry):
                 axes = _names(entry)

@@ -25,6 +25,7 @@ from research.models.parts.experts import ExpertLoad
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.tasks.head_chunk import head_chunk
+from research.weights.contraction import expand
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -193,6 +194,7 @@ def weighted_loss(
     parts = _per_shard(shards, hidden_BTD, targets_BT, weights_BT, groups_BT)
     hidden, targets, weights, groups = parts
     head_loss = _head_loss(logits_of, chunk, n_groups, z_loss)
+    head = expand(head, hidden.dtype)
     return head_loss(hidden, head, targets, weights, groups)
 
 
@@ -216,6 +218,7 @@ def chunked_token_values(
       logits_of: see `weighted_loss`, as are the others.
     """
     hidden, targets, weights = _per_shard(shards, hidden_BTD, targets_BT, weights_BT)
+    head = expand(head, hidden.dtype)
 
     def visit(losses, number, index, hidden, targets, weights):
         found = values_of(logits_of(_keyed(head, number), hidden), targets)

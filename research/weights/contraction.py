@@ -7,9 +7,12 @@ mentions the transform. `jit`, `scan`, `remat`, `vmap` and sharding work on the 
 because leaves are pytrees.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from research.weights.quantized.quantized_matrix import QuantizedMatrix
 from research.weights.representations.grouped_product import Groups, multiply_groups
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.plain_array import multiply
@@ -72,6 +75,22 @@ def lookup(w: Matrix, ids: Array, dtype: jnp.dtype) -> Array:
 def transpose(w: Matrix) -> Matrix:
     """A two-axis matrix with input and output swapped (a tied vocabulary head)."""
     return w.transpose() if isinstance(w, Leaf) else Transposed(w)
+
+
+def expand(params: Any, dtype: jnp.dtype) -> Any:
+    """`params` with arrays in the place of codes, for a loop that multiplies often.
+
+    Codes become an array in each product. A caller that multiplies with one matrix many
+    times, such as the loss with the vocabulary head, has it made once.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, QuantizedMatrix):
+            return leaf
+        whole = leaf.decode(dtype)
+        return Transposed(whole) if leaf.flipped else whole
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
 
 
 def materialize(w: Matrix) -> Array:

@@ -26,6 +26,8 @@ class Spec:
       layers: of the first axis, those that are not zero for ever; empty: all.
       dtype: name of its dtype, where that is fixed (codes of a quantized weight);
         None for the dtype of the tree that it belongs to.
+      keeps_odd_axes: an axis that the mesh does not divide stays whole, where for all
+        else it is an error: of arrays that are small beside their matrix (scales).
       names: of the modules that hold it in other tools' files, with `{}` for the layer.
     """
 
@@ -39,10 +41,20 @@ class Spec:
     fill: float = 1.0
     fixed: bool = False
     layers: tuple[int, ...] = ()
+    keeps_odd_axes: bool = False
 
     @property
     def in_shape(self) -> tuple[int, ...]:
         return self.shape[self.stacked : self.stacked + self.n_in]
+
+    def of_stack(self, axes: int) -> "Spec":
+        """One of those that the first `axes` stacking axes count."""
+        return dataclasses.replace(
+            self,
+            shape=self.shape[axes:],
+            axes=self.axes[axes:],
+            stacked=self.stacked - axes,
+        )
 
     @property
     def copies(self) -> int:

@@ -48,7 +48,8 @@ class Trainable:
         of adapters on and is None in evaluation.
       measure: `(params, frozen) -> frozen` for `forward` with these parameters, with
         what gets no gradient computed; a step calls it once for its microbatches.
-      store: `(path, weight) -> stored form`, in the structure of `frozen_specs`.
+      store: `(path, weight, spec) -> stored form`, in the structure of `frozen_specs`;
+        `spec` describes the parameter, or one of those that are stacked in it.
       kind: of the adapters; None in full training.
       full: paths of the parameters that are trained whole beside adapters.
     """
@@ -60,7 +61,7 @@ class Trainable:
     init: Callable[[Array, Params], Params]
     forward: Callable[[Params, Params, Array | None], Params]
     measure: Callable[[Params, Params], Params] = lambda params, frozen: frozen
-    store: Callable[[str, Array], Matrix] = lambda path, weight: weight
+    store: Callable[[str, Array, Spec], Matrix] = lambda path, weight, spec: weight
     kind: AdapterKind | None = None
     full: frozenset[str] = frozenset()
 
@@ -105,21 +106,19 @@ def _make_adapters(
 ) -> Trainable:
     kind = find_kind(lora.kind)
     lora = with_own_patterns(lora, specs)
-    stored = find_format(model.base_format)
+    stored = find_format(model.quantize)
     adapters = kind.specs(specs, lora)
-    frozen_specs = {path: stored.specs(spec) for path, spec in specs.items()}
     full = _full(lora.full, specs)
-    for path, spec in full.items():
+    # Codes do not train: what is trained whole stays an array.
+    frozen_specs = {
+        path: spec if path in full else stored.specs(spec)
+        for path, spec in specs.items()
+    }
+    for path in full:
         if path in adapters:
             raise UserError(
                 f"config.lora.full trains {path} whole, and config.lora.targets gives "
                 "it an adapter: name it in one of them"
-            )
-        if frozen_specs[path] != spec:
-            raise UserError(
-                f"config.lora.full trains {path} whole, and config.model.base_format="
-                f"{model.base_format} stores it as codes, which do not train: drop it "
-                "from config.lora.full, or use --config.model.base_format=plain"
             )
 
     def init(key: Array, base: Params) -> Params:
@@ -137,6 +136,9 @@ def _make_adapters(
         own = factors(params)
         return kind.measure(frozen, own, kind.settings(kind.ranks(own), lora))
 
+    def store(path: str, weight: Array, spec: Spec) -> Matrix:
+        return weight if path in full else stored.store(weight, spec)
+
     return Trainable(
         specs=adapters | full,
         frozen_specs=frozen_specs,
@@ -145,7 +147,7 @@ def _make_adapters(
         init=init,
         forward=forward,
         measure=measure,
-        store=lambda path, weight: stored.store(weight, specs[path]),
+        store=store,
         kind=kind,
         full=frozenset(full),
     )
@@ -170,11 +172,11 @@ def _full(patterns: Sequence[str], specs: Mapping[str, Spec]) -> dict[str, Spec]
 def _make_full(
     model: ModelConfig, lora: LoRAConfig, specs: Mapping[str, Spec]
 ) -> Trainable:
-    if model.base_format != "plain":
+    if model.quantize != "none":
         raise UserError(
-            f"config.model.base_format is {model.base_format!r} and "
-            "config.trainable is 'full': only frozen weights have a format; use "
-            "--config.model.base_format=plain"
+            f"config.model.quantize is {model.quantize!r} and config.trainable is "
+            "'full': codes do not train; use --config.model.quantize=none, or "
+            "--config.trainable=lora"
         )
     return Trainable(
         specs=dict(specs),

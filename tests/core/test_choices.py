@@ -112,7 +112,7 @@ DISPATCHES = {
     "trainable": [
         lambda c: trainable.make("unheard", ModelConfig(), LoRAConfig(), {}),
     ],
-    "model.base_format": [lambda c: find_format("unheard")],
+    "model.quantize": [lambda c: find_format("unheard")],
     "model.remat": [
         lambda c: memory_formulas.kept_per_token(abstract_layers(), "unheard"),
         lambda c: look_up(REMAT_POLICIES, "unheard", "config.model.remat"),

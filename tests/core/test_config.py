@@ -38,6 +38,7 @@ OTHER = {
     "trainable": "full",
     "model.dtype": "float32",
     "model.param_dtype": "bfloat16",
+    "model.quantize": "nf4",
     "model.remat": "dots",
     "model.attention": "splash",
     "model.expert_kernel": "ragged_dot",
@@ -60,7 +61,7 @@ OTHER = {
 
 
 # There is one choice yet, so they cannot differ; and steps exclude epochs.
-SINGLE = {"data.source", "lora.kind", "model.base_format", "epochs"}
+SINGLE = {"data.source", "lora.kind", "epochs"}
 
 
 def other(path, value):

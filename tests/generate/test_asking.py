@@ -32,7 +32,7 @@ from research.tasks.task_registry import exported_tokenizer, load_task
 from research.tokenize.chat_template import ChatFormat
 from research.tokenize.conversation import Turn
 from research.tokenize.tokenizer_training import save_tokenizer
-from research.weights.representations.int8_weights import Int8Matrix
+from research.weights.quantized.int8_weights import Int8Matrix
 from research.weights.representations.low_rank import LowRank
 
 CONTEXT = 40

@@ -23,7 +23,7 @@ from research.runs.run_directory import RunDir
 from research.serve import model_reader
 from research.tokenize.conversation import Turn
 from research.weights.adapters import serving_bank
-from research.weights.representations.int8_weights import Int8Matrix
+from research.weights.quantized.int8_weights import Int8Matrix
 from research.weights.representations.transposed import Transposed
 
 

@@ -13,8 +13,8 @@ from helpers import close
 from research.config.choices import EXPERT_KERNELS
 from research.weights.contraction import contract_groups, materialize
 from research.weights.parameter_spec import Spec
+from research.weights.quantized.int8_weights import as_int8
 from research.weights.representations.grouped_product import KERNELS, Groups
-from research.weights.representations.int8_weights import as_int8
 from research.weights.representations.low_rank import LowRank
 from research.weights.representations.transposed import Transposed
 

@@ -10,7 +10,7 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.weights.contraction import contract, lookup, materialize, transpose
 from research.weights.parameter_spec import Spec
-from research.weights.representations.int8_weights import (
+from research.weights.quantized.int8_weights import (
     Int8Matrix,
     as_int8,
     int8_specs,

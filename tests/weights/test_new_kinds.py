@@ -57,8 +57,8 @@ from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.lora import LoRA
 from research.weights.contraction import contract, lookup, materialize, transpose
 from research.weights.parameter_spec import Spec
+from research.weights.quantized.int8_weights import Int8Matrix
 from research.weights.representations.adapter_bank import AdapterBank
-from research.weights.representations.int8_weights import Int8Matrix
 from research.weights.representations.leaf import Leaf
 
 STEPS, KILLED = 4, 2
@@ -204,7 +204,7 @@ def registered():
         patch.setitem(ADAPTER_MODULES, SCALED.name, __name__)
         patch.setitem(ADAPTER_MODULES, Crooked.name, CROOKED)
         patch.setitem(sys.modules, CROOKED, types.SimpleNamespace(KIND=Crooked()))
-        patch.setitem(BASE_FORMAT_MODULES, "int8", __name__)
+        patch.setitem(BASE_FORMAT_MODULES, "codes", __name__)
         yield
 
 
@@ -226,8 +226,8 @@ def small(tmp_path_factory):
     return folder
 
 
-def config_for(small, name, base_format="int8", **changes):
-    model = {"base_format": base_format}
+def config_for(small, name, quantize="codes", **changes):
+    model = {"quantize": quantize}
     return small_config(small, name, STEPS, model, lora=adapters(**changes))
 
 
@@ -247,20 +247,20 @@ def trained(small):
 @pytest.fixture(
     scope="module",
     params=[
-        ("scaled", "int8"),
-        in_soak(("scaled", "plain")),
-        in_soak(("lora", "int8")),
-        in_soak(("dora", "int8")),
-        in_soak(("pissa", "int8")),
+        ("scaled", "codes"),
+        in_soak(("scaled", "none")),
+        in_soak(("lora", "codes")),
+        in_soak(("dora", "codes")),
+        in_soak(("pissa", "codes")),
     ],
     ids="-".join,
 )
 def alone_or_together(request, small):
     """The run of both, and in the soak one of each with what is there anyway."""
-    kind, base_format = request.param
-    if kind == "scaled" and base_format == "int8":
+    kind, quantize = request.param
+    if kind == "scaled" and quantize == "codes":
         return request.getfixturevalue("trained")
-    return train(small, f"{kind}-{base_format}", base_format, kind=kind)
+    return train(small, f"{kind}-{quantize}", quantize, kind=kind)
 
 
 def final_params(folder):
@@ -384,12 +384,12 @@ def test_it_is_counted_and_planned(small, trained):
     architecture = open_architecture(str(small / "model"), 1.0)
     specs = Model(architecture).specs
 
-    def plan(base_format):
-        config = config_for(small, "planned", base_format)
+    def plan(quantize):
+        config = config_for(small, "planned", quantize)
         return planner.plan_estimate(config, architecture, parse_device("h100:8"))
 
-    coded, plain = plan("int8"), plan("plain")
-    lora = config_for(small, "lora", "plain", kind="lora")
+    coded, plain = plan("codes"), plan("none")
+    lora = config_for(small, "lora", "none", kind="lora")
     without = trainable.make(lora.trainable, lora.model, lora.lora, specs)
     gains = 0
     for path in without.adapters(without.specs):
@@ -459,5 +459,5 @@ def test_a_matrix_is_stored_as_it_loads_and_lies_as_its_axes_say(small):
 
 def test_trained_weights_have_no_format(small):
     config = dataclasses.replace(config_for(small, "full"), trainable="full")
-    with pytest.raises(UserError, match=r"base_format is 'int8'.*use.*plain"):
+    with pytest.raises(UserError, match=r"quantize is 'codes'.*use.*none"):
         trainable.make(config.trainable, config.model, config.lora, {})

@@ -9,7 +9,6 @@ import pytest
 from helpers import TINY, random_adapters, random_params
 from peft_exports import model_of
 
-from research.config.choices import BASE_FORMAT_MODULES
 from research.config.run_config import LoRAConfig, ModelConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
@@ -80,21 +79,14 @@ def test_a_bad_choice_is_refused(model, lora, said):
     assert said in str(raised.value)
 
 
-def test_a_frozen_weight_of_codes_is_not_trained(monkeypatch, model):
-    class Codes:
-        def specs(self, spec):
-            return dataclasses.replace(spec, dtype="int8") if spec.n_in else spec
-
-    monkeypatch.setitem(BASE_FORMAT_MODULES, "codes", "json")
-    monkeypatch.setattr("json.FORMAT", Codes(), raising=False)
-    config = ModelConfig(base_format="codes")
-    for full, fits in (("norms", True), ("embeddings", False)):
-        lora = LoRAConfig(full=(full,))
-        if fits:
-            trainable.make("lora", config, lora, model.specs)
-            continue
-        with pytest.raises(UserError, match=r"embedding\.table whole, and .*=codes st"):
-            trainable.make("lora", config, lora, model.specs)
+def test_what_trains_whole_stays_an_array(model):
+    config = ModelConfig(quantize="nf4")
+    split = trainable.make(
+        "lora", config, LoRAConfig(full=("embeddings",)), model.specs
+    )
+    for path, spec in model.specs.items():
+        is_array = path == "embedding.table" or not spec.n_in
+        assert (split.frozen_specs[path] == spec) is is_array, path
 
 
 def test_they_start_at_the_base_and_take_its_place(model):

@@ -1,5 +1,6 @@
 """A base model in bytes, for decoding, and the loss that this costs."""
 
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -21,7 +22,7 @@ from research.runs.display_files import read_preview
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.contraction import materialize
-from research.weights.representations.int8_weights import as_int8, int8_specs
+from research.weights.quantized.int8_weights import as_int8, int8_specs
 
 Params = dict[str, Any]
 LENGTH, ROWS = 256, 4  # Ids of each text on which the loss is measured, and texts.
@@ -40,10 +41,12 @@ def with_int8(params: Params, model: Model, mesh: Mesh) -> Params:
     def convert(path: str, weight: Any) -> Any:
         if path not in paths:
             return weight
-        where = meshes.shardings({path: int8_specs(specs[path])}, mesh)[path]
+        described = dataclasses.replace(int8_specs(specs[path]), rounds_inputs=True)
+        where = meshes.shardings({path: described}, mesh)[path]
 
         def made(weight: Any) -> Any:
-            return as_int8(materialize(weight), specs[path])
+            codes = as_int8(materialize(weight), specs[path])
+            return dataclasses.replace(codes, rounds_inputs=True)
 
         return jax.jit(made, out_shardings=where)(weight)
 

@@ -27,7 +27,7 @@ from research.core.local_paths import split_step
 from research.formats.base_model import Base, open_architecture
 from research.formats.huggingface.huggingface_export import fetch
 from research.formats.huggingface.huggingface_weights import read_hf_config
-from research.formats.load_parameters import check_tensors, load_param, store_frozen
+from research.formats.load_parameters import check_tensors, load_frozen_param
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
 from research.models.families.model_family import ModelFamily
@@ -260,7 +260,12 @@ class RunTensors:
         plain = flat(type(self._run.config.lora)())
         parts = {
             **self.origin,
-            "dtypes": [model.dtype, model.param_dtype, model.base_format],
+            # "plain" is what older versions call it.
+            "dtypes": [
+                model.dtype,
+                model.param_dtype,
+                "plain" if model.quantize == "none" else model.quantize,
+            ],
             # A knob of a later version is at its default here. Where the adapters
             # began is no part of what they are.
             "lora": {
@@ -315,12 +320,8 @@ class RunTensors:
         if not split.frozen_specs or path in split.full:
             return self._restore({path: specs[path]})[path]
         adapters = self._adapters
-        sharding = meshes.shardings({path: specs[path]}, mesh)[path]
         family = family_of(self._run.base.architecture)
-        weight = load_param(
-            self._base, family, path, specs, sharding, split.frozen_dtype
-        )
-        stored = store_frozen(split, path, weight, specs[path], mesh)
+        stored = load_frozen_param(self._base, family, path, specs, split, mesh)
         if path not in adapters:
             return stored
         ranks = {p: split.kind.rank(factors) for p, factors in adapters.items()}

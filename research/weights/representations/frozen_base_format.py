@@ -14,10 +14,10 @@ Array = jax.Array
 
 
 class BaseFormat(Protocol):
-    """One format of frozen weights, a value of `config.model.base_format`.
+    """One format of frozen weights, a value of `config.model.quantize`.
 
-    A 4-bit base is a file beside this one: a `Leaf` of codes and scales, and a `FORMAT`
-    that makes it.
+    A new one is a file beside this one: a `QuantizedMatrix`, and a `FORMAT` that makes
+    it.
     """
 
     def specs(self, spec: Spec) -> Any:
@@ -33,6 +33,6 @@ class BaseFormat(Protocol):
 
 
 def find_format(name: str) -> BaseFormat:
-    """The format that `config.model.base_format` names. Raises UserError: none."""
-    module = look_up(BASE_FORMAT_MODULES, name, "config.model.base_format")
+    """The format that `config.model.quantize` names. Raises UserError: none."""
+    module = look_up(BASE_FORMAT_MODULES, name, "config.model.quantize")
     return importlib.import_module(module).FORMAT

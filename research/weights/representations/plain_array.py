@@ -38,10 +38,11 @@ def multiply(x: Array, w: Array, n_in: int, flipped: bool, dtype: jnp.dtype) -> 
     a weight comes in the weight's own order of axes: JAX would ask for it transposed,
     which on a CPU costs five times as much in bfloat16.
     """
-    return _dot(x, w, n_in, flipped, dtype)
+    return dot(x, w, n_in, flipped, dtype)
 
 
-def _dot(x: Array, w: Array, n_in: int, flipped: bool, dtype: jnp.dtype) -> Array:
+def dot(x: Array, w: Array, n_in: int, flipped: bool, dtype: jnp.dtype) -> Array:
+    """As `multiply`, without its derivative rule."""
     rank, first = len(w.shape), x.ndim - n_in
     into = range(rank - n_in, rank) if flipped else range(n_in)
     summed = (tuple(range(first, x.ndim)), tuple(into))
@@ -50,9 +51,17 @@ def _dot(x: Array, w: Array, n_in: int, flipped: bool, dtype: jnp.dtype) -> Arra
     )
 
 
+def input_gradient(d_y: Array, w: Array, n_in: int, flipped: bool) -> Array:
+    """The gradient of the inputs of `dot` from that of its result, in its dtype."""
+    n_out = len(w.shape) - n_in
+    out = range(n_out) if flipped else range(n_in, len(w.shape))
+    summed = (tuple(range(d_y.ndim - n_out, d_y.ndim)), tuple(out))
+    return jax.lax.dot_general(d_y, w.astype(d_y.dtype), (summed, ((), ())))
+
+
 def _forward(x, w, n_in, flipped, dtype):
     # Not `multiply`: a remat policy must see the product to keep it.
-    y = _dot(x.value, w.value, n_in, flipped, dtype)
+    y = dot(x.value, w.value, n_in, flipped, dtype)
     # A frozen weight gets no gradient, so its input is not kept.
     kept = (x.value if w.perturbed else None, w.value if x.perturbed else None)
     like = jnp.zeros(0, x.value.dtype), jnp.zeros(0, w.value.dtype)
@@ -65,10 +74,7 @@ def _backward(n_in, flipped, dtype, kept, d_y):
     d_y = d_y.astype(like_x.dtype)
     d_x = d_w = None
     if w is not None:
-        n_out = len(w.shape) - n_in
-        out = range(n_out) if flipped else range(n_in, len(w.shape))
-        summed = (tuple(range(d_y.ndim - n_out, d_y.ndim)), tuple(out))
-        d_x = jax.lax.dot_general(d_y, w.astype(d_y.dtype), (summed, ((), ())))
+        d_x = input_gradient(d_y, w, n_in, flipped)
     if x is not None:
         batch = tuple(range(x.ndim - n_in))
         pair = (d_y, x) if flipped else (x, d_y)

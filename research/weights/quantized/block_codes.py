@@ -1,0 +1,227 @@
+"""Frozen weights in four bits each, with a scale for every 64 inputs of an output.
+
+The scales are in codes, too, of eight bits: "double quantization" of QLoRA (Dettmers
+et al. 2023, arXiv:2305.14314, section 3). A weight then takes 4.13 bits.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.errors import UserError
+from research.weights.parameter_spec import Spec
+from research.weights.quantized.quantized_matrix import (
+    QuantizedMatrix,
+    is_quantizable,
+)
+
+Array = jax.Array
+BLOCK = 64  # Inputs that share a scale.
+GROUP = 256  # Scales that share a range.
+LAST_CODE = 255  # The largest code that a scale has.
+SMALLEST = 1e-30  # In place of a scale of 0, by which nothing can be divided.
+# The quantiles of a normal distribution, from -1 to 1 with an exact 0 (appendix E).
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# Multiples of a seventh; -8/7 serves where a rounded scale is too small.
+INT4_LEVELS = tuple((code - 8) / 7 for code in range(16))
+LEVELS = {"nf4": NF4_LEVELS, "int4": INT4_LEVELS}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockMatrix(QuantizedMatrix):
+    """A matrix in four-bit codes, with the axes of the matrix in their order.
+
+    The packed axis is the last of the inputs; of a table of ids, which is used as a
+    head, too, its last one.
+
+    Attributes:
+      codes: uint8 with the shape of the matrix, but half of the packed axis: two codes
+        in each, the first in the low bits.
+      scales: uint8 codes of scales, a block of inputs in the place of the packed axis.
+      ranges: `[*stack, groups, 2]` float32, the step between two scales, and the least
+        one, of each `GROUP` scales in the order in which they lie.
+      levels: a key of `LEVELS`.
+      behind: the number of axes behind the packed one.
+      flipped: see `QuantizedMatrix`.
+    """
+
+    codes: Array
+    scales: Array
+    ranges: Array
+    levels: str = dataclasses.field(metadata={"static": True})
+    behind: int = dataclasses.field(metadata={"static": True})
+    flipped: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        shape = list(self.codes.shape)
+        shape[self._packed] *= 2
+        return tuple(shape)
+
+    @property
+    def stack(self) -> int:
+        return len(self.ranges.shape) - 2
+
+    @property
+    def _packed(self) -> int:
+        return len(self.codes.shape) - 1 - self.behind
+
+    def decode(self, dtype: Any) -> Array:
+        shape = self.scales.shape[self.stack :]
+        ranges = jnp.repeat(self.ranges, GROUP, -2)[..., : math.prod(shape), :]
+        ranges = ranges.reshape(*self.scales.shape, 2)
+        return self._decoded(self.codes, self.scales, ranges, self._packed, dtype)
+
+    def decode_rows(self, ids: Array, dtype: Any) -> Array:
+        width = self.scales.shape[-1]
+        first = ids[..., None] * width + jnp.arange(width)
+        ranges = self.ranges[first // GROUP]
+        packed = ids.ndim - 1 + self._packed
+        return self._decoded(self.codes[ids], self.scales[ids], ranges, packed, dtype)
+
+    def _decoded(
+        self, codes: Array, scales: Array, ranges: Array, packed: int, dtype: Any
+    ) -> Array:
+        scales = scales.astype(jnp.float32) * ranges[..., 0] + ranges[..., 1]
+        shape = list(codes.shape)
+        shape[packed] *= 2
+        shifts = jnp.array([0, 4], jnp.uint8).reshape(2, *[1] * self.behind)
+        pairs = jnp.expand_dims(codes, packed + 1) >> shifts
+        values = _values(pairs & jnp.uint8(15), self.levels).reshape(shape)
+        block = shape[packed] // scales.shape[packed]
+        return (values * jnp.repeat(scales, block, packed)).astype(dtype)
+
+
+class BlockFormat:
+    """The `BaseFormat` of four-bit codes with these levels."""
+
+    def __init__(self, levels: str):
+        self.levels = levels
+
+    def specs(self, spec: Spec) -> Spec | BlockMatrix:
+        """A block is the largest divisor of the packed axis up to `BLOCK`.
+
+        Raises:
+          UserError: the packed axis is odd.
+        """
+        if not is_quantizable(spec):
+            return spec
+        packed = _packed_axis(spec)
+        size = spec.shape[packed]
+        if size % 2:
+            raise UserError(
+                f"config.model.quantize={self.levels} packs two inputs in a byte, and "
+                f"a matrix {list(spec.shape)} has {size}: use --config.model.quantize="
+                "int8"
+            )
+        block = next(n for n in range(min(BLOCK, size), 0, -1) if size % n == 0)
+        first = spec.stacked
+
+        def part(length: int, divides: bool) -> Spec:
+            shape = (*spec.shape[:packed], length, *spec.shape[packed + 1 :])
+            return Spec(
+                shape, spec.axes, 0, first, dtype="uint8", keeps_odd_axes=not divides
+            )
+
+        scales = part(size // block, False)
+        groups = -(-math.prod(scales.shape[first:]) // GROUP)
+        ranges = Spec(
+            (*spec.shape[:first], groups, 2),
+            (*spec.axes[:first], "groups", "groups"),
+            0,
+            first,
+            dtype="float32",
+        )
+        behind = len(spec.shape) - 1 - packed
+        return BlockMatrix(part(size // 2, True), scales, ranges, self.levels, behind)
+
+    def store(self, weight: Array, spec: Spec) -> Array | BlockMatrix:
+        """`weight` in the nearest codes; every mesh computes the same ones.
+
+        For that the ranges are those from the smallest to the largest scale, where the
+        paper takes a mean off: sums depend on their order.
+        """
+        like = self.specs(spec)
+        if isinstance(like, Spec):
+            return weight
+        packed, (count, block) = _packed_axis(spec), _blocks(like)
+        weight = weight.astype(jnp.float32)
+        blocks = weight.reshape(
+            *weight.shape[:packed], count, block, *weight.shape[packed + 1 :]
+        )
+        largest = jnp.max(jnp.abs(blocks), packed + 1)
+        codes, ranges, scales = _code_scales(largest, spec.stacked)
+        scaled = blocks / jnp.maximum(jnp.expand_dims(scales, packed + 1), SMALLEST)
+        nearest = _nearest(scaled, self.levels).reshape(
+            *weight.shape[:packed], -1, 2, *weight.shape[packed + 1 :]
+        )
+        low, high = (
+            jax.lax.index_in_dim(nearest, i, packed + 1, keepdims=False) for i in (0, 1)
+        )
+        return dataclasses.replace(
+            like, codes=low | (high << 4), scales=codes, ranges=ranges
+        )
+
+
+def _packed_axis(spec: Spec) -> int:
+    return len(spec.shape) - 1 if spec.is_table else spec.stacked + spec.n_in - 1
+
+
+def _blocks(like: BlockMatrix) -> tuple[int, int]:
+    """The number of blocks along the packed axis, and the size of one."""
+    axis = len(like.codes.shape) - 1 - like.behind
+    count = like.scales.shape[axis]
+    return count, 2 * like.codes.shape[axis] // count
+
+
+def _code_scales(scales: Array, stack: int) -> tuple[Array, Array, Array]:
+    """Positive scales as codes, their ranges, and the scales that these stand for."""
+    shape = scales.shape
+    flat = scales.reshape(*shape[:stack], -1)
+    count = flat.shape[-1]
+    padding = [(0, 0)] * stack + [(0, -count % GROUP)]
+    groups = jnp.pad(flat, padding, "edge").reshape(*shape[:stack], -1, GROUP)
+    least = jnp.min(groups, -1, keepdims=True)
+    step = (jnp.max(groups, -1, keepdims=True) - least) / LAST_CODE
+    codes = jnp.round((groups - least) / jnp.maximum(step, SMALLEST))
+    found = codes * step + least
+
+    def whole(x: Array) -> Array:
+        return x.reshape(*shape[:stack], -1)[..., :count].reshape(shape)
+
+    ranges = jnp.concatenate([step, least], -1)
+    return whole(codes.astype(jnp.uint8)), ranges, whole(found)
+
+
+def _nearest(x: Array, levels: str) -> Array:
+    """The code of the nearest level, uint8."""
+    values = np.array(LEVELS[levels], np.float32)
+    middles = (values[1:] + values[:-1]) / 2
+    above = [(x > middle).astype(jnp.uint8) for middle in middles]
+    return functools.reduce(jnp.add, above)
+
+
+def _values(codes: Array, levels: str) -> Array:
+    """The levels of codes below 16, float32.
+
+    Chosen by the four bits one after the other, which every device does in registers:
+    on a CPU a lookup in a table takes twice as long.
+    """
+    found = [jnp.float32(level) for level in LEVELS[levels]]
+    for bit in range(4):
+        is_set = (codes & (1 << bit)) != 0
+        pairs = zip(found[::2], found[1::2], strict=True)
+        found = [jnp.where(is_set, one, zero) for zero, one in pairs]
+    return found[0]

@@ -97,6 +97,9 @@ class WrittenModel:
       held: the paths that the files hold; the base model has all others.
       facts: texts by name that travel in the files.
       for_llama_cpp: some settings may differ, see `architecture_parity.excused`.
+      read_rows: `read_rows(path, part)` gives rows `[n, D]` of the embeddings or of the
+        vocabulary head, as `read` gives all of them; None where files do not hold
+        these one by one.
     """
 
     architecture: Architecture
@@ -105,6 +108,7 @@ class WrittenModel:
     held: Mapping[str, StoredNumbers]
     facts: Mapping[str, str]
     for_llama_cpp: bool = False
+    read_rows: Callable[[str, slice], np.ndarray] | None = None
 
 
 class ExportFormat(Protocol):

@@ -42,6 +42,14 @@ class TensorFile(Protocol):
         ...
 
 
+class RowFile(TensorFile, Protocol):
+    """A file whose tensors can also be read in parts."""
+
+    def read_rows(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor along its first axis; all of them are there."""
+        ...
+
+
 def fingerprint_files(files: list[Path]) -> str:
     """sha256 over names and bytes."""
     digest = hashlib.sha256()

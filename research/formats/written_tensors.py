@@ -1,5 +1,6 @@
 """A whole model out of a file of tensors, a layer of a parameter at a time."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from research.formats.export_format import WrittenModel
 from research.formats.load_parameters import check_tensors
 from research.formats.proof.stored_numbers import StoredNumbers
-from research.formats.tensor_file import TensorFile
+from research.formats.tensor_file import RowFile
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
 from research.models.transformer import Model
@@ -15,7 +16,7 @@ from research.tokenize.tokenizer import Tokenizer
 
 
 def whole_model(
-    tensors: TensorFile, architecture: Architecture, tokenizer: Tokenizer
+    tensors: RowFile, architecture: Architecture, tokenizer: Tokenizer
 ) -> WrittenModel:
     """The model that a file holds, with all its parameters.
 
@@ -35,12 +36,33 @@ def whole_model(
         for path in stored.paths
         if path in specs
     }
-    read = _layer_reader(tensors, model)
-    return WrittenModel(architecture, tokenizer, read, held, tensors.facts())
+    return WrittenModel(
+        architecture,
+        tokenizer,
+        _layer_reader(tensors, model),
+        held,
+        tensors.facts(),
+        read_rows=_row_reader(tensors, model),
+    )
+
+
+def _row_reader(tensors: RowFile, model: Model) -> Callable[[str, slice], np.ndarray]:
+    """Reads rows of tables and heads, which all files have as `[vocabulary, embed]`."""
+    layout, specs = tensors.layout(family_of(model.architecture)), model.specs
+
+    def read(path: str, rows: slice) -> np.ndarray:
+        (stored,) = [x for x in layout if path in x.paths]
+        part, spec = tensors.read_rows(stored.name, rows), specs[path]
+        shape = part.T.shape if stored.transposed else part.shape
+        own = {path: dataclasses.replace(spec, shape=shape)}
+        value = stored.unpack(path, part, own)
+        return value.T if stored.transposed else value
+
+    return read
 
 
 def _layer_reader(
-    tensors: TensorFile, model: Model
+    tensors: RowFile, model: Model
 ) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     layout, specs = tensors.layout(family_of(model.architecture)), model.specs
 

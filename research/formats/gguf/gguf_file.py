@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import math
 import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,6 +23,8 @@ from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 MAGIC = b"GGUF"
+PIECE = 2**22  # numbers of a tensor that are read at a time
+HALVES = {"F16": np.float16, "BF16": jnp.bfloat16}
 FACTS = "research."  # Keys of texts that an export puts into a file begin so.
 
 
@@ -89,19 +93,36 @@ class GGUFFile:
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def read(self, name: str) -> np.ndarray:
+        shape, value = self._shape(name), None
+        if math.prod(shape) <= PIECE:
+            return self.read_rows(name, slice(None)).reshape(shape)
+        step = max(1, PIECE * shape[0] // math.prod(shape))
+        for begin in range(0, shape[0], step):
+            part = self.read_rows(name, slice(begin, begin + step))
+            if value is None:
+                value = np.empty(shape, part.dtype)
+            value[begin : begin + step] = part
+        assert value is not None, name
+        return value
+
+    def read_rows(self, name: str, rows: slice) -> np.ndarray:
         import gguf
 
         tensor = self._tensors[name]
-        # Tensors that were read before would stay in the memory of the process.
+        stored, kind = tensor.data[rows], tensor.tensor_type
+        if stored.ndim > 1 and kind.name in HALVES:  # As exact, and half as large.
+            values = np.array(stored).view(np.dtype(HALVES[kind.name]))
+        else:
+            try:
+                values = np.array(gguf.dequantize(stored, kind), np.float32)
+            except (NotImplementedError, ValueError) as error:
+                raise UserError(
+                    f"{self._file}: {name} is stored as {kind.name}, which cannot be "
+                    f"read ({error}); give the model as Q8_0, F16 or BF16"
+                ) from error
+        # What was read would stay in the memory of the process.
         self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
-        try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise UserError(
-                f"{self._file}: {name} is stored as {tensor.tensor_type.name}, which "
-                f"cannot be read ({error}); give the model as Q8_0, F16 or BF16"
-            ) from error
-        return values.reshape(self._shape(name))
+        return values.reshape(-1, *self._shape(name)[1:])
 
     def kind(self, name: str) -> str:
         found = self._tensors[name].tensor_type.name

@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from research.formats.gguf.tensor_types import (
     to_type,
 )
 
+PIECE = 2**22  # numbers of a tensor that are converted at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
@@ -25,7 +28,7 @@ class PlannedTensor:
     Attributes:
       name: in the file.
       shape: slowest axis first.
-      make: gives it as float32. Every process calls it.
+      make: gives its numbers. Every process calls it.
     """
 
     name: str
@@ -73,13 +76,27 @@ def write_gguf(
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, kind in zip(tensors, types, strict=True):
-            value = tensor.make()
-            assert value.shape == tensor.shape, tensor.name
-            writer.write_tensor_data(to_type(tensor.name, value, kind))
     finally:
         writer.close()
+    # The library would take each tensor as a whole, in the bytes of its type.
+    with file.open("ab") as data:
+        _pad(data, writer.data_alignment)
+        for tensor, kind in zip(tensors, types, strict=True):
+            _write_tensor(data, tensor, kind)
+            _pad(data, writer.data_alignment)
     sync(file)
+
+
+def _write_tensor(data: BinaryIO, tensor: PlannedTensor, kind: Any) -> None:
+    value = tensor.make()
+    assert value.shape == tensor.shape, tensor.name
+    step = max(1, PIECE // max(1, math.prod(tensor.shape[1:])))
+    for begin in range(0, len(value), step):
+        data.write(to_type(tensor.name, value[begin : begin + step], kind).data)
+
+
+def _pad(data: BinaryIO, alignment: int) -> None:
+    data.write(b"\0" * (-data.tell() % alignment))
 
 
 def _add_metadata(writer: Any, metadata: Mapping[str, Any]) -> None:

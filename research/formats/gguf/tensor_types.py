@@ -56,7 +56,7 @@ def stored_bytes(shape: tuple[int, ...], kind: Any) -> int:
 
 
 def to_type(name: str, tensor: np.ndarray, kind: Any) -> np.ndarray:
-    """`tensor`, float32, as the bytes of a type.
+    """Numbers, such as rows of a tensor, as the bytes of a type.
 
     Raises:
       UserError: a number is not finite, or becomes infinite.

@@ -149,15 +149,17 @@ class HuggingFaceWeights:
                 return handle.get_tensor(name)
         step = max(1, PIECE * shape[0] // size)
         for begin in range(0, shape[0], step):
-            end = min(begin + step, shape[0])
-            # All that was read of an open file stays in the memory of the process.
-            with _opened(file) as handle:
-                part = handle.get_slice(name)[begin:end]
+            part = self.read_rows(name, slice(begin, min(begin + step, shape[0])))
             if value is None:
                 value = np.empty(shape, part.dtype)
-            value[begin:end] = part
+            value[begin : begin + step] = part
         assert value is not None
         return value
+
+    def read_rows(self, name: str, rows: slice) -> np.ndarray:
+        # All that was read of an open file stays in the memory of the process.
+        with _opened(self._files[name]) as handle:
+            return handle.get_slice(name)[rows]
 
     def kind(self, name: str) -> str:
         return NAMES.get(self._types[name], self._types[name])

@@ -44,7 +44,7 @@ Leaves = Mapping[str, Any]
 PRECISION = "highest"
 TABLE, HEAD = "embedding.table", "head.kernel"
 ROWS = Axes(1, 0)  # of a piece of the vocabulary
-PIECE = 2**23  # numbers of a table that are compared at a time
+PIECE = 2**21  # numbers of a table that are compared at a time
 
 
 def prove(
@@ -283,12 +283,24 @@ class _Vocabulary:
         self._is_head = path == HEAD
         self.size, self._width = reversed(spec.shape) if self._is_head else spec.shape
         self._held = proof.written.held.get(path)
-        self._found = None
         if self._held:
-            found = proof.written.read(path, ())
-            self._found = found.T if self._is_head else found
             # A piece has rows of the vocabulary, each a row of the file.
             self._held = dataclasses.replace(self._held, by_inputs=False)
+
+    @functools.cached_property
+    def _whole(self) -> np.ndarray:
+        """All rows in the files, where these cannot be read one by one."""
+        found = self._proof.written.read(self._path, ())
+        return found.T if self._is_head else found
+
+    def _found(self, ids: np.ndarray) -> np.ndarray:
+        """Rows in the files; `ids` ascend."""
+        if self._proof.written.read_rows is None:
+            return self._whole[ids]
+        if len(ids) == ids[-1] + 1 - ids[0]:
+            part = slice(int(ids[0]), int(ids[-1]) + 1)
+            return self._proof.written.read_rows(self._path, part)
+        return np.concatenate([self._found(ids[i : i + 1]) for i in range(len(ids))])
 
     def pieces(self) -> Iterator[np.ndarray]:
         """Ids of the vocabulary, piece by piece."""
@@ -325,9 +337,8 @@ class _Vocabulary:
         return _rows_of(leaves[self._path], ids, self._is_head)
 
     def _placed(self, ids: np.ndarray) -> Array:
-        assert self._found is not None
         shape = (len(ids), self._width)
-        return self._proof.placed(self._found[ids], Spec(shape, ("positions", "embed")))
+        return self._proof.placed(self._found(ids), Spec(shape, ("positions", "embed")))
 
 
 def _largest(one: float, other: float) -> float:

@@ -41,8 +41,10 @@ from research.models.transformer import Model
 # No test of this process outlives a loss of power; `crash_points` looks at each sync.
 os.fsync = lambda file: None
 
-# Under `nohup` it is ignored, and commands would then rightly survive it.
+# Under `nohup`, or behind a shell's `&`, they are ignored, and commands would then
+# rightly survive them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""What loading, exporting and a proof hold beside the model, in bytes that are in use.
+"""The bytes that loading, exporting and a proof hold beside the model.
 
 `tests/bench/host_memory.py` measures the same in the shape of an 8B model.
 """
@@ -49,7 +49,7 @@ def exported(monkeypatch):
 
 def peak_of(work):
     """The most bytes that NumPy and Python held at once while `work` was done again."""
-    work()  # What is compiled or imported is there from now on.
+    work()  # Programs and modules are there from now on.
     tracemalloc.start()
     try:
         work()

@@ -120,7 +120,7 @@ class GGUFFile:
                     f"{self._file}: {name} is stored as {kind.name}, which cannot be "
                     f"read ({error}); give the model as Q8_0, F16 or BF16"
                 ) from error
-        # What was read would stay in the memory of the process.
+        # Pages that were read would stay in the memory of the process.
         self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
         return values.reshape(-1, *self._shape(name)[1:])
 

@@ -52,14 +52,14 @@ def add_piece(
     new["above"] = jnp.maximum(sums["above"], apart.max(-1))
     new["below"] = jnp.maximum(sums["below"], (-apart).max(-1))
     for name, logits in (("", run), ("_files", files)):
-        most, least = sums[f"most{name or ''}"], logits.max(-1)
+        before, here = sums[f"most{name}"], logits.max(-1)
         new[f"best{name}"] = jnp.where(
-            least > most,
+            here > before,
             start + logits.argmax(-1).astype(jnp.int32),
             sums[f"best{name}"],
         )
-        new[f"most{name}"] = jnp.maximum(most, least)
-        shrunk = jnp.exp(most - new[f"most{name}"])
+        new[f"most{name}"] = jnp.maximum(before, here)
+        shrunk = jnp.exp(before - new[f"most{name}"])
         powers = jnp.exp(logits - new[f"most{name}"][..., None])
         new[f"z{name}"] = sums[f"z{name}"] * shrunk + powers.sum(-1)
         if not name:

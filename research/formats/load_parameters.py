@@ -137,7 +137,7 @@ def check_tensors(tensors: TensorFile, model: Model) -> None:
     wrong += [
         f"{name} is not part of this model"
         for name in found
-        if not family.ignores(name)
+        if not family.ignores(name) and not _adds_nothing(tensors, name)
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -145,6 +145,17 @@ def check_tensors(tensors: TensorFile, model: Model) -> None:
             f"the weights do not fit their config: {'; '.join(wrong[:5])}{more}; give "
             "the config.json, or the GGUF file, that belongs to these weights"
         )
+
+
+def _adds_nothing(tensors: TensorFile, name: str) -> bool:
+    """Whether it is a bias of zeros, as AutoGPTQ gives to every matrix in codes."""
+    weight = name.removesuffix("bias") + "weight"
+    return (
+        name.endswith(".bias")
+        and weight in tensors.shapes()
+        and tensors.kind(weight) == "gptq"
+        and not tensors.read(name).any()
+    )
 
 
 def _copied_head(tensors: TensorFile, layout: tuple[StoredTensor, ...]) -> str | None:

@@ -265,8 +265,9 @@ LLAMA3 = {
             "high_freq_factor is 1.0; it must be a number above 1",
         ),
         (
-            {"quantization_config": {"quant_method": "bitsandbytes"}},
-            "says that the weights are quantised (bitsandbytes); give the model",
+            {"quantization_config": {"quant_method": "aqlm"}},
+            "says that the weights are quantised (aqlm), and codes of bitsandbytes, "
+            "awq, gptq are read; give the model as it was before",
         ),
     ],
     ids=str,

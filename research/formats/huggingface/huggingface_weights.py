@@ -1,6 +1,7 @@
 """The config and weights of a Hugging Face folder, read one tensor at a time."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -14,12 +15,14 @@ from jax.sharding import Mesh
 from research.core.errors import UserError
 from research.core.json_files import read_json
 from research.core.local_paths import holds_adapter
-from research.formats.huggingface.mxfp4_tensors import (
-    BLOCKS,
-    SCALES,
-    mxfp4_shapes,
-    read_mxfp4,
+from research.formats.huggingface.packed.bitsandbytes_tensors import find_bitsandbytes
+from research.formats.huggingface.packed.mxfp4_tensors import find_mxfp4
+from research.formats.huggingface.packed.packed_integers import find_packed_integers
+from research.formats.huggingface.packed.packed_tensor import (
+    PackedTensor,
+    StoredParts,
 )
+from research.formats.huggingface.packed.quantization_config import read_packing
 from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.family_registry import from_hf_config
@@ -36,7 +39,8 @@ def read_hf_config(folder: Path) -> Architecture:
     """The shape that the folder's `config.json` describes.
 
     Raises:
-      UserError: it is absent, damaged, or describes a model of no known family.
+      UserError: it is absent, damaged, describes a model of no known family, or
+        announces codes that are not read.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -49,6 +53,7 @@ def read_hf_config(folder: Path) -> Architecture:
             f"{folder} has no config.json{adapter if holds_adapter(folder) else ''}"
         )
     config = read_json(file, dict, "give the file of the model")
+    read_packing(config, str(file))
     return from_hf_config(config, str(file))
 
 
@@ -95,13 +100,10 @@ class HuggingFaceWeights:
                     f"{folder}: {INDEX} places {name} in {file.name}, which does not "
                     "have it; copy the files of the model again"
                 )
-        # A tensor in two parts counts as one.
-        self._in_parts = mxfp4_shapes(self._shapes, folder)
-        for name in self._in_parts:
-            del self._shapes[name + BLOCKS], self._shapes[name + SCALES]
-        self._shapes |= self._in_parts
-        for name in self._files:
-            if name.endswith(".weight"):  # Others may be tables that nobody reads.
+        self._packed = self._find_packed()
+        for name in self._shapes:
+            # Others may be tables that nobody reads.
+            if name.endswith(".weight") and name not in self._packed:
                 self._require_numbers(name)
         self._hashed = files
 
@@ -120,6 +122,21 @@ class HuggingFaceWeights:
         self._shapes[name] = tuple(found.get_shape())
         self._types[name] = found.get_dtype()
 
+    def _find_packed(self) -> dict[str, PackedTensor]:
+        """The tensors in several parts, each of which counts as one."""
+        file = self._folder / "config.json"
+        config = read_json(file, dict, "give the model's") if file.is_file() else {}
+        packing = read_packing(config, str(file))
+        stored = StoredParts(self._folder, self._shapes, self._types, self._read)
+        found = find_mxfp4(stored) | find_bitsandbytes(stored)
+        found |= find_packed_integers(stored, packing)
+        parts = {part for tensor in found.values() for part in tensor.parts}
+        for name in found.keys() & self._shapes.keys() - parts:
+            raise stored.damaged(f"{name} is there as numbers, and once more in codes")
+        kept = {n: shape for n, shape in self._shapes.items() if n not in parts}
+        self._shapes = kept | {name: x.shape for name, x in found.items()}
+        return found
+
     def _require_numbers(self, name: str) -> None:
         """A checkpoint can hold codes for weights without a word in its config."""
         kind = self._types[name]
@@ -134,9 +151,8 @@ class HuggingFaceWeights:
         return self._shapes
 
     def read(self, name: str) -> np.ndarray:
-        if name in self._in_parts:
-            parts = (self._read(name + end) for end in (BLOCKS, SCALES))
-            return read_mxfp4(name, *parts, self._files[name + BLOCKS])
+        if name in self._packed:
+            return self._packed[name].read()
         self._require_numbers(name)
         return self._read(name)
 
@@ -162,6 +178,8 @@ class HuggingFaceWeights:
             return handle.get_slice(name)[rows]
 
     def kind(self, name: str) -> str:
+        if name in self._packed:
+            return self._packed[name].kind
         return NAMES.get(self._types[name], self._types[name])
 
     def facts(self) -> Mapping[str, str]:
@@ -169,7 +187,31 @@ class HuggingFaceWeights:
             return handle.metadata() or {}
 
     def layout(self, family: ModelFamily) -> tuple[StoredTensor, ...]:
-        return family.hf_layout(self._shapes)
+        tensors = family.hf_layout(self._shapes)
+        if not any(tensor.codes for tensor in self._packed.values()):
+            return tensors
+        return tuple(map(self._as_linear, tensors))
+
+    def _as_linear(self, tensor: StoredTensor) -> StoredTensor:
+        """`tensor` as it lies in codes: `[out, in]`, also where its numbers do not.
+
+        Raises:
+          UserError: its numbers lie otherwise, and only some of its layers are codes.
+        """
+        if tensor.transposed or not tensor.paths[0].endswith(".kernel"):
+            return tensor
+        pattern = re.escape(tensor.name).replace(r"\{\}", r"\d+")
+        names = [name for name in self._shapes if re.fullmatch(pattern, name)]
+        in_codes = [n for n in names if n in self._packed and self._packed[n].codes]
+        if not in_codes:
+            return tensor
+        if len(in_codes) < len(names):
+            raise UserError(
+                f"{self._folder}: {in_codes[0]} lies in codes, and "
+                f"{min({*names} - {*in_codes})} does not; give a model in which all "
+                "layers or none have codes"
+            )
+        return dataclasses.replace(tensor, transposed=True)
 
     def on(self, mesh: Mesh) -> "HuggingFaceWeights":
         return self

@@ -37,6 +37,9 @@ FAMILIES: dict[str, ModelFamily] = {
 # Written as a family of its own: only the text part is read.
 FAMILIES["gemma3"] = gemma.MULTIMODAL
 
+# Methods in a `quantization_config` whose codes are read in every family.
+QUANTISED_AS = ("bitsandbytes", "awq", "gptq")
+
 _STATE_SPACE = "its layers keep a state in place of keys and values (Mamba)"
 _GATED_DELTA = "three of four layers are linear attention with gated deltas"
 _GEMMA_4 = "layers share keys and values, and each has embeddings of its own"
@@ -83,11 +86,12 @@ def from_hf_config(
     for key in ("quantization_config", "compression_config"):
         values = config.get(key)
         method = values.get("quant_method") if isinstance(values, dict) else values
-        if values and method not in family.quantised_as:
+        read = (*QUANTISED_AS, *family.quantised_as)
+        if values and (method not in read or key != "quantization_config"):
             raise UserError(
-                f"{where}: {key} says that the weights are quantised ({method}); give "
-                "the model as it was before, in float32, bfloat16 or float16, or a "
-                "GGUF file"
+                f"{where}: {key} says that the weights are quantised ({method}), and "
+                f"codes of {', '.join(read)} are read; give the model as it was "
+                "before, in float32, bfloat16 or float16, or a GGUF file"
             )
     shape = family.from_hf_config(ConfigFields(config, where))
     return dataclasses.replace(shape, family=family.model_type)

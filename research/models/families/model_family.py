@@ -30,7 +30,8 @@ class ModelFamily:
         other in its place.
       ignored_tensors: regular expressions; a tensor whose name one of them finds is no
         parameter.
-      quantised_as: methods in a `quantization_config` whose tensors are read.
+      quantised_as: methods in a `quantization_config` whose tensors are read, beside
+        those that are read in every family.
       gguf_architecture: as in llama.cpp's `general.architecture`; "" if llama.cpp
         files of the family cannot be read.
       gguf_tensors: every tensor of a llama.cpp file.

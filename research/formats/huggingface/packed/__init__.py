@@ -1,0 +1,1 @@
+"""Tensors of Hugging Face folders that lie in codes: one file for each library."""

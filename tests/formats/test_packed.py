@@ -58,6 +58,8 @@ def test_every_number_is_that_of_its_library(tmp_path, file):
     found = weights.read("m.weight")
     assert found.dtype == expected.dtype
     np.testing.assert_array_equal(found, expected)
+    rows = slice(3, 7)
+    np.testing.assert_array_equal(weights.read_rows("m.weight", rows), expected[rows])
 
 
 def write(folder, method, model, every=True):

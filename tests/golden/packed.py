@@ -46,7 +46,7 @@ def linear():
 
 
 def scales_and_zeros(groups, symmetric):
-    """Of four-bit codes, `[out, groups]` each."""
+    """Both `[out, groups]`, for codes of four bits."""
     blocks = matrix(torch.float32)
     low, high = (
         torch.stack([f(blocks[:, groups == g]) for g in range(IN // GROUP)], 1)

@@ -165,7 +165,7 @@ class HuggingFaceWeights:
                 return handle.get_tensor(name)
         step = max(1, PIECE * shape[0] // size)
         for begin in range(0, shape[0], step):
-            part = self.read_rows(name, slice(begin, min(begin + step, shape[0])))
+            part = self._read_rows(name, slice(begin, min(begin + step, shape[0])))
             if value is None:
                 value = np.empty(shape, part.dtype)
             value[begin : begin + step] = part
@@ -173,6 +173,11 @@ class HuggingFaceWeights:
         return value
 
     def read_rows(self, name: str, rows: slice) -> np.ndarray:
+        if name in self._packed:
+            return self._packed[name].read()[rows]
+        return self._read_rows(name, rows)
+
+    def _read_rows(self, name: str, rows: slice) -> np.ndarray:
         # All that was read of an open file stays in the memory of the process.
         with _opened(self._files[name]) as handle:
             return handle.get_slice(name)[rows]

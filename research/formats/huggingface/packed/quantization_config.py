@@ -1,4 +1,4 @@
-"""What a `config.json` says of the codes in which its weights lie."""
+"""The codes in which, as a `config.json` says, the weights of a folder lie."""
 
 import dataclasses
 from collections.abc import Mapping

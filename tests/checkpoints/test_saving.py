@@ -5,12 +5,12 @@ import errno
 import json
 import random
 import shutil
-import socket
 
 import jax.numpy as jnp
 import optax
 import pytest
 from commands import ROOT
+from free_ports import free_port
 from helpers import in_soak
 from jax.experimental import multihost_utils
 from small_states import (
@@ -323,9 +323,7 @@ except DamagedError as error:
 
 @pytest.mark.soak
 def test_two_processes_agree_on_what_is_set_aside(place, tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     running = [
         place.start_python("-c", TWO, address, str(index), str(tmp_path), more=more)

@@ -4,13 +4,13 @@ import contextlib
 import resource
 import shutil
 import signal
-import time
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from small_states import FUTURES, POSITION, abstract, make_state, open_checkpoints
+from waiting import wait_until
 
 from research.checkpoints.checksums import find_damage
 from research.checkpoints.disk_space import require_room
@@ -66,9 +66,7 @@ def test_a_save_that_fails_is_learnt_without_waiting_for_the_next(tmp_path):
         pytest.raises(SaveError, match="step 5"),
     ):
         checkpointer.save(5, make_state(5), POSITION, None)
-        for _ in range(200):
-            checkpointer.check()
-            time.sleep(0.05)
+        wait_until(checkpointer.check)
 
 
 def test_leaving_waits_for_the_save_and_says_when_it_failed(tmp_path):

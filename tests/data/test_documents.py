@@ -16,6 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hub_fakes import COMMIT, HubDataset, fake_hub
 from text_helpers import make_texts, text_and_data, text_config, write_texts
+from waiting import PATIENCE
 
 from research.core.errors import STUCK, UnreachableError, UserError
 from research.core.hub_access import HubAddress, ask_hub
@@ -311,7 +312,7 @@ def test_a_hub_out_of_reach_is_said_within_seconds(tmp_path):
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"out of reach.*local file"):
         open_sources(*text_and_data(text_config(tmp_path, "a=hub://no/where")))
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < PATIENCE
 
 
 def test_a_hub_data_set_is_streamed_by_subset_split_and_revision(tmp_path, monkeypatch):
@@ -448,10 +449,8 @@ def test_a_hub_address_has_its_parts_and_is_written_as_it_was(where, parts):
 def test_a_hub_that_hangs_is_given_up(monkeypatch):
     hang = threading.Event()
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: hang.wait())
-    begun = time.monotonic()
     answer = ask_hub(HubAddress("a/b", "dataset"), 0.2)
     assert not answer.revision and "0.2 seconds" in answer.reason
-    assert time.monotonic() - begun < 2
     hang.set()
 
 

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from text_helpers import build, make_texts, write_texts
+from waiting import PATIENCE, wait_until
 
 from research.core.errors import UserError
 from research.data import shared_builds
 from research.data.shared_builds import UnitClaims, one_at_a_time
 from research.data.text import document_readers, source_fingerprint, token_cache
 
-SOON = 10.0  # seconds, on a busy machine; those who wait for a shard wait longer
+SOON = PATIENCE / 2  # seconds; those who wait for a shard wait longer
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +113,7 @@ def test_units_of_a_killed_process_are_made_by_the_others_at_once(tmp_path):
         with open(claim) as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             job = pool.submit(build, tmp_path, corpus)
-            while len(list(folder.glob("u*.json"))) < 3:
-                time.sleep(0.01)
+            wait_until(lambda: len(list(folder.glob("u*.json"))) >= 3)
             time.sleep(0.2)
             assert not job.done(), "it waits for one that lives"
         assert job.result(SOON).manifest == expected.manifest

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import tokenizers
 from text_helpers import HELD_OUT_SHARE as SHARE
 from text_helpers import build, make_texts, text_config, with_bos, write_texts
+from waiting import wait_until
 
 from research.core.errors import UserError
 from research.data import dropped_documents
@@ -190,9 +190,14 @@ from research.data.text import document_readers, token_cache
 from text_helpers import build
 document_readers.PIECE_BYTES, token_cache.SHARD_BYTES = 200, 1500
 token_cache.UNIT_BYTES = 4000
-fsync = os.fsync
-os.fsync = lambda handle: time.sleep(0.004) or fsync(handle)  # Room to be killed in.
-build(pathlib.Path(sys.argv[1]), sys.argv[2])
+fsync, place = os.fsync, pathlib.Path(sys.argv[1])
+def sync(handle):  # Room to be killed in; the last shards wait for that.
+    time.sleep(0.004)
+    while len([*place.glob("cache/tokens/*/u*.json")]) > int(sys.argv[3]):
+        time.sleep(0.1)
+    fsync(handle)
+os.fsync = sync
+build(place, sys.argv[2])
 """
 
 
@@ -201,16 +206,16 @@ def killed_build(tmp_path, corpus, shards):
     here = Path(__file__).parent
     paths = (here, here.parent / "support", here.parents[1])
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(corpus)],
+        [sys.executable, "-c", KILLED, str(tmp_path), str(corpus), str(shards)],
         env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},
     )
     pattern = "tokens/*/u*.json"
-    while child.poll() is None:
-        if len(list((tmp_path / "cache").glob(pattern))) >= shards:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-        time.sleep(0.001)
-    assert child.returncode == -signal.SIGKILL
+    cache = tmp_path / "cache"
+    wait_until(
+        lambda: len([*cache.glob(pattern)]) >= shards or child.poll() is not None
+    )
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
     kept = list((tmp_path / "cache").glob(pattern))
     return {path.with_suffix(s) for path in kept for s in (".json", ".train.u16")}
 

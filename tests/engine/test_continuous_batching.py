@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import json
 import threading
-import time
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from slot_answers import (
     SHORT,
     SLOTS,
 )
+from waiting import PATIENCE, wait_until
 
 from research.config.run_config import LoRAConfig
 from research.core.errors import LonelyError, UserError
@@ -581,15 +581,14 @@ def test_weights_are_exchanged_between_two_answers(decoder, base_params):
     # Until there is a thread that takes the rounds, whoever asks would take them.
     engine._driven = True
     asking.start()
-    while not engine._commands:
-        time.sleep(0.001)
+    wait_until(lambda: engine._commands)
     runner = threading.Thread(target=engine.run_forever, args=[stop])
     runner.start()
-    asking.join(60)
+    asking.join(PATIENCE)
     answers = [read(x) for x in (*running, *waiting)]
     assert answers == [old] * SLOTS + [new] * SLOTS and found == ["placed"]
     stop.set()
-    runner.join(60)
+    runner.join(PATIENCE)
 
 
 # -- several processes -----------------------------------------------------------------
@@ -720,10 +719,10 @@ def test_any_thread_may_ask_while_one_takes_the_rounds(engine):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     waiting = [engine.submit(request(LONG)) for _ in range(2 * SLOTS)]
     stop.set()
-    runner.join(60)
+    runner.join(PATIENCE)
     assert len(found) == 8 and all(said == expected[p] for p, said in found)
     assert all(read(a)[2] in ("cancelled", "length") for a in waiting)
     assert engine.stats().running == 0

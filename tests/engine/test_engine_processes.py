@@ -1,12 +1,12 @@
 """Two processes answer as one: the first takes requests, the second follows."""
 
 import json
-import socket
 import subprocess
 import sys
 
 import pytest
 from commands import ENVIRONMENT, ROOT
+from free_ports import free_port
 
 PROGRAM = """
 import json, sys, threading
@@ -66,9 +66,7 @@ else:
 
 def answers(count):
     """The answers of `count` processes that have two devices together."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     support = str(ROOT / "tests" / "support")
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{support}:{ROOT}"}
     environment |= {"JAX_NUM_CPU_DEVICES": str(2 // count)}

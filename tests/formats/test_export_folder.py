@@ -8,6 +8,7 @@ import time
 
 import filelock
 import pytest
+from waiting import PATIENCE
 
 from research.core.errors import UserError
 from research.core.stop_signals import unwinding_on_signals
@@ -133,7 +134,7 @@ with unwinding_on_signals(), ExportFolder.claimed(pathlib.Path("out")) as claime
     with claimed.filled() as partial:
         (partial / "file").write_text("half")
         os.kill(os.getpid(), signal.Signals[sys.argv[1]])
-        threading.Event().wait(60)
+        threading.Event().wait(600)
 """
 
 
@@ -148,8 +149,8 @@ with unwinding_on_signals(), ExportFolder.claimed(pathlib.Path("out")) as claime
 @pytest.mark.soak
 def test_a_killed_export_leaves_nothing_that_looks_like_one(tmp_path, name, code, left):
     ended = subprocess.run(
-        [sys.executable, "-c", WRITES, name], cwd=tmp_path, timeout=60, check=False,
-        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True,
+        [sys.executable, "-c", WRITES, name], cwd=tmp_path, timeout=PATIENCE,
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, check=False,
     )  # fmt: skip
     assert code in (None, ended.returncode), ended.stderr
     assert names(tmp_path) == left

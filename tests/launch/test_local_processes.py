@@ -4,17 +4,17 @@ import contextlib
 import logging
 import signal
 import sys
-import time
 
 import psutil
 import pytest
+from waiting import PATIENCE
 
 from launch.jobs import restart_policy
 from launch.jobs.launch_job import LaunchPlan
 from launch.targets import local
 from launch.targets.local import ProcessGroup
 
-SLEEPS = "import time; time.sleep(60)"
+SLEEPS = "import time; time.sleep(1000)"
 
 
 def plan(*programs):
@@ -34,10 +34,8 @@ def test_what_waits_for_a_dead_process_is_killed(
     caplog.set_level(logging.INFO)
     programs = [SLEEPS, SLEEPS]
     programs.insert(place, ends)
-    begun = time.monotonic()
     with ProcessGroup() as group:
         assert group.train(plan(*programs), restarts=0) == code
-    assert time.monotonic() - begun < 20
     said = restart_policy.describe(code)
     assert f"process {place} has ended with {said}" in caplog.text
     assert caplog.text.count("is killed") == 2
@@ -49,7 +47,7 @@ def test_the_children_of_a_killed_process_are_killed_with_it(monkeypatch, tmp_pa
     parent = (
         "import os, time, pathlib\n"
         f"if pid := os.fork(): pathlib.Path({str(file)!r}).write_text(str(pid))\n"
-        "time.sleep(60)"
+        "time.sleep(1000)"
     )
     fails = (
         "import os, sys, time\n"
@@ -61,7 +59,7 @@ def test_the_children_of_a_killed_process_are_killed_with_it(monkeypatch, tmp_pa
     with contextlib.suppress(psutil.NoSuchProcess):
         child = psutil.Process(int(file.read_text()))
         if child.status() != psutil.STATUS_ZOMBIE:
-            child.wait(5)
+            child.wait(PATIENCE)
 
 
 def test_a_launcher_that_fails_leaves_no_process_behind():
@@ -71,7 +69,7 @@ def test_a_launcher_that_fails_leaves_no_process_behind():
     with ProcessGroup() as group, pytest.raises(ZeroDivisionError):
         group.train(plan(SLEEPS), restarts=0, watch=broken)
     (process,) = group._running
-    assert process.wait(20) == -signal.SIGTERM
+    assert process.wait(PATIENCE) == -signal.SIGTERM
     assert not psutil.pid_exists(process.pid)
 
 

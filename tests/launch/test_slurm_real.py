@@ -77,9 +77,7 @@ class Little:
 
     def wait_for_step(self, log, step):
         line = re.compile(LATER.format(step), re.M)
-        self.cluster.wait_for(
-            lambda: line.search(self.said(log)), f"{log}, step {step}"
-        )
+        self.cluster.wait_until(lambda: line.search(self.said(log)))
 
 
 @pytest.fixture(scope="module")

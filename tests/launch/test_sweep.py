@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from commands import ROOT, chain
 from doors import run_door
+from waiting import PATIENCE, wait_until
 
 import launch.sweep
 from launch.jobs import compiler_settings
@@ -277,7 +277,7 @@ def test_every_run_is_trained_once_by_many_workers(tmp_path):
         )
         for most in (1, 2, 6)
     ]  # fmt: skip
-    assert [process.wait(120) for process in processes] == [0] * 3
+    assert [process.wait(2 * PATIENCE) for process in processes] == [0] * 3
     names = [run.name for run in expand(make(seeds=(0, 1, 2)))]
     assert set(trained(tmp_path)) == set(names)
     assert len(trained(tmp_path)) == len(names) == 6
@@ -346,8 +346,8 @@ def test_a_dead_worker_holds_nothing_and_its_trainer_what_it_trains(tmp_path):
     slow = WORK.format(tests=PATHS, folder=str(tmp_path), most=1, code=0)
     slow = slow.replace(", 0))", ", 0, 1.5))")
     dead = subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT)
-    while not (tmp_path / "logs" / "rank-4_seed-0.log").exists():
-        time.sleep(0.05)
+    log = tmp_path / "logs" / "rank-4_seed-0.log"
+    wait_until(lambda: log.exists() or dead.poll() is not None)
     dead.kill()
     dead.wait()
     assert work(tmp_path) == 0
@@ -514,7 +514,7 @@ def test_a_terminal_that_is_gone_stops_what_was_started():
     before = signal.getsignal(signal.SIGHUP)
     with ProcessGroup() as group:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
-        plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
+        plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(1000)"]])
         assert group.train(plan, restarts=3) == -signal.SIGTERM
     assert signal.getsignal(signal.SIGHUP) == before
 
@@ -522,7 +522,7 @@ def test_a_terminal_that_is_gone_stops_what_was_started():
 def test_a_signal_before_a_start_reaches_what_is_started(tmp_path):
     with ProcessGroup() as group:
         group.last_signal = signal.SIGTERM
-        plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(60)"]])
+        plan = LaunchPlan({}, [[sys.executable, "-c", "import time; time.sleep(1000)"]])
         assert group.train(plan, restarts=3) == -signal.SIGTERM
 
 

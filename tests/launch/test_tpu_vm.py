@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import pytest
 from fake_tools import COMMIT, NASTY, ROOT, launch, options_of
 from shell import SHELLCHECK, check
+from waiting import PATIENCE, wait_until
 
 from launch.clouds import rented_machines
 from launch.targets import find
@@ -53,16 +53,13 @@ class Worker:
         return subprocess.run(
             f"bash research.sh {action}", shell=True, cwd=self.home,
             env=os.environ | {"HOME": str(self.home)},
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
 
     def seen(self):
         """Argv and environment of each trainer that was started."""
         file = self.home / "research/seen.json"
-        for _ in range(500):
-            if file.exists() and file.read_text().endswith("\n"):
-                break
-            time.sleep(0.01)
+        wait_until(lambda: file.exists() and file.read_text().endswith("\n"))
         return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -350,7 +347,7 @@ def test_only_what_rents_is_planned(tmp_path, fake):
     def start(*more):
         return subprocess.run(
             [sys.executable, "-m", "launch", "tpu-vm", *flags, *more, "--", config],
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60,
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=PATIENCE,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
@@ -378,7 +375,7 @@ def test_a_launcher_that_is_interrupted_deletes_nothing(tmp_path, fake):
     fake.git()
     fake("gcloud")
     fake.answer("gcloud", "describe", out="READY\n")
-    fake.answer("gcloud", "tail", wait=60)
+    fake.answer("gcloud", "tail", wait=2 * PATIENCE)
     own = [sys.executable, "-m", "launch", "tpu-vm", "--zone=z", "--bucket=b"]
     own.append("--no-fit-check")
     config = f"--config={ROOT}/configs/finetune_8b.py"
@@ -386,13 +383,10 @@ def test_a_launcher_that_is_interrupted_deletes_nothing(tmp_path, fake):
         [*own, "--", config], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    for _ in range(1000):
-        if "tail" in map(verb, (x for x in fake.calls() if len(x) > 5)):
-            break
-        time.sleep(0.02)
-    time.sleep(0.3)  # The fake is in its wait.
+    # The fake is in its wait, or just before it.
+    wait_until(lambda: "tail" in map(verb, (x for x in fake.calls() if len(x) > 5)))
     running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=20)[1]
+    said = running.communicate(timeout=PATIENCE)[1]
     assert running.returncode == 130
     assert "nothing was deleted" in said
     assert "delete" not in [verb(x) for x in fake.calls() if len(x) > 5]

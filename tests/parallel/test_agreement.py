@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from waiting import PATIENCE
 
 from research.core.errors import DamagedError, LonelyError, UserError
 from research.parallel import agreement
@@ -20,9 +21,9 @@ class Meeting:
     def group(self, index):
         def maximum(values):
             self._handed_in[index] = values
-            self._barrier.wait(10)
+            self._barrier.wait(PATIENCE)
             found = np.max([*self._handed_in.values()], axis=0)
-            if self._barrier.wait(10) == 0:
+            if self._barrier.wait(PATIENCE) == 0:
                 self.sizes.append(values.size)
             return found
 

@@ -8,7 +8,6 @@ import http.server
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +15,10 @@ import types
 
 import pytest
 from commands import ROOT
+from free_ports import free_port
 from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster
+from waiting import PATIENCE
 
 from launch.jobs import restart_policy
 from research.config.run_config import RuntimeConfig
@@ -363,9 +364,7 @@ except UserError as error:
 
 
 def test_two_real_processes_join_by_skypilots_variables_and_agree():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     known = {k: v for k, v in os.environ.items() if not k.startswith(FAMILIES)}
     running = [
         subprocess.Popen(
@@ -380,7 +379,7 @@ def test_two_real_processes_join_by_skypilots_variables_and_agree():
         )
         for i in range(2)
     ]
-    done = [process.communicate(timeout=100) for process in running]
+    done = [process.communicate(timeout=2 * PATIENCE) for process in running]
     said = [json.loads(out.splitlines()[-1]) for out, _ in done]  # Gloo speaks, too.
     assert [found[:2] for found in said] == [[0, 2], [1, 2]]
     for *_, text in said:

@@ -1,10 +1,15 @@
 """Every number is there once, or all processes hear which one is not."""
 
+import contextlib
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+from free_ports import free_port
+from waiting import PATIENCE, wait_until
 
 from research.core.errors import LonelyError, UserError
 from research.parallel import rendezvous, runtime
@@ -12,17 +17,12 @@ from research.parallel.process_discovery import Processes
 from research.parallel.rendezvous import meet
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-def met(indices, count, patience=10.0, counts=None):
-    """How each process of `indices` ends, in order."""
+def met(indices, count, patience=PATIENCE, counts=None, before=lambda place: None):
+    """How each process of `indices` ends, in order; `before` it is called."""
     address = f"localhost:{free_port()}"
 
     def one(place):
+        before(place)
         given = (counts or [count] * len(indices))[place]
         try:
             meet(Processes(address, given, indices[place], "test"), patience)
@@ -33,27 +33,42 @@ def met(indices, count, patience=10.0, counts=None):
         return list(pool.map(one, range(len(indices))))
 
 
+@pytest.fixture
+def judged(monkeypatch):
+    """The guests that process 0 has heard so far."""
+    heard, judge = [], rendezvous._judge
+    monkeypatch.setattr(
+        rendezvous, "_judge", lambda *given: (judge(*given), heard.append(given))[0]
+    )
+    return heard
+
+
 def test_all_that_are_there_may_join():
-    begun = time.monotonic()
     assert met([2, 0, 3, 1], 4) == [None] * 4
-    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 1], [1, 0, 0], [0, 0]])
-def test_a_number_given_twice_is_named_at_once(indices, monkeypatch):
+def test_a_number_given_twice_is_named_at_once(indices, judged, monkeypatch):
+    """Not when the patience with the missing ones is over."""
     monkeypatch.setattr(rendezvous, "LINGER", 0.3)
-    begun = time.monotonic()
-    twice = max(indices, key=indices.count)
-    ends = met(indices, 3)
-    assert time.monotonic() - begun < 5
-    for error in ends:
+    twice, guests = max(indices, key=indices.count), {*indices} - {0}
+
+    def before(place):
+        # The last process, whose number is the second one, comes to all others.
+        if place == len(indices) - 1:
+            wait_until(lambda: len(judged) == len(guests))
+
+    for error in met(indices, 3, before=before):
         assert type(error) is UserError
         assert f"two processes have the number {twice}" in str(error)
 
 
-def test_missing_numbers_are_named_in_time():
-    ends = met([0, 2], 4, patience=0.5)
-    for error in ends:
+def test_missing_numbers_are_named_in_time(judged, monkeypatch):
+    # When number 2 has come, the patience of number 0 ends.
+    clock = SimpleNamespace(sleep=time.sleep)
+    clock.monotonic = lambda: time.monotonic() + 2 * PATIENCE * len(judged)
+    monkeypatch.setattr(rendezvous, "time", clock)
+    for error in met([0, 2], 4):
         assert type(error) is LonelyError and error.exit_code == 6
         assert "2 of 4 processes have not come" in str(error)
         assert "numbers 1, 3;" in str(error)
@@ -89,17 +104,16 @@ def test_processes_that_were_told_of_other_numbers_are_refused():
 def test_a_stranger_at_the_port_holds_nobody_up(hello):
     address = f"localhost:{free_port()}"
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(meet, Processes(address, 2, 0, "test"), 10.0)
+        first = pool.submit(meet, Processes(address, 2, 0, "test"), PATIENCE)
         port = int(address.rpartition(":")[2])
-        while True:
-            try:
-                stranger = socket.create_connection(("localhost", port))
-                break
-            except OSError:
-                time.sleep(0.01)
-        with stranger:
+
+        def connected():
+            with contextlib.suppress(OSError):
+                return socket.create_connection(("localhost", port))
+
+        with wait_until(connected) as stranger:
             stranger.sendall(hello)
-            meet(Processes(address, 2, 1, "test"), 10.0)
+            meet(Processes(address, 2, 1, "test"), PATIENCE)
         assert first.result() is None
 
 
@@ -118,10 +132,11 @@ def test_a_process_that_jax_lets_wait_ends_with_a_sentence(monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(runtime.os, "_exit", codes.append)
     with runtime._answered_within(0.05):
-        time.sleep(0.5)
+        wait_until(lambda: codes)
     assert codes == [LonelyError.exit_code]
     assert "a number was given twice" in capsys.readouterr().err
-    with runtime._answered_within(0.2):
+    with runtime._answered_within(PATIENCE):
         pass
-    time.sleep(0.3)
+    threads = threading.enumerate
+    wait_until(lambda: not any(isinstance(x, threading.Timer) for x in threads()))
     assert len(codes) == 1

@@ -2,11 +2,11 @@
 
 import json
 import signal
-import socket
 
 import numpy as np
 import pytest
 from doors import run_door
+from free_ports import free_port
 from safetensors.numpy import load_file
 
 from research.config.choices import EXPORT_FORMATS
@@ -20,9 +20,7 @@ ALL = ",".join(EXPORT_FORMATS)
 
 def start(place, *flags, programs=("", "")):
     """The command in two processes of two devices each, running."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     return [
         place.start(
             "export", "--distributed", *flags,

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from commands import ROOT
+from waiting import PATIENCE, wait_until
 
 from research.core.errors import INTERRUPTED, PREEMPTED
 from research.runs.control import os_signals
@@ -77,12 +78,10 @@ def test_nohup_keeps_its_meaning(phases):
 
 
 def test_a_signal_breaks_off_a_wait_for_data(stop, phases):
-    begun = time.monotonic()
     with stop.noting(), pytest.raises(Preempted), phases.during("data"):
         sender = subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -TERM {os.getpid()}"])
         with sender:
-            time.sleep(30)
-    assert time.monotonic() - begun < 10
+            time.sleep(PATIENCE)
     assert phases.name == "start"
 
 
@@ -98,15 +97,17 @@ class Service:
     """Tell several processes the moment to stop, as JAX's own service does."""
 
     def __init__(self):
-        self.asked, self.agreed = [], None
+        self.asked, self.agreed, self._lock = [], None, threading.Lock()
 
     def reached_preemption_sync_point(self, moment):
-        self.asked.append(moment)
-        return moment == self.agreed
+        with self._lock:
+            self.asked.append(moment)
+            return moment == self.agreed
 
     def notice(self, *others):
         """One past the last moment that any process has asked about."""
-        self.agreed = max([self.asked[-1], *others]) + 1
+        with self._lock:
+            self.agreed = max([self.asked[-1], *others]) + 1
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_several_processes_hear_of_a_closed_terminal_by_the_service(service, pha
         with StopRequest(phases) as stop:
             send(signal.SIGHUP)
             # A signal that another thread has taken does not end a long wait here.
-            assert any(heard.wait(0.1) for _ in range(100))
+            wait_until(heard.is_set)
             assert stop.signal == signal.SIGHUP
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -143,19 +144,24 @@ def test_every_process_asks_about_every_moment(service, phases):
 def test_a_wait_in_which_all_stand_is_broken_off(service, phases):
     with StopRequest(phases) as stop:
         assert not stop.is_due()
-        begun = time.monotonic()
-        sender = threading.Timer(0.5, service.notice)
+        sender, comes = threading.Timer(0.5, service.notice), threading.Event()
         sender.start()
         with pytest.raises(Preempted):
-            stop.wait(lambda: time.sleep(30))
-    assert time.monotonic() - begun < 10 and stop.signal == signal.SIGTERM
+            stop.wait(lambda: comes.wait(PATIENCE))
+        comes.set()
+    assert stop.signal == signal.SIGTERM
 
 
 def test_a_batch_for_a_step_that_another_has_begun_is_waited_for(service, phases):
     with StopRequest(phases) as stop:
         assert not stop.is_due()
-        threading.Timer(0.5, service.notice, [1 + os_signals.MOMENTS]).start()
-        assert stop.wait(lambda: time.sleep(2) or "late") == "late"
+
+        def pull():
+            wait_until(lambda: len(service.asked) > 3)  # Two of them in this wait.
+            service.notice(1 + os_signals.MOMENTS)
+            return "late"
+
+        assert stop.wait(pull) == "late"
         assert not stop.is_due(), "the other one has asked about this moment"
         with pytest.raises(Preempted):
             stop.wait(lambda: "never used")
@@ -190,7 +196,7 @@ def test_a_signal_before_a_run_listens_asks_to_be_resumed(module, number):
         try:
             assert child.stdout.readline() == b"importing\n"
             child.send_signal(number)
-            assert child.wait(10) == PREEMPTED
+            assert child.wait(PATIENCE) == PREEMPTED
         finally:
             child.kill()
         said = child.stderr.read().decode()
@@ -210,7 +216,6 @@ runtime.leave(75)
 def test_nobody_waits_for_a_reader_that_hangs(place):
     done = place.start_fork(HANGING_READER).finish()
     assert done.code == PREEMPTED and done.out == "the last words"
-    assert done.seconds < 60
 
 
 HELD = """
@@ -222,7 +227,7 @@ with StopRequest(PhaseTimer()) as stop, stop.noting():
     sys.stderr.write("ready\\n")
     sys.stderr.flush()
     # Python runs no handler before this C call returns, in minutes.
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
 
 
@@ -232,7 +237,7 @@ def test_the_second_interrupt_ends_a_process_that_is_held_in_a_c_call(place):
     time.sleep(0.2)
     child.send(signal.SIGINT)
     assert not child.wait(0.5)
-    child.send(signal.SIGINT)
+    # Of two that come while it is stopped, the kernel keeps one.
+    wait_until(lambda: child.send(signal.SIGINT) or child.wait(0.5))
     done = child.finish()
     assert done.code == INTERRUPTED and "stopped at once" in done.err
-    assert done.seconds < 10

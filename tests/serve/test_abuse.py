@@ -8,7 +8,6 @@ import random
 import re
 import socket
 import threading
-import time
 
 import httpx
 import msgspec
@@ -18,6 +17,7 @@ import pytest
 from conftest import CONTEXT, QUEUE, SLOTS, open_tiny
 from live_servers import ENDLESS, LiveServer, drop_connections, request
 from tiny_model import make_tiny_model
+from waiting import PATIENCE, wait_until
 
 from research.core.errors import UserError
 from research.serve.api.request_types import ChatRequest, CompletionRequest
@@ -38,7 +38,7 @@ def held(server, slots=SLOTS):
 
     def wait():
         if engine.stats().running >= slots:
-            ended.wait(300)
+            ended.wait(PATIENCE)
         return launch()
 
     decoder.launch = wait
@@ -73,7 +73,7 @@ def test_no_value_of_any_field_is_a_bug(server, kind):
     least |= {"messages": ENDLESS["messages"]} if chat else {"prompt": "a"}
     draw = random.Random(0)
     values = ["", "x", 0, 1, -1, 2**63, 1.5, True, None, [], [0], [["x"]], {}, {"a": 1}]
-    with httpx.Client(base_url=server.url, timeout=300) as client:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
         for field in msgspec.structs.fields(kind):
             for value in draw.sample(values, 3):
                 body = least | {field.name: value}
@@ -111,7 +111,7 @@ def test_paths_and_methods_that_are_not_there_say_so(server):
         ("GET", "/%00", 404), ("GET", "/v1/models/%0d%0aSet-Cookie:%20a=b", 404),
         ("GET", "/v1/models/..%2f..%2fetc", 404),
     ):  # fmt: skip
-        found = httpx.request(method, server.url + path, timeout=300)
+        found = httpx.request(method, server.url + path, timeout=PATIENCE)
         assert found.status_code == status and found.json()["error"]["message"]
         assert "set-cookie" not in found.headers
     answer = server.raw(request("/health", b"", "GET", X_Request_Id="a b\tc"))
@@ -140,9 +140,9 @@ def test_connections_that_are_dropped_leave_nothing(server):
     files = psutil.Process().num_fds()
     drop_connections(server.port, 60)
     # Requests of those that are gone may still be read, and fill the queue.
-    server.until(lambda: server.post("/v1/completions", ASK).status_code == 200)
-    server.until(lambda: psutil.Process().num_fds() <= files + 3)
-    server.until(lambda: not server.state.open_answers)
+    wait_until(lambda: server.post("/v1/completions", ASK).status_code == 200)
+    wait_until(lambda: psutil.Process().num_fds() <= files + 3)
+    wait_until(lambda: not server.state.open_answers)
 
 
 def test_who_leaves_gives_up_his_slot_and_his_place(server):
@@ -152,10 +152,10 @@ def test_who_leaves_gives_up_his_slot_and_his_place(server):
         with held(server):
             connection = server.socket()
             connection.sendall(request("/v1/chat/completions", body))
-            server.until(lambda: engine.stats().running == SLOTS)
+            wait_until(lambda: engine.stats().running == SLOTS)
             before = engine.stats().new_tokens
             connection.close()
-            server.until(lambda: all(x.answer.cancelled for x in tasks if x))
+            wait_until(lambda: all(x.answer.cancelled for x in tasks if x))
         server.idle()
         # The round that was under way.
         assert engine.stats().new_tokens - before <= SLOTS
@@ -166,8 +166,8 @@ def test_slots_say_what_they_do_and_no_text(server):
         assert server.get("/slots?fail_on_no_slot=1").status_code == 200
         connection.sendall(request("/v1/chat/completions", ENDLESS))
         slot = lambda: server.get("/slots").json()[0]  # noqa: E731
-        server.until(lambda: server.deployment.engine.stats().running == SLOTS)
-        server.until(lambda: slot().get("n_prompt_tokens_processed", 0) > 1)
+        wait_until(lambda: server.deployment.engine.stats().running == SLOTS)
+        wait_until(lambda: slot().get("n_prompt_tokens_processed", 0) > 1)
         found = slot()
         tokens = found.pop("n_prompt_tokens")
         assert found.pop("n_prompt_tokens_cache") in range(tokens)
@@ -192,7 +192,7 @@ def test_who_does_not_read_holds_nobody_up(server):
     connection.sendall(request("/v1/chat/completions", much))
     stats = server.deployment.engine.stats
     before = stats().new_tokens
-    server.until(lambda: stats().new_tokens > before)
+    wait_until(lambda: stats().new_tokens > before)
     assert works(server)
     server.idle()  # Its slots are free, though nothing has been read.
     connection.close()
@@ -200,7 +200,7 @@ def test_who_does_not_read_holds_nobody_up(server):
 
 def test_a_full_queue_says_when_to_come_again(server):
     async def ask_all():
-        async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
             asked = [
                 asyncio.create_task(client.post("/v1/completions", json=LONG))
                 for _ in range(24)
@@ -260,7 +260,7 @@ class Loading:
         self.go, self.error = threading.Event(), error
 
     def __call__(self):
-        self.go.wait(300)
+        self.go.wait(PATIENCE)
         raise self.error
 
 
@@ -278,7 +278,7 @@ def test_a_server_listens_while_it_loads_and_says_why_it_cannot():
         assert found.status_code == 503
         assert server.get("/metrics", headers=key).status_code == 200
         loading.go.set()
-        server.until(lambda: server.error)
+        wait_until(lambda: server.error)
         assert server.error is loading.error
     finally:
         loading.go.set()
@@ -297,19 +297,21 @@ def own_server(tmp_path, live):
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(own_server):
     body = LONG | {"stream": True, "stream_options": {"include_usage": True}}
     url = f"{own_server.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=300) as stream:
+    with httpx.stream("POST", url, json=body, timeout=PATIENCE) as stream:
         lines = stream.iter_lines()
         next(lines)
         own_server.begin_stop()
-        own_server.until(lambda: own_server.state.is_stopping)
-        with pytest.raises(httpx.HTTPError):
-            for _ in range(100):  # The socket closes at the next tick.
-                assert own_server.post("/v1/completions", ASK).status_code == 503
-                time.sleep(0.05)
+        wait_until(lambda: own_server.state.is_stopping)
+
+        def is_refused():
+            return own_server.post("/v1/completions", ASK).status_code != 503
+
+        with pytest.raises(httpx.HTTPError):  # The socket closes at the next tick.
+            assert not wait_until(is_refused)
         rest = [x for x in lines if x]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["usage"]["completion_tokens"] == CONTEXT - 1
-    own_server.until(lambda: not own_server._thread.is_alive())
+    wait_until(lambda: not own_server._thread.is_alive())
     assert own_server.error is None
 
 
@@ -318,7 +320,7 @@ def test_a_second_stop_ends_answers_with_an_error_that_clients_read(own_server):
     ended, launch = threading.Event(), own_server.deployment.engine._decoder.launch
     rounds = itertools.count()
     own_server.deployment.engine._decoder.launch = lambda: (
-        (next(rounds) < 2 or ended.wait(300)) and launch()
+        (next(rounds) < 2 or ended.wait(PATIENCE)) and launch()
     )
     with openai.OpenAI(base_url=f"{own_server.url}/v1", api_key="k") as client:
         stream = client.completions.create(
@@ -331,7 +333,7 @@ def test_a_second_stop_ends_answers_with_an_error_that_clients_read(own_server):
         with pytest.raises(openai.APIError, match="the server stops"):
             list(stream)
         ended.set()
-    own_server.until(lambda: not own_server._thread.is_alive())
+    wait_until(lambda: not own_server._thread.is_alive())
     assert own_server.error is None
 
 
@@ -354,7 +356,7 @@ def test_a_failed_engine_ends_streams_with_an_error_and_the_server(own_server):
     with pytest.raises(openai.APIError, match="the device is gone"):
         list(stream)
     client.close()
-    own_server.until(lambda: not own_server._thread.is_alive())
+    wait_until(lambda: not own_server._thread.is_alive())
     assert "the device is gone" in str(own_server.error)
 
 

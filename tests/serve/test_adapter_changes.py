@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import SLOTS
+from waiting import PATIENCE
 
 from research.runs.answering.run_addresses import RunAddress
 from research.weights.adapters import serving_bank
@@ -116,7 +117,7 @@ def test_all_answers_of_a_request_have_the_adapter_that_it_began_with(server, fa
         texts, marks, events = collections.defaultdict(str), set(), []
         name = server.deployment.models.find("a").served.identity
         with httpx.stream(
-            "POST", f"{server.url}/v1/completions", json=ask, timeout=300
+            "POST", f"{server.url}/v1/completions", json=ask, timeout=PATIENCE
         ) as stream:
             for line in filter(None, stream.iter_lines()):
                 events.append(line.removeprefix("data: "))

@@ -4,20 +4,19 @@ import re
 import shutil
 import signal
 import socket
-import time
 
 import httpx
 import openai
 import pytest
+from free_ports import free_port
+from waiting import PATIENCE, wait_until
 
 ASK = [{"role": "user", "content": "Are whales fish?"}]
 
 
 def start(place, count, *flags, port=0):
     """The command in some processes that have two devices together."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     return [
         place.start(
             "serve", f"--port={port}", "--slots=2", "--context=128", *flags,
@@ -49,7 +48,9 @@ def answers(url, runs):
 
         def load(name, path, status):
             body = {"lora_name": name, "lora_path": str(path)}
-            found = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=120)
+            found = httpx.post(
+                f"{url}/v1/load_lora_adapter", json=body, timeout=PATIENCE
+            )
             assert found.status_code == status, found.text
 
         found = [said(card.id) for card in client.models.list().data]
@@ -65,10 +66,7 @@ def answers(url, runs):
         newest = client.models.retrieve("tuned").step
         place = runs / "behind" / "checkpoints" / str(newest)
         shutil.copytree(runs / str(newest), place)
-        over = time.monotonic() + 120
-        while client.models.retrieve("behind").step == step:
-            assert time.monotonic() < over
-            time.sleep(0.5)
+        wait_until(lambda: client.models.retrieve("behind").step != step)
         found.append(said("behind"))
         shutil.rmtree(place)
         return found
@@ -100,7 +98,7 @@ def test_a_process_that_dies_ends_the_server_with_a_sentence(place, flags):
     url = url_of(first)
     body = {"model": "base", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
     body |= {"stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300):
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE):
         second.send(signal.SIGKILL)
         ended = first.finish()
     second.finish()

@@ -30,7 +30,7 @@ from studio_place import (
     make_survey,
     train_line,
 )
-from studio_process import until
+from waiting import PATIENCE, wait_until
 
 from research.studio.checks.check_process import Checks
 from research.studio.jobs.job_queue import QueuedJob
@@ -165,7 +165,7 @@ def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
     append(run, train_line(80, loss=0.805))
     require_once(80)
     show(is_hidden=True)
-    until(lambda: not feed._listeners, seconds=10)
+    wait_until(lambda: not feed._listeners)
     append(run, train_line(81, loss=0.815))
     show(is_hidden=False)
     require_once(81)
@@ -174,11 +174,11 @@ def test_each_line_is_drawn_once_and_a_hidden_tab_holds_no_stream(
 
     def find_marks_late(folder):
         waits.set()
-        assert looks.wait(20)
+        assert looks.wait(PATIENCE)
         return find_marks(folder)
 
     monkeypatch.setattr(run_feed, "_marks", find_marks_late)
-    assert waits.wait(20)
+    assert waits.wait(PATIENCE)
     append(run, train_line(82, loss=0.825))
     for steps in ("5", "0"):
         with page.expect_response("**/api/curves*"):
@@ -249,7 +249,7 @@ def require_keys_hide_a_curve_and_choose_steps(page):
 
     def require_steps(*steps):
         shown = "(({min, max}) => [min, max])(charts.loss.plot.scales.x)"
-        until(lambda: page.evaluate(shown) == [*steps], seconds=20)
+        wait_until(lambda: page.evaluate(shown) == [*steps])
         ends = page.evaluate("(x => [x.at(0), x.at(-1)])(charts.loss.curves[0].x)")
         assert ends == [max(steps[0] - 1, 1), min(steps[1] + 1, 79)]
 

@@ -3,13 +3,12 @@
 import itertools
 import json
 import re
-import time
 
 import numpy as np
 import pytest
 from studio_place import make_survey
-from studio_process import until
 from tiny_model import make_tiny_model
+from waiting import wait_until
 
 from research.studio.checks import __main__ as checks_door
 from research.studio.checks import check_process
@@ -92,9 +91,9 @@ def script(monkeypatch, code):
     )
 
 
-def ended(checks, flags=()):
-    until(lambda: checks.read(flags, rows_only=True).state != "running")
-    return checks.read(flags, rows_only=True)
+def ended(checks, flags=(), rows_only=True):
+    wait_until(lambda: checks.read(flags, rows_only=rows_only).state != "running")
+    return checks.read(flags, rows_only=rows_only)
 
 
 def test_what_a_check_finds_is_read_from_its_files(site, monkeypatch):
@@ -120,7 +119,7 @@ def test_what_a_check_finds_is_read_from_its_files(site, monkeypatch):
 
 def test_a_check_that_fails_says_why_and_a_new_one_ends_the_last(tmp_path, monkeypatch):
     checks = Checks(tmp_path)
-    script(monkeypatch, "import time; time.sleep(30) # %s")
+    script(monkeypatch, "import time; time.sleep(600) # %s")
     checks.start(["slow"], rows_only=True)
     assert checks.read(["slow"], rows_only=True).state == "running"
     script(monkeypatch, "raise SystemExit('error: no such column') # %s")
@@ -135,7 +134,7 @@ def test_a_check_that_fails_says_why_and_a_new_one_ends_the_last(tmp_path, monke
 
 def test_a_look_at_rows_does_not_end_the_check_of_a_start(tmp_path, monkeypatch):
     checks = Checks(tmp_path)
-    script(monkeypatch, "import time; time.sleep(30) # %s")
+    script(monkeypatch, "import time; time.sleep(600) # %s")
     checks.start(["x"], rows_only=False)
     checks.start(["x"], rows_only=True)
     try:
@@ -145,8 +144,7 @@ def test_a_look_at_rows_does_not_end_the_check_of_a_start(tmp_path, monkeypatch)
         script(monkeypatch, "# %s")
         for rows_only in (False, True):
             checks.start(["done"], rows_only=rows_only)
-            while checks.read(["done"], rows_only=rows_only).state == "running":
-                time.sleep(0.02)
+            ended(checks, ["done"], rows_only)
 
 
 # -- all rows ------------------------------------------------------------------------

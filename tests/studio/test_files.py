@@ -11,6 +11,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from waiting import PATIENCE
 
 from research.studio.app import STATIC, _answer_error
 from research.studio.page_errors import PageError
@@ -111,7 +112,7 @@ def test_the_door_serves_without_jax_in_little_memory(tmp_path):
         import httpx
 
         with httpx.Client(
-            follow_redirects=True, headers={"accept": "text/html"}
+            follow_redirects=True, headers={"accept": "text/html"}, timeout=PATIENCE
         ) as web:
             assert "There are no runs yet" in web.get(address).text
         memory = Path(f"/proc/{program.pid}/status").read_text()
@@ -119,5 +120,5 @@ def test_the_door_serves_without_jax_in_little_memory(tmp_path):
         assert "libjax" not in Path(f"/proc/{program.pid}/maps").read_text()
     finally:
         program.terminate()
-        _, said = program.communicate(timeout=30)
+        _, said = program.communicate(timeout=PATIENCE)
     assert program.returncode == 0 and "ssh -L" in said and "Traceback" not in said

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from served_studio import ServedStudio, append
 from studio_place import START, TOKEN, eval_line, make_run, train_line
-from studio_process import StudioProcess, until
+from studio_process import StudioProcess
+from waiting import PATIENCE, wait_until
 
 from research.core.thinning import smooth, thin
 from research.runs.metrics_file import read_metrics
@@ -114,7 +115,7 @@ def served(site, monkeypatch):
     monkeypatch.setattr(run_feed, "LOOK_ANYWAY", 0.1)
     server = ServedStudio(site.app)
     headers = {"authorization": f"Bearer {TOKEN}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=20) as client:
+    with httpx.Client(base_url=server.url, headers=headers, timeout=PATIENCE) as client:
         yield client
     server.stop()
 
@@ -187,7 +188,7 @@ def test_tabs_that_come_during_the_first_look_are_told_the_state(
 
     def read_state(folder, columns):
         begun.set()
-        assert goes_on.wait(20)
+        assert goes_on.wait(PATIENCE)
         return {"step": columns.cursor().train}
 
     feed = run_feed.RunFeed(read_state)
@@ -199,7 +200,7 @@ def test_tabs_that_come_during_the_first_look_are_told_the_state(
 
     async def come_and_leave():
         first = asyncio.create_task(tab())
-        await asyncio.to_thread(begun.wait, 20)
+        await asyncio.to_thread(begun.wait, PATIENCE)
         second = asyncio.create_task(tab())
         await asyncio.sleep(0.01)
         if leaves:
@@ -207,7 +208,7 @@ def test_tabs_that_come_during_the_first_look_are_told_the_state(
             await asyncio.sleep(0.01)
         goes_on.set()
         told = [second] if leaves else [first, second]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             return await asyncio.gather(*told)
 
     for event in asyncio.run(come_and_leave()):
@@ -256,7 +257,7 @@ def test_500_tabs_follow_one_run(tmp_path):
         append(run, train_line(4))
         rows = (reader.readuntil(b"event: rows") for _, reader in tabs)
         await asyncio.gather(*rows)
-        answer = httpx.get(f"{studio.url}/api/runs", headers=headers, timeout=60)
+        answer = httpx.get(f"{studio.url}/api/runs", headers=headers, timeout=PATIENCE)
         assert answer.is_success
         for writer in writers:
             writer.close()
@@ -287,7 +288,7 @@ def test_a_tab_too_many_is_refused_until_another_one_is_closed(
         with served.stream("GET", path) as answer:
             return answer.status_code == 200
 
-    until(is_served)
+    wait_until(is_served)
 
 
 @pytest.mark.parametrize("last", ["x", "1-2", "0-9-9", "-1-0-0", "9" * 400 + "-0-0"])

@@ -4,9 +4,9 @@ import html
 import json
 import shlex
 import sys
-import time
 
 import pytest
+from waiting import wait_until
 
 from launch import targets
 from research.core.errors import UserError
@@ -125,14 +125,12 @@ def test_a_process_of_a_page_is_found_again_and_ended_by_the_next(tmp_path):
     processes = PageProcesses(tmp_path)
     slow, quick = processes.place("slow"), processes.place(["quick", 1])
     assert processes.look(slow).state == "absent"
-    processes.start(slow, ["python", "-c", "import time; time.sleep(60)"])
+    processes.start(slow, ["python", "-c", "import time; time.sleep(600)"])
     assert PageProcesses(tmp_path).look(slow).state == "running"
     program = "import sys; print('said'); sys.exit('error: no <b>')"
     processes.start(quick, ["python", "-c", program])
     assert processes.look(slow).problem == "it was ended by another one"
-    limit = time.monotonic() + 60
-    while (found := processes.look(quick)).state == "running":
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    wait_until(lambda: processes.look(quick).state != "running")
+    found = processes.look(quick)
     assert found.output == "said\n" and found.problem == "no <b>"
     assert sys.executable and PageProcesses(tmp_path).look(quick) == found

@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from studio_place import StudioPlace, make_run
+from waiting import PATIENCE, wait_until
 
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -33,13 +33,6 @@ def queue(tmp_path, monkeypatch):
 def add(queue, tmp_path, *names, program="print(1)"):
     command = [sys.executable, "-c", program]
     return [queue.add(command, tmp_path / name, "me").id for name in names]
-
-
-def wait_until(happens, patience=60.0):
-    limit = time.monotonic() + patience
-    while not happens():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def names(jobs):
@@ -77,7 +70,7 @@ def test_a_job_holds_the_machine_after_its_worker_is_killed(queue, tmp_path):
     go = tmp_path / "go"
     # It ends by itself, too: a test that is killed leaves no process.
     waits = f"time.sleep(0 if pathlib.Path({str(go)!r}).exists() else .05)"
-    waits = f"for _ in range(600): {waits}"
+    waits = f"for _ in range(20 * {PATIENCE}): {waits}"
     program = f"import pathlib, time\n{waits}\nprint('end')"
     add(queue, tmp_path, "a", "b", program=program)
     command = [sys.executable, "-m", "research.studio.jobs", f"--queue={queue.folder}"]
@@ -250,7 +243,7 @@ def test_a_branch_that_would_not_start_is_refused(idle, changes, problem):
 
 def test_the_queue_page_moves_removes_and_ends_jobs(idle):
     queue, client = idle.state.queue, idle.client()
-    program = "import time; time.sleep(30)"
+    program = "import time; time.sleep(600)"
     a, b, c = add(queue, idle.runs, "a", "b", "c", program=program)
     for job, action in ((c, "up"), (a, "down"), (b, "remove")):
         form = {"job": job, "action": action}

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from studio_place import TOKEN
+from waiting import PATIENCE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
@@ -39,7 +40,7 @@ class Tab:
             lambda route: (self.faults.append(route.request.url), route.abort()),
         )
         self.page = context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(1000 * PATIENCE)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", self._note)
         self.url = server.url

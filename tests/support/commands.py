@@ -5,7 +5,6 @@ Long commands run once, in the background, two processes at a time: see `chain`.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from free_ports import free_port
 from running import ForkServer, Running
 
 ROOT = Path(__file__).parents[2]
@@ -144,9 +144,7 @@ class Place:
 
     def start_together(self, count, *flags, devices=2, programs=None):
         """Trains in `count` processes that find each other; returns them, running."""
-        with socket.socket() as listener:
-            listener.bind(("localhost", 0))
-            address = f"localhost:{listener.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         return [
             self.start(
                 "train",

@@ -5,6 +5,8 @@ import json
 import socket
 import threading
 
+from waiting import PATIENCE
+
 CARDS = [
     {"id": "tuned", "root": "/absent/tuned", "parent": "base", "step": 30,
      "system_fingerprint": "fp_tuned", "max_model_len": 64},
@@ -47,7 +49,7 @@ class FakeUpstream:
                 ).start()
 
     def _one(self, connection):
-        connection.settimeout(20)
+        connection.settimeout(PATIENCE)
         with connection, contextlib.suppress(TimeoutError):
             request = b""
             while b"\r\n\r\n" not in request:

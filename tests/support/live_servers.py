@@ -10,6 +10,7 @@ import threading
 import time
 
 import httpx
+from waiting import PATIENCE, wait_until
 
 from research.serve.api.server_state import ServerState
 from research.serve.engine_thread import EngineThread
@@ -36,7 +37,7 @@ def drop_connections(port, count):
     draw = random.Random(2)
     whole = request("/v1/chat/completions", ENDLESS)
     for _ in range(count):
-        connection = socket.create_connection(("127.0.0.1", port), timeout=120)
+        connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
         connection.sendall(whole[: draw.choice([0, 1, 50, len(whole) - 1, len(whole)])])
         if draw.random() < 0.5:
             reset = struct.pack("ii", 1, 0)
@@ -74,19 +75,13 @@ class LiveServer:
         return self.engine_thread.deployment
 
     def ready(self):
-        self.until(lambda: self.deployment or self.error, 240)
+        wait_until(lambda: self.deployment or self.error)
         return self
-
-    def until(self, condition, seconds=120):
-        over = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < over, "it does not come true"
-            time.sleep(0.01)
 
     def idle(self):
         """Until no answer has a slot or waits for one."""
         stats = self.deployment.engine.stats
-        self.until(lambda: not stats().running and not stats().waiting)
+        wait_until(lambda: not stats().running and not stats().waiting)
 
     def begin_stop(self):
         self._loop.call_soon_threadsafe(self._app.state.stop)
@@ -96,19 +91,19 @@ class LiveServer:
             self.begin_stop()
             time.sleep(0.05)
             self.begin_stop()
-        self._thread.join(120)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
     def get(self, path, **options):
-        return httpx.get(self.url + path, timeout=300, **options)
+        return httpx.get(self.url + path, timeout=PATIENCE, **options)
 
     def post(self, path, body=None, **options):
         if body is not None:
             options["content"] = json.dumps(body)
-        return httpx.post(self.url + path, timeout=300, **options)
+        return httpx.post(self.url + path, timeout=PATIENCE, **options)
 
     def socket(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def raw(self, sent):
         """All that comes back for these bytes."""

@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import json
-import random
 import socket
 import threading
 
-from research.core.errors import UserError
+from free_ports import open_kept_port
+
 from research.serve.http.http_server import HttpServer
 from research.serve.http.sockets import open_port
 
@@ -15,16 +15,6 @@ from research.serve.http.sockets import open_port
 def append(run, *lines, end="\n"):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(map(json.dumps, lines)) + end)
-
-
-def open_kept_port():
-    """A port that a server which starts again finds free.
-
-    Linux gives programs that ask for any port those from 32768 on.
-    """
-    while True:
-        with contextlib.suppress(UserError):  # Another process listens there.
-            return open_port("127.0.0.1", random.SystemRandom().randrange(20000, 32768))
 
 
 class ServedStudio:

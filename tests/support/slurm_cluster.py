@@ -12,18 +12,17 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
+from free_ports import free_port
+from waiting import wait_until
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PACKAGES = "slurm-wlm and munge (of Debian)"
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 NODES = ("127.0.0.1", "127.0.0.2")
-PATIENCE = 240  # seconds; for anything that is waited for
 
 # cred_expire: a job that is queued again waits until its old credential is worth
 # nothing, two minutes by default (AuthInfo in https://slurm.schedmd.com/slurm.conf.html).
@@ -59,14 +58,6 @@ def missing():
     return [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
 
 
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 class Cluster:
     """Runs while it is entered; leaves no process behind.
 
@@ -85,7 +76,7 @@ class Cluster:
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        ports = free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         (self.folder / "slurm.conf").write_text(
             CONF.format(
                 user=getpass.getuser(), folder=self.folder, ports=ports, nodes=NODES
@@ -104,11 +95,11 @@ class Cluster:
             "munged", "--foreground", "--force", f"--key-file={key}", *where,
             f"--socket={self.folder}/munge.socket",
         )  # fmt: skip
-        self.wait_for(lambda: (self.folder / "munge.socket").exists(), "munged")
+        self.wait_until(lambda: (self.folder / "munge.socket").exists())
         self._start("slurmctld", "-D")
         for node in NODES:
             self._start("slurmd", "-D", "-N", node)
-        self.wait_for(lambda: self.sinfo() == ["idle"] * len(NODES), "the nodes")
+        self.wait_until(lambda: self.sinfo() == ["idle"] * len(NODES))
 
     def _start(self, name, *arguments):
         with (self.folder / f"{name}{arguments[-1][-1]}.out").open("wb") as out:
@@ -167,14 +158,11 @@ class Cluster:
     def wait_until_over(self, number):
         """Returns its last fields."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        self.wait_for(lambda: self.job(number)["JobState"] in over, f"job {number}")
+        self.wait_until(lambda: self.job(number)["JobState"] in over)
         return self.job(number)
 
-    def wait_for(self, condition, what):
-        until = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < until, f"{what}: not there; {self._said()}"
-            time.sleep(0.1)
+    def wait_until(self, condition):
+        wait_until(condition, self._said)
 
     def _said(self):
         texts = {file.name: file.read_text() for file in self.folder.glob("*.out")}

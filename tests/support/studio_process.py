@@ -4,11 +4,11 @@ import contextlib
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 from commands import ENVIRONMENT
+from waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,10 @@ class StudioProcess:
             )
         # As other commands in the background; all that it starts inherits it.
         self.process.nice(10)
-        until(lambda: "studio: http" in self._log.read_text(), self._log)
+        said = self._log.read_text
+        wait_until(
+            lambda: "studio: http" in said() or self.process.poll() is not None, said
+        )
         line = self._log.read_text().partition("studio: ")[2].split()[0]
         self.url = line.partition("/?")[0]
         self.port = int(self.url.rpartition(":")[2])
@@ -72,20 +75,13 @@ class StudioProcess:
         """Ends the studio and every process in its folder."""
         with contextlib.suppress(psutil.Error, subprocess.TimeoutExpired):
             self.process.terminate()
-            self.process.wait(20)
+            self.process.wait(60)
         for process in self.all():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-                process.wait(20)
+                process.wait(PATIENCE)
 
     def logs(self):
         """The end of each log, for people."""
         files = (*self.folder.rglob("*.log"), *self.folder.rglob("servers/*/log"))
         return "\n".join(f"{file}\n{file.read_text()[-3000:]}" for file in files)
-
-
-def until(condition, log=None, seconds=400):
-    over = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < over, log.read_text() if log else condition
-        time.sleep(0.25)

@@ -12,8 +12,9 @@ import sys
 import time
 
 from commands import chain
-from studio_process import StudioProcess, until
+from studio_process import StudioProcess
 from tiny_model import make_tiny_model
+from waiting import wait_until
 
 # A tiny model on short rows: it trains until somebody stops it.
 KNOBS = {
@@ -30,7 +31,6 @@ QUESTION = "How long is a whale?"
 LEARNED = "30 m"
 ENOUGH = 60  # steps until it surely has; ten are enough
 WATCHED = 5.0  # seconds
-WAIT = 400_000  # milliseconds; the machine may be busy with other work
 
 
 @dataclasses.dataclass
@@ -106,9 +106,7 @@ def tell(browser, studio):
 def opened(browser, studio):
     from browser_tab import Tab
 
-    tab = Tab(browser, studio)
-    tab.page.set_default_timeout(WAIT)
-    return tab
+    return Tab(browser, studio)
 
 
 def step_of(page):
@@ -117,7 +115,7 @@ def step_of(page):
 
 
 def wait_for_step(page, step):
-    until(lambda: step_of(page) >= step)
+    wait_until(lambda: step_of(page) >= step)
 
 
 def wait_for_state(page, state):
@@ -176,10 +174,10 @@ def watch(tab, studio, found):
     step, begun, cpu = step_of(page), time.monotonic(), studio.cpu()
     wait_for_step(page, step + 20)
     # A page has come, and a stream of lines: many a second, as each step is short.
-    until(lambda: time.monotonic() - begun > WATCHED)
+    wait_until(lambda: time.monotonic() - begun > WATCHED)
     found.share = (studio.cpu() - cpu) / (time.monotonic() - begun)
     found.megabytes = studio.megabytes()
-    until(lambda: page.locator('[data-figure="loss"]').inner_text() != first)
+    wait_until(lambda: page.locator('[data-figure="loss"]').inner_text() != first)
     assert page.locator('[data-chart="loss"] canvas').count() == 1
 
 
@@ -191,7 +189,7 @@ def survive_a_kill(browser, studio, tab):
     studio.kill()
     metrics = studio.folder / "runs" / "whales" / "metrics.jsonl"
     size = metrics.stat().st_size
-    until(lambda: metrics.stat().st_size > size)
+    wait_until(lambda: metrics.stat().st_size > size)
     assert [x.pid for x in trainers(studio)] == [trainer.pid]
     tab = opened(browser, studio.start())
     tab.open("/run/runs/whales")
@@ -242,7 +240,7 @@ def save_and_answer_now(page, checkpoints):
     before = saved()
     page.get_by_role("button", name="Checkpoint now").click()
     page.get_by_text("checkpoint: the job acts after the step in hand").wait_for()
-    until(lambda: saved() - before)
+    wait_until(lambda: saved() - before)
     assert not page.get_by_role("heading", name="Samples").is_visible()
     page.get_by_role("button", name="Sample now").click()
     sample = page.locator("[data-samples] .panel").first
@@ -333,13 +331,13 @@ def move_the_alias(tab, found):
         found.answers.append(ask(short)["system_fingerprint"])
         return found.answers[-1] != found.answers[0]
 
-    until(has_moved)
+    wait_until(has_moved)
 
 
 def stop_serving(tab, studio):
     tab.open("/deploy/api")
     tab.page.get_by_role("button", name="Stop", exact=True).click()
-    until(lambda: not serving(studio))
+    wait_until(lambda: not serving(studio))
 
 
 def serving(studio):

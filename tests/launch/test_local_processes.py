@@ -46,7 +46,10 @@ def test_the_children_of_a_killed_process_are_killed_with_it(monkeypatch, tmp_pa
     file = tmp_path / "pid"
     parent = (
         "import os, time, pathlib\n"
-        f"if pid := os.fork(): pathlib.Path({str(file)!r}).write_text(str(pid))\n"
+        f"pid, file = os.fork(), pathlib.Path({str(file)!r})\n"
+        "if pid:\n"
+        "  file.with_suffix('.part').write_text(str(pid))\n"
+        "  file.with_suffix('.part').rename(file)\n"
         "time.sleep(1000)"
     )
     fails = (

@@ -3,22 +3,9 @@
 import json
 import shutil
 
-import jax
 import pytest
-from live_servers import LiveServer
+from live_servers import LiveServer, open_tiny
 from tiny_model import make_tiny_model
-
-from research.config.run_config import MeshConfig
-from research.parallel import mesh as meshes
-from research.serve.open_models import Capacity, open_models
-
-SLOTS, CONTEXT, QUEUE = 3, 128, 6
-
-
-def open_tiny(folder, runs=(), roots=(), adapters=2):
-    mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    capacity = Capacity(SLOTS, CONTEXT, adapters, 4, QUEUE, 1 << 20)
-    return open_models(runs, str(folder), capacity, roots, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,16 @@ import msgspec
 import openai
 import psutil
 import pytest
-from conftest import CONTEXT, QUEUE, SLOTS, open_tiny
-from live_servers import ENDLESS, LiveServer, drop_connections, request
+from live_servers import (
+    CONTEXT,
+    ENDLESS,
+    QUEUE,
+    SLOTS,
+    LiveServer,
+    drop_connections,
+    open_tiny,
+    request,
+)
 from tiny_model import make_tiny_model
 from waiting import PATIENCE, wait_until
 

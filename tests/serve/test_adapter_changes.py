@@ -9,7 +9,7 @@ import httpx
 import jax
 import numpy as np
 import pytest
-from conftest import SLOTS
+from live_servers import SLOTS
 from waiting import PATIENCE
 
 from research.runs.answering.run_addresses import RunAddress

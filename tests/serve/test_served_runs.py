@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import openai
 import psutil
 import pytest
-from conftest import QUEUE, open_tiny
 from doors import run_door
 from fake_upstream import list_server
-from live_servers import LiveServer
+from live_servers import QUEUE, LiveServer, open_tiny
 from peft_exports import write_run
 from small_run import one_device
 from studio_place import StudioPlace

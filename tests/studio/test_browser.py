@@ -32,6 +32,7 @@ from studio_place import (
 )
 from waiting import PATIENCE, wait_until
 
+from research.core.atomic_files import write_whole
 from research.studio.checks.check_process import Checks
 from research.studio.jobs.job_queue import QueuedJob
 from research.studio.live import run_feed
@@ -201,7 +202,7 @@ def require_two_tabs_agree(page, run):
         each.locator('[data-figure="loss"]', has_text="0.835").wait_for()
     record = json.loads((run / "run.json").read_text())
     record["starts"][0] |= ENDS["stopped"]
-    (run / "run.json").write_text(json.dumps(record))
+    write_whole(run / "run.json", json.dumps(record))
     page.locator(".state", has_text="stopped").wait_for()
     page.get_by_role("button", name="Resume").wait_for()
     # Nothing is drawn anew under the hands of somebody who writes.
@@ -350,8 +351,9 @@ def test_what_is_typed_stays_while_a_check_runs_and_ends(browser, served):
     page.get_by_label("steps", exact=True).fill("123")
     page.locator("#check summary").press("Enter")
     finding = {"name": "rows", "text": "none", "ok": False, "remedy": "give some"}
-    (place / "doctor.json").write_text(json.dumps({"findings": [finding]}))
-    (place / "process.json").write_text('{"pid": 99999999, "born": 1.0}')
+    # Whole at once, as all that the server reads meanwhile.
+    write_whole(place / "doctor.json", json.dumps({"findings": [finding]}))
+    write_whole(place / "process.json", '{"pid": 99999999, "born": 1.0}')
     page.clock.fast_forward(LOOK)
     page.get_by_text("The doctor forbids this start.").wait_for()
     assert page.get_by_role("button", name="Start", exact=True).is_disabled()

@@ -29,7 +29,9 @@ FLAGS = {
     "skypilot": ("--bucket=gs://shelf",),
 }
 PROGRAM = """#!{python} -IS
-import json, os, sys, time
+import fcntl, json, os, sys, time
+own = open(__file__)
+fcntl.flock(own, fcntl.LOCK_EX)  # Several launches may call it at once.
 with open({calls!r}, "a") as out:
     out.write(json.dumps(sys.argv) + "\\n")
 answers = {answers!r}
@@ -39,6 +41,7 @@ for rule in rules:
         if rule["times"]:
             rule["times"] -= 1
             json.dump(rules, open(answers, "w"))
+        own.close()
         time.sleep(rule["wait"])
         sys.stdout.write(rule["out"])
         sys.stderr.write(rule["err"])

@@ -10,14 +10,19 @@ import threading
 import time
 
 import httpx
+import jax
 from waiting import PATIENCE, wait_until
 
+from research.config.run_config import MeshConfig
+from research.parallel import mesh as meshes
 from research.serve.api.server_state import ServerState
 from research.serve.engine_thread import EngineThread
 from research.serve.http.access_keys import ApiKeys
 from research.serve.http.sockets import open_port
 from research.serve.listening import make_app, serve
+from research.serve.open_models import Capacity, open_models
 
+SLOTS, CONTEXT, QUEUE = 3, 128, 6
 ENDLESS = {
     "model": "base", "messages": [{"role": "user", "content": "a"}], "stream": True,
     "ignore_eos": True, "n": 8,
@@ -43,6 +48,13 @@ def drop_connections(port, count):
             reset = struct.pack("ii", 1, 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         connection.close()
+
+
+def open_tiny(folder, runs=(), roots=(), adapters=2):
+    """The tiny model of `folder` on one device."""
+    mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    capacity = Capacity(SLOTS, CONTEXT, adapters, 4, QUEUE, 1 << 20)
+    return open_models(runs, str(folder), capacity, roots, mesh)
 
 
 class LiveServer:

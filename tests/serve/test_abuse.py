@@ -347,10 +347,12 @@ def test_a_second_stop_ends_answers_with_an_error_that_clients_read(own_server):
 
 def test_a_failed_engine_ends_streams_with_an_error_and_the_server(own_server):
     launch, rounds = own_server.deployment.engine._decoder.launch, itertools.count()
+    heard = threading.Event()
 
     def broken():
         if next(rounds) < 2:
             return launch()
+        heard.wait(PATIENCE)
         raise RuntimeError("the device is gone")
 
     own_server.deployment.engine._decoder.launch = broken
@@ -361,6 +363,7 @@ def test_a_failed_engine_ends_streams_with_an_error_and_the_server(own_server):
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     next(stream)
+    heard.set()
     with pytest.raises(openai.APIError, match="the device is gone"):
         list(stream)
     client.close()

@@ -35,6 +35,7 @@ def to_json(plan: Plan, advice: str = "") -> dict[str, Any]:
         "batch_rows": plan.config.data.batch_size,
         "seq_len": plan.config.data.seq_len,
         "parameters": {"trained": plan.trained, "frozen": plan.frozen},
+        "frozen_forms": plan.frozen_forms,
         "memory": dataclasses.asdict(plan.memory) if plan.memory else None,
         "hbm_needed": plan.needed,
         "hbm_needed_by": plan.phase,

@@ -46,6 +46,7 @@ class Plan:
       best: the run if everything overlaps; no run is faster.
       worst: the run if nothing overlaps and each part runs at its peak.
       trained, frozen: numbers of scalars.
+      frozen_forms: bytes of frozen weights that a device holds, by how they are stored.
     """
 
     target: PlannedDevices
@@ -63,6 +64,7 @@ class Plan:
     worst: Prediction
     trained: int
     frozen: int
+    frozen_forms: dict[str, int]
 
     @property
     def limit(self) -> float:
@@ -173,4 +175,7 @@ def _assemble(
         worst=worst,
         trained=step.definition.trainable.count,
         frozen=parameter_paths.count(step.definition.trainable.used(step.frozen)),
+        frozen_forms=parameter_paths.bytes_by_form(
+            step.frozen, abstract_step.device_bytes
+        ),
     )

@@ -73,7 +73,11 @@ def _memory_table(plan: PlanData) -> Table:
     for name, value in plan["memory"].items():
         if value:
             share = f"{value / plan['hbm_usable']:.1%}"
-            table.add_row(name, _size(value), share, MEANINGS[name])
+            what = MEANINGS[name]
+            if name == "frozen":
+                forms = plan["frozen_forms"].items()
+                what += f" ({', '.join(f'{x} {_size(n)}' for x, n in forms)})"
+            table.add_row(name, _size(value), share, what)
     return table
 
 

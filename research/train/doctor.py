@@ -105,7 +105,7 @@ def examine_model(
             "parameters",
             f"{trained:,} trained ({parameter_paths.nbytes(state):,} bytes with "
             "optimizer), "
-            f"{kept:,} frozen ({parameter_paths.nbytes(frozen):,} bytes){of_token}",
+            f"{kept:,} frozen ({_bytes_by_form(frozen)}){of_token}",
             ok=trained > 0 and not odd,
             remedy="if nothing is trained, check config.lora.targets; start from other "
             f"weights if some are not finite: {', '.join(odd) or 'none are'}",
@@ -114,6 +114,10 @@ def examine_model(
                 "trained_bytes": parameter_paths.nbytes(state),
                 "frozen": kept,
                 "frozen_bytes": parameter_paths.nbytes(frozen),
+                **{
+                    f"frozen_bytes/{form}": size
+                    for form, size in parameter_paths.bytes_by_form(frozen).items()
+                },
                 "used": used,
             },
         ),
@@ -127,6 +131,13 @@ def examine_model(
     if definition.trainable.kind is not None:
         findings[2:2] = _examine_adapters(definition, state, frozen, continued)
     return findings
+
+
+def _bytes_by_form(frozen: dict[str, Any]) -> str:
+    forms = parameter_paths.bytes_by_form(frozen)
+    total = f"{parameter_paths.nbytes(frozen):,} bytes"
+    listed = ", ".join(f"{size:,} in {form}" for form, size in forms.items())
+    return f"{total}: {listed}" if len(forms) > 1 else total
 
 
 def _examine_chunk(definition: StepDefinition) -> list[Finding]:

@@ -1,8 +1,9 @@
 """Parameters by path: a flat dictionary, dotted names, selection that must match."""
 
+import collections
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from research.core.errors import UserError, nearest
 from research.weights.parameter_spec import Spec
+from research.weights.quantized.quantized_matrix import QuantizedMatrix
 from research.weights.representations.leaf import Leaf
 
 # As in PEFT: all matrices but the embedding, the head, and the router of experts, which
@@ -215,3 +217,16 @@ def nbytes(tree: Any) -> int:
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
+
+
+def bytes_by_form(tree: Any, size: Callable[[Any], int] = nbytes) -> dict[str, int]:
+    """`size` of a tree by how its weights are stored: a dtype, or a name of codes."""
+    found: dict[str, int] = collections.defaultdict(int)
+
+    def is_coded(leaf: Any) -> bool:
+        return isinstance(leaf, QuantizedMatrix)
+
+    for leaf in jax.tree.leaves(tree, is_leaf=is_coded):
+        form = leaf.form if is_coded(leaf) else str(leaf.dtype)
+        found[form] += size(leaf)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

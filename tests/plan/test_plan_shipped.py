@@ -27,6 +27,12 @@ SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
 QUICK = ("pretrain_8b", "pretrain_tiny")
 
 
+def preset_of(config):
+    """The shape of a base model on the hub, by the size in its name."""
+    name = config.model.init_from.lower()
+    return f"llama3.1-{'70b' if '70b' in name else '8b'}" if "hub://" in name else ""
+
+
 @pytest.mark.parametrize(
     "file",
     [x if x.stem in QUICK else in_soak(x) for x in SHIPPED],
@@ -39,22 +45,15 @@ def test_a_shipped_config_is_planned_as_it_is_trained(file, request):
     if config.model.init_from == ModelConfig().init_from:
         shape = request.getfixturevalue("smollm2").architecture
     else:
-        preset = "llama3.1-8b" if config.model.init_from.startswith("hub://") else ""
-        shape = abstract_step.find_architecture(config, preset)
+        shape = abstract_step.find_architecture(config, preset_of(config))
     # The mesh of the config is of a slice; its axes on the devices that are here.
     devices = jax.devices()[: math.gcd(8, config.data.rows_per_pass)]
     mesh = meshes.make_mesh(dataclasses.replace(config.mesh, replica=1), devices)
     step = abstract_step.make_abstract_step(config, shape, mesh)
     base = Base("trained", shape, byte_tokenizer(), None)
     definition = make_step_definition(config, base, mesh, step.definition.objective)
-    whole = meshes.shardings(definition.model.specs, mesh)
-    frozen = {
-        path: jax.ShapeDtypeStruct(
-            spec.shape, definition.trainable.frozen_dtype, sharding=whole[path]
-        )
-        for path, spec in definition.model.specs.items()
-        if path in definition.trainable.frozen_specs
-    }
+    split = definition.trainable
+    frozen = meshes.abstract_arrays(split.frozen_specs, mesh, split.frozen_dtype)
     rows = config.data.batch_size, config.data.seq_len
     ids, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
     passes = config.data.batch_size // config.data.rows_per_pass

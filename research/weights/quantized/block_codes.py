@@ -15,6 +15,8 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.weights.parameter_spec import Spec
+from research.weights.quantized import int8_weights
+from research.weights.quantized.int8_weights import Int8Matrix
 from research.weights.quantized.quantized_matrix import (
     QuantizedMatrix,
     is_quantizable,
@@ -43,8 +45,7 @@ LEVELS = {"nf4": NF4_LEVELS, "int4": INT4_LEVELS}
 class BlockMatrix(QuantizedMatrix):
     """A matrix in four-bit codes, with the axes of the matrix in their order.
 
-    The packed axis is the last of the inputs; of a table of ids, which is used as a
-    head, too, its last one.
+    The packed axis is the last of the inputs.
 
     Attributes:
       codes: uint8 with the shape of the matrix, but half of the packed axis: two codes
@@ -65,6 +66,10 @@ class BlockMatrix(QuantizedMatrix):
     flipped: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
+    def form(self) -> str:
+        return self.levels
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         shape = list(self.codes.shape)
         shape[self._packed] *= 2
@@ -79,45 +84,41 @@ class BlockMatrix(QuantizedMatrix):
         return len(self.codes.shape) - 1 - self.behind
 
     def decode(self, dtype: Any) -> Array:
-        shape = self.scales.shape[self.stack :]
-        ranges = jnp.repeat(self.ranges, GROUP, -2)[..., : math.prod(shape), :]
-        ranges = ranges.reshape(*self.scales.shape, 2)
-        return self._decoded(self.codes, self.scales, ranges, self._packed, dtype)
+        shape = self.scales.shape
+        count = math.prod(shape[self.stack :])
+        ranges = jnp.repeat(self.ranges, GROUP, -2)[..., :count, :]
+        ranges = ranges.reshape(*shape, 2)
+        scales = self.scales.astype(jnp.float32) * ranges[..., 0] + ranges[..., 1]
+        packed, size = self._packed, self.stored_shape[self._packed]
+        ones = [1] * (packed + 1), [1] * self.behind
+        shifts = jnp.array([0, 4], jnp.uint8).reshape(*ones[0], 2, *ones[1])
+        pairs = jnp.expand_dims(self.codes, packed + 1) >> shifts
+        values = _values(pairs & jnp.uint8(15), self.levels)
+        scales = jnp.repeat(scales, size // shape[packed], packed)
+        return (values.reshape(self.stored_shape) * scales).astype(dtype)
 
     def decode_rows(self, ids: Array, dtype: Any) -> Array:
-        width = self.scales.shape[-1]
-        first = ids[..., None] * width + jnp.arange(width)
-        ranges = self.ranges[first // GROUP]
-        packed = ids.ndim - 1 + self._packed
-        return self._decoded(self.codes[ids], self.scales[ids], ranges, packed, dtype)
-
-    def _decoded(
-        self, codes: Array, scales: Array, ranges: Array, packed: int, dtype: Any
-    ) -> Array:
-        scales = scales.astype(jnp.float32) * ranges[..., 0] + ranges[..., 1]
-        shape = list(codes.shape)
-        shape[packed] *= 2
-        shifts = jnp.array([0, 4], jnp.uint8).reshape(2, *[1] * self.behind)
-        pairs = jnp.expand_dims(codes, packed + 1) >> shifts
-        values = _values(pairs & jnp.uint8(15), self.levels).reshape(shape)
-        block = shape[packed] // scales.shape[packed]
-        return (values * jnp.repeat(scales, block, packed)).astype(dtype)
+        return self.decode(dtype)[ids]
 
 
 class BlockFormat:
-    """The `BaseFormat` of four-bit codes with these levels."""
+    """The `BaseFormat` of four-bit codes with these levels.
+
+    Embeddings and the head are in one byte a weight: in four bits they would cost half
+    as much loss again as all layers do, for a small share of the bytes.
+    """
 
     def __init__(self, levels: str):
         self.levels = levels
 
-    def specs(self, spec: Spec) -> Spec | BlockMatrix:
+    def specs(self, spec: Spec) -> Spec | Int8Matrix | BlockMatrix:
         """A block is the largest divisor of the packed axis up to `BLOCK`.
 
         Raises:
           UserError: the packed axis is odd.
         """
-        if not is_quantizable(spec):
-            return spec
+        if "vocab" in spec.axes or not is_quantizable(spec):
+            return int8_weights.FORMAT.specs(spec)
         packed = _packed_axis(spec)
         size = spec.shape[packed]
         if size % 2:
@@ -147,15 +148,15 @@ class BlockFormat:
         behind = len(spec.shape) - 1 - packed
         return BlockMatrix(part(size // 2, True), scales, ranges, self.levels, behind)
 
-    def store(self, weight: Array, spec: Spec) -> Array | BlockMatrix:
+    def store(self, weight: Array, spec: Spec) -> Array | QuantizedMatrix:
         """`weight` in the nearest codes; every mesh computes the same ones.
 
         For that the ranges are those from the smallest to the largest scale, where the
         paper takes a mean off: sums depend on their order.
         """
         like = self.specs(spec)
-        if isinstance(like, Spec):
-            return weight
+        if not isinstance(like, BlockMatrix):
+            return int8_weights.FORMAT.store(weight, spec)
         packed, (count, block) = _packed_axis(spec), _blocks(like)
         weight = weight.astype(jnp.float32)
         blocks = weight.reshape(
@@ -176,7 +177,7 @@ class BlockFormat:
 
 
 def _packed_axis(spec: Spec) -> int:
-    return len(spec.shape) - 1 if spec.is_table else spec.stacked + spec.n_in - 1
+    return spec.stacked + spec.n_in - 1
 
 
 def _blocks(like: BlockMatrix) -> tuple[int, int]:

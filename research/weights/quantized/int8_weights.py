@@ -47,6 +47,10 @@ class Int8Matrix(QuantizedMatrix):
     rounds_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
+    def form(self) -> str:
+        return "int8"
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 

@@ -35,6 +35,11 @@ class QuantizedMatrix(Leaf):
 
     @property
     @abc.abstractmethod
+    def form(self) -> str:
+        """The name of its codes, such as `nf4`."""
+
+    @property
+    @abc.abstractmethod
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of `decode`: `[*stack, *out, *in]` if `flipped`, or in first."""
 

@@ -69,7 +69,7 @@ class Router(Linear):
         Tokens that are not `real_BT` choose expert E, which does not exist. None: all
         are real.
         """
-        logits_BTE = super().__call__(x_BTD.astype(jnp.float32))
+        logits_BTE = self._logits(x_BTD)
         probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         chosen = self.experts.chosen
         if self.experts.renormalized:
@@ -88,6 +88,14 @@ class Router(Linear):
             tokens=jnp.sum(chosen_BTC[..., 0] < count, dtype=jnp.float32),
         )
         return chosen_BTC, shares_BTC, load
+
+    def _logits(self, x_BTD: Array) -> Array:
+        # The backward pass casts the hidden states again, and keeps no float32 copy.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def logits(x_BTD: Array) -> Array:
+            return Linear.__call__(self, x_BTD.astype(jnp.float32))
+
+        return logits(x_BTD)
 
 
 class ExpertLinear(nnx.Module):

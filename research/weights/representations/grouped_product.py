@@ -31,7 +31,8 @@ class Groups:
       owners: int32 `[M]`, the matrix of each row; E or more for a row without one.
       origins: int32 `[M]`, the row of the batch from which each row comes.
       kernel: one of `config.choices.EXPERT_KERNELS`.
-      block: rows that `blocked` multiplies at a time; those left over, a quarter of it.
+      block: rows that `blocked` multiplies at a time; a half and quarters of it for
+        those left over.
     """
 
     sizes: Array
@@ -100,8 +101,9 @@ def _each_matrix(
 ) -> Any:
     """Folds `body(carry, number, blocks)` over the matrices that have rows.
 
-    `blocks(visit, carry)` folds `visit(carry, first, mine)` over the blocks of rows of
-    that matrix; see `_each_block`.
+    `blocks(visit, carry)` folds `visit(carry, first, length, mine)` over the blocks of
+    rows of that matrix: those of `block` rows, then one of a half, and the rest in
+    quarters. See `_each_block`; `mine` is None where a block has no row of another.
     """
     ends = jnp.cumsum(groups.sizes)
     busy = jnp.argsort(groups.sizes == 0, stable=True)
@@ -111,13 +113,27 @@ def _each_matrix(
         size, end = groups.sizes[number], ends[number]
 
         def blocks(visit: Callable[..., Any], inner: Any) -> Any:
-            rest = end - size % block
-            inner = _each_block(end - size, rest, block, rows, visit, inner)
-            return _each_block(rest, end, max(1, block // 4), rows, visit, inner)
+            begin = end - size
+            *full, least = sorted({max(1, block // n) for n in (1, 2, 4)}, reverse=True)
+            for length in full:
+                inner = _each_full_block(begin, end, length, visit, inner)
+                begin = end - (end - begin) % length
+            return _each_block(begin, end, least, rows, visit, inner)
 
         return body(carry, number, blocks)
 
     return jax.lax.fori_loop(0, jnp.sum(groups.sizes > 0), matrix, carry)
+
+
+def _each_full_block(
+    begin: Array, end: Array, block: int, visit: Callable[..., Any], carry: Any
+) -> Any:
+    """As `_each_block`, over those that have all their rows."""
+
+    def one(i: Array, carry: Any) -> Any:
+        return visit(carry, begin + i * block, block, None)
+
+    return jax.lax.fori_loop(0, (end - begin) // block, one, carry)
 
 
 def _each_block(
@@ -128,7 +144,7 @@ def _each_block(
     visit: Callable[..., Any],
     carry: Any,
 ) -> Any:
-    """Folds `visit(carry, first, mine)` over blocks of the rows `begin` to `end`.
+    """Folds `visit(carry, first, block, mine)` over blocks of rows `begin` to `end`.
 
     `first` is the first row of a block, and `mine` a mask `[block, 1]` of those between
     `begin` and `end`. The last block overlaps the rows behind, or those before if none
@@ -140,29 +156,30 @@ def _each_block(
         first = jnp.minimum(start, rows - block)
         row = (first + jnp.arange(block))[:, None]
         # A block that was moved back has rows that were visited already.
-        return visit(carry, first, (row >= start) & (row < end))
+        return visit(carry, first, block, (row >= start) & (row < end))
 
     return jax.lax.fori_loop(0, -((begin - end) // block), one, carry)
 
 
-def _part(x: Array, first: Array, mine: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, first, len(mine))
+def _part(x: Array, first: Array, block: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, block)
 
 
 def _blocked_product(x, w, groups, flipped, dtype):
     """In plain XLA, block by block."""
     block = min(groups.block, x.shape[0])
-    w = w.astype(x.dtype)
     summed = (((1,), (1 if flipped else 0,)), ((), ()))
 
     def matrix(y, number, blocks):
-        own = jax.lax.dynamic_index_in_dim(w, number, keepdims=False)
+        # One at a time, a cast costs no pass over all matrices.
+        own = jax.lax.dynamic_index_in_dim(w, number, keepdims=False).astype(x.dtype)
 
-        def visit(y, first, mine):
+        def visit(y, first, length, mine):
             made = jax.lax.dot_general(
-                _part(x, first, mine), own, summed, preferred_element_type=dtype
+                _part(x, first, length), own, summed, preferred_element_type=dtype
             )
-            made = jnp.where(mine, made, _part(y, first, mine))
+            if mine is not None:
+                made = jnp.where(mine, made, _part(y, first, length))
             return jax.lax.dynamic_update_slice_in_dim(y, made, first, 0)
 
         return blocks(visit, y)
@@ -178,14 +195,15 @@ def _blocked_outer(x, d_y, groups, dtype):
     summed = (((0, 1), (0, 1)), ((), ()))
 
     def matrix(d_w, number, blocks):
-        def visit(total, first, mine):
+        def visit(total, first, length, mine):
             # A CPU takes twice as long in bfloat16 where a product sums over one
             # leading axis.
-            halves = (2 - len(mine) % 2, -1)
-            own = jnp.where(mine, _part(x, first, mine), 0)
+            halves = (2 - length % 2, -1)
+            own = _part(x, first, length)
+            own = own if mine is None else jnp.where(mine, own, 0)
             return total + jax.lax.dot_general(
                 own.reshape(*halves, shape[0]),
-                _part(d_y, first, mine).reshape(*halves, shape[1]),
+                _part(d_y, first, length).reshape(*halves, shape[1]),
                 summed,
                 preferred_element_type=jnp.float32,
             )

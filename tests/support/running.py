@@ -41,7 +41,7 @@ class Running:
         # The tests in this process have the first right to a core: all end together.
         with contextlib.suppress(ProcessLookupError):  # A fork may end before this.
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
-        self.allow(PATIENCE)
+        self.allow(2 * PATIENCE)
         self._streams = {"out": self._process.stdout, "err": self._process.stderr}
         self._said = {"out": [], "err": []}
         self._news = threading.Condition()
@@ -64,7 +64,7 @@ class Running:
                 self._said[name].append(line.decode())
                 self._news.notify_all()
 
-    def wait_for(self, said, seconds=PATIENCE):
+    def wait_for(self, said, seconds=2 * PATIENCE):
         """Until a line of standard error matches, it has ended, or time is over."""
         over = time.monotonic() + seconds
         with self._news:

@@ -4,7 +4,7 @@ import time
 
 # Seconds. CI stalls single threads, processes and disks for ten seconds and more, and
 # patience costs nothing: a condition that comes true ends the wait.
-PATIENCE = 300
+PATIENCE = 600
 
 
 def wait_until(condition, said=None, seconds=PATIENCE):

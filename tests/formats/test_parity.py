@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exported_models import tiny_export, tiny_rows, with_adapters
+from free_ports import free_port
 from helpers import TINY, in_soak, mesh_sizes
-from slurm_cluster import free_ports
 from switch_models import NAMES, SWITCHES
 
 from research.config.choices import EXPORT_FORMATS
@@ -303,7 +303,7 @@ def test_a_model_runs_layer_by_layer(model, params, batch):
 @pytest.mark.soak
 def test_two_processes_export_a_model_that_neither_holds(tmp_path):
     script = Path(__file__).parents[1] / "support" / "export_pair.py"
-    port, root = str(free_ports(1)[0]), str(script.parents[2])
+    port, root = str(free_port()), str(script.parents[2])
     pair = [
         subprocess.Popen(
             [sys.executable, script, str(number), port, tmp_path],

@@ -15,6 +15,7 @@ from research.parallel.chips import CHIPS, Chip, by_device_kind, find_chip, memo
 from research.parallel.memory_limits import memory_limit
 
 HERE = "here"  # Stands for the chips of this machine.
+ANSWERING = 120.0  # seconds that the driver has to name its cards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,17 +158,24 @@ def local_device() -> str:
     No accelerator is opened: a training may hold it.
 
     Raises:
-      UserError: the machine has chips of a kind that is not known here.
+      UserError: the machine has chips of a kind that is not known here, or its driver
+        does not answer.
     """
     cards: list[str] = []
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        try:
+            answer = subprocess.run(
+                ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                timeout=ANSWERING,
+                check=True,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"nvidia-smi has not named the cards of this machine in {ANSWERING:g} s: "
+                "name their kind in place of here, as h100:8 or 24GB"
+            ) from error
         cards = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     chip = by_device_kind(cards[0]) if cards else None
     if chip:

@@ -21,7 +21,7 @@ from research.config.knobs import changed, flat
 from research.config.run_config import Config, MeshConfig, from_config_dict
 from research.core.errors import UserError
 from research.models.presets import PRESETS
-from research.plan import fit_advice, planner
+from research.plan import fit_advice, planned_devices, planner
 from research.plan.__main__ import main
 from research.plan.layout_search import search, slowness
 from research.plan.planned_devices import local_device, parse_device
@@ -214,7 +214,7 @@ def test_several_chips_are_planned_in_one_command(tmp_path):
     assert done.returncode == 2 and "name one" in done.stderr
 
 
-def test_the_chips_of_this_machine_are_known_without_opening_them(fake):
+def test_the_chips_of_this_machine_are_known_without_opening_them(fake, monkeypatch):
     assert local_device() == "cpu"
     fake("nvidia-smi")
     card = "NVIDIA H100 80GB HBM3\n"
@@ -225,6 +225,11 @@ def test_the_chips_of_this_machine_are_known_without_opening_them(fake):
     with pytest.raises(UserError, match="are NVIDIA Unknown: name their kind"):
         local_device()
     assert local_device() == "cpu"
+    fake._answers("nvidia-smi").unlink()
+    fake.answer("nvidia-smi", "--query-gpu=name", wait=600)
+    monkeypatch.setattr(planned_devices, "ANSWERING", 0.2)
+    with pytest.raises(UserError, match=r"nvidia-smi has not named .* in 0\.2 s"):
+        local_device()
 
 
 def test_the_readme_answers_whether_8b_fits_24_gb():

@@ -36,6 +36,9 @@ def with_steps(folder, *steps):
     return folder
 
 
+RUN = deploy_page._run
+
+
 @pytest.fixture(autouse=True)
 def commands_in_this_process(monkeypatch):
     """The commands of buttons run as they are, without a start of Python."""
@@ -50,6 +53,17 @@ def commands_in_this_process(monkeypatch):
 
 def audit(site):
     return [(x["action"], x["what"]) for x in site.state.audit.read()]
+
+
+def test_a_promotion_that_hangs_is_stopped_with_a_sentence(site, monkeypatch):
+    with_steps(site.runs / "a", 2)
+    hangs = ["python", "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(deploy_page, "_run", lambda command: RUN(hangs))
+    monkeypatch.setattr(deploy_page, "PROMOTING", 0.2)
+    fields = {"do": "promote", "run": "runs/a", "step": "2", "alias": "prod"}
+    answer = site.client().post("/act/promote", data=fields)
+    assert answer.status_code == 400
+    assert "not ended within 0.2 s and was stopped" in answer.text
 
 
 def test_an_alias_is_moved_by_the_command_that_the_page_shows(site):

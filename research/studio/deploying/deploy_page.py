@@ -31,7 +31,7 @@ from research.studio.studio_state import StudioState
 PROD = "prod"
 MOST_RUNS = 200  # in a list to choose from
 SIZES = ("slots", "adapters", "port", "weights")  # fields of a server, as its flags
-PROMOTING = 60.0  # seconds
+PROMOTING = 600.0  # seconds; a busy machine needs a minute to start Python
 KINDS = ("serve", "export", "promote", "back")
 Fields = Mapping[str, Any]
 
@@ -221,15 +221,21 @@ async def promote(request: Request) -> Response:
 
 
 def _run(command: list[str]) -> None:
-    """Runs a short command. Raises UserError: its message."""
-    ended = subprocess.run(
-        [sys.executable, *command[1:]],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PROMOTING,
-        check=False,
-    )
+    """Runs a short command. Raises UserError: its message, or that it takes long."""
+    try:
+        ended = subprocess.run(
+            [sys.executable, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROMOTING,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"the command has not ended within {PROMOTING:g} s and was stopped: "
+            "see what the alias names now, and try again, or run it in a shell"
+        ) from error
     if ended.returncode:
         said = last_error(ended.stderr) or ended.stderr[-500:].strip()
         raise UserError(said.removeprefix("error: "))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.formats.base_model import Base
-from research.formats.tensor_file import TensorFile
+from research.formats.tensor_file import TensorFile, read_finite
 from research.models.families.family_registry import family_of
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor, used
@@ -142,8 +142,9 @@ def check_tensors(tensors: TensorFile, model: Model) -> None:
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
-            f"the weights do not fit their config: {'; '.join(wrong[:5])}{more}; give "
-            "the config.json, or the GGUF file, that belongs to these weights"
+            f"{tensors.place}: the weights do not fit their config: "
+            f"{'; '.join(wrong[:5])}{more}; give the config.json, or the GGUF file, "
+            "that belongs to these weights"
         )
 
 
@@ -172,8 +173,8 @@ def _copied_head(tensors: TensorFile, layout: tuple[StoredTensor, ...]) -> str |
         return None
     if not np.array_equal(tensors.read(head), tensors.read(table)):
         raise UserError(
-            f"the config ties the head to the embeddings, but {head} differs from "
-            f"{table}; if the head is the model's own, set tie_word_embeddings to "
+            f"{tensors.place}: the config ties the head to the embeddings, but {head} "
+            f"differs from {table}; if the head is the model's own, set tie_word_embeddings to "
             f"false in config.json, or else remove {head}"
         )
     logging.info("weights: %s repeats %s, and is not read", head, table)
@@ -243,7 +244,7 @@ def _parts(
     """The values of a parameter by their index into its first axes."""
     (stored,) = [x for x in tensors.layout(family) if path in x.paths]
     for name, index in stored.names(specs):
-        yield index, stored.unpack(path, tensors.read(name), specs)
+        yield index, stored.unpack(path, read_finite(tensors, name), specs)
 
 
 class ShardedFill:

@@ -1,6 +1,7 @@
 """The interface of a file of tensors, whatever its format."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -8,13 +9,23 @@ from typing import Protocol
 import numpy as np
 from jax.sharding import Mesh
 
+from research.core.errors import UserError
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
 
-class TensorFile(Protocol):
-    """Tensors under the names of the format; `fingerprint` is the files' sha256."""
+PIECE = 1 << 24  # Numbers that are checked at once.
 
+
+class TensorFile(Protocol):
+    """Tensors under the names of the format.
+
+    Attributes:
+      place: the file or folder, as errors name it.
+      fingerprint: sha256 of the files.
+    """
+
+    place: str
     fingerprint: str
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -48,6 +59,25 @@ class RowFile(TensorFile, Protocol):
     def read_rows(self, name: str, rows: slice) -> np.ndarray:
         """Rows of a tensor along its first axis; all of them are there."""
         ...
+
+
+def read_finite(tensors: TensorFile, name: str) -> np.ndarray:
+    """One whole tensor.
+
+    Raises:
+      UserError: it has NaN or infinite values. A model that has one answers nothing,
+        and its loss would be NaN from the first step.
+    """
+    value = tensors.read(name)
+    pieces = max(1, math.ceil(value.size / PIECE))
+    for part in np.array_split(value, pieces) if value.ndim else [value]:
+        # In two bytes NumPy needs several times as long.
+        if not np.isfinite(part.astype(np.float32, copy=False)).all():
+            raise UserError(
+                f"{tensors.place}: {name} has values that are NaN or infinite; copy "
+                "the model again, or take one that was saved before its training failed"
+            )
+    return value
 
 
 def fingerprint_files(files: list[Path]) -> str:

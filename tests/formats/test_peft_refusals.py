@@ -142,6 +142,7 @@ A, B = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
 REFUSED = {
     "DoRA": (put(use_dora=True), "lacks its lora_magnitude_vector"),
     "bias": (put(lora_bias=True), "lora_bias is True"),
+    "biases": (put(bias="some"), "bias is 'some', and PEFT has none, all, lora_only"),
     "aLoRA": (put(alora_invocation_tokens=[5]), "alora_invocation_tokens is [5]"),
     "QALoRA": (put(use_qalora=True), "use_qalora is True"),
     "BD-LoRA": (put(use_bdlora={"nblocks": 2}), "use_bdlora is"),

@@ -164,6 +164,20 @@ def test_a_tensor_that_does_not_fit_is_named(
         load(tmp_path, model)
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+def test_a_tensor_with_a_value_that_is_not_finite_is_named(
+    tmp_path, tensors, model, dtype, odd
+):
+    """Its answers and its loss would be NaN, and nothing would say why."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed = tensors[name].astype(dtype)
+    changed[-1, -1] = odd
+    save_file(tensors | {name: changed}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{tmp_path}: {name} has values that are NaN"):
+        load(tmp_path, model)
+
+
 def test_the_rotary_table_of_old_exports_is_no_extra_tensor(tmp_path, tensors, model):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(5, np.float32)}
     save_file(tensors | old, tmp_path / "model.safetensors")

@@ -55,7 +55,7 @@ class GGUFFile:
             raise UserError(
                 f"{file} is damaged: {error}; download or write it again"
             ) from error
-        self._file = file
+        self._file, self.place = file, str(file)
         self._refuse_parts(kind)
 
     @functools.cached_property

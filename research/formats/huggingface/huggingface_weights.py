@@ -86,6 +86,7 @@ class HuggingFaceWeights:
 
     def __init__(self, folder: Path):
         self._folder, self._files = folder, dict[str, Path]()
+        self.place = str(folder)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._types: dict[str, str] = {}
         files, placed = _weight_files(folder)
@@ -231,7 +232,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="numpy") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a safetensors file: {error}") from error
+        raise UserError(
+            f"{file} is not a safetensors file: {error}; copy it again"
+        ) from error
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -257,6 +260,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         problem = f"lacks {', '.join(missing)}" if missing else "has no .safetensors"
         pickled = " (pickled .bin weights are never read)"
         raise UserError(
-            f"{folder} {problem}{pickled if list(folder.glob('*.bin')) else ''}"
+            f"{folder} {problem}{pickled if list(folder.glob('*.bin')) else ''}; copy "
+            "all files of the model, with its weights as .safetensors"
         )
     return files, placed

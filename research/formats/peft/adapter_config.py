@@ -53,6 +53,7 @@ NUMBER = int | float
 
 
 LARGEST = 2**31
+BIASES = ("none", "all", "lora_only")
 REMEDY = "give the folder that PEFT's save_pretrained wrote"
 
 
@@ -149,6 +150,10 @@ def read_numbers(folder: Path) -> LoraNumbers:
             raise UserError(
                 f"{file}: {name} is {number}; it must be above 0 and below {LARGEST}"
             )
+    if (bias := field("bias", str, BIASES[0])) not in BIASES:
+        raise UserError(
+            f"{file}: bias is {bias!r}, and PEFT has {', '.join(BIASES)}; {REMEDY}"
+        )
     return LoraNumbers(
         config["r"],
         config["lora_alpha"],
@@ -162,7 +167,7 @@ def read_numbers(folder: Path) -> LoraNumbers:
         tuple(field("target_parameters", [str], ())),
         field("use_dora", bool, False),
         tuple(field("modules_to_save", [str], ())),
-        field("bias", str, "none"),
+        bias,
     )
 
 

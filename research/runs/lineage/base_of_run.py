@@ -182,7 +182,7 @@ def _kept_base(name: str, folder: RunDir, problem: str) -> Base:
     # It is the same one in another form: a GGUF file holds it in a form of its own.
     tokenizer.fingerprint = identity["tokenizer"]
     origin = {x: identity[x] for x in (BASE_RUN, BASE_STEP, BASE_SUM) if x in identity}
-    tensors = NoTensors(identity["base model"], problem)
+    tensors = NoTensors(name, identity["base model"], problem)
     return Base(name, architecture, tokenizer, tensors, origin=origin)
 
 
@@ -209,8 +209,8 @@ def open_step(start: str, step: str) -> Base:
 class NoTensors:
     """The tensors of a base model that is gone; whoever reads one gets `problem`."""
 
-    def __init__(self, fingerprint: str, problem: str):
-        self.fingerprint = fingerprint
+    def __init__(self, place: str, fingerprint: str, problem: str):
+        self.place, self.fingerprint = place, fingerprint
         self._problem = problem
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -234,7 +234,7 @@ class RunTensors:
     """
 
     def __init__(self, run: StoredRun, step: int, mesh: Mesh | None = None):
-        self.step = step
+        self.step, self.place = step, f"{run.folder}@{step}"
         self._run, self._mesh = run, mesh
         self._tensors = {
             name: (stored, index)

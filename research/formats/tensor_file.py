@@ -13,7 +13,6 @@ from research.core.errors import UserError
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
 
-
 PIECE = 1 << 24  # Numbers that are checked at once.
 
 

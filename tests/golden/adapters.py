@@ -33,6 +33,7 @@ USUAL: dict[str, Any] = {
     "alpha_pattern": {r"2\..*": 7},
 }
 TIED = {"ensure_weight_tying": True}
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 EXPERTS = {
     "target_modules": ["q_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -46,7 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granite": {"target_modules": r".*\.(v_proj|gate_proj)", "use_rslora": True},
     "phi3": {"use_rslora": True},
     "gemma3": {"target_modules": ["o_proj", "lm_head"], **TIED},
-    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), EXPERTS),
+    **dict.fromkeys(WITH_EXPERTS, EXPERTS),
     "gpt2": {"target_modules": ["c_attn", "mlp.c_proj", "lm_head", "wpe"], **TIED},
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 from research.config.choices import EXPORT_FORMATS
 from research.core.errors import look_up
 from research.formats.base_model import Base
+from research.formats.proof.file_layout import FileLayout
 from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.architecture import Architecture
 from research.models.transformer import Model
@@ -100,6 +101,7 @@ class WrittenModel:
       read_rows: `read_rows(path, part)` gives rows `[n, D]` of the embeddings or of the
         vocabulary head, as `read` gives all of them; None where files do not hold
         these one by one.
+      layout: where the numbers must lie in the files; None where only tests check it.
     """
 
     architecture: Architecture
@@ -109,6 +111,7 @@ class WrittenModel:
     facts: Mapping[str, str]
     for_llama_cpp: bool = False
     read_rows: Callable[[str, slice], np.ndarray] | None = None
+    layout: FileLayout | None = None
 
 
 class ExportFormat(Protocol):

@@ -7,6 +7,7 @@ import numpy as np
 
 from research.formats.export_format import WrittenModel
 from research.formats.load_parameters import check_tensors
+from research.formats.proof.file_layout import FileLayout
 from research.formats.proof.stored_numbers import StoredNumbers
 from research.formats.tensor_file import RowFile
 from research.models.architecture import Architecture
@@ -16,9 +17,14 @@ from research.tokenize.tokenizer import Tokenizer
 
 
 def whole_model(
-    tensors: RowFile, architecture: Architecture, tokenizer: Tokenizer
+    tensors: RowFile,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    for_llama_cpp: bool = False,
 ) -> WrittenModel:
     """The model that a file holds, with all its parameters.
+
+    `for_llama_cpp`: the file is one of llama.cpp, or else of transformers.
 
     Raises:
       UserError: the file does not hold a model of this shape.
@@ -43,6 +49,13 @@ def whole_model(
         held,
         tensors.facts(),
         read_rows=_row_reader(tensors, model),
+        layout=FileLayout(
+            architecture,
+            {path: stored.name for stored in layout for path in stored.paths},
+            for_llama_cpp,
+            tensors.read_rows,
+        ),
+        for_llama_cpp=for_llama_cpp,
     )
 
 

@@ -6,6 +6,7 @@ files, breaks them in one way, and opens them as the export does.
 
 import dataclasses
 import json
+import math
 import shutil
 
 import gguf
@@ -15,9 +16,11 @@ from exported_models import tiny_export, tiny_rows
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from research.core.errors import UserError
+from research.core.errors import ParityError, UserError
 from research.formats.export_format import ExportOptions, find_format
 from research.formats.proof.logit_parity import prove
+from research.models.families import stored_tensor
+from research.models.families.stored_tensor import StoredTensor
 
 NUMBERS = {
     "hf": ExportOptions("bfloat16"),
@@ -372,3 +375,37 @@ def test_an_adapter_that_the_files_have_no_place_for_is_found(folders):
         prove(
             exported, dataclasses.replace(written, held=held), tiny_rows(), "bfloat16"
         )
+
+
+# -- writers whose readers are wrong in the same way -----------------------------------
+
+
+def without_groups(self, spec):
+    """Fused matrices one after the other, also where a format takes turns."""
+    outputs = spec.shape[spec.stacked + spec.n_in :]
+    return 1, math.prod(outputs)
+
+
+WRONG_BOTH_WAYS = {
+    "rotary": (stored_tensor, "_swap_rotary", lambda value, pairs: value),
+    "turns": (StoredTensor, "_groups", without_groups),
+}
+NEOX = {
+    "kv_heads": 4, "experts": None, "norm": "layer", "biases": ("qkv", "out", "mlp"),
+    "activation": "gelu", "gated_mlp": False, "family": "gpt_neox",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "format, name, changes",
+    [("gguf", "rotary", {}), ("gguf-adapter", "rotary", {}), ("hf", "turns", NEOX)],
+)
+def test_an_order_that_writer_and_reader_share_is_found(
+    tmp_path, monkeypatch, format, name, changes
+):
+    exported = tiny_export(**changes)
+    monkeypatch.setattr(*WRONG_BOTH_WAYS[name])
+    find_format(format).write(exported, tmp_path, ExportOptions())
+    written = find_format(format).read_back(tmp_path, exported)
+    with pytest.raises(ParityError, match=r"(query|key)\.\w+ in another order"):
+        prove(exported, written, tiny_rows(), "float32")

@@ -27,6 +27,7 @@ from research.formats.gguf.gguf_writer import PlannedTensor, write_gguf
 from research.formats.gguf.metadata_fields import write_metadata
 from research.formats.gguf.modelfile import format_modelfile
 from research.formats.huggingface.huggingface_export import fetch
+from research.formats.proof.file_layout import FileLayout
 from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
@@ -98,7 +99,15 @@ class GGUFAdapterFormat:
 
         held = dict.fromkeys(tensors, StoredNumbers("float32", is_update=True))
         architecture = exported.model.architecture
-        return WrittenModel(architecture, None, read, held, file.facts())
+        layout = FileLayout(
+            architecture,
+            {path: stored.name for path, stored in tensors.items()},
+            for_llama_cpp=True,
+            read_rows=file.read_rows,
+            factors=alpha,
+            stored=frozenset(names),
+        )
+        return WrittenModel(architecture, None, read, held, file.facts(), layout=layout)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         chats = exported.tokenizer.chat_template

@@ -1,6 +1,5 @@
 """A whole model as one file of llama.cpp, with its tokenizer and chat template."""
 
-import dataclasses
 import functools
 import logging
 import re
@@ -71,8 +70,7 @@ class GGUFModelFormat:
         file = GGUFFile(folder / FILE)
         architecture = file.read_architecture()
         tokenizer = from_gguf_metadata(file.metadata, str(folder / FILE))
-        whole = whole_model(file, architecture, tokenizer)
-        return dataclasses.replace(whole, for_llama_cpp=True)
+        return whole_model(file, architecture, tokenizer, for_llama_cpp=True)
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         return USAGE

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from research.core.errors import ParityError
 from research.formats.export_format import ExportedModel, WrittenModel
+from research.formats.proof.file_layout import with_places
 from research.formats.proof.logit_differences import add_piece, measures, no_sums
 from research.formats.proof.parity import Parity
 from research.formats.proof.proof_tokens import ProofRows
@@ -63,6 +64,7 @@ def prove(
         explains.
     """
     reasons = require_same_model(exported, written, asked)
+    written = with_places(written, exported.model.specs)
     rows = rows.within(written.architecture.max_position)
     with jax.default_matmul_precision(PRECISION):
         parity = _Proof(exported, written, rows).run(

@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 import pytest
-from exported_models import tiny_rows, with_adapters
+from exported_models import tiny_rows, tiny_tokenizer, with_adapters
 from helpers import in_soak
 from peft_exports import (
     WHOLE,
@@ -27,9 +27,13 @@ from research.config.knob_groups import LoRAConfig, ModelConfig, OptimConfig
 from research.core.errors import ParityError, UserError
 from research.data.token_batch import Batch
 from research.formats.base_model import Base
-from research.formats.export_format import ExportOptions, find_format
+from research.formats.export_format import (
+    ExportedAdapter,
+    ExportedModel,
+    ExportOptions,
+    find_format,
+)
 from research.formats.peft.adapter_folder import AdapterFolder
-from research.formats.peft.whole_parameters import plan_whole
 from research.formats.proof.logit_parity import prove
 from research.parallel import mesh as meshes
 from research.runs.answering.found_adapters import find_adapters, find_folder
@@ -42,6 +46,7 @@ from research.weights.adapters.lora import KIND
 from research.weights.contraction import materialize
 
 START, NORM = "base_model.model.", "layers.attention_norm.scale"
+OUTPUT = "layers.attention.output.kernel"
 
 
 def made_by_peft(name):
@@ -256,18 +261,38 @@ def test_a_folder_with_whole_parameters_enters_no_bank(golden, tmp_path):
 @pytest.mark.parametrize(
     "name, full, adapted, said",
     [
-        ("mixtral", "layers.mlp.up.kernel", (), "no module for layers.mlp.up.kernel"),
-        ("mixtral", "layers.router.kernel", (), "no module for layers.router.kernel"),
-        ("gpt_oss", "layers.attention.sinks", (), "no module for layers.attention.sin"),
-        ("phi3", "layers.attention.query.kernel",
-         ("model.layers.0.self_attn.qkv_proj",),
+        ("mixtral", "layers.mlp.up.kernel", (OUTPUT,),
+         "no module for layers.mlp.up.kernel"),
+        ("mixtral", "layers.router.kernel", (OUTPUT,),
+         "no module for layers.router.kernel"),
+        ("gpt_oss", "layers.attention.sinks", (OUTPUT,),
+         "no module for layers.attention.sin"),
+        ("phi3", "layers.attention.query.kernel", ("layers.attention.key.kernel",),
          "model.layers.0.self_attn.qkv_proj holds layers.attention.query.kernel and"),
     ],
 )  # fmt: skip
-def test_what_peft_cannot_hold_is_refused(name, full, adapted, said):
+def test_what_peft_cannot_hold_is_refused_before_anything_is_written(
+    name, full, adapted, said
+):
     model = model_of(name)
+    factors = {"a": np.ones((1, 1)), "b": np.ones((1, 1))}
+    exported = ExportedModel(
+        model,
+        {},
+        tiny_tokenizer(),
+        {path: ExportedAdapter(factors, 1, 1.0) for path in adapted},
+        "lora",
+        full=frozenset({full}),
+    )
     with pytest.raises(UserError) as raised:
-        plan_whole(
-            model.architecture, model.specs, frozenset({full}), adapted, lambda *x: x
-        )
+        find_format("peft").check(exported, ExportOptions())
     assert said in str(raised.value) and "--format=hf" in str(raised.value)
+
+
+def test_adapters_without_a_module_are_refused_before_anything_is_written():
+    model = model_of("gpt2")
+    factors = {"a": np.ones((1, 1)), "b": np.ones((1, 1))}
+    adapters = {"position_embedding.gone": ExportedAdapter(factors, 1, 1.0)}
+    exported = ExportedModel(model, {}, tiny_tokenizer(), adapters, "lora")
+    with pytest.raises(UserError, match="no modules for the adapters of position_emb"):
+        find_format("peft").check(exported, ExportOptions())

@@ -53,6 +53,8 @@ ROPE = {
 # is a tensor of its own, and whose vocabulary head is always the embeddings.
 EVEN_HEADS = {"phi3", "olmo2"}
 OWN_HEADS = {"olmo2", "olmoe", "gptneox", "gpt-oss"}
+# Its loader takes the embeddings for the head, and stops at a file that has another one
+# (llama.cpp, src/models/gemma2.cpp, `load_arch_tensors`).
 TIED_HEADS = {"gemma2"}
 # They change nothing that is computed.
 NOTES = {"vocab_size", "tensor_data_layout", f"{SCALING}finetuned"}

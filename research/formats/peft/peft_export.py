@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,26 @@ def common_scale(scales: Mapping[str, float]) -> float:
     return collections.Counter(scales.values()).most_common(1)[0][0]
 
 
+def adapted_modules(
+    architecture: Architecture,
+    specs: Mapping[str, Spec],
+    paths: Collection[str],
+    beginning: str = "",
+) -> list[LoraModule]:
+    """The modules in which a matrix of `paths` lies; see `lora_tensors`.
+
+    Raises:
+      UserError: one of them lies in no module that PEFT adapts.
+    """
+    modules = lora_modules(architecture, specs, beginning)
+    known = {path for module in modules for path in module.stored.paths}
+    if odd := sorted({*paths} - known):
+        raise UserError(
+            f"PEFT has no modules for the adapters of {', '.join(odd)}: use --format=hf"
+        )
+    return [x for x in modules if {*paths} & {*x.stored.paths}]
+
+
 def lora_tensors(
     architecture: Architecture,
     specs: Mapping[str, Spec],
@@ -147,11 +167,8 @@ def lora_tensors(
       UserError: a path has adapters, and is no module that PEFT adapts.
     """
     modules = lora_modules(architecture, specs, beginning)
-    known = {path for module in modules for path in module.stored.paths}
-    if odd := sorted(scales.keys() - known):
-        raise UserError(f"PEFT has no modules for the adapters of {', '.join(odd)}")
+    adapted = adapted_modules(architecture, specs, scales, beginning)
     common = common_scale(scales)
-    adapted = [x for x in modules if not scales.keys().isdisjoint(x.stored.paths)]
     with_experts = any(x.is_of_expert for x in adapted)
     places = {x.name for x in adapted}
     wide = _rank_without_pattern(modules, scales, fetch)

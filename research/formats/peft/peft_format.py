@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from research.formats.huggingface.safetensors_writer import SafetensorsWriter
 from research.formats.peft.adapter_config import CONFIG, TENSORS
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.formats.peft.lora_modules import lora_modules
-from research.formats.peft.peft_export import plan_adapter
-from research.formats.peft.whole_parameters import plan_whole
+from research.formats.peft.peft_export import adapted_modules, plan_adapter
+from research.formats.peft.whole_parameters import WholePlan, plan_whole
 from research.formats.proof.stored_numbers import StoredNumbers
 from research.models.families.family_registry import family_of
 from research.tokenize.tokenizer_training import save_tokenizer
@@ -42,7 +43,7 @@ class PeftFormat:
     library, merges = "peft", False
 
     def check(self, exported: ExportedModel, options: ExportOptions) -> None:
-        """See `ExportFormat`; without adapters of LoRA or DoRA it is a UserError."""
+        """See `ExportFormat`; what PEFT has no place for is a UserError."""
         if exported.adapter_kind == "dora":
             _check_lengths(exported)
         elif exported.adapter_kind != "lora":
@@ -56,6 +57,13 @@ class PeftFormat:
                 "--format=peft writes whole parameters beside adapters, and this run "
                 "has no adapters: use --format=hf"
             )
+        modules = adapted_modules(
+            exported.model.architecture,
+            exported.model.specs,
+            exported.adapters,
+            _beginning(exported),
+        )
+        _plan_whole(exported, {x.name for x in modules if not x.parameter})
 
     def write(
         self, exported: ExportedModel, folder: Path, options: ExportOptions
@@ -74,13 +82,7 @@ class PeftFormat:
         shape, beginning = (model.architecture, model.specs), _beginning(exported)
         dora = lengths if exported.adapter_kind == "dora" else None
         plan = plan_adapter(*shape, scales, pair, beginning, dora)
-        whole = plan_whole(
-            *shape,
-            exported.full,
-            plan.config["target_modules"],
-            lambda path, index: fetch(exported.weights[path], index),
-            beginning,
-        )
+        whole = _plan_whole(exported, plan.config["target_modules"])
         tensors = itertools.chain(plan.tensors(), whole.tensors())
         if jax.process_index() > 0:
             collections.deque(tensors, maxlen=0)
@@ -122,6 +124,18 @@ class PeftFormat:
 
 
 FORMAT = PeftFormat()
+
+
+def _plan_whole(exported: ExportedModel, adapted: Collection[str]) -> WholePlan:
+    """The parameters that were trained whole, beside modules that are `adapted`."""
+    return plan_whole(
+        exported.model.architecture,
+        exported.model.specs,
+        exported.full,
+        adapted,
+        lambda path, index: fetch(exported.weights[path], index),
+        _beginning(exported),
+    )
 
 
 def _check_lengths(exported: ExportedModel) -> None:

@@ -269,7 +269,7 @@ def _read(flag_values: flags.FlagValues, argv: Sequence[str], options: type[T]) 
     for name, value in values.items():
         value = tuple(value) if type(value) is list else value
         if name == "run" and isinstance(value, str) and value:
-            value = find_run(value)
+            value = find_run(value, facts_of(known[name]).may_be_adapter)
         values[name] = map_paths(known[name], value, expanded)
     result = options(**values)
     check_limits(result, "--")

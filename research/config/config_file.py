@@ -19,6 +19,7 @@ from research.config.knobs import flat, to_config_dict
 from research.config.run_config import Config, from_config_dict
 from research.config.saved_config import from_json, model_and_no_run, near_run
 from research.core.errors import UserError, closest, nearest
+from research.core.hub_access import is_hub
 from research.core.local_paths import expanded
 from research.core.visible_text import visible
 
@@ -75,12 +76,16 @@ def folder_of_run(given: str) -> Path | None:
     return Path(path).parent if is_config else None
 
 
-def find_run(given: str) -> str:
+def find_run(given: str, may_be_adapter: bool = False) -> str:
     """The run directory for `--run`, which a config file may name, too.
+
+    Where it `may_be_adapter`, an address on the hub is one of PEFT, and stays as it is.
 
     Raises:
       UserError: it is a config file that fails, or a model.
     """
+    if may_be_adapter and is_hub(given):
+        return given
     run = folder_of_run(given)
     if said := model_and_no_run(str(run or given)):
         raise UserError(f"--run={given} {said}")

@@ -31,6 +31,7 @@ class KnobFacts:
         so a registry that a later room extends can be given itself.
       above, low, high: the limits of a number; `above` itself is not allowed.
       is_path: its values name files or folders, among other things.
+      may_be_adapter: a run that it names may be an adapter of PEFT instead.
     """
 
     help: str
@@ -40,6 +41,7 @@ class KnobFacts:
     low: float | None = None
     high: float | None = None
     is_path: bool = False
+    may_be_adapter: bool = False
 
     def range(self) -> str:
         """`greater than 0 and at most 0.5`; empty if any number will do."""

@@ -132,9 +132,9 @@ def near_run(path: Path) -> str:
     """Where a run is, for a path that is none: the end of a sentence about it."""
     if holds_adapter(path):
         return (
-            "; it is an adapter folder of PEFT, which research.generate and "
-            "research.serve open as --run, and of which this makes a run that computes "
-            "the same: python -m research.train --config=CONFIG "
+            "; it is an adapter folder of PEFT, which research.generate, serve, "
+            "evaluate and export open as --run, and of which this makes a run that "
+            "computes the same: python -m research.train --config=CONFIG "
             f"--config.lora.init_from={shlex.quote(str(path))} --config.steps=1 "
             "--config.optim.learning_rate=1e-30"
         )

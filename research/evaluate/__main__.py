@@ -15,7 +15,10 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     f, changes = read_flags(argv)
     from research.engine.requests import Sampling
-    from research.evaluate.measuring.evaluated_models import find_models
+    from research.evaluate.measuring.evaluated_models import (
+        find_models,
+        require_held_out,
+    )
     from research.evaluate.measuring.kept_lines import KeptLines, digest
     from research.evaluate.run_evaluation import EvaluationChoices, evaluate, headline
     from research.parallel import runtime
@@ -24,8 +27,10 @@ def main(argv: Sequence[str]) -> int:
     from research.runs.run_history import add_event
 
     runtime.start_alone()
-    found = find_models(f.run, f.against, f.step)
+    found = find_models(f.run, f.against, f.step, f.model)
     target = found.target.run
+    if not f.data:
+        require_held_out(found)
     own = flat(target.config)
     choices = EvaluationChoices(
         data=f.data,
@@ -41,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         stop=f.stop,
         slots=f.slots,
     )
-    folder = target.folder.path
+    folder = found.place
     # A second command that does the same ends here, and not after its first answers.
     models = [(x.name, x.identity) for x in found.models]
     command = KeptLines.opened(folder / EVALUATIONS, "command", digest(models, choices))
@@ -52,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     with files_of_step(None, f"the evaluation in {folder}"):
         pages = evaluation_page.format_pages(result.values, result.rows, lines)
         path = write_evaluation(folder, result.name, result.values, result.rows, pages)
-    if not add_event(folder, headline(result), evaluation=result.name):
+    of_run = folder == target.folder.path
+    if of_run and not add_event(folder, headline(result), evaluation=result.name):
         logging.warning(
             "run.json keeps no line of this, because a process trains the run"
         )

@@ -24,8 +24,9 @@ run reads its own; files that differ need, for example,
 --config.data.bad_lines=skip.
 
 RUN_DIR/evaluations keeps the results, and every answer as it comes: after a kill the
-same command continues. --metrics=none measures losses alone. docs/evaluation.md has
-the metrics, the statistics and the files.
+same command continues. An adapter of PEFT holds no rows out, so it needs --data, and
+its results are kept in ./evaluations. --metrics=none measures losses alone.
+docs/evaluation.md has the metrics, the statistics and the files.
 """
 # Knobs that say how files are read. Others would make another measurement.
 OF_FILES = ("data.columns", "data.bad_lines", "text.column", "text.undecodable")
@@ -39,7 +40,14 @@ INSTEAD = {
 class EvaluateFlags:
     run: tuple[str, ...] = knob(
         (),
-        "run directory, RUN@STEP, or a folder of runs; may be repeated",
+        "run directory, RUN@STEP, a folder of runs, or an adapter of PEFT, its folder "
+        "or hub://owner/name; may be repeated",
+        is_path=True,
+    )
+    model: str = knob(
+        "",
+        "base of adapters of PEFT, as config.model.init_from names it; not given: "
+        "that which each names",
         is_path=True,
     )
     against: str = knob(

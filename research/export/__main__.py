@@ -14,8 +14,11 @@ from research.core.local_paths import local_path
 USAGE = """
 python -m research.export --run=RUN_DIR [--format=hf] [--out=FOLDER] [--step=latest]
     [--dtype=float32 | --quant=q8_0] [--distributed]
+python -m research.export --run=PEFT_ADAPTER_FOLDER|hub://OWNER/NAME --out=FOLDER
+    [--model=ITS_BASE] [--format=hf]
 
-Writes a model in one format, or in several with commas between them:
+Writes the model of a run, or of an adapter that PEFT trained, in one format, or in
+several with commas between them:
 
   hf    a Hugging Face folder (config.json, safetensors, tokenizer) with the adapters
         merged into the weights
@@ -41,7 +44,19 @@ same command with --distributed on all of them, as for research.serve.
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
-    run: str = knob("", "run directory, its config.json or config file", is_path=True)
+    run: str = knob(
+        "",
+        "run directory, its config.json or config file; or an adapter of PEFT, its "
+        "folder or hub://owner/name",
+        is_path=True,
+        may_be_adapter=True,
+    )
+    model: str = knob(
+        "",
+        "base of an adapter of PEFT, as config.model.init_from names it; not given: "
+        "that which the adapter names",
+        is_path=True,
+    )
     format: str = knob(
         "hf", f"with commas between several: {', '.join(EXPORT_FORMATS)}"
     )
@@ -81,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     out = local_path(f.out) if f.out else None
 
     def write() -> None:
-        write_model(f.run, f.step, out, f.dtype, f.replace, formats, f.quant)
+        write_model(f.run, f.step, out, f.dtype, f.replace, formats, f.quant, f.model)
 
     if f.distributed and joined_processes.join(f):
         joined_processes.or_abandon(write)

@@ -1,16 +1,15 @@
-"""A step of a run in the formats of other tools, for the commands that write them."""
+"""A model in the formats of other tools, for the command that writes them."""
 
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
-
 from research.config.choices import EXPORT_FORMATS
 from research.core.errors import UserError, files_of_step, look_up
 from research.core.standard_streams import said_once
 from research.core.stop_signals import unwinding_on_signals
+from research.export.exported_sources import ExportSource, open_source
 from research.formats.export_folder import ExportFolder
 from research.formats.export_format import (
     ExportedModel,
@@ -20,13 +19,7 @@ from research.formats.export_format import (
 )
 from research.formats.export_names import EXPORTED, EXPORTS
 from research.parallel import agreement
-from research.report.model_card import format_card
-from research.runs.lineage.exported_model import exported_model
-from research.runs.lineage.exported_run import ModelOrigin, export_run, is_there
-from research.runs.lineage.proof_rows import find_rows
-from research.runs.lineage.start_pins import saved_step
-from research.runs.reopen import ReopenedRun, find_run
-from research.runs.run_directory import RunDir
+from research.runs.lineage.exported_run import export_model, is_there
 
 FLAG = "--replace=True"
 
@@ -39,19 +32,21 @@ def write_model(
     replace: bool,
     formats: Sequence[str] = ("hf",),
     quant: str = "",
+    model: str = "",
 ) -> None:
     """Writes `step` (latest, best or a number) of the run in each of `formats`.
 
     The model is split over the devices of all processes, and every one calls this.
 
     Args:
-      run: its folder.
+      run: its folder; or an adapter of PEFT, see `open_source`.
       step: of the checkpoint.
       out: the folder to write, or the one that has a folder for each of several
         formats; None for the folders in the run.
       dtype, quant: see `ExportOptions`; "" for the usual ones of each format.
       replace: whether another step in a folder is replaced.
       formats: names, see `find_format`.
+      model: the base of an adapter of PEFT; "": that which it names.
 
     Raises:
       UserError: there is no such step or format, a folder holds something else, or a
@@ -59,25 +54,23 @@ def write_model(
       ParityError: the files compute something else than the run.
       SaveError: the disk refuses.
     """
-    folder, chosen = RunDir(run), choose_options(formats, dtype, quant)
-    # The newest step may turn out to be damaged.
-    number = agreement.of_first(agreement.together(lambda: saved_step(folder, step)))
+    chosen = choose_options(formats, dtype, quant)
+    source = open_source(run, step, out, model)
     with unwinding_on_signals(), said_once(), contextlib.ExitStack() as stack:
         wanted = {}
-        for name, place in _places(folder, out, formats).items():
+        for name, place in _places(source.folder, out, formats).items():
             with files_of_step(None, f"the export to {place}"):
                 claimed = stack.enter_context(ExportFolder.claimed(place))
-            origin = ModelOrigin.of(folder, number, chosen[name].numbers, name)
+            origin = source.origin(chosen[name].numbers, name)
             if not is_there(claimed, origin, replace, FLAG):
                 wanted[claimed] = find_format(name), chosen[name]
         if not wanted:
             return
-        opened = find_run(run).load(devices=jax.devices(), step=step, number=number)
-        exported = _exported(opened)
+        exported = source.load()
         for format, options in wanted.values():
             agreement.together(functools.partial(format.check, exported, options))
         for claimed, (format, options) in wanted.items():
-            _write(opened, exported, format, options, claimed, replace)
+            _write(source, exported, format, options, claimed, replace)
 
 
 def choose_options(
@@ -114,30 +107,17 @@ def choose_options(
 
 
 def _places(
-    folder: RunDir, out: Path | None, formats: Sequence[str]
+    folder: Path | None, out: Path | None, formats: Sequence[str]
 ) -> Mapping[str, Path]:
-    """The folder of each format."""
+    """Where each format goes: below `out`, or else into `folder`, that of a run."""
     if out is None:
-        others = {name: folder.path / EXPORTS / name for name in formats}
-        return others | ({"hf": folder.path / EXPORTED} if "hf" in others else {})
+        others = {name: folder / EXPORTS / name for name in formats}
+        return others | ({"hf": folder / EXPORTED} if "hf" in others else {})
     return {name: out if len(formats) == 1 else out / name for name in formats}
 
 
-def _exported(opened: ReopenedRun) -> ExportedModel:
-    return exported_model(
-        opened.folder,
-        opened.step,
-        opened.config,
-        opened.base,
-        opened.model,
-        opened.trainable,
-        opened.params,
-        opened.frozen,
-    )
-
-
 def _write(
-    opened: ReopenedRun,
+    source: ExportSource,
     exported: ExportedModel,
     format: ExportFormat,
     options: ExportOptions,
@@ -149,24 +129,15 @@ def _write(
         f"--quant={options.quant}" if options.quant else f"--dtype={options.dtype}"
     )
     with files_of_step(None, f"the export to {out}"):
-        export_run(
-            opened.folder,
-            opened.step,
+        export_model(
+            source.origin(options.numbers, format.name),
+            source.identity,
             exported,
-            find_rows(opened.folder.path, exported.tokenizer),
+            source.rows(exported),
             out,
             format,
             options,
-            card=format_card(
-                opened.folder,
-                opened.step,
-                opened.base.licence,
-                format.usage(exported, options),
-                flags,
-                format.library,
-                format.merges,
-                exported.adapters,
-            ),
+            card=source.card(exported, format, options, flags),
             replace=replace,
             flag=FLAG,
         )

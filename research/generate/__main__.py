@@ -13,7 +13,8 @@ from research.config import command_line
 from research.config.data_knobs import ColumnsConfig
 from research.config.knobs import knob
 from research.core.errors import UserError
-from research.core.local_paths import holds_adapter, local_path, require_file
+from research.core.local_paths import local_path, require_file
+from research.formats.peft.find_adapter import names_adapter
 from research.runs.answering.weight_forms import weights_knob
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 USAGE = """
 python -m research.generate --run=RUN_DIR [--prompt="..."] [--context="..."] [--compare]
 python -m research.generate --model=FOLDER|FILE.gguf|hub://OWNER/NAME|pkg://PACKAGE/FILE
-python -m research.generate --run=PEFT_ADAPTER_FOLDER [--model=ITS_BASE]
+python -m research.generate --run=PEFT_ADAPTER_FOLDER|hub://OWNER/NAME [--model=BASE]
 python -m research.generate --run=RUN_DIR --prompts=FILE [--out=FILE.jsonl]
 
 Streams the model's answer to --prompt, or to all of standard input with --prompt=-.
@@ -46,14 +47,16 @@ OF_MODEL = "not given: that of the model's generation_config.json"
 class GenerateFlags:
     run: str = knob(
         "",
-        "run directory, its config.json or config file, or an adapter folder of PEFT",
+        "run directory, its config.json or config file, or an adapter of PEFT, its "
+        "folder or hub://owner/name",
         is_path=True,
+        may_be_adapter=True,
     )
     model: str = knob(
         "",
         "model without a run, as config.model.init_from names it: a Hugging Face "
         "folder, an export, a .gguf file, hub://owner/name, pkg://package/file.gguf; "
-        "with an adapter folder of PEFT its base, in place of the one that it names",
+        "with an adapter of PEFT its base, in place of the one that it names",
         is_path=True,
     )
     prompt: str | None = knob(
@@ -129,12 +132,7 @@ def main(argv: Sequence[str]) -> int:
         from research.generate.prompt_file import check_prompts
 
         check_prompts(Path(f.prompts), columns)
-    from research.generate.asked_model import (
-        SamplingFlags,
-        open_adapter,
-        open_model,
-        open_run,
-    )
+    from research.generate.asked_model import Asking, SamplingFlags, open_asked
     from research.parallel import runtime
 
     runtime.start_alone()
@@ -146,20 +144,9 @@ def main(argv: Sequence[str]) -> int:
         )
     names = [field.name for field in dataclasses.fields(SamplingFlags)]
     flags = SamplingFlags(**{name: getattr(f, name) for name in names})
-    if _is_adapter(f):
-        model = open_adapter(
-            f.run, f.model, f.compare, f.system, flags, f.stop, f.weights
-        )
-    elif f.model:
-        model = open_model(f.model, f.system, flags, f.stop, f.weights)
-    else:
-        model = open_run(f.run, f.step, f.compare, f.system, flags, f.stop, f.weights)
+    asking = Asking(f.system, flags, f.stop, f.weights)
+    model = open_asked(f.run, f.model, f.step, f.compare, asking)
     return UserError.exit_code if _ask(model, f, prompt, columns) else 0
-
-
-def _is_adapter(f: GenerateFlags) -> bool:
-    """Whether --run is an adapter folder of PEFT."""
-    return bool(f.run) and holds_adapter(Path(f.run))
 
 
 def _columns(f: GenerateFlags) -> "PromptColumns":
@@ -168,7 +155,7 @@ def _columns(f: GenerateFlags) -> "PromptColumns":
     from research.runs.run_directory import RunDir
 
     columns = ColumnsConfig()
-    if f.prompts and f.run and not _is_adapter(f):
+    if f.prompts and f.run and not names_adapter(f.run):
         config = RunDir(f.run).config()
         columns = config.data.columns
         if config.data.kind == "text":
@@ -219,11 +206,10 @@ def _check(f: GenerateFlags) -> None:
         )
     of_run = {"run": f.run, "compare": f.compare, "step": f.step != "latest"}
     given = [f"--{name}" for name, is_set in of_run.items() if is_set]
-    if _is_adapter(f):
+    if f.run and names_adapter(f.run):
         if of_run["step"]:
             raise UserError(
-                f"--run={f.run} is an adapter folder of PEFT, which has no steps: drop "
-                "--step"
+                f"--run={f.run} is an adapter of PEFT, which has no steps: drop --step"
             )
     elif f.model and given:
         raise UserError(

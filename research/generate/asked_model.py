@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from research.core.errors import UserError
@@ -17,6 +16,7 @@ from research.engine.text_generation import (
     TextGenerator,
 )
 from research.formats.base_model import Base
+from research.formats.peft.find_adapter import find_adapter, names_adapter
 from research.runs.answering.found_adapters import base_of_folder, find_folder
 from research.runs.answering.int8_base import in_form
 from research.runs.answering.named_model import prompts_of
@@ -41,6 +41,26 @@ class SamplingFlags:
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How a user asks, whichever the model.
+
+    Attributes:
+      system: the system text; None leaves it to the model, and "" sends none.
+      sampling: how tokens are chosen.
+      stop: texts that end an answer and are not part of it.
+      weights: the form of the base under adapters, or of all of the model; `in_form`.
+    """
+
+    system: str | None = None
+    sampling: SamplingFlags = SamplingFlags()
+    stop: tuple[str, ...] = ()
+    weights: str = PLAIN
+
+
+USUALLY = Asking()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,30 +134,50 @@ class AskedModel:
         return Request(tuple(ids), sampling, self.prompts.stop_ids, self.stop)
 
 
-def open_run(
+def open_asked(
     run: str,
-    step: str,
-    compare: bool,
-    system: str | None,
-    flags: SamplingFlags,
-    stop: tuple[str, ...] = (),
-    weights: str = PLAIN,
+    model: str = "",
+    step: str = "latest",
+    compare: bool = False,
+    asking: Asking = USUALLY,
 ) -> AskedModel:
-    """The model of a run, with the system text that it was trained with, or `system`.
+    """The model that a command was asked for.
 
-    `weights` is the form of the base under its adapters, or of all it has trained.
+    Args:
+      run: a run; or an adapter of PEFT, by its folder or hub:// address; "" for a model
+        without a run.
+      model: that model, or the base of the adapter.
+      step: of the run.
+      compare: whether the base model answers beside the tuned one.
+      asking: how it is asked.
+
+    Raises:
+      UserError: see `open_run`, `open_adapter` and `open_model`.
+    """
+    if run and names_adapter(run):
+        return open_adapter(run, model, compare, asking)
+    if run:
+        return open_run(run, step, compare, asking)
+    return open_model(model, asking)
+
+
+def open_run(
+    run: str, step: str = "latest", compare: bool = False, asking: Asking = USUALLY
+) -> AskedModel:
+    """The model of a run, with the system text that it was trained with.
 
     Raises:
       UserError: there is no such run or checkpoint, or its prompts take no system text.
     """
     opened = reopen(run, step=step, in_compute_dtype=True)
-    if system is None and (trained_with := opened.system):
+    if asking.system is None and (trained_with := opened.system):
         logging.info("system text, as in training: %s", visible(trained_with))
-    prompts = opened.prompts if system is None else opened.prompts_with(system)
-    _check_system(prompts, system)
-    generators = _generators(opened, compare, weights)
+    prompts = opened.prompts
+    if asking.system is not None:
+        prompts = opened.prompts_with(asking.system)
+    generators = _generators(opened, compare, asking.weights)
     name = f"{opened.folder.path}@{opened.step}"
-    return _asked(name, prompts, generators, opened.base, flags, stop, weights)
+    return _asked(name, prompts, generators, opened.base, asking)
 
 
 def _generators(
@@ -160,13 +200,7 @@ def _generators(
     return generators
 
 
-def open_model(
-    name: str,
-    system: str | None,
-    flags: SamplingFlags,
-    stop: tuple[str, ...] = (),
-    weights: str = PLAIN,
-) -> AskedModel:
+def open_model(name: str, asking: Asking = USUALLY) -> AskedModel:
     """A model without a run, as `config.model.init_from` names it.
 
     Without a chat template, it completes the text of a prompt.
@@ -174,54 +208,36 @@ def open_model(
     Raises:
       UserError: there is no such model, or it takes no system text.
     """
-    opened = open_for_answering(model=name, weights=weights)
-    prompts = prompts_of(opened.base, system)
+    opened = open_for_answering(model=name, weights=asking.weights)
+    prompts = prompts_of(opened.base, asking.system)
     if isinstance(prompts, PlainFormat):
         logging.warning("%s has no chat template: it completes the prompt", name)
-    _check_system(prompts, system)
     decoders = SlotDecoders(opened.model, opened.mesh)
     generator = TextGenerator(decoders, opened.params, opened.base.tokenizer)
-    return _asked(
-        name, prompts, {"model": generator}, opened.base, flags, stop, weights
-    )
+    return _asked(name, prompts, {"model": generator}, opened.base, asking)
 
 
 def open_adapter(
-    folder: str,
-    model: str,
-    compare: bool,
-    system: str | None,
-    flags: SamplingFlags,
-    stop: tuple[str, ...] = (),
-    weights: str = PLAIN,
+    adapter: str, model: str = "", compare: bool = False, asking: Asking = USUALLY
 ) -> AskedModel:
     """The base model `model`, or that which the adapter names, with a PEFT adapter.
 
     Raises:
-      UserError: the base model is absent, the adapter is one to another base or is not
-        computed here, or its prompts take no system text.
+      UserError: the adapter or the base model is absent, the adapter is one to another
+        base or is not computed here, or its prompts take no system text.
     """
-    place = Path(folder).expanduser()
+    place = find_adapter(adapter)
     name = model or base_of_folder(place)
-    opened = open_for_answering(model=name, weights=weights)
+    opened = open_for_answering(model=name, weights=asking.weights)
     found = find_folder(place, opened.base)
-    prompts = found.prompts_with(system)
-    _check_system(prompts, system)
-    adapters = found.read(opened.mesh)
-    tuned = found.trainable.forward(adapters, opened.params, None)
+    prompts = found.prompts_with(asking.system)
+    tuned = found.trainable.forward(found.read(opened.mesh), opened.params, None)
     decoders, tokenizer = SlotDecoders(opened.model, opened.mesh), found.base.tokenizer
     params = {"base": opened.params, "tuned": tuned} if compare else {"tuned": tuned}
     generators = {
         key: TextGenerator(decoders, own, tokenizer) for key, own in params.items()
     }
-    return _asked(folder, prompts, generators, found.base, flags, stop, weights)
-
-
-def _check_system(prompts: PromptFormat, system: str | None) -> None:
-    if system and isinstance(prompts, PlainFormat):
-        raise UserError(
-            "--system is set, and this model completes a text: write it into the prompt"
-        )
+    return _asked(adapter, prompts, generators, found.base, asking)
 
 
 def _asked(
@@ -229,17 +245,19 @@ def _asked(
     prompts: PromptFormat,
     generators: Mapping[str, TextGenerator],
     base: Base,
-    flags: SamplingFlags,
-    stop: tuple[str, ...],
-    weights: str,
+    asking: Asking,
 ) -> AskedModel:
+    if asking.system and isinstance(prompts, PlainFormat):
+        raise UserError(
+            "--system is set, and this model completes a text: write it into the prompt"
+        )
     sampling, unused = model_sampling(base.tokenizer.generation, USUAL)
     if unused:
         logging.warning(
             "generation_config.json of the model sets %s, which have no effect here",
             ", ".join(unused),
         )
-    given: dict[str, Any] = dataclasses.asdict(flags)
+    given: dict[str, Any] = dataclasses.asdict(asking.sampling)
     given = {name: value for name, value in given.items() if value is not None}
     return AskedModel(
         prompts,
@@ -248,7 +266,7 @@ def _asked(
             for name, each in generators.items()
         },
         dataclasses.replace(sampling, **given),
-        fits_answers=flags.max_new_tokens is None,
-        stop=stop,
-        name=name if weights == PLAIN else f"{name} {weights}",
+        fits_answers=asking.sampling.max_new_tokens is None,
+        stop=asking.stop,
+        name=name if asking.weights == PLAIN else f"{name} {asking.weights}",
     )

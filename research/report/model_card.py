@@ -16,7 +16,7 @@ from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
 from research.core.local_paths import public_name
 from research.core.visible_text import counted
-from research.formats.export_format import NOTHING, ExportedAdapter
+from research.formats.export_format import NOTHING, ExportedAdapter, ExportedModel
 from research.report.markdown_text import escaped, format_table
 from research.report.result_tables import tabulate_losses
 from research.runs.display_files import read_system
@@ -86,6 +86,44 @@ def format_card(
     }
     name, head = folder.path.absolute().name, _front(base, licence, sources, library)
     return _card(name, head, facts, measured, parts)
+
+
+def format_adapter_card(
+    name: str,
+    base: str,
+    licence: str,
+    usage: str,
+    exported: ExportedModel,
+    command: Sequence[str],
+    library: str,
+    merged: bool,
+) -> str:
+    """The card of a model whose adapter belongs to no run.
+
+    Args:
+      name: of the adapter, as the command had it.
+      base: the base model, as `config.model.init_from` names it.
+      exported: the model.
+      licence, usage, command, library, merged: see `format_card`.
+    """
+    knobs = {"lora.kind": exported.adapter_kind, "lora.full": sorted(exported.full)}
+    facts = {
+        "adapter": public_name(name),
+        "base model": public_name(base),
+        "licence of the base model": licence or "not known",
+        "trained": _trained(knobs, merged, exported.adapters.values()),
+        "data": "not known, as the adapter does not say",
+    }
+    again = shlex.join([f"--run={public_name(name)}", *command])
+    parts = {
+        "Use": usage,
+        "Licence": "The licences of the base model and of the adapter hold for this "
+        "model, too.",
+        "Made by": f"```\npython -m research.export {again}\n```",
+    }
+    return _card(
+        public_name(name), _front(base, licence, (), library), facts, (), parts
+    )
 
 
 def _trained(

@@ -47,8 +47,8 @@ class ServeFlags:
 
     run: tuple[str, ...] = knob(
         (),
-        "run directory, RUN@STEP, a folder of runs, or an adapter folder of PEFT; may "
-        "be repeated",
+        "run directory, RUN@STEP, a folder of runs, or an adapter of PEFT, its folder "
+        "or hub://owner/name; may be repeated",
         is_path=True,
     )
     model: str = knob(

@@ -25,7 +25,7 @@ from research.report.model_card import format_card
 from research.report.run_results import read_results
 from research.runs import display_files, metrics_file
 from research.runs.lineage.exported_model import exported_model
-from research.runs.lineage.exported_run import REPLACE, export_run
+from research.runs.lineage.exported_run import REPLACE, ModelOrigin, export_model
 from research.runs.lineage.proof_rows import find_rows
 from research.tasks.model_answers import AnswerMeasure, ComparedAnswer
 from research.train import run_facts
@@ -67,9 +67,9 @@ def _export(run: TrainingRun, steps: int) -> None:
         adapters=exported.adapters,
     )
     with ExportFolder.claimed(run.folder.path / EXPORTED) as out:
-        export_run(
-            run.folder,
-            steps,
+        export_model(
+            ModelOrigin.of(run.folder, steps, options.numbers),
+            run.folder.identity(),
             exported,
             find_rows(run.folder.path, exported.tokenizer),
             out,

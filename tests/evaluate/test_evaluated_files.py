@@ -298,7 +298,7 @@ def test_counts_say_how_many_rows_were_read_and_evaluated():
 def test_the_rows_are_those_of_the_first_run(
     monkeypatch, runs, against, has_base, names, baseline
 ):
-    def found(address, step):
+    def found(address, *_):
         base, data = types.SimpleNamespace(fingerprint="f"), DataConfig()
         config = types.SimpleNamespace(data=data)
         run = types.SimpleNamespace(folder=address.folder, base=base, config=config)
@@ -306,7 +306,7 @@ def test_the_rows_are_those_of_the_first_run(
 
     change = functools.partial(monkeypatch.setattr, evaluated_models)
     address = lambda x: types.SimpleNamespace(folder=x, name=x, step="latest")  # noqa: E731
-    change("run_addresses", lambda given, *_: [*map(address, given)])
+    change("run_addresses", lambda given, *_, **__: [*map(address, given)])
     change("_found", found)
     change("_require_different", lambda _: None)
     change("_no_base", lambda _: "" if has_base else "has none")

@@ -20,7 +20,7 @@ from research.engine.sampling_defaults import model_sampling
 from research.formats.base_model import open_base
 from research.generate import asked_model
 from research.generate.__main__ import GenerateFlags, main
-from research.generate.asked_model import USUAL, AskedModel, SamplingFlags
+from research.generate.asked_model import USUAL, AskedModel, Asking
 from research.generate.chat import Conversation
 from research.generate.separate_prompts import answer_each, piped_prompts
 from research.parallel import runtime
@@ -209,7 +209,7 @@ def ask(tmp_path, monkeypatch):
 def test_a_model_folder_answers_all_of_standard_input(tmp_path, ask, monkeypatch):
     make_tiny_model(tmp_path / "model")
     models, open_model = [], asked_model.open_model
-    keep = lambda *flags: models.append(open_model(*flags)) or models[0]  # noqa: E731
+    keep = lambda *given: models.append(open_model(*given)) or models[0]  # noqa: E731
     monkeypatch.setattr(asked_model, "open_model", keep)
     greedy = {"do_sample": False, "max_new_tokens": 3}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(greedy))
@@ -249,7 +249,7 @@ def test_an_export_is_asked_with_the_system_text_of_training(tmp_path):
     )
     save_tokenizer(exported_tokenizer(Config(), base, "Trained."), folder)
     for system, shown in ((None, "Trained."), ("Other.", "Other."), ("", "")):
-        opened = asked_model.open_model(str(folder), system, SamplingFlags())
+        opened = asked_model.open_model(str(folder), Asking(system))
         ids = opened.prompts.encode_prompt([Turn("user", "Hi")])
         front = f"<|im_start|>system\n{shown}<|im_end|>\n" if shown else ""
         assert base.tokenizer.decode(ids, skip_control=False) == front + own
@@ -259,12 +259,12 @@ def test_a_model_without_a_chat_template_completes_and_says_so(tmp_path, caplog)
     folder = make_tiny_model(tmp_path / "model")
     settings = json.dumps({"eos_token": "<|im_end|>"})
     (folder / "tokenizer_config.json").write_text(settings)
-    opened = asked_model.open_model(str(folder), None, SamplingFlags())
+    opened = asked_model.open_model(str(folder))
     assert "no chat template: it completes the prompt" in caplog.text
     ids = opened.prompts.encode_prompt([Turn("user", "def ")])
     assert opened.generators["model"].tokenizer.decode(ids) == "def "
     with pytest.raises(UserError, match=r"--system is set.*completes a text"):
-        asked_model.open_model(str(folder), "Be brief.", SamplingFlags())
+        asked_model.open_model(str(folder), Asking("Be brief."))
 
 
 def test_the_weights_of_a_model_or_a_run_may_be_bytes(
@@ -273,10 +273,10 @@ def test_the_weights_of_a_model_or_a_run_may_be_bytes(
     assert unbroken.code == 0, unbroken.err
     monkeypatch.setattr(int8_base, "mean_loss", lambda *given: 2.0)
     model = str(place.folder / "model")
-    alone = asked_model.open_model(model, None, SamplingFlags(), (), "int8")
+    alone = asked_model.open_model(model, Asking(weights="int8"))
     assert alone.name == f"{model} int8"
     run = str(place.run_dir("unbroken"))
-    both = asked_model.open_run(run, "latest", True, None, SamplingFlags(), (), "int8")
+    both = asked_model.open_run(run, "latest", True, Asking(weights="int8"))
     found = [*alone.generators.values(), *both.generators.values()]
     leaves = [x.params["layers.mlp.up.kernel"] for x in found]
     assert [type(x) for x in leaves] == [Int8Matrix, Int8Matrix, LowRank]
@@ -334,7 +334,7 @@ def test_the_system_text_of_training_is_that_of_asking(
         write_findings(tmp_path, [Finding("rows", "7"), Finding(SYSTEM, "Trained.")])
     run = NoWeights(folder, 0, config, base, *[None] * 5)
     monkeypatch.setattr(asked_model, "reopen", lambda *args, **options: run)
-    opened = asked_model.open_run("run", "latest", False, system, SamplingFlags())
+    opened = asked_model.open_run("run", asking=Asking(system))
     ids = opened.prompts.encode_prompt([Turn("user", "Hi")])
     text = base.tokenizer.decode(ids, skip_control=False)
     front = f"<|im_start|>system\n{shown}<|im_end|>\n" if shown else ""

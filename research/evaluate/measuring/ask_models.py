@@ -26,6 +26,7 @@ from research.evaluate.measuring.evaluated_models import (
 )
 from research.evaluate.measuring.kept_lines import KeptLines, Key
 from research.report.progress_view import AnswerCount
+from research.runs.answering.found_adapters import FoundFolder
 from research.runs.answering.open_for_answering import open_for_answering
 from research.tokenize.tokenizer import Tokenizer
 from research.weights.adapters.serving_bank import Row
@@ -244,7 +245,10 @@ def open_group(group: Sequence[EvaluatedModel]) -> OpenGroup:
         decoders = SlotDecoders(opened.model, opened.mesh)
         weights = opened.weights[first.name]
         return OpenGroup(decoders, weights, first.run.base.tokenizer, [])
-    shared = open_for_answering([f"{x.run.folder}@{x.step}" for x in adapted])
+    # A run knows its base better than anyone.
+    of_folders = all(isinstance(x.run, FoundFolder) for x in adapted)
+    base = first.run.base.name if of_folders else ""
+    shared = open_for_answering([x.address for x in adapted], model=base)
     adapters = []
     for model, address in zip(adapted, shared.runs, strict=True):
         served, row = shared.read(address)

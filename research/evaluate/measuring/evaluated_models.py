@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from research.core.errors import UserError
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.make_model import model_of_run
 from research.models.transformer import Model
+from research.runs.answering.found_adapters import FoundFolder, open_folder
 from research.runs.answering.run_addresses import BASE, RunAddress, run_addresses
 from research.runs.lineage.base_of_run import NoTensors, RunTensors
 from research.runs.lineage.start_pins import saved_step
@@ -34,20 +36,28 @@ class EvaluatedModel:
 
     Attributes:
       name: in tables and files.
-      run: the run.
-      step: the checkpoint; None: the base model of `run`.
+      run: the run, or an adapter of PEFT.
+      step: the checkpoint, 0 of an adapter; None: the base model of `run`.
       identity: sha256 of the weights.
     """
 
     name: str
-    run: FoundRun
+    run: FoundRun | FoundFolder
     step: int | None
     identity: str
+
+    @property
+    def address(self) -> str:
+        """By which `open_for_answering` finds it."""
+        folder = str(self.run.folder)
+        return folder if isinstance(self.run, FoundFolder) else f"{folder}@{self.step}"
 
     @property
     def unfinished(self) -> str:
         """A sentence if the run has not ended; empty otherwise, or for a base model."""
         run = self.run
+        if isinstance(run, FoundFolder):
+            return ""
         planned = History(run.folder.history, PhaseTimer()).planned_steps
         last = planned or run.config.steps
         if self.step is None or self.step >= last or run.folder.is_complete:
@@ -92,6 +102,15 @@ class ModelSet:
     target: EvaluatedModel
     baseline: str = ""
 
+    @property
+    def place(self) -> Path:
+        """The folder that gets the results: that of the run; of an adapter, this one.
+
+        The folder of an adapter may be in a cache, or be an export.
+        """
+        run = self.target.run
+        return Path() if isinstance(run, FoundFolder) else run.folder.path
+
     def config_for(self, model: EvaluatedModel, changes: Mapping[str, Any]) -> Any:
         """The config by which `model` reads the rows: that of the target, `changes`
         of the user included, with the template and length that the model has.
@@ -102,24 +121,25 @@ class ModelSet:
 
 
 def find_models(
-    runs: Sequence[str], against: str = "", step: str = "latest"
+    runs: Sequence[str], against: str = "", step: str = "latest", model: str = ""
 ) -> ModelSet:
     """Finds runs and what they are compared with; no parameter is read.
 
     Args:
-      runs: `RUN`, `RUN@STEP`, or folders of runs.
+      runs: `RUN`, `RUN@STEP`, folders of runs, or adapters of PEFT.
       against: `base`, another run, or "": the base of the first run if it has one,
         otherwise the first run.
       step: of each run that is named without one.
+      model: the base of all adapters of PEFT; "": those that they name.
 
     Raises:
       UserError: a run or checkpoint is absent or named twice, or there is no base
         model.
     """
-    addresses = run_addresses(runs)
+    addresses = run_addresses(runs, with_folders=True)
     places = [(x.folder, x.step) for x in addresses]
     if against not in ("", BASE):
-        [other, *more] = run_addresses([against], "--against")
+        [other, *more] = run_addresses([against], "--against", with_folders=True)
         if more:
             raise UserError(f"--against={against} holds {1 + len(more)} runs: name one")
         if (other.folder, other.step) in places:
@@ -131,8 +151,13 @@ def find_models(
             first = places.index((other.folder, other.step))
             addresses.insert(0, addresses.pop(first))
         else:
-            addresses = run_addresses([against, *runs])
-    found = [_found(x, step) for x in addresses]
+            addresses = run_addresses([against, *runs], with_folders=True)
+    if model and not any(x.is_folder for x in addresses):
+        raise UserError(
+            f"--model={model} is the base of adapters of PEFT, and --run names none: "
+            "drop --model, as a run knows its base"
+        )
+    found = [_found(x, step, model) for x in addresses]
     named_first = [(x.folder, x.step) for x in addresses].index(places[0])
     _require_different(found)
     kinds = {x.run.config.data.kind for x in found}
@@ -155,7 +180,26 @@ def find_models(
     return ModelSet(tuple(found), found[named_first], baseline)
 
 
-def _found(address: RunAddress, step: str) -> EvaluatedModel:
+def require_held_out(found: ModelSet) -> None:
+    """Raises UserError: the model that was named first holds no rows out."""
+    if isinstance(found.target.run, FoundFolder):
+        raise UserError(
+            f"--run={found.target.run.folder} is an adapter of PEFT, which holds no "
+            "rows out: name rows with --data=FILE"
+        )
+
+
+def _found(address: RunAddress, step: str, model: str) -> EvaluatedModel:
+    if address.is_folder:
+        if step != "latest":
+            raise UserError(
+                f"--run={address.folder} is an adapter of PEFT, which has no steps: "
+                "drop --step"
+            )
+        folder = open_folder(str(address.folder), model)
+        parts = f"{folder.base.fingerprint} {folder.identity}"
+        identity = hashlib.sha256(parts.encode()).hexdigest()
+        return EvaluatedModel(address.name, folder, 0, identity)
     run = find_run(address.folder)
     number = saved_step(run.folder, step if address.step == "latest" else address.step)
     found = EvaluatedModel(
@@ -178,7 +222,7 @@ def _require_different(found: Sequence[EvaluatedModel]) -> None:
             )
 
 
-def _no_base(run: FoundRun) -> str:
+def _no_base(run: FoundRun | FoundFolder) -> str:
     """Why there is no base model to compare with; empty if there is one."""
     if run.base.tensors is None:
         return "began with random weights, so there is no base model"

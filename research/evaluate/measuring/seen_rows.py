@@ -10,6 +10,7 @@ from research.core.local_paths import split_step
 from research.evaluate.measuring.evaluated_models import ModelSet
 from research.evaluate.measuring.evaluated_rows import EvaluatedRow
 from research.evaluate.training_overlap import EXACT, TrainingOverlap
+from research.runs.answering.found_adapters import FoundFolder
 from research.runs.phase_timer import PhaseTimer
 from research.runs.reopen import FoundRun, find_run
 from research.runs.run_directory import RunDir
@@ -78,8 +79,17 @@ def _texts(record: Record) -> tuple[str, str]:
     return "\n".join([*asked, record.context]), record.turns[-1].said
 
 
-def _lineage(run: FoundRun) -> Iterator[FoundRun]:
-    """The run, and the runs that it began from."""
+def _lineage(run: FoundRun | FoundFolder) -> Iterator[FoundRun]:
+    """The run, and the runs that it began from.
+
+    Raises:
+      UserError: it is an adapter of PEFT.
+    """
+    if isinstance(run, FoundFolder):
+        raise UserError(
+            f"{run.folder} is an adapter of PEFT, which does not say what it was "
+            "trained on"
+        )
     yield run
     place, _ = split_step(run.config.model.init_from)
     if place and "://" not in place and RunDir(place).is_run:

@@ -46,8 +46,8 @@ def read_hf_config(folder: Path) -> Architecture:
     if not file.is_file():
         adapter = (
             ", as it is an adapter folder of PEFT and no base model: give it as --run "
-            "to research.generate or research.serve, or as --config.lora.init_from to "
-            "research.train"
+            "to research.generate, serve, evaluate or export, or as "
+            "--config.lora.init_from to research.train"
         )
         raise UserError(
             f"{folder} has no config.json{adapter if holds_adapter(folder) else ''}"

@@ -5,11 +5,22 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, is_hub
-from research.core.local_paths import local_path, no_such
+from research.core.local_paths import expanded, holds_adapter, local_path, no_such
 from research.formats.peft.adapter_config import CONFIG, PICKLED, TENSORS
 
+# Files beside an adapter that say how its prompts are written.
+PROMPTS = ("tokenizer*.json", "special_tokens_map.json", "*.jinja")
 
-def find_adapter(name: str, hub_timeout: float) -> Path:
+
+def names_adapter(written: str) -> bool:
+    """Whether a user who names a run has named an adapter of PEFT: its folder, or hub://.
+
+    No run is on the hub.
+    """
+    return is_hub(written) or holds_adapter(Path(expanded(written)))
+
+
+def find_adapter(name: str, hub_timeout: float = 5.0) -> Path:
     """The folder of an adapter, with both of its files.
 
     Args:
@@ -19,11 +30,16 @@ def find_adapter(name: str, hub_timeout: float) -> Path:
     Raises:
       UserError: it is absent, or has tensors only in a pickled file.
     """
+    how = "give the folder that PEFT's save_pretrained wrote"
     if is_hub(name):
         folder = _from_hub(name, hub_timeout)
+        if not (folder / CONFIG).is_file():
+            raise UserError(
+                f"{name} is no adapter, because it has no {CONFIG}; a whole model is "
+                "given as --model, or as --config.model.init_from"
+            )
     else:
         folder = local_path(name, "config.lora.init_from")
-    how = "give the folder that PEFT's save_pretrained wrote"
     if not folder.exists():
         raise no_such(f"adapter {name!r}", folder, how)
     if not (folder / CONFIG).is_file():
@@ -59,7 +75,7 @@ def _from_hub(name: str, timeout: float) -> Path:
 
     address = HubAddress.parse(name, "model")
     try:
-        return fetch_files(address, timeout, (CONFIG, TENSORS), lacking)
+        return fetch_files(address, timeout, (CONFIG, TENSORS, *PROMPTS), lacking)
     except ConnectionError as error:
         raise UserError(
             f"adapter {name} cannot be fetched ({error}); check the name, the revision "

@@ -1,45 +1,70 @@
 """Adapters to a base model that is open: those of a run, or of a folder of PEFT."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from research.config.data_knobs import DataConfig
 from research.config.knob_groups import LoRAConfig, ModelConfig
+from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import PREFIX
 from research.formats.base_model import Base
+from research.formats.load_parameters import load_frozen
 from research.formats.peft.adapter_config import read_numbers
 from research.formats.peft.adapter_folder import AdapterFolder
+from research.formats.peft.find_adapter import find_adapter
+from research.models.make_model import model_of_run
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.runs.answering.named_model import prompts_of
+from research.runs.answering.named_model import open_named, prompts_of
 from research.runs.answering.run_addresses import RunAddress
 from research.runs.lineage.start_pins import saved_step
-from research.runs.reopen import FoundRun, find_run
+from research.runs.reopen import (
+    FoundRun,
+    ReopenedRun,
+    TrainedPrompts,
+    find_run,
+    shared_mesh,
+)
 from research.runs.run_directory import RunDir
 from research.tasks.task_protocol import PromptFormat
 from research.tokenize.tokenizer import Tokenizer, from_folder
 from research.weights import trainable
 
+USUAL_LENGTH = 1024  # Tokens of a row where nobody says how long training had them.
+
 
 @dataclasses.dataclass(frozen=True)
-class FoundFolder:
+class FoundFolder(TrainedPrompts):
     """An adapter folder of PEFT that fits an open base model; no factor has been read.
 
+    It stands in the place of a run that has ended.
+
     Attributes:
-      folder: of the adapter.
+      folder: of the adapter, which holds no file of a run.
+      config: of a run that would continue the adapter.
       base: the model under it, whose tokenizer has the chat template of the folder.
       adapter: the open files.
       trainable: the split into the adapter's parameters and those of the base.
     """
 
-    folder: Path
+    folder: RunDir
+    config: Config
     base: Base
     adapter: AdapterFolder
     trainable: trainable.Trainable
+
+    @functools.cached_property
+    def specs(self) -> Mapping[str, Any]:
+        """Descriptions of all parameters of the model."""
+        return Model(self.base.architecture).specs
 
     @property
     def system(self) -> str:
@@ -71,9 +96,40 @@ class FoundFolder:
             self.adapter.require_base(self.base.tensors.on(mesh))
         return self.adapter.load(meshes.shardings(self.trainable.specs, mesh))
 
+    def load(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        devices: Sequence[Any] = (),
+        step: str = "0",
+        in_compute_dtype: bool = False,
+        decodes: bool = True,
+    ) -> ReopenedRun:
+        """Reads the base and the adapters; see `FoundRun.load`. There is no step but 0.
 
-def find_folder(folder: Path, base: Base) -> FoundFolder:
+        Raises:
+          UserError: see `read`, or a parameter does not divide over `mesh`.
+        """
+        assert step == "0", step
+        config, base, split = self.config, self.base, self.trainable
+        wanted = {**self.specs, "trained": split.specs}
+        devices = devices or jax.local_devices()
+        mesh = mesh or shared_mesh(wanted, devices, decodes=decodes)
+        model = model_of_run(config.model, config.data, base.architecture, mesh)
+        params = self.read(mesh)
+        frozen = load_frozen(base, model, mesh, split, config.seed)
+        return ReopenedRun(
+            self.folder, 0, config, base, model, mesh, split, params, frozen
+        )
+
+
+def find_folder(folder: Path, base: Base, dtype: str = "") -> FoundFolder:
     """The adapter folder of PEFT at `folder`, which must fit `base`.
+
+    Args:
+      folder: with both files.
+      base: the open base model.
+      dtype: in which the base is held; "": that of `ModelConfig`.
 
     Raises:
       UserError: it is damaged, computes something that is not computed here, is an
@@ -81,8 +137,13 @@ def find_folder(folder: Path, base: Base) -> FoundFolder:
     """
     specs = Model(base.architecture).specs
     adapter = AdapterFolder(str(folder), base.architecture, specs)
-    lora = adapter.lora_config(LoRAConfig())
-    split = trainable.make("lora", ModelConfig(), lora, specs)
+    model = ModelConfig(init_from=base.name)
+    config = Config(
+        model=dataclasses.replace(model, dtype=dtype) if dtype else model,
+        lora=adapter.lora_config(LoRAConfig()),
+        data=DataConfig(seq_len=min(USUAL_LENGTH, base.architecture.max_position)),
+    )
+    split = trainable.make("lora", config.model, config.lora, specs)
     trained_on = adapter.facts.get("base_sha256", base.fingerprint)
     if trained_on != base.fingerprint:
         logging.warning(
@@ -95,7 +156,32 @@ def find_folder(folder: Path, base: Base) -> FoundFolder:
             base.fingerprint[:12],
         )
     base = dataclasses.replace(base, tokenizer=_tokenizer(folder, base))
-    return FoundFolder(folder, base, adapter, split)
+    return FoundFolder(RunDir(folder), config, base, adapter, split)
+
+
+def open_folder(name: str, model: str = "", *, is_exact: bool = False) -> FoundFolder:
+    """The adapter of PEFT that a command was asked for, over its base.
+
+    Args:
+      name: its folder, or hub://owner/name.
+      model: the base, as `config.model.init_from` names it; "": that which the adapter
+        names.
+      is_exact: whether the base is held as its files have it, and not in the dtype
+        of `ModelConfig`.
+
+    Raises:
+      UserError: one of them is absent, or `find_folder` refuses it.
+    """
+    folder = find_adapter(name)
+    base = open_named(model or base_of_folder(folder))
+    return find_folder(folder, base, _dtype_of(base) if is_exact else "")
+
+
+def _dtype_of(base: Base) -> str:
+    """The narrowest dtype that holds all numbers in the files of `base`."""
+    tensors = base.tensors
+    kinds = {tensors.kind(name) for name in tensors.shapes()} if tensors else set()
+    return "bfloat16" if kinds == {"bfloat16"} else "float32"
 
 
 def _tokenizer(folder: Path, base: Base) -> Tokenizer:

@@ -9,7 +9,9 @@ from research.checkpoints.stored_steps import step_folders
 from research.config.config_file import find_run
 from research.config.saved_config import near_run
 from research.core.errors import UserError
+from research.core.hub_access import HubAddress, is_hub
 from research.core.local_paths import expanded, holds_adapter, split_step
+from research.formats.peft.find_adapter import find_adapter, names_adapter
 from research.runs.aliases import run_alias
 from research.runs.run_directory import RunDir
 
@@ -57,17 +59,21 @@ def run_addresses(
     """The runs of `RUN`, `RUN@STEP`, aliases, and folders of runs, as that of a sweep.
 
     A run in such a folder that has no checkpoint yet is passed over with a warning.
-    With `with_folders` an adapter folder of PEFT may stand for a run. Messages name
-    `flag`.
+    With `with_folders` an adapter of PEFT may stand for a run: its folder, or its
+    address on the hub. Messages name `flag`.
 
     Raises:
       UserError: there is no such run, it has no checkpoint, or it is named twice.
     """
     found: list[tuple[Path, str]] = []
+    on_hub: dict[Path, Path] = {}
     for given in written:
         place, step = split_step(given)
-        if with_folders and not step and holds_adapter(Path(expanded(place))):
-            found.append((Path(expanded(place)), ""))
+        if with_folders and not step and names_adapter(place):
+            folder = find_adapter(place)
+            found.append((folder, ""))
+            if is_hub(place):  # Its folder in the cache is named by a checksum.
+                on_hub[folder] = Path(HubAddress.parse(place, "model").name)
             continue
         folder = Path(expanded(find_run(place)))
         if run_alias.is_alias(folder):
@@ -83,7 +89,7 @@ def run_addresses(
     twice = [x for i, x in enumerate(found) if x in found[:i]]
     if twice:
         raise UserError(f"{flag} names {twice[0][0]} twice; name it once")
-    names = _names([folder for folder, _ in found])
+    names = _names([on_hub.get(folder, folder) for folder, _ in found])
     return [
         _address(name, folder, step)
         for name, (folder, step) in zip(names, found, strict=True)

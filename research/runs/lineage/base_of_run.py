@@ -284,6 +284,9 @@ class RunTensors:
         specs = self._run.specs
         return {name: x.shape(specs) for name, (x, _) in self._tensors.items()}
 
+    def kind(self, name: str) -> str:
+        return "float32"
+
     def read(self, name: str) -> np.ndarray:
         stored, index = self._tensors[name]
         if self._near is None or self._near[0] is not stored:

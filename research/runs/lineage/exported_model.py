@@ -12,6 +12,7 @@ from research.models.transformer import Model
 from research.runs.display_files import read_system
 from research.runs.run_directory import RUN, RunDir
 from research.tasks import task_registry
+from research.tokenize.tokenizer import Tokenizer
 from research.weights.adapters.adapter_kind import with_own_patterns
 from research.weights.adapters.lora import LoRA
 from research.weights.representations.low_rank import LowRank
@@ -42,32 +43,55 @@ def exported_model(
       params, frozen: as `split` describes them.
     """
     system = read_system(folder.path, config.data.system)
-    weights = split.forward(params, frozen, None)
-    kind, adapters = _adapters(config, model, split, params, weights)
     facts = {
         "run": folder.origin().get(RUN, ""),
         "step": str(step),
-        "base_model": base_name(config),
-        "base_sha256": base.fingerprint,
-        "base_licence": base.licence or "not known",
+        **base_facts(config, base),
         "data_sha256": folder.identity().get("data", ""),
         "prompt_template": config.data.template,
         "system_prompt": system,
-        "adapters": json.dumps(
-            {path: {"rank": x.rank, "alpha": x.alpha} for path, x in adapters.items()}
-        ),
     }
+    tokenizer = task_registry.exported_tokenizer(config, base, system)
+    return with_facts(facts, tokenizer, config, base, model, split, params, frozen)
+
+
+def with_facts(
+    facts: Mapping[str, str],
+    tokenizer: Tokenizer,
+    config: Config,
+    base: Base,
+    model: Model,
+    split: Trainable,
+    params: Params,
+    frozen: Params,
+) -> ExportedModel:
+    """A model that may belong to no run; nothing is computed yet.
+
+    `facts` and `tokenizer` travel in the files; see `exported_model` for the others.
+    """
+    weights = split.forward(params, frozen, None)
+    kind, adapters = _adapters(config, model, split, params, weights)
+    shown = {path: {"rank": x.rank, "alpha": x.alpha} for path, x in adapters.items()}
     return ExportedModel(
         model=model,
         weights=weights,
-        tokenizer=task_registry.exported_tokenizer(config, base, system),
+        tokenizer=tokenizer,
         adapters=adapters,
         adapter_kind=kind,
         full=split.full,
         base_weights=frozen,
         base=base,
-        facts=facts,
+        facts={**facts, "adapters": json.dumps(shown)},
     )
+
+
+def base_facts(config: Config, base: Base) -> dict[str, str]:
+    """The facts about the base model."""
+    return {
+        "base_model": base_name(config),
+        "base_sha256": base.fingerprint,
+        "base_licence": base.licence or "not known",
+    }
 
 
 def base_name(config: Config) -> str:

@@ -41,6 +41,7 @@ class ModelOrigin:
       checkpoint: the sum of all checksums of its checkpoint; empty if it is not saved.
       dtype: the numbers in the files, such as bfloat16 or q8_0.
       format: name of the format.
+      adapter: sha256 of an adapter that belongs to no run; "" for the model of a run.
     """
 
     run: str
@@ -48,6 +49,7 @@ class ModelOrigin:
     checkpoint: str
     dtype: str
     format: str = "hf"
+    adapter: str = ""
 
     @classmethod
     def of(
@@ -61,13 +63,15 @@ class ModelOrigin:
         return dataclasses.replace(self, checkpoint=checkpoint)
 
     def __str__(self) -> str:
-        said = f"step {self.step} of run {self.run[:8] or '(no id)'} in {self.dtype}"
+        what = f"step {self.step} of run {self.run[:8] or '(no id)'}"
+        what = f"adapter {self.adapter[:8]}" if self.adapter else what
+        said = f"{what} in {self.dtype}"
         return said if self.format == "hf" else f"{said} as {self.format}"
 
 
-def export_run(
-    folder: RunDir,
-    step: int,
+def export_model(
+    origin: ModelOrigin,
+    identity: Mapping[str, str],
     exported: ExportedModel,
     rows: ProofRows,
     out: ExportFolder,
@@ -78,14 +82,14 @@ def export_run(
     replace: bool,
     flag: str,
 ) -> None:
-    """Writes the model at `step` in a format; every process must call it.
+    """Writes a model in a format; every process must call it.
 
     A folder that holds the same already stays as it is, and the log says so.
 
     Args:
-      folder: of the run.
-      step: the updates that the weights of `exported` hold; it is saved.
-      exported: the model of the run.
+      origin: says which model it is.
+      identity: the fingerprints of its data, tokenizer and base.
+      exported: the model.
       rows: what the model and its files both compute; see `prove`.
       out: the folder to write, which is claimed.
       format, options: what is written.
@@ -97,7 +101,6 @@ def export_run(
       ParityError: the files compute something else. Nothing of them stays.
       OSError: the folder cannot be written.
     """
-    origin = ModelOrigin.of(folder, step, options.numbers, format.name)
     if is_there(out, origin, replace, flag):
         return
     with out.filled() as partial:
@@ -112,7 +115,7 @@ def export_run(
             )
             write_whole(partial / CARD, f"{card}\n{proof}\n")
             write_whole(partial / PARITY, json.dumps(parity.facts(), indent=2))
-            _describe(partial, origin, folder.identity(), parity.sentence())
+            _describe(partial, origin, identity, parity.sentence())
     logging.info("export: %s, %s; %s", out, origin, parity.sentence())
     if warning := parity.warning():
         logging.warning("export: %s", warning)
@@ -156,7 +159,7 @@ def holds(out: Path, wanted: ModelOrigin, replace: bool, flag: str) -> bool:
 
     A step that was trained again is another one if its checkpoint differs, but a run
     replaces its own export of its last step. A folder with anything else than the files
-    of an export is never replaced. See `export_run` for the arguments.
+    of an export is never replaced. See `export_model` for the arguments.
 
     Raises:
       UserError: another step is there and must not be replaced, or something that is

@@ -69,9 +69,12 @@ def find_rows(folder: Path, tokenizer: Tokenizer) -> ProofRows:
     if found and any(map(any, found["segments"])):
         arrays = {name: np.array(found[name], np.int32) for name in FIELDS}
         return ProofRows(**arrays, origin="held-out rows of the run")
+    return text_rows(tokenizer, "a fixed text, as the run kept no rows")
+
+
+def text_rows(tokenizer: Tokenizer, origin: str) -> ProofRows:
+    """A fixed text; `origin` says what it is."""
     (ids,) = tokenizer.encode_texts([TEXT])
     tokens = np.array([ids[:END]], np.int32)
     places = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    return ProofRows(
-        tokens, places, np.ones_like(tokens), "a fixed text, as the run kept no rows"
-    )
+    return ProofRows(tokens, places, np.ones_like(tokens), origin)

@@ -110,7 +110,7 @@ def holds_run(folder: Path) -> bool:
 
 def holds_adapter(folder: Path) -> bool:
     """Whether it is an adapter folder of PEFT, and no run directory."""
-    return (folder / ADAPTER_FILE).is_file() and not holds_run(folder)
+    return os.path.isfile(folder / ADAPTER_FILE) and not holds_run(folder)
 
 
 def no_such(what: str, path: Path, remedy: str = "check its path") -> UserError:

@@ -161,6 +161,12 @@ def test_a_folder_is_evaluated_as_its_run_is(run, folder, tmp_path):
     assert not values["overlap"]["unbroken"]["problem"]
 
 
+def test_an_export_of_nothing_says_that_it_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="gone is not a run directory: it has no conf"):
+        write_model(str(tmp_path / "gone"), "latest", tmp_path / "out", "", False)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_base_is_named_for_adapters_alone(run, tmp_path):
     with pytest.raises(UserError, match="is none: drop --model, as a run knows its"):
         write_model(str(run.folder.path), "latest", None, "", False, model="x")

@@ -92,7 +92,7 @@ def saved_step(folder: RunDir, step: str) -> int:
     Raises:
       UserError: there is no such checkpoint; the message lists those that are there.
     """
+    by = folder.config().checkpoint.best_by  # First, as it says what is no run.
     identity = folder.identity()
     data = History(folder.history, PhaseTimer()).measured_on(identity["data"], {})
-    by = folder.config().checkpoint.best_by
     return choose_step(folder.checkpoints, step, data, identity.get(RUN, ""), by)

@@ -2,11 +2,13 @@
 
     python tests/bench/experts.py --experts=8 --chosen=2
 
-Both train in full on the same random rows, on one device, and take turns step by step,
-so that other work on the machine slows both. The dense model's MLP is as wide as the
-chosen experts together, so each token meets as many matrices. Prints the medians and
-their ratio, also of the seconds of all the process's threads: on a busy machine these
-say more. On CPU set the GLIBC_TUNABLES of the Makefile, as `make` does for training.
+Both train in full on the same random rows, on one device, and take turns, so that other
+work on the machine slows both. A turn is two steps, of which the second counts: as in
+training it follows one of the same model, and finds its memory in place. The dense
+model's MLP is as wide as the chosen experts together, so each token meets as many
+matrices. Prints the medians and their ratio, also of the seconds of all the process's
+threads: on a busy machine these say more. On CPU set the GLIBC_TUNABLES of the
+Makefile, as `make` does for training.
 """
 
 import argparse
@@ -63,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(options.warmup + options.steps):
         for name, step in sides.items():
+            step.run()
             begun = time.process_time()
             taken[name].append((step.run(), time.process_time() - begun))
     print(

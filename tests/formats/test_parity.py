@@ -19,10 +19,10 @@ from switch_models import NAMES, SWITCHES
 from research.config.choices import EXPORT_FORMATS
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import ParityError, UserError
+from research.formats.architecture_parity import differences, excused
 from research.formats.export_format import ExportOptions, find_format
 from research.formats.huggingface.huggingface_weights import read_hf_config
 from research.formats.proof import same_model
-from research.formats.proof.architecture_parity import differences, excused
 from research.formats.proof.logit_parity import prove
 from research.formats.proof.parity import Parity
 from research.formats.proof.proof_tokens import ProofRows

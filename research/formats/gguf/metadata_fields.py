@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from research.core.errors import UserError
+from research.formats.architecture_parity import differences, excused
 from research.formats.gguf.rope_metadata import (
     SCALING,
     read_rope,
@@ -15,7 +16,6 @@ from research.formats.gguf.rope_metadata import (
     shortest,
     write_rope,
 )
-from research.formats.proof.architecture_parity import differences, excused
 from research.models.architecture import Architecture
 from research.models.families.config_fields import ConfigFields
 from research.models.families.family_registry import (

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from research.core.errors import ParityError
+from research.formats.architecture_parity import differences, excused
 from research.formats.export_format import ExportedModel, WrittenModel
-from research.formats.proof.architecture_parity import differences, excused
 from research.models.transformer import Model
 from research.tokenize.tokenizer import Tokenizer
 

@@ -101,6 +101,8 @@ class WrittenModel:
       read_rows: `read_rows(path, part)` gives rows `[n, D]` of the embeddings or of the
         vocabulary head, as `read` gives all of them; None where files do not hold
         these one by one.
+      ends: the ids that end an answer, by each place in the files that other tools read
+        them from.
       layout: where the numbers must lie in the files; None where only tests check it.
     """
 
@@ -112,6 +114,7 @@ class WrittenModel:
     for_llama_cpp: bool = False
     read_rows: Callable[[str, slice], np.ndarray] | None = None
     layout: FileLayout | None = None
+    ends: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 class ExportFormat(Protocol):

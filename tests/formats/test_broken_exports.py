@@ -174,6 +174,7 @@ HF = {
     "tied": (setting("config.json", tie_word_embeddings=True), "ties the head"),
     "tokenizer": (swap_words, "other ids of texts"),
     "end": (setting("generation_config.json", eos_token_id=3), "ids that end"),
+    "no end": (setting("config.json", eos_token_id=None), r"config.json .* \[\] as"),
 }
 
 

@@ -76,6 +76,10 @@ def test_an_adapter_file_is_read_back_as_what_it_adds(recorded, tmp_path):
     assert (tmp_path / "chat_template.jinja").read_text() == chats.chat_template
     usage = ADAPTER.usage(exported, ExportOptions())
     assert "--chat-template-file THIS_FOLDER/chat_template.jinja" in usage
+    assert "convert_hf_to_gguf.py FOLDER_OF_THE_BASE --outfile base.gguf" in usage
+    of_gguf = dataclasses.replace(exported, facts={"base_model": "pkg://x/y.gguf"})
+    usage = ADAPTER.usage(of_gguf, ExportOptions())
+    assert "cp FOLDER_OF_THE_BASE/y.gguf base.gguf" in usage
     written = ADAPTER.read_back(tmp_path, exported)
     for path in ("query", "key", "value"):
         path = f"layers.attention.{path}.kernel"

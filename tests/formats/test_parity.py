@@ -125,8 +125,31 @@ def test_numbers_that_lose_what_was_trained_are_named():
     assert "moves what the adapters add to a matrix by 20%" in moved.warning()
     assert "float32" in lost.warning() and "float32" in moved.warning()
     nan = float("nan")
-    for name in ("weights", "logits", "changed", "largest"):
+    for name in ("weights", "logits", "changed", "largest", "kl"):
         assert dataclasses.replace(whole, **{name: nan}).faults()
+    far = dataclasses.replace(whole, weights=17_234.0)
+    assert far.faults() == ["a number of w is 17,234 steps of rounding away (limit 1)"]
+
+
+def test_float32_has_limits_of_its_own():
+    exact = Parity(
+        rows="x", tokens=1, numbers="float32", architecture=(), weights=0.5, worst="w",
+        update=None, kept=None, least_kept="", logits=0, changed=0, largest=2e-3,
+        kl=2e-3, largest_kl=1, agreement=1, peak=5.0,
+    )  # fmt: skip
+    assert [x.split(":")[0] for x in exact.faults()] == [
+        "the largest difference of logits",
+        "the divergence, in nats a token",
+    ]
+    assert exact.facts()["limits"] == {
+        "weights": 1, "logits": 1e-3, "kl": 1e-3, "largest": 1e-3,
+    }  # fmt: skip
+    chooses = dataclasses.replace(exact, experts=True)
+    assert "largest" not in chooses.limits and len(chooses.faults()) == 1
+    loud = dataclasses.replace(exact, peak=40.0, kl=0.0)
+    assert not loud.faults()
+    for other in ({"numbers": "bfloat16"}, {"architecture": ("excused",)}):
+        assert not dataclasses.replace(exact, **other).faults()
 
 
 # -- settings --------------------------------------------------------------------------
@@ -216,7 +239,7 @@ def test_a_setting_that_the_files_lost_shows_in_the_logits(tmp_path, monkeypatch
             tiny_rows(),
             "q4_0",
         )
-    assert error.value.exit_code == 1 and "in steps" not in str(error.value)
+    assert error.value.exit_code == 1 and "steps of" not in str(error.value)
     assert "use --dtype=float32 without --quant" in str(error.value)
 
 

@@ -97,6 +97,15 @@ def test_the_card_says_how_other_tools_get_the_base(exported, tmp_path, name, sa
     assert ("base_model_name_or_path" in config) == name.startswith("hub://")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_card_warns_of_a_merge_that_adds_to_one_table_twice(exported, tied):
+    shape = dataclasses.replace(exported.model.architecture, tied_head=tied)
+    found = dataclasses.replace(
+        exported, model=Model(shape), full=frozenset({"embedding.table"})
+    )
+    assert ("PEFT 0.21 adds it" in FORMAT.usage(found, ExportOptions())) == tied
+
+
 def test_a_run_without_adapters_is_refused(exported, tmp_path):
     full = dataclasses.replace(exported, adapters={}, adapter_kind="")
     with pytest.raises(UserError, match="trained all its parameters: use --format=hf"):

@@ -6,6 +6,7 @@ that are multiplied into B.
 """
 
 import functools
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,8 +42,18 @@ USAGE = """```sh
 llama-cli -m base.gguf --lora THIS_FOLDER/adapter.gguf{template}
 ```
 
-The Modelfile is for Ollama: put the GGUF file of the base model beside it as base.gguf.
+base.gguf is the base model, {base}:
+
+```sh
+{make}
+```
+
+The Modelfile is for Ollama: it looks for base.gguf beside itself.
 """
+# convert_hf_to_gguf.py lies in the repository of llama.cpp.
+CONVERT = (
+    "python llama.cpp/convert_hf_to_gguf.py FOLDER_OF_THE_BASE --outfile base.gguf"
+)
 # llama.cpp would take the template of the base model's file.
 WITH_TEMPLATE = f" \\\n  --jinja --chat-template-file THIS_FOLDER/{TEMPLATE}"
 
@@ -111,7 +122,15 @@ class GGUFAdapterFormat:
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         chats = exported.tokenizer.chat_template
-        return USAGE.format(template=WITH_TEMPLATE if chats else "")
+        name = exported.facts.get("base_model", "")
+        of_gguf, file = name.endswith(".gguf"), name.rpartition("/")[2]
+        return USAGE.format(
+            template=WITH_TEMPLATE if chats else "",
+            base=name or "that training began with",
+            make=f"cp FOLDER_OF_THE_BASE/{shlex.quote(file)} base.gguf"
+            if of_gguf
+            else CONVERT,
+        )
 
 
 FORMAT = GGUFAdapterFormat()

@@ -1,5 +1,6 @@
 """A whole model as one file of llama.cpp, with its tokenizer and chat template."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -25,7 +26,7 @@ from research.formats.huggingface.huggingface_export import fetch
 from research.formats.written_tensors import whole_model
 from research.models.families.family_registry import family_of
 from research.models.families.stored_tensor import StoredTensor, used
-from research.tokenize.gguf.gguf_tokenizer import from_gguf_metadata
+from research.tokenize.gguf.gguf_tokenizer import ENDS, KEY, from_gguf_metadata
 from research.tokenize.gguf.written_tokenizer import tokenizer_metadata
 
 FILE = "model.gguf"
@@ -70,7 +71,11 @@ class GGUFModelFormat:
         file = GGUFFile(folder / FILE)
         architecture = file.read_architecture()
         tokenizer = from_gguf_metadata(file.metadata, str(folder / FILE))
-        return whole_model(file, architecture, tokenizer, for_llama_cpp=True)
+        whole = whole_model(file, architecture, tokenizer, for_llama_cpp=True)
+        # The reader finds some by their names where the file has no ids.
+        keys = {f"{KEY}{x}_token_id" for x in ENDS} & file.metadata.keys()
+        ends = tuple(file.metadata[x] for x in keys)
+        return dataclasses.replace(whole, ends={FILE: ends})
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         return USAGE

@@ -4,6 +4,7 @@ A host holds one layer of one parameter at a time.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -40,6 +41,7 @@ from research.weights.contraction import materialize
 from research.weights.representations.leaf import Leaf
 
 FILE_BYTES = 2 * 2**30
+CONFIGS = ("config.json", "generation_config.json")
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,7 +73,8 @@ class HuggingFaceFormat:
     def read_back(self, folder: Path, exported: ExportedModel) -> WrittenModel:
         architecture = read_hf_config(folder)
         tokenizer = from_folder(folder).within(architecture.vocab)
-        return whole_model(HuggingFaceWeights(folder), architecture, tokenizer)
+        whole = whole_model(HuggingFaceWeights(folder), architecture, tokenizer)
+        return dataclasses.replace(whole, ends={x: _ends(folder / x) for x in CONFIGS})
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         return USAGE
@@ -171,6 +174,12 @@ def _save_settings(config: dict[str, Any], tokenizer: Tokenizer, folder: Path) -
     generation = {**tokenizer.generation, **marks}
     _write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
+
+
+def _ends(file: Path) -> tuple[int, ...]:
+    """The ids at which transformers stops, as one of `CONFIGS` has them."""
+    found = json.loads(file.read_text()).get("eos_token_id")
+    return tuple(found) if isinstance(found, list) else (found,) * (found is not None)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -35,6 +35,12 @@ base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```"""
 
+TIED = """
+
+The embeddings are the vocabulary head, too, and the adapter is written for both ends:
+`merge_and_unload` of PEFT 0.21 adds it to their one table twice. Use it unmerged, or
+export the merged model with `--format=hf`."""
+
 
 class PeftFormat:
     """`adapter_config.json`, `adapter_model.safetensors`, and the tokenizer."""
@@ -120,7 +126,10 @@ class PeftFormat:
 
     def usage(self, exported: ExportedModel, options: ExportOptions) -> str:
         name = exported.facts.get("base_model", "")
-        return USAGE.format(name=name, base=_argument(name, _base(exported)))
+        text = USAGE.format(name=name, base=_argument(name, _base(exported)))
+        tied = exported.model.architecture.tied_head
+        changed = "embedding.table" in {*exported.adapters, *exported.full}
+        return text + TIED if tied and changed else text
 
 
 FORMAT = PeftFormat()

@@ -104,4 +104,5 @@ def measures(sums: Sums, is_token: Array, ids: Array) -> dict[str, Array]:
         "kl": kl.sum() / is_token.sum(),
         "largest_kl": kl.max(),
         "agreement": same.sum() / is_token.sum(),
+        "peak": jnp.max(jnp.where(is_token, jnp.abs(sums["most"]), 0.0)),
     }

@@ -71,10 +71,14 @@ def prove(
             tuple(dict.fromkeys(reasons.values()))
         )
     if faults := parity.faults():
+        remedy = "please report this, with the command"
+        if asked != "float32":
+            remedy = (
+                "use --dtype=float32 without --quant, and report this if it fails, too"
+            )
         raise ParityError(
             "the written files compute something else than the run, so they are "
-            f"removed: {'; '.join(faults)}, on {parity.rows}; use --dtype=float32 "
-            "without --quant, and report this if it fails, too"
+            f"removed: {'; '.join(faults)}, on {parity.rows}; {remedy}"
         )
     return parity
 
@@ -272,6 +276,7 @@ class _Proof:
             update=max(update, default=0.0) if self.on_base else None,
             kept=sum(x["kept"] for x in trained.values()) / total if merged else None,
             least_kept=min(kept, key=kept.__getitem__) if merged else "",
+            experts=self.written.architecture.experts is not None,
             **{name: max(0.0, x) if name == "kl" else x for name, x in of.items()},
         )
 

@@ -1,9 +1,11 @@
 """The measures of a proof, and their limits.
 
-There are two limits, and no kind of numbers has one of its own. Every stored number
-must be the one that rounding gives, so a lost adapter, an exchanged tensor or a scale
-shows in any kind. Logits are held against those of the run's own model with the same
-rounding, so a wrong setting shows beside any rounding.
+Two limits hold for all kinds of numbers. Every stored number must be the one that
+rounding gives, so a lost adapter, an exchanged tensor or a scale shows in any kind.
+Logits are held against those of the run's own model with the same rounding, so a wrong
+setting shows beside any rounding. Where files round nothing, the largest difference of
+two logits and the divergence have a limit, too; then two models can only disagree on
+the likeliest token where its rival is as near.
 """
 
 import dataclasses
@@ -14,6 +16,9 @@ FLOOR = 1e-3
 # A share of the change that rounding, or an adapter, makes in logits. An adapter at
 # 1.1 times its scale is beyond it, and so is a setting that changes as much as that.
 SHARE = 0.05
+# In float32: of two logits, and that as a share of the largest where this is more; and
+# of divergence, nats a token.
+LARGEST, OF_PEAK, KL = 1e-3, 1e-4, 1e-3
 # Less of what adapters add than this, and rounding has undone the training.
 MUCH = 0.9
 
@@ -47,6 +52,9 @@ class Parity:
       largest: the largest absolute difference of two logits, files from run.
       kl, largest_kl: divergence of the files from the run, nats a token.
       agreement: share of tokens after which both find the same next one likeliest.
+      peak: the largest logit of the run that is its token's likeliest.
+      experts: whether the model chooses experts, and may choose another of two that are
+        as good after a sum in another order. Single logits then have no limit.
     """
 
     rows: str
@@ -64,22 +72,39 @@ class Parity:
     kl: float
     largest_kl: float
     agreement: float
+    peak: float = 0.0
+    experts: bool = False
 
     @property
     def logits_limit(self) -> float:
         return FLOOR + SHARE * self.changed
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """By measure; fewer where a setting is said to change nothing but noise."""
+        limits = {"weights": 1.0, "logits": self.logits_limit}
+        if self.numbers == "float32" and not self.architecture:
+            limits["kl"] = KL
+            if not self.experts:
+                limits["largest"] = max(LARGEST, OF_PEAK * self.peak)
+        return limits
+
     def faults(self) -> list[str]:
         """The measures that are beyond their limits, or not a number."""
-        measured = {
-            f"a number of {self.worst} in steps of its rounding": (self.weights, 1.0),
-            "the logits at the median token": (self.logits, self.logits_limit),
-            "the largest difference of logits": (self.largest, float("inf")),
+        infinite, limits = float("inf"), self.limits
+        steps = f"{self.weights:,.0f}" if self.weights >= 10 else f"{self.weights:.2g}"
+        said = {
+            "weights": f"a number of {self.worst} is {steps} steps of rounding away",
+            "logits": f"the logits at the median token: {self.logits:.2g}",
+            "largest": f"the largest difference of logits: {self.largest:.2g}",
+            "kl": f"the divergence, in nats a token: {self.kl:.2g}",
         }
         return [
-            f"{name}: {found:.2g} (limit {limit:.2g})"
-            for name, (found, limit) in measured.items()
-            if not found <= limit or found == float("inf")  # Also if not a number.
+            f"{sentence} (limit {limits.get(name, infinite):.2g})"
+            for name, sentence in said.items()
+            # Also if not a number.
+            if not getattr(self, name) <= limits.get(name, infinite)
+            or getattr(self, name) == infinite
         ]
 
     def warning(self) -> str:
@@ -109,5 +134,5 @@ class Parity:
         """The content of `parity.json`."""
         return dataclasses.asdict(self) | {
             "architecture": self.architecture or "equal",
-            "limits": {"weights": 1.0, "logits": self.logits_limit},
+            "limits": self.limits,
         }

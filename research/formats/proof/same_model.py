@@ -28,6 +28,12 @@ def require_same_model(
         numbers.require_exact(path, asked)
     if written.tokenizer is not None:
         _compare_tokenizers(exported.tokenizer, written.tokenizer)
+    for place, ids in written.ends.items():
+        if {*ids} != {*exported.tokenizer.end_ids}:
+            raise ParityError(
+                f"{place} of the written files has {sorted(ids)} as the ids that end "
+                f"an answer, not {sorted(exported.tokenizer.end_ids)}: {REPORT}"
+            )
     for name, text in exported.facts.items():
         # A format may have no place for an empty text.
         if (found := written.facts.get(name, "")) != text:

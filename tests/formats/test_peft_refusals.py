@@ -11,6 +11,7 @@ from peft_exports import ADAPTERS, adapters_of, export_of, model_of, write_adapt
 
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
+from research.formats.peft import adapter_config
 from research.formats.peft.adapter_config import FIELDS, NO_EFFECT
 from research.formats.peft.adapter_config import REFUSED as REFUSED_HERE
 from research.formats.peft.adapter_folder import AdapterFolder
@@ -189,6 +190,16 @@ def test_an_adapter_that_is_not_computed_here_is_refused(opened, change, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         opened(change)
     assert "adapter_" in str(error.value)  # The file.
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_an_expression_of_a_stranger_does_not_run_for_ever(opened, field, monkeypatch):
+    def change(tensors, config):
+        config[field] = {"(.|..|...)+[XY]": 2, **config.get(field, {})}
+
+    monkeypatch.setattr(adapter_config, "MATCHING", 0.1)
+    with pytest.raises(UserError, match=r"alpha_pattern .*too long on model\."):
+        opened(change)
 
 
 def test_every_field_of_peft_has_a_place_in_the_table(opened):

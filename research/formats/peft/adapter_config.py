@@ -3,9 +3,12 @@
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from research.core.errors import UserError
 from research.core.json_files import mismatch, read_json
@@ -54,6 +57,9 @@ NUMBER = int | float
 
 LARGEST = 2**31
 BIASES = ("none", "all", "lora_only")
+# CPU seconds that one folder's expressions may take where they are SLOW on a name;
+# others take microseconds.
+MATCHING, SLOW = 10.0, 0.01
 REMEDY = "give the folder that PEFT's save_pretrained wrote"
 
 
@@ -73,6 +79,7 @@ class LoraNumbers:
       dora: whether each module has the lengths of DoRA.
       modules: ends of the names of modules that were trained whole.
       bias: which biases were trained: none, all, or lora_only (of adapted modules).
+      matching: looks modules up in the patterns.
     """
 
     rank: int
@@ -88,6 +95,9 @@ class LoraNumbers:
     dora: bool
     modules: tuple[str, ...] = ()
     bias: str = "none"
+    matching: "_Matching" = dataclasses.field(
+        default_factory=lambda: _Matching(MATCHING), compare=False, repr=False
+    )
 
     def trains(self, name: str) -> bool:
         """Whether the parameter `name`, which the folder holds whole, was trained.
@@ -106,19 +116,47 @@ class LoraNumbers:
         return weight if is_parameter else module
 
     def rank_of(self, module: str) -> int:
-        return int(_first_match(self.rank_pattern, module, self.rank))
+        return int(self.matching.first(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        alpha = self.matching.first(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _first_match(pattern: Mapping[str, float], module: str, default: float) -> float:
-    for key, number in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return number
-    return default
+class _Matching:
+    """Looks names up in patterns that a stranger wrote, within `seconds` of CPU."""
+
+    def __init__(self, seconds: float):
+        self._left = seconds
+        self._compiled: dict[str, Any] = {}
+
+    def first(self, pattern: Mapping[str, float], module: str, default: float) -> float:
+        """The number of the first expression that matches the end of `module`.
+
+        Raises:
+          UserError: the expressions of this folder take longer than all of them may.
+        """
+        for key, number in pattern.items():
+            if key not in self._compiled:
+                self._compiled[key] = regex.compile(rf"(.*\.)?({key})$")
+            began, limit = time.thread_time(), max(self._left, SLOW)
+            try:
+                # `concurrent` lets the other threads of a server run meanwhile.
+                found = self._compiled[key].match(
+                    module, timeout=limit, concurrent=True
+                )
+            except TimeoutError as error:
+                raise UserError(
+                    f"rank_pattern or alpha_pattern of {CONFIG} has {_short(key)}, a "
+                    f"regular expression that takes too long on {module}: write the "
+                    "name of a module, or an expression without repeats in repeats"
+                ) from error
+            if (spent := time.thread_time() - began) > SLOW:
+                self._left -= spent
+            if found:
+                return number
+        return default
 
 
 def read_numbers(folder: Path) -> LoraNumbers:
@@ -207,8 +245,8 @@ def _short(value: Any) -> str:
 def _require_expressions(file: Path, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
+            regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{file}: rank_pattern or alpha_pattern has {_short(pattern)}, which "
                 f"is no regular expression: {error}"

@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
+from shutil import copytree
 
 import jax
 import numpy as np
 import pytest
 from helpers import close
 from peft_exports import adapters_of, export_of, write_adapter
+from safetensors.numpy import load_file, save_file
 from small_run import make_small_place, one_device, small_config
 from tiny_model import CONFIG
 
 from research.config.knob_groups import LoRAConfig
 from research.config.saved_config import to_json
 from research.core.errors import UserError
+from research.core.local_paths import ADAPTER_FILE
 from research.export.write_model import write_model
 from research.formats.peft import find_adapter
+from research.formats.peft.adapter_config import TENSORS
 from research.models.families.family_registry import from_hf_config
 from research.models.transformer import Model
 from research.runs.answering.open_for_answering import open_for_answering
@@ -116,6 +120,30 @@ def test_training_starts_at_the_adapter(adapter):
     with pytest.raises(UserError, match="other targets, ranks or alphas"):
         load_start(definition, base, frozen, changed)
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == "float32", params))
+
+
+@pytest.mark.parametrize("said", ["sha256", "name"])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_an_adapter_of_another_base_of_the_same_shape_is_warned_of(
+    adapter, tmp_path, caplog, said, is_own
+):
+    config = with_adapter(config_of(adapter[0]))
+    base = task_registry.open_start(config)
+    own = copytree(adapter[0] / "adapter", tmp_path / "own")
+    if said == "sha256":
+        digest = base.fingerprint if is_own else "f" * 64
+        tensors = load_file(own / TENSORS)
+        save_file(tensors, own / TENSORS, {"format": "pt", "base_sha256": digest})
+    else:
+        base = dataclasses.replace(base, name="hub://owner/name@v1")
+        fields = json.loads((own / ADAPTER_FILE).read_text())
+        fields["base_model_name_or_path"] = "owner/name" if is_own else "owner/other"
+        (own / ADAPTER_FILE).write_text(json.dumps(fields))
+    mesh, lora = one_device(), dataclasses.replace(config.lora, init_from=str(own))
+    objective = task_registry.make_objective(config, mesh)
+    definition = make_step_definition(config, base, mesh, objective)
+    load_start(definition, base, continued=lora)
+    assert ("was trained on another base model" in caplog.text) != is_own
 
 
 def test_an_adapter_of_the_hub_keeps_its_commit(adapter, tmp_path, monkeypatch):

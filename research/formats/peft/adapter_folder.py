@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ import numpy as np
 
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
+from research.core.hub_access import HubAddress, is_hub
+from research.formats.base_model import Base
 from research.formats.fused_factors import Pair
 from research.formats.load_parameters import make_sharded
 from research.formats.peft.adapter_config import (
@@ -185,6 +189,33 @@ class AdapterFolder:
     def require_base(self, tensors: TensorFile) -> None:
         """See `WholeParameters.require_base`."""
         self.whole.require_base(tensors)
+
+    def warn_of_other_base(self, base: Base) -> None:
+        """Warns where the folder says that it was trained on another base than `base`.
+
+        An export of ours has the sha256 of its base. Others name a repository of the
+        hub at most, which is compared where `base` is one, too.
+        """
+        digest = self.facts.get("base_sha256", "")
+        if digest:
+            trained, here = (f"sha256 {x[:12]}" for x in (digest, base.fingerprint))
+            differs = digest != base.fingerprint
+        else:
+            trained, here = self.numbers.base_name, ""
+            if is_hub(base.name):
+                here = HubAddress.parse(base.name, "model").name
+            is_local = not trained or Path(trained).exists() or trained.count("/") != 1
+            differs = bool(here) and not is_local and trained.lower() != here.lower()
+        if differs:
+            logging.warning(
+                "the adapter %s was trained on another base model (%s) than %s (%s): "
+                "another model of the same shape makes the adapter useless, and "
+                "another file format of the same model does not",
+                self._folder,
+                trained,
+                base.name,
+                here,
+            )
 
     def _numbers_by_path(
         self, entries: Iterable[AdaptedModule]

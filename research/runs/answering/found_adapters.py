@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,17 +143,7 @@ def find_folder(folder: Path, base: Base, dtype: str = "") -> FoundFolder:
         data=DataConfig(seq_len=min(USUAL_LENGTH, base.architecture.max_position)),
     )
     split = trainable.make("lora", config.model, config.lora, specs)
-    trained_on = adapter.facts.get("base_sha256", base.fingerprint)
-    if trained_on != base.fingerprint:
-        logging.warning(
-            "%s was trained on a base with sha256 %s, and %s has %s: another model of "
-            "the same shape would answer nonsense, and another file format of the same "
-            "one would not",
-            folder,
-            trained_on[:12],
-            base.name,
-            base.fingerprint[:12],
-        )
+    adapter.warn_of_other_base(base)
     base = dataclasses.replace(base, tokenizer=_tokenizer(folder, base))
     return FoundFolder(RunDir(folder), config, base, adapter, split)
 

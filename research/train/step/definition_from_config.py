@@ -98,6 +98,7 @@ def load_start(
                 "than when the run began: bring it back, or choose another "
                 "--config.run_dir"
             )
+        adapter.warn_of_other_base(base)
         adapter.require_base(base.tensors.on(mesh))
         return adapter.load(shardings), frozen
     init = jax.jit(split.init, out_shardings=shardings)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import random_params
 
+from research.formats import tensor_file
 from research.formats.export_format import ExportedModel, ExportOptions, find_format
 from research.formats.gguf import gguf_file, gguf_writer
 from research.formats.gguf.gguf_file import GGUFFile
@@ -37,7 +38,7 @@ BF16 = jnp.dtype(jnp.bfloat16)
 @pytest.fixture
 def exported(monkeypatch):
     """A model in bfloat16, whose tensors are read and written in small pieces."""
-    for module in (gguf_file, gguf_writer, huggingface_weights):
+    for module in (gguf_file, gguf_writer, huggingface_weights, tensor_file):
         monkeypatch.setattr(module, "PIECE", 2**14)
     monkeypatch.setattr(safetensors_writer, "PIECE_BYTES", 2**15)
     monkeypatch.setattr(logit_parity, "PIECE", 2**16)

@@ -237,7 +237,7 @@ def test_the_second_interrupt_ends_a_process_that_is_held_in_a_c_call(place):
     time.sleep(0.2)
     child.send(signal.SIGINT)
     assert not child.wait(0.5)
-    # Of two that come while it is stopped, the kernel keeps one.
+    # The kernel keeps one of two that come while it is stopped.
     wait_until(lambda: child.send(signal.SIGINT) or child.wait(0.5))
     done = child.finish()
     assert done.code == INTERRUPTED and "stopped at once" in done.err

@@ -40,6 +40,6 @@ def test_a_process_that_hangs_ends_though_its_disk_hangs_too(place, disk, patien
     assert done.code == STUCK, done.err
     assert "error: process 7 has hung in phase 'step'" in done.err
     assert "in wait_for_a_dead_peer" in done.err, "the stack does not say where"
-    # A disk that hangs is not waited for, and need not have heard of it.
+    # A disk that hangs is not waited for, and may not have heard of it.
     assert patience < 1 or "told: process 7 has hung" in done.err
     assert ("No space left" in done.err) == ("OSError" in disk)

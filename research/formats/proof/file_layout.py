@@ -160,7 +160,7 @@ class FileLayout:
         i: np.ndarray,
         rows: np.ndarray,
     ) -> np.ndarray:
-        """What llama.cpp adds to a tensor; of a table, A has a row for each token."""
+        """The update that llama.cpp adds; A of a table has a row for each token."""
         names = [f"{name}.lora_{x}" for x in "ab"]
         if not {*names} <= self.stored:
             return np.zeros((len(i), len(rows)), np.float32)

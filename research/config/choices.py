@@ -48,6 +48,8 @@ BASE_FORMAT_MODULES = {
     "int4": "research.weights.quantized.int4_weights",
     "nf4": "research.weights.quantized.nf4_weights",
 }
+# The base under the adapters of an export, where a run has trained over codes.
+DEQUANTISED, ORIGINAL = EXPORT_BASES = "dequantised", "original"
 # The formats of `research.export`, by name.
 EXPORT_FORMATS = {
     "hf": FormatChoice(

@@ -6,7 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from research.config import command_line
-from research.config.choices import EXPORT_DTYPES, EXPORT_FORMATS
+from research.config.choices import (
+    DEQUANTISED,
+    EXPORT_BASES,
+    EXPORT_DTYPES,
+    EXPORT_FORMATS,
+)
 from research.config.knobs import knob
 from research.core.errors import UserError
 from research.core.local_paths import local_path
@@ -28,6 +33,10 @@ several with commas between them:
         of 32 divides in float16; norms and biases stay in float32
   gguf-adapter
         the adapters alone, in float32, for llama.cpp and the GGUF file of the base
+
+A run that was trained over codes (config.model.quantize) is written over what these
+stand for: the weights that its adapters were trained on. --base=original adds them to
+the base model's own weights, and measures what that does to the loss.
 
 A format that cannot hold the model is refused before anything is written. Each gets a
 model card, and exported_from.json, which names the step. The files are read back and
@@ -75,6 +84,12 @@ class ExportFlags:
             *dict.fromkeys(q for x in EXPORT_FORMATS.values() for q in x.quants),
         ),
     )
+    base: str = knob(
+        DEQUANTISED,
+        "weights under the adapters of a run with config.model.quantize; dequantised: "
+        "what its codes stand for, as trained; original: those of the base model",
+        choices=EXPORT_BASES,
+    )
     replace: bool = knob(False, "replace the model of another step in the folder")
     distributed: bool = knob(
         False, "join the other processes that the JAX_* variables or the cluster name"
@@ -96,7 +111,8 @@ def main(argv: Sequence[str]) -> int:
     out = local_path(f.out) if f.out else None
 
     def write() -> None:
-        write_model(f.run, f.step, out, f.dtype, f.replace, formats, f.quant, f.model)
+        options = f.dtype, f.replace, formats, f.quant, f.model, f.base
+        write_model(f.run, f.step, out, *options)
 
     if f.distributed and joined_processes.join(f):
         joined_processes.or_abandon(write)

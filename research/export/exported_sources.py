@@ -1,12 +1,15 @@
 """The models that the command exports: of a run at a step, or of an adapter of PEFT."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import jax
 
+from research.config.choices import DEQUANTISED
 from research.core.errors import UserError
+from research.export.trained_over import over
 from research.formats.export_format import ExportedModel, ExportFormat, ExportOptions
 from research.formats.peft.find_adapter import names_adapter
 from research.formats.proof.proof_tokens import ProofRows
@@ -65,7 +68,9 @@ class ExportSource(Protocol):
         ...
 
 
-def open_source(run: str, step: str, out: Path | None, model: str) -> ExportSource:
+def open_source(
+    run: str, step: str, out: Path | None, model: str, base: str = DEQUANTISED
+) -> ExportSource:
     """The model that a command was asked to export; no parameter is read.
 
     Args:
@@ -73,6 +78,7 @@ def open_source(run: str, step: str, out: Path | None, model: str) -> ExportSour
       step: of a run: latest, best or a number.
       out: the folder to write, if one is named.
       model: the base of an adapter; "": that which it names.
+      base: of a run over codes, one of `EXPORT_BASES`.
 
     Raises:
       UserError: there is no such model or step, or a flag has no effect on it.
@@ -83,7 +89,12 @@ def open_source(run: str, step: str, out: Path | None, model: str) -> ExportSour
                 f"--model={model} is the base of an adapter of PEFT, and {run} is "
                 "none: drop --model, as a run knows its base"
             )
-        return _RunSource(run, step)
+        return _RunSource(run, step, base)
+    if base != DEQUANTISED:
+        raise UserError(
+            f"--base={base} is for runs that were trained over codes, and --run={run} "
+            "is an adapter of PEFT: drop --base, as --model names its base"
+        )
     if step != LATEST:
         raise UserError(
             f"--run={run} is an adapter of PEFT, which has no steps: drop --step"
@@ -99,8 +110,9 @@ def open_source(run: str, step: str, out: Path | None, model: str) -> ExportSour
 class _RunSource:
     """A run at a step."""
 
-    def __init__(self, run: str, step: str):
+    def __init__(self, run: str, step: str, base: str):
         self._run, self._step, self._of_run = run, step, RunDir(run)
+        self._base, self._note = base, ""
         self.folder = self._of_run.path
         # The newest step may turn out to be damaged.
         found = agreement.together(lambda: saved_step(self._of_run, step))
@@ -111,13 +123,15 @@ class _RunSource:
         return self._of_run.identity()
 
     def origin(self, numbers: str, format: str) -> ModelOrigin:
-        return ModelOrigin.of(self._of_run, self._number, numbers, format)
+        origin = ModelOrigin.of(self._of_run, self._number, numbers, format)
+        return dataclasses.replace(origin, base=self._base)
 
     def load(self) -> ExportedModel:
         opened = find_run(self._run).load(
             devices=jax.devices(), step=self._step, number=self._number
         )
         self._number = opened.step
+        opened, self._note = over(self._base, opened)
         return exported_model(
             opened.folder,
             opened.step,
@@ -139,6 +153,8 @@ class _RunSource:
         options: ExportOptions,
         flags: Sequence[str],
     ) -> str:
+        if self._base != DEQUANTISED:
+            flags = [*flags, f"--base={self._base}"]
         return format_card(
             self._of_run,
             self._number,
@@ -148,6 +164,7 @@ class _RunSource:
             format.library,
             format.merges,
             exported.adapters,
+            self._note,
         )
 
 

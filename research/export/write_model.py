@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from research.config.choices import EXPORT_FORMATS
+from research.config.choices import DEQUANTISED, EXPORT_FORMATS
 from research.core.errors import UserError, files_of_step, look_up
 from research.core.standard_streams import said_once
 from research.core.stop_signals import unwinding_on_signals
@@ -33,6 +33,7 @@ def write_model(
     formats: Sequence[str] = ("hf",),
     quant: str = "",
     model: str = "",
+    base: str = DEQUANTISED,
 ) -> None:
     """Writes `step` (latest, best or a number) of the run in each of `formats`.
 
@@ -47,6 +48,7 @@ def write_model(
       replace: whether another step in a folder is replaced.
       formats: names, see `find_format`.
       model: the base of an adapter of PEFT; "": that which it names.
+      base: one of `EXPORT_BASES`, see `trained_over.over`.
 
     Raises:
       UserError: there is no such step or format, a folder holds something else, or a
@@ -55,7 +57,7 @@ def write_model(
       SaveError: the disk refuses.
     """
     chosen = choose_options(formats, dtype, quant)
-    source = open_source(run, step, out, model)
+    source = open_source(run, step, out, model, base)
     with unwinding_on_signals(), said_once(), contextlib.ExitStack() as stack:
         wanted = {}
         for name, place in _places(source.folder, out, formats).items():

@@ -35,6 +35,7 @@ def format_card(
     library: str = "transformers",
     merged: bool = True,
     adapters: Mapping[str, ExportedAdapter] = NOTHING,
+    frozen: str = "",
 ) -> str:
     """The card of the model of a run after `step` updates.
 
@@ -47,6 +48,7 @@ def format_card(
       library: that loads the files, as the hub names it.
       merged: whether adapters are added to the weights; or else they are alone.
       adapters: of the model, by path.
+      frozen: what the weights under them are, where they are not as in training.
     """
     changes = History(folder.history, PhaseTimer()).accepted_by_step
     newest = flat(folder.config())
@@ -74,6 +76,11 @@ def format_card(
         facts["system text"] = (
             f"{json.dumps(system, ensure_ascii=False)}, which the chat template writes "
             "into conversations without a system message"
+        )
+    if frozen or (form := knobs.get("model.quantize", "none")) != "none":
+        facts["frozen weights"] = frozen or (
+            f"what {form} codes of the base model stand for, over which the adapters "
+            "were trained"
         )
     if earlier := _changed_facts(changes, step):
         facts["changed in training"] = earlier

@@ -16,6 +16,7 @@ import jax
 
 from research.checkpoints.checksums import checksum
 from research.checkpoints.stored_steps import seal_of
+from research.config.choices import DEQUANTISED
 from research.core.atomic_files import write_whole
 from research.core.errors import UserError
 from research.core.json_files import read_json
@@ -42,6 +43,7 @@ class ModelOrigin:
       dtype: the numbers in the files, such as bfloat16 or q8_0.
       format: name of the format.
       adapter: sha256 of an adapter that belongs to no run; "" for the model of a run.
+      base: one of `EXPORT_BASES`.
     """
 
     run: str
@@ -50,6 +52,7 @@ class ModelOrigin:
     dtype: str
     format: str = "hf"
     adapter: str = ""
+    base: str = DEQUANTISED
 
     @classmethod
     def of(
@@ -66,7 +69,8 @@ class ModelOrigin:
         what = f"step {self.step} of run {self.run[:8] or '(no id)'}"
         what = f"adapter {self.adapter[:8]}" if self.adapter else what
         said = f"{what} in {self.dtype}"
-        return said if self.format == "hf" else f"{said} as {self.format}"
+        said += "" if self.format == "hf" else f" as {self.format}"
+        return said + f" over the {self.base} base" * (self.base != DEQUANTISED)
 
 
 def export_model(

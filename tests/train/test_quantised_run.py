@@ -1,0 +1,140 @@
+"""A LoRA run over a base in NF4: its start, its resume, its meshes and its exports."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close, mesh_sizes
+from small_run import (
+    as_killed,
+    make_small_place,
+    one_device,
+    small_config,
+    small_hidden,
+)
+
+from research.config.run_config import LoRAConfig
+from research.core.errors import UserError
+from research.export.write_model import write_model
+from research.formats.base_model import open_base
+from research.formats.load_parameters import load_base
+from research.runs.answering.open_for_answering import open_for_answering
+from research.runs.display_files import read_findings
+from research.runs.metrics_file import read_metrics
+from research.runs.reopen import reopen
+from research.train import start_to_report
+from research.weights.adapters.adapter_registry import find_kind
+from research.weights.contraction import materialize
+from research.weights.quantized.block_codes import BlockMatrix
+from research.weights.quantized.int8_weights import Int8Matrix
+
+STEPS, KILLED = 4, 2
+MATRIX = "layers.attention.output.kernel"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    make_small_place(folder)
+    return folder
+
+
+def config_for(small, name, quantize="nf4", kind="lora", **changes):
+    lora = LoRAConfig(kind=kind, rank=2, targets=("attention", "mlp"), full=("norms",))
+    config = small_config(small, name, STEPS, {"quantize": quantize}, lora=lora)
+    return dataclasses.replace(config, **changes)
+
+
+def train(small, name, *arguments, **changes):
+    config = config_for(small, name, *arguments, **changes)
+    assert start_to_report.train([config]) == 0
+    return Path(config.run_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(small):
+    return train(small, "run", export=False)
+
+
+def losses(folder):
+    return [x["loss"] for x in read_metrics(folder) if x["kind"] == "train"]
+
+
+def test_the_doctor_proves_the_start_and_the_loss_falls(trained):
+    found = {finding.name: finding for finding in read_findings(trained)}
+    assert found["lora at step 0"].numbers["differing"] == 0
+    numbers = found["parameters"].numbers
+    forms = {x: n for x, n in numbers.items() if x.startswith("frozen_bytes/")}
+    assert sum(forms.values()) == numbers["frozen_bytes"]
+    assert forms["frozen_bytes/nf4"] > forms["frozen_bytes/int8"] > 0
+    assert "in nf4, " in found["parameters"].text
+    assert losses(trained)[-1] < losses(trained)[0]
+
+
+def test_a_killed_run_resumes_bit_for_bit_and_over_no_other_base(small, trained):
+    killed = as_killed(trained, KILLED, small / "killed")
+    with pytest.raises(UserError, match=r"model\.quantize: 'nf4' -> 'int8'"):
+        train(small, "killed", "int8", export=False)
+    train(small, "killed", export=False)
+    history = json.loads((killed / "run.json").read_text())
+    assert [start["first"] for start in history["starts"]] == [0, KILLED]
+    pairs = map(jax.tree.leaves, (reopen(killed).params, reopen(trained).params))
+    for found, expected in zip(*pairs, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_every_mesh_and_command_has_the_same_base(small, trained):
+    run, alone = reopen(trained), reopen(trained, one_device())
+    assert isinstance(run.frozen[MATRIX], BlockMatrix)
+    assert isinstance(run.frozen["head.kernel"], Int8Matrix)
+    assert len(run.frozen[MATRIX].codes.sharding.device_set) > 1
+    jax.tree.map(np.testing.assert_array_equal, run.frozen, alone.frozen)
+    expected = small_hidden(alone.model, alone.weights)
+    close(small_hidden(run.model, run.weights), expected, 1e-4)
+    found = open_for_answering([str(trained)], mesh=one_device())
+    jax.tree.map(np.testing.assert_array_equal, found.params, alone.weights)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["lora", "dora", "gaussian", "orthogonal", "pissa"])
+def test_other_meshes_and_kinds_train_alike(small, kind):
+    one = train(small, f"{kind}-a", kind=kind, export=False)
+    sizes = mesh_sizes(data=1, fsdp=4, tensor=2)
+    other = train(small, f"{kind}-b", kind=kind, export=False, mesh=sizes)
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-4)
+    found = {finding.name: finding for finding in read_findings(one)}
+    assert found[f"{kind} at step 0"].ok
+
+
+def test_an_export_says_which_base_it_adds_to(small, trained, caplog):
+    run = reopen(trained, one_device())
+    kind, lora = find_kind("lora"), run.config.lora
+    factors = run.trainable.adapters(run.params)
+    whole = {path: run.params[path] for path in run.trainable.full}
+    original = load_base(run.base, run.model, run.mesh, jnp.float32, 0)
+    bases = {
+        "dequantised": {p: materialize(leaf) for p, leaf in run.frozen.items()},
+        "original": original,
+    }
+    for name, base in bases.items():
+        out = small / name
+        write_model(str(trained), "latest", out, "", False, base=name)
+        written = load_base(open_base(str(out)), run.model, run.mesh, jnp.float32, 0)
+        close(written, kind.merge(base, factors, lora) | whole)
+        said = {"dequantised": "what nf4 codes", "original": "those of the base mode"}
+        assert f"frozen weights: {said[name]}" in (out / "README.md").read_text()
+    assert "codes over which the adapters were trained: the loss on" in caplog.text
+    with pytest.raises(UserError, match="over the original base"):
+        write_model(str(trained), "latest", small / "dequantised", "", False,
+                    base="original")  # fmt: skip
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(small):
+    full = config_for(small, "full", trainable="full", lora=LoRAConfig())
+    with pytest.raises(UserError, match=r"quantize is 'nf4'.*=none, or --config\.tra"):
+        start_to_report.train([full])
+    assert not Path(full.run_dir).exists()

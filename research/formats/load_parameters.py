@@ -227,13 +227,14 @@ def load_frozen_param(
         ShardedFill(x.shape, x.dtype or dtype, where)
         for x, where in zip(described, jax.tree.leaves(sharding), strict=True)
     ]
-    with jax.default_device(jax.local_devices()[0]):
-        for index, value in parts:
-            if not any(array.holds(index) for array in arrays):
-                continue
-            codes = store(len(index))(np.asarray(value, dtype))
-            for array, part in zip(arrays, jax.tree.leaves(codes), strict=True):
-                array.fill(index, np.asarray(part))
+    device = jax.local_devices()[0]
+    for index, value in parts:  # All processes read all tensors, in one order.
+        if not any(array.holds(index) for array in arrays):
+            continue
+        weight = jax.device_put(np.asarray(value, dtype), device)
+        codes = jax.tree.leaves(store(len(index))(weight))
+        for array, part in zip(arrays, codes, strict=True):
+            array.fill(index, np.asarray(part))
     structure = jax.tree.structure(stored)
     return jax.tree.unflatten(structure, [array.finish() for array in arrays])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ import pytest
 from helpers import TINY, close, in_soak, mesh_sizes, random_params
 from jax.sharding import PartitionSpec
 
+from research.config.run_config import LoRAConfig, ModelConfig
 from research.core.errors import UserError
+from research.formats.load_parameters import load_frozen_param
+from research.models.families.stored_tensor import StoredTensor
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.weights import parameter_paths, trainable
 from research.weights.contraction import (
     contract,
     contract_groups,
@@ -41,6 +46,7 @@ SHAPES = {
     ),
     "table": Spec((300, 128), ("vocab", "embed")),
 }
+UP = "layers.mlp.up.kernel"
 FORMATS = ("int8", "int4", "nf4")
 
 
@@ -254,3 +260,39 @@ def test_a_loop_may_hold_the_array_once():
     held = expand({"head": transpose(made), "norm": y}, jnp.dtype(jnp.float32))
     assert isinstance(held["head"], Transposed) and held["norm"] is y
     close(contract(y, held["head"]), contract(y, transpose(made)))
+
+
+@dataclasses.dataclass
+class Drawn:
+    """A file of one matrix a layer, each made when it is read."""
+
+    shape: tuple[int, ...]
+
+    def layout(self, family):
+        return (StoredTensor("layers.{}.up", (UP,)),)
+
+    def read(self, name):
+        return np.full(self.shape, float(name.split(".")[1]), np.float32)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_host_never_holds_a_stack_of_layers_as_arrays(name):
+    layers, size = 48, 256
+    model = Model(TINY)
+    spec = Spec((layers, size, size), ("layers", "embed", "mlp"), stacked=1)
+    split = trainable.make(
+        "lora",
+        ModelConfig(quantize=name),
+        LoRAConfig(targets=("up",)),
+        model.specs | {UP: spec},
+    )
+    mesh = meshes.make_mesh(mesh_sizes(), jax.devices()[:1])
+    arguments = Drawn((size, size)), None, UP, {UP: spec}, split, mesh
+    load_frozen_param(*arguments)  # Compiles.
+    tracemalloc.start()
+    made = load_frozen_param(*arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    one = size * size * 4  # The dtype of the run has half of it.
+    assert peak < parameter_paths.nbytes(made) + 8 * one < layers * one / 2
+    close(materialize(made)[:, 0, 0], np.arange(layers), 1e-2)

@@ -72,18 +72,12 @@ def format_card(
         "seed": knobs["seed"],
         "run": f"{folder.origin().get('run', 'without an id')}, step {step}",
     }
-    if system := read_system(folder.path, knobs["data.system"]):
-        facts["system text"] = (
-            f"{json.dumps(system, ensure_ascii=False)}, which the chat template writes "
-            "into conversations without a system message"
-        )
-    if frozen or (form := knobs.get("model.quantize", "none")) != "none":
-        facts["frozen weights"] = frozen or (
-            f"what {form} codes of the base model stand for, over which the adapters "
-            "were trained"
-        )
-    if earlier := _changed_facts(changes, step):
-        facts["changed in training"] = earlier
+    more = {
+        "system text": _system_fact(read_system(folder.path, knobs["data.system"])),
+        "frozen weights": frozen or _frozen_as_trained(knobs),
+        "changed in training": _changed_facts(changes, step),
+    }
+    facts |= {name: fact for name, fact in more.items() if fact}
     evaluations = [x for x in read_metrics(folder.path) if x["kind"] == "eval"]
     measured = [x for x in evaluations if x["step"] <= step]
     parts = {
@@ -146,6 +140,23 @@ def _trained(
     rank = _range(x.rank for x in adapters)
     alpha = _range(x.alpha for x in adapters)
     return f"{kind} of rank {rank} and alpha {alpha}{beside}, {place}"
+
+
+def _system_fact(system: str) -> str:
+    if not system:
+        return ""
+    return (
+        f"{json.dumps(system, ensure_ascii=False)}, which the chat template writes "
+        "into conversations without a system message"
+    )
+
+
+def _frozen_as_trained(knobs: Mapping[str, Any]) -> str:
+    form = knobs["model.quantize"]
+    if form == "none":
+        return ""
+    codes = f"{form} codes of the base model"
+    return f"what {codes} stand for, over which the adapters were trained"
 
 
 def _range(values: Iterable[float]) -> str:

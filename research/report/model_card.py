@@ -45,10 +45,10 @@ def format_card(
       licence: of the base model; empty where it is not known.
       usage: Markdown that says how the files are loaded.
       command: flags of `research.export` that write the same again.
-      library: that loads the files, as the hub names it.
+      library: that loads the files.
       merged: whether adapters are added to the weights; or else they are alone.
       adapters: of the model, by path.
-      frozen: what the weights under them are, where they are not as in training.
+      frozen: what the weights under them are, if not as in training.
     """
     changes = History(folder.history, PhaseTimer()).accepted_by_step
     newest = flat(folder.config())
@@ -58,9 +58,9 @@ def format_card(
     for begun in (0, *(x for x in sorted(changes) if x < step)):
         for source in _sources(_knobs_at(begun + 1, newest, changes)):
             sources.setdefault(source, begun + 1)
-    since = {x: f" (from update {n} on)" if n > 1 else "" for x, n in sources.items()}
-    data = [public_name(x) + when for x, when in since.items()]
-    data = data or [f"read by the task {knobs['data.kind']!r}"]
+    data = [
+        public_name(x) + f" (from update {n} on)" * (n > 1) for x, n in sources.items()
+    ] or [f"read by the task {knobs['data.kind']!r}"]
     facts = {
         "base model": public_name(base) if base else f"random {knobs['model.preset']}",
         "licence of the base model": licence or "not known",
@@ -78,15 +78,15 @@ def format_card(
         "changed in training": _changed_facts(changes, step),
     }
     facts |= {name: fact for name, fact in more.items() if fact}
-    evaluations = [x for x in read_metrics(folder.path) if x["kind"] == "eval"]
-    measured = [x for x in evaluations if x["step"] <= step]
+    known = read_metrics(folder.path)
+    measured = [x for x in known if x["kind"] == "eval" and x["step"] <= step]
     parts = {
         "Use": usage,
         "Licence": "The licence of the base model holds for this model, too.",
         "Made by": _command(folder, step, command),
     }
-    name, head = folder.path.absolute().name, _front(base, licence, sources, library)
-    return _card(name, head, facts, measured, parts)
+    head = _front(base, licence, sources, library)
+    return _card(folder.path.absolute().name, head, facts, measured, parts)
 
 
 def format_adapter_card(

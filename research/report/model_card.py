@@ -72,12 +72,10 @@ def format_card(
         "seed": knobs["seed"],
         "run": f"{folder.origin().get('run', 'without an id')}, step {step}",
     }
-    more = {
-        "system text": _system_fact(read_system(folder.path, knobs["data.system"])),
-        "frozen weights": frozen or _frozen_as_trained(knobs),
-        "changed in training": _changed_facts(changes, step),
-    }
-    facts |= {name: fact for name, fact in more.items() if fact}
+    facts["system text"] = _system_fact(read_system(folder.path, knobs["data.system"]))
+    facts["frozen weights"] = frozen or _frozen_as_trained(knobs)
+    facts["changed in training"] = _changed_facts(changes, step)
+    facts = {name: fact for name, fact in facts.items() if fact != ""}
     known = read_metrics(folder.path)
     measured = [x for x in known if x["kind"] == "eval" and x["step"] <= step]
     parts = {

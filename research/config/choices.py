@@ -47,6 +47,7 @@ BASE_FORMAT_MODULES = {
     "int8": "research.weights.quantized.int8_weights",
     "int4": "research.weights.quantized.int4_weights",
     "nf4": "research.weights.quantized.nf4_weights",
+    "keep": "research.weights.quantized.kept_codes",
 }
 # The base under the adapters of an export, where a run has trained over codes.
 DEQUANTISED, ORIGINAL = EXPORT_BASES = "dequantised", "original"

@@ -43,7 +43,8 @@ class ModelConfig:
     quantize: str = knob(
         "none",
         "how frozen matrices are stored while adapters train (QLoRA); none: arrays of "
-        "dtype; int8: one byte a weight; nf4, int4: four bits, of which nf4 loses less",
+        "dtype; int8: one byte a weight; nf4, int4: four bits, of which nf4 loses "
+        "less; keep: the codes that the file has, such as Q4_1 of a GGUF file",
         choices=BASE_FORMAT_MODULES,
     )
     remat: str = free_knob(

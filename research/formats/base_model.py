@@ -98,6 +98,18 @@ def open_architecture(name: str, hub_timeout: float = 5.0) -> Architecture:
     return read_hf_config(path)
 
 
+def open_tensors(name: str) -> TensorFile:
+    """The weight files of the model that `open_base` opens, if they are here.
+
+    Raises:
+      UserError: they are absent or damaged, or would have to be fetched.
+    """
+    if is_hub(name):
+        raise UserError(f"the weights of {name} would have to be fetched")
+    path = _exported(_locate(name, 0.0, HUB_FILES))
+    return GGUFFile(path) if path.is_file() else HuggingFaceWeights(path)
+
+
 def _exported(path: Path) -> Path:
     """The model in the folder of a run; any other path unchanged."""
     if (path / EXPORTED / "config.json").is_file():

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from research.core.errors import UserError
 from research.formats.base_model import Base
+from research.formats.kept_tensors import read_kept, say_what_is_kept
 from research.formats.tensor_file import TensorFile, read_finite
 from research.models.families.family_registry import family_of
 from research.models.families.model_family import ModelFamily
@@ -24,6 +25,7 @@ from research.models.families.stored_tensor import StoredTensor, used
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.weights.parameter_spec import Spec
+from research.weights.quantized.kept_codes import KeptMatrix
 from research.weights.representations.leaf import Matrix
 from research.weights.trainable import Trainable
 
@@ -41,6 +43,8 @@ def load_frozen(
     if base.tensors is not None:
         tensors, family = base.tensors.on(mesh), family_of(model.architecture)
         check_tensors(tensors, model)
+        if split.keeps_codes:
+            say_what_is_kept(split.frozen_specs, model.specs, split.frozen_dtype)
         return {
             path: load_frozen_param(tensors, family, path, model.specs, split, mesh)
             for path in model.specs
@@ -222,18 +226,27 @@ def load_frozen_param(
         one = spec.of_stack(done)
         return jax.jit(lambda weight: split.store(path, weight, one))
 
+    def quantized() -> Iterator[tuple[tuple[int, ...], list[Any]]]:
+        device = jax.local_devices()[0]
+        for index, value in parts:  # All processes read all tensors, in one order.
+            if held(index):
+                weight = jax.device_put(np.asarray(value, dtype), device)
+                yield index, jax.tree.leaves(store(len(index))(weight))
+
+    def held(index: tuple[int, ...]) -> bool:
+        return any(array.holds(index) for array in arrays)
+
     described = jax.tree.leaves(stored)
     arrays = [
         ShardedFill(x.shape, x.dtype or dtype, where)
         for x, where in zip(described, jax.tree.leaves(sharding), strict=True)
     ]
-    device = jax.local_devices()[0]
-    for index, value in parts:  # All processes read all tensors, in one order.
-        if not any(array.holds(index) for array in arrays):
-            continue
-        weight = jax.device_put(np.asarray(value, dtype), device)
-        codes = jax.tree.leaves(store(len(index))(weight))
-        for array, part in zip(arrays, codes, strict=True):
+    made = quantized()
+    if isinstance(stored, KeptMatrix):
+        (own,) = [x for x in tensors.layout(family) if path in x.paths]
+        made = read_kept(tensors, own, path, specs, stored, held)
+    for index, leaves in made:
+        for array, part in zip(arrays, leaves, strict=True):
             array.fill(index, np.asarray(part))
     structure = jax.tree.structure(stored)
     return jax.tree.unflatten(structure, [array.finish() for array in arrays])

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from research.core.errors import UserError
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
+from research.weights.quantized.block_kind import BlockKind, CodedMatrix
 
 PIECE = 1 << 24  # Numbers that are checked at once.
 
@@ -60,23 +61,47 @@ class RowFile(TensorFile, Protocol):
         ...
 
 
+@runtime_checkable
+class CodedFile(Protocol):
+    """A `TensorFile` that may hold matrices in codes."""
+
+    place: str
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        """The codes of a tensor, whose rows are blocks; None if it has none."""
+        ...
+
+    def codes(self, name: str) -> CodedMatrix:
+        """A tensor that has a `block_kind`, in its codes."""
+        ...
+
+
 def read_finite(tensors: TensorFile, name: str) -> np.ndarray:
     """One whole tensor.
 
     Raises:
-      UserError: it has NaN or infinite values. A model that has one answers nothing,
-        and its loss would be NaN from the first step.
+      UserError: it has NaN or infinite values.
     """
     value = tensors.read(name)
+    require_finite(tensors.place, name, value)
+    return value
+
+
+def require_finite(place: str, name: str, value: np.ndarray) -> None:
+    """Checks numbers of the tensor `name` of the file `place`.
+
+    Raises:
+      UserError: some are NaN or infinite. A model that has one answers nothing, and its
+        loss would be NaN from the first step.
+    """
     pieces = max(1, math.ceil(value.size / PIECE))
     for part in np.array_split(value, pieces) if value.ndim else [value]:
         # In two bytes NumPy needs several times as long.
         if not np.isfinite(part.astype(np.float32, copy=False)).all():
             raise UserError(
-                f"{tensors.place}: {name} has values that are NaN or infinite; copy "
+                f"{place}: {name} has values that are NaN or infinite; copy "
                 "the model again, or take one that was saved before its training failed"
             )
-    return value
 
 
 def fingerprint_files(files: list[Path]) -> str:

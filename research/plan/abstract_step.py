@@ -5,6 +5,7 @@ size of the vocabulary and the shapes of the weights.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +16,19 @@ from jax.sharding import Mesh
 
 from research.config.run_config import Config
 from research.core.errors import UserError
+from research.core.hub_access import is_hub
+from research.core.local_paths import split_step
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.data.token_batch import Batch
-from research.formats.base_model import Base
+from research.formats.base_model import Base, open_tensors
+from research.formats.kept_tensors import KEEP
+from research.formats.tensor_file import TensorFile
 from research.models.architecture import Architecture
 from research.models.presets import PRESETS, preset
 from research.parallel import mesh as meshes
 from research.runs.lineage.adapter_start import with_adapter
 from research.runs.lineage.base_of_run import start_architecture
+from research.runs.run_directory import RunDir
 from research.tasks import task_registry
 from research.tokenize.tokenizer import Tokenizer
 from research.train.step import train_step
@@ -106,7 +112,8 @@ def make_abstract_step(
     """
     config = with_adapter(config, architecture=architecture)
     # A step definition reads nothing of the tokenizer.
-    base = Base("planned", architecture, cast(Tokenizer, None), None)
+    tensors = _kept_tensors(config) if config.model.quantize == KEEP else None
+    base = Base("planned", architecture, cast(Tokenizer, None), tensors)
     objective = task_registry.make_objective(config, mesh)
     definition = make_step_definition(config, base, mesh, objective)
     split = definition.trainable
@@ -123,6 +130,28 @@ def make_abstract_step(
         definition if real else dataclasses.replace(definition, offload=False)
     )
     return AbstractStep(config, definition, state, frozen, batch)
+
+
+def _kept_tensors(config: Config) -> TensorFile | None:
+    """The file whose codes are kept: only it says how many bytes they take.
+
+    Raises:
+      UserError: it is not here.
+    """
+    start = config.model.init_from
+    if not start or (not is_hub(start) and RunDir(split_step(start)[0]).is_run):
+        return None  # Numbers, which stay numbers.
+    try:
+        return _open_tensors(start)
+    except UserError as error:
+        raise UserError(
+            f"{error}: config.model.quantize=keep is planned by the types in the file; "
+            "download it, or plan --config.model.quantize=nf4 or int8"
+        ) from error
+
+
+# A search for a layout plans many steps.
+_open_tensors = functools.lru_cache(maxsize=1)(open_tensors)
 
 
 def optimizer_bytes(step: AbstractStep) -> int:

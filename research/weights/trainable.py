@@ -4,8 +4,10 @@ This is the one place that knows whether a run trains adapters or the whole mode
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ from research.weights import parameter_paths
 from research.weights.adapters.adapter_kind import AdapterKind, with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
+from research.weights.quantized.block_kind import BlockKind
+from research.weights.quantized.kept_codes import kept_specs
 from research.weights.representations.frozen_base_format import find_format
 from research.weights.representations.leaf import Matrix
 
@@ -52,6 +56,7 @@ class Trainable:
         `spec` describes the parameter, or one of those that are stacked in it.
       kind: of the adapters; None in full training.
       full: paths of the parameters that are trained whole beside adapters.
+      keeps_codes: frozen matrices are to stay in the codes of their file.
     """
 
     specs: dict[str, Any]
@@ -64,6 +69,7 @@ class Trainable:
     store: Callable[[str, Array, Spec], Matrix] = lambda path, weight, spec: weight
     kind: AdapterKind | None = None
     full: frozenset[str] = frozenset()
+    keeps_codes: bool = False
 
     @property
     def count(self) -> int:
@@ -90,19 +96,28 @@ def make(
     model: ModelConfig,
     lora: LoRAConfig,
     specs: Mapping[str, Spec],
+    kept: Mapping[str, BlockKind] = MappingProxyType({}),
 ) -> Trainable:
     """Splits the parameters `specs` of a model; `trainable` is "lora" or "full".
+
+    `kept` has the codes of the matrices that stay as their file has them, by path.
 
     Raises:
       UserError: targets match nothing, a rank is below 1, a parameter would be trained
         whole and have an adapter, or the config gives trained weights a format.
     """
-    ways = {"lora": _make_adapters, "full": _make_full}
+    ways = {
+        "lora": functools.partial(_make_adapters, kept=kept),
+        "full": _make_full,
+    }
     return look_up(ways, trainable, "config.trainable")(model, lora, specs)
 
 
 def _make_adapters(
-    model: ModelConfig, lora: LoRAConfig, specs: Mapping[str, Spec]
+    model: ModelConfig,
+    lora: LoRAConfig,
+    specs: Mapping[str, Spec],
+    kept: Mapping[str, BlockKind],
 ) -> Trainable:
     kind = find_kind(lora.kind)
     lora = with_own_patterns(lora, specs)
@@ -113,6 +128,10 @@ def _make_adapters(
     frozen_specs = {
         path: spec if path in full else stored.specs(spec)
         for path, spec in specs.items()
+    } | {
+        path: kept_specs(specs[path], kind)
+        for path, kind in kept.items()
+        if path not in full
     }
     for path in full:
         if path in adapters:
@@ -150,6 +169,7 @@ def _make_adapters(
         store=store,
         kind=kind,
         full=frozenset(full),
+        keeps_codes=model.quantize == "keep",
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.core.errors import UserError
+from research.formats.gguf.block_layouts import LAYOUTS, unpack_blocks
 from research.formats.gguf.metadata_fields import read_architecture
 from research.formats.gguf.rope_metadata import TABLES
 from research.formats.gguf.tensor_types import TYPES
@@ -21,6 +22,7 @@ from research.formats.tensor_file import fingerprint_files
 from research.models.architecture import Architecture
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
+from research.weights.quantized.block_kind import BlockKind, CodedMatrix
 
 MAGIC = b"GGUF"
 PIECE = 2**22  # numbers of a tensor that are read at a time
@@ -118,11 +120,22 @@ class GGUFFile:
             except (NotImplementedError, ValueError) as error:
                 raise UserError(
                     f"{self._file}: {name} is stored as {kind.name}, which cannot be "
-                    f"read ({error}); give the model as Q8_0, F16 or BF16"
+                    f"read ({error}); give the model as F32, F16, BF16 or "
+                    f"{', '.join(LAYOUTS)}"
                 ) from error
         # Pages that were read would stay in the memory of the process.
         self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
         return values.reshape(-1, *self._shape(name)[1:])
+
+    def block_kind(self, name: str) -> BlockKind | None:
+        layout = LAYOUTS.get(self._tensors[name].tensor_type.name)
+        return layout.kind if layout else None
+
+    def codes(self, name: str) -> CodedMatrix:
+        tensor = self._tensors[name]
+        rows = np.array(tensor.data).reshape(*self._shape(name)[:-1], -1)
+        self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
+        return unpack_blocks(LAYOUTS[tensor.tensor_type.name], rows)
 
     def kind(self, name: str) -> str:
         found = self._tensors[name].tensor_type.name

@@ -19,6 +19,7 @@ from research.formats.huggingface.packed.bitsandbytes_tensors import find_bitsan
 from research.formats.huggingface.packed.mxfp4_tensors import find_mxfp4
 from research.formats.huggingface.packed.packed_integers import find_packed_integers
 from research.formats.huggingface.packed.packed_tensor import (
+    FLOATS,
     PackedTensor,
     StoredParts,
 )
@@ -28,11 +29,11 @@ from research.models.architecture import Architecture
 from research.models.families.family_registry import from_hf_config
 from research.models.families.model_family import ModelFamily
 from research.models.families.stored_tensor import StoredTensor
+from research.weights.quantized.block_kind import BlockKind, CodedMatrix
 
 INDEX = "model.safetensors.index.json"
 PIECE = 2**24  # numbers of a tensor that are read at a time
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_hf_config(folder: Path) -> Architecture:
@@ -183,10 +184,16 @@ class HuggingFaceWeights:
         with _opened(self._files[name]) as handle:
             return handle.get_slice(name)[rows]
 
+    def block_kind(self, name: str) -> BlockKind | None:
+        return self._packed[name].block_kind if name in self._packed else None
+
+    def codes(self, name: str) -> CodedMatrix:
+        return self._packed[name].codes()
+
     def kind(self, name: str) -> str:
         if name in self._packed:
             return self._packed[name].kind
-        return NAMES.get(self._types[name], self._types[name])
+        return FLOATS.get(self._types[name], self._types[name])
 
     def facts(self) -> Mapping[str, str]:
         with _opened(next(iter(self._files.values()))) as handle:

@@ -11,7 +11,8 @@ import numpy as np
 
 from research.core.errors import UserError, nearest
 from research.formats.fused_factors import Pair, split_lengths
-from research.formats.huggingface.huggingface_weights import NAMES, PLAIN_TYPES
+from research.formats.huggingface.huggingface_weights import PLAIN_TYPES
+from research.formats.huggingface.packed.packed_tensor import FLOATS
 from research.formats.peft.adapter_config import CONFIG, PREFIX, LoraNumbers
 from research.formats.peft.find_adapter import open_tensors
 from research.formats.peft.lora_modules import (
@@ -89,7 +90,7 @@ class AdapterTensors:
         keys = [key for entry in self.entries for key in (entry.down, entry.up)]
         kinds = {self._handle.get_slice(key).get_dtype() for key in keys}
         # In the order from exact to coarse; float64 is read as float32.
-        found = [name for code, name in NAMES.items() if code in {"F32", *kinds}]
+        found = [name for code, name in FLOATS.items() if code in {"F32", *kinds}]
         self.kind = found[-1]
         self.facts: Mapping[str, str] = self._handle.metadata() or {}
 

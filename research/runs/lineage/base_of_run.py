@@ -27,6 +27,7 @@ from research.core.local_paths import split_step
 from research.formats.base_model import Base, open_architecture
 from research.formats.huggingface.huggingface_export import fetch
 from research.formats.huggingface.huggingface_weights import read_hf_config
+from research.formats.kept_tensors import kept_kinds
 from research.formats.load_parameters import check_tensors, load_frozen_param
 from research.models.architecture import Architecture
 from research.models.families.family_registry import family_of
@@ -99,7 +100,8 @@ def open_stored(run: str | Path, base: Base | None = None) -> StoredRun:
     for part in (BASE_RUN, BASE_STEP, BASE_SUM):
         identity.pop(part, None)
     specs = Model(base.architecture).specs
-    split = trainable.make(config.trainable, config.model, config.lora, specs)
+    kept = kept_kinds(config.model.quantize, base.tensors, base.architecture, specs)
+    split = trainable.make(config.trainable, config.model, config.lora, specs, kept)
     return StoredRun(folder, config, base, split, identity)
 
 

@@ -10,6 +10,7 @@ from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.metric_sums import Objective
 from research.formats.base_model import Base
+from research.formats.kept_tensors import kept_kinds
 from research.formats.load_parameters import load_base, load_frozen
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.models.make_model import model_of_run
@@ -35,7 +36,12 @@ def make_step_definition(
     rows, batch_size = config.data.rows_per_pass, config.data.batch_size
     meshes.require_whole_units(mesh, rows, objective.rows_per_unit, batch_size)
     model = model_of_run(config.model, config.data, base.architecture, mesh)
-    split = trainable.make(config.trainable, config.model, config.lora, model.specs)
+    kept = kept_kinds(
+        config.model.quantize, base.tensors, base.architecture, model.specs
+    )
+    split = trainable.make(
+        config.trainable, config.model, config.lora, model.specs, kept
+    )
     return StepDefinition(
         model=model,
         trainable=split,

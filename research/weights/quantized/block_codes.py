@@ -7,6 +7,7 @@ et al. 2023, arXiv:2305.14314, section 3). A weight then takes 4.13 bits.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ class BlockMatrix(QuantizedMatrix):
         ones = [1] * (packed + 1), [1] * self.behind
         shifts = jnp.array([0, 4], jnp.uint8).reshape(*ones[0], 2, *ones[1])
         pairs = jnp.expand_dims(self.codes, packed + 1) >> shifts
-        values = _values(pairs & jnp.uint8(15), self.levels)
+        values = choose_levels(pairs & jnp.uint8(15), LEVELS[self.levels])
         scales = jnp.repeat(scales, size // shape[packed], packed)
         return (values.reshape(self.stored_shape) * scales).astype(dtype)
 
@@ -214,13 +215,13 @@ def _nearest(x: Array, levels: str) -> Array:
     return functools.reduce(jnp.add, above)
 
 
-def _values(codes: Array, levels: str) -> Array:
-    """The levels of codes below 16, float32.
+def choose_levels(codes: Array, levels: Sequence[float]) -> Array:
+    """Those of 16 `levels` that are numbered by codes, float32.
 
     Chosen by the four bits one after the other, which every device does in registers:
     on a CPU a lookup in a table takes twice as long.
     """
-    found = [jnp.float32(level) for level in LEVELS[levels]]
+    found = [jnp.float32(level) for level in levels]
     for bit in range(4):
         is_set = (codes & (1 << bit)) != 0
         pairs = zip(found[::2], found[1::2], strict=True)

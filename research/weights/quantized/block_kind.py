@@ -1,6 +1,8 @@
 """Kinds of codes that files hold: what the codes and scales of a matrix stand for."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,31 @@ class CodedMatrix:
     offsets: np.ndarray | None = None
     zeros: np.ndarray | None = None
 
+    def rows(self, rows: np.ndarray) -> "CodedMatrix":
+        """The matrix of these rows, in this order."""
+        parts = {
+            name: None if part is None else part[..., rows, :]
+            for name in ("codes", "scales", "offsets", "zeros")
+            for part in [getattr(self, name)]
+        }
+        return dataclasses.replace(self, **parts)
+
+    def widened(self, kind: BlockKind) -> "CodedMatrix":
+        """The same numbers in the codes of `kind`, which `common_kind` found."""
+        if kind == self.kind:
+            return self
+        scales = self.scales.astype(np.float32)
+        offsets = self.offsets
+        if offsets is None:
+            offsets = scales * np.float32(-self.kind.zero)
+        repeats = self.kind.block // kind.block
+        return CodedMatrix(
+            kind,
+            self.codes,
+            np.repeat(scales, repeats, -1),
+            np.repeat(offsets.astype(np.float32), repeats, -1),
+        )
+
     def decode(self) -> np.ndarray:
         """`[*stack, out, in]`, in the dtype to which the library rounds, or float32."""
         kind = self.kind
@@ -72,3 +99,22 @@ class CodedMatrix:
             blocks += self.offsets.astype(np.float32)[..., None]
         whole = blocks.reshape(self.codes.shape)
         return whole.astype(jnp.dtype(kind.rounds_to)) if kind.rounds_to else whole
+
+
+def common_kind(kinds: Sequence[BlockKind]) -> BlockKind | None:
+    """The kind that holds the numbers of all `kinds`; None if there is none.
+
+    Files mix types from layer to layer, and the layers of a parameter are one array. An
+    offset in the place of a zero is exact, as zeros are powers of two.
+    """
+    if len({*kinds}) == 1:
+        return kinds[0]
+    if any(kind.levels or kind.zeros or kind.rounds_to for kind in kinds):
+        return None
+    return BlockKind(
+        "+".join(sorted({kind.name for kind in kinds})),
+        max(kind.bits for kind in kinds),
+        math.gcd(*(kind.block for kind in kinds)),
+        "float32",
+        "float32",
+    )

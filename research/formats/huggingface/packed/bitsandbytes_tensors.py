@@ -62,11 +62,17 @@ def find_bitsandbytes(files: StoredParts) -> dict[str, PackedTensor]:
         _check(files, own, state)
         ends = ("", ".absmax", ".quant_map", STATE + levels)
         nested = (".nested_absmax", ".nested_quant_map") if state.group else ()
+        # Blocks run on from row to row: these parts of them lie in one row each.
+        block = math.gcd(state.shape[1], state.block)
+        kind = BlockKind(
+            f"bitsandbytes_{levels}", 4, block, "float32", levels=LEVELS[levels],
+            rounds_to=state.dtype,
+        )  # fmt: skip
         found[own] = PackedTensor.of_codes(
-            levels,
+            kind,
             state.shape,
             tuple(own + end for end in (*ends, *nested)),
-            functools.partial(_codes, files, own, state),
+            functools.partial(_codes, files, own, state, kind),
         )
     return found
 
@@ -132,27 +138,20 @@ def _check(files: StoredParts, own: str, state: _State) -> None:
         files.require(f"{own}.nested_quant_map", own, ("F32",), (256,))
 
 
-def _codes(files: StoredParts, own: str, state: _State) -> CodedMatrix:
+def _codes(files: StoredParts, own: str, state: _State, kind: BlockKind) -> CodedMatrix:
     out, width = state.shape
-    levels = LEVELS[state.levels]
-    stored = files.read(f"{own}.quant_map")
-    if not np.allclose(stored, np.array(levels, np.float32), rtol=0, atol=1e-6):
+    levels = np.array(kind.levels, np.float32)
+    if not np.allclose(files.read(f"{own}.quant_map"), levels, rtol=0, atol=1e-6):
         raise files.damaged(f"{own}.quant_map holds other levels than {state.levels}")
     # A part of it may be stored as floats, for tools that move only those.
     packed = np.ascontiguousarray(files.read(own)).reshape(-1).view(np.uint8)
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: out * width]
     scales = _scales(files, own, state)
-    # Blocks run on from row to row: these parts of them lie in one row each.
-    block = math.gcd(width, state.block)
-    starts = np.arange(out * width // block, dtype=np.int64) * block
-    kind = BlockKind(
-        f"bitsandbytes_{state.levels}", 4, block, "float32", levels=levels,
-        rounds_to=state.dtype,
-    )  # fmt: skip
+    starts = np.arange(out * width // kind.block, dtype=np.int64) * kind.block
     return CodedMatrix(
         kind,
         codes.reshape(out, width),
-        scales[starts // state.block].reshape(out, width // block),
+        scales[starts // state.block].reshape(out, width // kind.block),
     )
 
 

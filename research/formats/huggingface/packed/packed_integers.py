@@ -12,6 +12,7 @@ GPTQ (AutoGPTQ, GPTQModel): words `[in / 8, out]` with the codes of eight inputs
 
 import functools
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -61,19 +62,20 @@ def _find_awq(files: StoredParts, own: str, packing: Packing) -> PackedTensor:
         raise files.damaged(f"{own}{WORDS} has {inputs} inputs in groups of {group}")
     _check_scales(files, own, inputs // group, words * count, packing)
     parts = tuple(own + end for end in (WORDS, ZEROS, SCALES))
-    codes = functools.partial(_awq_codes, files, own)
-    return PackedTensor.of_codes("awq", (words * count, inputs), parts, codes)
+    kind = _kind(files, own, packing, group)
+    codes = functools.partial(_awq_codes, files, own, kind)
+    return PackedTensor.of_codes(kind, (words * count, inputs), parts, codes)
 
 
-def _awq_codes(files: StoredParts, own: str) -> CodedMatrix:
+def _awq_codes(files: StoredParts, own: str, kind: BlockKind) -> CodedMatrix:
     order = np.argsort(AWQ_ORDER)
 
     def unpacked(name: str) -> np.ndarray:
         fields = _fields(files.read(name), 4)
         return fields[..., order].reshape(len(fields), -1).T
 
-    codes = unpacked(own + WORDS)
-    return _matrix("awq", 4, codes, unpacked(own + ZEROS), files.read(own + SCALES).T)
+    scales = files.read(own + SCALES).T
+    return CodedMatrix(kind, unpacked(own + WORDS), scales, zeros=unpacked(own + ZEROS))
 
 
 def _find_gptq(files: StoredParts, own: str, packing: Packing) -> PackedTensor:
@@ -94,13 +96,23 @@ def _find_gptq(files: StoredParts, own: str, packing: Packing) -> PackedTensor:
     if out % count:
         raise files.damaged(f"{own}{WORDS} has {out} outputs, no multiple of {count}")
     _check_scales(files, own, groups, out, packing)
-    codes = functools.partial(_gptq_codes, files, own, packing, group)
-    return PackedTensor.of_codes("gptq", (out, inputs), tuple(parts), codes)
+    where = _group_of_inputs(files, own, inputs, group, groups)
+    # Blocks as long as neighbours in one group allow; one input, if they are mixed.
+    changes = np.flatnonzero(np.diff(where)) + 1
+    kind = _kind(files, own, packing, math.gcd(inputs, *changes.tolist()))
+    first = where[:: kind.block]
+    codes = functools.partial(_gptq_codes, files, own, packing, kind, first)
+    return PackedTensor.of_codes(kind, (out, inputs), tuple(parts), codes)
 
 
 def _gptq_codes(
-    files: StoredParts, own: str, packing: Packing, group: int
+    files: StoredParts,
+    own: str,
+    packing: Packing,
+    kind: BlockKind,
+    groups: np.ndarray,
 ) -> CodedMatrix:
+    """`groups` has that of each block."""
     fields = _fields(files.read(own + WORDS), packing.bits)
     codes = fields.transpose(1, 0, 2).reshape(fields.shape[1], -1)
     zeros = files.read(own + ZEROS)
@@ -111,12 +123,7 @@ def _gptq_codes(
         zeros = (zeros.view(np.uint32) + np.uint32(ones)).view(np.int32)
     zeros = _fields(zeros, packing.bits).reshape(len(zeros), -1).T
     scales = files.read(own + SCALES).T
-    where = _group_of_inputs(files, own, codes.shape[1], group, scales.shape[1])
-    # Blocks as long as neighbours in one group allow; one input, if they are mixed.
-    changes = np.flatnonzero(np.diff(where)) + 1
-    block = math.gcd(codes.shape[1], *changes.tolist())
-    first = where[::block]
-    return _matrix("gptq", packing.bits, codes, zeros[:, first], scales[:, first])
+    return CodedMatrix(kind, codes, scales[:, groups], zeros=zeros[:, groups])
 
 
 def _group_of_inputs(
@@ -134,14 +141,12 @@ def _group_of_inputs(
     return where
 
 
-def _matrix(
-    method: str, bits: int, codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray
-) -> CodedMatrix:
-    block = codes.shape[1] // scales.shape[1]
-    dtype = str(scales.dtype)
+def _kind(files: StoredParts, own: str, packing: Packing, block: int) -> BlockKind:
+    dtype = FLOATS[files.types[own + SCALES]]
     rounds_to = "" if dtype == "float32" else dtype
-    kind = BlockKind(method, bits, block, dtype, zeros=True, rounds_to=rounds_to)
-    return CodedMatrix(kind, codes, scales, zeros=zeros)
+    return BlockKind(
+        packing.method, packing.bits, block, dtype, zeros=True, rounds_to=rounds_to
+    )
 
 
 def _fields(words: np.ndarray, bits: int) -> np.ndarray:
@@ -152,7 +157,7 @@ def _fields(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _two_axes(
-    files: StoredParts, name: str, own: str, types: tuple[str, ...] = ("I32",)
+    files: StoredParts, name: str, own: str, types: Collection[str] = ("I32",)
 ) -> tuple[int, int]:
     shape = files.require(name, f"{own}.weight", types)
     if len(shape) != 2 or 0 in shape:

@@ -1,16 +1,17 @@
 """A tensor that a file holds in several parts, and the parts it is made of."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from research.core.errors import UserError
-from research.weights.quantized.block_kind import CodedMatrix
+from research.weights.quantized.block_kind import BlockKind, CodedMatrix
 
 AGAIN = "download or write the model again"
-FLOATS = ("F32", "F16", "BF16")
+# Names of safetensors, and of NumPy.
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,26 +23,27 @@ class PackedTensor:
       shape: of the whole.
       parts: names of the parts in the files.
       read: makes the whole.
-      codes: makes the matrix `[out, in]` with its codes; None where it is no such
-        matrix.
+      block_kind: the codes of a matrix `[out, in]`; None where it is no such matrix.
+      codes: makes that.
     """
 
     kind: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     read: Callable[[], np.ndarray]
+    block_kind: BlockKind | None = None
     codes: Callable[[], CodedMatrix] | None = None
 
     @classmethod
     def of_codes(
         cls,
-        kind: str,
+        kind: BlockKind,
         shape: tuple[int, ...],
         parts: tuple[str, ...],
         codes: Callable[[], CodedMatrix],
     ) -> "PackedTensor":
         """A matrix whose codes are all that is read."""
-        return cls(kind, shape, parts, lambda: codes().decode(), codes)
+        return cls(kind.name, shape, parts, lambda: codes().decode(), kind, codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class StoredParts:
         self,
         name: str,
         owner: str,
-        types: tuple[str, ...],
+        types: Collection[str],
         shape: tuple[int, ...] | None = None,
     ) -> tuple[int, ...]:
         """The shape of the part `name` of `owner`.

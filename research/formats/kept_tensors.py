@@ -117,7 +117,7 @@ def read_kept(
         matrix = tensors.codes(name)
         for part in (matrix.scales, matrix.offsets):
             if part is not None:
-                require_finite(tensors.place, name, part)
+                require_finite(tensors, name, part)
         matrix = matrix.widened(kept.kind)
         if rows is not None:
             matrix = matrix.rows(rows)

@@ -83,12 +83,14 @@ def read_finite(tensors: TensorFile, name: str) -> np.ndarray:
       UserError: it has NaN or infinite values.
     """
     value = tensors.read(name)
-    require_finite(tensors.place, name, value)
+    require_finite(tensors, name, value)
     return value
 
 
-def require_finite(place: str, name: str, value: np.ndarray) -> None:
-    """Checks numbers of the tensor `name` of the file `place`.
+def require_finite(
+    tensors: TensorFile | CodedFile, name: str, value: np.ndarray
+) -> None:
+    """Checks numbers of the tensor `name`.
 
     Raises:
       UserError: some are NaN or infinite. A model that has one answers nothing, and its
@@ -99,7 +101,7 @@ def require_finite(place: str, name: str, value: np.ndarray) -> None:
         # In two bytes NumPy needs several times as long.
         if not np.isfinite(part.astype(np.float32, copy=False)).all():
             raise UserError(
-                f"{place}: {name} has values that are NaN or infinite; copy "
+                f"{tensors.place}: {name} has values that are NaN or infinite; copy "
                 "the model again, or take one that was saved before its training failed"
             )
 

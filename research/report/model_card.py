@@ -153,7 +153,9 @@ def _frozen_as_trained(knobs: Mapping[str, Any]) -> str:
     form = knobs["model.quantize"]
     if form == "none":
         return ""
-    codes = f"{form} codes of the base model"
+    codes = "the codes of the base model's file"
+    if form != "keep":
+        codes = f"{form} codes of the base model"
     return f"what {codes} stand for, over which the adapters were trained"
 
 

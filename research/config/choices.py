@@ -32,15 +32,24 @@ class FormatChoice:
 ADAPTER_MODULES = {
     "lora": "research.weights.adapters.lora",
     "dora": "research.weights.adapters.dora",
-    "gaussian": "research.weights.adapters.gaussian",
-    "orthogonal": "research.weights.adapters.orthogonal",
-    "pissa": "research.weights.adapters.pissa",
-    "olora": "research.weights.adapters.olora",
+    "gaussian": "research.weights.adapters.starts.gaussian",
+    "orthogonal": "research.weights.adapters.starts.orthogonal",
+    "pissa": "research.weights.adapters.starts.pissa",
+    "olora": "research.weights.adapters.starts.olora",
+    "vera": "research.weights.adapters.vera",
+    "eva": "research.weights.adapters.starts.eva",
+    "loftq": "research.weights.adapters.starts.loftq",
 }
 # Kinds that differ only in their start have the arrays of another one.
-SAME_ARRAYS = {"gaussian": "lora", "orthogonal": "lora", "olora": "pissa"}
+SAME_ARRAYS = {
+    **dict.fromkeys(("gaussian", "orthogonal", "loftq"), "lora"),
+    "olora": "pissa",
+}
 # Kinds that compute the same of their arrays, so that they train as one program.
-LOW_RANK = ("lora", "gaussian", "orthogonal", "pissa", "olora")
+LOW_RANK = ("lora", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
+# Kinds that change a weight by a low-rank product, so that runs of them can be served
+# over one base.
+LOW_RANK_UPDATES = (*LOW_RANK, "vera")
 # Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
 BASE_FORMAT_MODULES = {
     "none": "research.weights.representations.plain_array",

@@ -45,6 +45,28 @@ RULES = (
         lambda c: not c.lora.layers or c.lora.kind != "dora",
     ),
     Rule(
+        ("lora.layers", "lora.kind"),
+        "VeRA's random matrices are shared by all layers, so it has no choice of "
+        "layers: use another kind",
+        lambda c: not c.lora.layers or c.lora.kind != "vera",
+    ),
+    Rule(
+        ("lora.kind", "lora.rslora"),
+        "EVA gives each matrix a rank of its own, and alpha / rank stays the same for "
+        "all: use one of them",
+        lambda c: c.lora.kind != "eva" or not c.lora.rslora,
+    ),
+    Rule(
+        ("lora.kind", "model.quantize"),
+        "LoftQ starts at what the codes of a quantised base have lost of its file: set "
+        "--config.model.quantize=nf4, int4 or int8, or use another kind",
+        lambda c: (
+            c.trainable != "lora"
+            or c.lora.kind != "loftq"
+            or c.model.quantize not in ("none", "keep")
+        ),
+    ),
+    Rule(
         ("model.init_from", "model.preset"),
         "one of them names a model to start from, or the shape of a random one",
         lambda c: bool(c.model.init_from or c.model.preset),
@@ -166,6 +188,7 @@ EVALUATED = HELD_ROWS + _never(
 )
 RANDOM = _only("model.init_from", "")
 JOINS = _only("runtime.distributed", True)
+ADAPTERS = _only("trainable", "lora")
 NO_ROWS = ("batch_size", "microbatch_size", "seq_len", "bad_lines", "hub_timeout")
 # The conditions under which a knob, or each knob of a group, acts. A knob's own entry
 # stands before that of its group; one that is found nowhere always acts.
@@ -175,7 +198,14 @@ ACTS: dict[str, Conditions] = {
     "model.param_dtype": _only("trainable", "full"),
     "model.quantize": _only("trainable", "lora"),
     "model.attention_block": _only("model.attention", "auto", "xla"),
-    "lora": _only("trainable", "lora"),
+    "lora": ADAPTERS,
+    "lora.pissa_niter": ADAPTERS + _only("lora.kind", "pissa"),
+    "lora.eva_rho": ADAPTERS + _only("lora.kind", "eva"),
+    "lora.eva_batches": ADAPTERS + _only("lora.kind", "eva"),
+    **{
+        f"lora.{name}": ADAPTERS + _never("lora.kind", "vera")
+        for name in ("alpha", "alpha_pattern", "rslora")
+    },
     "data": ROWS,
     **{f"data.{name}": () for name in ("kind", *NO_ROWS)},
     "data.source": ROWS + _only("data.path", ""),

@@ -86,7 +86,8 @@ class LoRAConfig:
     kind: str = knob(
         "lora",
         "kind of adapter; dora trains the length of each output's weights, too; "
-        "gaussian, orthogonal, pissa and olora are lora with another start",
+        "vera trains two vectors between fixed random matrices; gaussian, orthogonal, "
+        "pissa, olora, eva and loftq are lora with another start",
         choices=ADAPTER_MODULES,
     )
     rank: int = knob(16, "inner dimension of the adapters", above=0)
@@ -99,6 +100,22 @@ class LoRAConfig:
     rslora: bool = knob(False, "the product counts alpha / sqrt(rank) instead")
     dropout: float = knob(
         0.0, "share of adapter inputs dropped in training", low=0, high=0.99
+    )
+    pissa_niter: int = knob(
+        0,
+        "rounds of subspace iteration in which pissa finds the largest singular values "
+        "of each matrix, in place of an exact decomposition, which takes ten times as "
+        "long or more; 0: exact; 4 is usual",
+        low=0,
+    )
+    eva_rho: float = knob(
+        2.0,
+        "the largest rank that eva gives a matrix, as a multiple of lora.rank, while "
+        "the sum of all ranks stays; 1: all ranks stay",
+        low=1,
+    )
+    eva_batches: int = knob(
+        8, "first batches of the run whose activations eva starts from", above=0
     )
     targets: tuple[str, ...] = knob(
         ("attention", "mlp"),
@@ -170,6 +187,12 @@ class OptimConfig:
         "the run ends, saved and reported, once its training loss is at most this, as "
         "the mean of 10 steps; 0: never. Rows learned by heart lower it, too: "
         "eval.stop_loss does the same by the held-out loss",
+        low=0,
+    )
+    neftune_noise_alpha: float = knob(
+        0.0,
+        "noise on embeddings in training, uniform in +-alpha / sqrt(L D), where L are "
+        "the tokens of a document and D is the width; 5 is usual; 0: none",
         low=0,
     )
     z_loss: float = knob(0.0, "weight of the squared log-normaliser in the loss", low=0)

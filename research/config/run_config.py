@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from research.config.choices import LOW_RANK
+from research.config.choices import LOW_RANK_UPDATES
 from research.config.cross_knob_rules import check_effects, check_rules, idle
 from research.config.data_knobs import DataConfig, TextConfig
 from research.config.knob_groups import (
@@ -101,7 +101,7 @@ class Config:
     @property
     def is_adapter(self) -> bool:
         """Whether it trains low-rank adapters alone, of which many share one base."""
-        is_low_rank = self.trainable == "lora" and self.lora.kind in LOW_RANK
+        is_low_rank = self.trainable == "lora" and self.lora.kind in LOW_RANK_UPDATES
         return is_low_rank and not self.lora.full
 
     def __post_init__(self) -> None:

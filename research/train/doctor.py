@@ -25,8 +25,10 @@ from research.tasks.row_preview import PreviewRow
 from research.tasks.task_protocol import Task
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.metrics.throughput import count_used
+from research.train.step.definition_from_config import lost_in_codes
 from research.train.step.train_step import StepDefinition, TrainState
 from research.weights import parameter_paths
+from research.weights.contraction import materialize
 
 TEST_ROW = 64  # tokens
 PREVIEW_ROWS = 4
@@ -129,7 +131,7 @@ def examine_model(
         *_examine_chunk(definition),
     ]
     if definition.trainable.kind is not None:
-        findings[2:2] = _examine_adapters(definition, state, frozen, continued)
+        findings[2:2] = _examine_adapters(definition, state, frozen, continued, base)
     return findings
 
 
@@ -154,6 +156,7 @@ def _examine_adapters(
     state: TrainState,
     frozen: dict[str, Any],
     continued: str = "",
+    base: Base | None = None,
 ) -> list[Finding]:
     split = definition.trainable
     kind, adapters = split.kind, split.adapters(state.params)
@@ -167,6 +170,11 @@ def _examine_adapters(
     differing, moved, distance = _compare_outputs(definition, state.params, frozen)
     rounding = float(jnp.finfo(definition.model.options.dtype).eps) ** 0.5
     starts = differing == 0 or (moved < rounding and not kind.is_exact)
+    how = f" by rounding ({moved:.1e})" if differing and starts else ""
+    if kind.reads_lost and differing and not continued:
+        path, before, after = _recovered(base, definition, state.params, frozen)
+        starts = after < before
+        how = f", and bring {path} from {before:.3%} to {after:.3%} away from its file"
     return [
         Finding(
             f"{kind.name} targets",
@@ -176,8 +184,7 @@ def _examine_adapters(
         *_examine_full(definition),
         Finding(
             f"{kind.name} at step 0",
-            f"adapters change {differing:,} outputs of a test row"
-            f"{f' by rounding ({moved:.1e})' if differing and starts else ''}"
+            f"adapters change {differing:,} outputs of a test row{how}"
             f"{f' as they continue {continued}' if continued else ''}, and the base "
             f"model without them is {distance:.1e} away",
             ok=(starts or bool(continued)) and distance < rounding,
@@ -195,6 +202,24 @@ def _examine_adapters(
             f"fine-tuning under the name of {kind.name}",
         ),
     ]
+
+
+def _recovered(
+    base: Base,
+    definition: StepDefinition,
+    params: dict[str, Any],
+    frozen: dict[str, Any],
+) -> tuple[str, float, float]:
+    """A path, and how far its codes are from the file without and with its adapter.
+
+    Both are shares of the norm of the weights in the file.
+    """
+    path = min(definition.trainable.adapters(params))
+    lost = lost_in_codes(definition, base, path, frozen[path])
+    weights = definition.trainable.forward(params, frozen, None)[path]
+    left = lost - weights.update()
+    size = jnp.linalg.norm(lost + materialize(frozen[path]).astype(jnp.float32))
+    return path, *(float(jnp.linalg.norm(x) / size) for x in (lost, left))
 
 
 def _examine_full(definition: StepDefinition) -> list[Finding]:

@@ -37,6 +37,7 @@ from research.tasks import epochs, task_registry
 from research.tasks.task_protocol import Task
 from research.train import doctor
 from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
+from research.train.programs.device_batches import first_batches
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
 from research.train.step.schedules import make_schedule
@@ -121,7 +122,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             unit = mesh.batch_shards(devices) * objective.rows_per_unit
             epochs.require_batch(config.data, task.rows, unit)
         definition = make_step_definition(config, base, devices, objective)
-        state, frozen = _start(definition, each, base, runs)
+        state, frozen = _start(definition, each, base, runs, config, task)
         examination = doctor.examine(base, definition, state, frozen, task, config.lora)
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
         terminal.show_findings(console, examination.findings)
@@ -167,6 +168,8 @@ def _start(
     opened: OpenedFolder,
     base: Base,
     others: Sequence[TrainingRun],
+    config: Config,
+    task: Task,
 ) -> tuple[train_step.TrainState, dict[str, Any]]:
     """The state before the first step, and the frozen parameters.
 
@@ -178,7 +181,10 @@ def _start(
         return train_step.abstract_state(definition), {}
     frozen = others[0].frozen if others else None
     continued = None if saved else opened.config.lora
-    params, frozen = load_start(definition, base, frozen, continued)
+    rows = functools.partial(first_batches, config, definition, task)
+    params, frozen = load_start(
+        definition, base, frozen, continued, None if saved else rows
+    )
     return train_step.jit_init(definition)(params), frozen
 
 

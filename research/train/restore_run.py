@@ -1,11 +1,13 @@
 """A run resumes: its newest intact checkpoint, or the start where nothing was saved."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from research.checkpoints.checkpointer import Checkpointer
 from research.core.errors import DamagedError, DivergedError, UserError
 from research.core.visible_text import counted
+from research.train.programs.device_batches import first_batches
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start
 from research.train.training_run import TrainingRun
@@ -61,7 +63,12 @@ def restore(
         )
     if run.state is None:
         params, run.frozen = load_start(
-            run.definition, run.base, continued=run.config.lora
+            run.definition,
+            run.base,
+            continued=run.config.lora,
+            first_batches=functools.partial(
+                first_batches, run.config, run.definition, run.task
+            ),
         )
         run.state = train_step.jit_init(run.definition)(params)
     return 0, None

@@ -16,7 +16,11 @@ import jax.numpy as jnp
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import UserError, look_up
 from research.weights import parameter_paths
-from research.weights.adapters.adapter_kind import AdapterKind, with_own_patterns
+from research.weights.adapters.adapter_kind import (
+    AdapterKind,
+    InputDirections,
+    with_own_patterns,
+)
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
 from research.weights.quantized.block_kind import BlockKind
@@ -26,6 +30,7 @@ from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 Params = dict[str, Any]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Patterns of paths, by the names that `config.lora.full` has for them.
 FULL_GROUPS = {
     "norms": r"norm\.(scale|bias)$",
@@ -47,7 +52,8 @@ class Trainable:
         that are trained whole are among them, to compare with.
       frozen_dtype: dtype of stored arrays whose `Spec` fixes no other.
       dtype: dtype of the trained parameters.
-      init: `(key, base) -> params`, the start of the trained parameters.
+      init: `(key, base, inputs) -> params`, the start of the trained parameters;
+        `inputs` are `InputDirections` by path for adapters that start from them.
       forward: `(params, frozen, key) -> model parameters`; `key` switches the dropout
         of adapters on and is None in evaluation.
       measure: `(params, frozen) -> frozen` for `forward` with these parameters, with
@@ -63,7 +69,7 @@ class Trainable:
     frozen_specs: Mapping[str, Any]
     frozen_dtype: Any
     dtype: Any
-    init: Callable[[Array, Params], Params]
+    init: Callable[..., Params]
     forward: Callable[[Params, Params, Array | None], Params]
     measure: Callable[[Params, Params], Params] = lambda params, frozen: frozen
     store: Callable[[str, Array, Spec], Matrix] = lambda path, weight, spec: weight
@@ -140,9 +146,11 @@ def _make_adapters(
                 "it an adapter: name it in one of them"
             )
 
-    def init(key: Array, base: Params) -> Params:
+    def init(
+        key: Array, base: Params, inputs: Mapping[str, InputDirections] = NOTHING
+    ) -> Params:
         whole = {path: base[path].astype(jnp.float32) for path in full}
-        return kind.init(key, specs, lora, base) | whole
+        return kind.init(key, specs, lora, base, inputs) | whole
 
     def factors(params: Params) -> Params:
         return {path: params[path] for path in params if path not in full}
@@ -203,6 +211,6 @@ def _make_full(
         frozen_specs={},
         frozen_dtype=jnp.dtype(model.dtype),
         dtype=jnp.dtype(model.param_dtype),
-        init=lambda key, base: base,
+        init=lambda key, base, inputs=NOTHING: base,
         forward=lambda params, frozen, key: params,
     )

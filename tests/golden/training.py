@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    VeraConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.optimizers import create_loraplus_optimizer
 from reference import Arrays, require
 from safetensors.numpy import load_file
@@ -21,6 +27,7 @@ from safetensors.numpy import load_file
 FOLDER, MODEL = "training", "llama2"
 STEPS, BATCHES, ROWS, LENGTH = 20, 2, 4, 24
 RATE, RATIO = 5e-3, 16.0
+RATES = {"vera": 0.2}  # Its few numbers need a higher one.
 TOLERANCE = 1e-4
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 USUAL: dict[str, Any] = {
@@ -37,6 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
+    "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)},
+    "vera": {},
     "dora": {
         "use_dora": True,
         "target_modules": ["q_proj", "down_proj", "embed_tokens"],
@@ -65,7 +75,16 @@ def _family() -> tiny.Family:
 
 def _adapted(case: str, model: Any) -> Any:
     torch.manual_seed(7)
-    return get_peft_model(model, LoraConfig(**USUAL | CASES[case]))
+    if case == "vera":
+        usual = {name: x for name, x in USUAL.items() if name != "lora_alpha"}
+        model = get_peft_model(model, VeraConfig(**usual))
+    else:
+        model = get_peft_model(model, LoraConfig(**USUAL | CASES[case]))
+    if case == "eva":
+        ids = torch.from_numpy(rows()[:BATCHES, :, :-1].astype(np.int64))
+        inputs = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+        initialize_lora_eva_weights(model, inputs, show_progress_bar=False)
+    return model
 
 
 def _saved(model: Any) -> tuple[dict[str, Any], Arrays]:
@@ -85,7 +104,7 @@ def _optimizer(case: str, model: Any) -> torch.optim.Optimizer:
             model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, **numbers
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=RATE, **numbers)
+    return torch.optim.AdamW(trained, lr=RATES.get(case, RATE), **numbers)
 
 
 def compute(case: str) -> tuple[dict[str, Any], Arrays]:

@@ -3,9 +3,11 @@
 `golden/training.py` recorded losses, adapters and merged weights.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from peft_exports import write_adapter
 
 from research.config.run_config import LoRAConfig, OptimConfig
 from research.core.errors import UserError
+from research.data.token_batch import Batch
 from research.formats.huggingface.huggingface_weights import (
     HuggingFaceWeights,
     read_hf_config,
@@ -24,6 +27,7 @@ from research.formats.load_parameters import load_params
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.formats.peft.peft_export import plan_adapter
 from research.models.transformer import Model
+from research.train.step.input_directions import measure_directions
 from research.train.step.optimizers import make_optimizer
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.contraction import contract
@@ -49,9 +53,12 @@ CASES = {
     "pissa": ({"kind": "pissa"}, {}),
     "olora": ({"kind": "olora"}, {}),
     "dora": ({"kind": "dora", "targets": tuple(MODULES)}, {}),
+    "pissa_niter": ({"kind": "pissa", "pissa_niter": 4}, {}),
+    "eva": ({"kind": "eva"}, {}),
+    "vera": ({"kind": "vera"}, {"learning_rate": 0.2}),
 }
 # The others run the programs of these, or take longer than a quick test may.
-PROGRAMS = ("lora", "rslora", "loraplus", "pissa", "dora")
+PROGRAMS = ("lora", "rslora", "loraplus", "pissa", "dora", "vera")
 
 
 def config_of(case):
@@ -86,6 +93,8 @@ def factors_of(case, when):
             "lora_embedding_A": ("a", (*spec.in_shape, -1)),
             "lora_embedding_B": ("b", (-1, *outputs)),
             "lora_magnitude_vector": ("magnitude", outputs),
+            "vera_lambda_d": ("lambda_d", (-1,)),
+            "vera_lambda_b": ("lambda_b", outputs),
         }
         layers = range(spec.shape[0] if spec.stacked else 1)
         own = {}
@@ -93,16 +102,41 @@ def factors_of(case, when):
             keys = [f"{when} base_model.model.{module.format(i)}.{end}" for i in layers]
             if keys[0] in recorded(case):
                 values = [recorded(case)[key].T.reshape(shape) for key in keys]
+                values = _with_one_rank(values, name)
                 own[name] = jnp.stack(values) if spec.stacked else jnp.array(values[0])
         found[path] = own
     return found
+
+
+def _with_one_rank(values, name):
+    """EVA's ranks differ by layer; here each has room for the largest that it gives."""
+    axis = {"a": -1, "b": 0}.get(name)
+    sizes = {value.shape[axis] for value in values} if axis is not None else {0}
+    if len(sizes) == 1:
+        return values
+
+    def wide(value):
+        missing = [(0, 0)] * value.ndim
+        missing[axis] = (0, 8 - value.shape[axis])
+        return np.pad(value, missing)
+
+    return [wide(value) for value in values]
 
 
 def started(case):
     """PEFT's start, with what our kinds keep beside it."""
     kind, config = find_kind(config_of(case).kind), config_of(case)
     start = factors_of(case, "start")
-    if "a0" in next(iter(kind.specs(base()[0].specs, config).values())):
+    if case == "vera":  # The shared matrices of PEFT, as far as a matrix uses them.
+        a, b = (recorded(case)[f"start base_model.vera_{x}"] for x in "AB")
+        for path, own in start.items():
+            spec = base()[0].specs[path]
+            inputs, outputs = spec.as_matrix.shape[-2:]
+            own["a0"] = jnp.array(a[:, :inputs].T.reshape(*spec.in_shape, -1))
+            own["b0"] = jnp.array(
+                b[:outputs].T.reshape(-1, *spec.shape[spec.stacked + spec.n_in :])
+            )
+    elif "a0" in next(iter(kind.specs(base()[0].specs, config).values())):
         start = {p: f | {"a0": f["a"], "b0": f["b"]} for p, f in start.items()}
     return kind, config, start
 
@@ -129,8 +163,8 @@ def test_twenty_steps_follow_those_of_peft(case):
     settings = kind.settings(kind.ranks(adapters), config)
     settings = jax.tree.map(jnp.float32, settings)
     optim = OptimConfig(
-        learning_rate=RATE, schedule="constant", warmup=0.0, b2=0.999, clip_norm=0.0,
-        weight_decay=0.0, **CASES[case][1],
+        **{"learning_rate": RATE} | CASES[case][1], schedule="constant", warmup=0.0,
+        b2=0.999, clip_norm=0.0, weight_decay=0.0,
     )  # fmt: skip
     optimizer = make_optimizer(optim, 20, kind.specs(base()[0].specs, config))
     state, losses, rows = optimizer.init(adapters), [], recorded(case)["rows"]
@@ -166,6 +200,62 @@ def test_a_merge_in_bfloat16_has_the_bits_of_peft(case):
             peft = recorded(case)[f"merged base_model.model.{module}"]
             own = own if path == "embedding.table" else own.T
             np.testing.assert_array_equal(own, peft, err_msg=module)
+
+
+def test_a_fast_start_out_of_the_weights_is_nearly_the_exact_one():
+    """As near to the weight as PEFT's, and nearer, since it has spare directions."""
+    kind, config, peft = started("pissa_niter")
+    model, params = base()
+    starts = {
+        rounds: kind.init(
+            jax.random.key(0), model.specs,
+            dataclasses.replace(config, pissa_niter=rounds), params,
+        )
+        for rounds in (0, 4)
+    }  # fmt: skip
+    for path in peft:
+        whole = params[path].reshape(2, *model.specs[path].as_matrix.shape[-2:])
+        exact, ours, theirs = (
+            np.linalg.norm(
+                whole
+                - 1.5 * np.matmul(f["a"].reshape(2, -1, 4), f["b"].reshape(2, 4, -1))
+            )
+            for f in (starts[0][path], starts[4][path], peft[path])
+        )
+        assert exact <= ours * (1 + 1e-6) and ours <= theirs * (1 + 1e-6)
+        assert ours <= 1.002 * exact
+
+
+def test_evas_ranks_and_directions_are_those_of_peft():
+    """Both read the same batches; sums of PEFT forget a part of them."""
+    kind, config, peft = started("eva")
+    model, params = base()
+    tokens = recorded("eva")["rows"][:, :, :-1]
+    places = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
+    zeros = np.zeros(tokens.shape, np.int32)
+    # Padding counts for nothing.
+    tokens, places, real = (
+        np.pad(x, [(0, 0), (0, 0), (0, 5)]).astype(np.int32)
+        for x in (tokens, places, zeros + 1)
+    )
+    batch = Batch(tokens, tokens, np.float32(real), real, places, tokens)
+    definition = SimpleNamespace(model=model)
+    specs = kind.specs(model.specs, config)
+    found = measure_directions(definition, params, [batch], specs)
+    start = kind.init(jax.random.key(0), model.specs, config, params, found)
+    for path, own in start.items():
+        assert not own["b"].any()
+        a = np.asarray(own["a"]).reshape(2, -1, 8)
+        theirs = np.asarray(peft[path]["a"]).reshape(2, -1, 8)
+        ranks = [np.linalg.matrix_rank(x) for x in a]
+        assert ranks == [np.linalg.matrix_rank(x) for x in theirs]
+        for rank, mine, other in zip(ranks, a, theirs, strict=True):
+            mine, other = mine[:, :rank], other[:, :rank]
+            np.testing.assert_allclose(mine.T @ mine, np.eye(rank), atol=1e-5)
+            # Each of PEFT's directions lies within the space of ours.
+            assert np.linalg.norm(mine.T @ other, axis=0).min() > 0.9
+    settings = kind.settings(kind.ranks(start), config)
+    assert set(settings.scales.values()) == {1.5}
 
 
 @pytest.mark.parametrize("case", ["pissa", "olora"])

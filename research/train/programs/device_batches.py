@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from research.config.run_config import Config
 from research.data.token_batch import Batch
 from research.parallel import agreement, mesh
 from research.runs.lineage.proof_rows import keep_rows
+from research.tasks.task_protocol import Task
+from research.train.step.train_step import StepDefinition
 from research.train.training_run import TrainingRun
 
 Position = dict[str, Any]
@@ -103,6 +106,22 @@ def place_batch(run: TrainingRun, batch: Batch, held_out: bool) -> Batch:
     if held_out:
         return mesh.to_global(batch, devices, rows=data.rows_per_pass)
     return mesh.to_global(batch, devices, run.microbatches, data.batch_size)
+
+
+def first_batches(
+    config: Config, definition: StepDefinition, task: Task
+) -> list[Batch]:
+    """The batches that a run begins with, on its devices, for adapters of kind EVA.
+
+    `task` gives them once more when training begins.
+    """
+    devices, data = definition.mesh, config.data
+    rows = mesh.local_rows(devices, data.batch_size, data.passes_per_step)
+    stream = task.batches(rows)
+    return [
+        mesh.to_global(next(stream), devices, data.passes_per_step, data.batch_size)
+        for _ in range(config.lora.eva_batches)
+    ]
 
 
 def held_out_batches(runs: Sequence[TrainingRun], to_devices: ToDevices) -> list[Any]:

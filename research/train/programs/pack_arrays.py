@@ -56,7 +56,10 @@ def union(
 
     Kinds that train together compute the same where the arrays of another are zero.
     """
-    own = [with_own_patterns(config.lora, specs) for config in configs]
+    own = [
+        _kind(config).widened(with_own_patterns(config.lora, specs))
+        for config in configs
+    ]
     unions = [(kind, kind.union(specs, own)) for kind in map(_kind, configs)]
     return max(unions, key=lambda made: len(jax.tree.leaves(made[1])))
 

@@ -1,24 +1,32 @@
 """From a config and an opened base model to a step definition and its parameters."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from research.config.knob_groups import LoRAConfig
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.data.metric_sums import Objective
+from research.data.token_batch import Batch
 from research.formats.base_model import Base
 from research.formats.kept_tensors import kept_kinds
-from research.formats.load_parameters import load_base, load_frozen
+from research.formats.load_parameters import load_base, load_frozen, load_param
 from research.formats.peft.adapter_folder import AdapterFolder
+from research.models.families.family_registry import family_of
 from research.models.make_model import model_of_run
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
+from research.train.step.input_directions import measure_directions
 from research.train.step.train_step import StepDefinition, abstract_params
 from research.weights import trainable
+from research.weights.contraction import materialize
+from research.weights.representations.leaf import Matrix
 
+Array = jax.Array
 Params = dict[str, Any]
 
 
@@ -51,6 +59,7 @@ def make_step_definition(
         seed=config.seed,
         offload=config.runtime.offload_optimizer,
         grad_norms=config.runtime.grad_norms,
+        noise_alpha=config.optim.neftune_noise_alpha,
     )
 
 
@@ -79,6 +88,7 @@ def load_start(
     base: Base,
     frozen: Params | None = None,
     continued: LoRAConfig | None = None,
+    first_batches: Callable[[], Sequence[Batch]] | None = None,
 ) -> tuple[Params, Params]:
     """The trained parameters at their start, and the frozen ones.
 
@@ -87,6 +97,8 @@ def load_start(
       base: the base model.
       frozen: the frozen parameters, where they are loaded already.
       continued: names an adapter folder whose values are the start; None for none.
+      first_batches: gives the run's first batches on its devices, for adapters that
+        start from them; None where a checkpoint will replace the start.
 
     Raises:
       UserError: the adapter cannot be read, or is not what the config was made for.
@@ -107,5 +119,42 @@ def load_start(
         adapter.warn_of_other_base(base)
         adapter.require_base(base.tensors.on(mesh))
         return adapter.load(shardings), frozen
+    reads = split.kind.reads_inputs or split.kind.reads_lost
+    if reads and first_batches is None:
+        return _zeros(definition, shardings), frozen
+    own, inputs = dict(frozen), {}
+    adapters = split.adapters(split.specs)
+    if split.kind.reads_inputs:
+        inputs = measure_directions(definition, frozen, first_batches(), adapters)
+    if split.kind.reads_lost:
+        own |= {
+            path: lost_in_codes(definition, base, path, frozen[path])
+            for path in adapters
+        }
     init = jax.jit(split.init, out_shardings=shardings)
-    return init(jax.random.key(definition.seed), frozen), frozen
+    return init(jax.random.key(definition.seed), own, inputs), frozen
+
+
+def _zeros(definition: StepDefinition, shardings: Any) -> Params:
+    like = abstract_params(definition)
+
+    def make() -> Params:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def lost_in_codes(
+    definition: StepDefinition, base: Base, path: str, codes: Matrix
+) -> Array:
+    """The weight at `path` in its file less what its codes stand for, float32."""
+    model, mesh = definition.model, definition.mesh
+    sharding = meshes.shardings({path: model.specs[path]}, mesh)[path]
+    family, tensors = family_of(model.architecture), base.tensors.on(mesh)
+    dtype = definition.trainable.frozen_dtype
+    weight = load_param(tensors, family, path, model.specs, sharding, dtype)
+
+    def subtract(weight: Array, codes: Matrix) -> Array:
+        return weight.astype(jnp.float32) - materialize(codes).astype(jnp.float32)
+
+    return jax.jit(subtract, out_shardings=sharding)(weight, codes)

@@ -16,6 +16,7 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
 from research.weights import parameter_paths
+from research.weights.representations.noisy_table import NoisyTable, noise_bounds
 from research.weights.trainable import Trainable
 
 Array = jax.Array
@@ -23,6 +24,8 @@ Params = dict[str, Any]
 Metrics = dict[str, Any]
 
 DROPOUT_STREAM = 2**31 - 1
+NOISE_STREAM = 2**31 - 2
+TABLE = "embedding.table"
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +57,7 @@ class StepDefinition:
       seed: of dropout.
       offload: the optimizer's state lies in the host's memory between updates.
       grad_norms: the step also gives the gradient norm of each parameter.
+      noise_alpha: size of the noise on embeddings in training (NEFTune); 0 for none.
     """
 
     model: Model
@@ -64,6 +68,7 @@ class StepDefinition:
     seed: int = 0
     offload: bool = False
     grad_norms: bool = False
+    noise_alpha: float = 0.0
 
 
 def _sum_microbatches(
@@ -82,6 +87,8 @@ def _sum_microbatches(
 
         def objective(params):
             weights = definition.trainable.forward(params, frozen, key)
+            if definition.noise_alpha:
+                weights = _with_noise(definition, weights, microbatch, key)
             return definition.objective.train(definition.model, weights, microbatch)
 
         (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -97,6 +104,18 @@ def _sum_microbatches(
         jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     )
     return gradients, sums
+
+
+def _with_noise(
+    definition: StepDefinition, weights: Params, batch: Batch, key: Array
+) -> Params:
+    """`weights` whose embeddings of `batch` `[rows, seq]` are noisy."""
+    table, family = weights[TABLE], definition.model.architecture
+    # Gemma multiplies its embeddings, and its noise is that of the products.
+    alpha = definition.noise_alpha / family.embedding_scale
+    bound = noise_bounds(batch.segments, alpha, table.shape[-1])
+    own = jax.random.fold_in(key, NOISE_STREAM)
+    return weights | {TABLE: NoisyTable(table, own, bound)}
 
 
 def train_step(

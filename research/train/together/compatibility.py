@@ -16,6 +16,7 @@ MAY_DIFFER = frozenset(
         "seed",
         *(f"lora.{x}" for x in ("rank", "alpha", "dropout", "targets")),
         *(f"lora.{x}" for x in ("rank_pattern", "alpha_pattern", "rslora", "layers")),
+        *("lora.pissa_niter", "lora.eva_rho", "lora.eva_batches"),
         *(f"optim.{x}" for x in ("learning_rate", "schedule", "warmup", "decay")),
         *("optim.final", "optim.rate_pattern"),
     }

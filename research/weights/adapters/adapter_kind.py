@@ -44,6 +44,20 @@ class Settings:
     dropout: Array | float
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputDirections:
+    """The directions in which the inputs of one parameter's matrices vary most.
+
+    Attributes:
+      directions: `[*stack, in, k]`, columns of length 1, the largest variance first.
+      shares: `[*stack, k]`, of the variance that each explains.
+    """
+
+    directions: Array
+    shares: Array
+
+
 class AdapterKind(abc.ABC):
     """One kind of adapter. Instances hold no arrays.
 
@@ -53,10 +67,14 @@ class AdapterKind(abc.ABC):
     Attributes:
       name: value of `config.lora.kind`.
       is_exact: the start is a no-op to the last bit; else as far as rounding allows.
+      reads_inputs: it starts from what `init` gets as `inputs`.
+      reads_lost: it starts from what codes of the base have lost: no no-op.
     """
 
     name: str
     is_exact: bool = True
+    reads_inputs: bool = False
+    reads_lost: bool = False
 
     # A kind defines these methods, each about one matrix.
 
@@ -115,6 +133,10 @@ class AdapterKind(abc.ABC):
     def rank_fault(self, spec: Spec, rank: int) -> str:
         """Why the matrix `spec` cannot have an adapter of this rank, or ""."""
         return ""
+
+    def widened(self, config: LoRAConfig) -> LoRAConfig:
+        """`config` with the ranks for which the factors have room."""
+        return config
 
     def measure_matrix(
         self, base: Matrix, factors: Factors, scale: Array
@@ -177,11 +199,12 @@ class AdapterKind(abc.ABC):
         specs: Mapping[str, Spec],
         config: LoRAConfig,
         base: Mapping[str, Matrix] = MappingProxyType({}),
+        inputs: Mapping[str, InputDirections] = MappingProxyType({}),
     ) -> Adapters:
         """All adapters at their start, float32.
 
         `specs` are those of the model's parameters. `base` has their values, for kinds
-        that start from them.
+        that start from them, and `inputs` those of their inputs.
         """
         own = self.specs(specs, config)
         scales = self.settings(self.ranks(own), config).scales

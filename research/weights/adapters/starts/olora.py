@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from research.weights.adapters.shifted import ShiftedLoRA
+from research.weights.adapters.starts.shifted import ShiftedLoRA
 
 
 class OLoRA(ShiftedLoRA):

@@ -44,7 +44,7 @@ class ModelConfig:
         "none",
         "how frozen matrices are stored while adapters train (QLoRA); none: arrays of "
         "dtype; int8: one byte a weight; nf4, int4: four bits, of which nf4 loses "
-        "less; keep: the codes that the file has, such as Q4_1 of a GGUF file",
+        "less; keep: the codes that the base is stored in, such as Q4_1 of GGUF",
         choices=BASE_FORMAT_MODULES,
     )
     remat: str = free_knob(

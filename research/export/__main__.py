@@ -62,7 +62,8 @@ class ExportFlags:
     )
     model: str = knob(
         "",
-        "base of an adapter of PEFT, as config.model.init_from names it; not given: "
+        "base of an adapter of PEFT: a folder, a .gguf file, or a name as for "
+        "config.model.init_from; not given: "
         "that which the adapter names",
         is_path=True,
     )

@@ -84,7 +84,7 @@ def test_a_second_equal_command_is_refused_before_it_measures(tmp_path, monkeypa
     folder = types.SimpleNamespace(path=tmp_path)
     run = types.SimpleNamespace(config=Config(), folder=folder)
     one = types.SimpleNamespace(name="tuned", identity="5f", run=run)
-    found = types.SimpleNamespace(models=[one], target=one)
+    found = types.SimpleNamespace(models=[one], target=one, place=tmp_path)
     monkeypatch.setattr(evaluated_models, "find_models", lambda *_: found)
     started = []
 

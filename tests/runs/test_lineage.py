@@ -154,6 +154,7 @@ def test_files_that_compute_something_else_are_removed(
         return dataclasses.replace(
             written,
             read=lambda path, index: written.read(path, index) * np.float32(1.01),
+            layout=None,  # Its places in the file still hold the right numbers.
         )
 
     monkeypatch.setattr(HuggingFaceFormat, "read_back", spoilt)

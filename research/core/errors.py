@@ -128,9 +128,10 @@ def look_up(table: Mapping[str, T], name: str, what: str) -> T:
       UserError: there is none; the message lists those that there are.
     """
     if name not in table:
+        listed = ", ".join(filter(None, table))
         raise UserError(
-            f"{what} is {name!r}{nearest(name, table)}; it must be one of "
-            f"{', '.join(table)}"
+            f"{what} is {name!r}{nearest(name, table)}; it must be one of {listed}"
+            f"{', or not given at all' if '' in table else ''}"
         )
     return table[name]
 

@@ -192,6 +192,36 @@ def test_an_adapter_that_is_not_computed_here_is_refused(opened, change, said):
     assert "adapter_" in str(error.value)  # The file.
 
 
+def test_parts_that_the_config_names_and_the_file_lacks_are_warned_of(opened, caplog):
+    opened()
+    opened(lambda t, c: c.update(bias="none", target_modules="regular|expression"))
+    assert not caplog.text
+    first = FIRST.removeprefix("base_model.model.")
+
+    def without(t, c):
+        c["target_modules"] = ["q_proj", "k_proj"]
+        return {k: x for k, x in t.items() if not k.startswith(FIRST)}, c
+
+    opened(without)
+    assert "no tensors for 1 modules that target_modules" in caplog.text
+    assert f"({first})" in caplog.text
+    for bias in ("all", "lora_only"):
+        caplog.clear()
+        opened(put(bias=bias))
+        assert (
+            f"has no biases, and bias of adapter_config.json is {bias}" in caplog.text
+        )
+
+
+@pytest.mark.parametrize(
+    "name", [f"base_model.model.{FIRST}", "layers.0.self_attn.q_proj"]
+)
+def test_a_prefix_that_is_not_pefts_is_not_called_another_base(opened, name):
+    with pytest.raises(UserError, match="other first parts than") as error:
+        opened(renamed(lambda key: key.replace(FIRST, name)))
+    assert "another base" not in str(error.value)
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_an_expression_of_a_stranger_does_not_run_for_ever(opened, field, monkeypatch):
     def change(tensors, config):

@@ -79,6 +79,8 @@ class LoraNumbers:
       dora: whether each module has the lengths of DoRA.
       modules: ends of the names of modules that were trained whole.
       bias: which biases were trained: none, all, or lora_only (of adapted modules).
+      targets: ends of the names of modules that all have factors, where a list of
+        the config says so, for all layers.
       matching: looks modules up in the patterns.
     """
 
@@ -95,6 +97,7 @@ class LoraNumbers:
     dora: bool
     modules: tuple[str, ...] = ()
     bias: str = "none"
+    targets: tuple[str, ...] = ()
     matching: "_Matching" = dataclasses.field(
         default_factory=lambda: _Matching(MATCHING), compare=False, repr=False
     )
@@ -206,7 +209,16 @@ def read_numbers(folder: Path) -> LoraNumbers:
         field("use_dora", bool, False),
         tuple(field("modules_to_save", [str], ())),
         bias,
+        _targets(config),
     )
+
+
+def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of `LoraNumbers`; empty where other fields choose among the modules."""
+    found = config.get("target_modules")
+    fewer = "layers_to_transform", "exclude_modules", "target_parameters"
+    is_list = isinstance(found, list) and all(isinstance(x, str) for x in found)
+    return () if not is_list or any(map(config.get, fewer)) else tuple(found)
 
 
 def _refuse(file: Path, config: Mapping[str, Any]) -> None:

@@ -19,15 +19,12 @@ from research.formats.fused_factors import Pair
 from research.formats.load_parameters import make_sharded
 from research.formats.peft.adapter_config import (
     CONFIG,
+    MERGED,
     TENSORS,
     LoraNumbers,
     read_numbers,
 )
-from research.formats.peft.adapter_tensors import (
-    MERGED,
-    AdaptedModule,
-    AdapterTensors,
-)
+from research.formats.peft.adapter_tensors import AdaptedModule, AdapterTensors
 from research.formats.peft.find_adapter import find_adapter
 from research.formats.peft.whole_parameters import WholeParameters
 from research.formats.tensor_file import TensorFile, fingerprint_files
@@ -68,6 +65,7 @@ class AdapterFolder:
         shape = architecture, specs
         self._tensors = AdapterTensors(self._file, self.numbers, *shape)
         self.whole = WholeParameters(self._file, self._tensors, self.numbers, *shape)
+        self._warn_of_absent()
         entries = self._tensors.entries
         self._entries: dict[Any, list[AdaptedModule]] = {}
         for entry in entries:
@@ -189,6 +187,27 @@ class AdapterFolder:
     def require_base(self, tensors: TensorFile) -> None:
         """See `WholeParameters.require_base`."""
         self.whole.require_base(tensors)
+
+    def _warn_of_absent(self) -> None:
+        """Warns of parts that the config names and the file lacks, as PEFT does."""
+        if absent := self._tensors.absent():
+            logging.warning(
+                "%s has no tensors for %d modules that target_modules of %s names "
+                "(%s): they stay as the base has them; if that is not meant, copy both "
+                "files from one folder",
+                self._file,
+                len(absent),
+                CONFIG,
+                ", ".join(absent[:3]) + ", ..." * (len(absent) > 3),
+            )
+        if self._tensors.absent_biases():
+            logging.warning(
+                "%s has no biases, and bias of %s is %s: they stay as the base has "
+                "them; if that is not meant, copy both files from one folder",
+                self._file,
+                CONFIG,
+                self.numbers.bias,
+            )
 
     def warn_of_other_base(self, base: Base) -> None:
         """Warns where the folder says that it was trained on another base than `base`.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from research.core.errors import UserError, nearest
 from research.formats.fused_factors import Pair, split_lengths
 from research.formats.huggingface.huggingface_weights import PLAIN_TYPES
 from research.formats.huggingface.packed.packed_tensor import FLOATS
-from research.formats.peft.adapter_config import CONFIG, PREFIX, LoraNumbers
+from research.formats.peft.adapter_config import CONFIG, MERGED, PREFIX, LoraNumbers
 from research.formats.peft.find_adapter import open_tensors
 from research.formats.peft.lora_modules import (
     INNER,
@@ -34,7 +34,6 @@ FACTOR = re.compile(
 )
 # How PEFT marks a parameter that it saves whole.
 WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.(weight|bias)$)")
-MERGED = "merge the adapter with PEFT's merge_and_unload, and start from that folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,30 @@ class AdapterTensors:
         found = [name for code, name in FLOATS.items() if code in {"F32", *kinds}]
         self.kind = found[-1]
         self.facts: Mapping[str, str] = self._handle.metadata() or {}
+
+    def absent(self) -> list[str]:
+        """Modules that the config names, and for which the file has no tensors.
+
+        Experts and routers do not count, as PEFT has no modules for them.
+        """
+        held = {(path, x.layer) for x in self.entries for path in x.module.stored.paths}
+        return [
+            module.name
+            for module in self._modules
+            if not (module.parameter or module.has_no_pattern)
+            and f"{module.name}.weight" not in self.whole
+            and held.isdisjoint((x, module.index[:1]) for x in module.stored.paths)
+            and any(f".{module.name}".endswith(f".{x}") for x in self._numbers.targets)
+        ]
+
+    def absent_biases(self) -> bool:
+        """Whether the config says that biases were trained, and the file has none."""
+        adapted = {x.module.name for x in self.entries}
+        places = [x.rpartition(".") for x in self._parameters()]
+        every = {place for place, _, part in places if part == "bias"}
+        own = every & adapted if self._numbers.bias == "lora_only" else every
+        has_some = any(name.endswith(".bias") for name in self.whole)
+        return self._numbers.bias != "none" and bool(own) and not has_some
 
     def pairs(self, entry: AdaptedModule) -> dict[str, Pair]:
         """The factors of the matrices of a module.
@@ -348,7 +371,7 @@ class AdapterTensors:
             )
 
     def _other_base(
-        self, what: str, name: str = "", known: Iterable[str] = ()
+        self, what: str, name: str = "", known: Collection[str] = ()
     ) -> UserError:
         if family_of(self._architecture).ignores(name):
             return UserError(
@@ -357,10 +380,17 @@ class AdapterTensors:
                 "with target_modules of the text part, or remove these tensors if the "
                 "adapter is for text"
             )
+        for own in known if name else ():
+            if f".{name}".endswith(f".{own}") or own.endswith(f".{name}"):
+                return UserError(
+                    f"{self._file}: the name {name} has other first parts than "
+                    f"{PREFIX}{own}, as PEFT names it: save the adapter again with "
+                    "PEFT's save_pretrained, or rename its tensors so"
+                )
         trained = self._numbers.base_name or "a base without a name"
         return UserError(
             f"{self._file} is an adapter to another base model than the one that is "
-            f"open: {what}{nearest(name, [*known]) if name else ''}; it was trained on "
+            f"open: {what}{nearest(name, known) if name else ''}; it was trained on "
             f"{trained}"
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from research.core.errors import UserError
 from research.core.hub_access import HubAddress, fetch_files, is_hub
 from research.core.local_paths import expanded, holds_adapter, local_path, no_such
-from research.formats.peft.adapter_config import CONFIG, PICKLED, TENSORS
+from research.formats.peft.adapter_config import CONFIG, PICKLED, REMEDY, TENSORS
 
 # Files beside an adapter that say how its prompts are written.
 PROMPTS = ("tokenizer*.json", "special_tokens_map.json", "*.jinja")
@@ -30,7 +30,6 @@ def find_adapter(name: str, hub_timeout: float = 5.0) -> Path:
     Raises:
       UserError: it is absent, or has tensors only in a pickled file.
     """
-    how = "give the folder that PEFT's save_pretrained wrote"
     if is_hub(name):
         folder = _from_hub(name, hub_timeout)
         if not (folder / CONFIG).is_file():
@@ -41,18 +40,18 @@ def find_adapter(name: str, hub_timeout: float = 5.0) -> Path:
     else:
         folder = local_path(name, "config.lora.init_from")
     if not folder.exists():
-        raise no_such(f"adapter {name!r}", folder, how)
+        raise no_such(f"adapter {name!r}", folder, REMEDY)
     if not (folder / CONFIG).is_file():
         inside = sorted(str(x.parent) for x in folder.glob(f"*/{CONFIG}"))
         there = f"; there are {', '.join(inside[:8])}" if inside else ""
-        raise UserError(f"{folder} has no {CONFIG}: {how}{there}")
+        raise UserError(f"{folder} has no {CONFIG}: {REMEDY}{there}")
     if not (folder / TENSORS).is_file():
         if (folder / PICKLED).exists():
             raise UserError(
                 f"{folder} has {PICKLED} alone, which is pickled and never read: load "
                 "it with PEFT and save it again, which writes safetensors"
             )
-        raise UserError(f"{folder} has no {TENSORS}: {how}")
+        raise UserError(f"{folder} has no {TENSORS}: {REMEDY}")
     return folder
 
 

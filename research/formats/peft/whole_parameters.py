@@ -14,8 +14,8 @@ import numpy as np
 
 from research.core.errors import UserError
 from research.formats.load_parameters import make_sharded
-from research.formats.peft.adapter_config import CONFIG, PREFIX, LoraNumbers
-from research.formats.peft.adapter_tensors import MERGED, AdapterTensors
+from research.formats.peft.adapter_config import CONFIG, MERGED, PREFIX, LoraNumbers
+from research.formats.peft.adapter_tensors import AdapterTensors
 from research.formats.peft.lora_modules import names_in_memory, tied_head
 from research.formats.tensor_file import TensorFile
 from research.models.architecture import Architecture

@@ -77,7 +77,8 @@ def read_ropes(
 
 
 def _read(fields: ConfigFields, rope: ConfigFields, head_dim: int) -> Rope:
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0), above=1)
+    outer = fields.number("rope_theta", 10000.0, above=1)
+    theta = rope.number("rope_theta", outer, above=1)
     share = "partial_rotary_factor"
     fraction = rope.number(share, fields.number(share, 1.0, high=1), high=1)
     turned = int(head_dim * fraction)

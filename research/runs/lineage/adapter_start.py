@@ -54,8 +54,9 @@ def with_adapter(
         if value not in (default, getattr(found, name)):
             raise UserError(
                 f"config.lora.{name} is {value!r}, and the adapter "
-                f"{asked.init_from} has {getattr(found, name)!r}: drop what sets it, "
-                f"or add {shell_flag(f'lora.{name}', default)}"
+                f"{asked.init_from} has {getattr(found, name)!r}: remove what sets it, "
+                f"or set {shell_flag(f'lora.{name}', default)}, the default, which "
+                "leaves it to the adapter"
             )
     return dataclasses.replace(config, lora=found)
 

@@ -293,7 +293,7 @@ OF_DOORS = [
     (GenerateFlags, "tensor_parallel_size=2", "does not exist here: all visible dev"),
     (GenerateFlags, "lora_r=8", "--config.lora.rank=8 in research.train, and is no f"),
     (GenerateFlags, "tempereture=1", "did you mean 'temperature'?"),
-    (EvaluateFlags, "model_name_or_path=x", "--run here: a run directory"),
+    (EvaluateFlags, "model_name_or_path=x", "--model here: a folder or a"),
     (EvaluateFlags, "test_file=x.jsonl", "--data=x.jsonl here"),
     (EvaluateFlags, "per_device_eval_batch_size=8", "--slots here: answers that are"),
     (EvaluateFlags, "limit=8", "--rows=8 here"),

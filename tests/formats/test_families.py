@@ -244,7 +244,7 @@ LLAMA3 = {
             {"rope_parameters": {"full_attention": LLAMA3}},
             "in rope_parameters: full_attention is",
         ),
-        ({"rope_theta": "1e5"}, "rope_theta is '1e5'; it must be a number above 0"),
+        ({"rope_theta": "1e5"}, "rope_theta is '1e5'; it must be a number above 1"),
         ({"hidden_size": 64.5}, "hidden_size is 64.5; it must be a whole number"),
         ({"vocab_size": "many"}, "vocab_size is 'many'; it must be a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),

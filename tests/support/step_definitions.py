@@ -123,7 +123,7 @@ class OneLogitStep:
         return Batch(zeros, zeros, weights, zeros + 1, zeros, zeros)
 
     def loss(self, steps, microbatch):
-        """Of one microbatch of the step after `steps` updates."""
+        """The loss of one microbatch in the step after `steps` updates."""
         weights = np.zeros((2, 1, 4), np.float32)
         weights[microbatch] = 1.0
         state = train_step.init_state(self._definition, self._params)

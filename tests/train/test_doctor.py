@@ -133,7 +133,7 @@ def test_fresh_adapters_pass(lora_job):
     assert failed(definition, train_step.init_state(definition, adapters), base) == []
 
 
-# What starts at a value that must not change without notice, by kind.
+# An array of each kind that may not start elsewhere.
 MOVED = {
     "dora": "magnitude", "pissa": "b0", "olora": "a", "vera": "lambda_b", "lora": "b",
     "gaussian": "b", "orthogonal": "b", "eva": "b", "loftq": "b",

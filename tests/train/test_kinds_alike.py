@@ -132,7 +132,7 @@ def test_a_run_in_a_pack_of_its_kind_equals_itself_alone(small, kind):
 
 @pytest.mark.parametrize("kind", ["dora", "vera"])
 def test_padding_for_a_pack_changes_no_product_and_gets_no_gradient(kind):
-    """What the soak shows of whole runs, of one matrix."""
+    """The soak shows it of whole runs, this of one matrix."""
     rng, kind = np.random.default_rng(0), find_kind(kind)
     spec = Spec((12, 9), ("embed", "mlp"))
     configs = [LoRAConfig(rank=rank, targets=("w",)) for rank in (2, 5)]

@@ -9,6 +9,8 @@ same random rows as our side. Prints one JSON line on stdout.
 
 A row is one document: SDPA needs no mask then, which is its fastest case. Adapters are
 float32 under autocast, as `Trainer(bf16=True)` trains them, or bfloat16 without it.
+`--quantize=nf4` or `int8` puts the matrices that get adapters into bitsandbytes' codes,
+as `transformers` does: nf4 with its scales in codes too, int8 with outliers above 6.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,28 +37,76 @@ from random_rows import random_rows
 IGNORED_LABEL = -100
 
 
-def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
+def in_codes(linear: torch.nn.Linear, codes: str) -> torch.nn.Module:
+    """The same layer with its matrix in bitsandbytes' codes."""
+    import bitsandbytes as bnb
+
+    size, device = (linear.in_features, linear.out_features), linear.weight.device
+    weight = linear.weight.data
+    if codes == "nf4":
+        made = bnb.nn.Linear4bit(
+            *size, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            device="meta",
+        )  # fmt: skip
+        made.weight = bnb.nn.Params4bit(
+            weight.cpu(), requires_grad=False, quant_type="nf4",
+            compress_statistics=True, module=made,
+        )  # fmt: skip
+    else:
+        made = bnb.nn.Linear8bitLt(
+            *size, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
+        )
+        made.weight = bnb.nn.Int8Params(
+            weight.cpu(), requires_grad=False, has_fp16_weights=False
+        )
+    return made.to(device)
+
+
+def quantize(model: Any, codes: str) -> None:
+    """Replaces every linear layer but the head, one after the other."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    for name, linear in found:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, in_codes(linear, codes))
+    # By these PEFT knows which layers it wraps.
+    model.is_loaded_in_4bit = codes == "nf4"
+    model.is_loaded_in_8bit = codes == "int8"
+
+
+def make_model(
+    shape: Path,
+    device: torch.device,
+    rank: int,
+    adapters: str,
+    recompute: bool,
+    codes: str = "",
+) -> Any:
     """A Llama of random weights with adapters, ready to train."""
-    fields = json.loads(arguments.shape.read_text(encoding="utf-8"))
+    fields = json.loads(shape.read_text(encoding="utf-8"))
     config = transformers.LlamaConfig.from_dict(fields)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", dtype=torch.bfloat16
         )
-    if arguments.recompute:
+    if codes:
+        quantize(model, codes)
+    if recompute:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     lora = peft.LoraConfig(
-        r=arguments.rank,
-        lora_alpha=2 * arguments.rank,
-        use_dora=arguments.dora,
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
     with device:
         wrapped = peft.get_peft_model(
-            model, lora, autocast_adapter_dtype=arguments.adapters == "float32"
+            model, lora, autocast_adapter_dtype=adapters == "float32"
         )
     return wrapped.train()
 
@@ -119,7 +170,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,13 +181,17 @@ def main() -> None:
     add("--seq", type=int, default=2048, help="tokens of a row")
     add("--trained", type=float, default=1.0, help="share of positions with a loss")
     add("--rank", type=int, default=16)
-    add("--dora", action=argparse.BooleanOptionalAction, default=False)
     add("--adapters", choices=("float32", "bfloat16"), default="float32")
     add("--recompute", action=argparse.BooleanOptionalAction, default=False)
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--steps", type=int, default=5, help="that count")
     add("--warmup", type=int, default=2, help="steps that do not count")
-    arguments = parser.parse_args()
+    add("--quantize", choices=("nf4", "int8"), default="", help="codes of the base")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(
             f"error: torch {torch.__version__} of {sys.executable} finds no GPU; "
@@ -144,22 +199,33 @@ def main() -> None:
         )
         sys.exit(2)
     device = torch.device(arguments.device)
-    model = make_model(arguments, device)
+    model = make_model(
+        arguments.shape,
+        device,
+        arguments.rank,
+        arguments.adapters,
+        arguments.recompute,
+        arguments.quantize,
+    )
+    made_gb = 0.0
+    if device.type == "cuda":
+        made_gb = peak_bytes(device) / 1e9
+        torch.cuda.reset_peak_memory_stats()
     seconds, counted, loss = train_steps(arguments, model, model.config.vocab_size)
-    step_s = statistics.median(seconds)
+    step_s, held_gb = statistics.median(seconds), peak_bytes(device) / 1e9
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    used = ["torch", "transformers", "peft"]
+    used += ["bitsandbytes"] if arguments.quantize else []
     found = {
         "device": name,
         "tokens_per_s": arguments.rows * arguments.seq / step_s,
         "step_s": step_s,
-        "seconds": seconds,
-        "memory_gb": peak_bytes(device) / 1e9,
+        "memory_gb": max(made_gb, held_gb),
+        "step_gb": held_gb,
         "positions": counted,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "loss": loss,
-        "versions": {
-            name: metadata.version(name) for name in ("torch", "transformers", "peft")
-        },
+        "versions": {name: metadata.version(name) for name in used},
     }
     print(json.dumps(found), flush=True)
 

@@ -1,15 +1,17 @@
 """The script for accelerators: its children, its budget, and what it keeps of failures.
 
-The whole script with tiny sizes is `soak`: it compiles seven steps.
+The whole script runs with tiny sizes, in forks of one process that has imported JAX.
 """
 
 import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -33,11 +35,14 @@ def accelerator(monkeypatch):
 @pytest.fixture
 def run_child(accelerator, monkeypatch, tmp_path):
     """Results of one trial whose child is the given program."""
-    monkeypatch.setattr(accelerator, "BENCH", tmp_path)
+    import card_children
+    import card_trials
+
+    monkeypatch.setattr(card_children, "BENCH", tmp_path)
 
     def call(program, budget=2.0 * PATIENCE, limit=1.0 * PATIENCE, **fields):
         (tmp_path / "card_measures.py").write_text(program)
-        trial = accelerator.card("one", "step", 1.0, limit, **fields)
+        trial = card_trials.card("one", "step", 1.0, limit, **fields)
         return list(accelerator.measure([trial], budget, "", tmp_path))
 
     return call
@@ -93,7 +98,17 @@ def test_what_cannot_run_here_is_named(accelerator, tmp_path, monkeypatch):
     trials = [t for t in accelerator.TRIALS if t.name in ("peft", "train")]
     peft, train = accelerator.measure(trials, 1e4, "", tmp_path)
     assert peft["not_run"].startswith("needs --torch-python")
-    assert train["not_run"] == "needs no_such_module"
+    assert train["not_run"] == f"needs no_such_module in {sys.executable}"
+
+
+def test_a_comparison_in_codes_needs_bitsandbytes(accelerator, tmp_path):
+    """In the other interpreter: without it the line says so, and nothing is started."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho bitsandbytes\n")
+    python.chmod(0o755)
+    trials = [t for t in accelerator.TRIALS if t.name == "peft-nf4"]
+    [missing] = accelerator.measure(trials, 1e4, str(python), tmp_path)
+    assert missing["not_run"] == f"needs bitsandbytes in {python}"
 
 
 def test_the_summary_compares_the_best_of_both_sides(accelerator):
@@ -108,12 +123,47 @@ def test_the_summary_compares_the_best_of_both_sides(accelerator):
     ]
     lines = list(accelerator.summary(results))
     assert "best MFU 52.5% (pretrain-dots; goal 50%)" in lines
-    assert lines[-1].startswith("LoRA: 1.50 times PEFT (lora 30 tokens/s, peft-bf")
+    assert lines[-1].startswith("LoRA over bfloat16: 1.50 times PEFT (lora 30 tokens/s")
     assert lines[-1].endswith("NOT EQUAL in positions")
     assert any("no room" in line for line in lines)
 
 
-def test_every_trial_has_a_tiny_size_and_settings_that_its_measure_takes(accelerator):
+def test_a_base_in_codes_is_compared_with_equal_settings_alone(accelerator):
+    def step(trial, micro, speed, gigabytes, **codes):
+        return {
+            "trial": trial, "settings": {"micro": micro, **codes}, "trained": 7,
+            "positions": 5, "tokens_per_s": speed, "step_gb": gigabytes,
+            "frozen_gb": gigabytes / 2,
+        }  # fmt: skip
+
+    results = [
+        step("lora", 4, 40.0, 20.0),
+        step("lora-dots", 8, 50.0, 40.0),
+        step("lora-nf4", 4, 30.0, 8.0, quantize="nf4"),
+        step("lora-int8", 2, 35.0, 9.0, quantize="int8"),
+        step("peft-nf4", 2, 12.0, 10.0, quantize="nf4"),
+    ]
+    lines = list(accelerator.summary(results))[len(results) :]
+    assert lines == [
+        "LoRA over nf4: 2.50 times PEFT (lora-nf4 30 tokens/s, peft-nf4 12)",
+        "base in nf4: 0.75 of bfloat16's speed, 0.40 of the step's memory, 0.40 of the "
+        "frozen weights'",
+    ]
+
+
+@pytest.fixture
+def peft_side(accelerator, monkeypatch):
+    """The other side's module, where its libraries are not."""
+    for name in ("peft", "torch", "torch.nn", "transformers"):
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    monkeypatch.delitem(sys.modules, "peft_side", raising=False)
+    import peft_side
+
+    yield peft_side
+    del sys.modules["peft_side"]
+
+
+def test_every_trial_has_settings_that_its_measure_takes(accelerator, peft_side):
     import card_measures
     import card_run
 
@@ -122,6 +172,8 @@ def test_every_trial_has_a_tiny_size_and_settings_that_its_measure_takes(acceler
         for each in (trial, accelerator.tiny(trial)):
             settings = dict(each.settings)
             if each.script == "peft_side.py":
+                found = vars(peft_side.parse(accelerator.peft_arguments(settings)))
+                assert found.items() >= {**settings, "shape": found["shape"]}.items()
                 continue
             measure = card_run.measure
             if each.script == "card_measures.py":
@@ -132,28 +184,78 @@ def test_every_trial_has_a_tiny_size_and_settings_that_its_measure_takes(acceler
 
 
 def test_the_steps_are_those_of_the_shipped_configs(accelerator):
-    import card_measures
+    import card_job
 
     for name, file in (("full", pretrain_1b), ("lora", finetune_8b)):
         config = from_config_dict(file.get_config())
         assert config.trainable == name
         assert dataclasses.asdict(config.optim) == dataclasses.asdict(
-            card_measures.OPTIM[name]
+            card_job.OPTIM[name]
         )
         assert config.model.loss_chunk == ModelConfig().loss_chunk
 
 
-@pytest.mark.soak
-def test_everything_runs_with_tiny_sizes(tmp_path):
-    out = tmp_path / "card.jsonl"
+def read_results(out, finished):
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def run_tiny(out, *flags, **options):
     command = [sys.executable, BENCH / "accelerator.py", "--tiny", "--budget=1200"]
-    done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = [json.loads(line) for line in out.read_text().splitlines()]
-    ran = {result["trial"] for result in results if "not_run" not in result}
-    without_peft = {
-        "device", "kernels", "pretrain", "lora", "resume", "decode", "train"
-    }  # fmt: skip
-    assert without_peft <= ran
+    command += [f"--out={out}", *flags]
+    return read_results(
+        out, subprocess.run(command, capture_output=True, text=True, **options)
+    )
+
+
+def test_the_whole_script_runs_with_tiny_sizes(accelerator, tmp_path):
+    """Every trial of ours but `train`, with every flag: no typo costs minutes later."""
+    ours = [t for t in accelerator.TRIALS if t.script == "card_measures.py"]
+    names = ",".join(trial.name for trial in ours)
+    single = {"JAX_NUM_CPU_DEVICES": "1"}
+    single["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    results = run_tiny(
+        tmp_path / "card.jsonl", "--forks", f"--only={names}", env=os.environ | single
+    )
+    for trial in ours:
+        found = [r for r in results if r["trial"] == trial.name]
+        assert found and not any({"failed", "not_run"} & {*r} for r in found), found
+        for result in found:
+            assert result.get("flags", "") == trial.flags
+            assert result.get("compiler", []) == [*trial.compiler]
+    exact = {r["case"]: r["exact"] for r in results if "exact" in r}
+    assert exact == {"no flag": True, "exclude_nondeterministic_ops": True}
+    steps = [r for r in results if r["settings"]["measure"] == "step"]
+    traced = [r for r in steps if r["trial"] != "pretrain-scanned"]
+    assert {"pretrain", "lora", "lora-nf4"} < {r["trial"] for r in traced}
+    assert all(r["equations"] > 100 for r in traced)
+    assert [r["positions"] for r in steps if "positions" in r] == [4 * 31]
+    kernels = [r for r in results if r["trial"] == "kernels"]
+    done = [r for r in kernels if "not_here" not in r]
+    assert [r.get("kernel", r.get("decoding")) for r in done] == [
+        "xla",
+        "xla",
+        "blocks",
+    ]
+    assert all(r["right"] for r in done)
+    refused = {r["not_here"] for r in kernels if "not_here" in r}
+    gpu = "it needs an NVIDIA GPU, this is cpu"
+    assert refused == {gpu, "it needs a TPU, this is cpu"}
+
+
+def test_a_flag_that_xla_does_not_know_is_found_without_a_card(accelerator, tmp_path):
+    """As the run above would find it in a trial that is traced alone."""
+    also = 'lora:{"flags": "--xla_gpu_no_such_flag=true"}'
+    command = [sys.executable, BENCH / "accelerator.py", "--tiny", "--forks"]
+    command += ["--only=device", f"--also={also}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "xla_gpu_no_such_flag" in done.stdout
+
+
+@pytest.mark.soak
+def test_processes_of_their_own_and_whole_runs_with_tiny_sizes(tmp_path):
+    results = run_tiny(tmp_path / "card.jsonl", "--only=device,lora,resume,train")
+    assert {r["trial"] for r in results} == {"device", "lora", "resume", "train"}
     exact = [r["exact"] for r in results if "exact" in r]
-    assert exact == [True, True]
+    assert exact == [True, True, True]

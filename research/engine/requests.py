@@ -5,7 +5,6 @@ receive `Piece`s.
 """
 
 import dataclasses
-import types
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -19,7 +18,6 @@ Finish = Literal["", "stop", "length", "cancelled", "error"]
 MOST_ALTERNATIVES = 20
 # The most stop ids and biased ids of a request (300: as OpenAI's API reference).
 MOST_STOP_IDS, MOST_BIASES = 32, 300
-NO_BIAS: Mapping[int, float] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = NO_BIAS
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     seed: int = 0

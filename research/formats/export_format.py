@@ -76,11 +76,11 @@ class ExportedModel:
     model: Model
     weights: Mapping[str, Matrix]
     tokenizer: Tokenizer
-    adapters: Mapping[str, ExportedAdapter] = NOTHING
+    adapters: Mapping[str, ExportedAdapter] = dataclasses.field(default_factory=dict)
     adapter_kind: str = ""
-    base_weights: Mapping[str, Matrix] = MappingProxyType({})
+    base_weights: Mapping[str, Matrix] = dataclasses.field(default_factory=dict)
     base: Base | None = None
-    facts: Mapping[str, str] = MappingProxyType({})
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     full: frozenset[str] = frozenset()
 
 
@@ -114,7 +114,7 @@ class WrittenModel:
     for_llama_cpp: bool = False
     read_rows: Callable[[str, slice], np.ndarray] | None = None
     layout: FileLayout | None = None
-    ends: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ends: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 class ExportFormat(Protocol):

@@ -4,9 +4,11 @@ import ast
 import collections
 import dataclasses
 import functools
+import importlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from source_files import FILES, LAUNCHER, PACKAGE, ROOT, dotted, files_of
@@ -158,6 +160,29 @@ def test_files_and_functions_are_short():
         assert found.lines <= MOST_LINES, file
         for name, length in found.functions.items():
             assert length < MOST_FUNCTION_LINES, f"{file}: {name}"
+
+
+OPTIONAL = {"lm_eval", "llguidance"}  # Packages that an install may lack.
+
+
+def dataclasses_of(module):
+    try:
+        values = vars(importlib.import_module(module)).values()
+    except ModuleNotFoundError as error:
+        assert error.name in OPTIONAL, error
+        return []
+    return [x for x in values if isinstance(x, type) and dataclasses.is_dataclass(x)]
+
+
+def test_python_3_11_takes_the_default_of_every_field():
+    """It refuses a mapping proxy, which later versions take."""
+    doors = [module for module in MODULES if module.endswith("__main__")]
+    for module in MODULES.keys() - doors:
+        for made in dataclasses_of(module):
+            for field in dataclasses.fields(made):
+                assert not isinstance(field.default, types.MappingProxyType), (
+                    f"{made.__name__}.{field.name} of {module} needs a default_factory"
+                )
 
 
 def fixtures_of(file):

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -59,7 +58,7 @@ class ModelFamily:
     gguf_architecture: str = ""
     gguf_tensors: tuple[StoredTensor, ...] = ()
     other_gguf_tensors: tuple[tuple[StoredTensor, ...], ...] = ()
-    gguf_fields: Mapping[str, str] = MappingProxyType({})
+    gguf_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf_mark: str = ""
     gguf_period: int = 0
     gguf_unsaid: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
